@@ -1,0 +1,32 @@
+"""Sampler kernels usable alone: x0 = c_skip*x + c_out*F, its step, its noise, and its 8-bit picture.
+
+    x', x0 = fused_step(x, F, table, row)      one row of a step table, every first-order update
+    x_in = scale_input(x, table, row, dtype)   what the network sees: c_in*x
+    n = philox_normal(seeds, samples, row, shape, device)
+    rgb = preview_rgb(x0, factors, bias);  rgb = decode_u8(pixels)
+
+`Impl` names the implementations that exist. The same functions are registered as the operators
+`torch.ops.headstart_kernels.*` for tracing; see `headstart_kernels.ops`.
+"""
+
+from headstart_kernels.api import (
+    Impl,
+    decode_u8,
+    fused_step,
+    philox_normal,
+    preview_rgb,
+    scale_input,
+)
+from headstart_kernels.philox import INITIAL
+from headstart_kernels.table import COLUMNS
+
+__all__ = [
+    "COLUMNS",
+    "INITIAL",
+    "Impl",
+    "decode_u8",
+    "fused_step",
+    "philox_normal",
+    "preview_rgb",
+    "scale_input",
+]

@@ -1,0 +1,1 @@
+"""Implementations of the kernels; none imports another."""

@@ -1,0 +1,82 @@
+"""The base model takes the first step, the distilled model runs the rest.
+
+Importing this package loads neither torch nor numpy: a name is imported from its module on first
+use (PEP 562), so `headstart plan` and `headstart inspect` answer at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from headstart.engine import Engine as Engine
+    from headstart.engine import Trajectory as Trajectory
+    from headstart.engine import replay as replay
+    from headstart.errors import AdapterError as AdapterError
+    from headstart.errors import CaptureError as CaptureError
+    from headstart.errors import CheckpointError as CheckpointError
+    from headstart.errors import HeadstartError as HeadstartError
+    from headstart.errors import InputError as InputError
+    from headstart.errors import PlanError as PlanError
+    from headstart.interfaces import Conditioning as Conditioning
+    from headstart.load import load_text as load_text
+    from headstart.load import load_unet as load_unet
+    from headstart.load import load_vae as load_vae
+    from headstart.noise import Given as Given
+    from headstart.noise import Philox as Philox
+    from headstart.plan import Leg as Leg
+    from headstart.plan import Plan as Plan
+    from headstart.plan import Step as Step
+    from headstart.plan import StepTable as StepTable
+    from headstart.plan import Update as Update
+    from headstart.plan import preset as preset
+    from headstart.prediction import Prediction as Prediction
+    from headstart.sampler import State as State
+    from headstart.sampler import sample as sample
+    from headstart.schedule import NoiseSchedule as NoiseSchedule
+    from headstart.schedule import Spacing as Spacing
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    "AdapterError": "headstart.errors",
+    "CaptureError": "headstart.errors",
+    "CheckpointError": "headstart.errors",
+    "Conditioning": "headstart.interfaces",
+    "Engine": "headstart.engine",
+    "Given": "headstart.noise",
+    "HeadstartError": "headstart.errors",
+    "InputError": "headstart.errors",
+    "Leg": "headstart.plan",
+    "NoiseSchedule": "headstart.schedule",
+    "Philox": "headstart.noise",
+    "Plan": "headstart.plan",
+    "PlanError": "headstart.errors",
+    "Prediction": "headstart.prediction",
+    "Spacing": "headstart.schedule",
+    "State": "headstart.sampler",
+    "Step": "headstart.plan",
+    "StepTable": "headstart.plan",
+    "Trajectory": "headstart.engine",
+    "Update": "headstart.plan",
+    "inspect_checkpoint": "headstart.checkpoint",
+    "load_text": "headstart.load",
+    "load_unet": "headstart.load",
+    "load_vae": "headstart.load",
+    "preset": "headstart.plan",
+    "replay": "headstart.engine",
+    "sample": "headstart.sampler",
+}
+
+
+def __getattr__(name: str) -> object:
+    """Import a public name from its module the first time it is asked for."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'headstart' has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*_MODULE_OF, "__version__"])

@@ -1,0 +1,25 @@
+"""The one error family; every message says what was expected, what came, and what to do."""
+
+
+class HeadstartError(Exception):
+    """Root of every error this package raises on purpose."""
+
+
+class PlanError(HeadstartError, ValueError):
+    """A plan that cannot be run exactly: zero base steps, a gap or a rise in noise level."""
+
+
+class CheckpointError(HeadstartError, ValueError):
+    """A file that is not what it should be: truncated, hostile, mismatched, or a pickle."""
+
+
+class AdapterError(HeadstartError, ValueError):
+    """An adapter whose keys or shapes do not match the network it is attached to."""
+
+
+class CaptureError(HeadstartError, RuntimeError):
+    """A step that cannot be captured into, or replayed from, a graph."""
+
+
+class InputError(HeadstartError, ValueError):
+    """A request that cannot be served: prompt, seeds, size, device, or an output path."""

@@ -1,0 +1,289 @@
+"""The noise schedule: timestep <-> noise level in float64,  sigma = sqrt((1 - a) / a),  a = 1 / (1 + sigma^2).
+
+`a` is what training code calls alphas_cumprod: x_vp = sqrt(a)*x0 + sqrt(1 - a)*eps. Divided by
+sqrt(a) that is x0 + sigma*eps, the state this package keeps.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NoReturn, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from headstart.errors import PlanError
+
+FloatArray = npt.NDArray[np.float64]
+Floats = Sequence[float] | FloatArray
+Interpolation = Literal["linear", "log"]
+
+TRAIN_STEPS = 1000
+ZERO_SNR_ALPHA = 2.0**-24
+"""What stands for alphas_cumprod = 0, so that sigma is 4096 and not infinite.
+
+diffusers' Euler schedulers use the same number (scheduling_euler_discrete.py, rescale_betas_zero_snr).
+A float32 state at sigma 4096 still resolves x0 to 4096 * 2^-24 = 0.00024.
+"""
+
+
+class Spacing(Enum):
+    """How n timesteps are laid over the T training timesteps, highest first (arXiv:2305.08891, table 2).
+
+    LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
+    TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249
+    LINSPACE   round(linspace(0, T - 1, n)), as DDIM
+    FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
+    LCM        n of the 50 timesteps 999, 979 ... 19 LCM was distilled on (arXiv:2310.04378; TCD and
+               DMD2 reuse it); 4 steps are 999 759 499 259
+    """
+
+    LEADING = "leading"
+    TRAILING = "trailing"
+    LINSPACE = "linspace"
+    FRACTIONAL = "fractional"
+    LCM = "lcm"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        known = ", ".join(repr(member.value) for member in cls)
+        raise PlanError(f"unknown spacing {value!r}: expected one of {known}")
+
+
+def grid(
+    steps: int,
+    spacing: Spacing,
+    *,
+    train_steps: int = TRAIN_STEPS,
+    offset: int | None = None,
+    original_steps: int = 50,
+) -> FloatArray:
+    """`steps` timesteps [steps], falling. `offset` (default 1) shifts LEADING, `original_steps` is LCM's.
+
+    Raises PlanError where the spacing has no such grid.
+    """
+    if isinstance(steps, bool) or not 1 <= steps <= train_steps or steps != int(steps):
+        raise PlanError(f"steps must be a whole number from 1 to {train_steps}, not {steps!r}")
+    if offset is not None and spacing is not Spacing.LEADING:
+        raise PlanError(f"offset={offset} shifts the leading grid only, not {spacing.value!r}")
+    match spacing:
+        case Spacing.LEADING:
+            shift = 1 if offset is None else offset
+            timesteps = np.arange(steps)[::-1] * (train_steps // steps) + shift
+        case Spacing.TRAILING:
+            # The running sum of `arange` is kept, because it decides how halves round (48 steps:
+            # 937.5), and cut to length, because it can overrun (61 steps gives a 62nd, at -1).
+            timesteps = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
+        case Spacing.LINSPACE | Spacing.FRACTIONAL:
+            even = np.linspace(0, train_steps - 1, steps)[::-1]
+            timesteps = even if spacing is Spacing.FRACTIONAL else np.round(even)
+        case Spacing.LCM:
+            timesteps = _lcm_grid(steps, train_steps, original_steps)
+    if timesteps[0] >= train_steps or timesteps[-1] < 0:
+        raise PlanError(
+            f"{steps} {spacing.value} steps with offset {offset} leave 0 .. {train_steps - 1}: "
+            "give fewer steps or another offset"
+        )
+    return timesteps.astype(np.float64)
+
+
+def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[np.int64]:
+    if not 1 <= original_steps <= train_steps or steps > original_steps:
+        raise PlanError(
+            f"an LCM grid picks its steps from {original_steps} of {train_steps} timesteps, so it "
+            f"cannot have {steps}: give steps <= {min(original_steps, train_steps)}"
+        )
+    distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
+    return distilled[
+        np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)
+    ]
+
+
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class NoiseSchedule:
+    """alphas_cumprod [T], float64, read-only: strictly falling, inside (0, 1), index = timestep.
+
+    A last entry of exactly 0 (zero terminal SNR) is stored as ZERO_SNR_ALPHA, so every level is
+    finite. Equal and hashable by value. Raises PlanError for anything else.
+    """
+
+    alphas_cumprod: FloatArray
+
+    def __post_init__(self) -> None:
+        alphas = _vector("alphas_cumprod", self.alphas_cumprod).copy()
+        if alphas[-1] == 0.0 and len(alphas) > 1:
+            # A very long schedule can be below the floor one step earlier; it must go on falling.
+            alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 4)
+        _require(
+            bool(np.all((alphas > 0) & (alphas < 1))), "alphas_cumprod", "inside (0, 1)", alphas
+        )
+        _require(bool(np.all(np.diff(alphas) < 0)), "alphas_cumprod", "strictly falling", alphas)
+        alphas.flags.writeable = False
+        object.__setattr__(self, "alphas_cumprod", alphas)
+
+    @classmethod
+    def scaled_linear(
+        cls, steps: int = TRAIN_STEPS, beta_start: float = 0.00085, beta_end: float = 0.012
+    ) -> NoiseSchedule:
+        """Betas linear in their square root: Stable Diffusion 1, 2, XL (arXiv:2112.10752)."""
+        root = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps)
+        return cls.from_betas(root**2)
+
+    @classmethod
+    def linear(
+        cls, steps: int = TRAIN_STEPS, beta_start: float = 1e-4, beta_end: float = 0.02
+    ) -> NoiseSchedule:
+        """Betas linear in the timestep (DDPM, arXiv:2006.11239, section 4)."""
+        return cls.from_betas(np.linspace(beta_start, beta_end, steps))
+
+    @classmethod
+    def cosine(cls, steps: int = TRAIN_STEPS, s: float = 0.008) -> NoiseSchedule:
+        """a(t) ~ cos^2((t/T + s)/(1 + s) * pi/2), betas capped at 0.999 (arXiv:2102.09672, eq. 17)."""
+        angle = (np.arange(steps + 1) / steps + s) / (1 + s) * (math.pi / 2)
+        level = np.cos(angle) ** 2
+        return cls.from_betas(np.minimum(1 - level[1:] / level[:-1], 0.999))
+
+    @classmethod
+    def from_betas(cls, betas: Floats) -> NoiseSchedule:
+        """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
+        given = _vector("betas", betas)
+        _require(bool(np.all((given > 0) & (given < 1))), "betas", "inside (0, 1)", given)
+        return cls(np.cumprod(1.0 - given))
+
+    @classmethod
+    def from_alphas_cumprod(cls, alphas_cumprod: Floats) -> NoiseSchedule:
+        """The schedule a checkpoint carries (single-file checkpoints store it as float32 [1000])."""
+        return cls(_vector("alphas_cumprod", alphas_cumprod))
+
+    def zero_terminal_snr(self) -> NoiseSchedule:
+        """sqrt(a) shifted and scaled to keep its first value and end at 0 (arXiv:2305.08891, alg. 1).
+
+        The 0 is stored as ZERO_SNR_ALPHA. Networks trained this way predict v: an eps prediction
+        says nothing about x0 where no signal is left, and a plan that asks for one is refused.
+        """
+        root = np.sqrt(self.alphas_cumprod)
+        return NoiseSchedule(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
+
+    def matched(self, ratio: float) -> NoiseSchedule:
+        """Every sigma times `ratio`, a = 1/(1 + (ratio*sigma)^2), each timestep as it was.
+
+        Averaging hides less noise in a smaller latent, so the same picture needs lower levels:
+        ratio = small side / large side (arXiv:2301.11093, section 2).
+        """
+        if not (math.isfinite(ratio) and ratio > 0):
+            raise PlanError(f"ratio must be a positive number, not {ratio!r}")
+        return NoiseSchedule(1.0 / (1.0 + (ratio * self.sigmas) ** 2))
+
+    @property
+    def sigmas(self) -> FloatArray:
+        """sqrt((1 - a)/a) [T], rising."""
+        return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def timesteps(
+        self, steps: int, spacing: Spacing, *, offset: int | None = None, original_steps: int = 50
+    ) -> FloatArray:
+        """The spacing's grid over this schedule's T timesteps [steps], falling; see `grid`."""
+        return grid(
+            steps,
+            spacing,
+            train_steps=len(self.alphas_cumprod),
+            offset=offset,
+            original_steps=original_steps,
+        )
+
+    @overload
+    def sigma(self, timestep: float, interpolation: Interpolation = ...) -> float: ...
+    @overload
+    def sigma(self, timestep: Floats, interpolation: Interpolation = ...) -> FloatArray: ...
+    def sigma(
+        self, timestep: float | Floats, interpolation: Interpolation = "linear"
+    ) -> float | FloatArray:
+        """The level at a timestep in 0 .. T - 1, exact at whole timesteps.
+
+        Between them "linear" is linear in sigma (diffusers), "log" linear in log sigma (k-diffusion,
+        ComfyUI): at t = 0.5 of Stable Diffusion's schedule they differ by 2 %.
+        """
+        known = self.sigmas
+        at = np.asarray(timestep, dtype=np.float64)
+        if not np.all((at >= 0) & (at <= len(known) - 1)):
+            raise PlanError(f"timesteps must lie in 0 .. {len(known) - 1}, not {_brief(at)}")
+        curve, back = _curve(interpolation)
+        value = np.interp(at, np.arange(len(known)), curve(known))
+        whole = at == np.floor(at)
+        return _unwrap(np.where(whole, known[at.astype(np.int64)], back(value)))
+
+    @overload
+    def timestep(self, sigma: float, interpolation: Interpolation = ...) -> float: ...
+    @overload
+    def timestep(self, sigma: Floats, interpolation: Interpolation = ...) -> FloatArray: ...
+    def timestep(
+        self, sigma: float | Floats, interpolation: Interpolation = "log"
+    ) -> float | FloatArray:
+        """The inverse of `sigma`, fractional. Every peer inverts in log sigma, so that is the default."""
+        known = self.sigmas
+        at = np.asarray(sigma, dtype=np.float64)
+        # A level computed elsewhere (float32, a power and its root) may miss the end by rounding.
+        if not np.all((at >= known[0] * (1 - 1e-6)) & (at <= known[-1] * (1 + 1e-6))):
+            raise PlanError(
+                f"the network knows sigmas {known[0]:.6g} .. {known[-1]:.6g}, not {_brief(at)}"
+            )
+        curve, _ = _curve(interpolation)
+        return _unwrap(np.interp(curve(at), curve(known), np.arange(len(known))))
+
+    def amplification(self, timestep: float) -> float:
+        """A_t = (1 - a)/a = sigma^2: how much a change of eps changes x0, in variance.
+
+        arXiv:2503.10637, lemma 1; 213.6 at t = 999 and 0.5 at t = 249 for Stable Diffusion.
+        """
+        return self.sigma(timestep) ** 2
+
+    def fingerprint(self) -> str:
+        """16 hex digits of SHA-256 over the little-endian float64 alphas_cumprod."""
+        return hashlib.sha256(self.alphas_cumprod.astype("<f8").tobytes()).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.alphas_cumprod)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, NoiseSchedule) and np.array_equal(
+            self.alphas_cumprod, other.alphas_cumprod
+        )
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint())
+
+    def __repr__(self) -> str:
+        low, high = self.sigmas[[0, -1]]
+        return f"NoiseSchedule({len(self)} timesteps, sigma {low:.4f} .. {high:.4f})"
+
+
+def _curve(interpolation: Interpolation) -> tuple[np.ufunc, np.ufunc]:
+    curves = {"linear": (np.positive, np.positive), "log": (np.log, np.exp)}
+    if interpolation not in curves:
+        raise PlanError(f"interpolation must be 'linear' or 'log', not {interpolation!r}")
+    return curves[interpolation]
+
+
+def _vector(name: str, values: Floats) -> FloatArray:
+    vector = np.asarray(values, dtype=np.float64)
+    if vector.ndim != 1 or len(vector) == 0:
+        raise PlanError(f"{name} must be a vector [T] with T >= 1, not of shape {vector.shape}")
+    _require(bool(np.all(np.isfinite(vector))), name, "finite", vector)
+    return vector
+
+
+def _require(holds: bool, name: str, rule: str, values: FloatArray) -> None:
+    if not holds:
+        raise PlanError(f"{name} must be {rule} at each timestep, not {_brief(values)}")
+
+
+def _brief(values: FloatArray) -> str:
+    return np.array2string(values, threshold=6, precision=6)
+
+
+def _unwrap(values: FloatArray) -> float | FloatArray:
+    return float(values) if values.ndim == 0 else cast(FloatArray, values)

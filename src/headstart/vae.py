@@ -1,0 +1,199 @@
+"""The autoencoder: pixels [-1, 1] <-> latents, z = scale_factor * mean(encoder(pixels)).
+
+Module names are the diffusers checkpoint's key names. Architecture: arXiv:2112.10752, appendix.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+_EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VaeParams:
+    """`channels` a resolution, finest first; the latent is 2^(len(channels) - 1) times smaller."""
+
+    channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers: int = 2
+    latent_channels: int = 4
+    pixel_channels: int = 3
+    norm_groups: int = 32
+    scale_factor: float = 0.18215
+    shift_factor: float = 0.0
+
+    @property
+    def downscale(self) -> int:
+        return 2 ** (len(self.channels) - 1)
+
+
+class ResBlock(nn.Module):
+    def __init__(self, in_channels: int, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = nn.GroupNorm(groups, in_channels, eps=_EPS)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = (
+            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all h*w positions of x [B, C, h, w]."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    """Stride-2 convolution, padded on the right and bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class DownStage(nn.Module):
+    def __init__(self, in_channels: int, channels: int, last: bool, params: VaeParams) -> None:
+        super().__init__()
+        inputs = [in_channels] + [channels] * (params.layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(c, channels, params.norm_groups) for c in inputs)
+        self.downsamplers = None if last else nn.ModuleList([Downsample(channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.downsamplers is None else self.downsamplers[0](x)
+
+
+class UpStage(nn.Module):
+    def __init__(self, in_channels: int, channels: int, last: bool, params: VaeParams) -> None:
+        super().__init__()
+        inputs = [in_channels] + [channels] * params.layers
+        self.resnets = nn.ModuleList(ResBlock(c, channels, params.norm_groups) for c in inputs)
+        self.upsamplers = None if last else nn.ModuleList([Upsample(channels)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
+
+
+class MidStage(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(channels, channels, groups) for _ in range(2))
+        self.attentions = nn.ModuleList([Attention(channels, groups)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    """pixels [B, 3, H, W] -> moments [B, 2*C, h, w]."""
+
+    def __init__(self, params: VaeParams) -> None:
+        super().__init__()
+        widths, last = params.channels, len(params.channels) - 1
+        self.conv_in = nn.Conv2d(params.pixel_channels, widths[0], 3, padding=1)
+        self.down_blocks = nn.ModuleList(
+            DownStage(widths[max(0, i - 1)], width, i == last, params)
+            for i, width in enumerate(widths)
+        )
+        self.mid_block = MidStage(widths[-1], params.norm_groups)
+        self.conv_norm_out = nn.GroupNorm(params.norm_groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2 * params.latent_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        x = self.mid_block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Decoder(nn.Module):
+    """latents [B, C, h, w], unscaled -> pixels [B, 3, H, W]."""
+
+    def __init__(self, params: VaeParams) -> None:
+        super().__init__()
+        widths, last = params.channels[::-1], len(params.channels) - 1
+        self.conv_in = nn.Conv2d(params.latent_channels, widths[0], 3, padding=1)
+        self.mid_block = MidStage(widths[0], params.norm_groups)
+        self.up_blocks = nn.ModuleList(
+            UpStage(widths[max(0, i - 1)], width, i == last, params)
+            for i, width in enumerate(widths)
+        )
+        self.conv_norm_out = nn.GroupNorm(params.norm_groups, widths[-1], eps=_EPS)
+        self.conv_out = nn.Conv2d(widths[-1], params.pixel_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x: Tensor = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class Vae(nn.Module):
+    """AutoencoderKL. `decode` and `encode` speak the UNet's latents: scale and shift are inside."""
+
+    def __init__(self, params: VaeParams) -> None:
+        super().__init__()
+        self.params = params
+        latent = params.latent_channels
+        self.encoder = Encoder(params)
+        self.decoder = Decoder(params)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+
+    @property
+    def scale_factor(self) -> float:
+        return self.params.scale_factor
+
+    def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """pixels [B, 3, H, W] -> mean and log-variance [B, C, h, w] of the unscaled latent."""
+        mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
+        return mean, torch.clamp(logvar, -30.0, 20.0)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] = (mean - shift) * scale."""
+        return (self.moments(pixels)[0] - self.params.shift_factor) * self.params.scale_factor
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped."""
+        z = latents / self.params.scale_factor + self.params.shift_factor
+        return self.decoder(self.post_quant_conv(z))

@@ -1,0 +1,87 @@
+"""What a fresh interpreter loads: planning and error reports must not pay for torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [str(ROOT / room) for room in ("src", "kernels", "weights")]
+HEAVY = ("torch", "transformers", "triton", "diffusers", "PIL", "safetensors")
+
+DRIVER = """
+import json, runpy, sys
+try:
+    {body}
+finally:
+    print("LOADED", json.dumps(sorted(sys.modules)))
+"""
+COMMAND = "sys.argv[1:] = {arguments!r}; runpy.run_module('headstart', run_name='__main__')"
+
+
+def loaded_after(body: str, status: int = 0) -> tuple[set[str], str]:
+    """Run `body` in a fresh interpreter -> (modules it had loaded at its end, its output)."""
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER.format(body=body)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)},
+        timeout=120,
+        check=False,
+    )
+    output, mark, report = done.stdout.rpartition("LOADED ")
+    assert mark and done.returncode == status, output + done.stderr
+    return set(json.loads(report)), output + done.stderr
+
+
+def test_importing_the_package_loads_no_third_party_module() -> None:
+    bare, _ = loaded_after("pass")
+    loaded, _ = loaded_after("import headstart")
+    assert "headstart" in loaded
+    tops = {name.partition(".")[0] for name in loaded - bare}
+    assert tops - set(sys.stdlib_module_names) == {"headstart"}
+
+
+def test_errors_are_reached_without_numpy() -> None:
+    loaded, _ = loaded_after("import headstart; headstart.PlanError")
+    assert "headstart.errors" in loaded
+    assert not {"numpy", "torch"} & loaded
+
+
+@pytest.mark.parametrize("name", ["NoiseSchedule", "Prediction", "Plan", "preset", "StepTable"])
+def test_planning_names_load_numpy_at_most(name: str) -> None:
+    loaded, _ = loaded_after(f"import headstart; headstart.{name}")
+    assert {"headstart.plan", "headstart.prediction", "headstart.schedule"} & loaded
+    assert set(HEAVY) & loaded == set()
+
+
+def test_compiling_a_plan_needs_no_torch() -> None:
+    body = (
+        "import headstart as hs; "
+        "print(len(hs.preset('lightning').compile(hs.NoiseSchedule.scaled_linear())))"
+    )
+    loaded, output = loaded_after(body)
+    assert output.strip() == "4"
+    assert set(HEAVY) & loaded == set()
+
+
+@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--json"], ["--version"], ["--help"]])
+def test_the_command_answers_without_torch(arguments: list[str]) -> None:
+    loaded, output = loaded_after(COMMAND.format(arguments=arguments))
+    assert output.strip()
+    assert set(HEAVY) & loaded == set()
+
+
+def test_a_torch_bearing_name_is_imported_on_first_use() -> None:
+    loaded, _ = loaded_after("import headstart; headstart.Conditioning")
+    assert "torch" in loaded
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    _, output = loaded_after("import headstart; headstart.Pipeline", status=1)
+    assert "AttributeError: module 'headstart' has no attribute 'Pipeline'" in output

@@ -1,0 +1,363 @@
+"""Who may import whom, which modules never load torch, and how large a file may grow.
+
+Everything is read from the source with `ast`; nothing is imported. Every rule is also run on a
+planted violation, so a rule that has stopped looking fails here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ROOTS = (ROOT / "src", ROOT / "kernels", ROOT / "weights")
+
+# A row imports only rows above it. CONTRIBUTING.md prints the same rows.
+LAYERS = """
+errors headstart_kernels headstart_weights
+schedule prediction keymap output
+plan
+interfaces checkpoint noise
+unet vae tiny text families
+load adapters preview runner
+sampler
+engine
+trace metrics sweep sheet
+headstart
+cli headstart_weights.recipe
+__main__
+""".strip().splitlines()
+ROW_OF = {name: row for row, names in enumerate(LAYERS) for name in names.split()}
+
+TORCH_FREE = {"errors", "schedule", "prediction", "keymap", "plan", "output", "cli", "headstart", "__main__"}
+TORCH_FREE |= {"headstart_weights"}
+HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
+DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
+FORBIDDEN_WORDS = {
+    *("utils", "util", "common", "misc", "helpers", "helper"),
+    *("manager", "wrapper", "handler"),
+}
+MAY_PRINT = {"headstart.cli", "headstart.__main__"}
+FILE_LINES, FUNCTION_LINES = 400, 80
+
+
+class Import(NamedTuple):
+    module: str
+    name: str | None
+    """The b of `from a import b`, which may be a module or something inside `a`."""
+    line: int
+    eager: bool
+    """Runs when the module is imported: not inside a function, not under TYPE_CHECKING."""
+    relative: bool = False
+
+    def target(self, sources: Mapping[str, str]) -> str:
+        """The module this line needs: `a.b` where that is one of ours, else `a`."""
+        inner = f"{self.module}.{self.name}"
+        return inner if inner in sources else self.module
+
+
+def read_sources() -> dict[str, str]:
+    """Dotted module name -> source text of everything that goes into the wheel."""
+    found: dict[str, str] = {}
+    for root in ROOTS:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return found
+
+
+def imports(source: str) -> list[Import]:
+    return list(_walk(ast.parse(source).body, eager=True))
+
+
+def _walk(body: list[ast.stmt], eager: bool) -> Iterator[Import]:
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, None, node.lineno, eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield Import(node.module or "", alias.name, node.lineno, eager, node.level > 0)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _walk(node.body, eager=False)
+            yield from _walk(node.orelse, eager)
+        else:
+            inner = eager and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for field in ("body", "orelse", "finalbody"):
+                yield from _walk(getattr(node, field, []), inner)
+            for branch in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
+                yield from _walk(branch.body, inner)
+
+
+def place(module: str) -> str | None:
+    """The name a module has in LAYERS, or None for a module outside this repository."""
+    top, _, rest = module.partition(".")
+    if top == "headstart":
+        return rest.partition(".")[0] or "headstart"
+    if top == "headstart_weights" and rest.startswith("recipe"):
+        return "headstart_weights.recipe"
+    return top if top in ROW_OF else None
+
+
+def upward(sources: Mapping[str, str]) -> list[str]:
+    """Imports of the same row or a lower one; TYPE_CHECKING and function-local imports count too.
+
+    Only the package's own table of public names may name every room: it imports none of them.
+    """
+    found: list[str] = []
+    for module, source in sources.items():
+        here = place(module)
+        assert here in ROW_OF, f"{module} is not in LAYERS: give it a row, here and in CONTRIBUTING"
+        for item in imports(source):
+            target = item.target(sources)
+            there = place(target)
+            if there is None or there == here or (here == "headstart" and not item.eager):
+                continue
+            assert there in ROW_OF, f"{module}:{item.line} imports {target}, which has no row"
+            if ROW_OF[there] >= ROW_OF[here]:
+                found.append(f"{module}:{item.line} imports {target}")
+    return found
+
+
+def loads(module: str, sources: Mapping[str, str]) -> dict[str, str]:
+    """Everything that importing `module` loads -> our module whose import line does it."""
+    seen: set[str] = set()
+    todo = [module]
+    found: dict[str, str] = {}
+    while todo:
+        current = todo.pop()
+        if current in seen or current not in sources:
+            continue
+        seen.add(current)
+        todo += [current.rpartition(".")[0]]
+        for item in imports(sources[current]):
+            if item.eager:
+                target = item.target(sources)
+                found.setdefault(target.partition(".")[0], current)
+                found.setdefault(target, current)
+                todo.append(target)
+    return found
+
+
+def heavy(sources: Mapping[str, str]) -> list[str]:
+    found: list[str] = []
+    for module in sources:
+        if place(module) in TORCH_FREE:
+            loaded = loads(module, sources)
+            for name in sorted(HEAVY | {"safetensors.torch"}):
+                if name in loaded:
+                    found.append(f"importing {module} loads {name}: see {loaded[name]}")
+    return found
+
+
+def relative(sources: Mapping[str, str]) -> list[str]:
+    return [
+        f"{module}:{item.line}"
+        for module, source in sources.items()
+        for item in imports(source)
+        if item.relative
+    ]
+
+
+def kernel_cross_imports(sources: Mapping[str, str]) -> list[str]:
+    """Implementations of a kernel are alternatives, so none may lean on another."""
+    room = "headstart_kernels.impl."
+    return [
+        f"{module}:{item.line} imports {target}"
+        for module, source in sources.items()
+        if module.startswith(room)
+        for item in imports(source)
+        if (target := item.target(sources)).startswith(room) and target != module
+    ]
+
+
+def forbidden_names(sources: Mapping[str, str]) -> list[str]:
+    found = [
+        module
+        for module in sources
+        if FORBIDDEN_WORDS & {word for part in module.split(".") for word in part.split("_")}
+    ]
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ClassDef) and node.name.lower().endswith(
+                tuple(FORBIDDEN_WORDS)
+            ):
+                found.append(f"{module}.{node.name}")
+    return found
+
+
+def prints(sources: Mapping[str, str]) -> list[str]:
+    return [
+        f"{module}:{node.lineno}"
+        for module, source in sources.items()
+        if module not in MAY_PRINT and place(module) != "headstart_weights.recipe"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
+    ]
+
+
+def oversized(sources: Mapping[str, str]) -> list[str]:
+    found = [
+        f"{module}: {len(source.splitlines())} lines, {FILE_LINES} allowed"
+        for module, source in sources.items()
+        if len(source.splitlines()) > FILE_LINES
+    ]
+    for module, source in sources.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > FUNCTION_LINES:
+                    found.append(f"{module}.{node.name}: {length} lines, {FUNCTION_LINES} allowed")
+    return found
+
+
+def undeclared(sources: Mapping[str, str], declared: Mapping[str, set[str]]) -> list[str]:
+    """Third-party imports that the project file does not list for that place."""
+    found: list[str] = []
+    for module, source in sources.items():
+        extra = "train" if place(module) == "headstart_weights.recipe" else ""
+        allowed = declared[""] | declared[extra] | sys.stdlib_module_names
+        for item in imports(source):
+            top = item.module.partition(".")[0]
+            names = {top, DISTRIBUTION.get(top, top.replace("_", "-"))}
+            if place(top) is None and not item.relative and not names & allowed:
+                found.append(f"{module}:{item.line} imports {top}")
+    return found
+
+
+def declared_names() -> dict[str, set[str]]:
+    """Extra -> distribution names in pyproject.toml; "" is what every installation has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    groups = {"": project["dependencies"], **project["optional-dependencies"]}
+    return {
+        extra: {re.split(r"[^A-Za-z0-9._-]", line)[0].lower() for line in lines}
+        for extra, lines in groups.items()
+    }
+
+
+def test_every_module_imports_only_rows_above_it() -> None:
+    assert upward(read_sources()) == []
+
+
+def test_planning_modules_never_load_torch() -> None:
+    assert heavy(read_sources()) == []
+
+
+def test_imports_are_absolute() -> None:
+    assert relative(read_sources()) == []
+
+
+def test_kernel_implementations_do_not_import_each_other() -> None:
+    assert kernel_cross_imports(read_sources()) == []
+
+
+def test_names_say_what_a_thing_is() -> None:
+    assert forbidden_names(read_sources()) == []
+
+
+def test_only_the_command_line_prints() -> None:
+    assert prints(read_sources()) == []
+
+
+def test_every_third_party_import_is_a_declared_dependency() -> None:
+    assert undeclared(read_sources(), declared_names()) == []
+
+
+def test_files_and_functions_stay_small() -> None:
+    assert oversized(read_sources()) == []
+
+
+def test_contributing_prints_the_same_rows() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    missing = [row for row in LAYERS if row not in text]
+    assert missing == []
+
+
+def test_a_planted_upward_import_is_caught() -> None:
+    sources = {
+        "headstart": "",
+        "headstart.engine": "",
+        "headstart.plan": "from headstart.engine import Engine\n",
+        "headstart.sampler": "def run():\n    import headstart.engine\n",
+        "headstart.unet": "from headstart import vae\n",
+        "headstart.vae": "import torch\nfrom headstart import unet as other\n",
+        "headstart_kernels": "import headstart.errors\n",
+        "headstart.errors": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from headstart.plan import Plan\n",
+    }
+    assert upward(sources) == [
+        "headstart.plan:1 imports headstart.engine",
+        "headstart.sampler:2 imports headstart.engine",
+        "headstart.unet:1 imports headstart.vae",
+        "headstart.vae:2 imports headstart.unet",
+        "headstart_kernels:1 imports headstart.errors",
+        "headstart.errors:3 imports headstart.plan",
+    ]
+
+
+def test_downward_imports_and_the_lazy_table_of_names_are_allowed() -> None:
+    sources = {
+        "headstart": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
+        "    from headstart.plan import Plan as Plan\n",
+        "headstart.errors": "",
+        "headstart.plan": "import numpy\nfrom headstart.errors import PlanError\n",
+        "headstart_weights": "import json\n",
+        "headstart_weights.recipe": "import torch\nfrom headstart.plan import Plan\n",
+    }
+    assert upward(sources) == []
+    assert heavy(sources) == []
+
+
+def test_a_planted_torch_import_is_caught_also_through_another_module() -> None:
+    sources = {
+        "headstart": "",
+        "headstart.schedule": "import torch.nn\n",
+        "headstart.noise": "from torch import Tensor\n",
+        "headstart.cli": "from headstart.noise import Philox\n",
+        "headstart.plan": "def late():\n    import torch\n",
+        "headstart.prediction": "try:\n    import transformers\nexcept ImportError:\n    pass\n",
+        "headstart.keymap": "from safetensors.torch import load\n",
+    }
+    assert heavy(sources) == [
+        "importing headstart.schedule loads torch: see headstart.schedule",
+        "importing headstart.cli loads torch: see headstart.noise",
+        "importing headstart.prediction loads transformers: see headstart.prediction",
+        "importing headstart.keymap loads safetensors.torch: see headstart.keymap",
+    ]
+
+
+def test_a_torch_import_in_the_package_init_spoils_every_torch_free_module() -> None:
+    sources = {"headstart": "import torch\n", "headstart.plan": "import numpy\n"}
+    assert len(heavy(sources)) == 2
+
+
+def test_planted_small_violations_are_caught() -> None:
+    declared = {"": {"numpy", "pillow"}, "train": {"resvg-py"}}
+    fine = {"headstart.plan": "import json, numpy.linalg\nfrom PIL import Image\n"}
+    assert not undeclared(fine, declared)
+    assert undeclared({"headstart.plan": "def late():\n    import resvg_py\n"}, declared)
+    assert not undeclared({"headstart_weights.recipe.data": "import resvg_py\n"}, declared)
+    assert relative({"headstart.plan": "from . import errors\n"})
+    assert relative({"headstart.plan": "from .errors import PlanError\n"})
+    assert kernel_cross_imports(
+        {
+            "headstart_kernels.impl.reference": "",
+            "headstart_kernels.impl.triton": "from headstart_kernels.impl import reference\n",
+        }
+    )
+    assert not kernel_cross_imports(
+        {
+            "headstart_kernels.impl.reference": "",
+            "headstart_kernels.api": "from headstart_kernels.impl import reference\n",
+        }
+    )
+    assert forbidden_names({"headstart.tensor_utils": ""})
+    assert forbidden_names({"headstart.plan": "class PlanManager: ...\n"})
+    assert prints({"headstart.plan": "def show():\n    print(1)\n"})
+    assert oversized({"headstart.plan": "\n" * (FILE_LINES + 1)})
+    assert oversized({"headstart.plan": "def long():\n" + "    pass\n" * FUNCTION_LINES})
+    assert not oversized({"headstart.plan": "def long():\n" + "    pass\n" * (FUNCTION_LINES - 1)})

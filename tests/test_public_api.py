@@ -1,0 +1,82 @@
+"""The public names and their signatures, compared with the committed `public_api.txt`.
+
+After a deliberate change: python tests/test_public_api.py > tests/public_api.txt
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import tomllib
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+
+import headstart as hs
+
+SNAPSHOT = Path(__file__).with_name("public_api.txt")
+PYPROJECT = Path(__file__).parents[1] / "pyproject.toml"
+
+
+def describe() -> str:
+    """One line for each public name, field, method and enum member, in alphabetical order."""
+    lines: list[str] = []
+    for name in dir(hs):
+        if not name.startswith("_"):
+            value = getattr(hs, name)
+            lines += _describe_class(name, value) if isinstance(value, type) else []
+            lines += [] if isinstance(value, type) else [f"{name}{inspect.signature(value)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _describe_class(name: str, cls: type) -> Iterator[str]:
+    if issubclass(cls, Exception):
+        yield f"{name}: {', '.join(base.__name__ for base in cls.__bases__)}"
+        return
+    if issubclass(cls, Enum):
+        yield f"{name}: {', '.join(f'{member.name}={member.value!r}' for member in cls)}"
+    else:
+        yield f"{name}{inspect.signature(cls)}"
+    for member, value in sorted(vars(cls).items()):
+        if member.startswith("_") or isinstance(value, Enum):
+            continue
+        plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        if inspect.isfunction(plain):
+            yield f"{name}.{member}{inspect.signature(plain)}"
+        elif isinstance(value, property) or hasattr(value, "func"):
+            yield f"{name}.{member}"
+
+
+def test_public_names_and_signatures_are_the_committed_ones() -> None:
+    difference = "\n".join(
+        difflib.unified_diff(
+            SNAPSHOT.read_text().splitlines(), describe().splitlines(), "committed", "now", "", "", 0
+        )
+    )
+    assert not difference, f"{difference}\n\nIf this is meant:{(__doc__ or '').partition(':')[2]}"
+
+
+def test_type_checkers_see_the_names_that_run_time_serves() -> None:
+    tree = ast.parse(Path(hs.__file__ or "").read_text())
+    seen: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("headstart."):
+            assert [alias.asname for alias in node.names] == [alias.name for alias in node.names]
+            seen |= {alias.name: node.module or "" for alias in node.names}
+    assert seen == vars(hs)["_MODULE_OF"]
+
+
+def test_every_public_name_has_a_docstring() -> None:
+    bare = [name for name in dir(hs) if not name.startswith("_") and not getattr(hs, name).__doc__]
+    assert bare == []
+
+
+def test_the_version_is_the_projects() -> None:
+    assert hs.__version__ == tomllib.loads(PYPROJECT.read_text())["project"]["version"]
+
+
+if __name__ == "__main__":
+    import sys
+
+    sys.stdout.write(describe())

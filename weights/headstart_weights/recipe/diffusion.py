@@ -1,0 +1,113 @@
+"""The pair's diffusion, as training sees it: x_t = a*x0 + s*eps, v = a*eps - s*x0, a^2 + s^2 = 1.
+
+The noise schedule is Stable Diffusion's with every sigma multiplied by `DEMO_RATIO`: a small
+latent averages less noise away, so the same noise hides more of it (arXiv:2301.11093, section 2.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from headstart.interfaces import Conditioning
+from headstart.schedule import NoiseSchedule
+from headstart.unet import Mid, Stage, UNet, UNetParams
+from headstart.vae import Vae
+
+DEMO_SCHEDULE = NoiseSchedule.scaled_linear().matched(0.4)
+DEMO_TIMESTEPS = (999, 749, 499, 249)
+PARAMS = UNetParams(
+    down=(Stage(32, (0,), True), Stage(64, (1,), True), Stage(128, (1,), False)),
+    mid=Mid(resnets=2, depth=1),
+    up=(Stage(128, (1, 1), True), Stage(64, (1, 1), True), Stage(32, (0, 0), False)),
+    context_dim=128,
+    head_dim=32,
+    norm_groups=16,
+)
+LATENT_SHAPE = (4, 16, 16)
+STEPS = 1000
+_ALPHAS_CUMPROD = torch.from_numpy(DEMO_SCHEDULE.alphas_cumprod.astype(np.float32))
+
+
+class Mix(NamedTuple):
+    """The two coefficients of a timestep, [B, 1, 1, 1] each."""
+
+    signal: Tensor
+    noise: Tensor
+
+
+def mix(timestep: Tensor) -> Mix:
+    kept = _ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
+    return Mix(kept.sqrt(), (1.0 - kept).sqrt())
+
+
+def stratified_timesteps(batch: int, low: int = 0, high: int = STEPS) -> Tensor:
+    """One timestep from each of `batch` equal parts of [low, high)."""
+    places = (torch.arange(batch) + torch.rand(1)) / batch
+    return (low + places * (high - low)).long().clamp(low, high - 1)
+
+
+def predict_x0(
+    unet: UNet,
+    x: Tensor,
+    timestep: Tensor,
+    context: Tensor,
+    *,
+    empty: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """x [B, C, h, w] at `timestep` [B] -> x0; guided in one call of twice the batch."""
+    if guidance == 1.0:
+        v = unet(x, timestep, Conditioning(context))
+    else:
+        assert empty is not None
+        both = Conditioning(torch.cat([empty.expand_as(context), context]))
+        v_empty, v_told = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+        v = v_empty + guidance * (v_told - v_empty)
+    a, s = mix(timestep)
+    return a * x - s * v
+
+
+def euler_step(x: Tensor, x0: Tensor, timestep: Tensor, following: Tensor) -> Tensor:
+    """Keep the noise that x0 implies and move to the `following` timestep (DDIM, eta 0)."""
+    a, s = mix(timestep)
+    a_next, s_next = mix(following)
+    return a_next * x0 + s_next * (x - a * x0) / s
+
+
+@torch.no_grad()
+def rollout(
+    unet: UNet,
+    x: Tensor,
+    timesteps: Sequence[int],
+    context: Tensor,
+    *,
+    empty: Tensor | None = None,
+    guidance: float = 1.0,
+) -> Tensor:
+    """Deterministic trajectory from x at timesteps[0]; returns the last x0."""
+    batch = len(x)
+    x0 = x
+    for i, t in enumerate(timesteps):
+        now = torch.full((batch,), t)
+        x0 = predict_x0(unet, x, now, context, empty=empty, guidance=guidance)
+        if i + 1 < len(timesteps):
+            x = euler_step(x, x0, now, torch.full((batch,), timesteps[i + 1]))
+    return x0
+
+
+@torch.no_grad()
+def write_sheet(vae: Vae, latents: Tensor, columns: int, path: Path) -> None:
+    """Decode [N, C, h, w] to one PNG, `columns` pictures a row."""
+    pixels = torch.cat([vae.decode(part) for part in latents.split(32)])
+    rgb = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    rows = [np.concatenate(list(rgb[i : i + columns]), 1) for i in range(0, len(rgb), columns)]
+    partial = path.with_name("partial." + path.name)
+    Image.fromarray(np.concatenate(rows, 0)).save(partial)
+    partial.replace(path)

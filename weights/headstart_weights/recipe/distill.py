@@ -1,0 +1,193 @@
+"""The distilled model: distribution matching distillation of the base onto four timesteps.
+
+The student's x0 moves along grad = x0_fake - x0_teacher, both predicted from the same re-noised
+student output; `fake` is a copy of the base that keeps learning what the student draws
+(arXiv:2311.18828, eq. 7; the four-step form is arXiv:2405.14867). The teacher is guided, which is
+what makes the student sharp, fast and alike. A student step starts either from the student's own
+earlier steps, followed deterministically (DMD2's backward simulation), or from a noised picture
+(as LCM, ADD and Lightning are trained).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.interfaces import Conditioning
+from headstart.unet import UNet
+from headstart_weights.recipe import StageOptions, codec, language
+from headstart_weights.recipe.base import Latents, load_unet
+from headstart_weights.recipe.dataset import load_dataset
+from headstart_weights.recipe.diffusion import (
+    DEMO_TIMESTEPS,
+    LATENT_SHAPE,
+    euler_step,
+    mix,
+    predict_x0,
+    rollout,
+    stratified_timesteps,
+    write_sheet,
+)
+from headstart_weights.recipe.training import Average, Run, write_tensors
+
+_BATCH = 16
+_FAKE_HEAD_START = 20  # steps in which only the fake score learns
+_SHEET_PROMPTS = ("a fox", "a frog", "a sunflower", "a doughnut", "an owl", "a ghost")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """What distinguishes one student from another."""
+
+    name: str
+    guidance: float
+    noised_pictures: float
+    """Share of the student's later steps that start from a noised picture."""
+    fake_updates: int = 2
+    lr: float = 3e-4
+
+
+STUDENT = Variant(name="student", guidance=2.0, noised_pictures=0.5)
+CONTROL = Variant(name="control", guidance=1.0, noised_pictures=0.5)
+
+
+class Distiller:
+    """Teacher, student and fake score, and one training step of each."""
+
+    def __init__(self, options: StageOptions, variant: Variant) -> None:
+        self.variant = variant
+        self.latents = Latents(load_dataset(options.work), options.work)
+        self.teacher = load_unet(options.work / "base.safetensors").requires_grad_(False)
+        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.text = language.load(options.work).requires_grad_(False)
+        with torch.no_grad():
+            self.empty = self.text([""])
+        self.student_optimiser = _adam(self.student, variant.lr)
+        self.fake_optimiser = _adam(self.fake, 2 * variant.lr)
+
+    def step(self, index: int, fraction: float) -> dict[str, float]:
+        chosen = torch.randint(len(self.latents.mean), (_BATCH,))
+        with torch.no_grad():
+            context = self.text(self.latents.captions(chosen))
+            x, timestep = self._start(chosen, context)
+        x0 = predict_x0(self.student, x, timestep, context)
+        loss = self._matching_loss(x0, context)
+        if index >= _FAKE_HEAD_START:
+            scale = 1.0 if fraction < 0.6 else (1.0 - fraction) / 0.4 + 0.02
+            _update(self.student, self.student_optimiser, loss, self.variant.lr * scale)
+        drawn = x0.detach()
+        fake = [self._teach_fake(drawn, context) for _ in range(self.variant.fake_updates)]
+        return {"matching": loss.item(), "fake": fake[-1], "spread": drawn.std().item()}
+
+    def _start(self, chosen: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the student steps from: one grid timestep for the whole batch."""
+        place = int(torch.randint(len(DEMO_TIMESTEPS), (1,)))
+        grid = [torch.full((_BATCH,), int(t)) for t in DEMO_TIMESTEPS]
+        x = torch.randn(_BATCH, *LATENT_SHAPE)
+        for i in range(place):
+            x0 = predict_x0(self.student, x, grid[i], context)
+            x = euler_step(x, x0, grid[i], grid[i + 1])
+        if place > 0 and self.variant.noised_pictures > 0:
+            a, s = mix(grid[place])
+            noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
+            pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
+            x = torch.where(pick, noised, x)
+        return x, grid[place]
+
+    def _matching_loss(self, x0: Tensor, context: Tensor) -> Tensor:
+        """0.5*|x0 - stop(x0 - grad)|^2, so that d loss/d x0 = grad, normalised a sample."""
+        with torch.no_grad():
+            timestep = stratified_timesteps(_BATCH, 20, 980)
+            a, s = mix(timestep)
+            x = a * x0 + s * torch.randn_like(x0)
+            real = predict_x0(
+                self.teacher,
+                x,
+                timestep,
+                context,
+                empty=self.empty,
+                guidance=self.variant.guidance,
+            )
+            fake = predict_x0(self.fake, x, timestep, context)
+            scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True) + 1e-4
+            target = x0 - (fake - real) / scale
+        return 0.5 * (x0 - target).square().mean()
+
+    def _teach_fake(self, x0: Tensor, context: Tensor) -> float:
+        timestep = stratified_timesteps(_BATCH)
+        a, s = mix(timestep)
+        eps = torch.randn_like(x0)
+        v = self.fake(a * x0 + s * eps, timestep, Conditioning(context))
+        loss = (v - (a * eps - s * x0)).square().mean()
+        _update(self.fake, self.fake_optimiser, loss, 2 * self.variant.lr)
+        return loss.item()
+
+
+def _adam(unet: UNet, lr: float) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        unet.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.0, fused=True
+    )
+
+
+def _update(unet: UNet, optimiser: torch.optim.AdamW, loss: Tensor, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+    optimiser.step()
+
+
+def train(options: StageOptions, variant: Variant) -> None:
+    """Distil for `options.minutes`, resuming; writes `<variant.name>.safetensors`."""
+    torch.manual_seed(options.seed)
+    distiller = Distiller(options, variant)
+    average = Average(distiller.student, 0.99)
+    run = Run(
+        variant.name,
+        options,
+        modules={"student": distiller.student, "fake": distiller.fake},
+        optimisers=[distiller.student_optimiser, distiller.fake_optimiser],
+        averages={"student": average},
+    )
+
+    def save() -> None:
+        path = options.work / f"{variant.name}.safetensors"
+        write_tensors(average.values, path, {"steps": str(run.step)})
+        _write_sample(options, distiller, variant.name, run.step)
+
+    run.loop(distiller.step, on_save=save, save_every_s=180.0)
+    save()
+
+
+@torch.no_grad()
+def _write_sample(
+    options: StageOptions, distiller: Distiller, name: str, step: int, seeds: int = 12
+) -> None:
+    student = load_unet(options.work / f"{name}.safetensors")
+    noise = torch.randn(seeds, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    prompts = [prompt for prompt in _SHEET_PROMPTS for _ in range(seeds)]
+    context = distiller.text(prompts)
+    x = noise.repeat(len(_SHEET_PROMPTS), 1, 1, 1)
+    latents = rollout(student, x, [int(t) for t in DEMO_TIMESTEPS], context)
+    path = options.work / f"{name}_{step:06d}.png"
+    write_sheet(codec.load(options.work), latents, seeds, path)
+    log.info("%s: step %d, latent deviation %.3f", name, step, float(np.std(latents.numpy())))
+
+
+def main(options: StageOptions) -> None:
+    """The `distill` stage: the student that ships."""
+    train(options, STUDENT)
+
+
+def control(options: StageOptions) -> None:
+    """The `control` stage: the same student distilled from an unguided teacher."""
+    train(options, CONTROL)

@@ -1,0 +1,71 @@
+"""The pair's text encoder: a small CLIP text transformer, prompts -> context [B, 16, 128]."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+POSITIONS = 16
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+_PREFIX = "text_model."
+
+
+class Language(nn.Module):
+    """Tokenizer and transformer together; padded with the end-of-text token, as CLIP-L is."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        super().__init__()
+        start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
+        config = CLIPTextConfig(
+            vocab_size=tokenizer.get_vocab_size(),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=POSITIONS,
+            hidden_act="quick_gelu",
+            bos_token_id=start,
+            eos_token_id=end,
+            projection_dim=128,
+        )
+        self.transformer = CLIPTextModel(config)
+        self._ids = lru_cache(maxsize=65536)(lambda prompt: _token_ids(tokenizer, prompt))
+
+    def forward(self, prompts: Sequence[str]) -> Tensor:
+        ids = torch.tensor([self._ids(prompt) for prompt in prompts])
+        return self.transformer(input_ids=ids).last_hidden_state
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights under the key names of a checkpoint file, `text_model.` in front."""
+        return {
+            _PREFIX + key.removeprefix(_PREFIX): value
+            for key, value in self.transformer.state_dict().items()
+        }
+
+
+def _token_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
+    start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
+    words = [i for i in tokenizer.encode(prompt, add_special_tokens=False).ids]
+    ids = [start, *words[: POSITIONS - 2], end]
+    return tuple(ids + [end] * (POSITIONS - len(ids)))
+
+
+def load_tokenizer(work: Path) -> Tokenizer:
+    return Tokenizer.from_str((work / "tokenizer.json").read_text())
+
+
+def load(work: Path, tensors: dict[str, Tensor] | None = None) -> Language:
+    """The trained text encoder of `base.safetensors`, or of `tensors` under checkpoint names."""
+    language = Language(load_tokenizer(work))
+    found = load_file(work / "text.safetensors") if tensors is None else tensors
+    bare = not any(k.startswith(_PREFIX) for k in language.transformer.state_dict())
+    own = {k.removeprefix(_PREFIX) if bare else k: v for k, v in found.items()}
+    language.transformer.load_state_dict(own)
+    return language.eval()

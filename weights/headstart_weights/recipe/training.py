@@ -1,0 +1,135 @@
+"""A time-boxed training run that survives being killed: state, averages, log, checkpoints.
+
+The learning-rate schedule follows the fraction of the time box that is spent, so a run on a slower
+machine takes fewer steps and still ends annealed. All randomness of step i comes from
+`seed + i`: a resumed run goes on as the unbroken one would.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from headstart_weights.recipe import StageOptions
+
+StepFunction = Callable[[int, float], dict[str, float]]
+"""(step, fraction of the time box spent) -> numbers to log."""
+
+
+class Optimiser(Protocol):
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+class Average:
+    """Exponential moving average of a module, with a warm-up that forgets the start."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._live = dict(module.named_parameters())
+        self._decay = decay
+        self.values = {name: p.detach().clone() for name, p in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self._decay, 1.0 - 1.0 / (step / 8 + 1))
+        values: list[Tensor] = list(self.values.values())
+        torch._foreach_mul_(values, decay)
+        torch._foreach_add_(values, list(self._live.values()), alpha=1.0 - decay)
+
+    def copy_to(self, module: nn.Module) -> None:
+        module.load_state_dict(self.values, strict=False)
+
+
+class Run:
+    """One stage: `modules` and `optimisers` are checkpointed, `averages` are what it is for."""
+
+    def __init__(
+        self,
+        name: str,
+        options: StageOptions,
+        *,
+        modules: Mapping[str, nn.Module],
+        optimisers: Sequence[Optimiser],
+        averages: Mapping[str, Average],
+    ) -> None:
+        self.name, self.seed = name, options.seed
+        self._budget_s = options.minutes * 60
+        self._modules, self._optimisers, self._averages = modules, optimisers, averages
+        self.step, self.elapsed_s = 0, 0.0
+        self._checkpoint = options.work / f"{name}.ckpt"
+        self._log = options.work / f"{name}.jsonl"
+        if self._checkpoint.exists():
+            self._resume()
+
+    def loop(
+        self,
+        step: StepFunction,
+        *,
+        log_every: int = 50,
+        save_every_s: float = 120.0,
+        on_save: Callable[[], None] | None = None,
+    ) -> None:
+        sums: dict[str, float] = {}
+        saved = time.monotonic()
+        while self.elapsed_s < self._budget_s:
+            begin = time.monotonic()
+            torch.manual_seed(self.seed + self.step)
+            for key, value in step(self.step, self.elapsed_s / self._budget_s).items():
+                sums[key] = sums.get(key, 0.0) + value
+            self.step += 1
+            for average in self._averages.values():
+                average.update(self.step)
+            self.elapsed_s += time.monotonic() - begin
+            if self.step % log_every == 0:
+                self._write_log({key: total / log_every for key, total in sums.items()})
+                sums = {}
+            if time.monotonic() - saved > save_every_s:
+                self._save()
+                if on_save:
+                    on_save()
+                saved = time.monotonic()
+        self._save()
+
+    def _write_log(self, means: dict[str, float]) -> None:
+        row = {"step": self.step, "elapsed_s": round(self.elapsed_s, 1)}
+        row |= {key: round(value, 5) for key, value in means.items()}
+        with self._log.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "elapsed_s": self.elapsed_s,
+            "modules": {k: m.state_dict() for k, m in self._modules.items()},
+            "optimisers": [o.state_dict() for o in self._optimisers],
+            "averages": {k: a.values for k, a in self._averages.items()},
+        }
+        partial = self._checkpoint.with_suffix(".partial")
+        torch.save(state, partial)
+        os.replace(partial, self._checkpoint)
+
+    def _resume(self) -> None:
+        state = torch.load(self._checkpoint, weights_only=True)
+        self.step, self.elapsed_s = state["step"], state["elapsed_s"]
+        for key, module in self._modules.items():
+            module.load_state_dict(state["modules"][key])
+        for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(saved)
+        for key, average in self._averages.items():
+            for name, value in state["averages"][key].items():
+                average.values[name].copy_(value)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file under a temporary name, then rename it into place."""
+    partial = path.with_name(path.name + ".partial")
+    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=dict(metadata))
+    os.replace(partial, path)
