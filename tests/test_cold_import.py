@@ -31,7 +31,7 @@ def loaded_after(body: str, status: int = 0) -> tuple[set[str], str]:
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)},
-        timeout=120,
+        timeout=300,
         check=False,
     )
     output, mark, report = done.stdout.rpartition("LOADED ")

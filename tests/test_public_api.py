@@ -9,7 +9,7 @@ import ast
 import difflib
 import inspect
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import Enum
 from pathlib import Path
 
@@ -26,8 +26,29 @@ def describe() -> str:
         if not name.startswith("_"):
             value = getattr(hs, name)
             lines += _describe_class(name, value) if isinstance(value, type) else []
-            lines += [] if isinstance(value, type) else [f"{name}{inspect.signature(value)}"]
+            lines += [] if isinstance(value, type) else [f"{name}{_signature(value)}"]
     return "\n".join(lines) + "\n"
+
+
+class _Written(str):
+    """An annotation as its source has it: without the quotes that a string's repr adds."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _signature(function: Callable[..., object]) -> str:
+    found = inspect.signature(function)
+    parameters = [p.replace(annotation=_written(p.annotation)) for p in found.parameters.values()]
+    returned = _written(found.return_annotation)
+    return str(found.replace(parameters=parameters, return_annotation=returned))
+
+
+def _written(annotation: object) -> object:
+    text = getattr(annotation, "__forward_arg__", annotation)
+    return _Written(text) if isinstance(text, str) else annotation
 
 
 def _describe_class(name: str, cls: type) -> Iterator[str]:
@@ -37,13 +58,13 @@ def _describe_class(name: str, cls: type) -> Iterator[str]:
     if issubclass(cls, Enum):
         yield f"{name}: {', '.join(f'{member.name}={member.value!r}' for member in cls)}"
     else:
-        yield f"{name}{inspect.signature(cls)}"
+        yield f"{name}{_signature(cls)}"
     for member, value in sorted(vars(cls).items()):
         if member.startswith("_") or isinstance(value, Enum):
             continue
         plain = value.__func__ if isinstance(value, classmethod | staticmethod) else value
         if inspect.isfunction(plain):
-            yield f"{name}.{member}{inspect.signature(plain)}"
+            yield f"{name}.{member}{_signature(plain)}"
         elif isinstance(value, property) or hasattr(value, "func"):
             yield f"{name}.{member}"
 
@@ -51,7 +72,13 @@ def _describe_class(name: str, cls: type) -> Iterator[str]:
 def test_public_names_and_signatures_are_the_committed_ones() -> None:
     difference = "\n".join(
         difflib.unified_diff(
-            SNAPSHOT.read_text().splitlines(), describe().splitlines(), "committed", "now", "", "", 0
+            SNAPSHOT.read_text().splitlines(),
+            describe().splitlines(),
+            "committed",
+            "now",
+            "",
+            "",
+            0,
         )
     )
     assert not difference, f"{difference}\n\nIf this is meant:{(__doc__ or '').partition(':')[2]}"

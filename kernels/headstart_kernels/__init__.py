@@ -1,4 +1,4 @@
-"""Sampler kernels usable alone: x0 = c_skip*x + c_out*F, its step, its noise, and its 8-bit picture.
+"""Sampler kernels, usable alone: x0 = c_skip*x + c_out*F, its step, noise and 8-bit picture.
 
     x', x0 = fused_step(x, F, table, row)      one row of a step table, every first-order update
     x_in = scale_input(x, table, row, dtype)   what the network sees: c_in*x

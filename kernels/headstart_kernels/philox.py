@@ -4,7 +4,7 @@
     key     = (seed mod 2^32, seed div 2^32)       as easy as 1, 2, 3"
     counter = (element div 4, row + 1, sample, 0)  row + 1 = 0 is the initial draw
 
-    radius  r = sqrt(-2 ln v),  v = w*2^-32 + 2^-33      from words 0 and 2
+    radius  r = sqrt(-2 ln v),  v = (w + 1/2)*2^-32      from words 0 and 2
     angle   a = (pi/2)*(q + t), w = 2^30*(q + t), |t| <= 1/2, q integer      from words 1 and 3
     normals = (r01*cos a01, r01*sin a01, r23*cos a23, r23*sin a23)           elements 4i .. 4i+3
 
@@ -16,10 +16,13 @@ exact under IEEE 754, so the bits agree wherever the compiler is told not to con
     -2 ln v     = f*(-2 + f*(1 + f*LOG(f))) + e*MINUS_2_LN_2,   v = 2^e*(1 + f), |f| <= 1/3
     sin(pi/2 t) = t*SIN(t*t)          cos(pi/2 t) = 1 + (t*t)*COS(t*t)
 
+From w = UPPER on, where v >= 2/3, e is 0 and f = -((2^32 - 1 - w)*2^-32 + 2^-33), not v - 1: the
+float32 nearest to v would lose the small radii, of which v near 1 has all.
+
 The coefficients (lowest order first) are the float32 rounding of the polynomial that interpolates
 each function at Chebyshev points; `tests/kernels/test_philox.py` derives them again. Approximation
 error with these rounded coefficients, evaluated exactly: 1.5e-8 in -2 ln v, 2.4e-8 in sin, 9.2e-9
-in cos. The smallest v is 2^-33, so no normal exceeds sqrt(66 ln 2) = 6.7637 (P = 1.3e-11).
+in cos. The smallest v is 2^-33, so no normal exceeds sqrt(66 ln 2) = 6.76371 (P = 1.3e-11).
 """
 
 INITIAL = -1
@@ -46,5 +49,8 @@ COS = (-1.2337005138397217, 0.253669410943985, -0.02086152881383896, 0.000906739
 TWO_THIRDS_BITS = 0x3F2AAAAB
 """The float32 bit pattern of 2/3: 1 + f lies in [2/3, 4/3)."""
 
-LARGEST_NORMAL = 6.7637
+UPPER = 0xAAAAAAAB
+"""Words from here on have v >= 2/3."""
+
+LARGEST_NORMAL = 6.7638
 """No |normal| exceeds this: sqrt(66 ln 2), rounded up in the fourth decimal."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Generic, NamedTuple, TypeVar
 
+from torch import Tensor
+
 Coefficient = TypeVar("Coefficient")
 
 
@@ -26,3 +28,9 @@ class Row(NamedTuple, Generic[Coefficient]):
 
 
 COLUMNS = Row._fields
+
+
+def host_row(table: Tensor, step: int) -> Row[float]:
+    """A row as Python floats; only for a table on the host, where reading does not wait."""
+    assert table.device.type == "cpu"
+    return Row(*table[step].tolist())  # pyright: ignore[reportUnknownMemberType]

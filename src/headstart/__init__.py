@@ -1,8 +1,4 @@
-"""The base model takes the first step, the distilled model runs the rest.
-
-Importing this package loads neither torch nor numpy: a name is imported from its module on first
-use (PEP 562), so `headstart plan` and `headstart inspect` answer at once.
-"""
+"""The base model takes the first step, the distilled model runs the rest."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -38,6 +34,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+# A name is imported from its module on first use (PEP 562), so that `import headstart` loads
+# neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
     "CaptureError": "headstart.errors",

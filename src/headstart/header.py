@@ -1,6 +1,6 @@
-"""The safetensors container, parsed as untrusted input: every number is checked before it is used.
+"""A safetensors file as untrusted input: every number is checked before it is used.
 
-    file = u64le(n) ++ json[n] ++ data        tensor = data[begin:end], end - begin = bytes(dtype, shape)
+file = u64le(n) ++ json[n] ++ data       tensor = data[begin:end] of bytes(dtype)*prod(shape)
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn, cast
+from typing import NamedTuple, NoReturn, cast
 
 from headstart.errors import CheckpointError
 
@@ -74,7 +75,7 @@ def read_header(path: Path) -> Header:
 
 
 def read_json(path: Path) -> dict[str, object]:
-    """A JSON object from a small text file (`config.json`, a shard index), under the same limits."""
+    """A JSON object from a small file (`config.json`, a shard index), under the same limits."""
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
@@ -98,7 +99,7 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
     return cast(dict[str, object], value)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file; folders, pipes and devices (which could block) are refused."""
     try:
         if not path.is_file():
@@ -148,7 +149,7 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
     table = cast(dict[str, object], value)
     for key, text in table.items():
         if not isinstance(text, str):
-            _bad(path, f"expected __metadata__[{key[:80]!r}] to be a string, got {text!r:.80}")
+            _bad(path, f"expected __metadata__[{key[:80]!r}] to be a string, got {_show(text)}")
     return cast(dict[str, str], table)
 
 
@@ -161,7 +162,7 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
         _bad(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _bad(path, f"tensor {name[:80]!r}: unknown dtype {dtype!r:.40}; one of {[*DTYPE_BYTES]}")
+        _bad(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; one of {[*DTYPE_BYTES]}")
     shape = _integers(path, name, "shape", fields["shape"], MAX_RANK)
     offsets = _integers(path, name, "data_offsets", fields["data_offsets"], 2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
@@ -169,33 +170,50 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
     size = math.prod(shape) * DTYPE_BYTES[dtype]
     if size != offsets[1] - offsets[0]:
         got = offsets[1] - offsets[0]
-        _bad(path, f"tensor {name[:80]!r}: {dtype} {shape} needs {size} bytes, the file gives {got}")
+        _bad(
+            path, f"tensor {name[:80]!r}: {dtype} {shape} needs {size} bytes, the file gives {got}"
+        )
     return Entry(dtype, shape, data + offsets[0], data + offsets[1])
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
-    items = cast(list[object], value) if isinstance(value, list) else None
+    items = cast(list[object], value) if _is_list(value) else [None]
     # `type is int`: JSON true is a Python int too
-    if items is None or len(items) > most or not all(type(item) is int for item in items):
-        _bad(path, f"tensor {name[:80]!r}: {field} {value!r:.80} is not a list of <= {most} integers")
+    if len(items) > most or not all(type(item) is int for item in items):
+        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected <= {most} integers")
     numbers = cast(list[int], items)
     if not all(0 <= number <= MAX_DIM for number in numbers):
-        _bad(path, f"tensor {name[:80]!r}: {field} {value!r:.80} is outside 0..2^40")
+        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected integers in 0 .. 2^40")
     return tuple(numbers)
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
 def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
-    """The tensors must tile the data exactly: no gap, no overlap, nothing missing, nothing after."""
+    """The tensors must tile the data: no gap, no overlap, nothing missing, nothing after."""
     end = data
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         if entry.begin != end:
-            what = "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
+            what = (
+                "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
+            )
             _bad(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
         end = entry.end
     if end > size:
         _bad(path, f"truncated: the tensors end at byte {end}, the file at {size}; fetch it again")
     if end < size:
         _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
+
+
+def _show(value: object) -> str:
+    """A short repr that no hostile nesting or length can make expensive."""
+    if isinstance(value, list):
+        items = cast(list[object], value)
+        flat = all(isinstance(item, str | int | float | None) for item in items)
+        return repr(items)[:80] if flat and len(items) <= MAX_RANK else f"a list of {len(items)}"
+    return "an object" if isinstance(value, dict) else repr(value)[:80]
 
 
 def _bad(path: Path, message: str, cause: BaseException | None = None) -> NoReturn:

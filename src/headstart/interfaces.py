@@ -35,7 +35,7 @@ class Conditioning:
         return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every tensor; `time_ids` keep their dtype, because they are numbers, not features."""
+        """Move every tensor; `time_ids` keep their dtype: they are numbers, not features."""
         moved = self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
         ids = self.time_ids
         return moved if ids is None else replace(moved, time_ids=ids.to(device=device))

@@ -41,7 +41,12 @@ def check_folder(folder: Path, *, size_bytes: int) -> None:
 def write_file(path: Path, data: bytes) -> None:
     """Write `path` whole, or leave what was there before; InputError on a full or failing disk."""
     with _reported(path):
-        _write_aside(path.resolve(), data).replace(path.resolve())
+        partial = _write_aside(path.resolve(), data)
+        try:
+            partial.replace(path.resolve())
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -1,4 +1,4 @@
-"""What a network's raw output F means:  x0 = c_skip*x + c_out*F,  x_in = c_in*x,  c_in = 1/sqrt(1 + sigma^2)."""
+"""What a network's raw output F means:  x0 = c_skip*x + c_out*F,  F = network(c_in*x)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from headstart.errors import PlanError
 
 
 class Scalings(NamedTuple):
-    """Coefficients of one noise level, for a state x = x0 + sigma*eps."""
+    """Coefficients at one noise level of a state x = x0 + sigma*eps; c_in = 1/sqrt(1 + sigma^2)."""
 
     c_in: float
     c_skip: float
@@ -18,7 +18,7 @@ class Scalings(NamedTuple):
 
 
 class Prediction(Enum):
-    """The training target. The names model files use ("epsilon", "v_prediction", "sample") are read too.
+    """The training target; the names in model files (epsilon, v_prediction, sample) are read too.
 
     EPS  F = eps                          x0 = x - sigma*F               arXiv:2006.11239, eq. 11
     V    F = (eps - sigma*x0)*c_in        x0 = c_in^2*x - sigma*c_in*F   arXiv:2202.00512, section 4
@@ -37,7 +37,7 @@ class Prediction(Enum):
         raise PlanError(f"unknown prediction {value!r}: expected one of {known}")
 
     def scalings(self, sigma: float) -> Scalings:
-        """The three coefficients at a finite level sigma >= 0. Raises PlanError for another level."""
+        """The coefficients at a finite level sigma >= 0. Raises PlanError for another level."""
         if not (math.isfinite(sigma) and sigma >= 0):
             raise PlanError(f"sigma must be finite and not negative, not {sigma!r}")
         c_in = 1.0 / math.sqrt(1.0 + sigma * sigma)

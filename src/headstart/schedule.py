@@ -1,4 +1,4 @@
-"""The noise schedule: timestep <-> noise level in float64,  sigma = sqrt((1 - a) / a),  a = 1 / (1 + sigma^2).
+"""The noise schedule, timestep <-> noise level in float64:  sigma = sqrt((1 - a)/a).
 
 `a` is what training code calls alphas_cumprod: x_vp = sqrt(a)*x0 + sqrt(1 - a)*eps. Divided by
 sqrt(a) that is x0 + sigma*eps, the state this package keeps.
@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal, NoReturn, cast, overload
+from typing import Any, Literal, NoReturn, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -19,27 +19,27 @@ import numpy.typing as npt
 from headstart.errors import PlanError
 
 FloatArray = npt.NDArray[np.float64]
-Floats = Sequence[float] | FloatArray
+Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
 Interpolation = Literal["linear", "log"]
 
 TRAIN_STEPS = 1000
 ZERO_SNR_ALPHA = 2.0**-24
 """What stands for alphas_cumprod = 0, so that sigma is 4096 and not infinite.
 
-diffusers' Euler schedulers use the same number (scheduling_euler_discrete.py, rescale_betas_zero_snr).
-A float32 state at sigma 4096 still resolves x0 to 4096 * 2^-24 = 0.00024.
+diffusers' Euler schedulers put the same number there (scheduling_euler_discrete.py,
+`rescale_betas_zero_snr`). A float32 state at sigma 4096 resolves x0 to 4096 * 2^-24 = 0.00024.
 """
 
 
 class Spacing(Enum):
-    """How n timesteps are laid over the T training timesteps, highest first (arXiv:2305.08891, table 2).
+    """How n timesteps lie among the T of training, highest first (arXiv:2305.08891, table 2).
 
     LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
     TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249
     LINSPACE   round(linspace(0, T - 1, n)), as DDIM
     FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
-    LCM        n of the 50 timesteps 999, 979 ... 19 LCM was distilled on (arXiv:2310.04378; TCD and
-               DMD2 reuse it); 4 steps are 999 759 499 259
+    LCM        n of the 50 timesteps 999, 979 ... 19 that LCM was distilled on (arXiv:2310.04378;
+               TCD and DMD2 reuse them); 4 steps are 999 759 499 259
     """
 
     LEADING = "leading"
@@ -62,45 +62,45 @@ def grid(
     offset: int | None = None,
     original_steps: int = 50,
 ) -> FloatArray:
-    """`steps` timesteps [steps], falling. `offset` (default 1) shifts LEADING, `original_steps` is LCM's.
+    """`steps` timesteps [steps], falling; `offset` (1) is for LEADING, `original_steps` for LCM.
 
     Raises PlanError where the spacing has no such grid.
     """
-    if isinstance(steps, bool) or not 1 <= steps <= train_steps or steps != int(steps):
-        raise PlanError(f"steps must be a whole number from 1 to {train_steps}, not {steps!r}")
+    steps = whole_number("steps", steps, 1, train_steps)
     if offset is not None and spacing is not Spacing.LEADING:
-        raise PlanError(f"offset={offset} shifts the leading grid only, not {spacing.value!r}")
+        raise PlanError(f"offset={offset} moves a leading grid only, not a {spacing.value} one")
     match spacing:
         case Spacing.LEADING:
             shift = 1 if offset is None else offset
             timesteps = np.arange(steps)[::-1] * (train_steps // steps) + shift
         case Spacing.TRAILING:
             # The running sum of `arange` is kept, because it decides how halves round (48 steps:
-            # 937.5), and cut to length, because it can overrun (61 steps gives a 62nd, at -1).
+            # 937.5), and cut to length, because it can overrun (61 steps give a 62nd, at -1).
             timesteps = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
-        case Spacing.LINSPACE | Spacing.FRACTIONAL:
-            even = np.linspace(0, train_steps - 1, steps)[::-1]
-            timesteps = even if spacing is Spacing.FRACTIONAL else np.round(even)
+        case Spacing.LINSPACE:
+            timesteps = np.round(np.linspace(0, train_steps - 1, steps))[::-1]
+        case Spacing.FRACTIONAL:
+            timesteps = np.linspace(0, train_steps - 1, steps)[::-1]
         case Spacing.LCM:
             timesteps = _lcm_grid(steps, train_steps, original_steps)
     if timesteps[0] >= train_steps or timesteps[-1] < 0:
         raise PlanError(
-            f"{steps} {spacing.value} steps with offset {offset} leave 0 .. {train_steps - 1}: "
-            "give fewer steps or another offset"
+            f"{steps} {spacing.value} steps leave the timesteps 0 .. {train_steps - 1}: they run "
+            f"{timesteps[0]:g} .. {timesteps[-1]:g}; give fewer steps or another offset"
         )
     return timesteps.astype(np.float64)
 
 
 def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[np.int64]:
-    if not 1 <= original_steps <= train_steps or steps > original_steps:
+    whole_number("original_steps", original_steps, 1, train_steps)
+    if steps > original_steps:
         raise PlanError(
-            f"an LCM grid picks its steps from {original_steps} of {train_steps} timesteps, so it "
-            f"cannot have {steps}: give steps <= {min(original_steps, train_steps)}"
+            f"an LCM grid picks its steps from {original_steps} timesteps, so it cannot have "
+            f"{steps}: give steps <= {original_steps}"
         )
     distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
-    return distilled[
-        np.floor(np.linspace(0, original_steps, steps, endpoint=False)).astype(np.int64)
-    ]
+    picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
+    return distilled[picked.astype(np.int64)]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -116,11 +116,9 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         alphas = _vector("alphas_cumprod", self.alphas_cumprod).copy()
         if alphas[-1] == 0.0 and len(alphas) > 1:
-            # A very long schedule can be below the floor one step earlier; it must go on falling.
-            alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 4)
-        _require(
-            bool(np.all((alphas > 0) & (alphas < 1))), "alphas_cumprod", "inside (0, 1)", alphas
-        )
+            # A very long schedule is below the floor one step earlier; it must go on falling.
+            alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 2)
+        _require(_inside(alphas), "alphas_cumprod", "inside (0, 1)", alphas)
         _require(bool(np.all(np.diff(alphas) < 0)), "alphas_cumprod", "strictly falling", alphas)
         alphas.flags.writeable = False
         object.__setattr__(self, "alphas_cumprod", alphas)
@@ -130,8 +128,10 @@ class NoiseSchedule:
         cls, steps: int = TRAIN_STEPS, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
         """Betas linear in their square root: Stable Diffusion 1, 2, XL (arXiv:2112.10752)."""
+        if not (0 < beta_start < 1 and 0 < beta_end < 1):
+            raise PlanError(f"betas must be inside (0, 1), not {beta_start!r} .. {beta_end!r}")
         root = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps)
-        return cls.from_betas(root**2)
+        return cls.from_betas(root * root)
 
     @classmethod
     def linear(
@@ -142,29 +142,32 @@ class NoiseSchedule:
 
     @classmethod
     def cosine(cls, steps: int = TRAIN_STEPS, s: float = 0.008) -> NoiseSchedule:
-        """a(t) ~ cos^2((t/T + s)/(1 + s) * pi/2), betas capped at 0.999 (arXiv:2102.09672, eq. 17)."""
-        angle = (np.arange(steps + 1) / steps + s) / (1 + s) * (math.pi / 2)
-        level = np.cos(angle) ** 2
-        return cls.from_betas(np.minimum(1 - level[1:] / level[:-1], 0.999))
+        """a ~ cos^2((t/T + s)/(1 + s) * pi/2), betas at most 0.999 (arXiv:2102.09672, eq. 17)."""
+        angle = (np.linspace(0, 1, steps + 1) + s) / (1 + s) * (math.pi / 2)
+        level: FloatArray = np.cos(angle) ** 2
+        betas: FloatArray = 1 - level[1:] / level[:-1]
+        return cls.from_betas(betas.clip(max=0.999))
 
     @classmethod
     def from_betas(cls, betas: Floats) -> NoiseSchedule:
         """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
         given = _vector("betas", betas)
-        _require(bool(np.all((given > 0) & (given < 1))), "betas", "inside (0, 1)", given)
-        return cls(np.cumprod(1.0 - given))
+        _require(_inside(given), "betas", "inside (0, 1)", given)
+        return cls(np.cumprod(1.0 - given, dtype=np.float64))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Floats) -> NoiseSchedule:
-        """The schedule a checkpoint carries (single-file checkpoints store it as float32 [1000])."""
+        """The schedule a checkpoint carries; single files store it as float32 [1000]."""
         return cls(_vector("alphas_cumprod", alphas_cumprod))
 
     def zero_terminal_snr(self) -> NoiseSchedule:
-        """sqrt(a) shifted and scaled to keep its first value and end at 0 (arXiv:2305.08891, alg. 1).
+        """sqrt(a) moved and scaled to keep its first value and end at 0 (arXiv:2305.08891, alg. 1).
 
         The 0 is stored as ZERO_SNR_ALPHA. Networks trained this way predict v: an eps prediction
         says nothing about x0 where no signal is left, and a plan that asks for one is refused.
         """
+        if len(self) < 2:
+            raise PlanError("a schedule of one timestep has no terminal level besides its first")
         root = np.sqrt(self.alphas_cumprod)
         return NoiseSchedule(((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2)
 
@@ -188,11 +191,7 @@ class NoiseSchedule:
     ) -> FloatArray:
         """The spacing's grid over this schedule's T timesteps [steps], falling; see `grid`."""
         return grid(
-            steps,
-            spacing,
-            train_steps=len(self.alphas_cumprod),
-            offset=offset,
-            original_steps=original_steps,
+            steps, spacing, train_steps=len(self), offset=offset, original_steps=original_steps
         )
 
     @overload
@@ -204,38 +203,40 @@ class NoiseSchedule:
     ) -> float | FloatArray:
         """The level at a timestep in 0 .. T - 1, exact at whole timesteps.
 
-        Between them "linear" is linear in sigma (diffusers), "log" linear in log sigma (k-diffusion,
-        ComfyUI): at t = 0.5 of Stable Diffusion's schedule they differ by 2 %.
+        Between them "linear" is linear in sigma (diffusers), "log" is linear in log sigma
+        (k-diffusion, ComfyUI); at t = 0.5 of Stable Diffusion's schedule that is 1.5 % less.
         """
         known = self.sigmas
         at = np.asarray(timestep, dtype=np.float64)
         if not np.all((at >= 0) & (at <= len(known) - 1)):
             raise PlanError(f"timesteps must lie in 0 .. {len(known) - 1}, not {_brief(at)}")
-        curve, back = _curve(interpolation)
-        value = np.interp(at, np.arange(len(known)), curve(known))
-        whole = at == np.floor(at)
-        return _unwrap(np.where(whole, known[at.astype(np.int64)], back(value)))
+        between = _interpolate(at, np.arange(len(known)), _curve(interpolation, known))
+        if interpolation == "log":
+            whole = at == np.floor(at)  # exp(log(s)) is not s
+            between = np.where(whole, known[at.astype(np.int64)], np.exp(between))
+        return _unwrap(between)
 
     @overload
     def timestep(self, sigma: float, interpolation: Interpolation = ...) -> float: ...
     @overload
     def timestep(self, sigma: Floats, interpolation: Interpolation = ...) -> FloatArray: ...
     def timestep(
-        self, sigma: float | Floats, interpolation: Interpolation = "log"
+        self, sigma: float | Floats, interpolation: Interpolation = "linear"
     ) -> float | FloatArray:
-        """The inverse of `sigma`, fractional. Every peer inverts in log sigma, so that is the default."""
+        """The inverse of `sigma`: a fractional timestep, exact at the schedule's own levels."""
         known = self.sigmas
         at = np.asarray(sigma, dtype=np.float64)
         # A level computed elsewhere (float32, a power and its root) may miss the end by rounding.
         if not np.all((at >= known[0] * (1 - 1e-6)) & (at <= known[-1] * (1 + 1e-6))):
             raise PlanError(
-                f"the network knows sigmas {known[0]:.6g} .. {known[-1]:.6g}, not {_brief(at)}"
+                f"sigmas must lie in {known[0]:.6g} .. {known[-1]:.6g}, the levels this schedule "
+                f"has a timestep for, not {_brief(at)}"
             )
-        curve, _ = _curve(interpolation)
-        return _unwrap(np.interp(curve(at), curve(known), np.arange(len(known))))
+        levels = _curve(interpolation, known)
+        return _unwrap(_interpolate(_curve(interpolation, at), levels, np.arange(len(known))))
 
     def amplification(self, timestep: float) -> float:
-        """A_t = (1 - a)/a = sigma^2: how much a change of eps changes x0, in variance.
+        """A_t = (1 - a)/a = sigma^2: the variance of x0 that a unit variance of eps causes.
 
         arXiv:2503.10637, lemma 1; 213.6 at t = 999 and 0.5 at t = 249 for Stable Diffusion.
         """
@@ -261,11 +262,21 @@ class NoiseSchedule:
         return f"NoiseSchedule({len(self)} timesteps, sigma {low:.4f} .. {high:.4f})"
 
 
-def _curve(interpolation: Interpolation) -> tuple[np.ufunc, np.ufunc]:
-    curves = {"linear": (np.positive, np.positive), "log": (np.log, np.exp)}
-    if interpolation not in curves:
+def whole_number(name: str, value: int, low: int, high: int) -> int:
+    """`value` as an int in low .. high, or a PlanError that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+        raise PlanError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    return int(value)
+
+
+def _curve(interpolation: Interpolation, values: FloatArray) -> FloatArray:
+    if interpolation not in ("linear", "log"):
         raise PlanError(f"interpolation must be 'linear' or 'log', not {interpolation!r}")
-    return curves[interpolation]
+    return np.log(values) if interpolation == "log" else values
+
+
+def _interpolate(at: FloatArray, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> FloatArray:
+    return np.asarray(np.interp(at, x, y), dtype=np.float64)
 
 
 def _vector(name: str, values: Floats) -> FloatArray:
@@ -276,9 +287,13 @@ def _vector(name: str, values: Floats) -> FloatArray:
     return vector
 
 
+def _inside(values: FloatArray) -> bool:
+    return bool(np.all((values > 0) & (values < 1)))
+
+
 def _require(holds: bool, name: str, rule: str, values: FloatArray) -> None:
     if not holds:
-        raise PlanError(f"{name} must be {rule} at each timestep, not {_brief(values)}")
+        raise PlanError(f"{name} must be {rule} at every timestep, not {_brief(values)}")
 
 
 def _brief(values: FloatArray) -> str:
@@ -286,4 +301,4 @@ def _brief(values: FloatArray) -> str:
 
 
 def _unwrap(values: FloatArray) -> float | FloatArray:
-    return float(values) if values.ndim == 0 else cast(FloatArray, values)
+    return float(values) if values.ndim == 0 else values

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headstart.checkpoint import Checkpoint
 from headstart.errors import CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -145,25 +146,22 @@ def load_scorer(path: Path | str, *, device: torch.device | str = "cpu") -> Scor
 
     Raises CheckpointError if the file is absent, is no scorer, or lacks the tokenizer.
     """
-    from safetensors import SafetensorError, safe_open
     from tokenizers import Tokenizer
 
-    if not Path(path).is_file():
-        raise CheckpointError(f"no scorer at {path}: give the path of a scorer.safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    if TOKENIZER_KEY not in metadata or "text.tokens" not in tensors:
+    file = Checkpoint((Path(path),))
+    metadata = file.metadata
+    tensors = {name: file.tensor(name).float() for name in file.names}
+    if TOKENIZER_KEY not in metadata:
         raise CheckpointError(
-            f"{path} is no scorer: expected the tensor `text.tokens` and the metadata entry "
-            f"`{TOKENIZER_KEY}`; got {len(tensors)} tensors and {sorted(metadata)}"
+            f"{path} is no scorer: expected the metadata entry `{TOKENIZER_KEY}`, "
+            f"got {sorted(metadata)}"
         )
     tokenizer = Tokenizer.from_str(metadata[TOKENIZER_KEY])
-    scorer = Scorer(ScorerParams.of(tensors), tokenizer)
-    scorer.load_state_dict(tensors)
+    try:
+        scorer = Scorer(ScorerParams.of(tensors), tokenizer)
+        scorer.load_state_dict(tensors)
+    except (KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{path} is no scorer: its tensors do not fit: {error}") from error
     return scorer.to(device).eval().requires_grad_(False)
 
 

@@ -164,14 +164,15 @@ def _cut(text: str, size_px: int, width: int) -> str:
 
 
 def _wrapped(text: str, size_px: int, width: int) -> list[str]:
+    """Lines of whole clauses; a clause is what stands between two middle dots."""
     lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+    for clause in text.split(" · "):
+        longer = f"{lines[-1]} · {clause}".removeprefix(" · ")
         if lines[-1] and not _fits(longer, size_px, width):
-            lines.append(word)
+            lines.append(clause)
         else:
             lines[-1] = longer
-    return lines
+    return [_cut(line, size_px, width) for line in lines]
 
 
 def _drawable(text: str) -> str:

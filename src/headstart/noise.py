@@ -1,0 +1,139 @@
+"""Where unit normals come from: n = philox_normal(seed, sample, row), or tensors that are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from operator import index
+
+import torch
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart_kernels import INITIAL, philox_normal
+
+
+@dataclass(frozen=True, slots=True)
+class Philox:
+    """Counter-based noise: image (seed, sample) has the same bits in any batch, on any device.
+
+    seeds    one integer in [0, 2^64) for each image
+    samples  one integer in [0, 2^32) for each image, all 0 by default: the images of one seed
+
+    Philox 4x32-10 (Salmon et al., SC'11) with key = seed and counter = (element div 4, row + 1,
+    sample, 0); row + 1 = 0 is the initial draw. A draw depends on its row, not on the draws before
+    it, so a split run, a resumed run and a run on another machine see the same noise. The pair
+    (seed, sample) names an image; twice the same pair raises InputError.
+    """
+
+    seeds: tuple[int, ...]
+    samples: tuple[int, ...]
+
+    def __init__(self, seeds: int | Sequence[int], samples: Sequence[int] | None = None) -> None:
+        seeds = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
+        samples = (0,) * len(seeds) if samples is None else tuple(samples)
+        object.__setattr__(self, "seeds", _integers("seed", seeds, 64))
+        object.__setattr__(self, "samples", _integers("sample", samples, 32))
+        self._check()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return philox_normal(self.seeds, self.samples, INITIAL, shape, device)
+
+    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        return philox_normal(self.seeds, self.samples, index, shape, device)
+
+    def _check(self) -> None:
+        if not self.seeds:
+            raise InputError("no seeds: give one for each image, as in Philox([0, 1, 2, 3])")
+        if len(self.samples) != len(self.seeds):
+            raise InputError(
+                f"{len(self.seeds)} seeds but {len(self.samples)} samples: give one of each for "
+                "every image, or leave samples out"
+            )
+        seen: dict[tuple[int, int], int] = {}
+        for image, pair in enumerate(zip(self.seeds, self.samples, strict=True)):
+            first = seen.setdefault(pair, image)
+            if first != image:
+                raise InputError(
+                    f"images {first} and {image} have the same seed {pair[0]} and sample "
+                    f"{pair[1]}, so they would be the same image: change a seed, or number them, "
+                    f"as in Philox(seeds, samples=range({len(self.seeds)}))"
+                )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Given:
+    """Noise that is handed in, for parity with another implementation.
+
+    initial  [B, C, h, w] unit normals, any float dtype
+    steps    for each row of the table one [B, C, h, w], or None where the row adds no noise; rows
+             past the end have none
+
+    Draws are float32 on the device asked for. Raises InputError for shapes that do not agree, and
+    for a row that needs noise and has none.
+    """
+
+    initial_noise: Tensor
+    steps: tuple[Tensor | None, ...]
+
+    def __init__(self, initial: Tensor, steps: Sequence[Tensor | None] = ()) -> None:
+        object.__setattr__(self, "initial_noise", initial)
+        object.__setattr__(self, "steps", tuple(steps))
+        for name, tensor in (("initial", initial), *enumerate(self.steps)):
+            if tensor is not None:
+                self._check(f"row {name}" if isinstance(name, int) else name, tensor)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[C, h, w] of one image."""
+        return tuple(self.initial_noise.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.initial_noise)
+
+    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self._draw(self.initial_noise, shape, device)
+
+    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        drawn = self.steps[index] if index < len(self.steps) else None
+        if drawn is None:
+            have = [row for row, tensor in enumerate(self.steps) if tensor is not None]
+            raise InputError(
+                f"row {index} adds noise, but steps has a tensor only for rows {have}: give "
+                f"steps[{index}] as {list(self.initial_noise.shape)}"
+            )
+        return self._draw(drawn, shape, device)
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if tensor.ndim != 4 or tensor.numel() == 0 or not tensor.is_floating_point():
+            raise InputError(
+                f"{name}: expected float noise [B, C, h, w], got {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+        if tensor.shape != self.initial_noise.shape:
+            raise InputError(
+                f"{name}: expected the shape of the initial noise "
+                f"{list(self.initial_noise.shape)}, got {list(tensor.shape)}"
+            )
+
+    def _draw(self, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
+        if tuple(shape) != self.shape:
+            raise InputError(
+                f"latents of {list(shape)} were asked for, but the given noise is for "
+                f"{list(self.shape)}: give noise of that shape, or sample at this one"
+            )
+        return tensor.to(device=device, dtype=torch.float32)
+
+
+def _integers(name: str, values: Sequence[int], bits: int) -> tuple[int, ...]:
+    try:
+        numbers = tuple(index(value) for value in values)
+    except TypeError as error:
+        raise InputError(f"{name}s are whole numbers, got {values!r}: {error}") from error
+    for number in numbers:
+        if not 0 <= number < 1 << bits:
+            raise InputError(f"{name} {number} is outside [0, 2^{bits}): give one inside")
+    return numbers

@@ -1,0 +1,242 @@
+"""The loop: x = init_scale*n, then for every row F = network(c_in*x, t) and one fused step.
+
+x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning, Denoiser, NoiseSource
+from headstart.noise import Given
+from headstart.table import Step, StepTable
+from headstart_kernels import fused_step, scale_input
+
+Check = Literal["auto", "each", "last", "never"]
+
+
+class State(NamedTuple):
+    """What a row leaves behind: everything that going on from it needs.
+
+    step  the row's number in the whole plan
+    x     [B, C, h, w] float32, the latent after the row, in sigma space
+    x0    [B, C, h, w] float32, what the row predicted
+    """
+
+    step: int
+    x: Tensor
+    x0: Tensor
+
+
+def sample(
+    table: StepTable,
+    denoisers: Mapping[str, Denoiser],
+    cond: Conditioning,
+    noise: NoiseSource,
+    *,
+    uncond: Conditioning | None = None,
+    resume: State | None = None,
+    shape: Sequence[int] | None = None,
+    before_row: Callable[[Step], None] | None = None,
+    check: Check = "auto",
+) -> Iterator[State]:
+    """Run a table, one State a row; to stop iterating is to cancel, and leaves nothing behind.
+
+    denoisers   the network of every model that the rows left to run name: any callable
+                (x_in, timestep, cond) -> F. x_in is c_in*x in the dtype of its `dtype` attribute,
+                else of cond.context; timestep [B] is int64 where the row's is whole, else float32
+    cond        for B samples, or for one that all share; the run is on its device
+    noise       B unit normals for the start and for each row that adds noise
+    uncond      needed by rows with guidance other than 1, which make ONE call on the 2B samples
+                (uncond, cond); guidance 1 is conditional only, one pass
+    resume      a State of this plan: goes on with the next row, to the same bits as the run that
+                made it, on any part of the table. State(first - 1, x, x) starts from a latent
+    shape       [C, h, w] of one latent; not needed with `resume` or with `Given` noise
+    before_row  called with each row before its network: for progress, and to set the strengths of
+                the row's adapters, which the sampler cannot
+    check       a NaN or an infinity in x0 raises InputError naming step, model and samples: after
+                "each" row, after the "last" row (naming the first bad one), or "never". "auto" is
+                "each" on a CPU and "last" elsewhere, where each look would wait for the device
+
+    Raises InputError for anything missing, before the first network call. Generators share
+    nothing, so runs may be interleaved. To steer, resume from a changed State.
+    """
+    steps = _rows_left(table, resume)
+    _check_models(steps, denoisers, before_row)
+    device, batch = cond.context.device, len(noise)
+    cond = cond.expand(batch)
+    pair = _guided_pair(steps, cond, uncond)
+    latent = _latent_shape(shape, noise, resume)
+    if resume is not None:
+        _check_state(resume, (batch, *latent), device)
+    run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row)
+    return _loop(run, resume, _Watch(check, device))
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    table: StepTable
+    denoisers: Mapping[str, Denoiser]
+    cond: Conditioning
+    pair: Conditioning | None
+    noise: NoiseSource
+    latent: tuple[int, ...]
+    device: torch.device
+    before_row: Callable[[Step], None] | None
+
+
+def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
+    table, rows = run.table, torch.tensor(run.table.coefficients())
+    if state is None:
+        x = run.noise.initial(run.latent, run.device) * table.init_scale
+        state = State(table.first - 1, x, x)
+    for number in range(state.step + 1, table.first + len(table)):
+        row = number - table.first
+        step, x = table[row], state.x
+        if run.before_row is not None:
+            run.before_row(step)
+        with torch.no_grad():
+            f, f_uncond = _predict(run, step, scale_input(x, rows, row, _dtype(run, step)))
+            n = run.noise.step(number, run.latent, run.device) if step.add else None
+            x, x0 = fused_step(x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0)
+        watch.look(number, step.model, x0, last=row == len(table) - 1)
+        state = State(number, x, x0)
+        yield state
+
+
+def _predict(run: _Run, step: Step, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
+    denoiser, batch = run.denoisers[step.model], len(x_in)
+    if step.guidance == 1.0:
+        return denoiser(x_in, _timestep(step, batch, run.device), run.cond), None
+    assert run.pair is not None
+    both = denoiser(torch.cat((x_in, x_in)), _timestep(step, 2 * batch, run.device), run.pair)
+    f_uncond, f_cond = both.split_with_sizes([batch, batch])
+    return f_cond, f_uncond
+
+
+def _timestep(step: Step, count: int, device: torch.device) -> Tensor:
+    if step.timestep.is_integer():
+        return torch.full((count,), int(step.timestep), dtype=torch.int64, device=device)
+    return torch.full((count,), step.timestep, dtype=torch.float32, device=device)
+
+
+def _dtype(run: _Run, step: Step) -> torch.dtype:
+    return getattr(run.denoisers[step.model], "dtype", run.cond.context.dtype)
+
+
+@dataclass(slots=True)
+class _Watch:
+    """Looks for NaN and infinity in x0 by its largest absolute value, one number a sample."""
+
+    check: Check
+    device: torch.device
+    seen: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
+
+    def __post_init__(self) -> None:
+        if self.check not in get_args(Check):
+            raise InputError(f"check: expected one of {get_args(Check)}, got {self.check!r}")
+        if self.check == "auto":
+            self.check = "each" if self.device.type == "cpu" else "last"
+
+    def look(self, number: int, model: str, x0: Tensor, *, last: bool) -> None:
+        if self.check == "never":
+            return
+        self.seen.append((number, model, x0.abs().amax((1, 2, 3))))
+        if self.check == "each" or last:
+            for seen in self.seen:
+                _require_finite(*seen)
+            self.seen.clear()
+
+
+def _require_finite(number: int, model: str, peak: Tensor) -> None:
+    bad = [sample for sample, value in enumerate(peak.unbind()) if not math.isfinite(value)]
+    if bad:
+        raise InputError(
+            f"step {number}: the {model!r} network gave NaN or infinity for sample(s) {bad} of "
+            f"{len(peak)}: a half-precision network that overflows needs bfloat16 or float32"
+        )
+
+
+def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
+    if resume is None:
+        if table.first:
+            raise InputError(
+                f"this part of a plan begins at row {table.first}: give resume=, the State of row "
+                f"{table.first - 1}, or State({table.first - 1}, x, x) to start from a latent x"
+            )
+        return table.steps
+    done = resume.step + 1 - table.first
+    if not 0 <= done <= len(table):
+        raise InputError(
+            f"resume is a State of row {resume.step}, but the table has rows {table.first} to "
+            f"{table.first + len(table) - 1}: give the State of one of these, or of the row before"
+        )
+    return table.steps[done:]
+
+
+def _check_models(
+    steps: Sequence[Step],
+    denoisers: Mapping[str, Denoiser],
+    before_row: Callable[[Step], None] | None,
+) -> None:
+    unknown = sorted({step.model for step in steps} - set(denoisers))
+    if unknown:
+        raise InputError(
+            f"the plan names model(s) {unknown}, but denoisers has {sorted(denoisers)}: add the "
+            "missing network, or give the plan's legs the names it has"
+        )
+    adapters = sorted({name for step in steps for name, _ in step.adapters})
+    if adapters and before_row is None:
+        raise InputError(
+            f"rows of this plan set adapter(s) {adapters}: sample through an Engine that has them "
+            "attached, or give before_row=, which sets the strengths of `step.adapters`"
+        )
+
+
+def _guided_pair(
+    steps: Sequence[Step], cond: Conditioning, uncond: Conditioning | None
+) -> Conditioning | None:
+    guided = next((step for step in steps if step.guidance != 1.0), None)
+    if guided is None:
+        return None
+    if uncond is None:
+        raise InputError(
+            f"the {guided.model!r} row at timestep {guided.timestep:g} has guidance "
+            f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
+            "guidance 1.0 needs none"
+        )
+    return Conditioning.cat((uncond.expand(len(cond)), cond))
+
+
+def _latent_shape(
+    shape: Sequence[int] | None, noise: NoiseSource, resume: State | None
+) -> tuple[int, ...]:
+    if shape is None and resume is not None:
+        shape = resume.x.shape[1:]
+    if shape is None and isinstance(noise, Given):
+        shape = noise.shape
+    if shape is None:
+        raise InputError(
+            "the latent's size is unknown: give shape=(C, h, w), such as (4, 128, 128)"
+        )
+    if len(shape) != 3 or min(shape) < 1:
+        raise InputError(f"shape: expected [C, h, w] of one latent, got {list(shape)}")
+    return tuple(shape)
+
+
+def _check_state(state: State, shape: tuple[int, ...], device: torch.device) -> None:
+    for name, tensor in (("x", state.x), ("x0", state.x0)):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise InputError(
+                f"resume.{name}: expected float32 {list(shape)}, got {tensor.dtype} "
+                f"{list(tensor.shape)}: seeds, conditioning and State must be of the same batch"
+            )
+        if tensor.device != device:
+            raise InputError(f"resume.{name} is on {tensor.device}, cond on {device}: move one")

@@ -1,0 +1,234 @@
+"""The compiled plan: one row of numbers for each network call, known before the first of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from headstart.errors import PlanError
+
+Start = Literal["sigma", "unit"]
+COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
+FORMAT = "headstart.table/1"
+
+
+class Step(NamedTuple):
+    """One row: x0 = c_skip*x + c_out*F,  x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n.
+
+    F = F_uncond + guidance*(F_cond - F_uncond) with the network called on c_in*x at `timestep`;
+    x goes from level `sigma` to `sigma_next`. `adapters` are (name, strength) pairs.
+    """
+
+    model: str
+    timestep: float
+    sigma: float
+    sigma_next: float
+    c_in: float
+    c_skip: float
+    c_out: float
+    keep: float
+    add: float
+    carry: float
+    guidance: float
+    adapters: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def passes(self) -> int:
+        """Network passes of this row: two where guidance mixes in the unconditional output."""
+        return 1 if self.guidance == 1.0 else 2
+
+
+@dataclass(frozen=True, slots=True)
+class StepTable:
+    """Rows that chain: each ends at exactly the sigma the next one starts from, always falling.
+
+    steps     the rows, at least one
+    start     how unit noise becomes the first x, see `init_scale`
+    schedule  fingerprint of the NoiseSchedule the rows were compiled against
+    name      the plan's name
+    first     index of steps[0] in the unsliced table. Noise is keyed by it, so a slice draws what
+              the whole run would have drawn there.
+
+    Raises PlanError for rows that do not chain or are not finite.
+    """
+
+    steps: tuple[Step, ...]
+    start: Start = "sigma"
+    schedule: str = ""
+    name: str = "custom"
+    first: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise PlanError("a table needs at least one row")
+        if self.start not in ("sigma", "unit"):
+            raise PlanError(f"start must be 'sigma' or 'unit', not {self.start!r}")
+        for index, step in enumerate(self.steps):
+            _check(index, step, self.steps[index + 1] if index + 1 < len(self.steps) else None)
+
+    @property
+    def init_scale(self) -> float:
+        """x = init_scale * n before the first row: sigma ("sigma") or sqrt(1 + sigma^2) ("unit").
+
+        The originals differ: Euler on trailing and linspace grids starts at sigma*n, while DDIM,
+        LCM and Euler on leading grids start with c_in*x = n (diffusers `init_noise_sigma`).
+        """
+        sigma = self.steps[0].sigma
+        return sigma if self.start == "sigma" else math.sqrt(1.0 + sigma * sigma)
+
+    @property
+    def handoffs(self) -> tuple[int, ...]:
+        """Row numbers at which another model takes over."""
+        pairs = enumerate(pairwise(self.steps), start=1)
+        return tuple(index for index, (here, after) in pairs if here.model != after.model)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models in order of first use."""
+        return tuple(dict.fromkeys(step.model for step in self.steps))
+
+    def passes(self, model: str | None = None) -> int:
+        """Network passes of the whole table, or of one model's rows."""
+        return sum(step.passes for step in self.steps if model in (None, step.model))
+
+    def strengths(self, adapter: str) -> tuple[float, ...] | None:
+        """A column: this adapter's strength on each row, 0 on rows that do not name it.
+
+        None where no row names it: then the plan leaves the adapter's strength alone.
+        """
+        found = [dict(step.adapters) for step in self.steps]
+        if not any(adapter in row for row in found):
+            return None
+        return tuple(row.get(adapter, 0.0) for row in found)
+
+    def coefficients(self) -> npt.NDArray[np.float32]:
+        """[N, 8] float32, columns as in COLUMNS: what a device table holds."""
+        rows = [[getattr(step, column) for column in COLUMNS] for step in self.steps]
+        return np.array(rows, dtype=np.float32)
+
+    @property
+    def c_in_next(self) -> npt.NDArray[np.float32]:
+        """[N] float32: c_in at sigma_next, the scale of the next network input; 1 at the end."""
+        return np.array([_c_in(step.sigma_next) for step in self.steps], dtype=np.float32)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[Step]:
+        return iter(self.steps)
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+    @overload
+    def __getitem__(self, index: slice) -> StepTable: ...
+    def __getitem__(self, index: int | slice) -> Step | StepTable:
+        """A row, or a run of rows as a table; a run that starts with carry != 0 must be resumed."""
+        if isinstance(index, int):
+            return self.steps[index]
+        begin, end, stride = index.indices(len(self.steps))
+        if stride != 1 or begin >= end:
+            raise PlanError(f"a part of a {len(self)}-row table is a run of rows, not {index}")
+        return replace(self, steps=self.steps[begin:end], first=self.first + begin)
+
+    def to_json(self) -> str:
+        """Text that `from_json` turns back into an equal table: every float64 survives."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "name": self.name,
+                "start": self.start,
+                "schedule": self.schedule,
+                "first": self.first,
+                "columns": Step._fields,
+                "rows": self.steps,
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> StepTable:
+        """The table `to_json` wrote. Raises PlanError for text that is not one."""
+        try:
+            found: Any = json.loads(text)
+            if found["format"] != FORMAT or tuple(found["columns"]) != Step._fields:
+                raise PlanError(f"not a {FORMAT} with columns {', '.join(Step._fields)}")
+            return cls(
+                steps=tuple(_read_step(row) for row in found["rows"]),
+                start=found["start"],
+                schedule=str(found["schedule"]),
+                name=str(found["name"]),
+                first=int(found["first"]),
+            )
+        except PlanError:
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise PlanError(f"not a step table in JSON: {error!r}") from error
+
+    def __str__(self) -> str:
+        """The rows as an aligned table, with a line where one model hands over to the next."""
+        header = ("step", "model", "timestep", "sigma", "sigma_next", "keep", "add", "carry")
+        cells = [(*header, "guidance"), *(self._cells(i) for i in range(len(self)))]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        lines = ["  ".join(_pad(row, widths)).rstrip() for row in cells]
+        for index in reversed(self.handoffs):
+            lines.insert(index + 1, self._handoff_line(index, len(lines[0])))
+        return "\n".join([*lines, self._summary()])
+
+    def _cells(self, index: int) -> tuple[str, ...]:
+        step = self.steps[index]
+        numbers = (step.sigma, step.sigma_next, step.keep, step.add, step.carry)
+        return (
+            str(self.first + index),
+            step.model,
+            f"{step.timestep:g}",
+            *(f"{number:.4f}" for number in numbers),
+            f"{step.guidance:g}",
+        )
+
+    def _handoff_line(self, index: int, width: int) -> str:
+        before, after = self.steps[index - 1], self.steps[index]
+        return f"-- {before.model} hands over to {after.model} at sigma {after.sigma:.4f} ".ljust(
+            width, "-"
+        )
+
+    def _summary(self) -> str:
+        parts = ", ".join(f"{model} {self.passes(model)}" for model in self.models)
+        counted = f"{self.passes()} network passes ({parts})"
+        return f"{self.name}: {counted}; x starts as {self.init_scale:.4f} * noise"
+
+
+def _check(index: int, step: Step, after: Step | None) -> None:
+    numbers = [getattr(step, column) for column in (*COLUMNS, "sigma", "sigma_next")]
+    if not all(math.isfinite(number) for number in numbers):
+        raise PlanError(f"row {index} is not finite: {step}")
+    if not step.sigma > step.sigma_next >= 0.0:
+        raise PlanError(f"row {index} must go down, not from {step.sigma} to {step.sigma_next}")
+    if after is not None and step.sigma_next != after.sigma:
+        raise PlanError(
+            f"row {index} ends at sigma {step.sigma_next}, but row {index + 1} starts at "
+            f"{after.sigma}: rows must chain exactly"
+        )
+
+
+def _read_step(row: Any) -> Step:
+    model, *numbers, adapters = row
+    return Step(
+        str(model),
+        *(float(number) for number in numbers),
+        adapters=tuple((str(name), float(strength)) for name, strength in adapters),
+    )
+
+
+def _c_in(sigma: float) -> float:
+    return 1.0 / math.sqrt(1.0 + sigma * sigma)
+
+
+def _pad(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
+    for column, (cell, width) in enumerate(zip(row, widths, strict=True)):
+        yield cell.ljust(width) if column == 1 else cell.rjust(width)

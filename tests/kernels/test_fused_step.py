@@ -1,0 +1,270 @@
+"""fused_step: every bit defined, every term that is 0 left out, every wrong input explained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import headstart_kernels.ops  # noqa: F401  (registers the operators)
+from headstart.table import COLUMNS as PLAN_COLUMNS
+from headstart_kernels import COLUMNS, Impl, fused_step, scale_input
+from headstart_kernels.table import Row, host_row
+from headstart_kernels.testing import (
+    STEP_ROUNDINGS,
+    X0_ROUNDINGS,
+    assert_within,
+    random_latents,
+    random_table,
+    step_oracle,
+)
+
+SHAPE = (3, 4, 5, 7)
+NAN = torch.full(SHAPE, float("nan"))
+NAMES = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
+
+
+def operands(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """Every input of a step: x at a high noise level, network outputs in `dtype`."""
+    made = {name: random_latents(*SHAPE, seed=seed) for seed, name in enumerate(NAMES)}
+    made["x"] = made["x"] * 14.6
+    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+
+
+def table_of(**columns: float) -> Tensor:
+    row = {"c_in": 0.5, "c_skip": 1.0, "c_out": -2.0, "keep": 0.25, "guidance": 1.0} | columns
+    return torch.tensor([[row.get(column, 0.0) for column in COLUMNS]])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.int32), b.view(torch.int32))
+
+
+def numpy_step(row: np.ndarray, given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """The formula in float32, one rounding an operation, in the documented order."""
+    x, f, u, n, prev = (given[name].float().numpy() for name in NAMES)
+    _, c_skip, c_out, keep, add, carry, guidance, _ = row
+    x0 = c_skip * x + c_out * (u + guidance * (f - u))
+    return ((x0 + keep * (x - x0)) + carry * (x0 - prev)) + add * n, x0
+
+
+def test_columns_are_the_plans_columns() -> None:
+    assert COLUMNS == PLAN_COLUMNS
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_bits_are_those_of_the_formula_written_in_numpy(dtype: torch.dtype) -> None:
+    given, table = operands(dtype), random_table(8)
+    for step in range(8):
+        x_next, x0 = fused_step(table=table, step=step, **given)
+        expected_next, expected_x0 = numpy_step(table[step].numpy(), given)
+        assert same_bits(x_next, torch.from_numpy(expected_next))
+        assert same_bits(x0, torch.from_numpy(expected_x0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_error_stays_in_its_budget_of_float32_roundings(dtype: torch.dtype) -> None:
+    given, table = operands(dtype), random_table(8, seed=1)
+    for step in range(8):
+        x_next, x0 = fused_step(table=table, step=step, **given)
+        exact = step_oracle(row=host_row(table, step), **given)
+        assert_within(x0, exact.x0, exact.x0_magnitude, X0_ROUNDINGS, "x0")
+        assert_within(x_next, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS, "x_next")
+
+
+def test_the_error_budget_notices_a_wrong_coefficient_and_a_nan() -> None:
+    given, table = operands(), random_table(2)
+    exact = step_oracle(row=host_row(table, 0), **given)
+    got, _ = fused_step(table=table, step=0, **given)
+    for wrong in (got * (1 + 2e-6), got.index_fill(0, torch.tensor(1), float("nan"))):
+        with pytest.raises(AssertionError, match="roundings"):
+            assert_within(wrong, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    row=st.lists(st.sampled_from([0.0, 1.0, -14.6, 0.3]), min_size=7, max_size=7),
+    given_names=st.sets(st.sampled_from(["f_uncond", "noise", "x0_prev"])),
+)
+def test_a_device_side_row_gives_the_bits_of_a_host_row(
+    row: list[float], given_names: set[str]
+) -> None:
+    columns = Row(*row, timestep=999.0)
+    if "f_uncond" not in given_names:
+        columns = columns._replace(guidance=1.0)
+    if "noise" not in given_names:
+        columns = columns._replace(add=0.0)
+    if "x0_prev" not in given_names:
+        columns = columns._replace(carry=0.0)
+    table = torch.tensor([[7.0] * 8, [*columns]])
+    given = {k: v for k, v in operands().items() if k in given_names | {"x", "f_cond"}}
+    host = fused_step(table=table, step=1, **given)
+    device = fused_step(table=table, step=torch.tensor(1), **given)
+    assert all(same_bits(a, b) for a, b in zip(host, device, strict=True))
+
+
+class NoReadBack(TorchDispatchMode):
+    """Fails where an operation brings a tensor's value to Python, or makes a shape depend on it."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        assert not any(word in name for word in ("_local_scalar_dense", "nonzero", "equal")), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_tensor_step_is_never_read_back() -> None:
+    given, table, step = operands(torch.float16), random_table(4), torch.tensor(2)
+    guidance = torch.tensor([1.0, 2.0, 7.5])
+    with NoReadBack():
+        x_in = torch.empty(6, *SHAPE[1:], dtype=torch.float16)
+        fused_step(table=table, step=step, guidance=guidance, x_in=x_in, **given)
+        scale_input(given["x"], table, step, torch.float16)
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReadBack():
+        step.item()
+
+
+@pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
+def test_terms_with_coefficient_0_are_left_out_even_of_nan(step: int | Tensor) -> None:
+    given = operands()
+    expected, _ = fused_step(given["x"], given["f_cond"], table_of(), 0)
+    poisoned = fused_step(
+        given["x"], given["f_cond"], table_of(), step, f_uncond=NAN, noise=NAN, x0_prev=NAN
+    )
+    assert same_bits(poisoned[0], expected)
+    # An x0 prediction under fresh noise does not look at x at all.
+    row = table_of(c_skip=0.0, c_out=1.0, keep=0.0, add=2.0)
+    x_next, x0 = fused_step(NAN, given["f_cond"], row, step, noise=given["noise"])
+    assert same_bits(x0, given["f_cond"])
+    assert same_bits(x_next, given["f_cond"] + 2.0 * given["noise"])
+
+
+@pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
+def test_the_final_row_gives_exactly_x0_in_a_tensor_of_its_own(step: int | Tensor) -> None:
+    given = operands()
+    given["f_cond"][0, 0, 0, 0] = given["x"][0, 0, 0, 0] = -0.0
+    x_next, x0 = fused_step(
+        given["x"], given["f_cond"], table_of(keep=0.0, c_skip=0.0, c_out=2.0), step
+    )
+    assert same_bits(x_next, x0)
+    assert torch.signbit(x_next[0, 0, 0, 0])
+    assert x_next.data_ptr() != x0.data_ptr()
+
+
+@pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
+def test_guidance_of_exactly_1_is_the_single_pass(step: int | Tensor) -> None:
+    given = operands()
+    x, f, u = given["x"], given["f_cond"], given["f_uncond"]
+    single = fused_step(x, f, table_of(), step)
+    assert same_bits(fused_step(x, f, table_of(), step, f_uncond=u)[0], single[0])
+    # ... although u + 1*(f - u) is not f in float32
+    assert not same_bits(u + 1.0 * (f - u), f)
+
+
+@pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
+def test_guidance_per_sample_equals_each_sample_alone(step: int | Tensor) -> None:
+    given, scales = operands(), (1.0, 7.5, 0.0)
+    x, f, u = given["x"], given["f_cond"], given["f_uncond"]
+    mixed = fused_step(x, f, table_of(), step, f_uncond=u, guidance=torch.tensor(scales))
+    for i, scale in enumerate(scales):
+        one = slice(i, i + 1)
+        alone = fused_step(x[one], f[one], table_of(guidance=scale), step, f_uncond=u[one])
+        assert same_bits(mixed[0][one], alone[0]) and same_bits(mixed[1][one], alone[1])
+
+
+@pytest.mark.parametrize("as_step", [int, torch.tensor], ids=["host row", "device row"])
+def test_x_in_is_the_next_rows_network_input(as_step: type) -> None:
+    given, table = operands(), random_table(3)
+    for step, following in ((0, 1), (1, 2), (2, 2)):
+        x_in = torch.full((2 * SHAPE[0], *SHAPE[1:]), float("nan"), dtype=torch.bfloat16)
+        x_next, _ = fused_step(table=table, step=as_step(step), x_in=x_in, **given)
+        expected = scale_input(x_next, table, as_step(following), torch.bfloat16)
+        assert torch.equal(expected, (x_next * table[following, 0]).bfloat16())
+        assert torch.equal(x_in, torch.cat((expected, expected)))
+
+
+def test_outputs_take_the_layout_of_x_whatever_the_networks_layout() -> None:
+    given, table = operands(torch.float16), random_table(1)
+    expected = fused_step(table=table, step=0, **given)
+    nhwc = {k: v.contiguous(memory_format=torch.channels_last) for k, v in given.items()}
+    for mixed in (given | {"f_cond": nhwc["f_cond"]}, nhwc | {"f_cond": given["f_cond"]}):
+        for got, value in zip(fused_step(table=table, step=0, **mixed), expected, strict=True):
+            assert same_bits(got.contiguous(), value)
+            assert got.stride() == mixed["x"].stride()
+
+
+def test_inputs_are_not_written_to() -> None:
+    given, table = operands(), random_table(1)
+    before = {name: tensor.clone() for name, tensor in given.items()}
+    fused_step(table=table, step=0, **given)
+    assert all(same_bits(given[name], before[name]) for name in given)
+
+
+BAD = [
+    (dict(x=torch.zeros(SHAPE).half()), TypeError, "state is float32.*x.float"),
+    (dict(f_cond=torch.zeros(3, 8, 5, 7)), ValueError, r"f_cond: expected the shape of x \[3, 4"),
+    (dict(f_cond=torch.zeros(SHAPE).int()), TypeError, "f_cond: expected a float dtype"),
+    (dict(noise=torch.zeros(SHAPE).half()), TypeError, "noise: expected torch.float32"),
+    (dict(table=torch.zeros(2, 7)), ValueError, r"table: expected float32 \[N, 8\].*c_in, c_skip"),
+    (dict(table=torch.zeros(2, 8).double()), ValueError, "table: expected float32"),
+    (dict(step=2), ValueError, "rows 0 to 1, got 2"),
+    (dict(step=-1), ValueError, "rows 0 to 1, got -1"),
+    (dict(step=torch.tensor([0])), TypeError, "0-d int64"),
+    (dict(step=torch.tensor(0.0)), TypeError, "0-d int64"),
+    (dict(guidance=torch.ones(2)), ValueError, r"guidance: expected float32 \[3\]"),
+    (dict(f_uncond=None, guidance=torch.ones(3)), ValueError, "without f_uncond"),
+    (dict(f_uncond=None), ValueError, "row 0 has guidance .* needs f_uncond"),
+    (dict(noise=None), ValueError, "row 0 has add .* needs noise"),
+    (dict(x0_prev=None), ValueError, "row 0 has carry .* needs x0_prev"),
+    (dict(x_in=torch.zeros(4, 4, 5, 7)), ValueError, "x_in: expected the shape of x"),
+    (dict(noise=torch.zeros(SHAPE, device="meta")), ValueError, "noise: is on meta, but .* cpu"),
+    (dict(impl="cuda"), ValueError, "'cuda' does not exist in this version; there is 'reference'"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[case[2] for case in BAD])
+def test_a_wrong_input_is_explained(
+    change: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    arguments = {**operands(), "table": random_table(2), "step": 0, **change}
+    with pytest.raises(kind, match=message):
+        fused_step(**arguments)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_reference_can_be_asked_for_by_name() -> None:
+    given, table = operands(), random_table(1)
+    default = fused_step(table=table, step=0, **given)
+    for impl in ("reference", Impl.REFERENCE):
+        assert same_bits(fused_step(table=table, step=0, impl=impl, **given)[0], default[0])
+
+
+def test_the_registered_operators_are_what_torch_asks_of_one() -> None:
+    given, table, step = operands(torch.float16), random_table(3), torch.tensor(1)
+    ops = torch.ops.headstart_kernels
+    x_in = torch.empty(SHAPE, dtype=torch.float16)
+    cases = [
+        (ops.fused_step, (given["x"], given["f_cond"], table, step), {}),
+        (
+            ops.fused_step,
+            (given.pop("x"), given.pop("f_cond"), table, step),
+            given | {"x_in": x_in},
+        ),
+        (ops.scale_input, (random_latents(*SHAPE), table, step, torch.bfloat16), {}),
+        (ops.philox_normal, (torch.tensor([1, 2]), torch.tensor([0, 0]), step, (4, 3, 3)), {}),
+        (ops.preview_rgb, (random_latents(*SHAPE), torch.rand(4, 3), torch.rand(3), 2), {}),
+        (ops.decode_u8, (random_latents(2, 3, 4, 5, dtype=torch.float16),), {}),
+    ]
+    for op, args, kwargs in cases:
+        torch.library.opcheck(
+            op.default, args, kwargs, test_utils=("test_schema", "test_faketensor")
+        )
+
+
+def test_an_operator_gives_the_bits_of_the_plain_function() -> None:
+    given, table = operands(), random_table(3)
+    plain = fused_step(table=table, step=1, **given)
+    op = torch.ops.headstart_kernels.fused_step(table=table, step=torch.tensor(1), **given)
+    assert all(same_bits(a, b) for a, b in zip(plain, op, strict=True))

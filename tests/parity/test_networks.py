@@ -1,0 +1,191 @@
+"""The networks against diffusers' own, with random weights, in float64 and in float32.
+
+In float64 both must agree to 1e-9. In float32 our distance from the float64 result may be at most
+twice the one diffusers itself has there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headstart.interfaces import Conditioning
+from headstart.load import load_tiny, load_unet, load_vae
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    diffusers = pytest.importorskip("diffusers")
+
+DOWN, CROSS = "DownBlock2D", "CrossAttnDownBlock2D"
+SIZE = {"in_channels": 4, "out_channels": 4, "sample_size": 8}
+SDXL_LIKE = {
+    "block_out_channels": (32, 64, 64),
+    "down_block_types": (DOWN, CROSS, CROSS),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (2, 4, 4),
+    "cross_attention_dim": 24,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 12 + 6 * 8,
+}
+UNETS: dict[str, dict[str, Any]] = {
+    "sd15-like": {
+        "block_out_channels": (32, 64, 64),
+        "down_block_types": (CROSS, CROSS, DOWN),
+        "layers_per_block": 2,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+    },
+    "sd21-like": {
+        "block_out_channels": (32, 64),
+        "down_block_types": (CROSS, DOWN),
+        "layers_per_block": 1,
+        "attention_head_dim": (2, 4),
+        "cross_attention_dim": 24,
+        "use_linear_projection": True,
+    },
+    "sdxl-like": SDXL_LIKE,
+    "lcm-like": {**SDXL_LIKE, "time_cond_proj_dim": 16},
+    "no-mid": {
+        "block_out_channels": (32, 64),
+        "down_block_types": (CROSS, CROSS),
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "attention_head_dim": 4,
+        "cross_attention_dim": 24,
+    },
+    "demo-like": {
+        "block_out_channels": (32, 64, 128),
+        "down_block_types": (DOWN, CROSS, CROSS),
+        "layers_per_block": 1,
+        "attention_head_dim": (1, 2, 4),
+        "cross_attention_dim": 24,
+        "norm_num_groups": 16,
+        "use_linear_projection": True,
+    },
+}
+
+
+def distance(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def compare(
+    ours: nn.Module,
+    theirs: nn.Module,
+    run: Callable[[nn.Module, torch.dtype], Tensor],
+    run_theirs: Callable[[nn.Module, torch.dtype], Tensor],
+) -> None:
+    """Agreement in float64, and no more rounding in float32 than twice diffusers' own."""
+    with torch.no_grad():
+        rough = run(ours.float(), torch.float32), run_theirs(theirs.float(), torch.float32)
+        exact = run_theirs(theirs.double(), torch.float64)
+        assert exact.norm() > 0.1
+        assert distance(run(ours.double(), torch.float64), exact) < 1e-9
+    assert distance(rough[0], exact) <= 2 * distance(rough[1], exact) + 2.0**-24
+
+
+def randomise(module: nn.Module) -> None:
+    """Norm scales and biases too, which are born as ones and zeros."""
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_a_unet_equals_diffusers(tmp_path: Path, name: str) -> None:
+    config = UNETS[name]
+    up = tuple(kind.replace("Down", "Up") for kind in reversed(config["down_block_types"]))
+    theirs = diffusers.UNet2DConditionModel(**SIZE, **config, up_block_types=up).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_unet(tmp_path)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    torch.manual_seed(1)
+    x, time, context = draw(2, 4, 8, 6), torch.tensor([999, 37]), draw(2, 5, 24)
+    xl, lcm = name in ("sdxl-like", "lcm-like"), name == "lcm-like"
+    pooled = draw(2, 12) if xl else None
+    sizes = torch.tensor([[64.0, 48.0, 0.0, 8.0, 64.0, 48.0]] * 2) if xl else None
+    guidance = draw(2, 16) if lcm else None
+    cond = Conditioning(context, pooled, sizes, guidance)
+
+    def run_theirs(model: Any, dtype: torch.dtype) -> Tensor:
+        added = None
+        if pooled is not None:
+            added = {"text_embeds": pooled.to(dtype), "time_ids": sizes}
+        return model(
+            x.to(dtype),
+            time,
+            context.to(dtype),
+            added_cond_kwargs=added,
+            timestep_cond=None if guidance is None else guidance.to(dtype),
+        ).sample
+
+    compare(ours, theirs, lambda m, d: m(x.to(d), time, cond.to("cpu", d)), run_theirs)
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_a_vae_equals_diffusers(tmp_path: Path, direction: str) -> None:
+    theirs = diffusers.AutoencoderKL(
+        block_out_channels=(16, 32, 32),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        scaling_factor=0.13025,
+    ).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_vae(tmp_path)
+    assert ours.scale_factor == 0.13025
+    latents = torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    pixels = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
+    runs: dict[str, tuple[Any, Any]] = {
+        "decode": (
+            lambda m, d: m.decode(latents.to(d)),
+            lambda m, d: m.decode(latents.to(d) / 0.13025).sample,
+        ),
+        "encode": (
+            lambda m, d: m.encode(pixels.to(d)),
+            lambda m, d: m.encode(pixels.to(d)).latent_dist.mean * 0.13025,
+        ),
+    }
+    compare(ours, theirs, *runs[direction])
+
+
+@pytest.mark.parametrize("direction", ["decode", "encode"])
+def test_a_tiny_autoencoder_equals_diffusers(tmp_path: Path, direction: str) -> None:
+    theirs = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(16, 16, 16),
+        decoder_block_out_channels=(16, 16, 16),
+        num_encoder_blocks=(1, 3, 2),
+        num_decoder_blocks=(2, 3, 1),
+    ).eval()
+    randomise(theirs)
+    theirs.save_pretrained(tmp_path)
+    ours = load_tiny(tmp_path)
+    latents = torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    pixels = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
+    runs: dict[str, tuple[Any, Any]] = {
+        "decode": (
+            lambda m, d: m.decode(latents.to(d)),
+            lambda m, d: m.decode(latents.to(d)).sample,
+        ),
+        "encode": (
+            lambda m, d: m.encode(pixels.to(d)),
+            lambda m, d: m.encode(pixels.to(d)).latents,
+        ),
+    }
+    compare(ours, theirs, *runs[direction])

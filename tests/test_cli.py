@@ -1,0 +1,180 @@
+"""The command line: what it prints; a bad request is one line and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import headstart_weights
+from headstart import output
+from headstart.cli import main
+
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+NO_FILE: list[str] = []
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_plan_prints_the_table_and_its_json_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    from headstart.table import StepTable
+
+    assert main(["plan"]) == 0
+    assert "base hands over to distilled" in capsys.readouterr().out
+    assert main(["plan", "--preset", "dmd2", "--json"]) == 0
+    table = StepTable.from_json(capsys.readouterr().out)
+    assert [step.timestep for step in table] == [999, 759, 499, 259]
+
+
+def test_compare_writes_a_sheet_and_the_documented_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    assert main(["compare", "a fox", "--seeds", "0-3", "--out", str(sheet), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["prompt"] == "a fox"
+    assert found["seeds"] == [0, 1, 2, 3]
+    assert found["sheet"] == str(sheet)
+    plans = {plan["name"]: plan for plan in found["plans"]}
+    assert list(plans) == ["base", "distilled", "hybrid", "skip-first"]
+    assert {"passes", "latency_s", "images", "diversity", "vendi", "score"} <= set(plans["base"])
+    assert [plan["passes"] for plan in plans.values()] == [60, 4, 4, 3]
+    assert np.asarray(Image.open(sheet)).std() > 10
+    assert _left(tmp_path) == ["sheet.png"]
+
+
+def test_the_hybrid_is_more_varied_than_the_distilled_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The tables' order: passes base >= 10x hybrid, diversity distilled < hybrid."""
+    out = str(tmp_path / "sheet.png")
+    assert main(["compare", "a ghost", "--seeds", "0-15", "--out", out, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    plans = {plan["name"]: plan for plan in found["plans"]}
+    assert plans["base"]["passes"] >= 10 * plans["hybrid"]["passes"]
+    assert plans["distilled"]["diversity"] < plans["hybrid"]["diversity"]
+
+
+def test_sample_writes_images_and_a_record_that_replays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["sample", "an owl", "--seeds", "3,7", "--out", str(out)]) == 0
+    assert _left(out) == ["000000.png", "000001.png", "record.json"]
+    assert main(["replay", str(out / "record.json"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["images"] == 2
+    assert main(["sample", "an owl", "--out", str(out)]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+
+
+def test_a_changed_record_does_not_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["sample", "an owl", "--out", str(out)]) == 0
+    path = out / "record.json"
+    record = path.read_text()
+    path.write_text(record.replace("an owl", "a frog"))
+    capsys.readouterr()
+    assert main(["replay", str(path)]) == 2
+    assert "not equal" in capsys.readouterr().err
+
+
+def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(headstart_weights.path("base")), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\xff" * 64)
+    assert main(["inspect", str(bad)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["sample", "a fox", "--plan", "hybird"], "unknown plan"),
+        (["sample", "a fox", "--plan", "base", "--steps", "0"], "steps"),
+        (["sample", "a fox", "--base-guidance", "-1"], "guidance"),
+        (["sample", ""], "empty"),
+        (["sample", "a fox", "--seeds", "-1"], "seeds"),
+        (["sample", "a fox", "--seeds", "18446744073709551616"], "out of range"),
+        (["sample", "a fox", "--seeds", "1,1"], "twice"),
+        (["sample", "a fox", "--size", "60"], "multiples of 8"),
+        (["sample", "a fox", "--size", "800000"], "free"),
+        (["sample", "a fox", "--base", "missing.safetensors"], "missing.safetensors"),
+        (["sample", "a fox", "--device", "cuda:99"], "cuda:99"),
+        (["sample", "a fox", "--negative", "a dog"], "negative"),
+        (["compare", " "], "empty"),
+    ],
+)
+def test_a_bad_request_is_one_error_and_writes_nothing(
+    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = "sheet.png" if arguments[0] == "compare" else "run"
+    try:
+        status = main([*arguments, "--out", str(tmp_path / target)])
+    except SystemExit as exit_:  # argparse's own complaint
+        status = int(exit_.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.startswith("headstart: error: ")
+    assert told in error
+    assert "Traceback" not in error
+    assert _left(tmp_path) == NO_FILE
+
+
+def test_a_ten_thousand_word_prompt_is_cut_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["sample", "fox " * 10_000, "--plan", "distilled", "--out", str(out)]) == 0
+    assert "warning" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    assert main(["sample", "a fox", "--out", str(blocked / "run")]) == 2
+    assert main(["compare", "a fox", "--out", str(blocked / "sheet.png")]) == 2
+    assert capsys.readouterr().err.count("headstart: error: ") == 2
+    assert _left(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_no_half_written_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(output.os, "replace", full)
+    monkeypatch.setattr(output.os, "rename", full)
+    sheet = tmp_path / "sheet.png"
+    assert main(["compare", "a fox", "--seeds", "0,1", "--out", str(sheet)]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert _left(tmp_path) == NO_FILE
+
+
+def test_ctrl_c_exits_130_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from headstart.engine import Engine
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "sample", interrupted)
+    assert main(["sample", "a fox", "--out", str(tmp_path / "run")]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert _left(tmp_path) == NO_FILE

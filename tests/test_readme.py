@@ -1,0 +1,158 @@
+"""README.md against the code: its commands are CI's, its names exist, its examples run."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from functools import reduce
+from itertools import chain
+from pathlib import Path
+
+import pytest
+
+import headstart as hs
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+WEIGHTS = ROOT / "weights" / "headstart_weights"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def marked(name: str) -> list[str]:
+    """Lines of the one shell block that follows `<!-- ci: name -->`."""
+    (block,) = re.findall(rf"<!-- ci: {name} -->\n```bash\n(.*?)```", README, flags=re.DOTALL)
+    return block.splitlines()
+
+
+def shell_lines() -> list[str]:
+    """Every `headstart ...` command line in the README's shell blocks."""
+    lines = [part for block in blocks("bash") for part in re.split(r"\n|&&", block)]
+    commands = [line.strip().removeprefix(".venv/bin/") for line in lines]
+    return [command for command in commands if command.startswith("headstart ")]
+
+
+def constraints() -> dict[str, str]:
+    pins: dict[str, str] = {}
+    for line in (ROOT / "constraints.txt").read_text().splitlines():
+        bare = line.partition("#")[0].strip()
+        if bare:
+            name, version = bare.split("==")
+            pins[name] = version
+    return pins
+
+
+def public(path: list[str]) -> object:
+    """`["Plan", "compile"]` -> hs.Plan.compile; AttributeError names what is not there."""
+    return reduce(getattr, path, hs)
+
+
+def names_used(code: str) -> list[list[str]]:
+    """Attribute paths on `hs` in a piece of code: `hs.Plan.compile` gives also `hs.Plan`."""
+    paths: list[list[str]] = []
+    for node in ast.walk(ast.parse(code)):
+        path: list[str] = []
+        while isinstance(node, ast.Attribute):
+            path.insert(0, node.attr)
+            node = node.value
+        if path and isinstance(node, ast.Name) and node.id == "hs":
+            paths.append(path)
+    return paths
+
+
+def test_ci_runs_the_readmes_test_commands() -> None:
+    listed = subprocess.run(
+        ["bash", ROOT / ".ci" / "run", "--list"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd="/",
+    ).stdout.splitlines()
+    install, tests = marked("tests")
+    assert listed[0] == install
+    assert listed[-1] == tests
+    assert [line.split()[0] for line in listed[2:-1]] == [
+        ".venv/bin/ruff",
+        ".venv/bin/ruff",
+        ".venv/bin/pyright",
+    ]
+
+
+def test_both_first_commands_make_the_same_pinned_environment() -> None:
+    clone, install, compare = marked("compare")
+    assert clone.startswith("git clone ")
+    assert marked("tests")[0] == install.removesuffix(" .") + " -e '.[test]'"
+    assert compare.startswith(".venv/bin/headstart compare ")
+
+
+def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
+    from packaging.requirements import Requirement
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = constraints()
+    extras = project["optional-dependencies"].values()
+    for line in chain(project["dependencies"], *extras):
+        requirement = Requirement(line)
+        assert requirement.name in pins, f"{line} has no pin in constraints.txt"
+        assert pins[requirement.name] in requirement.specifier, line
+
+
+def test_every_python_block_uses_names_that_exist() -> None:
+    paths = [path for code in blocks("python") for path in names_used(code)]
+    assert len(paths) > 5
+    for path in paths:
+        assert public(path) is not None
+
+
+def test_a_planted_wrong_name_is_caught() -> None:
+    paths = names_used("import headstart as hs\nhs.Plan.complie(1).x")
+    assert ["Plan", "complie"] in paths
+    with pytest.raises(AttributeError, match="complie"):
+        public(["Plan", "complie"])
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_every_command_line_is_understood(line: str) -> None:
+    cli = pytest.importorskip("headstart.cli")
+    parsed = cli.build_parser().parse_args(shlex.split(line)[1:])
+    assert parsed.command == shlex.split(line)[1]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_every_python_block_runs_with_the_bundled_pair(code: str, tmp_path: Path) -> None:
+    if not list(WEIGHTS.glob("*.safetensors")):
+        pytest.skip("this checkout has no trained weights")
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": rooms},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "bench/README.md"]
+)
+def test_every_file_a_page_points_to_exists(page: str) -> None:
+    text = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    paths = re.findall(
+        r"`(\.?\w[\w.-]*/[\w./-]*|[A-Z][\w-]+\.md|[\w-]+\.(?:txt|toml)|LICENSE)`", text
+    )
+    assert len(paths) > 5 or page != "README.md"
+    folder = (ROOT / page).parent
+    missing = [
+        path for path in paths if not (ROOT / path).exists() and not (folder / path).exists()
+    ]
+    assert missing == []

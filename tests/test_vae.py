@@ -1,0 +1,90 @@
+"""The autoencoder: names and shapes of the full-size file, and the original code's outputs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from headstart.load import load_vae
+from headstart.vae import Vae, VaeParams
+
+GOLDEN_BOUND = 1e-5
+SMALL = VaeParams(channels=(8, 16, 16), layers=1, norm_groups=4, scale_factor=0.5)
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours.double() - theirs.double()).norm() / theirs.double().norm()).item()
+
+
+@pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl"])
+def test_names_and_shapes_are_those_of_the_full_size_file(shared: Path, arch: str) -> None:
+    known = json.loads((shared / "manifests" / f"vae_{arch}.json").read_text())
+    with torch.device("meta"):
+        vae = Vae(VaeParams())
+    found = {name: list(tensor.shape) for name, tensor in vae.state_dict().items()}
+    assert found == {name: shape for name, (_, shape) in known["diffusers"].items()}
+    assert sum(tensor.numel() for tensor in vae.parameters()) == known["n_params"]
+
+
+@pytest.mark.parametrize("form", ["ldm", "diffusers", "vae", "vae-old", "vae-ldm"])
+def test_outputs_equal_the_original_codes(shared: Path, tmp_path: Path, form: str) -> None:
+    out = tmp_path / ("model" if form == "diffusers" else "model.safetensors")
+    tool = shared / "tools" / "make_ckpt.py"
+    subprocess.run(
+        [
+            sys.executable,
+            str(tool),
+            "--arch",
+            "sdxl",
+            "--scale",
+            "tiny",
+            "--format",
+            form,
+            "--out",
+            str(out),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    vae = load_vae(out, scale_factor=0.13025 if form.startswith("vae") else None)
+    assert vae.scale_factor == 0.13025
+    case = load_file(shared / "golden" / "vae_sdxl_tiny.safetensors")
+    mean, _ = case["moments"].chunk(2, dim=1)
+    with torch.no_grad():
+        pixels = vae.decode(case["z"] * vae.scale_factor)
+        latents = vae.encode(case["image"])
+        moments = torch.cat(vae.moments(case["image"]), dim=1)
+    assert relative(pixels, case["decoded"]) < GOLDEN_BOUND
+    assert relative(moments, case["moments"]) < GOLDEN_BOUND
+    assert relative(latents, mean * 0.13025) < GOLDEN_BOUND
+
+
+def test_latents_carry_the_scale_and_the_shift() -> None:
+    torch.manual_seed(0)
+    plain = Vae(replace(SMALL, scale_factor=1.0)).double().requires_grad_(False)
+    scaled = Vae(replace(SMALL, scale_factor=0.5, shift_factor=0.25)).double()
+    scaled.load_state_dict(plain.state_dict())
+    scaled.requires_grad_(False)
+    pixels = torch.rand(1, 3, 12, 20, dtype=torch.float64) * 2 - 1
+    latents = plain.encode(pixels)
+    assert latents.shape == (1, 4, 3, 5) and SMALL.downscale == 4
+    torch.testing.assert_close(scaled.encode(pixels), (latents - 0.25) * 0.5)
+    torch.testing.assert_close(scaled.decode((latents - 0.25) * 0.5), plain.decode(latents))
+
+
+def test_each_picture_of_a_batch_is_decoded_alone() -> None:
+    torch.manual_seed(0)
+    vae = Vae(SMALL).double().requires_grad_(False)
+    latents = torch.randn(3, 4, 3, 5, dtype=torch.float64)
+    together = vae.decode(latents)
+    for i in range(3):
+        alone = vae.decode(latents[i : i + 1])
+        torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-9, atol=1e-12)
