@@ -1,1 +1,148 @@
-"""The bundled demo pair."""
+"""The bundled demo pair: where its files are and what they are, from manifest.json.
+
+Only the standard library is imported, so asking for a path costs nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "Artwork",
+    "LinearRgb",
+    "Manifest",
+    "WeightFile",
+    "WeightsError",
+    "manifest",
+    "path",
+    "verify",
+]
+
+MANIFEST = "manifest.json"
+
+
+class WeightsError(RuntimeError):
+    """A bundled file is missing, damaged or unknown; the message says which and what to do."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightFile:
+    """One bundled file; `role` names it: base, distilled, tiny_decoder, scorer, reference."""
+
+    role: str
+    file: str
+    sha256: str
+    size_bytes: int
+    licence: str
+    made_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artwork:
+    """A source the files were trained on, and whom to name for it."""
+
+    name: str
+    version: str
+    licence: str
+    attribution: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearRgb:
+    """Pixels in [-1, 1] = bias [3] + sum over channels c of latent[c]*factors[c] [4][3]."""
+
+    factors: tuple[tuple[float, ...], ...]
+    bias: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What manifest.json says.
+
+    linear_rgb   the best linear picture of a latent
+    scorer_top1  shares that the scorer ranks right, by test set, as the recipe measured them
+    """
+
+    files: tuple[WeightFile, ...]
+    artwork: tuple[Artwork, ...]
+    concepts: tuple[str, ...]
+    styles: tuple[str, ...]
+    backgrounds: tuple[str, ...]
+    linear_rgb: LinearRgb
+    scorer_top1: dict[str, float]
+
+
+def manifest() -> Manifest:
+    """The manifest of this installation. Raises WeightsError when it is absent."""
+    return _manifest(_folder())
+
+
+def path(name: str) -> Path:
+    """Where the file of a role ("base") or a name ("base.safetensors") is.
+
+    Raises WeightsError for an unknown name, an absent file, or one whose size is not the
+    manifest's; the contents are only read by `verify`.
+    """
+    entries = manifest().files
+    entry = next((e for e in entries if name in (e.role, e.file)), None)
+    if entry is None:
+        known = ", ".join(e.role for e in entries)
+        raise WeightsError(f"no bundled file is called {name!r}: expected one of {known}")
+    found = _folder() / entry.file
+    if not found.is_file():
+        raise WeightsError(f"{found} is missing: {_REMEDY}")
+    size = found.stat().st_size
+    if size != entry.size_bytes:
+        raise WeightsError(f"{found} has {size} bytes, expected {entry.size_bytes}: {_REMEDY}")
+    return found
+
+
+def verify() -> None:
+    """Read every bundled file and compare its SHA-256. Raises WeightsError naming the first bad."""
+    for entry in manifest().files:
+        found = path(entry.file)
+        with found.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        if digest != entry.sha256:
+            raise WeightsError(f"{found} has sha256 {digest}, expected {entry.sha256}: {_REMEDY}")
+
+
+_REMEDY = (
+    "install headstart again, or run `python -m headstart_weights.recipe` to train the pair anew"
+)
+
+
+def _folder() -> Path:
+    folder = files(__name__)
+    if not isinstance(folder, Path):
+        raise WeightsError(
+            f"the package is inside an archive ({folder}): install it unpacked, "
+            "because checkpoints are memory-mapped"
+        )
+    return folder
+
+
+@lru_cache(maxsize=4)
+def _manifest(folder: Path) -> Manifest:
+    source = folder / MANIFEST
+    if not source.is_file():
+        raise WeightsError(f"{source} is missing: {_REMEDY}")
+    record: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    return Manifest(
+        files=tuple(WeightFile(**entry) for entry in record["files"]),
+        artwork=tuple(Artwork(**entry) for entry in record["artwork"]),
+        concepts=tuple(record["concepts"]),
+        styles=tuple(record["styles"]),
+        backgrounds=tuple(record["backgrounds"]),
+        linear_rgb=LinearRgb(
+            factors=tuple(tuple(row) for row in record["linear_rgb"]["factors"]),
+            bias=tuple(record["linear_rgb"]["bias"]),
+        ),
+        scorer_top1=dict(record["scorer_top1"]),
+    )

@@ -47,7 +47,7 @@ def sprite_tensor(images: NDArray[np.uint8]) -> Tensor:
     """Straight-alpha sprites [S, 96, 96, 4] -> premultiplied float32 [S, 4, 64, 64] in 0..1."""
     size = (SUBJECT_SIZE, SUBJECT_SIZE)
     resized = [Image.fromarray(i).resize(size, Image.Resampling.HAMMING) for i in images]
-    rgba = torch.from_numpy(np.stack([np.asarray(i) for i in resized])).permute(0, 3, 1, 2) / 255
+    rgba = torch.as_tensor(np.stack([np.asarray(i) for i in resized])).permute(0, 3, 1, 2) / 255
     rgba[:, :3] *= rgba[:, 3:]
     return F.pad(rgba, [(IMAGE_SIZE - SUBJECT_SIZE) // 2] * 4)
 

@@ -79,15 +79,15 @@ class Dataset:
         """Every sprite of `concepts` (None: all) on every background, both ways round, shuffled."""
         chosen = sprites if concepts is None else sprites.only(concepts)
         rng = np.random.default_rng(seed)
-        pictures = [
-            (render_image(image, colour, flip, rng), Item(*label, colour, flip))
-            for image, label in zip(chosen.images, chosen.labels, strict=True)
-            for colour in PALETTE
-            for flip in (False, True)
-        ]
-        order = rng.permutation(len(pictures))
-        images = np.stack([pictures[i][0] for i in order])
-        return Dataset(images, tuple(pictures[i][1] for i in order))
+        images: list[NDArray[np.uint8]] = []
+        items: list[Item] = []
+        for sprite, label in zip(chosen.images, chosen.labels, strict=True):
+            for colour in PALETTE:
+                for flip in (False, True):
+                    images.append(render_image(sprite, colour, flip, rng))
+                    items.append(Item(*label, colour, flip))
+        order = [int(i) for i in rng.permutation(len(items))]
+        return Dataset(np.stack([images[i] for i in order]), tuple(items[i] for i in order))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -82,7 +82,7 @@ def build_tokenizer(merges: Sequence[Merge]) -> Tokenizer:
         vocab=vocabulary, merges=list(merges), end_of_word_suffix=WORD_END, unk_token=END
     )
     tokenizer = _with_text_rules(Tokenizer(model))
-    tokenizer.add_special_tokens([START, END])
+    tokenizer.add_special_tokens([START, END])  # pyright: ignore[reportUnknownMemberType]
     tokenizer.post_processor = processors.RobertaProcessing(
         (END, vocabulary[END]),
         (START, vocabulary[START]),

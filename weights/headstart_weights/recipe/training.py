@@ -40,9 +40,8 @@ class Average:
     @torch.no_grad()
     def update(self, step: int) -> None:
         decay = min(self._decay, 1.0 - 1.0 / (step / 8 + 1))
-        values: list[Tensor] = list(self.values.values())
-        torch._foreach_mul_(values, decay)
-        torch._foreach_add_(values, list(self._live.values()), alpha=1.0 - decay)
+        for name, live in self._live.items():
+            self.values[name].lerp_(live, 1.0 - decay)
 
     def copy_to(self, module: nn.Module) -> None:
         module.load_state_dict(self.values, strict=False)

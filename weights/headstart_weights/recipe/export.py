@@ -1,0 +1,230 @@
+"""Trained parts -> the bundled files: same numbers in, same bytes out, renamed into place.
+
+The base is one file in the original (LDM) layout, as most checkpoints are; the distilled UNet is
+a bare file in diffusers' names, as SDXL-Lightning's is. So the pair exercises both readers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.checkpoint import Checkpoint
+from headstart.errors import InputError
+from headstart.keymap import unet_to_ldm
+from headstart.schedule import NoiseSchedule
+from headstart.scorer import TOKENIZER_KEY
+from headstart_weights.recipe import StageOptions, codec, language
+from headstart_weights.recipe.artwork import ICON_SETS, write_atomically
+from headstart_weights.recipe.concepts import PAIR_CONCEPTS
+from headstart_weights.recipe.dataset import IMAGE_SIZE, PALETTE, STYLES
+from headstart_weights.recipe.diffusion import DEMO_SCHEDULE, DEMO_TIMESTEPS, PARAMS
+from headstart_weights.recipe.readme import weights_readme
+
+LICENCE = "Apache-2.0"
+MADE_BY = "python -m headstart_weights.recipe"
+TEXT_HEADS = 4
+_MAX_TOTAL_BYTES = 32 * 2**20
+
+_DTYPES = {torch.float32: "F32", torch.float16: "F16"}
+_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+_VAE_BLOCK = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)")
+_VAE_MID = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.+)")
+
+log = logging.getLogger(__name__)
+
+
+def pair_metadata() -> dict[str, str]:
+    """What the tensors of both files cannot say."""
+    return {
+        "format": "pt",
+        "headstart.family": "demo",
+        "headstart.head_dim": str(PARAMS.head_dim),
+        "headstart.image_size": str(IMAGE_SIZE),
+        "headstart.norm_groups": str(PARAMS.norm_groups),
+        "headstart.prediction": "v",
+        "headstart.scale_factor": str(codec.PARAMS.scale_factor),
+        "headstart.text_act": "quick_gelu",
+        "headstart.text_heads": str(TEXT_HEADS),
+        "headstart.vae_norm_groups": str(codec.PARAMS.norm_groups),
+    }
+
+
+def base_tensors(
+    unet: Mapping[str, Tensor],
+    vae: Mapping[str, Tensor],
+    text: Mapping[str, Tensor],
+    schedule: NoiseSchedule,
+) -> dict[str, Tensor]:
+    """One LDM file's tensors: F16 weights, and the schedule in F32."""
+    names = unet_to_ldm(unet)
+    absent = sorted(set(unet) - set(names))
+    if absent:
+        raise InputError(f"UNet tensors without an LDM name: {absent[:3]}: extend headstart.keymap")
+    tensors = {f"model.diffusion_model.{names[k]}": v for k, v in unet.items()}
+    tensors |= {
+        f"first_stage_model.{vae_to_ldm(k, vae)}": _ldm_matrix(k, v) for k, v in vae.items()
+    }
+    tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}
+    alphas = schedule.alphas_cumprod
+    betas = 1.0 - alphas / np.concatenate([[1.0], alphas[:-1]])
+    return half(tensors) | {
+        "alphas_cumprod": torch.as_tensor(alphas.astype(np.float32)),
+        "betas": torch.as_tensor(betas.astype(np.float32)),
+    }
+
+
+def vae_to_ldm(name: str, names: Mapping[str, Any]) -> str:
+    """LDM name of a VAE tensor; the decoder's levels are counted from the other end there."""
+    if mid := _VAE_MID.fullmatch(name):
+        half_name, kind, index, rest = mid.groups()
+        if kind == "resnets":
+            return f"{half_name}.mid.block_{int(index) + 1}.{_vae_inner(rest)}"
+        slot, _, leaf = rest.rpartition(".")
+        return f"{half_name}.mid.attn_1.{_ATTENTION[slot]}.{leaf}"
+    block = _VAE_BLOCK.fullmatch(name)
+    if block is None:
+        return name.replace(".conv_norm_out.", ".norm_out.")
+    half_name, level, kind, index, rest = block.groups()
+    found = (_VAE_BLOCK.fullmatch(other) for other in names)
+    last = max(int(match[2]) for match in found if match and match[1] == half_name)
+    where, place = ("down", int(level)) if half_name == "encoder" else ("up", last - int(level))
+    inner = f"block.{index}.{_vae_inner(rest)}" if kind == "resnets" else f"{where}sample.{rest}"
+    return f"{half_name}.{where}.{place}.{inner}"
+
+
+def half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Float16 copies. Raises InputError for a number that float16 cannot hold."""
+    halves = {name: tensor.to(torch.float16) for name, tensor in tensors.items()}
+    for name, tensor in halves.items():
+        if not torch.isfinite(tensor).all():
+            raise InputError(f"{name} does not fit float16: its training diverged")
+    return halves
+
+
+def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with everything in a fixed order.
+
+    The library's own writer orders the metadata by a randomly seeded hash map.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    data = bytearray()
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    for name in order:
+        tensor = tensors[name].contiguous()
+        begin = len(data)
+        data += tensor.numpy().tobytes()
+        header[name] = {
+            "dtype": _DTYPES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, len(data)],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + bytes(data)
+
+
+def export(work: Path, folder: Path) -> None:
+    """Write the weight files, manifest.json and README.md into `folder`."""
+    tokenizer = language.load_tokenizer(work).to_str()
+    pair = pair_metadata()
+    grid = ",".join(str(t) for t in DEMO_TIMESTEPS)
+    distilled = pair | {"headstart.timesteps": grid, "headstart.update": "euler"}
+    scorer = {"format": "pt", TOKENIZER_KEY: tokenizer}
+    base = base_tensors(
+        _part(work, "base"), _part(work, "codec"), _part(work, "text"), DEMO_SCHEDULE
+    )
+    blobs = {
+        "base": serialise(base, pair | {TOKENIZER_KEY: tokenizer}),
+        "distilled": serialise(half(_part(work, "student")), distilled),
+        "tiny_decoder": serialise(half(_part(work, "tiny")), {"format": "pt"}),
+        "scorer": serialise(half(_part(work, "scorer")), scorer),
+        "reference": serialise(_part(work, "reference"), {"format": "pt"}),
+    }
+    total = sum(map(len, blobs.values()))
+    if total > _MAX_TOTAL_BYTES:
+        raise InputError(f"the files have {total} bytes, expected at most {_MAX_TOTAL_BYTES}")
+    record = manifest_record(blobs, _numbers(work, "linear_rgb"), _numbers(work, "scorer"))
+    for role, blob in blobs.items():
+        write_atomically(folder / _file_name(role), lambda part, blob=blob: part.write_bytes(blob))
+    text = json.dumps(record, indent=1) + "\n"
+    write_atomically(folder / "manifest.json", lambda part: part.write_text(text, encoding="utf-8"))
+    readme = weights_readme(record)
+    write_atomically(folder / "README.md", lambda part: part.write_text(readme, encoding="utf-8"))
+    log.info("wrote %d files, %.1f MB, to %s", len(blobs), total / 1e6, folder)
+
+
+def manifest_record(
+    blobs: Mapping[str, bytes], linear_rgb: Any, scorer_top1: Any
+) -> dict[str, Any]:
+    """manifest.json as `headstart_weights.manifest()` reads it."""
+    return {
+        "files": [
+            {
+                "role": role,
+                "file": _file_name(role),
+                "sha256": hashlib.sha256(blob).hexdigest(),
+                "size_bytes": len(blob),
+                "licence": LICENCE,
+                "made_by": MADE_BY,
+            }
+            for role, blob in blobs.items()
+        ],
+        "artwork": [
+            {
+                "name": entry.vendor,
+                "version": entry.version,
+                "licence": entry.licence,
+                "attribution": entry.author,
+            }
+            for entry in ICON_SETS
+        ],
+        "concepts": list(PAIR_CONCEPTS),
+        "styles": list(STYLES.values()),
+        "backgrounds": list(PALETTE),
+        "linear_rgb": linear_rgb,
+        "scorer_top1": scorer_top1,
+    }
+
+
+def main(options: StageOptions) -> None:
+    """The `export` stage: writes into the installed package."""
+    export(options.work, Path(__file__).parents[1])
+
+
+def _part(work: Path, name: str) -> dict[str, Tensor]:
+    path = work / f"{name}.safetensors"
+    if not path.is_file():
+        raise InputError(f"no {path}: run the stages of the recipe in order first")
+    file = Checkpoint((path,))
+    return {name: file.tensor(name) for name in file.names}
+
+
+def _numbers(work: Path, name: str) -> Any:
+    path = work / f"{name}.json"
+    if not path.is_file():
+        raise InputError(f"no {path}: run the stages of the recipe in order first")
+    return json.loads(path.read_text())
+
+
+def _file_name(role: str) -> str:
+    return f"{role}.safetensors"
+
+
+def _vae_inner(rest: str) -> str:
+    return rest.replace("conv_shortcut", "nin_shortcut")
+
+
+def _ldm_matrix(name: str, tensor: Tensor) -> Tensor:
+    """LDM keeps the attention's projections as 1x1 convolutions."""
+    is_projection = ".attentions." in name and tensor.ndim == 2
+    return tensor[:, :, None, None] if is_projection else tensor
