@@ -1,0 +1,75 @@
+"""How every benchmark here times, and what it writes beside the numbers: machine and versions.
+
+Two things are compared in turns, A B A B ..., so that a machine that drifts drifts for both; what
+is reported is the median of the turns, with the 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PACKAGES = ("headstart", "torch", "numpy", "transformers", "safetensors", "diffusers", "triton")
+
+
+def interleaved(
+    cases: Mapping[str, Callable[[], object]], rounds: int = 9
+) -> dict[str, dict[str, float]]:
+    """Run every case once a round, after one untimed round; seconds: p20, p50, p80 of each."""
+    for case in cases.values():
+        case()
+    taken: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in range(rounds):
+        for name, case in cases.items():
+            begin = time.perf_counter()
+            case()
+            taken[name].append(time.perf_counter() - begin)
+    return {name: _spread(seconds) for name, seconds in taken.items()}
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, Python and the versions of what the numbers depend on."""
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load_1min": round(os.getloadavg()[0], 2),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
+    }
+
+
+def write_json(path: Path, report: Mapping[str, Any]) -> None:
+    """Write under a temporary name in the same folder, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _spread(seconds: list[float]) -> dict[str, float]:
+    low, middle, high = np.percentile(seconds, [20, 50, 80])
+    return {"p20": float(low), "p50": float(middle), "p80": float(high)}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((ln.split(":", 1)[1].strip() for ln in lines if ln.startswith("model name")), "")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,70 @@
+"""What do portable bits cost? `philox_normal` beside `torch.randn`, on one thread, in turns.
+
+n = philox_normal(seed, sample, row): the same bits in any batch and on any device
+
+python bench/noise.py [--rounds 41] [--device cpu] [--out bench/results/noise.json]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import harness
+import torch
+
+from headstart_kernels import philox_normal
+
+ROOT = Path(__file__).parents[1]
+SHAPES = ((4, 16, 16, 16), (1, 4, 128, 128), (16, 4, 128, 128))
+"""[B, C, h, w]: a narrow latent, and SDXL's at 1024 pixels for one image and for sixteen."""
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    rows = [measure(shape, device, options.rounds) for shape in SHAPES]
+    report = {
+        "question": "seconds of one draw of unit normals [B, C, h, w]",
+        "evidence": "measured",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": 1,
+        "rounds": options.rounds,
+        "machine": harness.machine(),
+        "rows": rows,
+    }
+    harness.write_json(options.out, report)
+
+
+def measure(shape: tuple[int, ...], device: torch.device, rounds: int) -> dict[str, object]:
+    batch = shape[0]
+    seeds, samples = list(range(batch)), [0] * batch
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    def philox() -> None:
+        philox_normal(seeds, samples, 0, shape[1:], device)
+        wait()
+
+    def randn() -> None:
+        torch.randn(shape, device=device)
+        wait()
+
+    seconds = harness.interleaved({"philox_normal": philox, "torch.randn": randn}, rounds)
+    ratio = seconds["philox_normal"]["p50"] / seconds["torch.randn"]["p50"]
+    return {"shape": shape, "seconds": seconds, "ratio_of_medians": round(ratio, 2)}
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=41)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/noise.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
