@@ -190,7 +190,11 @@ def test_outputs_take_the_layout_of_x_whatever_the_networks_layout() -> None:
     given, table = operands(torch.float16), random_table(1)
     expected = fused_step(table=table, step=0, **given)
     nhwc = {k: v.contiguous(memory_format=torch.channels_last) for k, v in given.items()}
-    for mixed in (given | {"f_cond": nhwc["f_cond"]}, nhwc | {"f_cond": given["f_cond"]}):
+    outputs = ("f_cond", "f_uncond")
+    for mixed in (
+        given | {name: nhwc[name] for name in outputs},
+        nhwc | {name: given[name] for name in outputs},
+    ):
         for got, value in zip(fused_step(table=table, step=0, **mixed), expected, strict=True):
             assert same_bits(got.contiguous(), value)
             assert got.stride() == mixed["x"].stride()

@@ -180,7 +180,7 @@ def fetch_icon_set(icon_set: IconSet, folder: Path) -> IconFile:
 
 def draw_svg(svg: str) -> NDArray[np.uint8]:
     """SVG text -> straight-alpha RGBA [192, 192, 4]."""
-    import resvg_py  # the `train` extra
+    import resvg_py  # the `train` extra  # pyright: ignore[reportMissingImports]
 
     picture = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg))))
     return np.asarray(picture.convert("RGBA"))
