@@ -80,29 +80,28 @@ def same(a: Sequence[State], b: Sequence[State]) -> bool:
     )
 
 
-def test_the_loop_is_the_formula() -> None:
-    table = preset("dmd2", base_guidance=2.0).compile(SCHEDULE)
-    base, distilled, noise = Toy(), Toy(0.3), Philox([3, 8])
+@pytest.mark.parametrize("rule", ["hybrid", *sorted(RULES)])
+def test_the_loop_is_the_formula(rule: str) -> None:
+    plan = preset("dmd2", base_guidance=2.0)
+    table = plan.compile(SCHEDULE) if rule == "hybrid" else table_of(rule, guidance=2.0)
+    networks, noise = {"base": Toy(), "distilled": Toy(0.3), "m": Toy()}, Philox([3, 8])
     cond, uncond = text(), text(seed=1)
-    states = list(
-        sample(
-            table, {"base": base, "distilled": distilled}, cond, noise, uncond=uncond, shape=SHAPE
-        )
-    )
-    x = noise.initial(SHAPE, CPU).double() * table.init_scale
+    states = list(sample(table, networks, cond, noise, uncond=uncond, shape=SHAPE))
+    x = x0_prev = noise.initial(SHAPE, CPU).double() * table.init_scale
     for row, (step, state) in enumerate(zip(table, states, strict=True)):
-        network = base if step.model == "base" else distilled
-        time = torch.full((2,), step.timestep)
+        network, time = networks[step.model], torch.full((2,), step.timestep)
         f = network((step.c_in * x).float(), time, cond).double()
         if step.guidance != 1.0:
             f_uncond = network((step.c_in * x).float(), time, uncond).double()
             f = f_uncond + step.guidance * (f - f_uncond)
         x0 = step.c_skip * x + step.c_out * f
-        x = x0 + step.keep * (x - x0) + step.add * noise.step(row, SHAPE, CPU).double()
-        # 30 float32 roundings a row at most, of values no larger than 16*sigma
-        assert (state.x0.double() - x0).abs().max() < 30 * (row + 1) * 2.0**-24 * 16 * step.sigma
-        assert (state.x.double() - x).abs().max() < 30 * (row + 1) * 2.0**-24 * 16 * step.sigma
-        x = state.x.double()
+        x = x0 + step.keep * (x - x0) + step.carry * (x0 - x0_prev)
+        x = x + step.add * noise.step(row, SHAPE, CPU).double()
+        # At most 30 float32 roundings of values below 16*sigma, each row from the state before.
+        tolerance = 30 * 2.0**-24 * 16 * step.sigma
+        assert (state.x0.double() - x0).abs().max() < tolerance
+        assert (state.x.double() - x).abs().max() < tolerance
+        x, x0_prev = state.x.double(), state.x0.double()
     assert [state.step for state in states] == [0, 1, 2, 3]
     assert torch.equal(states[-1].x, states[-1].x0)
 
