@@ -88,6 +88,7 @@ def test_given_noise_comes_back_in_float32() -> None:
     assert len(noise) == 2 and noise.shape == SHAPE
     assert torch.equal(noise.initial(SHAPE, CPU), start.float())
     assert torch.equal(noise.step(1, SHAPE, CPU), row.float())
+    assert noise.initial(SHAPE, CPU).dtype == noise.step(1, SHAPE, CPU).dtype == torch.float32
 
 
 def test_given_noise_that_is_missing_is_an_error_naming_the_row() -> None:

@@ -143,15 +143,25 @@ class Engine:
                name for its hybrid, a Plan, or a compiled table
         Raises PlanError, also for a model that this engine has no network for.
         """
-        table = self._table(plan, settings)
-        missing = [model for model in table.models if model not in self.denoisers]
+        if not isinstance(plan, str) and any(value is not None for value in settings.values()):
+            raise PlanError(
+                f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "
+                "states its own"
+            )
+        if isinstance(plan, str):
+            plan = named_plan(plan, settings, self.weights.preset)
+        steps = plan.steps if isinstance(plan, StepTable) else plan.legs
+        missing = sorted({step.model for step in steps} - set(self.denoisers))
         if missing:
             raise PlanError(
-                f"plan {table.name!r} runs {', '.join(map(repr, missing))}, and this engine has "
+                f"plan {plan.name!r} runs {', '.join(map(repr, missing))}, and this engine has "
                 f"{', '.join(map(repr, self.denoisers))}: load that model too, or choose a plan "
                 "without it"
             )
-        return table
+        if isinstance(plan, Plan):
+            return plan.compile(self.schedule, prediction=self.weights.predictions)
+        self._check_table(plan)
+        return plan
 
     def sample(
         self,
@@ -227,18 +237,6 @@ class Engine:
         """
         run = self._prepare(prompts, plan, seeds, negative, size, batch, settings)
         return self._states(run, Clock(self.device))
-
-    def _table(self, plan: str | Plan | StepTable, settings: PlanSettings) -> StepTable:
-        if not isinstance(plan, str) and any(value is not None for value in settings.values()):
-            raise PlanError(
-                f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "
-                "states its own"
-            )
-        if isinstance(plan, StepTable):
-            self._check_table(plan)
-            return plan
-        named = plan if isinstance(plan, Plan) else named_plan(plan, settings, self.weights.preset)
-        return named.compile(self.schedule, prediction=self.weights.predictions)
 
     def _check_table(self, table: StepTable) -> None:
         if table.schedule != self.schedule.fingerprint():
