@@ -65,12 +65,14 @@ def philox_normal(
 def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Four 32-bit words for each counter; words, counters and keys are int64 in [0, 2^32)."""
     c0, c1, c2, c3 = counter
+    k0, k1 = key
     # m - 2^32 keeps a*m inside int64: the low words agree, and the high word is short by a.
     m0, m1 = (m - (1 << 32) for m in philox.MULTIPLIERS)
-    for k0, k1 in zip(*map(_round_keys, key, philox.WEYL), strict=True):
+    for _ in range(philox.ROUNDS):
         p0, p1 = c0 * m0, c2 * m1
         high0, high1 = (p0 >> 32) + c0, (p1 >> 32) + c2
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + philox.WEYL[0]) & _WORD, (k1 + philox.WEYL[1]) & _WORD
     return c0, c1, c2, c3
 
 
@@ -134,11 +136,6 @@ def _normals(seeds: Tensor, samples: Tensor, step: int | Tensor, count: int) -> 
     cosine, sine = _cos_sin(torch.stack(words[1::2]))
     pairs = torch.stack((radius * cosine, radius * sine), -1)
     return pairs.permute(1, 2, 0, 3).flatten(1)[:, :count]
-
-
-def _round_keys(key: Tensor, weyl: int) -> tuple[Tensor, ...]:
-    bumps = torch.arange(philox.ROUNDS, device=key.device) * weyl
-    return ((bumps.view(-1, *(1,) * key.ndim) + key) & _WORD).unbind()
 
 
 def _minus_two_log(word: Tensor) -> Tensor:
