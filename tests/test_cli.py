@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +18,26 @@ from PIL import Image
 import headstart_weights
 from headstart import output
 from headstart.cli import main
+from headstart.errors import HeadstartError
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
     reason="needs the bundled pair",
 )
 NO_FILE: list[str] = []
+ROOT = Path(__file__).parents[1]
+
+
+def _start(*arguments: str, stdout: int | object = subprocess.PIPE) -> subprocess.Popen[str]:
+    """The real command in a process of its own."""
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "headstart", *arguments],
+        stdout=stdout,  # type: ignore[call-overload]
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms, "PYTHONUNBUFFERED": ""},
+    )
 
 
 def _left(folder: Path) -> list[str]:
@@ -110,7 +129,14 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
         (["sample", "a fox", "--seeds", "18446744073709551616"], "out of range"),
         (["sample", "a fox", "--seeds", "1,1"], "twice"),
         (["sample", "a fox", "--size", "60"], "multiples of 8"),
-        (["sample", "a fox", "--size", "800000"], "free"),
+        (["sample", "a fox", "--size", "800000"], "GB besides the weights"),
+        (["sample", "a fox", "--size", "large"], "HEIGHTxWIDTH"),
+        (["sample", "a fox", "a dog", "--seeds", "0-2"], "2 prompts and 3 seeds"),
+        (["sample", "a fox", "--batch", "0"], "batch"),
+        (["sample", "a fox", "--steps", "5"], "steps is 4"),
+        (["sample", "a fox", "--vae", "a.safetensors"], "--vae alone"),
+        (["sample", "a fox", "--unknown", "1"], "unrecognized arguments"),
+        (["compare", "a fox", "--base", "a.safetensors"], "--preset"),
         (["sample", "a fox", "--base", "missing.safetensors"], "missing.safetensors"),
         (["sample", "a fox", "--device", "cuda:99"], "cuda:99"),
         (["sample", "a fox", "--negative", "a dog"], "negative"),
@@ -178,3 +204,76 @@ def test_ctrl_c_exits_130_and_leaves_nothing(
     assert main(["sample", "a fox", "--out", str(tmp_path / "run")]) == 130
     assert "interrupted" in capsys.readouterr().err
     assert _left(tmp_path) == NO_FILE
+
+
+def test_a_real_ctrl_c_ends_a_run_with_130_and_no_file(tmp_path: Path) -> None:
+    """Steps 1000 of the base take minutes: the signal comes while it samples or loads."""
+    out = tmp_path / "run"
+    process = _start("sample", "a fox", "--plan", "base", "--steps", "1000", "--out", str(out))
+    time.sleep(4.0)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "headstart: interrupted" in error
+    assert "Traceback" not in error
+    assert _left(tmp_path) == NO_FILE
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    process = _start("plan", "--plan", "base", "--steps", "1000", "--json")
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    with process.stderr as stderr:
+        assert stderr.read() == ""
+    assert process.wait(timeout=60) == 141
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stdout_is_one_error() -> None:
+    with open("/dev/full", "w") as full:
+        process = _start("plan", stdout=full)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("headstart: error: ")
+    assert "No space left" in error
+    assert len(error.splitlines()) == 1
+
+
+def test_overwriting_a_longer_run_leaves_nothing_of_it(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    (tmp_path / "run").mkdir()
+    (out / "notes.txt").write_text("mine")
+    common = ["--plan", "distilled", "--out", str(out)]
+    assert main(["sample", "a fox", "--seeds", "0-2", *common]) == 0
+    assert main(["sample", "a fox", "--seeds", "9", *common, "--overwrite"]) == 0
+    assert _left(out) == ["000000.png", "notes.txt", "record.json"]
+    assert json.loads((out / "record.json").read_text())["seeds"] == [9]
+
+
+def test_weights_of_ones_own_are_named_in_the_record_and_replay(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, distilled = (str(headstart_weights.path(role)) for role in ("base", "distilled"))
+    own = ["--base", base, "--distilled", distilled]
+    out = tmp_path / "run"
+    assert main(["sample", "a fox", *own, "--out", str(out)]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["weights"]["distilled"]["file"] == distilled
+    capsys.readouterr()
+    assert main(["replay", str(out / "record.json"), "--out", str(tmp_path / "again")]) == 0
+    assert "equal: 1 images" in capsys.readouterr().out
+    first, again = (tmp_path / name / "000000.png" for name in ("run", "again"))
+    assert first.read_bytes() == again.read_bytes()
+
+
+def test_what_is_no_record_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for text in ("", "[]", "{}", '{"format": "headstart.record/1"}'):
+        (tmp_path / "record.json").write_text(text)
+        assert main(["replay", str(tmp_path / "record.json")]) == 2
+    assert main(["replay", str(tmp_path / "absent.json")]) == 2
+    assert capsys.readouterr().err.count("headstart: error: ") == 5
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(HeadstartError):
+        main(["plan", "--plan", "hybird", "--debug"])

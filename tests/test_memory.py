@@ -47,7 +47,7 @@ def test_a_batch_that_does_not_fit_is_cut_in_halves(monkeypatch: pytest.MonkeyPa
 def test_what_never_fits_is_refused_with_need_and_supply(monkeypatch: pytest.MonkeyPatch) -> None:
     free(monkeypatch, 2_000_000_000)
     absurd = Shape(batch=1, channels=4, latent=(20_000, 20_000), pixels=(80_000, 80_000))
-    with pytest.raises(InputError, match=r"80000x80000 need about \d+\.\d GB .* 2\.0 GB are avail"):
+    with pytest.raises(InputError, match=r"80000x80000 need about \d+\.\d GB .* 2\.0 GB are free"):
         plan_chunk(absurd, VALUES, 1, CPU, None)
 
 

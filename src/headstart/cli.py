@@ -39,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     with _plain_warnings():
         try:
-            return _COMMANDS[args.command](args)
+            status = _COMMANDS[args.command](args)
+            sys.stdout.flush()  # a full disk behind `> file` is an error of ours, not of the exit
+            return status
         except KeyboardInterrupt:
             print("headstart: interrupted", file=sys.stderr)
             return 130
         except BrokenPipeError:  # the reader of our stdout went away, as in `headstart plan | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 141
         except HeadstartError as error:
             if args.debug:
@@ -54,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if args.debug:
                 raise
             told = str(error).strip() or type(error).__name__
+            _drop_output()
             return _fail(f"{told.splitlines()[0]} (--debug shows where)")
 
 
@@ -99,8 +102,9 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts))
     else:
-        facts |= {"parts": ", ".join(info.parts), "problems": "; ".join(info.problems) or "none"}
-        print("\n".join(f"{name:<12}{value}" for name, value in facts.items()))
+        for name, value in facts.items():
+            shown = "; ".join(getattr(info, name)) or "none" if isinstance(value, tuple) else value
+            print(f"{name.replace('_', ' '):<22}{shown}")
     return 0 if info.ok else 1
 
 
@@ -143,24 +147,24 @@ def _sample(args: argparse.Namespace) -> int:
     size = read_size(args.size)
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
-    height, width = (1024, 1024) if size is None else size
-    check_folder(args.out, size_bytes=0 if size is None else len(seeds) * height * width * 3)
+    check_folder(args.out, size_bytes=0)
     if (args.out / "record.json").exists() and not args.overwrite:
         raise InputError(
             f"{str(args.out)!r} holds a run already: choose another --out, or give --overwrite"
         )
     engine = _engine(args)
     table = engine.compile(args.plan, **plan_settings(args))
+    asked: dict[str, Any] = {
+        "seeds": seeds,
+        "negative": args.negative,
+        "size": size,
+        "batch": args.batch,
+    }
+    engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
+    height, width = size or (engine.weights.image_size,) * 2
+    check_folder(args.out, size_bytes=len(seeds) * height * width * 3)
     with _progress(len(table), "sampling") as bar:
-        trajectory = engine.sample(
-            prompts,
-            plan=table,
-            seeds=seeds,
-            negative=args.negative,
-            size=size,
-            batch=args.batch,
-            on_step=lambda _: bar.update(),
-        )
+        trajectory = engine.sample(prompts, plan=table, **asked, on_step=lambda _: bar.update())
     _write_images(args.out, trajectory)
     _report(args, trajectory, f"{len(trajectory)} images in {args.out}")
     return 0
@@ -224,6 +228,9 @@ def _write_images(folder: Path, trajectory: Trajectory) -> None:
     files = {f"{number:06d}.png": encode_png(image) for number, image in enumerate(images)}
     record = json.dumps(trajectory.record(), indent=1) + "\n"
     write_folder(folder, {**files, "record.json": record.encode()})
+    for stale in folder.glob("[0-9]" * 6 + ".png"):
+        if stale.name not in files:  # of the longer run that was overwritten
+            stale.unlink()
 
 
 def _report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
@@ -266,6 +273,14 @@ def _plain_warnings() -> Generator[None]:
 
 def _warn(message: Warning | str, *_: object) -> None:
     print(f"headstart: warning: {message}", file=sys.stderr)
+
+
+def _drop_output() -> None:
+    """What stdout still holds cannot be written; without this the interpreter tries at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(message: str) -> int:

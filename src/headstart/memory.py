@@ -101,7 +101,7 @@ def _refusal(shape: Shape, size: int, need: int, free: int, device: torch.device
     height, width = shape.pixels
     return (
         f"{shape.batch} images of {height}x{width} need about {need / 1e9:.1f} GB besides the "
-        f"weights, with {size} in the network at a time; {free / 1e9:.1f} GB are available on "
+        f"weights, with {size} in the network at a time; {free / 1e9:.1f} GB are free on "
         f"{device} and {SAFE_SHARE:.0%} of that is used at most: ask for a smaller size, fewer "
         "seeds a call, or a smaller batch"
     )
