@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import PlanError
 from headstart.prediction import Prediction
 
+patient = settings(deadline=None)  # a loaded machine is not a failure
 SIGMAS = st.floats(1e-3, 5e3)
 VALUES = st.floats(-3.0, 3.0)
 
 
 @given(sigma=SIGMAS, x0=VALUES, eps=VALUES)
+@patient
 def test_every_prediction_recovers_the_same_x0(sigma: float, x0: float, eps: float) -> None:
     x = x0 + sigma * eps
     kept = 1 / (1 + sigma**2)  # alphas_cumprod, from which v is defined
@@ -38,6 +40,7 @@ def test_without_noise_x_is_x0_whatever_the_network_says() -> None:
 
 
 @given(sigma=SIGMAS)
+@patient
 def test_v_keeps_unit_variance_at_every_level(sigma: float) -> None:
     """c_skip^2 (1 + sigma^2) + c_out^2 = 1: neither part blows up, unlike eps at a high level."""
     _, c_skip, c_out = Prediction.V.scalings(sigma)

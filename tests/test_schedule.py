@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from headstart.errors import PlanError
 from headstart.schedule import ZERO_SNR_ALPHA, Interpolation, NoiseSchedule, Spacing, grid
 
+patient = settings(deadline=None)  # a loaded machine is not a failure
 SD = NoiseSchedule.scaled_linear()
 SCHEDULES = {
     "scaled-linear": SD,
@@ -87,6 +88,7 @@ def test_a_checkpoints_terminal_zero_becomes_the_same_floor() -> None:
 
 
 @given(ratio=st.floats(0.01, 10.0))
+@patient
 def test_matching_multiplies_every_level(ratio: float) -> None:
     matched = SD.matched(ratio)
     # a is stored, so the level carries the rounding of 1/(1 + s^2), at most 1e-16 / s^2
@@ -118,6 +120,7 @@ def test_four_steps_lie_where_the_originals_put_them(spacing: Spacing, expected:
 
 
 @given(spacing=st.sampled_from(Spacing), steps=st.integers(1, 1000))
+@patient
 def test_a_grid_falls_stays_inside_and_has_the_asked_length(spacing: Spacing, steps: int) -> None:
     try:
         found = SD.timesteps(steps, spacing)
@@ -164,7 +167,7 @@ def test_whole_timesteps_have_exactly_their_own_level(
 
 @both_ways
 @given(timestep=st.floats(0, 999))
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 def test_a_level_leads_back_to_its_timestep(interpolation: Interpolation, timestep: float) -> None:
     sigma = SD.sigma(timestep, interpolation)
     assert SD.timestep(sigma, interpolation) == pytest.approx(timestep, abs=1e-9)
