@@ -319,6 +319,14 @@ def test_another_models_x0_is_not_looked_back_to() -> None:
     assert [carry > 0 for carry in carries] == [False, True, True, False, True, False]
 
 
+def test_an_x0_made_under_another_rule_is_not_looked_back_to() -> None:
+    table = compiled(
+        Leg(model="base", timesteps=(999, 899)),
+        Leg(model="base", timesteps=(799, 699, 599), update=Update.DPMPP_2M),
+    )
+    assert [step.carry > 0 for step in table] == [False, False, False, True, False]
+
+
 def test_the_last_sigma_of_a_leg_is_the_first_of_the_next() -> None:
     table = compiled(
         Leg(model="base", timesteps=(999, 874)), Leg(model="distilled", timesteps=(749, 499))
@@ -333,10 +341,11 @@ def test_a_leg_by_steps_stops_at_the_next_legs_first_point_of_its_own_grid() -> 
 
 
 def test_levels_that_went_through_float32_still_join_and_the_next_legs_level_counts() -> None:
-    rounded = float(np.float32(SD.sigma(749)))
-    assert rounded != SD.sigma(749)
-    table = compiled(Leg(model="base", steps=8), Leg(model="distilled", sigmas=(rounded, 1.0)))
-    assert table[1].sigma_next == rounded
+    for error in (-(2.0**-24), 2.0**-24):
+        rounded = SD.sigma(749) * (1 + error)
+        table = compiled(Leg(model="base", steps=8), Leg(model="distilled", sigmas=(rounded, 1.0)))
+        assert times(table)[:2] == [999, 874]
+        assert table[1].sigma_next == table[2].sigma == rounded
 
 
 def test_a_leg_may_state_timesteps_and_levels_of_its_own() -> None:
@@ -467,6 +476,15 @@ def _check_explanation(error: PlanError, legs: tuple[Leg, ...]) -> None:
     names = {"Leg": Leg, "Update": Update, "Spacing": Spacing, "Prediction": Prediction}
     table = compiled(*eval(found[1], names))
     assert table[-1].sigma_next == 0.0
+
+
+def test_legs_that_already_join_are_left_as_they_are() -> None:
+    legs = (Leg(model="base", steps=10), Leg(model="distilled", timesteps=(749, 499)))
+    last = Leg(model="base", timesteps=(249,), guidance=3.0)
+    with pytest.raises(
+        PlanError, match=re.escape(f"legs=(Leg(model='base', steps=8), {legs[1]!r}, {last!r},)")
+    ):
+        compiled(*legs, last)
 
 
 def test_a_long_plan_is_repaired_at_every_broken_place() -> None:
@@ -682,10 +700,24 @@ def test_tcd_rounds_a_product_that_is_whole_on_paper_to_itself() -> None:
     assert table[0].keep * table[0].sigma == pytest.approx(SD.sigma(63), rel=1e-15)
 
 
+def test_tcd_never_goes_above_where_the_row_lands() -> None:
+    """A leg's own levels may lie below those of its timesteps; there is nothing to add then."""
+    leg = Leg(model="base", timesteps=(900, 500), sigmas=(10.0, 0.5), update=Update.TCD, gamma=0.1)
+    first = compiled(leg)[0]
+    assert SD.sigma(450) > 0.5
+    assert (first.keep, first.add) == (0.05, 0.0)
+
+
 def test_dpmpp_2m_on_even_log_steps_carries_half_of_what_it_moves() -> None:
     """r = 1: the extrapolation weight 1/(2r) times 1 - q."""
     table = compiled(Leg(model="base", sigmas=(8.0, 4.0, 2.0, 1.0), update=Update.DPMPP_2M))
     assert [step.carry for step in table] == pytest.approx([0.0, 0.25, 0.25, 0.0], rel=1e-14)
+
+
+def test_dpmpp_2m_weighs_the_last_x0_by_the_ratio_of_the_two_steps() -> None:
+    """8 -> 4 -> 1 -> 0.5: r is 1/2, then 2, and the carry (1 - q)/(2 r)."""
+    table = compiled(Leg(model="base", sigmas=(8.0, 4.0, 1.0, 0.5), update=Update.DPMPP_2M))
+    assert [step.carry for step in table] == pytest.approx([0.0, 0.75, 0.125, 0.0], rel=1e-14)
 
 
 def test_the_boundary_condition_is_the_identity_at_timestep_0_and_vanishes_high_up() -> None:
