@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from headstart.tiny import TinyDecoder
-from headstart_weights.recipe import StageOptions, tiny, tokenizer
+from headstart_weights.recipe import StageOptions, codec, tiny, tokenizer
 from headstart_weights.recipe import scorer as recipe
 from headstart_weights.recipe.artwork import SPRITE_SIZE, SpriteLabel, Sprites
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
@@ -124,14 +124,14 @@ def test_the_linear_fit_recovers_a_linear_map() -> None:
 def test_psnr_of_a_known_error() -> None:
     # an error of 0.2 in a range of 2 is 20 dB
     reference = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
-    assert tiny.psnr(reference + 0.2, reference) == pytest.approx(20.0)
-    assert tiny.psnr(reference + 5, reference + 1) == float("inf")  # both are white
+    assert codec.psnr(reference + 0.2, reference) == pytest.approx(20.0)
+    assert codec.psnr(reference + 5, reference + 1) == float("inf")  # both are white
 
 
 def test_training_latents_are_pictures_blends_and_strong_ones() -> None:
     torch.manual_seed(0)
     mean = torch.stack([torch.full((4, 16, 16), -1.0), torch.full((4, 16, 16), 1.0)])
-    moments = tiny.Moments(mean, torch.zeros_like(mean))
+    moments = codec.Posterior(mean, torch.zeros_like(mean))
     values = tiny.draw_latents(moments, 4000)[:, 0, 0, 0].abs()
     assert values.max() <= tiny.STRONGEST + 1e-6
     assert (values > 1).float().mean() > 0.2

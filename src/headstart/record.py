@@ -174,7 +174,7 @@ def _identity(path: Path) -> tuple[str, int, int]:
 
 @lru_cache(maxsize=64)
 def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
-    """As `Checkpoint.sha256`: of the file, or of the shards' digests one after the other."""
+    """SHA-256 of the file, or of the shards' digests one after the other."""
     parts: list[bytes] = []
     for path, _, _ in files:
         with open(path, "rb") as file:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -108,17 +109,35 @@ def load(work: Path) -> Vae:
     return vae.eval()
 
 
-@torch.no_grad()
-def psnr(vae: Vae, images: NDArray[np.uint8]) -> float:
-    """Peak signal-to-noise ratio in dB of decode(encode(images)), pixels clamped to [-1, 1]."""
-    pixels = to_pixels(images)
-    error = vae.decode(vae.encode(pixels)).clamp(-1.0, 1.0) - pixels
-    return -10.0 * torch.log10((error / 2.0).square().mean()).item()
+class Posterior(NamedTuple):
+    """Every picture as a Gaussian over latents: mean and deviation, [N, C, h, w] each."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    @staticmethod
+    def of(vae: Vae, images: NDArray[np.uint8]) -> Posterior:
+        pairs = list(moments(vae, images))
+        logvar = torch.cat([logvar for _, logvar in pairs])
+        return Posterior(torch.cat([mean for mean, _ in pairs]), torch.exp(0.5 * logvar))
+
+    def draw(self, indices: Tensor) -> Tensor:
+        """One sample of each of the pictures, new at every call."""
+        mean = self.mean[indices]
+        return mean + self.deviation[indices] * torch.randn_like(mean)
+
+
+def psnr(picture: Tensor, reference: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], clamped."""
+    error = picture.clamp(-1, 1) - reference.clamp(-1, 1)
+    return -10.0 * torch.log10((error / 2).square().mean()).item()
 
 
 def main(options: StageOptions) -> None:
     """The `codec` stage."""
     images = load_dataset(options.work).images
     train(options, images)
-    quality = psnr(load(options.work), images[:256])
+    vae, pixels = load(options.work), to_pixels(images[:256])
+    with torch.no_grad():
+        quality = psnr(vae.decode(vae.encode(pixels)), pixels)
     log.info("codec: %.2f dB on 256 training pictures", quality)

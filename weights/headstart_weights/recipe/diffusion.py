@@ -16,12 +16,16 @@ from PIL import Image
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
-from headstart.schedule import NoiseSchedule
+from headstart.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
 from headstart.unet import Mid, Stage, UNet, UNetParams
 from headstart.vae import Vae
+from headstart_kernels import decode_u8
+from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.language import Language
 
-DEMO_SCHEDULE = NoiseSchedule.scaled_linear().matched(0.4)
-DEMO_TIMESTEPS = (999, 749, 499, 249)
+GRID = tuple(int(t) for t in DEMO_TIMESTEPS)
+"""The timesteps that the student is distilled on."""
+
 PARAMS = UNetParams(
     down=(Stage(32, (0,), True), Stage(64, (1,), True), Stage(128, (1,), False)),
     mid=Mid(resnets=2, depth=1),
@@ -32,6 +36,7 @@ PARAMS = UNetParams(
 )
 LATENT_SHAPE = (4, 16, 16)
 STEPS = 1000
+SHEET_PROMPTS = ("a fox", "a frog", "a sunflower", "a doughnut", "an owl", "a ghost")
 _ALPHAS_CUMPROD = torch.from_numpy(DEMO_SCHEDULE.alphas_cumprod.astype(np.float32))
 
 
@@ -103,11 +108,28 @@ def rollout(
 
 
 @torch.no_grad()
-def write_sheet(vae: Vae, latents: Tensor, columns: int, path: Path) -> None:
-    """Decode [N, C, h, w] to one PNG, `columns` pictures a row."""
+def write_sheet(
+    unet: UNet,
+    text: Language,
+    vae: Vae,
+    timesteps: Sequence[int],
+    path: Path,
+    *,
+    guidance: float = 1.0,
+    seeds: int = 12,
+) -> None:
+    """Samples of a few prompts as one PNG: loss says little here, pictures say it all."""
+    noise = torch.randn(seeds, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
+    latents = rollout(
+        unet,
+        noise.repeat(len(SHEET_PROMPTS), 1, 1, 1),
+        timesteps,
+        text([prompt for prompt in SHEET_PROMPTS for _ in range(seeds)]),
+        empty=text([""]),
+        guidance=guidance,
+    )
     pixels = torch.cat([vae.decode(part) for part in latents.split(32)])
-    rgb = pixels.add(1).mul(127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
-    rows = [np.concatenate(list(rgb[i : i + columns]), 1) for i in range(0, len(rgb), columns)]
-    partial = path.with_name("partial." + path.name)
-    Image.fromarray(np.concatenate(rows, 0)).save(partial)
-    partial.replace(path)
+    rgb = decode_u8(pixels).numpy()
+    rows = [np.concatenate(list(rgb[i : i + seeds]), 1) for i in range(0, len(rgb), seeds)]
+    sheet = Image.fromarray(np.concatenate(rows, 0))
+    write_atomically(path, lambda part: sheet.save(part, format="PNG"))

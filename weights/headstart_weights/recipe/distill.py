@@ -14,22 +14,20 @@ import copy
 import logging
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
 from headstart.unet import UNet
 from headstart_weights.recipe import StageOptions, codec, language
-from headstart_weights.recipe.base import Latents, load_unet
+from headstart_weights.recipe.base import captions_of, load_unet
 from headstart_weights.recipe.dataset import load_dataset
 from headstart_weights.recipe.diffusion import (
-    DEMO_TIMESTEPS,
+    GRID,
     LATENT_SHAPE,
     euler_step,
     mix,
     predict_x0,
-    rollout,
     stratified_timesteps,
     write_sheet,
 )
@@ -37,7 +35,6 @@ from headstart_weights.recipe.training import Average, Run, write_tensors
 
 _BATCH = 16
 _FAKE_HEAD_START = 20  # steps in which only the fake score learns
-_SHEET_PROMPTS = ("a fox", "a frog", "a sunflower", "a doughnut", "an owl", "a ghost")
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +60,8 @@ class Distiller:
 
     def __init__(self, options: StageOptions, variant: Variant) -> None:
         self.variant = variant
-        self.latents = Latents(load_dataset(options.work), options.work)
+        self.data = load_dataset(options.work)
+        self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.teacher = load_unet(options.work / "base.safetensors").requires_grad_(False)
         self.student = copy.deepcopy(self.teacher).requires_grad_(True)
         self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
@@ -76,7 +74,7 @@ class Distiller:
     def step(self, index: int, fraction: float) -> dict[str, float]:
         chosen = torch.randint(len(self.latents.mean), (_BATCH,))
         with torch.no_grad():
-            context = self.text(self.latents.captions(chosen))
+            context = self.text(captions_of(self.data, chosen))
             x, timestep = self._start(chosen, context)
         x0 = predict_x0(self.student, x, timestep, context)
         loss = self._matching_loss(x0, context)
@@ -89,8 +87,8 @@ class Distiller:
 
     def _start(self, chosen: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Where the student steps from: one grid timestep for the whole batch."""
-        place = int(torch.randint(len(DEMO_TIMESTEPS), (1,)))
-        grid = [torch.full((_BATCH,), int(t)) for t in DEMO_TIMESTEPS]
+        place = int(torch.randint(len(GRID), (1,)))
+        grid = [torch.full((_BATCH,), t) for t in GRID]
         x = torch.randn(_BATCH, *LATENT_SHAPE)
         for i in range(place):
             x0 = predict_x0(self.student, x, grid[i], context)
@@ -162,25 +160,16 @@ def train(options: StageOptions, variant: Variant) -> None:
     def save() -> None:
         path = options.work / f"{variant.name}.safetensors"
         write_tensors(average.values, path, {"steps": str(run.step)})
-        _write_sample(options, distiller, variant.name, run.step)
+        write_sheet(
+            load_unet(path),
+            distiller.text,
+            codec.load(options.work),
+            GRID,
+            options.work / f"{variant.name}_{run.step:06d}.png",
+        )
 
     run.loop(distiller.step, on_save=save, save_every_s=180.0)
     save()
-
-
-@torch.no_grad()
-def _write_sample(
-    options: StageOptions, distiller: Distiller, name: str, step: int, seeds: int = 12
-) -> None:
-    student = load_unet(options.work / f"{name}.safetensors")
-    noise = torch.randn(seeds, *LATENT_SHAPE, generator=torch.Generator().manual_seed(1))
-    prompts = [prompt for prompt in _SHEET_PROMPTS for _ in range(seeds)]
-    context = distiller.text(prompts)
-    x = noise.repeat(len(_SHEET_PROMPTS), 1, 1, 1)
-    latents = rollout(student, x, [int(t) for t in DEMO_TIMESTEPS], context)
-    path = options.work / f"{name}_{step:06d}.png"
-    write_sheet(codec.load(options.work), latents, seeds, path)
-    log.info("%s: step %d, latent deviation %.3f", name, step, float(np.std(latents.numpy())))
 
 
 def main(options: StageOptions) -> None:

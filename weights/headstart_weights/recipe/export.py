@@ -21,14 +21,16 @@ from torch import Tensor
 from headstart.checkpoint import Checkpoint
 from headstart.errors import InputError
 from headstart.keymap import unet_to_ldm
+from headstart.plan import DEMO_SCHEDULE
 from headstart.schedule import NoiseSchedule
 from headstart.scorer import TOKENIZER_KEY
-from headstart_weights.recipe import StageOptions, codec, language
+from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import ICON_SETS, write_atomically
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
 from headstart_weights.recipe.dataset import IMAGE_SIZE, PALETTE, STYLES
-from headstart_weights.recipe.diffusion import DEMO_SCHEDULE, DEMO_TIMESTEPS, PARAMS
+from headstart_weights.recipe.diffusion import GRID, PARAMS
 from headstart_weights.recipe.readme import weights_readme
+from headstart_weights.recipe.tokenizer import load_tokenizer
 
 LICENCE = "Apache-2.0"
 MADE_BY = "python -m headstart_weights.recipe"
@@ -135,9 +137,9 @@ def serialise(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> byt
 
 def export(work: Path, folder: Path) -> None:
     """Write the weight files, manifest.json and README.md into `folder`."""
-    tokenizer = language.load_tokenizer(work).to_str()
+    tokenizer = load_tokenizer(work).to_str()
     pair = pair_metadata()
-    grid = ",".join(str(t) for t in DEMO_TIMESTEPS)
+    grid = ",".join(str(t) for t in GRID)
     distilled = pair | {"headstart.timesteps": grid, "headstart.update": "euler"}
     scorer = {"format": "pt", TOKENIZER_KEY: tokenizer}
     base = base_tensors(

@@ -12,6 +12,8 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from headstart_weights.recipe.tokenizer import load_tokenizer
+
 POSITIONS = 16
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 _PREFIX = "text_model."
@@ -57,15 +59,11 @@ def _token_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     return tuple(ids + [end] * (POSITIONS - len(ids)))
 
 
-def load_tokenizer(work: Path) -> Tokenizer:
-    return Tokenizer.from_str((work / "tokenizer.json").read_text())
-
-
-def load(work: Path, tensors: dict[str, Tensor] | None = None) -> Language:
-    """The trained text encoder of `base.safetensors`, or of `tensors` under checkpoint names."""
+def load(work: Path) -> Language:
+    """The trained text encoder, from `text.safetensors`."""
     language = Language(load_tokenizer(work))
-    found = load_file(work / "text.safetensors") if tensors is None else tensors
     bare = not any(k.startswith(_PREFIX) for k in language.transformer.state_dict())
+    found = load_file(work / "text.safetensors")
     own = {k.removeprefix(_PREFIX) if bare else k: v for k, v in found.items()}
     language.transformer.load_state_dict(own)
     return language.eval()

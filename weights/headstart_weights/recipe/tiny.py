@@ -23,6 +23,7 @@ from headstart.tiny import TinyDecoder, TinyParams
 from headstart.vae import Vae
 from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.codec import Posterior, psnr
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
 from headstart_weights.recipe.dataset import Dataset, load_dataset
 from headstart_weights.recipe.optimiser import MuonAdam
@@ -44,25 +45,7 @@ class LinearFit(NamedTuple):
     bias: Tensor
 
 
-class Moments(NamedTuple):
-    """Posterior mean and deviation of pictures, [N, 4, 16, 16] each."""
-
-    mean: Tensor
-    deviation: Tensor
-
-    @staticmethod
-    @torch.no_grad()
-    def of(vae: Vae, data: Dataset) -> Moments:
-        pairs = list(codec.moments(vae, data.images))
-        logvar = torch.cat([pair[1] for pair in pairs])
-        return Moments(torch.cat([pair[0] for pair in pairs]), torch.exp(0.5 * logvar))
-
-    def draw(self, indices: Tensor) -> Tensor:
-        mean = self.mean[indices]
-        return mean + self.deviation[indices] * torch.randn_like(mean)
-
-
-def draw_latents(moments: Moments, batch: int = BATCH) -> Tensor:
+def draw_latents(moments: Posterior, batch: int = BATCH) -> Tensor:
     """Posterior samples [B, 4, 16, 16], some blended with another, some made stronger."""
     one, other = (moments.draw(torch.randint(len(moments.mean), (batch,))) for _ in range(2))
     share = torch.rand(batch, 1, 1, 1) * (torch.rand(batch, 1, 1, 1) < BLENDED)
@@ -70,7 +53,7 @@ def draw_latents(moments: Moments, batch: int = BATCH) -> Tensor:
     return gain * (one + 0.5 * share * (other - one))
 
 
-def train(vae: Vae, moments: Moments, options: StageOptions) -> TinyDecoder:
+def train(vae: Vae, moments: Posterior, options: StageOptions) -> TinyDecoder:
     """Train for the time box, resuming from `tiny.ckpt`; the averaged decoder."""
     torch.manual_seed(options.seed)
     decoder = TinyDecoder(PARAMS)
@@ -111,16 +94,10 @@ def fit_linear(latents: Tensor, pixels: Tensor) -> LinearFit:
     return LinearFit(solution[:-1], solution[-1])
 
 
-def psnr(picture: Tensor, reference: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in [-1, 1], clamped."""
-    error = picture.clamp(-1, 1) - reference.clamp(-1, 1)
-    return -10.0 * torch.log10((error / 2).square().mean()).item()
-
-
 def main(options: StageOptions) -> None:
     """The `tiny` stage: writes tiny.safetensors, tiny.json (dB) and linear_rgb.json."""
     vae = codec.load(options.work).requires_grad_(False)
-    moments = Moments.of(vae, load_dataset(options.work))
+    moments = Posterior.of(vae, load_dataset(options.work).images)
     decoder = train(vae, moments, options)
     tensors = {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
     write_tensors(tensors, options.work / "tiny.safetensors", {})
@@ -137,7 +114,7 @@ def main(options: StageOptions) -> None:
 
 def measure(vae: Vae, decoder: TinyDecoder, linear: LinearFit, data: Dataset) -> dict[str, float]:
     """dB against the VAE's own picture, on pictures that `tiny` was not trained on."""
-    latents = Moments.of(vae, data).mean
+    latents = Posterior.of(vae, data.images).mean
     pictures = torch.cat([vae.decode(z) for z in torch.split(latents, 64)])
     tiny = torch.cat([decoder(z) for z in torch.split(latents, 64)])
     factors, bias = linear.factors.float(), linear.bias.float()

@@ -8,7 +8,6 @@ machine takes fewer steps and still ends annealed. All randomness of step i come
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart_weights.recipe import StageOptions
+from headstart_weights.recipe.artwork import write_atomically
 
 StepFunction = Callable[[int, float], dict[str, float]]
 """(step, fraction of the time box spent) -> numbers to log."""
@@ -111,9 +111,7 @@ class Run:
             "optimisers": [o.state_dict() for o in self._optimisers],
             "averages": {k: a.values for k, a in self._averages.items()},
         }
-        partial = self._checkpoint.with_suffix(".partial")
-        torch.save(state, partial)
-        os.replace(partial, self._checkpoint)
+        write_atomically(self._checkpoint, lambda part: torch.save(state, part))
 
     def _resume(self) -> None:
         state = torch.load(self._checkpoint, weights_only=True)
@@ -129,6 +127,5 @@ class Run:
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a safetensors file under a temporary name, then rename it into place."""
-    partial = path.with_name(path.name + ".partial")
-    save_file({k: v.contiguous() for k, v in tensors.items()}, partial, metadata=dict(metadata))
-    os.replace(partial, path)
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda part: save_file(whole, part, metadata=dict(metadata)))
