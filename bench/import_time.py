@@ -9,16 +9,14 @@ over rounds is reported. Each process pays for reading its own files, from a war
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
+
+import harness
 
 ROOT = Path(__file__).parents[1]
 COMMANDS: dict[str, tuple[str, ...]] = {
@@ -70,29 +68,15 @@ def summarise(taken: dict[str, list[float]]) -> list[dict[str, float | str]]:
     return rows
 
 
-def machine() -> dict[str, str | int | float]:
-    return {
-        "cpu_count": os.cpu_count() or 0,
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "numpy": version("numpy"),
-        "load_before": round(os.getloadavg()[0], 2),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results/import_time.json")
     options = parser.parse_args()
-    where = machine()
+    where = harness.machine()
     rows = summarise(measure(options.rounds))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": where, "rounds": options.rounds, "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    harness.write_json(options.out, result)
     for row in rows:
         print(f"{row['median_s']:8.3f} s  {row['command']}")
 

@@ -1,6 +1,6 @@
 """Does one base step bring the bundled pair's diversity back? Every prompt, fresh seeds, intervals.
 
-    python bench/pair.py [--seeds 7000-7015] [--sets 3] [--out bench/results/pair.json]
+    python bench/pair.py [--first 7000] [--seeds 16] [--sets 3] [--out bench/results/pair.json]
 
 recovered = (diversity of a plan - distilled) / (base - distilled), on the same prompts and seeds.
 The seeds are the script's own: none of them was looked at while the pair or its plans were chosen.
@@ -25,6 +25,7 @@ import headstart as hs
 import headstart_weights
 from headstart.metrics import bootstrap_prompts, diversity, frechet_gaussian, vendi
 from headstart.scorer import Scorer, load_scorer
+from headstart_weights.recipe.dataset import compose_caption
 
 Array = NDArray[np.float64]
 RESAMPLES = 5000
@@ -66,8 +67,7 @@ def main() -> None:
     options = _parse()
     engine = hs.Engine.demo()
     scorer = load_scorer(headstart_weights.path("scorer"))
-    concepts = headstart_weights.manifest().concepts
-    prompts = [f"{'an' if name[0] in 'aeiou' else 'a'} {name}" for name in concepts]
+    prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
     seeds = range(options.first, options.first + options.seeds * options.sets)
     cases = {name: CASES[name] for name in options.cases}
     sampled = {
