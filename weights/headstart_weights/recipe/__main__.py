@@ -22,6 +22,7 @@ class Stage(NamedTuple):
 
 STAGES: dict[str, Stage] = {
     "data": Stage("dataset:main", "fetch artwork, draw sprites and pictures"),
+    "restore": Stage("restore:main", "unpack the bundled files, to train on from them"),
     "tokenizer": Stage("tokenizer:main", "fit the byte-pair vocabulary"),
     "codec": Stage("codec:main", "train the VAE", 10.0),
     "base": Stage("base:main", "train the text encoder and the base UNet", 60.0),

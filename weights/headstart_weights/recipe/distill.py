@@ -34,7 +34,7 @@ from headstart_weights.recipe.diffusion import (
 from headstart_weights.recipe.training import Average, Run, write_tensors
 
 _BATCH = 16
-_FAKE_HEAD_START = 20  # steps in which only the fake score learns
+_FAKE_HEAD_START = 50  # steps in which only the fake score learns
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Distiller:
         self.data = load_dataset(options.work)
         self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.teacher = load_unet(options.work / "base.safetensors").requires_grad_(False)
-        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.student = _first_student(options, variant, self.teacher).requires_grad_(True)
         self.fake = copy.deepcopy(self.teacher).requires_grad_(True)
         self.text = language.load(options.work).requires_grad_(False)
         with torch.no_grad():
@@ -127,6 +127,12 @@ class Distiller:
         loss = (v - (a * eps - s * x0)).square().mean()
         _update(self.fake, self.fake_optimiser, loss, 2 * self.variant.lr)
         return loss.item()
+
+
+def _first_student(options: StageOptions, variant: Variant, teacher: UNet) -> UNet:
+    """What an earlier run wrote, else the teacher."""
+    written = options.work / f"{variant.name}.safetensors"
+    return load_unet(written) if written.exists() else copy.deepcopy(teacher)
 
 
 def _adam(unet: UNet, lr: float) -> torch.optim.AdamW:

@@ -1,0 +1,73 @@
+"""The bundled files -> a work folder, so that training goes on from what ships.
+
+The inverse of `export`, up to the rounding to float16. `data` and `tokenizer` are not in the files:
+their stages make them again, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from torch import Tensor, nn
+
+import headstart_weights
+from headstart.load import load_unet, load_vae
+from headstart.tensors import Checkpoint, Part, PartName
+from headstart_weights.recipe import StageOptions
+from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.training import write_tensors
+
+_NETWORKS = {"base": "base", "student": "distilled"}
+_PARTS: dict[str, tuple[str, PartName]] = {
+    "text": ("base", "text"),
+    "tiny": ("tiny_decoder", "tiny"),
+}
+_WHOLE = ("scorer", "reference")
+_NUMBERS = ("linear_rgb", "scorer_top1")
+
+log = logging.getLogger(__name__)
+
+
+def restore(work: Path) -> None:
+    """Write what the trained stages would have written. Never over a file that is there."""
+    for name, role in _NETWORKS.items():
+        _write(work / f"{name}.safetensors", _tensors(load_unet(_path(role))))
+    _write(work / "codec.safetensors", _tensors(load_vae(_path("base"))))
+    for name, (role, part) in _PARTS.items():
+        _write(
+            work / f"{name}.safetensors", _floats(Checkpoint.open(_path(role), part).parts()[part])
+        )
+    for name in _WHOLE:
+        file = Checkpoint((_path(name),))
+        _write(work / f"{name}.safetensors", {k: file.tensor(k).float() for k in file.names})
+    manifest = json.loads((_path("base").parent / "manifest.json").read_text(encoding="utf-8"))
+    for name in _NUMBERS:
+        path = work / f"{name.removesuffix('_top1')}.json"
+        if not path.exists():
+            text = json.dumps(manifest[name], indent=1) + "\n"
+            write_atomically(path, lambda part, text=text: part.write_text(text))
+
+
+def main(options: StageOptions) -> None:
+    """The `restore` stage."""
+    restore(options.work)
+    log.info("restored the bundled files to %s", options.work)
+
+
+def _path(role: str) -> Path:
+    return headstart_weights.path(role)
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.state_dict())
+
+
+def _floats(part: Part) -> dict[str, Tensor]:
+    return {name: part.tensor(name).float() for name in part.shapes}
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+    if not path.exists():
+        write_tensors(tensors, path, {})
