@@ -1,42 +1,34 @@
-"""What can be typed after `headstart`: commands, options, and how their text is read."""
+"""What a command is, the options that commands share, and how their text is read."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, NoReturn
 
-import headstart
 from headstart.errors import InputError
 from headstart.request import MODES, PRESETS, PlanSettings
 
-DEFAULT_PROMPT = "a fox"
-DEFAULT_SEEDS = "0-15"
 
-
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
         self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line; `command` is the command's name."""
-    parser = _Parser(prog="headstart", description=headstart.__doc__)
-    parser.add_argument("--version", action="version", version=f"headstart {headstart.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    _add_compare(commands)
-    _add_sample(commands)
-    plan = _add(commands, "plan", "print the table that a run will follow", _every())
-    _add_plan_options(plan)
-    plan.add_argument("--base", metavar="PATH", help="read prediction and schedule from this file")
-    inspect = _add(commands, "inspect", "say what a checkpoint is; exit 1 if it is bad", _every())
-    inspect.add_argument("file", type=Path, metavar="FILE")
-    replay = _add(commands, "replay", "run a record again and compare every bit", *_sampling())
-    replay.add_argument("record", type=Path, metavar="RECORD", help="a record.json")
-    replay.add_argument("--out", type=Path, help="also write the images into this folder")
-    return parser
+class Command(NamedTuple):
+    """One thing that can be typed after `headstart`.
+
+    parents      groups of options that it shares with others: `every()`, `*sampling()`
+    add_options  its own options
+    run          does it, and returns the exit status; imports what is heavy when it is called
+    """
+
+    name: str
+    about: str
+    parents: Sequence[Parser]
+    add_options: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
@@ -80,61 +72,30 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def _add_compare(commands: Any) -> None:
-    about = "base, distilled, hybrid and skip-first side by side, as a contact sheet and a table"
-    compare = _add(commands, "compare", about, *_sampling())
-    compare.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="default: %(default)s")
-    _add_seeds(compare, DEFAULT_SEEDS)
-    compare.add_argument(
-        "--out", type=Path, default=Path("sheet.png"), help="PNG; default: %(default)s"
-    )
-    compare.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
-    compare.add_argument("--steps", type=int, help="steps of the distilled model")
-
-
-def _add_sample(commands: Any) -> None:
-    about = "sample images into a folder, with a record that repeats the run"
-    sample = _add(commands, "sample", about, *_sampling())
-    sample.add_argument("prompts", nargs="+", metavar="PROMPT")
-    _add_seeds(sample, "0")
-    _add_plan_options(sample)
-    sample.add_argument("--negative", default="", help="what guidance moves away from")
-    sample.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    sample.add_argument("--batch", type=int, help="samples in a network at once")
-    sample.add_argument("--out", type=Path, required=True, help="folder for images and record.json")
-    sample.add_argument("--overwrite", action="store_true", help="replace a run that is there")
-
-
-def _add(
-    commands: Any, name: str, about: str, *parents: argparse.ArgumentParser
-) -> argparse.ArgumentParser:
-    return commands.add_parser(name, parents=parents, help=about, description=f"{about}.")
-
-
-def _sampling() -> Sequence[argparse.ArgumentParser]:
+def sampling() -> Sequence[Parser]:
     """Parents of a command that loads weights."""
-    weights = argparse.ArgumentParser(add_help=False)
+    weights = Parser(add_help=False)
     group = weights.add_argument_group("weights (default: the bundled pair)")
     for name in ("base", "distilled", "vae", "text", "tokenizer", "preview"):
         group.add_argument(f"--{name}", metavar="PATH")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
-    return _every(), weights
+    return every(), weights
 
 
-def _every() -> argparse.ArgumentParser:
-    every = argparse.ArgumentParser(add_help=False)
+def every() -> Parser:
+    every = Parser(add_help=False)
     every.add_argument("--json", action="store_true", help="print JSON for machines")
     every.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return every
 
 
-def _add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
+def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     about = "such as 0-15 or 3,7; default: %(default)s"
     parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)
 
 
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")
     group.add_argument("--preset", help=f"which pair: {', '.join(PRESETS)}")

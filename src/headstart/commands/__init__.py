@@ -1,0 +1,10 @@
+"""The commands, in the order that `headstart --help` lists them; each is one module."""
+
+from headstart.arguments import Command
+from headstart.commands.compare import COMPARE
+from headstart.commands.inspect import INSPECT
+from headstart.commands.plan import PLAN
+from headstart.commands.replay import REPLAY
+from headstart.commands.sample import SAMPLE
+
+COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, REPLAY)

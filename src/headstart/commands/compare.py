@@ -1,0 +1,67 @@
+"""`headstart compare`: base, distilled, hybrid and skip-first side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from headstart.arguments import Command, add_seeds, sampling, uses_bundled, worded
+from headstart.console import progress
+from headstart.errors import InputError
+from headstart.output import check_file, write_file
+from headstart.request import PRESETS, pair_up, parse_seeds
+from headstart.session import open_engine
+
+DEFAULT_PROMPT = "a fox"
+DEFAULT_SEEDS = "0-15"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="default: %(default)s")
+    add_seeds(parser, DEFAULT_SEEDS)
+    parser.add_argument(
+        "--out", type=Path, default=Path("sheet.png"), help="PNG; default: %(default)s"
+    )
+    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    parser.add_argument("--steps", type=int, help="steps of the distilled model")
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompt = worded(args.prompt)
+    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    check_file(args.out, size_bytes=4 * len(seeds) * 192 * 192 * 3, suffix=".png")
+    demo = uses_bundled(args)
+    if not demo and args.preset is None:
+        raise InputError(f"compare needs --preset with your own weights: {', '.join(PRESETS)}")
+    engine = open_engine(args)
+
+    from headstart.compare import (
+        compare,
+        compare_tables,
+        demo_judge,
+        footer_of,
+        pixel_judge,
+        sheet_of,
+    )
+    from headstart.sheet import encode_png
+
+    judge = demo_judge() if demo else pixel_judge()
+    tables = compare_tables(engine, preset=args.preset, steps=args.steps)
+    with progress(sum(map(len, tables.values())), "sampling") as bar:
+        found = compare(engine, prompt, seeds, judge, tables=tables, on_step=lambda _: bar.update())
+    write_file(args.out, encode_png(sheet_of(found)))
+    if args.json:
+        print(json.dumps(found.to_json(str(args.out))))
+    else:
+        print(f"{prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{footer_of(found)}\n{args.out}")
+    return 0
+
+
+COMPARE = Command(
+    "compare",
+    "base, distilled, hybrid and skip-first side by side, as a contact sheet and a table",
+    sampling(),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,42 @@
+"""`headstart plan`: the table that a run will follow, without torch."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from headstart.arguments import Command, add_plan_options, every, plan_settings
+from headstart.request import named_plan
+
+if TYPE_CHECKING:
+    from headstart.table import StepTable
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_plan_options(parser)
+    parser.add_argument("--base", metavar="PATH", help="read prediction and schedule from it")
+
+
+def _run(args: argparse.Namespace) -> int:
+    table = _planned(args)
+    print(table.to_json() if args.json else table)
+    return 0
+
+
+def _planned(args: argparse.Namespace) -> StepTable:
+    from headstart.plan import DEMO_SCHEDULE
+    from headstart.prediction import Prediction
+    from headstart.schedule import NoiseSchedule
+
+    plan = named_plan(args.plan, plan_settings(args), "demo")
+    if args.base is not None:
+        from headstart.checkpoint import read_family
+
+        family = read_family(args.base)
+        return plan.compile(family.schedule, prediction=family.prediction)
+    if plan.name.startswith("demo-"):
+        return plan.compile(DEMO_SCHEDULE, prediction=Prediction.V)
+    return plan.compile(NoiseSchedule.scaled_linear(), prediction=Prediction.EPS)
+
+
+PLAN = Command("plan", "print the table that a run will follow", (every(),), _add_options, _run)

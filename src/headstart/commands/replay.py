@@ -1,0 +1,54 @@
+"""`headstart replay`: a record run again, every bit compared."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from headstart.arguments import Command, sampling
+from headstart.console import progress
+from headstart.output import check_folder
+from headstart.session import open_engine, report, write_images
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("record", type=Path, metavar="RECORD", help="a record.json")
+    parser.add_argument("--out", type=Path, help="also write the images into this folder")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from headstart.record import parse, read_record
+
+    record = read_record(args.record)
+    recorded = parse(record)
+    if args.out is not None:
+        height, width = recorded.size
+        check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
+    engine = open_engine(_as_recorded(args, recorded.weights, recorded.machine))
+
+    from headstart.engine import replay
+
+    with progress(len(recorded.table), "replaying") as bar:
+        trajectory = replay(record, engine, on_step=lambda _: bar.update())
+    if args.out is not None:
+        write_images(args.out, trajectory)
+    report(args, trajectory, f"equal: {len(trajectory)} images, to the bit")
+    return 0
+
+
+def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argparse.Namespace:
+    """Weights and dtype as recorded, where the command line does not say otherwise."""
+    for role, file in weights.items():
+        bundled = file["file"].startswith("headstart_weights/")
+        if getattr(args, role, None) is None and not bundled:
+            setattr(args, role, file["file"])
+    if args.dtype == "auto":
+        args.dtype = machine.get("dtype", "auto")
+    args.preset = None
+    return args
+
+
+REPLAY = Command(
+    "replay", "run a record again and compare every bit", sampling(), _add_options, _run
+)

@@ -1,0 +1,71 @@
+"""`headstart sample`: images into a folder, with a record that repeats the run."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from headstart.arguments import (
+    Command,
+    add_plan_options,
+    add_seeds,
+    plan_settings,
+    read_size,
+    sampling,
+    uses_bundled,
+    worded,
+)
+from headstart.console import progress
+from headstart.errors import InputError
+from headstart.output import check_folder
+from headstart.request import named_plan, pair_up, parse_seeds
+from headstart.session import open_engine, report, write_images
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    add_seeds(parser, "0")
+    add_plan_options(parser)
+    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
+    parser.add_argument("--batch", type=int, help="samples in a network at once")
+    parser.add_argument("--out", type=Path, required=True, help="folder for images and record.json")
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompts, seeds = pair_up([worded(text) for text in args.prompts], parse_seeds(args.seeds))
+    size = read_size(args.size)
+    if uses_bundled(args):
+        named_plan(args.plan, plan_settings(args), "demo")
+    check_folder(args.out, size_bytes=0)
+    if (args.out / "record.json").exists() and not args.overwrite:
+        raise InputError(
+            f"{str(args.out)!r} holds a run already: choose another --out, or give --overwrite"
+        )
+    engine = open_engine(args)
+    table = engine.compile(args.plan, **plan_settings(args))
+    asked: dict[str, Any] = {
+        "seeds": seeds,
+        "negative": args.negative,
+        "size": size,
+        "batch": args.batch,
+    }
+    engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
+    height, width = size or (engine.weights.image_size,) * 2
+    check_folder(args.out, size_bytes=len(seeds) * height * width * 3)
+    with progress(len(table), "sampling") as bar:
+        trajectory = engine.sample(prompts, plan=table, **asked, on_step=lambda _: bar.update())
+    write_images(args.out, trajectory)
+    report(args, trajectory, f"{len(trajectory)} images in {args.out}")
+    return 0
+
+
+SAMPLE = Command(
+    "sample",
+    "sample images into a folder, with a record that repeats the run",
+    sampling(),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,54 @@
+"""What a person at a terminal sees besides the results: progress, warnings, errors, on stderr."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+BAR_AFTER_S = 1.0
+"""A progress bar appears on a terminal once a command has run this long."""
+
+
+@contextmanager
+def progress(total: int | None, what: str) -> Generator[tqdm[NoReturn]]:
+    from tqdm import tqdm
+
+    form = "{desc} {elapsed}" if total is None else None
+    with tqdm(
+        total=total, desc=what, delay=BAR_AFTER_S, disable=None, leave=False, bar_format=form
+    ) as bar:
+        yield bar
+
+
+@contextmanager
+def plain_warnings() -> Generator[None]:
+    """Warnings as one line without a source line."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", UserWarning)
+        warnings.showwarning = _warn
+        yield
+
+
+def _warn(message: Warning | str, *_: object) -> None:
+    print(f"headstart: warning: {message}", file=sys.stderr)
+
+
+def drop_output() -> None:
+    """What stdout still holds cannot be written; without this the interpreter tries at its exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fail(message: str) -> int:
+    """Print an error; the exit status it means."""
+    print(f"headstart: error: {message}", file=sys.stderr)
+    return 2

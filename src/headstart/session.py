@@ -1,0 +1,68 @@
+"""What commands that sample share: the engine that was asked for, images written, a run told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headstart.arguments import uses_bundled
+from headstart.console import progress
+from headstart.output import write_folder
+
+if TYPE_CHECKING:
+    from headstart.engine import Engine
+    from headstart.trajectory import Trajectory
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The bundled pair, or the files that the options of `arguments.sampling` name."""
+    with progress(None, "loading weights"):
+        from headstart.engine import Engine
+
+        if uses_bundled(args):
+            return Engine.demo(device=args.device, dtype=args.dtype)
+        return Engine.load(
+            args.base,
+            args.distilled,
+            vae=args.vae,
+            text=args.text,
+            tokenizer=args.tokenizer,
+            preview=args.preview,
+            preset=args.preset,
+            device=args.device,
+            dtype=args.dtype,
+        )
+
+
+def write_images(folder: Path, trajectory: Trajectory) -> None:
+    """NNNNNN.png and record.json; images that a longer run left there are removed."""
+    from headstart.sheet import encode_png
+
+    images = trajectory.rgb.cpu().numpy()
+    files = {f"{number:06d}.png": encode_png(image) for number, image in enumerate(images)}
+    record = json.dumps(trajectory.record(), indent=1) + "\n"
+    write_folder(folder, {**files, "record.json": record.encode()})
+    for stale in folder.glob("[0-9]" * 6 + ".png"):
+        if stale.name not in files:  # of the longer run that was overwritten
+            stale.unlink()
+
+
+def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
+    """Print what a run was and took, as one line or as JSON."""
+    latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
+    if args.json:
+        facts = {
+            "out": None if args.out is None else str(args.out),
+            "images": len(trajectory),
+            "prompts": trajectory.prompts,
+            "seeds": trajectory.seeds,
+            "plan": trajectory.table.name,
+            "passes": trajectory.passes,
+            "latency_ms": latency,
+        }
+        print(json.dumps(facts))
+        return
+    took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
+    print(f"{done} · plan {trajectory.table.name}, {trajectory.passes} passes · {took}")
