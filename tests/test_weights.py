@@ -26,7 +26,7 @@ from headstart_weights import WeightsError
 
 MAX_TOTAL_BYTES = 32 * 2**20
 FOLDER = Path(headstart_weights.__file__).parent
-ROLES = ("base", "distilled", "tiny_decoder", "scorer", "reference")
+ROLES = ("base", "distilled", "control", "tiny_decoder", "scorer", "reference")
 PAIR_KEYS = {
     "headstart.family": "demo",
     "headstart.prediction": "v",
@@ -240,6 +240,7 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
     parts = {
         "base": unet,
         "student": {name: 2 * tensor for name, tensor in unet.items()},
+        "control": {name: 3 * tensor for name, tensor in unet.items()},
         "codec": Vae(codec.PARAMS).state_dict(),
         "text": language.Language(fitted).tensors(),
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
@@ -295,7 +296,7 @@ def test_exporting_twice_gives_the_same_bytes(work: Path, exported: Path, tmp_pa
 
 
 def test_exported_metadata_is_complete(exported: Path) -> None:
-    for role in ("base", "distilled"):
+    for role in ("base", "distilled", "control"):
         metadata = read_header(exported / f"{role}.safetensors").metadata
         assert PAIR_KEYS.items() <= metadata.items()
     assert "headstart.tokenizer" in read_header(exported / "base.safetensors").metadata

@@ -72,6 +72,13 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
 def sampling() -> Sequence[Parser]:
     """Parents of a command that loads weights."""
     weights = Parser(add_help=False)

@@ -33,7 +33,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """One bundled file; `role` names it: base, distilled, tiny_decoder, scorer, reference."""
+    """One bundled file; `role` is what it is for, such as "base" or "scorer"."""
 
     role: str
     file: str

@@ -26,10 +26,10 @@ STAGES: dict[str, Stage] = {
     "tokenizer": Stage("tokenizer:main", "fit the byte-pair vocabulary"),
     "codec": Stage("codec:main", "train the VAE", 10.0),
     "base": Stage("base:main", "train the text encoder and the base UNet", 60.0),
-    "distill": Stage("distill:main", "distil the base to a few steps", 15.0),
+    "distill": Stage("distill:main", "distil the base to a few steps", 40.0),
+    "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
-    "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
     "reference": Stage("reference:main", "describe the training pictures in the scorer's features"),
     "export": Stage("export:main", "write the bundled files and the manifest"),
 }
