@@ -120,7 +120,7 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a tensor that is no object": (container(good() | {"b": [1]}), "expected an object"),
     "metadata that is no object": (container(good() | {"__metadata__": "x"}), "__metadata__"),
     "metadata that is no string": (container(good() | {"__metadata__": {"n": 1}}), "a string"),
-    "an unknown dtype": (changed(dtype="F4"), "unknown dtype 'F4'"),
+    "an unknown dtype": (changed(dtype="F5"), "unknown dtype 'F5'"),
     "a dtype that is no string": (changed(dtype=["F16"]), "unknown dtype"),
     "an unknown field": (changed(extra=1), "expected dtype, shape, data_offsets"),
     "a negative dimension": (changed(shape=[-3]), "0 .. 2^40"),

@@ -27,8 +27,19 @@ def read_rows() -> list[list[str]]:
 ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
 
 TORCH_FREE = {
-    *("errors", "schedule", "prediction", "keymap", "header", "output", "table"),
+    *(
+        "errors",
+        "foreign",
+        "later",
+        "schedule",
+        "prediction",
+        "keymap",
+        "header",
+        "output",
+        "table",
+    ),
     *("update", "families", "folder", "leg", "declarations", "tensors", "handoff"),
+    *("container", "cast", "relayout", "pickled", "census", "convert"),
     *("plan", "checkpoint", "request"),
     *(
         "arguments",
@@ -47,7 +58,14 @@ FORBIDDEN_WORDS = {
     *("utils", "util", "common", "misc", "helpers", "helper"),
     *("manager", "wrapper", "handler"),
 }
-MAY_PRINT = {"console", "session", "commands", "cli", "__main__"}
+MAY_PRINT = {
+    "console",
+    "session",
+    "commands",
+    "cli",
+    "__main__",
+    "unpickle",
+}  # a process of its own
 FILE_LINES, FUNCTION_LINES = 400, 80
 
 

@@ -13,27 +13,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, final
 
-import numpy as np
-
 from headstart import keymap
 from headstart.errors import CheckpointError
 from headstart.folder import COMPONENTS, config_of, shards, weights_in
-from headstart.header import DTYPE_BYTES, Entry, open_regular, read_header
+from headstart.header import DTYPE_BITS, DTYPE_BYTES, Entry, open_regular, read_header
 from headstart.keymap import PARTS, PartName, Source
+from headstart.later import Later
 from headstart.schedule import FloatArray
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
+else:
+    np = Later("numpy")
 
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+NARROW = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F8", "F6", "F4")))
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"}) | NARROW
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+
+
+def unsupported(dtype: str) -> str:
+    """What to do about a dtype that is read by name only: eight bits and fewer, complex."""
+    fix = "take a release of this model in F16, BF16 or F32"
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        fix = "run `headstart convert IN OUT.safetensors --dtype f16` on the file first"
+    return f"{dtype}, which is not supported: no network here computes with it; {fix}"
 
 
 @final
@@ -126,6 +136,8 @@ class Checkpoint:
         import torch
 
         entry, index = self._entries[name]
+        if entry.dtype not in _TORCH_NAMES:
+            raise CheckpointError(f"{self.files[index]}: {name!r} is {unsupported(entry.dtype)}")
         dtype = cast("torch.dtype", getattr(torch, _TORCH_NAMES[entry.dtype]))
         count = entry.end - entry.begin
         if count == 0:
@@ -137,6 +149,13 @@ class Checkpoint:
         if entry.begin % DTYPE_BYTES[entry.dtype]:
             flat = flat.clone()
         return flat.view(dtype).reshape(entry.shape)
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor as stored: a view of the memory map, read as it is used."""
+        entry, index = self._entries[name]
+        if entry.begin == entry.end:
+            return memoryview(b"")
+        return memoryview(self._map(index))[entry.begin : entry.end]
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""

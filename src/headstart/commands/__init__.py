@@ -2,9 +2,10 @@
 
 from headstart.arguments import Command
 from headstart.commands.compare import COMPARE
+from headstart.commands.convert import CONVERT
 from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
 
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, REPLAY)
+COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, CONVERT, REPLAY)
