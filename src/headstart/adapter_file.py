@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from headstart.adapter_group import Group, PeftScale, grouped, peft_scales
-from headstart.adapter_names import AdapterForm, Network, Places, parse
+from headstart.adapter_names import AdapterForm, Network, Places
 from headstart.delta import Delta, LowRank
 from headstart.errors import AdapterError, CheckpointError
 from headstart.families import CONTEXT_WIDTHS
