@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headstart.attached import AdapterReport as AdapterReport
     from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
     from headstart.engine import Engine as Engine
     from headstart.engine import Trajectory as Trajectory
-    from headstart.engine import replay as replay
     from headstart.errors import AdapterError as AdapterError
     from headstart.errors import CaptureError as CaptureError
     from headstart.errors import CheckpointError as CheckpointError
@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from headstart.plan import Update as Update
     from headstart.plan import preset as preset
     from headstart.prediction import Prediction as Prediction
+    from headstart.rerun import replay as replay
     from headstart.sampler import State as State
     from headstart.sampler import sample as sample
     from headstart.schedule import NoiseSchedule as NoiseSchedule
     from headstart.schedule import Spacing as Spacing
+    from headstart.strength import Strength as Strength
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ __version__ = "0.1.0"
 # neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
+    "AdapterReport": "headstart.attached",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",
@@ -55,6 +58,7 @@ _MODULE_OF = {
     "State": "headstart.sampler",
     "Step": "headstart.plan",
     "StepTable": "headstart.plan",
+    "Strength": "headstart.strength",
     "Trajectory": "headstart.engine",
     "Update": "headstart.plan",
     "inspect_checkpoint": "headstart.checkpoint",
@@ -62,7 +66,7 @@ _MODULE_OF = {
     "load_unet": "headstart.load",
     "load_vae": "headstart.load",
     "preset": "headstart.plan",
-    "replay": "headstart.engine",
+    "replay": "headstart.rerun",
     "sample": "headstart.sampler",
 }
 

@@ -47,7 +47,7 @@ def uses_bundled(args: argparse.Namespace) -> bool:
     """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
     own = [
         name
-        for name in ("base", "distilled", "vae", "text", "tokenizer")
+        for name in ("base", "distilled", "distilled_lora", "vae", "text", "tokenizer")
         if getattr(args, name) is not None
     ]
     if own and not {"base", "distilled"} & set(own):
@@ -85,9 +85,25 @@ def sampling() -> Sequence[Parser]:
     group = weights.add_argument_group("weights (default: the bundled pair)")
     for name in ("base", "distilled", "vae", "text", "tokenizer", "preview"):
         group.add_argument(f"--{name}", metavar="PATH")
+    group.add_argument(
+        "--distilled-lora", metavar="FILE", help="the distilled model is this LoRA on the base"
+    )
+    add_adapters(weights)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
     return every(), weights
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """--lora, once for each adapter."""
+    parser.add_argument_group("adapters").add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[@LEGS]]",
+        help="attach it to both models; legs: models and/or the highest timestep, such as "
+        "@distilled or @base+800",
+    )
 
 
 def every() -> Parser:

@@ -6,24 +6,27 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, SupportsIndex, Unpack, final
+from dataclasses import dataclass, field
+from typing import NamedTuple, SupportsIndex, Unpack, final
 
 import torch
 from torch import Tensor
 
 from headstart import record as recording
+from headstart.adapters import AdapterReport, AdapterSet, Asking
 from headstart.batch import Chunked, SharedNoise
 from headstart.clock import Clock
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory import Shape, plan_chunk
-from headstart.pair import FilePath, Pair, load_demo, load_pair
+from headstart.pair import FilePath, Pair, load_demo, load_pair, one_network
 from headstart.plan import Plan
+from headstart.prompts import encode_prompts
 from headstart.request import PlanSettings, check_size, named_plan, pair_up
 from headstart.runner import EagerRunner, RunnerName, choose_runner
 from headstart.sampler import State, sample
 from headstart.schedule import NoiseSchedule
+from headstart.strength import Asked, Strength
 from headstart.table import StepTable
 from headstart.text import ClipText
 from headstart.trajectory import Trajectory
@@ -44,6 +47,8 @@ class _Run(NamedTuple):
     table: StepTable
     chunk: int
     latent: tuple[int, int, int]
+    acts: Mapping[str, Strength]
+    strengths: Tensor | None
 
 
 @final
@@ -53,10 +58,16 @@ class Engine:
 
     weights   the networks, see `headstart.pair.Pair`
     runner    how a network is called: "eager"
+    adapters  what is attached to them; attach and detach between runs
     """
 
     weights: Pair
     runner: str = "eager"
+    adapters: AdapterSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        networks = AdapterSet(self.weights.denoisers, list(self.weights.text.towers))
+        object.__setattr__(self, "adapters", networks)
 
     @classmethod
     def load(
@@ -64,6 +75,7 @@ class Engine:
         base: FilePath | None = None,
         distilled: FilePath | None = None,
         *,
+        distilled_lora: FilePath | None = None,
         vae: FilePath | None = None,
         text: FilePath | None = None,
         tokenizer: FilePath | None = None,
@@ -81,6 +93,10 @@ class Engine:
         do. `preset` names the pair for plans given by name; the bundled pair says it itself. dtype
         "auto" is float32 on a CPU and the files' own on a GPU.
 
+        `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
+        UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
+        distilled model's. `engine.adapters["distilled-lora"].strength` is the dial between them.
+
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
@@ -96,7 +112,11 @@ class Engine:
             device=device,
             dtype=dtype,
         )
-        return cls(pair, chosen)
+        if distilled_lora is None:
+            return cls(pair, chosen)
+        engine = cls(one_network(pair, distilled_lora), chosen)
+        engine.adapters.attach_distilled(distilled_lora)
+        return engine
 
     @classmethod
     def demo(
@@ -133,6 +153,35 @@ class Engine:
             f"Engine({' + '.join(pair.denoisers)}, {pair.image_size} px, preset {pair.preset!r}, "
             f"{pair.device}, {str(pair.dtype).removeprefix('torch.')}, {self.runner})"
         )
+
+    def attach(
+        self,
+        path: FilePath,
+        strength: Asked = 1.0,
+        to: Sequence[str] | None = None,
+        *,
+        name: str | None = None,
+        allow: Sequence[str] = (),
+        replace: bool = False,
+    ) -> AdapterReport:
+        """Attach a LoRA, slider or other adapter to both models and the text encoders.
+
+        strength  a number, one for each sample, [rows][samples], or a `headstart.Strength`; set it
+                  later with `engine.adapters[name].strength = ...`, or give sample(adapters=...)
+        to        the models it acts on; None: all that the engine has
+        name      by which plans and runs name it; None: the file's, without its suffix
+        allow     modules and keys that may find no place, `*` and `?` for any text
+        replace   swap the adapter of that name. One of no larger rank on the same layers is copied
+                  into the buffers that are there, so captured graphs stay valid
+
+        Raises AdapterError for a file that is not an adapter or does not fit, listing what does
+        not; then nothing has been changed. InputError for a strength that the form cannot have.
+        """
+        return self.adapters.attach(path, strength, to=to, name=name, allow=allow, replace=replace)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter out; with the last one the outputs are to the bit what they were."""
+        self.adapters.detach(name)
 
     def compile(
         self, plan: str | Plan | StepTable = "hybrid", **settings: Unpack[PlanSettings]
@@ -173,6 +222,7 @@ class Engine:
         size: Size = None,
         keep_x0: bool = False,
         batch: int | None = None,
+        adapters: Asking = None,
         on_step: Callable[[State], object] | None = None,
         **settings: Unpack[PlanSettings],
     ) -> Trajectory:
@@ -188,13 +238,17 @@ class Engine:
         size            pixels, a number or (height, width); None: the model's own
         keep_x0         keep what every row predicted, [S, B, C, h, w]
         batch           samples in a network at once; None: as many as memory holds
+        adapters        strengths of attached adapters in this run, by name, or the names of those
+                        that act; None: all as attached. Multiplied by what the plan's legs say
         on_step         called with each State as it is there; raise in it to cancel
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
         is allocated. InputError also for a network that gives NaN or infinity.
         """
         clock = Clock(self.device)
-        run = self._prepare(prompts, plan, seeds, negative, size, batch, settings, keep_x0)
+        run = self._prepare(
+            prompts, plan, seeds, negative, size, batch, adapters, settings, keep_x0
+        )
         kept: list[Tensor] = []
         state: State | None = None
         for state in self._states(run, clock):
@@ -216,7 +270,8 @@ class Engine:
             negative=run.negative,
             size=run.size,
             chunk=run.chunk,
-            files=self.weights.files,
+            files={**self.weights.files, **self.adapters.files()},
+            adapters=self.adapters.describe(run.acts),
             machine=recording.machine(self.device, self.weights.dtype, self.runner),
         )
 
@@ -229,13 +284,14 @@ class Engine:
         negative: str = "",
         size: Size = None,
         batch: int | None = None,
+        adapters: Asking = None,
         **settings: Unpack[PlanSettings],
     ) -> Iterator[State]:
         """The same run as a generator of State, one a row; to stop iterating is to cancel.
 
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
-        run = self._prepare(prompts, plan, seeds, negative, size, batch, settings)
+        run = self._prepare(prompts, plan, seeds, negative, size, batch, adapters, settings)
         return self._states(run, Clock(self.device))
 
     def _check_table(self, table: StepTable) -> None:
@@ -258,6 +314,7 @@ class Engine:
         negative: str,
         size: Size,
         batch: int | None,
+        adapters: Asking,
         settings: PlanSettings,
         keep_x0: bool = False,
     ) -> _Run:
@@ -281,7 +338,9 @@ class Engine:
         chunk = min(batch or len(texts), len(texts))
         if self.weights.footprint is not None:
             chunk = plan_chunk(shape, self.weights.footprint, 1 + guided, self.device, batch)
-        return _Run(texts, numbers, negative, pixels, table, chunk, latent)
+        acts = self.adapters.acts(adapters)
+        strengths = self.adapters.strengths(table, len(texts), acts)
+        return _Run(texts, numbers, negative, pixels, table, chunk, latent, acts, strengths)
 
     def _states(self, run: _Run, clock: Clock) -> Iterator[State]:
         guided = any(step.guidance != 1.0 for step in run.table)
@@ -293,7 +352,7 @@ class Engine:
         }
         states = sample(
             run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
-            shape=run.latent,
+            shape=run.latent, strengths=run.strengths,
         )  # fmt: skip
         for step in run.table:
             with clock(step.model):
@@ -301,13 +360,8 @@ class Engine:
             yield state
 
     def _encode(self, run: _Run, guided: bool) -> tuple[Conditioning, Conditioning | None]:
-        """Every distinct prompt once; its row is repeated for each of its images."""
-        distinct = list(dict.fromkeys(run.prompts))
-        rows = torch.tensor([distinct.index(p) for p in run.prompts], device=self.device)
-        if not guided:
-            return self.text.encode(distinct, size=run.size)[rows], None
-        cond, uncond = self.text.encode(distinct, run.negative, size=run.size)
-        return cond[rows], uncond[rows]
+        negative = run.negative if guided else None
+        return encode_prompts(self.text, run.prompts, negative, run.size, self.adapters, run.acts)
 
     def _decode(self, latents: Tensor, run: _Run) -> Tensor:
         latents = latents.to(self.weights.vae_dtype)
@@ -326,32 +380,3 @@ class Engine:
                 "overflowed; load with dtype='float32' or 'bfloat16'"
             )
         return torch.cat(parts)
-
-
-def replay(
-    record: Mapping[str, Any],
-    engine: Engine,
-    *,
-    on_step: Callable[[State], object] | None = None,
-) -> Trajectory:
-    """Run a record again and compare SHA-256 of every latent and image.
-
-    Raises InputError for a record of other weights, and for a result that is not equal, with the
-    first image that differs and what differs of the machine. A network's rounding depends on
-    device, versions, thread count and batch, so only the same of these promise the same bits.
-    """
-    recorded = recording.parse(record)
-    recording.check_weights(recorded, recording.weigh(engine.weights.files))
-    again = engine.sample(
-        recorded.prompts,
-        plan=recorded.table,
-        seeds=recorded.seeds,
-        negative=recorded.negative,
-        size=recorded.size,
-        batch=recorded.chunk,
-        on_step=on_step,
-    )
-    difference = recording.first_difference(recorded, again.recorded())
-    if difference:
-        raise InputError(f"the replay is not equal to the record: {difference}")
-    return again

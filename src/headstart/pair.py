@@ -130,6 +130,25 @@ def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
     return replace(pair, files=files)
 
 
+def one_network(pair: Pair, lora: FilePath) -> Pair:
+    """A pair whose distilled model is its base, to be told apart by the strength of a LoRA.
+
+    The LoRA is named for the record; attaching it is the engine's part.
+    """
+    if list(pair.denoisers) != ["base"]:
+        raise InputError(
+            "a distilled LoRA needs the base it was made for, and takes the place of the distilled "
+            "model: give base=, and distilled_lora= instead of distilled="
+        )
+    network, prediction = pair.denoisers["base"], pair.predictions["base"]
+    return replace(
+        pair,
+        denoisers={"base": network, "distilled": network},
+        predictions={"base": prediction, "distilled": prediction},
+        files={**pair.files, "distilled_lora": (str(lora), Checkpoint.open(lora).files)},
+    )
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is a CUDA device where there is one, else the CPU. Raises InputError."""
     if name == "auto":

@@ -24,6 +24,7 @@ class Trajectory:
     latency_ms  text, base, distilled, decode: time on the device, of this run alone
     chunk       samples that were in a network at once
     files       role -> (name, files) of the weights; machine: what rounding may depend on
+    adapters    name -> what was attached, and how strongly it acted
     """
 
     rgb: Tensor
@@ -38,6 +39,7 @@ class Trajectory:
     chunk: int
     files: record.WeightFiles = field(default_factory=dict[str, record.Files])
     machine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     @property
     def passes(self) -> int:
@@ -72,6 +74,7 @@ class Trajectory:
             table=self.table,
             weights=record.weigh(self.files),
             machine=self.machine,
+            adapters=self.adapters,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),
