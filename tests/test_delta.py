@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.adapter_file import read_adapter
-from headstart.delta import Delta, Dense, DenseForm, LowRank, with_core
+from headstart.delta import Dense, DenseForm, LowRank, with_core
 from headstart.errors import AdapterError
 
 EPS = 2.0**-24
@@ -156,12 +156,6 @@ def test_a_change_of_another_shape_is_an_adapter_error() -> None:
 # ------------------------------------------------- the vectors: other programs' own results
 
 
-def _merged(delta: Delta, weight: Tensor, strength: float) -> Tensor:
-    if isinstance(delta, LowRank):
-        return weight + strength * delta.weight()
-    return delta.merge(weight, strength)
-
-
 def test_every_vector_is_met(shared: Path, tmp_path: Path) -> None:
     """../shared/lora_vectors: results of sd-scripts, sliders, LyCORIS and peft, within 1e-5."""
     met = 0
@@ -179,7 +173,7 @@ def test_every_vector_is_met(shared: Path, tmp_path: Path) -> None:
                 continue
             layer, strength = name.removeprefix("expected").rsplit("@", 1)
             layer = layer.strip(".").removesuffix(".weight") or "x"
-            merged = _merged(found.deltas["unet", layer], layers[layer], float(strength))
+            merged = found.deltas["unet", layer].merge(layers[layer], float(strength))
             assert (merged - expected).abs().max() <= 1e-5, (path.name, name)
             met += 1
     assert met >= 14

@@ -46,6 +46,10 @@ class LowRank(NamedTuple):
         product = self.up.float() @ self.down.float().flatten(1)
         return (product * self.scale).reshape(self.shape)
 
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        """As `Dense.merge`, for where a merged weight is wanted after all."""
+        return weight.clone() if strength == 0 else weight + strength * self.weight()
+
 
 def with_core(down: Tensor, core: Tensor) -> Tensor:
     """Fold a tucker core into `down`: [r, c, kh, kw] and [c, i] -> [r, i, kh, kw], float32.

@@ -49,6 +49,25 @@ def write_file(path: Path, data: bytes) -> None:
             raise
 
 
+@contextmanager
+def writing(path: Path) -> Generator[Path]:
+    """A name beside `path` for a new file, which becomes `path` if the block succeeds.
+
+    For files too large to hold: whoever writes opens the name and creates it. InputError on a full
+    or failing disk; whatever happens, no part of a file is left.
+    """
+    target = path.resolve()
+    partial = _aside(target)
+    with _reported(path):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
     """Write all `files` into `folder`, or none: each is complete aside before the first rename."""
     with _reported(folder):
@@ -69,7 +88,7 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _write_aside(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = _aside(path)
     try:
         with partial.open("xb") as file:
             file.write(data)
@@ -79,6 +98,10 @@ def _write_aside(path: Path, data: bytes) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return partial
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
 
 
 @contextmanager
