@@ -7,5 +7,6 @@ from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
+from headstart.commands.transfer import TRANSFER
 
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, CONVERT, REPLAY)
+COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, CONVERT, REPLAY, TRANSFER)
