@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.metrics import bootstrap_prompts, diversity, frechet_gaussian, vendi
+from headstart.fidelity import frechet_gaussian
+from headstart.metrics import diversity, vendi
+from headstart.resample import bootstrap_prompts
 from headstart.scorer import Scorer, load_scorer
 from headstart_weights.recipe.dataset import compose_caption
 

@@ -26,11 +26,12 @@ def read_rows() -> list[list[str]]:
 
 ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
 
+<<<<<<< HEAD
 TORCH_FREE = set(
     """
     errors foreign later schedule prediction keymap header output table
     update families folder container cast strength leg declarations tensors handoff
-    plan checkpoint relayout pickled census request convert adapter_names
+    plan checkpoint relayout pickled census request convert adapter_names jobs ledger
     arguments console session commands cli __main__ headstart headstart_weights
     """.split()
 )

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from headstart.engine import Engine
 from headstart.errors import CheckpointError, InputError
-from headstart.metrics import Extractor, Interval, bootstrap_seeds, pixel_extractor, vendi
+from headstart.metrics import Extractor, pixel_extractor, vendi
+from headstart.resample import Interval, bootstrap_seeds
 from headstart.sampler import State
 from headstart.scorer import Scorer, load_scorer
 from headstart.sheet import Row, draw_sheet

@@ -7,6 +7,7 @@ from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
-from headstart.commands.transfer import TRANSFER
-
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, CONVERT, REPLAY, TRANSFER)
+COMMANDS: tuple[Command, ...] = (
+    *(COMPARE, SAMPLE, SWEEP),
+    *(PLAN, INSPECT, CONVERT, TRANSFER, REPLAY),
+)
