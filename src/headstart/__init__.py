@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from headstart.decoders import decoder as decoder
     from headstart.engine import Engine as Engine
     from headstart.engine import Trajectory as Trajectory
     from headstart.engine import replay as replay
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from headstart.plan import Update as Update
     from headstart.plan import preset as preset
     from headstart.prediction import Prediction as Prediction
+    from headstart.preview import Preview as Preview
     from headstart.sampler import State as State
     from headstart.sampler import sample as sample
     from headstart.schedule import NoiseSchedule as NoiseSchedule
@@ -50,6 +52,7 @@ _MODULE_OF = {
     "Philox": "headstart.noise",
     "Plan": "headstart.plan",
     "PlanError": "headstart.errors",
+    "Preview": "headstart.preview",
     "Prediction": "headstart.prediction",
     "Spacing": "headstart.schedule",
     "State": "headstart.sampler",
@@ -57,6 +60,7 @@ _MODULE_OF = {
     "StepTable": "headstart.plan",
     "Trajectory": "headstart.engine",
     "Update": "headstart.plan",
+    "decoder": "headstart.decoders",
     "inspect_checkpoint": "headstart.checkpoint",
     "load_text": "headstart.load",
     "load_unet": "headstart.load",

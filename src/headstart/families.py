@@ -147,6 +147,11 @@ TEXT_WIDTHS = {768: "sd15", 1024: "sd21"}
 """Width of a lone text encoder -> family. SDXL's needs both of its encoders, so it is not here."""
 
 
+def latent_space(lineage: str) -> str:
+    """The lineage that first used these latents: SD2's autoencoder is a finer SD1 decoder."""
+    return "sd15" if lineage == "sd21" else lineage
+
+
 def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Family | None:
     """The family of {part: {our name: shape}}, or None where nothing tells.
 
