@@ -4,6 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headstart.branches import Branch as Branch
+    from headstart.branches import branch as branch
     from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
     from headstart.decoders import decoder as decoder
     from headstart.engine import Engine as Engine
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     from headstart.sampler import sample as sample
     from headstart.schedule import NoiseSchedule as NoiseSchedule
     from headstart.schedule import Spacing as Spacing
+    from headstart.traces import Trace as Trace
+    from headstart.traces import trace as trace
 
 __version__ = "0.1.0"
 
@@ -40,6 +44,7 @@ __version__ = "0.1.0"
 # neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
+    "Branch": "headstart.branches",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",
@@ -58,8 +63,10 @@ _MODULE_OF = {
     "State": "headstart.sampler",
     "Step": "headstart.plan",
     "StepTable": "headstart.plan",
+    "Trace": "headstart.traces",
     "Trajectory": "headstart.engine",
     "Update": "headstart.plan",
+    "branch": "headstart.branches",
     "decoder": "headstart.decoders",
     "inspect_checkpoint": "headstart.checkpoint",
     "load_text": "headstart.load",
@@ -68,6 +75,7 @@ _MODULE_OF = {
     "preset": "headstart.plan",
     "replay": "headstart.engine",
     "sample": "headstart.sampler",
+    "trace": "headstart.traces",
 }
 
 

@@ -6,5 +6,6 @@ from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
+from headstart.commands.trace import TRACE
 
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, REPLAY)
+COMMANDS: tuple[Command, ...] = (COMPARE, TRACE, SAMPLE, PLAN, INSPECT, REPLAY)
