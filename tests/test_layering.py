@@ -26,15 +26,14 @@ def read_rows() -> list[list[str]]:
 
 ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
 
-<<<<<<< HEAD
-TORCH_FREE = set(
-    """
-    errors foreign later schedule prediction keymap header output table
-    update families folder container cast strength leg declarations tensors handoff
-    plan checkpoint relayout pickled census request convert adapter_names jobs ledger
-    arguments console session commands cli __main__ headstart headstart_weights
-    """.split()
-)
+TORCH_FREE = {
+    *("errors", "foreign", "later", "schedule", "prediction", "keymap", "header"),
+    *("output", "table", "update", "families", "folder", "container", "cast"),
+    *("strength", "leg", "declarations", "tensors", "handoff", "plan", "checkpoint"),
+    *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
+    *("ledger", "arguments", "console", "session", "commands", "cli", "__main__"),
+    *("headstart", "headstart_weights"),
+}
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
 FORBIDDEN_WORDS = {

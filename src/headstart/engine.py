@@ -270,6 +270,7 @@ class Engine:
             negative=run.negative,
             size=run.size,
             chunk=run.chunk,
+            lineage=self.weights.lineage,
             files={**self.weights.files, **self.adapters.files()},
             adapters=self.adapters.describe(run.acts),
             machine=recording.machine(self.device, self.weights.dtype, self.runner),
@@ -285,14 +286,21 @@ class Engine:
         size: Size = None,
         batch: int | None = None,
         adapters: Asking = None,
+        resume: State | None = None,
         **settings: Unpack[PlanSettings],
     ) -> Iterator[State]:
         """The same run as a generator of State, one a row; to stop iterating is to cancel.
 
+        resume   a State of these prompts and seeds: goes on with the row after it, to the bits of
+                 the run that made it where nothing is changed. Its x is an ordinary tensor, and
+                 the plan, the prompts and the seeds of what follows may be others
+
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
         run = self._prepare(prompts, plan, seeds, negative, size, batch, adapters, settings)
-        return self._states(run, Clock(self.device))
+        if resume is not None:
+            _check_resume(resume, run)
+        return self._states(run, Clock(self.device), resume)
 
     def _check_table(self, table: StepTable) -> None:
         if table.schedule != self.schedule.fingerprint():
@@ -342,7 +350,7 @@ class Engine:
         strengths = self.adapters.strengths(table, len(texts), acts)
         return _Run(texts, numbers, negative, pixels, table, chunk, latent, acts, strengths)
 
-    def _states(self, run: _Run, clock: Clock) -> Iterator[State]:
+    def _states(self, run: _Run, clock: Clock, resume: State | None = None) -> Iterator[State]:
         guided = any(step.guidance != 1.0 for step in run.table)
         with clock("text"):
             cond, uncond = self._encode(run, guided)
@@ -352,9 +360,9 @@ class Engine:
         }
         states = sample(
             run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
-            shape=run.latent, strengths=run.strengths,
+            shape=run.latent, strengths=run.strengths, resume=resume,
         )  # fmt: skip
-        for step in run.table:
+        for step in run.table.steps[0 if resume is None else resume.step + 1 :]:
             with clock(step.model):
                 state = next(states)
             yield state
@@ -380,3 +388,17 @@ class Engine:
                 "overflowed; load with dtype='float32' or 'bfloat16'"
             )
         return torch.cat(parts)
+
+
+def _check_resume(state: State, run: _Run) -> None:
+    expected = [len(run.seeds), *run.latent]
+    if not 0 <= state.step < len(run.table) - 1:
+        raise InputError(
+            f"resume is a State of row {state.step}: expected one of row 0 to {len(run.table) - 2} "
+            f"of plan {run.table.name!r}, so that a row is left to run"
+        )
+    if list(state.x.shape) != expected or list(state.x0.shape) != expected:
+        raise InputError(
+            f"resume: expected x and x0 {expected} for these prompts, seeds and size, got "
+            f"{list(state.x.shape)} and {list(state.x0.shape)}: a State goes with its own batch"
+        )

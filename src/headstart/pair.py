@@ -38,6 +38,7 @@ class Pair:
     text, vae    serve both; preview: a small decoder, or None
     schedule     the noise schedule of both; predictions: what each network predicts
     image_size   the model's own, in pixels; downscale: pixels a latent cell
+    lineage      the family whose latents these are, or None where the weights do not say
     preset       the pair's name in `headstart.preset`, or None where the weights do not say
     dtype        of the networks; vae_dtype: of the decoder
     footprint    how much memory a sample takes, or None: then it is not checked
@@ -53,6 +54,7 @@ class Pair:
     downscale: int
     latent_channels: int = 4
     preview: LatentCodec | None = None
+    lineage: str | None = None
     preset: str | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
@@ -105,6 +107,7 @@ def load_pair(
         downscale=codec.params.downscale,
         latent_channels=codec.params.latent_channels,
         preview=None if preview is None else load_tiny(preview, device=place),
+        lineage=first.lineage,
         preset=preset or ("demo" if first.lineage == "demo" else None),
         device=place,
         dtype=dtypes[0],

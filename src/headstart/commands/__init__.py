@@ -7,7 +7,11 @@ from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
+from headstart.commands.sweep import SWEEP
+from headstart.commands.trace import TRACE
+from headstart.commands.transfer import TRANSFER
+
 COMMANDS: tuple[Command, ...] = (
-    *(COMPARE, SAMPLE, SWEEP),
+    *(COMPARE, SAMPLE, TRACE, SWEEP),
     *(PLAN, INSPECT, CONVERT, TRANSFER, REPLAY),
 )
