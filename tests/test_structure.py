@@ -9,7 +9,8 @@ import pytest
 
 from headstart import NoiseSchedule, Prediction, preset
 from headstart.errors import InputError
-from headstart.metrics import Extractor, bootstrap_seeds, diversity
+from headstart.metrics import Extractor, diversity
+from headstart.resample import bootstrap_seeds
 from headstart.structure import Measured, Space, feature_space, measure, pixel_space
 
 

@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import InputError
-from headstart.metrics import Array, Extractor, Interval, pixel_extractor
+from headstart.metrics import Array, Extractor, pixel_extractor
+from headstart.resample import Interval
 from headstart.table import Step
 
 RESAMPLES = 2000
