@@ -40,6 +40,11 @@ def _warn(message: Warning | str, *_: object) -> None:
     print(f"headstart: warning: {message}", file=sys.stderr)
 
 
+def note(message: str) -> None:
+    """Print what was decided for the user, who can decide otherwise."""
+    print(f"headstart: note: {message}", file=sys.stderr)
+
+
 def drop_output() -> None:
     """What stdout still holds cannot be written; without this the interpreter tries at its exit."""
     try:

@@ -5,8 +5,9 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
 
 import torch
@@ -18,15 +19,16 @@ from headstart.clock import Clock
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory import Shape, plan_chunk
-from headstart.pair import FilePath, Pair, load_demo, load_pair
+from headstart.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.plan import Plan
-from headstart.request import PlanSettings, check_size, named_plan, pair_up
+from headstart.request import PRESETS, PlanSettings, check_size, named_plan, pair_up
 from headstart.runner import EagerRunner, RunnerName, choose_runner
 from headstart.sampler import State, sample
 from headstart.schedule import NoiseSchedule
 from headstart.table import StepTable
 from headstart.text import ClipText
 from headstart.trajectory import Trajectory
+from headstart.unet import guidance_embedding
 from headstart_kernels import decode_u8
 
 Prompts = str | Sequence[str]
@@ -64,39 +66,33 @@ class Engine:
         base: FilePath | None = None,
         distilled: FilePath | None = None,
         *,
-        vae: FilePath | None = None,
-        text: FilePath | None = None,
-        tokenizer: FilePath | None = None,
-        preview: FilePath | None = None,
-        preset: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
         runner: RunnerName = "auto",
+        **options: Unpack[Options],
     ) -> Engine:
         """Read checkpoints in any known layout.
 
-        One text encoder and one VAE serve both networks: those of `text` and `vae`, else the
+        One text encoder and one VAE serve both networks: those of `text=` and `vae=`, else the
         base's, else the distilled's; so a distilled file with a UNet alone is enough. One of the
-        two models may be left out. `tokenizer` is for files that hold none, as LDM single files
-        do. `preset` names the pair for plans given by name; the bundled pair says it itself. dtype
-        "auto" is float32 on a CPU and the files' own on a GPU.
+        two models may be left out. The other options, see `headstart.pair.Options`:
+
+        tokenizer   for files that hold none, as LDM single files do. By default CLIP's own, from
+                    the Hub's cache or the extra `clip`
+        preset      names the pair for plans given by name. By default what the distilled file
+                    says, or what its name suggests; `weights.notes` tells
+        prediction  "eps", "v" or "x0", for both or as {"base": ..., "distilled": ...}. By default
+                    what the file says, what its name suggests, what its family predicts
+        embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
+        head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
+                    "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
+                    CPU and are widened to float32 layer by layer, to the bits of float32; chosen
+                    for you where float32 copies would not fit in the free memory
 
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
         chosen = choose_runner(runner).name
-        pair = load_pair(
-            base,
-            distilled,
-            vae=vae,
-            text=text,
-            tokenizer=tokenizer,
-            preview=preview,
-            preset=preset,
-            device=device,
-            dtype=dtype,
-        )
-        return cls(pair, chosen)
+        return cls(load_pair(base, distilled, **options), chosen)
 
     @classmethod
     def demo(
@@ -141,6 +137,8 @@ class Engine:
 
         plan   a mode ("hybrid", "base", "distilled", "skip-first", "replace-final"), a preset's
                name for its hybrid, a Plan, or a compiled table
+        A plan given by name for a model that states its step count has that many steps. Warns
+        (UserWarning) where the plan is not what a model was trained for, as far as its file tells.
         Raises PlanError, also for a model that this engine has no network for.
         """
         if not isinstance(plan, str) and any(value is not None for value in settings.values()):
@@ -149,7 +147,7 @@ class Engine:
                 "states its own"
             )
         if isinstance(plan, str):
-            plan = named_plan(plan, settings, self.weights.preset)
+            plan = named_plan(plan, self._stated(plan, settings), self.weights.preset)
         steps = plan.steps if isinstance(plan, StepTable) else plan.legs
         missing = sorted({step.model for step in steps} - set(self.denoisers))
         if missing:
@@ -159,7 +157,7 @@ class Engine:
                 "without it"
             )
         if isinstance(plan, Plan):
-            return plan.compile(self.schedule, prediction=self.weights.predictions)
+            plan = plan.compile(self.schedule, prediction=self.weights.predictions)
         self._check_table(plan)
         return plan
 
@@ -217,7 +215,7 @@ class Engine:
             size=run.size,
             chunk=run.chunk,
             files=self.weights.files,
-            machine=recording.machine(self.device, self.weights.dtype, self.runner),
+            machine=self._machine(),
         )
 
     def iterate(
@@ -238,6 +236,14 @@ class Engine:
         run = self._prepare(prompts, plan, seeds, negative, size, batch, settings)
         return self._states(run, Clock(self.device))
 
+    def _stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
+        """The settings, with the step count that the distilled file's name states."""
+        found = self.weights.guesses.get("distilled")
+        preset = settings.get("preset") or (plan if plan in PRESETS else self.weights.preset)
+        if found is None or not found.steps or preset != found.preset or plan == "base":
+            return settings
+        return settings if settings.get("steps") else {**settings, "steps": found.steps}
+
     def _check_table(self, table: StepTable) -> None:
         if table.schedule != self.schedule.fingerprint():
             raise PlanError(
@@ -249,6 +255,10 @@ class Engine:
                 "an engine runs whole tables, from the first row down to sigma 0; run a part with "
                 "headstart.sample"
             )
+        for role, found in self.weights.guesses.items():
+            rows = [step for step in table if step.model == role]
+            if complaint := found.complaint(role, rows, table.name):
+                warnings.warn(complaint, stacklevel=3)
 
     def _prepare(
         self,
@@ -305,9 +315,22 @@ class Engine:
         distinct = list(dict.fromkeys(run.prompts))
         rows = torch.tensor([distinct.index(p) for p in run.prompts], device=self.device)
         if not guided:
-            return self.text.encode(distinct, size=run.size)[rows], None
+            return self._told(self.text.encode(distinct, size=run.size)[rows]), None
         cond, uncond = self.text.encode(distinct, run.negative, size=run.size)
-        return cond[rows], uncond[rows]
+        return self._told(cond[rows]), self._told(uncond[rows])
+
+    def _told(self, cond: Conditioning) -> Conditioning:
+        """With the guidance that an LCM imitates; networks without a place for it do not look."""
+        guidance, dim = self.weights.embedded_guidance, self.weights.guidance_dim
+        if guidance is None or dim is None:
+            return cond
+        values = torch.full((len(cond),), guidance, device=cond.context.device)
+        return replace(cond, guidance_embedding=guidance_embedding(values, dim))
+
+    def _machine(self) -> dict[str, Any]:
+        machine = recording.machine(self.device, self.weights.dtype, self.runner)
+        guidance = self.weights.embedded_guidance
+        return machine if guidance is None else machine | {"embedded_guidance": guidance}
 
     def _decode(self, latents: Tensor, run: _Run) -> Tensor:
         latents = latents.to(self.weights.vae_dtype)

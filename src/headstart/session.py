@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import uses_bundled
-from headstart.console import progress
+from headstart.arguments import read_predictions, uses_bundled
+from headstart.console import note, progress
 from headstart.output import write_folder
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
 
         if uses_bundled(args):
             return Engine.demo(device=args.device, dtype=args.dtype)
-        return Engine.load(
+        engine = Engine.load(
             args.base,
             args.distilled,
             vae=args.vae,
@@ -31,9 +31,16 @@ def open_engine(args: argparse.Namespace) -> Engine:
             tokenizer=args.tokenizer,
             preview=args.preview,
             preset=args.preset,
+            prediction=read_predictions(args.prediction),
+            embedded_guidance=args.embedded_guidance,
+            head_dim=args.head_dim,
+            text_head_dim=args.text_head_dim,
             device=args.device,
             dtype=args.dtype,
         )
+    for line in engine.weights.notes:
+        note(line)
+    return engine
 
 
 def write_images(folder: Path, trajectory: Trajectory) -> None:
