@@ -186,6 +186,11 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     )
 
 
+def preset_of(path: str | Path) -> str | None:
+    """The pair that a distilled file is probably run as, or None where nothing tells."""
+    return guess(path, Checkpoint.open(path, "unet"), "").preset
+
+
 def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
     """Lower-cased texts that may tell, the surest first."""
     metadata = checkpoint.metadata

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
 
 import torch
@@ -20,6 +20,7 @@ from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory import Shape, plan_chunk
 from headstart.pair import FilePath, Options, Pair, load_demo, load_pair
+from headstart.pixels import decode_rgb
 from headstart.plan import Plan
 from headstart.request import PRESETS, PlanSettings, check_size, named_plan, pair_up
 from headstart.runner import EagerRunner, RunnerName, choose_runner
@@ -28,8 +29,6 @@ from headstart.schedule import NoiseSchedule
 from headstart.table import StepTable
 from headstart.text import ClipText
 from headstart.trajectory import Trajectory
-from headstart.unet import guidance_embedding
-from headstart_kernels import decode_u8
 
 Prompts = str | Sequence[str]
 Seeds = SupportsIndex | Sequence[SupportsIndex]
@@ -202,7 +201,8 @@ class Engine:
                 on_step(state)
         assert state is not None
         with clock("decode"):
-            rgb = self._decode(state.x, run)
+            dtype = self.weights.vae_dtype
+            rgb = decode_rgb(self.vae, state.x, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
         return Trajectory(
             rgb=rgb,
             latents=state.x,
@@ -315,40 +315,14 @@ class Engine:
         distinct = list(dict.fromkeys(run.prompts))
         rows = torch.tensor([distinct.index(p) for p in run.prompts], device=self.device)
         if not guided:
-            return self._told(self.text.encode(distinct, size=run.size)[rows]), None
+            return self.weights.told(self.text.encode(distinct, size=run.size)[rows]), None
         cond, uncond = self.text.encode(distinct, run.negative, size=run.size)
-        return self._told(cond[rows]), self._told(uncond[rows])
-
-    def _told(self, cond: Conditioning) -> Conditioning:
-        """With the guidance that an LCM imitates; networks without a place for it do not look."""
-        guidance, dim = self.weights.embedded_guidance, self.weights.guidance_dim
-        if guidance is None or dim is None:
-            return cond
-        values = torch.full((len(cond),), guidance, device=cond.context.device)
-        return replace(cond, guidance_embedding=guidance_embedding(values, dim))
+        return self.weights.told(cond[rows]), self.weights.told(uncond[rows])
 
     def _machine(self) -> dict[str, Any]:
         machine = recording.machine(self.device, self.weights.dtype, self.runner)
         guidance = self.weights.embedded_guidance
         return machine if guidance is None else machine | {"embedded_guidance": guidance}
-
-    def _decode(self, latents: Tensor, run: _Run) -> Tensor:
-        latents = latents.to(self.weights.vae_dtype)
-        parts: list[Tensor] = []
-        finite: list[Tensor] = []
-        with torch.inference_mode():
-            for begin in range(0, len(latents), run.chunk):
-                pixels = self.vae.decode(latents[begin : begin + run.chunk])
-                finite.append(torch.isfinite(pixels).flatten(1).all(1))
-                parts.append(decode_u8(pixels, check=False))
-            good = torch.cat(finite).cpu().numpy()
-        if not good.all():
-            bad = [seed for seed, fine in zip(run.seeds, good, strict=True) if not fine]
-            raise InputError(
-                f"the decoder gave NaN or infinity for seed(s) {bad}: a half-precision decoder "
-                "overflowed; load with dtype='float32' or 'bfloat16'"
-            )
-        return torch.cat(parts)
 
 
 def replay(

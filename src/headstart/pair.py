@@ -22,7 +22,7 @@ from headstart.checkpoint import family_of
 from headstart.distillation import Guess, guess
 from headstart.errors import CheckpointError, InputError
 from headstart.families import FAMILIES, Family
-from headstart.interfaces import Denoiser, LatentCodec
+from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.load import Dtype, load_text, load_tiny, load_unet, load_vae, widened_bytes
 from headstart.memory import SAFE_SHARE, Footprint, available_bytes, footprint
 from headstart.prediction import Prediction
@@ -31,6 +31,7 @@ from headstart.residency import compute_dtype
 from headstart.schedule import NoiseSchedule
 from headstart.tensors import Checkpoint, PartName
 from headstart.text import ClipText
+from headstart.unet import guidance_embedding
 
 FilePath = str | Path
 Predictions = str | Prediction | Mapping[str, str | Prediction]
@@ -83,6 +84,13 @@ class Pair:
     vae_dtype: torch.dtype = torch.float32
     footprint: Footprint | None = None
     files: Mapping[str, Files] = field(default_factory=dict[str, Files])
+
+    def told(self, cond: Conditioning) -> Conditioning:
+        """With the guidance that an LCM imitates; a network without `cond_proj` never reads it."""
+        if self.embedded_guidance is None or self.guidance_dim is None:
+            return cond
+        values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
+        return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
 
 
 class Options(TypedDict, total=False):
@@ -230,8 +238,8 @@ def _residency(
     kind = None if name == "auto" else DTYPES[name]
     if place.type != "cpu" or kind not in (None, torch.float32):
         return kind, None
-    sources: list[tuple[FilePath, PartName]] = [(path, "unet") for path in paths.values()]
-    sources += [(vae, "vae"), (text, "text")]
+    sources: list[tuple[FilePath, PartName]] = [(vae, "vae"), (text, "text")]
+    sources.extend((path, "unet") for path in paths.values())
     need = sum(widened_bytes(path, part) for path, part in sources)
     free = available_bytes(place)
     if free is None or need <= SAFE_SHARE * free:
