@@ -9,6 +9,12 @@ from typing import NamedTuple, NoReturn
 from headstart.errors import InputError
 from headstart.request import MODES, PRESETS, PlanSettings
 
+OWN_WEIGHTS = (
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer"),
+    *("prediction", "embedded_guidance", "head_dim", "text_head_dim"),
+)
+"""Options that say nothing about the bundled pair."""
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -45,14 +51,21 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 def uses_bundled(args: argparse.Namespace) -> bool:
     """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
-    own = [
-        name
-        for name in ("base", "distilled", "distilled_lora", "vae", "text", "tokenizer")
-        if getattr(args, name) is not None
-    ]
+    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
     if own and not {"base", "distilled"} & set(own):
-        raise InputError(f"--{own[0]} alone: give --base and/or --distilled of your own too")
+        option = own[0].replace("_", "-")
+        raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
     return not own
+
+
+def read_predictions(text: str | None) -> str | dict[str, str] | None:
+    """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    if any(not value for _, _, value in pairs):
+        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, or base=v,distilled=eps")
+    return {role: value for role, _, value in pairs}
 
 
 def worded(prompt: str) -> str:
@@ -90,7 +103,14 @@ def sampling() -> Sequence[Parser]:
     )
     add_adapters(weights)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument("--prediction", help="eps, v, x0, or base=v,distilled=eps")
+    group.add_argument(
+        "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
+    )
+    about = "attention head width of a scaled-down "
+    group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
+    group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
     return every(), weights
 
 

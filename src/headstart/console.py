@@ -41,8 +41,8 @@ def _warn(message: Warning | str, *_: object) -> None:
 
 
 def note(message: str) -> None:
-    """Something worth knowing that is no result."""
-    print(f"headstart: {message}", file=sys.stderr)
+    """Print what was decided for the user, who can decide otherwise."""
+    print(f"headstart: note: {message}", file=sys.stderr)
 
 
 def drop_output() -> None:

@@ -6,10 +6,11 @@ import time
 from typing import Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
+from headstart.residency import compute_dtype
 
 RunnerName = Literal["auto", "eager", "compiled", "graph"]
 
@@ -42,8 +43,8 @@ class EagerRunner:
     """A denoiser that calls a network as it is, in the dtype and memory format it wants.
 
     network        any (x_in, timestep, cond) -> F
-    dtype          of x_in and of the conditioning; by default that of the network's first float
-                   parameter, else float32
+    dtype          of x_in and of the conditioning; by default what the network computes in
+                   (`headstart.residency.compute_dtype`)
     memory_format  of x_in, such as torch.channels_last; by default as it comes
 
     `calls` counts calls, `rows` the samples in them (a guided call has two for each image), and
@@ -59,7 +60,7 @@ class EagerRunner:
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         self.network = network
-        self.dtype = dtype or _dtype_of(network)
+        self.dtype = dtype or compute_dtype(network)
         self.memory_format = memory_format
         self.reset()
 
@@ -100,9 +101,3 @@ class EagerRunner:
         end.record()
         self._events.append((start, end))
         return f
-
-
-def _dtype_of(network: Denoiser) -> torch.dtype:
-    parameters = network.parameters() if isinstance(network, nn.Module) else ()
-    floats = (tensor.dtype for tensor in parameters if tensor.is_floating_point())
-    return next(floats, torch.float32)

@@ -20,11 +20,11 @@ from headstart.errors import CheckpointError, InputError
 from headstart.families import TextRule
 from headstart.header import read_json
 from headstart.interfaces import Conditioning
+from headstart.vocabulary import BOS, EOS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_TEXT_BYTES = 16 * 2**20
 
 # CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from headstart.arguments import Command, add_seeds, count, sampling, uses_bundled, worded
 from headstart.console import progress
+from headstart.distillation import preset_of
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
 from headstart.request import PRESETS, pair_up, parse_seeds
@@ -40,8 +41,9 @@ def _run(args: argparse.Namespace) -> int:
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     check_file(args.out, size_bytes=4 * len(seeds) * 192 * 192 * 3, suffix=".png")
     demo = uses_bundled(args)
-    if not demo and args.preset is None:
-        raise InputError(f"compare needs --preset with your own weights: {', '.join(PRESETS)}")
+    told = args.preset is not None or (args.distilled and preset_of(args.distilled))
+    if not demo and not told:
+        raise InputError(f"compare needs --preset with these weights: {', '.join(PRESETS)}")
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     engine = open_engine(args)
 
