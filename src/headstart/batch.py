@@ -13,13 +13,13 @@ from torch import Tensor
 
 from headstart.interfaces import Conditioning
 from headstart.noise import Philox
-from headstart.runner import EagerRunner
+from headstart.runner import Runner
 
 
 class Chunked(NamedTuple):
     """A denoiser that gives its network at most `rows` samples at a time."""
 
-    network: EagerRunner
+    network: Runner
     rows: int
 
     @property

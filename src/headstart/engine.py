@@ -20,12 +20,20 @@ from headstart.clock import Clock
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory import Shape, plan_chunk
-from headstart.pair import FilePath, Options, Pair, load_demo, load_pair, one_network
+from headstart.pair import (
+    FilePath,
+    Options,
+    Pair,
+    choose_device,
+    load_demo,
+    load_pair,
+    one_network,
+)
 from headstart.pixels import decode_rgb
 from headstart.plan import Plan
 from headstart.prompts import encode_prompts
 from headstart.request import PRESETS, PlanSettings, check_size, named_plan, pair_up
-from headstart.runner import EagerRunner, RunnerName, choose_runner
+from headstart.runner import RunnerName, choose_runner, open_runner
 from headstart.sampler import State, sample
 from headstart.schedule import NoiseSchedule
 from headstart.strength import Asked, Strength
@@ -58,12 +66,12 @@ class Engine:
     """Networks held warm. An engine has no state of a run, so threads may sample on it at once.
 
     weights   the networks, see `headstart.pair.Pair`
-    runner    how a network is called: "eager"
+    runner    how a network is called: "eager", "compiled", "graph" or "replay"
     adapters  what is attached to them; attach and detach between runs
     """
 
     weights: Pair
-    runner: str = "eager"
+    runner: RunnerName = "eager"
     adapters: AdapterSet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -106,7 +114,7 @@ class Engine:
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
-        chosen = choose_runner(runner).name
+        chosen = choose_runner(runner, choose_device(options.get("device", "auto"))).name
         pair = load_pair(base, distilled, **options)
         if distilled_lora is None:
             return cls(pair, chosen)
@@ -119,7 +127,7 @@ class Engine:
         cls, *, device: str = "auto", dtype: str = "auto", runner: RunnerName = "auto"
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
-        chosen = choose_runner(runner).name
+        chosen = choose_runner(runner, choose_device(device)).name
         return cls(load_demo(device=device, dtype=dtype), chosen)
 
     @property
@@ -367,7 +375,8 @@ class Engine:
             cond, uncond = self._encode(run, guided)
         rows = run.chunk * (1 + guided)
         denoisers = {
-            model: Chunked(EagerRunner(self.denoisers[model]), rows) for model in run.table.models
+            model: Chunked(open_runner(self.runner, self.denoisers[model]), rows)
+            for model in run.table.models
         }
         states = sample(
             run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
