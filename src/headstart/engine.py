@@ -5,7 +5,6 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
@@ -32,7 +31,15 @@ from headstart.pair import (
 from headstart.pixels import decode_rgb
 from headstart.plan import Plan
 from headstart.prompts import encode_prompts
-from headstart.request import PRESETS, PlanSettings, check_size, named_plan, pair_up
+from headstart.request import (
+    PRESETS,
+    PlanSettings,
+    check_resume,
+    check_size,
+    check_table,
+    named_plan,
+    pair_up,
+)
 from headstart.runner import RunnerName, choose_runner, open_runner
 from headstart.sampler import State, sample
 from headstart.schedule import NoiseSchedule
@@ -215,7 +222,7 @@ class Engine:
             )
         if isinstance(plan, Plan):
             plan = plan.compile(self.schedule, prediction=self.weights.predictions)
-        self._check_table(plan)
+        check_table(plan, self.schedule.fingerprint())
         return plan
 
     def sample(
@@ -306,7 +313,8 @@ class Engine:
         """
         run = self._prepare(prompts, plan, seeds, negative, size, batch, adapters, settings)
         if resume is not None:
-            _check_resume(resume, run)
+            shapes = [list(resume.x.shape), list(resume.x0.shape)]
+            check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
         return self._states(run, Clock(self.device), resume)
 
     def _stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
@@ -316,22 +324,6 @@ class Engine:
         if found is None or not found.steps or preset != found.preset or plan == "base":
             return settings
         return settings if settings.get("steps") else {**settings, "steps": found.steps}
-
-    def _check_table(self, table: StepTable) -> None:
-        if table.schedule != self.schedule.fingerprint():
-            raise PlanError(
-                f"the table was compiled for noise schedule {table.schedule!r}, these weights have "
-                f"{self.schedule.fingerprint()!r}: compile its plan with engine.compile(plan)"
-            )
-        if table.first or table[-1].sigma_next:
-            raise PlanError(
-                "an engine runs whole tables, from the first row down to sigma 0; run a part with "
-                "headstart.sample"
-            )
-        for role, found in self.weights.guesses.items():
-            rows = [step for step in table if step.model == role]
-            if complaint := found.complaint(role, rows, table.name):
-                warnings.warn(complaint, stacklevel=3)
 
     def _prepare(
         self,
@@ -398,17 +390,3 @@ class Engine:
         machine = recording.machine(self.device, self.weights.dtype, self.runner)
         guidance = self.weights.embedded_guidance
         return machine if guidance is None else machine | {"embedded_guidance": guidance}
-
-
-def _check_resume(state: State, run: _Run) -> None:
-    expected = [len(run.seeds), *run.latent]
-    if not 0 <= state.step < len(run.table) - 1:
-        raise InputError(
-            f"resume is a State of row {state.step}: expected one of row 0 to {len(run.table) - 2} "
-            f"of plan {run.table.name!r}, so that a row is left to run"
-        )
-    if list(state.x.shape) != expected or list(state.x0.shape) != expected:
-        raise InputError(
-            f"resume: expected x and x0 {expected} for these prompts, seeds and size, got "
-            f"{list(state.x.shape)} and {list(state.x0.shape)}: a State goes with its own batch"
-        )
