@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -143,8 +143,8 @@ def nearest(change: Tensor, rank: int) -> tuple[LowRank, float]:
     matrix = change.double().flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    found: Any = torch.linalg.eigh(gram)  # pyright: ignore[reportUnknownMemberType]
-    squares, vectors = cast(tuple[Tensor, Tensor], found)
+    found = torch.linalg.eigh(gram)  # pyright: ignore[reportUnknownMemberType]
+    squares, vectors = cast("tuple[Tensor, Tensor]", found)
     squares, kept = squares.clamp(min=0).flip(0), vectors.flip(1)[:, :rank]
     roots = squares[: kept.shape[1]].sqrt().clamp(min=1e-300).sqrt()
     if tall:
