@@ -40,14 +40,8 @@ FORBIDDEN_WORDS = {
     *("utils", "util", "common", "misc", "helpers", "helper"),
     *("manager", "wrapper", "handler"),
 }
-MAY_PRINT = {
-    "console",
-    "session",
-    "commands",
-    "cli",
-    "__main__",
-    "unpickle",
-}  # a process of its own
+MAY_PRINT = {"console", "session", "commands", "cli", "__main__"}
+MAY_PRINT |= {"unpickle"}  # a process of its own, which answers on its stdout
 FILE_LINES, FUNCTION_LINES = 400, 80
 
 

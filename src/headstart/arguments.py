@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from headstart.errors import InputError
-from headstart.request import MODES, PRESETS, PlanSettings
+
+if TYPE_CHECKING:
+    from headstart.request import PlanSettings
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer"),
@@ -139,6 +141,8 @@ def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    from headstart.request import MODES, PRESETS  # loads numpy, which `inspect` does without
+
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")
     group.add_argument("--preset", help=f"which pair: {', '.join(PRESETS)}")

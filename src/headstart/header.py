@@ -91,8 +91,10 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
     # Counting is some hundred times faster than parsing what there is too much of.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
         _bad(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
+    # UTF-8 holds no lone surrogate, so one can only be written as an escape.
+    hook = _unique_plain if b"\\u" in text else _unique
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=refuse)
+        value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         _bad(path, f"the JSON cannot be read: {reason[:200]}", error)
@@ -144,6 +146,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return table
+
+
+def _unique_plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = _unique(pairs)
     for key, value in pairs:
         key.encode()  # raises UnicodeEncodeError, a ValueError, on a lone surrogate
         if isinstance(value, str):
@@ -187,18 +194,16 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
-    items = cast(list[object], value) if _is_list(value) else [None]
-    # `type is int`: JSON true is a Python int too
-    if len(items) > most or not all(type(item) is int for item in items):
-        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected <= {most} integers")
-    numbers = cast(list[int], items)
-    if not all(0 <= number <= MAX_DIM for number in numbers):
-        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected integers in 0 .. 2^40")
-    return tuple(numbers)
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
+    items = cast(list[object], value) if isinstance(value, list) else [None]
+    if len(items) <= most:
+        for item in items:
+            # `type is int`: JSON true is a Python int too
+            if type(item) is not int or not 0 <= item <= MAX_DIM:
+                break
+        else:
+            return cast("tuple[int, ...]", tuple(items))
+    what = f"expected at most {most} integers in 0 .. 2^40"
+    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:

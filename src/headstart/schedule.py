@@ -6,7 +6,6 @@ sqrt(a) that is x0 + sigma*eps, the state this package keeps.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -263,6 +262,8 @@ class NoiseSchedule:
 
     def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over the little-endian float64 alphas_cumprod."""
+        import hashlib
+
         return hashlib.sha256(self.alphas_cumprod.astype("<f8").tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:

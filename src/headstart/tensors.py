@@ -5,7 +5,6 @@ Checkpoint (names as stored) -> Part (one network, our names) -> tensor, read wh
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -61,6 +60,8 @@ class Checkpoint:
         self._sizes: list[int] = []
         self._entries: dict[str, tuple[Entry, int]] = {}
         self._maps: dict[int, mmap.mmap] = {}
+        self._parts: dict[PartName, Part] | None = None
+        self._split: dict[str, dict[str, str]] | None = None
         for index, path in enumerate(self.files):
             header = read_header(path)
             self._sizes.append(header.size_bytes)
@@ -117,9 +118,18 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        found = keymap.split(self._entries)
-        strays = tuple(found.get("", {}).values())
-        return {name: Part.of(self, name, found[name], strays) for name in PARTS if name in found}
+        if self._parts is None:
+            found = self.split()
+            strays = tuple(found.get("", {}).values())
+            held = [name for name in PARTS if name in found]
+            self._parts = {name: Part.of(self, name, found[name], strays) for name in held}
+        return dict(self._parts)
+
+    def split(self) -> dict[str, dict[str, str]]:
+        """`keymap.split` of the names, made once; an adapter is here and no part."""
+        if self._split is None:
+            self._split = keymap.split(self._entries)
+        return self._split
 
     def numbers(self, name: str) -> FloatArray:
         """A small F64, F32, F16 or BF16 tensor as float64 numpy; needs no torch."""
@@ -159,6 +169,8 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
+        import hashlib
+
         digests = [_digest(path) for path in self.files]
         if len(digests) == 1:
             return digests[0].hex()
@@ -242,5 +254,7 @@ def _shape(source: Source, stored: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _digest(path: Path) -> bytes:
+    import hashlib
+
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").digest()
