@@ -29,7 +29,7 @@ ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
 TORCH_FREE = {
     *("errors", "schedule", "prediction", "keymap", "header", "output", "table"),
     *("update", "families", "folder", "leg", "declarations", "tensors", "handoff"),
-    *("plan", "checkpoint", "request", "distillation", "vocabulary"),
+    *("plan", "checkpoint", "request", "distillation", "vocabulary", "fit"),
     *(
         "arguments",
         "console",
