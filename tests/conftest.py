@@ -6,10 +6,12 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,6 +71,29 @@ def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n")
     return folder
+
+
+@pytest.fixture
+def hollow(tmp_path: Path) -> Callable[..., Path]:
+    """hollow(name, *tables) -> a safetensors file of {tensor: (dtype, shape)}, its data a hole.
+
+    Names, shapes and offsets of gigabytes without their bytes: for loading on the meta device.
+    """
+
+    def make(name: str, *tables: Mapping[str, Any]) -> Path:
+        header: dict[str, object] = {}
+        end = 0
+        for tensor, (dtype, shape) in (pair for table in tables for pair in table.items()):
+            begin, end = end, end + {"F32": 4, "F16": 2, "I64": 8}[dtype] * math.prod(shape)
+            header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text, path = json.dumps(header).encode(), tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        return path
+
+    return make
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,7 @@ TORCH_FREE = {
     *("output", "table", "update", "families", "folder", "container", "cast"),
     *("strength", "leg", "declarations", "tensors", "handoff", "plan", "checkpoint"),
     *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
-    *("ledger", "distillation", "vocabulary", "arguments", "console", "session"),
+    *("ledger", "distillation", "vocabulary", "fit", "arguments", "console", "session"),
     *("commands", "cli", "__main__", "headstart", "headstart_weights"),
 }
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}

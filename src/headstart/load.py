@@ -21,10 +21,11 @@ from headstart.checkpoint import family_of
 from headstart.declarations import Said, declared
 from headstart.errors import CheckpointError, InputError
 from headstart.families import FAMILIES, Family, TextRule
+from headstart.fit import check_fit
 from headstart.folder import COMPONENTS, root_of
 from headstart.params import clip_params, indices, tiny_params, unet_params, vae_params, with_heads
 from headstart.residency import keep_stored
-from headstart.tensors import FLOATS, Checkpoint, Part, PartName
+from headstart.tensors import Checkpoint, Part, PartName
 from headstart.text import ClipText, ClipTokenizer, Tower
 from headstart.tiny import TinyDecoder, TinyEncoder, TinyVae
 from headstart.unet import UNet
@@ -272,7 +273,7 @@ def _filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dty
         where = part.checkpoint.files[0]
         raise CheckpointError(f"{where}: no {part.name} has such shapes: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _check(part, expected)
+    check_fit(part, expected)
     stored = dtype == "stored" and device.type == "cpu"
     if dtype is None or dtype == "stored":
         dtype = torch.float32 if device.type == "cpu" else _KEPT.get(_stored(part), torch.float32)
@@ -300,34 +301,6 @@ def _placed(name: str, tensor: torch.Tensor) -> torch.Tensor:
     tensor = tensor.contiguous()
     beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
     return tensor.clone() if beside else tensor
-
-
-def _check(part: Part, expected: Shapes) -> None:
-    shapes = part.shapes
-    shared = expected.keys() & shapes.keys()
-    complaints = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()) + list(part.strays),
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(expected[name])}"
-            for name in sorted(shared)
-            if shapes[name] != expected[name]
-        ],
-        "not floating point": [
-            f"{name} {part.dtype(name)}"
-            for name in sorted(shared)
-            if part.dtype(name) not in FLOATS
-        ],
-    }
-    lines = [
-        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in complaints.items()
-        if names
-    ]
-    if lines:
-        raise CheckpointError(
-            f"{part.checkpoint.files[0]}: the {part.name} does not fit. " + "; ".join(lines)
-        )
 
 
 def _stored(part: Part) -> str:
