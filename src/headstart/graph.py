@@ -6,7 +6,7 @@ field of the conditioning. So new values need no new graph, only new shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import fields
 
 import torch
@@ -55,38 +55,32 @@ class GraphRunner:
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """F [B, C, h, w]: the network's output, in memory of the caller's."""
         site = self.site or Site.of(x_in.device)
-        inputs = self._inputs(x_in, timestep, cond)
+        program, inputs = self.request(x_in, timestep, cond)
         try:
-            return site.run(self._program(), inputs)[0]
+            return site.run(program, inputs)[0]
         except CaptureError as error:
             if not self.fallback:
                 raise
             self.refusals.append(str(error))
         with torch.no_grad():
-            return self._body(inputs)[0]
+            return program.body(inputs)[0]
 
     def prepare(self, calls: Iterable[tuple[Tensor, Tensor, Conditioning]]) -> None:
         """Capture for calls of these shapes ahead of use, the largest first."""
-        for site, inputs in self._by_site(calls):
-            site.prepare((self._program(), tensors) for tensors in inputs)
+        examples = list(calls)
+        if examples:
+            site = self.site or Site.of(examples[0][0].device)
+            site.prepare(self.request(*call) for call in examples)
 
-    def _by_site(
-        self, calls: Iterable[tuple[Tensor, Tensor, Conditioning]]
-    ) -> Iterator[tuple[Site, list[Tensors]]]:
-        found: dict[int, tuple[Site, list[Tensors]]] = {}
-        for call in calls:
-            site = self.site or Site.of(call[0].device)
-            found.setdefault(id(site), (site, []))[1].append(self._inputs(*call))
-        yield from found.values()
-
-    def _program(self) -> Program:
-        return Program(type(self.network).__name__, self._body, (self.network,))
-
-    def _inputs(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensors:
+    def request(
+        self, x_in: Tensor, timestep: Tensor, cond: Conditioning
+    ) -> tuple[Program, Tensors]:
+        """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        program = Program(type(self.network).__name__, self._body, (self.network,))
         x_in = x_in.to(self.dtype, memory_format=self.memory_format)
         if cond.context.dtype != self.dtype:
             cond = cond.to(x_in.device, self.dtype)
-        return {"x_in": x_in, "timestep": timestep, **named(cond)}
+        return program, {"x_in": x_in, "timestep": timestep, **named(cond)}
 
     def _body(self, inputs: Tensors) -> tuple[Tensor, ...]:
         f = self.network(inputs["x_in"], inputs["timestep"], unnamed(inputs))

@@ -95,13 +95,29 @@ class TrajectoryGraph:
 
         Raises InputError for what does not fit together, CaptureError for what cannot be captured.
         """
-        request = _Request(self, table, tuple(shape), len(noise), uncond is not None, keep_x0)
-        inputs = request.inputs(cond, uncond, noise, by_row or {})
+        program, inputs = self.request(
+            table, cond, noise, shape=shape, uncond=uncond, by_row=by_row, keep_x0=keep_x0
+        )
         site = self.site or Site.of(cond.context.device)
-        outcome = Outcome(*site.run(request.program(), inputs))
+        outcome = Outcome(*site.run(program, inputs))
         if check:
             _require_finite(outcome, table)
         return outcome
+
+    def request(
+        self,
+        table: StepTable,
+        cond: Conditioning,
+        noise: NoiseSource,
+        *,
+        shape: tuple[int, int, int],
+        uncond: Conditioning | None = None,
+        by_row: Mapping[str, Tensor] | None = None,
+        keep_x0: bool = False,
+    ) -> tuple[Program, Tensors]:
+        """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        asked = _Request(self, table, tuple(shape), len(noise), uncond is not None, keep_x0)
+        return asked.program(), asked.inputs(cond, uncond, noise, by_row or {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +286,9 @@ def _keys(noise: NoiseSource) -> tuple[list[int], list[int]] | None:
 def _placed(values: object, device: torch.device) -> Tensor:
     """Numbers on the device; from pinned memory, so that the copy is not waited for."""
     host = torch.tensor(values)
-    if device.type != "cuda":
-        return host.to(device)
-    return host.pin_memory().to(device, non_blocking=True)
+    if device.type == "cuda" and torch.cuda.is_available():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def _require_finite(outcome: Outcome, table: StepTable) -> None:
