@@ -47,7 +47,7 @@ def uses_bundled(args: argparse.Namespace) -> bool:
     """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
     own = [
         name
-        for name in ("base", "distilled", "vae", "text", "tokenizer")
+        for name in ("base", "distilled", "vae", "text", "tokenizer", "preview")
         if getattr(args, name) is not None
     ]
     if own and not {"base", "distilled"} & set(own):
