@@ -30,6 +30,7 @@ TORCH_FREE = {
     *("errors", "schedule", "prediction", "keymap", "header", "output", "table"),
     *("update", "families", "folder", "leg", "declarations", "tensors", "handoff"),
     *("plan", "checkpoint", "request"),
+    *("lettering", "chart", "structure", "timeline", "strip", "filmstrip", "animation", "page"),
     *(
         "arguments",
         "console",
