@@ -31,8 +31,10 @@ TORCH_FREE = {
     *("output", "table", "update", "families", "folder", "container", "cast"),
     *("strength", "leg", "declarations", "tensors", "handoff", "plan", "checkpoint"),
     *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
-    *("ledger", "distillation", "vocabulary", "fit", "arguments", "console", "session"),
-    *("commands", "cli", "__main__", "headstart", "headstart_weights"),
+    *("ledger", "distillation", "vocabulary", "fit", "metrics", "resample"),
+    *("lettering", "chart", "structure", "timeline", "strip", "filmstrip", "animation"),
+    *("page", "arguments", "console", "session", "commands", "cli", "__main__"),
+    *("headstart", "headstart_weights"),
 }
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers

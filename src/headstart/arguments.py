@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from headstart.request import PlanSettings
 
 OWN_WEIGHTS = (
-    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer"),
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
     *("prediction", "embedded_guidance", "head_dim", "text_head_dim"),
 )
 """Options that say nothing about the bundled pair."""

@@ -34,6 +34,8 @@ class _Grid(NamedTuple):
     left: int
     cell: int
     steps: int
+    scores: tuple[float, float]
+    """The lowest and highest score that any plan's timeline has to show."""
 
     def x(self, column: int) -> int:
         return self.left + column * (self.cell + _GAP)
@@ -55,7 +57,7 @@ def draw_filmstrip(
 ) -> Image.Image:
     """Draw the sheet with at most `most` columns of steps beside the finished images."""
     count, placed = place(strips, most)
-    grid = _Grid(_MARGIN + _LABEL, cell_px(strips[0].final), count)
+    grid = _Grid(_MARGIN + _LABEL, cell_px(strips[0].final), count, _score_range(strips))
     heights = [_height(strip, grid) for strip in strips]
     top = _MARGIN + _TITLE_PX + 74
     room = grid.right - _MARGIN
@@ -88,6 +90,15 @@ def _height(strip: Strip, grid: _Grid) -> int:
     lines = len(strip.seeds) * (grid.cell + _SHARE_PX)
     timeline = 0 if strip.timeline is None else _chart_px(strip.timeline) + 22
     return _HEAD_PX + _BAR_PX + 8 + lines + timeline
+
+
+def _score_range(strips: Sequence[Strip]) -> tuple[float, float]:
+    """One scale for all, so that plans can be compared by eye."""
+    timelines = [strip.timeline for strip in strips if strip.timeline is not None]
+    scores = [c.scores for timeline in timelines for seed in timeline.courses for c in seed]
+    known = [float(v) for row in scores for v in row[np.isfinite(row)]]
+    known += [timeline.threshold for timeline in timelines]
+    return (min(known), max(known)) if known else (0.0, 1.0)
 
 
 def _chart_px(timeline: Timeline) -> int:
@@ -150,6 +161,7 @@ def _draw_legs(
 ) -> None:
     """A bar a model over its columns, until the next one takes over; the hand-off is a line."""
     steps = strip.steps
+    marks: dict[int, list[str]] = {}
     starts = [0] + [
         k
         for k in range(1, len(where.shown))
@@ -163,14 +175,15 @@ def _draw_legs(
         pen.rounded_rectangle((left, y, end, y + 19), 4, fill=model_colour(model))
         write(pen, (left + 9, y + 10), cut(model, _TINY_PX, end - left - 12), _TINY_PX, PAPER, "lm")
         if number:
-            _boundary(pen, left - _GAP / 2, y - _HEAD_PX, bottom - 8, ACCENT, "hand-off")
-    branch = strip.branches_at
-    if branch is not None:
-        column = next(
-            (c for i, c in zip(where.shown, where.columns, strict=True) if i >= branch), None
-        )
+            marks[grid.x(where.columns[k])] = ["hand-off"]
+    if strip.branches_at is not None:
+        shown = zip(where.shown, where.columns, strict=True)
+        column = next((c for i, c in shown if i >= (strip.branches_at or 0)), None)
         if column is not None:
-            _boundary(pen, grid.x(column) - _GAP / 2, y - _HEAD_PX, bottom - 8, INK, "branch")
+            marks.setdefault(grid.x(column), []).append("branch")
+    for x, words in marks.items():
+        colour = ACCENT if words == ["hand-off"] else INK
+        _boundary(pen, x - _GAP / 2, y - _HEAD_PX, bottom - 8, colour, " and ".join(words))
 
 
 def _boundary(
@@ -234,10 +247,8 @@ def _draw_timeline(
 ) -> None:
     timeline = strip.timeline
     assert timeline is not None
-    scores = np.stack([course.scores for seed in timeline.courses for course in seed])
-    low = min(0.0, float(np.nanmin(scores)))
-    high = max(timeline.threshold, float(np.nanmax(scores)))
-    reach, tall = (high - low) or 1.0, _chart_px(timeline)
+    (low, high), tall = grid.scores, _chart_px(timeline)
+    reach = (high - low) or 1.0
 
     def level(score: float) -> float:
         return 8 + (tall - 16) * (1.0 - (score - low) / reach)
@@ -255,6 +266,11 @@ def _draw_timeline(
         curves.append(Curve(_points(xs, timeline.mean(number), level), colour, 3.0, dots=True))
     size = (grid.right - grid.left, tall)
     sheet.paste(draw_panel(size, curves, [Line(GREY, y=level(timeline.threshold))]), (grid.left, y))
+    for number in range(len(timeline.phrases)):
+        last = float(timeline.mean(number)[-1])
+        if math.isfinite(last):
+            at = (grid.left + float(xs[-1]) + 14, y + level(last))
+            write(pen, at, f"{last:.2f}", _TINY_PX, phrase_colour(number), anchor="lm")
     at = (grid.right, y + level(timeline.threshold) - 6)
     write(pen, at, f"there from {timeline.threshold:g}", _TINY_PX, GREY, anchor="rb")
     _draw_legend(pen, strip, y)

@@ -9,6 +9,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections.abc import Sequence
 from importlib.resources import files
 from typing import Any
@@ -34,8 +35,8 @@ def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
     # "</script>" in a prompt would end the data; JSON may spell any character as an escape.
     told = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
     template = files("headstart").joinpath("page.html").read_text(encoding="utf-8")
-    title = html.escape(f"{prompt[:120]} · headstart trace")
-    return template.replace("{{title}}", title, 1).replace("{{data}}", told, 1)
+    values = {"title": html.escape(f"{prompt[:120]} · headstart trace"), "data": told}
+    return re.sub(r"\{\{(title|data)\}\}", lambda found: values[found[1]], template)
 
 
 def _plan(strip: Strip) -> dict[str, Any]:
