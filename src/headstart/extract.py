@@ -143,8 +143,7 @@ def nearest(change: Tensor, rank: int) -> tuple[LowRank, float]:
     matrix = change.double().flatten(1)
     tall = matrix.shape[0] > matrix.shape[1]
     gram = matrix.T @ matrix if tall else matrix @ matrix.T
-    found: Any = torch.linalg.eigh(gram)  # pyright: ignore[reportUnknownMemberType]
-    squares, vectors = cast(tuple[Tensor, Tensor], found)
+    squares, vectors = cast(tuple[Tensor, Tensor], cast(Any, torch.linalg).eigh(gram))
     squares, kept = squares.clamp(min=0).flip(0), vectors.flip(1)[:, :rank]
     roots = squares[: kept.shape[1]].sqrt().clamp(min=1e-300).sqrt()
     if tall:
