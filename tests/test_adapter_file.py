@@ -15,8 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart import keymap
-from headstart.adapter_file import layer_shapes, read_adapter
+from headstart.adapter_file import describe_adapter, layer_shapes, read_adapter
 from headstart.adapter_names import AdapterForm, Network
+from headstart.checkpoint import inspect_checkpoint
 from headstart.delta import Dense, DenseForm, LowRank
 from headstart.errors import AdapterError
 from headstart.unet import Mid, Stage, UNet, UNetParams
@@ -611,6 +612,25 @@ def test_long_and_odd_keys_are_strays_and_cost_nothing(tmp_path: Path) -> None:
     tensors = one() | {"a" * 4000 + ".alpha": torch.ones(1), ".alpha.": torch.ones(1)}
     file = read_adapter(write(tmp_path / "a.safetensors", tensors))
     assert len(file.strays) == 2 and len(file.groups) == 1
+
+
+def test_an_adapter_is_described_from_its_header(tmp_path: Path) -> None:
+    changes = known("unet", ATTENTION + CONVS) | known("text_2", text_modules("text_2"))
+    path = write(tmp_path / "a.safetensors", kohya(changes) | {"bundle_emb.x": torch.ones(2)})
+    info = describe_adapter(path)
+    assert (info.form, info.family, info.ranks) == ("locon", None, (3, 3))
+    assert info.modules == {"unet": len(ATTENTION) + len(CONVS), "text_2": 6}
+    assert info.strays == ("bundle_emb.x",) and info.tensors == 3 * len(changes) + 1
+    assert info.size_bytes == path.stat().st_size and info.dtype == "F32"
+    assert json.loads(json.dumps(info.to_json()))["modules"] == info.modules
+
+
+def test_files_of_differences_and_of_custom_diffusion_are_inspected_as_adapters(
+    tmp_path: Path,
+) -> None:
+    for key in ("lora_unet_x.diff", "mid_block.attn2.processor.to_k_custom_diffusion.weight"):
+        path = write(tmp_path / "a.safetensors", {key: torch.ones(3, 3)})
+        assert inspect_checkpoint(path).layout == "adapter"
 
 
 # ------------------------------------------------- the real ones

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
@@ -244,6 +244,49 @@ def read_adapter(path: str | Path) -> AdapterFile:
         groups=groups,
         strays=strays,
         scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter's header tells.
+
+    family    lineage whose text its cross-attention reads; None where it does not change that
+    ranks     smallest and largest rank of its low-rank factors; None where there are none
+    modules   number of changed modules: unet, text, text_2, and "" where names do not say which
+    dtype     the dtype most bytes have
+    strays    keys that no naming knows
+    """
+
+    path: str
+    form: str
+    family: str | None
+    ranks: tuple[int, int] | None
+    modules: Mapping[str, int]
+    dtype: str
+    size_bytes: int
+    tensors: int
+    strays: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def describe_adapter(path: str | Path) -> AdapterInfo:
+    """Triage of an adapter from its header: no tensor is read. Raises AdapterError."""
+    file = read_adapter(path)
+    checkpoint = next(iter(file.groups.values())).checkpoint
+    ranks = [group.rank for group in file.groups.values() if group.rank is not None]
+    return AdapterInfo(
+        path=str(path),
+        form=file.form.value,
+        family=file.family,
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        modules=dict(Counter(group.network or "" for group in file.groups.values())),
+        dtype=checkpoint.dtype,
+        size_bytes=checkpoint.size_bytes,
+        tensors=len(checkpoint.names),
+        strays=file.strays,
     )
 
 
