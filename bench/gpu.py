@@ -1,4 +1,4 @@
-"""Everything a GPU alone can show: tests, kernels in a graph, latency, memory. One command, one JSON.
+"""What a GPU alone can show: tests, kernels in a graph, latency, memory. One command, one JSON.
 
 python bench/gpu.py [--rounds 21] [--out bench/results/gpu.json] [--dry-run]
 

@@ -114,7 +114,9 @@ def inspect_checkpoint(
     """
     path = Path(path)
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
-    held = {name: Checkpoint.open(path, name) for name in folders or [PARTS[0]]}
+    held: dict[PartName, Checkpoint] = {
+        name: Checkpoint.open(path, name) for name in folders or [PARTS[0]]
+    }
     first = next(iter(held.values()))
     parts: dict[PartName, Part] = first.parts()
     if folders:  # from inside, both text encoders look alike

@@ -194,7 +194,7 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
-    items = cast(list[object], value) if isinstance(value, list) else [None]
+    items = cast("list[object]", value) if isinstance(value, list) else [None]
     if len(items) <= most:
         for item in items:
             # `type is int`: JSON true is a Python int too
@@ -203,7 +203,7 @@ def _integers(path: Path, name: str, field: str, value: object, most: int) -> tu
         else:
             return cast("tuple[int, ...]", tuple(items))
     what = f"expected at most {most} integers in 0 .. 2^40"
-    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
+    _bad(path, f"tensor {name[:80]!r}: {field} {_show(cast(object, value))}: {what}")
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:

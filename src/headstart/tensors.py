@@ -121,7 +121,7 @@ class Checkpoint:
         if self._parts is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
-            held = [name for name in PARTS if name in found]
+            held: list[PartName] = [name for name in PARTS if name in found]
             self._parts = {name: Part.of(self, name, found[name], strays) for name in held}
         return dict(self._parts)
 
