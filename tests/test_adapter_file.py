@@ -601,7 +601,7 @@ def test_files_that_are_no_adapters_are_refused(tmp_path: Path) -> None:
     torch.save(one(), tmp_path / "slider.pt")
     (tmp_path / "old.pt").write_bytes(pickle.dumps({"a": 1}))
     for name in ("slider.pt", "old.pt"):
-        assert "headstart convert IN OUT.safetensors" in refused(tmp_path / name)
+        assert f"headstart convert '{tmp_path / name}'" in refused(tmp_path / name)
     assert "does not exist" in refused(tmp_path / "absent.safetensors")
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(write(tmp_path / "a.safetensors", one()).read_bytes()[:-3])
@@ -609,7 +609,7 @@ def test_files_that_are_no_adapters_are_refused(tmp_path: Path) -> None:
 
 
 def test_long_and_odd_keys_are_strays_and_cost_nothing(tmp_path: Path) -> None:
-    tensors = one() | {"a" * 4000 + ".alpha": torch.ones(1), ".alpha.": torch.ones(1)}
+    tensors = one() | {"a" * 900 + ".alpha": torch.ones(1), ".alpha.": torch.ones(1)}
     file = read_adapter(write(tmp_path / "a.safetensors", tensors))
     assert len(file.strays) == 2 and len(file.groups) == 1
 

@@ -5,6 +5,7 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
@@ -223,6 +224,10 @@ class Engine:
         if isinstance(plan, Plan):
             plan = plan.compile(self.schedule, prediction=self.weights.predictions)
         check_table(plan, self.schedule.fingerprint())
+        for role, found in self.weights.guesses.items():
+            rows = [step for step in plan if step.model == role]
+            if complaint := found.complaint(role, rows, plan.name):
+                warnings.warn(complaint, stacklevel=2)
         return plan
 
     def sample(
