@@ -188,7 +188,8 @@ class Engine:
         size            pixels, a number or (height, width); None: the model's own
         keep_x0         keep what every row predicted, [S, B, C, h, w]
         batch           samples in a network at once; None: as many as memory holds
-        on_step         called with each State as it is there; raise in it to cancel
+        on_step         called with each State as it is there, such as a `headstart.Preview`; raise
+                        in it to cancel
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
         is allocated. InputError also for a network that gives NaN or infinity.
