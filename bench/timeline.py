@@ -1,6 +1,6 @@
 """Which concept does a model begin to draw, and then drop? Two-noun prompts, searched and shown.
 
-    python bench/timeline.py [--pairs 40] [--seeds 8] [--out bench/results/timeline.json]
+    python bench/timeline.py [--pairs 756] [--seeds 8] [--out bench/results/timeline.json]
 
 The pair draws one thing a picture. Prompts "a X and a Y" are sampled by the hybrid; what the
 timeline calls dropped (its score reached the scorer's threshold, and ended below it) is counted,
@@ -78,7 +78,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=40)
+    parser.add_argument("--pairs", type=int, default=756, help="of all 756")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("bench/results/timeline.json"))
     return parser.parse_args()
