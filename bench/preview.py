@@ -153,7 +153,9 @@ def _table(report: dict[str, Any]) -> str:
         lines.append(f"| {name} | {one[name]['p50']:.2f} | {eight[name]['p50']:.2f} {said}")
     beside = report["beside_a_step"]
     told = ", ".join(f"{name} {value['p50']:.3f} ms" for name, value in beside["ms"].items())
-    lines.append(f"\n{beside['state']}: {told}; linear is {beside['share_of_the_step']:.1%} of it")
+    lines.append(
+        f"\n{beside['state']}: {told}; linear is {beside['share_of_the_step']:.2%} of the step"
+    )
     return "\n".join(lines)
 
 

@@ -152,7 +152,7 @@ def _plot(report: dict[str, Any], path: Path) -> None:
             axis.plot(steps, value, color=COLOURS[name], marker="o", markersize=4, label=name)
             axis.fill_between(steps, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
     left.set_ylabel("share of final structure, %")
-    left.set_ylim(60, 101)
+    left.set_ylim(50, 101)
     right.set_ylabel("distance between seeds")
     right.set_ylim(0, None)
     for axis, title in (

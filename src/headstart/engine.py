@@ -258,7 +258,7 @@ class Engine:
         batch           samples in a network at once; None: as many as memory holds
         adapters        strengths of attached adapters in this run, by name, or the names of those
                         that act; None: all as attached. Multiplied by what the plan's legs say
-        on_step         called with each State as it is there; raise in it to cancel
+        on_step         called with each State, such as a `headstart.Preview`; raise in it to cancel
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
         is allocated. InputError also for a network that gives NaN or infinity.

@@ -21,7 +21,7 @@ from headstart.strip import Placed, Strip, place
 from headstart.timeline import Timeline
 
 _MARGIN, _LABEL, _GAP, _APART, _BLOCK_GAP = 64, 250, 14, 40, 54
-_TITLE_PX, _NAME_PX, _NOTE_PX, _SMALL_PX, _TINY_PX = 48, 31, 20, 17, 15
+_TITLE_PX, _NAME_PX, _LONG_NAME_PX, _NOTE_PX, _SMALL_PX, _TINY_PX = 48, 31, 24, 20, 17, 15
 _HEAD_PX, _BAR_PX, _SHARE_PX, _CHART_PX, _LEGEND_PX = 50, 24, 30, 132, 44
 MODEL_COLOURS = {"base": "#33658a", "distilled": "#c2410c"}
 _OTHER = "#5f6b52"
@@ -123,13 +123,20 @@ def _draw_block(
 def _draw_label(pen: ImageDraw.ImageDraw, strip: Strip, y: int) -> None:
     room = _LABEL - 28
     name, _, change = strip.name.partition(" · ")
-    write(pen, (_MARGIN, y + _HEAD_PX - 14), cut(name, _NAME_PX, room), _NAME_PX, INK)
+    top = y + _HEAD_PX - 14
+    lines, size_px = [name], _NAME_PX
+    if width(name, _NAME_PX) > room:
+        lines, size_px = _folded(name, _LONG_NAME_PX, room)[:2], _LONG_NAME_PX
+    for line in lines:
+        write(pen, (_MARGIN, top), cut(line, size_px, room), size_px, INK)
+        top += size_px + 4
     passes = strip.table.passes()
     notes = [f"{passes} network pass{'es' * (passes != 1)}"]
     if strip.from_step is not None:
-        notes = [f"from step {strip.from_step}:", *_folded(change, _NOTE_PX, room)]
+        notes = [f"from step {strip.from_step}"]
+        notes += [line for line in _folded(change, _NOTE_PX, room) if line]
     for number, note in enumerate(notes[:4]):
-        at = (_MARGIN, y + _HEAD_PX + 28 + number * 26)
+        at = (_MARGIN, top + 7 + number * 26)
         write(pen, at, cut(note, _NOTE_PX, room), _NOTE_PX, ACCENT if number else GREY)
 
 

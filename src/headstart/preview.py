@@ -54,7 +54,10 @@ class Lane(Protocol):
 
 
 class HostLane:
-    """On a CPU nothing runs beside the run but another thread, and that one decodes."""
+    """On a CPU nothing runs beside the run but another thread, and that one decodes.
+
+    A row's x0 is a tensor of its own, which no later row writes to.
+    """
 
     def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
         def finish() -> Drawn:

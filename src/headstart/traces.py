@@ -327,7 +327,7 @@ def _strip_text(strip: Strip) -> str:
         spread = "" if np.isnan(row.spread.value) else f"{row.spread.value:.3f}"
         lines.append(
             f"{row.step:>4}  {row.model:<10.9}{row.timestep:>9.4g}{row.sigma:>9.3f}"
-            f"{row.amplification:>9.3g}{row.distance.value:>10.3f}{share.value:>8.2f}{ends:>16}"
+            f"{row.amplification:>9.4g}{row.distance.value:>10.3f}{share.value:>8.2f}{ends:>16}"
             f"{spread:>9}"
         )
     if strip.timeline is not None:

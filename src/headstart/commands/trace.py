@@ -94,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
     decoder, scorer = _tools(args, engine)
     for table in tables.values():
         engine.iterate(prompt, plan=table, seeds=seeds, size=size)  # checks it, and runs nothing
-    note(_memory(engine, tables, len(seeds), size))
+    note(_memory(engine, tables, len(seeds), size, change))
     runs = _sampled(engine, prompt, tables, seeds, size, change)
     found = _traced(args, runs, decoder, scorer)
     write_file(args.out, _encoded(found, args.out.suffix.lower()))
@@ -193,12 +193,16 @@ def _tools(args: argparse.Namespace, engine: Engine) -> tuple[Decoder, ConceptSc
 
 
 def _memory(
-    engine: Engine, tables: dict[str, StepTable], images: int, size: tuple[int, int] | None
+    engine: Engine,
+    tables: dict[str, StepTable],
+    images: int,
+    size: tuple[int, int] | None,
+    change: Change | None,
 ) -> str:
     weights = engine.weights
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
-    rows = sum(map(len, tables.values()))
+    rows = sum(map(len, tables.values())) * (1 if change is None else 2)
     kept = rows * images * weights.latent_channels * cells * 4
     return f"keeping x0 of {rows} steps x {images} images: {kept / 1e6:.1f} MB"
 
