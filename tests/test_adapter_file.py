@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -515,6 +517,11 @@ WRONG: dict[str, tuple[Tensors, str]] = {
     "loha half": ({f"{flat(ATTENTION[0])}.hada_w1_a": CHAR.half()}, "expected hada_w1_b too"),
     "lokr half": ({f"{flat(ATTENTION[0])}.lokr_w1": torch.ones(2, 2)}, "expected lokr_w2_a too"),
     "magnitude": (one(dora_scale=torch.ones(5, 1)), r"a DoRA magnitude \[32, 1\], got \[5, 1\]"),
+    "two ways": (one() | {f"{flat(ATTENTION[0])}.diff": torch.ones(OUT, IN)}, "one way to change"),
+    "two sides": (
+        {f"{flat(ATTENTION[0])}.lokr_{x}": torch.ones(2, 2) for x in ("w1", "w1_a", "w1_b", "w2")},
+        "one way to change",
+    ),
     "unknown": ({"mystery.weight": torch.ones(3, 3)}, "expected the keys of a LoRA"),
     "elsewhere": (
         {n.replace("unet_down", "unet_sideways"): t for n, t in one().items()},
@@ -606,6 +613,52 @@ def test_files_that_are_no_adapters_are_refused(tmp_path: Path) -> None:
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(write(tmp_path / "a.safetensors", one()).read_bytes()[:-3])
     assert "truncated" in refused(torn)
+
+
+def test_a_bias_or_a_norm_of_the_wrong_layer_is_a_mismatch(tmp_path: Path) -> None:
+    name = flat(CONVS[0])
+    for slot, shape in (("diff", UNET[CONVS[0]][:1]), ("diff_b", (3,)), ("w_norm", (3,))):
+        tensors = one() | {f"{name}.{slot}": torch.ones(shape)}
+        found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS)
+        assert found.mismatched == ((name, UNET[CONVS[0]], shape),), slot
+
+
+SUFFIXES = [
+    *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "lora_A.weight", "diff"),
+    *("lora_B.weight", "lora.down.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
+    *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "diff_b"),
+    *("lokr_w2_b", "lokr_t2", "dora_scale", "lora_magnitude_vector", "w_norm", "b_norm", "x"),
+]
+SIZES = st.lists(st.sampled_from([0, 1, 2, 3, 32, 64, 288]), max_size=5)
+PIECES = st.lists(
+    st.tuples(
+        st.sampled_from([ATTENTION[0], CONVS[0], FEED[0], "conv_norm_out", "nowhere"]),
+        st.sampled_from(SUFFIXES),
+        SIZES,
+        st.sampled_from([torch.float32, torch.float16, torch.int64, torch.bool]),
+    ),
+    max_size=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(pieces=PIECES)
+def test_no_heap_of_tensors_raises_anything_but_an_adapter_error(
+    pieces: list[tuple[str, str, list[int], torch.dtype]], tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    tensors = {
+        f"{flat(module)}.{suffix}": torch.ones(shape, dtype=dtype)
+        for module, suffix, shape, dtype in pieces
+        if math.prod(shape) < 10**6
+    }
+    path = write(tmp_path_factory.mktemp("heap") / "a.safetensors", tensors)
+    try:
+        found = read_adapter(path).resolve(NETWORKS)
+    except AdapterError:
+        return
+    for (network, module), delta in found.deltas.items():
+        shape = NETWORKS[network][module]
+        assert delta.merge(torch.zeros(shape), 1.0).shape == shape
 
 
 def test_long_and_odd_keys_are_strays_and_cost_nothing(tmp_path: Path) -> None:

@@ -93,8 +93,10 @@ class Group:
 
     def fits(self, layer: Shape) -> bool:
         """Whether this changes a weight [o, i(, kh, kw)], a norm's [c], or a bias of that layer."""
-        shape = self.shape()
-        if shape == layer[:1]:
+        shape, biases = self.shape(), {"diff_b", "bias"} & self.slots.keys()
+        if any(self.sizes(slot) != layer[:1] for slot in biases):
+            return False
+        if not self.slots.keys() - biases - {"alpha"}:
             return True
         flat = len(shape) == 2 and "down" not in self.slots
         return _bare(shape) == _bare(layer) or (flat and shape == (layer[0], math.prod(layer[1:])))
@@ -185,6 +187,9 @@ class Group:
                 _bad(key, f"{_DIMENSIONS.get(slot, (2,))} dimensions, none empty", list(shape))
             if slot == "alpha" and math.prod(shape) != 1:
                 _bad(key, "one number", list(shape))
+        kinds = {kind for slot in self.slots for kind in _KINDS if re.match(kind, slot)}
+        if len(kinds) > 1 or any(pair <= self.slots.keys() for pair in _EITHER):
+            _bad(self.name, "one way to change its weight", ", ".join(sorted(self.slots)))
         for expected in self._expected():
             if expected not in self.slots:
                 _bad(self.name, f"{expected} too (the file is torn)", ", ".join(sorted(self.slots)))
@@ -231,6 +236,18 @@ class Group:
             yield "a shape", first, self._factored("hada_w2", "hada_t2")
 
 
+_KINDS = ("down|up|mid", "hada_", "lokr_", r"diff\Z", r"weight|bias")
+_EITHER = (
+    {"dora_scale", "magnitude"},
+    *(
+        {thing, whole}
+        for thing in ("dora_scale", "magnitude", "diff_b")
+        for whole in ("weight", "bias")
+    ),
+    *({side, f"{side}_{x}"} for side in ("lokr_w1", "lokr_w2") for x in "ab"),
+    {"lokr_w2", "lokr_t2"},
+)
+"""Operands that exclude each other."""
 _LOKR_SIDES = (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2"))
 _DIMENSIONS: dict[str, tuple[int, ...]] = {
     "alpha": (0, 1),
