@@ -222,6 +222,8 @@ def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]
         yield f"unet: {family.signature.tensors} tensors; {family.lineage} has {ancestor.tensors}"
     elif not family.exact and family.heads is None and "head_dim" not in family.declared:
         yield "scaled down: its attention head width is not in the file, so load with head_dim="
+    if "time_embedding.cond_proj.weight" in parts["unet"].shapes:
+        yield "unet: takes guidance as an input, as LCM does: a distilled model"
     channels = parts["unet"].shapes["conv_in.weight"][1:2]
     if channels != (4,):
         yield f"unet: {channels} input channels, not (4,): it edits or fills in images"

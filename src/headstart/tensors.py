@@ -139,7 +139,8 @@ class Checkpoint:
             values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype])
-        return values.astype(np.float64).reshape(entry.shape)
+        with np.errstate(invalid="ignore"):  # a signalling NaN in a hostile file
+            return values.astype(np.float64).reshape(entry.shape)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU: a view of the file, or a copy where misaligned."""
