@@ -6,5 +6,6 @@ from headstart.commands.inspect import INSPECT
 from headstart.commands.plan import PLAN
 from headstart.commands.replay import REPLAY
 from headstart.commands.sample import SAMPLE
+from headstart.commands.slide import SLIDE
 
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, REPLAY)
+COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, SLIDE, PLAN, INSPECT, REPLAY)

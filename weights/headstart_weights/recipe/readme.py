@@ -10,6 +10,7 @@ _ABOUT = {
     "distilled": "the four-step UNet alone, diffusers names; everything else is the base's",
     "tiny_decoder": "latents to pixels in about a third of the VAE's CPU time, for previews",
     "scorer": "image-text scorer, and the features that diversity is measured on",
+    "yellow": "slider trained on the base, for both models: background blue (-1) to yellow (1)",
     "reference": "mean and covariance of those features over the training pictures, for Frechet",
 }
 
@@ -67,7 +68,18 @@ Stages are limited by wall clock and resume when run again, so another run gives
 export of given weights is byte-identical.
 """
 
-STAGES = ("data", "tokenizer", "codec", "base", "distill", "tiny", "scorer", "reference", "export")
+STAGES = (
+    "data",
+    "tokenizer",
+    "codec",
+    "base",
+    "distill",
+    "tiny",
+    "scorer",
+    "slider",
+    "reference",
+    "export",
+)
 
 
 def weights_readme(record: Mapping[str, Any]) -> str:
