@@ -52,8 +52,10 @@ CASES: dict[str, Case] = {
     "hybrid-k2": Case("hybrid", {"k": 2}, "k=2 (fig. 7b)"),
     "skip-first": Case("skip-first", {}, "no base step (table 3)"),
     "replace-final": Case("replace-final", {}, "the base takes the last step (table E.1)"),
-    "control": Case("distilled", {}, "4 steps, distilled from an unguided teacher", "control"),
-    "control-hybrid": Case("hybrid", {}, "k=1 with that student", "control"),
+    "unguided": Case(
+        "distilled", {}, "4 steps, distilled from an unguided teacher", "distilled_unguided"
+    ),
+    "unguided-hybrid": Case("hybrid", {}, "k=1 with that student", "distilled_unguided"),
 }
 
 
@@ -70,7 +72,7 @@ class Sampled(NamedTuple):
 
 def main() -> None:
     options = _parse()
-    engines = {student: _engine(student) for student in ("distilled", "control")}
+    engines = {student: _engine(student) for student in ("distilled", "distilled_unguided")}
     scorer = load_scorer(headstart_weights.path("scorer"))
     prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
     seeds = range(options.first, options.first + options.seeds * options.sets)

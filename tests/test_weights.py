@@ -26,7 +26,10 @@ from headstart_weights import WeightsError
 
 MAX_TOTAL_BYTES = 32 * 2**20
 FOLDER = Path(headstart_weights.__file__).parent
-ROLES = ("base", "distilled", "control", "tiny_decoder", "scorer", "reference")
+ROLES = (
+    *("base", "distilled", "distilled_unguided", "tiny_decoder", "scorer"),
+    *("reference", "yellow"),
+)
 PAIR_KEYS = {
     "headstart.family": "demo",
     "headstart.prediction": "v",
@@ -241,6 +244,7 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
         "base": unet,
         "student": {name: 2 * tensor for name, tensor in unet.items()},
         "control": {name: 3 * tensor for name, tensor in unet.items()},
+        "yellow": {"lora_unet_a.lora_down.weight": torch.ones(1, 2)},
         "codec": Vae(codec.PARAMS).state_dict(),
         "text": language.Language(fitted).tensors(),
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
@@ -296,7 +300,7 @@ def test_exporting_twice_gives_the_same_bytes(work: Path, exported: Path, tmp_pa
 
 
 def test_exported_metadata_is_complete(exported: Path) -> None:
-    for role in ("base", "distilled", "control"):
+    for role in ("base", "distilled", "distilled_unguided"):
         metadata = read_header(exported / f"{role}.safetensors").metadata
         assert PAIR_KEYS.items() <= metadata.items()
     assert "headstart.tokenizer" in read_header(exported / "base.safetensors").metadata

@@ -342,7 +342,9 @@ class Engine:
         settings: PlanSettings,
         keep_x0: bool = False,
     ) -> _Run:
-        texts, numbers = pair_up(prompts, seeds)
+        acts = self.adapters.acts(adapters)
+        alike = not any(strength.by_sample for strength in acts.values())
+        texts, numbers = pair_up(prompts, seeds, distinct=alike)
         table = self.compile(plan, **settings)
         pixels = check_size(size, self.weights.image_size, max(8, self.weights.downscale))
         guided = any(step.guidance != 1.0 for step in table)
@@ -362,7 +364,6 @@ class Engine:
         chunk = min(batch or len(texts), len(texts))
         if self.weights.footprint is not None:
             chunk = plan_chunk(shape, self.weights.footprint, 1 + guided, self.device, batch)
-        acts = self.adapters.acts(adapters)
         strengths = self.adapters.strengths(table, len(texts), acts)
         return _Run(texts, numbers, negative, pixels, table, chunk, latent, acts, strengths)
 

@@ -76,13 +76,17 @@ def _mode(name: str) -> Mode:
 
 
 def pair_up(
-    prompts: str | Sequence[str], seeds: SupportsIndex | Sequence[SupportsIndex]
+    prompts: str | Sequence[str],
+    seeds: SupportsIndex | Sequence[SupportsIndex],
+    *,
+    distinct: bool = True,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """One prompt and one seed an image.
 
     One prompt with S seeds is S images, P prompts with one seed are P images that share it, and P
     prompts with P seeds are pairs. An empty prompt is a legitimate one: sampling without text.
-    Raises InputError for other counts, for a seed outside [0, 2^64), and for a pair given twice.
+    Raises InputError for other counts, for a seed outside [0, 2^64), and, where nothing else tells
+    images apart, for a pair given twice.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = [*seeds] if isinstance(seeds, Sequence) else [seeds]
@@ -95,7 +99,8 @@ def pair_up(
         )
     count = max(len(texts), len(whole))
     texts, whole = texts * (count // len(texts)), whole * (count // len(whole))
-    _check_distinct(texts, whole)
+    if distinct:
+        _check_distinct(texts, whole)
     return tuple(texts), tuple(whole)
 
 

@@ -75,12 +75,13 @@ class Slot(nn.Module):
         if delta is None:
             self.scale.zero_()
             return
-        rank = delta.rank
-        self.down[:rank].copy_(delta.down)
-        self.up[:, :rank].copy_(delta.up)
+        down, up, rank = self.down, self.up, delta.rank
         if rank < self.rank:
-            self.down[rank:].zero_()
-            self.up[:, rank:].zero_()
+            down[rank:].zero_()
+            up[:, rank:].zero_()
+            down, up = down[:rank], up[:, :rank]
+        down.copy_(delta.down)
+        up.copy_(delta.up)
         self.scale.fill_(delta.scale)
 
     def add_to(self, y: Tensor, x: Tensor, layer: Layer, strength: Tensor) -> None:

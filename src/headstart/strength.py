@@ -59,6 +59,11 @@ class Strength:
         varies = any(part is not None for part in (self.models, self.below, self.rows, self.text))
         return None if varies or isinstance(self.value, tuple) else self.value
 
+    @property
+    def by_sample(self) -> bool:
+        """Whether samples have strengths of their own, so that a seed may be drawn twice."""
+        return isinstance(self.value, tuple) or isinstance(self.text, tuple)
+
     def grid(self, name: str, table: StepTable, batch: int) -> Array:
         """[rows, batch]: this strength times the column that the plan has for adapter `name`.
 

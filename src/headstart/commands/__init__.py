@@ -12,7 +12,7 @@ from typing import cast
 from headstart.arguments import Command
 
 NAMES = (
-    *("compare", "sample", "trace", "sweep"),
+    *("compare", "sample", "trace", "slide", "sweep"),
     *("plan", "inspect", "convert", "transfer", "replay"),
 )
 

@@ -30,6 +30,9 @@ STAGES: dict[str, Stage] = {
     "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
+    "slider": Stage("control:sliders", "train two sliders on the base", 4.0),
+    "style": Stage("control:style", "train a style on the base", 4.0),
+    "reverse": Stage("control:reverse", "train a slider on the distilled model", 4.0),
     "reference": Stage("reference:main", "describe the training pictures in the scorer's features"),
     "export": Stage("export:main", "write the bundled files and the manifest"),
 }

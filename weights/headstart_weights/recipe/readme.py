@@ -8,9 +8,10 @@ from typing import Any
 _ABOUT = {
     "base": "text encoder, UNet, VAE, noise schedule and tokenizer in one file, LDM names",
     "distilled": "the four-step UNet alone, diffusers names; everything else is the base's",
-    "control": "that UNet distilled from an unguided teacher, to tell guidance from distillation",
+    "distilled_unguided": "the same with an unguided teacher, to tell guidance from distillation",
     "tiny_decoder": "latents to pixels in about a third of the VAE's CPU time, for previews",
     "scorer": "image-text scorer, and the features that diversity is measured on",
+    "yellow": "slider trained on the base, for both models: background blue (-1) to yellow (1)",
     "reference": "mean and covariance of those features over the training pictures, for Frechet",
 }
 
@@ -68,19 +69,19 @@ Stages are limited by wall clock and resume when run again, so another run gives
 export of given weights is byte-identical. `restore` unpacks the bundled files into the work folder,
 to train on from them.
 
-The teacher of `distilled` ran at guidance 2, that of `control` without guidance; the base has none
-of its own. What the bundled files took, on two cores that other programs used too:
+The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the base
+has none of its own. What the bundled files took, on two cores that other programs used too:
 
 | stage | minutes | steps |
 |---|---|---|
 {durations}
 
-`distill` and `control` ran on the bundled base after `restore`.
+`distill` and `control` (which makes `distilled_unguided`) ran on the bundled base after `restore`.
 """
 
 STAGES = (
     *("data", "tokenizer", "codec", "base", "distill", "control"),
-    *("tiny", "scorer", "reference", "export"),
+    *("tiny", "scorer", "slider", "reference", "export"),
 )
 
 DURATIONS = (
