@@ -103,7 +103,7 @@ def inspect_checkpoint(
     path: str | Path,
     *,
     deep: bool = False,
-    on_bytes: Callable[[int, int], object] = lambda done, total: None,
+    on_bytes: Callable[[int, int], object] | None = None,
 ) -> CheckpointInfo:
     """Triage from headers alone: no tensor is read, torch is not imported.
 
@@ -114,9 +114,8 @@ def inspect_checkpoint(
     """
     path = Path(path)
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
-    held: dict[PartName, Checkpoint] = {
-        name: Checkpoint.open(path, name) for name in folders or [PARTS[0]]
-    }
+    wanted: list[PartName] = folders or [PARTS[0]]
+    held = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
     first = next(iter(held.values()))
     parts: dict[PartName, Part] = first.parts()
     if folders:  # from inside, both text encoders look alike
@@ -179,7 +178,9 @@ def _problems(part: Part) -> Iterator[str]:
         yield f"{part.name}: {len(empty)} tensors have no numbers in them: {_some(empty)}"
 
 
-def _census(held: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object]) -> Census:
+def _census(
+    held: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object] | None
+) -> Census:
     from headstart.census import Census, take
 
     census, done = Census(), 0
@@ -188,7 +189,8 @@ def _census(held: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], 
     def count(size_bytes: int) -> None:
         nonlocal done
         done += size_bytes
-        on_bytes(done, total)
+        if on_bytes is not None:
+            on_bytes(done, total)
 
     for checkpoint in held.values():
         census |= take(checkpoint, count)

@@ -194,16 +194,19 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
-    items = cast("list[object]", value) if isinstance(value, list) else [None]
-    if len(items) <= most:
-        for item in items:
-            # `type is int`: JSON true is a Python int too
-            if type(item) is not int or not 0 <= item <= MAX_DIM:
-                break
-        else:
-            return cast("tuple[int, ...]", tuple(items))
+    items = cast(list[object], value) if _is_list(value) else [None]
+    # `type is int`: JSON true is a Python int too
+    for item in items if len(items) <= most else [None]:
+        if type(item) is not int or not 0 <= item <= MAX_DIM:
+            break
+    else:
+        return tuple(cast(list[int], items))
     what = f"expected at most {most} integers in 0 .. 2^40"
-    _bad(path, f"tensor {name[:80]!r}: {field} {_show(cast(object, value))}: {what}")
+    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
 
 
 def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:

@@ -118,12 +118,15 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        if self._parts is None:
+        if (parts := self._parts) is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
-            held: list[PartName] = [name for name in PARTS if name in found]
-            self._parts = {name: Part.of(self, name, found[name], strays) for name in held}
-        return dict(self._parts)
+            parts = dict[PartName, Part]()
+            for name in PARTS:
+                if name in found:
+                    parts[name] = Part.of(self, name, found[name], strays)
+            self._parts = parts
+        return parts.copy()
 
     def split(self) -> dict[str, dict[str, str]]:
         """`keymap.split` of the names, made once; an adapter is here and no part."""

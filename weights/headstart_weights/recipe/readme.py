@@ -69,8 +69,8 @@ Stages are limited by wall clock and resume when run again, so another run gives
 export of given weights is byte-identical. `restore` unpacks the bundled files into the work folder,
 to train on from them.
 
-The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the base
-has none of its own. What the bundled files took, on two cores that other programs used too:
+The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the
+base has none of its own. What the files took, on two cores that other programs used too:
 
 | stage | minutes | steps |
 |---|---|---|
