@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import headstart_weights
 from headstart.checkpoint import CheckpointInfo, inspect_checkpoint, read_family
 from headstart.cli import main
 from headstart.errors import CheckpointError
@@ -299,3 +300,13 @@ def test_inspection_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
         check=True,
         env=os.environ | {"PYTHONPATH": source},
     )
+
+
+def test_an_adapter_is_told_by_form_rank_and_layers(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(headstart_weights.__file__).parent / "yellow.safetensors"
+    assert main(["inspect", str(path), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["layout"] == "adapter" and facts["adapter"]["ranks"] == [4, 4]
+    assert main(["inspect", str(path)]) == 0
+    table = capsys.readouterr().out
+    assert "concept-slider" in table and "86 of unet" in table and "--lora" in table

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from headstart.arguments import Command, every
 from headstart.console import fail, progress
-from headstart.errors import CheckpointError
+from headstart.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
+    from headstart.adapter_file import AdapterInfo
     from headstart.checkpoint import CheckpointInfo
 
 _LAYOUTS = {
@@ -43,8 +44,23 @@ def _run(args: argparse.Namespace) -> int:
         else:
             fail(str(error))
         return 1
-    print(json.dumps(info.to_json()) if args.json else "\n".join(_table(info)))
+    adapter = _adapter(args.file) if info.layout == "adapter" and info.ok else None
+    if args.json:
+        more = {} if adapter is None else {"adapter": adapter.to_json()}
+        print(json.dumps(info.to_json() | more))
+    else:
+        print("\n".join(_table(info, adapter)))
     return 0 if info.ok else 1
+
+
+def _adapter(file: Path) -> AdapterInfo | None:
+    """What kind of adapter it is; None for learned tokens, which are no adapter of a layer."""
+    from headstart.adapter_file import describe_adapter
+
+    try:
+        return describe_adapter(file)
+    except AdapterError:
+        return None
 
 
 def _shallow(file: Path) -> CheckpointInfo:
@@ -65,10 +81,10 @@ def _deep(file: Path) -> CheckpointInfo:
         return inspect_checkpoint(file, deep=True, on_bytes=told)
 
 
-def _table(info: CheckpointInfo) -> Iterator[str]:
+def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
     """One fact a line; what is wrong and what to do come last, where the eye ends."""
     yield info.path
-    for name, value in _facts(info):
+    for name, value in (*_facts(info), *_adapter_facts(adapter)):
         yield f"  {name:<12}{value}"
     for name, lines in (("note", info.notes), ("problem", info.problems)):
         for line in lines:
@@ -94,6 +110,21 @@ def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     if info.census is not None:
         clean = not (info.census.nan or info.census.inf)
         yield "numbers", "all finite" if clean else "some are not finite"
+
+
+def _adapter_facts(adapter: AdapterInfo | None) -> Iterator[tuple[str, str]]:
+    if adapter is None:
+        return
+    yield "form", adapter.form
+    yield "family", adapter.family or "not in the names"
+    if adapter.ranks is not None:
+        low, high = adapter.ranks
+        yield "rank", str(low) if low == high else f"{low} to {high}"
+    counts = (
+        f"{count} of {network or 'a network that the keys do not name'}"
+        for network, count in adapter.modules.items()
+    )
+    yield "layers", ", ".join(counts)
 
 
 def _size(size_bytes: int) -> str:
