@@ -49,4 +49,4 @@ def _decoded(vae: LatentCodec, latents: Tensor, chunk: int) -> tuple[Tensor, lis
             pixels = vae.decode(latents[begin : begin + chunk])
             finite.append(torch.isfinite(pixels).flatten(1).all(1))
             parts.append(decode_u8(pixels, check=False))
-        return torch.cat(parts), torch.cat(finite).tolist()
+        return torch.cat(parts), [bool(fine) for fine in torch.cat(finite).cpu().unbind()]
