@@ -26,12 +26,11 @@ class Moments(NamedTuple):
 
     mean: Array
     covariance: Array
-    images: int
 
     @classmethod
     def of(cls, features: Array) -> Moments:
         found = checked(features, at_least=2)
-        return cls(found.mean(0), covariance(found), len(found))
+        return cls(found.mean(0), covariance(found))
 
 
 class Neighbours(NamedTuple):
@@ -96,7 +95,7 @@ def frechet_interval(
     drawn = np.array([_frechet_to(found.repeat(row, axis=0), reference, root) for row in counts])
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
-    return Interval(value, value + float(low), value + float(high))
+    return Interval(value, max(0.0, value + float(low)), value + float(high))
 
 
 def kid(

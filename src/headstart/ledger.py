@@ -199,6 +199,7 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
         found: Any = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise InputError(f"{folder / SETTINGS}: expected {FORMAT}, got {found['format']!r:.60}")
+        _identity(found, "weights")
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (ValueError, TypeError, KeyError) as error:
@@ -275,7 +276,7 @@ def _stranger(folder: Path) -> str | None:
 
 def _identity(settings: Mapping[str, Any], key: str) -> object:
     """Weights are their digests: a file may be moved."""
-    value: Any = settings.get(key)
+    value: Any = settings.get(key, {})
     return {role: value[role]["sha256"] for role in value} if key == "weights" else value
 
 

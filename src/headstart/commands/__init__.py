@@ -12,7 +12,7 @@ from typing import cast
 from headstart.arguments import Command
 
 NAMES = (
-    *("compare", "sample", "trace", "slide", "sweep"),
+    *("compare", "sample", "trace", "slide", "sweep", "evaluate"),
     *("plan", "inspect", "convert", "transfer", "replay"),
 )
 
