@@ -143,7 +143,7 @@ class Pink(NamedTuple):
         if width % 2 == 0:
             twice[-1] = 1.0
         power = (gain.square() * twice).sum() / (height * width)
-        shaped = irfft2(rfft2(white) * gain / power.sqrt(), s=(height, width))
+        shaped = irfft2(rfft2(white) * gain / power.sqrt(), s=(height, width))  # pyright: ignore
         return torch.as_tensor(shaped)  # pyright: ignore[reportUnknownArgumentType]
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
