@@ -27,19 +27,14 @@ def read_rows() -> list[list[str]]:
 ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
 
 TORCH_FREE = {
-    *("errors", "schedule", "prediction", "keymap", "header", "output", "table"),
-    *("update", "families", "folder", "leg", "declarations", "tensors", "handoff"),
-    *("plan", "checkpoint", "request", "adapter_names", "strength"),
-    *(
-        "arguments",
-        "console",
-        "session",
-        "commands",
-        "cli",
-        "headstart",
-        "__main__",
-        "headstart_weights",
-    ),
+    *("errors", "foreign", "later", "schedule", "prediction", "keymap", "header"),
+    *("output", "table", "update", "families", "folder", "container", "cast"),
+    *("strength", "leg", "declarations", "tensors", "handoff", "plan", "checkpoint"),
+    *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
+    *("ledger", "distillation", "vocabulary", "fit", "metrics", "resample"),
+    *("lettering", "chart", "structure", "timeline", "strip", "filmstrip", "animation"),
+    *("page", "arguments", "console", "session", "commands", "cli", "__main__"),
+    *("headstart", "headstart_weights"),
 }
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
@@ -48,6 +43,7 @@ FORBIDDEN_WORDS = {
     *("manager", "wrapper", "handler"),
 }
 MAY_PRINT = {"console", "session", "commands", "cli", "__main__"}
+MAY_PRINT |= {"unpickle"}  # a process of its own, which answers on its stdout
 FILE_LINES, FUNCTION_LINES = 400, 80
 
 

@@ -344,12 +344,16 @@ def test_sd21_never_runs_the_last_layer_of_an_openclip_file(
 
 
 def test_what_a_text_file_cannot_say_is_asked_for(
-    tmp_path: Path, vocabulary: Path, one: Tower
+    tmp_path: Path, vocabulary: Path, one: Tower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("headstart.vocabulary.cached_folder", lambda: None)
+    monkeypatch.setattr("headstart.vocabulary.packaged_file", lambda: None)
     path = tmp_path / "x.safetensors"
     bare = {n.removeprefix("text_model."): t.clone() for n, t in one.state_dict().items()}
     save_file(bare, path)
-    with pytest.raises(CheckpointError, match="no tokenizer: pass tokenizer="):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer: install .* 'headstart\[clip\]'.* pass tokenizer="
+    ):
         load_text(path, head_dim=8)
     with pytest.raises(CheckpointError, match="pass head_dim="):
         load_text(path, tokenizer=vocabulary)

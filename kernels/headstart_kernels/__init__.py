@@ -10,22 +10,31 @@
 """
 
 from headstart_kernels.api import (
-    Impl,
     decode_u8,
     fused_step,
+    fused_step_into,
     philox_normal,
     preview_rgb,
     scale_input,
 )
+from headstart_kernels.dispatch import Impl
+from headstart_kernels.layers import geglu, groupnorm_silu, low_rank_add
+from headstart_kernels.operands import Draw, Preview
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import COLUMNS
 
 __all__ = [
     "COLUMNS",
     "INITIAL",
+    "Draw",
     "Impl",
+    "Preview",
     "decode_u8",
     "fused_step",
+    "fused_step_into",
+    "geglu",
+    "groupnorm_silu",
+    "low_rank_add",
     "philox_normal",
     "preview_rgb",
     "scale_input",

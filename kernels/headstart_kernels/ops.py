@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart_kernels import api
+from headstart_kernels import api, layers
+from headstart_kernels.operands import Draw, Preview
 
 _NAMESPACE = "headstart_kernels"
 
@@ -51,6 +52,46 @@ def fused_step(
 @fused_step.register_fake
 def _(x: Tensor, *operands: Tensor | None, **options: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(x)
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::fused_step_into", mutates_args=("x_next", "x0", "x_in", "rgb")
+)
+def fused_step_into(
+    x: Tensor,
+    f_cond: Tensor,
+    table: Tensor,
+    step: Tensor,
+    x_next: Tensor,
+    x0: Tensor | None = None,
+    f_uncond: Tensor | None = None,
+    guidance: Tensor | None = None,
+    noise: Tensor | None = None,
+    x0_prev: Tensor | None = None,
+    x_in: Tensor | None = None,
+    seeds: Tensor | None = None,
+    samples: Tensor | None = None,
+    first_row: int = 0,
+    rgb: Tensor | None = None,
+    factors: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> None:
+    """`headstart_kernels.fused_step_into` with a device-side row; a `Draw` and a `Preview` are
+    given as their parts."""
+    draw = None if seeds is None or samples is None else Draw(seeds, samples, first_row)
+    preview = None
+    if rgb is not None and factors is not None and bias is not None:
+        preview = Preview(rgb, factors, bias)
+    api.fused_step_into(
+        *(x, f_cond, table, step, x_next),
+        x0=x0,
+        f_uncond=f_uncond,
+        guidance=guidance,
+        noise=noise if draw is None else draw,
+        x0_prev=x0_prev,
+        x_in=x_in,
+        preview=preview,
+    )
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::scale_input", mutates_args=())
@@ -98,3 +139,31 @@ def decode_u8(pixels: Tensor) -> Tensor:
 def _(pixels: Tensor) -> Tensor:
     batch, channels, height, width = pixels.shape
     return pixels.new_empty((batch, height, width, channels), dtype=torch.uint8)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::groupnorm_silu", mutates_args=())
+def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """`headstart_kernels.groupnorm_silu`."""
+    return layers.groupnorm_silu(x, groups, weight, bias, eps)
+
+
+@groupnorm_silu.register_fake
+def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::geglu", mutates_args=())
+def geglu(x: Tensor) -> Tensor:
+    """`headstart_kernels.geglu`."""
+    return layers.geglu(x)
+
+
+@geglu.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::low_rank_add", mutates_args=("y",))
+def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> None:
+    """`headstart_kernels.low_rank_add`."""
+    layers.low_rank_add(y, x, down, up, strength)

@@ -5,7 +5,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from headstart.attached import AdapterReport as AdapterReport
+    from headstart.branches import Branch as Branch
+    from headstart.branches import branch as branch
     from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from headstart.decoders import decoder as decoder
     from headstart.engine import Engine as Engine
     from headstart.engine import Trajectory as Trajectory
     from headstart.errors import AdapterError as AdapterError
@@ -27,12 +30,15 @@ if TYPE_CHECKING:
     from headstart.plan import Update as Update
     from headstart.plan import preset as preset
     from headstart.prediction import Prediction as Prediction
+    from headstart.preview import Preview as Preview
     from headstart.rerun import replay as replay
     from headstart.sampler import State as State
     from headstart.sampler import sample as sample
     from headstart.schedule import NoiseSchedule as NoiseSchedule
     from headstart.schedule import Spacing as Spacing
     from headstart.strength import Strength as Strength
+    from headstart.traces import Trace as Trace
+    from headstart.traces import trace as trace
 
 __version__ = "0.1.0"
 
@@ -41,6 +47,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
     "AdapterReport": "headstart.attached",
+    "Branch": "headstart.branches",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",
@@ -53,14 +60,18 @@ _MODULE_OF = {
     "Philox": "headstart.noise",
     "Plan": "headstart.plan",
     "PlanError": "headstart.errors",
+    "Preview": "headstart.preview",
     "Prediction": "headstart.prediction",
     "Spacing": "headstart.schedule",
     "State": "headstart.sampler",
     "Step": "headstart.plan",
     "StepTable": "headstart.plan",
     "Strength": "headstart.strength",
+    "Trace": "headstart.traces",
     "Trajectory": "headstart.engine",
     "Update": "headstart.plan",
+    "branch": "headstart.branches",
+    "decoder": "headstart.decoders",
     "inspect_checkpoint": "headstart.checkpoint",
     "load_text": "headstart.load",
     "load_unet": "headstart.load",
@@ -68,6 +79,7 @@ _MODULE_OF = {
     "preset": "headstart.plan",
     "replay": "headstart.rerun",
     "sample": "headstart.sampler",
+    "trace": "headstart.traces",
 }
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
+
+from torch import nn
 
 from headstart.adapter_group import Group, PeftScale, grouped, peft_scales
 from headstart.adapter_names import AdapterForm, Network, Places
@@ -24,6 +26,8 @@ from headstart.header import read_json
 from headstart.tensors import Checkpoint
 
 Shape = tuple[int, ...]
+Networks = Mapping[Network, Mapping[str, Shape]]
+"""Network -> module path -> the shape of its weight."""
 
 
 class Mismatch(NamedTuple):
@@ -91,49 +95,60 @@ class AdapterFile:
     strays: tuple[str, ...]
     scales: Mapping[Network | None, PeftScale]
 
-    def resolve(self, networks: Mapping[Network, Mapping[str, Shape]]) -> Resolved:
+    def resolve(self, networks: Networks) -> Resolved:
         """Find every module's layer in `networks`: {network: {module path: shape of its weight}}.
 
         Tensors are read, checked to be finite, and kept in the file's dtype. Raises AdapterError
         for a torn or misshapen module, a NaN, two modules for one layer, an adapter of another
         family, one that fits nothing, and one that leaves a UNet that was given untouched.
         """
-        places = Places(networks)
-        deltas: dict[tuple[Network, str], Delta] = {}
-        owner: dict[tuple[Network, str], str] = {}
-        matched: list[str] = []
+        self._check_alphas()
+        owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        self._check_alphas()
-        for name, group in self.groups.items():
-            found = places.find(group.network, group.module)
-            if not found:
+        for group, layer in self._layers(networks):
+            if layer is None:
                 unmatched += group.slots.values()
-                continue
-            fitting = [p for p in found if group.fits(networks[p[0]][p[1]])]
-            if not fitting:
-                network, module = found[0]
-                mismatched.append(Mismatch(name, networks[network][module], group.shape()))
-                continue
-            place = fitting[0]
-            if place in owner:
+            elif not group.fits(networks[layer[0]][layer[1]]):
+                expected = networks[layer[0]][layer[1]]
+                mismatched.append(Mismatch(group.name, expected, group.shape()))
+            elif layer in owners:
                 raise AdapterError(
-                    f"{self.path}: {owner[place]!r} and {name!r} are both {place[1]} of the "
-                    f"{place[0]}: expected each layer once; remove one of them"
+                    f"{self.path}: {owners[layer].name!r} and {group.name!r} are both {layer[1]} "
+                    f"of the {layer[0]}: expected each layer once; remove one of them"
                 )
-            owner[place] = name
-            deltas[place] = group.delta(networks[place[0]][place[1]], self.scales)
-            matched += group.slots.values()
-        self._check_found(networks, deltas, mismatched)
+            else:
+                owners[layer] = group
+        self._check_found(networks, owners, mismatched)
+        deltas: dict[tuple[Network, str], Delta] = {
+            (network, module): group.delta(networks[network][module], self.scales)
+            for (network, module), group in owners.items()
+        }
         ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
         return Resolved(
             deltas=deltas,
             form=self.form,
             rank=max(ranks, default=0),
-            matched=tuple(matched),
+            matched=tuple(key for group in owners.values() for key in group.slots.values()),
             mismatched=tuple(mismatched),
             unmatched=tuple(unmatched),
         )
+
+    def places(self, networks: Networks) -> dict[str, tuple[Network, str]]:
+        """Module as the file spells it -> the layer it fits; no tensor is read."""
+        return {
+            group.name: layer
+            for group, layer in self._layers(networks)
+            if layer is not None and group.fits(networks[layer[0]][layer[1]])
+        }
+
+    def _layers(self, networks: Networks) -> Iterator[tuple[Group, tuple[Network, str] | None]]:
+        """Each module with its layer: a fitting one where its name can mean several."""
+        places = Places(networks)
+        for group in self.groups.values():
+            found = places.find(group.network, group.module)
+            fitting = [place for place in found if group.fits(networks[place[0]][place[1]])]
+            yield group, next(iter(fitting or found), None)
 
     @property
     def family(self) -> str | None:
@@ -141,8 +156,7 @@ class AdapterFile:
         widths = {
             group.shape()[1]
             for group in self.groups.values()
-            if group.module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
-            and len(group.shape()) > 1
+            if _reads_text(group.module) and len(group.shape()) > 1
         }
         return CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
 
@@ -159,12 +173,12 @@ class AdapterFile:
 
     def _check_found(
         self,
-        networks: Mapping[Network, Mapping[str, Shape]],
-        deltas: Mapping[tuple[Network, str], Delta],
+        networks: Networks,
+        owners: Mapping[tuple[Network, str], Group],
         mismatched: list[Mismatch],
     ) -> None:
         where = " and ".join(networks) or "no network"
-        misfit = next((m for m in mismatched if "attn2" in m.name), None)
+        misfit = next((m for m in mismatched if _reads_text(m.name)), None)
         if misfit is not None and self.family is not None:
             theirs = CONTEXT_WIDTHS.get(misfit.expected[-1], "another family")
             raise AdapterError(
@@ -172,19 +186,28 @@ class AdapterFile:
                 f"{misfit.name} is {list(misfit.came)}, the layer {list(misfit.expected)}; "
                 f"attach it to a {self.family} model"
             )
-        if not deltas:
+        if not owners:
             example = next(iter(self.groups.values()))
             raise AdapterError(
                 f"{self.path}: none of its {len(self.groups)} modules ({self.form.value}, such as "
                 f"{example.name}) fits {where}; attach it to the network it was made for"
             )
-        if "unet" in networks and not any(network == "unet" for network, _ in deltas):
-            kinds = Counter(network for network, _ in deltas)
+        if "unet" in networks and not any(network == "unet" for network, _ in owners):
+            kinds = Counter(network for network, _ in owners)
             raise AdapterError(
                 f"{self.path}: expected changes of the UNet, got only the text encoder's "
                 f"({', '.join(f'{n} in {k}' for k, n in kinds.items())}): nothing would be steered "
                 "between base and distilled"
             )
+
+
+def layer_shapes(network: nn.Module) -> dict[str, Shape]:
+    """Module path -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    return {
+        name.removesuffix(".weight"): tuple(tensor.shape)
+        for name, tensor in network.state_dict().items()
+        if name.endswith(".weight")
+    }
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -197,7 +220,7 @@ def read_adapter(path: str | Path) -> AdapterFile:
     try:
         checkpoint = Checkpoint.open(path)
         parts = [part for part in checkpoint.parts() if part != "tiny"]
-        config = path.parent / "adapter_config.json" if path.is_file() else path / _PEFT_CONFIG
+        config = (path if path.is_dir() else path.parent) / "adapter_config.json"
         beside = read_json(config) if config.is_file() else {}
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
@@ -220,14 +243,57 @@ def read_adapter(path: str | Path) -> AdapterFile:
         metadata=checkpoint.metadata,
         groups=groups,
         strays=strays,
-        scales=peft_scales(checkpoint.metadata, beside, path),
+        scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterInfo:
+    """What an adapter's header tells.
+
+    family    lineage whose text its cross-attention reads; None where it does not change that
+    ranks     smallest and largest rank of its low-rank factors; None where there are none
+    modules   number of changed modules: unet, text, text_2, and "" where names do not say which
+    dtype     the dtype most bytes have
+    strays    keys that no naming knows
+    """
+
+    path: str
+    form: str
+    family: str | None
+    ranks: tuple[int, int] | None
+    modules: Mapping[str, int]
+    dtype: str
+    size_bytes: int
+    tensors: int
+    strays: tuple[str, ...]
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def describe_adapter(path: str | Path) -> AdapterInfo:
+    """Triage of an adapter from its header: no tensor is read. Raises AdapterError."""
+    file = read_adapter(path)
+    checkpoint = next(iter(file.groups.values())).checkpoint
+    ranks = [group.rank for group in file.groups.values() if group.rank is not None]
+    return AdapterInfo(
+        path=str(path),
+        form=file.form.value,
+        family=file.family,
+        ranks=(min(ranks), max(ranks)) if ranks else None,
+        modules=dict(Counter(group.network or "" for group in file.groups.values())),
+        dtype=checkpoint.dtype,
+        size_bytes=checkpoint.size_bytes,
+        tensors=len(checkpoint.names),
+        strays=file.strays,
     )
 
 
 # What a layer computes names the file before how its keys are spelled does.
 _FORMS = (
     *(AdapterForm.DORA, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.PEFT),
-    *(AdapterForm.DIFFUSERS, AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR),
+    *(AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR, AdapterForm.DIFFUSERS),
     *(AdapterForm.CLONEOFSIMO, AdapterForm.KOHYA, AdapterForm.CUSTOM_DIFFUSION, AdapterForm.FULL),
 )
 _CONVOLUTIONS = re.compile(r".*(conv|skip_connection|emb_layers|in_layers|out_layers|time_emb).*")
@@ -246,8 +312,15 @@ def _form(groups: Mapping[str, Group]) -> AdapterForm:
     return AdapterForm.LOCON if convolves else AdapterForm.KOHYA
 
 
+def _is_peft(groups: Mapping[str, Group]) -> bool:
+    """Whether an `adapter_config.json` beside the file can be its own."""
+    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR}
+    return any(group.forms & own for group in groups.values())
+
+
+def _reads_text(module: str) -> bool:
+    return module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
+
+
 def _allowed(name: str, allow: Collection[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in allow)
-
-
-_PEFT_CONFIG = "adapter_config.json"

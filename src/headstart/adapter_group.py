@@ -104,10 +104,10 @@ class Group:
         tensors = {slot: self._tensor(slot) for slot in self.slots if slot != "alpha"}
         scale = self._scale(scales)
         magnitude = self._magnitude(tensors, layer)
+        if {"weight", "bias"} & tensors.keys():
+            bias = tensors.pop("bias", None)
+            return Dense(DenseForm.WHOLE, tensors, bias=bias)
         bias = tensors.pop("diff_b", None)
-        if "weight" in tensors or "bias" in tensors:
-            whole = {slot: tensors[slot] for slot in ("weight", "bias") if slot in tensors}
-            return Dense(DenseForm.WHOLE, whole)
         if "down" in tensors:
             down, up = tensors["down"], tensors["up"].flatten(1)
             if "mid" in tensors:
@@ -125,7 +125,8 @@ class Group:
 
     def _tensor(self, slot: str) -> Tensor:
         tensor = self.checkpoint.tensor(self.slots[slot])
-        if not tensor.float().isfinite().all():
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if not wide.isfinite().all():
             raise AdapterError(
                 f"{self.slots[slot]}: expected finite numbers, got NaN or infinity; the file is "
                 "damaged or its training diverged"

@@ -143,15 +143,16 @@ class Places:
     """Which layer of our networks a module's name means, in any of the namings."""
 
     def __init__(self, networks: Mapping[Network, Iterable[str]]) -> None:
-        self._tables = {network: _spellings(network, list(m)) for network, m in networks.items()}
+        self._tables: dict[Network, dict[str, str]] = {
+            network: _spellings(network, list(modules)) for network, modules in networks.items()
+        }
 
     def find(self, network: Network | None, module: str) -> list[tuple[Network, str]]:
         """The layers it can mean: none, one, or one in each text encoder for a bare name."""
-        among = self._tables if network is None else {network}
         return [
-            (name, self._tables[name][module])
-            for name in among
-            if module in self._tables.get(name, {})
+            (name, table[module])
+            for name, table in self._tables.items()
+            if network in (None, name) and module in table
         ]
 
 

@@ -46,6 +46,10 @@ class LowRank(NamedTuple):
         product = self.up.float() @ self.down.float().flatten(1)
         return (product * self.scale).reshape(self.shape)
 
+    def merge(self, weight: Tensor, strength: float) -> Tensor:
+        """As `Dense.merge`, for where a merged weight is wanted after all."""
+        return weight.clone() if strength == 0 else weight + strength * self.weight()
+
 
 def with_core(down: Tensor, core: Tensor) -> Tensor:
     """Fold a tucker core into `down`: [r, c, kh, kw] and [c, i] -> [r, i, kh, kw], float32.
@@ -68,7 +72,8 @@ class DenseForm(Enum):
     FULL = "full"
     """[weight]: the difference itself; none of it where only a bias changes."""
     WHOLE = "whole"
-    """[weight]: the tuned weight itself, so the change is weight - W (Custom Diffusion)."""
+    """[weight]: the tuned weight itself, so the change is weight - W (Custom Diffusion); its
+    `bias`, too, is the tuned one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,15 +114,25 @@ class Dense:
         added = _shaped(added, weight) * self.scale
         return added if self.magnitude is None else _decomposed(weight, added, self.magnitude)
 
-    def relative_to(self, weight: Tensor) -> Dense:
-        """A file of whole weights as a difference from the model it was tuned on.
+    def merge_bias(self, bias: Tensor, strength: float) -> Tensor:
+        """b + strength*change as a new float32 tensor [o]; as `merge`, for the layer's bias."""
+        bias = bias.float()
+        if self.bias is None or strength == 0:
+            return bias.clone()
+        change = self.bias.float() - bias if self.form is DenseForm.WHOLE else self.bias.float()
+        return bias + strength * change
+
+    def relative_to(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
+        """A file of whole weights as a difference from the layer it was tuned from.
 
         Only so does it transfer: on the distilled model W* itself would undo the distillation.
         Any other form is a difference already, and returned as it is.
         """
         if self.form is not DenseForm.WHOLE:
             return self
-        return replace(self, form=DenseForm.FULL, tensors={"weight": self.change(weight)})
+        change = {"weight": self.change(weight)} if self.tensors else {}
+        added = None if self.bias is None or bias is None else self.bias.float() - bias.float()
+        return replace(self, form=DenseForm.FULL, tensors=change, bias=added)
 
 
 Delta: TypeAlias = LowRank | Dense
@@ -136,7 +151,7 @@ def _decomposed(weight: Tensor, added: Tensor, magnitude: Tensor) -> Tensor:
     """m*V/|V| - W; the norm runs over every axis along which m has one entry."""
     tuned = weight + added
     axes = [axis for axis in range(tuned.ndim) if magnitude.shape[axis] == 1]
-    norm = torch.linalg.vector_norm(tuned, dim=axes, keepdim=True)
+    norm = tuned.square().sum(axes, keepdim=True).sqrt()
     # A row of zeros stays a row of zeros, as with LyCORIS's epsilon.
     return tuned * (magnitude.float() / (norm + torch.finfo(norm.dtype).eps)) - weight
 
@@ -155,7 +170,8 @@ def _lokr(t: Mapping[str, Tensor]) -> Tensor:
     """Kronecker product; each side is a matrix or a low-rank product."""
     w1 = t["w1"].float() if "w1" in t else _factored(t["w1_a"], t["w1_b"], None)
     w2 = t["w2"].float() if "w2" in t else _factored(t["w2_a"], t["w2_b"], t.get("t2"))
-    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2)
+    # contiguous, because kron views its operands and an einsum's result may be transposed
+    return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())
 
 
 def _factored(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:

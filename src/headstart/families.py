@@ -149,6 +149,11 @@ CONTEXT_WIDTHS = {family.signature.context_dim: family.lineage for family in FAM
 """Width of the text that cross-attention reads -> lineage."""
 
 
+def latent_space(lineage: str) -> str:
+    """The lineage that first used these latents: SD2's autoencoder is a finer SD1 decoder."""
+    return "sd15" if lineage == "sd21" else lineage
+
+
 def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Family | None:
     """The family of {part: {our name: shape}}, or None where nothing tells.
 

@@ -166,11 +166,12 @@ class _Watch:
         self.seen.append((number, model, x0.abs().amax((1, 2, 3))))
         if self.check == "each" or last:
             for seen in self.seen:
-                _require_finite(*seen)
+                require_finite(*seen)
             self.seen.clear()
 
 
-def _require_finite(number: int, model: str, peak: Tensor) -> None:
+def require_finite(number: int, model: str, peak: Tensor) -> None:
+    """Raise InputError where a row's largest |x0|, one a sample, is not finite. Waits for it."""
     bad = [sample for sample, value in enumerate(peak.unbind()) if not math.isfinite(value)]
     if bad:
         raise InputError(

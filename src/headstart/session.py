@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import headstart_weights
-from headstart.arguments import uses_bundled
-from headstart.console import progress
+from headstart.arguments import read_predictions, uses_bundled
+from headstart.console import note, progress
 from headstart.errors import CheckpointError
 from headstart.output import write_folder
 from headstart.strength import parse_adapter
@@ -27,6 +27,8 @@ def open_engine(args: argparse.Namespace) -> Engine:
         engine = _load(args)
         for path, strength in wanted:
             engine.attach(adapter_path(path), strength)
+    for line in engine.weights.notes:
+        note(line)
     return engine
 
 
@@ -56,6 +58,10 @@ def _load(args: argparse.Namespace) -> Engine:
         tokenizer=args.tokenizer,
         preview=args.preview,
         preset=args.preset,
+        prediction=read_predictions(args.prediction),
+        embedded_guidance=args.embedded_guidance,
+        head_dim=args.head_dim,
+        text_head_dim=args.text_head_dim,
         device=args.device,
         dtype=args.dtype,
     )

@@ -193,8 +193,7 @@ class Host:
         self.module, self.conditioned = module, conditioned
         self.columns: tuple[str, ...] = ()
         self.epoch = 0
-        modules: Any = module.named_modules()  # torch leaves its type partly unknown
-        found = cast("Iterable[tuple[str, nn.Module]]", modules)
+        found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
         self.layers: dict[str, Layer] = {
             path: layer for path, layer in found if isinstance(layer, Layer)
         }

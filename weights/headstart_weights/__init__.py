@@ -33,8 +33,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """One bundled file; `role` names it: base, distilled, tiny_decoder, scorer, reference, or a
-    control's name."""
+    """One bundled file; `role` is what it is for: "base", "scorer", a control's name, and so on."""
 
     role: str
     file: str

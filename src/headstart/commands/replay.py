@@ -61,6 +61,8 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
             setattr(args, role, file["file"])
     if args.dtype == "auto":
         args.dtype = machine.get("dtype", "auto")
+    if args.embedded_guidance is None:
+        args.embedded_guidance = machine.get("embedded_guidance")
     args.preset = None
     return args
 

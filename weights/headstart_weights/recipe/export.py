@@ -149,6 +149,7 @@ def export(work: Path, folder: Path) -> None:
     blobs = {
         "base": serialise(base, pair | {TOKENIZER_KEY: tokenizer}),
         "distilled": serialise(half(_part(work, "student")), distilled),
+        "control": serialise(half(_part(work, "control")), distilled),
         "tiny_decoder": serialise(half(_part(work, "tiny")), {"format": "pt"}),
         "scorer": serialise(half(_part(work, "scorer")), scorer),
         "reference": serialise(_part(work, "reference"), {"format": "pt"}),

@@ -19,7 +19,7 @@ from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
 from headstart_weights.recipe.training import write_tensors
 
-_NETWORKS = {"base": "base", "student": "distilled"}
+_NETWORKS = {"base": "base", "student": "distilled", "control": "control"}
 _PARTS: dict[str, tuple[str, PartName]] = {
     "text": ("base", "text"),
     "tiny": ("tiny_decoder", "tiny"),

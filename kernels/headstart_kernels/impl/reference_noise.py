@@ -1,51 +1,22 @@
-"""Reference kernels: plain torch, float32, one correctly rounded operation at a time.
+"""Reference noise: Philox 4x32-10 and Box-Muller in plain torch, the same bits on every device.
 
-    x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
-
-No `alpha=`, `addcmul` or `lerp`: torch may contract those into fused multiply-adds, and then two
-machines disagree in the last bit. The order of the operations here is the definition that every
-other implementation must reproduce.
+n = philox_normal(seeds, samples, row), one correctly rounded operation at a time; the constants,
+the polynomials and their errors are in `headstart_kernels.philox`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
 from headstart_kernels import philox
-from headstart_kernels.table import Row, host_row
 
 _WORD = 0xFFFFFFFF
 # Rows of this many Philox blocks stay in a 2 MiB cache: 20 ms instead of 40 ms for 16 x 65536.
 _CPU_BLOCKS = 1 << 15
-
-
-def fused_step(
-    x: Tensor,
-    f_cond: Tensor,
-    table: Tensor,
-    step: int | Tensor,
-    f_uncond: Tensor | None,
-    guidance: Tensor | None,
-    noise: Tensor | None,
-    x0_prev: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    row = _row(table, step)
-    f = _guided(x, f_cond, f_uncond, row.guidance if guidance is None else guidance)
-    x0 = _plus(row.c_out * f, row.c_skip, lambda: x)
-    x_next = _plus(x0, row.keep, lambda: x - x0)
-    if x0_prev is not None:
-        x_next = _plus(x_next, row.carry, lambda: x0 - x0_prev)
-    if noise is not None:
-        x_next = _plus(x_next, row.add, lambda: noise)
-    return (x0.clone() if x_next is x0 else x_next), x0
-
-
-def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype) -> Tensor:
-    return (x * _row(table, step).c_in).to(dtype)
 
 
 def philox_normal(
@@ -74,56 +45,6 @@ def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Ten
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + philox.WEYL[0]) & _WORD, (k1 + philox.WEYL[1]) & _WORD
     return c0, c1, c2, c3
-
-
-def preview_rgb(x0: Tensor, factors: Tensor, bias: Tensor, upscale: int) -> Tensor:
-    pixels = bias.view(1, 3, 1, 1)
-    for channel, weight in enumerate(factors.unbind()):
-        pixels = pixels + x0[:, channel : channel + 1].float() * weight.view(1, 3, 1, 1)
-    rgb = decode_u8(pixels)
-    if upscale == 1:
-        return rgb
-    batch, height, width, _ = rgb.shape
-    grid = rgb.view(batch, height, 1, width, 1, 3).expand(-1, -1, upscale, -1, upscale, -1)
-    return grid.reshape(batch, height * upscale, width * upscale, 3)
-
-
-def decode_u8(pixels: Tensor) -> Tensor:
-    # Clamp before the cast: what a float outside 0..255 becomes as uint8 differs between devices.
-    unit = pixels.float().nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
-    return (unit * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-
-
-def _row(table: Tensor, step: int | Tensor) -> Row[float] | Row[Tensor]:
-    if isinstance(step, Tensor):
-        # Not table[step]: indexing with a 0-d tensor reads it back to the host.
-        return Row(*table.index_select(0, step.reshape(1))[0].unbind())
-    if table.device.type == "cpu":
-        return host_row(table, step)
-    return Row(*table[step].unbind())
-
-
-def _guided(x: Tensor, f_cond: Tensor, f_uncond: Tensor | None, guidance: float | Tensor) -> Tensor:
-    f_cond = _float_like(x, f_cond)
-    if f_uncond is None or (not isinstance(guidance, Tensor) and guidance == 1.0):
-        return f_cond
-    f_uncond = _float_like(x, f_uncond)
-    if not isinstance(guidance, Tensor):
-        return f_uncond + guidance * (f_cond - f_uncond)
-    scale = guidance.view(-1, *(1,) * (x.ndim - 1))
-    return torch.where(scale == 1.0, f_cond, f_uncond + scale * (f_cond - f_uncond))
-
-
-def _float_like(x: Tensor, f: Tensor) -> Tensor:
-    """f in float32 and in x's memory layout, so that x' and x0 have x's layout too."""
-    return f.float() if f.stride() == x.stride() else torch.empty_like(x).copy_(f)
-
-
-def _plus(total: Tensor, coefficient: float | Tensor, term: Callable[[], Tensor]) -> Tensor:
-    """total + coefficient*term; exactly total where the coefficient is 0, whatever the term is."""
-    if not isinstance(coefficient, Tensor):
-        return total if coefficient == 0.0 else total + coefficient * term()
-    return torch.where(coefficient == 0.0, total, total + coefficient * term())
 
 
 def _normals(seeds: Tensor, samples: Tensor, step: int | Tensor, count: int) -> Tensor:

@@ -1,0 +1,148 @@
+"""What every public kernel checks before it runs: shapes, dtypes, devices, missing operands.
+
+Wrong values raise ValueError, wrong dtypes TypeError; each message says what was expected, what
+came, and what to do. No check reads a device tensor back to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.operands import Draw, Given, Preview, Wanted
+from headstart_kernels.table import COLUMNS, Row
+
+
+def said(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def check_state(name: str, tensor: Tensor) -> None:
+    if tensor.dtype != torch.float32:
+        raise TypeError(f"{name}: the state is float32, got {said(tensor)}; pass {name}.float()")
+    if tensor.ndim < 2 or tensor.numel() == 0:
+        raise ValueError(f"{name}: expected a batch [B, ...] with elements, got {said(tensor)}")
+
+
+def check_image(name: str, tensor: Tensor) -> None:
+    if tensor.ndim != 4 or tensor.numel() == 0 or not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected float [B, C, h, w], got {said(tensor)}")
+
+
+def check_like(
+    name: str, tensor: Tensor | None, x: Tensor, dtype: torch.dtype | None = None
+) -> None:
+    if tensor is None:
+        return
+    if tensor.shape != x.shape:
+        raise ValueError(f"{name}: expected the shape of x {list(x.shape)}, got {said(tensor)}")
+    if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
+        raise TypeError(f"{name}: expected {dtype or 'a float dtype'}, got {said(tensor)}")
+    check_device(name, tensor, x.device)
+
+
+def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    # "cuda" means whichever; only "cuda:1" names one. torch's annotation forgets that None.
+    anywhere = device.index is None  # pyright: ignore[reportUnnecessaryComparison]
+    if tensor.device.type != device.type or not (anywhere or tensor.device.index == device.index):
+        raise ValueError(f"{name}: is on {tensor.device}, but the rest is on {device}; move it")
+
+
+def check_guidance(guidance: Tensor | None, f_uncond: Tensor | None, x: Tensor) -> None:
+    if guidance is None:
+        return
+    if guidance.shape != x.shape[:1] or guidance.dtype != torch.float32:
+        raise ValueError(f"guidance: expected float32 [{x.shape[0]}], got {said(guidance)}")
+    check_device("guidance", guidance, x.device)
+    if f_uncond is None:
+        raise ValueError("guidance: given without f_uncond; pass both, or neither for one pass")
+
+
+def check_step(step: int | Tensor, device: torch.device) -> None:
+    if not isinstance(step, Tensor):
+        return
+    if step.dtype != torch.int64 or step.ndim:
+        raise TypeError(f"step: expected an int or a 0-d int64 tensor, got {said(step)}")
+    check_device("step", step, device)
+
+
+def check_table(table: Tensor, step: int | Tensor, device: torch.device) -> None:
+    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != len(COLUMNS):
+        raise ValueError(
+            f"table: expected float32 [N, {len(COLUMNS)}], columns {', '.join(COLUMNS)}; "
+            f"got {said(table)}"
+        )
+    check_step(step, device)
+    if isinstance(step, Tensor):
+        check_device("table (with a tensor step)", table, device)
+        return
+    if not 0 <= step < len(table):
+        raise ValueError(f"step: the table has rows 0 to {len(table) - 1}, got {step}")
+    if table.device.type != "cpu":
+        check_device("table", table, device)
+
+
+def check_operands(row: Row[float], step: int, given: Given) -> None:
+    """Raise ValueError where the row has a term whose operand is missing."""
+    needs = (
+        ("f_uncond", given.guidance is None and row.guidance != 1.0, given.f_uncond, "guidance"),
+        ("noise", row.add != 0.0, given.noise, "add"),
+        ("x0_prev", row.carry != 0.0, given.x0_prev, "carry"),
+    )
+    for name, needed, operand, column in needs:
+        if needed and operand is None:
+            raise ValueError(
+                f"{name}: row {step} has {column} {getattr(row, column):g}, so it needs {name}; "
+                "pass it, or compile a plan without that term"
+            )
+
+
+def check_given(x: Tensor, given: Given) -> None:
+    check_like("f_cond", given.f_cond, x)
+    check_like("f_uncond", given.f_uncond, x)
+    check_like("x0_prev", given.x0_prev, x, torch.float32)
+    if isinstance(given.noise, Draw):
+        _check_draw(given.noise, x)
+    else:
+        check_like("noise", given.noise, x, torch.float32)
+    check_guidance(given.guidance, given.f_uncond, x)
+
+
+def check_wanted(x: Tensor, wanted: Wanted) -> None:
+    x_in = wanted.x_in
+    if x_in is not None:
+        if x_in.shape[1:] != x.shape[1:] or x_in.shape[0] not in (len(x), 2 * len(x)):
+            raise ValueError(
+                f"x_in: expected the shape of x {list(x.shape)}, or twice its batch, "
+                f"got {said(x_in)}"
+            )
+        check_device("x_in", x_in, x.device)
+    if wanted.preview is not None:
+        _check_preview(wanted.preview, x)
+
+
+def check_map(x0: Tensor, factors: Tensor, bias: Tensor) -> None:
+    """The linear map from latents to pixels fits them."""
+    for name, tensor, shape in (("factors", factors, (x0.shape[1], 3)), ("bias", bias, (3,))):
+        if tensor.dtype != torch.float32 or tuple(tensor.shape) != shape:
+            raise ValueError(f"{name}: expected float32 {list(shape)}, got {said(tensor)}")
+        check_device(name, tensor, x0.device)
+
+
+def _check_preview(preview: Preview, x: Tensor) -> None:
+    check_image("x (with preview)", x)
+    check_map(x, preview.factors, preview.bias)
+    shape, rgb = (len(x), *x.shape[2:], 3), preview.rgb
+    if rgb.dtype != torch.uint8 or tuple(rgb.shape) != shape or not rgb.is_contiguous():
+        raise ValueError(
+            f"preview.rgb: expected contiguous uint8 {list(shape)}, got {said(rgb)} with strides "
+            f"{list(rgb.stride())}"
+        )
+    check_device("preview.rgb", rgb, x.device)
+
+
+def _check_draw(draw: Draw, x: Tensor) -> None:
+    for name, tensor in (("noise.seeds", draw.seeds), ("noise.samples", draw.samples)):
+        if tensor.dtype != torch.int64 or tensor.shape != x.shape[:1]:
+            raise TypeError(f"{name}: expected int64 [{len(x)}], got {said(tensor)}")
+        check_device(name, tensor, x.device)

@@ -1,0 +1,1 @@
+"""Code that Triton kernels inline: what several of them compute, written once."""

@@ -1,0 +1,118 @@
+"""The three kernels of `groupnorm_silu`: moments of tiles, scale and shift, their application."""
+
+# Triton's functions carry no types: their arguments are values of the language, not of Python.
+# pyright: basic, reportGeneralTypeIssues=false, reportUnboundVariable=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def moments_kernel(
+    x_ptr,
+    mean_ptr,
+    spread_ptr,
+    channels,
+    plane,
+    CHANNELS_LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """mean and sum (x - mean)^2 of a tile's part of each channel -> [B, channels, tiles]."""
+    tile, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    pixel = tile * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    inside = (pixel < plane) & (channel < channels)
+    start = x_ptr + sample * channels * plane
+    at = pixel * channels + channel if CHANNELS_LAST else channel * plane + pixel
+    x = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)
+    count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
+    mean = tl.div_rn(tl.sum(x, 0), count)
+    deviation = tl.where(inside, x - mean[None, :], 0.0)
+    spread = tl.sum(deviation * deviation, 0)
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    to = (sample * channels + column) * tl.num_programs(0) + tile
+    tl.store(mean_ptr + to, mean, mask=column < channels)
+    tl.store(spread_ptr + to, spread, mask=column < channels)
+
+
+@triton.jit
+def affine_kernel(
+    mean_ptr,
+    spread_ptr,
+    weight_ptr,
+    bias_ptr,
+    scale_ptr,
+    shift_ptr,
+    channels,
+    plane,
+    tiles,
+    eps,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    JOINED: tl.constexpr,
+):
+    """scale and shift [B, channels] of one group's `channels / groups` channels."""
+    groups = tl.num_programs(0)
+    group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    width = channels // groups
+    first = sample * channels + group * width
+    parts = width * tiles
+    total = tl.zeros((JOINED,), tl.float32)
+    for begin in range(0, parts, JOINED):
+        part = begin + tl.arange(0, JOINED)
+        inside = part < parts
+        count = tl.minimum(plane - (part % tiles) * PIXELS, PIXELS).to(tl.float32)
+        part_mean = tl.load(mean_ptr + first * tiles + part, mask=inside, other=0.0)
+        total += tl.where(inside, count * part_mean, 0.0)
+    size = width.to(tl.float32) * plane.to(tl.float32)
+    mean = tl.div_rn(tl.sum(total, 0), size)
+    square = tl.zeros((JOINED,), tl.float32)
+    for begin in range(0, parts, JOINED):
+        part = begin + tl.arange(0, JOINED)
+        inside = part < parts
+        count = tl.minimum(plane - (part % tiles) * PIXELS, PIXELS).to(tl.float32)
+        part_mean = tl.load(mean_ptr + first * tiles + part, mask=inside, other=0.0)
+        spread = tl.load(spread_ptr + first * tiles + part, mask=inside, other=0.0)
+        away = part_mean - mean
+        square += tl.where(inside, spread + count * away * away, 0.0)
+    deviation = tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)
+    channel = tl.arange(0, WIDTH)
+    inside = channel < width
+    at = group * width + channel
+    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.div_rn(weight, tl.zeros((WIDTH,), tl.float32) + deviation)
+    tl.store(scale_ptr + first + channel, scale, mask=inside)
+    tl.store(shift_ptr + first + channel, bias - mean * scale, mask=inside)
+
+
+@triton.jit
+def apply_kernel(
+    x_ptr,
+    y_ptr,
+    scale_ptr,
+    shift_ptr,
+    channels,
+    plane,
+    CHANNELS_LAST: tl.constexpr,
+    PIXELS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    """y = silu(x*scale + shift) of a tile, in x's dtype."""
+    sample = tl.program_id(2).to(tl.int64)
+    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    channel = column[None, :]
+    inside = (pixel < plane) & (channel < channels)
+    start = sample * channels * plane
+    at = pixel * channels + channel if CHANNELS_LAST else channel * plane + pixel
+    x = tl.load(x_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+    known = column < channels
+    scale = tl.load(scale_ptr + sample * channels + column, mask=known, other=0.0)
+    shift = tl.load(shift_ptr + sample * channels + column, mask=known, other=0.0)
+    normed = x * scale[None, :] + shift[None, :]
+    y = normed / (1.0 + tl.exp(-normed))
+    tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,171 @@
+"""The kernels of `fused_step` and `scale_input`: one row of the table over a state.
+
+F  = F_uncond + guidance*(F_cond - F_uncond)      x0 = c_skip*x + c_out*F
+x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n      x_in = c_in'*x'
+"""
+
+# Triton's functions carry no types: their arguments are values of the language, not of Python.
+# pyright: basic, reportGeneralTypeIssues=false, reportUnboundVariable=false
+# pyright: reportCallIssue=false, reportArgumentType=false, reportOperatorIssue=false
+# pyright: reportAttributeAccessIssue=false, reportIndexIssue=false, reportOptionalOperand=false
+
+import triton
+import triton.language as tl
+
+from headstart_kernels.device.normal import anywhere, consecutive
+from headstart_kernels.device.rgb import level, store_pixels
+from headstart_kernels.table import COLUMNS
+
+_WIDTH = tl.constexpr(len(COLUMNS))
+_C_IN = tl.constexpr(COLUMNS.index("c_in"))
+_C_SKIP = tl.constexpr(COLUMNS.index("c_skip"))
+_C_OUT = tl.constexpr(COLUMNS.index("c_out"))
+_KEEP = tl.constexpr(COLUMNS.index("keep"))
+_ADD = tl.constexpr(COLUMNS.index("add"))
+_CARRY = tl.constexpr(COLUMNS.index("carry"))
+_GUIDANCE = tl.constexpr(COLUMNS.index("guidance"))
+_NUMBERS = ("row", "last", "first_row", "c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
+
+
+# fmt: off
+@triton.jit(do_not_specialize=_NUMBERS)
+def fused_step_kernel(
+    x_ptr, f_cond_ptr, f_uncond_ptr, guidance_ptr, noise_ptr, seeds_ptr, samples_ptr, x0_prev_ptr,
+    x_next_ptr, x0_ptr, x_in_ptr, rgb_ptr, factors_ptr, bias_ptr,
+    table_ptr, step_ptr, row, last, first_row, c_in, c_skip, c_out, keep, add, carry, scale,
+    plane, size,
+    CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr, COPIES: tl.constexpr,
+    WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):
+    # fmt: on
+    """A block of pixels of one sample of [B, CHANNELS, plane]; program (block, sample).
+
+    A pointer that is None is an operand that is absent, decided by the compiler. F_LAST and
+    X_IN_LAST: F and x_in are channels-last, with four channels. WHOLE_BLOCKS: a block begins on a
+    multiple of four elements, so that one Philox call serves four. PACKED: see `store_pixels`.
+    """
+    sample = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    pixel = tl.arange(0, BLOCK)
+    inside = pixel < plane - start
+    quads = (sample * plane + start) * 4
+    if step_ptr is not None:
+        row = tl.load(step_ptr)
+    if table_ptr is not None:
+        c_in, c_skip, c_out, keep, add, carry, scale = _coefficients(table_ptr, row, last)
+    if guidance_ptr is not None:
+        scale = tl.load(guidance_ptr + sample)
+    if F_LAST:
+        f_quad = _load_quad(f_cond_ptr + quads, inside, BLOCK)
+        if f_uncond_ptr is not None:
+            u_quad = _load_quad(f_uncond_ptr + quads, inside & (scale != 1.0), BLOCK)
+    if rgb_ptr is not None:
+        r, g, b = _colors(bias_ptr, BLOCK)
+    x_in_quad = ()
+
+    for channel in tl.static_range(CHANNELS):
+        base = (sample * CHANNELS + channel) * plane + start
+        at = base + pixel
+        x = tl.load(x_ptr + at, mask=inside & ((c_skip != 0.0) | (keep != 0.0)), other=0.0)
+        f = f_quad[channel] if F_LAST else _load(f_cond_ptr + at, inside)
+        if f_uncond_ptr is not None:
+            u = u_quad[channel] if F_LAST else _load(f_uncond_ptr + at, inside & (scale != 1.0))
+            f = tl.where(scale == 1.0, f, u + scale * (f - u))
+        x0 = c_out * f
+        x0 = tl.where(c_skip == 0.0, x0, x0 + c_skip * x)
+        y = tl.where(keep == 0.0, x0, x0 + keep * (x - x0))
+        if x0_prev_ptr is not None:
+            previous = _load(x0_prev_ptr + at, inside & (carry != 0.0))
+            y = tl.where(carry == 0.0, y, y + carry * (x0 - previous))
+        if noise_ptr is not None:
+            y = tl.where(add == 0.0, y, y + add * _load(noise_ptr + at, inside & (add != 0.0)))
+        if seeds_ptr is not None:  # noqa: SIM102 (the compiler decides this one, the GPU the next)
+            if add != 0.0:
+                seed, image = tl.load(seeds_ptr + sample), tl.load(samples_ptr + sample)
+                element = channel * plane + start
+                if WHOLE_BLOCKS:
+                    n = consecutive(element >> 2, seed, image, row + first_row, BLOCK)
+                else:
+                    n = anywhere(element + pixel, seed, image, row + first_row)
+                y = y + add * n
+        if x0_ptr is not None:
+            tl.store(x0_ptr + at, x0, mask=inside)
+        tl.store(x_next_ptr + at, y, mask=inside)
+        if x_in_ptr is not None:
+            x_in = (c_in * y).to(x_in_ptr.dtype.element_ty)
+            if X_IN_LAST:
+                x_in_quad = x_in_quad + (x_in,)  # noqa: RUF005 (Triton has no unpacking)
+            else:
+                for copy in tl.static_range(COPIES):
+                    tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)
+        if rgb_ptr is not None:
+            r, g, b = _mixed(r, g, b, x0, factors_ptr + channel * 3)
+
+    if X_IN_LAST:
+        for copy in tl.static_range(COPIES):
+            _store_quad(x_in_ptr + (copy * size + quads), x_in_quad, inside, BLOCK)
+    if rgb_ptr is not None:
+        to = rgb_ptr + (sample * plane + start) * 3
+        store_pixels(to, level(r), level(g), level(b), plane - start, BLOCK, PACKED)
+
+
+@triton.jit(do_not_specialize=["row", "c_in"])
+def scale_input_kernel(
+    x_ptr, x_in_ptr, table_ptr, step_ptr, row, c_in, count, BLOCK: tl.constexpr
+):
+    """x_in = c_in*x over `count` elements; program (block,)."""
+    start = tl.program_id(0).to(tl.int64) * BLOCK
+    offset = tl.arange(0, BLOCK)
+    inside = offset < count - start
+    if step_ptr is not None:
+        row = tl.load(step_ptr)
+    if table_ptr is not None:
+        c_in = tl.load(table_ptr + row * _WIDTH + _C_IN)
+    x_in = c_in * _load(x_ptr + start + offset, inside)
+    tl.store(x_in_ptr + start + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _coefficients(table_ptr, row, last):
+    """Those of a row of the device table, and c_in of the row that follows."""
+    here = table_ptr + row * _WIDTH
+    following = table_ptr + tl.minimum(row + 1, last) * _WIDTH
+    skip, out = tl.load(here + _C_SKIP), tl.load(here + _C_OUT)
+    keep, add = tl.load(here + _KEEP), tl.load(here + _ADD)
+    carry, scale = tl.load(here + _CARRY), tl.load(here + _GUIDANCE)
+    return tl.load(following + _C_IN), skip, out, keep, add, carry, scale
+
+
+@triton.jit
+def _load(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_quad(ptr, inside, BLOCK: tl.constexpr):
+    """Four float32 planes of BLOCK channels-last pixels, read as one vector of four a pixel."""
+    at = ptr + tl.arange(0, BLOCK)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    even, odd = tl.split(tl.reshape(_load(at, inside[:, None]), (BLOCK, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _store_quad(ptr, planes, inside, BLOCK: tl.constexpr):
+    """The inverse of `_load_quad`, in the planes' dtype."""
+    pairs = tl.join(tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3]))
+    at = ptr + tl.arange(0, BLOCK)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    tl.store(at, tl.reshape(pairs, (BLOCK, 4)), mask=inside[:, None])
+
+
+@triton.jit
+def _colors(bias_ptr, BLOCK: tl.constexpr):
+    zero = tl.zeros((BLOCK,), tl.float32)
+    return zero + tl.load(bias_ptr), zero + tl.load(bias_ptr + 1), zero + tl.load(bias_ptr + 2)
+
+
+@triton.jit
+def _mixed(r, g, b, x0, factors_ptr):
+    red, green, blue = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
+    return r + x0 * red, g + x0 * green, b + x0 * blue

@@ -1,0 +1,106 @@
+"""Which implementation runs a kernel: `impl/<implementation>_<noun>.py`, loaded when first used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from enum import Enum
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NOUN = {
+    "fused_step": "step",
+    "scale_input": "step",
+    "philox_normal": "noise",
+    "preview_rgb": "rgb",
+    "decode_u8": "rgb",
+    "groupnorm_silu": "norm",
+    "geglu": "gate",
+    "low_rank_add": "adapter",
+}
+
+
+class Impl(Enum):
+    """The implementations that exist: plain torch, and Triton for GPUs."""
+
+    REFERENCE = "reference"
+    TRITON = "triton"
+
+
+def choose(impl: Impl | str | None, tensor: Tensor) -> Impl:
+    """The implementation that runs a kernel where `tensor` is.
+
+    None takes Triton on a GPU where it is installed, and the reference everywhere else. An
+    implementation asked for by name runs, or raises ValueError saying why it cannot: nothing falls
+    back. Nothing here starts a driver: Triton does, at its first launch.
+    """
+    if impl is not None:
+        return _named(impl, tensor.device)
+    if tensor.is_cuda and _installed() and not stands_in(tensor):
+        return Impl.TRITON
+    return Impl.REFERENCE
+
+
+def stands_in(tensor: Tensor) -> bool:
+    """Whether a tracer put this in place of a tensor on a GPU: a fake one, or a compiler's. Then
+    the registered operator is called, which such tensors understand, and no kernel is."""
+    return tensor.is_cuda and (type(tensor) is not Tensor or torch.compiler.is_compiling())
+
+
+def operators() -> Any:
+    """`torch.ops.headstart_kernels`, registered when first needed."""
+    import_module("headstart_kernels.ops")
+    return torch.ops.headstart_kernels
+
+
+@cache
+def load(kernel: str, impl: Impl) -> Callable[..., Any]:
+    """The function `kernel` of an implementation."""
+    module = import_module(f"headstart_kernels.impl.{impl.value}_{_NOUN[kernel]}")
+    return getattr(module, kernel)
+
+
+def _named(impl: Impl | str, device: torch.device) -> Impl:
+    """An implementation asked for by name, if it can run there; else ValueError."""
+    try:
+        asked = Impl(impl)
+    except ValueError:
+        names = ", ".join(repr(known.value) for known in Impl)
+        raise ValueError(
+            f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
+        ) from None
+    if asked is Impl.TRITON:
+        _require_triton(device)
+    return asked
+
+
+def _require_triton(device: torch.device) -> None:
+    if not _installed():
+        raise ValueError(
+            "impl: 'triton' needs the package triton, which is not installed: install it, or use "
+            "impl='reference'"
+        )
+    if device.type != "cuda" and not _runs_on_host():
+        raise ValueError(
+            f"impl: 'triton' runs on a GPU, and the tensors are on {device}: move them, or use "
+            "impl='reference' (headstart_kernels.testing emulates a GPU's machine code on the CPU)"
+        )
+
+
+def _runs_on_host() -> bool:
+    """Triton's interpreter is on, or an emulator took the driver's place; starts no driver."""
+    knobs: Any = import_module("triton.knobs")
+    driver: Any = import_module("triton.runtime").driver
+    active = driver._active
+    return knobs.runtime.interpret or (
+        active is not None and active.get_active_torch_device().type == "cpu"
+    )
+
+
+@cache
+def _installed() -> bool:
+    return find_spec("triton") is not None

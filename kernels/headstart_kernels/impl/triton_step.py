@@ -1,0 +1,145 @@
+"""fused_step and scale_input in Triton: one pass over memory for everything a row does.
+
+    F  = F_uncond + guidance*(F_cond - F_uncond)      x0 = c_skip*x + c_out*F
+    x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n      x_in = c_in'*x'
+
+A program computes BLOCK pixels of one sample, channel by channel, so that nothing is divided to
+find a sample or a channel. Operands whose coefficient is 0 are masked off, not read. Float32
+throughout and compiled without contraction, so the bits are those of the reference.
+"""
+
+# Kernels carry no types.
+# pyright: reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
+from headstart_kernels.launch import blocks, launch
+from headstart_kernels.operands import Draw, Given, Wanted
+from headstart_kernels.table import host_row
+
+BLOCK = 1024
+"""Pixels a program: 8 a thread, so that 16-bit operands too move 128 bits at a time."""
+
+
+def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted) -> None:
+    """Launch `fused_step_kernel`; a state that is not contiguous is copied there and back."""
+    if not (x.is_contiguous() and wanted.x_next.is_contiguous() and _contiguous(wanted.x0)):
+        _through_copies(x, table, step, given, wanted)
+        return
+    f_last = all(_is_quads(f) for f in (given.f_cond, given.f_uncond) if f is not None)
+    x_in_last = wanted.x_in is not None and _is_quads(wanted.x_in)
+    picture, noise = wanted.preview, given.noise
+    draw = noise if isinstance(noise, Draw) else None
+    x_in = wanted.x_in if x_in_last else _packed(wanted.x_in)
+    channels = x.shape[1] if f_last or x_in_last or picture is not None else 1
+    plane = x[0].numel() // channels
+    launch(
+        fused_step_kernel,
+        (blocks(plane, BLOCK), len(x)),
+        x_ptr=x,
+        f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous(),
+        f_uncond_ptr=given.f_uncond if f_last else _packed(given.f_uncond),
+        guidance_ptr=_packed(given.guidance),
+        noise_ptr=noise.contiguous() if isinstance(noise, Tensor) else None,
+        seeds_ptr=draw and draw.seeds.contiguous(),
+        samples_ptr=draw and draw.samples.contiguous(),
+        x0_prev_ptr=_packed(given.x0_prev),
+        x_next_ptr=wanted.x_next,
+        x0_ptr=wanted.x0,
+        x_in_ptr=x_in,
+        rgb_ptr=picture and picture.rgb,
+        factors_ptr=picture and picture.factors.contiguous(),
+        bias_ptr=picture and picture.bias.contiguous(),
+        **_row(table, step),
+        last=len(table) - 1,
+        first_row=draw.first_row if draw else 0,
+        plane=plane,
+        size=x.numel(),
+        CHANNELS=channels,
+        F_LAST=f_last,
+        X_IN_LAST=x_in_last,
+        COPIES=0 if x_in is None else len(x_in) // len(x),
+        WHOLE_BLOCKS=channels == 1 or plane % 4 == 0,
+        PACKED=plane % 4 == 0,
+        BLOCK=BLOCK,
+    )
+    if wanted.x_in is not None and x_in is not None and x_in is not wanted.x_in:
+        wanted.x_in.copy_(x_in)
+
+
+def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype) -> Tensor:
+    """Launch `scale_input_kernel`; the result has x's memory format."""
+    last = x.ndim == 4 and not x.is_contiguous()
+    form = torch.channels_last if last else torch.contiguous_format
+    x = x.contiguous(memory_format=form)
+    x_in = torch.empty_like(x, dtype=dtype)
+    on_device, row = table.device.type != "cpu", _row(table, step)
+    launch(
+        scale_input_kernel,
+        (blocks(x.numel(), BLOCK),),
+        x_ptr=x,
+        x_in_ptr=x_in,
+        table_ptr=row["table_ptr"],
+        step_ptr=row["step_ptr"],
+        row=row["row"],
+        c_in=0.0 if isinstance(step, Tensor) or on_device else host_row(table, step).c_in,
+        count=x.numel(),
+        BLOCK=BLOCK,
+    )
+    return x_in
+
+
+def _row(table: Tensor, step: int | Tensor) -> Mapping[str, Tensor | float | None]:
+    """Where the kernel finds its row: a device table at a device or host index, or as numbers.
+
+    A table on the host, with a state on a GPU, travels as arguments of the launch; copying it there
+    would wait.
+    """
+    names = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
+    if isinstance(step, Tensor):
+        place = {"table_ptr": table.contiguous(), "step_ptr": step, "row": 0}
+        return place | dict.fromkeys(names, 0.0)
+    if table.device.type != "cpu":
+        place = {"table_ptr": table.contiguous(), "step_ptr": None, "row": step}
+        return place | dict.fromkeys(names, 0.0)
+    row = host_row(table, step)
+    following = host_row(table, min(step + 1, len(table) - 1))
+    numbers = (following.c_in, row.c_skip, row.c_out, row.keep, row.add, row.carry, row.guidance)
+    place = {"table_ptr": None, "step_ptr": None, "row": step}
+    return place | dict(zip(names, numbers, strict=True))
+
+
+def _through_copies(
+    x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted
+) -> None:
+    dense = x.contiguous()
+    x0 = None if wanted.x0 is None else torch.empty_like(dense)
+    inner = wanted._replace(x_next=torch.empty_like(dense), x0=x0)
+    fused_step(dense, table, step, given, inner)
+    wanted.x_next.copy_(inner.x_next)
+    if wanted.x0 is not None and x0 is not None:
+        wanted.x0.copy_(x0)
+
+
+def _is_quads(tensor: Tensor) -> bool:
+    """Channels-last with four channels, and not contiguous as it is."""
+    return (
+        tensor.ndim == 4
+        and tensor.shape[1] == 4
+        and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def _contiguous(tensor: Tensor | None) -> bool:
+    return tensor is None or tensor.is_contiguous()
+
+
+def _packed(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()

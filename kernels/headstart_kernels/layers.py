@@ -1,0 +1,87 @@
+"""The public kernels inside a network: check, then dispatch to an implementation.
+
+On a CPU each of these is the torch expression that it replaces, to the last bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.checks import check_device, said
+from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
+
+
+def groupnorm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """silu(group_norm(x)) [B, C, h, w], in the dtype and memory format of x.
+
+        y = n*sigmoid(n),  n = weight*(x - mean)/sqrt(variance + eps) + bias
+
+    mean and variance (biased) are of each of `groups` groups of C/groups channels, in float32;
+    weight and bias [C]. arXiv:1803.08494, arXiv:1702.03118.
+    """
+    if x.ndim != 4 or x.numel() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected float [B, C, h, w], got {said(x)}")
+    channels = x.shape[1]
+    if groups < 1 or channels % groups:
+        raise ValueError(f"groups: expected a divisor of the {channels} channels, got {groups}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,) or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected float [{channels}], got {said(tensor)}")
+        check_device(name, tensor, x.device)
+    if stands_in(x):
+        return operators().groupnorm_silu(x, groups, weight, bias, eps)
+    return load("groupnorm_silu", choose(impl, x))(x, groups, weight, bias, eps)
+
+
+def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
+    """[..., 2*H] -> [..., H] = a*gelu(b), [a, b] = x, with the exact gelu; arXiv:2002.05202."""
+    if x.ndim < 1 or x.shape[-1] % 2 or x.numel() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected float [..., 2*H], got {said(x)}")
+    if stands_in(x):
+        return operators().geglu(x)
+    return load("geglu", choose(impl, x))(x)
+
+
+def low_rank_add(
+    y: Tensor,
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    strength: Tensor,
+    *,
+    impl: Impl | str | None = None,
+) -> Tensor:
+    """y += strength_b * (x down^T) up^T, in place and returned: an adapter, one strength a sample.
+
+    y         [B, ..., N]; x [B, ..., K] of the same dtype and the same sizes between
+    down, up  [r, K] and [N, r], the matrices A and B of arXiv:2106.09685, in y's dtype
+    strength  [B] float32, the adapter's alpha/r included; it is read on the device, so changing it
+              is a copy. A sample of strength exactly 0 keeps the bits of its y.
+    """
+    if y.shape[:-1] != x.shape[:-1] or y.ndim < 2 or y.numel() == 0 or not y.is_floating_point():
+        raise ValueError(f"x: expected [B, ..., K] beside y {said(y)}, got {said(x)}")
+    shapes = (("down", down, (len(down), x.shape[-1])), ("up", up, (y.shape[-1], len(down))))
+    for name, tensor, shape in shapes:
+        if tensor.shape != shape:
+            raise ValueError(f"{name}: expected {list(shape)}, got {said(tensor)}")
+    for name, tensor in (("x", x), ("down", down), ("up", up)):
+        if tensor.dtype != y.dtype:
+            raise TypeError(f"{name}: expected the dtype of y, {said(y)}, got {said(tensor)}")
+        check_device(name, tensor, y.device)
+    if strength.shape != y.shape[:1] or strength.dtype != torch.float32:
+        raise ValueError(f"strength: expected float32 [{len(y)}], got {said(strength)}")
+    check_device("strength", strength, y.device)
+    if stands_in(y):
+        operators().low_rank_add(y, x, down, up, strength)
+    else:
+        load("low_rank_add", choose(impl, y))(y, x, down, up, strength)
+    return y

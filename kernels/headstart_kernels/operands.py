@@ -1,0 +1,52 @@
+"""What one step reads and writes besides its state: tensors, each of which may be absent."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Draw(NamedTuple):
+    """Noise that a step draws itself: the bits of `philox_normal(seeds, samples, first_row + row)`.
+
+    seeds      int64 [B] holding the 64 bits of each image's seed
+    samples    int64 [B] in [0, 2^32)
+    first_row  the row of the whole plan that row 0 of the table is: a plan's later part has one
+    """
+
+    seeds: Tensor
+    samples: Tensor
+    first_row: int = 0
+
+
+class Preview(NamedTuple):
+    """A picture that a step fills on the way: the bytes of `preview_rgb(x0, factors, bias)`.
+
+    rgb      uint8 [B, h, w, 3], contiguous
+    factors  float32 [C, 3]
+    bias     float32 [3]
+    """
+
+    rgb: Tensor
+    factors: Tensor
+    bias: Tensor
+
+
+class Given(NamedTuple):
+    """What a step reads; see `headstart_kernels.fused_step`."""
+
+    f_cond: Tensor
+    f_uncond: Tensor | None
+    guidance: Tensor | None
+    noise: Tensor | Draw | None
+    x0_prev: Tensor | None
+
+
+class Wanted(NamedTuple):
+    """What a step fills; x_next may be the state itself."""
+
+    x_next: Tensor
+    x0: Tensor | None
+    x_in: Tensor | None
+    preview: Preview | None
