@@ -250,6 +250,7 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
         "scorer": scorer.state_dict(),
         "reference": {"mean": torch.zeros(128), "covariance": torch.eye(128)},
+        "yellow": {"lora_unet_x.alpha": torch.tensor(1.0)},
     }
     for name, tensors in parts.items():
         save_file({k: v.contiguous() for k, v in tensors.items()}, work / f"{name}.safetensors")
