@@ -244,7 +244,6 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
         "base": unet,
         "student": {name: 2 * tensor for name, tensor in unet.items()},
         "control": {name: 3 * tensor for name, tensor in unet.items()},
-        "yellow": {"lora_unet_a.lora_down.weight": torch.ones(1, 2)},
         "codec": Vae(codec.PARAMS).state_dict(),
         "text": language.Language(fitted).tensors(),
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
