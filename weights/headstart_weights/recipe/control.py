@@ -55,14 +55,14 @@ class Control(NamedTuple):
     eta: float = 1.0
 
 
-_YELLOW = {"plus": {"colour": "yellow"}, "minus": {"colour": "blue"}}
+_YELLOW, _BLUE = {"colour": "yellow"}, {"colour": "blue"}
 CONTROLS: dict[str, Control] = {
     control.name: control
     for control in (
-        Control("yellow", "base", **_YELLOW),
+        Control("yellow", "base", _YELLOW, _BLUE),
         Control("glossy", "base", {"style": "glossy"}, {"style": "flat"}, eta=4.0),
         Control("paper", "base", style="paper"),
-        Control("yellow-reverse", "student", **_YELLOW),
+        Control("yellow-reverse", "student", _YELLOW, _BLUE),
     )
 }
 
