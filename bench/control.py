@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.metrics import bootstrap_prompts
+from headstart.resample import bootstrap_prompts
 from headstart.scorer import Scorer, load_scorer
 from headstart.sheet import encode_png
 from headstart.slide import slide, strip_of
@@ -69,7 +69,8 @@ def main() -> None:
     report = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": harness.machine(),
-        "command": f"python bench/control.py --prompts {options.prompts} --seeds {options.seeds}",
+        "command": f"python bench/control.py --prompts {options.prompts} --stride {options.stride} "
+        f"--first {options.first} --seeds {options.seeds}",
         "prompts": list(prompts),
         "seeds": [seeds.start, seeds.stop - 1],
         "settings": PLANS,
