@@ -1,4 +1,4 @@
-"""What a GPU alone can show: tests, kernels in a graph, latency, memory. One command, one JSON.
+"""What a GPU alone can show: tests, kernels in a graph, latency, memory; one command, one JSON.
 
 python bench/gpu.py [--rounds 21] [--out bench/results/gpu.json] [--dry-run]
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from headstart.capture import Site
+from headstart.errors import CaptureError
 from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning
 from headstart.leg import Leg
@@ -117,10 +118,22 @@ def measure(setup: Setup, rounds: int) -> dict[str, Any]:
         vae = Vae(setup.vae).to(torch.float32).eval()
     return {
         "kernels_in_graph": kernels(setup, networks, vae),
-        "pass_ms": [passes(setup, networks["base"], batch, rounds) for batch in (1, 4)],
+        "pass_ms": [
+            _fitting(lambda b=b: passes(setup, networks["base"], b, rounds)) for b in (1, 4)
+        ],
         "step_ms": steps(setup, rounds),
-        "trajectory_ms": [trajectories(setup, networks, vae, batch, rounds) for batch in (1, 4)],
+        "trajectory_ms": [
+            _fitting(lambda b=b: trajectories(setup, networks, vae, b, rounds)) for b in (1, 4)
+        ],
     }
+
+
+def _fitting(case: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A small GPU still gets its report on what fits."""
+    try:
+        return case()
+    except (torch.OutOfMemoryError, CaptureError) as error:
+        return {"failed": str(error).splitlines()[0]}
 
 
 def passes(setup: Setup, network: UNet, batch: int, rounds: int) -> dict[str, Any]:
@@ -207,11 +220,13 @@ def kernels(setup: Setup, networks: dict[str, UNet], vae: Vae) -> dict[str, int]
     (kept,) = backend.graphs
     if not hasattr(kept, "get_graph_data"):
         return f"torch {torch.__version__} does not tell"
+    try:
+        nodes = kept.get_graph_data()["nodes"]
+    except ImportError as error:
+        return f"torch does not tell without the package cuda-bindings: {error}"
     counts: dict[str, int] = {}
-    for node in kept.get_graph_data():
-        name = str(
-            node.get("name", node) if isinstance(node, dict) else getattr(node, "name", node)
-        )
+    for node in nodes:
+        name = node["kernel_name"] or node["node_type"]
         counts[name] = counts.get(name, 0) + 1
     return dict(sorted(counts.items(), key=lambda item: -item[1]))
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def _start(*arguments: str, stdout: int | object = subprocess.PIPE) -> subprocess.Popen[str]:
-    """The real command in a process of its own."""
+    """The real command in a process of its own, which hears Ctrl-C even where we run behind `&`."""
     rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
     return subprocess.Popen(
         [sys.executable, "-m", "headstart", *arguments],
@@ -37,6 +37,7 @@ def _start(*arguments: str, stdout: int | object = subprocess.PIPE) -> subproces
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": rooms, "PYTHONUNBUFFERED": ""},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 

@@ -94,6 +94,26 @@ def test_batches_and_sizes(stand: Any, batch: int, size: tuple[int, int, int]) -
     check(stand, hybrid(guidance=2.0), batch=batch, size=size)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize(("base", "distilled"), [(0, 3), (1, 2), (2, 1), (3, 0)])
+@pytest.mark.parametrize(("batch", "size"), [(1, (4, 8, 8)), (3, (4, 4, 12))])
+@pytest.mark.parametrize("update", [Update.EULER, Update.RENOISE])
+def test_every_combination(
+    stand: Any,
+    prediction: Prediction,
+    guidance: float,
+    base: int,
+    distilled: int,
+    batch: int,
+    size: tuple[int, int, int],
+    update: Update,
+) -> None:
+    plan = {"guidance": guidance, "prediction": prediction, "update": update}
+    check(stand, hybrid(base, distilled, **plan), batch=batch, size=size)
+
+
 def test_fractional_timesteps_stay_fractional(stand: Any) -> None:
     table = hybrid()
     steps = (table[0]._replace(timestep=999.25), *table.steps[1:])
