@@ -96,12 +96,17 @@ def test_pixels_are_compared_on_a_grid_that_a_small_picture_still_has() -> None:
     assert "pixels-8x8" in space.name and "pixels-16x16" in pixel_space(1024, 512).name
 
 
-def test_features_that_are_not_finite_and_a_blank_result_are_refused() -> None:
+def test_a_result_that_is_the_blank_has_distances_and_no_shares() -> None:
+    found = measured([[(200, 150, 0)], [(0, 0, 255)]])
+    assert found.distance[:, 0].tolist() == pytest.approx([1.0, 0.0])
+    assert np.isnan(found.share).all()
+    assert found.figures[0].to_json()["share"] == [None, None, None]
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
     broken = feature_space(Extractor("broken", lambda rgb: np.full((len(rgb), 2), np.nan)))
     with pytest.raises(InputError, match="not finite"):
         measured([[(1, 2, 3)]], broken)
-    with pytest.raises(InputError, match="blank"):
-        measured([[(0, 0, 255)]])
 
 
 def test_the_schedule_of_another_prediction_has_the_same_amplification() -> None:

@@ -175,6 +175,20 @@ def test_a_decoder_that_fails_for_a_step_is_reported_and_the_rest_is_there(
     found.animation()
 
 
+def test_a_decoder_that_never_works_still_leaves_the_images(
+    engine: hs.Engine, runs: dict[str, hs.Trajectory]
+) -> None:
+    def draw(latents: Tensor) -> Picture:
+        raise RuntimeError("out of memory")
+
+    run = runs["hybrid"]
+    found = hs.trace([run], replace(hs.decoder(engine, "tiny"), draw=draw), phrases=["a fox"])
+    assert len(found.problems) == 4
+    assert np.array_equal(found.strips[0].final, run.rgb.numpy())
+    assert np.asarray(found.sheet()).std() > 10
+    json.dumps(found.to_json(), allow_nan=False)
+
+
 def test_other_families_are_compared_by_colour_and_need_a_scorer_of_their_own(
     runs: dict[str, hs.Trajectory],
 ) -> None:

@@ -107,29 +107,31 @@ def measure(
     steps: Sequence[tuple[int, Step]],
     frames: NDArray[np.uint8],
     good: NDArray[np.bool_],
-    blank: NDArray[np.uint8],
+    blank: NDArray[np.uint8] | None,
     space: Space,
 ) -> Measured:
     """Numbers of rows `steps` from their pictures.
 
     steps   (number in the plan, row) of each looked-at row; the last is the plan's last
     frames  uint8 [S, B, H, W, 3], of one decoder; good [S, B]: False where there is no picture
-    blank   uint8 [H, W, 3], that decoder's picture of nothing
+    blank   uint8 [H, W, 3], that decoder's picture of nothing; None: then no share is known
 
-    Raises InputError for features that are not finite, and where the last picture is the blank.
+    Where the last picture is the blank, no share of it is known: NaN. Raises InputError for
+    features that are not finite.
     """
     count, batch = frames.shape[:2]
     flat = space.extractor.features(frames.reshape(count * batch, *frames.shape[2:]))
     if not np.isfinite(flat).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
     features = flat.reshape(count, batch, -1)
-    none = space.extractor.features(blank[None])[0]
     distance = np.where(good, space.pair(features, features[-1]), np.nan)
     distance[:, ~good[-1]] = np.nan
     distance[-1, good[-1]] = 0.0  # of equal features; a cosine rounds to 1e-16
-    scale = space.pair(np.broadcast_to(none, features[-1].shape), features[-1])
-    if not (scale > 0.0).all():
-        raise InputError(f"the final picture is blank in {space.name}, so no share of it is known")
+    scale = np.full(batch, np.nan)
+    if blank is not None:
+        none = space.extractor.features(blank[None])
+        scale = space.pair(np.broadcast_to(none, features[-1].shape), features[-1])
+    scale = np.where(scale > 0.0, scale, np.nan)
     share = 1.0 - np.sqrt(distance / scale)
     apart = space.pair(features[:, :, None], features[:, None])
     apart = np.where(good[:, :, None] & good[:, None], apart, np.nan)

@@ -162,7 +162,7 @@ def trace(
         chosen = space or _space(lineage, frames.shape[2:4])
         space = chosen
         steps = [(row, run.table[row]) for row in rows]
-        blank = _blank(run, decoder)
+        blank = _blank(run, decoder) if good.any() else None
         strips.append(
             Strip(
                 name=name,
