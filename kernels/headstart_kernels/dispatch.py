@@ -34,13 +34,15 @@ class Impl(Enum):
 def choose(impl: Impl | str | None, tensor: Tensor) -> Impl:
     """The implementation that runs a kernel where `tensor` is.
 
-    None takes Triton on a GPU where it is installed, and the reference everywhere else. An
-    implementation asked for by name runs, or raises ValueError saying why it cannot: nothing falls
-    back. Nothing here starts a driver: Triton does, at its first launch.
+    None takes Triton on a GPU where it is installed, and the reference everywhere else, as for
+    float64, which the kernels would round. An implementation asked for by name runs, or raises
+    ValueError saying why it cannot: nothing falls back. Nothing here starts a driver: Triton does,
+    at its first launch.
     """
     if impl is not None:
-        return _named(impl, tensor.device)
-    if tensor.is_cuda and _installed() and not stands_in(tensor):
+        return _named(impl, tensor)
+    real = not stands_in(tensor) and tensor.dtype != torch.float64
+    if tensor.is_cuda and real and _installed():
         return Impl.TRITON
     return Impl.REFERENCE
 
@@ -64,7 +66,7 @@ def load(kernel: str, impl: Impl) -> Callable[..., Any]:
     return getattr(module, kernel)
 
 
-def _named(impl: Impl | str, device: torch.device) -> Impl:
+def _named(impl: Impl | str, tensor: Tensor) -> Impl:
     """An implementation asked for by name, if it can run there; else ValueError."""
     try:
         asked = Impl(impl)
@@ -74,20 +76,22 @@ def _named(impl: Impl | str, device: torch.device) -> Impl:
             f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
         ) from None
     if asked is Impl.TRITON:
-        _require_triton(device)
+        _require_triton(tensor)
     return asked
 
 
-def _require_triton(device: torch.device) -> None:
+def _require_triton(tensor: Tensor) -> None:
     if not _installed():
         raise ValueError(
             "impl: 'triton' needs the package triton, which is not installed: install it, or use "
             "impl='reference'"
         )
-    if device.type != "cuda" and not _runs_on_host():
+    if tensor.dtype == torch.float64:
+        raise ValueError("impl: 'triton' computes in float32, got float64; use impl='reference'")
+    if not tensor.is_cuda and not _runs_on_host():
         raise ValueError(
-            f"impl: 'triton' runs on a GPU, and the tensors are on {device}: move them, or use "
-            "impl='reference' (headstart_kernels.testing emulates a GPU's machine code on the CPU)"
+            f"impl: 'triton' runs on a GPU, and the tensors are on {tensor.device}: move them, or "
+            "use impl='reference' (headstart_kernels.testing.ptx emulates a GPU)"
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
+from headstart_kernels import geglu, groupnorm_silu
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,21 @@ def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
+def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
+    """silu(norm(x)); one kernel that reads x twice on a GPU, torch's own two elsewhere."""
+    if x.is_cuda:
+        return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
+    return F.silu(norm(x))
+
+
+def _geglu(x: Tensor) -> Tensor:
+    """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
+    if x.is_cuda:
+        return geglu(x)
+    a, gate = x.chunk(2, dim=-1)
+    return a * F.gelu(gate)
+
+
 class Embedding(nn.Module):
     """linear, SiLU, linear; `cond_proj` adds an embedded guidance before the first (LCM)."""
 
@@ -119,9 +135,9 @@ class ResBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv1(_norm_silu(self.norm1, x))
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv2(_norm_silu(self.norm2, h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -153,8 +169,7 @@ class GEGLU(nn.Module):
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, gate = self.proj(x).chunk(2, dim=-1)
-        return a * F.gelu(gate)
+        return _geglu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -342,7 +357,7 @@ class UNet(nn.Module):
             x = self.mid_block(x, emb, cond.context)
         for block in self.up_blocks:
             x = block(x, emb, cond.context, skips)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(_norm_silu(self.conv_norm_out, x))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         guidance = cond.guidance_embedding if self.params.guidance_dim else None

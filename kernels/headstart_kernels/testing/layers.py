@@ -1,0 +1,75 @@
+"""Float64 oracles of the kernels inside a network, each with the error that float32 may make.
+
+    |got - exact| <= budget = roundings * 2^-24 * magnitude + unit * |exact|
+
+`unit` is the rounding of the result to its dtype, 2^-24, 2^-11 or 2^-8. The first term counts the
+float32 operations of a kernel against the sum of the absolute values that they add.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+_FLOAT32 = 2.0**-24
+
+NORM_ROUNDINGS = 72
+"""A tile's sum: 8 in a thread and 7 between threads; joined: 8 tiles in a thread, 10 between; these
+25 for the mean and twice for the variance, then divisions, root, product and sum."""
+GATE_ROUNDINGS = 12
+"""erf to 2 units in the last place, its argument, and six products and sums."""
+
+
+class Bound(NamedTuple):
+    """What a kernel should give, and how far from it float32 may lie."""
+
+    exact: Tensor
+    budget: Tensor
+
+    def check(self, got: Tensor) -> None:
+        """Raise AssertionError naming the worst place; NaN is never inside."""
+        error = (got.double() - self.exact).abs()
+        if not bool((error <= self.budget).all()):
+            place = int(torch.nan_to_num(error - self.budget, nan=float("inf")).argmax())
+            raise AssertionError(
+                f"element {place} is {got.flatten()[place].item():.9g}, exactly "
+                f"{self.exact.flatten()[place].item():.17g}; allowed "
+                f"{self.budget.flatten()[place].item():.3g}"
+            )
+
+
+def norm_bound(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Bound:
+    """`groupnorm_silu`: silu is 1.1-Lipschitz, and its exponential costs 8 more roundings of n."""
+    values = x.double().reshape(x.shape[0], groups, -1, *x.shape[2:])
+    mean = values.mean((2, 3, 4), keepdim=True)
+    size = values.abs().mean((2, 3, 4), keepdim=True)
+    inverse = (values.var((2, 3, 4), correction=0, keepdim=True) + eps).rsqrt()
+    w, b = (t.double().view(1, groups, -1, 1, 1) for t in (weight, bias))
+    n = (values - mean) * inverse * w + b
+    magnitude = (values.abs() + size) * inverse * w.abs() + b.abs()
+    exact = (n * n.sigmoid()).flatten(1, 2)
+    budget = _FLOAT32 * (1.1 * NORM_ROUNDINGS * magnitude + 8 * n.abs()).flatten(1, 2)
+    return Bound(exact, budget + UNIT[x.dtype] * exact.abs())
+
+
+def gate_bound(x: Tensor) -> Bound:
+    """`geglu`; 1 + erf(b/sqrt 2) cancels for negative b, so its magnitude is 1 + |erf|."""
+    a, gate = x.double().chunk(2, -1)
+    error_function = torch.erf(gate * 0.5**0.5)
+    exact = a * gate * (1 + error_function) / 2
+    magnitude = (a * gate).abs() * (1 + error_function.abs()) / 2
+    return Bound(exact, GATE_ROUNDINGS * _FLOAT32 * magnitude + UNIT[x.dtype] * exact.abs())
+
+
+def low_rank_bound(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> Bound:
+    """`low_rank_add`: a rounding for each product summed, and the low rank rounded to x's dtype,
+    as the reference rounds the product with `up` once more."""
+    scale = strength.double().view(-1, *(1,) * (y.ndim - 1))
+    exact = y.double() + scale * (x.double() @ down.double().T @ up.double().T)
+    change = scale.abs() * (x.double().abs() @ down.double().abs().T @ up.double().abs().T)
+    unit, summed = UNIT[y.dtype], x.shape[-1] + len(down) + 4
+    budget = summed * _FLOAT32 * (y.double().abs() + change) + 2 * unit * change
+    return Bound(exact, budget + unit * exact.abs())

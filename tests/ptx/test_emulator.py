@@ -1,0 +1,511 @@
+"""The emulator itself: every instruction against a second implementation, every fault provoked."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import struct
+from collections.abc import Callable
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from headstart_kernels.testing.ptx import Allocation, Fault, Memory, Traffic, parse, run
+from headstart_kernels.testing.ptx.arithmetic import bf16_to_f32, f32_to_bf16, fma32
+from headstart_kernels.testing.ptx.operations import OPERATIONS
+
+THREADS = 64
+RNG = np.random.default_rng(0)
+SPECIAL = [0x0, 0x80000000, 0x1, 0x007FFFFF, 0x00800000, 0x7F7FFFFF, 0x7F800000, 0xFF800000]
+SPECIAL += [0x7FC00000, 0x3F800000, 0xBF800000, 0x3F800001, 0x4B000000, 0x33800000]
+
+KERNEL = """
+.visible .entry probe(.param .u64 .ptr .global .align 1 in, .param .u64 .ptr .global out)
+.reqntid {threads}
+{{
+    .reg .pred %p<9>; .reg .b16 %rs<99>; .reg .b32 %r<99>; .reg .b64 %rd<99>;
+    .shared .align 16 .b8 box[4096];
+    ld.param.b64 %rd90, [in];
+    ld.param.b64 %rd91, [out];
+    mov.u32 %r90, %tid.x;
+    mov.u32 %r91, %ctaid.x;
+    mad.lo.s32 %r92, %r91, {threads}, %r90;
+    mad.wide.u32 %rd92, %r92, 32, %rd90;
+    mad.wide.u32 %rd93, %r92, 32, %rd91;
+    {body}
+    ret;
+}}
+"""
+
+
+def execute(body: str, given: np.ndarray, *, blocks: int = 1, threads: int = THREADS) -> np.ndarray:
+    """Run `body` with 32 bytes a thread at %rd92; give back 32 bytes a thread from %rd93."""
+    text = KERNEL.format(threads=threads, body=body.replace(";", ";\n"))
+    given, out = np.ascontiguousarray(given), np.zeros((threads * blocks, 4), np.uint64)
+    places = [Allocation(a.ctypes.data, a.nbytes) for a in (given, out)]
+    memory = Memory(places, Traffic())
+    run(parse(text), (blocks, 1, 1), (given.ctypes.data, out.ctypes.data), memory)
+    return out
+
+
+def register(kind: str, number: int) -> str:
+    return {1: "%p", 16: "%rs", 32: "%r", 64: "%rd"}[bits_of(kind)] + str(number)
+
+
+def bits_of(kind: str) -> int:
+    return {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}.get(kind) or int(kind.lstrip("busf"))
+
+
+def probe(opcode: str) -> str:
+    """Load the operands, execute, store the result; predicates come from and go to integers."""
+    operation, lines = OPERATIONS[opcode], []
+    names = [register(kind, i + 1) for i, kind in enumerate(operation.operands)]
+    for i, (kind, name) in enumerate(zip(operation.operands, names, strict=True)):
+        if kind == "pred":
+            lines += [f"ld.global.b32 %r5{i}, [%rd92+{8 * i}]", f"setp.ne.b32 {name}, %r5{i}, 0"]
+        else:
+            lines.append(f"ld.global.b{bits_of(kind)} {name}, [%rd92+{8 * i}]")
+    target = register(operation.result, 8)
+    lines.append(f"{opcode} {', '.join((target, *names))}")
+    if operation.result == "pred":
+        lines.append("selp.b32 %r60, 1, 0, " + target)
+        lines.append("st.global.b32 [%rd93], %r60")
+    else:
+        lines.append(f"st.global.b{bits_of(operation.result)} [%rd93], {target}")
+    return ";".join(lines) + ";"
+
+
+def signed(word: int, bits: int) -> int:
+    return word - (1 << bits) if word >> (bits - 1) else word
+
+
+def number(word: int, kind: str) -> int | float | bool:
+    """Bits as a Python number; float32, float16 and bfloat16 are exact Python floats."""
+    if kind == "pred":
+        return bool(word)
+    if kind == "bf16":
+        return struct.unpack("<f", struct.pack("<I", word << 16))[0]
+    bits = bits_of(kind)
+    if kind.startswith("f"):
+        return struct.unpack({16: "<e", 32: "<f"}[bits], word.to_bytes(bits // 8, "little"))[0]
+    return signed(word, bits) if kind.startswith("s") else word
+
+
+def rounded(value: float | Fraction, sign: float = 1.0) -> float:
+    """The float32 nearest to an exact value, ties to even; `sign` is that of a zero."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return value
+    exact = Fraction(value)
+    if exact == 0:
+        return math.copysign(0.0, sign)
+    exponent = max(math.frexp(float(abs(exact)) or 1e-300)[1] - 24, -149)
+    scaled = exact / Fraction(2) ** exponent
+    result = round(scaled) * Fraction(2) ** exponent
+    return math.copysign(math.inf, exact) if abs(result) > 2**128 - 2**103 else float(result)
+
+
+def exact_sum(a: float, b: float) -> float:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return a + b
+    return rounded(Fraction(a) + Fraction(b), sign=a + b)
+
+
+def exact_product(a: float, b: float) -> float:
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return a * b
+    return rounded(Fraction(a) * Fraction(b), sign=math.copysign(1, a) * math.copysign(1, b))
+
+
+def exact_quotient(a: float, b: float) -> float:
+    sign = math.copysign(1, a) * math.copysign(1, b)
+    if b == 0 and not math.isnan(a):
+        return math.nan if a == 0 else sign * math.inf
+    if not (math.isfinite(a) and math.isfinite(b)):
+        return math.nan if math.isinf(a) == math.isinf(b) or math.isnan(a + b) else a / b
+    return rounded(Fraction(a) / Fraction(b), sign=sign)
+
+
+def exact_root(a: float) -> float:
+    if math.isnan(a) or a < 0:
+        return math.nan
+    if a == 0 or math.isinf(a):
+        return a
+    scale = 2**200  # a root of 200 more bits than a double has
+    return rounded(Fraction(math.isqrt(int(Fraction(a) * scale * scale)), scale))
+
+
+_fmaf = ctypes.CDLL("libm.so.6").fmaf
+_fmaf.restype, _fmaf.argtypes = ctypes.c_float, [ctypes.c_float] * 3
+
+
+def flush(value: float) -> float:
+    return math.copysign(0.0, value) if abs(value) < 2.0**-126 else value
+
+
+def pick(a: float, b: float, best: Callable[[float, float], float]) -> float:
+    return b if math.isnan(a) else a if math.isnan(b) else best(a, b)
+
+
+FLOATS: dict[str, Callable[..., float]] = {
+    "add": exact_sum,
+    "sub": lambda a, b: exact_sum(a, -b),
+    "mul": exact_product,
+    "div": exact_quotient,
+    "fma": _fmaf,
+    "sqrt": exact_root,
+    "neg": lambda a: -a,
+    "abs": abs,
+    "min": lambda a, b: pick(a, b, min),
+    "max": lambda a, b: pick(a, b, max),
+    "ex2": lambda a: (
+        a if math.isnan(a) else rounded(2.0 ** max(a, -999.0)) if a < 128 else math.inf
+    ),
+}
+
+
+def truncated(a: int, b: int) -> int:
+    return abs(a) // abs(b) * (1 if (a < 0) == (b < 0) else -1)
+
+
+def field(a: int, start: int, length: int, sign: bool) -> int:
+    start, length = start & 255, length & 255
+    fill = (a >> min(start + length - 1, 31)) & 1 if sign and length else 0
+    picked = [(a >> i) & 1 if i < 32 else fill for i in range(start, start + min(length, 32))]
+    value = sum(bit << i for i, bit in enumerate(picked))
+    return value - (fill << len(picked)) if sign else value
+
+
+def bytes_of(a: int, b: int, selector: int) -> int:
+    pool, out = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")], []
+    for i in range(4):
+        choice = selector >> 4 * i & 15
+        byte = pool[choice & 7]
+        out.append((255 if byte & 128 else 0) if choice & 8 else byte)
+    return int.from_bytes(bytes(out), "little")
+
+
+INTEGERS: dict[str, Callable[..., int]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "mad": lambda a, b, c: a * b + c,
+    "min": min,
+    "max": max,
+    "neg": lambda a: -a,
+    "not": lambda a: ~a,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "xor": lambda a, b: a ^ b,
+    "prmt": bytes_of,
+    "selp": lambda a, b, p: a if p else b,
+    "div": lambda a, b: truncated(a, b) if b else -1,
+    "rem": lambda a, b: a - b * truncated(a, b) if b else 0,
+}
+COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
+
+
+def expected(opcode: str, words: list[int]) -> int | float:
+    """One thread's result, from Python's integers, exact fractions and the C library's fmaf."""
+    name, *rest = opcode.split(".")
+    operation = OPERATIONS[opcode]
+    if "f32x2" in rest:
+        halves = [[number(w >> 32 * h & 0xFFFFFFFF, "f32") for w in words] for h in (0, 1)]
+        return sum(bits32(FLOATS[name](*half)) << 32 * h for h, half in enumerate(halves))
+    values = [number(w, kind) for w, kind in zip(words, operation.operands, strict=True)]
+    if "ftz" in rest:
+        return flush(FLOATS[name](*map(flush, values)))
+    if name == "setp":
+        unordered = any(isinstance(v, float) and math.isnan(v) for v in values)
+        return rest[0].endswith("u") if unordered else COMPARE[rest[0][:2]](*values)
+    if name == "cvt":
+        return converted(operation.result, values)
+    if name in ("shl", "shr"):
+        bits = bits_of(operation.result)
+        by = min(values[1], bits)
+        return values[0] << by if name == "shl" else values[0] >> by
+    if name == "bfe":
+        return field(*values, rest[0] == "s32")
+    if name == "mul" and rest[0] == "hi":
+        return values[0] * values[1] >> 32
+    floats = "f32" in rest and name != "selp"
+    return (FLOATS if floats else INTEGERS)[name](*values)
+
+
+def converted(result: str, values: list) -> int | float:
+    if result == "f32":
+        return rounded(values[0]) if isinstance(values[0], int) else values[0]
+    if result in ("f16x2", "bf16x2"):
+        high, low = (half_bits(v, result[:-2]) for v in values)
+        return high << 16 | low
+    return half_bits(values[0], result) if result in ("f16", "bf16") else values[0]
+
+
+def half_bits(value: float, kind: str) -> int:
+    # torch's conversions are another implementation of the same roundings
+    half = torch.tensor(value).to({"f16": torch.float16, "bf16": torch.bfloat16}[kind])
+    return half.view(torch.int16).item() & 0xFFFF
+
+
+def bits32(value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0]
+
+
+def operand_words(kind: str) -> np.ndarray:
+    bits = bits_of(kind)
+    words = RNG.integers(0, 2**63, THREADS, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+    if kind == "b64":
+        pair = np.array([*SPECIAL, *RNG.normal(size=THREADS).astype("f4").view("u4")][:THREADS])
+        return pair.astype(np.uint64) | RNG.permutation(pair).astype(np.uint64) << np.uint64(32)
+    if kind == "f32":
+        floats = (RNG.normal(size=THREADS) * 10.0 ** RNG.integers(-3, 4, THREADS)).astype("f4")
+        words = floats.view(np.uint32).astype(np.uint64)
+        words[: len(SPECIAL)] = RNG.permutation(SPECIAL)
+    else:
+        edges = [0, 1, 2**bits - 1, 2 ** (bits - 1), 2 ** (bits - 1) - 1, 5, 31, 32, 40]
+        words[: len(edges)] = RNG.permutation(np.array(edges, np.uint64))
+    return words & np.uint64(2**bits - 1) if kind != "pred" else words & np.uint64(1)
+
+
+def is_nan(word: int, kind: str) -> bool:
+    return kind in ("f32", "f16", "bf16") and math.isnan(number(word, kind))
+
+
+@pytest.mark.parametrize("opcode", OPERATIONS)
+def test_every_operation_gives_what_a_second_implementation_gives(opcode: str) -> None:
+    operation = OPERATIONS[opcode]
+    given = np.zeros((THREADS, 4), np.uint64)
+    for i, kind in enumerate(operation.operands):
+        given[:, i] = operand_words(kind)
+    bits = bits_of(operation.result)
+    got = [int(w) & (2**bits - 1) for w in execute(probe(opcode), given)[:, 0]]
+    for i, word in enumerate(got):
+        want = expected(opcode, [int(w) for w in given[i, : len(operation.operands)]])
+        if isinstance(want, float):
+            assert is_nan(word, "f32") if math.isnan(want) else word == bits32(want), (i, want)
+        else:
+            assert alike(word, int(want) & (2**bits - 1), operation.result), (i, want)
+
+
+def alike(got: int, want: int, kind: str) -> bool:
+    """Equal bits, or both NaN: which NaN is the processor's choice. Pairs by their halves."""
+    halves = {"f16x2": (16, "f16"), "bf16x2": (16, "bf16"), "b64": (32, "f32")}.get(kind)
+    if halves is None or got == want:
+        return got == want or (is_nan(got, kind) and is_nan(want, kind))
+    bits, half = halves
+    parts = ((got >> shift & 2**bits - 1, want >> shift & 2**bits - 1) for shift in (0, bits))
+    return all(alike(a, b, half) for a, b in parts)
+
+
+def test_fused_multiply_add_is_the_c_librarys() -> None:
+    words = RNG.integers(0, 2**32, (3, 30_000), dtype=np.uint64).astype(np.uint32)
+    words[1, ::2] = RNG.normal(size=15_000).astype("f4").view("u4")
+    a, b, c = words.view(np.float32)
+    with np.errstate(all="ignore"):
+        c = np.where(np.arange(len(c)) % 3 == 0, -(a * b), c)  # what is left is a rounding
+        got = fma32(a, b, c)
+    want = np.array([_fmaf(*map(float, row)) for row in zip(a, b, c, strict=True)], np.float32)
+    assert np.array_equal(got, want, equal_nan=True)
+
+
+def test_bfloat16_rounds_as_torch_does() -> None:
+    words = RNG.integers(0, 2**32, 200_000, dtype=np.uint64).astype(np.uint32)
+    values = words.view(np.float32)
+    torch_bits = torch.from_numpy(values).bfloat16()
+    ours = torch.from_numpy(bf16_to_f32(f32_to_bf16(values)))
+    torch.testing.assert_close(ours, torch_bits.float(), rtol=0, atol=0, equal_nan=True)
+
+
+COUNT = np.arange(THREADS * 4, dtype=np.uint64).reshape(THREADS, 4)
+LD = "ld.global.b32 %r1, [%rd92];"
+
+
+def test_loads_and_stores_move_bytes_as_they_are_typed() -> None:
+    given = RNG.integers(0, 2**63, (THREADS, 4), dtype=np.uint64)
+    for move in (
+        "ld.global.v4.b32 {%r1,%r2,%r3,%r4}, [%rd92+16];"
+        "st.global.v4.b32 [%rd93+16], {%r1,%r2,%r3,%r4};",
+        "ld.global.v2.b64 {%rd1,%rd2}, [%rd92+16]; st.global.v2.b64 [%rd93+16], {%rd1,%rd2};",
+        "ld.global.v8.b16 {%rs1,%rs2,%rs3,%rs4,%rs5,%rs6,%rs7,%rs8}, [%rd92+16];"
+        "st.global.v8.b16 [%rd93+16], {%rs1,%rs2,%rs3,%rs4,%rs5,%rs6,%rs7,%rs8};",
+    ):
+        out = execute(move, given)
+        assert np.array_equal(out[:, 2:], given[:, 2:]) and not out[:, :2].any()
+    out = execute("ld.global.s8 %r1, [%rd92+3]; st.global.b32 [%rd93], %r1;", given)
+    assert np.array_equal(
+        out[:, 0].astype(np.uint32).view(np.int32), given.view(np.int8).reshape(THREADS, 32)[:, 3]
+    )
+    out = execute("ld.global.b32 %r1, [%rd92]; st.global.b8 [%rd93], %r1;", given)
+    assert np.array_equal(out[:, 0], given[:, 0] & np.uint64(255))
+
+
+def test_registers_are_packed_and_unpacked() -> None:
+    given = RNG.integers(0, 2**63, (THREADS, 4), dtype=np.uint64)
+    body = "ld.global.b64 %rd1, [%rd92]; mov.b64 {%r1, %r2}, %rd1; mov.b64 %rd2, {%r2, %r1};"
+    out = execute(body + "st.global.b64 [%rd93], %rd2;", given)
+    assert np.array_equal(
+        out[:, 0], (given[:, 0] >> np.uint64(32)) | (given[:, 0] << np.uint64(32))
+    )
+
+
+def test_branches_diverge_and_meet_again() -> None:
+    body = (
+        "mov.u32 %r1, 0; mov.u32 %r2, 0; $again: add.s32 %r2, %r2, %r1; add.s32 %r1, %r1, 1;"
+        "setp.lt.u32 %p1, %r1, %r90; @%p1 bra $again; setp.gt.u32 %p2, %r90, 9; @!%p2 bra $end;"
+        "add.s32 %r2, %r2, 1000; bra.uni $end; $end: bar.sync 0; st.global.b32 [%rd93], %r2;"
+    )
+    out = execute(body, COUNT)[:, 0]
+    assert out.tolist() == [sum(range(max(t, 1))) + 1000 * (t > 9) for t in range(THREADS)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "by", "source"),
+    [
+        ("bfly", 5, lambda lane: lane ^ 5),
+        ("idx", 7, lambda lane: 7),
+        ("down", 3, lambda lane: lane + 3 if lane < 29 else lane),
+        ("up", 4, lambda lane: lane - 4 if lane > 3 else lane),
+    ],
+)
+def test_shuffles_stay_in_their_warp(mode: str, by: int, source: Callable[[int], int]) -> None:
+    body = f"{LD} shfl.sync.{mode}.b32 %r2, %r1, {by}, 31, -1; st.global.b32 [%rd93], %r2;"
+    got = (execute(body, COUNT)[:, 0] // 4).tolist()
+    assert got == [t // 32 * 32 + source(t % 32) for t in range(THREADS)]
+
+
+def test_shared_memory_carries_values_between_the_threads_of_a_block() -> None:
+    body = (
+        f"{LD} shl.b32 %r3, %r90, 2; mov.u32 %r4, box; add.s32 %r3, %r3, %r4;"
+        "st.shared.b32 [%r3], %r1;"
+        "bar.sync 0; sub.s32 %r5, 63, %r90; shl.b32 %r5, %r5, 2; add.s32 %r5, %r5, %r4;"
+        "ld.shared.b32 %r6, [%r5]; st.global.b32 [%rd93], %r6;"
+    )
+    given = np.concatenate([COUNT, COUNT + 1000])
+    out = execute(body, given, blocks=2)[:, 0]
+    assert np.array_equal(out[:THREADS], COUNT[::-1, 0])
+    assert np.array_equal(out[THREADS:], COUNT[::-1, 0] + 1000)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_matrices_are_loaded_and_stored_by_fragment(transposed: bool) -> None:
+    """Row r of matrix m is at lane 8m + r; lane l holds elements (l/4, 2(l%4)) and the next."""
+    trans, threads = ".trans" if transposed else "", 32
+    given = RNG.integers(0, 2**63, (threads, 4), dtype=np.uint64)
+    place = "shl.b32 %r3, %r90, 4; mov.u32 %r4, box; add.s32 %r3, %r3, %r4;"
+    body = place + (
+        "ld.global.v4.b32 {%r11,%r12,%r13,%r14}, [%rd92];"
+        "st.shared.v4.b32 [%r3], {%r11,%r12,%r13,%r14}; bar.sync 0;"
+        f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%r21,%r22,%r23,%r24}}, [%r3];"
+        "st.global.v4.b32 [%rd93], {%r21,%r22,%r23,%r24};"
+        f"stmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 [%r3], {{%r21,%r22,%r23,%r24}};"
+        "bar.sync 0; ld.shared.v4.b32 {%r11,%r12,%r13,%r14}, [%r3];"
+        "st.global.v4.b32 [%rd93+16], {%r11,%r12,%r13,%r14};"
+    )
+    out = execute(body, given, threads=threads)
+    rows = given[:, :2].copy().view(np.uint16).reshape(4, 8, 8)
+    fragments = out[:, :2].copy().view(np.uint16).reshape(threads, 4, 2)
+    for lane in range(threads):
+        for m in range(4):
+            r, c = lane // 4, 2 * (lane % 4)
+            pair = [rows[m, c, r], rows[m, c + 1, r]] if transposed else rows[m, r, c : c + 2]
+            assert list(fragments[lane, m]) == list(pair)
+    assert np.array_equal(out[:, 2:], given[:, :2])
+
+
+@pytest.mark.parametrize("kind", ["f16", "bf16"])
+def test_the_matrix_product_is_numpys(kind: str) -> None:
+    """Fragments of A, B and C as the PTX ISA's figures 9.7.14.5 have them, filled by hand."""
+    dtype = {"f16": torch.float16, "bf16": torch.bfloat16}[kind]
+    torch.manual_seed(0)
+    a, b, c = torch.randn(16, 16).to(dtype), torch.randn(16, 8).to(dtype), torch.randn(16, 8)
+    a_bits, b_bits = (t.view(torch.int16).numpy().view(np.uint16) for t in (a, b))
+    given = np.zeros((32, 20), np.uint32)
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        places = [(g, 2 * t), (g + 8, 2 * t), (g, 2 * t + 8), (g + 8, 2 * t + 8)]
+        for i, (r, k) in enumerate(places):
+            given[lane, i] = int(a_bits[r, k]) | int(a_bits[r, k + 1]) << 16
+        for i, k in enumerate((2 * t, 2 * t + 8)):
+            given[lane, 4 + i] = int(b_bits[k, g]) | int(b_bits[k + 1, g]) << 16
+        for i, (r, n) in enumerate(((g, 0), (g, 1), (g + 8, 0), (g + 8, 1))):
+            given[lane, 6 + i] = bits32(c[r, 2 * t + n].item())
+    body = (
+        "mul.wide.u32 %rd1, %r90, 80; add.s64 %rd1, %rd1, %rd90;"
+        "ld.global.v4.b32 {%r1,%r2,%r3,%r4}, [%rd1];"
+        + "".join(f"ld.global.b32 %r{5 + i}, [%rd1+{16 + 4 * i}];" for i in range(6))
+        + f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%r21,%r22,%r23,%r24}},"
+        "{%r1,%r2,%r3,%r4}, {%r5,%r6}, {%r7,%r8,%r9,%r10};"
+        "st.global.v4.b32 [%rd93], {%r21,%r22,%r23,%r24};"
+    )
+    out = execute(body, given, threads=32)[:, :2].copy().view(np.float32).reshape(32, 4)
+    exact = a.double() @ b.double() + c.double()
+    for lane in range(32):
+        g, t = divmod(lane, 4)
+        want = [exact[g, 2 * t], exact[g, 2 * t + 1], exact[g + 8, 2 * t], exact[g + 8, 2 * t + 1]]
+        assert out[lane].tolist() == [np.float32(w.item()) for w in want]
+
+
+FAULTS = {
+    "unknown instruction brev.b32": "brev.b32 %r1, %r90;",
+    "unknown instruction add.f32": f"{LD} add.f32 %r2, %r1, %r1;",  # an assembler may contract it
+    "illegal address: load of 4 bytes": "ld.global.b32 %r1, [%rd92+2048];",
+    "illegal address: store of 4 bytes": "st.global.b32 [%rd93+-8], %r90;",
+    "misaligned address: load of 8 bytes": "ld.global.b64 %rd1, [%rd92+4];",
+    "two threads store different values": "st.global.b32 [%rd91], %r90;",
+    "register %r1 is read before it is written": "add.s32 %r2, %r1, 1;",
+    "register %r1 has 32 bits, u64 is read": "mov.u32 %r1, 0; mov.u64 %rd1, %r1;",
+    "register %rs1 has 16 bits, b32 is written": "not.b32 %rs1, %r90;",
+    "register %q1 is not declared": "mov.u32 %q1, 0;",
+    "barrier that some threads": "setp.lt.u32 %p1, %r90, 8; @%p1 bra $x; bar.sync 0; $x: ret;",
+    "illegal address: byte": "ld.shared.b32 %r1, [box+4096];",
+    "misaligned address: 4 bytes of shared": "ld.shared.b32 %r1, [box+2];",
+    "unknown label": "bra $nowhere;",
+    "3 registers for a vector of 2": "ld.global.v2.b32 {%r1,%r2,%r3}, [%rd92];",
+}
+
+
+@pytest.mark.parametrize("message", FAULTS)
+def test_what_a_gpu_would_do_wrong_is_a_fault(message: str) -> None:
+    with pytest.raises(Fault, match=message.replace("$", r"\$")):
+        execute(FAULTS[message], COUNT)
+
+
+def test_blocks_that_race_are_caught_although_they_run_one_after_the_other() -> None:
+    given = np.zeros((THREADS * 2, 4), np.uint64)
+    same = "mov.u32 %r1, 7; st.global.b32 [%rd91], %r1;"
+    assert execute(same, given, blocks=2)[0, 0] == 7
+    first = "setp.eq.u32 %p1, %r92, 0; @%p1 st.global.b32 [%rd91], %r91;"
+    second = f"setp.eq.u32 %p2, %r92, {THREADS}; @%p2 st.global.b32 [%rd91], %r91;"
+    with pytest.raises(Fault, match="two blocks store different values"):
+        execute(first + second, given, blocks=2)
+    # Block 1 reads what block 0 wrote, which is in order only by luck.
+    body = "st.global.b32 [%rd93], %r90; ld.global.b32 %r2, [%rd91]; st.global.b32 [%rd93+4], %r2;"
+    with pytest.raises(Fault, match="reads what another block"):
+        execute(body, given, blocks=2)
+
+
+def test_local_memory_and_calls_are_refused() -> None:
+    for line in (".local .align 4 .b8 depot[8];", "call.uni f;"):
+        with pytest.raises(Fault, match="local memory and calls"):
+            execute(line, COUNT)
+
+
+def test_sectors_are_counted_for_each_warp() -> None:
+    given, out = np.zeros((THREADS, 4), np.uint64), np.zeros((THREADS, 4), np.uint64)
+    for body, sectors in (
+        (LD, THREADS),
+        ("mad.wide.u32 %rd1, %r90, 4, %rd90; ld.global.b32 %r1, [%rd1];", THREADS * 4 // 32),
+    ):
+        traffic, places = Traffic(), [Allocation(a.ctypes.data, a.nbytes) for a in (given, out)]
+        text = KERNEL.format(threads=THREADS, body=body.replace(";", ";\n"))
+        aligned = given.ctypes.data % 32 == 0
+        run(parse(text), (1, 1, 1), tuple(p.address for p in places), Memory(places, traffic))
+        assert sectors <= traffic.load_sectors <= sectors + (0 if aligned else THREADS)

@@ -1,0 +1,104 @@
+"""The kernels inside a network: their emitted PTX stays within float32's error of float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart import unet
+from headstart.interfaces import Conditioning
+from headstart_kernels import geglu, groupnorm_silu, low_rank_add
+from headstart_kernels.testing import random_latents
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+from headstart_kernels.testing.ptx import Emulator, emulated
+
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
+DTYPES = (
+    torch.float16,
+    pytest.param(torch.float32, marks=pytest.mark.slow),
+    torch.bfloat16,
+)
+
+
+@pytest.fixture(params=[pytest.param(90), *OTHERS], ids="sm_{}".format)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Emulator]:
+    with emulated(request.param) as emulator:
+        yield emulator
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_groupnorm_silu_is_within_its_budget(
+    gpu: Emulator, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    for batch, channels, groups, size in ((2, 64, 32, (16, 16)), (1, 80, 8, (13, 11))):
+        # a mean of 50 standard deviations: sums of squares would lose the variance
+        offset = 50 if dtype == torch.float32 else 4
+        x = (random_latents(batch, channels, *size) + offset).to(dtype)
+        x = x.contiguous(memory_format=layout)
+        weight, bias = (random_latents(channels, seed=s).to(dtype) for s in (1, 2))
+        y = groupnorm_silu(x, groups, weight, bias, 1e-5, impl="triton")
+        assert y.dtype == dtype and y.stride() == x.stride()
+        norm_bound(x, groups, weight, bias, 1e-5).check(y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_geglu_is_within_its_budget(gpu: Emulator, dtype: torch.dtype) -> None:
+    for shape in ((2, 7, 128), (3, 50)):
+        x = random_latents(*shape, scale=3.0, dtype=dtype)
+        gate_bound(x).check(geglu(x, impl="triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_low_rank_addition_is_within_its_budget(gpu: Emulator, dtype: torch.dtype) -> None:
+    for tokens, inner, outer, rank in ((40, 64, 80, 16), (9, 37, 21, 4)):
+        x, y = random_latents(3, tokens, inner, dtype=dtype), random_latents(3, tokens, outer)
+        y = y.to(dtype)
+        down, up = random_latents(rank, inner, seed=1), random_latents(outer, rank, seed=2)
+        down, up = down.to(dtype), up.to(dtype)
+        strength = torch.tensor([0.8, 0.0, -1.5])
+        bound, before = low_rank_bound(y, x, down, up, strength), y.clone()
+        assert low_rank_add(y, x, down, up, strength, impl="triton") is y
+        bound.check(y)
+        assert torch.equal(y[1], before[1])
+
+
+def test_a_sample_of_strength_0_reads_and_writes_nothing(gpu: Emulator) -> None:
+    x, y = (random_latents(2, 32, 64, dtype=torch.float16) for _ in range(2))
+    y[:] = float("nan")
+    down, up = (random_latents(*shape, dtype=torch.float16) for shape in ((16, 64), (64, 16)))
+    low_rank_add(y, x, down, up, torch.zeros(2), impl="triton")
+    assert gpu.traffic.store_bytes == 0
+
+
+def test_a_unet_on_the_kernels_is_the_unet_within_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    stages = unet.Stage(16, (0,), True), unet.Stage(32, (1,), False)
+    up = unet.Stage(32, (1, 1), True), unet.Stage(16, (0, 0), False)
+    params = unet.UNetParams(
+        down=stages, mid=unet.Mid(2, 1), up=up, context_dim=24, head_dim=8, norm_groups=8
+    )
+    network = unet.UNet(params).requires_grad_(False)
+    x, time, cond = torch.randn(1, 4, 8, 8), torch.tensor(3.0), Conditioning(torch.randn(1, 5, 24))
+    exact = network.double()(x.double(), time, Conditioning(cond.context.double()))
+    network.float()
+
+    def error(got: Tensor) -> float:
+        return ((got.double() - exact).norm() / exact.norm()).item()
+
+    plain = error(network(x, time, cond))
+    monkeypatch.setattr(
+        unet,
+        "_norm_silu",
+        lambda n, x: groupnorm_silu(x, n.num_groups, n.weight, n.bias, n.eps, impl="triton"),
+    )
+    monkeypatch.setattr(unet, "_geglu", lambda x: geglu(x, impl="triton"))
+    with emulated(90) as gpu:
+        fused = error(network(x, time, cond))
+    assert {name for name, _ in gpu.launches} >= {"moments_kernel", "apply_kernel", "geglu_kernel"}
+    assert fused < max(4 * plain, 1e-6)

@@ -1,0 +1,235 @@
+"""fused_step's emitted PTX, run by the emulator: the reference's bits in every form it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart_kernels import Draw, Preview, fused_step, fused_step_into, scale_input
+from headstart_kernels.table import COLUMNS
+from headstart_kernels.testing import random_latents
+from headstart_kernels.testing.ptx import Emulator, Fault, emulated
+
+ARCHS = (80, 90, 120)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
+NAN = float("nan")
+
+SIGMA, NEXT = 14.6, 3.2
+C_IN = 1 / (1 + SIGMA**2) ** 0.5
+PREDICTIONS = {
+    "eps": dict(c_skip=1.0, c_out=-SIGMA),
+    "v": dict(c_skip=C_IN**2, c_out=-SIGMA * C_IN),
+    "x0": dict(c_skip=0.0, c_out=1.0),
+}
+UPDATES = {
+    "euler": dict(keep=NEXT / SIGMA),
+    "ancestral": dict(keep=0.1, add=3.1),
+    "renoise": dict(keep=0.0, add=NEXT),
+    "multistep": dict(keep=0.2, carry=0.4),
+    "last": dict(keep=0.0),
+}
+ROWS = [
+    {"c_in": C_IN, "guidance": guidance, **prediction, **update}
+    for prediction in PREDICTIONS.values()
+    for update in UPDATES.values()
+    for guidance in (1.0, 7.5)
+]
+
+
+def table_of(*rows: dict[str, float]) -> Tensor:
+    return torch.tensor([[row.get(column, 0.0) for column in COLUMNS] for row in rows])
+
+
+def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+    names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
+    made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    made["x"] = made["x"] * SIGMA
+    return made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.shape == b.shape and torch.equal(a.contiguous().view(kind), b.contiguous().view(kind))
+
+
+def draw(batch: int) -> Draw:
+    return Draw(torch.arange(batch) - 2**62, torch.arange(batch) + 2**31, first_row=3)
+
+
+def picture(shape: tuple[int, ...]) -> Preview:
+    batch, channels, height, width = shape
+    rgb = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
+    return Preview(rgb, random_latents(channels, 3, scale=0.1, seed=8), random_latents(3, seed=9))
+
+
+@pytest.fixture(params=[pytest.param(90), *OTHERS], ids="sm_{}".format)
+def gpu(request: pytest.FixtureRequest) -> Iterator[Emulator]:
+    with emulated(request.param) as emulator:
+        yield emulator
+
+
+def check(table: Tensor, given: dict, **outputs) -> None:
+    """Every row, on a device-side step: x', x0, x_in and rgb have the reference's bits."""
+    for row in range(len(table)):
+        step, results = torch.tensor(row), []
+        for impl in ("reference", "triton"):
+            filled = {
+                name: value._replace(rgb=value.rgb.clone())
+                if isinstance(value, Preview)
+                else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).fill_(NAN)
+                for name, value in outputs.items()
+            }
+            x_next, x0 = fused_step(table=table, step=step, impl=impl, **given, **filled)
+            extra = [v.rgb if isinstance(v, Preview) else v for v in filled.values()]
+            results.append([x_next, x0, *extra])
+        for expected, got in zip(*results, strict=True):
+            assert same_bits(got, expected), (row, got.dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_of_every_prediction_and_update(gpu: Emulator, dtype: torch.dtype) -> None:
+    given = operands((2, 4, 16, 20), dtype)
+    check(table_of(*ROWS), given, x_in=torch.empty(4, 4, 16, 20, dtype=dtype))
+    assert {name for name, _ in gpu.launches} == {"fused_step_kernel"}
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+def test_bits_on_the_other_architectures(arch: int) -> None:
+    with emulated(arch):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = operands((1, 4, 16, 16), dtype)
+            check(table_of(*ROWS), given, x_in=torch.empty(2, 4, 16, 16, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_bits_of_odd_sizes_without_guidance_or_noise(gpu: Emulator, dtype: torch.dtype) -> None:
+    for shape in ((3, 4, 7, 5), (1, 4, 13, 99), (2, 1)):
+        given = operands(shape, dtype)
+        rows = [row | {"guidance": 1.0, "add": 0.0, "carry": 0.0} for row in ROWS[::2]]
+        check(table_of(*rows), {name: given[name] for name in ("x", "f_cond")})
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 7)])
+def test_noise_drawn_in_registers_has_the_bits_of_philox_normal(
+    gpu: Emulator, size: tuple[int, int]
+) -> None:
+    given = operands((2, 4, *size), torch.float32) | {"noise": draw(2)}
+    check(table_of(*ROWS[2:6]), given)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 7)])
+def test_channels_last_networks_with_a_picture_on_the_way(
+    gpu: Emulator, size: tuple[int, int]
+) -> None:
+    shape = (2, 4, *size)
+    given = operands(shape, torch.float16) | {"noise": draw(2)}
+    last = torch.channels_last
+    nhwc = {n: given[n].contiguous(memory_format=last) for n in ("f_cond", "f_uncond")}
+    x_in = torch.empty(4, *shape[1:], dtype=torch.float16).contiguous(memory_format=last)
+    check(table_of(*ROWS[::7]), given | nhwc, x_in=x_in, preview=picture(shape))
+
+
+def test_guidance_of_each_sample_and_the_row_that_follows(gpu: Emulator) -> None:
+    given = operands((3, 4, 16, 16), torch.float16)
+    given["guidance"] = torch.tensor([1.0, 7.5, 0.0])
+    given["f_uncond"][0] = NAN  # guidance 1 never looks at it
+    check(table_of(*ROWS[:6]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
+
+
+def test_a_row_on_the_host_travels_as_numbers(gpu: Emulator) -> None:
+    given, table = operands((2, 4, 16, 16), torch.float32), table_of(*ROWS[3:6])
+    for step in range(3):
+        expected = fused_step(table=table, step=step, **given)
+        got = fused_step(table=table, step=step, impl="triton", **given)
+        assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_terms_with_coefficient_0_are_neither_read_nor_added(gpu: Emulator) -> None:
+    given, table = operands((1, 4, 16, 16), torch.float32), table_of(ROWS[0])
+    expected, _ = fused_step(given["x"], given["f_cond"], table, 0)
+    poisoned = given | {name: torch.full_like(given["x"], NAN) for name in given if name != "x"}
+    poisoned["f_cond"] = given["f_cond"]
+    got, _ = fused_step(table=table, step=torch.tensor(0), impl="triton", **poisoned)
+    assert same_bits(got, expected)
+    # x, F and the coefficients are read; F_uncond, noise and x0_prev are not
+    assert gpu.traffic.load_bytes < 2 * 4096 + 256
+
+
+def test_nan_and_infinity_travel_as_in_the_reference(gpu: Emulator) -> None:
+    given = operands((1, 4, 16, 16), torch.float16)
+    for place, value in enumerate((NAN, float("inf"), float("-inf"), 65504.0)):
+        given["f_cond"][0, 0, 0, place] = value
+        given["f_uncond"][0, 1, 0, place] = value
+    given["x"][0, 2, 0, 0] = 1e38
+    x_in = [torch.empty(1, 4, 16, 16, dtype=torch.float16) for _ in range(2)]
+    table = table_of(*ROWS)
+    for row in range(len(table)):
+        step = torch.tensor(row)
+        expected = fused_step(table=table, step=step, x_in=x_in[0], **given)
+        got = fused_step(table=table, step=step, x_in=x_in[1], impl="triton", **given)
+        for a, b in zip((*got, x_in[1]), (*expected, x_in[0]), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def guarded(tensor: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """A copy `offset` elements into a larger storage of NaN, and that storage."""
+    storage = torch.full((offset + tensor.numel() + 64,), NAN, dtype=tensor.dtype)
+    inner = storage[offset : offset + tensor.numel()].view(tensor.shape)
+    inner.copy_(tensor)
+    return inner, storage
+
+
+@pytest.mark.parametrize("offset", [1, 4, 16])
+def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
+    gpu: Emulator, offset: int
+) -> None:
+    given, table = operands((2, 4, 9, 9), torch.float16), table_of(ROWS[2])
+    expected = fused_step(table=table, step=0, **given)
+    bands = {name: guarded(value, offset) for name, value in given.items()}
+    x0, x0_band = guarded(torch.zeros_like(given["x"]), offset)
+    inner = {name: band[0] for name, band in bands.items()}
+    x, f_cond = inner.pop("x"), inner.pop("f_cond")
+    fused_step_into(x, f_cond, table, torch.tensor(0), x, x0=x0, impl="triton", **inner)
+    assert same_bits(x, expected[0]) and same_bits(x0, expected[1])
+    for band, value in ((bands["x"][1], x), (x0_band, x0)):
+        outside = torch.cat((band[:offset], band[offset + value.numel() :]))
+        assert len(outside) == offset + 64 and outside.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_scale_input_has_the_reference_bits(
+    gpu: Emulator, dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x, table = operands((2, 4, 9, 12), torch.float32)["x"], table_of(*ROWS[:3])
+    x = x.contiguous(memory_format=layout)
+    for step in (0, torch.tensor(2)):
+        got = scale_input(x, table, step, dtype, impl="triton")
+        expected = scale_input(x, table, step, dtype)
+        assert same_bits(got, expected) and got.stride() == expected.stride()
+
+
+def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: Emulator) -> None:
+    given, table = operands((1, 4, 16, 16), torch.float32), table_of(*ROWS[:2])
+    arguments = (given["x"], given["f_cond"], table)
+    with pytest.raises(Fault, match="illegal address: load"):
+        fused_step(*arguments, torch.tensor(2), impl="triton")
+    gpu.recording = []
+    fused_step(*arguments, torch.tensor(0), impl="triton")
+    (launch,) = gpu.recording
+    launch.run()
+    short = [a for a in launch.allocations if a.address != given["f_cond"].data_ptr()]
+    with pytest.raises(Fault, match="illegal address: load of 16 bytes"):
+        type(launch)(
+            launch.program,
+            launch.grid,
+            launch.arguments,
+            tuple(short),
+            launch.shared_bytes,
+            launch.traffic,
+            launch.tensors,
+        ).run()
