@@ -179,7 +179,12 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
 
 
 _DRAW: dict[str, Any] = {"noise_ptr": None, "seeds_ptr": "*i64", "samples_ptr": "*i64"}
-_PICTURE: dict[str, Any] = {"rgb_ptr": "*u8", "factors_ptr": "*fp32", "bias_ptr": "*fp32", "CHANNELS": 4}
+_PICTURE: dict[str, Any] = {
+    "rgb_ptr": "*u8",
+    "factors_ptr": "*fp32",
+    "bias_ptr": "*fp32",
+    "CHANNELS": 4,
+}
 _NORM = {"channels": "i32", "plane": "i32"}
 
 
