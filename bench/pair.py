@@ -23,7 +23,9 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.metrics import bootstrap_prompts, diversity, frechet_gaussian, vendi
+from headstart.fidelity import frechet_gaussian
+from headstart.metrics import diversity, vendi
+from headstart.resample import bootstrap_prompts
 from headstart.scorer import Scorer, load_scorer
 from headstart_weights.recipe.dataset import compose_caption
 
@@ -32,11 +34,12 @@ RESAMPLES = 5000
 
 
 class Case(NamedTuple):
-    """A plan by name with its settings, and what it is there for."""
+    """A plan by name with its settings, what it is there for, and whose weights are distilled."""
 
     plan: str
     settings: Mapping[str, Any]
     why: str
+    student: str = "distilled"
 
 
 CASES: dict[str, Case] = {
@@ -49,6 +52,10 @@ CASES: dict[str, Case] = {
     "hybrid-k2": Case("hybrid", {"k": 2}, "k=2 (fig. 7b)"),
     "skip-first": Case("skip-first", {}, "no base step (table 3)"),
     "replace-final": Case("replace-final", {}, "the base takes the last step (table E.1)"),
+    "unguided": Case(
+        "distilled", {}, "4 steps, distilled from an unguided teacher", "distilled_unguided"
+    ),
+    "unguided-hybrid": Case("hybrid", {}, "k=1 with that student", "distilled_unguided"),
 }
 
 
@@ -65,13 +72,13 @@ class Sampled(NamedTuple):
 
 def main() -> None:
     options = _parse()
-    engine = hs.Engine.demo()
+    engines = {student: _engine(student) for student in ("distilled", "distilled_unguided")}
     scorer = load_scorer(headstart_weights.path("scorer"))
     prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
     seeds = range(options.first, options.first + options.seeds * options.sets)
     cases = {name: CASES[name] for name in options.cases}
     sampled = {
-        name: _run(engine, scorer, case, prompts, seeds)
+        name: _run(engines[case.student], scorer, case, prompts, seeds)
         for name, case in tqdm(cases.items(), desc="plans")
     }
     report = {
@@ -97,6 +104,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=Path, default=Path("bench/results/pair.json"))
     return parser.parse_args()
+
+
+def _engine(student: str) -> hs.Engine:
+    base, distilled = headstart_weights.path("base"), headstart_weights.path(student)
+    return hs.Engine.load(base, distilled, preset="demo")
 
 
 def _run(

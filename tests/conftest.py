@@ -1,9 +1,22 @@
 """Fixtures every test may use."""
 
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+Maker = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -13,6 +26,74 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("needs the ground-truth folder ../shared, which a plain clone does not have")
     return folder
+
+
+@pytest.fixture(scope="session")
+def make_ckpt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
+    """make_ckpt(name, arch, form, *options) -> path of a random checkpoint, made once a session.
+
+    `name` is the file's, which headstart may take for a hint; all of one `--seed` (0) hold the
+    same numbers, whatever their layout.
+    """
+    spec = importlib.util.spec_from_file_location("make_ckpt", shared / "tools" / "make_ckpt.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(name: str, arch: str, form: str, *options: str) -> Path:
+        key = (name, arch, form, *options)
+        if key not in made:
+            path = folder / str(len(made)) / name
+            path.parent.mkdir()
+            argv = ["--arch", arch, "--format", form, "--out", str(path), *options]
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                contextlib.redirect_stdout(io.StringIO()),
+                warnings.catch_warnings(),
+            ):
+                warnings.simplefilter("ignore", ResourceWarning)  # it leaves closing to Python
+                patch.setattr(sys, "argv", ["make_ckpt.py", *argv])
+                tool.main()
+            made[key] = path
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vocab.json and merges.txt in CLIP's form, small enough for tiny text encoders."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["!", *letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return folder
+
+
+@pytest.fixture
+def hollow(tmp_path: Path) -> Callable[..., Path]:
+    """hollow(name, *tables) -> a safetensors file of {tensor: (dtype, shape)}, its data a hole.
+
+    Names, shapes and offsets of gigabytes without their bytes: for loading on the meta device.
+    """
+
+    def make(name: str, *tables: Mapping[str, Any]) -> Path:
+        header: dict[str, object] = {}
+        end = 0
+        for tensor, (dtype, shape) in (pair for table in tables for pair in table.items()):
+            begin, end = end, end + {"F32": 4, "F16": 2, "I64": 8}[dtype] * math.prod(shape)
+            header[tensor] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        text, path = json.dumps(header).encode(), tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + end)
+        return path
+
+    return make
 
 
 @pytest.fixture(autouse=True)

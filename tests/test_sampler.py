@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from headstart.errors import CaptureError, InputError
+from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.leg import Leg
 from headstart.noise import Given, Philox
 from headstart.plan import Plan, preset
-from headstart.runner import EagerRunner, choose_runner
+from headstart.runner import EagerRunner
 from headstart.sampler import State, sample
 from headstart.schedule import NoiseSchedule
 from headstart.table import StepTable
@@ -363,16 +363,6 @@ def test_rows_that_are_done_need_neither_their_model_nor_uncond() -> None:
     rest = sample(table, {"distilled": Toy()}, text(), Philox([3, 8]), resume=whole[0], shape=SHAPE)
     assert same(list(rest), whole[1:])
     assert run(table, resume=whole[-1]) == []
-
-
-def test_auto_says_which_runner_it_took_and_a_missing_one_is_an_error() -> None:
-    assert choose_runner("auto").name == "eager"
-    assert "only runner" in choose_runner("auto").why
-    for name in ("graph", "compiled"):
-        with pytest.raises(CaptureError, match=f"{name!r} does not exist.*runner='eager'"):
-            choose_runner(name)
-    with pytest.raises(InputError, match="runner: expected one of"):
-        choose_runner("fast")  # pyright: ignore[reportArgumentType]
 
 
 def test_the_eager_runner_counts_times_and_forgets() -> None:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -344,12 +343,16 @@ def test_sd21_never_runs_the_last_layer_of_an_openclip_file(
 
 
 def test_what_a_text_file_cannot_say_is_asked_for(
-    tmp_path: Path, vocabulary: Path, one: Tower
+    tmp_path: Path, vocabulary: Path, one: Tower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("headstart.vocabulary.cached_folder", lambda: None)
+    monkeypatch.setattr("headstart.vocabulary.packaged_file", lambda: None)
     path = tmp_path / "x.safetensors"
     bare = {n.removeprefix("text_model."): t.clone() for n, t in one.state_dict().items()}
     save_file(bare, path)
-    with pytest.raises(CheckpointError, match="no tokenizer: pass tokenizer="):
+    with pytest.raises(
+        CheckpointError, match=r"no tokenizer: install .* 'headstart\[clip\]'.* pass tokenizer="
+    ):
         load_text(path, head_dim=8)
     with pytest.raises(CheckpointError, match="pass head_dim="):
         load_text(path, tokenizer=vocabulary)
@@ -365,27 +368,25 @@ def test_what_a_text_file_cannot_say_is_asked_for(
         load_text(path, tokenizer=vocabulary)
 
 
-def test_outputs_equal_the_original_codes(shared: Path, tmp_path: Path, vocabulary: Path) -> None:
-    tool = str(shared / "tools" / "make_ckpt.py")
-    options = ["--arch", "sdxl", "--scale", "tiny", "--format"]
-    for form in ("ldm", "te1"):
-        out = str(tmp_path / f"{form}.safetensors")
-        subprocess.run(
-            [sys.executable, tool, *options, form, "--out", out], check=True, capture_output=True
-        )
+def test_outputs_equal_the_original_codes(
+    shared: Path, make_ckpt: Callable[..., Path], vocabulary: Path
+) -> None:
+    """The two encoders from a single file and from a folder, the first also as SD1.5 reads it."""
     case = load_file(shared / "golden" / "text_sdxl_tiny.safetensors")
-    double = load_text(tmp_path / "ldm.safetensors", head_dim=32, tokenizer=vocabulary)
-    single = load_text(tmp_path / "te1.safetensors", head_dim=32, tokenizer=vocabulary)
+    alone = make_ckpt("te1.safetensors", "sdxl", "te1")
+    outs: list[tuple[Tensor, str]] = []
     with torch.no_grad():
-        first, none = double.towers[0](case["ids"])
-        second, pooled = double.towers[1](case["ids"])
-        last, _ = single.towers[0](case["ids"])
-    assert none is None
-    for ours, name in (
-        (last, "te1_last"),
-        (first, "te1_penultimate"),
-        (second, "te2_penultimate"),
-        (pooled, "te2_pooled"),
-    ):
+        for path in (
+            make_ckpt("base.safetensors", "sdxl", "ldm"),
+            make_ckpt("base", "sdxl", "diffusers"),
+        ):
+            both = load_text(path, head_dim=32, tokenizer=vocabulary).towers
+            first, none = both[0](case["ids"])
+            second, pooled = both[1](case["ids"])
+            assert none is None
+            outs += [(first, "te1_penultimate"), (second, "te2_penultimate")]
+            outs += [(pooled, "te2_pooled")]
+        last, _ = load_text(alone, head_dim=32, tokenizer=vocabulary).towers[0](case["ids"])
+    for ours, name in [*outs, (last, "te1_last")]:
         error = (ours.double() - case[name].double()).norm() / case[name].double().norm()
         assert error < 1e-5, name

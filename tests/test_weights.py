@@ -26,7 +26,10 @@ from headstart_weights import WeightsError
 
 MAX_TOTAL_BYTES = 32 * 2**20
 FOLDER = Path(headstart_weights.__file__).parent
-ROLES = ("base", "distilled", "tiny_decoder", "scorer", "reference")
+ROLES = (
+    *("base", "distilled", "distilled_unguided", "tiny_decoder", "scorer"),
+    *("reference", "yellow"),
+)
 PAIR_KEYS = {
     "headstart.family": "demo",
     "headstart.prediction": "v",
@@ -240,11 +243,13 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
     parts = {
         "base": unet,
         "student": {name: 2 * tensor for name, tensor in unet.items()},
+        "control": {name: 3 * tensor for name, tensor in unet.items()},
         "codec": Vae(codec.PARAMS).state_dict(),
         "text": language.Language(fitted).tensors(),
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
         "scorer": scorer.state_dict(),
         "reference": {"mean": torch.zeros(128), "covariance": torch.eye(128)},
+        "yellow": {"lora_unet_x.alpha": torch.tensor(1.0)},
     }
     for name, tensors in parts.items():
         save_file({k: v.contiguous() for k, v in tensors.items()}, work / f"{name}.safetensors")
@@ -295,7 +300,7 @@ def test_exporting_twice_gives_the_same_bytes(work: Path, exported: Path, tmp_pa
 
 
 def test_exported_metadata_is_complete(exported: Path) -> None:
-    for role in ("base", "distilled"):
+    for role in ("base", "distilled", "distilled_unguided"):
         metadata = read_header(exported / f"{role}.safetensors").metadata
         assert PAIR_KEYS.items() <= metadata.items()
     assert "headstart.tokenizer" in read_header(exported / "base.safetensors").metadata

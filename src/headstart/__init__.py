@@ -4,10 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headstart.attached import AdapterReport as AdapterReport
+    from headstart.branches import Branch as Branch
+    from headstart.branches import branch as branch
     from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from headstart.decoders import decoder as decoder
     from headstart.engine import Engine as Engine
     from headstart.engine import Trajectory as Trajectory
-    from headstart.engine import replay as replay
     from headstart.errors import AdapterError as AdapterError
     from headstart.errors import CaptureError as CaptureError
     from headstart.errors import CheckpointError as CheckpointError
@@ -27,10 +30,15 @@ if TYPE_CHECKING:
     from headstart.plan import Update as Update
     from headstart.plan import preset as preset
     from headstart.prediction import Prediction as Prediction
+    from headstart.preview import Preview as Preview
+    from headstart.rerun import replay as replay
     from headstart.sampler import State as State
     from headstart.sampler import sample as sample
     from headstart.schedule import NoiseSchedule as NoiseSchedule
     from headstart.schedule import Spacing as Spacing
+    from headstart.strength import Strength as Strength
+    from headstart.traces import Trace as Trace
+    from headstart.traces import trace as trace
 
 __version__ = "0.1.0"
 
@@ -38,6 +46,8 @@ __version__ = "0.1.0"
 # neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
+    "AdapterReport": "headstart.attached",
+    "Branch": "headstart.branches",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",
@@ -50,20 +60,26 @@ _MODULE_OF = {
     "Philox": "headstart.noise",
     "Plan": "headstart.plan",
     "PlanError": "headstart.errors",
+    "Preview": "headstart.preview",
     "Prediction": "headstart.prediction",
     "Spacing": "headstart.schedule",
     "State": "headstart.sampler",
     "Step": "headstart.plan",
     "StepTable": "headstart.plan",
+    "Strength": "headstart.strength",
+    "Trace": "headstart.traces",
     "Trajectory": "headstart.engine",
     "Update": "headstart.plan",
+    "branch": "headstart.branches",
+    "decoder": "headstart.decoders",
     "inspect_checkpoint": "headstart.checkpoint",
     "load_text": "headstart.load",
     "load_unet": "headstart.load",
     "load_vae": "headstart.load",
     "preset": "headstart.plan",
-    "replay": "headstart.engine",
+    "replay": "headstart.rerun",
     "sample": "headstart.sampler",
+    "trace": "headstart.traces",
 }
 
 

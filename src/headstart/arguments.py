@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from headstart.errors import InputError
-from headstart.request import MODES, PRESETS, PlanSettings
+
+if TYPE_CHECKING:
+    from headstart.request import PlanSettings
+
+OWN_WEIGHTS = (
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
+    *("prediction", "embedded_guidance", "head_dim", "text_head_dim"),
+)
+"""Options that say nothing about the bundled pair."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -45,14 +53,21 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 def uses_bundled(args: argparse.Namespace) -> bool:
     """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
-    own = [
-        name
-        for name in ("base", "distilled", "vae", "text", "tokenizer")
-        if getattr(args, name) is not None
-    ]
+    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
     if own and not {"base", "distilled"} & set(own):
-        raise InputError(f"--{own[0]} alone: give --base and/or --distilled of your own too")
+        option = own[0].replace("_", "-")
+        raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
     return not own
+
+
+def read_predictions(text: str | None) -> str | dict[str, str] | None:
+    """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    if any(not value for _, _, value in pairs):
+        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, or base=v,distilled=eps")
+    return {role: value for role, _, value in pairs}
 
 
 def worded(prompt: str) -> str:
@@ -72,15 +87,45 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def count(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
 def sampling() -> Sequence[Parser]:
     """Parents of a command that loads weights."""
     weights = Parser(add_help=False)
     group = weights.add_argument_group("weights (default: the bundled pair)")
     for name in ("base", "distilled", "vae", "text", "tokenizer", "preview"):
         group.add_argument(f"--{name}", metavar="PATH")
+    group.add_argument(
+        "--distilled-lora", metavar="FILE", help="the distilled model is this LoRA on the base"
+    )
+    add_adapters(weights)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16")
+    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument("--prediction", help="eps, v, x0, or base=v,distilled=eps")
+    group.add_argument(
+        "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
+    )
+    about = "attention head width of a scaled-down "
+    group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
+    group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
     return every(), weights
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """--lora, once for each adapter."""
+    parser.add_argument_group("adapters").add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[@LEGS]]",
+        help="attach it to both models; legs: models and/or the highest timestep, such as "
+        "@distilled or @base+800",
+    )
 
 
 def every() -> Parser:
@@ -96,6 +141,8 @@ def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    from headstart.request import MODES, PRESETS  # loads numpy, which `inspect` does without
+
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")
     group.add_argument("--preset", help=f"which pair: {', '.join(PRESETS)}")

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from headstart.interfaces import Conditioning
 from headstart.noise import Philox
-from headstart.runner import EagerRunner
+from headstart.runner import Runner
 
 
 class Chunked(NamedTuple):
     """A denoiser that gives its network at most `rows` samples at a time."""
 
-    network: EagerRunner
+    network: Runner
     rows: int
 
     @property
@@ -49,7 +49,13 @@ class SharedNoise(NamedTuple):
         return len(self.rows)
 
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.distinct.initial(shape, device)[list(self.rows)]
+        return self._shared(self.distinct.initial(shape, device))
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.distinct.step(index, shape, device)[list(self.rows)]
+        return self._shared(self.distinct.step(index, shape, device))
+
+    def _shared(self, drawn: Tensor) -> Tensor:
+        """One row an image. Not drawn[list]: a list of indices is copied, and waited for."""
+        if len(self.rows) == len(drawn):
+            return drawn
+        return torch.stack([drawn[row] for row in self.rows])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from headstart import keymap
 from headstart.declarations import Said, declared
@@ -14,7 +14,10 @@ from headstart.errors import CheckpointError
 from headstart.families import FAMILIES, Family, recognise
 from headstart.folder import COMPONENTS, json_in, root_of
 from headstart.keymap import PARTS, PartName
-from headstart.tensors import FLOATS, Checkpoint, Part
+from headstart.tensors import FLOATS, NARROW, Checkpoint, Part, unsupported
+
+if TYPE_CHECKING:
+    from headstart.census import Census
 
 Layout = Literal["ldm", "diffusers", "unet", "vae", "text", "tiny", "adapter", "unknown"]
 
@@ -67,6 +70,8 @@ class CheckpointInfo:
     parts       of unet, vae, text, text_2, tiny
     prediction  eps, v or x0; `prediction_declared` False: the family's default, not in the file
     dtype       the dtype most bytes have, in safetensors' names
+    weights     part -> how many numbers it has
+    census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
     notes       what to know before using it: an argument it needs, an unusual input
     """
 
@@ -81,6 +86,8 @@ class CheckpointInfo:
     size_bytes: int
     tensors: int
     parameters: int
+    weights: dict[str, int]
+    census: Census | None = None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
 
@@ -92,14 +99,23 @@ class CheckpointInfo:
         return {**asdict(self), "ok": self.ok}
 
 
-def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
+def inspect_checkpoint(
+    path: str | Path,
+    *,
+    deep: bool = False,
+    on_bytes: Callable[[int, int], object] | None = None,
+) -> CheckpointInfo:
     """Triage from headers alone: no tensor is read, torch is not imported.
+
+    `deep` reads every number too, a few MB at a time: NaN and infinities are problems, tensors of
+    zeros a note; `on_bytes` is told how many bytes of how many are done.
 
     Raises CheckpointError for a file that cannot be read at all (truncated, hostile, a pickle).
     """
     path = Path(path)
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
-    held = {name: Checkpoint.open(path, name) for name in folders or [PARTS[0]]}
+    wanted: list[PartName] = folders or [PARTS[0]]
+    held = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
     first = next(iter(held.values()))
     parts: dict[PartName, Part] = first.parts()
     if folders:  # from inside, both text encoders look alike
@@ -114,6 +130,11 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         family = family_of(path, first)
     except CheckpointError as error:
         problems.append(str(error))
+    notes = [*_notes(layout, family, parts)]
+    census = _census(held, on_bytes) if deep else None
+    if census is not None:
+        problems += _broken(census)
+        notes += _hollow(census)
     shapes = [shape for checkpoint in held.values() for shape in checkpoint.shapes.values()]
     return CheckpointInfo(
         path=str(path),
@@ -127,13 +148,15 @@ def inspect_checkpoint(path: str | Path) -> CheckpointInfo:
         size_bytes=sum(checkpoint.size_bytes for checkpoint in held.values()),
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes),
-        notes=tuple(_notes(layout, family, parts)),
+        weights={n: sum(map(math.prod, part.shapes.values())) for n, part in parts.items()},
+        census=census,
+        notes=tuple(notes),
         problems=tuple(dict.fromkeys(problems)),
     )
 
 
 def _layout(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> Layout:
-    if "adapter" in keymap.split(checkpoint.names):
+    if "adapter" in checkpoint.split():
         return "adapter"
     if any(part.prefixed for part in parts.values()):
         return "ldm"
@@ -148,6 +171,44 @@ def _problems(part: Part) -> Iterator[str]:
         yield f"{part.name}: {len(missing)} tensors are missing: {_some(missing)}"
     if odd := [name for name in part.shapes if part.dtype(name) not in FLOATS]:
         yield f"{part.name}: {len(odd)} tensors are not floating point: {_some(odd)}"
+    for dtype in sorted(NARROW & {part.dtype(name) for name in part.shapes}):
+        held = [name for name in part.shapes if part.dtype(name) == dtype]
+        yield f"{part.name}: {len(held)} tensors are {unsupported(dtype)}"
+    if empty := [name for name, shape in part.shapes.items() if 0 in shape]:
+        yield f"{part.name}: {len(empty)} tensors have no numbers in them: {_some(empty)}"
+
+
+def _census(
+    held: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object] | None
+) -> Census:
+    from headstart.census import Census, take
+
+    census, done = Census(), 0
+    total = sum(checkpoint.size_bytes for checkpoint in held.values())
+
+    def count(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        if on_bytes is not None:
+            on_bytes(done, total)
+
+    for checkpoint in held.values():
+        census |= take(checkpoint, count)
+    return census
+
+
+def _broken(census: Census) -> Iterator[str]:
+    for what, found in (("NaN", census.nan), ("infinity", census.inf)):
+        if found:
+            shown = [f"{name} ({count})" for name, count in found.items()]
+            yield f"{len(found)} tensors hold {what}: {_some(shown)}"
+
+
+def _hollow(census: Census) -> Iterator[str]:
+    if census.zero:
+        yield f"{len(census.zero)} tensors hold nothing but zeros: {_some(census.zero)}"
+    if census.unread:
+        yield f"{len(census.unread)} tensors could not be counted: {_some(census.unread)}"
 
 
 def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]) -> Iterator[str]:
@@ -163,6 +224,8 @@ def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]
         yield f"unet: {family.signature.tensors} tensors; {family.lineage} has {ancestor.tensors}"
     elif not family.exact and family.heads is None and "head_dim" not in family.declared:
         yield "scaled down: its attention head width is not in the file, so load with head_dim="
+    if "time_embedding.cond_proj.weight" in parts["unet"].shapes:
+        yield "unet: takes guidance as an input, as LCM does: a distilled model"
     channels = parts["unet"].shapes["conv_in.weight"][1:2]
     if channels != (4,):
         yield f"unet: {channels} input channels, not (4,): it edits or fills in images"
@@ -171,4 +234,4 @@ def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]
 
 
 def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    return ", ".join(name[:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")

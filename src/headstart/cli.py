@@ -11,17 +11,20 @@ from collections.abc import Sequence
 
 import headstart
 from headstart.arguments import Parser
-from headstart.commands import COMMANDS
+from headstart.commands import NAMES, load
 from headstart.console import drop_output, fail, plain_warnings
 from headstart.errors import HeadstartError
 
 
-def build_parser() -> Parser:
-    """The parser of the whole command line; `run` is the chosen command's function."""
+def build_parser(names: Sequence[str] = NAMES) -> Parser:
+    """The parser of these commands, all by default; `run` is the chosen command's function."""
     parser = Parser(prog="headstart", description=headstart.__doc__)
     parser.add_argument("--version", action="version", version=f"headstart {headstart.__version__}")
-    chosen = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    # With `prog` given, no formatter is made for it, which would import shutil.
+    chosen = parser.add_subparsers(
+        dest="command", required=True, metavar="COMMAND", prog="headstart"
+    )
+    for command in map(load, names):
         about = command.about
         own = chosen.add_parser(
             command.name, parents=command.parents, help=about, description=f"{about}."
@@ -33,7 +36,8 @@ def build_parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    args = build_parser().parse_args(argv)
+    typed = sys.argv[1:] if argv is None else argv
+    args = build_parser([name for name in typed[:1] if name in NAMES] or NAMES).parse_args(typed)
     with plain_warnings():
         try:
             status = args.run(args)

@@ -5,6 +5,7 @@ row = (network passes, seconds for all images, diversity, Vendi, score against t
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from headstart.engine import Engine
-from headstart.errors import CheckpointError
-from headstart.metrics import Extractor, Interval, bootstrap_seeds, pixel_extractor, vendi
+from headstart.errors import CheckpointError, InputError
+from headstart.metrics import Extractor, pixel_extractor, vendi
+from headstart.resample import Interval, bootstrap_seeds
 from headstart.sampler import State
 from headstart.scorer import Scorer, load_scorer
 from headstart.sheet import Row, draw_sheet
@@ -73,6 +75,8 @@ class Comparison:
 
     prompt: str
     seeds: tuple[int, ...]
+    rounds: int
+    """How often each plan ran, in turns; seconds are medians."""
     outcomes: tuple[Outcome, ...]
     extractor: str
     setting: str
@@ -82,6 +86,7 @@ class Comparison:
         return {
             "prompt": self.prompt,
             "seeds": list(self.seeds),
+            "rounds": self.rounds,
             "sheet": sheet,
             "extractor": self.extractor,
             "setting": self.setting,
@@ -110,26 +115,36 @@ def compare(
     judge: Judge,
     *,
     tables: dict[str, StepTable] | None = None,
+    rounds: int = 1,
     on_step: Callable[[State], object] | None = None,
 ) -> Comparison:
-    """Sample `prompt` with the same seeds by each plan.
+    """Sample `prompt` with the same seeds by each plan, in turns, `rounds` times over.
 
-    Seconds are wall time of text, rows and decoding together, for all images, after one run of the
-    hybrid and one guided row that are not counted: the first calls of a network also pay for
-    memory and code that later ones find ready.
+    Seconds are the median over the rounds of the wall time of text, rows and decoding together, for
+    all images, after one run of the hybrid and one guided row that are not counted: the first calls
+    of a network also pay for memory and code that later ones find ready. The images are those of
+    the last round. Raises InputError for fewer than one round.
     """
+    if rounds < 1:
+        raise InputError(f"rounds: expected at least 1, got {rounds}")
     tables = tables or compare_tables(engine)
     _warm_up(engine, prompt, seeds, tables)
-    outcomes: list[Outcome] = []
-    for name, table in tables.items():
-        start = time.perf_counter()
-        trajectory = engine.sample(prompt, plan=table, seeds=seeds, on_step=on_step)
-        rgb = trajectory.rgb.cpu().numpy()
-        seconds = time.perf_counter() - start
-        outcomes.append(_judged(name, table.passes(), seconds, rgb, prompt, judge))
+    images: dict[str, NDArray[np.uint8]] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in tables}
+    for _ in range(rounds):
+        for name, table in tables.items():
+            start = time.perf_counter()
+            trajectory = engine.sample(prompt, plan=table, seeds=seeds, on_step=on_step)
+            images[name] = trajectory.rgb.cpu().numpy()
+            seconds[name].append(time.perf_counter() - start)
+    outcomes = [
+        _judged(name, table.passes(), statistics.median(seconds[name]), images[name], prompt, judge)
+        for name, table in tables.items()
+    ]
     return Comparison(
         prompt=prompt,
         seeds=tuple(seeds),
+        rounds=rounds,
         outcomes=tuple(outcomes),
         extractor=judge.extractor.name,
         setting=_setting(engine),
@@ -177,9 +192,13 @@ def footer_of(comparison: Comparison) -> str:
     """What the numbers mean and where they were taken."""
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of all "
-        f"{len(comparison.seeds)} images · diversity: mean pairwise cosine distance of "
-        f"{comparison.extractor} features · {comparison.setting}"
+        f"{len(comparison.seeds)} images{_medians(comparison.rounds)} · diversity: mean pairwise "
+        f"cosine distance of {comparison.extractor} features · {comparison.setting}"
     )
+
+
+def _medians(rounds: int) -> str:
+    return f", median of {rounds} interleaved runs" if rounds > 1 else ""
 
 
 def _warm_up(

@@ -17,12 +17,19 @@ BAR_AFTER_S = 1.0
 
 
 @contextmanager
-def progress(total: int | None, what: str) -> Generator[tqdm[NoReturn]]:
+def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[NoReturn]]:
     from tqdm import tqdm
 
     form = "{desc} {elapsed}" if total is None else None
     with tqdm(
-        total=total, desc=what, delay=BAR_AFTER_S, disable=None, leave=False, bar_format=form
+        total=total,
+        desc=what,
+        delay=BAR_AFTER_S,
+        disable=None,
+        leave=False,
+        bar_format=form,
+        unit=unit,
+        unit_scale=unit == "B",
     ) as bar:
         yield bar
 
@@ -38,6 +45,11 @@ def plain_warnings() -> Generator[None]:
 
 def _warn(message: Warning | str, *_: object) -> None:
     print(f"headstart: warning: {message}", file=sys.stderr)
+
+
+def note(message: str) -> None:
+    """Print what was decided for the user, who can decide otherwise."""
+    print(f"headstart: note: {message}", file=sys.stderr)
 
 
 def drop_output() -> None:

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypeVar, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar, cast
 
 from headstart.errors import CheckpointError, PlanError
 from headstart.families import Family
+from headstart.later import Later
 from headstart.prediction import Prediction
 from headstart.schedule import FloatArray, NoiseSchedule
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Later("numpy")
 
 Json = Mapping[str, object]
 T = TypeVar("T")

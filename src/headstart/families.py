@@ -145,6 +145,13 @@ _BY_SIGNATURE = {family.signature: family for family in FAMILIES.values()}
 _GUIDANCE = "time_embedding.cond_proj.weight"
 TEXT_WIDTHS = {768: "sd15", 1024: "sd21"}
 """Width of a lone text encoder -> family. SDXL's needs both of its encoders, so it is not here."""
+CONTEXT_WIDTHS = {family.signature.context_dim: family.lineage for family in FAMILIES.values()}
+"""Width of the text that cross-attention reads -> lineage."""
+
+
+def latent_space(lineage: str) -> str:
+    """The lineage that first used these latents: SD2's autoencoder is a finer SD1 decoder."""
+    return "sd15" if lineage == "sd21" else lineage
 
 
 def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Family | None:

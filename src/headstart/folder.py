@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import cast
 
 from headstart.errors import CheckpointError
-from headstart.header import CONVERT, read_header, read_json
+from headstart.foreign import PICKLE_SUFFIXES, convert_hint
+from headstart.header import read_header, read_json
 from headstart.keymap import PartName
 
 # Folder of a component in a diffusers model, and the classes its config.json may name.
@@ -27,7 +28,6 @@ _CLASSES: dict[PartName, tuple[str, ...]] = {
     "tiny": ("AutoencoderTiny",),
 }
 _STEMS = ("diffusion_pytorch_model", "model")
-_PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
 def weights_in(folder: Path, half: bool) -> tuple[Path, ...]:
@@ -44,9 +44,10 @@ def weights_in(folder: Path, half: bool) -> tuple[Path, ...]:
     if files:
         names = ", ".join(file.name for file in files[:8])
         raise CheckpointError(f"{folder} holds several weight files ({names}): name one of them")
-    pickles = sorted(p.name for p in folder.glob("*") if p.suffix in _PICKLES)
+    pickles = sorted(p for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
     if pickles:
-        raise CheckpointError(f"{folder} holds only pickles ({', '.join(pickles[:4])}): {CONVERT}")
+        names = ", ".join(p.name for p in pickles[:4])
+        raise CheckpointError(f"{folder} holds only pickles ({names}): {convert_hint(pickles[0])}")
     raise CheckpointError(f"{folder} holds no safetensors file: give a model's folder or its file")
 
 

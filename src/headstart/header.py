@@ -13,25 +13,24 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
 from headstart.errors import CheckpointError
+from headstart.foreign import SNIFFED_BYTES, foreign
 
 MAX_JSON_BYTES = 16 * 2**20  # SDXL's header is 0.35 MB; the parsed form can be 20 times larger
+MAX_JSON_PARTS = 2**20
+"""How many of `,:[{` a JSON text may hold: SDXL's header has 36 000, and 10^6 take a second."""
 MAX_RANK = 8
 MAX_DIM = 2**40
+MAX_NAME = 1024  # the longest name of a known checkpoint or adapter has 130 characters
 
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
 }  # fmt: skip
+"""Every dtype of the safetensors format; `headstart.tensors` says which are computed with."""
 
-CONVERT = "run `headstart convert IN OUT.safetensors` on it first"
-
-_FOREIGN = (
-    (b"PK\x03\x04", f"a zip archive, which is what torch.save writes (a pickle); {CONVERT}"),
-    (b"GGUF", "a GGUF file; give a safetensors file"),
-    (b"version https://git-lfs", "a Git LFS pointer; fetch the file itself with `git lfs pull`"),
-    (b"<!DOCTYPE", "a web page; the download went wrong, fetch the file again"),
-    (b"<html", "a web page; the download went wrong, fetch the file again"),
-)
+DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 
 
 class Entry(NamedTuple):
@@ -60,7 +59,7 @@ def read_header(path: Path) -> Header:
     with open_regular(path) as file:
         size = file.seek(0, 2)
         file.seek(0)
-        head = file.read(min(size, 32))
+        head = file.read(SNIFFED_BYTES)
         length = _header_length(path, head, size)
         file.seek(8)
         text = file.read(length)
@@ -89,8 +88,13 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
+    # Counting is some hundred times faster than parsing what there is too much of.
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
+        _bad(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
+    # UTF-8 holds no lone surrogate, so one can only be written as an escape.
+    hook = _unique_plain if b"\\u" in text else _unique
     try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=refuse)
+        value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         _bad(path, f"the JSON cannot be read: {reason[:200]}", error)
@@ -103,8 +107,9 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file; folders, pipes and devices (which could block) are refused."""
     try:
         if not path.is_file():
-            what = "is not a regular file" if path.exists() else "does not exist"
-            raise CheckpointError(f"{path} {what}: give the path of a checkpoint file or folder")
+            raise CheckpointError(
+                f"{path} {_what_else(path)}: give the path of a checkpoint file or folder"
+            )
         return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -112,17 +117,22 @@ def open_regular(path: Path) -> BufferedReader:
         raise CheckpointError(f"{str(path)!r} cannot be opened: {error}") from error
 
 
+def _what_else(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder"
+    if path.exists():
+        return "is not a regular file"
+    return "is a symbolic link that leads nowhere" if path.is_symlink() else "does not exist"
+
+
 def _header_length(path: Path, head: bytes, size: int) -> int:
-    for magic, what in _FOREIGN:
-        if head.startswith(magic):
-            _bad(path, f"expected safetensors, got {what}")
+    if what := foreign(path, head):
+        _bad(path, f"expected safetensors, got {what}")
     if size < 10:
         _bad(path, f"expected at least 10 bytes of safetensors, got {size}; fetch the file again")
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length <= min(size - 8, MAX_JSON_BYTES):
         return length
-    if head[0] == 0x80 and head[1] <= 5:
-        _bad(path, f"expected safetensors, got a Python pickle; {CONVERT}")
     if head[8:9] != b"{":
         _bad(path, f"expected safetensors (a JSON header at byte 8), got {head[:16]!r}")
     if length > size - 8:
@@ -136,6 +146,11 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
         raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return table
+
+
+def _unique_plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = _unique(pairs)
     for key, value in pairs:
         key.encode()  # raises UnicodeEncodeError, a ValueError, on a lone surrogate
         if isinstance(value, str):
@@ -154,6 +169,9 @@ def _metadata(path: Path, value: object) -> dict[str, str]:
 
 
 def _entry(path: Path, name: str, value: object, data: int) -> Entry:
+    if len(name) > MAX_NAME or not name.isprintable():
+        what = f"{len(name)} characters" if len(name) > MAX_NAME else "a control character"
+        _bad(path, f"tensor {name[:80]!r}: a name with {what}; expected at most {MAX_NAME}, plain")
     if not isinstance(value, dict):
         _bad(path, f"tensor {name[:80]!r}: expected an object, got {type(value).__name__}")
     fields = cast(dict[str, object], value)
@@ -161,30 +179,30 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
         found = sorted(fields)
         _bad(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
     dtype = fields["dtype"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        _bad(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; one of {[*DTYPE_BYTES]}")
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        known = ", ".join(DTYPE_BITS)
+        _bad(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {known}")
     shape = _integers(path, name, "shape", fields["shape"], MAX_RANK)
     offsets = _integers(path, name, "data_offsets", fields["data_offsets"], 2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
         _bad(path, f"tensor {name[:80]!r}: data_offsets {offsets} is not [begin, end]")
-    size = math.prod(shape) * DTYPE_BYTES[dtype]
-    if size != offsets[1] - offsets[0]:
-        got = offsets[1] - offsets[0]
-        _bad(
-            path, f"tensor {name[:80]!r}: {dtype} {shape} needs {size} bytes, the file gives {got}"
-        )
+    bits, got = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if bits != 8 * got:
+        need = f"{dtype} {shape} needs {bits / 8:.16g} bytes"
+        _bad(path, f"tensor {name[:80]!r}: {need}, the file gives {got}")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1])
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
     items = cast(list[object], value) if _is_list(value) else [None]
     # `type is int`: JSON true is a Python int too
-    if len(items) > most or not all(type(item) is int for item in items):
-        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected <= {most} integers")
-    numbers = cast(list[int], items)
-    if not all(0 <= number <= MAX_DIM for number in numbers):
-        _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: expected integers in 0 .. 2^40")
-    return tuple(numbers)
+    for item in items if len(items) <= most else [None]:
+        if type(item) is not int or not 0 <= item <= MAX_DIM:
+            break
+    else:
+        return tuple(cast(list[int], items))
+    what = f"expected at most {most} integers in 0 .. 2^40"
+    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
 
 
 def _is_list(value: object) -> bool:
@@ -202,7 +220,12 @@ def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -
             _bad(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
         end = entry.end
     if end > size:
-        _bad(path, f"truncated: the tensors end at byte {end}, the file at {size}; fetch it again")
+        cut = min((entry.begin, name) for name, entry in entries.items() if entry.end > size)[1]
+        _bad(
+            path,
+            f"truncated: the file ends at byte {size} of {end}, and {cut[:80]!r} is the first "
+            "tensor that is cut; fetch the file again",
+        )
     if end < size:
         _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
 

@@ -20,12 +20,14 @@ class Conditioning:
     pooled              [B, P]     pooled text (SDXL), or None
     time_ids            [B, 6]     original size, crop, target size in pixels (SDXL), or None
     guidance_embedding  [B, E]     embedded guidance (LCM-distilled networks), or None
+    strengths           [B, A]     float32, of the adapters attached to the network, or None
     """
 
     context: Tensor
     pooled: Tensor | None = None
     time_ids: Tensor | None = None
     guidance_embedding: Tensor | None = None
+    strengths: Tensor | None = None
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -35,10 +37,15 @@ class Conditioning:
         return self._map(lambda tensor: tensor[index])
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every tensor; `time_ids` keep their dtype: they are numbers, not features."""
+        """Move every tensor; `time_ids` and `strengths` keep their dtype: they are numbers, not
+        features."""
         moved = self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-        ids = self.time_ids
-        return moved if ids is None else replace(moved, time_ids=ids.to(device=device))
+        numbers = {
+            name: tensor.to(device=device)
+            for name, tensor in (("time_ids", self.time_ids), ("strengths", self.strengths))
+            if tensor is not None
+        }
+        return replace(moved, **numbers) if numbers else moved
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single conditioning for `batch` samples; a full batch is returned as it is."""
@@ -69,7 +76,7 @@ class Conditioning:
         return Conditioning(context, **stacked)
 
     def _map(self, change: _TensorMap) -> Conditioning:
-        optional = (self.pooled, self.time_ids, self.guidance_embedding)
+        optional = (self.pooled, self.time_ids, self.guidance_embedding, self.strengths)
         return Conditioning(
             change(self.context), *(t if t is None else change(t) for t in optional)
         )

@@ -44,7 +44,9 @@ MARKERS = (
     ("vae", re.compile(r"(encoder|decoder)\.(conv_in\.weight|mid_block\..*|mid\..*)")),
     ("tiny", re.compile(r"((encoder|decoder)\.layers\.)?[0-9]+\.(weight|conv\.0\.weight)")),
     ("text", re.compile(r"((text_model\.)?embeddings\.)?token_embedding\.weight")),
-    ("adapter", re.compile(r".*(lora|hada_|lokr_|dora_scale).*|unet:[0-9]+:(up|down)")),
+    ("adapter", re.compile(
+        r".*(lora|hada_|lokr_|dora_scale|_custom_diffusion).*|.*\.diff(_b)?|unet:[0-9]+:(up|down)"
+    )),
 )  # fmt: skip
 
 # Buffers of training and of older releases: rebuilt, or never read, by every loader.

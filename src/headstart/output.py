@@ -38,15 +38,38 @@ def check_folder(folder: Path, *, size_bytes: int) -> None:
     _probe(existing, size_bytes)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write `path` whole, or leave what was there before; InputError on a full or failing disk."""
+def write_file(path: Path, data: bytes, *, writer: str | None = None) -> None:
+    """Write `path` whole, or leave what was there before; InputError on a full or failing disk.
+
+    `writer` names whoever alone writes here, instead of the process: what an earlier one of that
+    name left aside when it was killed is overwritten.
+    """
     with _reported(path):
-        partial = _write_aside(path.resolve(), data)
+        partial = _write_aside(path.resolve(), data, writer)
         try:
             partial.replace(path.resolve())
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+@contextmanager
+def writing(path: Path) -> Generator[Path]:
+    """A name beside `path` for a new file, which becomes `path` if the block succeeds.
+
+    For files too large to hold: whoever writes opens the name and creates it. InputError on a full
+    or failing disk; whatever happens, no part of a file is left.
+    """
+    target = path.resolve()
+    partial = _aside(target)
+    with _reported(path):
+        try:
+            yield partial
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
+            partial.replace(target)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
@@ -68,10 +91,10 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             raise
 
 
-def _write_aside(path: Path, data: bytes) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+def _write_aside(path: Path, data: bytes, writer: str | None = None) -> Path:
+    partial = _aside(path, writer)
     try:
-        with partial.open("xb") as file:
+        with partial.open("wb" if writer else "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -79,6 +102,10 @@ def _write_aside(path: Path, data: bytes) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return partial
+
+
+def _aside(path: Path, writer: str | None = None) -> Path:
+    return path.with_name(f".{path.name}.{writer or os.getpid()}.partial")
 
 
 @contextmanager

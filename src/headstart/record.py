@@ -9,7 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,8 @@ from headstart.errors import InputError
 from headstart.table import StepTable
 
 FORMAT = "headstart.record/1"
+ADAPTER = "adapter:"
+"""What the role of an adapter's file starts with; its name follows."""
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
 WeightFiles = Mapping[str, Files]
@@ -41,6 +43,8 @@ class Recorded:
     weights: Mapping[str, Mapping[str, str]]
     machine: Mapping[str, object]
     results: Mapping[str, list[str]]
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Name -> models, names that were allowed, strength; their files are among the weights."""
 
 
 def weigh(files: WeightFiles) -> Json:
@@ -84,6 +88,7 @@ def describe(run: Recorded) -> Json:
         "table": json.loads(run.table.to_json()),
         "weights": {role: dict(file) for role, file in run.weights.items()},
         "machine": dict(run.machine),
+        "adapters": {name: dict(told) for name, told in run.adapters.items()},
         "results": {name: list(values) for name, values in run.results.items()},
     }
 
@@ -104,6 +109,7 @@ def parse(record: Mapping[str, Any]) -> Recorded:
             weights={role: dict(file) for role, file in record["weights"].items()},
             machine=dict(record["machine"]),
             results={name: list(map(str, v)) for name, v in record["results"].items()},
+            adapters={name: dict(told) for name, told in record.get("adapters", {}).items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
@@ -127,7 +133,13 @@ def read_record(path: Path) -> Json:
 
 
 def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> None:
-    """Raise InputError unless every file the record names has the recorded bytes."""
+    """Raise InputError unless every file the record names has the recorded bytes, and no adapter is
+    attached besides."""
+    extra = sorted(
+        role for role in now if role.startswith(ADAPTER) and role not in recorded.weights
+    )
+    if extra:
+        raise InputError(f"the record was made without {', '.join(extra)}: detach it")
     for role, file in recorded.weights.items():
         here = now.get(role)
         if here is None or here["sha256"] != file["sha256"]:

@@ -12,6 +12,7 @@ from typing import SupportsIndex, TypedDict, get_args
 
 from headstart.errors import InputError, PlanError
 from headstart.plan import Mode, Plan, preset
+from headstart.table import StepTable
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 PRESETS = ("demo", "dmd2", "lcm", "lightning", "turbo")
@@ -75,13 +76,17 @@ def _mode(name: str) -> Mode:
 
 
 def pair_up(
-    prompts: str | Sequence[str], seeds: SupportsIndex | Sequence[SupportsIndex]
+    prompts: str | Sequence[str],
+    seeds: SupportsIndex | Sequence[SupportsIndex],
+    *,
+    distinct: bool = True,
 ) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """One prompt and one seed an image.
 
     One prompt with S seeds is S images, P prompts with one seed are P images that share it, and P
     prompts with P seeds are pairs. An empty prompt is a legitimate one: sampling without text.
-    Raises InputError for other counts, for a seed outside [0, 2^64), and for a pair given twice.
+    Raises InputError for other counts, for a seed outside [0, 2^64), and, where nothing else tells
+    images apart, for a pair given twice.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     numbers = [*seeds] if isinstance(seeds, Sequence) else [seeds]
@@ -94,7 +99,8 @@ def pair_up(
         )
     count = max(len(texts), len(whole))
     texts, whole = texts * (count // len(texts)), whole * (count // len(whole))
-    _check_distinct(texts, whole)
+    if distinct:
+        _check_distinct(texts, whole)
     return tuple(texts), tuple(whole)
 
 
@@ -133,6 +139,36 @@ def check_size(size: int | tuple[int, int] | None, default: int, multiple: int) 
             f"the nearest is {near[0]}x{near[1]}, this model's own is {default}x{default}"
         )
     return height, width
+
+
+def check_table(table: StepTable, schedule: str) -> None:
+    """Raise PlanError unless an engine of this noise schedule can run the whole `table`."""
+    if table.schedule != schedule:
+        raise PlanError(
+            f"the table was compiled for noise schedule {table.schedule!r}, these weights have "
+            f"{schedule!r}: compile its plan with engine.compile(plan)"
+        )
+    if table.first or table[-1].sigma_next:
+        raise PlanError(
+            "an engine runs whole tables, from the first row down to sigma 0; run a part with "
+            "headstart.sample"
+        )
+
+
+def check_resume(
+    row: int, table: StepTable, shapes: Sequence[Sequence[int]], expected: Sequence[int]
+) -> None:
+    """Raise InputError unless the State of `row`, with x and x0 of `shapes`, goes on in `table`."""
+    if not 0 <= row < len(table) - 1:
+        raise InputError(
+            f"resume is a State of row {row}: expected one of row 0 to {len(table) - 2} of plan "
+            f"{table.name!r}, so that a row is left to run"
+        )
+    if any(list(shape) != list(expected) for shape in shapes):
+        raise InputError(
+            f"resume: expected x and x0 {list(expected)} for these prompts, seeds and size, got "
+            f"{' and '.join(map(str, shapes))}: a State goes with its own batch"
+        )
 
 
 def _check_prompts(prompts: Sequence[object]) -> None:

@@ -1,17 +1,34 @@
-"""How a network is run: F = network(x_in, timestep, cond), counted and timed."""
+"""How a network is run: F = network(x_in, timestep, cond), as Python, compiled, or as one graph.
+
+All of them give the same numbers: "replay" and "graph" the same bits as "eager", "compiled" the
+same up to rounding, because a compiler fuses and contracts operations.
+"""
 
 from __future__ import annotations
 
 import time
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from headstart.capture import Site
 from headstart.errors import CaptureError, InputError
+from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning, Denoiser
+from headstart.residency import compute_dtype
+from headstart_kernels.emulation.host import Host
 
-RunnerName = Literal["auto", "eager", "compiled", "graph"]
+RunnerName = Literal["auto", "eager", "compiled", "graph", "replay"]
+
+COMPILE_POLICY: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "default"}
+"""How torch.compile is used, here and nowhere else.
+
+fullgraph  a break in the graph, or more shapes than dynamo keeps, is an error and not a slow run
+dynamic    each batch and size is compiled for itself: kernels know their shapes
+mode       without the CUDA graphs of inductor: `GraphRunner` captures what is compiled
+cache      inductor's own, on disk, keyed by the source and the machine
+"""
 
 
 class Choice(NamedTuple):
@@ -21,29 +38,63 @@ class Choice(NamedTuple):
     why: str
 
 
-def choose_runner(name: RunnerName = "auto") -> Choice:
-    """Resolve `runner=`; "auto" takes the fastest that exists.
+def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu") -> Choice:
+    """Resolve `runner=` for a device.
 
-    Raises CaptureError for one that this version does not have, InputError for an unknown name.
+    "auto"      "graph" on a CUDA device, "eager" elsewhere
+    "eager"     Python calls the network's operators
+    "compiled"  torch.compile of the network, once a shape
+    "graph"     a CUDA graph of the network, once a shape
+    "replay"    the network's operators recorded once a shape and replayed, on a CPU
+
+    Raises CaptureError for one that the device cannot have, InputError for an unknown name.
     """
+    kind = torch.device(device).type
+    if name not in get_args(RunnerName):
+        raise InputError(f"runner: expected one of {get_args(RunnerName)}, got {name!r}")
+    if name == "auto" and kind == "cuda":
+        return Choice("graph", "one launch a network pass, in place of thousands, on a CUDA device")
     if name == "auto":
-        return Choice("eager", "eager is the only runner of this version")
-    if name == "eager":
-        return Choice("eager", "asked for")
-    if name in get_args(RunnerName):
+        return Choice("eager", f"on {kind} a network needs no warm-up and no memory held this way")
+    needs = {"graph": "cuda", "replay": "cpu"}.get(name, kind)
+    if needs != kind:
         raise CaptureError(
-            f"runner {name!r} does not exist in this version, which runs networks eagerly: use "
-            "runner='eager', or 'auto' to take the best there is"
+            f"runner {name!r} exists on {needs} alone, and the device is {kind}: use "
+            f"{'graph' if kind == 'cuda' else 'eager'!r}, or 'auto' to take the best there is"
         )
-    raise InputError(f"runner: expected one of {get_args(RunnerName)}, got {name!r}")
+    return Choice(name, "asked for")
+
+
+class Runner(Protocol):
+    """A denoiser that says which dtype its network takes."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor: ...
+
+
+def open_runner(name: RunnerName, network: Denoiser) -> Runner:
+    """The runner that `choose_runner` named. What is warm of a network is shared by its runners."""
+    if name == "compiled":
+        return CompiledRunner(network)
+    if name == "graph":
+        return GraphRunner(network)
+    if name == "replay":
+        return GraphRunner(network, _HOST)
+    return EagerRunner(network)
+
+
+_HOST = Site(torch.device("cpu"), Host(), warmups=0)
+"""Where replays live; on a CPU a first run chooses nothing, so there is no warm-up."""
 
 
 class EagerRunner:
     """A denoiser that calls a network as it is, in the dtype and memory format it wants.
 
     network        any (x_in, timestep, cond) -> F
-    dtype          of x_in and of the conditioning; by default that of the network's first float
-                   parameter, else float32
+    dtype          of x_in and of the conditioning; by default what the network computes in
+                   (`headstart.residency.compute_dtype`)
     memory_format  of x_in, such as torch.channels_last; by default as it comes
 
     `calls` counts calls, `rows` the samples in them (a guided call has two for each image), and
@@ -59,7 +110,7 @@ class EagerRunner:
         memory_format: torch.memory_format = torch.preserve_format,
     ) -> None:
         self.network = network
-        self.dtype = dtype or _dtype_of(network)
+        self.dtype = dtype or compute_dtype(network)
         self.memory_format = memory_format
         self.reset()
 
@@ -102,7 +153,39 @@ class EagerRunner:
         return f
 
 
-def _dtype_of(network: Denoiser) -> torch.dtype:
-    parameters = network.parameters() if isinstance(network, nn.Module) else ()
-    floats = (tensor.dtype for tensor in parameters if tensor.is_floating_point())
-    return next(floats, torch.float32)
+class CompiledRunner(EagerRunner):
+    """A denoiser that calls its network compiled by `COMPILE_POLICY`.
+
+    The first call of a shape compiles it, which takes seconds to minutes. What is compiled belongs
+    to the network's code and weights, not to this object: another runner of the same network finds
+    it again. `backend` is that of torch.compile. Raises CaptureError where the network cannot be
+    compiled whole.
+    """
+
+    def __init__(
+        self,
+        network: Denoiser,
+        *,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+        backend: str = "inductor",
+    ) -> None:
+        compiled: Any = torch.compile(network, backend=backend, **COMPILE_POLICY)  # pyright: ignore
+        super().__init__(
+            compiled,
+            dtype=dtype or compute_dtype(network),
+            memory_format=memory_format,
+        )
+
+    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        try:
+            return super().__call__(x_in, timestep, cond)
+        except RuntimeError as error:
+            from torch._dynamo.exc import TorchDynamoException  # loading it takes a second
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            raise CaptureError(
+                f"the network could not be compiled for x_in {list(x_in.shape)}: "
+                f"{str(error).splitlines()[0]}; use runner='eager', or 'auto'"
+            ) from error

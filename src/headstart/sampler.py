@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -45,6 +45,7 @@ def sample(
     resume: State | None = None,
     shape: Sequence[int] | None = None,
     before_row: Callable[[Step], None] | None = None,
+    strengths: Tensor | None = None,
     check: Check = "auto",
 ) -> Iterator[State]:
     """Run a table, one State a row; to stop iterating is to cancel, and leaves nothing behind.
@@ -59,8 +60,10 @@ def sample(
     resume      a State of this plan: goes on with the next row, to the same bits as the run that
                 made it, on any part of the table. State(first - 1, x, x) starts from a latent
     shape       [C, h, w] of one latent; not needed with `resume` or with `Given` noise
-    before_row  called with each row before its network: for progress, and to set the strengths of
-                the row's adapters, which the sampler cannot
+    before_row  called with each row before its network: for progress, or to set the strengths of
+                adapters that another engine holds
+    strengths   [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`,
+                of the A adapters that the networks have (`Engine.adapters.strengths`)
     check       a NaN or an infinity in x0 raises InputError naming step, model and samples: after
                 "each" row, after the "last" row (naming the first bad one), or "never". "auto" is
                 "each" on a CPU and "last" elsewhere, where each look would wait for the device
@@ -69,14 +72,15 @@ def sample(
     nothing, so runs may be interleaved. To steer, resume from a changed State.
     """
     steps = _rows_left(table, resume)
-    _check_models(steps, denoisers, before_row)
+    _check_models(steps, denoisers, before_row is None and strengths is None)
     device, batch = cond.context.device, len(noise)
     cond = cond.expand(batch)
+    strengths = _checked_strengths(strengths, table, batch, device)
     pair = _guided_pair(steps, cond, uncond)
     latent = _latent_shape(shape, noise, resume)
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
-    run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row)
+    run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row, strengths)
     return _loop(run, resume, _Watch(check, device))
 
 
@@ -90,6 +94,16 @@ class _Run:
     latent: tuple[int, ...]
     device: torch.device
     before_row: Callable[[Step], None] | None
+    strengths: Tensor | None
+
+    def told(self, row: int, guided: bool) -> Conditioning:
+        """What the network of a row is told: B samples, or 2B in the order (uncond, cond)."""
+        cond = self.pair if guided else self.cond
+        assert cond is not None
+        if self.strengths is None:
+            return cond
+        own = self.strengths[row]
+        return replace(cond, strengths=torch.cat((own, own)) if guided else own)
 
 
 def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
@@ -103,7 +117,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         if run.before_row is not None:
             run.before_row(step)
         with torch.no_grad():
-            f, f_uncond = _predict(run, step, scale_input(x, rows, row, _dtype(run, step)))
+            f, f_uncond = _predict(run, row, scale_input(x, rows, row, _dtype(run, step)))
             n = run.noise.step(number, run.latent, run.device) if step.add else None
             x, x0 = fused_step(x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0)
         watch.look(number, step.model, x0, last=row == len(table) - 1)
@@ -111,12 +125,13 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         yield state
 
 
-def _predict(run: _Run, step: Step, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
-    denoiser, batch = run.denoisers[step.model], len(x_in)
-    if step.guidance == 1.0:
-        return denoiser(x_in, _timestep(step, batch, run.device), run.cond), None
-    assert run.pair is not None
-    both = denoiser(torch.cat((x_in, x_in)), _timestep(step, 2 * batch, run.device), run.pair)
+def _predict(run: _Run, row: int, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
+    step, batch = run.table[row], len(x_in)
+    denoiser, guided = run.denoisers[step.model], step.guidance != 1.0
+    told = run.told(row, guided)
+    if not guided:
+        return denoiser(x_in, _timestep(step, batch, run.device), told), None
+    both = denoiser(torch.cat((x_in, x_in)), _timestep(step, 2 * batch, run.device), told)
     f_uncond, f_cond = both.split_with_sizes([batch, batch])
     return f_cond, f_uncond
 
@@ -151,11 +166,12 @@ class _Watch:
         self.seen.append((number, model, x0.abs().amax((1, 2, 3))))
         if self.check == "each" or last:
             for seen in self.seen:
-                _require_finite(*seen)
+                require_finite(*seen)
             self.seen.clear()
 
 
-def _require_finite(number: int, model: str, peak: Tensor) -> None:
+def require_finite(number: int, model: str, peak: Tensor) -> None:
+    """Raise InputError where a row's largest |x0|, one a sample, is not finite. Waits for it."""
     bad = [sample for sample, value in enumerate(peak.unbind()) if not math.isfinite(value)]
     if bad:
         raise InputError(
@@ -184,7 +200,7 @@ def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
 def _check_models(
     steps: Sequence[Step],
     denoisers: Mapping[str, Denoiser],
-    before_row: Callable[[Step], None] | None,
+    unsteered: bool,
 ) -> None:
     unknown = sorted({step.model for step in steps} - set(denoisers))
     if unknown:
@@ -193,11 +209,26 @@ def _check_models(
             "missing network, or give the plan's legs the names it has"
         )
     adapters = sorted({name for step in steps for name, _ in step.adapters})
-    if adapters and before_row is None:
+    if adapters and unsteered:
         raise InputError(
             f"rows of this plan set adapter(s) {adapters}: sample through an Engine that has them "
-            "attached, or give before_row=, which sets the strengths of `step.adapters`"
+            "attached, or give strengths=, or before_row=, which sets those of `step.adapters`"
         )
+
+
+def _checked_strengths(
+    strengths: Tensor | None, table: StepTable, batch: int, device: torch.device
+) -> Tensor | None:
+    if strengths is None:
+        return None
+    if strengths.ndim != 3 or tuple(strengths.shape[:2]) != (len(table), batch):
+        raise InputError(
+            f"strengths: expected [{len(table)} rows, {batch} samples, adapters], got "
+            f"{list(strengths.shape)}"
+        )
+    if not bool(torch.isfinite(strengths).all()):
+        raise InputError("strengths: expected finite numbers, got NaN or infinity")
+    return strengths.to(device=device, dtype=torch.float32)
 
 
 def _guided_pair(
@@ -212,7 +243,10 @@ def _guided_pair(
             f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
             "guidance 1.0 needs none"
         )
-    return Conditioning.cat((uncond.expand(len(cond)), cond))
+    uncond = uncond.expand(len(cond))
+    if cond.strengths is not None and uncond.strengths is None:
+        uncond = replace(uncond, strengths=cond.strengths)
+    return Conditioning.cat((uncond, cond))
 
 
 def _latent_shape(

@@ -6,20 +6,24 @@ sqrt(a) that is x0 + sigma*eps, the state this package keeps.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, Literal, NoReturn, overload
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 from headstart.errors import PlanError
+from headstart.later import Later
 
-FloatArray = npt.NDArray[np.float64]
-Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    FloatArray = npt.NDArray[np.float64]
+    Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
+else:
+    np, FloatArray, Floats = Later("numpy"), Any, Any
+
 Interpolation = Literal["linear", "log"]
 
 TRAIN_STEPS = 1000
@@ -128,6 +132,20 @@ class NoiseSchedule:
         cls, steps: int = TRAIN_STEPS, beta_start: float = 0.00085, beta_end: float = 0.012
     ) -> NoiseSchedule:
         """Betas linear in their square root: Stable Diffusion 1, 2, XL (arXiv:2112.10752)."""
+        if (steps, beta_start, beta_end) == (TRAIN_STEPS, 0.00085, 0.012):
+            return object.__new__(cls)  # every family has it; see __getattr__
+        return cls._scaled_linear(steps, beta_start, beta_end)
+
+    def __getattr__(self, name: str) -> FloatArray:
+        """The numbers of the default schedule, made when they are first asked for."""
+        if name != "alphas_cumprod":
+            raise AttributeError(f"a NoiseSchedule has no {name!r}")
+        made = self._scaled_linear(TRAIN_STEPS, 0.00085, 0.012)
+        object.__setattr__(self, name, made.alphas_cumprod)
+        return made.alphas_cumprod
+
+    @classmethod
+    def _scaled_linear(cls, steps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
         if not (0 < beta_start < 1 and 0 < beta_end < 1):
             raise PlanError(f"betas must be inside (0, 1), not {beta_start!r} .. {beta_end!r}")
         root = np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps)
@@ -244,6 +262,8 @@ class NoiseSchedule:
 
     def fingerprint(self) -> str:
         """16 hex digits of SHA-256 over the little-endian float64 alphas_cumprod."""
+        import hashlib
+
         return hashlib.sha256(self.alphas_cumprod.astype("<f8").tobytes()).hexdigest()[:16]
 
     def __len__(self) -> int:

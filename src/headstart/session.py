@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import uses_bundled
-from headstart.console import progress
+import headstart_weights
+from headstart.arguments import read_predictions, uses_bundled
+from headstart.console import note, progress
+from headstart.errors import CheckpointError
 from headstart.output import write_folder
+from headstart.strength import parse_adapter
 
 if TYPE_CHECKING:
     from headstart.engine import Engine
@@ -17,23 +20,51 @@ if TYPE_CHECKING:
 
 
 def open_engine(args: argparse.Namespace) -> Engine:
-    """The bundled pair, or the files that the options of `arguments.sampling` name."""
+    """The bundled pair, or the files that the options of `arguments.sampling` name; with its
+    adapters attached."""
+    wanted = [parse_adapter(text) for text in args.lora]
     with progress(None, "loading weights"):
-        from headstart.engine import Engine
+        engine = _load(args)
+        for path, strength in wanted:
+            engine.attach(adapter_path(path), strength)
+    for line in engine.weights.notes:
+        note(line)
+    return engine
 
-        if uses_bundled(args):
-            return Engine.demo(device=args.device, dtype=args.dtype)
-        return Engine.load(
-            args.base,
-            args.distilled,
-            vae=args.vae,
-            text=args.text,
-            tokenizer=args.tokenizer,
-            preview=args.preview,
-            preset=args.preset,
-            device=args.device,
-            dtype=args.dtype,
-        )
+
+def adapter_path(name: str) -> str | Path:
+    """A file, or by its name a control that comes with the bundled pair."""
+    if Path(name).exists():
+        return name
+    role = name.removeprefix("headstart_weights/").removesuffix(".safetensors")
+    try:
+        known = role in headstart_weights.manifest().controls
+        return headstart_weights.path(role) if known else name
+    except headstart_weights.WeightsError as error:
+        raise CheckpointError(f"the bundled control {role!r} cannot be used: {error}") from error
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    from headstart.engine import Engine
+
+    if uses_bundled(args):
+        return Engine.demo(device=args.device, dtype=args.dtype)
+    return Engine.load(
+        args.base,
+        args.distilled,
+        distilled_lora=args.distilled_lora,
+        vae=args.vae,
+        text=args.text,
+        tokenizer=args.tokenizer,
+        preview=args.preview,
+        preset=args.preset,
+        prediction=read_predictions(args.prediction),
+        embedded_guidance=args.embedded_guidance,
+        head_dim=args.head_dim,
+        text_head_dim=args.text_head_dim,
+        device=args.device,
+        dtype=args.dtype,
+    )
 
 
 def write_images(folder: Path, trajectory: Trajectory) -> None:

@@ -6,21 +6,19 @@ cell px = image px * round(target / image px)   whole multiples only, so that pi
 from __future__ import annotations
 
 import io
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from headstart.errors import InputError
+from headstart.lettering import ACCENT, FAINT, GREY, INK, PAPER, cut, wrapped, write
 
-_PAPER, _INK, _GREY, _FAINT, _ACCENT = "#fbfaf7", "#1c1b1a", "#6f6b66", "#e4e0d9", "#c2410c"
 _MARGIN, _LABEL, _GAP, _ROW_GAP = 64, 292, 6, 34
 _TITLE_PX, _NAME_PX, _NOTE_PX, _SMALL_PX = 48, 31, 20, 17
 _TARGET_PX, _COLUMNS, _BAND_PX = 128, 8, 136  # a band holds the name, three notes and the bar
-_DRAWABLE = {chr(code) for code in range(32, 127)} | set("·±…“”‘’")  # what the built-in font has
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,25 +44,23 @@ def draw_sheet(
     drawn as their base letter, or as "?".
     """
     _check(rows, columns)
-    cell = _cell(rows[0].images)
+    cell = cell_px(rows[0].images)
     across = min(len(columns), _COLUMNS)
     band = max(-(-len(columns) // across) * (cell + _GAP) - _GAP, _BAND_PX)
     top = _MARGIN + _TITLE_PX + 84
     width = max(2 * _MARGIN + _LABEL + across * (cell + _GAP) - _GAP, 860)
-    small_print = _wrapped(footer, _SMALL_PX, width - 2 * _MARGIN)
+    small_print = wrapped(footer, _SMALL_PX, width - 2 * _MARGIN)
     bottom = top + len(rows) * (band + _ROW_GAP) + 14
     height = bottom + len(small_print) * (_SMALL_PX + 8) + _MARGIN - 8
-    sheet = Image.new("RGB", (width, height), _PAPER)
+    sheet = Image.new("RGB", (width, height), PAPER)
     pen = ImageDraw.Draw(sheet)
-    _text(
-        pen, (_MARGIN, _MARGIN - 10), _cut(title, _TITLE_PX, width - 2 * _MARGIN), _TITLE_PX, _INK
-    )
-    _text(
+    write(pen, (_MARGIN, _MARGIN - 10), cut(title, _TITLE_PX, width - 2 * _MARGIN), _TITLE_PX, INK)
+    write(
         pen,
         (_MARGIN, _MARGIN + _TITLE_PX + 8),
-        _cut(subtitle, _NOTE_PX, width - 2 * _MARGIN),
+        cut(subtitle, _NOTE_PX, width - 2 * _MARGIN),
         _NOTE_PX,
-        _GREY,
+        GREY,
     )
     _draw_column_labels(pen, columns[:across] if across == len(columns) else [], cell, top)
     for number, row in enumerate(rows):
@@ -72,15 +68,15 @@ def draw_sheet(
         _draw_label(pen, row, y)
         _paste_images(sheet, row.images, cell, across, y)
     for number, line in enumerate(small_print):
-        _text(pen, (_MARGIN, bottom + number * (_SMALL_PX + 8)), line, _SMALL_PX, _GREY)
+        write(pen, (_MARGIN, bottom + number * (_SMALL_PX + 8)), line, _SMALL_PX, GREY)
     return sheet
 
 
-def encode_png(image: Image.Image | NDArray[np.uint8]) -> bytes:
-    """PNG bytes of an image or of rgb uint8 [H, W, 3]."""
+def encode_png(image: Image.Image | NDArray[np.uint8], *, optimize: bool = True) -> bytes:
+    """PNG bytes of an image or of rgb uint8 [H, W, 3]; `optimize` trades time for fewer of them."""
     buffer = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, format="PNG", optimize=True)
+    picture.save(buffer, format="PNG", optimize=optimize)
     return buffer.getvalue()
 
 
@@ -95,7 +91,7 @@ def _check(rows: Sequence[Row], columns: Sequence[str]) -> None:
         )
 
 
-def _cell(images: NDArray[np.uint8]) -> int:
+def cell_px(images: NDArray[np.uint8]) -> int:
     """Side in px of one drawn image: a whole multiple of a small one, 192 px for a large one."""
     longest = max(images.shape[1:3])
     return longest * max(1, round(_TARGET_PX / longest)) if longest <= 192 else 192
@@ -106,75 +102,35 @@ def _draw_column_labels(
 ) -> None:
     for number, label in enumerate(columns):
         x = _MARGIN + _LABEL + number * (cell + _GAP) + cell // 2
-        _text(pen, (x, top - 12), label, _SMALL_PX, _GREY, anchor="ms")
+        write(pen, (x, top - 12), label, _SMALL_PX, GREY, anchor="ms")
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, row: Row, y: int) -> None:
-    _text(pen, (_MARGIN, y - 4), row.name, _NAME_PX, _ACCENT if row.accent else _INK)
+    write(pen, (_MARGIN, y - 4), row.name, _NAME_PX, ACCENT if row.accent else INK)
     for number, note in enumerate(row.notes):
-        _text(pen, (_MARGIN, y + 38 + number * 27), note, _NOTE_PX, _GREY)
+        write(pen, (_MARGIN, y + 38 + number * 27), note, _NOTE_PX, GREY)
     if row.bar is not None:
         left, line, full = _MARGIN + 1, y + 46 + len(row.notes) * 27, _LABEL - 64
         filled = round(full * min(max(row.bar, 0.0), 1.0))
-        pen.rounded_rectangle((left, line, left + full, line + 5), 2, fill=_FAINT)
+        pen.rounded_rectangle((left, line, left + full, line + 5), 2, fill=FAINT)
         if filled > 4:
-            colour = _ACCENT if row.accent else _GREY
+            colour = ACCENT if row.accent else GREY
             pen.rounded_rectangle((left, line, left + filled, line + 5), 2, fill=colour)
 
 
 def _paste_images(
     sheet: Image.Image, images: NDArray[np.uint8], cell: int, across: int, y: int
 ) -> None:
-    for number, picture in enumerate(_scaled(images, cell)):
+    for number, picture in enumerate(scaled(images, cell)):
         line, column = divmod(number, across)
         x = _MARGIN + _LABEL + column * (cell + _GAP) + (cell - picture.width) // 2
         sheet.paste(picture, (x, y + line * (cell + _GAP) + (cell - picture.height) // 2))
 
 
-def _scaled(images: NDArray[np.uint8], cell: int) -> Iterator[Image.Image]:
+def scaled(images: NDArray[np.uint8], cell: int) -> Iterator[Image.Image]:
+    """uint8 [n, H, W, 3] with the longer side drawn `cell` px long; enlarged, pixels stay crisp."""
     longest = max(images.shape[1:3])
     size = (images.shape[2] * cell // longest, images.shape[1] * cell // longest)
     kind = Image.Resampling.NEAREST if cell >= longest else Image.Resampling.LANCZOS
     for image in images:
         yield Image.fromarray(image).resize(size, kind)
-
-
-def _text(
-    pen: ImageDraw.ImageDraw,
-    at: tuple[int, int],
-    text: str,
-    size_px: int,
-    colour: str,
-    anchor: str = "la",
-) -> None:
-    pen.text(at, _drawable(text), colour, ImageFont.load_default(size=size_px), anchor=anchor)
-
-
-def _fits(text: str, size_px: int, width: int) -> bool:
-    return ImageFont.load_default(size=size_px).getlength(_drawable(text)) <= width
-
-
-def _cut(text: str, size_px: int, width: int) -> str:
-    """One line: as much of `text` as fits, ended by an ellipsis where some was cut."""
-    line = " ".join(text[:400].split())
-    if _fits(line, size_px, width):
-        return line
-    kept = next(n for n in range(len(line), -1, -1) if _fits(line[:n] + "…", size_px, width))
-    return line[:kept].rstrip() + "…"
-
-
-def _wrapped(text: str, size_px: int, width: int) -> list[str]:
-    """Lines of whole clauses; a clause is what stands between two middle dots."""
-    lines = [""]
-    for clause in text.split(" · "):
-        longer = f"{lines[-1]} · {clause}".removeprefix(" · ")
-        if lines[-1] and not _fits(longer, size_px, width):
-            lines.append(clause)
-        else:
-            lines[-1] = longer
-    return [_cut(line, size_px, width) for line in lines]
-
-
-def _drawable(text: str) -> str:
-    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(c if c in _DRAWABLE else "?" for c in plain)

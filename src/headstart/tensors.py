@@ -5,7 +5,6 @@ Checkpoint (names as stored) -> Part (one network, our names) -> tensor, read wh
 
 from __future__ import annotations
 
-import hashlib
 import mmap
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -13,27 +12,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast, final
 
-import numpy as np
-
 from headstart import keymap
 from headstart.errors import CheckpointError
 from headstart.folder import COMPONENTS, config_of, shards, weights_in
-from headstart.header import DTYPE_BYTES, Entry, open_regular, read_header
+from headstart.header import DTYPE_BITS, DTYPE_BYTES, Entry, open_regular, read_header
 from headstart.keymap import PARTS, PartName, Source
+from headstart.later import Later
 from headstart.schedule import FloatArray
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor
+else:
+    np = Later("numpy")
 
 
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
+NARROW = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F8", "F6", "F4")))
+FLOATS = frozenset({"F64", "F32", "F16", "BF16"}) | NARROW
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
+
+
+def unsupported(dtype: str) -> str:
+    """What to do about a dtype that is read by name only: eight bits and fewer, complex."""
+    fix = "take a release of this model in F16, BF16 or F32"
+    if dtype in ("F8_E4M3", "F8_E5M2"):
+        fix = "run `headstart convert IN OUT.safetensors --dtype f16` on the file first"
+    return f"{dtype}, which is not supported: no network here computes with it; {fix}"
 
 
 @final
@@ -51,6 +60,8 @@ class Checkpoint:
         self._sizes: list[int] = []
         self._entries: dict[str, tuple[Entry, int]] = {}
         self._maps: dict[int, mmap.mmap] = {}
+        self._parts: dict[PartName, Part] | None = None
+        self._split: dict[str, dict[str, str]] | None = None
         for index, path in enumerate(self.files):
             header = read_header(path)
             self._sizes.append(header.size_bytes)
@@ -107,9 +118,21 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        found = keymap.split(self._entries)
-        strays = tuple(found.get("", {}).values())
-        return {name: Part.of(self, name, found[name], strays) for name in PARTS if name in found}
+        if (parts := self._parts) is None:
+            found = self.split()
+            strays = tuple(found.get("", {}).values())
+            parts = dict[PartName, Part]()
+            for name in PARTS:
+                if name in found:
+                    parts[name] = Part.of(self, name, found[name], strays)
+            self._parts = parts
+        return parts.copy()
+
+    def split(self) -> dict[str, dict[str, str]]:
+        """`keymap.split` of the names, made once; an adapter is here and no part."""
+        if self._split is None:
+            self._split = keymap.split(self._entries)
+        return self._split
 
     def numbers(self, name: str) -> FloatArray:
         """A small F64, F32, F16 or BF16 tensor as float64 numpy; needs no torch."""
@@ -119,13 +142,16 @@ class Checkpoint:
             values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
         else:
             values = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype])
-        return values.astype(np.float64).reshape(entry.shape)
+        with np.errstate(invalid="ignore"):  # a signalling NaN in a hostile file
+            return values.astype(np.float64).reshape(entry.shape)
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as stored, on the CPU: a view of the file, or a copy where misaligned."""
         import torch
 
         entry, index = self._entries[name]
+        if entry.dtype not in _TORCH_NAMES:
+            raise CheckpointError(f"{self.files[index]}: {name!r} is {unsupported(entry.dtype)}")
         dtype = cast("torch.dtype", getattr(torch, _TORCH_NAMES[entry.dtype]))
         count = entry.end - entry.begin
         if count == 0:
@@ -138,8 +164,17 @@ class Checkpoint:
             flat = flat.clone()
         return flat.view(dtype).reshape(entry.shape)
 
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor as stored: a view of the memory map, read as it is used."""
+        entry, index = self._entries[name]
+        if entry.begin == entry.end:
+            return memoryview(b"")
+        return memoryview(self._map(index))[entry.begin : entry.end]
+
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
+        import hashlib
+
         digests = [_digest(path) for path in self.files]
         if len(digests) == 1:
             return digests[0].hex()
@@ -223,5 +258,7 @@ def _shape(source: Source, stored: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _digest(path: Path) -> bytes:
+    import hashlib
+
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").digest()

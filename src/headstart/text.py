@@ -20,11 +20,11 @@ from headstart.errors import CheckpointError, InputError
 from headstart.families import TextRule
 from headstart.header import read_json
 from headstart.interfaces import Conditioning
+from headstart.vocabulary import BOS, EOS
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 MAX_TEXT_BYTES = 16 * 2**20
 
 # CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
@@ -93,8 +93,10 @@ class Tower(nn.Module):
             context = self.text_model.final_layer_norm(context) if self.rule.normed else context
         if self.text_projection is None:
             return context, None
-        # The end token has the highest id of the vocabulary; what follows it is padding.
-        ends = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+        # The end token has the highest id of the vocabulary; what follows it is padding. Learned
+        # tokens (textual inversion) have ids beyond the vocabulary and end nothing.
+        known = ids.where(ids < self.params.vocabulary, 0)
+        ends = last[torch.arange(len(ids), device=ids.device), known.argmax(dim=-1)]
         return context, self.text_projection(ends)
 
 
@@ -112,6 +114,8 @@ class ClipTokenizer:
                 f"the tokenizer has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
+        self.learned: Mapping[int, tuple[int, ...]] = {}
+        """Id of a token added later -> the ids of its vectors (`headstart.textual_inversion`)."""
 
     @classmethod
     def from_json(cls, text: str) -> ClipTokenizer:
@@ -171,7 +175,32 @@ class ClipTokenizer:
 
     def tokens(self, prompt: str) -> list[int]:
         """The ids of the text alone."""
-        return self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return [each for id in ids for each in self.learned.get(id, (id,))]
+
+    def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
+        """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
+
+        A token is matched as it is typed, and as a whole word where it is one. Raises InputError
+        for a token that has a meaning already.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        copied = Tokenizer.from_str(self._tokenizer.to_str())
+        for token in tokens:
+            known = self._tokenizer.encode(token, add_special_tokens=False).ids
+            if len(known) < 2 or token in (BOS, EOS):
+                raise InputError(
+                    f"the token {token!r} means something already: give another, as <{token}>"
+                )
+            word = token[0].isalnum() and token[-1].isalnum()
+            added = [AddedToken(token, single_word=word, normalized=False)]
+            copied.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
+        grown = ClipTokenizer(copied)
+        ids = {token: copied.token_to_id(token) for token in tokens}
+        new = {id: tokens[token] for token, id in ids.items() if id is not None}
+        grown.learned = {**self.learned, **new}
+        return grown
 
 
 def _read_text(path: Path) -> str:
@@ -219,7 +248,7 @@ class ClipText(nn.Module):
         dual = len(self.towers) > 1
         self.zero_empty_negative = dual if zero_empty_negative is None else zero_empty_negative
         smallest = min(tower.params.vocabulary for tower in towers)
-        if len(tokenizer) > smallest:
+        if len(tokenizer) - len(tokenizer.learned) > smallest:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens, the encoder knows {smallest}: "
                 "give the tokenizer that belongs to this encoder"

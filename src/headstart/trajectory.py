@@ -23,7 +23,9 @@ class Trajectory:
     table       the rows that ran
     latency_ms  text, base, distilled, decode: time on the device, of this run alone
     chunk       samples that were in a network at once
+    lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on
+    adapters    name -> what was attached, and how strongly it acted
     """
 
     rgb: Tensor
@@ -36,8 +38,10 @@ class Trajectory:
     negative: str
     size: tuple[int, int]
     chunk: int
+    lineage: str | None = None
     files: record.WeightFiles = field(default_factory=dict[str, record.Files])
     machine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
 
     @property
     def passes(self) -> int:
@@ -72,6 +76,7 @@ class Trajectory:
             table=self.table,
             weights=record.weigh(self.files),
             machine=self.machine,
+            adapters=self.adapters,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

@@ -348,7 +348,7 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels, params.out_channels, 3, padding=1)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        emb = self._embed(timestep.expand(x_in.shape[0]), cond)
+        emb = self._embed(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
         x: Tensor = self.conv_in(x_in)
         skips = [x]
         for block in self.down_blocks:
@@ -359,9 +359,14 @@ class UNet(nn.Module):
             x = block(x, emb, cond.context, skips)
         return self.conv_out(_norm_silu(self.conv_norm_out, x))
 
-    def _embed(self, timestep: Tensor, cond: Conditioning) -> Tensor:
-        dtype = self.conv_in.weight.dtype
+    def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         guidance = cond.guidance_embedding if self.params.guidance_dim else None
+        if self.params.guidance_dim and guidance is None:
+            raise InputError(
+                "this UNet has a `cond_proj` (LCM): expected Conditioning with "
+                f"`guidance_embedding` [B, {self.params.guidance_dim}], got none; pass "
+                "headstart.unet.guidance_embedding of the guidance to imitate, usually 8"
+            )
         emb = self.time_embedding(sinusoid(timestep, self.params.channels).to(dtype), guidance)
         return emb if self.add_embedding is None else emb + self._embed_added(cond, dtype)
 

@@ -33,7 +33,7 @@ class WeightsError(RuntimeError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightFile:
-    """One bundled file; `role` names it: base, distilled, tiny_decoder, scorer, reference."""
+    """One bundled file; `role` is what it is for: "base", "scorer", a control's name, and so on."""
 
     role: str
     file: str
@@ -66,6 +66,7 @@ class Manifest:
     """What manifest.json says.
 
     linear_rgb   the best linear picture of a latent
+    controls     roles of the files that are adapters of the pair
     scorer_top1  shares that the scorer ranks right, by test set, as the recipe measured them
     """
 
@@ -74,6 +75,7 @@ class Manifest:
     concepts: tuple[str, ...]
     styles: tuple[str, ...]
     backgrounds: tuple[str, ...]
+    controls: tuple[str, ...]
     linear_rgb: LinearRgb
     scorer_top1: dict[str, float]
 
@@ -140,6 +142,7 @@ def _manifest(folder: Path) -> Manifest:
         concepts=tuple(record["concepts"]),
         styles=tuple(record["styles"]),
         backgrounds=tuple(record["backgrounds"]),
+        controls=tuple(record.get("controls", ())),
         linear_rgb=LinearRgb(
             factors=tuple(tuple(row) for row in record["linear_rgb"]["factors"]),
             bias=tuple(record["linear_rgb"]["bias"]),

@@ -1,10 +1,22 @@
-"""The commands, in the order that `headstart --help` lists them; each is one module."""
+"""The commands, in the order that `headstart --help` lists them; each is one module.
+
+The module `commands/plan.py` holds the row PLAN, and is imported when `plan` is typed: what one
+command needs, such as numpy, no other pays for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import cast
 
 from headstart.arguments import Command
-from headstart.commands.compare import COMPARE
-from headstart.commands.inspect import INSPECT
-from headstart.commands.plan import PLAN
-from headstart.commands.replay import REPLAY
-from headstart.commands.sample import SAMPLE
 
-COMMANDS: tuple[Command, ...] = (COMPARE, SAMPLE, PLAN, INSPECT, REPLAY)
+NAMES = (
+    *("compare", "sample", "trace", "slide", "sweep", "evaluate"),
+    *("plan", "inspect", "convert", "transfer", "replay"),
+)
+
+
+def load(name: str) -> Command:
+    """The command called `name`, one of NAMES."""
+    return cast(Command, getattr(import_module(f"headstart.commands.{name}"), name.upper()))

@@ -4,22 +4,38 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from headstart.arguments import Command, every
-from headstart.console import fail
-from headstart.errors import CheckpointError
+from headstart.console import fail, progress
+from headstart.errors import AdapterError, CheckpointError
+
+if TYPE_CHECKING:
+    from headstart.adapter_file import AdapterInfo
+    from headstart.checkpoint import CheckpointInfo
+
+_LAYOUTS = {
+    "ldm": "ldm, the original single file",
+    "diffusers": "diffusers, a folder of components",
+    "unet": "a UNet alone",
+    "vae": "a VAE alone",
+    "text": "a text encoder alone",
+    "tiny": "a tiny autoencoder (TAESD)",
+    "adapter": "an adapter (LoRA, slider, textual inversion)",
+    "unknown": "unknown",
+}
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("file", type=Path, metavar="FILE", help="a file, or a model's folder")
+    parser.add_argument("--deep", action="store_true", help="read every number: NaN, infinities")
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.checkpoint import inspect_checkpoint
-
     try:
-        info = inspect_checkpoint(args.file)
+        info = _deep(args.file) if args.deep else _shallow(args.file)
     except CheckpointError as error:
         if args.debug:
             raise
@@ -28,14 +44,103 @@ def _run(args: argparse.Namespace) -> int:
         else:
             fail(str(error))
         return 1
-    facts = info.to_json()
+    adapter = _adapter(args.file) if info.layout == "adapter" and info.ok else None
     if args.json:
-        print(json.dumps(facts))
+        more = {} if adapter is None else {"adapter": adapter.to_json()}
+        print(json.dumps(info.to_json() | more))
     else:
-        for name, value in facts.items():
-            shown = "; ".join(getattr(info, name)) or "none" if isinstance(value, tuple) else value
-            print(f"{name.replace('_', ' '):<22}{shown}")
+        print("\n".join(_table(info, adapter)))
     return 0 if info.ok else 1
+
+
+def _adapter(file: Path) -> AdapterInfo | None:
+    """What kind of adapter it is; None for learned tokens, which are no adapter of a layer."""
+    from headstart.adapter_file import describe_adapter
+
+    try:
+        return describe_adapter(file)
+    except AdapterError:
+        return None
+
+
+def _shallow(file: Path) -> CheckpointInfo:
+    from headstart.checkpoint import inspect_checkpoint
+
+    return inspect_checkpoint(file)
+
+
+def _deep(file: Path) -> CheckpointInfo:
+    from headstart.checkpoint import inspect_checkpoint
+
+    with progress(1, "reading every number", "B") as bar:
+
+        def told(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return inspect_checkpoint(file, deep=True, on_bytes=told)
+
+
+def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
+    """One fact a line; what is wrong and what to do come last, where the eye ends."""
+    yield info.path
+    for name, value in (*_facts(info), *_adapter_facts(adapter)):
+        yield f"  {name:<12}{value}"
+    for name, lines in (("note", info.notes), ("problem", info.problems)):
+        for line in lines:
+            yield f"  {name:<12}{line}"
+    if info.ok:
+        yield f"  {'next':<12}{_next(info)}"
+    else:
+        yield f"  {'verdict':<12}not usable as it is"
+
+
+def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+    if info.layout != "adapter":
+        size = "" if info.family == "unknown" else ", full size" if info.exact else ", scaled down"
+        yield "family", info.family + size
+    yield "layout", _LAYOUTS[info.layout]
+    for part, count in info.weights.items():
+        yield part, f"{count / 1e6:.1f} M parameters"
+    if info.prediction is not None:
+        where = "says the file" if info.prediction_declared else "not in the file, so assumed"
+        yield "prediction", f"{info.prediction} ({where})"
+    yield "dtype", info.dtype
+    yield "size", f"{_size(info.size_bytes)} in {info.tensors} tensors"
+    if info.census is not None:
+        clean = not (info.census.nan or info.census.inf)
+        yield "numbers", "all finite" if clean else "some are not finite"
+
+
+def _adapter_facts(adapter: AdapterInfo | None) -> Iterator[tuple[str, str]]:
+    if adapter is None:
+        return
+    yield "form", adapter.form
+    yield "family", adapter.family or "not in the names"
+    if adapter.ranks is not None:
+        low, high = adapter.ranks
+        yield "rank", str(low) if low == high else f"{low} to {high}"
+    counts = (
+        f"{count} of {network or 'a network that the keys do not name'}"
+        for network, count in adapter.modules.items()
+    )
+    yield "layers", ", ".join(counts)
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def _next(info: CheckpointInfo) -> str:
+    """The option that takes such a file."""
+    file = "'" + info.path.replace("'", "'\"'\"'") + "'"
+    if info.layout == "adapter":
+        return f"--lora {file}"
+    if "unet" in info.parts:
+        whole = "" if len(info.parts) > 1 else ", with a full model as the other"
+        return f"--base {file} or --distilled {file}{whole}"
+    option = {"vae": "vae", "tiny": "preview", "text": "text", "text_2": "text"}
+    return f"--{option[info.parts[0]]} {file}"
 
 
 INSPECT = Command(

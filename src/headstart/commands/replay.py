@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from headstart.arguments import Command, sampling
 from headstart.console import progress
 from headstart.output import check_folder
-from headstart.session import open_engine, report, write_images
+from headstart.session import adapter_path, open_engine, report, write_images
+from headstart.strength import Strength
+
+if TYPE_CHECKING:
+    from headstart.engine import Engine
+    from headstart.record import Recorded
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +32,9 @@ def _run(args: argparse.Namespace) -> int:
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
     engine = open_engine(_as_recorded(args, recorded.weights, recorded.machine))
 
-    from headstart.engine import replay
+    _attach_recorded(engine, recorded)
+
+    from headstart.rerun import replay
 
     with progress(len(recorded.table), "replaying") as bar:
         trajectory = replay(record, engine, on_step=lambda _: bar.update())
@@ -37,14 +44,25 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _attach_recorded(engine: Engine, recorded: Recorded) -> None:
+    """The adapters of the record, where the command line has not attached them."""
+    for name, told in recorded.adapters.items():
+        if name not in engine.adapters:
+            file = recorded.weights[f"adapter:{name}"]["file"]
+            strength = Strength(**told["strength"])
+            engine.attach(adapter_path(file), strength, told["to"], name=name, allow=told["allow"])
+
+
 def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argparse.Namespace:
     """Weights and dtype as recorded, where the command line does not say otherwise."""
     for role, file in weights.items():
         bundled = file["file"].startswith("headstart_weights/")
-        if getattr(args, role, None) is None and not bundled:
+        if getattr(args, role, file) is None and not bundled:
             setattr(args, role, file["file"])
     if args.dtype == "auto":
         args.dtype = machine.get("dtype", "auto")
+    if args.embedded_guidance is None:
+        args.embedded_guidance = machine.get("embedded_guidance")
     args.preset = None
     return args
 

@@ -27,6 +27,7 @@ from headstart.scorer import TOKENIZER_KEY
 from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import ICON_SETS, write_atomically
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
+from headstart_weights.recipe.control import CONTROLS, SHIPPED
 from headstart_weights.recipe.dataset import IMAGE_SIZE, PALETTE, STYLES
 from headstart_weights.recipe.diffusion import GRID, PARAMS
 from headstart_weights.recipe.readme import weights_readme
@@ -148,10 +149,14 @@ def export(work: Path, folder: Path) -> None:
     blobs = {
         "base": serialise(base, pair | {TOKENIZER_KEY: tokenizer}),
         "distilled": serialise(half(_part(work, "student")), distilled),
+        "distilled_unguided": serialise(half(_part(work, "control")), distilled),
         "tiny_decoder": serialise(half(_part(work, "tiny")), {"format": "pt"}),
         "scorer": serialise(half(_part(work, "scorer")), scorer),
         "reference": serialise(_part(work, "reference"), {"format": "pt"}),
     }
+    for name in SHIPPED:
+        trained = {"format": "pt", "headstart.trained_on": CONTROLS[name].model}
+        blobs[name] = serialise(half(_part(work, name)), trained)
     total = sum(map(len, blobs.values()))
     if total > _MAX_TOTAL_BYTES:
         raise InputError(f"the files have {total} bytes, expected at most {_MAX_TOTAL_BYTES}")
@@ -193,6 +198,7 @@ def manifest_record(
         "concepts": list(PAIR_CONCEPTS),
         "styles": list(STYLES.values()),
         "backgrounds": list(PALETTE),
+        "controls": list(SHIPPED),
         "linear_rgb": linear_rgb,
         "scorer_top1": scorer_top1,
     }

@@ -8,8 +8,10 @@ from typing import Any
 _ABOUT = {
     "base": "text encoder, UNet, VAE, noise schedule and tokenizer in one file, LDM names",
     "distilled": "the four-step UNet alone, diffusers names; everything else is the base's",
+    "distilled_unguided": "the same with an unguided teacher, to tell guidance from distillation",
     "tiny_decoder": "latents to pixels in about a third of the VAE's CPU time, for previews",
     "scorer": "image-text scorer, and the features that diversity is measured on",
+    "yellow": "slider trained on the base, for both models: background blue (-1) to yellow (1)",
     "reference": "mean and covariance of those features over the training pictures, for Frechet",
 }
 
@@ -64,10 +66,32 @@ full text.
 for STAGE in
 {stages}.
 Stages are limited by wall clock and resume when run again, so another run gives other weights; the
-export of given weights is byte-identical.
+export of given weights is byte-identical. `restore` unpacks the bundled files into the work folder,
+to train on from them.
+
+The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the
+base has none of its own. What the files took, on two cores that other programs used too:
+
+| stage | minutes | steps |
+|---|---|---|
+{durations}
+
+`distill` and `control` (which makes `distilled_unguided`) ran on the bundled base after `restore`.
 """
 
-STAGES = ("data", "tokenizer", "codec", "base", "distill", "tiny", "scorer", "reference", "export")
+STAGES = (
+    *("data", "tokenizer", "codec", "base", "distill", "control"),
+    *("tiny", "scorer", "slider", "reference", "export"),
+)
+
+DURATIONS = (
+    ("codec", "11", ""),
+    ("base", "46", "3,932"),
+    ("distill", "13 + 24", "585, then 1,472 with a new optimiser"),
+    ("control", "10", "225"),
+    ("scorer", "12", ""),
+)
+"""Minutes in the training loop, and steps where the run's log has them."""
 
 
 def weights_readme(record: Mapping[str, Any]) -> str:
@@ -91,4 +115,5 @@ def weights_readme(record: Mapping[str, Any]) -> str:
             for e in record["artwork"]
         ),
         stages=", ".join(STAGES),
+        durations="\n".join(f"| {' | '.join(row)} |" for row in DURATIONS),
     )

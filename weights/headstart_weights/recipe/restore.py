@@ -19,7 +19,7 @@ from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
 from headstart_weights.recipe.training import write_tensors
 
-_NETWORKS = {"base": "base", "student": "distilled"}
+_NETWORKS = {"base": "base", "student": "distilled", "control": "distilled_unguided"}
 _PARTS: dict[str, tuple[str, PartName]] = {
     "text": ("base", "text"),
     "tiny": ("tiny_decoder", "tiny"),
@@ -39,7 +39,7 @@ def restore(work: Path) -> None:
         _write(
             work / f"{name}.safetensors", _floats(Checkpoint.open(_path(role), part).parts()[part])
         )
-    for name in _WHOLE:
+    for name in (*_WHOLE, *headstart_weights.manifest().controls):
         file = Checkpoint((_path(name),))
         _write(work / f"{name}.safetensors", {k: file.tensor(k).float() for k in file.names})
     manifest = json.loads((_path("base").parent / "manifest.json").read_text(encoding="utf-8"))

@@ -1,0 +1,261 @@
+"""torch.cuda as capturing sees it, with a GPU's rules, on CPU tensors.
+
+    streams   work of two streams is ordered only by wait_stream; an access that is not is an error
+    graphs    a replay runs the recorded operators; Python does not run
+    pools     before a replay, every graph of the pool loses its memory (NaN)
+    capture   runs nothing that lasts, and refuses whatever waits for the device
+
+Order is kept as in a race detector: every stream has a clock, `wait_stream` merges clocks, and an
+access to memory must come after its last write (and a write after its last reads) in the clock of
+the stream it runs on. Not modelled: the caching allocator giving memory of one stream to another.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from headstart_kernels.emulation.recorder import Tape, storage_of, tensors, written
+
+Pool = tuple[int, int]
+
+
+class RaceError(RuntimeError):
+    """Memory used on one stream while another may still be working on it."""
+
+
+class NotPermittedError(RuntimeError):
+    """A call that CUDA refuses, such as waiting for the device while a stream is capturing."""
+
+
+class Event(NamedTuple):
+    """What was asked of the device, in order: for tests that look at the protocol itself."""
+
+    what: str
+    stream: str = ""
+    detail: object = None
+
+
+@dataclass(eq=False)
+class FakeStream:
+    """A queue of work; `seen` is how far into every stream this one is known to come after."""
+
+    name: str
+    cuda: FakeCuda
+    seen: dict[str, int] = field(default_factory=dict[str, int])
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        self.cuda.log.append(Event("wait", self.name, stream.name))
+        for name, time in stream.seen.items():
+            self.seen[name] = max(time, self.seen.get(name, 0))
+
+    def tick(self) -> int:
+        self.seen[self.name] = self.seen.get(self.name, 0) + 1
+        return self.seen[self.name]
+
+
+@dataclass(eq=False)
+class FakeGraph:
+    """A tape in a pool of a FakeCuda."""
+
+    cuda: FakeCuda
+    pool: Pool | None = None
+    tape: Tape = field(default_factory=Tape)
+
+    def replay(self) -> None:
+        self.cuda.replay(self)
+
+    def reset(self) -> None:
+        self.cuda.log.append(Event("reset"))
+        self.tape.clear()
+        if self.pool is not None:
+            self.cuda.pools[self.pool].graphs.remove(self)
+
+
+@dataclass
+class _Memory:
+    """A pool: its graphs, and the most bytes one of them needed, freed when the last is gone."""
+
+    graphs: list[FakeGraph] = field(default_factory=list[FakeGraph])
+    peak_bytes: int = 0
+
+    @property
+    def reserved(self) -> int:
+        return self.peak_bytes if self.graphs else 0
+
+
+@dataclass
+class _History:
+    """Who wrote to a piece of memory last, and who has read it since: (stream, time)."""
+
+    write: tuple[str, int] | None = None
+    reads: dict[str, int] = field(default_factory=dict[str, int])
+
+
+class FakeCuda:
+    """What `headstart.capture.Backend` asks for. Inside `running()` every access is checked."""
+
+    def __init__(self) -> None:
+        self.log: list[Event] = []
+        self.pools: dict[Pool, _Memory] = {}
+        self.graphs: list[FakeGraph] = []
+        self._streams = [FakeStream("default", self)]
+        self._local = threading.local()
+        self._history: dict[int, _History] = {}
+        self._busy = threading.Lock()
+
+    @contextmanager
+    def running(self) -> Generator[FakeCuda]:
+        """Check the order of every access; the host sees memory as the current stream does."""
+        with _Accesses(self):
+            yield self
+
+    def happened(self, what: str) -> list[Event]:
+        return [event for event in self.log if event.what == what]
+
+    # What torch.cuda offers under the same names.
+
+    def Stream(self, device: torch.device) -> FakeStream:  # noqa: N802
+        self._streams.append(FakeStream(f"stream {len(self._streams)}", self))
+        return self._streams[-1]
+
+    def current_stream(self, device: torch.device | None = None) -> FakeStream:
+        return getattr(self._local, "stream", self._streams[0])
+
+    @contextmanager
+    def stream(self, stream: FakeStream) -> Generator[None]:
+        before = self.current_stream()
+        self._local.stream = stream
+        try:
+            yield
+        finally:
+            self._local.stream = before
+
+    def synchronize(self, device: torch.device) -> None:
+        if self._capturing:
+            raise NotPermittedError("operation not permitted when stream is capturing: synchronize")
+        self.log.append(Event("synchronize"))
+        latest = {stream.name: stream.seen.get(stream.name, 0) for stream in self._streams}
+        for stream in self._streams:
+            stream.seen.update(latest)
+
+    def graph_pool_handle(self) -> Pool:
+        handle = (0, len(self.pools) + 1)
+        self.pools[handle] = _Memory()
+        return handle
+
+    def CUDAGraph(self) -> FakeGraph:  # noqa: N802
+        return FakeGraph(self)
+
+    @contextmanager
+    def graph(
+        self, graph: FakeGraph, *, pool: Pool, stream: FakeStream, capture_error_mode: str
+    ) -> Generator[None]:
+        if graph.pool is not None or self._capturing:
+            raise NotPermittedError("a graph is captured once, and one at a time")
+        self.log.append(Event("capture", stream.name, (pool, capture_error_mode)))
+        self._local.capturing = True
+        try:
+            with self.stream(stream), graph.tape.recording():
+                yield
+        finally:
+            self._local.capturing = False
+        memory = self.pools[pool]
+        memory.graphs.append(graph)
+        memory.peak_bytes = max(memory.peak_bytes, graph.tape.size_bytes)
+        graph.pool = pool
+        self.graphs.append(graph)
+        self._poison(memory)
+
+    def memory_reserved(self, device: torch.device) -> int:
+        return sum(memory.reserved for memory in self.pools.values())
+
+    # How the rules are kept.
+
+    def replay(self, graph: FakeGraph) -> None:
+        if graph.pool is None or not graph.tape.calls:
+            raise NotPermittedError("replay of a graph that was not captured, or was reset")
+        if not self._busy.acquire(blocking=False):
+            raise RaceError("two graphs are replayed at once; those of one pool may not be")
+        try:
+            self.log.append(Event("replay", self.current_stream().name))
+            self._poison(self.pools[graph.pool])
+            graph.tape.replay()
+        finally:
+            self._busy.release()
+
+    def observe(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """Run one operator on the current stream, and check what it reads and writes."""
+        stream = self.current_stream()
+        idle = self._capturing or getattr(self._local, "quiet", False)
+        now = stream.tick()
+        inputs = tensors((args, kwargs))
+        writes = {storage_of(tensor) for tensor in written(func, args, kwargs)}
+        if not idle:
+            for key in {storage_of(tensor) for tensor in inputs}:
+                self._access(key, stream, now, writing=key in writes, what=str(func))
+        result = func(*args, **kwargs)
+        known = {storage_of(tensor) for tensor in inputs}
+        for tensor in tensors(result):
+            if storage_of(tensor) not in known:
+                write = None if idle else (stream.name, now)
+                self._history[storage_of(tensor)] = _History(write)
+        return result
+
+    def _access(self, key: int, stream: FakeStream, now: int, *, writing: bool, what: str) -> None:
+        history = self._history.setdefault(key, _History())
+        for other, time, did in _before(history, writing):
+            if stream.seen.get(other, 0) < time:
+                verb = "writes to" if writing else "reads"
+                raise RaceError(
+                    f"{what} on {stream.name} {verb} memory that {other} {did}, and nothing makes "
+                    f"{stream.name} wait for {other}"
+                )
+        if writing:
+            history.write, history.reads = (stream.name, now), {}
+        else:
+            history.reads[stream.name] = now
+
+    def _poison(self, memory: _Memory) -> None:
+        self._local.quiet = True
+        try:
+            for graph in memory.graphs:
+                graph.tape.poison()
+        finally:
+            self._local.quiet = False
+
+    @property
+    def _capturing(self) -> bool:
+        return getattr(self._local, "capturing", False)
+
+
+def _before(history: _History, writing: bool) -> Iterator[tuple[str, int, str]]:
+    """What an access must come after."""
+    if history.write is not None:
+        yield (*history.write, "wrote")
+    if writing:
+        yield from ((stream, time, "read") for stream, time in history.reads.items())
+
+
+class _Accesses(TorchDispatchMode):
+    def __init__(self, cuda: FakeCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        return self.cuda.observe(func, args, kwargs or {})

@@ -1,0 +1,223 @@
+"""Operators recorded once, replayed into the same memory: what a CUDA graph does, on a CPU.
+
+    record   out = op(in)            every operator that runs, with its tensors kept alive
+    replay   op.out(in, out=out)     the same operators, in order, into the same storages
+
+As with a CUDA graph, a Python number at recording is that number for ever, a tensor's memory is
+read anew, Python does not run, and what replay leaves in memory of its own is valid until the
+next replay. Views and allocations cost nothing. Recording leaves no trace: memory from outside
+that it wrote to is put back, because capturing a CUDA graph does not run it.
+"""
+
+# torch's operator objects and their schemas are not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportUnknownParameterType=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+_ATEN = torch.ops.aten
+_COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
+_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+WAITS = {
+    "_local_scalar_dense": "a tensor read as a Python number (.item(), float(), if)",
+    "equal": "torch.equal, whose answer is a Python bool",
+    "is_nonzero": "a tensor used as a condition",
+    "nonzero": "nonzero, whose size depends on values",
+    "masked_select": "a mask, whose result's size depends on values",
+    "_unique2": "unique, whose result's size depends on values",
+    "bincount": "bincount, whose result's size depends on values",
+}
+"""Operators that wait for the device: a capture stops there with an error, and so does a tape."""
+
+
+class WaitError(RuntimeError):
+    """What is being recorded needs a value on the host, so it cannot be captured."""
+
+
+class Call(NamedTuple):
+    """One recorded operator, and how to run it again."""
+
+    name: str
+    run: Callable[[], object]
+
+
+class Tape:
+    """The operators of one callable.
+
+    calls  in order; `owned` is every tensor that was made inside, whose memory the tape holds
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+        self.owned: dict[int, Tensor] = {}
+        self._kept: list[object] = []
+        self._found: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+
+    @contextmanager
+    def recording(self) -> Generator[Tape]:
+        """Record what runs inside. Raises WaitError where that needs a value on the host."""
+        try:
+            with _Recording(self):
+                yield self
+        finally:
+            for storage, before in self._found.values():
+                storage.copy_(before)
+            self._found.clear()
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call.run()
+
+    def poison(self) -> None:
+        """Overwrite all memory of its own, as another graph of the same pool may do."""
+        for tensor in self.owned.values():
+            if tensor.is_floating_point():
+                tensor.fill_(float("nan"))
+            else:
+                tensor.fill_(77 if tensor.dtype != torch.bool else True)
+
+    def clear(self) -> None:
+        self.calls.clear()
+        self.owned.clear()
+        self._kept.clear()
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory that it holds; what it reads from outside is not counted."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.owned.values())
+
+    def save_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Remember memory from outside that `func` is about to write to."""
+        for tensor in written(func, args, kwargs):
+            key = storage_of(tensor)
+            if key not in self.owned and key not in self._found:
+                storage = tensor.untyped_storage()
+                self._found[key] = storage, storage.clone()
+
+    def keep(
+        self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
+    ) -> None:
+        """Add one operator that ran."""
+        inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
+        fresh = [out for out in tensors(result) if storage_of(out) not in inputs]
+        self._kept.append((args, kwargs, result))
+        self.owned.update((storage_of(out), out) for out in fresh)
+        name = func._schema.name.partition("::")[2]
+        if name in _ALLOCATES or not (fresh or func._schema.is_mutable):
+            return
+        self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
+
+
+class _Recording(TorchDispatchMode):
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # asks for a property, computes nothing
+            return func(*args, **kwargs)
+        refuse_waiting(func, args)
+        self.tape.save_before(func, args, kwargs)
+        result = func(*args, **kwargs)
+        self.tape.keep(func, args, kwargs, result)
+        return result
+
+
+def refuse_waiting(func: Any, args: tuple[Any, ...]) -> None:
+    """Raise WaitError for an operator that a capturing stream does not allow."""
+    name = func._schema.name.partition("::")[2]
+    if name in WAITS:
+        raise WaitError(f"operation not permitted when stream is capturing: {WAITS[name]}")
+    if name in ("index", "index_put", "index_put_") and any(
+        index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+    ):
+        raise WaitError(f"operation not permitted when stream is capturing: {name} with a mask")
+
+
+def tensors(tree: object) -> list[Tensor]:
+    """The tensors in nested arguments or results, in order."""
+    return [leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identity of a tensor's memory, also where a fake tensor has none."""
+    return tensor.untyped_storage()._cdata  # pyright: ignore[reportPrivateUsage]
+
+
+def written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterable[Tensor]:
+    """The arguments that an operator writes to, by its schema."""
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            given = args[position] if position < len(args) else kwargs.get(argument.name)
+            yield from tensors(given)
+
+
+def _again(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    result: object,
+    fresh: list[Tensor],
+) -> Callable[[], object]:
+    """Run `func` again so that its results land in the memory they had when it was recorded."""
+    if not fresh:
+        return partial(func, *args, **kwargs)
+    if func in _COPIES:
+        return partial(_ATEN.copy_.default, fresh[0], args[0])
+    out = None if func._schema.is_mutable else _out_variant(func)
+    places = [leaf for leaf in tree_iter(result)]
+    if out is not None and len(out.names) == len(places) == len(fresh):
+        return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
+    return partial(_rerun, func, args, kwargs, places, {id(tensor) for tensor in fresh})
+
+
+def _rerun(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    places: list[object],
+    fresh: set[int],
+) -> None:
+    again = tree_iter(func(*args, **kwargs))
+    for place, value in zip(places, again, strict=True):
+        if id(place) in fresh:
+            assert isinstance(place, Tensor) and isinstance(value, Tensor)
+            place.copy_(value)
+
+
+class _Out(NamedTuple):
+    func: Any
+    names: list[str]
+
+
+@cache
+def _out_variant(func: Any) -> _Out | None:
+    """The overload of an operator that writes to tensors it is given, if there is one."""
+    packet, wanted = func.overloadpacket, _signature(func)
+    for overload in packet.overloads():
+        found = getattr(packet, overload)
+        names = [argument.name for argument in found._schema.arguments if argument.is_out]
+        if len(names) == len(func._schema.returns) and _signature(found) == wanted:
+            return _Out(found, names)
+    return None
+
+
+def _signature(func: Any) -> list[tuple[str, str]]:
+    return [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]

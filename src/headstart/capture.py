@@ -1,0 +1,338 @@
+"""Captured functions of tensors: one pool, one stream and one lock a device.
+
+    first call    allocate inputs, run twice, capture          outputs = body(inputs)
+    later calls   copy inputs in, launch the graph, copy outputs out
+
+`body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
+its networks, is read from the same memory at every launch: weights changed in place are seen, and
+a weight that was bound anew is noticed by its address, and the function captured again.
+
+Graphs of a device share a memory pool, which is safe because they never run at the same time and
+never read each other's results (pytorch pull request 166975): all launches are on one stream, in
+the order of one lock, and outputs are copied out before the lock is given back. Nothing here waits
+for the device, except before a capture and before a graph is dropped.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import CaptureError, HeadstartError
+
+Tensors = Mapping[str, Tensor]
+
+
+class Stream(Protocol):
+    def wait_stream(self, stream: Any, /) -> None: ...
+
+
+class Graph(Protocol):
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Backend(Protocol):
+    """The part of torch.cuda that capturing uses; `headstart_kernels.emulation` has two others."""
+
+    def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
+
+    def current_stream(self, device: torch.device) -> Any: ...
+
+    def stream(self, stream: Any) -> AbstractContextManager[object]: ...
+
+    def synchronize(self, device: torch.device) -> None: ...
+
+    def graph_pool_handle(self) -> Any: ...
+
+    def CUDAGraph(self) -> Any: ...  # noqa: N802
+
+    def graph(
+        self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str
+    ) -> AbstractContextManager[object]: ...
+
+    def memory_reserved(self, device: torch.device) -> int: ...
+
+
+class Program(NamedTuple):
+    """What is captured: `body(inputs) -> outputs`, tensors by name to tensors.
+
+    name      for messages
+    body      runs under no_grad; may write to its inputs, which are copies
+    networks  whose weights it reads. Of an nn.Module every parameter and buffer is watched; of any
+              other callable nothing can be
+    key       whatever else body depends on; another key is another graph
+    """
+
+    name: str
+    body: Callable[[Tensors], tuple[Tensor, ...]]
+    networks: tuple[object, ...]
+    key: Hashable = None
+
+
+class _Captured(NamedTuple):
+    graph: Graph
+    inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, ...]
+    bound: _Bound
+
+
+@dataclass
+class Site:
+    """Where graphs of one device live. Use `Site.of(device)`, so that there is one.
+
+    max_graphs  more than these drop the graph that was used the longest time ago
+    max_bytes   of the pool and the inputs together, None for no limit. A pool gives memory back
+                only when all its graphs are gone (CUDACachingAllocator, `releasePool`), so past
+                this every graph is dropped, and captured anew where it is used again
+    warmups     runs before a capture, in which libraries choose algorithms and kernels compile
+    """
+
+    device: torch.device
+    backend: Backend
+    max_graphs: int = 16
+    max_bytes: int | None = None
+    warmups: int = 2
+
+    def __post_init__(self) -> None:
+        self.captures = 0
+        self._pool_bytes = 0
+        self._lock = threading.RLock()
+        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._gone: deque[int] = deque()
+        self._networks: dict[int, object] = {}
+        self._stream: Any = None
+        self._pool: Any = None
+
+    @staticmethod
+    def of(device: torch.device | str) -> Site:
+        """The site of a CUDA device. Raises CaptureError for another kind of device."""
+        device = torch.device(device)
+        if device.type != "cuda":
+            raise CaptureError(
+                f"graphs are captured on CUDA devices, and these tensors are on {device}: use "
+                "runner='replay' for recorded operators on a CPU, or runner='eager'"
+            )
+        index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
+        place = torch.device("cuda", index)
+        with _SITES_LOCK:
+            return _SITES.setdefault(place, Site(place, cast(Backend, torch.cuda)))
+
+    def run(self, program: Program, inputs: Tensors) -> tuple[Tensor, ...]:
+        """`program.body(inputs)`, as new tensors on the caller's stream.
+
+        Raises CaptureError where the body cannot be captured.
+        """
+        backend = self.backend
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            caller = backend.current_stream(self.device)
+            captured = self._find(program, inputs, caller)
+            outputs = tuple(torch.empty_like(tensor) for tensor in captured.outputs)
+            self._stream.wait_stream(caller)
+            with backend.stream(self._stream):
+                for name, buffer in captured.inputs.items():
+                    buffer.copy_(inputs[name])
+                captured.graph.replay()
+                for output, owned in zip(outputs, captured.outputs, strict=True):
+                    output.copy_(owned)
+            caller.wait_stream(self._stream)
+        return outputs
+
+    def prepare(self, requests: Iterable[tuple[Program, Tensors]]) -> None:
+        """Capture ahead of use, the largest first, whose memory the smaller ones then share."""
+        ordered = sorted(requests, key=lambda request: -_size_bytes(request[1].values()))
+        with self._lock, torch.inference_mode(False), torch.no_grad():
+            for program, inputs in ordered:
+                self._find(program, inputs, self.backend.current_stream(self.device))
+
+    def clear(self) -> None:
+        """Drop every graph and the pool."""
+        with self._lock:
+            self._drop(list(self._graphs))
+            self._pool, self._pool_bytes = None, 0
+
+    @property
+    def held(self) -> int:
+        """Graphs that are held."""
+        return len(self._graphs)
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the pool, as far as captures made it grow, and of the inputs."""
+        inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
+        return self._pool_bytes + sum(inputs)
+
+    def _find(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+        self._forget_the_dead()
+        key = (program.key, tuple(map(id, program.networks)), _signature(inputs))
+        found = self._graphs.get(key)
+        if found is not None and not found.bound.holds():
+            self._drop([key])
+            found = None
+        if found is None:
+            found = self._add(key, program, inputs, caller)
+        self._graphs.move_to_end(key)
+        return found
+
+    def _add(self, key: Hashable, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+        while len(self._graphs) >= self.max_graphs:
+            self._drop([next(iter(self._graphs))])
+        fresh = not self._graphs
+        self._watch(program.networks)
+        found = self._graphs[key] = self._capture(program, inputs, caller)
+        if self.max_bytes is None or self.size_bytes <= self.max_bytes:
+            return found
+        size = self.size_bytes
+        self.clear()
+        if not fresh:
+            return self._add(key, program, inputs, caller)
+        raise CaptureError(
+            f"{program.name}: its graph holds {size / 1e6:.1f} MB at these shapes, and "
+            f"{self.max_bytes / 1e6:.1f} MB are allowed: raise max_bytes, ask for a smaller "
+            "batch, or use runner='eager'"
+        )
+
+    def _capture(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+        backend = self.backend
+        if self._stream is None:
+            self._stream = backend.Stream(self.device)
+        if self._pool is None:
+            self._pool = backend.graph_pool_handle()
+        self._stream.wait_stream(caller)
+        with backend.stream(self._stream):
+            # On the stream that uses them, so that memory given back is not given to another.
+            buffers = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
+            self._warm_up(program, inputs, buffers)
+        caller.wait_stream(self._stream)
+        backend.synchronize(self.device)
+        graph = backend.CUDAGraph()
+        try:
+            with backend.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
+                before = backend.memory_reserved(self.device)
+                outputs = program.body(buffers)
+        except HeadstartError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(_refused(program, inputs, error)) from error
+        self.captures += 1
+        self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
+        return _Captured(graph, buffers, outputs, _Bound.of(program.networks))
+
+    def _warm_up(self, program: Program, inputs: Tensors, buffers: dict[str, Tensor]) -> None:
+        """Run the body; inputs, and what state its networks keep, are left as they were found."""
+        state = [(tensor, tensor.clone()) for tensor in _buffers(program.networks)]
+        state += [(buffer, inputs[name]) for name, buffer in buffers.items()]
+        for tensor, before in state:
+            tensor.copy_(before)
+        for _ in range(self.warmups):
+            program.body(buffers)
+            for tensor, before in state:
+                tensor.copy_(before)
+
+    def _drop(self, keys: Sequence[Hashable]) -> None:
+        if not keys:
+            return
+        self.backend.synchronize(self.device)
+        before = self.backend.memory_reserved(self.device)
+        for key in keys:
+            self._graphs.pop(key).graph.reset()
+        self._pool_bytes -= before - self.backend.memory_reserved(self.device)
+
+    def _watch(self, networks: tuple[object, ...]) -> None:
+        """Notice when a network is gone. One that cannot be watched is kept alive."""
+        for network in networks:
+            if id(network) not in self._networks:
+                try:
+                    # Called by the garbage collector at any moment: it only leaves a note.
+                    self._networks[id(network)] = None
+                    weakref.finalize(network, self._gone.append, id(network))
+                except TypeError:
+                    self._networks[id(network)] = network
+
+    def _forget_the_dead(self) -> None:
+        while self._gone:
+            dead = self._gone.popleft()
+            self._networks.pop(dead, None)
+            self._drop([key for key in self._graphs if dead in cast(Any, key)[1]])
+
+
+_SITES: dict[torch.device, Site] = {}
+_SITES_LOCK = threading.Lock()
+
+
+class _Bound(NamedTuple):
+    """Where the weights of networks were: the tables of every module, and the addresses in them.
+
+    Holding the tables (dicts of parameters, buffers and submodules) makes a look cheap; a module
+    that was swapped for another shows in its parent's table.
+    """
+
+    tables: list[dict[str, Any]]
+    addresses: list[int]
+
+    @classmethod
+    def of(cls, networks: Iterable[object]) -> _Bound:
+        modules = [
+            module
+            for network in networks
+            if isinstance(network, nn.Module)
+            for module in network.modules()
+        ]
+        tables = [
+            table
+            for module in modules
+            for table in (module._parameters, module._buffers, module._modules)  # pyright: ignore[reportPrivateUsage]
+        ]
+        return cls(cast(Any, tables), _addresses(cast(Any, tables)))
+
+    def holds(self) -> bool:
+        return _addresses(self.tables) == self.addresses
+
+
+def _addresses(tables: Iterable[dict[str, Any]]) -> list[int]:
+    return [
+        value.data_ptr() if isinstance(value, Tensor) else id(value)
+        for table in tables
+        for value in table.values()
+    ]
+
+
+def _buffers(networks: Iterable[object]) -> Iterator[Tensor]:
+    for network in networks:
+        if isinstance(network, nn.Module):
+            yield from network.buffers()
+
+
+def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
+    """What makes another graph: names, shapes, dtypes, and channels_last or not."""
+    return tuple((name, t.shape, t.dtype, _channels_last(t)) for name, t in inputs.items())
+
+
+def _channels_last(tensor: Tensor) -> bool:
+    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return last and not tensor.is_contiguous()
+
+
+def _size_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _refused(program: Program, inputs: Tensors, error: RuntimeError) -> str:
+    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"{program.name} could not be captured for {shapes}: {reason}. A captured network may not "
+        "wait for the device, copy from the host, or allocate by value: find the line with "
+        "headstart_kernels.emulation.audit, or use runner='eager'"
+    )

@@ -1,0 +1,70 @@
+"""`headstart convert`: a pickle, another layout or another dtype into one safetensors file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headstart.arguments import Command, every
+from headstart.console import progress
+
+if TYPE_CHECKING:
+    from headstart.convert import Conversion
+
+LISTED = 8
+"""How many of the things left out are printed; --json has all of them."""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="IN", help="a file, or a model's folder")
+    parser.add_argument("target", type=Path, metavar="OUT", help="a new .safetensors file")
+    parser.add_argument("--layout", default="same", help="same, diffusers, ldm: how names are made")
+    parser.add_argument("--dtype", default="same", help="same, f16, bf16, f32")
+    parser.add_argument("--part", help="of several: unet, vae, text, text_2, tiny")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument(
+        "--timeout", type=float, metavar="SECONDS", help="for reading a pickle; by its size"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from headstart.convert import convert
+
+    with progress(None, "converting") as bar:
+        done = convert(
+            args.source,
+            args.target,
+            layout=args.layout,
+            dtype=args.dtype,
+            part=args.part,
+            overwrite=args.overwrite,
+            timeout_s=args.timeout,
+            on_bytes=lambda count: bar.set_description(f"converting, {count / 1e6:.0f} MB"),
+        )
+    if args.json:
+        print(json.dumps(done.to_json()))
+    else:
+        _tell(done)
+    return 0
+
+
+def _tell(done: Conversion) -> None:
+    size = f"{done.size_bytes / 1e6:.1f} MB"
+    print(f"{done.target}: {done.tensors} tensors, mostly {done.dtype}, {size}")
+    if done.left_out:
+        print(f"left out, {len(done.left_out)}:")
+        for what in done.left_out[:LISTED]:
+            print(f"  {what}")
+        if len(done.left_out) > LISTED:
+            print("  ... (--json lists all)")
+
+
+CONVERT = Command(
+    "convert",
+    "write a safetensors file from a pickle, another layout or another dtype",
+    (every(),),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,133 @@
+"""`headstart evaluate`: numbers of folders that sample or sweep wrote."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headstart.arguments import Command, every
+from headstart.console import progress
+
+if TYPE_CHECKING:
+    from headstart.evaluation import Contrast, Evaluation, Row, Spread
+    from headstart.resample import Interval, Paired
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument(
+        "--features",
+        default="scorer",
+        metavar="NAME",
+        help="scorer, pixels, imagenet, or a folder with a CLIP or DINOv2 model; default: scorer",
+    )
+    parser.add_argument(
+        "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from headstart.gallery import read_gallery
+
+    galleries = [read_gallery(folder) for folder in args.folders]
+
+    from headstart.evaluation import evaluate, read_reference, see
+    from headstart.features import open_features
+
+    judge = open_features(args.features)
+    with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
+        seen = [see(gallery, judge, bar.update) for gallery in galleries]
+    reference = None
+    if args.reference is not None:
+        with progress(None, "reference"):
+            reference = read_reference(args.reference, judge)
+    with progress(None, "intervals"):
+        found = evaluate(seen, judge, reference)
+    print(json.dumps(found.to_json()) if args.json else _told(found))
+    return 0
+
+
+def _told(found: Evaluation) -> str:
+    """The table for a terminal, what its numbers are, and the paired comparisons."""
+    lines = [_header(found), *(_line(row) for row in found.rows)]
+    lines += ["", f"features: {found.extractor} · 95 % intervals over prompts, or over seeds where "
+              "there is one prompt"]  # fmt: skip
+    if found.reference is not None:
+        known = found.reference.features
+        counted = "" if known is None else f", {len(known)} images"
+        lines.append(
+            f"reference: {found.reference.name}{counted} · Frechet distances are too large at few "
+            "images: compare equal numbers only"
+        )
+    for row in found.rows:
+        own = row.gallery
+        if own.missing:
+            lines.append(f"{own.name}: {own.missing} cases are not finished")
+        if row.varied < len(own.prompts):
+            lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
+    return "\n".join([*lines, *(line for c in found.contrasts for line in _contrast(c))])
+
+
+def _header(found: Evaluation) -> str:
+    head = f"{'folder':<20}{'plan':<18}{'passes':>7}{'images':>8}{'prompts':>8}"
+    head += f"{'diversity':>11}{'95 %':>16}{'Vendi':>8}{'score':>8}"
+    if found.reference is not None:
+        head += f"{'Frechet':>10}{'95 %':>20}"
+        if found.reference.features is not None:
+            head += f"{'KID':>10}{'prec.':>7}{'recall':>7}{'cover.':>7}"
+    return head
+
+
+def _line(row: Row) -> str:
+    own = row.gallery
+    line = f"{_cut(own.name, 19):<20}{_cut(own.plan, 17):<18}{own.passes:>7}"
+    line += f"{len(own.pictures):>8}{len(own.prompts):>8}{_value(row.diversity, 3):>11}"
+    line += f"{_spread(None if row.diversity is None else row.diversity.best, 3):>16}"
+    line += f"{_value(row.vendi, 2):>8}{_value(row.score, 3):>8}"
+    if row.frechet is not None:
+        line += f"{row.frechet.value:>10.4g}{_spread(row.frechet, 4):>20}"
+    if row.kid is not None:
+        line += f"{row.kid.value:>10.5f}"
+    if row.neighbours is not None:
+        near = row.neighbours
+        line += f"{near.precision:>7.2f}{near.recall:>7.2f}{near.coverage:>7.2f}"
+    return line
+
+
+def _contrast(found: Contrast) -> list[str]:
+    lines = [f"\n{found.a} minus {found.b}, {found.prompts} prompts, {found.images} images each"]
+    for name, one in (("diversity", found.diversity), ("score", found.score)):
+        if one is not None:
+            lines.append(f"  {name:<10}{_paired(one)}")
+    return lines
+
+
+def _paired(found: Paired) -> str:
+    interval = found.over_prompts or found.over_seeds
+    if interval is None:
+        return "-"
+    p = "" if found.p_value is None else f"   p = {found.p_value:.2g} (sign flips over prompts)"
+    return f"{interval.value:+.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]{p}"
+
+
+def _value(spread: Spread | None, digits: int) -> str:
+    return "-" if spread is None else f"{spread.value:.{digits}f}"
+
+
+def _spread(interval: Interval | None, digits: int) -> str:
+    return "-" if interval is None else f"{interval.low:.{digits}f} .. {interval.high:.{digits}f}"
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else "…" + text[1 - width :]
+
+
+EVALUATE = Command(
+    "evaluate",
+    "diversity, scores and distances of folders that sample or sweep wrote, with intervals",
+    (every(),),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,83 @@
+"""`headstart slide`: an adapter from strength to strength on every plan, as a strip of pictures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import headstart_weights
+from headstart.arguments import Command, add_seeds, sampling, uses_bundled, worded
+from headstart.console import progress
+from headstart.errors import InputError
+from headstart.output import check_file, write_file
+from headstart.request import MODES, PRESETS, named_plan, pair_up, parse_seeds
+from headstart.session import open_engine
+from headstart.strength import parse_adapter, parse_strengths
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", metavar="PROMPT")
+    add_seeds(parser, "0-3")
+    parser.add_argument(
+        "--strengths", default="-2,-1,0,1,2", help="of the first --lora; default: %(default)s"
+    )
+    parser.add_argument("--plan", default="base,distilled,hybrid", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--toward", metavar="CAPTION", help="score the images against it")
+    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    parser.add_argument(
+        "--out", type=Path, default=Path("strip.png"), help="PNG; default: %(default)s"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompt, strengths = worded(args.prompt), parse_strengths(args.strengths)
+    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    plans = list(dict.fromkeys(name.strip() for name in args.plan.split(",")))
+    demo = uses_bundled(args)
+    if not args.lora and demo:
+        args.lora = list(headstart_weights.manifest().controls[:1])
+    if not args.lora:
+        raise InputError("slide needs an adapter: --lora FILE")
+    if args.toward is not None and not demo:
+        raise InputError("--toward needs a scorer, and the bundled one knows only the bundled pair")
+    for name in plans:
+        named_plan(name, {"preset": args.preset}, "demo" if demo else None)
+    cells = len(plans) * len(seeds) * len(strengths)
+    check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
+    engine = open_engine(args)
+
+    from headstart.compare import demo_judge
+    from headstart.sheet import encode_png
+    from headstart.slide import slide, strip_of
+
+    tables = {name: engine.compile(name, preset=args.preset) for name in plans}
+    adapter = Path(parse_adapter(args.lora[0])[0]).stem
+    judge = None if args.toward is None else demo_judge()
+    with progress(sum(map(len, tables.values())), "sliding") as bar:
+        found = slide(
+            engine,
+            prompt,
+            adapter,
+            strengths,
+            seeds,
+            tables,
+            judge=judge,
+            toward=args.toward,
+            on_step=lambda _: bar.update(),
+        )
+    write_file(args.out, encode_png(strip_of(found)))
+    if args.json:
+        print(json.dumps(found.to_json(str(args.out))))
+    else:
+        print(f"{prompt!r}, {found.adapter}, {len(seeds)} seeds\n\n{found}\n\n{args.out}")
+    return 0
+
+
+SLIDE = Command(
+    "slide",
+    "an adapter from strength to strength on every plan, as a strip of pictures",
+    sampling(),
+    _add_options,
+    _run,
+)

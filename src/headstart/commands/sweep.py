@@ -1,0 +1,184 @@
+"""`headstart sweep`: a CSV of prompts and seeds into a folder; ended at any time, it goes on."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headstart.arguments import (
+    Command,
+    add_plan_options,
+    plan_settings,
+    read_size,
+    sampling,
+    uses_bundled,
+)
+from headstart.console import progress
+from headstart.errors import InputError
+from headstart.jobs import Case, Size, batches, digest, read_cases
+from headstart.output import check_folder
+from headstart.request import named_plan
+from headstart.session import open_engine
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from headstart.engine import Engine
+    from headstart.sweep import Draw, Swept
+    from headstart.table import StepTable
+
+BATCH = 16
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "csv", type=Path, metavar="CSV", help="columns case_number, prompt, evaluation_seed"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with"
+    )
+    add_plan_options(parser)
+    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
+    parser.add_argument("--size-column", metavar="NAME", help="a column that says the size instead")
+    parser.add_argument(
+        "--batch", type=int, default=BATCH, help="cases in a network at once; default: %(default)s"
+    )
+
+
+def _run(args: argparse.Namespace) -> int:
+    from headstart.ledger import Shard, open_ledger
+
+    shard = Shard.of_environment(os.environ)
+    cases = read_cases(args.csv, size_column=args.size_column)
+    batches(cases, args.batch)  # refuses a batch of none before the weights are loaded
+    size = read_size(args.size)
+    if size is not None and args.size_column is not None:
+        raise InputError("--size and --size-column both say the size: give one")
+    if uses_bundled(args):
+        named_plan(args.plan, plan_settings(args), "demo")
+    check_folder(args.out, size_bytes=0)
+    _use_local_device(args)
+    engine = open_engine(args)
+    table = engine.compile(args.plan, **plan_settings(args))
+    settings = _settings(args, engine, table, cases, size)
+    _check_requests(args, engine, table, cases, size)
+    draw = _drawing(engine, table, args.negative, size)
+
+    from headstart.sweep import share, sweep
+
+    with open_ledger(args.out, settings, shard) as ledger:
+        with progress(None, "verifying what is there"):
+            work = share(cases, ledger, args.batch)
+        check_folder(args.out, size_bytes=len(work.pending) * _pixels(engine, size) * 3)
+        with progress(len(work.pending) if shard.rank == 0 else 0, "sampling") as bar:
+            done = sweep(
+                cases, draw, ledger, batch=args.batch, work=work, on_cases=bar.update
+            )  # fmt: skip
+        _report(args, done, len(cases), shard)
+    return 0
+
+
+def _use_local_device(args: argparse.Namespace) -> None:
+    """Under torchrun every rank has a GPU of its own, LOCAL_RANK of its machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or args.device not in ("auto", "cuda"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
+def _settings(
+    args: argparse.Namespace,
+    engine: Engine,
+    table: StepTable,
+    cases: tuple[Case, ...],
+    size: Size | None,
+) -> dict[str, Any]:
+    from headstart import record
+    from headstart.ledger import FORMAT
+
+    weights = engine.weights
+    return {
+        "format": FORMAT,
+        "plan": table.name,
+        "passes": table.passes(),
+        "cases": {"count": len(cases), "sha256": digest(cases)},
+        "table": json.loads(table.to_json()),
+        "negative": args.negative,
+        "size": list(size or (weights.image_size,) * 2),
+        "batch": args.batch,
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "weights": record.weigh(weights.files),
+        "machine": record.machine(engine.device, weights.dtype, engine.runner),
+    }
+
+
+def _check_requests(
+    args: argparse.Namespace,
+    engine: Engine,
+    table: StepTable,
+    cases: tuple[Case, ...],
+    size: Size | None,
+) -> None:
+    """Every shape of the file, and whether memory holds a batch of it; runs nothing."""
+    for shape in dict.fromkeys(case.size or size for case in cases):
+        count = min(args.batch, sum((case.size or size) == shape for case in cases))
+        engine.iterate(
+            "",
+            plan=table,
+            seeds=range(count),
+            negative=args.negative,
+            size=shape,
+            batch=args.batch,
+        )
+
+
+def _drawing(engine: Engine, table: StepTable, negative: str, size: Size | None) -> Draw:
+    def draw(cases: Sequence[Case]) -> Sequence[NDArray[np.uint8]]:
+        # Two cases may ask for one image; an engine draws it once.
+        pairs = dict.fromkeys((case.prompt, case.seed) for case in cases)
+        done = engine.sample(
+            [prompt for prompt, _ in pairs],
+            plan=table,
+            seeds=[seed for _, seed in pairs],
+            negative=negative,
+            size=cases[0].size or size,
+            batch=len(cases),
+        )
+        images = dict(zip(pairs, done.rgb.cpu().numpy(), strict=True))
+        return [images[case.prompt, case.seed] for case in cases]
+
+    return draw
+
+
+def _pixels(engine: Engine, size: Size | None) -> int:
+    height, width = size or (engine.weights.image_size,) * 2
+    return height * width
+
+
+def _report(args: argparse.Namespace, done: Swept, cases: int, shard: tuple[int, int]) -> None:
+    rank, world = shard
+    if args.json:
+        facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world}
+        print(json.dumps({**facts, **done._asdict()}))
+        return
+    who = f"rank {rank} of {world}: " if world > 1 else ""
+    rest = "all cases are done" if done.complete else "other ranks have cases left"
+    print(f"{who}{done.written} images written, {done.skipped} there already, {rest} · {args.out}")
+
+
+SWEEP = Command(
+    "sweep",
+    "sample every row of a CSV into a folder; goes on where it was ended, shards under torchrun",
+    sampling(),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,118 @@
+"""`headstart transfer`: a fine-tune of the base carried over to the distilled model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from headstart.arguments import Command, every
+from headstart.console import progress
+from headstart.errors import InputError
+
+if TYPE_CHECKING:
+    from headstart.adapter_names import Network
+    from headstart.extract import Extraction
+    from headstart.transfer import Transfer
+
+LISTED = 5
+"""How many of the worst captured layers are printed; --json has all of them."""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", type=Path, required=True, metavar="B", help="a checkpoint")
+    parser.add_argument("--tuned", type=Path, required=True, metavar="T", help="fine-tuned from B")
+    parser.add_argument("--distilled", type=Path, metavar="D", help="gets T - B added")
+    parser.add_argument("--out", type=Path, required=True, help="a new .safetensors file")
+    parser.add_argument("--strength", type=float, default=1.0, metavar="S", help="default: 1")
+    parser.add_argument("--parts", default="unet", help="of unet,text,text_2; default: unet")
+    parser.add_argument(
+        "--rank", type=int, metavar="R", help="write T - B as an adapter of rank R; D may be absent"
+    )
+    parser.add_argument("--naming", default="kohya", help="of an adapter: kohya, diffusers")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+
+
+def _run(args: argparse.Namespace) -> int:
+    from headstart.transfer import read_parts
+
+    parts = read_parts(args.parts)
+    if args.rank is not None:
+        _extract(args, parts)
+    elif args.distilled is not None:
+        _transfer(args, parts)
+    else:
+        raise InputError("--distilled is missing: give the model to change, or --rank for a LoRA")
+    return 0
+
+
+def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
+    from headstart.transfer import transfer
+
+    with progress(None, "transferring") as bar:
+        done = transfer(
+            args.base,
+            args.tuned,
+            args.distilled,
+            args.out,
+            strength=args.strength,
+            parts=parts,
+            overwrite=args.overwrite,
+            on_bytes=lambda count: bar.set_description(f"transferring, {count / 1e6:.0f} MB"),
+        )
+    print(json.dumps(done.to_json()) if args.json else _told(done))
+
+
+def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
+    from headstart.extract import extract
+
+    with progress(None, "extracting") as bar:
+        done = extract(
+            args.base,
+            args.tuned,
+            args.out,
+            rank=args.rank,
+            strength=args.strength,
+            distilled=args.distilled,
+            parts=parts,
+            naming=args.naming,
+            overwrite=args.overwrite,
+            on_layer=lambda module: bar.set_description(f"extracting {module}"),
+        )
+    print(json.dumps(done.to_json()) if args.json else _captured(done))
+
+
+def _told(done: Transfer) -> str:
+    lines = [f"{done.target}: {done.size_bytes / 1e6:.1f} MB"]
+    for part, count in done.changed.items():
+        share = f"{100 * done.relative[part]:.2f} % of its norm"
+        lines.append(f"  {part:<8} {count} tensors changed by {share}")
+    if done.kept:
+        lines.append(f"  kept, because only the distilled model has them: {', '.join(done.kept)}")
+    if done.copied:
+        lines.append(f"  copied   {done.copied} tensors of other parts")
+    return "\n".join(lines)
+
+
+def _captured(done: Extraction) -> str:
+    lines = [
+        f"{done.target}: rank {done.rank}, {done.naming} names, {len(done.layers)} layers, "
+        f"{done.size_bytes / 1e6:.1f} MB",
+        f"captured energy {100 * done.energy:.2f} % of the layers' difference; the least captured:",
+    ]
+    for layer in sorted(done.layers, key=lambda layer: layer.energy)[:LISTED]:
+        lines.append(f"  {100 * layer.energy:6.2f} %  {layer.network} {layer.module}")
+    if done.left_out:
+        share = f"{100 * done.left_share:.2g} % of the whole difference"
+        lines.append(f"left out: {len(done.left_out)} biases, norms and embeddings, {share}")
+    return "\n".join(lines)
+
+
+TRANSFER = Command(
+    "transfer",
+    "add a fine-tune's difference to the distilled model, or write it as a LoRA",
+    (every(),),
+    _add_options,
+    _run,
+)

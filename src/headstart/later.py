@@ -1,0 +1,21 @@
+"""A module that is imported when it is first used: `headstart inspect` never pays for numpy.
+
+np = Later("numpy")        np.sqrt(x)    imports numpy on the first such line, and never again
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+
+class Later:
+    """Stands for the module `name`; each attribute is looked up once and kept."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        value = getattr(import_module(self._name), attribute)
+        setattr(self, attribute, value)
+        return value

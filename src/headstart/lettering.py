@@ -1,0 +1,57 @@
+"""Words on a picture: the palette, and text in Pillow's built-in font that never leaves its place.
+
+width(text, size) <= room, else the text is cut, or wrapped between its clauses
+"""
+
+from __future__ import annotations
+
+import unicodedata
+
+from PIL import ImageDraw, ImageFont
+
+PAPER, INK, GREY, FAINT, ACCENT = "#fbfaf7", "#1c1b1a", "#6f6b66", "#e4e0d9", "#c2410c"
+_DRAWABLE = {chr(code) for code in range(32, 127)} | set("·±…“”‘’")  # what the built-in font has
+
+
+def write(
+    pen: ImageDraw.ImageDraw,
+    at: tuple[float, float],
+    text: str,
+    size_px: int,
+    colour: str,
+    anchor: str = "la",
+) -> None:
+    """Draw one line; `anchor` says which point of it is `at`, as Pillow names them."""
+    pen.text(at, drawable(text), colour, ImageFont.load_default(size=size_px), anchor=anchor)
+
+
+def width(text: str, size_px: int) -> float:
+    """Pixels that the text takes on one line."""
+    return ImageFont.load_default(size=size_px).getlength(drawable(text))
+
+
+def cut(text: str, size_px: int, room: int) -> str:
+    """One line: as much of `text` as fits, ended by an ellipsis where some was cut."""
+    line = " ".join(text[:400].split())
+    if width(line, size_px) <= room:
+        return line
+    kept = next(n for n in range(len(line), -1, -1) if width(line[:n] + "…", size_px) <= room)
+    return line[:kept].rstrip() + "…"
+
+
+def wrapped(text: str, size_px: int, room: int) -> list[str]:
+    """Lines of whole clauses; a clause is what stands between two middle dots."""
+    lines = [""]
+    for clause in text.split(" · "):
+        longer = f"{lines[-1]} · {clause}".removeprefix(" · ")
+        if lines[-1] and width(longer, size_px) > room:
+            lines.append(clause)
+        else:
+            lines[-1] = longer
+    return [cut(line, size_px, room) for line in lines]
+
+
+def drawable(text: str) -> str:
+    """The text with what the font lacks as its base letter, or as "?"."""
+    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(c if c in _DRAWABLE else "?" for c in plain)

@@ -1,0 +1,52 @@
+"""Latents [B, C, h, w] -> rgb uint8 [B, H, W, 3], a chunk at a time; never a black image."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from copy import deepcopy
+
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import InputError
+from headstart.interfaces import LatentCodec
+from headstart_kernels import decode_u8
+
+
+def decode_rgb(
+    vae: LatentCodec, latents: Tensor, *, dtype: torch.dtype, chunk: int, seeds: Sequence[int]
+) -> Tensor:
+    """Decode in `dtype`; what overflows in float16 is decoded again in float32, with a warning.
+
+    SDXL's decoder overflows in float16 (its config.json says `force_upcast`), and so may any that
+    was trained further. The float32 copy lives for this call only. Raises InputError naming the
+    seeds whose pixels are NaN or infinite all the same.
+    """
+    rgb, good = _decoded(vae, latents.to(dtype), chunk)
+    if not all(good) and dtype == torch.float16 and isinstance(vae, nn.Module):
+        warnings.warn(
+            "the decoder overflowed in float16, so the images are decoded again in float32; load "
+            "with dtype='bfloat16', or give a repaired VAE, to save the time",
+            stacklevel=2,
+        )
+        wide = deepcopy(vae).float()
+        rgb, good = _decoded(wide, latents.float(), chunk)
+    if not all(good):
+        bad = [seed for seed, fine in zip(seeds, good, strict=True) if not fine]
+        raise InputError(
+            f"the decoder gave NaN or infinity for seed(s) {bad}: a half-precision decoder "
+            "overflowed, or the VAE is not this model's; load with dtype='float32' or 'bfloat16'"
+        )
+    return rgb
+
+
+def _decoded(vae: LatentCodec, latents: Tensor, chunk: int) -> tuple[Tensor, list[bool]]:
+    parts: list[Tensor] = []
+    finite: list[Tensor] = []
+    with torch.inference_mode():
+        for begin in range(0, len(latents), chunk):
+            pixels = vae.decode(latents[begin : begin + chunk])
+            finite.append(torch.isfinite(pixels).flatten(1).all(1))
+            parts.append(decode_u8(pixels, check=False))
+        return torch.cat(parts), [bool(fine) for fine in torch.cat(finite).cpu().unbind()]

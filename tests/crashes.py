@@ -1,0 +1,187 @@
+"""A program that the sweep's tests run: forks sweeps that are killed, and looks at what they leave.
+
+    python tests/crashes.py points FOLDER    SIGKILL at every single write, fsync and rename in turn
+    python tests/crashes.py moments FOLDER   SIGKILL at 24 moments that are drawn at random
+    python tests/crashes.py ranks FOLDER N   N ranks, one killed; gone on with by another number
+
+It loads no torch, so a fork is a few milliseconds, and prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from headstart.jobs import Case
+from headstart.ledger import FORMAT, Shard, open_ledger, read_entries
+from headstart.sweep import Swept, sweep
+
+CASES = tuple(Case(n, f"prompt {n % 5}", 100 + n) for n in range(11))
+SETTINGS = {"format": FORMAT, "cases": len(CASES), "weights": {}}
+BATCH = 3
+ALONE = Shard()
+
+
+def draw(cases: Sequence[Case]) -> list[np.ndarray]:
+    """Pixels that depend on the case and, as rounding does, on what shares its batch."""
+    salt = sum(case.number for case in cases)
+    return [
+        np.random.default_rng([case.seed, salt]).integers(0, 256, (8, 8, 3), np.uint8)
+        for case in cases
+    ]
+
+
+def run(folder: Path, shard: Shard = ALONE, slow_s: float = 0.0) -> Swept:
+    def slowly(cases: Sequence[Case]) -> list[np.ndarray]:
+        time.sleep(slow_s)
+        return draw(cases)
+
+    with open_ledger(folder, SETTINGS, shard) as ledger:
+        return sweep(CASES, slowly, ledger, batch=BATCH)
+
+
+def kill_at(point: int) -> None:
+    """SIGKILL just before the point-th call that changes the disk, of those that a sweep makes."""
+    left = [point]
+
+    def counted(call: Callable[..., object]) -> Callable[..., object]:
+        def before(*arguments: object, **named: object) -> object:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*arguments, **named)
+
+        return before
+
+    for name in ("fsync", "replace", "mkdir", "unlink", "rename"):
+        setattr(os, name, counted(getattr(os, name)))
+    Path.replace = counted(Path.replace)  # type: ignore[method-assign]
+    Path.open = counted(Path.open)  # type: ignore[method-assign]
+
+
+def fork(work: Callable[[], object]) -> int:
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        finally:
+            os._exit(status)
+    return child
+
+
+def wait(child: int) -> bool:
+    """Whether it ended by itself, and well."""
+    status = os.waitpid(child, 0)[1]
+    if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+        return False
+    assert os.waitstatus_to_exitcode(status) == 0, status
+    return True
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything but the shards, which say who did what; and no file left aside."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def finished(folder: Path) -> dict[str, tuple[int, int]]:
+    """What the lines say is in place: inode and time of each file. Every line must be true."""
+    found: dict[str, tuple[int, int]] = {}
+    for entry in read_entries(folder):
+        assert entry.is_intact(folder), f"{entry.file} is recorded and not there"
+        stat = (folder / entry.file).stat()
+        found[entry.file] = (stat.st_ino, stat.st_mtime_ns)
+    return found
+
+
+def recorded_twice(folder: Path) -> int:
+    lines = b"".join(path.read_bytes() for path in (folder / "shards").glob("*.jsonl"))
+    counts = Counter(json.loads(line)["case_number"] for line in lines.splitlines())
+    return sum(count > 1 for count in counts.values())
+
+
+def points(folder: Path) -> dict[str, object]:
+    """One sweep a point: killed there, then gone on with; all must equal the one never killed."""
+    run(folder / "whole")
+    expected, killed = contents(folder / "whole"), 0
+    while True:
+        own = folder / f"{killed:03d}"
+
+        def crash(own: Path = own, point: int = killed) -> None:
+            kill_at(point)
+            run(own)
+
+        if wait(fork(crash)):
+            break
+        before = finished(own) if own.exists() else {}
+        assert wait(fork(lambda own=own: run(own)))
+        after = finished(own)
+        assert all(after[name] == file for name, file in before.items()), "written twice"
+        assert contents(own) == expected, f"differs after a kill at point {killed}"
+        assert recorded_twice(own) == 0
+        killed += 1
+    return {"killed": killed, "images": len(CASES)}
+
+
+def moments(folder: Path) -> dict[str, object]:
+    """One sweep killed again and again; a new one is begun whenever it gets to its end."""
+    run(folder / "whole")
+    expected, rng = contents(folder / "whole"), random.Random(20250310)
+    killed = ended = 0
+    seen: dict[str, tuple[int, int]] = {}
+    while killed < 24:
+        own = folder / f"{ended:03d}"
+        child = fork(lambda own=own: run(own, slow_s=0.004))
+        time.sleep(rng.uniform(0.001, 0.03))
+        os.kill(child, signal.SIGKILL)
+        done = wait(child)
+        now = finished(own) if own.exists() else {}
+        assert all(now[name] == file for name, file in seen.items()), "lost or written twice"
+        seen, killed, ended = ({} if done else now), killed + (not done), ended + done
+        assert not done or contents(own) == expected
+    own = folder / f"{ended:03d}"
+    run(own)
+    assert contents(own) == expected
+    assert all(recorded_twice(path) == 0 for path in folder.iterdir() if path.name != "whole")
+    return {"killed": killed, "sweeps": ended + 1}
+
+
+def ranks(folder: Path, world: int) -> dict[str, object]:
+    """The second of `world` ranks is killed; the rest of its share is done by world - 1 ranks."""
+    run(folder / "whole")
+    own = folder / "ranks"
+    children = [
+        fork(lambda r=r: run(own, Shard(r, world), slow_s=10.0 if r == 1 else 0.0))
+        for r in range(world)
+    ]
+    assert all(wait(child) for r, child in enumerate(children) if r != 1)
+    os.kill(children[1], signal.SIGKILL)
+    assert not wait(children[1])
+    before = finished(own)
+    partly = not (own / "manifest.jsonl").exists()
+    survivors = [fork(lambda r=r: run(own, Shard(r, world - 1))) for r in range(world - 1)]
+    assert all([wait(child) for child in survivors])
+    after = finished(own)
+    return {
+        "done_before": len(before),
+        "partly": partly,
+        "kept": all(after[name] == file for name, file in before.items()),
+        "recorded_twice": recorded_twice(own),
+        "equal": contents(own) == contents(folder / "whole"),
+    }
+
+
+if __name__ == "__main__":
+    what, where = sys.argv[1], Path(sys.argv[2])
+    found = {"points": points, "moments": moments}.get(what)
+    print(json.dumps(found(where) if found else ranks(where, int(sys.argv[3]))))

@@ -1,0 +1,126 @@
+"""Adapters beside peft and diffusers: files that they write, and the weights that they merge.
+
+Our UNet has diffusers' module names, so peft trains it as it would diffusers' own.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart.adapter_file import layer_shapes, read_adapter
+from headstart.adapter_names import AdapterForm
+from headstart.delta import LowRank
+from headstart.unet import Mid, Stage, UNet, UNetParams
+
+EPS = 2.0**-24
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "conv_shortcut", "proj_in"]
+
+
+def unet() -> UNet:
+    torch.manual_seed(0)
+    params = UNetParams(
+        down=(Stage(32, (1,), True), Stage(64, (1,), False)),
+        mid=Mid(2, 1),
+        up=(Stage(64, (1, 1), True), Stage(32, (1, 1), False)),
+        context_dim=24,
+        heads=2,
+        norm_groups=8,
+        linear_projection=False,
+    )
+    return UNet(params)
+
+
+def lora(**changed: object) -> tuple[AdapterForm, Any]:
+    import peft
+
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 2, "target_modules": TARGETS} | changed
+    form = AdapterForm.DORA if changed.get("use_dora") else AdapterForm.PEFT
+    return form, peft.LoraConfig(init_lora_weights=False, **settings)
+
+
+def loha(**changed: object) -> tuple[AdapterForm, Any]:
+    import peft
+
+    settings: dict[str, Any] = {"r": 4, "alpha": 2, "target_modules": TARGETS} | changed
+    return AdapterForm.LOHA, peft.LoHaConfig(init_weights=False, **settings)
+
+
+def lokr(**changed: object) -> tuple[AdapterForm, Any]:
+    import peft
+
+    settings: dict[str, Any] = {"r": 2, "alpha": 3, "target_modules": TARGETS} | changed
+    return AdapterForm.LOKR, peft.LoKrConfig(init_weights=False, **settings)
+
+
+CASES: dict[str, Any] = {
+    "lora": lambda: lora(),
+    "rslora": lambda: lora(use_rslora=True),
+    "patterns": lambda: lora(
+        alpha_pattern={"attn1.to_q": 7, "conv1": 5}, rank_pattern={"to_k": 2, "conv1": 3}
+    ),
+    "dora": lambda: lora(use_dora=True),
+    "loha": lambda: loha(),
+    "loha with cores": lambda: loha(use_effective_conv2d=True),
+    "lokr": lambda: lokr(),
+    "lokr both": lambda: lokr(decompose_both=True, decompose_factor=4),
+    "lokr full": lambda: lokr(r=64),
+    "lokr with cores": lambda: lokr(use_effective_conv2d=True),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_file_that_peft_writes_gives_the_weights_that_peft_merges(
+    name: str, tmp_path: Path
+) -> None:
+    import peft
+
+    form, config = CASES[name]()
+    ours = unet()
+    pristine = {n: t.clone() for n, t in ours.state_dict().items()}
+    model = peft.get_peft_model(copy.deepcopy(ours), config)  # pyright: ignore
+    for parameter in model.parameters():  # DoRA's magnitudes start at the norms
+        if parameter.requires_grad:
+            parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
+    model.save_pretrained(str(tmp_path))
+    merged: dict[str, Tensor] = model.merge_and_unload().state_dict()
+
+    file = read_adapter(tmp_path)
+    assert file.form is form
+    found = file.resolve({"unet": layer_shapes(ours)}).require()
+    changed = {n for n, t in merged.items() if not torch.equal(t, pristine[n])}
+    assert {f"{module}.weight" for _, module in found.deltas} == changed and len(changed) > 20
+    for (_, module), delta in found.deltas.items():
+        weight, theirs = pristine[f"{module}.weight"], merged[f"{module}.weight"]
+        tuned = delta.merge(weight, 1.0)
+        # Both sum at most 64 products a factor, or the squares of a row, in another order.
+        scale = max(theirs.abs().max(), weight.abs().max(), (theirs - weight).abs().max())
+        assert (tuned - theirs).abs().max() <= 128 * EPS * scale, module
+
+
+def test_a_file_that_diffusers_writes_is_read_with_the_alpha_of_its_metadata(
+    tmp_path: Path,
+) -> None:
+    import peft
+    from diffusers import StableDiffusionPipeline
+    from peft.utils import get_peft_model_state_dict
+
+    _, config = lora(lora_alpha=6)
+    ours = unet()
+    model = peft.get_peft_model(copy.deepcopy(ours), config)  # pyright: ignore
+    state = get_peft_model_state_dict(model)
+    layers = {n.removeprefix("base_model.model."): t for n, t in state.items()}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=config.to_dict()
+    )
+    (path,) = tmp_path.glob("*.safetensors")
+    found = read_adapter(path).resolve({"unet": layer_shapes(ours)}).require()
+    assert len(found.deltas) == len(state) // 2
+    for (_, module), delta in found.deltas.items():
+        assert isinstance(delta, LowRank) and delta.scale == 6 / 4
+        assert torch.equal(delta.down, state[f"base_model.model.{module}.lora_A.weight"])

@@ -1,0 +1,171 @@
+"""Going on from a kept state: to the bit where nothing changes, and otherwise as asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import headstart as hs
+import headstart_weights
+from headstart.branches import changed
+from headstart.plan import DEMO_SCHEDULE
+
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+
+
+class Origin(NamedTuple):
+    engine: hs.Engine
+    run: hs.Trajectory
+    states: list[hs.State]
+
+
+@pytest.fixture(scope="module")
+def origin() -> Origin:
+    engine = hs.Engine.demo(device="cpu")
+    states: list[hs.State] = []
+    run = engine.sample("a fox", seeds=[1, 2], keep_x0=True, on_step=states.append)
+    return Origin(engine, run, states)
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_going_on_with_nothing_changed_is_bit_identical(origin: Origin, step: int) -> None:
+    again = hs.branch(origin.engine, origin.run, origin.states[step])
+    assert torch.equal(again.latents, origin.run.latents)
+    assert torch.equal(again.rgb, origin.run.rgb)
+    assert again.x0 is not None and origin.run.x0 is not None
+    assert torch.equal(again.x0, origin.run.x0)
+
+
+@pytest.mark.parametrize("preset", ["demo", "turbo", "dmd2"])
+def test_iterating_on_from_any_state_is_bit_identical(origin: Origin, preset: str) -> None:
+    """Also where rows add noise: it is keyed by the row's number in the whole plan."""
+    asked = {"plan": "hybrid", "seeds": [3, 4], "preset": preset}
+    whole = list(origin.engine.iterate("an owl", **asked))
+    for state in whole[:-1]:
+        rest = list(origin.engine.iterate("an owl", **asked, resume=state))
+        assert [s.step for s in rest] == [s.step for s in whole[state.step + 1 :]]
+        assert torch.equal(rest[-1].x, whole[-1].x)
+
+
+def test_a_guided_multistep_run_goes_on_to_the_bit(origin: Origin) -> None:
+    """A second-order row looks back on the x0 before it, which a State holds."""
+    leg = hs.Leg(model="base", steps=6, update="dpmpp_2m", guidance=2.0)
+    plan = hs.Plan((leg,), start="unit")
+    whole = list(origin.engine.iterate("an owl", plan=plan, seeds=5))
+    assert any(step.carry for step in origin.engine.compile(plan))
+    rest = list(origin.engine.iterate("an owl", plan=plan, seeds=5, resume=whole[2]))
+    assert torch.equal(rest[-1].x, whole[-1].x)
+
+
+def test_switching_to_the_model_that_runs_anyway_changes_nothing(origin: Origin) -> None:
+    again = hs.branch(origin.engine, origin.run, origin.states[0], model="distilled")
+    assert torch.equal(again.latents, origin.run.latents)
+
+
+def test_every_change_changes_the_rows_after_it_and_none_before(origin: Origin) -> None:
+    assert origin.run.x0 is not None
+    for change in (
+        {"model": "base"}, {"reseed": [8, 9]}, {"guidance": 3.0}, {"prompt": "a frog"},
+    ):  # fmt: skip
+        other = hs.branch(origin.engine, origin.run, origin.states[1], **change)
+        assert other.x0 is not None
+        assert torch.equal(other.x0[:2], origin.run.x0[:2]), change
+        assert not torch.equal(other.x0[2], origin.run.x0[2]), change
+        assert other.from_step == 2
+        assert torch.equal(other.x0[-1], other.latents)
+
+
+def test_a_switched_plan_is_the_plan_with_those_legs(origin: Origin) -> None:
+    legs = (
+        hs.Leg(model="base", timesteps=(999.0,)),
+        hs.Leg(model="distilled", timesteps=(749.0,)),
+        hs.Leg(model="base", timesteps=(499.0, 249.0)),
+    )
+    plan = hs.Plan(legs, start="unit")
+    whole = origin.engine.sample("a fox", plan=plan, seeds=[1, 2])
+    other = hs.branch(origin.engine, origin.run, origin.states[1], model="base")
+    assert torch.equal(other.latents, whole.latents)
+
+
+def test_reseeding_keeps_what_is_predicted_under_fresh_noise(origin: Origin) -> None:
+    state = origin.states[0]
+    other = hs.branch(origin.engine, origin.run, state, reseed=[8, 9])
+    sigma = origin.run.table[1].sigma
+    x = state.x0 + sigma * hs.Philox([8, 9]).step(0, state.x.shape[1:], state.x.device)
+    by_hand = list(
+        origin.engine.iterate(
+            "a fox", plan=origin.run.table, seeds=[8, 9], resume=hs.State(0, x, state.x0)
+        )
+    )
+    assert torch.equal(other.latents, by_hand[-1].x)
+    assert other.seeds == (8, 9)
+
+
+def test_one_image_goes_on_under_several_seeds(origin: Origin) -> None:
+    states: list[hs.State] = []
+    run = origin.engine.sample("a fox", seeds=1, keep_x0=True, on_step=states.append)
+    other = hs.branch(origin.engine, run, states[0], reseed=range(3))
+    assert other.rgb.shape[0] == 3 and other.seeds == (0, 1, 2)
+    assert other.x0 is not None and other.x0.shape[:2] == (4, 3)
+    assert len({tuple(latent.flatten().tolist()) for latent in other.latents}) == 3
+    with pytest.raises(hs.InputError, match="3 new seeds for 2 images"):
+        hs.branch(origin.engine, origin.run, origin.states[0], reseed=range(3))
+
+
+def test_a_switch_to_a_model_of_another_prediction_keeps_the_boundary_and_levels() -> None:
+    table = hs.preset("lcm").compile(hs.NoiseSchedule.scaled_linear())
+    kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.EPS}
+    other = changed(table, 2, kinds, model="base")
+    legs = (
+        hs.Leg(model="base", timesteps=(999.0,), update="renoise", boundary=True,
+               prediction="eps"),
+        hs.Leg(model="distilled", timesteps=(759.0,), update="renoise", boundary=True),
+        hs.Leg(model="base", timesteps=(499.0, 259.0), update="renoise", boundary=True,
+               prediction="v"),
+    )  # fmt: skip
+    whole = hs.Plan(legs, start="unit").compile(hs.NoiseSchedule.scaled_linear())
+    assert other.steps == whole.steps
+
+
+def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
+    leg = hs.Leg(model="base", steps=6, update="dpmpp_2m")
+    table = hs.Plan((leg,)).compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)
+    kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.V}
+    other = changed(table, 3, kinds, model="distilled")
+    assert table[3].carry and table[4].carry
+    assert other[3].carry == 0.0 and other[4].carry == table[4].carry
+
+
+@pytest.mark.parametrize(
+    ("row", "change", "told"),
+    [
+        (3, {"model": "base"}, "no row after the last"),
+        (1, {"model": "turbo"}, "no model 'turbo'"),
+        (1, {"guidance": -1.0}, "guidance"),
+        (1, {"guidance": float("nan")}, "guidance"),
+        (1, {"reseed": [1, 1]}, "twice"),
+    ],
+)
+def test_a_change_that_cannot_be_made_is_refused(
+    origin: Origin, row: int, change: dict, told: str
+) -> None:
+    with pytest.raises(hs.HeadstartError, match=told):
+        hs.branch(origin.engine, origin.run, origin.states[row], **change)
+
+
+def test_a_state_of_another_batch_or_row_is_refused(origin: Origin) -> None:
+    state = origin.states[1]
+    cases = {
+        "row 3": origin.states[3],
+        "row -1": hs.State(-1, state.x, state.x0),
+        "its own batch": hs.State(1, state.x[:1], state.x0[:1]),
+    }
+    for told, wrong in cases.items():
+        with pytest.raises(hs.InputError, match=told):
+            origin.engine.iterate("a fox", seeds=[1, 2], resume=wrong)

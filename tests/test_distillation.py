@@ -1,0 +1,171 @@
+"""What a distilled file is taken for, and the plans it should not be run with."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from headstart import distillation
+from headstart.distillation import DISTILLATIONS, Guess
+from headstart.plan import preset
+from headstart.prediction import Prediction
+from headstart.request import PRESETS
+from headstart.schedule import NoiseSchedule
+from headstart.table import StepTable
+from headstart.tensors import Checkpoint
+
+NAMES = {
+    # the names their makers publish them under
+    "sdxl_lightning_4step_unet": ("Lightning", 4, "lightning"),
+    "sdxl_lightning_8step_unet": ("Lightning", 8, "lightning"),
+    "dmd2_sdxl_4step_unet_fp16": ("DMD2", 4, "dmd2"),
+    "dmd2_sdxl_1step_unet_fp16": ("DMD2", 1, None),
+    "Hyper-SDXL-1step-Unet": ("Hyper-SD", 1, None),
+    "sd_xl_turbo_1.0_fp16": ("Turbo", None, "turbo"),
+    "sd_turbo": ("Turbo", None, "turbo"),
+    "LCM_Dreamshaper_v7_4k": ("LCM", None, "lcm"),
+    "juggernautXL_v9Rdphoto2Lightning": ("Lightning", None, "lightning"),
+    # and names of what is no distillation
+    "sd_xl_base_1.0": (None, None, None),
+    "hyperrealism_v3": (None, None, None),
+    "calcmix_dmdx": (None, None, None),
+}
+
+
+def guessed(path: Path, lineage: str = "sdxl", **metadata: str) -> Guess:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"conv_in.weight": torch.zeros(1)}, path, metadata or None)
+    return distillation.guess(path, Checkpoint([path]), lineage)
+
+
+def table(name: str, **settings: object) -> StepTable:
+    return preset(name, **settings).compile(NoiseSchedule.scaled_linear())  # type: ignore[arg-type]
+
+
+def found(name: str, steps: int | None = None) -> Guess:
+    row = next(row for row in DISTILLATIONS if row.name == name)
+    return Guess(distillation=row, steps=steps, why="name")
+
+
+def complaint(guess: Guess, run: StepTable) -> str | None:
+    return guess.complaint("distilled", [s for s in run if s.model == "distilled"], run.name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_name_tells_distillation_steps_and_preset(tmp_path: Path, name: str) -> None:
+    guess = guessed(tmp_path / f"{name}.safetensors")
+    kind = guess.distillation.name if guess.distillation else None
+    told = NAMES[name]
+    assert (kind, guess.steps, guess.preset) == told
+    assert (guess.note("distilled") is None) == (told[0] is None)
+
+
+def test_every_preset_named_here_exists() -> None:
+    assert {row.preset for row in DISTILLATIONS} < set(PRESETS)
+
+
+def test_a_folders_name_and_the_hubs_cache_tell_too(tmp_path: Path) -> None:
+    inside = tmp_path / "sdxl-turbo" / "unet" / "diffusion_pytorch_model.safetensors"
+    (tmp_path / "sdxl-turbo" / "scheduler").mkdir(parents=True)
+    (tmp_path / "sdxl-turbo" / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert guessed(inside).preset == "turbo"
+    cached = tmp_path / "hub" / "models--latent-consistency--lcm-sdxl" / "snapshots" / "0a1b"
+    assert guessed(cached / "diffusion_pytorch_model.fp16.safetensors").preset == "lcm"
+    assert guessed(tmp_path / "turbo" / "models" / "mine.safetensors") == Guess()
+
+
+def test_the_surest_source_wins(tmp_path: Path) -> None:
+    """Tensors, then metadata, then the scheduler of the folder, then the name."""
+    metadata = {"headstart.preset": "dmd2"}
+    assert guessed(tmp_path / "sdxl_turbo.safetensors", **metadata).preset == "dmd2"
+    told = {"modelspec.title": "SDXL Lightning"}
+    titled = guessed(tmp_path / "x_turbo.safetensors", **told)
+    assert (titled.preset, titled.why) == ("lightning", "metadata")
+    folder = tmp_path / "some-turbo"
+    (folder / "scheduler").mkdir(parents=True)
+    config = folder / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps({"_class_name": "LCMScheduler"}))
+    scheduled = guessed(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert (scheduled.preset, scheduled.why) == ("lcm", "scheduler")
+    path = tmp_path / "sdxl_lightning_4step.safetensors"
+    save_file({"time_embedding.cond_proj.weight": torch.zeros(1)}, path)
+    seen = distillation.guess(path, Checkpoint([path]), "sdxl")
+    assert (seen.preset, seen.why) == ("lcm", "tensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "lineage", "prediction", "size"),
+    [
+        ("v2-1_512-ema-pruned", "sd21", Prediction.EPS, 512),
+        ("v2-1_768-ema-pruned", "sd21", Prediction.V, 768),
+        ("stable-diffusion-2-1-base", "sd21", Prediction.EPS, 512),
+        ("stable-diffusion-2-base", "sd21", Prediction.EPS, 512),
+        ("sd_turbo", "sd21", Prediction.EPS, 512),
+        ("model", "sd21", None, None),
+        ("sd_turbo_768", "sd15", None, None),
+        ("sdxl_lightning_1step_unet_x0", "sdxl", Prediction.X0, None),
+        ("sdxl_lightning_4step_unet", "sdxl", None, None),
+    ],
+)
+def test_what_a_name_tells_about_the_prediction(
+    tmp_path: Path, name: str, lineage: str, prediction: Prediction | None, size: int | None
+) -> None:
+    guess = guessed(tmp_path / f"{name}.safetensors", lineage)
+    assert (guess.prediction, guess.image_size) == (prediction, size)
+
+
+@pytest.mark.parametrize(
+    ("guess", "run"),
+    [
+        (found("Lightning", 4), table("lightning")),
+        (found("Lightning", 8), table("lightning", steps=8)),
+        (found("Lightning", 8), table("lightning", steps=8, mode="skip-first", k=3)),
+        (found("Lightning"), table("lightning", steps=2)),
+        (found("Turbo"), table("turbo")),
+        (found("Turbo"), table("turbo", steps=2)),
+        (found("Turbo"), table("lightning")),
+        (found("LCM"), table("lcm")),
+        (found("LCM"), table("lcm", steps=8)),
+        (found("LCM"), table("dmd2")),
+        (found("DMD2", 4), table("dmd2")),
+        (Guess(), table("lcm")),
+        (found("LCM"), table("turbo", mode="base")),
+    ],
+)
+def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable) -> None:
+    assert complaint(guess, run) is None
+
+
+@pytest.mark.parametrize(
+    ("guess", "run", "told"),
+    [
+        (found("Turbo"), table("lcm"), r"runs it at 759, 499, 259: use preset='turbo'"),
+        (found("LCM"), table("lightning"), r"19 with fresh noise .* at 749, 499, 249: use preset"),
+        (found("Lightning", 4), table("lightning", steps=8), r"use preset='lightning', steps=4"),
+        (found("Lightning", 8), table("lightning", steps=4), r"use preset='lightning', steps=8"),
+        (found("Lightning", 4), table("dmd2"), r"with Euler steps; plan 'dmd2-hybrid' runs it at"),
+        (found("DMD2", 4), table("turbo"), r"with another update: use preset='dmd2', steps=4"),
+        (found("DMD2", 1), table("dmd2"), r"trained at timesteps 399 .*: use Leg\(timesteps=\(399"),
+    ],
+)
+def test_a_plan_off_the_trained_grid_names_the_right_one(
+    guess: Guess, run: StepTable, told: str
+) -> None:
+    message = complaint(guess, run)
+    assert message is not None and re.search(told, message), message
+
+
+def test_the_note_says_how_to_set_it_by_hand(tmp_path: Path) -> None:
+    guess = guessed(tmp_path / "sdxl_lightning_4step_unet.safetensors")
+    assert guess.note("distilled") == (
+        "distilled: taken for Lightning, 4 steps: preset lightning (set with preset=), by its name"
+    )
+    single = guessed(tmp_path / "Hyper-SDXL-1step-Unet.safetensors")
+    assert "Hyper-SD, 1 step: timestep 800 (set with preset=)" in str(single.note("distilled"))
+    base = guessed(tmp_path / "v2-1_512-ema-pruned.safetensors", "sd21")
+    assert base.note("base") == "base: predicts eps (set with prediction=), by its name"

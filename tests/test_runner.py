@@ -1,0 +1,128 @@
+"""Which runner is taken, why, and that they all give the network's numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import CaptureError, InputError
+from headstart.graph import GraphRunner
+from headstart.interfaces import Conditioning
+from headstart.runner import CompiledRunner, EagerRunner, choose_runner, open_runner
+
+T = torch.tensor
+
+
+class Small(nn.Module):
+    """Reads all that a network is told; `weight` is its only parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4))
+
+    def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        mixed = torch.einsum("bchw,cd->bdhw", x_in, self.weight)
+        told = timestep.float().cos() + cond.context.float().mean((1, 2))
+        return torch.tanh(mixed) + told.view(-1, 1, 1, 1)
+
+
+class Prints(Small):
+    """Has a Python side effect, which a compiler cannot keep in one graph."""
+
+    def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        torch._dynamo.graph_break()
+        return super().forward(x_in, timestep, cond)
+
+
+def call(batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
+    x = torch.linspace(-2, 2, batch * 4 * 9).view(batch, 4, 3, 3)
+    return x, T([7] * batch), Conditioning(torch.ones(batch, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("device", "name"), [("cpu", "eager"), ("cuda", "graph"), ("cuda:1", "graph"), ("xpu", "eager")]
+)
+def test_auto_takes_the_best_for_a_device_and_says_why(device: str, name: str) -> None:
+    choice = choose_runner("auto", device)
+    assert choice.name == name and len(choice.why) > 20
+
+
+@pytest.mark.parametrize(
+    ("name", "device"),
+    [
+        ("eager", "cpu"),
+        ("replay", "cpu"),
+        ("compiled", "cpu"),
+        ("graph", "cuda"),
+        ("eager", "cuda"),
+    ],
+)
+def test_what_is_asked_for_is_taken(name: Any, device: str) -> None:
+    assert choose_runner(name, device) == (name, "asked for")
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "told"),
+    [("graph", "cpu", "cuda alone.*'eager'"), ("replay", "cuda", "cpu alone.*'graph'")],
+)
+def test_a_runner_that_the_device_cannot_have_is_an_error(
+    name: Any, device: str, told: str
+) -> None:
+    with pytest.raises(CaptureError, match=f"{name!r} exists on {told}"):
+        choose_runner(name, device)
+
+
+def test_an_unknown_runner_is_an_error() -> None:
+    with pytest.raises(InputError, match="runner: expected one of"):
+        choose_runner("fast")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("eager", EagerRunner),
+        ("compiled", CompiledRunner),
+        ("replay", GraphRunner),
+        ("graph", GraphRunner),
+    ],
+)
+def test_every_name_opens_its_runner(name: Any, kind: type[object]) -> None:
+    runner = open_runner(name, Small().half())
+    assert isinstance(runner, kind) and runner.dtype is torch.float16
+
+
+def test_replay_has_the_bits_of_eager_for_every_shape_and_after_a_change_of_weights() -> None:
+    network = Small()
+    eager, replay = EagerRunner(network), open_runner("replay", network)
+    for batch in (1, 3, 1):
+        assert torch.equal(replay(*call(batch)), eager(*call(batch)))
+    with torch.no_grad():
+        network.weight.neg_()
+    assert torch.equal(open_runner("replay", network)(*call()), eager(*call()))
+    network.weight = nn.Parameter(torch.ones(4, 4))
+    assert torch.equal(replay(*call()), eager(*call()))
+
+
+def test_a_compiled_network_gives_the_same_numbers() -> None:
+    """With dynamo alone, which keeps every operation: the same bits."""
+    network = Small()
+    compiled, eager = CompiledRunner(network, backend="eager"), EagerRunner(network)
+    assert torch.equal(compiled(*call()), eager(*call()))
+    with torch.no_grad():
+        network.weight.neg_()
+    assert torch.equal(compiled(*call()), eager(*call()))
+
+
+def test_a_network_that_does_not_compile_whole_is_an_error() -> None:
+    with pytest.raises(CaptureError, match=r"could not be compiled for x_in \[2, 4, 3, 3\].*eager"):
+        CompiledRunner(Prints(), backend="eager")(*call())
+
+
+def test_runners_convert_what_they_are_given() -> None:
+    network = Small().double()
+    for name in ("eager", "replay"):
+        runner = open_runner(name, network)
+        assert runner(*call()).dtype is torch.float64

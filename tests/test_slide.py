@@ -1,0 +1,138 @@
+"""Adapters from the command line: a strip that is one batch a plan, and records that replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import headstart as hs
+import headstart_weights
+from headstart.cli import main
+from headstart.slide import slide
+
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+
+
+@pytest.fixture(scope="module")
+def engine() -> hs.Engine:
+    return hs.Engine.demo(device="cpu")
+
+
+@pytest.fixture
+def lora(engine: hs.Engine, tmp_path: Path) -> Path:
+    """A random rank-2 LoRA of the attention."""
+    draw = torch.Generator().manual_seed(1)
+    network: Any = engine.denoisers["base"]
+    tensors: dict[str, Tensor] = {}
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.Linear) and "attn" in path:
+            name = "lora_unet_" + path.replace(".", "_")
+            shape = layer.weight.shape
+            tensors[f"{name}.lora_down.weight"] = 0.1 * torch.randn(2, shape[1], generator=draw)
+            tensors[f"{name}.lora_up.weight"] = 0.1 * torch.randn(shape[0], 2, generator=draw)
+            tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    return tmp_path / "odd.safetensors"
+
+
+def test_a_slide_is_the_runs_it_stands_for_in_one_batch(engine: hs.Engine, lora: Path) -> None:
+    engine.attach(lora)
+    calls: list[int] = []
+    network: Any = engine.denoisers["distilled"]
+    spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
+    table = engine.compile("distilled")
+    found = slide(engine, "a fox", "odd", (-1.0, 0.0, 2.0), (4, 5), {"distilled": table})
+    spy.remove()
+    assert calls == [6] * len(table)
+    images = found.plans[0].images
+    assert images.shape == (3, 2, 64, 64, 3)
+    for at, strength in enumerate((-1.0, 0.0, 2.0)):
+        alone = engine.sample("a fox", seeds=(4, 5), plan=table, adapters={"odd": strength})
+        apart = abs(images[at].astype(int) - alone.rgb.numpy().astype(int))
+        assert apart.max() <= 1  # a batch of another size rounds differently
+    engine.detach("odd")
+
+
+def test_slide_writes_a_strip_and_its_json(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "strip.png"
+    asked = ["--strengths=-1,0,1", "--seeds", "0-1", "--plan", "distilled,hybrid"]
+    told = ["--toward", "a fox, blue background", "--out", str(out), "--json"]
+    assert main(["slide", "a fox", "--lora", f"{lora}:1@distilled", *asked, *told]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [plan["name"] for plan in facts["plans"]] == ["distilled", "hybrid"]
+    assert [plan["images"] for plan in facts["plans"]] == [6, 6]
+    assert all(len(plan["scores"]) == 3 for plan in facts["plans"])
+    assert (facts["adapter"], facts["strengths"]) == ("odd", [-1, 0, 1])
+    with Image.open(out) as picture:
+        assert picture.width > 3 * 128
+
+
+def test_a_run_with_adapters_replays_from_its_record(
+    lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    asked = ["--lora", f"{lora}:-1.5@distilled+800", "--seeds", "1,2", "--out", str(out)]
+    assert main(["sample", "a fox", *asked]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert record["adapters"]["odd"]["strength"] == {
+        "value": -1.5,
+        "models": ["distilled"],
+        "below": 800.0,
+    }
+    assert main(["replay", str(out / "record.json")]) == 0
+    assert "equal" in capsys.readouterr().out
+    lora.write_bytes(lora.read_bytes()[:-1] + b"\x01")
+    assert main(["replay", str(out / "record.json")]) == 2
+    assert "adapter:odd" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--lora", "nowhere:1@"], "behind '@'"),
+        (["--lora", "x", "--strengths=1,1"], "given twice"),
+        (["--lora", "x", "--plan", "hybird"], "unknown plan"),
+        (["--lora", "x", "--out", "strip.jpg"], "png"),
+    ],
+)
+def test_a_slide_that_cannot_be_is_one_line(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["slide", "a fox", *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert told in complaint
+    assert complaint.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_bundled_slider_is_called_by_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And does what it is for: yellow at 1, blue at -1, on a model it was not trained on."""
+    out = tmp_path / "strip.png"
+    for caption, rising in (("a fox, yellow background", True), ("a fox, blue background", False)):
+        asked = ["--strengths=-1,1", "--seeds", "0-3", "--plan", "distilled", "--out", str(out)]
+        assert main(["slide", "a fox", *asked, "--toward", caption, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        low, high = facts["plans"][0]["scores"]
+        assert facts["adapter"] == "yellow"
+        assert (high > low) is rising
+    assert headstart_weights.manifest().controls == ("yellow",)

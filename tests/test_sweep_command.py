@@ -1,0 +1,144 @@
+"""`headstart sweep` with the bundled pair: one process, torchrun, and what batching changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import headstart_weights
+from headstart.cli import main
+from headstart.ledger import read_entries
+
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+ROOT = Path(__file__).parents[1]
+PROMPTS = ("a fox", "an owl, glossy style", "a frog, blue background", "a heart")
+
+
+def write_csv(folder: Path, count: int) -> Path:
+    rows = [f'{n},x,"{PROMPTS[n % 4]}",{n // 4}\n' for n in range(count)]
+    path = folder / "prompts.csv"
+    path.write_text("case_number,source,prompt,evaluation_seed\n" + "".join(rows))
+    return path
+
+
+def images(folder: Path) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))])
+
+
+def test_batching_changes_a_pixel_by_rounding_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Latents agree to 3e-6 (tests/test_engine.py), which moves a pixel by one level at most."""
+    path = write_csv(tmp_path, 6)
+    for batch in (1, 4):
+        out = str(tmp_path / str(batch))
+        assert main(["sweep", str(path), "--out", out, "--batch", str(batch), "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert told[0]["written"] == 6 and told[0]["complete"]
+    alone, together = images(tmp_path / "1").astype(int), images(tmp_path / "4").astype(int)
+    assert alone.shape == (6, 64, 64, 3)
+    assert np.abs(alone - together).max() <= 1
+    assert (alone != together).mean() < 1e-3
+    out = tmp_path / "sampled"
+    assert main(["sample", PROMPTS[1], "--seeds", "1", "--out", str(out)]) == 0
+    assert np.array_equal(images(out)[0], alone[5])
+
+
+def test_a_sweep_with_another_plan_or_batch_does_not_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = write_csv(tmp_path, 2), str(tmp_path / "out")
+    assert main(["sweep", str(path), "--out", out, "--plan", "distilled"]) == 0
+    assert main(["sweep", str(path), "--out", out, "--plan", "hybrid", "--batch", "3"]) == 2
+    told = capsys.readouterr().err
+    assert "made with other settings (table: " in told and "batch: 16 then, 3 now" in told
+
+
+def test_the_same_prompt_and_seed_twice_is_one_image_in_two_files(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("case_number,prompt,evaluation_seed\n7,a fox,1\n9,a fox,1\n")
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out")]) == 0
+    one, other = read_entries(tmp_path / "out")
+    assert (one.file, other.file) == ("000007.png", "000009.png")
+    assert one.sha256 == other.sha256
+
+
+@pytest.mark.parametrize(
+    ("rows", "options", "told"),
+    [
+        ("0,a fox,-1\n", [], "line 2: evaluation_seed '-1'"),
+        ("0,,1\n", [], "line 2: the prompt is empty"),
+        ("0,a fox,1\n", ["--size", "60"], "multiples of 8"),
+        ("0,a fox,1\n", ["--batch", "0"], "batch must be at least 1"),
+        ("0,a fox,1\n", ["--negative", "a dog"], "negative"),
+        ("0,a fox,1\n", ["--size-column", "px"], "no column 'px'"),
+    ],
+)
+def test_a_sweep_that_cannot_be_done_is_refused_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, options: list[str], told: str
+) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("case_number,prompt,evaluation_seed\n" + rows)
+    assert main(["sweep", str(path), "--out", str(tmp_path / "out"), *options]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
+    tmp_path: Path, world: int
+) -> None:
+    path = write_csv(tmp_path, 24)
+    out = tmp_path / "out"
+    first = _torchrun(world, path, out)
+    deadline = time.monotonic() + 300
+    while len(read_entries(out)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    for child in _workers(first.pid)[1:2]:
+        os.kill(child, signal.SIGKILL)
+    first.communicate(timeout=300)
+    assert first.returncode != 0
+    kept = {entry.file: (out / entry.file).stat().st_mtime_ns for entry in read_entries(out)}
+    assert 4 <= len(kept) < 24
+    again = _torchrun(world - 1, path, out)
+    told, error = again.communicate(timeout=300)
+    assert again.returncode == 0, error
+    assert "all cases are done" in told
+    entries = read_entries(out)
+    assert [entry.case_number for entry in entries] == list(range(24))
+    assert all(entry.is_intact(out) for entry in entries)
+    assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
+    assert main(["sweep", str(path), "--out", str(tmp_path / "one"), "--batch", "2"]) == 0
+    names = [entry.sha256 for entry in read_entries(tmp_path / "one")]
+    assert names == [entry.sha256 for entry in entries]
+
+
+def _torchrun(world: int, path: Path, out: Path) -> subprocess.Popen[str]:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+    command = ["-m", "headstart", "sweep", str(path), "--out", str(out), "--batch", "2"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "2"},
+    )
+
+
+def _workers(launcher: int) -> list[int]:
+    task = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
+    return [int(child) for child in task.split()]

@@ -1,0 +1,161 @@
+"""Learned tokens: which rows a prompt reads, what they do not disturb, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from headstart.errors import AdapterError, InputError
+from headstart.families import FAMILIES, TextRule
+from headstart.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
+from headstart.textual_inversion import Embedding, extended, read_embeddings
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TOKENS = ["!", *LETTERS, *(f"{c}</w>" for c in LETTERS), "<", ">", "</w>", "></w>", "1", "1</w>"]
+VOCABULARY = {token: i for i, token in enumerate([*TOKENS, "<</w>", BOS, EOS])}
+SIZE = {"positions": 20, "vocabulary": len(VOCABULARY)}
+ONE = ClipParams(width=32, layers=2, heads=4, mlp_width=48, act="quick_gelu", **SIZE)
+TWO = ClipParams(width=40, layers=2, heads=5, mlp_width=56, act="gelu", projection=24, **SIZE)
+
+
+def tower(params: ClipParams, rule: TextRule) -> Tower:
+    torch.manual_seed(0)
+    made = Tower(params, rule).requires_grad_(False).eval()
+    for tensor in made.state_dict().values():
+        tensor += 0.1 * torch.randn_like(tensor)
+    return made
+
+
+@pytest.fixture(scope="module")
+def words() -> ClipTokenizer:
+    return ClipTokenizer.from_vocabulary(VOCABULARY, [])
+
+
+@pytest.fixture(scope="module")
+def single(words: ClipTokenizer) -> ClipText:
+    return ClipText([tower(ONE, FAMILIES["sd15"].text[0])], words)
+
+
+@pytest.fixture(scope="module")
+def double(words: ClipTokenizer) -> ClipText:
+    first, second = FAMILIES["sdxl"].text
+    return ClipText([tower(ONE, first), tower(TWO, second)], words)
+
+
+def write(path: Path, tensors: dict[str, Tensor]) -> Path:
+    save_file(tensors, path)
+    return path
+
+
+def test_every_form_of_file_gives_its_tokens(tmp_path: Path) -> None:
+    one, many = torch.randn(32), torch.randn(3, 32)
+    cat, dog = read_embeddings(write(tmp_path / "a.safetensors", {"<cat>": one, "<dog>": many}))
+    assert (cat.token, cat.count) == ("<cat>", 1) and (dog.token, dog.count) == ("<dog>", 3)
+    assert torch.equal(cat.vectors["text"], one[None])
+    (bad,) = read_embeddings(write(tmp_path / "bad-hands.safetensors", {"emb_params": many}))
+    assert bad.token == "bad-hands" and torch.equal(bad.vectors["text"], many)
+    both = {"clip_l": many, "clip_g": torch.randn(3, 40)}
+    (pair,) = read_embeddings(write(tmp_path / "xl.safetensors", both), token="<xl>")
+    assert pair.token == "<xl>" and pair.vectors.keys() == {"text", "text_2"}
+    beside = {"unet:0:up": torch.ones(4, 2), "unet:0:down": torch.ones(2, 4), "<s1>": one}
+    (learned,) = read_embeddings(write(tmp_path / "b.safetensors", beside))
+    assert learned.token == "<s1>"
+
+
+def test_a_token_reads_its_vectors_and_nothing_else_changes(single: ClipText) -> None:
+    vectors = torch.randn(3, 32)
+    grown = extended(single, [Embedding("<cat>", {"text": vectors})])
+    (ids,) = grown.ids(["a <cat> b"])
+    rows = len(VOCABULARY)
+    a, b = VOCABULARY["a</w>"], VOCABULARY["b</w>"]
+    bos, eos = VOCABULARY[BOS], VOCABULARY[EOS]
+    assert ids[0, :8].tolist() == [bos, a, rows, rows + 1, rows + 2, b, eos, eos]
+    (new,), (old,) = grown.towers, single.towers
+    table = new.text_model.embeddings.token_embedding.weight
+    assert torch.equal(table[rows:], vectors)
+    assert torch.equal(table[:rows], old.text_model.embeddings.token_embedding.weight)
+    shared = {n: t.data_ptr() for n, t in new.state_dict().items() if "token_embedding" not in n}
+    assert shared == {n: old.state_dict()[n].data_ptr() for n in shared}
+
+    plain = ["a b", "cat", ""]
+    assert torch.equal(grown.encode(plain).context, single.encode(plain).context)
+    assert not torch.equal(grown.encode(["<cat>"]).context, single.encode(["<cat>"]).context)
+    assert (single.ids(["<cat>"])[0] < rows).all(), "the encoder it was made from is as it was"
+
+
+def test_vectors_that_are_those_of_a_word_mean_that_word(
+    single: ClipText, double: ClipText
+) -> None:
+    """Also for the pooled text, which is read at the end token and not at the highest id."""
+    for text in (single, double):
+        names = ("text", "text_2")
+        vectors = {
+            name: tower.text_model.embeddings.token_embedding.weight[VOCABULARY["q</w>"]][None]
+            for name, tower in zip(names, text.towers, strict=False)
+        }
+        grown = extended(text, [Embedding("<same>", vectors)])  # pyright: ignore
+        ours, theirs = grown.encode(["a <same> b"]), text.encode(["a q b"])
+        assert torch.equal(ours.context, theirs.context)
+        if theirs.pooled is not None:
+            assert ours.pooled is not None and torch.equal(ours.pooled, theirs.pooled)
+
+
+def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
+    first = extended(single, [Embedding("<one>", {"text": torch.randn(1, 32)})])
+    second = extended(first, [Embedding("hands", {"text": torch.randn(2, 32).half()})])
+    rows = len(VOCABULARY)
+    text = "<one> hands shands HANDS"
+    (ids,) = second.ids([text])
+    learned = [id for id in ids[0].tolist() if id >= rows]
+    assert learned == [rows, rows + 1, rows + 2]
+    (table,) = (t.text_model.embeddings.token_embedding.weight for t in second.towers)
+    assert table.dtype == torch.float32 and len(table) == rows + 3
+
+
+def test_a_prompt_too_long_for_its_vectors_is_cut_with_a_warning(single: ClipText) -> None:
+    grown = extended(single, [Embedding("<many>", {"text": torch.randn(30, 32)})])
+    with pytest.warns(UserWarning, match="dropped the last 12 tokens"):
+        (ids,) = grown.ids(["<many>"])
+    assert ids.shape == (1, 20) and ids[0, -1] == VOCABULARY[EOS]
+
+
+def test_what_does_not_belong_is_refused(
+    single: ClipText, double: ClipText, tmp_path: Path
+) -> None:
+    def refused(tensors: dict[str, Tensor]) -> str:
+        with pytest.raises(AdapterError) as caught:
+            read_embeddings(write(tmp_path / "a.safetensors", tensors))
+        return str(caught.value)
+
+    assert "finite numbers" in refused({"<a>": torch.full((32,), math.nan)})
+    assert "got F32 [2, 3, 4]" in refused({"<a>": torch.zeros(2, 3, 4)})
+    assert "got I64 [3]" in refused({"<a>": torch.zeros(3, dtype=torch.int64)})
+    assert "n at most 75, got F32 [76, 4]" in refused({"emb_params": torch.zeros(76, 4)})
+    assert "as many vectors" in refused({"clip_l": torch.ones(2, 4), "clip_g": torch.ones(3, 4)})
+    assert "nothing besides" in refused({"emb_params": torch.ones(2, 4), "<a>": torch.ones(4)})
+    assert "got no learned token" in refused({"unet:0:up": torch.ones(4, 2)})
+    assert "a checkpoint (unet)" in refused({"conv_in.weight": torch.ones(4, 4, 3, 3)})
+    torch.save({"<a>": torch.ones(4)}, tmp_path / "a.pt")
+    with pytest.raises(AdapterError, match="headstart convert"):
+        read_embeddings(tmp_path / "a.pt")
+    two = write(tmp_path / "two.safetensors", {"<a>": torch.ones(4), "<b>": torch.ones(4)})
+    with pytest.raises(AdapterError, match="holds 2 tokens"):
+        read_embeddings(two, token="<c>")
+
+    narrow, fitting = torch.ones(1, 31), torch.ones(1, 32)
+    with pytest.raises(AdapterError, match="learned for another family"):
+        extended(single, [Embedding("<a>", {"text": narrow})])
+    with pytest.raises(AdapterError, match="'text_2': 40"):
+        extended(double, [Embedding("<a>", {"text": fitting})])
+    with pytest.raises(AdapterError, match="given twice"):
+        extended(single, [Embedding("<a>", {"text": fitting})] * 2)
+    with pytest.raises(InputError, match="means something already: give another, as <q>"):
+        extended(single, [Embedding("q", {"text": fitting})])
+    once = extended(single, [Embedding("<a>", {"text": fitting})])
+    with pytest.raises(InputError, match="means something already"):
+        extended(once, [Embedding("<a>", {"text": fitting})])

@@ -1,0 +1,136 @@
+"""`headstart trace`: every format, every way to go on differently, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import headstart_weights
+from headstart.cli import main
+
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+NO_FILE: list[str] = []
+
+
+def _left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif", "webp", "html"])
+def test_trace_writes_each_format_and_the_documented_json(
+    suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"trace.{suffix}"
+    asked = ["trace", "a fox", "--plan", "distilled,hybrid", "--seeds", "0,1"]
+    assert main([*asked, "--watch", "a fox", "--out", str(out), "--json"]) == 0
+    told = capsys.readouterr()
+    found = json.loads(told.out)
+    assert [plan["name"] for plan in found["plans"]] == ["distilled", "hybrid"]
+    assert found["plans"][1]["handoffs"] == [1]
+    assert found["plans"][0]["steps"][0]["amplification"] > 30
+    assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
+    assert "keeping x0 of 8 steps x 2 images: 0.1 MB" in told.err
+    assert _left(tmp_path) == [out.name]
+    if suffix == "html":
+        assert out.read_text().startswith("<!doctype html>")
+    else:
+        with Image.open(out) as image:
+            assert np.asarray(image.convert("RGB")).std() > 10
+
+
+def test_a_file_that_is_there_is_replaced_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.png"
+    out.write_bytes(b"mine")
+    asked = ["trace", "a fox", "--plan", "distilled", "--seeds", "0", "--out", str(out)]
+    assert main(asked) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert out.read_bytes() == b"mine"
+    assert main([*asked, "--overwrite", "--decoder", "linear"]) == 0
+    with Image.open(out) as image:
+        assert image.width > 100
+
+
+@pytest.mark.parametrize(
+    ("asked", "name", "step"),
+    [
+        (["--from-step", "2", "--reseed", "7"], "hybrid · fresh noise", 2),
+        (["--switch", "base@1"], "hybrid · base from here", 1),
+        (["--from-step", "1", "--guidance", "3"], "hybrid · guidance 3", 1),
+        (["--from-step", "1", "--prompt-from", "a frog"], "hybrid · “a frog”", 1),
+    ],
+)
+def test_a_run_goes_on_differently_beside_the_original(
+    asked: list[str], name: str, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.png"
+    common = ["trace", "a fox", "--plan", "hybrid", "--seeds", "3", "--out", str(out), "--json"]
+    assert main([*common, *asked]) == 0
+    first, second = json.loads(capsys.readouterr().out)["plans"]
+    assert (first["name"], second["name"]) == ("hybrid", name)
+    assert second["from_step"] == step
+    assert first["steps"][step - 1]["sigma"] == second["steps"][step - 1]["sigma"]
+
+
+def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, distilled = (str(headstart_weights.path(role)) for role in ("base", "distilled"))
+    out = tmp_path / "trace.png"
+    own = ["--base", base, "--distilled", distilled, "--plan", "hybrid", "--seeds", "0"]
+    assert main(["trace", "a fox", *own, "--out", str(out), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["decoder"] == "linear"
+    assert main(["trace", "a fox", *own, "--decoder", "tiny", "--out", str(out)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--plan", "base,hybird"], "unknown plan 'hybird'"),
+        (["--plan", "base,base"], "twice"),
+        (["--plan", "hybrid", "--steps", "5"], "steps is 4"),
+        (["--decoder", "taesd"], "invalid choice"),
+        (["--every", "0"], "--every"),
+        (["--out", "trace.bmp"], ".png, .gif, .webp, .html"),
+        (["--out", "absent/trace.png"], "no folder"),
+        (["--seeds", "1,1"], "twice"),
+        (["--watch", " "], "watched phrase is empty"),
+        (["--scorer", "folder"], "--watch PHRASE"),
+        (["--watch", "a cat", "--scorer", "absent"], "no CLIP folder"),
+        (["--reseed", "7"], "need --from-step"),
+        (["--from-step", "2"], "changes nothing"),
+        (["--from-step", "0", "--reseed", "7"], "from step 1"),
+        (["--plan", "distilled", "--from-step", "4", "--reseed", "7"], "steps 0 to 3"),
+        (["--switch", "base"], "MODEL@STEP"),
+        (["--switch", "base@1", "--from-step", "2"], "two steps"),
+        (["--switch", "turbo@1"], "no model 'turbo'"),
+        (["--from-step", "1", "--guidance", "-1"], "guidance"),
+        (["--from-step", "1", "--reseed", "4,5,6"], "3 new seeds for 4 images"),
+        (["--from-step", "1", "--prompt-from", ""], "empty"),
+        (["--size", "60"], "multiples of 8"),
+        (["--preview", "a.safetensors"], "--preview"),
+    ],
+)
+def test_a_bad_request_is_one_error_and_writes_nothing(
+    arguments: list[str],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        status = main(["trace", "a fox", *arguments])
+    except SystemExit as exit_:  # argparse's own complaint
+        status = int(exit_.code or 0)
+    assert status == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("headstart: error: ")
+    assert told in error
+    assert _left(tmp_path) == NO_FILE

@@ -1,0 +1,208 @@
+"""Controls: low-rank adapters trained on one model of the pair, to be used on both.
+
+A slider (arXiv:2311.12092, eq. 8) learns a direction between two captions: at strength s
+
+    v_s(x_t, told) = v(x_t, told) + s*eta*(v(x_t, told plus) - v(x_t, told minus))
+
+for every s in -1 .. 1, which is the paper's pair of losses for s = 1 and -1 and what lies between.
+A style learns the pictures of one artist under captions that do not name the style:
+
+    E |v_1(x_t, told) - v|^2            (a LoRA of arXiv:2106.09685 on the loss of the base)
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from headstart.delta import LowRank
+from headstart.interfaces import Conditioning
+from headstart.slots import Host
+from headstart_weights.recipe import StageOptions, codec, language
+from headstart_weights.recipe.base import load_unet
+from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, load_dataset
+from headstart_weights.recipe.diffusion import GRID, mix, stratified_timesteps
+from headstart_weights.recipe.training import Average, Run, write_tensors
+
+RANK, ALPHA = 4, 1.0  # the released sliders' own
+_BATCH = 8
+_LR = 2e-3
+_STYLE_LR = 1e-2  # a loss against noise says less a step than one against another prediction
+SHIPPED = ("yellow",)
+_NAME = "control"  # of the adapter in its slots, while it is trained
+
+log = logging.getLogger(__name__)
+
+
+class Control(NamedTuple):
+    """What a control is trained to do.
+
+    model        "base" or "student", whose file in the work folder it is trained on
+    plus, minus  of a slider: what captions end with at strength 1 and -1
+    eta          of a slider: how far strength 1 goes along the difference of the two
+    style        of a style: the one whose pictures it learns
+    """
+
+    name: str
+    model: Literal["base", "student"]
+    plus: Mapping[str, str] = {}
+    minus: Mapping[str, str] = {}
+    style: str | None = None
+    eta: float = 1.0
+
+
+_YELLOW, _BLUE = {"colour": "yellow"}, {"colour": "blue"}
+CONTROLS: dict[str, Control] = {
+    control.name: control
+    for control in (
+        Control("yellow", "base", _YELLOW, _BLUE),
+        Control("glossy", "base", {"style": "glossy"}, {"style": "flat"}, eta=4.0),
+        Control("paper", "base", style="paper"),
+        Control("yellow-reverse", "student", _YELLOW, _BLUE),
+    )
+}
+
+
+class Trainer:
+    """One control in the slots of its network, and one training step."""
+
+    def __init__(self, options: StageOptions, control: Control) -> None:
+        self.control = control
+        self.unet = load_unet(options.work / f"{control.model}.safetensors").requires_grad_(False)
+        self.host = Host(self.unet)
+        self.slots = train_slots(self.host)
+        self.data = load_dataset(options.work)
+        self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
+        self.text = language.load(options.work).requires_grad_(False)
+        self.chosen = torch.tensor(pictures_of(self.data, control.style))
+        self.optimiser = torch.optim.Adam(self.slots.parameters(), lr=_LR, betas=(0.9, 0.99))
+
+    def step(self, index: int, fraction: float) -> dict[str, float]:
+        picked = self.chosen[torch.randint(len(self.chosen), (_BATCH,))]
+        x0, timestep = self.latents.draw(picked), self._timesteps()
+        a, s = mix(timestep)
+        eps = torch.randn_like(x0)
+        told = [self.data.items[i].concept for i in picked.tolist()]
+        x = a * x0 + s * eps
+        if self.control.style is None:
+            strength = 2 * torch.rand(_BATCH, 1) - 1
+            target = self._directed(x, timestep, told, strength)
+        else:
+            strength = torch.ones(_BATCH, 1)
+            target = a * eps - s * x0
+        context = self._context(told, {})
+        v = self.unet(x, timestep, Conditioning(context, strengths=strength))
+        loss = (v - target).square().mean()
+        rate = _LR if self.control.style is None else _STYLE_LR
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate * min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.slots.parameters(), 1.0)
+        self.optimiser.step()
+        return {"loss": loss.item()}
+
+    def _timesteps(self) -> Tensor:
+        """A student has learned its own grid only."""
+        if self.control.model == "base":
+            return stratified_timesteps(_BATCH)
+        return torch.tensor(GRID)[torch.randint(len(GRID), (_BATCH,))]
+
+    def _context(self, told: list[str], ending: Mapping[str, str]) -> Tensor:
+        with torch.no_grad():
+            return self.text([compose_caption(name, **ending) for name in told])
+
+    @torch.no_grad()
+    def _directed(self, x: Tensor, timestep: Tensor, told: list[str], strength: Tensor) -> Tensor:
+        """The slider's target, from the network without it: three captions in one call."""
+        endings = ({}, self.control.plus, self.control.minus)
+        context = torch.cat([self._context(told, ending) for ending in endings])
+        plain = Conditioning(context, strengths=torch.zeros(3 * _BATCH, 1))
+        own, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), plain).chunk(3)
+        return own + self.control.eta * strength[:, :, None, None] * (plus - minus)
+
+
+def train_slots(host: Host) -> nn.ModuleDict:
+    """Slots on the attention and the resnets' convolutions ("c3lier"), with `up` at zero."""
+    deltas = {
+        path: LowRank(
+            nn.init.kaiming_uniform_(torch.empty(RANK, *shape[1:]), a=5**0.5),
+            torch.zeros(shape[0], RANK),
+            ALPHA / RANK,
+        )
+        for path, shape in host.shapes.items()
+        if ".attn" in path or (".resnets." in path and len(shape) == 4)
+    }
+    host.put(_NAME, deltas)
+    host.columns = (_NAME,)
+    for slot in host.slots(_NAME).values():
+        for part in ("down", "up"):
+            values = getattr(slot, part)
+            delattr(slot, part)
+            slot.register_parameter(part, nn.Parameter(values))
+    return nn.ModuleDict({_dotless(path): slot for path, slot in host.slots(_NAME).items()})
+
+
+def pictures_of(data: Dataset, style: str | None) -> list[int]:
+    """The numbers of the pictures in a style, or of all."""
+    return [
+        number
+        for number, item in enumerate(data.items)
+        if style is None or STYLES.get(item.vendor) == style
+    ]
+
+
+def kohya_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Names as released sliders have them: lora_unet_<path>.lora_down.weight, .lora_up, .alpha."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in values.items():
+        path, _, part = key.rpartition(".")
+        name = "lora_unet_" + path
+        if part == "up" and values[f"{path}.down"].ndim == 4:
+            value = value[:, :, None, None]
+        tensors[f"{name}.lora_{part}.weight"] = value
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+    return tensors
+
+
+def train(options: StageOptions, name: str) -> None:
+    """Train for `options.minutes`, resuming; writes `<name>.safetensors`."""
+    torch.manual_seed(options.seed)
+    control = CONTROLS[name]
+    trainer = Trainer(options, control)
+    average = Average(trainer.slots, 0.98)
+    run = Run(
+        name,
+        options,
+        modules={"slots": trainer.slots},
+        optimisers=[trainer.optimiser],
+        averages={"slots": average},
+    )
+    run.loop(trainer.step, log_every=20)
+    told = {"steps": str(run.step), "headstart.trained_on": control.model}
+    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", told)
+    log.info("%s: %d steps on the %s", name, run.step, control.model)
+
+
+def sliders(options: StageOptions) -> None:
+    """The `slider` stage: the two that are trained on the base."""
+    for name in ("yellow", "glossy"):
+        train(options, name)
+
+
+def style(options: StageOptions) -> None:
+    """The `style` stage."""
+    train(options, "paper")
+
+
+def reverse(options: StageOptions) -> None:
+    """The `reverse` stage: a slider that is trained on the distilled model."""
+    train(options, "yellow-reverse")
+
+
+def _dotless(path: str) -> str:
+    return path.replace(".", "_")
