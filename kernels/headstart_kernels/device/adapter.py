@@ -24,17 +24,19 @@ def down_kernel(
 ):
     """h [B, tokens, rank] = x [B, tokens, width] down^T; program (block of tokens, sample)."""
     sample = tl.program_id(1).to(tl.int64)
+    # No row and no component where the sample has no strength.
     wanted = tl.load(strength_ptr + sample) != 0.0
+    token_count, components = tl.where(wanted, tokens, 0), tl.where(wanted, rank, 0)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     component = tl.arange(0, RANK)
-    there = (token < tokens) & wanted
+    there = token < token_count
     row = (sample * tokens + token).to(tl.int64)
     total = tl.zeros((TOKENS, RANK), tl.float32)
     for begin in range(0, width, INNER):
         column = begin + tl.arange(0, INNER)
         mask = there[:, None] & (column < width)[None, :]
         x = tl.load(x_ptr + row[:, None] * width + column[None, :], mask=mask, other=0.0)
-        mask = (component < rank)[None, :] & (column < width)[:, None] & wanted
+        mask = (component < components)[None, :] & (column < width)[:, None]
         down = tl.load(
             down_ptr + component[None, :] * width + column[:, None], mask=mask, other=0.0
         )
@@ -63,7 +65,7 @@ def up_kernel(
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
     component = tl.arange(0, RANK)
-    there = (token < tokens) & (strength != 0.0)
+    there = token < tl.where(strength != 0.0, tokens, 0)
     row = (sample * tokens + token).to(tl.int64)
     mask = there[:, None] & (component < rank)[None, :]
     h = tl.load(h_ptr + row[:, None] * rank + component[None, :], mask=mask, other=0.0)

@@ -25,6 +25,9 @@ _MINUS_2_LN_2 = tl.constexpr(philox.MINUS_2_LN_2)
 _LOG = tl.constexpr(philox.LOG)
 _SIN = tl.constexpr(philox.SIN)
 _COS = tl.constexpr(philox.COS)
+_LOG_DEGREE = tl.constexpr(len(philox.LOG) - 1)
+_ANGLE_DEGREE = tl.constexpr(len(philox.SIN) - 1)
+_ONES = tl.constexpr(0xFFFFFFFF)
 _UNIT = tl.constexpr(2.0**-32)
 _HALF = tl.constexpr(2.0**-33)
 _QUARTER = tl.constexpr(2.0**-30)
@@ -80,8 +83,8 @@ def _pair(radius, angle):
     quarter = (angle + (1 << 29)) >> 30
     t = (angle - (quarter << 30)).to(tl.int32, bitcast=True).to(tl.float32) * _QUARTER
     square = t * t
-    sine = t * _horner(square, _SIN)
-    cosine = square * _horner(square, _COS) + 1.0
+    sine = t * _horner(square, _SIN, _ANGLE_DEGREE)
+    cosine = square * _horner(square, _COS, _ANGLE_DEGREE) + 1.0
     odd = (quarter & 1) != 0
     real = _signed(tl.where(odd, sine, cosine), (quarter + 1) & 2)
     imaginary = _signed(tl.where(odd, cosine, sine), quarter & 2)
@@ -91,12 +94,12 @@ def _pair(radius, angle):
 @triton.jit
 def _minus_two_log(word):
     upper = word >= _UPPER
-    u = tl.where(upper, ~word, word).to(tl.float32) * _UNIT + _HALF
+    u = tl.where(upper, word ^ _ONES, word).to(tl.float32) * _UNIT + _HALF
     bits = u.to(tl.int32, bitcast=True)
     exponent = (bits - _TWO_THIRDS) >> 23
     fraction = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
     f = tl.where(upper, -u, fraction)
-    series = f * (f * (f * _horner(f, _LOG) + 1.0) - 2.0)
+    series = f * (f * (f * _horner(f, _LOG, _LOG_DEGREE) + 1.0) - 2.0)
     return series + tl.where(upper, 0, exponent).to(tl.float32) * _MINUS_2_LN_2
 
 
@@ -108,9 +111,8 @@ def _signed(value, two):
 
 
 @triton.jit
-def _horner(x, COEFFICIENTS: tl.constexpr):
-    LAST: tl.constexpr = len(COEFFICIENTS) - 1
-    total = x * COEFFICIENTS[LAST] + COEFFICIENTS[LAST - 1]
-    for i in tl.static_range(2, LAST + 1):
-        total = total * x + COEFFICIENTS[LAST - i]
+def _horner(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
+    total = x * COEFFICIENTS[DEGREE] + COEFFICIENTS[DEGREE - 1]
+    for i in tl.static_range(2, DEGREE + 1):
+        total = total * x + COEFFICIENTS[DEGREE - i]
     return total

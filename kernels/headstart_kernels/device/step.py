@@ -47,7 +47,8 @@ def fused_step_kernel(
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     pixel = tl.arange(0, BLOCK)
-    inside = pixel < plane - start
+    count = plane - start
+    inside = pixel < count
     quads = (sample * plane + start) * 4
     if step_ptr is not None:
         row = tl.load(step_ptr)
@@ -55,30 +56,31 @@ def fused_step_kernel(
         c_in, c_skip, c_out, keep, add, carry, scale = _coefficients(table_ptr, row, last)
     if guidance_ptr is not None:
         scale = tl.load(guidance_ptr + sample)
+    guided = pixel < tl.where(scale != 1.0, count, 0)  # no pixel where the operand is not needed
     if F_LAST:
         f_quad = _load_quad(f_cond_ptr + quads, inside, BLOCK)
         if f_uncond_ptr is not None:
-            u_quad = _load_quad(f_uncond_ptr + quads, inside & (scale != 1.0), BLOCK)
+            u_quad = _load_quad(f_uncond_ptr + quads, guided, BLOCK)
     if rgb_ptr is not None:
         r, g, b = _colors(bias_ptr, BLOCK)
     x_in_quad = ()
 
     for channel in tl.static_range(CHANNELS):
-        base = (sample * CHANNELS + channel) * plane + start
-        at = base + pixel
-        x = tl.load(x_ptr + at, mask=inside & ((c_skip != 0.0) | (keep != 0.0)), other=0.0)
+        at = (sample * CHANNELS + channel) * plane + start + pixel
+        x = _load(x_ptr + at, pixel < tl.where((c_skip != 0.0) | (keep != 0.0), count, 0))
         f = f_quad[channel] if F_LAST else _load(f_cond_ptr + at, inside)
         if f_uncond_ptr is not None:
-            u = u_quad[channel] if F_LAST else _load(f_uncond_ptr + at, inside & (scale != 1.0))
+            u = u_quad[channel] if F_LAST else _load(f_uncond_ptr + at, guided)
             f = tl.where(scale == 1.0, f, u + scale * (f - u))
         x0 = c_out * f
         x0 = tl.where(c_skip == 0.0, x0, x0 + c_skip * x)
         y = tl.where(keep == 0.0, x0, x0 + keep * (x - x0))
         if x0_prev_ptr is not None:
-            previous = _load(x0_prev_ptr + at, inside & (carry != 0.0))
+            previous = _load(x0_prev_ptr + at, pixel < tl.where(carry != 0.0, count, 0))
             y = tl.where(carry == 0.0, y, y + carry * (x0 - previous))
         if noise_ptr is not None:
-            y = tl.where(add == 0.0, y, y + add * _load(noise_ptr + at, inside & (add != 0.0)))
+            n = _load(noise_ptr + at, pixel < tl.where(add != 0.0, count, 0))
+            y = tl.where(add == 0.0, y, y + add * n)
         if seeds_ptr is not None:  # noqa: SIM102 (the compiler decides this one, the GPU the next)
             if add != 0.0:
                 seed, image = tl.load(seeds_ptr + sample), tl.load(samples_ptr + sample)
@@ -106,7 +108,7 @@ def fused_step_kernel(
             _store_quad(x_in_ptr + (copy * size + quads), x_in_quad, inside, BLOCK)
     if rgb_ptr is not None:
         to = rgb_ptr + (sample * plane + start) * 3
-        store_pixels(to, level(r), level(g), level(b), plane - start, BLOCK, PACKED)
+        store_pixels(to, level(r), level(g), level(b), count, BLOCK, PACKED)
 
 
 @triton.jit(do_not_specialize=["row", "c_in"])

@@ -1,0 +1,79 @@
+"""Triton's own interpreter, another reading of the same kernels; in a process that turns it on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+SCRIPT = """
+import torch
+import headstart_kernels as hk
+from headstart_kernels.testing import random_latents, random_table
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+
+shape, table = (2, 4, 8, 9), random_table(3)
+names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
+made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+
+for dtype in (torch.float32, torch.float16, torch.bfloat16):
+    given = made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    results = []
+    for impl in ("reference", "triton"):
+        x_in = torch.empty(4, *shape[1:], dtype=dtype)
+        step = torch.tensor(1)
+        out = hk.fused_step(table=table, step=step, x_in=x_in, impl=impl, **given)
+        results.append((*out, x_in))
+    for expected, got in zip(*results):
+        if got.dtype == torch.bfloat16:
+            # The interpreter truncates where every GPU rounds: one unit in the last place.
+            ulp = torch.nextafter(expected.abs(), torch.tensor(torch.inf).bfloat16())
+            assert ((got - expected).abs() <= ulp - expected.abs()).all()
+            assert not torch.equal(got, expected)
+        else:
+            assert torch.equal(got, expected), (dtype, got.dtype)
+
+noise = hk.Draw(torch.tensor([3, 4]), torch.tensor([0, 1]))
+pictures = []
+for impl in ("reference", "triton"):
+    rgb = torch.zeros(2, 8, 9, 3, dtype=torch.uint8)
+    seen = hk.Preview(rgb, random_latents(4, 3, seed=1), random_latents(3, seed=2))
+    out = hk.fused_step(made["x"], made["f_cond"], table, 0, f_uncond=made["f_uncond"],
+                        noise=noise, x0_prev=made["x0_prev"], preview=seen, impl=impl)
+    pictures.append((*out, rgb))
+assert all(torch.equal(a, b) for a, b in zip(*pictures))
+
+drawn = hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5), impl="triton")
+assert torch.equal(drawn, hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5)))
+pixels = random_latents(2, 3, 5, 8)
+assert torch.equal(hk.decode_u8(pixels, impl="triton"), hk.decode_u8(pixels))
+mapped = {"x0": made["x"], "factors": random_latents(4, 3, seed=1), "bias": random_latents(3)}
+shown = hk.preview_rgb(**mapped, upscale=2, impl="triton")
+assert torch.equal(shown, hk.preview_rgb(**mapped, upscale=2))
+
+x, weight = random_latents(2, 16, 5, 7), random_latents(16, seed=3)
+norm_bound(x, 4, weight, weight, 1e-5).check(hk.groupnorm_silu(x, 4, weight, weight, impl="triton"))
+gate_bound(x.flatten(1)).check(hk.geglu(x.flatten(1), impl="triton"))
+y, x = random_latents(2, 9, 10), random_latents(2, 9, 12)
+down, up, strength = random_latents(4, 12), random_latents(10, 4), torch.tensor([0.5, 0.0])
+bound = low_rank_bound(y, x, down, up, strength)
+bound.check(hk.low_rank_add(y, x, down, up, strength, impl="triton"))
+print("interpreted")
+"""
+
+
+def test_the_interpreted_kernels_have_the_reference_bits() -> None:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    environment = {**os.environ, "PYTHONPATH": rooms, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
+        check=False,
+    )
+    assert done.stdout == "interpreted\n", done.stderr

@@ -1,0 +1,124 @@
+"""Which implementation runs: Triton where there is a GPU, and no driver is touched before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from headstart_kernels import Impl, decode_u8, fused_step, geglu, philox_normal
+from headstart_kernels.dispatch import choose, load, stands_in
+from headstart_kernels.emulation.device import DEVICE, fake_tensors
+from headstart_kernels.testing import random_latents, random_table
+
+ROOT = Path(__file__).parents[2]
+
+WITHOUT_TRITON = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import importlib.util
+importlib.util.find_spec = (
+    lambda find: lambda name, package=None: None if name == "triton" else find(name, package)
+)(importlib.util.find_spec)
+"""
+USE = """
+import torch
+import headstart_kernels as hk
+table = torch.ones(2, 8)
+x = torch.zeros(1, 4, 8, 8)
+hk.fused_step(x, x, table, 0, f_uncond=x, noise=x, x0_prev=x)
+hk.geglu(torch.ones(2, 8))
+hk.groupnorm_silu(x, 2, torch.ones(4), torch.zeros(4))
+"""
+
+
+def run(script: str) -> str:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_without_triton_the_reference_runs_and_triton_by_name_says_what_is_missing() -> None:
+    asked = (
+        "\ntry:\n    hk.geglu(x, impl='triton')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    assert "needs the package triton, which is not installed" in run(WITHOUT_TRITON + USE + asked)
+
+
+def test_without_a_gpu_no_driver_is_made_and_triton_is_not_even_loaded() -> None:
+    assert run(USE + "import sys; print('triton.runtime' in sys.modules)") == "False\n"
+    asked = """
+from triton.runtime import driver
+for call in (lambda: hk.geglu(x, impl='triton'), lambda: hk.decode_u8(x[:, :3], impl='triton')):
+    try:
+        call()
+    except ValueError as error:
+        assert "runs on a GPU, and the tensors are on cpu" in str(error), error
+    else:
+        raise AssertionError("ran")
+hk.fused_step(x, x, table, 0, f_uncond=x, noise=x, x0_prev=x)
+import headstart_kernels.impl.triton_step, headstart_kernels.impl.triton_adapter
+import headstart_kernels.ops
+assert driver._active is None and driver._default is None
+"""
+    run(USE + asked)
+
+
+@pytest.mark.parametrize("kernel", ["fused_step", "scale_input", "philox_normal", "preview_rgb"])
+@pytest.mark.parametrize("impl", Impl)
+def test_every_implementation_has_every_kernel(kernel: str, impl: Impl) -> None:
+    for name in (kernel, "decode_u8", "groupnorm_silu", "geglu", "low_rank_add"):
+        assert callable(load(name, impl))
+
+
+def test_a_gpu_takes_triton_a_cpu_and_float64_the_reference() -> None:
+    on_cpu = torch.zeros(1)
+    with mock.patch.object(Tensor, "is_cuda", True):
+        assert choose(None, on_cpu) is Impl.TRITON
+        assert choose(None, on_cpu.double()) is Impl.REFERENCE
+    assert choose(None, on_cpu) is Impl.REFERENCE
+    assert choose("reference", on_cpu) is Impl.REFERENCE
+    double = torch.zeros(1, dtype=torch.float64)
+    with pytest.raises(ValueError, match="computes in float32, got float64"):
+        choose("triton", double)
+
+
+def test_a_fake_gpu_tensor_meets_one_operator_and_no_kernel() -> None:
+    with fake_tensors():
+        x = torch.empty(2, 4, 8, 8, device=DEVICE)
+        assert stands_in(x) and choose(None, x) is Impl.REFERENCE
+        assert geglu(torch.empty(3, 8, device=DEVICE)).shape == (3, 4)
+        assert decode_u8(x[:, :3], check=False).shape == (2, 8, 8, 3)
+        step = torch.empty((), dtype=torch.int64, device=DEVICE)
+        table = torch.empty(3, 8, device=DEVICE)
+        x_next, x0 = fused_step(x, x, table, step, noise=x)
+        assert x_next.device == x0.device == x.device
+    assert not stands_in(torch.zeros(1))
+
+
+def test_an_implementation_asked_for_by_name_never_falls_back() -> None:
+    x, table = random_latents(1, 4, 8, 8), random_table(1)
+    for call in (
+        lambda: fused_step(x, x, table, 0, f_uncond=x, noise=x, x0_prev=x, impl="triton"),
+        lambda: philox_normal([0], [0], 0, (4,), impl=Impl.TRITON),
+    ):
+        with pytest.raises(ValueError, match="'triton' runs on a GPU"):
+            call()

@@ -1,0 +1,152 @@
+"""fused_step_into, noise that a step draws, and the picture it fills: the same bits as apart."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import headstart_kernels.ops  # noqa: F401  (registers the operators)
+from headstart_kernels import (
+    COLUMNS,
+    Draw,
+    Preview,
+    fused_step,
+    fused_step_into,
+    philox_normal,
+    preview_rgb,
+)
+from headstart_kernels.impl import reference_step
+from headstart_kernels.testing import random_latents, random_table
+
+SHAPE = (3, 4, 5, 7)
+STEPS = pytest.mark.parametrize("step", [1, torch.tensor(1)], ids=["host row", "device row"])
+
+
+def operands() -> dict[str, Tensor]:
+    names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
+    return {name: random_latents(*SHAPE, seed=seed) for seed, name in enumerate(names)}
+
+
+def picture() -> Preview:
+    rgb = torch.zeros(SHAPE[0], *SHAPE[2:], 3, dtype=torch.uint8)
+    return Preview(rgb, random_latents(4, 3, seed=1), random_latents(3, seed=2))
+
+
+@STEPS
+def test_the_state_may_be_its_own_result_and_x0_the_row_before(step: int | Tensor) -> None:
+    given, table = operands(), random_table(3)
+    expected = fused_step(table=table, step=step, **given)
+    x, previous = given.pop("x"), given["x0_prev"]
+    fused_step_into(x, given.pop("f_cond"), table, step, x, x0=previous, **given)
+    assert torch.equal(x, expected[0]) and torch.equal(previous, expected[1])
+
+
+@STEPS
+def test_without_x0_the_state_is_the_same(step: int | Tensor) -> None:
+    given, table = operands(), random_table(3)
+    expected, _ = fused_step(table=table, step=step, **given)
+    x_next = torch.empty_like(expected)
+    fused_step_into(table=table, step=step, x_next=x_next, **given)
+    assert torch.equal(x_next, expected)
+
+
+@STEPS
+def test_noise_drawn_inside_is_that_of_the_row_in_the_whole_plan(step: int | Tensor) -> None:
+    given, table = operands(), random_table(3)
+    draw = Draw(torch.tensor([5, -1, 2**40]), torch.tensor([0, 7, 2**32 - 1]), first_row=4)
+    given["noise"] = philox_normal(draw.seeds, draw.samples, 1 + 4, SHAPE[1:])
+    expected = fused_step(table=table, step=step, **given)
+    got = fused_step(table=table, step=step, **given | {"noise": draw})
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@STEPS
+def test_the_picture_is_the_preview_of_x0_with_or_without_x0(step: int | Tensor) -> None:
+    given, table, shown = operands(), random_table(3), picture()
+    _, x0 = fused_step(table=table, step=step, preview=shown, **given)
+    assert torch.equal(shown.rgb, preview_rgb(x0, shown.factors, shown.bias))
+    again = picture()
+    x_next = torch.empty(SHAPE)
+    fused_step_into(table=table, step=step, x_next=x_next, preview=again, **given)
+    assert torch.equal(again.rgb, shown.rgb)
+
+
+def test_a_build_of_torch_that_contracts_addcmul_gets_the_same_bits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given, table = operands(), random_table(3)
+    fast = fused_step(table=table, step=0, **given)
+    monkeypatch.setattr(reference_step, "_addcmul_rounds_twice", lambda: False)
+    slow = fused_step(table=table, step=0, **given)
+    assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
+
+
+def test_the_probe_would_see_a_contracted_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = reference_step._addcmul_rounds_twice.__wrapped__
+
+    def contracted(total: Tensor, term: Tensor, one: Tensor, *, value: float) -> Tensor:
+        scale = float(torch.tensor(value))
+        return (total.double() + scale * term.double()).float()
+
+    monkeypatch.setattr(torch, "addcmul", contracted)
+    assert not probe()
+
+
+def test_the_operator_takes_noise_and_picture_as_parts() -> None:
+    given, table, shown, again = operands(), random_table(3), picture(), picture()
+    draw = Draw(torch.tensor([5, -1, 3]), torch.tensor([0, 7, 1]), 2)
+    given.pop("noise")
+    expected = fused_step(table=table, step=2, noise=draw, preview=shown, **given)
+    x_next, x0 = torch.empty(SHAPE), torch.empty(SHAPE)
+    torch.ops.headstart_kernels.fused_step_into(
+        table=table,
+        step=torch.tensor(2),
+        x_next=x_next,
+        x0=x0,
+        **given,
+        **draw._asdict(),
+        **again._asdict(),
+    )
+    assert torch.equal(x_next, expected[0]) and torch.equal(x0, expected[1])
+    assert torch.equal(again.rgb, shown.rgb)
+
+
+BAD = [
+    (dict(x_next=torch.zeros(1, 4, 5, 7)), ValueError, "x_next: expected the shape of x"),
+    (dict(x_next=torch.zeros(SHAPE).half()), TypeError, "x_next: expected torch.float32"),
+    (dict(x0=torch.zeros(SHAPE).double()), TypeError, "x0: expected torch.float32"),
+    (
+        dict(noise=Draw(torch.zeros(3).long(), torch.zeros(2).long())),
+        TypeError,
+        r"noise.samples: expected int64 \[3\]",
+    ),
+    (
+        dict(noise=Draw(torch.zeros(3), torch.zeros(3).long())),
+        TypeError,
+        r"noise.seeds: expected int64 \[3\]",
+    ),
+    (
+        dict(preview=picture()._replace(rgb=torch.zeros(SHAPE).byte())),
+        ValueError,
+        r"preview.rgb: expected contiguous uint8 \[3, 5, 7, 3\]",
+    ),
+    (
+        dict(preview=picture()._replace(factors=torch.zeros(3, 4))),
+        ValueError,
+        r"factors: expected float32 \[4, 3\]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "message"), BAD, ids=[case[2] for case in BAD])
+def test_a_wrong_input_is_explained(
+    change: dict[str, object], kind: type[Exception], message: str
+) -> None:
+    whole = {**operands(), "table": random_table(2), "step": 0, "x_next": torch.empty(SHAPE)}
+    with pytest.raises(kind, match=message):
+        fused_step_into(**whole | change)  # pyright: ignore[reportArgumentType]
+
+
+def test_columns_have_the_order_that_kernels_read() -> None:
+    assert COLUMNS[0] == "c_in" and len(COLUMNS) == 8
