@@ -121,7 +121,10 @@ def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
     assert [entry.case_number for entry in entries] == list(range(24))
     assert all(entry.is_intact(out) for entry in entries)
     assert all((out / name).stat().st_mtime_ns == when for name, when in kept.items())
-    assert main(["sweep", str(path), "--out", str(tmp_path / "one"), "--batch", "2"]) == 0
+    # alone with as many threads: another number of them rounds the networks differently
+    alone = _torchrun(1, path, tmp_path / "one")
+    _, error = alone.communicate(timeout=300)
+    assert alone.returncode == 0, error
     names = [entry.sha256 for entry in read_entries(tmp_path / "one")]
     assert names == [entry.sha256 for entry in entries]
 

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fft import irfft2, rfft2  # pyright: ignore[reportUnknownVariableType]
 
 from headstart.batch import Chunked
 from headstart.engine import Engine
@@ -143,7 +142,8 @@ class Pink(NamedTuple):
         if width % 2 == 0:
             twice[-1] = 1.0
         power = (gain.square() * twice).sum() / (height * width)
-        shaped = irfft2(rfft2(white) * gain / power.sqrt(), s=(height, width))  # pyright: ignore
+        spectrum = torch.fft.rfft2(white) * gain / power.sqrt()  # pyright: ignore
+        shaped = torch.fft.irfft2(spectrum, s=(height, width))  # pyright: ignore
         return torch.as_tensor(shaped)  # pyright: ignore[reportUnknownArgumentType]
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:

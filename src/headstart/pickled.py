@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ gives more than 20 MB/s, so an honest file is done long before."""
 
 MAX_PICKLE_BYTES = 64 * 2**20  # the pickle inside an archive holds names and shapes, no numbers
 _POLL_S = 0.05
+_OUT_OF_TIME = int(getattr(signal, "SIGXCPU", 0))  # its own limit of processor time came first
 
 
 class Extracted(NamedTuple):
@@ -92,7 +94,7 @@ def extract(
     with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaint:
         with _reader(path, target, limit, told, complaint) as process:
             status = _wait(process, target, limit, on_bytes)
-        if status is None:
+        if status is None or -status == _OUT_OF_TIME:
             _bad(path, f"reading it took more than {limit:.0f} s, so it was given up: no pickle of "
                        "tensors takes that long (--timeout sets the limit)")  # fmt: skip
         told.seek(0)
