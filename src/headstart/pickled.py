@@ -31,7 +31,8 @@ gives more than 20 MB/s, so an honest file is done long before."""
 
 MAX_PICKLE_BYTES = 64 * 2**20  # the pickle inside an archive holds names and shapes, no numbers
 _POLL_S = 0.05
-_OUT_OF_TIME = int(getattr(signal, "SIGXCPU", 0))  # its own limit of processor time came first
+_OUT_OF_TIME: int | None = getattr(signal, "SIGXCPU", None)
+"""What ends a reader whose own limit of processor time comes before the deadline."""
 
 
 class Extracted(NamedTuple):
