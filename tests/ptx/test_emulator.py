@@ -51,7 +51,7 @@ def execute(body: str, given: np.ndarray, *, blocks: int = 1, threads: int = THR
 
 
 def register(kind: str, number: int) -> str:
-    return {1: "%p", 16: "%rs", 32: "%r", 64: "%rd"}[bits_of(kind)] + str(number)
+    return {1: "%p", 8: "%rs", 16: "%rs", 32: "%r", 64: "%rd"}[bits_of(kind)] + str(number)
 
 
 def bits_of(kind: str) -> int:

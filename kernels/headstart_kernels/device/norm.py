@@ -20,7 +20,7 @@ def moments_kernel(
     PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """mean and sum (x - mean)^2 of a tile's part of each channel -> [B, channels, tiles]."""
+    """mean and sum (x - mean)^2 of a tile's part of each channel -> [B, tiles, channels]."""
     tile, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
     pixel = tile * PIXELS + tl.arange(0, PIXELS)[:, None]
     channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -33,7 +33,7 @@ def moments_kernel(
     deviation = tl.where(inside, x - mean[None, :], 0.0)
     spread = tl.sum(deviation * deviation, 0)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    to = (sample * channels + column) * tl.num_programs(0) + tile
+    to = (sample * tl.num_programs(0) + tile) * channels + column
     tl.store(mean_ptr + to, mean, mask=column < channels)
     tl.store(spread_ptr + to, spread, mask=column < channels)
 
@@ -58,14 +58,16 @@ def affine_kernel(
     groups = tl.num_programs(0)
     group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     width = channels // groups
-    first = sample * channels + group * width
+    first = sample * tiles * channels + group * width
     parts = width * tiles
     total = tl.zeros((JOINED,), tl.float32)
     for begin in range(0, parts, JOINED):
         part = begin + tl.arange(0, JOINED)
         inside = part < parts
-        count = tl.minimum(plane - (part % tiles) * PIXELS, PIXELS).to(tl.float32)
-        part_mean = tl.load(mean_ptr + first * tiles + part, mask=inside, other=0.0)
+        tile = part // width
+        count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
+        at = first + tile * channels + part % width
+        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         total += tl.where(inside, count * part_mean, 0.0)
     size = width.to(tl.float32) * plane.to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), size)
@@ -73,20 +75,22 @@ def affine_kernel(
     for begin in range(0, parts, JOINED):
         part = begin + tl.arange(0, JOINED)
         inside = part < parts
-        count = tl.minimum(plane - (part % tiles) * PIXELS, PIXELS).to(tl.float32)
-        part_mean = tl.load(mean_ptr + first * tiles + part, mask=inside, other=0.0)
-        spread = tl.load(spread_ptr + first * tiles + part, mask=inside, other=0.0)
+        tile = part // width
+        count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
+        at = first + tile * channels + part % width
+        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        spread = tl.load(spread_ptr + at, mask=inside, other=0.0)
         away = part_mean - mean
         square += tl.where(inside, spread + count * away * away, 0.0)
     deviation = tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)
     channel = tl.arange(0, WIDTH)
     inside = channel < width
-    at = group * width + channel
-    weight = tl.load(weight_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    own = group * width + channel
+    weight = tl.load(weight_ptr + own, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + own, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(weight, tl.zeros((WIDTH,), tl.float32) + deviation)
-    tl.store(scale_ptr + first + channel, scale, mask=inside)
-    tl.store(shift_ptr + first + channel, bias - mean * scale, mask=inside)
+    tl.store(scale_ptr + sample * channels + own, scale, mask=inside)
+    tl.store(shift_ptr + sample * channels + own, bias - mean * scale, mask=inside)
 
 
 @triton.jit

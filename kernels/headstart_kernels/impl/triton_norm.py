@@ -36,7 +36,7 @@ def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: fl
     y, plane = torch.empty_like(x), height * width
     pixels, across = LAST if last else PLANES
     tiles = blocks(plane, pixels)
-    mean, spread = x.new_empty((2, batch, channels, tiles), dtype=torch.float32)
+    mean, spread = x.new_empty((2, batch, tiles, channels), dtype=torch.float32)
     scale, shift = x.new_empty((2, batch, channels), dtype=torch.float32)
     grid = (tiles, blocks(channels, across), batch)
     form = {"CHANNELS_LAST": last, "PIXELS": pixels, "WIDTH": across}

@@ -15,7 +15,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,14 @@ from headstart_kernels.device.picture import (
     preview_rgb_kernel,
 )
 from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
-from headstart_kernels.impl import triton_adapter, triton_norm
-from headstart_kernels.impl.triton_step import BLOCK
+from headstart_kernels.impl import (
+    triton_adapter,
+    triton_gate,
+    triton_noise,
+    triton_norm,
+    triton_rgb,
+    triton_step,
+)
 from headstart_kernels.launch import OPTIONS
 
 NVIDIA = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -101,6 +107,8 @@ def compiled(case: Case, target: str) -> Facts:
         return _nvidia(triton.compile(case.source(), target=machine, options=dict(OPTIONS)))
     machine = GPUTarget("hip", target, 64 if target.startswith("gfx9") else 32)
     options = {**OPTIONS, "num_stages": 2}  # AMD's pipeliner asks for two
+    if case.kernel in (fused_step_kernel, scale_input_kernel):
+        case = replace(case, constants={**case.constants, "BLOCK": 1024})
     return _amd(triton.compile(case.source(), target=machine, options=options))
 
 
@@ -166,7 +174,7 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
     types |= dict.fromkeys(numbers, "fp32")
     constants: dict[str, object] = {
         **{"CHANNELS": 1, "F_LAST": False, "X_IN_LAST": False, "COPIES": 2},
-        **{"WHOLE_BLOCKS": True, "PACKED": True, "BLOCK": BLOCK},
+        **{"WHOLE_BLOCKS": True, "PACKED": True, "BLOCK": triton_step.BLOCK},
     }
     for name, value in change.items():
         if name in constants:
@@ -205,18 +213,18 @@ def cases() -> dict[str, Case]:
     }
     scale = {"x_ptr": "*fp32", "x_in_ptr": half, "table_ptr": "*fp32", "step_ptr": "*i64"}
     scale |= {"row": "i32", "c_in": "fp32", "count": "i32"}
-    found["scale_input"] = Case(scale_input_kernel, scale, {"BLOCK": BLOCK})
+    found["scale_input"] = Case(scale_input_kernel, scale, {"BLOCK": triton_step.BLOCK})
     draw = {"seeds_ptr": "*i64", "samples_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*fp32"}
     draw |= {"step": "i32", "count": "i32"}
-    found["philox_normal"] = Case(philox_normal_kernel, draw, {"BLOCK": BLOCK})
+    found["philox_normal"] = Case(philox_normal_kernel, draw, {"BLOCK": triton_noise.BLOCK})
     shown = {"x0_ptr": "*fp32", "factors_ptr": "*fp32", "bias_ptr": "*fp32", "rgb_ptr": "*u8"}
-    form = {"CHANNELS": 4, "UPSCALE": 1, "PACKED": True, "BLOCK": BLOCK}
+    form = {"CHANNELS": 4, "UPSCALE": 1, "PACKED": True, "BLOCK": triton_rgb.BLOCK}
     found["preview_rgb"] = Case(preview_rgb_kernel, {**shown, "width": "i32"}, form)
     pixels = {"pixels_ptr": half, "rgb_ptr": "*u8"}
-    packed = {"PACKED": True, "BLOCK": BLOCK}
+    packed = {"PACKED": True, "BLOCK": triton_rgb.BLOCK}
     found["decode_u8"] = Case(decode_planes_kernel, {**pixels, "plane": "i32"}, packed)
     flat = {**pixels, "count": "i32"}
-    found["decode_u8 channels-last"] = Case(decode_flat_kernel, flat, {"BLOCK": BLOCK})
+    found["decode_u8 channels-last"] = Case(decode_flat_kernel, flat, {"BLOCK": triton_rgb.BLOCK})
     moments = {"x_ptr": half, "mean_ptr": "*fp32", "spread_ptr": "*fp32", **_NORM}
     applied = {"x_ptr": half, "y_ptr": half, "scale_ptr": "*fp32", "shift_ptr": "*fp32", **_NORM}
     for name, sizes, last in (
@@ -231,7 +239,7 @@ def cases() -> dict[str, Case]:
     parts = {"PIXELS": triton_norm.PLANES[0], "WIDTH": 16, "JOINED": 1024}
     found["groupnorm affine"] = Case(affine_kernel, joined, parts)
     gate = {"x_ptr": half, "y_ptr": half, "width": "i32"}
-    found["geglu"] = Case(geglu_kernel, gate, {"BLOCK": BLOCK})
+    found["geglu"] = Case(geglu_kernel, gate, {"BLOCK": triton_gate.BLOCK})
     down = {"x_ptr": half, "down_ptr": half, "h_ptr": half, **tokens}
     up = {"y_ptr": half, "h_ptr": half, "up_ptr": half, **tokens}
     inner, outer = {"INNER": triton_adapter.INNER}, {"OUTER": triton_adapter.OUTER}

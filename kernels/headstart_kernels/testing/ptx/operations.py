@@ -114,8 +114,9 @@ def _floats() -> None:
 
 
 def _conversions() -> None:
-    for source in ("s16", "u16", "s32", "u32", "s64", "u64"):
-        for target in ("s16", "u16", "s32", "u32", "s64", "u64"):
+    integers = [f"{sign}{bits}" for bits in (8, 16, 32, 64) for sign in "su"]
+    for source in integers:
+        for target in integers:
             _row(f"cvt.{target}.{source}", target, source, lambda a: a)
         _row(f"cvt.rn.f32.{source}", "f32", source, lambda a: a.astype(np.float32))
     for half in ("f16", "bf16"):

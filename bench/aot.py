@@ -1,0 +1,201 @@
+"""What does each kernel cost a GPU? Bytes moved, registers, spills and vector width, compiled.
+
+moved bytes / least bytes: 32-byte sectors that the emulated sm_90 code touches, against every input
+read once and every output written once.
+
+python bench/aot.py [--targets sm_80 sm_90 gfx942 ...] [--out bench/results/aot.json]
+
+Nothing is measured: traffic is emulated, everything else is read from compiled machine code.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import harness
+import torch
+from torch import Tensor
+
+from headstart_kernels import (
+    Draw,
+    Preview,
+    decode_u8,
+    fused_step_into,
+    geglu,
+    groupnorm_silu,
+    low_rank_add,
+    philox_normal,
+    preview_rgb,
+    scale_input,
+)
+from headstart_kernels.testing import random_latents
+from headstart_kernels.testing.aot import AMD, NVIDIA, cases, compiled
+from headstart_kernels.testing.ptx import emulated
+
+ROOT = Path(__file__).parents[1]
+HALF, LAST = torch.float16, torch.channels_last
+LATENT = (2, 4, 64, 64)
+HIDDEN = (1, 320, 32, 32)
+_ALIGNMENT = 256
+"""Bytes; what a GPU's allocator gives at least."""
+
+
+class Run(NamedTuple):
+    """One call of a kernel, and the tensors that it must read and write at least once."""
+
+    call: Callable[[], object]
+    read: tuple[Tensor, ...]
+    written: tuple[Tensor, ...]
+
+
+def main() -> None:
+    options = _options()
+    report = {
+        "question": "bytes moved against the least, registers, spills and vector width",
+        "evidence": {"traffic": "emulated (PTX for sm_90)", "compiled": "compiled"},
+        "machine": harness.machine(),
+        "traffic": {name: traffic(run) for name, run in runs().items()},
+        "compiled": {
+            name: {target: compiled(case, target).as_dict() for target in options.targets}
+            for name, case in cases().items()
+        },
+    }
+    harness.write_json(options.out, report)
+    for name, row in report["traffic"].items():
+        print(f"{name:32} moved / least {row['moved_over_least']}")
+
+
+def traffic(run: Run) -> dict[str, float | int]:
+    with emulated(90) as gpu:
+        run.call()
+    least = sum(t.numel() * t.element_size() for t in (*run.read, *run.written))
+    return {
+        "moved_bytes": gpu.traffic.moved_bytes,
+        "least_bytes": least,
+        "moved_over_least": round(gpu.traffic.moved_bytes / least, 3),
+        "loaded_bytes": 32 * gpu.traffic.load_sectors,
+        "stored_bytes": 32 * gpu.traffic.store_sectors,
+        "launches": len(gpu.launches),
+    }
+
+
+def runs() -> dict[str, Run]:
+    """Aligned tensors as an allocator of a GPU gives them."""
+    return _steps() | _pictures() | _layers()
+
+
+def _aligned(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """Normals that begin on a sector, which a CPU's allocator does not promise."""
+    values = random_latents(*shape, dtype=dtype, seed=seed)
+    space = torch.empty(values.numel() + _ALIGNMENT, dtype=dtype)
+    skip = -space.data_ptr() % _ALIGNMENT // space.element_size()
+    return space[skip : skip + values.numel()].view(shape).copy_(values)
+
+
+def _last(tensor: Tensor) -> Tensor:
+    """The same storage, read as channels-last."""
+    batch, channels, height, width = tensor.shape
+    return tensor.view(batch, height, width, channels).permute(0, 3, 1, 2)
+
+
+def _steps() -> dict[str, Run]:
+    x, table = _aligned(*LATENT), _aligned(2, 8).abs()
+    scaled = Run(
+        lambda: scale_input(x, table, torch.tensor(0), HALF, impl="triton"), (x,), (x.half(),)
+    )
+    return {
+        "fused_step fp32": _step(table, torch.float32),
+        "fused_step fp16": _step(table, HALF),
+        "fused_step bf16": _step(table, torch.bfloat16),
+        "fused_step drawn": _step(table, HALF, drawn=True),
+        "fused_step drawn + preview": _step(table, HALF, drawn=True, shown=True),
+        "fused_step channels-last": _step(table, HALF, last=True),
+        "scale_input": scaled,
+    }
+
+
+def _step(
+    table: Tensor,
+    dtype: torch.dtype,
+    *,
+    drawn: bool = False,
+    shown: bool = False,
+    last: bool = False,
+) -> Run:
+    """A guided step with noise and a doubled next input."""
+    x, noise, x_next, x0 = (_aligned(*LATENT, seed=seed) for seed in range(4))
+    f, u = (_aligned(*LATENT, dtype=dtype, seed=seed) for seed in (4, 5))
+    x_in = _aligned(2 * LATENT[0], *LATENT[1:], dtype=dtype)
+    if last:
+        f, u, x_in = _last(f), _last(u), _last(x_in)
+    rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
+    preview = Preview(rgb, _aligned(4, 3), _aligned(3)) if shown else None
+    draw = Draw(torch.tensor([1, 2]), torch.tensor([0, 0]))
+
+    def call() -> None:
+        fused_step_into(
+            *(x, f, table, torch.tensor(0), x_next),
+            x0=x0,
+            f_uncond=u,
+            noise=draw if drawn else noise,
+            x_in=x_in,
+            preview=preview,
+            impl="triton",
+        )
+
+    read = (x, f, u) if drawn else (x, f, u, noise)
+    return Run(call, read, (x_next, x0, x_in, rgb) if shown else (x_next, x0, x_in))
+
+
+def _pictures() -> dict[str, Run]:
+    x0, factors, bias = _aligned(*LATENT), _aligned(4, 3), _aligned(3)
+    pixels = _aligned(1, 3, 128, 128, dtype=HALF)
+    last = _last(pixels)
+    rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
+    decoded = torch.empty(1, 128, 128, 3, dtype=torch.uint8)
+    return {
+        "preview_rgb": Run(lambda: preview_rgb(x0, factors, bias, impl="triton"), (x0,), (rgb,)),
+        "decode_u8": Run(
+            lambda: decode_u8(pixels, check=False, impl="triton"), (pixels,), (decoded,)
+        ),
+        "decode_u8 channels-last": Run(
+            lambda: decode_u8(last, check=False, impl="triton"), (last,), (decoded,)
+        ),
+        "philox_normal": Run(
+            lambda: philox_normal([1, 2], [0, 0], 0, LATENT[1:], impl="triton"), (), (x0,)
+        ),
+    }
+
+
+def _layers() -> dict[str, Run]:
+    hidden, weight = _aligned(*HIDDEN, dtype=HALF), _aligned(HIDDEN[1], dtype=HALF)
+    last, pair = _last(hidden), _aligned(1, 256, 2 * 1280, dtype=HALF)
+    y, x = _aligned(2, 256, 640, dtype=HALF), _aligned(2, 256, 640, dtype=HALF)
+    down, up = _aligned(16, 640, dtype=HALF), _aligned(640, 16, dtype=HALF)
+    strength = torch.ones(2)
+
+    def normed(image: Tensor) -> Callable[[], Tensor]:
+        return lambda: groupnorm_silu(image, 32, weight, weight, impl="triton")
+
+    return {
+        "groupnorm_silu": Run(normed(hidden), (hidden,), (hidden,)),
+        "groupnorm_silu channels-last": Run(normed(last), (last,), (last,)),
+        "geglu": Run(lambda: geglu(pair, impl="triton"), (pair,), (pair[..., :1280],)),
+        "low_rank_add": Run(
+            lambda: low_rank_add(y, x, down, up, strength, impl="triton"), (x, y), (y,)
+        ),
+    }
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--targets", nargs="+", default=(*NVIDIA, *AMD))
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/aot.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
