@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.delta import LowRank
-from headstart.slots import Host
-from headstart.unet import Mid, Stage, UNet, UNetParams
+from headstart.adapters.delta import LowRank
+from headstart.adapters.slots import Host
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 SD15 = UNetParams(
     down=(

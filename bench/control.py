@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.resample import bootstrap_prompts
-from headstart.scorer import Scorer, load_scorer
-from headstart.sheet import encode_png
-from headstart.slide import slide, strip_of
+from headstart.compare.slide import slide, strip_of
+from headstart.metrics.resample import bootstrap_prompts
+from headstart.metrics.scorer import Scorer, load_scorer
+from headstart.pictures.sheet import encode_png
 from headstart_weights.recipe.control import CONTROLS, Control
 from headstart_weights.recipe.dataset import PALETTE, STYLES, compose_caption
 

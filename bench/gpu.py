@@ -22,21 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.capture import Site
 from headstart.errors import CaptureError
-from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning
-from headstart.leg import Leg
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.vae import Vae, VaeParams
 from headstart.noise import Philox
-from headstart.plan import Plan
-from headstart.runner import CompiledRunner, EagerRunner
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+from headstart.plan.update import Update
+from headstart.runner.capture import Site
+from headstart.runner.graph import GraphRunner
+from headstart.runner.runner import CompiledRunner, EagerRunner
+from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart.sampler import sample
-from headstart.schedule import NoiseSchedule
-from headstart.table import StepTable
-from headstart.trajectory_graph import TrajectoryGraph
-from headstart.unet import Mid, Stage, UNet, UNetParams
-from headstart.update import Update
-from headstart.vae import Vae, VaeParams
 from headstart_kernels import decode_u8, fused_step, preview_rgb, scale_input
 from headstart_kernels.emulation.fake_cuda import FakeCuda
 

@@ -42,7 +42,7 @@ def read(path: Path) -> int:
 def load(path: Path, kind: str = "half", touched: bool = False) -> object:
     import torch
 
-    from headstart.load import load_unet
+    from headstart.networks.load import load_unet
 
     dtype = {"half": torch.float16, "stored": "stored", "float32": torch.float32}[kind]
     unet = load_unet(path, dtype=dtype)  # pyright: ignore[reportArgumentType]

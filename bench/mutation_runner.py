@@ -20,7 +20,7 @@ from typing import NamedTuple
 import harness
 
 ROOT = Path(__file__).parents[1]
-CAPTURE, TRAJECTORY = "src/headstart/capture.py", "src/headstart/trajectory_graph.py"
+CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_graph.py"
 RUNNER_TEST = "tests/graph/test_graph_runner.py"
 TRAJECTORY_TEST = "tests/graph/test_trajectory_graph.py"
 SDXL_TEST = "tests/capture/test_sdxl.py"

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.fidelity import frechet_gaussian
-from headstart.metrics import diversity, vendi
-from headstart.resample import bootstrap_prompts
-from headstart.scorer import Scorer, load_scorer
+from headstart.metrics.fidelity import frechet_gaussian
+from headstart.metrics.metrics import diversity, vendi
+from headstart.metrics.resample import bootstrap_prompts
+from headstart.metrics.scorer import Scorer, load_scorer
 from headstart_weights.recipe.dataset import compose_caption
 
 Array = NDArray[np.float64]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.decoders import Decoder
+from headstart.traces.decoders import Decoder
 from headstart_kernels import fused_step, preview_rgb, scale_input
 
 NAMES = ("linear", "tiny", "full")

@@ -16,10 +16,10 @@ from typing import Any
 import harness
 import torch
 
-from headstart.capture import Site
-from headstart.graph import GraphRunner
-from headstart.pair import load_demo
-from headstart.runner import EagerRunner
+from headstart.engine.pair import load_demo
+from headstart.runner.capture import Site
+from headstart.runner.graph import GraphRunner
+from headstart.runner.runner import EagerRunner
 from headstart_kernels import philox_normal
 from headstart_kernels.emulation.host import Host
 

@@ -103,8 +103,8 @@ def one_unet(path: Path, kind: str) -> dict[str, Any]:
             return unet(x, at, context, added_cond_kwargs=added).sample
     else:
         from headstart.interfaces import Conditioning
-        from headstart.load import load_unet
-        from headstart.runner import EagerRunner
+        from headstart.networks.load import load_unet
+        from headstart.runner.runner import EagerRunner
 
         dtype = "stored" if kind.endswith("stored") else torch.float32
         network, cond = load_unet(path, dtype=dtype), Conditioning(context, pooled, time_ids)  # pyright: ignore[reportArgumentType]

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
-from headstart.sheet import encode_png
+from headstart.pictures.sheet import encode_png
 from headstart_weights.recipe.dataset import compose_caption
 
 PLANS = ("base", "distilled", "hybrid")

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 
-from headstart.jobs import Case
-from headstart.ledger import FORMAT, Shard, open_ledger, read_entries
-from headstart.sweep import Swept, sweep
+from headstart.sweep.jobs import Case
+from headstart.sweep.ledger import FORMAT, Shard, open_ledger, read_entries
+from headstart.sweep.sweep import Swept, sweep
 
 CASES = tuple(Case(n, f"prompt {n % 5}", 100 + n) for n in range(11))
 SETTINGS = {"format": FORMAT, "cases": len(CASES), "weights": {}}

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart import keymap
-from headstart.adapter_file import describe_adapter, layer_shapes, read_adapter
-from headstart.adapter_names import AdapterForm, Network
-from headstart.checkpoint import inspect_checkpoint
-from headstart.delta import Dense, DenseForm, LowRank
+from headstart.adapters.delta import Dense, DenseForm, LowRank
+from headstart.adapters.file import describe_adapter, layer_shapes, read_adapter
+from headstart.adapters.names import AdapterForm, Network
+from headstart.checkpoint import keymap
+from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.errors import AdapterError
-from headstart.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 Tensors = dict[str, Tensor]
 Layers = dict[Network, dict[str, tuple[int, ...]]]
@@ -696,8 +696,8 @@ def manifest(shared: Path, name: str) -> dict[str, tuple[int, ...]]:
 
 def full_size(shared: Path, family: str) -> Layers:
     """The families' networks on the meta device, from the manifests' shapes."""
-    from headstart.families import FAMILIES
-    from headstart.params import unet_params
+    from headstart.checkpoint.families import FAMILIES
+    from headstart.networks.params import unet_params
 
     with torch.device("meta"):
         unet = UNet(unet_params(manifest(shared, f"unet_{family}.json"), FAMILIES[family]))

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import headstart as hs
 import headstart_weights
-from headstart.slots import Host
-from headstart.strength import Strength
+from headstart.adapters.slots import Host
+from headstart.adapters.strength import Strength
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import headstart as hs
 import headstart_weights
-from headstart.baselines import (
+from headstart.compare.baselines import (
     Cads,
     Pink,
     Repelled,

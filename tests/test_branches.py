@@ -10,8 +10,8 @@ import torch
 
 import headstart as hs
 import headstart_weights
-from headstart.branches import changed
-from headstart.plan import DEMO_SCHEDULE
+from headstart.plan.plan import DEMO_SCHEDULE
+from headstart.traces.branches import changed
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError
-from headstart.tensors import Checkpoint
 
 Header = dict[str, Any]
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -46,7 +46,7 @@ def _left(folder: Path) -> list[str]:
 
 
 def test_plan_prints_the_table_and_its_json_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
-    from headstart.table import StepTable
+    from headstart.plan.table import StepTable
 
     assert main(["plan"]) == 0
     assert "base hands over to distilled" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_a_full_disk_leaves_no_half_written_run(
 def test_ctrl_c_exits_130_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from headstart.engine import Engine
+    from headstart.engine.engine import Engine
 
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt

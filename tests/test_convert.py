@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from headstart import keymap
-from headstart.cast import cast
-from headstart.checkpoint import inspect_checkpoint
+from headstart.checkpoint import keymap
+from headstart.checkpoint.cast import cast
+from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.cli import main
-from headstart.convert import convert
+from headstart.convert.convert import convert
+from headstart.convert.relayout import vae_to_ldm
 from headstart.errors import CheckpointError, InputError
-from headstart.relayout import vae_to_ldm
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from headstart import pickled, unpickle
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.cli import main
-from headstart.convert import convert
+from headstart.convert import pickled, unpickle
+from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
-from headstart.tensors import Checkpoint
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import headstart as hs
 import headstart_weights
-from headstart.decoders import linear_decoder
-from headstart.load import load_tiny
-from headstart.tiny import LINEAR_PREVIEWS, TinyDecoder, TinyParams, TinyVae
+from headstart.networks.load import load_tiny
+from headstart.networks.tiny import LINEAR_PREVIEWS, TinyDecoder, TinyParams, TinyVae
+from headstart.traces.decoders import linear_decoder
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart.adapter_file import read_adapter
-from headstart.delta import Dense, DenseForm, LowRank, with_core
+from headstart.adapters.delta import Dense, DenseForm, LowRank, with_core
+from headstart.adapters.file import read_adapter
 from headstart.errors import AdapterError
 
 EPS = 2.0**-24

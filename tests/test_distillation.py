@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headstart import distillation
-from headstart.distillation import DISTILLATIONS, Guess
-from headstart.plan import preset
-from headstart.prediction import Prediction
-from headstart.request import PRESETS
-from headstart.schedule import NoiseSchedule
-from headstart.table import StepTable
-from headstart.tensors import Checkpoint
+from headstart.checkpoint import distillation
+from headstart.checkpoint.distillation import DISTILLATIONS, Guess
+from headstart.checkpoint.tensors import Checkpoint
+from headstart.plan.plan import preset
+from headstart.plan.prediction import Prediction
+from headstart.plan.request import PRESETS
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
 
 NAMES = {
     # the names their makers publish them under

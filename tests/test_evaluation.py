@@ -11,14 +11,14 @@ from PIL import Image
 
 from headstart.cli import main
 from headstart.errors import InputError
-from headstart.evaluation import contrast, evaluate, read_reference, see
-from headstart.features import open_features
-from headstart.fidelity import frechet
-from headstart.gallery import load_rgb, read_gallery, read_pictures
-from headstart.jobs import Case
-from headstart.ledger import FORMAT, Shard, open_ledger
-from headstart.metrics import diversity, vendi
-from headstart.sweep import sweep
+from headstart.metrics.features import open_features
+from headstart.metrics.fidelity import frechet
+from headstart.metrics.metrics import diversity, vendi
+from headstart.sweep.evaluation import contrast, evaluate, read_reference, see
+from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures
+from headstart.sweep.jobs import Case
+from headstart.sweep.ledger import FORMAT, Shard, open_ledger
+from headstart.sweep.sweep import sweep
 
 PROMPTS = ("a fox", "an owl", "a frog")
 SETTINGS = {"format": FORMAT, "plan": "demo-hybrid", "passes": 4, "cases": {"count": 12}}

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.declarations import Said, declared
+from headstart.checkpoint.declarations import Said, declared
+from headstart.checkpoint.families import FAMILIES, Family, Shapes, recognise
 from headstart.errors import CheckpointError
-from headstart.families import FAMILIES, Family, Shapes, recognise
-from headstart.prediction import Prediction
-from headstart.schedule import NoiseSchedule
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule
 
 # Manifest -> family. LCM's guidance projection does not make another family.
 KNOWN = {name: name for name in FAMILIES if name != "demo"} | {
@@ -44,7 +44,7 @@ def test_the_manifests_cover_every_family(shared: Path) -> None:
 
 
 def test_the_demo_is_recognised_without_metadata(shared: Path) -> None:
-    from headstart.tensors import Checkpoint
+    from headstart.checkpoint.tensors import Checkpoint
 
     for role in ("base", "student"):
         shapes = Checkpoint.open(shared / "data" / "demo-prototype" / role).shapes

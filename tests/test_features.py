@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from headstart.errors import CheckpointError, InputError
-from headstart.features import IMAGENET, Preparation, open_features
+from headstart.metrics.features import IMAGENET, Preparation, open_features
 
 transformers = pytest.importorskip("transformers")
 RGB = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), np.uint8)

@@ -9,9 +9,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from headstart import fidelity
 from headstart.errors import InputError
-from headstart.fidelity import (
+from headstart.metrics import fidelity
+from headstart.metrics.fidelity import (
     Moments,
     frechet,
     frechet_gaussian,

@@ -7,13 +7,13 @@ import pytest
 from PIL import Image
 
 from headstart import NoiseSchedule, preset
-from headstart.chart import Curve, Line, draw_panel
-from headstart.filmstrip import draw_filmstrip
-from headstart.metrics import pixel_extractor
-from headstart.strip import Strip, place
-from headstart.structure import feature_space, measure
-from headstart.table import StepTable
-from headstart.timeline import ConceptScorer, watch
+from headstart.metrics.metrics import pixel_extractor
+from headstart.pictures.chart import Curve, Line, draw_panel
+from headstart.plan.table import StepTable
+from headstart.traces.filmstrip import draw_filmstrip
+from headstart.traces.strip import Strip, place
+from headstart.traces.structure import feature_space, measure
+from headstart.traces.timeline import ConceptScorer, watch
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 

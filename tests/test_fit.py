@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
-from headstart.load import load_unet
+from headstart.networks.load import load_unet
 
 Maker = Callable[..., Path]
 

@@ -15,9 +15,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from headstart.checkpoint.header import MAX_JSON_BYTES, MAX_JSON_PARTS, MAX_NAME, read_header
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError
-from headstart.header import MAX_JSON_BYTES, MAX_JSON_PARTS, MAX_NAME, read_header
-from headstart.tensors import Checkpoint
 
 Header = dict[str, Any]
 F32 = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

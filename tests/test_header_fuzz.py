@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import safetensors
 
-from headstart.checkpoint import inspect_checkpoint
+from headstart.checkpoint.checkpoint import inspect_checkpoint
+from headstart.checkpoint.header import read_header
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError
-from headstart.header import read_header
-from headstart.tensors import Checkpoint
 
 CASES, SEED = 20_000, "headstart"
 SLOWEST_S = 1.0

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import headstart_weights
-from headstart.checkpoint import CheckpointInfo, inspect_checkpoint, read_family
+from headstart.checkpoint.checkpoint import CheckpointInfo, inspect_checkpoint, read_family
 from headstart.cli import main
 from headstart.errors import CheckpointError
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import InputError
-from headstart.jobs import MAX_LINE_BYTES, SHOWN, Case, batches, digest, read_cases
+from headstart.sweep.jobs import MAX_LINE_BYTES, SHOWN, Case, batches, digest, read_cases
 
 HEADER = b"case_number,prompt,evaluation_seed\n"
 

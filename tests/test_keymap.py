@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from headstart import keymap
-from headstart.keymap import Source
+from headstart.checkpoint import keymap
+from headstart.checkpoint.keymap import Source
 
 UNETS = (
     *("sd15", "sd21", "sdxl", "lcm-sdxl", "lcm-sd15", "ssd-1b", "segmind-vega"),

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import headstart as hs
-from headstart import keymap
+from headstart.checkpoint import keymap
 from headstart.cli import main
 
 Maker = Callable[..., Path]
@@ -173,7 +173,7 @@ def test_a_quarter_size_pair_samples_the_same_bits(
 
 
 def packaged() -> Path | None:
-    from headstart.vocabulary import packaged_file
+    from headstart.networks.vocabulary import packaged_file
 
     return packaged_file()
 

@@ -13,16 +13,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart import keymap
-from headstart.checkpoint import inspect_checkpoint, read_family
+from headstart.checkpoint import keymap
+from headstart.checkpoint.checkpoint import inspect_checkpoint, read_family
+from headstart.checkpoint.families import FAMILIES
 from headstart.errors import CheckpointError, HeadstartError, InputError
-from headstart.families import FAMILIES
 from headstart.interfaces import Conditioning
-from headstart.load import load_tiny, load_unet, load_vae
-from headstart.prediction import Prediction
-from headstart.schedule import NoiseSchedule
-from headstart.unet import Mid, Stage, UNet, UNetParams
-from headstart.vae import Vae, VaeParams
+from headstart.networks.load import load_tiny, load_unet, load_vae
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.vae import Vae, VaeParams
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule
 
 Tensors = dict[str, Tensor]
 

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from torch import nn
 
-from headstart.checkpoint import read_family
-from headstart.families import FAMILIES
-from headstart.load import load_text, load_tiny, load_unet, load_vae
+from headstart.checkpoint.checkpoint import read_family
+from headstart.checkpoint.families import FAMILIES
+from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
 
 Hollow = Callable[..., Path]
 UNETS = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from headstart import memory
+from headstart.engine import memory
+from headstart.engine.memory import Footprint, Shape, estimate_bytes, plan_chunk
 from headstart.errors import InputError
-from headstart.memory import Footprint, Shape, estimate_bytes, plan_chunk
 
 CPU = torch.device("cpu")
 VALUES = Footprint(latent_values=1000.0, pixel_values=10.0, itemsize=4)

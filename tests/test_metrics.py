@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from headstart.errors import InputError
-from headstart.metrics import diversity, mean_similarity, pixel_extractor, vendi
+from headstart.metrics.metrics import diversity, mean_similarity, pixel_extractor, vendi
 
 spatial = pytest.importorskip("scipy.spatial.distance", reason="the independent implementation")
 stats = pytest.importorskip("scipy.stats")

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.batch import SharedNoise
-from headstart.families import FAMILIES
+from headstart.checkpoint.families import FAMILIES
+from headstart.engine.pair import choose_device
 from headstart.interfaces import Conditioning
+from headstart.networks.text import ClipParams, Tower
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.vae import Vae, VaeParams
 from headstart.noise import Philox
-from headstart.pair import choose_device
-from headstart.text import ClipParams, Tower
-from headstart.unet import Mid, Stage, UNet, UNetParams
-from headstart.vae import Vae, VaeParams
+from headstart.runner.batch import SharedNoise
 from headstart_weights.recipe.export import base_tensors, half, serialise
 from headstart_weights.recipe.tokenizer import fit_tokenizer
 

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import headstart as hs
-from headstart.arguments import read_predictions
+from headstart.commands.arguments import read_predictions
+from headstart.engine.pair import EMBEDDED_GUIDANCE
 from headstart.interfaces import Conditioning
-from headstart.pair import EMBEDDED_GUIDANCE
-from headstart.prediction import Prediction
-from headstart.unet import guidance_embedding
+from headstart.networks.unet import guidance_embedding
+from headstart.plan.prediction import Prediction
 
 Maker = Callable[..., Path]
 
@@ -230,7 +230,7 @@ def test_what_overflows_in_half_precision_is_decoded_again(
 
 
 def test_every_option_of_loading_is_documented() -> None:
-    from headstart.pair import Options
+    from headstart.engine.pair import Options
 
     told = f"{hs.Engine.load.__doc__}{Options.__doc__}"
     assert all(re.search(rf"\b{name}\b", told) for name in Options.__annotations__)

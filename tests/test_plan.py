@@ -17,7 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import PlanError
-from headstart.plan import (
+from headstart.plan.plan import (
     COLUMNS,
     DEMO_SCHEDULE,
     DEMO_TIMESTEPS,
@@ -30,8 +30,8 @@ from headstart.plan import (
     Update,
     preset,
 )
-from headstart.prediction import Prediction
-from headstart.schedule import NoiseSchedule, Spacing
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule, Spacing
 
 Array = npt.NDArray[np.float64]
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import PlanError
-from headstart.prediction import Prediction
+from headstart.plan.prediction import Prediction
 
 patient = settings(deadline=None)  # a loaded machine is not a failure
 SIGMAS = st.floats(1e-3, 5e3)

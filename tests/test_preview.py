@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart as hs
 import headstart_weights
-from headstart.decoders import Decoder, Picture, linear_decoder
-from headstart.preview import Drawn, Frame, SideStream
+from headstart.traces.decoders import Decoder, Picture, linear_decoder
+from headstart.traces.preview import Drawn, Frame, SideStream
 
 needs_pair = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from headstart.tiny import TinyDecoder
+from headstart.networks.tiny import TinyDecoder
 from headstart_weights.recipe import StageOptions, codec, tiny, tokenizer
 from headstart_weights.recipe import scorer as recipe
 from headstart_weights.recipe.artwork import SPRITE_SIZE, SpriteLabel, Sprites
@@ -85,7 +85,7 @@ def test_a_resumed_scorer_run_goes_on_from_its_checkpoint(
     for (name, a), b in zip(first.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(a, b), name  # the time box was spent already: nothing changed
     recipe.save(first, tmp_path / "scorer.safetensors")
-    from headstart.scorer import load_scorer
+    from headstart.metrics.scorer import load_scorer
 
     loaded = load_scorer(tmp_path / "scorer.safetensors")
     assert torch.equal(loaded.embed.weight, first.embed.weight.half().float())

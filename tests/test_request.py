@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from headstart.errors import InputError, PlanError
-from headstart.plan import preset
-from headstart.request import (
+from headstart.plan.plan import preset
+from headstart.plan.request import (
     BASE_GUIDANCE,
     BASE_STEPS,
     check_size,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from headstart.errors import InputError
-from headstart.metrics import diversity, vendi
-from headstart.resample import (
+from headstart.metrics.metrics import diversity, vendi
+from headstart.metrics.resample import (
     Measured,
     bootstrap_prompts,
     bootstrap_seeds,

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.interfaces import Conditioning
-from headstart.load import load_text, load_unet, load_vae, widened_bytes
-from headstart.residency import HALVES, compute_dtype, keep_stored
-from headstart.runner import EagerRunner
-from headstart.unet import UNet
+from headstart.networks.load import load_text, load_unet, load_vae, widened_bytes
+from headstart.networks.residency import HALVES, compute_dtype, keep_stored
+from headstart.networks.unet import UNet
+from headstart.runner.runner import EagerRunner
 
 Maker = Callable[..., Path]
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -126,7 +126,7 @@ def test_a_model_that_would_not_fit_stays_in_half_precision_and_says_so(
     assert need == sum(4 * p.numel() for m in wide for p in m.parameters())  # type: ignore[union-attr]
     for free, kept in ((need / 0.8 + 1, False), (need / 0.8 - 1, True)):
         with monkeypatch.context() as patch:
-            patch.setattr("headstart.pair.available_bytes", lambda _, free=free: free)
+            patch.setattr("headstart.engine.pair.available_bytes", lambda _, free=free: free)
             engine = engines(make_ckpt, small_tokenizer)
         assert bool(halves(engine.denoisers["base"])) == kept  # type: ignore[arg-type]
         assert any("stay in half precision" in note for note in engine.weights.notes) == kept

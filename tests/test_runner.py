@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import CaptureError, InputError
-from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning
-from headstart.runner import CompiledRunner, EagerRunner, choose_runner, open_runner
+from headstart.runner.graph import GraphRunner
+from headstart.runner.runner import CompiledRunner, EagerRunner, choose_runner, open_runner
 
 T = torch.tensor
 

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
-from headstart.leg import Leg
 from headstart.noise import Given, Philox
-from headstart.plan import Plan, preset
-from headstart.runner import EagerRunner
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan, preset
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+from headstart.plan.update import Update
+from headstart.runner.runner import EagerRunner
 from headstart.sampler import State, sample
-from headstart.schedule import NoiseSchedule
-from headstart.table import StepTable
-from headstart.update import Update
 from headstart_kernels import philox_normal
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.errors import CheckpointError, InputError
-from headstart.scorer import TOKENIZER_KEY, Scorer, ScorerParams, load_scorer
+from headstart.metrics.scorer import TOKENIZER_KEY, Scorer, ScorerParams, load_scorer
 
 tokenizers = pytest.importorskip("tokenizers")
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from headstart.errors import InputError
-from headstart.sheet import Row, draw_sheet, encode_png
+from headstart.pictures.sheet import Row, draw_sheet, encode_png
 
 
 def pictures(count: int, size: int = 64, seed: int = 0) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
-from headstart.slide import slide
+from headstart.compare.slide import slide
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from headstart.adapters.strength import Strength, as_strength, parse_adapter, parse_strengths
 from headstart.errors import InputError
-from headstart.leg import Leg
-from headstart.plan import Plan
-from headstart.schedule import NoiseSchedule
-from headstart.strength import Strength, as_strength, parse_adapter, parse_strengths
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan
+from headstart.plan.schedule import NoiseSchedule
 
 LEGS = (
     Leg(model="base", timesteps=(999,)),

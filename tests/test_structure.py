@@ -9,9 +9,9 @@ import pytest
 
 from headstart import NoiseSchedule, Prediction, preset
 from headstart.errors import InputError
-from headstart.metrics import Extractor, diversity
-from headstart.resample import bootstrap_seeds
-from headstart.structure import Measured, Space, feature_space, measure, pixel_space
+from headstart.metrics.metrics import Extractor, diversity
+from headstart.metrics.resample import bootstrap_seeds
+from headstart.traces.structure import Measured, Space, feature_space, measure, pixel_space
 
 
 def first_pixel(rgb: np.ndarray) -> np.ndarray:

@@ -14,9 +14,9 @@ from crashes import BATCH, CASES, SETTINGS, contents, draw, run
 from PIL import Image
 
 from headstart.errors import InputError
-from headstart.jobs import Case
-from headstart.ledger import Entry, Shard, open_ledger, read_entries
-from headstart.sweep import share, sweep
+from headstart.sweep.jobs import Case
+from headstart.sweep.ledger import Entry, Shard, open_ledger, read_entries
+from headstart.sweep.sweep import share, sweep
 
 ROOT = Path(__file__).parents[1]
 

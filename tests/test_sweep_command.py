@@ -16,7 +16,7 @@ from PIL import Image
 
 import headstart_weights
 from headstart.cli import main
-from headstart.ledger import read_entries
+from headstart.sweep.ledger import read_entries
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

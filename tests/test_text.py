@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import CheckpointError, InputError
-from headstart.families import FAMILIES, TextRule
-from headstart.load import load_text
-from headstart.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
+from headstart.networks.load import load_text
+from headstart.networks.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -345,8 +345,8 @@ def test_sd21_never_runs_the_last_layer_of_an_openclip_file(
 def test_what_a_text_file_cannot_say_is_asked_for(
     tmp_path: Path, vocabulary: Path, one: Tower, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("headstart.vocabulary.cached_folder", lambda: None)
-    monkeypatch.setattr("headstart.vocabulary.packaged_file", lambda: None)
+    monkeypatch.setattr("headstart.networks.vocabulary.cached_folder", lambda: None)
+    monkeypatch.setattr("headstart.networks.vocabulary.packaged_file", lambda: None)
     path = tmp_path / "x.safetensors"
     bare = {n.removeprefix("text_model."): t.clone() for n, t in one.state_dict().items()}
     save_file(bare, path)

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
+from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
-from headstart.families import FAMILIES, TextRule
-from headstart.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
-from headstart.textual_inversion import Embedding, extended, read_embeddings
+from headstart.networks.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = ["!", *LETTERS, *(f"{c}</w>" for c in LETTERS), "<", ">", "</w>", "></w>", "1", "1</w>"]

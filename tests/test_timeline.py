@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.clip import clip_scorer
 from headstart.errors import CheckpointError, InputError
-from headstart.timeline import ConceptScorer, Course, watch
+from headstart.traces.clip import clip_scorer
+from headstart.traces.timeline import ConceptScorer, Course, watch
 
 
 def reader(threshold: float = 100.0) -> ConceptScorer:

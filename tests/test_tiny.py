@@ -11,8 +11,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.errors import CheckpointError, InputError
-from headstart.load import load_tiny
-from headstart.tiny import LINEAR_PREVIEWS, LinearPreview, TinyDecoder, TinyEncoder, TinyParams
+from headstart.networks.load import load_tiny
+from headstart.networks.tiny import (
+    LINEAR_PREVIEWS,
+    LinearPreview,
+    TinyDecoder,
+    TinyEncoder,
+    TinyParams,
+)
 
 DEMO = TinyParams(width=16, blocks=(3, 3, 1))
 

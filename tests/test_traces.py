@@ -19,10 +19,10 @@ from torch import Tensor
 
 import headstart as hs
 import headstart_weights
-from headstart.animation import moments, row_at
-from headstart.decoders import Decoder, Picture, linear_decoder
-from headstart.structure import pixel_space
-from headstart.traces import looked_at
+from headstart.traces.animation import moments, row_at
+from headstart.traces.decoders import Decoder, Picture, linear_decoder
+from headstart.traces.structure import pixel_space
+from headstart.traces.traces import looked_at
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart import keymap
-from headstart import transfer as transfer_module
-from headstart.adapter_file import layer_shapes, read_adapter
+from headstart.adapters import transfer as transfer_module
+from headstart.adapters.delta import LowRank
+from headstart.adapters.extract import extract, nearest
+from headstart.adapters.file import layer_shapes, read_adapter
+from headstart.adapters.transfer import transfer
+from headstart.checkpoint import keymap
 from headstart.cli import main
-from headstart.delta import LowRank
 from headstart.errors import CheckpointError, HeadstartError, InputError
-from headstart.extract import extract, nearest
-from headstart.load import load_unet
-from headstart.transfer import transfer
-from headstart.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.load import load_unet
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 Tensors = dict[str, Tensor]
 PARAMS = UNetParams(
@@ -140,7 +140,7 @@ def test_layouts_may_differ_and_the_distilled_models_own_is_written(tmp_path: Pa
     for name in SHAPES:
         expected = distilled[name].double() + (tuned[name].double() - base[name].double())
         assert torch.equal(loaded[name], expected.float()), name
-    from headstart.tensors import Checkpoint
+    from headstart.checkpoint.tensors import Checkpoint
 
     said = Checkpoint([out(tmp_path)]).metadata
     assert said["note"] == "kept" and json.loads(said["headstart.transfer"])["parts"] == ["unet"]

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from headstart.checkpoint.families import recognise
 from headstart.errors import InputError
-from headstart.families import recognise
 from headstart.interfaces import Conditioning
-from headstart.load import load_unet
-from headstart.params import unet_params
-from headstart.unet import Mid, Stage, UNet, UNetParams, guidance_embedding, sinusoid
+from headstart.networks.load import load_unet
+from headstart.networks.params import unet_params
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams, guidance_embedding, sinusoid
 
 ARCHS = (
     *("sd15", "sd21", "sdxl", "lcm-sdxl", "lcm-sd15", "ssd-1b", "segmind-vega"),

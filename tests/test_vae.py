@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from headstart.load import load_vae
-from headstart.vae import Vae, VaeParams
+from headstart.networks.load import load_vae
+from headstart.networks.vae import Vae, VaeParams
 
 GOLDEN_BOUND = 1e-5
 SMALL = VaeParams(channels=(8, 16, 16), layers=1, norm_groups=4, scale_factor=0.5)

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from headstart import vocabulary
 from headstart.errors import CheckpointError
-from headstart.text import ClipTokenizer
-from headstart.vocabulary import Vocabulary, cached_folder, packaged_file, read_packaged
+from headstart.networks import vocabulary
+from headstart.networks.text import ClipTokenizer
+from headstart.networks.vocabulary import Vocabulary, cached_folder, packaged_file, read_packaged
 
 transformers = pytest.importorskip("transformers")
 
@@ -161,7 +161,7 @@ def test_a_file_without_a_tokenizer_finds_clips(
     make_ckpt: Any, cache: Path, packaged: Vocabulary
 ) -> None:
     """A quarter-size encoder knows all 49408 tokens; a tiny one must be given its own."""
-    from headstart.load import load_text
+    from headstart.networks.load import load_text
 
     path = make_ckpt("te1.safetensors", "sd15", "te1", "--scale", "mini")
     text = load_text(path, head_dim=32)

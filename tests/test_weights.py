@@ -16,12 +16,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 import headstart_weights
+from headstart.checkpoint.header import read_header
+from headstart.checkpoint.keymap import split, unet_from_ldm, vae_name
 from headstart.errors import InputError
-from headstart.header import read_header
-from headstart.keymap import split, unet_from_ldm, vae_name
-from headstart.schedule import NoiseSchedule
-from headstart.unet import UNet
-from headstart.vae import Vae
+from headstart.networks.unet import UNet
+from headstart.networks.vae import Vae
+from headstart.plan.schedule import NoiseSchedule
 from headstart_weights import WeightsError
 
 MAX_TOTAL_BYTES = 32 * 2**20
@@ -135,7 +135,7 @@ def test_the_scorer_tells_the_pairs_concepts_apart() -> None:
     manifest = headstart_weights.manifest()
     assert manifest.scorer_top1["seen_pair"] >= 0.98
     assert manifest.scorer_top1["unseen_pair"] >= 0.85
-    from headstart.scorer import load_scorer
+    from headstart.metrics.scorer import load_scorer
 
     scorer = load_scorer(headstart_weights.path("scorer"))
     prompts = [f"a {concept}" for concept in manifest.concepts]
@@ -230,8 +230,8 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
     """Everything that the export reads, untrained."""
     from safetensors.torch import save_file
 
-    from headstart.scorer import Scorer, ScorerParams
-    from headstart.tiny import TinyDecoder
+    from headstart.metrics.scorer import Scorer, ScorerParams
+    from headstart.networks.tiny import TinyDecoder
     from headstart_weights.recipe import codec, diffusion, language, tiny, tokenizer
 
     torch.manual_seed(0)

@@ -4,13 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headstart.attached import AdapterReport as AdapterReport
-    from headstart.branches import Branch as Branch
-    from headstart.branches import branch as branch
-    from headstart.checkpoint import inspect_checkpoint as inspect_checkpoint
-    from headstart.decoders import decoder as decoder
-    from headstart.engine import Engine as Engine
-    from headstart.engine import Trajectory as Trajectory
+    from headstart.adapters.attached import AdapterReport as AdapterReport
+    from headstart.adapters.strength import Strength as Strength
+    from headstart.checkpoint.checkpoint import inspect_checkpoint as inspect_checkpoint
+    from headstart.engine.engine import Engine as Engine
+    from headstart.engine.engine import Trajectory as Trajectory
+    from headstart.engine.rerun import replay as replay
     from headstart.errors import AdapterError as AdapterError
     from headstart.errors import CaptureError as CaptureError
     from headstart.errors import CheckpointError as CheckpointError
@@ -18,27 +17,28 @@ if TYPE_CHECKING:
     from headstart.errors import InputError as InputError
     from headstart.errors import PlanError as PlanError
     from headstart.interfaces import Conditioning as Conditioning
-    from headstart.load import load_text as load_text
-    from headstart.load import load_unet as load_unet
-    from headstart.load import load_vae as load_vae
+    from headstart.networks.load import load_text as load_text
+    from headstart.networks.load import load_unet as load_unet
+    from headstart.networks.load import load_vae as load_vae
     from headstart.noise import Given as Given
     from headstart.noise import Philox as Philox
-    from headstart.plan import Leg as Leg
-    from headstart.plan import Plan as Plan
-    from headstart.plan import Step as Step
-    from headstart.plan import StepTable as StepTable
-    from headstart.plan import Update as Update
-    from headstart.plan import preset as preset
-    from headstart.prediction import Prediction as Prediction
-    from headstart.preview import Preview as Preview
-    from headstart.rerun import replay as replay
+    from headstart.plan.plan import Leg as Leg
+    from headstart.plan.plan import Plan as Plan
+    from headstart.plan.plan import Step as Step
+    from headstart.plan.plan import StepTable as StepTable
+    from headstart.plan.plan import Update as Update
+    from headstart.plan.plan import preset as preset
+    from headstart.plan.prediction import Prediction as Prediction
+    from headstart.plan.schedule import NoiseSchedule as NoiseSchedule
+    from headstart.plan.schedule import Spacing as Spacing
     from headstart.sampler import State as State
     from headstart.sampler import sample as sample
-    from headstart.schedule import NoiseSchedule as NoiseSchedule
-    from headstart.schedule import Spacing as Spacing
-    from headstart.strength import Strength as Strength
-    from headstart.traces import Trace as Trace
-    from headstart.traces import trace as trace
+    from headstart.traces.branches import Branch as Branch
+    from headstart.traces.branches import branch as branch
+    from headstart.traces.decoders import decoder as decoder
+    from headstart.traces.preview import Preview as Preview
+    from headstart.traces.traces import Trace as Trace
+    from headstart.traces.traces import trace as trace
 
 __version__ = "0.1.0"
 
@@ -46,40 +46,40 @@ __version__ = "0.1.0"
 # neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
-    "AdapterReport": "headstart.attached",
-    "Branch": "headstart.branches",
+    "AdapterReport": "headstart.adapters.attached",
+    "Branch": "headstart.traces.branches",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",
-    "Engine": "headstart.engine",
+    "Engine": "headstart.engine.engine",
     "Given": "headstart.noise",
     "HeadstartError": "headstart.errors",
     "InputError": "headstart.errors",
-    "Leg": "headstart.plan",
-    "NoiseSchedule": "headstart.schedule",
+    "Leg": "headstart.plan.plan",
+    "NoiseSchedule": "headstart.plan.schedule",
     "Philox": "headstart.noise",
-    "Plan": "headstart.plan",
+    "Plan": "headstart.plan.plan",
     "PlanError": "headstart.errors",
-    "Preview": "headstart.preview",
-    "Prediction": "headstart.prediction",
-    "Spacing": "headstart.schedule",
+    "Preview": "headstart.traces.preview",
+    "Prediction": "headstart.plan.prediction",
+    "Spacing": "headstart.plan.schedule",
     "State": "headstart.sampler",
-    "Step": "headstart.plan",
-    "StepTable": "headstart.plan",
-    "Strength": "headstart.strength",
-    "Trace": "headstart.traces",
-    "Trajectory": "headstart.engine",
-    "Update": "headstart.plan",
-    "branch": "headstart.branches",
-    "decoder": "headstart.decoders",
-    "inspect_checkpoint": "headstart.checkpoint",
-    "load_text": "headstart.load",
-    "load_unet": "headstart.load",
-    "load_vae": "headstart.load",
-    "preset": "headstart.plan",
-    "replay": "headstart.rerun",
+    "Step": "headstart.plan.plan",
+    "StepTable": "headstart.plan.plan",
+    "Strength": "headstart.adapters.strength",
+    "Trace": "headstart.traces.traces",
+    "Trajectory": "headstart.engine.engine",
+    "Update": "headstart.plan.plan",
+    "branch": "headstart.traces.branches",
+    "decoder": "headstart.traces.decoders",
+    "inspect_checkpoint": "headstart.checkpoint.checkpoint",
+    "load_text": "headstart.networks.load",
+    "load_unet": "headstart.networks.load",
+    "load_vae": "headstart.networks.load",
+    "preset": "headstart.plan.plan",
+    "replay": "headstart.engine.rerun",
     "sample": "headstart.sampler",
-    "trace": "headstart.traces",
+    "trace": "headstart.traces.traces",
 }
 
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Sequence
 
 import headstart
-from headstart.arguments import Parser
 from headstart.commands import NAMES, load
-from headstart.console import drop_output, fail, plain_warnings
+from headstart.commands.arguments import Parser
+from headstart.commands.console import drop_output, fail, plain_warnings
 from headstart.errors import HeadstartError
 
 

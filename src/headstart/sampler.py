@@ -16,7 +16,7 @@ from torch import Tensor
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource
 from headstart.noise import Given
-from headstart.table import Step, StepTable
+from headstart.plan.table import Step, StepTable
 from headstart_kernels import fused_step, scale_input
 
 Check = Literal["auto", "each", "last", "never"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from headstart.interfaces import Conditioning
-from headstart.unet import Mid, Stage, UNet, UNetParams
-from headstart.vae import Vae, VaeParams
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.vae import Vae, VaeParams
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 # stable-diffusion-xl-base-1.0: unet/config.json and vae/config.json

@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headstart.capture import Program, Site
-from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning
-from headstart.leg import Leg
 from headstart.noise import Philox
-from headstart.plan import Plan
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+from headstart.plan.update import Update
+from headstart.runner.capture import Program, Site
+from headstart.runner.graph import GraphRunner
+from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart.sampler import sample
-from headstart.schedule import NoiseSchedule
-from headstart.table import StepTable
-from headstart.trajectory_graph import TrajectoryGraph
-from headstart.update import Update
 from headstart_kernels import preview_rgb
 from headstart_kernels.emulation.audit import Hazard, audit
 from headstart_kernels.emulation.device import DEVICE

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headstart.capture import Site
-from headstart.graph import GraphRunner
 from headstart.interfaces import Conditioning
-from headstart.trajectory_graph import TrajectoryGraph
-from headstart.unet import Mid, Stage, UNet, UNetParams
-from headstart.vae import Vae, VaeParams
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.vae import Vae, VaeParams
+from headstart.runner.capture import Site
+from headstart.runner.graph import GraphRunner
+from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart_kernels import philox_normal
 from headstart_kernels.emulation.fake_cuda import FakeCuda
 

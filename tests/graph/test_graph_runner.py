@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from headstart.capture import Site
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning
+from headstart.runner.capture import Site
 from headstart_kernels.emulation.fake_cuda import FakeCuda, RaceError
 
 T = torch.tensor

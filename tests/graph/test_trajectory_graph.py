@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 import headstart as hs
-from headstart.batch import SharedNoise
 from headstart.errors import InputError
-from headstart.leg import Leg
 from headstart.noise import Given, Philox
-from headstart.plan import Plan
-from headstart.prediction import Prediction
-from headstart.runner import EagerRunner
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+from headstart.plan.update import Update
+from headstart.runner.batch import SharedNoise
+from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
-from headstart.schedule import NoiseSchedule
-from headstart.table import StepTable
-from headstart.update import Update
 from headstart_kernels import decode_u8
 
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
-from headstart.table import COLUMNS as PLAN_COLUMNS
+from headstart.plan.table import COLUMNS as PLAN_COLUMNS
 from headstart_kernels import COLUMNS, Impl, fused_step, scale_input
 from headstart_kernels.table import Row, host_row
 from headstart_kernels.testing import (

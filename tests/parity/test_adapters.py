@@ -13,10 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart.adapter_file import layer_shapes, read_adapter
-from headstart.adapter_names import AdapterForm
-from headstart.delta import LowRank
-from headstart.unet import Mid, Stage, UNet, UNetParams
+from headstart.adapters.delta import LowRank
+from headstart.adapters.file import layer_shapes, read_adapter
+from headstart.adapters.names import AdapterForm
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 EPS = 2.0**-24
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "conv1", "conv_shortcut", "proj_in"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.interfaces import Conditioning
-from headstart.load import load_tiny, load_unet, load_vae
+from headstart.networks.load import load_tiny, load_unet, load_vae
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -31,9 +31,9 @@ from diffusers import (
 )
 from diffusers.utils import logging
 
-from headstart.plan import Leg, Plan, Start, StepTable, Update, preset
-from headstart.prediction import Prediction
-from headstart.schedule import NoiseSchedule, Spacing
+from headstart.plan.plan import Leg, Plan, Start, StepTable, Update, preset
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule, Spacing
 
 Array = npt.NDArray[np.float64]
 

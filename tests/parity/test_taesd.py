@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from headstart.load import load_tiny
+from headstart.networks.load import load_tiny
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart import unet
 from headstart.interfaces import Conditioning
+from headstart.networks import unet
 from headstart_kernels import geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.testing import random_latents
 from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound

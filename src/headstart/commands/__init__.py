@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import cast
 
-from headstart.arguments import Command
+from headstart.commands.arguments import Command
 
 NAMES = (
     *("compare", "sample", "trace", "slide", "sweep", "evaluate"),

@@ -6,13 +6,13 @@ import argparse
 import json
 from pathlib import Path
 
-from headstart.arguments import Command, add_seeds, count, sampling, uses_bundled, worded
-from headstart.console import progress
-from headstart.distillation import preset_of
+from headstart.checkpoint.distillation import preset_of
+from headstart.commands.arguments import Command, add_seeds, count, sampling, uses_bundled, worded
+from headstart.commands.console import progress
+from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.request import PRESETS, pair_up, parse_seeds
-from headstart.session import open_engine
+from headstart.plan.request import PRESETS, pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"
 DEFAULT_SEEDS = "0-15"
@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     engine = open_engine(args)
 
-    from headstart.compare import (
+    from headstart.compare.compare import (
         compare,
         compare_tables,
         demo_judge,
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         pixel_judge,
         sheet_of,
     )
-    from headstart.sheet import encode_png
+    from headstart.pictures.sheet import encode_png
 
     judge = demo_judge() if demo else pixel_judge()
     tables = compare_tables(engine, preset=args.preset, steps=args.steps)

@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import Command, every
-from headstart.console import progress
+from headstart.commands.arguments import Command, every
+from headstart.commands.console import progress
 
 if TYPE_CHECKING:
-    from headstart.convert import Conversion
+    from headstart.convert.convert import Conversion
 
 LISTED = 8
 """How many of the things left out are printed; --json has all of them."""
@@ -30,7 +30,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.convert import convert
+    from headstart.convert.convert import convert
 
     with progress(None, "converting") as bar:
         done = convert(

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import Command, every
-from headstart.console import progress
+from headstart.commands.arguments import Command, every
+from headstart.commands.console import progress
 
 if TYPE_CHECKING:
-    from headstart.evaluation import Contrast, Evaluation, Row, Spread
-    from headstart.resample import Interval, Paired
+    from headstart.metrics.resample import Interval, Paired
+    from headstart.sweep.evaluation import Contrast, Evaluation, Row, Spread
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -29,12 +29,12 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.gallery import read_gallery
+    from headstart.sweep.gallery import read_gallery
 
     galleries = [read_gallery(folder) for folder in args.folders]
 
-    from headstart.evaluation import evaluate, read_reference, see
-    from headstart.features import open_features
+    from headstart.metrics.features import open_features
+    from headstart.sweep.evaluation import evaluate, read_reference, see
 
     judge = open_features(args.features)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:

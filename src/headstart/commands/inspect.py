@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import Command, every
-from headstart.console import fail, progress
+from headstart.commands.arguments import Command, every
+from headstart.commands.console import fail, progress
 from headstart.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
-    from headstart.adapter_file import AdapterInfo
-    from headstart.checkpoint import CheckpointInfo
+    from headstart.adapters.file import AdapterInfo
+    from headstart.checkpoint.checkpoint import CheckpointInfo
 
 _LAYOUTS = {
     "ldm": "ldm, the original single file",
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _adapter(file: Path) -> AdapterInfo | None:
     """What kind of adapter it is; None for learned tokens, which are no adapter of a layer."""
-    from headstart.adapter_file import describe_adapter
+    from headstart.adapters.file import describe_adapter
 
     try:
         return describe_adapter(file)
@@ -64,13 +64,13 @@ def _adapter(file: Path) -> AdapterInfo | None:
 
 
 def _shallow(file: Path) -> CheckpointInfo:
-    from headstart.checkpoint import inspect_checkpoint
+    from headstart.checkpoint.checkpoint import inspect_checkpoint
 
     return inspect_checkpoint(file)
 
 
 def _deep(file: Path) -> CheckpointInfo:
-    from headstart.checkpoint import inspect_checkpoint
+    from headstart.checkpoint.checkpoint import inspect_checkpoint
 
     with progress(1, "reading every number", "B") as bar:
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from headstart.arguments import Command, add_plan_options, every, plan_settings
-from headstart.request import named_plan
+from headstart.commands.arguments import Command, add_plan_options, every, plan_settings
+from headstart.plan.request import named_plan
 
 if TYPE_CHECKING:
-    from headstart.table import StepTable
+    from headstart.plan.table import StepTable
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -24,13 +24,13 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _planned(args: argparse.Namespace) -> StepTable:
-    from headstart.plan import DEMO_SCHEDULE
-    from headstart.prediction import Prediction
-    from headstart.schedule import NoiseSchedule
+    from headstart.plan.plan import DEMO_SCHEDULE
+    from headstart.plan.prediction import Prediction
+    from headstart.plan.schedule import NoiseSchedule
 
     plan = named_plan(args.plan, plan_settings(args), "demo")
     if args.base is not None:
-        from headstart.checkpoint import read_family
+        from headstart.checkpoint.checkpoint import read_family
 
         family = read_family(args.base)
         return plan.compile(family.schedule, prediction=family.prediction)

@@ -6,15 +6,15 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.arguments import Command, sampling
-from headstart.console import progress
+from headstart.adapters.strength import Strength
+from headstart.commands.arguments import Command, sampling
+from headstart.commands.console import progress
+from headstart.commands.session import adapter_path, open_engine, report, write_images
 from headstart.output import check_folder
-from headstart.session import adapter_path, open_engine, report, write_images
-from headstart.strength import Strength
 
 if TYPE_CHECKING:
-    from headstart.engine import Engine
-    from headstart.record import Recorded
+    from headstart.engine.engine import Engine
+    from headstart.plan.record import Recorded
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.record import parse, read_record
+    from headstart.plan.record import parse, read_record
 
     record = read_record(args.record)
     recorded = parse(record)
@@ -34,7 +34,7 @@ def _run(args: argparse.Namespace) -> int:
 
     _attach_recorded(engine, recorded)
 
-    from headstart.rerun import replay
+    from headstart.engine.rerun import replay
 
     with progress(len(recorded.table), "replaying") as bar:
         trajectory = replay(record, engine, on_step=lambda _: bar.update())

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from headstart.arguments import (
+from headstart.commands.arguments import (
     Command,
     add_plan_options,
     add_seeds,
@@ -16,11 +16,11 @@ from headstart.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.console import progress
+from headstart.commands.console import progress
+from headstart.commands.session import open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.request import named_plan, pair_up, parse_seeds
-from headstart.session import open_engine, report, write_images
+from headstart.plan.request import named_plan, pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import headstart_weights
-from headstart.arguments import Command, add_seeds, sampling, uses_bundled, worded
-from headstart.console import progress
+from headstart.adapters.strength import parse_adapter, parse_strengths
+from headstart.commands.arguments import Command, add_seeds, sampling, uses_bundled, worded
+from headstart.commands.console import progress
+from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.request import MODES, PRESETS, named_plan, pair_up, parse_seeds
-from headstart.session import open_engine
-from headstart.strength import parse_adapter, parse_strengths
+from headstart.plan.request import MODES, PRESETS, named_plan, pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -47,9 +47,9 @@ def _run(args: argparse.Namespace) -> int:
     check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
     engine = open_engine(args)
 
-    from headstart.compare import demo_judge
-    from headstart.sheet import encode_png
-    from headstart.slide import slide, strip_of
+    from headstart.compare.compare import demo_judge
+    from headstart.compare.slide import slide, strip_of
+    from headstart.pictures.sheet import encode_png
 
     tables = {name: engine.compile(name, preset=args.preset) for name in plans}
     adapter = Path(parse_adapter(args.lora[0])[0]).stem

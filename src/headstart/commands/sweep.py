@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.arguments import (
+from headstart.commands.arguments import (
     Command,
     add_plan_options,
     plan_settings,
@@ -17,20 +17,20 @@ from headstart.arguments import (
     sampling,
     uses_bundled,
 )
-from headstart.console import progress
+from headstart.commands.console import progress
+from headstart.commands.session import open_engine
 from headstart.errors import InputError
-from headstart.jobs import Case, Size, batches, digest, read_cases
 from headstart.output import check_folder
-from headstart.request import named_plan
-from headstart.session import open_engine
+from headstart.plan.request import named_plan
+from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from headstart.engine import Engine
-    from headstart.sweep import Draw, Swept
-    from headstart.table import StepTable
+    from headstart.engine.engine import Engine
+    from headstart.plan.table import StepTable
+    from headstart.sweep.sweep import Draw, Swept
 
 BATCH = 16
 
@@ -52,7 +52,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.ledger import Shard, open_ledger
+    from headstart.sweep.ledger import Shard, open_ledger
 
     shard = Shard.of_environment(os.environ)
     cases = read_cases(args.csv, size_column=args.size_column)
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
     _check_requests(args, engine, table, cases, size)
     draw = _drawing(engine, table, args.negative, size)
 
-    from headstart.sweep import share, sweep
+    from headstart.sweep.sweep import share, sweep
 
     with open_ledger(args.out, settings, shard) as ledger:
         with progress(None, "verifying what is there"):
@@ -102,8 +102,8 @@ def _settings(
     cases: tuple[Case, ...],
     size: Size | None,
 ) -> dict[str, Any]:
-    from headstart import record
-    from headstart.ledger import FORMAT
+    from headstart.plan import record
+    from headstart.sweep.ledger import FORMAT
 
     weights = engine.weights
     return {

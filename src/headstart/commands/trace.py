@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.arguments import (
+from headstart.commands.arguments import (
     Command,
     add_seeds,
     read_size,
@@ -15,19 +15,19 @@ from headstart.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.console import note, progress
+from headstart.commands.console import note, progress
+from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.request import MODES, PRESETS, PlanSettings, named_plan, pair_up, parse_seeds
-from headstart.session import open_engine
+from headstart.plan.request import MODES, PRESETS, PlanSettings, named_plan, pair_up, parse_seeds
 
 if TYPE_CHECKING:
-    from headstart.decoders import Decoder
-    from headstart.engine import Engine
+    from headstart.engine.engine import Engine
+    from headstart.plan.table import StepTable
     from headstart.sampler import State
-    from headstart.table import StepTable
-    from headstart.timeline import ConceptScorer
-    from headstart.traces import Trace, Traced
+    from headstart.traces.decoders import Decoder
+    from headstart.traces.timeline import ConceptScorer
+    from headstart.traces.traces import Trace, Traced
 
 FORMATS = (".png", ".gif", ".webp", ".html")
 DECODERS = ("linear", "tiny", "full")
@@ -163,7 +163,7 @@ def _change(args: argparse.Namespace) -> Change | None:
 def _check_change(change: Change | None, tables: dict[str, StepTable], engine: Engine) -> None:
     if change is None:
         return
-    from headstart.branches import changed
+    from headstart.traces.branches import changed
 
     for name, table in tables.items():
         if not 1 <= change.step < len(table):
@@ -176,18 +176,18 @@ def _check_change(change: Change | None, tables: dict[str, StepTable], engine: E
 
 
 def _tools(args: argparse.Namespace, engine: Engine) -> tuple[Decoder, ConceptScorer | None]:
-    from headstart.decoders import decoder
-    from headstart.timeline import check_phrases
+    from headstart.traces.decoders import decoder
+    from headstart.traces.timeline import check_phrases
 
     name = args.decoder or ("tiny" if engine.weights.preview is not None else "linear")
     found = decoder(engine, name)
     if not check_phrases(args.watch):
         return found, None
     if args.scorer is not None:
-        from headstart.clip import clip_scorer
+        from headstart.traces.clip import clip_scorer
 
         return found, clip_scorer(args.scorer)
-    from headstart.traces import demo_scorer
+    from headstart.traces.traces import demo_scorer
 
     return found, demo_scorer(engine.weights.lineage)
 
@@ -215,7 +215,7 @@ def _sampled(
     size: tuple[int, int] | None,
     change: Change | None,
 ) -> dict[str, Traced]:
-    from headstart.branches import branch
+    from headstart.traces.branches import branch
 
     runs: dict[str, Traced] = {}
     with progress(sum(map(len, tables.values())), "sampling") as bar:
@@ -246,14 +246,14 @@ def _traced(
     decoder: Decoder,
     scorer: ConceptScorer | None,
 ) -> Trace:
-    from headstart.traces import trace
+    from headstart.traces.traces import trace
 
     with progress(None, "decoding"):
         return trace(runs, decoder, phrases=args.watch, scorer=scorer, every=args.every or 1)
 
 
 def _encoded(found: Trace, suffix: str) -> bytes:
-    from headstart.sheet import encode_png
+    from headstart.pictures.sheet import encode_png
 
     if suffix == ".html":
         return found.page().encode()

@@ -7,14 +7,14 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.arguments import Command, every
-from headstart.console import progress
+from headstart.commands.arguments import Command, every
+from headstart.commands.console import progress
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
-    from headstart.adapter_names import Network
-    from headstart.extract import Extraction
-    from headstart.transfer import Transfer
+    from headstart.adapters.extract import Extraction
+    from headstart.adapters.names import Network
+    from headstart.adapters.transfer import Transfer
 
 LISTED = 5
 """How many of the worst captured layers are printed; --json has all of them."""
@@ -35,7 +35,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.transfer import read_parts
+    from headstart.adapters.transfer import read_parts
 
     parts = read_parts(args.parts)
     if args.rank is not None:
@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
-    from headstart.transfer import transfer
+    from headstart.adapters.transfer import transfer
 
     with progress(None, "transferring") as bar:
         done = transfer(
@@ -65,7 +65,7 @@ def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
 
 
 def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
-    from headstart.extract import extract
+    from headstart.adapters.extract import extract
 
     with progress(None, "extracting") as bar:
         done = extract(

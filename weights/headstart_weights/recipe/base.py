@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from headstart.interfaces import Conditioning
-from headstart.schedule import Spacing, grid
-from headstart.unet import UNet
+from headstart.networks.unet import UNet
+from headstart.plan.schedule import Spacing, grid
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.dataset import Dataset, load_dataset
 from headstart_weights.recipe.diffusion import (

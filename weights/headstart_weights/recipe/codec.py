@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
-from headstart.vae import Vae, VaeParams
+from headstart.networks.vae import Vae, VaeParams
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.dataset import load_dataset
 from headstart_weights.recipe.optimiser import MuonAdam

@@ -19,9 +19,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headstart.delta import LowRank
+from headstart.adapters.delta import LowRank
+from headstart.adapters.slots import Host
 from headstart.interfaces import Conditioning
-from headstart.slots import Host
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
 from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, load_dataset

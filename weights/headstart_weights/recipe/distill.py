@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
-from headstart.unet import UNet
+from headstart.networks.unet import UNet
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import captions_of, load_unet
 from headstart_weights.recipe.dataset import load_dataset

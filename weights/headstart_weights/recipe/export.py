@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headstart.checkpoint import Checkpoint
+from headstart.checkpoint.checkpoint import Checkpoint
+from headstart.checkpoint.keymap import unet_to_ldm
 from headstart.errors import InputError
-from headstart.keymap import unet_to_ldm
-from headstart.plan import DEMO_SCHEDULE
-from headstart.schedule import NoiseSchedule
-from headstart.scorer import TOKENIZER_KEY
+from headstart.metrics.scorer import TOKENIZER_KEY
+from headstart.plan.plan import DEMO_SCHEDULE
+from headstart.plan.schedule import NoiseSchedule
 from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import ICON_SETS, write_atomically
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS

@@ -10,7 +10,7 @@ import logging
 
 import torch
 
-from headstart.scorer import load_scorer
+from headstart.metrics.scorer import load_scorer
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.codec import to_pixels
 from headstart_weights.recipe.dataset import load_dataset

@@ -13,8 +13,8 @@ from pathlib import Path
 from torch import Tensor, nn
 
 import headstart_weights
-from headstart.load import load_unet, load_vae
-from headstart.tensors import Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import Checkpoint, Part, PartName
+from headstart.networks.load import load_unet, load_vae
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
 from headstart_weights.recipe.training import write_tensors

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from headstart.scorer import TOKENIZER_KEY, Scorer, ScorerParams
+from headstart.metrics.scorer import TOKENIZER_KEY, Scorer, ScorerParams
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import Sprites, load_sprites, write_atomically
 from headstart_weights.recipe.augment import (

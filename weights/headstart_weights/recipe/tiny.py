@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.tiny import TinyDecoder, TinyParams
-from headstart.vae import Vae
+from headstart.networks.tiny import TinyDecoder, TinyParams
+from headstart.networks.vae import Vae
 from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import write_atomically
 from headstart_weights.recipe.codec import Posterior, psnr

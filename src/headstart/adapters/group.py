@@ -1,0 +1,346 @@
+"""The tensors of one module of an adapter, checked against each other, and the delta they make.
+
+scale = alpha/rank; alpha/sqrt(rank) for PEFT's rslora (arXiv:2312.03732); 1 where no alpha is said
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+from torch import Tensor
+
+from headstart.adapters.delta import Delta, Dense, DenseForm, LowRank, with_core
+from headstart.adapters.names import AdapterForm, Network, parse
+from headstart.checkpoint.header import parse_object
+from headstart.checkpoint.tensors import FLOATS, Checkpoint
+from headstart.errors import AdapterError, CheckpointError
+
+Shape = tuple[int, ...]
+_INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
+
+
+class PeftScale(NamedTuple):
+    """What PEFT keeps outside of the tensors; patterns are endings of module names."""
+
+    alpha: float
+    rank: int
+    rslora: bool = False
+    alphas: Mapping[str, float] = {}
+    ranks: Mapping[str, float] = {}
+
+    def of(self, module: str, rank: int | None) -> float:
+        alpha = _by_pattern(self.alphas, module, self.alpha)
+        size = rank or _by_pattern(self.ranks, module, self.rank)
+        return alpha / (math.sqrt(size) if self.rslora else size)
+
+
+def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+    for pattern, value in patterns.items():
+        exact = pattern.startswith("^")
+        if module == pattern.lstrip("^") or (not exact and module.endswith("." + pattern)):
+            return value
+    return otherwise
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One module of the file.
+
+    name    as the file spells it; `module` without the network's prefix
+    slots   operand -> key; operands are named as in `headstart.adapters.names`
+    forms   which namings its keys have
+    """
+
+    checkpoint: Checkpoint
+    name: str
+    network: Network | None
+    module: str
+    slots: Mapping[str, str]
+    forms: frozenset[AdapterForm]
+
+    @property
+    def takes_alpha(self) -> bool:
+        """Whether a scale alpha/rank is defined: some side is a product of rank r."""
+        return self.rank is not None
+
+    @property
+    def rank(self) -> int | None:
+        for slot, axis in _RANK_AXES:
+            if slot in self.slots:
+                return self.sizes(slot)[axis]
+        return None
+
+    def sizes(self, slot: str) -> Shape:
+        return self.checkpoint.entry(self.slots[slot]).shape
+
+    def shape(self) -> Shape:
+        """Of the weight it changes; LoHa and LoKr may write a convolution as [o, i*kh*kw]."""
+        if "down" in self.slots:
+            kernel = self.sizes("mid" if "mid" in self.slots else "down")[2:]
+            return (self.sizes("up")[0], self.sizes("down")[1], *kernel)
+        if "hada_w1_a" in self.slots:
+            return self._factored("hada_w1", "hada_t1")
+        if any(slot.startswith("lokr_") for slot in self.slots):
+            left, right = self._side("lokr_w1"), self._side("lokr_w2")
+            return (left[0] * right[0], left[1] * right[1], *right[2:])
+        only = next(slot for slot in ("diff", "weight", "diff_b", "bias") if slot in self.slots)
+        return self.sizes(only)
+
+    def fits(self, layer: Shape) -> bool:
+        """Whether this changes a weight [o, i(, kh, kw)], a norm's [c], or a bias of that layer."""
+        shape, biases = self.shape(), {"diff_b", "bias"} & self.slots.keys()
+        if any(self.sizes(slot) != layer[:1] for slot in biases):
+            return False
+        if not self.slots.keys() - biases - {"alpha"}:
+            return True
+        flat = len(shape) == 2 and "down" not in self.slots
+        return _bare(shape) == _bare(layer) or (flat and shape == (layer[0], math.prod(layer[1:])))
+
+    def delta(self, layer: Shape, scales: Mapping[Network | None, PeftScale]) -> Delta:
+        """The change of a layer that it fits. Raises AdapterError for NaN and for a bad alpha."""
+        tensors = {slot: self._tensor(slot) for slot in self.slots if slot != "alpha"}
+        scale = self._scale(scales)
+        magnitude = self._magnitude(tensors, layer)
+        if {"weight", "bias"} & tensors.keys():
+            bias = tensors.pop("bias", None)
+            return Dense(DenseForm.WHOLE, tensors, bias=bias)
+        bias = tensors.pop("diff_b", None)
+        if "down" in tensors:
+            down, up = tensors["down"], tensors["up"].flatten(1)
+            if "mid" in tensors:
+                down = with_core(down, tensors["mid"])
+            down = down.reshape(down.shape[0], *layer[1:])
+            if magnitude is None and bias is None:
+                return LowRank(down, up, scale)
+            return Dense(DenseForm.LORA, {"down": down, "up": up}, scale, magnitude, bias)
+        for form, prefix in ((DenseForm.LOHA, "hada_"), (DenseForm.LOKR, "lokr_")):
+            own = {s.removeprefix(prefix): t for s, t in tensors.items() if s.startswith(prefix)}
+            if own:
+                return Dense(form, own, scale, magnitude, bias)
+        full = {"weight": tensors["diff"]} if "diff" in tensors else {}
+        return Dense(DenseForm.FULL, full, 1.0, magnitude, bias)
+
+    def _tensor(self, slot: str) -> Tensor:
+        tensor = self.checkpoint.tensor(self.slots[slot])
+        wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        if not wide.isfinite().all():
+            raise AdapterError(
+                f"{self.slots[slot]}: expected finite numbers, got NaN or infinity; the file is "
+                "damaged or its training diverged"
+            )
+        return tensor
+
+    def _scale(self, scales: Mapping[Network | None, PeftScale]) -> float:
+        if "alpha" in self.slots:
+            alpha = float(self.checkpoint.tensor(self.slots["alpha"]).flatten()[0])
+            if not math.isfinite(alpha) or alpha == 0:
+                raise AdapterError(
+                    f"{self.slots['alpha']}: expected a finite number that is not 0, got {alpha}"
+                )
+            return alpha / self.rank if self.rank else 1.0
+        scale = scales.get(self.network, scales.get(None))
+        return 1.0 if scale is None else scale.of(self.module, self.rank)
+
+    def _magnitude(self, tensors: dict[str, Tensor], layer: Shape) -> Tensor | None:
+        """DoRA's m so that it broadcasts: PEFT's belongs to rows; LyCORIS's to what its shape says.
+
+        The key decides, because PEFT writes [1, o, 1, 1] for a convolution.
+        """
+        rows = (layer[0], *[1] * (len(layer) - 1))
+        columns = (1, *layer[1:2], *[1] * (len(layer) - 2))
+        if "magnitude" in tensors:
+            magnitude, shapes = tensors.pop("magnitude"), (rows,)
+        elif "dora_scale" in tensors:
+            magnitude = tensors.pop("dora_scale")
+            one = magnitude.ndim > 1 and magnitude.shape[0] == 1
+            shapes = (columns,) if one else (rows,)
+        else:
+            return None
+        if magnitude.numel() != math.prod(shapes[0]):
+            _bad(self.name, f"a DoRA magnitude {list(shapes[0])}", list(magnitude.shape))
+        return magnitude.reshape(shapes[0])
+
+    def _factored(self, side: str, core: str) -> Shape:
+        a, b = self.sizes(f"{side}_a"), self.sizes(f"{side}_b")
+        if core not in self.slots:
+            return (a[0], b[1])
+        return (a[1], b[1], *self.sizes(core)[2:])
+
+    def _side(self, side: str) -> Shape:
+        if side in self.slots:
+            return self.sizes(side)
+        return self._factored(side, "lokr_t" + side[-1])
+
+    def check(self) -> Group:
+        """Itself, if its tensors are complete, floating point, and of one rank."""
+        for slot, key in self.slots.items():
+            dtype, shape = self.checkpoint.entry(key)[:2]
+            allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
+            if dtype not in allowed:
+                _bad(key, "floating point numbers", dtype)
+            if len(shape) not in _DIMENSIONS.get(slot, (2,)) or 0 in shape:
+                _bad(key, f"{_DIMENSIONS.get(slot, (2,))} dimensions, none empty", list(shape))
+            if slot == "alpha" and math.prod(shape) != 1:
+                _bad(key, "one number", list(shape))
+        kinds = {kind for slot in self.slots for kind in _KINDS if re.match(kind, slot)}
+        if len(kinds) > 1 or any(pair <= self.slots.keys() for pair in _EITHER):
+            _bad(self.name, "one way to change its weight", ", ".join(sorted(self.slots)))
+        for expected in self._expected():
+            if expected not in self.slots:
+                _bad(self.name, f"{expected} too (the file is torn)", ", ".join(sorted(self.slots)))
+        for what, left, right in self._agreements():
+            if left != right:
+                _bad(self.name, f"{what} {left} as in its other factor", right)
+        return self
+
+    def _expected(self) -> Iterator[str]:
+        """The operands that must be there, given that some are."""
+        slots = self.slots.keys()
+        if slots & {"down", "up", "mid"}:
+            yield from ("down", "up")
+        elif any(slot.startswith("hada_") for slot in slots):
+            yield from ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+            if slots & {"hada_t1", "hada_t2"}:
+                yield from ("hada_t1", "hada_t2")
+        elif any(slot.startswith("lokr_") for slot in slots):
+            for side in ("lokr_w1", "lokr_w2"):
+                yield from (side,) if side in slots else (f"{side}_a", f"{side}_b")
+        elif not slots & {"diff", "diff_b", "weight", "bias"}:
+            yield "a change"
+
+    def _agreements(self) -> Iterator[tuple[str, object, object]]:
+        """What two factors must have in common."""
+        if "down" in self.slots:
+            down, up = self.sizes("down"), self.sizes("up")
+            inner = outer = down[0]
+            if "mid" in self.slots:
+                outer, inner = self.sizes("mid")[:2]
+                yield "a core of rank", inner, down[0]
+                yield "a kernel", (1,) * len(down[2:]), down[2:]
+            yield "a rank", outer, up[1]
+            yield "a kernel", (1,) * len(up[2:]), up[2:]
+        for side, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), *_LOKR_SIDES):
+            if f"{side}_a" in self.slots:
+                a, b = self.sizes(f"{side}_a"), self.sizes(f"{side}_b")
+                if core in self.slots:
+                    yield "a core", self.sizes(core)[:2], (a[0], b[0])
+                else:
+                    yield "a rank", a[1], b[0]
+        if "hada_w1_a" in self.slots:
+            first = self._factored("hada_w1", "hada_t1")
+            yield "a shape", first, self._factored("hada_w2", "hada_t2")
+
+
+_KINDS = ("down|up|mid", "hada_", "lokr_", r"diff\Z", r"weight|bias")
+_EITHER = (
+    {"dora_scale", "magnitude"},
+    *(
+        {thing, whole}
+        for thing in ("dora_scale", "magnitude", "diff_b")
+        for whole in ("weight", "bias")
+    ),
+    *({side, f"{side}_{x}"} for side in ("lokr_w1", "lokr_w2") for x in "ab"),
+    {"lokr_w2", "lokr_t2"},
+)
+"""Operands that exclude each other."""
+_LOKR_SIDES = (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2"))
+_DIMENSIONS: dict[str, tuple[int, ...]] = {
+    "alpha": (0, 1),
+    **dict.fromkeys(("down", "up", "lokr_w2"), (2, 4)),
+    **dict.fromkeys(("mid", "hada_t1", "hada_t2", "lokr_t2"), (4,)),
+    **dict.fromkeys(("dora_scale", "magnitude", "diff"), (1, 2, 4)),
+    **dict.fromkeys(("diff_b", "bias"), (1,)),
+}
+_RANK_AXES = (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0))
+
+
+def grouped(checkpoint: Checkpoint) -> tuple[dict[str, Group], tuple[str, ...]]:
+    """Module -> its checked group, and the keys that no naming knows."""
+    found: dict[str, dict[str, str]] = {}
+    keys = {name: parse(name) for name in checkpoint.names}
+    names: dict[tuple[Network | None, str], str] = {}
+    forms: dict[str, set[AdapterForm]] = {}
+    for name, key in keys.items():
+        if key is None:
+            continue
+        group = names.setdefault((key.network, key.module), key.name)
+        slots = found.setdefault(group, {})
+        if key.slot in slots:
+            raise AdapterError(
+                f"{slots[key.slot]!r} and {name!r} are the same part of {group}: expected it once; "
+                "remove one of them"
+            )
+        slots[key.slot] = name
+        forms.setdefault(group, set()).update({key.form} if key.form else ())
+    groups = {
+        name: Group(checkpoint, name, network, module, found[name], frozenset(forms[name])).check()
+        for (network, module), name in names.items()
+    }
+    return groups, tuple(name for name, key in keys.items() if key is None)
+
+
+_PEFT_NETWORKS: tuple[tuple[str, Network | None], ...] = (
+    ("", None),
+    ("unet.", "unet"),
+    ("text_encoder.", "text"),
+    ("text_encoder_2.", "text_2"),
+)
+_LITERAL = re.compile(r"\^?[\w.]{1,512}")
+
+
+def peft_scales(
+    metadata: Mapping[str, str], beside: Mapping[str, object], path: Path
+) -> dict[Network | None, PeftScale]:
+    """Alpha as PEFT says it: `adapter_config.json` beside the file, or diffusers' metadata.
+
+    diffusers >= 0.35 writes the same configuration, prefixed by the network, as JSON into
+    `lora_adapter_metadata`. Raises AdapterError for a configuration that cannot be followed.
+    """
+    said = dict(beside)
+    if text := metadata.get("lora_adapter_metadata"):
+        try:
+            said |= parse_object(text.encode(), path)
+        except CheckpointError as error:
+            raise AdapterError(f"metadata lora_adapter_metadata: {error}") from error
+    found: dict[Network | None, PeftScale] = {}
+    for prefix, network in _PEFT_NETWORKS:
+        alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha"))
+        if alpha is not None:
+            found[network] = PeftScale(
+                _number(f"{prefix}lora_alpha", alpha),
+                int(_number(f"{prefix}r", said.get(f"{prefix}r"))),
+                said.get(f"{prefix}use_rslora") is True,
+                _patterns(f"{prefix}alpha_pattern", said.get(f"{prefix}alpha_pattern")),
+                _patterns(f"{prefix}rank_pattern", said.get(f"{prefix}rank_pattern")),
+            )
+    return found
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**31:
+        _bad(f"PEFT configuration {name}", "a positive number", value)
+    return float(value)
+
+
+def _patterns(name: str, value: object) -> dict[str, float]:
+    if value is not None and not isinstance(value, dict):
+        _bad(f"PEFT configuration {name}", "an object", value)
+    table = cast(dict[str, object], value or {})
+    for pattern in table:
+        if not _LITERAL.fullmatch(pattern):
+            _bad(f"PEFT configuration {name}", "plain names of modules", pattern)
+    return {pattern: _number(name, number) for pattern, number in table.items()}
+
+
+def _bare(shape: Shape) -> Shape:
+    """[o, i] of [o, i, 1, 1]: a linear layer and a 1x1 convolution are the same numbers."""
+    return shape[:2] if shape[2:] == (1, 1) else shape
+
+
+def _bad(what: str, expected: str, came: object) -> NoReturn:
+    raise AdapterError(f"{what}: expected {expected}, got {came!r:.120}")

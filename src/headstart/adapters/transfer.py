@@ -1,0 +1,268 @@
+"""A fine-tune carried over to the distilled model, as a checkpoint or as a low-rank adapter.
+
+D2 = D + strength*(T - B)                 base B, tuned T, distilled D; tensor by tensor
+up @ down = T - B, projected on its first R left singular vectors: the nearest matrix of rank R
+Differences of fine-tunes transfer: arXiv:2212.04089 (task arithmetic), arXiv:2503.10637, section 4.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from headstart.adapters.names import Network
+from headstart.checkpoint.checkpoint import family_of
+from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.keymap import PartName
+from headstart.checkpoint.tensors import Checkpoint, Part
+from headstart.convert.container import Slot, compose, in_order
+from headstart.errors import CheckpointError, InputError
+from headstart.output import check_file, writing
+
+NETWORKS: tuple[Network, ...] = ("unet", "text", "text_2")
+CHUNK = 2**16
+"""Numbers that are worked on at a time: 0.5 MB in float64, so that they stay in the cache."""
+
+OnBytes = Callable[[int], object]
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What was written.
+
+    changed   tensors of each network to which the difference was added
+    kept      tensors of those networks that the distilled model has and the base has not (LCM's
+              guidance projection), copied as they are
+    copied    tensors of the file outside of those networks
+    relative  |strength*(T - B)| / |D| of each network
+    """
+
+    target: str
+    strength: float
+    changed: Mapping[str, int]
+    kept: tuple[str, ...]
+    copied: int
+    relative: Mapping[str, float]
+    size_bytes: int
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def transfer(
+    base: str | Path,
+    tuned: str | Path,
+    distilled: str | Path,
+    target: str | Path,
+    *,
+    strength: float = 1.0,
+    parts: Sequence[Network] = ("unet",),
+    overwrite: bool = False,
+    on_bytes: OnBytes = lambda _: None,
+) -> Transfer:
+    """Write D + strength*(T - B) as one safetensors file with the names and dtypes of D's.
+
+    The three may have different layouts and dtypes; each number is worked out in float64, then
+    rounded to D's dtype. So T equal to B gives D to the bit; and D equal to B gives T to the
+    bit at strength 1 where a number of B is less than 2^28 times that of T. Memory in use does not
+    grow with the files; a misaligned tensor (older writers) is copied whole, one at a time.
+
+    Raises CheckpointError where the networks differ in family, names or shapes, and for numbers
+    that are not finite; InputError for a request that cannot be served. No part of a file is left.
+    """
+    sources = [Path(path) for path in (base, tuned, distilled)]
+    target = Path(target)
+    check_request(sources, target, parts, overwrite)
+    trios = {part: _trio(sources, part) for part in parts}
+    files = {trio.distilled.checkpoint.files for trio in trios.values()}
+    if len(files) > 1:
+        raise InputError(
+            f"{distilled} holds {' and '.join(parts)} in separate files: transfer one at a time"
+        )
+    held = next(iter(trios.values())).distilled.checkpoint
+    check_file(target, size_bytes=held.size_bytes, suffix=".safetensors")
+    changes = {
+        stored: change for trio in trios.values() for stored, change in trio.by_stored().items()
+    }
+    squares: dict[str, tuple[float, float]] = dict.fromkeys(parts, (0.0, 0.0))
+    slots = in_order(Slot(n, held.entry(n).dtype, held.entry(n).shape) for n in held.names)
+    with writing(target) as partial, partial.open("xb") as file:
+        done = file.write(compose(slots, _metadata(held, strength, parts)))
+        for slot in slots:
+            change = changes.get(slot.name)
+            copied = change is None
+            for raw in _copied(held, slot.name) if copied else change.pieces(strength, squares):
+                done += file.write(raw)
+            on_bytes(done)
+    return Transfer(
+        target=str(target),
+        strength=strength,
+        changed={part: len(trio.names) for part, trio in trios.items()},
+        kept=tuple(name for trio in trios.values() for name in trio.kept),
+        copied=len(slots) - len(changes) - sum(len(trio.kept) for trio in trios.values()),
+        relative={
+            p: math.sqrt(top / bottom) if bottom else 0.0 for p, (top, bottom) in squares.items()
+        },
+        size_bytes=done,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Trio:
+    """One network in the three checkpoints, names and shapes agreeing; `kept` is D's alone."""
+
+    part: Network
+    base: Part
+    tuned: Part
+    distilled: Part
+    names: tuple[str, ...]
+    kept: tuple[str, ...]
+
+    def by_stored(self) -> dict[str, _Change]:
+        """Tensor of D's file -> how its numbers come about; OpenCLIP's in_proj holds three."""
+        found: dict[str, list[str]] = {}
+        for name in self.names:
+            found.setdefault(self.distilled.sources[name].name, []).append(name)
+        return {
+            stored: _Change(self, stored, tuple(sorted(ours, key=self._place)))
+            for stored, ours in found.items()
+        }
+
+    def _place(self, name: str) -> int:
+        return "qkv".find(self.distilled.sources[name].op)
+
+
+def _trio(sources: Sequence[Path], part: Network) -> Trio:
+    base, tuned, distilled = opened_parts(sources, part)
+    kept = tuple(name for name in distilled.shapes if name not in base.shapes)
+    return Trio(part, base, tuned, distilled, tuple(base.shapes), kept)
+
+
+@dataclass(frozen=True, slots=True)
+class _Change:
+    trio: Trio
+    stored: str
+    names: tuple[str, ...]
+
+    def pieces(self, strength: float, squares: dict[str, tuple[float, float]]) -> Iterator[bytes]:
+        """The bytes of the new tensor, a chunk at a time; adds to the sums of squares."""
+        trio = self.trio
+        dtype = DTYPES[trio.distilled.checkpoint.entry(self.stored).dtype]
+        for name in self.names:
+            turned = trio.distilled.sources[name].op == "transpose"
+            whole = (part.tensor(name) for part in (trio.base, trio.tuned, trio.distilled))
+            flat = [(tensor.T if turned else tensor).reshape(-1) for tensor in whole]
+            for start in range(0, flat[0].numel(), CHUNK):
+                b, t, d = (tensor[start : start + CHUNK].double() for tensor in flat)
+                added = strength * (t - b)
+                result = (d + added).to(dtype)
+                if not bool(result.isfinite().all()):
+                    raise CheckpointError(
+                        f"{name} of the {trio.part}: expected finite numbers, got NaN or infinity "
+                        f"in {str(dtype).removeprefix('torch.')}: a checkpoint is damaged, or the "
+                        "strength too large"
+                    )
+                top, bottom = squares[trio.part]
+                more = float(added.square().sum()), float(d.square().sum())
+                squares[trio.part] = (top + more[0], bottom + more[1])
+                yield result.view(torch.uint8).numpy().tobytes()
+
+
+def read_parts(text: str) -> tuple[Network, ...]:
+    """`unet,text` as networks. Raises InputError for anything else, and for one named twice."""
+    names = [name.strip() for name in text.split(",")]
+    if len(set(names)) < len(names) or not set(names) <= set(NETWORKS):
+        raise InputError(f"parts {text!r:.60}: expected some of {', '.join(NETWORKS)}, each once")
+    return tuple(network for network in NETWORKS if network in names)
+
+
+def check_request(
+    sources: Sequence[Path], target: Path, parts: Sequence[Network], overwrite: bool
+) -> None:
+    read_parts(",".join(parts))
+    check_file(target, size_bytes=0, suffix=".safetensors")
+    if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
+        raise InputError(f"output {str(target)!r} is one of the inputs: name another")
+    if target.exists() and not overwrite:
+        raise InputError(f"{str(target)!r} exists: choose another output, or give --overwrite")
+
+
+def opened_parts(sources: Sequence[Path], part: Network) -> list[Part]:
+    """One network of each checkpoint, base first: the same family, names and shapes in all.
+
+    Only the last of three, the distilled model's, may have more tensors. Raises CheckpointError
+    with every difference at once.
+    """
+    parts = [_opened(path, part) for path in sources]
+    base = parts[0]
+    lineages = [_lineage(path, each) for path, each in zip(sources, parts, strict=True)]
+    if part == "unet" and len(set(lineages)) > 1:
+        came = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
+        raise CheckpointError(f"expected models of one family, got {came}")
+    problems: list[str] = []
+    for index, (path, each) in enumerate(zip(sources, parts, strict=True)):
+        problems += _differing(base, each, path, more=index < 2)
+    if problems:
+        raise CheckpointError(
+            f"the {part} cannot be transferred from {sources[0]}: {'; '.join(problems)}"
+        )
+    return parts
+
+
+def _opened(path: Path, part: Network) -> Part:
+    checkpoint = Checkpoint.open(path, part)
+    found = checkpoint.parts()
+    inside = part == "text_2" and (path / COMPONENTS[part]).is_dir()
+    name: PartName = "text" if inside else part  # from inside, both encoders look alike
+    if name not in found:
+        raise CheckpointError(
+            f"{path}: expected a {part}, got {', '.join(found) or 'no network'}; "
+            f"give a checkpoint that has one, or leave {part} out of the parts"
+        )
+    return found[name]
+
+
+def _lineage(path: Path, part: Part) -> str:
+    family = family_of(path, part.checkpoint) if part.name == "unet" else None
+    return family.lineage if family else "unknown"
+
+
+def _differing(base: Part, other: Part, path: Path, *, more: bool) -> list[str]:
+    """What of `base` is missing or misshapen in `other`, and what there is besides."""
+    ours, theirs = base.shapes, other.shapes
+    lines = {
+        "missing": [name for name in ours if name not in theirs],
+        "of another shape": [
+            f"{name} {list(theirs[name])} instead of {list(shape)}"
+            for name, shape in ours.items()
+            if theirs.get(name, shape) != shape
+        ],
+        "not of a dtype this computes with": [
+            f"{name} {other.dtype(name)}" for name in theirs if other.dtype(name) not in DTYPES
+        ],
+        "that the base has not": [name for name in theirs if more and name not in ours],
+        "of no network": [*other.strays],
+    }
+    return [f"{path}: {len(n)} {what}: {_some(n)}" for what, n in lines.items() if n]
+
+
+def _copied(held: Checkpoint, name: str) -> Iterator[bytes]:
+    tensor = held.tensor(name).reshape(-1)
+    for start in range(0, tensor.numel(), CHUNK):
+        yield tensor[start : start + CHUNK].view(torch.uint8).numpy().tobytes()
+
+
+def _metadata(held: Checkpoint, strength: float, parts: Sequence[Network]) -> dict[str, str]:
+    kept = {key: text for key, text in held.metadata.items() if key != "format"}
+    said = {"formula": "D + strength*(T - B)", "strength": strength, "parts": list(parts)}
+    return kept | {"headstart.transfer": json.dumps(said)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")

@@ -1,0 +1,67 @@
+"""The numbers of a checkpoint counted, a few MB at a time: NaN, infinities, tensors of zeros.
+
+A header says nothing about them, and a network with one NaN draws black images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+from headstart.checkpoint.cast import SOURCES, widen
+from headstart.checkpoint.tensors import Checkpoint
+
+CHUNK_BYTES = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Census:
+    """nan, inf: how many, by tensor; zero: tensors of nothing but zeros; unread: odd dtypes."""
+
+    nan: dict[str, int] = field(default_factory=dict[str, int])
+    inf: dict[str, int] = field(default_factory=dict[str, int])
+    zero: list[str] = field(default_factory=list[str])
+    unread: list[str] = field(default_factory=list[str])
+
+    def __or__(self, other: Census) -> Census:
+        return Census(
+            self.nan | other.nan,
+            self.inf | other.inf,
+            self.zero + other.zero,
+            self.unread + other.unread,
+        )
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> Census:
+    """Read every floating-point tensor once, in file order; `on_bytes` gets each piece's size.
+
+    Integers cannot be wrong in this way and are left out. F4, F6 and rarer kinds are `unread`.
+    """
+    census = Census()
+    for name in sorted(checkpoint.names, key=lambda name: checkpoint.entry(name).begin):
+        dtype = checkpoint.entry(name).dtype
+        raw = checkpoint.raw(name)
+        if dtype not in SOURCES:
+            census.unread.extend([name] if dtype.startswith("F") else [])
+            on_bytes(len(raw))
+            continue
+        nan = inf = 0
+        zero = len(raw) > 0
+        for at in range(0, len(raw), CHUNK_BYTES):
+            piece = raw[at : at + CHUNK_BYTES]
+            values = widen(piece, dtype)
+            finite = np.isfinite(values)
+            if not finite.all():
+                nan += int(np.isnan(values).sum())
+                inf += int(np.isinf(values).sum())
+            zero = zero and not values.any()
+            on_bytes(len(piece))
+        census.nan.update({name: nan} if nan else {})
+        census.inf.update({name: inf} if inf else {})
+        census.zero.extend([name] if zero else [])
+    return census

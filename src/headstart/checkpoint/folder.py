@@ -1,0 +1,102 @@
+"""Model folders: which files hold the weights, and what the JSON files beside them say.
+
+diffusers' layout: <root>/{unet, vae, text_encoder, text_encoder_2}/{config.json, *.safetensors}.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from headstart.checkpoint.foreign import PICKLE_SUFFIXES, convert_hint
+from headstart.checkpoint.header import read_header, read_json
+from headstart.checkpoint.keymap import PartName
+from headstart.errors import CheckpointError
+
+# Folder of a component in a diffusers model, and the classes its config.json may name.
+COMPONENTS: dict[PartName, str] = {
+    "unet": "unet",
+    "vae": "vae",
+    "text": "text_encoder",
+    "text_2": "text_encoder_2",
+}
+_CLASSES: dict[PartName, tuple[str, ...]] = {
+    "unet": ("UNet2DConditionModel",),
+    "vae": ("AutoencoderKL",),
+    "text": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "text_2": ("CLIPTextModel", "CLIPTextModelWithProjection"),
+    "tiny": ("AutoencoderTiny",),
+}
+_STEMS = ("diffusion_pytorch_model", "model")
+
+
+def weights_in(folder: Path, half: bool) -> tuple[Path, ...]:
+    """diffusers' file names, the plain variant first (or `.fp16` first, if `half`)."""
+    for variant in (".fp16", "") if half else ("", ".fp16"):
+        for stem in _STEMS:
+            if (path := folder / f"{stem}{variant}.safetensors").is_file():
+                return (path,)
+            if (path := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+                return shards(path)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return (files[0],)
+    if files:
+        names = ", ".join(file.name for file in files[:8])
+        raise CheckpointError(f"{folder} holds several weight files ({names}): name one of them")
+    pickles = sorted(p for p in folder.glob("*") if p.suffix in PICKLE_SUFFIXES)
+    if pickles:
+        names = ", ".join(p.name for p in pickles[:4])
+        raise CheckpointError(f"{folder} holds only pickles ({names}): {convert_hint(pickles[0])}")
+    raise CheckpointError(f"{folder} holds no safetensors file: give a model's folder or its file")
+
+
+def shards(index: Path) -> tuple[Path, ...]:
+    """The files of a shard index: all in its own folder, and agreeing with their headers."""
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: expected a `weight_map` of tensor names to file names")
+    wanted: dict[str, set[str]] = {}
+    for name, file in cast(dict[str, object], table).items():
+        if not isinstance(file, str) or Path(file).name != file or "\\" in file or ".." in file:
+            raise CheckpointError(
+                f"{index}: {file!r:.80} is not the plain name of a file beside it"
+            )
+        wanted.setdefault(file, set()).add(name)
+    for file, names in wanted.items():
+        held = read_header(index.parent / file).entries.keys()
+        if held != names:
+            odd = min(held ^ names)
+            where = "only in the index" if odd in names else "only in the shard"
+            raise CheckpointError(f"{index}: {odd!r} is {where} {file}; fetch the shard set again")
+    return tuple(index.parent / file for file in sorted(wanted))
+
+
+def config_of(folder: Path, part: PartName) -> dict[str, object]:
+    """`config.json` of the folder, if it describes a network of that part."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return {}
+    config = read_json(path)
+    architectures = config.get("architectures")
+    kind = config.get("_class_name") or (
+        cast(list[object], architectures)[0]
+        if isinstance(architectures, list) and architectures
+        else None
+    )
+    return config if kind in _CLASSES[part] else {}
+
+
+def root_of(path: Path) -> Path | None:
+    """The diffusers folder that `path` is, or whose component it is or lies in."""
+    if path.is_dir() and any((path / folder).is_dir() for folder in COMPONENTS.values()):
+        return path
+    component = path if path.is_dir() else path.parent
+    root = component.parent
+    marks = (root / "model_index.json", root / "scheduler" / "scheduler_config.json")
+    inside = component.name in COMPONENTS.values() and any(mark.is_file() for mark in marks)
+    return root if inside else None
+
+
+def json_in(root: Path | None, name: str) -> dict[str, object]:
+    return read_json(root / name) if root is not None and (root / name).is_file() else {}

@@ -1,0 +1,243 @@
+"""A safetensors file as untrusted input: every number is checked before it is used.
+
+file = u64le(n) ++ json[n] ++ data       tensor = data[begin:end] of bytes(dtype)*prod(shape)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import NamedTuple, NoReturn, cast
+
+from headstart.checkpoint.foreign import SNIFFED_BYTES, foreign
+from headstart.errors import CheckpointError
+
+MAX_JSON_BYTES = 16 * 2**20  # SDXL's header is 0.35 MB; the parsed form can be 20 times larger
+MAX_JSON_PARTS = 2**20
+"""How many of `,:[{` a JSON text may hold: SDXL's header has 36 000, and 10^6 take a second."""
+MAX_RANK = 8
+MAX_DIM = 2**40
+MAX_NAME = 1024  # the longest name of a known checkpoint or adapter has 130 characters
+
+DTYPE_BITS = {
+    "F64": 64, "F32": 32, "F16": 16, "BF16": 16,
+    "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
+    "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
+}  # fmt: skip
+"""Every dtype of the safetensors format; `headstart.checkpoint.tensors` says which are computed with."""
+
+DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
+
+
+class Entry(NamedTuple):
+    """One tensor: where its bytes are, counted from the start of the file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says it holds; consistent with the file's size to the last byte."""
+
+    entries: dict[str, Entry]
+    metadata: dict[str, str]
+    size_bytes: int
+
+
+def read_header(path: Path) -> Header:
+    """Parse and check the header of `path`; no tensor byte is read.
+
+    Raises CheckpointError for anything that is not exactly one complete safetensors file.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        head = file.read(SNIFFED_BYTES)
+        length = _header_length(path, head, size)
+        file.seek(8)
+        text = file.read(length)
+    if len(text) != length:
+        _bad(path, f"the header ends after {len(text)} of {length} bytes; fetch the file again")
+    document = parse_object(text, path)
+    metadata = _metadata(path, document.pop("__metadata__", {}))
+    data = 8 + length
+    entries = {name: _entry(path, name, value, data) for name, value in document.items()}
+    _check_layout(path, entries, data, size)
+    return Header(entries, metadata, size)
+
+
+def read_json(path: Path) -> dict[str, object]:
+    """A JSON object from a small file (`config.json`, a shard index), under the same limits."""
+    with open_regular(path) as file:
+        text = file.read(MAX_JSON_BYTES + 1)
+    if len(text) > MAX_JSON_BYTES:
+        _bad(path, f"more than {MAX_JSON_BYTES} bytes of JSON; expected a small description")
+    return parse_object(text, path)
+
+
+def parse_object(text: bytes, path: Path) -> dict[str, object]:
+    """Strict JSON: an object, UTF-8, no duplicate keys, no NaN, no lone surrogates."""
+
+    def refuse(constant: str) -> NoReturn:
+        raise ValueError(f"{constant} is not JSON")
+
+    # Counting is some hundred times faster than parsing what there is too much of.
+    if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
+        _bad(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
+    # UTF-8 holds no lone surrogate, so one can only be written as an escape.
+    hook = _unique_plain if b"\\u" in text else _unique
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        reason = str(error) or type(error).__name__
+        _bad(path, f"the JSON cannot be read: {reason[:200]}", error)
+    if not isinstance(value, dict):
+        _bad(path, f"expected a JSON object, got {type(value).__name__}")
+    return cast(dict[str, object], value)
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file; folders, pipes and devices (which could block) are refused."""
+    try:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} {_what_else(path)}: give the path of a checkpoint file or folder"
+            )
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{str(path)!r} cannot be opened: {error}") from error
+
+
+def _what_else(path: Path) -> str:
+    if path.is_dir():
+        return "is a folder"
+    if path.exists():
+        return "is not a regular file"
+    return "is a symbolic link that leads nowhere" if path.is_symlink() else "does not exist"
+
+
+def _header_length(path: Path, head: bytes, size: int) -> int:
+    if what := foreign(path, head):
+        _bad(path, f"expected safetensors, got {what}")
+    if size < 10:
+        _bad(path, f"expected at least 10 bytes of safetensors, got {size}; fetch the file again")
+    length = int.from_bytes(head[:8], "little")
+    if head[8:9] == b"{" and length <= min(size - 8, MAX_JSON_BYTES):
+        return length
+    if head[8:9] != b"{":
+        _bad(path, f"expected safetensors (a JSON header at byte 8), got {head[:16]!r}")
+    if length > size - 8:
+        _bad(path, f"the header claims {length} bytes of a file of {size}; fetch the file again")
+    _bad(path, f"the header claims {length} bytes; at most {MAX_JSON_BYTES} are accepted")
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    return table
+
+
+def _unique_plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = _unique(pairs)
+    for key, value in pairs:
+        key.encode()  # raises UnicodeEncodeError, a ValueError, on a lone surrogate
+        if isinstance(value, str):
+            value.encode()
+    return table
+
+
+def _metadata(path: Path, value: object) -> dict[str, str]:
+    if not isinstance(value, dict):
+        _bad(path, f"expected __metadata__ to be an object, got {type(value).__name__}")
+    table = cast(dict[str, object], value)
+    for key, text in table.items():
+        if not isinstance(text, str):
+            _bad(path, f"expected __metadata__[{key[:80]!r}] to be a string, got {_show(text)}")
+    return cast(dict[str, str], table)
+
+
+def _entry(path: Path, name: str, value: object, data: int) -> Entry:
+    if len(name) > MAX_NAME or not name.isprintable():
+        what = f"{len(name)} characters" if len(name) > MAX_NAME else "a control character"
+        _bad(path, f"tensor {name[:80]!r}: a name with {what}; expected at most {MAX_NAME}, plain")
+    if not isinstance(value, dict):
+        _bad(path, f"tensor {name[:80]!r}: expected an object, got {type(value).__name__}")
+    fields = cast(dict[str, object], value)
+    if fields.keys() != {"dtype", "shape", "data_offsets"}:
+        found = sorted(fields)
+        _bad(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
+    dtype = fields["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
+        known = ", ".join(DTYPE_BITS)
+        _bad(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {known}")
+    shape = _integers(path, name, "shape", fields["shape"], MAX_RANK)
+    offsets = _integers(path, name, "data_offsets", fields["data_offsets"], 2)
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        _bad(path, f"tensor {name[:80]!r}: data_offsets {offsets} is not [begin, end]")
+    bits, got = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
+    if bits != 8 * got:
+        need = f"{dtype} {shape} needs {bits / 8:.16g} bytes"
+        _bad(path, f"tensor {name[:80]!r}: {need}, the file gives {got}")
+    return Entry(dtype, shape, data + offsets[0], data + offsets[1])
+
+
+def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
+    items = cast(list[object], value) if _is_list(value) else [None]
+    # `type is int`: JSON true is a Python int too
+    for item in items if len(items) <= most else [None]:
+        if type(item) is not int or not 0 <= item <= MAX_DIM:
+            break
+    else:
+        return tuple(cast(list[int], items))
+    what = f"expected at most {most} integers in 0 .. 2^40"
+    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, list)
+
+
+def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
+    """The tensors must tile the data: no gap, no overlap, nothing missing, nothing after."""
+    end = data
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if entry.begin != end:
+            what = (
+                "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
+            )
+            _bad(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
+        end = entry.end
+    if end > size:
+        cut = min((entry.begin, name) for name, entry in entries.items() if entry.end > size)[1]
+        _bad(
+            path,
+            f"truncated: the file ends at byte {size} of {end}, and {cut[:80]!r} is the first "
+            "tensor that is cut; fetch the file again",
+        )
+    if end < size:
+        _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
+
+
+def _show(value: object) -> str:
+    """A short repr that no hostile nesting or length can make expensive."""
+    if isinstance(value, list):
+        items = cast(list[object], value)
+        flat = all(isinstance(item, str | int | float | None) for item in items)
+        return repr(items)[:80] if flat and len(items) <= MAX_RANK else f"a list of {len(items)}"
+    return "an object" if isinstance(value, dict) else repr(value)[:80]
+
+
+def _bad(path: Path, message: str, cause: BaseException | None = None) -> NoReturn:
+    raise CheckpointError(f"{path}: {message}") from cause

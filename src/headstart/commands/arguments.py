@@ -1,0 +1,155 @@
+"""What a command is, the options that commands share, and how their text is read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
+
+from headstart.errors import InputError
+
+if TYPE_CHECKING:
+    from headstart.plan.request import PlanSettings
+
+OWN_WEIGHTS = (
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
+    *("prediction", "embedded_guidance", "head_dim", "text_head_dim"),
+)
+"""Options that say nothing about the bundled pair."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
+
+
+class Command(NamedTuple):
+    """One thing that can be typed after `headstart`.
+
+    parents      groups of options that it shares with others: `every()`, `*sampling()`
+    add_options  its own options
+    run          does it, and returns the exit status; imports what is heavy when it is called
+    """
+
+    name: str
+    about: str
+    parents: Sequence[Parser]
+    add_options: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
+
+
+def plan_settings(args: argparse.Namespace) -> PlanSettings:
+    """The plan options, None where not given."""
+    return {
+        "preset": args.preset,
+        "steps": args.steps,
+        "k": args.base_steps,
+        "n": args.base_grid,
+        "base_guidance": args.base_guidance,
+        "distilled_guidance": args.distilled_guidance,
+    }
+
+
+def uses_bundled(args: argparse.Namespace) -> bool:
+    """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
+    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
+    if own and not {"base", "distilled"} & set(own):
+        option = own[0].replace("_", "-")
+        raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
+    return not own
+
+
+def read_predictions(text: str | None) -> str | dict[str, str] | None:
+    """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
+    if text is None or "=" not in text:
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    if any(not value for _, _, value in pairs):
+        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, or base=v,distilled=eps")
+    return {role: value for role, _, value in pairs}
+
+
+def worded(prompt: str) -> str:
+    """The API takes an empty prompt for sampling without text; typed here, it is a mistake."""
+    if not prompt.strip():
+        raise InputError('the prompt is empty: say what to draw, such as "a fox"')
+    return prompt
+
+
+def read_size(text: str | None) -> tuple[int, int] | None:
+    """`512` or `HEIGHTxWIDTH`, in pixels. Raises InputError for anything else."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
+        raise InputError(f"size {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
+def sampling() -> Sequence[Parser]:
+    """Parents of a command that loads weights."""
+    weights = Parser(add_help=False)
+    group = weights.add_argument_group("weights (default: the bundled pair)")
+    for name in ("base", "distilled", "vae", "text", "tokenizer", "preview"):
+        group.add_argument(f"--{name}", metavar="PATH")
+    group.add_argument(
+        "--distilled-lora", metavar="FILE", help="the distilled model is this LoRA on the base"
+    )
+    add_adapters(weights)
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument("--prediction", help="eps, v, x0, or base=v,distilled=eps")
+    group.add_argument(
+        "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
+    )
+    about = "attention head width of a scaled-down "
+    group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
+    group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
+    return every(), weights
+
+
+def add_adapters(parser: argparse.ArgumentParser) -> None:
+    """--lora, once for each adapter."""
+    parser.add_argument_group("adapters").add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH[@LEGS]]",
+        help="attach it to both models; legs: models and/or the highest timestep, such as "
+        "@distilled or @base+800",
+    )
+
+
+def every() -> Parser:
+    every = Parser(add_help=False)
+    every.add_argument("--json", action="store_true", help="print JSON for machines")
+    every.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return every
+
+
+def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
+    about = "such as 0-15 or 3,7; default: %(default)s"
+    parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)
+
+
+def add_plan_options(parser: argparse.ArgumentParser) -> None:
+    from headstart.plan.request import MODES, PRESETS  # loads numpy, which `inspect` does without
+
+    group = parser.add_argument_group("plan")
+    group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")
+    group.add_argument("--preset", help=f"which pair: {', '.join(PRESETS)}")
+    group.add_argument("--steps", type=int, help="steps of the distilled grid, or of plan base")
+    group.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
+    group.add_argument(
+        "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
+    )
+    group.add_argument("--base-guidance", type=float, metavar="W", help="1 = conditional only")
+    group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")

@@ -1,0 +1,99 @@
+"""What commands that sample share: the engine that was asked for, images written, a run told."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import headstart_weights
+from headstart.adapters.strength import parse_adapter
+from headstart.commands.arguments import read_predictions, uses_bundled
+from headstart.commands.console import note, progress
+from headstart.errors import CheckpointError
+from headstart.output import write_folder
+
+if TYPE_CHECKING:
+    from headstart.engine.engine import Engine
+    from headstart.engine.trajectory import Trajectory
+
+
+def open_engine(args: argparse.Namespace) -> Engine:
+    """The bundled pair, or the files that the options of `arguments.sampling` name; with its
+    adapters attached."""
+    wanted = [parse_adapter(text) for text in args.lora]
+    with progress(None, "loading weights"):
+        engine = _load(args)
+        for path, strength in wanted:
+            engine.attach(adapter_path(path), strength)
+    for line in engine.weights.notes:
+        note(line)
+    return engine
+
+
+def adapter_path(name: str) -> str | Path:
+    """A file, or by its name a control that comes with the bundled pair."""
+    if Path(name).exists():
+        return name
+    role = name.removeprefix("headstart_weights/").removesuffix(".safetensors")
+    try:
+        known = role in headstart_weights.manifest().controls
+        return headstart_weights.path(role) if known else name
+    except headstart_weights.WeightsError as error:
+        raise CheckpointError(f"the bundled control {role!r} cannot be used: {error}") from error
+
+
+def _load(args: argparse.Namespace) -> Engine:
+    from headstart.engine.engine import Engine
+
+    if uses_bundled(args):
+        return Engine.demo(device=args.device, dtype=args.dtype)
+    return Engine.load(
+        args.base,
+        args.distilled,
+        distilled_lora=args.distilled_lora,
+        vae=args.vae,
+        text=args.text,
+        tokenizer=args.tokenizer,
+        preview=args.preview,
+        preset=args.preset,
+        prediction=read_predictions(args.prediction),
+        embedded_guidance=args.embedded_guidance,
+        head_dim=args.head_dim,
+        text_head_dim=args.text_head_dim,
+        device=args.device,
+        dtype=args.dtype,
+    )
+
+
+def write_images(folder: Path, trajectory: Trajectory) -> None:
+    """NNNNNN.png and record.json; images that a longer run left there are removed."""
+    from headstart.pictures.sheet import encode_png
+
+    images = trajectory.rgb.cpu().numpy()
+    files = {f"{number:06d}.png": encode_png(image) for number, image in enumerate(images)}
+    record = json.dumps(trajectory.record(), indent=1) + "\n"
+    write_folder(folder, {**files, "record.json": record.encode()})
+    for stale in folder.glob("[0-9]" * 6 + ".png"):
+        if stale.name not in files:  # of the longer run that was overwritten
+            stale.unlink()
+
+
+def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
+    """Print what a run was and took, as one line or as JSON."""
+    latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
+    if args.json:
+        facts = {
+            "out": None if args.out is None else str(args.out),
+            "images": len(trajectory),
+            "prompts": trajectory.prompts,
+            "seeds": trajectory.seeds,
+            "plan": trajectory.table.name,
+            "passes": trajectory.passes,
+            "latency_ms": latency,
+        }
+        print(json.dumps(facts))
+        return
+    took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
+    print(f"{done} · plan {trajectory.table.name}, {trajectory.passes} passes · {took}")

@@ -1,0 +1,1 @@
+"""Plans, strengths and methods side by side."""

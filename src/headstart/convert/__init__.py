@@ -1,0 +1,1 @@
+"""Files rewritten: a pickle read in a process of its own, another layout, another dtype."""

@@ -1,0 +1,50 @@
+"""A safetensors file being written: its header from names, dtypes and shapes, then the bytes.
+
+file = u64le(n) ++ json[n] ++ data       n is a multiple of 8, so every tensor is aligned
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple
+
+from headstart.checkpoint.header import DTYPE_BITS
+
+
+class Slot(NamedTuple):
+    """One tensor to be written; dtype in safetensors' names."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def in_order(slots: Iterable[Slot]) -> list[Slot]:
+    """The order of the tensors in a file: wide dtypes first, then by name, as safetensors does."""
+    return sorted(slots, key=lambda slot: (-DTYPE_BITS[slot.dtype], slot.name))
+
+
+def compose(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
+    """Length and header of a file whose data are these tensors, in this order, without gaps.
+
+    `format: pt` is added to the metadata, because transformers refuses files without it.
+    """
+    table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    begin = 0
+    for slot in slots:
+        end = begin + slot.size_bytes
+        table[slot.name] = {
+            "dtype": slot.dtype,
+            "shape": list(slot.shape),
+            "data_offsets": [begin, end],
+        }
+        begin = end
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

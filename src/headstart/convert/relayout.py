@@ -1,0 +1,180 @@
+"""The tensors of one network under the names of another layout: LDM's or diffusers'.
+
+new name = pieces of stored tensors, one after the other      q, k, v  <->  in_proj = cat(q, k, v)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
+
+from headstart.checkpoint import keymap
+from headstart.checkpoint.keymap import PartName, Source
+from headstart.checkpoint.tensors import Checkpoint, Part
+from headstart.convert.container import Slot
+from headstart.errors import CheckpointError, InputError
+
+Layout = Literal["same", "diffusers", "ldm"]
+LAYOUTS: tuple[Layout, ...] = ("same", "diffusers", "ldm")
+
+# A UNet alone carries the prefix of the full file, as the loaders of LDM files expect; a VAE alone
+# does not (stabilityai/sdxl-vae, `sdxl_vae.safetensors`).
+_PREFIXES: dict[PartName, str] = {"unet": "model.diffusion_model.", "vae": ""}
+
+
+class Planned(NamedTuple):
+    """A tensor to be written, and what of the stored tensors it is made from."""
+
+    slot: Slot
+    source: Source
+
+
+def as_stored(checkpoint: Checkpoint) -> list[Planned]:
+    """Every tensor under its own name."""
+    return [
+        Planned(Slot(name, entry.dtype, entry.shape), Source(name))
+        for name, entry in ((name, checkpoint.entry(name)) for name in checkpoint.names)
+    ]
+
+
+def relaid(checkpoint: Checkpoint, layout: Layout, part: PartName | None) -> list[Planned]:
+    """The tensors of one network under the names of `layout`.
+
+    `part` picks one of several. Raises InputError if it has to be given or is not there, and
+    CheckpointError for a tensor that the layout has no name for.
+    """
+    chosen = _chosen(checkpoint, part)
+    if layout == "same":
+        stored = {source.name for source in chosen.sources.values()}
+        return [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
+    ours = [
+        Planned(Slot(name, chosen.dtype(name), chosen.shapes[name]), chosen.sources[name])
+        for name in chosen.sources
+    ]
+    if layout == "diffusers":
+        _check_ours(chosen)
+        return ours
+    return _as_ldm(chosen, ours)
+
+
+def _chosen(checkpoint: Checkpoint, part: PartName | None) -> Part:
+    parts, where = checkpoint.parts(), checkpoint.files[0]
+    if part is None and len(parts) > 1:
+        held = ", ".join(parts)
+        raise InputError(f"{where} holds {held}: say which one is wanted, as in --part unet")
+    name = part or next(iter(parts), None)
+    if name is None or name not in parts:
+        held = ", ".join(parts) or "no network"
+        raise InputError(f"{where}: expected a {part or 'network'} to rename, found {held}")
+    return parts[name]
+
+
+def _check_ours(part: Part) -> None:
+    """A tensor whose LDM name no rule knows would keep it; such a file loads nowhere."""
+    if odd := [name for name in part.sources if _LDM_NAME.match(name)]:
+        raise CheckpointError(
+            f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
+            f"the diffusers layout: {', '.join(sorted(odd)[:3])}"
+        )
+
+
+_LDM_NAME = re.compile(
+    r"(input_blocks|output_blocks|middle_block|time_embed|label_emb|out)\."
+    r"|(encoder|decoder)\.(down|up|mid)\."
+    r"|transformer\.resblocks\."
+)
+
+
+def _as_ldm(part: Part, ours: list[Planned]) -> list[Planned]:
+    if part.name not in _PREFIXES:
+        raise InputError(
+            f"{part.checkpoint.files[0]} holds a {part.name}: only a unet or a vae alone has names "
+            "of its own in the ldm layout"
+        )
+    names = (keymap.unet_to_ldm if part.name == "unet" else vae_to_ldm)(part.sources)
+    if odd := sorted(part.sources.keys() - names.keys()):
+        raise CheckpointError(
+            f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
+            f"the ldm layout: {', '.join(odd[:3])}"
+        )
+    prefix = _PREFIXES[part.name]
+    return [
+        Planned(planned.slot._replace(name=prefix + names[name], shape=_ldm_shape(planned.slot)),
+                planned.source)
+        for name, planned in ((planned.slot.name, planned) for planned in ours)
+    ]  # fmt: skip
+
+
+_VAE_PROJECTION = re.compile(r".*\.mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
+
+
+def _ldm_shape(slot: Slot) -> tuple[int, ...]:
+    """The VAE's projections are 1x1 convolutions there."""
+    matrix = _VAE_PROJECTION.fullmatch(slot.name) is not None and len(slot.shape) == 2
+    return (*slot.shape, 1, 1) if matrix else slot.shape
+
+
+_VAE_BLOCK = re.compile(
+    r"(encoder|decoder)\.(down|up)_blocks\.([0-9]{1,3})\."
+    r"(?:resnets\.([0-9]{1,3})|(?:down|up)samplers\.0)\.(.+)"
+)
+_VAE_MID = re.compile(r"(encoder|decoder)\.mid_block\.(?:resnets\.([01])|attentions\.0)\.(.+)")
+_VAE_TOP = re.compile(r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(.+)")
+_VAE_ATTENTION = {
+    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
+}  # fmt: skip
+
+
+def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
+    """{our name: LDM name} of a VAE, the inverse of `keymap.vae_name`; unknown names are absent.
+
+    LDM counts the decoder's levels from the outside in: up_blocks.b is up.{levels - 1 - b}.
+    """
+    names = list(names)
+    blocks = [match for match in map(_VAE_BLOCK.fullmatch, names) if match]
+    levels = max((int(m[3]) for m in blocks if m[2] == "up"), default=-1) + 1
+    mapped = ((name, _vae_to_ldm(name, levels)) for name in names)
+    return {name: ldm for name, ldm in mapped if ldm is not None}
+
+
+def _vae_to_ldm(name: str, levels: int) -> str | None:
+    if name.startswith(("quant_conv.", "post_quant_conv.")):
+        return name
+    if top := _VAE_TOP.fullmatch(name):
+        return f"{top[1]}.{top[2].replace('conv_norm_out', 'norm_out')}.{top[3]}"
+    if mid := _VAE_MID.fullmatch(name):
+        if mid[2]:
+            return f"{mid[1]}.mid.block_{int(mid[2]) + 1}.{_shortcut(mid[3])}"
+        leaf, _, kind = mid[3].rpartition(".")
+        return _VAE_ATTENTION.get(leaf) and f"{mid[1]}.mid.attn_1.{_VAE_ATTENTION[leaf]}.{kind}"
+    block = _VAE_BLOCK.fullmatch(name)
+    if block is None:
+        return None
+    half, side, level = block[1], block[2], int(block[3])
+    if side == "up":
+        level = levels - 1 - level
+    if block[4] is None:
+        return f"{half}.{side}.{level}.{side}sample.{block[5]}"
+    return f"{half}.{side}.{level}.block.{block[4]}.{_shortcut(block[5])}"
+
+
+def _shortcut(leaf: str) -> str:
+    return leaf.replace("conv_shortcut", "nin_shortcut")
+
+
+def left_out(checkpoint: Checkpoint, plan: Iterable[Planned]) -> list[str]:
+    """Stored tensors that no planned one is made from, sorted."""
+    used = {planned.source.name for planned in plan}
+    return sorted(set(checkpoint.names) - used)
+
+
+def piece(source: Source, shape: tuple[int, ...], size_bytes: int) -> tuple[int, int]:
+    """[begin, end) of the stored bytes that the source takes: all, or its third of axis 0."""
+    if source.op in ("q", "k", "v"):
+        third = size_bytes // 3
+        begin = third * "qkv".index(source.op)
+        return begin, begin + third
+    if source.op == "transpose" and len(shape) != 2:
+        raise CheckpointError(f"{source.name}: expected a matrix to transpose, got {list(shape)}")
+    return 0, size_bytes

@@ -1,0 +1,267 @@
+"""The child process that reads a pickle: `python -m headstart.unpickle IN OUT`, for `pickled`.
+
+torch.load(weights_only=True) -> {name: tensor} -> safetensors. Nothing that the pickle names is
+called, except what torch rebuilds tensors with; memory and CPU time are limited all the same.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from headstart.convert.container import Slot, compose, in_order
+from headstart.errors import CheckpointError
+
+MEMORY_MARGIN = 2**30
+MAX_NODES = 2**18  # an SDXL training checkpoint with its optimizer has some 10 000 entries
+MAX_DEPTH = 16
+CHUNK_NUMBERS = 2**22
+
+# Keys under which trainers keep the weights, beside epochs and optimizer states.
+_WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params")
+_EMBEDDING = "string_to_param"  # textual inversion, as AUTOMATIC1111 and its ancestor write it
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
+    torch.bool: "BOOL",
+}  # fmt: skip
+
+
+class Inert:
+    """Stands for an object of a trainer's bookkeeping: it keeps its state and runs nothing."""
+
+    def __init__(self, *_: object) -> None:
+        self.state: object = None
+
+    def __setstate__(self, state: object) -> None:
+        self.state = state
+
+
+# The classes that files of the SD 1 years hold besides tensors: the list of stable-diffusion-webui
+# (modules/safe.py), which has read those files for years. Each of them becomes an `Inert`.
+_BOOKKEEPING = (
+    "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar",
+    "numpy.dtype",
+    "pytorch_lightning.callbacks.ModelCheckpoint",
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    "torch.nn.modules.container.ParameterDict",
+)
+
+
+def main(arguments: list[str]) -> int:
+    """IN OUT SECONDS: write OUT and print what was found, or print the error, as JSON."""
+    source, target, seconds = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
+    _limit(seconds, 2 * source.stat().st_size + MEMORY_MARGIN)
+    try:
+        count, left_out = transfer(source, target)
+    except MemoryError:
+        print(json.dumps({"error": "it asks for more memory than its size can need"}))
+        return 1
+    except CheckpointError as error:
+        print(json.dumps({"error": str(error)}))
+        return 1
+    except OSError as error:
+        print(json.dumps({"os_error": [error.errno, error.strerror or str(error)]}))
+        return 1
+    print(json.dumps({"tensors": count, "left_out": left_out}))
+    return 0
+
+
+def transfer(source: Path, target: Path) -> tuple[int, list[str]]:
+    """Write the tensors of `source` into the new file `target`: how many, and what was left out.
+
+    Raises CheckpointError for a pickle that is no table of tensors, or asks for anything else.
+    """
+    tensors, left_out = gather(_load(source))
+    _check(tensors, source.stat().st_size)
+    _write(tensors, target)
+    return len(tensors), left_out
+
+
+def _limit(seconds: int, size_bytes: int) -> None:
+    """The parent ends us in time; these hold even if the parent is gone. Unix only."""
+    try:
+        import resource
+    except ImportError:
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 5))
+    statm = Path("/proc/self/statm")
+    if statm.is_file():  # torch itself maps some GB, which are no memory
+        mapped = int(statm.read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (mapped + size_bytes, mapped + size_bytes))
+
+
+def _load(path: Path) -> object:
+    """The document inside, storages mapped where the file is a zip archive."""
+    known: list[Any] = [(Inert, name) for name in _BOOKKEEPING]
+    try:
+        with (
+            path.open("rb") as file,
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals(known),
+        ):
+            warnings.simplefilter("ignore")
+            mapped = file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors"
+            file.seek(0)
+            # torch maps a file by its name only, and takes that suffix for what is inside.
+            return cast(
+                object,
+                torch.load(
+                    path if mapped else file, map_location="cpu", weights_only=True, mmap=mapped
+                ),
+            )
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the reader of a hostile file stumbles over
+        raise CheckpointError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    text = str(error)
+    if "can't allocate memory" in text or "Cannot allocate memory" in text:
+        raise MemoryError from error
+    if asked := re.search(r"GLOBAL '?([\w.]+)", text):
+        return (
+            f"it asks for `{asked[1][:80]}`, which is no part of a tensor; nothing of it was run. "
+            "Take the safetensors release of this model instead"
+        )
+    first = text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
+    return f"torch.save did not write it, or it is damaged ({type(error).__name__}: {first})"
+
+
+# --------------------------------------------------------------------- from a document to tensors
+
+
+def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
+    """The tensors of the document by dotted name, and what else it holds: `name: kind`.
+
+    {"state_dict": {...}} and its like are unwrapped, other nested tables are joined with dots,
+    and a textual inversion becomes `emb_params`. Raises CheckpointError where nothing is found,
+    two names collide or the nesting is endless.
+    """
+    left_out: list[str] = []
+    table = _unwrapped(document, left_out)
+    tensors: dict[str, Tensor] = {}
+    for name, value in _walk(table, "", 0):
+        if not isinstance(value, Tensor):
+            left_out.append(f"{name or 'the document'}: {_kind(value)}")
+        elif name in tensors:
+            raise CheckpointError(f"two tensors are called {name[:80]!r} once tables are joined")
+        else:
+            tensors[name] = value
+    if not tensors:
+        raise CheckpointError(f"it holds no tensor, only {', '.join(left_out[:4]) or 'nothing'}")
+    return tensors, left_out
+
+
+def _unwrapped(document: object, left_out: list[str]) -> object:
+    for _ in range(MAX_DEPTH):
+        table = _mapping(document)
+        if table is None:
+            return document
+        if (embedding := _mapping(table.get(_EMBEDDING))) is not None:
+            left_out += [f"{key}: {_kind(v)}" for key, v in table.items() if key != _EMBEDDING]
+            if len(embedding) == 1:
+                return {"emb_params": next(iter(embedding.values()))}
+            return {"emb_params": embedding}
+        inner = [key for key in _WRAPPERS if _holds_weights(_mapping(table.get(key)))]
+        if not inner or _holds_tensors(table):
+            return table
+        left_out += [f"{key}: {_kind(value)}" for key, value in table.items() if key != inner[0]]
+        document = table[inner[0]]
+    raise CheckpointError(f"tables are nested more than {MAX_DEPTH} deep")
+
+
+def _mapping(value: object) -> Mapping[object, object] | None:
+    """A dict, or the parameters of a ParameterDict."""
+    if isinstance(value, Inert):
+        state = _mapping(value.state)
+        return None if state is None else _mapping(state.get("_parameters"))
+    return cast(Mapping[object, object], value) if isinstance(value, Mapping) else None
+
+
+def _holds_tensors(table: Mapping[object, object] | None) -> bool:
+    return table is not None and any(isinstance(value, Tensor) for value in table.values())
+
+
+def _holds_weights(table: Mapping[object, object] | None) -> bool:
+    return _holds_tensors(table) or (table is not None and not table.keys().isdisjoint(_WRAPPERS))
+
+
+def _walk(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
+    """Every leaf with its dotted name; a table that holds itself is too deep in the end."""
+    nodes: list[tuple[str, object, int]] = [(name, value, depth)]
+    seen = 0
+    while nodes:
+        name, value, depth = nodes.pop()
+        seen += 1
+        if depth > MAX_DEPTH or seen > MAX_NODES:
+            raise CheckpointError(f"tables are nested over {MAX_DEPTH} deep, or over {MAX_NODES}")
+        table = _mapping(value)
+        if table is None and isinstance(value, list | tuple):
+            table = dict[object, object](enumerate(cast("list[object]", value)))
+        if table is None:
+            yield name, value
+            continue
+        start = f"{name}." if name else ""
+        inner = [(f"{start}{key}", item, depth + 1) for key, item in table.items()]
+        nodes += reversed(inner)
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Inert):
+        return "an object"
+    if not isinstance(value, Mapping | list | tuple):
+        return type(value).__name__
+    held = sum(isinstance(leaf, Tensor) for _, leaf in _walk(cast(object, value), "", 0))
+    return f"{type(cast(object, value)).__name__} with {held} tensors"
+
+
+# --------------------------------------------------------------------- from tensors to a file
+
+
+def _check(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
+    """Plain dense tensors that their file can hold; an expanded view may be of any size."""
+    for name, tensor in tensors.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise CheckpointError(f"{name[:80]!r} is sparse, quantized or empty of data")
+        if tensor.dtype not in _NAMES:
+            raise CheckpointError(f"{name[:80]!r} is {tensor.dtype}, which safetensors cannot hold")
+    total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    if total > 4 * size_bytes + 2**20:
+        raise CheckpointError(
+            f"its tensors would take {total} bytes and the file has {size_bytes}: they repeat a "
+            "few numbers (expanded views), which no model does"
+        )
+
+
+def _write(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """One tensor after another, in pieces: a mapped file is never in memory as a whole."""
+    slots = in_order(
+        Slot(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
+    )
+    with target.open("xb") as file:
+        file.write(compose(slots, {}))
+        for slot in slots:
+            flat = tensors[slot.name].detach().resolve_conj().resolve_neg().reshape(-1)
+            for at in range(0, flat.numel(), CHUNK_NUMBERS):
+                piece = flat[at : at + CHUNK_NUMBERS].contiguous()
+                file.write(piece.view(torch.uint8).numpy().data)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Networks kept warm: prompts in, a trajectory out, a record run again."""

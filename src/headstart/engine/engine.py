@@ -1,0 +1,398 @@
+"""Warm weights: prompt in, trajectory out.
+
+text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels -> rgb
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, SupportsIndex, Unpack, final
+
+import torch
+from torch import Tensor
+
+from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
+from headstart.adapters.strength import Asked, Strength
+from headstart.engine.clock import Clock
+from headstart.engine.memory import Shape, plan_chunk
+from headstart.engine.pair import (
+    FilePath,
+    Options,
+    Pair,
+    choose_device,
+    load_demo,
+    load_pair,
+    one_network,
+)
+from headstart.engine.pixels import decode_rgb
+from headstart.engine.prompts import encode_prompts
+from headstart.engine.trajectory import Trajectory
+from headstart.errors import InputError, PlanError
+from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.networks.text import ClipText
+from headstart.plan import record as recording
+from headstart.plan.plan import Plan
+from headstart.plan.request import (
+    PRESETS,
+    PlanSettings,
+    check_resume,
+    check_size,
+    check_table,
+    named_plan,
+    pair_up,
+)
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+from headstart.runner.batch import Chunked, SharedNoise
+from headstart.runner.runner import RunnerName, choose_runner, open_runner
+from headstart.sampler import State, sample
+
+Prompts = str | Sequence[str]
+Seeds = SupportsIndex | Sequence[SupportsIndex]
+Size = int | tuple[int, int] | None
+
+
+class _Run(NamedTuple):
+    """One checked request; nothing has been allocated for it."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative: str
+    size: tuple[int, int]
+    table: StepTable
+    chunk: int
+    latent: tuple[int, int, int]
+    acts: Mapping[str, Strength]
+    strengths: Tensor | None
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Engine:
+    """Networks held warm. An engine has no state of a run, so threads may sample on it at once.
+
+    weights   the networks, see `headstart.engine.pair.Pair`
+    runner    how a network is called: "eager", "compiled", "graph" or "replay"
+    adapters  what is attached to them; attach and detach between runs
+    """
+
+    weights: Pair
+    runner: RunnerName = "eager"
+    adapters: AdapterSet = field(init=False)
+
+    def __post_init__(self) -> None:
+        networks = AdapterSet(self.weights.denoisers, list(self.weights.text.towers))
+        object.__setattr__(self, "adapters", networks)
+
+    @classmethod
+    def load(
+        cls,
+        base: FilePath | None = None,
+        distilled: FilePath | None = None,
+        *,
+        distilled_lora: FilePath | None = None,
+        runner: RunnerName = "auto",
+        **options: Unpack[Options],
+    ) -> Engine:
+        """Read checkpoints in any known layout.
+
+        One text encoder and one VAE serve both networks: those of `text=` and `vae=`, else the
+        base's, else the distilled's; so a distilled file with a UNet alone is enough. One of the
+        two models may be left out. The other options, see `headstart.engine.pair.Options`:
+
+        tokenizer   for files that hold none, as LDM single files do. By default CLIP's own, from
+                    the Hub's cache or the extra `clip`
+        preset      names the pair for plans given by name. By default what the distilled file
+                    says, or what its name suggests; `weights.notes` tells
+        prediction  "eps", "v" or "x0", for both or as {"base": ..., "distilled": ...}. By default
+                    what the file says, what its name suggests, what its family predicts
+        embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
+        head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
+                    "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
+                    CPU and are widened to float32 layer by layer, to the bits of float32; chosen
+                    for you where float32 copies would not fit in the free memory
+
+        `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
+        UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
+        distilled model's. `engine.adapters["distilled-lora"].strength` is the dial between them.
+
+        Raises CheckpointError for files that are absent, damaged or do not belong together, and
+        InputError for a device, dtype or runner that does not exist.
+        """
+        chosen = choose_runner(runner, choose_device(options.get("device", "auto"))).name
+        pair = load_pair(base, distilled, **options)
+        if distilled_lora is None:
+            return cls(pair, chosen)
+        engine = cls(one_network(pair, distilled_lora), chosen)
+        engine.adapters.attach_distilled(distilled_lora)
+        return engine
+
+    @classmethod
+    def demo(
+        cls, *, device: str = "auto", dtype: str = "auto", runner: RunnerName = "auto"
+    ) -> Engine:
+        """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
+        chosen = choose_runner(runner, choose_device(device)).name
+        return cls(load_demo(device=device, dtype=dtype), chosen)
+
+    @property
+    def denoisers(self) -> Mapping[str, Denoiser]:
+        """ "base" and "distilled": (x_in, timestep, cond) -> F."""
+        return self.weights.denoisers
+
+    @property
+    def text(self) -> ClipText:
+        return self.weights.text
+
+    @property
+    def vae(self) -> LatentCodec:
+        return self.weights.vae
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.weights.schedule
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    def __repr__(self) -> str:
+        pair = self.weights
+        return (
+            f"Engine({' + '.join(pair.denoisers)}, {pair.image_size} px, preset {pair.preset!r}, "
+            f"{pair.device}, {str(pair.dtype).removeprefix('torch.')}, {self.runner})"
+        )
+
+    def attach(
+        self,
+        path: FilePath,
+        strength: Asked = 1.0,
+        to: Sequence[str] | None = None,
+        *,
+        name: str | None = None,
+        allow: Sequence[str] = (),
+        replace: bool = False,
+    ) -> AdapterReport:
+        """Attach a LoRA, slider or other adapter to both models and the text encoders.
+
+        strength  a number, one for each sample, [rows][samples], or a `headstart.Strength`; set it
+                  later with `engine.adapters[name].strength = ...`, or give sample(adapters=...)
+        to        the models it acts on; None: all that the engine has
+        name      by which plans and runs name it; None: the file's, without its suffix
+        allow     modules and keys that may find no place, `*` and `?` for any text
+        replace   swap the adapter of that name. One of no larger rank on the same layers is copied
+                  into the buffers that are there, so captured graphs stay valid
+
+        Raises AdapterError for a file that is not an adapter or does not fit, listing what does
+        not; then nothing has been changed. InputError for a strength that the form cannot have.
+        """
+        return self.adapters.attach(path, strength, to=to, name=name, allow=allow, replace=replace)
+
+    def detach(self, name: str) -> None:
+        """Take an adapter out; with the last one the outputs are to the bit what they were."""
+        self.adapters.detach(name)
+
+    def compile(
+        self, plan: str | Plan | StepTable = "hybrid", **settings: Unpack[PlanSettings]
+    ) -> StepTable:
+        """The table a run of `plan` would follow. See `headstart.plan.request.PlanSettings`.
+
+        plan   a mode ("hybrid", "base", "distilled", "skip-first", "replace-final"), a preset's
+               name for its hybrid, a Plan, or a compiled table
+        A plan given by name for a model that states its step count has that many steps. Warns
+        (UserWarning) where the plan is not what a model was trained for, as far as its file tells.
+        Raises PlanError, also for a model that this engine has no network for.
+        """
+        if not isinstance(plan, str) and any(value is not None for value in settings.values()):
+            raise PlanError(
+                f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "
+                "states its own"
+            )
+        if isinstance(plan, str):
+            plan = named_plan(plan, self._stated(plan, settings), self.weights.preset)
+        steps = plan.steps if isinstance(plan, StepTable) else plan.legs
+        missing = sorted({step.model for step in steps} - set(self.denoisers))
+        if missing:
+            raise PlanError(
+                f"plan {plan.name!r} runs {', '.join(map(repr, missing))}, and this engine has "
+                f"{', '.join(map(repr, self.denoisers))}: load that model too, or choose a plan "
+                "without it"
+            )
+        if isinstance(plan, Plan):
+            plan = plan.compile(self.schedule, prediction=self.weights.predictions)
+        check_table(plan, self.schedule.fingerprint())
+        for role, found in self.weights.guesses.items():
+            rows = [step for step in plan if step.model == role]
+            if complaint := found.complaint(role, rows, plan.name):
+                warnings.warn(complaint, stacklevel=2)
+        return plan
+
+    def sample(
+        self,
+        prompts: Prompts,
+        *,
+        plan: str | Plan | StepTable = "hybrid",
+        seeds: Seeds = 0,
+        negative: str = "",
+        size: Size = None,
+        keep_x0: bool = False,
+        batch: int | None = None,
+        adapters: Asking = None,
+        on_step: Callable[[State], object] | None = None,
+        **settings: Unpack[PlanSettings],
+    ) -> Trajectory:
+        """Sample and decode.
+
+        prompts, seeds  one prompt with S seeds is S images, P prompts with one seed are P images
+                        that share it, P prompts with P seeds are pairs. A seed is an image: the
+                        same in any batch up to the networks' rounding, its noise to the bit. An
+                        empty prompt samples without text
+        plan, settings  as in `compile`: a mode, a preset's name, a Plan or a table; steps=, k=, n=,
+                        base_guidance=, distilled_guidance=, preset= belong to a plan given by name
+        negative        what guidance moves away from; only for plans with guidance other than 1
+        size            pixels, a number or (height, width); None: the model's own
+        keep_x0         keep what every row predicted, [S, B, C, h, w]
+        batch           samples in a network at once; None: as many as memory holds
+        adapters        strengths of attached adapters in this run, by name, or the names of those
+                        that act; None: all as attached. Multiplied by what the plan's legs say
+        on_step         called with each State, such as a `headstart.Preview`; raise in it to cancel
+
+        Raises PlanError, or InputError for a request that cannot be served: both before anything
+        is allocated. InputError also for a network that gives NaN or infinity.
+        """
+        clock = Clock(self.device)
+        run = self._prepare(
+            prompts, plan, seeds, negative, size, batch, adapters, settings, keep_x0
+        )
+        kept: list[Tensor] = []
+        state: State | None = None
+        for state in self._states(run, clock):
+            if keep_x0:
+                kept.append(state.x0)
+            if on_step is not None:
+                on_step(state)
+        assert state is not None
+        with clock("decode"):
+            dtype = self.weights.vae_dtype
+            rgb = decode_rgb(self.vae, state.x, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
+        return Trajectory(
+            rgb=rgb,
+            latents=state.x,
+            x0=torch.stack(kept) if keep_x0 else None,
+            table=run.table,
+            latency_ms=clock.totals(("text", "base", "distilled", "decode")),
+            prompts=run.prompts,
+            seeds=run.seeds,
+            negative=run.negative,
+            size=run.size,
+            chunk=run.chunk,
+            lineage=self.weights.lineage,
+            files={**self.weights.files, **self.adapters.files()},
+            adapters=self.adapters.describe(run.acts),
+            machine=self._machine(),
+        )
+
+    def iterate(
+        self,
+        prompts: Prompts,
+        *,
+        plan: str | Plan | StepTable = "hybrid",
+        seeds: Seeds = 0,
+        negative: str = "",
+        size: Size = None,
+        batch: int | None = None,
+        adapters: Asking = None,
+        resume: State | None = None,
+        **settings: Unpack[PlanSettings],
+    ) -> Iterator[State]:
+        """The same run as a generator of State, one a row; to stop iterating is to cancel.
+
+        resume   a State of these prompts and seeds: goes on with the row after it, to the bits of
+                 the run that made it where nothing is changed. Its x is an ordinary tensor, and
+                 the plan, the prompts and the seeds of what follows may be others
+
+        The request is checked at once, the text encoded and networks run as it is iterated.
+        """
+        run = self._prepare(prompts, plan, seeds, negative, size, batch, adapters, settings)
+        if resume is not None:
+            shapes = [list(resume.x.shape), list(resume.x0.shape)]
+            check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
+        return self._states(run, Clock(self.device), resume)
+
+    def _stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
+        """The settings, with the step count that the distilled file's name states."""
+        found = self.weights.guesses.get("distilled")
+        preset = settings.get("preset") or (plan if plan in PRESETS else self.weights.preset)
+        if found is None or not found.steps or preset != found.preset or plan == "base":
+            return settings
+        return settings if settings.get("steps") else {**settings, "steps": found.steps}
+
+    def _prepare(
+        self,
+        prompts: Prompts,
+        plan: str | Plan | StepTable,
+        seeds: Seeds,
+        negative: str,
+        size: Size,
+        batch: int | None,
+        adapters: Asking,
+        settings: PlanSettings,
+        keep_x0: bool = False,
+    ) -> _Run:
+        acts = self.adapters.acts(adapters)
+        alike = not any(strength.by_sample for strength in acts.values())
+        texts, numbers = pair_up(prompts, seeds, distinct=alike)
+        table = self.compile(plan, **settings)
+        pixels = check_size(size, self.weights.image_size, max(8, self.weights.downscale))
+        guided = any(step.guidance != 1.0 for step in table)
+        if negative and not guided:
+            raise InputError(
+                f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
+                "other than 1; leave it out, or give base_guidance= or distilled_guidance="
+            )
+        if batch is not None and batch < 1:
+            raise InputError(f"batch must be at least 1 sample, got {batch}")
+        latent = (
+            self.weights.latent_channels,
+            pixels[0] // self.weights.downscale,
+            pixels[1] // self.weights.downscale,
+        )
+        shape = Shape(len(texts), latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
+        chunk = min(batch or len(texts), len(texts))
+        if self.weights.footprint is not None:
+            chunk = plan_chunk(shape, self.weights.footprint, 1 + guided, self.device, batch)
+        strengths = self.adapters.strengths(table, len(texts), acts)
+        return _Run(texts, numbers, negative, pixels, table, chunk, latent, acts, strengths)
+
+    def _states(self, run: _Run, clock: Clock, resume: State | None = None) -> Iterator[State]:
+        guided = any(step.guidance != 1.0 for step in run.table)
+        with clock("text"):
+            cond, uncond = self._encode(run, guided)
+        rows = run.chunk * (1 + guided)
+        denoisers = {
+            model: Chunked(open_runner(self.runner, self.denoisers[model]), rows)
+            for model in run.table.models
+        }
+        states = sample(
+            run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
+            shape=run.latent, strengths=run.strengths, resume=resume,
+        )  # fmt: skip
+        for step in run.table.steps[0 if resume is None else resume.step + 1 :]:
+            with clock(step.model):
+                state = next(states)
+            yield state
+
+    def _encode(self, run: _Run, guided: bool) -> tuple[Conditioning, Conditioning | None]:
+        negative = run.negative if guided else None
+        cond, uncond = encode_prompts(
+            self.text, run.prompts, negative, run.size, self.adapters, run.acts
+        )
+        return self.weights.told(cond), None if uncond is None else self.weights.told(uncond)
+
+    def _machine(self) -> dict[str, Any]:
+        machine = recording.machine(self.device, self.weights.dtype, self.runner)
+        guidance = self.weights.embedded_guidance
+        return machine if guidance is None else machine | {"embedded_guidance": guidance}

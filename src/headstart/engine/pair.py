@@ -1,0 +1,370 @@
+"""The weights of an engine: a base, a distilled model, and what both share.
+
+text, vae   from their own files, else from the base's, else from the distilled's
+schedule    the base's, which the distilled model was made from
+dtype       what networks compute in; weights in half precision may stay so on a CPU, and are then
+            widened layer by layer (`headstart.networks.residency`), with the same bits as result
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TypedDict, Unpack
+
+import torch
+from torch import nn
+
+import headstart_weights
+from headstart.checkpoint.checkpoint import family_of
+from headstart.checkpoint.distillation import Guess, guess
+from headstart.checkpoint.families import FAMILIES, Family
+from headstart.checkpoint.tensors import Checkpoint, PartName
+from headstart.engine.memory import SAFE_SHARE, Footprint, available_bytes, footprint
+from headstart.errors import CheckpointError, InputError
+from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.networks.load import Dtype, load_text, load_tiny, load_unet, load_vae, widened_bytes
+from headstart.networks.residency import compute_dtype
+from headstart.networks.text import ClipText
+from headstart.networks.unet import guidance_embedding
+from headstart.plan.prediction import Prediction
+from headstart.plan.record import Files
+from headstart.plan.schedule import NoiseSchedule
+
+FilePath = str | Path
+Predictions = str | Prediction | Mapping[str, str | Prediction]
+DTYPES: dict[str, Dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "stored": "stored",
+}
+EMBEDDED_GUIDANCE = 8.0
+"""What an LCM is asked to imitate: w = 7 of its own scale. It was distilled for w in 2 .. 14
+(arXiv:2310.04378, section 5.1) and its model card runs it at 8. The notebooks of arXiv:2503.10637
+pass guidance 0, so w = -1, which it never saw."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Pair:
+    """Networks on their device.
+
+    denoisers    "base" and/or "distilled"
+    text, vae    serve both; preview: a small decoder, or None
+    schedule     the noise schedule of both; predictions: what each network predicts
+    image_size   the model's own, in pixels; downscale: pixels a latent cell
+    lineage      the family whose latents these are, or None where the weights do not say
+    preset       the pair's name in `headstart.preset`, or None where the weights do not say
+    guesses      role -> what its file probably is, where only its name tells
+    embedded_guidance  the guidance an LCM's networks are told to imitate, and `guidance_dim`, the
+                 width of its embedding; None where no network reads one
+    notes        lines for a person: what was guessed or decided, and how to set it by hand
+    dtype        that networks compute in; vae_dtype: the decoder
+    footprint    how much memory a sample takes, or None: then it is not checked
+    files        role -> (name, files) of the weights, for the record
+    """
+
+    denoisers: Mapping[str, Denoiser]
+    text: ClipText
+    vae: LatentCodec
+    schedule: NoiseSchedule
+    predictions: Mapping[str, Prediction]
+    image_size: int
+    downscale: int
+    latent_channels: int = 4
+    preview: LatentCodec | None = None
+    lineage: str | None = None
+    preset: str | None = None
+    guesses: Mapping[str, Guess] = field(default_factory=dict[str, Guess])
+    embedded_guidance: float | None = None
+    guidance_dim: int | None = None
+    notes: tuple[str, ...] = ()
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    vae_dtype: torch.dtype = torch.float32
+    footprint: Footprint | None = None
+    files: Mapping[str, Files] = field(default_factory=dict[str, Files])
+
+    def told(self, cond: Conditioning) -> Conditioning:
+        """With the guidance that an LCM imitates; a network without `cond_proj` never reads it."""
+        if self.embedded_guidance is None or self.guidance_dim is None:
+            return cond
+        values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
+        return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
+
+
+class Options(TypedDict, total=False):
+    """How files are read; every one has a default. See `headstart.engine.engine.Engine.load`.
+
+    vae, text, tokenizer, preview  files of their own
+    preset             the pair's name; by default what the distilled file's name says
+    prediction         "eps", "v" or "x0", for both models or {"base": ..., "distilled": ...}
+    embedded_guidance  what an LCM imitates, 8.0 by default
+    head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
+                       for scaled-down models whose files do not say it
+    device, dtype      "auto", or a name
+    """
+
+    vae: FilePath | None
+    text: FilePath | None
+    tokenizer: FilePath | None
+    preview: FilePath | None
+    preset: str | None
+    prediction: Predictions | None
+    embedded_guidance: float | None
+    head_dim: int | None
+    text_head_dim: int | None
+    device: str
+    dtype: str
+
+
+def load_pair(
+    base: FilePath | None, distilled: FilePath | None, **options: Unpack[Options]
+) -> Pair:
+    """Read the files. Raises CheckpointError, or InputError for a device that is not there.
+
+    One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
+    float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
+    the networks are float16 it takes what its file and family allow.
+
+    On a CPU, half-precision weights of which float32 copies would take more than the free memory
+    stay as they are (dtype "stored"), and a note says so.
+    """
+    paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
+    if not paths:
+        raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
+    known = {role: _identify(path) for role, path in paths.items()}
+    families = {role: family for role, (family, _) in known.items()}
+    guesses = {role: found for role, (_, found) in known.items()}
+    _check_same_latents(families)
+    first = next(iter(families.values()))
+    place, preview = choose_device(options.get("device", "auto")), options.get("preview")
+    vae = options.get("vae") or _holder("vae", paths)
+    text = options.get("text") or _holder("text", paths)
+    kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
+    head_dim = options.get("head_dim")
+    unets = {
+        role: load_unet(path, device=place, dtype=kind, head_dim=head_dim)
+        for role, path in paths.items()
+    }
+    coded = None if kind == torch.float16 else kind
+    codec = load_vae(vae, device=place, dtype=coded, like=first)
+    # Decoding 16 demo images takes 0.13 s this way and 0.20 s in the default format (2 CPU cores).
+    nn.Module.to(codec, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    words = load_text(
+        text,
+        device=place,
+        dtype=kind,
+        head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer"),
+    )
+    named = {role: options.get(role) for role in ("vae", "text", "preview")}
+    named = paths | {role: path for role, path in named.items() if path is not None}
+    dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
+    dims = [unet.params.guidance_dim for unet in unets.values()]
+    guidance_dim = next((dim for dim in dims if dim is not None), None)
+    return Pair(
+        denoisers=unets,
+        text=words,
+        vae=codec,
+        schedule=first.schedule,
+        predictions=_predictions(options.get("prediction"), known),
+        image_size=_image_size(*next(iter(known.values()))),
+        downscale=codec.params.downscale,
+        latent_channels=codec.params.latent_channels,
+        preview=None if preview is None else load_tiny(preview, device=place),
+        lineage=first.lineage,
+        preset=options.get("preset") or _preset(first, guesses),
+        guesses=guesses,
+        embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
+        guidance_dim=guidance_dim,
+        notes=_notes(known, options, decision),
+        device=place,
+        dtype=dtypes[0],
+        vae_dtype=dtypes[-1],
+        footprint=footprint(
+            [unet.params for unet in unets.values()],
+            codec.params,
+            max(kind.itemsize for kind in dtypes),
+        ),
+        files={role: (str(path), _files(path, role)) for role, path in named.items()},
+    )
+
+
+def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
+    """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
+    try:
+        paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
+        preview = headstart_weights.path("tiny_decoder")
+    except headstart_weights.WeightsError as error:
+        raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
+    base, distilled = paths["base"], paths["distilled"]
+    pair = load_pair(base, distilled, preview=preview, preset="demo", device=device, dtype=dtype)
+    files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
+    return replace(pair, files=files)
+
+
+def one_network(pair: Pair, lora: FilePath) -> Pair:
+    """A pair whose distilled model is its base, to be told apart by the strength of a LoRA.
+
+    The LoRA is named for the record; attaching it is the engine's part.
+    """
+    if list(pair.denoisers) != ["base"]:
+        raise InputError(
+            "a distilled LoRA needs the base it was made for, and takes the place of the distilled "
+            "model: give base=, and distilled_lora= instead of distilled="
+        )
+    network, prediction = pair.denoisers["base"], pair.predictions["base"]
+    return replace(
+        pair,
+        denoisers={"base": network, "distilled": network},
+        predictions={"base": prediction, "distilled": prediction},
+        files={**pair.files, "distilled_lora": (str(lora), Checkpoint.open(lora).files)},
+    )
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU. Raises InputError."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {name!r} cannot be used: {reason}; give auto, cpu, cuda or cuda:N"
+        ) from error
+    return device
+
+
+def _identify(path: FilePath) -> tuple[Family, Guess]:
+    checkpoint = Checkpoint.open(path, "unet")
+    family = family_of(Path(path), checkpoint)
+    if family is None:
+        raise CheckpointError(
+            f"{path}: expected the UNet of a known family ({', '.join(FAMILIES)}), got "
+            f"{', '.join(checkpoint.parts()) or 'no network'}; give the model's UNet or full file"
+        )
+    return family, guess(path, checkpoint, family.lineage)
+
+
+def _residency(
+    name: str, place: torch.device, paths: Mapping[str, FilePath], vae: FilePath, text: FilePath
+) -> tuple[Dtype, str | None]:
+    """What weights become, and a note where memory decided it."""
+    if name != "auto" and name not in DTYPES:
+        raise InputError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
+    kind = None if name == "auto" else DTYPES[name]
+    if place.type != "cpu" or kind not in (None, torch.float32):
+        return kind, None
+    sources: list[tuple[FilePath, PartName]] = [(vae, "vae"), (text, "text")]
+    sources.extend((path, "unet") for path in paths.values())
+    need = sum(widened_bytes(path, part) for path, part in sources)
+    free = available_bytes(place)
+    if free is None or need <= SAFE_SHARE * free:
+        return kind, None
+    return "stored", (
+        f"weights stay in half precision, widened layer by layer: float32 copies would take "
+        f"{need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; the results are the same to the bit"
+    )
+
+
+def _predictions(
+    given: Predictions | None, known: Mapping[str, tuple[Family, Guess]]
+) -> dict[str, Prediction]:
+    """The first of: given by hand, stated in the file, guessed from its name, the family's."""
+    told = given if isinstance(given, Mapping) else dict.fromkeys(known, given)
+    if strange := set(told) - set(known):
+        raise InputError(
+            f"prediction for {', '.join(map(repr, sorted(strange)))}: this pair has "
+            f"{', '.join(map(repr, known))}"
+        )
+    return {
+        role: Prediction(value)
+        if (value := told.get(role)) is not None
+        else found.prediction
+        if found.prediction is not None and "prediction" not in family.declared
+        else family.prediction
+        for role, (family, found) in known.items()
+    }
+
+
+def _image_size(family: Family, found: Guess) -> int:
+    stated = "image_size" in family.declared or found.image_size is None or not family.exact
+    return family.image_size if stated else found.image_size or family.image_size
+
+
+def _preset(first: Family, guesses: Mapping[str, Guess]) -> str | None:
+    if first.lineage == "demo":
+        return "demo"
+    return guesses["distilled"].preset if "distilled" in guesses else None
+
+
+def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
+    if given is None:
+        return EMBEDDED_GUIDANCE if dim else None
+    if dim is None:
+        raise InputError(
+            f"embedded_guidance={given:g} is for a network that reads it (LCM's cond_proj), and "
+            "none of these does: leave it out, or set the plan's distilled_guidance="
+        )
+    if not math.isfinite(given):
+        raise InputError(f"embedded_guidance must be a finite number, got {given!r}")
+    return float(given)
+
+
+def _notes(
+    known: Mapping[str, tuple[Family, Guess]], options: Options, decision: str | None
+) -> tuple[str, ...]:
+    notes: list[str] = []
+    for role, (family, found) in known.items():
+        if "prediction" in family.declared or options.get("prediction") is not None:
+            found = replace(found, prediction=None)
+        if (note := found.note(role)) is not None:
+            notes.append(note)
+        elif family.lineage == "sd21" and not (
+            "prediction" in family.declared or options.get("prediction")
+        ):
+            notes.append(
+                f"{role}: nothing says whether it predicts eps or v, taken for the 768 px model "
+                "that predicts v (set with prediction=)"
+            )
+    return (*notes, *([decision] if decision else []))
+
+
+def _holder(part: PartName, paths: Mapping[str, FilePath]) -> FilePath:
+    """The first of the models' files that has the part; the first of all where none has."""
+    for path in paths.values():
+        try:
+            if part in Checkpoint.open(path, part).parts():
+                return path
+        except CheckpointError:  # a folder without that component
+            continue
+    return next(iter(paths.values()))
+
+
+def _check_same_latents(families: Mapping[str, Family]) -> None:
+    """Only models of one lineage and one noise schedule can hand a latent to each other."""
+    if len(families) < 2:
+        return
+    base, distilled = families["base"], families["distilled"]
+    if base.lineage != distilled.lineage:
+        raise CheckpointError(
+            f"the base is {base.name} and the distilled model {distilled.name}: expected two "
+            "models of one family, because the latent passes from one to the other"
+        )
+    stated = "schedule" in distilled.declared and "schedule" in base.declared
+    if stated and base.schedule.fingerprint() != distilled.schedule.fingerprint():
+        raise CheckpointError(
+            f"the base's noise schedule ({base.schedule!r}) is not the distilled model's "
+            f"({distilled.schedule!r}): expected a model distilled from this base"
+        )
+
+
+def _files(path: FilePath, role: str) -> tuple[Path, ...]:
+    """The files a digest identifies; of a diffusers folder, those of its UNet stand for it."""
+    parts: dict[str, PartName] = {"vae": "vae", "text": "text", "preview": "tiny"}
+    return Checkpoint.open(path, parts.get(role, "unet")).files

@@ -1,0 +1,84 @@
+"""What one run gave: images, latents, where its time went, and the record that repeats it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+from torch import Tensor
+
+from headstart.plan import record
+from headstart.plan.table import StepTable
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
+class Trajectory:
+    """One entry an image; tensors are on the engine's device.
+
+    rgb         uint8 [B, H, W, 3]
+    latents     float32 [B, C, h, w], at noise level 0
+    x0          float32 [S, B, C, h, w], what each row predicted, or None unless keep_x0 was given
+    table       the rows that ran
+    latency_ms  text, base, distilled, decode: time on the device, of this run alone
+    chunk       samples that were in a network at once
+    lineage     the family whose latents these are, or None where the weights do not say
+    files       role -> (name, files) of the weights; machine: what rounding may depend on
+    adapters    name -> what was attached, and how strongly it acted
+    """
+
+    rgb: Tensor
+    latents: Tensor
+    x0: Tensor | None
+    table: StepTable
+    latency_ms: Mapping[str, float]
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative: str
+    size: tuple[int, int]
+    chunk: int
+    lineage: str | None = None
+    files: record.WeightFiles = field(default_factory=dict[str, record.Files])
+    machine: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+
+    @property
+    def passes(self) -> int:
+        """Network passes of the table, two for a guided row."""
+        return self.table.passes()
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __repr__(self) -> str:
+        took = ", ".join(f"{stage} {ms:.0f}" for stage, ms in self.latency_ms.items())
+        return (
+            f"Trajectory({len(self)} images {self.size[0]}x{self.size[1]}, plan "
+            f"{self.table.name!r}, {self.passes} passes, ms: {took})"
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Everything that repeats this run, and SHA-256 of its images, as JSON-able values.
+
+        The first record of an engine reads its weight files through once, for their digests.
+        """
+        return record.describe(self.recorded())
+
+    def recorded(self) -> record.Recorded:
+        """The record as values."""
+        return record.Recorded(
+            prompts=self.prompts,
+            seeds=self.seeds,
+            negative=self.negative,
+            size=self.size,
+            chunk=self.chunk,
+            table=self.table,
+            weights=record.weigh(self.files),
+            machine=self.machine,
+            adapters=self.adapters,
+            results={
+                "latents": record.digests(self.latents),
+                "rgb": record.digests(self.rgb),
+            },
+        )

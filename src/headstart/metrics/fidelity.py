@@ -1,0 +1,236 @@
+"""How close images are to a reference set, in features [n, d] of a named extractor, in float64.
+
+Frechet = |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^1/2)
+KID     = mean k(a_i, a_j) + mean k(b_i, b_j) - 2 mean k(a_i, b_j),  i != j within a set,
+          k(x, y) = (x.y/d + 1)^3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from headstart.errors import InputError
+from headstart.metrics.metrics import Array, checked
+from headstart.metrics.resample import Interval, stratified_counts
+
+RESAMPLES = 200
+BLOCK = 1024
+"""Rows of a kernel or distance matrix held at once: 30,000 images would need 7 GB for all."""
+
+
+class Moments(NamedTuple):
+    """What a Frechet distance needs of a set of images: mean [d] and covariance [d, d]."""
+
+    mean: Array
+    covariance: Array
+
+    @classmethod
+    def of(cls, features: Array) -> Moments:
+        found = checked(features, at_least=2)
+        return cls(found.mean(0), covariance(found))
+
+
+class Neighbours(NamedTuple):
+    """Shares of images that lie in each other's k-nearest-neighbour balls.
+
+    precision  of samples inside a ball of the reference; recall: of the reference inside a ball of
+               the samples (arXiv:1904.06991, eq. 1 and 2)
+    density    balls of the reference that a sample lies in, over k; can exceed 1
+    coverage   of reference balls that hold a sample (arXiv:2002.09797, eq. 3 and 4)
+    """
+
+    precision: float
+    recall: float
+    density: float
+    coverage: float
+
+
+def frechet(features_a: Array, features_b: Array) -> float:
+    """Frechet distance between Gaussians fitted to features [n, d] and [m, d] (arXiv:1706.08500).
+
+    Biased upwards at small n, m (the covariance of n < d + 1 samples is singular): compare equal
+    counts only.
+    """
+    a, b = _alike(features_a, features_b)
+    left, right = _factor(a), _factor(b)
+    # The singular values of L R' are those of (L'L)^1/2 (R'R)^1/2, without the rounding of roots.
+    cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
+    spread = np.square(left).sum() + np.square(right).sum()
+    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2.0 * cross)
+
+
+def frechet_gaussian(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
+    """Frechet distance of N(mean_a [d], cov_a [d, d]) and N(mean_b, cov_b).
+
+    tr (S_a S_b)^1/2 is the sum of singular values of S_a^1/2 S_b^1/2: no complex square root.
+    """
+    cross = np.linalg.svd(_root(cov_a) @ _root(cov_b), compute_uv=False).sum()
+    apart = np.square(mean_a - mean_b).sum()
+    return float(apart + np.trace(cov_a) + np.trace(cov_b) - 2.0 * cross)
+
+
+def frechet_interval(
+    features: Array,
+    reference: Moments,
+    *,
+    sizes: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
+    """Frechet distance of features [n, d] to fixed moments, the seeds within each prompt resampled.
+
+    `sizes` are the images of each prompt, in order. A resample holds fewer different images, so
+    its distance is too large by about what n images already are: the interval is of the draws
+    around their own mean, put around the value. It is of the distance at this n, whose bias it
+    does not know; so state n, and compare equal n only.
+    """
+    found = checked(features, at_least=2)
+    _check_width(found, reference.mean)
+    root = _root(reference.covariance)
+    value = _frechet_to(found, reference, root)
+    counts = stratified_counts(sizes or [len(found)], resamples).astype(np.int64)
+    drawn = np.array([_frechet_to(found.repeat(row, axis=0), reference, root) for row in counts])
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
+    return Interval(value, max(0.0, value + float(low)), value + float(high))
+
+
+def kid(
+    features: Array,
+    reference: Array,
+    *,
+    sizes: Sequence[int] | None = None,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
+    """Kernel Inception Distance, unbiased at any n: it may be negative (arXiv:1801.01401, eq. 4).
+
+    features [n, d] against reference [m, d], all pairs, no subsets. The interval is over the seeds
+    within each prompt; an image drawn twice is no pair, and the reference stays as it is.
+    """
+    a, b = _alike(features, reference)
+    draws = stratified_counts(sizes or [len(a)], resamples)
+    draws[(draws > 0).sum(1) < 2] = 1.0  # one image n times over has no pair: take all once
+    weights = np.concatenate([np.ones((1, len(a))), draws])
+    ones = np.ones((1, len(b)))
+    values = _within(a, weights) + _within(b, ones) - 2.0 * _across(a, weights, b, ones)
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(values[1:], [tail, 1.0 - tail])
+    return Interval(float(values[0]), float(low), float(high))
+
+
+def neighbours(features: Array, reference: Array, *, k: int = 5) -> Neighbours:
+    """Precision, recall, density and coverage of features [n, d] against reference [m, d].
+
+    The two papers take k = 3 and k = 5 of thousands of images. Raises InputError unless both sets
+    have more than k images. All four depend on n and m: compare equal counts only.
+    """
+    a, b = _alike(features, reference)
+    if k < 1 or min(len(a), len(b)) <= k:
+        raise InputError(
+            f"{k} nearest neighbours need more than {k} images in both sets, got {len(a)} and "
+            f"{len(b)}: sample more, or take a smaller k"
+        )
+    reach_a, reach_b = _reach(a, k), _reach(b, k)
+    inside = np.zeros(len(a))
+    held, recalled = np.zeros(len(b), bool), np.zeros(len(b), bool)
+    for rows in _blocks(len(a)):
+        apart = _distances(a[rows], b)
+        within = apart <= reach_b
+        inside[rows] = within.sum(1)
+        held |= within.any(0)
+        recalled |= (apart <= reach_a[rows, None]).any(0)
+    return Neighbours(
+        precision=float((inside > 0).mean()),
+        recall=float(recalled.mean()),
+        density=float(inside.mean() / k),
+        coverage=float(held.mean()),
+    )
+
+
+def covariance(features: Array) -> Array:
+    """[d, d], unbiased."""
+    centred = features - features.mean(0)
+    return centred.T @ centred / (len(features) - 1)
+
+
+def _frechet_to(features: Array, reference: Moments, root: Array) -> float:
+    factor = _factor(features)
+    cross = np.linalg.svd(factor @ root, compute_uv=False).sum()
+    spread = np.square(factor).sum() + np.trace(reference.covariance)
+    apart = np.square(features.mean(0) - reference.mean).sum()
+    return float(apart + spread - 2.0 * cross)
+
+
+def _factor(features: Array) -> Array:
+    """L [min(n, d), d] with L'L the covariance."""
+    centred = (features - features.mean(0)) / np.sqrt(len(features) - 1)
+    if len(centred) <= centred.shape[1]:
+        return centred
+    return np.linalg.qr(centred).R
+
+
+def _root(matrix: Array) -> Array:
+    """Symmetric square root; rounding may leave eigenvalues a hair below 0."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.clip(values, 0.0, None))) @ vectors.T
+
+
+def _within(features: Array, weights: Array) -> Array:
+    """[R]: weighted mean of k over pairs of different images of one set."""
+    own = _kernel_of_self(features)
+    pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
+    return (_sums(features, weights, features, weights) - np.square(weights) @ own) / pairs
+
+
+def _across(a: Array, weights: Array, b: Array, ones: Array) -> Array:
+    return _sums(a, weights, b, ones) / (weights.sum(1) * ones.sum())
+
+
+def _sums(a: Array, left: Array, b: Array, right: Array) -> Array:
+    """[R]: sum over i, j of left_i k(a_i, b_j) right_j, a block of rows at a time."""
+    total = np.zeros(len(left))
+    for rows in _blocks(len(a)):
+        kernel = (a[rows] @ b.T / a.shape[1] + 1.0) ** 3
+        total += ((left[:, rows] @ kernel) * right).sum(1)
+    return total
+
+
+def _kernel_of_self(features: Array) -> Array:
+    return (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
+
+
+def _reach(features: Array, k: int) -> Array:
+    """[n]: distance of each image to its k-th nearest other."""
+    reach = np.empty(len(features))
+    for rows in _blocks(len(features)):
+        apart = _distances(features[rows], features)
+        apart[np.arange(len(apart)), np.arange(len(features))[rows]] = 0.0
+        reach[rows] = np.partition(apart, k, axis=1)[:, k]
+    return reach
+
+
+def _distances(a: Array, b: Array) -> Array:
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2.0 * (a @ b.T)
+    return np.sqrt(np.clip(squares, 0.0, None))
+
+
+def _blocks(count: int) -> list[slice]:
+    return [slice(begin, min(begin + BLOCK, count)) for begin in range(0, count, BLOCK)]
+
+
+def _alike(features_a: Array, features_b: Array) -> tuple[Array, Array]:
+    a, b = checked(features_a, at_least=2), checked(features_b, at_least=2)
+    _check_width(a, b)
+    return a, b
+
+
+def _check_width(a: Array, b: Array) -> None:
+    if a.shape[-1] != b.shape[-1]:
+        raise InputError(
+            f"a distance needs features of one width, got {a.shape[-1]} and {b.shape[-1]}: use "
+            "the same extractor for both sets"
+        )

@@ -1,0 +1,197 @@
+"""How sure a measured number is: intervals over prompts and over seeds, and plans in pairs.
+
+over prompts  prompts are drawn with replacement: what other prompts would have given
+over seeds    prompts stay, the seeds of each are drawn: what other seeds would have given
+paired        two plans on the same prompts and seeds: the same draws for both, then a - b
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from headstart.errors import InputError
+from headstart.metrics.metrics import Array, checked, cosines, diversity, off_diagonal_mean
+
+Statistic = Callable[[Array], float]
+RESAMPLES = 2000
+EXACT_FLIPS = 14
+"""Up to this many prompts all 2^P sign patterns are tried; beyond it RANDOM_FLIPS of them."""
+RANDOM_FLIPS = 20_000
+
+
+class Interval(NamedTuple):
+    """A value and the ends of its confidence interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def rounded(self, digits: int = 4) -> list[float]:
+        return [round(number, digits) for number in self]
+
+
+class Measured(NamedTuple):
+    """One number a prompt.
+
+    values  [P], the number
+    drawn   [P, R], the same of R draws of the prompt's seeds; the draws depend on R, the number of
+            seeds and the prompt's place alone, so two plans are drawn alike
+    """
+
+    values: Array
+    drawn: Array
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+
+class Paired(NamedTuple):
+    """a - b on the same prompts and seeds.
+
+    over_prompts  None for one prompt
+    over_seeds    None for one seed a prompt
+    p_value       two-sided sign-flip permutation test over prompts: how often prompts whose signs
+                  are drawn at random give a mean at least as far from 0. At least 2^(1-P); None
+                  for one prompt
+    """
+
+    over_prompts: Interval | None
+    over_seeds: Interval | None
+    p_value: float | None
+
+
+def measure_diversity(groups: Sequence[Array], *, resamples: int = RESAMPLES) -> Measured:
+    """Mean pairwise cosine distance of features [n, d] for each prompt.
+
+    A sample drawn twice is not a pair: its distance 0 to itself would bias every draw down by about
+    1/n. Raises InputError for fewer than two images of a prompt.
+    """
+    values: list[float] = []
+    drawn: list[Array] = []
+    for prompt, group in enumerate(groups):
+        distances = 1.0 - cosines(group, at_least=2)
+        counts = _seed_counts(len(distances), resamples, prompt)
+        pairs = counts.sum(1) ** 2 - np.square(counts).sum(1)
+        counts[pairs == 0] = 1.0  # one image n times over has no pair: take all of them once
+        pairs[pairs == 0] = len(distances) * (len(distances) - 1)
+        values.append(off_diagonal_mean(distances))
+        drawn.append(((counts @ distances) * counts).sum(1) / pairs)
+    return Measured(np.array(values), np.stack(drawn))
+
+
+def measure_mean(groups: Sequence[Array], *, resamples: int = RESAMPLES) -> Measured:
+    """Mean of values [n] for each prompt, such as scores of its images."""
+    drawn = [
+        _seed_counts(len(group), resamples, prompt) @ group / len(group)
+        for prompt, group in enumerate(groups)
+    ]
+    return Measured(np.array([group.mean() for group in groups]), np.stack(drawn))
+
+
+def measure_each(groups: Sequence[Array], statistic: Statistic) -> Measured:
+    """Any statistic(features [n, d]) for each prompt, without draws of seeds.
+
+    For Vendi: a sample drawn twice lowers it, and there is no repair.
+    """
+    values = np.array([statistic(group) for group in groups])
+    return Measured(values, np.empty((len(values), 0)))
+
+
+def over_prompts(measured: Measured, *, level: float = 0.95) -> Interval | None:
+    """The mean over prompts and its percentile interval; None for one prompt."""
+    return None if len(measured.values) < 2 else _over_prompts(measured.values, level)
+
+
+def over_seeds(measured: Measured, *, level: float = 0.95) -> Interval | None:
+    """The mean over these very prompts; None where seeds were not drawn."""
+    if not measured.drawn.size:
+        return None
+    return percentiles(measured.mean, measured.drawn.mean(0), level)
+
+
+def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
+    """Plan a minus plan b. Raises InputError unless both are of the same prompts and seeds."""
+    if a.drawn.shape != b.drawn.shape or len(a.values) != len(b.values):
+        raise InputError(
+            f"a paired test needs the same prompts and seeds of both plans, got {len(a.values)} "
+            f"and {len(b.values)} prompts: compare only what they share"
+        )
+    apart = Measured(a.values - b.values, a.drawn - b.drawn)
+    several = len(apart.values) > 1
+    return Paired(
+        over_prompts(apart, level=level),
+        over_seeds(apart, level=level),
+        sign_flip(apart.values) if several else None,
+    )
+
+
+def sign_flip(differences: Array) -> float:
+    """Two-sided p of mean(differences [P]) = 0 under independent random signs (Fisher, 1935).
+
+    Exact for P <= 14. Beyond, (1 + hits)/(1 + draws), which is never 0.
+    """
+    count = len(differences)
+    magnitudes, observed = np.abs(differences), abs(differences.mean())
+    exact = count <= EXACT_FLIPS
+    if exact:
+        bits = (np.arange(1 << count)[:, None] >> np.arange(count)) & 1
+    else:
+        bits = np.random.default_rng(0).integers(0, 2, (RANDOM_FLIPS, count))
+    means = np.abs((1.0 - 2.0 * bits) @ magnitudes) / count
+    hits = int((means >= observed * (1.0 - 1e-12)).sum())  # sums in another order round differently
+    return hits / len(means) if exact else (1 + hits) / (1 + len(means))
+
+
+def bootstrap_prompts(
+    groups: Sequence[Array],
+    statistic: Statistic = diversity,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Mean over prompts of statistic(features [n, d] of one prompt), prompts resampled."""
+    if len(groups) < 2:
+        raise InputError(
+            f"an interval over prompts needs at least 2 of them, got {len(groups)}: "
+            "give more prompts, or use bootstrap_seeds"
+        )
+    values = np.array([statistic(group) for group in groups])
+    return _over_prompts(values, level, resamples, seed)
+
+
+def bootstrap_seeds(
+    features: Array, *, resamples: int = RESAMPLES, level: float = 0.95
+) -> Interval:
+    """Diversity of features [n, d] of one prompt, its samples resampled."""
+    measured = measure_diversity([checked(features, at_least=2)], resamples=resamples)
+    return percentiles(measured.mean, measured.drawn[0], level)
+
+
+def percentiles(value: float, drawn: Array, level: float) -> Interval:
+    """A value with the percentile interval of its draws [R]."""
+    tail = (1.0 - level) / 2.0
+    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+    return Interval(value, float(low), float(high))
+
+
+def stratified_counts(sizes: Sequence[int], resamples: int) -> Array:
+    """[R, sum of sizes]: how often each image is drawn, every prompt keeping its number."""
+    return np.concatenate([_seed_counts(n, resamples, p) for p, n in enumerate(sizes)], axis=1)
+
+
+def _over_prompts(
+    values: Array, level: float, resamples: int = RESAMPLES, seed: int = 0
+) -> Interval:
+    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    return percentiles(float(values.mean()), values[picks].mean(1), level)
+
+
+def _seed_counts(count: int, resamples: int, prompt: int) -> Array:
+    rng = np.random.default_rng([prompt, count])
+    drawn = rng.multinomial(count, np.full(count, 1.0 / count), size=resamples)
+    return drawn.astype(np.float64)

@@ -1,0 +1,371 @@
+"""CLIP text encoders: prompts -> Conditioning, as each family was trained to read them.
+
+ids = [bos] + tokens[: L - 2] + [eos] + padding          context = hidden state of each encoder,
+side by side on the last axis                            pooled = P @ normed[argmax(ids)]  (SDXL)
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, final, overload
+
+import torch
+from torch import Tensor, nn
+
+from headstart.checkpoint.families import TextRule
+from headstart.checkpoint.header import read_json
+from headstart.errors import CheckpointError, InputError
+from headstart.interfaces import Conditioning
+from headstart.networks.vocabulary import BOS, EOS
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+MAX_TEXT_BYTES = 16 * 2**20
+
+# CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
+# runs of anything else.
+_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClipParams:
+    """Everything that shapes one encoder; `projection` is the width of the pooled text, or None."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    act: str
+    positions: int
+    vocabulary: int
+    projection: int | None = None
+
+
+class Tower(nn.Module):
+    """One encoder: ids [B, L] -> (context [B, L, width], pooled [B, projection] or None).
+
+    Its state dict has the names files have, `text_model.*` and `text_projection.weight`, whichever
+    release of transformers is installed (5.x dropped the prefix from its own).
+    """
+
+    def __init__(self, params: ClipParams, rule: TextRule) -> None:
+        super().__init__()
+        # By name, because importing it takes seconds, and type-checking its sources takes minutes.
+        transformers: Any = import_module("transformers")
+        self.params, self.rule = params, rule
+        config = transformers.CLIPTextConfig(
+            vocab_size=params.vocabulary,
+            hidden_size=params.width,
+            intermediate_size=params.mlp_width,
+            num_hidden_layers=params.layers,
+            num_attention_heads=params.heads,
+            max_position_embeddings=params.positions,
+            hidden_act=params.act,
+            layer_norm_eps=1e-5,
+            # Never used here, but ids beyond a small vocabulary make the library warn.
+            bos_token_id=0,
+            pad_token_id=1,
+            eos_token_id=2,
+        )
+        model: Any = transformers.CLIPTextModel(config)
+        self.text_model: Any = getattr(model, "text_model", model)
+        self.text_projection = (
+            nn.Linear(params.width, params.projection, bias=False) if params.projection else None
+        )
+
+    def reset_positions(self, device: torch.device) -> None:
+        """Recreate the position ids, which no file holds, after a build on the meta device."""
+        ids = torch.arange(self.params.positions, device=device)[None]
+        self.text_model.embeddings.position_ids = ids
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+        out = self.text_model(input_ids=ids, output_hidden_states=True)
+        last: Tensor = out.last_hidden_state  # after the final layer norm
+        if self.rule.hidden == -1 and self.rule.normed:
+            context = last
+        else:
+            context = out.hidden_states[self.rule.hidden]
+            context = self.text_model.final_layer_norm(context) if self.rule.normed else context
+        if self.text_projection is None:
+            return context, None
+        # The end token has the highest id of the vocabulary; what follows it is padding. Learned
+        # tokens (textual inversion) have ids beyond the vocabulary and end nothing.
+        known = ids.where(ids < self.params.vocabulary, 0)
+        ends = last[torch.arange(len(ids), device=ids.device), known.argmax(dim=-1)]
+        return context, self.text_projection(ends)
+
+
+@final
+class ClipTokenizer:
+    """Prompts -> ids [B, L] with begin, end and padding, for a vocabulary in CLIP's form."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
+        if bos is None or eos is None:
+            raise CheckpointError(
+                f"the tokenizer has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
+            )
+        self.bos, self.eos = bos, eos
+        self.learned: Mapping[int, tuple[int, ...]] = {}
+        """Id of a token added later -> the ids of its vectors (`headstart.adapters.textual_inversion`)."""
+
+    @classmethod
+    def from_json(cls, text: str) -> ClipTokenizer:
+        """From the text of a `tokenizer.json` of the tokenizers library."""
+        from tokenizers import Tokenizer
+
+        try:
+            return cls(Tokenizer.from_str(text))
+        except CheckpointError:
+            raise
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"the tokenizer's JSON cannot be read: {error}") from error
+
+    @classmethod
+    def from_vocabulary(
+        cls, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+    ) -> ClipTokenizer:
+        """From CLIP's `vocab.json` and `merges.txt`: byte-level pairs of lower-cased text."""
+        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
+        from tokenizers.models import BPE
+
+        try:
+            model = BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=EOS)
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"vocabulary and merges do not fit: {error}") from error
+        tokenizer = Tokenizer(model)
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False),
+            ]
+        )
+        special: list[str] = [token for token in (BOS, EOS) if token in vocabulary]
+        tokenizer.add_special_tokens(special)  # pyright: ignore[reportUnknownMemberType]
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ClipTokenizer:
+        """A `tokenizer.json`, a folder with it or with vocab.json and merges.txt, or its parent."""
+        path = Path(path)
+        for folder in (path / "tokenizer", path):
+            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+                return cls.from_vocabulary(*_read_vocabulary(folder))
+            if (folder / "tokenizer.json").is_file():
+                return cls.from_json(_read_text(folder / "tokenizer.json"))
+        if path.is_file():
+            return cls.from_json(_read_text(path))
+        raise CheckpointError(
+            f"{path}: expected a tokenizer.json, or a folder with vocab.json and merges.txt"
+        )
+
+    def __len__(self) -> int:
+        return self._tokenizer.get_vocab_size()
+
+    def tokens(self, prompt: str) -> list[int]:
+        """The ids of the text alone."""
+        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        return [each for id in ids for each in self.learned.get(id, (id,))]
+
+    def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
+        """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
+
+        A token is matched as it is typed, and as a whole word where it is one. Raises InputError
+        for a token that has a meaning already.
+        """
+        from tokenizers import AddedToken, Tokenizer
+
+        copied = Tokenizer.from_str(self._tokenizer.to_str())
+        for token in tokens:
+            known = self._tokenizer.encode(token, add_special_tokens=False).ids
+            if len(known) < 2 or token in (BOS, EOS):
+                raise InputError(
+                    f"the token {token!r} means something already: give another, as <{token}>"
+                )
+            word = token[0].isalnum() and token[-1].isalnum()
+            added = [AddedToken(token, single_word=word, normalized=False)]
+            copied.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
+        grown = ClipTokenizer(copied)
+        ids = {token: copied.token_to_id(token) for token in tokens}
+        new = {id: tokens[token] for token, id in ids.items() if id is not None}
+        grown.learned = {**self.learned, **new}
+        return grown
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: expected UTF-8 text ({error})") from error
+
+
+def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    table = read_json(folder / "vocab.json")
+    vocabulary = {token: id for token, id in table.items() if type(id) is int}
+    if len(vocabulary) != len(table):
+        raise CheckpointError(f"{folder / 'vocab.json'}: expected token: integer pairs")
+    lines = _read_text(folder / "merges.txt").splitlines()
+    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise CheckpointError(f"{folder / 'merges.txt'}: expected two tokens on each line")
+    return vocabulary, [(left, right) for left, right in pairs]
+
+
+class ClipText(nn.Module):
+    """The text side of a family: one encoder, or SDXL's two, and their tokenizer.
+
+    `image_size` is the family's native size in pixels, SDXL's default for `time_ids`;
+    `zero_empty_negative`: an empty negative prompt is all zeros and not the encoding of "".
+    """
+
+    def __init__(
+        self,
+        towers: Sequence[Tower],
+        tokenizer: ClipTokenizer,
+        *,
+        image_size: int = 1024,
+        zero_empty_negative: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(towers)
+        self.tokenizer = tokenizer
+        self.image_size = image_size
+        # SDXL was trained with its text dropped to zeros (`force_zeros_for_empty_prompt` in its
+        # model_index.json); SD 1 and 2 were trained with the empty prompt.
+        dual = len(self.towers) > 1
+        self.zero_empty_negative = dual if zero_empty_negative is None else zero_empty_negative
+        smallest = min(tower.params.vocabulary for tower in towers)
+        if len(tokenizer) - len(tokenizer.learned) > smallest:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} tokens, the encoder knows {smallest}: "
+                "give the tokenizer that belongs to this encoder"
+            )
+
+    @property
+    def length(self) -> int:
+        """L, the number of positions: 77 for every full-size family."""
+        return min(tower.params.positions for tower in self._towers())
+
+    @overload
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative: None = None,
+        *,
+        size: int | tuple[int, int] | None = None,
+        strict: bool = False,
+    ) -> Conditioning: ...
+    @overload
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str],
+        *,
+        size: int | tuple[int, int] | None = None,
+        strict: bool = False,
+    ) -> tuple[Conditioning, Conditioning]: ...
+    @torch.no_grad()
+    def encode(
+        self,
+        prompts: Sequence[str],
+        negative: str | Sequence[str] | None = None,
+        *,
+        size: int | tuple[int, int] | None = None,
+        strict: bool = False,
+    ) -> Conditioning | tuple[Conditioning, Conditioning]:
+        """Prompts -> Conditioning, a row each; with `negative`, also the unconditional one.
+
+        context [B, L, D]; SDXL also gets pooled [B, P] and time_ids [B, 6] = (h, w, 0, 0, h, w) of
+        `size` in pixels (default: the native size). One negative serves all prompts. A text longer
+        than L - 2 tokens is cut, with one warning that counts what was dropped.
+
+        Raises InputError for anything but strings, and with `strict` for a text that is too long.
+        """
+        texts = _texts("prompts", prompts)
+        if negative is None:
+            return self._encode(texts, size, strict)
+        others = _texts("negative", negative)
+        if len(others) not in (1, len(texts)):
+            raise InputError(f"expected 1 or {len(texts)} negative prompts, got {len(others)}")
+        both = self._encode(texts + others, size, strict)
+        cond, uncond = both[: len(texts)], both[len(texts) :]
+        if self.zero_empty_negative:
+            uncond = _without(uncond, [text == "" for text in others])
+        return cond, uncond.expand(len(texts))
+
+    def ids(self, prompts: Sequence[str], *, strict: bool = False) -> list[Tensor]:
+        """Token ids [B, L] for each encoder; they differ in padding only."""
+        tokens = [self.tokenizer.tokens(prompt) for prompt in prompts]
+        room = self.length - 2
+        over = [(len(t) - room, p) for t, p in zip(tokens, prompts, strict=True) if len(t) > room]
+        if over:
+            dropped, longest = max(over)
+            message = (
+                f"{len(over)} of {len(prompts)} prompts exceed {room} tokens; dropped the last "
+                f"{sum(count for count, _ in over)} tokens ({dropped} of {longest[:60]!r})"
+            )
+            if strict:
+                raise InputError(message.replace("dropped", "would drop") + ": shorten the prompt")
+            warnings.warn(message, stacklevel=5)
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        rows = [[bos, *row[:room], eos] for row in tokens]
+        pads = [eos if tower.rule.pad == "eot" else 0 for tower in self._towers()]
+        return [
+            torch.tensor([row + [pad] * (self.length - len(row)) for row in rows]) for pad in pads
+        ]
+
+    def _towers(self) -> list[Tower]:
+        return [tower for tower in self.towers if isinstance(tower, Tower)]
+
+    def _encode(
+        self, texts: list[str], size: int | tuple[int, int] | None, strict: bool
+    ) -> Conditioning:
+        device = next(self.parameters()).device
+        ids = self.ids(texts, strict=strict)
+        outs = [tower(i.to(device)) for tower, i in zip(self._towers(), ids, strict=True)]
+        context = torch.cat([context for context, _ in outs], dim=-1)
+        pooled = outs[-1][1]
+        if pooled is None:
+            return Conditioning(context)
+        height, width = self._size(size)
+        sizes = [height, width, 0, 0, height, width]
+        time_ids = torch.tensor([sizes] * len(texts), dtype=torch.float32, device=device)
+        return Conditioning(context, pooled, time_ids)
+
+    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        size = self.image_size if size is None else size
+        height, width = (size, size) if isinstance(size, int) else size
+        if not (height > 0 and width > 0):
+            raise InputError(f"size must be positive pixels, height and width, got {size}")
+        return height, width
+
+
+def _without(cond: Conditioning, rows: list[bool]) -> Conditioning:
+    """The conditioning with the text of some rows set to zero."""
+    keep = ~torch.tensor(rows, device=cond.context.device)
+    pooled = None if cond.pooled is None else cond.pooled * keep[:, None]
+    return Conditioning(cond.context * keep[:, None, None], pooled, cond.time_ids)
+
+
+def _texts(name: str, texts: Sequence[str]) -> list[str]:
+    """A list of strings; one string is one text."""
+    found: list[object] = [texts] if isinstance(texts, str) else list(texts)
+    if not found:
+        raise InputError(f"{name}: expected at least one text, got none")
+    for text in found:
+        if not isinstance(text, str):
+            raise InputError(f"{name}: expected strings, got {type(text).__name__} {text!r:.40}")
+    return [text for text in found if isinstance(text, str)]

@@ -1,0 +1,1 @@
+"""Letters, curves and contact sheets drawn into arrays of pixels."""

@@ -1,0 +1,212 @@
+"""What a run was, as JSON: enough to repeat it, and to say what differs when it does not repeat.
+
+record = request + exact table + weights + machine + SHA-256 of every image and latent
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart.plan.table import StepTable
+
+FORMAT = "headstart.record/1"
+ADAPTER = "adapter:"
+"""What the role of an adapter's file starts with; its name follows."""
+Json = dict[str, Any]
+Files = tuple[str, tuple[Path, ...]]
+WeightFiles = Mapping[str, Files]
+"""Role -> (the name to record, the files on disk)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """The part of a record that a replay needs to run."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    negative: str
+    size: tuple[int, int]
+    chunk: int
+    table: StepTable
+    weights: Mapping[str, Mapping[str, str]]
+    machine: Mapping[str, object]
+    results: Mapping[str, list[str]]
+    adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    """Name -> models, names that were allowed, strength; their files are among the weights."""
+
+
+def weigh(files: WeightFiles) -> Json:
+    """Role -> {file, sha256}; a digest is kept while the file's size and time stay the same."""
+    return {
+        role: {"file": name, "sha256": _digest_of(tuple(_identity(path) for path in paths))}
+        for role, (name, paths) in files.items()
+    }
+
+
+def machine(device: torch.device, dtype: torch.dtype, runner: str) -> Json:
+    """What rounding may depend on, and what a difference is explained by."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return {
+        "device": device.type,
+        "device_name": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "runner": runner,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
+    }
+
+
+def digests(batch: Tensor) -> list[str]:
+    """SHA-256 of each sample's bytes, as little-endian contiguous memory."""
+    host = batch.detach().cpu().contiguous()
+    return [hashlib.sha256(sample.numpy().tobytes()).hexdigest() for sample in host]
+
+
+def describe(run: Recorded) -> Json:
+    """The JSON-able record; floats survive json.dumps and json.loads exactly."""
+    return {
+        "format": FORMAT,
+        "prompts": list(run.prompts),
+        "seeds": list(run.seeds),
+        "negative": run.negative,
+        "size": list(run.size),
+        "chunk": run.chunk,
+        "table": json.loads(run.table.to_json()),
+        "weights": {role: dict(file) for role, file in run.weights.items()},
+        "machine": dict(run.machine),
+        "adapters": {name: dict(told) for name, told in run.adapters.items()},
+        "results": {name: list(values) for name, values in run.results.items()},
+    }
+
+
+def parse(record: Mapping[str, Any]) -> Recorded:
+    """What `describe` wrote. Raises InputError for a mapping that is not a record."""
+    try:
+        if record["format"] != FORMAT:
+            raise InputError(f"expected a record of format {FORMAT}, got {record['format']!r:.60}")
+        height, width = record["size"]
+        return Recorded(
+            prompts=tuple(map(str, record["prompts"])),
+            seeds=tuple(map(int, record["seeds"])),
+            negative=str(record["negative"]),
+            size=(int(height), int(width)),
+            chunk=int(record["chunk"]),
+            table=StepTable.from_json(json.dumps(record["table"])),
+            weights={role: dict(file) for role, file in record["weights"].items()},
+            machine=dict(record["machine"]),
+            results={name: list(map(str, v)) for name, v in record["results"].items()},
+            adapters={name: dict(told) for name, told in record.get("adapters", {}).items()},
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"not a record of a run ({error!r:.200}): give the record.json that sampling wrote"
+        ) from error
+
+
+def read_record(path: Path) -> Json:
+    """The JSON object in a file. Raises InputError for a missing, unreadable or foreign file."""
+    try:
+        found: object = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise InputError(f"{str(path)!r} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{str(path)!r} holds no JSON object: give a record.json")
+    return cast(Json, found)
+
+
+def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise InputError unless every file the record names has the recorded bytes, and no adapter is
+    attached besides."""
+    extra = sorted(
+        role for role in now if role.startswith(ADAPTER) and role not in recorded.weights
+    )
+    if extra:
+        raise InputError(f"the record was made without {', '.join(extra)}: detach it")
+    for role, file in recorded.weights.items():
+        here = now.get(role)
+        if here is None or here["sha256"] != file["sha256"]:
+            got = "none" if here is None else f"{here['file']} with sha256 {here['sha256'][:16]}…"
+            raise InputError(
+                f"the record was made with {role} {file['file']}, sha256 {file['sha256'][:16]}…; "
+                f"this engine has {got}: load the recorded file"
+            )
+
+
+def first_difference(recorded: Recorded, now: Recorded) -> str | None:
+    """Where the results part, and what of the machine differs; None where they are equal."""
+    for kind in ("latents", "rgb"):
+        for image, pair in enumerate(_pairs(recorded.results.get(kind), now.results[kind])):
+            if pair[0] != pair[1]:
+                where = f"{kind} of image {image}, seed {now.seeds[image]}"
+                return f"first difference: {where}, prompt {now.prompts[image]!r:.60}; " + (
+                    _explained(recorded.machine, now.machine)
+                )
+    return None
+
+
+def _pairs(recorded: Sequence[str] | None, now: Sequence[str]) -> list[tuple[str | None, str]]:
+    if recorded is None or len(recorded) != len(now):
+        return [(None, value) for value in now]
+    return list(zip(recorded, now, strict=True))
+
+
+def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str:
+    changed = [
+        f"{key} {recorded.get(key)!r} then, {value!r} now"
+        for key, value in now.items()
+        if recorded.get(key) != value
+    ]
+    if changed:
+        return f"what differs: {'; '.join(changed)}. Networks round differently there"
+    return "machine, versions and settings are the recorded ones, so the results should be equal"
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    found = path.stat()
+    return str(path), found.st_size, found.st_mtime_ns
+
+
+@lru_cache(maxsize=64)
+def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
+    """SHA-256 of the file, or of the shards' digests one after the other."""
+    parts: list[bytes] = []
+    for path, _, _ in files:
+        with open(path, "rb") as file:
+            parts.append(hashlib.file_digest(file, "sha256").digest())
+    return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor())
+
+
+@lru_cache(maxsize=8)
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

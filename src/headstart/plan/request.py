@@ -1,0 +1,198 @@
+"""What one call asks for, checked before torch is loaded or a network runs.
+
+1 prompt x S seeds = S images      P prompts x 1 seed = P images      P x P = P pairs
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from typing import SupportsIndex, TypedDict, get_args
+
+from headstart.errors import InputError, PlanError
+from headstart.plan.plan import Mode, Plan, preset
+from headstart.plan.table import StepTable
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+PRESETS = ("demo", "dmd2", "lcm", "lightning", "turbo")
+MAX_SEED = 2**64 - 1
+
+BASE_STEPS = 30
+BASE_GUIDANCE = {"demo": 2.0}
+OTHER_BASE_GUIDANCE = 7.0
+"""Mode "base" alone: how a base model is usually run, on 30 steps of its own grid with guidance.
+The demo pair's base was the teacher at guidance 2 (the recipe's distillation), SDXL's examples
+use 5 to 8 (arXiv:2503.10637 reports its base at 7)."""
+
+
+class PlanSettings(TypedDict, total=False):
+    """The arguments of `headstart.preset` that a plan given by name takes; all have defaults.
+
+    preset              which pair: "demo", "dmd2", "lcm", "lightning", "turbo"
+    steps, k, n         see `headstart.preset`; mode "base": 30 steps by default
+    base_guidance       1.0 = conditional only; mode "base": 2.0 for the demo pair, else 7.0
+    distilled_guidance  1.0 by default
+    """
+
+    preset: str | None
+    steps: int | None
+    k: int | None
+    n: int | None
+    base_guidance: float | None
+    distilled_guidance: float | None
+
+
+def named_plan(name: str, settings: PlanSettings, default_preset: str | None = None) -> Plan:
+    """The plan called `name`: a mode of a pair ("hybrid"), or a preset ("lightning", its hybrid).
+
+    A setting that is None counts as not given. Raises PlanError for an unknown name, for a mode
+    without a preset, and for settings that make no exact plan.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    pair = given.pop("preset", name if name in PRESETS else default_preset)
+    if name not in MODES and name not in PRESETS:
+        raise PlanError(
+            f"unknown plan {name!r}: expected one of {', '.join(MODES)}, or a preset's name "
+            f"({', '.join(PRESETS)}) for its hybrid"
+        )
+    if pair is None:
+        raise PlanError(
+            f"plan {name!r} of which pair? these weights do not say: give preset=, one of "
+            f"{', '.join(PRESETS)}"
+        )
+    if name in PRESETS and pair != name:
+        raise PlanError(f"plan {name!r} and preset {pair!r} name two different pairs: give one")
+    if name == "base":
+        guidance = BASE_GUIDANCE.get(str(pair), OTHER_BASE_GUIDANCE)
+        given = {"steps": BASE_STEPS, "base_guidance": guidance} | given
+    return preset(str(pair), mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
+
+
+def _mode(name: str) -> Mode:
+    """A preset's own name means its hybrid."""
+    modes: dict[str, Mode] = {mode: mode for mode in MODES}
+    return modes.get(name, "hybrid")
+
+
+def pair_up(
+    prompts: str | Sequence[str],
+    seeds: SupportsIndex | Sequence[SupportsIndex],
+    *,
+    distinct: bool = True,
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """One prompt and one seed an image.
+
+    One prompt with S seeds is S images, P prompts with one seed are P images that share it, and P
+    prompts with P seeds are pairs. An empty prompt is a legitimate one: sampling without text.
+    Raises InputError for other counts, for a seed outside [0, 2^64), and, where nothing else tells
+    images apart, for a pair given twice.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    numbers = [*seeds] if isinstance(seeds, Sequence) else [seeds]
+    _check_prompts(texts)
+    whole = [_seed(number) for number in numbers]
+    if not (texts and whole and (1 in (len(texts), len(whole)) or len(texts) == len(whole))):
+        raise InputError(
+            f"{len(texts)} prompts and {len(whole)} seeds: give one prompt with any number of "
+            "seeds, several prompts with one seed, or as many seeds as prompts"
+        )
+    count = max(len(texts), len(whole))
+    texts, whole = texts * (count // len(texts)), whole * (count // len(whole))
+    if distinct:
+        _check_distinct(texts, whole)
+    return tuple(texts), tuple(whole)
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """`7`, `3,7` or `0-15`, also mixed (`0-3,8`) -> seeds in that order. Raises InputError."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        if found is None:
+            raise InputError(
+                f"seeds {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
+            )
+        first = int(found[1])
+        last = first if found[2] is None else int(found[2])
+        if last < first:
+            raise InputError(f"seeds {part.strip()!r}: a range must go up, such as {last}-{first}")
+        if last - first >= 1_000_000:
+            raise InputError(
+                f"seeds {part.strip()!r}: a range of {last - first + 1} seeds; at most 10^6"
+            )
+        seeds += range(first, last + 1)
+    pair_up("", seeds)
+    return tuple(seeds)
+
+
+def check_size(size: int | tuple[int, int] | None, default: int, multiple: int) -> tuple[int, int]:
+    """(height, width) in pixels; one number is a square, None the model's own size.
+
+    Raises InputError unless both are positive multiples of `multiple`.
+    """
+    height, width = (size, size) if isinstance(size, int) else size or (default, default)
+    if min(height, width) < multiple or height % multiple or width % multiple:
+        near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
+        raise InputError(
+            f"size {height}x{width}: both sides must be positive multiples of {multiple} pixels; "
+            f"the nearest is {near[0]}x{near[1]}, this model's own is {default}x{default}"
+        )
+    return height, width
+
+
+def check_table(table: StepTable, schedule: str) -> None:
+    """Raise PlanError unless an engine of this noise schedule can run the whole `table`."""
+    if table.schedule != schedule:
+        raise PlanError(
+            f"the table was compiled for noise schedule {table.schedule!r}, these weights have "
+            f"{schedule!r}: compile its plan with engine.compile(plan)"
+        )
+    if table.first or table[-1].sigma_next:
+        raise PlanError(
+            "an engine runs whole tables, from the first row down to sigma 0; run a part with "
+            "headstart.sample"
+        )
+
+
+def check_resume(
+    row: int, table: StepTable, shapes: Sequence[Sequence[int]], expected: Sequence[int]
+) -> None:
+    """Raise InputError unless the State of `row`, with x and x0 of `shapes`, goes on in `table`."""
+    if not 0 <= row < len(table) - 1:
+        raise InputError(
+            f"resume is a State of row {row}: expected one of row 0 to {len(table) - 2} of plan "
+            f"{table.name!r}, so that a row is left to run"
+        )
+    if any(list(shape) != list(expected) for shape in shapes):
+        raise InputError(
+            f"resume: expected x and x0 {list(expected)} for these prompts, seeds and size, got "
+            f"{' and '.join(map(str, shapes))}: a State goes with its own batch"
+        )
+
+
+def _check_prompts(prompts: Sequence[object]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise InputError(f"a prompt is a string, got {type(prompt).__name__}: {prompt!r:.60}")
+
+
+def _seed(value: object) -> int:
+    try:
+        number = operator.index(value)  # pyright: ignore[reportArgumentType]
+    except TypeError:
+        raise InputError(f"a seed is a whole number, got {value!r:.60}") from None
+    if not 0 <= number <= MAX_SEED:
+        raise InputError(f"seed {number} is out of range: expected 0 to 2^64 - 1 ({MAX_SEED})")
+    return number
+
+
+def _check_distinct(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    seen: set[tuple[str, int]] = set()
+    for pair in zip(prompts, seeds, strict=True):
+        if pair in seen:
+            raise InputError(
+                f"seed {pair[1]} is given twice for prompt {pair[0]!r:.60}: it would draw the same "
+                "image again; leave one out"
+            )
+        seen.add(pair)

@@ -1,0 +1,129 @@
+"""The update rules, one row each:  x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import NamedTuple, NoReturn
+
+from headstart.errors import PlanError
+from headstart.plan.prediction import Scalings
+from headstart.plan.schedule import NoiseSchedule
+
+
+class Coefficients(NamedTuple):
+    """keep of (x - x0), add of fresh unit noise, carry of (x0 - previous x0)."""
+
+    keep: float
+    add: float
+    carry: float = 0.0
+
+
+class Transition(NamedTuple):
+    """Everything a rule may read: the step from `sigma` down to `sigma_next`.
+
+    `timestep_next` and `sigma_next` are 0 on the last row. `sigma_before` is the level of the row
+    before where the same model and rule made it, else None: only then is there an x0 to look back
+    to. `eta` and `gamma` are the leg's.
+    """
+
+    schedule: NoiseSchedule
+    sigma: float
+    sigma_next: float
+    timestep_next: float
+    sigma_before: float | None
+    eta: float
+    gamma: float
+
+
+class Update(Enum):
+    """How a row goes from sigma to sigma_next; s = sigma, s' = sigma_next, q = s'/s.
+
+    EULER     keep q. One Euler step of dx/dsigma = (x - x0)/sigma (arXiv:2206.00364, eq. 4), which
+              is DDIM with eta 0.
+    DDIM      keep q*sqrt(1 - eta^2 (1 - q^2)), add eta*s'*sqrt(1 - q^2) (arXiv:2010.02502, eq. 12
+              and 16, divided by sqrt(a')).
+    ANCESTRAL keep q^2, add s'*sqrt(1 - q^2): DDIM with eta 1, the DDPM posterior. SDXL-Turbo.
+    RENOISE   keep 0, add s': x0 under fresh noise (arXiv:2303.01469, alg. 1). LCM, DMD2.
+    TCD       keep r/s, add sqrt(s'^2 - r^2), with r the level of timestep floor((1 - gamma)*t')
+              (arXiv:2402.19159, strategic stochastic sampling). TCD, Hyper-SD.
+    DPMPP_2M  keep q, carry (1 - q)*log(s/s')/(2*log(s_prev/s)) (arXiv:2211.01095, alg. 2). First
+              order where there is no previous x0 and where s' = 0, as diffusers'
+              `lower_order_final` has it.
+    """
+
+    EULER = "euler"
+    DDIM = "ddim"
+    ANCESTRAL = "ancestral"
+    RENOISE = "renoise"
+    TCD = "tcd"
+    DPMPP_2M = "dpmpp_2m"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        known = ", ".join(repr(member.value) for member in cls)
+        raise PlanError(f"unknown update {value!r}: expected one of {known}")
+
+    def coefficients(self, transition: Transition) -> Coefficients:
+        """This rule's row for one transition, in float64."""
+        return _RULES[self](transition)
+
+
+def consistency_boundary(scalings: Scalings, timestep: float) -> Scalings:
+    """Fold the boundary condition x0' = b_out*x0 + b_skip*c_in*x into the row (arXiv:2310.04378).
+
+    b_skip = d^2/((10 t)^2 + d^2), b_out = 10 t/sqrt((10 t)^2 + d^2), d = 0.5: the numbers LCM's
+    networks were distilled with. b_skip is 2.5e-9 at t = 999 and 3.7e-8 at t = 259.
+    """
+    data, scaled = 0.5, 10.0 * timestep
+    b_skip = data**2 / (scaled**2 + data**2)
+    b_out = scaled / math.sqrt(scaled**2 + data**2)
+    c_in, c_skip, c_out = scalings
+    return Scalings(c_in, b_out * c_skip + b_skip * c_in, b_out * c_out)
+
+
+def _euler(at: Transition) -> Coefficients:
+    return Coefficients(keep=at.sigma_next / at.sigma, add=0.0)
+
+
+def _ddim(at: Transition) -> Coefficients:
+    return _ancestral(at, at.eta)
+
+
+def _ancestral(at: Transition, eta: float = 1.0) -> Coefficients:
+    q = at.sigma_next / at.sigma
+    fresh = 1.0 - q * q
+    return Coefficients(q * math.sqrt(1.0 - eta**2 * fresh), eta * at.sigma_next * math.sqrt(fresh))
+
+
+def _renoise(at: Transition) -> Coefficients:
+    return Coefficients(keep=0.0, add=at.sigma_next)
+
+
+def _tcd(at: Transition) -> Coefficients:
+    if at.sigma_next == 0.0:
+        return Coefficients(keep=0.0, add=0.0)
+    # A product that is whole on paper stays whole: (1 - 0.3) * 90 is 62.99999999999999 in float64.
+    target = math.floor((1.0 - at.gamma) * at.timestep_next + 1e-6)
+    # A leg that states its own sigmas can put that level above where the row lands.
+    reached = min(at.schedule.sigma(target), at.sigma_next)
+    return Coefficients(reached / at.sigma, math.sqrt(at.sigma_next**2 - reached**2))
+
+
+def _dpmpp_2m(at: Transition) -> Coefficients:
+    q = at.sigma_next / at.sigma
+    if at.sigma_before is None or q == 0.0:
+        return Coefficients(keep=q, add=0.0)
+    ratio = math.log(at.sigma_before / at.sigma) / -math.log(q)
+    return Coefficients(keep=q, add=0.0, carry=(1.0 - q) / (2.0 * ratio))
+
+
+_RULES: Mapping[Update, Callable[[Transition], Coefficients]] = {
+    Update.EULER: _euler,
+    Update.DDIM: _ddim,
+    Update.ANCESTRAL: _ancestral,
+    Update.RENOISE: _renoise,
+    Update.TCD: _tcd,
+    Update.DPMPP_2M: _dpmpp_2m,
+}

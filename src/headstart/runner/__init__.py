@@ -1,0 +1,1 @@
+"""A network, or a whole run, as Python, compiled, or as one captured graph."""

@@ -1,0 +1,99 @@
+"""A network as one graph: F = network(x_in, timestep, cond), launched at once.
+
+Every tensor that a call may change is copied into a buffer of the graph: x_in, timestep, and each
+field of the conditioning. So new values need no new graph, only new shapes and dtypes do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from headstart.errors import CaptureError
+from headstart.interfaces import Conditioning, Denoiser
+from headstart.networks.residency import compute_dtype
+from headstart.runner.capture import Program, Site, Tensors
+
+_COND = "cond."
+
+
+class GraphRunner:
+    """A denoiser that replays its network: the drop-in for it.
+
+    network        any (x_in, timestep, cond) -> F that does not wait for the device
+    site           where its graphs live; by default that of the first x_in's device
+    dtype          of x_in and of the conditioning; by default that of the network's first float
+                   parameter, else float32
+    memory_format  of x_in, such as torch.channels_last; by default as it comes
+    fallback       run a shape that cannot be captured eagerly, instead of raising CaptureError
+
+    Weights changed in place are seen by the graphs; a parameter, buffer or submodule that is
+    replaced makes a new one. Between the launch and F nothing waits for the device. Threads may
+    call at once: they take turns.
+    """
+
+    def __init__(
+        self,
+        network: Denoiser,
+        site: Site | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        memory_format: torch.memory_format = torch.preserve_format,
+        fallback: bool = False,
+    ) -> None:
+        self.network = network
+        self.site = site
+        self.dtype = dtype or compute_dtype(network)
+        self.memory_format = memory_format
+        self.fallback = fallback
+        self.refusals: list[str] = []
+        """What could not be captured and ran eagerly, where `fallback` was asked for."""
+
+    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        """F [B, C, h, w]: the network's output, in memory of the caller's."""
+        site = self.site or Site.of(x_in.device)
+        program, inputs = self.request(x_in, timestep, cond)
+        try:
+            return site.run(program, inputs)[0]
+        except CaptureError as error:
+            if not self.fallback:
+                raise
+            self.refusals.append(str(error))
+        with torch.no_grad():
+            return program.body(inputs)[0]
+
+    def prepare(self, calls: Iterable[tuple[Tensor, Tensor, Conditioning]]) -> None:
+        """Capture for calls of these shapes ahead of use, the largest first."""
+        examples = list(calls)
+        if examples:
+            site = self.site or Site.of(examples[0][0].device)
+            site.prepare(self.request(*call) for call in examples)
+
+    def request(
+        self, x_in: Tensor, timestep: Tensor, cond: Conditioning
+    ) -> tuple[Program, Tensors]:
+        """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        program = Program(type(self.network).__name__, self._body, (self.network,))
+        x_in = x_in.to(self.dtype, memory_format=self.memory_format)
+        if cond.context.dtype != self.dtype:
+            cond = cond.to(x_in.device, self.dtype)
+        return program, {"x_in": x_in, "timestep": timestep, **named(cond)}
+
+    def _body(self, inputs: Tensors) -> tuple[Tensor, ...]:
+        f = self.network(inputs["x_in"], inputs["timestep"], unnamed(inputs))
+        return (f,)
+
+
+def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:
+    """The fields that a conditioning has, by name."""
+    every = ((field.name, getattr(cond, field.name)) for field in fields(cond))
+    return {prefix + name: tensor for name, tensor in every if tensor is not None}
+
+
+def unnamed(inputs: Tensors, prefix: str = _COND) -> Conditioning:
+    """The conditioning that `named` took apart."""
+    found = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
+    return Conditioning(**found)

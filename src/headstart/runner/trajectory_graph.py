@@ -1,0 +1,303 @@
+"""A whole run as one graph: rows, hand-off, rows, decode, uint8; one launch a batch.
+
+    x = init_scale*n;  each row: F = network(x_in, t), one fused step that writes the next x_in
+    rgb = decode(x)
+
+Coefficients, timesteps and guidance are rows of a device table read at a device-side step; seeds,
+noise, and every field of the conditioning are buffers too. A new schedule, guidance, seed or prompt
+is a copy. Only what shapes the work makes another graph: which model runs a row, whether it is
+guided, whether it draws noise, whether its timestep is whole, and the shapes of all tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning, Denoiser, LatentCodec, NoiseSource
+from headstart.networks.residency import compute_dtype
+from headstart.noise import Philox
+from headstart.plan.table import StepTable
+from headstart.runner.batch import SharedNoise
+from headstart.runner.capture import Program, Site, Tensors
+from headstart.runner.graph import named, unnamed
+from headstart.sampler import require_finite
+from headstart_kernels import COLUMNS, INITIAL, ops
+
+_ROW = "row."
+_TIMESTEP = COLUMNS.index("timestep")
+
+
+class Row(NamedTuple):
+    """What of a row is built into the graph; its numbers are not."""
+
+    model: str
+    guided: bool
+    draws: bool
+    whole: bool
+
+
+class Outcome(NamedTuple):
+    """What a launch leaves on the device.
+
+    rgb      [B, H, W, 3] uint8
+    latents  [B, C, h, w] float32, the state after the last row
+    x0       [S, B, C, h, w] float32, what every row predicted; S is 0 unless kept
+    peaks    [S, B] float32, the largest |x0| of each row: not finite where a network was not
+    finite   [B] bool, whether the decoder's pixels were
+    """
+
+    rgb: Tensor
+    latents: Tensor
+    x0: Tensor
+    peaks: Tensor
+    finite: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrajectoryGraph:
+    """Runs tables as single launches.
+
+    denoisers    the network of every model that the tables name: as they are, not runners
+    codec        turns latents into pixels; codec_dtype: what it takes
+    site         where the graphs live; by default that of the conditioning's device
+    """
+
+    denoisers: Mapping[str, Denoiser]
+    codec: LatentCodec
+    codec_dtype: torch.dtype = torch.float32
+    site: Site | None = None
+
+    def __call__(
+        self,
+        table: StepTable,
+        cond: Conditioning,
+        noise: NoiseSource,
+        *,
+        shape: tuple[int, int, int],
+        uncond: Conditioning | None = None,
+        by_row: Mapping[str, Tensor] | None = None,
+        keep_x0: bool = False,
+        check: bool = True,
+    ) -> Outcome:
+        """The bits of `sample` and decode, for B = len(noise) samples of latents `shape` [C, h, w].
+
+        uncond   for rows with guidance other than 1
+        by_row   fields of the conditioning that change with the row, [S, B, ...] each
+        check    wait for the device at the end, and raise InputError for NaN or infinity, naming
+                 row, model and samples. Without it nothing waits at all
+
+        Raises InputError for what does not fit together, CaptureError for what cannot be captured.
+        """
+        program, inputs = self.request(
+            table, cond, noise, shape=shape, uncond=uncond, by_row=by_row, keep_x0=keep_x0
+        )
+        site = self.site or Site.of(cond.context.device)
+        outcome = Outcome(*site.run(program, inputs))
+        if check:
+            _require_finite(outcome, table)
+        return outcome
+
+    def request(
+        self,
+        table: StepTable,
+        cond: Conditioning,
+        noise: NoiseSource,
+        *,
+        shape: tuple[int, int, int],
+        uncond: Conditioning | None = None,
+        by_row: Mapping[str, Tensor] | None = None,
+        keep_x0: bool = False,
+    ) -> tuple[Program, Tensors]:
+        """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        asked = _Request(self, table, tuple(shape), len(noise), uncond is not None, keep_x0)
+        return asked.program(), asked.inputs(cond, uncond, noise, by_row or {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """One call, checked; `body` is what is captured."""
+
+    graph: TrajectoryGraph
+    table: StepTable
+    shape: tuple[int, ...]
+    batch: int
+    has_uncond: bool
+    keep_x0: bool
+    rows: tuple[Row, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        rows = tuple(
+            Row(s.model, s.guidance != 1.0, s.add != 0.0, s.timestep.is_integer())
+            for s in self.table
+        )
+        object.__setattr__(self, "rows", rows)
+        missing = sorted({row.model for row in rows} - set(self.graph.denoisers))
+        if missing:
+            raise InputError(
+                f"the plan names model(s) {missing}, but there are networks for "
+                f"{sorted(self.graph.denoisers)}: add the missing one"
+            )
+        if self.guided and not self.has_uncond:
+            raise InputError(
+                "a row of this plan has guidance, so it needs uncond=, the conditioning of the "
+                "negative prompt; guidance 1.0 needs none"
+            )
+        if self.table.first:
+            raise InputError(
+                f"this part of a plan begins at row {self.table.first}: one graph runs a plan from "
+                "its start; go on from a State with headstart.sample"
+            )
+
+    @property
+    def guided(self) -> bool:
+        return any(row.guided for row in self.rows)
+
+    def program(self) -> Program:
+        models = tuple(dict.fromkeys(row.model for row in self.rows))
+        networks = (*(self.graph.denoisers[model] for model in models), self.graph.codec)
+        key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0)
+        return Program("the trajectory", self.body, networks, key)
+
+    def inputs(
+        self,
+        cond: Conditioning,
+        uncond: Conditioning | None,
+        noise: NoiseSource,
+        by_row: Mapping[str, Tensor],
+    ) -> Tensors:
+        device, table = cond.context.device, self.table
+        steps = sorted({name for step in table for name, _ in step.adapters})
+        if steps and not by_row:
+            raise InputError(
+                f"rows of this plan set adapter(s) {steps}: give their strengths as a field of the "
+                "conditioning in by_row=, or sample with an Engine that has them attached"
+            )
+        tensors = {
+            "table": _placed(table.coefficients(), device),
+            "init_scale": _placed(np.float32(table.init_scale), device),
+            "step": _placed(np.int64(0), device),
+            **named(cond.expand(self.batch)),
+            **self._noise(noise, device),
+        }
+        if self.guided and uncond is not None:
+            tensors |= named(uncond.expand(self.batch), "uncond.")
+        for name, column in by_row.items():
+            if column.shape[:2] != (len(table), self.batch):
+                raise InputError(
+                    f"by_row[{name!r}]: expected [{len(table)}, {self.batch}, ...], a value for "
+                    f"each row and sample, got {list(column.shape)}"
+                )
+            tensors[_ROW + name] = column
+        return tensors
+
+    def _noise(self, noise: NoiseSource, device: torch.device) -> Tensors:
+        """Keys of counter-based noise, which the graph draws; of another source, its draws."""
+        keys = _keys(noise)
+        if keys is not None:
+            seeds, samples = (np.array(k, np.uint64).astype(np.int64) for k in keys)
+            return {"seeds": _placed(seeds, device), "samples": _placed(samples, device)}
+        draws = [noise.initial(self.shape, device)]
+        draws += [noise.step(i, self.shape, device) for i, row in enumerate(self.rows) if row.draws]
+        return {"noise": torch.stack(draws)}
+
+    def body(self, inputs: Tensors) -> tuple[Tensor, ...]:
+        """The run, as it is captured: no number in it comes from the table but through a buffer."""
+        table, step = inputs["table"], inputs["step"]
+        draws = iter(inputs["noise"].unbind()) if "noise" in inputs else None
+
+        def draw(row: Tensor) -> Tensor:
+            if draws is not None:
+                return next(draws)
+            return ops.philox_normal(inputs["seeds"], inputs["samples"], row, self.shape)
+
+        x = draw(torch.full_like(step, INITIAL)) * inputs["init_scale"]
+        x_in = self._first_input(x, table, step)
+        x0, kept, peaks = x, list[Tensor](), list[Tensor]()
+        for number, row in enumerate(self.rows):
+            f = self._predict(row, x_in, inputs)
+            f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
+            noise = draw(step) if row.draws else None
+            following = self._next_input(number, x)
+            x, x0 = ops.fused_step(
+                x, f_cond, table, step, f_uncond, None, noise, x0, following
+            )  # fmt: skip
+            x_in = x if following is None else following
+            step.add_(1)
+            peaks.append(x0.abs().amax((1, 2, 3)))
+            if self.keep_x0:
+                kept.append(x0)
+        pixels = self.graph.codec.decode(x.to(self.graph.codec_dtype))
+        finite = torch.isfinite(pixels).flatten(1).all(1)
+        stack = torch.stack(kept) if kept else x.new_empty((0, *x.shape))
+        return ops.decode_u8(pixels), x, stack, torch.stack(peaks), finite
+
+    def _predict(self, row: Row, x_in: Tensor, inputs: Tensors) -> Tensor:
+        network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
+        cond = unnamed(inputs)
+        if row.guided:
+            cond = Conditioning.cat((unnamed(inputs, "uncond."), cond))
+        if cond.context.dtype != x_in.dtype:
+            cond = cond.to(x_in.device, x_in.dtype)
+        changes = {
+            name.removeprefix(_ROW): column.index_select(0, step)[0]
+            for name, column in inputs.items()
+            if name.startswith(_ROW)
+        }
+        if row.guided:
+            changes = {name: torch.cat((value, value)) for name, value in changes.items()}
+        timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))
+        timestep = timestep.to(torch.int64) if row.whole else timestep.contiguous()
+        return network(x_in, timestep, replace(cond, **changes))
+
+    def _first_input(self, x: Tensor, table: Tensor, step: Tensor) -> Tensor:
+        row = self.rows[0]
+        x_in = ops.scale_input(x, table, step, self._dtype(row))
+        return torch.cat((x_in, x_in)) if row.guided else x_in
+
+    def _next_input(self, number: int, x: Tensor) -> Tensor | None:
+        """Memory for what the next row's network sees, which the fused step writes."""
+        if number + 1 == len(self.rows):
+            return None
+        row = self.rows[number + 1]
+        size = (len(x) * (1 + row.guided), *x.shape[1:])
+        return torch.empty(size, dtype=self._dtype(row), device=x.device)
+
+    def _dtype(self, row: Row) -> torch.dtype:
+        network = self.graph.denoisers[row.model]
+        return getattr(network, "dtype", None) or compute_dtype(network)
+
+
+def _keys(noise: NoiseSource) -> tuple[list[int], list[int]] | None:
+    if isinstance(noise, SharedNoise):
+        seeds, samples = noise.distinct.seeds, noise.distinct.samples
+        return [seeds[row] for row in noise.rows], [samples[row] for row in noise.rows]
+    if isinstance(noise, Philox):
+        return list(noise.seeds), list(noise.samples)
+    return None
+
+
+def _placed(values: object, device: torch.device) -> Tensor:
+    """Numbers on the device; from pinned memory, so that the copy is not waited for."""
+    host = torch.tensor(values)
+    if device.type == "cuda" and torch.cuda.is_available():
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
+
+
+def _require_finite(outcome: Outcome, table: StepTable) -> None:
+    for number, (step, peak) in enumerate(zip(table, outcome.peaks.cpu(), strict=True)):
+        require_finite(number, step.model, peak)
+    good = cast(list[bool], outcome.finite.tolist())  # pyright: ignore[reportUnknownMemberType]
+    bad = [sample for sample, fine in enumerate(good) if not fine]
+    if bad:
+        raise InputError(
+            f"the decoder gave NaN or infinity for sample(s) {bad}: a half-precision decoder "
+            "overflowed; use float32 or bfloat16 for it"
+        )

@@ -1,0 +1,310 @@
+"""Folders of images as numbers: how varied, how faithful, and whether two plans differ.
+
+row  = diversity, MSS, Vendi and score over prompts; Frechet, KID, precision ... to a reference
+pair = a - b on the prompts and seeds that both folders have
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from headstart.errors import InputError
+from headstart.metrics.features import SCORER, Judge
+from headstart.metrics.fidelity import Moments, Neighbours, frechet_interval, kid, neighbours
+from headstart.metrics.metrics import Array, vendi
+from headstart.metrics.resample import (
+    Interval,
+    Measured,
+    Paired,
+    measure_diversity,
+    measure_each,
+    measure_mean,
+    over_prompts,
+    over_seeds,
+    paired,
+)
+from headstart.sweep.gallery import Gallery, load_rgb, read_pictures
+
+WIDE = 512
+"""Above this many features a Frechet interval takes 50 draws, not 200: one costs a second."""
+
+OnImages = Callable[[int], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """A gallery's features [n, d], and scores [n] against its own prompts, in its order."""
+
+    gallery: Gallery
+    features: Array
+    scores: Array | None
+
+    def split(self, values: Array) -> list[Array]:
+        """One array a prompt."""
+        ends = [0, *np.cumsum(self.gallery.sizes).tolist()]
+        return [values[a:b] for a, b in pairwise(ends)]
+
+
+class Reference(NamedTuple):
+    """What images are compared with: moments, and features [m, d] where there are images."""
+
+    name: str
+    moments: Moments
+    features: Array | None = None
+
+
+class Spread(NamedTuple):
+    """A mean over prompts, with both intervals; None where there is but one prompt, or seed."""
+
+    value: float
+    over_prompts: Interval | None
+    over_seeds: Interval | None
+
+    @classmethod
+    def of(cls, measured: Measured) -> Spread:
+        return cls(measured.mean, over_prompts(measured), over_seeds(measured))
+
+    @property
+    def best(self) -> Interval | None:
+        return self.over_prompts or self.over_seeds
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "value": round(self.value, 5),
+            "over_prompts_95": _ends(self.over_prompts),
+            "over_seeds_95": _ends(self.over_seeds),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One folder. `varied` are the prompts with two images or more, which diversity is of."""
+
+    gallery: Gallery
+    varied: int
+    diversity: Spread | None
+    vendi: Spread | None
+    score: Spread | None
+    frechet: Interval | None = None
+    kid: Interval | None = None
+    neighbours: Neighbours | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        own = self.gallery
+        return {
+            "folder": own.name,
+            "plan": own.plan,
+            "passes": own.passes,
+            "images": len(own.pictures),
+            "prompts": len(own.prompts),
+            "missing": own.missing,
+            "prompts_with_two_images": self.varied,
+            "diversity": None if self.diversity is None else self.diversity.to_json(),
+            "mss": None if self.diversity is None else round(1.0 - self.diversity.value, 5),
+            "vendi": None if self.vendi is None else self.vendi.to_json(),
+            "score": None if self.score is None else self.score.to_json(),
+            "frechet": _interval(self.frechet),
+            "kid": _interval(self.kid),
+            "neighbours": None if self.neighbours is None else self.neighbours._asdict(),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contrast:
+    """Folder a minus folder b on `prompts` prompts with `images` images of each folder."""
+
+    a: str
+    b: str
+    prompts: int
+    images: int
+    diversity: Paired | None
+    score: Paired | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "a": self.a,
+            "b": self.b,
+            "prompts": self.prompts,
+            "images": self.images,
+            "diversity": None if self.diversity is None else _paired(self.diversity),
+            "score": None if self.score is None else _paired(self.score),
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Rows in the order of the folders, and each further folder against the first."""
+
+    extractor: str
+    reference: Reference | None
+    rows: tuple[Row, ...]
+    contrasts: tuple[Contrast, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        reference = None
+        if self.reference is not None:
+            known = self.reference.features
+            images = None if known is None else len(known)
+            reference = {"name": self.reference.name, "images": images}
+        return {
+            "features": self.extractor,
+            "reference": reference,
+            "rows": [row.to_json() for row in self.rows],
+            "paired": [contrast.to_json() for contrast in self.contrasts],
+        }
+
+
+def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
+    """Features, and scores where the judge has them, of every picture."""
+    features: list[Array] = []
+    scores: list[Array] = []
+    begin = 0
+    for rgb in load_rgb([picture.path for picture in gallery.pictures]):
+        features.append(judge.extractor.features(rgb))
+        if judge.score is not None:
+            own = gallery.pictures[begin : begin + len(rgb)]
+            scores.append(judge.score(rgb, [picture.prompt for picture in own]))
+        begin += len(rgb)
+        on_images(len(rgb))
+    return Seen(
+        gallery=gallery,
+        features=np.concatenate(features),
+        scores=np.concatenate(scores) if scores else None,
+    )
+
+
+def read_reference(name: str, judge: Judge, on_images: OnImages = lambda _: None) -> Reference:
+    """Features of a folder's pictures; "bundled": moments of the demo pair's training pictures.
+
+    Raises InputError for "bundled" with features other than the scorer's.
+    """
+    if name != "bundled":
+        parts: list[Array] = []
+        for rgb in load_rgb(read_pictures(Path(name))):
+            parts.append(judge.extractor.features(rgb))
+            on_images(len(rgb))
+        features = np.concatenate(parts)
+        return Reference(name, Moments.of(features), features)
+    if judge.extractor.name != SCORER:
+        raise InputError(
+            f"the bundled reference is of {SCORER} features, not of {judge.extractor.name}: leave "
+            "--features out, or give a folder of pictures as --reference"
+        )
+    import headstart_weights
+    from headstart.checkpoint.tensors import Checkpoint
+
+    file = Checkpoint((headstart_weights.path("reference"),))
+    mean, covariance = (file.tensor(key).double().numpy() for key in ("mean", "covariance"))
+    return Reference("the demo pair's training pictures", Moments(mean, covariance))
+
+
+def evaluate(seen: Sequence[Seen], judge: Judge, reference: Reference | None = None) -> Evaluation:
+    """Everything that can be said of these folders; later ones are paired with the first."""
+    return Evaluation(
+        extractor=judge.extractor.name,
+        reference=reference,
+        rows=tuple(_row(own, reference) for own in seen),
+        contrasts=tuple(
+            found for other in seen[1:] if (found := contrast(other, seen[0])) is not None
+        ),
+    )
+
+
+def contrast(a: Seen, b: Seen) -> Contrast | None:
+    """a - b on the images that both have; None where they share none."""
+    keys = [{(p.prompt, p.seed) for p in own.gallery.pictures} for own in (a, b)]
+    shared = keys[0] & keys[1]
+    if not shared:
+        return None
+    left, right = _only(a, shared), _only(b, shared)
+    several = [prompt for prompt, group in left.items() if len(group[0]) > 1]
+    diversity = score = None
+    if several:
+        diversity = paired(
+            measure_diversity([left[prompt][0] for prompt in several]),
+            measure_diversity([right[prompt][0] for prompt in several]),
+        )
+    if a.scores is not None and b.scores is not None:
+        scored = [measure_mean([group[1] for group in own.values()]) for own in (left, right)]
+        score = paired(*scored)
+    return Contrast(
+        a=a.gallery.name,
+        b=b.gallery.name,
+        prompts=len(left),
+        images=len(shared),
+        diversity=diversity,
+        score=score,
+    )
+
+
+def _only(seen: Seen, shared: set[tuple[str, int]]) -> dict[str, tuple[Array, Array]]:
+    """Prompt -> (features, scores) of the shared images by seed; prompts in one order for both."""
+    order = {prompt: n for n, prompt in enumerate(sorted({prompt for prompt, _ in shared}))}
+    rows: dict[str, list[int]] = {prompt: [] for prompt in order}
+    for row, picture in enumerate(seen.gallery.pictures):
+        if (picture.prompt, picture.seed) in shared:
+            rows[picture.prompt].append(row)
+    scores = np.zeros(len(seen.features)) if seen.scores is None else seen.scores
+    return {prompt: (seen.features[own], scores[own]) for prompt, own in rows.items()}
+
+
+def _row(seen: Seen, reference: Reference | None) -> Row:
+    groups = [group for group in seen.split(seen.features) if len(group) > 1]
+    scores = None if seen.scores is None else measure_mean(seen.split(seen.scores))
+    row = Row(
+        gallery=seen.gallery,
+        varied=len(groups),
+        diversity=Spread.of(measure_diversity(groups)) if groups else None,
+        vendi=Spread.of(measure_each(groups, vendi)) if groups else None,
+        score=None if scores is None else Spread.of(scores),
+    )
+    if reference is None or len(seen.features) < 2:
+        return row
+    return _with_reference(row, seen, reference)
+
+
+def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
+    from dataclasses import replace
+
+    sizes, known = seen.gallery.sizes, reference.features
+    # One image a prompt has no seeds to draw: then the images themselves are drawn.
+    strata = sizes if min(sizes) > 1 else (sum(sizes),)
+    draws = 50 if seen.features.shape[1] > WIDE else 200
+    row = replace(
+        row,
+        frechet=frechet_interval(seen.features, reference.moments, sizes=strata, resamples=draws),
+    )
+    if known is None:
+        return row
+    k = min(5, len(known) - 1, len(seen.features) - 1)
+    return replace(
+        row,
+        kid=kid(seen.features, known, sizes=strata),
+        neighbours=neighbours(seen.features, known, k=k) if k > 0 else None,
+    )
+
+
+def _ends(interval: Interval | None) -> list[float] | None:
+    return None if interval is None else [round(interval.low, 5), round(interval.high, 5)]
+
+
+def _interval(interval: Interval | None) -> dict[str, Any] | None:
+    if interval is None:
+        return None
+    return {"value": round(interval.value, 6), "over_seeds_95": interval.rounded(6)[1:]}
+
+
+def _paired(found: Paired) -> dict[str, Any]:
+    interval = found.over_prompts or found.over_seeds
+    return {
+        "difference": None if interval is None else round(interval.value, 5),
+        "over_prompts_95": _ends(found.over_prompts),
+        "over_seeds_95": _ends(found.over_seeds),
+        "p_value": found.p_value,
+    }

@@ -1,0 +1,147 @@
+"""A folder of images with the prompt and seed of each: what `headstart sample` or `sweep` wrote."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from headstart.errors import InputError
+from headstart.sweep.ledger import SETTINGS, read_entries, read_settings
+
+RECORD = "record.json"
+PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+class Picture(NamedTuple):
+    """One image file and what it was drawn for."""
+
+    prompt: str
+    seed: int
+    path: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gallery:
+    """Pictures by prompt, in order of first appearance, and by seed.
+
+    name     the folder as it was given
+    plan     the plan's name; passes: network passes an image
+    missing  cases of the sweep that are not finished
+    """
+
+    name: str
+    pictures: tuple[Picture, ...]
+    plan: str
+    passes: int
+    missing: int = 0
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(picture.prompt for picture in self.pictures))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Images of each prompt."""
+        found = dict.fromkeys(self.prompts, 0)
+        for picture in self.pictures:
+            found[picture.prompt] += 1
+        return tuple(found.values())
+
+
+def read_gallery(folder: Path) -> Gallery:
+    """What a sweep (also an unfinished or sharded one) or a sample run wrote into `folder`.
+
+    Raises InputError for a folder of neither, and for one whose images are gone.
+    """
+    if not folder.is_dir():
+        raise InputError(f"no folder {str(folder)!r}: give one that sample or sweep wrote")
+    try:
+        gallery = _of_sweep(folder) if (folder / SETTINGS).exists() else _of_record(folder)
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{str(folder)!r} is damaged: {error!r:.100}") from error
+    gone = [picture.path.name for picture in gallery.pictures if not picture.path.is_file()]
+    if gone or not gallery.pictures:
+        what = f"{gone[0]} and {len(gone) - 1} more are gone" if gone else "no image is finished"
+        raise InputError(f"{str(folder)!r}: {what}: run the sweep again, it draws what is missing")
+    return gallery
+
+
+def read_pictures(folder: Path) -> tuple[Path, ...]:
+    """Every picture of a folder, by name: a reference set. Raises InputError where it has none."""
+    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise InputError(f"no pictures in {str(folder)!r}: expected {', '.join(PICTURES)} files")
+    return tuple(found)
+
+
+def load_rgb(paths: Sequence[Path], batch: int = 64) -> Iterator[NDArray[np.uint8]]:
+    """uint8 [n, H, W, 3] of consecutive pictures of one size, `batch` at most."""
+    waiting: list[NDArray[np.uint8]] = []
+    for path in paths:
+        rgb = _load(path)
+        if waiting and (rgb.shape != waiting[0].shape or len(waiting) == batch):
+            yield np.stack(waiting)
+            waiting = []
+        waiting.append(rgb)
+    if waiting:
+        yield np.stack(waiting)
+
+
+def _load(path: Path) -> NDArray[np.uint8]:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise InputError(f"{str(path)!r} cannot be read as a picture: {error}") from error
+
+
+def _of_sweep(folder: Path) -> Gallery:
+    settings = read_settings(folder) or {}
+    entries = read_entries(folder)
+    pictures = [Picture(e.prompt, e.evaluation_seed, folder / e.file) for e in entries]
+    return Gallery(
+        name=str(folder),
+        pictures=_in_order(pictures),
+        plan=str(settings["plan"]),
+        passes=int(settings["passes"]),
+        missing=int(settings["cases"]["count"]) - len(entries),
+    )
+
+
+def _of_record(folder: Path) -> Gallery:
+    path = folder / RECORD
+    if not path.exists():
+        raise InputError(
+            f"{str(folder)!r} has no {SETTINGS} and no {RECORD}: give a folder that sample or "
+            "sweep wrote"
+        )
+    record: Any = json.loads(path.read_text(encoding="utf-8"))
+    table = record["table"]
+    guidance = table["columns"].index("guidance")
+    pairs = zip(record["prompts"], record["seeds"], strict=True)
+    pictures = [
+        Picture(str(prompt), int(seed), folder / f"{number:06d}.png")
+        for number, (prompt, seed) in enumerate(pairs)
+    ]
+    return Gallery(
+        name=str(folder),
+        pictures=_in_order(pictures),
+        plan=str(table["name"]),
+        passes=sum(1 if row[guidance] == 1.0 else 2 for row in table["rows"]),
+    )
+
+
+def _in_order(pictures: Sequence[Picture]) -> tuple[Picture, ...]:
+    """By prompt and seed; of two files of one image the first, or it would pair with itself."""
+    place = {p: n for n, p in enumerate(dict.fromkeys(picture.prompt for picture in pictures))}
+    distinct = {(place[p.prompt], p.seed): p for p in reversed(pictures)}
+    return tuple(distinct[key] for key in sorted(distinct))

@@ -1,0 +1,289 @@
+"""What a sweep has finished, on disk, so that it can be ended at any moment and gone on with.
+
+    DIR/sweep.json           settings: cases, plan, weights; written first, the same for all
+    DIR/000000.png           aside -> fsync -> rename
+    DIR/shards/0000.jsonl    one line an image that is in place, fsynced; one file a rank
+    DIR/manifest.jsonl       all lines by case number, once every case has one
+
+A line follows its image, so a kill in between costs one image drawn again, to the same bits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from headstart.errors import InputError
+from headstart.output import write_file
+from headstart.sweep.jobs import Case
+
+FORMAT = "headstart.sweep/1"
+SETTINGS, MANIFEST, SHARDS = "sweep.json", "manifest.jsonl", "shards"
+IDENTITY = ("format", "cases", "table", "negative", "size", "batch", "dtype", "weights")
+"""What decides the images. `machine` may change: it is told where bits differ."""
+
+
+class Entry(NamedTuple):
+    """One finished image, as a line of a shard and of the manifest."""
+
+    case_number: int
+    prompt: str
+    evaluation_seed: int
+    file: str
+    sha256: str
+    size_bytes: int
+
+    @classmethod
+    def of(cls, case: Case, data: bytes) -> Entry:
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(case.number, case.prompt, case.seed, case.file, digest, len(data))
+
+    def line(self) -> bytes:
+        return json.dumps(self._asdict(), ensure_ascii=True).encode() + b"\n"
+
+    def is_of(self, case: Case) -> bool:
+        return self[:4] == (case.number, case.prompt, case.seed, case.file)
+
+    def is_intact(self, folder: Path) -> bool:
+        """Whether the file is there with the recorded bytes."""
+        try:
+            with (folder / self.file).open("rb") as stream:
+                return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+        except OSError:
+            return False
+
+
+class Shard(NamedTuple):
+    """Which of `world` processes this is. Batches are dealt in turn: batch % world == rank."""
+
+    rank: int = 0
+    world: int = 1
+
+    @classmethod
+    def of_environment(cls, environment: Mapping[str, str]) -> Shard:
+        """What torchrun says in RANK and WORLD_SIZE; without them, the only process.
+
+        Raises InputError where only one of them is set or they are no rank of a world.
+        """
+        found = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
+        if found == [None, None]:
+            return cls()
+        try:
+            shard = cls(*(int(str(value)) for value in found))
+        except ValueError:
+            shard = cls(-1)
+        if not 0 <= shard.rank < shard.world:
+            raise InputError(
+                f"RANK={found[0]} and WORLD_SIZE={found[1]}: expected 0 <= RANK < WORLD_SIZE, as "
+                "torchrun sets them; unset both to run as one process"
+            )
+        return shard
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """A sweep's folder as one rank has it open; use `open_ledger`.
+
+    lines  case number -> what all ranks had recorded of it when this one opened the folder
+    """
+
+    folder: Path
+    shard: Shard
+    journal: BinaryIO
+    lines: Mapping[int, list[Entry]]
+
+    def intact(self, case: Case) -> bool:
+        """Whether the case was finished: a line of this very case, and its file as recorded."""
+        own = (entry for entry in self.lines.get(case.number, ()) if entry.is_of(case))
+        return any(entry.is_intact(self.folder) for entry in own)
+
+    def add(self, images: Iterable[tuple[Case, bytes]]) -> None:
+        """Put files in place, then their lines. Raises InputError on a full or failing disk."""
+        entries: list[Entry] = []
+        for case, data in images:
+            # A name of its own for each rank: what a killed one left is overwritten.
+            write_file(self.folder / case.file, data, writer=f"rank{self.shard.rank}")
+            entries.append(Entry.of(case, data))
+        try:
+            self.journal.write(b"".join(entry.line() for entry in entries))
+            self.journal.flush()
+            os.fsync(self.journal.fileno())
+        except OSError as error:
+            raise InputError(f"could not write {self.journal.name!r}: {error.strerror}") from error
+
+    def begin(self) -> None:
+        """Work is left, so the manifest of an earlier run is no longer true."""
+        (self.folder / MANIFEST).unlink(missing_ok=True)
+
+    def merge(self, cases: Iterable[Case]) -> bool:
+        """Write the manifest if every case of every rank has its file and line; whether it did.
+
+        The last rank to finish finds all lines, and any that finds them writes the same bytes.
+        """
+        lines = _read_shards(self.folder)
+        entries: list[Entry] = []
+        for case in cases:
+            known = dict.fromkeys(e for e in lines.get(case.number, ()) if e.is_of(case))
+            found = [e for e in known if _has_size(self.folder / e.file, e.size_bytes)]
+            if len(found) > 1:  # drawn again on another machine: the file says which line is true
+                found = [e for e in found if e.is_intact(self.folder)]
+            if not found:
+                return False
+            entries.append(found[-1])
+        whole = b"".join(entry.line() for entry in sorted(entries))
+        write_file(self.folder / MANIFEST, whole, writer=f"rank{self.shard.rank}")
+        for stale in self.folder.glob(".*.png.rank*.partial"):  # of ranks that were killed
+            stale.unlink(missing_ok=True)
+        return True
+
+
+@contextmanager
+def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Generator[Ledger]:
+    """The ledger of `folder` for one rank, which is locked until the end or until it is killed.
+
+    Raises InputError for a folder of other settings, one that holds anything else, and one in
+    which another process is this rank.
+    """
+    check_settings(folder, settings)
+    try:
+        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
+        path = folder / SHARDS / f"{shard.rank:04d}.jsonl"
+        with path.open("a+b") as journal:
+            _lock(journal, folder, shard)
+            _drop_torn_line(journal)
+            if not (folder / SETTINGS).exists():
+                text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+                write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
+            check_settings(folder, settings)  # another rank may have been first
+            yield Ledger(folder, shard, journal, _read_shards(folder))
+    except OSError as error:
+        raise InputError(
+            f"could not write into {str(folder)!r}: {error.strerror or error}"
+        ) from error
+
+
+def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raise InputError unless the folder is free, or holds a sweep of these settings."""
+    found = read_settings(folder)
+    if found is None:
+        stranger = _stranger(folder)
+        found = read_settings(folder)  # another rank may have begun in the meantime
+        if stranger is not None and found is None:
+            raise InputError(
+                f"{str(folder)!r} holds {stranger!r} and no {SETTINGS}: give an empty folder, or "
+                "that of a sweep to go on with"
+            )
+    if found is None:
+        return
+    now = json.loads(json.dumps(settings))
+    changed = [key for key in IDENTITY if _identity(found, key) != _identity(now, key)]
+    if changed:
+        told = "; ".join(f"{k}: {_short(found.get(k))} then, {_short(now.get(k))} now"
+                         for k in changed)  # fmt: skip
+        raise InputError(
+            f"{str(folder)!r} was made with other settings ({told}): give those again to go on, or "
+            "another --out"
+        )
+
+
+def read_settings(folder: Path) -> dict[str, Any] | None:
+    """What sweep.json says, None where there is none. Raises InputError where it is damaged."""
+    try:
+        found: Any = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        if found["format"] != FORMAT:
+            raise InputError(f"{folder / SETTINGS}: expected {FORMAT}, got {found['format']!r:.60}")
+        _identity(found, "weights")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, TypeError, KeyError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / SETTINGS} is damaged: choose another --out") from error
+    return found
+
+
+def read_entries(folder: Path) -> tuple[Entry, ...]:
+    """What is finished, by case number: the manifest's lines, or those of all shards so far."""
+    whole = folder / MANIFEST
+    lines = _read_lines(whole) if whole.exists() else None
+    if lines is not None:
+        return tuple(lines)
+    return tuple(entries[-1] for _, entries in sorted(_read_shards(folder).items()))
+
+
+def _read_shards(folder: Path) -> dict[int, list[Entry]]:
+    found: dict[int, list[Entry]] = {}
+    for path in sorted((folder / SHARDS).glob("*.jsonl")):
+        for entry in _read_lines(path):
+            found.setdefault(entry.case_number, []).append(entry)
+    return found
+
+
+def _read_lines(path: Path) -> list[Entry]:
+    """A line that was cut off, or is no entry, finishes nothing: its case is drawn again."""
+    found: list[Entry] = []
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            values: dict[str, Any] = json.loads(line)
+            kinds = {name: type(value).__name__ for name, value in values.items()}
+        except (ValueError, AttributeError):
+            continue
+        if kinds == _KINDS and values["file"] == Path(values["file"]).name:
+            found.append(Entry(**values))
+    return found
+
+
+_KINDS = dict(zip(Entry._fields, ("int", "str", "int", "str", "str", "int"), strict=True))
+
+
+def _lock(journal: BinaryIO, folder: Path, shard: Shard) -> None:
+    try:
+        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another process is sweeping into {str(folder)!r} as rank {shard.rank}: wait for it, "
+            "end it, or choose another --out"
+        ) from None
+
+
+def _drop_torn_line(journal: BinaryIO) -> None:
+    journal.seek(0)
+    whole = journal.read()
+    journal.truncate(whole.rfind(b"\n") + 1)
+
+
+def _has_size(path: Path, size_bytes: int) -> bool:
+    try:
+        return path.stat().st_size == size_bytes
+    except OSError:
+        return False
+
+
+def _stranger(folder: Path) -> str | None:
+    """The first thing in the folder that a sweep does not begin with."""
+    if _read_shards(folder):
+        return SHARDS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return min((n for n in names if n != SHARDS and not n.endswith(".partial")), default=None)
+
+
+def _identity(settings: Mapping[str, Any], key: str) -> object:
+    """Weights are their digests: a file may be moved."""
+    value: Any = settings.get(key, {})
+    return {role: value[role]["sha256"] for role in value} if key == "weights" else value
+
+
+def _short(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 80 else f"{text[:60]}… (sha256 {_digest(text)})"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]

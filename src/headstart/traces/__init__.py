@@ -1,0 +1,1 @@
+"""What every step is aiming at: its numbers, and how it is drawn."""

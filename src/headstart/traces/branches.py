@@ -1,0 +1,190 @@
+"""Another way on from a kept state: other rows, another model, fresh noise or another prompt.
+
+row K of the new run starts at x of row K - 1, or at x0 + sigma_K*n with n drawn from other seeds
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import SupportsIndex, final
+
+import torch
+from torch import Tensor
+
+from headstart.engine.engine import Engine
+from headstart.engine.trajectory import Trajectory
+from headstart.errors import InputError, PlanError
+from headstart.noise import Philox
+from headstart.plan.prediction import Prediction, Scalings
+from headstart.plan.request import pair_up
+from headstart.plan.table import Step, StepTable
+from headstart.plan.update import consistency_boundary
+from headstart.sampler import State
+from headstart_kernels import decode_u8
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Branch:
+    """What came out of going on differently; tensors are on the engine's device.
+
+    rgb        uint8 [B, H, W, 3];  latents float32 [B, C, h, w], at noise level 0
+    x0         float32 [S, B, C, h, w] of all rows, those before the branch from the origin; None
+               where the origin kept none
+    table      all rows: those that were kept, and those that ran anew
+    from_step  the first row that ran anew
+    change     what is different, in words
+    """
+
+    rgb: Tensor
+    latents: Tensor
+    x0: Tensor | None
+    table: StepTable
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    from_step: int
+    change: str
+    chunk: int
+    lineage: str | None
+
+
+def branch(
+    engine: Engine,
+    origin: Trajectory,
+    state: State,
+    *,
+    model: str | None = None,
+    reseed: SupportsIndex | Sequence[SupportsIndex] | None = None,
+    guidance: float | None = None,
+    prompt: str | None = None,
+) -> Branch:
+    """Go on from `state`, a State of the run `origin`, with what is given changed.
+
+        states: list[hs.State] = []
+        origin = engine.sample("a fox", seeds=[1, 2], keep_x0=True, on_step=states.append)
+        other = hs.branch(engine, origin, states[1], model="base")
+
+    model     runs all rows left, on the same noise levels
+    reseed    one seed an image; noise is drawn from these, and the start is drawn anew: what is
+              predicted stays, under fresh noise. One image may go on under several seeds
+    guidance  of all rows left; prompt: of all rows left
+
+    With nothing changed it gives the bits of the origin. Raises InputError or PlanError for a
+    change that cannot be made, before a network runs.
+    """
+    first = state.step + 1
+    if not 1 <= first < len(origin.table):
+        raise InputError(
+            f"a branch starts at row 1 to {len(origin.table) - 1} of plan {origin.table.name!r}, "
+            f"not at row {first}: row 0 is another run, and there is no row after the last"
+        )
+    words = _told(model, reseed, guidance, prompt)
+    table = changed(origin.table, first, engine.weights.predictions, model=model, guidance=guidance)
+    seeds = origin.seeds if reseed is None else pair_up("", reseed)[1]
+    kept = None if origin.x0 is None else origin.x0[:first]
+    if reseed is not None:
+        state = _renoised(state, table[first].sigma, seeds)
+        kept = None if kept is None else _spread(kept, len(seeds), 1)
+    prompts = origin.prompts if prompt is None else (prompt,)
+    if len(seeds) != len(prompts):
+        prompts = prompts[:1] * len(seeds)
+    run = engine.iterate(
+        prompts, plan=table, seeds=seeds, negative=origin.negative, size=origin.size,
+        batch=min(origin.chunk, len(seeds)), resume=state,
+    )  # fmt: skip
+    made: list[Tensor] = []
+    for state in run:
+        if kept is not None:
+            made.append(state.x0)
+    return Branch(
+        rgb=_decoded(engine, state.x, origin.chunk),
+        latents=state.x,
+        x0=None if kept is None else torch.cat((kept, torch.stack(made))),
+        table=replace(table, name=f"{origin.table.name} · {words}"),
+        prompts=prompts,
+        seeds=seeds,
+        from_step=first,
+        change=words,
+        chunk=origin.chunk,
+        lineage=origin.lineage,
+    )
+
+
+def changed(
+    table: StepTable,
+    first: int,
+    predictions: Mapping[str, Prediction],
+    *,
+    model: str | None = None,
+    guidance: float | None = None,
+) -> StepTable:
+    """The table with another model or guidance from row `first` on, at the same noise levels.
+
+    A row that looks back on the x0 of another model (`carry`) becomes first order, as a plan's
+    first row of a leg is. Raises PlanError for an unknown model or a guidance below 0.
+    """
+    if model is not None and model not in predictions:
+        raise PlanError(f"no model {model!r} to switch to: there is {', '.join(predictions)}")
+    if guidance is not None and not 0.0 <= guidance < float("inf"):
+        raise PlanError(f"guidance must be a finite number >= 0, not {guidance!r}")
+    rows = list(table)
+    for index in range(first, len(rows)):
+        row = rows[index]
+        if model is not None:
+            row = _switched(row, model, predictions)
+        if guidance is not None:
+            row = row._replace(guidance=float(guidance))
+        if row.carry and rows[index - 1].model != row.model:
+            row = row._replace(carry=0.0)
+        rows[index] = row
+    return replace(table, steps=tuple(rows))
+
+
+def _switched(row: Step, model: str, predictions: Mapping[str, Prediction]) -> Step:
+    """The row by another model; LCM's boundary stays folded in where it was."""
+    if predictions[model] is predictions[row.model]:
+        return row._replace(model=model)
+    plain = predictions[row.model].scalings(row.sigma)
+    scalings = predictions[model].scalings(row.sigma)
+    if Scalings(row.c_in, row.c_skip, row.c_out) != plain:
+        scalings = consistency_boundary(scalings, row.timestep)
+    return row._replace(model=model, **scalings._asdict())
+
+
+def _renoised(state: State, sigma: float, seeds: tuple[int, ...]) -> State:
+    """x0 under fresh noise of the level at which the next row starts."""
+    x0 = _spread(state.x0, len(seeds), 0)
+    noise = Philox(seeds).step(state.step, x0.shape[1:], x0.device)
+    return State(state.step, x0 + sigma * noise, x0)
+
+
+def _spread(kept: Tensor, count: int, axis: int) -> Tensor:
+    if kept.shape[axis] == count:
+        return kept
+    if kept.shape[axis] != 1:
+        raise InputError(
+            f"{count} new seeds for {kept.shape[axis]} images: give one for each image, or branch "
+            "off a single image"
+        )
+    return kept.repeat_interleave(count, axis)
+
+
+def _decoded(engine: Engine, latents: Tensor, chunk: int) -> Tensor:
+    latents = latents.to(engine.weights.vae_dtype)
+    try:
+        with torch.inference_mode():
+            parts = (latents[i : i + chunk] for i in range(0, len(latents), chunk))
+            return torch.cat([decode_u8(engine.vae.decode(part)) for part in parts])
+    except ValueError as error:
+        raise InputError(f"the branch cannot be decoded: {error}") from error
+
+
+def _told(model: str | None, reseed: object, guidance: float | None, prompt: str | None) -> str:
+    told = [
+        f"{model} from here" if model is not None else "",
+        "fresh noise" if reseed is not None else "",
+        f"guidance {guidance:g}" if guidance is not None else "",
+        f"“{prompt}”" if prompt is not None else "",
+    ]
+    return ", ".join(filter(None, told)) or "nothing changed"

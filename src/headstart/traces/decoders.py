@@ -1,0 +1,221 @@
+"""What a row predicted, as a picture: x0 [B, C, h, w] -> rgb uint8 [B, s*h, s*w, 3].
+
+linear  pixels = bias + sum_c x0[c]*factors[c], one pixel a latent cell
+tiny    a TAESD-class decoder, which reads the sampler's latents as they are: no scale factor
+full    the VAE
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, final, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import headstart_weights
+from headstart.checkpoint.families import latent_space
+from headstart.engine.engine import Engine
+from headstart.engine.pair import Pair
+from headstart.errors import InputError
+from headstart.interfaces import LatentCodec
+from headstart.networks.tiny import LINEAR_PREVIEWS, LinearPreview, TinyVae
+from headstart_kernels import decode_u8, preview_rgb
+
+DecoderName = Literal["linear", "tiny", "full"]
+
+
+class Picture(NamedTuple):
+    """rgb uint8 [B, H, W, 3], and finite bool [B]: False where the decoder gave NaN or infinity.
+
+    Both are on the latents' device, and nothing has waited for it.
+    """
+
+    rgb: Tensor
+    finite: Tensor
+
+
+@final
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Decoder:
+    """One way to look at latents. Calling it never changes them and never waits for the device.
+
+    name      "linear", "tiny" or "full"
+    space     the lineage whose latents it reads, or None where nothing tells
+    channels  of the latent; scale: pixels a latent cell
+    draw      x0 float [B, C, h, w] -> Picture
+    """
+
+    name: DecoderName
+    space: str | None
+    channels: int
+    scale: int
+    draw: Callable[[Tensor], Picture]
+
+    def __call__(self, x0: Tensor) -> Picture:
+        self.check(x0)
+        with torch.inference_mode():
+            return self.draw(x0)
+
+    def check(self, x0: Tensor) -> None:
+        """Raise InputError for latents of another number of channels."""
+        if x0.ndim != 4 or x0.shape[1] != self.channels:
+            raise InputError(
+                f"the {self.name} decoder reads latents [B, {self.channels}, h, w], got "
+                f"{list(x0.shape)}: it belongs to another model"
+            )
+
+    def check_space(self, lineage: str | None) -> None:
+        """Raise InputError where latents of `lineage` mean other colours than this one reads."""
+        other = None if lineage is None else latent_space(lineage)
+        if self.space is not None and other is not None and self.space != other:
+            raise InputError(
+                f"the {self.name} decoder is for {self.space} latents, these are {other} latents: "
+                f"expected a decoder of their own; make it with headstart.decoder(engine, "
+                f"{self.name!r}) from the engine that sampled them"
+            )
+
+
+def decoder(engine: Engine, name: DecoderName = "tiny") -> Decoder:
+    """A decoder for what this engine samples.
+
+    linear  documented factors of SD and SDXL, or those the bundled pair was fitted with
+    tiny    the engine's preview decoder: bundled for the demo pair, else Engine.load(preview=FILE)
+    full    the engine's VAE
+
+    Raises InputError for an unknown name, a decoder that is not there, and for a tiny decoder of
+    another family: of another size, or whose colours are those of another family's latents.
+    """
+    if name not in get_args(DecoderName):
+        raise InputError(f"unknown decoder {name!r}: expected one of {get_args(DecoderName)}")
+    weights = engine.weights
+    if name == "linear":
+        return _linear(weights)
+    if name == "full":
+        return _network("full", weights.vae, weights, weights.vae_dtype)
+    return _tiny(weights)
+
+
+def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
+    """The linear map of a lineage: "sd15", "sd21", "sdxl" or "demo". Raises InputError."""
+    found = _factors(lineage)
+    factors = torch.tensor(found.matrix, device=device)
+    bias = torch.tensor(found.bias, device=device)
+
+    def draw(x0: Tensor) -> Picture:
+        # x0 is read once: a NaN in it is the sampler's to report, and shows as black.
+        finite = torch.ones(len(x0), dtype=torch.bool, device=x0.device)
+        return Picture(preview_rgb(x0, factors, bias), finite)
+
+    return Decoder(
+        name="linear",
+        space=latent_space(lineage),
+        channels=len(found.matrix),
+        scale=1,
+        draw=draw,
+    )
+
+
+def _linear(weights: Pair) -> Decoder:
+    if weights.lineage is None:
+        raise InputError(
+            "these weights do not say which family's latents they use, so there is no linear map "
+            "for them: use decoder 'full'"
+        )
+    return linear_decoder(weights.lineage, weights.device)
+
+
+def _factors(lineage: str) -> LinearPreview:
+    if lineage == "demo":
+        fitted = headstart_weights.manifest().linear_rgb
+        rows = tuple((r, g, b) for r, g, b in fitted.factors)
+        red, green, blue = fitted.bias
+        return LinearPreview(rows, (red, green, blue))
+    if lineage not in LINEAR_PREVIEWS:
+        known = ", ".join(["demo", *LINEAR_PREVIEWS])
+        raise InputError(f"no linear map for {lineage!r} latents: there is one for {known}")
+    return LINEAR_PREVIEWS[lineage]
+
+
+def _tiny(weights: Pair) -> Decoder:
+    codec = weights.preview
+    if codec is None:
+        raise InputError(
+            "these weights came without a tiny decoder: load one with preview=FILE (--preview "
+            "FILE), such as taesd_decoder.safetensors or taesdxl_decoder.safetensors, or use "
+            "decoder 'linear' or 'full'"
+        )
+    if isinstance(codec, TinyVae) and codec.decoder is not None:
+        params = codec.decoder.params
+        if (params.latent_channels, params.downscale) != (
+            weights.latent_channels,
+            weights.downscale,
+        ):
+            raise InputError(
+                f"the tiny decoder reads {params.latent_channels} channels and draws "
+                f"{params.downscale} pixels a cell; these latents have {weights.latent_channels} "
+                f"channels and {weights.downscale} pixels a cell: it belongs to another family"
+            )
+    made = _network("tiny", codec, weights, _dtype_of(codec))
+    _check_colours(made, weights)
+    return made
+
+
+def _network(
+    name: DecoderName, codec: LatentCodec, weights: Pair, dtype: torch.dtype | None
+) -> Decoder:
+    def draw(x0: Tensor) -> Picture:
+        pixels = codec.decode(x0 if dtype is None else x0.to(dtype))
+        finite = torch.isfinite(pixels).flatten(1).all(1)
+        return Picture(decode_u8(pixels, check=False), finite)
+
+    return Decoder(
+        name=name,
+        space=None if weights.lineage is None else latent_space(weights.lineage),
+        channels=weights.latent_channels,
+        scale=weights.downscale,
+        draw=draw,
+    )
+
+
+def _dtype_of(codec: LatentCodec) -> torch.dtype | None:
+    parameters = codec.parameters() if isinstance(codec, torch.nn.Module) else ()
+    return next((tensor.dtype for tensor in parameters), None)
+
+
+def _check_colours(made: Decoder, weights: Pair) -> None:
+    """SD's and SDXL's tiny decoders have the same tensors; only their colours tell them apart.
+
+    How the mean colour answers to each latent channel is the decoder's own linear map. TAESD's has
+    cosine 0.98 with the documented map of SD and 0.60 with SDXL's.
+    """
+    if weights.lineage not in LINEAR_PREVIEWS:
+        return
+    probe = torch.zeros(2 * made.channels, made.channels, 8, 8, device=weights.device)
+    for channel in range(made.channels):
+        probe[channel, channel], probe[made.channels + channel, channel] = 0.5, -0.5
+    rgb, edge = made(probe).rgb, 2 * made.scale  # zero padding tints the outer cells
+    colours = rgb[:, edge:-edge, edge:-edge].float().mean((1, 2)).cpu()
+    slopes = (colours[: made.channels] - colours[made.channels :]).flatten()
+    alike = {
+        latent_space(lineage): float(F.cosine_similarity(slopes, _flat(known), dim=0))
+        for lineage, known in LINEAR_PREVIEWS.items()
+        if len(known.matrix) == made.channels
+    }
+    own = latent_space(weights.lineage)
+    best = max(alike, key=lambda space: alike[space])
+    if best != own and alike[best] > 0.9 and alike[own] < 0.8:
+        raise InputError(
+            f"the tiny decoder has the colours of {best} latents (cosine {alike[best]:.2f} with "
+            f"their linear map, {alike[own]:.2f} with that of {own}), and these are {own} latents: "
+            f"load the {own} decoder, such as {_TINY_FILES[own]}"
+        )
+
+
+def _flat(known: LinearPreview) -> Tensor:
+    return torch.tensor(known.matrix).flatten()
+
+
+_TINY_FILES = {"sd15": "taesd_decoder.safetensors", "sdxl": "taesdxl_decoder.safetensors"}

@@ -1,0 +1,67 @@
+"""One HTML file to scrub through a trace: pictures, numbers, style and script are all inside it.
+
+page.html is the template; {{title}} is escaped text, {{data}} is JSON with every "<" escaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from headstart.traces.strip import Strip
+
+LARGEST_PX = 256
+"""Pictures are reduced to this; a page of 38 steps x 4 seeds at 256 px is about 2 MB."""
+
+
+def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
+    """The page's text. It asks nothing of a server and runs from a file."""
+    data = {
+        "prompt": prompt,
+        "footer": footer,
+        "pixels": min(LARGEST_PX, max(strips[0].final.shape[1:3])),
+        "plans": [_plan(strip) for strip in strips],
+    }
+    # "</script>" in a prompt would end the data; JSON may spell any character as an escape.
+    told = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    template = files("headstart.traces").joinpath("page.html").read_text(encoding="utf-8")
+    values = {"title": html.escape(f"{prompt[:120]} · headstart trace"), "data": told}
+    return re.sub(r"\{\{(title|data)\}\}", lambda found: values[found[1]], template)
+
+
+def _plan(strip: Strip) -> dict[str, Any]:
+    timeline = strip.timeline
+    return {
+        "name": strip.name,
+        "seeds": [str(seed) for seed in strip.seeds],  # beyond 2^53 JavaScript has no integers
+        "steps": [figures.to_json() for figures in strip.measured.figures],
+        "share_by_seed": [
+            [round(value, 4) if np.isfinite(value) else None for value in row]
+            for row in strip.measured.share.tolist()
+        ],
+        "images": [
+            [_uri(picture) if fine else None for picture, fine in zip(row, good, strict=True)]
+            for row, good in zip(strip.frames, strip.good, strict=True)
+        ],
+        "final": [_uri(picture) for picture in strip.final],
+        "timeline": None if timeline is None else timeline.to_json(strip.seeds, strip.rows),
+    }
+
+
+def _uri(rgb: NDArray[np.uint8]) -> str:
+    picture = Image.fromarray(rgb)
+    if max(picture.size) > LARGEST_PX:
+        picture.thumbnail((LARGEST_PX, LARGEST_PX), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="WEBP", quality=90, method=4)
+    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")

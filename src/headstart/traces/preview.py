@@ -1,0 +1,259 @@
+"""Pictures of a run while it runs: engine.sample(..., on_step=Preview(decoder, deliver)).
+
+row -> x0 -> (side stream) decoder -> pinned slot -> (own thread) deliver(Frame)
+
+The sampling thread only starts work and never waits for it: where every slot is still on its way,
+the frame is dropped and counted. Nothing writes to x or x0, so the run has the same bits.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart.sampler import State
+from headstart.traces.decoders import Decoder
+
+
+class Frame(NamedTuple):
+    """One row's pictures, on the host, for the receiver to keep.
+
+    step  the row's number in the plan
+    rgb   uint8 [B, H, W, 3], the whole batch
+    bad   samples for which the decoder gave NaN or infinity; NaN is drawn black
+    """
+
+    step: int
+    rgb: NDArray[np.uint8]
+    bad: tuple[int, ...]
+
+
+class Drawn(NamedTuple):
+    """What a lane brings to the host: rgb uint8 [B, H, W, 3], finite bool [B]."""
+
+    rgb: NDArray[np.uint8]
+    finite: NDArray[np.bool_]
+
+
+class Lane(Protocol):
+    """Where pictures are made beside the run."""
+
+    def begin(self, decoder: Decoder, x0: Tensor, /) -> Callable[[], Drawn]:
+        """Called by the sampling thread: start without waiting. The result may wait, elsewhere."""
+        ...
+
+
+class HostLane:
+    """On a CPU nothing runs beside the run but another thread, and that one decodes.
+
+    A row's x0 is a tensor of its own, which no later row writes to.
+    """
+
+    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+        def finish() -> Drawn:
+            picture = decoder(x0)
+            return Drawn(picture.rgb.numpy(), picture.finite.numpy())
+
+        return finish
+
+
+@final
+class SideStream:
+    """A CUDA stream of its own with a ring of pinned buffers (audited, not measured).
+
+    The run's stream copies x0 into the slot, which orders it before the next row may overwrite a
+    captured graph's buffers, and goes on; the side stream waits for that copy, decodes, and copies
+    the picture to the slot's pinned memory. Only the delivering thread waits for a device event.
+
+    cuda  what has Stream, Event, stream and current_stream: `torch.cuda`, or a stand-in for tests
+    pin   page-lock the host buffers, without which a copy to the host is not asynchronous
+    """
+
+    def __init__(
+        self, device: torch.device, slots: int = 4, *, cuda: Any = torch.cuda, pin: bool = True
+    ) -> None:
+        self.device = device
+        self.cuda = cuda
+        self.pin = pin
+        self.stream = cuda.Stream(device)
+        self._free: queue.SimpleQueue[_Slot] = queue.SimpleQueue()
+        for _ in range(slots):
+            self._free.put(_Slot(cuda.Event(), cuda.Event()))
+
+    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+        slot = self._free.get_nowait()  # raises queue.Empty where more are begun than finished
+        failure: Exception | None = None
+        try:
+            self._start(slot, decoder, x0)
+        except Exception as error:  # told by finish, once the device has done what was started
+            failure = error
+        slot.done.record(self.stream)
+        return lambda: self._finish(slot, failure)
+
+    def _start(self, slot: _Slot, decoder: Decoder, x0: Tensor) -> None:
+        batch, _, height, width = x0.shape
+        slot.fit(x0, (batch, height * decoder.scale, width * decoder.scale, 3), self.pin)
+        slot.x0.copy_(x0, non_blocking=True)
+        slot.ready.record(self.cuda.current_stream(self.device))
+        with self.cuda.stream(self.stream):
+            self.stream.wait_event(slot.ready)
+            picture = decoder(slot.x0)
+            slot.rgb.copy_(picture.rgb, non_blocking=True)
+            slot.finite.copy_(picture.finite, non_blocking=True)
+
+    def _finish(self, slot: _Slot, failure: Exception | None) -> Drawn:
+        slot.done.synchronize()
+        try:
+            if failure is not None:
+                raise failure
+            return Drawn(slot.rgb.numpy().copy(), slot.finite.numpy().copy())
+        finally:
+            self._free.put(slot)
+
+
+_NOTHING = torch.empty(0)
+
+
+@dataclass(slots=True)
+class _Slot:
+    """Buffers for one frame on its way; made on first use and for another size of run."""
+
+    ready: Any
+    done: Any
+    x0: Tensor = field(default_factory=lambda: _NOTHING)
+    rgb: Tensor = field(default_factory=lambda: _NOTHING)
+    finite: Tensor = field(default_factory=lambda: _NOTHING)
+
+    def fit(self, x0: Tensor, rgb_shape: tuple[int, ...], pin: bool) -> None:
+        if self.x0.shape == x0.shape and self.rgb.shape == rgb_shape:
+            return
+        self.x0 = torch.empty_like(x0)
+        self.rgb = torch.empty(rgb_shape, dtype=torch.uint8, pin_memory=pin)
+        self.finite = torch.empty(rgb_shape[0], dtype=torch.bool, pin_memory=pin)
+
+
+@final
+class Preview:
+    """An observer for `on_step`: rgb uint8 of the whole batch to a callback or a queue.
+
+        with hs.Preview(hs.decoder(engine, "linear"), show, every=2) as preview:
+            engine.sample("a fox", seeds=range(8), on_step=preview)
+
+    deliver  called with each Frame, in the order of the rows, on a thread of its own; or a queue
+    every    rows between frames, counted in the plan
+    slots    frames on their way at once; a slow receiver loses frames (`dropped`), not time
+    lane     where frames are made; None: a side stream on CUDA, a thread on a CPU
+
+    A decoder that fails, or gives NaN, ends nothing: the run goes on, and `problems` and a warning
+    at the end name the step. `close`, or leaving the `with` block, waits for the frames still on
+    their way and raises what the callback raised. It may serve one run after another.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        deliver: Callable[[Frame], object] | queue.Queue[Frame],
+        *,
+        every: int = 1,
+        slots: int = 4,
+        lane: Lane | None = None,
+    ) -> None:
+        if every < 1 or slots < 1:
+            raise InputError(f"every and slots are at least 1, got {every} and {slots}")
+        self.decoder = decoder
+        self.every = every
+        self.slots = slots
+        self.dropped = 0
+        self.problems: list[str] = []
+        self._deliver: Callable[[Frame], object] = (
+            deliver if callable(deliver) else deliver.put_nowait
+        )
+        self._lane = lane
+        self._slots = threading.BoundedSemaphore(slots)
+        self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+        self._raised: Exception | None = None
+        self._told = 0
+
+    def __call__(self, state: State) -> None:
+        """Start the picture of a row. Raises InputError for latents the decoder cannot read."""
+        if state.step % self.every:
+            return
+        self.decoder.check(state.x0)
+        if not self._slots.acquire(blocking=False):
+            self.dropped += 1
+            return
+        finish = self._opened(state.x0.device).begin(self.decoder, state.x0)
+        self._pending.put(_Pending(state.step, finish))
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
+            self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the frames on their way; warn of problems; raise what the callback raised."""
+        if self._thread is not None:
+            self._pending.put(None)
+            self._thread.join()
+            self._thread = None
+        told, self._told = self.problems[self._told :], len(self.problems)
+        raised, self._raised = self._raised, None
+        if told:
+            warnings.warn(f"preview: {'; '.join(told)}", stacklevel=2)
+        if raised is not None:
+            raise raised
+
+    def __enter__(self) -> Preview:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _opened(self, device: torch.device) -> Lane:
+        if self._lane is None:
+            on_gpu = device.type == "cuda"
+            self._lane = SideStream(device, self.slots) if on_gpu else HostLane()
+        return self._lane
+
+    def _work(self) -> None:
+        while (pending := self._pending.get()) is not None:
+            try:
+                drawn = pending.finish()
+            except Exception as error:
+                self._failed(pending.step, error)
+            else:
+                self._hand_over(pending.step, drawn)
+            finally:
+                self._slots.release()
+
+    def _hand_over(self, step: int, drawn: Drawn) -> None:
+        bad = tuple(np.flatnonzero(~drawn.finite).tolist())
+        if bad:
+            self.problems.append(
+                f"step {step}: the {self.decoder.name} decoder gave NaN or infinity for sample(s) "
+                f"{list(bad)}"
+            )
+        try:
+            self._deliver(Frame(step, drawn.rgb, bad))
+        except queue.Full:
+            self.dropped += 1
+        except Exception as error:
+            self._raised = self._raised or error
+
+    def _failed(self, step: int, error: Exception) -> None:
+        told = str(error).strip().splitlines() or [type(error).__name__]
+        self.problems.append(f"step {step}: the {self.decoder.name} decoder failed: {told[0]}")
+
+
+class _Pending(NamedTuple):
+    step: int
+    finish: Callable[[], Drawn]

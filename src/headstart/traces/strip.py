@@ -1,0 +1,106 @@
+"""One plan's pictures along its rows, and how strips of different length lie under each other.
+
+A column of a sheet is a noise level: a row stands under the nearest timestep of the longest strip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.plan.table import Step, StepTable
+from headstart.traces.structure import Measured
+from headstart.traces.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Strip:
+    """What one plan aimed at, row by row; S looked-at rows, B seeds.
+
+    name       of the plan, as it is shown
+    table      all rows; rows: the numbers of those looked at, the last always among them
+    frames     uint8 [S, B, h, w, 3], x0 by the trace's decoder
+    good       [S, B], False where the decoder failed
+    final      uint8 [B, H, W, 3], the finished images
+    from_step  the first row that ran anew, for a branch
+    """
+
+    name: str
+    prompt: str
+    seeds: tuple[int, ...]
+    table: StepTable
+    rows: tuple[int, ...]
+    frames: NDArray[np.uint8]
+    good: NDArray[np.bool_]
+    final: NDArray[np.uint8]
+    measured: Measured
+    timeline: Timeline | None = None
+    from_step: int | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The looked-at rows."""
+        return tuple(self.table[row] for row in self.rows)
+
+    @property
+    def joints(self) -> tuple[int, ...]:
+        """Indices of looked-at rows by another model than the one before: the hand-off."""
+        steps = self.steps
+        return tuple(i for i in range(1, len(steps)) if steps[i].model != steps[i - 1].model)
+
+    @property
+    def branches_at(self) -> int | None:
+        """Index of the first looked-at row that ran anew."""
+        if self.from_step is None:
+            return None
+        return next(i for i, row in enumerate(self.rows) if row >= self.from_step)
+
+
+class Placed(NamedTuple):
+    """Which looked-at rows of a strip are shown, and in which columns: both ascending."""
+
+    shown: tuple[int, ...]
+    columns: tuple[int, ...]
+
+
+def place(strips: Sequence[Strip], most: int) -> tuple[int, list[Placed]]:
+    """Columns in use, at most `most`, and where each strip's rows stand among them."""
+    longest = max(strips, key=lambda strip: len(strip.rows))
+    count = min(most, len(longest.rows))
+    levels = [longest.steps[i].timestep for i in _thinned(longest, count)]
+    placed: list[Placed] = []
+    for strip in strips:
+        shown = _thinned(strip, count)
+        placed.append(Placed(shown, _nearest([strip.steps[i].timestep for i in shown], levels)))
+    return count, placed
+
+
+def _thinned(strip: Strip, count: int) -> tuple[int, ...]:
+    """`count` rows evenly, with the first and the last, and with the row of each hand-off."""
+    have = len(strip.rows)
+    if have <= count:
+        return tuple(range(have))
+    if count == 1:
+        return (have - 1,)
+    shown = [round(value) for value in np.linspace(0, have - 1, count).tolist()]
+    wanted = {*strip.joints} | ({strip.branches_at} - {None})
+    for joint in sorted(row for row in wanted if row is not None and row not in shown):
+        inner = range(1, count - 1)
+        if inner:
+            shown[min(inner, key=lambda i: abs(shown[i] - joint))] = joint
+    return tuple(sorted(set(shown)))
+
+
+def _nearest(timesteps: Sequence[float], levels: Sequence[float]) -> tuple[int, ...]:
+    """The column of the nearest level, each after the one before, with room for those to come."""
+    columns: list[int] = []
+    for index, timestep in enumerate(timesteps):
+        first = columns[-1] + 1 if columns else 0
+        last = len(levels) - (len(timesteps) - index)
+        free = range(first, last + 1)
+        columns.append(min(free, key=lambda column: abs(levels[column] - timestep)))
+    return tuple(columns)

@@ -1,0 +1,186 @@
+"""How much of a picture is there at each step, and how far the seeds are apart.
+
+distance_s = d(f(x0_s), f(x0_last))     share_s = 1 - sqrt(distance_s / d(f(blank), f(x0_last)))
+spread_s   = mean over i != j of d(f_i, f_j)          A_s = (1 - abar)/abar = sigma^2
+
+The curve of arXiv:2503.10637, figure 5, and the factor of its lemma 1. f are features of a named
+space, blank the decoder's picture of latents that are all 0. d is a squared length there (cosine
+distance is half the squared length between unit features), so its root is how far there is to go.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.errors import InputError
+from headstart.metrics.metrics import Array, Extractor, pixel_extractor
+from headstart.metrics.resample import Interval
+from headstart.plan.table import Step
+
+RESAMPLES = 2000
+LEVEL = 0.95
+
+
+class Space(NamedTuple):
+    """What pictures are compared in, and how; both are named beside every number.
+
+    pair  features [..., d] of two pictures -> a squared length [...], 0 where they are equal
+    """
+
+    extractor: Extractor
+    measure: str
+    pair: Callable[[Array, Array], Array]
+
+    @property
+    def name(self) -> str:
+        return f"{self.measure} of {self.extractor.name} features"
+
+
+class Figures(NamedTuple):
+    """The numbers of one looked-at row; an interval's ends are NaN where there is one seed alone.
+
+    amplification  (1 - abar)/abar at the row's timestep: what an error in eps is multiplied by, in
+                   variance, on its way to x0 (213.6 for SDXL at timestep 999)
+    distance       to the last row's picture, mean over seeds; 0 on the last row
+    share          of the way from a blank to the last picture; below 0 is farther than the blank
+    spread         mean distance between seeds; NaN for one seed
+    """
+
+    step: int
+    model: str
+    timestep: float
+    sigma: float
+    amplification: float
+    distance: Interval
+    share: Interval
+    spread: Interval
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: an interval is [value, low, high], and what does not exist is null."""
+        numbers = {name: getattr(self, name) for name in ("distance", "share", "spread")}
+        return {
+            "step": self.step,
+            "model": self.model,
+            "timestep": self.timestep,
+            "sigma": self.sigma,
+            "amplification": self.amplification,
+            **{name: [_plain(part) for part in value] for name, value in numbers.items()},
+        }
+
+
+class Measured(NamedTuple):
+    """distance and share [S, B] of every row and seed, NaN where there was no picture."""
+
+    distance: Array
+    share: Array
+    figures: tuple[Figures, ...]
+
+
+def feature_space(extractor: Extractor) -> Space:
+    """Cosine distance, as the paper's diversity: for features in which only direction counts."""
+
+    def apart(a: Array, b: Array) -> Array:
+        norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        return np.maximum(1.0 - (a * b).sum(-1) / norms, 0.0)
+
+    return Space(extractor, "cosine distance", apart)
+
+
+def pixel_space(height: int, width: int) -> Space:
+    """Mean square difference of mean colours, on a grid of at most 16 x 16 cells.
+
+    Colours run from -1 to 1. It needs no weights, and works on pictures of any size.
+    """
+
+    def apart(a: Array, b: Array) -> Array:
+        return np.square(a - b).mean(-1)
+
+    return Space(pixel_extractor(min(16, height, width)), "mean square difference", apart)
+
+
+def measure(
+    steps: Sequence[tuple[int, Step]],
+    frames: NDArray[np.uint8],
+    good: NDArray[np.bool_],
+    blank: NDArray[np.uint8] | None,
+    space: Space,
+) -> Measured:
+    """Numbers of rows `steps` from their pictures.
+
+    steps   (number in the plan, row) of each looked-at row; the last is the plan's last
+    frames  uint8 [S, B, H, W, 3], of one decoder; good [S, B]: False where there is no picture
+    blank   uint8 [H, W, 3], that decoder's picture of nothing; None: then no share is known
+
+    Where the last picture is the blank, no share of it is known: NaN. Raises InputError for
+    features that are not finite.
+    """
+    count, batch = frames.shape[:2]
+    flat = space.extractor.features(frames.reshape(count * batch, *frames.shape[2:]))
+    if not np.isfinite(flat).all():
+        raise InputError(f"{space.extractor.name} gave features that are not finite")
+    features = flat.reshape(count, batch, -1)
+    distance = np.where(good, space.pair(features, features[-1]), np.nan)
+    distance[:, ~good[-1]] = np.nan
+    distance[-1, good[-1]] = 0.0  # of equal features; a cosine rounds to 1e-16
+    scale = np.full(batch, np.nan)
+    if blank is not None:
+        none = space.extractor.features(blank[None])
+        scale = space.pair(np.broadcast_to(none, features[-1].shape), features[-1])
+    scale = np.where(scale > 0.0, scale, np.nan)
+    share = 1.0 - np.sqrt(distance / scale)
+    apart = space.pair(features[:, :, None], features[:, None])
+    apart = np.where(good[:, :, None] & good[:, None], apart, np.nan)
+    figures = tuple(
+        Figures(
+            number,
+            row.model,
+            row.timestep,
+            row.sigma,
+            row.sigma**2,
+            _mean(distance[index]),
+            _mean(share[index]),
+            _spread(apart[index]),
+        )
+        for index, (number, row) in enumerate(steps)
+    )
+    return Measured(distance, share, figures)
+
+
+def _mean(values: Array) -> Interval:
+    """Mean over seeds, with a bootstrap interval where there are at least two."""
+    known = values[np.isfinite(values)]
+    if len(known) < 2:
+        return Interval(float(known[0]) if len(known) else math.nan, math.nan, math.nan)
+    picks = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
+    return _interval(float(known.mean()), known[picks].mean(1))
+
+
+def _spread(apart: Array) -> Interval:
+    """Mean off the diagonal of [B, B]; a seed drawn twice is not a pair (see `bootstrap_seeds`)."""
+    known = np.isfinite(np.diagonal(apart))
+    apart, n = apart[np.ix_(known, known)], int(known.sum())
+    if n < 2:
+        return Interval(math.nan, math.nan, math.nan)
+    np.fill_diagonal(apart, 0.0)
+    value = float(apart.sum() / (n * (n - 1)))
+    if n == 2:  # every resample with a pair in it has this one
+        return Interval(value, math.nan, math.nan)
+    counts = np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
+    weights = counts.astype(np.float64)
+    pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
+    weights, pairs = weights[pairs > 0], pairs[pairs > 0]
+    return _interval(value, np.einsum("ri,ij,rj->r", weights, apart, weights) / pairs)
+
+
+def _interval(value: float, drawn: Array) -> Interval:
+    low, high = np.quantile(drawn, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
+    return Interval(value, float(low), float(high))
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None
