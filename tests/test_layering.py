@@ -18,33 +18,43 @@ ROOT = Path(__file__).parents[1]
 ROOTS = (ROOT / "src", ROOT / "kernels", ROOT / "weights")
 
 
-def read_rows() -> list[list[str]]:
-    """The rows that CONTRIBUTING.md prints: a module imports only from rows above its own."""
+def read_order() -> list[str]:
+    """Every module in the order that CONTRIBUTING.md prints: it imports only what is before it.
+
+    A line "room/ a b" stands for the room itself and its modules room.a and room.b.
+    """
     (block,) = re.findall(r"```text\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    return [line.split() for line in block.splitlines()]
+    order: list[str] = []
+    for first, *others in map(str.split, block.splitlines()):
+        room = first.rstrip("/")
+        order += [room, *(f"{room}.{name}" if first != room else name for name in others)]
+    return order
 
 
-ROW_OF = {name: row for row, names in enumerate(read_rows()) for name in names}
+POSITION = {name: position for position, name in enumerate(read_order())}
+BUNDLED = ("headstart_kernels", "headstart_weights", "headstart_weights.recipe")
+ROOMS = {name.partition(".")[0] for name in POSITION if "." in name and name not in BUNDLED}
 
 TORCH_FREE = {
-    *("errors", "foreign", "later", "schedule", "prediction", "keymap", "header"),
-    *("output", "table", "update", "families", "folder", "container", "cast"),
-    *("strength", "leg", "declarations", "tensors", "handoff", "plan", "checkpoint"),
-    *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
-    *("ledger", "distillation", "vocabulary", "fit", "metrics", "resample"),
-    *("lettering", "chart", "structure", "timeline", "strip", "filmstrip", "animation"),
-    *("page", "arguments", "console", "session", "commands", "cli", "__main__"),
+    *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
+    *("pictures.chart", "networks.vocabulary", "adapters.names", "adapters.strength"),
+    *("metrics.metrics", "metrics.resample", "sweep.jobs", "sweep.ledger"),
+    *("traces.structure", "traces.timeline", "traces.strip", "traces.filmstrip"),
+    *("traces.page", "traces.animation", "commands", "cli", "__main__"),
     *("headstart", "headstart_weights"),
 }
+"""Rooms, of which every module counts, and single modules."""
+TORCH_BEARING = {"convert.unpickle"}
+"""The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
-EXTRA_OF = {"headstart_weights.recipe": "train", "features": "features"}
+EXTRA_OF = {"headstart_weights.recipe": "train", "metrics.features": "features"}
 FORBIDDEN_WORDS = {
     *("utils", "util", "common", "misc", "helpers", "helper"),
     *("manager", "wrapper", "handler"),
 }
-MAY_PRINT = {"console", "session", "commands", "cli", "__main__"}
-MAY_PRINT |= {"unpickle"}  # a process of its own, which answers on its stdout
+MAY_PRINT = {"commands", "cli", "__main__", "headstart_weights.recipe"}
+MAY_PRINT |= {"convert.unpickle"}  # a process of its own, which answers on its stdout
 FILE_LINES, FUNCTION_LINES = 400, 80
 
 
@@ -96,31 +106,37 @@ def _walk(body: list[ast.stmt], eager: bool) -> Iterator[Import]:
 
 
 def place(module: str) -> str | None:
-    """The name a module has in the rows, or None for a module outside this repository."""
+    """The name a module has in the order, or None for a module outside this repository."""
     top, _, rest = module.partition(".")
     if top == "headstart":
-        return rest.partition(".")[0] or "headstart"
+        return rest or "headstart"
     if top == "headstart_weights" and rest.startswith("recipe"):
         return "headstart_weights.recipe"
-    return top if top in ROW_OF else None
+    return top if top in BUNDLED else None
+
+
+def among(module: str, names: set[str]) -> bool:
+    """Whether `names` has this module or its room."""
+    here = str(place(module))
+    return bool(names & {here, here if here in BUNDLED else here.partition(".")[0]})
 
 
 def upward(sources: Mapping[str, str]) -> list[str]:
-    """Imports of the same row or a lower one; TYPE_CHECKING and function-local imports count too.
+    """Imports of what is not before; those under TYPE_CHECKING or inside a function count too.
 
     Only the package's own table of public names may name every room: it imports none of them.
     """
     found: list[str] = []
     for module, source in sources.items():
         here = place(module)
-        assert here in ROW_OF, f"{module} has no row: give it one in CONTRIBUTING.md"
+        assert here in POSITION, f"{module} has no place: give it one in CONTRIBUTING.md"
         for item in imports(source):
             target = item.target(sources)
             there = place(target)
             if there is None or there == here or (here == "headstart" and not item.eager):
                 continue
-            assert there in ROW_OF, f"{module}:{item.line} imports {target}, which has no row"
-            if ROW_OF[there] >= ROW_OF[here]:
+            assert there in POSITION, f"{module}:{item.line} imports {target}, which has no place"
+            if POSITION[there] >= POSITION[here]:
                 found.append(f"{module}:{item.line} imports {target}")
     return found
 
@@ -148,7 +164,7 @@ def loads(module: str, sources: Mapping[str, str]) -> dict[str, str]:
 def heavy(sources: Mapping[str, str]) -> list[str]:
     found: list[str] = []
     for module in sources:
-        if place(module) in TORCH_FREE:
+        if among(module, TORCH_FREE) and place(module) not in TORCH_BEARING:
             loaded = loads(module, sources)
             for name in sorted(HEAVY | {"safetensors.torch"}):
                 if name in loaded:
@@ -196,7 +212,7 @@ def prints(sources: Mapping[str, str]) -> list[str]:
     return [
         f"{module}:{node.lineno}"
         for module, source in sources.items()
-        if place(module) not in MAY_PRINT | {"headstart_weights.recipe"}
+        if not among(module, MAY_PRINT)
         for node in ast.walk(ast.parse(source))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "print"
     ]
@@ -273,41 +289,53 @@ def test_files_and_functions_stay_small() -> None:
     assert oversized(read_sources()) == []
 
 
-def test_every_row_names_modules_that_exist_once() -> None:
-    names = [name for row in read_rows() for name in row]
-    assert sorted(names) == sorted({str(place(module)) for module in read_sources()})
+def furnished(sources: Mapping[str, str]) -> list[str]:
+    """Rooms whose `__init__` does more than say what the room is for."""
+    return [
+        module
+        for module, source in sources.items()
+        if place(module) in ROOMS
+        and not (ast.get_docstring(tree := ast.parse(source)) and len(tree.body) == 1)
+    ]
+
+
+def test_the_order_names_every_module_once() -> None:
+    assert sorted(read_order()) == sorted({str(place(module)) for module in read_sources()})
+
+
+def test_a_room_says_what_it_is_for_and_imports_nothing() -> None:
+    assert furnished(read_sources()) == []
 
 
 def test_a_planted_upward_import_is_caught() -> None:
     sources = {
         "headstart": "",
-        "headstart.engine": "",
-        "headstart.plan": "from headstart.engine import Engine\n",
-        "headstart.sampler": "def run():\n    import headstart.engine\n",
-        "headstart.unet": "from headstart import vae\n",
-        "headstart.vae": "import torch\nfrom headstart import unet as other\n",
+        "headstart.engine.engine": "",
+        "headstart.plan.plan": "from headstart.engine.engine import Engine\n",
+        "headstart.sampler": "def run():\n    import headstart.engine.engine\n",
+        "headstart.networks.unet": "from headstart.networks import vae\n",
+        "headstart.networks.vae": "import torch\nfrom headstart.networks import unet as other\n",
         "headstart_kernels": "import headstart.errors\n",
         "headstart.errors": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
-        "    from headstart.plan import Plan\n",
+        "    from headstart.plan.plan import Plan\n",
     }
     assert upward(sources) == [
-        "headstart.plan:1 imports headstart.engine",
-        "headstart.sampler:2 imports headstart.engine",
-        "headstart.unet:1 imports headstart.vae",
-        "headstart.vae:2 imports headstart.unet",
+        "headstart.plan.plan:1 imports headstart.engine.engine",
+        "headstart.sampler:2 imports headstart.engine.engine",
+        "headstart.networks.unet:1 imports headstart.networks.vae",
         "headstart_kernels:1 imports headstart.errors",
-        "headstart.errors:3 imports headstart.plan",
+        "headstart.errors:3 imports headstart.plan.plan",
     ]
 
 
 def test_downward_imports_and_the_lazy_table_of_names_are_allowed() -> None:
     sources = {
         "headstart": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n"
-        "    from headstart.plan import Plan as Plan\n",
+        "    from headstart.plan.plan import Plan as Plan\n",
         "headstart.errors": "",
-        "headstart.plan": "import numpy\nfrom headstart.errors import PlanError\n",
+        "headstart.plan.plan": "import numpy\nfrom headstart.errors import PlanError\n",
         "headstart_weights": "import json\n",
-        "headstart_weights.recipe": "import torch\nfrom headstart.plan import Plan\n",
+        "headstart_weights.recipe": "import torch\nfrom headstart.plan.plan import Plan\n",
     }
     assert upward(sources) == []
     assert heavy(sources) == []
@@ -316,24 +344,26 @@ def test_downward_imports_and_the_lazy_table_of_names_are_allowed() -> None:
 def test_a_planted_torch_import_is_caught_also_through_another_module() -> None:
     sources = {
         "headstart": "",
-        "headstart.schedule": "import torch.nn\n",
+        "headstart.plan.schedule": "import torch.nn\n",
         "headstart.noise": "from torch import Tensor\n",
         "headstart.cli": "from headstart.noise import Philox\n",
-        "headstart.plan": "def late():\n    import torch\n",
-        "headstart.prediction": "try:\n    import transformers\nexcept ImportError:\n    pass\n",
-        "headstart.keymap": "from safetensors.torch import load\n",
+        "headstart.plan.plan": "def late():\n    import torch\n",
+        "headstart.plan.leg": "try:\n    import transformers\nexcept ImportError:\n    pass\n",
+        "headstart.checkpoint.keymap": "from safetensors.torch import load\n",
+        "headstart.convert.unpickle": "import torch\n",
     }
     assert heavy(sources) == [
-        "importing headstart.schedule loads torch: see headstart.schedule",
+        "importing headstart.plan.schedule loads torch: see headstart.plan.schedule",
         "importing headstart.cli loads torch: see headstart.noise",
-        "importing headstart.prediction loads transformers: see headstart.prediction",
-        "importing headstart.keymap loads safetensors.torch: see headstart.keymap",
+        "importing headstart.plan.leg loads transformers: see headstart.plan.leg",
+        "importing headstart.checkpoint.keymap loads safetensors.torch: "
+        "see headstart.checkpoint.keymap",
     ]
 
 
 def test_a_torch_import_in_the_package_init_spoils_every_torch_free_module() -> None:
-    sources = {"headstart": "import torch\n", "headstart.plan": "import numpy\n"}
-    assert len(heavy(sources)) == 2
+    sources = {"headstart": "import torch\n", "headstart.plan": "", "headstart.plan.leg": ""}
+    assert len(heavy(sources)) == 3
 
 
 def test_planted_small_violations_are_caught() -> None:
@@ -342,8 +372,8 @@ def test_planted_small_violations_are_caught() -> None:
     assert not undeclared(fine, declared)
     assert undeclared({"headstart.plan": "def late():\n    import resvg_py\n"}, declared)
     assert not undeclared({"headstart_weights.recipe.data": "import resvg_py\n"}, declared)
-    assert undeclared({"headstart.metrics": "import efficientnet\n"}, declared)
-    assert not undeclared({"headstart.features": "import efficientnet\n"}, declared)
+    assert undeclared({"headstart.metrics.metrics": "import efficientnet\n"}, declared)
+    assert not undeclared({"headstart.metrics.features": "import efficientnet\n"}, declared)
     assert relative({"headstart.plan": "from . import errors\n"})
     assert relative({"headstart.plan": "from .errors import PlanError\n"})
     assert kernel_cross_imports(
@@ -361,6 +391,9 @@ def test_planted_small_violations_are_caught() -> None:
     assert forbidden_names({"headstart.tensor_utils": ""})
     assert forbidden_names({"headstart.plan": "class PlanManager: ...\n"})
     assert prints({"headstart.plan": "def show():\n    print(1)\n"})
+    assert furnished({"headstart.plan": '"""A run."""\nimport json\n'})
+    assert furnished({"headstart.plan": ""})
+    assert not furnished({"headstart.plan": '"""A run."""\n', "headstart.plan.leg": "import a\n"})
     assert oversized({"headstart.plan": "\n" * (FILE_LINES + 1)})
     assert oversized({"headstart.plan": "def long():\n" + "    pass\n" * FUNCTION_LINES})
     assert not oversized({"headstart.plan": "def long():\n" + "    pass\n" * (FUNCTION_LINES - 1)})

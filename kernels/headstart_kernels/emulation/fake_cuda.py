@@ -102,7 +102,7 @@ class _History:
 
 
 class FakeCuda:
-    """What `headstart.runner.capture.Backend` asks for. Inside `running()` every access is checked."""
+    """What `runner.capture.Backend` asks for. Inside `running()` every access is checked."""
 
     def __init__(self) -> None:
         self.log: list[Event] = []

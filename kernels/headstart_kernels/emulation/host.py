@@ -36,7 +36,7 @@ class HostGraph:
 
 
 class Host:
-    """What `headstart.runner.capture.Backend` asks for. Graphs hold their own memory and share none."""
+    """What `runner.capture.Backend` asks for. Graphs hold their own memory and share none."""
 
     def __init__(self) -> None:
         self._stream = HostStream()

@@ -1,6 +1,6 @@
 """Adapters on both models of an engine at once, with strengths that are numbers at run time.
 
-attach(file) -> a low-rank change in slots (`headstart.adapters.slots`): strength a row, a sample, an adapter
+attach(file) -> a low-rank change in slots (`slots`): strength a row, a sample, an adapter
              -> any other change merged from the pristine weights: one strength for all
 """
 
@@ -23,9 +23,10 @@ from headstart.adapters.slots import Host, acting
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, InputError
-from headstart.plan.record import ADAPTER
 from headstart.plan.table import StepTable
 
+ROLE = "adapter:"
+"""What the role of an adapter's file starts with in a record; its name follows."""
 Asking = Mapping[str, Asked] | Sequence[str] | None
 """Strengths by name for one run, or the names of those that act in it; None: all, as attached."""
 Deltas = Mapping[str, Delta]
@@ -216,7 +217,7 @@ class AdapterSet:
             files = Checkpoint.open(held.report.path).files
             bundled = Path(headstart_weights.__file__).parent in files[0].parents
             name = f"headstart_weights/{files[0].name}" if bundled else str(held.report.path)
-            found[f"{ADAPTER}{held.name}"] = (name, files)
+            found[f"{ROLE}{held.name}"] = (name, files)
         return found
 
     def _hosts(self) -> list[Host]:

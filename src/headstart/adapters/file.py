@@ -2,7 +2,7 @@
 
 read_adapter(path) -> AdapterFile          names and header only
 AdapterFile.resolve(networks) -> Resolved  every tensor checked, every layer a LowRank or a Dense
-Adapters are untrusted input: they are read through `headstart.checkpoint.header` as checkpoints are.
+Adapters are untrusted input: they are read through `checkpoint.header`, as checkpoints are.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
 class CheckpointInfo:
     """What headers tell; `problems` is empty unless the checkpoint is torn or not a model.
 
-    family      name in `headstart.checkpoint.families.FAMILIES`, or "unknown"; `exact` False: scaled down
+    family      name in `families.FAMILIES`, or "unknown"; `exact` False: scaled down
     parts       of unet, vae, text, text_2, tiny
     prediction  eps, v or x0; `prediction_declared` False: the family's default, not in the file
     dtype       the dtype most bytes have, in safetensors' names

@@ -46,7 +46,7 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row; what a file declares itself replaces the row's value (`headstart.checkpoint.declarations`).
+    """One row; what a file declares itself replaces the row's value (`declarations`).
 
     `lineage` names the full-size ancestor: models of one lineage share latents, text encoders and
     noise levels, so only they can hand a latent to each other. `heads` (a count) or `head_dim` (a

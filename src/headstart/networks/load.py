@@ -59,7 +59,7 @@ def load_unet(
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU, where half
     precision convolutions are about 50 times slower. "stored" keeps the weights on the CPU as the
     file has them, mapped and not copied, and computes in float32, layer by layer
-    (`headstart.networks.residency`); on an accelerator it is None. `head_dim` is the width of an attention
+    (`networks.residency`); on an accelerator it is None. `head_dim` is the width of an attention
     head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
 
     Raises CheckpointError with every missing, unexpected and misshapen tensor at once.

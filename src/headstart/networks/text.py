@@ -115,7 +115,7 @@ class ClipTokenizer:
             )
         self.bos, self.eos = bos, eos
         self.learned: Mapping[int, tuple[int, ...]] = {}
-        """Id of a token added later -> the ids of its vectors (`headstart.adapters.textual_inversion`)."""
+        """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
 
     @classmethod
     def from_json(cls, text: str) -> ClipTokenizer:

@@ -1,1 +1,1 @@
-"""A run as data: formulas, legs, where they join, the rows they compile to, what repeats it. No torch."""
+"""A run as data: formulas, legs, where they join, the rows they compile to. Never torch."""

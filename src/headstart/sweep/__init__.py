@@ -1,1 +1,1 @@
-"""Many cases from a file into a folder, ended and gone on with at any moment; such folders as numbers."""
+"""Many cases from a file into a folder, at any moment ended and gone on with; what it is worth."""

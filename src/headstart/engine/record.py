@@ -18,12 +18,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from headstart.adapters.adapters import ROLE
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
 FORMAT = "headstart.record/1"
-ADAPTER = "adapter:"
-"""What the role of an adapter's file starts with; its name follows."""
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
 WeightFiles = Mapping[str, Files]
@@ -135,9 +134,7 @@ def read_record(path: Path) -> Json:
 def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> None:
     """Raise InputError unless every file the record names has the recorded bytes, and no adapter is
     attached besides."""
-    extra = sorted(
-        role for role in now if role.startswith(ADAPTER) and role not in recorded.weights
-    )
+    extra = sorted(role for role in now if role.startswith(ROLE) and role not in recorded.weights)
     if extra:
         raise InputError(f"the record was made without {', '.join(extra)}: detach it")
     for role, file in recorded.weights.items():
