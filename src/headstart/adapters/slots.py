@@ -15,6 +15,7 @@ from typing import Any, cast, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from headstart.adapters.delta import Delta, LowRank
@@ -38,9 +39,12 @@ def acting(names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
 
 
 def _by_name(names: tuple[str, ...], strengths: Tensor) -> dict[str, Tensor]:
-    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer."""
+    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer.
+
+    Not while a dispatch mode records what runs: a replay has other strengths.
+    """
     columns = zip(names, strengths.unbind(1), strict=True)
-    if strengths.device.type != "cpu":
+    if strengths.device.type != "cpu" or is_in_torch_dispatch_mode():
         return dict(columns)
     return {name: column for name, column in columns if bool(column.any())}
 

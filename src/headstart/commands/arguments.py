@@ -17,6 +17,9 @@ OWN_WEIGHTS = (
 )
 """Options that say nothing about the bundled pair."""
 
+RUNNERS = ("auto", "eager", "compiled", "graph", "replay")
+"""As in `headstart.runner.runner.RunnerName`, which loads torch."""
+
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -106,6 +109,7 @@ def sampling() -> Sequence[Parser]:
     add_adapters(weights)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
     group.add_argument("--prediction", help="eps, v, x0, or base=v,distilled=eps")
     group.add_argument(
         "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"

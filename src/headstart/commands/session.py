@@ -48,11 +48,12 @@ def _load(args: argparse.Namespace) -> Engine:
     from headstart.engine.engine import Engine
 
     if uses_bundled(args):
-        return Engine.demo(device=args.device, dtype=args.dtype)
+        return Engine.demo(device=args.device, dtype=args.dtype, runner=args.runner)
     return Engine.load(
         args.base,
         args.distilled,
         distilled_lora=args.distilled_lora,
+        runner=args.runner,
         vae=args.vae,
         text=args.text,
         tokenizer=args.tokenizer,

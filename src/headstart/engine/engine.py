@@ -5,7 +5,6 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
@@ -29,18 +28,16 @@ from headstart.engine.pair import (
 )
 from headstart.engine.pixels import decode_rgb
 from headstart.engine.prompts import encode_prompts
+from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
-from headstart.errors import InputError, PlanError
+from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.text import ClipText
 from headstart.plan.plan import Plan
 from headstart.plan.request import (
-    PRESETS,
     PlanSettings,
     check_resume,
     check_size,
-    check_table,
-    named_plan,
     pair_up,
 )
 from headstart.plan.schedule import NoiseSchedule
@@ -166,6 +163,15 @@ class Engine:
             f"{pair.device}, {str(pair.dtype).removeprefix('torch.')}, {self.runner})"
         )
 
+    def with_runner(self, runner: RunnerName) -> Engine:
+        """The same weights and adapters, called another way; what is warm stays warm for both.
+
+        Raises CaptureError for a runner that the device cannot have, InputError for no runner.
+        """
+        other = Engine(self.weights, choose_runner(runner, self.device).name)
+        object.__setattr__(other, "adapters", self.adapters)
+        return other
+
     def attach(
         self,
         path: FilePath,
@@ -206,29 +212,7 @@ class Engine:
         (UserWarning) where the plan is not what a model was trained for, as far as its file tells.
         Raises PlanError, also for a model that this engine has no network for.
         """
-        if not isinstance(plan, str) and any(value is not None for value in settings.values()):
-            raise PlanError(
-                f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "
-                "states its own"
-            )
-        if isinstance(plan, str):
-            plan = named_plan(plan, self._stated(plan, settings), self.weights.preset)
-        steps = plan.steps if isinstance(plan, StepTable) else plan.legs
-        missing = sorted({step.model for step in steps} - set(self.denoisers))
-        if missing:
-            raise PlanError(
-                f"plan {plan.name!r} runs {', '.join(map(repr, missing))}, and this engine has "
-                f"{', '.join(map(repr, self.denoisers))}: load that model too, or choose a plan "
-                "without it"
-            )
-        if isinstance(plan, Plan):
-            plan = plan.compile(self.schedule, prediction=self.weights.predictions)
-        check_table(plan, self.schedule.fingerprint())
-        for role, found in self.weights.guesses.items():
-            rows = [step for step in plan if step.model == role]
-            if complaint := found.complaint(role, rows, plan.name):
-                warnings.warn(complaint, stacklevel=2)
-        return plan
+        return compile_for(self.weights, plan, settings)
 
     def sample(
         self,
@@ -321,14 +305,6 @@ class Engine:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
             check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
         return self._states(run, Clock(self.device), resume)
-
-    def _stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
-        """The settings, with the step count that the distilled file's name states."""
-        found = self.weights.guesses.get("distilled")
-        preset = settings.get("preset") or (plan if plan in PRESETS else self.weights.preset)
-        if found is None or not found.steps or preset != found.preset or plan == "base":
-            return settings
-        return settings if settings.get("steps") else {**settings, "steps": found.steps}
 
     def _prepare(
         self,

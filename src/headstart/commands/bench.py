@@ -1,0 +1,98 @@
+"""`headstart bench`: what plans and runners cost, stage by stage."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from headstart.commands.arguments import (
+    RUNNERS,
+    Command,
+    add_seeds,
+    count,
+    read_size,
+    sampling,
+    uses_bundled,
+    worded,
+)
+from headstart.commands.console import progress
+from headstart.commands.session import open_engine
+from headstart.output import check_file, write_file
+from headstart.plan.request import (
+    MODES,
+    PRESETS,
+    PlanSettings,
+    named_plan,
+    pair_up,
+    parse_seeds,
+)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="?", default="a fox", help="default: %(default)s")
+    add_seeds(parser, "0")
+    parser.add_argument("--plan", default="base,distilled,hybrid", help=f"of {', '.join(MODES)}")
+    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    parser.add_argument("--steps", type=int, help="steps of the distilled model")
+    parser.add_argument(
+        "--versus", action="append", choices=RUNNERS, default=[], help="time this runner too"
+    )
+    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
+    parser.add_argument("--batch", type=int, help="samples in a network at once")
+    parser.add_argument(
+        "--rounds", type=count, default=20, help="times each case runs; default: %(default)s"
+    )
+    parser.add_argument(
+        "--warmup", type=count, default=2, help="runs before that; default: %(default)s"
+    )
+    parser.add_argument("--out", type=Path, help="also write the JSON into this file")
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompt, size = worded(args.prompt), read_size(args.size)
+    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    plans = list(dict.fromkeys(name.strip() for name in args.plan.split(",")))
+    if uses_bundled(args):
+        for plan in plans:
+            named_plan(plan, _settings(args, plan), "demo")
+    if args.out is not None:
+        check_file(args.out, size_bytes=2**16, suffix=".json")
+    engine = open_engine(args)
+
+    from headstart.compare.latency import Case, latency
+
+    engines = [engine, *(engine.with_runner(name) for name in args.versus)]
+    tables = {plan: engine.compile(plan, **_settings(args, plan)) for plan in plans}
+    cases = [Case(plan, each, table) for plan, table in tables.items() for each in engines]
+    turns = args.rounds + args.warmup
+    with progress(turns * sum(len(case.table) for case in cases), "timing") as bar:
+        found = latency(
+            cases,
+            prompt,
+            seeds,
+            rounds=args.rounds,
+            warmup=args.warmup,
+            size=size,
+            batch=args.batch,
+            on_step=lambda _: bar.update(),
+        )
+    told = json.dumps(found.to_json(), indent=None if args.out is None else 1)
+    if args.out is not None:
+        write_file(args.out, (told + "\n").encode())
+    print(told if args.json else f"{found}\n\n{found.footer()}")
+    return 0
+
+
+def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:
+    """`--steps` are the distilled model's; the base alone has its own."""
+    return {"preset": args.preset, "steps": None if plan == "base" else args.steps}
+
+
+BENCH = Command(
+    "bench",
+    "what plans and runners cost: p50 and p99 of every stage, passes, memory",
+    sampling(),
+    _add_options,
+    _run,
+)

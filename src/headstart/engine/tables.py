@@ -1,0 +1,51 @@
+"""The table that a plan becomes for the networks of an engine; warnings where they disagree."""
+
+from __future__ import annotations
+
+import warnings
+
+from headstart.engine.pair import Pair
+from headstart.errors import PlanError
+from headstart.plan.plan import Plan
+from headstart.plan.request import PRESETS, PlanSettings, check_table, named_plan
+from headstart.plan.table import StepTable
+
+
+def compile_for(weights: Pair, plan: str | Plan | StepTable, settings: PlanSettings) -> StepTable:
+    """See `headstart.Engine.compile`."""
+    if not isinstance(plan, str) and any(value is not None for value in settings.values()):
+        raise PlanError(
+            f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "
+            "states its own"
+        )
+    if isinstance(plan, str):
+        plan = named_plan(plan, _stated(weights, plan, settings), weights.preset)
+    _check_models(weights, plan)
+    if isinstance(plan, Plan):
+        plan = plan.compile(weights.schedule, prediction=weights.predictions)
+    check_table(plan, weights.schedule.fingerprint())
+    for role, found in weights.guesses.items():
+        rows = [step for step in plan if step.model == role]
+        if complaint := found.complaint(role, rows, plan.name):
+            warnings.warn(complaint, stacklevel=3)
+    return plan
+
+
+def _check_models(weights: Pair, plan: Plan | StepTable) -> None:
+    steps = plan.steps if isinstance(plan, StepTable) else plan.legs
+    missing = sorted({step.model for step in steps} - set(weights.denoisers))
+    if missing:
+        raise PlanError(
+            f"plan {plan.name!r} runs {', '.join(map(repr, missing))}, and this engine has "
+            f"{', '.join(map(repr, weights.denoisers))}: load that model too, or choose a plan "
+            "without it"
+        )
+
+
+def _stated(weights: Pair, plan: str, settings: PlanSettings) -> PlanSettings:
+    """The settings, with the step count that the distilled file's name states."""
+    found = weights.guesses.get("distilled")
+    preset = settings.get("preset") or (plan if plan in PRESETS else weights.preset)
+    if found is None or not found.steps or preset != found.preset or plan == "base":
+        return settings
+    return settings if settings.get("steps") else {**settings, "steps": found.steps}
