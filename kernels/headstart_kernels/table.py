@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Generic, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Rows:
         check_columns(table)
         if not table.is_cpu:
             raise ValueError(f"Rows: expected a table on the CPU, got one on {table.device}")
-        numbers: Any = table.tolist()  # pyright: ignore[reportUnknownMemberType]
+        numbers = cast("list[list[float]]", table.tolist())  # pyright: ignore[reportUnknownMemberType]
         object.__setattr__(self, "tensor", table)
         object.__setattr__(self, "rows", tuple(Row(*row) for row in numbers))
 
