@@ -131,8 +131,7 @@ def _run_step(
     load("fused_step", chosen)(x, table, step, given, wanted)
     picture, x0 = wanted.preview, wanted.x0
     if chosen is Impl.REFERENCE and picture is not None and x0 is not None:
-        rgb = load("preview_rgb", chosen)(x0, picture.factors, picture.bias, 1)
-        picture.rgb.copy_(rgb)
+        load("preview_rgb", chosen)(x0, picture.factors, picture.bias, 1, picture.rgb)
 
 
 def _spelled_out(
