@@ -32,7 +32,7 @@ def interleaved(
             begin = time.perf_counter()
             case()
             taken[name].append(time.perf_counter() - begin)
-    return {name: _spread(seconds) for name, seconds in taken.items()}
+    return {name: spread(seconds) for name, seconds in taken.items()}
 
 
 def machine() -> dict[str, Any]:
@@ -55,7 +55,7 @@ def write_json(path: Path, report: Mapping[str, Any]) -> None:
     os.replace(partial, path)
 
 
-def _spread(seconds: list[float]) -> dict[str, float]:
+def spread(seconds: list[float]) -> dict[str, float]:
     low, middle, high = np.percentile(seconds, [20, 50, 80])
     return {"p20": float(low), "p50": float(middle), "p80": float(high)}
 

@@ -301,6 +301,15 @@ def test_a_nan_or_infinity_is_an_error_naming_step_model_and_sample(value: float
         next(states)
 
 
+def test_large_numbers_are_not_taken_for_infinity_where_their_sum_is() -> None:
+    def large(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        return torch.full_like(x_in, -2e37)
+
+    leg = Leg(model="m", timesteps=(999.0,))
+    (state,) = run(Plan((leg,)).compile(SCHEDULE), large)
+    assert torch.isinf(state.x0.sum()) and torch.isfinite(state.x0).all()
+
+
 def test_the_check_may_wait_for_the_last_row_or_be_left_out() -> None:
     arguments = (text(), Philox([3, 8]))
     last = sample(

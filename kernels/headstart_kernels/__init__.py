@@ -21,7 +21,7 @@ from headstart_kernels.dispatch import Impl
 from headstart_kernels.layers import geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.operands import Draw, Preview
 from headstart_kernels.philox import INITIAL
-from headstart_kernels.table import COLUMNS
+from headstart_kernels.table import COLUMNS, Rows
 
 __all__ = [
     "COLUMNS",
@@ -29,6 +29,7 @@ __all__ = [
     "Draw",
     "Impl",
     "Preview",
+    "Rows",
     "decode_u8",
     "fused_step",
     "fused_step_into",

@@ -29,13 +29,13 @@ from headstart_kernels.checks import (
 from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
 from headstart_kernels.operands import Draw, Given, Preview, Wanted
 from headstart_kernels.philox import INITIAL
-from headstart_kernels.table import host_row
+from headstart_kernels.table import Rows, host_row
 
 
 def fused_step(
     x: Tensor,
     f_cond: Tensor,
-    table: Tensor,
+    table: Tensor | Rows,
     step: int | Tensor,
     *,
     f_uncond: Tensor | None = None,
@@ -54,7 +54,8 @@ def fused_step(
 
     x         [B, ...] float32, in sigma space
     f_cond    [B, ...] network output, any float dtype; f_uncond the same, or None
-    table     [N, 8] float32, columns `COLUMNS`: on x's device, or on the host with an int `step`
+    table     [N, 8] float32, columns `COLUMNS`: on x's device, or on the host with an int `step`;
+              or `Rows(table)`, which a loop over the rows of a host table reads once
     step      the row: an int, or a 0-d int64 tensor on x's device, which is never read back, so
               that a captured graph serves every row
     guidance  [B] float32, one scale a sample, in place of the table's column
@@ -80,7 +81,7 @@ def fused_step(
 def fused_step_into(
     x: Tensor,
     f_cond: Tensor,
-    table: Tensor,
+    table: Tensor | Rows,
     step: int | Tensor,
     x_next: Tensor,
     *,
@@ -106,7 +107,7 @@ def fused_step_into(
 
 def _run_step(
     x: Tensor,
-    table: Tensor,
+    table: Tensor | Rows,
     step: int | Tensor,
     given: Given,
     wanted: Wanted,
@@ -116,19 +117,21 @@ def _run_step(
     check_table(table, step, x.device)
     check_given(x, given)
     check_wanted(x, wanted)
-    if not isinstance(step, Tensor) and table.device.type == "cpu":
+    if isinstance(step, Tensor):
+        if isinstance(table, Tensor) and stands_in(x):
+            _call_operator(x, table, step, given, wanted)
+            return
+    elif isinstance(table, Rows) or table.is_cpu:
         check_operands(host_row(table, step), step, given)
-    if stands_in(x) and isinstance(step, Tensor):
-        _call_operator(x, table, step, given, wanted)
-        return
     chosen = choose(impl, x)
     if chosen is Impl.REFERENCE:
         given, wanted = _spelled_out(x, step, given, wanted)
+    elif isinstance(table, Rows):
+        table = table.tensor
     load("fused_step", chosen)(x, table, step, given, wanted)
     picture, x0 = wanted.preview, wanted.x0
     if chosen is Impl.REFERENCE and picture is not None and x0 is not None:
-        rgb = load("preview_rgb", chosen)(x0, picture.factors, picture.bias, 1)
-        picture.rgb.copy_(rgb)
+        load("preview_rgb", chosen)(x0, picture.factors, picture.bias, 1, picture.rgb)
 
 
 def _spelled_out(
@@ -160,14 +163,16 @@ def _call_operator(x: Tensor, table: Tensor, step: Tensor, given: Given, wanted:
 
 def scale_input(
     x: Tensor,
-    table: Tensor,
+    table: Tensor | Rows,
     step: int | Tensor,
     dtype: torch.dtype,
     *,
+    copies: int = 1,
     impl: Impl | str | None = None,
 ) -> Tensor:
     """What the network sees in row `step`: c_in*x, multiplied in float32, then rounded to `dtype`.
 
+    [copies*B, ...]: a guided pair sees each sample twice, first all of them, then all again.
     `table` and `step` as in `fused_step`, which gives the next row's input in the same pass
     (`x_in=`); this is for the first row, and for a state that came from elsewhere.
     """
@@ -175,9 +180,17 @@ def scale_input(
     check_table(table, step, x.device)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a float dtype of a network, got {dtype}")
+    if copies < 1:
+        raise ValueError(f"copies: expected a whole number of at least 1, got {copies}")
+    chosen = choose(impl, x)
     if stands_in(x) and isinstance(step, Tensor):
-        return operators().scale_input(x, table, step, dtype)
-    return load("scale_input", choose(impl, x))(x, table, step, dtype)
+        x_in = operators().scale_input(x, table, step, dtype)
+    elif chosen is Impl.REFERENCE:
+        return load("scale_input", chosen)(x, table, step, dtype, copies)
+    else:
+        table = table.tensor if isinstance(table, Rows) else table
+        x_in = load("scale_input", chosen)(x, table, step, dtype)
+    return x_in if copies == 1 else torch.cat([x_in] * copies)
 
 
 def philox_normal(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.operands import Draw, Given, Preview, Wanted
-from headstart_kernels.table import COLUMNS, Row
+from headstart_kernels.table import Row, Rows, check_columns
 
 
 def said(tensor: Tensor) -> str:
@@ -36,12 +36,14 @@ def check_like(
         return
     if tensor.shape != x.shape:
         raise ValueError(f"{name}: expected the shape of x {list(x.shape)}, got {said(tensor)}")
-    if not tensor.is_floating_point() or dtype not in (None, tensor.dtype):
+    if tensor.dtype is not dtype and (dtype is not None or not tensor.is_floating_point()):
         raise TypeError(f"{name}: expected {dtype or 'a float dtype'}, got {said(tensor)}")
     check_device(name, tensor, x.device)
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device == device:
+        return
     # "cuda" means whichever; only "cuda:1" names one. torch's annotation forgets that None.
     anywhere = device.index is None  # pyright: ignore[reportUnnecessaryComparison]
     if tensor.device.type != device.type or not (anywhere or tensor.device.index == device.index):
@@ -66,19 +68,18 @@ def check_step(step: int | Tensor, device: torch.device) -> None:
     check_device("step", step, device)
 
 
-def check_table(table: Tensor, step: int | Tensor, device: torch.device) -> None:
-    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != len(COLUMNS):
-        raise ValueError(
-            f"table: expected float32 [N, {len(COLUMNS)}], columns {', '.join(COLUMNS)}; "
-            f"got {said(table)}"
-        )
+def check_table(table: Tensor | Rows, step: int | Tensor, device: torch.device) -> None:
+    if isinstance(table, Tensor):
+        check_columns(table)
     check_step(step, device)
     if isinstance(step, Tensor):
+        if isinstance(table, Rows):
+            raise TypeError("step: a table of Rows has rows for an int step, got a tensor")
         check_device("table (with a tensor step)", table, device)
         return
     if not 0 <= step < len(table):
         raise ValueError(f"step: the table has rows 0 to {len(table) - 1}, got {step}")
-    if table.device.type != "cpu":
+    if isinstance(table, Tensor) and not table.is_cpu:
         check_device("table", table, device)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Generic, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 Coefficient = TypeVar("Coefficient")
@@ -30,7 +32,42 @@ class Row(NamedTuple, Generic[Coefficient]):
 COLUMNS = Row._fields
 
 
-def host_row(table: Tensor, step: int) -> Row[float]:
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """A table on the host, each row read once: what a loop over its rows passes as `table`.
+
+    tensor  float32 [N, 8] on the CPU; writing to it later changes nothing here
+    rows    the same numbers
+
+    Raises ValueError for a tensor that is no step table, or on another device.
+    """
+
+    tensor: Tensor
+    rows: tuple[Row[float], ...]
+
+    def __init__(self, table: Tensor) -> None:
+        check_columns(table)
+        if not table.is_cpu:
+            raise ValueError(f"Rows: expected a table on the CPU, got one on {table.device}")
+        numbers = cast("list[list[float]]", table.tolist())  # pyright: ignore[reportUnknownMemberType]
+        object.__setattr__(self, "tensor", table)
+        object.__setattr__(self, "rows", tuple(Row(*row) for row in numbers))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def check_columns(table: Tensor) -> None:
+    if table.dtype != torch.float32 or table.ndim != 2 or table.shape[1] != len(COLUMNS):
+        raise ValueError(
+            f"table: expected float32 [N, {len(COLUMNS)}], columns {', '.join(COLUMNS)}; got "
+            f"{str(table.dtype).removeprefix('torch.')} {list(table.shape)}"
+        )
+
+
+def host_row(table: Tensor | Rows, step: int) -> Row[float]:
     """A row as Python floats; only for a table on the host, where reading does not wait."""
-    assert table.device.type == "cpu"
+    if isinstance(table, Rows):
+        return table.rows[step]
+    assert table.is_cpu
     return Row(*table[step].tolist())  # pyright: ignore[reportUnknownMemberType]

@@ -17,7 +17,7 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource
 from headstart.noise import Given
 from headstart.plan.table import Step, StepTable
-from headstart_kernels import fused_step, scale_input
+from headstart_kernels import Rows, fused_step, scale_input
 
 Check = Literal["auto", "each", "last", "never"]
 
@@ -107,7 +107,7 @@ class _Run:
 
 
 def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
-    table, rows = run.table, torch.tensor(run.table.coefficients())
+    table, rows = run.table, Rows(torch.tensor(run.table.coefficients()))
     if state is None:
         x = run.noise.initial(run.latent, run.device) * table.init_scale
         state = State(table.first - 1, x, x)
@@ -117,7 +117,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         if run.before_row is not None:
             run.before_row(step)
         with torch.no_grad():
-            f, f_uncond = _predict(run, row, scale_input(x, rows, row, _dtype(run, step)))
+            f, f_uncond = _predict(run, row, x, rows)
             n = run.noise.step(number, run.latent, run.device) if step.add else None
             x, x0 = fused_step(x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0)
         watch.look(number, step.model, x0, last=row == len(table) - 1)
@@ -125,14 +125,16 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         yield state
 
 
-def _predict(run: _Run, row: int, x_in: Tensor) -> tuple[Tensor, Tensor | None]:
-    step, batch = run.table[row], len(x_in)
+def _predict(run: _Run, row: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
+    """F, and F_uncond where the row is guided: one call of the network on c_in*x."""
+    step, batch = run.table[row], len(x)
     denoiser, guided = run.denoisers[step.model], step.guidance != 1.0
-    told = run.told(row, guided)
+    dtype: torch.dtype = getattr(denoiser, "dtype", run.cond.context.dtype)
+    x_in = scale_input(x, rows, row, dtype, copies=2 if guided else 1)
+    f = denoiser(x_in, _timestep(step, len(x_in), run.device), run.told(row, guided))
     if not guided:
-        return denoiser(x_in, _timestep(step, batch, run.device), told), None
-    both = denoiser(torch.cat((x_in, x_in)), _timestep(step, 2 * batch, run.device), told)
-    f_uncond, f_cond = both.split_with_sizes([batch, batch])
+        return f, None
+    f_uncond, f_cond = f.split_with_sizes([batch, batch])
     return f_cond, f_uncond
 
 
@@ -142,13 +144,13 @@ def _timestep(step: Step, count: int, device: torch.device) -> Tensor:
     return torch.full((count,), step.timestep, dtype=torch.float32, device=device)
 
 
-def _dtype(run: _Run, step: Step) -> torch.dtype:
-    return getattr(run.denoisers[step.model], "dtype", run.cond.context.dtype)
-
-
 @dataclass(slots=True)
 class _Watch:
-    """Looks for NaN and infinity in x0 by its largest absolute value, one number a sample."""
+    """Looks for NaN and infinity in x0: by its sum, then by the largest |x0| of each sample.
+
+    A sum is finite only of finite numbers; where it is not (they may also have been large) the
+    samples are looked at one by one.
+    """
 
     check: Check
     device: torch.device
@@ -161,7 +163,7 @@ class _Watch:
             self.check = "each" if self.device.type == "cpu" else "last"
 
     def look(self, number: int, model: str, x0: Tensor, *, last: bool) -> None:
-        if self.check == "never":
+        if self.check == "never" or (self.check == "each" and math.isfinite(x0.sum())):
             return
         self.seen.append((number, model, x0.abs().amax((1, 2, 3))))
         if self.check == "each" or last:

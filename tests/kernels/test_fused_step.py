@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
 from headstart.plan.table import COLUMNS as PLAN_COLUMNS
-from headstart_kernels import COLUMNS, Impl, fused_step, scale_input
+from headstart_kernels import COLUMNS, Impl, Rows, fused_step, scale_input
 from headstart_kernels.table import Row, host_row
 from headstart_kernels.testing import (
     STEP_ROUNDINGS,
@@ -107,6 +109,42 @@ def test_a_device_side_row_gives_the_bits_of_a_host_row(
     assert all(same_bits(a, b) for a, b in zip(host, device, strict=True))
 
 
+def test_rows_read_once_give_the_bits_of_their_table() -> None:
+    given, table = operands(), random_table(3)
+    rows = Rows(table)
+    assert len(rows) == 3 and rows.rows[2] == host_row(table, 2)
+    for step in range(3):
+        expected = fused_step(table=table, step=step, **given)
+        got = fused_step(table=rows, step=step, **given)
+        assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
+        x_in = scale_input(given["x"], rows, step, torch.bfloat16)
+        assert torch.equal(x_in, scale_input(given["x"], table, step, torch.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "message"),
+    [
+        (lambda: Rows(torch.zeros(2, 7)), ValueError, r"table: expected float32 \[N, 8\]"),
+        (lambda: Rows(torch.zeros(2, 8, device="meta")), ValueError, "on the CPU, got one on meta"),
+        (
+            lambda: scale_input(NAN, Rows(random_table(2)), torch.tensor(0), torch.float32),
+            TypeError,
+            "rows for an int step, got a tensor",
+        ),
+        (
+            lambda: scale_input(NAN, Rows(random_table(2)), 2, torch.float32),
+            ValueError,
+            "rows 0 to 1, got 2",
+        ),
+    ],
+)
+def test_wrong_rows_are_explained(
+    call: Callable[[], object], kind: type[Exception], message: str
+) -> None:
+    with pytest.raises(kind, match=message):
+        call()
+
+
 class NoReadBack(TorchDispatchMode):
     """Fails where an operation brings a tensor's value to Python, or makes a shape depend on it."""
 
@@ -184,6 +222,21 @@ def test_x_in_is_the_next_rows_network_input(as_step: type) -> None:
         expected = scale_input(x_next, table, as_step(following), torch.bfloat16)
         assert torch.equal(expected, (x_next * table[following, 0]).bfloat16())
         assert torch.equal(x_in, torch.cat((expected, expected)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("step", [1, torch.tensor(1)], ids=["host row", "device row"])
+def test_copies_of_the_network_input_are_the_input_again(
+    step: int | Tensor, layout: torch.memory_format
+) -> None:
+    x, table = operands()["x"].contiguous(memory_format=layout), random_table(3)
+    for dtype in (torch.float32, torch.float16):
+        once = scale_input(x, table, step, dtype)
+        thrice = scale_input(x, table, step, dtype, copies=3)
+        assert torch.equal(thrice, torch.cat((once, once, once)))
+        assert thrice.is_contiguous(memory_format=layout)
+    with pytest.raises(ValueError, match="copies: expected a whole number of at least 1, got 0"):
+        scale_input(x, table, step, torch.float32, copies=0)
 
 
 def test_outputs_take_the_layout_of_x_whatever_the_networks_layout() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
-from headstart_kernels import INITIAL, philox, philox_normal
+from headstart_kernels import INITIAL, host_noise, philox, philox_normal
 from headstart_kernels.impl import reference_noise as reference
 from headstart_kernels.testing import exact_normal, numpy_normal, philox_words
 
@@ -225,11 +225,44 @@ def test_an_image_has_the_same_bits_alone_and_in_any_batch(
         assert torch.equal(bits(drawn), bits(alone))
 
 
-def test_a_batch_that_is_drawn_in_parts_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = (list(range(5)), [0] * 5, 3, (4, 8, 8))
+@pytest.mark.parametrize("blocks", [1, 7, 64, 150, 1000])
+def test_a_draw_in_parts_of_images_or_of_an_image_has_the_bits_of_the_whole(
+    blocks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = (list(range(5)), [0] * 5, 3, (4, 8, 8))  # 64 blocks an image
     whole = philox_normal(*arguments)
-    monkeypatch.setattr(reference, "_CPU_BLOCKS", 128)
+    monkeypatch.setattr(host_noise, "BLOCKS", blocks)
     assert torch.equal(bits(philox_normal(*arguments)), bits(whole))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.lists(st.tuples(SEEDS, WORDS), min_size=1, max_size=4),
+    step=st.integers(INITIAL, 2**32 - 2),
+    count=st.integers(1, 70),
+)
+def test_on_a_cpu_numpy_gives_the_bits_of_the_definition(
+    images: list[tuple[int, int]], step: int, count: int
+) -> None:
+    seeds = torch.tensor([seed - (seed >> 63 << 64) for seed, _ in images])
+    samples = torch.tensor([sample for _, sample in images])
+    defined = reference.by_definition(seeds, samples, step, count)
+    got = host_noise.normals(seeds, samples, step, count)
+    assert got.is_contiguous() and torch.equal(bits(got), bits(defined))
+
+
+def test_every_edge_of_a_word_has_the_bits_of_the_definition() -> None:
+    """Words that no draw is sure to meet: each power of 2, both sides of UPPER, both ends."""
+    edges = [(1 << k) + d for k in range(32) for d in (-1, 0, 1)]
+    edges += [philox.UPPER + d for d in range(-300, 300)] + [2**32 - 1 - d for d in range(300)]
+    word = torch.tensor(sorted(set(edges)))
+    words = word.numpy().astype(np.uint32)
+    squared = torch.from_numpy(host_noise._minus_two_log(words.copy()))
+    assert torch.equal(bits(squared), bits(reference._minus_two_log(word)))
+    for got, defined in zip(
+        host_noise._cos_sin(words.view(np.int32).copy()), reference._cos_sin(word), strict=True
+    ):
+        assert torch.equal(bits(torch.from_numpy(got)), bits(defined))
 
 
 def test_a_longer_draw_begins_with_the_shorter_one() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import decode_u8, preview_rgb
+from headstart_kernels.impl import reference_rgb as reference
 from headstart_kernels.testing import random_latents
 
 
@@ -94,6 +95,35 @@ def test_a_preview_shows_nan_as_black_and_goes_on() -> None:
     rgb = preview_rgb(x0, torch.ones(4, 3), torch.full((3,), 0.5))
     assert rgb[0, 1, 1].tolist() == [0, 0, 0]
     assert rgb[0, 0].any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_on_a_cpu_pictures_have_the_bytes_of_the_definition(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x0 = random_latents(3, 4, 9, 7, scale=2.0).to(dtype).contiguous(memory_format=layout)
+    x0[1, :, 2, 3] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e4])
+    before = x0.clone()
+    factors, bias = random_latents(4, 3, seed=1), random_latents(3, seed=2)
+    pixels = reference.mapped_by_definition(x0, factors, bias)
+    expected = reference.levels_by_definition(pixels)
+    assert 0.2 < ((expected > 0) & (expected < 255)).float().mean() < 0.8
+    assert torch.equal(preview_rgb(x0, factors, bias), expected)
+    rounded = pixels.to(dtype)
+    assert torch.equal(decode_u8(rounded, check=False), reference.levels_by_definition(rounded))
+    assert torch.equal(before.nan_to_num(), x0.nan_to_num())
+
+
+def test_every_nan_is_black_whatever_its_payload() -> None:
+    words = torch.tensor([0x7F800001, 0x7FC00000, 0x7FFFFFFF, -1, -8388607], dtype=torch.int32)
+    assert words.view(torch.float32).isnan().all()
+    assert decode_u8(words.view(torch.float32).expand(1, 3, 1, -1), check=False).max() == 0
+
+
+def test_a_picture_of_pixels_that_carry_gradients_is_a_picture() -> None:
+    pixels = random_latents(1, 3, 2, 2).requires_grad_()
+    assert torch.equal(decode_u8(pixels), decode_u8(pixels.detach()))
 
 
 BAD = [

@@ -77,20 +77,20 @@ def test_a_build_of_torch_that_contracts_addcmul_gets_the_same_bits(
 ) -> None:
     given, table = operands(), random_table(3)
     fast = fused_step(table=table, step=0, **given)
-    monkeypatch.setattr(reference_step, "_addcmul_rounds_twice", lambda: False)
+    monkeypatch.setattr(reference_step, "_exact_one", lambda: None)
     slow = fused_step(table=table, step=0, **given)
     assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
 
 
 def test_the_probe_would_see_a_contracted_sum(monkeypatch: pytest.MonkeyPatch) -> None:
-    probe = reference_step._addcmul_rounds_twice.__wrapped__
+    probe = reference_step._exact_one.__wrapped__
 
     def contracted(total: Tensor, term: Tensor, one: Tensor, *, value: float) -> Tensor:
         scale = float(torch.tensor(value))
         return (total.double() + scale * term.double()).float()
 
     monkeypatch.setattr(torch, "addcmul", contracted)
-    assert not probe()
+    assert probe() is None
 
 
 def test_the_operator_takes_noise_and_picture_as_parts() -> None:

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.operands import Given, Wanted
-from headstart_kernels.table import Row, host_row
+from headstart_kernels.table import Row, Rows, host_row
 
 
-def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted) -> None:
-    if isinstance(step, Tensor) or table.device.type != "cpu" or x.device.type != "cpu":
+def fused_step(
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+) -> None:
+    if isinstance(step, Tensor) or not x.is_cpu or not (isinstance(table, Rows) or table.is_cpu):
         _step_by_definition(x, table, step, given, wanted)
     else:
         _step_in_place(x, host_row(table, step), given, wanted)
@@ -30,12 +32,20 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         _fill_input(wanted.x_in, wanted.x_next, _row(table, following).c_in)
 
 
-def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype) -> Tensor:
-    return (x * _row(table, step).c_in).to(dtype)
+def scale_input(
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, dtype: torch.dtype, copies: int = 1
+) -> Tensor:
+    c_in = _row(table, step).c_in
+    if copies > 1 and x.is_contiguous():
+        x_in = x.new_empty((copies * len(x), *x.shape[1:]), dtype=dtype)
+        _fill_input(x_in, x, c_in)
+        return x_in
+    scaled = (x * c_in).to(dtype)
+    return scaled if copies == 1 else torch.cat([scaled] * copies)
 
 
 def _step_by_definition(
-    x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
 ) -> None:
     row = _row(table, step)
     f = _guided(x, given, row.guidance)
@@ -54,36 +64,36 @@ def _step_by_definition(
 def _step_in_place(x: Tensor, row: Row[float], given: Given, wanted: Wanted) -> None:
     """The same bits in the fewest passes over memory; x_next may be x, and x0 may be x0_prev."""
     previous = given.x0_prev if row.carry != 0.0 else None
-    one, x_next = x.new_ones(()), wanted.x_next
+    x_next = wanted.x_next
     x0 = torch.empty_like(x) if wanted.x0 is None or previous is not None else wanted.x0
-    f = _guided_in(x0, x, given, row.guidance, one)
+    f = _guided_in(x0, x, given, row.guidance)
     if row.c_skip == 0.0:
         torch.mul(f, row.c_out, out=x0)
     elif row.c_skip == 1.0:
-        _add_scaled(x, f, row.c_out, one, out=x0)
+        _add_scaled(x, f, row.c_out, out=x0)
     else:
-        _add_scaled(torch.mul(f, row.c_out, out=x0), x, row.c_skip, one, out=x0)
+        _add_scaled(torch.mul(f, row.c_out, out=x0), x, row.c_skip, out=x0)
     total = x0
     if row.keep != 0.0:
-        total = _add_scaled(x0, torch.sub(x, x0, out=x_next), row.keep, one, out=x_next)
+        total = _add_scaled(x0, torch.sub(x, x0, out=x_next), row.keep, out=x_next)
     if previous is not None:
-        total = _add_scaled(total, x0 - previous, row.carry, one, out=x_next)
+        total = _add_scaled(total, x0 - previous, row.carry, out=x_next)
     if row.add != 0.0 and isinstance(given.noise, Tensor):
-        total = _add_scaled(total, given.noise, row.add, one, out=x_next)
+        total = _add_scaled(total, given.noise, row.add, out=x_next)
     if total is x0:
         x_next.copy_(x0)
     if wanted.x0 is not None and wanted.x0 is not x0:
         wanted.x0.copy_(x0)
 
 
-def _guided_in(out: Tensor, x: Tensor, given: Given, scale: float, one: Tensor) -> Tensor:
+def _guided_in(out: Tensor, x: Tensor, given: Given, scale: float) -> Tensor:
     """F, in `out` where it had to be computed."""
     f_uncond = given.f_uncond
     if given.guidance is not None or f_uncond is None or scale == 1.0:
         return _guided(x, given, scale)
     f_uncond = _float_like(x, f_uncond)
     difference = torch.sub(_float_like(x, given.f_cond), f_uncond, out=out)
-    return _add_scaled(f_uncond, difference, scale, one, out=out)
+    return _add_scaled(f_uncond, difference, scale, out=out)
 
 
 def _guided(x: Tensor, given: Given, scale: float | Tensor) -> Tensor:
@@ -105,23 +115,26 @@ def _plus(total: Tensor, coefficient: float | Tensor, term: Callable[[], Tensor]
     return torch.where(coefficient == 0.0, total, total + coefficient * term())
 
 
-def _add_scaled(total: Tensor, term: Tensor, scale: float, one: Tensor, *, out: Tensor) -> Tensor:
+def _add_scaled(total: Tensor, term: Tensor, scale: float, *, out: Tensor) -> Tensor:
     """total + scale*term, both operations rounded; one pass over memory where torch allows it."""
-    if _addcmul_rounds_twice():
-        return torch.addcmul(total, term, one, value=scale, out=out)
-    return torch.add(total, term * scale, out=out)
+    one = _exact_one()
+    if one is None:
+        return torch.add(total, term * scale, out=out)
+    return torch.addcmul(total, term, one, value=scale, out=out)
 
 
 @cache
-def _addcmul_rounds_twice() -> bool:
-    """Whether this build of torch leaves a + s*b*1 uncontracted, which it does not promise.
+def _exact_one() -> Tensor | None:
+    """The 1 of a + (s*b)*1, or None where this build of torch does not round s*b first.
 
-    Measured: so it is in torch 2.13 for AVX2, where 7 passes instead of 10 take 0.6 of the time. A
-    contracted sum would show in one of four of these values.
+    Contracting (s*b)*1 + a is harmless; taking s*(b*1) + a for it would not be, and torch promises
+    neither. It would show in one of four of these values. Measured: torch 2.13 rounds first, for
+    AVX2 and AVX-512, and 7 passes instead of 10 take 0.6 of the time.
     """
-    exponent = torch.arange(4096, dtype=torch.float32)
+    exponent, one = torch.arange(4096, dtype=torch.float32), torch.ones(())
     total, term = torch.sin(exponent), torch.cos(exponent)
-    return torch.equal(torch.addcmul(total, term, torch.ones(()), value=0.3), total + term * 0.3)
+    exact = torch.equal(torch.addcmul(total, term, one, value=0.3), total + term * 0.3)
+    return one if exact else None
 
 
 def _fill_input(x_in: Tensor, x: Tensor, c_in: float | Tensor) -> None:
@@ -139,10 +152,13 @@ def _float_like(x: Tensor, f: Tensor) -> Tensor:
     return f.float() if f.stride() == x.stride() else torch.empty_like(x).copy_(f)
 
 
-def _row(table: Tensor, step: int | Tensor) -> Row[float] | Row[Tensor]:
+def _row(table: Tensor | Rows, step: int | Tensor) -> Row[float] | Row[Tensor]:
+    if isinstance(table, Rows):
+        assert not isinstance(step, Tensor)
+        return table.rows[step]
     if isinstance(step, Tensor):
         # Not table[step]: indexing with a 0-d tensor reads it back to the host.
         return Row(*table.index_select(0, step.reshape(1))[0].unbind())
-    if table.device.type == "cpu":
+    if table.is_cpu:
         return host_row(table, step)
     return Row(*table[step].unbind())

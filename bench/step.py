@@ -1,0 +1,289 @@
+"""What does a step cost outside the network on a CPU? Our loop, diffusers' loops and one pass in C.
+
+    python bench/step.py [--rounds 15] [--threads 1 2] [--out bench/results/step.json]
+
+The network is null: it hands back tensors that exist. So a row is what remains: the network's
+input (scaled, twice for a guided pair), the guidance, the update, its noise, and, for ours, x0 as
+well as x' in tensors of their own and the look for NaN. Theirs is the body of the pipeline's loop:
+torch.cat, scale_model_input, guidance, scheduler.step. What happens once a run (set_timesteps; the
+start, and the checks of hs.sample) is outside the clock for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import torch
+from torch import Tensor
+
+import headstart as hs
+
+ROOT = Path(__file__).parents[1]
+LATENT = (4, 128, 128)
+"""SDXL's at 1024 pixels."""
+BATCHES = (1, 4, 16)
+STEPS = 20
+GUIDANCE = 5.0
+BETAS: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+
+CLOCK = time.perf_counter
+
+C_SOURCE = r"""
+#include <stddef.h>
+void step(size_t n, float *restrict x, const float *restrict u, const float *restrict c,
+          float *restrict x0, float *restrict in0, float *restrict in1,
+          float guidance, float c_out, float keep, float c_in) {
+  for (size_t i = 0; i < n; i++) {
+    float f = u[i] + guidance * (c[i] - u[i]);
+    float d = x[i] + c_out * f;
+    float y = d + keep * (x[i] - d);
+    x0[i] = d;
+    x[i] = y;
+    in0[i] = in1[i] = c_in * y;
+  }
+}
+"""
+C_FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
+
+RATIOS = (
+    ("Euler", "diffusers Euler", 0.30),
+    ("DDIM", "diffusers DDIM", 0.30),
+    ("LCM", "diffusers LCM", 0.15),
+    ("LCM, noise given", "diffusers LCM", 0.15),
+    ("Euler, no guidance", "diffusers Euler, no guidance", None),
+    ("Euler", "C", 2.50),
+)
+"""(ours, beside what, the target of the ratio or None)."""
+
+
+class Case(NamedTuple):
+    """Seconds a step of one run; `run` makes what it needs outside the clock."""
+
+    name: str
+    run: Callable[[], float]
+
+
+def main() -> None:
+    options = _options()
+    logging.disable(logging.WARNING)
+    floor, missing = _compiled()
+    global CLOCK
+    CLOCK = time.thread_time if options.cpu else time.perf_counter
+    results = [
+        measure(batch, threads, options.rounds, floor)
+        for threads in options.threads
+        for batch in options.batches
+    ]
+    report = {
+        "question": (__doc__ or "").splitlines()[0],
+        "evidence": "measured",
+        "machine": harness.machine(),
+        "state": ["B", *LATENT],
+        "steps": STEPS,
+        "guidance": GUIDANCE,
+        "rounds": options.rounds,
+        "c": missing or " ".join(("cc", *C_FLAGS)),
+        "results": results,
+    }
+    harness.write_json(options.out, report)
+    print("\n\n".join(_table(result) for result in results))
+    if missing:
+        print(f"\nno pass in C: {missing}")
+
+
+def measure(
+    batch: int, threads: int, rounds: int, floor: Callable[..., None] | None
+) -> dict[str, Any]:
+    """Every case once a round, in turns; ratios are medians of the rounds' own ratios."""
+    torch.set_num_threads(threads)
+    cases = _cases(batch, floor)
+    taken: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(rounds + 2):
+        for case in cases:
+            seconds = case.run()
+            if number >= 2:
+                taken[case.name].append(seconds)
+    return {
+        "batch": batch,
+        "threads": threads,
+        "us_a_step": {name: _spread(seconds) for name, seconds in taken.items()},
+        "ratios": [
+            {"of": of, "to": to, "ratio": _ratio(taken[of], taken[to]), "target": target}
+            for of, to, target in RATIOS
+            if to in taken
+        ],
+    }
+
+
+def _cases(batch: int, floor: Callable[..., None] | None) -> list[Case]:
+    """Ours and theirs, which look at the same tensors."""
+    from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
+
+    generator = torch.Generator().manual_seed(0)
+    n, f = (torch.randn(copies * batch, *LATENT, generator=generator) for copies in (1, 2))
+    euler, ddim = hs.Update.EULER, hs.Update.DDIM
+    lcm = {"update": hs.Update.RENOISE, "boundary": True}
+    philox = hs.Philox(range(batch))
+    cases = [
+        Case("Euler", _ours(n, f, philox, update=euler)),
+        Case("diffusers Euler", _theirs(EulerDiscreteScheduler(**BETAS), n, f)),
+        Case("DDIM", _ours(n, f, philox, update=ddim)),
+        Case("diffusers DDIM", _theirs(DDIMScheduler(**BETAS, clip_sample=False), n, f)),
+        Case("LCM", _ours(n, f, philox, **lcm)),
+        Case("LCM, noise given", _ours(n, f, hs.Given(n, [n] * STEPS), **lcm)),
+        Case("diffusers LCM", _theirs(LCMScheduler(**BETAS), n, f)),
+        Case("Euler, no guidance", _ours(n, f, philox, update=euler, guidance=1.0)),
+        Case("diffusers Euler, no guidance", _theirs(EulerDiscreteScheduler(**BETAS), n, f, None)),
+        Case("philox_normal alone", _drawn(lambda: philox.step(0, LATENT, n.device))),
+        Case("torch.randn alone", _drawn(lambda: torch.randn(n.shape))),
+    ]
+    return cases if floor is None else [*cases, Case("C", _floor(floor, n, f))]
+
+
+def _ours(
+    n: Tensor, f: Tensor, noise: hs.NoiseSource, *, guidance: float = GUIDANCE, **rule: Any
+) -> Callable[[], float]:
+    leg = hs.Leg(model="null", steps=STEPS, guidance=guidance, **rule)
+    table = hs.Plan((leg,)).compile(hs.NoiseSchedule.scaled_linear())
+    cond = hs.Conditioning(torch.zeros(len(n), 1, 1))
+    x = n * table.init_scale
+
+    def network(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
+        return f[: len(x_in)]
+
+    def run() -> float:
+        start = hs.State(-1, x, x)
+        states = hs.sample(table, {"null": network}, cond, noise, uncond=cond, resume=start)
+        begin = CLOCK()
+        for _ in states:
+            pass
+        return (CLOCK() - begin) / STEPS
+
+    return run
+
+
+def _theirs(
+    scheduler: Any, n: Tensor, f: Tensor, guidance: float | None = GUIDANCE
+) -> Callable[[], float]:
+    """The loop of diffusers' StableDiffusionXLPipeline, without its callbacks and progress bar."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = "generator" in scheduler.step.__code__.co_varnames
+    extra = {"generator": generator} if drawn else {}
+
+    @torch.no_grad()
+    def run() -> float:
+        scheduler.set_timesteps(STEPS)
+        x = n * scheduler.init_noise_sigma
+        begin = CLOCK()
+        for t in scheduler.timesteps:
+            x_in = x if guidance is None else torch.cat([x] * 2)
+            x_in = scheduler.scale_model_input(x_in, t)
+            predicted = f[: len(x_in)]
+            if guidance is not None:
+                uncond, text = predicted.chunk(2)
+                predicted = uncond + guidance * (text - uncond)
+            x = scheduler.step(predicted, t, x, **extra, return_dict=False)[0]
+        return (CLOCK() - begin) / STEPS
+
+    return run
+
+
+def _drawn(draw: Callable[[], Tensor]) -> Callable[[], float]:
+    def run() -> float:
+        begin = CLOCK()
+        for _ in range(STEPS):
+            draw()
+        return (CLOCK() - begin) / STEPS
+
+    return run
+
+
+def _floor(step: Callable[..., None], n: Tensor, f: Tensor) -> Callable[[], float]:
+    """One fused pass a row, guided: in place, with every buffer kept, on one thread."""
+    x, x0, x_in = n.clone(), torch.empty_like(n), torch.empty_like(f)
+    uncond, text = f.chunk(2)
+    in0, in1 = x_in.chunk(2)
+    tensors = (x, uncond, text, x0, in0, in1)
+
+    def run() -> float:
+        x.copy_(n)
+        begin = CLOCK()
+        for _ in range(STEPS):
+            step(n.numel(), *(t.data_ptr() for t in tensors), GUIDANCE, -1.0, 0.9, 0.7)
+        return (CLOCK() - begin) / STEPS
+
+    return run
+
+
+@functools.cache
+def _compiled() -> tuple[Callable[..., None] | None, str | None]:
+    """The pass in C, or why there is none."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        return None, "there is no C compiler `cc` on the path"
+    with tempfile.TemporaryDirectory() as folder:
+        source, library = Path(folder, "step.c"), Path(folder, "step.so")
+        source.write_text(C_SOURCE, encoding="utf-8")
+        command = [compiler, *C_FLAGS, "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            return None, f"cc failed: {done.stderr.strip()}"
+        step = ctypes.CDLL(str(library)).step
+    step.argtypes = [ctypes.c_size_t, *[ctypes.c_void_p] * 6, *[ctypes.c_float] * 4]
+    step.restype = None
+    return step, None
+
+
+def _ratio(of: Sequence[float], to: Sequence[float]) -> float:
+    return round(statistics.median(a / b for a, b in zip(of, to, strict=True)), 3)
+
+
+def _spread(seconds: Sequence[float]) -> dict[str, float]:
+    spread = harness.spread(seconds)
+    return {name: round(1e6 * value, 1) for name, value in spread.items()}
+
+
+def _table(result: Mapping[str, Any]) -> str:
+    lines = [
+        f"B = {result['batch']}, {result['threads']} thread(s)",
+        "",
+        "| loop | us a step |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {value['p50']:.0f} |" for name, value in result["us_a_step"].items()]
+    lines += ["", "| ratio | median | target |", "|---|---|---|"]
+    for row in result["ratios"]:
+        target = "" if row["target"] is None else f"{row['target']:.2f}"
+        lines.append(f"| {row['of']} / {row['to']} | {row['ratio']:.3f} | {target} |")
+    return "\n".join(lines)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--cpu", action="store_true", help="the thread's CPU time: a busy machine")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/step.json")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
