@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from headstart.adapters.group import all_finite
 from headstart.adapters.names import parse
 from headstart.checkpoint.tensors import FLOATS, Checkpoint
 from headstart.errors import AdapterError, CheckpointError
@@ -117,7 +118,7 @@ def _vectors(checkpoint: Checkpoint, name: str, path: Path) -> Tensor:
             f"{MAX_VECTORS}, got {entry.dtype} {list(entry.shape)}"
         )
     tensor = checkpoint.tensor(name).reshape(shape)
-    if not bool(tensor.float().isfinite().all()):
+    if not all_finite(tensor):
         raise AdapterError(f"{path}: {name[:80]!r}: expected finite numbers, got NaN or infinity")
     return tensor
 
