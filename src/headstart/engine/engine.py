@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
 from headstart.adapters.strength import Asked, Strength
+from headstart.adapters.textual_inversion import Embeddings
 from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
@@ -35,7 +36,6 @@ from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.text import ClipText
 from headstart.plan.plan import Plan
 from headstart.plan.request import (
-    PRESETS,
     PlanSettings,
     check_resume,
     check_size,
@@ -110,6 +110,7 @@ class Engine:
                     what the file says, what its name suggests, what its family predicts
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        embeddings  files of learned tokens (textual inversion), or (file, token)
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
@@ -132,11 +133,16 @@ class Engine:
 
     @classmethod
     def demo(
-        cls, *, device: str = "auto", dtype: str = "auto", runner: RunnerName = "auto"
+        cls,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        runner: RunnerName = "auto",
+        embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
         chosen = choose_runner(runner, choose_device(device)).name
-        return cls(load_demo(device=device, dtype=dtype), chosen)
+        return cls(load_demo(device=device, dtype=dtype, embeddings=embeddings), chosen)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -212,7 +218,7 @@ class Engine:
                 "states its own"
             )
         if isinstance(plan, str):
-            plan = named_plan(plan, self._stated(plan, settings), self.weights.preset)
+            plan = named_plan(plan, self.weights.stated(plan, settings), self.weights.preset)
         steps = plan.steps if isinstance(plan, StepTable) else plan.legs
         missing = sorted({step.model for step in steps} - set(self.denoisers))
         if missing:
@@ -321,14 +327,6 @@ class Engine:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
             check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
         return self._states(run, Clock(self.device), resume)
-
-    def _stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
-        """The settings, with the step count that the distilled file's name states."""
-        found = self.weights.guesses.get("distilled")
-        preset = settings.get("preset") or (plan if plan in PRESETS else self.weights.preset)
-        if found is None or not found.steps or preset != found.preset or plan == "base":
-            return settings
-        return settings if settings.get("steps") else {**settings, "steps": found.steps}
 
     def _prepare(
         self,

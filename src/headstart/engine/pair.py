@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import headstart_weights
+from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.checkpoint import family_of
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.families import FAMILIES, Family
@@ -31,6 +32,7 @@ from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import guidance_embedding
 from headstart.plan.prediction import Prediction
+from headstart.plan.request import PRESETS, PlanSettings
 from headstart.plan.schedule import NoiseSchedule
 
 FilePath = str | Path
@@ -94,6 +96,14 @@ class Pair:
         values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
         return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
 
+    def stated(self, plan: str, settings: PlanSettings) -> PlanSettings:
+        """The settings, with the step count that the distilled file's name states."""
+        found = self.guesses.get("distilled")
+        preset = settings.get("preset") or (plan if plan in PRESETS else self.preset)
+        if found is None or not found.steps or preset != found.preset or plan == "base":
+            return settings
+        return settings if settings.get("steps") else {**settings, "steps": found.steps}
+
 
 class Options(TypedDict, total=False):
     """How files are read; every one has a default. See `headstart.engine.engine.Engine.load`.
@@ -104,6 +114,7 @@ class Options(TypedDict, total=False):
     embedded_guidance  what an LCM imitates, 8.0 by default
     head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
                        for scaled-down models whose files do not say it
+    embeddings         files of learned tokens, or (file, token)
     device, dtype      "auto", or a name
     """
 
@@ -116,6 +127,7 @@ class Options(TypedDict, total=False):
     embedded_guidance: float | None
     head_dim: int | None
     text_head_dim: int | None
+    embeddings: Embeddings
     device: str
     dtype: str
 
@@ -160,6 +172,7 @@ def load_pair(
         head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer"),
     )
+    words, learned = taught(words, options.get("embeddings", ()))
     named = {role: options.get(role) for role in ("vae", "text", "preview")}
     named = paths | {role: path for role, path in named.items() if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
@@ -189,11 +202,11 @@ def load_pair(
             codec.params,
             max(kind.itemsize for kind in dtypes),
         ),
-        files={role: (str(path), _files(path, role)) for role, path in named.items()},
+        files={role: (str(path), _files(path, role)) for role, path in named.items()} | learned,
     )
 
 
-def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
+def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddings = ()) -> Pair:
     """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
     try:
         paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
@@ -201,9 +214,13 @@ def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     base, distilled = paths["base"], paths["distilled"]
-    pair = load_pair(base, distilled, preview=preview, preset="demo", device=device, dtype=dtype)
+    pair = load_pair(
+        base, distilled, preview=preview, preset="demo", device=device, dtype=dtype,
+        embeddings=embeddings,
+    )  # fmt: skip
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
-    return replace(pair, files=files)
+    learned = {role: told for role, told in pair.files.items() if role.startswith(EMBEDDING)}
+    return replace(pair, files=files | learned)
 
 
 def one_network(pair: Pair, lora: FilePath) -> Pair:
