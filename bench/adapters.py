@@ -1,26 +1,37 @@
 """What does a live adapter cost: nothing at strength 0, how much of a step, how long is a swap?
 
-    python bench/adapters.py [--latent 64] [--rounds 5] [--swaps 1000]
+    python bench/adapters.py [--parts bits,step,swap,growth] [--latent 64] [--rounds 5]
 
-step   an SD1.5-size UNet with random weights, attached and detached in turns
-swap   SDXL's kohya layers (722) at rank 64, from tensors in memory into the slots that are there
-growth resident memory over swaps of the bundled pair's adapter
+bits    SHA-256 of a run of the bundled pair: detached, attached at strength 0 and 1, detached again
+step    one step of an SD1.5-size UNet with random weights, with and without a rank-4 slider on its
+        attention layers, in turns; the median of the rounds' ratios
+swap    SDXL's kohya layers (722) at rank 64, between tensors in memory and the slots that are
+        there, beside one copy of as many bytes; and `attach` as a whole, from the page cache
+growth  memory over 1,000 swaps of two files on the bundled pair
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
+import os
 import resource
-from collections.abc import Mapping
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import harness
+import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
+from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.delta import LowRank
 from headstart.adapters.slots import Host
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
@@ -55,23 +66,24 @@ SDXL = UNetParams(
     added_dim=2816,
 )
 KOHYA_SDXL = (".attn", ".ff.net", ".proj_in", ".proj_out")
+RANK = 64
 
 
 def main() -> None:
     options = _parse()
-    report = {
-        "question": (__doc__ or "").splitlines()[0],
-        "machine": harness.machine(),
-        "threads": torch.get_num_threads(),
-        "command": f"python bench/adapters.py --latent {options.latent} --rounds {options.rounds}",
-        "bits": _bits(),
-        "step": _step(options.latent, options.rounds),
-        "swap": {name: _swap(dtype, options.rounds) for name, dtype in _DTYPES.items()},
-        "growth": _growth(options.swaps),
+    parts: dict[str, Callable[[], dict[str, Any]]] = {
+        "bits": _bits,
+        "step": lambda: _step(options.latent, options.rounds),
+        "swap": lambda: {name: _swap(dtype, options.rounds) for name, dtype in _DTYPES.items()},
+        "growth": lambda: _growth(options.swaps),
     }
-    harness.write_json(options.out, report)
-    for name in ("bits", "step", "swap", "growth"):
-        print(name, report[name])
+    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    report = {"question": (__doc__ or "").splitlines()[0], **kept}
+    for name in options.parts.split(","):
+        report[name] = {"machine": harness.machine(), "threads": torch.get_num_threads()}
+        report[name] |= parts[name]()
+        print(name, json.dumps(report[name], indent=1))
+        harness.write_json(options.out, report)
 
 
 _DTYPES = {"float16": torch.float16, "float32": torch.float32}
@@ -79,6 +91,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--parts", default="bits,step,swap,growth")
     parser.add_argument("--latent", type=int, default=64, help="side of the SD1.5 latent")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swaps", type=int, default=1000)
@@ -100,61 +113,83 @@ def _deltas(
     }
 
 
+def _written(deltas: Mapping[str, LowRank], path: Path) -> Path:
+    """The changes as kohya writes them."""
+    tensors: dict[str, Tensor] = {}
+    for module, delta in deltas.items():
+        name = "lora_unet_" + module.replace(".", "_")
+        up = delta.up[(..., *[None] * (delta.down.ndim - 2))]
+        tensors |= {f"{name}.lora_down.weight": delta.down, f"{name}.lora_up.weight": up}
+        tensors[f"{name}.alpha"] = torch.tensor(delta.scale * delta.rank)
+    save_file(tensors, path)
+    return path
+
+
 def _bits() -> dict[str, bool]:
-    """SHA-256 of a hybrid run: detached, attached at 0, detached again."""
     engine = hs.Engine.demo(device="cpu")
-    hosts = [Host(net) for net in engine.denoisers.values() if isinstance(net, nn.Module)]
-    before = _digest(engine, None)
-    for host in hosts:
-        host.put("slider", _deltas(host, (".attn",), 4))
-        host.columns = ("slider",)
-    zero, one = (_digest(engine, torch.full((4, 2, 1), value)) for value in (0.0, 1.0))
-    for host in hosts:
-        host.remove("slider")
+    with tempfile.TemporaryDirectory() as folder:
+        host = Host(_network(engine))
+        path = _written(_deltas(host, (".attn",), 4), Path(folder) / "slider.safetensors")
+        before = _digest(engine)
+        engine.attach(path)
+        zero, one = (_digest(engine, {"slider": value}) for value in (0.0, 1.0))
+        engine.detach("slider")
     return {
         "strength 0 equals detached": zero == before,
         "strength 1 differs": one != before,
-        "detached again equals before": _digest(engine, None) == before,
+        "detached again equals before": _digest(engine) == before,
     }
 
 
-def _digest(engine: hs.Engine, strengths: Tensor | None) -> str:
-    table, cond = engine.compile("hybrid"), engine.text.encode(["a fox"] * 2)
-    noise = hs.Philox([1, 2])
-    states = hs.sample(table, engine.denoisers, cond, noise, shape=(4, 16, 16), strengths=strengths)
-    return hashlib.sha256(list(states)[-1].x.numpy().tobytes()).hexdigest()
+def _network(engine: hs.Engine) -> nn.Module:
+    network = engine.denoisers["base"]
+    assert isinstance(network, nn.Module)
+    return network
+
+
+def _digest(engine: hs.Engine, adapters: Any = None) -> str:
+    done = engine.sample("a fox", seeds=[1, 2], adapters=adapters)
+    return hashlib.sha256(done.latents.numpy().tobytes()).hexdigest()
 
 
 def _step(latent: int, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
-    unet = UNet(SD15).requires_grad_(False).eval()
-    host = Host(unet)
+    plain = UNet(SD15).requires_grad_(False).eval()
+    with torch.device("meta"):
+        steered = UNet(SD15)
+    steered.load_state_dict(plain.state_dict(), assign=True)
+    steered.requires_grad_(False).eval()
+    host = Host(steered)
     deltas = _deltas(host, (".attn",), 4)
+    host.put("slider", deltas)
     host.columns = ("slider",)
     x, context = torch.randn(1, 4, latent, latent), torch.randn(1, 77, 768)
 
-    def step(strengths: Tensor | None) -> None:
+    def step(unet: UNet, strength: float | None) -> Tensor:
+        strengths = None if strength is None else torch.full((1, 1), strength)
         with torch.inference_mode():
-            unet(x, torch.tensor(500), hs.Conditioning(context, strengths=strengths))
+            return unet(x, torch.tensor([500]), hs.Conditioning(context, strengths=strengths))
 
-    def attached(value: float) -> None:
-        host.put("slider", deltas)
-        step(torch.full((1, 1), value))
-        host.remove("slider")
-
-    cases = {
-        "detached": lambda: step(None),
-        "strength 0": lambda: attached(0.0),
-        "strength 1": lambda: attached(1.0),
-    }
-    taken = harness.interleaved(cases, rounds)
-    base = taken["detached"]["p50"]
+    same = torch.equal(step(plain, None), step(steered, 0.0))
+    runs: tuple[tuple[UNet, float | None], ...] = ((plain, None), (steered, 0.0), (steered, 1.0))
+    rows = [[_seconds(partial(step, *run)) for run in runs] for _ in range(rounds)]
+    seconds = np.array(rows)
+    ratios = seconds[:, 1:] / seconds[:, :1] - 1
+    cases = ("strength 0", "strength 1")
     return {
         "layers": len(deltas),
         "latent": latent,
-        "seconds": taken,
-        "overhead": {name: round(taken[name]["p50"] / base - 1, 4) for name in list(cases)[1:]},
+        "strength 0 equals detached": same,
+        "detached_s": round(float(np.median(seconds[:, 0])), 3),
+        "overhead": dict(zip(cases, np.median(ratios, 0).round(4).tolist(), strict=True)),
+        "overhead_of_rounds": dict(zip(cases, ratios.T.round(4).tolist(), strict=True)),
     }
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
 
 
 def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -165,41 +200,80 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             shown = torch.zeros(1, dtype=dtype).expand(layer.weight.shape)
             layer.weight = nn.Parameter(shown, requires_grad=False)
-    host = Host(unet)
-    pair = [_deltas(host, KOHYA_SDXL, 64, torch.float16) for _ in range(2)]
-    host.put("lora", pair[0])
-    epoch = host.epoch
+    adapters, host = AdapterSet({"base": unet}, ()), Host(unet)
+    pair = [_deltas(host, KOHYA_SDXL, RANK, torch.float16) for _ in range(2)]
+    numbers = sum(d.down.numel() + d.up.numel() for d in pair[0].values())
+    there, here = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=torch.float16)
     turn = [0]
 
-    def swap() -> None:
+    def other() -> int:
         turn[0] += 1
-        host.put("lora", pair[turn[0] % 2])
+        return turn[0] % 2
 
-    taken = harness.interleaved({"swap": swap}, max(rounds, 9))["swap"]
-    bytes_ = sum(d.down.nbytes + d.up.nbytes for d in pair[0].values())
+    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
+        files = [_written(deltas, Path(folder) / f"{i}.safetensors") for i, deltas in
+                 enumerate(pair)]  # fmt: skip
+        adapters.attach(files[0], name="lora")
+        epoch = adapters.epoch
+        taken = harness.interleaved(
+            {
+                "one copy": lambda: there.copy_(here),
+                "swap": lambda: _put(adapters, pair[other()]),
+                "attach": lambda: adapters.attach(files[other()], name="lora", replace=True),
+            },
+            max(rounds, 7),
+        )
     return {
         "layers": len(pair[0]),
-        "adapter_bytes": bytes_,
-        "milliseconds": {key: round(1e3 * value, 1) for key, value in taken.items()},
-        "buffers moved": host.epoch != epoch,
+        "numbers": numbers,
+        "milliseconds": {
+            name: {key: round(1e3 * value, 1) for key, value in spread.items()}
+            for name, spread in taken.items()
+        },
+        "buffers moved": adapters.epoch != epoch,
     }
 
 
+def _put(adapters: AdapterSet, deltas: Mapping[str, LowRank]) -> None:
+    (host,) = adapters["lora"].hosts
+    host.put("lora", deltas)
+
+
+def _memory_folder() -> str | None:
+    """Files there are in memory, so that no disk is timed."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+
+
 def _growth(swaps: int) -> dict[str, Any]:
-    """Peak resident memory (ru_maxrss never falls) after 100 swaps and after all of them."""
+    """Resident memory, now and at its peak, after 100 swaps and after all of them."""
     engine = hs.Engine.demo(device="cpu")
-    network: Any = engine.denoisers["base"]
-    host = Host(network)
-    pair: list[Mapping[str, LowRank]] = [_deltas(host, (".attn",), rank) for rank in (4, 2)]
-    host.put("lora", pair[0])
-    pointers = [buffer.data_ptr() for buffer in network.buffers()]
-    peaks: list[int] = []
-    for number in range(swaps):
-        host.put("lora", pair[number % 2])
-        if number in (99, swaps - 1):
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    same = pointers == [buffer.data_ptr() for buffer in network.buffers()]
-    return {"swaps": swaps, "peak_grew_kib": peaks[-1] - peaks[0], "pointers_same": same}
+    host = Host(_network(engine))
+    resident: list[tuple[int, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        files = [
+            _written(_deltas(host, (".attn",), rank), Path(folder) / f"{rank}.safetensors")
+            for rank in (4, 2)
+        ]
+        engine.attach(files[0], name="lora")
+        pointers = [buffer.data_ptr() for buffer in _network(engine).buffers()]
+        for number in range(1, swaps + 1):
+            engine.attach(files[number % 2], name="lora", replace=True)
+            if number in (100, swaps):
+                peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+                resident.append((_resident_kib(), peak))
+    same = pointers == [buffer.data_ptr() for buffer in _network(engine).buffers()]
+    (now, peak), (later, last) = resident[0], resident[-1]
+    return {
+        "swaps": swaps,
+        "resident_grew_kib": later - now,
+        "peak_grew_kib": last - peak,
+        "pointers_same": same,
+    }
+
+
+def _resident_kib() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import headstart_weights
 from headstart.adapters.attached import Adapter, AdapterReport, report_of
 from headstart.adapters.delta import Delta, Dense, LowRank
-from headstart.adapters.file import AdapterFile, Resolved, read_adapter
+from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
+from headstart.adapters.group import Grouping
 from headstart.adapters.slots import Host, acting
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.checkpoint.tensors import Checkpoint
@@ -53,6 +54,7 @@ class AdapterSet:
             for name, tower in zip(("text", "text_2"), towers, strict=False)
         }
         self._held: dict[str, Adapter] = {}
+        self._matches: dict[str, tuple[Grouping, Match]] = {}
 
     def __iter__(self) -> Iterator[Adapter]:
         return iter(self._held.values())
@@ -236,7 +238,8 @@ class AdapterSet:
     def _resolve(
         self, file: AdapterFile, to: tuple[str, ...], allow: tuple[str, ...]
     ) -> dict[str, Resolved]:
-        """Model -> what the file is there; two networks of the same shapes are resolved once."""
+        """Model -> what the file is there; two networks of the same shapes are resolved once, and
+        names are matched once for files of the same names and shapes, one after the other."""
         texts: Any = {name: host.shapes for name, host in self._texts.items()}
         known: list[tuple[object, Resolved]] = []
         found: dict[str, Resolved] = {}
@@ -244,10 +247,15 @@ class AdapterSet:
             shapes = self._models[model].shapes
             done = next((resolved for seen, resolved in known if seen == shapes), None)
             if done is None:
+                networks: Any = {"unet": shapes, **texts}
+                grouping, match = self._matches.get(model, (None, None))
                 try:
-                    done = file.resolve({"unet": shapes, **texts}).require(allow)
+                    if match is None or grouping is not file.grouping:
+                        match = file.match(networks)
+                    done = file.resolve(networks, match).require(allow)
                 except AdapterError as error:
                     raise AdapterError(f"attaching to the {model} model: {error}") from error
+                self._matches[model] = (file.grouping, match)
                 known.append((shapes, done))
             found[model] = done
         return found

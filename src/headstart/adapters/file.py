@@ -18,8 +18,9 @@ from typing import NamedTuple
 from torch import nn
 
 from headstart.adapters.delta import Delta, LowRank
-from headstart.adapters.group import Group, PeftScale, grouped, peft_scales
+from headstart.adapters.group import Group, Grouping, grouped
 from headstart.adapters.names import AdapterForm, Network, Places
+from headstart.adapters.peft_scale import PeftScale, peft_scales
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
@@ -36,6 +37,17 @@ class Mismatch(NamedTuple):
     name: str
     expected: Shape
     came: Shape
+
+
+class Match(NamedTuple):
+    """Where the modules of a file go, from names and shapes alone.
+
+    owners      layer -> the module that changes it; mismatched, unmatched: as in `Resolved`
+    """
+
+    owners: Mapping[tuple[Network, str], Group]
+    mismatched: tuple[Mismatch, ...]
+    unmatched: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,23 +96,51 @@ class Resolved:
 class AdapterFile:
     """An adapter as its header tells: nothing but names and shapes has been read.
 
-    groups    module as the file spells it -> its tensors
-    strays    keys that no naming knows
+    grouping  its modules; the same object for files of the same names, dtypes and shapes
     """
 
     path: Path
     form: AdapterForm
-    metadata: Mapping[str, str]
-    groups: Mapping[str, Group]
-    strays: tuple[str, ...]
+    checkpoint: Checkpoint
+    grouping: Grouping
     scales: Mapping[Network | None, PeftScale]
 
-    def resolve(self, networks: Networks) -> Resolved:
-        """Find every module's layer in `networks`: {network: {module path: shape of its weight}}.
+    @property
+    def groups(self) -> Mapping[str, Group]:
+        return self.grouping.groups
 
-        Tensors are read, checked to be finite, and kept in the file's dtype. Raises AdapterError
-        for a torn or misshapen module, a NaN, two modules for one layer, an adapter of another
-        family, one that fits nothing, and one that leaves a UNet that was given untouched.
+    @property
+    def strays(self) -> tuple[str, ...]:
+        return self.grouping.strays
+
+    def resolve(self, networks: Networks, match: Match | None = None) -> Resolved:
+        """What changes in `networks`, {network: {module path: shape of its weight}}.
+
+        Tensors are read, checked to be finite, and kept in the file's dtype. `match` is that of
+        another file of the same grouping on the same networks. Raises AdapterError as `match`
+        does, and for a NaN or a bad alpha.
+        """
+        match = match or self.match(networks)
+        deltas: dict[tuple[Network, str], Delta] = {
+            layer: group.delta(self.checkpoint, networks[layer[0]][layer[1]], self.scales)
+            for layer, group in match.owners.items()
+        }
+        ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
+        return Resolved(
+            deltas=deltas,
+            form=self.form,
+            rank=max(ranks, default=0),
+            matched=tuple(key for group in match.owners.values() for key in group.slots.values()),
+            mismatched=match.mismatched,
+            unmatched=match.unmatched,
+        )
+
+    def match(self, networks: Networks) -> Match:
+        """Find every module's layer; no tensor is read.
+
+        Raises AdapterError for two modules for one layer, alphas in some modules only, an adapter
+        of another family, one that fits nothing, and one that leaves a UNet that was given
+        untouched.
         """
         self._check_alphas()
         owners: dict[tuple[Network, str], Group] = {}
@@ -120,27 +160,7 @@ class AdapterFile:
             else:
                 owners[layer] = group
         self._check_found(networks, owners, mismatched)
-        deltas: dict[tuple[Network, str], Delta] = {
-            (network, module): group.delta(networks[network][module], self.scales)
-            for (network, module), group in owners.items()
-        }
-        ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
-        return Resolved(
-            deltas=deltas,
-            form=self.form,
-            rank=max(ranks, default=0),
-            matched=tuple(key for group in owners.values() for key in group.slots.values()),
-            mismatched=tuple(mismatched),
-            unmatched=tuple(unmatched),
-        )
-
-    def places(self, networks: Networks) -> dict[str, tuple[Network, str]]:
-        """Module as the file spells it -> the layer it fits; no tensor is read."""
-        return {
-            group.name: layer
-            for group, layer in self._layers(networks)
-            if layer is not None and group.fits(networks[layer[0]][layer[1]])
-        }
+        return Match(owners, tuple(mismatched), tuple(unmatched))
 
     def _layers(self, networks: Networks) -> Iterator[tuple[Group, tuple[Network, str] | None]]:
         """Each module with its layer: a fitting one where its name can mean several."""
@@ -231,7 +251,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
             f"{path}: expected an adapter, got a checkpoint ({', '.join(parts)}): give it as "
             "--base or --distilled, or make a difference of it with `headstart transfer`"
         )
-    groups, strays = grouped(checkpoint)
+    grouping = grouped(tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names))
+    groups, strays = grouping
     if not groups:
         raise AdapterError(
             f"{path}: expected the keys of a LoRA, LoHa, LoKr or full difference, got "
@@ -240,9 +261,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
     return AdapterFile(
         path=path,
         form=_form(groups),
-        metadata=checkpoint.metadata,
-        groups=groups,
-        strays=strays,
+        checkpoint=checkpoint,
+        grouping=grouping,
         scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
     )
 
@@ -275,7 +295,7 @@ class AdapterInfo:
 def describe_adapter(path: str | Path) -> AdapterInfo:
     """Triage of an adapter from its header: no tensor is read. Raises AdapterError."""
     file = read_adapter(path)
-    checkpoint = next(iter(file.groups.values())).checkpoint
+    checkpoint = file.checkpoint
     ranks = [group.rank for group in file.groups.values() if group.rank is not None]
     return AdapterInfo(
         path=str(path),

@@ -189,6 +189,7 @@ class Host:
     """A network's layers and what is attached to them.
 
     module   a UNet, called (x_in, timestep, cond), or a text encoder, called inside `acting`
+    shapes   layer -> shape of its weight
     columns  the adapters that `Conditioning.strengths` has numbers for, in order
     epoch    grows when buffers or weights move: graphs captured before must be captured again
     """
@@ -201,14 +202,10 @@ class Host:
         self.layers: dict[str, Layer] = {
             path: layer for path, layer in found if isinstance(layer, Layer)
         }
+        self.shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
         self._leaves: dict[str, Leaf] = {}
         self._merges: dict[str, _Merge] = {}
         self._hooks: list[RemovableHandle] = []
-
-    @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Layer -> shape of its weight."""
-        return {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
 
     def pristine(self, path: str) -> Tensor:
         """The weight of a layer as it was loaded."""

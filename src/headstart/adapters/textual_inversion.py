@@ -5,7 +5,7 @@ embedding table [V, D] ++ vectors [n, D]      "a photo of <cat>" -> ..., V, V+1,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,18 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from headstart.adapters.group import all_finite
 from headstart.adapters.names import parse
 from headstart.checkpoint.tensors import FLOATS, Checkpoint
-from headstart.errors import AdapterError, CheckpointError
+from headstart.errors import AdapterError, CheckpointError, InputError
+from headstart.networks.residency import keep_stored
 from headstart.networks.text import ClipText, Tower
 
 Encoder = Literal["text", "text_2"]
+Embeddings = Sequence[str | Path | tuple[str | Path, str | None]]
+"""Files of learned tokens; with a token, the file's only one is named so."""
+EMBEDDING = "embedding:"
+"""What the role of such a file in a record starts with; a token of it follows."""
 MAX_VECTORS = 75
 """What fits between the begin and the end of CLIP's 77 positions."""
 
@@ -107,6 +113,42 @@ def extended(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText:
     )
 
 
+def parse_embedding(text: str) -> tuple[str, str | None]:
+    """`FILE[:token]` -> (FILE, token or None); a file that is there may have a colon in its name.
+
+    Raises InputError where one of the two is empty.
+    """
+    path, colon, token = text.rpartition(":")
+    if not colon or Path(text).exists():
+        path, token = text, None
+    if not path.strip() or token == "":
+        raise InputError(f"embedding {text!r:.80}: expected FILE or FILE:token, such as cat:<cat>")
+    return path, token
+
+
+def taught(
+    text: ClipText, wanted: Embeddings
+) -> tuple[ClipText, dict[str, tuple[str, tuple[Path, ...]]]]:
+    """`text` with the tokens of these files, and what a record says of them: role -> file."""
+    found: list[Embedding] = []
+    files: dict[str, tuple[str, tuple[Path, ...]]] = {}
+    for entry in wanted:
+        path, token = entry if isinstance(entry, tuple) else (entry, None)
+        for embedding in read_embeddings(path, token):
+            found.append(embedding)
+            files[EMBEDDING + embedding.token] = (str(path), (Path(path),))
+    return (extended(text, found) if found else text), files
+
+
+def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
+    """The files that a record of `taught` names; a file of one token is told that token."""
+    tokens: dict[str, list[str]] = {}
+    for role, told in weights.items():
+        if role.startswith(EMBEDDING):
+            tokens.setdefault(told["file"], []).append(role.removeprefix(EMBEDDING))
+    return [(file, own[0] if len(own) == 1 else None) for file, own in tokens.items()]
+
+
 def _vectors(checkpoint: Checkpoint, name: str, path: Path) -> Tensor:
     """[n, D], checked; [D] is one vector."""
     entry = checkpoint.entry(name)
@@ -117,7 +159,7 @@ def _vectors(checkpoint: Checkpoint, name: str, path: Path) -> Tensor:
             f"{MAX_VECTORS}, got {entry.dtype} {list(entry.shape)}"
         )
     tensor = checkpoint.tensor(name).reshape(shape)
-    if not bool(tensor.float().isfinite().all()):
+    if not all_finite(tensor):
         raise AdapterError(f"{path}: {name[:80]!r}: expected finite numbers, got NaN or infinity")
     return tensor
 
@@ -150,7 +192,8 @@ def _grown(tower: Tower, added: list[Tensor], size: int) -> Tower:
     made.load_state_dict(tower.state_dict() | table, strict=True, assign=True)
     made.params = tower.params  # which ids are words, and so where a text ends
     made.reset_positions(old.device)
-    return made.requires_grad_(False).eval()
+    made.requires_grad_(False).eval()
+    return keep_stored(made) if "compute_dtype" in vars(tower) else made
 
 
 _TABLE = "text_model.embeddings.token_embedding.weight"

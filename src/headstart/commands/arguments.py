@@ -121,14 +121,30 @@ def sampling() -> Sequence[Parser]:
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
-    """--lora, once for each adapter."""
-    parser.add_argument_group("adapters").add_argument(
+    """--lora and --embedding, once for each file, and --allow."""
+    group = parser.add_argument_group("adapters")
+    group.add_argument(
         "--lora",
         action="append",
         default=[],
         metavar="FILE[:STRENGTH[@LEGS]]",
         help="attach it to both models; legs: models and/or the highest timestep, such as "
         "@distilled or @base+800",
+    )
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="modules or keys of adapters that may find no place, such as 'lora_te_*'",
+    )
+    group.add_argument(
+        "--embedding",
+        action="append",
+        default=[],
+        metavar="FILE[:TOKEN]",
+        help="a textual inversion: prompts may say its token; by default the file's own, or its "
+        "name",
     )
 
 

@@ -55,10 +55,13 @@ def _attach_recorded(engine: Engine, recorded: Recorded) -> None:
 
 def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argparse.Namespace:
     """Weights and dtype as recorded, where the command line does not say otherwise."""
+    from headstart.adapters.textual_inversion import recorded_embeddings
+
     for role, file in weights.items():
         bundled = file["file"].startswith("headstart_weights/")
         if getattr(args, role, file) is None and not bundled:
             setattr(args, role, file["file"])
+    args.embedding = args.embedding or recorded_embeddings(weights)
     if args.dtype == "auto":
         args.dtype = machine.get("dtype", "auto")
     if args.embedded_guidance is None:

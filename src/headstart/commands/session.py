@@ -26,7 +26,7 @@ def open_engine(args: argparse.Namespace) -> Engine:
     with progress(None, "loading weights"):
         engine = _load(args)
         for path, strength in wanted:
-            engine.attach(adapter_path(path), strength)
+            engine.attach(adapter_path(path), strength, allow=args.allow)
     for line in engine.weights.notes:
         note(line)
     return engine
@@ -45,10 +45,16 @@ def adapter_path(name: str) -> str | Path:
 
 
 def _load(args: argparse.Namespace) -> Engine:
+    from headstart.adapters.textual_inversion import parse_embedding
     from headstart.engine.engine import Engine
 
+    embeddings = [
+        parse_embedding(given) if isinstance(given, str) else given for given in args.embedding
+    ]
     if uses_bundled(args):
-        return Engine.demo(device=args.device, dtype=args.dtype, runner=args.runner)
+        return Engine.demo(
+            device=args.device, dtype=args.dtype, runner=args.runner, embeddings=embeddings
+        )
     return Engine.load(
         args.base,
         args.distilled,
@@ -63,6 +69,7 @@ def _load(args: argparse.Namespace) -> Engine:
         embedded_guidance=args.embedded_guidance,
         head_dim=args.head_dim,
         text_head_dim=args.text_head_dim,
+        embeddings=embeddings,
         device=args.device,
         dtype=args.dtype,
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
 from headstart.adapters.strength import Asked, Strength
+from headstart.adapters.textual_inversion import Embeddings
 from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
@@ -107,6 +108,7 @@ class Engine:
                     what the file says, what its name suggests, what its family predicts
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        embeddings  files of learned tokens (textual inversion), or (file, token)
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
@@ -129,11 +131,16 @@ class Engine:
 
     @classmethod
     def demo(
-        cls, *, device: str = "auto", dtype: str = "auto", runner: RunnerName = "auto"
+        cls,
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        runner: RunnerName = "auto",
+        embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
         chosen = choose_runner(runner, choose_device(device)).name
-        return cls(load_demo(device=device, dtype=dtype), chosen)
+        return cls(load_demo(device=device, dtype=dtype, embeddings=embeddings), chosen)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:

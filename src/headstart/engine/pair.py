@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import headstart_weights
+from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.checkpoint import family_of
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.families import FAMILIES, Family
@@ -104,6 +105,7 @@ class Options(TypedDict, total=False):
     embedded_guidance  what an LCM imitates, 8.0 by default
     head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
                        for scaled-down models whose files do not say it
+    embeddings         files of learned tokens, or (file, token)
     device, dtype      "auto", or a name
     """
 
@@ -116,6 +118,7 @@ class Options(TypedDict, total=False):
     embedded_guidance: float | None
     head_dim: int | None
     text_head_dim: int | None
+    embeddings: Embeddings
     device: str
     dtype: str
 
@@ -160,6 +163,7 @@ def load_pair(
         head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer"),
     )
+    words, learned = taught(words, options.get("embeddings", ()))
     named = {role: options.get(role) for role in ("vae", "text", "preview")}
     named = paths | {role: path for role, path in named.items() if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
@@ -189,11 +193,11 @@ def load_pair(
             codec.params,
             max(kind.itemsize for kind in dtypes),
         ),
-        files={role: (str(path), _files(path, role)) for role, path in named.items()},
+        files={role: (str(path), _files(path, role)) for role, path in named.items()} | learned,
     )
 
 
-def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
+def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddings = ()) -> Pair:
     """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
     try:
         paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
@@ -201,9 +205,13 @@ def load_demo(*, device: str = "auto", dtype: str = "auto") -> Pair:
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     base, distilled = paths["base"], paths["distilled"]
-    pair = load_pair(base, distilled, preview=preview, preset="demo", device=device, dtype=dtype)
+    pair = load_pair(
+        base, distilled, preview=preview, preset="demo", device=device, dtype=dtype,
+        embeddings=embeddings,
+    )  # fmt: skip
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
-    return replace(pair, files=files)
+    learned = {role: told for role, told in pair.files.items() if role.startswith(EMBEDDING)}
+    return replace(pair, files=files | learned)
 
 
 def one_network(pair: Pair, lora: FilePath) -> Pair:

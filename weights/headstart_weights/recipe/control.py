@@ -4,7 +4,9 @@ A slider (arXiv:2311.12092, eq. 8) learns a direction between two captions: at s
 
     v_s(x_t, told) = v(x_t, told) + s*eta*(v(x_t, told plus) - v(x_t, told minus))
 
-for every s in -1 .. 1, which is the paper's pair of losses for s = 1 and -1 and what lies between.
+for every s in -REACH .. REACH, the strengths it is used at; the paper's pair of losses is s = 1 and
+-1. From `told` to either end is about half of that difference: with an eta of 1 pictures were at
+the end at a strength of 1/2, and a scorer cannot tell anything beyond it.
 A style learns the pictures of one artist under captions that do not name the style:
 
     E |v_1(x_t, told) - v|^2            (a LoRA of arXiv:2106.09685 on the loss of the base)
@@ -28,10 +30,10 @@ from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, l
 from headstart_weights.recipe.diffusion import GRID, mix, stratified_timesteps
 from headstart_weights.recipe.training import Average, Run, write_tensors
 
-RANK, ALPHA = 4, 1.0  # the released sliders' own
-_BATCH = 8
-_LR = 2e-3
-_STYLE_LR = 1e-2  # a loss against noise says less a step than one against another prediction
+SCALE = 0.25  # alpha/rank: the released sliders have alpha 1 and rank 4
+REACH = 2.0
+_BATCH, _STYLE_BATCH = 8, 24  # a slider's step has three more predictions to make
+_LR, _STYLE_LR = 2e-3, 4e-3
 SHIPPED = ("yellow",)
 _NAME = "control"  # of the adapter in its slots, while it is trained
 
@@ -45,6 +47,7 @@ class Control(NamedTuple):
     plus, minus  of a slider: what captions end with at strength 1 and -1
     eta          of a slider: how far strength 1 goes along the difference of the two
     style        of a style: the one whose pictures it learns
+    rank         of every layer's change
     """
 
     name: str
@@ -52,7 +55,8 @@ class Control(NamedTuple):
     plus: Mapping[str, str] = {}
     minus: Mapping[str, str] = {}
     style: str | None = None
-    eta: float = 1.0
+    eta: float = 0.3
+    rank: int = 4
 
 
 _YELLOW, _BLUE = {"colour": "yellow"}, {"colour": "blue"}
@@ -60,8 +64,8 @@ CONTROLS: dict[str, Control] = {
     control.name: control
     for control in (
         Control("yellow", "base", _YELLOW, _BLUE),
-        Control("glossy", "base", {"style": "glossy"}, {"style": "flat"}, eta=4.0),
-        Control("paper", "base", style="paper"),
+        Control("light", "base", {"colour": "white"}, {"colour": "gray"}),
+        Control("paper", "base", style="paper", rank=16),
         Control("yellow-reverse", "student", _YELLOW, _BLUE),
     )
 }
@@ -74,7 +78,7 @@ class Trainer:
         self.control = control
         self.unet = load_unet(options.work / f"{control.model}.safetensors").requires_grad_(False)
         self.host = Host(self.unet)
-        self.slots = train_slots(self.host)
+        self.slots = train_slots(self.host, control.rank)
         self.data = load_dataset(options.work)
         self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.text = language.load(options.work).requires_grad_(False)
@@ -82,17 +86,18 @@ class Trainer:
         self.optimiser = torch.optim.Adam(self.slots.parameters(), lr=_LR, betas=(0.9, 0.99))
 
     def step(self, index: int, fraction: float) -> dict[str, float]:
-        picked = self.chosen[torch.randint(len(self.chosen), (_BATCH,))]
-        x0, timestep = self.latents.draw(picked), self._timesteps()
+        batch = _BATCH if self.control.style is None else _STYLE_BATCH
+        picked = self.chosen[torch.randint(len(self.chosen), (batch,))]
+        x0, timestep = self.latents.draw(picked), self._timesteps(batch)
         a, s = mix(timestep)
         eps = torch.randn_like(x0)
         told = [self.data.items[i].concept for i in picked.tolist()]
         x = a * x0 + s * eps
         if self.control.style is None:
-            strength = 2 * torch.rand(_BATCH, 1) - 1
+            strength = REACH * (2 * torch.rand(batch, 1) - 1)
             target = self._directed(x, timestep, told, strength)
         else:
-            strength = torch.ones(_BATCH, 1)
+            strength = torch.ones(batch, 1)
             target = a * eps - s * x0
         context = self._context(told, {})
         v = self.unet(x, timestep, Conditioning(context, strengths=strength))
@@ -106,11 +111,11 @@ class Trainer:
         self.optimiser.step()
         return {"loss": loss.item()}
 
-    def _timesteps(self) -> Tensor:
+    def _timesteps(self, batch: int) -> Tensor:
         """A student has learned its own grid only."""
         if self.control.model == "base":
-            return stratified_timesteps(_BATCH)
-        return torch.tensor(GRID)[torch.randint(len(GRID), (_BATCH,))]
+            return stratified_timesteps(batch)
+        return torch.tensor(GRID)[torch.randint(len(GRID), (batch,))]
 
     def _context(self, told: list[str], ending: Mapping[str, str]) -> Tensor:
         with torch.no_grad():
@@ -121,18 +126,18 @@ class Trainer:
         """The slider's target, from the network without it: three captions in one call."""
         endings = ({}, self.control.plus, self.control.minus)
         context = torch.cat([self._context(told, ending) for ending in endings])
-        plain = Conditioning(context, strengths=torch.zeros(3 * _BATCH, 1))
+        plain = Conditioning(context, strengths=torch.zeros(3 * len(x), 1))
         own, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), plain).chunk(3)
         return own + self.control.eta * strength[:, :, None, None] * (plus - minus)
 
 
-def train_slots(host: Host) -> nn.ModuleDict:
+def train_slots(host: Host, rank: int) -> nn.ModuleDict:
     """Slots on the attention and the resnets' convolutions ("c3lier"), with `up` at zero."""
     deltas = {
         path: LowRank(
-            nn.init.kaiming_uniform_(torch.empty(RANK, *shape[1:]), a=5**0.5),
-            torch.zeros(shape[0], RANK),
-            ALPHA / RANK,
+            nn.init.kaiming_uniform_(torch.empty(rank, *shape[1:]), a=5**0.5),
+            torch.zeros(shape[0], rank),
+            SCALE,
         )
         for path, shape in host.shapes.items()
         if ".attn" in path or (".resnets." in path and len(shape) == 4)
@@ -161,11 +166,11 @@ def kohya_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for key, value in values.items():
         path, _, part = key.rpartition(".")
-        name = "lora_unet_" + path
-        if part == "up" and values[f"{path}.down"].ndim == 4:
+        name, down = "lora_unet_" + path, values[f"{path}.down"]
+        if part == "up" and down.ndim == 4:
             value = value[:, :, None, None]
         tensors[f"{name}.lora_{part}.weight"] = value
-        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+        tensors[f"{name}.alpha"] = torch.tensor(SCALE * len(down))
     return tensors
 
 
@@ -190,7 +195,7 @@ def train(options: StageOptions, name: str) -> None:
 
 def sliders(options: StageOptions) -> None:
     """The `slider` stage: the two that are trained on the base."""
-    for name in ("yellow", "glossy"):
+    for name in ("yellow", "light"):
         train(options, name)
 
 
