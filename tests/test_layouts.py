@@ -193,7 +193,8 @@ def test_the_command_line_samples_a_pair_and_says_what_it_took_it_for(
     assert status == 0, told.err
     assert (tmp_path / "run" / "000000.png").is_file()
     assert told.err == (
-        "headstart: note: distilled: taken for LCM: preset lcm (set with preset=), by its tensors\n"
+        "headstart: note: distilled: taken for LCM: preset lcm (set with --preset or preset=), "
+        "by its tensors\n"
     )
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["machine"]["embedded_guidance"] == 8.0

@@ -234,7 +234,7 @@ def test_head_width_comes_from_argument_metadata_or_config_in_that_order(
     save_file(weights(unet), path)
     with pytest.raises(CheckpointError, match=r"head_dim="):
         load_unet(path)
-    assert "head_dim=" in inspect_checkpoint(path).notes[0]
+    assert "give --head-dim" in inspect_checkpoint(path).notes[0]
     (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"attention_head_dim": [1, 2]}))
     assert load_unet(path, head_dim=4).params.head_dim == 4
     with pytest.raises(CheckpointError, match="head_dim 7 does not divide the width 32"):
@@ -358,13 +358,13 @@ def test_the_wrong_kind_of_file_says_what_it_holds(tmp_path: Path, unet: UNet, v
     save_file(weights(unet), tmp_path / "u.safetensors", METADATA)
     save_file(weights(vae), tmp_path / "v.safetensors")
     save_file({"x.lora_down.weight": torch.zeros(1, 1)}, tmp_path / "l.safetensors")
-    with pytest.raises(CheckpointError, match="expected a vae, found unet"):
+    with pytest.raises(CheckpointError, match="expected a VAE, found UNet"):
         load_vae(tmp_path / "u.safetensors")
-    with pytest.raises(CheckpointError, match="expected a unet, found vae"):
+    with pytest.raises(CheckpointError, match="expected a UNet, found VAE"):
         load_unet(tmp_path / "v.safetensors")
-    with pytest.raises(CheckpointError, match=r"found no network \(an adapter\)"):
+    with pytest.raises(CheckpointError, match=r"found an adapter \(LoRA\), not a network"):
         load_unet(tmp_path / "l.safetensors")
-    with pytest.raises(CheckpointError, match="expected a tiny, found unet"):
+    with pytest.raises(CheckpointError, match="expected a tiny autoencoder, found UNet"):
         load_tiny(tmp_path / "u.safetensors")
 
 

@@ -16,7 +16,9 @@ from torch import Tensor
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import CheckpointError, InputError
 from headstart.networks.load import load_text
-from headstart.networks.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
+from headstart.networks.text import ClipParams, ClipText, Tower
+from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.vocabulary import BOS, EOS
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -351,10 +353,10 @@ def test_what_a_text_file_cannot_say_is_asked_for(
     bare = {n.removeprefix("text_model."): t.clone() for n, t in one.state_dict().items()}
     save_file(bare, path)
     with pytest.raises(
-        CheckpointError, match=r"no tokenizer: install .* 'headstart\[clip\]'.* pass tokenizer="
+        CheckpointError, match=r"no tokenizer: install .* the extra `clip` .* give --tokenizer"
     ):
         load_text(path, head_dim=8)
-    with pytest.raises(CheckpointError, match="pass head_dim="):
+    with pytest.raises(CheckpointError, match="head_dim="):
         load_text(path, tokenizer=vocabulary)
     with pytest.raises(CheckpointError, match="3 heads do not divide"):
         load_text(path, tokenizer=vocabulary, head_dim=10)

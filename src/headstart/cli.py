@@ -1,7 +1,7 @@
 """The `headstart` command: arguments are checked before torch is loaded, results go to stdout.
 
-Exit status: 0 done, 1 `inspect` found a bad file, 2 an error, 130 Ctrl-C. Progress, warnings and
-errors go to stderr, errors as one message `headstart: error: ...`.
+Exit status: 0 done, 1 a bad or wrong model file, 2 any other error, 130 Ctrl-C. Progress, warnings
+and errors go to stderr, errors as one message `headstart: error: ...`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import headstart
 from headstart.commands import NAMES, load
 from headstart.commands.arguments import Parser
 from headstart.commands.console import drop_output, fail, plain_warnings
-from headstart.errors import HeadstartError
+from headstart.errors import CheckpointError, HeadstartError
 
 
 def build_parser(names: Sequence[str] = NAMES) -> Parser:
@@ -52,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except HeadstartError as error:
             if args.debug:
                 raise
-            return fail(str(error))
+            more = " (--debug lists every one)" if hasattr(error, "__notes__") else ""
+            return fail(f"{error}{more}", 1 if isinstance(error, CheckpointError) else 2)
         except (OSError, MemoryError, RuntimeError) as error:
             if args.debug:
                 raise
