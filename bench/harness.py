@@ -32,9 +32,7 @@ def interleaved(
             begin = time.perf_counter()
             kept = case()
             taken[name].append(time.perf_counter() - begin)
-            del (
-                kept
-            )  # what it returned, such as gigabytes that are mapped, goes outside of its time
+            del kept  # what it returned, such as mapped gigabytes, goes outside of its time
     return {name: _spread(seconds) for name, seconds in taken.items()}
 
 
