@@ -107,17 +107,17 @@ def check_belong(models: Mapping[str, Model]) -> None:
         )
 
 
-def check_same_latents(path: FilePath, part: PartName, model: Model) -> None:
-    """Raise CheckpointError for a VAE or preview in a file of another family than the model's.
+def check_vae(path: FilePath, model: Model) -> None:
+    """Raise CheckpointError for a VAE in a file of another family than the model's.
 
     A file with neither UNet nor text encoders does not say whose it is, and is taken as it comes.
     """
-    other = family_of(Path(path), Checkpoint.open(path, part))
+    other = family_of(Path(path), Checkpoint.open(path, "vae"))
     if other is None or latent_space(other.lineage) == latent_space(model.family.lineage):
         return
     raise CheckpointError(
-        f"{path}: its {part} is for the latents of {other.lineage}, and {model.path} is "
-        f"{model.family.name}: give a {part} of that family"
+        f"{path}: its VAE is for the latents of {other.lineage}, and {model.path} is "
+        f"{model.family.name}: give a VAE of that family"
     )
 
 

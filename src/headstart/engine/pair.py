@@ -26,7 +26,7 @@ from headstart.engine.models import (
     Model,
     Predictions,
     check_belong,
-    check_same_latents,
+    check_vae,
     holder,
     predictions,
     preset_of,
@@ -148,7 +148,7 @@ def load_pair(
     first = next(iter(models.values()))
     vae, preview = options.get("vae") or holder("vae", models), options.get("preview")
     text = options.get("text") or holder("text", models)
-    check_same_latents(vae, "vae", first)
+    check_vae(vae, first)
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
     # What is most often missing comes first: a tokenizer, for a single file without one.
     words = load_text(
