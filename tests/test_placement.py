@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.errors import CheckpointError, HeadstartError
 from headstart.networks.load import load_tiny, load_unet, load_vae
+from headstart.networks.placement import Dtype
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 
@@ -112,3 +114,29 @@ def test_one_changed_header_byte_loads_identically_or_is_refused(
     except HeadstartError:
         return
     assert same(loaded, load_unet(good, head_dim=8))
+
+
+def mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc/self/maps")
+@pytest.mark.parametrize("dtype", [None, "stored", torch.float16])
+def test_a_file_is_unmapped_with_the_last_reference_to_its_network(
+    tmp_path: Path, unet: UNet, dtype: Dtype
+) -> None:
+    """Not when Python's cycle collector comes by, which may be gigabytes later."""
+    path = tmp_path / "x.safetensors"
+    save_file({name: tensor.half() for name, tensor in weights(unet).items()}, path, METADATA)
+    gc.collect()
+    gc.disable()
+    try:
+        network = load_unet(path, dtype=dtype)
+        assert not gc.isenabled()
+        assert mapped(path) or dtype is None
+        del network
+        assert not mapped(path)
+    finally:
+        gc.enable()
+    load_unet(path)
+    assert gc.isenabled()
