@@ -1,12 +1,15 @@
 """Does a hybrid of two SDXL UNets run on a 24 GB machine, with how much memory and how fast?
 
-    python bench/sdxl.py --base sd_xl_base_1.0.safetensors --distilled lightning.safetensors
+    python bench/sdxl.py --base sd_xl_base_1.0.safetensors --distilled lightning_4step.safetensors
+    python bench/sdxl.py --base ... --distilled ... --part diffusers --part stored
 
-Both files F16, 512 px (64x64 latents), one image, no GPU. Each case runs in a process of its own,
-one after the other: the hybrid through `Engine`, then one UNet alone in three ways, `--rounds`
-times in turns: headstart with the weights kept in half precision, headstart in float32, diffusers
-in float32. Memory is sampled every 50 ms: anonymous bytes are what the run takes from the system,
-file bytes are mapped pages, which the system takes back when it needs them.
+Both files F16, 512 px (64x64 latents), one image, no GPU. Each part runs in a process of its own,
+one after the other: the hybrid through `Engine`, then one UNet alone in three ways, three passes
+each: headstart with the weights kept in half precision, headstart in float32, diffusers in float32.
+The result is written after every part, and parts that it holds of these files already are not run
+again; `--part` runs the ones named, again if need be. Memory is sampled every 50 ms: anonymous
+bytes are what the run takes from the system, file bytes are mapped pages, which the system takes
+back when it needs them. Seconds are the least of the passes after the first, which brings pages in.
 """
 
 from __future__ import annotations
@@ -14,18 +17,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import machine, write_json
 
 RESULT = Path(__file__).parent / "results" / "sdxl.json"
 LATENT = 64
+SCRATCH = Path(tempfile.gettempdir())
 # sd_xl_base_1.0's unet/config.json, the keys that differ from diffusers' defaults.
 SDXL = {
     "addition_embed_type": "text_time",
@@ -87,15 +92,15 @@ def hybrid(base: Path, distilled: Path) -> dict[str, Any]:
     }
 
 
-def one_unet(path: Path, kind: str) -> dict[str, Any]:
-    """Seconds of each of three passes; the first also brings the pages in."""
+def one_unet(path: Path, kind: str, keep: Path) -> dict[str, Any]:
+    """Seconds of each of three passes; the output goes to `keep`."""
     import torch
 
     torch.manual_seed(0)
     x, time_ids = torch.randn(1, 4, LATENT, LATENT), torch.tensor([[512.0, 512, 0, 0, 512, 512]])
     context, pooled, at = torch.randn(1, 77, 2048), torch.randn(1, 1280), torch.tensor([749])
     begin = time.perf_counter()
-    if kind == "diffusers float32":
+    if kind == "diffusers":
         unet = _diffusers_unet(path)
         added = {"text_embeds": pooled, "time_ids": time_ids}
 
@@ -106,20 +111,22 @@ def one_unet(path: Path, kind: str) -> dict[str, Any]:
         from headstart.networks.load import load_unet
         from headstart.runner.runner import EagerRunner
 
-        dtype = "stored" if kind.endswith("stored") else torch.float32
+        dtype = "stored" if kind == "stored" else torch.float32
         network, cond = load_unet(path, dtype=dtype), Conditioning(context, pooled, time_ids)  # pyright: ignore[reportArgumentType]
         runner = EagerRunner(network)
 
         def run() -> torch.Tensor:
             return runner(x, at, cond)
 
-    loaded, seconds = time.perf_counter() - begin, list[float]()
+    loaded, seconds, out = time.perf_counter() - begin, list[float](), x
     with torch.inference_mode():
         for _ in range(3):
             start = time.perf_counter()
             out = run()
             seconds.append(time.perf_counter() - start)
-    return {"load_s": loaded, "pass_s": seconds, "norm": float(out.double().norm())}
+    np.save(keep, out.numpy())
+    finite = bool(out.isfinite().all())
+    return {"load_s": loaded, "pass_s": seconds, "finite": finite, "norm": float(out.norm())}
 
 
 def _diffusers_unet(path: Path) -> Any:
@@ -134,54 +141,78 @@ def _diffusers_unet(path: Path) -> Any:
     return unet.eval()
 
 
-KINDS = ("headstart stored", "diffusers float32", "headstart float32")
+PARTS = ("hybrid", "stored", "diffusers", "float32")
 
 
-def child(case: str, base: Path, distilled: Path) -> dict[str, Any]:
+def run_part(part: str, base: Path, distilled: Path, keep: Path) -> dict[str, Any]:
+    """The part in a process of its own, which has nothing of the others in its memory."""
+    command = [sys.executable, __file__, "--base", base, "--distilled", distilled]
     told = subprocess.run(
-        [sys.executable, __file__, "--base", base, "--distilled", distilled, "--case", case],
+        [*command, "--child", part, "--keep", keep],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     return json.loads(told.stdout.splitlines()[-1])
 
 
+def child(part: str, base: Path, distilled: Path, keep: Path) -> None:
+    memory, where = Memory(), machine()
+    memory.start()
+    found = hybrid(base, distilled) if part == "hybrid" else one_unet(distilled, part, keep)
+    print(json.dumps(found | {"peak_bytes": memory.stop(), "machine": where}))
+
+
+def begun(files: dict[str, int]) -> dict[str, Any]:
+    """What earlier calls measured of these files; empty where they were others."""
+    try:
+        report = json.loads(RESULT.read_text())
+    except FileNotFoundError:
+        return {}
+    return report.get("parts", {}) if report.get("files") == files else {}
+
+
+def conclude(parts: dict[str, Any], kept: dict[str, Path]) -> dict[str, Any]:
+    """Seconds a pass, the ratio to diffusers, and how far the outputs are from its output."""
+    alone = {name: part for name, part in parts.items() if name != "hybrid"}
+    seconds = {name: min(part["pass_s"][1:]) for name, part in alone.items()}
+    told: dict[str, Any] = {"seconds_a_pass": seconds}
+    if (theirs := seconds.get("diffusers")) is not None:
+        told["times_diffusers"] = {name: value / theirs for name, value in seconds.items()}
+    outs = {name: np.load(path) for name, path in kept.items() if path.is_file()}
+    if (exact := outs.pop("diffusers", None)) is not None:
+        told["relative_l2_to_diffusers"] = {
+            name: float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
+            for name, out in outs.items()
+        }
+    return told
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--distilled", type=Path, required=True, help="a bare UNet")
-    parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--kinds", nargs="*", default=KINDS, choices=KINDS)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--part", action="append", choices=PARTS, help="default: what is missing")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        memory = Memory()
-        memory.start()
-        found = (
-            hybrid(args.base, args.distilled)
-            if args.case == "hybrid"
-            else one_unet(args.distilled, args.case)
-        )
-        print(json.dumps(found | {"peak_bytes": memory.stop()}))
+    if args.child:
+        child(args.child, args.base, args.distilled, args.keep)
         return
-    report: dict[str, Any] = {
-        "question": "does a hybrid of two SDXL UNets run on a 24 GB machine without a GPU?",
-        "evidence": "measured; bytes hold on a busy machine, seconds only beside each other",
-        "files": {p.name: p.stat().st_size for p in (args.base, args.distilled)},
-        "machine": machine() | {"memory_bytes": os.sysconf("SC_PHYS_PAGES") * 4096},
-        "hybrid": child("hybrid", args.base, args.distilled),
-        "one_unet": {kind: [] for kind in args.kinds},
-    }
-    print(json.dumps(report["hybrid"], indent=1))
-    for _ in range(args.rounds):
-        for kind in args.kinds:
-            found = child(kind, args.base, args.distilled)
-            report["one_unet"][kind].append(found)
-            print(kind, json.dumps(found))
-    warm = {k: statistics.median(r["pass_s"][-1] for r in v) for k, v in report["one_unet"].items()}
-    report["seconds_a_pass"] = warm
-    if "diffusers float32" in warm:
-        report["times_diffusers"] = {k: v / warm["diffusers float32"] for k, v in warm.items()}
-    write_json(RESULT, report)
+    files = {p.name: p.stat().st_size for p in (args.base, args.distilled)}
+    parts = begun(files)
+    kept = {part: SCRATCH / f"headstart-sdxl-{part}.npy" for part in PARTS[1:]}
+    for part in args.part or [part for part in PARTS if part not in parts]:
+        parts[part] = run_part(part, args.base, args.distilled, kept.get(part, SCRATCH))
+        report = {
+            "question": "does a hybrid of two SDXL UNets run on a 24 GB machine without a GPU?",
+            "evidence": "measured; bytes hold on a busy machine, seconds only beside each other",
+            "files": files,
+            "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            "parts": parts,
+            **conclude(parts, kept),
+        }
+        write_json(RESULT, report)
+        print(part, json.dumps({k: v for k, v in parts[part].items() if k != "machine"}))
+    print(json.dumps(conclude(parts, kept), indent=1))
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def test_a_published_name_tells_distillation_steps_and_preset(tmp_path: Path, na
     kind = guess.distillation.name if guess.distillation else None
     told = NAMES[name]
     assert (kind, guess.steps, guess.preset) == told
-    assert (guess.note("distilled") is None) == (told[0] is None)
+    assert (guess.note() is None) == (told[0] is None)
 
 
 def test_every_preset_named_here_exists() -> None:
@@ -162,10 +162,11 @@ def test_a_plan_off_the_trained_grid_names_the_right_one(
 
 def test_the_note_says_how_to_set_it_by_hand(tmp_path: Path) -> None:
     guess = guessed(tmp_path / "sdxl_lightning_4step_unet.safetensors")
-    assert guess.note("distilled") == (
-        "distilled: taken for Lightning, 4 steps: preset lightning (set with preset=), by its name"
+    assert guess.note() == (
+        "taken for Lightning, 4 steps: preset lightning (set with --preset or preset=), by its name"
     )
     single = guessed(tmp_path / "Hyper-SDXL-1step-Unet.safetensors")
-    assert "Hyper-SD, 1 step: timestep 800 (set with preset=)" in str(single.note("distilled"))
+    assert "Hyper-SD, 1 step: timestep 800 (set with --preset" in str(single.note())
     base = guessed(tmp_path / "v2-1_512-ema-pruned.safetensors", "sd21")
-    assert base.note("base") == "base: predicts eps (set with prediction=), by its name"
+    assert base.note() == "predicts eps (set with --prediction or prediction=), by its name"
+    assert base.note(without_prediction=True) is None

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from headstart.checkpoint.header import MAX_JSON_BYTES, MAX_JSON_PARTS, MAX_NAME, read_header
 from headstart.checkpoint.tensors import Checkpoint
+from headstart.cli import main
 from headstart.errors import CheckpointError
 
 Header = dict[str, Any]
@@ -210,6 +211,23 @@ def test_a_hostile_header_costs_less_than_a_second_and_little_memory(
         assert tracemalloc.get_traced_memory()[1] < 2**18 + 30 * len(raw)
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("case", [*HOSTILE, *FOREIGN])
+def test_a_hostile_file_ends_every_command_with_1_and_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    if case in HOSTILE:
+        path.write_bytes(HOSTILE[case][0])
+    else:
+        FOREIGN[case][0](path)
+    for asked in (["inspect"], ["sample", "a fox", "--out", str(tmp_path / "out"), "--base"]):
+        assert main([*asked, str(path)]) == 1
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.startswith("headstart: error: ")
+        assert told.err.count("\n") == 1 and len(told.err) < 600
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_name_may_be_as_long_as_the_limit_says(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_the_files_name_chooses_the_plan_and_its_step_count(load: Callable[..., 
         assert len(engine.compile("hybrid", preset="turbo")) == 4
     assert len(engine.compile("base")) == 30
     assert engine.weights.notes == (
-        "distilled: taken for Lightning, 8 steps: preset lightning (set with preset=), by its name",
+        "distilled: taken for Lightning, 8 steps: preset lightning (set with --preset or preset=), "
+        "by its name",
     )
 
 
@@ -153,7 +154,7 @@ def test_a_prediction_is_stated_guessed_or_given(
     plain = load("sd21", "sd-turbo", "sd_turbo")
     assert predictions(plain) == ["v", "eps"]
     assert "nothing says whether it predicts eps or v" in plain.weights.notes[0]
-    assert "predicts eps (set with prediction=)" in plain.weights.notes[1]
+    assert "predicts eps (set with --prediction or prediction=)" in plain.weights.notes[1]
     named = load("sd21", "sd-turbo", "sd_turbo", base_name="v2-1_512-ema-pruned")
     assert predictions(named) == ["eps", "eps"]
     given = load("sd21", "sd-turbo", "sd_turbo", prediction={"base": "eps"})
@@ -198,9 +199,9 @@ def test_a_bare_vae_takes_the_scale_of_the_pair(
 
 
 def test_widths_that_no_file_states_are_asked_for(load: Callable[..., hs.Engine]) -> None:
-    with pytest.raises(hs.CheckpointError, match="pass head_dim="):
+    with pytest.raises(hs.CheckpointError, match="head_dim="):
         load("sdxl", "sdxl-turbo", "turbo", head_dim=None)
-    with pytest.raises(hs.CheckpointError, match="pass head_dim="):
+    with pytest.raises(hs.CheckpointError, match="head_dim="):
         load("sdxl", "sdxl-turbo", "turbo", text_head_dim=None)
 
 

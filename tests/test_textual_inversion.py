@@ -13,7 +13,9 @@ from torch import Tensor
 from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
-from headstart.networks.text import BOS, EOS, ClipParams, ClipText, ClipTokenizer, Tower
+from headstart.networks.text import ClipParams, ClipText, Tower
+from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.vocabulary import BOS, EOS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TOKENS = ["!", *LETTERS, *(f"{c}</w>" for c in LETTERS), "<", ">", "</w>", "></w>", "1", "1</w>"]

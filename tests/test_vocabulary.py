@@ -14,7 +14,7 @@ import pytest
 
 from headstart.errors import CheckpointError
 from headstart.networks import vocabulary
-from headstart.networks.text import ClipTokenizer
+from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.vocabulary import Vocabulary, cached_folder, packaged_file, read_packaged
 
 transformers = pytest.importorskip("transformers")

@@ -3,8 +3,8 @@
 The module `commands/plan.py` holds the row PLAN, and is imported when `plan` is typed: what one
 command needs, such as numpy, no other pays for.
 
-Exit status: 0 done, 1 `inspect` found a bad file, 2 an error, 130 Ctrl-C. Progress, warnings and
-errors go to stderr, errors as one message `headstart: error: ...`.
+Exit status: 0 done, 1 a bad or wrong model file, 2 any other error, 130 Ctrl-C. Progress, warnings
+and errors go to stderr, errors as one message `headstart: error: ...`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import cast
 import headstart
 from headstart.commands.arguments import Command, Parser
 from headstart.commands.console import drop_output, fail, plain_warnings
-from headstart.errors import HeadstartError
+from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
     *("compare", "sample", "trace", "slide", "sweep", "evaluate"),
@@ -67,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         except HeadstartError as error:
             if args.debug:
                 raise
-            return fail(str(error))
+            more = " (--debug lists every one)" if hasattr(error, "__notes__") else ""
+            return fail(f"{error}{more}", 1 if isinstance(error, CheckpointError) else 2)
         except (OSError, MemoryError, RuntimeError) as error:
             if args.debug:
                 raise

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from headstart.checkpoint import keymap
 from headstart.checkpoint.declarations import Said, declared
+from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import COMPONENTS, json_in, root_of
 from headstart.checkpoint.keymap import PARTS, PartName
@@ -31,12 +32,17 @@ def read_family(path: str | Path) -> Family:
     Prediction, schedule, scale factor, image size and attention rule are resolved; `declared` tells
     which of them the file itself states. Raises CheckpointError if no family fits.
     """
-    checkpoint = Checkpoint.open(path, "unet")
-    family = family_of(Path(path), checkpoint)
-    if family is None:
+    return unet_family(Path(path), Checkpoint.open(path, "unet"))
+
+
+def unet_family(path: Path, checkpoint: Checkpoint) -> Family:
+    """As `read_family` for an open checkpoint."""
+    if "unet" not in checkpoint.parts():
+        raise CheckpointError(f"{path}: expected a UNet, found {checkpoint.found()}")
+    if (family := family_of(path, checkpoint)) is None:
         raise CheckpointError(
-            f"{path}: expected the UNet of a known family ({', '.join(FAMILIES)}), got "
-            f"{', '.join(checkpoint.parts()) or 'no network'}; give the model's UNet or full file"
+            f"{path}: its UNet is of no known family ({', '.join(FAMILIES)}): expected "
+            "`conv_in.weight` and cross-attention of one width"
         )
     return family
 
@@ -68,7 +74,8 @@ class CheckpointInfo:
 
     family      name in `families.FAMILIES`, or "unknown"; `exact` False: scaled down
     parts       of unet, vae, text, text_2, tiny
-    prediction  eps, v or x0; `prediction_declared` False: the family's default, not in the file
+    prediction  eps, v or x0; `prediction_declared` False: guessed from the name, or the family's
+    distillation  "Lightning", "DMD2", ... and `preset` that runs it, as guessed; None: not told
     dtype       the dtype most bytes have, in safetensors' names
     weights     part -> how many numbers it has
     census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
@@ -82,6 +89,8 @@ class CheckpointInfo:
     parts: tuple[str, ...]
     prediction: str | None
     prediction_declared: bool
+    distillation: str | None
+    preset: str | None
     dtype: str
     size_bytes: int
     tensors: int
@@ -130,7 +139,10 @@ def inspect_checkpoint(
         family = family_of(path, first)
     except CheckpointError as error:
         problems.append(str(error))
-    notes = [*_notes(layout, family, parts)]
+    stated = family is not None and "prediction" in family.declared
+    guessed = guess(path, first, family.lineage) if family and "unet" in parts else Guess()
+    row = guessed.distillation
+    notes = [*_notes(layout, family, parts, guessed)]
     census = _census(held, on_bytes) if deep else None
     if census is not None:
         problems += _broken(census)
@@ -142,8 +154,10 @@ def inspect_checkpoint(
         exact=family.exact if family else False,
         layout=layout,
         parts=tuple(parts),
-        prediction=family.prediction.value if family else None,
-        prediction_declared="prediction" in family.declared if family else False,
+        prediction=_prediction(family, guessed, stated),
+        prediction_declared=stated,
+        distillation=row.name if row else None,
+        preset=guessed.preset,
         dtype=max(held.values(), key=lambda checkpoint: checkpoint.size_bytes).dtype,
         size_bytes=sum(checkpoint.size_bytes for checkpoint in held.values()),
         tensors=len(shapes),
@@ -211,7 +225,15 @@ def _hollow(census: Census) -> Iterator[str]:
         yield f"{len(census.unread)} tensors could not be counted: {_some(census.unread)}"
 
 
-def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]) -> Iterator[str]:
+def _prediction(family: Family | None, guessed: Guess, stated: bool) -> str | None:
+    if family is None:
+        return None
+    return (family.prediction if stated else guessed.prediction or family.prediction).value
+
+
+def _notes(
+    layout: Layout, family: Family | None, parts: Mapping[PartName, Part], guessed: Guess
+) -> Iterator[str]:
     if layout == "adapter":
         yield "an adapter (LoRA), not a model: attach it to one"
     if "unet" not in parts:
@@ -223,13 +245,16 @@ def _notes(layout: Layout, family: Family | None, parts: Mapping[PartName, Part]
     if family.signature.width == ancestor.width and not family.exact:
         yield f"unet: {family.signature.tensors} tensors; {family.lineage} has {ancestor.tensors}"
     elif not family.exact and family.heads is None and "head_dim" not in family.declared:
-        yield "scaled down: its attention head width is not in the file, so load with head_dim="
+        yield "scaled down: its attention head width is not in the file, so give --head-dim"
     if "time_embedding.cond_proj.weight" in parts["unet"].shapes:
         yield "unet: takes guidance as an input, as LCM does: a distilled model"
     channels = parts["unet"].shapes["conv_in.weight"][1:2]
     if channels != (4,):
         yield f"unet: {channels} input channels, not (4,): it edits or fills in images"
-    if family.name == "sd21" and "prediction" not in family.declared:
+    stated = "prediction" in family.declared
+    if (told := guessed.note(without_prediction=stated)) is not None:
+        yield told
+    if family.name == "sd21" and not stated and guessed.prediction is None:
         yield "prediction v is assumed; SD2.1-base and SD-Turbo look the same and predict eps"
 
 

@@ -11,13 +11,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from headstart.checkpoint.folder import json_in, root_of
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import Spacing, grid
-from headstart.plan.table import Step
+
+if TYPE_CHECKING:
+    from headstart.plan.table import Step  # loads numpy, which `headstart inspect` does without
 
 _GUIDANCE_PROJECTION = "cond_proj.weight"
 
@@ -123,17 +125,18 @@ class Guess:
         found = {float(t) for count in counts for t in grid(count, Spacing.TRAILING)}
         return tuple(sorted(found, reverse=True))
 
-    def note(self, role: str) -> str | None:
+    def note(self, *, without_prediction: bool = False) -> str | None:
         """One line for a person: what was guessed, from what, and how to set it by hand."""
         told: list[str] = []
         if row := self.distillation:
             count = f", {self.steps} steps" if self.steps and self.steps > 1 else ""
             count = ", 1 step" if self.steps == 1 else count
             use = f"preset {self.preset}" if self.preset else f"timestep {self.timesteps[0]:g}"
-            told.append(f"taken for {row.name}{count}: {use} (set with preset=)")
-        if self.prediction is not None:
-            told.append(f"predicts {self.prediction.value} (set with prediction=)")
-        return f"{role}: {'; '.join(told)}, by its {self.why}" if told else None
+            told.append(f"taken for {row.name}{count}: {use} (set with --preset or preset=)")
+        if self.prediction is not None and not without_prediction:
+            value = self.prediction.value
+            told.append(f"predicts {value} (set with --prediction or prediction=)")
+        return f"{'; '.join(told)}, by its {self.why}" if told else None
 
     def complaint(self, role: str, rows: Sequence[Step], name: str) -> str | None:
         """Why these rows of a plan are not what the network was trained for, or None."""

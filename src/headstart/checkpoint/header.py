@@ -16,7 +16,7 @@ from headstart.checkpoint.foreign import SNIFFED_BYTES, foreign
 from headstart.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 * 2**20  # SDXL's header is 0.35 MB; the parsed form can be 20 times larger
-MAX_JSON_PARTS = 2**20
+MAX_JSON_PARTS = 2**19
 """How many of `,:[{` a JSON text may hold: SDXL's header has 36 000, and 10^6 take a second."""
 MAX_RANK = 8
 MAX_DIM = 2**40

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast, final
+from typing import TYPE_CHECKING, NamedTuple, cast, final
 
 from headstart.checkpoint import keymap
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
@@ -28,6 +28,14 @@ else:
     np = Later("numpy")
 
 
+TITLES: dict[PartName, str] = {
+    "unet": "UNet",
+    "vae": "VAE",
+    "text": "text encoder",
+    "text_2": "second text encoder",
+    "tiny": "tiny autoencoder",
+}
+"""What a part is called in a message."""
 NARROW = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F8", "F6", "F4")))
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"}) | NARROW
 _TORCH_NAMES = {
@@ -60,7 +68,7 @@ class Checkpoint:
         self._sizes: list[int] = []
         self._entries: dict[str, tuple[Entry, int]] = {}
         self._maps: dict[int, mmap.mmap] = {}
-        self._parts: dict[PartName, Part] | None = None
+        self._contents: dict[PartName, _Contents] | None = None
         self._split: dict[str, dict[str, str]] | None = None
         for index, path in enumerate(self.files):
             header = read_header(path)
@@ -118,21 +126,38 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        if (parts := self._parts) is None:
+        if (contents := self._contents) is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
-            parts = dict[PartName, Part]()
+            contents = dict[PartName, _Contents]()
             for name in PARTS:
                 if name in found:
-                    parts[name] = Part.of(self, name, found[name], strays)
-            self._parts = parts
-        return parts.copy()
+                    contents[name] = _contents(self, name, found[name], strays)
+            # Parts are made anew: one kept here would hold this object, and so the mapped files,
+            # until Python's cycle collector comes by, long after the last tensor is gone.
+            self._contents = contents
+        return {name: Part(self, name, *inside) for name, inside in contents.items()}
 
     def split(self) -> dict[str, dict[str, str]]:
         """`keymap.split` of the names, made once; an adapter is here and no part."""
         if self._split is None:
             self._split = keymap.split(self._entries)
         return self._split
+
+    def found(self) -> str:
+        """What the file holds and where such a file goes, for the end of an error message."""
+        if "adapter" in self.split():
+            return (
+                "an adapter (LoRA), not a network: attach it to a model with --lora, or give it "
+                "as --distilled-lora beside the base it was distilled from"
+            )
+        parts = self.parts()
+        if not parts:
+            return "no network: give a model's file, or one of its components"
+        where = {"unet": "--base or --distilled", "tiny": "--preview", "text_2": "--text"}
+        places = dict.fromkeys(where.get(part, f"--{part}") for part in parts)
+        held = ", ".join(TITLES[part] for part in parts)
+        return f"{held}: give such a file as {', '.join(places)}"
 
     def numbers(self, name: str) -> FloatArray:
         """A small F64, F32, F16 or BF16 tensor as float64 numpy; needs no torch."""
@@ -191,6 +216,31 @@ class Checkpoint:
         return self._maps[index]
 
 
+class _Contents(NamedTuple):
+    """A part's fields besides the checkpoint and the name."""
+
+    sources: dict[str, Source]
+    shapes: dict[str, tuple[int, ...]]
+    strays: tuple[str, ...]
+    prefixed: bool
+
+
+def _contents(
+    checkpoint: Checkpoint, part: PartName, names: dict[str, str], strays: tuple[str, ...]
+) -> _Contents:
+    sources = keymap.sources(part, names)
+    used = {source.name for source in sources.values()}
+    return _Contents(
+        sources,
+        {
+            ours: _shape(source, checkpoint.entry(source.name).shape)
+            for ours, source in sources.items()
+        },
+        strays + tuple(sorted(set(names.values()) - used)),
+        any(ours != stored for ours, stored in names.items()),
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
     """One network of a checkpoint under our names: where each tensor is, and its shape as ours."""
@@ -203,24 +253,6 @@ class Part:
     """Tensors of the file that no network claims, and those whose place another one has taken."""
     prefixed: bool
     """The names carry an LDM file's prefix, so other networks may lie beside this one."""
-
-    @classmethod
-    def of(
-        cls, checkpoint: Checkpoint, name: PartName, names: dict[str, str], strays: tuple[str, ...]
-    ) -> Part:
-        sources = keymap.sources(name, names)
-        used = {source.name for source in sources.values()}
-        return cls(
-            checkpoint,
-            name,
-            sources,
-            {
-                ours: _shape(source, checkpoint.entry(source.name).shape)
-                for ours, source in sources.items()
-            },
-            strays + tuple(sorted(set(names.values()) - used)),
-            any(ours != stored for ours, stored in names.items()),
-        )
 
     @property
     def config(self) -> Mapping[str, object]:

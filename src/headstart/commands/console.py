@@ -60,7 +60,7 @@ def drop_output() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def fail(message: str) -> int:
+def fail(message: str, status: int = 2) -> int:
     """Print an error; the exit status it means."""
     print(f"headstart: error: {message}", file=sys.stderr)
-    return 2
+    return status

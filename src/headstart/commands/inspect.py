@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.json:
             print(json.dumps({"path": str(args.file), "ok": False, "problems": [str(error)]}))
         else:
-            fail(str(error))
+            return fail(str(error), 1)
         return 1
     adapter = _adapter(args.file) if info.layout == "adapter" and info.ok else None
     if args.json:
@@ -103,7 +103,7 @@ def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     for part, count in info.weights.items():
         yield part, f"{count / 1e6:.1f} M parameters"
     if info.prediction is not None:
-        where = "says the file" if info.prediction_declared else "not in the file, so assumed"
+        where = "says the file" if info.prediction_declared else "not in the file, so guessed"
         yield "prediction", f"{info.prediction} ({where})"
     yield "dtype", info.dtype
     yield "size", f"{_size(info.size_bytes)} in {info.tensors} tensors"

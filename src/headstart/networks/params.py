@@ -161,7 +161,8 @@ def with_heads(family: Family, head_dim: int | None, path: str | Path) -> Family
         return family
     raise CheckpointError(
         f"{path}: a {family.lineage} UNet scaled down to width {family.signature.width} does not "
-        "say how wide its attention heads are: pass head_dim=, or write metadata headstart.head_dim"
+        "say how wide its attention heads are: give --head-dim or head_dim=, or write metadata "
+        "headstart.head_dim"
     )
 
 
@@ -171,7 +172,8 @@ def _check_heads(params: UNetParams) -> None:
         if any(stage.depths) and stage.channels % divisor:
             what = f"{divisor} heads" if params.heads else f"head_dim {divisor}"
             raise CheckpointError(
-                f"{what} does not divide the width {stage.channels}: pass the right head_dim="
+                f"{what} does not divide the width {stage.channels}: give the right --head-dim "
+                "or head_dim="
             )
 
 
@@ -187,7 +189,8 @@ def _text_heads(part: Part, width: int, head_dim: int | None) -> int:
     if heads is None:
         raise CheckpointError(
             f"a text encoder of {width} units does not say how wide its attention heads are: "
-            "pass head_dim=, or write metadata headstart.text_heads"
+            "give --text-head-dim or text_head_dim= (load_text: head_dim=), or write metadata "
+            "headstart.text_heads"
         )
     if heads < 1 or width % heads:
         raise CheckpointError(f"{heads} heads do not divide a text encoder of {width} units")

@@ -7,29 +7,18 @@ side by side on the last axis                            pooled = P @ normed[arg
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, final, overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
 from headstart.checkpoint.families import TextRule
-from headstart.checkpoint.header import read_json
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning
-from headstart.networks.vocabulary import BOS, EOS
-
-if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
-MAX_TEXT_BYTES = 16 * 2**20
-
-# CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
-# runs of anything else.
-_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+from headstart.networks.tokenizer import ClipTokenizer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,130 +89,6 @@ class Tower(nn.Module):
         return context, self.text_projection(ends)
 
 
-@final
-class ClipTokenizer:
-    """Prompts -> ids [B, L] with begin, end and padding, for a vocabulary in CLIP's form."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-        if bos is None or eos is None:
-            raise CheckpointError(
-                f"the tokenizer has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
-            )
-        self.bos, self.eos = bos, eos
-        self.learned: Mapping[int, tuple[int, ...]] = {}
-        """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
-
-    @classmethod
-    def from_json(cls, text: str) -> ClipTokenizer:
-        """From the text of a `tokenizer.json` of the tokenizers library."""
-        from tokenizers import Tokenizer
-
-        try:
-            return cls(Tokenizer.from_str(text))
-        except CheckpointError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"the tokenizer's JSON cannot be read: {error}") from error
-
-    @classmethod
-    def from_vocabulary(
-        cls, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
-    ) -> ClipTokenizer:
-        """From CLIP's `vocab.json` and `merges.txt`: byte-level pairs of lower-cased text."""
-        from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
-        from tokenizers.models import BPE
-
-        try:
-            model = BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=EOS)
-        except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"vocabulary and merges do not fit: {error}") from error
-        tokenizer = Tokenizer(model)
-        tokenizer.normalizer = normalizers.Sequence(
-            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
-        )
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True),
-                pre_tokenizers.ByteLevel(add_prefix_space=False),
-            ]
-        )
-        special: list[str] = [token for token in (BOS, EOS) if token in vocabulary]
-        tokenizer.add_special_tokens(special)  # pyright: ignore[reportUnknownMemberType]
-        return cls(tokenizer)
-
-    @classmethod
-    def load(cls, path: str | Path) -> ClipTokenizer:
-        """A `tokenizer.json`, a folder with it or with vocab.json and merges.txt, or its parent."""
-        path = Path(path)
-        for folder in (path / "tokenizer", path):
-            if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                return cls.from_vocabulary(*_read_vocabulary(folder))
-            if (folder / "tokenizer.json").is_file():
-                return cls.from_json(_read_text(folder / "tokenizer.json"))
-        if path.is_file():
-            return cls.from_json(_read_text(path))
-        raise CheckpointError(
-            f"{path}: expected a tokenizer.json, or a folder with vocab.json and merges.txt"
-        )
-
-    def __len__(self) -> int:
-        return self._tokenizer.get_vocab_size()
-
-    def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone."""
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
-        return [each for id in ids for each in self.learned.get(id, (id,))]
-
-    def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
-        """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
-
-        A token is matched as it is typed, and as a whole word where it is one. Raises InputError
-        for a token that has a meaning already.
-        """
-        from tokenizers import AddedToken, Tokenizer
-
-        copied = Tokenizer.from_str(self._tokenizer.to_str())
-        for token in tokens:
-            known = self._tokenizer.encode(token, add_special_tokens=False).ids
-            if len(known) < 2 or token in (BOS, EOS):
-                raise InputError(
-                    f"the token {token!r} means something already: give another, as <{token}>"
-                )
-            word = token[0].isalnum() and token[-1].isalnum()
-            added = [AddedToken(token, single_word=word, normalized=False)]
-            copied.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-        grown = ClipTokenizer(copied)
-        ids = {token: copied.token_to_id(token) for token in tokens}
-        new = {id: tokens[token] for token, id in ids.items() if id is not None}
-        grown.learned = {**self.learned, **new}
-        return grown
-
-
-def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path}: expected UTF-8 text ({error})") from error
-
-
-def _read_vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    table = read_json(folder / "vocab.json")
-    vocabulary = {token: id for token, id in table.items() if type(id) is int}
-    if len(vocabulary) != len(table):
-        raise CheckpointError(f"{folder / 'vocab.json'}: expected token: integer pairs")
-    lines = _read_text(folder / "merges.txt").splitlines()
-    pairs = [line.split() for line in lines if line.strip() and not line.startswith("#version")]
-    if not all(len(pair) == 2 for pair in pairs):
-        raise CheckpointError(f"{folder / 'merges.txt'}: expected two tokens on each line")
-    return vocabulary, [(left, right) for left, right in pairs]
-
-
 class ClipText(nn.Module):
     """The text side of a family: one encoder, or SDXL's two, and their tokenizer.
 
@@ -253,6 +118,11 @@ class ClipText(nn.Module):
                 f"the tokenizer has {len(tokenizer)} tokens, the encoder knows {smallest}: "
                 "give the tokenizer that belongs to this encoder"
             )
+
+    @property
+    def context_dim(self) -> int:
+        """D, the width of the context."""
+        return sum(tower.params.width for tower in self._towers())
 
     @property
     def length(self) -> int:

@@ -16,7 +16,8 @@ from headstart.errors import CheckpointError
 
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 EXTRA = "clip"
-"""The optional extra of this package that brings the vocabulary."""
+PACKAGE = "clip-anytorch"
+"""The optional extra of this package that brings the vocabulary, and the package it depends on."""
 
 _MERGES = 49152 - 256 - 2
 _PACKAGES = ("clip", "open_clip")  # clip-anytorch, or OpenAI's own; open_clip_torch

@@ -1,0 +1,132 @@
+"""The files of a pair before anything of them is loaded: what each is, and whether they belong.
+
+role -> Model (path, family, guess)      base and distilled must share latents and noise levels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from headstart.checkpoint.checkpoint import family_of, unet_family
+from headstart.checkpoint.distillation import Guess, guess
+from headstart.checkpoint.families import Family, latent_space
+from headstart.checkpoint.tensors import Checkpoint, PartName
+from headstart.errors import CheckpointError, InputError
+from headstart.plan.prediction import Prediction
+
+FilePath = str | Path
+Predictions = str | Prediction | Mapping[str, str | Prediction]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One of the two models: its file, its family as the file declares it, what its name adds."""
+
+    path: FilePath
+    family: Family
+    guess: Guess
+
+    @classmethod
+    def of(cls, path: FilePath) -> Model:
+        """From headers alone. Raises CheckpointError for a file without a UNet we know."""
+        checkpoint = Checkpoint.open(path, "unet")
+        family = unet_family(Path(path), checkpoint)
+        return cls(path, family, guess(path, checkpoint, family.lineage))
+
+    def states(self, field: str) -> bool:
+        """Whether the file itself says so, and neither its name nor its family."""
+        return field in self.family.declared
+
+    @property
+    def prediction(self) -> Prediction:
+        """The first of: stated in the file, guessed from its name, the family's."""
+        guessed = None if self.states("prediction") else self.guess.prediction
+        return self.family.prediction if guessed is None else guessed
+
+    @property
+    def image_size(self) -> int:
+        """In pixels; a name tells it for full-size models only."""
+        stated = self.states("image_size") or not self.family.exact
+        return (None if stated else self.guess.image_size) or self.family.image_size
+
+    def note(self, role: str, prediction_given: bool) -> str | None:
+        """What was guessed and how to set it by hand, or None where nothing was."""
+        settled = prediction_given or self.states("prediction")
+        told = self.guess.note(without_prediction=settled)
+        if told is None and self.family.lineage == "sd21" and not settled:
+            told = (
+                "nothing says whether it predicts eps or v, taken for the 768 px model that "
+                "predicts v (set with --prediction or prediction=)"
+            )
+        return told and f"{role}: {told}"
+
+
+def predictions(given: Predictions | None, models: Mapping[str, Model]) -> dict[str, Prediction]:
+    """Role -> what its network predicts; `given`, for both or by role, wins. Raises InputError."""
+    told = given if isinstance(given, Mapping) else dict.fromkeys(models, given)
+    if strange := set(told) - set(models):
+        raise InputError(
+            f"prediction for {', '.join(map(repr, sorted(strange)))}: this pair has "
+            f"{', '.join(map(repr, models))}"
+        )
+    return {
+        role: model.prediction if (value := told.get(role)) is None else Prediction(value)
+        for role, model in models.items()
+    }
+
+
+def preset_of(models: Mapping[str, Model]) -> str | None:
+    """The pair's name in `headstart.preset`, or None where neither file nor name tells."""
+    if next(iter(models.values())).family.lineage == "demo":
+        return "demo"
+    return models["distilled"].guess.preset if "distilled" in models else None
+
+
+def check_belong(models: Mapping[str, Model]) -> None:
+    """Raise CheckpointError unless one model's latent can go on in the other.
+
+    That takes one lineage, and one noise schedule where both files state theirs.
+    """
+    if len(models) < 2:
+        return
+    base, distilled = models["base"], models["distilled"]
+    if base.family.lineage != distilled.family.lineage:
+        raise CheckpointError(
+            f"the base ({base.path}) is {base.family.name} and the distilled model "
+            f"({distilled.path}) {distilled.family.name}: expected two models of one family, "
+            "because the latent passes from one to the other"
+        )
+    ours, theirs = base.family.schedule, distilled.family.schedule
+    stated = base.states("schedule") and distilled.states("schedule")
+    if stated and ours.fingerprint() != theirs.fingerprint():
+        raise CheckpointError(
+            f"the base's noise schedule ({ours!r}) is not the distilled model's ({theirs!r}): "
+            "expected a model distilled from this base"
+        )
+
+
+def check_vae(path: FilePath, model: Model) -> None:
+    """Raise CheckpointError for a VAE in a file of another family than the model's.
+
+    A file with neither UNet nor text encoders does not say whose it is, and is taken as it comes.
+    """
+    other = family_of(Path(path), Checkpoint.open(path, "vae"))
+    if other is None or latent_space(other.lineage) == latent_space(model.family.lineage):
+        return
+    raise CheckpointError(
+        f"{path}: its VAE is for the latents of {other.lineage}, and {model.path} is "
+        f"{model.family.name}: give a VAE of that family"
+    )
+
+
+def holder(part: PartName, models: Mapping[str, Model]) -> FilePath:
+    """The first of the models' files that has the part; the first of all where none has."""
+    for model in models.values():
+        try:
+            if part in Checkpoint.open(model.path, part).parts():
+                return model.path
+        except CheckpointError:  # a folder without that component
+            continue
+    return next(iter(models.values())).path

@@ -1,0 +1,50 @@
+"""Plans and tables that several test files speak of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from headstart.plan.plan import Leg, Plan, StepTable, Update
+from headstart.plan.schedule import NoiseSchedule, Spacing
+
+Array = npt.NDArray[np.float64]
+
+patient = settings(deadline=None)  # a loaded machine is not a failure
+SD = NoiseSchedule.scaled_linear()
+NAMES = ("dmd2", "lcm", "lightning", "turbo", "demo")
+UPDATES = st.sampled_from(Update)
+SPACINGS = st.sampled_from(Spacing)
+RENOISE = {"update": Update.RENOISE, "boundary": True}
+TRAILING_TAIL = Leg(model="distilled", timesteps=(749, 499, 249))
+
+
+def times(table: StepTable) -> list[float]:
+    return [step.timestep for step in table]
+
+
+def models(table: StepTable) -> list[str]:
+    return [step.model for step in table]
+
+
+def updates(plan: Plan) -> list[Update]:
+    return [leg.update for leg in plan.legs]
+
+
+def compiled(*legs: Leg, schedule: NoiseSchedule = SD, **options: Any) -> StepTable:
+    return Plan(legs).compile(schedule, **options)
+
+
+def leg_for(update: Update, eta: float, gamma: float, **grid: Any) -> Leg:
+    return Leg(
+        model="base",
+        update=update,
+        eta=eta if update is Update.DDIM else 0.0,
+        gamma=gamma if update is Update.TCD else 0.3,
+        boundary=update is Update.RENOISE,
+        **grid,
+    )

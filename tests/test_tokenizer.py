@@ -1,0 +1,86 @@
+"""The tokenizer: CLIP's tokens from every form a vocabulary comes in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from encoders import (
+    BOS_ID,
+    EOS_ID,
+    MERGES,
+    VOCABULARY,
+    sd1_tower,
+    small_words,
+    transformers,
+    write_vocabulary,
+)
+
+from headstart.errors import CheckpointError
+from headstart.networks.text import ClipText, Tower
+from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.vocabulary import EOS
+
+tokenizers = pytest.importorskip("tokenizers")
+
+
+@pytest.fixture(scope="module")
+def words() -> ClipTokenizer:
+    return small_words()
+
+
+@pytest.fixture(scope="module")
+def one() -> Tower:
+    return sd1_tower()
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_vocabulary(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["the cat", "It's 2 CATS!!", "  spaces\n\tand\u00a0more ", "çé 猫", "a,b;c"]
+)
+def test_tokens_equal_the_librarys_clip_tokenizer(words: ClipTokenizer, prompt: str) -> None:
+    theirs = transformers.CLIPTokenizer(vocab=dict(VOCABULARY), merges=list(MERGES))
+    assert words.tokens(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_loads_from_every_form(vocabulary: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(VOCABULARY, MERGES, end_of_word_suffix="</w>", unk_token=EOS)
+    )
+    tokenizer.enable_truncation(3)
+    tokenizer.enable_padding(length=9)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for path in (tmp_path / "tokenizer.json", tmp_path, vocabulary):
+        loaded = ClipTokenizer.load(path)
+        assert (loaded.bos, loaded.eos, len(loaded)) == (BOS_ID, EOS_ID, len(VOCABULARY))
+        assert loaded.tokens("cat") == [VOCABULARY["cat</w>"]]
+
+
+def test_a_broken_tokenizer_is_a_checkpoint_error(vocabulary: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"expected a tokenizer\.json"):
+        ClipTokenizer.load(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ClipTokenizer.from_json('{"model": 3}')
+    with pytest.raises(CheckpointError, match="CLIP's vocabulary"):
+        ClipTokenizer.from_vocabulary({"a": 0, EOS: 1}, [])
+    with pytest.raises(CheckpointError, match="do not fit"):
+        ClipTokenizer.from_vocabulary(VOCABULARY, [("x", "nowhere")])
+    (tmp_path / "vocab.json").write_text('{"a": "b"}')
+    (tmp_path / "merges.txt").write_text("a b\n")
+    with pytest.raises(CheckpointError, match="token: integer"):
+        ClipTokenizer.load(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCABULARY))
+    (tmp_path / "merges.txt").write_text("a b c\n")
+    with pytest.raises(CheckpointError, match="two tokens on each line"):
+        ClipTokenizer.load(tmp_path)
+
+
+def test_a_vocabulary_larger_than_the_encoders_is_refused(one: Tower) -> None:
+    more = VOCABULARY | {f"w{i}</w>": len(VOCABULARY) + i for i in range(3)}
+    with pytest.raises(CheckpointError, match="give the tokenizer that belongs"):
+        ClipText([one], ClipTokenizer.from_vocabulary(more, MERGES))
