@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
 from headstart.adapters.strength import Asked, Strength
+from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
 from headstart.engine.pair import (
@@ -32,7 +33,6 @@ from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.text import ClipText
-from headstart.plan import record as recording
 from headstart.plan.plan import Plan
 from headstart.plan.request import (
     PRESETS,
@@ -48,6 +48,7 @@ from headstart.plan.table import StepTable
 from headstart.runner.batch import Chunked, SharedNoise
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
 from headstart.sampler import State, sample
+from headstart_kernels import LinearMap
 
 Prompts = str | Sequence[str]
 Seeds = SupportsIndex | Sequence[SupportsIndex]
@@ -66,6 +67,7 @@ class _Run(NamedTuple):
     latent: tuple[int, int, int]
     acts: Mapping[str, Strength]
     strengths: Tensor | None
+    picture: LinearMap | None = None
 
 
 @final
@@ -269,7 +271,7 @@ class Engine:
         )
         kept: list[Tensor] = []
         state: State | None = None
-        for state in self._states(run, clock):
+        for state in self._states(run._replace(picture=getattr(on_step, "picture", None)), clock):
             if keep_x0:
                 kept.append(state.x0)
             if on_step is not None:
@@ -378,7 +380,7 @@ class Engine:
         }
         states = sample(
             run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
-            shape=run.latent, strengths=run.strengths, resume=resume,
+            shape=run.latent, strengths=run.strengths, resume=resume, picture=run.picture,
         )  # fmt: skip
         for step in run.table.steps[0 if resume is None else resume.step + 1 :]:
             with clock(step.model):
