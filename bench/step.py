@@ -94,6 +94,7 @@ def main() -> None:
     report = {
         "question": (__doc__ or "").splitlines()[0],
         "evidence": "measured",
+        "clock": "the thread's CPU time" if options.cpu else "wall",
         "machine": harness.machine(),
         "state": ["B", *LATENT],
         "steps": STEPS,

@@ -169,6 +169,66 @@ def test_latents_of_another_family_are_refused_at_once() -> None:
         hs.Preview(linear_decoder("sdxl"), lambda _: None, every=0)
 
 
+# ---------------------------------------------------------------- drawn by the step itself
+
+
+@needs_pair
+@pytest.mark.parametrize("plan", ["distilled", "base"])
+def test_a_run_that_draws_as_it_steps_has_the_same_bits_and_each_rows_own_picture(
+    engine: hs.Engine, plan: str
+) -> None:
+    linear = hs.decoder(engine, "linear")
+    assert linear.linear is not None
+
+    class Observer:
+        picture = linear.linear
+
+        def __init__(self) -> None:
+            self.states: list[hs.State] = []
+
+        def __call__(self, state: hs.State) -> None:
+            self.states.append(state)
+
+    settings = {"steps": 3} if plan == "base" else {}
+    plain = engine.sample("a fox", plan=plan, seeds=[1, 2], keep_x0=True, **settings)
+    observer = Observer()
+    drawn = engine.sample("a fox", plan=plan, seeds=[1, 2], on_step=observer, **settings)
+    assert torch.equal(drawn.latents, plain.latents) and plain.x0 is not None
+    assert len(observer.states) == len(plain.x0)
+    for state, x0 in zip(observer.states, plain.x0, strict=True):
+        assert state.rgb is not None and torch.equal(state.rgb, linear(x0).rgb)
+
+
+def test_a_picture_that_the_step_drew_is_delivered_and_x0_is_not_read_again() -> None:
+    _, lane = emulated()
+    frames: list[Frame] = []
+    rgb = torch.arange(2 * 3 * 2 * 3, dtype=torch.uint8).view(2, 3, 2, 3)
+    x0 = torch.empty(2, 4, 3, 2, device="meta")  # holds nothing that could be read
+    with hs.Preview(linear_decoder("sd15"), frames.append, lane=lane) as preview:
+        preview(hs.State(0, x0, x0, rgb))
+    assert preview.problems == []
+    assert torch.equal(torch.from_numpy(frames[0].rgb), rgb) and frames[0].bad == ()
+
+
+def test_another_decoder_still_decodes_where_the_step_drew_a_picture() -> None:
+    frames: list[Frame] = []
+    rgb = torch.zeros(2, 3, 2, 3, dtype=torch.uint8)
+    with hs.Preview(decoder(grey), frames.append) as preview:
+        preview(state(0, 9.0)._replace(rgb=rgb))
+    assert (frames[0].rgb == 9).all()
+
+
+def test_only_a_linear_preview_on_a_gpu_asks_the_step_to_draw(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    linear = hs.Preview(linear_decoder("sd15"), lambda _: None)
+    assert linear.picture is None
+    assert linear.decoder.linear is not None
+    monkeypatch.setattr(Tensor, "is_cuda", True)
+    assert linear.picture is linear.decoder.linear
+    assert hs.Preview(decoder(grey), lambda _: None).picture is None
+
+
 # ---------------------------------------------------------------- the side stream, emulated
 
 

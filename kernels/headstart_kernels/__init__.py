@@ -19,7 +19,7 @@ from headstart_kernels.api import (
 )
 from headstart_kernels.dispatch import Impl
 from headstart_kernels.layers import geglu, groupnorm_silu, low_rank_add
-from headstart_kernels.operands import Draw, Preview
+from headstart_kernels.operands import Draw, LinearMap, Preview
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import COLUMNS, Rows
 
@@ -28,6 +28,7 @@ __all__ = [
     "INITIAL",
     "Draw",
     "Impl",
+    "LinearMap",
     "Preview",
     "Rows",
     "decode_u8",

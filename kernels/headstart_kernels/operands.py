@@ -20,6 +20,17 @@ class Draw(NamedTuple):
     first_row: int = 0
 
 
+class LinearMap(NamedTuple):
+    """Latents to pixels in [-1, 1]: bias + sum_c x0[:, c]*factors[c].
+
+    factors  float32 [C, 3]
+    bias     float32 [3]
+    """
+
+    factors: Tensor
+    bias: Tensor
+
+
 class Preview(NamedTuple):
     """A picture that a step fills on the way: the bytes of `preview_rgb(x0, factors, bias)`.
 

@@ -17,7 +17,7 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource
 from headstart.noise import Given
 from headstart.plan.table import Step, StepTable
-from headstart_kernels import Rows, fused_step, scale_input
+from headstart_kernels import LinearMap, Preview, Rows, fused_step, scale_input
 
 Check = Literal["auto", "each", "last", "never"]
 
@@ -28,11 +28,13 @@ class State(NamedTuple):
     step  the row's number in the whole plan
     x     [B, C, h, w] float32, the latent after the row, in sigma space
     x0    [B, C, h, w] float32, what the row predicted
+    rgb   [B, h, w, 3] uint8, its linear picture, where `sample` was given one to draw
     """
 
     step: int
     x: Tensor
     x0: Tensor
+    rgb: Tensor | None = None
 
 
 def sample(
@@ -47,6 +49,7 @@ def sample(
     before_row: Callable[[Step], None] | None = None,
     strengths: Tensor | None = None,
     check: Check = "auto",
+    picture: LinearMap | None = None,
 ) -> Iterator[State]:
     """Run a table, one State a row; to stop iterating is to cancel, and leaves nothing behind.
 
@@ -67,6 +70,7 @@ def sample(
     check       a NaN or an infinity in x0 raises InputError naming step, model and samples: after
                 "each" row, after the "last" row (naming the first bad one), or "never". "auto" is
                 "each" on a CPU and "last" elsewhere, where each look would wait for the device
+    picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it
 
     Raises InputError for anything missing, before the first network call. Generators share
     nothing, so runs may be interleaved. To steer, resume from a changed State.
@@ -80,7 +84,7 @@ def sample(
     latent = _latent_shape(shape, noise, resume)
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
-    run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row, strengths)
+    run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row, strengths, picture)
     return _loop(run, resume, _Watch(check, device))
 
 
@@ -95,6 +99,7 @@ class _Run:
     device: torch.device
     before_row: Callable[[Step], None] | None
     strengths: Tensor | None
+    picture: LinearMap | None
 
     def told(self, row: int, guided: bool) -> Conditioning:
         """What the network of a row is told: B samples, or 2B in the order (uncond, cond)."""
@@ -119,9 +124,12 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         with torch.no_grad():
             f, f_uncond = _predict(run, row, x, rows)
             n = run.noise.step(number, run.latent, run.device) if step.add else None
-            x, x0 = fused_step(x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0)
+            drawn = _drawn(run.picture, x)
+            x, x0 = fused_step(
+                x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0, preview=drawn
+            )
         watch.look(number, step.model, x0, last=row == len(table) - 1)
-        state = State(number, x, x0)
+        state = State(number, x, x0, None if drawn is None else drawn.rgb)
         yield state
 
 
@@ -136,6 +144,14 @@ def _predict(run: _Run, row: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor
         return f, None
     f_uncond, f_cond = f.split_with_sizes([batch, batch])
     return f_cond, f_uncond
+
+
+def _drawn(picture: LinearMap | None, x: Tensor) -> Preview | None:
+    """What the row fills with its picture: a tensor of the row's own."""
+    if picture is None:
+        return None
+    batch, _, height, width = x.shape
+    return Preview(x.new_empty((batch, height, width, 3), dtype=torch.uint8), *picture)
 
 
 def _timestep(step: Step, count: int, device: torch.device) -> Tensor:

@@ -46,6 +46,7 @@ from headstart.plan.table import StepTable
 from headstart.runner.batch import Chunked, SharedNoise
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
 from headstart.sampler import State, sample
+from headstart_kernels import LinearMap
 
 Prompts = str | Sequence[str]
 Seeds = SupportsIndex | Sequence[SupportsIndex]
@@ -64,6 +65,7 @@ class _Run(NamedTuple):
     latent: tuple[int, int, int]
     acts: Mapping[str, Strength]
     strengths: Tensor | None
+    picture: LinearMap | None = None
 
 
 @final
@@ -260,7 +262,7 @@ class Engine:
         )
         kept: list[Tensor] = []
         state: State | None = None
-        for state in self._states(run, clock):
+        for state in self._states(run._replace(picture=getattr(on_step, "picture", None)), clock):
             if keep_x0:
                 kept.append(state.x0)
             if on_step is not None:
@@ -361,7 +363,7 @@ class Engine:
         }
         states = sample(
             run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
-            shape=run.latent, strengths=run.strengths, resume=resume,
+            shape=run.latent, strengths=run.strengths, resume=resume, picture=run.picture,
         )  # fmt: skip
         for step in run.table.steps[0 if resume is None else resume.step + 1 :]:
             with clock(step.model):

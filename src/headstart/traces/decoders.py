@@ -22,7 +22,7 @@ from headstart.engine.pair import Pair
 from headstart.errors import InputError
 from headstart.interfaces import LatentCodec
 from headstart.networks.tiny import LINEAR_PREVIEWS, LinearPreview, TinyVae
-from headstart_kernels import decode_u8, preview_rgb
+from headstart_kernels import LinearMap, decode_u8, preview_rgb
 
 DecoderName = Literal["linear", "tiny", "full"]
 
@@ -46,6 +46,7 @@ class Decoder:
     space     the lineage whose latents it reads, or None where nothing tells
     channels  of the latent; scale: pixels a latent cell
     draw      x0 float [B, C, h, w] -> Picture
+    linear    of a linear one its map, which a step may draw in the pass that computes x0
     """
 
     name: DecoderName
@@ -53,6 +54,7 @@ class Decoder:
     channels: int
     scale: int
     draw: Callable[[Tensor], Picture]
+    linear: LinearMap | None = None
 
     def __call__(self, x0: Tensor) -> Picture:
         self.check(x0)
@@ -115,6 +117,7 @@ def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
         channels=len(found.matrix),
         scale=1,
         draw=draw,
+        linear=LinearMap(factors, bias),
     )
 
 

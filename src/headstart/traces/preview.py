@@ -22,7 +22,8 @@ from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.sampler import State
-from headstart.traces.decoders import Decoder
+from headstart.traces.decoders import Decoder, Picture
+from headstart_kernels import LinearMap
 
 
 class Frame(NamedTuple):
@@ -185,6 +186,15 @@ class Preview:
         self._raised: Exception | None = None
         self._told = 0
 
+    @property
+    def picture(self) -> LinearMap | None:
+        """What `sample` draws for it in the pass that computes x0: a linear picture, on a GPU.
+
+        On a CPU that would be a pass more on the run's thread; the delivering thread makes it.
+        """
+        linear = self.decoder.linear
+        return linear if linear is not None and linear.factors.is_cuda else None
+
     def __call__(self, state: State) -> None:
         """Start the picture of a row. Raises InputError for latents the decoder cannot read."""
         if state.step % self.every:
@@ -193,7 +203,10 @@ class Preview:
         if not self._slots.acquire(blocking=False):
             self.dropped += 1
             return
-        finish = self._opened(state.x0.device).begin(self.decoder, state.x0)
+        decoder, source = self.decoder, state.x0
+        if decoder.linear is not None and state.rgb is not None:
+            decoder, source = _MADE, state.rgb.permute(0, 3, 1, 2)
+        finish = self._opened(source.device).begin(decoder, source)
         self._pending.put(_Pending(state.step, finish))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
@@ -252,6 +265,15 @@ class Preview:
     def _failed(self, step: int, error: Exception) -> None:
         told = str(error).strip().splitlines() or [type(error).__name__]
         self.problems.append(f"step {step}: the {self.decoder.name} decoder failed: {told[0]}")
+
+
+def _made(rgb: Tensor) -> Picture:
+    finite = torch.ones(len(rgb), dtype=torch.bool, device=rgb.device)
+    return Picture(rgb.permute(0, 2, 3, 1), finite)
+
+
+_MADE = Decoder(name="linear", space=None, channels=3, scale=1, draw=_made)
+"""For a picture that the step drew: uint8 [B, 3, h, w], nothing left to do."""
 
 
 class _Pending(NamedTuple):
