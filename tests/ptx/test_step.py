@@ -11,7 +11,7 @@ from torch import Tensor
 from headstart_kernels import Draw, Preview, fused_step, fused_step_into, scale_input
 from headstart_kernels.table import COLUMNS
 from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.ptx import Emulator, Fault, emulated
+from headstart_kernels.testing.ptx import Emulator, Fault, Launch, emulated
 
 ARCHS = (80, 90, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -218,9 +218,10 @@ def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: 
     arguments = (given["x"], given["f_cond"], table)
     with pytest.raises(Fault, match="illegal address: load"):
         fused_step(*arguments, torch.tensor(2), impl="triton")
-    gpu.recording = []
+    launches: list[Launch] = []
+    gpu.queue = launches
     fused_step(*arguments, torch.tensor(0), impl="triton")
-    (launch,) = gpu.recording
+    (launch,) = launches
     launch.run()
     short = [a for a in launch.allocations if a.address != given["f_cond"].data_ptr()]
     with pytest.raises(Fault, match="illegal address: load of 16 bytes"):
@@ -232,4 +233,5 @@ def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: 
             launch.shared_bytes,
             launch.traffic,
             launch.tensors,
+            launch.log,
         ).run()

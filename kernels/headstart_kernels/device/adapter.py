@@ -22,7 +22,7 @@ def down_kernel(
     INNER: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """h [B, tokens, rank] = x [B, tokens, width] down^T; program (block of tokens, of rank, sample)."""
+    """h [B, tokens, rank] = x [B, tokens, width] down^T; program (tokens, components, sample)."""
     sample = tl.program_id(2).to(tl.int64)
     # No row and no component where the sample has no strength.
     wanted = tl.load(strength_ptr + sample) != 0.0

@@ -63,8 +63,7 @@ def fused_step_kernel(
             u_quad = _load_quad(f_uncond_ptr + quads, guided, BLOCK)
     if rgb_ptr is not None:
         r, g, b = _colors(bias_ptr, BLOCK)
-    x_in_quad = ()
-    element = start  # of this sample, in 64 bits whatever the width of `plane`
+    x_in_quad, element = (), start  # of this sample, in 64 bits whatever the width of `plane`
 
     for channel in tl.static_range(CHANNELS):
         at = (sample * CHANNELS + channel) * plane + start + pixel

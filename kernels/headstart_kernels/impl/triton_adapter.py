@@ -3,8 +3,8 @@
 1. h = x A^T, [tokens, rank], rounded to x's dtype as the first linear layer would;
 2. y += s*(h B^T), accumulated and added in float32, in place.
 
-x is read once (up to rank 64) and y is read and written once; h is rank/width of them. A sample of strength 0 is
-left alone: its programs load and store nothing.
+x is read once (up to rank 64) and y is read and written once; h is rank/width of them. A sample of
+strength 0 is left alone: its programs load and store nothing.
 """
 
 # Kernels carry no types.
