@@ -200,6 +200,26 @@ def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
         assert len(outside) == offset + 64 and outside.isnan().all()
 
 
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
+    """Packed stores need a multiple of 4 bytes, which a view of bytes need not have."""
+    shape = (2, 4, 8, 8)
+    given, table, shown = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
+    band = torch.full((offset + shown.rgb.numel() + 5,), 77, dtype=torch.uint8)
+    inner = band[offset : offset + shown.rgb.numel()].view(shown.rgb.shape)
+    fused_step(table=table, step=0, preview=shown, **given)
+    fused_step(table=table, step=0, preview=shown._replace(rgb=inner), impl="triton", **given)
+    assert torch.equal(inner, shown.rgb)
+    assert band[:offset].eq(77).all() and band[-5:].eq(77).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1, 1, 1), (2, 4, 1, 1)])
+def test_sizes_of_one(gpu: Emulator, shape: tuple[int, ...]) -> None:
+    """Which are constants to Triton."""
+    given = operands(shape, torch.float16) | {"noise": draw(shape[0])}
+    check(table_of(*ROWS[2:6]), given, x_in=torch.empty(shape, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_scale_input_has_the_reference_bits(
@@ -228,6 +248,7 @@ def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: 
         type(launch)(
             launch.program,
             launch.grid,
+            launch.names,
             launch.arguments,
             tuple(short),
             launch.shared_bytes,

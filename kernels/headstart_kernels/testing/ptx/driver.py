@@ -30,10 +30,15 @@ _PROPERTIES = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch as a graph records it: addresses, not tensors, although it keeps them alive."""
+    """One launch as a graph records it: addresses, not tensors, although it keeps them alive.
+
+    names      of the parameters that are not constants; two for scratch space follow them
+    arguments  their bits, and two zeros
+    """
 
     program: Program
     grid: tuple[int, int, int]
+    names: tuple[str, ...]
     arguments: tuple[int, ...]
     allocations: tuple[Allocation, ...]
     shared_bytes: int
@@ -93,7 +98,7 @@ class Emulator:
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What Triton calls with the grid and the arguments of each launch."""
-        types = [kind for kind in source.signature.values()]
+        types: dict[str, str] = dict(source.signature)
 
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             # stream, function, metadata and two hooks come before the kernel's own arguments.
@@ -102,9 +107,11 @@ class Emulator:
         return launch
 
     def _launch(
-        self, metadata: Any, types: list[str], grid: tuple[int, int, int], values: Any
+        self, metadata: Any, types: dict[str, str], grid: tuple[int, int, int], values: Any
     ) -> None:
-        given = [pair for pair in zip(types, values, strict=True) if pair[0] != "constexpr"]
+        names = tuple(name for name, kind in types.items() if kind != "constexpr")
+        pairs = zip(types.values(), values, strict=True)
+        given = [pair for pair in pairs if pair[0] != "constexpr"]
         tensors = tuple(value for _, value in given if isinstance(value, Tensor))
         for tensor in tensors:
             if tensor.device.type != "cpu":
@@ -115,7 +122,7 @@ class Emulator:
         allocations = tuple(Allocation(s.data_ptr(), s.nbytes()) for s in storages)
         program = self.programs[metadata.hash]
         used = metadata.shared, self.traffic, tensors, self.launches
-        launch = Launch(program, grid, arguments, allocations, *used)
+        launch = Launch(program, grid, names, arguments, allocations, *used)
         if self.queue is None:
             launch.run()
         else:
