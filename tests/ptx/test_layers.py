@@ -91,6 +91,13 @@ def test_an_image_of_one_pixel_and_weights_with_strides(
     gate_bound(one.view(9)[:2]).check(geglu(one.view(9)[:2], impl="triton"))
 
 
+def test_a_quiet_image_is_normalised_with_its_epsilon(gpu: Emulator) -> None:
+    """Where the variance is as small as epsilon, as of an even picture."""
+    x, weight, bias = random_latents(1, 8, 8, 8, scale=1e-3), torch.ones(8), torch.zeros(8)
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5, impl="triton")
+    norm_bound(x, 2, weight, bias, 1e-5).check(y)
+
+
 @pytest.mark.parametrize(("rank", "dtype"), [(1, DTYPES[0]), (65, DTYPES[0]), (320, torch.float32)])
 def test_any_rank_fits_into_registers_and_shared_memory(
     gpu: Emulator, rank: int, dtype: torch.dtype

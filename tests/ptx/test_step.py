@@ -200,6 +200,27 @@ def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
         assert len(outside) == offset + 64 and outside.isnan().all()
 
 
+def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
+    """Cropped, transposed and expanded; what lies around them is left alone."""
+    shape = (2, 4, 8, 8)
+    given, table = operands(shape, torch.float16), table_of(ROWS[2])
+    expected = fused_step(table=table, step=0, **given)
+    views = {}
+    for number, (name, value) in enumerate(given.items()):
+        wide = torch.full((2, 4, 10, 10), NAN, dtype=value.dtype)
+        crop = wide[..., 1:9, 1:9] if number % 2 else wide[..., :8, :8].transpose(2, 3)
+        views[name] = crop.copy_(value)
+    x, f_cond = views.pop("x"), views.pop("f_cond")
+    wide = torch.full((2, 4, 10, 10), NAN)
+    x0 = wide[..., 2:, 2:]
+    fused_step_into(x, f_cond, table, torch.tensor(0), x, x0=x0, impl="triton", **views)
+    assert same_bits(x, expected[0]) and same_bits(x0, expected[1])
+    assert wide[..., :2, :].isnan().all() and wide[..., :, :2].isnan().all()
+    one = {**given, "f_cond": given["f_cond"][:1].expand(shape)}
+    both = [fused_step(table=table, step=0, impl=impl, **one) for impl in ("reference", "triton")]
+    assert all(same_bits(a, b) for a, b in zip(*both, strict=True))
+
+
 @pytest.mark.parametrize("offset", [0, 1, 2])
 def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
     """Packed stores need a multiple of 4 bytes, which a view of bytes need not have."""
