@@ -45,7 +45,7 @@ NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
 SHOWN = in_pictures("previews_have_the_reference_bytes")
 DECODED = in_pictures("pixels_become_the_reference_bytes")
-NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-torch.float16-layout0]")
+NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-layout0-torch.float16]")
 NORMED_ALL = in_layers("groupnorm_silu_is_within_its_budget")
 QUIET = in_layers("a_quiet_image_is_normalised_with_its_epsilon")
 GATED = in_layers("geglu_is_within_its_budget")
@@ -100,7 +100,7 @@ IN_NORMAL = (
     ("small radii from the rounded word", "f = tl.where(upper, -u, fraction)", "f = tl.where(upper, (1.0 - u) - 1.0, fraction)", TAILS),
     ("half a step of the word lost", "* _UNIT + _HALF", "* _UNIT", NORMALS),
     ("normals in another order", "tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))", "tl.interleave(tl.interleave(n0, n1), tl.interleave(n2, n3))", NORMALS),
-    ("the wrong lane", "lane = element & 3", "lane = (element + 1) & 3", DRAWN),
+    ("the wrong lane", "lane = element & 3", "lane = (element + 1) & 3", LAST),
 )  # fmt: skip
 IN_DRAW = (
     ("a block counted by elements", "start >> 2", "start", TAILS),

@@ -93,11 +93,13 @@ def try_out(copy: Path, mutation: Mutation) -> dict[str, Any]:
         status = _run(copy, mutation.tests)
     finally:
         path.write_text(source)
+    if status not in (0, 1):
+        raise SystemExit(f"{mutation.name}: {mutation.tests} did not run (pytest {status})")
     row: dict[str, Any] = {
         "mutation": mutation.name,
         "file": mutation.file,
         "tests": mutation.tests,
-        "killed": status == 1,  # "tests failed"; anything else means that they did not run
+        "killed": status == 1,
         "key": key,
     }
     return row | ({"equivalent": mutation.equivalent} if mutation.equivalent else {})

@@ -32,12 +32,14 @@ UPDATES = {
     "multistep": dict(keep=0.2, carry=0.4),
     "last": dict(keep=0.0),
 }
-ROWS = [
-    {"c_in": C_IN, "guidance": guidance, **prediction, **update}
+FORMS = [
+    {"guidance": guidance, **prediction, **update}
     for prediction in PREDICTIONS.values()
     for update in UPDATES.values()
     for guidance in (1.0, 7.5)
 ]
+ROWS = [{"c_in": C_IN * (1 + number / 7), **form} for number, form in enumerate(FORMS)]
+"""Every row has a c_in of its own, so that the next row's shows."""
 
 
 def table_of(*rows: dict[str, float]) -> Tensor:
@@ -137,6 +139,8 @@ def test_guidance_of_each_sample_and_the_row_that_follows(gpu: Emulator) -> None
     given = operands((3, 4, 16, 16), torch.float16)
     given["guidance"] = torch.tensor([1.0, 7.5, 0.0])
     given["f_uncond"][0] = NAN  # guidance 1 never looks at it
+    given["f_cond"][0, 0, 0, 0] = -0.0  # and gives F_cond to the bit
+    check(table_of(*ROWS[20:22]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
     check(table_of(*ROWS[:6]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
 
 
