@@ -45,9 +45,13 @@ def call(batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
 @pytest.mark.parametrize(
     ("device", "name"), [("cpu", "eager"), ("cuda", "graph"), ("cuda:1", "graph"), ("xpu", "eager")]
 )
-def test_auto_takes_the_best_for_a_device_and_says_why(device: str, name: str) -> None:
-    choice = choose_runner("auto", device)
+def test_auto_takes_the_best_for_a_device_and_says_why(
+    device: str, name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "headstart.runner"):
+        choice = choose_runner("auto", device)
     assert choice.name == name and len(choice.why) > 20
+    assert caplog.messages == [f"runner auto is {name}: {choice.why}"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ changes from run to run is baked into a traced graph.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +22,20 @@ from headstart_kernels import api, layers
 from headstart_kernels.operands import Draw, Preview
 
 _NAMESPACE = "headstart_kernels"
+BODIES: dict[str, Callable[..., Any]] = {}
+"""What each operator runs, as plain Python: for whoever records the kernels inside."""
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::fused_step", mutates_args=("x_in",))
+def _operator(mutates: tuple[str, ...] = ()) -> Callable[[Callable[..., Any]], Any]:
+    def register(body: Callable[..., Any]) -> Any:
+        name = body.__name__
+        BODIES[name] = body
+        return torch.library.custom_op(f"{_NAMESPACE}::{name}", body, mutates_args=mutates)
+
+    return register
+
+
+@_operator(("x_in",))
 def fused_step(
     x: Tensor,
     f_cond: Tensor,
@@ -54,9 +66,7 @@ def _(x: Tensor, *operands: Tensor | None, **options: Tensor | None) -> tuple[Te
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@torch.library.custom_op(
-    f"{_NAMESPACE}::fused_step_into", mutates_args=("x_next", "x0", "x_in", "rgb")
-)
+@_operator(("x_next", "x0", "x_in", "rgb"))
 def fused_step_into(
     x: Tensor,
     f_cond: Tensor,
@@ -94,7 +104,7 @@ def fused_step_into(
     )
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::scale_input", mutates_args=())
+@_operator()
 def scale_input(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     """`headstart_kernels.scale_input` with a device-side row."""
     return api.scale_input(x, table, step, dtype)
@@ -105,7 +115,7 @@ def _(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(x, dtype=dtype)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::philox_normal", mutates_args=())
+@_operator()
 def philox_normal(seeds: Tensor, samples: Tensor, step: Tensor, shape: Sequence[int]) -> Tensor:
     """`headstart_kernels.philox_normal`; seeds and samples are int64 [B] on the device drawn on."""
     return api.philox_normal(seeds, samples, step, shape)
@@ -116,7 +126,7 @@ def _(seeds: Tensor, samples: Tensor, step: Tensor, shape: Sequence[int]) -> Ten
     return seeds.new_empty((len(seeds), *shape), dtype=torch.float32)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::preview_rgb", mutates_args=())
+@_operator()
 def preview_rgb(x0: Tensor, factors: Tensor, bias: Tensor, upscale: int = 1) -> Tensor:
     """`headstart_kernels.preview_rgb`."""
     return api.preview_rgb(x0, factors, bias, upscale=upscale)
@@ -129,7 +139,7 @@ def _(x0: Tensor, factors: Tensor, bias: Tensor, upscale: int = 1) -> Tensor:
     return x0.new_empty(size, dtype=torch.uint8)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::decode_u8", mutates_args=())
+@_operator()
 def decode_u8(pixels: Tensor) -> Tensor:
     """`headstart_kernels.decode_u8(check=False)`: a traced graph cannot look at values."""
     return api.decode_u8(pixels, check=False)
@@ -141,7 +151,7 @@ def _(pixels: Tensor) -> Tensor:
     return pixels.new_empty((batch, height, width, channels), dtype=torch.uint8)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::groupnorm_silu", mutates_args=())
+@_operator()
 def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`headstart_kernels.groupnorm_silu`."""
     return layers.groupnorm_silu(x, groups, weight, bias, eps)
@@ -152,7 +162,7 @@ def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tenso
     return torch.empty_like(x)
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::geglu", mutates_args=())
+@_operator()
 def geglu(x: Tensor) -> Tensor:
     """`headstart_kernels.geglu`."""
     return layers.geglu(x)
@@ -163,7 +173,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
 
 
-@torch.library.custom_op(f"{_NAMESPACE}::low_rank_add", mutates_args=("y",))
+@_operator(("y",))
 def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> None:
     """`headstart_kernels.low_rank_add`."""
     layers.low_rank_add(y, x, down, up, strength)

@@ -127,7 +127,7 @@ def test_a_whole_run_may_be_captured_and_no_number_of_a_plan_is_in_it(
     )
     assert report.findings == ()
     names = [operator.name for operator in report.operators]
-    assert names.count("fused_step") == 3 and names.count("philox_normal") == 2
+    assert names.count("fused_step_into") == 3 and names.count("philox_normal") == 1
     assert names.count("scale_input") == 1 and names.count("decode_u8") == 1
 
 

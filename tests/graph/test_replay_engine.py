@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import headstart as hs
+import headstart_weights
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,18 @@ def test_the_bundled_pair_replayed_has_the_bits_of_eager(
     assert torch.equal(one.latents, other.latents) and torch.equal(one.rgb, other.rgb)
     assert (eager.runner, replayed.runner) == ("eager", "replay")
     assert replayed.sample("a fox").record()["machine"]["runner"] == "replay"
+
+
+def test_adapters_act_in_replays_at_any_strength(eager: hs.Engine, replayed: hs.Engine) -> None:
+    """Of one graph, also where every strength is 0, which an eager run on a CPU leaves out."""
+    yellow = headstart_weights.path("yellow")
+    for strength in (0.0, 1.0, [0.5, -1.0]):
+        latents: list[torch.Tensor] = []
+        for engine in (eager, replayed):
+            engine.attach(yellow, strength)
+            latents.append(engine.sample("a fox", seeds=(3, 4)).latents)
+            engine.detach("yellow")
+        assert torch.equal(*latents)
 
 
 def test_a_replayed_engine_may_be_used_by_threads_at_once(

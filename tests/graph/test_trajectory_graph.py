@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from stand import SCHEDULE, SHAPE, hybrid
 from torch import Tensor
 
 import headstart as hs
@@ -16,58 +17,10 @@ from headstart.plan.leg import Leg
 from headstart.plan.plan import Plan
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
-from headstart.plan.table import StepTable
 from headstart.plan.update import Update
 from headstart.runner.batch import SharedNoise
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
-from headstart_kernels import decode_u8
-
-SCHEDULE = NoiseSchedule.scaled_linear()
-SHAPE = (4, 8, 8)
-
-
-def hybrid(
-    base: int = 1,
-    distilled: int = 2,
-    *,
-    guidance: float = 1.0,
-    prediction: Prediction = Prediction.EPS,
-    update: Update = Update.EULER,
-) -> StepTable:
-    """`base` rows of one network, then `distilled` rows of the other."""
-    grid = [999, 749, 499, 249, 99][: base + distilled]
-    legs: list[Leg] = []
-    if base:
-        legs += [Leg(model="base", timesteps=grid[:base], prediction=prediction, guidance=guidance)]
-    if distilled:
-        legs += [
-            Leg(model="distilled", timesteps=grid[base:], prediction=prediction, update=update)
-        ]
-    return Plan(tuple(legs)).compile(SCHEDULE)
-
-
-def eagerly(stand: Any, table: StepTable, cond: Any, noise: Any, **options: Any) -> Any:
-    """(rgb, latents, x0 of every row) by the sampler, one operation at a time."""
-    runners = {name: EagerRunner(network) for name, network in stand.denoisers.items()}
-    states = list(sample(table, runners, cond, noise, **options))
-    with torch.inference_mode():
-        rgb = decode_u8(stand.vae.decode(states[-1].x), check=False)
-    return rgb, states[-1].x, torch.stack([state.x0 for state in states])
-
-
-def check(stand: Any, table: StepTable, *, batch: int = 2, seed: int = 3, size: Any = SHAPE) -> Any:
-    """Run both ways and compare every bit; the poisoned pool makes stale memory show."""
-    cond, uncond = stand.words(batch, seed), stand.words(batch, seed + 1)
-    noise, options = Philox(range(seed, seed + batch)), {"shape": size, "uncond": uncond}
-    got = stand.trajectory()(table, cond, noise, keep_x0=True, **options)
-    rgb, latents, x0 = eagerly(stand, table, cond, noise, **options)
-    assert torch.equal(got.latents, latents)
-    assert torch.equal(got.x0, x0)
-    assert torch.equal(got.rgb, rgb)
-    assert torch.equal(got.peaks, x0.abs().amax((2, 3, 4)))
-    assert got.finite.all()
-    return got
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
@@ -75,23 +28,23 @@ def check(stand: Any, table: StepTable, *, batch: int = 2, seed: int = 3, size: 
 def test_every_prediction_guided_or_not(
     stand: Any, prediction: Prediction, guidance: float
 ) -> None:
-    check(stand, hybrid(guidance=guidance, prediction=prediction))
+    stand.check(hybrid(guidance=guidance, prediction=prediction))
 
 
 @pytest.mark.parametrize(("base", "distilled"), [(0, 3), (1, 2), (2, 1), (3, 0)])
 def test_every_hand_off_point(stand: Any, base: int, distilled: int) -> None:
-    check(stand, hybrid(base, distilled, guidance=3.0))
+    stand.check(hybrid(base, distilled, guidance=3.0))
 
 
 @pytest.mark.parametrize("update", [Update.RENOISE, Update.ANCESTRAL, Update.DPMPP_2M])
 def test_rows_that_draw_noise_and_rows_that_look_back(stand: Any, update: Update) -> None:
-    got = check(stand, hybrid(1, 3, update=update))
+    got = stand.check(hybrid(1, 3, update=update))
     assert len(got.x0) == 4
 
 
 @pytest.mark.parametrize(("batch", "size"), [(1, (4, 8, 8)), (3, (4, 4, 12))])
 def test_batches_and_sizes(stand: Any, batch: int, size: tuple[int, int, int]) -> None:
-    check(stand, hybrid(guidance=2.0), batch=batch, size=size)
+    stand.check(hybrid(guidance=2.0), batch=batch, size=size)
 
 
 @pytest.mark.slow
@@ -111,19 +64,19 @@ def test_every_combination(
     update: Update,
 ) -> None:
     plan = {"guidance": guidance, "prediction": prediction, "update": update}
-    check(stand, hybrid(base, distilled, **plan), batch=batch, size=size)
+    stand.check(hybrid(base, distilled, **plan), batch=batch, size=size)
 
 
 def test_fractional_timesteps_stay_fractional(stand: Any) -> None:
     table = hybrid()
     steps = (table[0]._replace(timestep=999.25), *table.steps[1:])
-    check(stand, replace(table, steps=steps))
+    stand.check(replace(table, steps=steps))
 
 
 def test_new_numbers_are_copies_and_not_new_captures(stand: Any) -> None:
     """Another schedule, guidance, seed and prompt; then the first again, to the same bits."""
     table = hybrid(1, 2, guidance=4.0, update=Update.RENOISE)
-    first = check(stand, table)
+    first = stand.check(table)
     calls = stand.calls
     steeper = NoiseSchedule.scaled_linear(beta_end=0.02)
     plan = (
@@ -131,7 +84,7 @@ def test_new_numbers_are_copies_and_not_new_captures(stand: Any) -> None:
         Leg(model="distilled", timesteps=[600, 30], update=Update.RENOISE),
     )
     other = Plan(plan).compile(steeper)
-    changed = check(stand, other, seed=11)
+    changed = stand.check(other, seed=11)
     assert stand.site.captures == 1
     assert stand.calls - calls == 3, "the three rows of the eager run, and no others"
     assert not torch.equal(first.latents, changed.latents)
@@ -144,14 +97,14 @@ def test_new_numbers_are_copies_and_not_new_captures(stand: Any) -> None:
 
 def test_weights_in_place_and_bound_anew(stand: Any) -> None:
     table = hybrid()
-    check(stand, table)
+    stand.check(table)
     with torch.no_grad():
         stand.vae.decoder.conv_out.weight.mul_(0.5)
         stand.denoisers["distilled"].conv_out.weight.mul_(0.5)
-    check(stand, table)
+    stand.check(table)
     assert stand.site.captures == 1
     stand.vae.decoder.conv_out = torch.nn.Conv2d(8, 3, 3, padding=1)
-    check(stand, table)
+    stand.check(table)
     assert stand.site.captures == 2
 
 
@@ -160,7 +113,7 @@ def test_it_shares_its_pool_with_graphs_of_networks(stand: Any) -> None:
     runner, x = stand.runner(), stand.latent(2)
     f = runner(x, torch.tensor([7, 7]), stand.words(2))
     kept = f.clone()
-    got = check(stand, hybrid())
+    got = stand.check(hybrid())
     latents = got.latents.clone()
     runner(x * 2, torch.tensor([7, 7]), stand.words(2))
     assert torch.equal(f, kept) and torch.equal(got.latents, latents)
@@ -177,8 +130,8 @@ def test_every_source_of_noise(stand: Any, kind: str) -> None:
     }[kind]
     table, cond = hybrid(1, 2, update=Update.RENOISE), stand.words(2)
     got = stand.trajectory()(table, cond, noise, shape=SHAPE)
-    rgb, latents, _ = eagerly(stand, table, cond, noise, shape=SHAPE)
-    assert torch.equal(got.latents, latents) and torch.equal(got.rgb, rgb)
+    expected = stand.eagerly(table, cond, noise, shape=SHAPE)
+    assert torch.equal(got.latents, expected.latents) and torch.equal(got.rgb, expected.rgb)
     assert got.x0.shape == (0, 2, *SHAPE)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from headstart.interfaces import Conditioning
 from headstart.networks import unet
+from headstart.networks.fusion import fusion
 from headstart_kernels import geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.testing import random_latents
 from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
@@ -74,9 +75,41 @@ def test_a_sample_of_strength_0_reads_and_writes_nothing(gpu: Emulator) -> None:
     assert gpu.traffic.store_bytes == 0
 
 
-def test_a_unet_on_the_kernels_is_the_unet_within_float32(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_image_of_one_pixel_and_weights_with_strides(
+    gpu: Emulator, layout: torch.memory_format
 ) -> None:
+    """Sizes of 1 are constants to Triton; and a weight may be every other number of a tensor."""
+    weight, bias = random_latents(2, 16, seed=1)[:, ::2]
+    for shape in ((2, 8, 1, 1), (1, 8, 1, 5), (1, 8, 6, 6)):
+        x = random_latents(*shape).contiguous(memory_format=layout)
+        y = groupnorm_silu(x, 2, weight, bias, 1e-5, impl="triton")
+        norm_bound(x, 2, weight, bias, 1e-5).check(y)
+    one = random_latents(1, 1, 3, 3)
+    got = groupnorm_silu(one, 1, weight[:1], bias[:1], 1e-5, impl="triton")
+    norm_bound(one, 1, weight[:1], bias[:1], 1e-5).check(got)
+    gate_bound(one.view(9)[:2]).check(geglu(one.view(9)[:2], impl="triton"))
+
+
+def test_a_quiet_image_is_normalised_with_its_epsilon(gpu: Emulator) -> None:
+    """Where the variance is as small as epsilon, as of an even picture."""
+    x, weight, bias = random_latents(1, 8, 8, 8, scale=1e-3), torch.ones(8), torch.zeros(8)
+    y = groupnorm_silu(x, 2, weight, bias, 1e-5, impl="triton")
+    norm_bound(x, 2, weight, bias, 1e-5).check(y)
+
+
+@pytest.mark.parametrize(("rank", "dtype"), [(1, DTYPES[0]), (65, DTYPES[0]), (320, torch.float32)])
+def test_any_rank_fits_into_registers_and_shared_memory(
+    gpu: Emulator, rank: int, dtype: torch.dtype
+) -> None:
+    x, y = random_latents(1, 33, 72, dtype=dtype), random_latents(1, 33, 40, dtype=dtype, seed=3)
+    down, up = random_latents(rank, 72, seed=1), random_latents(40, rank, seed=2)
+    down, up, strength = down.to(dtype), up.to(dtype), torch.tensor([0.5])
+    bound = low_rank_bound(y, x, down, up, strength)
+    bound.check(low_rank_add(y, x, down, up, strength, impl="triton"))
+
+
+def test_a_unet_on_the_kernels_is_the_unet_within_float32() -> None:
     torch.manual_seed(0)
     stages = unet.Stage(16, (0,), True), unet.Stage(32, (1,), False)
     up = unet.Stage(32, (1, 1), True), unet.Stage(16, (0, 0), False)
@@ -92,13 +125,7 @@ def test_a_unet_on_the_kernels_is_the_unet_within_float32(
         return ((got.double() - exact).norm() / exact.norm()).item()
 
     plain = error(network(x, time, cond))
-    monkeypatch.setattr(
-        unet,
-        "_norm_silu",
-        lambda n, x: groupnorm_silu(x, n.num_groups, n.weight, n.bias, n.eps, impl="triton"),
-    )
-    monkeypatch.setattr(unet, "_geglu", lambda x: geglu(x, impl="triton"))
-    with emulated(90) as gpu:
+    with emulated(90, by_default=True) as gpu, fusion(True):
         fused = error(network(x, time, cond))
     assert {name for name, _ in gpu.launches} >= {"moments_kernel", "apply_kernel", "geglu_kernel"}
     assert fused < max(4 * plain, 1e-6)

@@ -11,7 +11,7 @@ from torch import Tensor
 from headstart_kernels import Draw, Preview, fused_step, fused_step_into, scale_input
 from headstart_kernels.table import COLUMNS
 from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.ptx import Emulator, Fault, emulated
+from headstart_kernels.testing.ptx import Emulator, Fault, Launch, emulated
 
 ARCHS = (80, 90, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -32,12 +32,14 @@ UPDATES = {
     "multistep": dict(keep=0.2, carry=0.4),
     "last": dict(keep=0.0),
 }
-ROWS = [
-    {"c_in": C_IN, "guidance": guidance, **prediction, **update}
+FORMS = [
+    {"guidance": guidance, **prediction, **update}
     for prediction in PREDICTIONS.values()
     for update in UPDATES.values()
     for guidance in (1.0, 7.5)
 ]
+ROWS = [{"c_in": C_IN * (1 + number / 7), **form} for number, form in enumerate(FORMS)]
+"""Every row has a c_in of its own, so that the next row's shows."""
 
 
 def table_of(*rows: dict[str, float]) -> Tensor:
@@ -137,6 +139,8 @@ def test_guidance_of_each_sample_and_the_row_that_follows(gpu: Emulator) -> None
     given = operands((3, 4, 16, 16), torch.float16)
     given["guidance"] = torch.tensor([1.0, 7.5, 0.0])
     given["f_uncond"][0] = NAN  # guidance 1 never looks at it
+    given["f_cond"][0, 0, 0, 0] = -0.0  # and gives F_cond to the bit
+    check(table_of(*ROWS[20:22]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
     check(table_of(*ROWS[:6]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
 
 
@@ -200,6 +204,47 @@ def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
         assert len(outside) == offset + 64 and outside.isnan().all()
 
 
+def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
+    """Cropped, transposed and expanded; what lies around them is left alone."""
+    shape = (2, 4, 8, 8)
+    given, table = operands(shape, torch.float16), table_of(ROWS[2])
+    expected = fused_step(table=table, step=0, **given)
+    views = {}
+    for number, (name, value) in enumerate(given.items()):
+        wide = torch.full((2, 4, 10, 10), NAN, dtype=value.dtype)
+        crop = wide[..., 1:9, 1:9] if number % 2 else wide[..., :8, :8].transpose(2, 3)
+        views[name] = crop.copy_(value)
+    x, f_cond = views.pop("x"), views.pop("f_cond")
+    wide = torch.full((2, 4, 10, 10), NAN)
+    x0 = wide[..., 2:, 2:]
+    fused_step_into(x, f_cond, table, torch.tensor(0), x, x0=x0, impl="triton", **views)
+    assert same_bits(x, expected[0]) and same_bits(x0, expected[1])
+    assert wide[..., :2, :].isnan().all() and wide[..., :, :2].isnan().all()
+    one = {**given, "f_cond": given["f_cond"][:1].expand(shape)}
+    both = [fused_step(table=table, step=0, impl=impl, **one) for impl in ("reference", "triton")]
+    assert all(same_bits(a, b) for a, b in zip(*both, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2])
+def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
+    """Packed stores need a multiple of 4 bytes, which a view of bytes need not have."""
+    shape = (2, 4, 8, 8)
+    given, table, shown = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
+    band = torch.full((offset + shown.rgb.numel() + 5,), 77, dtype=torch.uint8)
+    inner = band[offset : offset + shown.rgb.numel()].view(shown.rgb.shape)
+    fused_step(table=table, step=0, preview=shown, **given)
+    fused_step(table=table, step=0, preview=shown._replace(rgb=inner), impl="triton", **given)
+    assert torch.equal(inner, shown.rgb)
+    assert band[:offset].eq(77).all() and band[-5:].eq(77).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1, 1, 1), (2, 4, 1, 1)])
+def test_sizes_of_one(gpu: Emulator, shape: tuple[int, ...]) -> None:
+    """Which are constants to Triton."""
+    given = operands(shape, torch.float16) | {"noise": draw(shape[0])}
+    check(table_of(*ROWS[2:6]), given, x_in=torch.empty(shape, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_scale_input_has_the_reference_bits(
@@ -218,18 +263,21 @@ def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: 
     arguments = (given["x"], given["f_cond"], table)
     with pytest.raises(Fault, match="illegal address: load"):
         fused_step(*arguments, torch.tensor(2), impl="triton")
-    gpu.recording = []
+    launches: list[Launch] = []
+    gpu.queue = launches
     fused_step(*arguments, torch.tensor(0), impl="triton")
-    (launch,) = gpu.recording
+    (launch,) = launches
     launch.run()
     short = [a for a in launch.allocations if a.address != given["f_cond"].data_ptr()]
     with pytest.raises(Fault, match="illegal address: load of 16 bytes"):
         type(launch)(
             launch.program,
             launch.grid,
+            launch.names,
             launch.arguments,
             tuple(short),
             launch.shared_bytes,
             launch.traffic,
             launch.tensors,
+            launch.log,
         ).run()

@@ -22,13 +22,13 @@ def down_kernel(
     INNER: tl.constexpr,
     RANK: tl.constexpr,
 ):
-    """h [B, tokens, rank] = x [B, tokens, width] down^T; program (block of tokens, sample)."""
-    sample = tl.program_id(1).to(tl.int64)
+    """h [B, tokens, rank] = x [B, tokens, width] down^T; program (tokens, components, sample)."""
+    sample = tl.program_id(2).to(tl.int64)
     # No row and no component where the sample has no strength.
     wanted = tl.load(strength_ptr + sample) != 0.0
     token_count, components = tl.where(wanted, tokens, 0), tl.where(wanted, rank, 0)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    component = tl.arange(0, RANK)
+    component = tl.program_id(1) * RANK + tl.arange(0, RANK)
     there = token < token_count
     row = (sample * tokens + token).to(tl.int64)
     total = tl.zeros((TOKENS, RANK), tl.float32)
@@ -64,14 +64,16 @@ def up_kernel(
     strength = tl.load(strength_ptr + sample)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * OUTER + tl.arange(0, OUTER)
-    component = tl.arange(0, RANK)
     there = token < tl.where(strength != 0.0, tokens, 0)
     row = (sample * tokens + token).to(tl.int64)
-    mask = there[:, None] & (component < rank)[None, :]
-    h = tl.load(h_ptr + row[:, None] * rank + component[None, :], mask=mask, other=0.0)
-    mask = (component < rank)[:, None] & (column < width)[None, :]
-    up = tl.load(up_ptr + column[None, :] * rank + component[:, None], mask=mask, other=0.0)
-    change = tl.dot(h, up, input_precision="ieee")
+    change = tl.zeros((TOKENS, OUTER), tl.float32)
+    for begin in range(0, rank, RANK):
+        component = begin + tl.arange(0, RANK)
+        mask = there[:, None] & (component < rank)[None, :]
+        h = tl.load(h_ptr + row[:, None] * rank + component[None, :], mask=mask, other=0.0)
+        mask = (component < rank)[:, None] & (column < width)[None, :]
+        up = tl.load(up_ptr + column[None, :] * rank + component[:, None], mask=mask, other=0.0)
+        change += tl.dot(h, up, input_precision="ieee")
     mask = there[:, None] & (column < width)[None, :]
     at = y_ptr + row[:, None] * width + column[None, :]
     y = tl.load(at, mask=mask, other=0.0).to(tl.float32) + strength * change

@@ -22,8 +22,8 @@ def moments_kernel(
 ):
     """mean and sum (x - mean)^2 of a tile's part of each channel -> [B, tiles, channels]."""
     tile, sample = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    pixel = tile * PIXELS + tl.arange(0, PIXELS)[:, None]
-    channel = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    pixel = tile.to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    channel = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = (pixel < plane) & (channel < channels)
     start = x_ptr + sample * channels * plane
     at = pixel * channels + channel if CHANNELS_LAST else channel * plane + pixel
@@ -69,7 +69,7 @@ def affine_kernel(
         at = first + tile * channels + part % width
         part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
         total += tl.where(inside, count * part_mean, 0.0)
-    size = width.to(tl.float32) * plane.to(tl.float32)
+    size = (width.to(tl.int64) * plane).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), size)
     square = tl.zeros((JOINED,), tl.float32)
     for begin in range(0, parts, JOINED):
@@ -107,8 +107,8 @@ def apply_kernel(
 ):
     """y = silu(x*scale + shift) of a tile, in x's dtype."""
     sample = tl.program_id(2).to(tl.int64)
-    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]
-    column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
+    column = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     channel = column[None, :]
     inside = (pixel < plane) & (channel < channels)
     start = sample * channels * plane

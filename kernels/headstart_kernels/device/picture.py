@@ -55,7 +55,7 @@ def decode_planes_kernel(pixels_ptr, rgb_ptr, plane, PACKED: tl.constexpr, BLOCK
     at = pixels_ptr + (image * 3 * plane + start) + pixel
     r = level(tl.load(at, mask=inside, other=0.0).to(tl.float32))
     g = level(tl.load(at + plane, mask=inside, other=0.0).to(tl.float32))
-    b = level(tl.load(at + 2 * plane, mask=inside, other=0.0).to(tl.float32))
+    b = level(tl.load(at + plane + plane, mask=inside, other=0.0).to(tl.float32))
     store_pixels(rgb_ptr + (image * plane + start) * 3, r, g, b, plane - start, BLOCK, PACKED)
 
 

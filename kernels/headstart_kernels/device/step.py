@@ -63,7 +63,7 @@ def fused_step_kernel(
             u_quad = _load_quad(f_uncond_ptr + quads, guided, BLOCK)
     if rgb_ptr is not None:
         r, g, b = _colors(bias_ptr, BLOCK)
-    x_in_quad = ()
+    x_in_quad, element = (), start  # of this sample, in 64 bits whatever the width of `plane`
 
     for channel in tl.static_range(CHANNELS):
         at = (sample * CHANNELS + channel) * plane + start + pixel
@@ -84,7 +84,6 @@ def fused_step_kernel(
         if seeds_ptr is not None:  # noqa: SIM102 (the compiler decides this one, the GPU the next)
             if add != 0.0:
                 seed, image = tl.load(seeds_ptr + sample), tl.load(samples_ptr + sample)
-                element = channel * plane + start
                 if WHOLE_BLOCKS:
                     n = consecutive(element >> 2, seed, image, row + first_row, BLOCK)
                 else:
@@ -102,6 +101,7 @@ def fused_step_kernel(
                     tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)
         if rgb_ptr is not None:
             r, g, b = _mixed(r, g, b, x0, factors_ptr + channel * 3)
+        element = element + plane
 
     if X_IN_LAST:
         for copy in tl.static_range(COPIES):

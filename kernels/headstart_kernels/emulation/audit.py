@@ -33,6 +33,7 @@ from headstart_kernels.emulation.device import DEVICE
 from headstart_kernels.emulation.recorder import (
     WAITS,
     WaitError,
+    name_of,
     refuse_waiting,
     storage_of,
     tensors,
@@ -157,7 +158,7 @@ class _Watch(TorchDispatchMode):
         if func.namespace == "prim" or not (on_device or _names_device(kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
-        name = func._schema.name.partition("::")[2]
+        name = name_of(func)
         self._look(func, name, args, kwargs, given, on_device)
         numbers = tuple(leaf for leaf in tree_iter((args, kwargs)) if _is_number(leaf))
         shapes = tuple(tuple(tensor.shape) for tensor in given)

@@ -1,7 +1,7 @@
 """torch.cuda as capturing sees it, with a GPU's rules, on CPU tensors.
 
     streams   work of two streams is ordered only by wait_stream; an access that is not is an error
-    graphs    a replay runs the recorded operators; Python does not run
+    graphs    a replay runs the recorded operators and launches; Python does not run
     pools     before a replay, every graph of the pool loses its memory (NaN)
     capture   runs nothing that lasts, and refuses whatever waits for the device
 
@@ -19,12 +19,21 @@ import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels.emulation.recorder import Tape, storage_of, tensors, written
+from headstart_kernels.emulation.recorder import (
+    ALLOCATES,
+    Tape,
+    name_of,
+    storage_of,
+    tensors,
+    written,
+)
 
 Pool = tuple[int, int]
 
@@ -69,7 +78,7 @@ class FakeGraph:
 
     cuda: FakeCuda
     pool: Pool | None = None
-    tape: Tape = field(default_factory=Tape)
+    tape: Tape = field(default_factory=lambda: Tape(opened=True))
 
     def replay(self) -> None:
         self.cuda.replay(self)
@@ -79,6 +88,18 @@ class FakeGraph:
         self.tape.clear()
         if self.pool is not None:
             self.cuda.pools[self.pool].graphs.remove(self)
+
+
+class Kernel(Protocol):
+    """A launch of an emulated kernel; `run` gives those of its tensors that were stored to."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]: ...
+
+    def run(self) -> tuple[Tensor, ...]: ...
 
 
 @dataclass
@@ -163,12 +184,12 @@ class FakeCuda:
         if graph.pool is not None or self._capturing:
             raise NotPermittedError("a graph is captured once, and one at a time")
         self.log.append(Event("capture", stream.name, (pool, capture_error_mode)))
-        self._local.capturing = True
+        self._local.tape = graph.tape
         try:
             with self.stream(stream), graph.tape.recording():
                 yield
         finally:
-            self._local.capturing = False
+            self._local.tape = None
         memory = self.pools[pool]
         memory.graphs.append(graph)
         memory.peak_bytes = max(memory.peak_bytes, graph.tape.size_bytes)
@@ -178,6 +199,15 @@ class FakeCuda:
 
     def memory_reserved(self, device: torch.device) -> int:
         return sum(memory.reserved for memory in self.pools.values())
+
+    # The queue of an emulated driver of Triton's.
+
+    def append(self, launch: Kernel) -> None:
+        """A kernel is launched on the current stream: recorded while that captures, else run."""
+        if self._tape is not None:
+            self._tape.add(launch.name, partial(self._run, launch), launch)
+        else:
+            self._run(launch)
 
     # How the rules are kept.
 
@@ -197,6 +227,7 @@ class FakeCuda:
         """Run one operator on the current stream, and check what it reads and writes."""
         stream = self.current_stream()
         idle = self._capturing or getattr(self._local, "quiet", False)
+        idle = idle or func.is_view or name_of(func) in ALLOCATES
         now = stream.tick()
         inputs = tensors((args, kwargs))
         writes = {storage_of(tensor) for tensor in written(func, args, kwargs)}
@@ -210,6 +241,12 @@ class FakeCuda:
                 write = None if idle else (stream.name, now)
                 self._history[storage_of(tensor)] = _History(write)
         return result
+
+    def _run(self, launch: Kernel) -> None:
+        stream = self.current_stream()
+        now, written = stream.tick(), {storage_of(tensor) for tensor in launch.run()}
+        for key in {storage_of(tensor) for tensor in launch.tensors}:
+            self._access(key, stream, now, writing=key in written, what=launch.name)
 
     def _access(self, key: int, stream: FakeStream, now: int, *, writing: bool, what: str) -> None:
         history = self._history.setdefault(key, _History())
@@ -235,7 +272,11 @@ class FakeCuda:
 
     @property
     def _capturing(self) -> bool:
-        return getattr(self._local, "capturing", False)
+        return self._tape is not None
+
+    @property
+    def _tape(self) -> Tape | None:
+        return getattr(self._local, "tape", None)
 
 
 def _before(history: _History, writing: bool) -> Iterator[tuple[str, int, str]]:

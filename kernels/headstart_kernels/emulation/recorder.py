@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ from torch.utils._pytree import tree_iter
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
-_ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OURS = "headstart_kernels"
+ALLOCATES = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 WAITS = {
     "_local_scalar_dense": "a tensor read as a Python number (.item(), float(), if)",
     "equal": "torch.equal, whose answer is a Python bool",
@@ -54,10 +56,12 @@ class Call(NamedTuple):
 class Tape:
     """The operators of one callable.
 
-    calls  in order; `owned` is every tensor that was made inside, whose memory the tape holds
+    calls   in order; `owned` is every tensor that was made inside, whose memory the tape holds
+    opened  record what our own operators do in place of them, as a GPU does, which knows kernels
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, opened: bool = False) -> None:
+        self.opened = opened
         self.calls: list[Call] = []
         self.owned: dict[int, Tensor] = {}
         self._kept: list[object] = []
@@ -104,6 +108,11 @@ class Tape:
                 storage = tensor.untyped_storage()
                 self._found[key] = storage, storage.clone()
 
+    def add(self, name: str, run: Callable[[], object], *kept: object) -> None:
+        """Add what is not an operator, such as the launch of a kernel."""
+        self._kept.append(kept)
+        self.calls.append(Call(name, run))
+
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
     ) -> None:
@@ -112,8 +121,8 @@ class Tape:
         fresh = [out for out in tensors(result) if storage_of(out) not in inputs]
         self._kept.append((args, kwargs, result))
         self.owned.update((storage_of(out), out) for out in fresh)
-        name = func._schema.name.partition("::")[2]
-        if name in _ALLOCATES or not (fresh or func._schema.is_mutable):
+        name = name_of(func)
+        if name in ALLOCATES or not (fresh or func._schema.is_mutable):
             return
         self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
 
@@ -133,6 +142,9 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # asks for a property, computes nothing
             return func(*args, **kwargs)
+        if self.tape.opened and func.namespace == _OURS:
+            with self:
+                return _bodies()[name_of(func)](*args, **kwargs)
         refuse_waiting(func, args)
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
@@ -140,15 +152,25 @@ class _Recording(TorchDispatchMode):
         return result
 
 
+@cache
+def _bodies() -> Mapping[str, Callable[..., Any]]:
+    return import_module("headstart_kernels.ops").BODIES
+
+
 def refuse_waiting(func: Any, args: tuple[Any, ...]) -> None:
     """Raise WaitError for an operator that a capturing stream does not allow."""
-    name = func._schema.name.partition("::")[2]
+    name = name_of(func)
     if name in WAITS:
         raise WaitError(f"operation not permitted when stream is capturing: {WAITS[name]}")
     if name in ("index", "index_put", "index_put_") and any(
         index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
     ):
         raise WaitError(f"operation not permitted when stream is capturing: {name} with a mask")
+
+
+def name_of(func: Any) -> str:
+    """An operator's name, without its namespace and overload."""
+    return func._schema.name.partition("::")[2]
 
 
 def tensors(tree: object) -> list[Tensor]:

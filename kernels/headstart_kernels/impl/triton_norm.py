@@ -33,6 +33,7 @@ def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: fl
     batch, channels, height, width = x.shape
     last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
     x = x if last else x.contiguous()
+    weight, bias = weight.contiguous(), bias.contiguous()
     y, plane = torch.empty_like(x), height * width
     pixels, across = LAST if last else PLANES
     tiles = blocks(plane, pixels)

@@ -68,7 +68,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         X_IN_LAST=x_in_last,
         COPIES=0 if x_in is None else len(x_in) // len(x),
         WHOLE_BLOCKS=channels == 1 or plane % 4 == 0,
-        PACKED=plane % 4 == 0,
+        PACKED=picture is not None and plane % 4 == 0 and picture.rgb.data_ptr() % 4 == 0,
         BLOCK=BLOCK,
     )
     if wanted.x_in is not None and x_in is not None and x_in is not wanted.x_in:

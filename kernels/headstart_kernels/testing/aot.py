@@ -95,6 +95,8 @@ class Facts:
     double_instructions: int
     contractible_instructions: int
     """Those that are a contraction of a*b + c, or that an assembler may contract."""
+    approximate_instructions: int
+    """Divisions, roots and exponentials that are not correctly rounded: a device's own bits."""
 
     def as_dict(self) -> dict[str, int]:
         return asdict(self)
@@ -127,6 +129,7 @@ def _nvidia(kernel: Any) -> Facts:
         widest_store_bits=_widest(r"STG\.E(?:\.\w+)*?(?:\.(\d+))?(?:\.\w+)* ", sass),
         double_instructions=len(re.findall(r"\bD(?:ADD|MUL|FMA|SETP)\b|F2F\.F64", sass)),
         contractible_instructions=len(loose),
+        approximate_instructions=len(re.findall(r"\b\w+\.(?:approx|full)\b", ptx)),
     )
 
 
@@ -160,6 +163,7 @@ def _amd(kernel: Any) -> Facts:
         widest_store_bits=widest("store"),
         double_instructions=len(re.findall(r"\bv_(?:add|mul|fma)_f64\b", code)),
         contractible_instructions=len(re.findall(r"\bv_(?:fma|fmac|mad)_f32\b", code)),
+        approximate_instructions=len(re.findall(r"\bv_(?:rcp|rsq|sqrt|exp|log)_f32", code)),
     )
 
 

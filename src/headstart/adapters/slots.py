@@ -15,12 +15,14 @@ from typing import Any, cast, final
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.hooks import RemovableHandle
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.errors import AdapterError
 from headstart.interfaces import Conditioning
+from headstart.networks.fusion import fused
+from headstart.runner.capture import is_capturing
+from headstart_kernels import low_rank_add
 
 Layer = nn.Linear | nn.Conv2d
 _CHILD = "adapters"
@@ -39,12 +41,10 @@ def acting(names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
 
 
 def _by_name(names: tuple[str, ...], strengths: Tensor) -> dict[str, Tensor]:
-    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer.
-
-    Not while a dispatch mode records what runs: a replay has other strengths.
-    """
+    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
+    from what is captured, which serves every strength."""
     columns = zip(names, strengths.unbind(1), strict=True)
-    if strengths.device.type != "cpu" or is_in_torch_dispatch_mode():
+    if strengths.device.type != "cpu" or is_capturing():
         return dict(columns)
     return {name: column for name, column in columns if bool(column.any())}
 
@@ -91,6 +91,9 @@ class Slot(nn.Module):
     def add_to(self, y: Tensor, x: Tensor, layer: Layer, strength: Tensor) -> None:
         """y += strength*scale*up(down(x)), in place."""
         conv = isinstance(layer, nn.Conv2d)
+        if not conv and fused(y) and y.dtype == x.dtype == self.down.dtype:
+            low_rank_add(y, x, self.down, self.up, (strength * self.scale).expand(len(y)))
+            return
         if conv:
             h = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
         else:
@@ -196,7 +199,7 @@ class Host:
 
     def __init__(self, module: nn.Module, *, conditioned: bool = True) -> None:
         self.module, self.conditioned = module, conditioned
-        self.columns: tuple[str, ...] = ()
+        self._columns: tuple[str, ...] = ()
         self.epoch = 0
         found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
         self.layers: dict[str, Layer] = {
@@ -206,6 +209,16 @@ class Host:
         self._leaves: dict[str, Leaf] = {}
         self._merges: dict[str, _Merge] = {}
         self._hooks: list[RemovableHandle] = []
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return self._columns
+
+    @columns.setter
+    def columns(self, names: tuple[str, ...]) -> None:
+        # Which column is whose is Python's to know, so `runner.capture` builds it into graphs.
+        self._columns = names
+        object.__setattr__(self.module, "graph_state", names or None)
 
     def pristine(self, path: str) -> Tensor:
         """The weight of a layer as it was loaded."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
+from headstart.networks.fusion import fused
 from headstart_kernels import geglu, groupnorm_silu
 
 
@@ -91,14 +92,14 @@ def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
 
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     """silu(norm(x)); one kernel that reads x twice on a GPU, torch's own two elsewhere."""
-    if x.is_cuda:
+    if fused(x):
         return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
     return F.silu(norm(x))
 
 
 def _geglu(x: Tensor) -> Tensor:
     """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
-    if x.is_cuda:
+    if fused(x):
         return geglu(x)
     a, gate = x.chunk(2, dim=-1)
     return a * F.gelu(gate)

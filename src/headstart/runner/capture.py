@@ -5,7 +5,9 @@
 
 `body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
 its networks, is read from the same memory at every launch: weights changed in place are seen, and
-a weight that was bound anew is noticed by its address, and the function captured again.
+a weight that was bound anew is noticed by its address, and the function captured again. So is a
+module or a hook that came or went. Python state beyond that is built in; a network that has some
+says so by an attribute `graph_state`, a hashable: another state is another graph.
 
 Graphs of a device share a memory pool, which is safe because they never run at the same time and
 never read each other's results (pytorch pull request 166975): all launches are on one stream, in
@@ -18,17 +20,26 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.errors import CaptureError, HeadstartError
+from headstart.runner.bound import Bound, buffers_of, state_of
 
 Tensors = Mapping[str, Tensor]
+_CAPTURING: ContextVar[bool] = ContextVar("headstart_capturing", default=False)
+
+
+def is_capturing() -> bool:
+    """Whether what runs in this thread is captured, or warmed up for it: then no shortcut may
+    depend on the values of tensors, on a CPU neither."""
+    return _CAPTURING.get()
 
 
 class Stream(Protocol):
@@ -79,11 +90,18 @@ class Program(NamedTuple):
     key: Hashable = None
 
 
+class _Key(NamedTuple):
+    program: Hashable
+    networks: tuple[tuple[Hashable, ...], ...]
+    """Of each its identity and its state."""
+    inputs: tuple[Hashable, ...]
+
+
 class _Captured(NamedTuple):
     graph: Graph
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
-    bound: _Bound
+    bound: Bound
 
 
 @dataclass
@@ -107,7 +125,7 @@ class Site:
         self.captures = 0
         self._pool_bytes = 0
         self._lock = threading.RLock()
-        self._graphs: OrderedDict[Hashable, _Captured] = OrderedDict()
+        self._graphs: OrderedDict[_Key, _Captured] = OrderedDict()
         self._gone: deque[int] = deque()
         self._networks: dict[int, object] = {}
         self._stream: Any = None
@@ -168,12 +186,14 @@ class Site:
     @property
     def size_bytes(self) -> int:
         """Bytes of the pool, as far as captures made it grow, and of the inputs."""
-        inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
-        return self._pool_bytes + sum(inputs)
+        with self._lock:
+            inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
+            return self._pool_bytes + sum(inputs)
 
     def _find(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
         self._forget_the_dead()
-        key = (program.key, tuple(map(id, program.networks)), _signature(inputs))
+        networks = tuple((id(network), *state_of(network)) for network in program.networks)
+        key = _Key(program.key, networks, _signature(inputs))
         found = self._graphs.get(key)
         if found is not None and not found.bound.holds():
             self._drop([key])
@@ -183,7 +203,7 @@ class Site:
         self._graphs.move_to_end(key)
         return found
 
-    def _add(self, key: Hashable, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+    def _add(self, key: _Key, program: Program, inputs: Tensors, caller: Any) -> _Captured:
         while len(self._graphs) >= self.max_graphs:
             self._drop([next(iter(self._graphs))])
         fresh = not self._graphs
@@ -216,8 +236,11 @@ class Site:
         backend.synchronize(self.device)
         graph = backend.CUDAGraph()
         try:
-            with backend.graph(
-                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            with (
+                backend.graph(
+                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+                ),
+                _capturing(),
             ):
                 before = backend.memory_reserved(self.device)
                 outputs = program.body(buffers)
@@ -227,20 +250,21 @@ class Site:
             raise CaptureError(_refused(program, inputs, error)) from error
         self.captures += 1
         self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
-        return _Captured(graph, buffers, outputs, _Bound.of(program.networks))
+        return _Captured(graph, buffers, outputs, Bound.of(program.networks))
 
     def _warm_up(self, program: Program, inputs: Tensors, buffers: dict[str, Tensor]) -> None:
         """Run the body; inputs, and what state its networks keep, are left as they were found."""
-        state = [(tensor, tensor.clone()) for tensor in _buffers(program.networks)]
+        state = [(tensor, tensor.clone()) for tensor in buffers_of(program.networks)]
         state += [(buffer, inputs[name]) for name, buffer in buffers.items()]
         for tensor, before in state:
             tensor.copy_(before)
         for _ in range(self.warmups):
-            program.body(buffers)
+            with _capturing():
+                program.body(buffers)
             for tensor, before in state:
                 tensor.copy_(before)
 
-    def _drop(self, keys: Sequence[Hashable]) -> None:
+    def _drop(self, keys: Sequence[_Key]) -> None:
         if not keys:
             return
         self.backend.synchronize(self.device)
@@ -264,54 +288,20 @@ class Site:
         while self._gone:
             dead = self._gone.popleft()
             self._networks.pop(dead, None)
-            self._drop([key for key in self._graphs if dead in cast(Any, key)[1]])
+            self._drop([key for key in self._graphs if any(dead == n[0] for n in key.networks)])
 
 
 _SITES: dict[torch.device, Site] = {}
 _SITES_LOCK = threading.Lock()
 
 
-class _Bound(NamedTuple):
-    """Where the weights of networks were: the tables of every module, and the addresses in them.
-
-    Holding the tables (dicts of parameters, buffers and submodules) makes a look cheap; a module
-    that was swapped for another shows in its parent's table.
-    """
-
-    tables: list[dict[str, Any]]
-    addresses: list[int]
-
-    @classmethod
-    def of(cls, networks: Iterable[object]) -> _Bound:
-        modules = [
-            module
-            for network in networks
-            if isinstance(network, nn.Module)
-            for module in network.modules()
-        ]
-        tables = [
-            table
-            for module in modules
-            for table in (module._parameters, module._buffers, module._modules)  # pyright: ignore[reportPrivateUsage]
-        ]
-        return cls(cast(Any, tables), _addresses(cast(Any, tables)))
-
-    def holds(self) -> bool:
-        return _addresses(self.tables) == self.addresses
-
-
-def _addresses(tables: Iterable[dict[str, Any]]) -> list[int]:
-    return [
-        value.data_ptr() if isinstance(value, Tensor) else id(value)
-        for table in tables
-        for value in table.values()
-    ]
-
-
-def _buffers(networks: Iterable[object]) -> Iterator[Tensor]:
-    for network in networks:
-        if isinstance(network, nn.Module):
-            yield from network.buffers()
+@contextmanager
+def _capturing() -> Generator[None]:
+    token = _CAPTURING.set(True)
+    try:
+        yield
+    finally:
+        _CAPTURING.reset(token)
 
 
 def _signature(inputs: Tensors) -> tuple[Hashable, ...]:

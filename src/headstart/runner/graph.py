@@ -14,6 +14,7 @@ from torch import Tensor
 
 from headstart.errors import CaptureError
 from headstart.interfaces import Conditioning, Denoiser
+from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
 from headstart.runner.capture import Program, Site, Tensors
 
@@ -76,7 +77,7 @@ class GraphRunner:
         self, x_in: Tensor, timestep: Tensor, cond: Conditioning
     ) -> tuple[Program, Tensors]:
         """What a call would run, and on what: for `Site.prepare`, and for an audit."""
-        program = Program(type(self.network).__name__, self._body, (self.network,))
+        program = Program(type(self.network).__name__, self._body, (self.network,), setting())
         x_in = x_in.to(self.dtype, memory_format=self.memory_format)
         if cond.context.dtype != self.dtype:
             cond = cond.to(x_in.device, self.dtype)

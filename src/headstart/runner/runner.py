@@ -6,6 +6,7 @@ same up to rounding, because a compiler fuses and contracts operations.
 
 from __future__ import annotations
 
+import logging
 import time
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
@@ -19,6 +20,7 @@ from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
 
+_LOG = logging.getLogger(__name__)
 RunnerName = Literal["auto", "eager", "compiled", "graph", "replay"]
 
 COMPILE_POLICY: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "default"}
@@ -47,15 +49,17 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
     "graph"     a CUDA graph of the network, once a shape
     "replay"    the network's operators recorded once a shape and replayed, on a CPU
 
-    Raises CaptureError for one that the device cannot have, InputError for an unknown name.
+    What "auto" took and why is logged, at level INFO of `runner.runner`; the record of a run has
+    the name. Raises CaptureError for one that the device cannot have, InputError for an unknown
+    name.
     """
     kind = torch.device(device).type
     if name not in get_args(RunnerName):
         raise InputError(f"runner: expected one of {get_args(RunnerName)}, got {name!r}")
-    if name == "auto" and kind == "cuda":
-        return Choice("graph", "one launch a network pass, in place of thousands, on a CUDA device")
     if name == "auto":
-        return Choice("eager", f"on {kind} a network needs no warm-up and no memory held this way")
+        choice = _best(kind)
+        _LOG.info("runner auto is %s: %s", choice.name, choice.why)
+        return choice
     needs = {"graph": "cuda", "replay": "cpu"}.get(name, kind)
     if needs != kind:
         raise CaptureError(
@@ -63,6 +67,12 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
             f"{'graph' if kind == 'cuda' else 'eager'!r}, or 'auto' to take the best there is"
         )
     return Choice(name, "asked for")
+
+
+def _best(kind: str) -> Choice:
+    if kind == "cuda":
+        return Choice("graph", "one launch a network pass, in place of thousands, on a CUDA device")
+    return Choice("eager", f"on {kind} a network needs no warm-up and no memory held this way")
 
 
 class Runner(Protocol):

@@ -1,6 +1,7 @@
 """A whole run as one graph: rows, hand-off, rows, decode, uint8; one launch a batch.
 
-    x = init_scale*n;  each row: F = network(x_in, t), one fused step that writes the next x_in
+    x = init_scale*n;  each row: F = network(x_in, t), one fused step that draws its noise, and
+    writes the next x_in and the row's preview
     rgb = decode(x)
 
 Coefficients, timesteps and guidance are rows of a device table read at a device-side step; seeds,
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec, NoiseSource
+from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
@@ -31,6 +33,7 @@ from headstart.sampler import require_finite
 from headstart_kernels import COLUMNS, INITIAL, ops
 
 _ROW = "row."
+_MAP = ("factors", "bias")
 _TIMESTEP = COLUMNS.index("timestep")
 
 
@@ -49,6 +52,7 @@ class Outcome(NamedTuple):
     rgb      [B, H, W, 3] uint8
     latents  [B, C, h, w] float32, the state after the last row
     x0       [S, B, C, h, w] float32, what every row predicted; S is 0 unless kept
+    shown    [S, B, h, w, 3] uint8, its preview in every row; S is 0 unless there is a map
     peaks    [S, B] float32, the largest |x0| of each row: not finite where a network was not
     finite   [B] bool, whether the decoder's pixels were
     """
@@ -56,6 +60,7 @@ class Outcome(NamedTuple):
     rgb: Tensor
     latents: Tensor
     x0: Tensor
+    shown: Tensor
     peaks: Tensor
     finite: Tensor
 
@@ -67,12 +72,15 @@ class TrajectoryGraph:
     denoisers    the network of every model that the tables name: as they are, not runners
     codec        turns latents into pixels; codec_dtype: what it takes
     site         where the graphs live; by default that of the conditioning's device
+    preview      (factors [C, 3], bias [3]) float32, the linear map of `preview_rgb`: every row's
+                 fused step then fills a picture of x0 on the way
     """
 
     denoisers: Mapping[str, Denoiser]
     codec: LatentCodec
     codec_dtype: torch.dtype = torch.float32
     site: Site | None = None
+    preview: tuple[Tensor, Tensor] | None = None
 
     def __call__(
         self,
@@ -162,7 +170,7 @@ class _Request:
     def program(self) -> Program:
         models = tuple(dict.fromkeys(row.model for row in self.rows))
         networks = (*(self.graph.denoisers[model] for model in models), self.graph.codec)
-        key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0)
+        key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0, setting())
         return Program("the trajectory", self.body, networks, key)
 
     def inputs(
@@ -186,6 +194,8 @@ class _Request:
             **named(cond.expand(self.batch)),
             **self._noise(noise, device),
         }
+        if self.graph.preview is not None:
+            tensors |= dict(zip(_MAP, self.graph.preview, strict=True))
         if self.guided and uncond is not None:
             tensors |= named(uncond.expand(self.batch), "uncond.")
         for name, column in by_row.items():
@@ -211,32 +221,43 @@ class _Request:
         """The run, as it is captured: no number in it comes from the table but through a buffer."""
         table, step = inputs["table"], inputs["step"]
         draws = iter(inputs["noise"].unbind()) if "noise" in inputs else None
-
-        def draw(row: Tensor) -> Tensor:
-            if draws is not None:
-                return next(draws)
-            return ops.philox_normal(inputs["seeds"], inputs["samples"], row, self.shape)
-
-        x = draw(torch.full_like(step, INITIAL)) * inputs["init_scale"]
-        x_in = self._first_input(x, table, step)
-        x0, kept, peaks = x, list[Tensor](), list[Tensor]()
+        if draws is not None:
+            n = next(draws)
+        else:
+            initial = torch.full_like(step, INITIAL)
+            n = ops.philox_normal(inputs["seeds"], inputs["samples"], initial, self.shape)
+        x = n * inputs["init_scale"]
+        x_in, before = self._first_input(x, table, step), x
+        kept, peaks = list[Tensor](), list[Tensor]()
+        shown = self._pictures(x)
         for number, row in enumerate(self.rows):
             f = self._predict(row, x_in, inputs)
             f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
-            noise = draw(step) if row.draws else None
-            following = self._next_input(number, x)
-            x, x0 = ops.fused_step(
-                x, f_cond, table, step, f_uncond, None, noise, x0, following
-            )  # fmt: skip
-            x_in = x if following is None else following
+            following, x0 = self._next_input(number, x), torch.empty_like(x)
+            ops.fused_step_into(
+                *(x, f_cond, table, step, x, x0, f_uncond, None),
+                noise=next(draws) if row.draws and draws is not None else None,
+                x0_prev=before,
+                x_in=following,
+                seeds=inputs.get("seeds") if row.draws else None,
+                samples=inputs.get("samples") if row.draws else None,
+                rgb=shown[number] if len(shown) else None,
+                **{name: inputs.get(name) for name in _MAP},
+            )
             step.add_(1)
             peaks.append(x0.abs().amax((1, 2, 3)))
+            before, x_in = x0, x if following is None else following
             if self.keep_x0:
                 kept.append(x0)
         pixels = self.graph.codec.decode(x.to(self.graph.codec_dtype))
         finite = torch.isfinite(pixels).flatten(1).all(1)
         stack = torch.stack(kept) if kept else x.new_empty((0, *x.shape))
-        return ops.decode_u8(pixels), x, stack, torch.stack(peaks), finite
+        return ops.decode_u8(pixels), x, stack, shown, torch.stack(peaks), finite
+
+    def _pictures(self, x: Tensor) -> Tensor:
+        rows = 0 if self.graph.preview is None else len(self.rows)
+        size = (rows, len(x), *x.shape[2:], 3)
+        return torch.empty(size, dtype=torch.uint8, device=x.device)
 
     def _predict(self, row: Row, x_in: Tensor, inputs: Tensors) -> Tensor:
         network, step = self.graph.denoisers[row.model], inputs["step"].view(1)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from torch import Tensor
 
+from headstart_kernels import api, layers
+from headstart_kernels.dispatch import Impl, choose
 from headstart_kernels.testing.ptx.machine import run
 from headstart_kernels.testing.ptx.memory import Allocation, Fault, Memory, Traffic
 from headstart_kernels.testing.ptx.program import Program, parse
@@ -27,19 +30,37 @@ _PROPERTIES = {
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """One launch as a graph records it: addresses, not tensors, although it keeps them alive."""
+    """One launch as a graph records it: addresses, not tensors, although it keeps them alive.
+
+    names      of the parameters that are not constants; two for scratch space follow them
+    arguments  their bits, and two zeros
+    """
 
     program: Program
     grid: tuple[int, int, int]
+    names: tuple[str, ...]
     arguments: tuple[int, ...]
     allocations: tuple[Allocation, ...]
     shared_bytes: int
     traffic: Traffic
     tensors: tuple[Tensor, ...]
+    log: list[tuple[str, tuple[int, int, int]]]
 
-    def run(self) -> None:
+    @property
+    def name(self) -> str:
+        return self.program.name
+
+    def run(self) -> tuple[Tensor, ...]:
+        """Execute it; those of `tensors` that it stored to."""
+        self.log.append((self.name, self.grid))
         memory = Memory(self.allocations, self.traffic)
         run(self.program, self.grid, self.arguments, memory, self.shared_bytes)
+        written = memory.written
+        return tuple(t for t in self.tensors if t.untyped_storage().data_ptr() in written)
+
+
+class Queue(Protocol):
+    def append(self, launch: Launch, /) -> object: ...
 
 
 class _Loader:
@@ -63,20 +84,21 @@ class Emulator:
 
     launches   (kernel, grid) of all that ran
     traffic    what they moved
-    recording  a list here collects launches in place of running them, as capturing a graph does
+    queue      what is set here gets every launch in place of its being run: a list collects them,
+               `headstart_kernels.emulation.fake_cuda.FakeCuda` runs or records them
     """
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
         self.launches: list[tuple[str, tuple[int, int, int]]] = []
         self.traffic = Traffic()
-        self.recording: list[Launch] | None = None
+        self.queue: Queue | None = None
         self.programs: dict[str, Program] = {}
         self.utils = _Loader()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
         """What Triton calls with the grid and the arguments of each launch."""
-        types = [kind for kind in source.signature.values()]
+        types: dict[str, str] = dict(source.signature)
 
         def launch(x: int, y: int, z: int, *rest: Any) -> None:
             # stream, function, metadata and two hooks come before the kernel's own arguments.
@@ -85,9 +107,11 @@ class Emulator:
         return launch
 
     def _launch(
-        self, metadata: Any, types: list[str], grid: tuple[int, int, int], values: Any
+        self, metadata: Any, types: dict[str, str], grid: tuple[int, int, int], values: Any
     ) -> None:
-        given = [pair for pair in zip(types, values, strict=True) if pair[0] != "constexpr"]
+        names = tuple(name for name, kind in types.items() if kind != "constexpr")
+        pairs = zip(types.values(), values, strict=True)
+        given = [pair for pair in pairs if pair[0] != "constexpr"]
         tensors = tuple(value for _, value in given if isinstance(value, Tensor))
         for tensor in tensors:
             if tensor.device.type != "cpu":
@@ -97,14 +121,12 @@ class Emulator:
         storages = (tensor.untyped_storage() for tensor in tensors)
         allocations = tuple(Allocation(s.data_ptr(), s.nbytes()) for s in storages)
         program = self.programs[metadata.hash]
-        launch = Launch(
-            program, grid, arguments, allocations, metadata.shared, self.traffic, tensors
-        )
-        if self.recording is not None:
-            self.recording.append(launch)
-            return
-        self.launches.append((program.name, grid))
-        launch.run()
+        used = metadata.shared, self.traffic, tensors, self.launches
+        launch = Launch(program, grid, names, arguments, allocations, *used)
+        if self.queue is None:
+            launch.run()
+        else:
+            self.queue.append(launch)
 
     def on_load(self, module: Any, function: Any, name: str, files: Any, key: str) -> None:
         """Triton's hook before it would hand machine code to a GPU: its PTX is beside it."""
@@ -128,23 +150,38 @@ class Emulator:
 
 
 @contextmanager
-def emulated(arch: int = 90) -> Generator[Emulator]:
-    """Triton kernels launched inside run from the PTX emitted for sm_`arch`."""
+def emulated(arch: int = 90, *, by_default: bool = False) -> Generator[Emulator]:
+    """Triton kernels launched inside run from the PTX emitted for sm_`arch`.
+
+    by_default  kernels called without `impl=` are Triton's, as on a GPU, in place of the reference
+    """
     import triton.runtime as runtime  # pyright: ignore[reportMissingTypeStubs]
     from triton import knobs  # pyright: ignore[reportMissingTypeStubs]
 
     config: Any = runtime.driver
     hook: Any = knobs.runtime.kernel_load_start_hook
     before, emulator = config._active, _emulator(arch)
-    emulator.launches, emulator.recording = [], None
+    emulator.launches, emulator.queue = [], None
     emulator.traffic.clear()
     config._active = emulator
     hook.add(emulator.on_load)
     try:
-        yield emulator
+        with _triton_by_default() if by_default else nullcontext():
+            yield emulator
     finally:
         hook.remove(emulator.on_load)
         config._active = before
+
+
+@contextmanager
+def _triton_by_default() -> Generator[None]:
+    def chosen(impl: Impl | str | None, tensor: Tensor) -> Impl:
+        return choose(
+            Impl.TRITON if impl is None and tensor.dtype != torch.float64 else impl, tensor
+        )
+
+    with mock.patch.object(api, "choose", chosen), mock.patch.object(layers, "choose", chosen):
+        yield
 
 
 @cache

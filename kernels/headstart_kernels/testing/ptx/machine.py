@@ -7,6 +7,7 @@ that only some threads of a block reach is a Fault.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,18 @@ def run(
     arguments: tuple[int, ...],
     memory: Memory,
     shared_bytes: int = 0,
+    only: Sequence[int] | None = None,
 ) -> None:
-    """Execute every block of the grid; `arguments` are the bits of the kernel's parameters."""
+    """Execute every block of the grid, or `only` some by number, x first; `arguments` are the bits
+    of the kernel's parameters."""
     if len(arguments) != len(program.parameters):
         raise Fault(
             f"{program.name}: {len(program.parameters)} parameters, {len(arguments)} arguments"
         )
-    total = grid[0] * grid[1] * grid[2]
+    wanted = range(grid[0] * grid[1] * grid[2]) if only is None else only
     at_once = max(1, _THREADS_AT_ONCE // program.threads)
-    for first in range(0, total, at_once):
-        blocks = np.arange(first, min(total, first + at_once))
+    for first in range(0, len(wanted), at_once):
+        blocks = np.array(wanted[first : first + at_once], np.int64)
         _Machine(program, grid, blocks, arguments, memory, shared_bytes).run()
 
 

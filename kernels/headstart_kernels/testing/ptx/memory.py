@@ -65,6 +65,12 @@ class Memory:
         ]
         self._writer = [np.full(a.size_bytes, -1, np.int32) for a in found]
 
+    @property
+    def written(self) -> set[int]:
+        """Where the allocations begin that something was stored to."""
+        pairs = zip(self._starts.tolist(), self._writer, strict=True)
+        return {start for start, writer in pairs if (writer >= 0).any()}
+
     def load(self, addresses: Addresses, width: int, threads: Places, blocks: Places) -> Bytes:
         """[N, width] bytes; `threads` and `blocks` say whose access each is."""
         inside = self._locate(addresses, width, "load")

@@ -1,0 +1,181 @@
+"""Do the tests of the kernels notice a mistake in one? One mistake at a time must turn one red.
+
+python bench/mutation_kernels.py [--minutes 10] [--out bench/results/mutation_kernels.json]
+
+The tests run the PTX that Triton emits for sm_90 in an emulator. A run that is ended goes on where
+it was; see `mutations.py`.
+"""
+
+# ruff: noqa: E501  (a table: a row is a line)
+
+from __future__ import annotations
+
+import sys
+
+from mutations import ROOT, Mutation, main
+
+DEVICE, IMPL = "kernels/headstart_kernels/device", "kernels/headstart_kernels/impl"
+STEP, NORMAL, RGB = f"{DEVICE}/step.py", f"{DEVICE}/normal.py", f"{DEVICE}/rgb.py"
+PICTURE, NORM, GATE = f"{DEVICE}/picture.py", f"{DEVICE}/norm.py", f"{DEVICE}/gate.py"
+ADAPTER, DRAW = f"{DEVICE}/adapter.py", f"{DEVICE}/draw.py"
+IMPL_STEP, IMPL_NORM, IMPL_RGB = (f"{IMPL}/triton_{n}.py" for n in ("step", "norm", "rgb"))
+
+
+def in_step(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/ptx/test_step.py::test_{name}" for name in names)
+
+
+def in_pictures(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/ptx/test_pictures.py::test_{name}" for name in names)
+
+
+def in_layers(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/ptx/test_layers.py::test_{name}" for name in names)
+
+
+BITS = in_step("bits_of_every_prediction_and_update[sm_90-torch.float16]")
+HOST = in_step("a_row_on_the_host_travels_as_numbers")
+GUARD = in_step("in_place_unaligned_and_nothing_beside_the_outputs_is_written")
+GUIDANCE = in_step("guidance_of_each_sample_and_the_row_that_follows")
+SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
+LAST = in_step("channels_last_networks_with_a_picture_on_the_way")
+DRAWN = in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")
+SCALED = in_step("scale_input_has_the_reference_bits")
+NORMALS = in_pictures("normals_have_the_reference_bits")
+TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
+SHOWN = in_pictures("previews_have_the_reference_bytes")
+DECODED = in_pictures("pixels_become_the_reference_bytes")
+NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-layout0-torch.float16]")
+NORMED_ALL = in_layers("groupnorm_silu_is_within_its_budget")
+QUIET = in_layers("a_quiet_image_is_normalised_with_its_epsilon")
+GATED = in_layers("geglu_is_within_its_budget")
+ADDED = in_layers("low_rank_addition_is_within_its_budget")
+RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
+IDLE = in_layers("a_sample_of_strength_0_reads_and_writes_nothing")
+
+
+def offsets(name: str) -> tuple[str, ...]:
+    return (
+        f"tests/ptx/test_offsets.py::test_the_last_block_ends_where_a_huge_tensor_ends[{name}]",
+    )
+
+
+IN_STEP = (
+    ("store past the end", "tl.store(x_next_ptr + at, y, mask=inside)", "tl.store(x_next_ptr + at, y)", GUARD),
+    ("store x0 past the end", "tl.store(x0_ptr + at, x0, mask=inside)", "tl.store(x0_ptr + at, x0)", GUARD),
+    ("read the state past its end", "tl.where((c_skip != 0.0) | (keep != 0.0), count, 0)", "BLOCK", GUARD),
+    ("read noise that is not added", "pixel < tl.where(add != 0.0, count, 0)", "inside", SKIPPED),
+    ("read F_uncond that is not needed", "pixel < tl.where(scale != 1.0, count, 0)", "inside", SKIPPED),
+    ("swap keep and add", "tl.load(here + _KEEP), tl.load(here + _ADD)", "tl.load(here + _ADD), tl.load(here + _KEEP)", BITS),
+    ("swap c_skip and c_out", "tl.load(here + _C_SKIP), tl.load(here + _C_OUT)", "tl.load(here + _C_OUT), tl.load(here + _C_SKIP)", BITS),
+    ("this row's c_in for the next input", "tl.load(following + _C_IN)", "tl.load(here + _C_IN)", GUIDANCE),
+    ("look past the last row", "tl.minimum(row + 1, last)", "(row + 1)", BITS),
+    ("drop guidance", "f = tl.where(scale == 1.0, f, u + scale * (f - u))", "f = f + 0.0 * u", BITS),
+    ("guide in another order", "u + scale * (f - u))", "f + (scale - 1.0) * (f - u))", BITS),
+    ("let NaN in at guidance 1", "f = tl.where(scale == 1.0, f, u + scale * (f - u))", "f = u + scale * (f - u)", GUIDANCE),
+    ("the first sample's guidance for all", "tl.load(guidance_ptr + sample)", "tl.load(guidance_ptr)", GUIDANCE),
+    ("mix in another order", "x0 + keep * (x - x0))", "keep * x + (1.0 - keep) * x0)", BITS),
+    ("forget the term that looks back", "y + carry * (x0 - previous))", "y)", BITS),
+    ("look back with the wrong sign", "carry * (x0 - previous)", "carry * (previous - x0)", BITS),
+    ("forget which row of the plan is row 0", "n = consecutive(element >> 2, seed, image, row + first_row, BLOCK)", "n = consecutive(element >> 2, seed, image, row, BLOCK)", DRAWN),
+    ("the same noise in every channel", "        element = element + plane\n", "", LAST),
+    ("fill one half of a guided pair", "tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)", "tl.store(x_in_ptr + at, x_in, mask=inside)", BITS),
+    ("the next input from x0", "x_in = (c_in * y)", "x_in = (c_in * x0)", BITS),
+    ("show x' and not x0", "_mixed(r, g, b, x0, factors_ptr + channel", "_mixed(r, g, b, y, factors_ptr + channel", LAST),
+    ("the first sample's F for all", "quads = (sample * plane + start) * 4", "quads = start * 4", LAST),
+    ("swap two channels of a pixel", "tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])", "tl.join(planes[1], planes[2]), tl.join(planes[0], planes[3])", LAST),
+    ("offsets in 32 bits", "sample = tl.program_id(1).to(tl.int64)", "sample = tl.program_id(1)", offsets("fused_step")),
+    ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", SCALED),
+)  # fmt: skip
+IN_NORMAL = (
+    ("one round less", "tl.static_range(_ROUNDS)", "tl.static_range(_ROUNDS - 1)", NORMALS),
+    ("another multiplier", "tl.umulhi(c0, _M0), c0 * _M0", "tl.umulhi(c0, _M1), c0 * _M1", NORMALS),
+    ("swap the keys' increments", "k0 + _W0, k1 + _W1", "k0 + _W1, k1 + _W0", NORMALS),
+    ("a row late", "(step + 1).to(tl.uint32)", "step.to(tl.uint32)", NORMALS),
+    ("lose the seed's upper half", "(seed >> 32).to(tl.uint32)", "(seed >> 31).to(tl.uint32)", NORMALS),
+    ("forget the sample", "zero + sample.to(tl.uint32)", "zero", NORMALS),
+    ("an eighth of a turn off", "(angle + (1 << 29)) >> 30", "(angle + (1 << 28)) >> 30", NORMALS),
+    ("swap sine and cosine", "tl.where(odd, sine, cosine)", "tl.where(odd, cosine, sine)", NORMALS),
+    ("lose a sign", "_signed(tl.where(odd, cosine, sine), quarter & 2)", "tl.where(odd, cosine, sine)", NORMALS),
+    ("small radii from the rounded word", "f = tl.where(upper, -u, fraction)", "f = tl.where(upper, (1.0 - u) - 1.0, fraction)", TAILS),
+    ("half a step of the word lost", "* _UNIT + _HALF", "* _UNIT", NORMALS),
+    ("normals in another order", "tl.interleave(tl.interleave(n0, n2), tl.interleave(n1, n3))", "tl.interleave(tl.interleave(n0, n1), tl.interleave(n2, n3))", NORMALS),
+    ("the wrong lane", "lane = element & 3", "lane = (element + 1) & 3", LAST),
+)  # fmt: skip
+IN_DRAW = (
+    ("a block counted by elements", "start >> 2", "start", TAILS),
+    ("normals past the end", ", mask=offset < count - start", "", NORMALS),
+    ("the first image's seed for all", "tl.load(seeds_ptr + image)", "tl.load(seeds_ptr)", NORMALS),
+)
+IN_RGB = (
+    ("levels rounded down", "unit * 127.5 + 127.5 + _ROUNDER", "unit * 127.5 + 127.0 + _ROUNDER", DECODED),
+    ("white overflows", "unit = tl.where(low <= 1.0, low, 1.0)", "unit = low", DECODED),
+    ("NaN is not black", "tl.where(pixel >= -1.0, pixel, -1.0)", "tl.where(pixel < -1.0, -1.0, pixel)", DECODED),
+    ("swap two bytes of a word", "g1 | (b1 << 8) | (r2 << 16)", "b1 | (g1 << 8) | (r2 << 16)", DECODED),
+    ("swap two words of a quad", "tl.join(first, third), tl.join(second, second)", "tl.join(first, second), tl.join(third, second)", DECODED),
+    ("a fourth word of a quad", "& (lane < 3)", "& (lane < 4)", DECODED),
+    ("bytes past the end", "inside = pixel < count\n", "inside = pixel < BLOCK\n", DECODED),
+)  # fmt: skip
+IN_PICTURE = (
+    ("one row of an upscaled one", "for repeat in range(UPSCALE):", "for repeat in range(1):", SHOWN),
+    ("stretched and not repeated", "(start + pixel) // UPSCALE", "(start + pixel) % width", SHOWN),
+    ("no bias on green", "+ tl.load(bias_ptr + 1)\n", "\n", SHOWN),
+    ("blue by green's factor", "tl.load(factors_ptr + channel * 3 + 2)", "tl.load(factors_ptr + channel * 3 + 1)", SHOWN),
+    ("green for blue", "tl.load(at + plane + plane, mask", "tl.load(at + plane, mask", DECODED),
+    ("pixels past the end", "inside = offset < count - start", "inside = offset < BLOCK", DECODED),
+)  # fmt: skip
+IN_NORM = (
+    ("statistics in the input's dtype", "x = tl.load(start + at, mask=inside, other=0.0).to(tl.float32)", "x = tl.load(start + at, mask=inside, other=0.0)", NORMED),
+    ("deviations of what is not there", "deviation = tl.where(inside, x - mean[None, :], 0.0)", "deviation = x - mean[None, :]", NORMED),
+    ("a whole tile's count", "count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)\n    mean", "count = (plane * 0 + PIXELS).to(tl.float32)\n    mean", NORMED),
+    ("forget how far apart the tiles are", "spread + count * away * away", "spread", NORMED),
+    ("the unbiased variance", "tl.div_rn(tl.sum(square, 0), size)", "tl.div_rn(tl.sum(square, 0), size - 1.0)", NORMED),
+    ("forget epsilon", "tl.div_rn(tl.sum(square, 0), size) + eps", "tl.div_rn(tl.sum(square, 0), size)", QUIET),
+    ("epsilon outside the root", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size)) + eps", QUIET),
+    ("forget the mean", "bias - mean * scale", "bias", NORMED),
+    ("forget SiLU", "y = normed / (1.0 + tl.exp(-normed))", "y = normed", NORMED),
+    ("the first sample's scale for all", "scale = tl.load(scale_ptr + sample * channels + column", "scale = tl.load(scale_ptr + column", NORMED_ALL),
+    ("offsets in 32 bits", "    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1).to(tl.int64)", "    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1)", offsets("groupnorm apply")),
+)  # fmt: skip
+IN_GATE = (
+    ("erf of the gate itself", "tl.erf(gate * _ROOT_HALF)", "tl.erf(gate)", GATED),
+    ("gate with the first half", "x_ptr + row * 2 * width + width + column", "x_ptr + row * 2 * width + column", GATED),
+    ("write past the row", "y.to(y_ptr.dtype.element_ty), mask=inside", "y.to(y_ptr.dtype.element_ty)", GATED),
+    ("offsets in 32 bits", "row = tl.program_id(0).to(tl.int64)", "row = tl.program_id(0)", offsets("geglu")),
+)  # fmt: skip
+IN_ADAPTER = (
+    ("forget the strength", "strength * change", "change", ADDED),
+    ("the first sample's strength for all", "strength = tl.load(strength_ptr + sample)", "strength = tl.load(strength_ptr)", ADDED),
+    ("work for strength 0", "there = token < tl.where(strength != 0.0, tokens, 0)", "there = token < tokens", IDLE),
+    ("low rank for strength 0", "tl.where(wanted, tokens, 0), tl.where(wanted, rank, 0)", "tokens, rank", IDLE),
+    ("one tile of the width", "range(0, width, INNER)", "range(0, INNER, INNER)", RANKS),
+    ("one tile of the rank", "range(0, rank, RANK)", "range(0, RANK, RANK)", RANKS),
+    ("replace y", "tl.load(at, mask=mask, other=0.0).to(tl.float32) + strength", "strength", ADDED),
+    ("write past the rank", "mask = there[:, None] & (component < rank)[None, :]\n    h = total", "mask = there[:, None] & (component < RANK)[None, :]\n    h = total", ADDED),
+)  # fmt: skip
+IN_IMPL = (
+    (IMPL_STEP, "pack a picture at any address", " and picture.rgb.data_ptr() % 4 == 0", "", in_step("a_picture_may_lie_at_any_address")),
+    (IMPL_STEP, "blocks of four where there are none", "WHOLE_BLOCKS=channels == 1 or plane % 4 == 0", "WHOLE_BLOCKS=True", LAST),
+    (IMPL_STEP, "lose the state behind a view", "    wanted.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", HOST),
+    (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous()", "f_cond_ptr=given.f_cond", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
+    (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
+    (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
+    ("kernels/headstart_kernels/launch.py", "let the compiler contract", '"enable_fp_fusion": False', '"enable_fp_fusion": True', BITS),
+)  # fmt: skip
+MUTATIONS = tuple(
+    Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
+    for file, rows in (
+        *((STEP, IN_STEP), (NORMAL, IN_NORMAL), (DRAW, IN_DRAW), (RGB, IN_RGB)),
+        *((PICTURE, IN_PICTURE), (NORM, IN_NORM), (GATE, IN_GATE), (ADAPTER, IN_ADAPTER)),
+    )
+    for name, old, new, tests in rows
+) + tuple(
+    Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
+    for file, name, old, new, tests in IN_IMPL
+)
+
+if __name__ == "__main__":
+    out = ROOT / "bench/results/mutation_kernels.json"
+    sys.exit(main("which mistakes in the kernels turn a test red", MUTATIONS, out))

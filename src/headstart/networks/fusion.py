@@ -1,0 +1,38 @@
+"""One switch for the layers of a network that may run as one kernel.
+
+    None   kernels for tensors on a GPU, torch's own operators elsewhere
+    True   kernels everywhere (on a CPU their reference, or what emulates a GPU)
+    False  torch's own operators everywhere: to see whether a difference comes from a kernel
+
+It governs groupnorm + SiLU, GEGLU, and the low-rank addition of adapters to linear layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+_on: bool | None = None
+
+
+def fused(x: Tensor) -> bool:
+    """Whether a layer that computes on `x` is one kernel."""
+    return x.is_cuda if _on is None else _on
+
+
+def setting() -> bool | None:
+    """What the switch is on: a captured graph has it built in."""
+    return _on
+
+
+@contextmanager
+def fusion(on: bool | None) -> Generator[None]:
+    """The switch for as long as this is entered, in all threads."""
+    global _on
+    before, _on = _on, on
+    try:
+        yield
+    finally:
+        _on = before
