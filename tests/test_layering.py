@@ -33,7 +33,7 @@ TORCH_FREE = {
     *("relayout", "pickled", "census", "request", "convert", "adapter_names", "jobs"),
     *("ledger", "distillation", "vocabulary", "fit", "metrics", "resample"),
     *("lettering", "chart", "structure", "timeline", "strip", "filmstrip", "animation"),
-    *("page", "arguments", "console", "session", "commands", "cli", "__main__"),
+    *("page", "arguments", "console", "session", "intervention", "commands", "cli", "__main__"),
     *("headstart", "headstart_weights"),
 }
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
