@@ -2,9 +2,10 @@
 
     python bench/timeline.py [--pairs 756] [--seeds 8] [--out bench/results/timeline.json]
 
-The pair draws one thing a picture. Prompts "a X and a Y" are sampled by the hybrid; what the
-timeline calls dropped (its score reached the scorer's threshold, and ended below it) is counted,
-and the prompt and two seeds that fall farthest are traced by all three plans. The sheet is that of
+The pair draws one thing a picture. Prompts "a X and a Y" are sampled by the hybrid, and what the
+timeline calls dropped (its score reached the scorer's threshold, and ended below it) is counted.
+Traced by all three plans is the prompt in which the dropped concept was once farthest ahead of the
+one that stayed, with the two seeds where it was. The sheet is that of
 `headstart trace PROMPT --watch X --watch Y --seeds A,B --out bench/results/timeline.png`.
 """
 
@@ -29,8 +30,13 @@ FIRST_SEED = 0
 
 
 class Drop(NamedTuple):
-    """A concept that was there and went: by how much its score fell, in which prompt and seed."""
+    """A concept that was there and went, in which prompt and seed.
 
+    lead  its score above that of the other concept, at the step where this is most
+    fall  its highest score above its last
+    """
+
+    lead: float
     fall: float
     phrases: tuple[str, str]
     dropped: str
@@ -64,8 +70,8 @@ def main() -> None:
         },
         "dropped": [
             {"prompt": " and ".join(d.phrases), "phrase": d.dropped, "seed": d.seed,
-             "fall": round(d.fall, 4)}
-            for d in sorted(drops, reverse=True)[:20]
+             "lead": round(d.lead, 4), "fall": round(d.fall, 4)}
+            for d in sorted(drops, reverse=True)
         ],
         "trace": shown.to_json(),
     }  # fmt: skip
@@ -73,7 +79,8 @@ def main() -> None:
     options.out.with_suffix(".png").write_bytes(encode_png(shown.sheet()))
     found = report["searched"]
     print(f"{found['images_with_a_dropped_concept']} of {found['images']} images drop a concept")
-    print(f"{best.dropped!r} in {prompt!r}, by {best.fall:.2f}\n{report['sheet']}\n\n{shown}")
+    told = f"{best.dropped!r} in {prompt!r}: once {best.lead:+.2f} ahead, fell by {best.fall:.2f}"
+    print(f"{told}\n{report['sheet']}\n\n{shown}")
 
 
 def _parse() -> argparse.Namespace:
@@ -99,10 +106,11 @@ def _search(engine: hs.Engine, decoder: Any, pairs: int, seeds: int) -> tuple[li
         (strip,) = hs.trace([run], decoder, phrases=(first, second)).strips
         assert strip.timeline is not None
         for seed, courses in zip(strip.seeds, strip.timeline.courses, strict=True):
-            for course in courses:
+            for course, other in zip(courses, reversed(courses), strict=True):
                 if course.dropped:
+                    lead = float((course.scores - other.scores).max())
                     fall = float(course.scores.max() - course.scores[-1])
-                    drops.append(Drop(fall, (first, second), course.phrase, seed))
+                    drops.append(Drop(lead, fall, (first, second), course.phrase, seed))
     return drops, len(order)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,6 +62,43 @@ def test_a_guided_multistep_run_goes_on_to_the_bit(origin: Origin) -> None:
     assert any(step.carry for step in origin.engine.compile(plan))
     rest = list(origin.engine.iterate("an owl", plan=plan, seeds=5, resume=whole[2]))
     assert torch.equal(rest[-1].x, whole[-1].x)
+
+
+@pytest.mark.parametrize("asked", [{"yellow": 2.0}, {"yellow": [0.5, -1.0]}, ["yellow"], []])
+def test_going_on_keeps_the_strengths_that_the_run_was_sampled_with(asked: object) -> None:
+    engine = hs.Engine.demo(device="cpu")
+    engine.attach(headstart_weights.path("yellow"), 0.3)
+    states: list[hs.State] = []
+    run = engine.sample("a fox", seeds=[1, 2], on_step=states.append, adapters=asked)
+    assert torch.equal(hs.branch(engine, run, states[0]).latents, run.latents)
+
+
+@pytest.mark.parametrize("asked", [[2.0], [[2.0]] * 4])
+def test_several_seeds_go_on_with_the_strength_of_the_one_image(asked: list) -> None:
+    engine = hs.Engine.demo(device="cpu")
+    engine.attach(headstart_weights.path("yellow"))
+    states: list[hs.State] = []
+    own = engine.sample("a fox", seeds=[1], on_step=states.append, adapters={"yellow": asked})
+    all_alike = engine.sample("a fox", seeds=[1], adapters={"yellow": 2.0})
+    several = hs.branch(engine, own, states[0], reseed=[7, 8])
+    as_number = hs.branch(engine, all_alike, states[0], reseed=[7, 8])
+    assert torch.equal(several.latents, as_number.latents)
+
+
+def test_a_negative_prompt_of_the_rows_left_is_that_of_a_run_with_it(origin: Origin) -> None:
+    engine, (state, *_) = origin.engine, origin.states
+    other = hs.branch(engine, origin.run, state, guidance=2.0, negative="a frog")
+    asked = {"plan": replace(other.table, name="x"), "negative": "a frog"}
+    *_, last = engine.iterate("a fox", seeds=[1, 2], resume=state, **asked)
+    assert torch.equal(other.latents, last.x)
+    assert other.change == "guidance 2, away from “a frog”"
+    assert torch.equal(other.original, origin.run.rgb)
+
+
+def test_an_engine_of_another_family_does_not_go_on_with_a_run(origin: Origin) -> None:
+    other = replace(origin.engine, weights=replace(origin.engine.weights, lineage="sdxl"))
+    with pytest.raises(hs.InputError, match="of demo latents, this engine's are sdxl"):
+        hs.branch(other, origin.run, origin.states[0])
 
 
 def test_switching_to_the_model_that_runs_anyway_changes_nothing(origin: Origin) -> None:

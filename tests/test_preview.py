@@ -229,6 +229,42 @@ def test_only_a_linear_preview_on_a_gpu_asks_the_step_to_draw(
     assert hs.Preview(decoder(grey), lambda _: None).picture is None
 
 
+@needs_pair
+def test_a_decoder_of_another_family_is_refused_before_the_run_begins(engine: hs.Engine) -> None:
+    """Latents of SD and of the bundled pair both have 4 channels: only the lineage tells."""
+    began: list[int] = []
+    for lineage in ("sd15", "sdxl"):
+        preview = hs.Preview(linear_decoder(lineage), lambda frame: began.append(frame.step))
+        with pytest.raises(hs.InputError, match=f"for {lineage} latents, these are demo latents"):
+            engine.sample("a fox", seeds=1, on_step=preview)
+        preview.close()
+    assert not began
+
+
+@needs_pair
+def test_a_run_that_is_stopped_early_still_delivers_what_it_began(engine: hs.Engine) -> None:
+    frames: list[int] = []
+    with hs.Preview(hs.decoder(engine, "tiny"), lambda frame: frames.append(frame.step)) as preview:
+        for state in engine.iterate("a fox", seeds=1):
+            preview(state)
+            if state.step == 1:
+                break
+    assert frames == [0, 1]
+
+
+def test_what_the_block_raises_is_not_hidden_by_what_the_callback_raised() -> None:
+    def angry(frame: Frame) -> None:
+        raise KeyError(frame.step)
+
+    with (
+        pytest.warns(UserWarning, match="the receiver failed: KeyError: 5"),
+        pytest.raises(ZeroDivisionError),
+        hs.Preview(decoder(grey), angry) as preview,
+    ):
+        preview(state(5))
+        raise ZeroDivisionError
+
+
 # ---------------------------------------------------------------- the side stream, emulated
 
 
@@ -358,3 +394,44 @@ def test_a_failure_on_the_side_stream_gives_its_slot_back() -> None:
     with pytest.raises(RuntimeError, match="no memory"):
         lane.begin(decoder(broken), state(0).x0)()
     assert lane.begin(decoder(grey), state(1, 3.0).x0)().rgb.max() == 3
+
+
+def test_a_preview_with_more_slots_than_its_lane_drops_frames_and_the_run_goes_on() -> None:
+    _, lane = emulated(slots=1)
+    release = threading.Event()
+    got: list[int] = []
+
+    class Held:
+        """The lane, whose pictures are not done before `release`."""
+
+        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+            finish = lane.begin(decoder, x0)
+
+            def wait() -> Drawn:
+                release.wait(10)
+                return finish()
+
+            return wait
+
+    preview = hs.Preview(decoder(grey), lambda frame: got.append(frame.step), slots=4, lane=Held())
+    for step in range(3):
+        preview(state(step))
+    assert preview.dropped == 2
+    release.set()
+    preview.close()
+    preview(state(3))
+    preview.close()
+    assert got == [0, 3]
+
+
+def test_a_lane_that_cannot_begin_is_reported_and_the_run_goes_on() -> None:
+    class Broken:
+        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+            raise RuntimeError("no stream")
+
+    preview = hs.Preview(decoder(grey), lambda _: None, slots=1, lane=Broken())
+    for step in range(2):
+        preview(state(step))
+    with pytest.warns(UserWarning, match="step 0: .* no stream; step 1: .* no stream"):
+        preview.close()
+    assert preview.dropped == 0

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import headstart as hs
 import headstart_weights
 from headstart.cli import main
 
@@ -36,7 +39,7 @@ def test_trace_writes_each_format_and_the_documented_json(
     assert found["plans"][1]["handoffs"] == [1]
     assert found["plans"][0]["steps"][0]["amplification"] > 30
     assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
-    assert "keeping x0 of 8 steps x 2 images: 0.1 MB" in told.err
+    assert "keeping x0 of 8 steps x 2 images: 0.066 MB" in told.err
     assert _left(tmp_path) == [out.name]
     if suffix == "html":
         assert out.read_text().startswith("<!doctype html>")
@@ -62,10 +65,10 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(
 @pytest.mark.parametrize(
     ("asked", "name", "step"),
     [
-        (["--from-step", "2", "--reseed", "7"], "hybrid · fresh noise", 2),
-        (["--switch", "base@1"], "hybrid · base from here", 1),
-        (["--from-step", "1", "--guidance", "3"], "hybrid · guidance 3", 1),
-        (["--from-step", "1", "--prompt-from", "a frog"], "hybrid · “a frog”", 1),
+        (["--from-step", "2", "--reseed", "7"], "hybrid@2 · fresh noise", 2),
+        (["--switch", "base@1"], "hybrid@1 · base from here", 1),
+        (["--from-step", "1", "--guidance", "3"], "hybrid@1 · guidance 3", 1),
+        (["--from-step", "1", "--prompt-from", "a frog"], "hybrid@1 · “a frog”", 1),
     ],
 )
 def test_a_run_goes_on_differently_beside_the_original(
@@ -78,6 +81,71 @@ def test_a_run_goes_on_differently_beside_the_original(
     assert (first["name"], second["name"]) == ("hybrid", name)
     assert second["from_step"] == step
     assert first["steps"][step - 1]["sigma"] == second["steps"][step - 1]["sigma"]
+    assert first["moved"] is None and second["moved"][0] > 0
+
+
+def test_a_list_of_steps_is_one_way_on_for_each_and_later_changes_move_less(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.png"
+    asked = ["trace", "a fox", "--plan", "distilled", "--seeds", "3", "--out", str(out), "--json"]
+    assert main([*asked, "--from-step", "1-3", "--reseed", "7,8"]) == 0
+    told = capsys.readouterr()
+    plans = json.loads(told.out)["plans"]
+    names = [f"distilled@{step} · fresh noise" for step in (1, 2, 3)]
+    assert [plan["name"] for plan in plans] == ["distilled", *names]
+    moved = [plan["moved"][0] for plan in plans[1:]]
+    assert moved == sorted(moved, reverse=True) and moved[-1] > 0
+    assert "4 steps x 1 image and 12 steps x 2 images of changes: 0.1 MB" in told.err
+
+
+def test_a_trace_is_of_the_run_that_sample_makes_with_the_same_options(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """To the pixel: the page holds the finished images, and their colours say which run it was."""
+    same = ["--seeds", "3", "--base-guidance", "3", "--negative", "a frog", "--base-grid", "8"]
+    same += ["--steps", "4", "--distilled-guidance", "1.5"]
+    assert main(["sample", "a fox", *same, "--out", str(tmp_path / "run")]) == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    engine = hs.Engine.demo(device="cpu")
+    seen: list[hs.Trajectory] = []
+    sample = hs.Engine.sample
+
+    def keep(self: hs.Engine, *given: Any, **asked: Any) -> hs.Trajectory:
+        seen.append(sample(self, *given, **asked))
+        return seen[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hs.Engine, "sample", keep)
+        asked = ["trace", "a fox", "--plan", "hybrid", *same]
+        assert main([*asked, "--out", str(tmp_path / "trace.png")]) == 0
+    assert torch.equal(seen[0].latents, hs.replay(record, engine).latents)
+
+
+def test_options_go_to_the_plans_that_they_belong_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "trace.png"
+    asked = ["trace", "a fox", "--seeds", "3", "--out", str(out), "--json", "--overwrite"]
+    plans = "base,distilled,hybrid,skip-first"
+    guided = ["--plan", plans, "--base-guidance", "3", "--negative", "a frog"]
+    assert main([*asked, *guided]) == 0
+    told = capsys.readouterr()
+    passes = {plan["name"]: plan["passes"] for plan in json.loads(told.out)["plans"]}
+    assert passes == {"base": 60, "distilled": 4, "hybrid": 5, "skip-first": 3}
+    assert "no guidance in plan distilled, skip-first: the negative prompt does nothing" in told.err
+    assert main([*asked, "--plan", "base", "--steps", "3", "--base-guidance", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["plans"][0]["passes"] == 3
+
+
+def test_every_step_that_is_asked_for_has_its_column(tmp_path: Path) -> None:
+    wide, narrow = tmp_path / "wide.png", tmp_path / "narrow.png"
+    asked = ["trace", "a fox", "--plan", "base", "--seeds", "3", "--steps", "12"]
+    assert main([*asked, "--every", "1", "--out", str(wide)]) == 0
+    assert main([*asked, "--out", str(narrow)]) == 0
+    with Image.open(wide) as all_steps, Image.open(narrow) as eight:
+        cell, gap = 128, 14
+        assert all_steps.width - eight.width == 4 * (cell + gap)
 
 
 def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -113,6 +181,12 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
         (["--from-step", "1", "--guidance", "-1"], "guidance"),
         (["--from-step", "1", "--reseed", "4,5,6"], "3 new seeds for 4 images"),
         (["--from-step", "1", "--prompt-from", ""], "empty"),
+        (["--from-step", "3-1", "--reseed", "7"], "steps '3-1': a range must go up"),
+        (["--from-step", "1,1", "--reseed", "7"], "one of them is given twice"),
+        (["--switch", "base@x"], "steps 'x': expected numbers"),
+        (["--plan", "base", "--base-grid", "8"], "--base-grid does nothing in plan base"),
+        (["--plan", "distilled", "--base-guidance", "2"], "--base-guidance does nothing"),
+        (["--plan", "distilled", "--negative", "a frog"], "negative prompt would do nothing"),
         (["--size", "60"], "multiples of 8"),
         (["--preview", "a.safetensors"], "--preview"),
     ],

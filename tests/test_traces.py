@@ -6,6 +6,8 @@ import base64
 import io
 import json
 import re
+import shutil
+import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -127,6 +129,34 @@ def test_the_page_holds_every_picture_and_asks_for_nothing_from_elsewhere(
     assert "default-src 'none'" in page
     assert not re.search(r"<(link|iframe|img)\b|\bsrc=|@import|url\(", template)
     assert len(page) < 400_000
+
+
+def test_what_the_pages_script_looks_for_is_on_the_page(traced: hs.Trace) -> None:
+    page = traced.page()
+    asked = set(re.findall(r'byId\("(\w+)"\)', page))
+    assert len(asked) > 10
+    assert asked <= set(re.findall(r'\bid="(\w+)"', page))
+    colours = set(re.findall(r"var\((--\w+)\)", page)) - {"--wide", "--size", "--across"}
+    assert colours <= set(re.findall(r"(--\w+):", page))
+    assert not re.search(r"\{\{\w+\}\}", page)
+
+
+def test_the_page_says_what_a_change_moved_and_which_rows_ran_anew(engine: hs.Engine) -> None:
+    states: list[hs.State] = []
+    run = engine.sample("a fox", seeds=1, keep_x0=True, on_step=states.append)
+    other = hs.branch(engine, run, states[1], model="base")
+    found = hs.trace({"hybrid": run, "hybrid@2 · base": other}, hs.decoder(engine, "tiny"))
+    first, second = page_data(found.page())["plans"]
+    assert (first["from_step"], second["from_step"]) == (None, 2)
+    assert first["moved"] is None and second["moved"][0] > 0
+    assert [step["guidance"] for step in second["steps"]] == [1.0] * 4
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="needs node to read JavaScript")
+def test_the_pages_script_is_javascript(traced: hs.Trace, tmp_path: Path) -> None:
+    script = traced.page().rpartition("<script>")[2].partition("</script>")[0]
+    (tmp_path / "page.js").write_text(script)
+    subprocess.run(["node", "--check", str(tmp_path / "page.js")], check=True)
 
 
 def test_a_hostile_prompt_stays_text_on_the_page(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from headstart.commands import intervention
 from headstart.commands.arguments import (
     Command,
     add_seeds,
+    count,
     read_size,
     sampling,
     uses_bundled,
     worded,
 )
 from headstart.commands.console import note, progress
+from headstart.commands.intervention import Intervention
 from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
@@ -31,33 +35,26 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".gif", ".webp", ".html")
 DECODERS = ("linear", "tiny", "full")
-
-
-class Change(NamedTuple):
-    """What is different from a step on; None where nothing was asked for."""
-
-    step: int
-    model: str | None
-    seeds: tuple[int, ...] | None
-    guidance: float | None
-    prompt: str | None
+PLAN_OPTIONS = ("steps", "k", "n", "base_guidance", "distilled_guidance")
+MOST_COLUMNS = 60
+"""Of steps on a sheet, which is then 9000 pixels wide."""
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
-    parser.add_argument(
-        "--plan", default="base,distilled,hybrid", metavar="PLANS", help="default: %(default)s"
-    )
     add_seeds(parser, "0-3")
-    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
-    parser.add_argument("--steps", type=int, help="steps of the distilled model")
-    parser.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
+    _add_plan_options(parser)
+    parser.add_argument("--negative", default="", help="what guidance moves away from")
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument(
         "--decoder", choices=DECODERS, help="default: tiny where there is one, else linear"
     )
     parser.add_argument(
-        "--every", type=int, metavar="N", help="look at every N-th step of the longest plan"
+        "--every",
+        type=count,
+        metavar="N",
+        help="look at every N-th step of the longest plan, and give each its column; default: look "
+        "at all, of which a sheet shows 8",
     )
     parser.add_argument(
         "--out",
@@ -69,12 +66,26 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("when does a concept appear?")
     group.add_argument("--watch", action="append", default=[], metavar="PHRASE")
     group.add_argument("--scorer", type=Path, metavar="FOLDER", help="a CLIP model's folder")
-    group = parser.add_argument_group("go on differently from a step, shown beside the original")
-    group.add_argument("--from-step", type=int, metavar="K", help="the first step that changes")
-    group.add_argument("--switch", metavar="MODEL@K", help="this model takes over at step K")
-    group.add_argument("--reseed", metavar="SEEDS", help="what is predicted, under fresh noise")
-    group.add_argument("--guidance", type=float, metavar="W")
-    group.add_argument("--prompt-from", metavar="TEXT", help="another prompt from there on")
+    intervention.add_options(parser)
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("plans")
+    group.add_argument(
+        "--plan", default="base,distilled,hybrid", metavar="PLANS", help="default: %(default)s"
+    )
+    group.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    group.add_argument(
+        "--steps", type=int, help="steps of the distilled grid; of plan base where it is alone"
+    )
+    group.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
+    group.add_argument(
+        "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
+    )
+    group.add_argument(
+        "--base-guidance", type=float, metavar="W", help="wherever the base runs; 1 = none"
+    )
+    group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -82,37 +93,71 @@ def _run(args: argparse.Namespace) -> int:
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     size = read_size(args.size)
     names = _plan_names(args)
-    change = _change(args)
+    change = intervention.read(args)
     _check_output(args.out, args.overwrite)
-    if args.every is not None and args.every < 1:
-        raise InputError(f"--every is at least 1, got {args.every}")
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
     engine = open_engine(args)
-    tables = {name: engine.compile(name, **_settings(name, args)) for name in names}
-    _check_change(change, tables, engine)
+    tables = {name: engine.compile(name, **_settings(name, names, args)) for name in names}
+    if change is not None:
+        change.check(tables, engine)
     decoder, scorer = _tools(args, engine)
-    for table in tables.values():
-        engine.iterate(prompt, plan=table, seeds=seeds, size=size)  # checks it, and runs nothing
+    negatives = _negatives(args.negative, tables, change)
+    asked: dict[str, dict[str, Any]] = {
+        name: {"plan": table, "seeds": seeds, "negative": negatives[name], "size": size}
+        for name, table in tables.items()
+    }
+    for given in asked.values():
+        engine.iterate(prompt, **given)  # checks it, and runs nothing
     note(_memory(engine, tables, len(seeds), size, change))
-    runs = _sampled(engine, prompt, tables, seeds, size, change)
+    runs = _sampled(engine, prompt, asked, change)
     found = _traced(args, runs, decoder, scorer)
-    write_file(args.out, _encoded(found, args.out.suffix.lower()))
+    write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
     for problem in found.problems:
         note(f"warning: {problem}")
     if args.json:
         print(json.dumps({"out": str(args.out), **found.to_json()}))
     else:
-        print(f"{prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{found.footer()}\n{args.out}")
+        seed = "seeds" if len(seeds) > 1 else "seed"
+        print(f"{prompt!r}, {len(seeds)} {seed}\n\n{found}\n\n{found.footer()}\n{args.out}")
     return 0
 
 
-def _settings(name: str, args: argparse.Namespace) -> PlanSettings:
-    """--steps and --base-steps belong to the distilled grid; plan base has its own 30 steps."""
+def _settings(name: str, names: tuple[str, ...], args: argparse.Namespace) -> PlanSettings:
+    """Those that a plan has: the grid is the distilled one, since plan base has its own 30 steps,
+    and guidance belongs to the models that run."""
     if name == "base":
-        return {"preset": args.preset}
-    k = None if name == "distilled" else args.base_steps
-    return {"preset": args.preset, "steps": args.steps, "k": k}
+        own: PlanSettings = {"preset": args.preset, "base_guidance": args.base_guidance}
+        return {**own, "steps": args.steps} if names == ("base",) else own
+    found: PlanSettings = {
+        "preset": args.preset,
+        "steps": args.steps,
+        "distilled_guidance": args.distilled_guidance,
+    }
+    if name != "distilled":
+        found["k"] = args.base_steps
+    if name not in ("distilled", "skip-first"):
+        found["n"], found["base_guidance"] = args.base_grid, args.base_guidance
+    return found
+
+
+def _negatives(
+    negative: str, tables: Mapping[str, StepTable], change: Intervention | None
+) -> dict[str, str]:
+    """The negative prompt of each plan: none where no row has guidance, which is said."""
+    found = {
+        name: negative if any(step.guidance != 1.0 for step in table) else ""
+        for name, table in tables.items()
+    }
+    unguided = [name for name, text in found.items() if negative and not text]
+    if len(unguided) == len(tables) and not (change is not None and change.guided):
+        raise InputError(
+            f"the negative prompt would do nothing: plan {', '.join(tables)} runs without "
+            "guidance; leave it out, or give --base-guidance or --distilled-guidance"
+        )
+    if unguided:
+        note(f"no guidance in plan {', '.join(unguided)}: the negative prompt does nothing there")
+    return found
 
 
 def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
@@ -124,7 +169,15 @@ def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
         if names.count(name) > 1:
             raise PlanError(f"plan {name!r} is given twice: leave one out")
         if uses_bundled(args):
-            named_plan(name, _settings(name, args), "demo")
+            named_plan(name, _settings(name, names, args), "demo")
+    taken = {key for name in names for key in _settings(name, names, args)}
+    for key in PLAN_OPTIONS:
+        option = {"k": "base_steps", "n": "base_grid"}.get(key, key)
+        if getattr(args, option) is not None and key not in taken:
+            raise PlanError(
+                f"--{option.replace('_', '-')} does nothing in plan {', '.join(names)}: leave it "
+                "out, or name a plan that takes it"
+            )
     return names
 
 
@@ -134,45 +187,6 @@ def _check_output(out: Path, overwrite: bool) -> None:
     check_file(out, size_bytes=4_000_000)
     if out.exists() and not overwrite:
         raise InputError(f"{str(out)!r} exists: choose another --out, or give --overwrite")
-
-
-def _change(args: argparse.Namespace) -> Change | None:
-    model, step = None, args.from_step
-    if args.switch is not None:
-        model, mark, row = args.switch.partition("@")
-        if not (mark and model and row.isdecimal()):
-            raise InputError(f"--switch {args.switch!r:.40}: expected MODEL@STEP, as in base@2")
-        if step not in (None, int(row)):
-            raise InputError(f"--switch {args.switch} and --from-step {step} name two steps")
-        step = int(row)
-    asked = (args.reseed, args.guidance, args.prompt_from, args.switch)
-    if step is None:
-        if any(value is not None for value in asked):
-            raise InputError("--reseed, --guidance and --prompt-from need --from-step K")
-        return None
-    if all(value is None for value in asked):
-        raise InputError(
-            "--from-step changes nothing by itself: give --reseed, --switch, --guidance or "
-            "--prompt-from"
-        )
-    seeds = None if args.reseed is None else parse_seeds(args.reseed)
-    text = None if args.prompt_from is None else worded(args.prompt_from)
-    return Change(step, model, seeds, args.guidance, text)
-
-
-def _check_change(change: Change | None, tables: dict[str, StepTable], engine: Engine) -> None:
-    if change is None:
-        return
-    from headstart.traces.branches import changed
-
-    for name, table in tables.items():
-        if not 1 <= change.step < len(table):
-            raise InputError(
-                f"plan {name!r} has steps 0 to {len(table) - 1}, so it can change from step 1 to "
-                f"{len(table) - 1}, not from {change.step}: choose another step or plan"
-            )
-        predictions = engine.weights.predictions
-        changed(table, change.step, predictions, model=change.model, guidance=change.guidance)
 
 
 def _tools(args: argparse.Namespace, engine: Engine) -> tuple[Decoder, ConceptScorer | None]:
@@ -194,49 +208,49 @@ def _tools(args: argparse.Namespace, engine: Engine) -> tuple[Decoder, ConceptSc
 
 def _memory(
     engine: Engine,
-    tables: dict[str, StepTable],
+    tables: Mapping[str, StepTable],
     images: int,
     size: tuple[int, int] | None,
-    change: Change | None,
+    change: Intervention | None,
 ) -> str:
+    """What keeping x0 will take; a way on from a step has the rows before that step too."""
     weights = engine.weights
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
-    rows = sum(map(len, tables.values())) * (1 if change is None else 2)
-    kept = rows * images * weights.latent_channels * cells * 4
-    return f"keeping x0 of {rows} steps x {images} images: {kept / 1e6:.1f} MB"
+    rows = sum(map(len, tables.values()))
+    told, kept = f"{rows} steps x {_images(images)}", rows * images
+    if change is not None:
+        more, wide = rows * len(change.steps), change.images(images)
+        told, kept = f"{told} and {more} steps x {_images(wide)} of changes", kept + more * wide
+    mb = kept * weights.latent_channels * cells * 4 / 1e6
+    return f"keeping x0 of {told}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
+
+
+def _images(count: int) -> str:
+    return f"{count} image{'s' * (count > 1)}"
 
 
 def _sampled(
     engine: Engine,
     prompt: str,
-    tables: dict[str, StepTable],
-    seeds: tuple[int, ...],
-    size: tuple[int, int] | None,
-    change: Change | None,
+    asked: Mapping[str, Mapping[str, Any]],
+    change: Intervention | None,
 ) -> dict[str, Traced]:
-    from headstart.traces.branches import branch
-
+    before = () if change is None else [step - 1 for step in change.steps]
     runs: dict[str, Traced] = {}
-    with progress(sum(map(len, tables.values())), "sampling") as bar:
-        for name, table in tables.items():
-            kept: list[State] = []
+    with progress(sum(len(given["plan"]) for given in asked.values()), "sampling") as bar:
+        for name, given in asked.items():
+            kept: dict[int, State] = {}
 
-            def see(state: State, kept: list[State] = kept) -> None:
+            def see(state: State, kept: dict[int, State] = kept) -> None:
                 bar.update()
-                if change is not None and state.step == change.step - 1:
-                    kept.append(state)
+                if state.step in before:
+                    kept[state.step] = state
 
-            run = engine.sample(
-                prompt, plan=table, seeds=seeds, size=size, keep_x0=True, on_step=see
-            )
+            run = engine.sample(prompt, **given, keep_x0=True, on_step=see)
             runs[name] = run
             if change is not None:
-                other = branch(
-                    engine, run, kept[0], model=change.model, reseed=change.seeds,
-                    guidance=change.guidance, prompt=change.prompt,
-                )  # fmt: skip
-                runs[f"{name} · {other.change}"] = other
+                runs.update(change.branches(name, engine, run, kept))
     return runs
 
 
@@ -252,13 +266,14 @@ def _traced(
         return trace(runs, decoder, phrases=args.watch, scorer=scorer, every=args.every or 1)
 
 
-def _encoded(found: Trace, suffix: str) -> bytes:
+def _encoded(found: Trace, suffix: str, whole: bool) -> bytes:
     from headstart.pictures.sheet import encode_png
 
     if suffix == ".html":
         return found.page().encode()
     if suffix == ".png":
-        return encode_png(found.sheet())
+        longest = max(len(strip.rows) for strip in found.strips)
+        return encode_png(found.sheet(columns=min(longest, MOST_COLUMNS) if whole else 8))
     return found.animation().encode("webp" if suffix == ".webp" else "gif")
 
 

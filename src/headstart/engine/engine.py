@@ -257,6 +257,8 @@ class Engine:
         is allocated. InputError also for a network that gives NaN or infinity.
         """
         clock = Clock(self.device)
+        if check := getattr(on_step, "check_space", None):  # a preview's decoder has a family too
+            check(self.weights.lineage)
         run = self._prepare(
             prompts, plan, seeds, negative, size, batch, adapters, settings, keep_x0
         )

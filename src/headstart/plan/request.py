@@ -106,24 +106,30 @@ def pair_up(
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`7`, `3,7` or `0-15`, also mixed (`0-3,8`) -> seeds in that order. Raises InputError."""
-    seeds: list[int] = []
+    seeds = parse_numbers(text, "seeds")
+    pair_up("", seeds)
+    return seeds
+
+
+def parse_numbers(text: str, what: str) -> tuple[int, ...]:
+    """Whole numbers and ranges of them; `what` they are is for the error."""
+    numbers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
         if found is None:
             raise InputError(
-                f"seeds {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
+                f"{what} {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
             )
         first = int(found[1])
         last = first if found[2] is None else int(found[2])
         if last < first:
-            raise InputError(f"seeds {part.strip()!r}: a range must go up, such as {last}-{first}")
+            raise InputError(f"{what} {part.strip()!r}: a range must go up, such as {last}-{first}")
         if last - first >= 1_000_000:
             raise InputError(
-                f"seeds {part.strip()!r}: a range of {last - first + 1} seeds; at most 10^6"
+                f"{what} {part.strip()!r}: a range of {last - first + 1} {what}; at most 10^6"
             )
-        seeds += range(first, last + 1)
-    pair_up("", seeds)
-    return tuple(seeds)
+        numbers += range(first, last + 1)
+    return tuple(numbers)
 
 
 def check_size(size: int | tuple[int, int] | None, default: int, multiple: int) -> tuple[int, int]:

@@ -12,7 +12,9 @@ from typing import SupportsIndex, final
 import torch
 from torch import Tensor
 
+from headstart.adapters.strength import Strength
 from headstart.engine.engine import Engine
+from headstart.engine.pixels import decode_rgb
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
@@ -21,7 +23,6 @@ from headstart.plan.request import pair_up
 from headstart.plan.table import Step, StepTable
 from headstart.plan.update import consistency_boundary
 from headstart.sampler import State
-from headstart_kernels import decode_u8
 
 
 @final
@@ -35,6 +36,7 @@ class Branch:
     table      all rows: those that were kept, and those that ran anew
     from_step  the first row that ran anew
     change     what is different, in words
+    original   uint8 [B, H, W, 3], what each image was before the change
     """
 
     rgb: Tensor
@@ -45,6 +47,7 @@ class Branch:
     seeds: tuple[int, ...]
     from_step: int
     change: str
+    original: Tensor
     chunk: int
     lineage: str | None
 
@@ -58,6 +61,7 @@ def branch(
     reseed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     guidance: float | None = None,
     prompt: str | None = None,
+    negative: str | None = None,
 ) -> Branch:
     """Go on from `state`, a State of the run `origin`, with what is given changed.
 
@@ -68,37 +72,45 @@ def branch(
     model     runs all rows left, on the same noise levels
     reseed    one seed an image; noise is drawn from these, and the start is drawn anew: what is
               predicted stays, under fresh noise. One image may go on under several seeds
-    guidance  of all rows left; prompt: of all rows left
+    guidance  of all rows left; prompt, negative: of all rows left
 
     With nothing changed it gives the bits of the origin. Raises InputError or PlanError for a
     change that cannot be made, before a network runs.
     """
     first = state.step + 1
+    if engine.weights.lineage != origin.lineage:
+        raise InputError(
+            f"the run is of {origin.lineage} latents, this engine's are {engine.weights.lineage} "
+            "latents: branch off with the engine that sampled it"
+        )
     if not 1 <= first < len(origin.table):
         raise InputError(
             f"a branch starts at row 1 to {len(origin.table) - 1} of plan {origin.table.name!r}, "
             f"not at row {first}: row 0 is another run, and there is no row after the last"
         )
-    words = _told(model, reseed, guidance, prompt)
+    words = _told(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights.predictions, model=model, guidance=guidance)
     seeds = origin.seeds if reseed is None else pair_up("", reseed)[1]
     kept = None if origin.x0 is None else origin.x0[:first]
     if reseed is not None:
         state = _renoised(state, table[first].sigma, seeds)
         kept = None if kept is None else _spread(kept, len(seeds), 1)
+    count = len(seeds)
     prompts = origin.prompts if prompt is None else (prompt,)
-    if len(seeds) != len(prompts):
-        prompts = prompts[:1] * len(seeds)
+    prompts = prompts if len(prompts) == count else prompts[:1] * count
+    chunk = min(origin.chunk, count)
     run = engine.iterate(
-        prompts, plan=table, seeds=seeds, negative=origin.negative, size=origin.size,
-        batch=min(origin.chunk, len(seeds)), resume=state,
+        prompts, plan=table, seeds=seeds, size=origin.size, batch=chunk, resume=state,
+        negative=origin.negative if negative is None else negative,
+        adapters=_strengths(engine, origin, count),
     )  # fmt: skip
     made: list[Tensor] = []
     for state in run:
         if kept is not None:
             made.append(state.x0)
+    dtype = engine.weights.vae_dtype
     return Branch(
-        rgb=_decoded(engine, state.x, origin.chunk),
+        rgb=decode_rgb(engine.vae, state.x, dtype=dtype, chunk=chunk, seeds=seeds),
         latents=state.x,
         x0=None if kept is None else torch.cat((kept, torch.stack(made))),
         table=replace(table, name=f"{origin.table.name} · {words}"),
@@ -106,7 +118,8 @@ def branch(
         seeds=seeds,
         from_step=first,
         change=words,
-        chunk=origin.chunk,
+        original=_spread(origin.rgb, count, 0),
+        chunk=chunk,
         lineage=origin.lineage,
     )
 
@@ -170,21 +183,35 @@ def _spread(kept: Tensor, count: int, axis: int) -> Tensor:
     return kept.repeat_interleave(count, axis)
 
 
-def _decoded(engine: Engine, latents: Tensor, chunk: int) -> Tensor:
-    latents = latents.to(engine.weights.vae_dtype)
-    try:
-        with torch.inference_mode():
-            parts = (latents[i : i + chunk] for i in range(0, len(latents), chunk))
-            return torch.cat([decode_u8(engine.vae.decode(part)) for part in parts])
-    except ValueError as error:
-        raise InputError(f"the branch cannot be decoded: {error}") from error
+def _strengths(engine: Engine, origin: Trajectory, count: int) -> dict[str, Strength]:
+    """How strongly adapters acted in the origin, which its call may have said and not the engine;
+    those of a single image are those of all that go on from it."""
+    found = engine.adapters.recorded(origin.adapters)
+    if count == len(origin.seeds):
+        return found
+    return {name: _widened(strength, count) for name, strength in found.items()}
 
 
-def _told(model: str | None, reseed: object, guidance: float | None, prompt: str | None) -> str:
+def _widened(strength: Strength, count: int) -> Strength:
+    value, text = strength.value, strength.text
+    if isinstance(value, tuple):
+        rows = tuple(row * count for row in value if isinstance(row, tuple))
+        value = rows or value * count
+    return replace(strength, value=value, text=text * count if isinstance(text, tuple) else text)
+
+
+def _told(
+    model: str | None,
+    reseed: object,
+    guidance: float | None,
+    prompt: str | None,
+    negative: str | None,
+) -> str:
     told = [
         f"{model} from here" if model is not None else "",
         "fresh noise" if reseed is not None else "",
         f"guidance {guidance:g}" if guidance is not None else "",
         f"“{prompt}”" if prompt is not None else "",
+        f"away from “{negative}”" if negative is not None else "",
     ]
     return ", ".join(filter(None, told)) or "nothing changed"

@@ -20,8 +20,9 @@ from headstart.pictures.sheet import cell_px, scaled
 from headstart.traces.strip import Placed, Strip, place
 from headstart.traces.timeline import Timeline
 
-_MARGIN, _LABEL, _GAP, _APART, _BLOCK_GAP = 64, 250, 14, 40, 54
-_TITLE_PX, _NAME_PX, _LONG_NAME_PX, _NOTE_PX, _SMALL_PX, _TINY_PX = 48, 31, 24, 20, 17, 15
+_MARGIN, _LABEL, _GAP, _APART, _BLOCK_GAP = 64, 290, 14, 40, 54
+_TITLE_PX, _LONG_TITLE_PX, _NAME_PX, _LONG_NAME_PX = 48, 30, 31, 24
+_NOTE_PX, _SMALL_PX, _TINY_PX = 20, 17, 15
 _HEAD_PX, _BAR_PX, _SHARE_PX, _CHART_PX, _LEGEND_PX = 50, 24, 30, 132, 44
 MODEL_COLOURS = {"base": "#33658a", "distilled": "#c2410c"}
 _OTHER = "#5f6b52"
@@ -59,16 +60,21 @@ def draw_filmstrip(
     count, placed = place(strips, most)
     grid = _Grid(_MARGIN + _LABEL, cell_px(strips[0].final), count, _score_range(strips))
     heights = [_height(strip, grid) for strip in strips]
-    top = _MARGIN + _TITLE_PX + 74
     room = grid.right - _MARGIN
+    lines, size_px = [title], _TITLE_PX
+    if width(title, _TITLE_PX) > room:
+        lines, size_px = _folded(title[:400], _LONG_TITLE_PX, room, most=3), _LONG_TITLE_PX
+    below = _MARGIN - 10 + len(lines) * round(1.25 * size_px)
+    top = below + 72
     small_print = wrapped(footer, _SMALL_PX, room)
     bottom = top + sum(heights) + (len(strips) - 1) * _BLOCK_GAP + 40
     size = (grid.right + _MARGIN, bottom + len(small_print) * (_SMALL_PX + 8) + _MARGIN - 8)
     sheet = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(sheet)
-    write(pen, (_MARGIN, _MARGIN - 10), cut(title, _TITLE_PX, room), _TITLE_PX, INK)
-    at = (_MARGIN, _MARGIN + _TITLE_PX + 8)
-    write(pen, at, cut(subtitle, _NOTE_PX, room), _NOTE_PX, GREY)
+    for number, line in enumerate(lines):
+        at = (_MARGIN, _MARGIN - 10 + number * round(1.25 * size_px))
+        write(pen, at, line, size_px, INK)
+    write(pen, (_MARGIN, below + 8), cut(subtitle, _NOTE_PX, room), _NOTE_PX, GREY)
     y = top
     for strip, where, height in zip(strips, placed, heights, strict=True):
         _draw_block(sheet, pen, strip, where, grid, y)
@@ -108,7 +114,7 @@ def _chart_px(timeline: Timeline) -> int:
 def _draw_block(
     sheet: Image.Image, pen: ImageDraw.ImageDraw, strip: Strip, where: Placed, grid: _Grid, y: int
 ) -> None:
-    _draw_label(pen, strip, y)
+    _draw_label(pen, strip, where, y)
     _draw_heads(pen, strip, where, grid, y)
     bars = y + _HEAD_PX
     first = bars + _BAR_PX + 8
@@ -120,36 +126,45 @@ def _draw_block(
         _draw_timeline(sheet, pen, strip, where, grid, below)
 
 
-def _draw_label(pen: ImageDraw.ImageDraw, strip: Strip, y: int) -> None:
+def _draw_label(pen: ImageDraw.ImageDraw, strip: Strip, where: Placed, y: int) -> None:
     room = _LABEL - 28
+    beside = room - max(width(_seed(seed), _SMALL_PX) for seed in strip.seeds)
     name, _, change = strip.name.partition(" · ")
     top = y + _HEAD_PX - 14
     lines, size_px = [name], _NAME_PX
     if width(name, _NAME_PX) > room:
-        lines, size_px = _folded(name, _LONG_NAME_PX, room)[:2], _LONG_NAME_PX
+        lines, size_px = _folded(name, _LONG_NAME_PX, room, most=2), _LONG_NAME_PX
     for line in lines:
-        write(pen, (_MARGIN, top), cut(line, size_px, room), size_px, INK)
+        write(pen, (_MARGIN, top), line, size_px, INK)
         top += size_px + 4
-    passes = strip.table.passes()
-    notes = [f"{passes} network pass{'es' * (passes != 1)}"]
-    if strip.from_step is not None:
-        notes = [f"from step {strip.from_step}"]
-        notes += [line for line in _folded(change, _NOTE_PX, room) if line]
-    for number, note in enumerate(notes[:4]):
-        at = (_MARGIN, top + 7 + number * 26)
-        write(pen, at, cut(note, _NOTE_PX, room), _NOTE_PX, ACCENT if number else GREY)
+    for number, (note, colour) in enumerate(_notes(strip, where, change, int(beside))):
+        at = (_MARGIN, top + 7 + number * 25)
+        write(pen, at, cut(note, _SMALL_PX, int(beside)), _SMALL_PX, colour)
 
 
-def _folded(text: str, size_px: int, room: int) -> list[str]:
-    """Lines of whole words."""
+def _notes(strip: Strip, where: Placed, change: str, room: int) -> list[tuple[str, str]]:
+    """At most 4 lines under a name, and their colours."""
+    if strip.from_step is None:
+        passes = strip.table.passes()
+        notes = [(f"{passes} network pass{'es' * (passes != 1)}", GREY)]
+        shown, steps = len(where.shown), len(strip.table)
+        return notes + [(f"{shown} of {steps} steps shown", GREY)] * (shown < steps)
+    told = [(line, ACCENT) for line in _folded(change, _SMALL_PX, room, most=3)]
+    if strip.moved is None:
+        return told
+    return [*told, (f"moved by {strip.moved.value:.3f}", GREY)]
+
+
+def _folded(text: str, size_px: int, room: int, most: int) -> list[str]:
+    """At most so many lines of whole words; the last one is cut where more would follow."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and width(longer, size_px) > room:
+        if lines[-1] and width(longer, size_px) > room and len(lines) < most:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines
+    return [cut(line, size_px, room) for line in lines if line]
 
 
 def _draw_heads(pen: ImageDraw.ImageDraw, strip: Strip, where: Placed, grid: _Grid, y: int) -> None:
@@ -210,7 +225,7 @@ def _draw_line(
     y: int,
 ) -> None:
     middle = y + grid.cell // 2
-    seed = cut(f"seed {strip.seeds[line]}", _SMALL_PX, 130)
+    seed = _seed(strip.seeds[line])
     write(pen, (grid.left - 20, middle), seed, _SMALL_PX, GREY, anchor="rm")
     pen.line((grid.x(where.columns[0]), middle, grid.final, middle), FAINT, 2)
     chosen = strip.frames[list(where.shown), line]
@@ -225,6 +240,10 @@ def _draw_line(
         _draw_share(pen, float(strip.measured.share[index, line]), at[0], y + grid.cell, grid.cell)
     (final,) = scaled(strip.final[line : line + 1], grid.cell)
     sheet.paste(final, (grid.final + (grid.cell - final.width) // 2, y))
+
+
+def _seed(seed: int) -> str:
+    return cut(f"seed {seed}", _SMALL_PX, 130)
 
 
 def _draw_missing(pen: ImageDraw.ImageDraw, at: tuple[int, int], cell: int) -> None:

@@ -1,6 +1,7 @@
 """One HTML file to scrub through a trace: pictures, numbers, style and script are all inside it.
 
-page.html is the template; {{title}} is escaped text, {{data}} is JSON with every "<" escaped.
+page.html is the template, page.css its {{style}}, page_charts.js and page.js its {{script}};
+{{title}} is escaped text, {{data}} is JSON with every "<" escaped.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headstart.traces.strip import Strip
+from headstart.traces.structure import plain
 
 LARGEST_PX = 256
 """Pictures are reduced to this; a page of 38 steps x 4 seeds at 256 px is about 2 MB."""
@@ -34,9 +36,17 @@ def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
     }
     # "</script>" in a prompt would end the data; JSON may spell any character as an escape.
     told = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
-    template = files("headstart.traces").joinpath("page.html").read_text(encoding="utf-8")
-    values = {"title": html.escape(f"{prompt[:120]} · headstart trace"), "data": told}
-    return re.sub(r"\{\{(title|data)\}\}", lambda found: values[found[1]], template)
+    values = {
+        "title": html.escape(f"{prompt[:120]} · headstart trace"),
+        "data": told,
+        "style": _part("page.css"),
+        "script": _part("page_charts.js") + _part("page.js"),
+    }
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: values[found[1]], _part("page.html"))
+
+
+def _part(name: str) -> str:
+    return files("headstart.traces").joinpath(name).read_text(encoding="utf-8")
 
 
 def _plan(strip: Strip) -> dict[str, Any]:
@@ -44,7 +54,12 @@ def _plan(strip: Strip) -> dict[str, Any]:
     return {
         "name": strip.name,
         "seeds": [str(seed) for seed in strip.seeds],  # beyond 2^53 JavaScript has no integers
-        "steps": [figures.to_json() for figures in strip.measured.figures],
+        "from_step": strip.from_step,
+        "moved": None if strip.moved is None else [plain(part) for part in strip.moved],
+        "steps": [
+            {**figures.to_json(), "guidance": step.guidance}
+            for figures, step in zip(strip.measured.figures, strip.steps, strict=True)
+        ],
         "share_by_seed": [
             [round(value, 4) if np.isfinite(value) else None for value in row]
             for row in strip.measured.share.tolist()

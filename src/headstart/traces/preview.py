@@ -157,7 +157,8 @@ class Preview:
 
     A decoder that fails, or gives NaN, ends nothing: the run goes on, and `problems` and a warning
     at the end name the step. `close`, or leaving the `with` block, waits for the frames still on
-    their way and raises what the callback raised. It may serve one run after another.
+    their way and raises what the callback raised, or warns of it where the block itself raised. It
+    may serve one run after another.
     """
 
     def __init__(
@@ -195,6 +196,10 @@ class Preview:
         linear = self.decoder.linear
         return linear if linear is not None and linear.factors.is_cuda else None
 
+    def check_space(self, lineage: str | None) -> None:
+        """Raise InputError for a run of another family; `Engine.sample` asks before it begins."""
+        self.decoder.check_space(lineage)
+
     def __call__(self, state: State) -> None:
         """Start the picture of a row. Raises InputError for latents the decoder cannot read."""
         if state.step % self.every:
@@ -206,7 +211,16 @@ class Preview:
         decoder, source = self.decoder, state.x0
         if decoder.linear is not None and state.rgb is not None:
             decoder, source = _MADE, state.rgb.permute(0, 3, 1, 2)
-        finish = self._opened(source.device).begin(decoder, source)
+        try:
+            finish = self._opened(source.device).begin(decoder, source)
+        except queue.Empty:  # of a lane with fewer slots than this preview
+            self._slots.release()
+            self.dropped += 1
+            return
+        except Exception as error:
+            self._slots.release()
+            self._failed(state.step, error)
+            return
         self._pending.put(_Pending(state.step, finish))
         if self._thread is None:
             self._thread = threading.Thread(target=self._work, name="preview", daemon=True)
@@ -214,22 +228,27 @@ class Preview:
 
     def close(self) -> None:
         """Wait for the frames on their way; warn of problems; raise what the callback raised."""
-        if self._thread is not None:
-            self._pending.put(None)
-            self._thread.join()
-            self._thread = None
-        told, self._told = self.problems[self._told :], len(self.problems)
-        raised, self._raised = self._raised, None
-        if told:
-            warnings.warn(f"preview: {'; '.join(told)}", stacklevel=2)
-        if raised is not None:
-            raise raised
+        self._end(quiet=False)
 
     def __enter__(self) -> Preview:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._end(quiet=kind is not None)
+
+    def _end(self, *, quiet: bool) -> None:
+        if self._thread is not None:
+            self._pending.put(None)
+            self._thread.join()
+            self._thread = None
+        raised, self._raised = self._raised, None
+        if raised is not None and quiet:
+            self.problems.append(f"the receiver failed: {type(raised).__name__}: {raised}")
+        told, self._told = self.problems[self._told :], len(self.problems)
+        if told:
+            warnings.warn(f"preview: {'; '.join(told)}", stacklevel=3)
+        if raised is not None and not quiet:
+            raise raised
 
     def _opened(self, device: torch.device) -> Lane:
         if self._lane is None:

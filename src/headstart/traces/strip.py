@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.metrics.resample import Interval
 from headstart.plan.table import Step, StepTable
 from headstart.traces.structure import Measured
 from headstart.traces.timeline import Timeline
@@ -27,6 +28,7 @@ class Strip:
     good       [S, B], False where the decoder failed
     final      uint8 [B, H, W, 3], the finished images
     from_step  the first row that ran anew, for a branch
+    moved      distance of a branch's finished images to those before the change, mean over seeds
     """
 
     name: str
@@ -40,6 +42,7 @@ class Strip:
     measured: Measured
     timeline: Timeline | None = None
     from_step: int | None = None
+    moved: Interval | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:

@@ -69,7 +69,7 @@ class Figures(NamedTuple):
             "timestep": self.timestep,
             "sigma": self.sigma,
             "amplification": self.amplification,
-            **{name: [_plain(part) for part in value] for name, value in numbers.items()},
+            **{name: [plain(part) for part in value] for name, value in numbers.items()},
         }
 
 
@@ -151,6 +151,12 @@ def measure(
     return Measured(distance, share, figures)
 
 
+def moved(images: NDArray[np.uint8], original: NDArray[np.uint8], space: Space) -> Interval:
+    """How far pictures uint8 [B, H, W, 3] are from others, one by one: mean over the batch."""
+    features = space.extractor.features
+    return _mean(space.pair(features(images), features(original)))
+
+
 def _mean(values: Array) -> Interval:
     """Mean over seeds, with a bootstrap interval where there are at least two."""
     known = values[np.isfinite(values)]
@@ -182,5 +188,6 @@ def _interval(value: float, drawn: Array) -> Interval:
     return Interval(value, float(low), float(high))
 
 
-def _plain(value: float) -> float | None:
+def plain(value: float) -> float | None:
+    """For JSON: what is not finite is null."""
     return round(value, 6) if math.isfinite(value) else None

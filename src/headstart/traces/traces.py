@@ -24,7 +24,15 @@ from headstart.traces.decoders import Decoder
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.page import write_page
 from headstart.traces.strip import Strip
-from headstart.traces.structure import Figures, Space, feature_space, measure, pixel_space
+from headstart.traces.structure import (
+    Figures,
+    Space,
+    feature_space,
+    measure,
+    moved,
+    pixel_space,
+    plain,
+)
 from headstart.traces.timeline import ConceptScorer, watch
 
 DEMO_THRESHOLD = 0.5
@@ -98,6 +106,8 @@ class Trace:
             f"the last step's picture · by {self.space}, {self.decoder} decoder · "
             f"{count} seed{'s' * (count > 1)}"
         )
+        if any(strip.moved is not None for strip in self.strips):
+            text += " · moved by: the same distance, from the image without the change"
         scorers = {s.timeline.scorer: s.timeline.meaning for s in self.strips if s.timeline}
         told = [f"curves: {meaning} by {name}" for name, meaning in scorers.items()]
         return " · ".join([text, *told])
@@ -175,7 +185,7 @@ def trace(
                 final=run.rgb.cpu().numpy(),
                 measured=measure(steps, frames, good, blank, chosen),
                 timeline=None if scorer is None else watch(frames, good, phrases, scorer),
-                from_step=run.from_step if isinstance(run, Branch) else None,
+                **_changed(run, chosen),
             )
         )
     assert space is not None
@@ -186,6 +196,13 @@ def trace(
         strips=tuple(strips),
         problems=tuple(problems),
     )
+
+
+def _changed(run: Traced, space: Space) -> dict[str, Any]:
+    if not isinstance(run, Branch):
+        return {}
+    far = moved(run.rgb.cpu().numpy(), run.original.cpu().numpy(), space)
+    return {"from_step": run.from_step, "moved": far}
 
 
 def looked_at(count: int, longest: int, every: int) -> tuple[int, ...]:
@@ -306,6 +323,7 @@ def _strip_json(strip: Strip) -> dict[str, Any]:
         "passes": strip.table.passes(),
         "handoffs": list(strip.table.handoffs),
         "from_step": strip.from_step,
+        "moved": None if strip.moved is None else [plain(part) for part in strip.moved],
         "steps": [figures.to_json() for figures in strip.measured.figures],
         "share_by_seed": [
             [round(v, 4) if np.isfinite(v) else None for v in row]
@@ -317,7 +335,7 @@ def _strip_json(strip: Strip) -> dict[str, Any]:
 
 def _strip_text(strip: Strip) -> str:
     lines = [
-        strip.name,
+        strip.name + _told_moved(strip),
         f"{'step':>4}  {'model':<10}{'timestep':>9}{'sigma':>9}{'A':>9}"
         f"{'distance':>10}{'share':>8}{'95 %':>16}{'spread':>9}",
     ]
@@ -333,6 +351,14 @@ def _strip_text(strip: Strip) -> str:
     if strip.timeline is not None:
         lines += [_fates(strip, number) for number in range(len(strip.timeline.phrases))]
     return "\n".join(lines)
+
+
+def _told_moved(strip: Strip) -> str:
+    if strip.moved is None:
+        return ""
+    value, low, high = strip.moved
+    ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
+    return f": moves the image by {value:.3f}{ends}"
 
 
 def _fates(strip: Strip, phrase: int) -> str:
