@@ -125,7 +125,7 @@ def load_text(
     """The text side of a checkpoint: one CLIP encoder, or SDXL's two, with their tokenizer.
 
     The tokenizer comes from `tokenizer` (a tokenizer.json, or a folder with vocab.json and
-    merges.txt), the metadata `headstart.networks.tokenizer`, the diffusers folder, a model in the Hub's
+    merges.txt), the metadata `headstart.tokenizer`, the diffusers folder, a model in the Hub's
     cache, or the package that the extra `clip` installs, in this order. dtype and `head_dim`
     are as in `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
