@@ -542,6 +542,7 @@ BAD_RUNS: list[tuple[str, Any]] = [
     ("finite", {"adapters": {"age": float("nan")}}),
     ("finite", {"adapters": {"age": [1.0, float("inf"), 0.0]}}),
     ("a number", {"adapters": {"age": "strong"}}),
+    ("it is attached to 'base', 'distilled'", {"adapters": {"age": Strength(models=("distil",))}}),
     ("sets adapter", {"plan": hs.Plan((hs.Leg(model="base", steps=2, adapters=(("x", 1),)),))}),
 ]
 
@@ -575,6 +576,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: hs.Engine, mak
         engine.attach(make())
     with pytest.raises(hs.AdapterError, match="this engine has"):
         engine.attach(make(), name="b", to=["turbo"])
+    with pytest.raises(hs.InputError, match="to act on 'distilled': it is attached to 'base'"):
+        engine.attach(make(), Strength(models=("distilled",)), ["base"], name="b")
     with pytest.raises(hs.InputError, match="no adapter"):
         engine.detach("b")
 

@@ -98,11 +98,30 @@ def test_a_run_with_adapters_replays_from_its_record(
     assert "adapter:odd" in capsys.readouterr().err
 
 
+def test_adapters_are_reported_and_files_of_one_name_are_told_apart(
+    engine: hs.Engine, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """diffusers saves every LoRA as `pytorch_lora_weights.safetensors`. Two of them add."""
+    other = tmp_path / "other" / lora.name
+    other.parent.mkdir()
+    other.write_bytes(lora.read_bytes())
+    out = tmp_path / "run"
+    both = ["--lora", f"{lora}:0.5", "--lora", f"{other}:0.5", "--seeds", "1"]
+    assert main(["sample", "a fox", *both, "--out", str(out)]) == 0
+    told = capsys.readouterr().err
+    assert "note: odd: " in told and "note: odd-2: " in told
+    assert told.count("0 of another shape, 0 unmatched") == 4, "two models each"
+    record = json.loads((out / "record.json").read_text())
+    assert list(record["adapters"]) == ["odd", "odd-2"]
+    assert main(["replay", str(out / "record.json")]) == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
         (["--lora", "nowhere:1@"], "behind '@'"),
+        (["--lora", "yellow:1@distil"], "to act on 'distil'"),
         (["--lora", "x", "--strengths=1,1"], "given twice"),
         (["--lora", "x", "--plan", "hybird"], "unknown plan"),
         (["--lora", "x", "--out", "strip.jpg"], "png"),

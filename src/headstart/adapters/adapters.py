@@ -117,6 +117,7 @@ class AdapterSet:
                 f"an adapter named {name!r} is attached already: detach it, give another name=, or "
                 "replace=True to swap it"
             )
+        self._check_acts(name, to, asked)
         resolved = self._resolve(file, to, tuple(allow))
         deltas = self._deltas(resolved)
         live = all(isinstance(d, LowRank) for parts in deltas.values() for d in parts.values())
@@ -165,7 +166,10 @@ class AdapterSet:
             given |= {name: 0.0 for name in self._held if name not in given}
         for name in given:
             self[name]
-        return {name: held.for_run(given.get(name)) for name, held in self._held.items()}
+        acts = {name: held.for_run(given.get(name)) for name, held in self._held.items()}
+        for name, strength in acts.items():
+            self._check_acts(name, self[name].to, strength)
+        return acts
 
     def text_strengths(self, batch: int, acts: Mapping[str, Strength]) -> Tensor | None:
         """[batch, adapters] for the text encoders; None where no live adapter changes them."""
@@ -302,6 +306,16 @@ class AdapterSet:
             if host.columns != self.columns:
                 host.columns = self.columns
                 host.epoch += 1
+
+    def _check_acts(self, name: str, to: tuple[str, ...], strength: Strength) -> None:
+        """A strength on models that are not here would steer nothing, without a word."""
+        models = strength.models
+        if models is not None and (set(models) - set(self._models) or not set(models) & set(to)):
+            raise InputError(
+                f"adapter {name!r} is to act on {', '.join(map(repr, models))}: it is attached to "
+                f"{', '.join(map(repr, to))}, and this engine has "
+                f"{', '.join(map(repr, self._models))}"
+            )
 
     def _check_merged(self, adapter: Adapter, asked: Strength) -> None:
         adapter.one_number(asked)

@@ -121,10 +121,13 @@ class AdapterFile:
         does, and for a NaN or a bad alpha.
         """
         match = match or self.match(networks)
-        deltas: dict[tuple[Network, str], Delta] = {
-            layer: group.delta(self.checkpoint, networks[layer[0]][layer[1]], self.scales)
-            for layer, group in match.owners.items()
-        }
+        try:
+            deltas: dict[tuple[Network, str], Delta] = {
+                layer: group.delta(self.checkpoint, networks[layer[0]][layer[1]], self.scales)
+                for layer, group in match.owners.items()
+            }
+        except AdapterError as error:
+            raise AdapterError(f"{self.path}: {error}") from error
         ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
         return Resolved(
             deltas=deltas,
@@ -204,7 +207,7 @@ class AdapterFile:
             raise AdapterError(
                 f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
                 f"{misfit.name} is {list(misfit.came)}, the layer {list(misfit.expected)}; "
-                f"attach it to a {self.family} model"
+                f"attach it to a model of {self.family}"
             )
         if not owners:
             example = next(iter(self.groups.values()))
@@ -251,7 +254,11 @@ def read_adapter(path: str | Path) -> AdapterFile:
             f"{path}: expected an adapter, got a checkpoint ({', '.join(parts)}): give it as "
             "--base or --distilled, or make a difference of it with `headstart transfer`"
         )
-    grouping = grouped(tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names))
+    layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
+    try:
+        grouping = grouped(layout)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
     groups, strays = grouping
     if not groups:
         raise AdapterError(

@@ -25,11 +25,25 @@ def open_engine(args: argparse.Namespace) -> Engine:
     wanted = [parse_adapter(text) for text in args.lora]
     with progress(None, "loading weights"):
         engine = _load(args)
-        for path, strength in wanted:
-            engine.attach(adapter_path(path), strength, allow=args.allow)
+        reports = [
+            engine.attach(
+                adapter_path(path), strength, name=free_name(path, engine), allow=args.allow
+            )
+            for path, strength in wanted
+        ]
     for line in engine.weights.notes:
         note(line)
+    for told in reports:
+        note(str(told))
     return engine
+
+
+def free_name(path: str, engine: Engine) -> str:
+    """The file's name without its suffix; `name-2` where another file of that name is attached, as
+    every LoRA that diffusers saves is called `pytorch_lora_weights`."""
+    stem = Path(path).stem
+    names = (stem, *(f"{stem}-{number}" for number in range(2, len(engine.adapters) + 2)))
+    return next(name for name in names if name not in engine.adapters)
 
 
 def adapter_path(name: str) -> str | Path:
