@@ -22,8 +22,8 @@ from headstart.adapters.file import AdapterFile, Resolved, read_adapter
 from headstart.adapters.slots import Host, acting
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.checkpoint.tensors import Checkpoint
+from headstart.engine.record import ADAPTER
 from headstart.errors import AdapterError, InputError
-from headstart.plan.record import ADAPTER
 from headstart.plan.table import StepTable
 
 Asking = Mapping[str, Asked] | Sequence[str] | None

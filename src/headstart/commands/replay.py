@@ -14,7 +14,7 @@ from headstart.output import check_folder
 
 if TYPE_CHECKING:
     from headstart.engine.engine import Engine
-    from headstart.plan.record import Recorded
+    from headstart.engine.record import Recorded
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.plan.record import parse, read_record
+    from headstart.engine.record import parse, read_record
 
     record = read_record(args.record)
     recorded = parse(record)

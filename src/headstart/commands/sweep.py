@@ -102,7 +102,7 @@ def _settings(
     cases: tuple[Case, ...],
     size: Size | None,
 ) -> dict[str, Any]:
-    from headstart.plan import record
+    from headstart.engine import record
     from headstart.sweep.ledger import FORMAT
 
     weights = engine.weights

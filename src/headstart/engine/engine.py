@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
 from headstart.adapters.strength import Asked, Strength
+from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
 from headstart.engine.pair import (
@@ -32,7 +33,6 @@ from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.text import ClipText
-from headstart.plan import record as recording
 from headstart.plan.plan import Plan
 from headstart.plan.request import (
     PRESETS,

@@ -23,6 +23,7 @@ from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.memory import SAFE_SHARE, Footprint, available_bytes, footprint
+from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import Dtype, load_text, load_tiny, load_unet, load_vae, widened_bytes
@@ -30,7 +31,6 @@ from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import guidance_embedding
 from headstart.plan.prediction import Prediction
-from headstart.plan.record import Files
 from headstart.plan.schedule import NoiseSchedule
 
 FilePath = str | Path

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from headstart.engine import record as recording
 from headstart.engine.engine import Engine
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
-from headstart.plan import record as recording
 from headstart.sampler import State
 
 

@@ -8,7 +8,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from headstart.plan import record
+from headstart.engine import record
 from headstart.plan.table import StepTable
 
 
