@@ -234,7 +234,6 @@ def _second(lab: Lab, found: Mapping[str, Sequence[Cell]]) -> dict[str, Any] | N
         report = {
             "identity": identity,
             "features": judge.extractor.name,
-            "images": KEPT,
             "rows": rows,
         }
         harness.write_json(path, report)

@@ -44,8 +44,8 @@ SHEETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sheet": ("The paper's cases", ("base", "distilled", "hybrid", "hybrid-k2", "skip-first",
                                     "replace-final", "progressive-distilled",
                                     "progressive-hybrid")),
-    "methods": ("Other methods", ("hybrid", "cads-0.25", "cads-0.5", "particle-256", "particle-1024",
-                                  "pink-1", "select-4", "global-0.5", "first-0")),
+    "methods": ("Other methods", ("hybrid", "cads-0.25", "cads-0.5", "particle-256",
+                                  "particle-1024", "pink-1", "select-4", "global-0.5", "first-0")),
 }  # fmt: skip
 
 
