@@ -65,7 +65,7 @@ class Images(NamedTuple):
 
 def cases() -> dict[str, Case]:
     """Every case by name, in the order of the tables."""
-    return {**_tables(), **_figure_7(), **_students(), **_base_methods(), **_few_step_methods()}
+    return {**_tables(), **_figure_7(), **_students(), **_few_step_methods(), **_base_methods()}
 
 
 QUICK = ("base", "distilled", "hybrid", "skip-first", "hybrid-k2", "cads-0.25", "pink-1")
