@@ -111,16 +111,15 @@ def kid(
 
     features [n, d] against reference [m, d], all pairs, no subsets. For the interval the seeds
     within each prompt, or the prompts, are drawn anew; an image drawn twice is no pair, and the
-    reference stays as it is.
+    reference stays as it is. A prompt drawn twice has more pairs of its own, so the draws are taken
+    around their own mean.
     """
     a, b = _alike(features, reference)
     draws = _draws(len(a), sizes, by, resamples)
     weights = np.concatenate([np.ones((1, len(a))), draws])
     ones = np.ones((1, len(b)))
     values = _within(a, weights) + _within(b, ones) - 2.0 * _across(a, weights, b, ones)
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(values[1:], [tail, 1.0 - tail])
-    return Interval(float(values[0]), float(low), float(high))
+    return _around(float(values[0]), values[1:], level, least=-np.inf)
 
 
 def neighbours(features: Array, reference: Array, *, k: int = 5) -> Neighbours:
@@ -195,11 +194,11 @@ def _draws(count: int, sizes: Sequence[int] | None, by: By, resamples: int) -> A
     return counts
 
 
-def _around(value: float, drawn: Array, level: float) -> Interval:
+def _around(value: float, drawn: Array, level: float, least: float = 0.0) -> Interval:
     """Draws are off by one shift, which says nothing of the spread: take it out."""
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
-    return Interval(value, max(0.0, value + float(low)), value + float(high))
+    return Interval(value, max(least, value + float(low)), value + float(high))
 
 
 def _frechet_drawn(features: Array, weights: Array, reference: Moments, root: Array) -> float:
@@ -223,7 +222,7 @@ def _frechet_to(features: Array, reference: Moments, root: Array) -> float:
     cross = np.linalg.svd(factor @ root, compute_uv=False).sum()
     spread = np.square(factor).sum() + np.trace(reference.covariance)
     apart = np.square(features.mean(0) - reference.mean).sum()
-    return float(apart + spread - 2.0 * cross)
+    return max(0.0, float(apart + spread - 2.0 * cross))  # rounding may end a hair below
 
 
 def _factor(features: Array) -> Array:
