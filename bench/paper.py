@@ -250,7 +250,8 @@ def _traced(lab: Lab, prompt: str) -> dict[str, NDArray[np.float64]] | None:
     path = lab.cell_path("figure-5", prompt)
     if not path.exists():
         return None
-    found: dict[str, Any] = dict(np.load(path))
+    with path.open("rb") as stream, np.load(stream) as held:
+        found: dict[str, Any] = dict(held)
     identity = str(found.pop("identity", ""))
     return found if identity == _trace_identity(lab, prompt) else None
 

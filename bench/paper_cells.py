@@ -112,7 +112,7 @@ class Lab:
     def read(self, name: str, case: Case, prompt: str) -> Cell | None:
         """The finished cell; None where there is none, or one of other settings."""
         try:
-            with np.load(self.cell_path(name, prompt)) as held:
+            with self.cell_path(name, prompt).open("rb") as stream, np.load(stream) as held:
                 if str(held["identity"]) != self.identity(case, prompt):
                     return None
                 values = {field: held[field] for field in Cell._fields}
