@@ -8,7 +8,7 @@
 Tables 2, 3 and E.1, figures 5 and 7 of arXiv:2503.10637, and CADS (2310.17347), interval guidance
 (2404.07724), particle guidance (2310.13102), pink noise, candidate selection, adapter strength and
 an adaptive hand-off. Every case of every prompt is a file under --work: kill it at any time, run
-it again, and it goes on. The seeds are the script's own; nothing was chosen by looking at them.
+it again, and it goes on. The seeds are the script's own; what was chosen on them: paper_cases.
 
 Pictures to compare with, and students that are not bundled, are in --data:
 

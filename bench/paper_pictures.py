@@ -219,7 +219,7 @@ def _sheet(rows: Sequence[Row], title: str, prompt: str, seeds: Sequence[int]) -
     return draw_sheet(
         rows,
         title=title,
-        subtitle=f"{prompt} · seeds {seeds[0]} to {seeds[7]}, the same in every row",
+        subtitle=f"{prompt} · seeds {seeds[0]} to {seeds[7]}, the same in every row but select",
         columns=[str(seed) for seed in seeds[:8]],
         footer="the bundled pair, 64 px; drawn by python bench/paper.py",
     )
