@@ -10,6 +10,7 @@ are the script's own. Writes a plot beside the numbers (matplotlib, from the ben
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,10 +75,21 @@ def _curves(engine: hs.Engine, prompts: list[str], seeds: range) -> dict[str, Cu
     decoder = hs.decoder(engine, "full")
     parts: dict[str, list[Any]] = {plan: [] for plan in PLANS}
     for prompt in tqdm(prompts, desc="prompts"):
-        runs = {plan: engine.sample(prompt, plan=plan, seeds=seeds, keep_x0=True) for plan in PLANS}
-        for strip in hs.trace(runs, decoder).strips:
-            parts[strip.name].append(strip.measured)
+        for plan, measured in traced(engine, decoder, prompt, seeds).items():
+            parts[plan].append(measured)
     return {plan: _curve(found) for plan, found in parts.items()}
+
+
+def traced(
+    engine: hs.Engine,
+    decoder: hs.Decoder,
+    prompt: str,
+    seeds: Sequence[int],
+    plans: Sequence[str] = PLANS,
+) -> dict[str, Any]:
+    """`headstart.traces.structure.Measured` of each plan on one prompt."""
+    runs = {plan: engine.sample(prompt, plan=plan, seeds=seeds, keep_x0=True) for plan in plans}
+    return {strip.name: strip.measured for strip in hs.trace(runs, decoder).strips}
 
 
 def _curve(found: list[Any]) -> Curve:

@@ -1,8 +1,10 @@
 """A program that the sweep's tests run: forks sweeps that are killed, and looks at what they leave.
 
     python tests/crashes.py points FOLDER    SIGKILL at every single write, fsync and rename in turn
-    python tests/crashes.py moments FOLDER   SIGKILL at 24 moments that are drawn at random
+    python tests/crashes.py moments FOLDER   SIGKILL at 24 moments, random over a whole sweep
     python tests/crashes.py ranks FOLDER N   N ranks, one killed; gone on with by another number
+    torchrun ... tests/crashes.py rank FOLDER [DIES]    one rank, as torchrun's environment says;
+                                             rank DIES is killed when its first batch is in place
 
 It loads no torch, so a fork is a few milliseconds, and prints one JSON object.
 """
@@ -134,26 +136,54 @@ def points(folder: Path) -> dict[str, object]:
 
 
 def moments(folder: Path) -> dict[str, object]:
-    """One sweep killed again and again; a new one is begun whenever it gets to its end."""
-    run(folder / "whole")
-    expected, rng = contents(folder / "whole"), random.Random(20250310)
-    killed = ended = 0
-    seen: dict[str, tuple[int, int]] = {}
-    while killed < 24:
-        own = folder / f"{ended:03d}"
-        child = fork(lambda own=own: run(own, slow_s=0.004))
-        time.sleep(rng.uniform(0.001, 0.03))
-        os.kill(child, signal.SIGKILL)
-        done = wait(child)
-        now = finished(own) if own.exists() else {}
-        assert all(now[name] == file for name, file in seen.items()), "lost or written twice"
-        seen, killed, ended = ({} if done else now), killed + (not done), ended + done
-        assert not done or contents(own) == expected
-    own = folder / f"{ended:03d}"
-    run(own)
-    assert contents(own) == expected
-    assert all(recorded_twice(path) == 0 for path in folder.iterdir() if path.name != "whole")
-    return {"killed": killed, "sweeps": ended + 1}
+    """Kills at moments uniform over the time that a whole sweep takes here, each gone on with.
+
+    Every second one is killed again as it goes on. What a kill found done is counted: a test of
+    kills that all come before the first image, or after the last, would say nothing.
+    """
+    rng, slow_s = random.Random(20250310), 0.004
+    begin = time.perf_counter()
+    assert wait(fork(lambda: run(folder / "whole", slow_s=slow_s)))
+    lasts_s = time.perf_counter() - begin
+    expected = contents(folder / "whole")
+    found: Counter[str] = Counter()
+    for number in range(240):
+        own, seen = folder / f"{number:03d}", dict[str, tuple[int, int]]()
+        for _ in range(1 + number % 2):
+            child = fork(lambda own=own: run(own, slow_s=slow_s))
+            time.sleep(rng.uniform(0.0, lasts_s))
+            os.kill(child, signal.SIGKILL)
+            ended = wait(child)
+            now = finished(own) if own.exists() else {}
+            assert all(now[name] == file for name, file in seen.items()), "lost or written twice"
+            if not ended:
+                found["nothing" if not now else "all" if len(now) == len(CASES) else "some"] += 1
+            seen = now
+        run(own)
+        after = finished(own)
+        assert all(after[name] == file for name, file in seen.items()), "written twice"
+        assert contents(own) == expected and recorded_twice(own) == 0
+        if found.total() >= 24 and found["some"] >= 12:
+            break
+    return {"killed": found.total(), **found}
+
+
+def rank(folder: Path, dies: int | None) -> None:
+    """This process's share of a sweep; rank `dies` is killed, the others are slow after a batch."""
+    shard = Shard.of_environment(os.environ)
+    batches = 0
+
+    def work(cases: Sequence[Case]) -> list[np.ndarray]:
+        nonlocal batches
+        batches += 1
+        if batches > 1 and dies == shard.rank:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if batches > 1 and dies is not None:
+            time.sleep(60.0)  # until torchrun, which sees that one has died, ends all
+        return draw(cases)
+
+    with open_ledger(folder, SETTINGS, shard) as ledger:
+        sweep(CASES, work, ledger, batch=1)
 
 
 def ranks(folder: Path, world: int) -> dict[str, object]:
@@ -183,5 +213,8 @@ def ranks(folder: Path, world: int) -> dict[str, object]:
 
 if __name__ == "__main__":
     what, where = sys.argv[1], Path(sys.argv[2])
+    if what == "rank":
+        rank(where, int(sys.argv[3]) if len(sys.argv) > 3 else None)
+        sys.exit()
     found = {"points": points, "moments": moments}.get(what)
     print(json.dumps(found(where) if found else ranks(where, int(sys.argv[3]))))

@@ -105,7 +105,12 @@ def test_evaluate_prints_a_table_and_the_same_as_json(
     assert found["reference"] == {"name": a, "images": 12}
     assert [row["folder"] for row in found["rows"]] == [a, b]
     assert found["rows"][0]["frechet"]["value"] == pytest.approx(0.0, abs=1e-6)
-    assert found["rows"][0]["neighbours"]["coverage"] == 1.0
+    near = found["rows"][0]["neighbours"]
+    assert near["coverage"]["value"] == 1.0
+    for measured in (found["rows"][0]["frechet"], found["rows"][0]["kid"], *near.values()):
+        assert set(measured) == {"value", "over_prompts_95", "over_seeds_95"}
+        for low, high in (measured["over_prompts_95"], measured["over_seeds_95"]):
+            assert low <= high
     assert found["paired"][0]["diversity"]["difference"] > 0
     assert found["rows"][1]["score"] is None
 
@@ -123,7 +128,9 @@ def test_one_image_a_prompt_has_a_frechet_distance_and_no_diversity(tmp_path: Pa
     seen = see(read_gallery(folder), judge)
     (row,) = evaluate([seen], judge, read_reference(str(folder), judge)).rows
     assert row.diversity is None and row.varied == 0
-    assert row.frechet is not None and row.frechet.high > row.frechet.low
+    assert row.frechet is not None and row.frechet.over_prompts is not None
+    assert row.frechet.over_seeds is None  # one image a prompt: there are no seeds to draw
+    assert row.frechet.over_prompts.high > row.frechet.over_prompts.low
 
 
 def test_a_folder_of_sample_is_read_from_its_record(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from headstart.metrics.fidelity import (
     frechet_interval,
     kid,
     neighbours,
+    neighbours_interval,
 )
 
 linalg = pytest.importorskip("scipy.linalg", reason="the independent implementation")
@@ -149,6 +150,56 @@ def test_neighbours_are_what_the_papers_formulas_say_image_by_image(
         np.mean([apart[:, j].min() <= reach_b[j] for j in range(m)]),
     )
     assert neighbours(a, b, k=k) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("by", ["seeds", "prompts"])
+def test_an_interval_of_neighbours_is_of_draws_of_the_same_balls(by: fidelity.By) -> None:
+    """Each draw image by image, and around its own mean; the value is that of all images."""
+    a, b, k = gaussian(24, 3) * 1.2, gaussian(31, 3, 9), 3
+    sizes = [6, 4, 8, 6]
+    found = neighbours_interval(a, b, k=k, sizes=sizes, by=by, resamples=40)
+    assert {name: one.value for name, one in found.items()} == pytest.approx(
+        neighbours(a, b, k=k)._asdict()
+    )
+    reach_a, reach_b = fidelity._reach(a, k), fidelity._reach(b, k)
+    apart = spatial.distance.cdist(a, b)
+    expected: list[list[float]] = []
+    for counts in fidelity._draws(24, sizes, by, 40).astype(int):
+        rows = np.repeat(np.arange(24), counts)
+        inside = apart[rows] <= reach_b
+        near = apart[rows] <= reach_a[rows][:, None]
+        expected.append([
+            inside.any(1).mean(), near.any(0).mean(), inside.sum() / k / len(rows),
+            inside.any(0).mean(),
+        ])  # fmt: skip
+    drawn = np.array(expected) - np.mean(expected, axis=0)
+    for column, one in enumerate(found.values()):
+        ends = np.quantile(drawn[:, column], [0.025, 0.975])
+        low, high = one.value + ends
+        assert (one.low, one.high) == pytest.approx((max(0.0, low), high), abs=1e-12)
+
+
+def test_a_drawn_frechet_distance_is_that_of_the_images_repeated() -> None:
+    features, reference = gaussian(40, 5), Moments.of(gaussian(60, 5, 3) * 1.4 + 0.2)
+    counts = fidelity._draws(40, [10] * 4, "prompts", 6)
+    for row in counts:
+        repeated = features.repeat(row.astype(int), axis=0)
+        expected = _distance(repeated, reference)
+        root = fidelity._root(reference.covariance)
+        found = fidelity._frechet_drawn(features, row, reference, root)
+        assert found == pytest.approx(expected, rel=1e-7)
+
+
+def test_prompts_that_differ_make_an_interval_over_prompts_the_wider_one() -> None:
+    centres = np.repeat(gaussian(10, 4, 5) * 4, 20, axis=0)
+    features, reference = centres + gaussian(200, 4), gaussian(300, 4, 8) * 4
+    for measure in (
+        lambda by: frechet_interval(features, Moments.of(reference), sizes=[20] * 10, by=by),
+        lambda by: kid(features, reference, sizes=[20] * 10, by=by),
+    ):
+        seeds, prompts = measure("seeds"), measure("prompts")
+        assert seeds.value == prompts.value
+        assert prompts.high - prompts.low > 2 * (seeds.high - seeds.low)
 
 
 def test_a_set_covers_itself_and_a_far_one_covers_nothing() -> None:

@@ -19,6 +19,7 @@ from headstart.metrics.resample import (
     over_prompts,
     over_seeds,
     paired,
+    prompt_counts,
     sign_flip,
     stratified_counts,
 )
@@ -130,6 +131,14 @@ def test_strata_keep_their_sizes() -> None:
     counts = stratified_counts([3, 5], 50)
     assert counts.shape == (50, 8)
     assert (counts[:, :3].sum(1) == 3).all() and (counts[:, 3:].sum(1) == 5).all()
+
+
+def test_a_prompt_is_drawn_whole() -> None:
+    counts = prompt_counts([3, 5, 1], 60)
+    assert counts.shape == (60, 9)
+    per_prompt = counts[:, [0, 3, 8]]
+    assert (per_prompt.sum(1) == 3).all() and len(np.unique(per_prompt, axis=0)) > 5
+    assert (counts == np.repeat(per_prompt, [3, 5, 1], axis=1)).all()
 
 
 def test_what_cannot_be_paired_or_resampled_is_refused() -> None:

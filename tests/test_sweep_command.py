@@ -63,7 +63,8 @@ def test_a_sweep_with_another_plan_or_batch_does_not_go_on(
     assert main(["sweep", str(path), "--out", out, "--plan", "distilled"]) == 0
     assert main(["sweep", str(path), "--out", out, "--plan", "hybrid", "--batch", "3"]) == 2
     told = capsys.readouterr().err
-    assert "made with other settings (table: " in told and "batch: 16 then, 3 now" in told
+    assert "made with other settings (table: demo-distilled (sha256 " in told
+    assert "batch: 16 then, 3 now" in told
 
 
 def test_the_same_prompt_and_seed_twice_is_one_image_in_two_files(tmp_path: Path) -> None:
@@ -94,6 +95,30 @@ def test_a_sweep_that_cannot_be_done_is_refused_and_writes_nothing(
     assert main(["sweep", str(path), "--out", str(tmp_path / "out"), *options]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_of_an_environment_share_a_sweep_and_fewer_finish_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    """Rank 1 never comes; the next run has a rank less. The launcher itself: test_sweep.py."""
+    path = write_csv(tmp_path, 6)
+
+    def rank_of(rank: int, count: int, out: Path) -> dict[str, object]:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(count))
+        options = ["--out", str(out), "--batch", "1", "--plan", "distilled", "--json"]
+        assert main(["sweep", str(path), *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    first = [rank_of(rank, world, tmp_path / "out") for rank in range(world) if rank != 1]
+    assert not any(told["complete"] for told in first)
+    assert len(read_entries(tmp_path / "out")) == 6 - 6 // world
+    rest = [rank_of(rank, world - 1, tmp_path / "out") for rank in range(world - 1)]
+    assert rest[-1]["complete"] and sum(int(str(told["written"])) for told in rest) == 6 // world
+    alone = rank_of(0, 1, tmp_path / "one")
+    assert (alone["rank"], alone["world"], alone["written"]) == (0, 1, 6)
+    assert read_entries(tmp_path / "out") == read_entries(tmp_path / "one")
 
 
 @pytest.mark.slow

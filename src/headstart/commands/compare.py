@@ -73,7 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found.to_json(str(args.out))))
     else:
-        print(f"{prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{footer_of(found)}\n{args.out}")
+        counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+        print(f"{prompt!r}, {counted}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
     return 0
 
 

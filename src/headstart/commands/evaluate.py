@@ -76,7 +76,7 @@ def _header(found: Evaluation) -> str:
     if found.reference is not None:
         head += f"{'Frechet':>10}{'95 %':>20}"
         if found.reference.features is not None:
-            head += f"{'KID':>10}{'prec.':>7}{'recall':>7}{'cover.':>7}"
+            head += f"{'KID':>10}{'95 %':>22}{'prec.':>7}{'recall':>7}{'cover.':>7}"
     return head
 
 
@@ -87,12 +87,12 @@ def _line(row: Row) -> str:
     line += f"{_spread(None if row.diversity is None else row.diversity.best, 3):>16}"
     line += f"{_value(row.vendi, 2):>8}{_value(row.score, 3):>8}"
     if row.frechet is not None:
-        line += f"{row.frechet.value:>10.4g}{_spread(row.frechet, 4):>20}"
+        line += f"{row.frechet.value:>10.4g}{_spread(row.frechet.best, 4):>20}"
     if row.kid is not None:
-        line += f"{row.kid.value:>10.5f}"
+        line += f"{row.kid.value:>10.5f}{_spread(row.kid.best, 5):>22}"
     if row.neighbours is not None:
-        near = row.neighbours
-        line += f"{near.precision:>7.2f}{near.recall:>7.2f}{near.coverage:>7.2f}"
+        shown = [row.neighbours[name].value for name in ("precision", "recall", "coverage")]
+        line += "".join(f"{value:>7.2f}" for value in shown)
     return line
 
 

@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
         with progress(None, "verifying what is there"):
             work = share(cases, ledger, args.batch)
         check_folder(args.out, size_bytes=len(work.pending) * _pixels(engine, size) * 3)
-        with progress(len(work.pending) if shard.rank == 0 else 0, "sampling") as bar:
+        with progress(len(work.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
             done = sweep(
                 cases, draw, ledger, batch=args.batch, work=work, on_cases=bar.update
             )  # fmt: skip

@@ -184,6 +184,13 @@ def stratified_counts(sizes: Sequence[int], resamples: int) -> Array:
     return np.concatenate([_seed_counts(n, resamples, p) for p, n in enumerate(sizes)], axis=1)
 
 
+def prompt_counts(sizes: Sequence[int], resamples: int) -> Array:
+    """[R, sum of sizes]: how often each image is drawn with its whole prompt, prompts resampled."""
+    count = len(sizes)
+    drawn = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), resamples)
+    return np.repeat(drawn.astype(np.float64), sizes, axis=1)
+
+
 def _over_prompts(
     values: Array, level: float, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:

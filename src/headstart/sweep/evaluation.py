@@ -6,17 +6,18 @@ pair = a - b on the prompts and seeds that both folders have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER, Judge
-from headstart.metrics.fidelity import Moments, Neighbours, frechet_interval, kid, neighbours
+from headstart.metrics.fidelity import By, Moments, frechet_interval, kid, neighbours_interval
 from headstart.metrics.metrics import Array, vendi
 from headstart.metrics.resample import (
     Interval,
@@ -35,6 +36,7 @@ WIDE = 512
 """Above this many features a Frechet interval takes 50 draws, not 200: one costs a second."""
 
 OnImages = Callable[[int], object]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +78,7 @@ class Spread(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "value": round(self.value, 5),
+            "value": round(self.value, 6),
             "over_prompts_95": _ends(self.over_prompts),
             "over_seeds_95": _ends(self.over_seeds),
         }
@@ -84,16 +86,19 @@ class Spread(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One folder. `varied` are the prompts with two images or more, which diversity is of."""
+    """One folder. `varied` are the prompts with two images or more, which diversity is of.
+
+    neighbours  precision, recall, density and coverage
+    """
 
     gallery: Gallery
     varied: int
     diversity: Spread | None
     vendi: Spread | None
     score: Spread | None
-    frechet: Interval | None = None
-    kid: Interval | None = None
-    neighbours: Neighbours | None = None
+    frechet: Spread | None = None
+    kid: Spread | None = None
+    neighbours: Mapping[str, Spread] | None = None
 
     def to_json(self) -> dict[str, Any]:
         own = self.gallery
@@ -109,9 +114,11 @@ class Row:
             "mss": None if self.diversity is None else round(1.0 - self.diversity.value, 5),
             "vendi": None if self.vendi is None else self.vendi.to_json(),
             "score": None if self.score is None else self.score.to_json(),
-            "frechet": _interval(self.frechet),
-            "kid": _interval(self.kid),
-            "neighbours": None if self.neighbours is None else self.neighbours._asdict(),
+            "frechet": None if self.frechet is None else self.frechet.to_json(),
+            "kid": None if self.kid is None else self.kid.to_json(),
+            "neighbours": None
+            if self.neighbours is None
+            else {name: spread.to_json() for name, spread in self.neighbours.items()},
         }
 
 
@@ -270,34 +277,49 @@ def _row(seen: Seen, reference: Reference | None) -> Row:
 
 
 def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
-    from dataclasses import replace
-
-    sizes, known = seen.gallery.sizes, reference.features
-    # One image a prompt has no seeds to draw: then the images themselves are drawn.
-    strata = sizes if min(sizes) > 1 else (sum(sizes),)
-    draws = 50 if seen.features.shape[1] > WIDE else 200
+    found, sizes, known = seen.features, seen.gallery.sizes, reference.features
+    draws = 50 if found.shape[1] > WIDE else 200
     row = replace(
         row,
-        frechet=frechet_interval(seen.features, reference.moments, sizes=strata, resamples=draws),
+        frechet=_both(
+            sizes,
+            lambda by: frechet_interval(
+                found, reference.moments, sizes=sizes, by=by, resamples=draws
+            ),
+        ),
     )
     if known is None:
         return row
-    k = min(5, len(known) - 1, len(seen.features) - 1)
+    k = min(5, len(known) - 1, len(found) - 1)
+    near = partial(neighbours_interval, found, known, k=k, sizes=sizes)
     return replace(
         row,
-        kid=kid(seen.features, known, sizes=strata),
-        neighbours=neighbours(seen.features, known, k=k) if k > 0 else None,
+        kid=_both(sizes, lambda by: kid(found, known, sizes=sizes, by=by)),
+        neighbours=_each(_by(sizes, lambda by: near(by=by))) if k > 0 else None,
     )
 
 
+def _by(sizes: Sequence[int], measure: Callable[[By], _T]) -> dict[By, _T]:
+    """Over prompts where there are several, over seeds where every prompt has several; or both."""
+    able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
+    return {by: measure(by) for by in able if able[by]}
+
+
+def _both(sizes: Sequence[int], measure: Callable[[By], Interval]) -> Spread:
+    return _spread(_by(sizes, measure))
+
+
+def _each(found: Mapping[By, Mapping[str, Interval]]) -> dict[str, Spread]:
+    names = next(iter(found.values()))
+    return {name: _spread({by: own[name] for by, own in found.items()}) for name in names}
+
+
+def _spread(found: Mapping[By, Interval]) -> Spread:
+    return Spread(next(iter(found.values())).value, found.get("prompts"), found.get("seeds"))
+
+
 def _ends(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else [round(interval.low, 5), round(interval.high, 5)]
-
-
-def _interval(interval: Interval | None) -> dict[str, Any] | None:
-    if interval is None:
-        return None
-    return {"value": round(interval.value, 6), "over_seeds_95": interval.rounded(6)[1:]}
+    return None if interval is None else interval.rounded(6)[1:]
 
 
 def _paired(found: Paired) -> dict[str, Any]:

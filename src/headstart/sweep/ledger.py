@@ -281,8 +281,12 @@ def _identity(settings: Mapping[str, Any], key: str) -> object:
 
 
 def _short(value: object) -> str:
+    """Short values whole, a table by its name, and what only differs further on by its digest."""
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else f"{text[:60]}… (sha256 {_digest(text)})"
+    if len(text) <= 80:
+        return text
+    told = value.get("name") if isinstance(value, dict) else None  # pyright: ignore
+    return f"{told or text[:60] + '…'} (sha256 {_digest(text)})"
 
 
 def _digest(text: str) -> str:

@@ -28,6 +28,7 @@ STAGES: dict[str, Stage] = {
     "base": Stage("base:main", "train the text encoder and the base UNet", 60.0),
     "distill": Stage("distill:main", "distil the base to a few steps", 40.0),
     "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
+    "progressive": Stage("progressive:main", "distil by regression; a control, not bundled", 8.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
     "slider": Stage("control:sliders", "train two sliders on the base", 4.0),

@@ -77,6 +77,8 @@ base has none of its own. What the files took, on two cores that other programs 
 {durations}
 
 `distill` and `control` (which makes `distilled_unguided`) ran on the bundled base after `restore`.
+`progressive` makes a third student, by regression on the base's own trajectories: `bench/paper.py`
+reads it from the work folder, and it is not bundled.
 """
 
 STAGES = (
