@@ -1,6 +1,6 @@
 """What `bench/paper.py` draws: a literal table of cases, each a few lines on the same engine.
 
-A case is a plan of the paper, or one of `headstart.compare.baselines` at one strength. Strengths are a
+A case is a plan of the paper, or one of `compare.baselines` at one strength. Strengths are a
 short grid that was written down before anything was drawn, but for particle guidance: 4, 16 and 64
 changed next to nothing on four pictures of "a fox" (seeds 20000 to 20003), so it begins at 64.
 """

@@ -34,12 +34,15 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
                                                   "first-0.25", "first-0")),
 }  # fmt: skip
 """Legend, colour, and the cases that a line goes through, weakest first."""
-SHORT = {
-    "base": "base", "base-unguided": "base, unguided", "base-8": "8 steps",
-    "base-interval": "interval", "base-cads": "CADS", "base-particle": "particle",
-    "distilled": "distilled", "skip-first": "skip first", "hybrid": "hybrid k=1",
-    "hybrid-k2": "k=2", "hybrid-k3": "k=3", "hybrid-n8": "n=8", "replace-final": "replace final",
+LABELS: dict[str, tuple[str, int, int]] = {
+    "base": ("base", 10, 7), "base-unguided": ("base, unguided", 10, 4),
+    "base-8": ("base, 8 steps", 3, -15), "base-interval": ("base, interval", 9, -14),
+    "base-cads": ("base, CADS", 10, 4), "base-particle": ("base, particle", 10, 6),
+    "distilled": ("distilled", -8, 8), "skip-first": ("skip first", -8, 5),
+    "hybrid": ("hybrid", -8, 6), "hybrid-k2": ("k=2", 8, -4), "hybrid-k3": ("k=3", 9, -1),
+    "hybrid-n40": ("n=40", 8, 3), "replace-final": ("replace final", 8, -16),
 }  # fmt: skip
+"""Case -> its label on the plot, and how far from the dot, in points; a negative dx ends there."""
 SHEETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sheet": ("The paper's cases", ("base", "distilled", "hybrid", "hybrid-k2", "skip-first",
                                     "replace-final", "progressive-distilled",
@@ -124,10 +127,11 @@ def _plot_trade(plt: Any, report: Mapping[str, Any], path: Path) -> None:
         if label != "base":
             axis.plot(x, y, color=colour, linewidth=1.2, alpha=0.6, zorder=1)
         axis.scatter(x, y, s=sizes, color=colour, label=label, edgecolor=PAPER, zorder=2)
-    for name, short in SHORT.items():
+    for name, (label, *away) in LABELS.items():
         if name in rows:
             at = rows[name]["diversity"]["value"], rows[name]["frechet"][0]
-            axis.annotate(short, at, xytext=(7, 6), textcoords="offset points", fontsize=9)
+            side = "right" if away[0] < 0 else "left"
+            axis.annotate(label, at, xytext=away, textcoords="offset points", fontsize=9, ha=side)
     axis.set_yscale("log")
     axis.invert_yaxis()
     ticks = [v for v in (0.02, 0.03, 0.05, 0.1, 0.2, 0.3, 0.5) if _inside(v, axis.get_ylim())]

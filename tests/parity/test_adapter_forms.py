@@ -1,7 +1,7 @@
 """Every form of adapter file made here, and its weights by the form's own formula in float64 numpy.
 
 The names are those of the thirty vector files of ../shared, which hold what the original programs
-compute; a formula is written out as its paper or program has it, not as `headstart.adapters.delta` does.
+compute; a formula is written out as its paper or program has it, not as `adapters.delta` does.
 Tolerance: every product and sum of the formula is rounded once in float32, so the error is within
 (number of roundings) * 2^-24 * (the formula with absolute values).
 """
