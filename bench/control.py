@@ -36,6 +36,7 @@ PLANS: dict[str, dict[str, Any]] = {
     "distilled": {},
     "hybrid": {},
 }
+COLOURS = {"base": "#33658a", "distilled": "#c2410c", "hybrid": "#7b2d8b"}
 STRENGTHS = {"slider": (-2.0, -1.0, 0.0, 1.0, 2.0), "style": (0.0, 0.5, 1.0, 1.5)}
 
 
@@ -79,6 +80,7 @@ def main() -> None:
         "controls": found,
     }
     harness.write_json(options.out, report)
+    _plot(found, options.out.with_suffix(".png"))
     print(_table(found))
 
 
@@ -196,6 +198,34 @@ def _table(found: dict[str, Any]) -> str:
             cells.append(f"{change['value']:+.1f} % {spread}, right {100 * right:.0f} %")
         lines.append(f"| {name} | {told['trained_on']} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _plot(found: dict[str, Any], path: Path) -> None:
+    """Change of the score from strength to strength, a panel a control, with its intervals."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(found), figsize=(3.6 * len(found), 3.6), sharey=True, squeeze=False
+    )
+    for axis, (name, told) in zip(axes[0], found.items(), strict=True):
+        for plan, colour in COLOURS.items():
+            rows = [row["change"] for row in told["plans"][plan]["rows"].values()]
+            value, low, high = ([row[key] for row in rows] for key in ("value", "low", "high"))
+            axis.plot(told["strengths"], value, color=colour, marker="o", markersize=4, label=plan)
+            axis.fill_between(told["strengths"], low, high, color=colour, alpha=0.12, linewidth=0)
+        axis.set_title(f"{name}, trained on the {told['trained_on']} model", loc="left", fontsize=9)
+        axis.set_xlabel("strength")
+        axis.set_xticks(told["strengths"])
+        axis.grid(color="#e4e0d9")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("change of the attribute's score, %")
+    axes[0][0].legend(frameon=False, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 if __name__ == "__main__":

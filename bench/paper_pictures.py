@@ -36,9 +36,9 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
 """Legend, colour, and the cases that a line goes through, weakest first."""
 LABELS: dict[str, tuple[str, int, int]] = {
     "base": ("base", 10, 7), "base-unguided": ("base, unguided", 10, 4),
-    "base-8": ("base, 8 steps", 3, -15), "base-interval": ("base, interval", 9, -14),
+    "base-8": ("base, 8 steps", -4, -17), "base-interval": ("base, interval", 1, -25),
     "base-cads": ("base, CADS", 10, 4), "base-particle": ("base, particle", 10, 6),
-    "distilled": ("distilled", -8, 8), "skip-first": ("skip first", -8, 5),
+    "distilled": ("distilled", 10, -7), "skip-first": ("skip first", -8, 5),
     "hybrid": ("hybrid", -8, 6), "hybrid-k2": ("k=2", 8, -4), "hybrid-k3": ("k=3", 9, -1),
     "hybrid-n40": ("n=40", 8, 3), "replace-final": ("replace final", 8, -16),
 }  # fmt: skip

@@ -290,7 +290,7 @@ def test_a_bad_declaration_is_a_problem_and_not_a_crash(tmp_path: Path) -> None:
 def test_inspection_loads_neither_torch_nor_numpy(tmp_path: Path) -> None:
     save_file(unet_names(), tmp_path / "x.safetensors")
     code = (
-        "import sys; from headstart.checkpoint import inspect_checkpoint as inspect\n"
+        "import sys; from headstart.checkpoint.checkpoint import inspect_checkpoint as inspect\n"
         "assert inspect(sys.argv[1]).parts == ('unet',)\n"
         "assert not {'torch', 'numpy', 'safetensors', 'transformers'} & set(sys.modules)"
     )

@@ -109,7 +109,7 @@ def test_one_model_may_be_left_out_and_plans_that_need_it_are_refused(folder: Pa
 
 
 def test_a_unet_alone_is_not_enough(folder: Path) -> None:
-    with pytest.raises(hs.CheckpointError, match="expected a vae"):
+    with pytest.raises(hs.CheckpointError, match="expected a text encoder, found UNet"):
         hs.Engine.load(None, folder / "distilled.safetensors")
     with pytest.raises(hs.InputError, match="no weights"):
         hs.Engine.load()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _NOUN = {
     "fused_step": "step",
@@ -51,6 +52,13 @@ def stands_in(tensor: Tensor) -> bool:
     """Whether a tracer put this in place of a tensor on a GPU: a fake one, or a compiler's. Then
     the registered operator is called, which such tensors understand, and no kernel is."""
     return tensor.is_cuda and (type(tensor) is not Tensor or torch.compiler.is_compiling())
+
+
+def on_host(*tensors: Tensor) -> bool:
+    """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
+    memory. What it does there, a compiler or a recorder of operators would never see."""
+    plain = all(tensor.is_cpu and type(tensor) is Tensor for tensor in tensors)
+    return plain and not (is_in_torch_dispatch_mode() or torch.compiler.is_compiling())
 
 
 def operators() -> Any:

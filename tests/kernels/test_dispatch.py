@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels import Impl, decode_u8, fused_step, geglu, philox_normal
+from headstart_kernels import Impl, decode_u8, fused_step, geglu, philox_normal, preview_rgb
 from headstart_kernels.dispatch import choose, load, stands_in
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
 from headstart_kernels.testing import random_latents, random_table
@@ -67,7 +70,7 @@ def test_without_a_gpu_no_driver_is_made_and_triton_is_not_even_loaded() -> None
     assert run(USE + "import sys; print('triton.runtime' in sys.modules)") == "False\n"
     asked = """
 from triton.runtime import driver
-for call in (lambda: hk.geglu(x, impl='triton'), lambda: hk.decode_u8(x[:, :3], impl='triton')):
+for call in (lambda: hk.geglu(x, impl='triton'), lambda: decode_u8(x[:, :3], impl='triton')):
     try:
         call()
     except ValueError as error:
@@ -122,3 +125,29 @@ def test_an_implementation_asked_for_by_name_never_falls_back() -> None:
     ):
         with pytest.raises(ValueError, match="'triton' runs on a GPU"):
             call()
+
+
+@pytest.mark.parametrize("kernel", ["decode_u8", "preview_rgb", "philox_normal"])
+def test_what_a_recorder_watches_is_done_by_operators_it_sees(kernel: str) -> None:
+    """numpy on a tensor's memory is faster on a CPU, and a replay would not repeat it."""
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    pixels = torch.linspace(-1.0, 1.0, 2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    calls: dict[str, Callable[[], Tensor]] = {
+        "decode_u8": lambda: decode_u8(pixels, check=False),
+        "preview_rgb": lambda: preview_rgb(pixels, torch.eye(3), torch.zeros(3)),
+        "philox_normal": lambda: philox_normal(keys, keys, 2, (4, 2, 3)),
+    }
+    keys, seen = torch.tensor([3, 9]), list[str]()
+    plain = calls[kernel]()
+    with Recorder():
+        watched = calls[kernel]()
+    wanted = {"philox_normal": "aten.bitwise_xor"}.get(kernel, "aten.round")
+    assert any(name.startswith(wanted) for name in seen), seen
+    assert torch.equal(watched, plain)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import philox
+from headstart_kernels.dispatch import on_host
 from headstart_kernels.host_noise import normals
 
 _WORD = 0xFFFFFFFF
@@ -22,8 +23,7 @@ _WORD = 0xFFFFFFFF
 def philox_normal(
     seeds: Tensor, samples: Tensor, step: int | Tensor, shape: Sequence[int]
 ) -> Tensor:
-    real = type(seeds) is Tensor and type(samples) is Tensor  # not a tracer's stand-in
-    if real and seeds.is_cpu and not isinstance(step, Tensor):
+    if on_host(seeds, samples) and not isinstance(step, Tensor):
         return normals(seeds, samples, step, prod(shape)).view(-1, *shape)
     return by_definition(seeds, samples, step, prod(shape)).reshape(-1, *shape)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headstart_kernels.dispatch import on_host
 from headstart_kernels.host_rgb import levels, mapped
 
 
@@ -17,7 +18,7 @@ def preview_rgb(
     x0: Tensor, factors: Tensor, bias: Tensor, upscale: int, rgb: Tensor | None = None
 ) -> Tensor:
     """The picture, in `rgb` where one is given: contiguous uint8 [B, h, w, 3], and upscale 1."""
-    pixels = mapped(x0, factors, bias) if _on_host(x0) else mapped_by_definition(x0, factors, bias)
+    pixels = mapped(x0, factors, bias) if on_host(x0) else mapped_by_definition(x0, factors, bias)
     rgb = decode_u8(pixels, rgb)
     if upscale == 1:
         return rgb
@@ -30,7 +31,7 @@ def decode_u8(pixels: Tensor, rgb: Tensor | None = None) -> Tensor:
     batch, _, height, width = pixels.shape
     if rgb is None:
         rgb = pixels.new_empty((batch, height, width, 3), dtype=torch.uint8)
-    if _on_host(pixels):
+    if on_host(pixels):
         levels(pixels, rgb)
     else:
         rgb.copy_(levels_by_definition(pixels))
@@ -48,7 +49,3 @@ def levels_by_definition(pixels: Tensor) -> Tensor:
     # Clamp before the cast: what a float outside 0..255 becomes as uint8 differs between devices.
     unit = pixels.float().nan_to_num(nan=-1.0).clamp(-1.0, 1.0)
     return (unit * 127.5 + 127.5).round().to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def _on_host(tensor: Tensor) -> bool:
-    return tensor.is_cpu and type(tensor) is Tensor  # and no tracer's stand-in for one
