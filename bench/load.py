@@ -99,7 +99,7 @@ def extra(path: Path, case: str) -> dict[str, int]:
 def measure(path: Path, case: str) -> dict[str, int]:
     import torch
 
-    import headstart.load  # noqa: F401
+    import headstart.networks.load  # noqa: F401
 
     torch.zeros(1)
     before = memory()

@@ -70,7 +70,7 @@ def test_without_a_gpu_no_driver_is_made_and_triton_is_not_even_loaded() -> None
     assert run(USE + "import sys; print('triton.runtime' in sys.modules)") == "False\n"
     asked = """
 from triton.runtime import driver
-for call in (lambda: hk.geglu(x, impl='triton'), lambda: decode_u8(x[:, :3], impl='triton')):
+for call in (lambda: hk.geglu(x, impl='triton'), lambda: hk.decode_u8(x[:, :3], impl='triton')):
     try:
         call()
     except ValueError as error:
