@@ -4,8 +4,9 @@
 
 change = 100 * (score(strength) / score(0) - 1), score = cosine of the bundled scorer with the
 caption that names the attribute, as arXiv:2503.10637 reports it of CLIP in table 1; the mean over
-prompts, 95 % by resampling prompts. right = share of images whose nearest caption, of all colours
-or styles, is the attribute's. The same prompts and seeds at every strength: one batch a prompt.
+prompts, 95 % by resampling prompts. moved = the score less that of the opposite end, from strength
+0 on. right = share of images whose nearest caption, of all colours or styles, is the attribute's.
+The same prompts and seeds at every strength: one batch a prompt.
 """
 
 from __future__ import annotations
@@ -122,9 +123,12 @@ def _measure(
     noun = np.stack([score["noun"] for score in scores])
     strengths = _strengths(control)
     zero = strengths.index(0.0)
+    direction = plus if control.style is not None else plus - minus
+    moved = direction - direction[:, [zero]]
     rows = {
         f"{strength:+g}": {
             "score": float(plus[:, at].mean()),
+            "moved": _interval(moved[:, at]),
             "change": _interval(100 * (plus[:, at] / plus[:, zero] - 1)),
             "change_of_opposite": _interval(100 * (minus[:, at] / minus[:, zero] - 1)),
             "right": _interval(right[:, at]),
@@ -132,7 +136,6 @@ def _measure(
         }
         for at, strength in enumerate(strengths)
     }
-    direction = plus if control.style is not None else plus - minus
     rising = np.diff(direction, axis=1) > 0
     return {
         "rows": rows,
@@ -201,7 +204,7 @@ def _table(found: dict[str, Any]) -> str:
 
 
 def _plot(found: dict[str, Any], path: Path) -> None:
-    """Change of the score from strength to strength, a panel a control, with its intervals."""
+    """Score of the attribute less that of its opposite, a panel a control, with its intervals."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -212,7 +215,7 @@ def _plot(found: dict[str, Any], path: Path) -> None:
     )
     for axis, (name, told) in zip(axes[0], found.items(), strict=True):
         for plan, colour in COLOURS.items():
-            rows = [row["change"] for row in told["plans"][plan]["rows"].values()]
+            rows = [row["moved"] for row in told["plans"][plan]["rows"].values()]
             value, low, high = ([row[key] for row in rows] for key in ("value", "low", "high"))
             axis.plot(told["strengths"], value, color=colour, marker="o", markersize=4, label=plan)
             axis.fill_between(told["strengths"], low, high, color=colour, alpha=0.12, linewidth=0)
@@ -221,7 +224,7 @@ def _plot(found: dict[str, Any], path: Path) -> None:
         axis.set_xticks(told["strengths"])
         axis.grid(color="#e4e0d9")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][0].set_ylabel("change of the attribute's score, %")
+    axes[0][0].set_ylabel("score toward the attribute, from strength 0")
     axes[0][0].legend(frameon=False, fontsize=9)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

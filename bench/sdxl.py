@@ -204,7 +204,7 @@ def main() -> None:
         parts[part] = run_part(part, args.base, args.distilled, kept.get(part, SCRATCH))
         report = {
             "question": "does a hybrid of two SDXL UNets run on a 24 GB machine without a GPU?",
-            "evidence": "measured; bytes hold on a busy machine, seconds only beside each other",
+            "evidence": "measured",
             "files": files,
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "parts": parts,

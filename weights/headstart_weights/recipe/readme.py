@@ -11,7 +11,7 @@ _ABOUT = {
     "distilled_unguided": "the same with an unguided teacher, to tell guidance from distillation",
     "tiny_decoder": "latents to pixels in about a third of the VAE's CPU time, for previews",
     "scorer": "image-text scorer, and the features that diversity is measured on",
-    "yellow": "slider trained on the base, for both models: background blue (-1) to yellow (1)",
+    "yellow": "slider trained on the base, for both models: background blue (-2) to yellow (2)",
     "reference": "mean and covariance of those features over the training pictures, for Frechet",
 }
 
