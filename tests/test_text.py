@@ -100,6 +100,10 @@ def test_sdxl_reads_both_penultimate_states_and_the_projected_end(
     assert sized is not None and sized.tolist() == [[512.0, 768.0, 0.0, 0.0, 512.0, 768.0]]
     with pytest.raises(InputError, match="positive pixels"):
         text.encode(["a"], size=0)
+    cut = text.encode(["a"], size=512, original=(1536, 2048), crop=(8, 16)).time_ids
+    assert cut is not None and cut.tolist() == [[1536.0, 2048.0, 8.0, 16.0, 512.0, 512.0]]
+    with pytest.raises(InputError, match="crop must be pixels"):
+        text.encode(["a"], crop=(-1, 0))
 
 
 def test_one_negative_serves_all_prompts(words: ClipTokenizer, one: Tower) -> None:

@@ -20,6 +20,9 @@ from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.tokenizer import ClipTokenizer
 
+Size = int | tuple[int, int] | None
+"""Pixels: a side, or (height, width)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipParams:
@@ -135,7 +138,9 @@ class ClipText(nn.Module):
         prompts: Sequence[str],
         negative: None = None,
         *,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
+        original: Size = None,
+        crop: tuple[int, int] = (0, 0),
         strict: bool = False,
     ) -> Conditioning: ...
     @overload
@@ -144,7 +149,9 @@ class ClipText(nn.Module):
         prompts: Sequence[str],
         negative: str | Sequence[str],
         *,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
+        original: Size = None,
+        crop: tuple[int, int] = (0, 0),
         strict: bool = False,
     ) -> tuple[Conditioning, Conditioning]: ...
     @torch.no_grad()
@@ -153,24 +160,28 @@ class ClipText(nn.Module):
         prompts: Sequence[str],
         negative: str | Sequence[str] | None = None,
         *,
-        size: int | tuple[int, int] | None = None,
+        size: Size = None,
+        original: Size = None,
+        crop: tuple[int, int] = (0, 0),
         strict: bool = False,
     ) -> Conditioning | tuple[Conditioning, Conditioning]:
         """Prompts -> Conditioning, a row each; with `negative`, also the unconditional one.
 
-        context [B, L, D]; SDXL also gets pooled [B, P] and time_ids [B, 6] = (h, w, 0, 0, h, w) of
-        `size` in pixels (default: the native size). One negative serves all prompts. A text longer
-        than L - 2 tokens is cut, with one warning that counts what was dropped.
+        context [B, L, D]; SDXL also gets pooled [B, P] and time_ids [B, 6], its micro-conditioning
+        (arXiv:2307.01952, section 2.2): the height and width of the picture that `original` says
+        this one was cut from (default: `size`), the top and left of the `crop`, and `size` in
+        pixels (default: the native size). One negative serves all prompts. A text longer than
+        L - 2 tokens is cut, with one warning that counts what was dropped.
 
         Raises InputError for anything but strings, and with `strict` for a text that is too long.
         """
         texts = _texts("prompts", prompts)
         if negative is None:
-            return self._encode(texts, size, strict)
+            return self._encode(texts, (size, original, crop), strict)
         others = _texts("negative", negative)
         if len(others) not in (1, len(texts)):
             raise InputError(f"expected 1 or {len(texts)} negative prompts, got {len(others)}")
-        both = self._encode(texts + others, size, strict)
+        both = self._encode(texts + others, (size, original, crop), strict)
         cond, uncond = both[: len(texts)], both[len(texts) :]
         if self.zero_empty_negative:
             uncond = _without(uncond, [text == "" for text in others])
@@ -201,7 +212,7 @@ class ClipText(nn.Module):
         return [tower for tower in self.towers if isinstance(tower, Tower)]
 
     def _encode(
-        self, texts: list[str], size: int | tuple[int, int] | None, strict: bool
+        self, texts: list[str], micro: tuple[Size, Size, tuple[int, int]], strict: bool
     ) -> Conditioning:
         device = next(self.parameters()).device
         ids = self.ids(texts, strict=strict)
@@ -210,12 +221,15 @@ class ClipText(nn.Module):
         pooled = outs[-1][1]
         if pooled is None:
             return Conditioning(context)
-        height, width = self._size(size)
-        sizes = [height, width, 0, 0, height, width]
+        size, original, crop = micro
+        target = self._size(size)
+        if min(crop) < 0:
+            raise InputError(f"crop must be pixels from the top and from the left, got {crop}")
+        sizes = [*(target if original is None else self._size(original)), *crop, *target]
         time_ids = torch.tensor([sizes] * len(texts), dtype=torch.float32, device=device)
         return Conditioning(context, pooled, time_ids)
 
-    def _size(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+    def _size(self, size: Size) -> tuple[int, int]:
         size = self.image_size if size is None else size
         height, width = (size, size) if isinstance(size, int) else size
         if not (height > 0 and width > 0):
