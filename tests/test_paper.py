@@ -70,7 +70,7 @@ def test_every_case_is_an_exact_plan_with_the_passes_that_the_paper_gives_it(
     assert set(paper_cases.QUICK) <= set(passes)
     drawn = {name for _, _, names in paper_pictures.FAMILIES.values() for name in names}
     shown = {name for _, names in paper_pictures.SHEETS.values() for name in names}
-    assert drawn | shown | set(paper_pictures.SHORT) <= set(passes)
+    assert drawn | shown | set(paper_pictures.LABELS) <= set(passes)
 
 
 @pytest.mark.parametrize("method", sorted(set(paper_cases.METHODS) - {"global", "first"}))
