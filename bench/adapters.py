@@ -1,6 +1,6 @@
 """What does a live adapter cost: nothing at strength 0, how much of a step, how long is a swap?
 
-    python bench/adapters.py [--parts bits,step,swap,growth] [--latent 64] [--rounds 5]
+    python bench/adapters.py [--parts bits,step,swap,growth,memory] [--latent 64] [--rounds 5]
 
 bits    SHA-256 of a run of the bundled pair: detached, attached at strength 0 and 1, detached again
 step    one step of an SD1.5-size UNet with random weights, with and without a rank-4 slider on its
@@ -8,6 +8,8 @@ step    one step of an SD1.5-size UNet with random weights, with and without a r
 swap    SDXL's kohya layers (722) at rank 64, between tensors in memory and the slots that are
         there, beside one copy of as many bytes; and `attach` as a whole, from the page cache
 growth  memory over 1,000 swaps of two files on the bundled pair
+memory  resident bytes of one SDXL UNet in float16, and of the slots of a rank-64 LoRA on it: what a
+        pair takes whose distilled model is a LoRA, where two UNets take twice the first number
 """
 
 from __future__ import annotations
@@ -76,6 +78,7 @@ def main() -> None:
         "step": lambda: _step(options.latent, options.rounds),
         "swap": lambda: {name: _swap(dtype, options.rounds) for name, dtype in _DTYPES.items()},
         "growth": lambda: _growth(options.swaps),
+        "memory": _memory,
     }
     kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
     report = {"question": (__doc__ or "").splitlines()[0], **kept}
@@ -91,7 +94,7 @@ _DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", default="bits,step,swap,growth")
+    parser.add_argument("--parts", default="bits,step,swap,growth,memory")
     parser.add_argument("--latent", type=int, default=64, help="side of the SD1.5 latent")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--swaps", type=int, default=1000)
@@ -231,6 +234,28 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             for name, spread in taken.items()
         },
         "buffers moved": adapters.epoch != epoch,
+    }
+
+
+def _memory() -> dict[str, Any]:
+    before = _resident_kib()
+    with torch.device("meta"):
+        unet = UNet(SDXL).to(torch.float16)
+    unet = unet.to_empty(device="cpu").requires_grad_(False)
+    for tensor in unet.state_dict().values():
+        tensor.zero_()
+    alone = _resident_kib()
+    adapters, host = AdapterSet({"base": unet}, ()), Host(unet)
+    with tempfile.TemporaryDirectory() as folder:
+        file = _written(
+            _deltas(host, KOHYA_SDXL, RANK, torch.float16), Path(folder) / "lora.safetensors"
+        )
+        adapters.attach(file, name="lora")
+    slots = sum(buffer.nbytes for buffer in unet.buffers())
+    return {
+        "unet_kib": alone - before,
+        "slots_kib": slots // 1024,
+        "of_two_unets": round((alone - before + slots / 1024) / (2 * (alone - before)), 3),
     }
 
 

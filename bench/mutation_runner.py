@@ -168,7 +168,7 @@ MUTATIONS = (
         BOUND,
         "None if value is None else weakref.ref(value)",
         "None if value is None else id(value)",
-        (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[made_where_one_was]",),
+        (f"{ADAPTER_TEST}::test_a_module_made_where_another_was_is_not_taken_for_it",),
     ),
     Mutation(
         "do not look at hooks",

@@ -265,7 +265,7 @@ def test_weights_of_ones_own_are_named_in_the_record_and_replay(
     assert record["weights"]["distilled"]["file"] == distilled
     capsys.readouterr()
     assert main(["replay", str(out / "record.json"), "--out", str(tmp_path / "again")]) == 0
-    assert "equal: 1 images" in capsys.readouterr().out
+    assert "equal: 1 image," in capsys.readouterr().out
     first, again = (tmp_path / name / "000000.png" for name in ("run", "again"))
     assert first.read_bytes() == again.read_bytes()
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headstart.adapters.strength import Strength
 from headstart.commands.arguments import Command, sampling
 from headstart.commands.console import progress
-from headstart.commands.session import adapter_path, open_engine, report, write_images
+from headstart.commands.session import adapter_path, counted, open_engine, report, write_images
 from headstart.output import check_folder
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _run(args: argparse.Namespace) -> int:
         trajectory = replay(record, engine, on_step=lambda _: bar.update())
     if args.out is not None:
         write_images(args.out, trajectory)
-    report(args, trajectory, f"equal: {len(trajectory)} images, to the bit")
+    report(args, trajectory, f"equal: {counted(trajectory)}, to the bit")
     return 0
 
 

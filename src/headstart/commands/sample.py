@@ -17,7 +17,7 @@ from headstart.commands.arguments import (
     worded,
 )
 from headstart.commands.console import progress
-from headstart.commands.session import open_engine, report, write_images
+from headstart.commands.session import counted, open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.request import named_plan, pair_up, parse_seeds
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     with progress(len(table), "sampling") as bar:
         trajectory = engine.sample(prompts, plan=table, **asked, on_step=lambda _: bar.update())
     write_images(args.out, trajectory)
-    report(args, trajectory, f"{len(trajectory)} images in {args.out}")
+    report(args, trajectory, f"{counted(trajectory)} in {args.out}")
     return 0
 
 

@@ -102,6 +102,10 @@ def write_images(folder: Path, trajectory: Trajectory) -> None:
             stale.unlink()
 
 
+def counted(trajectory: Trajectory) -> str:
+    return "1 image" if len(trajectory) == 1 else f"{len(trajectory)} images"
+
+
 def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
     """Print what a run was and took, as one line or as JSON."""
     latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
