@@ -66,8 +66,8 @@ def fused_step(
               After the last row, which has no next, it holds the last row's own scaling.
     preview   its `rgb` is filled with the picture of x0; x is [B, C, h, w] then
 
-    Guidance rescale (arXiv:2305.08891, equations 15 and 16) is no form of this kernel: it divides by
-    the standard deviation of the guided prediction, which is known after one whole pass over it.
+    Guidance rescale (arXiv:2305.08891, equations 15 and 16) is no form of this kernel: it divides
+    by the standard deviation of the guided prediction, known after one whole pass over it.
 
     A term whose coefficient is 0 is left out: its operand may be None or NaN and x' is unchanged,
     so keep = carry = add = 0 gives exactly x0. Guidance of exactly 1 gives exactly F_cond, for the
