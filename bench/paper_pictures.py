@@ -24,8 +24,8 @@ FAMILIES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "guided": ("hybrid, base step guided", "#d6a5de", ("hybrid", "hybrid-g1.5", "hybrid-g2",
                                                        "hybrid-g3", "hybrid-g5", "hybrid-g7")),
     "cads": ("CADS", "#3f7d20", ("distilled", "cads-0.1", "cads-0.25", "cads-0.5")),
-    "particle": ("particle guidance", "#a98467", ("distilled", "particle-64", "particle-256",
-                                                  "particle-1024")),
+    "particle": ("particle guidance", "#a98467", ("distilled", "particle-64", "particle-96",
+                                                  "particle-128", "particle-192")),
     "pink": ("pink noise", "#e56b9d", ("distilled", "pink-0.5", "pink-1")),
     "select": ("candidates", "#6b6e70", ("distilled", "select-2", "select-4")),
     "global": ("adapter, all steps", "#1b998b", ("global-1", "global-0.75", "global-0.5",
@@ -47,8 +47,8 @@ SHEETS: dict[str, tuple[str, tuple[str, ...]]] = {
     "sheet": ("The paper's cases", ("base", "distilled", "hybrid", "hybrid-k2", "skip-first",
                                     "replace-final", "progressive-distilled",
                                     "progressive-hybrid")),
-    "methods": ("Other methods", ("hybrid", "cads-0.25", "cads-0.5", "particle-256",
-                                  "particle-1024", "pink-1", "select-4", "global-0.5", "first-0")),
+    "methods": ("Other methods", ("hybrid", "cads-0.25", "cads-0.5", "particle-96",
+                                  "particle-192", "pink-1", "select-4", "global-0.5", "first-0")),
 }  # fmt: skip
 
 
