@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from networks import METADATA, PARAMS
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -20,18 +21,9 @@ from headstart.checkpoint import keymap
 from headstart.cli import main
 from headstart.errors import CheckpointError, HeadstartError, InputError
 from headstart.networks.load import load_unet
-from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.networks.unet import UNet
 
 Tensors = dict[str, Tensor]
-PARAMS = UNetParams(
-    down=(Stage(16, (0,), True), Stage(32, (1,), False)),
-    mid=Mid(2, 1),
-    up=(Stage(32, (1, 1), True), Stage(16, (0, 0), False)),
-    context_dim=24,
-    head_dim=8,
-    norm_groups=8,
-)
-METADATA = {"headstart.head_dim": "8", "headstart.norm_groups": "8"}
 with torch.device("meta"):
     META = UNet(PARAMS)
 SHAPES = {name: tuple(tensor.shape) for name, tensor in META.state_dict().items()}

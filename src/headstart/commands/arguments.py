@@ -90,6 +90,11 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
+def listed(text: str) -> list[str]:
+    """`a,b` -> its parts, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
 def count(text: str) -> int:
     """A whole number of at least 1, as the `type` of an option."""
     if not text.isdecimal() or int(text) < 1:

@@ -11,6 +11,7 @@ from headstart.commands.arguments import (
     Command,
     add_seeds,
     count,
+    listed,
     read_size,
     sampling,
     uses_bundled,
@@ -52,7 +53,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     prompt, size = worded(args.prompt), read_size(args.size)
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
-    plans = list(dict.fromkeys(name.strip() for name in args.plan.split(",")))
+    plans = listed(args.plan)
     if uses_bundled(args):
         for plan in plans:
             named_plan(plan, _settings(args, plan), "demo")

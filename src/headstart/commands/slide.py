@@ -8,7 +8,7 @@ from pathlib import Path
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
-from headstart.commands.arguments import Command, add_seeds, sampling, uses_bundled, worded
+from headstart.commands.arguments import Command, add_seeds, listed, sampling, uses_bundled, worded
 from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
@@ -33,7 +33,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     prompt, strengths = worded(args.prompt), parse_strengths(args.strengths)
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
-    plans = list(dict.fromkeys(name.strip() for name in args.plan.split(",")))
+    plans = listed(args.plan)
     demo = uses_bundled(args)
     if not args.lora and demo:
         args.lora = list(headstart_weights.manifest().controls[:1])

@@ -6,6 +6,7 @@ text -> table -> rows of x' = x0 + keep*(x - x0) + add*n -> latents -> pixels ->
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, Unpack, final
 
@@ -177,8 +178,8 @@ class Engine:
 
         Raises CaptureError for a runner that the device cannot have, InputError for no runner.
         """
-        other = Engine(self.weights, choose_runner(runner, self.device).name)
-        object.__setattr__(other, "adapters", self.adapters)
+        other = copy(self)
+        object.__setattr__(other, "runner", choose_runner(runner, self.device).name)
         return other
 
     def attach(
