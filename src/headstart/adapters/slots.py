@@ -91,8 +91,9 @@ class Slot(nn.Module):
     def add_to(self, y: Tensor, x: Tensor, layer: Layer, strength: Tensor) -> None:
         """y += strength*scale*up(down(x)), in place."""
         conv = isinstance(layer, nn.Conv2d)
-        if not conv and fused(y) and y.dtype == x.dtype == self.down.dtype:
-            low_rank_add(y, x, self.down, self.up, (strength * self.scale).expand(len(y)))
+        if fused(y) and y.dtype == x.dtype == self.down.dtype and (rows := _rows(layer, y, x)):
+            strengths = (strength * self.scale).expand(len(y))
+            low_rank_add(*rows, self.down.flatten(1), self.up, strengths)
             return
         if conv:
             h = F.conv2d(x, self.down, None, layer.stride, layer.padding, layer.dilation)
@@ -105,6 +106,18 @@ class Slot(nn.Module):
             y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, self.rank), self.up.t())
         else:
             y += F.linear(h, self.up)
+
+
+def _rows(layer: Layer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    """y and x with the channels last, where the layer is one matrix product on them: a linear layer
+    as it is, a 1x1 convolution of channels-last images without a copy. None for any other."""
+    if isinstance(layer, nn.Linear):
+        return y, x
+    pointwise = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
+    if not pointwise or layer.groups != 1:
+        return None
+    rows = y.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+    return rows if all(row.is_contiguous() for row in rows) else None
 
 
 @final

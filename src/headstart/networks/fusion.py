@@ -4,7 +4,8 @@
     True   kernels everywhere (on a CPU their reference, or what emulates a GPU)
     False  torch's own operators everywhere: to see whether a difference comes from a kernel
 
-It governs groupnorm + SiLU, GEGLU, and the low-rank addition of adapters to linear layers.
+It governs groupnorm + SiLU, GEGLU, and the low-rank addition of adapters to linear layers and to
+1x1 convolutions of channels-last images; other convolutions have torch's own.
 """
 
 from __future__ import annotations
