@@ -134,6 +134,7 @@ def _step(
     rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
     preview = Preview(rgb, _aligned(4, 3), _aligned(3)) if shown else None
     draw = Draw(torch.tensor([1, 2]), torch.tensor([0, 0]))
+    finite = torch.empty(LATENT[0], dtype=torch.bool)
 
     def call() -> None:
         fused_step_into(
@@ -143,6 +144,7 @@ def _step(
             noise=draw if drawn else noise,
             x_in=x_in,
             preview=preview,
+            finite=finite if drawn else None,
             impl="triton",
         )
 

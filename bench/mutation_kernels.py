@@ -40,6 +40,7 @@ GUIDANCE = in_step("guidance_of_each_sample_and_the_row_that_follows")
 SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
 LAST = in_step("channels_last_networks_with_a_picture_on_the_way")
 DRAWN = in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")
+NOTICED = in_step("a_sample_with_nan_or_infinity_is_noticed_on_the_way")
 SCALED = in_step("scale_input_has_the_reference_bits")
 NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
@@ -52,6 +53,31 @@ GATED = in_layers("geglu_is_within_its_budget")
 ADDED = in_layers("low_rank_addition_is_within_its_budget")
 RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
 IDLE = in_layers("a_sample_of_strength_0_reads_and_writes_nothing")
+
+
+C = "kernels/headstart_kernels/native"
+COMPILED = (
+    "tests/kernels/test_dispatch.py::test_there_are_c_kernels_wherever_there_is_a_compiler",
+)
+
+
+def in_c(name: str) -> tuple[str, ...]:
+    """And the one that fails where the library's own proof refuses it: the others are skipped."""
+    return (*COMPILED, f"tests/kernels/test_native.py::test_{name}")
+
+
+IN_C_STEP = in_c("every_step_has_the_bits_of_the_reference")
+IN_C_LONG = in_c("what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads")
+IN_C_READ = in_c("every_16_bit_number_is_read_exactly")
+IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
+IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
+IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to")
+IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused")
+IN_C_FINITE = (
+    *COMPILED,
+    "tests/kernels/test_step_into.py::"
+    "test_finite_says_which_samples_have_an_x0_without_nan_and_infinity",
+)
 
 
 def offsets(name: str) -> tuple[str, ...]:
@@ -77,7 +103,7 @@ IN_STEP = (
     ("mix in another order", "x0 + keep * (x - x0))", "keep * x + (1.0 - keep) * x0)", BITS),
     ("forget the term that looks back", "y + carry * (x0 - previous))", "y)", BITS),
     ("look back with the wrong sign", "carry * (x0 - previous)", "carry * (previous - x0)", BITS),
-    ("forget which row of the plan is row 0", "n = consecutive(element >> 2, seed, image, row + first_row, BLOCK)", "n = consecutive(element >> 2, seed, image, row, BLOCK)", DRAWN),
+    ("forget which row of the plan is row 0", "_drawn(element, seed, image, row + first_row, ", "_drawn(element, seed, image, row, ", DRAWN),
     ("the same noise in every channel", "        element = element + plane\n", "", LAST),
     ("fill one half of a guided pair", "tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)", "tl.store(x_in_ptr + at, x_in, mask=inside)", BITS),
     ("the next input from x0", "x_in = (c_in * y)", "x_in = (c_in * x0)", BITS),
@@ -85,6 +111,9 @@ IN_STEP = (
     ("the first sample's F for all", "quads = (sample * plane + start) * 4", "quads = start * 4", LAST),
     ("swap two channels of a pixel", "tl.join(planes[0], planes[2]), tl.join(planes[1], planes[3])", "tl.join(planes[1], planes[2]), tl.join(planes[0], planes[3])", LAST),
     ("offsets in 32 bits", "sample = tl.program_id(1).to(tl.int64)", "sample = tl.program_id(1)", offsets("fused_step")),
+    ("no look at the channels before the last", "largest = tl.maximum(largest, tl.where(inside, _magnitude(x0), 0))", "largest = tl.where(inside, _magnitude(x0), 0)", NOTICED),
+    ("take NaN for a number", "mask=largest >= _INFINITY", "mask=largest == _INFINITY", NOTICED),
+    ("blame the first sample", "_deny(finite_ptr + sample, largest)", "_deny(finite_ptr, largest)", NOTICED),
     ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", SCALED),
 )  # fmt: skip
 IN_NORMAL = (
@@ -164,6 +193,28 @@ IN_IMPL = (
     (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
     ("kernels/headstart_kernels/launch.py", "let the compiler contract", '"enable_fp_fusion": False', '"enable_fp_fusion": True', BITS),
 )  # fmt: skip
+IN_C = (
+    (f"{C}/kernels.c", "C: guide in another order", "u[i] + scale * (f[i] - u[i])", "f[i] + (scale - 1.0f) * (f[i] - u[i])", COMPILED),
+    (f"{C}/kernels.c", "C: guide at 1", "a->f_uncond && scale != 1.0f", "a->f_uncond != 0", IN_C_STEP),
+    (f"{C}/kernels.c", "C: look at x where its coefficient is 0", "aim = skipped ? aim + c_skip * state : aim", "aim = aim + c_skip * state", IN_C_STEP),
+    (f"{C}/kernels.c", "C: the first sample's guidance for all", "a->guidance[sample]", "a->guidance[0]", IN_C_STEP),
+    (f"{C}/kernels.c", "C: noise of another element", "drawn(from, first, count, room->noise)", "drawn(from, at, count, room->noise)", IN_C_STEP),
+    (f"{C}/kernels.c", "C: fill one half of a guided pair", "copy * size + at, y, a->c_in", "at, y, a->c_in", COMPILED),
+    (f"{C}/kernels.c", "C: NaN is finite", "largest >= 0x7f800000u) __atomic", "largest == 0x7f800000u) __atomic", IN_C_FINITE),
+    (f"{C}/kernels.c", "C: forget the piece after the first", "number % a->pieces * CHUNKS * CHUNK;\n  const int64_t end = begin + CHUNKS * CHUNK < a->plane ? begin + CHUNKS * CHUNK : a->plane;\n  const float scale", "0;\n  const int64_t end = begin + CHUNKS * CHUNK < a->plane ? begin + CHUNKS * CHUNK : a->plane;\n  const float scale", IN_C_LONG),
+    (f"{C}/kernels.c", "C: the last normals are forgotten", "  memcpy(out + first, room, (size_t)(end - first) * sizeof(float));\n", "", IN_C_LONG),
+    (f"{C}/normal.h", "C: one round less", "round < ROUNDS; round++) {\n    UNROLLED", "round < ROUNDS - 1; round++) {\n    UNROLLED", COMPILED),
+    (f"{C}/normal.h", "C: a row late", "(uint32_t)(row + 1)", "(uint32_t)row", COMPILED),
+    (f"{C}/normal.h", "C: lose the seed's upper half", "((uint64_t)seed >> 32)", "((uint64_t)seed >> 31)", COMPILED),
+    (f"{C}/normal.h", "C: begin at the block", "return room + skipped", "return room", IN_C_STEP),
+    (f"{C}/numbers.h", "C: float16 infinity is a number", "0x1p16f ? 0x7f800000u", "0x1p17f ? 0x7f800000u", IN_C_READ),
+    (f"{C}/numbers.h", "C: ties away from even", "(magnitude + 0xfffu + (magnitude >> 13 & 1)", "(magnitude + 0x1000u", IN_C_ROUND),
+    (f"{C}/numbers.h", "C: bfloat16 cut off", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16", COMPILED),
+    (f"{C}/picture.h", "C: NaN is not black", "pixel >= -1.0f ? pixel : -1.0f", "pixel < -1.0f ? -1.0f : pixel", IN_C_SHOWN),
+    (f"{C}/picture.h", "C: levels rounded down", "+ 127.5f + 0x1p23f", "+ 127.0f + 0x1p23f", COMPILED),
+    (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", IN_C_KEPT),
+    (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", IN_C_PROOF),
+)  # fmt: skip
 MUTATIONS = tuple(
     Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
     for file, rows in (
@@ -173,7 +224,7 @@ MUTATIONS = tuple(
     for name, old, new, tests in rows
 ) + tuple(
     Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
-    for file, name, old, new, tests in IN_IMPL
+    for file, name, old, new, tests in IN_IMPL + IN_C
 )
 
 if __name__ == "__main__":

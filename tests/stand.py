@@ -111,7 +111,7 @@ class Stand:
                 latents=states[-1].x,
                 x0=x0,
                 shown=torch.stack([preview_rgb(state.x0, *MAP) for state in states]),
-                peaks=x0.abs().amax((2, 3, 4)),
+                sound=x0.isfinite().flatten(2).all(2),
                 finite=pixels.isfinite().flatten(1).all(1),
             )
 

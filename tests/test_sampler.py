@@ -6,6 +6,7 @@ import gc
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from headstart.noise import Given, Philox
 from headstart.plan.leg import Leg
 from headstart.plan.plan import Plan, preset
 from headstart.plan.schedule import NoiseSchedule
-from headstart.plan.table import StepTable
+from headstart.plan.table import Step, StepTable
 from headstart.plan.update import Update
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import State, sample
-from headstart_kernels import philox_normal
+from headstart_kernels import philox_normal, scale_input
+from headstart_kernels.testing import random_latents
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SHAPE = (4, 3, 5)
@@ -252,6 +254,79 @@ def test_states_are_not_written_to_later() -> None:
     for state in sample(table_of("tcd"), {"m": Toy()}, text(), Philox([3, 8]), shape=SHAPE):
         seen.append((state, State(state.step, state.x.clone(), state.x0.clone())))
     assert same([now for now, _ in seen], [then for _, then in seen])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_state_changed_in_place_is_the_state_that_the_next_row_sees(guidance: float) -> None:
+    table, noise, words = table_of("ancestral", guidance=guidance), Philox([3, 8]), text(2, seed=1)
+    told = {"uncond": words, "shape": SHAPE}
+    changed: list[State] = []
+    for state in sample(table, {"m": Toy()}, text(), noise, **told):
+        if state.step == 1:
+            state.x[:, 0] *= 0.5
+        changed.append(state)
+    fresh = State(1, changed[1].x.clone(), changed[1].x0)
+    resumed = sample(table, {"m": Toy()}, text(), noise, **told, resume=fresh)
+    assert same(changed[2:], list(resumed))
+    assert not same(changed[2:], run(table, uncond=words)[2:])
+
+
+def test_what_a_network_sees_is_its_own_scaling_of_the_state_in_its_own_dtype() -> None:
+    """Whether it was made one row ahead, or anew because the network became another."""
+
+    class Moody(Toy):
+        dtype = torch.float32
+
+        def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            seen.append(x_in.clone())
+            return super().__call__(x_in, timestep, cond)
+
+    seen, moody, table = list[Tensor](), Moody(), table_of("euler", guidance=2.0)
+    rows = torch.tensor(table.coefficients())
+
+    def turn(step: Step) -> None:
+        moody.dtype = torch.float16 if len(seen) == 2 else torch.float32
+
+    states = sample(
+        *(table, {"m": moody}, text(), Philox([3, 8])),
+        **{"shape": SHAPE, "uncond": text(2, seed=1), "before_row": turn},
+    )
+    before = [Philox([3, 8]).initial(SHAPE, CPU) * table.init_scale, *(s.x for s in states)]
+    assert [x_in.dtype for x_in in seen] == [torch.float32] * 2 + [torch.float16, torch.float32]
+    for row, x_in in enumerate(seen):
+        assert torch.equal(x_in, scale_input(before[row], rows, row, x_in.dtype, copies=2))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_noise_drawn_inside_the_step_is_the_noise_of_its_source(rule: str) -> None:
+    class Elsewhere(NamedTuple):
+        own: Philox
+
+        def __len__(self) -> int:
+            return len(self.own)
+
+        def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+            return self.own.initial(shape, device)
+
+        def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+            return self.own.step(index, shape, device)
+
+    table, noise = table_of(rule), Philox([3, 8], samples=[5, 0])
+    for part in (table, table[1:]):
+        start = None if part is table else State(0, *[random_latents(2, *SHAPE)] * 2)
+        drawn, given = (
+            list(sample(part, {"m": Toy()}, text(), source, shape=SHAPE, resume=start))
+            for source in (noise, Elsewhere(noise))
+        )
+        assert same(drawn, given)
+
+
+def test_a_run_under_inference_mode_is_the_same_run() -> None:
+    table = table_of("ancestral")
+    with torch.inference_mode():
+        states = run(table)
+        assert states[0].x.is_inference()
+    assert same(states, run(table))
 
 
 def test_a_run_may_start_from_a_latent() -> None:

@@ -44,6 +44,7 @@ def fused_step(
     x0_prev: Tensor | None = None,
     x_in: Tensor | None = None,
     preview: Preview | None = None,
+    finite: Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """One row of a step table: (x', x0), both float32 and new.
@@ -65,6 +66,7 @@ def fused_step(
               for a guided pair; the same bits as `scale_input(x', table, step + 1, x_in.dtype)`.
               After the last row, which has no next, it holds the last row's own scaling.
     preview   its `rgb` is filled with the picture of x0; x is [B, C, h, w] then
+    finite    [B] bool: filled with whether a sample's x0 has neither NaN nor infinity
 
     Guidance rescale (arXiv:2305.08891, equations 15 and 16) is no form of this kernel: it divides
     by the standard deviation of the guided prediction, known after one whole pass over it.
@@ -76,8 +78,20 @@ def fused_step(
     row cannot be checked, and a missing operand counts as a term left out.
     """
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    usual = guidance is None and preview is None and impl is None
+    if (
+        usual
+        and type(table) is Rows
+        and type(step) is int
+        and 0 <= step < len(table.rows)
+        and choose("fused_step", None, x, f_cond) is Impl.NATIVE
+        and load("quick_step", Impl.NATIVE)(
+            *(x, f_cond, table, step, x_next, x0, f_uncond, noise, x0_prev, x_in, finite)
+        )
+    ):
+        return x_next, x0
     given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
-    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview), impl)
+    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
     return x_next, x0
 
 
@@ -95,6 +109,7 @@ def fused_step_into(
     x0_prev: Tensor | None = None,
     x_in: Tensor | None = None,
     preview: Preview | None = None,
+    finite: Tensor | None = None,
     impl: Impl | str | None = None,
 ) -> None:
     """`fused_step` into tensors that exist, as a captured graph has them: the same bits.
@@ -105,7 +120,7 @@ def fused_step_into(
     given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
     check_like("x_next", x_next, x, torch.float32)
     check_like("x0", x0, x, torch.float32)
-    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview), impl)
+    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
 
 
 def _run_step(
@@ -126,15 +141,15 @@ def _run_step(
             return
     elif isinstance(table, Rows) or table.is_cpu:
         check_operands(host_row(table, step), step, given)
-    chosen = choose(impl, x)
+    chosen = choose("fused_step", impl, x, given.f_cond)
     if chosen is Impl.REFERENCE:
         given, wanted = _spelled_out(x, step, given, wanted)
-    elif isinstance(table, Rows):
+    elif chosen is Impl.TRITON and isinstance(table, Rows):
         table = table.tensor
     load("fused_step", chosen)(x, table, step, given, wanted)
-    picture, x0 = wanted.preview, wanted.x0
-    if chosen is Impl.REFERENCE and picture is not None and x0 is not None:
-        load("preview_rgb", chosen)(x0, picture.factors, picture.bias, 1, picture.rgb)
+    if chosen is Impl.REFERENCE and wanted.preview is not None and wanted.x0 is not None:
+        rgb, factors, bias = wanted.preview
+        load("preview_rgb", chosen)(wanted.x0, factors, bias, 1, rgb)
 
 
 def _spelled_out(
@@ -147,7 +162,7 @@ def _spelled_out(
             seeds, samples, step + first_row, tuple(x.shape[1:])
         )
         given = given._replace(noise=noise)
-    if wanted.preview is not None and wanted.x0 is None:
+    if wanted.x0 is None and not (wanted.preview is None and wanted.finite is None):
         wanted = wanted._replace(x0=torch.empty_like(x))
     return given, wanted
 
@@ -160,7 +175,7 @@ def _call_operator(x: Tensor, table: Tensor, step: Tensor, given: Given, wanted:
     operators().fused_step_into(
         *(x, given.f_cond, table, step, wanted.x_next, wanted.x0),
         *(given.f_uncond, given.guidance, noise if isinstance(noise, Tensor) else None),
-        *(given.x0_prev, wanted.x_in, *draw, *picture),
+        *(given.x0_prev, wanted.x_in, *draw, *picture, wanted.finite),
     )
 
 
@@ -185,10 +200,10 @@ def scale_input(
         raise TypeError(f"dtype: expected a float dtype of a network, got {dtype}")
     if copies < 1:
         raise ValueError(f"copies: expected a whole number of at least 1, got {copies}")
-    chosen = choose(impl, x)
+    chosen = choose("scale_input", impl, x)
     if stands_in(x) and isinstance(step, Tensor):
         x_in = operators().scale_input(x, table, step, dtype)
-    elif chosen is Impl.REFERENCE:
+    elif chosen is not Impl.TRITON:
         return load("scale_input", chosen)(x, table, step, dtype, copies)
     else:
         table = table.tensor if isinstance(table, Rows) else table
@@ -233,7 +248,9 @@ def philox_normal(
         raise ValueError(f"shape: expected positive sizes, at most 2^34 elements, got {[*shape]}")
     if stands_in(keys) and isinstance(step, Tensor):
         return operators().philox_normal(keys, counters, step, shape)
-    return load("philox_normal", choose(impl, keys))(keys, counters, step, tuple(shape))
+    return load("philox_normal", choose("philox_normal", impl, keys))(
+        keys, counters, step, tuple(shape)
+    )
 
 
 def preview_rgb(
@@ -258,7 +275,7 @@ def preview_rgb(
         raise ValueError(f"upscale: expected a whole number of at least 1, got {upscale}")
     if stands_in(x0):
         return operators().preview_rgb(x0, factors, bias, upscale)
-    return load("preview_rgb", choose(impl, x0))(x0, factors, bias, upscale)
+    return load("preview_rgb", choose("preview_rgb", impl, x0))(x0, factors, bias, upscale)
 
 
 def decode_u8(pixels: Tensor, *, check: bool = True, impl: Impl | str | None = None) -> Tensor:
@@ -282,7 +299,7 @@ def decode_u8(pixels: Tensor, *, check: bool = True, impl: Impl | str | None = N
             )
     if stands_in(pixels):
         return operators().decode_u8(pixels)
-    return load("decode_u8", choose(impl, pixels))(pixels)
+    return load("decode_u8", choose("decode_u8", impl, pixels))(pixels)
 
 
 def _integers(name: str, values: Sequence[int] | Tensor, bits: int, device: torch.device) -> Tensor:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _NOUN = {
     "fused_step": "step",
     "scale_input": "step",
+    "quick_step": "step",
     "philox_normal": "noise",
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
@@ -25,26 +26,35 @@ _NOUN = {
 }
 
 
+NATIVE = frozenset({"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8"})
+"""What exists in C. The layers do not: on a CPU they are torch's own, to the last bit."""
+
+
 class Impl(Enum):
-    """The implementations that exist: plain torch, and Triton for GPUs."""
+    """The implementations that exist: plain torch, C for CPUs, and Triton for GPUs."""
 
     REFERENCE = "reference"
+    NATIVE = "native"
     TRITON = "triton"
 
 
-def choose(impl: Impl | str | None, tensor: Tensor) -> Impl:
-    """The implementation that runs a kernel where `tensor` is.
+def choose(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor) -> Impl:
+    """The implementation that runs `kernel` where `tensor` is.
 
-    None takes Triton on a GPU where it is installed, and the reference everywhere else, as for
-    float64, which the kernels would round. An implementation asked for by name runs, or raises
-    ValueError saying why it cannot: nothing falls back. Nothing here starts a driver: Triton does,
-    at its first launch.
+    None takes Triton on a GPU where it is installed; C on a CPU where there is a compiler, nobody
+    watches and no gradient is asked for; and the reference everywhere else, as for float64, which
+    the kernels would round. An implementation asked for by name runs, or raises ValueError saying
+    why it cannot: nothing falls back. Nothing here starts a driver: Triton does, at its first
+    launch.
     """
     if impl is not None:
-        return _named(impl, tensor)
-    real = not stands_in(tensor) and tensor.dtype != torch.float64
-    if tensor.is_cuda and real and _installed():
-        return Impl.TRITON
+        return _named(kernel, impl, tensor)
+    if tensor.dtype == torch.float64:
+        return Impl.REFERENCE
+    if tensor.is_cuda:
+        return Impl.REFERENCE if stands_in(tensor) or not _installed() else Impl.TRITON
+    if kernel in NATIVE and on_host(tensor, *others) and not _differentiates(tensor, *others):
+        return Impl.REFERENCE if _why_not_native() else Impl.NATIVE
     return Impl.REFERENCE
 
 
@@ -74,7 +84,12 @@ def load(kernel: str, impl: Impl) -> Callable[..., Any]:
     return getattr(module, kernel)
 
 
-def _named(impl: Impl | str, tensor: Tensor) -> Impl:
+def _differentiates(*tensors: Tensor) -> bool:
+    """Whether autograd would record the reference; it cannot see what C does."""
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def _named(kernel: str, impl: Impl | str, tensor: Tensor) -> Impl:
     """An implementation asked for by name, if it can run there; else ValueError."""
     try:
         asked = Impl(impl)
@@ -85,7 +100,35 @@ def _named(impl: Impl | str, tensor: Tensor) -> Impl:
         ) from None
     if asked is Impl.TRITON:
         _require_triton(tensor)
+    if asked is Impl.NATIVE:
+        _require_native(kernel, tensor)
     return asked
+
+
+def _require_native(kernel: str, tensor: Tensor) -> None:
+    if kernel not in NATIVE:
+        raise ValueError(
+            f"impl: 'native' has no {kernel}, which is torch's own on a CPU; use impl='reference'"
+        )
+    if tensor.dtype == torch.float64:
+        raise ValueError("impl: 'native' computes in float32, got float64; use impl='reference'")
+    if not on_host(tensor):
+        raise ValueError(
+            f"impl: 'native' runs on plain CPU tensors that nobody traces, got one on "
+            f"{tensor.device}; use impl='reference'"
+        )
+    if (reason := _why_not_native()) is not None:
+        raise ValueError(f"impl: 'native' is not available: {reason}; use impl='reference'")
+
+
+def _why_not_native() -> str | None:
+    """Why there are no C kernels on this machine; the first call may compile them."""
+    return _library().why_not()
+
+
+@cache
+def _library() -> Any:
+    return import_module("headstart_kernels.native.library")
 
 
 def _require_triton(tensor: Tensor) -> None:

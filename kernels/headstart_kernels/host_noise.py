@@ -38,7 +38,7 @@ _SIGN = np.int32(-(1 << 31))
 def normals(seeds: Tensor, samples: Tensor, step: int, count: int) -> Tensor:
     """[B, count] unit normals of B images in one row; seeds and samples int64 [B], on the CPU."""
     blocks, batch = -(-count // 4), len(seeds)
-    normal = torch.empty(batch, 4 * blocks)
+    normal = torch.empty(batch, 4 * blocks, dtype=torch.float32, device="cpu")
     drawn = normal.numpy().reshape(batch, blocks, 2, 2)
     numbers, keys = _unsigned(samples), _keys(_unsigned(seeds))
     for images, span in _parts(batch, blocks):

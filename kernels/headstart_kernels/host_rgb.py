@@ -13,7 +13,7 @@ from torch import Tensor
 def mapped(x0: Tensor, factors: Tensor, bias: Tensor) -> Tensor:
     """[B, 3, h, w] = bias + sum_c x0[:, c]*factors[c], channels in order; x0 [B, C, h, w]."""
     batch, _, height, width = x0.shape
-    pixels = torch.empty(batch, 3, height, width)
+    pixels = torch.empty(batch, 3, height, width, dtype=torch.float32, device="cpu")
     total, channels = pixels.numpy(), x0.detach().float().numpy()
     weights = factors.detach().numpy()[:, :, None, None]
     term = np.empty_like(total)

@@ -39,7 +39,7 @@ def groupnorm_silu(
         check_device(name, tensor, x.device)
     if stands_in(x):
         return operators().groupnorm_silu(x, groups, weight, bias, eps)
-    return load("groupnorm_silu", choose(impl, x))(x, groups, weight, bias, eps)
+    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(x, groups, weight, bias, eps)
 
 
 def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
@@ -48,7 +48,7 @@ def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
         raise ValueError(f"x: expected float [..., 2*H], got {said(x)}")
     if stands_in(x):
         return operators().geglu(x)
-    return load("geglu", choose(impl, x))(x)
+    return load("geglu", choose("geglu", impl, x))(x)
 
 
 def low_rank_add(
@@ -83,5 +83,5 @@ def low_rank_add(
     if stands_in(y):
         operators().low_rank_add(y, x, down, up, strength)
     else:
-        load("low_rank_add", choose(impl, y))(y, x, down, up, strength)
+        load("low_rank_add", choose("low_rank_add", impl, y))(y, x, down, up, strength)
     return y

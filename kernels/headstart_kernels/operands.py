@@ -61,3 +61,4 @@ class Wanted(NamedTuple):
     x0: Tensor | None
     x_in: Tensor | None
     preview: Preview | None
+    finite: Tensor | None = None

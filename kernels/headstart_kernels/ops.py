@@ -66,7 +66,7 @@ def _(x: Tensor, *operands: Tensor | None, **options: Tensor | None) -> tuple[Te
     return torch.empty_like(x), torch.empty_like(x)
 
 
-@_operator(("x_next", "x0", "x_in", "rgb"))
+@_operator(("x_next", "x0", "x_in", "rgb", "finite"))
 def fused_step_into(
     x: Tensor,
     f_cond: Tensor,
@@ -85,6 +85,7 @@ def fused_step_into(
     rgb: Tensor | None = None,
     factors: Tensor | None = None,
     bias: Tensor | None = None,
+    finite: Tensor | None = None,
 ) -> None:
     """`headstart_kernels.fused_step_into` with a device-side row; a `Draw` and a `Preview` are
     given as their parts."""
@@ -101,6 +102,7 @@ def fused_step_into(
         x0_prev=x0_prev,
         x_in=x_in,
         preview=preview,
+        finite=finite,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import InputError
-from headstart_kernels import INITIAL, philox_normal
+from headstart_kernels import INITIAL, Draw, philox_normal
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,11 @@ class Philox:
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
         return philox_normal(*self._keys(device), index, shape)
+
+    def draw(self, first_row: int, device: torch.device) -> Draw:
+        """The same noise, to be drawn inside the step of a table whose row 0 is the plan's
+        `first_row`: it is never written to memory."""
+        return Draw(*self._keys(device), first_row)
 
     def _keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Seeds and samples on a device. Copying waits for it, so rows share one copy."""

@@ -5,19 +5,18 @@ x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + ad
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource
-from headstart.noise import Given
+from headstart.noise import Given, Philox
 from headstart.plan.table import Step, StepTable
-from headstart_kernels import LinearMap, Preview, Rows, fused_step, scale_input
+from headstart_kernels import Draw, LinearMap, Preview, Rows, fused_step, scale_input
 
 Check = Literal["auto", "each", "last", "never"]
 
@@ -73,7 +72,9 @@ def sample(
     picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it
 
     Raises InputError for anything missing, before the first network call. Generators share
-    nothing, so runs may be interleaved. To steer, resume from a changed State.
+    nothing, so runs may be interleaved. To steer, resume from a changed State, or write to its x
+    with torch's own operators before the next row; what torch does not see (a write through numpy)
+    the next row's network would not see either.
     """
     steps = _rows_left(table, resume)
     _check_models(steps, denoisers, before_row is None and strengths is None)
@@ -85,7 +86,7 @@ def sample(
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
     run = _Run(table, denoisers, cond, pair, noise, latent, device, before_row, strengths, picture)
-    return _loop(run, resume, _Watch(check, device))
+    return _loop(run, resume, _Watch(check, device, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,24 @@ class _Run:
     before_row: Callable[[Step], None] | None
     strengths: Tensor | None
     picture: LinearMap | None
+
+    def dtype(self, step: Step) -> torch.dtype:
+        """What the network of a row is fed: its own, else the conditioning's."""
+        return getattr(self.denoisers[step.model], "dtype", self.cond.context.dtype)
+
+    def room(self, row: int) -> Tensor | None:
+        """For what the network of a row will see; None where nothing could vouch for it."""
+        if row >= len(self.table.steps) or torch.is_inference_mode_enabled():
+            return None
+        step = self.table.steps[row]
+        shape = (_copies(step) * len(self.noise), *self.latent)
+        return torch.empty(shape, dtype=self.dtype(step), device=self.device)
+
+    def inside(self) -> Draw | None:
+        """Noise that a step draws itself: all of Philox's; None for that of another source."""
+        if type(self.noise) is Philox:
+            return self.noise.draw(self.table.first, self.device)
+        return None
 
     def told(self, row: int, guided: bool) -> Conditioning:
         """What the network of a row is told: B samples, or 2B in the order (uncond, cond)."""
@@ -116,34 +135,60 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
     if state is None:
         x = run.noise.initial(run.latent, run.device) * table.init_scale
         state = State(table.first - 1, x, x)
+    inside, place = run.inside(), (run.latent, run.device)
+    ahead: Tensor | None = None
+    version = 0
     for number in range(state.step + 1, table.first + len(table)):
         row = number - table.first
-        step, x = table[row], state.x
+        step, x = table.steps[row], state.x
         if run.before_row is not None:
             run.before_row(step)
+        if ahead is not None and x._version != version:
+            ahead = None  # somebody wrote to x since
         with torch.no_grad():
-            f, f_uncond = _predict(run, row, x, rows)
-            n = run.noise.step(number, run.latent, run.device) if step.add else None
-            drawn = _drawn(run.picture, x)
+            f, f_uncond = _predict(run, row, x, rows, ahead)
+            n = (inside or run.noise.step(number, *place)) if step.add else None
+            ahead = None  # before the next is made: the same memory serves again
+            ahead, finite, drawn = run.room(row + 1), watch.flags(), _drawn(run.picture, x)
             x, x0 = fused_step(
-                x, f, rows, row, f_uncond=f_uncond, noise=n, x0_prev=state.x0, preview=drawn
+                x,
+                f,
+                rows,
+                row,
+                f_uncond=f_uncond,
+                noise=n,
+                x0_prev=state.x0,
+                x_in=ahead,
+                preview=drawn,
+                finite=finite,
             )
-        watch.look(number, step.model, x0, last=row == len(table) - 1)
+        watch.look(number, step.model, finite, last=row == len(table) - 1)
         state = State(number, x, x0, None if drawn is None else drawn.rgb)
+        if ahead is not None:
+            version = x._version
         yield state
 
 
-def _predict(run: _Run, row: int, x: Tensor, rows: Rows) -> tuple[Tensor, Tensor | None]:
-    """F, and F_uncond where the row is guided: one call of the network on c_in*x."""
-    step, batch = run.table[row], len(x)
-    denoiser, guided = run.denoisers[step.model], step.guidance != 1.0
-    dtype: torch.dtype = getattr(denoiser, "dtype", run.cond.context.dtype)
-    x_in = scale_input(x, rows, row, dtype, copies=2 if guided else 1)
-    f = denoiser(x_in, _timestep(step, len(x_in), run.device), run.told(row, guided))
-    if not guided:
+def _predict(
+    run: _Run, row: int, x: Tensor, rows: Rows, x_in: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """F, and F_uncond where the row is guided: one call of the network on c_in*x, which may have
+    been made with x, in the dtype that the network had then."""
+    step, batch = run.table.steps[row], x.shape[0]
+    copies, dtype = _copies(step), run.dtype(step)
+    if x_in is None or x_in.dtype is not dtype:
+        x_in = scale_input(x, rows, row, dtype, copies=copies)
+    timestep = _timestep(step, copies * batch, run.device)
+    f = run.denoisers[step.model](x_in, timestep, run.told(row, copies == 2))
+    if copies == 1:
         return f, None
     f_uncond, f_cond = f.split_with_sizes([batch, batch])
     return f_cond, f_uncond
+
+
+def _copies(step: Step) -> int:
+    """How often the network of a row sees each sample: twice where it is guided."""
+    return 2 if step.guidance != 1.0 else 1
 
 
 def _drawn(picture: LinearMap | None, x: Tensor) -> Preview | None:
@@ -162,14 +207,12 @@ def _timestep(step: Step, count: int, device: torch.device) -> Tensor:
 
 @dataclass(slots=True)
 class _Watch:
-    """Looks for NaN and infinity in x0: by its sum, then by the largest |x0| of each sample.
-
-    A sum is finite only of finite numbers; where it is not (they may also have been large) the
-    samples are looked at one by one.
-    """
+    """Looks for NaN and infinity in x0, which the step itself notices."""
 
     check: Check
     device: torch.device
+    batch: int
+    own: Tensor | None = None
     seen: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
 
     def __post_init__(self) -> None:
@@ -178,23 +221,36 @@ class _Watch:
         if self.check == "auto":
             self.check = "each" if self.device.type == "cpu" else "last"
 
-    def look(self, number: int, model: str, x0: Tensor, *, last: bool) -> None:
-        if self.check == "never" or (self.check == "each" and math.isfinite(x0.sum())):
+    def flags(self) -> Tensor | None:
+        """Where a step says which samples' x0 is finite: [B] bool, or None if nobody looks."""
+        if self.check == "never":
+            return None
+        if self.check == "each" and self.own is not None:
+            return self.own  # read before the next row asks
+        self.own = torch.empty(self.batch, dtype=torch.bool, device=self.device)
+        return self.own
+
+    def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
+        if finite is None:
             return
-        self.seen.append((number, model, x0.abs().amax((1, 2, 3))))
-        if self.check == "each" or last:
+        if self.check == "each":
+            require_finite(number, model, finite)
+            return
+        self.seen.append((number, model, finite))
+        if last:
             for seen in self.seen:
                 require_finite(*seen)
             self.seen.clear()
 
 
-def require_finite(number: int, model: str, peak: Tensor) -> None:
-    """Raise InputError where a row's largest |x0|, one a sample, is not finite. Waits for it."""
-    bad = [sample for sample, value in enumerate(peak.unbind()) if not math.isfinite(value)]
-    if bad:
+def require_finite(number: int, model: str, finite: Tensor) -> None:
+    """Raise InputError where a sample of a row is not finite, of [B] bool. Waits for it."""
+    good = cast("list[bool]", finite.tolist())  # pyright: ignore[reportUnknownMemberType]
+    if not all(good):
+        bad = [sample for sample, fine in enumerate(good) if not fine]
         raise InputError(
             f"step {number}: the {model!r} network gave NaN or infinity for sample(s) {bad} of "
-            f"{len(peak)}: a half-precision network that overflows needs bfloat16 or float32"
+            f"{len(finite)}: a half-precision network that overflows needs bfloat16 or float32"
         )
 
 

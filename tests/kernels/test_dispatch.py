@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,18 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels import Impl, decode_u8, fused_step, geglu, philox_normal, preview_rgb
-from headstart_kernels.dispatch import choose, load, stands_in
+from headstart_kernels import (
+    Impl,
+    decode_u8,
+    dispatch,
+    fused_step,
+    geglu,
+    philox_normal,
+    preview_rgb,
+)
+from headstart_kernels.dispatch import NATIVE, choose, load, stands_in
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
+from headstart_kernels.native import library
 from headstart_kernels.testing import random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
@@ -85,29 +95,53 @@ assert driver._active is None and driver._default is None
     run(USE + asked)
 
 
-@pytest.mark.parametrize("kernel", ["fused_step", "scale_input", "philox_normal", "preview_rgb"])
-@pytest.mark.parametrize("impl", Impl)
-def test_every_implementation_has_every_kernel(kernel: str, impl: Impl) -> None:
-    for name in (kernel, "decode_u8", "groupnorm_silu", "geglu", "low_rank_add"):
-        assert callable(load(name, impl))
+LAYERS = ("groupnorm_silu", "geglu", "low_rank_add")
 
 
-def test_a_gpu_takes_triton_a_cpu_and_float64_the_reference() -> None:
+@pytest.mark.parametrize("kernel", [*sorted(NATIVE), *LAYERS])
+def test_every_implementation_has_every_kernel_but_layers_are_not_in_c(kernel: str) -> None:
+    for impl in Impl:
+        if impl is not Impl.NATIVE or kernel in NATIVE:
+            assert callable(load(kernel, impl))
+    with pytest.raises(ValueError, match="'native' has no geglu, which is torch's own on a CPU"):
+        geglu(torch.ones(2, 8), impl="native")
+
+
+def test_there_are_c_kernels_wherever_there_is_a_compiler() -> None:
+    """Elsewhere tests of C are skipped, so what does not compile, or has other bits, fails here."""
+    if os.environ.get(library.SWITCH) == "0" or not shutil.which(os.environ.get("CC", "cc")):
+        pytest.skip("no compiler here")
+    assert library.why_not() is None
+
+
+def test_a_gpu_takes_triton_a_cpu_c_and_float64_the_reference() -> None:
     on_cpu = torch.zeros(1)
     with mock.patch.object(Tensor, "is_cuda", True):
-        assert choose(None, on_cpu) is Impl.TRITON
-        assert choose(None, on_cpu.double()) is Impl.REFERENCE
-    assert choose(None, on_cpu) is Impl.REFERENCE
-    assert choose("reference", on_cpu) is Impl.REFERENCE
+        assert choose("decode_u8", None, on_cpu) is Impl.TRITON
+        assert choose("decode_u8", None, on_cpu.double()) is Impl.REFERENCE
+    here = Impl.REFERENCE if dispatch._why_not_native() else Impl.NATIVE
+    assert choose("decode_u8", None, on_cpu) is here
+    assert choose("geglu", None, on_cpu) is Impl.REFERENCE
+    assert choose("decode_u8", "reference", on_cpu) is Impl.REFERENCE
     double = torch.zeros(1, dtype=torch.float64)
-    with pytest.raises(ValueError, match="computes in float32, got float64"):
-        choose("triton", double)
+    assert choose("decode_u8", None, double) is Impl.REFERENCE
+    for name in ("triton", "native"):
+        with pytest.raises(ValueError, match="computes in float32, got float64"):
+            choose("decode_u8", name, double)
+
+
+def test_c_is_not_chosen_where_a_gradient_is_asked_for() -> None:
+    leaf = torch.zeros(2, requires_grad=True)
+    assert choose("fused_step", None, leaf) is Impl.REFERENCE
+    assert choose("fused_step", None, torch.zeros(2), leaf) is Impl.REFERENCE
+    with torch.no_grad():
+        assert choose("fused_step", None, leaf) is choose("fused_step", None, torch.zeros(2))
 
 
 def test_a_fake_gpu_tensor_meets_one_operator_and_no_kernel() -> None:
     with fake_tensors():
         x = torch.empty(2, 4, 8, 8, device=DEVICE)
-        assert stands_in(x) and choose(None, x) is Impl.REFERENCE
+        assert stands_in(x) and choose("geglu", None, x) is Impl.REFERENCE
         assert geglu(torch.empty(3, 8, device=DEVICE)).shape == (3, 4)
         assert decode_u8(x[:, :3], check=False).shape == (2, 8, 8, 3)
         step = torch.empty((), dtype=torch.int64, device=DEVICE)

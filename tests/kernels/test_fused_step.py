@@ -289,6 +289,10 @@ def test_a_wrong_input_is_explained(
     arguments = {**operands(), "table": random_table(2), "step": 0, **change}
     with pytest.raises(kind, match=message):
         fused_step(**arguments)  # pyright: ignore[reportArgumentType]
+    if "table" not in change and not isinstance(arguments["step"], Tensor):
+        arguments["table"] = Rows(random_table(2))
+        with pytest.raises(kind, match=message):
+            fused_step(**arguments)  # pyright: ignore[reportArgumentType]
 
 
 def test_the_reference_can_be_asked_for_by_name() -> None:

@@ -72,6 +72,25 @@ def test_the_picture_is_the_preview_of_x0_with_or_without_x0(step: int | Tensor)
     assert torch.equal(again.rgb, shown.rgb)
 
 
+@STEPS
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_finite_says_which_samples_have_an_x0_without_nan_and_infinity(
+    step: int | Tensor, bad: float
+) -> None:
+    given, table = operands(), random_table(3)
+    given["x0_prev"][0, 0, 0, 0] = given["noise"][0, 0, 0, 0] = bad  # in x', not in x0
+    given["f_cond"][2, 3, 4, 6] = bad
+    given["f_cond"][1] = 1e37  # large, and the sum of all is not finite
+    for x0 in (torch.empty(SHAPE), None):
+        finite = torch.zeros(3, dtype=torch.bool)
+        x_next = torch.empty(SHAPE)
+        fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=finite, **given)
+        assert finite.tolist() == [True, True, False]
+        if x0 is not None:
+            assert x0.isfinite().flatten(1).all(1).tolist() == finite.tolist()
+            assert not x0.sum().isfinite()
+
+
 def test_a_build_of_torch_that_contracts_addcmul_gets_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -97,6 +116,7 @@ def test_the_operator_takes_noise_and_picture_as_parts() -> None:
     given, table, shown, again = operands(), random_table(3), picture(), picture()
     draw = Draw(torch.tensor([5, -1, 3]), torch.tensor([0, 7, 1]), 2)
     given.pop("noise")
+    finite = torch.zeros(3, dtype=torch.bool)
     expected = fused_step(table=table, step=2, noise=draw, preview=shown, **given)
     x_next, x0 = torch.empty(SHAPE), torch.empty(SHAPE)
     torch.ops.headstart_kernels.fused_step_into(
@@ -107,7 +127,9 @@ def test_the_operator_takes_noise_and_picture_as_parts() -> None:
         **given,
         **draw._asdict(),
         **again._asdict(),
+        finite=finite,
     )
+    assert finite.all()
     assert torch.equal(x_next, expected[0]) and torch.equal(x0, expected[1])
     assert torch.equal(again.rgb, shown.rgb)
 
@@ -116,6 +138,8 @@ BAD = [
     (dict(x_next=torch.zeros(1, 4, 5, 7)), ValueError, "x_next: expected the shape of x"),
     (dict(x_next=torch.zeros(SHAPE).half()), TypeError, "x_next: expected torch.float32"),
     (dict(x0=torch.zeros(SHAPE).double()), TypeError, "x0: expected torch.float32"),
+    (dict(finite=torch.zeros(3)), ValueError, r"finite: expected contiguous bool \[3\]"),
+    (dict(finite=torch.zeros(2).bool()), ValueError, r"bool \[3\], got bool \[2\]"),
     (
         dict(noise=Draw(torch.zeros(3).long(), torch.zeros(2).long())),
         TypeError,

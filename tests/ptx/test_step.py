@@ -124,6 +124,22 @@ def test_noise_drawn_in_registers_has_the_bits_of_philox_normal(
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7)])
+@pytest.mark.parametrize("shown", [False, True], ids=["plain", "with a picture"])
+def test_a_sample_with_nan_or_infinity_is_noticed_on_the_way(
+    gpu: Emulator, size: tuple[int, int], shown: bool
+) -> None:
+    shape = (3, 4, *size)
+    given, room = operands(shape, torch.float16), torch.full((7,), 9, dtype=torch.uint8)
+    given["f_cond"][1, 3, -1, -1] = NAN
+    given["f_cond"][2, 0, 0, 0] = float("inf")
+    finite = room[2:5].view(torch.bool)
+    extra = {"preview": picture(shape)} if shown else {}
+    table = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0})
+    fused_step(table=table, step=torch.tensor(0), finite=finite, impl="triton", **given, **extra)
+    assert room.tolist() == [9, 9, 1, 0, 0, 9, 9]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (5, 7)])
 def test_channels_last_networks_with_a_picture_on_the_way(
     gpu: Emulator, size: tuple[int, int]
 ) -> None:

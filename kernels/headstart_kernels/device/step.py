@@ -24,30 +24,29 @@ _KEEP = tl.constexpr(COLUMNS.index("keep"))
 _ADD = tl.constexpr(COLUMNS.index("add"))
 _CARRY = tl.constexpr(COLUMNS.index("carry"))
 _GUIDANCE = tl.constexpr(COLUMNS.index("guidance"))
+_INFINITY = tl.constexpr(0x7F800000)
 _NUMBERS = ("row", "last", "first_row", "c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
 
 
 # fmt: off
-@triton.jit(do_not_specialize=_NUMBERS)
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=("finite_ptr",))
 def fused_step_kernel(
     x_ptr, f_cond_ptr, f_uncond_ptr, guidance_ptr, noise_ptr, seeds_ptr, samples_ptr, x0_prev_ptr,
-    x_next_ptr, x0_ptr, x_in_ptr, rgb_ptr, factors_ptr, bias_ptr,
+    x_next_ptr, x0_ptr, x_in_ptr, rgb_ptr, factors_ptr, bias_ptr, finite_ptr,
     table_ptr, step_ptr, row, last, first_row, c_in, c_skip, c_out, keep, add, carry, scale,
-    plane, size,
-    CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr, COPIES: tl.constexpr,
-    WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    plane, size, CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr,
+    COPIES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     """A block of pixels of one sample of [B, CHANNELS, plane]; program (block, sample).
 
-    A pointer that is None is an operand that is absent, decided by the compiler. F_LAST and
-    X_IN_LAST: F and x_in are channels-last, with four channels. WHOLE_BLOCKS: a block begins on a
-    multiple of four elements, so that one Philox call serves four. PACKED: see `store_pixels`.
+    A None pointer is an absent operand, decided by the compiler. F_LAST, X_IN_LAST: channels-last,
+    with four channels. WHOLE_BLOCKS: a block begins on a multiple of four elements, so that one
+    Philox call serves four. PACKED: see `store_pixels`.
     """
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
-    pixel = tl.arange(0, BLOCK)
-    count = plane - start
+    pixel, count = tl.arange(0, BLOCK), plane - start
     inside = pixel < count
     quads = (sample * plane + start) * 4
     if step_ptr is not None:
@@ -63,6 +62,8 @@ def fused_step_kernel(
             u_quad = _load_quad(f_uncond_ptr + quads, guided, BLOCK)
     if rgb_ptr is not None:
         r, g, b = _colors(bias_ptr, BLOCK)
+    if finite_ptr is not None:
+        largest = tl.zeros((BLOCK,), tl.int32)
     x_in_quad, element = (), start  # of this sample, in 64 bits whatever the width of `plane`
 
     for channel in tl.static_range(CHANNELS):
@@ -84,11 +85,7 @@ def fused_step_kernel(
         if seeds_ptr is not None:  # noqa: SIM102 (the compiler decides this one, the GPU the next)
             if add != 0.0:
                 seed, image = tl.load(seeds_ptr + sample), tl.load(samples_ptr + sample)
-                if WHOLE_BLOCKS:
-                    n = consecutive(element >> 2, seed, image, row + first_row, BLOCK)
-                else:
-                    n = anywhere(element + pixel, seed, image, row + first_row)
-                y = y + add * n
+                y = y + add * _drawn(element, seed, image, row + first_row, WHOLE_BLOCKS, BLOCK)
         if x0_ptr is not None:
             tl.store(x0_ptr + at, x0, mask=inside)
         tl.store(x_next_ptr + at, y, mask=inside)
@@ -99,6 +96,8 @@ def fused_step_kernel(
             else:
                 for copy in tl.static_range(COPIES):
                     tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)
+        if finite_ptr is not None:
+            largest = tl.maximum(largest, tl.where(inside, _magnitude(x0), 0))
         if rgb_ptr is not None:
             r, g, b = _mixed(r, g, b, x0, factors_ptr + channel * 3)
         element = element + plane
@@ -109,6 +108,8 @@ def fused_step_kernel(
     if rgb_ptr is not None:
         to = rgb_ptr + (sample * plane + start) * 3
         store_pixels(to, level(r), level(g), level(b), count, BLOCK, PACKED)
+    if finite_ptr is not None:
+        _deny(finite_ptr + sample, largest)
 
 
 @triton.jit(do_not_specialize=["row", "c_in"])
@@ -136,6 +137,28 @@ def _coefficients(table_ptr, row, last):
     keep, add = tl.load(here + _KEEP), tl.load(here + _ADD)
     carry, scale = tl.load(here + _CARRY), tl.load(here + _GUIDANCE)
     return tl.load(following + _C_IN), skip, out, keep, add, carry, scale
+
+
+@triton.jit
+def _drawn(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.constexpr):
+    """The normals of BLOCK elements of an image from `element` on."""
+    if WHOLE_BLOCKS:
+        n = consecutive(element >> 2, seed, image, row, BLOCK)
+    else:
+        n = anywhere(element + tl.arange(0, BLOCK), seed, image, row)
+    return n
+
+
+@triton.jit
+def _deny(finite_ptr, largest):
+    """Whoever found NaN or infinity writes a 0: no reduction, and no store where all is well."""
+    tl.store(finite_ptr + tl.zeros_like(largest), 0, mask=largest >= _INFINITY)
+
+
+@triton.jit
+def _magnitude(value):
+    """The bits of |value|, in the order of magnitudes, then infinity, then NaN."""
+    return value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
 
 
 @triton.jit

@@ -9,6 +9,7 @@ no `lerp`, which torch contracts where the processor can.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -30,6 +31,8 @@ def fused_step(
         last = len(table) - 1
         following = (step + 1).clamp(max=last) if isinstance(step, Tensor) else min(step + 1, last)
         _fill_input(wanted.x_in, wanted.x_next, _row(table, following).c_in)
+    if wanted.finite is not None and wanted.x0 is not None:
+        wanted.finite.copy_(wanted.x0.abs().flatten(1).amax(1) < math.inf)  # false for NaN too
 
 
 def scale_input(

@@ -36,7 +36,9 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         return
     f_last = all(_is_quads(f) for f in (given.f_cond, given.f_uncond) if f is not None)
     x_in_last = wanted.x_in is not None and _is_quads(wanted.x_in)
-    picture, noise = wanted.preview, given.noise
+    picture, noise, finite = wanted.preview, given.noise, wanted.finite
+    if finite is not None:
+        finite = finite.fill_(True).view(torch.uint8)
     draw = noise if isinstance(noise, Draw) else None
     x_in = wanted.x_in if x_in_last else _packed(wanted.x_in)
     channels = x.shape[1] if f_last or x_in_last or picture is not None else 1
@@ -58,6 +60,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         rgb_ptr=picture and picture.rgb,
         factors_ptr=picture and picture.factors.contiguous(),
         bias_ptr=picture and picture.bias.contiguous(),
+        finite_ptr=finite,
         **_row(table, step),
         last=len(table) - 1,
         first_row=draw.first_row if draw else 0,

@@ -53,7 +53,7 @@ class Outcome(NamedTuple):
     latents  [B, C, h, w] float32, the state after the last row
     x0       [S, B, C, h, w] float32, what every row predicted; S is 0 unless kept
     shown    [S, B, h, w, 3] uint8, its preview in every row; S is 0 unless there is a map
-    peaks    [S, B] float32, the largest |x0| of each row: not finite where a network was not
+    sound    [S, B] bool, whether each row's x0 was finite
     finite   [B] bool, whether the decoder's pixels were
     """
 
@@ -61,7 +61,7 @@ class Outcome(NamedTuple):
     latents: Tensor
     x0: Tensor
     shown: Tensor
-    peaks: Tensor
+    sound: Tensor
     finite: Tensor
 
 
@@ -228,8 +228,8 @@ class _Request:
             n = ops.philox_normal(inputs["seeds"], inputs["samples"], initial, self.shape)
         x = n * inputs["init_scale"]
         x_in, before = self._first_input(x, table, step), x
-        kept, peaks = list[Tensor](), list[Tensor]()
-        shown = self._pictures(x)
+        kept, shown = list[Tensor](), self._pictures(x)
+        sound = torch.empty((len(self.rows), self.batch), dtype=torch.bool, device=x.device)
         for number, row in enumerate(self.rows):
             f = self._predict(row, x_in, inputs)
             f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
@@ -243,16 +243,16 @@ class _Request:
                 samples=inputs.get("samples") if row.draws else None,
                 rgb=shown[number] if len(shown) else None,
                 **{name: inputs.get(name) for name in _MAP},
+                finite=sound[number],
             )
             step.add_(1)
-            peaks.append(x0.abs().amax((1, 2, 3)))
             before, x_in = x0, x if following is None else following
             if self.keep_x0:
                 kept.append(x0)
         pixels = self.graph.codec.decode(x.to(self.graph.codec_dtype))
         finite = torch.isfinite(pixels).flatten(1).all(1)
         stack = torch.stack(kept) if kept else x.new_empty((0, *x.shape))
-        return ops.decode_u8(pixels), x, stack, shown, torch.stack(peaks), finite
+        return ops.decode_u8(pixels), x, stack, shown, sound, finite
 
     def _pictures(self, x: Tensor) -> Tensor:
         rows = 0 if self.graph.preview is None else len(self.rows)
@@ -313,8 +313,8 @@ def _placed(values: object, device: torch.device) -> Tensor:
 
 
 def _require_finite(outcome: Outcome, table: StepTable) -> None:
-    for number, (step, peak) in enumerate(zip(table, outcome.peaks.cpu(), strict=True)):
-        require_finite(number, step.model, peak)
+    for number, (step, sound) in enumerate(zip(table, outcome.sound.cpu(), strict=True)):
+        require_finite(number, step.model, sound)
     good = cast(list[bool], outcome.finite.tolist())  # pyright: ignore[reportUnknownMemberType]
     bad = [sample for sample, fine in enumerate(good) if not fine]
     if bad:

@@ -175,10 +175,9 @@ def emulated(arch: int = 90, *, by_default: bool = False) -> Generator[Emulator]
 
 @contextmanager
 def _triton_by_default() -> Generator[None]:
-    def chosen(impl: Impl | str | None, tensor: Tensor) -> Impl:
-        return choose(
-            Impl.TRITON if impl is None and tensor.dtype != torch.float64 else impl, tensor
-        )
+    def chosen(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor) -> Impl:
+        ours = impl is None and tensor.dtype != torch.float64
+        return choose(kernel, Impl.TRITON if ours else impl, tensor, *others)
 
     with mock.patch.object(api, "choose", chosen), mock.patch.object(layers, "choose", chosen):
         yield

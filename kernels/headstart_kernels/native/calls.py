@@ -1,0 +1,83 @@
+"""The functions of the C library, as Python calls them: pointers, sizes and numbers.
+
+Nothing is checked here or in C: operands are contiguous, on the CPU and of the stated dtypes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.native.library import library
+
+TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+"""The floats that the kernels read and write, numbered as in numbers.h."""
+
+STEP = struct.Struct("@16P 6q 4i 7f")
+"""`step` of kernels.c: pointers, sizes, types, coefficients."""
+
+GRAIN = 1 << 15
+"""Elements that are worth waking another thread for; torch's own figure."""
+
+_P, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
+_ARGUMENTS: dict[str, list[type]] = {
+    "step": [ctypes.c_char_p],
+    "scale": [_P, _LONG, _P, _P, _INT, _INT, _LONG, _FLOAT],
+    "normals": [_P, _LONG, _P, _P, _P, _LONG, _LONG, _LONG],
+    "preview": [_P, _LONG, _P, _INT, _P, _P, _P, _LONG, _LONG, _LONG],
+    "levels": [_P, _LONG, _P, _INT, _INT, _P, _LONG, _LONG],
+}
+
+
+class Calls(NamedTuple):
+    """kernels.c's functions; all but `step` begin with the `team` that does the work."""
+
+    step: Callable[[bytes], None]
+    scale: Callable[..., None]
+    normals: Callable[..., None]
+    preview: Callable[..., None]
+    levels: Callable[..., None]
+
+
+def bound(made: ctypes.CDLL) -> Calls:
+    """A library's functions with their arguments declared."""
+    for name, arguments in _ARGUMENTS.items():
+        function = getattr(made, f"headstart_{name}")
+        function.argtypes, function.restype = arguments, None
+    return Calls(*(getattr(made, f"headstart_{name}") for name in Calls._fields))
+
+
+@cache
+def calls() -> Calls:
+    """Those of this machine's library. Raises UnavailableError."""
+    return bound(library())
+
+
+def team(elements: int) -> tuple[int, int]:
+    """(parallel region, threads) for so many elements: torch's own threads, awake already."""
+    if elements < 2 * GRAIN:
+        return 0, 1
+    return _region(), min(torch.get_num_threads(), elements // GRAIN)
+
+
+@cache
+def _region() -> int:
+    """The address of GOMP_parallel in the OpenMP that torch loaded, or 0: one thread, then."""
+    try:
+        found = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError):
+        return 0
+    return ctypes.cast(found, ctypes.c_void_p).value or 0
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a contiguous copy, in a dtype that the kernels know."""
+    if tensor.dtype not in TYPES:
+        tensor = tensor.float()
+    return tensor.contiguous()

@@ -1,0 +1,450 @@
+"""The C kernels: the reference's bits for every operand, nothing written beyond, never unproven."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from headstart_kernels import (
+    Draw,
+    Preview,
+    Rows,
+    decode_u8,
+    fused_step,
+    fused_step_into,
+    philox_normal,
+    preview_rgb,
+    scale_input,
+)
+from headstart_kernels.impl import native_step
+from headstart_kernels.native import calls, library, proof
+from headstart_kernels.testing import random_latents, random_table
+
+ROOT = Path(__file__).parents[2]
+LAST = torch.channels_last
+HALF, BRAIN = torch.float16, torch.bfloat16
+DTYPES = (torch.float32, HALF, BRAIN, torch.float64)
+
+pytestmark = pytest.mark.skipif(
+    library.why_not() is not None, reason=f"no C kernels here: {library.why_not()}"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_a_cpu() -> None:
+    """Here both implementations are asked for by name, once."""
+
+
+@pytest.fixture(params=[1, 2], ids=["one thread", "two threads"])
+def threads(request: pytest.FixtureRequest) -> Generator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def bits(tensor: Tensor) -> Tensor:
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+def assert_same(a: Tensor, b: Tensor, name: str) -> None:
+    """The same bits, where NaN is NaN: which of its bits are set is no part of IEEE 754."""
+    assert a.dtype == b.dtype and a.shape == b.shape, name
+    nan = a.isnan() if a.is_floating_point() else torch.zeros(a.shape, dtype=torch.bool)
+    if a.is_floating_point():
+        assert torch.equal(nan, b.isnan()), name
+    assert torch.equal(bits(a.masked_fill(nan, 0)), bits(b.masked_fill(nan, 0))), name
+
+
+def operands(shape: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
+    names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
+    return {name: random_latents(*shape, seed=seed + at) for at, name in enumerate(names)}
+
+
+def both(
+    shape: tuple[int, ...], table: Tensor, step: Any, dtype: torch.dtype, **given: Any
+) -> None:
+    """Everything that a step fills, by both implementations."""
+    filled: list[dict[str, Tensor]] = []
+    for impl in ("reference", "native"):
+        x_in = torch.full((2 * shape[0], *shape[1:]), 9.0, dtype=dtype)
+        finite = torch.zeros(shape[0], dtype=torch.bool)
+        rgb = torch.zeros((shape[0], *shape[2:], 3), dtype=torch.uint8)
+        shown = Preview(rgb, random_latents(shape[1], 3, seed=7), random_latents(3, seed=8))
+        x_next, x0 = fused_step(
+            table=table, step=step, x_in=x_in, finite=finite, preview=shown, impl=impl, **given
+        )
+        filled.append(
+            {"x_next": x_next, "x0": x0, "x_in": x_in, "finite": finite, "rgb": shown.rgb}
+        )
+    for name, expected in filled[0].items():
+        assert_same(filled[1][name], expected, name)
+        assert filled[1][name].stride() == expected.stride(), name
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.sampled_from([1, 3, 4]), *[st.integers(1, 40)] * 2),
+    row=st.lists(st.sampled_from([0.0, 1.0, -14.6, 0.3]), min_size=7, max_size=7),
+    dtype=st.sampled_from(DTYPES),
+    noise=st.sampled_from(["given", "drawn"]),
+    per_sample=st.booleans(),
+    on_device=st.booleans(),
+    last=st.sets(st.sampled_from(["x", "f_cond", "f_uncond", "noise", "x0_prev"])),
+    bad=st.sampled_from([0.0, float("nan"), float("inf"), -float("inf")]),
+)
+def test_every_step_has_the_bits_of_the_reference(
+    shape: tuple[int, int, int, int],
+    row: list[float],
+    dtype: torch.dtype,
+    noise: str,
+    per_sample: bool,
+    on_device: bool,
+    last: set[str],
+    bad: float,
+) -> None:
+    made = operands(shape)
+    made |= {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    made["f_cond"].view(-1)[-1] = bad
+    made |= {name: made[name].contiguous(memory_format=LAST) for name in last}
+    if noise == "drawn":
+        seeds, samples = torch.arange(shape[0]) - 1, torch.arange(shape[0]) + 2**31
+        made["noise"] = Draw(seeds, samples, 3)
+    guidance = torch.linspace(0.0, 1.0, shape[0]) if per_sample else None
+    table = torch.tensor([[7.0] * 8, [*row, 999.0], [0.7] * 8])
+    step = torch.tensor(1) if on_device else 1
+    both(shape, table, step, dtype, guidance=guidance, **made)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    row=st.lists(st.sampled_from([0.0, 1.0, -14.6, 0.3]), min_size=7, max_size=7),
+    dtypes=st.tuples(*[st.sampled_from(DTYPES)] * 3),
+    noise=st.sampled_from(["given", "drawn"]),
+    last=st.sets(st.sampled_from(["x", "f_cond", "f_uncond", "noise", "x0_prev"])),
+    step=st.integers(0, 1),
+)
+def test_a_loop_over_rows_has_the_bits_of_the_reference(
+    row: list[float], dtypes: tuple[torch.dtype, ...], noise: str, last: set[str], step: int
+) -> None:
+    """Most go the short way, which looks at less; what it does not know goes the long way."""
+    made = operands((2, 4, 9, 7))
+    made |= {"f_cond": made["f_cond"].to(dtypes[0]), "f_uncond": made["f_uncond"].to(dtypes[1])}
+    made |= {name: made[name].contiguous(memory_format=LAST) for name in last}
+    if noise == "drawn":
+        made["noise"] = Draw(torch.tensor([5, -9]), torch.tensor([0, 2**32 - 1]), 3)
+    table = torch.tensor([[*row, 999.0], [*row[::-1], 499.0]])
+    filled: list[tuple[Tensor, ...]] = []
+    for rows, impl in ((Rows(table), None), (table, "reference")):
+        x_in = torch.full((4, 4, 9, 7), 9.0, dtype=dtypes[2])
+        finite = torch.zeros(2, dtype=torch.bool)
+        made_here = fused_step(table=rows, step=step, x_in=x_in, finite=finite, impl=impl, **made)
+        filled.append((*made_here, x_in, finite))
+    for got, expected in zip(*filled, strict=True):
+        assert_same(got, expected, "short way")
+
+
+def test_which_steps_go_the_short_way() -> None:
+    given, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
+    x, f, u, noise, previous = given.values()
+    room = torch.empty_like(x), torch.empty_like(x)
+    keys = Draw(torch.zeros(2).long(), torch.zeros(2).long())
+    x_in, finite = torch.empty(4, 4, 9, 7, dtype=HALF), torch.zeros(2, dtype=torch.bool)
+    usual = (x, f, rows, 0, *room, u, noise, previous, x_in, finite)
+    assert native_step.quick_step(*usual)
+    unusual: list[tuple[int, Any]] = [
+        (0, x.double()),
+        (0, x[0, 0, 0]),
+        (1, f.contiguous(memory_format=LAST)),
+        (1, f.double()),
+        (1, f[:1]),
+        (6, None),
+        (6, u.half()),
+        (6, u[:, :2]),
+        (7, None),
+        (7, noise.half()),
+        (7, noise.to("meta")),
+        (7, keys._replace(samples=torch.zeros(1).long())),
+        (7, keys._replace(seeds=torch.zeros(2))),
+        (8, None),
+        (8, nn.Parameter(previous)),
+        (9, x_in.double()),
+        (9, x_in[:3]),
+        (9, torch.cat((x_in, x_in))),
+        (10, finite.byte()),
+        (10, finite[:1]),
+    ]
+    before = [t.clone() for t in room]
+    for place, value in unusual:
+        changed = (*usual[:place], value, *usual[place + 1 :])
+        assert not native_step.quick_step(*changed), (place, value)
+    assert all(torch.equal(a, b) for a, b in zip(room, before, strict=True))
+    empty = torch.empty(0, 4, 9, 7)
+    with pytest.raises(ValueError, match="expected a batch"):
+        fused_step(empty, empty, rows, 0, f_uncond=empty, noise=empty, x0_prev=empty)
+
+
+def test_what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads(threads: int) -> None:
+    shape = (3, 4, 131, 127)
+    made = operands(shape) | {"noise": Draw(torch.tensor([1, -5, 9]), torch.tensor([0, 1, 2]), 0)}
+    assert calls.team(3 * 4 * 131 * 127)[1] == threads
+    both(shape, random_table(2), 0, HALF, **made)
+    got, expected = (
+        philox_normal([3, 2**63], [0, 9], 4, (70_001,), impl=impl)
+        for impl in ("native", "reference")
+    )
+    assert_same(got, expected, "normals")
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype) -> None:
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)[None]
+    table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
+    x = torch.zeros(1, 1 << 16)
+    _, x0 = fused_step(x, every, table, 0, impl="native")
+    assert_same(x0, every.float(), "x0")
+
+
+@pytest.mark.parametrize("dtype", [HALF, BRAIN])
+def test_float32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype) -> None:
+    """Every 16-bit number, both its neighbours' midpoints and what lies just beside those."""
+    every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype).float().view(torch.int32)
+    middle = {HALF: 1 << 12, BRAIN: 1 << 15}[dtype]
+    near = torch.cat([every + offset for offset in (0, 1, -1, middle - 1, middle, middle + 1)])
+    small = torch.arange(0, 1 << 30, 99_991, dtype=torch.int32)  # float16 subnormals, and smaller
+    x = torch.cat((near, small)).view(torch.float32)[None]
+    table = torch.ones(1, 8)
+    got = scale_input(x, table, 0, dtype, impl="native")
+    assert_same(got, x.to(dtype), "x_in")
+
+
+def test_nothing_beside_the_outputs_is_written_to() -> None:
+    shape, table = (2, 4, 5, 7), random_table(2)
+    count = 2 * 4 * 5 * 7
+
+    def guarded(count: int, dtype: torch.dtype, fill: float) -> tuple[Tensor, Tensor]:
+        room = torch.full((count + 128,), fill, dtype=dtype)
+        return room, room[64 : 64 + count]
+
+    rooms = {
+        "x_next": guarded(count, torch.float32, 7.0),
+        "x0": guarded(count, torch.float32, 7.0),
+        "x_in": guarded(2 * count, HALF, 7.0),
+        "rgb": guarded(2 * 5 * 7 * 3, torch.uint8, 77),
+        "finite": guarded(2, torch.bool, True),
+    }
+    views = {name: view for name, (_, view) in rooms.items()}
+    made = operands(shape)
+    before = {name: tensor.clone() for name, tensor in made.items()}
+    shown = Preview(views["rgb"].view(2, 5, 7, 3), torch.rand(4, 3), torch.rand(3))
+    fused_step_into(
+        table=table,
+        step=0,
+        x_next=views["x_next"].view(shape),
+        x0=views["x0"].view(shape),
+        x_in=views["x_in"].view(4, *shape[1:]),
+        finite=views["finite"],
+        preview=shown,
+        impl="native",
+        **made,
+    )
+    for name, (room, view) in rooms.items():
+        ends = torch.cat((room[:64], room[64 + len(view) :]))
+        assert (ends == (77 if name == "rgb" else 7.0 if name != "finite" else True)).all(), name
+    assert all(torch.equal(made[name], before[name]) for name in made)
+
+
+def test_in_place_and_over_the_x0_of_the_row_before() -> None:
+    shape, table = (2, 4, 33, 65), random_table(2)
+    made = operands(shape)
+    expected = fused_step(table=table, step=1, impl="reference", **made)
+    x, previous = made.pop("x"), made["x0_prev"]
+    fused_step_into(x, made.pop("f_cond"), table, 1, x, x0=previous, impl="native", **made)
+    assert_same(x, expected[0], "x")
+    assert_same(previous, expected[1], "x0")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_pictures_have_the_bytes_of_the_reference(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    x0 = random_latents(2, 4, 37, 41, scale=2.0).to(dtype).contiguous(memory_format=layout)
+    x0[1, :, 2, 3] = torch.tensor([float("nan"), float("inf"), -float("inf"), 1e4])
+    factors, bias = random_latents(4, 3, seed=1), random_latents(3, seed=2)
+    if dtype is torch.float64:
+        with pytest.raises(ValueError, match="'native' computes in float32, got float64"):
+            decode_u8(x0[:, :3], check=False, impl="native")
+        return
+    pictures: list[Callable[[str], Tensor]] = [
+        lambda impl: preview_rgb(x0, factors, bias, impl=impl),
+        lambda impl: preview_rgb(x0, factors, bias, upscale=3, impl=impl),
+        lambda impl: decode_u8(x0[:, :3], check=False, impl=impl),
+        lambda impl: decode_u8(x0[:, :3].contiguous(memory_format=layout), check=False, impl=impl),
+    ]
+    for picture in pictures:
+        assert_same(picture("native"), picture("reference"), "picture")
+
+
+def test_a_device_row_past_the_table_is_an_error() -> None:
+    x = random_latents(1, 4, 3, 3)
+    for row in (2, -1):
+        with pytest.raises(IndexError, match=f"rows 0 to 1, got {row}"):
+            fused_step(x, x, random_table(2), torch.tensor(row), impl="native")
+
+
+def test_a_step_that_autograd_would_record_is_not_done_in_c() -> None:
+    x, table = random_latents(1, 4, 3, 3), torch.tensor([[1.0, 1.0, -1.0, 0.5, 0.0, 0.0, 1.0, 0.0]])
+    f = random_latents(1, 4, 3, 3, seed=1).requires_grad_()
+    x_next, _ = fused_step(x, f, table, torch.tensor(0))
+    x_next.sum().backward()
+    assert f.grad is not None and torch.allclose(f.grad, torch.full_like(f, -0.5))
+
+
+def test_defaults_for_dtype_and_device_are_not_ours() -> None:
+    expected = philox_normal([1], [0], 0, (8,)), preview_rgb(torch.ones(1, 4, 2, 2), *MAP)
+    torch.set_default_dtype(torch.float64)
+    try:
+        for impl in ("native", "reference"):
+            assert_same(philox_normal([1], [0], 0, (8,), impl=impl), expected[0], impl)
+            x0 = torch.ones(1, 4, 2, 2, dtype=torch.float32)
+            assert_same(preview_rgb(x0, *MAP, impl=impl), expected[1], impl)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+MAP = (torch.full((4, 3), 0.1), torch.zeros(3))
+
+
+# The library: where it comes from, and when there is none.
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
+    """A machine that has not compiled anything yet; the folder where it will be kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    library._outcome.cache_clear()
+    yield tmp_path / "headstart"
+    library._outcome.cache_clear()
+
+
+def test_it_is_compiled_once_and_kept(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert library.why_not() is None
+    (kept,) = fresh.iterdir()
+    assert kept.name.startswith("kernels-") and fresh.stat().st_mode & 0o777 == 0o700
+    assert f"compiled {kept}" in caplog.text
+    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
+    library._outcome.cache_clear()
+    assert library.why_not() is None
+
+
+def test_other_sources_or_flags_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources, compiler = library._texts(), library._compiler()
+    names = [library._fingerprint(sources, compiler)]
+    names.append(library._fingerprint(sources | {"kernels.c": "int x;"}, compiler))
+    names.append(library._fingerprint(sources, [*compiler, "-m64"]))
+    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
+    names.append(library._fingerprint(sources, compiler))
+    assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize(
+    ("changed", "wrong"), [("MINUS_2_LN_2", "-0x1.62e432p+0f"), ("WEYL_1", "0xbb67ae84u")]
+)
+def test_a_library_whose_bits_differ_is_refused(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, changed: str, wrong: str
+) -> None:
+    right = library.constants()
+    line = next(line for line in right.splitlines() if line.startswith(f"#define {changed} "))
+    other = right.replace(line, f"#define {changed} {wrong}")
+    monkeypatch.setattr(library, "constants", lambda: other)
+    assert "bits differ: philox_normal" in (library.why_not() or "")
+    assert not list(fresh.iterdir())
+
+
+def test_a_compiler_that_contracts_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = (
+        "-ffp-contract=fast" if flag == "-ffp-contract=off" else flag for flag in library.FLAGS
+    )
+    monkeypatch.setattr(library, "FLAGS", tuple(flags))
+    reason = library.why_not()
+    fma = any(word in library._processor() for word in (" fma ", "asimd"))
+    assert not fma or "fused_step" in (reason or "")
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"HEADSTART_NATIVE": "0"}, "HEADSTART_NATIVE=0 is set"),
+        ({"CC": "no-such-compiler -m64"}, "there is no C compiler 'no-such-compiler' on the path"),
+        ({"CC": "false"}, f"{shutil.which('false')} failed (1): "),
+    ],
+)
+def test_without_one_the_reference_runs_and_says_why(
+    fresh: Path, environment: dict[str, str], reason: str
+) -> None:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    script = """
+import logging, torch, headstart_kernels as hk
+logging.basicConfig(level=logging.INFO)
+x = torch.ones(1, 4, 2, 2)
+hk.fused_step(x, x, torch.tensor([[1.0, 1, 1, 0, 0, 0, 1, 0]]), 0)
+try:
+    hk.decode_u8(x[:, :3], impl="native")
+except ValueError as error:
+    print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms, **environment},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"impl: 'native' is not available: {reason}" in done.stdout
+    assert f"run in torch and numpy, not in C: {reason}" in done.stderr
+
+
+def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fresh.mkdir(mode=0o777)
+    fresh.chmod(0o777)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(elsewhere))
+    assert library.why_not() is None
+    assert not list(fresh.iterdir())
+    (own,) = elsewhere.iterdir()
+    assert own.name == f"headstart-{os.getuid()}" and len(list(own.glob("kernels-*.so"))) == 1
+    own.chmod(0o777)
+    library._outcome.cache_clear()
+    reason = library.why_not() or ""
+    assert "nowhere to keep it" in reason and reason.count("others may write to it") == 2
+
+
+def test_the_proof_looks_at_every_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does nothing at all is found out in every dtype."""
+    right = calls.calls()
+    monkeypatch.setattr(proof, "bound", lambda made: right._replace(step=lambda packed: None))
+    assert proof.differences(library.library()) == [
+        f"fused_step {name}" for name in ("float32", "float16", "bfloat16")
+    ]
