@@ -35,7 +35,8 @@ ROOT = Path(__file__).parents[1]
 LATENT = (4, 128, 128)
 """SDXL's at 1024 pixels."""
 BATCHES = (1, 4, 16)
-STEPS = 20
+STEPS = 50
+"""What the pipelines of diffusers take by default."""
 GUIDANCE = 5.0
 BETAS: dict[str, Any] = {
     "beta_start": 0.00085,

@@ -60,20 +60,26 @@ def calls() -> Calls:
 
 
 def team(elements: int) -> tuple[int, int]:
-    """(parallel region, threads) for so many elements: torch's own threads, awake already."""
+    """(OpenMP, threads) for so many elements: torch's own threads, which are awake already."""
     if elements < 2 * GRAIN:
         return 0, 1
-    return _region(), min(torch.get_num_threads(), elements // GRAIN)
+    return _runtime(), min(torch.get_num_threads(), elements // GRAIN)
 
 
 @cache
-def _region() -> int:
-    """The address of GOMP_parallel in the OpenMP that torch loaded, or 0: one thread, then."""
+def _runtime() -> int:
+    """The address of an `openmp` of team.h, or 0 where torch loaded none: one thread, then."""
     try:
-        found = ctypes.CDLL(None).GOMP_parallel
+        loaded = ctypes.CDLL(None)
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+        addresses = [ctypes.cast(getattr(loaded, name), _P).value for name in names]
     except (AttributeError, OSError):
         return 0
-    return ctypes.cast(found, ctypes.c_void_p).value or 0
+    _KEPT.append((_P * 3)(*addresses))
+    return ctypes.addressof(_KEPT[-1])
+
+
+_KEPT: list[ctypes.Array[ctypes.c_void_p]] = []
 
 
 def dense(tensor: Tensor) -> Tensor:

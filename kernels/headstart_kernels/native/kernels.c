@@ -116,10 +116,10 @@ static void scale_piece(const void *job, int64_t number) {
   }
 }
 
-void headstart_scale(parallel_region region, int64_t threads, const float *x, void *x_in, int32_t type,
+void headstart_scale(const openmp *runtime, int64_t threads, const float *x, void *x_in, int32_t type,
                      int32_t copies, int64_t count, float c_in) {
   scaling a = {x, type, copies, x_in, c_in, count};
-  do_pieces((team){region, threads}, scale_piece, &a, pieces_of(count));
+  do_pieces((team){runtime, threads}, scale_piece, &a, pieces_of(count));
 }
 
 typedef struct {
@@ -142,10 +142,10 @@ static void draw_piece(const void *job, int64_t number) {
   memcpy(out + first, room, (size_t)(end - first) * sizeof(float));
 }
 
-void headstart_normals(parallel_region region, int64_t threads, const int64_t *seeds,
+void headstart_normals(const openmp *runtime, int64_t threads, const int64_t *seeds,
                        const int64_t *samples, float *out, int64_t batch, int64_t count, int64_t number) {
   drawing a = {seeds, samples, out, count, number, pieces_of(count)};
-  do_pieces((team){region, threads}, draw_piece, &a, batch * a.pieces);
+  do_pieces((team){runtime, threads}, draw_piece, &a, batch * a.pieces);
 }
 
 typedef struct {
@@ -173,11 +173,11 @@ static void preview_piece(const void *job, int64_t number) {
   }
 }
 
-void headstart_preview(parallel_region region, int64_t threads, const void *x0, int32_t type,
+void headstart_preview(const openmp *runtime, int64_t threads, const void *x0, int32_t type,
                        const float *factors, const float *bias, uint8_t *rgb, int64_t batch,
                        int64_t channels, int64_t plane) {
   showing a = {x0, type, 0, factors, bias, rgb, channels, plane, pieces_of(plane)};
-  do_pieces((team){region, threads}, preview_piece, &a, batch * a.pieces);
+  do_pieces((team){runtime, threads}, preview_piece, &a, batch * a.pieces);
 }
 
 static void levels_piece(const void *job, int64_t number) {
@@ -201,9 +201,9 @@ static void levels_piece(const void *job, int64_t number) {
   }
 }
 
-void headstart_levels(parallel_region region, int64_t threads, const void *pixels, int32_t type,
+void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels, int32_t type,
                       int32_t last, uint8_t *rgb, int64_t batch, int64_t plane) {
   showing a = {.from = pixels, .type = type, .last = last, .rgb = rgb, .plane = plane};
   a.pieces = pieces_of(plane);
-  do_pieces((team){region, threads}, levels_piece, &a, batch * a.pieces);
+  do_pieces((team){runtime, threads}, levels_piece, &a, batch * a.pieces);
 }

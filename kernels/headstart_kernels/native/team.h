@@ -4,35 +4,40 @@
 
 #include <stdint.h>
 
-typedef void (*parallel_region)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+typedef struct {
+  void (*region)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
+  int (*number)(void);
+  int (*size)(void);
+} openmp; /* GOMP_parallel, omp_get_thread_num and omp_get_num_threads of the library that torch has */
 
 typedef struct {
-  parallel_region region; /* GOMP_parallel of torch's own OpenMP, or none */
+  const openmp *runtime; /* or none */
   int64_t threads;
 } team;
 
 typedef struct {
+  const openmp *runtime;
   void (*piece)(const void *job, int64_t number);
   const void *job;
-  int64_t pieces, taken;
+  int64_t pieces;
 } shares;
 
-static void take_pieces(void *data) {
-  shares *all = data;
-  for (;;) {
-    int64_t number = __atomic_fetch_add(&all->taken, 1, __ATOMIC_RELAXED);
-    if (number >= all->pieces) return;
-    all->piece(all->job, number);
-  }
+/* Each thread the same neighbouring pieces in every row: what it wrote is in its own cache. */
+static void do_own_share(void *data) {
+  const shares *all = data;
+  const int64_t own = all->runtime->number(), size = all->runtime->size();
+  const int64_t end = all->pieces * (own + 1) / size;
+  for (int64_t number = all->pieces * own / size; number < end; number++) all->piece(all->job, number);
 }
 
 static void do_pieces(team who, void (*piece)(const void *, int64_t), const void *job, int64_t pieces) {
-  shares all = {piece, job, pieces, 0};
-  int64_t threads = who.threads < pieces ? who.threads : pieces;
-  if (who.region && threads > 1)
-    who.region(take_pieces, &all, (unsigned)threads, 0);
-  else
-    take_pieces(&all);
+  const int64_t threads = who.threads < pieces ? who.threads : pieces;
+  if (who.runtime && threads > 1) {
+    shares all = {who.runtime, piece, job, pieces};
+    who.runtime->region(do_own_share, &all, (unsigned)threads, 0);
+    return;
+  }
+  for (int64_t number = 0; number < pieces; number++) piece(job, number);
 }
 
 #endif
