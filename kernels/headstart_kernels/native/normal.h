@@ -9,9 +9,9 @@
 #include "philox.h" /* the numbers of headstart_kernels.philox, written when this is compiled */
 #include "vectors.h"
 
-enum { BLOCKS = WIDTH / 8, GROUPS = WIDTH == 64 ? 4 : 2, AT_ONCE = BLOCKS * GROUPS };
-/* AT_ONCE blocks hide the latency of each other: 53 us for 2^16 normals with one group, 33 with
-   four (AVX-512, AMD Zen 5); the narrower sets have 16 registers. */
+enum { BLOCKS = WIDTH / 8, GROUPS = WIDTH == 64 ? 4 : WIDTH == 32 ? 3 : 2, AT_ONCE = BLOCKS * GROUPS };
+/* AT_ONCE blocks hide the latency of each other. 2^16 normals on AMD Zen 5: 53 us with one group and
+   33 with four (AVX-512); 117, 87 and 78 with one, two and three (AVX2, which has 16 registers). */
 
 INLINE floats horner(floats x, const float *coefficients, int degree) {
   floats total = x * coefficients[degree] + coefficients[degree - 1];

@@ -66,6 +66,10 @@ INLINE longs product(longs a, longs b) {
 INLINE longs halves_swapped(longs a) {
 #if WIDTH == 64
   return (longs)_mm512_rol_epi64((__m512i)a, 32);
+#elif WIDTH == 32
+  return (longs)_mm256_shuffle_epi32((__m256i)a, 0xb1);
+#elif defined(__SSE2__)
+  return (longs)_mm_shuffle_epi32((__m128i)a, 0xb1);
 #else
   return a << 32 | a >> 32;
 #endif
