@@ -354,6 +354,15 @@ def test_it_is_compiled_once_and_kept(
     assert library.why_not() is None
 
 
+def test_a_damaged_one_is_made_anew(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    key = library._fingerprint(library._texts(), library._compiler())
+    damaged = library._folder() / f"kernels-{key}.so"
+    damaged.write_bytes(b"\x7fELF and no more")
+    assert library.why_not() is None and damaged.stat().st_size > 10_000
+    assert "made anew, because it is damaged" in caplog.text
+
+
 def test_other_sources_or_flags_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
     sources, compiler = library._texts(), library._compiler()
     names = [library._fingerprint(sources, compiler)]

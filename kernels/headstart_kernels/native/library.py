@@ -75,8 +75,12 @@ def _found_or_made() -> ctypes.CDLL:
     compiler = _compiler()
     sources = _texts()
     kept = _folder() / f"kernels-{_fingerprint(sources, compiler)}.so"
-    if not kept.exists():
-        _make(sources, compiler, kept)
+    if kept.exists():
+        try:
+            return ctypes.CDLL(str(kept))
+        except OSError as error:
+            log.info("made anew, because it is damaged: %s", error)
+    _make(sources, compiler, kept)
     return ctypes.CDLL(str(kept))
 
 
