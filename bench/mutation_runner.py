@@ -250,9 +250,16 @@ MUTATIONS = (
     Mutation(
         "fall back without being asked",
         "src/headstart/runner/graph.py",
-        "            if not self.fallback:\n                raise\n",
+        "                if not self.fallback:\n                    raise\n",
         "",
         (f"{RUNNER_TEST}::test_what_cannot_be_captured_is_an_error_that_says_why",),
+    ),
+    Mutation(
+        "try a refused shape again and again",
+        "src/headstart/runner/graph.py",
+        "                self._refused.add(form)\n",
+        "",
+        (f"{RUNNER_TEST}::test_eager_is_a_fallback_only_when_asked_for",),
     ),
 )
 

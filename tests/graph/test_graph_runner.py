@@ -215,6 +215,11 @@ def test_eager_is_a_fallback_only_when_asked_for(stand: Any) -> None:
     x = stand.latent(1)
     assert torch.equal(runner(x, T([7]), stand.words(1)), x * 7.0)
     assert len(runner.refusals) == 1 and ".item()" in runner.refusals[0]
+    tries = len(stand.cuda.happened("capture"))
+    assert torch.equal(runner(x, T([3]), stand.words(1)), x * 3.0)
+    assert len(runner.refusals) == 1 and len(stand.cuda.happened("capture")) == tries
+    runner(stand.latent(2), T([7, 7]), stand.words(2))
+    assert len(runner.refusals) == 2
 
 
 def test_an_error_of_the_network_itself_stays_what_it_is(stand: Any) -> None:

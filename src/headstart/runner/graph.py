@@ -51,18 +51,23 @@ class GraphRunner:
         self.memory_format = memory_format
         self.fallback = fallback
         self.refusals: list[str] = []
-        """What could not be captured and ran eagerly, where `fallback` was asked for."""
+        """What could not be captured and ran eagerly, where `fallback` was asked for: one a shape,
+        because a shape that was refused is not tried again."""
+        self._refused: set[object] = set()
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         """F [B, C, h, w]: the network's output, in memory of the caller's."""
         site = self.site or Site.of(x_in.device)
         program, inputs = self.request(x_in, timestep, cond)
-        try:
-            return site.run(program, inputs)[0]
-        except CaptureError as error:
-            if not self.fallback:
-                raise
-            self.refusals.append(str(error))
+        form = tuple((name, *tensor.shape, tensor.dtype) for name, tensor in inputs.items())
+        if form not in self._refused:
+            try:
+                return site.run(program, inputs)[0]
+            except CaptureError as error:
+                if not self.fallback:
+                    raise
+                self.refusals.append(str(error))
+                self._refused.add(form)
         with torch.no_grad():
             return program.body(inputs)[0]
 
