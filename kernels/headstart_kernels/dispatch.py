@@ -67,8 +67,10 @@ def stands_in(tensor: Tensor) -> bool:
 def on_host(*tensors: Tensor) -> bool:
     """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
     memory. What it does there, a compiler or a recorder of operators would never see."""
-    plain = all(tensor.is_cpu and type(tensor) is Tensor for tensor in tensors)
-    return plain and not (is_in_torch_dispatch_mode() or torch.compiler.is_compiling())
+    for tensor in tensors:
+        if not tensor.is_cpu or type(tensor) is not Tensor:
+            return False
+    return not (is_in_torch_dispatch_mode() or torch.compiler.is_compiling())
 
 
 def operators() -> Any:

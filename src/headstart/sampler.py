@@ -137,7 +137,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         state = State(table.first - 1, x, x)
     inside, place = run.inside(), (run.latent, run.device)
     ahead: Tensor | None = None
-    version = 0
+    version, untracked = 0, torch.no_grad()
     for number in range(state.step + 1, table.first + len(table)):
         row = number - table.first
         step, x = table.steps[row], state.x
@@ -145,7 +145,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
             run.before_row(step)
         if ahead is not None and x._version != version:
             ahead = None  # somebody wrote to x since
-        with torch.no_grad():
+        with untracked:
             f, f_uncond = _predict(run, row, x, rows, ahead)
             n = (inside or run.noise.step(number, *place)) if step.add else None
             ahead = None  # before the next is made: the same memory serves again

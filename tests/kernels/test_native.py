@@ -183,6 +183,7 @@ def test_which_steps_go_the_short_way() -> None:
         (8, nn.Parameter(previous)),
         (9, x_in.double()),
         (9, x_in[:3]),
+        (9, x_in[0, 0, 0, 0]),
         (9, torch.cat((x_in, x_in))),
         (10, finite.byte()),
         (10, finite[:1]),

@@ -79,25 +79,35 @@ def quick_step(
         return False
     copies = x_in_type = 0
     if x_in is not None:
-        copies, x_in_type = x_in.shape[0] // shape[0], TYPES.get(x_in.dtype, -1)
-        if (
-            x_in_type < 0
-            or not 1 <= copies <= 2
-            or not _fits(x_in, (copies * shape[0], *shape[1:]))
-        ):
+        copies, x_in_type = x_in.numel() // count, TYPES.get(x_in.dtype, -1)
+        whole = (copies * shape[0], *shape[1:])
+        if x_in_type < 0 or not (1 <= copies <= 2 and _fits(x_in, whole)):
             return False
     if finite is not None and not (_fits(finite, shape[:1]) and finite.dtype is torch.bool):
         return False
-    kind = TYPES[f.dtype]
-    calls().step(
-        STEP.pack(
-            *(x.data_ptr(), f.data_ptr(), _at(u), 0, _at(noise), _at(seeds), _at(samples)),
-            *(_at(previous), x_next.data_ptr(), x0.data_ptr(), _at(x_in), 0, 0, 0, _at(finite)),
-            *(*team(count), shape[0], 1, count // shape[0], number, 0),
-            *(kind, kind, x_in_type, copies),
-            *(rows.rows[step + 1].c_in if step + 1 < len(rows.rows) else row.c_in, *row[1:7]),
-        )
+    following = rows.rows[step + 1] if step + 1 < len(rows.rows) else row
+    kind, (runtime, threads) = TYPES[f.dtype], team(count)
+    packed = STEP.pack(
+        x.data_ptr(),
+        f.data_ptr(),
+        0 if u is None else u.data_ptr(),
+        0,
+        0 if noise is None else noise.data_ptr(),
+        0 if seeds is None else seeds.data_ptr(),
+        0 if samples is None else samples.data_ptr(),
+        0 if previous is None else previous.data_ptr(),
+        x_next.data_ptr(),
+        x0.data_ptr(),
+        0 if x_in is None else x_in.data_ptr(),
+        0,
+        0,
+        0,
+        0 if finite is None else finite.data_ptr(),
+        *(runtime, threads, shape[0], 1, count // shape[0], number, 0),
+        *(kind, kind, x_in_type, copies, following.c_in),
+        *row[1:7],
     )
+    calls().step(packed)
     return True
 
 
