@@ -112,9 +112,7 @@ def check_given(x: Tensor, given: Given) -> None:
 def check_wanted(x: Tensor, wanted: Wanted) -> None:
     x_in, finite = wanted.x_in, wanted.finite
     if x_in is not None:
-        batch, *rest = x_in.shape
-        own, *ours = x.shape
-        if rest != ours or batch not in (own, 2 * own):
+        if x_in.shape[1:] != x.shape[1:] or x_in.shape[0] not in (len(x), 2 * len(x)):
             raise ValueError(
                 f"x_in: expected the shape of x {list(x.shape)}, or twice its batch, "
                 f"got {said(x_in)}"
@@ -123,11 +121,8 @@ def check_wanted(x: Tensor, wanted: Wanted) -> None:
     if wanted.preview is not None:
         _check_preview(wanted.preview, x)
     if finite is not None:
-        if (
-            finite.dtype != torch.bool
-            or finite.shape != (x.shape[0],)
-            or not finite.is_contiguous()
-        ):
+        fits = finite.dtype == torch.bool and finite.shape == x.shape[:1]
+        if not fits or not finite.is_contiguous():
             raise ValueError(f"finite: expected contiguous bool [{len(x)}], got {said(finite)}")
         check_device("finite", finite, x.device)
 

@@ -31,3 +31,12 @@ def levels(pixels: Tensor, rgb: Tensor) -> None:
     colours = rgb.numpy()
     for colour in range(3):
         np.copyto(colours[..., colour], planes[:, colour], casting="unsafe")  # the low byte
+
+
+def enlarged(rgb: Tensor, upscale: int) -> Tensor:
+    """[B, h, w, 3] -> [B, h*upscale, w*upscale, 3], each pixel repeated; on any device."""
+    if upscale == 1:
+        return rgb
+    batch, height, width, _ = rgb.shape
+    grid = rgb.view(batch, height, 1, width, 1, 3).expand(-1, -1, upscale, -1, upscale, -1)
+    return grid.reshape(batch, height * upscale, width * upscale, 3)

@@ -135,7 +135,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
     if state is None:
         x = run.noise.initial(run.latent, run.device) * table.init_scale
         state = State(table.first - 1, x, x)
-    inside, place = run.inside(), (run.latent, run.device)
+    inside = run.inside()
     ahead: Tensor | None = None
     version, untracked = 0, torch.no_grad()
     for number in range(state.step + 1, table.first + len(table)):
@@ -147,7 +147,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
             ahead = None  # somebody wrote to x since
         with untracked:
             f, f_uncond = _predict(run, row, x, rows, ahead)
-            n = (inside or run.noise.step(number, *place)) if step.add else None
+            n = (inside or run.noise.step(number, run.latent, run.device)) if step.add else None
             ahead = None  # before the next is made: the same memory serves again
             ahead, finite, drawn = run.room(row + 1), watch.flags(), _drawn(run.picture, x)
             x, x0 = fused_step(

@@ -277,6 +277,7 @@ BAD = [
     (dict(noise=None), ValueError, "row 0 has add .* needs noise"),
     (dict(x0_prev=None), ValueError, "row 0 has carry .* needs x0_prev"),
     (dict(x_in=torch.zeros(4, 4, 5, 7)), ValueError, "x_in: expected the shape of x"),
+    (dict(x_in=torch.zeros(())), ValueError, r"or twice its batch, got float32 \[\]"),
     (dict(noise=torch.zeros(SHAPE, device="meta")), ValueError, "noise: is on meta, but .* cpu"),
     (dict(impl="cuda"), ValueError, "'cuda' does not exist in this version; there is 'reference'"),
 ]

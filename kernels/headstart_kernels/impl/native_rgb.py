@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from headstart_kernels.host_rgb import enlarged
 from headstart_kernels.native.calls import TYPES, calls, dense, team
 
 
@@ -21,10 +22,7 @@ def preview_rgb(
         *(x0.data_ptr(), TYPES[x0.dtype], factors.data_ptr(), bias.data_ptr(), rgb.data_ptr()),
         *(batch, channels, height * width),
     )
-    if upscale == 1:
-        return rgb
-    grid = rgb.view(batch, height, 1, width, 1, 3).expand(-1, -1, upscale, -1, upscale, -1)
-    return grid.reshape(batch, height * upscale, width * upscale, 3)
+    return enlarged(rgb, upscale)
 
 
 def decode_u8(pixels: Tensor) -> Tensor:

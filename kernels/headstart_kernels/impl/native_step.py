@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import STEP, TYPES, calls, dense, team
+from headstart_kernels.native.calls import TYPES, Operands, calls, dense, packed_step, team
 from headstart_kernels.operands import Draw, Given, Wanted
 from headstart_kernels.table import Rows, host_row
 
@@ -30,7 +30,8 @@ def fused_step(
         _through_copies(x, table, step, given, wanted)
         return
     if x_in is not None and not (x_in.is_contiguous() and x_in.dtype in TYPES):
-        inner = torch.empty(x_in.shape, dtype=_known(x_in.dtype), device="cpu")
+        known = x_in.dtype if x_in.dtype in TYPES else torch.float32
+        inner = torch.empty(x_in.shape, dtype=known, device="cpu")
         fused_step(x, table, step, given, wanted._replace(x_in=inner))
         x_in.copy_(inner)
         return
@@ -77,37 +78,18 @@ def quick_step(
             return False
     elif noise is None or not _is_state(noise, shape):
         return False
-    copies = x_in_type = 0
     if x_in is not None:
-        copies, x_in_type = x_in.numel() // count, TYPES.get(x_in.dtype, -1)
+        copies = x_in.numel() // count
         whole = (copies * shape[0], *shape[1:])
-        if x_in_type < 0 or not (1 <= copies <= 2 and _fits(x_in, whole)):
+        if x_in.dtype not in TYPES or not (1 <= copies <= 2 and _fits(x_in, whole)):
             return False
     if finite is not None and not (_fits(finite, shape[:1]) and finite.dtype is torch.bool):
         return False
     following = rows.rows[step + 1] if step + 1 < len(rows.rows) else row
-    kind, (runtime, threads) = TYPES[f.dtype], team(count)
-    packed = STEP.pack(
-        x.data_ptr(),
-        f.data_ptr(),
-        0 if u is None else u.data_ptr(),
-        0,
-        0 if noise is None else noise.data_ptr(),
-        0 if seeds is None else seeds.data_ptr(),
-        0 if samples is None else samples.data_ptr(),
-        0 if previous is None else previous.data_ptr(),
-        x_next.data_ptr(),
-        x0.data_ptr(),
-        0 if x_in is None else x_in.data_ptr(),
-        0,
-        0,
-        0,
-        0 if finite is None else finite.data_ptr(),
-        *(runtime, threads, shape[0], 1, count // shape[0], number, 0),
-        *(kind, kind, x_in_type, copies, following.c_in),
-        *row[1:7],
+    given = Operands(
+        *(x, f, u, None, noise, seeds, samples, previous, x_next, x0, x_in), finite=finite
     )
-    calls().step(packed)
+    calls().step(packed_step(given, row, following.c_in, number))
     return True
 
 
@@ -141,37 +123,14 @@ def _call(
     elif noise is not None:
         noise = noise.contiguous()
     guidance = None if given.guidance is None else given.guidance.contiguous()
-    x_in, rgb, factors, bias = wanted.x_in, None, None, None
-    batch, channels = x.shape[0], 1
+    rgb = factors = bias = None
     if wanted.preview is not None:
-        rgb, channels = wanted.preview.rgb, x.shape[1]
-        factors, bias = wanted.preview.factors.contiguous(), wanted.preview.bias.contiguous()
-    count = x.numel()
-    region, threads = team(count)
-    packed = STEP.pack(
-        x.data_ptr(),
-        f.data_ptr(),
-        _at(u),
-        _at(guidance),
-        _at(noise),
-        _at(seeds),
-        _at(samples),
-        _at(previous),
-        wanted.x_next.data_ptr(),
-        _at(wanted.x0),
-        _at(x_in),
-        _at(rgb),
-        _at(factors),
-        _at(bias),
-        _at(wanted.finite),
-        *(region, threads, batch, channels, count // (batch * channels), number, 0),
-        TYPES[f.dtype],
-        0 if u is None else TYPES[u.dtype],
-        0 if x_in is None else TYPES[x_in.dtype],
-        0 if x_in is None else x_in.shape[0] // batch,
-        *(c_in, row.c_skip, row.c_out, row.keep, row.add, row.carry, row.guidance),
+        rgb, factors, bias = (tensor.contiguous() for tensor in wanted.preview)
+    made = Operands(
+        *(x, f, u, guidance, noise, seeds, samples, previous),
+        *(wanted.x_next, wanted.x0, wanted.x_in, rgb, factors, bias, wanted.finite),
     )
-    calls().step(packed)
+    calls().step(packed_step(made, row, c_in, number))
 
 
 def scale_input(
@@ -212,11 +171,3 @@ def _through_copies(
     wanted.x_next.copy_(inner.x_next)
     if wanted.x0 is not None and x0 is not None:
         wanted.x0.copy_(x0)
-
-
-def _known(dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in TYPES else torch.float32
-
-
-def _at(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.dispatch import on_host
-from headstart_kernels.host_rgb import levels, mapped
+from headstart_kernels.host_rgb import enlarged, levels, mapped
 
 
 def preview_rgb(
@@ -20,11 +20,7 @@ def preview_rgb(
     """The picture, in `rgb` where one is given: contiguous uint8 [B, h, w, 3], and upscale 1."""
     pixels = mapped(x0, factors, bias) if on_host(x0) else mapped_by_definition(x0, factors, bias)
     rgb = decode_u8(pixels, rgb)
-    if upscale == 1:
-        return rgb
-    batch, height, width, _ = rgb.shape
-    grid = rgb.view(batch, height, 1, width, 1, 3).expand(-1, -1, upscale, -1, upscale, -1)
-    return grid.reshape(batch, height * upscale, width * upscale, 3)
+    return enlarged(rgb, upscale)
 
 
 def decode_u8(pixels: Tensor, rgb: Tensor | None = None) -> Tensor:

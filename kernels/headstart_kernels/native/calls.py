@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.native.library import library
+from headstart_kernels.table import Row
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The floats that the kernels read and write, numbered as in numbers.h."""
 
-STEP = struct.Struct("@16P 6q 4i 7f")
+_STEP = struct.Struct("@16P 5q 4i 7f")
 """`step` of kernels.c: pointers, sizes, types, coefficients."""
 
 GRAIN = 1 << 15
@@ -80,6 +81,42 @@ def _runtime() -> int:
 
 
 _KEPT: list[ctypes.Array[ctypes.c_void_p]] = []
+
+
+class Operands(NamedTuple):
+    """What a step reads and fills, in the order of `step`; an absent one is None."""
+
+    x: Tensor
+    f_cond: Tensor
+    f_uncond: Tensor | None
+    guidance: Tensor | None
+    noise: Tensor | None
+    seeds: Tensor | None
+    samples: Tensor | None
+    x0_prev: Tensor | None
+    x_next: Tensor
+    x0: Tensor | None
+    x_in: Tensor | None
+    rgb: Tensor | None = None
+    factors: Tensor | None = None
+    bias: Tensor | None = None
+    finite: Tensor | None = None
+
+
+def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> bytes:
+    """The argument of `Calls.step`. c_in is the following row's; `number` counts in the plan."""
+    x, u, x_in = given.x, given.f_uncond, given.x_in
+    batch, count = x.shape[0], x.numel()
+    channels = 1 if given.rgb is None else x.shape[1]
+    return _STEP.pack(
+        *[0 if tensor is None else tensor.data_ptr() for tensor in given],
+        *(*team(count), batch, channels, count // (batch * channels), number),
+        TYPES[given.f_cond.dtype],
+        0 if u is None else TYPES[u.dtype],
+        *((0, 0) if x_in is None else (TYPES[x_in.dtype], x_in.shape[0] // batch)),
+        c_in,
+        *row[1:7],  # c_skip to guidance
+    )
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -7,7 +7,21 @@
 #include "picture.h"
 #include "team.h"
 
-enum { CHUNK = 1024, CHUNKS = 16 }; /* elements worked on at a time, in the first cache; a piece */
+enum { PIECE = 16 * CHUNK }; /* elements of one image that a thread takes at once */
+
+typedef struct {
+  int64_t image, begin, end;
+} piece;
+
+static int64_t pieces_of(int64_t count) { return (count + PIECE - 1) / PIECE; }
+
+/* Piece `number` of images of `count` elements each. */
+static piece piece_of(int64_t number, int64_t count) {
+  const int64_t each = pieces_of(count), begin = number % each * PIECE;
+  return (piece){number / each, begin, begin + PIECE < count ? begin + PIECE : count};
+}
+
+static int64_t chunk_of(int64_t start, int64_t end) { return end - start < CHUNK ? end - start : CHUNK; }
 
 typedef struct {
   const float *x;
@@ -21,14 +35,14 @@ typedef struct {
   const float *factors, *bias;
   uint8_t *finite;
   team who;
-  int64_t batch, channels, plane, number, pieces;
+  int64_t batch, channels, plane, number;
   int32_t f_cond_type, f_uncond_type, x_in_type, copies;
   float c_in, c_skip, c_out, keep, add, carry, scale;
 } step;
 
 typedef struct {
   float f_cond[CHUNK], f_uncond[CHUNK], x0[CHUNK], noise[CHUNK + 4 * AT_ONCE + 4];
-  float r[CHUNK], g[CHUNK], b[CHUNK];
+  colors color;
 } rooms;
 
 /* One channel of one sample, `count` elements from `at` on; `first` numbers them in the sample.
@@ -66,35 +80,29 @@ static uint32_t step_span(const step *a, const stream *from, float scale, int64_
 
 static void step_piece(const void *job, int64_t number) {
   const step *a = job;
-  const int64_t sample = number / a->pieces, begin = number % a->pieces * CHUNKS * CHUNK;
-  const int64_t end = begin + CHUNKS * CHUNK < a->plane ? begin + CHUNKS * CHUNK : a->plane;
+  const piece part = piece_of(number, a->plane);
+  const int64_t sample = part.image;
   const float scale = a->guidance ? a->guidance[sample] : a->scale;
   rooms room;
   stream from;
   if (a->seeds && a->add != 0.0f) from = stream_of(a->seeds[sample], a->samples[sample], a->number);
-  for (int64_t start = begin; start < end; start += CHUNK) {
-    const int64_t count = end - start < CHUNK ? end - start : CHUNK;
-    if (a->rgb) fill(room.r, a->bias[0], count), fill(room.g, a->bias[1], count), fill(room.b, a->bias[2], count);
+  for (int64_t start = part.begin; start < part.end; start += CHUNK) {
+    const int64_t count = chunk_of(start, part.end);
+    if (a->rgb) start_colors(&room.color, a->bias, count);
     for (int64_t channel = 0; channel < a->channels; channel++) {
       const int64_t first = channel * a->plane + start, at = sample * a->channels * a->plane + first;
       float *x0 = a->x0 ? a->x0 + at : room.x0;
       const uint32_t largest = step_span(a, &from, scale, at, first, count, x0, &room);
       if (a->finite && largest >= 0x7f800000u) __atomic_store_n(a->finite + sample, 0, __ATOMIC_RELAXED);
-      if (!a->rgb) continue;
-      const float *weight = a->factors + 3 * channel;
-      mix(room.r, x0, weight[0], count), mix(room.g, x0, weight[1], count), mix(room.b, x0, weight[2], count);
+      if (a->rgb) mix_colors(&room.color, x0, a->factors + 3 * channel, count);
     }
-    if (a->rgb) store_levels(a->rgb + 3 * (sample * a->plane + start), room.r, room.g, room.b, count);
+    if (a->rgb) store_colors(a->rgb + 3 * (sample * a->plane + start), &room.color, count);
   }
 }
 
-static int64_t pieces_of(int64_t count) { return (count + CHUNKS * CHUNK - 1) / (CHUNKS * CHUNK); }
-
-void headstart_step(const step *given) {
-  step a = *given;
-  a.pieces = pieces_of(a.plane);
-  if (a.finite) memset(a.finite, 1, (size_t)a.batch);
-  do_pieces(a.who, step_piece, &a, a.batch * a.pieces);
+void headstart_step(const step *a) {
+  if (a->finite) memset(a->finite, 1, (size_t)a->batch);
+  do_pieces(a->who, step_piece, a, a->batch * pieces_of(a->plane));
 }
 
 typedef struct {
@@ -107,10 +115,9 @@ typedef struct {
 
 static void scale_piece(const void *job, int64_t number) {
   const scaling *a = job;
-  const int64_t begin = number * CHUNKS * CHUNK;
-  const int64_t end = begin + CHUNKS * CHUNK < a->count ? begin + CHUNKS * CHUNK : a->count;
-  for (int64_t at = begin; at < end; at += CHUNK) {
-    const int64_t count = end - at < CHUNK ? end - at : CHUNK;
+  const piece part = piece_of(number, a->count);
+  for (int64_t at = part.begin; at < part.end; at += CHUNK) {
+    const int64_t count = chunk_of(at, part.end);
     for (int64_t copy = 0; copy < a->copies; copy++)
       store_scaled(a->to, a->type, copy * a->count + at, (const float *)a->from + at, a->c_in, count);
   }
@@ -125,27 +132,26 @@ void headstart_scale(const openmp *runtime, int64_t threads, const float *x, voi
 typedef struct {
   const int64_t *seeds, *samples;
   float *out;
-  int64_t count, number, pieces;
+  int64_t count, number;
 } drawing;
 
 static void draw_piece(const void *job, int64_t number) {
   const drawing *a = job;
-  const int64_t image = number / a->pieces, begin = number % a->pieces * CHUNKS * CHUNK;
-  const int64_t end = begin + CHUNKS * CHUNK < a->count ? begin + CHUNKS * CHUNK : a->count;
-  const stream from = stream_of(a->seeds[image], a->samples[image], a->number);
-  float *out = a->out + image * a->count, room[4 * AT_ONCE];
-  int64_t first = begin;
-  for (; first + 4 * AT_ONCE <= end; first += 4 * AT_ONCE)
+  const piece part = piece_of(number, a->count);
+  const stream from = stream_of(a->seeds[part.image], a->samples[part.image], a->number);
+  float *out = a->out + part.image * a->count, room[4 * AT_ONCE];
+  int64_t first = part.begin;
+  for (; first + 4 * AT_ONCE <= part.end; first += 4 * AT_ONCE)
     draw_blocks(&from, (uint32_t)(first >> 2), out + first);
-  if (first == end) return;
+  if (first == part.end) return;
   draw_blocks(&from, (uint32_t)(first >> 2), room);
-  memcpy(out + first, room, (size_t)(end - first) * sizeof(float));
+  memcpy(out + first, room, (size_t)(part.end - first) * sizeof(float));
 }
 
 void headstart_normals(const openmp *runtime, int64_t threads, const int64_t *seeds,
                        const int64_t *samples, float *out, int64_t batch, int64_t count, int64_t number) {
-  drawing a = {seeds, samples, out, count, number, pieces_of(count)};
-  do_pieces((team){runtime, threads}, draw_piece, &a, batch * a.pieces);
+  drawing a = {seeds, samples, out, count, number};
+  do_pieces((team){runtime, threads}, draw_piece, &a, batch * pieces_of(count));
 }
 
 typedef struct {
@@ -153,41 +159,40 @@ typedef struct {
   int32_t type, last;
   const float *factors, *bias;
   uint8_t *rgb;
-  int64_t channels, plane, pieces;
+  int64_t channels, plane;
 } showing;
 
 static void preview_piece(const void *job, int64_t number) {
   const showing *a = job;
-  const int64_t sample = number / a->pieces, begin = number % a->pieces * CHUNKS * CHUNK;
-  const int64_t end = begin + CHUNKS * CHUNK < a->plane ? begin + CHUNKS * CHUNK : a->plane;
-  float room[CHUNK], color[3][CHUNK];
-  for (int64_t start = begin; start < end; start += CHUNK) {
-    const int64_t count = end - start < CHUNK ? end - start : CHUNK;
-    for (int c = 0; c < 3; c++) fill(color[c], a->bias[c], count);
+  const piece part = piece_of(number, a->plane);
+  float room[CHUNK];
+  colors color;
+  for (int64_t start = part.begin; start < part.end; start += CHUNK) {
+    const int64_t count = chunk_of(start, part.end);
+    start_colors(&color, a->bias, count);
     for (int64_t channel = 0; channel < a->channels; channel++) {
-      const int64_t at = (sample * a->channels + channel) * a->plane + start;
+      const int64_t at = (part.image * a->channels + channel) * a->plane + start;
       const float *x0 = as_floats(a->from, a->type, at, count, room);
-      for (int c = 0; c < 3; c++) mix(color[c], x0, a->factors[3 * channel + c], count);
+      mix_colors(&color, x0, a->factors + 3 * channel, count);
     }
-    store_levels(a->rgb + 3 * (sample * a->plane + start), color[0], color[1], color[2], count);
+    store_colors(a->rgb + 3 * (part.image * a->plane + start), &color, count);
   }
 }
 
 void headstart_preview(const openmp *runtime, int64_t threads, const void *x0, int32_t type,
                        const float *factors, const float *bias, uint8_t *rgb, int64_t batch,
                        int64_t channels, int64_t plane) {
-  showing a = {x0, type, 0, factors, bias, rgb, channels, plane, pieces_of(plane)};
-  do_pieces((team){runtime, threads}, preview_piece, &a, batch * a.pieces);
+  showing a = {x0, type, 0, factors, bias, rgb, channels, plane};
+  do_pieces((team){runtime, threads}, preview_piece, &a, batch * pieces_of(plane));
 }
 
 static void levels_piece(const void *job, int64_t number) {
   const showing *a = job;
-  const int64_t sample = number / a->pieces, begin = number % a->pieces * CHUNKS * CHUNK;
-  const int64_t end = begin + CHUNKS * CHUNK < a->plane ? begin + CHUNKS * CHUNK : a->plane;
+  const piece part = piece_of(number, a->plane);
   float room[3][CHUNK];
   const float *color[3];
-  for (int64_t start = begin; start < end; start += CHUNK) {
-    const int64_t count = end - start < CHUNK ? end - start : CHUNK, pixel = sample * a->plane + start;
+  for (int64_t start = part.begin; start < part.end; start += CHUNK) {
+    const int64_t count = chunk_of(start, part.end), pixel = part.image * a->plane + start;
     if (a->last) { /* the colours of a pixel lie together, as they will */
       for (int c = 0; c < 3; c++) {
         color[c] = as_floats(a->from, a->type, 3 * pixel + c * count, count, room[c]);
@@ -196,7 +201,7 @@ static void levels_piece(const void *job, int64_t number) {
       continue;
     }
     for (int c = 0; c < 3; c++)
-      color[c] = as_floats(a->from, a->type, (3 * sample + c) * a->plane + start, count, room[c]);
+      color[c] = as_floats(a->from, a->type, (3 * part.image + c) * a->plane + start, count, room[c]);
     store_levels(a->rgb + 3 * pixel, color[0], color[1], color[2], count);
   }
 }
@@ -204,6 +209,5 @@ static void levels_piece(const void *job, int64_t number) {
 void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels, int32_t type,
                       int32_t last, uint8_t *rgb, int64_t batch, int64_t plane) {
   showing a = {.from = pixels, .type = type, .last = last, .rgb = rgb, .plane = plane};
-  a.pieces = pieces_of(plane);
-  do_pieces((team){runtime, threads}, levels_piece, &a, batch * a.pieces);
+  do_pieces((team){runtime, threads}, levels_piece, &a, batch * pieces_of(plane));
 }

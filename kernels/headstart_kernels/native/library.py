@@ -42,7 +42,6 @@ class UnavailableError(RuntimeError):
     """There is no library of C kernels here, and this says why."""
 
 
-@cache
 def library() -> ctypes.CDLL:
     """The library, compiled if it is not kept yet. Raises UnavailableError."""
     outcome = _outcome()

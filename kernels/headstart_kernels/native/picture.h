@@ -4,6 +4,8 @@
 
 #include "vectors.h"
 
+enum { CHUNK = 1024 }; /* elements worked on at a time, in the first cache */
+
 /* Clamped before the cast, NaN gives 0; adding 2^23 leaves the rounded level in the low bits. */
 INLINE uint8_t level(float pixel) {
   float low = pixel >= -1.0f ? pixel : -1.0f; /* false for NaN */
@@ -11,14 +13,23 @@ INLINE uint8_t level(float pixel) {
   return (uint8_t)bits_of(unit * 127.5f + 127.5f + 0x1p23f);
 }
 
-/* total[i] += x0[i]*weight */
-INLINE void mix(float *total, const float *x0, float weight, int64_t count) {
-  INDEPENDENT
-  for (int64_t i = 0; i < count; i++) total[i] = total[i] + x0[i] * weight;
+/* The colours of up to CHUNK pixels on the way: bias + sum_c x0[c]*factors[c], channels in order. */
+typedef struct {
+  float plane[3][CHUNK];
+} colors;
+
+static void start_colors(colors *made, const float *bias, int64_t count) {
+  for (int c = 0; c < 3; c++)
+    for (int64_t i = 0; i < count; i++) made->plane[c][i] = bias[c];
 }
 
-static void fill(float *total, float value, int64_t count) {
-  for (int64_t i = 0; i < count; i++) total[i] = value;
+static void mix_colors(colors *made, const float *x0, const float *factors, int64_t count) {
+  for (int c = 0; c < 3; c++) {
+    float *total = made->plane[c];
+    const float weight = factors[c];
+    INDEPENDENT
+    for (int64_t i = 0; i < count; i++) total[i] = total[i] + x0[i] * weight;
+  }
 }
 
 /* `count` pixels of three planes as interleaved levels. */
@@ -29,6 +40,10 @@ static void store_levels(uint8_t *rgb, const float *r, const float *g, const flo
     rgb[3 * i + 1] = level(g[i]);
     rgb[3 * i + 2] = level(b[i]);
   }
+}
+
+static void store_colors(uint8_t *rgb, const colors *made, int64_t count) {
+  store_levels(rgb, made->plane[0], made->plane[1], made->plane[2], count);
 }
 
 #endif

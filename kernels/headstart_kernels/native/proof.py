@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.dispatch import Impl, load
-from headstart_kernels.native.calls import STEP, TYPES, Calls, bound
+from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, packed_step
 from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
-from headstart_kernels.table import COLUMNS
+from headstart_kernels.table import Row
 
 SHAPE = (2, 4, 37, 31)
 """Longer than what is worked on at a time, and no multiple of any vector."""
-_ROW = (0.3, 0.7, -1.9, 0.6, 0.4, -0.2, 7.3, 999.0)
+_ROW = Row(0.3, 0.7, -1.9, 0.6, 0.4, -0.2, 7.3, 999.0)
 
 
 def differences(made: ctypes.CDLL) -> list[str]:
@@ -50,7 +50,13 @@ def _step(calls: Calls, dtype: torch.dtype) -> bool:
     load("fused_step", Impl.REFERENCE)(x, table, 0, given, expected)
     assert expected.preview is not None and expected.x0 is not None
     load("preview_rgb", Impl.REFERENCE)(expected.x0, *line, 1, expected.preview.rgb)
-    calls.step(_packed(x, f, u, draw, previous, got, dict(zip(COLUMNS, _ROW, strict=True))))
+    assert got.preview is not None
+    rgb, factors, bias = got.preview
+    made = Operands(
+        *(x, f, u, None, None, draw.seeds, draw.samples, previous),
+        *(got.x_next, got.x0, got.x_in, rgb, factors, bias, got.finite),
+    )
+    calls.step(packed_step(made, _ROW, _ROW.c_in, 0))
     return all(_same(a, b) for a, b in zip(_made(got), _made(expected), strict=True))
 
 
@@ -60,27 +66,6 @@ def _wanted(dtype: torch.dtype, line: LinearMap) -> Wanted:
     rgb = torch.empty((SHAPE[0], *SHAPE[2:], 3), dtype=torch.uint8, device="cpu")
     finite = torch.empty(SHAPE[0], dtype=torch.bool, device="cpu")
     return Wanted(x_next, x0, x_in, Preview(rgb, *line), finite)
-
-
-def _packed(
-    x: Tensor,
-    f: Tensor,
-    u: Tensor,
-    draw: Draw,
-    previous: Tensor,
-    wanted: Wanted,
-    row: dict[str, float],
-) -> bytes:
-    read = (x, f, u, None, None, draw.seeds, draw.samples, previous)
-    filled = (wanted.x_next, wanted.x0, wanted.x_in, *(wanted.preview or ()), wanted.finite)
-    kind = TYPES[f.dtype]
-    coefficients = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance")
-    return STEP.pack(
-        *(0 if tensor is None else tensor.data_ptr() for tensor in (*read, *filled)),
-        *(0, 1, SHAPE[0], SHAPE[1], SHAPE[2] * SHAPE[3], 0, 0),
-        *(kind, kind, kind, 2),
-        *(row[name] for name in coefficients),
-    )
 
 
 def _made(wanted: Wanted) -> list[Tensor]:
