@@ -61,9 +61,9 @@ COMPILED = (
 )
 
 
-def in_c(name: str) -> tuple[str, ...]:
+def in_c(name: str, file: str = "native") -> tuple[str, ...]:
     """And the one that fails where the library's own proof refuses it: the others are skipped."""
-    return (*COMPILED, f"tests/kernels/test_native.py::test_{name}")
+    return (*COMPILED, f"tests/kernels/test_{file}.py::test_{name}")
 
 
 IN_C_STEP = in_c("every_step_has_the_bits_of_the_reference")
@@ -71,8 +71,8 @@ IN_C_LONG = in_c("what_is_longer_than_a_piece_is_the_same_on_any_number_of_threa
 IN_C_READ = in_c("every_16_bit_number_is_read_exactly")
 IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
 IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
-IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to")
-IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused")
+IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to", "native_library")
+IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused", "native_library")
 IN_C_FINITE = (
     *COMPILED,
     "tests/kernels/test_step_into.py::"

@@ -28,7 +28,7 @@ from headstart_kernels import (
     preview_rgb,
     scale_input,
 )
-from headstart_kernels.testing import random_latents, random_table
+from headstart_kernels.testing import assert_bits, random_latents, random_table
 from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
 from headstart_kernels.testing.ptx import emulated
 
@@ -66,19 +66,6 @@ def there(value: Any, place: str) -> Any:
         items = [there(item, place) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
     return value
-
-
-def assert_bits(got: Tensor, expected: Tensor, name: str) -> None:
-    """NaN is NaN: which of its bits are set is no part of IEEE 754."""
-    got = got.cpu()
-    assert got.dtype == expected.dtype and got.shape == expected.shape, name
-    kinds = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    if got.is_floating_point():
-        nan = expected.isnan()
-        assert torch.equal(got.isnan(), nan), name
-        got, expected = got.masked_fill(nan, 0), expected.masked_fill(nan, 0)
-    kind = kinds[got.element_size()]
-    assert torch.equal(got.contiguous().view(kind), expected.contiguous().view(kind)), name
 
 
 def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:

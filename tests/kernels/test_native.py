@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -29,8 +24,8 @@ from headstart_kernels import (
     scale_input,
 )
 from headstart_kernels.impl import native_step
-from headstart_kernels.native import calls, library, proof
-from headstart_kernels.testing import random_latents, random_table
+from headstart_kernels.native import calls, library
+from headstart_kernels.testing import assert_bits, random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
 LAST = torch.channels_last
@@ -55,20 +50,6 @@ def threads(request: pytest.FixtureRequest) -> Generator[int]:
     torch.set_num_threads(before)
 
 
-def bits(tensor: Tensor) -> Tensor:
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    return tensor.contiguous().view(kinds[tensor.element_size()])
-
-
-def assert_same(a: Tensor, b: Tensor, name: str) -> None:
-    """The same bits, where NaN is NaN: which of its bits are set is no part of IEEE 754."""
-    assert a.dtype == b.dtype and a.shape == b.shape, name
-    nan = a.isnan() if a.is_floating_point() else torch.zeros(a.shape, dtype=torch.bool)
-    if a.is_floating_point():
-        assert torch.equal(nan, b.isnan()), name
-    assert torch.equal(bits(a.masked_fill(nan, 0)), bits(b.masked_fill(nan, 0))), name
-
-
 def operands(shape: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
     names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
     return {name: random_latents(*shape, seed=seed + at) for at, name in enumerate(names)}
@@ -91,7 +72,7 @@ def both(
             {"x_next": x_next, "x0": x0, "x_in": x_in, "finite": finite, "rgb": shown.rgb}
         )
     for name, expected in filled[0].items():
-        assert_same(filled[1][name], expected, name)
+        assert_bits(filled[1][name], expected, name)
         assert filled[1][name].stride() == expected.stride(), name
 
 
@@ -154,7 +135,7 @@ def test_a_loop_over_rows_has_the_bits_of_the_reference(
         made_here = fused_step(table=rows, step=step, x_in=x_in, finite=finite, impl=impl, **made)
         filled.append((*made_here, x_in, finite))
     for got, expected in zip(*filled, strict=True):
-        assert_same(got, expected, "short way")
+        assert_bits(got, expected, "short way")
 
 
 def test_which_steps_go_the_short_way() -> None:
@@ -207,7 +188,7 @@ def test_what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads(thread
         philox_normal([3, 2**63], [0, 9], 4, (70_001,), impl=impl)
         for impl in ("native", "reference")
     )
-    assert_same(got, expected, "normals")
+    assert_bits(got, expected, "normals")
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -216,7 +197,7 @@ def test_every_16_bit_number_is_read_exactly(dtype: torch.dtype) -> None:
     table = torch.tensor([[1.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0]])
     x = torch.zeros(1, 1 << 16)
     _, x0 = fused_step(x, every, table, 0, impl="native")
-    assert_same(x0, every.float(), "x0")
+    assert_bits(x0, every.float(), "x0")
 
 
 @pytest.mark.parametrize("dtype", [HALF, BRAIN])
@@ -229,7 +210,7 @@ def test_float32_is_rounded_to_16_bits_as_torch_rounds(dtype: torch.dtype) -> No
     x = torch.cat((near, small)).view(torch.float32)[None]
     table = torch.ones(1, 8)
     got = scale_input(x, table, 0, dtype, impl="native")
-    assert_same(got, x.to(dtype), "x_in")
+    assert_bits(got, x.to(dtype), "x_in")
 
 
 def test_nothing_beside_the_outputs_is_written_to() -> None:
@@ -274,8 +255,8 @@ def test_in_place_and_over_the_x0_of_the_row_before() -> None:
     expected = fused_step(table=table, step=1, impl="reference", **made)
     x, previous = made.pop("x"), made["x0_prev"]
     fused_step_into(x, made.pop("f_cond"), table, 1, x, x0=previous, impl="native", **made)
-    assert_same(x, expected[0], "x")
-    assert_same(previous, expected[1], "x0")
+    assert_bits(x, expected[0], "x")
+    assert_bits(previous, expected[1], "x0")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -297,7 +278,7 @@ def test_pictures_have_the_bytes_of_the_reference(
         lambda impl: decode_u8(x0[:, :3].contiguous(memory_format=layout), check=False, impl=impl),
     ]
     for picture in pictures:
-        assert_same(picture("native"), picture("reference"), "picture")
+        assert_bits(picture("native"), picture("reference"), "picture")
 
 
 def test_a_device_row_past_the_table_is_an_error() -> None:
@@ -320,141 +301,11 @@ def test_defaults_for_dtype_and_device_are_not_ours() -> None:
     torch.set_default_dtype(torch.float64)
     try:
         for impl in ("native", "reference"):
-            assert_same(philox_normal([1], [0], 0, (8,), impl=impl), expected[0], impl)
+            assert_bits(philox_normal([1], [0], 0, (8,), impl=impl), expected[0], impl)
             x0 = torch.ones(1, 4, 2, 2, dtype=torch.float32)
-            assert_same(preview_rgb(x0, *MAP, impl=impl), expected[1], impl)
+            assert_bits(preview_rgb(x0, *MAP, impl=impl), expected[1], impl)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 MAP = (torch.full((4, 3), 0.1), torch.zeros(3))
-
-
-# The library: where it comes from, and when there is none.
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """A machine that has not compiled anything yet; the folder where it will be kept."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library._outcome.cache_clear()
-    yield tmp_path / "headstart"
-    library._outcome.cache_clear()
-
-
-def test_it_is_compiled_once_and_kept(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    assert library.why_not() is None
-    (kept,) = fresh.iterdir()
-    assert kept.name.startswith("kernels-") and fresh.stat().st_mode & 0o777 == 0o700
-    assert f"compiled {kept}" in caplog.text
-    monkeypatch.setattr(library, "_compile", lambda *_: pytest.fail("compiled again"))
-    library._outcome.cache_clear()
-    assert library.why_not() is None
-
-
-def test_a_damaged_one_is_made_anew(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO)
-    key = library._fingerprint(library._texts(), library._compiler())
-    damaged = library._folder() / f"kernels-{key}.so"
-    damaged.write_bytes(b"\x7fELF and no more")
-    assert library.why_not() is None and damaged.stat().st_size > 10_000
-    assert "made anew, because it is damaged" in caplog.text
-
-
-def test_other_sources_or_flags_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources, compiler = library._texts(), library._compiler()
-    names = [library._fingerprint(sources, compiler)]
-    names.append(library._fingerprint(sources | {"kernels.c": "int x;"}, compiler))
-    names.append(library._fingerprint(sources, [*compiler, "-m64"]))
-    monkeypatch.setattr(library, "FLAGS", (*library.FLAGS, "-g"))
-    names.append(library._fingerprint(sources, compiler))
-    assert len(set(names)) == 4
-
-
-@pytest.mark.parametrize(
-    ("changed", "wrong"), [("MINUS_2_LN_2", "-0x1.62e432p+0f"), ("WEYL_1", "0xbb67ae84u")]
-)
-def test_a_library_whose_bits_differ_is_refused(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, changed: str, wrong: str
-) -> None:
-    right = library.constants()
-    line = next(line for line in right.splitlines() if line.startswith(f"#define {changed} "))
-    other = right.replace(line, f"#define {changed} {wrong}")
-    monkeypatch.setattr(library, "constants", lambda: other)
-    assert "bits differ: philox_normal" in (library.why_not() or "")
-    assert not list(fresh.iterdir())
-
-
-def test_a_compiler_that_contracts_is_refused(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flags = (
-        "-ffp-contract=fast" if flag == "-ffp-contract=off" else flag for flag in library.FLAGS
-    )
-    monkeypatch.setattr(library, "FLAGS", tuple(flags))
-    reason = library.why_not()
-    fma = any(word in library._processor() for word in (" fma ", "asimd"))
-    assert not fma or "fused_step" in (reason or "")
-
-
-@pytest.mark.parametrize(
-    ("environment", "reason"),
-    [
-        ({"HEADSTART_NATIVE": "0"}, "HEADSTART_NATIVE=0 is set"),
-        ({"CC": "no-such-compiler -m64"}, "there is no C compiler 'no-such-compiler' on the path"),
-        ({"CC": "false"}, f"{shutil.which('false')} failed (1): "),
-    ],
-)
-def test_without_one_the_reference_runs_and_says_why(
-    fresh: Path, environment: dict[str, str], reason: str
-) -> None:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    script = """
-import logging, torch, headstart_kernels as hk
-logging.basicConfig(level=logging.INFO)
-x = torch.ones(1, 4, 2, 2)
-hk.fused_step(x, x, torch.tensor([[1.0, 1, 1, 0, 0, 0, 1, 0]]), 0)
-try:
-    hk.decode_u8(x[:, :3], impl="native")
-except ValueError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms, **environment},
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"impl: 'native' is not available: {reason}" in done.stdout
-    assert f"run in torch and numpy, not in C: {reason}" in done.stderr
-
-
-def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(
-    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    fresh.mkdir(mode=0o777)
-    fresh.chmod(0o777)
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
-    monkeypatch.setattr(library.tempfile, "gettempdir", lambda: str(elsewhere))
-    assert library.why_not() is None
-    assert not list(fresh.iterdir())
-    (own,) = elsewhere.iterdir()
-    assert own.name == f"headstart-{os.getuid()}" and len(list(own.glob("kernels-*.so"))) == 1
-    own.chmod(0o777)
-    library._outcome.cache_clear()
-    reason = library.why_not() or ""
-    assert "nowhere to keep it" in reason and reason.count("others may write to it") == 2
-
-
-def test_the_proof_looks_at_every_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that does nothing at all is found out in every dtype."""
-    right = calls.calls()
-    monkeypatch.setattr(proof, "bound", lambda made: right._replace(step=lambda packed: None))
-    assert proof.differences(library.library()) == [
-        f"fused_step {name}" for name in ("float32", "float16", "bfloat16")
-    ]

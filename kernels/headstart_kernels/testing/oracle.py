@@ -172,3 +172,19 @@ def _numpy_horner(coefficients: Sequence[float], x: Array32) -> Array32:
     for coefficient in coefficients[-2::-1]:
         total = total * x + np.float32(coefficient)
     return total
+
+
+def assert_bits(got: Tensor, expected: Tensor, name: str) -> None:
+    """Raise AssertionError unless every bit agrees; `got` may be on a device.
+
+    NaN is NaN: which of its bits are set is no part of IEEE 754.
+    """
+    got = got.cpu()
+    assert got.dtype == expected.dtype and got.shape == expected.shape, name
+    if got.is_floating_point():
+        nan = expected.isnan()
+        assert torch.equal(got.isnan(), nan), name
+        got, expected = got.masked_fill(nan, 0), expected.masked_fill(nan, 0)
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}
+    kind = kinds[got.element_size()]
+    assert torch.equal(got.contiguous().view(kind), expected.contiguous().view(kind)), name
