@@ -26,10 +26,10 @@ from headstart_kernels.checks import (
     check_wanted,
     said,
 )
-from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
+from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in, unwatched
 from headstart_kernels.operands import Draw, Given, Preview, Wanted
 from headstart_kernels.philox import INITIAL
-from headstart_kernels.table import Rows, host_row
+from headstart_kernels.table import Row, Rows, host_row
 
 
 def fused_step(
@@ -54,7 +54,8 @@ def fused_step(
         x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*noise
 
     x         [B, ...] float32, in sigma space
-    f_cond    [B, ...] network output, any float dtype; f_uncond the same, or None
+    f_cond    [B, ...] network output, any float dtype; f_uncond the same, or None. Or [2B, ...],
+              what one call of the network gave for a guided pair: F_uncond, then F_cond
     table     [N, 8] float32, columns `COLUMNS`: on x's device, or on the host with an int `step`;
               or `Rows(table)`, which a loop over the rows of a host table reads once
     step      the row: an int, or a 0-d int64 tensor on x's device, which is never read back, so
@@ -78,13 +79,16 @@ def fused_step(
     row cannot be checked, and a missing operand counts as a term left out.
     """
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    usual = guidance is None and preview is None and impl is None
     if (
-        usual
-        and type(table) is Rows
+        type(table) is Rows
         and type(step) is int
+        and guidance is None
+        and preview is None
+        and impl is None
         and 0 <= step < len(table.rows)
-        and choose("fused_step", None, x, f_cond) is Impl.NATIVE
+        and x.is_cpu
+        and unwatched()
+        and not (torch.is_grad_enabled() and (x.requires_grad or f_cond.requires_grad))
         and load("quick_step", Impl.NATIVE)(
             *(x, f_cond, table, step, x_next, x0, f_uncond, noise, x0_prev, x_in, finite)
         )
@@ -133,14 +137,18 @@ def _run_step(
 ) -> None:
     check_state("x", x)
     check_table(table, step, x.device)
+    row = None
+    if not isinstance(step, Tensor) and (isinstance(table, Rows) or table.is_cpu):
+        row = host_row(table, step)
+    given = _apart(x, given, row)
     check_given(x, given)
     check_wanted(x, wanted)
     if isinstance(step, Tensor):
         if isinstance(table, Tensor) and stands_in(x):
             _call_operator(x, table, step, given, wanted)
             return
-    elif isinstance(table, Rows) or table.is_cpu:
-        check_operands(host_row(table, step), step, given)
+    elif row is not None:
+        check_operands(row, step, given)
     chosen = choose("fused_step", impl, x, given.f_cond)
     if chosen is Impl.REFERENCE:
         given, wanted = _spelled_out(x, step, given, wanted)
@@ -150,6 +158,16 @@ def _run_step(
     if chosen is Impl.REFERENCE and wanted.preview is not None and wanted.x0 is not None:
         rgb, factors, bias = wanted.preview
         load("preview_rgb", chosen)(wanted.x0, factors, bias, 1, rgb)
+
+
+def _apart(x: Tensor, given: Given, row: Row[float] | None) -> Given:
+    """F_uncond and F_cond, where they came as one tensor and the row is not known to be single."""
+    f, batch = given.f_cond, x.shape[0]
+    single = row is not None and row.guidance == 1.0 and given.guidance is None
+    if single or given.f_uncond is not None or f.ndim != x.ndim or f.shape[0] != 2 * batch:
+        return given
+    f_uncond, f_cond = f.split_with_sizes([batch, batch])
+    return given._replace(f_cond=f_cond, f_uncond=f_uncond)
 
 
 def _spelled_out(

@@ -99,7 +99,13 @@ def check_operands(row: Row[float], step: int, given: Given) -> None:
 
 
 def check_given(x: Tensor, given: Given) -> None:
-    check_like("f_cond", given.f_cond, x)
+    f = given.f_cond
+    if f.shape != x.shape and f.shape[1:] == x.shape[1:]:
+        raise ValueError(
+            f"f_cond: expected the shape of x {list(x.shape)}, got {said(f)}; a guided pair, "
+            "both in one tensor, is for rows with guidance other than 1, without f_uncond"
+        )
+    check_like("f_cond", f, x)
     check_like("f_uncond", given.f_uncond, x)
     check_like("x0_prev", given.x0_prev, x, torch.float32)
     if isinstance(given.noise, Draw):

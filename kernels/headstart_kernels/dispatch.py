@@ -70,7 +70,16 @@ def on_host(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if not tensor.is_cpu or type(tensor) is not Tensor:
             return False
-    return not (is_in_torch_dispatch_mode() or torch.compiler.is_compiling())
+    return not _watched()
+
+
+def unwatched() -> bool:
+    """Whether C may compute on plain CPU tensors: there is some, and nobody watches."""
+    return not _watched() and _why_not_native() is None
+
+
+def _watched() -> bool:
+    return is_in_torch_dispatch_mode() or torch.compiler.is_compiling()
 
 
 def operators() -> Any:
@@ -123,14 +132,10 @@ def _require_native(kernel: str, tensor: Tensor) -> None:
         raise ValueError(f"impl: 'native' is not available: {reason}; use impl='reference'")
 
 
+@cache
 def _why_not_native() -> str | None:
     """Why there are no C kernels on this machine; the first call may compile them."""
-    return _library().why_not()
-
-
-@cache
-def _library() -> Any:
-    return import_module("headstart_kernels.native.library")
+    return import_module("headstart_kernels.native.library").why_not()
 
 
 def _require_triton(tensor: Tensor) -> None:

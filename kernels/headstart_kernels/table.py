@@ -38,12 +38,15 @@ class Rows:
 
     tensor  float32 [N, 8] on the CPU; writing to it later changes nothing here
     rows    the same numbers
+    coefficients  of each row, as a step in C takes them: the following row's c_in (the last row's
+            own after it), then c_skip to guidance
 
     Raises ValueError for a tensor that is no step table, or on another device.
     """
 
     tensor: Tensor
     rows: tuple[Row[float], ...]
+    coefficients: tuple[tuple[float, ...], ...]
 
     def __init__(self, table: Tensor) -> None:
         check_columns(table)
@@ -51,7 +54,14 @@ class Rows:
             raise ValueError(f"Rows: expected a table on the CPU, got one on {table.device}")
         numbers = cast("list[list[float]]", table.tolist())  # pyright: ignore[reportUnknownMemberType]
         object.__setattr__(self, "tensor", table)
-        object.__setattr__(self, "rows", tuple(Row(*row) for row in numbers))
+        rows = tuple(Row(*row) for row in numbers)
+        following = (*rows[1:], *rows[-1:])
+        object.__setattr__(self, "rows", rows)
+        object.__setattr__(
+            self,
+            "coefficients",
+            tuple((after.c_in, *row[1:7]) for row, after in zip(rows, following, strict=True)),
+        )
 
     def __len__(self) -> int:
         return len(self.rows)

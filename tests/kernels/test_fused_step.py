@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
 from headstart.plan.table import COLUMNS as PLAN_COLUMNS
-from headstart_kernels import COLUMNS, Impl, Rows, fused_step, scale_input
+from headstart_kernels import COLUMNS, Impl, Rows, fused_step, fused_step_into, scale_input
 from headstart_kernels.table import Row, host_row
 from headstart_kernels.testing import (
     STEP_ROUNDINGS,
@@ -66,6 +66,34 @@ def test_bits_are_those_of_the_formula_written_in_numpy(dtype: torch.dtype) -> N
         expected_next, expected_x0 = numpy_step(table[step].numpy(), given)
         assert same_bits(x_next, torch.from_numpy(expected_next))
         assert same_bits(x0, torch.from_numpy(expected_x0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64])
+@pytest.mark.parametrize("where", ["rows", "table", "device"])
+def test_a_guided_pair_may_be_one_tensor(dtype: torch.dtype, where: str) -> None:
+    """As one call of a network on (uncond, cond) gives it; guidance may also be each sample's."""
+    given, table = operands(dtype), random_table(3, seed=2)
+    step = torch.tensor(1) if where == "device" else 1
+    lookup = Rows(table) if where == "rows" else table
+    pair = torch.cat((given["f_uncond"], given["f_cond"]))
+    alone = given | {"f_cond": pair}
+    del alone["f_uncond"]
+    scales = torch.tensor([1.0, 3.5, 0.0])
+    for more in ({}, {"guidance": scales}):
+        expected = fused_step(table=lookup, step=step, **given, **more)
+        got = fused_step(table=lookup, step=step, **alone, **more)
+        into = torch.empty(SHAPE)
+        fused_step_into(table=lookup, step=step, x_next=into, **alone, **more)
+        assert same_bits(got[0], expected[0]) and same_bits(got[1], expected[1])
+        assert same_bits(into, expected[0])
+
+
+def test_a_pair_for_a_row_of_one_pass_is_an_error() -> None:
+    given, table = operands(), table_of(guidance=1.0)
+    twice, thrice = (torch.cat([given["f_cond"]] * copies) for copies in (2, 3))
+    for f, lookup in ((twice, table), (twice, Rows(table)), (thrice, table_of(guidance=2.0))):
+        with pytest.raises(ValueError, match=r"f_cond: expected the shape of x .*; a guided pair"):
+            fused_step(given["x"], f, lookup, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -146,12 +146,14 @@ def test_which_steps_go_the_short_way() -> None:
     x_in, finite = torch.empty(4, 4, 9, 7, dtype=HALF), torch.zeros(2, dtype=torch.bool)
     usual = (x, f, rows, 0, *room, u, noise, previous, x_in, finite)
     assert native_step.quick_step(*usual)
+    assert native_step.quick_step(x, torch.cat((u, f)), *usual[2:6], None, *usual[7:])
     unusual: list[tuple[int, Any]] = [
         (0, x.double()),
         (0, x[0, 0, 0]),
         (1, f.contiguous(memory_format=LAST)),
         (1, f.double()),
         (1, f[:1]),
+        (1, torch.cat((u, f))),
         (6, None),
         (6, u.half()),
         (6, u[:, :2]),

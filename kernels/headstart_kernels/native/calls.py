@@ -20,7 +20,7 @@ from headstart_kernels.table import Row
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The floats that the kernels read and write, numbered as in numbers.h."""
 
-_STEP = struct.Struct("@16P 5q 4i 7f")
+STEP = struct.Struct("@16P 5q 4i 7f")
 """`step` of kernels.c: pointers, sizes, types, coefficients."""
 
 GRAIN = 1 << 15
@@ -108,7 +108,7 @@ def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> b
     x, u, x_in = given.x, given.f_uncond, given.x_in
     batch, count = x.shape[0], x.numel()
     channels = 1 if given.rgb is None else x.shape[1]
-    return _STEP.pack(
+    return STEP.pack(
         *[0 if tensor is None else tensor.data_ptr() for tensor in given],
         *(*team(count), batch, channels, count // (batch * channels), number),
         TYPES[given.f_cond.dtype],
