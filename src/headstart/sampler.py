@@ -86,9 +86,9 @@ def sample(
     latent = _latent_shape(shape, noise, resume)
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
-    rows, told = Rows(torch.tensor(table.coefficients())), _timesteps(table, batch, device)
+    told = _timesteps(table, batch, device)
     run = _Run(
-        *(table, rows, told, denoisers, cond, pair, noise, latent),
+        *(table, told, denoisers, cond, pair, noise, latent),
         *(device, before_row, strengths, picture),
     )
     return _loop(run, resume, _Watch(check, device, batch))
@@ -97,7 +97,6 @@ def sample(
 @dataclass(frozen=True, slots=True)
 class _Run:
     table: StepTable
-    rows: Rows
     timesteps: Sequence[Tensor]
     denoisers: Mapping[str, Denoiser]
     cond: Conditioning
@@ -143,24 +142,25 @@ class _Run:
 
 
 def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
-    table, rows, first = run.table, run.rows, run.table.first
+    table, rows = run.table, Rows(torch.tensor(run.table.coefficients()))
     if state is None:
         x = run.noise.initial(run.latent, run.device) * table.init_scale
-        state = State(first - 1, x, x)
+        state = State(table.first - 1, x, x)
     inside = run.inside()
     ahead: Tensor | None = None
     version, untracked = 0, torch.no_grad()
-    for row in range(state.step + 1 - first, len(table)):
+    for number in range(state.step + 1, table.first + len(table)):
+        row = number - table.first
         step, x = table.steps[row], state.x
         if run.before_row is not None:
             run.before_row(step)
         if ahead is not None and x._version != version:
             ahead = None  # somebody wrote to x since
         with untracked:
-            f = _predict(run, row, x, ahead)
+            f = _predict(run, row, x, rows, ahead)
             n = None
             if step.add:
-                n = inside or run.noise.step(first + row, run.latent, run.device)
+                n = inside or run.noise.step(number, run.latent, run.device)
             ahead = None  # before the next is made: the same memory serves again
             ahead, finite, drawn = run.room(row + 1), watch.flags(), _drawn(run.picture, x)
             x, x0 = fused_step(
@@ -174,20 +174,20 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
                 preview=drawn,
                 finite=finite,
             )
-        watch.look(first + row, step.model, finite, last=row == len(table) - 1)
-        state = State(first + row, x, x0, None if drawn is None else drawn.rgb)
+        watch.look(number, step.model, finite, last=row == len(table) - 1)
+        state = State(number, x, x0, None if drawn is None else drawn.rgb)
         if ahead is not None:
             version = x._version
         yield state
 
 
-def _predict(run: _Run, row: int, x: Tensor, x_in: Tensor | None) -> Tensor:
+def _predict(run: _Run, row: int, x: Tensor, rows: Rows, x_in: Tensor | None) -> Tensor:
     """F, of [B], or [2B] where the row is guided: one call of the network on c_in*x, which may
     have been made with x, in the dtype that the network had then."""
     step = run.table.steps[row]
     copies, dtype = _copies(step), run.dtype(step)
     if x_in is None or x_in.dtype is not dtype:
-        x_in = scale_input(x, run.rows, row, dtype, copies=copies)
+        x_in = scale_input(x, rows, row, dtype, copies=copies)
     return run.denoisers[step.model](x_in, run.timesteps[row], run.told(row, copies == 2))
 
 

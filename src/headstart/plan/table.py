@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any, Literal, NamedTuple, overload
 
 import numpy as np
@@ -17,6 +18,7 @@ from headstart.errors import PlanError
 Start = Literal["sigma", "unit"]
 COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
 FORMAT = "headstart.table/1"
+_columns = attrgetter(*COLUMNS)
 
 
 class Step(NamedTuple):
@@ -110,8 +112,7 @@ class StepTable:
 
     def coefficients(self) -> npt.NDArray[np.float32]:
         """[N, 8] float32, columns as in COLUMNS: what a device table holds."""
-        rows = [[getattr(step, column) for column in COLUMNS] for step in self.steps]
-        return np.array(rows, dtype=np.float32)
+        return np.array([_columns(step) for step in self.steps], dtype=np.float32)
 
     @property
     def c_in_next(self) -> npt.NDArray[np.float32]:
