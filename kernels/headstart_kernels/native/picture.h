@@ -2,9 +2,8 @@
 #ifndef HEADSTART_PICTURE_H
 #define HEADSTART_PICTURE_H
 
+#include "team.h"
 #include "vectors.h"
-
-enum { CHUNK = 1024 }; /* elements worked on at a time, in the first cache */
 
 /* Clamped before the cast, NaN gives 0; adding 2^23 leaves the rounded level in the low bits. */
 INLINE uint8_t level(float pixel) {

@@ -40,4 +40,20 @@ static void do_pieces(team who, void (*piece)(const void *, int64_t), const void
   for (int64_t number = 0; number < pieces; number++) piece(job, number);
 }
 
+/* Images of `count` elements are cut into pieces, which are worked on in chunks. */
+enum { CHUNK = 1024 /* which the first cache holds */, PIECE = 16 * CHUNK };
+
+typedef struct {
+  int64_t image, begin, end;
+} piece;
+
+static int64_t pieces_of(int64_t count) { return (count + PIECE - 1) / PIECE; }
+
+static piece piece_of(int64_t number, int64_t count) {
+  const int64_t each = pieces_of(count), begin = number % each * PIECE;
+  return (piece){number / each, begin, begin + PIECE < count ? begin + PIECE : count};
+}
+
+static int64_t chunk_of(int64_t start, int64_t end) { return end - start < CHUNK ? end - start : CHUNK; }
+
 #endif

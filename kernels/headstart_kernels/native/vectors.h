@@ -48,6 +48,37 @@ INLINE float float_of(uint32_t bits) {
   return value;
 }
 
+/* LANES floats, or as many as there are; the others are 0. */
+INLINE floats load(const float *from, int64_t count) {
+  floats values = {0};
+  memcpy(&values, from, (size_t)count * sizeof(float));
+  return values;
+}
+
+INLINE void store(float *to, floats values, int64_t count) {
+  memcpy(to, &values, (size_t)count * sizeof(float));
+}
+
+/* LANES floats to where nobody will read them soon, past the caches; `to` is aligned to WIDTH. Another
+   thread sees them after `past_caches_done`. */
+INLINE void store_past_caches(float *to, floats values) {
+#if WIDTH == 64
+  _mm512_stream_ps(to, (__m512)values);
+#elif WIDTH == 32
+  _mm256_stream_ps(to, (__m256)values);
+#elif defined(__SSE2__)
+  _mm_stream_ps(to, (__m128)values);
+#else
+  store(to, values, LANES);
+#endif
+}
+
+INLINE void past_caches_done(void) {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 INLINE longs all_longs(uint64_t value) { return (longs){0} + value; }
 
 /* The 64-bit products of the low halves. */
@@ -65,13 +96,32 @@ INLINE longs product(longs a, longs b) {
 
 INLINE longs halves_swapped(longs a) {
 #if WIDTH == 64
-  return (longs)_mm512_rol_epi64((__m512i)a, 32);
+  return (longs)_mm512_shuffle_epi32((__m512i)a, (_MM_PERM_ENUM)0xb1);
 #elif WIDTH == 32
   return (longs)_mm256_shuffle_epi32((__m256i)a, 0xb1);
 #elif defined(__SSE2__)
   return (longs)_mm_shuffle_epi32((__m128i)a, 0xb1);
 #else
   return a << 32 | a >> 32;
+#endif
+}
+
+/* The high halves of a and b, a's in the low halves. On Zen 5 a shuffle has four units, a shift or a
+   rotation two, which it shares with products. */
+INLINE words high_halves(longs a, longs b) {
+#if WIDTH == 64
+  return (words)_mm512_mask_shuffle_epi32((__m512i)b, 0x5555, (__m512i)a, (_MM_PERM_ENUM)0xf5);
+#else
+  return (words)(a >> 32 | (b & all_longs(0xffffffff00000000u)));
+#endif
+}
+
+/* The low halves of a and b, b's in the high halves. */
+INLINE words low_halves(longs a, longs b) {
+#if WIDTH == 64
+  return (words)_mm512_mask_shuffle_epi32((__m512i)a, 0xaaaa, (__m512i)b, (_MM_PERM_ENUM)0xa0);
+#else
+  return (words)((a & all_longs(0xffffffffu)) | b << 32);
 #endif
 }
 
@@ -95,21 +145,21 @@ INLINE floats square_root(floats a) {
 #endif
 }
 
-/* a0 b0 a1 b1 ... of the first half of the lanes, and of the second. */
+/* Pairs a0 b0 a1 b1 of the first half of each 128 bits, and then those of the second halves. */
 INLINE void interleave(floats a, floats b, float *out) {
   floats low, high;
 #if WIDTH == 64
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
-  high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+  high = __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
 #elif WIDTH == 32
-  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
-  high = __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
+  high = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
 #else
   low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
   high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
 #endif
-  memcpy(out, &low, WIDTH);
-  memcpy(out + LANES, &high, WIDTH);
+  store(out, low, LANES);
+  store(out + LANES, high, LANES);
 }
 
 #endif
