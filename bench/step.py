@@ -182,6 +182,7 @@ def _ours(
     def network(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
         return predicted
 
+    @torch.no_grad()
     def run() -> float:
         start = hs.State(-1, x, x)
         states = hs.sample(table, {"null": network}, cond, noise, uncond=cond, resume=start)

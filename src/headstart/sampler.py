@@ -6,9 +6,10 @@ x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + ad
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -148,7 +149,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
         state = State(table.first - 1, x, x)
     inside = run.inside()
     ahead: Tensor | None = None
-    version, untracked = 0, torch.no_grad()
+    version, untracked, as_it_is = 0, torch.no_grad(), nullcontext()
     for number in range(state.step + 1, table.first + len(table)):
         row = number - table.first
         step, x = table.steps[row], state.x
@@ -156,7 +157,7 @@ def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
             run.before_row(step)
         if ahead is not None and x._version != version:
             ahead = None  # somebody wrote to x since
-        with untracked:
+        with untracked if torch.is_grad_enabled() else as_it_is:
             f = _predict(run, row, x, rows, ahead)
             n = None
             if step.add:
@@ -256,8 +257,8 @@ class _Watch:
 
 def require_finite(number: int, model: str, finite: Tensor) -> None:
     """Raise InputError where a sample of a row is not finite, of [B] bool. Waits for it."""
-    good = cast("list[bool]", finite.tolist())  # pyright: ignore[reportUnknownMemberType]
-    if not all(good):
+    good: list[bool] = finite.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if False in good:
         bad = [sample for sample, fine in enumerate(good) if not fine]
         raise InputError(
             f"step {number}: the {model!r} network gave NaN or infinity for sample(s) {bad} of "

@@ -64,9 +64,9 @@ def quick_step(
     _, _, _, _, add, carry, guidance = coefficients
     noise_at = seeds_at = samples_at = previous_at = x_in_at = x_in_type = copies = finite_at = 0
     try:
-        x_at, f_type = _at(x, shape, _STATE), TYPES[f.dtype]
+        x_at, f_type, u_at = _at(x, shape, _STATE), TYPES[f.dtype], 0
         if guidance == 1.0:
-            f_at, u_at = _at(f, shape, f.dtype), 0
+            f_at = _at(f, shape, f.dtype)
         elif u is None:
             u_at = _at(f, _twice(shape), f.dtype)
             f_at = u_at + count * f.itemsize
@@ -87,14 +87,15 @@ def quick_step(
             finite_at = _at(finite, (batch,), torch.bool)
     except (_UnusualError, KeyError):
         return False
-    calls().step(
-        STEP.pack(
-            *(x_at, f_at, u_at, 0, noise_at, seeds_at, samples_at, previous_at),
-            *(x_next.data_ptr(), x0.data_ptr(), x_in_at, 0, 0, 0, finite_at),
-            *(*team(count), batch, 1, count // batch, number, f_type, f_type, x_in_type, copies),
-            *coefficients,
-        )
-    )
+    runtime, threads = team(count)
+    # fmt: off
+    calls().step(STEP.pack(
+        x_at, f_at, u_at, 0, noise_at, seeds_at, samples_at, previous_at,
+        x_next.data_ptr(), x0.data_ptr(), x_in_at, 0, 0, 0, finite_at,
+        runtime, threads, batch, 1, count // batch, number, f_type, f_type, x_in_type, copies,
+        *coefficients,
+    ))
+    # fmt: on
     return True
 
 

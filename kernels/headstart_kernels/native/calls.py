@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -62,9 +62,14 @@ def calls() -> Calls:
 
 def team(elements: int) -> tuple[int, int]:
     """(OpenMP, threads) for so many elements: torch's own threads, which are awake already."""
+    return _shared(elements, torch.get_num_threads())
+
+
+@lru_cache(256)
+def _shared(elements: int, threads: int) -> tuple[int, int]:
     if elements < 2 * GRAIN:
         return 0, 1
-    return _runtime(), min(torch.get_num_threads(), elements // GRAIN)
+    return _runtime(), min(threads, elements // GRAIN)
 
 
 @cache

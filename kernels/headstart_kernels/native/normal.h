@@ -76,6 +76,8 @@ INLINE void round_of(const stream *from, counters *c, int round) {
     longs p1 = product(c->s1[g], all_longs(MULTIPLIER_1));
     c->s0[g] = halves_swapped(high_mixed(p1, c->s0[g], from->k0[round]));
     c->s1[g] = halves_swapped(high_mixed(p0, c->s1[g], from->k1[round]));
+    IN_TURN(c->s0[g]);
+    IN_TURN(c->s1[g]);
   }
 }
 
@@ -96,6 +98,7 @@ INLINE void uniform(polar *p) {
     p->upper[g] = (ints)(p->radius[g] >= UPPER);
     words word = p->radius[g] ^ (words)p->upper[g];
     p->f[g] = __builtin_convertvector(word, floats) * 0x1p-32f + 0x1p-33f;
+    IN_TURN(p->f[g]);
   }
 }
 
@@ -106,6 +109,7 @@ INLINE void fraction(polar *p) {
     p->f[g] = (floats)(below ^ ((below ^ negative) & p->upper[g]));
     p->exponent[g] = exponent & ~p->upper[g];
     p->series[g] = p->f[g] * LOG[7] + LOG[6];
+    IN_TURN(p->series[g]);
   }
 }
 
@@ -113,6 +117,7 @@ INLINE void series_to(polar *p, int power) {
   EACH_GROUP {
     p->series[g] = p->series[g] * p->f[g] + LOG[power + 1];
     p->series[g] = p->series[g] * p->f[g] + LOG[power];
+    IN_TURN(p->series[g]);
   }
 }
 
@@ -121,6 +126,7 @@ INLINE void length(polar *p) {
     floats f = p->f[g], series = f * (f * (f * p->series[g] + 1.0f) - 2.0f);
     floats exponent = __builtin_convertvector(p->exponent[g], floats);
     p->length[g] = square_root(series + exponent * (MINUS_2_LN_2 * 0x1p-23f));
+    IN_TURN(p->length[g]);
   }
 }
 
@@ -129,17 +135,24 @@ INLINE void turn(polar *p) {
     words rest = p->angle[g] - ((p->angle[g] + (1u << 29)) & 0xc0000000u);
     p->t[g] = __builtin_convertvector((ints)rest, floats) * 0x1p-30f;
     p->square[g] = p->t[g] * p->t[g];
+    IN_TURN(p->square[g]);
   }
 }
 
 INLINE floats cubic(floats x, const float *c) { return ((x * c[3] + c[2]) * x + c[1]) * x + c[0]; }
 
 INLINE void sine(polar *p) {
-  EACH_GROUP p->sine[g] = p->t[g] * cubic(p->square[g], SIN);
+  EACH_GROUP {
+    p->sine[g] = p->t[g] * cubic(p->square[g], SIN);
+    IN_TURN(p->sine[g]);
+  }
 }
 
 INLINE void cosine(polar *p) {
-  EACH_GROUP p->cosine[g] = p->square[g] * cubic(p->square[g], COS) + 1.0f;
+  EACH_GROUP {
+    p->cosine[g] = p->square[g] * cubic(p->square[g], COS) + 1.0f;
+    IN_TURN(p->cosine[g]);
+  }
 }
 
 /* A quarter turn swaps the two, a half turn negates both. */

@@ -36,6 +36,18 @@ typedef int32_t ints __attribute__((vector_size(WIDTH)));
 typedef uint32_t words __attribute__((vector_size(WIDTH)));
 typedef uint64_t longs __attribute__((vector_size(WIDTH)));
 
+/* A vector is made before what is written after this. Compilers would move what no branch surrounds, and
+   what is written in turns would not be done in turns (one image with its noise: 32 us instead of 29). */
+#if WIDTH == 64
+#define IN_TURN(vector) __asm__ volatile("" : "+v"(vector))
+#elif defined(__x86_64__)
+#define IN_TURN(vector) __asm__ volatile("" : "+x"(vector))
+#elif defined(__aarch64__)
+#define IN_TURN(vector) __asm__ volatile("" : "+w"(vector))
+#else
+#define IN_TURN(vector) (void)(vector)
+#endif
+
 INLINE uint32_t bits_of(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
