@@ -138,6 +138,65 @@ def test_a_loop_over_rows_has_the_bits_of_the_reference(
         assert_bits(got, expected, "short way")
 
 
+def looped(
+    shape: tuple[int, ...], row: list[float], noise: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """One row of a loop without a picture, by both: the channels of a sample are one."""
+    made = operands(shape)
+    keys = torch.arange(shape[0])
+    made["noise"] = Draw(keys - 1, keys, 3) if noise == "drawn" else made["noise"]
+    made["f_cond"].view(-1)[-1] = float("inf")
+    table = torch.tensor([[*row, 999.0], [0.7] * 8])
+    filled: list[tuple[Tensor, ...]] = []
+    for rows, impl in ((Rows(table), None), (table, "reference")):
+        x_in = torch.full((2 * shape[0], *shape[1:]), 9.0, dtype=dtype)
+        finite = torch.zeros(shape[0], dtype=torch.bool)
+        made_here = fused_step(table=rows, step=0, x_in=x_in, finite=finite, impl=impl, **made)
+        filled.append((*made_here, x_in, finite))
+    for got, expected in zip(*filled, strict=True):
+        assert_bits(got, expected, f"{shape} {row} {noise}")
+
+
+EULER, LCM = [0.5, 1.0, -14.6, 0.3, 0.0, 0.0, 7.3], [0.5, 0.1, -14.6, 0.0, 0.8, 0.0, 7.3]
+MULTISTEP, FROM_X0 = [0.5, 1.0, -14.6, 0.3, 0.4, -0.2, 7.3], [0.5, 0.0, 1.0, 0.3, 0.4, 0.0, 1.0]
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    count=st.integers(1, 2500) | st.sampled_from([127, 128, 129, 1024, 1028, 16384, 16388, 16511]),
+    row=st.sampled_from([EULER, LCM, MULTISTEP, FROM_X0]),
+    alone=st.booleans(),
+    noise=st.sampled_from(["given", "drawn"]),
+    dtype=st.sampled_from([torch.float32, HALF]),
+)
+def test_steps_of_any_length_with_the_terms_of_every_sampler(
+    batch: int, count: int, row: list[float], alone: bool, noise: str, dtype: torch.dtype
+) -> None:
+    """Normals are drawn for the elements that follow; those of the last have a run of their own."""
+    looped((batch, count), [*row[:6], 1.0] if alone else row, noise, dtype)
+
+
+@pytest.mark.parametrize("row", [EULER, LCM, MULTISTEP], ids=["Euler", "LCM", "multistep"])
+@pytest.mark.parametrize("noise", ["given", "drawn"])
+def test_large_steps_on_any_number_of_threads(row: list[float], noise: str, threads: int) -> None:
+    """Past the caches, and noise by runs: from 2^19 and 2^20 elements on, aligned or not."""
+    for shape in ((2, 1, 512, 513), (3, 3, 241, 243), (1, 4, 512, 512), (2, 1, 725, 723)):
+        looped(shape, row, noise)
+
+
+def test_large_steps_into_places_that_are_not_aligned_and_over_the_row_before() -> None:
+    shape, table = (1, 4, 512, 512), torch.tensor([[*EULER, 999.0]])
+    made = operands(shape)
+    expected = fused_step(table=table, step=0, impl="reference", **made)
+    room = torch.empty(made["x"].numel() + 1)
+    for x0 in (room[1:].view(shape), room[:-1].view(shape), made["x0_prev"]):
+        x_next = torch.empty(shape)
+        fused_step_into(table=table, step=0, x_next=x_next, x0=x0, impl="native", **made)
+        assert_bits(x_next, expected[0], "x_next")
+        assert_bits(x0, expected[1], "x0")
+
+
 def test_which_steps_go_the_short_way() -> None:
     given, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
     x, f, u, noise, previous = given.values()

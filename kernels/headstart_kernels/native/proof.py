@@ -1,12 +1,14 @@
 """Does a library just compiled give the reference's bits? Asked once, before it is ever used.
 
 A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
+Every loop that step.h has of its own is taken once.
 """
 
 from __future__ import annotations
 
 import ctypes
 from math import prod
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,14 +20,45 @@ from headstart_kernels.table import Row
 
 SHAPE = (2, 4, 37, 31)
 """Longer than what is worked on at a time, and no multiple of any vector."""
-_ROW = Row(0.3, 0.7, -1.9, 0.6, 0.4, -0.2, 7.3, 999.0)
+LARGE = (2, 1, 725, 724)
+"""Just beyond what step.h treats as large; samples begin at multiples of 4, as normals do."""
+
+
+class Case(NamedTuple):
+    """One call of `step`; without a picture the channels of a sample are one."""
+
+    name: str
+    row: Row[float]
+    drawn: bool
+    dtype: torch.dtype = torch.float32
+    shape: tuple[int, ...] = SHAPE
+    picture: bool = False
+
+
+_ALL = Row(0.3, 0.7, -1.9, 0.6, 0.4, -0.2, 7.3, 999.0)
+_EULER = _ALL._replace(add=0.0, carry=0.0)
+_LCM = _ALL._replace(keep=0.0, carry=0.0)
+_ALONE = {"guidance": 1.0}
+
+CASES = (
+    *(Case(f"every term, {str(dtype)[6:]}", _ALL, True, dtype, picture=True) for dtype in TYPES),
+    Case("every term, no picture", _ALL, True),
+    Case("Euler", _EULER, False),
+    Case("Euler alone", _EULER._replace(**_ALONE), False),
+    Case("LCM", _LCM, True),
+    Case("LCM alone", _LCM._replace(**_ALONE), True),
+    Case("LCM, noise given", _LCM, False),
+    Case("LCM alone, noise given", _LCM._replace(**_ALONE), False),
+    Case("large", _EULER, False, shape=LARGE),
+    Case("large, drawn", _LCM, True, shape=LARGE),
+)
 
 
 def differences(made: ctypes.CDLL) -> list[str]:
     """The kernels of a library whose bits are not those of the reference."""
     calls = bound(made)
     checks = [("philox_normal", _normals(calls))]
-    checks += [(f"fused_step {str(dtype)[6:]}", _step(calls, dtype)) for dtype in TYPES]
+    checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     return [name for name, same in checks if not same]
 
 
@@ -37,41 +70,42 @@ def _normals(calls: Calls) -> bool:
     return _same(got, load("philox_normal", Impl.REFERENCE)(seeds, samples, 5, (count,)))
 
 
-def _step(calls: Calls, dtype: torch.dtype) -> bool:
-    """Every term of a step, its drawn noise, the next input in `dtype`, and the picture."""
-    x, f, u, previous = (_numbers(9 + seed, SHAPE) for seed in range(4))
-    f, u = f.to(dtype), u.to(dtype)
+def _step(calls: Calls, case: Case) -> bool:
+    """The terms of a row, its noise, the next input of a pair, which samples are finite."""
+    row, shape = case.row, case.shape
+    x, f, u, previous = (_numbers(9 + seed, shape) for seed in range(4))
+    f, u = f.to(case.dtype), u.to(case.dtype)
     draw = Draw(torch.tensor([1, 2], device="cpu"), torch.tensor([0, 0], device="cpu"))
-    table = torch.tensor([_ROW], dtype=torch.float32, device="cpu")
-    line = LinearMap(_numbers(1, (4, 3)), _numbers(2, (3,)))
-    noise = load("philox_normal", Impl.REFERENCE)(*draw[:2], 0, SHAPE[1:])
-    got, expected = _wanted(dtype, line), _wanted(dtype, line)
-    given = Given(f, u, None, noise, previous)
-    load("fused_step", Impl.REFERENCE)(x, table, 0, given, expected)
-    assert expected.preview is not None and expected.x0 is not None
-    load("preview_rgb", Impl.REFERENCE)(expected.x0, *line, 1, expected.preview.rgb)
-    assert got.preview is not None
-    rgb, factors, bias = got.preview
+    noise = load("philox_normal", Impl.REFERENCE)(*draw[:2], 0, shape[1:])
+    line = LinearMap(_numbers(1, (shape[1], 3)), _numbers(2, (3,)))
+    got, expected = _wanted(case, line), _wanted(case, line)
+    table = torch.tensor([row], dtype=torch.float32, device="cpu")
+    load("fused_step", Impl.REFERENCE)(x, table, 0, Given(f, u, None, noise, previous), expected)
+    if expected.preview is not None:
+        load("preview_rgb", Impl.REFERENCE)(expected.x0, *line, 1, expected.preview.rgb)
+    seeds, samples = (draw.seeds, draw.samples) if case.drawn else (None, None)
     made = Operands(
-        *(x, f, u, None, None, draw.seeds, draw.samples, previous),
-        *(got.x_next, got.x0, got.x_in, rgb, factors, bias, got.finite),
+        *(x, f, u, None, None if case.drawn else noise, seeds, samples, previous),
+        *(got.x_next, got.x0, got.x_in),
+        *(got.preview or (None, None, None)),
+        finite=got.finite,
     )
-    calls.step(packed_step(made, _ROW, _ROW.c_in, 0))
+    calls.step(packed_step(made, row, row.c_in, 0))
     return all(_same(a, b) for a, b in zip(_made(got), _made(expected), strict=True))
 
 
-def _wanted(dtype: torch.dtype, line: LinearMap) -> Wanted:
-    x_next, x0 = (torch.empty(SHAPE, dtype=torch.float32, device="cpu") for _ in range(2))
-    x_in = torch.empty((2 * SHAPE[0], *SHAPE[1:]), dtype=dtype, device="cpu")
-    rgb = torch.empty((SHAPE[0], *SHAPE[2:], 3), dtype=torch.uint8, device="cpu")
-    finite = torch.empty(SHAPE[0], dtype=torch.bool, device="cpu")
-    return Wanted(x_next, x0, x_in, Preview(rgb, *line), finite)
+def _wanted(case: Case, line: LinearMap) -> Wanted:
+    shape = case.shape
+    x_next, x0 = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
+    x_in = torch.empty((2 * shape[0], *shape[1:]), dtype=case.dtype, device="cpu")
+    rgb = torch.empty((shape[0], *shape[2:], 3), dtype=torch.uint8, device="cpu")
+    finite = torch.empty(shape[0], dtype=torch.bool, device="cpu")
+    return Wanted(x_next, x0, x_in, Preview(rgb, *line) if case.picture else None, finite)
 
 
 def _made(wanted: Wanted) -> list[Tensor]:
-    assert wanted.x0 is not None and wanted.x_in is not None
-    assert wanted.preview is not None and wanted.finite is not None
-    return [wanted.x_next, wanted.x0, wanted.x_in, wanted.preview.rgb, wanted.finite]
+    filled = [wanted.x_next, wanted.x0, wanted.x_in, wanted.preview and wanted.preview.rgb]
+    return [tensor for tensor in (*filled, wanted.finite) if tensor is not None]
 
 
 def _numbers(seed: int, shape: tuple[int, ...]) -> Tensor:
