@@ -55,6 +55,10 @@ RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
 IDLE = in_layers("a_sample_of_strength_0_reads_and_writes_nothing")
 
 
+API = "kernels/headstart_kernels/api.py"
+PAIRED = ("tests/kernels/test_fused_step.py::test_a_guided_pair_may_be_one_tensor",)
+IN_ONE_PASS = ("tests/kernels/test_fused_step.py::test_a_pair_for_a_row_of_one_pass_is_an_error",)
+
 C = "kernels/headstart_kernels/native"
 COMPILED = (
     "tests/kernels/test_dispatch.py::test_there_are_c_kernels_wherever_there_is_a_compiler",
@@ -68,6 +72,8 @@ def in_c(name: str, file: str = "native") -> tuple[str, ...]:
 
 IN_C_STEP = in_c("every_step_has_the_bits_of_the_reference")
 IN_C_LONG = in_c("what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads")
+IN_C_ANY = in_c("steps_of_any_length_with_the_terms_of_every_sampler")
+IN_C_PAST = in_c("large_steps_into_places_that_are_not_aligned_and_over_the_row_before")
 IN_C_READ = in_c("every_16_bit_number_is_read_exactly")
 IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
 IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
@@ -191,22 +197,35 @@ IN_IMPL = (
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
     (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
+    (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", PAIRED),
+    (API, "a pair for a row of one pass", "    if single or given", "    if given", IN_ONE_PASS),
+    ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at = u_at + count * f.itemsize", "f_at, u_at = u_at, u_at + count * f.itemsize", PAIRED),
     ("kernels/headstart_kernels/launch.py", "let the compiler contract", '"enable_fp_fusion": False', '"enable_fp_fusion": True', BITS),
 )  # fmt: skip
 IN_C = (
-    (f"{C}/kernels.c", "C: guide in another order", "u[i] + scale * (f[i] - u[i])", "f[i] + (scale - 1.0f) * (f[i] - u[i])", COMPILED),
-    (f"{C}/kernels.c", "C: guide at 1", "a->f_uncond && scale != 1.0f", "a->f_uncond != 0", IN_C_STEP),
-    (f"{C}/kernels.c", "C: look at x where its coefficient is 0", "aim = skipped ? aim + c_skip * state : aim", "aim = aim + c_skip * state", IN_C_STEP),
-    (f"{C}/kernels.c", "C: the first sample's guidance for all", "a->guidance[sample]", "a->guidance[0]", IN_C_STEP),
-    (f"{C}/kernels.c", "C: noise of another element", "drawn(from, first, count, room->noise)", "drawn(from, at, count, room->noise)", IN_C_STEP),
-    (f"{C}/kernels.c", "C: fill one half of a guided pair", "copy * size + at, y, a->c_in", "at, y, a->c_in", COMPILED),
-    (f"{C}/kernels.c", "C: NaN is finite", "largest >= 0x7f800000u) __atomic", "largest == 0x7f800000u) __atomic", IN_C_FINITE),
-    (f"{C}/kernels.c", "C: forget the piece after the first", "begin = number % each * PIECE;", "begin = 0;", IN_C_LONG),
+    (f"{C}/step.h", "C: guide in another order", "f = u + s->guidance * (f - u);", "f = f + (s->guidance - 1.0f) * (f - u);", COMPILED),
+    (f"{C}/step.h", "C: guide at 1", "a->f_uncond && s->guidance != 1.0f", "a->f_uncond != 0", IN_C_STEP),
+    (f"{C}/step.h", "C: look at x where its coefficient is 0", "if (a->c_skip != 0.0f) terms |= SKIPPED;", "terms |= SKIPPED;", IN_C_STEP),
+    (f"{C}/step.h", "C: the first sample's guidance for all", "a->guidance[sample]", "a->guidance[0]", IN_C_STEP),
+    (f"{C}/step.h", "C: noise of another element", "aim(drawn, (uint32_t)(first >> 2))", "aim(drawn, (uint32_t)(first >> 3))", IN_C_STEP),
+    (f"{C}/step.h", "C: begin at the block", "noise + skipped);", "noise);", IN_C_STEP),
+    (f"{C}/step.h", "C: the same noise again", "    now ^= 1;\n", "", COMPILED),
+    (f"{C}/step.h", "C: noise of the row before stays for the last", "w.i, count, noise[now]", "w.i, count, noise[0]", IN_C_ANY),
+    (f"{C}/step.h", "C: fill one half of a guided pair", "copy * size + at, s.x_next", "at, s.x_next", COMPILED),
+    (f"{C}/step.h", "C: feed one half of a guided pair", "s.x_in[1] = s.x_in[0] + size", "s.x_in[1] = s.x_in[0]", COMPILED),
+    (f"{C}/step.h", "C: infinity is finite", "0x7fffffffu) + 0x00800000u", "0x7fffffffu) + 0x007fffffu", IN_C_FINITE),
+    (f"{C}/step.h", "C: past the caches at any address", "(uintptr_t)s->x0 % WIDTH == 0", "1", IN_C_PAST),
+    (f"{C}/step.h", "C: rooms of a CHUNK for a PIECE", "draws(a) && wide &&", "draws(a) &&", IN_C_ANY),
+    (f"{C}/team.h", "C: forget the piece after the first", "begin = number % each * PIECE;", "begin = 0;", IN_C_LONG),
     (f"{C}/kernels.c", "C: the last normals are forgotten", "  memcpy(out + first, room, (size_t)(part.end - first) * sizeof(float));\n", "", IN_C_LONG),
-    (f"{C}/normal.h", "C: one round less", "round < ROUNDS; round++) {\n    UNROLLED", "round < ROUNDS - 1; round++) {\n    UNROLLED", COMPILED),
+    (f"{C}/normal.h", "C: one round less", "round < ROUNDS; round++) round_of", "round < ROUNDS - 1; round++) round_of", COMPILED),
+    (f"{C}/normal.h", "C: one round less on the way", "round_of(from, &c, 8), cosine(&p);", "cosine(&p);", COMPILED),
     (f"{C}/normal.h", "C: a row late", "(uint32_t)(row + 1)", "(uint32_t)row", COMPILED),
     (f"{C}/normal.h", "C: lose the seed's upper half", "((uint64_t)seed >> 32)", "((uint64_t)seed >> 31)", COMPILED),
-    (f"{C}/normal.h", "C: begin at the block", "return room + skipped", "return room", IN_C_STEP),
+    (f"{C}/normal.h", "C: go on where another draw ended", "if (d->ready && d->block == block) return;", "if (d->ready) return;", IN_C_STEP),
+    (f"{C}/normal.h", "C: blocks in the order of lanes", "(uint64_t)(lane % 2 * (BLOCKS / 2) + lane / 2)", "(uint64_t)lane", COMPILED),
+    (f"{C}/normal.h", "C: sine and cosine never swapped", "(quarter & 0x40000000u) != 0", "(quarter & 0x40000000u) == 1", COMPILED),
+    (f"{C}/normal.h", "C: a half turn negates one", "(ints)(quarter & 0x80000000u)", "(ints)(quarter & 0u)", COMPILED),
     (f"{C}/numbers.h", "C: float16 infinity is a number", "0x1p16f ? 0x7f800000u", "0x1p17f ? 0x7f800000u", IN_C_READ),
     (f"{C}/numbers.h", "C: ties away from even", "(magnitude + 0xfffu + (magnitude >> 13 & 1)", "(magnitude + 0x1000u", IN_C_ROUND),
     (f"{C}/numbers.h", "C: bfloat16 cut off", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16", COMPILED),

@@ -25,7 +25,7 @@ typedef struct {
 } step;
 
 typedef struct {
-  float f_cond[CHUNK], f_uncond[CHUNK], x0[CHUNK], noise[2][RUN];
+  float f_cond[CHUNK], f_uncond[CHUNK], x0[CHUNK];
   colors color;
   stream from;
   drawing drawn;
@@ -89,12 +89,13 @@ INLINE words step_range(const step *job, const span *part, int terms, int64_t i,
 }
 
 /* Noise as it is drawn: RUN normals, and then the step of these elements. */
-static words step_by_runs(const step *a, const span *s, int64_t skipped, int64_t count, rooms *room) {
+static words step_by_runs(const step *a, const span *s, int64_t skipped, int64_t count, drawing *drawn) {
+  float noise[RUN];
   words bad = {0};
   for (int64_t i = 0, part; i < count; i += part, skipped = 0) {
-    draw(&room->drawn, room->noise[0], no_errand, NULL);
+    draw(drawn, noise, no_errand, NULL);
     part = RUN - skipped < count - i ? RUN - skipped : count - i;
-    bad |= step_range(a, s, s->terms, i, i + part, room->noise[0] + skipped);
+    bad |= step_range(a, s, s->terms, i, i + part, noise + skipped);
   }
   return bad;
 }
@@ -115,27 +116,27 @@ INLINE void step_some(void *context, int number) {
 }
 
 /* The same, but the step of one RUN is taken while the next normals are drawn, which hides the memory. */
-INLINE words step_between(const step *job, const span *part, int terms, int64_t count, rooms *room) {
+INLINE words step_between(const step *job, const span *part, int terms, int64_t count, drawing *drawn) {
   const step a = *job; /* copies, which no store can change */
   const span s = *part;
   waiting w = {.a = &a, .s = &s, .terms = terms};
   float noise[2][RUN];
   int now = 0;
-  draw(&room->drawn, noise[now], no_errand, NULL);
+  draw(drawn, noise[now], no_errand, NULL);
   for (; w.i + RUN < count; w.i += RUN) {
     w.noise = noise[now];
     now ^= 1;
-    draw(&room->drawn, noise[now], step_some, &w);
+    draw(drawn, noise[now], step_some, &w);
   }
   return w.bad | step_range(&a, &s, terms, w.i, count, noise[now]);
 }
 
 /* Usual terms are constants, which loops need not look at. */
-static words step_drawn(const step *a, const span *s, int64_t count, rooms *room) {
+static words step_drawn(const step *a, const span *s, int64_t count, drawing *drawn) {
   enum { ALONE = SKIPPED | NOISY | FED, PAIR = GUIDED | SKIPPED | NOISY | FED | FED_TWICE };
-  if (s->terms == ALONE) return step_between(a, s, ALONE, count, room);
-  if (s->terms == PAIR) return step_between(a, s, PAIR, count, room);
-  return step_between(a, s, s->terms, count, room);
+  if (s->terms == ALONE) return step_between(a, s, ALONE, count, drawn);
+  if (s->terms == PAIR) return step_between(a, s, PAIR, count, drawn);
+  return step_between(a, s, s->terms, count, drawn);
 }
 
 static words step_given(const step *a, const span *s, int64_t count) {
@@ -148,14 +149,14 @@ static words step_given(const step *a, const span *s, int64_t count) {
 }
 
 /* `count` elements; `first` numbers them in the sample. Whether all of x0 is finite. */
-static int step_span(const step *a, const span *s, int64_t first, int64_t count, rooms *room) {
+static int step_span(const step *a, const span *s, int64_t first, int64_t count, drawing *drawn) {
   words bad;
   if (!draws(a)) {
     bad = step_given(a, s, count);
   } else {
-    aim(&room->drawn, (uint32_t)(first >> 2));
+    aim(drawn, (uint32_t)(first >> 2));
     const int by_runs = first & 3 || size_of_step(a) >= BEYOND_L3;
-    bad = by_runs ? step_by_runs(a, s, first & 3, count, room) : step_drawn(a, s, count, room);
+    bad = by_runs ? step_by_runs(a, s, first & 3, count, drawn) : step_drawn(a, s, count, drawn);
   }
   uint32_t top = 0;
   for (int lane = 0; lane < LANES; lane++) top |= bad[lane];
@@ -193,7 +194,7 @@ static int step_channel(const step *a, int64_t sample, int64_t at, int64_t first
   if (s.terms & NOISY && a->noise) s.noise = a->noise + at;
   if (s.terms & FED) s.x_in[0] = (float *)a->x_in + at;
   if (s.terms & FED_TWICE) s.x_in[1] = s.x_in[0] + size;
-  const int finite = step_span(a, &s, first, count, room);
+  const int finite = step_span(a, &s, first, count, &room->drawn);
   for (int64_t copy = 0; !(s.terms & FED) && copy < a->copies; copy++)
     store_scaled(a->x_in, a->x_in_type, copy * size + at, s.x_next, a->c_in, count);
   return finite;
