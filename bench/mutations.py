@@ -93,13 +93,14 @@ def try_out(copy: Path, mutation: Mutation) -> dict[str, Any]:
         status = _run(copy, mutation.tests)
     finally:
         path.write_text(source)
-    if status not in (0, 1):
+    crashed = status < 0  # ended by a signal: a wrong address in C
+    if status not in (0, 1) and not crashed:
         raise SystemExit(f"{mutation.name}: {mutation.tests} did not run (pytest {status})")
     row: dict[str, Any] = {
         "mutation": mutation.name,
         "file": mutation.file,
         "tests": mutation.tests,
-        "killed": status == 1,
+        "killed": status != 0,
         "key": key,
     }
     return row | ({"equivalent": mutation.equivalent} if mutation.equivalent else {})
