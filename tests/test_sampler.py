@@ -198,6 +198,24 @@ def test_timesteps_are_int64_when_whole_and_float32_when_not() -> None:
     assert [t.tolist() for t in told] == [[999, 999], [499.5, 499.5]]
 
 
+def test_each_row_has_a_timestep_of_its_own_for_one_pass_or_a_pair() -> None:
+    """A network may write to it; and a compiled one copies what begins at an odd address."""
+    guided = Leg(model="m", timesteps=(999.0,), guidance=3.0)
+    network, told = Toy(), list[tuple[list[int], int]]()
+
+    def writes(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        told.append((timestep.tolist(), timestep.data_ptr() % 32))
+        f = network(x_in, timestep, cond)
+        timestep.zero_()
+        return f
+
+    plan = Plan((guided, Leg(model="m", timesteps=(749.0, 499.0, 249.0))))
+    table = plan.compile(SCHEDULE)
+    noise, cond = Philox([1, 2, 3]), text(3)
+    list(sample(table, {"m": writes}, cond, noise, uncond=cond, shape=SHAPE))
+    assert told == [([999] * 6, 0), *(([t] * 3, 0) for t in (749, 499, 249))]
+
+
 def test_the_state_is_float32_whatever_the_network_computes_in() -> None:
     network = Toy()
     cond = text(dtype=torch.bfloat16)

@@ -115,20 +115,16 @@ INLINE void step_some(void *context, int number) {
   w->bad |= step_lanes(w->a, w->s, w->terms, w->i + on, w->noise + on, LANES);
 }
 
-/* The same, but the step of one RUN is taken while the next normals are drawn, which hides the memory. */
+/* The same, but the step of one RUN is taken while the next normals are drawn, which hides the memory.
+   They are written when all rounds are done, and so is the step. */
 INLINE words step_between(const step *job, const span *part, int terms, int64_t count, drawing *drawn) {
   const step a = *job; /* copies, which no store can change */
   const span s = *part;
-  waiting w = {.a = &a, .s = &s, .terms = terms};
-  float noise[2][RUN];
-  int now = 0;
-  draw(drawn, noise[now], no_errand, NULL);
-  for (; w.i + RUN < count; w.i += RUN) {
-    w.noise = noise[now];
-    now ^= 1;
-    draw(drawn, noise[now], step_some, &w);
-  }
-  return w.bad | step_range(&a, &s, terms, w.i, count, noise[now]);
+  float noise[RUN];
+  waiting w = {.a = &a, .s = &s, .terms = terms, .noise = noise};
+  draw(drawn, noise, no_errand, NULL);
+  for (; w.i + RUN < count; w.i += RUN) draw(drawn, noise, step_some, &w);
+  return w.bad | step_range(&a, &s, terms, w.i, count, noise);
 }
 
 /* Usual terms are constants, which loops need not look at. */
