@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +18,8 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource
 from headstart.noise import Given, Philox
 from headstart.plan.table import Step, StepTable
+from headstart.watch import Check, Watch
 from headstart_kernels import Draw, LinearMap, Preview, Rows, fused_step, scale_input
-
-Check = Literal["auto", "each", "last", "never"]
 
 
 class State(NamedTuple):
@@ -92,7 +91,7 @@ def sample(
         *(table, told, denoisers, cond, pair, noise, latent),
         *(device, before_row, strengths, picture),
     )
-    return _loop(run, resume, _Watch(check, device, batch))
+    return _loop(run, resume, Watch(check, device, batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +141,7 @@ class _Run:
         return replace(cond, strengths=torch.cat((own, own)) if guided else own)
 
 
-def _loop(run: _Run, state: State | None, watch: _Watch) -> Iterator[State]:
+def _loop(run: _Run, state: State | None, watch: Watch) -> Iterator[State]:
     table, rows = run.table, Rows(torch.tensor(run.table.coefficients()))
     if state is None:
         x = run.noise.initial(run.latent, run.device) * table.init_scale
@@ -218,55 +217,6 @@ def _timesteps(table: StepTable, batch: int, device: torch.device) -> list[Tenso
         numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
         told += numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
     return told
-
-
-@dataclass(slots=True)
-class _Watch:
-    """Looks for NaN and infinity in x0, which the step itself notices."""
-
-    check: Check
-    device: torch.device
-    batch: int
-    own: Tensor | None = None
-    seen: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
-
-    def __post_init__(self) -> None:
-        if self.check not in get_args(Check):
-            raise InputError(f"check: expected one of {get_args(Check)}, got {self.check!r}")
-        if self.check == "auto":
-            self.check = "each" if self.device.type == "cpu" else "last"
-
-    def flags(self) -> Tensor | None:
-        """Where a step says which samples' x0 is finite: [B] bool, or None if nobody looks."""
-        if self.check == "never":
-            return None
-        if self.check == "each" and self.own is not None:
-            return self.own  # read before the next row asks
-        self.own = torch.empty(self.batch, dtype=torch.bool, device=self.device)
-        return self.own
-
-    def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
-        if finite is None:
-            return
-        if self.check == "each":
-            require_finite(number, model, finite)
-            return
-        self.seen.append((number, model, finite))
-        if last:
-            for seen in self.seen:
-                require_finite(*seen)
-            self.seen.clear()
-
-
-def require_finite(number: int, model: str, finite: Tensor) -> None:
-    """Raise InputError where a sample of a row is not finite, of [B] bool. Waits for it."""
-    good: list[bool] = finite.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if False in good:
-        bad = [sample for sample, fine in enumerate(good) if not fine]
-        raise InputError(
-            f"step {number}: the {model!r} network gave NaN or infinity for sample(s) {bad} of "
-            f"{len(finite)}: a half-precision network that overflows needs bfloat16 or float32"
-        )
 
 
 def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:

@@ -143,6 +143,7 @@ def looped(
 ) -> None:
     """One row of a loop without a picture, by both: the channels of a sample are one."""
     made = operands(shape)
+    made |= {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
     keys = torch.arange(shape[0])
     made["noise"] = Draw(keys - 1, keys, 3) if noise == "drawn" else made["noise"]
     made["f_cond"].view(-1)[-1] = float("inf")

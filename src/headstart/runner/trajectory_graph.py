@@ -29,7 +29,7 @@ from headstart.plan.table import StepTable
 from headstart.runner.batch import SharedNoise
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.graph import named, unnamed
-from headstart.sampler import require_finite
+from headstart.watch import require_finite
 from headstart_kernels import COLUMNS, INITIAL, ops
 
 _ROW = "row."
