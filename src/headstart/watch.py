@@ -45,7 +45,7 @@ class Watch:
         return self.own
 
     def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
-        """Read the flags of a row, now or after the last. Raises InputError for the first bad row."""
+        """Read the flags of a row, now or after the last. Raises InputError for a bad one."""
         if finite is None:
             return
         if self.check == "each":
