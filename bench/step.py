@@ -1,6 +1,6 @@
 """What does a step cost outside the network on a CPU? Our loop, diffusers' loops and one pass in C.
 
-    python bench/step.py [--rounds 15] [--threads 1 2] [--out bench/results/step.json]
+    python bench/step.py [--processes 7] [--rounds 5] [--threads 1 2] [--out results/step.json]
 
 The network is null: it hands back tensors that exist. So a row is what remains: the network's
 input (scaled, twice for a guided pair), the guidance, the update, its noise, and, for ours, x0 as
@@ -17,11 +17,11 @@ import functools
 import logging
 import os
 import shutil
-import statistics
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,18 +81,18 @@ class Case(NamedTuple):
     run: Callable[[], float]
 
 
+Taken = dict[tuple[int, int], dict[str, list[float]]]
+"""For (batch, threads): what every case took, in seconds a step, a number for each round."""
+
+
 def main() -> None:
     options = _options()
-    logging.disable(logging.WARNING)
-    floor, missing = _compiled()
-    global CLOCK
-    CLOCK = time.thread_time if options.cpu else time.perf_counter
-    _settle_the_allocator()
-    results = [
-        measure(batch, threads, options.rounds, floor)
-        for threads in options.threads
-        for batch in options.batches
-    ]
+    missing = _compiled()[1]
+    taken: Taken = {}
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for _ in range(options.processes):
+            _add(taken, pool.apply(measured, (options,)))
+    results = [_result(*setup, cases) for setup, cases in taken.items()]
     report = {
         "question": (__doc__ or "").splitlines()[0],
         "evidence": "measured",
@@ -101,6 +101,7 @@ def main() -> None:
         "state": ["B", *LATENT],
         "steps": STEPS,
         "guidance": GUIDANCE,
+        "processes": options.processes,
         "rounds": options.rounds,
         "c": missing or " ".join(("cc", *C_FLAGS)),
         "results": results,
@@ -111,6 +112,53 @@ def main() -> None:
         print(f"\nno pass in C: {missing}")
 
 
+def measured(options: argparse.Namespace) -> Taken:
+    """Every setup, in a process of its own: part of it depends on where the system puts pages."""
+    logging.disable(logging.WARNING)
+    global CLOCK
+    CLOCK = time.thread_time if options.cpu else time.perf_counter
+    _settle_the_allocator()
+    return {
+        (batch, threads): _rounds(batch, threads, options.rounds)
+        for threads in options.threads
+        for batch in options.batches
+    }
+
+
+def _rounds(batch: int, threads: int, rounds: int) -> dict[str, list[float]]:
+    """Every case once a round, in turns, after two rounds that do not count."""
+    torch.set_num_threads(threads)
+    cases = _cases(batch, _compiled()[0])
+    taken: dict[str, list[float]] = {case.name: [] for case in cases}
+    for number in range(rounds + 2):
+        for case in cases:
+            seconds = case.run()
+            if number >= 2:
+                taken[case.name].append(seconds)
+    return taken
+
+
+def _add(taken: Taken, more: Taken) -> None:
+    for setup, cases in more.items():
+        kept = taken.setdefault(setup, {name: [] for name in cases})
+        for name, seconds in cases.items():
+            kept[name] += seconds
+
+
+def _result(batch: int, threads: int, taken: Mapping[str, list[float]]) -> dict[str, Any]:
+    """Ratios are medians of the rounds' own ratios."""
+    return {
+        "batch": batch,
+        "threads": threads,
+        "us_a_step": {name: _spread(seconds) for name, seconds in taken.items()},
+        "ratios": [
+            {"of": of, "to": to, **_ratio(taken[of], taken[to]), "target": target}
+            for of, to, target in RATIOS
+            if to in taken
+        ],
+    }
+
+
 def _settle_the_allocator() -> None:
     """Free 31 MiB, as every network does that runs before a step.
 
@@ -119,30 +167,6 @@ def _settle_the_allocator() -> None:
     null network nothing large ever was: pages would be fetched anew, or not, by the order of cases.
     """
     torch.empty(31 << 20, dtype=torch.uint8).fill_(1)
-
-
-def measure(
-    batch: int, threads: int, rounds: int, floor: Callable[..., None] | None
-) -> dict[str, Any]:
-    """Every case once a round, in turns; ratios are medians of the rounds' own ratios."""
-    torch.set_num_threads(threads)
-    cases = _cases(batch, floor)
-    taken: dict[str, list[float]] = {case.name: [] for case in cases}
-    for number in range(rounds + 2):
-        for case in cases:
-            seconds = case.run()
-            if number >= 2:
-                taken[case.name].append(seconds)
-    return {
-        "batch": batch,
-        "threads": threads,
-        "us_a_step": {name: _spread(seconds) for name, seconds in taken.items()},
-        "ratios": [
-            {"of": of, "to": to, "ratio": _ratio(taken[of], taken[to]), "target": target}
-            for of, to, target in RATIOS
-            if to in taken
-        ],
-    }
 
 
 def _cases(batch: int, floor: Callable[..., None] | None) -> list[Case]:
@@ -270,8 +294,10 @@ def _compiled() -> tuple[Callable[..., None] | None, str | None]:
     return step, None
 
 
-def _ratio(of: Sequence[float], to: Sequence[float]) -> float:
-    return round(statistics.median(a / b for a, b in zip(of, to, strict=True)), 3)
+def _ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
+    ratios = harness.spread([a / b for a, b in zip(of, to, strict=True)])
+    names = {"ratio": "p50", "p20": "p20", "p80": "p80"}
+    return {name: round(ratios[percentile], 3) for name, percentile in names.items()}
 
 
 def _spread(seconds: Sequence[float]) -> dict[str, float]:
@@ -287,16 +313,18 @@ def _table(result: Mapping[str, Any]) -> str:
         "|---|---|",
     ]
     lines += [f"| {name} | {value['p50']:.0f} |" for name, value in result["us_a_step"].items()]
-    lines += ["", "| ratio | median | target |", "|---|---|---|"]
+    lines += ["", "| ratio | median | 20 to 80 % | target |", "|---|---|---|---|"]
     for row in result["ratios"]:
         target = "" if row["target"] is None else f"{row['target']:.2f}"
-        lines.append(f"| {row['of']} / {row['to']} | {row['ratio']:.3f} | {target} |")
+        span = f"{row['p20']:.2f} to {row['p80']:.2f}"
+        lines.append(f"| {row['of']} / {row['to']} | {row['ratio']:.3f} | {span} | {target} |")
     return "\n".join(lines)
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processes", type=int, default=7, help="one after the other")
+    parser.add_argument("--rounds", type=int, default=5, help="in each")
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     parser.add_argument("--cpu", action="store_true", help="the thread's CPU time: a busy machine")
