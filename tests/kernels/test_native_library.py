@@ -11,6 +11,7 @@ from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import torch
 
 from headstart_kernels.native import calls, library, proof
 
@@ -144,10 +145,10 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(
     assert "nowhere to keep it" in reason and reason.count("others may write to it") == 2
 
 
-def test_the_proof_looks_at_every_kernel_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that does nothing at all is found out in every dtype."""
+def test_the_proof_looks_at_every_loop_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that does nothing at all is found out in every one."""
     right = calls.calls()
     monkeypatch.setattr(proof, "bound", lambda made: right._replace(step=lambda packed: None))
-    assert proof.differences(library.library()) == [
-        f"fused_step {name}" for name in ("float32", "float16", "bfloat16")
-    ]
+    names = [f"fused_step ({case.name})" for case in proof.CASES]
+    assert proof.differences(library.library()) == names
+    assert {case.dtype for case in proof.CASES} == {torch.float32, torch.float16, torch.bfloat16}
