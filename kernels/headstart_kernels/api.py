@@ -20,6 +20,7 @@ from headstart_kernels.checks import (
     check_like,
     check_map,
     check_operands,
+    check_output,
     check_state,
     check_step,
     check_table,
@@ -86,6 +87,7 @@ def fused_step(
         and preview is None
         and impl is None
         and 0 <= step < len(table.rows)
+        and type(f_cond) is Tensor
         and x.is_cpu
         and unwatched()
         and not (torch.is_grad_enabled() and (x.requires_grad or f_cond.requires_grad))
@@ -136,6 +138,7 @@ def _run_step(
     impl: Impl | str | None,
 ) -> None:
     check_state("x", x)
+    check_output("f_cond", given.f_cond)
     check_table(table, step, x.device)
     row = None
     if not isinstance(step, Tensor) and (isinstance(table, Rows) or table.is_cpu):

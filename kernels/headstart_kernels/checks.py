@@ -24,6 +24,15 @@ def check_state(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a batch [B, ...] with elements, got {said(tensor)}")
 
 
+def check_output(name: str, output: object) -> None:
+    """What a network returned: some wrap their tensor."""
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"{name}: expected a tensor, got {type(output).__name__}: take the tensor out of what "
+            "the network returns"
+        )
+
+
 def check_image(name: str, tensor: Tensor) -> None:
     if tensor.ndim != 4 or tensor.numel() == 0 or not tensor.dtype.is_floating_point:
         raise ValueError(f"{name}: expected float [B, C, h, w], got {said(tensor)}")

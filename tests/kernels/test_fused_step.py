@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -86,6 +87,14 @@ def test_a_guided_pair_may_be_one_tensor(dtype: torch.dtype, where: str) -> None
         fused_step_into(table=lookup, step=step, x_next=into, **alone, **more)
         assert same_bits(got[0], expected[0]) and same_bits(got[1], expected[1])
         assert same_bits(into, expected[0])
+
+
+def test_what_a_network_wraps_its_tensor_in_is_an_error() -> None:
+    given = operands()
+    wrapped: Any = (given["f_cond"],)
+    for lookup in (table_of(), Rows(table_of())):
+        with pytest.raises(TypeError, match="f_cond: expected a tensor, got tuple"):
+            fused_step(given["x"], wrapped, lookup, 0)
 
 
 def test_a_pair_for_a_row_of_one_pass_is_an_error() -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Generator
 from pathlib import Path
 
@@ -56,6 +57,23 @@ def test_a_damaged_one_is_made_anew(fresh: Path, caplog: pytest.LogCaptureFixtur
     damaged.write_bytes(b"\x7fELF and no more")
     assert library.why_not() is None and damaged.stat().st_size > 10_000
     assert "made anew, because it is damaged" in caplog.text
+
+
+def test_old_ones_are_forgotten_and_so_is_what_was_left_half_made(fresh: Path) -> None:
+    folder = library._folder()
+    for age in range(1, 21):
+        path = folder / (f"kernels-{age:02}.so" if age < 20 else "making-old")
+        path.mkdir() if age == 20 else path.touch()
+        os.utime(path, (when := time.time() - 3600 * age, when))
+    (folder / "making-now").mkdir()
+    (folder / "notes.txt").touch()
+    assert library.why_not() is None
+    left = {path.name for path in folder.iterdir()}
+    numbered = {f"kernels-{age:02}.so" for age in range(1, 16)}
+    assert left - numbered - {"making-now", "notes.txt"} == {
+        f"kernels-{library._fingerprint(library._texts(), library._compiler())}.so"
+    }
+    assert numbered <= left
 
 
 def test_other_sources_or_flags_have_another_name(monkeypatch: pytest.MonkeyPatch) -> None:

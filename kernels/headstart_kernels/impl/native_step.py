@@ -3,7 +3,7 @@
     F  = F_uncond + guidance*(F_cond - F_uncond)      x0 = c_skip*x + c_out*F
     x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n      x_in = c_in'*x'
 
-The arithmetic is in native/kernels.c; here operands become pointers. What is not contiguous goes
+The arithmetic is in native/step.h; here operands become pointers. What is not contiguous goes
 through a copy.
 """
 

@@ -21,7 +21,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 """The floats that the kernels read and write, numbered as in numbers.h."""
 
 STEP = struct.Struct("@16P 5q 4i 7f")
-"""`step` of kernels.c: pointers, sizes, types, coefficients."""
+"""`step` of step.h: pointers, sizes, types, coefficients."""
 
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""

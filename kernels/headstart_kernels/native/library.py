@@ -2,7 +2,7 @@
 
 It is kept under a name made of everything that went into it: the sources, the constants, the flags,
 the compiler and the processor. So another version, or another machine with the same home folder,
-compiles its own. Compiling takes 1.5 s (measured, gcc 12); loading what is kept takes 1 ms.
+compiles its own. Compiling takes 1.6 s (measured, gcc 12); loading what is kept takes 1 ms.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import stat
 import subprocess
 import tempfile
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -36,6 +37,8 @@ FLAGS = ("-O3", *_EXACT, *_FREE, "-std=gnu11", "-shared", "-fPIC")
 _TARGETS = (("-march=native",), ())
 """Tried in order: this processor's own instructions, then those of every one of its kind."""
 _PATIENCE_S = 120
+_NEWEST = 16
+"""Libraries that are kept: a home folder may serve several machines and versions."""
 
 
 class UnavailableError(RuntimeError):
@@ -187,6 +190,18 @@ def _make(sources: dict[str, str], compiler: list[str], kept: Path) -> None:
             )
         os.replace(made, kept)
     log.info("compiled %s in %.1f s", kept, time.perf_counter() - begin)
+    _tidy(kept.parent)
+
+
+def _tidy(folder: Path) -> None:
+    """Forget all but the newest libraries, and what was left where compiling was ended."""
+    with suppress(OSError):  # another process may do the same
+        made = sorted(folder.glob("kernels-*.so"), key=lambda path: path.stat().st_mtime)
+        for old in made[:-_NEWEST]:
+            old.unlink()
+        for scratch in folder.glob("making-*"):
+            if scratch.stat().st_mtime < time.time() - 10 * _PATIENCE_S:
+                shutil.rmtree(scratch)
 
 
 def _compile(compiler: list[str], made: Path) -> None:
