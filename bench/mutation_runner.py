@@ -140,7 +140,7 @@ MUTATIONS = (
         "src/headstart/noise.py",
         "if device not in self._placed:",
         "if True:",
-        (f"{SDXL_TEST}::test_the_sampler_waits_for_nothing_until_the_last_row_is_checked",),
+        ("tests/test_noise.py::test_rows_share_one_copy_of_the_seeds_on_a_device",),
     ),
     Mutation(
         "look at strengths while capturing",

@@ -123,3 +123,11 @@ def test_given_noise_of_another_size_than_asked_for_is_an_error() -> None:
 def test_both_are_noise_sources() -> None:
     sources: list[NoiseSource] = [Philox([0]), Given(torch.zeros(1, *SHAPE))]
     assert [len(source) for source in sources] == [1, 1]
+
+
+def test_rows_share_one_copy_of_the_seeds_on_a_device() -> None:
+    """Copying waits for the device."""
+    noise = Philox([3, 2**64 - 1])
+    first, again = noise.draw(0, CPU), noise.draw(5, CPU)
+    assert first.seeds is again.seeds and first.samples is again.samples
+    assert first.seeds.tolist() == [3, -1] and (first.first_row, again.first_row) == (0, 5)
