@@ -119,7 +119,13 @@ def test_adapters_are_reported_and_files_of_one_name_are_told_apart(
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--lora", "nowhere.safetensors"], "nowhere.safetensors"),
+        (["--lora", "nowhere.safetensors"], "nowhere.safetensors does not exist: give the path"),
+        (
+            ["--lora", "yelow:2"],
+            "yelow does not exist: give the path of an adapter's file, or the name",
+        ),
+        (["--lora", "yellow:two"], "'two' is no strength: expected a number, and behind '@' where"),
+        (["--lora", "yellow:@base"], "'@base' is no strength"),
         (["--lora", "nowhere:1@"], "behind '@'"),
         (["--lora", "yellow:1@distil"], "to act on 'distil'"),
         (["--lora", "x", "--strengths=1,1"], "given twice"),

@@ -11,7 +11,7 @@ import headstart_weights
 from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import read_predictions, uses_bundled
 from headstart.commands.console import note, progress
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
 
 if TYPE_CHECKING:
@@ -52,10 +52,21 @@ def adapter_path(name: str) -> str | Path:
         return name
     role = name.removeprefix("headstart_weights/").removesuffix(".safetensors")
     try:
-        known = role in headstart_weights.manifest().controls
-        return headstart_weights.path(role) if known else name
+        controls = headstart_weights.manifest().controls
+        if role in controls:
+            return headstart_weights.path(role)
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled control {role!r} cannot be used: {error}") from error
+    path, _, tail = name.rpartition(":")
+    if path in controls or (path and Path(path).exists()):
+        raise InputError(
+            f"adapter {name!r:.80}: {tail!r:.40} is no strength: expected a number, and behind '@' "
+            f"where it acts, such as {path}:1.5 or {path}:-2@base+800"
+        )
+    raise InputError(
+        f"{name} does not exist: give the path of an adapter's file, or the name of a bundled "
+        f"control: {', '.join(controls)}"
+    )
 
 
 def _load(args: argparse.Namespace) -> Engine:
