@@ -159,16 +159,17 @@ INLINE floats square_root(floats a) {
 
 /* Pairs a0 b0 a1 b1 of the first half of each 128 bits, and then those of the second halves. */
 INLINE void interleave(floats a, floats b, float *out) {
-  floats low, high;
 #if WIDTH == 64
-  low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
-  high = __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+  floats low = (floats)_mm512_unpacklo_ps((__m512)a, (__m512)b);
+  floats high = (floats)_mm512_unpackhi_ps((__m512)a, (__m512)b);
 #elif WIDTH == 32
-  low = __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13);
-  high = __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+  floats low = (floats)_mm256_unpacklo_ps((__m256)a, (__m256)b);
+  floats high = (floats)_mm256_unpackhi_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  floats low = (floats)_mm_unpacklo_ps((__m128)a, (__m128)b);
+  floats high = (floats)_mm_unpackhi_ps((__m128)a, (__m128)b);
 #else
-  low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-  high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  floats low = {a[0], b[0], a[1], b[1]}, high = {a[2], b[2], a[3], b[3]};
 #endif
   store(out, low, LANES);
   store(out + LANES, high, LANES);
