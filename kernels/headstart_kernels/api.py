@@ -80,24 +80,21 @@ def fused_step(
     row cannot be checked, and a missing operand counts as a term left out.
     """
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
+    wanted = Wanted(x_next, x0, x_in, preview, finite)
     if (
         type(table) is Rows
         and type(step) is int
-        and guidance is None
-        and preview is None
         and impl is None
         and 0 <= step < len(table.rows)
         and type(f_cond) is Tensor
         and x.is_cpu
         and unwatched()
         and not (torch.is_grad_enabled() and (x.requires_grad or f_cond.requires_grad))
-        and load("quick_step", Impl.NATIVE)(
-            *(x, f_cond, table, step, x_next, x0, f_uncond, noise, x0_prev, x_in, finite)
-        )
+        and load("quick_step", Impl.NATIVE)(x, table, step, given, wanted)
     ):
         return x_next, x0
-    given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
-    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
+    _run_step(x, table, step, given, wanted, impl)
     return x_next, x0
 
 

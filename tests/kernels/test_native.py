@@ -25,6 +25,7 @@ from headstart_kernels import (
 )
 from headstart_kernels.impl import native_step
 from headstart_kernels.native import calls, library
+from headstart_kernels.operands import Given, Wanted
 from headstart_kernels.testing import assert_bits, random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
@@ -117,9 +118,17 @@ def test_every_step_has_the_bits_of_the_reference(
     noise=st.sampled_from(["given", "drawn"]),
     last=st.sets(st.sampled_from(["x", "f_cond", "f_uncond", "noise", "x0_prev"])),
     step=st.integers(0, 1),
+    per_sample=st.booleans(),
+    shown=st.booleans(),
 )
 def test_a_loop_over_rows_has_the_bits_of_the_reference(
-    row: list[float], dtypes: tuple[torch.dtype, ...], noise: str, last: set[str], step: int
+    row: list[float],
+    dtypes: tuple[torch.dtype, ...],
+    noise: str,
+    last: set[str],
+    step: int,
+    per_sample: bool,
+    shown: bool,
 ) -> None:
     """Most go the short way, which looks at less; what it does not know goes the long way."""
     made = operands((2, 4, 9, 7))
@@ -127,13 +136,23 @@ def test_a_loop_over_rows_has_the_bits_of_the_reference(
     made |= {name: made[name].contiguous(memory_format=LAST) for name in last}
     if noise == "drawn":
         made["noise"] = Draw(torch.tensor([5, -9]), torch.tensor([0, 2**32 - 1]), 3)
+    made["guidance"] = torch.tensor([1.0, 4.5]) if per_sample else None
     table = torch.tensor([[*row, 999.0], [*row[::-1], 499.0]])
     filled: list[tuple[Tensor, ...]] = []
     for rows, impl in ((Rows(table), None), (table, "reference")):
         x_in = torch.full((4, 4, 9, 7), 9.0, dtype=dtypes[2])
-        finite = torch.zeros(2, dtype=torch.bool)
-        made_here = fused_step(table=rows, step=step, x_in=x_in, finite=finite, impl=impl, **made)
-        filled.append((*made_here, x_in, finite))
+        finite, rgb = torch.zeros(2, dtype=torch.bool), torch.zeros(2, 9, 7, 3, dtype=torch.uint8)
+        picture = Preview(rgb, random_latents(4, 3, seed=7), random_latents(3, seed=8))
+        made_here = fused_step(
+            table=rows,
+            step=step,
+            x_in=x_in,
+            finite=finite,
+            preview=picture if shown else None,
+            impl=impl,
+            **made,
+        )
+        filled.append((*made_here, x_in, finite, rgb))
     for got, expected in zip(*filled, strict=True):
         assert_bits(got, expected, "short way")
 
@@ -199,42 +218,59 @@ def test_large_steps_into_places_that_are_not_aligned_and_over_the_row_before() 
 
 
 def test_which_steps_go_the_short_way() -> None:
-    given, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
-    x, f, u, noise, previous = given.values()
+    made, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
+    x, f, u, noise, previous = made.values()
     room = torch.empty_like(x), torch.empty_like(x)
     keys = Draw(torch.zeros(2).long(), torch.zeros(2).long())
+    scales, factors, bias = torch.zeros(2), torch.zeros(4, 3), torch.zeros(3)
+    shown = Preview(torch.empty(2, 9, 7, 3, dtype=torch.uint8), factors, bias)
     x_in, finite = torch.empty(4, 4, 9, 7, dtype=HALF), torch.zeros(2, dtype=torch.bool)
-    usual = (x, f, rows, 0, *room, u, noise, previous, x_in, finite)
-    assert native_step.quick_step(*usual)
-    assert native_step.quick_step(x, torch.cat((u, f)), *usual[2:6], None, *usual[7:])
-    unusual: list[tuple[int, Any]] = [
-        (0, x.double()),
-        (0, x[0, 0, 0]),
-        (1, f.contiguous(memory_format=LAST)),
-        (1, f.double()),
-        (1, f[:1]),
-        (1, torch.cat((u, f))),
-        (6, None),
-        (6, u.half()),
-        (6, u[:, :2]),
-        (7, None),
-        (7, noise.half()),
-        (7, noise.to("meta")),
-        (7, keys._replace(samples=torch.zeros(1).long())),
-        (7, keys._replace(seeds=torch.zeros(2))),
-        (8, None),
-        (8, nn.Parameter(previous)),
-        (9, x_in.double()),
-        (9, x_in[:3]),
-        (9, x_in[0, 0, 0, 0]),
-        (9, torch.cat((x_in, x_in))),
-        (10, finite.byte()),
-        (10, finite[:1]),
-    ]
+    given, wanted = Given(f, u, None, noise, previous), Wanted(*room, x_in, None, finite)
+
+    def goes(state: Tensor = x, **changed: Any) -> bool:
+        read = {name: changed[name] for name in changed if name in Given._fields}
+        filled = {name: changed[name] for name in changed if name in Wanted._fields}
+        return native_step.quick_step(
+            state, rows, 0, given._replace(**read), wanted._replace(**filled)
+        )
+
+    assert goes() and goes(guidance=scales) and goes(preview=shown) and goes(noise=keys)
+    assert goes(f_cond=torch.cat((u, f)), f_uncond=None)
+    assert goes(x_in=None, finite=None) and goes(x_in=x_in[:2])
     before = [t.clone() for t in room]
-    for place, value in unusual:
-        changed = (*usual[:place], value, *usual[place + 1 :])
-        assert not native_step.quick_step(*changed), (place, value)
+    unusual: list[dict[str, Any]] = [
+        {"state": x.double()},
+        {"state": x[0, 0, 0]},
+        {"f_cond": f.contiguous(memory_format=LAST)},
+        {"f_cond": f.double()},
+        {"f_cond": f[:1]},
+        {"f_cond": torch.cat((u, f))},
+        {"f_uncond": None},
+        {"f_uncond": u.half()},
+        {"f_uncond": u[:, :2]},
+        {"guidance": scales.double()},
+        {"guidance": scales[:1]},
+        {"noise": None},
+        {"noise": noise.half()},
+        {"noise": noise.to("meta")},
+        {"noise": keys._replace(samples=torch.zeros(1).long())},
+        {"noise": keys._replace(seeds=torch.zeros(2))},
+        {"x0_prev": None},
+        {"x0_prev": nn.Parameter(previous)},
+        {"x0": None},
+        {"x_in": x_in.double()},
+        {"x_in": x_in[:3]},
+        {"x_in": x_in[0, 0, 0, 0]},
+        {"x_in": torch.cat((x_in, x_in))},
+        {"preview": shown._replace(rgb=shown.rgb[:, :5])},
+        {"preview": shown._replace(rgb=shown.rgb.long())},
+        {"preview": shown._replace(factors=factors[:3])},
+        {"preview": shown._replace(bias=bias.double())},
+        {"finite": finite.byte()},
+        {"finite": finite[:1]},
+    ]
+    for changed in unusual:
+        assert not goes(**changed), changed
     assert all(torch.equal(a, b) for a, b in zip(room, before, strict=True))
     empty = torch.empty(0, 4, 9, 7)
     with pytest.raises(ValueError, match="expected a batch"):

@@ -39,33 +39,26 @@ def fused_step(
     _call(x, table, step, given, wanted)
 
 
-def quick_step(
-    x: Tensor,
-    f: Tensor,
-    rows: Rows,
-    step: int,
-    x_next: Tensor,
-    x0: Tensor,
-    u: Tensor | None,
-    noise: Tensor | Draw | None,
-    previous: Tensor | None,
-    x_in: Tensor | None,
-    finite: Tensor | None,
-) -> bool:
+def quick_step(x: Tensor, rows: Rows, step: int, given: Given, wanted: Wanted) -> bool:
     """A step whose operands all lie as the kernel wants them; False, and nothing done, if not.
 
     A loop over rows is here for every row, so what cannot be wrong is not looked at twice: where
-    this says no, the long way finds out whether that is an error.
+    this says no, the long way finds out whether that is an error. x' and x0 were made like x.
     """
     shape, count = x.shape, x.numel()
-    if len(shape) < 2 or not count:
+    f, u, guidance, noise, previous = given
+    x_next, x0, x_in, preview, finite = wanted
+    if len(shape) < 2 or not count or x0 is None:
         return False
-    batch, number, coefficients = shape[0], step, rows.coefficients[step]
-    _, _, _, _, add, carry, guidance = coefficients
-    noise_at = seeds_at = samples_at = previous_at = x_in_at = x_in_type = copies = finite_at = 0
+    batch, channels, number, coefficients = shape[0], 1, step, rows.coefficients[step]
+    _, _, _, _, add, carry, scale = coefficients
+    u_at = guidance_at = noise_at = seeds_at = samples_at = previous_at = 0
+    x_in_at = x_in_type = copies = rgb_at = factors_at = bias_at = finite_at = 0
     try:
-        x_at, f_type, u_at = _at(x, shape, _STATE), TYPES[f.dtype], 0
-        if guidance == 1.0:
+        x_at, f_type = _at(x, shape, _STATE), TYPES[f.dtype]
+        if guidance is not None:
+            guidance_at = _at(guidance, (batch,), _STATE)
+        if scale == 1.0 and guidance is None:
             f_at = _at(f, shape, f.dtype)
         elif u is None:
             u_at = _at(f, _twice(shape), f.dtype)
@@ -83,16 +76,21 @@ def quick_step(
         if x_in is not None:
             copies, x_in_type = x_in.numel() // count, TYPES[x_in.dtype]
             x_in_at = _at(x_in, shape if copies == 1 else _twice(shape), x_in.dtype)
+        if preview is not None:
+            channels = shape[1]
+            rgb_at = _at(preview.rgb, (batch, *shape[2:], 3), torch.uint8)
+            factors_at = _at(preview.factors, (channels, 3), _STATE)
+            bias_at = _at(preview.bias, (3,), _STATE)
         if finite is not None:
             finite_at = _at(finite, (batch,), torch.bool)
     except (_UnusualError, KeyError):
         return False
-    runtime, threads = team(count)
     # fmt: off
     calls().step(STEP.pack(
-        x_at, f_at, u_at, 0, noise_at, seeds_at, samples_at, previous_at,
-        x_next.data_ptr(), x0.data_ptr(), x_in_at, 0, 0, 0, finite_at,
-        runtime, threads, batch, 1, count // batch, number, f_type, f_type, x_in_type, copies,
+        x_at, f_at, u_at, guidance_at, noise_at, seeds_at, samples_at, previous_at,
+        x_next.data_ptr(), x0.data_ptr(), x_in_at, rgb_at, factors_at, bias_at, finite_at,
+        *team(count), batch, channels, count // (batch * channels), number,
+        f_type, f_type, x_in_type, copies,
         *coefficients,
     ))
     # fmt: on
