@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 _NOUN = {
@@ -61,7 +62,7 @@ def choose(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor
 def stands_in(tensor: Tensor) -> bool:
     """Whether a tracer put this in place of a tensor on a GPU: a fake one, or a compiler's. Then
     the registered operator is called, which such tensors understand, and no kernel is."""
-    return tensor.is_cuda and (type(tensor) is not Tensor or torch.compiler.is_compiling())
+    return tensor.is_cuda and (type(tensor) is not Tensor or is_compiling())
 
 
 def on_host(*tensors: Tensor) -> bool:
@@ -73,13 +74,18 @@ def on_host(*tensors: Tensor) -> bool:
     return not _watched()
 
 
-def unwatched() -> bool:
-    """Whether C may compute on plain CPU tensors: there is some, and nobody watches."""
-    return not _watched() and _why_not_native() is None
+def quick() -> Callable[..., bool] | None:
+    """The short way of a step in C, where there is any and nobody watches."""
+    return None if _watched() or _why_not_native() is not None else _quick_step()
+
+
+@cache
+def _quick_step() -> Callable[..., bool]:
+    return load("quick_step", Impl.NATIVE)
 
 
 def _watched() -> bool:
-    return is_in_torch_dispatch_mode() or torch.compiler.is_compiling()
+    return is_in_torch_dispatch_mode() or is_compiling()
 
 
 def operators() -> Any:

@@ -25,7 +25,6 @@ from headstart_kernels import (
 )
 from headstart_kernels.impl import native_step
 from headstart_kernels.native import calls, library
-from headstart_kernels.operands import Given, Wanted
 from headstart_kernels.testing import assert_bits, random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
@@ -225,29 +224,27 @@ def test_which_steps_go_the_short_way() -> None:
     scales, factors, bias = torch.zeros(2), torch.zeros(4, 3), torch.zeros(3)
     shown = Preview(torch.empty(2, 9, 7, 3, dtype=torch.uint8), factors, bias)
     x_in, finite = torch.empty(4, 4, 9, 7, dtype=HALF), torch.zeros(2, dtype=torch.bool)
-    given, wanted = Given(f, u, None, noise, previous), Wanted(*room, x_in, None, finite)
+    usual = {"x": x, "f": f, "u": u, "guidance": None, "noise": noise, "previous": previous}
+    usual |= {"x_in": x_in, "preview": None, "finite": finite, "rows": rows, "step": 0}
+    usual |= dict(zip(("x_next", "x0"), room, strict=True))
 
-    def goes(state: Tensor = x, **changed: Any) -> bool:
-        read = {name: changed[name] for name in changed if name in Given._fields}
-        filled = {name: changed[name] for name in changed if name in Wanted._fields}
-        return native_step.quick_step(
-            state, rows, 0, given._replace(**read), wanted._replace(**filled)
-        )
+    def goes(**changed: Any) -> bool:
+        return native_step.quick_step(**(usual | changed))
 
     assert goes() and goes(guidance=scales) and goes(preview=shown) and goes(noise=keys)
-    assert goes(f_cond=torch.cat((u, f)), f_uncond=None)
+    assert goes(f=torch.cat((u, f)), u=None)
     assert goes(x_in=None, finite=None) and goes(x_in=x_in[:2])
     before = [t.clone() for t in room]
     unusual: list[dict[str, Any]] = [
-        {"state": x.double()},
-        {"state": x[0, 0, 0]},
-        {"f_cond": f.contiguous(memory_format=LAST)},
-        {"f_cond": f.double()},
-        {"f_cond": f[:1]},
-        {"f_cond": torch.cat((u, f))},
-        {"f_uncond": None},
-        {"f_uncond": u.half()},
-        {"f_uncond": u[:, :2]},
+        {"x": x.double()},
+        {"x": x[0, 0, 0]},
+        {"f": f.contiguous(memory_format=LAST)},
+        {"f": f.double()},
+        {"f": f[:1]},
+        {"f": torch.cat((u, f))},
+        {"u": None},
+        {"u": u.half()},
+        {"u": u[:, :2]},
         {"guidance": scales.double()},
         {"guidance": scales[:1]},
         {"noise": None},
@@ -255,9 +252,8 @@ def test_which_steps_go_the_short_way() -> None:
         {"noise": noise.to("meta")},
         {"noise": keys._replace(samples=torch.zeros(1).long())},
         {"noise": keys._replace(seeds=torch.zeros(2))},
-        {"x0_prev": None},
-        {"x0_prev": nn.Parameter(previous)},
-        {"x0": None},
+        {"previous": None},
+        {"previous": nn.Parameter(previous)},
         {"x_in": x_in.double()},
         {"x_in": x_in[:3]},
         {"x_in": x_in[0, 0, 0, 0]},

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.native.calls import STEP, TYPES, Operands, calls, dense, packed_step, team
-from headstart_kernels.operands import Draw, Given, Wanted
+from headstart_kernels.operands import Draw, Given, Preview, Wanted
 from headstart_kernels.table import Rows, host_row
 
 _STATE = torch.float32
@@ -39,16 +39,28 @@ def fused_step(
     _call(x, table, step, given, wanted)
 
 
-def quick_step(x: Tensor, rows: Rows, step: int, given: Given, wanted: Wanted) -> bool:
+def quick_step(
+    x: Tensor,
+    f: Tensor,
+    rows: Rows,
+    step: int,
+    x_next: Tensor,
+    x0: Tensor,
+    u: Tensor | None,
+    guidance: Tensor | None,
+    noise: Tensor | Draw | None,
+    previous: Tensor | None,
+    x_in: Tensor | None,
+    preview: Preview | None,
+    finite: Tensor | None,
+) -> bool:
     """A step whose operands all lie as the kernel wants them; False, and nothing done, if not.
 
     A loop over rows is here for every row, so what cannot be wrong is not looked at twice: where
     this says no, the long way finds out whether that is an error. x' and x0 were made like x.
     """
     shape, count = x.shape, x.numel()
-    f, u, guidance, noise, previous = given
-    x_next, x0, x_in, preview, finite = wanted
-    if len(shape) < 2 or not count or x0 is None:
+    if len(shape) < 2 or not count:
         return False
     batch, channels, number, coefficients = shape[0], 1, step, rows.coefficients[step]
     _, _, _, _, add, carry, scale = coefficients

@@ -35,7 +35,7 @@ typedef struct {
    caches, if the next row does not read it (16 images, guided: 0.42 ms instead of 0.50), and normals are
    made RUN by RUN, because far memory wants to be asked for much at once (16 images: 0.71 ms instead of
    0.82; but a single one 37 us instead of 31). */
-enum { BEYOND_L2 = 1 << 19, BEYOND_L3 = 1 << 20 };
+enum { BEYOND_L2 = 1 << 18, BEYOND_L3 = 1 << 20 };
 
 /* What a step does besides x0 = c_out*F and x' = x0; a coefficient of 0 leaves its term out. */
 enum { GUIDED = 1, SKIPPED = 2, KEPT = 4, CARRIED = 8, NOISY = 16, FED = 32, FED_TWICE = 64, PAST_CACHES = 128 };
