@@ -86,59 +86,63 @@ def sample(
     latent = _latent_shape(shape, noise, resume)
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
-    told = _timesteps(table, batch, device)
-    run = _Run(
-        *(table, told, denoisers, cond, pair, noise, latent),
-        *(device, before_row, strengths, picture),
-    )
+    calls = _calls(table, cond, pair, strengths, device)
+    run = _Run(table, calls, denoisers, cond, noise, latent, device, before_row, picture)
     return _loop(run, resume, Watch(check, device, batch))
+
+
+class _Call(NamedTuple):
+    """A row's call of its network, known before the run.
+
+    step      the row
+    copies    how often the network sees each sample: twice where it is guided
+    timestep  [copies*B]: int64 where it is whole, else float32
+    told      B samples, or 2B in the order (uncond, cond)
+    """
+
+    step: Step
+    copies: int
+    timestep: Tensor
+    told: Conditioning
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
     table: StepTable
-    timesteps: Sequence[Tensor]
+    calls: Sequence[_Call]
     denoisers: Mapping[str, Denoiser]
     cond: Conditioning
-    pair: Conditioning | None
     noise: NoiseSource
     latent: tuple[int, ...]
     device: torch.device
     before_row: Callable[[Step], None] | None
-    strengths: Tensor | None
     picture: LinearMap | None
     molds: dict[tuple[int, torch.dtype], Tensor] = field(default_factory=dict[Any, Any])
     """What the networks see, without memory: torch.empty_like takes half as long as torch.empty."""
 
-    def dtype(self, step: Step) -> torch.dtype:
-        """What the network of a row is fed: its own, else the conditioning's."""
-        return getattr(self.denoisers[step.model], "dtype", self.cond.context.dtype)
+    def network(self, step: Step) -> tuple[Denoiser, torch.dtype]:
+        """The network of a row, and what it is fed: its own dtype, else the conditioning's."""
+        network = self.denoisers[step.model]
+        return network, getattr(network, "dtype", self.cond.context.dtype)
 
     def room(self, row: int) -> Tensor | None:
         """For what the network of a row will see; None where nothing could vouch for it."""
-        if row >= len(self.table.steps) or torch.is_inference_mode_enabled():
+        if row >= len(self.calls) or torch.is_inference_mode_enabled():
             return None
-        step = self.table.steps[row]
-        kind = _copies(step), self.dtype(step)
-        if kind not in self.molds:
-            shape = (kind[0] * len(self.noise), *self.latent)
-            self.molds[kind] = torch.empty(1, dtype=kind[1], device=self.device).expand(shape)
-        return torch.empty_like(self.molds[kind], memory_format=torch.contiguous_format)
+        step, copies, _, _ = self.calls[row]
+        kind = copies, self.network(step)[1]
+        mold = self.molds.get(kind)
+        if mold is None:
+            shape = (copies * len(self.noise), *self.latent)
+            mold = torch.empty(1, dtype=kind[1], device=self.device).expand(shape)
+            self.molds[kind] = mold
+        return torch.empty_like(mold, memory_format=torch.contiguous_format)
 
     def inside(self) -> Draw | None:
         """Noise that a step draws itself: all of Philox's; None for that of another source."""
         if type(self.noise) is Philox:
             return self.noise.draw(self.table.first, self.device)
         return None
-
-    def told(self, row: int, guided: bool) -> Conditioning:
-        """What the network of a row is told: B samples, or 2B in the order (uncond, cond)."""
-        cond = self.pair if guided else self.cond
-        assert cond is not None
-        if self.strengths is None:
-            return cond
-        own = self.strengths[row]
-        return replace(cond, strengths=torch.cat((own, own)) if guided else own)
 
 
 def _loop(run: _Run, state: State | None, watch: Watch) -> Iterator[State]:
@@ -184,16 +188,11 @@ def _loop(run: _Run, state: State | None, watch: Watch) -> Iterator[State]:
 def _predict(run: _Run, row: int, x: Tensor, rows: Rows, x_in: Tensor | None) -> Tensor:
     """F, of [B], or [2B] where the row is guided: one call of the network on c_in*x, which may
     have been made with x, in the dtype that the network had then."""
-    step = run.table.steps[row]
-    copies, dtype = _copies(step), run.dtype(step)
+    step, copies, timestep, told = run.calls[row]
+    network, dtype = run.network(step)
     if x_in is None or x_in.dtype is not dtype:
         x_in = scale_input(x, rows, row, dtype, copies=copies)
-    return run.denoisers[step.model](x_in, run.timesteps[row], run.told(row, copies == 2))
-
-
-def _copies(step: Step) -> int:
-    """How often the network of a row sees each sample: twice where it is guided."""
-    return 2 if step.guidance != 1.0 else 1
+    return network(x_in, timestep, told)
 
 
 def _drawn(picture: LinearMap | None, x: Tensor) -> Preview | None:
@@ -204,19 +203,30 @@ def _drawn(picture: LinearMap | None, x: Tensor) -> Preview | None:
     return Preview(x.new_empty((batch, height, width, 3), dtype=torch.uint8), *picture)
 
 
-def _timesteps(table: StepTable, batch: int, device: torch.device) -> list[Tensor]:
-    """What the network of each row is told, [B] or [2B]: int64 where it is whole, else float32.
-
-    Made at once, each at a multiple of 32 bytes, which compiled networks would else copy it to.
-    """
-    told: list[Tensor] = []
-    for (whole, copies), steps in groupby(
-        table.steps, lambda step: (step.timestep.is_integer(), _copies(step))
+def _calls(
+    table: StepTable,
+    cond: Conditioning,
+    pair: Conditioning | None,
+    strengths: Tensor | None,
+    device: torch.device,
+) -> list[_Call]:
+    """Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
+    else copy them."""
+    calls: list[_Call] = []
+    for (whole, copies), group in groupby(
+        table.steps, lambda step: (step.timestep.is_integer(), step.passes)
     ):
-        dtype, count = torch.int64 if whole else torch.float32, copies * batch
+        steps, count = list(group), copies * len(cond)
+        dtype = torch.int64 if whole else torch.float32
         numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
-        told += numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
-    return told
+        timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
+        for step, timestep in zip(steps, timesteps, strict=True):
+            told = cond if copies == 1 or pair is None else pair  # no pair: that row is done
+            if strengths is not None:
+                own = strengths[len(calls)]
+                told = replace(told, strengths=torch.cat([own] * copies))
+            calls.append(_Call(step, copies, timestep, told))
+    return calls
 
 
 def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
