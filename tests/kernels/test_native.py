@@ -199,7 +199,7 @@ def test_steps_of_any_length_with_the_terms_of_every_sampler(
 @pytest.mark.parametrize("row", [EULER, LCM, MULTISTEP], ids=["Euler", "LCM", "multistep"])
 @pytest.mark.parametrize("noise", ["given", "drawn"])
 def test_large_steps_on_any_number_of_threads(row: list[float], noise: str, threads: int) -> None:
-    """Past the caches, and noise by runs: from 2^19 and 2^20 elements on, aligned or not."""
+    """Past the caches, and noise by runs: from 2^18 and 2^20 elements on, aligned or not."""
     for shape in ((2, 1, 512, 513), (3, 3, 241, 243), (1, 4, 512, 512), (2, 1, 725, 723)):
         looped(shape, row, noise)
 
