@@ -1,6 +1,7 @@
 """What does a step cost outside the network on a CPU? Our loop, diffusers' loops and one pass in C.
 
-    python bench/step.py [--processes 7] [--rounds 5] [--threads 1 2] [--out results/step.json]
+    python bench/step.py [--processes 7] [--rounds 5] [--threads 1 2] [--batches 1 4 16]
+                         [--out bench/results/step.json]
 
 The network is null: it hands back tensors that exist. So a row is what remains: the network's
 input (scaled, twice for a guided pair), the guidance, the update, its noise, and, for ours, x0 as

@@ -85,10 +85,7 @@ def fused_step(
         and type(step) is int
         and impl is None
         and 0 <= step < len(table.rows)
-        and type(f_cond) is Tensor
-        and x.is_cpu
-        and not (torch.is_grad_enabled() and (x.requires_grad or f_cond.requires_grad))
-        and (quick_step := quick()) is not None
+        and (quick_step := quick(x, f_cond)) is not None
         and quick_step(
             *(x, f_cond, table, step, x_next, x0, f_uncond, guidance, noise, x0_prev),
             *(x_in, preview, finite),

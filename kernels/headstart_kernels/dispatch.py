@@ -54,9 +54,7 @@ def choose(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor
         return Impl.REFERENCE
     if tensor.is_cuda:
         return Impl.REFERENCE if stands_in(tensor) or not _installed() else Impl.TRITON
-    if kernel in NATIVE and on_host(tensor, *others) and not _differentiates(tensor, *others):
-        return Impl.REFERENCE if _why_not_native() else Impl.NATIVE
-    return Impl.REFERENCE
+    return Impl.NATIVE if kernel in NATIVE and _in_c(tensor, *others) else Impl.REFERENCE
 
 
 def stands_in(tensor: Tensor) -> bool:
@@ -69,23 +67,19 @@ def on_host(*tensors: Tensor) -> bool:
     """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
     memory. What it does there, a compiler or a recorder of operators would never see."""
     for tensor in tensors:
-        if not tensor.is_cpu or type(tensor) is not Tensor:
+        if type(tensor) is not Tensor or not tensor.is_cpu:
             return False
-    return not _watched()
+    return not (is_in_torch_dispatch_mode() or is_compiling())
 
 
-def quick() -> Callable[..., bool] | None:
-    """The short way of a step in C, where there is any and nobody watches."""
-    return None if _watched() or _why_not_native() is not None else _quick_step()
+def quick(*tensors: Tensor) -> Callable[..., bool] | None:
+    """The short way of a step in C, for tensors that `choose` would give to C."""
+    return load("quick_step", Impl.NATIVE) if _in_c(*tensors) else None
 
 
-@cache
-def _quick_step() -> Callable[..., bool]:
-    return load("quick_step", Impl.NATIVE)
-
-
-def _watched() -> bool:
-    return is_in_torch_dispatch_mode() or is_compiling()
+def _in_c(*tensors: Tensor) -> bool:
+    """What is asked last may compile."""
+    return on_host(*tensors) and not _differentiates(*tensors) and _why_not_native() is None
 
 
 def operators() -> Any:

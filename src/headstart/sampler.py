@@ -94,13 +94,11 @@ def sample(
 class _Call(NamedTuple):
     """A row's call of its network, known before the run.
 
-    step      the row
     copies    how often the network sees each sample: twice where it is guided
     timestep  [copies*B]: int64 where it is whole, else float32
     told      B samples, or 2B in the order (uncond, cond)
     """
 
-    step: Step
     copies: int
     timestep: Tensor
     told: Conditioning
@@ -129,8 +127,8 @@ class _Run:
         """For what the network of a row will see; None where nothing could vouch for it."""
         if row >= len(self.calls) or torch.is_inference_mode_enabled():
             return None
-        step, copies, _, _ = self.calls[row]
-        kind = copies, self.network(step)[1]
+        copies = self.calls[row].copies
+        kind = copies, self.network(self.table.steps[row])[1]
         mold = self.molds.get(kind)
         if mold is None:
             shape = (copies * len(self.noise), *self.latent)
@@ -188,8 +186,8 @@ def _loop(run: _Run, state: State | None, watch: Watch) -> Iterator[State]:
 def _predict(run: _Run, row: int, x: Tensor, rows: Rows, x_in: Tensor | None) -> Tensor:
     """F, of [B], or [2B] where the row is guided: one call of the network on c_in*x, which may
     have been made with x, in the dtype that the network had then."""
-    step, copies, timestep, told = run.calls[row]
-    network, dtype = run.network(step)
+    copies, timestep, told = run.calls[row]
+    network, dtype = run.network(run.table.steps[row])
     if x_in is None or x_in.dtype is not dtype:
         x_in = scale_input(x, rows, row, dtype, copies=copies)
     return network(x_in, timestep, told)
@@ -220,12 +218,12 @@ def _calls(
         dtype = torch.int64 if whole else torch.float32
         numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
         timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
-        for step, timestep in zip(steps, timesteps, strict=True):
+        for timestep in timesteps:
             told = cond if copies == 1 or pair is None else pair  # no pair: that row is done
             if strengths is not None:
                 own = strengths[len(calls)]
                 told = replace(told, strengths=torch.cat([own] * copies))
-            calls.append(_Call(step, copies, timestep, told))
+            calls.append(_Call(copies, timestep, told))
     return calls
 
 

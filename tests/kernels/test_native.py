@@ -56,23 +56,37 @@ def operands(shape: tuple[int, ...], seed: int = 0) -> dict[str, Any]:
 
 
 def both(
-    shape: tuple[int, ...], table: Tensor, step: Any, dtype: torch.dtype, **given: Any
+    shape: tuple[int, ...],
+    table: Tensor,
+    step: Any,
+    dtype: torch.dtype,
+    *,
+    loop: bool = False,
+    shown: bool = True,
+    **given: Any,
 ) -> None:
-    """Everything that a step fills, by both implementations."""
+    """Everything that a step fills, by the reference and by C; in a loop, as `Rows` ask for it."""
     filled: list[dict[str, Tensor]] = []
-    for impl in ("reference", "native"):
+    for lookup, impl in ((table, "reference"), (Rows(table), None) if loop else (table, "native")):
         x_in = torch.full((2 * shape[0], *shape[1:]), 9.0, dtype=dtype)
-        finite = torch.zeros(shape[0], dtype=torch.bool)
-        rgb = torch.zeros((shape[0], *shape[2:], 3), dtype=torch.uint8)
-        shown = Preview(rgb, random_latents(shape[1], 3, seed=7), random_latents(3, seed=8))
+        made = {"x_in": x_in, "finite": torch.zeros(shape[0], dtype=torch.bool)}
+        picture = None
+        if shown:
+            made["rgb"] = torch.zeros((shape[0], *shape[2:], 3), dtype=torch.uint8)
+            line = random_latents(shape[1], 3, seed=7), random_latents(3, seed=8)
+            picture = Preview(made["rgb"], *line)
         x_next, x0 = fused_step(
-            table=table, step=step, x_in=x_in, finite=finite, preview=shown, impl=impl, **given
+            table=lookup,
+            step=step,
+            x_in=x_in,
+            finite=made["finite"],
+            preview=picture,
+            impl=impl,
+            **given,
         )
-        filled.append(
-            {"x_next": x_next, "x0": x0, "x_in": x_in, "finite": finite, "rgb": shown.rgb}
-        )
+        filled.append({"x_next": x_next, "x0": x0, **made})
     for name, expected in filled[0].items():
-        assert_bits(filled[1][name], expected, name)
+        assert_bits(filled[1][name], expected, f"{name} of {shape}, {table[0].tolist()}")
         assert filled[1][name].stride() == expected.stride(), name
 
 
@@ -137,23 +151,7 @@ def test_a_loop_over_rows_has_the_bits_of_the_reference(
         made["noise"] = Draw(torch.tensor([5, -9]), torch.tensor([0, 2**32 - 1]), 3)
     made["guidance"] = torch.tensor([1.0, 4.5]) if per_sample else None
     table = torch.tensor([[*row, 999.0], [*row[::-1], 499.0]])
-    filled: list[tuple[Tensor, ...]] = []
-    for rows, impl in ((Rows(table), None), (table, "reference")):
-        x_in = torch.full((4, 4, 9, 7), 9.0, dtype=dtypes[2])
-        finite, rgb = torch.zeros(2, dtype=torch.bool), torch.zeros(2, 9, 7, 3, dtype=torch.uint8)
-        picture = Preview(rgb, random_latents(4, 3, seed=7), random_latents(3, seed=8))
-        made_here = fused_step(
-            table=rows,
-            step=step,
-            x_in=x_in,
-            finite=finite,
-            preview=picture if shown else None,
-            impl=impl,
-            **made,
-        )
-        filled.append((*made_here, x_in, finite, rgb))
-    for got, expected in zip(*filled, strict=True):
-        assert_bits(got, expected, "short way")
+    both((2, 4, 9, 7), table, step, dtypes[2], loop=True, shown=shown, **made)
 
 
 def looped(
@@ -166,14 +164,7 @@ def looped(
     made["noise"] = Draw(keys - 1, keys, 3) if noise == "drawn" else made["noise"]
     made["f_cond"].view(-1)[-1] = float("inf")
     table = torch.tensor([[*row, 999.0], [0.7] * 8])
-    filled: list[tuple[Tensor, ...]] = []
-    for rows, impl in ((Rows(table), None), (table, "reference")):
-        x_in = torch.full((2 * shape[0], *shape[1:]), 9.0, dtype=dtype)
-        finite = torch.zeros(shape[0], dtype=torch.bool)
-        made_here = fused_step(table=rows, step=0, x_in=x_in, finite=finite, impl=impl, **made)
-        filled.append((*made_here, x_in, finite))
-    for got, expected in zip(*filled, strict=True):
-        assert_bits(got, expected, f"{shape} {row} {noise}")
+    both(shape, table, 0, dtype, loop=True, shown=False, **made)
 
 
 EULER, LCM = [0.5, 1.0, -14.6, 0.3, 0.0, 0.0, 7.3], [0.5, 0.1, -14.6, 0.0, 0.8, 0.0, 7.3]

@@ -10,7 +10,7 @@ through a copy.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -126,7 +126,7 @@ def _at(tensor: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> int:
     raise _UnusualError
 
 
-@cache
+@lru_cache(256)
 def _twice(shape: torch.Size) -> torch.Size:
     """The shape of a guided pair."""
     return torch.Size((2 * shape[0], *shape[1:]))

@@ -94,7 +94,7 @@ static words step_by_runs(const step *a, const span *s, int64_t skipped, int64_t
   words bad = {0};
   for (int64_t i = 0, part; i < count; i += part, skipped = 0) {
     draw(drawn, noise, no_errand, NULL);
-    part = RUN - skipped < count - i ? RUN - skipped : count - i;
+    part = least(RUN - skipped, count - i);
     bad |= step_range(a, s, s->terms, i, i + part, noise + skipped);
   }
   return bad;
@@ -213,7 +213,7 @@ static void step_piece(const void *job, int64_t number) {
     room.drawn = (drawing){.from = &room.from};
   }
   for (int64_t start = part.begin; start < part.end; start += longest) {
-    const int64_t count = longest < part.end - start ? longest : part.end - start;
+    const int64_t count = least(part.end - start, longest);
     if (a->rgb) start_colors(&room.color, a->bias, count);
     for (int64_t channel = 0; channel < a->channels; channel++) {
       const int64_t first = channel * a->plane + start, at = sample * a->channels * a->plane + first;

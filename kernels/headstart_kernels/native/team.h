@@ -4,6 +4,8 @@
 
 #include <stdint.h>
 
+static inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 typedef struct {
   void (*region)(void (*body)(void *), void *data, unsigned threads, unsigned flags);
   int (*number)(void);
@@ -31,7 +33,7 @@ static void do_own_share(void *data) {
 }
 
 static void do_pieces(team who, void (*piece)(const void *, int64_t), const void *job, int64_t pieces) {
-  const int64_t threads = who.threads < pieces ? who.threads : pieces;
+  const int64_t threads = least(who.threads, pieces);
   if (who.runtime && threads > 1) {
     shares all = {who.runtime, piece, job, pieces};
     who.runtime->region(do_own_share, &all, (unsigned)threads, 0);
@@ -51,9 +53,9 @@ static int64_t pieces_of(int64_t count) { return (count + PIECE - 1) / PIECE; }
 
 static piece piece_of(int64_t number, int64_t count) {
   const int64_t each = pieces_of(count), begin = number % each * PIECE;
-  return (piece){number / each, begin, begin + PIECE < count ? begin + PIECE : count};
+  return (piece){number / each, begin, least(begin + PIECE, count)};
 }
 
-static int64_t chunk_of(int64_t start, int64_t end) { return end - start < CHUNK ? end - start : CHUNK; }
+static int64_t chunk_of(int64_t start, int64_t end) { return least(end - start, CHUNK); }
 
 #endif

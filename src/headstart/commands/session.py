@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,7 +49,7 @@ def free_name(path: str, engine: Engine) -> str:
 
 def adapter_path(name: str) -> str | Path:
     """A file, or by its name a control that comes with the bundled pair."""
-    if Path(name).exists():
+    if os.path.lexists(name):
         return name
     role = name.removeprefix("headstart_weights/").removesuffix(".safetensors")
     try:
