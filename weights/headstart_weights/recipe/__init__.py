@@ -10,9 +10,13 @@ class StageOptions:
 
     work     folder of inputs and results, made when absent
     minutes  wall-clock limit of a training stage
+    steps    ends it after so many steps instead: the same on every machine
     seed     every random choice of the stage derives from it
+    keep     a student's weights are also kept after every so many steps; 0: only the last ones
     """
 
     work: Path
     minutes: float = 0.0
+    steps: int | None = None
     seed: int = 0
+    keep: int = 0

@@ -28,6 +28,9 @@ STAGES: dict[str, Stage] = {
     "base": Stage("base:main", "train the text encoder and the base UNet", 60.0),
     "distill": Stage("distill:main", "distil the base to a few steps", 40.0),
     "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
+    "unnoised": Stage("distill:unnoised", "without noised pictures; not bundled", 40.0),
+    "renoise": Stage("distill:renoise", "trained to re-noise; not bundled", 40.0),
+    "renoise-unnoised": Stage("distill:renoise_unnoised", "both, as DMD2's is; not bundled", 40.0),
     "progressive": Stage("progressive:main", "distil by regression; a control, not bundled", 8.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
@@ -49,7 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("stage", choices=tuple(STAGES))
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="folder of results")
     parser.add_argument("--minutes", type=float, default=None, help="wall-clock limit of the stage")
+    parser.add_argument("--steps", type=int, default=None, help="limit it by steps instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--keep", type=int, default=0, metavar="N", help="keep a student after every N steps too"
+    )
     parser.add_argument("--threads", type=int, default=None, help="CPU threads of torch")
     return parser
 
@@ -64,7 +71,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     module, function = stage.target.split(":")
     call = getattr(import_module(f"headstart_weights.recipe.{module}"), function)
     minutes = stage.minutes if options.minutes is None else options.minutes
-    call(StageOptions(work=options.work, minutes=minutes, seed=options.seed))
+    call(
+        StageOptions(
+            work=options.work,
+            minutes=minutes,
+            steps=options.steps,
+            seed=options.seed,
+            keep=options.keep,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ The student's x0 moves along grad = x0_fake - x0_teacher, both predicted from th
 student output; `fake` is a copy of the base that keeps learning what the student draws
 (arXiv:2311.18828, eq. 7; the four-step form is arXiv:2405.14867). The teacher is guided, which is
 what makes the student sharp, fast and alike. A student step starts either from the student's own
-earlier steps, followed deterministically (DMD2's backward simulation), or from a noised picture
-(as LCM, ADD and Lightning are trained).
+earlier steps (the backward simulation of DMD2, arXiv:2405.14867), or from a noised
+picture (as LCM, ADD and Lightning are trained). The shipped student follows its own steps
+deterministically, because that is how it is sampled; DMD2's re-noises between them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -47,12 +49,19 @@ class Variant:
     guidance: float
     noised_pictures: float
     """Share of the student's later steps that start from a noised picture."""
+    between: Literal["euler", "renoise"] = "euler"
+    """How the student's own earlier steps follow one another: the noise is kept, or drawn anew."""
     fake_updates: int = 2
     lr: float = 3e-4
 
 
 STUDENT = Variant(name="student", guidance=2.0, noised_pictures=0.5)
 CONTROL = Variant(name="control", guidance=1.0, noised_pictures=0.5)
+UNNOISED = Variant(name="unnoised", guidance=2.0, noised_pictures=0.0)
+RENOISE = Variant(name="renoise", guidance=2.0, noised_pictures=0.5, between="renoise")
+RENOISE_UNNOISED = Variant(
+    name="renoise-unnoised", guidance=2.0, noised_pictures=0.0, between="renoise"
+)
 
 
 class Distiller:
@@ -92,7 +101,11 @@ class Distiller:
         x = torch.randn(_BATCH, *LATENT_SHAPE)
         for i in range(place):
             x0 = predict_x0(self.student, x, grid[i], context)
-            x = euler_step(x, x0, grid[i], grid[i + 1])
+            if self.variant.between == "euler":
+                x = euler_step(x, x0, grid[i], grid[i + 1])
+            else:
+                a, s = mix(grid[i + 1])
+                x = a * x0 + s * torch.randn_like(x)
         if place > 0 and self.variant.noised_pictures > 0:
             a, s = mix(grid[place])
             noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
@@ -129,9 +142,14 @@ class Distiller:
         return loss.item()
 
 
+def student_name(variant: Variant, seed: int) -> str:
+    """The file of a student: the variant's name, and the training seed where it is not 0."""
+    return variant.name if seed == 0 else f"{variant.name}-{seed}"
+
+
 def _first_student(options: StageOptions, variant: Variant, teacher: UNet) -> UNet:
     """What an earlier run wrote, else the teacher."""
-    written = options.work / f"{variant.name}.safetensors"
+    written = options.work / f"{student_name(variant, options.seed)}.safetensors"
     return load_unet(written) if written.exists() else copy.deepcopy(teacher)
 
 
@@ -151,12 +169,16 @@ def _update(unet: UNet, optimiser: torch.optim.AdamW, loss: Tensor, lr: float) -
 
 
 def train(options: StageOptions, variant: Variant) -> None:
-    """Distil for `options.minutes`, resuming; writes `<variant.name>.safetensors`."""
+    """Distil for `options.minutes` or `.steps`, resuming; writes `<student_name>.safetensors`.
+
+    With `options.keep` also `<student_name>@<step>.safetensors`, for a curve over training.
+    """
+    name = student_name(variant, options.seed)
     torch.manual_seed(options.seed)
     distiller = Distiller(options, variant)
     average = Average(distiller.student, 0.99)
     run = Run(
-        variant.name,
+        name,
         options,
         modules={"student": distiller.student, "fake": distiller.fake},
         optimisers=[distiller.student_optimiser, distiller.fake_optimiser],
@@ -164,17 +186,22 @@ def train(options: StageOptions, variant: Variant) -> None:
     )
 
     def save() -> None:
-        path = options.work / f"{variant.name}.safetensors"
+        path = options.work / f"{name}.safetensors"
         write_tensors(average.values, path, {"steps": str(run.step)})
         write_sheet(
             load_unet(path),
             distiller.text,
             codec.load(options.work),
             GRID,
-            options.work / f"{variant.name}_{run.step:06d}.png",
+            options.work / f"{name}_{run.step:06d}.png",
         )
 
-    run.loop(distiller.step, on_save=save, save_every_s=180.0)
+    def keep() -> None:
+        if options.keep and run.step % options.keep == 0:
+            kept = options.work / f"{name}@{run.step}.safetensors"
+            write_tensors(average.values, kept, {"steps": str(run.step)})
+
+    run.loop(distiller.step, on_save=save, save_every_s=180.0, on_step=keep)
     save()
 
 
@@ -186,3 +213,18 @@ def main(options: StageOptions) -> None:
 def control(options: StageOptions) -> None:
     """The `control` stage: the same student distilled from an unguided teacher."""
     train(options, CONTROL)
+
+
+def unnoised(options: StageOptions) -> None:
+    """The `unnoised` stage: the shipped student's recipe without noised pictures."""
+    train(options, UNNOISED)
+
+
+def renoise(options: StageOptions) -> None:
+    """The `renoise` stage: a student that draws new noise between its steps."""
+    train(options, RENOISE)
+
+
+def renoise_unnoised(options: StageOptions) -> None:
+    """The `renoise-unnoised` stage: the same without noised pictures, as DMD2 trains."""
+    train(options, RENOISE_UNNOISED)

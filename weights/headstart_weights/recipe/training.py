@@ -1,8 +1,9 @@
-"""A time-boxed training run that survives being killed: state, averages, log, checkpoints.
+"""A training run of so many minutes or steps that survives being killed: state, log, checkpoints.
 
-The learning-rate schedule follows the fraction of the time box that is spent, so a run on a slower
-machine takes fewer steps and still ends annealed. All randomness of step i comes from
-`seed + i`: a resumed run goes on as the unbroken one would.
+The learning-rate schedule follows the fraction that is spent. A run limited by wall clock takes
+fewer steps on a slower machine and still ends annealed; one limited by steps gives the same weights
+again on the same machine. All randomness of step i comes from `SEED_STRIDE*seed + i`: a resumed run
+goes on as the unbroken one would, and runs of different seeds share no step.
 """
 
 from __future__ import annotations
@@ -22,6 +23,10 @@ from headstart_weights.recipe.artwork import write_atomically
 
 StepFunction = Callable[[int, float], dict[str, float]]
 """(step, fraction of the time box spent) -> numbers to log."""
+
+
+SEED_STRIDE = 1_000_003
+"""More than any run has steps; torch's CPU generator reads 32 bits of a seed."""
 
 
 class Optimiser(Protocol):
@@ -60,7 +65,7 @@ class Run:
         averages: Mapping[str, Average],
     ) -> None:
         self.name, self.seed = name, options.seed
-        self._budget_s = options.minutes * 60
+        self._budget_s, self._steps = options.minutes * 60, options.steps
         self._modules, self._optimisers, self._averages = modules, optimisers, averages
         self.step, self.elapsed_s = 0, 0.0
         self._checkpoint = options.work / f"{name}.ckpt"
@@ -75,18 +80,21 @@ class Run:
         log_every: int = 50,
         save_every_s: float = 120.0,
         on_save: Callable[[], None] | None = None,
+        on_step: Callable[[], None] | None = None,
     ) -> None:
         sums: dict[str, float] = {}
         saved = time.monotonic()
-        while self.elapsed_s < self._budget_s:
+        while (fraction := self._spent()) < 1.0:
             begin = time.monotonic()
-            torch.manual_seed(self.seed + self.step)
-            for key, value in step(self.step, self.elapsed_s / self._budget_s).items():
+            torch.manual_seed(SEED_STRIDE * self.seed + self.step)
+            for key, value in step(self.step, fraction).items():
                 sums[key] = sums.get(key, 0.0) + value
             self.step += 1
             for average in self._averages.values():
                 average.update(self.step)
             self.elapsed_s += time.monotonic() - begin
+            if on_step:
+                on_step()
             if self.step % log_every == 0:
                 self._write_log({key: total / log_every for key, total in sums.items()})
                 sums = {}
@@ -96,6 +104,11 @@ class Run:
                     on_save()
                 saved = time.monotonic()
         self._save()
+
+    def _spent(self) -> float:
+        if self._steps is not None:
+            return self.step / self._steps if self._steps else 1.0
+        return self.elapsed_s / self._budget_s if self._budget_s else 1.0
 
     def _write_log(self, means: dict[str, float]) -> None:
         row = {"step": self.step, "elapsed_s": round(self.elapsed_s, 1)}
