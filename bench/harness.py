@@ -6,6 +6,7 @@ is reported is the median of the turns, with the 20th and 80th percentile.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import headstart_weights
 
 PACKAGES = ("headstart", "torch", "numpy", "transformers", "safetensors", "diffusers", "triton")
 
@@ -34,6 +37,18 @@ def interleaved(
             taken[name].append(time.perf_counter() - begin)
             del kept  # what it returned, such as mapped gigabytes, goes outside of its time
     return {name: spread(seconds) for name, seconds in taken.items()}
+
+
+def fresh_seeds(question: str, count: int) -> range:
+    """Seeds that nobody can have looked at before the bundled weights were frozen.
+
+    The first is 32 bits of SHA-256 over the files' digests, in the manifest's order, and the name
+    of the question: other weights, or another question, have other seeds.
+    """
+    digests = "".join(file.sha256 for file in headstart_weights.manifest().files)
+    drawn = hashlib.sha256(f"{digests} {question}".encode()).digest()
+    first = int.from_bytes(drawn[:4], "little")
+    return range(first, first + count)
 
 
 def machine() -> dict[str, Any]:

@@ -1,123 +1,192 @@
-"""Which concept does a model begin to draw, and then drop? Two-noun prompts, searched and shown.
+"""What `trace --watch` finds in the bundled pair, and how often it is wrong.
 
     python bench/timeline.py [--pairs 756] [--seeds 8] [--out bench/results/timeline.json]
 
-The pair draws one thing a picture. Prompts "a X and a Y" are sampled by the hybrid, and what the
-timeline calls dropped (its score reached the scorer's threshold, and ended below it) is counted.
-Traced by all three plans is the prompt in which the dropped concept was once farthest ahead of the
-one that stayed, with the two seeds where it was. The sheet is that of
-`headstart trace PROMPT --watch X --watch Y --seeds A,B --out bench/results/timeline.png`.
+Three questions, each with the command's own rule (`headstart.traces.timeline`):
+
+power   every noun alone: is it there, from which step, in how many images?
+false   phrases that nobody asked for, watched as if they had been: half of the nouns that a prompt
+        does not have measure the margin, the other half are called there or dropped, or not
+two     prompts "a X and a Y", of all 756 ordered pairs: is the second noun there, and is any noun
+        there and then dropped?
+
+The seeds are derived from the frozen weights (`harness.fresh_seeds`). Nothing is picked: the sheet
+is of the prompt that an earlier version of this page wrongly said to drop its pumpkin.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
 import numpy as np
+from numpy.typing import NDArray
 from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
 from headstart.pictures.sheet import encode_png
-from headstart_weights.recipe.dataset import compose_caption
+from headstart.traces.decoders import Decoder
+from headstart.traces.timeline import ConceptScorer, Course, Pictures, phrase_of, watch
+from headstart.traces.traces import demo_scorer, trace
 
 PLANS = ("base", "distilled", "hybrid")
-FIRST_SEED = 0
+SHOWN = ("a ladybug", "a pumpkin")
+SHOWN_SEEDS = 2
 
 
-class Drop(NamedTuple):
-    """A concept that was there and went, in which prompt and seed.
+class Count(NamedTuple):
+    """Of courses: how many, there at some step, and dropped; the steps at which they appear."""
 
-    lead  its score above that of the other concept, at the step where this is most
-    fall  its highest score above its last
-    """
+    courses: int
+    there: int
+    dropped: int
+    appears: dict[int, int]
 
-    lead: float
-    fall: float
-    phrases: tuple[str, str]
-    dropped: str
-    seed: int
+    @staticmethod
+    def of(courses: Sequence[Course]) -> Count:
+        first = [course.appears for course in courses if course.appears is not None]
+        steps = {step: first.count(step) for step in sorted(set(first))}
+        return Count(len(courses), len(first), sum(c.dropped for c in courses), steps)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self._asdict(),
+            "there_share": round(self.there / self.courses, 4),
+            "dropped_share": round(self.dropped / self.courses, 5),
+        }
+
+
+class Lab:
+    """Pictures of every step of a prompt, made once."""
+
+    def __init__(self, seeds: Sequence[int]) -> None:
+        self.engine = hs.Engine.demo()
+        self.decoder: Decoder = hs.decoder(self.engine, "tiny")
+        self.scorer = demo_scorer()
+        self.seeds = tuple(seeds)
+        self._seen: dict[tuple[str, str], Pictures] = {}
+
+    def see(self, prompt: str, plan: str) -> Pictures:
+        run = self.engine.sample(prompt, plan=plan, seeds=self.seeds, keep_x0=True)
+        assert run.x0 is not None
+        frames: NDArray[np.uint8] = np.stack([self.decoder(x0).rgb.numpy() for x0 in run.x0])
+        return Pictures(prompt, frames, np.ones(frames.shape[:2], np.bool_))
+
+    def kept(self, prompt: str, plan: str) -> Pictures:
+        """The same, kept: a control is used by many prompts."""
+        if (prompt, plan) not in self._seen:
+            self._seen[prompt, plan] = self.see(prompt, plan)
+        return self._seen[prompt, plan]
+
+    def courses(
+        self, seen: Pictures, phrases: Sequence[str], control: Pictures, scorer: ConceptScorer
+    ) -> list[Course]:
+        line = watch(seen, phrases, dict.fromkeys(phrases, control), scorer)
+        return [course for seed in line.courses for course in seed]
 
 
 def main() -> None:
     options = _parse()
-    engine = hs.Engine.demo()
-    decoder = hs.decoder(engine, "tiny")
-    drops, prompts = _search(engine, decoder, options.pairs, options.seeds)
-    if not drops:
-        raise SystemExit("no concept was dropped: search more --pairs")
-    best = max(drops)
-    own = sorted((d for d in drops if d.phrases == best.phrases), reverse=True)
-    seeds = sorted({drop.seed for drop in own[:2]})
-    prompt = " and ".join(best.phrases)
-    runs = {p: engine.sample(prompt, plan=p, seeds=seeds, keep_x0=True) for p in PLANS}
-    shown = hs.trace(runs, decoder, phrases=best.phrases)
+    seeds = harness.fresh_seeds("timeline", options.seeds)
+    lab = Lab(seeds)
+    nouns = headstart_weights.manifest().concepts
+    pairs = _pairs(nouns, options.pairs)
     report = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": harness.machine(),
         "command": f"python bench/timeline.py --pairs {options.pairs} --seeds {options.seeds}",
-        "sheet": _command(prompt, best.phrases, seeds),
         "weights": {f.file: f.sha256 for f in headstart_weights.manifest().files},
-        "searched": {
-            "plan": "hybrid",
-            "prompts": prompts,
-            "images": prompts * options.seeds,
-            "images_with_a_dropped_concept": len({(d.phrases, d.seed) for d in drops}),
+        "seeds": [seeds[0], seeds[-1]],
+        "power": {plan: _power(lab, plan, nouns) for plan in PLANS},
+        "false": {plan: _false(lab, plan, pairs[:: options.thin], nouns) for plan in PLANS},
+        "two": {
+            plan: _two(lab, plan, pairs if plan != "base" else pairs[:: options.thin])
+            for plan in PLANS
         },
-        "dropped": [
-            {"prompt": " and ".join(d.phrases), "phrase": d.dropped, "seed": d.seed,
-             "lead": round(d.lead, 4), "fall": round(d.fall, 4)}
-            for d in sorted(drops, reverse=True)
-        ],
-        "trace": shown.to_json(),
-    }  # fmt: skip
+        "trace": _sheet(lab, options.out.with_suffix(".png")),
+    }
     harness.write_json(options.out, report)
-    options.out.with_suffix(".png").write_bytes(encode_png(shown.sheet()))
-    found = report["searched"]
-    print(f"{found['images_with_a_dropped_concept']} of {found['images']} images drop a concept")
-    told = f"{best.dropped!r} in {prompt!r}: once {best.lead:+.2f} ahead, fell by {best.fall:.2f}"
-    print(f"{told}\n{report['sheet']}\n\n{shown}")
+    for question in ("power", "false", "two"):
+        for plan, found in report[question].items():
+            print(question, plan, found)
 
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pairs", type=int, default=756, help="of all 756")
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument(
+        "--thin", type=int, default=9, help="every n-th pair for the slow questions"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench/results/timeline.json"))
     return parser.parse_args()
 
 
-def _search(engine: hs.Engine, decoder: Any, pairs: int, seeds: int) -> tuple[list[Drop], int]:
-    nouns = headstart_weights.manifest().concepts
+def _pairs(nouns: Sequence[str], count: int) -> list[tuple[str, str]]:
     couples = list(itertools.permutations(nouns, 2))
-    order = np.random.default_rng(0).permutation(len(couples))[:pairs]
-    drops: list[Drop] = []
-    for index in tqdm(order.tolist(), desc="prompts"):
-        first, second = (compose_caption(noun) for noun in couples[index])
-        run = engine.sample(
-            f"{first} and {second}",
-            seeds=range(FIRST_SEED, FIRST_SEED + seeds),
-            keep_x0=True,
-        )
-        (strip,) = hs.trace([run], decoder, phrases=(first, second)).strips
-        assert strip.timeline is not None
-        for seed, courses in zip(strip.seeds, strip.timeline.courses, strict=True):
-            for course, other in zip(courses, reversed(courses), strict=True):
-                if course.dropped:
-                    lead = float((course.scores - other.scores).max())
-                    fall = float(course.scores.max() - course.scores[-1])
-                    drops.append(Drop(lead, fall, (first, second), course.phrase, seed))
-    return drops, len(order)
+    order = np.random.default_rng(0).permutation(len(couples))[:count]
+    return [(phrase_of(couples[i][0]), phrase_of(couples[i][1])) for i in order.tolist()]
 
 
-def _command(prompt: str, phrases: tuple[str, str], seeds: list[int]) -> str:
-    watched = " ".join(f'--watch "{phrase}"' for phrase in phrases)
-    told = ",".join(map(str, seeds))
-    return f'headstart trace "{prompt}" {watched} --seeds {told} --out bench/results/timeline.png'
+def _power(lab: Lab, plan: str, nouns: Sequence[str]) -> dict[str, Any]:
+    blank = lab.kept("", plan)
+    courses: list[Course] = []
+    for noun in tqdm(nouns, desc=f"{plan}: alone"):
+        phrase = phrase_of(noun)
+        courses += lab.courses(lab.kept(phrase, plan), [phrase], blank, lab.scorer)
+    return Count.of(courses).to_json()
+
+
+def _false(
+    lab: Lab, plan: str, pairs: Sequence[tuple[str, str]], nouns: Sequence[str]
+) -> dict[str, Any]:
+    """Controls of both kinds: a prompt of one noun beside none, and of two beside one."""
+    cases = [(f"{a} and {b}", a) for a, b in pairs] + [(phrase_of(noun), "") for noun in nouns]
+    courses: list[Course] = []
+    for prompt, control in tqdm(cases, desc=f"{plan}: not asked for"):
+        named = set(prompt.split())
+        others = [p for p in map(phrase_of, nouns) if not (set(p.split()) - {"a", "an"}) & named]
+        seen = lab.kept(prompt, plan) if not control else lab.see(prompt, plan)
+        for half in (others[::2], others[1::2]):
+            rest = tuple(phrase for phrase in lab.scorer.unasked if phrase not in half)
+            own = ConceptScorer(
+                name=lab.scorer.name, score=lab.scorer.score, meaning="", unasked=rest
+            )
+            courses += lab.courses(seen, half, lab.kept(control, plan), own)
+    return Count.of(courses).to_json()
+
+
+def _two(lab: Lab, plan: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    courses: tuple[list[Course], list[Course]] = ([], [])
+    for first, second in tqdm(pairs, desc=f"{plan}: two nouns"):
+        seen = lab.see(f"{first} and {second}", plan)
+        for number, (phrase, rest) in enumerate(((first, second), (second, first))):
+            courses[number].extend(lab.courses(seen, [phrase], lab.kept(rest, plan), lab.scorer))
+    names = ("first noun", "second noun")
+    return {
+        "prompts": len(pairs),
+        "images": len(pairs) * len(lab.seeds),
+        **{name: Count.of(own).to_json() for name, own in zip(names, courses, strict=True)},
+    }
+
+
+def _sheet(lab: Lab, path: Path) -> dict[str, Any]:
+    seeds = lab.seeds[:SHOWN_SEEDS]
+    prompt = " and ".join(SHOWN)
+    runs: dict[str, dict[str, hs.Trajectory]] = {
+        text: {p: lab.engine.sample(text, plan=p, seeds=seeds, keep_x0=True) for p in PLANS}
+        for text in (prompt, *SHOWN)
+    }
+    controls = dict(zip(SHOWN, (runs[SHOWN[1]], runs[SHOWN[0]]), strict=True))
+    shown = trace(runs[prompt], lab.decoder, phrases=SHOWN, controls=controls)
+    path.write_bytes(encode_png(shown.sheet()))
+    print(shown)
+    return shown.to_json()
 
 
 if __name__ == "__main__":

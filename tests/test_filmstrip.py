@@ -13,7 +13,7 @@ from headstart.plan.table import StepTable
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.strip import Strip, place
 from headstart.traces.structure import feature_space, measure
-from headstart.traces.timeline import ConceptScorer, watch
+from headstart.traces.timeline import ConceptScorer, Pictures, watch
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -28,13 +28,17 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **told: ob
     good = np.ones((len(rows), seeds), np.bool_)
     scorer = ConceptScorer(
         name="red",
-        score=lambda rgb, phrases: rgb.mean((1, 2))[:, : len(phrases)] / 255,
-        threshold=0.5,
+        score=lambda rgb, phrases: rgb.mean((1, 2))[:, [0] * len(phrases)] / 255,
         meaning="red",
+        unasked=tuple(f"thing{number}" for number in range(12)),
     )
     blank = np.full((size, size, 3), 200, np.uint8)
     space = feature_space(pixel_extractor(8))
-    told = {"timeline": watch(frames, good, ["a red", "a green"], scorer)} | told
+    seen = Pictures("a red", frames, good)
+    watched = watch(
+        seen, ["a red", "a green"], {"a red": seen._replace(frames=255 - frames)}, scorer
+    )
+    told = {"timeline": watched} | told
     return Strip(
         name=name,
         prompt="a fox",

@@ -39,7 +39,8 @@ def test_trace_writes_each_format_and_the_documented_json(
     assert found["plans"][1]["handoffs"] == [1]
     assert found["plans"][0]["steps"][0]["amplification"] > 30
     assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
-    assert "keeping x0 of 8 steps x 2 images: 0.066 MB" in told.err
+    assert "keeping x0 of 8 steps x 4 images: 0.13 MB" in told.err  # half of it the control's
+    assert found["plans"][0]["timeline"]["controls"]["a fox"]["prompt"] == ""
     assert _left(tmp_path) == [out.name]
     if suffix == "html":
         assert out.read_text().startswith("<!doctype html>")
@@ -169,6 +170,7 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
         (["--out", "absent/trace.png"], "no folder"),
         (["--seeds", "1,1"], "twice"),
         (["--watch", " "], "watched phrase is empty"),
+        (["--watch", "fox=a fox"], "its control is the prompt itself"),
         (["--scorer", "folder"], "--watch PHRASE"),
         (["--watch", "a cat", "--scorer", "absent"], "no CLIP folder"),
         (["--reseed", "7"], "need --from-step"),

@@ -64,7 +64,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     group = parser.add_argument_group("when does a concept appear?")
-    group.add_argument("--watch", action="append", default=[], metavar="PHRASE")
+    group.add_argument(
+        "--watch",
+        action="append",
+        default=[],
+        metavar="PHRASE[=CONTROL]",
+        help="say when it is there beyond the same seeds with another prompt, CONTROL; default: "
+        "PROMPT with the phrase taken out. A phrase that is not in PROMPT is never there",
+    )
     group.add_argument("--scorer", type=Path, metavar="FOLDER", help="a CLIP model's folder")
     intervention.add_options(parser)
 
@@ -97,11 +104,12 @@ def _run(args: argparse.Namespace) -> int:
     _check_output(args.out, args.overwrite)
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
+    controls = _watched(args.watch, prompt)
     engine = open_engine(args)
     tables = {name: engine.compile(name, **_settings(name, names, args)) for name in names}
     if change is not None:
         change.check(tables, engine)
-    decoder, scorer = _tools(args, engine)
+    decoder, scorer = _tools(args, engine, bool(controls))
     negatives = _negatives(args.negative, tables, change)
     asked: dict[str, dict[str, Any]] = {
         name: {"plan": table, "seeds": seeds, "negative": negatives[name], "size": size}
@@ -109,9 +117,10 @@ def _run(args: argparse.Namespace) -> int:
     }
     for given in asked.values():
         engine.iterate(prompt, **given)  # checks it, and runs nothing
-    note(_memory(engine, tables, len(seeds), size, change))
-    runs = _sampled(engine, prompt, asked, change)
-    found = _traced(args, runs, decoder, scorer)
+    twins = {control for control in controls.values() if control is not None}
+    note(_memory(engine, tables, len(seeds) * (1 + len(twins)), size, change))
+    sampled = {text: _sampled(engine, text, asked, change) for text in (prompt, *sorted(twins))}
+    found = _traced(args, sampled, prompt, controls, decoder, scorer)
     write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
     for problem in found.problems:
         note(f"warning: {problem}")
@@ -189,13 +198,34 @@ def _check_output(out: Path, overwrite: bool) -> None:
         raise InputError(f"{str(out)!r} exists: choose another --out, or give --overwrite")
 
 
-def _tools(args: argparse.Namespace, engine: Engine) -> tuple[Decoder, ConceptScorer | None]:
+def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
+    """Phrase -> the prompt without it, or None where the prompt does not have it."""
+    from headstart.traces.timeline import check_phrases, without
+
+    given = [option.partition("=") for option in options]
+    check_phrases([phrase for phrase, _, _ in given])
+    found = {
+        phrase: control.strip() if mark else without(prompt, phrase)
+        for phrase, mark, control in given
+    }
+    for phrase, control in found.items():
+        if control is None:
+            note(f"{phrase!r} is not in the prompt: not asked for, so it is never called there")
+        elif control == prompt:
+            raise InputError(
+                f"--watch {phrase!r}: its control is the prompt itself; name the prompt without it"
+            )
+    return found
+
+
+def _tools(
+    args: argparse.Namespace, engine: Engine, watched: bool
+) -> tuple[Decoder, ConceptScorer | None]:
     from headstart.traces.decoders import decoder
-    from headstart.traces.timeline import check_phrases
 
     name = args.decoder or ("tiny" if engine.weights.preview is not None else "linear")
     found = decoder(engine, name)
-    if not check_phrases(args.watch):
+    if not watched:
         return found, None
     if args.scorer is not None:
         from headstart.traces.clip import clip_scorer
@@ -256,14 +286,24 @@ def _sampled(
 
 def _traced(
     args: argparse.Namespace,
-    runs: dict[str, Traced],
+    sampled: Mapping[str, dict[str, Traced]],
+    prompt: str,
+    controls: Mapping[str, str | None],
     decoder: Decoder,
     scorer: ConceptScorer | None,
 ) -> Trace:
+    """`sampled`: prompt -> its runs, those of the controls among them."""
     from headstart.traces.traces import trace
 
     with progress(None, "decoding"):
-        return trace(runs, decoder, phrases=args.watch, scorer=scorer, every=args.every or 1)
+        return trace(
+            sampled[prompt],
+            decoder,
+            phrases=tuple(controls),
+            controls={p: sampled[text] for p, text in controls.items() if text is not None},
+            scorer=scorer,
+            every=args.every or 1,
+        )
 
 
 def _encoded(found: Trace, suffix: str, whole: bool) -> bytes:

@@ -18,10 +18,16 @@ import torch
 from numpy.typing import NDArray
 
 from headstart.errors import CheckpointError
-from headstart.traces.timeline import ConceptScorer
+from headstart.traces.timeline import ConceptScorer, phrase_of
 
 NEUTRAL = "a picture"
 SCALE = 100.0
+_NOUNS = """airplane anchor apple bicycle book bridge bus butterfly cactus camel candle castle chair
+clock cow crab crown drum elephant fence fountain giraffe guitar hammer helicopter kettle key ladder
+lamp lighthouse lizard mushroom piano pizza rocket rose sailboat snail spoon suitcase teapot tractor
+train trumpet umbrella violin waterfall windmill zebra"""
+UNASKED = tuple(phrase_of(noun) for noun in _NOUNS.split())
+"""Things to measure margins with: a prompt rarely has more than one of them."""
 _BATCH = 16
 
 
@@ -67,8 +73,8 @@ def clip_scorer(folder: Path | str, *, device: torch.device | str = "cpu") -> Co
     return ConceptScorer(
         name=f"CLIP {path.name}",
         score=score,
-        threshold=0.0,
         meaning=f"100 x (cosine with the phrase - cosine with “{NEUTRAL}”)",
+        unasked=UNASKED,
     )
 
 

@@ -24,6 +24,7 @@ _MARGIN, _LABEL, _GAP, _APART, _BLOCK_GAP = 64, 290, 14, 40, 54
 _TITLE_PX, _LONG_TITLE_PX, _NAME_PX, _LONG_NAME_PX = 48, 30, 31, 24
 _NOTE_PX, _SMALL_PX, _TINY_PX = 20, 17, 15
 _HEAD_PX, _BAR_PX, _SHARE_PX, _CHART_PX, _LEGEND_PX = 50, 24, 30, 132, 44
+_LOWEST = -1.0  # of a curve: how far below its control a phrase is says nothing more
 MODEL_COLOURS = {"base": "#33658a", "distilled": "#c2410c"}
 _OTHER = "#5f6b52"
 PHRASE_COLOURS = ("#7b2d8b", "#1b7f5c", "#b7791f", "#2563a8", "#a3324e")
@@ -101,10 +102,9 @@ def _height(strip: Strip, grid: _Grid) -> int:
 def _score_range(strips: Sequence[Strip]) -> tuple[float, float]:
     """One scale for all, so that plans can be compared by eye."""
     timelines = [strip.timeline for strip in strips if strip.timeline is not None]
-    scores = [c.scores for timeline in timelines for seed in timeline.courses for c in seed]
-    known = [float(v) for row in scores for v in row[np.isfinite(row)]]
-    known += [timeline.threshold for timeline in timelines]
-    return (min(known), max(known)) if known else (0.0, 1.0)
+    courses = [c.beyond for timeline in timelines for seed in timeline.courses for c in seed]
+    known = [float(v) for row in courses for v in row[np.isfinite(row)]]
+    return max(_LOWEST, min([*known, 0.0])), max([*known, 1.0])
 
 
 def _chart_px(timeline: Timeline) -> int:
@@ -277,7 +277,7 @@ def _draw_timeline(
     reach = (high - low) or 1.0
 
     def level(score: float) -> float:
-        return 8 + (tall - 16) * (1.0 - (score - low) / reach)
+        return 8 + (tall - 16) * (1.0 - (max(score, low) - low) / reach)
 
     shown = [grid.centre(column) - grid.left for column in where.columns]
     xs = np.interp(np.arange(len(strip.rows)), where.shown, shown)
@@ -286,19 +286,18 @@ def _draw_timeline(
         colour = phrase_colour(number)
         if len(timeline.courses) > 1:
             curves += [
-                Curve(_points(xs, seed[number].scores, level), _paler(colour), 1.0)
+                Curve(_points(xs, seed[number].beyond, level), _paler(colour), 1.0)
                 for seed in timeline.courses
             ]
         curves.append(Curve(_points(xs, timeline.mean(number), level), colour, 3.0, dots=True))
     size = (grid.right - grid.left, tall)
-    sheet.paste(draw_panel(size, curves, [Line(GREY, y=level(timeline.threshold))]), (grid.left, y))
+    sheet.paste(draw_panel(size, curves, [Line(GREY, y=level(1.0))]), (grid.left, y))
     for number in range(len(timeline.phrases)):
         last = float(timeline.mean(number)[-1])
         if math.isfinite(last):
             at = (grid.left + float(xs[-1]) + 14, y + level(last))
             write(pen, at, f"{last:.2f}", _TINY_PX, phrase_colour(number), anchor="lm")
-    at = (grid.right, y + level(timeline.threshold) - 6)
-    write(pen, at, f"there from {timeline.threshold:g}", _TINY_PX, GREY, anchor="rb")
+    write(pen, (grid.right, y + level(1.0) - 6), "there from 1", _TINY_PX, GREY, anchor="rb")
     _draw_legend(pen, strip, y)
 
 
@@ -329,6 +328,8 @@ def _draw_legend(pen: ImageDraw.ImageDraw, strip: Strip, y: int) -> None:
 def _fate(strip: Strip, phrase: int) -> str:
     """What became of a phrase over the seeds, as short as a legend needs."""
     assert strip.timeline is not None
+    if strip.timeline.nulls[phrase] is None:
+        return "not asked for"
     courses = [seed[phrase] for seed in strip.timeline.courses]
     seen = sum(course.appears is not None for course in courses)
     dropped = sum(course.dropped for course in courses)

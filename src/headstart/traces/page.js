@@ -136,7 +136,7 @@ function drawFigure(one, plan, position, told) {
     const score = row < 0 ? null : course.scores[row];
     const gone = course.abandoned !== null && row >= 0 && plan.steps[row].step >= course.abandoned;
     value.textContent = score === null ? "" : score.toFixed(2);
-    value.classList.toggle("there", score !== null && score >= plan.timeline.threshold);
+    value.classList.toggle("there", score !== null && score > plan.timeline.threshold);
     name.classList.toggle("gone", gone);
     name.title = gone ? `${course.phrase}: gone at step ${course.abandoned}` : course.phrase;
   }
@@ -190,7 +190,7 @@ function drawNumbers(position) {
     interval(make("td", line), step.spread, (v) => v.toFixed(3));
     phrases.forEach((_, i) => {
       const own = plan.courses.map((seed) => seed[i].scores[row]).filter((v) => v !== null);
-      const there = own.filter((v) => v >= plan.timeline.threshold).length;
+      const there = own.filter((v) => v > plan.timeline.threshold).length;
       make("td", line, {}, `${there} of ${own.length}`);
     });
     if (plan.moved !== null) interval(make("td", line), plan.moved, (v) => v.toFixed(3));
@@ -233,7 +233,7 @@ function film(seed) {
         if (score === null) return;
         const line = make("div", button, { title: course.phrase }, score.toFixed(2));
         line.style.color = PHRASES[k % PHRASES.length];
-        if (score >= plan.timeline.threshold) line.style.fontWeight = "600";
+        if (score > plan.timeline.threshold) line.style.fontWeight = "600";
       });
       button.addEventListener("click", () => { stop(); draw(times.indexOf(step.timestep)); });
       return button;

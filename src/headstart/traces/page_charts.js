@@ -65,14 +65,14 @@ function curves(title, column, low, high, ticks, form) {
 function timelineChart(plan) {
   const line = plan.timeline, scores = line.courses.flatMap((c) => c.scores)
     .filter((v) => v !== null);
-  const low = Math.min(0, ...scores), high = Math.max(line.threshold, ...scores);
-  const panel = chart(`${plan.name}: is it there?`, low, high, [low, line.threshold, high],
+  const low = Math.max(-1, Math.min(0, ...scores)), high = Math.max(line.threshold, ...scores);
+  const panel = chart(`${plan.name}: is it there, beyond the prompt without it?`, low, high, [low, line.threshold, high],
     (v) => v.toFixed(1), line.threshold);
   plan.paths = [];
   plan.courses.forEach((seed, number) => seed.forEach((course, phrase) => {
     const hue = PHRASES[phrase % PHRASES.length];
     const points = course.scores.map((v, i) => [px(plan.steps[i].timestep),
-      v === null ? null : panel.py(v)]);
+      v === null ? null : panel.py(Math.max(low, v))]);
     const curve = make("path", panel.svg, { d: path(points), fill: "none", stroke: hue,
       "stroke-width": 1.8, opacity: .65 });
     plan.paths.push({ path: curve, seed: plan.seeds[number] });
@@ -83,6 +83,10 @@ function timelineChart(plan) {
     const own = plan.courses.map((seed) => seed[i]);
     const there = own.filter((c) => c.appears !== null).length;
     const gone = plan.seeds.filter((_, seed) => own[seed].abandoned !== null);
+    if (line.controls[phrase] === null) {
+      entry(panel.key, PHRASES[i % PHRASES.length], `${phrase}: not asked for`);
+      return;
+    }
     entry(panel.key, PHRASES[i % PHRASES.length], `${phrase}: there in ${there} of ${own.length}`
       + (gone.length ? `, dropped in seed ${gone.slice(0, 8).join(", ")}` : "")
       + (gone.length > 8 ? ` and ${gone.length - 8} more` : ""));

@@ -1,14 +1,28 @@
-"""When a concept appears in what the model is aiming at, and when it is abandoned.
+"""When a concept appears in what a model is aiming at, and when it is dropped.
 
-score[s, b, p] of row s, seed b, phrase p;  there[s, b, p] = score >= threshold
-appears = the first row where it is there;  abandoned = the row after the last one, unless it stays
+A score alone says little: a blur resembles many things. So every phrase has a control, the same
+seed and plan with the prompt without it, and a margin, from phrases that nobody asked for:
+
+    excess[s, b] = score(picture of the prompt) - score(picture of the control)    row s, seed b
+    beyond[s, b] = excess[s, b] / margin[s]
+
+It appears where beyond > 1, and is dropped where it has fallen by more than a margin from its
+highest and is not above 1: to waver around the margin is not to be dropped.
+
+The margin is measured in the run itself, row by row and so at each noise level. With the excess of
+D phrases that are in neither prompt, scale[s] is the 90 % quantile of |excess[s]|, and
+
+    margin[s] = scale[s] * max(1, quantile over (b, d) of max_s excess[s, b, d]/scale[s])
+
+at 1 - `FALSE_RATE`: at most that share of phrases nobody asked for is there at any row at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,29 +31,48 @@ from headstart.errors import InputError
 
 Array = NDArray[np.float64]
 
+FALSE_RATE = 0.01
+"""Of the phrases nobody asked for, the share that may be there at some row of a run."""
+LEAST_UNASKED = 10
+"""Phrases that a margin is measured with, at least."""
+_JOINTS = r"(?:and|or|with|in|on|of|at|by|near|beside|under|over)"
+_ARTICLES = frozenset(("a", "an", "the", "and", "or", "of", "with", "in", "on"))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConceptScorer:
     """What says how much of a phrase is in a picture.
 
-    name       reported beside every score
-    score      rgb uint8 [n, H, W, 3], P phrases -> float64 [n, P]
-    threshold  the score from which a concept counts as there
-    meaning    what a score is, in words
+    name     reported beside every score
+    score    rgb uint8 [n, H, W, 3], P phrases -> float64 [n, P]
+    meaning  what a score is, in words
+    unasked  phrases to measure margins with; those that share a word with a prompt are left out
     """
 
     name: str
     score: Callable[[NDArray[np.uint8], Sequence[str]], Array]
-    threshold: float
     meaning: str
+    unasked: tuple[str, ...]
+
+
+class Pictures(NamedTuple):
+    """x0 of a run, decoded: frames uint8 [S, B, H, W, 3], and which of them are there [S, B]."""
+
+    prompt: str
+    frames: NDArray[np.uint8]
+    good: NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """One phrase along one seed: scores [S], and indices into the looked-at rows."""
+    """One phrase along one seed: beyond [S], and indices into the looked-at rows.
+
+    appears    the first row where it is there; None: never
+    abandoned  the row from which it is gone to the end; None: it never came, or it stayed
+    """
 
     phrase: str
-    scores: Array
+    beyond: Array
     appears: int | None
     abandoned: int | None
 
@@ -49,21 +82,37 @@ class Course:
         return self.abandoned is not None
 
 
+class Null(NamedTuple):
+    """What a phrase was compared with: the control's prompt, and phrases that nobody asked for.
+
+    margins  [S], in the scorer's unit; courses: how many (seed, phrase) they were measured with;
+    crossed: how many of these would be called there
+    """
+
+    without: str
+    margins: Array
+    courses: int
+    crossed: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
-    """courses[b][p]: every watched phrase along every seed of one plan."""
+    """courses[b][p]: every watched phrase along every seed of one plan; nulls[p]: its control.
+
+    A phrase without a control is not in the prompt: it was not asked for, and is never there.
+    """
 
     scorer: str
     meaning: str
-    threshold: float
     phrases: tuple[str, ...]
+    nulls: tuple[Null | None, ...]
     courses: tuple[tuple[Course, ...], ...]
 
     def mean(self, phrase: int) -> Array:
         """[S], over the seeds that have a picture."""
-        scores = np.stack([seed[phrase].scores for seed in self.courses])
-        known = np.isfinite(scores)
-        total = np.where(known, scores, 0.0).sum(0)
+        beyond = np.stack([seed[phrase].beyond for seed in self.courses])
+        known = np.isfinite(beyond)
+        total = np.where(known, beyond, 0.0).sum(0)
         return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
 
     def to_json(self, seeds: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
@@ -71,12 +120,16 @@ class Timeline:
         return {
             "scorer": self.scorer,
             "meaning": self.meaning,
-            "threshold": self.threshold,
+            "threshold": 1.0,
+            "controls": {
+                phrase: None if null is None else _null_json(null)
+                for phrase, null in zip(self.phrases, self.nulls, strict=True)
+            },
             "courses": [
                 {
                     "seed": seed,
                     "phrase": course.phrase,
-                    "scores": [_plain(value) for value in course.scores.tolist()],
+                    "scores": [_plain(value) for value in course.beyond.tolist()],
                     "appears": None if course.appears is None else steps[course.appears],
                     "abandoned": None if course.abandoned is None else steps[course.abandoned],
                 }
@@ -84,6 +137,27 @@ class Timeline:
                 for course in courses
             ],
         }
+
+
+def phrase_of(noun: str) -> str:
+    """The noun with its article."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def without(prompt: str, phrase: str) -> str | None:
+    """The prompt with the phrase taken out, and what joined it; None where it is not in it.
+
+    >>> without("a ladybug and a pumpkin", "a pumpkin"), without("a fox", "a fox")
+    ('a ladybug', '')
+    """
+    found = re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
+    if not found.search(prompt):
+        return None
+    rest = re.sub(r"\s+", " ", found.sub(" ", prompt))
+    rest = re.sub(r"\s*,(?:\s*,)+", ",", rest)
+    rest = re.sub(rf"\b{_JOINTS}\s+(?={_JOINTS}\b)", "", rest, flags=re.IGNORECASE)
+    ends = rf"^(?:[\s,]|(?:and|or|with)\b)+|(?:[\s,]|\b{_JOINTS}(?=[\s,]*$))+$"
+    return re.sub(ends, "", re.sub(r"\s+,", ",", rest), flags=re.IGNORECASE)
 
 
 def check_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
@@ -97,44 +171,122 @@ def check_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
 
 
 def watch(
-    frames: NDArray[np.uint8],
-    good: NDArray[np.bool_],
+    pictures: Pictures,
     phrases: Sequence[str],
+    controls: Mapping[str, Pictures],
     scorer: ConceptScorer,
 ) -> Timeline:
-    """Score every picture, uint8 [S, B, H, W, 3], against every phrase; good [S, B]."""
-    count, batch = frames.shape[:2]
+    """Score every picture against every phrase, beside those of its control.
+
+    controls  phrase -> pictures of the same seeds and rows, of the prompt without it
+    """
     phrases = check_phrases(phrases)
-    flat = scorer.score(frames.reshape(count * batch, *frames.shape[2:]), phrases)
+    words = (*phrases, *scorer.unasked)
+    scores = _scores(pictures, words, scorer)
+    excesses = {
+        id(control): scores - _scores(control, words, scorer)
+        for control in {id(control): control for control in controls.values()}.values()
+    }
+    beyond: list[Array] = []
+    nulls: list[Null | None] = []
+    for number, phrase in enumerate(phrases):
+        control = controls.get(phrase)
+        if control is None:
+            course, null = np.where(pictures.good, 0.0, np.nan), None
+        else:
+            excess = excesses[id(control)]
+            unasked = _unasked(scorer.unasked, (pictures.prompt, control.prompt, phrase))
+            others = excess[:, :, len(phrases) :][:, :, unasked]
+            course, null = _beyond(excess[:, :, number], others, control.prompt)
+        beyond.append(course)
+        nulls.append(null)
+    return Timeline(
+        scorer=scorer.name,
+        meaning=scorer.meaning,
+        phrases=phrases,
+        nulls=tuple(nulls),
+        courses=tuple(
+            tuple(
+                _course(phrase, values[:, seed])
+                for phrase, values in zip(phrases, beyond, strict=True)
+            )
+            for seed in range(pictures.frames.shape[1])
+        ),
+    )
+
+
+def _beyond(excess: Array, others: Array, without: str) -> tuple[Array, Null]:
+    """[S, B] of a phrase and [S, B, D] of those nobody asked for -> how far it is beyond them."""
+    margins = margins_of(others)
+    with np.errstate(invalid="ignore"):
+        ever = (others > margins[:, None, None] * (1 + 1e-9)).any(0)
+    return excess / margins[:, None], Null(without, margins, ever.size, int(ever.sum()))
+
+
+def margins_of(excess: Array, rate: float = FALSE_RATE) -> Array:
+    """[S, B, D] of phrases that nobody asked for -> the margin of each row [S]; NaN: no picture."""
+    known = np.isfinite(excess).any((1, 2))
+    margins = np.full(len(excess), np.nan)
+    if not known.any():
+        return margins
+    seen = excess[known]
+    scale = np.maximum(np.nanquantile(np.abs(seen), 0.9, axis=(1, 2)), 1e-6)
+    highest = np.where(np.isfinite(seen), seen / scale[:, None, None], -np.inf).max(0)
+    reach = np.quantile(highest, 1.0 - rate, method="higher")
+    margins[known] = scale * max(1.0, float(reach))
+    return margins
+
+
+def _unasked(phrases: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """The numbers of those that share no word with any of the texts."""
+    named = {word for text in texts for word in _words(text)}
+    found = [i for i, phrase in enumerate(phrases) if not named & set(_words(phrase))]
+    if len(found) < LEAST_UNASKED:
+        raise InputError(
+            f"only {len(found)} phrases are left that nobody asked for, and a margin needs "
+            f"{LEAST_UNASKED}: watch a shorter prompt, or give the scorer more phrases"
+        )
+    return found
+
+
+def _words(text: str) -> list[str]:
+    return [word for word in re.findall(r"\w+", text.lower()) if word not in _ARTICLES]
+
+
+def _scores(pictures: Pictures, phrases: Sequence[str], scorer: ConceptScorer) -> Array:
+    """[S, B, P], NaN where there is no picture."""
+    count, batch = pictures.frames.shape[:2]
+    flat = scorer.score(pictures.frames.reshape(count * batch, *pictures.frames.shape[2:]), phrases)
     if flat.shape != (count * batch, len(phrases)) or not np.isfinite(flat).all():
         raise InputError(
             f"scorer {scorer.name!r} gave {list(flat.shape)} or values that are not finite, "
             f"expected {[count * batch, len(phrases)]}"
         )
-    scores = flat.reshape(count, batch, len(phrases)).copy()
-    scores[~good] = np.nan
-    return Timeline(
-        scorer=scorer.name,
-        meaning=scorer.meaning,
-        threshold=scorer.threshold,
-        phrases=phrases,
-        courses=tuple(
-            tuple(
-                _course(phrase, scores[:, seed, number], scorer.threshold)
-                for number, phrase in enumerate(phrases)
-            )
-            for seed in range(batch)
-        ),
-    )
+    scores = flat.reshape(count, batch, len(phrases)).astype(np.float64)
+    scores[~pictures.good] = np.nan
+    return scores
 
 
-def _course(phrase: str, scores: Array, threshold: float) -> Course:
-    there = np.flatnonzero(scores >= threshold)  # NaN is not there
-    known = np.flatnonzero(np.isfinite(scores))
-    appears = int(there[0]) if len(there) else None
-    stays = bool(len(there)) and there[-1] == known[-1]
-    abandoned = None if appears is None or stays else int(there[-1]) + 1
-    return Course(phrase=phrase, scores=scores, appears=appears, abandoned=abandoned)
+def _course(phrase: str, beyond: Array) -> Course:
+    appears, abandoned, peak, there = None, None, -np.inf, False
+    for row in np.flatnonzero(np.isfinite(beyond)).tolist():  # no picture says nothing
+        value = float(beyond[row])
+        peak = max(peak, value)
+        if there and value <= min(1.0, peak - 1.0):
+            there, abandoned = False, row
+        elif value > 1.0 and not there:
+            there, abandoned = True, None
+            appears = row if appears is None else appears
+    return Course(phrase=phrase, beyond=beyond, appears=appears, abandoned=abandoned)
+
+
+def _null_json(null: Null) -> dict[str, Any]:
+    return {
+        "prompt": null.without,
+        "margins": [_plain(value) for value in null.margins.tolist()],
+        "unasked": null.courses,
+        "unasked_there": null.crossed,
+    }
 
 
 def _plain(value: float) -> float | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+import headstart_weights
 from headstart.compare.compare import demo_judge
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
@@ -23,6 +24,7 @@ from headstart.traces.branches import Branch
 from headstart.traces.decoders import Decoder
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.page import write_page
+from headstart.traces.report import curves_text, strip_json, strip_text
 from headstart.traces.strip import Strip
 from headstart.traces.structure import (
     Figures,
@@ -31,13 +33,8 @@ from headstart.traces.structure import (
     measure,
     moved,
     pixel_space,
-    plain,
 )
-from headstart.traces.timeline import ConceptScorer, watch
-
-DEMO_THRESHOLD = 0.5
-"""Of the bundled scorer's cosine. Over 5 subjects x 8 seeds of the hybrid, finished pictures scored
-0.55 to 0.76 with their own noun and at most 0.46 with any of the other 27."""
+from headstart.traces.timeline import ConceptScorer, Pictures, phrase_of, watch
 
 
 class Traced(Protocol):
@@ -108,9 +105,10 @@ class Trace:
         )
         if any(strip.moved is not None for strip in self.strips):
             text += " · moved by: the same distance, from the image without the change"
-        scorers = {s.timeline.scorer: s.timeline.meaning for s in self.strips if s.timeline}
-        told = [f"curves: {meaning} by {name}" for name, meaning in scorers.items()]
-        return " · ".join([text, *told])
+        timelines = [strip.timeline for strip in self.strips if strip.timeline is not None]
+        if not timelines:
+            return text
+        return f"{text} · {curves_text(timelines)}"
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; `share_by_seed` is [steps][seeds]."""
@@ -119,12 +117,12 @@ class Trace:
             "decoder": self.decoder,
             "space": self.space,
             "problems": list(self.problems),
-            "plans": [_strip_json(strip) for strip in self.strips],
+            "plans": [strip_json(strip) for strip in self.strips],
         }
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        return "\n\n".join(map(_strip_text, self.strips))
+        return "\n\n".join(map(strip_text, self.strips))
 
 
 def trace(
@@ -133,6 +131,7 @@ def trace(
     *,
     space: Space | None = None,
     phrases: Sequence[str] = (),
+    controls: Mapping[str, Mapping[str, Traced]] | None = None,
     scorer: ConceptScorer | None = None,
     every: int = 1,
     on_step: Callable[[], object] | None = None,
@@ -148,6 +147,9 @@ def trace(
     space         what pictures are compared in; None: the bundled scorer's features for the demo
                   family, colours on a grid for any other
     phrases       concepts to watch for; scorer: what says if they are there, None: the bundled one
+    controls      phrase -> runs under the same names, seeds and plans, of the prompt without it
+                  (`without` takes it out). A phrase without one counts as not asked for, and is
+                  never called there; see `headstart.traces.timeline`
     every         look at every n-th row of the longest run; a run of fewer rows is seen whole
     on_step       called after each picture row, for progress
 
@@ -166,9 +168,17 @@ def trace(
     longest = max(len(run.table) for run in runs.values())
     problems: list[str] = []
     strips: list[Strip] = []
+    known: dict[int, Pictures] = {}
     for name, run in runs.items():
         rows = looked_at(len(run.table), longest, every)
-        frames, good = _decode(name, run, rows, decoder, problems, on_step)
+        seen = _decode(name, run, rows, decoder, problems, on_step)
+        _, frames, good = seen
+        against = _controls(name, run, controls or {}, phrases)
+        for control in against.values():
+            if id(control) not in known:
+                known[id(control)] = _decode(
+                    f"{name} without a phrase", control, rows, decoder, problems, on_step
+                )
         chosen = space or _space(lineage, frames.shape[2:4])
         space = chosen
         steps = [(row, run.table[row]) for row in rows]
@@ -184,7 +194,9 @@ def trace(
                 good=good,
                 final=run.rgb.cpu().numpy(),
                 measured=measure(steps, frames, good, blank, chosen),
-                timeline=None if scorer is None else watch(frames, good, phrases, scorer),
+                timeline=None
+                if scorer is None
+                else watch(seen, phrases, {p: known[id(c)] for p, c in against.items()}, scorer),
                 **_changed(run, chosen),
             )
         )
@@ -231,11 +243,12 @@ def demo_scorer(lineage: str | None = "demo") -> ConceptScorer:
         pixels = torch.as_tensor(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1.0
         return scorer.score(pixels, phrases).double().numpy()
 
+    names = headstart_weights.manifest().concepts
     return ConceptScorer(
         name=judge.extractor.name,
         score=score,
-        threshold=DEMO_THRESHOLD,
         meaning="cosine of picture and phrase",
+        unasked=tuple(map(phrase_of, names)),
     )
 
 
@@ -281,8 +294,8 @@ def _decode(
     decoder: Decoder,
     problems: list[str],
     on_step: Callable[[], object] | None,
-) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Pictures uint8 [S, B, H, W, 3] of the rows, and which of them are there [S, B]."""
+) -> Pictures:
+    """x0 of the rows as pictures, and which of them are there."""
     assert run.x0 is not None
     _, batch, _, height, width = run.x0.shape
     shape = (batch, height * decoder.scale, width * decoder.scale, 3)
@@ -306,71 +319,32 @@ def _decode(
                 )
         if on_step is not None:
             on_step()
-    return frames, good
+    return Pictures(run.prompts[0], frames, good)
+
+
+def _controls(
+    name: str,
+    run: Traced,
+    controls: Mapping[str, Mapping[str, Traced]],
+    phrases: Sequence[str],
+) -> dict[str, Traced]:
+    """The run without each phrase that has one. Raises InputError for one of another plan."""
+    if stray := sorted(set(controls) - set(phrases)):
+        raise InputError(f"a control for {stray[0]!r}, which is not watched: add it to phrases")
+    found: dict[str, Traced] = {}
+    for phrase, runs in controls.items():
+        control = runs.get(name)
+        if control is None:
+            raise InputError(f"the control of {phrase!r} has no run {name!r}: it has {list(runs)}")
+        if (control.table, control.seeds) != (run.table, run.seeds) or control.x0 is None:
+            raise InputError(
+                f"the control of {phrase!r} is no twin of run {name!r}: sample it with the same "
+                "plan and seeds, and keep_x0=True"
+            )
+        found[phrase] = control
+    return found
 
 
 def _blank(run: Traced, decoder: Decoder) -> NDArray[np.uint8]:
     assert run.x0 is not None
     return decoder(torch.zeros_like(run.x0[0, :1])).rgb[0].cpu().numpy()
-
-
-def _strip_json(strip: Strip) -> dict[str, Any]:
-    timeline = strip.timeline
-    return {
-        "name": strip.name,
-        "prompt": strip.prompt,
-        "seeds": list(strip.seeds),
-        "passes": strip.table.passes(),
-        "handoffs": list(strip.table.handoffs),
-        "from_step": strip.from_step,
-        "moved": None if strip.moved is None else [plain(part) for part in strip.moved],
-        "steps": [figures.to_json() for figures in strip.measured.figures],
-        "share_by_seed": [
-            [round(v, 4) if np.isfinite(v) else None for v in row]
-            for row in strip.measured.share.tolist()
-        ],
-        "timeline": None if timeline is None else timeline.to_json(strip.seeds, strip.rows),
-    }
-
-
-def _strip_text(strip: Strip) -> str:
-    lines = [
-        strip.name + _told_moved(strip),
-        f"{'step':>4}  {'model':<10}{'timestep':>9}{'sigma':>9}{'A':>9}"
-        f"{'distance':>10}{'share':>8}{'95 %':>16}{'spread':>9}",
-    ]
-    for row in strip.measured.figures:
-        share = row.share
-        ends = "" if np.isnan(share.low) else f"{share.low:.2f} .. {share.high:.2f}"
-        spread = "" if np.isnan(row.spread.value) else f"{row.spread.value:.3f}"
-        lines.append(
-            f"{row.step:>4}  {row.model:<10.9}{row.timestep:>9.4g}{row.sigma:>9.3f}"
-            f"{row.amplification:>9.4g}{row.distance.value:>10.3f}{share.value:>8.2f}{ends:>16}"
-            f"{spread:>9}"
-        )
-    if strip.timeline is not None:
-        lines += [_fates(strip, number) for number in range(len(strip.timeline.phrases))]
-    return "\n".join(lines)
-
-
-def _told_moved(strip: Strip) -> str:
-    if strip.moved is None:
-        return ""
-    value, low, high = strip.moved
-    ends = "" if np.isnan(low) else f" [{low:.3f}, {high:.3f}]"
-    return f": moves the image by {value:.3f}{ends}"
-
-
-def _fates(strip: Strip, phrase: int) -> str:
-    assert strip.timeline is not None
-    told: list[str] = []
-    for seed, courses in zip(strip.seeds, strip.timeline.courses, strict=True):
-        course = courses[phrase]
-        if course.appears is None:
-            told.append(f"seed {seed} never")
-        elif course.abandoned is None:
-            told.append(f"seed {seed} from step {strip.rows[course.appears]}")
-        else:
-            begin, end = strip.rows[course.appears], strip.rows[course.abandoned]
-            told.append(f"seed {seed} from step {begin}, gone at {end}")
-    return f"  {strip.timeline.phrases[phrase]!r}: {'; '.join(told)}"
