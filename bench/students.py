@@ -1,0 +1,284 @@
+r"""How much does the training run decide? Seeds, steps, noised pictures, re-noise, guidance.
+
+    python bench/students.py [--work runs/demo] [--seeds 16] [--out bench/results/students.json]
+
+Every student here has the shipped one's recipe but for what its row says, the same number of steps,
+and starts from the bundled base. They are not bundled; this makes them, two at a time on two cores:
+
+    for seed in 1 2 3; do
+        python -m headstart_weights.recipe distill --work runs/demo --steps 1200 --keep 150 \
+            --seed $seed --threads 1
+    done
+    for stage in unnoised control renoise renoise-unnoised; do
+        python -m headstart_weights.recipe $stage --work runs/demo --steps 1200 --keep 150 \
+            --seed 1 --threads 1
+    done
+
+`early.safetensors` in the work folder is the first student that ever shipped (585 steps):
+
+    git show 3693d31:weights/headstart_weights/distilled.safetensors > runs/demo/early.safetensors
+
+Each finished case is kept in WORK/students, so the script goes on where it was ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import numpy as np
+from measured import (
+    SPACES,
+    Judges,
+    Sampled,
+    each_diversity,
+    measure,
+    percent,
+    recovered,
+    row,
+    table,
+    training_pictures,
+)
+from pair import legs_of
+from tqdm import tqdm
+
+import headstart as hs
+import headstart_weights
+from headstart.metrics.scorer import load_scorer
+from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart_weights.recipe.dataset import compose_caption
+
+VARIANTS = {
+    "student": "the shipped recipe: guidance 2, noised pictures, Euler between steps",
+    "unnoised": "no noised pictures",
+    "control": "teacher without guidance",
+    "renoise": "new noise between steps",
+    "renoise-unnoised": "new noise between steps, no noised pictures: as DMD2",
+    "early": "the first that shipped, 585 steps",
+    "distilled": "the one that ships, 585 and 1472 steps",
+}
+_FILE = re.compile(
+    r"(?P<variant>student|unnoised|control|renoise(?:-unnoised)?)-(?P<seed>\d+)"
+    r"(?:@(?P<steps>\d+))?"
+)
+
+
+class Student(NamedTuple):
+    """One file of weights: which recipe, training seed, and steps; None: the run's last."""
+
+    path: Path
+    variant: str
+    seed: int | None = None
+    steps: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+class Sampler(NamedTuple):
+    """How a student's pictures are drawn: without the base, and with it for the first step."""
+
+    alone: Sequence[hs.Leg]
+    hybrid: Sequence[hs.Leg]
+
+
+SAMPLERS = {
+    "euler": Sampler(
+        legs_of(None, "euler", DEMO_TIMESTEPS), legs_of("euler", "euler", DEMO_TIMESTEPS)
+    ),
+    "renoise": Sampler(
+        legs_of(None, "renoise", DEMO_TIMESTEPS), legs_of("renoise", "renoise", DEMO_TIMESTEPS)
+    ),
+    "renoise after an euler hand-off": Sampler(
+        legs_of(None, "renoise", DEMO_TIMESTEPS), legs_of("euler", "renoise", DEMO_TIMESTEPS)
+    ),
+}
+
+
+def main() -> None:
+    options = _parse()
+    prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
+    scorer = load_scorer(headstart_weights.path("scorer"))
+    lab = _Lab(
+        Judges(scorer, prompts, training_pictures(options.work)),
+        harness.fresh_seeds("students", options.seeds),
+        options.work / "students",
+    )
+    students = _students(options.work)
+    base = lab.case(None, "base", None)
+    rows: dict[str, Any] = {"base": row(base)}
+    for student in tqdm(students, desc="students"):
+        for name in _samplers(student):
+            alone, hybrid = (lab.case(student, name, way) for way in ("alone", "hybrid"))
+            rows[f"{student.name} {name}"] = _row(student, name, base, alone, hybrid)
+    report = {
+        "question": (__doc__ or "").splitlines()[0],
+        "machine": harness.machine(),
+        "command": f"python bench/students.py --seeds {options.seeds}",
+        "prompts": len(prompts),
+        "seeds": [lab.seeds[0], lab.seeds[-1]],
+        "weights": {s.name: _digest(s.path) for s in students},
+        "steps": {s.name: _steps(s.path) for s in students},
+        "variants": VARIANTS,
+        "rows": rows,
+        "runs": _runs(students, rows),
+    }
+    harness.write_json(options.out, report)
+    print(table({k: v.get("hybrid", v) for k, v in rows.items()}))
+    print(json.dumps(report["runs"], indent=1))
+    _plot(students, rows, options.out.with_suffix(".png"))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/students.json"))
+    return parser.parse_args()
+
+
+def _students(work: Path) -> list[Student]:
+    found = [Student(headstart_weights.path("distilled"), "distilled")]
+    if (early := work / "early.safetensors").exists():
+        found.append(Student(early, "early"))
+    for path in sorted(work.glob("*.safetensors")):
+        if match := _FILE.fullmatch(path.stem):
+            steps = None if match["steps"] is None else int(match["steps"])
+            found.append(Student(path, match["variant"], int(match["seed"]), steps))
+    return found
+
+
+def _samplers(student: Student) -> tuple[str, ...]:
+    """A student on its way is drawn as it is trained; a finished one in every way."""
+    own = "renoise" if student.variant.startswith("renoise") else "euler"
+    return (own,) if student.steps is not None else tuple(SAMPLERS)
+
+
+class _Lab(NamedTuple):
+    judges: Judges
+    seeds: range
+    folder: Path
+
+    def case(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
+        """The measured case, from its file where that is of the same weights, seeds and plan."""
+        weights = "" if student is None else _digest(student.path)
+        identity = json.dumps([weights, sampler, way, list(self.seeds)[:1], len(self.seeds)])
+        key = hashlib.sha256(identity.encode()).hexdigest()[:24]
+        path = self.folder / f"{key}.npz"
+        if path.exists():
+            with np.load(path) as held:
+                values = {name: _plain(held[name]) for name in held.files}
+                return Sampled(**{"nearest": None, **values})
+        found = self._draw(student, sampler, way)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial.npz")
+        np.savez(partial, **{k: np.array(v) for k, v in found._asdict().items() if v is not None})
+        partial.replace(path)
+        return found
+
+    def _draw(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
+        base = headstart_weights.path("base")
+        if student is None:
+            engine = hs.Engine.load(base, headstart_weights.path("distilled"), preset="demo")
+            return measure(engine, self.judges, "base", self.seeds)
+        engine = hs.Engine.load(base, student.path, preset="demo", prediction="v", head_dim=32)
+        legs = getattr(SAMPLERS[sampler], way or "")
+        compiled = hs.Plan(legs, start="unit").compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)
+        return measure(engine, self.judges, compiled, self.seeds)
+
+
+def _plain(value: np.ndarray) -> Any:
+    return value.item() if value.ndim == 0 else value
+
+
+def _row(
+    student: Student, sampler: str, base: Sampled, alone: Sampled, hybrid: Sampled
+) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "variant": student.variant,
+        "seed": student.seed,
+        "kept_at": student.steps,
+        "sampler": sampler,
+        "alone": row(alone),
+        "hybrid": row(hybrid),
+    }
+    for key, space in zip(("recovered", "recovered_structure"), SPACES, strict=True):
+        three = (each_diversity(getattr(part, space)) for part in (base, alone, hybrid))
+        found["hybrid"][key] = recovered(*three)
+        lost = [each_diversity(getattr(part, space)).mean() for part in (base, alone)]
+        found["alone"][key.replace("recovered", "lost")] = float(1 - lost[1] / lost[0])
+    return found
+
+
+def _runs(students: Sequence[Student], rows: Mapping[str, Any]) -> dict[str, Any]:
+    """Training seeds of one recipe side by side: their spread beside that between prompts."""
+    found: dict[str, Any] = {}
+    for variant in sorted({s.variant for s in students if s.seed is not None}):
+        own = "renoise" if variant.startswith("renoise") else "euler"
+        last = [s for s in students if s.variant == variant and s.steps is None]
+        parts = [rows[f"{s.name} {own}"] for s in last]
+        found[variant] = {"seeds": [s.seed for s in last]}
+        for key in ("recovered", "recovered_structure"):
+            values = [part["hybrid"][key]["value"] for part in parts]
+            width = [p["hybrid"][key]["high"] - p["hybrid"][key]["low"] for p in parts]
+            found[variant][key] = {
+                "each": [round(v, 3) for v in values],
+                "mean": float(np.mean(values)),
+                "sd_between_runs": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+                "sd_between_prompts": float(np.mean(width)) / (2 * 1.96),
+            }
+    return found
+
+
+def _plot(students: Sequence[Student], rows: Mapping[str, Any], path: Path) -> None:
+    """Recovered diversity against training steps, a line a run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
+    colours = {"student": "#7b2d8b", "unnoised": "#b7791f", "control": "#33658a"}
+    for variant, seed in sorted({(s.variant, s.seed) for s in students if s.seed is not None}):
+        own = "renoise" if variant.startswith("renoise") else "euler"
+        line = sorted(
+            (_steps(s.path), rows[f"{s.name} {own}"]["hybrid"]["recovered"])
+            for s in students
+            if (s.variant, s.seed) == (variant, seed)
+        )
+        steps = [at for at, _ in line]
+        value, low, high = ([100 * r[k] for _, r in line] for k in ("value", "low", "high"))
+        colour = colours.get(variant, "#1b7f5c" if variant == "renoise" else "#c2410c")
+        axes.plot(steps, value, "o-", color=colour, label=f"{variant}, seed {seed}")
+        axes.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
+    shipped = rows["distilled euler"]["hybrid"]["recovered"]
+    axes.axhline(100 * shipped["value"], color="#666", lw=0.8, ls="--", label="the one that ships")
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("lost diversity that one base step recovers, %")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(path, dpi=160)
+    print(f"{path}: shipped {percent(shipped)}")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _steps(path: Path) -> int | None:
+    from safetensors import safe_open
+
+    with safe_open(path, "np") as file:
+        steps = (file.metadata() or {}).get("steps")
+    return None if steps is None else int(steps)
+
+
+if __name__ == "__main__":
+    main()
