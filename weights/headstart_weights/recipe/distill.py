@@ -97,21 +97,24 @@ class Distiller:
     def _start(self, chosen: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """Where the student steps from: one grid timestep for the whole batch."""
         place = int(torch.randint(len(GRID), (1,)))
-        grid = [torch.full((_BATCH,), t) for t in GRID]
-        x = torch.randn(_BATCH, *LATENT_SHAPE)
-        for i in range(place):
-            x0 = predict_x0(self.student, x, grid[i], context)
-            if self.variant.between == "euler":
-                x = euler_step(x, x0, grid[i], grid[i + 1])
-            else:
-                a, s = mix(grid[i + 1])
-                x = a * x0 + s * torch.randn_like(x)
+        x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, place)
         if place > 0 and self.variant.noised_pictures > 0:
-            a, s = mix(grid[place])
+            a, s = mix(_at(place))
             noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
             pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
             x = torch.where(pick, noised, x)
-        return x, grid[place]
+        return x, _at(place)
+
+    def follow(self, x: Tensor, context: Tensor, steps: int) -> Tensor:
+        """The student's own first `steps` steps from noise x [B, C, h, w]."""
+        for i in range(steps):
+            x0 = predict_x0(self.student, x, _at(i), context)
+            if self.variant.between == "euler":
+                x = euler_step(x, x0, _at(i), _at(i + 1))
+            else:
+                a, s = mix(_at(i + 1))
+                x = a * x0 + s * torch.randn_like(x)
+        return x
 
     def _matching_loss(self, x0: Tensor, context: Tensor) -> Tensor:
         """0.5*|x0 - stop(x0 - grad)|^2, so that d loss/d x0 = grad, normalised a sample."""
@@ -145,6 +148,11 @@ class Distiller:
 def student_name(variant: Variant, seed: int) -> str:
     """The file of a student: the variant's name, and the training seed where it is not 0."""
     return variant.name if seed == 0 else f"{variant.name}-{seed}"
+
+
+def _at(place: int) -> Tensor:
+    """The timestep of a place on the grid, for the whole batch."""
+    return torch.full((_BATCH,), GRID[place])
 
 
 def _first_student(options: StageOptions, variant: Variant, teacher: UNet) -> UNet:

@@ -1,7 +1,7 @@
 """The bundled files -> a work folder, so that training goes on from what ships.
 
-The inverse of `export`, up to the rounding to float16. `data` and `tokenizer` are not in the files:
-their stages make them again, byte for byte.
+The inverse of `export`, up to the rounding to float16, with the tokenizer that is inside the base.
+The pictures are not in the files: the `data` stage draws them again, byte for byte.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import headstart_weights
 from headstart.checkpoint.tensors import Checkpoint, Part, PartName
+from headstart.metrics.scorer import TOKENIZER_KEY
 from headstart.networks.load import load_unet, load_vae
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
@@ -39,15 +40,14 @@ def restore(work: Path) -> None:
         _write(
             work / f"{name}.safetensors", _floats(Checkpoint.open(_path(role), part).parts()[part])
         )
+    _write_text(work / "tokenizer.json", Checkpoint((_path("base"),)).metadata[TOKENIZER_KEY])
     for name in (*_WHOLE, *headstart_weights.manifest().controls):
         file = Checkpoint((_path(name),))
         _write(work / f"{name}.safetensors", {k: file.tensor(k).float() for k in file.names})
     manifest = json.loads((_path("base").parent / "manifest.json").read_text(encoding="utf-8"))
     for name in _NUMBERS:
-        path = work / f"{name.removesuffix('_top1')}.json"
-        if not path.exists():
-            text = json.dumps(manifest[name], indent=1) + "\n"
-            write_atomically(path, lambda part, text=text: part.write_text(text))
+        text = json.dumps(manifest[name], indent=1) + "\n"
+        _write_text(work / f"{name.removesuffix('_top1')}.json", text)
 
 
 def main(options: StageOptions) -> None:
@@ -71,3 +71,8 @@ def _floats(part: Part) -> dict[str, Tensor]:
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
     if not path.exists():
         write_tensors(tensors, path, {})
+
+
+def _write_text(path: Path, text: str) -> None:
+    if not path.exists():
+        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
