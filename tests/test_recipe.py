@@ -19,12 +19,13 @@ from numpy.typing import NDArray
 
 from headstart.errors import InputError
 from headstart_weights.recipe import artwork, dataset, tokenizer
-from headstart_weights.recipe.__main__ import STAGES, build_parser
+from headstart_weights.recipe.__main__ import build_parser
 from headstart_weights.recipe.artwork import IconFile, SpriteLabel, Sprites
 from headstart_weights.recipe.augment import MILD, NONE, STRONG, draw, sprite_tensor
 from headstart_weights.recipe.concepts import CONCEPTS, PAIR_CONCEPTS
 from headstart_weights.recipe.dataset import PALETTE, STYLES, Dataset, Item
 from headstart_weights.recipe.readme import STAGES as README_STAGES
+from headstart_weights.recipe.stages import STAGES
 
 RECIPE = Path(artwork.__file__).parent
 VENDORS = tuple(STYLES)

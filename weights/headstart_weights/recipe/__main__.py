@@ -7,39 +7,9 @@ import logging
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
 
 from headstart_weights.recipe import StageOptions
-
-
-class Stage(NamedTuple):
-    """Where a stage lives (`module:function`, called with StageOptions) and its time limit."""
-
-    target: str
-    about: str
-    minutes: float = 0.0
-
-
-STAGES: dict[str, Stage] = {
-    "data": Stage("dataset:main", "fetch artwork, draw sprites and pictures"),
-    "restore": Stage("restore:main", "unpack the bundled files, to train on from them"),
-    "tokenizer": Stage("tokenizer:main", "fit the byte-pair vocabulary"),
-    "codec": Stage("codec:main", "train the VAE", 10.0),
-    "base": Stage("base:main", "train the text encoder and the base UNet", 60.0),
-    "distill": Stage("distill:main", "distil the base to a few steps", 40.0),
-    "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
-    "unnoised": Stage("distill:unnoised", "without noised pictures; not bundled", 40.0),
-    "renoise": Stage("distill:renoise", "trained to re-noise; not bundled", 40.0),
-    "renoise-unnoised": Stage("distill:renoise_unnoised", "both, as DMD2's is; not bundled", 40.0),
-    "progressive": Stage("progressive:main", "distil by regression; a control, not bundled", 8.0),
-    "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
-    "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
-    "slider": Stage("control:sliders", "train two sliders on the base", 4.0),
-    "style": Stage("control:style", "train a style on the base", 4.0),
-    "reverse": Stage("control:reverse", "train a slider on the distilled model", 4.0),
-    "reference": Stage("reference:main", "describe the training pictures in the scorer's features"),
-    "export": Stage("export:main", "write the bundled files and the manifest"),
-}
+from headstart_weights.recipe.stages import STAGES
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -31,6 +31,7 @@ from headstart_weights.recipe.control import CONTROLS, SHIPPED
 from headstart_weights.recipe.dataset import IMAGE_SIZE, PALETTE, STYLES
 from headstart_weights.recipe.diffusion import GRID, PARAMS
 from headstart_weights.recipe.readme import weights_readme
+from headstart_weights.recipe.stages import STAGES
 from headstart_weights.recipe.tokenizer import load_tokenizer
 
 LICENCE = "Apache-2.0"
@@ -165,7 +166,7 @@ def export(work: Path, folder: Path) -> None:
         write_atomically(folder / _file_name(role), lambda part, blob=blob: part.write_bytes(blob))
     text = json.dumps(record, indent=1) + "\n"
     write_atomically(folder / "manifest.json", lambda part: part.write_text(text, encoding="utf-8"))
-    readme = weights_readme(record)
+    readme = weights_readme(record, STAGES)
     write_atomically(folder / "README.md", lambda part: part.write_text(readme, encoding="utf-8"))
     log.info("wrote %d files, %.1f MB, to %s", len(blobs), total / 1e6, folder)
 

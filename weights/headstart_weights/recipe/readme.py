@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from headstart_weights.recipe.stages import Stage
+
 _ABOUT = {
     "base": "text encoder, UNet, VAE, noise schedule and tokenizer in one file, LDM names",
     "distilled": "the four-step UNet alone, diffusers names; everything else is the base's",
-    "distilled_unguided": "the same with an unguided teacher, to tell guidance from distillation",
-    "tiny_decoder": "latents to pixels in about a third of the VAE's CPU time, for previews",
+    "distilled_unguided": "the same with an unguided teacher, after 225 steps of training",
+    "tiny_decoder": "latents to pixels in about half of the VAE's CPU time, for previews",
     "scorer": "image-text scorer, and the features that diversity is measured on",
     "yellow": "slider trained on the base, for both models: background blue (-2) to yellow (2)",
     "reference": "mean and covariance of those features over the training pictures, for Frechet",
@@ -21,7 +23,11 @@ _TEMPLATE = """\
 A base model and its four-step distillation, small enough to ship and to sample on a CPU, with the
 layout of the real ones: 64 x 64 pictures, 4 x 16 x 16 latents, v-prediction. Trained from scratch
 by `recipe/` on two CPU cores; no other weights went in. It shows what the package does. It draws
-{concept_count} things and nothing else.
+{concept_count} things and nothing else: a second noun in a prompt changes next to nothing.
+
+Its noise levels are matched to its small latent: every sigma is 0.4 of Stable Diffusion's, and the
+four steps lie lower than SDXL's would. Without that, one base step of four brings back much less
+(`bench/README.md`). Half of the student's later training steps start from noised pictures.
 
 | file | bytes | what |
 |---|---|---|
@@ -60,25 +66,26 @@ full text.
 
 ## Make them again
 
-    pip install -e '.[train]'        # and npm, to fetch the icon sets
+    pip install -c constraints.txt -e '.[train]'        # and npm, to fetch the icon sets
     python -m headstart_weights.recipe STAGE --work runs/demo
 
-for STAGE in
-{stages}.
-Stages are limited by wall clock and resume when run again, so another run gives other weights; the
-export of given weights is byte-identical. `restore` unpacks the bundled files into the work folder,
-to train on from them.
+for STAGE in the order of the table. Ended at any moment, a stage goes on where it was when it is
+run again. It is limited by minutes (`--minutes`), so another machine gives other weights, or by
+steps (`--steps`), which repeats on the same machine; the export of given weights is byte-identical.
+`restore` unpacks the bundled files into the work folder, to train on from them: `data` and
+`restore` are all that a student needs.
 
-The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the
-base has none of its own. What the files took, on two cores that other programs used too:
-
-| stage | minutes | steps |
+| stage | minutes by default | what the bundled files took, on two cores that others used too |
 |---|---|---|
 {durations}
 
-`distill` and `control` (which makes `distilled_unguided`) ran on the bundled base after `restore`.
-`progressive` makes a third student, by regression on the base's own trajectories: `bench/paper.py`
-reads it from the work folder, and it is not bundled.
+The teacher of `distilled` ran at guidance 2, that of `distilled_unguided` without guidance; the
+base has none of its own. `distill` and `control` (which makes `distilled_unguided`) ran on the
+bundled base after `restore`: first 585 steps, which shipped, then 1,472 more.
+
+Not bundled, read by `bench/` from the work folder: `distill --seed N` (other training runs),
+`unnoised` (without noised pictures), `renoise` and `renoise-unnoised` (new noise between steps, as
+DMD2's is sampled), `progressive` (regression on the base's own trajectories).
 """
 
 STAGES = (
@@ -86,17 +93,19 @@ STAGES = (
     *("tiny", "scorer", "slider", "reference", "export"),
 )
 
-DURATIONS = (
-    ("codec", "11", ""),
-    ("base", "46", "3,932"),
-    ("distill", "13 + 24", "585, then 1,472 with a new optimiser"),
-    ("control", "10", "225"),
-    ("scorer", "12", ""),
-)
-"""Minutes in the training loop, and steps where the run's log has them."""
+TOOK = {
+    "data": "14 seconds, with the icon sets' downloads",
+    "tokenizer": "half a second",
+    "codec": "11 minutes",
+    "base": "46 minutes, 3,932 steps",
+    "distill": "13 and 24 minutes: 585 steps, then 1,472 with a new optimiser",
+    "control": "10 minutes, 225 steps",
+    "scorer": "12 minutes",
+}
+"""Of each stage, where a log of it is left; minutes are of the training loop."""
 
 
-def weights_readme(record: Mapping[str, Any]) -> str:
+def weights_readme(record: Mapping[str, Any], stages: Mapping[str, Stage]) -> str:
     """The README of these files; `record` is manifest.json's content."""
     return _TEMPLATE.format(
         concept_count=len(record["concepts"]),
@@ -116,6 +125,11 @@ def weights_readme(record: Mapping[str, Any]) -> str:
             f"| {e['name']} | {e['version']} | {e['licence']} | {e['attribution']} |"
             for e in record["artwork"]
         ),
-        stages=", ".join(STAGES),
-        durations="\n".join(f"| {' | '.join(row)} |" for row in DURATIONS),
+        durations="\n".join(
+            f"| `{name}` | {_minutes(stages[name])} | {TOOK.get(name, '')} |" for name in STAGES
+        ),
     )
+
+
+def _minutes(stage: Stage) -> str:
+    return f"{stage.minutes:g}" if stage.minutes else ""
