@@ -77,13 +77,13 @@ class Model:
     towers: tuple[Tower, ...]
 
     @classmethod
-    def of(cls, lineage: str, seed: int) -> Model:
+    def of(cls, lineage: str, seed: int, *, vocabulary: int = VOCABULARY) -> Model:
         torch.manual_seed(seed)
         xl, sd15 = lineage == "sdxl", lineage == "sd15"
         rules = FAMILIES[lineage].text
         text = ClipParams(
             width=32, layers=2, heads=1, mlp_width=64, act=rules[0].act, positions=16,
-            vocabulary=VOCABULARY,
+            vocabulary=vocabulary,
         )  # fmt: skip
         towers = [_random(Tower(text, rules[0]))]
         if xl:

@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from contextlib import suppress
 from functools import reduce
+from importlib.metadata import PackageNotFoundError, requires
 from itertools import chain
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import headstart as hs
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 WEIGHTS = ROOT / "weights" / "headstart_weights"
+NEED_TORCHVISION = {"torchvision", "clip-anytorch", "open-clip-torch", "timm", "dreamsim", "lpips"}
 
 
 def blocks(language: str) -> list[str]:
@@ -102,6 +105,27 @@ def test_every_dependency_is_pinned_to_a_version_it_allows() -> None:
         requirement = Requirement(line)
         assert requirement.name in pins, f"{line} has no pin in constraints.txt"
         assert pins[requirement.name] in requirement.specifier, line
+
+
+def test_no_extra_brings_torchvision_or_what_is_not_pinned() -> None:
+    """torchvision wants a torch of its own. Looks into what is installed here, but for torch."""
+    from packaging.requirements import Requirement
+    from packaging.utils import canonicalize_name
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pins = {canonicalize_name(name) for name in constraints()}
+    left = [line for extra in project["optional-dependencies"].values() for line in extra]
+    seen = {"torch"}
+    while left:
+        requirement = Requirement(left.pop())
+        name = canonicalize_name(requirement.name)
+        if name in seen or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        seen.add(name)
+        assert name in pins and name not in NEED_TORCHVISION, name
+        with suppress(PackageNotFoundError):
+            left += requires(name) or []
+    assert len(seen) > 20 and not NEED_TORCHVISION & pins
 
 
 def test_every_python_block_uses_names_that_exist() -> None:
