@@ -7,6 +7,7 @@ what loads these files was not used to make them.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -77,13 +78,20 @@ class Model:
     towers: tuple[Tower, ...]
 
     @classmethod
-    def of(cls, lineage: str, seed: int) -> Model:
+    def of(
+        cls,
+        lineage: str,
+        seed: int,
+        *,
+        vocabulary: int = VOCABULARY,
+        guidance_dim: int | None = None,
+    ) -> Model:
         torch.manual_seed(seed)
         xl, sd15 = lineage == "sdxl", lineage == "sd15"
         rules = FAMILIES[lineage].text
         text = ClipParams(
             width=32, layers=2, heads=1, mlp_width=64, act=rules[0].act, positions=16,
-            vocabulary=VOCABULARY,
+            vocabulary=vocabulary,
         )  # fmt: skip
         towers = [_random(Tower(text, rules[0]))]
         if xl:
@@ -99,14 +107,22 @@ class Model:
             head_dim=16,
             linear_projection=not sd15,
             added_dim=POOLED + 6 * TIME if xl else None,
+            guidance_dim=guidance_dim,
         )
         vae = Vae(VaeParams(channels=(32, 32, 32, 32), layers=1))
         return cls(lineage, _random(UNet(params)), _random(vae), tuple(towers))
 
-    def write(self, layout: str, path: Path, *, bare: bool = False) -> Path:
+    def write(
+        self,
+        layout: str,
+        path: Path,
+        *,
+        bare: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Path:
         """The file or folder at `path` (given without suffix), in F16 as releases are.
 
-        `bare` writes the UNet alone where the layout could hold more.
+        `bare` writes the UNet alone where the layout could hold more. `metadata` is a file's.
         """
         unet = halved(self.unet.state_dict())
         if layout in ("folder", "fp16", "sharded"):
@@ -116,9 +132,9 @@ class Model:
         if layout == "ldm":
             tensors = prefixed(tensors, "model.diffusion_model.")
             tensors |= {} if bare else self._beside()
-        path = path.with_suffix(".safetensors")
+        path = path.with_name(f"{path.name}.safetensors")  # a name may have dots
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, path, {"format": "pt"})
+        save_file(tensors, path, {"format": "pt", **(metadata or {})})
         return path
 
     def _beside(self) -> Tensors:

@@ -47,6 +47,17 @@ def test_importing_the_package_loads_no_third_party_module() -> None:
     assert tops - set(sys.stdlib_module_names) == {"headstart"}
 
 
+def test_clips_vocabulary_is_read_with_the_standard_library_alone() -> None:
+    bare, _ = loaded_after("pass")
+    body = (
+        "from headstart.networks.vocabulary import clip_vocabulary as read; print(len(read().ids))"
+    )
+    loaded, output = loaded_after(body)
+    assert output.strip() == "49408"
+    tops = {name.partition(".")[0] for name in loaded - bare}
+    assert tops - set(sys.stdlib_module_names) == {"headstart"}
+
+
 def test_errors_are_reached_without_numpy() -> None:
     loaded, _ = loaded_after("import headstart; headstart.PlanError")
     assert "headstart.errors" in loaded

@@ -1,168 +1,114 @@
-"""CLIP's vocabulary: found on this machine, never fetched, and equal to CLIP's own code."""
+"""CLIP's vocabulary, which is bundled: it is the release's, and a model's own one wins over it."""
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
-import json
-import sys
+import hashlib
+from importlib.resources import files
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+from checkpoints import Model
 
-from headstart.errors import CheckpointError
-from headstart.networks import vocabulary
+from headstart.networks.load import load_text
 from headstart.networks.tokenizer import ClipTokenizer
-from headstart.networks.vocabulary import Vocabulary, cached_folder, packaged_file, read_packaged
+from headstart.networks.vocabulary import Vocabulary, clip_vocabulary
 
 transformers = pytest.importorskip("transformers")
+ROOT = Path(__file__).parents[1]
 
-PROMPTS = [
-    "a photo of a cat",
-    "A Fox, in the SNOW!!  8k uhd, f/1.8 -- trending on artstation",
-    "it's the dog's; they've we'll I'd don't CAN'T",
-    "portrait of a woman, 35mm, (masterpiece:1.2), [blurry], <lora:x:0.5>",
-    "café naïve Ångström Straße señor",
-    "猫が好き 狐 лиса επιστήμη",
-    "emoji 🦊🦊 and symbols ©™ € ½ …",
-    "numbers 1234567890 3.14 1,000,000 2x4",
-    "tabs\tand\nnewlines\r\nand\u00a0spaces\u2003wide",
-    "under_score hyphen-ated slash/ed back\\slash",
-    "",
-    "   ",
-    "antidisestablishmentarianism floccinaucinihilipilification",
-    "'quoted' \"double\" `tick` “curly” ‘single’",
-]
-CACHES = ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME")
+# The ids as CLIP's own `simple_tokenizer.py` (clip-anytorch 2.6.0) gives them, run once without
+# ftfy, which repairs broken Unicode.
+PROMPTS: dict[str, list[int]] = {
+    "a photo of a cat": [320, 1125, 539, 320, 2368],
+    "A Fox, in the SNOW!!  8k uhd, f/1.8 -- trending on artstation": [
+        *(320, 3240, 267, 530, 518, 2583, 748, 279, 330, 84, 4414, 267, 325, 270, 272, 269, 279),
+        *(2432, 6087, 525, 1486, 2631),
+    ],
+    "it's the dog's; they've we'll I'd don't CAN'T": [
+        *(585, 568, 518, 1929, 568, 282, 889, 1200, 649, 1342, 328, 1896, 847, 713, 753, 713)
+    ],
+    "portrait of a woman, 35mm, (masterpiece:1.2), [blurry], <lora:x:0.5>": [
+        *(5352, 539, 320, 2308, 267, 274, 276, 2848, 267, 263, 12066, 281, 272, 269, 273, 2361),
+        *(314, 21977, 34067, 283, 2179, 320, 281, 343, 281, 271, 269, 276, 285),
+    ],
+    "café naïve Ångström Straße señor": [
+        *(15304, 1097, 35689, 563, 23176, 10352, 807, 7255, 332, 1894, 127, 253, 324, 43368, 541)
+    ],
+    "猫が好き 狐 лиса επιστήμη": [
+        *(163, 234, 104, 4813, 234, 29290, 121, 4813, 491, 163, 233, 494, 47611, 16701, 23669),
+        *(27080, 138, 113, 139, 222, 138, 117, 139, 225, 139, 226, 138, 106, 138, 120, 138, 371),
+    ],
+    "emoji 🦊🦊 and symbols ©™ € ½ …": [
+        *(16327, 6040, 232, 6040, 488, 537, 25476, 31148, 11675, 6309, 33613, 959)
+    ],
+    "numbers 1234567890 3.14 1,000,000 2x4": [
+        *(6121, 272, 273, 274, 275, 276, 277, 278, 279, 280, 271, 274, 269, 272, 275, 272, 267),
+        *(271, 271, 271, 267, 271, 271, 271, 273, 343, 275),
+    ],
+    "tabs\tand\nnewlines\r\nand\u00a0spaces\u2003wide": [29163, 537, 1218, 3418, 537, 9006, 3184],
+    "under_score hyphen-ated slash/ed back\\slash": [
+        *(1798, 318, 4431, 1441, 745, 576, 268, 943, 19749, 270, 538, 893, 315, 19749)
+    ],
+    "": [],
+    "   ": [],
+    "antidisestablishmentarianism floccinaucinihilipilification": [
+        *(3120, 4262, 7726, 12658, 1585, 44351, 69, 1378, 2396, 627, 2396, 72, 3508, 1719, 2076),
+        4523,
+    ],
+    "'quoted' \"double\" `tick` “curly” ‘single’": [
+        *(262, 27706, 262, 257, 3200, 257, 319, 15617, 319, 728, 506, 20795, 728, 507, 728, 502),
+        *(2688, 728, 503),
+    ],
+}
 
 
 @pytest.fixture(scope="module")
-def packaged() -> Vocabulary:
-    path = packaged_file()
-    if path is None:
-        pytest.skip("needs the extra `clip`, which brings the vocabulary")
-    return read_packaged(path)
+def bundled() -> Vocabulary:
+    return clip_vocabulary()
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty Hub cache that is the only one there is."""
-    for name in CACHES:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
-    return tmp_path / "hub"
+def test_the_vocabulary_is_clips(bundled: Vocabulary) -> None:
+    assert len(bundled.merges) == len(set(bundled.merges)) == 48894
+    assert sorted(bundled.ids.values()) == list(range(49408))
+    assert bundled.ids["<|startoftext|>"] == 49406 and bundled.ids["<|endoftext|>"] == 49407
 
 
-def snapshot(cache: Path, repository: str, inner: str = "", revision: str = "0a1b") -> Path:
-    model = cache / f"models--{repository.replace('/', '--')}"
-    folder = model / "snapshots" / revision / inner
-    folder.mkdir(parents=True)
-    (folder / "vocab.json").write_text(json.dumps({"<|startoftext|>": 0, "<|endoftext|>": 1}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
+@pytest.mark.parametrize("prompt", PROMPTS)
+def test_tokens_equal_clips_own_code_and_the_librarys(bundled: Vocabulary, prompt: str) -> None:
+    theirs = transformers.CLIPTokenizer(vocab=dict(bundled.ids), merges=list(bundled.merges))
+    assert theirs(prompt, add_special_tokens=False)["input_ids"] == PROMPTS[prompt]
+    assert ClipTokenizer.from_vocabulary(*bundled).tokens(prompt) == PROMPTS[prompt]
 
 
-def test_the_vocabulary_is_clips(packaged: Vocabulary) -> None:
-    assert len(packaged.ids) == 49408 and len(packaged.merges) == 48894
-    assert packaged.ids["<|startoftext|>"] == 49406 and packaged.ids["<|endoftext|>"] == 49407
-    tokens = ClipTokenizer.from_vocabulary(*packaged).tokens("a photo of a cat")
-    assert tokens == [320, 1125, 539, 320, 2368]  # as printed in CLIP's own documentation
+def test_the_bundled_file_is_the_releases_and_the_notice_says_so() -> None:
+    """To make it again: `gzip.compress(lines, 9, mtime=0)` of lines 2 to 48895 of the release."""
+    packed = files("headstart.networks").joinpath("clip_merges.txt.gz").read_bytes()
+    assert packed[4:8] == bytes(4) and len(packed) < 220_000
+    lines = hashlib.sha256(gzip.decompress(packed)).hexdigest()
+    assert lines == "d308b7377a8ceaa9707a21614fe8c831b9196e197b7aeb69833359362907af02"
+    notice = (ROOT / "NOTICE").read_text()
+    assert "Copyright (c) 2021 OpenAI" in notice and lines in notice
+    assert "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a" in notice
 
 
-def test_tokens_equal_the_librarys(packaged: Vocabulary) -> None:
-    ours = ClipTokenizer.from_vocabulary(*packaged)
-    theirs = transformers.CLIPTokenizer(vocab=dict(packaged.ids), merges=list(packaged.merges))
-    for prompt in PROMPTS:
-        want = theirs(prompt, add_special_tokens=False)["input_ids"]
-        assert ours.tokens(prompt) == want, prompt
-
-
-def test_tokens_equal_clips_own_code(packaged: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its tokenizer alone is run, with ftfy (which repairs broken Unicode) left out."""
-    ftfy: Any = ModuleType("ftfy")
-    ftfy.fix_text = lambda text: text
-    monkeypatch.setitem(sys.modules, "ftfy", ftfy)
-    file = packaged_file()
-    assert file is not None
-    if not (file.parent / "simple_tokenizer.py").is_file():
-        pytest.skip("the package has no simple_tokenizer.py")
-    spec = importlib.util.spec_from_file_location("clips_own", file.parent / "simple_tokenizer.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    theirs, ours = module.SimpleTokenizer(str(file)), ClipTokenizer.from_vocabulary(*packaged)
-    for prompt in PROMPTS:
-        assert ours.tokens(prompt) == theirs.encode(prompt), prompt
-
-
-def test_a_snapshot_in_the_hubs_cache_is_found(cache: Path) -> None:
-    assert cached_folder() is None
-    found = snapshot(cache, "stabilityai/stable-diffusion-xl-base-1.0", "tokenizer")
-    assert cached_folder() == found
-    first = snapshot(cache, "openai/clip-vit-large-patch14")
-    assert cached_folder() == first
-    snapshot(cache, "somebody/else", "tokenizer")
-    assert cached_folder() == first
-    assert ClipTokenizer.load(first).eos == 1
-
-
-def test_the_main_revision_is_preferred_and_torn_snapshots_are_passed_over(cache: Path) -> None:
-    old = snapshot(cache, "openai/clip-vit-large-patch14", revision="aaaa")
-    new = snapshot(cache, "openai/clip-vit-large-patch14", revision="bbbb")
-    assert cached_folder() == old
-    refs = cache / "models--openai--clip-vit-large-patch14" / "refs"
-    refs.mkdir()
-    (refs / "main").write_text("bbbb\n")
-    assert cached_folder() == new
-    (new / "merges.txt").unlink()
-    assert cached_folder() == old
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_the_cache_is_where_the_hub_library_has_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+def test_a_single_file_reads_prompts_as_clip_does_and_a_given_tokenizer_wins(
+    tmp_path: Path, small_tokenizer: Path
 ) -> None:
-    for other in CACHES:
-        monkeypatch.delenv(other, raising=False)
-    monkeypatch.setenv(name, str(tmp_path))
-    inner = {"HF_HOME": "hub", "XDG_CACHE_HOME": "huggingface/hub"}.get(name, "")
-    found = snapshot(tmp_path / inner, "openai/clip-vit-large-patch14")
-    assert cached_folder() == found
+    path = Model.of("sd15", seed=0, vocabulary=49408).write("ldm", tmp_path / "model")
+    ids: Any = load_text(path, head_dim=32).ids(["a photo of a cat"])[0]
+    assert ids[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    given: Any = load_text(path, head_dim=32, tokenizer=small_tokenizer).ids(["ab"])[0]
+    assert torch.equal(given[0, :4], torch.tensor([53, 1, 28, 54]))
 
 
-def test_a_package_is_found_without_being_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folders_own_tokenizer_wins_over_the_bundled_one(
+    tmp_path: Path, small_tokenizer: Path
 ) -> None:
-    package = tmp_path / "open_clip"
-    package.mkdir()
-    (package / "__init__.py").write_text("raise RuntimeError('imported')")
-    monkeypatch.setattr(vocabulary, "_PACKAGES", ("open_clip",))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    assert packaged_file() is None
-    with gzip.open(package / "bpe_simple_vocab_16e6.txt.gz", "wt") as file:
-        file.write("version\na b\n")
-    found = packaged_file()
-    assert found is not None and found.parent == package
-    with pytest.raises(CheckpointError, match=r"expected 48894 merges of two tokens, found 1"):
-        read_packaged(found)
-
-
-@pytest.mark.parametrize("raw", [b"", b"not gzip", gzip.compress(b"\xff\xfe\n")[:-3]])
-def test_a_damaged_vocabulary_is_a_checkpoint_error(tmp_path: Path, raw: bytes) -> None:
-    path = tmp_path / "v.txt.gz"
-    path.write_bytes(raw)
-    with pytest.raises(CheckpointError):
-        read_packaged(path)
-
-
-def test_a_file_without_a_tokenizer_finds_clips(
-    make_ckpt: Any, cache: Path, packaged: Vocabulary
-) -> None:
-    """A quarter-size encoder knows all 49408 tokens; a tiny one must be given its own."""
-    from headstart.networks.load import load_text
-
-    path = make_ckpt("te1.safetensors", "sd15", "te1", "--scale", "mini")
-    text = load_text(path, head_dim=32)
-    assert text.ids(["a photo of a cat"])[0][0, :6].tolist() == [49406, 320, 1125, 539, 320, 2368]
+    root = Model.of("sd15", seed=0).write("folder", tmp_path / "model")
+    (root / "tokenizer").mkdir()
+    for name in ("vocab.json", "merges.txt"):
+        (root / "tokenizer" / name).write_bytes((small_tokenizer / name).read_bytes())
+    assert load_text(root).ids(["ab"])[0][0, :4].tolist() == [53, 1, 28, 54]

@@ -103,8 +103,7 @@ class Engine:
         base's, else the distilled's; so a distilled file with a UNet alone is enough. One of the
         two models may be left out. The other options, see `headstart.engine.pair.Options`:
 
-        tokenizer   for files that hold none, as LDM single files do. By default CLIP's own, from
-                    the Hub's cache or the extra `clip`
+        tokenizer   for files that hold none, as LDM single files do. By default CLIP's own
         preset      names the pair for plans given by name. By default what the distilled file
                     says, or what its name suggests; `weights.notes` tells
         prediction  "eps", "v" or "x0", for both or as {"base": ..., "distilled": ...}. By default

