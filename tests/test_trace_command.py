@@ -49,6 +49,22 @@ def test_trace_writes_each_format_and_the_documented_json(
             assert np.asarray(image.convert("RGB")).std() > 10
 
 
+def test_a_phrase_that_nobody_asked_for_is_never_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a reviewer typed when a pumpkin was said to be dropped from a prompt without one."""
+    out = str(tmp_path / "trace.png")
+    asked = ["trace", "a ladybug", "--plan", "hybrid", "--seeds", "0,3", "--out", out]
+    assert main([*asked, "--watch", "a ladybug", "--watch", "a pumpkin"]) == 0
+    told = capsys.readouterr()
+    assert "'a pumpkin': not asked for" in told.out
+    assert "'a pumpkin' is not in the prompt" in told.err
+    assert main([*asked, "--overwrite", "--watch", "a pumpkin=a fox", "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)["plans"]
+    assert plan["timeline"]["controls"]["a pumpkin"]["prompt"] == "a fox"
+    assert [course["appears"] for course in plan["timeline"]["courses"]] == [None, None]
+
+
 def test_a_file_that_is_there_is_replaced_only_when_asked(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
