@@ -39,7 +39,7 @@ def test_trace_writes_each_format_and_the_documented_json(
     assert found["plans"][1]["handoffs"] == [1]
     assert found["plans"][0]["steps"][0]["amplification"] > 30
     assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
-    assert "keeping x0 of 8 steps x 4 images: 0.13 MB" in told.err  # half of it the control's
+    assert "keeping x0 of 8 steps x 4 images: 0.1 MB" in told.err  # half of it the control's
     assert found["plans"][0]["timeline"]["controls"]["a fox"]["prompt"] == ""
     assert _left(tmp_path) == [out.name]
     if suffix == "html":
