@@ -14,10 +14,11 @@ from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.metrics.fidelity import frechet
 from headstart.metrics.metrics import diversity, vendi
-from headstart.sweep.evaluation import contrast, evaluate, read_reference, see
+from headstart.sweep.evaluation import contrast, evaluate
 from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures
 from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import FORMAT, Shard, open_ledger
+from headstart.sweep.seen import read_reference, see
 from headstart.sweep.sweep import sweep
 
 PROMPTS = ("a fox", "an owl", "a frog")
