@@ -37,7 +37,8 @@ def _run(args: argparse.Namespace) -> int:
     galleries = [read_gallery(folder) for folder in args.folders]
 
     from headstart.metrics.judges import choose_judge
-    from headstart.sweep.evaluation import evaluate, read_reference, see
+    from headstart.sweep.evaluation import evaluate
+    from headstart.sweep.seen import read_reference, see
 
     judge, notes = choose_judge(_known(galleries, args.reference), args.features)
     for told in notes:
@@ -74,7 +75,7 @@ def _told(found: Evaluation) -> str:
     """The table for a terminal, what its numbers are, and the paired comparisons."""
     lines = [_header(found), *(_line(row) for row in found.rows)]
     first, second = found.spaces
-    lines += ["", f"features: {first} · {word_of(second)}: diversity of {second} features · 95 % "
+    lines += ["", f"features: {first} · {found.word}: diversity of {second} features · 95 % "
               "intervals over prompts, or over seeds where there is one prompt"]  # fmt: skip
     if found.reference is not None:
         known = found.reference.features
@@ -89,12 +90,14 @@ def _told(found: Evaluation) -> str:
             lines.append(f"{own.name}: {own.missing} cases are not finished")
         if row.varied < len(own.prompts):
             lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
-    return "\n".join([*lines, *(line for c in found.contrasts for line in _contrast(c))])
+    return "\n".join(
+        [*lines, *(line for c in found.contrasts for line in _contrast(c, found.word))]
+    )
 
 
 def _header(found: Evaluation) -> str:
     head = f"{'folder':<20}{'plan':<18}{'passes':>7}{'images':>8}{'prompts':>8}"
-    head += f"{'diversity':>11}{'95 %':>16}{word_of(found.spaces[1]):>11}{'95 %':>16}"
+    head += f"{'diversity':>11}{'95 %':>16}{found.word:>11}{'95 %':>16}"
     head += f"{'Vendi':>8}{'score':>8}"
     if found.reference is not None:
         head += f"{'Frechet':>10}{'95 %':>20}"
@@ -121,11 +124,10 @@ def _line(row: Row) -> str:
     return line
 
 
-def _contrast(found: Contrast) -> list[str]:
+def _contrast(found: Contrast, word: str) -> list[str]:
     lines = [f"\n{found.a} minus {found.b}, {found.prompts} prompts, {found.images} images each"]
-    (_, first), (second, other) = found.spaces.items()
-    numbers = {"diversity": first, word_of(second): other, "score": found.score}
-    for name, one in numbers.items():
+    named = zip(("diversity", word, "score"), (*found.spaces.values(), found.score), strict=True)
+    for name, one in named:
         if one is not None:
             lines.append(f"  {name:<10}{_paired(one)}")
     return lines

@@ -218,11 +218,9 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
     bar = None
     found = outcome.variety.diversity
     if found is not None:
-        (name, second), *_ = list(outcome.spaces.items())[1:]
-        also = (
-            "" if second.diversity is None else f" · {word_of(name)} {second.diversity.value:.3f}"
-        )
-        notes.append(f"diversity {found.value:.3f}{also}")
+        told = {word_of(name): own.diversity for name, own in outcome.spaces.items()}
+        words = zip(("diversity", *list(told)[1:]), told.values(), strict=True)
+        notes.append(" · ".join(f"{word} {one.value:.3f}" for word, one in words if one))
         bar = found.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")

@@ -27,10 +27,10 @@ LUMA = np.array([0.299, 0.587, 0.114]) / 255.0
 def structure_extractor() -> Extractor:
     """The features f, float64 [n, 482], of rgb uint8 [n, H, W, 3]; deterministic, no weights.
 
-    They do not change with a uniform shift of brightness, nor with colours of the same luma, as long
-    as no value is clipped. A picture enlarged by a whole number has the same ones; on sides that 16
-    does not divide, pixels are shared between cells. A picture of one colour has l = e = 0, so f is
-    the last 1 alone: flat pictures are alike, and far from any other.
+    They do not change with a uniform shift of brightness, nor with colours of the same luma, as
+    long as no value is clipped. A picture enlarged by a whole number has the same ones; on sides
+    that 16 does not divide, pixels are shared between cells. A picture of one colour has l = e = 0,
+    so f is the last 1 alone: flat pictures are alike, and far from any other.
     """
     return Extractor(f"structure-{CELLS}x{CELLS}", _structure)
 

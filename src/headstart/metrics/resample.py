@@ -174,7 +174,10 @@ def bootstrap_prompts(
 def bootstrap_seeds(
     features: Array, *, resamples: int = RESAMPLES, level: float = 0.95
 ) -> Interval:
-    """Diversity of features [n, d] of one prompt, its samples resampled; the ends are NaN for two."""
+    """Diversity of features [n, d] of one prompt, its samples resampled.
+
+    Two samples are one pair, so nothing varies between draws: the ends are NaN.
+    """
     measured = measure_diversity([checked(features, at_least=2)], resamples=resamples)
     if not measured.drawn.size:
         return Interval(measured.mean, math.nan, math.nan)
