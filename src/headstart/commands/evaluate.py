@@ -90,9 +90,9 @@ def _told(found: Evaluation) -> str:
             lines.append(f"{own.name}: {own.missing} cases are not finished")
         if row.varied < len(own.prompts):
             lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
-    return "\n".join(
-        [*lines, *(line for c in found.contrasts for line in _contrast(c, found.word))]
-    )
+    for apart in found.contrasts:
+        lines += _contrast(apart, found.word)
+    return "\n".join(lines)
 
 
 def _header(found: Evaluation) -> str:

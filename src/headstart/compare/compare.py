@@ -218,9 +218,9 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
     bar = None
     found = outcome.variety.diversity
     if found is not None:
-        told = {word_of(name): own.diversity for name, own in outcome.spaces.items()}
-        words = zip(("diversity", *list(told)[1:]), told.values(), strict=True)
-        notes.append(" · ".join(f"{word} {one.value:.3f}" for word, one in words if one))
+        words = ("diversity", *map(word_of, list(outcome.spaces)[1:]))
+        pairs = zip(words, outcome.spaces.values(), strict=True)
+        notes.append(" · ".join(f"{word} {_value(own)}" for word, own in pairs))
         bar = found.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")
@@ -231,6 +231,10 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
         bar=bar,
         accent=outcome.name == "hybrid",
     )
+
+
+def _value(variety: Variety) -> str:
+    return "-" if variety.diversity is None else f"{variety.diversity.value:.3f}"
 
 
 def _line(outcome: Outcome) -> str:

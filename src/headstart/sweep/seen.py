@@ -5,7 +5,7 @@ gallery, judge -> features in two spaces, and scores      a folder of pictures -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
