@@ -7,7 +7,15 @@ import json
 from pathlib import Path
 
 from headstart.checkpoint.distillation import preset_of
-from headstart.commands.arguments import Command, add_seeds, count, sampling, uses_bundled, worded
+from headstart.commands.arguments import (
+    Command,
+    add_features,
+    add_seeds,
+    count,
+    sampling,
+    uses_bundled,
+    worded,
+)
 from headstart.commands.console import note, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
@@ -33,6 +41,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=count,
         help="times each plan runs, for the median of seconds; own weights: 1",
     )
+    add_features(parser)
     parser.add_argument("--steps", type=int, help="steps of the distilled model")
 
 
@@ -53,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
 
     side = engine.weights.image_size
     drawn = Pictures("these weights", engine.weights.lineage, frozenset({(side, side)}))
-    judge, notes = choose_judge([drawn])
+    judge, notes = choose_judge([drawn], args.features)
     for told in notes:
         note(told)
     tables = compare_tables(engine, preset=args.preset, steps=args.steps)

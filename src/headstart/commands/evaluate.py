@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, every
+from headstart.commands.arguments import Command, add_features, every
 from headstart.commands.console import note, progress
 
 if TYPE_CHECKING:
@@ -20,12 +20,7 @@ if TYPE_CHECKING:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--features",
-        metavar="NAME",
-        help="scorer, structure, colours, imagenet, or a folder with a CLIP or DINOv2 model; "
-        "default: scorer for pictures of the bundled pair, structure for others",
-    )
+    add_features(parser)
     parser.add_argument(
         "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
     )

@@ -58,15 +58,17 @@ def choose_judge(pictures: Sequence[Pictures], named: str | None = None) -> Choi
         taken = [own.name for own in pictures if own.lineage is None]
         return Choice(open_features("scorer"), tuple(map(_taken, taken)))
     own, why = strange[0]
-    knows = f"the bundled scorer knows only the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px"
+    told = (
+        f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
+        f"and those of {own.name} are {why}: "
+    )
     if named is not None:
         raise InputError(
-            f"features 'scorer': {knows} pictures, and those of {own.name} are {why}: leave "
-            "--features out (structure and colours), or give imagenet, or a folder with a CLIP "
-            "model, which scores too"
+            f"features 'scorer': {told}leave --features out, for structure and colours, or give "
+            "imagenet, or a folder with a CLIP model, which scores too"
         )
-    told = f"{own.name}: pictures {why}, and {knows}: measured by structure and colours, no score"
-    return Choice(open_features("structure"), (told,))
+    instead = "diversity is by structure and by colours, and there is no prompt score"
+    return Choice(open_features("structure"), (told + instead,))
 
 
 def _taken(name: str) -> str:
