@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import headstart_weights
 from headstart.cli import main
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER, open_features
 from headstart.metrics.judges import Pictures, choose_judge
 from headstart.sweep.gallery import picture_sizes, read_gallery, read_lineage
 
+pytestmark = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled scorer",
+)
 DEMO = frozenset({(64, 64)})
 
 
@@ -104,6 +110,30 @@ def test_noise_at_512_px_gets_no_score(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["evaluate", folder, "--features", "scorer"]) == 2
     complaint = capsys.readouterr().err
     assert "512x512 px: leave --features out" in complaint and complaint.count("\n") == 1
+
+
+def test_compare_tells_other_families_apart_by_structure_and_colours(
+    make_ckpt: Callable[..., Path],
+    small_tokenizer: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = ["--base", str(make_ckpt("base.safetensors", "sd15", "ldm")),
+             "--distilled", str(make_ckpt("lcm.safetensors", "sd15", "unet")),
+             "--tokenizer", str(small_tokenizer), "--text-head-dim", "32"]  # fmt: skip
+    asked = ["compare", "a fox", *files, "--preset", "lcm", "--seeds", "0-2"]
+    out = tmp_path / "sheet.png"
+    assert main([*asked, "--out", str(out), "--json"]) == 0
+    told, err = capsys.readouterr()
+    assert "those of these weights are of family sd15" in err
+    found = json.loads(told)
+    assert found["spaces"] == ["structure-16x16", "colours-8x8"]
+    assert found["extractor"] == "structure-16x16"
+    for plan in found["plans"]:
+        assert plan["score"] is None and plan["diversity"] > 0
+        assert plan["spaces"]["colours-8x8"]["diversity"] is not None
+    assert main([*asked, "--out", str(out), "--features", "scorer"]) == 2
+    assert "leave --features out" in capsys.readouterr().err
 
 
 def test_a_reference_of_other_pictures_is_no_reference_for_the_scorer(
