@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import headstart as hs
 import headstart_weights
 from headstart.cli import main
 from headstart.errors import InputError
@@ -116,14 +118,23 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
     make_ckpt: Callable[..., Path],
     small_tokenizer: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    files = ["--base", str(make_ckpt("base.safetensors", "sd15", "ldm")),
-             "--distilled", str(make_ckpt("lcm.safetensors", "sd15", "unet")),
-             "--tokenizer", str(small_tokenizer), "--text-head-dim", "32"]  # fmt: skip
-    asked = ["compare", "a fox", *files, "--preset", "lcm", "--seeds", "0-2"]
+    files = [
+        make_ckpt("base.safetensors", "sd15", "ldm"),
+        make_ckpt("lcm.safetensors", "sd15", "unet"),
+    ]
+    loaded = hs.Engine.load(*files, tokenizer=small_tokenizer, text_head_dim=32)
+    small = hs.Engine(replace(loaded.weights, image_size=64))
+    monkeypatch.setattr("headstart.commands.compare.open_engine", lambda _: small)
     out = tmp_path / "sheet.png"
-    assert main([*asked, "--out", str(out), "--json"]) == 0
+    asked = ["compare", "a fox", "--base", str(files[0]), "--distilled", str(files[1])]
+    asked += ["--preset", "lcm", "--seeds", "0-2", "--out", str(out)]
+    assert main([*asked, "--features", "scorer"]) == 2
+    assert "leave --features out" in capsys.readouterr().err
+    assert not out.exists()
+    assert main([*asked, "--json"]) == 0
     told, err = capsys.readouterr()
     assert "those of these weights are of family sd15" in err
     found = json.loads(told)
@@ -132,8 +143,6 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
     for plan in found["plans"]:
         assert plan["score"] is None and plan["diversity"] > 0
         assert plan["spaces"]["colours-8x8"]["diversity"] is not None
-    assert main([*asked, "--out", str(out), "--features", "scorer"]) == 2
-    assert "leave --features out" in capsys.readouterr().err
 
 
 def test_a_reference_of_other_pictures_is_no_reference_for_the_scorer(
