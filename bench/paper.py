@@ -201,7 +201,7 @@ def _report(lab: Lab, wanted: Mapping[str, Case], options: argparse.Namespace) -
         "machine": harness.machine(),
         "prompts": list(lab.prompts),
         "seeds": [lab.seeds[0], lab.seeds[-1]],
-        "features": "headstart-demo-scorer; pixel_diversity: pixels-8x8",
+        "features": "headstart-demo-scorer; pixel_diversity: colours-8x8",
         "reference": {
             "name": references.name,
             "pictures": None if references.pictures is None else len(references.pictures),

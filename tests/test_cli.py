@@ -70,6 +70,11 @@ def test_compare_writes_a_sheet_and_the_documented_json(
     assert list(plans) == ["base", "distilled", "hybrid", "skip-first"]
     assert {"passes", "latency_s", "images", "diversity", "vendi", "score"} <= set(plans["base"])
     assert [plan["passes"] for plan in plans.values()] == [60, 4, 4, 3]
+    assert found["spaces"] == [found["extractor"], "structure-16x16"]
+    for plan in plans.values():
+        first, second = (plan["spaces"][name] for name in found["spaces"])
+        assert all(plan[key] == first[key] for key in ("diversity", "diversity_95", "vendi"))
+        assert second["diversity_95"][0] < second["diversity"] < second["diversity_95"][1]
     assert np.asarray(Image.open(sheet)).std() > 10
     assert _left(tmp_path) == ["sheet.png"]
 
@@ -83,7 +88,19 @@ def test_the_hybrid_is_more_varied_than_the_distilled_model(
     found = json.loads(capsys.readouterr().out)
     plans = {plan["name"]: plan for plan in found["plans"]}
     assert plans["base"]["passes"] >= 10 * plans["hybrid"]["passes"]
-    assert plans["distilled"]["diversity"] < plans["hybrid"]["diversity"]
+    for space in found["spaces"]:
+        distilled, hybrid = (plans[n]["spaces"][space] for n in ("distilled", "hybrid"))
+        assert distilled["diversity"] < hybrid["diversity"], space
+
+
+@pytest.mark.parametrize(("seeds", "told"), [("3", "of the image ·"), ("3,4", "all 2 images ·")])
+def test_few_seeds_have_no_interval_and_the_words_fit(
+    seeds: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "sheet.png")
+    assert main(["compare", "a fox", "--seeds", seeds, "--rounds", "1", "--out", out]) == 0
+    shown = capsys.readouterr().out
+    assert told in shown and " .. " not in shown and "nan" not in shown
 
 
 def test_sample_writes_images_and_a_record_that_replays(

@@ -1,7 +1,7 @@
 """The shipped weights show what the package is for: other weights under these names turn this red.
 
-Few prompts and seeds, and bounds far from what is measured (`bench/results/pair.json`), because this
-is no measurement: it only has to fail for a pair without the effect.
+Few prompts and seeds, and bounds far from what is measured (`bench/results/pair.json`): this is no
+measurement, it only has to fail for a pair without the effect.
 """
 
 from __future__ import annotations

@@ -14,10 +14,11 @@ from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.metrics.fidelity import frechet
 from headstart.metrics.metrics import diversity, vendi
-from headstart.sweep.evaluation import contrast, evaluate, read_reference, see
+from headstart.sweep.evaluation import contrast, evaluate
 from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures
 from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import FORMAT, Shard, open_ledger
+from headstart.sweep.seen import read_reference, see
 from headstart.sweep.sweep import sweep
 
 PROMPTS = ("a fox", "an owl", "a frog")
@@ -61,7 +62,7 @@ def test_an_unfinished_sweep_says_how_much_is_missing(tmp_path: Path) -> None:
 
 
 def test_the_numbers_are_those_of_the_metrics_by_prompt(tmp_path: Path) -> None:
-    judge = open_features("pixels")
+    judge = open_features("colours")
     seen = see(read_gallery(make_sweep(tmp_path / "a", 30.0)), judge)
     other = make_sweep(tmp_path / "b", 10.0)
     reference = read_reference(str(other), judge)
@@ -77,31 +78,34 @@ def test_the_numbers_are_those_of_the_metrics_by_prompt(tmp_path: Path) -> None:
 
 
 def test_only_shared_prompts_and_seeds_are_paired(tmp_path: Path) -> None:
-    judge = open_features("pixels")
+    judge = open_features("colours")
     wide = see(read_gallery(make_sweep(tmp_path / "wide", 40.0)), judge)
     part = see(read_gallery(make_sweep(tmp_path / "part", 10.0, world=3, ranks=2)), judge)
-    found = contrast(wide, part)
+    found = contrast(wide, part, judge)
     assert found is not None and found.diversity is not None
     assert (found.prompts, found.images, found.score) == (3, 8, None)
     assert found.diversity.over_prompts is not None
     assert found.diversity.over_prompts.value > 0
-    assert contrast(wide, wide) is not None
-    same = contrast(wide, wide)
-    assert same is not None and same.diversity == ((0, 0, 0), (0, 0, 0), 1.0)
+    same = contrast(wide, wide, judge)
+    assert same is not None and same.diversity == (0, (0, 0, 0), (0, 0, 0), 1.0)
 
 
 def test_evaluate_prints_a_table_and_the_same_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (str(make_sweep(tmp_path / name, s)) for name, s in (("a", 10.0), ("b", 40.0)))
-    asked = ["evaluate", a, b, "--features", "pixels", "--reference", a]
+    asked = ["evaluate", a, b, "--features", "colours", "--reference", a]
     assert main(asked) == 0
     told = capsys.readouterr().out
-    assert "features: pixels-8x8" in told and f"{b} minus {a}, 3 prompts, 12 images each" in told
+    assert (
+        "features: colours-8x8 · structure: diversity of" in told
+        and f"{b} minus {a}, 3 prompts, 12 images each" in told
+    )
     assert "p = 0.25 (sign flips over prompts)" in told  # three prompts: 2 of 8 patterns
     assert main([*asked, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["features"] == "pixels-8x8"
+    assert found["features"] == "colours-8x8"
+    assert list(found["rows"][0]["spaces"]) == ["colours-8x8", "structure-16x16"]
     assert found["reference"] == {"name": a, "images": 12}
     assert [row["folder"] for row in found["rows"]] == [a, b]
     assert found["rows"][0]["frechet"]["value"] == pytest.approx(0.0, abs=1e-6)
@@ -124,7 +128,7 @@ def test_one_image_a_prompt_has_a_frechet_distance_and_no_diversity(tmp_path: Pa
             ledger,
             batch=6,
         )
-    judge = open_features("pixels")
+    judge = open_features("colours")
     seen = see(read_gallery(folder), judge)
     (row,) = evaluate([seen], judge, read_reference(str(folder), judge)).rows
     assert row.diversity is None and row.varied == 0
@@ -174,4 +178,4 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read as a picture"):
         list(load_rgb([tmp_path / "bad.png"]))
     with pytest.raises(InputError, match="bundled reference is of headstart-demo-scorer"):
-        read_reference("bundled", open_features("pixels"))
+        read_reference("bundled", open_features("colours"))

@@ -141,13 +141,16 @@ def test_folders_that_are_no_extractor_are_refused(clip: Path, tmp_path: Path) -
     (tmp_path / "preprocessor_config.json").write_text('{"size": "large"}')
     with pytest.raises(InputError, match="does not say size"):
         open_features(str(tmp_path))
-    with pytest.raises(InputError, match="expected scorer, pixels, imagenet, or a folder"):
+    with pytest.raises(
+        InputError, match="expected scorer, structure, colours, imagenet, or a folder"
+    ):
         open_features("dreamsim")
 
 
-def test_pixel_features_need_no_weights_and_are_named() -> None:
-    judge = open_features("pixels")
-    assert judge.extractor.name == "pixels-8x8"
+@pytest.mark.parametrize("name", ["colours", "pixels"])
+def test_colours_need_no_weights_and_are_named(name: str) -> None:
+    judge = open_features(name)
+    assert judge.extractor.name == "colours-8x8"
     assert judge.extractor.features(RGB).shape == (3, 192)
 
 

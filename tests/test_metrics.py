@@ -69,7 +69,7 @@ def test_pixel_features_are_cell_means_and_the_extractor_is_named() -> None:
     rgb[1, :5] = 255
     extractor = pixel_extractor(2)
     features = extractor.features(rgb).reshape(2, 2, 2, 3)
-    assert extractor.name == "pixels-2x2"
+    assert extractor.name == "colours-2x2"
     assert (features[0] == -1.0).all() and (features[1, 0] == 1.0).all()
     assert (features[1, 1] == -1.0).all()
 

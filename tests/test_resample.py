@@ -88,7 +88,7 @@ def test_the_same_draws_are_made_for_two_plans_so_a_pair_cancels_what_they_share
 def test_a_plan_does_not_differ_from_itself() -> None:
     measured = measure_diversity([gaussian(8, 4, seed) for seed in range(5)])
     same = paired(measured, measured)
-    assert same == ((0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.0)
+    assert same == (0.0, (0.0, 0.0, 0.0), (0.0, 0.0, 0.0), 1.0)
 
 
 def test_the_sign_flip_test_counts_every_pattern() -> None:
@@ -123,8 +123,17 @@ def test_one_prompt_has_an_interval_over_seeds_and_vendi_one_over_prompts() -> N
 
 
 def test_two_images_drawn_as_one_take_both() -> None:
-    measured = measure_diversity([np.eye(2)])
-    assert (measured.drawn == 1.0).all()
+    measured = measure_diversity([np.eye(2), np.eye(3)])
+    assert (measured.drawn == 1.0).all() and measured.drawn.shape == (2, 2000)
+
+
+def test_two_images_are_one_pair_and_have_no_interval_over_seeds() -> None:
+    pairs = measure_diversity([np.eye(2), gaussian(2, 3)])
+    assert over_seeds(pairs) is None and over_prompts(pairs) is not None
+    one = measure_diversity([np.eye(2)])
+    assert paired(one, one) == (0.0, None, None, None)
+    value, *ends = bootstrap_seeds(np.eye(2))
+    assert value == 1.0 and np.isnan(ends).all()
 
 
 def test_strata_keep_their_sizes() -> None:

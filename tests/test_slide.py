@@ -16,6 +16,7 @@ import headstart as hs
 import headstart_weights
 from headstart.cli import main
 from headstart.compare.slide import slide
+from headstart.metrics.features import open_features
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
@@ -61,6 +62,12 @@ def test_a_slide_is_the_runs_it_stands_for_in_one_batch(engine: hs.Engine, lora:
         apart = abs(images[at].astype(int) - alone.rgb.numpy().astype(int))
         assert apart.max() <= 1  # a batch of another size rounds differently
     engine.detach("odd")
+
+
+def test_a_caption_without_anything_that_scores_is_refused(engine: hs.Engine) -> None:
+    table, judge = {"distilled": engine.compile("distilled")}, open_features("colours")
+    with pytest.raises(hs.InputError, match="toward= needs a judge that scores images"):
+        slide(engine, "a fox", "odd", (0.0,), (4,), table, judge=judge, toward="a blue fox")
 
 
 def test_slide_writes_a_strip_and_its_json(

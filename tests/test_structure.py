@@ -93,7 +93,7 @@ def test_pixels_are_compared_on_a_grid_that_a_small_picture_still_has() -> None:
     black, white = np.zeros((1, 8, 8, 3), np.uint8), np.full((1, 8, 8, 3), 255, np.uint8)
     features = [space.extractor.features(picture) for picture in (black, white)]
     assert space.pair(*features)[0] == pytest.approx(4.0)
-    assert "pixels-8x8" in space.name and "pixels-16x16" in pixel_space(1024, 512).name
+    assert "colours-8x8" in space.name and "colours-16x16" in pixel_space(1024, 512).name
 
 
 def test_a_result_that_is_the_blank_has_distances_and_no_shares() -> None:

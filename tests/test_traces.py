@@ -248,7 +248,7 @@ def test_other_families_are_compared_by_colour_and_need_a_scorer_of_their_own(
 ) -> None:
     run = replace(runs["distilled"], lineage="sdxl")
     found = hs.trace([run], linear_decoder("sdxl"))
-    assert found.space == "mean square difference of pixels-16x16 features"
+    assert found.space == "mean square difference of colours-16x16 features"
     with pytest.raises(hs.InputError, match="--scorer FOLDER"):
         hs.trace([run], linear_decoder("sdxl"), phrases=["a cat"])
 

@@ -160,6 +160,15 @@ def every() -> Parser:
     return every
 
 
+def add_features(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        help="scorer, structure, colours, imagenet, or a folder with a CLIP or DINOv2 model; "
+        "default: scorer for pictures of the bundled pair, structure for others",
+    )
+
+
 def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     about = "such as 0-15 or 3,7; default: %(default)s"
     parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)

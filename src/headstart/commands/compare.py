@@ -7,8 +7,16 @@ import json
 from pathlib import Path
 
 from headstart.checkpoint.distillation import preset_of
-from headstart.commands.arguments import Command, add_seeds, count, sampling, uses_bundled, worded
-from headstart.commands.console import progress
+from headstart.commands.arguments import (
+    Command,
+    add_features,
+    add_seeds,
+    count,
+    sampling,
+    uses_bundled,
+    worded,
+)
+from headstart.commands.console import note, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
@@ -33,6 +41,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         type=count,
         help="times each plan runs, for the median of seconds; own weights: 1",
     )
+    add_features(parser)
     parser.add_argument("--steps", type=int, help="steps of the distilled model")
 
 
@@ -47,17 +56,15 @@ def _run(args: argparse.Namespace) -> int:
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     engine = open_engine(args)
 
-    from headstart.compare.compare import (
-        compare,
-        compare_tables,
-        demo_judge,
-        footer_of,
-        pixel_judge,
-        sheet_of,
-    )
+    from headstart.compare.compare import compare, compare_tables, footer_of, sheet_of
+    from headstart.metrics.judges import Pictures, choose_judge
     from headstart.pictures.sheet import encode_png
 
-    judge = demo_judge() if demo else pixel_judge()
+    side = engine.weights.image_size
+    drawn = Pictures("these weights", engine.weights.lineage, frozenset({(side, side)}))
+    judge, notes = choose_judge([drawn], args.features)
+    for told in notes:
+        note(told)
     tables = compare_tables(engine, preset=args.preset, steps=args.steps)
     with progress(rounds * sum(map(len, tables.values())), "sampling") as bar:
         found = compare(

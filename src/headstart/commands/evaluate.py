@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, every
-from headstart.commands.console import progress
+from headstart.commands.arguments import Command, add_features, every
+from headstart.commands.console import note, progress
 
 if TYPE_CHECKING:
+    from headstart.metrics.judges import Pictures
     from headstart.metrics.resample import Interval, Paired
     from headstart.sweep.evaluation import Contrast, Evaluation, Row, Spread
+    from headstart.sweep.gallery import Gallery
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
-    parser.add_argument(
-        "--features",
-        default="scorer",
-        metavar="NAME",
-        help="scorer, pixels, imagenet, or a folder with a CLIP or DINOv2 model; default: scorer",
-    )
+    add_features(parser)
     parser.add_argument(
         "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
     )
@@ -33,10 +31,13 @@ def _run(args: argparse.Namespace) -> int:
 
     galleries = [read_gallery(folder) for folder in args.folders]
 
-    from headstart.metrics.features import open_features
-    from headstart.sweep.evaluation import evaluate, read_reference, see
+    from headstart.metrics.judges import choose_judge
+    from headstart.sweep.evaluation import evaluate
+    from headstart.sweep.seen import read_reference, see
 
-    judge = open_features(args.features)
+    judge, notes = choose_judge(_known(galleries, args.reference), args.features)
+    for told in notes:
+        note(told)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
         seen = [see(gallery, judge, bar.update) for gallery in galleries]
     reference = None
@@ -49,11 +50,28 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _known(galleries: Sequence[Gallery], reference: str | None) -> list[Pictures]:
+    """What folders say of their pictures, a reference folder's too."""
+    from headstart.metrics.judges import Pictures
+    from headstart.sweep.gallery import picture_sizes, read_lineage, read_pictures
+
+    found = [
+        Pictures(own.name, own.lineage, picture_sizes([one.path for one in own.pictures]))
+        for own in galleries
+    ]
+    if reference is not None and reference != "bundled":
+        folder = Path(reference)
+        known = Pictures(reference, read_lineage(folder), picture_sizes(read_pictures(folder)))
+        found += [known] * all(reference != own.name for own in found)
+    return found
+
+
 def _told(found: Evaluation) -> str:
     """The table for a terminal, what its numbers are, and the paired comparisons."""
     lines = [_header(found), *(_line(row) for row in found.rows)]
-    lines += ["", f"features: {found.extractor} · 95 % intervals over prompts, or over seeds where "
-              "there is one prompt"]  # fmt: skip
+    first, second = found.spaces
+    lines += ["", f"features: {first} · {found.word}: diversity of {second} features · 95 % "
+              "intervals over prompts, or over seeds where there is one prompt"]  # fmt: skip
     if found.reference is not None:
         known = found.reference.features
         counted = "" if known is None else f", {len(known)} images"
@@ -67,12 +85,15 @@ def _told(found: Evaluation) -> str:
             lines.append(f"{own.name}: {own.missing} cases are not finished")
         if row.varied < len(own.prompts):
             lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
-    return "\n".join([*lines, *(line for c in found.contrasts for line in _contrast(c))])
+    for apart in found.contrasts:
+        lines += _contrast(apart, found.word)
+    return "\n".join(lines)
 
 
 def _header(found: Evaluation) -> str:
     head = f"{'folder':<20}{'plan':<18}{'passes':>7}{'images':>8}{'prompts':>8}"
-    head += f"{'diversity':>11}{'95 %':>16}{'Vendi':>8}{'score':>8}"
+    head += f"{'diversity':>11}{'95 %':>16}{found.word:>11}{'95 %':>16}"
+    head += f"{'Vendi':>8}{'score':>8}"
     if found.reference is not None:
         head += f"{'Frechet':>10}{'95 %':>20}"
         if found.reference.features is not None:
@@ -83,8 +104,10 @@ def _header(found: Evaluation) -> str:
 def _line(row: Row) -> str:
     own = row.gallery
     line = f"{_cut(own.name, 19):<20}{_cut(own.plan, 17):<18}{own.passes:>7}"
-    line += f"{len(own.pictures):>8}{len(own.prompts):>8}{_value(row.diversity, 3):>11}"
-    line += f"{_spread(None if row.diversity is None else row.diversity.best, 3):>16}"
+    line += f"{len(own.pictures):>8}{len(own.prompts):>8}"
+    for found in row.spaces.values():
+        line += f"{_value(found.diversity, 3):>11}"
+        line += f"{_spread(None if found.diversity is None else found.diversity.best, 3):>16}"
     line += f"{_value(row.vendi, 2):>8}{_value(row.score, 3):>8}"
     if row.frechet is not None:
         line += f"{row.frechet.value:>10.4g}{_spread(row.frechet.best, 4):>20}"
@@ -96,9 +119,10 @@ def _line(row: Row) -> str:
     return line
 
 
-def _contrast(found: Contrast) -> list[str]:
+def _contrast(found: Contrast, word: str) -> list[str]:
     lines = [f"\n{found.a} minus {found.b}, {found.prompts} prompts, {found.images} images each"]
-    for name, one in (("diversity", found.diversity), ("score", found.score)):
+    named = zip(("diversity", word, "score"), (*found.spaces.values(), found.score), strict=True)
+    for name, one in named:
         if one is not None:
             lines.append(f"  {name:<10}{_paired(one)}")
     return lines
@@ -107,7 +131,7 @@ def _contrast(found: Contrast) -> list[str]:
 def _paired(found: Paired) -> str:
     interval = found.over_prompts or found.over_seeds
     if interval is None:
-        return "-"
+        return f"{found.difference:+.4f}"
     p = "" if found.p_value is None else f"   p = {found.p_value:.2g} (sign flips over prompts)"
     return f"{interval.value:+.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]{p}"
 

@@ -47,13 +47,13 @@ def _run(args: argparse.Namespace) -> int:
     check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
     engine = open_engine(args)
 
-    from headstart.compare.compare import demo_judge
     from headstart.compare.slide import slide, strip_of
+    from headstart.metrics.features import open_features
     from headstart.pictures.sheet import encode_png
 
     tables = {name: engine.compile(name, preset=args.preset) for name in plans}
     adapter = Path(parse_adapter(args.lora[0])[0]).stem
-    judge = None if args.toward is None else demo_judge()
+    judge = None if args.toward is None else open_features("scorer")
     with progress(sum(map(len, tables.values())), "sliding") as bar:
         found = slide(
             engine,

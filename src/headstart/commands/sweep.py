@@ -113,6 +113,7 @@ def _settings(
         "cases": {"count": len(cases), "sha256": digest(cases)},
         "table": json.loads(table.to_json()),
         "negative": args.negative,
+        "lineage": weights.lineage,
         "size": list(size or (weights.image_size,) * 2),
         "batch": args.batch,
         "dtype": str(weights.dtype).removeprefix("torch."),

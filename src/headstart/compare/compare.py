@@ -1,10 +1,11 @@
 """The main job: one prompt and the same seeds by base, distilled, hybrid and skip-first.
 
-row = (network passes, seconds for all images, diversity, Vendi, score against the prompt)
+row = (network passes, seconds for all images, diversity in two spaces, Vendi, prompt score)
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -15,57 +16,65 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 from headstart.engine.engine import Engine
-from headstart.errors import CheckpointError, InputError
-from headstart.metrics.metrics import Extractor, pixel_extractor, vendi
+from headstart.errors import InputError
+from headstart.metrics.features import Judge
+from headstart.metrics.metrics import Extractor, vendi, word_of
 from headstart.metrics.resample import Interval, bootstrap_seeds
-from headstart.metrics.scorer import Scorer, load_scorer
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
 from headstart.sampler import State
 
 PLANS = ("base", "distilled", "hybrid", "skip-first")
-DEMO_SCORER = "headstart-demo-scorer"
 
 
-class Judge(NamedTuple):
-    """What diversity is measured on, and what scores images against the prompt, if anything."""
+class Variety(NamedTuple):
+    """How varied images are in one space. Diversity needs two images, its interval three."""
 
-    extractor: Extractor
-    scorer: Scorer | None = None
+    diversity: Interval | None
+    vendi: float
 
-    def score(self, rgb: NDArray[np.uint8], prompt: str) -> float | None:
-        """Mean cosine of images uint8 [n, H, W, 3] with the prompt."""
-        if self.scorer is None:
-            return None
-        return float(self.scorer.score(_pixels(rgb), [prompt]).mean())
+    @classmethod
+    def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> Variety:
+        features = extractor.features(images)
+        return cls(bootstrap_seeds(features) if len(features) > 1 else None, vendi(features))
+
+    def to_json(self) -> dict[str, Any]:
+        found = self.diversity
+        sure = found is not None and math.isfinite(found.low)
+        return {
+            "diversity": None if found is None else round(found.value, 4),
+            "diversity_95": found.rounded()[1:] if found is not None and sure else None,
+            "vendi": round(self.vendi, 4),
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """One plan's images uint8 [n, H, W, 3] and what they cost. Diversity needs two images."""
+    """One plan's images uint8 [n, H, W, 3], what they cost, and how varied they are by space."""
 
     name: str
     passes: int
     latency_s: float
     images: NDArray[np.uint8]
-    diversity: Interval | None
-    vendi: float
+    spaces: dict[str, Variety]
     score: float | None
 
+    @property
+    def variety(self) -> Variety:
+        """In the first space."""
+        return next(iter(self.spaces.values()))
+
     def to_json(self) -> dict[str, Any]:
-        found = self.diversity
         return {
             "name": self.name,
             "passes": self.passes,
             "latency_s": round(self.latency_s, 4),
             "images": len(self.images),
-            "diversity": None if found is None else round(found.value, 4),
-            "diversity_95": None if found is None else [round(found.low, 4), round(found.high, 4)],
-            "vendi": round(self.vendi, 4),
+            **self.variety.to_json(),
             "score": None if self.score is None else round(self.score, 4),
+            "spaces": {name: found.to_json() for name, found in self.spaces.items()},
         }
 
 
@@ -78,7 +87,8 @@ class Comparison:
     rounds: int
     """How often each plan ran, in turns; seconds are medians."""
     outcomes: tuple[Outcome, ...]
-    extractor: str
+    spaces: tuple[str, ...]
+    """Extractors, the one of `diversity` first."""
     setting: str
     """Where it ran, in words: device, threads, versions."""
 
@@ -88,7 +98,8 @@ class Comparison:
             "seeds": list(self.seeds),
             "rounds": self.rounds,
             "sheet": sheet,
-            "extractor": self.extractor,
+            "extractor": self.spaces[0],
+            "spaces": list(self.spaces),
             "setting": self.setting,
             "plans": [outcome.to_json() for outcome in self.outcomes],
         }
@@ -96,7 +107,7 @@ class Comparison:
     def __str__(self) -> str:
         """The table for a terminal."""
         lines = [f"{'plan':<12}{'passes':>8}{'seconds':>9}{'diversity':>11}{'95 %':>16}"]
-        lines[0] += f"{'Vendi':>8}{'score':>8}"
+        lines[0] += f"{word_of(self.spaces[1]):>11}{'95 %':>16}{'Vendi':>8}{'score':>8}"
         return "\n".join([*lines, *map(_line, self.outcomes)])
 
 
@@ -146,36 +157,14 @@ def compare(
         seeds=tuple(seeds),
         rounds=rounds,
         outcomes=tuple(outcomes),
-        extractor=judge.extractor.name,
+        spaces=tuple(space.name for space in judge.spaces),
         setting=_setting(engine),
     )
 
 
-def demo_judge() -> Judge:
-    """The bundled image-text scorer. Raises CheckpointError if its file is missing or damaged."""
-    import headstart_weights
-
-    try:
-        path = headstart_weights.path("scorer")
-    except headstart_weights.WeightsError as error:
-        raise CheckpointError(f"the bundled scorer cannot be used: {error}") from error
-    scorer = load_scorer(path)
-
-    def features(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
-        with torch.inference_mode():
-            return scorer.features(_pixels(rgb)).double().numpy()
-
-    return Judge(Extractor(DEMO_SCORER, features), scorer)
-
-
-def pixel_judge() -> Judge:
-    """For weights that the bundled scorer knows nothing about: colours of an 8 x 8 grid."""
-    return Judge(pixel_extractor(8))
-
-
 def sheet_of(comparison: Comparison) -> Image.Image:
     """The contact sheet, with what each row cost beside it."""
-    found = [outcome.diversity for outcome in comparison.outcomes]
+    found = [outcome.variety.diversity for outcome in comparison.outcomes]
     highest = max((interval.value for interval in found if interval is not None), default=0.0)
     rows = [_sheet_row(outcome, highest) for outcome in comparison.outcomes]
     count = len(comparison.seeds)
@@ -190,10 +179,12 @@ def sheet_of(comparison: Comparison) -> Image.Image:
 
 def footer_of(comparison: Comparison) -> str:
     """What the numbers mean and where they were taken."""
+    count, (first, second) = len(comparison.seeds), comparison.spaces
+    images = "the image" if count == 1 else f"all {count} images"
     return (
-        f"passes: network passes an image · seconds: text, sampling and decoding of all "
-        f"{len(comparison.seeds)} images{_medians(comparison.rounds)} · diversity: mean pairwise "
-        f"cosine distance of {comparison.extractor} features · {comparison.setting}"
+        f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
+        f"{_medians(comparison.rounds)} · diversity: mean pairwise cosine distance of {first} "
+        f"features · {word_of(second)}: the same of {second} features · {comparison.setting}"
     )
 
 
@@ -211,24 +202,26 @@ def _warm_up(
 def _judged(
     name: str, passes: int, seconds: float, rgb: NDArray[np.uint8], prompt: str, judge: Judge
 ) -> Outcome:
-    features = judge.extractor.features(rgb)
+    scores = None if judge.score is None else judge.score(rgb, [prompt] * len(rgb))
     return Outcome(
         name=name,
         passes=passes,
         latency_s=seconds,
         images=rgb,
-        diversity=bootstrap_seeds(features) if len(features) > 1 else None,
-        vendi=vendi(features),
-        score=judge.score(rgb, prompt),
+        spaces={space.name: Variety.of(rgb, space) for space in judge.spaces},
+        score=None if scores is None else float(scores.mean()),
     )
 
 
 def _sheet_row(outcome: Outcome, highest: float) -> Row:
     notes = [f"{outcome.passes} passes · {outcome.latency_s:.2f} s"]
     bar = None
-    if outcome.diversity is not None:
-        notes.append(f"diversity {outcome.diversity.value:.3f}")
-        bar = outcome.diversity.value / highest if highest > 0 else 0.0
+    found = outcome.variety.diversity
+    if found is not None:
+        words = ("diversity", *map(word_of, list(outcome.spaces)[1:]))
+        pairs = zip(words, outcome.spaces.values(), strict=True)
+        notes.append(" · ".join(f"{word} {_value(own)}" for word, own in pairs))
+        bar = found.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")
     return Row(
@@ -240,14 +233,24 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
     )
 
 
+def _value(variety: Variety) -> str:
+    return "-" if variety.diversity is None else f"{variety.diversity.value:.3f}"
+
+
 def _line(outcome: Outcome) -> str:
-    found, score = outcome.diversity, outcome.score
-    spread = "-" if found is None else f"{found.low:.3f} .. {found.high:.3f}"
+    score = outcome.score
+    varied = "".join(_interval(found.diversity) for found in outcome.spaces.values())
     return (
-        f"{outcome.name:<12}{outcome.passes:>8}{outcome.latency_s:>9.2f}"
-        f"{'-' if found is None else f'{found.value:.3f}':>11}{spread:>16}"
-        f"{outcome.vendi:>8.2f}{'-' if score is None else f'{score:.2f}':>8}"
+        f"{outcome.name:<12}{outcome.passes:>8}{outcome.latency_s:>9.2f}{varied}"
+        f"{outcome.variety.vendi:>8.2f}{'-' if score is None else f'{score:.2f}':>8}"
     )
+
+
+def _interval(found: Interval | None) -> str:
+    if found is None:
+        return f"{'-':>11}{'-':>16}"
+    ends = f"{found.low:.3f} .. {found.high:.3f}" if math.isfinite(found.low) else "-"
+    return f"{found.value:>11.3f}{ends:>16}"
 
 
 def _setting(engine: Engine) -> str:
@@ -255,8 +258,3 @@ def _setting(engine: Engine) -> str:
     threads = torch.get_num_threads()
     cores = f", {threads} thread{'s' * (threads > 1)}" if engine.device.type == "cpu" else ""
     return f"{engine.device.type}{cores}, {kind}, torch {torch.__version__}"
-
-
-def _pixels(rgb: NDArray[np.uint8]) -> Tensor:
-    """uint8 [n, H, W, 3] -> [n, 3, H, W] in [-1, 1]."""
-    return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

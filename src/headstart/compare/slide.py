@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from headstart.compare.compare import Judge
 from headstart.engine.engine import Engine
+from headstart.errors import InputError
+from headstart.metrics.features import Judge
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
 from headstart.sampler import State
@@ -91,7 +92,15 @@ def slide(
 
     The adapter keeps the legs and timesteps that it was attached for; others keep their strengths.
     toward  a caption that images are scored against, with the judge's scorer
+
+    Raises InputError for a caption and a judge that scores nothing.
     """
+    score = None if judge is None else judge.score
+    if toward is not None and score is None:
+        raise InputError(
+            "toward= needs a judge that scores images: the bundled scorer for the bundled pair, or "
+            "open_features(a folder with a CLIP model)"
+        )
     found: list[Slid] = []
     every = tuple(strength for strength in strengths for _ in seeds)
     asked = {adapter: replace(engine.adapters[adapter].strength, value=every)}
@@ -104,8 +113,8 @@ def slide(
         seconds = time.perf_counter() - start
         images = rgb.reshape(len(strengths), len(seeds), *rgb.shape[1:])
         scores = None
-        if judge is not None and toward is not None:
-            scores = tuple(judge.score(part, toward) or 0.0 for part in images)
+        if score is not None and toward is not None:
+            scores = tuple(float(score(part, [toward] * len(part)).mean()) for part in images)
         found.append(
             Slid(plan=name, passes=done.passes, latency_s=seconds, images=images, scores=scores)
         )

@@ -44,6 +44,8 @@ class Recorded:
     results: Mapping[str, list[str]]
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     """Name -> models, names that were allowed, strength; their files are among the weights."""
+    lineage: str | None = None
+    """The family whose images these are; None where the weights do not say."""
 
 
 def weigh(files: WeightFiles) -> Json:
@@ -84,6 +86,7 @@ def describe(run: Recorded) -> Json:
         "negative": run.negative,
         "size": list(run.size),
         "chunk": run.chunk,
+        "lineage": run.lineage,
         "table": json.loads(run.table.to_json()),
         "weights": {role: dict(file) for role, file in run.weights.items()},
         "machine": dict(run.machine),
@@ -109,6 +112,7 @@ def parse(record: Mapping[str, Any]) -> Recorded:
             machine=dict(record["machine"]),
             results={name: list(map(str, v)) for name, v in record["results"].items()},
             adapters={name: dict(told) for name, told in record.get("adapters", {}).items()},
+            lineage=record.get("lineage"),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):

@@ -77,6 +77,7 @@ class Trajectory:
             weights=record.weigh(self.files),
             machine=self.machine,
             adapters=self.adapters,
+            lineage=self.lineage,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

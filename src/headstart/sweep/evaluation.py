@@ -1,6 +1,7 @@
 """Folders of images as numbers: how varied, how faithful, and whether two plans differ.
 
-row  = diversity, MSS, Vendi and score over prompts; Frechet, KID, precision ... to a reference
+row  = diversity, MSS, Vendi and score over prompts; Frechet, KID, precision ... to a reference;
+       diversity and Vendi in a second, independent space as well
 pair = a - b on the prompts and seeds that both folders have
 """
 
@@ -9,16 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from headstart.errors import InputError
-from headstart.metrics.features import SCORER, Judge
-from headstart.metrics.fidelity import By, Moments, frechet_interval, kid, neighbours_interval
-from headstart.metrics.metrics import Array, vendi
+from headstart.metrics.features import Judge
+from headstart.metrics.fidelity import By, frechet_interval, kid, neighbours_interval
+from headstart.metrics.metrics import Array, vendi, word_of
 from headstart.metrics.resample import (
     Interval,
     Measured,
@@ -30,35 +26,14 @@ from headstart.metrics.resample import (
     over_seeds,
     paired,
 )
-from headstart.sweep.gallery import Gallery, load_rgb, read_pictures
+from headstart.sweep.gallery import Gallery
+from headstart.sweep.seen import Reference, Seen
 
-WIDE = 512
-"""Above this many features a Frechet interval takes 50 draws, not 200: one costs a second."""
+WIDE = 256
+"""Above this many features a Frechet interval takes 50 draws, not 200: one costs 50 ms of
+structure's 482 features, and a second of 1280."""
 
-OnImages = Callable[[int], object]
 _T = TypeVar("_T")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seen:
-    """A gallery's features [n, d], and scores [n] against its own prompts, in its order."""
-
-    gallery: Gallery
-    features: Array
-    scores: Array | None
-
-    def split(self, values: Array) -> list[Array]:
-        """One array a prompt."""
-        ends = [0, *np.cumsum(self.gallery.sizes).tolist()]
-        return [values[a:b] for a, b in pairwise(ends)]
-
-
-class Reference(NamedTuple):
-    """What images are compared with: moments, and features [m, d] where there are images."""
-
-    name: str
-    moments: Moments
-    features: Array | None = None
 
 
 class Spread(NamedTuple):
@@ -84,21 +59,51 @@ class Spread(NamedTuple):
         }
 
 
+class Variety(NamedTuple):
+    """Diversity and Vendi in one space; None where no prompt has two images."""
+
+    diversity: Spread | None
+    vendi: Spread | None
+
+    @classmethod
+    def of(cls, groups: Sequence[Array]) -> Variety:
+        """Of the features of prompts with two images or more."""
+        if not groups:
+            return cls(None, None)
+        return cls(Spread.of(measure_diversity(groups)), Spread.of(measure_each(groups, vendi)))
+
+    def to_json(self) -> dict[str, Any]:
+        own = self.diversity
+        return {
+            "diversity": None if own is None else own.to_json(),
+            "mss": None if own is None else round(1.0 - own.value, 5),
+            "vendi": None if self.vendi is None else self.vendi.to_json(),
+        }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
     """One folder. `varied` are the prompts with two images or more, which diversity is of.
 
+    spaces      variety by extractor, the first that of the other numbers
     neighbours  precision, recall, density and coverage
     """
 
     gallery: Gallery
     varied: int
-    diversity: Spread | None
-    vendi: Spread | None
+    spaces: Mapping[str, Variety]
     score: Spread | None
     frechet: Spread | None = None
     kid: Spread | None = None
     neighbours: Mapping[str, Spread] | None = None
+
+    @property
+    def diversity(self) -> Spread | None:
+        return next(iter(self.spaces.values())).diversity
+
+    @property
+    def vendi(self) -> Spread | None:
+        return next(iter(self.spaces.values())).vendi
 
     def to_json(self) -> dict[str, Any]:
         own = self.gallery
@@ -110,9 +115,8 @@ class Row:
             "prompts": len(own.prompts),
             "missing": own.missing,
             "prompts_with_two_images": self.varied,
-            "diversity": None if self.diversity is None else self.diversity.to_json(),
-            "mss": None if self.diversity is None else round(1.0 - self.diversity.value, 5),
-            "vendi": None if self.vendi is None else self.vendi.to_json(),
+            **next(iter(self.spaces.values())).to_json(),
+            "spaces": {name: found.to_json() for name, found in self.spaces.items()},
             "score": None if self.score is None else self.score.to_json(),
             "frechet": None if self.frechet is None else self.frechet.to_json(),
             "kid": None if self.kid is None else self.kid.to_json(),
@@ -130,8 +134,13 @@ class Contrast:
     b: str
     prompts: int
     images: int
-    diversity: Paired | None
+    spaces: Mapping[str, Paired | None]
+    """Diversity by extractor; None where no prompt has two images in both."""
     score: Paired | None
+
+    @property
+    def diversity(self) -> Paired | None:
+        return next(iter(self.spaces.values()))
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -139,8 +148,9 @@ class Contrast:
             "b": self.b,
             "prompts": self.prompts,
             "images": self.images,
-            "diversity": None if self.diversity is None else _paired(self.diversity),
-            "score": None if self.score is None else _paired(self.score),
+            "diversity": _paired(self.diversity),
+            "spaces": {name: {"diversity": _paired(own)} for name, own in self.spaces.items()},
+            "score": _paired(self.score),
         }
 
 
@@ -148,10 +158,16 @@ class Contrast:
 class Evaluation:
     """Rows in the order of the folders, and each further folder against the first."""
 
-    extractor: str
+    spaces: tuple[str, str]
+    """Extractors; every number but the second diversity is of the first."""
     reference: Reference | None
     rows: tuple[Row, ...]
     contrasts: tuple[Contrast, ...]
+
+    @property
+    def word(self) -> str:
+        """What the second diversity is called in a table."""
+        return word_of(self.spaces[1])
 
     def to_json(self) -> dict[str, Any]:
         reference = None
@@ -160,115 +176,81 @@ class Evaluation:
             images = None if known is None else len(known)
             reference = {"name": self.reference.name, "images": images}
         return {
-            "features": self.extractor,
+            "features": self.spaces[0],
+            "spaces": list(self.spaces),
             "reference": reference,
             "rows": [row.to_json() for row in self.rows],
             "paired": [contrast.to_json() for contrast in self.contrasts],
         }
 
 
-def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
-    """Features, and scores where the judge has them, of every picture."""
-    features: list[Array] = []
-    scores: list[Array] = []
-    begin = 0
-    for rgb in load_rgb([picture.path for picture in gallery.pictures]):
-        features.append(judge.extractor.features(rgb))
-        if judge.score is not None:
-            own = gallery.pictures[begin : begin + len(rgb)]
-            scores.append(judge.score(rgb, [picture.prompt for picture in own]))
-        begin += len(rgb)
-        on_images(len(rgb))
-    return Seen(
-        gallery=gallery,
-        features=np.concatenate(features),
-        scores=np.concatenate(scores) if scores else None,
-    )
-
-
-def read_reference(name: str, judge: Judge, on_images: OnImages = lambda _: None) -> Reference:
-    """Features of a folder's pictures; "bundled": moments of the demo pair's training pictures.
-
-    Raises InputError for "bundled" with features other than the scorer's.
-    """
-    if name != "bundled":
-        parts: list[Array] = []
-        for rgb in load_rgb(read_pictures(Path(name))):
-            parts.append(judge.extractor.features(rgb))
-            on_images(len(rgb))
-        features = np.concatenate(parts)
-        return Reference(name, Moments.of(features), features)
-    if judge.extractor.name != SCORER:
-        raise InputError(
-            f"the bundled reference is of {SCORER} features, not of {judge.extractor.name}: leave "
-            "--features out, or give a folder of pictures as --reference"
-        )
-    import headstart_weights
-    from headstart.checkpoint.tensors import Checkpoint
-
-    file = Checkpoint((headstart_weights.path("reference"),))
-    mean, covariance = (file.tensor(key).double().numpy() for key in ("mean", "covariance"))
-    return Reference("the demo pair's training pictures", Moments(mean, covariance))
-
-
 def evaluate(seen: Sequence[Seen], judge: Judge, reference: Reference | None = None) -> Evaluation:
     """Everything that can be said of these folders; later ones are paired with the first."""
+    first, second = (space.name for space in judge.spaces)
+    contrasts = (contrast(other, seen[0], judge) for other in seen[1:])
     return Evaluation(
-        extractor=judge.extractor.name,
+        spaces=(first, second),
         reference=reference,
-        rows=tuple(_row(own, reference) for own in seen),
-        contrasts=tuple(
-            found for other in seen[1:] if (found := contrast(other, seen[0])) is not None
-        ),
+        rows=tuple(_row(own, judge, reference) for own in seen),
+        contrasts=tuple(found for found in contrasts if found is not None),
     )
 
 
-def contrast(a: Seen, b: Seen) -> Contrast | None:
+def contrast(a: Seen, b: Seen, judge: Judge) -> Contrast | None:
     """a - b on the images that both have; None where they share none."""
     keys = [{(p.prompt, p.seed) for p in own.gallery.pictures} for own in (a, b)]
     shared = keys[0] & keys[1]
     if not shared:
         return None
     left, right = _only(a, shared), _only(b, shared)
-    several = [prompt for prompt, group in left.items() if len(group[0]) > 1]
-    diversity = score = None
-    if several:
-        diversity = paired(
-            measure_diversity([left[prompt][0] for prompt in several]),
-            measure_diversity([right[prompt][0] for prompt in several]),
-        )
+    score = None
     if a.scores is not None and b.scores is not None:
-        scored = [measure_mean([group[1] for group in own.values()]) for own in (left, right)]
-        score = paired(*scored)
+        score = paired(
+            measure_mean([a.scores[rows] for rows in left]),
+            measure_mean([b.scores[rows] for rows in right]),
+        )
+    pairs = zip(judge.spaces, a.spaces, b.spaces, strict=True)
     return Contrast(
         a=a.gallery.name,
         b=b.gallery.name,
         prompts=len(left),
         images=len(shared),
-        diversity=diversity,
+        spaces={space.name: _apart(x, left, y, right) for space, x, y in pairs},
         score=score,
     )
 
 
-def _only(seen: Seen, shared: set[tuple[str, int]]) -> dict[str, tuple[Array, Array]]:
-    """Prompt -> (features, scores) of the shared images by seed; prompts in one order for both."""
+def _apart(
+    a: Array, left: Sequence[Sequence[int]], b: Array, right: Sequence[Sequence[int]]
+) -> Paired | None:
+    """Diversity of a less that of b, over prompts with two images."""
+    found = [
+        measure_diversity([features[rows] for rows in chosen if len(rows) > 1])
+        for features, chosen in ((a, left), (b, right))
+        if any(len(rows) > 1 for rows in chosen)
+    ]
+    return paired(*found) if found else None
+
+
+def _only(seen: Seen, shared: set[tuple[str, int]]) -> list[list[int]]:
+    """Rows of the shared images by seed, one list a prompt; prompts in one order for both."""
     order = {prompt: n for n, prompt in enumerate(sorted({prompt for prompt, _ in shared}))}
     rows: dict[str, list[int]] = {prompt: [] for prompt in order}
     for row, picture in enumerate(seen.gallery.pictures):
         if (picture.prompt, picture.seed) in shared:
             rows[picture.prompt].append(row)
-    scores = np.zeros(len(seen.features)) if seen.scores is None else seen.scores
-    return {prompt: (seen.features[own], scores[own]) for prompt, own in rows.items()}
+    return list(rows.values())
 
 
-def _row(seen: Seen, reference: Reference | None) -> Row:
-    groups = [group for group in seen.split(seen.features) if len(group) > 1]
+def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
+    groups = [
+        [group for group in seen.split(features) if len(group) > 1] for features in seen.spaces
+    ]
     scores = None if seen.scores is None else measure_mean(seen.split(seen.scores))
     row = Row(
         gallery=seen.gallery,
-        varied=len(groups),
-        diversity=Spread.of(measure_diversity(groups)) if groups else None,
-        vendi=Spread.of(measure_each(groups, vendi)) if groups else None,
+        varied=len(groups[0]),
+        spaces={s.name: Variety.of(own) for s, own in zip(judge.spaces, groups, strict=True)},
         score=None if scores is None else Spread.of(scores),
     )
     if reference is None or len(seen.features) < 2:
@@ -322,10 +304,11 @@ def _ends(interval: Interval | None) -> list[float] | None:
     return None if interval is None else interval.rounded(6)[1:]
 
 
-def _paired(found: Paired) -> dict[str, Any]:
-    interval = found.over_prompts or found.over_seeds
+def _paired(found: Paired | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
     return {
-        "difference": None if interval is None else round(interval.value, 5),
+        "difference": round(found.difference, 5),
         "over_prompts_95": _ends(found.over_prompts),
         "over_seeds_95": _ends(found.over_seeds),
         "p_value": found.p_value,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from headstart.errors import InputError
 from headstart.sweep.ledger import SETTINGS, read_entries, read_settings
 
 RECORD = "record.json"
+BUNDLED = "headstart_weights/"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -34,6 +36,7 @@ class Gallery:
     name     the folder as it was given
     plan     the plan's name; passes: network passes an image
     missing  cases of the sweep that are not finished
+    lineage  the family that drew them, or None where the folder does not say
     """
 
     name: str
@@ -41,6 +44,7 @@ class Gallery:
     plan: str
     passes: int
     missing: int = 0
+    lineage: str | None = None
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -64,7 +68,7 @@ def read_gallery(folder: Path) -> Gallery:
         raise InputError(f"no folder {str(folder)!r}: give one that sample or sweep wrote")
     try:
         gallery = _of_sweep(folder) if (folder / SETTINGS).exists() else _of_record(folder)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{str(folder)!r} is damaged: {error!r:.100}") from error
@@ -83,6 +87,25 @@ def read_pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
+def picture_sizes(paths: Sequence[Path]) -> frozenset[tuple[int, int]]:
+    """(height, width) of the files, from their headers."""
+    found: set[tuple[int, int]] = set()
+    for path in paths:
+        with _opened(path) as image:
+            found.add((image.height, image.width))
+    return frozenset(found)
+
+
+def read_lineage(folder: Path) -> str | None:
+    """The family that drew a folder's pictures; None where no sweep or record in it says."""
+    for name in (SETTINGS, RECORD):
+        try:
+            return _lineage(json.loads((folder / name).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue
+    return None
+
+
 def load_rgb(paths: Sequence[Path], batch: int = 64) -> Iterator[NDArray[np.uint8]]:
     """uint8 [n, H, W, 3] of consecutive pictures of one size, `batch` at most."""
     waiting: list[NDArray[np.uint8]] = []
@@ -97,9 +120,15 @@ def load_rgb(paths: Sequence[Path], batch: int = 64) -> Iterator[NDArray[np.uint
 
 
 def _load(path: Path) -> NDArray[np.uint8]:
+    with _opened(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+@contextmanager
+def _opened(path: Path) -> Generator[Image.Image]:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            yield image
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise InputError(f"{str(path)!r} cannot be read as a picture: {error}") from error
 
@@ -114,6 +143,7 @@ def _of_sweep(folder: Path) -> Gallery:
         plan=str(settings["plan"]),
         passes=int(settings["passes"]),
         missing=int(settings["cases"]["count"]) - len(entries),
+        lineage=_lineage(settings),
     )
 
 
@@ -137,7 +167,17 @@ def _of_record(folder: Path) -> Gallery:
         pictures=_in_order(pictures),
         plan=str(table["name"]),
         passes=sum(1 if row[guidance] == 1.0 else 2 for row in table["rows"]),
+        lineage=_lineage(record),
     )
+
+
+def _lineage(told: Mapping[str, Any]) -> str | None:
+    """What a record or a sweep says; earlier ones said only which files, and ours have a name."""
+    if told.get("lineage") is not None:
+        return str(told["lineage"])
+    weights = told.get("weights", {})
+    files = [str(weights[role]["file"]) for role in ("base", "distilled") if role in weights]
+    return "demo" if files and all(file.startswith(BUNDLED) for file in files) else None
 
 
 def _in_order(pictures: Sequence[Picture]) -> tuple[Picture, ...]:

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 import headstart_weights
-from headstart.compare.compare import demo_judge
 from headstart.errors import InputError
+from headstart.metrics.features import SCORER, bundled_scorer, open_features
 from headstart.plan.table import StepTable
 from headstart.traces.animation import Animation, animate
 from headstart.traces.branches import Branch
@@ -235,9 +235,7 @@ def demo_scorer(lineage: str | None = "demo") -> ConceptScorer:
             "the bundled scorer knows the bundled pair's pictures only: name one for yours, a "
             "folder with a CLIP model (scorer=clip_scorer(FOLDER), --scorer FOLDER)"
         )
-    judge = demo_judge()
-    scorer = judge.scorer
-    assert scorer is not None
+    scorer = bundled_scorer()
 
     def score(rgb: NDArray[np.uint8], phrases: Sequence[str]) -> NDArray[np.float64]:
         pixels = torch.as_tensor(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1.0
@@ -245,7 +243,7 @@ def demo_scorer(lineage: str | None = "demo") -> ConceptScorer:
 
     names = headstart_weights.manifest().concepts
     return ConceptScorer(
-        name=judge.extractor.name,
+        name=SCORER,
         score=score,
         meaning="cosine of picture and phrase",
         unasked=tuple(map(phrase_of, names)),
@@ -254,7 +252,7 @@ def demo_scorer(lineage: str | None = "demo") -> ConceptScorer:
 
 def _space(lineage: str | None, size: tuple[int, ...]) -> Space:
     if lineage == "demo":
-        return feature_space(demo_judge().extractor)
+        return feature_space(open_features("scorer").extractor)
     return pixel_space(size[0], size[1])
 
 

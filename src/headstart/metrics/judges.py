@@ -1,0 +1,78 @@
+"""Which features are valid for which pictures, decided before any are taken; always two spaces.
+
+the bundled pair's, 64 x 64 px   the bundled scorer and structure, and scores against prompts
+any other                        structure and colours, and no score
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from headstart.errors import InputError
+from headstart.metrics.features import Judge, open_features
+from headstart.metrics.scorer import IMAGE_SIZE
+
+DEMO = "demo"
+
+
+class Pictures(NamedTuple):
+    """What is known of pictures beforehand.
+
+    lineage  the family that drew them, or None where nothing says
+    sizes    (height, width) of those there are
+    """
+
+    name: str
+    lineage: str | None
+    sizes: frozenset[tuple[int, int]]
+
+    def strange(self) -> str | None:
+        """Why the bundled scorer was not made for them, or None where it was."""
+        if self.lineage not in (DEMO, None):
+            return f"of family {self.lineage}"
+        other = sorted(self.sizes - {(IMAGE_SIZE, IMAGE_SIZE)})
+        if not other:
+            return None
+        height, width = other[0]
+        return f"{height}x{width} px"
+
+
+class Choice(NamedTuple):
+    """A judge, and what whoever asked should know about it."""
+
+    judge: Judge
+    notes: tuple[str, ...] = ()
+
+
+def choose_judge(pictures: Sequence[Pictures], named: str | None = None) -> Choice:
+    """The features called `named`, or without a name those that are valid for all the pictures.
+
+    Where nothing says whose pictures are, their size decides, and a note tells. Raises InputError
+    for the bundled scorer on pictures that it was not made for.
+    """
+    strange = [(own, why) for own in pictures if (why := own.strange()) is not None]
+    if named not in ("scorer", None):
+        return Choice(open_features(named))
+    if not strange:
+        taken = [own.name for own in pictures if own.lineage is None]
+        return Choice(open_features("scorer"), tuple(map(_taken, taken)))
+    own, why = strange[0]
+    told = (
+        f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
+        f"and those of {own.name} are {why}: "
+    )
+    if named is not None:
+        raise InputError(
+            f"features 'scorer': {told}leave --features out, for structure and colours, or give "
+            "imagenet, or a folder with a CLIP model, which scores too"
+        )
+    instead = "diversity is by structure and by colours, and there is no prompt score"
+    return Choice(open_features("structure"), (told + instead,))
+
+
+def _taken(name: str) -> str:
+    return (
+        f"{name}: nothing says which family drew these pictures; at {IMAGE_SIZE}x{IMAGE_SIZE} px "
+        "they are taken for the bundled pair's"
+    )
