@@ -58,13 +58,8 @@ def test_distilling_loses_variety_and_one_base_step_brings_most_of_it_back() -> 
     assert all(found.values()), found
 
 
-@pytest.mark.parametrize(
-    ("base", "distilled"),
-    [("base", "base"), ("base", "distilled_unguided")],
-    ids=["no student", "another student"],
-)
-def test_a_pair_without_the_effect_is_noticed(base: str, distilled: str) -> None:
-    """The base as its own student loses nothing, and the unguided one loses less than a third."""
-    paths = [headstart_weights.path(name) for name in (base, distilled)]
-    found = shows_the_effect(hs.Engine.load(*paths, preset="demo", device="cpu"))
-    assert not all(found.values())
+def test_a_pair_without_the_effect_is_noticed() -> None:
+    """The base as its own student loses nothing."""
+    base = headstart_weights.path("base")
+    found = shows_the_effect(hs.Engine.load(base, base, preset="demo", device="cpu"))
+    assert not found["lost, scorer"] and not found["lost, structure"]
