@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
@@ -159,7 +160,10 @@ def test_one_image_goes_on_under_several_seeds(origin: Origin) -> None:
 def test_a_switch_to_a_model_of_another_prediction_keeps_the_boundary_and_levels() -> None:
     table = hs.preset("lcm").compile(hs.NoiseSchedule.scaled_linear())
     kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.EPS}
-    other = changed(table, 2, kinds, model="base")
+    known = SimpleNamespace(
+        predictions=kinds, schedules=dict.fromkeys(kinds, hs.NoiseSchedule.scaled_linear())
+    )
+    other = changed(table, 2, known, model="base")
     legs = (
         hs.Leg(model="base", timesteps=(999.0,), update="renoise", boundary=True,
                prediction="eps"),
@@ -175,7 +179,8 @@ def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
     leg = hs.Leg(model="base", steps=6, update="dpmpp_2m")
     table = hs.Plan((leg,)).compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)
     kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.V}
-    other = changed(table, 3, kinds, model="distilled")
+    known = SimpleNamespace(predictions=kinds, schedules=dict.fromkeys(kinds, DEMO_SCHEDULE))
+    other = changed(table, 3, known, model="distilled")
     assert table[3].carry and table[4].carry
     assert other[3].carry == 0.0 and other[4].carry == table[4].carry
 

@@ -43,7 +43,7 @@ class Intervention(NamedTuple):
                         f"plan {name!r} has steps 0 to {len(table) - 1}, so it can change from "
                         f"step 1 to {len(table) - 1}, not from {step}: choose another step or plan"
                     )
-                known = engine.weights.predictions
+                known = engine.weights
                 changed(table, step, known, model=self.model, guidance=self.guidance)
 
     @property

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser)
-    parser.add_argument("--base", metavar="PATH", help="read prediction and schedule from it")
+    parser.add_argument("--base", metavar="PATH", help="its prediction and noise schedule")
+    parser.add_argument(
+        "--distilled", metavar="PATH", help="the same of the distilled model; default: the base's"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -29,11 +32,15 @@ def _planned(args: argparse.Namespace) -> StepTable:
     from headstart.plan.schedule import NoiseSchedule
 
     plan = named_plan(args.plan, plan_settings(args), "demo")
-    if args.base is not None:
+    if args.base is not None or args.distilled is not None:
         from headstart.checkpoint.checkpoint import read_family
 
-        family = read_family(args.base)
-        return plan.compile(family.schedule, prediction=family.prediction)
+        base, distilled = args.base or args.distilled, args.distilled or args.base
+        families = {"base": read_family(str(base)), "distilled": read_family(str(distilled))}
+        return plan.compile(
+            {role: family.schedule for role, family in families.items()},
+            prediction={role: family.prediction for role, family in families.items()},
+        )
     if plan.name.startswith("demo-"):
         return plan.compile(DEMO_SCHEDULE, prediction=Prediction.V)
     return plan.compile(NoiseSchedule.scaled_linear(), prediction=Prediction.EPS)

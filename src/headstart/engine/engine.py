@@ -159,7 +159,8 @@ class Engine:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return self.weights.schedule
+        """The noise schedule of the base, or of the one model that there is."""
+        return next(iter(self.weights.schedules.values()))
 
     @property
     def device(self) -> torch.device:

@@ -1,7 +1,7 @@
 """The weights of an engine: a base, a distilled model, and what both share.
 
 text, vae   from their own files, else from the base's, else from the distilled's
-schedule    the base's, which the distilled model was made from
+schedules   each model's own, as its file states it; where it does not, its family's
 dtype       what networks compute in; weights in half precision may stay so on a CPU, and are then
             widened layer by layer (`headstart.networks.residency`), with the same bits as result
 """
@@ -31,6 +31,8 @@ from headstart.engine.models import (
     holder,
     predictions,
     preset_of,
+    schedules,
+    two_schedules,
 )
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
@@ -61,7 +63,7 @@ class Pair:
 
     denoisers    "base" and/or "distilled"
     text, vae    serve both; preview: a small decoder, or None
-    schedule     the noise schedule of both; predictions: what each network predicts
+    schedules    the noise schedule of each model; predictions: what each network predicts
     image_size   the model's own, in pixels; downscale: pixels a latent cell
     lineage      the family whose latents these are, or None where the weights do not say
     preset       the pair's name in `headstart.preset`, or None where the weights do not say
@@ -77,7 +79,7 @@ class Pair:
     denoisers: Mapping[str, Denoiser]
     text: ClipText
     vae: LatentCodec
-    schedule: NoiseSchedule
+    schedules: Mapping[str, NoiseSchedule]
     predictions: Mapping[str, Prediction]
     image_size: int
     downscale: int
@@ -151,6 +153,8 @@ def load_pair(
     first = next(iter(models.values()))
     vae, preview = options.get("vae") or holder("vae", models), options.get("preview")
     text = options.get("text") or holder("text", models)
+    known = predictions(options.get("prediction"), models)
+    found = schedules(models, known)
     check_vae(vae, first)
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
@@ -180,8 +184,8 @@ def load_pair(
         denoisers=unets,
         text=words,
         vae=codec,
-        schedule=first.family.schedule,
-        predictions=predictions(options.get("prediction"), models),
+        schedules=found,
+        predictions=known,
         image_size=first.image_size,
         downscale=codec.params.downscale,
         latent_channels=codec.params.latent_channels,
@@ -191,7 +195,7 @@ def load_pair(
         guesses={role: model.guess for role, model in models.items()},
         embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
         guidance_dim=guidance_dim,
-        notes=_notes(models, options.get("prediction"), decision),
+        notes=_notes(models, options.get("prediction"), two_schedules(found), decision),
         device=place,
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
@@ -236,6 +240,7 @@ def one_network(pair: Pair, lora: FilePath) -> Pair:
         pair,
         denoisers={"base": network, "distilled": network},
         predictions={"base": prediction, "distilled": prediction},
+        schedules=dict.fromkeys(("base", "distilled"), pair.schedules["base"]),
         files={**pair.files, "distilled_lora": (str(lora), Checkpoint.open(lora).files)},
     )
 
@@ -290,11 +295,11 @@ def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
 
 
 def _notes(
-    models: Mapping[str, Model], given: Predictions | None, decision: str | None
+    models: Mapping[str, Model], given: Predictions | None, *others: str | None
 ) -> tuple[str, ...]:
     settled = set(given) if isinstance(given, Mapping) else set(models) if given else set[str]()
     told = [model.note(role, role in settled) for role, model in models.items()]
-    return tuple(line for line in (*told, decision) if line)
+    return tuple(line for line in (*told, *others) if line)
 
 
 def _check_text(unet: UNet, path: FilePath, words: ClipText, text: FilePath) -> None:

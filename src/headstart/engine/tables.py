@@ -8,6 +8,7 @@ from headstart.engine.pair import Pair
 from headstart.errors import PlanError
 from headstart.plan.plan import Plan
 from headstart.plan.request import PRESETS, PlanSettings, check_table, named_plan
+from headstart.plan.schedule import fingerprint_of
 from headstart.plan.table import StepTable
 
 
@@ -22,8 +23,8 @@ def compile_for(weights: Pair, plan: str | Plan | StepTable, settings: PlanSetti
         plan = named_plan(plan, _stated(weights, plan, settings), weights.preset)
     _check_models(weights, plan)
     if isinstance(plan, Plan):
-        plan = plan.compile(weights.schedule, prediction=weights.predictions)
-    check_table(plan, weights.schedule.fingerprint())
+        plan = plan.compile(weights.schedules, prediction=weights.predictions)
+    check_table(plan, fingerprint_of({model: weights.schedules[model] for model in plan.models}))
     for role, found in weights.guesses.items():
         rows = [step for step in plan if step.model == role]
         if complaint := found.complaint(role, rows, plan.name):

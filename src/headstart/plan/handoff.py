@@ -1,8 +1,12 @@
-"""The boundary between legs:  last sigma_next of one == first sigma of the next, or an error."""
+"""The boundary between legs:  last sigma_next of one == first sigma of the next, or an error.
+
+A boundary is a noise level. Two models may have schedules of their own: then the same timestep is
+another level for each, and the first one's last row goes to the level at which the other starts.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
@@ -10,6 +14,9 @@ from typing import NamedTuple
 from headstart.errors import PlanError
 from headstart.plan.leg import Grid, Leg
 from headstart.plan.schedule import NoiseSchedule, Spacing
+
+Schedules = Mapping[str, NoiseSchedule]
+"""Model -> the schedule that it was trained on."""
 
 MATCH = 1e-6
 """Levels relatively closer than this are one level: sigmas that went through float32 still join."""
@@ -23,24 +30,38 @@ class Point(NamedTuple):
     sigma: float
 
 
-def join(legs: Sequence[Leg], schedule: NoiseSchedule) -> tuple[Point, ...]:
+def join(legs: Sequence[Leg], schedules: Schedules) -> tuple[Point, ...]:
     """All starting points of a plan, highest first; each row goes to the next point, the last to 0.
 
-    A leg given by steps= stops where the next leg starts, which must be a point of its own grid. A
-    leg given by timesteps= or sigmas= runs all of its points, and they must lie above the next
-    leg's. Anything else raises a PlanError with both grids and the nearest plan that does join.
+    A leg given by steps= stops where the next leg starts: at a point of its own grid, or, where the
+    next model has another schedule, above the level and above the timestep at which that one
+    starts. A leg given by timesteps= or sigmas= runs all of its points, and they must lie above
+    the next leg's. Anything else raises a PlanError with both grids and the nearest plan that does.
     """
-    grids = [leg.grid(schedule) for leg in legs]
-    for index, pair in enumerate(pairwise(legs)):
-        reason = _fault(*pair, grids[index], grids[index + 1])
+    parts = [_part(leg, schedules) for leg in legs]
+    for index, pair in enumerate(pairwise(parts)):
+        reason = _fault(*pair)
         if reason:
-            raise PlanError(_explain(reason, legs, schedule, index))
+            raise PlanError(_explain(reason, legs, schedules, index))
     points: list[Point] = []
-    for index, (leg, own) in enumerate(zip(legs, grids, strict=True)):
-        count = _above(own, grids[index + 1]) if index + 1 < len(legs) else len(own.sigmas)
+    for index, part in enumerate(parts):
+        leg, own = part.leg, part.grid
+        count = _count(part, parts[index + 1]) if index + 1 < len(legs) else len(own.sigmas)
         pairs = zip(own.timesteps[:count], own.sigmas[:count], strict=True)
         points += [Point(leg, timestep, sigma) for timestep, sigma in pairs]
     return tuple(points)
+
+
+class _Part(NamedTuple):
+    """A leg with all starting points of its own grid, on its model's schedule."""
+
+    leg: Leg
+    grid: Grid
+    schedule: NoiseSchedule
+
+
+def _part(leg: Leg, schedules: Schedules) -> _Part:
+    return _Part(leg, leg.grid(schedules[leg.model]), schedules[leg.model])
 
 
 def _above(own: Grid, following: Grid) -> int:
@@ -48,10 +69,25 @@ def _above(own: Grid, following: Grid) -> int:
     return sum(sigma > following.sigmas[0] * (1 + MATCH) for sigma in own.sigmas)
 
 
-def _fault(leg: Leg, after: Leg, own: Grid, following: Grid) -> str:
+def _count(part: _Part, after: _Part) -> int:
+    """How many points of a leg run before the next one starts.
+
+    On two schedules one timestep has two levels, and the leg that has the higher one would make a
+    needless small step from there: a leg of a grid stops above the next one's timestep too.
+    """
+    count = _above(part.grid, after.grid)
+    if part.leg.steps is None or part.schedule == after.schedule:
+        return count
+    return min(count, sum(time > after.grid.timesteps[0] for time in part.grid.timesteps))
+
+
+def _fault(part: _Part, after: _Part) -> str:
     """Why these two cannot join, or an empty string."""
-    count = _above(own, following)
-    start = f"{after.model!r} starts at timestep {following.timesteps[0]:g}"
+    leg, own, following = part.leg, part.grid, after.grid
+    count = _count(part, after)
+    start = f"{after.leg.model!r} starts at timestep {following.timesteps[0]:g}"
+    if part.schedule != after.schedule:
+        start += f" (sigma {following.sigmas[0]:.4f}, on a schedule of its own)"
     if leg.steps is None:
         if count == len(own.sigmas):
             return ""
@@ -65,7 +101,8 @@ def _fault(leg: Leg, after: Leg, own: Grid, following: Grid) -> str:
             f"{own.timesteps[0]:g}, and {start}"
         )
     landing = own.sigmas[count] if count < len(own.sigmas) else 0.0
-    if abs(landing - following.sigmas[0]) <= MATCH * following.sigmas[0]:
+    met = abs(landing - following.sigmas[0]) <= MATCH * following.sigmas[0]
+    if met or part.schedule != after.schedule:
         return ""
     target = f"timestep {own.timesteps[count]:g}" if landing else "the end of its grid, sigma 0"
     return (
@@ -74,10 +111,13 @@ def _fault(leg: Leg, after: Leg, own: Grid, following: Grid) -> str:
     )
 
 
-def _explain(reason: str, legs: Sequence[Leg], schedule: NoiseSchedule, index: int) -> str:
+def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, index: int) -> str:
     width = max(len(legs[index].model), len(legs[index + 1].model))
-    grids = [f"  {leg.model:<{width}}  {leg.grid(schedule)}" for leg in legs[index : index + 2]]
-    nearest = _nearest(legs, schedule, index)
+    grids = [
+        f"  {leg.model:<{width}}  {leg.grid(schedules[leg.model])}"
+        for leg in legs[index : index + 2]
+    ]
+    nearest = _nearest(legs, schedules, index)
     told = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
     changed = nearest[index].steps if len(nearest) == len(legs) else None
     if changed is not None and changed != legs[index].steps:
@@ -85,22 +125,23 @@ def _explain(reason: str, legs: Sequence[Leg], schedule: NoiseSchedule, index: i
     return "\n".join([reason, *grids, told])
 
 
-def _nearest(legs: Sequence[Leg], schedule: NoiseSchedule, index: int) -> Sequence[Leg]:
-    for pair in _repairs(legs[index], legs[index + 1], schedule):
+def _nearest(legs: Sequence[Leg], schedules: Schedules, index: int) -> Sequence[Leg]:
+    for pair in _repairs(legs[index], legs[index + 1], schedules):
         candidate = (*legs[:index], *pair, *legs[index + 2 :])
-        if _joins(candidate, schedule):
+        if _joins(candidate, schedules):
             return candidate
-    return _trimmed(legs, schedule)
+    return _trimmed(legs, schedules)
 
 
-def _repairs(leg: Leg, after: Leg, schedule: NoiseSchedule) -> Iterator[tuple[Leg, Leg]]:
+def _repairs(leg: Leg, after: Leg, schedules: Schedules) -> Iterator[tuple[Leg, Leg]]:
     """Changes to two legs that may make them join, the smallest first."""
-    own, following = leg.grid(schedule), after.grid(schedule)
+    own, following = leg.grid(schedules[leg.model]), after.grid(schedules[after.model])
     if leg.steps is not None:
         steps = leg.steps
         # At most double the steps: past that, naming the timesteps is the smaller change.
         for other in sorted(range(leg.skip + 1, 2 * steps + 1), key=lambda n: (abs(n - steps), n)):
             yield replace(leg, steps=other), after
+    schedule = schedules[leg.model]
     top = Grid((float(len(schedule) - 1),), (float(schedule.sigmas[-1]),))
     tails = [after]
     if after.steps is not None and after.skip + 1 < after.steps:
@@ -110,29 +151,28 @@ def _repairs(leg: Leg, after: Leg, schedule: NoiseSchedule) -> Iterator[tuple[Le
     for tail in tails:
         yield leg, tail
         for head in (own, top):
-            count = _above(head, tail.grid(schedule))
+            count = _above(head, tail.grid(schedules[tail.model]))
             if count:
                 yield _explicit(leg, head, slice(0, count)), tail
 
 
-def _trimmed(legs: Sequence[Leg], schedule: NoiseSchedule) -> Sequence[Leg]:
+def _trimmed(legs: Sequence[Leg], schedules: Schedules) -> Sequence[Leg]:
     """From the last leg up, keep of each what lies above the leg after it: that always joins."""
     kept = [legs[-1]]
     for leg in reversed(legs[:-1]):
-        own = leg.grid(schedule)
-        count = _above(own, kept[0].grid(schedule))
+        own = leg.grid(schedules[leg.model])
+        count = _above(own, kept[0].grid(schedules[kept[0].model]))
         if count:
             kept.insert(0, _explicit(leg, own, slice(0, count)))
     return kept
 
 
-def _joins(legs: Sequence[Leg], schedule: NoiseSchedule) -> bool:
+def _joins(legs: Sequence[Leg], schedules: Schedules) -> bool:
     try:
-        grids = [leg.grid(schedule) for leg in legs]
+        parts = [_part(leg, schedules) for leg in legs]
     except PlanError:  # a candidate's step count has no such grid
         return False
-    pairs = zip(pairwise(legs), pairwise(grids), strict=True)
-    return not any(_fault(*two, *their) for two, their in pairs)
+    return not any(_fault(*pair) for pair in pairwise(parts))
 
 
 def _explicit(leg: Leg, own: Grid, part: slice) -> Leg:

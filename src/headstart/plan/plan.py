@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, TypeVar, cast, get_args
 
 import numpy as np
 
 from headstart.errors import PlanError
-from headstart.plan.handoff import Point, join
+from headstart.plan.handoff import Point, Schedules, join
 from headstart.plan.leg import Grid, Leg
 from headstart.plan.prediction import Prediction, Scalings
 from headstart.plan.schedule import (
@@ -23,6 +23,7 @@ from headstart.plan.schedule import (
     FloatArray,
     NoiseSchedule,
     Spacing,
+    fingerprint_of,
     grid,
     whole_number,
 )
@@ -43,6 +44,8 @@ __all__ = [
     "Update",
     "preset",
 ]
+
+_T = TypeVar("_T")
 
 EPS_SIGMA_LIMIT = 2048.0
 """Above it the half-precision rounding of F alone, 2^-11, moves x0 = x - sigma*F by more than 1."""
@@ -69,26 +72,32 @@ class Plan:
 
     def compile(
         self,
-        schedule: NoiseSchedule,
+        schedule: NoiseSchedule | Mapping[str, NoiseSchedule],
         *,
         prediction: Prediction | Mapping[str, Prediction] = Prediction.EPS,
     ) -> StepTable:
-        """Every number of the run. `prediction` is what models predict whose leg does not say.
+        """Every number of the run.
+
+        schedule    of all models, or model -> its own: each row's timestep and level are those of
+                    the model that runs it, and models meet at a level
+        prediction  the same for what networks predict, where the leg does not say
 
         Raises PlanError for legs that do not join, with both grids and the nearest plan that does.
         """
-        points = join(self.legs, schedule)
+        models = dict.fromkeys(leg.model for leg in self.legs)
+        schedules = {model: _of("noise schedule", schedule, model) for model in models}
+        points = join(self.legs, schedules)
         befores = (None, *points[:-1])
         afters = (*points[1:], None)
         rows = tuple(
-            _row(schedule, _predicts(here.leg, prediction), before, here, after)
+            _row(schedules, _predicts(here.leg, prediction), before, here, after)
             for before, here, after in zip(befores, points, afters, strict=True)
         )
-        return StepTable(rows, start=self.start, schedule=schedule.fingerprint(), name=self.name)
+        return StepTable(rows, start=self.start, schedule=fingerprint_of(schedules), name=self.name)
 
 
 def _row(
-    schedule: NoiseSchedule,
+    schedules: Schedules,
     prediction: Prediction,
     before: Point | None,
     here: Point,
@@ -96,10 +105,10 @@ def _row(
 ) -> Step:
     leg = here.leg
     transition = Transition(
-        schedule=schedule,
+        schedule=schedules[leg.model],
         sigma=here.sigma,
         sigma_next=after.sigma if after else 0.0,
-        timestep_next=after.timestep if after else 0.0,
+        timestep_next=_timestep_next(schedules, here, after),
         sigma_before=_level_before(before, leg),
         eta=leg.eta,
         gamma=leg.gamma,
@@ -123,17 +132,33 @@ def _level_before(before: Point | None, leg: Leg) -> float | None:
     return before.sigma
 
 
+def _timestep_next(schedules: Schedules, here: Point, after: Point | None) -> float:
+    """The timestep of the row's own model at the level where the row lands."""
+    if after is None:
+        return 0.0
+    own, other = schedules[here.leg.model], schedules[after.leg.model]
+    if own == other or here.leg.update is not Update.TCD:  # the only rule that reads it
+        return after.timestep
+    return own.timestep(after.sigma)
+
+
 def _predicts(leg: Leg, given: Prediction | Mapping[str, Prediction]) -> Prediction:
     if leg.prediction is not None:
         return leg.prediction
+    return Prediction(_of("prediction", given, leg.model))
+
+
+def _of(what: str, given: _T | Mapping[str, _T], model: str) -> _T:
+    """One for all models, or the model's own. Raises PlanError where the mapping has none."""
     if not isinstance(given, Mapping):
-        return Prediction(given)
-    if leg.model not in given:
+        return given
+    found = cast("Mapping[str, _T]", given)
+    if model not in found:
         raise PlanError(
-            f"no prediction for model {leg.model!r}: the mapping has {sorted(given)}; add it, or "
-            "give the leg prediction="
+            f"no {what} for model {model!r}: the mapping has {', '.join(map(repr, found))}; add "
+            f"it, or give one {what} for all models"
         )
-    return Prediction(given[leg.model])
+    return found[model]
 
 
 def _scalings(here: Point, prediction: Prediction) -> Scalings:

@@ -7,7 +7,7 @@ sqrt(a) that is x0 + sigma*eps, the state this package keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
@@ -280,6 +280,14 @@ class NoiseSchedule:
     def __repr__(self) -> str:
         low, high = self.sigmas[[0, -1]]
         return f"NoiseSchedule({len(self)} timesteps, sigma {low:.4f} .. {high:.4f})"
+
+
+def fingerprint_of(schedules: Mapping[str, NoiseSchedule]) -> str:
+    """Of the one schedule of all models; of each model's, where they differ."""
+    found = {model: schedule.fingerprint() for model, schedule in schedules.items()}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    return " ".join(f"{model}={digest}" for model, digest in sorted(found.items()))
 
 
 def whole_number(name: str, value: int, low: int, high: int) -> int:

@@ -53,7 +53,7 @@ class StepTable:
 
     steps     the rows, at least one
     start     how unit noise becomes the first x, see `init_scale`
-    schedule  fingerprint of the NoiseSchedule the rows were compiled against
+    schedule  fingerprint of the NoiseSchedule the rows were compiled against, or of each model's
     name      the plan's name
     first     index of steps[0] in the unsliced table. Noise is keyed by it, so a slice draws what
               the whole run would have drawn there.
@@ -116,8 +116,9 @@ class StepTable:
 
     @property
     def c_in_next(self) -> npt.NDArray[np.float32]:
-        """[N] float32: c_in at sigma_next, the scale of the next network input; 1 at the end."""
-        return np.array([_c_in(step.sigma_next) for step in self.steps], dtype=np.float32)
+        """[N] float32: c_in of the row after, the scale of the next network input; 1 at the end."""
+        following = [step.c_in for step in self.steps[1:]]
+        return np.array([*following, _c_in(self.steps[-1].sigma_next)], dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.steps)

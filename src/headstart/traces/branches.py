@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import SupportsIndex, final
+from typing import Protocol, SupportsIndex, final
 
 import torch
 from torch import Tensor
@@ -20,9 +20,19 @@ from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
 from headstart.plan.prediction import Prediction, Scalings
 from headstart.plan.request import pair_up
+from headstart.plan.schedule import NoiseSchedule, fingerprint_of
 from headstart.plan.table import Step, StepTable
 from headstart.plan.update import consistency_boundary
 from headstart.sampler import State
+
+
+class Trained(Protocol):
+    """What each model was trained on; an engine's weights say it."""
+
+    @property
+    def schedules(self) -> Mapping[str, NoiseSchedule]: ...
+    @property
+    def predictions(self) -> Mapping[str, Prediction]: ...
 
 
 @final
@@ -89,7 +99,7 @@ def branch(
             f"not at row {first}: row 0 is another run, and there is no row after the last"
         )
     words = _told(model, reseed, guidance, prompt, negative)
-    table = changed(origin.table, first, engine.weights.predictions, model=model, guidance=guidance)
+    table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
     seeds = origin.seeds if reseed is None else pair_up("", reseed)[1]
     kept = None if origin.x0 is None else origin.x0[:first]
     if reseed is not None:
@@ -127,42 +137,48 @@ def branch(
 def changed(
     table: StepTable,
     first: int,
-    predictions: Mapping[str, Prediction],
+    known: Trained,
     *,
     model: str | None = None,
     guidance: float | None = None,
 ) -> StepTable:
     """The table with another model or guidance from row `first` on, at the same noise levels.
 
-    A row that looks back on the x0 of another model (`carry`) becomes first order, as a plan's
-    first row of a leg is. Raises PlanError for an unknown model or a guidance below 0.
+    A model on another noise schedule is called at its own timesteps of these levels. A row that
+    looks back on the x0 of another model (`carry`) becomes first order, as a plan's first row of a
+    leg is. Raises PlanError for an unknown model, a level that it has no timestep for, or a
+    guidance below 0.
     """
-    if model is not None and model not in predictions:
-        raise PlanError(f"no model {model!r} to switch to: there is {', '.join(predictions)}")
+    if model is not None and model not in known.predictions:
+        raise PlanError(f"no model {model!r} to switch to: there is {', '.join(known.predictions)}")
     if guidance is not None and not 0.0 <= guidance < float("inf"):
         raise PlanError(f"guidance must be a finite number >= 0, not {guidance!r}")
     rows = list(table)
     for index in range(first, len(rows)):
         row = rows[index]
         if model is not None:
-            row = _switched(row, model, predictions)
+            row = _switched(row, model, known)
         if guidance is not None:
             row = row._replace(guidance=float(guidance))
         if row.carry and rows[index - 1].model != row.model:
             row = row._replace(carry=0.0)
         rows[index] = row
-    return replace(table, steps=tuple(rows))
+    ran = {row.model: known.schedules[row.model] for row in rows}
+    return replace(table, steps=tuple(rows), schedule=fingerprint_of(ran))
 
 
-def _switched(row: Step, model: str, predictions: Mapping[str, Prediction]) -> Step:
+def _switched(row: Step, model: str, known: Trained) -> Step:
     """The row by another model; LCM's boundary stays folded in where it was."""
-    if predictions[model] is predictions[row.model]:
+    timestep, schedule = row.timestep, known.schedules[model]
+    if schedule != known.schedules[row.model]:
+        timestep = schedule.timestep(row.sigma, "log")
+    before, after = known.predictions[row.model], known.predictions[model]
+    if before is after and timestep == row.timestep:
         return row._replace(model=model)
-    plain = predictions[row.model].scalings(row.sigma)
-    scalings = predictions[model].scalings(row.sigma)
-    if Scalings(row.c_in, row.c_skip, row.c_out) != plain:
-        scalings = consistency_boundary(scalings, row.timestep)
-    return row._replace(model=model, **scalings._asdict())
+    scalings = after.scalings(row.sigma)
+    if Scalings(row.c_in, row.c_skip, row.c_out) != before.scalings(row.sigma):
+        scalings = consistency_boundary(scalings, timestep)
+    return row._replace(model=model, timestep=timestep, **scalings._asdict())
 
 
 def _renoised(state: State, sigma: float, seeds: tuple[int, ...]) -> State:
