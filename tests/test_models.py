@@ -14,7 +14,14 @@ from safetensors.torch import save_file
 
 import headstart as hs
 from headstart.cli import main
-from headstart.engine.models import Model, check_belong, predictions, preset_of
+from headstart.engine.models import (
+    Model,
+    check_belong,
+    predictions,
+    preset_of,
+    schedules,
+    two_schedules,
+)
 from headstart.plan.prediction import Prediction
 
 
@@ -170,11 +177,33 @@ def test_what_is_stated_is_before_what_is_guessed_before_the_family(tmp_path: Pa
     assert preset_of(models) == "turbo" and preset_of({"base": plain}) is None
 
 
-def test_two_stated_schedules_that_differ_do_not_belong_together(tmp_path: Path) -> None:
+def test_two_stated_schedules_are_each_models_own(tmp_path: Path) -> None:
     made = Made.of("sd15", 0)
     one, other = (Model.of(made.write("folder", tmp_path / name)) for name in ("a", "b"))
-    check_belong({"base": one, "distilled": other})
+    same = {"base": one, "distilled": other}
+    known = predictions(None, same)
+    assert two_schedules(schedules(same, known)) is None
     scheduler = tmp_path / "b" / "scheduler" / "scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace("0.012", "0.02"))
-    with pytest.raises(hs.CheckpointError, match="noise schedule"):
-        check_belong({"base": one, "distilled": Model.of(tmp_path / "b")})
+    models = {"base": one, "distilled": Model.of(tmp_path / "b")}
+    check_belong(models)
+    found = schedules(models, known)
+    assert found["base"] == one.family.schedule != found["distilled"]
+    told = two_schedules(found)
+    assert told is not None and "each model is called at its own levels" in told
+
+
+def test_a_published_student_of_unstated_schedule_has_its_familys(tmp_path: Path) -> None:
+    """Its name says Turbo, and no Turbo was trained on this base's linear betas."""
+    made = Made.of("sd15", 0)
+    base = made.write("folder", tmp_path / "base")
+    scheduler = tmp_path / "base" / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace("scaled_linear", "linear"))
+    models = {"base": Model.of(base), "distilled": Model.of(made.write("bare", tmp_path / "s_lcm"))}
+    known = predictions(None, models)
+    assert known["base"] is known["distilled"]
+    assert models["distilled"].guess.preset == "lcm"
+    assert schedules(models, known)["distilled"] == hs.NoiseSchedule.scaled_linear()
+    nameless = {**models, "distilled": Model.of(made.write("bare", tmp_path / "student"))}
+    found = schedules(nameless, known)
+    assert found["distilled"] == found["base"] != hs.NoiseSchedule.scaled_linear()

@@ -168,17 +168,16 @@ def trace(
     longest = max(len(run.table) for run in runs.values())
     problems: list[str] = []
     strips: list[Strip] = []
-    known: dict[int, Pictures] = {}
     for name, run in runs.items():
         rows = looked_at(len(run.table), longest, every)
-        seen = _decode(name, run, rows, decoder, problems, on_step)
-        _, frames, good = seen
-        against = _controls(name, run, controls or {}, phrases)
-        for control in against.values():
-            if id(control) not in known:
-                known[id(control)] = _decode(
-                    f"{name} without a phrase", control, rows, decoder, problems, on_step
-                )
+        twins = _controls(name, run, controls or {}, phrases)
+        shown = {id(twin): twin for twin in (run, *twins.values())}
+        seen = {
+            key: _decode(name, twin, rows, decoder, problems, on_step)
+            for key, twin in shown.items()
+        }
+        _, frames, good = seen[id(run)]
+        against = {phrase: seen[id(twin)] for phrase, twin in twins.items()}
         chosen = space or _space(lineage, frames.shape[2:4])
         space = chosen
         steps = [(row, run.table[row]) for row in rows]
@@ -194,9 +193,7 @@ def trace(
                 good=good,
                 final=run.rgb.cpu().numpy(),
                 measured=measure(steps, frames, good, blank, chosen),
-                timeline=None
-                if scorer is None
-                else watch(seen, phrases, {p: known[id(c)] for p, c in against.items()}, scorer),
+                timeline=scorer and watch(seen[id(run)], phrases, against, scorer),
                 **_changed(run, chosen),
             )
         )
