@@ -1,4 +1,4 @@
-"""What is measured of a plan on the bundled pair: variety in two spaces, fidelity, novelty, cost.
+"""What is measured of a plan on the bundled pair: variety in two spaces, fidelity, novelty.
 
 diversity  mean pairwise cosine distance within the seeds of a prompt: of the scorer's features, and
            of grey structure (`headstart.metrics.greys`), which knows no colours and no training
@@ -8,7 +8,6 @@ nearest    root mean square, in levels of 255, to the nearest training picture o
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ RESAMPLES = 5000
 class Sampled(NamedTuple):
     """One case: features and structure [P, S, D], right and score [P, S], nearest [P, S] or None.
 
-    passes a picture; seconds for all of them
+    passes are a picture's
     """
 
     features: Array
@@ -46,7 +45,6 @@ class Sampled(NamedTuple):
     nearest: Array | None
     saturation: float
     passes: int
-    seconds: float
 
 
 class Judges(NamedTuple):
@@ -74,8 +72,8 @@ def measure(
     settings: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Every prompt with every seed."""
-    greys, parts = structure_extractor(), []
-    begin = time.perf_counter()
+    greys = structure_extractor()
+    parts: list[dict[str, Any]] = []
     for own, prompt in enumerate(judges.prompts):
         done = engine.sample(prompt, plan=plan, seeds=seeds, batch=64, **(settings or {}))
         rgb = done.rgb.cpu()
@@ -94,7 +92,6 @@ def measure(
                 "passes": done.passes,
             }
         )
-    seconds = time.perf_counter() - begin
     stacked = {
         name: np.stack([part[name] for part in parts])
         for name in ("features", "structure", "right", "score")
@@ -106,7 +103,6 @@ def measure(
         nearest=near,
         saturation=saturation,
         passes=parts[0]["passes"],
-        seconds=seconds,
     )
 
 
@@ -147,7 +143,6 @@ def row(sampled: Sampled, sets: int = 1) -> dict[str, Any]:
     parts = np.split(sampled.features, sets, axis=1)
     return {
         "passes": sampled.passes,
-        "seconds_per_image": round(sampled.seconds / len(flat), 4),
         "diversity": interval(each_diversity(sampled.features, sets)),
         "structure": interval(each_diversity(sampled.structure, sets)),
         "vendi": float(np.mean([vendi(prompt) for part in parts for prompt in part])),

@@ -69,6 +69,12 @@ _FILE = re.compile(
 )
 
 
+CROSSED = ("distilled", "student", "renoise", "renoise-unnoised")
+"""Drawn with and without new noise between steps, whichever they are trained for."""
+CURVED = ("student", "control")
+"""Measured on their way too."""
+
+
 class Student(NamedTuple):
     """One file of weights: which recipe, training seed, and steps; None: the run's last."""
 
@@ -111,7 +117,7 @@ def main() -> None:
         harness.fresh_seeds("students", options.seeds),
         options.work / "students",
     )
-    students = _students(options.work)
+    students = [s for s in _students(options.work) if (s.steps or 0) % options.curve == 0]
     base = lab.case(None, "base", None)
     rows: dict[str, Any] = {"base": row(base)}
     for student in tqdm(students, desc="students"):
@@ -140,6 +146,7 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
     parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--curve", type=int, default=300, help="kept steps between two points")
     parser.add_argument("--out", type=Path, default=Path("bench/results/students.json"))
     return parser.parse_args()
 
@@ -151,14 +158,17 @@ def _students(work: Path) -> list[Student]:
     for path in sorted(work.glob("*.safetensors")):
         if match := _FILE.fullmatch(path.stem):
             steps = None if match["steps"] is None else int(match["steps"])
+            if steps is not None and match["variant"] not in CURVED:
+                continue
             found.append(Student(path, match["variant"], int(match["seed"]), steps))
     return found
 
 
 def _samplers(student: Student) -> tuple[str, ...]:
-    """A student on its way is drawn as it is trained; a finished one in every way."""
+    """How it is trained; for one finished student of four recipes, in every way."""
     own = "renoise" if student.variant.startswith("renoise") else "euler"
-    return (own,) if student.steps is not None else tuple(SAMPLERS)
+    crossed = student.variant in CROSSED and student.seed in (None, 1) and student.steps is None
+    return tuple(SAMPLERS) if crossed else (own,)
 
 
 class _Lab(NamedTuple):

@@ -10,6 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from headstart.plan.plan import Leg, Plan, StepTable, Update
+from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule, Spacing
 
 Array = npt.NDArray[np.float64]
@@ -19,6 +20,8 @@ SD = NoiseSchedule.scaled_linear()
 NAMES = ("dmd2", "lcm", "lightning", "turbo", "demo")
 UPDATES = st.sampled_from(Update)
 SPACINGS = st.sampled_from(Spacing)
+VP_PREDICTIONS = (Prediction.EPS, Prediction.V, Prediction.X0)
+"""What networks of a table of alphas_cumprod predict; a flow's have a schedule of their own."""
 RENOISE = {"update": Update.RENOISE, "boundary": True}
 TRAILING_TAIL = Leg(model="distilled", timesteps=(749, 499, 249))
 

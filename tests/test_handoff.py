@@ -10,7 +10,18 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plans import RENOISE, SD, SPACINGS, TRAILING_TAIL, UPDATES, compiled, leg_for, patient, times
+from plans import (
+    RENOISE,
+    SD,
+    SPACINGS,
+    TRAILING_TAIL,
+    UPDATES,
+    VP_PREDICTIONS,
+    compiled,
+    leg_for,
+    patient,
+    times,
+)
 
 from headstart.errors import PlanError
 from headstart.plan.plan import Leg, Update
@@ -22,7 +33,7 @@ from headstart.plan.schedule import Spacing
     update=UPDATES,
     spacing=SPACINGS,
     steps=st.integers(2, 50),
-    prediction=st.sampled_from(Prediction),
+    prediction=st.sampled_from(VP_PREDICTIONS),
     eta=st.floats(0, 1),
     gamma=st.floats(0, 1),
     data=st.data(),

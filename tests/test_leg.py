@@ -30,7 +30,7 @@ BAD_LEGS: list[tuple[str, Callable[[], object]]] = [
     ("as many timesteps as", lambda: Leg(model="base", timesteps=(9, 8), sigmas=(1.0,))),
     ("unknown update 'heun'", lambda: Leg(model="base", steps=4, update="heun")),  # type: ignore[arg-type]
     ("unknown spacing 'karras'", lambda: Leg(model="base", steps=4, spacing="karras")),  # type: ignore[arg-type]
-    ("unknown prediction 'flow'", lambda: Leg(model="base", steps=4, prediction="flow")),  # type: ignore[arg-type]
+    ("unknown prediction 'edm'", lambda: Leg(model="base", steps=4, prediction="edm")),  # type: ignore[arg-type]
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=math.inf)),
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=-0.1)),
     ("eta of leg 'base' must lie", lambda: Leg(model="base", steps=4, update=Update.DDIM, eta=2)),

@@ -33,6 +33,18 @@ def test_every_prediction_recovers_the_same_x0(sigma: float, x0: float, eps: flo
         assert c_skip * x + c_out * output == pytest.approx(x0, abs=1e-15 * (4 + 16 * sigma))
 
 
+@given(sigma=SIGMAS, x0=VALUES, eps=VALUES)
+@patient
+def test_a_flows_network_sees_the_mixture_and_gives_its_velocity(
+    sigma: float, x0: float, eps: float
+) -> None:
+    t = sigma / (1 + sigma)
+    c_in, c_skip, c_out = Prediction.FLOW.scalings(sigma)
+    x = x0 + sigma * eps
+    assert c_in * x == pytest.approx((1 - t) * x0 + t * eps, abs=1e-14)
+    assert c_skip * x + c_out * (eps - x0) == pytest.approx(x0, abs=1e-14)
+
+
 def test_without_noise_x_is_x0_whatever_the_network_says() -> None:
     for prediction in (Prediction.EPS, Prediction.V):
         assert prediction.scalings(0.0) == (1.0, 1.0, 0.0)
@@ -56,15 +68,17 @@ def test_v_keeps_unit_variance_at_every_level(sigma: float) -> None:
         ("v_prediction", Prediction.V),
         ("x0", Prediction.X0),
         ("sample", Prediction.X0),
+        ("flow", Prediction.FLOW),
+        ("flow_prediction", Prediction.FLOW),
     ],
 )
 def test_names_in_model_files_are_understood(name: str, expected: Prediction) -> None:
     assert Prediction(name) is expected
 
 
-@pytest.mark.parametrize("name", ["flow", "", None, 1, ["v"]])
+@pytest.mark.parametrize("name", ["edm", "", None, 1, ["v"]])
 def test_an_unknown_prediction_is_refused_with_the_known_ones(name: object) -> None:
-    with pytest.raises(PlanError, match=r"unknown prediction .*'eps', 'v', 'x0', 'epsilon'"):
+    with pytest.raises(PlanError, match=r"unknown prediction .*'x0', 'flow', 'epsilon'"):
         Prediction(name)
 
 

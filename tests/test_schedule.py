@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headstart.errors import PlanError
-from headstart.plan.schedule import ZERO_SNR_ALPHA, Interpolation, NoiseSchedule, Spacing, grid
+from headstart.plan.schedule import ZERO_SNR_ALPHA, NoiseSchedule, Spacing, grid
+from headstart.plan.spacing import Interpolation
 
 patient = settings(deadline=None)  # a loaded machine is not a failure
 SD = NoiseSchedule.scaled_linear()

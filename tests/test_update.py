@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plans import RENOISE, SD, SPACINGS, UPDATES, Array, compiled, leg_for, patient
+from plans import RENOISE, SD, SPACINGS, UPDATES, VP_PREDICTIONS, Array, compiled, leg_for, patient
 
 from headstart.plan.plan import Leg, Step, StepTable, Update
 from headstart.plan.prediction import Prediction
@@ -69,9 +69,7 @@ def test_eps_v_and_x0_networks_run_the_same_trajectory(update: Update) -> None:
     """Rounding: 12 rows, eps cancels numbers up to 14.6 times as large as x0."""
     x = np.array([-9.0, 3.0, 12.0])
     leg = leg_for(update, 0.5, 0.3, steps=12)
-    ends = [
-        run(compiled(leg, prediction=prediction), gaussian_network, x) for prediction in Prediction
-    ]
+    ends = [run(compiled(leg, prediction=kind), gaussian_network, x) for kind in VP_PREDICTIONS]
     np.testing.assert_allclose(ends[1:], [ends[0], ends[0]], rtol=1e-12)
 
 

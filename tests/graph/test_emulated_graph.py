@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from plans import VP_PREDICTIONS
 from stand import MAP, SHAPE, Emulated, hybrid
 from torch import Tensor
 
@@ -33,7 +34,7 @@ def launched(stand: Emulated) -> Counter[str]:
     return Counter(name for name, _ in stand.gpu.launches)
 
 
-@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_every_prediction_guided_or_not(
     emulated_stand: Emulated, prediction: Prediction, guidance: float
@@ -159,7 +160,7 @@ def test_a_step_past_the_table_is_an_illegal_address(emulated_stand: Emulated) -
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [80, 120])
-@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize("split", [(0, 3), (1, 2), (2, 1), (3, 0)])
 @pytest.mark.parametrize(("batch", "size"), [(1, (4, 8, 8)), (3, (4, 4, 12))])

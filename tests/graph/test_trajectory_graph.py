@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import VP_PREDICTIONS
 from stand import SCHEDULE, SHAPE, hybrid
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
 
 
-@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_every_prediction_guided_or_not(
     stand: Any, prediction: Prediction, guidance: float
@@ -48,7 +49,7 @@ def test_batches_and_sizes(stand: Any, batch: int, size: tuple[int, int, int]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("prediction", VP_PREDICTIONS)
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 @pytest.mark.parametrize(("base", "distilled"), [(0, 3), (1, 2), (2, 1), (3, 0)])
 @pytest.mark.parametrize(("batch", "size"), [(1, (4, 8, 8)), (3, (4, 4, 12))])

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from headstart.errors import PlanError
 from headstart.plan.leg import Grid, Leg
-from headstart.plan.schedule import NoiseSchedule, Spacing
+from headstart.plan.spacing import Process, Spacing
 
-Schedules = Mapping[str, NoiseSchedule]
+Schedules = Mapping[str, Process]
 """Model -> the schedule that it was trained on."""
 
 MATCH = 1e-6
@@ -57,7 +57,7 @@ class _Part(NamedTuple):
 
     leg: Leg
     grid: Grid
-    schedule: NoiseSchedule
+    schedule: Process
 
 
 def _part(leg: Leg, schedules: Schedules) -> _Part:
@@ -77,6 +77,8 @@ def _count(part: _Part, after: _Part) -> int:
     """
     count = _above(part.grid, after.grid)
     if part.leg.steps is None or part.schedule == after.schedule:
+        return count
+    if type(part.schedule) is not type(after.schedule):  # timesteps of two kinds say nothing
         return count
     return min(count, sum(time > after.grid.timesteps[0] for time in part.grid.timesteps))
 
@@ -141,8 +143,8 @@ def _repairs(leg: Leg, after: Leg, schedules: Schedules) -> Iterator[tuple[Leg, 
         # At most double the steps: past that, naming the timesteps is the smaller change.
         for other in sorted(range(leg.skip + 1, 2 * steps + 1), key=lambda n: (abs(n - steps), n)):
             yield replace(leg, steps=other), after
-    schedule = schedules[leg.model]
-    top = Grid((float(len(schedule) - 1),), (float(schedule.sigmas[-1]),))
+    timestep, level = schedules[leg.model].highest
+    top = Grid((timestep,), (level,))
     tails = [after]
     if after.steps is not None and after.skip + 1 < after.steps:
         tails.append(replace(after, skip=after.skip + 1))

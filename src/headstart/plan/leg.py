@@ -11,7 +11,7 @@ from typing import NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
-from headstart.plan.schedule import NoiseSchedule, Spacing, whole_number
+from headstart.plan.spacing import Process, Spacing, whole_number
 from headstart.plan.update import Update
 
 
@@ -75,7 +75,7 @@ class Leg:
         self._check_grid()
         self._check_parameters()
 
-    def grid(self, schedule: NoiseSchedule) -> Grid:
+    def grid(self, schedule: Process) -> Grid:
         """All starting points of this leg's own grid, as if it were the last leg."""
         if self.steps is not None:
             times = schedule.timesteps(self.steps, self.spacing)[self.skip :]

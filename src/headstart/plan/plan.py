@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, NoReturn, TypeVar, cast, get_args
 import numpy as np
 
 from headstart.errors import PlanError
+from headstart.plan.flow import FlowSchedule
 from headstart.plan.handoff import Point, Schedules, join
 from headstart.plan.leg import Grid, Leg
 from headstart.plan.prediction import Prediction, Scalings
@@ -27,6 +28,7 @@ from headstart.plan.schedule import (
     grid,
     whole_number,
 )
+from headstart.plan.spacing import Process
 from headstart.plan.table import COLUMNS, Start, Step, StepTable
 from headstart.plan.update import Transition, Update, consistency_boundary
 
@@ -72,7 +74,7 @@ class Plan:
 
     def compile(
         self,
-        schedule: NoiseSchedule | Mapping[str, NoiseSchedule],
+        schedule: Process | Mapping[str, Process],
         *,
         prediction: Prediction | Mapping[str, Prediction] = Prediction.EPS,
     ) -> StepTable:
@@ -104,6 +106,7 @@ def _row(
     after: Point | None,
 ) -> Step:
     leg = here.leg
+    _check_prediction(leg, schedules[leg.model], prediction)
     transition = Transition(
         schedule=schedules[leg.model],
         sigma=here.sigma,
@@ -130,6 +133,20 @@ def _level_before(before: Point | None, leg: Leg) -> float | None:
     if before is None or before.leg.model != leg.model or before.leg.update is not leg.update:
         return None
     return before.sigma
+
+
+def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> None:
+    flows = isinstance(schedule, FlowSchedule)
+    if flows != (prediction is Prediction.FLOW):
+        raise PlanError(
+            f"model {leg.model!r} predicts {prediction.value!r}, and its schedule is "
+            f"{'a flow' if flows else 'none of a flow'}: a flow's network predicts "
+            "Prediction.FLOW, on NoiseSchedule.flow(...), and no other does"
+        )
+    if flows and leg.update is Update.TCD:
+        raise PlanError(
+            f"update 'tcd' of leg {leg.model!r} counts whole timesteps: no flow has any"
+        )
 
 
 def _timestep_next(schedules: Schedules, here: Point, after: Point | None) -> float:

@@ -10,7 +10,10 @@ from headstart.errors import PlanError
 
 
 class Scalings(NamedTuple):
-    """Coefficients at one noise level of a state x = x0 + sigma*eps; c_in = 1/sqrt(1 + sigma^2)."""
+    """Coefficients at one noise level of a state x = x0 + sigma*eps.
+
+    c_in is 1/sqrt(1 + sigma^2), but for FLOW, whose networks see z = x/(1 + sigma).
+    """
 
     c_in: float
     c_skip: float
@@ -23,11 +26,13 @@ class Prediction(Enum):
     EPS  F = eps                          x0 = x - sigma*F               arXiv:2006.11239, eq. 11
     V    F = (eps - sigma*x0)*c_in        x0 = c_in^2*x - sigma*c_in*F   arXiv:2202.00512, section 4
     X0   F = x0                           x0 = F
+    FLOW F = eps - x0                     x0 = (x - sigma*F)/(1 + sigma)   arXiv:2209.03003, eq. 1
     """
 
     EPS = "eps"
     V = "v"
     X0 = "x0"
+    FLOW = "flow"
 
     @classmethod
     def _missing_(cls, value: object) -> Prediction:
@@ -48,6 +53,9 @@ class Prediction(Enum):
                 return Scalings(c_in, 1.0 / (1.0 + sigma * sigma), -sigma * c_in)
             case Prediction.X0:
                 return Scalings(c_in, 0.0, 1.0)
+            case Prediction.FLOW:
+                kept = 1.0 / (1.0 + sigma)
+                return Scalings(kept, kept, -sigma * kept)
 
 
-_NAMES = {"epsilon": "EPS", "v_prediction": "V", "sample": "X0"}
+_NAMES = {"epsilon": "EPS", "v_prediction": "V", "sample": "X0", "flow_prediction": "FLOW"}

@@ -7,104 +7,46 @@ sqrt(a) that is x0 + sigma*eps, the state this package keeps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from headstart.errors import PlanError
 from headstart.later import Later
+from headstart.plan.flow import FlowSchedule
+from headstart.plan.spacing import (
+    TRAIN_STEPS,
+    FloatArray,
+    Floats,
+    Interpolation,
+    Process,
+    Spacing,
+    grid,
+    whole_number,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-
-    FloatArray = npt.NDArray[np.float64]
-    Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
 else:
-    np, FloatArray, Floats = Later("numpy"), Any, Any
+    np = Later("numpy")
 
-Interpolation = Literal["linear", "log"]
+__all__ = [
+    "TRAIN_STEPS",
+    "FloatArray",
+    "NoiseSchedule",
+    "Spacing",
+    "fingerprint_of",
+    "grid",
+    "whole_number",
+]
 
-TRAIN_STEPS = 1000
 ZERO_SNR_ALPHA = 2.0**-24
 """What stands for alphas_cumprod = 0, so that sigma is 4096 and not infinite.
 
 diffusers' Euler schedulers put the same number there (scheduling_euler_discrete.py,
 `rescale_betas_zero_snr`). A float32 state at sigma 4096 resolves x0 to 4096 * 2^-24 = 0.00024.
 """
-
-
-class Spacing(Enum):
-    """How n timesteps lie among the T of training, highest first (arXiv:2305.08891, table 2).
-
-    LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
-    TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249
-    LINSPACE   round(linspace(0, T - 1, n)), as DDIM
-    FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
-    LCM        n of the 50 timesteps 999, 979 ... 19 that LCM was distilled on (arXiv:2310.04378;
-               TCD and DMD2 reuse them); 4 steps are 999 759 499 259
-    """
-
-    LEADING = "leading"
-    TRAILING = "trailing"
-    LINSPACE = "linspace"
-    FRACTIONAL = "fractional"
-    LCM = "lcm"
-
-    @classmethod
-    def _missing_(cls, value: object) -> NoReturn:
-        known = ", ".join(repr(member.value) for member in cls)
-        raise PlanError(f"unknown spacing {value!r}: expected one of {known}")
-
-
-def grid(
-    steps: int,
-    spacing: Spacing,
-    *,
-    train_steps: int = TRAIN_STEPS,
-    offset: int | None = None,
-    original_steps: int = 50,
-) -> FloatArray:
-    """`steps` timesteps [steps], falling; `offset` (1) is for LEADING, `original_steps` for LCM.
-
-    Raises PlanError where the spacing has no such grid.
-    """
-    steps = whole_number("steps", steps, 1, train_steps)
-    if offset is not None and spacing is not Spacing.LEADING:
-        raise PlanError(f"offset={offset} moves a leading grid only, not a {spacing.value} one")
-    match spacing:
-        case Spacing.LEADING:
-            shift = 1 if offset is None else offset
-            timesteps = np.arange(steps)[::-1] * (train_steps // steps) + shift
-        case Spacing.TRAILING:
-            # The running sum of `arange` is kept, because it decides how halves round (48 steps:
-            # 937.5), and cut to length, because it can overrun (61 steps give a 62nd, at -1).
-            timesteps = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
-        case Spacing.LINSPACE:
-            timesteps = np.round(np.linspace(0, train_steps - 1, steps))[::-1]
-        case Spacing.FRACTIONAL:
-            timesteps = np.linspace(0, train_steps - 1, steps)[::-1]
-        case Spacing.LCM:
-            timesteps = _lcm_grid(steps, train_steps, original_steps)
-    if timesteps[0] >= train_steps or timesteps[-1] < 0:
-        raise PlanError(
-            f"{steps} {spacing.value} steps leave the timesteps 0 .. {train_steps - 1}: they run "
-            f"{timesteps[0]:g} .. {timesteps[-1]:g}; give fewer steps or another offset"
-        )
-    return timesteps.astype(np.float64)
-
-
-def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[np.int64]:
-    whole_number("original_steps", original_steps, 1, train_steps)
-    if steps > original_steps:
-        raise PlanError(
-            f"an LCM grid picks its steps from {original_steps} timesteps, so it cannot have "
-            f"{steps}: give steps <= {original_steps}"
-        )
-    distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
-    picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
-    return distilled[picked.astype(np.int64)]
 
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -166,6 +108,18 @@ class NoiseSchedule:
         betas: FloatArray = 1 - level[1:] / level[:-1]
         return cls.from_betas(betas.clip(max=0.999))
 
+    @staticmethod
+    def flow(
+        shift: float = 1.0, mu: float | None = None, terminal: float | None = None
+    ) -> FlowSchedule:
+        """Rectified flow: sigma = t/(1 - t), timesteps 1000*t, grids shifted.
+
+        `mu` is dynamic shifting's (Flux, Krea), shift = e^mu; `terminal` the last t of every grid.
+        """
+        if mu is not None and shift != 1.0:
+            raise PlanError(f"shift={shift:g} and mu={mu:g} are two names of one thing: give one")
+        return FlowSchedule(shift if mu is None else math.exp(mu), terminal)
+
     @classmethod
     def from_betas(cls, betas: Floats) -> NoiseSchedule:
         """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
@@ -198,6 +152,11 @@ class NoiseSchedule:
         if not (math.isfinite(ratio) and ratio > 0):
             raise PlanError(f"ratio must be a positive number, not {ratio!r}")
         return NoiseSchedule(1.0 / (1.0 + (ratio * self.sigmas) ** 2))
+
+    @property
+    def highest(self) -> tuple[float, float]:
+        """The last timestep, and its level."""
+        return float(len(self) - 1), float(self.sigmas[-1])
 
     @property
     def sigmas(self) -> FloatArray:
@@ -282,19 +241,12 @@ class NoiseSchedule:
         return f"NoiseSchedule({len(self)} timesteps, sigma {low:.4f} .. {high:.4f})"
 
 
-def fingerprint_of(schedules: Mapping[str, NoiseSchedule]) -> str:
+def fingerprint_of(schedules: Mapping[str, Process]) -> str:
     """Of the one schedule of all models; of each model's, where they differ."""
     found = {model: schedule.fingerprint() for model, schedule in schedules.items()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))
     return " ".join(f"{model}={digest}" for model, digest in sorted(found.items()))
-
-
-def whole_number(name: str, value: int, low: int, high: int) -> int:
-    """`value` as an int in low .. high, or a PlanError that names it."""
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
-        raise PlanError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
-    return int(value)
 
 
 def _curve(interpolation: Interpolation, values: FloatArray) -> FloatArray:

@@ -9,7 +9,7 @@ from typing import NamedTuple, NoReturn
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Scalings
-from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process
 
 
 class Coefficients(NamedTuple):
@@ -28,7 +28,7 @@ class Transition(NamedTuple):
     to. `eta` and `gamma` are the leg's.
     """
 
-    schedule: NoiseSchedule
+    schedule: Process
     sigma: float
     sigma_next: float
     timestep_next: float

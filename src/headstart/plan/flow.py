@@ -1,0 +1,93 @@
+"""Rectified flow as a noise schedule:  z = (1 - t)*x0 + t*eps,  x = z/(1 - t),  sigma = t/(1 - t).
+
+Divided by 1 - t a flow's state is x0 + sigma*eps, the state of every other model here, so a flow
+model hands over to any other of its latents at a level. Its network is told 1000*t.
+Sources: arXiv:2209.03003, section 2.1; shifting arXiv:2403.03206, section 5.3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headstart.errors import PlanError
+from headstart.later import Later
+from headstart.plan.spacing import Interpolation, Spacing, whole_number
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from headstart.plan.spacing import FloatArray
+else:
+    np, FloatArray = Later("numpy"), Any
+
+FLOW_STEPS = 1000.0
+"""What the network is told at t = 1."""
+HIGHEST_SIGMA = 2.0**24
+"""Stands for t = 1, pure noise. A power of two, so sigma*n is exact and c_in*sigma*n is n."""
+
+
+@dataclass(frozen=True, slots=True)
+class FlowSchedule:
+    """Timesteps 1000*t in (0, 1000] and their levels; `shift` and `terminal` shape grids alone.
+
+    timesteps   u = 1 - i/n (spacing "trailing") or n points from 1 to 1/1000 (spacing "linspace",
+                what diffusers makes of a bare step count), then t = shift*u/(1 + (shift - 1)*u)
+    terminal    stretches 1 - t so that the last t of every grid is this one (Qwen-Image: 0.02)
+    """
+
+    shift: float = 1.0
+    terminal: float | None = None
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.shift) and self.shift > 0):
+            raise PlanError(f"shift of a flow must be a positive number, not {self.shift!r}")
+        if self.terminal is not None and not 0.0 < self.terminal < 1.0:
+            raise PlanError(f"terminal of a flow must lie inside (0, 1), not {self.terminal!r}")
+
+    @property
+    def highest(self) -> tuple[float, float]:
+        """The timestep and the level of pure noise."""
+        return FLOW_STEPS, HIGHEST_SIGMA
+
+    def timesteps(self, steps: int, spacing: Spacing) -> FloatArray:
+        """`steps` timesteps, falling. Raises PlanError for a spacing that no flow has."""
+        steps = whole_number("steps", steps, 1, int(FLOW_STEPS))
+        if spacing is Spacing.TRAILING:
+            u = 1.0 - np.arange(steps) / steps
+        elif spacing is Spacing.LINSPACE:
+            u = np.linspace(1.0, self._shifted(np.array(1.0 / FLOW_STEPS)), steps)
+        else:
+            raise PlanError(
+                f"a flow has no {spacing.value} grid: give spacing='trailing' or 'linspace'"
+            )
+        t = self._shifted(u)
+        if self.terminal is not None and steps > 1:
+            t = 1.0 - (1.0 - t) * ((1.0 - self.terminal) / (1.0 - t[-1]))
+        return FLOW_STEPS * t
+
+    def sigma(self, timestep: Any, interpolation: Interpolation = "linear") -> Any:
+        """t/(1 - t), exact at every timestep; `interpolation` is for schedules of a table."""
+        t = np.asarray(timestep, dtype=np.float64) / FLOW_STEPS
+        if not np.all((t > 0.0) & (t <= 1.0)):
+            raise PlanError(f"timesteps of a flow must lie in (0, 1000], not {timestep}")
+        with np.errstate(divide="ignore"):
+            found = np.minimum(t / (1.0 - t), HIGHEST_SIGMA)
+        return float(found) if found.ndim == 0 else found
+
+    def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:
+        """1000*sigma/(1 + sigma), and 1000 for pure noise."""
+        levels = np.asarray(sigma, dtype=np.float64)
+        if not np.all((levels > 0.0) & (levels <= HIGHEST_SIGMA)):
+            raise PlanError(f"sigmas of a flow must lie in (0, 2^24], not {sigma}")
+        found = np.where(levels == HIGHEST_SIGMA, FLOW_STEPS, FLOW_STEPS * levels / (1.0 + levels))
+        return float(found) if found.ndim == 0 else found
+
+    def fingerprint(self) -> str:
+        """Of what grids are made from."""
+        end = "" if self.terminal is None else f" terminal {self.terminal!r}"
+        return f"flow shift {self.shift!r}{end}"
+
+    def _shifted(self, u: FloatArray) -> FloatArray:
+        return self.shift * u / (1.0 + (self.shift - 1.0) * u)

@@ -1,0 +1,120 @@
+"""How steps lie among a model's timesteps, and what a plan asks of a noise schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+
+from headstart.errors import PlanError
+from headstart.later import Later
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    FloatArray = npt.NDArray[np.float64]
+    Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
+else:
+    np, FloatArray, Floats = Later("numpy"), Any, Any
+
+Interpolation = Literal["linear", "log"]
+
+TRAIN_STEPS = 1000
+
+
+class Process(Protocol):
+    """What a plan needs to know of a model's noise: which timestep its network is told at a level.
+
+    NoiseSchedule (a table of alphas_cumprod) and FlowSchedule (rectified flow) are such. Equal ones
+    have equal grids.
+    """
+
+    @property
+    def highest(self) -> tuple[float, float]:
+        """The first timestep of training, and its level."""
+        ...
+
+    def timesteps(self, steps: int, spacing: Spacing) -> FloatArray: ...
+    def sigma(self, timestep: Any, interpolation: Interpolation = "linear") -> Any: ...
+    def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any: ...
+    def fingerprint(self) -> str: ...
+
+
+class Spacing(Enum):
+    """How n timesteps lie among the T of training, highest first (arXiv:2305.08891, table 2).
+
+    LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
+    TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249
+    LINSPACE   round(linspace(0, T - 1, n)), as DDIM
+    FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
+    LCM        n of the 50 timesteps 999, 979 ... 19 that LCM was distilled on (arXiv:2310.04378;
+               TCD and DMD2 reuse them); 4 steps are 999 759 499 259
+    """
+
+    LEADING = "leading"
+    TRAILING = "trailing"
+    LINSPACE = "linspace"
+    FRACTIONAL = "fractional"
+    LCM = "lcm"
+
+    @classmethod
+    def _missing_(cls, value: object) -> NoReturn:
+        known = ", ".join(repr(member.value) for member in cls)
+        raise PlanError(f"unknown spacing {value!r}: expected one of {known}")
+
+
+def grid(
+    steps: int,
+    spacing: Spacing,
+    *,
+    train_steps: int = TRAIN_STEPS,
+    offset: int | None = None,
+    original_steps: int = 50,
+) -> FloatArray:
+    """`steps` timesteps [steps], falling; `offset` (1) is for LEADING, `original_steps` for LCM.
+
+    Raises PlanError where the spacing has no such grid.
+    """
+    steps = whole_number("steps", steps, 1, train_steps)
+    if offset is not None and spacing is not Spacing.LEADING:
+        raise PlanError(f"offset={offset} moves a leading grid only, not a {spacing.value} one")
+    match spacing:
+        case Spacing.LEADING:
+            shift = 1 if offset is None else offset
+            timesteps = np.arange(steps)[::-1] * (train_steps // steps) + shift
+        case Spacing.TRAILING:
+            # The running sum of `arange` is kept, because it decides how halves round (48 steps:
+            # 937.5), and cut to length, because it can overrun (61 steps give a 62nd, at -1).
+            timesteps = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
+        case Spacing.LINSPACE:
+            timesteps = np.round(np.linspace(0, train_steps - 1, steps))[::-1]
+        case Spacing.FRACTIONAL:
+            timesteps = np.linspace(0, train_steps - 1, steps)[::-1]
+        case Spacing.LCM:
+            timesteps = _lcm_grid(steps, train_steps, original_steps)
+    if timesteps[0] >= train_steps or timesteps[-1] < 0:
+        raise PlanError(
+            f"{steps} {spacing.value} steps leave the timesteps 0 .. {train_steps - 1}: they run "
+            f"{timesteps[0]:g} .. {timesteps[-1]:g}; give fewer steps or another offset"
+        )
+    return timesteps.astype(np.float64)
+
+
+def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[np.int64]:
+    whole_number("original_steps", original_steps, 1, train_steps)
+    if steps > original_steps:
+        raise PlanError(
+            f"an LCM grid picks its steps from {original_steps} timesteps, so it cannot have "
+            f"{steps}: give steps <= {original_steps}"
+        )
+    distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
+    picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
+    return distilled[picked.astype(np.int64)]
+
+
+def whole_number(name: str, value: int, low: int, high: int) -> int:
+    """`value` as an int in low .. high, or a PlanError that names it."""
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
+        raise PlanError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
+    return int(value)
