@@ -67,7 +67,7 @@ def training_pictures(work: Path) -> torch.Tensor | None:
 def measure(
     engine: hs.Engine,
     judges: Judges,
-    plan: str | hs.StepTable,
+    plan: str | hs.Plan,
     seeds: Sequence[int],
     settings: Mapping[str, Any] | None = None,
 ) -> Sampled:

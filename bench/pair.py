@@ -54,10 +54,8 @@ class Case:
     legs: tuple[hs.Leg, ...] = ()
     student: str = "distilled"
 
-    def table(self) -> str | hs.StepTable:
-        if not self.legs:
-            return self.plan
-        return hs.Plan(self.legs, start="unit").compile(DEMO_SCHEDULE, prediction="v")  # pyright: ignore[reportArgumentType]
+    def planned(self) -> str | hs.Plan:
+        return hs.Plan(self.legs, start="unit") if self.legs else self.plan
 
 
 def legs_of(base: str | None, student: str, times: tuple[float, ...]) -> tuple[hs.Leg, ...]:
@@ -116,7 +114,7 @@ def main() -> None:
     cases = {name: CASES[name] for name in options.cases}
     engines = {student: _engine(student) for student in {c.student for c in cases.values()}}
     sampled = {
-        name: measure(engines[case.student], judges, case.table(), seeds, case.settings)
+        name: measure(engines[case.student], judges, case.planned(), seeds, case.settings)
         for name, case in tqdm(cases.items(), desc="cases")
     }
     report = {

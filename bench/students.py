@@ -51,7 +51,7 @@ from tqdm import tqdm
 import headstart as hs
 import headstart_weights
 from headstart.metrics.scorer import load_scorer
-from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart.plan.plan import DEMO_TIMESTEPS
 from headstart_weights.recipe.dataset import compose_caption
 
 VARIANTS = {
@@ -200,8 +200,7 @@ class _Lab(NamedTuple):
             return measure(engine, self.judges, "base", self.seeds)
         engine = hs.Engine.load(base, student.path, preset="demo", prediction="v", head_dim=32)
         legs = getattr(SAMPLERS[sampler], way or "")
-        compiled = hs.Plan(legs, start="unit").compile(DEMO_SCHEDULE, prediction=hs.Prediction.V)
-        return measure(engine, self.judges, compiled, self.seeds)
+        return measure(engine, self.judges, hs.Plan(legs, start="unit"), self.seeds)
 
 
 def _plain(value: np.ndarray) -> Any:

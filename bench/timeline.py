@@ -1,13 +1,13 @@
 """What `trace --watch` finds in the bundled pair, and how often it is wrong.
 
-    python bench/timeline.py [--pairs 756] [--seeds 8] [--out bench/results/timeline.json]
+    python bench/timeline.py [--pairs 252] [--seeds 8] [--out bench/results/timeline.json]
 
 Three questions, each with the command's own rule (`headstart.traces.timeline`):
 
 power   every noun alone: is it there, from which step, in how many images?
 false   phrases that nobody asked for, watched as if they had been: half of the nouns that a prompt
         does not have measure the margin, the other half are called there or dropped, or not
-two     prompts "a X and a Y", of all 756 ordered pairs: is the second noun there, and is any noun
+two     prompts "a X and a Y", of the 756 ordered pairs: is the second noun there, and is any noun
         there and then dropped?
 
 The seeds are derived from the frozen weights (`harness.fresh_seeds`). Nothing is picked: the sheet
@@ -118,7 +118,7 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=756, help="of all 756")
+    parser.add_argument("--pairs", type=int, default=252, help="of all 756")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument(
         "--thin", type=int, default=9, help="every n-th pair for the slow questions"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from checkpoints import Model as Made
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from plans import SD, UPDATES, leg_for, patient
@@ -17,6 +19,8 @@ from test_pair import METADATA, tiny_unet
 from test_pair import folder as folder  # the pair's files, as a fixture
 
 import headstart as hs
+from headstart.cli import main
+from headstart.engine.models import Model, schedules
 from headstart.errors import PlanError
 from headstart.plan.plan import Leg, Plan, StepTable, Update
 from headstart.plan.prediction import Prediction
@@ -181,9 +185,9 @@ def test_two_models_that_state_two_schedules_run_each_at_its_own(
     path = write(tmp_path / "other.safetensors", 2, NoiseSchedule.cosine(), "v")
     engine = hs.Engine.load(folder / "base.safetensors", path, preset="demo")
     table = engine.compile("hybrid")
-    schedules = dict(engine.weights.schedules)
-    own_levels(table, schedules)
-    assert schedules["base"] != schedules["distilled"]
+    own = dict(engine.weights.schedules)
+    own_levels(table, own)
+    assert own["base"] != own["distilled"]
     assert any("two noise schedules" in note for note in engine.weights.notes)
     assert heard(engine, table) == [(step.model, step.timestep) for step in table]
     again = hs.Engine.load(folder / "base.safetensors", path, preset="demo")
@@ -198,11 +202,12 @@ def test_a_silent_student_has_the_schedule_of_a_base_that_it_may_be_made_from(
     same = write(tmp_path / "same.safetensors", 2, None, "v")
     other = write(tmp_path / "other.safetensors", 2, None, "eps")
     base = folder / "base.safetensors"
-    schedules = hs.Engine.load(base, same).weights.schedules
-    assert schedules["distilled"] == schedules["base"] != SD
-    assert schedules["base"].sigmas == pytest.approx(SD.matched(0.4).sigmas, rel=1e-3)
-    schedules = hs.Engine.load(base, other).weights.schedules
-    assert schedules["distilled"] == SD != schedules["base"]
+    own = hs.Engine.load(base, same).weights.schedules
+    assert own["distilled"] == own["base"] != SD
+    assert isinstance(own["base"], NoiseSchedule)
+    assert own["base"].sigmas == pytest.approx(SD.matched(0.4).sigmas, rel=1e-3)
+    own = hs.Engine.load(base, other).weights.schedules
+    assert own["distilled"] == SD != own["base"]
 
 
 def test_a_switch_of_models_is_told_the_timestep_of_its_own_schedule(
@@ -219,3 +224,59 @@ def test_a_switch_of_models_is_told_the_timestep_of_its_own_schedule(
     for step in switched[1:]:
         assert step.sigma == pytest.approx(own.sigma(step.timestep), rel=1e-3)
     assert switched[1].timestep > run.table[1].timestep
+
+
+# ------------------------------------------------------------------ flows and other kinds of models
+
+
+def with_scheduler(folder: Path, **config: Any) -> Path:
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(config))
+    return folder
+
+
+def test_a_flow_trained_unet_in_a_folder_is_run_as_a_flow(tmp_path: Path) -> None:
+    """An SDXL UNet with diffusers' flow scheduler: bigASP 2.5, nyaflow-xl."""
+    folder = Made.of("sdxl", 0, vocabulary=49408).write("folder", tmp_path / "flow")
+    with_scheduler(folder, _class_name="FlowMatchEulerDiscreteScheduler", shift=3.0)
+    engine = hs.Engine.load(folder, head_dim=16)
+    assert engine.weights.predictions == {"base": Prediction.FLOW}
+    table = engine.compile("base", preset="lightning", steps=4, base_guidance=1.0)
+    flow = NoiseSchedule.flow(3.0)
+    assert [step.timestep for step in table] == flow.timesteps(4, Spacing.TRAILING).tolist()
+    assert heard(engine, table) == [("base", step.timestep) for step in table]
+    out = tmp_path / "out"
+    asked = ["sample", "a fox", "--base", str(folder), "--preset", "lightning", "--plan", "base"]
+    settings = ["--steps", "2", "--size", "64", "--head-dim", "16", "--seeds", "0"]
+    assert main([*asked, *settings, "--out", str(out)]) == 0
+    assert (out / "record.json").is_file()
+
+
+def test_a_single_file_is_a_flow_where_its_user_says_so(folder: Path, tmp_path: Path) -> None:
+    """But a file that states a table of alphas_cumprod is none."""
+    path = Made.of("sdxl", 0).write("bare", tmp_path / "unet")
+    models = {"base": Model.of(path)}
+    assert schedules(models, {"base": Prediction.FLOW}) == {"base": NoiseSchedule.flow()}
+    stated = hs.Engine.load(folder / "base.safetensors", prediction="flow", preset="demo")
+    with pytest.raises(PlanError, match="its schedule is none of a flow"):
+        stated.compile("base", steps=2)
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDM"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDM"),
+        ({"_class_name": "SomethingNewScheduler"}, "SomethingNewScheduler"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "size"),
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "high"}, "shift"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_scheduler_that_is_not_known_is_refused_by_name(
+    config: dict[str, Any], told: str, tmp_path: Path
+) -> None:
+    """Run as eps, such a model draws noise without a word."""
+    folder = with_scheduler(Made.of("sdxl", 0).write("folder", tmp_path / "made"), **config)
+    with pytest.raises(hs.CheckpointError, match=told):
+        hs.Engine.load(folder, head_dim=16)

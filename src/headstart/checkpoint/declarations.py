@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from headstart.checkpoint.families import Family
 from headstart.errors import CheckpointError, PlanError
 from headstart.later import Later
+from headstart.plan.flow import FlowSchedule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import FloatArray, NoiseSchedule
 
@@ -22,6 +23,20 @@ else:
 
 Json = Mapping[str, object]
 T = TypeVar("T")
+
+
+FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
+"""diffusers' schedulers of rectified flow."""
+TABLES = frozenset(
+    f"{name}Scheduler"
+    for name in (
+        *("DDIM", "DDPM", "PNDM", "LCM", "TCD", "LMSDiscrete", "UniPCMultistep", "DEISMultistep"),
+        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"),
+        *("KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE"),
+        *("SASolver", "DDIMParallel", "DDPMParallel", "CogVideoXDDIM"),
+    )
+)
+"""Those whose models are trained on a table of alphas_cumprod."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +148,8 @@ def _number(config: Json, key: str, default: float) -> float:
 
 
 def _prediction(said: Said) -> dict[str, object]:
+    if str(said.scheduler.get("_class_name")) in FLOWS:
+        return {"prediction": Prediction.FLOW}
     value: object = (
         said.metadata.get("headstart.prediction")
         or said.metadata.get("modelspec.prediction_type")
@@ -143,25 +160,54 @@ def _prediction(said: Said) -> dict[str, object]:
 
 
 def _schedule(family: Family, said: Said) -> dict[str, object]:
+    table = family.schedule
+    assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
     if said.alphas is not None:
         values, rounding = said.alphas
-        known = family.schedule.alphas_cumprod
+        known = table.alphas_cumprod
         # A rounded copy of the family's own schedule: the float64 of the table is the better one.
         if values.shape == known.shape and np.allclose(values, known, rtol=rounding, atol=0):
-            schedule = family.schedule
+            schedule = table
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
+    elif str(said.scheduler.get("_class_name")) in FLOWS:
+        return {"schedule": _flow(said.scheduler)}
     elif said.scheduler:
         schedule = _from_scheduler(said.scheduler)
     else:
         schedule = None
     if "ztsnr" in said.flags or said.scheduler.get("rescale_betas_zero_snr") is True:
-        schedule = (schedule or family.schedule).zero_terminal_snr()
+        schedule = (schedule or table).zero_terminal_snr()
     return {} if schedule is None else {"schedule": schedule}
 
 
+def _flow(config: Json) -> FlowSchedule:
+    """Of diffusers' FlowMatch schedulers. A shift that depends on the size is refused."""
+    if config.get("use_dynamic_shifting") is True:
+        raise CheckpointError(
+            "scheduler_config.json: use_dynamic_shifting makes the grid depend on the picture's "
+            "size, which is not implemented: set it to false and `shift` to a number"
+        )
+    terminal = config.get("shift_terminal")
+    return NoiseSchedule.flow(
+        _number(config, "shift", 1.0),
+        terminal=None if terminal is None else _number(config, "shift_terminal", 0.0),
+    )
+
+
 def _from_scheduler(config: Json) -> NoiseSchedule:
-    """The schedule of a diffusers `scheduler_config.json`."""
+    """The schedule of a diffusers `scheduler_config.json`.
+
+    Raises CheckpointError for a class that is not known to share this parametrisation: an EDM
+    model run as eps draws noise.
+    """
+    name = config.get("_class_name")
+    if name is not None and name not in TABLES:
+        raise CheckpointError(
+            f"scheduler_config.json: {name!r} is not known to use a table of alphas_cumprod, as "
+            f"{', '.join(sorted(TABLES)[:3])} ... do, nor to be a flow ({', '.join(FLOWS)}): "
+            "models of other kinds (EDM) are not implemented"
+        )
     if isinstance(betas := config.get("trained_betas"), list):
         return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
     steps = int(_number(config, "num_train_timesteps", 1000))

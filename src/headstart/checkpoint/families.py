@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 from headstart.errors import CheckpointError
+from headstart.plan.flow import FlowSchedule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 
@@ -66,7 +67,7 @@ class Family:
     head_dim: int | None = None
     norm_groups: int = 32
     vae_norm_groups: int = 32
-    schedule: NoiseSchedule = field(default_factory=NoiseSchedule.scaled_linear)
+    schedule: NoiseSchedule | FlowSchedule = field(default_factory=NoiseSchedule.scaled_linear)
     exact: bool = True
     """False for a scaled-down relative, whose head width only its maker knows."""
     declared: frozenset[str] = frozenset()

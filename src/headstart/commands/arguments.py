@@ -69,7 +69,7 @@ def read_predictions(text: str | None) -> str | dict[str, str] | None:
         return text
     pairs = [part.strip().partition("=") for part in text.split(",")]
     if any(not value for _, _, value in pairs):
-        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, or base=v,distilled=eps")
+        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, flow, or base=v")
     return {role: value for role, _, value in pairs}
 
 
@@ -115,7 +115,7 @@ def sampling() -> Sequence[Parser]:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
     group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
-    group.add_argument("--prediction", help="eps, v, x0, or base=v,distilled=eps")
+    group.add_argument("--prediction", help="eps, v, x0, flow, or base=v,distilled=eps")
     group.add_argument(
         "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
     )

@@ -42,7 +42,7 @@ from headstart.plan.request import (
     check_size,
     pair_up,
 )
-from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.runner.batch import Chunked, SharedNoise
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
@@ -158,7 +158,7 @@ class Engine:
         return self.weights.vae
 
     @property
-    def schedule(self) -> NoiseSchedule:
+    def schedule(self) -> Process:
         """The noise schedule of the base, or of the one model that there is."""
         return next(iter(self.weights.schedules.values()))
 

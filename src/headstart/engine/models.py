@@ -16,6 +16,7 @@ from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.errors import CheckpointError, InputError
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process
 
 FilePath = str | Path
 Predictions = str | Prediction | Mapping[str, str | Prediction]
@@ -78,28 +79,29 @@ def predictions(given: Predictions | None, models: Mapping[str, Model]) -> dict[
     }
 
 
-def schedules(
-    models: Mapping[str, Model], known: Mapping[str, Prediction]
-) -> dict[str, NoiseSchedule]:
+def schedules(models: Mapping[str, Model], known: Mapping[str, Prediction]) -> dict[str, Process]:
     """Role -> the noise schedule that it was trained on; `known`: what each network predicts.
 
     A distilled file that states none has its base's where it may have been made from this base: it
     predicts the same, and is no published student, which all were trained on the family's own.
     """
-    found = {role: model.family.schedule for role, model in models.items()}
+    found: dict[str, Process] = {role: model.family.schedule for role, model in models.items()}
     if len(models) == 2 and not models["distilled"].states("schedule"):
         distilled, prediction = models["distilled"], known["distilled"]
         published = distilled.guess.preset is not None and prediction is distilled.prediction
         if known["base"] is prediction and not published:
             found["distilled"] = found["base"]
+    for role, prediction in known.items():  # said by hand, or by the name: of an unshifted flow
+        if prediction is Prediction.FLOW and not models[role].states("schedule"):
+            found[role] = NoiseSchedule.flow()
     return found
 
 
-def two_schedules(found: Mapping[str, NoiseSchedule]) -> str | None:
+def two_schedules(found: Mapping[str, Process]) -> str | None:
     """A line for a person where the models have noise schedules of their own."""
-    if len(set(found.values())) < 2:
+    if len({own.fingerprint() for own in found.values()}) < 2:
         return None
-    ranges = [f"the {role}'s up to sigma {own.sigmas[-1]:.4g}" for role, own in found.items()]
+    ranges = [f"the {role}'s up to sigma {own.highest[1]:.4g}" for role, own in found.items()]
     return f"two noise schedules, {' and '.join(ranges)}: each model is called at its own levels"
 
 

@@ -43,7 +43,7 @@ from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet, guidance_embedding
 from headstart.plan.prediction import Prediction
-from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process
 
 DTYPES: dict[str, Dtype] = {
     "float32": torch.float32,
@@ -79,7 +79,7 @@ class Pair:
     denoisers: Mapping[str, Denoiser]
     text: ClipText
     vae: LatentCodec
-    schedules: Mapping[str, NoiseSchedule]
+    schedules: Mapping[str, Process]
     predictions: Mapping[str, Prediction]
     image_size: int
     downscale: int

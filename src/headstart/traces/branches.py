@@ -20,7 +20,8 @@ from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
 from headstart.plan.prediction import Prediction, Scalings
 from headstart.plan.request import pair_up
-from headstart.plan.schedule import NoiseSchedule, fingerprint_of
+from headstart.plan.schedule import fingerprint_of
+from headstart.plan.spacing import Process
 from headstart.plan.table import Step, StepTable
 from headstart.plan.update import consistency_boundary
 from headstart.sampler import State
@@ -30,7 +31,7 @@ class Trained(Protocol):
     """What each model was trained on; an engine's weights say it."""
 
     @property
-    def schedules(self) -> Mapping[str, NoiseSchedule]: ...
+    def schedules(self) -> Mapping[str, Process]: ...
     @property
     def predictions(self) -> Mapping[str, Prediction]: ...
 
