@@ -55,13 +55,20 @@ from headstart.plan.plan import DEMO_TIMESTEPS
 from headstart_weights.recipe.dataset import compose_caption
 
 VARIANTS = {
-    "student": "the shipped recipe: guidance 2, noised pictures, Euler between steps",
-    "unnoised": "no noised pictures",
+    "student": "the shipped recipe",
+    "unnoised": "without noised pictures",
     "control": "teacher without guidance",
     "renoise": "new noise between steps",
     "renoise-unnoised": "new noise between steps, no noised pictures: as DMD2",
     "early": "the first that shipped, 585 steps",
     "distilled": "the one that ships, 585 and 1472 steps",
+}
+_COLOURS = {
+    "student": "#7b2d8b",
+    "unnoised": "#b7791f",
+    "control": "#33658a",
+    "renoise": "#1b7f5c",
+    "renoise-unnoised": "#c2410c",
 }
 _FILE = re.compile(
     r"(?P<variant>student|unnoised|control|renoise(?:-unnoised)?)-(?P<seed>\d+)"
@@ -158,7 +165,8 @@ def _students(work: Path) -> list[Student]:
     for path in sorted(work.glob("*.safetensors")):
         if match := _FILE.fullmatch(path.stem):
             steps = None if match["steps"] is None else int(match["steps"])
-            if steps is not None and match["variant"] not in CURVED:
+            last = path.with_stem(path.stem.partition("@")[0])
+            if steps is not None and (match["variant"] not in CURVED or steps == _steps(last)):
                 continue
             found.append(Student(path, match["variant"], int(match["seed"]), steps))
     return found
@@ -253,27 +261,27 @@ def _plot(students: Sequence[Student], rows: Mapping[str, Any], path: Path) -> N
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
-    colours = {"student": "#7b2d8b", "unnoised": "#b7791f", "control": "#33658a"}
+    figure, axes = pyplot.subplots(figsize=(7.6, 4.0))
+    named: set[str] = set()
     for variant, seed in sorted({(s.variant, s.seed) for s in students if s.seed is not None}):
         own = "renoise" if variant.startswith("renoise") else "euler"
         line = sorted(
-            (_steps(s.path), rows[f"{s.name} {own}"]["hybrid"]["recovered"])
+            (_steps(s.path) or 0, rows[f"{s.name} {own}"]["hybrid"]["recovered"]["value"])
             for s in students
             if (s.variant, s.seed) == (variant, seed)
         )
-        steps = [at for at, _ in line]
-        value, low, high = ([100 * r[k] for _, r in line] for k in ("value", "low", "high"))
-        colour = colours.get(variant, "#1b7f5c" if variant == "renoise" else "#c2410c")
-        axes.plot(steps, value, "o-", color=colour, label=f"{variant}, seed {seed}")
-        axes.fill_between(steps, low, high, color=colour, alpha=0.1, lw=0)
+        steps, values = [at for at, _ in line], [100 * value for _, value in line]
+        label = VARIANTS[variant] if variant not in named else None
+        named.add(variant)
+        axes.plot(steps, values, "o-", color=_COLOURS[variant], label=label)
     shipped = rows["distilled euler"]["hybrid"]["recovered"]
     axes.axhline(100 * shipped["value"], color="#666", lw=0.8, ls="--", label="the one that ships")
-    axes.set_xlabel("training steps")
+    axes.set_xticks(range(300, 1201, 300))
+    axes.set_xlabel("training steps; intervals over prompts are in the table")
     axes.set_ylabel("lost diversity that one base step recovers, %")
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=160)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+    figure.savefig(path, dpi=160, bbox_inches="tight")
     print(f"{path}: shipped {percent(shipped)}")
 
 
