@@ -11,7 +11,7 @@ two     prompts "a X and a Y", of the 756 ordered pairs: is the second noun ther
         there and then dropped?
 
 The seeds are derived from the frozen weights (`harness.fresh_seeds`). Nothing is picked: the sheet
-is of the prompt that an earlier version of this page wrongly said to drop its pumpkin.
+is of the prompt and the two seeds that an earlier version wrongly said to drop their pumpkin.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from headstart.traces.traces import demo_scorer, trace
 
 PLANS = ("base", "distilled", "hybrid")
 SHOWN = ("a ladybug", "a pumpkin")
-SHOWN_SEEDS = 2
+SHOWN_SEEDS = (0, 3)
 
 
 class Count(NamedTuple):
@@ -176,10 +176,9 @@ def _two(lab: Lab, plan: str, pairs: Sequence[tuple[str, str]]) -> dict[str, Any
 
 
 def _sheet(lab: Lab, path: Path) -> dict[str, Any]:
-    seeds = lab.seeds[:SHOWN_SEEDS]
     prompt = " and ".join(SHOWN)
     runs: dict[str, dict[str, hs.Trajectory]] = {
-        text: {p: lab.engine.sample(text, plan=p, seeds=seeds, keep_x0=True) for p in PLANS}
+        text: {p: lab.engine.sample(text, plan=p, seeds=SHOWN_SEEDS, keep_x0=True) for p in PLANS}
         for text in (prompt, *SHOWN)
     }
     controls = dict(zip(SHOWN, (runs[SHOWN[1]], runs[SHOWN[0]]), strict=True))

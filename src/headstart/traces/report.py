@@ -16,15 +16,16 @@ def curves_text(timelines: Sequence[Timeline]) -> str:
     """What the curves of watched phrases are, and how often they would be wrong."""
     nulls = [null for timeline in timelines for null in timeline.nulls if null is not None]
     text = (
-        "curves: how far a phrase is beyond the same run without it, by the "
-        f"{timelines[0].meaning} ({timelines[0].scorer})"
+        "curves: how far a phrase is beyond the same run without it, by "
+        f"{timelines[0].scorer} ({timelines[0].meaning})"
     )
     if not nulls:
         return text
     courses, crossed = sum(n.courses for n in nulls), sum(n.crossed for n in nulls)
+    share = 100 * (1 - FALSE_RATE)
     return (
-        f"{text}; 1 is further than {100 * (1 - FALSE_RATE):.0f} % of the phrases that nobody "
-        f"asked for ever come ({crossed} of {courses} come further)"
+        f"{text} · 1: further than {share:.0f} % of what nobody asked for ({crossed} of {courses} "
+        "come further)"
     )
 
 
