@@ -13,6 +13,7 @@ and starts from the bundled base. They are not bundled; this makes them, two at 
         python -m headstart_weights.recipe $stage --work runs/demo --steps 1200 --keep 150 \
             --seed 1 --threads 1
     done
+    python -m headstart_weights.recipe unnoised --work runs/demo --steps 1200 --seed 2 --threads 1
 
 `early.safetensors` in the work folder is the first student that ever shipped (585 steps):
 
