@@ -60,7 +60,7 @@ VARIANTS = {
     "unnoised": "without noised pictures",
     "control": "teacher without guidance",
     "renoise": "new noise between steps",
-    "renoise-unnoised": "new noise between steps, no noised pictures: as DMD2",
+    "renoise-unnoised": "new noise between steps, no noised pictures",
     "early": "the first that shipped, 585 steps",
     "distilled": "the one that ships, 585 and 1472 steps",
 }
@@ -236,7 +236,7 @@ def _row(
 
 
 def _runs(students: Sequence[Student], rows: Mapping[str, Any]) -> dict[str, Any]:
-    """Training seeds of one recipe side by side: their spread beside that between prompts."""
+    """Training seeds of one recipe: their spread beside the error that the prompts make."""
     found: dict[str, Any] = {}
     for variant in sorted({s.variant for s in students if s.seed is not None}):
         own = "renoise" if variant.startswith("renoise") else "euler"
@@ -250,7 +250,7 @@ def _runs(students: Sequence[Student], rows: Mapping[str, Any]) -> dict[str, Any
                 "each": [round(v, 3) for v in values],
                 "mean": float(np.mean(values)),
                 "sd_between_runs": float(np.std(values, ddof=1)) if len(values) > 1 else None,
-                "sd_between_prompts": float(np.mean(width)) / (2 * 1.96),
+                "standard_error_over_prompts": float(np.mean(width)) / (2 * 1.96),
             }
     return found
 

@@ -234,5 +234,5 @@ def renoise(options: StageOptions) -> None:
 
 
 def renoise_unnoised(options: StageOptions) -> None:
-    """The `renoise-unnoised` stage: the same without noised pictures, as DMD2 trains."""
+    """The `renoise-unnoised` stage: the same without noised pictures (DMD2 without its GAN)."""
     train(options, RENOISE_UNNOISED)

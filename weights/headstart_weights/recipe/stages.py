@@ -23,7 +23,7 @@ STAGES: dict[str, Stage] = {
     "control": Stage("distill:control", "distil the base again, from an unguided teacher", 15.0),
     "unnoised": Stage("distill:unnoised", "without noised pictures; not bundled", 40.0),
     "renoise": Stage("distill:renoise", "trained to re-noise; not bundled", 40.0),
-    "renoise-unnoised": Stage("distill:renoise_unnoised", "both, as DMD2's is; not bundled", 40.0),
+    "renoise-unnoised": Stage("distill:renoise_unnoised", "both of these; not bundled", 40.0),
     "progressive": Stage("progressive:main", "distil by regression; a control, not bundled", 8.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),
