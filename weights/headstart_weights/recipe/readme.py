@@ -23,8 +23,8 @@ _TEMPLATE = """\
 A base model and its four-step distillation, small enough to ship and to sample on a CPU, with the
 layout of the real ones: 64 x 64 pictures, 4 x 16 x 16 latents, v-prediction. Trained from scratch
 by `recipe/` on two CPU cores; no other weights went in. It shows what the package does. It draws
-{concept_count} things and nothing else: a second noun in a prompt is there in 2 % of pictures, as often
-as one that nobody asked for.
+{concept_count} things and nothing else: a second noun in a prompt is there in 2 % of pictures, as
+often as one that nobody asked for.
 
 Its noise levels are matched to its small latent: every sigma is 0.4 of Stable Diffusion's, and the
 four steps lie lower than SDXL's would. Without that, one base step of four brings back much less
