@@ -401,6 +401,7 @@ def test_a_distilled_model_that_is_a_lora_shares_its_bases_network(tmp_path: Pat
             base.weights,
             denoisers={"base": unet, "distilled": merged},
             predictions={m: hs.Prediction.V for m in ("base", "distilled")},
+            schedules=dict.fromkeys(("base", "distilled"), base.schedule),
         )
     )
     for plan in ("hybrid", "distilled", "replace-final"):

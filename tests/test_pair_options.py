@@ -179,7 +179,7 @@ def test_predictions_are_read_from_the_command_line() -> None:
     assert read_predictions(None) is None
     assert read_predictions("v") == "v"
     assert read_predictions("base=v,distilled=eps") == {"base": "v", "distilled": "eps"}
-    with pytest.raises(hs.InputError, match="expected eps, v, x0, or base=v"):
+    with pytest.raises(hs.InputError, match="expected eps, v, x0, flow, or base=v"):
         read_predictions("base=")
 
 
