@@ -57,6 +57,11 @@ class Said:
     alphas: tuple[FloatArray, float] | None = None
     flags: frozenset[str] = frozenset()
 
+    @property
+    def flows(self) -> bool:
+        """Whether its scheduler is one of rectified flow."""
+        return str(self.scheduler.get("_class_name")) in FLOWS
+
 
 def declared(family: Family, said: Said) -> Family:
     """`family` with everything the file says about itself; metadata wins over config files.
@@ -148,7 +153,7 @@ def _number(config: Json, key: str, default: float) -> float:
 
 
 def _prediction(said: Said) -> dict[str, object]:
-    if str(said.scheduler.get("_class_name")) in FLOWS:
+    if said.flows:
         return {"prediction": Prediction.FLOW}
     value: object = (
         said.metadata.get("headstart.prediction")
@@ -170,7 +175,7 @@ def _schedule(family: Family, said: Said) -> dict[str, object]:
             schedule = table
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
-    elif str(said.scheduler.get("_class_name")) in FLOWS:
+    elif said.flows:
         return {"schedule": _flow(said.scheduler)}
     elif said.scheduler:
         schedule = _from_scheduler(said.scheduler)

@@ -154,7 +154,7 @@ def _timestep_next(schedules: Schedules, here: Point, after: Point | None) -> fl
     if after is None:
         return 0.0
     own, other = schedules[here.leg.model], schedules[after.leg.model]
-    if own == other or here.leg.update is not Update.TCD:  # the only rule that reads it
+    if here.leg.update is not Update.TCD or own == other:  # the only rule that reads it
         return after.timestep
     return own.timestep(after.sigma)
 

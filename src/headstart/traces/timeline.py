@@ -182,10 +182,10 @@ def watch(
     """
     phrases = check_phrases(phrases)
     words = (*phrases, *scorer.unasked)
-    scores = _scores(pictures, words, scorer)
+    scores = _scores(pictures, words, scorer) if controls else np.empty(0)
     excesses = {
-        id(control): scores - _scores(control, words, scorer)
-        for control in {id(control): control for control in controls.values()}.values()
+        key: scores - _scores(control, words, scorer)
+        for key, control in {id(control): control for control in controls.values()}.items()
     }
     beyond: list[Array] = []
     nulls: list[Null | None] = []

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headstart.errors import InputError
+from headstart.traces.timeline import phrase_of
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import (
     HELD_OUT_SET,
@@ -118,8 +119,7 @@ def load_dataset(folder: Path, name: str = "dataset") -> Dataset:
 
 def compose_caption(concept: str, *, style: str | None = None, colour: str | None = None) -> str:
     """`a[n] NAME[, STYLE style][, COLOUR background]`."""
-    article = "an" if concept[0] in "aeiou" else "a"
-    parts = [f"{article} {concept}"]
+    parts = [phrase_of(concept)]
     if style is not None:
         parts.append(f"{style} style")
     if colour is not None:
