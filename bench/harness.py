@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ def fresh_seeds(question: str, count: int) -> range:
     drawn = hashlib.sha256(f"{digests} {question}".encode()).digest()
     first = int.from_bytes(drawn[:4], "little")
     return range(first, first + count)
+
+
+@cache
+def sha256(path: Path) -> str:
+    """Of a file, as the manifest has it; read once a process."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def machine() -> dict[str, Any]:

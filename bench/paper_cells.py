@@ -8,16 +8,16 @@ other settings is drawn again and never mixed in. Ended at any moment, the next 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import harness
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -77,7 +77,7 @@ class Lab:
     def digests(self) -> dict[str, str]:
         """SHA-256 of every student's file that there is."""
         found = {name: self.file(name) for name in STUDENTS}
-        return {name: _sha256(path) for name, path in found.items() if path.exists()}
+        return {name: harness.sha256(path) for name, path in found.items() if path.exists()}
 
     def file(self, student: str) -> Path:
         if student in ("distilled", "distilled_unguided"):
@@ -100,7 +100,7 @@ class Lab:
         told: dict[str, Any] = asdict(case) | {
             "prompt": prompt,
             "seeds": [self.seeds[0], len(self.seeds)],
-            "base": _sha256(headstart_weights.path("base")),
+            "base": harness.sha256(headstart_weights.path("base")),
             "weights": self.digests[case.student],
         }
         told.pop("about")
@@ -207,9 +207,3 @@ def _write(path: Path, **arrays: NDArray[Any]) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(partial, path)
-
-
-@cache
-def _sha256(path: Path) -> str:
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

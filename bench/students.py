@@ -138,7 +138,7 @@ def main() -> None:
         "command": f"python bench/students.py --seeds {options.seeds}",
         "prompts": len(prompts),
         "seeds": [lab.seeds[0], lab.seeds[-1]],
-        "weights": {s.name: _digest(s.path) for s in students},
+        "weights": {s.name: harness.sha256(s.path) for s in students},
         "steps": {s.name: _steps(s.path) for s in students},
         "variants": VARIANTS,
         "rows": rows,
@@ -187,7 +187,7 @@ class _Lab(NamedTuple):
 
     def case(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
         """The measured case, from its file where that is of the same weights, seeds and plan."""
-        weights = "" if student is None else _digest(student.path)
+        weights = "" if student is None else harness.sha256(student.path)
         identity = json.dumps([weights, sampler, way, list(self.seeds)[:1], len(self.seeds)])
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
         path = self.folder / f"{key}.npz"
@@ -284,10 +284,6 @@ def _plot(students: Sequence[Student], rows: Mapping[str, Any], path: Path) -> N
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     figure.savefig(path, dpi=160, bbox_inches="tight")
     print(f"{path}: shipped {percent(shipped)}")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _steps(path: Path) -> int | None:
