@@ -29,8 +29,8 @@ BAD_LEGS: list[tuple[str, Callable[[], object]]] = [
     ("leave out the final 0", lambda: Leg(model="base", sigmas=(14.0, 1.0, 0.0))),
     ("as many timesteps as", lambda: Leg(model="base", timesteps=(9, 8), sigmas=(1.0,))),
     ("unknown update 'heun'", lambda: Leg(model="base", steps=4, update="heun")),  # type: ignore[arg-type]
-    ("unknown spacing 'karras'", lambda: Leg(model="base", steps=4, spacing="karras")),  # type: ignore[arg-type]
-    ("unknown prediction 'edm'", lambda: Leg(model="base", steps=4, prediction="edm")),  # type: ignore[arg-type]
+    ("unknown spacing 'sgm'", lambda: Leg(model="base", steps=4, spacing="sgm")),  # type: ignore[arg-type]
+    ("unknown prediction 'score'", lambda: Leg(model="base", steps=4, prediction="score")),  # type: ignore[arg-type]
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=math.inf)),
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=-0.1)),
     ("eta of leg 'base' must lie", lambda: Leg(model="base", steps=4, update=Update.DDIM, eta=2)),

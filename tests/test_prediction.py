@@ -76,9 +76,9 @@ def test_names_in_model_files_are_understood(name: str, expected: Prediction) ->
     assert Prediction(name) is expected
 
 
-@pytest.mark.parametrize("name", ["edm", "", None, 1, ["v"]])
+@pytest.mark.parametrize("name", ["score", "", None, 1, ["v"]])
 def test_an_unknown_prediction_is_refused_with_the_known_ones(name: object) -> None:
-    with pytest.raises(PlanError, match=r"unknown prediction .*'x0', 'flow', 'epsilon'"):
+    with pytest.raises(PlanError, match=r"unknown prediction .*'flow', 'edm', 'edm_v', 'eps"):
         Prediction(name)
 
 

@@ -258,7 +258,7 @@ def test_a_single_file_is_a_flow_where_its_user_says_so(folder: Path, tmp_path: 
     models = {"base": Model.of(path)}
     assert schedules(models, {"base": Prediction.FLOW}) == {"base": NoiseSchedule.flow()}
     stated = hs.Engine.load(folder / "base.safetensors", prediction="flow", preset="demo")
-    with pytest.raises(PlanError, match="its schedule is none of a flow"):
+    with pytest.raises(PlanError, match="its schedule is a NoiseSchedule, on which"):
         stated.compile("base", steps=2)
 
 

@@ -124,17 +124,19 @@ def test_four_steps_lie_where_the_originals_put_them(spacing: Spacing, expected:
 @patient
 def test_a_grid_falls_stays_inside_and_has_the_asked_length(spacing: Spacing, steps: int) -> None:
     try:
-        found = SD.timesteps(steps, spacing)
+        found, levels = SD.points(steps, spacing)
     except PlanError:
-        assert (spacing is Spacing.LCM and steps > 50) or (
-            spacing is Spacing.LEADING and steps > 500
-        )
+        most = {Spacing.LCM: 50, Spacing.LEADING: 500, Spacing.BETA: 138}
+        assert steps > most.get(spacing, 1000)
         return
-    assert len(found) == steps
+    assert len(found) == len(levels) == steps
     assert np.all(np.diff(found) < 0)
+    assert np.all(np.diff(levels) < 0)
     assert found[0] <= 999
     assert found[-1] >= 0
-    assert spacing is Spacing.FRACTIONAL or np.all(found == np.round(found))
+    fractional = {Spacing.FRACTIONAL, Spacing.KARRAS, Spacing.EXPONENTIAL}
+    fractional |= {Spacing.AYS_SD15, Spacing.AYS_SDXL}
+    assert spacing in fractional or np.all(found == np.round(found))
 
 
 def test_seven_linspace_steps_are_rounded_only_where_the_name_says_so() -> None:
@@ -247,7 +249,7 @@ BAD_CALLS: list[tuple[str, Callable[[], object]]] = [
     ("leave the timesteps 0 .. 999", lambda: grid(1000, Spacing.LEADING)),
     ("leave the timesteps 0 .. 999", lambda: grid(4, Spacing.LEADING, offset=-1)),
     ("moves a leading grid only", lambda: grid(4, Spacing.TRAILING, offset=1)),
-    ("unknown spacing 'karras'", lambda: Spacing("karras")),
+    ("unknown spacing 'sgm'", lambda: Spacing("sgm")),
     ("timesteps must lie in 0 .. 999", lambda: SD.sigma(1000)),
     ("timesteps must lie in 0 .. 999", lambda: SD.sigma(-0.5)),
     ("timesteps must lie in 0 .. 999", lambda: SD.sigma([3.0, math.nan])),

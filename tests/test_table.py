@@ -80,7 +80,7 @@ def test_the_next_input_scale_is_the_next_rows_and_1_at_the_end() -> None:
 
 
 def test_guidance_other_than_1_costs_a_second_pass() -> None:
-    table = preset("lightning", k=2, base_guidance=7.0, distilled_guidance=0.0).compile(SD)
+    table = preset("lightning", k=2, base_guidance=7.0, distilled_guidance=1.5).compile(SD)
     assert (table.passes(), table.passes("base"), table.passes("distilled")) == (8, 4, 4)
     assert preset("lightning", k=2).compile(SD).passes() == 4
     assert table.passes("refiner") == 0

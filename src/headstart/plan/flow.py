@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
 from headstart.later import Later
-from headstart.plan.spacing import Interpolation, Spacing, whole_number
+from headstart.plan.ramps import beta_quantile
+from headstart.plan.spacing import Interpolation, Points, Spacing, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -32,8 +33,10 @@ HIGHEST_SIGMA = 2.0**24
 class FlowSchedule:
     """Timesteps 1000*t in (0, 1000] and their levels; `shift` and `terminal` shape grids alone.
 
-    timesteps   u = 1 - i/n (spacing "trailing") or n points from 1 to 1/1000 (spacing "linspace",
-                what diffusers makes of a bare step count), then t = shift*u/(1 + (shift - 1)*u)
+    timesteps   u = 1 - i/n (spacing "trailing"), n points from 1 to 1/1000 ("linspace", what
+                diffusers makes of a bare step count), n equal steps down to the u of the level
+                where the leg ends ("even"), or the quantiles of 1 - i/n ("beta", ComfyUI's, not
+                rounded); then t = shift*u/(1 + (shift - 1)*u)
     terminal    stretches 1 - t so that the last t of every grid is this one (Qwen-Image: 0.02)
     """
 
@@ -51,19 +54,36 @@ class FlowSchedule:
         """The timestep and the level of pure noise."""
         return FLOW_STEPS, HIGHEST_SIGMA
 
-    def timesteps(self, steps: int, spacing: Spacing) -> FloatArray:
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """A flow is trained down to no noise."""
+        return 0.0, 0.0
+
+    def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
+        """A grid, falling. Raises PlanError for a spacing that no flow has."""
+        timesteps = self.timesteps(steps, spacing, landing)
+        return Points(timesteps, self.sigma(timesteps))
+
+    def timesteps(self, steps: int, spacing: Spacing, landing: float = 0.0) -> FloatArray:
         """`steps` timesteps, falling. Raises PlanError for a spacing that no flow has."""
         steps = whole_number("steps", steps, 1, int(FLOW_STEPS))
-        if spacing is Spacing.TRAILING:
-            u = 1.0 - np.arange(steps) / steps
-        elif spacing is Spacing.LINSPACE:
-            u = np.linspace(1.0, self._shifted(np.array(1.0 / FLOW_STEPS)), steps)
-        else:
-            raise PlanError(
-                f"a flow has no {spacing.value} grid: give spacing='trailing' or 'linspace'"
-            )
+        falling = 1.0 - np.arange(steps) / steps
+        match spacing:
+            case Spacing.TRAILING:
+                u = falling
+            case Spacing.LINSPACE:
+                u = np.linspace(1.0, self._shifted(np.array(1.0 / FLOW_STEPS)), steps)
+            case Spacing.EVEN:
+                u = 1.0 - (1.0 - self._unshifted(landing)) * (1.0 - falling)
+            case Spacing.BETA:
+                u = beta_quantile(falling)
+            case _:
+                raise PlanError(
+                    f"a flow has no {spacing.value} grid: give spacing='trailing', 'linspace', "
+                    "'even' or 'beta'"
+                )
         t = self._shifted(u)
-        if self.terminal is not None and steps > 1:
+        if self.terminal is not None and steps > 1 and spacing is not Spacing.EVEN:
             t = 1.0 - (1.0 - t) * ((1.0 - self.terminal) / (1.0 - t[-1]))
         return FLOW_STEPS * t
 
@@ -91,3 +111,8 @@ class FlowSchedule:
 
     def _shifted(self, u: FloatArray) -> FloatArray:
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
+
+    def _unshifted(self, sigma: float) -> float:
+        """u of a level: the inverse of `_shifted`, of t = sigma/(1 + sigma)."""
+        t = sigma / (1.0 + sigma)
+        return t / (self.shift - (self.shift - 1.0) * t)

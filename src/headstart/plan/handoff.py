@@ -12,14 +12,11 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from headstart.errors import PlanError
-from headstart.plan.leg import Grid, Leg
+from headstart.plan.leg import SLACK, Grid, Leg
 from headstart.plan.spacing import Process, Spacing
 
 Schedules = Mapping[str, Process]
 """Model -> the schedule that it was trained on."""
-
-MATCH = 1e-6
-"""Levels relatively closer than this are one level: sigmas that went through float32 still join."""
 
 
 class Point(NamedTuple):
@@ -30,23 +27,24 @@ class Point(NamedTuple):
     sigma: float
 
 
-def join(legs: Sequence[Leg], schedules: Schedules) -> tuple[Point, ...]:
-    """All starting points of a plan, highest first; each row goes to the next point, the last to 0.
+def join(legs: Sequence[Leg], schedules: Schedules, end: float = 0.0) -> tuple[Point, ...]:
+    """All starting points of a plan, highest first; each row goes to the next, the last to `end`.
 
-    A leg given by steps= stops where the next leg starts: at a point of its own grid, or, where the
-    next model has another schedule, above the level and above the timestep at which that one
-    starts. A leg given by timesteps= or sigmas= runs all of its points, and they must lie above
-    the next leg's. Anything else raises a PlanError with both grids and the nearest plan that does.
+    A leg given by steps= stops where the next leg starts: at a point of its own grid, or, where it
+    has `until` or the next model another schedule, above the level (and, without `until`, above
+    the timestep) at which that one starts. A leg given by timesteps= or sigmas= runs all of its
+    points, and they must lie above where it ends. Anything else raises a PlanError with both grids
+    and the nearest plan that does.
     """
-    parts = [_part(leg, schedules) for leg in legs]
+    parts = _parts(legs, schedules, end)
     for index, pair in enumerate(pairwise(parts)):
         reason = _fault(*pair)
         if reason:
-            raise PlanError(_explain(reason, legs, schedules, index))
+            raise PlanError(_explain(reason, legs, schedules, end, index))
     points: list[Point] = []
-    for index, part in enumerate(parts):
+    for part, after in zip(parts, (*parts[1:], None), strict=True):
         leg, own = part.leg, part.grid
-        count = _count(part, parts[index + 1]) if index + 1 < len(legs) else len(own.sigmas)
+        count = _count(part, after) if after else _last_count(part, end)
         pairs = zip(own.timesteps[:count], own.sigmas[:count], strict=True)
         points += [Point(leg, timestep, sigma) for timestep, sigma in pairs]
     return tuple(points)
@@ -60,13 +58,32 @@ class _Part(NamedTuple):
     schedule: Process
 
 
-def _part(leg: Leg, schedules: Schedules) -> _Part:
-    return _Part(leg, leg.grid(schedules[leg.model]), schedules[leg.model])
+def _parts(legs: Sequence[Leg], schedules: Schedules, end: float) -> list[_Part]:
+    """From the last leg up: the grid of a leg may depend on where the next one starts."""
+    parts: list[_Part] = []
+    for leg in reversed(legs):
+        landing = parts[0].grid.sigmas[0] if parts else end
+        if isinstance(leg.until, float):
+            landing = leg.until
+        schedule = schedules[leg.model]
+        parts.insert(0, _Part(leg, leg.grid(schedule, landing), schedule))
+    return parts
 
 
-def _above(own: Grid, following: Grid) -> int:
-    """How many points of `own` lie above the first point of `following`."""
-    return sum(sigma > following.sigmas[0] * (1 + MATCH) for sigma in own.sigmas)
+def _above(own: Grid, level: float) -> int:
+    """How many points of `own` lie above a level."""
+    return sum(sigma > level * (1 + SLACK) for sigma in own.sigmas)
+
+
+def _last_count(part: _Part, end: float) -> int:
+    """How many points of the last leg run: all, which must lie above the end."""
+    count = _above(part.grid, end)
+    if count == len(part.grid.sigmas) or (count and part.leg.until is not None):
+        return count
+    raise PlanError(
+        f"the plan ends at level {end:g}, and the last leg starts a step at or below it:\n"
+        f"  {part.leg.model}  {part.grid}\nend it lower, or leave that step out"
+    )
 
 
 def _count(part: _Part, after: _Part) -> int:
@@ -75,12 +92,21 @@ def _count(part: _Part, after: _Part) -> int:
     On two schedules one timestep has two levels, and the leg that has the higher one would make a
     needless small step from there: a leg of a grid stops above the next one's timestep too.
     """
-    count = _above(part.grid, after.grid)
-    if part.leg.steps is None or part.schedule == after.schedule:
+    count = _above(part.grid, after.grid.sigmas[0])
+    if part.leg.steps is None or _free(part.leg) or part.schedule == after.schedule:
         return count
     if type(part.schedule) is not type(after.schedule):  # timesteps of two kinds say nothing
         return count
     return min(count, sum(time > after.grid.timesteps[0] for time in part.grid.timesteps))
+
+
+def _free(leg: Leg) -> bool:
+    """Whether it may land off its own grid: an even one is made for where it lands."""
+    return leg.until is not None or leg.spacing is Spacing.EVEN
+
+
+def _met(level: float, other: float) -> bool:
+    return abs(level - other) <= SLACK * other
 
 
 def _fault(part: _Part, after: _Part) -> str:
@@ -90,6 +116,10 @@ def _fault(part: _Part, after: _Part) -> str:
     start = f"{after.leg.model!r} starts at timestep {following.timesteps[0]:g}"
     if part.schedule != after.schedule:
         start += f" (sigma {following.sigmas[0]:.4f}, on a schedule of its own)"
+    elif leg.until:
+        start += f" (sigma {following.sigmas[0]:.4f})"
+    if isinstance(leg.until, float) and not _met(leg.until, following.sigmas[0]):
+        return f"a gap in noise level: {leg.model!r} goes until level {leg.until:g}, but {start}"
     if leg.steps is None:
         if count == len(own.sigmas):
             return ""
@@ -103,8 +133,7 @@ def _fault(part: _Part, after: _Part) -> str:
             f"{own.timesteps[0]:g}, and {start}"
         )
     landing = own.sigmas[count] if count < len(own.sigmas) else 0.0
-    met = abs(landing - following.sigmas[0]) <= MATCH * following.sigmas[0]
-    if met or part.schedule != after.schedule:
+    if _met(landing, following.sigmas[0]) or part.schedule != after.schedule or _free(leg):
         return ""
     target = f"timestep {own.timesteps[count]:g}" if landing else "the end of its grid, sigma 0"
     return (
@@ -113,13 +142,11 @@ def _fault(part: _Part, after: _Part) -> str:
     )
 
 
-def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, index: int) -> str:
+def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> str:
     width = max(len(legs[index].model), len(legs[index + 1].model))
-    grids = [
-        f"  {leg.model:<{width}}  {leg.grid(schedules[leg.model])}"
-        for leg in legs[index : index + 2]
-    ]
-    nearest = _nearest(legs, schedules, index)
+    parts = _parts(legs, schedules, end)[index : index + 2]
+    grids = [f"  {part.leg.model:<{width}}  {part.grid}" for part in parts]
+    nearest = _nearest(legs, schedules, end, index)
     told = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
     changed = nearest[index].steps if len(nearest) == len(legs) else None
     if changed is not None and changed != legs[index].steps:
@@ -127,64 +154,70 @@ def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, index: int)
     return "\n".join([reason, *grids, told])
 
 
-def _nearest(legs: Sequence[Leg], schedules: Schedules, index: int) -> Sequence[Leg]:
-    for pair in _repairs(legs[index], legs[index + 1], schedules):
+def _nearest(legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> Sequence[Leg]:
+    parts = _parts(legs, schedules, end)
+    for pair in _repairs(parts[index], parts[index + 1]):
         candidate = (*legs[:index], *pair, *legs[index + 2 :])
-        if _joins(candidate, schedules):
+        if _joins(candidate, schedules, end):
             return candidate
-    return _trimmed(legs, schedules)
+    return _trimmed(parts)
 
 
-def _repairs(leg: Leg, after: Leg, schedules: Schedules) -> Iterator[tuple[Leg, Leg]]:
+def _repairs(part: _Part, following: _Part) -> Iterator[tuple[Leg, Leg]]:
     """Changes to two legs that may make them join, the smallest first."""
-    own, following = leg.grid(schedules[leg.model]), after.grid(schedules[after.model])
+    leg, after = part.leg, following.leg
+    if leg.until:
+        yield replace(leg, until="next"), after
     if leg.steps is not None:
         steps = leg.steps
         # At most double the steps: past that, naming the timesteps is the smaller change.
         for other in sorted(range(leg.skip + 1, 2 * steps + 1), key=lambda n: (abs(n - steps), n)):
             yield replace(leg, steps=other), after
-    timestep, level = schedules[leg.model].highest
+    timestep, level = part.schedule.highest
     top = Grid((timestep,), (level,))
-    tails = [after]
-    if after.steps is not None and after.skip + 1 < after.steps:
-        tails.append(replace(after, skip=after.skip + 1))
-    elif after.steps is None and len(following.sigmas) > 1:
-        tails.append(_explicit(after, following, slice(1, None)))
-    for tail in tails:
+    tails = [(after, following.grid)]
+    if len(following.grid.sigmas) > 1:
+        rest = Grid(following.grid.timesteps[1:], following.grid.sigmas[1:])
+        if after.steps is not None:
+            tails.append((replace(after, skip=after.skip + 1), rest))
+        else:
+            tails.append((_explicit(after, rest, len(rest.sigmas)), rest))
+    for tail, grid in tails:
         yield leg, tail
-        for head in (own, top):
-            count = _above(head, tail.grid(schedules[tail.model]))
+        for head in (part.grid, top):
+            count = _above(head, grid.sigmas[0])
             if count:
-                yield _explicit(leg, head, slice(0, count)), tail
+                yield _explicit(leg, head, count), tail
 
 
-def _trimmed(legs: Sequence[Leg], schedules: Schedules) -> Sequence[Leg]:
+def _trimmed(parts: Sequence[_Part]) -> Sequence[Leg]:
     """From the last leg up, keep of each what lies above the leg after it: that always joins."""
-    kept = [legs[-1]]
-    for leg in reversed(legs[:-1]):
-        own = leg.grid(schedules[leg.model])
-        count = _above(own, kept[0].grid(schedules[kept[0].model]))
+    kept, start = [parts[-1].leg], parts[-1].grid.sigmas[0]
+    for part in reversed(parts[:-1]):
+        count = _above(part.grid, start)
         if count:
-            kept.insert(0, _explicit(leg, own, slice(0, count)))
+            kept.insert(0, _explicit(part.leg, part.grid, count))
+            start = part.grid.sigmas[0]
     return kept
 
 
-def _joins(legs: Sequence[Leg], schedules: Schedules) -> bool:
+def _joins(legs: Sequence[Leg], schedules: Schedules, end: float) -> bool:
     try:
-        parts = [_part(leg, schedules) for leg in legs]
+        parts = _parts(legs, schedules, end)
     except PlanError:  # a candidate's step count has no such grid
         return False
     return not any(_fault(*pair) for pair in pairwise(parts))
 
 
-def _explicit(leg: Leg, own: Grid, part: slice) -> Leg:
-    """The same leg with its starting points named: sigmas too where they are not the timesteps'."""
-    sigmas = None if leg.sigmas is None else own.sigmas[part]
+def _explicit(leg: Leg, own: Grid, count: int) -> Leg:
+    """The same leg with its first `count` points named; sigmas too where it states its own."""
     return replace(
         leg,
         steps=None,
         skip=0,
         spacing=Spacing.TRAILING,
-        timesteps=own.timesteps[part],
-        sigmas=sigmas,
+        until=None,
+        below=None,
+        timesteps=own.timesteps[:count],
+        sigmas=None if leg.sigmas is None else own.sigmas[:count],
     )

@@ -7,12 +7,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process, Spacing, whole_number
 from headstart.plan.update import Update
+
+Until = float | Literal["next"] | None
+
+SLACK = 1e-6
+"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
 
 
 class Grid(NamedTuple):
@@ -38,13 +43,20 @@ class Leg:
                                  sigmas alone get their timesteps by interpolation in log sigma, as
                                  diffusers and k-diffusion do.
 
-    The last leg's last row goes to sigma 0, so neither list ends with a 0.
+    The last leg's last row goes to the plan's end, sigma 0 by default, so neither list ends with 0.
 
+    until       the level at which the leg ends, off its own grid if need be: a sigma, or "next",
+                where the next leg starts. The leg runs those steps of its grid that lie above it.
+                None: it must end at a point of its own grid, or name its points
+    below       its steps above this level are left out: a student's, which the base takes over
     update      the rule of every row; `eta` belongs to DDIM, `gamma` to TCD, `boundary` (LCM's
                 c_skip and c_out folded into the row) to RENOISE
-    prediction  None: what `Plan.compile` is told the model predicts
-    guidance    1.0 = conditional only, one network pass
+    prediction  None: what `Plan.compile` is given for the model
+    guidance    at least 1.0, which is conditional only, one network pass: what cards call 0
     adapters    (name, strength) pairs that hold on this leg
+    shifted_timestep
+                S: at timestep t the network is told floor(t*S/T), and its output read at that
+                timestep's level (NitroFusion's scheduler, arXiv:2412.02030: 250 or 500 of 1000)
 
     Enum fields take their string values too. Raises PlanError for anything it cannot mean.
     """
@@ -55,6 +67,8 @@ class Leg:
     skip: int = 0
     timesteps: tuple[float, ...] | None = None
     sigmas: tuple[float, ...] | None = None
+    until: Until = None
+    below: float | None = None
     update: Update = Update.EULER
     eta: float = 0.0
     gamma: float = 0.3
@@ -62,6 +76,7 @@ class Leg:
     prediction: Prediction | None = None
     guidance: float = 1.0
     adapters: tuple[tuple[str, float], ...] = ()
+    shifted_timestep: int | None = None
 
     def __post_init__(self) -> None:
         self._set("spacing", Spacing(self.spacing))
@@ -75,11 +90,35 @@ class Leg:
         self._check_grid()
         self._check_parameters()
 
-    def grid(self, schedule: Process) -> Grid:
-        """All starting points of this leg's own grid, as if it were the last leg."""
+    def grid(self, schedule: Process, landing: float = 0.0) -> Grid:
+        """All starting points of this leg's own grid not above `below`, as if it were the last.
+
+        `landing` is the level at which it ends, which an even grid depends on. Raises PlanError
+        for points outside the model's schedule, and where `below` leaves none.
+        """
+        found = self._whole_grid(schedule, landing)
+        low, high = schedule.lowest[1], schedule.highest[1]
+        if found.sigmas[0] > high * (1 + SLACK) or found.sigmas[-1] < low * (1 - SLACK):
+            raise PlanError(
+                f"levels of leg {self.model!r} run {found.sigmas[0]:.6g} .. "
+                f"{found.sigmas[-1]:.6g}, and its model knows {low:.6g} .. {high:.6g}: start and "
+                "end it inside"
+            )
+        if self.below is None:
+            return found
+        above = sum(sigma > self.below * (1 + SLACK) for sigma in found.sigmas)
+        if above == len(found.sigmas):
+            raise PlanError(
+                f"{self.model!r} has no step at or below level {self.below:g}: its steps start at "
+                f"{' '.join(f'{sigma:.4g}' for sigma in found.sigmas)}; hand over at one of these"
+            )
+        return Grid(found.timesteps[above:], found.sigmas[above:])
+
+    def _whole_grid(self, schedule: Process, landing: float) -> Grid:
         if self.steps is not None:
-            times = schedule.timesteps(self.steps, self.spacing)[self.skip :]
-            return Grid(tuple(times.tolist()), tuple(schedule.sigma(times).tolist()))
+            points = schedule.points(self.steps, self.spacing, landing)
+            times, levels = points.timesteps[self.skip :], points.sigmas[self.skip :]
+            return Grid(tuple(times.tolist()), tuple(levels.tolist()))
         times, sigmas = self.timesteps, self.sigmas
         if times is None:
             assert sigmas is not None
@@ -111,17 +150,24 @@ class Leg:
             whole_number(f"skip of leg {self.model!r}", self.skip, 0, self.steps - 1)
         elif self.skip or self.spacing is not Spacing.TRAILING:
             raise PlanError(f"spacing and skip belong to steps=, leg {self.model!r} has {explicit}")
+        for name in ("until", "below"):
+            level = getattr(self, name)
+            if level not in (None, "next") or (name == "below" and level == "next"):
+                self._set(name, _level(self.model, name, level))
         if len(explicit) == 2 and len(self.timesteps or ()) != len(self.sigmas or ()):
             raise PlanError(f"leg {self.model!r} needs as many timesteps as sigmas")
 
     def _check_parameters(self) -> None:
         if not self.model:
             raise PlanError("a leg needs the name of its model, such as 'base' or 'distilled'")
-        if not (math.isfinite(self.guidance) and self.guidance >= 0.0):
+        if not (math.isfinite(self.guidance) and self.guidance >= 1.0):
             raise PlanError(
-                f"guidance of leg {self.model!r} must be a finite number >= 0, not "
-                f"{self.guidance!r}; 1.0 is conditional only"
+                f"guidance of leg {self.model!r} must be a number of at least 1, not "
+                f"{self.guidance!r}: give 1.0 for the prompt alone in one pass, which model cards "
+                "and diffusers call 0"
             )
+        if self.shifted_timestep is not None:
+            whole_number("shifted_timestep", self.shifted_timestep, 1, 1_000_000)
         if not all(math.isfinite(strength) for _, strength in self.adapters):
             raise PlanError(f"adapter strengths must be finite, not {self.adapters}")
         for name, default, rule in (
@@ -137,6 +183,15 @@ class Leg:
                     f"{name}={value!r} belongs to update {rule.value!r}, but leg {self.model!r} "
                     f"uses {self.update.value!r}, which would ignore it"
                 )
+
+
+def _level(model: str, name: str, value: object) -> float:
+    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+        also = " or 'next'" if name == "until" else ""
+        raise PlanError(
+            f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r}"
+        )
+    return float(value)
 
 
 def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...]:

@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 from headstart.errors import PlanError
 from headstart.later import Later
+from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
+from headstart.plan.ramps import RHO, align_your_steps, exponential, karras
 from headstart.plan.spacing import (
     TRAIN_STEPS,
     FloatArray,
     Floats,
     Interpolation,
+    Points,
     Process,
     Spacing,
     grid,
@@ -120,6 +123,27 @@ class NoiseSchedule:
             raise PlanError(f"shift={shift:g} and mu={mu:g} are two names of one thing: give one")
         return FlowSchedule(shift if mu is None else math.exp(mu), terminal)
 
+    @staticmethod
+    def edm(
+        sigma_min: float = 0.002,
+        sigma_max: float = 80.0,
+        sigma_data: float = 0.5,
+        rho: float = RHO,
+    ) -> EdmSchedule:
+        """Karras et al.'s process: any level between the two, timestep log(sigma)/4.
+
+        Defaults of arXiv:2206.00364, table 1; CosXL has sigma_max 120 and sigma_data 1.
+        """
+        return EdmSchedule(sigma_min, sigma_max, sigma_data, rho)
+
+    @classmethod
+    def from_sigmas(cls, sigmas: Floats) -> NoiseSchedule:
+        """The schedule whose timestep i has level sigmas[i]: [T], rising, a = 1/(1 + sigma^2)."""
+        levels = _vector("sigmas", sigmas)
+        _require(bool(np.all(levels > 0)), "sigmas", "above 0", levels)
+        _require(bool(np.all(np.diff(levels) > 0)), "sigmas", "strictly rising", levels)
+        return cls(1.0 / (1.0 + levels**2))
+
     @classmethod
     def from_betas(cls, betas: Floats) -> NoiseSchedule:
         """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
@@ -159,9 +183,50 @@ class NoiseSchedule:
         return float(len(self) - 1), float(self.sigmas[-1])
 
     @property
+    def lowest(self) -> tuple[float, float]:
+        """Timestep 0, and its level: 0.0292 of Stable Diffusion."""
+        return 0.0, float(self.sigmas[0])
+
+    @property
     def sigmas(self) -> FloatArray:
         """sqrt((1 - a)/a) [T], rising."""
         return np.sqrt((1.0 - self.alphas_cumprod) / self.alphas_cumprod)
+
+    def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
+        """A grid: timesteps and levels [steps], falling. `landing`: where an EVEN one ends.
+
+        Raises PlanError where there is no such grid.
+        """
+        steps = whole_number("steps", steps, 1, len(self))
+        top, bottom = self.highest[1], self.lowest[1]
+        match spacing:
+            case Spacing.KARRAS:
+                sigmas = karras(steps, top, bottom)
+            case Spacing.EXPONENTIAL:
+                sigmas = exponential(steps, top, bottom)
+            case Spacing.AYS_SD15 | Spacing.AYS_SDXL:
+                sigmas = np.minimum(align_your_steps(steps, spacing.value), top)
+            case Spacing.EVEN:
+                return self._even(steps, landing)
+            case _:
+                timesteps = self.timesteps(steps, spacing)
+                return Points(timesteps, self.sigma(timesteps))
+        return Points(self.timestep(sigmas, "log"), sigmas)
+
+    def _even(self, steps: int, landing: float) -> Points:
+        """round(T - 1 - i*(T - 1 - t)/n), t the timestep of the landing, -1 for level 0."""
+        top = len(self) - 1.0
+        if landing >= self.sigma(top):  # no room for a step: which legs, a plan can say
+            return Points(np.array([top]), self.sigma(np.array([top])))
+        bottom = self.timestep(landing) if landing >= self.lowest[1] else -1.0
+        timesteps = np.round(top - np.arange(steps) * (top - bottom) / steps)
+        sigmas = self.sigma(timesteps.clip(min=0.0))
+        if not (np.all(np.diff(timesteps) < 0) and sigmas[-1] > landing):
+            raise PlanError(
+                f"{steps} even steps do not fit between timestep {top:g} and {bottom:g}: give "
+                f"at most {max(1, int(top - bottom))}"
+            )
+        return Points(timesteps, sigmas)
 
     def timesteps(
         self, steps: int, spacing: Spacing, *, offset: int | None = None, original_steps: int = 50

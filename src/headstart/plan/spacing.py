@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 from headstart.errors import PlanError
 from headstart.later import Later
+from headstart.plan.ramps import beta_quantile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,40 +24,69 @@ Interpolation = Literal["linear", "log"]
 TRAIN_STEPS = 1000
 
 
+class Points(NamedTuple):
+    """Where the steps of a grid start, falling: timesteps [n] and their levels [n]."""
+
+    timesteps: FloatArray
+    sigmas: FloatArray
+
+
 class Process(Protocol):
     """What a plan needs to know of a model's noise: which timestep its network is told at a level.
 
-    NoiseSchedule (a table of alphas_cumprod) and FlowSchedule (rectified flow) are such. Equal ones
-    have equal grids.
+    NoiseSchedule (a table of alphas_cumprod), FlowSchedule (rectified flow) and EdmSchedule are
+    such. Equal ones have equal grids.
     """
 
     @property
     def highest(self) -> tuple[float, float]:
-        """The first timestep of training, and its level."""
+        """The first timestep of sampling, and its level."""
         ...
 
-    def timesteps(self, steps: int, spacing: Spacing) -> FloatArray: ...
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """The last timestep of training, and its level; (0, 0) where training goes down to 0."""
+        ...
+
+    def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
+        """A grid; `landing` is the level at which an EVEN one ends."""
+        ...
+
     def sigma(self, timestep: Any, interpolation: Interpolation = "linear") -> Any: ...
     def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any: ...
     def fingerprint(self) -> str: ...
 
 
 class Spacing(Enum):
-    """How n timesteps lie among the T of training, highest first (arXiv:2305.08891, table 2).
+    """How n steps lie among the T timesteps of training, highest first (arXiv:2305.08891, table 2).
 
     LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
-    TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249
+    TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249. Of a flow:
+               u = 1 - i/n before its shift. Of EDM: its own steps, KARRAS
+    EVEN       n steps of equal length in timestep from the highest to the level at which the leg
+               ends, whatever that is; from 999 to 499 two steps are 999 749
     LINSPACE   round(linspace(0, T - 1, n)), as DDIM
     FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
     LCM        n of the 50 timesteps 999, 979 ... 19 that LCM was distilled on (arXiv:2310.04378;
                TCD and DMD2 reuse them); 4 steps are 999 759 499 259
+    BETA       round((T - 1)*q(1 - i/n)), q the quantiles of Beta(0.6, 0.6) (arXiv:2407.12173)
+    KARRAS     n levels from the highest to the lowest (arXiv:2206.00364, eq. 5; rho 7), which get
+               their timesteps by interpolation in log sigma; so do the three after it
+    EXPONENTIAL n levels equally far apart in log sigma
+    AYS_SD15   and AYS_SDXL: ten optimised levels, or n between them (arXiv:2404.14507)
     """
 
     LEADING = "leading"
     TRAILING = "trailing"
+    EVEN = "even"
     LINSPACE = "linspace"
     FRACTIONAL = "fractional"
     LCM = "lcm"
+    BETA = "beta"
+    KARRAS = "karras"
+    EXPONENTIAL = "exponential"
+    AYS_SD15 = "ays-sd15"
+    AYS_SDXL = "ays-sdxl"
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
@@ -93,6 +123,18 @@ def grid(
             timesteps = np.linspace(0, train_steps - 1, steps)[::-1]
         case Spacing.LCM:
             timesteps = _lcm_grid(steps, train_steps, original_steps)
+        case Spacing.BETA:
+            timesteps = np.round(beta_quantile(1.0 - np.arange(steps) / steps) * (train_steps - 1))
+        case _:
+            raise PlanError(
+                f"spacing {spacing.value!r} is no list of timesteps: give it to a leg, with "
+                "steps=, which makes it of its model's levels"
+            )
+    if not np.all(np.diff(timesteps) < 0):
+        raise PlanError(
+            f"{steps} {spacing.value} steps fall on the same timesteps of {train_steps} twice: "
+            "give fewer steps"
+        )
     if timesteps[0] >= train_steps or timesteps[-1] < 0:
         raise PlanError(
             f"{steps} {spacing.value} steps leave the timesteps 0 .. {train_steps - 1}: they run "

@@ -55,6 +55,10 @@ class StepTable:
     start     how unit noise becomes the first x, see `init_scale`
     schedule  fingerprint of the NoiseSchedule the rows were compiled against, or of each model's
     name      the plan's name
+    end_scale what the last x is multiplied by before a VAE decodes it: 1 at sigma 0. Of a plan that
+              ends above 0, c_in there for originals that keep their state as the network sees it
+              (DDIM, LCM, TCD, flows), 1 for k-diffusion's Euler family. A part that stops earlier
+              has 1
     first     index of steps[0] in the unsliced table. Noise is keyed by it, so a slice draws what
               the whole run would have drawn there.
 
@@ -66,6 +70,7 @@ class StepTable:
     schedule: str = ""
     name: str = "custom"
     first: int = 0
+    end_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -137,7 +142,9 @@ class StepTable:
         begin, end, stride = index.indices(len(self.steps))
         if stride != 1 or begin >= end:
             raise PlanError(f"a part of a {len(self)}-row table is a run of rows, not {index}")
-        return replace(self, steps=self.steps[begin:end], first=self.first + begin)
+        scale = self.end_scale if end == len(self.steps) else 1.0
+        part = self.steps[begin:end]
+        return replace(self, steps=part, first=self.first + begin, end_scale=scale)
 
     def to_json(self) -> str:
         """Text that `from_json` turns back into an equal table: every float64 survives."""
@@ -148,6 +155,7 @@ class StepTable:
                 "start": self.start,
                 "schedule": self.schedule,
                 "first": self.first,
+                "end_scale": self.end_scale,
                 "columns": Step._fields,
                 "rows": self.steps,
             }
@@ -166,6 +174,7 @@ class StepTable:
                 schedule=str(found["schedule"]),
                 name=str(found["name"]),
                 first=int(found["first"]),
+                end_scale=float(found.get("end_scale", 1.0)),
             )
         except PlanError:
             raise

@@ -23,9 +23,10 @@ class Coefficients(NamedTuple):
 class Transition(NamedTuple):
     """Everything a rule may read: the step from `sigma` down to `sigma_next`.
 
-    `timestep_next` and `sigma_next` are 0 on the last row. `sigma_before` is the level of the row
-    before where the same model and rule made it, else None: only then is there an x0 to look back
-    to. `eta` and `gamma` are the leg's.
+    On the last row `sigma_next` is the plan's end, 0 by default. `timestep_next` is known to TCD
+    alone, the one rule that reads it. `sigma_before` is the level of the row before where the same
+    model and rule made it, else None: only then is there an x0 to look back to. `eta` and `gamma`
+    are the leg's.
     """
 
     schedule: Process
@@ -51,6 +52,8 @@ class Update(Enum):
     DPMPP_2M  keep q, carry (1 - q)*log(s/s')/(2*log(s_prev/s)) (arXiv:2211.01095, alg. 2). First
               order where there is no previous x0 and where s' = 0, as diffusers'
               `lower_order_final` has it.
+    DPMPP_2M_SDE  keep q^2, carry (1 - q^2)*log(s/s')/(2*log(s_prev/s)), add s'*sqrt(1 - q^2): the
+              same with fresh noise (arXiv:2211.01095 as an SDE, midpoint; k-diffusion's eta 1).
     """
 
     EULER = "euler"
@@ -59,6 +62,7 @@ class Update(Enum):
     RENOISE = "renoise"
     TCD = "tcd"
     DPMPP_2M = "dpmpp_2m"
+    DPMPP_2M_SDE = "dpmpp_2m_sde"
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
@@ -113,10 +117,21 @@ def _tcd(at: Transition) -> Coefficients:
 
 def _dpmpp_2m(at: Transition) -> Coefficients:
     q = at.sigma_next / at.sigma
-    if at.sigma_before is None or q == 0.0:
-        return Coefficients(keep=q, add=0.0)
-    ratio = math.log(at.sigma_before / at.sigma) / -math.log(q)
-    return Coefficients(keep=q, add=0.0, carry=(1.0 - q) / (2.0 * ratio))
+    return Coefficients(keep=q, add=0.0, carry=_second_order(at, 1.0 - q))
+
+
+def _dpmpp_2m_sde(at: Transition) -> Coefficients:
+    q = at.sigma_next / at.sigma
+    add = at.sigma_next * math.sqrt(1.0 - q * q)
+    return Coefficients(keep=q * q, add=add, carry=_second_order(at, 1.0 - q * q))
+
+
+def _second_order(at: Transition, share: float) -> float:
+    """share/(2r), r = log(s_prev/s)/log(s/s'), of the slope between the last two x0."""
+    if at.sigma_before is None or at.sigma_next == 0.0:
+        return 0.0
+    ratio = math.log(at.sigma_before / at.sigma) / -math.log(at.sigma_next / at.sigma)
+    return share / (2.0 * ratio)
 
 
 _RULES: Mapping[Update, Callable[[Transition], Coefficients]] = {
@@ -126,4 +141,5 @@ _RULES: Mapping[Update, Callable[[Transition], Coefficients]] = {
     Update.RENOISE: _renoise,
     Update.TCD: _tcd,
     Update.DPMPP_2M: _dpmpp_2m,
+    Update.DPMPP_2M_SDE: _dpmpp_2m_sde,
 }

@@ -1,0 +1,104 @@
+"""EDM as a noise schedule:  x = x0 + sigma*eps at any level, the network is told log(sigma)/4.
+
+Source: arXiv:2206.00364, table 1. Playground 2.5 and CosXL are such models.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from headstart.errors import PlanError
+from headstart.later import Later
+from headstart.plan.ramps import RHO, exponential, karras
+from headstart.plan.spacing import Interpolation, Points, Spacing, whole_number
+
+if TYPE_CHECKING:
+    import numpy as np
+else:
+    np = Later("numpy")
+
+SLACK = 1e-6
+"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class EdmSchedule:
+    """Levels sigma_min .. sigma_max; `sigma_data` shapes the prediction, `rho` grids alone.
+
+    The grid of n steps has both ends: (s_max^(1/rho) + i/(n - 1) (s_min^(1/rho) -
+    s_max^(1/rho)))^rho for spacings "trailing" and "karras", equally far apart in log sigma for
+    "exponential", and for "even" the former's steps down to the level where the leg ends.
+    """
+
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    rho: float = RHO
+
+    def __post_init__(self) -> None:
+        numbers = (self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
+        if not all(math.isfinite(number) and number > 0.0 for number in numbers):
+            raise PlanError(f"the four numbers of an EDM schedule must be > 0, not {numbers}")
+        if self.sigma_min >= self.sigma_max:
+            raise PlanError(
+                f"sigma_min of an EDM schedule must be below sigma_max, not {self.sigma_min:g} and "
+                f"{self.sigma_max:g}"
+            )
+
+    @property
+    def highest(self) -> tuple[float, float]:
+        """What the network is told at sigma_max, and sigma_max."""
+        return self.timestep(self.sigma_max), self.sigma_max
+
+    @property
+    def lowest(self) -> tuple[float, float]:
+        """What the network is told at sigma_min, and sigma_min."""
+        return self.timestep(self.sigma_min), self.sigma_min
+
+    def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
+        """A grid, falling. Raises PlanError for a spacing that EDM does not have."""
+        steps = whole_number("steps", steps, 1, 1_000_000)
+        match spacing:
+            case Spacing.TRAILING | Spacing.KARRAS:
+                sigmas = karras(steps, self.sigma_max, self.sigma_min, self.rho)
+            case Spacing.EXPONENTIAL:
+                sigmas = exponential(steps, self.sigma_max, self.sigma_min)
+            case Spacing.EVEN if landing:
+                sigmas = karras(steps + 1, self.sigma_max, landing, self.rho)[:-1]
+            case Spacing.EVEN:
+                sigmas = karras(steps, self.sigma_max, self.sigma_min, self.rho)
+            case _:
+                raise PlanError(
+                    f"an EDM schedule has no {spacing.value} grid: give spacing='karras', "
+                    "'exponential' or 'even'"
+                )
+        return Points(self.timestep(sigmas), sigmas)
+
+    def sigma(self, timestep: Any, interpolation: Interpolation = "linear") -> Any:
+        """e^(4t), exact at every timestep; `interpolation` is for schedules of a table."""
+        found = np.exp(4.0 * np.asarray(timestep, dtype=np.float64))
+        self._check(found)
+        return float(found) if found.ndim == 0 else found
+
+    def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:
+        """log(sigma)/4, what the network is told."""
+        levels = np.asarray(sigma, dtype=np.float64)
+        self._check(levels)
+        found = np.log(levels) / 4.0
+        return float(found) if found.ndim == 0 else found
+
+    def fingerprint(self) -> str:
+        """Of its four numbers."""
+        return (
+            f"edm {self.sigma_min!r} {self.sigma_max!r} data {self.sigma_data!r} rho {self.rho!r}"
+        )
+
+    def _check(self, levels: Any) -> None:
+        low, high = self.sigma_min * (1.0 - SLACK), self.sigma_max * (1.0 + SLACK)
+        if not np.all((levels >= low) & (levels <= high)):
+            raise PlanError(
+                f"levels of this EDM schedule lie in {self.sigma_min:g} .. {self.sigma_max:g}, "
+                f"not {levels}"
+            )
