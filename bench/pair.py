@@ -34,7 +34,7 @@ from tqdm import tqdm
 import headstart as hs
 import headstart_weights
 from headstart.metrics.scorer import load_scorer
-from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart.plan.pairs import DEMO_SCHEDULE, DEMO_TIMESTEPS
 from headstart_weights.recipe.dataset import compose_caption
 
 PLAIN = tuple(

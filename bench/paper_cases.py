@@ -29,7 +29,7 @@ from headstart.compare.baselines import (
     pooled,
     spread,
 )
-from headstart.plan.plan import DEMO_RATIO
+from headstart.plan.pairs import DEMO_RATIO
 
 CANDIDATES = 1_000_000
 """Candidate seeds lie this far above the seeds of the images."""

@@ -17,7 +17,8 @@ Array = npt.NDArray[np.float64]
 
 patient = settings(deadline=None)  # a loaded machine is not a failure
 SD = NoiseSchedule.scaled_linear()
-NAMES = ("dmd2", "lcm", "lightning", "turbo", "demo")
+NAMES = ("paper-dmd2", "lcm", "dmd2", "lightning", "paper-turbo", "script-turbo", "demo")
+"""Pairs of four steps or any number, on a table of alphas_cumprod, that end at level 0."""
 UPDATES = st.sampled_from(Update)
 SPACINGS = st.sampled_from(Spacing)
 VP_PREDICTIONS = (Prediction.EPS, Prediction.V, Prediction.X0)

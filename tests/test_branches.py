@@ -12,7 +12,7 @@ import torch
 
 import headstart as hs
 import headstart_weights
-from headstart.plan.plan import DEMO_SCHEDULE
+from headstart.plan.pairs import DEMO_SCHEDULE
 from headstart.traces.branches import changed
 
 pytestmark = pytest.mark.skipif(

@@ -11,24 +11,40 @@ import torch
 from safetensors.torch import save_file
 
 from headstart.checkpoint import distillation
-from headstart.checkpoint.distillation import DISTILLATIONS, Guess
+from headstart.checkpoint.distillation import Guess
+from headstart.checkpoint.distillations import DISTILLATIONS, Distillation
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.plan.plan import preset
+from headstart.plan.named import PRESETS
+from headstart.plan.pairs import PAIRS
 from headstart.plan.prediction import Prediction
-from headstart.plan.request import PRESETS
+from headstart.plan.preset import preset
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.table import StepTable
 
 NAMES = {
-    # the names their makers publish them under
+    # the names their makers publish them under, UNets and LoRAs
     "sdxl_lightning_4step_unet": ("Lightning", 4, "lightning"),
     "sdxl_lightning_8step_unet": ("Lightning", 8, "lightning"),
+    "sdxl_lightning_8step_lora": ("Lightning", 8, "lightning"),
+    "sdxl_lightning_1step_unet_x0": ("Lightning", 1, "lightning-1step"),
     "dmd2_sdxl_4step_unet_fp16": ("DMD2", 4, "dmd2"),
-    "dmd2_sdxl_1step_unet_fp16": ("DMD2", 1, None),
-    "Hyper-SDXL-1step-Unet": ("Hyper-SD", 1, None),
+    "dmd2_sdxl_4step_lora_fp16": ("DMD2", 4, "dmd2"),
+    "dmd2_sdxl_1step_unet_fp16": ("DMD2", 1, "dmd2-1step"),
+    "Hyper-SDXL-1step-Unet": ("Hyper-SD", 1, "hyper-sd-1step"),
+    "Hyper-SDXL-4steps-lora": ("Hyper-SD", 4, "hyper-sd"),
+    "Hyper-SD15-8steps-lora": ("Hyper-SD", 8, "hyper-sd"),
+    "Hyper-SDXL-1step-lora": ("Hyper-SD unified", 1, "hyper-sd-unified-1step"),
+    "Hyper-SDXL-12steps-CFG-lora": ("Hyper-SD CFG", 12, "hyper-sd-cfg"),
     "sd_xl_turbo_1.0_fp16": ("Turbo", None, "turbo"),
-    "sd_turbo": ("Turbo", None, "turbo"),
+    "sd_turbo": ("SD-Turbo", None, "sd-turbo"),
     "LCM_Dreamshaper_v7_4k": ("LCM", None, "lcm"),
+    "lcm-lora-sdxl": ("LCM-LoRA", None, "lcm-lora"),
+    "Segmind-VegaRT": ("LCM-LoRA", None, "lcm-lora"),
+    "TCD-SDXL-LoRA": ("TCD", None, "tcd"),
+    "pcm_sdxl_smallcfg_4step_converted": ("PCM", 4, "pcm"),
+    "nitrosd-realism_f16": ("NitroFusion", None, "nitrofusion"),
+    "nitrosd-vibrant_f16": ("NitroFusion Vibrant", None, "nitrofusion-vibrant"),
+    "SDXL-Flash": ("SDXL-Flash", None, "sdxl-flash"),
     "juggernautXL_v9Rdphoto2Lightning": ("Lightning", None, "lightning"),
     # and names of what is no distillation
     "sd_xl_base_1.0": (None, None, None),
@@ -52,6 +68,9 @@ def found(name: str, steps: int | None = None) -> Guess:
     return Guess(distillation=row, steps=steps, why="name")
 
 
+ADD = next(row.timesteps for row in DISTILLATIONS if row.name == "Turbo")
+
+
 def complaint(guess: Guess, run: StepTable) -> str | None:
     return guess.complaint("distilled", [s for s in run if s.model == "distilled"], run.name)
 
@@ -66,7 +85,22 @@ def test_a_published_name_tells_distillation_steps_and_preset(tmp_path: Path, na
 
 
 def test_every_preset_named_here_exists() -> None:
-    assert {row.preset for row in DISTILLATIONS} < set(PRESETS)
+    named = [name for row in DISTILLATIONS for name in (row.pair, *row.by_steps.values())]
+    assert set(named) < set(PRESETS)
+
+
+@pytest.mark.parametrize("row", DISTILLATIONS, ids=lambda row: row.name)
+def test_a_pair_run_as_its_card_says_is_no_complaint(row: Distillation) -> None:
+    for steps in (None, *row.by_steps):
+        name = row.preset(steps)
+        pair = PAIRS[name]
+        for count in pair.steps:
+            if row.timesteps == ADD and count == 3:  # its card's third step is off its four
+                continue
+            plan = preset(name, steps=count, mode="distilled")
+            run = plan.compile(pair.schedules, prediction=pair.predictions)
+            guess = Guess(distillation=row, steps=count if steps or row.jumps else None, why="name")
+            assert complaint(guess, run) is None, (name, count)
 
 
 def test_a_folders_name_and_the_hubs_cache_tell_too(tmp_path: Path) -> None:
@@ -131,7 +165,8 @@ def test_what_a_name_tells_about_the_prediction(
         (found("Turbo"), table("lightning")),
         (found("LCM"), table("lcm")),
         (found("LCM"), table("lcm", steps=8)),
-        (found("LCM"), table("dmd2")),
+        (found("LCM"), table("paper-dmd2")),
+        (found("DMD2", 4), table("paper-dmd2")),
         (found("DMD2", 4), table("dmd2")),
         (Guess(), table("lcm")),
         (found("LCM"), table("turbo", mode="base")),
@@ -150,7 +185,13 @@ def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable
         (found("Lightning", 8), table("lightning", steps=4), r"use preset='lightning', steps=8"),
         (found("Lightning", 4), table("dmd2"), r"with Euler steps; plan 'dmd2-hybrid' runs it at"),
         (found("DMD2", 4), table("turbo"), r"with another update: use preset='dmd2', steps=4"),
-        (found("DMD2", 1), table("dmd2"), r"trained at timesteps 399 .*: use Leg\(timesteps=\(399"),
+        (found("DMD2", 1), table("dmd2"), r"trained at timesteps 399 .* use preset='dmd2-1step'$"),
+        (found("LCM"), table("tcd", steps=4), r"with another update: use preset='lcm'"),
+        (
+            found("Hyper-SD", 8),
+            table("hyper-sd-unified", steps=8),
+            r"use preset='hyper-sd', steps=8",
+        ),
     ],
 )
 def test_a_plan_off_the_trained_grid_names_the_right_one(
@@ -166,7 +207,7 @@ def test_the_note_says_how_to_set_it_by_hand(tmp_path: Path) -> None:
         "taken for Lightning, 4 steps: preset lightning (set with --preset or preset=), by its name"
     )
     single = guessed(tmp_path / "Hyper-SDXL-1step-Unet.safetensors")
-    assert "Hyper-SD, 1 step: timestep 800 (set with --preset" in str(single.note())
+    assert "Hyper-SD, 1 step: preset hyper-sd-1step (set with" in str(single.note())
     base = guessed(tmp_path / "v2-1_512-ema-pruned.safetensors", "sd21")
     assert base.note() == "predicts eps (set with --prediction or prediction=), by its name"
     assert base.note(without_prediction=True) is None

@@ -174,7 +174,7 @@ def test_what_is_stated_is_before_what_is_guessed_before_the_family(tmp_path: Pa
     models = {"base": plain, "distilled": guessed}
     assert predictions(None, models) == {"base": Prediction.V, "distilled": Prediction.EPS}
     assert predictions({"base": "eps"}, models)["base"] is Prediction.EPS
-    assert preset_of(models) == "turbo" and preset_of({"base": plain}) is None
+    assert preset_of(models) == "sd-turbo" and preset_of({"base": plain}) is None
 
 
 def test_two_stated_schedules_are_each_models_own(tmp_path: Path) -> None:

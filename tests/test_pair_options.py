@@ -125,7 +125,7 @@ def test_a_wrong_grid_is_a_warning_that_names_the_right_one(load: Callable[..., 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         engine.compile("hybrid")
-    for plan in ("lcm", hs.preset("dmd2"), hs.preset("lcm").compile(engine.schedule)):
+    for plan in ("lcm", hs.preset("paper-dmd2"), hs.preset("lcm").compile(engine.schedule)):
         with pytest.warns(UserWarning, match=r"taken for Turbo by its name.*use preset='turbo'"):
             engine.compile(plan)
     told = load("sdxl", "sdxl-turbo", "sdxl_turbo", preset="lcm")
@@ -171,8 +171,8 @@ def test_a_prediction_is_stated_guessed_or_given(
 def test_a_prediction_of_nobody_or_of_no_kind_is_refused(load: Callable[..., hs.Engine]) -> None:
     with pytest.raises(hs.InputError, match="prediction for 'student': this pair has 'base'"):
         load("sd21", "sd-turbo", "sd_turbo", prediction={"student": "v"})
-    with pytest.raises(hs.HeadstartError, match="unknown prediction 'edm'"):
-        load("sd21", "sd-turbo", "sd_turbo", prediction="edm")
+    with pytest.raises(hs.HeadstartError, match="unknown prediction 'score'"):
+        load("sd21", "sd-turbo", "sd_turbo", prediction="score")
 
 
 def test_predictions_are_read_from_the_command_line() -> None:

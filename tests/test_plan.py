@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 from plans import NAMES, SD, compiled, models, patient, times, updates
 
 from headstart.errors import PlanError
-from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS, Leg, Mode, Plan, Update, preset
+from headstart.plan.pairs import DEMO_SCHEDULE, DEMO_TIMESTEPS, PAIRS
+from headstart.plan.plan import Leg, Plan, Update
 from headstart.plan.prediction import Prediction
+from headstart.plan.preset import Mode, preset
 from headstart.plan.schedule import Spacing
 
 
-@pytest.mark.parametrize("name", ["dmd2", "lcm"])
+@pytest.mark.parametrize("name", ["paper-dmd2", "paper-lcm"])
 def test_dmd2_and_lcm_renoise_on_the_lcm_grid_from_a_unit_start(name: str) -> None:
     plan = preset(name)
     table = plan.compile(SD)
@@ -29,7 +31,7 @@ def test_dmd2_and_lcm_renoise_on_the_lcm_grid_from_a_unit_start(name: str) -> No
 
 def test_the_papers_handoff_keeps_only_the_bases_x0_under_fresh_noise() -> None:
     """Its notebooks: x_759 = 0.2285*x0 + 0.9735*n after the boundary's 2.5e-9 and 1.0."""
-    first = preset("dmd2").compile(SD, prediction=Prediction.X0)[0]
+    first = preset("paper-dmd2").compile(SD, prediction=Prediction.X0)[0]
     scale = 1 / math.sqrt(1 + first.sigma_next**2)
     assert first.keep == 0.0
     assert (scale, scale * first.add) == pytest.approx((0.2285, 0.9735), abs=5e-5)
@@ -58,11 +60,11 @@ def test_dmd2s_own_timesteps_are_two_legs() -> None:
     """DMD2's model card, where the paper's code used LCM's default grid."""
     rule = {"update": Update.RENOISE, "boundary": True}
     table = compiled(
-        Leg(model="base", timesteps=(999,), **rule),
+        Leg(model="base", timesteps=(999,)),
         Leg(model="distilled", timesteps=(749, 499, 249), **rule),
     )
     assert times(table) == [999, 749, 499, 249]
-    assert table[0].sigma_next == SD.sigma(749)
+    assert preset("dmd2").compile(SD).steps == table.steps
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,9 +96,9 @@ def test_base_alone_is_an_euler_trajectory_on_its_own_trailing_grid(name: str) -
 )
 @patient
 def test_every_valid_k_joins(name: str, steps: int, data: st.DataObject, mode: Mode) -> None:
-    steps = len(DEMO_TIMESTEPS) if name == "demo" else steps
-    assume(mode != "skip-first" or steps > 1)
-    k = data.draw(st.integers(1, steps - (mode == "skip-first")))
+    steps = len(DEMO_TIMESTEPS) if PAIRS[name].timesteps else steps
+    assume(mode == "replace-final" or steps > 1)
+    k = data.draw(st.integers(1, steps - (mode != "replace-final")))
     table = preset(name, steps=steps, k=k, mode=mode).compile(SD)
     expected = {
         "hybrid": ["base"] * k + ["distilled"] * (steps - k),
@@ -113,10 +115,11 @@ def test_the_base_covers_its_part_in_sub_steps_of_its_own() -> None:
     twenty = preset("lightning", n=20).compile(SD)
     assert models(twenty).count("base") == 5
     assert twenty[4].sigma_next == SD.sigma(749)
-    final = preset("dmd2", k=3, n=50, mode="replace-final").compile(SD)
+    final = preset("paper-dmd2", k=3, n=50, mode="replace-final").compile(SD)
     assert models(final) == ["distilled"] + ["base"] * 38
     assert times(final)[:2] == [999, 759]
-    assert len(preset("dmd2", k=4, n=10).compile(SD)) == 10
+    final = preset("paper-dmd2", k=4, n=10, mode="replace-final").compile(SD)
+    assert models(final) == ["base"] * 10
 
 
 @given(name=st.sampled_from(NAMES), k=st.integers(1, 4), n=st.integers(1, 50), final=st.booleans())
@@ -125,6 +128,7 @@ def test_any_n_joins_or_is_refused_with_a_call_that_does(
     name: str, k: int, n: int, final: bool
 ) -> None:
     mode: Mode = "replace-final" if final else "hybrid"
+    assume(final or k < 4)  # a hybrid has a row of the student
     try:
         table = preset(name, k=k, n=n, mode=mode).compile(SD)
     except PlanError as error:
@@ -145,21 +149,22 @@ def _nearest_call(error: PlanError) -> Plan:
 @pytest.mark.parametrize(
     ("arguments", "nearest"),
     [
-        ({"k": 0}, "preset('dmd2')"),
-        ({"k": -3}, "preset('dmd2')"),
-        ({"k": 5}, "preset('dmd2', k=4)"),
-        ({"k": 5, "n": 8}, "preset('dmd2', k=4, n=8)"),
-        ({"k": 4, "mode": "skip-first"}, "preset('dmd2', k=3, mode='skip-first')"),
-        ({"steps": 1, "mode": "skip-first"}, "preset('dmd2', steps=1, mode='distilled')"),
-        ({"n": 10}, "preset('dmd2', n=8)"),
-        ({"n": 10, "base_guidance": 3.0}, "preset('dmd2', n=8, base_guidance=3.0)"),
+        ({"k": 0}, "preset('paper-dmd2', k=1)"),
+        ({"k": -3}, "preset('paper-dmd2', k=1)"),
+        ({"k": 4}, "preset('paper-dmd2', k=3)"),
+        ({"k": 5, "n": 8}, "preset('paper-dmd2', k=3, n=8)"),
+        ({"k": 4, "mode": "skip-first"}, "preset('paper-dmd2', k=3, mode='skip-first')"),
+        ({"k": 5, "mode": "replace-final"}, "preset('paper-dmd2', k=4, mode='replace-final')"),
+        ({"steps": 1, "mode": "skip-first"}, "preset('paper-dmd2', steps=1, mode='distilled')"),
+        ({"n": 10}, "preset('paper-dmd2', n=8)"),
+        ({"n": 10, "base_guidance": 3.0}, "preset('paper-dmd2', n=8, base_guidance=3.0)"),
     ],
 )
 def test_a_preset_that_cannot_be_exact_names_the_nearest_that_is(
     arguments: dict[str, Any], nearest: str
 ) -> None:
     with pytest.raises(PlanError) as caught:
-        preset("dmd2", **arguments)
+        preset("paper-dmd2", **arguments)
     assert str(caught.value).endswith(f"nearest valid plan: {nearest}")
     assert "999 759 499 259" in str(caught.value) or "steps=1" in nearest
     assert "14.6146" in str(caught.value)
@@ -183,7 +188,10 @@ BAD_PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("guidance of leg 'base'", {"base_guidance": math.nan, "mode": "base"}),
     ("picks its steps from 50", {"steps": 51}),
     ("picks its steps from 50", {"n": 51}),
-    ("was distilled for the timesteps", {"name": "demo", "steps": 8}),
+    ("was distilled for 4 steps at 999 749 499 249", {"name": "demo", "steps": 8}),
+    ("only step starts at timestep 999, pure noise", {"name": "turbo", "steps": 1}),
+    ("only step starts at timestep 999, pure noise", {"name": "lightning-1step"}),
+    ("where the distilled model takes over; in mode 'base'", {"handoff": 4.0, "mode": "base"}),
 ]
 
 
@@ -192,7 +200,7 @@ def test_preset_arguments_without_meaning_are_refused(
     message: str, arguments: dict[str, Any]
 ) -> None:
     with pytest.raises(PlanError, match=message):
-        preset(**{"name": "dmd2"} | arguments)
+        preset(**{"name": "paper-dmd2"} | arguments)
 
 
 def test_every_mode_is_offered_for_every_pair() -> None:
@@ -200,4 +208,5 @@ def test_every_mode_is_offered_for_every_pair() -> None:
         for mode in get_args(Mode):
             plan = preset(name, mode=mode)
             assert plan.name == f"{name}-{mode}"
-            assert len(plan.compile(SD)) == (3 if mode == "skip-first" else 4)
+            rows = {"skip-first": 3, "base": 30}.get(mode, 4)
+            assert len(plan.compile(SD)) == rows

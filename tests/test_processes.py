@@ -42,7 +42,7 @@ def own_levels(table: StepTable, schedules: dict[str, NoiseSchedule]) -> None:
         assert here.sigma_next == after.sigma
 
 
-@pytest.mark.parametrize("name", ["dmd2", "lcm", "lightning", "turbo"])
+@pytest.mark.parametrize("name", ["paper-dmd2", "lcm", "lightning", "turbo"])
 @pytest.mark.parametrize("settings", [{}, {"k": 2}, {"n": 8}, {"mode": "replace-final"}], ids=str)
 @pytest.mark.parametrize("swapped", [False, True])
 def test_each_model_of_a_preset_is_called_at_its_own_levels(
@@ -66,7 +66,7 @@ def test_each_model_of_a_preset_is_called_at_its_own_levels(
 
 def test_the_student_of_a_zero_snr_base_starts_where_it_was_trained() -> None:
     """LCM grid: 759 is sigma 4.2613 for the student, 5.728 for the base."""
-    table = hs.preset("dmd2").compile(NOOBAI, prediction=PREDICTIONS)
+    table = hs.preset("paper-dmd2").compile(NOOBAI, prediction=PREDICTIONS)
     assert [round(step.sigma, 3) for step in table] == [4096.0, 4.261, 1.613, 0.719]
     assert table[0].sigma_next == SD.sigma(759)
     assert table.schedule == fingerprint_of(NOOBAI) != SD.fingerprint()
@@ -134,7 +134,7 @@ def test_a_mapping_without_a_model_says_so() -> None:
 
 
 def test_the_next_rows_input_is_scaled_for_the_model_that_runs_it() -> None:
-    table = hs.preset("dmd2").compile(NOOBAI, prediction=PREDICTIONS)
+    table = hs.preset("paper-dmd2").compile(NOOBAI, prediction=PREDICTIONS)
     assert table.c_in_next[:-1].tolist() == [np.float32(step.c_in) for step in table[1:]]
 
 
@@ -265,8 +265,8 @@ def test_a_single_file_is_a_flow_where_its_user_says_so(folder: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"_class_name": "EDMEulerScheduler", "sigma_data": 0.5}, "EDM"),
-        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDM"),
+        ({"_class_name": "EDMEulerScheduler", "sigma_data": -0.5}, "sigma_data"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 90.0}, "below sigma_max"),
         ({"_class_name": "SomethingNewScheduler"}, "SomethingNewScheduler"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "size"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": "high"}, "shift"),

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pytest
 
 from headstart.errors import InputError, PlanError
-from headstart.plan.plan import preset
-from headstart.plan.request import (
-    BASE_GUIDANCE,
-    BASE_STEPS,
-    check_size,
-    named_plan,
-    pair_up,
-    parse_seeds,
-)
+from headstart.plan.named import named_plan
+from headstart.plan.pairs import PAIRS
+from headstart.plan.preset import preset
+from headstart.plan.request import check_size, pair_up, parse_seeds
 
 
 def test_a_mode_needs_to_know_its_pair_and_takes_the_engines() -> None:
@@ -31,7 +26,7 @@ def test_a_presets_name_is_its_hybrid() -> None:
 
 def test_plan_base_alone_runs_as_a_base_model_does() -> None:
     (leg,) = named_plan("base", {}, "demo").legs
-    assert (leg.steps, leg.guidance) == (BASE_STEPS, BASE_GUIDANCE["demo"])
+    assert (leg.steps, leg.guidance) == (PAIRS["demo"].base_steps, 2.0)
     (leg,) = named_plan("base", {"steps": 7, "base_guidance": 1.0}, "demo").legs
     assert (leg.steps, leg.guidance) == (7, 1.0)
 

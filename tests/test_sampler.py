@@ -18,7 +18,8 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.noise import Given, Philox
 from headstart.plan.leg import Leg
-from headstart.plan.plan import Plan, preset
+from headstart.plan.plan import Plan
+from headstart.plan.preset import preset
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.table import Step, StepTable
 from headstart.plan.update import Update

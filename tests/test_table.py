@@ -13,7 +13,8 @@ import pytest
 from plans import NAMES, SD, compiled
 
 from headstart.errors import PlanError
-from headstart.plan.plan import COLUMNS, Leg, StepTable, preset
+from headstart.plan.plan import COLUMNS, Leg, StepTable
+from headstart.plan.preset import preset
 from headstart.plan.schedule import Spacing
 
 
@@ -50,7 +51,7 @@ def test_json_returns_an_equal_table_bit_for_bit() -> None:
     ],
 )
 def test_json_that_is_not_a_table_is_refused(change: Callable[[dict[str, Any]], object]) -> None:
-    found = json.loads(preset("dmd2").compile(SD).to_json())
+    found = json.loads(preset("paper-dmd2").compile(SD).to_json())
     change(found)
     with pytest.raises(PlanError):
         StepTable.from_json(json.dumps(found))
@@ -129,10 +130,10 @@ def test_adapters_become_a_column() -> None:
 
 
 def test_plans_and_tables_are_frozen_values() -> None:
-    table, plan = preset("dmd2").compile(SD), preset("dmd2")
-    assert plan == preset("dmd2")
-    assert hash(plan) == hash(preset("dmd2"))
-    assert len({table, preset("dmd2").compile(SD)}) == 1
+    table, plan = preset("paper-dmd2").compile(SD), preset("dmd2")
+    assert plan == preset("paper-dmd2")
+    assert hash(plan) == hash(preset("paper-dmd2"))
+    assert len({table, preset("paper-dmd2").compile(SD)}) == 1
     assert table.schedule == SD.fingerprint()
     for frozen, field in ((table, "name"), (plan, "name"), (plan.legs[0], "model")):
         with pytest.raises(FrozenInstanceError):
@@ -140,7 +141,7 @@ def test_plans_and_tables_are_frozen_values() -> None:
 
 
 def test_the_table_prints_aligned_with_a_line_at_the_handoff() -> None:
-    assert str(preset("dmd2").compile(SD)).splitlines() == [
+    assert str(preset("paper-dmd2").compile(SD)).splitlines() == [
         "step  model      timestep    sigma  sigma_next    keep     add   carry  guidance",
         "   0  base            999  14.6146      4.2606  0.0000  4.2606  0.0000         1",
         "-- base hands over to distilled at sigma 4.2606 --------------------------------",

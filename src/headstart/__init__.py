@@ -22,13 +22,15 @@ if TYPE_CHECKING:
     from headstart.networks.load import load_vae as load_vae
     from headstart.noise import Given as Given
     from headstart.noise import Philox as Philox
+    from headstart.plan.pair import Pair as Pair
+    from headstart.plan.pairs import presets as presets
     from headstart.plan.plan import Leg as Leg
     from headstart.plan.plan import Plan as Plan
     from headstart.plan.plan import Step as Step
     from headstart.plan.plan import StepTable as StepTable
     from headstart.plan.plan import Update as Update
-    from headstart.plan.plan import preset as preset
     from headstart.plan.prediction import Prediction as Prediction
+    from headstart.plan.preset import preset as preset
     from headstart.plan.schedule import NoiseSchedule as NoiseSchedule
     from headstart.plan.schedule import Spacing as Spacing
     from headstart.sampler import State as State
@@ -76,7 +78,9 @@ _MODULE_OF = {
     "load_text": "headstart.networks.load",
     "load_unet": "headstart.networks.load",
     "load_vae": "headstart.networks.load",
-    "preset": "headstart.plan.plan",
+    "preset": "headstart.plan.preset",
+    "presets": "headstart.plan.pairs",
+    "Pair": "headstart.plan.pair",
     "replay": "headstart.engine.rerun",
     "sample": "headstart.sampler",
     "trace": "headstart.traces.traces",

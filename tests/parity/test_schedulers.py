@@ -38,8 +38,9 @@ from schedulers import (
     worst,
 )
 
-from headstart.plan.plan import Leg, Plan, Update, preset
+from headstart.plan.plan import Leg, Plan, Update
 from headstart.plan.prediction import Prediction
+from headstart.plan.preset import preset
 from headstart.plan.schedule import NoiseSchedule, Spacing
 
 
@@ -245,7 +246,7 @@ def test_other_grids_are_diffusers_for_every_count(spacing: Spacing) -> None:
 
 def test_a_hybrid_is_one_scheduler_shared_by_both_models(draw: Draw) -> None:
     """The notebooks' same-scheduler mode: 4-step LCM, one step of the base at timestep 999."""
-    table = preset("dmd2").compile(SCHEDULE)
+    table = preset("paper-dmd2").compile(SCHEDULE)
     oracle = LCMScheduler(**BETAS)
     oracle.set_timesteps(4)
     assert [step.timestep for step in table] == oracle.timesteps.tolist()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 from headstart.checkpoint.families import Family
 from headstart.errors import CheckpointError, PlanError
 from headstart.later import Later
+from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import FloatArray, NoiseSchedule
@@ -27,6 +28,8 @@ T = TypeVar("T")
 
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 """diffusers' schedulers of rectified flow."""
+EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
+"""Those of EDM, whose `prediction_type` is epsilon where they mean EDM's own."""
 TABLES = frozenset(
     f"{name}Scheduler"
     for name in (
@@ -58,9 +61,10 @@ class Said:
     flags: frozenset[str] = frozenset()
 
     @property
-    def flows(self) -> bool:
-        """Whether its scheduler is one of rectified flow."""
-        return str(self.scheduler.get("_class_name")) in FLOWS
+    def scheduler_class(self) -> str | None:
+        """Of a diffusers folder, where it says one."""
+        name = self.scheduler.get("_class_name")
+        return None if name is None else str(name)
 
 
 def declared(family: Family, said: Said) -> Family:
@@ -153,8 +157,11 @@ def _number(config: Json, key: str, default: float) -> float:
 
 
 def _prediction(said: Said) -> dict[str, object]:
-    if said.flows:
+    if said.scheduler_class in FLOWS:
         return {"prediction": Prediction.FLOW}
+    if said.scheduler_class in EDMS:
+        v = said.scheduler.get("prediction_type") == "v_prediction"
+        return {"prediction": Prediction.EDM_V if v else Prediction.EDM}
     value: object = (
         said.metadata.get("headstart.prediction")
         or said.metadata.get("modelspec.prediction_type")
@@ -175,8 +182,10 @@ def _schedule(family: Family, said: Said) -> dict[str, object]:
             schedule = table
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
-    elif said.flows:
+    elif said.scheduler_class in FLOWS:
         return {"schedule": _flow(said.scheduler)}
+    elif said.scheduler_class in EDMS:
+        return {"schedule": _edm(said.scheduler)}
     elif said.scheduler:
         schedule = _from_scheduler(said.scheduler)
     else:
@@ -200,18 +209,27 @@ def _flow(config: Json) -> FlowSchedule:
     )
 
 
+def _edm(config: Json) -> EdmSchedule:
+    return NoiseSchedule.edm(
+        _number(config, "sigma_min", 0.002),
+        _number(config, "sigma_max", 80.0),
+        _number(config, "sigma_data", 0.5),
+        _number(config, "rho", 7.0),
+    )
+
+
 def _from_scheduler(config: Json) -> NoiseSchedule:
     """The schedule of a diffusers `scheduler_config.json`.
 
-    Raises CheckpointError for a class that is not known to share this parametrisation: an EDM
-    model run as eps draws noise.
+    Raises CheckpointError for a class that is not known to share this parametrisation: a model
+    run as what it is not draws noise.
     """
     name = config.get("_class_name")
     if name is not None and name not in TABLES:
         raise CheckpointError(
             f"scheduler_config.json: {name!r} is not known to use a table of alphas_cumprod, as "
-            f"{', '.join(sorted(TABLES)[:3])} ... do, nor to be a flow ({', '.join(FLOWS)}): "
-            "models of other kinds (EDM) are not implemented"
+            f"{', '.join(sorted(TABLES)[:3])} ... do, nor to be a flow ({', '.join(FLOWS)}) or EDM "
+            f"({', '.join(EDMS)}): name the class of these that its model was trained for"
         )
     if isinstance(betas := config.get("trained_betas"), list):
         return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))

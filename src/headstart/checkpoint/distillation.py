@@ -13,70 +13,24 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from headstart.checkpoint.distillations import (
+    ANCESTRAL,
+    DISTILLATIONS,
+    EULER,
+    RENOISE,
+    Distillation,
+)
 from headstart.checkpoint.folder import json_in, root_of
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.plan.prediction import Prediction
-from headstart.plan.schedule import Spacing, grid
 
 if TYPE_CHECKING:
     from headstart.plan.table import Step  # loads numpy, which `headstart inspect` does without
 
 _GUIDANCE_PROJECTION = "cond_proj.weight"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Distillation:
-    """How one kind of distilled model was trained, so how it must be run.
-
-    pattern     of its published names
-    preset      the pair of `headstart.preset` that runs it
-    timesteps   at which it was trained; () where that is the trailing grid of its own step count
-    renoises    every x0 goes on under fresh noise; None: by fresh noise or by Euler, both are used
-    only_step   the timestep of its 1-step variant, if that is not the first of the grid
-    """
-
-    name: str
-    pattern: str
-    preset: str
-    timesteps: tuple[float, ...] = ()
-    renoises: bool | None = None
-    only_step: float | None = None
-
-
-DISTILLATIONS: tuple[Distillation, ...] = (
-    # arXiv:2405.14867 and its model card; the last three of the paper this package follows
-    # (arXiv:2503.10637, its notebooks). The 1-step UNet was trained at 399 alone.
-    Distillation(
-        name="DMD2",
-        pattern=r"(?<![a-z])dmd2?(?![a-z])",
-        preset="dmd2",
-        timesteps=(999.0, 759.0, 749.0, 499.0, 259.0, 249.0),
-        renoises=True,
-        only_step=399.0,
-    ),
-    # arXiv:2402.13929: one network for each step count, on the trailing grid of that count.
-    Distillation(name="Lightning", pattern="lightning", preset="lightning", renoises=False),
-    # arXiv:2404.13686; the 1-step UNet starts at 800 (its model card).
-    Distillation(
-        name="Hyper-SD",
-        pattern="hyper[-_ ]?sd",
-        preset="lightning",
-        renoises=False,
-        only_step=800.0,
-    ),
-    # arXiv:2310.04378: consistency on the 50 steps of a DDIM teacher, 19, 39, ... 999.
-    Distillation(
-        name="LCM",
-        pattern=r"(?<![a-z])lcm(?![a-z])",
-        preset="lcm",
-        timesteps=tuple(float(t) for t in range(999, 0, -20)),
-        renoises=True,
-    ),
-    # arXiv:2311.17042, section 4: four timesteps. SD-Turbo and SDXL-Turbo alike.
-    Distillation(name="Turbo", pattern="turbo", preset="turbo", timesteps=(999, 749, 499, 249)),
-)
-
 _LCM = next(row for row in DISTILLATIONS if row.name == "LCM")
+_METADATA = ("headstart.preset", "modelspec.title", "ss_output_name")
+"""Ours, the Stability AI model specification's, and kohya's; the surest first."""
 _STEPS = re.compile(r"(?<![0-9])([1-9][0-9]?)[-_ ]?steps?(?![a-z])")
 _HUB_FOLDER = re.compile(r"models--[^/]+--([^/]+)")
 
@@ -105,38 +59,31 @@ class Guess:
 
     @property
     def preset(self) -> str | None:
-        """The pair to run it as; None for a 1-step variant that starts at a timestep of its own."""
-        row = self.distillation
-        if row is None or (self.steps == 1 and row.only_step is not None):
-            return None
-        return row.preset
+        """The pair to run it as."""
+        return None if self.distillation is None else self.distillation.preset(self.steps)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """Where it was trained, highest first; () where nothing tells."""
+        """What it was told in training, highest first; () where nothing tells."""
         row = self.distillation
         if row is None:
             return ()
-        if self.steps == 1 and row.only_step is not None:
-            return (row.only_step,)
-        if row.timesteps:
+        if row.timesteps and self.steps not in row.by_steps:
             return row.timesteps
-        counts = (self.steps,) if self.steps else (1, 2, 4, 8)
-        found = {float(t) for count in counts for t in grid(count, Spacing.TRAILING)}
-        return tuple(sorted(found, reverse=True))
+        return _told(row.preset(self.steps), self.steps)
 
     def note(self, *, without_prediction: bool = False) -> str | None:
         """One line for a person: what was guessed, from what, and how to set it by hand."""
-        told: list[str] = []
+        parts: list[str] = []
         if row := self.distillation:
             count = f", {self.steps} steps" if self.steps and self.steps > 1 else ""
             count = ", 1 step" if self.steps == 1 else count
-            use = f"preset {self.preset}" if self.preset else f"timestep {self.timesteps[0]:g}"
-            told.append(f"taken for {row.name}{count}: {use} (set with --preset or preset=)")
+            by_hand = f"preset {self.preset} (set with --preset or preset=)"
+            parts.append(f"taken for {row.name}{count}: {by_hand}")
         if self.prediction is not None and not without_prediction:
             value = self.prediction.value
-            told.append(f"predicts {value} (set with --prediction or prediction=)")
-        return f"{'; '.join(told)}, by its {self.why}" if told else None
+            parts.append(f"predicts {value} (set with --prediction or prediction=)")
+        return f"{'; '.join(parts)}, by its {self.why}" if parts else None
 
     def complaint(self, role: str, rows: Sequence[Step], name: str) -> str | None:
         """Why these rows of a plan are not what the network was trained for, or None."""
@@ -145,23 +92,53 @@ class Guess:
             return None
         trained = self.timesteps
         strange = [step.timestep for step in rows if step.timestep not in trained]
-        # A trajectory-preserving network makes the jumps of its grid, a consistency model any.
-        jumps = [] if row.timesteps else _skipping(rows, trained) if self.steps else []
-        rules = {step.keep == 0.0 for step in rows if step.sigma_next}
-        wrong_rule = row.renoises is not None and bool(rules - {row.renoises})
+        jumps = _skipping(rows, trained) if row.jumps and self.steps else []
+        rules = {_rule(step) for step in rows if step.sigma_next}
+        wrong_rule = bool(row.updates) and not rules <= set(row.updates)
         if not (strange or jumps or wrong_rule):
             return None
-        made = f"{len(trained)} of them, {_listed(trained[:3])} ... {trained[-1]:g}"
-        made = _listed(trained) if len(trained) <= 8 else made
-        rule = {True: " with fresh noise after each", False: " with Euler steps", None: ""}
+        many = f"{len(trained)} of them, {_listed(trained[:3])} ... {trained[-1]:g}"
+        made = _listed(trained) if len(trained) <= 8 else many
+        rule: dict[tuple[str, ...], str] = {
+            (RENOISE,): " with fresh noise after each",
+            (EULER,): " with Euler steps",
+        }
         ran = _listed([step.timestep for step in rows])
         other = " with another update" if wrong_rule and not strange else ""
-        fix = f"preset={self.preset!r}" if self.preset else f"Leg(timesteps={trained})"
-        steps = f", steps={self.steps}" if self.preset and self.steps else ""
+        count = f", steps={self.steps}" if self.steps and self.steps not in row.by_steps else ""
         return (
             f"the {role} model is taken for {row.name} by its {self.why}, trained at timesteps "
-            f"{made}{rule[row.renoises]}; plan {name!r} runs it at {ran}{other}: use {fix}{steps}"
+            f"{made}{rule.get(row.updates, '')}; plan {name!r} runs it at {ran}{other}: use "
+            f"preset={self.preset!r}{count}"
         )
+
+
+def _told(pair_name: str, steps: int | None) -> tuple[float, ...]:
+    """The timesteps of a pair's distilled model, of one step count or of all it has."""
+    from headstart.plan.pairs import PAIRS  # loads numpy
+    from headstart.plan.preset import preset
+
+    pair = PAIRS[pair_name]
+    counts = (steps,) if steps and (not pair.timesteps or steps in pair.timesteps) else pair.steps
+    tables = [
+        preset(pair_name, steps=count, mode="distilled").compile(
+            pair.schedules, prediction=pair.predictions
+        )
+        for count in counts
+    ]
+    return tuple(sorted({step.timestep for table in tables for step in table}, reverse=True))
+
+
+def _rule(step: Step) -> str:
+    """Which update made a row that does not end at 0; "" for none of the plain ones."""
+    q = step.sigma_next / step.sigma
+    if step.carry:
+        return ""
+    if step.keep == 0.0:
+        return RENOISE
+    if step.add == 0.0:
+        return EULER
+    return ANCESTRAL if abs(step.keep - q * q) < 1e-9 else ""
 
 
 class _Clue(NamedTuple):
@@ -173,9 +150,9 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     """What the checkpoint at `path`, a model of `lineage`, probably is; headers only.
 
     In this order: LCM's guidance projection among the tensors; the metadata `headstart.preset`,
-    then `modelspec.title`; the scheduler of a diffusers folder; the name of the file, of the
-    diffusers folder it lies in, or of its Hub repository. Only a step count is taken from a name
-    as well.
+    then `modelspec.title` and `ss_output_name`; the scheduler of a diffusers folder; the name of
+    the file, of the diffusers folder it lies in, or of its Hub repository. Only a step count is
+    taken from a name as well.
     """
     path = Path(path)
     clues = _clues(path, checkpoint)
@@ -190,14 +167,14 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
 
 
 def preset_of(path: str | Path) -> str | None:
-    """The pair that a distilled file is probably run as, or None where nothing tells."""
+    """The pair that a distilled UNet or LoRA is probably run as; None where nothing tells."""
     return guess(path, Checkpoint.open(path, "unet"), "").preset
 
 
 def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
     """Lower-cased texts that may tell, the surest first."""
     metadata = checkpoint.metadata
-    told = [metadata.get(key, "") for key in ("headstart.preset", "modelspec.title")]
+    told = [metadata.get(key, "") for key in _METADATA]
     names = [path.name.removesuffix(".safetensors")]
     if root := root_of(path):
         names.append(root.name)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
-    from headstart.plan.request import PlanSettings
+    from headstart.plan.named import PlanSettings
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
@@ -175,7 +175,7 @@ def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    from headstart.plan.request import MODES, PRESETS  # loads numpy, which `inspect` does without
+    from headstart.plan.named import MODES, PRESETS  # loads numpy, which `inspect` does without
 
     group = parser.add_argument_group("plan")
     group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")

@@ -20,14 +20,8 @@ from headstart.commands.arguments import (
 from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.output import check_file, write_file
-from headstart.plan.request import (
-    MODES,
-    PRESETS,
-    PlanSettings,
-    named_plan,
-    pair_up,
-    parse_seeds,
-)
+from headstart.plan.named import MODES, PRESETS, PlanSettings, named_plan
+from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,8 @@ from headstart.commands.console import note, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.request import PRESETS, pair_up, parse_seeds
+from headstart.plan.named import PRESETS
+from headstart.plan.request import pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"
 DEFAULT_SEEDS = "0-15"
@@ -50,9 +51,11 @@ def _run(args: argparse.Namespace) -> int:
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     check_file(args.out, size_bytes=4 * len(seeds) * 192 * 192 * 3, suffix=".png")
     demo = uses_bundled(args)
-    told = args.preset is not None or (args.distilled and preset_of(args.distilled))
-    if not demo and not told:
-        raise InputError(f"compare needs --preset with these weights: {', '.join(PRESETS)}")
+    file = args.distilled or args.distilled_lora
+    if not demo and args.preset is None and not (file and preset_of(file)):
+        raise InputError(
+            "compare needs --preset with these weights: one of those that `headstart presets` lists"
+        )
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     engine = open_engine(args)
 

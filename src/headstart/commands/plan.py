@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import Command, add_plan_options, every, plan_settings
-from headstart.plan.request import named_plan
+from headstart.plan.named import named_plan
 
 if TYPE_CHECKING:
     from headstart.plan.table import StepTable
@@ -27,7 +27,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _planned(args: argparse.Namespace) -> StepTable:
-    from headstart.plan.plan import DEMO_SCHEDULE
+    from headstart.plan.pairs import DEMO_SCHEDULE
     from headstart.plan.prediction import Prediction
     from headstart.plan.schedule import NoiseSchedule
 

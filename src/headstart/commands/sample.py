@@ -20,7 +20,8 @@ from headstart.commands.console import progress
 from headstart.commands.session import counted, open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.plan.request import named_plan, pair_up, parse_seeds
+from headstart.plan.named import named_plan
+from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,8 @@ from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.request import MODES, PRESETS, named_plan, pair_up, parse_seeds
+from headstart.plan.named import MODES, PRESETS, named_plan
+from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.plan.request import named_plan
+from headstart.plan.named import named_plan
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:

@@ -23,7 +23,8 @@ from headstart.commands.intervention import Intervention
 from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.request import MODES, PRESETS, PlanSettings, named_plan, pair_up, parse_seeds
+from headstart.plan.named import MODES, PRESETS, PlanSettings, named_plan
+from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
     from headstart.engine.engine import Engine

@@ -26,22 +26,17 @@ from headstart.engine.pair import (
     choose_device,
     load_demo,
     load_pair,
-    one_network,
 )
-from headstart.engine.pixels import decode_rgb
+from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.text import ClipText
+from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import (
-    PlanSettings,
-    check_resume,
-    check_size,
-    pair_up,
-)
+from headstart.plan.request import check_resume, check_size, pair_up
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.runner.batch import Chunked, SharedNoise
@@ -124,11 +119,9 @@ class Engine:
         InputError for a device, dtype or runner that does not exist.
         """
         chosen = choose_runner(runner, choose_device(options.get("device", "auto"))).name
-        pair = load_pair(base, distilled, **options)
-        if distilled_lora is None:
-            return cls(pair, chosen)
-        engine = cls(one_network(pair, distilled_lora), chosen)
-        engine.adapters.attach_distilled(distilled_lora)
+        engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
+        if distilled_lora is not None:
+            engine.adapters.attach_distilled(distilled_lora)
         return engine
 
     @classmethod
@@ -273,10 +266,11 @@ class Engine:
         assert state is not None
         with clock("decode"):
             dtype = self.weights.vae_dtype
-            rgb = decode_rgb(self.vae, state.x, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
+            latents = finished(run.table, state.x)
+            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
         return Trajectory(
             rgb=rgb,
-            latents=state.x,
+            latents=latents,
             x0=torch.stack(kept) if keep_x0 else None,
             table=run.table,
             latency_ms=clock.totals(("text", "base", "distilled", "decode")),

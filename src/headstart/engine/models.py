@@ -91,10 +91,19 @@ def schedules(models: Mapping[str, Model], known: Mapping[str, Prediction]) -> d
         published = distilled.guess.preset is not None and prediction is distilled.prediction
         if known["base"] is prediction and not published:
             found["distilled"] = found["base"]
-    for role, prediction in known.items():  # said by hand, or by the name: of an unshifted flow
-        if prediction is Prediction.FLOW and not models[role].states("schedule"):
-            found[role] = NoiseSchedule.flow()
+    for role, prediction in known.items():  # said by hand, or by the name
+        if not models[role].states("schedule"):
+            found[role] = _USUAL.get(prediction, found[role])
     return found
+
+
+_USUAL: Mapping[Prediction, Process] = {
+    Prediction.FLOW: NoiseSchedule.flow(),
+    Prediction.EDM: NoiseSchedule.edm(),
+    Prediction.EDM_V: NoiseSchedule.edm(sigma_max=120.0, sigma_data=1.0),
+}
+"""Of files that state no schedule and predict what no table has: an unshifted flow, Karras et al.'s
+numbers, CosXL's (its config in Stability's generative-models)."""
 
 
 def two_schedules(found: Mapping[str, Process]) -> str | None:
@@ -110,6 +119,40 @@ def preset_of(models: Mapping[str, Model]) -> str | None:
     if next(iter(models.values())).family.lineage == "demo":
         return "demo"
     return models["distilled"].guess.preset if "distilled" in models else None
+
+
+def distilled_by(lora: FilePath, models: Mapping[str, Model]) -> Guess:
+    """What a LoRA in the distilled model's place probably is, from its header.
+
+    Raises InputError where it cannot take that place, CheckpointError for a file that is no LoRA.
+    """
+    if list(models) != ["base"]:
+        raise InputError(
+            "a distilled LoRA needs the base it was made for, and takes the place of the distilled "
+            "model: give base=, and distilled_lora= instead of distilled="
+        )
+    checkpoint = Checkpoint.open(lora)
+    if "adapter" not in checkpoint.split():
+        raise CheckpointError(
+            f"{lora}: expected the LoRA of a distilled model, and this file is none; a whole UNet "
+            "goes in distilled= (--distilled)"
+        )
+    return guess(lora, checkpoint, models["base"].family.lineage)
+
+
+def swapped(models: Mapping[str, Model], lora: Guess | None) -> str | None:
+    """A line for a person where the files' names say that each is in the other's place."""
+    base = models["base"].guess.distillation if "base" in models else None
+    if base is None or (lora is None and "distilled" not in models):
+        return None
+    other = lora or models["distilled"].guess
+    if other.distillation is not None:
+        return None
+    return (
+        f"the base is taken for {base.name}, a distilled model, and nothing says so of the "
+        "distilled one: are the two files swapped? A hybrid of swapped models is a distilled start "
+        "and a blurred end"
+    )
 
 
 def check_belong(models: Mapping[str, Model]) -> None:

@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from headstart.errors import InputError
 from headstart.interfaces import LatentCodec
+from headstart.plan.table import StepTable
 from headstart_kernels import decode_u8
+
+
+def finished(table: StepTable, x: Tensor) -> Tensor:
+    """The latent to decode, of the last x of a table: see `StepTable.end_scale`."""
+    return x if table.end_scale == 1.0 else x * table.end_scale
 
 
 def decode_rgb(

@@ -6,8 +6,9 @@ import warnings
 
 from headstart.engine.pair import Pair
 from headstart.errors import PlanError
+from headstart.plan.named import PRESETS, PlanSettings, named_plan
 from headstart.plan.plan import Plan
-from headstart.plan.request import PRESETS, PlanSettings, check_table, named_plan
+from headstart.plan.request import check_table
 from headstart.plan.schedule import fingerprint_of
 from headstart.plan.table import StepTable
 

@@ -8,71 +8,12 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Sequence
-from typing import SupportsIndex, TypedDict, get_args
+from typing import SupportsIndex
 
 from headstart.errors import InputError, PlanError
-from headstart.plan.plan import Mode, Plan, preset
 from headstart.plan.table import StepTable
 
-MODES: tuple[Mode, ...] = get_args(Mode)
-PRESETS = ("demo", "dmd2", "lcm", "lightning", "turbo")
 MAX_SEED = 2**64 - 1
-
-BASE_STEPS = 30
-BASE_GUIDANCE = {"demo": 2.0}
-OTHER_BASE_GUIDANCE = 7.0
-"""Mode "base" alone: how a base model is usually run, on 30 steps of its own grid with guidance.
-The demo pair's base was the teacher at guidance 2 (the recipe's distillation), SDXL's examples
-use 5 to 8 (arXiv:2503.10637 reports its base at 7)."""
-
-
-class PlanSettings(TypedDict, total=False):
-    """The arguments of `headstart.preset` that a plan given by name takes; all have defaults.
-
-    preset              which pair: "demo", "dmd2", "lcm", "lightning", "turbo"
-    steps, k, n         see `headstart.preset`; mode "base": 30 steps by default
-    base_guidance       1.0 = conditional only; mode "base": 2.0 for the demo pair, else 7.0
-    distilled_guidance  1.0 by default
-    """
-
-    preset: str | None
-    steps: int | None
-    k: int | None
-    n: int | None
-    base_guidance: float | None
-    distilled_guidance: float | None
-
-
-def named_plan(name: str, settings: PlanSettings, default_preset: str | None = None) -> Plan:
-    """The plan called `name`: a mode of a pair ("hybrid"), or a preset ("lightning", its hybrid).
-
-    A setting that is None counts as not given. Raises PlanError for an unknown name, for a mode
-    without a preset, and for settings that make no exact plan.
-    """
-    given = {key: value for key, value in settings.items() if value is not None}
-    pair = given.pop("preset", name if name in PRESETS else default_preset)
-    if name not in MODES and name not in PRESETS:
-        raise PlanError(
-            f"unknown plan {name!r}: expected one of {', '.join(MODES)}, or a preset's name "
-            f"({', '.join(PRESETS)}) for its hybrid"
-        )
-    if pair is None:
-        raise PlanError(
-            f"plan {name!r} of which pair? these weights do not say: give preset=, one of "
-            f"{', '.join(PRESETS)}"
-        )
-    if name in PRESETS and pair != name:
-        raise PlanError(f"plan {name!r} and preset {pair!r} name two different pairs: give one")
-    if name == "base":
-        guidance = BASE_GUIDANCE.get(str(pair), OTHER_BASE_GUIDANCE)
-        given = {"steps": BASE_STEPS, "base_guidance": guidance} | given
-    return preset(str(pair), mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
-
-
-def _mode(name: str) -> Mode:
-    """A preset's own name means its hybrid."""
-    modes: dict[str, Mode] = {mode: mode for mode in MODES}
-    return modes.get(name, "hybrid")
 
 
 def pair_up(

@@ -26,7 +26,7 @@ class Transition(NamedTuple):
     On the last row `sigma_next` is the plan's end, 0 by default. `timestep_next` is known to TCD
     alone, the one rule that reads it. `sigma_before` is the level of the row before where the same
     model and rule made it, else None: only then is there an x0 to look back to. `eta` and `gamma`
-    are the leg's.
+    are the leg's; `place` is the row's among the `length` of the same model and rule.
     """
 
     schedule: Process
@@ -36,6 +36,8 @@ class Transition(NamedTuple):
     sigma_before: float | None
     eta: float
     gamma: float
+    place: int
+    length: int
 
 
 class Update(Enum):
@@ -54,6 +56,9 @@ class Update(Enum):
               `lower_order_final` has it.
     DPMPP_2M_SDE  keep q^2, carry (1 - q^2)*log(s/s')/(2*log(s_prev/s)), add s'*sqrt(1 - q^2): the
               same with fresh noise (arXiv:2211.01095 as an SDE, midpoint; k-diffusion's eta 1).
+    DPMPP_2S  steps in twos: keep q, then keep q, carry q (1 - q0) - (1 - q q0)(1 - 1/(2 r)), with
+              q0 = s/s_prev and r = log(1/q0)/log(1/(q q0)), which is DPM-Solver++ 2S from s_prev
+              (arXiv:2211.01095, alg. 1) said of the x in between. The last is of first order.
     """
 
     EULER = "euler"
@@ -63,6 +68,7 @@ class Update(Enum):
     TCD = "tcd"
     DPMPP_2M = "dpmpp_2m"
     DPMPP_2M_SDE = "dpmpp_2m_sde"
+    DPMPP_2S = "dpmpp_2s"
 
     @classmethod
     def _missing_(cls, value: object) -> NoReturn:
@@ -126,6 +132,18 @@ def _dpmpp_2m_sde(at: Transition) -> Coefficients:
     return Coefficients(keep=q * q, add=add, carry=_second_order(at, 1.0 - q * q))
 
 
+def _dpmpp_2s(at: Transition) -> Coefficients:
+    q = at.sigma_next / at.sigma
+    second = at.place % 2 == 1 and at.place < at.length - 1
+    if at.sigma_before is None or not second:
+        return Coefficients(keep=q, add=0.0)
+    before = at.sigma / at.sigma_before
+    whole = q * before
+    ratio = math.log(before) / math.log(whole)
+    carry = q * (1.0 - before) - (1.0 - whole) * (1.0 - 1.0 / (2.0 * ratio))
+    return Coefficients(keep=q, add=0.0, carry=carry)
+
+
 def _second_order(at: Transition, share: float) -> float:
     """share/(2r), r = log(s_prev/s)/log(s/s'), of the slope between the last two x0."""
     if at.sigma_before is None or at.sigma_next == 0.0:
@@ -142,4 +160,5 @@ _RULES: Mapping[Update, Callable[[Transition], Coefficients]] = {
     Update.TCD: _tcd,
     Update.DPMPP_2M: _dpmpp_2m,
     Update.DPMPP_2M_SDE: _dpmpp_2m_sde,
+    Update.DPMPP_2S: _dpmpp_2s,
 }

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from headstart.adapters.strength import Strength
 from headstart.engine.engine import Engine
-from headstart.engine.pixels import decode_rgb
+from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
@@ -119,10 +119,10 @@ def branch(
     for state in run:
         if kept is not None:
             made.append(state.x0)
-    dtype = engine.weights.vae_dtype
+    dtype, latents = engine.weights.vae_dtype, finished(table, state.x)
     return Branch(
-        rgb=decode_rgb(engine.vae, state.x, dtype=dtype, chunk=chunk, seeds=seeds),
-        latents=state.x,
+        rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=chunk, seeds=seeds),
+        latents=latents,
         x0=None if kept is None else torch.cat((kept, torch.stack(made))),
         table=replace(table, name=f"{origin.table.name} · {words}"),
         prompts=prompts,

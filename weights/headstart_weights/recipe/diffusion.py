@@ -18,7 +18,7 @@ from torch import Tensor
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae
-from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart.plan.pairs import DEMO_SCHEDULE, DEMO_TIMESTEPS
 from headstart_kernels import decode_u8
 from headstart_weights.recipe.artwork import write_atomically
 from headstart_weights.recipe.language import Language

@@ -22,7 +22,7 @@ from headstart.checkpoint.checkpoint import Checkpoint
 from headstart.checkpoint.keymap import unet_to_ldm
 from headstart.errors import InputError
 from headstart.metrics.scorer import TOKENIZER_KEY
-from headstart.plan.plan import DEMO_SCHEDULE
+from headstart.plan.pairs import DEMO_SCHEDULE
 from headstart.plan.schedule import NoiseSchedule
 from headstart_weights.recipe import StageOptions, codec
 from headstart_weights.recipe.artwork import ICON_SETS, write_atomically

@@ -1,0 +1,115 @@
+"""The kinds of distilled models that are known by name, and the pair that runs each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+EULER, ANCESTRAL, RENOISE = "euler", "ancestral", "renoise"
+"""Ways to go on from an x0, as `headstart.Update` has them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Distillation:
+    """How one kind of distilled model is told by its name, and how it was trained.
+
+    pattern    of its published names, lower case; the first row whose pattern is found counts
+    pair       that runs it, by the name of `headstart.preset`; `by_steps`: of a step count that has
+               a network, so a pair, of its own
+    timesteps  at which it was trained, where those are more than the steps of its pair
+    updates    the rules that it was trained under; () where any will do
+    jumps      whether it was trained for the very steps of its grid, not for any step from them
+    """
+
+    name: str
+    pattern: str
+    pair: str
+    by_steps: Mapping[int, str] = field(default_factory=dict[int, str])
+    timesteps: tuple[float, ...] = ()
+    updates: tuple[str, ...] = ()
+    jumps: bool = False
+
+    def preset(self, steps: int | None) -> str:
+        """The pair that runs its network of that many steps."""
+        return self.pair if steps is None else self.by_steps.get(steps, self.pair)
+
+
+_LCM_STEPS = tuple(float(t) for t in range(999, 0, -20))
+"""arXiv:2310.04378: consistency on the 50 steps of a DDIM teacher, 19, 39, ... 999."""
+_ADD_STEPS = (999.0, 749.0, 499.0, 249.0)
+"""arXiv:2311.17042, section 4: adversarial diffusion distillation trains at four timesteps."""
+
+DISTILLATIONS: tuple[Distillation, ...] = (
+    # arXiv:2405.14867 and its model card; 759 and 259 are of the paper this package follows
+    # (arXiv:2503.10637, its notebooks). The 1-step UNet was trained at 399 alone.
+    Distillation(
+        name="DMD2",
+        pattern=r"(?<![a-z])dmd2?(?![a-z])",
+        pair="dmd2",
+        by_steps={1: "dmd2-1step"},
+        timesteps=(999.0, 759.0, 749.0, 499.0, 259.0, 249.0),
+        updates=(RENOISE,),
+    ),
+    # arXiv:2402.13929: one network for each step count, on the trailing grid of that count.
+    Distillation(
+        name="Lightning",
+        pattern="lightning",
+        pair="lightning",
+        by_steps={1: "lightning-1step"},
+        updates=(EULER,),
+        jumps=True,
+    ),
+    # arXiv:2404.13686 and its model card.
+    Distillation(name="Hyper-SD CFG", pattern=r"hyper[-_ ]?sd.*cfg", pair="hyper-sd-cfg"),
+    Distillation(
+        name="Hyper-SD unified",
+        pattern=r"hyper[-_ ]?sd.*(?<![0-9])1[-_ ]?steps?[-_ ]?lora",
+        pair="hyper-sd-unified",
+        by_steps={1: "hyper-sd-unified-1step"},
+    ),
+    Distillation(
+        name="Hyper-SD",
+        pattern=r"hyper[-_ ]?sd",
+        pair="hyper-sd",
+        by_steps={1: "hyper-sd-1step"},
+        updates=(EULER,),
+        jumps=True,
+    ),
+    Distillation(name="PCM", pattern=r"(?<![a-z])pcm(?![a-z])", pair="pcm"),
+    Distillation(name="TCD", pattern=r"(?<![a-z])tcd(?![a-z])", pair="tcd"),
+    Distillation(
+        name="NitroFusion Vibrant",
+        pattern=r"nitro[-_ ]?(sd|fusion).*vibrant",
+        pair="nitrofusion-vibrant",
+        updates=(RENOISE,),
+    ),
+    Distillation(
+        name="NitroFusion",
+        pattern=r"nitro[-_ ]?(sd|fusion)",
+        pair="nitrofusion",
+        updates=(RENOISE,),
+    ),
+    Distillation(name="SDXL-Flash", pattern=r"sdxl[-_ ]?flash", pair="sdxl-flash"),
+    Distillation(
+        name="LCM-LoRA",
+        pattern=r"lcm[-_ ]?lora|vega[-_ ]?rt",
+        pair="lcm-lora",
+        timesteps=_LCM_STEPS,
+        updates=(RENOISE,),
+    ),
+    Distillation(
+        name="LCM",
+        pattern=r"(?<![a-z])lcm(?![a-z])",
+        pair="lcm",
+        timesteps=_LCM_STEPS,
+        updates=(RENOISE,),
+    ),
+    # The cards run Euler and ancestral, training renoised.
+    Distillation(
+        name="SD-Turbo",
+        pattern=r"(?<![a-z])sd[-_ ]?turbo",
+        pair="sd-turbo",
+        timesteps=_ADD_STEPS,
+    ),
+    Distillation(name="Turbo", pattern="turbo", pair="turbo", timesteps=_ADD_STEPS),
+)

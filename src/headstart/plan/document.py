@@ -1,0 +1,87 @@
+"""A plan written down as TOML, for the command line's `--plan FILE.toml`.
+
+    name = "mine"
+    start = "unit"              # or "sigma", the default
+    end = "first"               # or a level; 0.0 by default
+
+    [[leg]]
+    model = "base"
+    steps = 2
+    spacing = "even"
+    until = 4.1
+    guidance = 3.0
+
+    [[leg]]
+    model = "distilled"
+    timesteps = [749, 499, 249]
+    adapters = { ink = 0.5 }
+
+A leg has the fields of `headstart.Leg`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, cast
+
+from headstart.errors import InputError, PlanError
+from headstart.plan.leg import Leg
+from headstart.plan.plan import Plan
+
+_PLAN = {field.name for field in fields(Plan)} - {"legs"}
+_LEG = {field.name for field in fields(Leg)}
+
+
+def read_plan(path: str | Path) -> Plan:
+    """The plan of a TOML file. Raises InputError for a file that cannot be read, else PlanError."""
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: expected a TOML file with a plan ({error})") from error
+    return plan_of_toml(text, str(path))
+
+
+def plan_of_toml(text: str, source: str = "plan") -> Plan:
+    """The plan that a TOML text states. Raises PlanError for anything else."""
+    import tomllib
+
+    try:
+        found = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise PlanError(f"{source}: not TOML: {error}") from error
+    legs = found.pop("leg", None)
+    if not isinstance(legs, list) or not legs:
+        raise PlanError(f"{source}: expected one [[leg]] table for each leg, got {legs!r:.60}")
+    _check_names(source, found, _PLAN)
+    made = [_leg(f"{source}, leg {n}", leg) for n, leg in enumerate(cast("list[Any]", legs), 1)]
+    try:
+        return Plan(tuple(made), **found)
+    except TypeError as error:
+        raise PlanError(f"{source}: {error}") from error
+
+
+def _leg(source: str, written: object) -> Leg:
+    if not isinstance(written, Mapping):
+        raise PlanError(f"{source}: expected a table of fields, got {written!r:.60}")
+    leg = dict(cast("Mapping[str, Any]", written))
+    _check_names(source, leg, _LEG)
+    if isinstance(leg.get("adapters"), Mapping):
+        leg["adapters"] = tuple(leg["adapters"].items())
+    for name in ("timesteps", "sigmas"):
+        if name in leg and not isinstance(leg[name], Sequence):
+            raise PlanError(f"{source}: {name} must be a list of numbers, not {leg[name]!r:.60}")
+    try:
+        return Leg(**leg)
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{source}: {error}") from error
+
+
+def _check_names(source: str, found: Mapping[str, object], known: set[str]) -> None:
+    if strange := sorted(set(found) - known):
+        raise PlanError(
+            f"{source}: unknown {', '.join(map(repr, strange))}; known are "
+            f"{', '.join(sorted(known))}"
+        )

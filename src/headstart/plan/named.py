@@ -1,0 +1,109 @@
+"""A plan given by name and settings: a mode of a pair, or a pair's own name for its hybrid."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TypedDict, cast, get_args
+
+from headstart.errors import PlanError
+from headstart.plan.pair import Pair
+from headstart.plan.pairs import CUSTOM, PAIRS
+from headstart.plan.plan import Plan
+from headstart.plan.preset import Mode, Request, plan_of
+from headstart.plan.spacing import Spacing
+from headstart.plan.update import Update
+
+MODES: tuple[Mode, ...] = get_args(Mode)
+PRESETS = tuple(PAIRS)
+
+
+class PlanSettings(TypedDict, total=False):
+    """The arguments of `headstart.preset` that a plan given by name takes; all have defaults.
+
+    preset              which pair, such as "lightning"; `headstart.presets()` lists them
+    steps, k, n, handoff, base_guidance, distilled_guidance    see `headstart.preset`
+    timesteps, sigmas   the distilled model's own grid, where the pair's is another; falling
+    update              its rule, such as "euler"
+    """
+
+    preset: str | None
+    steps: int | None
+    k: int | None
+    n: int | None
+    handoff: float | None
+    base_guidance: float | None
+    distilled_guidance: float | None
+    timesteps: Sequence[float] | None
+    sigmas: Sequence[float] | None
+    update: str | None
+
+
+def named_plan(name: str, settings: PlanSettings, default_preset: str | None = None) -> Plan:
+    """The plan called `name`: a mode of a pair ("hybrid"), or a preset ("lightning", its hybrid).
+
+    A setting that is None counts as not given. Raises PlanError for an unknown name, for a mode
+    without a preset, and for settings that make no exact plan.
+    """
+    given = {key: value for key, value in settings.items() if value is not None}
+    own = {key: given.pop(key) for key in ("timesteps", "sigmas", "update") if key in given}
+    if default_preset is None and ("timesteps" in own or "sigmas" in own):
+        default_preset = CUSTOM.name
+    pair = given.pop("preset", name if name in PRESETS else default_preset)
+    if name not in MODES and name not in PRESETS:
+        raise PlanError(
+            f"unknown plan {name!r}: expected one of {', '.join(MODES)}, or a preset's name for "
+            "its hybrid; `headstart presets` lists them"
+        )
+    if pair is None:
+        raise PlanError(
+            f"plan {name!r} of which pair? these weights do not say: give preset=, one of those "
+            "that `headstart presets` lists, or timesteps= of the distilled model"
+        )
+    if name in PRESETS and pair != name:
+        raise PlanError(f"plan {name!r} and preset {pair!r} name two different pairs: give one")
+    if pair not in PRESETS and pair != CUSTOM.name:
+        raise PlanError(
+            f"unknown preset {pair!r}: `headstart presets` lists those there are, such as "
+            f"{', '.join(map(repr, PRESETS[:5]))}"
+        )
+    request = Request(str(pair), mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
+    return plan_of(_with_grid(PAIRS.get(str(pair), CUSTOM), own), request)
+
+
+def _with_grid(pair: Pair, own: Mapping[str, object]) -> Pair:
+    """The pair with the distilled model's grid, levels or rule replaced by those given."""
+    if not own:
+        return pair
+    timesteps, sigmas = own.get("timesteps"), own.get("sigmas")
+    if "update" in own:
+        update = Update(own["update"])
+        pair = replace(pair, update=update, eta=0.0, gamma=0.3, boundary=False)
+    if timesteps is None and sigmas is None:
+        return pair
+    times, levels = _numbers("timesteps", timesteps), _numbers("sigmas", sigmas)
+    steps = len(times or levels or ())
+    return replace(
+        pair,
+        steps=(steps,),
+        spacing=Spacing.TRAILING,
+        timesteps={} if times is None else {steps: times},
+        sigmas=levels,
+    )
+
+
+def _numbers(name: str, values: object) -> tuple[float, ...] | None:
+    if values is None:
+        return None
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise PlanError(f"{name} must be a list of numbers, such as [999, 749], not {values!r:.60}")
+    try:
+        return tuple(float(value) for value in cast("Iterable[float]", values))
+    except (TypeError, ValueError):
+        raise PlanError(f"{name} must be numbers, not {values!r:.60}") from None
+
+
+def _mode(name: str) -> Mode:
+    """A preset's own name means its hybrid."""
+    modes: dict[str, Mode] = {mode: mode for mode in MODES}
+    return modes.get(name, "hybrid")

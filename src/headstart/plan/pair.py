@@ -1,0 +1,132 @@
+"""A pair as data: how a distilled model was trained to be run, and how its base runs before it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from headstart.plan.leg import Grid, Leg
+from headstart.plan.plan import End
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process, Spacing
+from headstart.plan.table import Start
+from headstart.plan.update import Update
+
+Floats = tuple[float, ...]
+
+HANDOFF = 6.0
+"""Level, in SDXL's terms, at or below which a base step brings most of the lost diversity back
+(measured on the bundled pair: bench/README.md, "The level of the hand-off")."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One row of the table of pairs.
+
+    card        where the numbers are from
+    steps       step counts the distilled model is published for, the usual one first
+    spacing     of its grid; `timesteps`: by step count, where its grid is no regular one, and then
+                of all counts there are; `sigmas`: levels in their place
+    update, eta, gamma, boundary, shifted_timestep, guidance    of its rows (see `Leg`)
+    base_update, base_boundary, base_guidance    of the rows the base runs before it
+    base_steps, base_scale    steps and guidance of the base alone
+    start, end  see `Plan`
+    handoff     level at or below which the distilled model takes over; None: by step, after k of
+                its own
+    schedule    noise schedule of the distilled model, base_schedule of the base: None, the same.
+                Only where no file says it
+    prediction, distilled_prediction    the same for what the networks predict
+    ratio       levels of this pair that look alike are `ratio` times SDXL's (side of the latent
+                over 128, arXiv:2301.11093, section 2); None where that is not known
+    """
+
+    name: str
+    card: str
+    steps: tuple[int, ...] = (4,)
+    spacing: Spacing = Spacing.TRAILING
+    timesteps: Mapping[int, Floats] = field(default_factory=dict[int, Floats])
+    sigmas: Floats | None = None
+    update: Update = Update.EULER
+    eta: float = 0.0
+    gamma: float = 0.3
+    boundary: bool = False
+    shifted_timestep: int | None = None
+    guidance: float = 1.0
+    base_update: Update = Update.EULER
+    base_boundary: bool = False
+    base_guidance: float = 1.0
+    base_steps: int = 30
+    base_scale: float = 7.0
+    start: Start = "sigma"
+    end: End = 0.0
+    handoff: float | None = HANDOFF
+    schedule: Process = field(default_factory=NoiseSchedule.scaled_linear)
+    base_schedule: Process | None = None
+    prediction: Prediction = Prediction.EPS
+    distilled_prediction: Prediction | None = None
+    ratio: float | None = 1.0
+
+    @property
+    def schedules(self) -> dict[str, Process]:
+        """Model -> the schedule that it has where no file says another."""
+        return {"base": self.base_schedule or self.schedule, "distilled": self.schedule}
+
+    @property
+    def predictions(self) -> dict[str, Prediction]:
+        """Model -> what it predicts where no file says so."""
+        distilled = self.distilled_prediction or self.prediction
+        return {"base": self.prediction, "distilled": distilled}
+
+    def distilled(self, steps: int, begin: int = 0, end: int | None = None) -> Leg:
+        """The distilled model on steps begin .. end of its grid of that many steps.
+
+        A regular grid that is not cut at its end goes on to it, or to the next leg.
+        """
+        return self._on(
+            Leg(
+                model="distilled",
+                steps=steps,
+                spacing=self.spacing,
+                update=self.update,
+                eta=self.eta,
+                gamma=self.gamma,
+                boundary=self.boundary,
+                guidance=self.guidance,
+                shifted_timestep=self.shifted_timestep,
+            ),
+            steps,
+            begin,
+            end,
+        )
+
+    def base(self, steps: int, begin: int = 0, end: int | None = None) -> Leg:
+        """The base on the same steps, by its own update."""
+        return self._on(self.base_leg(steps, self.spacing), steps, begin, end)
+
+    def base_leg(self, steps: int, spacing: Spacing) -> Leg:
+        """The base before the distilled model, on a grid of its own."""
+        return Leg(
+            model="base",
+            steps=steps,
+            spacing=spacing,
+            update=self.base_update,
+            boundary=self.base_boundary,
+            guidance=self.base_guidance,
+        )
+
+    def grid(self, steps: int) -> Grid:
+        """All steps of the distilled model, on the schedule it has where no file says another."""
+        return self.distilled(steps).grid(self.schedule)
+
+    def _on(self, leg: Leg, steps: int, begin: int, end: int | None) -> Leg:
+        if self.sigmas is None and steps not in self.timesteps:
+            return replace(leg, skip=begin)
+        sigmas, timesteps = self.sigmas, self.timesteps.get(steps)
+        return replace(
+            leg,
+            steps=None,
+            spacing=Spacing.TRAILING,
+            timesteps=None if timesteps is None else timesteps[begin:end],
+            sigmas=None if sigmas is None else sigmas[begin:end],
+        )

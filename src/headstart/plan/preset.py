@@ -1,0 +1,264 @@
+"""The plan of a pair: the steps of the base, and the level at which the distilled model goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple, NoReturn, get_args
+
+import numpy as np
+
+from headstart.errors import PlanError
+from headstart.plan.leg import SLACK, Grid, Leg
+from headstart.plan.pair import Floats, Pair
+from headstart.plan.pairs import PAIRS
+from headstart.plan.plan import Plan
+from headstart.plan.schedule import TRAIN_STEPS, FloatArray, Spacing, grid, whole_number
+
+Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
+
+
+class Request(NamedTuple):
+    """The arguments of `preset`; None is the pair's own."""
+
+    name: str
+    steps: int | None = None
+    k: int | None = None
+    n: int | None = None
+    base_guidance: float | None = None
+    distilled_guidance: float | None = None
+    mode: Mode = "hybrid"
+    handoff: float | None = None
+
+    def __str__(self) -> str:
+        given = [
+            f"{field}={value!r}"
+            for field, value in self._asdict().items()
+            if field != "name" and value != self._field_defaults[field]
+        ]
+        return f"preset({', '.join([repr(self.name), *given])})"
+
+
+def preset(
+    name: str,
+    *,
+    steps: int | None = None,
+    k: int | None = None,
+    n: int | None = None,
+    base_guidance: float | None = None,
+    distilled_guidance: float | None = None,
+    mode: Mode = "hybrid",
+    handoff: float | None = None,
+) -> Plan:
+    """The plan of a pair (arXiv:2503.10637, section 4); `headstart.presets()` lists the pairs.
+
+    name     a pair's, as its model card calls it, such as "lightning"; "demo" is the bundled pair,
+             "paper-dmd2" what the paper's notebooks ran
+    steps    of the distilled model's grid; in mode "base", of the base's own trailing grid. None:
+             as the card has it
+    mode     "hybrid"         the base takes the first part (the paper's method)
+             "replace-final"  the base takes the last k steps (table E.1)
+             "skip-first"     the distilled model starts at step k, or at the hand-off (table 3)
+             "base" "distilled"  one model alone; k and handoff mean nothing there
+    handoff  the noise level of the hand-off: the distilled model starts at its first own level at
+             or below it, the base covers everything above. None: the pair's own, 6.0 for most,
+             unless k is given
+    k        base steps. Without `handoff` the base takes the place of the first k distilled steps;
+             with it, k steps of equal length. None: as many as it takes the place of
+    n        the base covers its part with the steps of an n-step grid of its own (figure 7c)
+
+    Guidance 1.0 is conditional only, what cards call 0; None: the pair's own. Raises PlanError for
+    arguments that name no exact plan, with both grids and the nearest call that does.
+    """
+    if name not in PAIRS:
+        raise PlanError(f"unknown preset {name!r}: expected one of {', '.join(map(repr, PAIRS))}")
+    request = Request(name, steps, k, n, base_guidance, distilled_guidance, mode, handoff)
+    return plan_of(PAIRS[name], request)
+
+
+def plan_of(pair: Pair, request: Request) -> Plan:
+    """See `preset`; the pair may be any."""
+    if request.mode not in get_args(Mode):
+        raise PlanError(f"unknown mode {request.mode!r}: expected one of {', '.join(_MODES)}")
+    if request.n is not None and request.mode not in ("hybrid", "replace-final"):
+        raise PlanError(
+            f"n={request.n} says how the base covers steps it replaces; mode {request.mode!r} has "
+            "none"
+        )
+    if request.handoff is not None and request.mode not in ("hybrid", "skip-first"):
+        raise PlanError(
+            f"handoff={request.handoff:g} is where the distilled model takes over; in mode "
+            f"{request.mode!r} it does not: leave it out, or give mode='hybrid'"
+        )
+    name = f"{pair.name}-{request.mode}"
+    if request.mode == "base":
+        return Plan((_base_alone(pair, request),), start=pair.start, name=name)
+    pair = _with_guidance(pair, request)
+    steps = pair.steps[0] if request.steps is None else request.steps
+    _check_steps(pair, steps)
+    legs = _legs(pair, request, steps)
+    return Plan(legs, start=pair.start, name=name, end=pair.end)
+
+
+_MODES = get_args(Mode)
+
+
+def _base_alone(pair: Pair, request: Request) -> Leg:
+    steps = pair.base_steps if request.steps is None else request.steps
+    guidance = pair.base_scale if request.base_guidance is None else request.base_guidance
+    return Leg(model="base", steps=whole_number("steps", steps, 1, TRAIN_STEPS), guidance=guidance)
+
+
+def _with_guidance(pair: Pair, request: Request) -> Pair:
+    if request.base_guidance is not None:
+        pair = replace(pair, base_guidance=request.base_guidance)
+    if request.distilled_guidance is not None:
+        pair = replace(pair, guidance=request.distilled_guidance)
+    return pair
+
+
+def _check_steps(pair: Pair, steps: int) -> None:
+    whole_number("steps", steps, 1, TRAIN_STEPS)
+    named = dict.fromkeys((len(pair.sigmas),)) if pair.sigmas else pair.timesteps
+    if named and steps not in named:
+        grids = [
+            f"{count} steps at {_listed(pair.timesteps, pair.sigmas, count)}" for count in named
+        ]
+        raise PlanError(
+            f"the {pair.name} pair was distilled for {' or '.join(grids)}, so steps cannot be "
+            f"{steps}; mode='base' takes any number"
+        )
+    pair.grid(steps)
+
+
+def _listed(timesteps: Mapping[int, Floats], sigmas: Floats | None, count: int) -> str:
+    return " ".join(f"{number:g}" for number in timesteps.get(count, sigmas or ()))
+
+
+def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
+    if request.mode == "distilled":
+        return (pair.distilled(steps),)
+    level = _handoff(pair, request, steps)
+    if level is not None:
+        return _legs_by_level(pair, request, steps, level)
+    if steps == 1 and request.mode == "hybrid":
+        return _above_the_only_step(pair, request)
+    k = _checked_k(pair, request, steps)
+    match request.mode:
+        case "skip-first":
+            return (pair.distilled(steps, k),)
+        case "replace-final":
+            last = _base_part(pair, request, steps, steps - k, steps)
+            return (pair.distilled(steps, 0, steps - k), last) if k < steps else (last,)
+        case _:
+            return _base_part(pair, request, steps, 0, k), pair.distilled(steps, k)
+
+
+def _handoff(pair: Pair, request: Request, steps: int) -> float | None:
+    """The level asked for, or the pair's own where neither k nor n counts steps instead."""
+    if request.handoff is not None:
+        return request.handoff
+    by_step = request.k is not None or request.n is not None or steps == 1
+    return None if by_step or request.mode == "replace-final" else pair.handoff
+
+
+def _legs_by_level(pair: Pair, request: Request, steps: int, level: float) -> tuple[Leg, ...]:
+    distilled = replace(pair.distilled(steps), below=level)
+    replaced = sum(sigma > level * (1 + SLACK) for sigma in distilled_levels(pair, steps))
+    if request.mode == "skip-first":
+        return (distilled,)
+    if request.n is not None:
+        base = replace(pair.base_leg(request.n, pair.spacing), until="next")
+        return base, distilled
+    k = max(1, replaced) if request.k is None else request.k
+    whole_number("k", k, 1, TRAIN_STEPS)
+    return replace(pair.base_leg(k, Spacing.EVEN), until="next"), distilled
+
+
+def distilled_levels(pair: Pair, steps: int) -> tuple[float, ...]:
+    """Where its steps start, on the schedule that it has where no file says another."""
+    return pair.grid(steps).sigmas
+
+
+def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
+    """A one-step student: the base above its only level, then it."""
+    distilled = pair.distilled(1)
+    only = pair.grid(1)
+    if only.sigmas[0] >= pair.schedule.highest[1] * (1 - SLACK):
+        raise PlanError(
+            f"{request}: the distilled model's only step starts at timestep "
+            f"{only.timesteps[0]:g}, pure noise, so no base step fits above it: give "
+            "mode='distilled', or a model of more steps"
+        )
+    if request.n is not None:
+        return replace(pair.base_leg(request.n, Spacing.TRAILING), until="next"), distilled
+    k = 1 if request.k is None else whole_number("k", request.k, 1, TRAIN_STEPS)
+    return replace(pair.base_leg(k, Spacing.EVEN), until="next"), distilled
+
+
+def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
+    """The base on the part begin .. end of the distilled grid, in the steps of its n-step grid."""
+    if request.n is None:
+        if pair.base_schedule is not None and not begin:  # its own levels are others
+            return replace(pair.base_leg(end, Spacing.EVEN), until="next")
+        return pair.base(steps, begin, end)
+    whole_number("n", request.n, 1, TRAIN_STEPS)
+    distilled = np.array(pair.grid(steps).timesteps)
+    joint = distilled[begin] if begin else distilled[end] if end < steps else None
+    if joint is None:
+        return pair.base_leg(request.n, pair.spacing)
+    own = _grid_or_none(request.n, pair.spacing)
+    if not _reaches(own, joint):
+        limit = max(2 * request.n, steps)
+        near = sorted(range(1, limit + 1), key=lambda m: (abs(m - (request.n or 0)), m))
+        n = next(m for m in near if _reaches(_grid_or_none(m, pair.spacing), joint))
+        _refuse(
+            f"a {request.n}-step base grid has no step from or to timestep {joint:g}, where the "
+            "models meet",
+            request,
+            pair,
+            nearest=request._replace(n=n),
+        )
+    assert own is not None
+    skip = int(np.sum(own > joint)) if begin else 0
+    return replace(pair.base_leg(request.n, pair.spacing), skip=skip)
+
+
+def _reaches(own: FloatArray | None, joint: float) -> bool:
+    return own is not None and bool(np.any(own[1:] == joint))
+
+
+def _grid_or_none(steps: int, spacing: Spacing) -> FloatArray | None:
+    try:
+        return grid(steps, spacing)
+    except PlanError:
+        return None
+
+
+def _checked_k(pair: Pair, request: Request, steps: int) -> int:
+    k = 1 if request.k is None else request.k
+    if not hasattr(k, "__index__"):
+        raise PlanError(f"k must be a whole number, not {k!r}")
+    # In a hybrid both models have a row; replace-final may leave all to the base (table E.1).
+    possible = range(1, steps + (request.mode == "replace-final"))
+    if k in possible:
+        return k
+    nearest = request._replace(k=None, n=None, mode="distilled")
+    if possible:
+        nearest = request._replace(k=min(possible, key=lambda count: abs(count - k)))
+    reason = (
+        f"k must be a whole number from 1 to {possible.stop - 1}; no base step is "
+        "mode='distilled', and the base alone mode='base'"
+    )
+    _refuse(reason if possible else "the only step cannot be skipped", request, pair, nearest)
+
+
+def _refuse(reason: str, request: Request, pair: Pair, nearest: Request) -> NoReturn:
+    """Both grids as the pair's own schedule has them: the caller's schedule is not known yet."""
+    distilled = pair.grid(pair.steps[0] if request.steps is None else request.steps)
+    base = distilled
+    if request.n is not None:
+        times = grid(request.n, pair.spacing)
+        base = Grid(tuple(times.tolist()), tuple(pair.schedule.sigma(times).tolist()))
+    lines = [f"  {model:<9}  {own}" for model, own in (("base", base), ("distilled", distilled))]
+    raise PlanError("\n".join([f"{request}: {reason}", *lines, f"nearest valid plan: {nearest}"]))
