@@ -173,7 +173,9 @@ def test_a_wrong_shape_is_explained_before_any_network_call(
         run(flow_table(), **{"shape": VIDEO, "network": unused} | change)
 
 
-def test_a_network_that_answers_in_other_axes_is_an_error() -> None:
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_network_that_answers_in_other_axes_is_an_error(guidance: float) -> None:
     """[B, C, T, h, w] in, [B, C, T*h, w] out: as many numbers, and still not the same latent."""
+    table = flow_table(guidance=guidance)
     with pytest.raises(ValueError, match=r"f_cond: expected the shape of x \[2, 4, 3, 2, 5\]"):
-        run(flow_table(), VIDEO, network=lambda x, t, c: network(x, t, c).flatten(2, 3))
+        run(table, VIDEO, network=lambda x, t, c: network(x, t, c).flatten(2, 3))

@@ -153,7 +153,7 @@ def test_no_picture_is_drawn_of_what_is_no_image(shape: tuple[int, ...], rows: b
         ("noise", torch.zeros(1, 4, 3, 2, 5), ValueError, r"noise: expected the shape of x"),
         ("x0_prev", torch.zeros(VIDEO).half(), TypeError, "x0_prev: expected torch.float32"),
     ],
-    ids=str,
+    ids=["empty axis", "batch alone", "axes joined", "wrong batch", "wrong dtype"],
 )
 def test_a_wrong_video_is_explained(
     name: str, wrong: Tensor, kind: type[Exception], told: str
