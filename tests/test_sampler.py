@@ -25,7 +25,7 @@ from headstart.plan.table import Step, StepTable
 from headstart.plan.update import Update
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import State, sample
-from headstart_kernels import philox_normal, scale_input
+from headstart_kernels import LinearMap, philox_normal, scale_input
 from headstart_kernels.testing import random_latents
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -431,12 +431,15 @@ def hybrid() -> StepTable:
 
 
 STATE = State(0, torch.zeros(2, *SHAPE), torch.zeros(2, *SHAPE))
+MAP = LinearMap(torch.zeros(4, 3), torch.zeros(3))
 ADAPTED = Plan((Leg(model="m", steps=2, adapters=(("age", 1.0),)),)).compile(SCHEDULE)
 MISSING = [
     (hybrid(), dict(models=["base"]), r"names model\(s\) \['distilled'\].*has \['base'\]"),
     (hybrid(), dict(uncond=None), r"the 'base' row at timestep 999 has guidance 4.*needs uncond="),
     (hybrid(), dict(shape=None), r"size is unknown: give shape=\(C, h, w\)"),
-    (hybrid(), dict(shape=(4, 4)), r"expected \[C, h, w\]"),
+    (hybrid(), dict(shape=(4, 0, 4)), r"sizes of one latent.*got \[4, 0, 4\]: leave out the batch"),
+    (hybrid(), dict(shape=()), r"sizes of one latent.*got \[\]"),
+    (hybrid(), dict(shape=(4, 4), picture=MAP), r"picture needs latents \[C, h, w\].*\[4, 4\]"),
     (hybrid(), dict(seeds=[1, 2, 3]), "conditioning for 2 samples cannot serve a batch of 3"),
     (hybrid(), dict(resume=STATE, seeds=[1], cond=text(1)), r"resume.x: expected float32 \[1, 4"),
     (hybrid(), dict(resume=STATE._replace(step=4)), "resume is a State of row 4.*rows 0 to 3"),

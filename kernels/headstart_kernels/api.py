@@ -54,7 +54,8 @@ def fused_step(
         x0 = c_skip*x + c_out*F
         x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*noise
 
-    x         [B, ...] float32, in sigma space
+    x         [B, ...] float32, in sigma space: [B, C, h, w], video [B, C, T, h, w], packed tokens
+              [B, L, C]; a row treats every element alike, so the axes do not matter
     f_cond    [B, ...] network output, any float dtype; f_uncond the same, or None. Or [2B, ...],
               what one call of the network gave for a guided pair: F_uncond, then F_cond
     table     [N, 8] float32, columns `COLUMNS`: on x's device, or on the host with an int `step`;
@@ -245,8 +246,10 @@ def philox_normal(
              run
     device   where to draw; taken from `seeds` when they are a tensor, else the CPU by default
 
-    Element e of image (seed, sample) depends on (seed, sample, step, e) alone. For counters,
-    polynomials and error bounds see `headstart_kernels.philox`. Values in tensors are not checked.
+    Element e of image (seed, sample), counted flat through `shape` with the last axis fastest,
+    depends on (seed, sample, step, e) alone: (C, T, h, w) and (C, T*h, w) draw the same numbers in
+    the same order. For counters, polynomials and error bounds see `headstart_kernels.philox`.
+    Values in tensors are not checked.
     """
     if device is None:
         device = seeds.device if isinstance(seeds, Tensor) else "cpu"

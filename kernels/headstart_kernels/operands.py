@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -62,3 +63,11 @@ class Wanted(NamedTuple):
     x_in: Tensor | None
     preview: Preview | None
     finite: Tensor | None = None
+
+
+def memory_format(x: Tensor) -> torch.memory_format:
+    """What a result made like x has: channels last for an image [B, C, h, w] or a video
+    [B, C, T, h, w] that is not contiguous, else contiguous."""
+    if x.is_contiguous() or x.ndim not in (4, 5):
+        return torch.contiguous_format
+    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d

@@ -87,7 +87,10 @@ class _TensorMap(Protocol):
 
 
 class Denoiser(Protocol):
-    """Any network: x_in [B, C, h, w] = c_in*x, timestep [B] -> raw output F [B, C, h, w]."""
+    """Any network: x_in [B, ...] = c_in*x, timestep [B] -> raw output F, of the shape of x_in.
+
+    [B, C, h, w], video [B, C, T, h, w] or packed tokens [B, L, C]: whatever `sample` was given.
+    """
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor: ...
 
@@ -109,7 +112,7 @@ class TextEncoder(Protocol):
 class NoiseSource(Protocol):
     """Unit normals for a batch: the start, and one draw for each row of the table that adds noise.
 
-    `shape` is one sample's [C, h, w]; both return float32 [B, C, h, w].
+    `shape` is one sample's, such as [C, h, w]; both return float32 [B, *shape].
     """
 
     def __len__(self) -> int: ...

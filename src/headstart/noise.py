@@ -24,6 +24,11 @@ class Philox:
     sample, 0); row + 1 = 0 is the initial draw. A draw depends on its row, not on the draws before
     it, so a split run, a resumed run and a run on another machine see the same noise. The pair
     (seed, sample) names an image; twice the same pair raises InputError.
+
+    An element is its flat index in one sample, the last axis fastest. So a draw knows how many
+    numbers a latent has, not its axes: a video [C, T, h, w] and its reshape [C, T*h, w] hold the
+    same bits in the same order. A pipeline that draws [C, h, w] and packs it into tokens [L, C] by
+    a permutation has its numbers in another order: draw [C, h, w] here too, pack it, give `Given`.
     """
 
     seeds: tuple[int, ...]
@@ -87,12 +92,13 @@ class Philox:
 class Given:
     """Noise that is handed in, for parity with another implementation.
 
-    initial  [B, C, h, w] unit normals, any float dtype
-    steps    for each row of the table one [B, C, h, w], or None where the row adds no noise; rows
-             past the end have none
+    initial  [B, ...] unit normals, any float dtype: [B, C, h, w], video [B, C, T, h, w], packed
+             tokens [B, L, C], or any other latent with the batch first
+    steps    for each row of the table one tensor of the same shape, or None where the row adds no
+             noise; rows past the end have none
 
-    Draws are float32 on the device asked for. Raises InputError for shapes that do not agree, and
-    for a row that needs noise and has none.
+    Draws are float32 on the device asked for. Raises InputError for shapes that do not agree, for
+    an empty axis, and for a row that needs noise and has none.
     """
 
     initial_noise: Tensor
@@ -107,7 +113,7 @@ class Given:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[C, h, w] of one image."""
+        """Of one sample: [C, h, w], or whatever the latents are."""
         return tuple(self.initial_noise.shape[1:])
 
     def __len__(self) -> int:
@@ -127,10 +133,11 @@ class Given:
         return self._draw(drawn, shape, device)
 
     def _check(self, name: str, tensor: Tensor) -> None:
-        if tensor.ndim != 4 or tensor.numel() == 0 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or tensor.numel() == 0 or not tensor.is_floating_point():
             raise InputError(
-                f"{name}: expected float noise [B, C, h, w], got {tensor.dtype} "
-                f"{list(tensor.shape)}"
+                f"{name}: expected float noise [B, ...], such as [B, C, h, w], got {tensor.dtype} "
+                f"{list(tensor.shape)}: the batch is the first axis, at least one more follows, "
+                "and none is empty"
             )
         if tensor.shape != self.initial_noise.shape:
             raise InputError(

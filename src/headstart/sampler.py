@@ -26,8 +26,9 @@ class State(NamedTuple):
     """What a row leaves behind: everything that going on from it needs.
 
     step  the row's number in the whole plan
-    x     [B, C, h, w] float32, the latent after the row, in sigma space
-    x0    [B, C, h, w] float32, what the row predicted
+    x     [B, ...] float32, the latent after the row, in sigma space: [B, C, h, w], video
+          [B, C, T, h, w], packed tokens [B, L, C], or any other shape with the batch first
+    x0    [B, ...] float32, the shape of x, what the row predicted
     rgb   [B, h, w, 3] uint8, its linear picture, where `sample` was given one to draw
     """
 
@@ -62,7 +63,8 @@ def sample(
                 (uncond, cond); guidance 1 is conditional only, one pass
     resume      a State of this plan: goes on with the next row, to the same bits as the run that
                 made it, on any part of the table. State(first - 1, x, x) starts from a latent
-    shape       [C, h, w] of one latent; not needed with `resume` or with `Given` noise
+    shape       of one latent, without the batch: (C, h, w), video (C, T, h, w), packed tokens
+                (L, C), or any other; not needed with `resume` or with `Given` noise
     before_row  called with each row before its network: for progress, or to set the strengths of
                 adapters that another engine holds
     strengths   [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`,
@@ -70,7 +72,8 @@ def sample(
     check       a NaN or an infinity in x0 raises InputError naming step, model and samples: after
                 "each" row, after the "last" row (naming the first bad one), or "never". "auto" is
                 "each" on a CPU and "last" elsewhere, where each look would wait for the device
-    picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it
+    picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it; for
+                latents [B, C, h, w] alone
 
     Raises InputError for anything missing, before the first network call. Generators share
     nothing, so runs may be interleaved. To steer, resume from a changed State, or write to its x
@@ -86,6 +89,7 @@ def sample(
     latent = _latent_shape(shape, noise, resume)
     if resume is not None:
         _check_state(resume, (batch, *latent), device)
+    _check_picture(picture, latent)
     calls = _calls(table, cond, pair, strengths, device)
     run = _Run(table, calls, denoisers, cond, noise, latent, device, before_row, picture)
     return _loop(run, resume, Watch(check, device, batch))
@@ -305,11 +309,23 @@ def _latent_shape(
         shape = noise.shape
     if shape is None:
         raise InputError(
-            "the latent's size is unknown: give shape=(C, h, w), such as (4, 128, 128)"
+            "the latent's size is unknown: give shape=(C, h, w), such as (4, 128, 128); video "
+            "(C, T, h, w) and packed tokens (L, C) are latents too"
         )
-    if len(shape) != 3 or min(shape) < 1:
-        raise InputError(f"shape: expected [C, h, w] of one latent, got {list(shape)}")
+    if min(shape, default=0) < 1:
+        raise InputError(
+            "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), got "
+            f"{list(shape)}: leave out the batch, and give every axis a size"
+        )
     return tuple(shape)
+
+
+def _check_picture(picture: LinearMap | None, latent: tuple[int, ...]) -> None:
+    if picture is not None and len(latent) != 3:
+        raise InputError(
+            f"picture: a linear picture needs latents [C, h, w], and these are {list(latent)}: "
+            "leave picture out, and decode State.x0 with the model's own decoder"
+        )
 
 
 def _check_state(state: State, shape: tuple[int, ...], device: torch.device) -> None:

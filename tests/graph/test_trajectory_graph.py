@@ -184,6 +184,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"table": hybrid(guidance=2.0), "uncond": None}, "needs uncond="),
     ({"table": hybrid()[1:]}, "begins at row 1"),
     ({"table": Plan((Leg(model="third", steps=2),)).compile(SCHEDULE)}, r"model\(s\) \['third'\]"),
+    ({"shape": (4, 0, 8)}, r"sizes of one latent.*got \[4, 0, 8\]"),
+    ({"shape": (4, 3, 8, 8)}, r"picture needs latents \[C, h, w\].*\[4, 3, 8, 8\]"),
     ({"by_row": {"pooled": torch.zeros(2, 2, 8)}}, r"by_row\['pooled'\]: expected \[3, 2, ...\]"),
     (
         {"table": Plan((Leg(model="base", steps=2, adapters=(("age", 1.0),)),)).compile(SCHEDULE)},

@@ -12,7 +12,10 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch
 import headstart_kernels as hk
-from headstart_kernels.testing import random_latents, random_table
+from headstart_kernels.table import host_row
+from headstart_kernels.testing import (
+    STEP_ROUNDINGS, X0_ROUNDINGS, assert_within, random_latents, random_table, step_oracle,
+)
 from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
 
 shape, table = (2, 4, 8, 9), random_table(3)
@@ -45,6 +48,25 @@ for impl in ("reference", "triton"):
                         noise=noise, x0_prev=made["x0_prev"], preview=seen, impl=impl)
     pictures.append((*out, rgb))
 assert all(torch.equal(a, b) for a, b in zip(*pictures))
+
+for shape in ((2, 4, 3, 5, 7), (2, 9, 16), (3, 5)):  # video, packed tokens, rows
+    given = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    for row in range(3):
+        x_in, finite = torch.empty(2 * shape[0], *shape[1:]), torch.zeros(shape[0]).bool()
+        x_next, x0 = hk.fused_step(table=table, step=torch.tensor(row), x_in=x_in, finite=finite,
+                                   impl="triton", **given)
+        exact = step_oracle(row=host_row(table, row), **given)
+        assert x_next.shape == x0.shape == shape and finite.all()
+        assert_within(x0, exact.x0, exact.x0_magnitude, X0_ROUNDINGS, "x0")
+        assert_within(x_next, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS, "x_next")
+        following = torch.tensor(min(row + 1, 2))
+        seen = hk.scale_input(x_next, table, following, torch.float32, copies=2, impl="triton")
+        assert torch.equal(x_in, seen)
+    draw = hk.Draw(torch.arange(shape[0]), torch.zeros(shape[0], dtype=torch.int64))
+    given["noise"] = hk.philox_normal(*draw[:2], 1, (given["x"][0].numel(),)).view(shape)
+    drawn = hk.fused_step(table=table, step=1, impl="triton", **(given | {"noise": draw}))
+    handed = hk.fused_step(table=table, step=1, impl="reference", **given)
+    assert all(torch.equal(a, b) for a, b in zip(drawn, handed))
 
 drawn = hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5), impl="triton")
 assert torch.equal(drawn, hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5)))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.native.calls import STEP, TYPES, Operands, calls, dense, packed_step, team
-from headstart_kernels.operands import Draw, Given, Preview, Wanted
+from headstart_kernels.operands import Draw, Given, Preview, Wanted, memory_format
 from headstart_kernels.table import Rows, host_row
 
 _STATE = torch.float32
@@ -60,7 +60,7 @@ def quick_step(
     this says no, the long way finds out whether that is an error. x' and x0 were made like x.
     """
     shape, count = x.shape, x.numel()
-    if len(shape) < 2 or not count:
+    if len(shape) < 2 or not count or (preview is not None and len(shape) != 4):
         return False
     batch, channels, number, coefficients = shape[0], 1, step, rows.coefficients[step]
     _, _, _, _, add, carry, scale = coefficients
@@ -165,8 +165,7 @@ def scale_input(
     """[copies*B, ...] in x's memory format."""
     if dtype not in TYPES:
         return scale_input(x, table, step, torch.float32, copies).to(dtype)
-    last = x.ndim == 4 and not x.is_contiguous()
-    form = torch.channels_last if last else torch.contiguous_format
+    form = memory_format(x)
     x = x.contiguous(memory_format=form)
     shape = (copies * len(x), *x.shape[1:])
     x_in = torch.empty(shape, dtype=dtype, device="cpu", memory_format=form)

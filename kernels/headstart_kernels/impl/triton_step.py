@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
 from headstart_kernels.launch import blocks, launch
-from headstart_kernels.operands import Draw, Given, Wanted
+from headstart_kernels.operands import Draw, Given, Wanted, memory_format
 from headstart_kernels.table import host_row
 
 BLOCK = 512 if torch.version.hip is None else 1024
@@ -80,9 +80,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
 
 def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype) -> Tensor:
     """Launch `scale_input_kernel`; the result has x's memory format."""
-    last = x.ndim == 4 and not x.is_contiguous()
-    form = torch.channels_last if last else torch.contiguous_format
-    x = x.contiguous(memory_format=form)
+    x = x.contiguous(memory_format=memory_format(x))
     x_in = torch.empty_like(x, dtype=dtype)
     on_device, row = table.device.type != "cpu", _row(table, step)
     launch(

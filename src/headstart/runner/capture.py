@@ -310,7 +310,9 @@ def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
 
 
 def _channels_last(tensor: Tensor) -> bool:
-    last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    """Of an image [B, C, h, w] or a video [B, C, T, h, w]; no other shape has such a form."""
+    form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
+    last = form is not None and tensor.is_contiguous(memory_format=form)
     return last and not tensor.is_contiguous()
 
 

@@ -28,7 +28,7 @@ class GraphRunner:
     site           where its graphs live; by default that of the first x_in's device
     dtype          of x_in and of the conditioning; by default that of the network's first float
                    parameter, else float32
-    memory_format  of x_in, such as torch.channels_last; by default as it comes
+    memory_format  of x_in, such as torch.channels_last for [B, C, h, w]; by default as it comes
     fallback       run a shape that cannot be captured eagerly, instead of raising CaptureError
 
     Weights changed in place are seen by the graphs; a parameter, buffer or submodule that is
@@ -56,7 +56,7 @@ class GraphRunner:
         self._refused: set[object] = set()
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        """F [B, C, h, w]: the network's output, in memory of the caller's."""
+        """F, of the shape of x_in: the network's output, in memory of the caller's."""
         site = self.site or Site.of(x_in.device)
         program, inputs = self.request(x_in, timestep, cond)
         form = tuple((name, *tensor.shape, tensor.dtype) for name, tensor in inputs.items())

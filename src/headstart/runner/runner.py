@@ -105,7 +105,8 @@ class EagerRunner:
     network        any (x_in, timestep, cond) -> F
     dtype          of x_in and of the conditioning; by default what the network computes in
                    (`headstart.networks.residency.compute_dtype`)
-    memory_format  of x_in, such as torch.channels_last; by default as it comes
+    memory_format  of x_in, such as torch.channels_last for [B, C, h, w] or torch.channels_last_3d
+                   for [B, C, T, h, w]; by default as it comes
 
     `calls` counts calls, `rows` the samples in them (a guided call has two for each image), and
     `latency_ms` the time in them: wall time on a CPU, device time between CUDA events, for which it

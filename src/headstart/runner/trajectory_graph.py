@@ -50,8 +50,8 @@ class Outcome(NamedTuple):
     """What a launch leaves on the device.
 
     rgb      [B, H, W, 3] uint8
-    latents  [B, C, h, w] float32, the state after the last row
-    x0       [S, B, C, h, w] float32, what every row predicted; S is 0 unless kept
+    latents  [B, ...] float32, the state after the last row
+    x0       [S, B, ...] float32, what every row predicted; S is 0 unless kept
     shown    [S, B, h, w, 3] uint8, its preview in every row; S is 0 unless there is a map
     sound    [S, B] bool, whether each row's x0 was finite
     finite   [B] bool, whether the decoder's pixels were
@@ -70,7 +70,7 @@ class TrajectoryGraph:
     """Runs tables as single launches.
 
     denoisers    the network of every model that the tables name: as they are, not runners
-    codec        turns latents into pixels; codec_dtype: what it takes
+    codec        turns latents into pixels [B, 3, H, W]; codec_dtype: what it takes
     site         where the graphs live; by default that of the conditioning's device
     preview      (factors [C, 3], bias [3]) float32, the linear map of `preview_rgb`: every row's
                  fused step then fills a picture of x0 on the way
@@ -88,14 +88,17 @@ class TrajectoryGraph:
         cond: Conditioning,
         noise: NoiseSource,
         *,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         uncond: Conditioning | None = None,
         by_row: Mapping[str, Tensor] | None = None,
         keep_x0: bool = False,
         check: bool = True,
     ) -> Outcome:
-        """The bits of `sample` and decode, for B = len(noise) samples of latents `shape` [C, h, w].
+        """The bits of `sample` and decode, for B = len(noise) samples of latents `shape`.
 
+        shape    of one latent, [C, h, w] or any other that networks and codec agree on, such as
+                 packed tokens [L, C]. The codec gives pixels [B, 3, H, W], and a preview needs
+                 [C, h, w]
         uncond   for rows with guidance other than 1
         by_row   fields of the conditioning that change with the row, [S, B, ...] each
         check    wait for the device at the end, and raise InputError for NaN or infinity, naming
@@ -118,7 +121,7 @@ class TrajectoryGraph:
         cond: Conditioning,
         noise: NoiseSource,
         *,
-        shape: tuple[int, int, int],
+        shape: tuple[int, ...],
         uncond: Conditioning | None = None,
         by_row: Mapping[str, Tensor] | None = None,
         keep_x0: bool = False,
@@ -157,10 +160,23 @@ class _Request:
                 "a row of this plan has guidance, so it needs uncond=, the conditioning of the "
                 "negative prompt; guidance 1.0 needs none"
             )
+        self._check_shape()
         if self.table.first:
             raise InputError(
                 f"this part of a plan begins at row {self.table.first}: one graph runs a plan from "
                 "its start; go on from a State with headstart.sample"
+            )
+
+    def _check_shape(self) -> None:
+        if min(self.shape, default=0) < 1:
+            raise InputError(
+                "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), "
+                f"got {list(self.shape)}: leave out the batch, and give every axis a size"
+            )
+        if self.graph.preview is not None and len(self.shape) != 3:
+            raise InputError(
+                f"preview: a linear picture needs latents [C, h, w], and these are "
+                f"{list(self.shape)}: make the TrajectoryGraph without preview="
             )
 
     @property
