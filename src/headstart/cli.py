@@ -21,7 +21,7 @@ from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
     *("compare", "sample", "trace", "slide", "sweep", "evaluate"),
-    *("plan", "inspect", "convert", "transfer", "replay", "bench"),
+    *("plan", "presets", "inspect", "convert", "transfer", "replay", "bench"),
 )
 """The commands, in the order that `headstart --help` lists them."""
 

@@ -10,6 +10,7 @@ from headstart.errors import InputError
 
 if TYPE_CHECKING:
     from headstart.plan.named import PlanSettings
+    from headstart.plan.plan import Plan
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
@@ -49,9 +50,29 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         "steps": args.steps,
         "k": args.base_steps,
         "n": args.base_grid,
+        "handoff": args.handoff,
         "base_guidance": args.base_guidance,
         "distilled_guidance": args.distilled_guidance,
+        "timesteps": args.timesteps,
+        "sigmas": args.sigmas,
+        "update": args.update,
     }
+
+
+def typed_plan(args: argparse.Namespace) -> str | Plan:
+    """`--plan`: a name, or the plan of a TOML file, which states all of itself."""
+    if not args.plan.endswith(".toml"):
+        return args.plan
+    from headstart.plan.document import read_plan
+
+    if more := [name for name, value in plan_settings(args).items() if value is not None]:
+        option = _OPTION.get(more[0], more[0].replace("_", "-"))
+        raise InputError(f"--{option} and --plan {args.plan}: the file states its own; give one")
+    return read_plan(args.plan)
+
+
+_OPTION = {"k": "base-steps", "n": "base-grid"}
+"""Of the settings that are called otherwise on the command line."""
 
 
 def uses_bundled(args: argparse.Namespace) -> bool:
@@ -102,6 +123,15 @@ def count(text: str) -> int:
     return int(text)
 
 
+def numbers(text: str) -> list[float]:
+    """`999,749` as the `type` of an option."""
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        expected = "numbers such as 999,749,499,249"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.60}") from None
+
+
 def sampling() -> Sequence[Parser]:
     """Parents of a command that loads weights."""
     weights = Parser(add_help=False)
@@ -115,7 +145,7 @@ def sampling() -> Sequence[Parser]:
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
     group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
     group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
-    group.add_argument("--prediction", help="eps, v, x0, flow, or base=v,distilled=eps")
+    group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(
         "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
     )
@@ -175,15 +205,31 @@ def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    from headstart.plan.named import MODES, PRESETS  # loads numpy, which `inspect` does without
+    from headstart.plan.named import MODES  # loads numpy, which `inspect` does without
 
     group = parser.add_argument_group("plan")
-    group.add_argument("--plan", default="hybrid", help=f"{', '.join(MODES)}; default: hybrid")
-    group.add_argument("--preset", help=f"which pair: {', '.join(PRESETS)}")
+    group.add_argument(
+        "--plan",
+        default="hybrid",
+        help=f"{', '.join(MODES)}, a preset, or FILE.toml; default: hybrid",
+    )
+    group.add_argument("--preset", help="which pair; `headstart presets` lists them")
     group.add_argument("--steps", type=int, help="steps of the distilled grid, or of plan base")
     group.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
     group.add_argument(
         "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
+    )
+    group.add_argument(
+        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
+    )
+    group.add_argument(
+        "--timesteps", type=numbers, metavar="T,T,...", help="the distilled model's own, falling"
+    )
+    group.add_argument(
+        "--sigmas", type=numbers, metavar="S,S,...", help="its levels, in their place"
+    )
+    group.add_argument(
+        "--update", help="its rule: euler, ddim, ancestral, renoise, tcd, dpmpp_2m ..."
     )
     group.add_argument("--base-guidance", type=float, metavar="W", help="1 = conditional only")
     group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.commands.arguments import Command, add_plan_options, every, plan_settings
-from headstart.plan.named import named_plan
+from headstart.commands.arguments import (
+    Command,
+    add_plan_options,
+    every,
+    plan_settings,
+    read_predictions,
+    typed_plan,
+)
+from headstart.commands.console import note
+from headstart.plan.named import named_pair, named_plan
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from headstart.engine.models import Model
+    from headstart.plan.prediction import Prediction
+    from headstart.plan.spacing import Process
     from headstart.plan.table import StepTable
 
 
@@ -18,32 +31,62 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--distilled", metavar="PATH", help="the same of the distilled model; default: the base's"
     )
+    parser.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v")
 
 
 def _run(args: argparse.Namespace) -> int:
-    table = _planned(args)
-    print(table.to_json() if args.json else table)
+    found = _models(args)
+    table, ratio = _planned(args, found)
+    print(table.to_json() if args.json else table.describe(ratio))
     return 0
 
 
-def _planned(args: argparse.Namespace) -> StepTable:
-    from headstart.plan.pairs import DEMO_SCHEDULE
-    from headstart.plan.prediction import Prediction
-    from headstart.plan.schedule import NoiseSchedule
+class _Found(NamedTuple):
+    """What the files of a plan say."""
 
-    plan = named_plan(args.plan, plan_settings(args), "demo")
-    if args.base is not None or args.distilled is not None:
-        from headstart.checkpoint.checkpoint import read_family
+    models: Mapping[str, Model]
+    schedules: Mapping[str, Process]
+    predictions: Mapping[str, Prediction]
+    preset: str | None
 
-        base, distilled = args.base or args.distilled, args.distilled or args.base
-        families = {"base": read_family(str(base)), "distilled": read_family(str(distilled))}
-        return plan.compile(
-            {role: family.schedule for role, family in families.items()},
-            prediction={role: family.prediction for role, family in families.items()},
+
+def _models(args: argparse.Namespace) -> _Found | None:
+    """As `Engine.load` sees them; one file alone is both models."""
+    paths = {"base": args.base or args.distilled, "distilled": args.distilled or args.base}
+    if paths["base"] is None:
+        return None
+    from headstart.engine.models import Model, preset_of, schedules
+    from headstart.engine.models import predictions as predicted
+
+    models = {role: Model.of(path) for role, path in paths.items()}
+    known = predicted(read_predictions(args.prediction), models)
+    return _Found(models, schedules(models, known), known, preset_of(models))
+
+
+def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable, float | None]:
+    """The table, and the ratio of its levels to SDXL's where that is known."""
+    from headstart.plan.pairs import CUSTOM, PAIRS
+
+    plan, settings = typed_plan(args), plan_settings(args)
+    default = "demo" if found is None else found.preset
+    if isinstance(plan, str):
+        pair = named_pair(plan, settings, default)
+        plan = named_plan(plan, settings, default)
+    else:
+        pair = PAIRS.get(str(args.preset), CUSTOM)
+    if found is None:
+        return plan.compile(pair.schedules, prediction=pair.predictions), pair.ratio
+    table = plan.compile(found.schedules, prediction=found.predictions)
+    for role, model in found.models.items():
+        rows = [step for step in table if step.model == role]
+        lines = (
+            model.note(role, args.prediction is not None),
+            model.guess.complaint(role, rows, plan.name),
         )
-    if plan.name.startswith("demo-"):
-        return plan.compile(DEMO_SCHEDULE, prediction=Prediction.V)
-    return plan.compile(NoiseSchedule.scaled_linear(), prediction=Prediction.EPS)
+        for line in lines:
+            if line is not None:
+                note(line)
+    return table, found.models["base"].ratio
 
 
 PLAN = Command("plan", "print the table that a run will follow", (every(),), _add_options, _run)

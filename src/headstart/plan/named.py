@@ -46,10 +46,26 @@ def named_plan(name: str, settings: PlanSettings, default_preset: str | None = N
     without a preset, and for settings that make no exact plan.
     """
     given = {key: value for key, value in settings.items() if value is not None}
-    own = {key: given.pop(key) for key in ("timesteps", "sigmas", "update") if key in given}
+    for key in ("preset", *_GRID):
+        given.pop(key, None)
+    request = Request("", mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
+    pair = named_pair(name, settings, default_preset)
+    return plan_of(pair, request._replace(name=pair.name))
+
+
+_GRID = ("timesteps", "sigmas", "update")
+
+
+def named_pair(name: str, settings: PlanSettings, default_preset: str | None = None) -> Pair:
+    """The pair that the plan called `name` is of, with the distilled model's own grid if given.
+
+    Raises PlanError as `named_plan` does.
+    """
+    given: Mapping[str, object] = {**settings}
+    own = {key: given[key] for key in _GRID if given.get(key) is not None}
     if default_preset is None and ("timesteps" in own or "sigmas" in own):
         default_preset = CUSTOM.name
-    pair = given.pop("preset", name if name in PRESETS else default_preset)
+    pair = settings.get("preset") or (name if name in PRESETS else default_preset)
     if name not in MODES and name not in PRESETS:
         raise PlanError(
             f"unknown plan {name!r}: expected one of {', '.join(MODES)}, or a preset's name for "
@@ -67,8 +83,7 @@ def named_plan(name: str, settings: PlanSettings, default_preset: str | None = N
             f"unknown preset {pair!r}: `headstart presets` lists those there are, such as "
             f"{', '.join(map(repr, PRESETS[:5]))}"
         )
-    request = Request(str(pair), mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
-    return plan_of(_with_grid(PAIRS.get(str(pair), CUSTOM), own), request)
+    return _with_grid(PAIRS.get(pair, CUSTOM), own)
 
 
 def _with_grid(pair: Pair, own: Mapping[str, object]) -> Pair:

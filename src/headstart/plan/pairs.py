@@ -169,7 +169,7 @@ _TABLE_PAIRS = (
     Pair(
         name="nitrofusion",
         card="huggingface.co/ChenDY/NitroFusion, Realism: LCM, shifted_timestep 250, 1 to 4 steps",
-        steps=(1, 2, 3, 4),
+        steps=(4, 1, 2, 3),
         spacing=Spacing.LCM,
         update=Update.RENOISE,
         boundary=True,
@@ -179,7 +179,7 @@ _TABLE_PAIRS = (
     Pair(
         name="nitrofusion-vibrant",
         card="huggingface.co/ChenDY/NitroFusion, Vibrant: LCM, shifted_timestep 500, 1 to 4 steps",
-        steps=(1, 2, 3, 4),
+        steps=(4, 1, 2, 3),
         spacing=Spacing.LCM,
         update=Update.RENOISE,
         boundary=True,

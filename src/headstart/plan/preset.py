@@ -61,7 +61,7 @@ def preset(
              "skip-first"     the distilled model starts at step k, or at the hand-off (table 3)
              "base" "distilled"  one model alone; k and handoff mean nothing there
     handoff  the noise level of the hand-off: the distilled model starts at its first own level at
-             or below it, the base covers everything above. None: the pair's own, 6.0 for most,
+             or below it, the base covers everything above. None: the pair's own, 6.1 for most,
              unless k is given
     k        base steps. Without `handoff` the base takes the place of the first k distilled steps;
              with it, k steps of equal length. None: as many as it takes the place of

@@ -182,36 +182,54 @@ class StepTable:
             raise PlanError(f"not a step table in JSON: {error!r}") from error
 
     def __str__(self) -> str:
-        """The rows as an aligned table, with a line where one model hands over to the next."""
-        header = ("step", "model", "timestep", "sigma", "sigma_next", "keep", "add", "carry")
-        cells = [(*header, "guidance"), *(self._cells(i) for i in range(len(self)))]
+        return self.describe()
+
+    def describe(self, ratio: float | None = None) -> str:
+        """The rows as an aligned table, with a line where one model hands over to the next.
+
+        ratio   levels here that look alike are `ratio` times SDXL's (`Pair.ratio`): then a column
+                and the line of the hand-off say SDXL's too. None or 1: they are not said
+        """
+        ratio = None if ratio == 1.0 else ratio
+        beside = ("SDXL's",) if ratio else ()
+        header = ("step", "model", "timestep", "sigma", *beside, "sigma_next", "keep", "add")
+        cells = [(*header, "carry", "guidance")]
+        cells += [self._cells(index, ratio) for index in range(len(self))]
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
         lines = ["  ".join(_pad(row, widths)).rstrip() for row in cells]
         for index in reversed(self.handoffs):
-            lines.insert(index + 1, self._handoff_line(index, len(lines[0])))
+            lines.insert(index + 1, self._handoff_line(index, len(lines[0]), ratio))
         return "\n".join([*lines, self._summary()])
 
-    def _cells(self, index: int) -> tuple[str, ...]:
+    def _cells(self, index: int, ratio: float | None) -> tuple[str, ...]:
         step = self.steps[index]
-        numbers = (step.sigma, step.sigma_next, step.keep, step.add, step.carry)
+        beside = (step.sigma / ratio,) if ratio else ()
+        numbers = (step.sigma, *beside, step.sigma_next, step.keep, step.add, step.carry)
         return (
             str(self.first + index),
             step.model,
             f"{step.timestep:g}",
-            *(f"{number:.4f}" for number in numbers),
+            *(_number(number) for number in numbers),
             f"{step.guidance:g}",
         )
 
-    def _handoff_line(self, index: int, width: int) -> str:
+    def _handoff_line(self, index: int, width: int, ratio: float | None) -> str:
         before, after = self.steps[index - 1], self.steps[index]
-        return f"-- {before.model} hands over to {after.model} at sigma {after.sigma:.4f} ".ljust(
-            width, "-"
-        )
+        level = f"sigma {after.sigma:.4f}"
+        level += f" (SDXL's {after.sigma / ratio:.4f})" if ratio else ""
+        return f"-- {before.model} hands over to {after.model} at {level} ".ljust(width, "-")
 
     def _summary(self) -> str:
         parts = ", ".join(f"{model} {self.passes(model)}" for model in self.models)
         counted = f"{self.passes()} network passes ({parts})"
-        return f"{self.name}: {counted}; x starts as {self.init_scale:.4f} * noise"
+        end = self.steps[-1].sigma_next
+        ends = f", and ends at sigma {_number(end)}" if end else ""
+        return f"{self.name}: {counted}; x starts as {_number(self.init_scale)} * noise{ends}"
+
+
+def _number(number: float) -> str:
+    """Four decimals; a flow's first level, 2^24, stands for pure noise."""
+    return f"{number:.4f}" if abs(number) < 1e5 else f"{number:.4g}"
 
 
 def _check(index: int, step: Step, after: Step | None) -> None:
