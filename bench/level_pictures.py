@@ -11,18 +11,22 @@ COLOURS = {("base", 1): "#0072b2", ("base", 2): "#e69f00", ("base", 4): "#009e73
 """Three that stay apart for colour-blind eyes (Okabe and Ito, 2008)."""
 CONTROL = ("distilled", 1)
 GREY = "#6f6b66"
-STYLES = {"vp": ("-", "o"), "flow": ("--", "s")}
+STYLES = {"vp": ("-", "o"), "flow": ("--", "s"), "flow-top": ("none", "D")}
 ASIDE = {("base", 1): 0.985, ("base", 2): 1.0, ("base", 4): 1.015}
 """Points of one level are moved apart by so much, or they would hide each other."""
 TICKS = (20, 10, 5, 2, 1)
 
 
 class Panel(NamedTuple):
-    """One measure: what is drawn of a row, and its interval where there is one."""
+    """One measure: what is drawn of a row, and its interval where there is one.
+
+    named  whether the lines of base and student alone are told by name
+    """
 
     title: str
     value: Callable[[Row], float]
     ends: Callable[[Row], tuple[float, float]] | None = None
+    named: bool = True
 
 
 def _of(key: str, scale: float = 1.0) -> tuple[Callable[[Row], float], Callable[[Row], Any]]:
@@ -35,7 +39,11 @@ def _of(key: str, scale: float = 1.0) -> tuple[Callable[[Row], float], Callable[
 PANELS = (
     Panel("Diversity that comes back, by the scorer, %", *_of("recovered", 100.0)),
     Panel("The same, by grey structure, %", *_of("recovered_structure", 100.0)),
-    Panel("Cosine with the prompt", *_of("score")),
+    Panel(
+        "Cosine with the prompt, less the base's, x 1000",
+        *_of("score_to_base", 1000.0),
+        named=False,
+    ),
     Panel("Frechet distance, lower is closer", lambda row: row["frechet"]),
 )
 
@@ -59,7 +67,7 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     for axis in grid[1]:
         axis.set_xlabel("noise level of the hand-off, sigma as SDXL has it")
     _legend(figure, report)
-    figure.tight_layout(rect=(0, 0.13, 1, 1))
+    figure.tight_layout(rect=(0, 0.105, 1, 1))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -69,12 +77,14 @@ def _curve(axis: Any, panel: Panel, process: str, kind: tuple[str, int], rows: l
         (row for row in rows if (row["first"], row["k"]) == kind and row["process"] == process),
         key=lambda row: -row["sdxl_sigma"],
     )
+    if not own:
+        return
     levels = [row["sdxl_sigma"] * ASIDE.get(kind, 1.0) for row in own]
     values = [panel.value(row) for row in own]
     line, mark = STYLES[process]
     colour = COLOURS.get(kind, GREY)
     width = 1.6 if kind in COLOURS else 1.1
-    axis.plot(levels, values, line, color=colour, lw=width, zorder=3)
+    axis.plot(levels, values, ls=line, color=colour, lw=width, zorder=3)
     filled = [colour if row["trained"] else "#fbfaf7" for row in own]
     sizes = [46 if row["trained"] else 16 for row in own]
     axis.scatter(
@@ -82,7 +92,7 @@ def _curve(axis: Any, panel: Panel, process: str, kind: tuple[str, int], rows: l
     )
     if panel.ends is not None:
         low, high = zip(*map(panel.ends, own), strict=True)
-        axis.vlines(levels, low, high, color=colour, lw=0.9, alpha=0.7, zorder=2)
+        axis.vlines(levels, low, high, color=colour, lw=0.9, alpha=0.5, zorder=2)
 
 
 def _ends(axis: Any, panel: Panel, rows: list[Row]) -> None:
@@ -91,10 +101,13 @@ def _ends(axis: Any, panel: Panel, rows: list[Row]) -> None:
         if row["landing"] is None and row["process"] == "vp":
             value = panel.value(row)
             axis.axhline(value, color="#b9b3aa", lw=0.9, zorder=1)
-            told = "base alone" if row["first"] == "base" else "student alone"
+            if not panel.named:
+                continue
+            base = row["first"] == "base"  # each where the curves leave room
             axis.annotate(
-                told, (1.0, value), xycoords=("axes fraction", "data"), xytext=(0, 2),
-                textcoords="offset points", ha="right", fontsize=8, color=GREY,
+                f"{'base' if base else 'student'} alone", (0.01 if base else 1.0, value),
+                xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points",
+                ha="left" if base else "right", fontsize=8, color=GREY,
             )  # fmt: skip
 
 
@@ -121,15 +134,17 @@ def _legend(figure: Any, report: Mapping[str, Any]) -> None:
         line("control: the student takes 1 step", GREY, lw=1.1),
         line("the pair's own process", "#333", "-", "o", mfc="#fbfaf7", ms=4),
         line("the pair as a flow", "#333", "--", "s", mfc="#fbfaf7", ms=4),
-        line("the student's trained timesteps", "#333", "", "o", ms=7),
+        line("the flow, from the pair's top", "#333", "none", "D", mfc="#fbfaf7", ms=4),
+        line("the student's trained timesteps", "#333", "none", "o", ms=7),
     ]
     figure.legend(
         handles=handles, frameon=False, fontsize=9, ncol=4, loc="lower center",
-        bbox_to_anchor=(0.5, 0.035),
+        bbox_to_anchor=(0.5, 0.03),
     )  # fmt: skip
     count = report["seeds"][1] - report["seeds"][0] + 1
     figure.text(
         0.01, 0.012,
-        f"bundled pair, {report['prompts']} prompts x {count} seeds; bars: 95 %, prompts resampled",
+        f"bundled pair, {report['prompts']} prompts x {count} seeds; bars: 95 %, prompts resampled"
+        "; grey lines: one model alone, on the pair's own process",
         fontsize=8.5, color=GREY,
     )  # fmt: skip

@@ -2,16 +2,20 @@
 
     python bench/levels.py [--seeds 16] [--work runs/demo] [--out bench/results/level.json]
 
-Someone goes from pure noise to a level L in k steps, the student goes on from there. Two processes:
+Someone goes from pure noise to a level L in k steps, the student goes on from there. Three ways:
 
 vp    the pair's own. The k steps are even in timestep, from 999 down to L; then the student takes
       L and those of its trained timesteps that lie below. Alone it takes its four.
 flow  the same weights as velocity networks (`flow_pair`), on Z-Image-Turbo's grid of eight steps:
       L is a point of that grid, the k steps are even in the flow's unshifted time.
 
+flow-top  as flow, but the one step starts at the pair's highest level, as in vp, and not at pure
+noise: what the start changes at one and the same level.
+
 The base takes them, or as a control the student itself takes one step: what L changes by itself,
 since at most levels the student is off the timesteps that it was trained on. recovered = (a plan's
-diversity - the student's alone) / (the base's - the student's alone), each within one process.
+diversity - the student's alone) / (the base's - the student's alone), each within one process
+(flow-top has the ends of flow).
 Levels are told as SDXL would have them: the pair's divided by DEMO_RATIO. Each finished case is
 kept in WORK/levels, so the script goes on where it was ended.
 """
@@ -22,6 +26,7 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -37,6 +42,7 @@ from measured import (
     Judges,
     Sampled,
     each_diversity,
+    interval,
     kept,
     measure,
     recovered,
@@ -47,16 +53,17 @@ from tqdm import tqdm
 import headstart as hs
 import headstart_weights
 from headstart.metrics.scorer import load_scorer
-from headstart.plan.plan import DEMO_RATIO, DEMO_TIMESTEPS
+from headstart.plan.plan import DEMO_RATIO, DEMO_SCHEDULE, DEMO_TIMESTEPS
 from headstart_weights.recipe.dataset import compose_caption
 
 LANDINGS = (979, 951, 899, 851, 800, 749, 646, 547, 499, 249)
 """Timesteps L: sigma 13.0 to 0.69 as SDXL would have it, three of them the student's own."""
 ROWS = (1, 2, 3, 4, 5, 6)
 """Points of the flow's grid of eight."""
+TOP_ROWS = (2, 3, 4)
 COUNTS = (1, 2, 4)
 KEYS = ("recovered", "recovered_structure")
-Process = Literal["vp", "flow"]
+Process = Literal["vp", "flow", "flow-top"]
 
 
 class Case(NamedTuple):
@@ -82,7 +89,8 @@ class Case(NamedTuple):
         if self.landing is None:
             alone = flow_pair.flow_plan("distilled", 0)
             return flow_pair.base_plan() if self.first == "base" else alone
-        return flow_pair.flow_plan(self.first, self.landing, self.k)
+        plan = flow_pair.flow_plan(self.first, self.landing, self.k)
+        return plan if self.process == "flow" else _from_top(plan)
 
 
 def vp_plan(first: Model, landing: int, k: int) -> hs.Plan:
@@ -96,6 +104,13 @@ def vp_plan(first: Model, landing: int, k: int) -> hs.Plan:
     return hs.Plan(legs, start="unit", name=f"vp-{first}-{landing}-in-{k}")
 
 
+def _from_top(plan: hs.Plan) -> hs.Plan:
+    """Its first leg as one step from the pair's highest level, where its own process starts."""
+    first, rest = plan.legs
+    top = replace(first, timesteps=None, sigmas=(DEMO_SCHEDULE.highest[1],))
+    return hs.Plan((top, rest), start="unit", name=f"{plan.name}-from-top")
+
+
 def cases() -> dict[str, Case]:
     """Both ends of each process, then every level; the control takes its level in one step."""
     made: list[Case] = []
@@ -105,6 +120,7 @@ def cases() -> dict[str, Case]:
         for landing in landings:
             made += [Case(process, "base", k, landing) for k in COUNTS]
             made.append(Case(process, "distilled", 1, landing))
+    made += [Case("flow-top", "base", 1, row) for row in TOP_ROWS]
     return {case.name: case for case in made}
 
 
@@ -112,7 +128,7 @@ def main() -> None:
     options = _parse()
     prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
     lab = Lab(
-        {"vp": hs.Engine.demo(device="cpu"), "flow": flow_pair.flow_engine()},
+        engines(),
         Judges(load_scorer(headstart_weights.path("scorer")), prompts, None),
         harness.fresh_seeds("levels", options.seeds),
         options.work / "levels",
@@ -130,6 +146,11 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
     parser.add_argument("--out", type=Path, default=Path("bench/results/level.json"))
     return parser.parse_args()
+
+
+def engines() -> dict[str, hs.Engine]:
+    flow = flow_pair.flow_engine()
+    return {"vp": hs.Engine.demo(device="cpu"), "flow": flow, "flow-top": flow}
 
 
 class Lab(NamedTuple):
@@ -193,6 +214,8 @@ def _row(case: Case, sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]
         "trained": case.process == "vp" and (case.landing or 999) in DEMO_TIMESTEPS,
         **row(own),
     }
+    base = sampled[f"{_whole(case.process)} base alone"]
+    found["score_to_base"] = interval((own.score - base.score).mean(1))
     for key, space in zip(KEYS, SPACES, strict=True):
         found[key] = recovered(*_ends(case.process, space, sampled), _by_prompt(own, space))
     return found
@@ -200,8 +223,14 @@ def _row(case: Case, sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]
 
 def _ends(process: str, space: str, sampled: Mapping[str, Sampled]) -> tuple[Array, Array]:
     """Diversity by prompt of the base and of the student, each alone in this process."""
-    base, student = (sampled[f"{process} {model} alone"] for model in ("base", "distilled"))
+    whole = _whole(process)
+    base, student = (sampled[f"{whole} {model} alone"] for model in ("base", "distilled"))
     return _by_prompt(base, space), _by_prompt(student, space)
+
+
+def _whole(process: str) -> str:
+    """The process whose ends a case is measured by."""
+    return process.removesuffix("-top")
 
 
 def _by_prompt(own: Sampled, space: str) -> Array:
@@ -256,15 +285,19 @@ def table(report: Mapping[str, Any]) -> str:
     told: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
         "recovered": lambda own: _share(own["recovered"]),
         "recovered, by structure": lambda own: _share(own["recovered_structure"]),
-        "prompt score / named right / Frechet": lambda own: (
-            f"{own['score']['value']:.3f} / {100 * own['top1']['value']:.1f} % / "
-            f"{own['frechet']:.3f}"
+        "1000 x (prompt score less the base's)": lambda own: _thousandths(own["score_to_base"]),
+        "Frechet / named right": lambda own: (
+            f"{own['frechet']:.3f} / {100 * own['top1']['value']:.1f} %"
         ),
     }
     blocks: list[str] = []
     for process in ("vp", "flow"):
         for title, cell in told.items():
             blocks.append(_block(report["cases"], process, title, cell))
+    tops = [own for own in report["cases"].values() if own["process"] == "flow-top"]
+    for own in tops:
+        shares = ", by structure ".join(_share(own[key]) for key in KEYS)
+        blocks.append(f"flow from the pair's top to {own['sdxl_sigma']:.2f}: {shares}")
     return "\n\n".join(blocks) + "\n\n" + json.dumps(report["half"], indent=1)
 
 
@@ -287,6 +320,11 @@ def _block(
 def _share(found: Mapping[str, float]) -> str:
     value, low, high = (round(100 * found[key]) for key in ("value", "low", "high"))
     return f"{value} [{low}, {high}]"
+
+
+def _thousandths(found: Mapping[str, float]) -> str:
+    value, low, high = (1000 * found[key] for key in ("value", "low", "high"))
+    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
 if __name__ == "__main__":

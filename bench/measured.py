@@ -69,7 +69,7 @@ def training_pictures(work: Path) -> torch.Tensor | None:
 def measure(
     engine: hs.Engine,
     judges: Judges,
-    plan: str | hs.Plan,
+    plan: str | hs.Plan | hs.StepTable,
     seeds: Sequence[int],
     settings: Mapping[str, Any] | None = None,
 ) -> Sampled:

@@ -28,9 +28,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> levels.Lab:
-    engines = {"vp": hs.Engine.demo(device="cpu"), "flow": flow_pair.flow_engine()}
     judges = measured.Judges(None, ("a fox", "an owl"), None)  # pyright: ignore
-    return levels.Lab(engines, judges, range(2), tmp_path_factory.mktemp("levels"))
+    return levels.Lab(levels.engines(), judges, range(2), tmp_path_factory.mktemp("levels"))
 
 
 def made(width: float) -> measured.Sampled:
@@ -65,6 +64,18 @@ def test_one_step_to_a_trained_timestep_is_the_pairs_hybrid_and_its_control_the_
     assert lab.table(every["vp distilled k=1 to 749"]).steps == student
     alone = lab.table(every["flow distilled alone"]).steps
     assert lab.table(every["flow distilled k=1 to 1"]).steps == alone
+
+
+def test_a_flow_from_the_pairs_top_differs_in_its_first_row_alone(lab: levels.Lab) -> None:
+    every = levels.cases()
+    for row in levels.TOP_ROWS:
+        flow, top = (
+            lab.table(every[f"{process} base k=1 to {row}"]) for process in ("flow", "flow-top")
+        )
+        assert top.steps[1:] == flow.steps[1:] and top[0].sigma_next == flow[0].sigma_next
+        own = lab.table(every["vp base k=1 to 749"])[0].sigma
+        assert top[0].sigma == pytest.approx(own, rel=1e-6)  # the file is float32
+        assert top.start == "unit"
 
 
 def test_steps_are_even_in_timestep_or_in_the_unshifted_time(lab: levels.Lab) -> None:
@@ -108,7 +119,7 @@ def test_a_report_has_every_case_and_its_ends_are_none_and_all(
     assert sum(row["trained"] for row in report["cases"].values()) == 2 + 3 * 4
     assert report["seconds"] == len(every)
     text = levels.table(report)
-    assert text.count("\n| 21.00 |") == 3 and text.count("| 4.08 * |") == 3
+    assert text.count("\n| 21.00 |") == 4 and text.count("| 4.08 * |") == 4
     pytest.importorskip("matplotlib", reason="of the bench extra")
     levels.level_pictures.draw(report, tmp_path / "level.png")
     assert (tmp_path / "level.png").stat().st_size > 10_000
