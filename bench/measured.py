@@ -8,7 +8,8 @@ nearest    root mean square, in levels of 255, to the nearest training picture o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ RESAMPLES = 5000
 class Sampled(NamedTuple):
     """One case: features and structure [P, S, D], right and score [P, S], nearest [P, S] or None.
 
-    passes are a picture's
+    passes are a picture's; seconds are those of the whole case, its measures included
     """
 
     features: Array
@@ -45,6 +46,7 @@ class Sampled(NamedTuple):
     nearest: Array | None
     saturation: float
     passes: int
+    seconds: float | None = None
 
 
 class Judges(NamedTuple):
@@ -67,11 +69,12 @@ def training_pictures(work: Path) -> torch.Tensor | None:
 def measure(
     engine: hs.Engine,
     judges: Judges,
-    plan: str | hs.Plan,
+    plan: str | hs.Plan | hs.StepTable,
     seeds: Sequence[int],
     settings: Mapping[str, Any] | None = None,
 ) -> Sampled:
     """Every prompt with every seed."""
+    begin = time.perf_counter()
     greys = structure_extractor()
     parts: list[dict[str, Any]] = []
     for own, prompt in enumerate(judges.prompts):
@@ -103,7 +106,26 @@ def measure(
         nearest=near,
         saturation=saturation,
         passes=parts[0]["passes"],
+        seconds=time.perf_counter() - begin,
     )
+
+
+def kept(path: Path, draw: Callable[[], Sampled]) -> Sampled:
+    """The case in `path`, or drawn and then written there: a script goes on where it was ended."""
+    if path.exists():
+        with np.load(path) as held:
+            values = {name: _plain(held[name]) for name in held.files}
+            return Sampled(**{"nearest": None, **values})
+    found = draw()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial.npz")
+    np.savez(partial, **{k: np.array(v) for k, v in found._asdict().items() if v is not None})
+    partial.replace(path)
+    return found
+
+
+def _plain(value: np.ndarray) -> Any:
+    return value.item() if value.ndim == 0 else value
 
 
 def _nearest(rgb: torch.Tensor, training: torch.Tensor | None) -> Array | None:

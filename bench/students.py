@@ -39,6 +39,7 @@ from measured import (
     Judges,
     Sampled,
     each_diversity,
+    kept,
     measure,
     percent,
     recovered,
@@ -190,17 +191,7 @@ class _Lab(NamedTuple):
         weights = "" if student is None else harness.sha256(student.path)
         identity = json.dumps([weights, sampler, way, list(self.seeds)[:1], len(self.seeds)])
         key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        path = self.folder / f"{key}.npz"
-        if path.exists():
-            with np.load(path) as held:
-                values = {name: _plain(held[name]) for name in held.files}
-                return Sampled(**{"nearest": None, **values})
-        found = self._draw(student, sampler, way)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, **{k: np.array(v) for k, v in found._asdict().items() if v is not None})
-        partial.replace(path)
-        return found
+        return kept(self.folder / f"{key}.npz", lambda: self._draw(student, sampler, way))
 
     def _draw(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
         base = headstart_weights.path("base")
@@ -210,10 +201,6 @@ class _Lab(NamedTuple):
         engine = hs.Engine.load(base, student.path, preset="demo", prediction="v", head_dim=32)
         legs = getattr(SAMPLERS[sampler], way or "")
         return measure(engine, self.judges, hs.Plan(legs, start="unit"), self.seeds)
-
-
-def _plain(value: np.ndarray) -> Any:
-    return value.item() if value.ndim == 0 else value
 
 
 def _row(

@@ -1,0 +1,160 @@
+"""The bundled pair as a flow: the same weights, asked as velocity networks of rectified flow.
+
+    z = (1 - t)*x0 + t*eps,  sigma = t/(1 - t),  v = eps - x0      a flow's state and its target
+    x = (1 + sigma)*z = x0 + sigma*eps                              the state of both processes
+    F = network(c_in*x, timestep of sigma),  x0 = c_skip*x + c_out*F     as it was trained
+    v = (x - x0)/sigma - x0 = (1 + sigma)/sigma * (z - x0)
+
+So nothing is trained and nothing is approximated: v says the same x0 at the same level. Above the
+highest level that the network was trained on, where no timestep is its own, it is asked at its
+last one for the same unit-variance input, and x0 is read as it is there: pure noise (t = 1) gives
+the x0 that it would give on its own schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+import headstart as hs
+from headstart.engine.pair import Pair, load_demo
+from headstart.interfaces import Conditioning, Denoiser
+from headstart.networks.residency import compute_dtype
+from headstart.plan.plan import DEMO_RATIO
+
+FLOW_LEVELS = hs.NoiseSchedule.flow()
+"""Timesteps 1000*t to levels; a shift moves grids alone, so that any flow's may be read here."""
+SHIFT = 3.0 * DEMO_RATIO
+"""Z-Image-Turbo's shift, matched to the small latent: it multiplies every level, as the pair's own
+schedule is Stable Diffusion's with every level times DEMO_RATIO."""
+STEPS = 8
+"""Z-Image-Turbo's."""
+BASE_STEPS = 30
+BASE_GUIDANCE = 2.0
+"""As the pair's base runs on its own schedule (`headstart.plan.request`)."""
+
+Model = Literal["base", "distilled"]
+
+
+class Asked(NamedTuple):
+    """One level: what a network is told, and its answer as a velocity.
+
+    v = of_state*z + of_output*network(scale*z, timestep)
+    """
+
+    timestep: float
+    scale: float
+    of_state: float
+    of_output: float
+
+
+def asked(time: float, schedule: hs.NoiseSchedule, prediction: hs.Prediction) -> Asked:
+    """For a flow's timestep 1000*t, in float64.
+
+    `schedule` and `prediction` are those that the network was trained with. Raises PlanError for a
+    level below the schedule's lowest.
+    """
+    sigma = FLOW_LEVELS.sigma(time)
+    top, highest = schedule.highest
+    own = min(sigma, highest)
+    timestep = top if sigma >= highest else schedule.timestep(sigma, "log")
+    found = prediction.scalings(own)
+    scale = prediction.scalings(sigma).c_in * (1.0 + sigma)
+    share = (1.0 + sigma) / sigma
+    of_state = share * (1.0 - found.c_skip * scale / found.c_in)
+    return Asked(timestep, scale, of_state, -share * found.c_out)
+
+
+class FlowNetwork(NamedTuple):
+    """(z, 1000*t, cond) -> v of a network of another process; call it with `as_flow`.
+
+    It reads the timesteps on the host, so it runs eagerly and in no captured graph.
+    """
+
+    network: Denoiser
+    schedule: hs.NoiseSchedule
+    prediction: hs.Prediction
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return compute_dtype(self.network)
+
+    def __call__(self, z: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        times: list[float] = timestep.tolist()
+        rows = {time: asked(time, self.schedule, self.prediction) for time in set(times)}
+        told = torch.tensor([rows[time] for time in times], dtype=torch.float64)
+        kind = torch.promote_types(z.dtype, torch.float32)
+        own, *factors = told.to(z.device, kind).T
+        scale, of_state, of_output = (part.view(-1, 1, 1, 1) for part in factors)
+        wide = z.to(kind)
+        f = self.network((scale * wide).to(z.dtype), own, cond)
+        return (of_state * wide + of_output * f.to(kind)).to(z.dtype)
+
+
+def as_flow(
+    network: Denoiser, schedule: hs.NoiseSchedule, prediction: str | hs.Prediction
+) -> FlowNetwork:
+    """A denoiser (x_in, timestep, cond) -> F of `schedule` and `prediction` as one of a flow.
+
+    The result is a denoiser for `Prediction.FLOW` on `NoiseSchedule.flow(...)` of any shift.
+    """
+    return FlowNetwork(network, schedule, hs.Prediction(prediction))
+
+
+def flow_pair(pair: Pair, shift: float = SHIFT) -> Pair:
+    """The same networks, codec and text encoders, with both models seen as flows.
+
+    It has no preset, because the grids of the pair's own are timesteps of another process: an
+    engine of it asks for plans that are written out, such as those of `flow_plan`.
+    """
+    schedules = dict.fromkeys(pair.denoisers, hs.NoiseSchedule.flow(shift=shift))
+    networks: dict[str, Denoiser] = {}
+    for role, network in pair.denoisers.items():
+        own = pair.schedules[role]
+        assert isinstance(own, hs.NoiseSchedule)
+        networks[role] = as_flow(network, own, pair.predictions[role])
+    return replace(
+        pair,
+        denoisers=networks,
+        schedules=schedules,
+        predictions=dict.fromkeys(pair.denoisers, hs.Prediction.FLOW),
+        preset=None,
+        guesses={},
+    )
+
+
+def flow_engine(shift: float = SHIFT, *, device: str = "cpu") -> hs.Engine:
+    """The bundled pair as flows, with plans by `flow_plan`."""
+    return hs.Engine(flow_pair(load_demo(device=device), shift), "eager")
+
+
+def base_plan() -> hs.Plan:
+    """The guided base alone, on a grid of its own."""
+    leg = hs.Leg(model="base", steps=BASE_STEPS, guidance=BASE_GUIDANCE)
+    return hs.Plan((leg,), name="flow-base")
+
+
+def flow_plan(first: Model, row: int, k: int | None = None, shift: float = SHIFT) -> hs.Plan:
+    """`first` goes in k steps to the level of `row` of the student's grid, the student goes on.
+
+    row   0 .. STEPS; 0 is the student alone
+    k     steps that are even in u, the flow's time before it is shifted; None: those of the grid
+    """
+    alone = hs.Leg(model="distilled", steps=STEPS)
+    if row == 0:
+        return hs.Plan((alone,), name="flow-distilled")
+    k = row if k is None else k
+    shares = [1.0 - row / STEPS * step / k for step in range(k)]
+    legs = (hs.Leg(model=first, timesteps=tuple(_times(shares, shift))),)
+    if row < STEPS:
+        legs += (replace(alone, skip=row),)
+    return hs.Plan(legs, name=f"flow-{first}-{row}-in-{k}")
+
+
+def _times(shares: Sequence[float], shift: float) -> list[float]:
+    """1000*t of the shifted u."""
+    return [1000.0 * shift * u / (1.0 + (shift - 1.0) * u) for u in shares]
