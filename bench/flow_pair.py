@@ -13,18 +13,26 @@ the x0 that it would give on its own schedule.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 import headstart as hs
+from headstart.compare.compare import compare, sheet_of
 from headstart.engine.pair import Pair, load_demo
 from headstart.interfaces import Conditioning, Denoiser
+from headstart.metrics.judges import Pictures, choose_judge
 from headstart.networks.residency import compute_dtype
-from headstart.plan.plan import DEMO_RATIO
+from headstart.output import write_file
+from headstart.pictures.sheet import encode_png
+from headstart.plan.pair import HANDOFF
+from headstart.plan.pairs import DEMO_RATIO, PAIRS
+from headstart.plan.preset import Mode, Request, plan_of
+from headstart.plan.request import parse_seeds
 
 FLOW_LEVELS = hs.NoiseSchedule.flow()
 """Timesteps 1000*t to levels; a shift moves grids alone, so that any flow's may be read here."""
@@ -33,9 +41,20 @@ SHIFT = 3.0 * DEMO_RATIO
 schedule is Stable Diffusion's with every level times DEMO_RATIO."""
 STEPS = 8
 """Z-Image-Turbo's."""
-BASE_STEPS = 30
-BASE_GUIDANCE = 2.0
-"""As the pair's base runs on its own schedule (`headstart.plan.request`)."""
+_FLOW = hs.NoiseSchedule.flow(shift=SHIFT)
+PAIR = replace(
+    PAIRS["z-image"],
+    name="demo-as-flow",
+    card="the bundled pair, asked as velocity networks on Z-Image-Turbo's grid",
+    schedule=_FLOW,
+    base_schedule=None,
+    base_guidance=1.0,
+    base_steps=PAIRS["demo"].base_steps,
+    base_scale=PAIRS["demo"].base_scale,
+    handoff=HANDOFF * DEMO_RATIO,
+    ratio=DEMO_RATIO,
+)
+"""Hands over by level: at 5.0 in SDXL's terms."""
 
 Model = Literal["base", "distilled"]
 
@@ -134,11 +153,22 @@ def flow_engine(shift: float = SHIFT, *, device: str = "cpu") -> hs.Engine:
 
 def base_plan() -> hs.Plan:
     """The guided base alone, on a grid of its own."""
-    leg = hs.Leg(model="base", steps=BASE_STEPS, guidance=BASE_GUIDANCE)
-    return hs.Plan((leg,), name="flow-base")
+    return replace(plan_of(PAIR, Request(PAIR.name, mode="base")), name="flow-base")
 
 
-def flow_plan(first: Model, row: int, k: int | None = None, shift: float = SHIFT) -> hs.Plan:
+def compare_tables(engine: hs.Engine, handoff: float | None = None) -> dict[str, hs.StepTable]:
+    """The four plans of `headstart compare`, handed over by level."""
+    modes: tuple[Mode, ...] = ("base", "distilled", "hybrid", "skip-first")
+    by_level = {"hybrid": handoff, "skip-first": handoff}
+    return {
+        mode: engine.compile(
+            plan_of(PAIR, Request(PAIR.name, mode=mode, handoff=by_level.get(mode)))
+        )
+        for mode in modes
+    }
+
+
+def flow_plan(first: Model, row: int, k: int | None = None) -> hs.Plan:
     """`first` goes in k steps to the level of `row` of the student's grid, the student goes on.
 
     row   0 .. STEPS; 0 is the student alone
@@ -148,13 +178,31 @@ def flow_plan(first: Model, row: int, k: int | None = None, shift: float = SHIFT
     if row == 0:
         return hs.Plan((alone,), name="flow-distilled")
     k = row if k is None else k
-    shares = [1.0 - row / STEPS * step / k for step in range(k)]
-    legs = (hs.Leg(model=first, timesteps=tuple(_times(shares, shift))),)
+    legs = (hs.Leg(model=first, steps=k, spacing=hs.Spacing.EVEN),)
     if row < STEPS:
         legs += (replace(alone, skip=row),)
     return hs.Plan(legs, name=f"flow-{first}-{row}-in-{k}")
 
 
-def _times(shares: Sequence[float], shift: float) -> list[float]:
-    """1000*t of the shifted u."""
-    return [1000.0 * shift * u / (1.0 + (shift - 1.0) * u) for u in shares]
+def main() -> None:
+    """`headstart compare` on the pair as flows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("prompt", nargs="?", default="a fox")
+    parser.add_argument("--seeds", default="0-15")
+    parser.add_argument("--handoff", type=float, metavar="SIGMA")
+    parser.add_argument("--out", type=Path, default=Path("flow.png"))
+    args = parser.parse_args()
+    engine = flow_engine()
+    seeds = parse_seeds(args.seeds)
+    side = engine.weights.image_size
+    drawn = Pictures("the pair as flows", engine.weights.lineage, frozenset({(side, side)}))
+    judge = choose_judge([drawn]).judge
+    tables = compare_tables(engine, args.handoff)
+    print(tables["hybrid"].describe(PAIR.ratio), end="\n\n")
+    found = compare(engine, args.prompt, seeds, judge, tables=tables)
+    write_file(args.out, encode_png(sheet_of(found)))
+    print(f"{args.prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -26,7 +26,6 @@ import argparse
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -53,7 +52,7 @@ from tqdm import tqdm
 import headstart as hs
 import headstart_weights
 from headstart.metrics.scorer import load_scorer
-from headstart.plan.plan import DEMO_RATIO, DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart.plan.pairs import DEMO_RATIO, DEMO_SCHEDULE, DEMO_TIMESTEPS
 from headstart_weights.recipe.dataset import compose_caption
 
 LANDINGS = (979, 951, 899, 851, 800, 749, 646, 547, 499, 249)
@@ -107,7 +106,7 @@ def vp_plan(first: Model, landing: int, k: int) -> hs.Plan:
 def _from_top(plan: hs.Plan) -> hs.Plan:
     """Its first leg as one step from the pair's highest level, where its own process starts."""
     first, rest = plan.legs
-    top = replace(first, timesteps=None, sigmas=(DEMO_SCHEDULE.highest[1],))
+    top = hs.Leg(model=first.model, sigmas=(DEMO_SCHEDULE.highest[1],))
     return hs.Plan((top, rest), start="unit", name=f"{plan.name}-from-top")
 
 

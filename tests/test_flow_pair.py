@@ -15,7 +15,7 @@ import headstart as hs
 import headstart_weights
 from headstart.errors import PlanError
 from headstart.interfaces import Conditioning
-from headstart.plan.plan import DEMO_SCHEDULE, DEMO_TIMESTEPS
+from headstart.plan.pairs import DEMO_SCHEDULE, DEMO_TIMESTEPS
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -161,13 +161,13 @@ def test_compare_runs_on_the_pair_as_flows() -> None:
     engine = flow_pair.flow_engine()
     side = engine.weights.image_size
     drawn = Pictures("flow", engine.weights.lineage, frozenset({(side, side)}))
-    plans = {
-        "base": flow_pair.base_plan(),
-        "distilled": flow_pair.flow_plan("distilled", 0),
-        "hybrid": flow_pair.flow_plan("base", 3),
-    }
-    tables = {name: engine.compile(plan) for name, plan in plans.items()}
+    tables = flow_pair.compare_tables(engine)
+    hybrid = tables["hybrid"]
+    assert hybrid[hybrid.handoffs[0]].sigma == pytest.approx(5.0 * 0.4)
+    assert [step.model for step in hybrid] == ["base"] * 3 + ["distilled"] * 5
+    lower = flow_pair.compare_tables(engine, handoff=3.5 * 0.4)["hybrid"]
+    assert lower[lower.handoffs[0]].sigma == pytest.approx(3.0 * 0.4)
     found = compare(engine, "a fox", range(3), choose_judge([drawn]).judge, tables=tables)
-    assert [outcome.passes for outcome in found.outcomes] == [60, 8, 8]
-    assert all(outcome.score > 0.4 for outcome in found.outcomes if outcome.score is not None)
+    assert [outcome.passes for outcome in found.outcomes] == [60, 8, 8, 5]
+    assert all(outcome.score > 0.4 for outcome in found.outcomes[:3] if outcome.score is not None)
     assert sheet_of(found).width > 0

@@ -130,7 +130,7 @@ def test_adapters_become_a_column() -> None:
 
 
 def test_plans_and_tables_are_frozen_values() -> None:
-    table, plan = preset("paper-dmd2").compile(SD), preset("dmd2")
+    table, plan = preset("paper-dmd2").compile(SD), preset("paper-dmd2")
     assert plan == preset("paper-dmd2")
     assert hash(plan) == hash(preset("paper-dmd2"))
     assert len({table, preset("paper-dmd2").compile(SD)}) == 1
@@ -148,7 +148,7 @@ def test_the_table_prints_aligned_with_a_line_at_the_handoff() -> None:
         "   1  distilled       759   4.2606      1.6129  0.0000  1.6129  0.0000         1",
         "   2  distilled       499   1.6129      0.7194  0.0000  0.7194  0.0000         1",
         "   3  distilled       259   0.7194      0.0000  0.0000  0.0000  0.0000         1",
-        "dmd2-hybrid: 4 network passes (base 1, distilled 3); x starts as 14.6488 * noise",
+        "paper-dmd2-hybrid: 4 network passes (base 1, distilled 3); x starts as 14.6488 * noise",
     ]
 
 

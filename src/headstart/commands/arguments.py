@@ -65,7 +65,8 @@ def typed_plan(args: argparse.Namespace) -> str | Plan:
         return args.plan
     from headstart.plan.document import read_plan
 
-    if more := [name for name, value in plan_settings(args).items() if value is not None]:
+    settings = plan_settings(args) | {"preset": None}  # names the schedules of a plan without files
+    if more := [name for name, value in settings.items() if value is not None]:
         option = _OPTION.get(more[0], more[0].replace("_", "-"))
         raise InputError(f"--{option} and --plan {args.plan}: the file states its own; give one")
     return read_plan(args.plan)

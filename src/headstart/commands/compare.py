@@ -44,6 +44,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_features(parser)
     parser.add_argument("--steps", type=int, help="steps of the distilled model")
+    parser.add_argument(
+        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -68,7 +71,7 @@ def _run(args: argparse.Namespace) -> int:
     judge, notes = choose_judge([drawn], args.features)
     for told in notes:
         note(told)
-    tables = compare_tables(engine, preset=args.preset, steps=args.steps)
+    tables = compare_tables(engine, preset=args.preset, steps=args.steps, handoff=args.handoff)
     with progress(rounds * sum(map(len, tables.values())), "sampling") as bar:
         found = compare(
             engine,

@@ -65,7 +65,7 @@ def _models(args: argparse.Namespace) -> _Found | None:
 
 def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable, float | None]:
     """The table, and the ratio of its levels to SDXL's where that is known."""
-    from headstart.plan.pairs import CUSTOM, PAIRS
+    from headstart.plan.pairs import PAIRS
 
     plan, settings = typed_plan(args), plan_settings(args)
     default = "demo" if found is None else found.preset
@@ -73,7 +73,7 @@ def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable,
         pair = named_pair(plan, settings, default)
         plan = named_plan(plan, settings, default)
     else:
-        pair = PAIRS.get(str(args.preset), CUSTOM)
+        pair = PAIRS[args.preset or "demo"]  # as `headstart sample` would run it
     if found is None:
         return plan.compile(pair.schedules, prediction=pair.predictions), pair.ratio
     table = plan.compile(found.schedules, prediction=found.predictions)

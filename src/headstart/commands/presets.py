@@ -22,29 +22,28 @@ def _run(args: argparse.Namespace) -> int:
 
     if unknown := [name for name in args.names if name not in PAIRS]:
         raise InputError(f"no preset {unknown[0]!r}: `headstart presets` lists those there are")
-    rows = [_row(PAIRS[name]) for name in args.names or PAIRS]
+    pairs = [PAIRS[name] for name in args.names or PAIRS]
     if args.json:
-        print(json.dumps({"presets": rows}))
+        print(json.dumps({"presets": [_row(pair) for pair in pairs]}))
         return 0
-    width = max(len(str(row["name"])) for row in rows)
-    for row in rows:
-        print(f"{row['name']:<{width}}  {_sentence(row)}")
-        print(f"{'':<{width}}  {row['card']}")
+    width = max(len(pair.name) for pair in pairs)
+    for pair in pairs:
+        print(f"{pair.name:<{width}}  {_sentence(pair)}")
+        print(f"{'':<{width}}  {pair.card}")
     return 0
 
 
 def _row(pair: Pair) -> dict[str, object]:
-    """What a person or a program wants to know of a pair, at its usual step count."""
-    steps = pair.steps[0]
-    grid = pair.grid(steps)
+    """What a program wants to know of a pair, at its usual step count."""
+    grid, handoff = pair.grid(pair.steps[0]), _handoff(pair)
     return {
         "name": pair.name,
         "card": pair.card,
         "steps": list(pair.steps),
         "timesteps": list(grid.timesteps),
         "levels": list(grid.sigmas),
-        "handoff": _handoff(pair),
-        "sdxl_handoff": None if pair.ratio is None else _divided(_handoff(pair), pair.ratio),
+        "handoff": handoff,
+        "sdxl_handoff": handoff / pair.ratio if handoff and pair.ratio else None,
         "update": pair.update.value,
         "base_update": pair.base_update.value,
         "guidance": pair.guidance,
@@ -67,25 +66,21 @@ def _handoff(pair: Pair) -> float | None:
     return table[table.handoffs[0]].sigma
 
 
-def _divided(level: float | None, ratio: float) -> float | None:
-    return None if level is None else level / ratio
+def _sentence(pair: Pair) -> str:
+    from headstart.plan.table import PURE
 
-
-def _sentence(row: dict[str, object]) -> str:
-    levels = row["levels"]
-    assert isinstance(levels, list)
-    pure = 1e6  # above it a level stands for pure noise
-    shown = " ".join("noise" if level > pure else f"{level:.3g}" for level in levels)
-    handoff, sdxl = row["handoff"], row["sdxl_handoff"]
+    levels = pair.grid(pair.steps[0]).sigmas
+    shown = " ".join("noise" if level > PURE else f"{level:.3g}" for level in levels)
+    steps = "1 step at level" if len(levels) == 1 else f"{len(levels)} steps at levels"
+    handoff = _handoff(pair)
     if handoff is None:
         over = "no hybrid: its only step starts at pure noise"
     else:
         over = f"hands over at {handoff:.3g}"
-        over += f" (SDXL's {sdxl:.3g})" if sdxl is not None and sdxl != handoff else ""
-    steps = "1 step at level" if len(levels) == 1 else f"{len(levels)} steps at levels"
+        over += f" (SDXL's {handoff / pair.ratio:.3g})" if pair.ratio not in (None, 1.0) else ""
     return (
-        f"{steps} {shown}; {over}; {row['update']}, guidance "
-        f"{row['guidance']:g}, base {row['base_update']} {row['base_guidance']:g}"
+        f"{steps} {shown}; {over}; {pair.update.value}, guidance {pair.guidance:g}, base "
+        f"{pair.base_update.value} {pair.base_guidance:g}"
     )
 
 

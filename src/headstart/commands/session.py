@@ -114,7 +114,9 @@ def check_plan(args: argparse.Namespace) -> None:
 def compiled(engine: Engine, args: argparse.Namespace) -> StepTable:
     """The table of the plan options, for the engine's networks."""
     plan = typed_plan(args)
-    return engine.compile(plan, **plan_settings(args))
+    if isinstance(plan, str):
+        return engine.compile(plan, **plan_settings(args))
+    return engine.compile(plan)
 
 
 def write_images(folder: Path, trajectory: Trajectory) -> None:

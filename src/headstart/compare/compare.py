@@ -112,10 +112,21 @@ class Comparison:
 
 
 def compare_tables(
-    engine: Engine, *, preset: str | None = None, steps: int | None = None
+    engine: Engine,
+    *,
+    preset: str | None = None,
+    steps: int | None = None,
+    handoff: float | None = None,
 ) -> dict[str, StepTable]:
-    """The tables of the four plans; `steps` are the distilled model's, the base has its own."""
-    tables = {name: engine.compile(name, preset=preset, steps=steps) for name in PLANS[1:]}
+    """The tables of the four plans; `steps` are the distilled model's, the base has its own.
+
+    handoff   the level at or below which the distilled model takes over
+    """
+    levels = {"hybrid": handoff, "skip-first": handoff}
+    tables = {
+        name: engine.compile(name, preset=preset, steps=steps, handoff=levels.get(name))
+        for name in PLANS[1:]
+    }
     return {"base": engine.compile("base", preset=preset), **tables}
 
 

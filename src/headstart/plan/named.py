@@ -113,9 +113,12 @@ def _numbers(name: str, values: object) -> tuple[float, ...] | None:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise PlanError(f"{name} must be a list of numbers, such as [999, 749], not {values!r:.60}")
     try:
-        return tuple(float(value) for value in cast("Iterable[float]", values))
+        found = tuple(float(value) for value in cast("Iterable[float]", values))
     except (TypeError, ValueError):
         raise PlanError(f"{name} must be numbers, not {values!r:.60}") from None
+    if not found:
+        raise PlanError(f"{name} must list at least one step of the distilled model")
+    return found
 
 
 def _mode(name: str) -> Mode:

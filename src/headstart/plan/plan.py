@@ -106,7 +106,10 @@ class Plan:
         )
 
     def _check_end(self) -> None:
-        if self.end != "first" and not (math.isfinite(self.end) and self.end >= 0.0):
+        end = cast("object", self.end)  # a file may say anything
+        if end != "first" and not (
+            isinstance(end, int | float) and math.isfinite(end) and end >= 0.0
+        ):
             raise PlanError(
                 f"end must be a noise level of at least 0, or 'first', not {self.end!r}"
             )

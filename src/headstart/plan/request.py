@@ -95,10 +95,10 @@ def check_table(table: StepTable, schedule: str) -> None:
             f"the table was compiled for noise schedule {table.schedule!r}, these weights have "
             f"{schedule!r}: compile its plan with engine.compile(plan)"
         )
-    if table.first or table[-1].sigma_next:
+    if table.first or table.cut:
         raise PlanError(
-            "an engine runs whole tables, from the first row down to sigma 0; run a part with "
-            "headstart.sample"
+            "an engine runs whole tables, from the first row to the end of their plan; run a part "
+            "with headstart.sample"
         )
 
 

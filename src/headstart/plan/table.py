@@ -16,6 +16,8 @@ import numpy.typing as npt
 from headstart.errors import PlanError
 
 Start = Literal["sigma", "unit"]
+PURE = 1e6
+"""A level above it is a flow's first, 2^24, which stands for pure noise."""
 COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
 FORMAT = "headstart.table/1"
 _columns = attrgetter(*COLUMNS)
@@ -57,8 +59,8 @@ class StepTable:
     name      the plan's name
     end_scale what the last x is multiplied by before a VAE decodes it: 1 at sigma 0. Of a plan that
               ends above 0, c_in there for originals that keep their state as the network sees it
-              (DDIM, LCM, TCD, flows), 1 for k-diffusion's Euler family. A part that stops earlier
-              has 1
+              (DDIM, LCM, TCD, flows), 1 for k-diffusion's Euler family
+    cut       whether this is a part that stops before the plan's last row; then end_scale is 1
     first     index of steps[0] in the unsliced table. Noise is keyed by it, so a slice draws what
               the whole run would have drawn there.
 
@@ -71,6 +73,7 @@ class StepTable:
     name: str = "custom"
     first: int = 0
     end_scale: float = 1.0
+    cut: bool = False
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -142,9 +145,10 @@ class StepTable:
         begin, end, stride = index.indices(len(self.steps))
         if stride != 1 or begin >= end:
             raise PlanError(f"a part of a {len(self)}-row table is a run of rows, not {index}")
-        scale = self.end_scale if end == len(self.steps) else 1.0
-        part = self.steps[begin:end]
-        return replace(self, steps=part, first=self.first + begin, end_scale=scale)
+        part, first = self.steps[begin:end], self.first + begin
+        if end == len(self.steps):
+            return replace(self, steps=part, first=first)
+        return replace(self, steps=part, first=first, end_scale=1.0, cut=True)
 
     def to_json(self) -> str:
         """Text that `from_json` turns back into an equal table: every float64 survives."""
@@ -156,6 +160,7 @@ class StepTable:
                 "schedule": self.schedule,
                 "first": self.first,
                 "end_scale": self.end_scale,
+                "cut": self.cut,
                 "columns": Step._fields,
                 "rows": self.steps,
             }
@@ -175,6 +180,7 @@ class StepTable:
                 name=str(found["name"]),
                 first=int(found["first"]),
                 end_scale=float(found.get("end_scale", 1.0)),
+                cut=bool(found.get("cut", False)),
             )
         except PlanError:
             raise
@@ -204,11 +210,13 @@ class StepTable:
     def _cells(self, index: int, ratio: float | None) -> tuple[str, ...]:
         step = self.steps[index]
         beside = (step.sigma / ratio,) if ratio else ()
-        numbers = (step.sigma, *beside, step.sigma_next, step.keep, step.add, step.carry)
+        levels = [_level(level) for level in (step.sigma, *beside, step.sigma_next)]
+        numbers = (step.keep, step.add, step.carry)
         return (
             str(self.first + index),
             step.model,
             f"{step.timestep:g}",
+            *levels,
             *(_number(number) for number in numbers),
             f"{step.guidance:g}",
         )
@@ -227,8 +235,11 @@ class StepTable:
         return f"{self.name}: {counted}; x starts as {_number(self.init_scale)} * noise{ends}"
 
 
+def _level(sigma: float) -> str:
+    return "noise" if sigma >= PURE else _number(sigma)
+
+
 def _number(number: float) -> str:
-    """Four decimals; a flow's first level, 2^24, stands for pure noise."""
     return f"{number:.4f}" if abs(number) < 1e5 else f"{number:.4g}"
 
 

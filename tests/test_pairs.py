@@ -1,0 +1,268 @@
+"""The table of pairs: every row runs, hands over at its level, and follows its card."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any, get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import SD, models, patient, times
+
+import headstart as hs
+from headstart.errors import PlanError
+from headstart.plan.named import named_plan
+from headstart.plan.pair import Pair
+from headstart.plan.pairs import PAIRS
+from headstart.plan.plan import Leg, Plan, Update
+from headstart.plan.prediction import Prediction
+from headstart.plan.preset import Mode, preset
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.table import StepTable
+
+NO_HYBRID = ("lightning-1step",)
+"""Students whose only step starts at pure noise."""
+
+
+def table_of(pair: Pair, **settings: Any) -> StepTable:
+    plan = preset(pair.name, **settings)
+    return plan.compile(pair.schedules, prediction=pair.predictions)
+
+
+@pytest.mark.parametrize("pair", PAIRS.values(), ids=lambda pair: pair.name)
+def test_every_pair_runs_in_every_mode_it_has(pair: Pair) -> None:
+    for mode in get_args(Mode):
+        for steps in pair.steps:
+            one = steps == 1 and mode in ("hybrid", "skip-first")
+            top = pair.grid(steps).sigmas[0] == pair.schedule.highest[1]
+            if one and (mode == "skip-first" or top):
+                with pytest.raises(PlanError, match="only step"):
+                    table_of(pair, mode=mode, steps=steps)
+                continue
+            given_steps = {} if mode == "base" else {"steps": steps}
+            table = table_of(pair, mode=mode, **given_steps)
+            assert all(here.sigma_next == after.sigma for here, after in pairwise(table))
+            if mode == "hybrid":
+                assert table.models == ("base", "distilled")
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [pair for pair in PAIRS.values() if pair.handoff and pair.name not in NO_HYBRID],
+    ids=lambda pair: pair.name,
+)
+def test_a_hybrid_hands_over_at_the_students_first_level_at_or_below_the_pairs(pair: Pair) -> None:
+    table = table_of(pair)
+    level = table[table.handoffs[0]].sigma
+    grid = pair.grid(pair.steps[0]).sigmas
+    assert level == max(sigma for sigma in grid if sigma <= pair.handoff * (1 + 1e-6))
+    replaced = sum(sigma > level for sigma in grid)
+    assert models(table).count("base") == max(1, replaced)
+    assert table[0].sigma == pair.schedules["base"].highest[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # timesteps, rule, guidance: from the card that each row names
+        ("lightning", ([999, 749, 499, 249], Update.EULER, 1.0)),
+        ("turbo", ([999, 749, 499, 249], Update.ANCESTRAL, 1.0)),
+        ("sd-turbo", ([999, 749, 499, 249], Update.EULER, 1.0)),
+        ("lcm", ([999, 759, 499, 259], Update.RENOISE, 1.0)),
+        ("dmd2", ([999, 749, 499, 249], Update.RENOISE, 1.0)),
+        ("dmd2-1step", ([399], Update.RENOISE, 1.0)),
+        ("hyper-sd", ([999, 749, 499, 249], Update.DDIM, 1.0)),
+        ("hyper-sd-1step", ([800], Update.RENOISE, 1.0)),
+        ("hyper-sd-cfg", ([999, 874, 749, 624, 499, 374, 249, 124], Update.DDIM, 5.0)),
+        ("hyper-sd-unified", ([999, 759, 499, 259], Update.TCD, 1.0)),
+        ("hyper-sd-unified-1step", ([800], Update.TCD, 1.0)),
+        ("tcd", ([999, 759, 499, 259], Update.TCD, 1.0)),
+        ("pcm", ([999, 759, 499, 259], Update.TCD, 1.0)),
+        ("nitrofusion", ([249, 189, 124, 64], Update.RENOISE, 1.0)),
+        ("nitrofusion-vibrant", ([499, 379, 249, 129], Update.RENOISE, 1.0)),
+        ("sdxl-flash", ([999, 856, 713, 570, 428, 285, 142], Update.DPMPP_2S, 3.0)),
+        ("paper-dmd2", ([999, 759, 499, 259], Update.RENOISE, 1.0)),
+        ("paper-turbo", ([999, 749, 499, 249], Update.ANCESTRAL, 1.0)),
+    ],
+)
+def test_the_distilled_model_runs_as_its_card_says(
+    name: str, expected: tuple[list[int], Update, float]
+) -> None:
+    plan = preset(name, mode="distilled")
+    table = plan.compile(PAIRS[name].schedules, prediction=PAIRS[name].predictions)
+    assert (times(table), plan.legs[0].update, plan.legs[0].guidance) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "levels"),
+    [
+        # sigma after k = 1, 2, 3, 4 steps: levels.md of the research, from each model's own code
+        ("z-image", [21, 9, 5, 3]),
+        ("qwen-lightning", [21, 9, 5, 3]),
+        ("krea2", [22.1, 9.47, 5.26, 3.16]),
+        ("wan22", [15, 5, 1.667]),
+        ("klein", [29.66, 9.887, 3.296]),
+    ],
+)
+def test_flows_have_the_levels_of_their_own_grids(name: str, levels: list[float]) -> None:
+    grid = PAIRS[name].grid(PAIRS[name].steps[0])
+    assert grid.sigmas[1 : 1 + len(levels)] == pytest.approx(levels, rel=2e-3)
+    assert all(kind is Prediction.FLOW for kind in PAIRS[name].predictions.values())
+
+
+def test_papers_and_scripts_pairs_are_what_its_code_ran() -> None:
+    """One scheduler for both models in the notebooks; the script gives Turbo's base Euler."""
+    for name in ("paper-dmd2", "paper-lcm", "paper-turbo", "paper-lightning"):
+        base, distilled = preset(name).legs
+        assert replace(base, model="distilled", skip=1) == distilled
+    assert [leg.update for leg in preset("script-turbo").legs] == [Update.EULER, Update.ANCESTRAL]
+    assert preset("turbo", k=1).compile(SD).steps == preset("script-turbo").compile(SD).steps
+
+
+def test_what_is_named_is_listed() -> None:
+    assert hs.presets() is PAIRS
+    assert {"lightning", "z-image", "paper-dmd2", "demo"} < set(hs.presets())
+    with pytest.raises(TypeError):
+        hs.presets()["mine"] = PAIRS["demo"]  # type: ignore[index]
+    assert all(pair.card and pair.name == name for name, pair in PAIRS.items())
+
+
+# ----------------------------------------------------------------- by level
+
+
+@given(level=st.floats(1.7, 14.0), k=st.integers(1, 12), steps=st.integers(2, 12))
+@patient
+def test_any_level_is_a_hand_off_of_the_base_alone_above_it(
+    level: float, k: int, steps: int
+) -> None:
+    table = preset("lightning", steps=steps, k=k, handoff=level)
+    compiled = table.compile(SD)
+    base = [step for step in compiled if step.model == "base"]
+    distilled = [step for step in compiled if step.model == "distilled"]
+    assert len(base) == k
+    assert base[0].timestep == 999
+    own = preset("lightning", steps=steps, mode="distilled").compile(SD)
+    assert distilled == [step for step in own if step.sigma <= level * (1 + 1e-6)]
+    assert base[-1].sigma_next == distilled[0].sigma
+    lengths = [a.timestep - b.timestep for a, b in pairwise(compiled.steps[: k + 1])]
+    assert max(lengths) - min(lengths) <= 1  # whole timesteps
+
+
+def test_the_base_may_cover_its_part_on_a_grid_of_its_own() -> None:
+    table = preset("lightning", handoff=4.1, n=30).compile(SD)
+    base = [step.timestep for step in table if step.model == "base"]
+    assert base == [t for t in SD.timesteps(30, hs.Spacing.TRAILING) if t > 749]
+    assert table[len(base)].timestep == 749
+
+
+def test_two_models_meet_at_a_level_of_two_processes() -> None:
+    """A flow's base and an eps student, and the other way round."""
+    flow = NoiseSchedule.flow(3.0)
+    for base, distilled, kinds in (
+        (flow, SD, {"base": Prediction.FLOW, "distilled": Prediction.EPS}),
+        (SD, flow, {"base": Prediction.EPS, "distilled": Prediction.FLOW}),
+        (NoiseSchedule.edm(), SD, {"base": Prediction.EDM, "distilled": Prediction.EPS}),
+    ):
+        plan = Plan(
+            (
+                Leg(model="base", steps=3, spacing=hs.Spacing.EVEN, until="next"),
+                Leg(model="distilled", steps=4, below=4.5),
+            )
+        )
+        table = plan.compile({"base": base, "distilled": distilled}, prediction=kinds)
+        assert [step.model for step in table[:3]] == ["base"] * 3
+        assert table[2].sigma_next == table[3].sigma <= 4.5
+        for step in table:
+            schedule = base if step.model == "base" else distilled
+            assert step.timestep == pytest.approx(schedule.timestep(step.sigma), rel=1e-9)
+            assert (step.c_in, step.c_skip, step.c_out) == pytest.approx(
+                kinds[step.model].scalings(step.sigma, 0.5)
+            )
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            lambda: preset("lightning", handoff=0.5),
+            "no step at or below level 0.5: its",
+        ),
+        (lambda: preset("lightning", handoff=20.0), "would run zero steps"),
+        (lambda: preset("lightning", handoff=-1.0), "must be a noise level above 0"),
+        (lambda: preset("lightning", handoff=math.nan), "must be a noise level above 0"),
+        (lambda: preset("lightning", handoff=4.1, k=400), "400 even steps do not fit between"),
+        (
+            lambda: Plan((Leg(model="base", steps=4, until=3.0), Leg(model="s", timesteps=(499,)))),
+            r"'base' goes until level 3, but 's' starts at timestep 499 \(sigma 1.6129\)",
+        ),
+        (lambda: Plan((Leg(model="base", steps=4, until="next"),)), "no leg is next"),
+        (
+            lambda: Plan((Leg(model="base", sigmas=(20.0, 1.0)),)),
+            r"sigmas must lie in 0.0291672 .. 14.6146",
+        ),
+        (
+            lambda: Plan((Leg(model="base", timesteps=(999,), sigmas=(20.0,)),)),
+            "its model knows 0.0291672 .. 14.6146",
+        ),
+        (lambda: Plan((Leg(model="base", steps=4),), end=1.0), "starts a step at or below it"),
+        (lambda: Plan((Leg(model="base", steps=4),), end=-1.0), "end must be a noise level"),
+        (lambda: Plan((Leg(model="base", steps=4, until=1.0),), end=1.0), "say the same"),
+        (lambda: Leg(model="base", steps=4, guidance=0.0), "model cards and diffusers call 0"),
+        (lambda: preset("demo", base_guidance=0.5), "at least 1, not 0.5"),
+    ],
+)
+def test_hand_offs_that_cannot_be_are_refused(plan: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message) as caught:
+        plan().compile(SD)
+    assert len(str(caught.value).splitlines()) <= 10
+
+
+def test_a_leg_ends_at_a_level_and_another_plan_goes_on_there() -> None:
+    """A split schedule: the same rows as the whole, in two tables."""
+    whole = Plan((Leg(model="m", sigmas=(14.0, 5.0, 2.0, 0.5)),)).compile(SD)
+    first = Plan((Leg(model="m", sigmas=(14.0, 5.0)),), end=2.0).compile(SD)
+    same = Plan((Leg(model="m", sigmas=(14.0, 5.0), until=2.0),)).compile(SD)
+    rest = Plan((Leg(model="m", sigmas=(2.0, 0.5)),)).compile(SD)
+    assert first.steps == same.steps == whole.steps[:2]
+    assert rest.steps == whole.steps[2:]
+    assert first[-1].sigma_next == 2.0
+
+
+# ------------------------------------------------------- the grid said by hand
+
+
+def test_timesteps_levels_and_rule_may_be_given_in_a_pairs_place() -> None:
+    plan = named_plan("hybrid", {"timesteps": [999, 600, 200], "update": "renoise"}, "lightning")
+    assert [(leg.model, leg.timesteps, leg.update) for leg in plan.legs][1] == (
+        "distilled",
+        (999.0, 600.0, 200.0),
+        Update.RENOISE,
+    )
+    table = plan.compile(SD)
+    assert times(table) == [999, 600, 200]
+    assert table.handoffs == (1,)
+    by_level = named_plan("hybrid", {"sigmas": [14.0, 3.0, 1.0]}).compile(SD)
+    assert [step.sigma for step in by_level][1:] == [3.0, 1.0]
+    assert by_level.name == "custom-hybrid"
+    alone = named_plan("distilled", {"timesteps": [999, 499]}).compile(SD)
+    assert times(alone) == [999, 499]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"timesteps": "999"}, "must be a list of numbers"),
+        ({"timesteps": ["a"]}, "must be numbers"),
+        ({"timesteps": [1, 2]}, "must fall"),
+        ({"timesteps": []}, "timesteps must list at least one step"),
+        ({"sigmas": [3.0, 0.0]}, "leave out the final 0"),
+        ({"update": "heun"}, "unknown update 'heun'"),
+        ({"preset": "sdxl"}, "unknown preset 'sdxl': `headstart presets` lists"),
+    ],
+)
+def test_a_grid_without_meaning_is_refused(settings: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        named_plan("distilled", {"preset": "lightning"} | settings)
