@@ -98,9 +98,11 @@ def _figure_7() -> dict[str, Case]:
         )
         for g in (1.5, 2.0, 3.0, 5.0, 7.0)
     }  # fmt: skip
-    for k in (2, 3, 4):
-        about = f"hybrid, k={k}" if k < 4 else "base alone on the four steps (k=4)"
-        found[f"hybrid-k{k}"] = Case(plan="hybrid", about=about, settings={"k": k})
+    for k in (2, 3):
+        found[f"hybrid-k{k}"] = Case(plan="hybrid", about=f"hybrid, k={k}", settings={"k": k})
+    found["hybrid-k4"] = Case(  # a hybrid has a row of the student
+        plan="replace-final", about="base alone on the four steps (k=4)", settings={"k": 4}
+    )
     for n in (8, 12, 16, 20, 40):
         found[f"hybrid-n{n}"] = Case(
             plan="hybrid", about=f"hybrid, k=1 in {n // 4} base steps (n={n})", settings={"n": n}

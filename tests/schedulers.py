@@ -32,6 +32,7 @@ MODULES = (
     "lcm",
     "tcd",
     "dpmsolver_multistep",
+    "dpmsolver_singlestep",
     "edm_euler",
 )
 SHAPE = (2, 4, 3, 3)

@@ -158,7 +158,7 @@ def test_one_image_goes_on_under_several_seeds(origin: Origin) -> None:
 
 
 def test_a_switch_to_a_model_of_another_prediction_keeps_the_boundary_and_levels() -> None:
-    table = hs.preset("lcm").compile(hs.NoiseSchedule.scaled_linear())
+    table = hs.preset("paper-lcm").compile(hs.NoiseSchedule.scaled_linear())
     kinds = {"base": hs.Prediction.V, "distilled": hs.Prediction.EPS}
     known = SimpleNamespace(
         predictions=kinds, schedules=dict.fromkeys(kinds, hs.NoiseSchedule.scaled_linear())

@@ -18,6 +18,7 @@ pytest.importorskip("diffusers")
 from diffusers import (
     DDIMScheduler,
     DPMSolverMultistepScheduler,
+    DPMSolverSinglestepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     LCMScheduler,
@@ -271,3 +272,22 @@ def test_ddims_published_numbers_with_and_without_alpha_one(end: Any, expected: 
     leg = Leg(model="m", timesteps=tuple(range(900, last - 1, -100)), update=Update.DDIM)
     table = Plan((leg,), start="unit", end=end).compile(schedule)
     assert _sum(table) == pytest.approx(expected, abs=1e-2)
+
+
+def test_dpmpp_2s_is_the_single_step_scheduler(draw: Draw) -> None:
+    """SDXL-Flash's. Its second-order step starts two points back; ours says it of the last x."""
+    for steps in (1, 2, 3, 6, 7, 8, 9, 20):
+        prediction = turn(steps)
+        oracle = DPMSolverSinglestepScheduler(
+            **BETAS,
+            prediction_type=NAMES[prediction],
+            lower_order_final=True,
+        )
+        oracle.set_timesteps(steps)
+        timesteps = tuple(float(t) for t in oracle.timesteps)
+        table = compiled(prediction, timesteps=timesteps, update=Update.DPMPP_2S)
+        states = theirs(oracle, draw, START)
+        assert worst(table, states, variance_preserving(table)) <= 1e-12, steps
+        assert [step.carry != 0 for step in table] == [
+            row % 2 == 1 and row < steps - 1 for row in range(steps)
+        ]

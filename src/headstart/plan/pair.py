@@ -33,8 +33,8 @@ class Pair:
     base_update, base_boundary, base_guidance    of the rows the base runs before it
     base_steps, base_scale    steps and guidance of the base alone
     start, end  see `Plan`
-    handoff     level at or below which the distilled model takes over; None: by step, after k of
-                its own
+    handoff     level at or below which the distilled model takes over where nothing else is said;
+                None: after the first of its own steps
     schedule    noise schedule of the distilled model, base_schedule of the base: None, the same.
                 Only where no file says it
     prediction, distilled_prediction    the same for what the networks predict

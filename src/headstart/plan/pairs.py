@@ -188,7 +188,7 @@ _TABLE_PAIRS = (
     ),
     Pair(
         name="sdxl-flash",
-        card="huggingface.co/sd-community/sdxl-flash: DPM++ singlestep trailing, 7 steps, 3",
+        card="huggingface.co/sd-community/sdxl-flash: DPM++ singlestep, trailing, 7 steps, 3",
         steps=(7, 6, 8, 9),
         update=Update.DPMPP_2S,
         guidance=3.0,

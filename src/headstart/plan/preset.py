@@ -61,10 +61,9 @@ def preset(
              "skip-first"     the distilled model starts at step k, or at the hand-off (table 3)
              "base" "distilled"  one model alone; k and handoff mean nothing there
     handoff  the noise level of the hand-off: the distilled model starts at its first own level at
-             or below it, the base covers everything above. None: the pair's own, 6.1 for most,
-             unless k is given
-    k        base steps. Without `handoff` the base takes the place of the first k distilled steps;
-             with it, k steps of equal length. None: as many as it takes the place of
+             or below it, the base covers everything above, in k steps of equal length
+    k        without `handoff`, the base takes the place of the first k distilled steps. None: of
+             those above the pair's own level of the hand-off, 6.1 for most
     n        the base covers its part with the steps of an n-step grid of its own (figure 7c)
 
     Guidance 1.0 is conditional only, what cards call 0; None: the pair's own. Raises PlanError for
@@ -138,9 +137,8 @@ def _listed(timesteps: Mapping[int, Floats], sigmas: Floats | None, count: int) 
 def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
     if request.mode == "distilled":
         return (pair.distilled(steps),)
-    level = _handoff(pair, request, steps)
-    if level is not None:
-        return _legs_by_level(pair, request, steps, level)
+    if request.handoff is not None:
+        return _legs_by_level(pair, request, steps, request.handoff)
     if steps == 1 and request.mode == "hybrid":
         return _above_the_only_step(pair, request)
     k = _checked_k(pair, request, steps)
@@ -154,30 +152,33 @@ def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
             return _base_part(pair, request, steps, 0, k), pair.distilled(steps, k)
 
 
-def _handoff(pair: Pair, request: Request, steps: int) -> float | None:
-    """The level asked for, or the pair's own where neither k nor n counts steps instead."""
-    if request.handoff is not None:
-        return request.handoff
-    by_step = request.k is not None or request.n is not None or steps == 1
-    return None if by_step or request.mode == "replace-final" else pair.handoff
+def _usual_k(pair: Pair, request: Request, steps: int) -> int:
+    """As many distilled steps as lie above the pair's level of the hand-off, on its own schedule.
+
+    Counted, so that on another schedule (zero terminal SNR, a smaller latent) the models meet at
+    the same step.
+    """
+    by_level = request.n is None and request.mode in ("hybrid", "skip-first")
+    if pair.handoff is None or not by_level:
+        return 1
+    return min(max(1, _above(pair, steps, pair.handoff)), max(1, steps - 1))
+
+
+def _above(pair: Pair, steps: int, level: float) -> int:
+    """How many steps of the distilled model start above a level."""
+    return sum(sigma > level * (1 + SLACK) for sigma in pair.grid(steps).sigmas)
 
 
 def _legs_by_level(pair: Pair, request: Request, steps: int, level: float) -> tuple[Leg, ...]:
     distilled = replace(pair.distilled(steps), below=level)
-    replaced = sum(sigma > level * (1 + SLACK) for sigma in distilled_levels(pair, steps))
     if request.mode == "skip-first":
         return (distilled,)
     if request.n is not None:
         base = replace(pair.base_leg(request.n, pair.spacing), until="next")
         return base, distilled
-    k = max(1, replaced) if request.k is None else request.k
+    k = max(1, _above(pair, steps, level)) if request.k is None else request.k
     whole_number("k", k, 1, TRAIN_STEPS)
     return replace(pair.base_leg(k, Spacing.EVEN), until="next"), distilled
-
-
-def distilled_levels(pair: Pair, steps: int) -> tuple[float, ...]:
-    """Where its steps start, on the schedule that it has where no file says another."""
-    return pair.grid(steps).sigmas
 
 
 def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
@@ -236,7 +237,7 @@ def _grid_or_none(steps: int, spacing: Spacing) -> FloatArray | None:
 
 
 def _checked_k(pair: Pair, request: Request, steps: int) -> int:
-    k = 1 if request.k is None else request.k
+    k = _usual_k(pair, request, steps) if request.k is None else request.k
     if not hasattr(k, "__index__"):
         raise PlanError(f"k must be a whole number, not {k!r}")
     # In a hybrid both models have a row; replace-final may leave all to the base (table E.1).
