@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import replace
 from itertools import pairwise
@@ -23,6 +24,7 @@ from headstart.plan.preset import Mode, preset
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.table import StepTable
 
+FLOATS = st.floats(0.5, 200.0)
 NO_HYBRID = ("lightning-1step",)
 """Students whose only step starts at pure noise."""
 
@@ -120,6 +122,30 @@ def test_papers_and_scripts_pairs_are_what_its_code_ran() -> None:
         assert replace(base, model="distilled", skip=1) == distilled
     assert [leg.update for leg in preset("script-turbo").legs] == [Update.EULER, Update.ANCESTRAL]
     assert preset("turbo", k=1).compile(SD).steps == preset("script-turbo").compile(SD).steps
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("paper-dmd2", "3b9f1deabd086de6"),
+        ("paper-lcm", "3b9f1deabd086de6"),
+        ("paper-lightning", "93237352dd799a71"),
+        ("script-turbo", "851dd7e9942d19e6"),
+        ("demo", "5ab9491a0cde885e"),
+    ],
+)
+def test_tables_of_before_the_pairs_were_data_keep_their_bits(name: str, digest: str) -> None:
+    """Of the presets dmd2, lcm, lightning, turbo and demo, as they were called before; every mode,
+    k of 1 to 3, and n of 8 and 20 where one grid has them."""
+    pair, found = PAIRS[name], hashlib.sha256()
+    for mode in ("hybrid", "distilled", "skip-first", "replace-final"):
+        for k in (1, 2, 3):
+            grids = (None, 8, 20) if (mode, k, pair.boundary) == ("hybrid", 1, False) else (None,)
+            for n in grids:
+                table = table_of(pair, mode=mode, k=k, n=n, steps=4)
+                found.update(table.coefficients().tobytes())
+                found.update(repr([tuple(step) for step in table]).encode())
+    assert found.hexdigest()[:16] == digest
 
 
 def test_what_is_named_is_listed() -> None:

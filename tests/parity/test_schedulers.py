@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("diffusers")
 
@@ -24,6 +25,7 @@ from schedulers import (
     COSINE_TOLERANCE,
     GRIDS,
     NAMES,
+    NOISE,
     SCHEDULE,
     START,
     STEPS,
@@ -31,6 +33,9 @@ from schedulers import (
     Array,
     Draw,
     compiled,
+    network,
+    ours,
+    relative,
     spelled_in_float64,
     theirs,
     turn,
@@ -242,6 +247,43 @@ def test_other_grids_are_diffusers_for_every_count(spacing: Spacing) -> None:
     for steps in range(1, 500):
         oracle.set_timesteps(steps)
         assert SCHEDULE.timesteps(steps, spacing).tolist() == oracle.timesteps.tolist()
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler", "start"),
+    [
+        ("paper-lightning", EulerDiscreteScheduler, "sigma"),
+        ("paper-turbo", EulerAncestralDiscreteScheduler, "sigma"),
+    ],
+)
+def test_the_notebooks_lightning_and_turbo_share_a_scheduler_too(
+    name: str, scheduler: Any, start: str, draw: Draw
+) -> None:
+    table = preset(name).compile(SCHEDULE)
+    oracle = scheduler(**BETAS, timestep_spacing="trailing")
+    oracle.set_timesteps(4)
+    assert [step.timestep for step in table] == oracle.timesteps.tolist()
+    assert (table.handoffs, table.start) == ((1,), start)
+    states = theirs(oracle, draw, START * table.init_scale)
+    assert worst(table, states, [1.0] * 4) <= TOLERANCE
+
+
+def test_the_scripts_turbo_has_an_euler_step_first(draw: Draw) -> None:
+    """Its base has a scheduler of its own, EulerDiscrete trailing, as many steps long."""
+    table = preset("script-turbo").compile(SCHEDULE)
+    euler = EulerDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    ancestral = EulerAncestralDiscreteScheduler(**BETAS, timestep_spacing="trailing")
+    euler.set_timesteps(4)
+    ancestral.set_timesteps(4)
+    found = [x for x, _ in ours(table)]
+    first = next(theirs(euler, draw, START * table.init_scale))
+    assert relative(found[0], first) <= TOLERANCE
+    x = torch.from_numpy(first)
+    for row, timestep in enumerate(ancestral.timesteps[1:], start=1):
+        draw.noise = torch.from_numpy(NOISE[row])
+        output = network(ancestral.scale_model_input(x, timestep).numpy(), float(timestep))
+        x = ancestral.step(torch.from_numpy(output), timestep, x).prev_sample
+        assert relative(found[row], x.numpy()) <= TOLERANCE
 
 
 def test_a_hybrid_is_one_scheduler_shared_by_both_models(draw: Draw) -> None:

@@ -67,10 +67,10 @@ def _handoff(pair: Pair) -> float | None:
 
 
 def _sentence(pair: Pair) -> str:
-    from headstart.plan.table import PURE
+    from headstart.plan.table import level_text
 
     levels = pair.grid(pair.steps[0]).sigmas
-    shown = " ".join("noise" if level > PURE else f"{level:.3g}" for level in levels)
+    shown = " ".join(level_text(level, ".3g") for level in levels)
     steps = "1 step at level" if len(levels) == 1 else f"{len(levels)} steps at levels"
     handoff = _handoff(pair)
     if handoff is None:

@@ -204,6 +204,8 @@ _PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
 
 
 def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> None:
+    if type(schedule) not in _PREDICTIONS:  # a process of somebody else's: they know
+        return
     name, known = _PREDICTIONS[type(schedule)]
     if prediction not in known:
         fitting = next(other for other, kinds in _PREDICTIONS.values() if prediction in kinds)

@@ -210,7 +210,7 @@ class StepTable:
     def _cells(self, index: int, ratio: float | None) -> tuple[str, ...]:
         step = self.steps[index]
         beside = (step.sigma / ratio,) if ratio else ()
-        levels = [_level(level) for level in (step.sigma, *beside, step.sigma_next)]
+        levels = [level_text(level) for level in (step.sigma, *beside, step.sigma_next)]
         numbers = (step.keep, step.add, step.carry)
         return (
             str(self.first + index),
@@ -235,8 +235,9 @@ class StepTable:
         return f"{self.name}: {counted}; x starts as {_number(self.init_scale)} * noise{ends}"
 
 
-def _level(sigma: float) -> str:
-    return "noise" if sigma >= PURE else _number(sigma)
+def level_text(sigma: float, spec: str = ".4f") -> str:
+    """A level for a person; "noise" for a flow's first."""
+    return "noise" if sigma >= PURE else format(sigma, spec)
 
 
 def _number(number: float) -> str:

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from headstart.pictures.chart import Curve, Line, draw_panel
 from headstart.pictures.lettering import ACCENT, FAINT, GREY, INK, PAPER, cut, width, wrapped, write
 from headstart.pictures.sheet import cell_px, scaled
+from headstart.plan.table import level_text
 from headstart.traces.strip import Placed, Strip, place
 from headstart.traces.timeline import Timeline
 
@@ -173,7 +174,9 @@ def _draw_heads(pen: ImageDraw.ImageDraw, strip: Strip, where: Placed, grid: _Gr
         x = grid.centre(column)
         head = f"step {strip.rows[index]} · t {step.timestep:.4g}"
         write(pen, (x, y + 18), head, _TINY_PX, INK, anchor="ms")
-        write(pen, (x, y + 38), f"sigma {step.sigma:.3g}", _TINY_PX, GREY, anchor="ms")
+        write(
+            pen, (x, y + 38), f"sigma {level_text(step.sigma, '.3g')}", _TINY_PX, GREY, anchor="ms"
+        )
     at = (grid.final + grid.cell / 2, y + 38)
     write(pen, at, "finished image", _TINY_PX, INK, anchor="ms")
 

@@ -151,7 +151,7 @@ function draw(position) {
   for (const { plan, state, marks, figures } of views) {
     const row = rowAt(plan, shown), step = plan.steps[row];
     state.textContent = row < 0 ? "not begun"
-      : `step ${step.step} · sigma ${step.sigma.toPrecision(3)} · ${step.model}`;
+      : `step ${step.step} · sigma ${levelText(step.sigma)} · ${step.model}`;
     state.style.color = row < 0 ? "var(--grey)" : colour(step.model);
     marks.forEach((mark, i) => mark.classList.toggle("done", i <= row));
     figures.forEach((one) => drawFigure(one, plan, shown, told));
@@ -164,6 +164,10 @@ function draw(position) {
 }
 
 // ---- the numbers at this noise level
+// A flow's first level, 2^24, stands for pure noise.
+function levelText(sigma) {
+  return sigma >= 1e6 ? "noise" : sigma.toPrecision(3);
+}
 const HEADS = ["plan", "step", "model", "timestep", "sigma", "guidance", "A = sigma²",
   "distance to go", "share of final", "seeds apart", ...phrases.map((phrase) => `${phrase}?`), ...(changes ? ["image moved by"] : [])];
 
@@ -183,7 +187,7 @@ function drawNumbers(position) {
     const line = make("tr", body), row = rowAt(plan, position), step = plan.steps[row];
     make("th", line, { scope: "row" }, plan.name);
     if (row < 0) { make("td", line, {}, "not begun"); return; }
-    [step.step, step.model, step.timestep.toFixed(0), step.sigma.toPrecision(3), step.guidance,
+    [step.step, step.model, step.timestep.toFixed(0), levelText(step.sigma), step.guidance,
       step.amplification.toPrecision(3)].forEach((text) => make("td", line, {}, text));
     interval(make("td", line), step.distance, (v) => v.toFixed(3));
     interval(make("td", line), step.share, percent);

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from headstart.plan.table import level_text
 from headstart.traces.strip import Strip
 from headstart.traces.structure import plain
 from headstart.traces.timeline import FALSE_RATE, Timeline
@@ -59,7 +60,7 @@ def strip_text(strip: Strip) -> str:
         ends = "" if np.isnan(share.low) else f"{share.low:.2f} .. {share.high:.2f}"
         spread = "" if np.isnan(row.spread.value) else f"{row.spread.value:.3f}"
         lines.append(
-            f"{row.step:>4}  {row.model:<10.9}{row.timestep:>9.4g}{row.sigma:>9.3f}"
+            f"{row.step:>4}  {row.model:<10.9}{row.timestep:>9.4g}{level_text(row.sigma, '.3f'):>9}"
             f"{row.amplification:>9.4g}{row.distance.value:>10.3f}{share.value:>8.2f}{ends:>16}"
             f"{spread:>9}"
         )
