@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import harness
 import torch
 from torch import Tensor
 
@@ -55,6 +56,8 @@ PAIR = replace(
     ratio=DEMO_RATIO,
 )
 """Hands over by level: at 5.0 in SDXL's terms."""
+
+RESULT = Path(__file__).parent / "results" / "flow.png"
 
 Model = Literal["base", "distilled"]
 
@@ -190,7 +193,7 @@ def main() -> None:
     parser.add_argument("prompt", nargs="?", default="a fox")
     parser.add_argument("--seeds", default="0-15")
     parser.add_argument("--handoff", type=float, metavar="SIGMA")
-    parser.add_argument("--out", type=Path, default=Path("flow.png"))
+    parser.add_argument("--out", type=Path, default=RESULT, help="PNG, beside it a JSON file")
     args = parser.parse_args()
     engine = flow_engine()
     seeds = parse_seeds(args.seeds)
@@ -201,6 +204,9 @@ def main() -> None:
     print(tables["hybrid"].describe(PAIR.ratio), end="\n\n")
     found = compare(engine, args.prompt, seeds, judge, tables=tables)
     write_file(args.out, encode_png(sheet_of(found)))
+    rows = {name: [list(step) for step in table] for name, table in tables.items()}
+    report = {"machine": harness.machine(), "rows": rows, **found.to_json(args.out.name)}
+    harness.write_json(args.out.with_suffix(".json"), report)
     print(f"{args.prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{args.out}")
 
 

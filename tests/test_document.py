@@ -114,8 +114,8 @@ def test_the_command_line_says_any_other_plan(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "MINE", "--steps", "4"], "--steps and --plan"),
-        (["--plan", "MINE", "--base-steps", "4"], "--base-steps and --plan"),
+        (["--plan", "MINE", "--steps", "4"], "steps= and plan"),
+        (["--plan", "MINE", "--base-steps", "4"], "k= and plan"),
         (["--plan", "none.toml"], "expected a TOML file"),
         (["--preset", "lightnin"], "unknown preset 'lightnin'"),
         (["--timesteps", "a,b"], "expected numbers such as 999,749"),
@@ -173,3 +173,25 @@ def test_a_plan_shows_the_level_that_sdxl_would_have(capsys: pytest.CaptureFixtu
     assert "SDXL" not in text and "at sigma 4.0817 -" in text
     assert main(["plan", "--preset", "tcd"]) == 0
     assert "and ends at sigma 0.0292" in capsys.readouterr().out
+
+
+def test_every_command_that_takes_plans_takes_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TEXT.replace("adapters = { ink = 0.5 }\n", "").replace("guidance = 3.0", ""))
+    for words in (
+        ["trace", "a fox", "--plan", f"hybrid,{path}", "--out", str(tmp_path / "trace.png")],
+        ["slide", "a fox", "--plan", str(path), "--strengths=-1,1", "--seeds", "0"],
+        ["bench", "--plan", str(path), "--rounds", "1", "--warmup", "1", "--json"],
+    ):
+        if words[0] == "slide":
+            words += ["--out", str(tmp_path / "slide.png")]
+        assert main(words) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["trace", "a fox", "--plan", "mine", "--out", str(tmp_path / "t.png")]) == 2
+    assert "a preset's name for its hybrid" in capsys.readouterr().err
+    engine = hs.Engine.demo(device="cpu")
+    assert engine.compile(str(path)).name == "mine"
+    with pytest.raises(PlanError, match="k= and plan"):
+        engine.compile(str(path), k=2)

@@ -10,7 +10,6 @@ from headstart.errors import InputError
 
 if TYPE_CHECKING:
     from headstart.plan.named import PlanSettings
-    from headstart.plan.plan import Plan
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
@@ -57,23 +56,6 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
         "sigmas": args.sigmas,
         "update": args.update,
     }
-
-
-def typed_plan(args: argparse.Namespace) -> str | Plan:
-    """`--plan`: a name, or the plan of a TOML file, which states all of itself."""
-    if not args.plan.endswith(".toml"):
-        return args.plan
-    from headstart.plan.document import read_plan
-
-    settings = plan_settings(args) | {"preset": None}  # names the schedules of a plan without files
-    if more := [name for name, value in settings.items() if value is not None]:
-        option = _OPTION.get(more[0], more[0].replace("_", "-"))
-        raise InputError(f"--{option} and --plan {args.plan}: the file states its own; give one")
-    return read_plan(args.plan)
-
-
-_OPTION = {"k": "base-steps", "n": "base-grid"}
-"""Of the settings that are called otherwise on the command line."""
 
 
 def uses_bundled(args: argparse.Namespace) -> bool:

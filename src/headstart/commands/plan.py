@@ -11,7 +11,6 @@ from headstart.commands.arguments import (
     every,
     plan_settings,
     read_predictions,
-    typed_plan,
 )
 from headstart.commands.console import note
 from headstart.plan.named import named_pair, named_plan
@@ -65,16 +64,11 @@ def _models(args: argparse.Namespace) -> _Found | None:
 
 def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable, float | None]:
     """The table, and the ratio of its levels to SDXL's where that is known."""
-    from headstart.plan.pairs import PAIRS
-
-    plan, settings = typed_plan(args), plan_settings(args)
+    settings = plan_settings(args)
     default = "demo" if found is None else found.preset
-    if isinstance(plan, str):
-        pair = named_pair(plan, settings, default)
-        plan = named_plan(plan, settings, default)
-    else:
-        pair = PAIRS[args.preset or "demo"]  # as `headstart sample` would run it
+    plan = named_plan(args.plan, settings, default)
     if found is None:
+        pair = named_pair(args.plan, settings, default)
         return plan.compile(pair.schedules, prediction=pair.predictions), pair.ratio
     table = plan.compile(found.schedules, prediction=found.predictions)
     for role, model in found.models.items():

@@ -10,22 +10,17 @@ from headstart.commands.arguments import (
     Command,
     add_plan_options,
     add_seeds,
+    plan_settings,
     read_size,
     sampling,
     uses_bundled,
     worded,
 )
 from headstart.commands.console import progress
-from headstart.commands.session import (
-    check_plan,
-    compiled,
-    counted,
-    open_engine,
-    report,
-    write_images,
-)
+from headstart.commands.session import counted, open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
+from headstart.plan.named import named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 
@@ -44,14 +39,14 @@ def _run(args: argparse.Namespace) -> int:
     prompts, seeds = pair_up([worded(text) for text in args.prompts], parse_seeds(args.seeds))
     size = read_size(args.size)
     if uses_bundled(args):
-        check_plan(args)
+        named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
     if (args.out / "record.json").exists() and not args.overwrite:
         raise InputError(
             f"{str(args.out)!r} holds a run already: choose another --out, or give --overwrite"
         )
     engine = open_engine(args)
-    table = compiled(engine, args)
+    table = engine.compile(args.plan, **plan_settings(args))
     asked: dict[str, Any] = {
         "seeds": seeds,
         "negative": args.negative,

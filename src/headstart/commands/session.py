@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import plan_settings, read_predictions, typed_plan, uses_bundled
+from headstart.commands.arguments import read_predictions, uses_bundled
 from headstart.commands.console import note, progress
 from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
@@ -18,7 +18,6 @@ from headstart.output import write_folder
 if TYPE_CHECKING:
     from headstart.engine.engine import Engine
     from headstart.engine.trajectory import Trajectory
-    from headstart.plan.table import StepTable
 
 
 def open_engine(args: argparse.Namespace) -> Engine:
@@ -100,23 +99,6 @@ def _load(args: argparse.Namespace) -> Engine:
         device=args.device,
         dtype=args.dtype,
     )
-
-
-def check_plan(args: argparse.Namespace) -> None:
-    """Raise PlanError for plan options that the bundled pair cannot run, before torch is loaded."""
-    from headstart.plan.named import named_plan
-
-    plan = typed_plan(args)
-    if isinstance(plan, str):
-        named_plan(plan, plan_settings(args), "demo")
-
-
-def compiled(engine: Engine, args: argparse.Namespace) -> StepTable:
-    """The table of the plan options, for the engine's networks."""
-    plan = typed_plan(args)
-    if isinstance(plan, str):
-        return engine.compile(plan, **plan_settings(args))
-    return engine.compile(plan)
 
 
 def write_images(folder: Path, trajectory: Trajectory) -> None:

@@ -42,8 +42,8 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("slide needs an adapter: --lora FILE")
     if args.toward is not None and not demo:
         raise InputError("--toward needs a scorer, and the bundled one knows only the bundled pair")
-    for name in plans:
-        named_plan(name, {"preset": args.preset}, "demo" if demo else None)
+    for name in plans if demo or args.preset else ():  # else the files may say which pair it is
+        named_plan(name, {"preset": args.preset}, "demo")
     cells = len(plans) * len(seeds) * len(strengths)
     check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
     engine = open_engine(args)

@@ -12,14 +12,16 @@ from typing import TYPE_CHECKING, Any
 from headstart.commands.arguments import (
     Command,
     add_plan_options,
+    plan_settings,
     read_size,
     sampling,
     uses_bundled,
 )
 from headstart.commands.console import progress
-from headstart.commands.session import check_plan, compiled, open_engine
+from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_folder
+from headstart.plan.named import named_plan
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:
@@ -59,11 +61,11 @@ def _run(args: argparse.Namespace) -> int:
     if size is not None and args.size_column is not None:
         raise InputError("--size and --size-column both say the size: give one")
     if uses_bundled(args):
-        check_plan(args)
+        named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
     _use_local_device(args)
     engine = open_engine(args)
-    table = compiled(engine, args)
+    table = engine.compile(args.plan, **plan_settings(args))
     settings = _settings(args, engine, table, cases, size)
     _check_requests(args, engine, table, cases, size)
     draw = _drawing(engine, table, args.negative, size)

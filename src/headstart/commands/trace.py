@@ -23,7 +23,7 @@ from headstart.commands.intervention import Intervention
 from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.named import MODES, PRESETS, PlanSettings, named_plan
+from headstart.plan.named import PRESETS, PlanSettings, check_name, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
@@ -172,10 +172,8 @@ def _negatives(
 
 def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
     names = tuple(name.strip() for name in args.plan.split(","))
-    known = (*MODES, *PRESETS)
     for name in names:
-        if name not in known:
-            raise PlanError(f"unknown plan {name!r}: expected some of {', '.join(known)}")
+        check_name(name)
         if names.count(name) > 1:
             raise PlanError(f"plan {name!r} is given twice: leave one out")
         if uses_bundled(args):

@@ -6,7 +6,7 @@ import warnings
 
 from headstart.engine.pair import Pair
 from headstart.errors import PlanError
-from headstart.plan.named import PRESETS, PlanSettings, named_plan
+from headstart.plan.named import PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_table
 from headstart.plan.schedule import fingerprint_of
@@ -48,6 +48,7 @@ def _stated(weights: Pair, plan: str, settings: PlanSettings) -> PlanSettings:
     """The settings, with the step count that the distilled file's name states."""
     found = weights.guesses.get("distilled")
     preset = settings.get("preset") or (plan if plan in PRESETS else weights.preset)
-    if found is None or not found.steps or preset != found.preset or plan == "base":
+    own = plan == "base" or plan.endswith(TOML)
+    if found is None or not found.steps or preset != found.preset or own:
         return settings
     return settings if settings.get("steps") else {**settings, "steps": found.steps}

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypedDict, cast, get_args
 
 from headstart.errors import PlanError
+from headstart.plan.document import read_plan
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import CUSTOM, PAIRS
 from headstart.plan.plan import Plan
@@ -16,6 +17,7 @@ from headstart.plan.update import Update
 
 MODES: tuple[Mode, ...] = get_args(Mode)
 PRESETS = tuple(PAIRS)
+TOML = ".toml"
 
 
 class PlanSettings(TypedDict, total=False):
@@ -40,17 +42,31 @@ class PlanSettings(TypedDict, total=False):
 
 
 def named_plan(name: str, settings: PlanSettings, default_preset: str | None = None) -> Plan:
-    """The plan called `name`: a mode of a pair ("hybrid"), or a preset ("lightning", its hybrid).
+    """The plan called `name`: a mode of a pair ("hybrid"), a preset ("lightning", its hybrid), or
+    the path of a plan written down as TOML, "mine.toml", which states all of itself.
 
     A setting that is None counts as not given. Raises PlanError for an unknown name, for a mode
     without a preset, and for settings that make no exact plan.
     """
     given = {key: value for key, value in settings.items() if value is not None}
+    if name.endswith(TOML):
+        if more := sorted(set(given) - {"preset"}):  # of a pair whose plans are given by name too
+            raise PlanError(f"{more[0]}= and plan {name!r}: the file states its own; give one")
+        return read_plan(name)
     for key in ("preset", *_GRID):
         given.pop(key, None)
     request = Request("", mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
     pair = named_pair(name, settings, default_preset)
     return plan_of(pair, request._replace(name=pair.name))
+
+
+def check_name(name: str) -> None:
+    """Raise PlanError unless a plan may be called so."""
+    if name not in MODES and name not in PRESETS and not name.endswith(TOML):
+        raise PlanError(
+            f"unknown plan {name!r}: expected one of {', '.join(MODES)}, a preset's name for its "
+            "hybrid (`headstart presets` lists them), or a FILE.toml"
+        )
 
 
 _GRID = ("timesteps", "sigmas", "update")
@@ -66,11 +82,7 @@ def named_pair(name: str, settings: PlanSettings, default_preset: str | None = N
     if default_preset is None and ("timesteps" in own or "sigmas" in own):
         default_preset = CUSTOM.name
     pair = settings.get("preset") or (name if name in PRESETS else default_preset)
-    if name not in MODES and name not in PRESETS:
-        raise PlanError(
-            f"unknown plan {name!r}: expected one of {', '.join(MODES)}, or a preset's name for "
-            "its hybrid; `headstart presets` lists them"
-        )
+    check_name(name)
     if pair is None:
         raise PlanError(
             f"plan {name!r} of which pair? these weights do not say: give preset=, one of those "
