@@ -153,7 +153,7 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
         (["sample", "a fox", "--size", "large"], "HEIGHTxWIDTH"),
         (["sample", "a fox", "a dog", "--seeds", "0-2"], "2 prompts and 3 seeds"),
         (["sample", "a fox", "--batch", "0"], "batch"),
-        (["sample", "a fox", "--steps", "5"], "distilled for 4 steps at 999 749 499 249"),
+        (["sample", "a fox", "--steps", "5"], "runs 4 steps at 999 749 499 249"),
         (["sample", "a fox", "--vae", "a.safetensors"], "--vae alone"),
         (["sample", "a fox", "--unknown", "1"], "unrecognized arguments"),
         (["compare", "a fox", "--base", "a.safetensors"], "--preset"),

@@ -33,7 +33,7 @@ NAMES = {
     "Hyper-SDXL-1step-Unet": ("Hyper-SD", 1, "hyper-sd-1step"),
     "Hyper-SDXL-4steps-lora": ("Hyper-SD", 4, "hyper-sd"),
     "Hyper-SD15-8steps-lora": ("Hyper-SD", 8, "hyper-sd"),
-    "Hyper-SDXL-1step-lora": ("Hyper-SD unified", 1, "hyper-sd-unified-1step"),
+    "Hyper-SDXL-1step-lora": ("Hyper-SD unified", None, "hyper-sd-unified"),
     "Hyper-SDXL-12steps-CFG-lora": ("Hyper-SD CFG", 12, "hyper-sd-cfg"),
     "sd_xl_turbo_1.0_fp16": ("Turbo", None, "turbo"),
     "sd_turbo": ("SD-Turbo", None, "sd-turbo"),

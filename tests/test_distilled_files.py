@@ -183,3 +183,11 @@ def test_a_plan_that_ends_above_0_is_decoded_as_its_original_keeps_it() -> None:
     assert (part.cut, part.end_scale) == (True, 1.0)
     with pytest.raises(hs.PlanError, match="whole tables"):
         engine.sample("a fox", plan=part)
+
+
+def test_a_multistep_scheduler_that_is_set_to_a_flow_is_one(tmp_path: Path) -> None:
+    folder = Made.of("sdxl", 0, vocabulary=49408).write("folder", tmp_path / "flow")
+    config = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}
+    model = Model.of(with_scheduler(folder, _class_name="UniPCMultistepScheduler", **config))
+    assert model.prediction is Prediction.FLOW
+    assert model.family.schedule == NoiseSchedule.flow(3.0)

@@ -62,12 +62,13 @@ def test_cutting_a_leg_in_two_changes_no_bit_of_any_row(
         both = {"timesteps": points[part], "sigmas": stated and stated[part]}
         return leg_for(update, eta, gamma, **both)
 
+    even = spacing is Spacing.EVEN
     tails = (
-        replace(leg, skip=cut),
+        named(slice(cut, None)) if even else replace(leg, skip=cut),
         named(slice(cut, None)),
         leg_for(update, eta, gamma, sigmas=sigmas[cut:]),
     )
-    heads = (named(slice(cut)),) if spacing is Spacing.EVEN else (leg, named(slice(cut)))
+    heads = (named(slice(cut)),) if even else (leg, named(slice(cut)))
     for head in heads:
         for tail in tails[: 2 if spacing is Spacing.FRACTIONAL else 3]:
             split = compiled(head, tail, prediction=prediction)

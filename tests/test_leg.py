@@ -34,7 +34,7 @@ BAD_LEGS: list[tuple[str, Callable[[], object]]] = [
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=math.inf)),
     ("guidance of leg 'base'", lambda: Leg(model="base", steps=4, guidance=-0.1)),
     ("eta of leg 'base' must lie", lambda: Leg(model="base", steps=4, update=Update.DDIM, eta=2)),
-    ("eta of leg 'base' must lie", lambda: Leg(model="base", steps=4, eta=math.nan)),
+    ("eta of leg 'base' must be a finite", lambda: Leg(model="base", steps=4, eta=math.nan)),
     ("eta=0.5 belongs to update 'ddim'", lambda: Leg(model="base", steps=4, eta=0.5)),
     ("gamma=0.5 belongs to update 'tcd'", lambda: Leg(model="base", steps=4, gamma=0.5)),
     ("boundary=True belongs to", lambda: Leg(model="base", steps=4, boundary=True)),

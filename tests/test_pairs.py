@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,11 +82,10 @@ def test_a_hybrid_hands_over_at_the_students_first_level_at_or_below_the_pairs(p
         ("hyper-sd-1step", ([800], Update.RENOISE, 1.0)),
         ("hyper-sd-cfg", ([999, 874, 749, 624, 499, 374, 249, 124], Update.DDIM, 5.0)),
         ("hyper-sd-unified", ([999, 759, 499, 259], Update.TCD, 1.0)),
-        ("hyper-sd-unified-1step", ([800], Update.TCD, 1.0)),
         ("tcd", ([999, 759, 499, 259], Update.TCD, 1.0)),
         ("pcm", ([999, 759, 499, 259], Update.TCD, 1.0)),
-        ("nitrofusion", ([249, 189, 124, 64], Update.RENOISE, 1.0)),
-        ("nitrofusion-vibrant", ([499, 379, 249, 129], Update.RENOISE, 1.0)),
+        ("nitrofusion", ([249, 187, 124, 62], Update.RENOISE, 1.0)),
+        ("nitrofusion-vibrant", ([499, 374, 249, 124], Update.RENOISE, 1.0)),
         ("sdxl-flash", ([999, 856, 713, 570, 428, 285, 142], Update.DPMPP_2S, 3.0)),
         ("paper-dmd2", ([999, 759, 499, 259], Update.RENOISE, 1.0)),
         ("paper-turbo", ([999, 749, 499, 249], Update.ANCESTRAL, 1.0)),
@@ -214,11 +215,11 @@ def test_two_models_meet_at_a_level_of_two_processes() -> None:
     [
         (
             lambda: preset("lightning", handoff=0.5),
-            "no step at or below level 0.5: its",
+            "no step at or below level 0.5: hand over at one of",
         ),
         (lambda: preset("lightning", handoff=20.0), "would run zero steps"),
-        (lambda: preset("lightning", handoff=-1.0), "must be a noise level above 0"),
-        (lambda: preset("lightning", handoff=math.nan), "must be a noise level above 0"),
+        (lambda: preset("lightning", handoff=-1.0), "handoff must be a noise level above 0"),
+        (lambda: preset("lightning", handoff=math.nan), "handoff must be a finite number"),
         (lambda: preset("lightning", handoff=4.1, k=400), "400 even steps do not fit between"),
         (
             lambda: Plan((Leg(model="base", steps=4, until=3.0), Leg(model="s", timesteps=(499,)))),
@@ -257,7 +258,109 @@ def test_a_leg_ends_at_a_level_and_another_plan_goes_on_there() -> None:
     assert first[-1].sigma_next == 2.0
 
 
+@pytest.mark.parametrize("printed", [4.08, 4.0817, 1.61, 1.613, 0.693, 0.6932])
+def test_a_level_copied_from_a_printed_table_is_that_level(printed: float) -> None:
+    table = preset("lightning", handoff=printed).compile(SD)
+    assert table[table.handoffs[0]].sigma == pytest.approx(printed, rel=3e-3)
+
+
+def test_levels_are_sdxls_times_the_pairs_ratio() -> None:
+    """Turbo's latent is half as wide as SDXL's, so it hands over at half the level."""
+    for name in ("turbo", "sd-turbo"):
+        table = preset(name).compile(SD)
+        assert table[table.handoffs[0]].timestep == 499
+        assert models(table).count("base") == 2
+
+
+@pytest.mark.parametrize("name", ["z-image", "qwen-lightning", "krea2", "wan22", "klein"])
+def test_a_flows_base_may_cover_its_part_on_a_grid_of_its_own(name: str) -> None:
+    pair = PAIRS[name]
+    for n in (7, 8, 20, 30):
+        table = table_of(pair, n=n)
+        own = pair.schedules["base"].points(n, pair.spacing).sigmas
+        base = [step.sigma for step in table if step.model == "base"]
+        level = table[len(base)].sigma
+        assert base == [sigma for sigma in own if sigma > level * (1 + 1e-6)]
+    with pytest.raises(PlanError, match="grids of flows do not meet"):
+        preset(name, n=8, mode="replace-final")
+
+
+def test_a_leg_of_named_points_ends_at_a_level_too() -> None:
+    points = (999, 749, 499, 249)
+    whole = Plan((Leg(model="m", timesteps=points, until=1.0),)).compile(SD)
+    assert times(whole) == [999, 749, 499] and whole[-1].sigma_next == 1.0
+    legs = (Leg(model="b", timesteps=points, until="next"), Leg(model="d", timesteps=(600,)))
+    assert times(Plan(legs).compile(SD)) == [999, 749, 600]
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda: preset("lightning", handoff=4.0, k=2, n=8), "k=2 and n=8 both say"),
+        (lambda: preset("dmd2-1step", k=2, n=8), "k=2 and n=8 both say"),
+        (lambda: preset("lightning", handoff=4.0, k=2, mode="skip-first"), "both say where"),
+        (lambda: preset("lightning", handoff="4"), "handoff must be a finite number"),
+        (lambda: preset("lightning", handoff=True), "handoff must be a finite number"),
+        (lambda: preset([]), "unknown preset"),
+        (lambda: Leg(model="m", timesteps="97531"), "must be a list of numbers"),
+        (lambda: Leg(model="m", steps=3, spacing="even", skip=1), "leave skip out"),
+        (lambda: Leg(model="m", steps=3, until=True), "must be a noise level"),
+        (lambda: Leg(model="m", steps=3, guidance="4"), "guidance of leg 'm' must be a finite"),
+        (lambda: Leg(model="m", steps=3, eta=None), "eta of leg 'm' must be a finite"),
+        (lambda: Leg(model="m", steps=3, update="renoise", boundary=0.5), "True or False"),
+        (lambda: Leg(model="m", steps=3, adapters=("ink",)), "name, strength"),
+        (lambda: Leg(model=3, steps=3), "needs the name of its model"),
+        (lambda: Plan((Leg(model="m", steps=3),), end=True), "end must be a finite number"),
+        (lambda: NoiseSchedule.flow(mu=1000.0), r"inside \(-10, 10\)"),
+        (lambda: NoiseSchedule.flow("3"), "shift of a flow must be a finite number"),
+        (lambda: NoiseSchedule.flow(1e300), "0.0001 .. 10000"),
+        (lambda: NoiseSchedule.edm(rho=1e-3), "rho of an EDM schedule must lie in 1 .. 100"),
+        (lambda: NoiseSchedule.edm(sigma_max=None), "sigma_max of an EDM schedule must be a"),
+        (lambda: NoiseSchedule.from_sigmas([1.0, 1e200]), "inside"),
+        (lambda: NoiseSchedule.from_sigmas([2.0, 1.0]), "strictly rising"),
+        (lambda: named_plan("base", {"timesteps": [999]}, "demo"), "'base' does not run it"),
+        (
+            lambda: Plan((Leg(model="m", steps=9, spacing="ays-sdxl"),)).compile(SD.matched(0.4)),
+            "made for levels up to 14.6",
+        ),
+    ],
+)
+def test_nonsense_is_a_plan_error(made: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        made()
+
+
+def test_numbers_of_numpy_and_whole_numbers_are_numbers() -> None:
+    assert NoiseSchedule.flow(3).fingerprint() == NoiseSchedule.flow(3.0).fingerprint()
+    assert NoiseSchedule.edm(sigma_max=80) == NoiseSchedule.edm()
+    table = preset("lightning", handoff=np.float32(4.2)).compile(SD)  # type: ignore[arg-type]
+    assert table.steps == preset("lightning", handoff=4.2).compile(SD).steps
+    leg = Leg(model="m", steps=3, until=np.float64(2.0), adapters={"ink": 1})  # type: ignore
+    assert (leg.until, leg.adapters) == (2.0, (("ink", 1.0),))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("end_scale", float("nan")), ("end_scale", 0), ("end_scale", -5), ("cut", "false"),
+     ("first", -3), ("cut", 1), ("end_scale", "x")],
+)  # fmt: skip
+def test_a_table_of_nonsense_is_not_read(field: str, value: object) -> None:
+    found = json.loads(preset("tcd").compile(SD).to_json())
+    assert StepTable.from_json(json.dumps(found)).steps == preset("tcd").compile(SD).steps
+    for name in ("end_scale", "cut"):  # tables of before have neither
+        old = {key: kept for key, kept in found.items() if key != name}
+        assert len(StepTable.from_json(json.dumps(old))) == 4
+    with pytest.raises(PlanError):
+        StepTable.from_json(json.dumps(found | {field: value}))
+
+
 # ------------------------------------------------------- the grid said by hand
+
+
+def test_naming_the_pairs_own_rule_changes_nothing() -> None:
+    for name in ("hyper-sd-unified", "pcm", "lcm", "tcd"):
+        rule = PAIRS[name].update.value
+        assert named_plan("hybrid", {"update": rule}, name) == preset(name)
 
 
 def test_timesteps_levels_and_rule_may_be_given_in_a_pairs_place() -> None:

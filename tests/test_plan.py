@@ -188,7 +188,7 @@ BAD_PRESETS: list[tuple[str, dict[str, Any]]] = [
     ("guidance of leg 'base'", {"base_guidance": math.nan, "mode": "base"}),
     ("picks its steps from 50", {"steps": 51}),
     ("picks its steps from 50", {"n": 51}),
-    ("was distilled for 4 steps at 999 749 499 249", {"name": "demo", "steps": 8}),
+    ("runs 4 steps at 999 749 499 249", {"name": "demo", "steps": 8}),
     ("only step starts at timestep 999, pure noise", {"name": "turbo", "steps": 1}),
     ("only step starts at timestep 999, pure noise", {"name": "lightning-1step"}),
     ("where the distilled model takes over; in mode 'base'", {"handoff": 4.0, "mode": "base"}),

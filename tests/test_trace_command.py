@@ -179,7 +179,7 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--plan", "base,hybird"], "unknown plan 'hybird'"),
         (["--plan", "base,base"], "twice"),
-        (["--plan", "hybrid", "--steps", "5"], "distilled for 4 steps at 999 749 499 249"),
+        (["--plan", "hybrid", "--steps", "5"], "runs 4 steps at 999 749 499 249"),
         (["--decoder", "taesd"], "invalid choice"),
         (["--every", "0"], "--every"),
         (["--out", "trace.bmp"], ".png, .gif, .webp, .html"),

@@ -61,6 +61,12 @@ class Said:
     flags: frozenset[str] = frozenset()
 
     @property
+    def flows(self) -> bool:
+        """Whether its scheduler is one of rectified flow, or another one that is set to it."""
+        others = self.scheduler.get("use_flow_sigmas") is True
+        return others or self.scheduler_class in FLOWS
+
+    @property
     def scheduler_class(self) -> str | None:
         """Of a diffusers folder, where it says one."""
         name = self.scheduler.get("_class_name")
@@ -157,7 +163,7 @@ def _number(config: Json, key: str, default: float) -> float:
 
 
 def _prediction(said: Said) -> dict[str, object]:
-    if said.scheduler_class in FLOWS:
+    if said.flows:
         return {"prediction": Prediction.FLOW}
     if said.scheduler_class in EDMS:
         v = said.scheduler.get("prediction_type") == "v_prediction"
@@ -182,7 +188,7 @@ def _schedule(family: Family, said: Said) -> dict[str, object]:
             schedule = table
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
-    elif said.scheduler_class in FLOWS:
+    elif said.flows:
         return {"schedule": _flow(said.scheduler)}
     elif said.scheduler_class in EDMS:
         return {"schedule": _edm(said.scheduler)}
@@ -197,14 +203,20 @@ def _schedule(family: Family, said: Said) -> dict[str, object]:
 
 def _flow(config: Json) -> FlowSchedule:
     """Of diffusers' FlowMatch schedulers. A shift that depends on the size is refused."""
-    if config.get("use_dynamic_shifting") is True:
+    if config.get("use_dynamic_shifting") not in (None, False):
         raise CheckpointError(
             "scheduler_config.json: use_dynamic_shifting makes the grid depend on the picture's "
             "size, which is not implemented: set it to false and `shift` to a number"
         )
+    if (trained := config.get("num_train_timesteps", 1000)) != 1000:
+        raise CheckpointError(
+            f"scheduler_config.json: num_train_timesteps = {trained!r:.40} of a flow: its network "
+            "would be told 1000*t, as all known flows are; others are not implemented"
+        )
     terminal = config.get("shift_terminal")
+    shift = "shift" if "shift" in config else "flow_shift"
     return NoiseSchedule.flow(
-        _number(config, "shift", 1.0),
+        _number(config, shift, 1.0),
         terminal=None if terminal is None else _number(config, "shift_terminal", 0.0),
     )
 
@@ -225,14 +237,19 @@ def _from_scheduler(config: Json) -> NoiseSchedule:
     run as what it is not draws noise.
     """
     name = config.get("_class_name")
-    if name is not None and name not in TABLES:
+    if name is not None and str(name) not in TABLES:
         raise CheckpointError(
             f"scheduler_config.json: {name!r} is not known to use a table of alphas_cumprod, as "
             f"{', '.join(sorted(TABLES)[:3])} ... do, nor to be a flow ({', '.join(FLOWS)}) or EDM "
             f"({', '.join(EDMS)}): name the class of these that its model was trained for"
         )
     if isinstance(betas := config.get("trained_betas"), list):
-        return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
+        try:
+            return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"scheduler_config.json: trained_betas must be a list of numbers: {error}"
+            ) from error
     steps = int(_number(config, "num_train_timesteps", 1000))
     start, end = _number(config, "beta_start", 0.0001), _number(config, "beta_end", 0.02)
     match config.get("beta_schedule", "linear"):

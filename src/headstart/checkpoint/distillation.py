@@ -161,6 +161,7 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     prediction, size, why = _prediction(clues, lineage, found, steps)
     if found is None:
         return Guess(prediction=prediction, image_size=size, why=why)
+    steps = None if found[0].any_steps else steps
     return Guess(
         distillation=found[0], steps=steps, prediction=prediction, image_size=size, why=found[1]
     )

@@ -19,6 +19,7 @@ class Distillation:
     timesteps  at which it was trained, where those are more than the steps of its pair
     updates    the rules that it was trained under; () where any will do
     jumps      whether it was trained for the very steps of its grid, not for any step from them
+    any_steps  whether the count in its name is not the one to run it with
     """
 
     name: str
@@ -28,6 +29,7 @@ class Distillation:
     timesteps: tuple[float, ...] = ()
     updates: tuple[str, ...] = ()
     jumps: bool = False
+    any_steps: bool = False
 
     def preset(self, steps: int | None) -> str:
         """The pair that runs its network of that many steps."""
@@ -61,11 +63,11 @@ DISTILLATIONS: tuple[Distillation, ...] = (
     ),
     # arXiv:2404.13686 and its model card.
     Distillation(name="Hyper-SD CFG", pattern=r"hyper[-_ ]?sd.*cfg", pair="hyper-sd-cfg"),
-    Distillation(
+    Distillation(  # called 1-step, and run at 1 to 8
         name="Hyper-SD unified",
         pattern=r"hyper[-_ ]?sd.*(?<![0-9])1[-_ ]?steps?[-_ ]?lora",
         pair="hyper-sd-unified",
-        by_steps={1: "hyper-sd-unified-1step"},
+        any_steps=True,
     ),
     Distillation(
         name="Hyper-SD",

@@ -20,7 +20,7 @@ from headstart.commands.arguments import (
 from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.output import check_file, write_file
-from headstart.plan.named import MODES, PRESETS, PlanSettings, named_plan
+from headstart.plan.named import MODES, PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 
@@ -80,8 +80,9 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:
-    """`--steps` are the distilled model's; the base alone has its own."""
-    return {"preset": args.preset, "steps": None if plan == "base" else args.steps}
+    """`--steps` are the distilled model's; the base alone and a file have their own."""
+    own = plan == "base" or plan.endswith(TOML)
+    return {"preset": args.preset, "steps": None if own else args.steps}
 
 
 BENCH = Command(

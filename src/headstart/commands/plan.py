@@ -64,12 +64,17 @@ def _models(args: argparse.Namespace) -> _Found | None:
 
 def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable, float | None]:
     """The table, and the ratio of its levels to SDXL's where that is known."""
+    from headstart.plan.prediction import Prediction
+
     settings = plan_settings(args)
     default = "demo" if found is None else found.preset
     plan = named_plan(args.plan, settings, default)
     if found is None:
         pair = named_pair(args.plan, settings, default)
-        return plan.compile(pair.schedules, prediction=pair.predictions), pair.ratio
+        told = read_predictions(args.prediction)
+        both = told if isinstance(told, dict) else dict.fromkeys(pair.predictions, told)
+        given_kinds = {role: Prediction(kind) for role, kind in both.items() if kind is not None}
+        return plan.compile(pair.schedules, prediction=pair.predictions | given_kinds), pair.ratio
     table = plan.compile(found.schedules, prediction=found.predictions)
     for role, model in found.models.items():
         rows = [step for step in table if step.model == role]

@@ -23,7 +23,7 @@ from headstart.commands.intervention import Intervention
 from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.named import PRESETS, PlanSettings, check_name, named_plan
+from headstart.plan.named import PRESETS, TOML, PlanSettings, check_name, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 FORMATS = (".png", ".gif", ".webp", ".html")
 DECODERS = ("linear", "tiny", "full")
-PLAN_OPTIONS = ("steps", "k", "n", "base_guidance", "distilled_guidance")
+PLAN_OPTIONS = ("steps", "k", "n", "handoff", "base_guidance", "distilled_guidance")
 MOST_COLUMNS = 60
 """Of steps on a sheet, which is then 9000 pixels wide."""
 
@@ -91,6 +91,9 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
     )
     group.add_argument(
+        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
+    )
+    group.add_argument(
         "--base-guidance", type=float, metavar="W", help="wherever the base runs; 1 = none"
     )
     group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")
@@ -139,13 +142,17 @@ def _settings(name: str, names: tuple[str, ...], args: argparse.Namespace) -> Pl
     if name == "base":
         own: PlanSettings = {"preset": args.preset, "base_guidance": args.base_guidance}
         return {**own, "steps": args.steps} if names == ("base",) else own
+    if name.endswith(TOML):
+        return {"preset": args.preset}
     found: PlanSettings = {
         "preset": args.preset,
         "steps": args.steps,
         "distilled_guidance": args.distilled_guidance,
     }
-    if name != "distilled":
+    if name != "distilled" and not (name == "skip-first" and args.handoff is not None):
         found["k"] = args.base_steps
+    if name not in ("distilled", "replace-final"):
+        found["handoff"] = args.handoff
     if name not in ("distilled", "skip-first"):
         found["n"], found["base_guidance"] = args.base_grid, args.base_guidance
     return found

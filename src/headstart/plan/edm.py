@@ -5,14 +5,13 @@ Source: arXiv:2206.00364, table 1. Playground 2.5 and CosXL are such models.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
 from headstart.later import Later
 from headstart.plan.ramps import RHO, exponential, karras
-from headstart.plan.spacing import Interpolation, Points, Spacing, whole_number
+from headstart.plan.spacing import Interpolation, Points, Spacing, real, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,9 +37,14 @@ class EdmSchedule:
     rho: float = RHO
 
     def __post_init__(self) -> None:
-        numbers = (self.sigma_min, self.sigma_max, self.sigma_data, self.rho)
-        if not all(math.isfinite(number) and number > 0.0 for number in numbers):
-            raise PlanError(f"the four numbers of an EDM schedule must be > 0, not {numbers}")
+        for name in ("sigma_min", "sigma_max", "sigma_data", "rho"):
+            value = real(f"{name} of an EDM schedule", getattr(self, name))
+            low, high = (1.0, 100.0) if name == "rho" else (1e-6, 1e6)
+            if not low <= value <= high:
+                raise PlanError(
+                    f"{name} of an EDM schedule must lie in {low:g} .. {high:g}, not {value:g}"
+                )
+            object.__setattr__(self, name, value)
         if self.sigma_min >= self.sigma_max:
             raise PlanError(
                 f"sigma_min of an EDM schedule must be below sigma_max, not {self.sigma_min:g} and "

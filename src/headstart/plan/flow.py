@@ -7,14 +7,13 @@ Sources: arXiv:2209.03003, section 2.1; shifting arXiv:2403.03206, section 5.3.2
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
 from headstart.later import Later
 from headstart.plan.ramps import beta_quantile
-from headstart.plan.spacing import Interpolation, Points, Spacing, whole_number
+from headstart.plan.spacing import Interpolation, Points, Spacing, real, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,9 +43,15 @@ class FlowSchedule:
     terminal: float | None = None
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.shift) and self.shift > 0):
-            raise PlanError(f"shift of a flow must be a positive number, not {self.shift!r}")
-        if self.terminal is not None and not 0.0 < self.terminal < 1.0:
+        object.__setattr__(self, "shift", real("shift of a flow", self.shift))
+        if not 1e-4 <= self.shift <= 1e4:
+            raise PlanError(
+                f"shift of a flow must be a positive number, in 0.0001 .. 10000, not {self.shift!r}"
+            )
+        if self.terminal is None:
+            return
+        object.__setattr__(self, "terminal", real("terminal of a flow", self.terminal))
+        if not 0.0 < self.terminal < 1.0:
             raise PlanError(f"terminal of a flow must lie inside (0, 1), not {self.terminal!r}")
 
     @property

@@ -121,7 +121,7 @@ def _fault(part: _Part, after: _Part) -> str:
     if isinstance(leg.until, float) and not _met(leg.until, following.sigmas[0]):
         return f"a gap in noise level: {leg.model!r} goes until level {leg.until:g}, but {start}"
     if leg.steps is None:
-        if count == len(own.sigmas):
+        if count == len(own.sigmas) or (count and leg.until is not None):
             return ""
         return (
             f"the noise level would not fall: {leg.model!r} goes down to timestep "
@@ -130,7 +130,7 @@ def _fault(part: _Part, after: _Part) -> str:
     if count == 0:
         return (
             f"{leg.model!r} would run zero steps: its grid begins at timestep "
-            f"{own.timesteps[0]:g}, and {start}"
+            f"{own.timesteps[0]:g}, and {start}{_lower(after)}"
         )
     landing = own.sigmas[count] if count < len(own.sigmas) else 0.0
     if _met(landing, following.sigmas[0]) or part.schedule != after.schedule or _free(leg):
@@ -140,6 +140,12 @@ def _fault(part: _Part, after: _Part) -> str:
         f"a gap in noise level: from timestep {own.timesteps[count - 1]:g} {leg.model!r} goes to "
         f"{target}, but {start}"
     )
+
+
+def _lower(after: _Part) -> str:
+    """The level that would leave the leg before a step, where the next one's start is chosen so."""
+    levels = after.grid.sigmas
+    return f"; hand over at {levels[1]:.4g} or below" if after.leg.below and levels[1:] else ""
 
 
 def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> str:

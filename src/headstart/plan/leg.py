@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
+from numbers import Real
 from typing import Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
-from headstart.plan.spacing import Process, Spacing, whole_number
+from headstart.plan.spacing import Process, Spacing, real, whole_number
 from headstart.plan.update import Update
 
 Until = float | Literal["next"] | None
 
 SLACK = 1e-6
 """A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
+
+
+PRINTED = 5e-3
+"""A level copied from a printed table, with three digits, is the level that was printed."""
 
 
 class Grid(NamedTuple):
@@ -83,7 +88,7 @@ class Leg:
         self._set("update", Update(self.update))
         if self.prediction is not None:
             self._set("prediction", Prediction(self.prediction))
-        self._set("adapters", tuple((str(name), float(value)) for name, value in self.adapters))
+        self._set("adapters", _strengths(self.adapters))
         for name in ("timesteps", "sigmas"):
             if getattr(self, name) is not None:
                 self._set(name, _falling(self.model, name, getattr(self, name)))
@@ -106,11 +111,12 @@ class Leg:
             )
         if self.below is None:
             return found
-        above = sum(sigma > self.below * (1 + SLACK) for sigma in found.sigmas)
+        above = sum(sigma > self.below * (1 + PRINTED) for sigma in found.sigmas)
         if above == len(found.sigmas):
+            lower = found.sigmas[1:] or found.sigmas
             raise PlanError(
-                f"{self.model!r} has no step at or below level {self.below:g}: its steps start at "
-                f"{' '.join(f'{sigma:.4g}' for sigma in found.sigmas)}; hand over at one of these"
+                f"{self.model!r} has no step at or below level {self.below:g}: hand over at one of "
+                f"those it has, {' '.join(f'{sigma:.4g}' for sigma in lower)}"
             )
         return Grid(found.timesteps[above:], found.sigmas[above:])
 
@@ -148,7 +154,12 @@ class Leg:
         if self.steps is not None:
             whole_number(f"steps of leg {self.model!r}", self.steps, 1, 1_000_000)
             whole_number(f"skip of leg {self.model!r}", self.skip, 0, self.steps - 1)
-        elif self.skip or self.spacing is not Spacing.TRAILING:
+        if self.skip and self.spacing is Spacing.EVEN:
+            raise PlanError(
+                f"skip={self.skip} of leg {self.model!r}: an even grid is made for where it starts "
+                "and ends; leave skip out"
+            )
+        if self.steps is None and (self.skip or self.spacing is not Spacing.TRAILING):
             raise PlanError(f"spacing and skip belong to steps=, leg {self.model!r} has {explicit}")
         for name in ("until", "below"):
             level = getattr(self, name)
@@ -158,9 +169,13 @@ class Leg:
             raise PlanError(f"leg {self.model!r} needs as many timesteps as sigmas")
 
     def _check_parameters(self) -> None:
-        if not self.model:
+        if not (self.model and _is(str, self.model)):
             raise PlanError("a leg needs the name of its model, such as 'base' or 'distilled'")
-        if not (math.isfinite(self.guidance) and self.guidance >= 1.0):
+        for name in ("guidance", "eta", "gamma"):
+            self._set(name, real(f"{name} of leg {self.model!r}", getattr(self, name)))
+        if not _is(bool, self.boundary):
+            raise PlanError(f"boundary of leg {self.model!r} must be True or False")
+        if self.guidance < 1.0:
             raise PlanError(
                 f"guidance of leg {self.model!r} must be a number of at least 1, not "
                 f"{self.guidance!r}: give 1.0 for the prompt alone in one pass, which model cards "
@@ -185,8 +200,27 @@ class Leg:
                 )
 
 
+def _is(kind: type, value: object) -> bool:
+    """Files and callers without types may give anything."""
+    return isinstance(value, kind)
+
+
+def _strengths(given: object) -> tuple[tuple[str, float], ...]:
+    """(name, strength) pairs, also of a mapping."""
+    items: object = given
+    if isinstance(given, Mapping):
+        items = tuple(cast("Mapping[str, float]", given).items())
+    try:
+        pairs = cast("tuple[tuple[str, float], ...]", items)
+        return tuple((str(name), float(value)) for name, value in pairs)
+    except (TypeError, ValueError):
+        raise PlanError(
+            f"adapters must be (name, strength) pairs, such as (('ink', 0.5),), not {given!r:.60}"
+        ) from None
+
+
 def _level(model: str, name: str, value: object) -> float:
-    if not isinstance(value, int | float) or not (math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
         also = " or 'next'" if name == "until" else ""
         raise PlanError(
             f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r}"
@@ -195,6 +229,8 @@ def _level(model: str, name: str, value: object) -> float:
 
 
 def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
+    if isinstance(values, str):
+        raise PlanError(f"{name} of leg {model!r} must be a list of numbers, not {values!r:.60}")
     found = tuple(float(value) for value in values)
     if not found:
         raise PlanError(f"leg {model!r} has no {name}, so it would run zero steps: give at least 1")

@@ -52,7 +52,13 @@ def named_plan(name: str, settings: PlanSettings, default_preset: str | None = N
     if name.endswith(TOML):
         if more := sorted(set(given) - {"preset"}):  # of a pair whose plans are given by name too
             raise PlanError(f"{more[0]}= and plan {name!r}: the file states its own; give one")
+        named_pair(name, settings, default_preset or CUSTOM.name)
         return read_plan(name)
+    if name == "base" and (more := [key for key in _GRID if key in given]):
+        raise PlanError(
+            f"{more[0]}= is of the distilled model, and plan 'base' does not run it: leave it out, "
+            "or give a plan from a FILE.toml"
+        )
     for key in ("preset", *_GRID):
         given.pop(key, None)
     request = Request("", mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
@@ -103,8 +109,7 @@ def _with_grid(pair: Pair, own: Mapping[str, object]) -> Pair:
     if not own:
         return pair
     timesteps, sigmas = own.get("timesteps"), own.get("sigmas")
-    if "update" in own:
-        update = Update(own["update"])
+    if "update" in own and (update := Update(own["update"])) is not pair.update:
         pair = replace(pair, update=update, eta=0.0, gamma=0.3, boundary=False)
     if timesteps is None and sigmas is None:
         return pair

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from headstart.plan.pair import Pair
+from headstart.plan.pair import HANDOFF, Pair
 from headstart.plan.plan import Start
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
@@ -25,6 +25,8 @@ DEMO_SCHEDULE = NoiseSchedule.scaled_linear().matched(DEMO_RATIO)
 
 _UNIT: Start = "unit"
 _DMD2 = {4: DEMO_TIMESTEPS}
+_NITRO = {4: DEMO_TIMESTEPS, 3: (999.0, 749.0, 499.0), 2: (999.0, 499.0), 1: (999.0,)}
+"""LCM's scheduler with `original_inference_steps = 4`, as NitroFusion's card sets it."""
 _SCRIPT = "arXiv:2503.10637, its notebooks: base and distilled model share one scheduler"
 
 _TABLE_PAIRS = (
@@ -54,12 +56,14 @@ _TABLE_PAIRS = (
         card="huggingface.co/stabilityai/sdxl-turbo: EulerAncestral trailing, 1 to 4 steps",
         steps=(4, 1, 2, 3),
         update=Update.ANCESTRAL,
+        handoff=0.5 * HANDOFF,
         ratio=0.5,
     ),
     Pair(
         name="sd-turbo",
         card="huggingface.co/stabilityai/sd-turbo: EulerDiscrete trailing, 1 to 4 steps",
         steps=(4, 1, 2, 3),
+        handoff=0.5 * HANDOFF,
         ratio=0.5,
     ),
     # Consistency on the 50 steps of a DDIM teacher, arXiv:2310.04378; LCMScheduler.
@@ -128,19 +132,9 @@ _TABLE_PAIRS = (
     ),
     Pair(
         name="hyper-sd-unified",
-        card="huggingface.co/ByteDance/Hyper-SD, 1-step unified LoRA: TCD, eta 1, 2 to 8 steps",
-        steps=(4, 2, 3, 5, 6, 7, 8),
+        card="huggingface.co/ByteDance/Hyper-SD, 1-step unified LoRA: TCD, eta 1, 1 to 8 steps",
+        steps=(4, 1, 2, 3, 5, 6, 7, 8),
         spacing=Spacing.LCM,
-        update=Update.TCD,
-        gamma=1.0,
-        start=_UNIT,
-        end="first",
-    ),
-    Pair(
-        name="hyper-sd-unified-1step",
-        card="huggingface.co/ByteDance/Hyper-SD, 1-step unified LoRA: TCD, eta 1, timestep 800",
-        steps=(1,),
-        timesteps={1: (800.0,)},
         update=Update.TCD,
         gamma=1.0,
         start=_UNIT,
@@ -170,7 +164,7 @@ _TABLE_PAIRS = (
         name="nitrofusion",
         card="huggingface.co/ChenDY/NitroFusion, Realism: LCM, shifted_timestep 250, 1 to 4 steps",
         steps=(4, 1, 2, 3),
-        spacing=Spacing.LCM,
+        timesteps=_NITRO,
         update=Update.RENOISE,
         boundary=True,
         shifted_timestep=250,
@@ -180,7 +174,7 @@ _TABLE_PAIRS = (
         name="nitrofusion-vibrant",
         card="huggingface.co/ChenDY/NitroFusion, Vibrant: LCM, shifted_timestep 500, 1 to 4 steps",
         steps=(4, 1, 2, 3),
-        spacing=Spacing.LCM,
+        timesteps=_NITRO,
         update=Update.RENOISE,
         boundary=True,
         shifted_timestep=500,

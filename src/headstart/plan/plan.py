@@ -19,7 +19,7 @@ from headstart.plan.handoff import Point, Schedules, join
 from headstart.plan.leg import Leg
 from headstart.plan.prediction import Prediction, Scalings
 from headstart.plan.schedule import NoiseSchedule, fingerprint_of
-from headstart.plan.spacing import Process
+from headstart.plan.spacing import Process, real
 from headstart.plan.table import COLUMNS, Start, Step, StepTable
 from headstart.plan.update import Transition, Update, consistency_boundary
 
@@ -53,8 +53,9 @@ class Plan:
 
     end   the level at which the last row lands. 0.0: no noise is left. "first": the level of the
           last model's timestep 0, where DDIM with `set_alpha_to_one=False` (as SD and SDXL ship
-          it), CompVis' DDIM, TCD and DPM++ with `final_sigmas_type="sigma_min"` end. Any other
-          level: the plan goes on elsewhere. The `until` of the last leg says the same
+          it), CompVis' DDIM, TCD and DPM++ with `final_sigmas_type="sigma_min"` end (of fewer than
+          15 steps diffusers makes the last of first order: here a last leg with update "euler").
+          Any other level: the plan goes on elsewhere. The `until` of the last leg says the same
     """
 
     legs: tuple[Leg, ...]
@@ -106,10 +107,9 @@ class Plan:
         )
 
     def _check_end(self) -> None:
-        end = cast("object", self.end)  # a file may say anything
-        if end != "first" and not (
-            isinstance(end, int | float) and math.isfinite(end) and end >= 0.0
-        ):
+        if self.end != "first":
+            object.__setattr__(self, "end", real("end", self.end))
+        if self.end != "first" and self.end < 0.0:
             raise PlanError(
                 f"end must be a noise level of at least 0, or 'first', not {self.end!r}"
             )

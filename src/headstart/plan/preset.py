@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal, NamedTuple, NoReturn, get_args
+from typing import Literal, NamedTuple, NoReturn, cast, get_args
 
 import numpy as np
 
 from headstart.errors import PlanError
-from headstart.plan.leg import SLACK, Grid, Leg
+from headstart.plan.leg import PRINTED, SLACK, Grid, Leg
 from headstart.plan.pair import Floats, Pair
 from headstart.plan.pairs import PAIRS
 from headstart.plan.plan import Plan
-from headstart.plan.schedule import TRAIN_STEPS, FloatArray, Spacing, grid, whole_number
+from headstart.plan.schedule import (
+    TRAIN_STEPS,
+    FloatArray,
+    NoiseSchedule,
+    Spacing,
+    grid,
+    whole_number,
+)
+from headstart.plan.spacing import real
 
 Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
 
@@ -69,7 +77,7 @@ def preset(
     Guidance 1.0 is conditional only, what cards call 0; None: the pair's own. Raises PlanError for
     arguments that name no exact plan, with both grids and the nearest call that does.
     """
-    if name not in PAIRS:
+    if not isinstance(cast("object", name), str) or name not in PAIRS:
         raise PlanError(f"unknown preset {name!r}: expected one of {', '.join(map(repr, PAIRS))}")
     request = Request(name, steps, k, n, base_guidance, distilled_guidance, mode, handoff)
     return plan_of(PAIRS[name], request)
@@ -84,6 +92,7 @@ def plan_of(pair: Pair, request: Request) -> Plan:
             f"n={request.n} says how the base covers steps it replaces; mode {request.mode!r} has "
             "none"
         )
+    _check_handoff(request)
     if request.handoff is not None and request.mode not in ("hybrid", "skip-first"):
         raise PlanError(
             f"handoff={request.handoff:g} is where the distilled model takes over; in mode "
@@ -100,6 +109,24 @@ def plan_of(pair: Pair, request: Request) -> Plan:
 
 
 _MODES = get_args(Mode)
+
+
+def _check_handoff(request: Request) -> None:
+    """A number above 0, and nothing beside it that says the same otherwise."""
+    if request.handoff is None:
+        return
+    if real("handoff", request.handoff) <= 0.0:
+        raise PlanError(f"handoff must be a noise level above 0, not {request.handoff!r}")
+    if request.k is not None and request.n is not None:
+        raise PlanError(
+            f"k={request.k} and n={request.n} both say in how many steps the base comes down to "
+            f"handoff={request.handoff:g}: give one"
+        )
+    if request.k is not None and request.mode == "skip-first":
+        raise PlanError(
+            f"k={request.k} and handoff={request.handoff:g} both say where the distilled model "
+            "starts: give one"
+        )
 
 
 def _base_alone(pair: Pair, request: Request) -> Leg:
@@ -124,8 +151,8 @@ def _check_steps(pair: Pair, steps: int) -> None:
             f"{count} steps at {_listed(pair.timesteps, pair.sigmas, count)}" for count in named
         ]
         raise PlanError(
-            f"the {pair.name} pair was distilled for {' or '.join(grids)}, so steps cannot be "
-            f"{steps}; mode='base' takes any number"
+            f"the distilled model of the {pair.name} pair runs {' or '.join(grids)}, so steps "
+            f"cannot be {steps}; mode='base' takes any number"
         )
     pair.grid(steps)
 
@@ -158,15 +185,14 @@ def _usual_k(pair: Pair, request: Request, steps: int) -> int:
     Counted, so that on another schedule (zero terminal SNR, a smaller latent) the models meet at
     the same step.
     """
-    by_level = request.n is None and request.mode in ("hybrid", "skip-first")
-    if pair.handoff is None or not by_level:
+    if pair.handoff is None or request.mode not in ("hybrid", "skip-first"):
         return 1
     return min(max(1, _above(pair, steps, pair.handoff)), max(1, steps - 1))
 
 
 def _above(pair: Pair, steps: int, level: float) -> int:
     """How many steps of the distilled model start above a level."""
-    return sum(sigma > level * (1 + SLACK) for sigma in pair.grid(steps).sigmas)
+    return sum(sigma > level * (1 + PRINTED) for sigma in pair.grid(steps).sigmas)
 
 
 def _legs_by_level(pair: Pair, request: Request, steps: int, level: float) -> tuple[Leg, ...]:
@@ -191,6 +217,11 @@ def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
             f"{only.timesteps[0]:g}, pure noise, so no base step fits above it: give "
             "mode='distilled', or a model of more steps"
         )
+    if request.n is not None and request.k is not None:
+        raise PlanError(
+            f"k={request.k} and n={request.n} both say in how many steps the base comes down to "
+            "the one step of the distilled model: give one"
+        )
     if request.n is not None:
         return replace(pair.base_leg(request.n, Spacing.TRAILING), until="next"), distilled
     k = 1 if request.k is None else whole_number("k", request.k, 1, TRAIN_STEPS)
@@ -204,6 +235,8 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
             return replace(pair.base_leg(end, Spacing.EVEN), until="next")
         return pair.base(steps, begin, end)
     whole_number("n", request.n, 1, TRAIN_STEPS)
+    if not isinstance(pair.schedules["base"], NoiseSchedule):
+        return _flow_part(pair, request, steps, begin, end)
     distilled = np.array(pair.grid(steps).timesteps)
     joint = distilled[begin] if begin else distilled[end] if end < steps else None
     if joint is None:
@@ -223,6 +256,17 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     assert own is not None
     skip = int(np.sum(own > joint)) if begin else 0
     return replace(pair.base_leg(request.n, pair.spacing), skip=skip)
+
+
+def _flow_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
+    """The same of flows, whose grids hardly ever meet: the base lands off its own."""
+    leg = pair.base_leg(request.n or 0, pair.spacing)
+    if begin:
+        raise PlanError(
+            f"n={request.n} in mode 'replace-final': grids of flows do not meet, so the base "
+            f"cannot start between steps of its own; leave n out"
+        )
+    return replace(leg, until="next") if end < steps else leg
 
 
 def _reaches(own: FloatArray | None, joint: float) -> bool:

@@ -25,6 +25,7 @@ from headstart.plan.spacing import (
     Process,
     Spacing,
     grid,
+    real,
     whole_number,
 )
 
@@ -119,6 +120,8 @@ class NoiseSchedule:
 
         `mu` is dynamic shifting's (Flux, Krea), shift = e^mu; `terminal` the last t of every grid.
         """
+        if mu is not None and not abs(real("mu of a flow", mu)) < 10.0:
+            raise PlanError(f"mu of a flow must lie inside (-10, 10), not {mu!r}")
         if mu is not None and shift != 1.0:
             raise PlanError(f"shift={shift:g} and mu={mu:g} are two names of one thing: give one")
         return FlowSchedule(shift if mu is None else math.exp(mu), terminal)
@@ -140,7 +143,7 @@ class NoiseSchedule:
     def from_sigmas(cls, sigmas: Floats) -> NoiseSchedule:
         """The schedule whose timestep i has level sigmas[i]: [T], rising, a = 1/(1 + sigma^2)."""
         levels = _vector("sigmas", sigmas)
-        _require(bool(np.all(levels > 0)), "sigmas", "above 0", levels)
+        _require(bool(np.all((levels > 0) & (levels < 1e6))), "sigmas", "inside (0, 1e6)", levels)
         _require(bool(np.all(np.diff(levels) > 0)), "sigmas", "strictly rising", levels)
         return cls(1.0 / (1.0 + levels**2))
 
@@ -205,13 +208,23 @@ class NoiseSchedule:
             case Spacing.EXPONENTIAL:
                 sigmas = exponential(steps, top, bottom)
             case Spacing.AYS_SD15 | Spacing.AYS_SDXL:
-                sigmas = np.minimum(align_your_steps(steps, spacing.value), top)
+                sigmas = self._ays(steps, spacing)
             case Spacing.EVEN:
                 return self._even(steps, landing)
             case _:
                 timesteps = self.timesteps(steps, spacing)
                 return Points(timesteps, self.sigma(timesteps))
         return Points(self.timestep(sigmas, "log"), sigmas)
+
+    def _ays(self, steps: int, spacing: Spacing) -> FloatArray:
+        """Their highest level is this schedule's up to its rounding in the paper."""
+        sigmas = align_your_steps(steps, spacing.value)
+        if abs(sigmas[0] / self.highest[1] - 1.0) > 1e-3:
+            raise PlanError(
+                f"spacing {spacing.value!r} was made for levels up to {sigmas[0]:.4g}, and this "
+                f"schedule ends at {self.highest[1]:.4g}: give another spacing, such as 'karras'"
+            )
+        return np.minimum(sigmas, self.highest[1])
 
     def _even(self, steps: int, landing: float) -> Points:
         """round(T - 1 - i*(T - 1 - t)/n), t the timestep of the landing, -1 for level 0."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 from headstart.errors import PlanError
@@ -153,6 +155,13 @@ def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[
     distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
     picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
     return distilled[picked.astype(np.int64)]
+
+
+def real(name: str, value: object) -> float:
+    """`value` as a finite float, or a PlanError that names it."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+        raise PlanError(f"{name} must be a finite number, not {value!r:.60}")
+    return float(value)
 
 
 def whole_number(name: str, value: int, low: int, high: int) -> int:

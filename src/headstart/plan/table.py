@@ -78,6 +78,10 @@ class StepTable:
     def __post_init__(self) -> None:
         if not self.steps:
             raise PlanError("a table needs at least one row")
+        if not (isinstance(self.end_scale, float) and 0.0 < self.end_scale <= 1.0):
+            raise PlanError(f"end_scale must be a number in (0, 1], not {self.end_scale!r}")
+        if self.first < 0:
+            raise PlanError(f"first must be a row number of the whole plan, not {self.first}")
         if self.start not in ("sigma", "unit"):
             raise PlanError(f"start must be 'sigma' or 'unit', not {self.start!r}")
         for index, step in enumerate(self.steps):
@@ -125,8 +129,7 @@ class StepTable:
     @property
     def c_in_next(self) -> npt.NDArray[np.float32]:
         """[N] float32: c_in of the row after, the scale of the next network input; 1 at the end."""
-        following = [step.c_in for step in self.steps[1:]]
-        return np.array([*following, _c_in(self.steps[-1].sigma_next)], dtype=np.float32)
+        return np.array([*(step.c_in for step in self.steps[1:]), 1.0], dtype=np.float32)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -180,7 +183,7 @@ class StepTable:
                 name=str(found["name"]),
                 first=int(found["first"]),
                 end_scale=float(found.get("end_scale", 1.0)),
-                cut=bool(found.get("cut", False)),
+                cut=_truth(found.get("cut", False)),
             )
         except PlanError:
             raise
@@ -257,6 +260,12 @@ def _check(index: int, step: Step, after: Step | None) -> None:
         )
 
 
+def _truth(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise PlanError(f"cut must be true or false, not {value!r:.40}")
+    return value
+
+
 def _read_step(row: Any) -> Step:
     model, *numbers, adapters = row
     return Step(
@@ -264,10 +273,6 @@ def _read_step(row: Any) -> Step:
         *(float(number) for number in numbers),
         adapters=tuple((str(name), float(strength)) for name, strength in adapters),
     )
-
-
-def _c_in(sigma: float) -> float:
-    return 1.0 / math.sqrt(1.0 + sigma * sigma)
 
 
 def _pad(row: tuple[str, ...], widths: list[int]) -> Iterator[str]:
