@@ -81,7 +81,9 @@ def test_compiling_a_plan_needs_no_torch() -> None:
     assert set(HEAVY) & loaded == set()
 
 
-@pytest.mark.parametrize("arguments", [["plan"], ["plan", "--json"], ["--version"], ["--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["plan", "--json"], ["presets"], ["--version"], ["--help"]]
+)
 def test_the_command_answers_without_torch(arguments: list[str]) -> None:
     loaded, output = loaded_after(COMMAND.format(arguments=arguments))
     assert output.strip()

@@ -42,6 +42,7 @@ NAMES = {
     "Segmind-VegaRT": ("LCM-LoRA", None, "lcm-lora"),
     "TCD-SDXL-LoRA": ("TCD", None, "tcd"),
     "pcm_sdxl_smallcfg_4step_converted": ("PCM", 4, "pcm"),
+    "pcm_sdxl_normalcfg_8step_converted": ("PCM CFG", 8, "pcm-cfg"),
     "nitrosd-realism_f16": ("NitroFusion", None, "nitrofusion"),
     "nitrosd-vibrant_f16": ("NitroFusion Vibrant", None, "nitrofusion-vibrant"),
     "SDXL-Flash": ("SDXL-Flash", None, "sdxl-flash"),

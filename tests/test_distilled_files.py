@@ -185,6 +185,20 @@ def test_a_plan_that_ends_above_0_is_decoded_as_its_original_keeps_it() -> None:
         engine.sample("a fox", plan=part)
 
 
+def test_a_single_file_is_sampled_as_the_flow_that_its_user_says(
+    sdxl: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bare UNet of a flow-trained SDXL (Mugen, nyaflow-xl); text and VAE are the folder's."""
+    unet = Made.of("sdxl", 3).write("bare", tmp_path / "nyaflow")
+    words = ["--base", str(unet), "--text", str(sdxl), "--vae", str(sdxl), "--head-dim", "16"]
+    words += ["--prediction", "flow", "--preset", "lightning", "--plan", "base", "--steps", "2"]
+    out = tmp_path / "out"
+    assert main(["sample", "a fox", *words, "--size", "64", "--out", str(out)]) == 0
+    record = json.loads((out / "record.json").read_text())
+    assert "flow shift 1.0" in json.dumps(record)
+    capsys.readouterr()
+
+
 def test_a_multistep_scheduler_that_is_set_to_a_flow_is_one(tmp_path: Path) -> None:
     folder = Made.of("sdxl", 0, vocabulary=49408).write("folder", tmp_path / "flow")
     config = {"use_flow_sigmas": True, "flow_shift": 3.0, "prediction_type": "flow_prediction"}

@@ -84,6 +84,7 @@ def test_a_hybrid_hands_over_at_the_students_first_level_at_or_below_the_pairs(p
         ("hyper-sd-unified", ([999, 759, 499, 259], Update.TCD, 1.0)),
         ("tcd", ([999, 759, 499, 259], Update.TCD, 1.0)),
         ("pcm", ([999, 759, 499, 259], Update.TCD, 1.0)),
+        ("pcm-cfg", ([999, 759, 499, 259], Update.TCD, 7.5)),
         ("nitrofusion", ([249, 187, 124, 62], Update.RENOISE, 1.0)),
         ("nitrofusion-vibrant", ([499, 374, 249, 124], Update.RENOISE, 1.0)),
         ("sdxl-flash", ([999, 856, 713, 570, 428, 285, 142], Update.DPMPP_2S, 3.0)),

@@ -77,6 +77,7 @@ DISTILLATIONS: tuple[Distillation, ...] = (
         updates=(EULER,),
         jumps=True,
     ),
+    Distillation(name="PCM CFG", pattern=r"(?<![a-z])pcm(?![a-z]).*normalcfg", pair="pcm-cfg"),
     Distillation(name="PCM", pattern=r"(?<![a-z])pcm(?![a-z])", pair="pcm"),
     Distillation(name="TCD", pattern=r"(?<![a-z])tcd(?![a-z])", pair="tcd"),
     Distillation(

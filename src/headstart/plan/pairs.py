@@ -161,6 +161,18 @@ _TABLE_PAIRS = (
         end="first",
     ),
     Pair(
+        name="pcm-cfg",
+        card="huggingface.co/wangfuyun/PCM_Weights, normalcfg: TCD, eta 0, guidance 7.5",
+        steps=(4, 8, 16),
+        spacing=Spacing.LCM,
+        update=Update.TCD,
+        gamma=0.0,
+        guidance=7.5,
+        base_guidance=7.5,
+        start=_UNIT,
+        end="first",
+    ),
+    Pair(
         name="nitrofusion",
         card="huggingface.co/ChenDY/NitroFusion, Realism: LCM, shifted_timestep 250, 1 to 4 steps",
         steps=(4, 1, 2, 3),
