@@ -17,6 +17,7 @@ from plans import SD, models, patient, times
 
 import headstart as hs
 from headstart.errors import PlanError
+from headstart.plan.leg import PRINTED
 from headstart.plan.named import named_plan
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import PAIRS
@@ -173,7 +174,7 @@ def test_any_level_is_a_hand_off_of_the_base_alone_above_it(
     assert len(base) == k
     assert base[0].timestep == 999
     own = preset("lightning", steps=steps, mode="distilled").compile(SD)
-    assert distilled == [step for step in own if step.sigma <= level * (1 + 1e-6)]
+    assert distilled == [step for step in own if step.sigma <= level * (1 + PRINTED)]
     assert base[-1].sigma_next == distilled[0].sigma
     lengths = [a.timestep - b.timestep for a, b in pairwise(compiled.steps[: k + 1])]
     assert max(lengths) - min(lengths) <= 1  # whole timesteps
