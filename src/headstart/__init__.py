@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headstart.adapters.attached import AdapterReport as AdapterReport
     from headstart.adapters.strength import Strength as Strength
+    from headstart.call import Call as Call
     from headstart.checkpoint.checkpoint import inspect_checkpoint as inspect_checkpoint
     from headstart.engine.engine import Engine as Engine
     from headstart.engine.engine import Trajectory as Trajectory
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from headstart.errors import InputError as InputError
     from headstart.errors import PlanError as PlanError
     from headstart.interfaces import Conditioning as Conditioning
+    from headstart.interfaces import X0Denoiser as X0Denoiser
     from headstart.networks.load import load_text as load_text
     from headstart.networks.load import load_unet as load_unet
     from headstart.networks.load import load_vae as load_vae
@@ -33,7 +35,9 @@ if TYPE_CHECKING:
     from headstart.plan.preset import preset as preset
     from headstart.plan.schedule import NoiseSchedule as NoiseSchedule
     from headstart.plan.schedule import Spacing as Spacing
-    from headstart.sampler import State as State
+    from headstart.run import Run as Run
+    from headstart.run import State as State
+    from headstart.run import from_latent as from_latent
     from headstart.sampler import sample as sample
     from headstart.traces.branches import Branch as Branch
     from headstart.traces.branches import branch as branch
@@ -65,7 +69,11 @@ _MODULE_OF = {
     "Preview": "headstart.traces.preview",
     "Prediction": "headstart.plan.prediction",
     "Spacing": "headstart.plan.schedule",
-    "State": "headstart.sampler",
+    "Call": "headstart.call",
+    "X0Denoiser": "headstart.interfaces",
+    "Run": "headstart.run",
+    "State": "headstart.run",
+    "from_latent": "headstart.run",
     "Step": "headstart.plan.plan",
     "StepTable": "headstart.plan.plan",
     "Strength": "headstart.adapters.strength",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor
 
 from headstart.errors import InputError
 
+_EXTRA = "extra."
+
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What a UNet is told besides the latent; every tensor has the batch first.
+    """What a network is told besides the latent; every tensor has the batch first.
 
     context             [B, L, D]  text tokens for cross-attention
     pooled              [B, P]     pooled text (SDXL), or None
     time_ids            [B, 6]     original size, crop, target size in pixels (SDXL), or None
     guidance_embedding  [B, E]     embedded guidance (LCM-distilled networks), or None
     strengths           [B, A]     float32, of the adapters attached to the network, or None
+    extra               name -> [B, ...], what else a network of yours reads, such as a mask of the
+                        text or the image's tokens: moved, sliced and stacked with the rest
     """
 
     context: Tensor
@@ -28,6 +32,15 @@ class Conditioning:
     time_ids: Tensor | None = None
     guidance_embedding: Tensor | None = None
     strengths: Tensor | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.extra.items():
+            if not (tensor.ndim and len(tensor) == len(self)):
+                raise InputError(
+                    f"extra {name!r} has shape {list(tensor.shape)}: expected {len(self)} samples "
+                    "first, as `context` has"
+                )
 
     def __len__(self) -> int:
         return self.context.shape[0]
@@ -36,16 +49,28 @@ class Conditioning:
         """The same conditioning for some of the samples."""
         return self._map(lambda tensor: tensor[index])
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that it has, by field; of `extra` as "extra.NAME"."""
+        found = {name: getattr(self, name) for name in _FIELDS}
+        found |= {_EXTRA + name: tensor for name, tensor in self.extra.items()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Conditioning:
+        """What `tensors` gives, put together again."""
+        own = {name: tensor for name, tensor in tensors.items() if name in _FIELDS}
+        extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
+        return cls(**own, extra=extra)
+
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every tensor; `time_ids` and `strengths` keep their dtype: they are numbers, not
-        features."""
-        moved = self._map(lambda tensor: tensor.to(device=device, dtype=dtype))
-        numbers = {
-            name: tensor.to(device=device)
-            for name, tensor in (("time_ids", self.time_ids), ("strengths", self.strengths))
-            if tensor is not None
-        }
-        return replace(moved, **numbers) if numbers else moved
+        """Move every tensor; `time_ids`, `strengths` and whole numbers keep their dtype: they are
+        numbers, not features."""
+        moved: dict[str, Tensor] = {}
+        for name, tensor in self.tensors.items():
+            number = name in ("time_ids", "strengths") or not tensor.is_floating_point()
+            moved[name] = tensor.to(device=device, dtype=None if number else dtype)
+        return Conditioning.of(moved)
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single conditioning for `batch` samples; a full batch is returned as it is."""
@@ -61,25 +86,23 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Stack batches, as guidance does with the conditional and the unconditional half."""
-        stacked: dict[str, Tensor | None] = {}
-        for field in fields(Conditioning):
-            tensors = [getattr(part, field.name) for part in parts]
-            present = [tensor for tensor in tensors if tensor is not None]
-            if present and len(present) != len(tensors):
+        held = [part.tensors for part in parts]
+        stacked: dict[str, Tensor] = {}
+        for name in dict.fromkeys(name for tensors in held for name in tensors):
+            present = [tensors[name] for tensors in held if name in tensors]
+            if len(present) != len(parts):
                 raise InputError(
-                    f"`{field.name}` is present in {len(present)} of {len(tensors)} conditionings: "
+                    f"`{name}` is present in {len(present)} of {len(parts)} conditionings: "
                     "give it to all of them or to none"
                 )
-            stacked[field.name] = torch.cat(present) if present else None
-        context = stacked.pop("context")
-        assert context is not None
-        return Conditioning(context, **stacked)
+            stacked[name] = torch.cat(present)
+        return Conditioning.of(stacked)
 
     def _map(self, change: _TensorMap) -> Conditioning:
-        optional = (self.pooled, self.time_ids, self.guidance_embedding, self.strengths)
-        return Conditioning(
-            change(self.context), *(t if t is None else change(t) for t in optional)
-        )
+        return Conditioning.of({name: change(tensor) for name, tensor in self.tensors.items()})
+
+
+_FIELDS = ("context", "pooled", "time_ids", "guidance_embedding", "strengths")
 
 
 class _TensorMap(Protocol):
@@ -93,6 +116,25 @@ class Denoiser(Protocol):
     """
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class X0Denoiser:
+    """A denoiser for `sample` from D(x, sigma, cond) -> x0, as k-diffusion and ComfyUI have them.
+
+    denoise   x [B, ...] float32 in sigma space, sigma [B] float32 -> what the network takes for x0,
+              of the shape of x; B is doubled, in the order (uncond, cond), where a row is guided
+
+    A plan's prediction only says how its rows are written then: any will do.
+    """
+
+    denoise: Callable[[Tensor, Tensor, Conditioning], Tensor]
+
+    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor:
+        raise InputError(
+            "an X0Denoiser needs x and sigma, not x_in and timestep: give it to headstart.sample, "
+            "or ask it with run.state.x and call.sigma, and advance with run.output_of(x0)"
+        )
 
 
 class LatentCodec(Protocol):

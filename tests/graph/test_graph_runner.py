@@ -51,12 +51,18 @@ def test_every_field_of_the_conditioning_is_copied_in(stand: Any, name: str) -> 
 
     class Reads(nn.Module):
         def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-            return x_in + getattr(cond, name).float().sum(1).view(len(x_in), -1)[:, :1, None, None]
+            read = cond.extra["mask"] if name == "extra" else getattr(cond, name)
+            return x_in + read.float().sum(1).view(len(x_in), -1)[:, :1, None, None]
 
     runner = stand.runner()
     runner.network = Reads()
-    cond = replace(stand.words(2), **{name: torch.ones(2, 3)})
-    other = replace(cond, **{name: torch.full((2, 3), 2.0)})
+
+    def value(number: float) -> object:
+        tensor = torch.full((2, 3), number)
+        return {"mask": tensor} if name == "extra" else tensor
+
+    cond = replace(stand.words(2), **{name: value(1.0)})
+    other = replace(cond, **{name: value(2.0)})
     x, timestep = stand.latent(2), T([1, 1])
     first, second = runner(x, timestep, cond), runner(x, timestep, other)
     assert torch.equal(first, eager(runner.network, x, timestep, cond))

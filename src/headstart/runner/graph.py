@@ -7,7 +7,6 @@ field of the conditioning. So new values need no new graph, only new shapes and 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -95,11 +94,10 @@ class GraphRunner:
 
 def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:
     """The fields that a conditioning has, by name."""
-    every = ((field.name, getattr(cond, field.name)) for field in fields(cond))
-    return {prefix + name: tensor for name, tensor in every if tensor is not None}
+    return {prefix + name: tensor for name, tensor in cond.tensors.items()}
 
 
 def unnamed(inputs: Tensors, prefix: str = _COND) -> Conditioning:
     """The conditioning that `named` took apart."""
     found = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
-    return Conditioning(**found)
+    return Conditioning.of(found)

@@ -1,0 +1,100 @@
+"""What networks are asked in a run: one call a row, known before the run but for its x_in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning
+from headstart.plan.table import Step, StepTable
+
+
+class Call(NamedTuple):
+    """What a network is asked now: F = network(x_in, timestep, cond).
+
+    step      the row's number in the whole plan; `model`: which network
+    sigma     the level of x
+    x_in      c_in*x, [B, ...], or [2B, ...] where the row is guided: each sample twice
+    timestep  [B] or [2B]: int64 where the row's is whole, else float32
+    cond      of B samples, or of 2B in the order (uncond, cond)
+    """
+
+    step: int
+    model: str
+    sigma: float
+    x_in: Tensor
+    timestep: Tensor
+    cond: Conditioning
+
+
+class Asked(NamedTuple):
+    """What of a row's call is known before the run."""
+
+    copies: int
+    timestep: Tensor
+    cond: Conditioning
+
+
+def calls_of(
+    table: StepTable,
+    cond: Conditioning,
+    pair: Conditioning | None,
+    strengths: Tensor | None,
+    device: torch.device,
+) -> list[Asked]:
+    """Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
+    else copy them."""
+    calls: list[Asked] = []
+    for (whole, copies), group in groupby(
+        table.steps, lambda step: (step.timestep.is_integer(), step.passes)
+    ):
+        steps, count = list(group), copies * len(cond)
+        dtype = torch.int64 if whole else torch.float32
+        numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
+        timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
+        for timestep in timesteps:
+            told = cond if copies == 1 or pair is None else pair  # no pair: that row is done
+            if strengths is not None:
+                own = strengths[len(calls)]
+                told = replace(told, strengths=torch.cat([own] * copies))
+            calls.append(Asked(copies, timestep, told))
+    return calls
+
+
+def checked_strengths(
+    strengths: Tensor | None, table: StepTable, batch: int, device: torch.device
+) -> Tensor | None:
+    if strengths is None:
+        return None
+    if strengths.ndim != 3 or tuple(strengths.shape[:2]) != (len(table), batch):
+        raise InputError(
+            f"strengths: expected [{len(table)} rows, {batch} samples, adapters], got "
+            f"{list(strengths.shape)}"
+        )
+    if not bool(torch.isfinite(strengths).all()):
+        raise InputError("strengths: expected finite numbers, got NaN or infinity")
+    return strengths.to(device=device, dtype=torch.float32)
+
+
+def guided_pair(
+    steps: Sequence[Step], cond: Conditioning, uncond: Conditioning | None
+) -> Conditioning | None:
+    guided = next((step for step in steps if step.guidance != 1.0), None)
+    if guided is None:
+        return None
+    if uncond is None:
+        raise InputError(
+            f"the {guided.model!r} row at timestep {guided.timestep:g} has guidance "
+            f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
+            "guidance 1.0 needs none"
+        )
+    uncond = uncond.expand(len(cond))
+    if cond.strengths is not None and uncond.strengths is None:
+        uncond = replace(uncond, strengths=cond.strengths)
+    return Conditioning.cat((uncond, cond))

@@ -1,0 +1,299 @@
+"""A run without its network: it hands out the calls that a table needs, and takes what comes back.
+
+    run = Run(table, cond, noise, shape=(4, 64, 64))
+    while (call := run.call) is not None:
+        state = run.advance(network(call.x_in, call.timestep, call.cond))
+
+    x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
+
+So a network may be anywhere: in another thread or process, behind a queue that batches requests, in
+the hands of another sampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.call import Call, calls_of, checked_strengths, guided_pair
+from headstart.errors import InputError, PlanError
+from headstart.interfaces import Conditioning, NoiseSource
+from headstart.noise import Given, Philox
+from headstart.plan.leg import PRINTED
+from headstart.plan.table import Step, StepTable
+from headstart.watch import Check, Watch
+from headstart_kernels import LinearMap, Preview, Rows, fused_step, scale_input
+
+
+class State(NamedTuple):
+    """What a row leaves behind: everything that going on from it needs.
+
+    step  the row's number in the whole plan
+    x     [B, ...] float32, the latent after the row, in sigma space
+    x0    [B, ...] float32, what the row predicted
+    rgb   [B, h, w, 3] uint8, its linear picture, where the run was given one to draw
+    """
+
+    step: int
+    x: Tensor
+    x0: Tensor
+    rgb: Tensor | None = None
+
+
+class Run:
+    """One run of a table, from its start or from `resume`, that asks for its network's outputs.
+
+    table      a StepTable, or a part of one
+    cond       for B samples, or for one that all share; the run is on its device
+    noise      B unit normals for the start and for each row that adds noise
+    uncond     needed by rows with guidance other than 1, whose calls hold the 2B samples
+               (uncond, cond); guidance 1 is conditional only, one pass
+    resume     a State of this plan: goes on with the next row, to the same bits as the run that
+               made it, on any part of the table
+    shape      of one latent, without the batch: [C, h, w], video [C, T, h, w], packed tokens
+               [L, C]; not needed with `resume` or with `Given` noise
+    strengths  [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`
+    dtypes     model -> the dtype of its x_in, looked up at every row; where it has none, that of
+               cond.context
+    check      when x0 is looked at for NaN and infinity; see `headstart.sample`
+    picture    draw x0 by this map into `State.rgb`
+
+    `call` is what to ask now, None at the end; `advance` takes the answer. A run may be left at any
+    row, and leaves nothing behind. To steer, write to `state.x` with torch's own operators before
+    the next call, or start another run from a changed State. Raises InputError for anything missing
+    before the first call.
+    """
+
+    def __init__(
+        self,
+        table: StepTable,
+        cond: Conditioning,
+        noise: NoiseSource,
+        *,
+        uncond: Conditioning | None = None,
+        resume: State | None = None,
+        shape: Sequence[int] | None = None,
+        strengths: Tensor | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+        check: Check = "auto",
+        picture: LinearMap | None = None,
+    ) -> None:
+        steps = _rows_left(table, resume)
+        device, batch = cond.context.device, len(noise)
+        cond = cond.expand(batch)
+        strengths = checked_strengths(strengths, table, batch, device)
+        pair = guided_pair(steps, cond, uncond)
+        latent = _latent_shape(shape, noise, resume)
+        _check_picture(picture, latent)
+        self.table, self.noise, self.latent, self.device = table, noise, latent, device
+        self._calls = calls_of(table, cond, pair, strengths, device)
+        self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
+        self._dtype = cond.context.dtype
+        self._rows = Rows(torch.tensor(table.coefficients()))
+        # Philox noise is drawn inside the step; that of another source is given to it.
+        self._draw = noise.draw(table.first, device) if type(noise) is Philox else None
+        self._watch, self._picture = Watch(check, device, batch), picture
+        self._state = self._start(resume, (batch, *latent))
+        self._index = self._state.step + 1 - table.first
+        # The next network input, made by the step before: good while nobody writes to x. Molds are
+        # shapes without memory: torch.empty_like takes half as long as torch.empty.
+        self._x_in: Tensor | None = None
+        self._version = 0
+        self._molds: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def _start(self, resume: State | None, shape: tuple[int, ...]) -> State:
+        if resume is not None:
+            _check_state(resume, shape, self.device)
+            return resume
+        x = self.noise.initial(self.latent, self.device) * self.table.init_scale
+        return State(self.table.first - 1, x, x)
+
+    @property
+    def state(self) -> State:
+        """What the last row left; before the first, State(first - 1, x, x) of the start."""
+        return self._state
+
+    @property
+    def row(self) -> Step | None:
+        """The row whose network is asked now, None at the end."""
+        steps = self.table.steps
+        return steps[self._index] if self._index < len(steps) else None
+
+    @property
+    def call(self) -> Call | None:
+        """What is asked now, the same until `advance`; None at the end."""
+        index, calls = self._index, self._calls
+        if index >= len(calls):
+            return None
+        step, (copies, timestep, cond) = self.table.steps[index], calls[index]
+        dtype, x_in = self._dtypes.get(step.model, self._dtype), self._x_in
+        if x_in is None or x_in.dtype is not dtype or self._state.x._version != self._version:
+            x_in = self._scaled(copies, dtype)
+        return Call(self.table.first + index, step.model, step.sigma, x_in, timestep, cond)
+
+    def _scaled(self, copies: int, dtype: torch.dtype) -> Tensor:
+        x = self._state.x
+        with torch.no_grad():
+            x_in = scale_input(x, self._rows, self._index, dtype, copies=copies)
+        if not x.is_inference():  # such a tensor does not tell when it is written to
+            self._x_in, self._version = x_in, x._version
+        return x_in
+
+    def advance(self, f: Tensor) -> State:
+        """Take F, the network's answer to `call`, of the shape of its x_in; make the row's step.
+
+        Raises ValueError for an answer of another shape or kind, and InputError for NaN or infinity
+        (see `check`); then the run is where it was.
+        """
+        if self._index >= len(self._calls):
+            raise self._ended()
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self._step(f)
+        return self._step(f)
+
+    def _step(self, f: Tensor) -> State:
+        index, state, table, watch = self._index, self._state, self.table, self._watch
+        number, step, x, n = table.first + index, table.steps[index], state.x, None
+        if step.add:
+            n = self._draw or self.noise.step(number, self.latent, self.device)
+        self._x_in = None  # before the next is made: the same memory serves again
+        room, finite = self._room(index + 1), watch.flags()
+        drawn = None if self._picture is None else self._drawn(x, self._picture)
+        x, x0 = fused_step(
+            x,
+            f,
+            self._rows,
+            index,
+            noise=n,
+            x0_prev=state.x0,
+            x_in=room,
+            preview=drawn,
+            finite=finite,
+        )
+        watch.look(number, step.model, finite, last=index == len(table.steps) - 1)
+        self._index = index + 1
+        self._state = state = State(number, x, x0, None if drawn is None else drawn.rgb)
+        if room is not None:
+            self._x_in, self._version = room, x._version
+        return state
+
+    def _ended(self) -> InputError:
+        return InputError(
+            f"this run of plan {self.table.name!r} is at its end: its `call` is None, and `state` "
+            "is its last"
+        )
+
+    def output_of(self, x0: Tensor) -> Tensor:
+        """F = (x0 - c_skip*x)/c_out, for `advance`, of an x0 that was predicted at `call`.
+
+        x0   [B, ...], or [2B, ...] for a guided row, each at its level `call.sigma`
+        """
+        step, x = self.row, self._state.x
+        if step is None:
+            raise self._ended()
+        if len(x0) == 2 * len(x):
+            x = torch.cat((x, x))
+        with torch.no_grad():
+            return (x0.float() - step.c_skip * x) / step.c_out
+
+    def _room(self, index: int) -> Tensor | None:
+        """For what the network of a row will see; None where nothing could vouch for it."""
+        if index >= len(self._calls) or torch.is_inference_mode_enabled():
+            return None
+        dtype = self._dtypes.get(self.table.steps[index].model, self._dtype)
+        kind = self._calls[index].copies, dtype
+        mold = self._molds.get(kind)
+        if mold is None:
+            shape = (kind[0] * len(self.noise), *self.latent)
+            mold = torch.empty(1, dtype=dtype, device=self.device).expand(shape)
+            self._molds[kind] = mold
+        return torch.empty_like(mold, memory_format=torch.contiguous_format)
+
+    def _drawn(self, x: Tensor, picture: LinearMap) -> Preview:
+        """What the row fills with its picture: a tensor of the row's own."""
+        batch, _, height, width = x.shape
+        return Preview(x.new_empty((batch, height, width, 3), dtype=torch.uint8), *picture)
+
+
+def from_latent(table: StepTable, x: Tensor, sigma: float) -> State:
+    """Where a run starts that goes on from a latent of one's own, for `resume=`.
+
+    x      [B, ...] float32 in sigma space, x0 + sigma*eps: a clean latent of which img2img starts
+           is `latents + sigma*noise`
+    sigma  its level, which must be that of a row: the run makes that row and those below it
+
+    Raises PlanError for another level, with those that the table has.
+    """
+    levels = [step.sigma for step in table]
+    found = next((n for n, own in enumerate(levels) if abs(own - sigma) <= PRINTED * own), None)
+    if found is None:
+        raise PlanError(
+            f"no row of plan {table.name!r} starts at level {sigma:g}: give a latent at one of "
+            f"{' '.join(f'{level:.4g}' for level in levels)}"
+        )
+    if table[found].carry:
+        raise PlanError(
+            f"row {table.first + found} of plan {table.name!r} looks back on the x0 before it, "
+            "which a latent alone does not have: start at another row, or resume from a State"
+        )
+    return State(table.first + found - 1, x, x)
+
+
+def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
+    if resume is None:
+        if table.first:
+            raise InputError(
+                f"this part of a plan begins at row {table.first}: give resume=, the State of row "
+                f"{table.first - 1}, or State({table.first - 1}, x, x) to start from a latent x"
+            )
+        return table.steps
+    done = resume.step + 1 - table.first
+    if not 0 <= done <= len(table):
+        raise InputError(
+            f"resume is a State of row {resume.step}, but the table has rows {table.first} to "
+            f"{table.first + len(table) - 1}: give the State of one of these, or of the row before"
+        )
+    return table.steps[done:]
+
+
+def _latent_shape(
+    shape: Sequence[int] | None, noise: NoiseSource, resume: State | None
+) -> tuple[int, ...]:
+    if shape is None and resume is not None:
+        shape = resume.x.shape[1:]
+    if shape is None and isinstance(noise, Given):
+        shape = noise.shape
+    if shape is None:
+        raise InputError(
+            "the latent's size is unknown: give shape=(C, h, w), such as (4, 128, 128); video "
+            "(C, T, h, w) and packed tokens (L, C) are latents too"
+        )
+    if min(shape, default=0) < 1:
+        raise InputError(
+            "shape: expected the sizes of one latent, each at least 1, such as (4, 128, 128), got "
+            f"{list(shape)}: leave out the batch, and give every axis a size"
+        )
+    return tuple(shape)
+
+
+def _check_picture(picture: LinearMap | None, latent: tuple[int, ...]) -> None:
+    if picture is not None and len(latent) != 3:
+        raise InputError(
+            f"picture: a linear picture needs latents [C, h, w], and these are {list(latent)}: "
+            "leave picture out, and decode State.x0 with the model's own decoder"
+        )
+
+
+def _check_state(state: State, shape: tuple[int, ...], device: torch.device) -> None:
+    for name, tensor in (("x", state.x), ("x0", state.x0)):
+        if tuple(tensor.shape) != shape or tensor.dtype != torch.float32:
+            raise InputError(
+                f"resume.{name}: expected float32 {list(shape)}, got {tensor.dtype} "
+                f"{list(tensor.shape)}: seeds, conditioning and State must be of the same batch"
+            )
+        if tensor.device != device:
+            raise InputError(f"resume.{name} is on {tensor.device}, cond on {device}: move one")
