@@ -25,7 +25,7 @@ from headstart.noise import Given, Philox
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import Step, StepTable
 from headstart.watch import Check, Watch
-from headstart_kernels import LinearMap, Preview, Rows, fused_step, scale_input
+from headstart_kernels import Draw, LinearMap, Preview, Rows, fused_step, scale_input
 
 
 class State(NamedTuple):
@@ -92,29 +92,36 @@ class Run:
         self._calls = calls_of(table, cond, pair, strengths, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._dtype = cond.context.dtype
-        self._rows = Rows(torch.tensor(table.coefficients()))
-        # Philox noise is drawn inside the step; that of another source is given to it.
-        self._draw = noise.draw(table.first, device) if type(noise) is Philox else None
+        self._rows: Rows | None = None
+        self._draw: Draw | None = None
         self._watch, self._picture = Watch(check, device, batch), picture
-        self._state = self._start(resume, (batch, *latent))
-        self._index = self._state.step + 1 - table.first
+        if resume is not None:
+            _check_state(resume, (batch, *latent), device)
+        self._state = resume
+        self._index = 0 if resume is None else resume.step + 1 - table.first
         # The next network input, made by the step before: good while nobody writes to x. Molds are
         # shapes without memory: torch.empty_like takes half as long as torch.empty.
         self._x_in: Tensor | None = None
         self._version = 0
         self._molds: dict[tuple[int, torch.dtype], Tensor] = {}
 
-    def _start(self, resume: State | None, shape: tuple[int, ...]) -> State:
-        if resume is not None:
-            _check_state(resume, shape, self.device)
-            return resume
-        x = self.noise.initial(self.latent, self.device) * self.table.init_scale
-        return State(self.table.first - 1, x, x)
-
     @property
     def state(self) -> State:
         """What the last row left; before the first, State(first - 1, x, x) of the start."""
+        return self._state or self._begun()
+
+    def _begun(self) -> State:
+        """The start, drawn when it is first needed."""
+        x = self.noise.initial(self.latent, self.device) * self.table.init_scale
+        self._state = State(self.table.first - 1, x, x)
         return self._state
+
+    def _read(self) -> Rows:
+        """The table's rows, and noise that the steps draw themselves: all of Philox's."""
+        self._rows = Rows(torch.tensor(self.table.coefficients()))
+        if type(self.noise) is Philox:
+            self._draw = self.noise.draw(self.table.first, self.device)
+        return self._rows
 
     @property
     def row(self) -> Step | None:
@@ -130,14 +137,16 @@ class Run:
             return None
         step, (copies, timestep, cond) = self.table.steps[index], calls[index]
         dtype, x_in = self._dtypes.get(step.model, self._dtype), self._x_in
-        if x_in is None or x_in.dtype is not dtype or self._state.x._version != self._version:
+        state = self._state or self.state
+        if x_in is None or x_in.dtype is not dtype or state.x._version != self._version:
             x_in = self._scaled(copies, dtype)
         return Call(self.table.first + index, step.model, step.sigma, x_in, timestep, cond)
 
     def _scaled(self, copies: int, dtype: torch.dtype) -> Tensor:
-        x = self._state.x
+        x = self.state.x
         with torch.no_grad():
-            x_in = scale_input(x, self._rows, self._index, dtype, copies=copies)
+            rows = self._rows or self._read()
+            x_in = scale_input(x, rows, self._index, dtype, copies=copies)
         if not x.is_inference():  # such a tensor does not tell when it is written to
             self._x_in, self._version = x_in, x._version
         return x_in
@@ -156,8 +165,9 @@ class Run:
         return self._step(f)
 
     def _step(self, f: Tensor) -> State:
-        index, state, table, watch = self._index, self._state, self.table, self._watch
+        index, state, table, watch = self._index, self.state, self.table, self._watch
         number, step, x, n = table.first + index, table.steps[index], state.x, None
+        rows = self._rows or self._read()
         if step.add:
             n = self._draw or self.noise.step(number, self.latent, self.device)
         self._x_in = None  # before the next is made: the same memory serves again
@@ -166,7 +176,7 @@ class Run:
         x, x0 = fused_step(
             x,
             f,
-            self._rows,
+            rows,
             index,
             noise=n,
             x0_prev=state.x0,
@@ -192,7 +202,7 @@ class Run:
 
         x0   [B, ...], or [2B, ...] for a guided row, each at its level `call.sigma`
         """
-        step, x = self.row, self._state.x
+        step, x = self.row, self.state.x
         if step is None:
             raise self._ended()
         if len(x0) == 2 * len(x):
