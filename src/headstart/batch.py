@@ -110,14 +110,15 @@ class Batch:
     async def _drive(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # those that were just answered ask for their next row
-            for run, state, error in await asyncio.to_thread(self._served, self._group()):
+            group = self._group()
+            for run, state, error in await asyncio.to_thread(self._served, group):
                 answer = self._answers.get(run)
-                if answer is None or answer.done():
+                if answer is None or answer.done():  # its request has left
                     continue
                 if state is not None:
                     answer.set_result(state)
-                elif error is not None:
-                    answer.set_exception(error)
+                else:
+                    answer.set_exception(error or InputError("the run ended without an answer"))
             await asyncio.sleep(0)
 
     def _group(self) -> list[tuple[Run, Call]]:
