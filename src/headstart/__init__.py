@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from headstart.adapters.attached import AdapterReport as AdapterReport
     from headstart.adapters.strength import Strength as Strength
+    from headstart.batch import Batch as Batch
     from headstart.call import Call as Call
     from headstart.checkpoint.checkpoint import inspect_checkpoint as inspect_checkpoint
     from headstart.engine.engine import Engine as Engine
@@ -53,6 +54,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
     "AdapterReport": "headstart.adapters.attached",
+    "Batch": "headstart.batch",
     "Branch": "headstart.traces.branches",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",

@@ -33,15 +33,17 @@ from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume, check_size, pair_up
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
+from headstart.run import Run, State
 from headstart.runner.batch import Chunked, SharedNoise
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
-from headstart.sampler import State, sample
+from headstart.sampler import sample
 from headstart_kernels import LinearMap
 
 Prompts = str | Sequence[str]
@@ -312,6 +314,26 @@ class Engine:
             check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
         return self._states(run, Clock(self.device), resume)
 
+    def begin(
+        self,
+        prompts: Prompts,
+        *,
+        plan: str | Plan | StepTable = "hybrid",
+        seeds: Seeds = 0,
+        negative: str = "",
+        size: Size = None,
+        adapters: Asking = None,
+        **settings: Unpack[PlanSettings],
+    ) -> Run:
+        """The same run without its networks, for a `headstart.Batch` of `denoisers`."""
+        run = self._prepare(prompts, plan, seeds, negative, size, None, adapters, settings)
+        cond, uncond = self._encode(run, any(step.guidance != 1.0 for step in run.table))
+        dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
+        return Run(
+            run.table, cond, SharedNoise.of(run.seeds), uncond=uncond, shape=run.latent,
+            strengths=run.strengths, dtypes=dtypes,
+        )  # fmt: skip
+
     def _prepare(
         self,
         prompts: Prompts,
@@ -337,11 +359,8 @@ class Engine:
             )
         if batch is not None and batch < 1:
             raise InputError(f"batch must be at least 1 sample, got {batch}")
-        latent = (
-            self.weights.latent_channels,
-            pixels[0] // self.weights.downscale,
-            pixels[1] // self.weights.downscale,
-        )
+        height, width = (side // self.weights.downscale for side in pixels)
+        latent = (self.weights.latent_channels, height, width)
         shape = Shape(len(texts), latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
         chunk = min(batch or len(texts), len(texts))
         if self.weights.footprint is not None:

@@ -1,0 +1,176 @@
+"""Many runs at once: those whose next row asks the same network share one call of it.
+
+    batch = Batch(engine.denoisers)
+    batch.add(run_a)
+    batch.add(run_b)                 # another prompt, plan, step count, guidance, seed, strength
+    while batch:
+        for served in batch.step():  # one call of one network
+            ...
+
+In a server, `async for state in batch.run(run)` in every request does the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.call import Call
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning, Denoiser
+from headstart.run import Run, State
+
+MOST_SAMPLES = 16
+"""Samples in one call, guided ones counted twice; what a network's memory holds is its own."""
+
+
+class Served(NamedTuple):
+    """What a step did for one run: its new state, or the error that ended it."""
+
+    run: Run
+    state: State | None
+    error: Exception | None = None
+
+
+class Batch:
+    """Runs that share network calls, each with a plan, prompt, seed and strengths of its own.
+
+    denoisers   as in `headstart.sample`
+    most        samples in one call at most, guided ones counted twice; a run of more has its own
+
+    A run is admitted and retired between rows. Those that wait longest go first, and with them all
+    that ask the same network in the same shape and dtype. Noise does not depend on the company, and
+    results are those of the run alone up to the network's rounding in another batch.
+    """
+
+    def __init__(self, denoisers: Mapping[str, Denoiser], *, most: int = MOST_SAMPLES) -> None:
+        if most < 1:
+            raise InputError(f"most must be at least 1 sample, got {most}")
+        self.denoisers, self.most = denoisers, most
+        self._waiting: dict[Run, None] = {}  # in the order of waiting
+        self._answers: dict[Run, asyncio.Future[State]] = {}
+        self._driver: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """Runs that wait for a call."""
+        return len(self._waiting)
+
+    def add(self, run: Run) -> None:
+        """Admit a run. Raises InputError for one at its end, or that needs an unknown network."""
+        row = run.row
+        if row is None:
+            raise InputError(f"the run of plan {run.table.name!r} is at its end: nothing to add")
+        models = {step.model for step in run.table}
+        if unknown := sorted(models - set(self.denoisers)):
+            raise InputError(
+                f"the run's plan names model(s) {unknown}, but this batch has "
+                f"{sorted(self.denoisers)}: give their networks to Batch too"
+            )
+        self._waiting[run] = None
+
+    def remove(self, run: Run) -> None:
+        """Cancel a run: it is asked no more. One that is not there is let be."""
+        self._waiting.pop(run, None)
+
+    def step(self) -> list[Served]:
+        """One call of one network, and the row's step of every run in it; empty if none waits.
+
+        A run that is not done waits again, behind the others. One whose answer is not finite ends
+        with its error; the others go on. An error of the network itself ends all runs of the call.
+        """
+        served = self._served(self._group())
+        for run, state, _ in served:
+            if state is not None and run.row is not None:
+                self._waiting[run] = None
+        return served
+
+    async def run(self, run: Run) -> AsyncIterator[State]:
+        """The States of a run, which shares calls with all others that are iterated meanwhile.
+
+        Networks run in a thread, so the event loop stays free. To leave the iteration cancels the
+        run at its next row and disturbs nobody. Raises what ended the run.
+        """
+        while run.row is not None:
+            self.add(run)
+            answer = asyncio.get_running_loop().create_future()
+            self._answers[run] = answer
+            if self._driver is None or self._driver.done():
+                self._driver = asyncio.create_task(self._drive())
+            try:
+                yield await answer
+            finally:
+                self.remove(run)
+                if self._answers.get(run) is answer:
+                    del self._answers[run]
+
+    async def _drive(self) -> None:
+        while self._waiting:
+            await asyncio.sleep(0)  # those that were just answered ask for their next row
+            group = self._group()
+            for run, state, error in await asyncio.to_thread(self._served, group):
+                answer = self._answers.get(run)
+                if answer is None or answer.done():  # its request has left
+                    continue
+                if state is not None:
+                    answer.set_result(state)
+                else:
+                    answer.set_exception(error or InputError("the run ended without an answer"))
+            await asyncio.sleep(0)
+
+    def _group(self) -> list[tuple[Run, Call]]:
+        """The run that waits longest, and those that fit in its call; they wait no more."""
+        group: list[tuple[Run, Call]] = []
+        kind: Hashable = None
+        samples = 0
+        for run in [*self._waiting]:
+            call = run.call
+            if call is None:  # somebody else advanced it to its end
+                del self._waiting[run]
+                continue
+            own = _kind(call)
+            if group and (own != kind or samples + len(call.x_in) > self.most):
+                continue
+            kind, samples = own, samples + len(call.x_in)
+            group.append((run, call))
+            del self._waiting[run]
+        return group
+
+    def _served(self, group: Sequence[tuple[Run, Call]]) -> list[Served]:
+        if not group:
+            return []
+        calls = [call for _, call in group]
+        try:
+            outputs = _ask(self.denoisers[calls[0].model], calls)
+        except Exception as error:  # whatever the network raises is its requests' to hear
+            return [Served(run, None, error) for run, _ in group]
+        served: list[Served] = []
+        for (run, _), f in zip(group, outputs, strict=True):
+            try:
+                served.append(Served(run, run.advance(f)))
+            except (InputError, ValueError) as error:
+                served.append(Served(run, None, error))
+        return served
+
+
+def _kind(call: Call) -> Hashable:
+    """What calls that share one must have in common."""
+    told = tuple((name, t.shape[1:], t.dtype) for name, t in call.cond.tensors.items())
+    x_in, timestep = call.x_in, call.timestep
+    return call.model, x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype, told
+
+
+def _ask(network: Denoiser, calls: Sequence[Call]) -> Sequence[Tensor]:
+    with torch.no_grad():
+        if len(calls) == 1:
+            (call,) = calls
+            return [network(call.x_in, call.timestep, call.cond)]
+        f = network(
+            torch.cat([call.x_in for call in calls]),
+            torch.cat([call.timestep for call in calls]),
+            Conditioning.cat([call.cond for call in calls]),
+        )
+        return torch.split(f, [len(call.x_in) for call in calls])

@@ -1,0 +1,252 @@
+"""Runs that share network calls: each is what it would be alone, and disturbs nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from plans import SD, patient
+from test_run import NETWORKS, SHAPE, by_hand, cond
+from torch import Tensor
+
+import headstart as hs
+from headstart.batch import Served
+from headstart.interfaces import Conditioning
+from headstart.plan.plan import Leg, Plan, Update
+
+NEAR = 2e-5
+"""A float32 network of 4 channels in another batch: its matrix products may round otherwise."""
+
+
+class Counted:
+    """Networks that count their calls and their samples."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+
+    def __getitem__(self, model: str) -> Any:
+        def network(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+            self.calls.append((model, len(x_in)))
+            return NETWORKS[model](x_in, timestep, told)
+
+        return network
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(NETWORKS)
+
+    def networks(self) -> dict[str, Any]:
+        return {model: self[model] for model in NETWORKS}
+
+
+def run_of(seed: int, k: int = 2, steps: int = 5, guidance: float = 1.0, count: int = 1) -> hs.Run:
+    update = list(Update)[seed % 4]
+    legs = (
+        Leg(model="base", steps=steps, guidance=guidance, update=update),
+        Leg(model="distilled", steps=steps, skip=k, update=update),
+    )
+    table = Plan(legs).compile(SD)
+    noise = hs.Philox([seed + n for n in range(count)])
+    return hs.Run(table, cond(0.1 * seed), noise, uncond=cond(-0.2), shape=SHAPE)
+
+
+def served(batch: hs.Batch) -> dict[hs.Run, list[hs.State]]:
+    found: dict[hs.Run, list[hs.State]] = {}
+    while batch:
+        for run, state, error in batch.step():
+            assert error is None and state is not None
+            found.setdefault(run, []).append(state)
+    return found
+
+
+REQUESTS = st.lists(
+    st.tuples(
+        st.integers(0, 99),
+        st.integers(1, 3),
+        st.integers(4, 7),
+        st.sampled_from([1.0, 2.5]),
+        st.integers(1, 3),
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+@given(requests=REQUESTS, most=st.integers(1, 12))
+@patient
+def test_every_run_is_what_it_is_alone(requests: list[Any], most: int) -> None:
+    counted = Counted()
+    batch = hs.Batch(counted.networks(), most=most)
+    runs = [run_of(*request) for request in requests]
+    for run in runs:
+        batch.add(run)
+    found = served(batch)
+    for run, request in zip(runs, requests, strict=True):
+        alone = by_hand(run_of(*request))
+        assert [s.step for s in found[run]] == [s.step for s in alone]
+        for one, other in zip(found[run], alone, strict=True):
+            assert (one.x - other.x).abs().max() <= NEAR * max(1.0, float(other.x.abs().max()))
+    largest = max(2 * request[4] if request[3] != 1.0 else request[4] for request in requests)
+    assert max(samples for _, samples in counted.calls) <= max(most, largest)
+
+
+def test_equal_requests_share_every_call() -> None:
+    counted = Counted()
+    batch = hs.Batch(counted.networks(), most=8)
+    for seed in range(8):
+        batch.add(run_of(4 * seed))
+    served(batch)
+    assert counted.calls == [("base", 8)] * 2 + [("distilled", 8)] * 3
+
+
+def test_mixed_requests_take_fewer_calls_than_one_after_the_other() -> None:
+    """Six requests of hybrid and distilled, guided and not, that arrive between rows."""
+    counted = Counted()
+    batch = hs.Batch(counted.networks())
+    runs = [run_of(seed, k=1 + seed % 3, guidance=1.0 + seed % 2) for seed in range(6)]
+    alone = sum(len(run.table) for run in runs)
+    for run in runs:
+        batch.add(run)
+        batch.step()
+    while batch:
+        batch.step()
+    assert all(run.row is None for run in runs)
+    assert len(counted.calls) <= alone / 2
+    assert sum(samples for _, samples in counted.calls) == sum(r.table.passes() for r in runs)
+
+
+def test_the_longest_waiting_goes_first() -> None:
+    batch = hs.Batch(NETWORKS, most=1)
+    runs = [run_of(seed) for seed in range(3)]
+    for run in runs:
+        batch.add(run)
+    order = [batch.step()[0].run for _ in range(6)]
+    assert order == runs + runs
+
+
+def test_a_cancelled_run_disturbs_nobody() -> None:
+    batch = hs.Batch(NETWORKS)
+    kept, left = run_of(1), run_of(5)
+    batch.add(kept)
+    batch.add(left)
+    batch.step()
+    batch.remove(left)
+    batch.remove(left)
+    served(batch)
+    assert left.state.step == 0 and kept.row is None
+    expected = by_hand(run_of(1))[-1].x
+    assert (kept.state.x - expected).abs().max() <= NEAR * expected.abs().max()
+
+
+def test_a_run_that_goes_bad_ends_alone_and_a_network_that_raises_ends_its_call() -> None:
+    def spoiled(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        f = NETWORKS["base"](x_in, timestep, told)
+        f[told.context[:, 0, 0] > 0.35] = torch.nan
+        return f
+
+    batch = hs.Batch({"base": spoiled, "distilled": NETWORKS["distilled"]})
+    good, bad = run_of(1), run_of(4)
+    batch.add(good)
+    batch.add(bad)
+    found = {run: (state, error) for run, state, error in batch.step()}
+    assert found[good][1] is None and found[bad][0] is None
+    assert "NaN or infinity" in str(found[bad][1])
+    assert len(batch) == 1 and bad.state.step == -1
+
+    def broken(*_: Any) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    batch = hs.Batch({"base": broken, "distilled": broken})
+    batch.add(run_of(1))
+    (only,) = batch.step()
+    assert isinstance(only, Served) and str(only.error) == "out of memory" and not batch
+
+
+def test_what_cannot_be_admitted_is_refused() -> None:
+    done = run_of(1)
+    by_hand(done)
+    with pytest.raises(hs.InputError, match="is at its end: nothing to add"):
+        hs.Batch(NETWORKS).add(done)
+    with pytest.raises(hs.InputError, match=r"names model\(s\) \['distilled'\], but"):
+        hs.Batch({"base": NETWORKS["base"]}).add(run_of(1))
+    with pytest.raises(hs.InputError, match="at least 1 sample"):
+        hs.Batch(NETWORKS, most=0)
+    assert hs.Batch(NETWORKS).step() == []
+
+
+def test_requests_of_an_event_loop_share_calls_and_may_leave() -> None:
+    counted = Counted()
+    batch = hs.Batch(counted.networks())
+
+    async def request(seed: int, rows: int) -> list[hs.State]:
+        states: list[hs.State] = []
+        async for state in batch.run(run_of(4 * seed)):
+            states.append(state)
+            if len(states) == rows:
+                break
+        return states
+
+    async def everybody() -> list[list[hs.State]]:
+        return await asyncio.gather(*(request(seed, 2 if seed == 3 else 9) for seed in range(8)))
+
+    for seed, states in enumerate(asyncio.run(everybody())):
+        alone = by_hand(run_of(4 * seed))
+        assert len(states) == (2 if seed == 3 else len(alone))
+        expected = alone[len(states) - 1].x
+        assert (states[-1].x - expected).abs().max() <= NEAR * expected.abs().max()
+    assert len(counted.calls) < 16 and len(batch) == 0
+
+
+def test_an_error_reaches_the_request_that_caused_it_and_no_other() -> None:
+    def spoiled(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        f = NETWORKS["base"](x_in, timestep, told)
+        f[told.context[:, 0, 0] > 0.35] = torch.nan
+        return f
+
+    batch = hs.Batch({"base": spoiled, "distilled": NETWORKS["distilled"]})
+
+    async def request(seed: int) -> int:
+        return len([state async for state in batch.run(run_of(seed))])
+
+    async def everybody() -> list[Any]:
+        return await asyncio.gather(*map(request, (1, 4, 2)), return_exceptions=True)
+
+    first, bad, last = asyncio.run(everybody())
+    assert (first, last) == (5, 5) and isinstance(bad, hs.InputError)
+
+
+def test_eight_strengths_of_two_adapters_are_one_call(tmp_path: Any) -> None:
+    """Each request has strengths of its own, of the same two adapters, by sample and by step."""
+    from safetensors.torch import save_file
+    from test_adapters import random_lora
+
+    engine = hs.Engine.demo(device="cpu")
+    for number, name in enumerate(("ink", "glow")):
+        tensors = random_lora(engine.denoisers["base"], size=0.1, seed=number)  # type: ignore[arg-type]
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+        engine.attach(tmp_path / f"{name}.safetensors", name=name)
+    calls: list[tuple[str, int]] = []
+
+    def counting(model: str) -> Any:
+        def network(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+            calls.append((model, len(x_in)))
+            return engine.denoisers[model](x_in, timestep, told)
+
+        return network
+
+    batch = hs.Batch({model: counting(model) for model in engine.denoisers})
+    strengths = [{"ink": 0.25 * n, "glow": 1.5 - 0.5 * n} for n in range(8)]
+    runs = [engine.begin("a fox", seeds=n, adapters=own) for n, own in enumerate(strengths)]
+    for run in runs:
+        batch.add(run)
+    served(batch)
+    assert calls == [("base", 8)] + [("distilled", 8)] * 3
+    for seed, (run, own) in enumerate(zip(runs, strengths, strict=True)):
+        alone = engine.sample("a fox", seeds=seed, adapters=own)
+        assert (run.state.x - alone.latents).norm() <= 1e-5 * alone.latents.norm()
+    plain = engine.sample("a fox", seeds=3, adapters={"ink": 0.0, "glow": 0.0})
+    assert (runs[3].state.x - plain.latents).norm() > 1e-3 * plain.latents.norm()
