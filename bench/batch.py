@@ -4,11 +4,12 @@
                           [--out bench/results/batch.json]
 
 The bundled pair; two thirds of the requests are hybrids, one third distilled runs, each of one
-image with a prompt and seed of its own. They arrive as a Poisson process (exponential gaps, seeded);
-load 1 is what one request after the other can just serve. `alone`: one after the other. `static`:
-those that wait when the engine is free and have the same plan, at most 8, sampled together to their
-end. `batch`: `headstart.Batch`, runs that come and go between rows. Latency is from arrival to the
-last row; text is encoded beforehand and nothing is decoded. The ways take turns at every load.
+image with a prompt and seed of its own. They arrive as a Poisson process (exponential gaps,
+seeded); load 1 is what one request after the other can just serve. `alone`: one after the other.
+`static`: those that wait when the engine is free and have the same plan, at most 8, sampled
+together to their end. `batch`: `headstart.Batch`, runs that come and go between rows. Latency is
+from arrival to the last row; text is encoded beforehand and nothing is decoded. The ways take turns
+at every load.
 """
 
 from __future__ import annotations
