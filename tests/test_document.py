@@ -195,3 +195,10 @@ def test_every_command_that_takes_plans_takes_a_file(
     assert engine.compile(str(path)).name == "mine"
     with pytest.raises(PlanError, match="k= and plan"):
         engine.compile(str(path), k=2)
+
+
+@pytest.mark.parametrize("plan", [["hybrid", "base"], None, 4, {"plan": "hybrid"}])
+def test_what_is_no_plan_at_all_is_refused(plan: object) -> None:
+    engine = hs.Engine.demo(device="cpu")
+    with pytest.raises(PlanError, match="a plan is a name, a Plan or a StepTable, not"):
+        engine.compile(plan)  # type: ignore[arg-type]

@@ -356,6 +356,15 @@ def test_a_table_of_nonsense_is_not_read(field: str, value: object) -> None:
         StepTable.from_json(json.dumps(found | {field: value}))
 
 
+@pytest.mark.parametrize("text", ["[" * 200_000, '{"first": Infinity, "format": 1}', "null", "[]"])
+def test_damaged_text_is_no_table(text: str) -> None:
+    with pytest.raises(PlanError, match="not a"):
+        StepTable.from_json(text)
+    found = json.loads(preset("tcd").compile(SD).to_json())
+    with pytest.raises(PlanError, match="not a step table in JSON"):
+        StepTable.from_json(json.dumps(found | {"first": math.inf}))
+
+
 # ------------------------------------------------------- the grid said by hand
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import cast
 
 from headstart.engine.pair import Pair
 from headstart.errors import PlanError
@@ -15,6 +16,10 @@ from headstart.plan.table import StepTable
 
 def compile_for(weights: Pair, plan: str | Plan | StepTable, settings: PlanSettings) -> StepTable:
     """See `headstart.Engine.compile`."""
+    if not isinstance(cast("object", plan), str | Plan | StepTable):
+        raise PlanError(
+            f"a plan is a name, a Plan or a StepTable, not {type(plan).__name__}: {plan!r:.60}"
+        )
     if not isinstance(plan, str) and any(value is not None for value in settings.values()):
         raise PlanError(
             f"{', '.join(settings)} belong to a plan given by name; a {type(plan).__name__} "

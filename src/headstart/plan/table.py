@@ -187,8 +187,8 @@ class StepTable:
             )
         except PlanError:
             raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise PlanError(f"not a step table in JSON: {error!r}") from error
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise PlanError(f"not a step table in JSON: {error!r:.300}") from error
 
     def __str__(self) -> str:
         return self.describe()
