@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING, Any
 from headstart.errors import PlanError
 from headstart.later import Later
 from headstart.plan.ramps import RHO, exponential, karras
-from headstart.plan.spacing import Interpolation, Points, Spacing, real, whole_number
+from headstart.plan.spacing import SLACK, Interpolation, Points, Spacing, real, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
 else:
     np = Later("numpy")
-
-SLACK = 1e-6
-"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from headstart.errors import PlanError
-from headstart.plan.leg import SLACK, Grid, Leg
-from headstart.plan.spacing import Process, Spacing
+from headstart.plan.leg import Grid, Leg
+from headstart.plan.spacing import SLACK, Process, Spacing
 
 Schedules = Mapping[str, Process]
 """Model -> the schedule that it was trained on."""
@@ -70,14 +70,9 @@ def _parts(legs: Sequence[Leg], schedules: Schedules, end: float) -> list[_Part]
     return parts
 
 
-def _above(own: Grid, level: float) -> int:
-    """How many points of `own` lie above a level."""
-    return sum(sigma > level * (1 + SLACK) for sigma in own.sigmas)
-
-
 def _last_count(part: _Part, end: float) -> int:
     """How many points of the last leg run: all, which must lie above the end."""
-    count = _above(part.grid, end)
+    count = part.grid.above(end)
     if count == len(part.grid.sigmas) or (count and part.leg.until is not None):
         return count
     raise PlanError(
@@ -92,7 +87,7 @@ def _count(part: _Part, after: _Part) -> int:
     On two schedules one timestep has two levels, and the leg that has the higher one would make a
     needless small step from there: a leg of a grid stops above the next one's timestep too.
     """
-    count = _above(part.grid, after.grid.sigmas[0])
+    count = part.grid.above(after.grid.sigmas[0])
     if part.leg.steps is None or _free(part.leg) or part.schedule == after.schedule:
         return count
     if type(part.schedule) is not type(after.schedule):  # timesteps of two kinds say nothing
@@ -191,7 +186,7 @@ def _repairs(part: _Part, following: _Part) -> Iterator[tuple[Leg, Leg]]:
     for tail, grid in tails:
         yield leg, tail
         for head in (part.grid, top):
-            count = _above(head, grid.sigmas[0])
+            count = head.above(grid.sigmas[0])
             if count:
                 yield _explicit(leg, head, count), tail
 
@@ -200,7 +195,7 @@ def _trimmed(parts: Sequence[_Part]) -> Sequence[Leg]:
     """From the last leg up, keep of each what lies above the leg after it: that always joins."""
     kept, start = [parts[-1].leg], parts[-1].grid.sigmas[0]
     for part in reversed(parts[:-1]):
-        count = _above(part.grid, start)
+        count = part.grid.above(start)
         if count:
             kept.insert(0, _explicit(part.leg, part.grid, count))
             start = part.grid.sigmas[0]

@@ -12,14 +12,10 @@ from typing import Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
-from headstart.plan.spacing import Process, Spacing, real, whole_number
+from headstart.plan.spacing import SLACK, Process, Spacing, real, whole_number
 from headstart.plan.update import Update
 
 Until = float | Literal["next"] | None
-
-SLACK = 1e-6
-"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
-
 
 PRINTED = 5e-3
 """A level copied from a printed table, with three digits, is the level that was printed."""
@@ -34,6 +30,10 @@ class Grid(NamedTuple):
     def __str__(self) -> str:
         times = " ".join(f"{t:g}" for t in self.timesteps)
         return f"timesteps {times} | sigmas {' '.join(f'{s:.4f}' for s in self.sigmas)}"
+
+    def above(self, level: float, slack: float = SLACK) -> int:
+        """How many points lie above a level; relatively closer than `slack` is the level itself."""
+        return sum(sigma > level * (1 + slack) for sigma in self.sigmas)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -111,7 +111,7 @@ class Leg:
             )
         if self.below is None:
             return found
-        above = sum(sigma > self.below * (1 + PRINTED) for sigma in found.sigmas)
+        above = found.above(self.below, PRINTED)
         if above == len(found.sigmas):
             lower = found.sigmas[1:] or found.sigmas
             raise PlanError(

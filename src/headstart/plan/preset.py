@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple, NoReturn, cast, get_args
 import numpy as np
 
 from headstart.errors import PlanError
-from headstart.plan.leg import PRINTED, SLACK, Grid, Leg
+from headstart.plan.leg import PRINTED, Grid, Leg
 from headstart.plan.pair import Floats, Pair
 from headstart.plan.pairs import PAIRS
 from headstart.plan.plan import Plan
@@ -21,7 +21,7 @@ from headstart.plan.schedule import (
     grid,
     whole_number,
 )
-from headstart.plan.spacing import real
+from headstart.plan.spacing import SLACK, real
 
 Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
 
@@ -187,24 +187,23 @@ def _usual_k(pair: Pair, request: Request, steps: int) -> int:
     """
     if pair.handoff is None or request.mode not in ("hybrid", "skip-first"):
         return 1
-    return min(max(1, _above(pair, steps, pair.handoff)), max(1, steps - 1))
-
-
-def _above(pair: Pair, steps: int, level: float) -> int:
-    """How many steps of the distilled model start above a level."""
-    return sum(sigma > level * (1 + PRINTED) for sigma in pair.grid(steps).sigmas)
+    return min(max(1, pair.grid(steps).above(pair.handoff, PRINTED)), max(1, steps - 1))
 
 
 def _legs_by_level(pair: Pair, request: Request, steps: int, level: float) -> tuple[Leg, ...]:
     distilled = replace(pair.distilled(steps), below=level)
     if request.mode == "skip-first":
         return (distilled,)
+    usual = max(1, pair.grid(steps).above(level, PRINTED))
+    return _down_to_the_next(pair, request, pair.spacing, usual), distilled
+
+
+def _down_to_the_next(pair: Pair, request: Request, spacing: Spacing, usual: int) -> Leg:
+    """The base to where the next leg starts: on its own n-step grid, or in k even steps."""
     if request.n is not None:
-        base = replace(pair.base_leg(request.n, pair.spacing), until="next")
-        return base, distilled
-    k = max(1, _above(pair, steps, level)) if request.k is None else request.k
-    whole_number("k", k, 1, TRAIN_STEPS)
-    return replace(pair.base_leg(k, Spacing.EVEN), until="next"), distilled
+        return replace(pair.base_leg(request.n, spacing), until="next")
+    k = whole_number("k", usual if request.k is None else request.k, 1, TRAIN_STEPS)
+    return replace(pair.base_leg(k, Spacing.EVEN), until="next")
 
 
 def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
@@ -222,10 +221,7 @@ def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
             f"k={request.k} and n={request.n} both say in how many steps the base comes down to "
             "the one step of the distilled model: give one"
         )
-    if request.n is not None:
-        return replace(pair.base_leg(request.n, Spacing.TRAILING), until="next"), distilled
-    k = 1 if request.k is None else whole_number("k", request.k, 1, TRAIN_STEPS)
-    return replace(pair.base_leg(k, Spacing.EVEN), until="next"), distilled
+    return _down_to_the_next(pair, request, Spacing.TRAILING, 1), distilled
 
 
 def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:

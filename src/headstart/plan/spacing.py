@@ -24,6 +24,8 @@ else:
 Interpolation = Literal["linear", "log"]
 
 TRAIN_STEPS = 1000
+SLACK = 1e-6
+"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
 
 
 class Points(NamedTuple):
