@@ -34,8 +34,10 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
+from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
-from headstart.adapters.slots import Host
+from headstart.adapters.file import layer_shapes
+from headstart.adapters.slots import Slots
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 SD15 = UNetParams(
@@ -103,7 +105,7 @@ def _parse() -> argparse.Namespace:
 
 
 def _deltas(
-    host: Host, parts: tuple[str, ...], rank: int, dtype: torch.dtype = torch.float32
+    network: nn.Module, parts: tuple[str, ...], rank: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, LowRank]:
     return {
         path: LowRank(
@@ -111,8 +113,8 @@ def _deltas(
             torch.randn(shape[0], rank).mul_(0.02).to(dtype),
             1.0 / rank,
         )
-        for path, shape in host.shapes.items()
-        if any(part in path for part in parts)
+        for path, shape in layer_shapes(network).items()
+        if len(shape) > 1 and any(part in path for part in parts)
     }
 
 
@@ -131,8 +133,9 @@ def _written(deltas: Mapping[str, LowRank], path: Path) -> Path:
 def _bits() -> dict[str, bool]:
     engine = hs.Engine.demo(device="cpu")
     with tempfile.TemporaryDirectory() as folder:
-        host = Host(_network(engine))
-        path = _written(_deltas(host, (".attn",), 4), Path(folder) / "slider.safetensors")
+        path = _written(
+            _deltas(_network(engine), (".attn",), 4), Path(folder) / "slider.safetensors"
+        )
         before = _digest(engine)
         engine.attach(path)
         zero, one = (_digest(engine, {"slider": value}) for value in (0.0, 1.0))
@@ -162,16 +165,16 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
         steered = UNet(SD15)
     steered.load_state_dict(plain.state_dict(), assign=True)
     steered.requires_grad_(False).eval()
-    host = Host(steered)
-    deltas = _deltas(host, (".attn",), 4)
-    host.put("slider", deltas)
-    host.columns = ("slider",)
+    deltas = _deltas(steered, (".attn",), 4)
+    slider = beside(steered, "slider", deltas)
     x, context = torch.randn(1, 4, latent, latent), torch.randn(1, 77, 768)
 
     def step(unet: UNet, strength: float | None) -> Tensor:
         strengths = None if strength is None else torch.full((1, 1), strength)
+        adapters = None if strengths is None else slider
+        cond = hs.Conditioning(context, strengths=strengths, adapters=adapters)
         with torch.inference_mode():
-            return unet(x, torch.tensor([500]), hs.Conditioning(context, strengths=strengths))
+            return unet(x, torch.tensor([500]), cond)
 
     same = torch.equal(step(plain, None), step(steered, 0.0))
     runs: tuple[tuple[UNet, float | None], ...] = ((plain, None), (steered, 0.0), (steered, 1.0))
@@ -203,8 +206,8 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             shown = torch.zeros(1, dtype=dtype).expand(layer.weight.shape)
             layer.weight = nn.Parameter(shown, requires_grad=False)
-    adapters, host = AdapterSet({"base": unet}, ()), Host(unet)
-    pair = [_deltas(host, KOHYA_SDXL, RANK, torch.float16) for _ in range(2)]
+    adapters = AdapterSet({"base": unet}, ())
+    pair = [_deltas(unet, KOHYA_SDXL, RANK, torch.float16) for _ in range(2)]
     numbers = sum(d.down.numel() + d.up.numel() for d in pair[0].values())
     there, here = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=torch.float16)
     turn = [0]
@@ -217,11 +220,12 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         files = [_written(deltas, Path(folder) / f"{i}.safetensors") for i, deltas in
                  enumerate(pair)]  # fmt: skip
         adapters.attach(files[0], name="lora")
-        epoch = adapters.epoch
+        (slots,) = adapters.look().parts(unet)
+        where = [buffer.data_ptr() for buffer in slots.buffers()]
         taken = harness.interleaved(
             {
                 "one copy": lambda: there.copy_(here),
-                "swap": lambda: _put(adapters, pair[other()]),
+                "swap": lambda: _put(adapters.look(), unet, pair[other()]),
                 "attach": lambda: adapters.attach(files[other()], name="lora", replace=True),
             },
             max(rounds, 7),
@@ -233,7 +237,7 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
             name: {key: round(1e3 * value, 1) for key, value in spread.items()}
             for name, spread in taken.items()
         },
-        "buffers moved": adapters.epoch != epoch,
+        "buffers moved": where != _buffers(adapters.look(), unet),
     }
 
 
@@ -245,13 +249,13 @@ def _memory() -> dict[str, Any]:
     for tensor in unet.state_dict().values():
         tensor.zero_()
     alone = _resident_kib()
-    adapters, host = AdapterSet({"base": unet}, ()), Host(unet)
+    adapters = AdapterSet({"base": unet}, ())
     with tempfile.TemporaryDirectory() as folder:
         file = _written(
-            _deltas(host, KOHYA_SDXL, RANK, torch.float16), Path(folder) / "lora.safetensors"
+            _deltas(unet, KOHYA_SDXL, RANK, torch.float16), Path(folder) / "lora.safetensors"
         )
         adapters.attach(file, name="lora")
-    slots = sum(buffer.nbytes for buffer in unet.buffers())
+    slots = sum(b.nbytes for part in adapters.look().parts(unet) for b in part.buffers())
     return {
         "unet_kib": alone - before,
         "slots_kib": slots // 1024,
@@ -259,9 +263,14 @@ def _memory() -> dict[str, Any]:
     }
 
 
-def _put(adapters: AdapterSet, deltas: Mapping[str, LowRank]) -> None:
-    (host,) = adapters["lora"].hosts
-    host.put("lora", deltas)
+def _put(attached: Attached, network: nn.Module, deltas: Mapping[str, LowRank]) -> None:
+    (slots,) = attached.parts(network)
+    assert isinstance(slots, Slots)
+    slots.fill(deltas)
+
+
+def _buffers(attached: Attached, network: nn.Module) -> list[int]:
+    return [b.data_ptr() for part in attached.parts(network) for b in part.buffers()]
 
 
 def _memory_folder() -> str | None:
@@ -272,21 +281,21 @@ def _memory_folder() -> str | None:
 def _growth(swaps: int) -> dict[str, Any]:
     """Resident memory, now and at its peak, after 100 swaps and after all of them."""
     engine = hs.Engine.demo(device="cpu")
-    host = Host(_network(engine))
+    network = _network(engine)
     resident: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         files = [
-            _written(_deltas(host, (".attn",), rank), Path(folder) / f"{rank}.safetensors")
+            _written(_deltas(network, (".attn",), rank), Path(folder) / f"{rank}.safetensors")
             for rank in (4, 2)
         ]
         engine.attach(files[0], name="lora")
-        pointers = [buffer.data_ptr() for buffer in _network(engine).buffers()]
+        pointers = _buffers(engine.adapters.look(), network)
         for number in range(1, swaps + 1):
             engine.attach(files[number % 2], name="lora", replace=True)
             if number in (100, swaps):
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 resident.append((_resident_kib(), peak))
-    same = pointers == [buffer.data_ptr() for buffer in _network(engine).buffers()]
+    same = pointers == _buffers(engine.adapters.look(), network)
     (now, peak), (later, last) = resident[0], resident[-1]
     return {
         "swaps": swaps,

@@ -144,16 +144,16 @@ MUTATIONS = (
     ),
     Mutation(
         "look at strengths while capturing",
-        "src/headstart/adapters/slots.py",
+        "src/headstart/adapters/host.py",
         'if strengths.device.type != "cpu" or is_capturing():',
         'if strengths.device.type != "cpu":',
         (f"{ADAPTER_TEST}::test_a_strength_is_a_copy_also_one_for_each_sample",),
     ),
     Mutation(
         "forget which column is whose",
-        "src/headstart/adapters/slots.py",
-        '        object.__setattr__(self.module, "graph_state", names or None)\n',
-        "",
+        "src/headstart/runner/graph.py",
+        "key = setting(), None if adapters is None else adapters.columns\n",
+        "key = setting()\n",
         (f"{ADAPTER_TEST}::test_a_column_that_became_another_adapters_is_captured_anew",),
     ),
     Mutation(
@@ -173,7 +173,7 @@ MUTATIONS = (
     Mutation(
         "do not look at hooks",
         BOUND,
-        "return [*found, *(number for table in hooks for number in table)]",
+        "return [*found, *numbers]",
         "return found",
         (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[hooked]",),
     ),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.names import Network
@@ -118,3 +118,27 @@ def one(**replaced: Tensor | None) -> Tensors:
     }  # fmt: skip
     parts |= {name.replace("__", "."): tensor for name, tensor in replaced.items()}
     return {f"{flat(ATTENTION[0])}.{n}": t for n, t in parts.items() if t is not None}
+
+
+def layers_of(network: nn.Module, part: str) -> dict[str, nn.Linear | nn.Conv2d]:
+    found: dict[str, nn.Linear | nn.Conv2d] = {}
+    for path, layer in network.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) and part in path:
+            found[path] = layer
+    return found
+
+
+def random_lora(
+    network: nn.Module, part: str = "attn", rank: int = 4, seed: int = 0, size: float = 0.05
+) -> dict[str, Tensor]:
+    """kohya keys with diffusers names; alpha is half the rank, so the scale is 1/2."""
+    draw = torch.Generator().manual_seed(seed)
+    tensors: dict[str, Tensor] = {}
+    for path, layer in layers_of(network, part).items():
+        name, weight = "lora_unet_" + path.replace(".", "_"), layer.weight
+        down = size * torch.randn(rank, *weight.shape[1:], generator=draw)
+        up = size * torch.randn(len(weight), rank, generator=draw)
+        tensors[f"{name}.lora_down.weight"] = down
+        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
+        tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
+    return tensors

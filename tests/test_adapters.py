@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_samples import layers_of, random_lora
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
 import headstart_weights
-from headstart.adapters.slots import Host
 from headstart.adapters.strength import Strength
 
 pytestmark = pytest.mark.skipif(
@@ -37,30 +37,6 @@ def engine(shared_engine: hs.Engine) -> Iterator[hs.Engine]:
     yield shared_engine
     for name in [held.name for held in shared_engine.adapters]:
         shared_engine.detach(name)
-
-
-def layers_of(network: nn.Module, part: str) -> dict[str, nn.Linear | nn.Conv2d]:
-    found: dict[str, nn.Linear | nn.Conv2d] = {}
-    for path, layer in network.named_modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d) and part in path:
-            found[path] = layer
-    return found
-
-
-def random_lora(
-    network: nn.Module, part: str = "attn", rank: int = 4, seed: int = 0, size: float = 0.05
-) -> dict[str, Tensor]:
-    """kohya keys with diffusers names; alpha is half the rank, so the scale is 1/2."""
-    draw = torch.Generator().manual_seed(seed)
-    tensors: dict[str, Tensor] = {}
-    for path, layer in layers_of(network, part).items():
-        name, weight = "lora_unet_" + path.replace(".", "_"), layer.weight
-        down = size * torch.randn(rank, *weight.shape[1:], generator=draw)
-        up = size * torch.randn(len(weight), rank, generator=draw)
-        tensors[f"{name}.lora_down.weight"] = down
-        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
-        tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
-    return tensors
 
 
 @pytest.fixture
@@ -298,18 +274,23 @@ def test_swapping_a_smaller_adapter_moves_no_buffer(engine: hs.Engine, make: Mak
     alone = digest(engine.sample("a fox", seeds=SEEDS))
     engine.detach("age")
     engine.attach(make(rank=4), name="age")
-    networks = list(engine.denoisers.values())
-    pointers = [b.data_ptr() for n in networks for b in n.buffers()]  # type: ignore[attr-defined]
-    epoch = engine.adapters.epoch
+    pointers = buffers(engine)
     assert pointers
     report = engine.attach(small, name="age", replace=True)
     assert report.in_place
-    assert engine.adapters.epoch == epoch
-    assert pointers == [b.data_ptr() for n in networks for b in n.buffers()]  # type: ignore[attr-defined]
+    assert pointers == buffers(engine)
     assert _close(engine.sample("a fox", seeds=SEEDS), alone, engine, small)
+    before, pointers = engine.adapters.look(), buffers(engine)  # kept: memory is used again
     grown = engine.attach(make("large", rank=8), name="age", replace=True)
     assert not grown.in_place
-    assert engine.adapters.epoch > epoch
+    assert before != engine.adapters.look() and not set(buffers(engine)) & set(pointers)
+
+
+def buffers(engine: hs.Engine) -> list[int]:
+    """Where the tensors of attached adapters are."""
+    now = engine.adapters.now()
+    parts = [part for network in engine.denoisers.values() for part in now.parts(network)]
+    return [b.data_ptr() for part in parts for b in part.buffers()]
 
 
 def _close(done: hs.Trajectory, alone: str, engine: hs.Engine, small: Path) -> bool:
@@ -375,7 +356,7 @@ def test_a_text_part_acts_with_its_own_strength_on_each_image(
     assert torch.equal(cond.context[0], plain[0])
     assert not torch.allclose(cond.context[1], plain[0], atol=1e-3)
     assert not torch.allclose(uncond.context[1], uncond.context[2], atol=1e-3)
-    with engine.adapters.acting(torch.ones(1, 1)):
+    with engine.adapters.now().acting(torch.ones(1, 1)):
         alone = engine.text.encode(["a fox"]).context[0]
     assert (cond.context[1] - alone).norm() <= 1e-5 * alone.norm()
     engine.detach("words")
@@ -432,6 +413,13 @@ def dense(network: nn.Module, size: float = 0.05) -> dict[str, Tensor]:
     return tensors
 
 
+def merged_weights(engine: hs.Engine, model: str) -> dict[str, Tensor]:
+    """Layer -> what it runs on, of the layers that run on a sum."""
+    network, merged = engine.denoisers[model], engine.adapters.now().merged
+    sums = next(sums for host, sums in merged.items() if host.module is network)
+    return {path: own.weight for path, own in sums.by_path.items()}
+
+
 def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
     engine: hs.Engine, make: Make
 ) -> None:
@@ -441,7 +429,7 @@ def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
     tensors = dense(network)
     report = engine.attach(make("hada", tensors), strength=0.7)
     assert not report.live
-    for path, layer in layers_of(network, "attn2").items():
+    for path in layers_of(network, "attn2"):
         part = {k: v.double() for k, v in tensors.items() if path.replace(".", "_") in k}
         side = [
             next(v for k, v in part.items() if k.endswith(f"hada_w{n}_a"))
@@ -449,7 +437,8 @@ def test_what_has_no_low_rank_path_is_merged_and_leaves_the_very_same_tensors(
             for n in (1, 2)
         ]
         expected = kept[f"{path}.weight"][1].double() + 0.7 * side[0] * side[1]
-        assert (layer.weight - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
+        summed = merged_weights(engine, "distilled")[path]
+        assert (summed - expected).abs().max() <= 4 * 2**-24 * expected.abs().max()
     changed = digest(engine.sample("a fox", seeds=SEEDS))
     assert changed != before
     engine.adapters["hada"].strength = 0.0
@@ -588,4 +577,3 @@ def test_state_dicts_do_not_know_of_adapters(engine: hs.Engine, make: Make) -> N
     names = list(network.state_dict())
     engine.attach(make())
     assert list(network.state_dict()) == names
-    assert isinstance(Host(network).layers, dict)

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from headstart.adapters.attached import AdapterReport as AdapterReport
+    from headstart.adapters.report import AdapterReport as AdapterReport
     from headstart.adapters.strength import Strength as Strength
     from headstart.batch import Batch as Batch
     from headstart.call import Call as Call
@@ -53,7 +53,7 @@ __version__ = "0.1.0"
 # neither torch nor numpy and `headstart plan` answers at once.
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
-    "AdapterReport": "headstart.adapters.attached",
+    "AdapterReport": "headstart.adapters.report",
     "Batch": "headstart.batch",
     "Branch": "headstart.traces.branches",
     "CaptureError": "headstart.errors",

@@ -14,6 +14,22 @@ from headstart.errors import InputError
 _EXTRA = "extra."
 
 
+class Adapters(Protocol):
+    """Adapters as they were at one moment, for as long as somebody has them.
+
+    columns  their names, in the order of `Conditioning.strengths`; changes: what they change
+    parts    the modules whose tensors a call of `network` reads then, besides its own
+    """
+
+    @property
+    def columns(self) -> tuple[str, ...]: ...
+
+    @property
+    def changes(self) -> object: ...
+
+    def parts(self, network: object, /) -> tuple[object, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Conditioning:
     """What a network is told besides the latent; every tensor has the batch first.
@@ -23,6 +39,8 @@ class Conditioning:
     time_ids            [B, 6]     original size, crop, target size in pixels (SDXL), or None
     guidance_embedding  [B, E]     embedded guidance (LCM-distilled networks), or None
     strengths           [B, A]     float32, of the adapters attached to the network, or None
+    adapters            whose strengths these are, `engine.adapters.now()`: they act whatever is
+                        attached or detached meanwhile. None: those attached at the time of a call
     extra               name -> [B, ...], what else a network of yours reads, such as a mask of the
                         text or the image's tokens: moved, sliced and stacked with the rest
     """
@@ -32,6 +50,7 @@ class Conditioning:
     time_ids: Tensor | None = None
     guidance_embedding: Tensor | None = None
     strengths: Tensor | None = None
+    adapters: Adapters | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
     def __post_init__(self) -> None:
@@ -57,11 +76,11 @@ class Conditioning:
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Conditioning:
+    def of(cls, tensors: Mapping[str, Tensor], adapters: Adapters | None = None) -> Conditioning:
         """What `tensors` gives, put together again."""
         own = {name: tensor for name, tensor in tensors.items() if name in _FIELDS}
         extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
-        return cls(**own, extra=extra)
+        return cls(**own, adapters=adapters, extra=extra)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
         """Move every tensor; `time_ids`, `strengths` and whole numbers keep their dtype: they are
@@ -70,7 +89,7 @@ class Conditioning:
         for name, tensor in self.tensors.items():
             number = name in ("time_ids", "strengths") or not tensor.is_floating_point()
             moved[name] = tensor.to(device=device, dtype=None if number else dtype)
-        return Conditioning.of(moved)
+        return Conditioning.of(moved, self.adapters)
 
     def expand(self, batch: int) -> Conditioning:
         """Repeat a single conditioning for `batch` samples; a full batch is returned as it is."""
@@ -96,10 +115,21 @@ class Conditioning:
                     "give it to all of them or to none"
                 )
             stacked[name] = torch.cat(present)
-        return Conditioning.of(stacked)
+        return Conditioning.of(stacked, _of_all(parts))
 
     def _map(self, change: _TensorMap) -> Conditioning:
-        return Conditioning.of({name: change(tensor) for name, tensor in self.tensors.items()})
+        changed = {name: change(tensor) for name, tensor in self.tensors.items()}
+        return Conditioning.of(changed, self.adapters)
+
+
+def _of_all(parts: Sequence[Conditioning]) -> Adapters | None:
+    named = [part.adapters for part in parts if part.adapters is not None]
+    if any(other != named[0] for other in named):
+        raise InputError(
+            "conditionings of one call have different adapters: give all of them those of one "
+            "moment, engine.adapters.now()"
+        )
+    return named[0] if named else None
 
 
 _FIELDS = ("context", "pooled", "time_ids", "guidance_embedding", "strengths")

@@ -120,24 +120,40 @@ def test_a_column_that_became_another_adapters_is_captured_anew(stand: Stand, ma
     assert torch.equal(run(stand, told(stand, (1.0, 0.0))), one)
 
 
-def test_an_adapter_that_is_merged_changes_its_strength_in_place(stand: Stand) -> None:
-    """W' = W + strength*change, as for forms that no low-rank path computes."""
-    from headstart.adapters.delta import LowRank
+@pytest.fixture
+def full(tmp_path: Path) -> Callable[[nn.Module], Path]:
+    """full(network) -> a file with a difference of one whole weight."""
 
+    def write(network: nn.Module) -> Path:
+        layer = "mid_block.attentions.0.proj_in"
+        weight: Any = network.get_submodule(layer).weight
+        key = f"lora_unet_{layer.replace('.', '_')}.diff"
+        save_file({key: 0.1 * torch.ones(weight.shape)}, tmp_path / "full.safetensors")
+        return tmp_path / "full.safetensors"
+
+    return write
+
+
+def test_an_adapter_that_is_merged_changes_its_strength_in_place(
+    stand: Stand, full: Callable[[nn.Module], Path]
+) -> None:
+    """W' = W + strength*change, as for forms that no low-rank path computes."""
     held, network = adapters(stand), stand.denoisers["base"]
-    host = held._models["base"]
-    layer = "mid_block.attentions.0.proj_in"
-    wide = host.shapes[layer]
-    delta = LowRank(torch.ones(1, wide[1]), torch.ones(wide[0], 1), 0.1)
     plain = run(stand, stand.words(1))
-    host.merge("age", {layer: delta}, 1.0)
+    held.attach(full(network))
     one = run(stand, stand.words(1))
     assert stand.site.captures == 2, "the weight is a sum now, in memory of its own"
-    host.merge_again("age", 3.0)
-    assert not torch.equal(run(stand, stand.words(1)), one) and stand.site.captures == 2
-    host.remove("age")
+    held["full"].strength = 3.0
+    three = run(stand, stand.words(1))
+    assert not torch.equal(three, one) and stand.site.captures == 2
+    kept = held.now()
+    held["full"].strength = 1.0
+    assert torch.equal(run(stand, replace(stand.words(1), adapters=kept)), three)
+    assert stand.site.captures == 2, "who has the sum at 3 still finds its graph"
+    assert torch.equal(run(stand, stand.words(1)), one)
+    assert stand.site.captures == 3, "and the sum at 1 is elsewhere as long as that is so"
+    held.detach("full")
     assert torch.equal(run(stand, stand.words(1)), plain)
-    assert network.get_submodule(layer).weight.shape == wide
 
 
 def test_a_whole_run_takes_strengths_of_every_row_and_sample(stand: Stand, make: Make) -> None:

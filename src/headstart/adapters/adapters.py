@@ -1,41 +1,57 @@
 """Adapters on both models of an engine at once, with strengths that are numbers at run time.
 
 attach(file) -> a low-rank change in slots (`slots`): strength a row, a sample, an adapter
-             -> any other change merged from the pristine weights: one strength for all
+             -> any other change merged from the pristine weights (`merged`): one strength for all
+
+A change makes the adapters of the next moment aside, and then names them in one assignment. So runs
+go on with those that they began with, and an interrupt leaves things as they were.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
-import torch
 from torch import Tensor, nn
 
-import headstart_weights
-from headstart.adapters.attached import Adapter, AdapterReport, report_of
+from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
 from headstart.adapters.delta import Delta, Dense, LowRank
 from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
 from headstart.adapters.group import Grouping
-from headstart.adapters.slots import Host, acting
+from headstart.adapters.host import Host
+from headstart.adapters.merged import Merged, Sums
+from headstart.adapters.present import Present
+from headstart.adapters.report import AdapterReport, report_of
+from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
-from headstart.checkpoint.tensors import Checkpoint
-from headstart.errors import AdapterError, InputError
+from headstart.errors import AdapterError
 from headstart.plan.table import StepTable
 
-ROLE = "adapter:"
-"""What the role of an adapter's file starts with in a record; its name follows."""
-Asking = Mapping[str, Asked] | Sequence[str] | None
-"""Strengths by name for one run, or the names of those that act in it; None: all, as attached."""
-Deltas = Mapping[str, Delta]
+
+@final
+class Adapter:
+    """One attached adapter. Its strength may be set at any time, and holds from the next run on."""
+
+    __slots__ = ("_adapters", "name", "report")
+
+    def __init__(self, adapters: AdapterSet, name: str, report: AdapterReport) -> None:
+        self._adapters, self.name, self.report = adapters, name, report
+
+    @property
+    def strength(self) -> Strength:
+        return self._adapters.look()[self.name].strength
+
+    @strength.setter
+    def strength(self, asked: Asked) -> None:
+        self._adapters.set(self.name, asked)
 
 
 @final
 class AdapterSet:
-    """The adapters of an engine, by name. Attach and detach between runs, not during one.
+    """The adapters of an engine, by name. They may come and go while runs are under way.
 
     models  "base" and "distilled" -> network; both names may mean one network, of which the
             distilled model is a strength
@@ -43,46 +59,46 @@ class AdapterSet:
     """
 
     def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module]) -> None:
-        shared: dict[int, Host] = {}
-        self._models = {
-            name: shared.setdefault(id(network), Host(network))
-            for name, network in models.items()
-            if isinstance(network, nn.Module)
-        }
+        networks = {n: model for n, model in models.items() if isinstance(model, nn.Module)}
+        self._present = present = Present(networks)
+        shared = {net: present.host(Host(net, present.look)) for net in networks.values()}
+        self._models = {name: shared[network] for name, network in networks.items()}
         self._texts = {
-            name: Host(tower, conditioned=False)
+            name: present.host(Host(tower, present.look, conditioned=False))
             for name, tower in zip(("text", "text_2"), towers, strict=False)
         }
-        self._held: dict[str, Adapter] = {}
         self._matches: dict[str, tuple[Grouping, Match]] = {}
+        self._changing = threading.RLock()  # one change at a time; runs do not wait for it
 
     def __iter__(self) -> Iterator[Adapter]:
-        return iter(self._held.values())
+        return (Adapter(self, held.name, held.report) for held in self.look())
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self.look().held)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._held
+        return name in self.look().held
 
     def __getitem__(self, name: str) -> Adapter:
-        if name not in self._held:
-            raise InputError(
-                f"no adapter {name!r} is attached: attached are "
-                f"{', '.join(map(repr, self._held)) or 'none'}"
-            )
-        return self._held[name]
+        return Adapter(self, name, self.look()[name].report)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The adapters with live strengths: the last axis of `strengths`. Sorted, so that neither
-        columns nor sums depend on the order of attaching."""
-        return tuple(name for name, held in self._held.items() if held.report.live)
+        """The adapters with live strengths: the last axis of `strengths`."""
+        return self.look().columns
 
-    @property
-    def epoch(self) -> int:
-        """Grows when a buffer or a weight moves; graphs captured at another epoch are stale."""
-        return sum(host.epoch for host in self._hosts())
+    def now(self) -> Attached:
+        """The adapters of this moment. A run whose `Conditioning.adapters` they are goes on with
+        them whatever is attached, detached or swapped; an engine's runs do."""
+        return self._present.now()
+
+    def look(self) -> Attached:
+        """The adapters of this moment, for a look: a swap may write into their buffers."""
+        return self._present.look()
+
+    def strengths(self, table: StepTable, batch: int, asked: Asking = None) -> Tensor | None:
+        """Of the adapters of this moment: see `Attached.strengths`."""
+        return self.look().strengths(table, batch, asked)
 
     def attach(
         self,
@@ -112,78 +128,48 @@ class AdapterSet:
     ) -> AdapterReport:
         """Attach a file whose header has been read; nothing is changed where it does not fit."""
         asked = as_strength(strength)
-        if not name or (name in self._held and not replace):
-            raise AdapterError(
-                f"an adapter named {name!r} is attached already: detach it, give another name=, or "
-                "replace=True to swap it"
+        with self._changing:
+            if not name or (name in self and not replace):
+                raise AdapterError(
+                    f"an adapter named {name!r} is attached already: detach it, give another "
+                    "name=, or replace=True to swap it"
+                )
+            check_acts(name, to, asked, tuple(self._models))
+            resolved = self._resolve(file, to, tuple(allow))
+            deltas = self._deltas(resolved)
+            live = all(isinstance(d, LowRank) for own in deltas.values() for d in own.values())
+            held = Held(
+                report=report_of(name, file, resolved, live),
+                to=to,
+                allow=tuple(allow),
+                texts=any(host in deltas for host in self._texts.values()),
+                deltas={} if live else deltas,
+                strength=asked,
             )
-        self._check_acts(name, to, asked)
-        resolved = self._resolve(file, to, tuple(allow))
-        deltas = self._deltas(resolved)
-        live = all(isinstance(d, LowRank) for parts in deltas.values() for d in parts.values())
-        old = self._held.get(name)
-        fits = old is not None and old.report.live and live and old.to == to
-        fits = fits and all(host.fits(name, parts) for host, parts in deltas.items())
-        report = report_of(name, file, resolved, live, fits)
-        texts = any(host in deltas for host in self._texts.values())
-        adapter = Adapter(report, to, tuple(allow), texts)
-        if not live:
-            self._check_merged(adapter, asked)
-        if old is not None and not fits:
-            self.detach(name)
-        self._apply(adapter, deltas, asked)
-        return report
+            if not live:
+                self._check_merged(held)
+            return self._hold(held, deltas)
+
+    def set(self, name: str, strength: Asked) -> None:
+        """Set the strength of an attached adapter, from the next run on."""
+        with self._changing:
+            before = self.look()
+            held = before[name].at(strength)
+            if held.report.live:
+                self._present.become(changed(before, held={**before.held, name: held}))
+            else:
+                self._hold(held, held.deltas)
 
     def detach(self, name: str) -> None:
-        """Take an adapter out; with the last one, the networks are to the bit what they were."""
-        adapter = self[name]
-        for host in adapter.hosts:
-            host.remove(name)
-        del self._held[name]
-        self._set_columns()
-
-    def strengths(self, table: StepTable, batch: int, asked: Asking = None) -> Tensor | None:
-        """[rows, batch, adapters] float32 for `headstart.sample`; None where none is live.
-
-        strength = the plan's column (1 where it has none) * what was asked for, or attached with;
-        0 on rows of models that the adapter is not attached to. Raises InputError for a name that
-        is not attached, also in the plan, and for counts that are not the run's.
-        """
-        acts = self.acts(asked)
-        self._check_plan(table)
-        grids = [self._grid(name, acts[name], table, batch) for name in self.columns]
-        return torch.as_tensor(np.stack(grids, axis=-1)) if grids else None
-
-    def acts(self, asked: Asking = None) -> dict[str, Strength]:
-        """Every attached adapter -> its strength in a run that asks for `asked`."""
-        if asked is None:
-            given: dict[str, Asked] = {}
-        elif isinstance(asked, Mapping):
-            given = dict(asked)
-        else:
-            names = [asked] if isinstance(asked, str) else list(asked)
-            given = {name: self[name].strength for name in names}
-            given |= {name: 0.0 for name in self._held if name not in given}
-        for name in given:
-            self[name]
-        acts = {name: held.for_run(given.get(name)) for name, held in self._held.items()}
-        for name, strength in acts.items():
-            self._check_acts(name, self[name].to, strength)
-        return acts
-
-    def text_strengths(self, batch: int, acts: Mapping[str, Strength]) -> Tensor | None:
-        """[batch, adapters] for the text encoders; None where no live adapter changes them."""
-        if not any(self._held[name].texts for name in self.columns):
-            return None
-        columns = [
-            acts[name].for_text(name, batch) if self._held[name].texts else np.zeros(batch)
-            for name in self.columns
-        ]
-        return torch.as_tensor(np.stack(columns, axis=-1).astype(np.float32))
-
-    def acting(self, strengths: Tensor | None) -> AbstractContextManager[None]:
-        """Text encoders called inside have these strengths [texts, adapters]."""
-        return acting(self.columns, strengths)
+        """Take an adapter out; with the last one, the networks are to the bit what they were. Runs
+        that began with it go on with it."""
+        with self._changing:
+            before = self.look()
+            before[name]
+            held = {other: own for other, own in before.held.items() if other != name}
+            slots = _without(before.slots, name)
+            self._present.become(self._moment(before, held, slots))
+            self._present.unhook()
 
     def attach_distilled(self, path: str | Path, name: str = "distilled-lora") -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
@@ -191,7 +177,7 @@ class AdapterSet:
         Raises AdapterError for one that also changes the text, which both models share.
         """
         report = self.attach(path, Strength(models=("distilled",)), name=name)
-        if self[name].texts:
+        if self.look()[name].texts:
             self.detach(name)
             raise AdapterError(
                 f"{path}: expected a distilled model's LoRA, which changes the UNet alone; this "
@@ -199,35 +185,64 @@ class AdapterSet:
             )
         return report
 
-    def describe(self, acts: Mapping[str, Strength]) -> dict[str, dict[str, Any]]:
-        """What the record says of each adapter in a run, beside its file."""
-        return {
-            name: {"to": self[name].to, "allow": self[name].allow, "strength": strength.to_json()}
-            for name, strength in acts.items()
-        }
+    def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:
+        """Name the moment in which `held` is attached, with what it changes."""
+        before, name = self.look(), held.name
+        try:
+            slots = _without(before.slots, name)
+            if held.report.live:
+                slots[name] = self._room(before, held, deltas)
+                in_place = slots[name] is before.slots.get(name)
+                held = changed(held, report=changed(held.report, in_place=in_place))
+            following = dict(sorted({**before.held, name: held}.items()))
+            self._present.become(self._moment(before, following, slots))
+        except BaseException:  # an interrupt, too, leaves things as they were
+            self._present.unhook()
+            raise
+        return held.report
 
-    def recorded(self, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Strength]:
-        """The strengths of a record. Raises InputError where an adapter is on other models."""
-        for name, told in described.items():
-            if list(told["to"]) != list(self[name].to):
-                raise InputError(
-                    f"the record has adapter {name!r} on {list(told['to'])}, this engine on "
-                    f"{list(self[name].to)}: attach it with to={list(told['to'])}"
-                )
-        return {name: Strength(**told["strength"]) for name, told in described.items()}
+    def _room(
+        self, before: Attached, held: Held, deltas: Mapping[Host, Deltas]
+    ) -> Mapping[Host, Slots]:
+        """The changes in slots: those that are there, where they fit and no run has them."""
+        room, old = before.slots.get(held.name, {}), before.held.get(held.name)
+        fits = old is not None and old.to == held.to
+        fits = fits and all(host in room and room[host].fits(d) for host, d in deltas.items())
+        if fits and self._present.set_aside(room.values()):
+            for host, part in room.items():  # and nothing of what was there stays
+                part.fill(deltas.get(host, {}))
+            return room
+        return {host: Slots.of(host.layers, host.dtypes, own) for host, own in deltas.items()}
 
-    def files(self) -> dict[str, tuple[str, tuple[Path, ...]]]:
-        """Role ("adapter:NAME") -> (name, files), for the record."""
-        found: dict[str, tuple[str, tuple[Path, ...]]] = {}
-        for held in self:
-            files = Checkpoint.open(held.report.path).files
-            bundled = Path(headstart_weights.__file__).parent in files[0].parents
-            name = f"headstart_weights/{files[0].name}" if bundled else str(held.report.path)
-            found[f"{ROLE}{held.name}"] = (name, files)
-        return found
+    def _moment(
+        self,
+        before: Attached,
+        held: Mapping[str, Held],
+        slots: Mapping[str, Mapping[Host, Slots]],
+    ) -> Attached:
+        """The adapters `held`, with the sums of those that are merged; layers look at them."""
+        sums: dict[Host, Sums] = {}
+        for name, own in held.items():
+            for host, deltas in own.deltas.items():
+                strength = own.one_number(own.strength)
+                sums[host] = {**sums.get(host, {}), name: (deltas, strength)}
+        merged = {host: self._merged(before.merged.get(host), host, s) for host, s in sums.items()}
+        following = Attached(before.models, held, slots, merged)
+        for by_host in slots.values():
+            for host, part in by_host.items():
+                host.hook(part.by_path)
+        for host, part in merged.items():
+            host.hook((), part.by_path)
+        return following
 
-    def _hosts(self) -> list[Host]:
-        return list(dict.fromkeys((*self._models.values(), *self._texts.values())))
+    def _merged(self, old: Merged | None, host: Host, sums: Sums) -> Merged:
+        """In the memory that there is, where the sums fit and no run has them."""
+        if old is not None and old.holds(sums):
+            return old
+        if old is not None and old.fits(sums) and self._present.set_aside([old]):
+            old.fill(sums)
+            return old
+        return Merged(host.layers, host.dtypes, sums)
 
     def _targets(self, to: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._models) if to is None else (to,) if isinstance(to, str) else tuple(to)
@@ -284,65 +299,20 @@ class AdapterSet:
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
         origin = base if of_base and base is not None else host
-        return delta.relative_to(origin.pristine(path).float())
+        return delta.relative_to(origin.layers[path].weight.float())
 
-    def _apply(self, adapter: Adapter, deltas: Mapping[Host, Deltas], asked: Strength) -> None:
-        for host, parts in deltas.items():
-            if adapter.report.live:
-                host.put(adapter.name, {p: d for p, d in parts.items() if isinstance(d, LowRank)})
-            else:
-                host.merge(adapter.name, parts, asked.constant or 0.0)
-        held = self._held.get(adapter.name)
-        adapter.hosts = tuple(dict.fromkeys((*(held.hosts if held else ()), *deltas)))
-        for host in adapter.hosts:  # a swap in place leaves none of the old changes behind
-            if host not in deltas:
-                host.put(adapter.name, {})
-        adapter.strength = asked
-        self._held = dict(sorted({**self._held, adapter.name: adapter}.items()))
-        self._set_columns()
-
-    def _set_columns(self) -> None:
-        for host in self._hosts():
-            if host.columns != self.columns:
-                host.columns = self.columns
-                host.epoch += 1
-
-    def _check_acts(self, name: str, to: tuple[str, ...], strength: Strength) -> None:
-        """A strength on models that are not here would steer nothing, without a word."""
-        models = strength.models
-        if models is not None and (set(models) - set(self._models) or not set(models) & set(to)):
-            raise InputError(
-                f"adapter {name!r} is to act on {', '.join(map(repr, models))}: it is attached to "
-                f"{', '.join(map(repr, to))}, and this engine has "
-                f"{', '.join(map(repr, self._models))}"
-            )
-
-    def _check_merged(self, adapter: Adapter, asked: Strength) -> None:
-        adapter.one_number(asked)
-        apart = [m for m in self._models if m not in adapter.to]
-        shared = [m for m in apart if any(self._models[m] is self._models[t] for t in adapter.to)]
+    def _check_merged(self, held: Held) -> None:
+        held.one_number(held.strength)
+        apart = [m for m in self._models if m not in held.to]
+        shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
         if shared:
             raise AdapterError(
-                f"adapter {adapter.name!r} ({adapter.report.form}) has to be merged, and "
+                f"adapter {held.name!r} ({held.report.form}) has to be merged, and "
                 f"{', '.join(self._models)} are one network here: attach it to all of them"
             )
 
-    def _check_plan(self, table: StepTable) -> None:
-        named = {name for step in table for name, _ in step.adapters}
-        unknown = sorted(named - set(self._held))
-        if unknown:
-            raise InputError(
-                f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
-                f"{', '.join(map(repr, self._held)) or 'none'}"
-            )
-        merged = sorted(name for name in named if not self._held[name].report.live)
-        if merged:
-            raise InputError(
-                f"plan {table.name!r} sets adapter(s) {merged} on some legs, but they are merged "
-                "into the weights, which serve all rows; their strength is one number for all"
-            )
 
-    def _grid(self, name: str, strength: Strength, table: StepTable, batch: int) -> Any:
-        held = self._held[name]
-        here = np.array([step.model in held.to for step in table], dtype=np.float64)
-        return (strength.grid(name, table, batch) * here[:, None]).astype(np.float32)
+def _without(
+    slots: Mapping[str, Mapping[Host, Slots]], name: str
+) -> dict[str, Mapping[Host, Slots]]:
+    return {other: own for other, own in slots.items() if other != name}

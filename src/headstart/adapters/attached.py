@@ -1,104 +1,72 @@
-"""One attached adapter: what of its file found its place, and how strongly it acts from now on."""
+"""The adapters of one moment: which there are, what they change, and how strongly they act.
+
+A run keeps those that it began with. Attaching, detaching and swapping make the next ones.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, final
+from typing import Any, TypeAlias, final
 
-from headstart.adapters.file import AdapterFile, Resolved
-from headstart.adapters.slots import Host
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import headstart_weights
+from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.host import Changes, Host, Leaf, acting
+from headstart.adapters.merged import Merged, Weights
+from headstart.adapters.report import AdapterReport
+from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import InputError
+from headstart.plan.table import StepTable
 
-
-class Coverage(NamedTuple):
-    """What of a file found its place in one model and the text encoders.
-
-    layers      network ("unet", "text", "text_2") -> layers that are changed
-    matched     keys of the file that went into them
-    mismatched  modules whose layer has another shape; unmatched: keys that mean no layer.
-                Only what was allowed by name: anything else is an error
-    """
-
-    layers: Mapping[str, int]
-    matched: int
-    mismatched: tuple[str, ...]
-    unmatched: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterReport:
-    """What attaching a file did.
-
-    form      the naming that was recognised; rank: the largest, 0 where nothing is low-rank
-    models    "base" and/or "distilled" -> what was found there
-    live      strengths may differ between samples and rows; else it is merged at one strength
-    in_place  the buffers of the adapter it replaced were kept, so captured graphs stay valid
-    """
-
-    name: str
-    path: Path
-    form: str
-    rank: int
-    models: Mapping[str, Coverage]
-    live: bool = True
-    in_place: bool = False
-
-    def __str__(self) -> str:
-        kind = f"rank {self.rank}, live" if self.live else "merged"
-        lines = [f"{self.name}: {self.form}, {kind}"]
-        for model, told in self.models.items():
-            layers = ", ".join(f"{count} of {where}" for where, count in told.layers.items())
-            odd = len(told.mismatched), len(told.unmatched)
-            lines.append(
-                f"  {model}: {told.matched} keys in layers {layers}; {odd[0]} of another shape, "
-                f"{odd[1]} unmatched"
-            )
-        return "\n".join(lines)
-
-    def to_json(self) -> dict[str, Any]:
-        models = {name: told._asdict() for name, told in self.models.items()}
-        return asdict(self) | {"path": str(self.path), "models": models}
+ROLE = "adapter:"
+"""What the role of an adapter's file starts with in a record; its name follows."""
+Asking: TypeAlias = "Mapping[str, Asked] | Sequence[str] | None"
+"""Strengths by name for one run, or the names of those that act in it; None: all, as attached."""
+Deltas: TypeAlias = Mapping[str, Delta]
 
 
 @final
-class Adapter:
-    """One attached adapter. Its strength may be set at any time, and holds from the next run on."""
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Held:
+    """One attached adapter.
 
-    def __init__(
-        self, report: AdapterReport, to: tuple[str, ...], allow: tuple[str, ...], texts: bool
-    ) -> None:
-        self.report, self.to, self.allow, self.texts = report, to, allow, texts
-        self.hosts: tuple[Host, ...] = ()
-        self._strength = Strength()
+    to      the models that it is on; allow: what of its file was let be; texts: changes the text
+    deltas  what it changes, by network, where it is merged: sums are made of all of them
+    """
+
+    report: AdapterReport
+    to: tuple[str, ...]
+    allow: tuple[str, ...]
+    texts: bool
+    deltas: Mapping[Host, Deltas] = field(default_factory=dict[Host, Deltas])
+    strength: Strength = field(default_factory=Strength)
 
     @property
     def name(self) -> str:
         return self.report.name
 
-    @property
-    def strength(self) -> Strength:
-        return self._strength
-
-    @strength.setter
-    def strength(self, asked: Asked) -> None:
+    def at(self, asked: Asked) -> Held:
+        """With this strength from now on. Raises InputError where it cannot have it."""
         strength = as_strength(asked)
         if not self.report.live:
-            value = self.one_number(strength)
-            for host in self.hosts:
-                host.merge_again(self.name, value)
-        self._strength = strength
+            self.one_number(strength)
+        return replace(self, strength=strength)
 
     def for_run(self, asked: Asked | None) -> Strength:
         """What holds in one run. Raises InputError where the adapter is merged at another."""
-        strength = self._strength if asked is None else as_strength(asked)
-        if not self.report.live and strength != self._strength:
+        strength = self.strength if asked is None else as_strength(asked)
+        if not self.report.live and strength != self.strength:
             self.one_number(strength)
             raise InputError(
-                f"adapter {self.name!r} is merged at strength {self._strength.constant:g}, and "
+                f"adapter {self.name!r} is merged at strength {self.strength.constant:g}, and "
                 f"this run asks for {strength.constant:g}: other runs share the weights, so set "
                 f"engine.adapters[{self.name!r}].strength first"
             )
@@ -115,26 +83,177 @@ class Adapter:
         return strength.constant
 
 
-def report_of(
-    name: str, file: AdapterFile, resolved: Mapping[str, Resolved], live: bool, in_place: bool
-) -> AdapterReport:
-    """What `resolved`, model -> what the file is there, says of a file."""
-    first = next(iter(resolved.values()))
-    return AdapterReport(
-        name=name,
-        path=file.path,
-        form=first.form.value,
-        rank=first.rank,
-        models={model: _coverage(told) for model, told in resolved.items()},
-        live=live,
-        in_place=in_place,
+@final
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Attached:
+    """The adapters of one moment; equal to another of the same moment.
+
+    models   the names that adapters may be attached to
+    held     by name, sorted, so that neither columns nor sums depend on the order of attaching
+    slots    adapter -> network -> where its low-rank changes are
+    merged   network -> the sums that its layers run on
+    """
+
+    models: tuple[str, ...]
+    held: Mapping[str, Held] = field(default_factory=dict[str, Held])
+    slots: Mapping[str, Mapping[Host, Slots]] = field(
+        default_factory=dict[str, Mapping[Host, Slots]]
     )
+    merged: Mapping[Host, Merged] = field(default_factory=dict[Host, Merged])
+    changes: Changes = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "changes", _changes(self.slots, self.merged))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Attached) and self.held is other.held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __iter__(self) -> Iterator[Held]:
+        return iter(self.held.values())
+
+    def __getitem__(self, name: str) -> Held:
+        if name not in self.held:
+            raise InputError(
+                f"no adapter {name!r} is attached: attached are "
+                f"{', '.join(map(repr, self.held)) or 'none'}"
+            )
+        return self.held[name]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The adapters with live strengths: the last axis of `strengths`."""
+        return tuple(sorted(self.slots))
+
+    def parts(self, network: object) -> tuple[nn.Module, ...]:
+        """The modules whose tensors a call of `network` reads, besides its own."""
+        found: list[nn.Module] = []
+        for by_host in (*(self.slots.get(name, {}) for name in self.columns), self.merged):
+            found += [part for host, part in by_host.items() if host.module is network]
+        return tuple(found)
+
+    def all_parts(self) -> tuple[Slots | Merged, ...]:
+        slots = [part for by_host in self.slots.values() for part in by_host.values()]
+        return (*slots, *self.merged.values())
+
+    def acts(self, asked: Asking = None) -> dict[str, Strength]:
+        """Every adapter -> its strength in a run that asks for `asked`."""
+        if asked is None:
+            given: dict[str, Asked] = {}
+        elif isinstance(asked, Mapping):
+            given = dict(asked)
+        else:
+            names = [asked] if isinstance(asked, str) else list(asked)
+            given = {name: self[name].strength for name in names}
+            given |= {name: 0.0 for name in self.held if name not in given}
+        for name in given:
+            self[name]
+        acts = {name: held.for_run(given.get(name)) for name, held in self.held.items()}
+        for name, strength in acts.items():
+            check_acts(name, self[name].to, strength, self.models)
+        return acts
+
+    def strengths(self, table: StepTable, batch: int, asked: Asking = None) -> Tensor | None:
+        """[rows, batch, adapters] float32 for `headstart.sample`; None where none is live.
+
+        strength = the plan's column (1 where it has none) * what was asked for, or attached with;
+        0 on rows of models that the adapter is not attached to. Raises InputError for a name that
+        is not attached, also in the plan, and for counts that are not the run's.
+        """
+        acts = self.acts(asked)
+        self._check_plan(table)
+        grids = [self._grid(name, acts[name], table, batch) for name in self.columns]
+        return torch.as_tensor(np.stack(grids, axis=-1)) if grids else None
+
+    def text_strengths(self, batch: int, acts: Mapping[str, Strength]) -> Tensor | None:
+        """[batch, adapters] for the text encoders; None where no live adapter changes them."""
+        if not any(self.held[name].texts for name in self.columns):
+            return None
+        columns = [
+            acts[name].for_text(name, batch) if self.held[name].texts else np.zeros(batch)
+            for name in self.columns
+        ]
+        return torch.as_tensor(np.stack(columns, axis=-1).astype(np.float32))
+
+    def acting(self, strengths: Tensor | None) -> AbstractContextManager[None]:
+        """Text encoders called inside have these adapters, at strengths [texts, adapters]."""
+        return acting(self.changes, self.columns, strengths)
+
+    def describe(self, acts: Mapping[str, Strength]) -> dict[str, dict[str, Any]]:
+        """What the record says of each adapter in a run, beside its file."""
+        return {
+            name: {"to": self[name].to, "allow": self[name].allow, "strength": strength.to_json()}
+            for name, strength in acts.items()
+        }
+
+    def recorded(self, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Strength]:
+        """The strengths of a record. Raises InputError where an adapter is on other models."""
+        for name, told in described.items():
+            if list(told["to"]) != list(self[name].to):
+                raise InputError(
+                    f"the record has adapter {name!r} on {list(told['to'])}, this engine on "
+                    f"{list(self[name].to)}: attach it with to={list(told['to'])}"
+                )
+        return {name: Strength(**told["strength"]) for name, told in described.items()}
+
+    def files(self) -> dict[str, tuple[str, tuple[Path, ...]]]:
+        """Role ("adapter:NAME") -> (name, files), for the record."""
+        found: dict[str, tuple[str, tuple[Path, ...]]] = {}
+        for held in self:
+            files = Checkpoint.open(held.report.path).files
+            bundled = Path(headstart_weights.__file__).parent in files[0].parents
+            name = f"headstart_weights/{files[0].name}" if bundled else str(held.report.path)
+            found[f"{ROLE}{held.name}"] = (name, files)
+        return found
+
+    def _check_plan(self, table: StepTable) -> None:
+        named = {name for step in table for name, _ in step.adapters}
+        unknown = sorted(named - set(self.held))
+        if unknown:
+            raise InputError(
+                f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
+                f"{', '.join(map(repr, self.held)) or 'none'}"
+            )
+        merged = sorted(name for name in named if not self.held[name].report.live)
+        if merged:
+            raise InputError(
+                f"plan {table.name!r} sets adapter(s) {merged} on some legs, but they are merged "
+                "into the weights, which serve all rows; their strength is one number for all"
+            )
+
+    def _grid(self, name: str, strength: Strength, table: StepTable, batch: int) -> Any:
+        held = self.held[name]
+        here = np.array([step.model in held.to for step in table], dtype=np.float64)
+        return (strength.grid(name, table, batch) * here[:, None]).astype(np.float32)
 
 
-def _coverage(told: Resolved) -> Coverage:
-    return Coverage(
-        layers=dict(Counter(network for network, _ in told.deltas)),
-        matched=len(told.matched),
-        mismatched=tuple(entry.name for entry in told.mismatched),
-        unmatched=told.unmatched,
-    )
+def beside(network: nn.Module, name: str, deltas: Mapping[str, LowRank]) -> Attached:
+    """Low-rank changes of one network, layer -> change, that come from no file."""
+    host = Host(network, lambda: Attached(()))
+    host.hook(deltas)
+    return Attached((), slots={name: {host: Slots.of(host.layers, host.dtypes, deltas)}})
+
+
+def check_acts(name: str, to: tuple[str, ...], strength: Strength, models: tuple[str, ...]) -> None:
+    """A strength on models that are not here would steer nothing, without a word."""
+    acting = strength.models
+    if acting is not None and (set(acting) - set(models) or not set(acting) & set(to)):
+        raise InputError(
+            f"adapter {name!r} is to act on {', '.join(map(repr, acting))}: it is attached to "
+            f"{', '.join(map(repr, to))}, and this engine has {', '.join(map(repr, models))}"
+        )
+
+
+def _changes(slots: Mapping[str, Mapping[Host, Slots]], merged: Mapping[Host, Merged]) -> Changes:
+    beside: dict[Leaf, tuple[tuple[str, Slot], ...]] = {}
+    for name, by_host in sorted(slots.items()):
+        for host, part in by_host.items():
+            for path, slot in part.by_path.items():
+                leaf = host.leaf(path)
+                beside[leaf] = (*beside.get(leaf, ()), (name, slot))
+    sums: dict[Leaf, Weights] = {}
+    for host, part in merged.items():
+        sums |= {host.leaf(path): own for path, own in part.by_path.items()}
+    return Changes(beside, sums)

@@ -1,52 +1,23 @@
-"""Where adapters act on a network: y[b] = layer(x)[b] + sum_a s[b, a]*scale_a*up_a(down_a(x[b])).
+"""Low-rank changes beside layers: y[b] += s[b]*scale*up(down(x[b])), out of buffers that stay.
 
-Low-rank changes run beside the layer, out of buffers that stay where they are, with strengths that
-are read while the network runs. Other changes are merged, from the weights as they were loaded:
-W' = W + sum_a s_a*change_a(W). Either way detaching gives the network back to the bit.
+Strengths are read while the network runs, so they may differ by sample, row and adapter; and what
+is in the buffers is copied there, so a captured graph that reads them sees the next adapter too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import Any, cast, final
+from collections.abc import Mapping
+from typing import TypeAlias, final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from headstart.adapters.delta import Delta, LowRank
-from headstart.errors import AdapterError
-from headstart.interfaces import Conditioning
 from headstart.networks.fusion import fused
-from headstart.runner.capture import is_capturing
 from headstart_kernels import low_rank_add
 
-Layer = nn.Linear | nn.Conv2d
-_CHILD = "adapters"
-_CALL: ContextVar[Mapping[str, Tensor] | None] = ContextVar("headstart_strengths", default=None)
-"""Adapter -> [B] strengths of the network call that runs in this thread; absent ones do nothing."""
-
-
-@contextmanager
-def acting(names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
-    """Networks called inside have these strengths [B, A], a column a name."""
-    token = _CALL.set(None if strengths is None else _by_name(names, strengths))
-    try:
-        yield
-    finally:
-        _CALL.reset(token)
-
-
-def _by_name(names: tuple[str, ...], strengths: Tensor) -> dict[str, Tensor]:
-    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
-    from what is captured, which serves every strength."""
-    columns = zip(names, strengths.unbind(1), strict=True)
-    if strengths.device.type != "cpu" or is_capturing():
-        return dict(columns)
-    return {name: column for name, column in columns if bool(column.any())}
+Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 @final
@@ -88,6 +59,13 @@ class Slot(nn.Module):
         up.copy_(delta.up)
         self.scale.fill_(delta.scale)
 
+    def copy(self) -> Slot:
+        other = Slot(self.down, 0, self.down.dtype)
+        other.down, other.up, other.scale = (
+            tensor.clone() for tensor in (self.down, self.up, self.scale)
+        )
+        return other
+
     def add_to(self, y: Tensor, x: Tensor, layer: Layer, strength: Tensor) -> None:
         """y += strength*scale*up(down(x)), in place."""
         conv = isinstance(layer, nn.Conv2d)
@@ -121,229 +99,49 @@ def _rows(layer: Layer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 @final
-class Leaf(nn.Module):
-    """The slots of one layer, in the order of their names: sums do not depend on who came first.
+class Slots(nn.Module):
+    """One adapter's room in one network: layer -> Slot."""
 
-    It is a part of the layer, so whoever watches the network's buffers sees adapters come and go.
-    """
-
-    def __init__(self, layer: Layer) -> None:
+    def __init__(self, by_path: Mapping[str, Slot]) -> None:
         super().__init__()
-        self.held: dict[str, Slot] = {}
-        self._handle: RemovableHandle = layer.register_forward_hook(self._act)
-        layer.add_module(_CHILD, self)
+        self.by_path = dict(by_path)
+        self.slots = nn.ModuleList(by_path.values())
 
-    def hold(self, held: Mapping[str, Slot]) -> None:
-        self.held = dict(sorted(held.items()))
-        self.slots = nn.ModuleList(self.held.values())
-
-    def leave(self, layer: Layer) -> None:
-        self._handle.remove()
-        delattr(layer, _CHILD)
-
-    def _act(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-        strengths = _CALL.get()
-        if strengths:
-            assert isinstance(layer, Layer)
-            for name, slot in self.held.items():
-                if name in strengths:
-                    slot.add_to(y, args[0], layer, strengths[name])
-
-
-@final
-class _Merge:
-    """One layer whose weight is a sum for as long as adapters are merged into it."""
-
-    __slots__ = ("_own", "bias", "changes", "layer", "weight")
-
-    def __init__(self, layer: Layer, dtype: torch.dtype) -> None:
-        self.layer, self.weight = layer, layer.weight
-        self.bias: nn.Parameter | None = layer.bias  # pyright: ignore[reportAttributeAccessIssue]
-        self._own: nn.Parameter | None = None
-        self.changes: dict[str, tuple[Delta, float]] = {}
-        layer.weight = _parameter(self.weight, dtype)
-
-    def refresh(self) -> None:
-        """W + sum of strength*change(W), float32 sums in the order of the names; the bias too."""
-        weight, bias = self.weight.float(), None
-        for _, (delta, strength) in sorted(self.changes.items()):
-            if not strength:
-                continue
-            low = isinstance(delta, LowRank)
-            change = delta.weight() if low else delta.change(self.weight.float())
-            weight = weight + strength * change.to(weight.device)
-            if not low and delta.bias is not None:
-                change = strength * delta.bias.to(weight)
-                bias = change if bias is None else bias + change
-        self.layer.weight.copy_(weight)
-        self._refresh_bias(bias)
-
-    def _refresh_bias(self, change: Tensor | None) -> None:
-        """A layer without a bias gets one only while an adapter has one for it."""
-        if change is None and self._own is None:
-            return
-        if self._own is None:
-            zeros = self.weight.new_zeros(len(self.weight))
-            own = _parameter(zeros if self.bias is None else self.bias, self.layer.weight.dtype)
-            self._own = self.layer.bias = own
-        total = torch.zeros_like(self._own, dtype=torch.float32)
-        for part in (self.bias, change):
-            total = total if part is None else total + part.float()
-        self._own.copy_(total)
-
-    def restore(self) -> None:
-        self.layer.weight = self.weight
-        self.layer.bias = self.bias  # pyright: ignore[reportAttributeAccessIssue]: None is legal
-
-
-def _parameter(tensor: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    return nn.Parameter(tensor.detach().to(dtype, copy=True), requires_grad=False)
-
-
-@final
-class Host:
-    """A network's layers and what is attached to them.
-
-    module   a UNet, called (x_in, timestep, cond), or a text encoder, called inside `acting`
-    shapes   layer -> shape of its weight
-    columns  the adapters that `Conditioning.strengths` has numbers for, in order
-    epoch    grows when buffers or weights move: graphs captured before must be captured again
-    """
-
-    def __init__(self, module: nn.Module, *, conditioned: bool = True) -> None:
-        self.module, self.conditioned = module, conditioned
-        self._columns: tuple[str, ...] = ()
-        self.epoch = 0
-        found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-        self.layers: dict[str, Layer] = {
-            path: layer for path, layer in found if isinstance(layer, Layer)
-        }
-        self.shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
-        self._leaves: dict[str, Leaf] = {}
-        self._merges: dict[str, _Merge] = {}
-        self._hooks: list[RemovableHandle] = []
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return self._columns
-
-    @columns.setter
-    def columns(self, names: tuple[str, ...]) -> None:
-        # Which column is whose is Python's to know, so `runner.capture` builds it into graphs.
-        self._columns = names
-        object.__setattr__(self.module, "graph_state", names or None)
-
-    def pristine(self, path: str) -> Tensor:
-        """The weight of a layer as it was loaded."""
-        merge = self._merges.get(path)
-        return self.layers[path].weight if merge is None else merge.weight
-
-    def slots(self, name: str) -> dict[str, Slot]:
-        """The layers where an adapter has room, and the room."""
-        found = self._leaves.items()
-        return {path: leaf.held[name] for path, leaf in found if name in leaf.held}
-
-    def fits(self, name: str, deltas: Mapping[str, Delta]) -> bool:
-        """Whether `deltas` go into the slots that `name` has, without moving one."""
-        room = self.slots(name)
+    def fits(self, deltas: Mapping[str, Delta]) -> bool:
+        """Whether `deltas` go into the slots that there are, without moving one."""
+        room = self.by_path
         return all(
             isinstance(delta, LowRank) and path in room and delta.rank <= room[path].rank
             for path, delta in deltas.items()
         )
 
+    @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def put(self, name: str, deltas: Mapping[str, LowRank]) -> None:
-        """Give `name` its low-rank changes, in the slots it has where they are large enough."""
-        for path, slot in self.slots(name).items():
-            if path not in deltas:
-                slot.fill(None)
+    def of(
+        cls,
+        layers: Mapping[str, Layer],
+        dtypes: Mapping[str, torch.dtype],
+        deltas: Mapping[str, Delta],
+    ) -> Slots:
+        """Room for these changes, with them in it, in the dtypes that the layers compute in."""
+        made: dict[str, Slot] = {}
         for path, delta in deltas.items():
-            layer = self.layers[path]
-            if path not in self._leaves:
-                self._leaves[path] = Leaf(layer)
-            leaf = self._leaves[path]
-            slot = leaf.held.get(name)
-            if slot is None or slot.rank < delta.rank:
-                slot = Slot(layer.weight, delta.rank, self._dtype(layer))
-                leaf.hold({**leaf.held, name: slot})
-                self.epoch += 1
-            slot.fill(delta)
-        if self._leaves and self.conditioned and not self._hooks:
-            self._hooks = [
-                self.module.register_forward_pre_hook(self._enter, with_kwargs=True),
-                self.module.register_forward_hook(_leave, always_call=True),
-            ]
+            assert isinstance(delta, LowRank)
+            made[path] = Slot(layers[path].weight, delta.rank, dtypes[path])
+            made[path].fill(delta)
+        return cls(made)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merge(self, name: str, deltas: Mapping[str, Delta], strength: float) -> None:
-        """Merge the changes of `name` at a strength."""
-        for path, delta in deltas.items():
-            if path not in self._merges:
-                self._merges[path] = _Merge(self.layers[path], self._dtype(self.layers[path]))
-                self.epoch += 1
-            merge = self._merges[path]
-            merge.changes[name] = (delta, strength)
-            merge.refresh()
+    def fill(self, deltas: Mapping[str, Delta]) -> None:
+        """Hold `deltas`, which fit, and nothing else."""
+        for path, slot in self.by_path.items():
+            delta = deltas.get(path)
+            slot.fill(delta if isinstance(delta, LowRank) else None)
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def merge_again(self, name: str, strength: float) -> None:
-        """What `name` has merged, at another strength: from the pristine weights, in place."""
-        for merge in self._merges.values():
-            if name in merge.changes:
-                merge.changes[name] = (merge.changes[name][0], strength)
-                merge.refresh()
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def remove(self, name: str) -> None:
-        """Take `name` out; with the last adapter of a layer, its hook or merged weight goes too."""
-        for path, leaf in list(self._leaves.items()):
-            if name not in leaf.held:
-                continue
-            self.epoch += 1
-            leaf.hold({other: slot for other, slot in leaf.held.items() if other != name})
-            if not leaf.held:
-                leaf.leave(self.layers[path])
-                del self._leaves[path]
-        for path, merge in list(self._merges.items()):
-            if merge.changes.pop(name, None) is None:
-                continue
-            if merge.changes:
-                merge.refresh()
-            else:
-                merge.restore()
-                self.epoch += 1
-                del self._merges[path]
-        if not self._leaves:
-            for hook in self._hooks:
-                hook.remove()
-            self._hooks = []
-
-    def _dtype(self, layer: Layer) -> torch.dtype:
-        """What the layer computes in; a network whose weights are widened at use says so."""
-        stated = getattr(self.module, "compute_dtype", None)
-        return stated if isinstance(stated, torch.dtype) else layer.weight.dtype
-
-    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x_in, _, cond = (*args, *kwargs.values())
-        assert isinstance(cond, Conditioning)
-        strengths = cond.strengths
-        if strengths is None:
-            raise AdapterError(
-                f"adapters {', '.join(self.columns)} are attached to this network, and the "
-                "conditioning has no strengths: sample with the engine, or give headstart.sample "
-                "strengths=engine.adapters.strengths(table, batch)"
-            )
-        if strengths.shape[1] != len(self.columns) or len(strengths) not in (1, len(x_in)):
-            raise AdapterError(
-                f"expected strengths [{len(x_in)} samples, {len(self.columns)} adapters], got "
-                f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"
-            )
-        _CALL.set(_by_name(self.columns, strengths))
-
-
-def _leave(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
-    _CALL.set(None)
+    def copy(self) -> Slots:
+        """The same changes in memory of their own."""
+        return Slots({path: slot.copy() for path, slot in self.by_path.items()})

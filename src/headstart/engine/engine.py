@@ -13,20 +13,15 @@ from typing import Any, NamedTuple, SupportsIndex, Unpack, final
 import torch
 from torch import Tensor
 
-from headstart.adapters.adapters import AdapterReport, AdapterSet, Asking
+from headstart.adapters.adapters import AdapterSet
+from headstart.adapters.attached import Asking, Attached
+from headstart.adapters.report import AdapterReport
 from headstart.adapters.strength import Asked, Strength
 from headstart.adapters.textual_inversion import Embeddings
 from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
-from headstart.engine.pair import (
-    FilePath,
-    Options,
-    Pair,
-    choose_device,
-    load_demo,
-    load_pair,
-)
+from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.tables import compile_for
@@ -61,6 +56,7 @@ class _Run(NamedTuple):
     table: StepTable
     chunk: int
     latent: tuple[int, int, int]
+    adapters: Attached
     acts: Mapping[str, Strength]
     strengths: Tensor | None
     picture: LinearMap | None = None
@@ -73,7 +69,7 @@ class Engine:
 
     weights   the networks, see `headstart.engine.pair.Pair`
     runner    how a network is called: "eager", "compiled", "graph" or "replay"
-    adapters  what is attached to them; attach and detach between runs
+    adapters  what is attached to them; a run keeps those that it began with
     """
 
     weights: Pair
@@ -282,8 +278,8 @@ class Engine:
             size=run.size,
             chunk=run.chunk,
             lineage=self.weights.lineage,
-            files={**self.weights.files, **self.adapters.files()},
-            adapters=self.adapters.describe(run.acts),
+            files={**self.weights.files, **run.adapters.files()},
+            adapters=run.adapters.describe(run.acts),
             machine=self._machine(),
         )
 
@@ -346,7 +342,8 @@ class Engine:
         settings: PlanSettings,
         keep_x0: bool = False,
     ) -> _Run:
-        acts = self.adapters.acts(adapters)
+        attached = self.adapters.now()
+        acts = attached.acts(adapters)
         alike = not any(strength.by_sample for strength in acts.values())
         texts, numbers = pair_up(prompts, seeds, distinct=alike)
         table = self.compile(plan, **settings)
@@ -365,8 +362,8 @@ class Engine:
         chunk = min(batch or len(texts), len(texts))
         if self.weights.footprint is not None:
             chunk = plan_chunk(shape, self.weights.footprint, 1 + guided, self.device, batch)
-        strengths = self.adapters.strengths(table, len(texts), acts)
-        return _Run(texts, numbers, negative, pixels, table, chunk, latent, acts, strengths)
+        steered = attached, acts, attached.strengths(table, len(texts), acts)
+        return _Run(texts, numbers, negative, pixels, table, chunk, latent, *steered)
 
     def _states(self, run: _Run, clock: Clock, resume: State | None = None) -> Iterator[State]:
         guided = any(step.guidance != 1.0 for step in run.table)
@@ -389,7 +386,7 @@ class Engine:
     def _encode(self, run: _Run, guided: bool) -> tuple[Conditioning, Conditioning | None]:
         negative = run.negative if guided else None
         cond, uncond = encode_prompts(
-            self.text, run.prompts, negative, run.size, self.adapters, run.acts
+            self.text, run.prompts, negative, run.size, run.adapters, run.acts
         )
         return self.weights.told(cond), None if uncond is None else self.weights.told(uncond)
 

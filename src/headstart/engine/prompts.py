@@ -6,11 +6,13 @@ cond[i] = encode(prompt of image i; strengths of image i)
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from headstart.adapters.adapters import AdapterSet
+from headstart.adapters.attached import Attached
 from headstart.adapters.strength import Strength
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
@@ -21,10 +23,10 @@ def encode_prompts(
     prompts: Sequence[str],
     negative: str | None,
     size: tuple[int, int],
-    adapters: AdapterSet,
+    adapters: Attached,
     acts: Mapping[str, Strength],
 ) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond) for each image; uncond is None where `negative` is."""
+    """(cond, uncond) for each image, both with the adapters; uncond is None where `negative` is."""
     strengths = adapters.text_strengths(len(prompts), acts)
     keys = [(prompt, _row(strengths, image)) for image, prompt in enumerate(prompts)]
     distinct = list(dict.fromkeys(keys))
@@ -37,10 +39,11 @@ def encode_prompts(
         others = None if negative is None else [negative] * len(texts)
     if others is None:
         with adapters.acting(own):
-            return text.encode(texts, size=size)[rows], None
+            return replace(text.encode(texts, size=size)[rows], adapters=adapters), None
     with adapters.acting(None if own is None else torch.cat((own, own))):
         cond, uncond = text.encode(texts, others, size=size)
-    return cond[rows], uncond[rows]
+    named = partial(replace, adapters=adapters)
+    return named(cond[rows]), named(uncond[rows])
 
 
 def _row(strengths: Tensor | None, image: int) -> tuple[float, ...]:

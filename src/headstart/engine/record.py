@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from headstart.adapters.adapters import ROLE
+from headstart.adapters.attached import ROLE
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 

@@ -25,7 +25,8 @@ def replay(
     device, versions, thread count and batch, so only the same of these promise the same bits.
     """
     recorded = recording.parse(record)
-    files = {**engine.weights.files, **engine.adapters.files()}
+    adapters = engine.adapters.look()
+    files = {**engine.weights.files, **adapters.files()}
     recording.check_weights(recorded, recording.weigh(files))
     again = engine.sample(
         recorded.prompts,
@@ -34,7 +35,7 @@ def replay(
         negative=recorded.negative,
         size=recorded.size,
         batch=recorded.chunk,
-        adapters=engine.adapters.recorded(recorded.adapters),
+        adapters=adapters.recorded(recorded.adapters),
         on_step=on_step,
     )
     difference = recording.first_difference(recorded, again.recorded())

@@ -47,7 +47,13 @@ def _look(tables: Iterable[dict[str, Any]], hooks: Iterable[dict[int, Any]]) -> 
     """Of tensors the address and the form; of modules who they are, by reference, because another
     may be made at the address of one that is gone; of hooks the number, which is given once."""
     found = [_place(value) for table in tables for value in table.values()]
-    return [*found, *(number for table in hooks for number in table)]
+    numbers = [n for table in hooks for n, hook in table.items() if not _in_key(hook)]
+    return [*found, *numbers]
+
+
+def _in_key(hook: object) -> bool:
+    """Whether what a hook does is in the key of every graph already: those of adapters say so."""
+    return getattr(hook, "in_key", False)
 
 
 def _place(value: object) -> object:

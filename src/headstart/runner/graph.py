@@ -6,13 +6,15 @@ field of the conditioning. So new values need no new graph, only new shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from headstart.errors import CaptureError
-from headstart.interfaces import Conditioning, Denoiser
+from headstart.interfaces import Adapters, Conditioning, Denoiser
 from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
 from headstart.runner.capture import Program, Site, Tensors
@@ -81,15 +83,26 @@ class GraphRunner:
         self, x_in: Tensor, timestep: Tensor, cond: Conditioning
     ) -> tuple[Program, Tensors]:
         """What a call would run, and on what: for `Site.prepare`, and for an audit."""
-        program = Program(type(self.network).__name__, self._body, (self.network,), setting())
+        adapters, name = adapters_of(self.network, cond), type(self.network).__name__
+        networks = (self.network, *(() if adapters is None else adapters.parts(self.network)))
+        key = setting(), None if adapters is None else adapters.columns
+        program = Program(name, partial(self._body, adapters), networks, key)
         x_in = x_in.to(self.dtype, memory_format=self.memory_format)
         if cond.context.dtype != self.dtype:
             cond = cond.to(x_in.device, self.dtype)
         return program, {"x_in": x_in, "timestep": timestep, **named(cond)}
 
-    def _body(self, inputs: Tensors) -> tuple[Tensor, ...]:
-        f = self.network(inputs["x_in"], inputs["timestep"], unnamed(inputs))
-        return (f,)
+    def _body(self, adapters: Adapters | None, inputs: Tensors) -> tuple[Tensor, ...]:
+        cond = replace(unnamed(inputs), adapters=adapters)
+        return (self.network(inputs["x_in"], inputs["timestep"], cond),)
+
+
+def adapters_of(network: object, cond: Conditioning) -> Adapters | None:
+    """Those that a call of `network` has: the conditioning's, else those attached to it now."""
+    if cond.adapters is not None:
+        return cond.adapters
+    standing: Callable[[], Adapters] | None = getattr(network, "standing_adapters", None)
+    return None if standing is None else standing()
 
 
 def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:

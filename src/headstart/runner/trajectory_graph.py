@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 
 from headstart.errors import InputError
-from headstart.interfaces import Conditioning, Denoiser, LatentCodec, NoiseSource
+from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
 from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
 from headstart.runner.batch import SharedNoise
 from headstart.runner.capture import Program, Site, Tensors
-from headstart.runner.graph import named, unnamed
+from headstart.runner.graph import adapters_of, named, unnamed
 from headstart.watch import require_finite
 from headstart_kernels import COLUMNS, INITIAL, ops
 
@@ -127,7 +127,10 @@ class TrajectoryGraph:
         keep_x0: bool = False,
     ) -> tuple[Program, Tensors]:
         """What a call would run, and on what: for `Site.prepare`, and for an audit."""
-        asked = _Request(self, table, tuple(shape), len(noise), uncond is not None, keep_x0)
+        adapters = {name: adapters_of(n, cond) for name, n in self.denoisers.items()}
+        asked = _Request(
+            self, table, tuple(shape), len(noise), uncond is not None, keep_x0, adapters
+        )
         return asked.program(), asked.inputs(cond, uncond, noise, by_row or {})
 
 
@@ -141,6 +144,7 @@ class _Request:
     batch: int
     has_uncond: bool
     keep_x0: bool
+    adapters: Mapping[str, Adapters | None]
     rows: tuple[Row, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -185,8 +189,16 @@ class _Request:
 
     def program(self) -> Program:
         models = tuple(dict.fromkeys(row.model for row in self.rows))
-        networks = (*(self.graph.denoisers[model] for model in models), self.graph.codec)
-        key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0, setting())
+        networks = [self.graph.denoisers[model] for model in models]
+        adapters = [self.adapters[model] for model in models]
+        parts = [
+            part
+            for network, own in zip(networks, adapters, strict=True)
+            for part in (() if own is None else own.parts(network))
+        ]
+        columns = tuple(None if own is None else own.columns for own in adapters)
+        key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0, setting(), columns)
+        networks = (*networks, self.graph.codec, *parts)
         return Program("the trajectory", self.body, networks, key)
 
     def inputs(
@@ -291,7 +303,7 @@ class _Request:
             changes = {name: torch.cat((value, value)) for name, value in changes.items()}
         timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))
         timestep = timestep.to(torch.int64) if row.whole else timestep.contiguous()
-        return network(x_in, timestep, replace(cond, **changes))
+        return network(x_in, timestep, replace(cond, **changes, adapters=self.adapters[row.model]))
 
     def _first_input(self, x: Tensor, table: Tensor, step: Tensor) -> Tensor:
         row = self.rows[0]

@@ -21,8 +21,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
-from headstart.adapters.slots import Host
+from headstart.adapters.file import layer_shapes
+from headstart.adapters.slots import Slots
 from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
@@ -77,8 +79,7 @@ class Trainer:
     def __init__(self, options: StageOptions, control: Control) -> None:
         self.control = control
         self.unet = load_unet(options.work / f"{control.model}.safetensors").requires_grad_(False)
-        self.host = Host(self.unet)
-        self.slots = train_slots(self.host, control.rank)
+        self.adapters, self.slots = train_slots(self.unet, control.rank)
         self.data = load_dataset(options.work)
         self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.text = language.load(options.work).requires_grad_(False)
@@ -100,7 +101,8 @@ class Trainer:
             strength = torch.ones(batch, 1)
             target = a * eps - s * x0
         context = self._context(told, {})
-        v = self.unet(x, timestep, Conditioning(context, strengths=strength))
+        cond = Conditioning(context, strengths=strength, adapters=self.adapters)
+        v = self.unet(x, timestep, cond)
         loss = (v - target).square().mean()
         rate = _LR if self.control.style is None else _STYLE_LR
         for group in self.optimiser.param_groups:
@@ -126,12 +128,13 @@ class Trainer:
         """The slider's target, from the network without it: three captions in one call."""
         endings = ({}, self.control.plus, self.control.minus)
         context = torch.cat([self._context(told, ending) for ending in endings])
-        plain = Conditioning(context, strengths=torch.zeros(3 * len(x), 1))
+        off = torch.zeros(3 * len(x), 1)
+        plain = Conditioning(context, strengths=off, adapters=self.adapters)
         own, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), plain).chunk(3)
         return own + self.control.eta * strength[:, :, None, None] * (plus - minus)
 
 
-def train_slots(host: Host, rank: int) -> nn.ModuleDict:
+def train_slots(unet: nn.Module, rank: int) -> tuple[Attached, nn.ModuleDict]:
     """Slots on the attention and the resnets' convolutions ("c3lier"), with `up` at zero."""
     deltas = {
         path: LowRank(
@@ -139,17 +142,18 @@ def train_slots(host: Host, rank: int) -> nn.ModuleDict:
             torch.zeros(shape[0], rank),
             SCALE,
         )
-        for path, shape in host.shapes.items()
+        for path, shape in layer_shapes(unet).items()
         if ".attn" in path or (".resnets." in path and len(shape) == 4)
     }
-    host.put(_NAME, deltas)
-    host.columns = (_NAME,)
-    for slot in host.slots(_NAME).values():
-        for part in ("down", "up"):
-            values = getattr(slot, part)
-            delattr(slot, part)
-            slot.register_parameter(part, nn.Parameter(values))
-    return nn.ModuleDict({_dotless(path): slot for path, slot in host.slots(_NAME).items()})
+    adapters = beside(unet, _NAME, deltas)
+    (part,) = adapters.parts(unet)
+    assert isinstance(part, Slots)
+    for slot in part.by_path.values():
+        for name in ("down", "up"):
+            values = getattr(slot, name)
+            delattr(slot, name)
+            slot.register_parameter(name, nn.Parameter(values))
+    return adapters, nn.ModuleDict({_dotless(path): s for path, s in part.by_path.items()})
 
 
 def pictures_of(data: Dataset, style: str | None) -> list[int]:

@@ -1,0 +1,231 @@
+"""A network that adapters act on: its layers, and which adapters hold during one call of it.
+
+Each call says what holds, so calls with other adapters may run at the same time. Hooks look it up;
+they are there only while somebody's adapters need them, and without them the network is to the bit
+what it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast, final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from headstart.adapters.merged import Weights
+from headstart.adapters.slots import Layer, Slot
+from headstart.errors import AdapterError
+from headstart.interfaces import Adapters, Conditioning
+from headstart.runner.capture import is_capturing
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What a set of adapters changes, by layer.
+
+    slots    low-rank changes by the adapter's name, in the order of the names: sums do not depend
+             on who came first
+    weights  of layers that run on a sum
+    """
+
+    slots: Mapping[Leaf, tuple[tuple[str, Slot], ...]] = field(default_factory=dict)  # pyright: ignore
+    weights: Mapping[Leaf, Weights] = field(default_factory=dict)  # pyright: ignore
+
+    @property
+    def leaves(self) -> set[Leaf]:
+        return {*self.slots, *self.weights}
+
+
+class _Call(NamedTuple):
+    """What holds in the network call that runs in this thread; strengths [B] by adapter."""
+
+    changes: Changes
+    strengths: Mapping[str, Tensor]
+
+
+_CALL: ContextVar[_Call | None] = ContextVar("headstart_adapters", default=None)
+
+
+@contextmanager
+def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
+    """Text encoders called inside have these changes, at strengths [B, A], a column a name."""
+    token = _CALL.set(_Call(changes, _by_name(names, strengths)))
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tensor]:
+    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
+    from what is captured, which serves every strength."""
+    if strengths is None:
+        return {}
+    columns = zip(names, strengths.unbind(1), strict=True)
+    if strengths.device.type != "cpu" or is_capturing():
+        return dict(columns)
+    return {name: column for name, column in columns if bool(column.any())}
+
+
+@final
+class Leaf:
+    """One layer where something may be changed."""
+
+    def __init__(self, layer: Layer, standing: Callable[[], Changes] | None) -> None:
+        self.layer, self._standing = layer, standing
+        self._handle: RemovableHandle | None = None
+        self._forward: Any = None
+        self._owned = False
+
+    @property
+    def hooked(self) -> bool:
+        return self._handle is not None or self._forward is not None
+
+    def hook(self, *, weights: bool) -> None:
+        """Look at every call from now on; `weights`: also for what the layer runs on."""
+        if weights and self._forward is None:
+            self._owned = "forward" in vars(self.layer)
+            self._forward = self.layer.forward
+            self.layer.forward = self._run  # pyright: ignore[reportIncompatibleMethodOverride]
+        if self._handle is None:
+            self._handle = self.layer.register_forward_hook(self._add)
+
+    def unhook(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        if self._forward is not None:
+            if self._owned:
+                self.layer.forward = self._forward
+            else:
+                vars(self.layer).pop("forward", None)
+            self._forward = None
+
+    def _changes(self) -> Changes | None:
+        call = _CALL.get()
+        if call is not None:
+            return call.changes
+        return None if self._standing is None else self._standing()
+
+    def _run(self, input: Tensor) -> Tensor:
+        changes = self._changes()
+        own = None if changes is None else changes.weights.get(self)
+        if own is None:
+            return self._forward(input)
+        if isinstance(self.layer, nn.Conv2d):
+            return self.layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
+        return F.linear(input, *own)
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        call = _CALL.get()
+        if call is None or not call.strengths:
+            return
+        for name, slot in call.changes.slots.get(self, ()):
+            if name in call.strengths:
+                slot.add_to(y, args[0], self.layer, call.strengths[name])
+
+    _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
+
+
+@final
+class Host:
+    """A network's layers, and the hooks on them.
+
+    module    a UNet, called (x_in, timestep, cond); or, with `conditioned` False, a text encoder,
+              called inside `acting`
+    standing  the adapters of calls that name none; a text encoder has their changes alone, without
+              the low-rank ones, whose strengths nobody gives
+    """
+
+    def __init__(
+        self, module: nn.Module, standing: Callable[[], Adapters], *, conditioned: bool = True
+    ) -> None:
+        self.module, self.standing, self.conditioned = module, standing, conditioned
+        found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+        self.layers: dict[str, Layer] = {
+            path: layer for path, layer in found if isinstance(layer, Layer)
+        }
+        self.shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
+        fallback = None if conditioned else lambda: cast("Changes", standing().changes)
+        self._leaves = {path: Leaf(layer, fallback) for path, layer in self.layers.items()}
+        self._entry: RemovableHandle | None = None
+        self._exit: RemovableHandle | None = None
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each layer computes in; a network whose weights are widened at use says so."""
+        stated = getattr(self.module, "compute_dtype", None)
+        known = stated if isinstance(stated, torch.dtype) else None
+        return {path: known or layer.weight.dtype for path, layer in self.layers.items()}
+
+    def leaf(self, path: str) -> Leaf:
+        return self._leaves[path]
+
+    def hook(self, slots: Iterable[str], weights: Iterable[str] = ()) -> None:
+        """Make these layers look at what holds: low-rank changes, or what they run on."""
+        for paths, own in ((slots, False), (weights, True)):
+            for path in paths:
+                self._leaves[path].hook(weights=own)
+        if not self.conditioned or not self._hooked():
+            return
+        object.__setattr__(self.module, "standing_adapters", self.standing)
+        # A line each, so that whatever interrupts them leaves none that is not known.
+        if self._exit is None:
+            self._exit = self.module.register_forward_hook(_leave, always_call=True)
+        if self._entry is None:
+            self._entry = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
+
+    def unhook(self, needed: Container[Leaf]) -> None:
+        """Leave the layers that nobody's adapters need; with the last one, the network too."""
+        for leaf in self._hooked():
+            if leaf not in needed:
+                leaf.unhook()
+        if self._hooked():
+            return
+        if self._entry is not None:
+            self._entry.remove()
+        if self._exit is not None:
+            self._exit.remove()
+        self._entry = self._exit = None
+        vars(self.module).pop("standing_adapters", None)
+
+    def _hooked(self) -> list[Leaf]:
+        return [leaf for leaf in self._leaves.values() if leaf.hooked]
+
+    def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x_in, _, cond = (*args, *kwargs.values())
+        assert isinstance(cond, Conditioning)
+        adapters = self.standing() if cond.adapters is None else cond.adapters
+        _check_strengths(cond.strengths, adapters.columns, len(x_in))
+        strengths = _by_name(adapters.columns, cond.strengths)
+        _CALL.set(_Call(cast("Changes", adapters.changes), strengths))
+
+    _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: int) -> None:
+    if strengths is None:
+        if columns:
+            raise AdapterError(
+                f"adapters {', '.join(columns)} are attached to this network, and the "
+                "conditioning has no strengths: sample with the engine, or give headstart.sample "
+                "strengths=engine.adapters.strengths(table, batch)"
+            )
+    elif strengths.shape[1] != len(columns) or len(strengths) not in (1, batch):
+        raise AdapterError(
+            f"expected strengths [{batch} samples, {len(columns)} adapters], got "
+            f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"
+        )
+
+
+def _leave(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
+    _CALL.set(None)
+
+
+_leave.in_key = True  # pyright: ignore[reportFunctionMemberAccess]

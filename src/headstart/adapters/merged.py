@@ -1,0 +1,123 @@
+"""Weights that are a sum, where no low-rank path computes it: W' = W + sum_a s_a*change_a(W).
+
+The layer keeps W, and runs on W' in the calls of those who have these adapters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, TypeAlias, final
+
+import torch
+from torch import Tensor, nn
+
+from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.slots import Layer
+
+Sums: TypeAlias = Mapping[str, tuple[Mapping[str, Delta], float]]
+"""Adapter -> (layer -> change, strength)."""
+
+
+class Weights(NamedTuple):
+    """What a layer runs on in place of its own."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@final
+class Merged(nn.Module):
+    """One network's sums: layer -> Weights, in what the network computes in.
+
+    layers  those of the network; dtypes: layer -> the dtype of its sum
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Layer], dtypes: Mapping[str, torch.dtype], sums: Sums
+    ) -> None:
+        super().__init__()
+        self.layers, self.dtypes, self.sums = layers, dtypes, sums
+        self.by_path: dict[str, Weights] = {}
+        with torch.inference_mode(False), torch.no_grad():
+            for path in _paths(sums):
+                self.by_path[path] = _summed(layers[path], dtypes[path], path, sums)
+        self.tensors = _watched(self.by_path)
+
+    def holds(self, sums: Sums) -> bool:
+        """Whether it is these sums already."""
+        return sums.keys() == self.sums.keys() and all(
+            own is deltas and at == strength
+            for (own, at), (deltas, strength) in zip(
+                (self.sums[name] for name in sums), sums.values(), strict=True
+            )
+        )
+
+    def fits(self, sums: Sums) -> bool:
+        """Whether their sums are of the same layers, so that none moves."""
+        held = {path: own.bias is not None for path, own in self.by_path.items()}
+        return held == {
+            path: self.layers[path].bias is not None or _has_bias(path, sums)
+            for path in _paths(sums)
+        }
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def fill(self, sums: Sums) -> None:
+        """Hold the sums of `sums`, which fit."""
+        self.sums = sums
+        for path, own in self.by_path.items():
+            found = _summed(self.layers[path], self.dtypes[path], path, sums)
+            own.weight.copy_(found.weight)
+            if own.bias is not None and found.bias is not None:
+                own.bias.copy_(found.bias)
+
+    @torch.inference_mode(False)
+    def copy(self) -> Merged:
+        """The same sums in memory of their own."""
+        other = Merged(self.layers, self.dtypes, {})
+        other.by_path = {
+            path: Weights(own.weight.clone(), None if own.bias is None else own.bias.clone())
+            for path, own in self.by_path.items()
+        }
+        other.sums = self.sums
+        other.tensors = _watched(other.by_path)
+        return other
+
+
+def _paths(sums: Sums) -> list[str]:
+    return list(dict.fromkeys(path for deltas, _ in sums.values() for path in deltas))
+
+
+def _has_bias(path: str, sums: Sums) -> bool:
+    """A layer without a bias gets one only while an adapter has one for it."""
+    return any(
+        strength and path in deltas and _bias(deltas[path]) is not None
+        for deltas, strength in sums.values()
+    )
+
+
+def _bias(delta: Delta) -> Tensor | None:
+    return None if isinstance(delta, LowRank) else delta.bias
+
+
+def _summed(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
+    """float32 sums in the order of the names."""
+    weight = own = layer.weight.float()
+    bias = None if layer.bias is None else layer.bias.float()
+    for _, (deltas, strength) in sorted(sums.items()):
+        if not strength or path not in deltas:
+            continue
+        delta = deltas[path]
+        change = delta.weight() if isinstance(delta, LowRank) else delta.change(own)
+        weight = weight + strength * change.to(weight.device)
+        if (more := _bias(delta)) is not None:
+            more = strength * more.to(weight)
+            bias = more if bias is None else bias + more
+    bias = None if bias is None else bias.to(dtype, copy=True)
+    return Weights(weight.to(dtype, copy=True), bias)
+
+
+def _watched(by_path: Mapping[str, Weights]) -> nn.ParameterList:
+    """The sums where those who watch a module's tensors see them."""
+    tensors = [tensor for own in by_path.values() for tensor in own if tensor is not None]
+    return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)

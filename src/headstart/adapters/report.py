@@ -1,0 +1,85 @@
+"""What of an adapter's file found its place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headstart.adapters.file import AdapterFile, Resolved
+
+
+class Coverage(NamedTuple):
+    """What of a file found its place in one model and the text encoders.
+
+    layers      network ("unet", "text", "text_2") -> layers that are changed
+    matched     keys of the file that went into them
+    mismatched  modules whose layer has another shape; unmatched: keys that mean no layer.
+                Only what was allowed by name: anything else is an error
+    """
+
+    layers: Mapping[str, int]
+    matched: int
+    mismatched: tuple[str, ...]
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterReport:
+    """What attaching a file did.
+
+    form      the naming that was recognised; rank: the largest, 0 where nothing is low-rank
+    models    "base" and/or "distilled" -> what was found there
+    live      strengths may differ between samples and rows; else it is merged at one strength
+    in_place  the buffers of the adapter it replaced were kept, so captured graphs stay valid
+    """
+
+    name: str
+    path: Path
+    form: str
+    rank: int
+    models: Mapping[str, Coverage]
+    live: bool = True
+    in_place: bool = False
+
+    def __str__(self) -> str:
+        kind = f"rank {self.rank}, live" if self.live else "merged"
+        lines = [f"{self.name}: {self.form}, {kind}"]
+        for model, told in self.models.items():
+            layers = ", ".join(f"{count} of {where}" for where, count in told.layers.items())
+            odd = len(told.mismatched), len(told.unmatched)
+            lines.append(
+                f"  {model}: {told.matched} keys in layers {layers}; {odd[0]} of another shape, "
+                f"{odd[1]} unmatched"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        models = {name: told._asdict() for name, told in self.models.items()}
+        return asdict(self) | {"path": str(self.path), "models": models}
+
+
+def report_of(
+    name: str, file: AdapterFile, resolved: Mapping[str, Resolved], live: bool
+) -> AdapterReport:
+    """What `resolved`, model -> what the file is there, says of a file."""
+    first = next(iter(resolved.values()))
+    return AdapterReport(
+        name=name,
+        path=file.path,
+        form=first.form.value,
+        rank=first.rank,
+        models={model: _coverage(told) for model, told in resolved.items()},
+        live=live,
+    )
+
+
+def _coverage(told: Resolved) -> Coverage:
+    return Coverage(
+        layers=dict(Counter(network for network, _ in told.deltas)),
+        matched=len(told.matched),
+        mismatched=tuple(entry.name for entry in told.mismatched),
+        unmatched=told.unmatched,
+    )
