@@ -42,7 +42,7 @@ class AdapterSet:
     towers  the text encoders, which serve both models
     """
 
-    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module]) -> None:
+    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module] = ()) -> None:
         shared: dict[int, Host] = {}
         self._models = {
             name: shared.setdefault(id(network), Host(network))
