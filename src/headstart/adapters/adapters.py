@@ -35,7 +35,7 @@ Deltas = Mapping[str, Delta]
 
 @final
 class AdapterSet:
-    """The adapters of an engine, by name. Attach and detach between runs, not during one.
+    """The adapters of an engine, or of any networks, by name. Attach and detach between runs.
 
     models  "base" and "distilled" -> network; both names may mean one network, of which the
             distilled model is a strength
