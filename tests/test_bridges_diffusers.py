@@ -195,6 +195,16 @@ def test_one_network_has_one_denoiser() -> None:
     assert bridge.denoiser(model) is network
     other = copy.deepcopy(model)
     assert bridge.denoiser(other).model is other
+    with pytest.raises(InputError, match="a network has one"):
+        bridge.denoiser(torch.compile(model, backend="eager"))
+
+
+def test_a_compiled_network_is_the_family_that_it_was() -> None:
+    model, x = tiny("SD 3"), randn(2, 4, 4, 6)
+    expected = bridge.denoiser(copy.deepcopy(model))(x, TIMES, told())
+    network = bridge.denoiser(torch.compile(model, backend="eager"))
+    assert "transformer_blocks.0.attn.to_q" in dict(network.named_modules())
+    assert far(network(x, TIMES, told()), expected) <= TOLERANCE
 
 
 def test_modules_and_tensors_have_the_networks_own_names() -> None:
@@ -543,6 +553,14 @@ def test_a_lora_of_another_transformer_is_refused_by_its_names(tmp_path: Path) -
     network = bridge.denoiser(tiny("Wan", num_layers=1))
     with pytest.raises(AdapterError, match=r"unknown here: .*blocks\.1\."):
         hs.AdapterSet({"base": network}).attach(path)
+
+
+@needs_peft
+def test_an_adapter_is_refused_where_fused_layers_would_not_run_it(tmp_path: Path) -> None:
+    model = tiny("Wan")
+    model.fuse_qkv_projections()
+    with pytest.raises(AdapterError, match=r"unknown here: .*blocks\.0\.attn1\.to_q"):
+        hs.AdapterSet({"base": bridge.denoiser(model)}).attach(saved(adapted("Wan"), tmp_path))
 
 
 @needs_peft

@@ -128,6 +128,8 @@ _ABSENT = {
 }
 """What a configuration can ask for and no Conditioning says."""
 
+_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
 
 @final
 class DiffusersDenoiser(nn.Module):
@@ -167,10 +169,15 @@ class DiffusersDenoiser(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
-        """Itself, then the network's under the network's own names."""
+        """Itself, then the network's under the network's own names; without the layers that
+        `fuse_qkv_projections` left behind, where an adapter would do nothing."""
         yield prefix, self
-        inner = getattr(self.model, "_orig_mod", self.model)
-        yield from inner.named_modules(memo, prefix, remove_duplicate)
+        unused, inner = set[str](), _uncompiled(self.model)
+        for path, module in inner.named_modules(memo, prefix, remove_duplicate):
+            if getattr(module, "fused_projections", False):
+                unused |= {f"{path}.{leaf}" for leaf in _FUSED}
+            if path not in unused:
+                yield path, module
 
     def _beside(self, x_in: Tensor, cond: Conditioning, packs: int) -> Tensor:
         """x_in with the channels behind it that inpainting and image-to-video networks read."""
@@ -203,10 +210,11 @@ def denoiser(model: nn.Module) -> DiffusersDenoiser:
     channels       [B, C', ...] what inpainting and image-to-video put behind the latent
     image_context  [B, L, D] an image's tokens (Wan image-to-video)
 
-    A field that this network does not read may belong to another one of the same run. Raises
-    InputError for another class, and when it is called for what is missing.
+    A field that this network does not read may belong to another one of the same run. Adapters need
+    its projections unfused (`unfuse_qkv_projections`). Raises InputError for another class, and
+    when it is called for what is missing.
     """
-    inner: Any = getattr(model, "_orig_mod", model)  # of torch.compile
+    inner = _uncompiled(model)
     kind = next((c.__name__ for c in type(inner).__mro__ if c.__name__ in _FAMILIES), None)
     if kind is None:
         raise InputError(
@@ -221,9 +229,13 @@ def denoiser(model: nn.Module) -> DiffusersDenoiser:
                 "denoiser (x_in, timestep, cond) -> F for it"
             )
     # Adapters are attached to a denoiser: two of one network would each add them.
-    if _KEPT not in model.__dict__:
-        model.__dict__[_KEPT] = DiffusersDenoiser(model, kind)
-    return model.__dict__[_KEPT]
+    kept = inner.__dict__.get(_KEPT) or DiffusersDenoiser(model, kind)
+    if kept.model is not model:
+        raise InputError(
+            f"this {kind} has a denoiser, compiled or not, already: a network has one; use that"
+        )
+    inner.__dict__[_KEPT] = kept
+    return kept
 
 
 def conditioning(
@@ -312,6 +324,11 @@ def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Pre
         shift = mu if said.get("time_shift_type") == "linear" else math.exp(mu)
         said |= {"use_dynamic_shifting": False, "shift": shift}
     return read_scheduler(said)
+
+
+def _uncompiled(model: object) -> Any:
+    """What torch.compile was given, where it was."""
+    return getattr(model, "_orig_mod", model)
 
 
 def _needed(model: Any, cond: Conditioning, name: str) -> Tensor:
