@@ -204,6 +204,11 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
     [
         ({}, "which levels to run"),
         ({"sigmas": [1.0]}, "where the last ends"),
+        ({"sigmas": torch.ones(2, 2)}, r"got \[2, 2\] numbers"),
+        (
+            {"sigmas": [1.0, 0.0], "x": torch.ones(2, 3, dtype=torch.int64)},
+            "expected float latents",
+        ),
         ({"sigmas": [1.0, 1.0, 0.0]}, "must fall"),
         ({"sigmas": [1.0, float("nan"), 0.0]}, "finite"),
         ({"sigmas": [0.0, 0.0]}, "> 0"),
@@ -215,13 +220,15 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
         ({"sigmas": [1.0, 0.0], "model": {"base": told}}, "give table="),
         ({"table": hybrid(), "update": "ancestral"}, "rows have their own"),
         ({"sigmas": [1.0, 0.0], "update": "heun"}, "unknown update"),
+        ({"sigmas": [1.0, 0.0], "model": lambda x, _: x[:1]}, r"expected x0 .* got \[1, 4, 6, 6\]"),
+        ({"sigmas": [1.0, 0.0], "model": lambda x, _: (x,)}, "got tuple"),
         ({"sigmas": [1.0, 0.5, 0.0], "model": lambda x, sigma: x * float("nan")}, "NaN|nan|finite"),
     ],
 )
 def test_what_cannot_be_run_says_why(arguments: dict[str, Any], message: str) -> None:
-    model = arguments.pop("model", told)
+    given = {"model": told, "x": drawn().float()} | arguments
     with pytest.raises(HeadstartError, match=message):
-        sample_plan(model, drawn().float(), disable=True, **arguments)
+        sample_plan(**given, disable=True)
 
 
 # ------------------------------------------------------------------ our network as its denoiser

@@ -9,11 +9,11 @@ torch 2.13 on a CPU):
 
 | network    | ours - diffusers' | ours - float64 | diffusers' - float64 |
 |------------|-------------------|----------------|----------------------|
-| SD 3       | 1.9e-7            | 2.1e-7         | 1.4e-7               |
-| Flux       | 2.5e-7            | 2.0e-7         | 1.7e-7               |
-| Qwen-Image | 2.8e-7            | 2.2e-7         | 1.0e-7               |
-| Z-Image    | 3.7e-7            | 2.1e-7         | 3.1e-7               |
-| Wan, video | 2.1e-7            | 1.4e-7         | 1.3e-7               |
+| SD 3       | 1.9e-7            | 1.9e-7         | 9.3e-8               |
+| Flux       | 2.1e-7            | 2.7e-7         | 1.3e-7               |
+| Qwen-Image | 1.9e-7            | 1.6e-7         | 1.5e-7               |
+| Z-Image    | 3.3e-7            | 2.1e-7         | 3.3e-7               |
+| Wan, video | 2.1e-7            | 1.6e-7         | 1.1e-7               |
 
 What is left is rounding. With weights 1.7 times as large Flux differed by 2.2e-6: diffusers rounds
 1000*t twice, we once, so one of eight timesteps was one ulp off, and such a network answers a

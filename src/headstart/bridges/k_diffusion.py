@@ -31,7 +31,7 @@ from headstart.run import Run, from_latent
 
 __all__ = ["KDenoiser", "denoiser", "sample_plan"]
 
-D: TypeAlias = Callable[..., Tensor]
+D: TypeAlias = Callable[..., object]
 """(x [B, ...], sigma [B], **extra_args) -> x0 of the shape of x."""
 
 
@@ -68,13 +68,15 @@ def sample_plan(
         table = _table_of(sigmas, update)
     elif Update(update) is not Update.EULER:
         raise InputError("update= is the rule of a run by sigmas; the table's rows have their own")
+    if not (x.is_floating_point() and x.ndim > 1):
+        raise InputError(f"x: expected float latents [B, ...], got {x.dtype} {list(x.shape)}")
     _check_rows(table)
     models = _models_of(model, table)
     # D says x0 itself, so a row takes it as it is.
     steps = tuple(step._replace(c_skip=0.0, c_out=1.0) for step in table)
     table = replace(table, steps=steps)
     level = table[0].sigma if sigmas is None else float(sigmas[0])
-    start = from_latent(table, x.detach().to(torch.float32, copy=True), level)
+    start = from_latent(table, x.detach().float(), level)
     noise = _Noise(x, table, noise_sampler)
     run = Run(table, Conditioning(x.new_zeros((len(x), 1, 1))), noise, resume=start)
     return _loop(run, models, x.dtype, dict(extra_args or {}), callback, disable)
@@ -94,6 +96,9 @@ def _loop(
         x = run.state.x.to(dtype)
         sigma = x.new_tensor(row.sigma)
         denoised = models[row.model](x, sigma.expand(len(x)), **extra_args)
+        if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+            came = list(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {came}")
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         run.advance(denoised.float())
@@ -125,11 +130,13 @@ class _Noise:
 def _table_of(sigmas: Tensor | Sequence[float] | None, update: Update | str) -> StepTable:
     if sigmas is None:
         raise InputError("nothing says which levels to run: give sigmas or table=")
-    levels = [float(sigma) for sigma in sigmas]
-    if len(levels) < 2:
+    given = torch.as_tensor(sigmas, dtype=torch.float64)
+    if given.ndim != 1 or len(given) < 2:
         raise InputError(
-            f"sigmas: expected where steps start and where the last ends, got {levels}"
+            f"sigmas: expected where steps start, and where the last ends, got {list(given.shape)} "
+            "numbers"
         )
+    levels = _numbers(given).tolist()
     leg = Leg(model="model", sigmas=tuple(levels[:-1]), update=Update(update))
     schedule = NoiseSchedule.from_sigmas(levels[-2::-1])
     return Plan((leg,), end=levels[-1]).compile(schedule, prediction=Prediction.X0)
