@@ -415,6 +415,37 @@ def test_eight_samples_have_eight_strengths_in_one_call(name: str, tmp_path: Pat
     assert torch.equal(network(x, times, cond), before)
 
 
+@needs_peft
+def test_a_kohya_lora_of_stable_diffusion_acts_on_diffusers_unet(tmp_path: Path) -> None:
+    """Linear layers and convolutions, guided: both halves of a sample have its strength."""
+    from peft import LoraConfig
+
+    network, theirs = (bridge.denoiser(made("UNet2DConditionModel", **UNET)) for _ in range(2))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        targets = ["to_q", "proj_in", "conv1", "time_emb_proj"]
+        theirs.model.add_adapter(
+            LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "a"
+        )
+    tensors = kohya(load_file(saved(theirs.model, tmp_path)), 8.0, "_")
+    save_file(renamed(tensors, lambda key: f"lora_unet_{key}"), tmp_path / "kohya.safetensors")
+    adapters = hs.AdapterSet({"base": network})
+    adapters.attach(tmp_path / "kohya.safetensors", (0.5, 2.0))
+    table = hs.Plan((hs.Leg(model="base", steps=2, guidance=3.0),)).compile(
+        NoiseSchedule.scaled_linear()
+    )
+    x, words = randn(2, 4, 8, 8), {"uncond": told(seed=6)}
+    given = {"strengths": adapters.strengths(table, 2), **words}
+    found = next(hs.sample(table, {"base": network}, told(), hs.Given(x), **given)).x
+    for n, strength in enumerate((0.5, 2.0)):
+        own = slice(n, n + 1)
+        alone = at(theirs.model, strength)
+        noise, words = hs.Given(x[own]), {"uncond": told(seed=6)[own]}
+        expected = next(hs.sample(table, {"base": alone}, told()[own], noise, **words)).x
+        # Guidance 3 makes roundings of F five times as large.
+        assert far(found[own], expected) <= 5 * TOLERANCE
+
+
 def renamed(tensors: dict[str, Tensor], rename: Callable[[str], str]) -> dict[str, Tensor]:
     return {rename(name): tensor.contiguous() for name, tensor in tensors.items()}
 
