@@ -1,4 +1,4 @@
-"""Tiny flow transformers of diffusers: what headstart is given of each, and what its pipeline does.
+"""Tiny flow transformers of diffusers, and what its pipelines do with them.
 
 Import diffusers with `pytest.importorskip` first: it is an oracle of the tests alone.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import diffusers
 import pytest
@@ -18,7 +18,6 @@ import headstart as hs
 
 WORDS, GUIDANCE = 5, 3.5
 """Tokens of text, and the guidance of every base."""
-Call: TypeAlias = Callable[[Tensor, Tensor, hs.Conditioning], Tensor]
 
 
 class Grid(NamedTuple):
@@ -49,42 +48,6 @@ class Grid(NamedTuple):
         return [1.0 - (1.0 - value) * stretch for value in t]
 
 
-# What headstart is given: adapters from a network of diffusers to (x_in, timestep, cond) -> F.
-
-
-def sd3(model: nn.Module) -> Call:
-    return lambda z, t, cond: model(z, cond.context, cond.pooled, t, return_dict=False)[0]
-
-
-def flux(model: nn.Module) -> Call:
-    def denoise(z: Tensor, t: Tensor, cond: hs.Conditioning) -> Tensor:
-        text = torch.zeros(WORDS, 3)
-        return model(z, cond.context, cond.pooled, t / 1000, PLACES, text, return_dict=False)[0]
-
-    return denoise
-
-
-def qwen(model: nn.Module) -> Call:
-    return lambda z, t, cond: model(
-        z, cond.context, None, t / 1000, [[(1, 2, 3)]] * len(z), return_dict=False
-    )[0]
-
-
-def z_image(model: nn.Module) -> Call:
-    def denoise(z: Tensor, t: Tensor, cond: hs.Conditioning) -> Tensor:
-        f = model([*z.unsqueeze(2)], (1000 - t) / 1000, [*cond.context], return_dict=False)[0]
-        return -torch.stack(f).squeeze(2)
-
-    return denoise
-
-
-def wan(model: nn.Module) -> Call:
-    return lambda z, t, cond: model(z, t, cond.context, return_dict=False)[0]
-
-
-PLACES = torch.tensor([[0.0, row, column] for row in range(2) for column in range(3)])
-"""Of the 6 tokens that a latent of 4 x 6 is packed into."""
-
 # What diffusers' pipelines do in their loops: F of one row, by the pipeline's own expressions.
 # `words` is (negative, positive), or (positive,) where there is no guidance.
 
@@ -114,12 +77,16 @@ def apart(call: Callable[[hs.Conditioning], Tensor], words: list[hs.Conditioning
     return negative + GUIDANCE * (noise_pred - negative)
 
 
+def packed(z: Tensor) -> Tensor:
+    return diffusers.FluxPipeline._pack_latents(z, *z.shape)
+
+
 def flux_pipeline(model: nn.Module, z: Tensor, t: Tensor, words: list[hs.Conditioning]) -> Tensor:
-    """pipeline_flux.py with true_cfg_scale: t/1000, ids of tokens and of words."""
+    """pipeline_flux.py with true_cfg_scale: packed tokens, t/1000, ids of tokens and of words."""
     timestep = t.expand(z.shape[0]).to(z.dtype)
-    return apart(
+    noise_pred = apart(
         lambda part: model(
-            hidden_states=z,
+            hidden_states=packed(z),
             timestep=timestep / 1000,
             guidance=None,
             pooled_projections=part.pooled,
@@ -130,15 +97,16 @@ def flux_pipeline(model: nn.Module, z: Tensor, t: Tensor, words: list[hs.Conditi
         )[0],
         words,
     )
+    return diffusers.FluxPipeline._unpack_latents(noise_pred, 8 * 4, 8 * 6, 8)
 
 
 def qwen_pipeline(model: nn.Module, z: Tensor, t: Tensor, words: list[hs.Conditioning]) -> Tensor:
-    """pipeline_qwenimage.py: t/1000; its rescale of the guided norm is a rule of its own, left out.
-    A mask of ones it takes for none."""
+    """pipeline_qwenimage.py: packed tokens, t/1000; its rescale of the guided norm is a rule of its
+    own, left out. A mask of ones it takes for none."""
     timestep = t.expand(z.shape[0]).to(z.dtype)
-    return apart(
+    noise_pred = apart(
         lambda part: model(
-            hidden_states=z,
+            hidden_states=packed(z),
             timestep=timestep / 1000,
             guidance=None,
             encoder_hidden_states_mask=None,
@@ -148,6 +116,7 @@ def qwen_pipeline(model: nn.Module, z: Tensor, t: Tensor, words: list[hs.Conditi
         )[0],
         words,
     )
+    return diffusers.QwenImagePipeline._unpack_latents(noise_pred, 8 * 4, 8 * 6, 8).squeeze(2)
 
 
 def z_image_pipeline(
@@ -187,7 +156,6 @@ class Family(NamedTuple):
     kind: str
     config: dict[str, Any]
     shape: tuple[int, ...]
-    ours: Callable[[nn.Module], Call]
     theirs: Callable[[nn.Module, Tensor, Tensor, list[hs.Conditioning]], Tensor]
     base: Grid
     student: Grid
@@ -199,31 +167,31 @@ FAMILIES = {
         "SD3Transformer2DModel",
         HEADS | {"sample_size": 8, "in_channels": 4, "out_channels": 4, "joint_attention_dim": 12,
          "caption_projection_dim": 32, "pooled_projection_dim": 10, "pos_embed_max_size": 8},
-        (4, 4, 6), sd3, sd3_pipeline, Grid(3.0), Grid(3.0),
+        (4, 4, 6), sd3_pipeline, Grid(3.0), Grid(3.0),
     ),
     "Flux": Family(
         "FluxTransformer2DModel",
         HEADS | {"in_channels": 16, "num_single_layers": 2, "joint_attention_dim": 12,
          "pooled_projection_dim": 10, "axes_dims_rope": (4, 6, 6)},
-        (6, 16), flux, flux_pipeline, Grid(mu=1.15), Grid(1.0),
+        (4, 4, 6), flux_pipeline, Grid(mu=1.15), Grid(1.0),
     ),
     "Qwen-Image": Family(
         "QwenImageTransformer2DModel",
         HEADS | {"in_channels": 16, "out_channels": 4, "joint_attention_dim": 12,
          "axes_dims_rope": (4, 6, 6)},
-        (6, 16), qwen, qwen_pipeline, Grid(mu=0.8, terminal=0.02), Grid(mu=math.log(3)),
+        (4, 4, 6), qwen_pipeline, Grid(mu=0.8, terminal=0.02), Grid(mu=math.log(3)),
     ),
     "Z-Image": Family(
         "ZImageTransformer2DModel",
         {"in_channels": 4, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2,
          "n_kv_heads": 2, "cap_feat_dim": 12, "axes_dims": [4, 6, 6], "axes_lens": [64, 16, 16]},
-        (4, 4, 6), z_image, z_image_pipeline, Grid(6.0), Grid(3.0),
+        (4, 4, 6), z_image_pipeline, Grid(6.0), Grid(3.0),
     ),
     "Wan": Family(
         "WanTransformer3DModel",
         HEADS | {"in_channels": 4, "out_channels": 4, "text_dim": 12, "freq_dim": 16,
          "ffn_dim": 48, "rope_max_seq_len": 16},
-        (4, 3, 4, 6), wan, wan_pipeline, Grid(8.0), Grid(5.0),
+        (4, 3, 4, 6), wan_pipeline, Grid(8.0), Grid(5.0),
     ),
 }  # fmt: skip
 

@@ -47,6 +47,12 @@ def test_importing_the_package_loads_no_third_party_module() -> None:
     assert tops - set(sys.stdlib_module_names) == {"headstart"}
 
 
+def test_a_bridge_loads_without_its_host() -> None:
+    loaded, _ = loaded_after("import headstart.bridges.diffusers, headstart.bridges.k_diffusion")
+    assert "headstart.bridges.k_diffusion" in loaded
+    assert not loaded & {"diffusers", "k_diffusion", "transformers", "peft"}
+
+
 def test_clips_vocabulary_is_read_with_the_standard_library_alone() -> None:
     bare, _ = loaded_after("pass")
     body = (

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from headstart.adapters.adapters import AdapterSet as AdapterSet
     from headstart.adapters.report import AdapterReport as AdapterReport
     from headstart.adapters.strength import Strength as Strength
     from headstart.batch import Batch as Batch
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 _MODULE_OF = {
     "AdapterError": "headstart.errors",
     "AdapterReport": "headstart.adapters.report",
+    "AdapterSet": "headstart.adapters.adapters",
     "Batch": "headstart.batch",
     "Branch": "headstart.traces.branches",
     "CaptureError": "headstart.errors",

@@ -1,19 +1,19 @@
 """Flow transformers of today beside diffusers' own loops: a guided base, then a second network.
 
 Tiny random networks, each called as its pipeline in diffusers 0.42 calls it, the base on its own
-schedule and then the student on another. Ours is one table, `hs.sample` and an adapter of a few
-lines (`flow_transformers.py`); theirs is FlowMatchEulerDiscreteScheduler, its `step`, and a loop.
+schedule and then the student on another. Ours is one table, `hs.sample` and the denoisers of
+`headstart.bridges.diffusers`; theirs is FlowMatchEulerDiscreteScheduler, its `step`, and a loop.
 
 The largest difference of any state, of its max |z|, over Euler and re-noising students (measured,
 torch 2.13 on a CPU):
 
 | network    | ours - diffusers' | ours - float64 | diffusers' - float64 |
 |------------|-------------------|----------------|----------------------|
-| SD 3       | 1.9e-7            | 2.1e-7         | 1.4e-7               |
-| Flux       | 2.5e-7            | 2.0e-7         | 1.7e-7               |
-| Qwen-Image | 2.8e-7            | 2.2e-7         | 1.0e-7               |
-| Z-Image    | 3.7e-7            | 2.1e-7         | 3.1e-7               |
-| Wan, video | 2.1e-7            | 1.4e-7         | 1.3e-7               |
+| SD 3       | 1.9e-7            | 1.9e-7         | 9.3e-8               |
+| Flux       | 2.1e-7            | 2.7e-7         | 1.3e-7               |
+| Qwen-Image | 1.9e-7            | 1.6e-7         | 1.5e-7               |
+| Z-Image    | 3.3e-7            | 2.1e-7         | 3.3e-7               |
+| Wan, video | 2.1e-7            | 1.6e-7         | 1.1e-7               |
 
 What is left is rounding. With weights 1.7 times as large Flux differed by 2.2e-6: diffusers rounds
 1000*t twice, we once, so one of eight timesteps was one ulp off, and such a network answers a
@@ -23,17 +23,20 @@ change of t with 40 times as much. Told diffusers' timestep, ours came to 3.1e-7
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import headstart as hs
+from headstart.bridges.diffusers import denoiser
+from headstart.interfaces import Denoiser
 from headstart.plan.table import StepTable
 
 diffusers = pytest.importorskip("diffusers")
 
-from flow_transformers import FAMILIES, GUIDANCE, WORDS, Call, Family, networks  # noqa: E402
+from flow_transformers import FAMILIES, GUIDANCE, WORDS, Family, networks  # noqa: E402
 
 BATCH, BASE_STEPS, STUDENT_STEPS = 2, 8, 4
 TOLERANCE = 1e-6
@@ -74,7 +77,7 @@ def table(family: Family, update: hs.Update, guidance: float = GUIDANCE) -> Step
     return hs.Plan(legs).compile(grids, prediction=hs.Prediction.FLOW)
 
 
-def sampled(family: Family, rows: StepTable, denoisers: dict[str, Call]) -> list[Tensor]:
+def sampled(family: Family, rows: StepTable, denoisers: Mapping[str, Denoiser]) -> list[Tensor]:
     """z after every row, by headstart."""
     noise = drawn(family)
     run = hs.sample(rows, denoisers, POSITIVE, hs.Given(noise[0], noise[1:]), uncond=NEGATIVE)
@@ -127,7 +130,7 @@ def worst(got: list[Tensor], expected: list[Tensor]) -> float:
 def test_every_state_is_that_of_diffusers_loop(name: str, update: hs.Update) -> None:
     family = FAMILIES[name]
     models, rows = networks(family), table(family, update)
-    ours = sampled(family, rows, {name: family.ours(model) for name, model in models.items()})
+    ours = sampled(family, rows, {name: denoiser(model) for name, model in models.items()})
     assert ours[0].shape == (BATCH, *family.shape)
     assert worst(ours, looped(family, update, models)) <= TOLERANCE
     assert worst(ours, exactly(family, update, models)) <= TOLERANCE
@@ -151,8 +154,8 @@ def test_a_mistake_shows(name: str, mistake: str) -> None:
     other network: each moves the states by 100 tolerances or more, so none could pass."""
     family, euler = FAMILIES[name], hs.Update.EULER
     models, rows = networks(family), table(family, euler)
-    denoisers = {name: family.ours(model) for name, model in models.items()}
-    wrong = dict(denoisers)
+    denoisers = {name: denoiser(model) for name, model in models.items()}
+    wrong: dict[str, Denoiser] = dict(denoisers)
     if mistake == "timestep":
         wrong["distilled"] = lambda z, t, cond: denoisers["distilled"](z, t * 1.001, cond)
     elif mistake == "words":

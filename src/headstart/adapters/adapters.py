@@ -51,14 +51,15 @@ class Adapter:
 
 @final
 class AdapterSet:
-    """The adapters of an engine, by name. They may come and go while runs are under way.
+    """The adapters of an engine, or of any networks, by name. They may come and go while runs are
+    under way.
 
     models  "base" and "distilled" -> network; both names may mean one network, of which the
             distilled model is a strength
     towers  the text encoders, which serve both models
     """
 
-    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module]) -> None:
+    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module] = ()) -> None:
         networks = {n: model for n, model in models.items() if isinstance(model, nn.Module)}
         self._present = present = Present(networks)
         shared = {net: present.host(Host(net, present.look)) for net in networks.values()}

@@ -169,7 +169,7 @@ class AdapterFile:
         """Each module with its layer: a fitting one where its name can mean several."""
         places = Places(networks)
         for group in self.groups.values():
-            found = places.find(group.network, group.module)
+            found = places.find(group.network, group.module, group.name)
             fitting = [place for place in found if group.fits(networks[place[0]][place[1]])]
             yield group, next(iter(fitting or found), None)
 

@@ -102,6 +102,8 @@ _PREFIXES: tuple[tuple[str, Network | None], ...] = (
     ("text_encoder_2.", "text_2"),
     ("model.diffusion_model.", "unet"),
     ("diffusion_model.", "unet"),
+    ("lora_transformer_", "unet"),
+    ("transformer.", "unet"),
 )
 _PEFT_ROOT = "base_model.model."
 _LEAVES = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
@@ -147,12 +149,17 @@ class Places:
             network: _spellings(network, list(modules)) for network, modules in networks.items()
         }
 
-    def find(self, network: Network | None, module: str) -> list[tuple[Network, str]]:
-        """The layers it can mean: none, one, or one in each text encoder for a bare name."""
+    def find(self, network: Network | None, module: str, name: str) -> list[tuple[Network, str]]:
+        """The layers it can mean: none, one, or one in each text encoder for a bare name.
+
+        name   the module as the file spells it: what looks like a prefix may be the network's own
+        """
+        name = name.removeprefix(_PEFT_ROOT)
         return [
-            (name, table[module])
-            for name, table in self._tables.items()
-            if network in (None, name) and module in table
+            (where, table[spelled])
+            for where, table in self._tables.items()
+            if network in (None, where)
+            if (spelled := next((s for s in (module, name) if s in table), None)) is not None
         ]
 
 
@@ -163,12 +170,40 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, str]:
     """
     pairs = [(module, module) for module in modules]
     if network == "unet":
+        pairs = [(wan, module) for module in modules if (wan := _of_wan(module))] + pairs
         pairs += [(ldm, module) for module, ldm in keymap.unet_to_ldm(modules).items()]
     else:
         pairs += [(module.removeprefix("text_model."), module) for module in modules]
     table = {spelled.replace(".", "_"): module for spelled, module in pairs} | dict(pairs)
     counted = _counted_unet(modules) if network == "unet" else _counted_text(modules)
     return table | {f"#{number}": module for number, module in enumerate(counted)}
+
+
+# github.com/Wan-Video/Wan2.1, wan/modules/model.py <- the names that diffusers gave its layers.
+_WAN = tuple(
+    (re.compile(ours), original)
+    for ours, original in (
+        (r"(blocks\.[0-9]+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+        (r"(blocks\.[0-9]+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+        (r"(blocks\.[0-9]+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+        (r"(blocks\.[0-9]+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+        (r"(blocks\.[0-9]+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+        (r"(blocks\.[0-9]+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+        (r"(blocks\.[0-9]+)\.ffn\.net\.2", r"\1.ffn.2"),
+        (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+        (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+        (r"condition_embedder\.time_proj", "time_projection.1"),
+        (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+        (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+        (r"proj_out", "head.head"),
+    )
+)
+
+
+def _of_wan(module: str) -> str | None:
+    """As Wan's own code calls it, and its Lightning LoRAs do."""
+    found = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
+    return next((match.expand(name) for match, name in found), None)
 
 
 # cloneofsimo/lora walks diffusers' modules in the order they were registered: down, up, mid; in a

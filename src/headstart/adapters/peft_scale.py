@@ -42,6 +42,7 @@ def _by_pattern(patterns: Mapping[str, float], module: str, otherwise: float) ->
 _PEFT_NETWORKS: tuple[tuple[str, Network | None], ...] = (
     ("", None),
     ("unet.", "unet"),
+    ("transformer.", "unet"),
     ("text_encoder.", "text"),
     ("text_encoder_2.", "text_2"),
 )

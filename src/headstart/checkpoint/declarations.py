@@ -16,6 +16,7 @@ from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import FloatArray, NoiseSchedule
+from headstart.plan.spacing import Process
 
 if TYPE_CHECKING:
     import numpy as np
@@ -84,10 +85,31 @@ def declared(family: Family, said: Said) -> Family:
     _from_metadata(said.metadata, found)
     try:
         found |= _prediction(said)
-        found |= _schedule(family, said)
+        table = family.schedule
+        assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
+        found |= _schedule(table, said)
     except PlanError as error:
         raise CheckpointError(f"the checkpoint's own schedule is unusable: {error}") from error
     return replace(family, declared=frozenset(found), **found)
+
+
+def read_scheduler(config: Json) -> tuple[Process, Prediction]:
+    """The noise schedule and the prediction that a diffusers scheduler's configuration says.
+
+    Raises CheckpointError for a class that is none of those here, and for an unusable value.
+    """
+    if not config.get("_class_name"):
+        raise CheckpointError(
+            "expected a scheduler of diffusers, or its scheduler_config.json with a _class_name, "
+            f"got {dict(config)!r:.80}"
+        )
+    said = Said(scheduler=config)
+    try:
+        found = _schedule(NoiseSchedule.scaled_linear(), said) | _prediction(said)
+    except PlanError as error:
+        raise CheckpointError(f"the scheduler's own schedule is unusable: {error}") from error
+    prediction = cast(Prediction, found.get("prediction", Prediction.EPS))
+    return cast(Process, found["schedule"]), prediction
 
 
 _METADATA: dict[str, Callable[[str], object]] = {
@@ -177,9 +199,7 @@ def _prediction(said: Said) -> dict[str, object]:
     return {} if value is None else {"prediction": Prediction(value)}
 
 
-def _schedule(family: Family, said: Said) -> dict[str, object]:
-    table = family.schedule
-    assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
+def _schedule(table: NoiseSchedule, said: Said) -> dict[str, object]:
     if said.alphas is not None:
         values, rounding = said.alphas
         known = table.alphas_cumprod

@@ -1,0 +1,1 @@
+"""Other packages' networks, prompts and samplers used with ours; none is loaded before its use."""

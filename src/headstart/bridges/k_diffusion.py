@@ -1,0 +1,331 @@
+"""k-diffusion both ways: a plan where its samplers stand, and our networks as its denoisers.
+
+    x = sample_plan(model_wrap, x, sigmas, extra_args=told, update="dpmpp_2m")
+    x = k_diffusion.sampling.sample_euler(denoiser(unet), x, sigmas, extra_args={"cond": cond})
+
+Its denoisers are D(x, sigma, **extra_args) -> x0 with x = x0 + sigma*eps [B, ...] and sigma [B];
+its samplers are sample_*(model, x, sigmas, extra_args, callback, disable) -> x. Nothing here
+imports it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast, final
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from headstart.errors import InputError, PlanError
+from headstart.interfaces import Conditioning, Denoiser, X0Denoiser
+from headstart.plan.edm import EdmSchedule
+from headstart.plan.leg import PRINTED
+from headstart.plan.plan import Leg, Plan, StepTable, Update
+from headstart.plan.prediction import Prediction
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import FloatArray, Process, Spacing, real
+from headstart.run import Run, from_latent
+
+__all__ = ["KDenoiser", "denoiser", "sample_plan"]
+
+D: TypeAlias = Callable[..., object]
+"""(x [B, ...], sigma [B], **extra_args) -> x0 of the shape of x."""
+
+
+def sample_plan(
+    model: D | Mapping[str, D],
+    x: Tensor,
+    sigmas: Tensor | Sequence[float] | None = None,
+    extra_args: Mapping[str, Any] | None = None,
+    callback: Callable[[dict[str, Any]], object] | None = None,
+    disable: bool | None = None,
+    *,
+    table: StepTable | None = None,
+    update: Update | str = Update.EULER,
+    noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Tensor:
+    """Run a plan where `k_diffusion.sampling.sample_euler` stands, with its arguments.
+
+    model          D, or the D of every model that the table names
+    x              [B, ...] x0 + sigma*eps at the first level; at the highest, sigma_max*noise
+    sigmas         falling levels, the last of them where the run ends, 0 by custom
+    extra_args     what D is given besides; guidance is D's own, so the table's rows have 1
+    callback       called after each network with x, i, sigma, sigma_hat and denoised
+    disable        no progress bar; None: none where nobody looks at a terminal
+    table          a plan's rows, run instead of `sigmas`, of which only the first counts then: the
+                   table is entered at the row of that level, by default at its first
+    update         the rule of a run by `sigmas` alone: "euler", "ancestral", "dpmpp_2m", ...
+    noise_sampler  (sigma, sigma_next) -> unit noise, by default of torch's generator; it is asked
+                   on rows that add noise
+
+    Returns x, of the dtype that it came in; the state in between is float32. Raises InputError and
+    PlanError for what does not fit, before the first network call, and InputError for NaN.
+    """
+    if table is None:
+        table = _table_of(sigmas, update)
+    elif Update(update) is not Update.EULER:
+        raise InputError("update= is the rule of a run by sigmas; the table's rows have their own")
+    if not (x.is_floating_point() and x.ndim > 1):
+        raise InputError(f"x: expected float latents [B, ...], got {x.dtype} {list(x.shape)}")
+    _check_rows(table)
+    models = _models_of(model, table)
+    # D says x0 itself, so a row takes it as it is.
+    steps = tuple(step._replace(c_skip=0.0, c_out=1.0) for step in table)
+    table = replace(table, steps=steps)
+    level = table[0].sigma if sigmas is None else float(sigmas[0])
+    start = from_latent(table, x.detach().float(), level)
+    noise = _Noise(x, table, noise_sampler)
+    run = Run(table, Conditioning(x.new_zeros((len(x), 1, 1))), noise, resume=start)
+    return _loop(run, models, x.dtype, dict(extra_args or {}), callback, disable)
+
+
+@torch.no_grad()
+def _loop(
+    run: Run,
+    models: Mapping[str, D],
+    dtype: torch.dtype,
+    extra_args: dict[str, Any],
+    callback: Callable[[dict[str, Any]], object] | None,
+    disable: bool | None,
+) -> Tensor:
+    rows = run.table.steps[run.state.step + 1 - run.table.first :]
+    for i, row in enumerate(tqdm(rows, disable=disable)):
+        x = run.state.x.to(dtype)
+        sigma = x.new_tensor(row.sigma)
+        denoised = models[row.model](x, sigma.expand(len(x)), **extra_args)
+        if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+            came = list(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
+            raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {came}")
+        if callback is not None:
+            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+        run.advance(denoised.float())
+    return run.state.x.to(dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Noise:
+    """A noise_sampler as a NoiseSource; the start is given, so it is not drawn."""
+
+    x: Tensor
+    table: StepTable
+    sampler: Callable[[Tensor, Tensor], Tensor] | None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return torch.zeros((len(self), *shape), device=device)
+
+    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        if self.sampler is None:
+            return torch.randn((len(self), *shape), device=device)
+        row = self.table[index - self.table.first]
+        levels = self.x.new_tensor((row.sigma, row.sigma_next)).unbind()
+        return self.sampler(*levels).to(device=device, dtype=torch.float32)
+
+
+def _table_of(sigmas: Tensor | Sequence[float] | None, update: Update | str) -> StepTable:
+    if sigmas is None:
+        raise InputError("nothing says which levels to run: give sigmas or table=")
+    given = torch.as_tensor(sigmas, dtype=torch.float64)
+    if given.ndim != 1 or len(given) < 2:
+        raise InputError(
+            f"sigmas: expected where steps start, and where the last ends, got {list(given.shape)} "
+            "numbers"
+        )
+    levels = _numbers(given).tolist()
+    leg = Leg(model="model", sigmas=tuple(levels[:-1]), update=Update(update))
+    schedule = NoiseSchedule.from_sigmas(levels[-2::-1])
+    return Plan((leg,), end=levels[-1]).compile(schedule, prediction=Prediction.X0)
+
+
+def _check_rows(table: StepTable) -> None:
+    for number, row in enumerate(table, table.first):
+        if row.guidance != 1.0 or row.adapters:
+            raise InputError(
+                f"row {number} of plan {table.name!r} has guidance or adapters, which D(x, sigma) "
+                "does itself: compile the plan with guidance 1 and without adapters, and give D "
+                "what it needs in extra_args, or use headstart.sample"
+            )
+
+
+def _models_of(model: D | Mapping[str, D], table: StepTable) -> Mapping[str, D]:
+    if not isinstance(model, Mapping):
+        return dict.fromkeys(table.models, model)
+    found = cast("Mapping[str, D]", model)
+    missing = [name for name in table.models if name not in found]
+    if missing:
+        raise InputError(
+            f"the rows name model(s) {missing}, and model has {sorted(found)}: give a D for each, "
+            "or one D for all; with several models give table="
+        )
+    return found
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class KDenoiser:
+    """A network as k-diffusion's denoiser: D(x, sigma) = c_skip*x + c_out*network(c_in*x, t).
+
+    The formulas are `Prediction`'s and the timestep is `schedule`'s, in float64, by interpolation
+    in log sigma; `quantize` rounds it to a whole one, as for networks trained on those alone. It
+    reads sigma back from its device, as k-diffusion's samplers do themselves.
+    """
+
+    network: Denoiser
+    schedule: NoiseSchedule | EdmSchedule
+    prediction: Prediction
+    quantize: bool = False
+    device: torch.device | str = "cpu"
+
+    def __call__(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning | None = None,
+        guidance: float = 1.0,
+    ) -> Tensor:
+        """x [B, ...], sigma [B] -> x0 of x's shape and dtype, computed in at least float32.
+
+        cond      of B samples, or of one that all share
+        uncond    the negative prompt's; needed for guidance other than 1, which makes one call of
+                  2B samples (uncond, cond)
+        guidance  F = F_uncond + guidance*(F_cond - F_uncond), at least 1
+
+        Raises PlanError for a level outside of the schedule.
+        """
+        batch, wide = len(x), torch.promote_types(x.dtype, torch.float32)
+        levels = _levels(sigma, batch)
+        c_in, c_skip, c_out = self._scalings(levels, x, wide)
+        timestep = self._timesteps(levels, self.quantize, x.device)
+        cond = cond.expand(batch)
+        x_in = (c_in * x).to(getattr(self.network, "dtype", cond.context.dtype))
+        if _guided(guidance, uncond) and uncond is not None:
+            both = Conditioning.cat((uncond.expand(batch), cond))
+            f = self.network(torch.cat((x_in, x_in)), timestep.repeat(2), both).to(wide)
+            without, f = f.chunk(2)
+            f = without + guidance * (f - without)
+        else:
+            f = self.network(x_in, timestep, cond)
+        return (c_skip * x + c_out * f).to(x.dtype)
+
+    @property
+    def sigmas(self) -> Tensor:
+        """The levels of all timesteps [T] float32, rising."""
+        if not isinstance(self.schedule, NoiseSchedule):
+            raise InputError("an EDM schedule has every level between its two, and no list of them")
+        return self._made(self.schedule.sigmas)
+
+    @property
+    def sigma_min(self) -> Tensor:
+        """The lowest level, [] float32."""
+        return self._made(self.schedule.lowest[1])
+
+    @property
+    def sigma_max(self) -> Tensor:
+        """The highest level, [] float32."""
+        return self._made(self.schedule.highest[1])
+
+    def get_sigmas(self, n: int | None = None) -> Tensor:
+        """[n + 1] falling, the last 0: evenly in timestep (of EDM: its own grid); None: all."""
+        if n is None:
+            levels = self.sigmas.flip(0)
+        elif isinstance(self.schedule, EdmSchedule):
+            levels = self._made(self.schedule.points(n, Spacing.TRAILING).sigmas)
+        else:
+            timesteps = self.schedule.timesteps(n, Spacing.FRACTIONAL)
+            levels = self._made(self.schedule.sigma(timesteps, "log"))
+        return torch.cat((levels, levels.new_zeros(1)))
+
+    def sigma_to_t(self, sigma: Tensor, quantize: bool | None = None) -> Tensor:
+        """The timestep that the network is told, of sigma's shape: int64 where all are whole."""
+        rounded = self.quantize if quantize is None else quantize
+        return self._timesteps(_numbers(sigma), rounded, sigma.device).view(sigma.shape)
+
+    def t_to_sigma(self, t: Tensor) -> Tensor:
+        """The level of a timestep, float32 of t's shape."""
+        levels = self.schedule.sigma(_numbers(t), "log")
+        return torch.tensor(levels, dtype=torch.float32, device=t.device).view(t.shape)
+
+    def _made(self, values: float | FloatArray) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.float32, device=self.device)
+
+    def _scalings(self, levels: FloatArray, x: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
+        """c_in, c_skip and c_out, each [B, 1, ...]."""
+        data = self.schedule.sigma_data if isinstance(self.schedule, EdmSchedule) else 1.0
+        rows = [self.prediction.scalings(level, data) for level in levels.tolist()]
+        columns = torch.tensor(rows, dtype=wide, device=x.device).unbind(1)
+        return tuple(column.view(-1, *[1] * (x.ndim - 1)) for column in columns)
+
+    def _timesteps(self, levels: FloatArray, quantize: bool, device: torch.device) -> Tensor:
+        low, high = self.schedule.lowest[1], self.schedule.highest[1]
+        inside = levels.clip(low, high)
+        near = abs(levels - inside) <= PRINTED * inside  # a printed end is the end
+        found = self.schedule.timestep(np.where(near, inside, levels), "log")
+        found = np.asarray(found.round() if quantize else found, dtype=np.float32)
+        whole = isinstance(self.schedule, NoiseSchedule) and bool((found == found.round()).all())
+        return torch.tensor(found, dtype=torch.int64 if whole else torch.float32, device=device)
+
+
+def denoiser(
+    network: Denoiser,
+    schedule: Process | None = None,
+    prediction: Prediction | str = Prediction.EPS,
+    *,
+    quantize: bool = False,
+    device: torch.device | str = "cpu",
+) -> KDenoiser:
+    """A network of ours, or any (x_in, timestep, cond) -> F, as what k-diffusion's samplers take.
+
+    schedule  a table of levels (by default Stable Diffusion's), or EDM's
+    quantize  tell the network whole timesteps
+    device    of the levels that it gives out
+
+    Give its samplers extra_args={"cond": ..., "uncond": ..., "guidance": 7.5}, and levels by
+    `get_sigmas(n)`, or by `k_diffusion.sampling.get_sigmas_karras(n, d.sigma_min, d.sigma_max)`.
+    Raises PlanError for a prediction that no network has on such a schedule, and InputError for a
+    flow, whose pure noise has no finite level to subtract from.
+    """
+    schedule = NoiseSchedule.scaled_linear() if schedule is None else schedule
+    if isinstance(network, X0Denoiser) or not callable(network):
+        raise InputError(
+            f"expected a network (x_in, timestep, cond) -> F, got {type(network).__name__}: what "
+            "predicts x0 from x and sigma is k-diffusion's denoiser already"
+        )
+    if not isinstance(schedule, NoiseSchedule | EdmSchedule):
+        raise InputError(
+            f"k-diffusion's samplers count in levels, and {type(schedule).__name__} starts at no "
+            "finite one: sample flows with headstart.sample, on a NoiseSchedule.flow"
+        )
+    prediction = Prediction(prediction)
+    lowest = Leg(model="network", sigmas=(schedule.lowest[1],))
+    Plan((lowest,)).compile(schedule, prediction=prediction)  # refuses what does not go together
+    return KDenoiser(network, schedule, prediction, quantize, device)
+
+
+def _numbers(tensor: Tensor) -> FloatArray:
+    return np.array(cast("Any", tensor.detach().double().flatten()).tolist(), dtype=np.float64)
+
+
+def _levels(sigma: Tensor, batch: int) -> FloatArray:
+    found = _numbers(sigma)
+    if len(found) not in (1, batch):
+        raise InputError(f"sigma: expected [{batch}], one level a sample, got {list(sigma.shape)}")
+    if not (np.isfinite(found).all() and (found > 0.0).all()):
+        raise PlanError(f"sigma: expected levels above 0, got {found}")
+    return np.broadcast_to(found, (batch,))
+
+
+def _guided(guidance: float, uncond: Conditioning | None) -> bool:
+    guidance = real("guidance", guidance)
+    if guidance < 1.0:
+        raise InputError(
+            f"guidance must be at least 1, not {guidance:g}: 1 is the prompt alone in one pass"
+        )
+    if guidance != 1.0 and uncond is None:
+        raise InputError(f"guidance {guidance:g} needs uncond=, the negative prompt's conditioning")
+    return guidance != 1.0
