@@ -1,0 +1,1 @@
+"""Headstart inside other programs: each module is what its host loads, and imports it late."""
