@@ -102,28 +102,23 @@ def listed(levels: Sequence[float]) -> str:
 
 
 class Planned(NamedTuple):
-    """A HEADSTART_TABLE: a plan, what was known of its models, and its rows on them."""
+    """A HEADSTART_TABLE.
+
+    models  what was known of the plan's models when its rows were made
+    flow    whether ComfyUI's levels are t
+    """
 
     plan: Plan
     models: Mapping[str, Known]
     table: StepTable
-
-    @property
-    def flow(self) -> bool:
-        """Whether ComfyUI's levels are t. Raises PlanError where models do not agree."""
-        kinds = {isinstance(model.process, FlowSchedule) for model in self.models.values()}
-        if len(kinds) > 1:
-            raise PlanError(
-                "the base and the distilled MODEL: one is a flow and the other is not, and ComfyUI "
-                "counts their noise differently: give two of one kind"
-            )
-        return kinds == {True}
+    flow: bool
 
 
 def planned(plan: Plan, own: Mapping[str, Known], given: Mapping[str, Any]) -> Planned:
     """The rows of a plan on the MODELs that are given, by name, and else on those of a pair.
 
     A pair's flow keeps its schedule, which shapes grids alone: it is no property of the network.
+    Raises PlanError for a flow beside a model that is none.
     """
     models: dict[str, Known] = {}
     for name in dict.fromkeys(leg.model for leg in plan.legs):
@@ -133,9 +128,16 @@ def planned(plan: Plan, own: Mapping[str, Known], given: Mapping[str, Any]) -> P
             if {type(before.process), type(found.process)} == {FlowSchedule}:
                 found = found._replace(process=before.process)
         models[name] = found
+    flows = {isinstance(model.process, FlowSchedule) for model in models.values()}
+    if len(flows) > 1:
+        raise PlanError(
+            "the base and the distilled MODEL: one is a flow and the other is not, and ComfyUI "
+            "counts their noise differently: give two of one kind"
+        )
     schedules = {name: model.process for name, model in models.items()}
     predicted = {name: model.prediction for name, model in models.items()}
-    return Planned(plan, models, plan.compile(schedules, prediction=predicted))
+    table = plan.compile(schedules, prediction=predicted)
+    return Planned(plan, models, table, flows == {True})
 
 
 def level_of(sigma: float, flow: bool) -> float:
