@@ -29,6 +29,9 @@ POSITIVE, NEGATIVE = (
 )
 
 
+POOLED = (POSITIVE.mean(1), NEGATIVE.mean(1))
+
+
 class StoppedError(Exception):
     """What the stand-in raises where ComfyUI has an exception of its own."""
 
@@ -39,7 +42,7 @@ class Host(Protocol):
     interrupted: type[Exception]
 
     def model(self, kind: str, seed: int) -> Any:
-        """A MODEL: a tiny random UNet that predicts "eps", "v", "x0", "flow" or "edm"."""
+        """A MODEL: a tiny random network that predicts "eps", "v", "x0", "flow" or "edm"."""
         ...
 
     def network(self, model: Any) -> Callable[[Tensor, Tensor, hs.Conditioning], Tensor]:
@@ -52,6 +55,7 @@ class Host(Protocol):
         """SamplerCustomAdvanced, whose previews go to `seen(step, x0, total)` too."""
         ...
 
+    def pooled(self, model: Any, pooled: Tensor) -> Tensor | None: ...
     def interrupt(self) -> None: ...
     def process_in(self, model: Any, latents: Tensor) -> Tensor: ...
     def process_out(self, model: Any, latents: Tensor) -> Tensor: ...
@@ -71,7 +75,8 @@ def nodes(
     seen: Callable[[int, Tensor, int], None] = lambda step, x0, total: None,
 ) -> Tensor:
     """The graph: Headstart Guider, Headstart Sampler, RandomNoise (or none), the advanced node."""
-    conds = [[[context, {}]] for context in (POSITIVE, NEGATIVE)]
+    texts = zip((POSITIVE, NEGATIVE), POOLED, strict=True)
+    conds = [[[context, {"pooled_output": pooled}]] for context, pooled in texts]
     (guider,) = HeadstartGuider().make(planned, conds[0], *models, conds[1])
     (sampler,) = HeadstartSampler().make(noise_seed)
     latent = {"samples": torch.zeros(SHAPE) if latents is None else latents}
@@ -116,7 +121,8 @@ def alone(
 ) -> list[hs.State]:
     """Headstart without ComfyUI, on the same networks."""
     denoisers = dict(zip(("base", "distilled"), map(host.network, models), strict=True))
-    conds = [hs.Conditioning(context) for context in (POSITIVE, NEGATIVE)]
+    texts = zip((POSITIVE, NEGATIVE), POOLED, strict=True)
+    conds = [hs.Conditioning(c, pooled=host.pooled(models[0], pooled)) for c, pooled in texts]
     with torch.inference_mode():
         return list(
             hs.sample(
@@ -142,6 +148,7 @@ class Real:
             import comfy.cli_args
 
             comfy.cli_args.args.cpu = True
+            import comfy.latent_formats
             import comfy.model_base
             import comfy.model_management
             import comfy.model_patcher
@@ -154,39 +161,78 @@ class Real:
         self.interrupted = comfy.model_management.InterruptProcessingException
 
     def model(self, kind: str, seed: int) -> Any:
-        config = {
-            **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32},
-            **{"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1]},
-            **{"transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1},
-            **{"context_dim": WIDTH, "num_heads": 4, "num_head_channels": -1},
-            **{"use_spatial_transformer": True, "use_linear_in_transformer": False},
-            **{"adm_in_channels": None, "dtype": torch.float32},
-        }
-        names = {"eps": "EPS", "v": "V_PREDICTION", "flow": "FLOW", "edm": "EDM", "x0": "EPS"}
-        base = self.comfy.model_base
-        types = base.ModelType
-        made = base.BaseModel(
-            self.comfy.supported_models.SD15(config), types[names[kind]], device="cpu"
-        )
-        if kind == "x0":
-            made.model_sampling.__class__ = type(
-                "X0",
-                (self.comfy.model_sampling.X0, self.comfy.model_sampling.ModelSamplingDiscrete),
-                {},
-            )
+        made = self._flux() if kind == "flux" else self._unet(kind)
         network = made.diffusion_model.eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for weights in network.parameters():
                 weights.normal_(std=0.1, generator=generator)
-            probe = network(start(9), torch.full((2,), 500.0), context=POSITIVE.expand(2, -1, -1))
-            network.out[2].weight /= probe.std()  # so that what it says counts
+            last = network.final_layer.linear if kind == "flux" else network.out[2]
+            cond = hs.Conditioning(POSITIVE, self._pooled(made, POOLED[0])).expand(SHAPE[0])
+            told = torch.full((SHAPE[0],), 500.0)
+            last.weight /= self._asked(made, start(9), told, cond).std()  # so that it counts
         cpu = torch.device("cpu")
         return self.comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
 
+    def _unet(self, kind: str) -> Any:
+        config = {
+            **{"image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32},
+            **{"num_res_blocks": [1, 1], "channel_mult": [1, 2], "transformer_depth": [1, 1]},
+            **{"transformer_depth_output": [1, 1, 1, 1], "transformer_depth_middle": 1},
+            **{"context_dim": WIDTH, "num_heads": 4, "num_head_channels": -1},
+            **{"use_spatial_transformer": True, "use_linear_in_transformer": kind == "sdxl"},
+            **{"adm_in_channels": None, "dtype": torch.float32},
+        }
+        base, known = self.comfy.model_base, self.comfy.supported_models
+        if kind == "sdxl":
+            config |= {"adm_in_channels": 6 * 256 + WIDTH, "num_classes": "sequential"}
+            settings = known.SDXL(config)
+            settings.unet_config["num_head_channels"] = 16  # its own 64 are more than are here
+            return base.SDXL(settings, device="cpu")
+        names = {"eps": "EPS", "v": "V_PREDICTION", "flow": "FLOW", "edm": "EDM", "x0": "EPS"}
+        made = base.BaseModel(known.SD15(config), base.ModelType[names[kind]], device="cpu")
+        if kind == "x0":
+            sampling = self.comfy.model_sampling
+            kinds = (sampling.X0, sampling.ModelSamplingDiscrete)
+            made.model_sampling.__class__ = type("X0", kinds, {})
+        return made
+
+    def _flux(self) -> Any:
+        """With four channels, as the tests' latents have."""
+        config = {
+            **{"image_model": "flux", "in_channels": 4, "out_channels": 4, "vec_in_dim": WIDTH},
+            **{"context_in_dim": WIDTH, "hidden_size": 32, "mlp_ratio": 2.0, "num_heads": 2},
+            **{"depth": 1, "depth_single_blocks": 1, "axes_dim": [4, 6, 6], "theta": 10000},
+            **{"patch_size": 2, "qkv_bias": True, "guidance_embed": False},
+            "dtype": torch.float32,
+        }
+        if "txt_ids_dims" in self.comfy.ldm.flux.model.FluxParams.__dataclass_fields__:
+            config["txt_ids_dims"] = []  # in 0.8, not in 0.3.64
+        made = self.comfy.model_base.Flux(self.comfy.supported_models.Flux(config), device="cpu")
+        made.latent_format = self.comfy.latent_formats.SD15()
+        return made
+
+    def _pooled(self, made: Any, pooled: Tensor) -> Tensor | None:
+        """What the network is told of the pooled text, and of the size where it is SDXL's."""
+        return made.encode_adm(pooled_output=pooled, width=64, height=64, device="cpu")
+
+    def _asked(self, made: Any, x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
+        flux = hasattr(made.diffusion_model, "final_layer")
+        told = timestep.float() / (1000 if flux else 1)
+        return made.diffusion_model(x_in, told, context=cond.context, y=cond.pooled)
+
     def network(self, model: Any) -> Callable[[Tensor, Tensor, hs.Conditioning], Tensor]:
-        network = model.model.diffusion_model
-        return lambda x_in, timestep, cond: network(x_in, timestep.float(), context=cond.context)
+        return lambda *asked: self._asked(model.model, *asked)
+
+    def pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
+        return self._pooled(model.model, pooled)
+
+    def lora(self, model: Any, change: Tensor) -> Any:
+        """The same checkpoint with a LoRA: another MODEL of the same module."""
+        clone = model.clone()
+        key = "diffusion_model.out.2.weight"
+        assert clone.add_patches({key: ("diff", (change,))}) == [key]
+        return clone
 
     def advanced(
         self, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: Any, seen: Any
@@ -205,7 +251,7 @@ class Real:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.previews, "prepare_callback", prepared)
             given = (noise, guider, sampler, sigmas, latent)
-            if hasattr(node, "define_schema"):  # since 0.4
+            if hasattr(node, "define_schema"):  # in 0.8, not in 0.3.64
                 return node.execute(*given)[0]["samples"]
             return node().sample(*given)[0]["samples"]
 
@@ -367,6 +413,9 @@ class StandIn:
 
     def network(self, model: Any) -> Callable[[Tensor, Tensor, hs.Conditioning], Tensor]:
         return lambda x_in, timestep, cond: model.network(x_in, timestep, cond.context)
+
+    def pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
+        return None
 
     def advanced(
         self, noise: Any, guider: Any, sampler: Any, sigmas: Tensor, latent: Any, seen: Any

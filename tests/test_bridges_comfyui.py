@@ -86,6 +86,35 @@ def test_a_plan_takes_schedule_and_prediction_from_the_models_it_is_given(
     assert apart(found, host.process_out(models[0], last)) <= LIMIT
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sdxl", "lightning"), ("sdxl", "lcm"), ("flux", "krea2")]
+)
+@pytest.mark.parametrize("cfg", [1.0, 4.0])
+def test_comfyuis_sdxl_and_flux_are_headstart_alone(kind: str, name: str, cfg: float) -> None:
+    host = real_or_skip()
+    models = host.model(kind, 0), host.model(kind, 1)
+    planned, sigmas = plan(name, base_guidance=cfg, distilled_guidance=cfg)
+    last = alone(host, planned.table, models)[-1].x
+    found = nodes(host, planned, models, sigmas)
+    assert apart(found, host.process_out(models[0], last)) <= LIMIT
+
+
+@pytest.mark.parametrize("mode", ["hybrid", "replace-final"])
+def test_the_distilled_model_may_be_the_base_with_a_lora(mode: str) -> None:
+    host = real_or_skip()
+    base, apart_from_it = host.model("eps", 0), host.model("eps", 0)
+    weight = apart_from_it.model.diffusion_model.out[2].weight
+    change = 0.3 * weight.detach().roll(1, 0)
+    models = base, host.lora(base, change)
+    with torch.no_grad():
+        weight += change
+    planned, sigmas = plan("lightning", mode, base_guidance=4.0)
+    last = alone(host, planned.table, (host.model("eps", 0), apart_from_it))[-1].x
+    for _ in range(2):
+        found = nodes(host, planned, models, sigmas)
+        assert apart(found, host.process_out(base, last)) <= LIMIT
+
+
 def test_sigmas_are_comfyuis_levels() -> None:
     planned, sigmas = plan("lightning")
     levels = [step.sigma for step in planned.table]
@@ -233,6 +262,15 @@ def test_models_of_other_latents_are_refused(monkeypatch: pytest.MonkeyPatch) ->
     models[1].objects["latent_format"] = "another"
     with pytest.raises(hs.InputError, match="latents of two kinds"):
         HeadstartGuider().make(plan("lightning")[0], [[POSITIVE, {}]], *models)
+
+
+def test_sigmas_cannot_be_split_where_a_row_looks_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = StandIn(monkeypatch)
+    models = host.model("eps", 0), host.model("eps", 1)
+    planned, sigmas = plan("sdxl-flash")
+    cut = next(n for n, step in enumerate(planned.table) if step.carry)
+    with pytest.raises(hs.InputError, match=f"row {cut} .* looks back"):
+        nodes(host, planned, models, sigmas[cut:])
 
 
 def test_guider_and_sampler_belong_together(host: Host, pair: tuple[Any, Any]) -> None:

@@ -21,7 +21,7 @@ from headstart.interfaces import Conditioning
 from headstart.later import Later
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
-from headstart.run import Run, from_latent
+from headstart.run import Run, State
 
 samplers: Any = Later("comfy.samplers")
 management: Any = Later("comfy.model_management")
@@ -101,14 +101,20 @@ class Guider:
 
     def _part(self, given: list[float]) -> StepTable:
         levels, count = levels_of(self.table, self.flow), len(given) - 1
-        for first in range(len(self.table) - count + 1):
-            if count and agree(given, levels[first : first + count + 1]):
-                return self.table[first : first + count]
-        raise InputError(
-            f"SIGMAS {listed(given)} are no rows of table {self.table.name!r}, which has "
-            f"{listed(levels)}: give SamplerCustomAdvanced the SIGMAS of the same Headstart Plan, "
-            "or a part of them from SplitSigmas with a step in it"
-        )
+        starts = range(len(self.table) - count + 1 if count else 0)
+        first = next((n for n in starts if agree(given, levels[n : n + count + 1])), None)
+        if first is None:
+            raise InputError(
+                f"SIGMAS {listed(given)} are no rows of table {self.table.name!r}, which has "
+                f"{listed(levels)}: give SamplerCustomAdvanced the SIGMAS of the same Headstart "
+                "Plan, or a part of them from SplitSigmas with a step in it"
+            )
+        if first and self.table[first].carry:
+            raise InputError(
+                f"row {first} of table {self.table.name!r} looks back on the x0 of the row before "
+                "it, which a LATENT does not have: split the SIGMAS, or denoise, at another row"
+            )
+        return self.table[first : first + count]
 
 
 @dataclass
@@ -169,7 +175,7 @@ class _Rows:
             table,
             Conditioning(x.new_empty((batch, 0, 0))),  # the guider has its own
             Philox((self.seed,) * batch, samples=range(batch)),
-            resume=from_latent(table, x, part[0].sigma),
+            resume=State(part.first - 1, x, x),
         )
 
     def _left(self, run: Run, latent_image: Tensor, denoise_mask: Tensor | None) -> Tensor:

@@ -22,7 +22,7 @@ from headstart.plan.plan import Plan
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import Process
-from headstart.plan.table import Step, StepTable
+from headstart.plan.table import Step, StepTable, level_text
 
 EXACT = 1e-4
 """ComfyUI's levels are float32, and some were rounded more than once on their way."""
@@ -98,7 +98,7 @@ def agree(given: Sequence[float], levels: Sequence[float]) -> bool:
 
 def listed(levels: Sequence[float]) -> str:
     """Levels for a message."""
-    return " ".join(f"{level:.4g}" for level in levels)
+    return " ".join(level_text(level, ".4g") for level in levels)
 
 
 class Planned(NamedTuple):
