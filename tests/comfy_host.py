@@ -155,8 +155,9 @@ class Real:
             import comfy.supported_models
             import latent_preview
             import nodes  # noqa: F401
-            from comfy_extras import nodes_custom_sampler
+            from comfy_extras import nodes_custom_sampler, nodes_model_advanced
         self.comfy, self.previews, self.custom = comfy, latent_preview, nodes_custom_sampler
+        self.advanced_nodes = nodes_model_advanced
         self.management = comfy.model_management
         self.interrupted = comfy.model_management.InterruptProcessingException
 
@@ -226,6 +227,10 @@ class Real:
 
     def pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
         return self._pooled(model.model, pooled)
+
+    def sampled(self, model: Any, sampling: str, zero_snr: bool) -> Any:
+        """After the node ModelSamplingDiscrete."""
+        return self.advanced_nodes.ModelSamplingDiscrete().patch(model, sampling, zero_snr)[0]
 
     def lora(self, model: Any, change: Tensor) -> Any:
         """The same checkpoint with a LoRA: another MODEL of the same module."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 import headstart as hs
 from headstart.bridges import comfyui
+from headstart.bridges.comfy_model import known
 from headstart.bridges.comfyui import HeadstartGuider, HeadstartPlan, HeadstartSampler
 from headstart.plan.table import StepTable
 
@@ -97,6 +98,22 @@ def test_comfyuis_sdxl_and_flux_are_headstart_alone(kind: str, name: str, cfg: f
     last = alone(host, planned.table, models)[-1].x
     found = nodes(host, planned, models, sigmas)
     assert apart(found, host.process_out(models[0], last)) <= LIMIT
+
+
+def test_comfyuis_own_sampling_nodes_are_read() -> None:
+    host = real_or_skip()
+    model = host.model("v", 0)
+    patched = host.sampled(model, "v_prediction", True)
+    found = known("base", patched)
+    ended = hs.NoiseSchedule.scaled_linear().zero_terminal_snr()  # of which only the end differs
+    assert isinstance(found.process, hs.NoiseSchedule)
+    assert torch.allclose(*(torch.tensor(own.sigmas[:-1]) for own in (found.process, ended)), 1e-4)
+    planned, sigmas = plan("lightning", base=patched, distilled=patched, base_guidance=4.0)
+    last = alone(host, planned.table, (model, model))[-1].x
+    found = nodes(host, planned, (patched, patched), sigmas)
+    assert apart(found, host.process_out(model, last)) <= LIMIT
+    with pytest.raises(hs.InputError, match="take away a ModelSamplingDiscrete node"):
+        known("base", host.sampled(model, "lcm", False))
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "replace-final"])

@@ -167,7 +167,7 @@ class _Rows:
         """From an empty latent as the table says; any other is noised to its level, x0 + sigma*n,
         which of a part of a run is what the part before left."""
         part, batch = self.part, len(noise)
-        empty = part.first == 0 and not bool(latent_image.count_nonzero())
+        empty = not bool(latent_image.count_nonzero())
         scale = part.init_scale if empty else part[0].sigma
         x = latent_image.float() + scale * noise.float()
         table = as_asked(part, self.guider.flow)

@@ -54,8 +54,8 @@ def known(name: str, model: Any) -> Known:
     parents = ", ".join(kind.__name__ for kind in type(sampling).__mro__[1:4])
     raise InputError(
         f"the {name} MODEL is sampled by ComfyUI's {parents}, which no plan has: give a model that "
-        "predicts eps, v, x0 or a flow. A ModelSampling node before it that is set to `lcm` goes: "
-        "the plan has LCM's scaling in its rows"
+        "predicts eps, v, x0 or a flow, and take away a ModelSamplingDiscrete node that is set to "
+        "lcm, whose scaling the rows of LCM's plans have already"
     )
 
 
