@@ -1,1 +1,4 @@
-"""Other packages' networks, prompts and samplers used with ours; none is loaded before its use."""
+"""Headstart with other programs: their networks, prompts and samplers with ours, ours in theirs.
+
+Each module imports its host late, so that none is needed to load it.
+"""

@@ -1,0 +1,187 @@
+"""The GUIDER and the SAMPLER that SamplerCustomAdvanced is given: a table's rows on MODELs.
+
+Each run of rows of one model is one `CFGGuider.sample` (comfy/samplers.py), which loads, hooks,
+patches and cleans up as for any sampler. So two MODELs may be one checkpoint with and without a
+LoRA, and the second is loaded when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headstart.bridges.comfy_model import ByRow, agree, as_asked, levels_of, listed
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning
+from headstart.later import Later
+from headstart.noise import Philox
+from headstart.plan.table import StepTable
+from headstart.run import Run, State
+
+samplers: Any = Later("comfy.samplers")
+management: Any = Later("comfy.model_management")
+
+
+@dataclass(frozen=True)
+class RowSampler:
+    """What Headstart Sampler makes; `Guider` runs the rows.
+
+    Noise that rows add is Philox(noise_seed), keyed by the image's place in the batch and by the
+    row of the whole plan: parts of split SIGMAS draw what the whole would have drawn.
+    """
+
+    noise_seed: int | None = None
+
+    def sample(self, *args: Any, **settings: Any) -> Tensor:
+        """What ComfyUI's own guiders call."""
+        raise InputError(
+            "Headstart Sampler runs a table's rows, and this GUIDER has none: connect the GUIDER "
+            "of Headstart Guider"
+        )
+
+
+@dataclass(frozen=True)
+class Guider:
+    """What SamplerCustomAdvanced asks of a GUIDER: `model_patcher` and `sample`.
+
+    table    the rows, compiled for these models
+    flow     whether ComfyUI's levels are t
+    models   model -> its ModelPatcher
+    conds    "positive", and "negative" where there is one -> CONDITIONING
+    """
+
+    table: StepTable
+    flow: bool
+    models: Mapping[str, Any]
+    conds: Mapping[str, Any]
+
+    @property
+    def model_patcher(self) -> Any:
+        """The first row's: for previews, and for the latent's channels."""
+        return self.models[self.table[0].model]
+
+    def sample(
+        self,
+        noise: Tensor,
+        latent_image: Tensor,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None = None,
+        callback: Callable[..., Any] | None = None,
+        disable_pbar: bool = False,
+        seed: int | None = None,
+    ) -> Tensor:
+        """The latents after the rows that `sigmas` name, as the comfy.samplers.CFGGuider would.
+
+        Raises InputError for another SAMPLER, and for sigmas that are not rows of the table.
+        """
+        if not isinstance(sampler, RowSampler):
+            raise InputError(
+                "the rows of a table have update rules of their own, and this SAMPLER has another: "
+                "connect Headstart Sampler"
+            )
+        if not len(sigmas):
+            return latent_image
+        part = self._part([float(sigma) for sigma in sigmas.cpu()])
+        own = sampler.noise_seed
+        rows = _Rows(self, part, (seed or 0) if own is None else own)
+        latents = latent_image
+        for model, steps in groupby(part, lambda step: step.model):
+            guider = samplers.CFGGuider(self.models[model])
+            guider.inner_set_conds(self.conds)
+            rows.count = len(list(steps))
+            settings = (denoise_mask, callback, disable_pbar, seed)
+            latents = guider.sample(noise, latent_image, rows, sigmas, *settings)
+        return latents
+
+    def _part(self, given: list[float]) -> StepTable:
+        levels, count = levels_of(self.table, self.flow), len(given) - 1
+        starts = range(len(self.table) - count + 1 if count else 0)
+        first = next((n for n in starts if agree(given, levels[n : n + count + 1])), None)
+        if first is None:
+            raise InputError(
+                f"SIGMAS {listed(given)} are no rows of table {self.table.name!r}, which has "
+                f"{listed(levels)}: give SamplerCustomAdvanced the SIGMAS of the same Headstart "
+                "Plan, or a part of them from SplitSigmas with a step in it"
+            )
+        if first and self.table[first].carry:
+            raise InputError(
+                f"row {first} of table {self.table.name!r} looks back on the x0 of the row before "
+                "it, which a LATENT does not have: split the SIGMAS, or denoise, at another row"
+            )
+        return self.table[first : first + count]
+
+
+@dataclass
+class _Rows:
+    """Some rows of a run, as the SAMPLER of a ComfyUI guider; then, with another guider, the next.
+
+    count   how many, all of the guider's model
+    run     the whole run, once it has begun
+    """
+
+    guider: Guider
+    part: StepTable
+    seed: int
+    count: int = 0
+    run: Run | None = None
+
+    def sample(
+        self,
+        model_wrap: Any,
+        sigmas: Tensor,
+        extra_args: Mapping[str, Any],
+        callback: Callable[..., Any] | None,
+        noise: Tensor,
+        latent_image: Tensor,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Tensor:
+        """What CFGGuider calls with its model loaded; the state after the last of these rows."""
+        model = samplers.KSamplerX0Inpaint(model_wrap, sigmas)  # holds what a mask keeps
+        model.latent_image, model.noise = latent_image, noise
+        sampling = model_wrap.inner_model.model_sampling
+        run = self.run = self.run or self._begun(noise, latent_image)
+        for _ in range(self.count):
+            management.throw_exception_if_processing_interrupted()
+            call = run.call
+            assert call is not None
+            index = call.step - self.part.first
+            row = self.part[index]
+            model_wrap.set_cfg(row.guidance)
+            if isinstance(sampling, ByRow):
+                sampling.row = row
+            level = call.timestep.float()
+            x0 = model(call.x_in, level, denoise_mask=denoise_mask, **extra_args)
+            state = run.advance(x0.float())
+            if callback is not None:
+                callback(index, state.x0, call.x_in, len(self.part))
+        return self._left(run, latent_image, denoise_mask)
+
+    def _begun(self, noise: Tensor, latent_image: Tensor) -> Run:
+        """From an empty latent as the table says; any other is noised to its level, x0 + sigma*n,
+        which of a part of a run is what the part before left."""
+        part, batch = self.part, len(noise)
+        empty = not bool(latent_image.count_nonzero())
+        scale = part.init_scale if empty else part[0].sigma
+        x = latent_image.float() + scale * noise.float()
+        table = as_asked(part, self.guider.flow)
+        return Run(
+            table,
+            Conditioning(x.new_empty((batch, 0, 0))),  # the guider has its own
+            Philox((self.seed,) * batch, samples=range(batch)),
+            resume=State(part.first - 1, x, x),
+        )
+
+    def _left(self, run: Run, latent_image: Tensor, denoise_mask: Tensor | None) -> Tensor:
+        x = run.state.x
+        if run.row is None and self.part.steps[-1].sigma_next and not self.part.cut:
+            x = x * self.part.end_scale
+            if denoise_mask is not None:  # a plan that ends above 0 has noise there too
+                x = torch.where(denoise_mask == 0, latent_image, x)
+        return x
