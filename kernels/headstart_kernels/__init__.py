@@ -21,6 +21,7 @@ from headstart_kernels.dispatch import Impl
 from headstart_kernels.layers import geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.operands import Draw, LinearMap, Preview
 from headstart_kernels.philox import INITIAL
+from headstart_kernels.steps import Steps
 from headstart_kernels.table import COLUMNS, Rows
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "LinearMap",
     "Preview",
     "Rows",
+    "Steps",
     "decode_u8",
     "fused_step",
     "fused_step_into",

@@ -27,7 +27,7 @@ from headstart_kernels.checks import (
     check_wanted,
     said,
 )
-from headstart_kernels.dispatch import Impl, choose, load, operators, quick, stands_in
+from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
 from headstart_kernels.operands import Draw, Given, Preview, Wanted
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import Row, Rows, host_row
@@ -81,18 +81,6 @@ def fused_step(
     row cannot be checked, and a missing operand counts as a term left out.
     """
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    if (
-        type(table) is Rows
-        and type(step) is int
-        and impl is None
-        and 0 <= step < len(table.rows)
-        and (quick_step := quick(x, f_cond)) is not None
-        and quick_step(
-            *(x, f_cond, table, step, x_next, x0, f_uncond, guidance, noise, x0_prev),
-            *(x_in, preview, finite),
-        )
-    ):
-        return x_next, x0
     given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
     _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
     return x_next, x0

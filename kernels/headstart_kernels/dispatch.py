@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 _NOUN = {
     "fused_step": "step",
     "scale_input": "step",
-    "quick_step": "step",
+    "own_step": "step",
+    "own_steps": "step",
     "philox_normal": "noise",
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
@@ -72,9 +73,9 @@ def on_host(*tensors: Tensor) -> bool:
     return not (is_in_torch_dispatch_mode() or is_compiling())
 
 
-def quick(*tensors: Tensor) -> Callable[..., bool] | None:
-    """The short way of a step in C, for tensors that `choose` would give to C."""
-    return load("quick_step", Impl.NATIVE) if _in_c(*tensors) else None
+def in_c(*tensors: Tensor) -> bool:
+    """Whether `choose` would give these to C; without autograd, nothing has to be asked of them."""
+    return _in_c(*tensors)
 
 
 def _in_c(*tensors: Tensor) -> bool:

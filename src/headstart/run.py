@@ -25,7 +25,7 @@ from headstart.noise import Given, Philox
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import Step, StepTable
 from headstart.watch import Check, Watch
-from headstart_kernels import Draw, LinearMap, Preview, Rows, fused_step, scale_input
+from headstart_kernels import Draw, LinearMap, Preview, Rows, Steps, scale_input
 
 
 class State(NamedTuple):
@@ -92,7 +92,7 @@ class Run:
         self._calls = calls_of(table, cond, pair, strengths, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._dtype = cond.context.dtype
-        self._rows: Rows | None = None
+        self._steps: Steps | None = None
         self._draw: Draw | None = None
         self._watch, self._picture = Watch(check, device, batch), picture
         if resume is not None:
@@ -116,12 +116,13 @@ class Run:
         self._state = State(self.table.first - 1, x, x)
         return self._state
 
-    def _read(self) -> Rows:
+    def _read(self) -> Steps:
         """The table's rows, and noise that the steps draw themselves: all of Philox's."""
-        self._rows = Rows(torch.tensor(self.table.coefficients()))
+        rows = Rows(torch.tensor(self.table.coefficients()))
+        self._steps = Steps(rows, (len(self.noise), *self.latent), self.device)
         if type(self.noise) is Philox:
             self._draw = self.noise.draw(self.table.first, self.device)
-        return self._rows
+        return self._steps
 
     @property
     def row(self) -> Step | None:
@@ -145,7 +146,7 @@ class Run:
     def _scaled(self, copies: int, dtype: torch.dtype) -> Tensor:
         x = self.state.x
         with torch.no_grad():
-            rows = self._rows or self._read()
+            rows = (self._steps or self._read()).rows
             x_in = scale_input(x, rows, self._index, dtype, copies=copies)
         if not x.is_inference():  # such a tensor does not tell when it is written to
             self._x_in, self._version = x_in, x._version
@@ -167,22 +168,14 @@ class Run:
     def _step(self, f: Tensor) -> State:
         index, state, table, watch = self._index, self.state, self.table, self._watch
         number, step, x, n = table.first + index, table.steps[index], state.x, None
-        rows = self._rows or self._read()
+        steps = self._steps or self._read()
         if step.add:
             n = self._draw or self.noise.step(number, self.latent, self.device)
         self._x_in = None  # before the next is made: the same memory serves again
         room, finite = self._room(index + 1), watch.flags()
         drawn = None if self._picture is None else self._drawn(x, self._picture)
-        x, x0 = fused_step(
-            x,
-            f,
-            rows,
-            index,
-            noise=n,
-            x0_prev=state.x0,
-            x_in=room,
-            preview=drawn,
-            finite=finite,
+        x, x0 = steps(
+            index, x, f, noise=n, x0_prev=state.x0, x_in=room, preview=drawn, finite=finite
         )
         watch.look(number, step.model, finite, last=index == len(table.steps) - 1)
         self._index = index + 1

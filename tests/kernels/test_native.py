@@ -16,6 +16,7 @@ from headstart_kernels import (
     Draw,
     Preview,
     Rows,
+    Steps,
     decode_u8,
     fused_step,
     fused_step_into,
@@ -207,61 +208,62 @@ def test_large_steps_into_places_that_are_not_aligned_and_over_the_row_before() 
         assert_bits(x0, expected[1], "x0")
 
 
-def test_which_steps_go_the_short_way() -> None:
+@pytest.mark.parametrize("row", [EULER, LCM, MULTISTEP], ids=["Euler", "LCM", "multistep"])
+def test_a_loops_own_step_has_the_bits_of_any_step(row: list[float]) -> None:
+    made, rows = operands((2, 4, 9, 7)), Rows(torch.tensor([[*row, 999.0]] * 2))
+    x, f, u, noise, previous = made.values()
+    keys = Draw(torch.tensor([3, 4]), torch.tensor([0, 1]), 5)
+    factors, bias = random_latents(4, 3), random_latents(3)
+    steps = Steps(rows, x.shape, x.device)
+    for drawn in (noise, keys):
+        got, expected = (
+            {
+                "x_in": torch.empty(4, 4, 9, 7, dtype=HALF),
+                "finite": torch.zeros(2, dtype=torch.bool),
+                "preview": Preview(torch.empty(2, 9, 7, 3, dtype=torch.uint8), factors, bias),
+            }
+            for _ in range(2)
+        )
+        outputs = f if row[-1] == 1.0 else torch.cat((u, f))
+        asked: dict[str, Any] = {"noise": drawn, "x0_prev": previous}
+        one = steps(1, x, outputs, **asked, **got)
+        other = fused_step(x, outputs, rows, 1, **asked, **expected, impl="reference")
+        for name, a, b in zip(("x_next", "x0"), one, other, strict=True):
+            assert_bits(a, b, name)
+        for name in ("x_in", "finite"):
+            assert torch.equal(got[name], expected[name])
+        assert torch.equal(got["preview"].rgb, expected["preview"].rgb)
+
+
+def test_which_steps_of_a_loop_are_one_call_in_c() -> None:
     made, rows = operands((2, 4, 9, 7)), Rows(torch.full((2, 8), 0.5))
     x, f, u, noise, previous = made.values()
-    room = torch.empty_like(x), torch.empty_like(x)
-    keys = Draw(torch.zeros(2).long(), torch.zeros(2).long())
-    scales, factors, bias = torch.zeros(2), torch.zeros(4, 3), torch.zeros(3)
-    shown = Preview(torch.empty(2, 9, 7, 3, dtype=torch.uint8), factors, bias)
-    x_in, finite = torch.empty(4, 4, 9, 7, dtype=HALF), torch.zeros(2, dtype=torch.bool)
-    usual = {"x": x, "f": f, "u": u, "guidance": None, "noise": noise, "previous": previous}
-    usual |= {"x_in": x_in, "preview": None, "finite": finite, "rows": rows, "step": 0}
-    usual |= dict(zip(("x_next", "x0"), room, strict=True))
+    (own, _), pair = native_step.own_steps(rows, x.shape), torch.cat((u, f))
+    usual: dict[str, Any] = {"x": x, "f": pair, "noise": noise, "previous": previous}
+    usual |= dict.fromkeys(("x_in", "preview", "finite"))
 
     def goes(**changed: Any) -> bool:
-        return native_step.quick_step(**(usual | changed))
+        return native_step.own_step(own, 0, **(usual | changed)) is not None
 
-    assert goes() and goes(guidance=scales) and goes(preview=shown) and goes(noise=keys)
-    assert goes(f=torch.cat((u, f)), u=None)
-    assert goes(x_in=None, finite=None) and goes(x_in=x_in[:2])
-    before = [t.clone() for t in room]
+    assert goes() and goes(noise=Draw(torch.zeros(2).long(), torch.zeros(2).long()))
+    assert goes(f=pair.half()) and goes(x_in=torch.empty(4, 4, 9, 7, dtype=HALF))
     unusual: list[dict[str, Any]] = [
         {"x": x.double()},
         {"x": x[0, 0, 0]},
-        {"f": f.contiguous(memory_format=LAST)},
-        {"f": f.double()},
-        {"f": f[:1]},
-        {"f": torch.cat((u, f))},
-        {"u": None},
-        {"u": u.half()},
-        {"u": u[:, :2]},
-        {"guidance": scales.double()},
-        {"guidance": scales[:1]},
+        {"x": x[:1]},
+        {"x": x.contiguous(memory_format=LAST)},
+        {"f": pair.contiguous(memory_format=LAST)},
+        {"f": pair.double()},
+        {"f": pair.to("meta")},
+        {"f": f},
         {"noise": None},
         {"noise": noise.half()},
         {"noise": noise.to("meta")},
-        {"noise": keys._replace(samples=torch.zeros(1).long())},
-        {"noise": keys._replace(seeds=torch.zeros(2))},
-        {"previous": None},
         {"previous": nn.Parameter(previous)},
-        {"x_in": x_in.double()},
-        {"x_in": x_in[:3]},
-        {"x_in": x_in[0, 0, 0, 0]},
-        {"x_in": torch.cat((x_in, x_in))},
-        {"preview": shown._replace(rgb=shown.rgb[:, :5])},
-        {"preview": shown._replace(rgb=shown.rgb.long())},
-        {"preview": shown._replace(factors=factors[:3])},
-        {"preview": shown._replace(bias=bias.double())},
-        {"finite": finite.byte()},
-        {"finite": finite[:1]},
+        {"previous": previous[:1]},
     ]
     for changed in unusual:
         assert not goes(**changed), changed
-    assert all(torch.equal(a, b) for a, b in zip(room, before, strict=True))
-    empty = torch.empty(0, 4, 9, 7)
-    with pytest.raises(ValueError, match="expected a batch"):
-        fused_step(empty, empty, rows, 0, f_uncond=empty, noise=empty, x0_prev=empty)
 
 
 def test_what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads(threads: int) -> None:

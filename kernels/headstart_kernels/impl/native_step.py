@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,74 +40,77 @@ def fused_step(
     _call(x, table, step, given, wanted)
 
 
-def quick_step(
+class OwnStep(NamedTuple):
+    """What of a row's step is known before the run, for states [B, ...] of one shape."""
+
+    shape: torch.Size
+    of_f: torch.Size
+    single: bool
+    draws: bool
+    carries: bool
+    coefficients: tuple[float, ...]
+
+
+def own_steps(rows: Rows, shape: torch.Size) -> list[OwnStep]:
+    return [
+        OwnStep(shape, shape if c[-1] == 1.0 else _twice(shape), c[-1] == 1.0, *_terms(c), c)
+        for c in rows.coefficients
+    ]
+
+
+def _terms(coefficients: tuple[float, ...]) -> tuple[bool, bool]:
+    """Whether a row adds noise, and whether it looks at the row before."""
+    return coefficients[4] != 0.0, coefficients[5] != 0.0
+
+
+def own_step(
+    own: OwnStep,
+    number: int,
     x: Tensor,
     f: Tensor,
-    rows: Rows,
-    step: int,
-    x_next: Tensor,
-    x0: Tensor,
-    u: Tensor | None,
-    guidance: Tensor | None,
     noise: Tensor | Draw | None,
-    previous: Tensor | None,
+    previous: Tensor,
     x_in: Tensor | None,
     preview: Preview | None,
     finite: Tensor | None,
-) -> bool:
-    """A step whose operands all lie as the kernel wants them; False, and nothing done, if not.
+) -> tuple[Tensor, Tensor] | None:
+    """(x', x0); None, and nothing done, where an operand does not lie as the kernel wants it.
 
-    A loop over rows is here for every row, so what cannot be wrong is not looked at twice: where
-    this says no, the long way finds out whether that is an error. x' and x0 were made like x.
+    `x_in`, `preview`, `finite` and the keys of a `Draw` are the loop's own, and not looked at.
     """
-    shape, count = x.shape, x.numel()
-    if len(shape) < 2 or not count or (preview is not None and len(shape) != 4):
-        return False
-    batch, channels, number, coefficients = shape[0], 1, step, rows.coefficients[step]
-    _, _, _, _, add, carry, scale = coefficients
-    u_at = guidance_at = noise_at = seeds_at = samples_at = previous_at = 0
-    x_in_at = x_in_type = copies = rgb_at = factors_at = bias_at = finite_at = 0
+    shape = own.shape
     try:
-        x_at, f_type = _at(x, shape, _STATE), TYPES[f.dtype]
-        if guidance is not None:
-            guidance_at = _at(guidance, (batch,), _STATE)
-        if scale == 1.0 and guidance is None:
-            f_at = _at(f, shape, f.dtype)
-        elif u is None:
-            u_at = _at(f, _twice(shape), f.dtype)
-            f_at = u_at + count * f.itemsize
-        else:
-            f_at, u_at = _at(f, shape, f.dtype), _at(u, shape, f.dtype)
-        if add != 0.0:
+        x_at, f_at, f_type = _at(x, shape, _STATE), _at(f, own.of_f, f.dtype), TYPES[f.dtype]
+        count = x.numel()
+        u_at = noise_at = seeds_at = samples_at = previous_at = 0
+        if not own.single:
+            f_at, u_at = f_at + count * f.itemsize, f_at
+        if own.draws:
             if isinstance(noise, Draw):
-                seeds_at, samples_at = (_at(keys, (batch,), torch.int64) for keys in noise[:2])
-                number += noise.first_row
+                seeds_at, samples_at = noise.seeds.data_ptr(), noise.samples.data_ptr()
             else:
                 noise_at = _at(noise, shape, _STATE)
-        if carry != 0.0:
+        if own.carries:
             previous_at = _at(previous, shape, _STATE)
+        x_in_at, x_in_type, copies = 0, 0, 0
         if x_in is not None:
-            copies, x_in_type = x_in.numel() // count, TYPES[x_in.dtype]
-            x_in_at = _at(x_in, shape if copies == 1 else _twice(shape), x_in.dtype)
-        if preview is not None:
-            channels = shape[1]
-            rgb_at = _at(preview.rgb, (batch, *shape[2:], 3), torch.uint8)
-            factors_at = _at(preview.factors, (channels, 3), _STATE)
-            bias_at = _at(preview.bias, (3,), _STATE)
-        if finite is not None:
-            finite_at = _at(finite, (batch,), torch.bool)
+            x_in_at, x_in_type, copies = x_in.data_ptr(), TYPES[x_in.dtype], len(x_in) // shape[0]
     except (_UnusualError, KeyError):
-        return False
-    # fmt: off
-    calls().step(STEP.pack(
-        x_at, f_at, u_at, guidance_at, noise_at, seeds_at, samples_at, previous_at,
-        x_next.data_ptr(), x0.data_ptr(), x_in_at, rgb_at, factors_at, bias_at, finite_at,
-        *team(count), batch, channels, count // (batch * channels), number,
-        f_type, f_type, x_in_type, copies,
-        *coefficients,
-    ))
-    # fmt: on
-    return True
+        return None
+    channels, shown = 1, (0, 0, 0)
+    if preview is not None:
+        channels, shown = shape[1], tuple(tensor.data_ptr() for tensor in preview)
+    x_next, x0 = torch.empty_like(x), torch.empty_like(x)
+    calls().step(
+        STEP.pack(
+            *(x_at, f_at, u_at, 0, noise_at, seeds_at, samples_at, previous_at),
+            *(x_next.data_ptr(), x0.data_ptr(), x_in_at, *shown),
+            *(0 if finite is None else finite.data_ptr(), *team(count)),
+            *(shape[0], channels, count // (shape[0] * channels), number),
+            *(f_type, f_type, x_in_type, copies, *own.coefficients),
+        )
+    )
+    return x_next, x0
 
 
 class _UnusualError(Exception):

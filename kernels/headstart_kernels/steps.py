@@ -1,0 +1,59 @@
+"""A loop's own steps: `fused_step` by row, without looking twice at what the loop made itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.api import fused_step
+from headstart_kernels.dispatch import Impl, in_c, load
+from headstart_kernels.operands import Draw, Preview
+from headstart_kernels.table import Rows
+
+
+@final
+class Steps:
+    """The rows of a table on the host, for states [B, ...] of one shape; called without autograd.
+
+        x', x0 = steps(row, x, f, noise=, x0_prev=, x_in=, preview=, finite=)
+
+    The bits and the errors of `fused_step`. What the caller made for it is taken as it is, however:
+    `x_in` [B, ...] or [2B, ...], `finite` [B], `preview` and the keys of a `Draw` are contiguous,
+    of the right dtype and on the state's device. On a CPU that is all a step needs to be one call
+    in C (13 us a row of 4x16x16, of which this saves 2).
+    """
+
+    __slots__ = ("_own", "rows")
+
+    def __init__(self, rows: Rows, shape: Sequence[int], device: torch.device) -> None:
+        self.rows = rows
+        self._own: list[Any] | None = None
+        if device.type == "cpu" and len(shape) > 1 and in_c():
+            self._own = load("own_steps", Impl.NATIVE)(rows, torch.Size(shape))
+
+    def __call__(
+        self,
+        row: int,
+        x: Tensor,
+        f: Tensor,
+        *,
+        noise: Tensor | Draw | None,
+        x0_prev: Tensor,
+        x_in: Tensor | None,
+        preview: Preview | None,
+        finite: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        if self._own is not None and in_c(x, f):
+            number = row + noise.first_row if isinstance(noise, Draw) else row
+            made = load("own_step", Impl.NATIVE)(
+                self._own[row], number, x, f, noise, x0_prev, x_in, preview, finite
+            )
+            if made is not None:
+                return made
+        return fused_step(
+            x, f, self.rows, row, noise=noise, x0_prev=x0_prev, x_in=x_in, preview=preview,
+            finite=finite,
+        )  # fmt: skip
