@@ -246,7 +246,7 @@ def _from_scheduler(config: Json) -> NoiseSchedule:
     if isinstance(betas := config.get("trained_betas"), list):
         try:
             return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"scheduler_config.json: trained_betas must be a list of numbers: {error}"
             ) from error

@@ -41,7 +41,7 @@ class ClipTokenizer:
         """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
 
     @classmethod
-    def from_json(cls, text: str) -> ClipTokenizer:
+    def from_json(cls, text: str, source: str = "the tokenizer") -> ClipTokenizer:
         """From the text of a `tokenizer.json` of the tokenizers library."""
         from tokenizers import Tokenizer
 
@@ -50,7 +50,7 @@ class ClipTokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"the tokenizer's JSON cannot be read: {error}") from error
+            raise CheckpointError(f"{source}: its JSON cannot be read: {error}") from error
 
     @classmethod
     def from_vocabulary(
@@ -86,9 +86,10 @@ class ClipTokenizer:
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
                 return cls.from_vocabulary(*_read_vocabulary(folder))
             if (folder / "tokenizer.json").is_file():
-                return cls.from_json(_read_text(folder / "tokenizer.json"))
+                path = folder / "tokenizer.json"
+                return cls.from_json(_read_text(path), str(path))
         if path.is_file():
-            return cls.from_json(_read_text(path))
+            return cls.from_json(_read_text(path), str(path))
         raise CheckpointError(
             f"{path}: expected a tokenizer.json, or a folder with vocab.json and merges.txt"
         )
@@ -127,11 +128,11 @@ class ClipTokenizer:
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
     try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected UTF-8 text ({error})") from error
 
 

@@ -39,7 +39,7 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected a TOML file with a plan ({error})") from error
     return plan_of_toml(text, str(path))
 
@@ -50,8 +50,8 @@ def plan_of_toml(text: str, source: str = "plan") -> Plan:
 
     try:
         found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{source}: not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{source}: not TOML: {error!s:.200}") from error
     legs = found.pop("leg", None)
     if not isinstance(legs, list) or not legs:
         raise PlanError(f"{source}: expected one [[leg]] table for each leg, got {legs!r:.60}")
