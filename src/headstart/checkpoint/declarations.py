@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from headstart.checkpoint.families import Family
@@ -51,6 +52,7 @@ class Said:
     scheduler  its `scheduler_config.json`
     alphas     `alphas_cumprod` of an LDM file and the relative rounding error of its dtype
     flags      names of marker tensors: `v_pred`, `ztsnr`
+    path       where it is, for errors
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -59,6 +61,7 @@ class Said:
     scheduler: Json = field(default_factory=dict[str, object])
     alphas: tuple[FloatArray, float] | None = None
     flags: frozenset[str] = frozenset()
+    path: str | Path = "this model"
 
     @property
     def flows(self) -> bool:
@@ -78,15 +81,18 @@ def declared(family: Family, said: Said) -> Family:
 
     Raises CheckpointError for a value that cannot be read or that no network here implements.
     """
-    _refuse_unsupported(said.unet)
     found: dict[str, object] = {}
-    _from_configs(family, said, found)
-    _from_metadata(said.metadata, found)
     try:
+        _refuse_unsupported(said.unet)
+        _from_configs(family, said, found)
+        _from_metadata(said.metadata, found)
         found |= _prediction(said)
         found |= _schedule(family, said)
     except PlanError as error:
-        raise CheckpointError(f"the checkpoint's own schedule is unusable: {error}") from error
+        told = f"the checkpoint's own schedule is unusable: {error!s:.400}"
+        raise CheckpointError(f"{said.path}: {told}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{said.path}: {error!s:.400}") from error
     return replace(family, declared=frozenset(found), **found)
 
 

@@ -50,11 +50,14 @@ class ClipTokenizer:
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"{source}: its JSON cannot be read: {error}") from error
+            raise CheckpointError(f"{source}: its JSON cannot be read: {error!s:.200}") from error
 
     @classmethod
     def from_vocabulary(
-        cls, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+        cls,
+        vocabulary: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        source: str = "the tokenizer",
     ) -> ClipTokenizer:
         """From CLIP's `vocab.json` and `merges.txt`: byte-level pairs of lower-cased text."""
         from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -63,7 +66,9 @@ class ClipTokenizer:
         try:
             model = BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=EOS)
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"vocabulary and merges do not fit: {error}") from error
+            raise CheckpointError(
+                f"{source}: vocabulary and merges do not fit: {error!s:.200}"
+            ) from error
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -84,7 +89,7 @@ class ClipTokenizer:
         path = Path(path)
         for folder in (path / "tokenizer", path):
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                return cls.from_vocabulary(*_read_vocabulary(folder))
+                return cls.from_vocabulary(*_read_vocabulary(folder), str(folder))
             if (folder / "tokenizer.json").is_file():
                 path = folder / "tokenizer.json"
                 return cls.from_json(_read_text(path), str(path))
@@ -98,8 +103,14 @@ class ClipTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone."""
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        """The ids of the text alone. Raises InputError for text that has none."""
+        try:
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
+                "text, or the vocabulary is damaged"
+            ) from error
         return [each for id in ids for each in self.learned.get(id, (id,))]
 
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:

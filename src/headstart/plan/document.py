@@ -59,8 +59,8 @@ def plan_of_toml(text: str, source: str = "plan") -> Plan:
     made = [_leg(f"{source}, leg {n}", leg) for n, leg in enumerate(cast("list[Any]", legs), 1)]
     try:
         return Plan(tuple(made), **found)
-    except TypeError as error:
-        raise PlanError(f"{source}: {error}") from error
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{source}: {error!s:.400}") from error
 
 
 def _leg(source: str, written: object) -> Leg:
@@ -76,7 +76,7 @@ def _leg(source: str, written: object) -> Leg:
     try:
         return Leg(**leg)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{source}: {error}") from error
+        raise PlanError(f"{source}: {error!s:.400}") from error
 
 
 def _check_names(source: str, found: Mapping[str, object], known: set[str]) -> None:

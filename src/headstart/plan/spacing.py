@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from enum import Enum
 from numbers import Real
@@ -159,9 +159,13 @@ def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[
     return distilled[picked.astype(np.int64)]
 
 
+FINITE = sys.float_info.max
+"""With it an integer can be compared that is no float."""
+
+
 def real(name: str, value: object) -> float:
     """`value` as a finite float, or a PlanError that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    if isinstance(value, bool) or not isinstance(value, Real) or not abs(value) <= FINITE:
         raise PlanError(f"{name} must be a finite number, not {value!r:.60}")
     return float(value)
 
