@@ -1,4 +1,4 @@
-"""Damage to JSON, as tests draw it: bytes changed, cut, doubled; values of another kind anywhere."""
+"""Damage to JSON, as tests draw it: bytes changed, cut, doubled; values of another kind."""
 
 from __future__ import annotations
 

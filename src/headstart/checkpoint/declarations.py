@@ -132,14 +132,14 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
 def _from_configs(family: Family, said: Said, found: dict[str, object]) -> None:
     if said.unet:
         found |= _heads(said.unet)
-        found["norm_groups"] = int(_number(said.unet, "norm_num_groups", 32))
+        found["norm_groups"] = int(_number(said.unet, "norm_num_groups", 32, "unet"))
         size = said.unet.get("sample_size")
         if isinstance(size, int):
             found["image_size"] = size * family.downscale
     if said.vae:
         # Configs of 2022 leave it out; diffusers' default is what those models were trained with.
-        found["scale_factor"] = float(_number(said.vae, "scaling_factor", 0.18215))
-        found["vae_norm_groups"] = int(_number(said.vae, "norm_num_groups", 32))
+        found["scale_factor"] = float(_number(said.vae, "scaling_factor", 0.18215, "vae"))
+        found["vae_norm_groups"] = int(_number(said.vae, "norm_num_groups", 32, "vae"))
 
 
 def _heads(config: Json) -> dict[str, object]:
@@ -161,10 +161,11 @@ def _heads(config: Json) -> dict[str, object]:
     )
 
 
-def _number(config: Json, key: str, default: float) -> float:
+def _number(config: Json, key: str, default: float, part: str = "scheduler") -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 2**16:
-        raise CheckpointError(f"config: {key} = {value!r:.80}: expected a number in (0, 65536]")
+        file = "scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+        raise CheckpointError(f"{file}: {key} = {value!r:.80}: expected a number in (0, 65536]")
     return value
 
 

@@ -27,14 +27,14 @@ _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class ClipTokenizer:
     """Prompts -> ids [B, L] with begin, end and padding, for a vocabulary in CLIP's form."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
         if bos is None or eos is None:
             raise CheckpointError(
-                f"the tokenizer has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
+                f"{source} has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
         self.learned: Mapping[int, tuple[int, ...]] = {}
@@ -46,7 +46,7 @@ class ClipTokenizer:
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_str(text))
+            return cls(Tokenizer.from_str(text), source)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
@@ -81,7 +81,7 @@ class ClipTokenizer:
         )
         special: list[str] = [token for token in (BOS, EOS) if token in vocabulary]
         tokenizer.add_special_tokens(special)  # pyright: ignore[reportUnknownMemberType]
-        return cls(tokenizer)
+        return cls(tokenizer, source)
 
     @classmethod
     def load(cls, path: str | Path) -> ClipTokenizer:

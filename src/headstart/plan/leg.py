@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
-from numbers import Real
 from typing import Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
-from headstart.plan.spacing import FINITE, SLACK, Process, Spacing, real, whole_number
+from headstart.plan.spacing import SLACK, Process, Spacing, as_float, real, whole_number
 from headstart.plan.update import Update
 
 Until = float | Literal["next"] | None
@@ -220,12 +219,12 @@ def _strengths(given: object) -> tuple[tuple[str, float], ...]:
 
 
 def _level(model: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < value <= FINITE:
+    if not 0.0 < (level := as_float(value)) < math.inf:
         also = " or 'next'" if name == "until" else ""
         raise PlanError(
             f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r:.60}"
         )
-    return float(value)
+    return level
 
 
 def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
