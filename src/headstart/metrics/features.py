@@ -25,6 +25,7 @@ from PIL import Image
 
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError, InputError
+from headstart.fork import check_threads
 from headstart.input import check_shape, read_json
 from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import Array, Extractor, pixel_extractor
@@ -67,6 +68,7 @@ class Preparation(NamedTuple):
 
     def pixels(self, rgb: Rgb) -> torch.Tensor:
         """[n, 3, height, width]: the short side to `edge`, the middle, then (v/255 - mean)/std."""
+        check_threads()
         images = np.stack([self._cropped(Image.fromarray(image)) for image in rgb])
         values = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
@@ -89,12 +91,13 @@ def open_features(name: str) -> Judge:
 
     Raises InputError for an unknown name or a missing extra, CheckpointError for damaged weights.
     """
-    if name == "scorer":
-        return _bundled()
     if name == "structure":
         return Judge(structure_extractor(), second=pixel_extractor(8))
     if name in ("colours", "pixels"):
         return Judge(pixel_extractor(8))
+    check_threads()
+    if name == "scorer":
+        return _bundled()
     if name == "imagenet":
         return _imagenet()
     if Path(name).is_dir():
@@ -304,4 +307,5 @@ def _cosines(images: torch.Tensor, texts: torch.Tensor) -> Array:
 
 def _signed(rgb: Rgb) -> torch.Tensor:
     """uint8 [n, H, W, 3] -> [n, 3, H, W] in [-1, 1]."""
+    check_threads()
     return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1.0
