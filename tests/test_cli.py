@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from PIL import Image
 import headstart_weights
 from headstart import output
 from headstart.cli import main
+from headstart.commands.console import Terminated, ended_by_sigterm
 from headstart.errors import HeadstartError
 
 pytestmark = pytest.mark.skipif(
@@ -28,15 +31,19 @@ NO_FILE: list[str] = []
 ROOT = Path(__file__).parents[1]
 
 
+def _environment() -> dict[str, str]:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    return {**os.environ, "PYTHONPATH": rooms, "PYTHONUNBUFFERED": ""}
+
+
 def _start(*arguments: str, stdout: int | object = subprocess.PIPE) -> subprocess.Popen[str]:
     """The real command in a process of its own, which hears Ctrl-C even where we run behind `&`."""
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
     return subprocess.Popen(
         [sys.executable, "-m", "headstart", *arguments],
         stdout=stdout,  # type: ignore[call-overload]
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": rooms, "PYTHONUNBUFFERED": ""},
+        env=_environment(),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -227,17 +234,58 @@ def test_ctrl_c_exits_130_and_leaves_nothing(
     assert _left(tmp_path) == NO_FILE
 
 
-def test_a_real_ctrl_c_ends_a_run_with_130_and_no_file(tmp_path: Path) -> None:
-    """Steps 1000 of the base take minutes: the signal comes while it samples or loads."""
-    out = tmp_path / "run"
-    process = _start("sample", "a fox", "--plan", "base", "--steps", "1000", "--out", str(out))
-    time.sleep(4.0)
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130, error
-    assert "headstart: interrupted" in error
-    assert "Traceback" not in error
-    assert _left(tmp_path) == NO_FILE
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_real_signal_ends_a_run_with_a_word_and_no_file(
+    number: int, status: int, told: str, tmp_path: Path
+) -> None:
+    """Steps 1000 of the base take minutes. The plan comes from a pipe, so that we know when it was
+    read: from then on the command runs, and the signal comes while it loads or samples."""
+    out, plan = tmp_path / "run", tmp_path / "plan.toml"
+    os.mkfifo(plan)
+    process = _start("sample", "a fox", "--plan", str(plan), "--out", str(out))
+    plan.write_text('[[leg]]\nmodel = "base"\nsteps = 1000\n')
+    time.sleep(random.uniform(0.0, 4.0))
+    process.send_signal(number)
+    _, error = process.communicate(timeout=120)
+    assert (process.returncode, error) == (status, f"headstart: {told}\n")
+    assert _left(tmp_path) == ["plan.toml"]
+
+
+def test_ctrl_c_in_generated_code_has_the_status_of_any_other(tmp_path: Path) -> None:
+    """As importing torch runs it: `python -m` remembers the interrupt although we caught it."""
+    (tmp_path / "interrupted.py").write_text(
+        "import sys; from headstart import cli\n"
+        "cli._run = lambda typed: exec('raise KeyboardInterrupt')\n"
+        "sys.exit(cli.main([]))"
+    )
+    program = [sys.executable, "-m", "interrupted"]
+    done = subprocess.run(program, capture_output=True, env=_environment(), cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (130, b"headstart: interrupted\n")
+
+
+def test_sigterm_is_ours_only_while_a_command_runs_and_nobody_else_has_it() -> None:
+    def mine(*_: object) -> None: ...
+
+    seen: list[object] = []
+    with ended_by_sigterm():
+        assert callable(signal.getsignal(signal.SIGTERM))
+        with pytest.raises(Terminated):
+            signal.raise_signal(signal.SIGTERM)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL  # a second ends at once
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGTERM, mine)
+    try:
+        with ended_by_sigterm():
+            seen.append(signal.getsignal(signal.SIGTERM))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    thread = threading.Thread(target=lambda: seen.append(main(["plan"])))
+    thread.start()
+    thread.join()
+    assert seen == [mine, 0]
 
 
 def test_a_reader_that_goes_away_is_no_traceback() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -119,6 +120,47 @@ def test_ranks_of_an_environment_share_a_sweep_and_fewer_finish_it(
     alone = rank_of(0, 1, tmp_path / "one")
     assert (alone["rank"], alone["world"], alone["written"]) == (0, 1, 6)
     assert read_entries(tmp_path / "out") == read_entries(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_a_signal_ends_a_sweep_with_a_word_and_it_goes_on_to_the_same_bytes(
+    number: int, status: int, word: str, tmp_path: Path
+) -> None:
+    path, out = write_csv(tmp_path, 16), tmp_path / "out"
+    process = _command(path, out)
+    wanted, deadline = random.randint(1, 6), time.monotonic() + 300
+    while len(read_entries(out)) < wanted and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=300)
+    entries = read_entries(out)
+    assert wanted <= len(entries) < 16
+    rest = f"images done: {len(entries)}, in {out}; the same command goes on from there"
+    assert (process.returncode, error) == (status, f"headstart: {word}: {rest}\n")
+    assert all(entry.is_intact(out) for entry in entries)
+    assert not [*out.rglob("*.partial"), *out.rglob(".*")]
+    for folder in (out, tmp_path / "whole"):
+        again = _command(path, folder)
+        _, error = again.communicate(timeout=300)
+        assert again.returncode == 0, error
+    first, second = ({p.name: p.read_bytes() for p in each.glob("*.*")} for each in
+                     (out, tmp_path / "whole"))  # fmt: skip
+    assert len(first) == 18 and first == second
+
+
+def _command(path: Path, out: Path) -> subprocess.Popen[str]:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    return subprocess.Popen(
+        [sys.executable, "-m", "headstart", "sweep", str(path), "--out", str(out), "--batch", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 @pytest.mark.slow

@@ -357,3 +357,10 @@ def test_an_export_without_its_parts_names_the_missing_file(work: Path, tmp_path
     with pytest.raises(InputError, match=r"student\.safetensors: run the stages"):
         export(tmp_path / "work", tmp_path)
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"{}", b"[" * 200_000, b"\xff", b'{"files": [{}]}'])
+def test_a_damaged_manifest_is_named_with_the_remedy(text: bytes, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(text)
+    with pytest.raises(WeightsError, match=r"manifest.json is damaged .*: install headstart again"):
+        headstart_weights._manifest(tmp_path)

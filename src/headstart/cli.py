@@ -3,8 +3,8 @@
 The module `commands/plan.py` holds the row PLAN, and is imported when `plan` is typed: what one
 command needs, such as numpy, no other pays for.
 
-Exit status: 0 done, 1 a bad or wrong model file, 2 any other error, 130 Ctrl-C. Progress, warnings
-and errors go to stderr, errors as one message `headstart: error: ...`.
+Exit status: 0 done, 1 a bad or wrong model file, 2 any other error, 130 Ctrl-C, 143 SIGTERM.
+Progress, warnings and errors go to stderr, errors as one message `headstart: error: ...`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from typing import cast
 
 import headstart
 from headstart.commands.arguments import Command, Parser
-from headstart.commands.console import drop_output, fail, plain_warnings
+from headstart.commands.console import (
+    Terminated,
+    drop_output,
+    ended_by_sigterm,
+    fail,
+    plain_warnings,
+)
 from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
@@ -51,16 +57,26 @@ def load(name: str) -> Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
-    typed = sys.argv[1:] if argv is None else argv
+    with ended_by_sigterm():
+        try:
+            return _run(sys.argv[1:] if argv is None else argv)
+        except KeyboardInterrupt as stop:
+            # `python -m` ends by SIGINT, not with our status, where the last exec() of a text, as a
+            # namedtuple's, was interrupted: CPython's run_eval_code_obj remembers. So here is one.
+            exec("")
+            terminated = isinstance(stop, Terminated)
+            words = ["terminated" if terminated else "interrupted", *getattr(stop, "__notes__", ())]
+            print(f"headstart: {': '.join(words)}", file=sys.stderr)
+            return 143 if terminated else 130
+
+
+def _run(typed: Sequence[str]) -> int:
     args = build_parser([name for name in typed[:1] if name in NAMES] or NAMES).parse_args(typed)
     with plain_warnings():
         try:
             status = args.run(args)
             sys.stdout.flush()  # a full disk behind `> file` is an error of ours, not of the exit
             return status
-        except KeyboardInterrupt:
-            print("headstart: interrupted", file=sys.stderr)
-            return 130
         except BrokenPipeError:  # the reader of our stdout went away, as in `headstart plan | head`
             drop_output()
             return 141

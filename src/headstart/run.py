@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from headstart import fork
 from headstart.call import Call, calls_of, checked_strengths, guided_pair
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, NoiseSource
@@ -81,6 +82,7 @@ class Run:
         check: Check = "auto",
         picture: LinearMap | None = None,
     ) -> None:
+        fork.check_threads()
         steps = _rows_left(table, resume)
         device, batch = cond.context.device, len(noise)
         cond = cond.expand(batch)
@@ -136,6 +138,8 @@ class Run:
         index, calls = self._index, self._calls
         if index >= len(calls):
             return None
+        if fork.forked:
+            fork.check_threads()
         step, (copies, timestep, cond) = self.table.steps[index], calls[index]
         dtype, x_in = self._dtypes.get(step.model, self._dtype), self._x_in
         state = self._state or self.state

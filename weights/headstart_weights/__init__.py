@@ -135,7 +135,13 @@ def _manifest(folder: Path) -> Manifest:
     source = folder / MANIFEST
     if not source.is_file():
         raise WeightsError(f"{source} is missing: {_REMEDY}")
-    record: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
+    try:
+        return _parsed(json.loads(source.read_text(encoding="utf-8")))
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise WeightsError(f"{source} is damaged ({error!r:.100}): {_REMEDY}") from error
+
+
+def _parsed(record: dict[str, Any]) -> Manifest:
     return Manifest(
         files=tuple(WeightFile(**entry) for entry in record["files"]),
         artwork=tuple(Artwork(**entry) for entry in record["artwork"]),

@@ -58,6 +58,7 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
     alphas = "alphas_cumprod"
     rounding = _ROUNDING.get(checkpoint.dtypes.get(alphas, ""))
     said = Said(
+        path=path,
         metadata=checkpoint.metadata,
         unet=parts["unet"].config if "unet" in parts else {},
         vae=json_in(root, "vae/config.json"),

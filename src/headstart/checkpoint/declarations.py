@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
 from headstart.checkpoint.families import Family
@@ -52,6 +53,7 @@ class Said:
     scheduler  its `scheduler_config.json`
     alphas     `alphas_cumprod` of an LDM file and the relative rounding error of its dtype
     flags      names of marker tensors: `v_pred`, `ztsnr`
+    path       where it is, for errors
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -60,6 +62,7 @@ class Said:
     scheduler: Json = field(default_factory=dict[str, object])
     alphas: tuple[FloatArray, float] | None = None
     flags: frozenset[str] = frozenset()
+    path: str | Path = "this model"
 
     @property
     def flows(self) -> bool:
@@ -79,17 +82,20 @@ def declared(family: Family, said: Said) -> Family:
 
     Raises CheckpointError for a value that cannot be read or that no network here implements.
     """
-    _refuse_unsupported(said.unet)
     found: dict[str, object] = {}
-    _from_configs(family, said, found)
-    _from_metadata(said.metadata, found)
     try:
+        _refuse_unsupported(said.unet)
+        _from_configs(family, said, found)
+        _from_metadata(said.metadata, found)
         found |= _prediction(said)
         table = family.schedule
         assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
         found |= _schedule(table, said)
     except PlanError as error:
-        raise CheckpointError(f"the checkpoint's own schedule is unusable: {error}") from error
+        told = f"the checkpoint's own schedule is unusable: {error!s:.400}"
+        raise CheckpointError(f"{said.path}: {told}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{said.path}: {error!s:.400}") from error
     return replace(family, declared=frozenset(found), **found)
 
 
@@ -148,14 +154,14 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
 def _from_configs(family: Family, said: Said, found: dict[str, object]) -> None:
     if said.unet:
         found |= _heads(said.unet)
-        found["norm_groups"] = int(_number(said.unet, "norm_num_groups", 32))
+        found["norm_groups"] = int(_number(said.unet, "norm_num_groups", 32, "unet"))
         size = said.unet.get("sample_size")
         if isinstance(size, int):
             found["image_size"] = size * family.downscale
     if said.vae:
         # Configs of 2022 leave it out; diffusers' default is what those models were trained with.
-        found["scale_factor"] = float(_number(said.vae, "scaling_factor", 0.18215))
-        found["vae_norm_groups"] = int(_number(said.vae, "norm_num_groups", 32))
+        found["scale_factor"] = float(_number(said.vae, "scaling_factor", 0.18215, "vae"))
+        found["vae_norm_groups"] = int(_number(said.vae, "norm_num_groups", 32, "vae"))
 
 
 def _heads(config: Json) -> dict[str, object]:
@@ -177,10 +183,11 @@ def _heads(config: Json) -> dict[str, object]:
     )
 
 
-def _number(config: Json, key: str, default: float) -> float:
+def _number(config: Json, key: str, default: float, part: str = "scheduler") -> float:
     value = config.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 2**16:
-        raise CheckpointError(f"config: {key} = {value!r:.80}: expected a number in (0, 65536]")
+        file = "scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
+        raise CheckpointError(f"{file}: {key} = {value!r:.80}: expected a number in (0, 65536]")
     return value
 
 
@@ -266,7 +273,7 @@ def _from_scheduler(config: Json) -> NoiseSchedule:
     if isinstance(betas := config.get("trained_betas"), list):
         try:
             return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise CheckpointError(
                 f"scheduler_config.json: trained_betas must be a list of numbers: {error}"
             ) from error

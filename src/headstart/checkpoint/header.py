@@ -114,7 +114,8 @@ def open_regular(path: Path) -> BufferedReader:
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{str(path)!r} cannot be opened: {error}") from error
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(path)!r:.300} cannot be opened: {reason}") from error
 
 
 def _what_else(path: Path) -> str:

@@ -3,17 +3,46 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, final
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
 BAR_AFTER_S = 1.0
 """A progress bar appears on a terminal once a command has run this long."""
+
+
+@final
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as `kill`, a container or a cluster ends a command."""
+
+
+@contextmanager
+def ended_by_sigterm() -> Generator[None]:
+    """SIGTERM raises Terminated here, as Ctrl-C raises KeyboardInterrupt; a second ends at once.
+
+    Only where nobody has decided otherwise, and in the main thread, as Python wants it.
+    """
+    taken = signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    if taken or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _terminate(*_: object) -> NoReturn:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    raise Terminated
 
 
 @contextmanager

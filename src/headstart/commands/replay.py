@@ -17,6 +17,11 @@ if TYPE_CHECKING:
     from headstart.engine.record import Recorded
 
 
+_BUNDLED = "headstart_weights/"
+_ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
+"""Of a record's weights, those that an option gives."""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("record", type=Path, metavar="RECORD", help="a record.json")
     parser.add_argument("--out", type=Path, help="also write the images into this folder")
@@ -26,7 +31,7 @@ def _run(args: argparse.Namespace) -> int:
     from headstart.engine.record import parse, read_record
 
     record = read_record(args.record)
-    recorded = parse(record)
+    recorded = parse(record, str(args.record))
     if args.out is not None:
         height, width = recorded.size
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
@@ -57,10 +62,10 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
     """Weights and dtype as recorded, where the command line does not say otherwise."""
     from headstart.adapters.textual_inversion import recorded_embeddings
 
-    for role, file in weights.items():
-        bundled = file["file"].startswith("headstart_weights/")
-        if getattr(args, role, file) is None and not bundled:
-            setattr(args, role, file["file"])
+    for role in _ROLES:
+        file = weights.get(role, {}).get("file", _BUNDLED)
+        if getattr(args, role) is None and not file.startswith(_BUNDLED):
+            setattr(args, role, file)
     args.embedding = args.embedding or recorded_embeddings(weights)
     if args.dtype == "auto":
         args.dtype = machine.get("dtype", "auto")

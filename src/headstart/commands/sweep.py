@@ -52,6 +52,17 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from headstart.sweep.ledger import read_entries
+
+    try:
+        return _sweep(args)
+    except KeyboardInterrupt as stop:
+        done = len(read_entries(args.out))
+        stop.add_note(f"images done: {done}, in {args.out}; the same command goes on from there")
+        raise
+
+
+def _sweep(args: argparse.Namespace) -> int:
     from headstart.sweep.ledger import Shard, open_ledger
 
     shard = Shard.of_environment(os.environ)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.errors import InputError
+from headstart.fork import check_threads
 from headstart.interfaces import LatentCodec
 from headstart.plan.table import StepTable
 from headstart_kernels import decode_u8
@@ -29,6 +30,7 @@ def decode_rgb(
     was trained further. The float32 copy lives for this call only. Raises InputError naming the
     seeds whose pixels are NaN or infinite all the same.
     """
+    check_threads()
     rgb, good = _decoded(vae, latents.to(dtype), chunk)
     if not all(good) and dtype == torch.float16 and isinstance(vae, nn.Module):
         warnings.warn(

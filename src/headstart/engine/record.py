@@ -13,16 +13,34 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headstart.adapters.attached import ROLE
+from headstart.adapters.strength import Strength
 from headstart.errors import InputError
+from headstart.input import check_shape, read_json
 from headstart.plan.table import StepTable
 
 FORMAT = "headstart.record/1"
+RECORD = "the record.json that sampling wrote"
+_PLAIN = (None, str, float, bool)
+_SHAPE = {
+    "format": str,
+    "prompts": [str],
+    "seeds": [int],
+    "negative": str,
+    "size": [int],
+    "chunk": int,
+    "table": {},
+    "weights": {"": {"file": str, "sha256": str}},
+    "machine": {"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+    "results": {"": [str]},
+    "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
+    "lineage?": (None, str),
+}
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
 WeightFiles = Mapping[str, Files]
@@ -95,44 +113,37 @@ def describe(run: Recorded) -> Json:
     }
 
 
-def parse(record: Mapping[str, Any]) -> Recorded:
-    """What `describe` wrote. Raises InputError for a mapping that is not a record."""
+def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
+    """What `describe` wrote. Raises InputError, naming the `source`, for what is not a record."""
+    if isinstance(kind := record.get("format"), str) and kind != FORMAT:
+        raise InputError(f"{source!r}: expected a record of format {FORMAT}, got {kind!r:.60}")
+    check_shape(record, _SHAPE, source, RECORD)
     try:
-        if record["format"] != FORMAT:
-            raise InputError(f"expected a record of format {FORMAT}, got {record['format']!r:.60}")
         height, width = record["size"]
+        adapters: Mapping[str, Mapping[str, Any]] = record.get("adapters", {})
+        for name, told in adapters.items():
+            Strength(**told["strength"])
+            record["weights"][ROLE + name]  # its file
         return Recorded(
-            prompts=tuple(map(str, record["prompts"])),
-            seeds=tuple(map(int, record["seeds"])),
-            negative=str(record["negative"]),
-            size=(int(height), int(width)),
-            chunk=int(record["chunk"]),
+            prompts=tuple(record["prompts"]),
+            seeds=tuple(record["seeds"]),
+            negative=record["negative"],
+            size=(height, width),
+            chunk=record["chunk"],
             table=StepTable.from_json(json.dumps(record["table"])),
             weights={role: dict(file) for role, file in record["weights"].items()},
             machine=dict(record["machine"]),
-            results={name: list(map(str, v)) for name, v in record["results"].items()},
-            adapters={name: dict(told) for name, told in record.get("adapters", {}).items()},
+            results={name: list(values) for name, values in record["results"].items()},
+            adapters={name: dict(told) for name, told in adapters.items()},
             lineage=record.get("lineage"),
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"not a record of a run ({error!r:.200}): give the record.json that sampling wrote"
-        ) from error
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error
 
 
 def read_record(path: Path) -> Json:
     """The JSON object in a file. Raises InputError for a missing, unreadable or foreign file."""
-    try:
-        found: object = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise InputError(f"{str(path)!r} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object: give a record.json")
-    return cast(Json, found)
+    return read_json(path, RECORD, {})
 
 
 def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> None:

@@ -13,7 +13,6 @@ Diversity is always told in two spaces: beside these structure, or colours besid
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -26,6 +25,8 @@ from PIL import Image
 
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError, InputError
+from headstart.fork import check_threads
+from headstart.input import check_shape, read_json
 from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import Array, Extractor, pixel_extractor
 
@@ -67,6 +68,7 @@ class Preparation(NamedTuple):
 
     def pixels(self, rgb: Rgb) -> torch.Tensor:
         """[n, 3, height, width]: the short side to `edge`, the middle, then (v/255 - mean)/std."""
+        check_threads()
         images = np.stack([self._cropped(Image.fromarray(image)) for image in rgb])
         values = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
         mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
@@ -89,12 +91,13 @@ def open_features(name: str) -> Judge:
 
     Raises InputError for an unknown name or a missing extra, CheckpointError for damaged weights.
     """
-    if name == "scorer":
-        return _bundled()
     if name == "structure":
         return Judge(structure_extractor(), second=pixel_extractor(8))
     if name in ("colours", "pixels"):
         return Judge(pixel_extractor(8))
+    check_threads()
+    if name == "scorer":
+        return _bundled()
     if name == "imagenet":
         return _imagenet()
     if Path(name).is_dir():
@@ -153,13 +156,13 @@ def _imagenet() -> Judge:
 
 
 def _folder(folder: Path) -> Judge:
-    config = _json(folder / "config.json")
+    config = read_json(folder / "config.json", "that of a folder of features", {})
     kind = config.get("model_type")
     if kind not in FOLDERS:
         raise InputError(
             f"{str(folder)!r} holds a {kind!r} model: features come from {' or '.join(FOLDERS)}"
         )
-    prepare = _preparation(_json(folder / "preprocessor_config.json"), folder)
+    prepare = _preparation(folder / "preprocessor_config.json")
     model, digest = _load(folder)
     name = f"{kind}:{folder.name}:{digest[:12]}"
     if kind == "dinov2":
@@ -184,9 +187,14 @@ def _clip_score(
 ) -> Callable[[Rgb, Sequence[str]], Array]:
     import transformers
 
+    shape = {"text_config": {"max_position_embeddings?": int}}
+    check_shape(config, shape, str(folder / "config.json"), "that of a CLIP model")
+    length = config["text_config"].get("max_position_embeddings", 77)
     auto: Any = transformers.AutoTokenizer
-    tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
-    length = int(config["text_config"].get("max_position_embeddings", 77))
+    try:
+        tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers let through whatever came up
+        raise CheckpointError(f"{str(folder)!r}: its tokenizer cannot be read: {error}") from error
 
     def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
         tokens: Any = tokenizer(
@@ -232,8 +240,8 @@ def _load(folder: Path) -> tuple[Any, str]:
             dtype=torch.float32,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {error}") from error
+    except Exception as error:  # transformers lets through whatever came up
+        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {error!r:.200}") from error
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()
@@ -247,45 +255,38 @@ def _load(folder: Path) -> tuple[Any, str]:
     return model.eval(), _digest(files)
 
 
-def _preparation(config: Mapping[str, Any], folder: Path) -> Preparation:
-    try:
-        size, crop = _sides(config["size"]), config.get("crop_size")
-        crops = crop is not None and config.get("do_center_crop", True) and "height" not in size
-        box = _sides(crop) if crops else size
-        edge = size["shortest_edge"] if crops else 0
-        return Preparation(
-            edge,
-            box.get("height", box.get("shortest_edge", 0)),
-            box.get("width", box.get("shortest_edge", 0)),
-            tuple(map(float, config["image_mean"])),
-            tuple(map(float, config["image_std"])),
-            int(config.get("resample", 3)),
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(
-            f"{folder / 'preprocessor_config.json'} does not say size, image_mean and image_std as "
-            f"transformers writes them: {error!r}"
-        ) from error
+def _preparation(path: Path) -> Preparation:
+    config = read_json(path, _WHAT, _SHAPE)
+    size = _sides(config["size"])
+    crops = config.get("crop_size") is not None and config.get("do_center_crop", True)
+    crops = crops and "height" not in size
+    box = _sides(config["crop_size"]) if crops else size
+    edge = size.get("shortest_edge", 0)
+    height, width = (box.get(side, box.get("shortest_edge", 0)) for side in ("height", "width"))
+    mean, std = (tuple(map(float, config[f"image_{name}"])) for name in ("mean", "std"))
+    resample = config.get("resample", 3)
+    sides = (height, width, edge) if crops else (height, width)
+    good = all(0 < side <= MAX_SIDE for side in sides) and 0.0 not in std
+    if not (good and len(mean) == len(std) == 3 and resample in {*Image.Resampling}):
+        raise InputError(f"{str(path)!r} is damaged, or not {_WHAT}: {config!s:.200}")
+    return Preparation(edge if crops else 0, height, width, mean, std, resample)
 
 
-def _sides(value: Any) -> dict[str, int]:
+MAX_SIDE = 2**14
+_WHAT = "size, image_mean and image_std as transformers writes them"
+_SIDES = (int, {"": int})
+_SHAPE = {
+    "size": _SIDES,
+    "crop_size?": (None, *_SIDES),
+    "image_mean": [float],
+    "image_std": [float],
+    "resample?": int,
+}
+
+
+def _sides(value: int | dict[str, int]) -> dict[str, int]:
     """`224` or {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    if isinstance(value, int):
-        return {"shortest_edge": value}
-    return {str(name): int(side) for name, side in value.items()}
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"cannot read {str(path)!r} ({error}): a folder of features holds config.json, "
-            "preprocessor_config.json and model.safetensors"
-        ) from error
-    if not isinstance(found, dict):
-        raise InputError(f"{str(path)!r} holds no JSON object")
-    return found  # pyright: ignore[reportUnknownVariableType]
+    return {"shortest_edge": value} if isinstance(value, int) else value
 
 
 def _digest(files: Sequence[Path]) -> str:
@@ -306,4 +307,5 @@ def _cosines(images: torch.Tensor, texts: torch.Tensor) -> Array:
 
 def _signed(rgb: Rgb) -> torch.Tensor:
     """uint8 [n, H, W, 3] -> [n, 3, H, W] in [-1, 1]."""
+    check_threads()
     return torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float() / 127.5 - 1.0

@@ -173,7 +173,8 @@ def _vae_family(path: Path, part: Part) -> Family:
     if family is not None:
         return family
     nameless = replace(FAMILIES["sd15"], name="unknown")
-    return declared(nameless, Said(metadata=part.checkpoint.metadata, vae=part.config))
+    said = Said(path=path, metadata=part.checkpoint.metadata, vae=part.config)
+    return declared(nameless, said)
 
 
 def _overflows(family: Family, part: Part) -> bool:

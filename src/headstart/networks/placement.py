@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from headstart.checkpoint.fit import check_fit
 from headstart.checkpoint.tensors import TITLES, Checkpoint, Part, PartName
 from headstart.errors import CheckpointError, InputError
+from headstart.fork import check_threads
 from headstart.networks.residency import keep_stored
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,8 +40,10 @@ def part_of(checkpoint: Checkpoint, name: PartName, path: str | Path) -> Part:
 def filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtype) -> M:
     """Build on the meta device, check all names, shapes and dtypes, then assign the tensors.
 
-    Raises CheckpointError for shapes no network has, and for what `check_fit` finds.
+    Raises CheckpointError for shapes no network has, and for what `check_fit` finds, InputError in
+    a forked process that cannot compute.
     """
+    check_threads()
     with _uncollected():
         return _fill(_built(build, part), part, device, dtype)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart.checkpoint.families import TextRule
 from headstart.errors import CheckpointError, InputError
+from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks.tokenizer import ClipTokenizer
 
@@ -214,6 +215,7 @@ class ClipText(nn.Module):
     def _encode(
         self, texts: list[str], micro: tuple[Size, Size, tuple[int, int]], strict: bool
     ) -> Conditioning:
+        check_threads()
         device = next(self.parameters()).device
         ids = self.ids(texts, strict=strict)
         outs = [tower(i.to(device)) for tower, i in zip(self._towers(), ids, strict=True)]

@@ -27,34 +27,37 @@ _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 class ClipTokenizer:
     """Prompts -> ids [B, L] with begin, end and padding, for a vocabulary in CLIP's form."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, source: str = "the tokenizer") -> None:
         self._tokenizer = tokenizer
         tokenizer.no_truncation()
         tokenizer.no_padding()
         bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
         if bos is None or eos is None:
             raise CheckpointError(
-                f"the tokenizer has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
+                f"{source} has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
         self.learned: Mapping[int, tuple[int, ...]] = {}
         """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
 
     @classmethod
-    def from_json(cls, text: str) -> ClipTokenizer:
+    def from_json(cls, text: str, source: str = "the tokenizer") -> ClipTokenizer:
         """From the text of a `tokenizer.json` of the tokenizers library."""
         from tokenizers import Tokenizer
 
         try:
-            return cls(Tokenizer.from_str(text))
+            return cls(Tokenizer.from_str(text), source)
         except CheckpointError:
             raise
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"the tokenizer's JSON cannot be read: {error}") from error
+            raise CheckpointError(f"{source}: its JSON cannot be read: {error!s:.200}") from error
 
     @classmethod
     def from_vocabulary(
-        cls, vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]]
+        cls,
+        vocabulary: Mapping[str, int],
+        merges: Sequence[tuple[str, str]],
+        source: str = "the tokenizer",
     ) -> ClipTokenizer:
         """From CLIP's `vocab.json` and `merges.txt`: byte-level pairs of lower-cased text."""
         from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
@@ -63,7 +66,9 @@ class ClipTokenizer:
         try:
             model = BPE(dict(vocabulary), list(merges), end_of_word_suffix="</w>", unk_token=EOS)
         except Exception as error:  # the library raises bare Exception
-            raise CheckpointError(f"vocabulary and merges do not fit: {error}") from error
+            raise CheckpointError(
+                f"{source}: vocabulary and merges do not fit: {error!s:.200}"
+            ) from error
         tokenizer = Tokenizer(model)
         tokenizer.normalizer = normalizers.Sequence(
             [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
@@ -76,7 +81,7 @@ class ClipTokenizer:
         )
         special: list[str] = [token for token in (BOS, EOS) if token in vocabulary]
         tokenizer.add_special_tokens(special)  # pyright: ignore[reportUnknownMemberType]
-        return cls(tokenizer)
+        return cls(tokenizer, source)
 
     @classmethod
     def load(cls, path: str | Path) -> ClipTokenizer:
@@ -84,11 +89,12 @@ class ClipTokenizer:
         path = Path(path)
         for folder in (path / "tokenizer", path):
             if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-                return cls.from_vocabulary(*_read_vocabulary(folder))
+                return cls.from_vocabulary(*_read_vocabulary(folder), str(folder))
             if (folder / "tokenizer.json").is_file():
-                return cls.from_json(_read_text(folder / "tokenizer.json"))
+                path = folder / "tokenizer.json"
+                return cls.from_json(_read_text(path), str(path))
         if path.is_file():
-            return cls.from_json(_read_text(path))
+            return cls.from_json(_read_text(path), str(path))
         raise CheckpointError(
             f"{path}: expected a tokenizer.json, or a folder with vocab.json and merges.txt"
         )
@@ -97,8 +103,14 @@ class ClipTokenizer:
         return self._tokenizer.get_vocab_size()
 
     def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone."""
-        ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        """The ids of the text alone. Raises InputError for text that has none."""
+        try:
+            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+        except Exception as error:  # the library raises bare Exception
+            raise InputError(
+                f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
+                "text, or the vocabulary is damaged"
+            ) from error
         return [each for id in ids for each in self.learned.get(id, (id,))]
 
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
@@ -127,11 +139,11 @@ class ClipTokenizer:
 
 
 def _read_text(path: Path) -> str:
-    if path.stat().st_size > MAX_TEXT_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
     try:
+        if path.stat().st_size > MAX_TEXT_BYTES:
+            raise ValueError(f"larger than {MAX_TEXT_BYTES} bytes, so it is no tokenizer")
         return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: expected UTF-8 text ({error})") from error
 
 

@@ -39,7 +39,7 @@ def read_plan(path: str | Path) -> Plan:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: expected a TOML file with a plan ({error})") from error
     return plan_of_toml(text, str(path))
 
@@ -49,39 +49,37 @@ def plan_of_toml(text: str, source: str = "plan") -> Plan:
     import tomllib
 
     try:
-        found = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise PlanError(f"{source}: not TOML: {error}") from error
+        return _plan(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise PlanError(f"{source}: not TOML: {error!s:.200}") from error
+    except (TypeError, ValueError) as error:
+        raise PlanError(f"{source}: {error!s:.400}") from error
+
+
+def _plan(found: dict[str, Any]) -> Plan:
     legs = found.pop("leg", None)
     if not isinstance(legs, list) or not legs:
-        raise PlanError(f"{source}: expected one [[leg]] table for each leg, got {legs!r:.60}")
-    _check_names(source, found, _PLAN)
-    made = [_leg(f"{source}, leg {n}", leg) for n, leg in enumerate(cast("list[Any]", legs), 1)]
-    try:
-        return Plan(tuple(made), **found)
-    except TypeError as error:
-        raise PlanError(f"{source}: {error}") from error
+        raise PlanError(f"expected one [[leg]] table for each leg, got {legs!r:.60}")
+    _check_names(found, _PLAN)
+    return Plan(tuple(_leg(n, leg) for n, leg in enumerate(cast("list[Any]", legs), 1)), **found)
 
 
-def _leg(source: str, written: object) -> Leg:
-    if not isinstance(written, Mapping):
-        raise PlanError(f"{source}: expected a table of fields, got {written!r:.60}")
-    leg = dict(cast("Mapping[str, Any]", written))
-    _check_names(source, leg, _LEG)
-    if isinstance(leg.get("adapters"), Mapping):
-        leg["adapters"] = tuple(leg["adapters"].items())
-    for name in ("timesteps", "sigmas"):
-        if name in leg and not isinstance(leg[name], Sequence):
-            raise PlanError(f"{source}: {name} must be a list of numbers, not {leg[name]!r:.60}")
+def _leg(number: int, written: object) -> Leg:
     try:
+        if not isinstance(written, Mapping):
+            raise PlanError(f"expected a table of fields, got {written!r:.60}")
+        leg = dict(cast("Mapping[str, Any]", written))
+        _check_names(leg, _LEG)
+        for name in ("timesteps", "sigmas"):
+            if name in leg and not isinstance(leg[name], Sequence):
+                raise PlanError(f"{name} must be a list of numbers, not {leg[name]!r:.60}")
         return Leg(**leg)
     except (TypeError, ValueError) as error:
-        raise PlanError(f"{source}: {error}") from error
+        raise PlanError(f"leg {number}: {error}") from error
 
 
-def _check_names(source: str, found: Mapping[str, object], known: set[str]) -> None:
+def _check_names(found: Mapping[str, object], known: set[str]) -> None:
     if strange := sorted(set(found) - known):
         raise PlanError(
-            f"{source}: unknown {', '.join(map(repr, strange))}; known are "
-            f"{', '.join(sorted(known))}"
+            f"unknown {', '.join(map(repr, strange))}; known are {', '.join(sorted(known))}"
         )

@@ -7,12 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from itertools import pairwise
-from numbers import Real
 from typing import Literal, NamedTuple, cast
 
 from headstart.errors import PlanError
 from headstart.plan.prediction import Prediction
-from headstart.plan.spacing import SLACK, Process, Spacing, real, whole_number
+from headstart.plan.spacing import SLACK, Process, Spacing, as_float, real, whole_number
 from headstart.plan.update import Update
 
 Until = float | Literal["next"] | None
@@ -213,25 +212,30 @@ def _strengths(given: object) -> tuple[tuple[str, float], ...]:
     try:
         pairs = cast("tuple[tuple[str, float], ...]", items)
         return tuple((str(name), float(value)) for name, value in pairs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PlanError(
             f"adapters must be (name, strength) pairs, such as (('ink', 0.5),), not {given!r:.60}"
         ) from None
 
 
 def _level(model: str, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0.0 < float(value) < math.inf:
+    if not 0.0 < (level := as_float(value)) < math.inf:
         also = " or 'next'" if name == "until" else ""
         raise PlanError(
-            f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r}"
+            f"{name} of leg {model!r} must be a noise level above 0{also}, not {value!r:.60}"
         )
-    return float(value)
+    return level
 
 
 def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...]:
     if isinstance(values, str):
         raise PlanError(f"{name} of leg {model!r} must be a list of numbers, not {values!r:.60}")
-    found = tuple(float(value) for value in values)
+    try:
+        found = tuple(float(value) for value in values)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise PlanError(
+            f"{name} of leg {model!r} must be a list of numbers, not {values!r:.60}: {error}"
+        ) from None
     if not found:
         raise PlanError(f"leg {model!r} has no {name}, so it would run zero steps: give at least 1")
     if not all(math.isfinite(value) for value in found):

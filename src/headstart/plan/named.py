@@ -131,7 +131,7 @@ def _numbers(name: str, values: object) -> tuple[float, ...] | None:
         raise PlanError(f"{name} must be a list of numbers, such as [999, 749], not {values!r:.60}")
     try:
         found = tuple(float(value) for value in cast("Iterable[float]", values))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise PlanError(f"{name} must be numbers, not {values!r:.60}") from None
     if not found:
         raise PlanError(f"{name} must list at least one step of the distilled model")

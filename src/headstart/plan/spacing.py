@@ -159,11 +159,21 @@ def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[
     return distilled[picked.astype(np.int64)]
 
 
+def as_float(value: object) -> float:
+    """A number as a float; NaN for what is none, infinity for one that is too large."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def real(name: str, value: object) -> float:
     """`value` as a finite float, or a PlanError that names it."""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(float(value)):
+    if not math.isfinite(number := as_float(value)):
         raise PlanError(f"{name} must be a finite number, not {value!r:.60}")
-    return float(value)
+    return number
 
 
 def whole_number(name: str, value: int, low: int, high: int) -> int:

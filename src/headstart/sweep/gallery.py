@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from headstart.errors import InputError
-from headstart.sweep.ledger import SETTINGS, read_entries, read_settings
+from headstart.input import read_json
+from headstart.sweep.ledger import SETTINGS, read_entries
 
 RECORD = "record.json"
 BUNDLED = "headstart_weights/"
@@ -66,12 +66,7 @@ def read_gallery(folder: Path) -> Gallery:
     """
     if not folder.is_dir():
         raise InputError(f"no folder {str(folder)!r}: give one that sample or sweep wrote")
-    try:
-        gallery = _of_sweep(folder) if (folder / SETTINGS).exists() else _of_record(folder)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{str(folder)!r} is damaged: {error!r:.100}") from error
+    gallery = _of_sweep(folder) if (folder / SETTINGS).exists() else _of_record(folder)
     gone = [picture.path.name for picture in gallery.pictures if not picture.path.is_file()]
     if gone or not gallery.pictures:
         what = f"{gone[0]} and {len(gone) - 1} more are gone" if gone else "no image is finished"
@@ -100,8 +95,8 @@ def read_lineage(folder: Path) -> str | None:
     """The family that drew a folder's pictures; None where no sweep or record in it says."""
     for name in (SETTINGS, RECORD):
         try:
-            return _lineage(json.loads((folder / name).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return _lineage(read_json(folder / name, "what sample or sweep wrote", _DRAWN))
+        except InputError:
             continue
     return None
 
@@ -134,15 +129,15 @@ def _opened(path: Path) -> Generator[Image.Image]:
 
 
 def _of_sweep(folder: Path) -> Gallery:
-    settings = read_settings(folder) or {}
+    settings = read_json(folder / SETTINGS, "a sweep's settings", _SWEEP)
     entries = read_entries(folder)
     pictures = [Picture(e.prompt, e.evaluation_seed, folder / e.file) for e in entries]
     return Gallery(
         name=str(folder),
         pictures=_in_order(pictures),
-        plan=str(settings["plan"]),
-        passes=int(settings["passes"]),
-        missing=int(settings["cases"]["count"]) - len(entries),
+        plan=settings["plan"],
+        passes=settings["passes"],
+        missing=settings["cases"]["count"] - len(entries),
         lineage=_lineage(settings),
     )
 
@@ -154,29 +149,39 @@ def _of_record(folder: Path) -> Gallery:
             f"{str(folder)!r} has no {SETTINGS} and no {RECORD}: give a folder that sample or "
             "sweep wrote"
         )
-    record: Any = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path, "a run's record", _SAMPLED)
     table = record["table"]
-    guidance = table["columns"].index("guidance")
-    pairs = zip(record["prompts"], record["seeds"], strict=True)
+    try:
+        column = table["columns"].index("guidance")
+        passes = sum(1 if row[column] == 1.0 else 2 for row in table["rows"])
+        pairs = [*zip(record["prompts"], record["seeds"], strict=True)]
+    except (ValueError, IndexError) as error:
+        raise InputError(f"{str(path)!r} is damaged: {error!s:.200}") from error
     pictures = [
-        Picture(str(prompt), int(seed), folder / f"{number:06d}.png")
+        Picture(prompt, seed, folder / f"{number:06d}.png")
         for number, (prompt, seed) in enumerate(pairs)
     ]
     return Gallery(
         name=str(folder),
         pictures=_in_order(pictures),
-        plan=str(table["name"]),
-        passes=sum(1 if row[guidance] == 1.0 else 2 for row in table["rows"]),
+        plan=table["name"],
+        passes=passes,
         lineage=_lineage(record),
     )
+
+
+_DRAWN = {"lineage?": (None, str), "weights?": {"": {"file": str}}}
+_TABLE = {"name": str, "columns": [str], "rows": [[object]]}
+_SAMPLED = {**_DRAWN, "prompts": [str], "seeds": [int], "table": _TABLE}
+_SWEEP = {**_DRAWN, "plan": str, "passes": int, "cases": {"count": int}}
 
 
 def _lineage(told: Mapping[str, Any]) -> str | None:
     """What a record or a sweep says; earlier ones said only which files, and ours have a name."""
     if told.get("lineage") is not None:
-        return str(told["lineage"])
+        return told["lineage"]
     weights = told.get("weights", {})
-    files = [str(weights[role]["file"]) for role in ("base", "distilled") if role in weights]
+    files = [weights[role]["file"] for role in ("base", "distilled") if role in weights]
     return "demo" if files and all(file.startswith(BUNDLED) for file in files) else None
 
 

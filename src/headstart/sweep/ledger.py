@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from headstart.errors import InputError
+from headstart.input import loads, misfit, read_json
 from headstart.output import write_file
 from headstart.sweep.jobs import Case
 
@@ -195,27 +196,21 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
 
 def read_settings(folder: Path) -> dict[str, Any] | None:
     """What sweep.json says, None where there is none. Raises InputError where it is damaged."""
-    try:
-        found: Any = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        if found["format"] != FORMAT:
-            raise InputError(f"{folder / SETTINGS}: expected {FORMAT}, got {found['format']!r:.60}")
-        _identity(found, "weights")
-    except (FileNotFoundError, NotADirectoryError):
+    path = folder / SETTINGS
+    if not path.exists():
         return None
-    except (ValueError, TypeError, KeyError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder / SETTINGS} is damaged: choose another --out") from error
+    found = read_json(path, _WHAT, {"format": str, "weights?": {"": {"sha256": str}}})
+    if found["format"] != FORMAT:
+        raise InputError(f"{path}: expected {FORMAT}, got {found['format']!r:.60}: {_WHAT}")
     return found
 
 
 def read_entries(folder: Path) -> tuple[Entry, ...]:
-    """What is finished, by case number: the manifest's lines, or those of all shards so far."""
-    whole = folder / MANIFEST
-    lines = _read_lines(whole) if whole.exists() else None
-    if lines is not None:
-        return tuple(lines)
-    return tuple(entries[-1] for _, entries in sorted(_read_shards(folder).items()))
+    """What is finished, by case number: the manifest's lines, and those of all shards so far."""
+    found = {number: entries[-1] for number, entries in _read_shards(folder).items()}
+    if (whole := folder / MANIFEST).exists():
+        found |= {entry.case_number: entry for entry in _read_lines(whole)}
+    return tuple(entry for _, entry in sorted(found.items()))
 
 
 def _read_shards(folder: Path) -> dict[int, list[Entry]]:
@@ -228,19 +223,25 @@ def _read_shards(folder: Path) -> dict[int, list[Entry]]:
 
 def _read_lines(path: Path) -> list[Entry]:
     """A line that was cut off, or is no entry, finishes nothing: its case is drawn again."""
-    found: list[Entry] = []
-    for line in path.read_bytes().split(b"\n")[:-1]:
-        try:
-            values: dict[str, Any] = json.loads(line)
-            kinds = {name: type(value).__name__ for name, value in values.items()}
-        except (ValueError, AttributeError):
-            continue
-        if kinds == _KINDS and values["file"] == Path(values["file"]).name:
-            found.append(Entry(**values))
-    return found
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except OSError as error:
+        raise InputError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
+    return [entry for entry in map(_entry, lines) if entry is not None]
 
 
-_KINDS = dict(zip(Entry._fields, ("int", "str", "int", "str", "str", "int"), strict=True))
+def _entry(line: bytes) -> Entry | None:
+    try:
+        values: Any = loads(line)
+    except ValueError:
+        return None
+    if misfit(values, _LINE) is not None or len(values) != len(_LINE):
+        return None
+    return Entry(**values) if values["file"] == Path(values["file"]).name else None
+
+
+_WHAT = "a sweep's settings; choose another --out"
+_LINE = dict(zip(Entry._fields, (int, str, int, str, str, int), strict=True))
 
 
 def _lock(journal: BinaryIO, folder: Path, shard: Shard) -> None:

@@ -20,6 +20,7 @@ from headstart.checkpoint.families import latent_space
 from headstart.engine.engine import Engine
 from headstart.engine.pair import Pair
 from headstart.errors import InputError
+from headstart.fork import check_threads
 from headstart.interfaces import LatentCodec
 from headstart.networks.tiny import LINEAR_PREVIEWS, LinearPreview, TinyVae
 from headstart_kernels import LinearMap, decode_u8, preview_rgb
@@ -58,6 +59,7 @@ class Decoder:
 
     def __call__(self, x0: Tensor) -> Picture:
         self.check(x0)
+        check_threads()
         with torch.inference_mode():
             return self.draw(x0)
 

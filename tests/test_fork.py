@@ -1,0 +1,53 @@
+"""A forked child either computes or says at once that it cannot; it never waits for ever."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import headstart_weights
+
+ROOT = Path(__file__).parents[1]
+pytestmark = [
+    pytest.mark.skipif(
+        not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+        reason="needs the bundled pair",
+    ),
+    pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of other systems survives"),
+]
+
+
+def forks(parent: str) -> dict[str, str]:
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/forks.py"), parent],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "2"},
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_a_child_of_a_warm_parent_is_told_to_spawn_wherever_it_would_compute() -> None:
+    """Without the check each of these waits for threads that the fork did not copy."""
+    found = forks("warm")
+    may = ("one thread", "a new thread", "a plan", "a pool without us", "a loader's worker",
+           "this process")  # fmt: skip
+    assert {name: found.pop(name) for name in may} == dict.fromkeys(may, "done")
+    assert len(found) == 9
+    for name, told in found.items():
+        assert told.startswith("InputError: this process was forked"), (name, told)
+        assert 'get_context("spawn")' in told and "torch.set_num_threads(1)" in told
+
+
+@pytest.mark.parametrize("parent", ["cold", "alone"])
+def test_a_child_of_a_parent_without_helper_threads_samples(parent: str) -> None:
+    assert forks(parent) == {"sample": "done"}
