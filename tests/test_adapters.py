@@ -509,6 +509,9 @@ def test_networks_outside_a_run_demand_their_strengths(engine: hs.Engine, make: 
     for wrong in (torch.ones(3, 2), torch.ones(2, 1)):
         with pytest.raises(hs.AdapterError, match="expected strengths"):
             call(engine.denoisers["base"], strengths=wrong)
+    network: Any = engine.denoisers["base"]
+    with pytest.raises(hs.AdapterError, match="not called as"):
+        network(torch.zeros(1, 4, 8, 8), torch.tensor(1))
     engine.detach("age")
     call(engine.denoisers["base"])
 

@@ -263,6 +263,34 @@ def test_a_denoiser_of_x0_is_sampled_as_the_network_that_it_wraps(
         both["base"](x, sigma, cond(0.0))
 
 
+def test_what_a_host_reads_is_handed_on_as_it_is() -> None:
+    table = table_of(Update.EULER, 1.0)
+    mine, theirs = {"prompt": "a fox"}, ["no fox"]
+    run = hs.Run(table, mine, hs.Philox([1, 2]), shape=SHAPE)
+    call = run.call
+    assert call is not None and call.cond is mine
+    assert call.x_in.shape == (2, *SHAPE) and call.x_in.dtype is torch.float32
+    run.advance(torch.zeros_like(call.x_in))
+    guided = table_of(Update.EULER, 3.0)
+    call = hs.Run(guided, mine, hs.Philox([1, 2]), uncond=theirs, shape=SHAPE).call
+    assert call is not None and call.cond == (theirs, mine) and len(call.x_in) == 4
+    with pytest.raises(hs.InputError, match="needs uncond"):
+        hs.Run(guided, mine, hs.Philox([1]), shape=SHAPE)
+    with pytest.raises(hs.InputError, match="cond is a dict, which is handed on"):
+        strengths = torch.ones(len(table), 1, 1)
+        hs.Run(table, mine, hs.Philox([1]), shape=SHAPE, strengths=strengths)
+    with pytest.raises(hs.InputError, match=r"expected a headstart\.Conditioning, got dict"):
+        hs.sample(table, {}, mine, hs.Philox([1]), shape=SHAPE)  # type: ignore[arg-type]
+
+
+def test_runs_whose_cond_nobody_can_stack_have_calls_of_their_own() -> None:
+    table, mine = table_of(Update.EULER, 1.0), {"prompt": "a fox"}
+    batch = hs.Batch(dict.fromkeys(("base", "distilled"), lambda x, t, cond: 0.1 * x))
+    for seed in range(3):
+        batch.add(hs.Run(table, mine, hs.Philox([seed]), shape=SHAPE))
+    assert [len(batch.step()) for _ in range(3)] == [1, 1, 1]
+
+
 def test_conditioning_carries_what_else_a_network_reads() -> None:
     mask = torch.tensor([[True, False], [True, True]])
     told = Conditioning(torch.zeros(2, 3, 4), extra={"mask": mask, "image": torch.ones(2, 5)})

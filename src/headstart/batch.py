@@ -158,9 +158,12 @@ class Batch:
 
 def _kind(call: Call) -> Hashable:
     """What calls that share one must have in common."""
-    told = tuple((name, t.shape[1:], t.dtype) for name, t in call.cond.tensors.items())
-    x_in, timestep = call.x_in, call.timestep
-    return call.model, x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype, told
+    x_in, timestep, cond = call.x_in, call.timestep, call.cond
+    if not isinstance(cond, Conditioning):
+        return object()  # nobody knows how to stack it: a call of its own
+    told = tuple((name, t.shape[1:], t.dtype) for name, t in cond.tensors.items())
+    form = x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype
+    return call.model, *form, cond.adapters, told
 
 
 def _ask(network: Denoiser, calls: Sequence[Call]) -> Sequence[Tensor]:

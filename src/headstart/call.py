@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ class Call(NamedTuple):
     sigma     the level of x
     x_in      c_in*x, [B, ...], or [2B, ...] where the row is guided: each sample twice
     timestep  [B] or [2B]: int64 where the row's is whole, else float32
-    cond      of B samples, or of 2B in the order (uncond, cond)
+    cond      a Conditioning of B samples, or of 2B in the order (uncond, cond); what else the run
+              was given, untouched, or the pair (uncond, cond) of it
     """
 
     step: int
@@ -30,7 +31,7 @@ class Call(NamedTuple):
     sigma: float
     x_in: Tensor
     timestep: Tensor
-    cond: Conditioning
+    cond: Any
 
 
 class Asked(NamedTuple):
@@ -38,14 +39,15 @@ class Asked(NamedTuple):
 
     copies: int
     timestep: Tensor
-    cond: Conditioning
+    cond: object
 
 
 def calls_of(
     table: StepTable,
-    cond: Conditioning,
-    pair: Conditioning | None,
+    cond: object,
+    pair: object,
     strengths: Tensor | None,
+    batch: int,
     device: torch.device,
 ) -> list[Asked]:
     """Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
@@ -54,13 +56,13 @@ def calls_of(
     for (whole, copies), group in groupby(
         table.steps, lambda step: (step.timestep.is_integer(), step.passes)
     ):
-        steps, count = list(group), copies * len(cond)
+        steps, count = list(group), copies * batch
         dtype = torch.int64 if whole else torch.float32
         numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
         timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
         for timestep in timesteps:
             told = cond if copies == 1 or pair is None else pair  # no pair: that row is done
-            if strengths is not None:
+            if strengths is not None and isinstance(told, Conditioning):
                 own = strengths[len(calls)]
                 told = replace(told, strengths=torch.cat([own] * copies))
             calls.append(Asked(copies, timestep, told))
@@ -68,10 +70,15 @@ def calls_of(
 
 
 def checked_strengths(
-    strengths: Tensor | None, table: StepTable, batch: int, device: torch.device
+    strengths: Tensor | None, table: StepTable, cond: object, batch: int, device: torch.device
 ) -> Tensor | None:
     if strengths is None:
         return None
+    if not isinstance(cond, Conditioning):
+        raise InputError(
+            f"strengths are told to a network in its Conditioning, and cond is a "
+            f"{type(cond).__name__}, which is handed on as it is: set them where it is read"
+        )
     if strengths.ndim != 3 or tuple(strengths.shape[:2]) != (len(table), batch):
         raise InputError(
             f"strengths: expected [{len(table)} rows, {batch} samples, adapters], got "
@@ -82,9 +89,8 @@ def checked_strengths(
     return strengths.to(device=device, dtype=torch.float32)
 
 
-def guided_pair(
-    steps: Sequence[Step], cond: Conditioning, uncond: Conditioning | None
-) -> Conditioning | None:
+def guided_pair(steps: Sequence[Step], cond: object, uncond: object) -> object:
+    """What guided rows are told; None where none is guided."""
     guided = next((step for step in steps if step.guidance != 1.0), None)
     if guided is None:
         return None
@@ -93,6 +99,12 @@ def guided_pair(
             f"the {guided.model!r} row at timestep {guided.timestep:g} has guidance "
             f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
             "guidance 1.0 needs none"
+        )
+    if not isinstance(cond, Conditioning):
+        return uncond, cond
+    if not isinstance(uncond, Conditioning):
+        raise InputError(
+            f"uncond: expected a Conditioning, as cond is one, got {type(uncond).__name__}"
         )
     uncond = uncond.expand(len(cond))
     if cond.strengths is not None and uncond.strengths is None:

@@ -48,7 +48,8 @@ class Run:
     """One run of a table, from its start or from `resume`, that asks for its network's outputs.
 
     table      a StepTable, or a part of one
-    cond       for B samples, or for one that all share; the run is on its device
+    cond       a Conditioning for B samples, or for one that all share; the run is on its device.
+               Whatever else your network reads is handed on in `Call.cond` as it is
     noise      B unit normals for the start and for each row that adds noise
     uncond     needed by rows with guidance other than 1, whose calls hold the 2B samples
                (uncond, cond); guidance 1 is conditional only, one pass
@@ -58,9 +59,10 @@ class Run:
                [L, C]; not needed with `resume` or with `Given` noise
     strengths  [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`
     dtypes     model -> the dtype of its x_in, looked up at every row; where it has none, that of
-               cond.context
+               cond.context, or float32
     check      when x0 is looked at for NaN and infinity; see `headstart.sample`
     picture    draw x0 by this map into `State.rgb`
+    device     where the run is, if cond is no Conditioning; by default that of `resume`, or a CPU
 
     `call` is what to ask now, None at the end; `advance` takes the answer. A run may be left at any
     row, and leaves nothing behind. To steer, write to `state.x` with torch's own operators before
@@ -71,29 +73,34 @@ class Run:
     def __init__(
         self,
         table: StepTable,
-        cond: Conditioning,
+        cond: object,
         noise: NoiseSource,
         *,
-        uncond: Conditioning | None = None,
+        uncond: object = None,
         resume: State | None = None,
         shape: Sequence[int] | None = None,
         strengths: Tensor | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
         check: Check = "auto",
         picture: LinearMap | None = None,
+        device: torch.device | str | None = None,
     ) -> None:
         fork.check_threads()
         steps = _rows_left(table, resume)
-        device, batch = cond.context.device, len(noise)
-        cond = cond.expand(batch)
-        strengths = checked_strengths(strengths, table, batch, device)
+        batch = len(noise)
+        if isinstance(cond, Conditioning):
+            cond = cond.expand(batch)
+            self._dtype, device = cond.context.dtype, cond.context.device
+        else:
+            self._dtype = torch.float32
+            device = torch.device(device or ("cpu" if resume is None else resume.x.device))
+        strengths = checked_strengths(strengths, table, cond, batch, device)
         pair = guided_pair(steps, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
         _check_picture(picture, latent)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
-        self._calls = calls_of(table, cond, pair, strengths, device)
+        self._calls = calls_of(table, cond, pair, strengths, batch, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
-        self._dtype = cond.context.dtype
         self._steps: Steps | None = None
         self._draw: Draw | None = None
         self._watch, self._picture = Watch(check, device, batch), picture

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -66,6 +66,11 @@ def sample(
     with torch's own operators before the next row; what torch does not see (a write through numpy)
     the next row's network would not see either.
     """
+    if not isinstance(cast("object", cond), Conditioning):
+        raise InputError(
+            f"cond: expected a headstart.Conditioning, got {type(cond).__name__}; headstart.Run "
+            "hands on whatever a network of yours reads"
+        )
     _check_models(table, resume, denoisers, before_row is None and strengths is None)
     run = Run(
         table,

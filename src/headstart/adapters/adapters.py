@@ -17,6 +17,7 @@ from typing import Any, final
 
 from torch import Tensor, nn
 
+from headstart import fork
 from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
 from headstart.adapters.delta import Delta, Dense, LowRank
 from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
@@ -128,6 +129,7 @@ class AdapterSet:
         replace: bool = False,
     ) -> AdapterReport:
         """Attach a file whose header has been read; nothing is changed where it does not fit."""
+        fork.check_threads()
         asked = as_strength(strength)
         with self._changing:
             if not name or (name in self and not replace):

@@ -199,8 +199,14 @@ class Host:
         return [leaf for leaf in self._leaves.values() if leaf.hooked]
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x_in, _, cond = (*args, *kwargs.values())
-        assert isinstance(cond, Conditioning)
+        given = (*args, *kwargs.values())
+        x_in, cond = given[0], given[-1]
+        if len(given) != 3 or not isinstance(cond, Conditioning):
+            raise AdapterError(
+                f"adapters are attached to {type(self.module).__name__}, which was not called as "
+                "(x_in, timestep, cond): attach them to a denoiser, and call that; one of "
+                "diffusers' networks is headstart.bridges.diffusers.denoiser(network)"
+            )
         adapters = self.standing() if cond.adapters is None else cond.adapters
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from headstart.bridges.comfy_model import ByRow, agree, as_asked, levels_of, listed
 from headstart.errors import InputError
-from headstart.interfaces import Conditioning
 from headstart.later import Later
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
@@ -173,7 +172,7 @@ class _Rows:
         table = as_asked(part, self.guider.flow)
         return Run(
             table,
-            Conditioning(x.new_empty((batch, 0, 0))),  # the guider has its own
+            self.guider.conds,
             Philox((self.seed,) * batch, samples=range(batch)),
             resume=State(part.first - 1, x, x),
         )

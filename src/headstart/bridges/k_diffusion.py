@@ -78,7 +78,7 @@ def sample_plan(
     level = table[0].sigma if sigmas is None else float(sigmas[0])
     start = from_latent(table, x.detach().float(), level)
     noise = _Noise(x, table, noise_sampler)
-    run = Run(table, Conditioning(x.new_zeros((len(x), 1, 1))), noise, resume=start)
+    run = Run(table, None, noise, resume=start)  # what D reads is in extra_args
     return _loop(run, models, x.dtype, dict(extra_args or {}), callback, disable)
 
 
