@@ -43,7 +43,7 @@ class Batch:
     most        samples in one call at most, guided ones counted twice; a run of more has its own
 
     A run is admitted and retired between rows. Those that wait longest go first, and with them all
-    that ask the same network in the same shape and dtype. Noise does not depend on the company, and
+    that ask the same network in the same shape and dtype, with the same adapters. Noise does not depend on the company, and
     results are those of the run alone up to the network's rounding in another batch.
     """
 
@@ -159,8 +159,8 @@ class Batch:
 def _kind(call: Call) -> Hashable:
     """What calls that share one must have in common."""
     told = tuple((name, t.shape[1:], t.dtype) for name, t in call.cond.tensors.items())
-    x_in, timestep = call.x_in, call.timestep
-    return call.model, x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype, told
+    x_in, timestep, adapters = call.x_in, call.timestep, call.cond.adapters
+    return call.model, x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype, told, adapters
 
 
 def _ask(network: Denoiser, calls: Sequence[Call]) -> Sequence[Tensor]:
