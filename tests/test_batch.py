@@ -250,3 +250,27 @@ def test_eight_strengths_of_two_adapters_are_one_call(tmp_path: Any) -> None:
         assert (run.state.x - alone.latents).norm() <= 1e-5 * alone.latents.norm()
     plain = engine.sample("a fox", seeds=3, adapters={"ink": 0.0, "glow": 0.0})
     assert (runs[3].state.x - plain.latents).norm() > 1e-3 * plain.latents.norm()
+
+
+def test_a_swap_between_requests_ends_none_of_them(tmp_path: Any) -> None:
+    """What began before a swap has the adapters of its time, what begins after it the next ones."""
+    from safetensors.torch import save_file
+    from test_adapters import random_lora
+
+    engine, runs, expected = hs.Engine.demo(device="cpu"), list[hs.Run](), list[Tensor]()
+    for number in range(2):
+        tensors = random_lora(engine.denoisers["base"], size=0.1, seed=number)  # type: ignore[arg-type]
+        save_file(tensors, tmp_path / f"{number}.safetensors")
+        engine.attach(tmp_path / f"{number}.safetensors", name="ink", replace=number > 0)
+        for strength in (1.0, 2.0):
+            engine.adapters["ink"].strength = strength
+            expected.append(engine.sample("a fox", seeds=3).latents)
+            runs.append(engine.begin("a fox", seeds=3))
+    engine.detach("ink")
+    batch = hs.Batch(engine.denoisers)
+    for run in (*runs, engine.begin("a fox", seeds=3)):
+        batch.add(run)
+    served(batch)
+    for run, alone in zip(runs, expected, strict=True):
+        assert torch.equal(run.state.x, alone), "nobody can share a call of other adapters"
+    assert len({float(alone.norm()) for alone in expected}) == 4

@@ -68,6 +68,10 @@ def test_prompts_and_seeds_pair_up(
         ("a", 2**64, "out of range"),
         ("a", 1.5, "whole number"),
         ([b"a"], 0, "a prompt is a string"),
+        (3, 0, "a string or a list of strings, got 3"),
+        (None, 0, "a string or a list of strings, got None"),
+        ({"a": 1}, 0, "a string or a list of strings"),
+        ("a \ud800", 0, "character 2 is half of a surrogate pair"),
     ],
 )
 def test_prompts_and_seeds_that_do_not_pair_are_refused(
@@ -99,3 +103,9 @@ def test_a_size_is_one_number_two_or_the_models_own() -> None:
 def test_another_size_is_refused_with_the_nearest(size: int | tuple[int, int]) -> None:
     with pytest.raises(InputError, match=r"multiples of 8 pixels; the nearest is \d+x\d+"):
         check_size(size, 64, 8)
+
+
+@pytest.mark.parametrize("size", ["64", 64.0, (64, 64, 64), (), (64,), (64.5, 64), {64: 64}])
+def test_a_size_that_is_no_number_of_pixels_is_refused(size: object) -> None:
+    with pytest.raises(InputError, match=r"one whole number or \(height, width\)"):
+        check_size(size, 64, 8)  # type: ignore[arg-type]

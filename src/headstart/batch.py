@@ -43,8 +43,9 @@ class Batch:
     most        samples in one call at most, guided ones counted twice; a run of more has its own
 
     A run is admitted and retired between rows. Those that wait longest go first, and with them all
-    that ask the same network in the same shape and dtype. Noise does not depend on the company, and
-    results are those of the run alone up to the network's rounding in another batch.
+    that ask the same network in the same shape and dtype, with the same adapters. Noise does not
+    depend on the company, and results are those of the run alone up to the network's rounding in
+    another batch.
     """
 
     def __init__(self, denoisers: Mapping[str, Denoiser], *, most: int = MOST_SAMPLES) -> None:

@@ -5,11 +5,11 @@ A run keeps those that it began with. Attaching, detaching and swapping make the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeAlias, final
+from typing import Any, TypeAlias, cast, final
 
 import numpy as np
 import torch
@@ -145,7 +145,7 @@ class Attached:
         elif isinstance(asked, Mapping):
             given = dict(asked)
         else:
-            names = [asked] if isinstance(asked, str) else list(asked)
+            names = _names(asked)
             given = {name: self[name].strength for name in names}
             given |= {name: 0.0 for name in self.held if name not in given}
         for name in given:
@@ -244,6 +244,18 @@ def check_acts(name: str, to: tuple[str, ...], strength: Strength, models: tuple
             f"adapter {name!r} is to act on {', '.join(map(repr, acting))}: it is attached to "
             f"{', '.join(map(repr, to))}, and this engine has {', '.join(map(repr, models))}"
         )
+
+
+def _names(asked: object) -> list[str]:
+    if isinstance(asked, str):
+        return [asked]
+    names = [*cast("Iterable[object]", asked)] if isinstance(asked, Iterable) else [asked]
+    found = [name for name in names if isinstance(name, str)]
+    if len(found) < len(names):
+        raise InputError(
+            f"adapters: expected strengths by name or a list of names, got {asked!r:.60}"
+        )
+    return found
 
 
 def _changes(slots: Mapping[str, Mapping[Host, Slots]], merged: Mapping[Host, Merged]) -> Changes:

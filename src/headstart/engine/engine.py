@@ -32,7 +32,7 @@ from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import check_resume, check_size, pair_up
+from headstart.plan.request import check_resume, check_size, check_text, pair_up
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
@@ -349,7 +349,7 @@ class Engine:
         table = self.compile(plan, **settings)
         pixels = check_size(size, self.weights.image_size, max(8, self.weights.downscale))
         guided = any(step.guidance != 1.0 for step in table)
-        if negative and not guided:
+        if check_text(negative) and not guided:
             raise InputError(
                 f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
                 "other than 1; leave it out, or give base_guidance= or distilled_guidance="

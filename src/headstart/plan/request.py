@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
-from typing import SupportsIndex
+from collections.abc import Iterable, Mapping, Sequence
+from typing import SupportsIndex, cast
 
 from headstart.errors import InputError, PlanError
 from headstart.plan.table import StepTable
@@ -29,9 +29,8 @@ def pair_up(
     Raises InputError for other counts, for a seed outside [0, 2^64), and, where nothing else tells
     images apart, for a pair given twice.
     """
-    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    texts = _texts(prompts)
     numbers = [*seeds] if isinstance(seeds, Sequence) else [seeds]
-    _check_prompts(texts)
     whole = [_seed(number) for number in numbers]
     if not (texts and whole and (1 in (len(texts), len(whole)) or len(texts) == len(whole))):
         raise InputError(
@@ -76,9 +75,15 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
 def check_size(size: int | tuple[int, int] | None, default: int, multiple: int) -> tuple[int, int]:
     """(height, width) in pixels; one number is a square, None the model's own size.
 
-    Raises InputError unless both are positive multiples of `multiple`.
+    Raises InputError unless both are whole numbers and positive multiples of `multiple`.
     """
-    height, width = (size, size) if isinstance(size, int) else size or (default, default)
+    sides = (default, default) if size is None else (size, size) if isinstance(size, int) else size
+    try:
+        height, width = map(operator.index, sides)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"size: expected pixels, one whole number or (height, width), got {size!r:.60}"
+        ) from None
     if min(height, width) < multiple or height % multiple or width % multiple:
         near = [max(multiple, round(side / multiple) * multiple) for side in (height, width)]
         raise InputError(
@@ -118,10 +123,26 @@ def check_resume(
         )
 
 
-def _check_prompts(prompts: Sequence[object]) -> None:
-    for prompt in prompts:
-        if not isinstance(prompt, str):
-            raise InputError(f"a prompt is a string, got {type(prompt).__name__}: {prompt!r:.60}")
+def check_text(prompt: object) -> str:
+    """Raise InputError unless a prompt is text that a tokenizer can read."""
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is a string, got {type(prompt).__name__}: {prompt!r:.60}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"prompt {prompt!r:.60}: character {error.start} is half of a surrogate pair, which is "
+            "no text; give whole characters"
+        ) from None
+    return prompt
+
+
+def _texts(prompts: object) -> list[str]:
+    if isinstance(prompts, str):
+        return [check_text(prompts)]
+    if isinstance(prompts, Mapping) or not isinstance(prompts, Iterable):
+        raise InputError(f"prompts: expected a string or a list of strings, got {prompts!r:.60}")
+    return [check_text(prompt) for prompt in cast("Iterable[object]", prompts)]
 
 
 def _seed(value: object) -> int:

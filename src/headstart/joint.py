@@ -1,0 +1,75 @@
+"""One step for the rows of many runs: their samples side by side, each at a row of its own table.
+
+    x'[b], x0[b] = step(x[b], F[b], table[row[b]])        row [B] int64 on the device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from headstart.call import Call
+from headstart.run import Run, State
+from headstart_kernels import Draw, fused_step
+
+Group = Sequence[tuple[Run, Call]]
+
+
+def is_joint(group: Group) -> bool:
+    """Whether one step can serve these runs: each draws its noise by key, and no picture."""
+    return len(group) > 1 and all(run.keyed and run.picture is None for run, _ in group)
+
+
+def advance(group: Group, f: Tensor) -> list[State | Exception]:
+    """The state of each run after its row, or what ended it.
+
+    f   the networks' outputs for the calls of the group, one after the other
+    """
+    runs = [run for run, _ in group]
+    counts = [len(run.noise) for run in runs]
+    states, device = [run.state for run in runs], f.device
+    x, before = (_stacked([state[part] for state in states]) for part in (1, 2))
+    tables = [run.coefficients() for run in runs]
+    starts = [0, *accumulate(len(table) for table in tables)][: len(runs)]
+    rows = [start + call.step - run.table.first for start, (run, call) in zip(starts, group)]  # noqa: B905
+    firsts = [run.table.first - start for start, run in zip(starts, runs)]  # noqa: B905
+    numbers = torch.tensor([rows, firsts]).to(device, non_blocking=True)
+    row, first_row = numbers.repeat_interleave(torch.tensor(counts), dim=1).unbind()
+    keys = [run.keys() for run in runs]
+    seeds, samples = (torch.cat([own[part] for own in keys]) for part in (0, 1))
+    f_uncond, f_cond = _halves(f, group, counts)
+    finite = torch.empty(len(x), dtype=torch.bool, device=device)
+    x, x0 = fused_step(
+        x, f_cond, torch.cat(tables), row, f_uncond=f_uncond,
+        noise=Draw(seeds, samples, first_row), x0_prev=before, finite=finite,
+    )  # fmt: skip
+    parts = zip(*(tensor.split_with_sizes(counts) for tensor in (x, x0, finite)), strict=True)
+    return [run.accept(*part) for run, part in zip(runs, parts, strict=True)]
+
+
+def _halves(f: Tensor, group: Group, counts: Sequence[int]) -> tuple[Tensor | None, Tensor]:
+    """F_uncond and F_cond of every sample; of one that is not guided both are its F."""
+    sizes = [len(call.x_in) for _, call in group]
+    if sizes == [*counts]:
+        return None, f
+    parts = f.split_with_sizes(sizes)
+    pairs = [(part[:n], part[-n:]) for part, n in zip(parts, counts, strict=True)]
+    return torch.cat([u for u, _ in pairs]), torch.cat([c for _, c in pairs])
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """What a joint step left is side by side already, where the same runs come again."""
+    base = parts[0]._base
+    sizes = [len(part) for part in parts]
+    starts = [0, *accumulate(sizes)]
+    if base is not None and len(base) == starts[-1] and base.is_contiguous():
+        step = base.stride(0)
+        if all(
+            part._base is base and part.storage_offset() == base.storage_offset() + at * step
+            for part, at in zip(parts, starts, strict=False)
+        ):
+            return base
+    return torch.cat(list(parts))
