@@ -80,6 +80,8 @@ def quick_step(
         if add != 0.0:
             if isinstance(noise, Draw):
                 seeds_at, samples_at = (_at(keys, (batch,), torch.int64) for keys in noise[:2])
+                if isinstance(noise.first_row, Tensor):
+                    return False
                 number += noise.first_row
             else:
                 noise_at = _at(noise, shape, _STATE)
@@ -144,6 +146,7 @@ def _call(
     seeds = samples = None
     if isinstance(noise, Draw):
         seeds, samples, first_row = noise
+        assert not isinstance(first_row, Tensor)
         seeds, samples, noise = seeds.contiguous(), samples.contiguous(), None
         number += first_row
     elif noise is not None:
