@@ -34,6 +34,7 @@ def in_layers(*names: str) -> tuple[str, ...]:
 
 
 BITS = in_step("bits_of_every_prediction_and_update[sm_90-torch.float16]")
+EACH = in_step("rows_of_samples_have_the_reference_bits[sm_90-torch.float32]")
 HOST = in_step("a_row_on_the_host_travels_as_numbers")
 GUARD = in_step("in_place_unaligned_and_nothing_beside_the_outputs_is_written")
 GUIDANCE = in_step("guidance_of_each_sample_and_the_row_that_follows")
@@ -110,6 +111,11 @@ IN_STEP = (
     ("forget the term that looks back", "y + carry * (x0 - previous))", "y)", BITS),
     ("look back with the wrong sign", "carry * (x0 - previous)", "carry * (previous - x0)", BITS),
     ("forget which row of the plan is row 0", "_drawn(element, seed, image, row + first_row, ", "_drawn(element, seed, image, row, ", DRAWN),
+    ("the first sample's row for all", "row = tl.load(step_ptr + sample * STEP_STRIDE)", "row = tl.load(step_ptr)", EACH),
+    ("the first sample's plan for all", "tl.load(first_row_ptr + sample)", "tl.load(first_row_ptr)", EACH),
+    ("scale all by the first sample's row", "row = tl.load(step_ptr + part)", "row = tl.load(step_ptr)", EACH),
+    ("scale the first sample alone", "here = part * count + start", "here = start", EACH),
+    ("a sample's place in 32 bits", "part = tl.program_id(1).to(tl.int64)", "part = tl.program_id(1)", offsets("scale_input, row a sample")),
     ("the same noise in every channel", "        element = element + plane\n", "", LAST),
     ("fill one half of a guided pair", "tl.store(x_in_ptr + (copy * size + at), x_in, mask=inside)", "tl.store(x_in_ptr + at, x_in, mask=inside)", BITS),
     ("the next input from x0", "x_in = (c_in * y)", "x_in = (c_in * x0)", BITS),
@@ -140,6 +146,12 @@ IN_NORMAL = (
 IN_DRAW = (
     ("a block counted by elements", "start >> 2", "start", TAILS),
     ("normals past the end", ", mask=offset < count - start", "", NORMALS),
+    (
+        "the first image's row for all",
+        "tl.load(step_ptr + image * STEP_STRIDE)",
+        "tl.load(step_ptr)",
+        NORMALS,
+    ),
     ("the first image's seed for all", "tl.load(seeds_ptr + image)", "tl.load(seeds_ptr)", NORMALS),
 )
 IN_RGB = (
@@ -197,6 +209,8 @@ IN_IMPL = (
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
     (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
+    (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", EACH),
+    (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', EACH),
     (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", PAIRED),
     (API, "a pair for a row of one pass", "    if single or given", "    if given", IN_ONE_PASS),
     ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at = u_at + count * f.itemsize", "f_at, u_at = u_at, u_at + count * f.itemsize", PAIRED),

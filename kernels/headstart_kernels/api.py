@@ -28,7 +28,7 @@ from headstart_kernels.checks import (
     said,
 )
 from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
-from headstart_kernels.operands import Draw, Given, Preview, Wanted
+from headstart_kernels.operands import Draw, Given, Preview, Wanted, rows_differ
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import Row, Rows, host_row
 
@@ -61,13 +61,16 @@ def fused_step(
     table     [N, 8] float32, columns `COLUMNS`: on x's device, or on the host with an int `step`;
               or `Rows(table)`, which a loop over the rows of a host table reads once
     step      the row: an int, or a 0-d int64 tensor on x's device, which is never read back, so
-              that a captured graph serves every row
+              that a captured graph serves every row. Or int64 [B] there, a row for each sample,
+              which is treated as in a call of its own: samples of several plans share a step where
+              their tables are one, one after the other
     guidance  [B] float32, one scale a sample, in place of the table's column
     noise     [B, ...] float32 unit normals, or a `Draw`, which makes them inside the kernel;
               x0_prev [B, ...] float32, the row before's x0
     x_in      [B, ...] or [2B, ...] any float dtype: filled with the next row's network input, twice
               for a guided pair; the same bits as `scale_input(x', table, step + 1, x_in.dtype)`.
-              After the last row, which has no next, it holds the last row's own scaling.
+              After the last row, which has no next, it holds the last row's own scaling; after
+              the last of one of several tables, the next one's, which means nothing there
     preview   its `rgb` is filled with the picture of x0; x is [B, C, h, w] then
     finite    [B] bool: filled with whether a sample's x0 has neither NaN nor infinity
 
@@ -124,7 +127,7 @@ def _run_step(
 ) -> None:
     check_state("x", x)
     check_output("f_cond", given.f_cond)
-    check_table(table, step, x.device)
+    check_table(table, step, x)
     row = None
     if not isinstance(step, Tensor) and (isinstance(table, Rows) or table.is_cpu):
         row = host_row(table, step)
@@ -137,7 +140,8 @@ def _run_step(
             return
     elif row is not None:
         check_operands(row, step, given)
-    chosen = choose("fused_step", impl, x, given.f_cond)
+    differ = rows_differ(step, given.noise)
+    chosen = choose("fused_step", impl, x, given.f_cond, rows_differ=differ)
     if chosen is Impl.REFERENCE:
         given, wanted = _spelled_out(x, step, given, wanted)
     elif chosen is Impl.TRITON and isinstance(table, Rows):
@@ -176,12 +180,13 @@ def _spelled_out(
 def _call_operator(x: Tensor, table: Tensor, step: Tensor, given: Given, wanted: Wanted) -> None:
     """For a tensor that a tracer put in place of one on a GPU: one call that it understands."""
     noise = given.noise
-    draw = noise if isinstance(noise, Draw) else (None, None, 0)
+    seeds, samples, first = noise if isinstance(noise, Draw) else (None, None, 0)
+    firsts = (0, first) if isinstance(first, Tensor) else (first, None)
     picture = wanted.preview or (None, None, None)
     operators().fused_step_into(
         *(x, given.f_cond, table, step, wanted.x_next, wanted.x0),
         *(given.f_uncond, given.guidance, noise if isinstance(noise, Tensor) else None),
-        *(given.x0_prev, wanted.x_in, *draw, *picture, wanted.finite),
+        *(given.x0_prev, wanted.x_in, seeds, samples, *firsts, *picture, wanted.finite),
     )
 
 
@@ -201,12 +206,12 @@ def scale_input(
     (`x_in=`); this is for the first row, and for a state that came from elsewhere.
     """
     check_state("x", x)
-    check_table(table, step, x.device)
+    check_table(table, step, x)
     if not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a float dtype of a network, got {dtype}")
     if copies < 1:
         raise ValueError(f"copies: expected a whole number of at least 1, got {copies}")
-    chosen = choose("scale_input", impl, x)
+    chosen = choose("scale_input", impl, x, rows_differ=rows_differ(step))
     if stands_in(x) and isinstance(step, Tensor):
         x_in = operators().scale_input(x, table, step, dtype)
     elif chosen is not Impl.TRITON:
@@ -230,8 +235,8 @@ def philox_normal(
 
     seeds    B integers in [0, 2^64), or int64 [B] holding the same 64 bits
     samples  B integers in [0, 2^32), or int64 [B]
-    step     the table row, an int or a 0-d int64 tensor; `INITIAL` (-1) is the draw that starts a
-             run
+    step     the table row: an int, a 0-d int64 tensor, or int64 [B], one an image; `INITIAL` (-1)
+             is the draw that starts a run
     device   where to draw; taken from `seeds` when they are a tensor, else the CPU by default
 
     Element e of image (seed, sample), counted flat through `shape` with the last axis fastest,
@@ -249,16 +254,15 @@ def philox_normal(
             f"philox_normal: {len(keys)} seeds and {len(counters)} samples: give one of each "
             "for every image, at least one image"
         )
-    check_step(step, device)
+    check_step(step, keys)
     if not isinstance(step, Tensor) and not INITIAL <= step < (1 << 32) - 1:
         raise ValueError(f"step: expected -1 (the initial draw) to 2^32 - 2, got {step}")
     if min(shape, default=0) < 1 or prod(shape) > 1 << 34:
         raise ValueError(f"shape: expected positive sizes, at most 2^34 elements, got {[*shape]}")
     if stands_in(keys) and isinstance(step, Tensor):
         return operators().philox_normal(keys, counters, step, shape)
-    return load("philox_normal", choose("philox_normal", impl, keys))(
-        keys, counters, step, tuple(shape)
-    )
+    chosen = choose("philox_normal", impl, keys, rows_differ=rows_differ(step))
+    return load("philox_normal", chosen)(keys, counters, step, tuple(shape))
 
 
 def preview_rgb(

@@ -69,18 +69,23 @@ def check_guidance(guidance: Tensor | None, f_uncond: Tensor | None, x: Tensor) 
         raise ValueError("guidance: given without f_uncond; pass both, or neither for one pass")
 
 
-def check_step(step: int | Tensor, device: torch.device) -> None:
+def check_step(step: int | Tensor, like: Tensor) -> None:
+    """A row for all, or one for each sample of `like`."""
     if not isinstance(step, Tensor):
         return
-    if step.dtype != torch.int64 or step.ndim:
-        raise TypeError(f"step: expected an int or a 0-d int64 tensor, got {said(step)}")
-    check_device("step", step, device)
+    if step.dtype != torch.int64 or (step.ndim and step.shape != like.shape[:1]):
+        raise TypeError(
+            f"step: expected an int, 0-d int64, or int64 [{len(like)}], one row a sample; got "
+            f"{said(step)}"
+        )
+    check_device("step", step, like.device)
 
 
-def check_table(table: Tensor | Rows, step: int | Tensor, device: torch.device) -> None:
+def check_table(table: Tensor | Rows, step: int | Tensor, x: Tensor) -> None:
+    device = x.device
     if isinstance(table, Tensor):
         check_columns(table)
-    check_step(step, device)
+    check_step(step, x)
     if isinstance(step, Tensor):
         if isinstance(table, Rows):
             raise TypeError("step: a table of Rows has rows for an int step, got a tensor")
@@ -163,7 +168,9 @@ def _check_preview(preview: Preview, x: Tensor) -> None:
 
 
 def _check_draw(draw: Draw, x: Tensor) -> None:
-    for name, tensor in (("noise.seeds", draw.seeds), ("noise.samples", draw.samples)):
+    for name, tensor in draw._asdict().items():
+        if name == "first_row" and not isinstance(tensor, Tensor):
+            continue
         if tensor.dtype != torch.int64 or tensor.shape != x.shape[:1]:
-            raise TypeError(f"{name}: expected int64 [{len(x)}], got {said(tensor)}")
-        check_device(name, tensor, x.device)
+            raise TypeError(f"noise.{name}: expected int64 [{len(x)}], got {said(tensor)}")
+        check_device(f"noise.{name}", tensor, x.device)

@@ -40,22 +40,29 @@ class Impl(Enum):
     TRITON = "triton"
 
 
-def choose(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor) -> Impl:
+def choose(
+    kernel: str,
+    impl: Impl | str | None,
+    tensor: Tensor,
+    *others: Tensor,
+    rows_differ: bool = False,
+) -> Impl:
     """The implementation that runs `kernel` where `tensor` is.
 
     None takes Triton on a GPU where it is installed; C on a CPU where there is a compiler, nobody
-    watches and no gradient is asked for; and the reference everywhere else, as for float64, which
-    the kernels would round. An implementation asked for by name runs, or raises ValueError saying
-    why it cannot: nothing falls back. Nothing here starts a driver: Triton does, at its first
-    launch.
+    watches, no gradient is asked for and all samples are in one row; and the reference everywhere
+    else, as for float64, which the kernels would round. An implementation asked for by name runs,
+    or raises ValueError saying why it cannot: nothing falls back. Nothing here starts a driver:
+    Triton does, at its first launch.
     """
     if impl is not None:
-        return _named(kernel, impl, tensor)
+        return _named(kernel, impl, tensor, rows_differ)
     if tensor.dtype == torch.float64:
         return Impl.REFERENCE
     if tensor.is_cuda:
         return Impl.REFERENCE if stands_in(tensor) or not _installed() else Impl.TRITON
-    return Impl.NATIVE if kernel in NATIVE and _in_c(tensor, *others) else Impl.REFERENCE
+    in_c = kernel in NATIVE and not rows_differ and _in_c(tensor, *others)
+    return Impl.NATIVE if in_c else Impl.REFERENCE
 
 
 def stands_in(tensor: Tensor) -> bool:
@@ -101,7 +108,7 @@ def _differentiates(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _named(kernel: str, impl: Impl | str, tensor: Tensor) -> Impl:
+def _named(kernel: str, impl: Impl | str, tensor: Tensor, rows_differ: bool) -> Impl:
     """An implementation asked for by name, if it can run there; else ValueError."""
     try:
         asked = Impl(impl)
@@ -114,6 +121,11 @@ def _named(kernel: str, impl: Impl | str, tensor: Tensor) -> Impl:
         _require_triton(tensor)
     if asked is Impl.NATIVE:
         _require_native(kernel, tensor)
+        if rows_differ:
+            raise ValueError(
+                "impl: 'native' computes one row for all samples, got a row for each; use "
+                "impl='reference'"
+            )
     return asked
 
 

@@ -13,12 +13,14 @@ class Draw(NamedTuple):
 
     seeds      int64 [B] holding the 64 bits of each image's seed
     samples    int64 [B] in [0, 2^32)
-    first_row  the row of the whole plan that row 0 of the table is: a plan's later part has one
+    first_row  the row of the whole plan that row 0 of the table is: a plan's later part has one.
+               Or int64 [B], each sample's own: of a plan whose table begins at row k of several
+               in one, -k
     """
 
     seeds: Tensor
     samples: Tensor
-    first_row: int = 0
+    first_row: int | Tensor = 0
 
 
 class LinearMap(NamedTuple):
@@ -63,6 +65,12 @@ class Wanted(NamedTuple):
     x_in: Tensor | None
     preview: Preview | None
     finite: Tensor | None = None
+
+
+def rows_differ(step: int | Tensor, noise: Tensor | Draw | None = None) -> bool:
+    """Whether each sample may have a row of its own, in the table or in its plan."""
+    first_row = noise.first_row if isinstance(noise, Draw) else 0
+    return isinstance(first_row, Tensor) or (isinstance(step, Tensor) and step.ndim > 0)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -47,7 +47,7 @@ def fused_step(
     x0_prev: Tensor | None = None,
     x_in: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`headstart_kernels.fused_step` with a device-side row."""
+    """`headstart_kernels.fused_step` with device-side rows."""
     return api.fused_step(
         x,
         f_cond,
@@ -82,14 +82,16 @@ def fused_step_into(
     seeds: Tensor | None = None,
     samples: Tensor | None = None,
     first_row: int = 0,
+    first_rows: Tensor | None = None,
     rgb: Tensor | None = None,
     factors: Tensor | None = None,
     bias: Tensor | None = None,
     finite: Tensor | None = None,
 ) -> None:
-    """`headstart_kernels.fused_step_into` with a device-side row; a `Draw` and a `Preview` are
-    given as their parts."""
-    draw = None if seeds is None or samples is None else Draw(seeds, samples, first_row)
+    """`headstart_kernels.fused_step_into` with device-side rows; a `Draw` and a `Preview` are
+    given as their parts, a first row for each sample as `first_rows`."""
+    first = first_row if first_rows is None else first_rows
+    draw = None if seeds is None or samples is None else Draw(seeds, samples, first)
     preview = None
     if rgb is not None and factors is not None and bias is not None:
         preview = Preview(rgb, factors, bias)
@@ -108,7 +110,7 @@ def fused_step_into(
 
 @_operator()
 def scale_input(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    """`headstart_kernels.scale_input` with a device-side row."""
+    """`headstart_kernels.scale_input` with device-side rows."""
     return api.scale_input(x, table, step, dtype)
 
 

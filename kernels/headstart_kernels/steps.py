@@ -46,10 +46,10 @@ class Steps:
         preview: Preview | None,
         finite: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        if self._own is not None and in_c(x, f):
-            number = row + noise.first_row if isinstance(noise, Draw) else row
+        first = noise.first_row if isinstance(noise, Draw) else 0
+        if self._own is not None and isinstance(first, int) and in_c(x, f):
             made = load("own_step", Impl.NATIVE)(
-                self._own[row], number, x, f, noise, x0_prev, x_in, preview, finite
+                self._own[row], row + first, x, f, noise, x0_prev, x_in, preview, finite
             )
             if made is not None:
                 return made

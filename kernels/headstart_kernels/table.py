@@ -12,7 +12,7 @@ Coefficient = TypeVar("Coefficient")
 
 
 class Row(NamedTuple, Generic[Coefficient]):
-    """One row: Python floats where the table is on the host, 0-d tensors where it is on a device.
+    """One row: Python floats where the table is on the host, tensors where it is on a device.
 
     x_in = c_in*x     x0 = c_skip*x + c_out*F     F = F_uncond + guidance*(F_cond - F_uncond)
     x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n

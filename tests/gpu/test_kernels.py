@@ -77,13 +77,14 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
 def check(
     place: str, given: dict[str, Any], table: Tensor, row: int, dtype: torch.dtype, **options: Any
 ) -> None:
-    """One row, its number on the host and on the device: everything that it fills."""
+    """One row, its number on the host, on the device, and on it with other samples' rows before:
+    everything that it fills."""
     shape = given["x"].shape
+    rows = torch.tensor([*range(shape[0] - 1), row]) % len(table)
     picture = len(shape) == 4 and options.pop("picture", False)
-    for device_side in (False, True):
+    for where, step in {"host": row, "device": torch.tensor(row), "each": rows}.items():
         made: list[dict[str, Tensor]] = []
         for impl, device in (("reference", "cpu"), ("triton", place)):
-            step = torch.tensor(row, device=device) if device_side else row
             own = there(given | options, device)
             filled = {
                 "x_in": torch.zeros((2 * shape[0], *shape[1:]), dtype=dtype, device=device),
@@ -96,14 +97,14 @@ def check(
                 filled["rgb"] = rgb
             x_next, x0 = fused_step(
                 table=there(table, device),
-                step=step,
+                step=there(step, device),
                 impl=impl,
                 **own,
                 **{name: filled[name] for name in ("x_in", "finite")},
             )
             made.append({"x_next": x_next, "x0": x0, **filled})
         for name, expected in made[0].items():
-            assert_bits(made[1][name], expected, f"{name}, row {row}, on device: {device_side}")
+            assert_bits(made[1][name], expected, f"{name}, row {row}, {where}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -150,11 +151,11 @@ def test_network_inputs(place: str, dtype: torch.dtype) -> None:
     table = random_table(3)
     for shape in SIZES:
         x = random_latents(*shape, scale=14.6)
-        for step in (1, torch.tensor(1)):
+        for step in (1, torch.tensor(1), torch.tensor([2, 0, 1])[: shape[0]]):
             got = scale_input(
                 there(x, place), there(table, place), there(step, place), dtype, impl="triton"
             )
-            assert_bits(got, scale_input(x, table, 1, dtype, impl="reference"), "x_in")
+            assert_bits(got, scale_input(x, table, step, dtype, impl="reference"), "x_in")
 
 
 def test_normals(place: str) -> None:
@@ -165,6 +166,10 @@ def test_normals(place: str) -> None:
         assert_bits(got, expected, f"normals {shape}")
         row = torch.tensor(step, device=place)
         assert_bits(philox_normal(seeds, samples, row, shape, place, impl="triton"), expected, "")
+        rows = torch.tensor([step, 0, step])
+        got = philox_normal(seeds, samples, there(rows, place), shape, place, impl="triton")
+        expected = philox_normal(seeds, samples, rows, shape, impl="reference")
+        assert_bits(got, expected, "normals of a row an image")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -68,6 +68,18 @@ for shape in ((2, 4, 3, 5, 7), (2, 9, 16), (3, 5)):  # video, packed tokens, row
     handed = hk.fused_step(table=table, step=1, impl="reference", **given)
     assert all(torch.equal(a, b) for a, b in zip(drawn, handed))
 
+for shape in ((2, 4, 8, 9), (2, 9, 16)):  # a row for each sample
+    given = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    given["noise"] = hk.Draw(torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([-1, 6]))
+    rows, results = torch.tensor([2, 0]), []
+    for impl in ("reference", "triton"):
+        x_in = torch.empty(4, *shape[1:])
+        out = hk.fused_step(table=table, step=rows, x_in=x_in, impl=impl, **given)
+        x_first = hk.scale_input(given["x"], table, rows, torch.float16, impl=impl)
+        drawn = hk.philox_normal(*given["noise"][:2], rows, (5, 5), impl=impl)
+        results.append((*out, x_in, x_first, drawn))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
 drawn = hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5), impl="triton")
 assert torch.equal(drawn, hk.philox_normal([1, 2**64 - 1], [0, 5], 3, (4, 5, 5)))
 pixels = random_latents(2, 3, 5, 8)

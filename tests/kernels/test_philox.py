@@ -293,7 +293,7 @@ BAD = [
     (([0, 1], [0], 0, (4,)), ValueError, "2 seeds and 1 samples"),
     (([], [], 0, (4,)), ValueError, "at least one image"),
     (([0], [0], -2, (4,)), ValueError, "step: expected -1"),
-    (([0], [0], torch.tensor([0]), (4,)), TypeError, "0-d int64"),
+    (([0], [0], torch.tensor([0, 0]), (4,)), TypeError, r"0-d int64, or int64 \[1\]"),
     (([0], [0], 0, (4, 0)), ValueError, "shape: expected positive sizes"),
     (([0], [0], 0, ()), ValueError, "shape: expected positive sizes"),
     ((torch.zeros(1), [0], 0, (4,)), TypeError, r"seeds: expected integers or int64 \[B\]"),

@@ -112,6 +112,15 @@ CASES = {
         (2047 * M // 512, 1, 1),
         ("x_in", 2 * 2047 * M),
     ),
+    "scale_input, row a sample": Case(
+        lambda: scale_input(
+            *(normal(4, 512), torch.ones(2, 8), torch.tensor([0, 1, 0, 1]), HALF), impl="triton"
+        ),
+        "scale_input_kernel",
+        {"count": 1024 * M},
+        (2 * M, 4, 1),
+        ("x_in", 2 * 4096 * M),
+    ),
     "philox_normal": Case(
         lambda: philox_normal([1], [0], 0, (1024,), impl="triton"),
         "philox_normal_kernel",

@@ -22,7 +22,9 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Emulator]:
         yield emulator
 
 
-@pytest.mark.parametrize("step", [INITIAL, 0, 2**32 - 2, torch.tensor(7)])
+@pytest.mark.parametrize(
+    "step", [INITIAL, 0, 2**32 - 2, torch.tensor(7), torch.tensor([INITIAL, 2**32 - 2, 7])]
+)
 def test_normals_have_the_reference_bits(gpu: Emulator, step: int | torch.Tensor) -> None:
     seeds, samples = [0, 2**63 + 5, 2**64 - 1], [0, 2**31, 2**32 - 1]
     for shape in ((4, 16, 16), (3, 5)):

@@ -16,6 +16,7 @@ from headstart_kernels.testing.ptx import Emulator, Fault, Launch, emulated
 ARCHS = (80, 90, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
+OUTPUTS = ("f_cond", "f_uncond")
 NAN = float("nan")
 
 SIGMA, NEXT = 14.6, 3.2
@@ -74,10 +75,10 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Emulator]:
         yield emulator
 
 
-def check(table: Tensor, given: dict, **outputs) -> None:
+def check(table: Tensor, given: dict, *, steps: list[Tensor] | None = None, **outputs) -> None:
     """Every row, on a device-side step: x', x0, x_in and rgb have the reference's bits."""
-    for row in range(len(table)):
-        step, results = torch.tensor(row), []
+    for step in steps or list(torch.arange(len(table))):
+        results = []
         for impl in ("reference", "triton"):
             filled = {
                 name: value._replace(rgb=value.rgb.clone())
@@ -89,7 +90,7 @@ def check(table: Tensor, given: dict, **outputs) -> None:
             extra = [v.rgb if isinstance(v, Preview) else v for v in filled.values()]
             results.append([x_next, x0, *extra])
         for expected, got in zip(*results, strict=True):
-            assert same_bits(got, expected), (row, got.dtype)
+            assert same_bits(got, expected), (step, got.dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -158,6 +159,44 @@ def test_guidance_of_each_sample_and_the_row_that_follows(gpu: Emulator) -> None
     given["f_cond"][0, 0, 0, 0] = -0.0  # and gives F_cond to the bit
     check(table_of(*ROWS[20:22]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
     check(table_of(*ROWS[:6]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_of_samples_have_the_reference_bits(gpu: Emulator, dtype: torch.dtype) -> None:
+    """The reference gives each sample what it has alone: tests/kernels/test_rows_of_samples.py."""
+    last = torch.channels_last
+    for size, layout in (((16, 16), torch.contiguous_format), ((5, 7), last)):
+        shape = (3, 4, *size)
+        given = operands(shape, dtype) | {"x0_prev": random_latents(*shape, seed=7)}
+        given |= {name: given[name].contiguous(memory_format=layout) for name in OUTPUTS}
+        x_in = torch.empty(6, *shape[1:], dtype=dtype).contiguous(memory_format=layout)
+        steps = [torch.tensor(rows) for rows in ([29, 0, 13], [3, 2, 3])]
+        check(table_of(*ROWS), given, steps=steps, x_in=x_in, preview=picture(shape))
+        own = draw(3)._replace(first_row=torch.tensor([0, 2**20, -2]))
+        check(table_of(*ROWS), given | {"noise": own}, steps=steps)
+        x, table = given["x"].contiguous(memory_format=layout), table_of(*ROWS)
+        for step in (*steps, torch.tensor([[29, 1], [0, 1], [13, 1]])[:, 0]):
+            got = scale_input(x, table, step, dtype, impl="triton")
+            assert same_bits(got, scale_input(x, table, step, dtype))
+
+
+def test_recorded_launches_serve_any_rows_of_samples(gpu: Emulator) -> None:
+    """What a captured graph holds: addresses, and numbers that do not change."""
+    given, table = operands((3, 4, 16, 16), torch.float16), table_of(*ROWS)
+    step, first = torch.tensor([0, 0, 0]), torch.tensor([0, 0, 0])
+    given["noise"] = draw(3)._replace(first_row=first)
+    x_next, x_in = torch.empty(3, 4, 16, 16), torch.empty(6, 4, 16, 16, dtype=torch.float16)
+    launches = gpu.queue = list[Launch]()
+    fused_step_into(table=table, step=step, x_next=x_next, x_in=x_in, impl="triton", **given)
+    for rows in ([2, 17, 28], [9, 0, 9]):
+        step.copy_(torch.tensor(rows))
+        first.copy_(torch.tensor([5, -rows[1], 1]))
+        for launch in launches:
+            launch.run()
+        again = torch.empty_like(x_in)
+        expected, _ = fused_step(table=table, step=step, x_in=again, **given)
+        assert same_bits(x_next, expected) and same_bits(x_in, again)
+    assert [launch.name for launch in launches] == ["fused_step_kernel"]
 
 
 def test_a_row_on_the_host_travels_as_numbers(gpu: Emulator) -> None:

@@ -33,16 +33,18 @@ _NUMBERS = ("row", "last", "first_row", "c_in", "c_skip", "c_out", "keep", "add"
 def fused_step_kernel(
     x_ptr, f_cond_ptr, f_uncond_ptr, guidance_ptr, noise_ptr, seeds_ptr, samples_ptr, x0_prev_ptr,
     x_next_ptr, x0_ptr, x_in_ptr, rgb_ptr, factors_ptr, bias_ptr, finite_ptr,
-    table_ptr, step_ptr, row, last, first_row, c_in, c_skip, c_out, keep, add, carry, scale,
-    plane, size, CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr,
-    COPIES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr, BLOCK: tl.constexpr,
+    table_ptr, step_ptr, first_row_ptr, row, last, first_row, c_in, c_skip, c_out, keep, add, carry,
+    scale, plane, size, CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr,
+    COPIES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr,
+    STEP_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     """A block of pixels of one sample of [B, CHANNELS, plane]; program (block, sample).
 
     A None pointer is an absent operand, decided by the compiler. F_LAST, X_IN_LAST: channels-last,
     with four channels. WHOLE_BLOCKS: a block begins on a multiple of four elements, so that one
-    Philox call serves four. PACKED: see `store_pixels`.
+    Philox call serves four. PACKED: see `store_pixels`. STEP_STRIDE: 1 where each sample has a row
+    of its own, 0 where all are in one.
     """
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -50,7 +52,9 @@ def fused_step_kernel(
     inside = pixel < count
     quads = (sample * plane + start) * 4
     if step_ptr is not None:
-        row = tl.load(step_ptr)
+        row = tl.load(step_ptr + sample * STEP_STRIDE)
+    if first_row_ptr is not None:
+        first_row = tl.load(first_row_ptr + sample)
     if table_ptr is not None:
         c_in, c_skip, c_out, keep, add, carry, scale = _coefficients(table_ptr, row, last)
     if guidance_ptr is not None:
@@ -116,16 +120,18 @@ def fused_step_kernel(
 def scale_input_kernel(
     x_ptr, x_in_ptr, table_ptr, step_ptr, row, c_in, count, BLOCK: tl.constexpr
 ):
-    """x_in = c_in*x over `count` elements; program (block,)."""
+    """x_in = c_in*x over parts of `count` elements, each of a row; program (block, part)."""
+    part = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < count - start
     if step_ptr is not None:
-        row = tl.load(step_ptr)
+        row = tl.load(step_ptr + part)
     if table_ptr is not None:
         c_in = tl.load(table_ptr + row * _WIDTH + _C_IN)
-    x_in = c_in * _load(x_ptr + start + offset, inside)
-    tl.store(x_in_ptr + start + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
+    here = part * count + start
+    x_in = c_in * _load(x_ptr + here + offset, inside)
+    tl.store(x_in_ptr + here + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit

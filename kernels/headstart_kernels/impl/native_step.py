@@ -148,6 +148,7 @@ def _call(
     seeds = samples = None
     if isinstance(noise, Draw):
         seeds, samples, first_row = noise
+        assert not isinstance(first_row, Tensor)
         seeds, samples, noise = seeds.contiguous(), samples.contiguous(), None
         number += first_row
     elif noise is not None:

@@ -45,6 +45,7 @@ def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Ten
 def by_definition(seeds: Tensor, samples: Tensor, step: int | Tensor, count: int) -> Tensor:
     """[B, count]."""
     seeds, samples = seeds.view(-1, 1), samples.view(-1, 1)
+    step = step.reshape(-1, 1) if isinstance(step, Tensor) else step
     block = torch.arange(-(-count // 4), device=seeds.device)
     zero = torch.zeros_like(seeds)
     counter = (block, zero + step + 1, samples, zero)

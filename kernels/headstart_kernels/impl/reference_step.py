@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.operands import Given, Wanted
-from headstart_kernels.table import Row, Rows, host_row
+from headstart_kernels.table import COLUMNS, Row, Rows, host_row
 
 
 def fused_step(
@@ -30,7 +30,7 @@ def fused_step(
     if wanted.x_in is not None:
         last = len(table) - 1
         following = (step + 1).clamp(max=last) if isinstance(step, Tensor) else min(step + 1, last)
-        _fill_input(wanted.x_in, wanted.x_next, _row(table, following).c_in)
+        _fill_input(wanted.x_in, wanted.x_next, _row(table, following, x).c_in)
     if wanted.finite is not None and wanted.x0 is not None:
         wanted.finite.copy_(wanted.x0.abs().flatten(1).amax(1) < math.inf)  # false for NaN too
 
@@ -38,7 +38,7 @@ def fused_step(
 def scale_input(
     x: Tensor, table: Tensor | Rows, step: int | Tensor, dtype: torch.dtype, copies: int = 1
 ) -> Tensor:
-    c_in = _row(table, step).c_in
+    c_in = _row(table, step, x).c_in
     if copies > 1 and x.is_contiguous():
         x_in = x.new_empty((copies * len(x), *x.shape[1:]), dtype=dtype)
         _fill_input(x_in, x, c_in)
@@ -50,7 +50,7 @@ def scale_input(
 def _step_by_definition(
     x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
 ) -> None:
-    row = _row(table, step)
+    row = _row(table, step, x)
     f = _guided(x, given, row.guidance)
     x0 = _plus(row.c_out * f, row.c_skip, lambda: x)
     x_next = _plus(x0, row.keep, lambda: x - x0)
@@ -155,13 +155,15 @@ def _float_like(x: Tensor, f: Tensor) -> Tensor:
     return f.float() if f.stride() == x.stride() else torch.empty_like(x).copy_(f)
 
 
-def _row(table: Tensor | Rows, step: int | Tensor) -> Row[float] | Row[Tensor]:
+def _row(table: Tensor | Rows, step: int | Tensor, x: Tensor) -> Row[float] | Row[Tensor]:
+    """The row of all samples, or those of each, in a shape that spreads over x."""
     if isinstance(table, Rows):
         assert not isinstance(step, Tensor)
         return table.rows[step]
     if isinstance(step, Tensor):
         # Not table[step]: indexing with a 0-d tensor reads it back to the host.
-        return Row(*table.index_select(0, step.reshape(1))[0].unbind())
+        rows = table.index_select(0, step.reshape(-1))
+        return Row(*rows.view(-1, *(1,) * (x.ndim - 1), len(COLUMNS)).unbind(-1))
     if table.is_cpu:
         return host_row(table, step)
     return Row(*table[step].unbind())

@@ -28,10 +28,11 @@ def philox_normal(
         (blocks(count, BLOCK), len(seeds)),
         seeds_ptr=seeds.contiguous(),
         samples_ptr=samples.contiguous(),
-        step_ptr=step if isinstance(step, Tensor) else None,
+        step_ptr=step.contiguous() if isinstance(step, Tensor) else None,
         out_ptr=out,
         step=0 if isinstance(step, Tensor) else step,
         count=count,
+        STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0,
         BLOCK=BLOCK,
     )
     return out

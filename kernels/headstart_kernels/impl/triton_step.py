@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
 from headstart_kernels.launch import blocks, launch
-from headstart_kernels.operands import Draw, Given, Wanted, memory_format
+from headstart_kernels.operands import Draw, Given, Wanted, memory_format, rows_differ
 from headstart_kernels.table import host_row
 
 BLOCK = 512 if torch.version.hip is None else 1024
@@ -40,6 +40,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
     if finite is not None:
         finite = finite.fill_(True).view(torch.uint8)
     draw = noise if isinstance(noise, Draw) else None
+    first_row = draw.first_row if draw else 0
     x_in = wanted.x_in if x_in_last else _packed(wanted.x_in)
     channels = x.shape[1] if f_last or x_in_last or picture is not None else 1
     plane = x[0].numel() // channels
@@ -63,7 +64,8 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         finite_ptr=finite,
         **_row(table, step),
         last=len(table) - 1,
-        first_row=draw.first_row if draw else 0,
+        first_row_ptr=first_row.contiguous() if isinstance(first_row, Tensor) else None,
+        first_row=0 if isinstance(first_row, Tensor) else first_row,
         plane=plane,
         size=x.numel(),
         CHANNELS=channels,
@@ -72,6 +74,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         COPIES=0 if x_in is None else len(x_in) // len(x),
         WHOLE_BLOCKS=channels == 1 or plane % 4 == 0,
         PACKED=picture is not None and plane % 4 == 0 and picture.rgb.data_ptr() % 4 == 0,
+        STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0,
         BLOCK=BLOCK,
     )
     if wanted.x_in is not None and x_in is not None and x_in is not wanted.x_in:
@@ -83,30 +86,32 @@ def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype
     x = x.contiguous(memory_format=memory_format(x))
     x_in = torch.empty_like(x, dtype=dtype)
     on_device, row = table.device.type != "cpu", _row(table, step)
+    parts = len(x) if rows_differ(step) else 1
+    count = x.numel() // parts
     launch(
         scale_input_kernel,
-        (blocks(x.numel(), BLOCK),),
+        (blocks(count, BLOCK), parts),
         x_ptr=x,
         x_in_ptr=x_in,
         table_ptr=row["table_ptr"],
         step_ptr=row["step_ptr"],
         row=row["row"],
         c_in=0.0 if isinstance(step, Tensor) or on_device else host_row(table, step).c_in,
-        count=x.numel(),
+        count=count,
         BLOCK=BLOCK,
     )
     return x_in
 
 
 def _row(table: Tensor, step: int | Tensor) -> Mapping[str, Tensor | float | None]:
-    """Where the kernel finds its row: a device table at a device or host index, or as numbers.
+    """Where the kernel finds its rows: a device table at device or host indices, or as numbers.
 
     A table on the host, with a state on a GPU, travels as arguments of the launch; copying it there
     would wait.
     """
     names = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
     if isinstance(step, Tensor):
-        place = {"table_ptr": table.contiguous(), "step_ptr": step, "row": 0}
+        place = {"table_ptr": table.contiguous(), "step_ptr": step.contiguous(), "row": 0}
         return place | dict.fromkeys(names, 0.0)
     if table.device.type != "cpu":
         place = {"table_ptr": table.contiguous(), "step_ptr": None, "row": step}

@@ -180,7 +180,7 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
     types |= dict.fromkeys(numbers, "fp32")
     constants: dict[str, object] = {
         **{"CHANNELS": 1, "F_LAST": False, "X_IN_LAST": False, "COPIES": 2},
-        **{"WHOLE_BLOCKS": True, "PACKED": True, "BLOCK": triton_step.BLOCK},
+        **{"WHOLE_BLOCKS": True, "PACKED": True, "STEP_STRIDE": 0, "BLOCK": triton_step.BLOCK},
     }
     for name, value in change.items():
         if name in constants:
@@ -214,6 +214,9 @@ def cases() -> dict[str, Case]:
     found = {f"fused_step {dtype}": step_case(dtype) for dtype in ("fp32", "fp16", "bf16")}
     found |= {
         "fused_step drawn": step_case(**_DRAW, finite_ptr="*u8"),
+        "fused_step drawn, row a sample": step_case(
+            **_DRAW, finite_ptr="*u8", first_row_ptr="*i64", STEP_STRIDE=1
+        ),
         "fused_step drawn + preview": step_case(**_DRAW, **_PICTURE, finite_ptr="*u8"),
         "fused_step channels-last": step_case(CHANNELS=4, F_LAST=True, X_IN_LAST=True),
     }
@@ -222,7 +225,8 @@ def cases() -> dict[str, Case]:
     found["scale_input"] = Case(scale_input_kernel, scale, {"BLOCK": triton_step.BLOCK})
     draw = {"seeds_ptr": "*i64", "samples_ptr": "*i64", "step_ptr": "*i64", "out_ptr": "*fp32"}
     draw |= {"step": "i32", "count": "i32"}
-    found["philox_normal"] = Case(philox_normal_kernel, draw, {"BLOCK": triton_noise.BLOCK})
+    drawn = {"STEP_STRIDE": 0, "BLOCK": triton_noise.BLOCK}
+    found["philox_normal"] = Case(philox_normal_kernel, draw, drawn)
     shown = {"x0_ptr": "*fp32", "factors_ptr": "*fp32", "bias_ptr": "*fp32", "rgb_ptr": "*u8"}
     form = {"CHANNELS": 4, "UPSCALE": 1, "PACKED": True, "BLOCK": triton_rgb.BLOCK}
     found["preview_rgb"] = Case(preview_rgb_kernel, {**shown, "width": "i32"}, form)

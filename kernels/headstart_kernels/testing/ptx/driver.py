@@ -175,9 +175,11 @@ def emulated(arch: int = 90, *, by_default: bool = False) -> Generator[Emulator]
 
 @contextmanager
 def _triton_by_default() -> Generator[None]:
-    def chosen(kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor) -> Impl:
+    def chosen(
+        kernel: str, impl: Impl | str | None, tensor: Tensor, *others: Tensor, **options: bool
+    ) -> Impl:
         ours = impl is None and tensor.dtype != torch.float64
-        return choose(kernel, Impl.TRITON if ours else impl, tensor, *others)
+        return choose(kernel, Impl.TRITON if ours else impl, tensor, *others, **options)
 
     with mock.patch.object(api, "choose", chosen), mock.patch.object(layers, "choose", chosen):
         yield
