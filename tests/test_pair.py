@@ -19,7 +19,7 @@ from headstart.networks.text import ClipParams, Tower
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
 from headstart.noise import Philox
-from headstart.runner.batch import SharedNoise
+from headstart.runner.batch import noise_of
 from headstart_weights.recipe.export import base_tensors, half, serialise
 from headstart_weights.recipe.tokenizer import fit_tokenizer
 
@@ -140,7 +140,7 @@ def test_auto_is_the_cpu_where_there_is_nothing_else() -> None:
 
 
 def test_prompts_with_one_seed_share_its_noise(engine: hs.Engine) -> None:
-    noise = SharedNoise.of([5, 3, 5])
+    noise = noise_of([5, 3, 5])
     for drawn, plain in (
         (noise.initial((4, 8, 8), CPU), Philox([5, 3]).initial((4, 8, 8), CPU)),
         (noise.step(2, (4, 8, 8), CPU), Philox([5, 3]).step(2, (4, 8, 8), CPU)),
@@ -152,9 +152,9 @@ def test_prompts_with_one_seed_share_its_noise(engine: hs.Engine) -> None:
 
 
 def test_the_noise_of_an_image_has_the_same_bits_in_any_batch() -> None:
-    many = SharedNoise.of(range(9))
+    many = noise_of(range(9))
     for seed in (0, 4, 8):
-        alone = SharedNoise.of([seed])
+        alone = noise_of([seed])
         assert torch.equal(many.initial((4, 8, 8), CPU)[seed], alone.initial((4, 8, 8), CPU)[0])
         assert torch.equal(many.step(3, (4, 8, 8), CPU)[seed], alone.step(3, (4, 8, 8), CPU)[0])
 

@@ -22,6 +22,7 @@ from torch import Tensor
 from headstart.call import Call
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser
+from headstart.joint import Group, advance, is_joint
 from headstart.run import Run, State
 
 MOST_SAMPLES = 16
@@ -41,6 +42,9 @@ class Batch:
 
     denoisers   as in `headstart.sample`
     most        samples in one call at most, guided ones counted twice; a run of more has its own
+    buckets     sizes that calls are padded to, such as (1, 2, 4, 8, 16), for networks that are
+                captured or compiled once a shape; () for none
+    joint       whether one step serves the samples of all runs of a call; by default on a GPU
 
     A run is admitted and retired between rows. Those that wait longest go first, and with them all
     that ask the same network in the same shape and dtype, with the same adapters. Noise does not
@@ -48,10 +52,18 @@ class Batch:
     another batch.
     """
 
-    def __init__(self, denoisers: Mapping[str, Denoiser], *, most: int = MOST_SAMPLES) -> None:
-        if most < 1:
-            raise InputError(f"most must be at least 1 sample, got {most}")
+    def __init__(
+        self,
+        denoisers: Mapping[str, Denoiser],
+        *,
+        most: int = MOST_SAMPLES,
+        buckets: Sequence[int] = (),
+        joint: bool | None = None,
+    ) -> None:
+        if most < 1 or min(buckets, default=1) < 1:
+            raise InputError(f"most and buckets are at least 1 sample, got {most}, {[*buckets]}")
         self.denoisers, self.most = denoisers, most
+        self.buckets, self.joint = sorted(buckets), joint
         self._waiting: dict[Run, None] = {}  # in the order of waiting
         self._answers: dict[Run, asyncio.Future[State]] = {}
         self._driver: asyncio.Task[None] | None = None
@@ -145,16 +157,24 @@ class Batch:
             return []
         calls = [call for _, call in group]
         try:
-            outputs = _ask(self.denoisers[calls[0].model], calls)
+            f = _ask(self.denoisers[calls[0].model], calls, self._size(calls))
         except Exception as error:  # whatever the network raises is its requests' to hear
             return [Served(run, None, error) for run, _ in group]
-        served: list[Served] = []
-        for (run, _), f in zip(group, outputs, strict=True):
-            try:
-                served.append(Served(run, run.advance(f)))
-            except (InputError, ValueError) as error:
-                served.append(Served(run, None, error))
-        return served
+        with torch.no_grad():
+            made = advance(group, f) if self._joint(f) and is_joint(group) else _apart(group, f)
+        return [
+            Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
+            for (run, _), state in zip(group, made, strict=True)
+        ]
+
+    def _size(self, calls: Sequence[Call]) -> int:
+        """Samples that the network is given: the next bucket, so that few shapes are captured."""
+        count = sum(len(call.x_in) for call in calls)
+        return min((size for size in self.buckets if size >= count), default=count)
+
+    def _joint(self, f: Tensor) -> bool:
+        """On a CPU a step is one call in C, and takes no longer for being called once a run."""
+        return f.device.type != "cpu" if self.joint is None else self.joint
 
 
 def _kind(call: Call) -> Hashable:
@@ -167,14 +187,29 @@ def _kind(call: Call) -> Hashable:
     return call.model, *form, cond.adapters, told
 
 
-def _ask(network: Denoiser, calls: Sequence[Call]) -> Sequence[Tensor]:
+def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
+    """F of all calls, one after the other; the network sees `size` samples, the last one again
+    where there are fewer."""
     with torch.no_grad():
-        if len(calls) == 1:
-            (call,) = calls
-            return [network(call.x_in, call.timestep, call.cond)]
-        f = network(
-            torch.cat([call.x_in for call in calls]),
-            torch.cat([call.timestep for call in calls]),
-            Conditioning.cat([call.cond for call in calls]),
-        )
-        return torch.split(f, [len(call.x_in) for call in calls])
+        x_in, timestep, cond = calls[0][3:]
+        if len(calls) > 1:
+            x_in = torch.cat([call.x_in for call in calls])
+            timestep = torch.cat([call.timestep for call in calls])
+            cond = Conditioning.cat([call.cond for call in calls])
+        count = len(x_in)
+        if count < size and isinstance(cond, Conditioning):
+            more = torch.arange(size, device=x_in.device).clamp(max=count - 1)
+            x_in, timestep, cond = x_in[more], timestep[more], cond[more]
+        return network(x_in, timestep, cond)[:count]
+
+
+def _apart(group: Group, f: Tensor) -> list[State | Exception]:
+    """A step for each run."""
+    made: list[State | Exception] = []
+    parts = f.split_with_sizes([len(call.x_in) for _, call in group])
+    for (run, _), part in zip(group, parts, strict=True):
+        try:
+            made.append(run.advance(part))
+        except (InputError, ValueError) as error:
+            made.append(error)
+    return made

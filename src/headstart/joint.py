@@ -1,6 +1,6 @@
 """One step for the rows of many runs: their samples side by side, each at a row of its own table.
 
-    x'[b], x0[b] = step(x[b], F[b], table[row[b]])        row [B] int64 on the device
+x'[b], x0[b] = step(x[b], F[b], table[row[b]])        row [B] int64 on the device
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def advance(group: Group, f: Tensor) -> list[State | Exception]:
     runs = [run for run, _ in group]
     counts = [len(run.noise) for run in runs]
     states, device = [run.state for run in runs], f.device
-    x, before = (_stacked([state[part] for state in states]) for part in (1, 2))
+    x, before = _stacked([s.x for s in states]), _stacked([s.x0 for s in states])
     tables = [run.coefficients() for run in runs]
     starts = [0, *accumulate(len(table) for table in tables)][: len(runs)]
     rows = [start + call.step - run.table.first for start, (run, call) in zip(starts, group)]  # noqa: B905

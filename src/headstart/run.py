@@ -102,8 +102,9 @@ class Run:
         self._calls = calls_of(table, cond, pair, strengths, batch, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._steps: Steps | None = None
+        self._placed: Tensor | None = None
         self._draw: Draw | None = None
-        self._watch, self._picture = Watch(check, device, batch), picture
+        self._watch, self.picture = Watch(check, device, batch), picture
         if resume is not None:
             _check_state(resume, (batch, *latent), device)
         self._state = resume
@@ -184,7 +185,7 @@ class Run:
             n = self._draw or self.noise.step(number, self.latent, self.device)
         self._x_in = None  # before the next is made: the same memory serves again
         room, finite = self._room(index + 1), watch.flags()
-        drawn = None if self._picture is None else self._drawn(x, self._picture)
+        drawn = None if self.picture is None else self._drawn(x, self.picture)
         x, x0 = steps(
             index, x, f, noise=n, x0_prev=state.x0, x_in=room, preview=drawn, finite=finite
         )
@@ -194,6 +195,35 @@ class Run:
         if room is not None:
             self._x_in, self._version = room, x._version
         return state
+
+    def accept(self, x: Tensor, x0: Tensor, finite: Tensor) -> State | InputError:
+        """Take the row's step, which was made elsewhere; or what the look for NaN says of it."""
+        step, number = self.table.steps[self._index], self.table.first + self._index
+        last = self._index == len(self.table) - 1
+        try:
+            self._watch.look(number, step.model, finite, last=last)
+        except InputError as error:
+            return error
+        self._x_in, self._index = None, self._index + 1
+        self._state = state = State(number, x, x0)
+        return state
+
+    @property
+    def keyed(self) -> bool:
+        """Whether noise that rows add is made from keys, wherever it is drawn."""
+        return isinstance(self.noise, Philox)
+
+    def keys(self) -> tuple[Tensor, Tensor]:
+        """Seeds and samples of keyed noise, int64 [B] on the run's device."""
+        assert isinstance(self.noise, Philox)
+        draw = self.noise.draw(self.table.first, self.device)
+        return draw.seeds, draw.samples
+
+    def coefficients(self) -> Tensor:
+        """The table's rows on the run's device, float32 [N, 8]."""
+        if self._placed is None:
+            self._placed = torch.tensor(self.table.coefficients()).to(self.device)
+        return self._placed
 
     def _ended(self) -> InputError:
         return InputError(

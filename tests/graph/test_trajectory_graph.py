@@ -19,7 +19,7 @@ from headstart.plan.plan import Plan
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.update import Update
-from headstart.runner.batch import SharedNoise
+from headstart.runner.batch import noise_of
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
 
@@ -126,7 +126,7 @@ def test_every_source_of_noise(stand: Any, kind: str) -> None:
     draws = [stand.latent(2, seed=seed) for seed in range(4)]
     noise = {
         "given": Given(draws[0], draws[1:]),
-        "shared": SharedNoise.of([5, 5]),
+        "shared": noise_of([5, 5]),
         "samples": Philox([2**64 - 1, 5], samples=[2**32 - 1, 0]),
     }[kind]
     table, cond = hybrid(1, 2, update=Update.RENOISE), stand.words(2)

@@ -86,7 +86,7 @@ class Held:
 @final
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Attached:
-    """The adapters of one moment; equal to another of the same moment.
+    """The adapters of one moment; equal to those of another in which they change the same.
 
     models   the names that adapters may be attached to
     held     by name, sorted, so that neither columns nor sums depend on the order of attaching
@@ -106,10 +106,12 @@ class Attached:
         object.__setattr__(self, "changes", _changes(self.slots, self.merged))
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Attached) and self.held is other.held
+        if not isinstance(other, Attached):
+            return NotImplemented
+        return self.slots == other.slots and self.merged == other.merged
 
     def __hash__(self) -> int:
-        return id(self.held)
+        return hash(self.columns)
 
     def __iter__(self) -> Iterator[Held]:
         return iter(self.held.values())

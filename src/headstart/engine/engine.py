@@ -36,7 +36,7 @@ from headstart.plan.request import check_resume, check_size, check_text, pair_up
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
-from headstart.runner.batch import Chunked, SharedNoise
+from headstart.runner.batch import Chunked, noise_of
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
 from headstart.sampler import sample
 from headstart_kernels import LinearMap
@@ -326,7 +326,7 @@ class Engine:
         cond, uncond = self._encode(run, any(step.guidance != 1.0 for step in run.table))
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         return Run(
-            run.table, cond, SharedNoise.of(run.seeds), uncond=uncond, shape=run.latent,
+            run.table, cond, noise_of(run.seeds), uncond=uncond, shape=run.latent,
             strengths=run.strengths, dtypes=dtypes,
         )  # fmt: skip
 
@@ -375,7 +375,7 @@ class Engine:
             for model in run.table.models
         }
         states = sample(
-            run.table, denoisers, cond, SharedNoise.of(run.seeds), uncond=uncond,
+            run.table, denoisers, cond, noise_of(run.seeds), uncond=uncond,
             shape=run.latent, strengths=run.strengths, resume=resume, picture=run.picture,
         )  # fmt: skip
         for step in run.table.steps[0 if resume is None else resume.step + 1 :]:

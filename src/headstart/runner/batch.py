@@ -33,17 +33,20 @@ class Chunked(NamedTuple):
         return torch.cat([self.network(x_in[p], timestep[p], cond[p]) for p in parts])
 
 
+def noise_of(seeds: Sequence[int]) -> Philox | SharedNoise:
+    """Of images with these seeds; where none is twice, steps draw it themselves."""
+    distinct = tuple(dict.fromkeys(seeds))
+    if len(distinct) == len(seeds):
+        return Philox(distinct)
+    number = {seed: row for row, seed in enumerate(distinct)}
+    return SharedNoise(Philox(distinct), tuple(number[seed] for seed in seeds))
+
+
 class SharedNoise(NamedTuple):
     """Noise of images of which some have one seed and differ in their prompts."""
 
     distinct: Philox
     rows: tuple[int, ...]
-
-    @classmethod
-    def of(cls, seeds: Sequence[int]) -> SharedNoise:
-        distinct = tuple(dict.fromkeys(seeds))
-        number = {seed: row for row, seed in enumerate(distinct)}
-        return cls(Philox(distinct), tuple(number[seed] for seed in seeds))
 
     def __len__(self) -> int:
         return len(self.rows)
