@@ -1,6 +1,6 @@
 """Many runs at once: those whose next row asks the same network share one call of it.
 
-    batch = Batch(engine.denoisers)
+    batch = engine.batch()               # or Batch(networks)
     batch.add(run_a)
     batch.add(run_b)                 # another prompt, plan, step count, guidance, seed, strength
     while batch:
@@ -13,7 +13,7 @@ In a server, `async for state in batch.run(run)` in every request does the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,6 +27,15 @@ from headstart.run import Run, State
 
 MOST_SAMPLES = 16
 """Samples in one call, guided ones counted twice; what a network's memory holds is its own."""
+
+
+def doubling(most: int) -> Iterator[int]:
+    """1, 2, 4, ... and `most`: buckets that pad a call to less than twice its samples."""
+    size = 1
+    while size < most:
+        yield size
+        size *= 2
+    yield most
 
 
 class Served(NamedTuple):

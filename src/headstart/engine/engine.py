@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex, Unpack, final
+from typing import NamedTuple, SupportsIndex, Unpack, final
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from headstart.adapters.attached import Asking, Attached
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.strength import Asked, Strength
 from headstart.adapters.textual_inversion import Embeddings
+from headstart.batch import MOST_SAMPLES, Batch, doubling
 from headstart.engine import record as recording
 from headstart.engine.clock import Clock
 from headstart.engine.memory import Shape, plan_chunk
@@ -263,9 +264,9 @@ class Engine:
                 on_step(state)
         assert state is not None
         with clock("decode"):
-            dtype = self.weights.vae_dtype
-            latents = finished(run.table, state.x)
+            latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
             rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
+        dtype, guidance = self.weights.dtype, self.weights.embedded_guidance
         return Trajectory(
             rgb=rgb,
             latents=latents,
@@ -280,7 +281,7 @@ class Engine:
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
-            machine=self._machine(),
+            machine=recording.machine(self.device, dtype, self.runner, guidance),
         )
 
     def iterate(
@@ -321,7 +322,7 @@ class Engine:
         adapters: Asking = None,
         **settings: Unpack[PlanSettings],
     ) -> Run:
-        """The same run without its networks, for a `headstart.Batch` of `denoisers`."""
+        """The same run without its networks, for `batch`."""
         run = self._prepare(prompts, plan, seeds, negative, size, None, adapters, settings)
         cond, uncond = self._encode(run, any(step.guidance != 1.0 for step in run.table))
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
@@ -329,6 +330,12 @@ class Engine:
             run.table, cond, noise_of(run.seeds), uncond=uncond, shape=run.latent,
             strengths=run.strengths, dtypes=dtypes,
         )  # fmt: skip
+
+    def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
+        """Runs of `begin` that share calls of the networks, made as `runner` says."""
+        runners = {model: open_runner(self.runner, own) for model, own in self.denoisers.items()}
+        sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape
+        return Batch(runners, most=most, buckets=sizes)
 
     def _prepare(
         self,
@@ -389,8 +396,3 @@ class Engine:
             self.text, run.prompts, negative, run.size, run.adapters, run.acts
         )
         return self.weights.told(cond), None if uncond is None else self.weights.told(uncond)
-
-    def _machine(self) -> dict[str, Any]:
-        machine = recording.machine(self.device, self.weights.dtype, self.runner)
-        guidance = self.weights.embedded_guidance
-        return machine if guidance is None else machine | {"embedded_guidance": guidance}

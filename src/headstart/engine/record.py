@@ -74,8 +74,10 @@ def weigh(files: WeightFiles) -> Json:
     }
 
 
-def machine(device: torch.device, dtype: torch.dtype, runner: str) -> Json:
-    """What rounding may depend on, and what a difference is explained by."""
+def machine(
+    device: torch.device, dtype: torch.dtype, runner: str, guidance: float | None = None
+) -> Json:
+    """What rounding may depend on, and what a difference is explained by; `guidance`: embedded."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -86,6 +88,7 @@ def machine(device: torch.device, dtype: torch.dtype, runner: str) -> Json:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
+        **({} if guidance is None else {"embedded_guidance": guidance}),
     }
 
 
