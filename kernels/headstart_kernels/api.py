@@ -62,15 +62,15 @@ def fused_step(
               or `Rows(table)`, which a loop over the rows of a host table reads once
     step      the row: an int, or a 0-d int64 tensor on x's device, which is never read back, so
               that a captured graph serves every row. Or int64 [B] there, a row for each sample,
-              which is treated as in a call of its own: samples of several plans share a step where
-              their tables are one, one after the other
+              which is treated as in a call of its own: with the tables of several plans
+              concatenated, their samples share a step
     guidance  [B] float32, one scale a sample, in place of the table's column
     noise     [B, ...] float32 unit normals, or a `Draw`, which makes them inside the kernel;
               x0_prev [B, ...] float32, the row before's x0
     x_in      [B, ...] or [2B, ...] any float dtype: filled with the next row's network input, twice
               for a guided pair; the same bits as `scale_input(x', table, step + 1, x_in.dtype)`.
-              After the last row, which has no next, it holds the last row's own scaling; after
-              the last of one of several tables, the next one's, which means nothing there
+              After the last row, which has no next, it holds the last row's own scaling. Of
+              concatenated tables, the last row of one is followed by another's: ignore x_in there
     preview   its `rgb` is filled with the picture of x0; x is [B, C, h, w] then
     finite    [B] bool: filled with whether a sample's x0 has neither NaN nor infinity
 

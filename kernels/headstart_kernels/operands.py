@@ -14,8 +14,8 @@ class Draw(NamedTuple):
     seeds      int64 [B] holding the 64 bits of each image's seed
     samples    int64 [B] in [0, 2^32)
     first_row  the row of the whole plan that row 0 of the table is: a plan's later part has one.
-               Or int64 [B], each sample's own: of a plan whose table begins at row k of several
-               in one, -k
+               Or int64 [B], each sample's own: -k for a plan whose table begins at row k of
+               concatenated ones
     """
 
     seeds: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart_kernels import (
+    Draw,
     Impl,
     decode_u8,
     dispatch,
@@ -24,6 +25,7 @@ from headstart_kernels import (
     geglu,
     philox_normal,
     preview_rgb,
+    scale_input,
 )
 from headstart_kernels.dispatch import NATIVE, choose, load, stands_in
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
@@ -148,6 +150,11 @@ def test_a_fake_gpu_tensor_meets_one_operator_and_no_kernel() -> None:
         table = torch.empty(3, 8, device=DEVICE)
         x_next, x0 = fused_step(x, x, table, step, noise=x)
         assert x_next.device == x0.device == x.device
+        rows = torch.empty(2, dtype=torch.int64, device=DEVICE)
+        x_next, x0 = fused_step(x, x, table, rows, noise=Draw(rows, rows, rows))
+        assert x_next.device == x0.device == x.device
+        assert scale_input(x, table, rows, torch.float16, copies=2).shape == (4, 4, 8, 8)
+        assert philox_normal(rows, rows, rows, (4, 3)).shape == (2, 4, 3)
     assert not stands_in(torch.zeros(1))
 
 

@@ -69,11 +69,11 @@ def every_result(
 
 
 def sample_of(given: dict[str, Any], sample: int) -> dict[str, Any]:
-    one = {}
-    for name, value in given.items():
-        parts = [t[sample : sample + 1] for t in value] if isinstance(value, Draw) else None
-        one[name] = value[sample : sample + 1] if parts is None else Draw(*parts)
-    return one
+    one = slice(sample, sample + 1)
+    return {
+        name: Draw(SEEDS[one], SAMPLES[one], FIRST[one]) if isinstance(value, Draw) else value[one]
+        for name, value in given.items()
+    }
 
 
 @settings(max_examples=60, deadline=None)

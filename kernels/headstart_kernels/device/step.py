@@ -43,22 +43,18 @@ def fused_step_kernel(
 
     A None pointer is an absent operand, decided by the compiler. F_LAST, X_IN_LAST: channels-last,
     with four channels. WHOLE_BLOCKS: a block begins on a multiple of four elements, so that one
-    Philox call serves four. PACKED: see `store_pixels`. STEP_STRIDE: 1 where each sample has a row
-    of its own, 0 where all are in one.
+    Philox call serves four. PACKED: see `store_pixels`. STEP_STRIDE: 0 (a row for all) or 1.
     """
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
     pixel, count = tl.arange(0, BLOCK), plane - start
     inside = pixel < count
     quads = (sample * plane + start) * 4
-    if step_ptr is not None:
-        row = tl.load(step_ptr + sample * STEP_STRIDE)
-    if first_row_ptr is not None:
-        first_row = tl.load(first_row_ptr + sample)
+    row = _number(step_ptr, sample * STEP_STRIDE, row)
+    first_row = _number(first_row_ptr, sample, first_row)
     if table_ptr is not None:
         c_in, c_skip, c_out, keep, add, carry, scale = _coefficients(table_ptr, row, last)
-    if guidance_ptr is not None:
-        scale = tl.load(guidance_ptr + sample)
+    scale = _number(guidance_ptr, sample, scale)
     guided = pixel < tl.where(scale != 1.0, count, 0)  # no pixel where the operand is not needed
     if F_LAST:
         f_quad = _load_quad(f_cond_ptr + quads, inside, BLOCK)
@@ -125,13 +121,20 @@ def scale_input_kernel(
     start = tl.program_id(0).to(tl.int64) * BLOCK
     offset = tl.arange(0, BLOCK)
     inside = offset < count - start
-    if step_ptr is not None:
-        row = tl.load(step_ptr + part)
+    row = _number(step_ptr, part, row)
     if table_ptr is not None:
         c_in = tl.load(table_ptr + row * _WIDTH + _C_IN)
     here = part * count + start
     x_in = c_in * _load(x_ptr + here + offset, inside)
     tl.store(x_in_ptr + here + offset, x_in.to(x_in_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _number(ptr, at, number):
+    """The one at a place in memory, or, without memory, the one that came with the launch."""
+    if ptr is not None:
+        number = tl.load(ptr + at)
+    return number
 
 
 @triton.jit
