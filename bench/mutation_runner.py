@@ -187,8 +187,8 @@ MUTATIONS = (
     Mutation(
         "do not build in the switch of the kernels",
         "src/headstart/runner/graph.py",
-        "(self.network,), setting())",
-        "(self.network,))",
+        "key = setting(), None if adapters is None else adapters.columns\n",
+        "key = None if adapters is None else adapters.columns\n",
         (f"{EMULATED_TEST}::test_layers_that_are_kernels_replay_to_their_own_bits",),
     ),
     Mutation(

@@ -7,14 +7,19 @@ import importlib.util
 import io
 import json
 import math
+import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
+# On Intel processors MKL's products depend on where in memory their operands lie, unless it is told
+# otherwise before torch is loaded; tests compare bits of runs in other memory.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 Maker = Callable[..., Path]
 
