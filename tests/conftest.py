@@ -18,8 +18,8 @@ from typing import Any
 # otherwise before torch is loaded; tests compare bits of runs in other memory.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 Maker = Callable[..., Path]
 
