@@ -1,25 +1,32 @@
 """What do shared network calls give a server? Requests that arrive at random, served three ways.
 
-    python bench/batch.py [--loads 0.3 0.6 0.8 0.95] [--requests 200] [--threads 1]
-                          [--out bench/results/batch.json]
+    OMP_NUM_THREADS=1 python bench/batch.py [--network pair] [--loads 0.3 0.6 0.8 0.95]
+        [--requests 200] [--rounds 3] [--threads 1] [--out bench/results/batch.json]
+    OMP_NUM_THREADS=1 python bench/batch.py --network sd15 [--latent 16] [--requests 6 12 16 19]
 
-The bundled pair; two thirds of the requests are hybrids, one third distilled runs, each of one
-image with a prompt and seed of its own. They arrive as a Poisson process (exponential gaps,
-seeded); load 1 is what one request after the other can just serve. `alone`: one after the other.
-`static`: those that wait when the engine is free and have the same plan, at most 8, sampled
-together to their end. `batch`: `headstart.Batch`, runs that come and go between rows. Latency is
-from arrival to the last row; text is encoded beforehand and nothing is decoded. The ways take turns
-at every load.
+pair: the bundled one. sd15: one UNet of SD1.5's size with random weights stands for both models, on
+a Lightning plan and latents of 16 x 16. Two thirds of the requests are hybrids, one third distilled
+runs, each of one image with a prompt and seed of its own. They arrive as a Poisson process
+(exponential gaps, seeded); load 1 is what one request after the other can just serve, measured
+before every load. `alone`: one after the other. `static`: those that wait when the engine is free
+and have the same plan, at most 8, sampled together to their end. `batch`: `headstart.Batch`, runs
+that come and go between rows. Latency is from arrival to the last row; text is encoded beforehand
+and nothing is decoded. The ways take turns at every load, with the same arrivals. The file is
+written after each load, and loads that it holds are not run again; delete it to start over.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import math
+import os
 import random
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,12 +34,60 @@ import harness
 import torch
 
 import headstart as hs
-from headstart.interfaces import Conditioning
+from headstart.interfaces import Conditioning, Denoiser
 
 ROOT = Path(__file__).parents[1]
-SHAPE = (4, 16, 16)
 MOST = 8
 PROMPTS = ("a fox", "an owl", "a cactus", "a rocket", "a mushroom", "a crab")
+
+
+class Service(NamedTuple):
+    """denoisers: the networks; tables: the plans asked for; conds: the texts; shape: of a latent;
+    warm, timed: requests that run alone before the others, to know how long one takes."""
+
+    denoisers: Mapping[str, Denoiser]
+    tables: Sequence[hs.StepTable]
+    conds: Sequence[Conditioning]
+    shape: tuple[int, int, int]
+    warm: int
+    timed: int
+
+
+class Setting(NamedTuple):
+    """A network's service by the side of a latent, and the defaults of options."""
+
+    service: Callable[[int], Service]
+    latent: int
+    requests: tuple[int, ...]
+    rounds: int
+    out: str
+
+
+def pair(side: int) -> Service:
+    engine = hs.Engine.demo(device="cpu")
+    tables = [engine.compile(name) for name in ("hybrid", "hybrid", "distilled")]
+    conds = [engine.text.encode([prompt]) for prompt in PROMPTS]
+    return Service(engine.denoisers, tables, conds, (4, side, side), 10, 30)
+
+
+def sd15(side: int) -> Service:
+    from adapters import SD15
+
+    from headstart.networks.unet import UNet
+
+    torch.manual_seed(0)
+    unet = UNet(SD15).requires_grad_(False).eval()
+    modes = ("hybrid", "hybrid", "distilled")
+    process = hs.NoiseSchedule.scaled_linear()
+    tables = [hs.preset("lightning", mode=mode).compile(process) for mode in modes]
+    conds = [Conditioning(torch.randn(1, 77, 768)) for _ in PROMPTS]
+    return Service({"base": unet, "distilled": unet}, tables, conds, (4, side, side), 1, 3)
+
+
+NETWORKS = {
+    "pair": Setting(pair, 16, (200,), 3, "batch.json"),
+    "sd15": Setting(sd15, 16, (6, 12, 16, 19), 1, "batch_sd15.json"),
+}
 
 
 class Request(NamedTuple):
@@ -44,26 +99,21 @@ class Request(NamedTuple):
     seed: int
 
 
-def requests_of(engine: hs.Engine, count: int, rate: float, seed: int) -> list[Request]:
+def requests_of(service: Service, count: int, rate: float, seed: int) -> list[Request]:
     draw, at = random.Random(seed), 0.0
-    tables = [engine.compile(name) for name in ("hybrid", "hybrid", "distilled")]
-    told = [engine.text.encode([prompt]) for prompt in PROMPTS]
     found: list[Request] = []
     for number in range(count):
         at += draw.expovariate(rate)
-        found.append(Request(at, draw.choice(tables), draw.choice(told), number))
+        found.append(Request(at, draw.choice(service.tables), draw.choice(service.conds), number))
     return found
 
 
-def run_of(request: Request) -> hs.Run:
-    return hs.Run(request.table, request.cond, hs.Philox([request.seed]), shape=SHAPE)
-
-
-def finish(engine: hs.Engine, requests: Sequence[Request]) -> None:
+def finish(service: Service, requests: Sequence[Request]) -> None:
     """Requests of one plan, sampled together to their end."""
     cond = Conditioning.cat([request.cond for request in requests])
     noise = hs.Philox([request.seed for request in requests])
-    for _ in hs.sample(requests[0].table, engine.denoisers, cond, noise, shape=SHAPE):
+    table = requests[0].table
+    for _ in hs.sample(table, service.denoisers, cond, noise, shape=service.shape):
         pass
 
 
@@ -83,22 +133,23 @@ async def arrive(
     ordered = sorted(latencies)
     return {
         "p50_ms": 1e3 * statistics.median(ordered),
-        "p99_ms": 1e3 * ordered[int(0.99 * (len(ordered) - 1))],
+        "p99_ms": 1e3 * ordered[math.ceil(0.99 * len(ordered)) - 1],  # of up to 100, the slowest
         "per_second": len(requests) / spent,
+        "last_came_s": requests[-1].at,
     }
 
 
-def alone(engine: hs.Engine) -> Callable[[Request], Awaitable[None]]:
+def alone(service: Service) -> Callable[[Request], Awaitable[None]]:
     free = asyncio.Lock()
 
     async def serve(request: Request) -> None:
         async with free:
-            await asyncio.to_thread(finish, engine, [request])
+            await asyncio.to_thread(finish, service, [request])
 
     return serve
 
 
-def static(engine: hs.Engine) -> Callable[[Request], Awaitable[None]]:
+def static(service: Service) -> Callable[[Request], Awaitable[None]]:
     free, waiting = asyncio.Lock(), list[tuple[Request, asyncio.Future[None]]]()
 
     async def serve(request: Request) -> None:
@@ -110,7 +161,7 @@ def static(engine: hs.Engine) -> Callable[[Request], Awaitable[None]]:
             plan = waiting[0][0].table.name
             taken = [item for item in waiting if item[0].table.name == plan][:MOST]
             waiting[:] = [item for item in waiting if item not in taken]
-            await asyncio.to_thread(finish, engine, [request for request, _ in taken])
+            await asyncio.to_thread(finish, service, [request for request, _ in taken])
             for _, other in taken:
                 other.set_result(None)
         await done
@@ -118,11 +169,13 @@ def static(engine: hs.Engine) -> Callable[[Request], Awaitable[None]]:
     return serve
 
 
-def shared(engine: hs.Engine) -> Callable[[Request], Awaitable[None]]:
-    batch = hs.Batch(engine.denoisers, most=MOST)
+def shared(service: Service) -> Callable[[Request], Awaitable[None]]:
+    batch = hs.Batch(service.denoisers, most=MOST)
 
     async def serve(request: Request) -> None:
-        async for _ in batch.run(run_of(request)):
+        noise = hs.Philox([request.seed])
+        run = hs.Run(request.table, request.cond, noise, shape=service.shape)
+        async for _ in batch.run(run):
             pass
 
     return serve
@@ -132,52 +185,89 @@ WAYS = {"alone": alone, "static": static, "batch": shared}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--network", choices=NETWORKS, default="pair")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.8, 0.95])
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, nargs="+", help="one number, or one a load")
+    parser.add_argument("--latent", type=int, help="its side")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "batch.json")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    default = NETWORKS[args.network]
+    counts = args.requests or default.requests
+    counts = [*counts] * (len(args.loads) if len(counts) == 1 else 1)
+    if len(counts) != len(args.loads):
+        parser.error(f"--requests: give one number, or {len(args.loads)}, one a load")
+    asked = {
+        "network": args.network,
+        "latent": args.latent or default.latent,
+        "threads": args.threads,
+        "rounds": args.rounds or default.rounds,
+        "most": MOST,
+    }
     torch.set_num_threads(args.threads)
-    engine = hs.Engine.demo(device="cpu")
-    once = _seconds_alone(engine)
+    out = args.out or ROOT / "bench" / "results" / default.out
+    report, service = begun(out, asked), default.service(asked["latent"])
+    if not report:
+        report = {**asked, "machine": harness.machine(), "calls": call_costs(service), "rows": []}
+        print({size: round(cost["p50"], 3) for size, cost in report["calls"].items()}, flush=True)
+    for load, count in zip(args.loads, counts, strict=True):
+        if any(row["load"] == load for row in report["rows"]):
+            print(f"load {load} is in {out}")
+            continue
+        report["rows"] += loaded(service, load, count, asked["rounds"])
+        harness.write_json(out, report)
+
+
+def begun(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """What an earlier call with the same options wrote; empty where there is none."""
+    report = json.loads(out.read_text()) if out.is_file() else {}
+    return report if all(report.get(key) == value for key, value in asked.items()) else {}
+
+
+def loaded(service: Service, load: float, count: int, rounds: int) -> list[dict[str, Any]]:
+    """Every way's row at a load; the ways have the same arrivals."""
+    busy, once = round(os.getloadavg()[0], 2), seconds_alone(service)
+    turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
+    for turn in range(rounds):
+        requests = requests_of(service, count, load / once, turn)
+        for way, serving in WAYS.items():
+            turns[way].append(asyncio.run(_measured(requests, service, serving)))
+    told = {"requests": count, "seconds_alone": once, "seconds_alone_after": seconds_alone(service)}
     rows: list[dict[str, Any]] = []
-    for load in args.loads:
-        turns: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
-        for turn in range(args.rounds):
-            requests = requests_of(engine, args.requests, load / once, turn)
-            for way, serving in WAYS.items():
-                turns[way].append(asyncio.run(_measured(requests, engine, serving)))
-        for way, found in turns.items():
-            middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-            rows.append({"load": load, "way": way, **middle, "turns": found})
-            print(load, way, {key: round(value, 1) for key, value in middle.items()}, flush=True)
-    harness.write_json(
-        args.out,
-        {
-            "machine": harness.machine(),
-            "threads": args.threads,
-            "requests": args.requests,
-            "seconds_alone": once,
-            "most": MOST,
-            "rows": rows,
-        },
-    )
+    for way, found in turns.items():
+        middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
+        rows.append({"load": load, "way": way, **told, "load_1min": busy, **middle, "turns": found})
+        print(load, way, {key: round(value, 3) for key, value in middle.items()}, flush=True)
+    return rows
 
 
-async def _measured(requests: Sequence[Request], engine: hs.Engine, serving: Any) -> Any:
-    return await arrive(requests, serving(engine))
+async def _measured(requests: Sequence[Request], service: Service, serving: Any) -> Any:
+    return await arrive(requests, serving(service))
 
 
-def _seconds_alone(engine: hs.Engine) -> float:
+def seconds_alone(service: Service) -> float:
     """The median of a request's time where nothing else runs."""
     spent: list[float] = []
-    for request in requests_of(engine, 40, 1.0, 99):
+    for request in requests_of(service, service.warm + service.timed, 1.0, 99):
         begin = time.perf_counter()
-        finish(engine, [request])
+        finish(service, [request])
         spent.append(time.perf_counter() - begin)
-    return statistics.median(spent[10:])
+    return statistics.median(spent[service.warm :])
+
+
+def call_costs(service: Service) -> dict[str, dict[str, float]]:
+    """Seconds of one call of the distilled network, by its samples."""
+    network = service.denoisers["distilled"]
+
+    def call(size: int) -> None:
+        cond, at = service.conds[0].expand(size), torch.full((size,), 500)
+        with torch.no_grad():
+            network(torch.randn(size, *service.shape), at, cond)
+
+    sizes = {str(size): partial(call, size) for size in (1, 2, 4, 8)}
+    return harness.interleaved(sizes, 3)
 
 
 if __name__ == "__main__":
