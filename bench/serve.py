@@ -36,7 +36,7 @@ MOST_IMAGES = 16
 
 def app(engine: hs.Engine | None = None, batch: hs.Batch | None = None) -> Starlette:
     engine = engine or hs.Engine.demo()  # yours: Engine.load(base, distilled), then attach adapters
-    batch = hs.Batch(engine.denoisers) if batch is None else batch  # an empty Batch is False
+    batch = engine.batch() if batch is None else batch  # an empty Batch is False
     draw = hs.decoder(engine, "full")
 
     async def sample(request: Request) -> Response:

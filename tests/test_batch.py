@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -224,6 +225,14 @@ def test_a_run_that_goes_bad_ends_alone_and_a_network_that_raises_ends_its_call(
     batch.add(run_of(1))
     (only,) = batch.step()
     assert isinstance(only, Served) and str(only.error) == "out of memory" and not batch
+
+    for wrong, got in ((lambda *a: a[:1], "tuple"), (lambda x, *_: x[:1], r"\[1, 4, 5, 3\]")):
+        batch = hs.Batch({"base": wrong, "distilled": wrong}, joint=joint)
+        runs = run_of(1), run_of(2)
+        for run in runs:
+            batch.add(run)
+        errors = [error for _, _, error in batch.step()]
+        assert len(errors) == 2 and all(re.search(f"got {got}", str(error)) for error in errors)
 
 
 def test_what_cannot_be_admitted_is_refused() -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -166,11 +166,12 @@ class Batch:
             return []
         calls = [call for _, call in group]
         try:
-            f = _ask(self.denoisers[calls[0].model], calls, self._size(calls))
+            with torch.no_grad():
+                f = _ask(self.denoisers[calls[0].model], calls, self._size(calls))
+                together = self._joint(f) and is_joint(group)
+                made = advance(group, f) if together else _apart(group, f)
         except Exception as error:  # whatever the network raises is its requests' to hear
             return [Served(run, None, error) for run, _ in group]
-        with torch.no_grad():
-            made = advance(group, f) if self._joint(f) and is_joint(group) else _apart(group, f)
         return [
             Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
             for (run, _), state in zip(group, made, strict=True)
@@ -199,17 +200,23 @@ def _kind(call: Call) -> Hashable:
 def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
     """F of all calls, one after the other; the network sees `size` samples, the last one again
     where there are fewer."""
-    with torch.no_grad():
-        x_in, timestep, cond = calls[0][3:]
-        if len(calls) > 1:
-            x_in = torch.cat([call.x_in for call in calls])
-            timestep = torch.cat([call.timestep for call in calls])
-            cond = Conditioning.cat([call.cond for call in calls])
-        count = len(x_in)
-        if count < size and isinstance(cond, Conditioning):
-            more = torch.arange(size, device=x_in.device).clamp(max=count - 1)
-            x_in, timestep, cond = x_in[more], timestep[more], cond[more]
-        return network(x_in, timestep, cond)[:count]
+    x_in, timestep, cond = calls[0][3:]
+    if len(calls) > 1:
+        x_in = torch.cat([call.x_in for call in calls])
+        timestep = torch.cat([call.timestep for call in calls])
+        cond = Conditioning.cat([call.cond for call in calls])
+    count = len(x_in)
+    if count < size and isinstance(cond, Conditioning):
+        more = torch.arange(size, device=x_in.device).clamp(max=count - 1)
+        x_in, timestep, cond = x_in[more], timestep[more], cond[more]
+    f = cast("object", network(x_in, timestep, cond))
+    if not isinstance(f, Tensor) or f.shape != x_in.shape:
+        came = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        raise InputError(
+            f"the {calls[0].model!r} network: expected a tensor of x_in's shape "
+            f"{list(x_in.shape)}, got {came}"
+        )
+    return f[:count]
 
 
 def _apart(group: Group, f: Tensor) -> list[State | Exception]:
