@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import linecache
+import pickle
 import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -296,3 +300,78 @@ def test_a_reader_never_sees_half_a_change(engine: hs.Engine, files: dict[str, P
     stop.set()
     reader.join()
     assert seen <= {("y",), ("x", "y")}
+
+
+@pytest.mark.parametrize("names", [("full", "other"), ("a", "b")])
+@pytest.mark.parametrize("first", [0, 1])
+def test_engines_that_share_a_network_come_and_go_in_any_order(
+    engine: hs.Engine, files: dict[str, Path], names: tuple[str, str], first: int
+) -> None:
+    network: Any = engine.denoisers["base"]
+    engines = engine, hs.Engine(engine.weights)
+    x, context = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 128)
+
+    def answers() -> list[Tensor]:
+        found: list[Tensor] = []
+        for own in engines:
+            now = own.adapters.now()
+            strengths = torch.ones(1, len(now.columns))
+            cond = hs.Conditioning(context, strengths=strengths, adapters=now)
+            with torch.inference_mode():
+                found.append(network(x, torch.tensor([500]), cond))
+        return found
+
+    def equal(*expected: Tensor) -> bool:
+        return all(map(torch.equal, answers(), expected))
+
+    plain, paths = answers()[0], [files.get(name, files["full"]) for name in names]
+    for own, path, strength in zip(engines, paths, (1.0, 2.0), strict=True):
+        own.attach(path, strength, name="y")
+    changed = answers()
+    assert not torch.equal(*changed) and not torch.equal(changed[0], plain)
+    engines[first].detach("y")
+    one = [*changed]
+    one[first] = plain
+    assert equal(*one)
+    engines[first].attach(paths[first], 1.0 + first, name="y")
+    assert equal(*changed)
+    for own in engines:
+        own.detach("y")
+    assert equal(plain, plain)
+
+
+def test_a_network_called_inside_another_leaves_it_its_adapters(
+    engine: hs.Engine, files: dict[str, Path]
+) -> None:
+    other, network = hs.Engine.demo(device="cpu"), cast("Any", engine.denoisers["base"])
+    x, context, t = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 128), torch.tensor([500])
+    conds: list[hs.Conditioning] = []
+    for own, name in ((engine, "a"), (other, "b")):
+        own.attach(files[name], name="y")
+        now = own.adapters.now()
+        conds.append(hs.Conditioning(context, strengths=torch.ones(1, 1), adapters=now))
+    with torch.inference_mode():
+        alone = network(x, t, conds[0])
+        inner: Any = other.denoisers["base"]
+        told = iter((conds[1], replace(conds[1], strengths=torch.ones(1, 3))))
+
+        def inside(*_: Any) -> None:
+            with suppress(hs.AdapterError):
+                inner(x, t, next(told))
+
+        hook = network.conv_in.register_forward_hook(inside)
+        within = [network(x, t, conds[0]) for _ in range(2)]
+        hook.remove()
+    assert next(told, None) is None and all(torch.equal(alone, each) for each in within)
+
+
+def test_a_network_with_adapters_says_why_it_is_not_copied(
+    engine: hs.Engine, files: dict[str, Path]
+) -> None:
+    for name in ("a", "full"):
+        engine.attach(files[name], name="y")
+        for copied in (copy.deepcopy, pickle.dumps):
+            with pytest.raises(hs.AdapterError, match="detach them first"):
+                copied(engine.denoisers["base"])
+        engine.detach("y")
+    copy.deepcopy(engine.denoisers["base"])

@@ -232,7 +232,9 @@ def test_a_run_that_goes_bad_ends_alone_and_a_network_that_raises_ends_its_call(
         for run in runs:
             batch.add(run)
         errors = [error for _, _, error in batch.step()]
-        assert len(errors) == 2 and all(re.search(f"got {got}", str(error)) for error in errors)
+        assert len(errors) == 2 and all(
+            re.search(f"answered {got}", str(error)) for error in errors
+        )
 
 
 def test_what_cannot_be_admitted_is_refused() -> None:
@@ -346,3 +348,113 @@ def test_a_swap_between_requests_ends_none_of_them(tmp_path: Any) -> None:
     for run, alone in zip(runs, expected, strict=True):
         assert (run.state.x - alone).norm() <= 1e-5 * alone.norm()
     assert len({float(alone.norm()) for alone in expected}) == 4
+
+
+def wrong_answers() -> dict[str, Any]:
+    good: Any = NETWORKS["base"]
+    return {
+        "in a tuple": lambda *a: (good(*a),),
+        "whole numbers": lambda *a: good(*a).long(),
+        "of half the channels": lambda *a: good(*a)[:, :2],
+        "of one sample": lambda *a: good(*a)[:1],
+        "a number": lambda *a: good(*a).mean(),
+    }
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("what", wrong_answers())
+def test_an_answer_that_is_none_ends_its_runs_and_nobody_waits_for_ever(
+    what: str, joint: bool
+) -> None:
+    network = wrong_answers()[what]
+    batch = hs.Batch({"base": network, "distilled": network}, joint=joint)
+    runs = run_of(1), run_of(5)
+    for run in runs:
+        batch.add(run)
+    found = batch.step()
+    assert {served.run for served in found} == {*runs} and not batch
+    assert all(served.error is not None for served in found)
+    assert all(run.state.step == -1 for run in runs)
+    errors = asyncio.run(_gathered(batch, run_of(1), run_of(5)))
+    assert all(isinstance(error, (hs.InputError, ValueError, TypeError)) for error in errors)
+
+
+async def _gathered(batch: hs.Batch, *runs: hs.Run) -> list[Any]:
+    """Rows of each run, or its error; within a time that only a hang takes."""
+
+    async def rows(run: hs.Run) -> int:
+        return len([state async for state in batch.run(run)])
+
+    waiting = asyncio.gather(*map(rows, runs), return_exceptions=True)
+    return await asyncio.wait_for(waiting, 60)
+
+
+def test_a_run_whose_start_fails_ends_alone() -> None:
+    def bad() -> hs.Run:
+        noise = hs.Given(torch.ones(1, 4, 3, 3))
+        return hs.Run(run_of(2).table, cond(0.1), noise, uncond=cond(-0.2), shape=SHAPE)
+
+    batch, run = hs.Batch(NETWORKS), bad()
+    batch.add(run)
+    batch.add(run_of(5))
+    errors = {served.run: served.error for served in batch.step()}
+    assert len(errors) == 2 and isinstance(errors.pop(run), hs.InputError)
+    assert [*errors.values()] == [None]
+    error, rows = asyncio.run(_gathered(hs.Batch(NETWORKS), bad(), run_of(5)))
+    assert isinstance(error, hs.InputError) and rows == 5
+
+
+def test_a_run_that_two_read_or_that_ends_elsewhere_raises() -> None:
+    batch, run = hs.Batch(NETWORKS), run_of(1)
+    rows, error = asyncio.run(_gathered(batch, run, run))
+    assert rows == 5 and "is iterated already" in str(error)
+    run = run_of(1)
+    batch.add(run)
+    by_hand(run)
+    (only,) = batch.step()
+    assert "advanced to its end elsewhere" in str(only.error)
+
+
+def test_a_batch_outlives_an_event_loop_that_was_left_in_the_middle() -> None:
+    batch = hs.Batch(NETWORKS)
+    loop, left = asyncio.new_event_loop(), run_of(1)
+    iteration = batch.run(left)
+    loop.run_until_complete(anext(iteration))
+    pending = loop.create_task(anext(iteration))  # type: ignore[arg-type]
+    loop.run_until_complete(asyncio.sleep(0))
+
+    async def other() -> None:
+        with pytest.raises(hs.InputError, match="in another event loop"):
+            await asyncio.to_thread(lambda: asyncio.run(_first(batch)))
+
+    loop.run_until_complete(other())
+    for task in asyncio.all_tasks(loop):
+        task._log_destroy_pending = False  # type: ignore[attr-defined]
+    loop.close()
+    assert asyncio.run(_gathered(batch, run_of(5))) == [5]
+    del pending
+
+
+async def _first(batch: hs.Batch) -> hs.State:
+    return await anext(batch.run(run_of(9)))
+
+
+def test_who_looks_never_gets_no_error_of_a_joint_step() -> None:
+    spoiled: Any = {model: lambda x_in, *_: torch.full_like(x_in, torch.nan) for model in NETWORKS}
+    batch = hs.Batch(spoiled, joint=True)
+    runs = [
+        hs.Run(run_of(2).table, cond(0.1), hs.Philox(seed), shape=SHAPE, check="never")
+        for seed in range(2)
+    ]
+    for run in runs:
+        batch.add(run)
+    served(batch)
+    assert all(run.row is None and bool(run.state.x.isnan().any()) for run in runs)
+
+
+@pytest.mark.parametrize("change", ["turned", "of other axes"])
+def test_views_of_one_memory_are_stacked_as_they_are_seen(change: str) -> None:
+    whole = torch.randn(2, 4, 5, 5)
+    flat = torch.randn(2, 100)
+    seen = whole.transpose(2, 3) if change == "turned" else flat.view(2, 4, 5, 5)
+    assert torch.equal(joint._stacked([seen[:1], seen[1:]]), seen)

@@ -19,6 +19,7 @@ import headstart as hs
 from headstart.interfaces import Conditioning
 from headstart.plan.plan import Leg, Plan, Update
 from headstart.plan.table import StepTable
+from headstart_kernels import LinearMap
 
 SHAPE = (4, 5, 3)
 MIX = torch.randn(4, 4, generator=torch.Generator().manual_seed(1)) / 2
@@ -317,3 +318,54 @@ def test_conditioning_carries_what_else_a_network_reads() -> None:
     own = Conditioning(torch.ones(1, 2, 3), extra={"mask": mask[:1]})
     list(hs.sample(table, {"base": reads}, own, hs.Philox([1]), uncond=other, shape=SHAPE))
     assert seen == [[[True, True], [True, False]]] * 2
+
+
+def test_a_picture_that_steps_could_not_read_is_refused_and_any_layout_is_read() -> None:
+    table = table_of()
+    factors, bias = torch.randn(4, 3), torch.randn(3)
+    turned = factors.t().contiguous().t()
+
+    def drawn(*picture: Any) -> Tensor:
+        run = run_of(table, picture=LinearMap(*picture))
+        call = run.call
+        assert call is not None
+        f = NETWORKS[call.model](call.x_in, call.timestep, call.cond).contiguous()
+        rgb = run.advance(f).rgb
+        assert rgb is not None
+        return rgb
+
+    assert torch.equal(drawn(turned, bias), drawn(factors, bias))
+    wrong: tuple[tuple[Any, Any], ...] = (
+        (factors.double(), bias),
+        (factors[:1], bias),
+        (factors, bias[0]),
+        (factors, bias.half()),
+        (factors.to("meta"), bias),
+        (factors.tolist(), bias),
+    )
+    for picture in wrong:
+        with pytest.raises(hs.InputError, match=r"picture\.(factors|bias): expected a float32"):
+            drawn(*picture)
+
+
+def test_resume_and_uncond_of_another_kind_are_refused() -> None:
+    table, guided = table_of(), table_of(guidance=3.0)
+    state = by_hand(run_of(table))[0]
+    for wrong in (state.x, tuple(state)):
+        with pytest.raises(hs.InputError, match=r"resume: expected a headstart\.State"):
+            run_of(table, resume=wrong)
+    for one, other in ((cond(0.1), {"a": 1}), ({"a": 1}, cond(0.1))):
+        with pytest.raises(hs.InputError, match="both to be a Conditioning or neither"):
+            hs.Run(guided, one, hs.Philox([7, 8]), uncond=other, shape=SHAPE)
+
+
+def test_a_device_is_the_same_with_its_number() -> None:
+    state = by_hand(run_of(table_of()))[0]
+    run = hs.Run(table_of(), {}, hs.Philox([7, 8]), resume=state, device="cpu:0")
+    assert run.device == state.x.device
+
+
+def test_guidance_that_is_1_in_float32_is_1() -> None:
+    """As a sum of tenths may come out of a slider: steps compute in float32."""
+    table = table_of(guidance=1.0 + 2.0**-25)
+    assert table == table_of() and len(by_hand(run_of(table, uncond=None))) == len(table)

@@ -102,9 +102,10 @@ class Batch:
         """One call of one network, and the row's step of every run in it; empty if none waits.
 
         A run that is not done waits again, behind the others. One whose answer is not finite ends
-        with its error; the others go on. An error of the network itself ends all runs of the call.
+        with its error; the others go on. An error of the network itself, or an answer that is none,
+        ends all runs of the call.
         """
-        served = self._served(self._group())
+        served = self._served(*self._group())
         for run, state, _ in served:
             if state is not None and run.row is not None:
                 self._waiting[run] = None
@@ -116,12 +117,14 @@ class Batch:
         Networks run in a thread, so the event loop stays free. To leave the iteration cancels the
         run at its next row and disturbs nobody. Raises what ended the run.
         """
+        loop = asyncio.get_running_loop()
         while run.row is not None:
+            self._check_free(run, loop)
             self.add(run)
-            answer = asyncio.get_running_loop().create_future()
+            answer = loop.create_future()
             self._answers[run] = answer
             if self._driver is None or self._driver.done():
-                self._driver = asyncio.create_task(self._drive())
+                self._driver = loop.create_task(self._drive())
             try:
                 yield await answer
             finally:
@@ -129,11 +132,28 @@ class Batch:
                 if self._answers.get(run) is answer:
                     del self._answers[run]
 
+    def _check_free(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
+        """Raise InputError for a run that somebody iterates, or a batch in another event loop."""
+        if self._driver is not None and (own := self._driver.get_loop()) is not loop:
+            if own.is_running() and not self._driver.done():
+                raise InputError(
+                    "this batch is iterated in another event loop: ask there, with "
+                    "asyncio.run_coroutine_threadsafe, or give each loop a Batch of its own"
+                )
+            for left in self._answers:  # nobody in a loop that has ended hears an answer
+                self.remove(left)
+            self._answers.clear()
+            self._driver = None
+        if run in self._answers:
+            raise InputError(
+                f"this run of plan {run.table.name!r} is iterated already: a run has one reader; "
+                "begin another for the second"
+            )
+
     async def _drive(self) -> None:
         while self._waiting:
             await asyncio.sleep(0)  # those that were just answered ask for their next row
-            group = self._group()
-            for run, state, error in await asyncio.to_thread(self._served, group):
+            for run, state, error in await asyncio.to_thread(self._served, *self._group()):
                 answer = self._answers.get(run)
                 if answer is None or answer.done():  # its request has left
                     continue
@@ -143,14 +163,25 @@ class Batch:
                     answer.set_exception(error or InputError("the run ended without an answer"))
             await asyncio.sleep(0)
 
-    def _group(self) -> list[tuple[Run, Call]]:
-        """The run that waits longest, and those that fit in its call; they wait no more."""
+    def _group(self) -> tuple[list[tuple[Run, Call]], list[Served]]:
+        """The run that waits longest, and those that fit in its call; and runs that have no call,
+        with the reason. They wait no more."""
         group: list[tuple[Run, Call]] = []
+        gone: list[Served] = []
         kind: Hashable = None
         samples = 0
         for run in [*self._waiting]:
-            call = run.call
-            if call is None:  # somebody else advanced it to its end
+            if samples >= self.most:
+                break
+            try:
+                call = run.call
+            except Exception as error:  # of its noise, or its memory
+                gone.append(Served(run, None, error))
+                del self._waiting[run]
+                continue
+            if call is None:
+                ended = f"the run of plan {run.table.name!r} was advanced to its end elsewhere"
+                gone.append(Served(run, None, InputError(ended)))
                 del self._waiting[run]
                 continue
             own = _kind(call)
@@ -159,11 +190,11 @@ class Batch:
             kind, samples = own, samples + len(call.x_in)
             group.append((run, call))
             del self._waiting[run]
-        return group
+        return group, gone
 
-    def _served(self, group: Sequence[tuple[Run, Call]]) -> list[Served]:
+    def _served(self, group: Group, gone: Sequence[Served]) -> list[Served]:
         if not group:
-            return []
+            return [*gone]
         calls = [call for _, call in group]
         try:
             with torch.no_grad():
@@ -171,8 +202,8 @@ class Batch:
                 together = self._joint(f) and is_joint(group)
                 made = advance(group, f) if together else _apart(group, f)
         except Exception as error:  # whatever the network raises is its requests' to hear
-            return [Served(run, None, error) for run, _ in group]
-        return [
+            return [*gone, *(Served(run, None, error) for run, _ in group)]
+        return [*gone] + [
             Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
             for (run, _), state in zip(group, made, strict=True)
         ]
@@ -213,8 +244,8 @@ def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
     if not isinstance(f, Tensor) or f.shape != x_in.shape:
         came = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
         raise InputError(
-            f"the {calls[0].model!r} network: expected a tensor of x_in's shape "
-            f"{list(x_in.shape)}, got {came}"
+            f"the {calls[0].model!r} network answered {came}: expected a tensor of the shape of "
+            f"its x_in {list(x_in.shape)}"
         )
     return f[:count]
 
@@ -226,6 +257,6 @@ def _apart(group: Group, f: Tensor) -> list[State | Exception]:
     for (run, _), part in zip(group, parts, strict=True):
         try:
             made.append(run.advance(part))
-        except (InputError, ValueError) as error:
+        except (InputError, ValueError, TypeError) as error:
             made.append(error)
     return made

@@ -100,12 +100,13 @@ def guided_pair(steps: Sequence[Step], cond: object, uncond: object) -> object:
             f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
             "guidance 1.0 needs none"
         )
-    if not isinstance(cond, Conditioning):
-        return uncond, cond
-    if not isinstance(uncond, Conditioning):
+    if isinstance(cond, Conditioning) != isinstance(uncond, Conditioning):
         raise InputError(
-            f"uncond: expected a Conditioning, as cond is one, got {type(uncond).__name__}"
+            "cond and uncond: expected both to be a Conditioning or neither, got "
+            f"{type(cond).__name__} and {type(uncond).__name__}"
         )
+    if not isinstance(cond, Conditioning) or not isinstance(uncond, Conditioning):
+        return uncond, cond
     uncond = uncond.expand(len(cond))
     if cond.strengths is not None and uncond.strengths is None:
         uncond = replace(uncond, strengths=cond.strengths)

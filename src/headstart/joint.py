@@ -62,14 +62,18 @@ def _halves(f: Tensor, group: Group, counts: Sequence[int]) -> tuple[Tensor | No
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
     """What a joint step left is side by side already, where the same runs come again."""
-    base = parts[0]._base
+    first = parts[0]
+    base = first._base
     sizes = [len(part) for part in parts]
     starts = [0, *accumulate(sizes)]
-    if base is not None and len(base) == starts[-1] and base.is_contiguous():
-        step = base.stride(0)
-        if all(
-            part._base is base and part.storage_offset() == base.storage_offset() + at * step
-            for part, at in zip(parts, starts, strict=False)
-        ):
-            return base
+    if base is None or not base.is_contiguous() or base.shape != (starts[-1], *first.shape[1:]):
+        return torch.cat(list(parts))
+    step = base.stride(0)
+    if all(
+        part._base is base
+        and part.is_contiguous()  # a part that somebody turned begins where its memory does too
+        and part.storage_offset() == base.storage_offset() + at * step
+        for part, at in zip(parts, starts, strict=False)
+    ):
+        return base
     return torch.cat(list(parts))

@@ -13,7 +13,7 @@ the hands of another sampler.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -94,10 +94,13 @@ class Run:
         else:
             self._dtype = torch.float32
             device = torch.device(device or ("cpu" if resume is None else resume.x.device))
+            device = torch.empty(
+                0, device=device
+            ).device  # "cuda" is one of them: tensors say which
         strengths = checked_strengths(strengths, table, cond, batch, device)
         pair = guided_pair(steps, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
-        _check_picture(picture, latent)
+        picture = _checked_picture(picture, latent, device)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
         self._calls = calls_of(table, cond, pair, strengths, batch, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
@@ -295,6 +298,11 @@ def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
                 f"{table.first - 1}, or State({table.first - 1}, x, x) to start from a latent x"
             )
         return table.steps
+    if not isinstance(cast("object", resume), State):
+        raise InputError(
+            f"resume: expected a headstart.State, got {type(resume).__name__}; of a latent of your "
+            "own headstart.from_latent(table, x, sigma) makes one"
+        )
     done = resume.step + 1 - table.first
     if not 0 <= done <= len(table):
         raise InputError(
@@ -324,12 +332,30 @@ def _latent_shape(
     return tuple(shape)
 
 
-def _check_picture(picture: LinearMap | None, latent: tuple[int, ...]) -> None:
-    if picture is not None and len(latent) != 3:
+def _checked_picture(
+    picture: LinearMap | None, latent: tuple[int, ...], device: torch.device
+) -> LinearMap | None:
+    """The map as steps read it, which look at it no more."""
+    if picture is None:
+        return None
+    if len(latent) != 3:
         raise InputError(
             f"picture: a linear picture needs latents [C, h, w], and these are {list(latent)}: "
             "leave picture out, and decode State.x0 with the model's own decoder"
         )
+    for name, tensor, shape in zip(picture._fields, picture, ((latent[0], 3), (3,)), strict=True):
+        fits = isinstance(cast("object", tensor), Tensor) and tensor.dtype == torch.float32
+        if not fits or tuple(tensor.shape) != shape or tensor.device != device:
+            came = type(tensor).__name__
+            if isinstance(cast("object", tensor), Tensor):
+                came = f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            raise InputError(
+                f"picture.{name}: expected a float32 tensor {list(shape)} on {device}, got {came}: "
+                "its rows are the latent's channels, its columns red, green and blue"
+            )
+    return LinearMap(
+        *(tensor.detach().clone(memory_format=torch.contiguous_format) for tensor in picture)
+    )
 
 
 def _check_state(state: State, shape: tuple[int, ...], device: torch.device) -> None:

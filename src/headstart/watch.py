@@ -46,7 +46,7 @@ class Watch:
 
     def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
         """Read the flags of a row, now or after the last. Raises InputError for a bad one."""
-        if finite is None:
+        if finite is None or self.check == "never":
             return
         if self.check == "each":
             require_finite(number, model, finite)

@@ -7,11 +7,12 @@ what it was.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, NoReturn, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +44,15 @@ class Changes:
 
 
 class _Call(NamedTuple):
-    """What holds in the network call that runs in this thread; strengths [B] by adapter."""
+    """What holds in the network call that runs in this thread; strengths [B] by adapter.
+
+    host   whose call it is; outer: the call that this one was made in
+    """
 
     changes: Changes
     strengths: Mapping[str, Tensor]
+    host: Host | None = None
+    outer: _Call | None = None
 
 
 _CALL: ContextVar[_Call | None] = ContextVar("headstart_adapters", default=None)
@@ -55,7 +61,7 @@ _CALL: ContextVar[_Call | None] = ContextVar("headstart_adapters", default=None)
 @contextmanager
 def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
     """Text encoders called inside have these changes, at strengths [B, A], a column a name."""
-    token = _CALL.set(_Call(changes, _by_name(names, strengths)))
+    token = _CALL.set(_Call(changes, _by_name(names, strengths), outer=_CALL.get()))
     try:
         yield
     finally:
@@ -81,18 +87,24 @@ class Leaf:
         self.layer, self._standing = layer, standing
         self._handle: RemovableHandle | None = None
         self._forward: Any = None
-        self._owned = False
+        self._runs = self._owned = False
+
+    def __reduce__(self) -> NoReturn:
+        raise _copied(self.layer)
 
     @property
     def hooked(self) -> bool:
-        return self._handle is not None or self._forward is not None
+        return self._handle is not None or self._runs
 
     def hook(self, *, weights: bool) -> None:
         """Look at every call from now on; `weights`: also for what the layer runs on."""
-        if weights and self._forward is None:
-            self._owned = "forward" in vars(self.layer)
-            self._forward = self.layer.forward
-            self.layer.forward = self._run  # pyright: ignore[reportIncompatibleMethodOverride]
+        if weights:
+            self._runs = True
+            with _PLACING:
+                if self not in _chain(self.layer):
+                    self._owned = "forward" in vars(self.layer)
+                    self._forward = self.layer.forward
+                    self.layer.forward = self._run  # pyright: ignore[reportIncompatibleMethodOverride]
         if self._handle is None:
             self._handle = self.layer.register_forward_hook(self._add)
 
@@ -100,12 +112,20 @@ class Leaf:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._forward is not None:
-            if self._owned:
-                self.layer.forward = self._forward
-            else:
-                vars(self.layer).pop("forward", None)
-            self._forward = None
+        if self._runs:
+            self._runs = False
+            with _PLACING:
+                for leaf in _chain(self.layer):  # from the outside: one below another's stays
+                    if leaf._runs:
+                        break
+                    leaf._restore()
+
+    def _restore(self) -> None:
+        """`_forward` stays: a call in another thread may be about to make it."""
+        if self._owned:
+            self.layer.forward = self._forward
+        else:
+            vars(self.layer).pop("forward", None)
 
     def _changes(self) -> Changes | None:
         call = _CALL.get()
@@ -133,6 +153,27 @@ class Leaf:
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
 
 
+_PLACING = threading.Lock()
+"""Engines that share a network each have a `Leaf` on a layer, one around the other."""
+
+
+def _chain(layer: Layer) -> list[Leaf]:
+    """Those in place of the layer's own forward, from the outside."""
+    found: list[Leaf] = []
+    leaf = getattr(vars(layer).get("forward"), "__self__", None)
+    while isinstance(leaf, Leaf):
+        found.append(leaf)
+        leaf = getattr(leaf._forward, "__self__", None) if leaf._owned else None  # pyright: ignore[reportPrivateUsage]
+    return found
+
+
+def _copied(module: nn.Module) -> AdapterError:
+    return AdapterError(
+        f"this {type(module).__name__} has adapters attached, which belong to an engine: a network "
+        "is copied or pickled without them, so detach them first"
+    )
+
+
 @final
 class Host:
     """A network's layers, and the hooks on them.
@@ -157,6 +198,9 @@ class Host:
         self._entry: RemovableHandle | None = None
         self._exit: RemovableHandle | None = None
 
+    def __reduce__(self) -> NoReturn:
+        raise _copied(self.module)
+
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
         """What each layer computes in; a network whose weights are widened at use says so."""
@@ -177,7 +221,7 @@ class Host:
         object.__setattr__(self.module, "standing_adapters", self.standing)
         # A line each, so that whatever interrupts them leaves none that is not known.
         if self._exit is None:
-            self._exit = self.module.register_forward_hook(_leave, always_call=True)
+            self._exit = self.module.register_forward_hook(self._leave, always_call=True)
         if self._entry is None:
             self._entry = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
 
@@ -193,7 +237,8 @@ class Host:
         if self._exit is not None:
             self._exit.remove()
         self._entry = self._exit = None
-        vars(self.module).pop("standing_adapters", None)
+        if vars(self.module).get("standing_adapters") == self.standing:
+            del vars(self.module)["standing_adapters"]
 
     def _hooked(self) -> list[Leaf]:
         return [leaf for leaf in self._leaves.values() if leaf.hooked]
@@ -210,9 +255,19 @@ class Host:
         adapters = self.standing() if cond.adapters is None else cond.adapters
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)
-        _CALL.set(_Call(cast("Changes", adapters.changes), strengths))
+        _CALL.set(_Call(cast("Changes", adapters.changes), strengths, self, _CALL.get()))
 
     _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
+
+    def _leave(self, _: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        """Back to the call that this one was made in, if `_enter` came as far as to begin one."""
+        call = _CALL.get()
+        while call is not None and call.host is not self:
+            call = call.outer
+        if call is not None:
+            _CALL.set(call.outer)
+
+    _leave.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: int) -> None:
@@ -223,15 +278,12 @@ def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: 
                 "conditioning has no strengths: sample with the engine, or give headstart.sample "
                 "strengths=engine.adapters.strengths(table, batch)"
             )
-    elif strengths.shape[1] != len(columns) or len(strengths) not in (1, batch):
+    elif (
+        strengths.ndim != 2
+        or strengths.shape[1] != len(columns)
+        or len(strengths) not in (1, batch)
+    ):
         raise AdapterError(
             f"expected strengths [{batch} samples, {len(columns)} adapters], got "
             f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"
         )
-
-
-def _leave(_: nn.Module, args: tuple[Any, ...], output: object) -> None:
-    _CALL.set(None)
-
-
-_leave.in_key = True  # pyright: ignore[reportFunctionMemberAccess]

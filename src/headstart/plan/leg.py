@@ -172,6 +172,8 @@ class Leg:
             raise PlanError("a leg needs the name of its model, such as 'base' or 'distilled'")
         for name in ("guidance", "eta", "gamma"):
             self._set(name, real(f"{name} of leg {self.model!r}", getattr(self, name)))
+        if 1.0 < self.guidance <= 1.0 + 2.0**-24:  # steps compute in float32, where it is 1
+            self._set("guidance", 1.0)
         if not _is(bool, self.boundary):
             raise PlanError(f"boundary of leg {self.model!r} must be True or False")
         if self.guidance < 1.0:
