@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast, final
+from typing import Any, NamedTuple, TypeAlias, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -73,6 +73,9 @@ def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tens
     return {name: column for name, column in columns if bool(column.any())}
 
 
+_Forward: TypeAlias = Callable[[Tensor], Tensor]
+
+
 @final
 class Leaf:
     """One layer where something may be changed."""
@@ -80,19 +83,19 @@ class Leaf:
     def __init__(self, layer: Layer, standing: Callable[[], Changes] | None) -> None:
         self.layer, self._standing = layer, standing
         self._handle: RemovableHandle | None = None
-        self._forward: Any = None
-        self._owned = False
+        self._run: _Forward | None = None
+        self._own: _Forward | None = None
 
     @property
     def hooked(self) -> bool:
-        return self._handle is not None or self._forward is not None
+        return self._handle is not None or self._run is not None
 
     def hook(self, *, weights: bool) -> None:
         """Look at every call from now on; `weights`: also for what the layer runs on."""
-        if weights and self._forward is None:
-            self._owned = "forward" in vars(self.layer)
-            self._forward = self.layer.forward
-            self.layer.forward = self._run  # pyright: ignore[reportIncompatibleMethodOverride]
+        if weights and self._run is None:
+            self._own = vars(self.layer).get("forward")
+            self._run = self._running(self.layer.forward)
+            self.layer.forward = cast("Any", self._run)
         if self._handle is None:
             self._handle = self.layer.register_forward_hook(self._add)
 
@@ -100,12 +103,19 @@ class Leaf:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._forward is not None:
-            if self._owned:
-                self.layer.forward = self._forward
+        # Offloading replaces `forward` too, and what it put there since then is not ours to take.
+        if self._run is not None and vars(self.layer).get("forward") is self._run:
+            if self._own is None:
+                del self.layer.forward
             else:
-                vars(self.layer).pop("forward", None)
-            self._forward = None
+                self.layer.forward = cast("Any", self._own)
+        self._run = self._own = None
+
+    @property
+    def bypassed(self) -> bool:
+        """Whether the layer's own forward is back in the place of ours."""
+        found = vars(self.layer).get("forward")
+        return found is None or getattr(found, "__func__", None) is type(self.layer).forward
 
     def _changes(self) -> Changes | None:
         call = _CALL.get()
@@ -113,14 +123,20 @@ class Leaf:
             return call.changes
         return None if self._standing is None else self._standing()
 
-    def _run(self, input: Tensor) -> Tensor:
-        changes = self._changes()
-        own = None if changes is None else changes.weights.get(self)
-        if own is None:
-            return self._forward(input)
-        if isinstance(self.layer, nn.Conv2d):
-            return self.layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
-        return F.linear(input, *own)
+    def _running(self, under: _Forward) -> _Forward:
+        """`under`, or where a sum holds, the layer on that sum. It outlives `unhook` where somebody
+        else has kept it."""
+
+        def run(input: Tensor) -> Tensor:
+            changes = self._changes()
+            own = None if changes is None else changes.weights.get(self)
+            if own is None:
+                return under(input)
+            if isinstance(self.layer, nn.Conv2d):
+                return self.layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
+            return F.linear(input, *own)
+
+        return run
 
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         call = _CALL.get()
@@ -128,6 +144,7 @@ class Leaf:
             return
         for name, slot in call.changes.slots.get(self, ()):
             if name in call.strengths:
+                _check_rows(layer, y, call.strengths[name])
                 slot.add_to(y, args[0], self.layer, call.strengths[name])
 
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
@@ -162,7 +179,10 @@ class Host:
         """What each layer computes in; a network whose weights are widened at use says so."""
         stated = getattr(self.module, "compute_dtype", None)
         known = stated if isinstance(stated, torch.dtype) else None
-        return {path: known or layer.weight.dtype for path, layer in self.layers.items()}
+        stored = {path: layer.weight.dtype for path, layer in self.layers.items()}
+        # Nothing computes in 8 bits: whoever stores them widens them to the network's own dtype.
+        wide = getattr(self.module, "dtype", torch.float32)
+        return {path: known or (own if own.itemsize > 1 else wide) for path, own in stored.items()}
 
     def leaf(self, path: str) -> Leaf:
         return self._leaves[path]
@@ -208,9 +228,11 @@ class Host:
                 "diffusers' networks is headstart.bridges.diffusers.denoiser(network)"
             )
         adapters = self.standing() if cond.adapters is None else cond.adapters
+        changes = cast("Changes", adapters.changes)
+        _check_ways(changes)
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)
-        _CALL.set(_Call(cast("Changes", adapters.changes), strengths))
+        _CALL.set(_Call(changes, strengths))
 
     _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -227,6 +249,24 @@ def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: 
         raise AdapterError(
             f"expected strengths [{batch} samples, {len(columns)} adapters], got "
             f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"
+        )
+
+
+def _check_ways(changes: Changes) -> None:
+    if lost := next((leaf.layer for leaf in changes.weights if leaf.bypassed), None):
+        raise AdapterError(
+            f"a merged adapter no longer acts, because something took the `forward` of {lost} back "
+            "after it was attached, as turning offloading off does: detach the adapter and attach "
+            "it again"
+        )
+
+
+def _check_rows(layer: nn.Module, y: Tensor, strength: Tensor) -> None:
+    if len(strength) not in (1, len(y)):
+        raise AdapterError(
+            f"an adapter changes {layer}, which this network calls with {len(y)} rows for "
+            f"{len(strength)} samples, so a row's strength is not known: call the network with one "
+            "sample at a time, or train the adapter without this layer"
         )
 
 

@@ -3,7 +3,8 @@
     from headstart.bridges import diffusers as bridge
 
     network = bridge.denoiser(pipe.transformer)
-    cond = bridge.conditioning(*pipe.encode_prompt("a fox")[:2])
+    embeds, pooled, _ = pipe.encode_prompt("a fox", None)  # Flux's; each has an order of its own
+    cond = bridge.conditioning(embeds, pooled, guidance=3.5)
     schedule, prediction = bridge.process(pipe.scheduler)
 
 A latent is an image's [B, C, h, w] or a video's [B, C, T, h, w] for every network; those that read
@@ -103,12 +104,14 @@ def _wan(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
 
 class _Family(NamedTuple):
     """call: how it is asked; axes: of a latent; patch: what h and w are multiples of; packs: how
-    many latent channels make one channel of its tokens."""
+    many latent channels make one channel of its tokens; joined: what sees the tokens of all samples
+    as those of one."""
 
     call: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     axes: int = 4
     patch: int = 2
     packs: int = 1
+    joined: tuple[str, ...] = ()
 
 
 _FAMILIES = {
@@ -116,13 +119,14 @@ _FAMILIES = {
     "SD3Transformer2DModel": _Family(_sd3),
     "FluxTransformer2DModel": _Family(_flux, packs=4),
     "QwenImageTransformer2DModel": _Family(_qwen, packs=4),
-    "ZImageTransformer2DModel": _Family(_z_image),
+    "ZImageTransformer2DModel": _Family(_z_image, joined=("all_x_embedder", "cap_embedder")),
     "WanTransformer3DModel": _Family(_wan, axes=5),
 }
 """As the pipelines of diffusers 0.42 call them: each with t of 0 .. 1000 where headstart has it."""
 _ABSENT = {
     "addition_embed_type": (None, "text_time"),
     "class_embed_type": (None,),
+    "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
     "use_additional_t_cond": (None, False),
 }
@@ -162,22 +166,31 @@ class DiffusersDenoiser(nn.Module):
                 f"{self.kind} reads patches of {family.patch} x {family.patch}, and the latent is "
                 f"{size[-2]} x {size[-1]}: give even sides"
             )
+        timestep = timestep.expand(len(x_in))
+        if len(x_in) > 1 and cond.strengths is not None and self._hooked(family.joined):
+            one = [slice(n, n + 1) for n in range(len(x_in))]  # each has a strength of its own
+            return torch.cat([self(x_in[n], timestep[n], cond[n]) for n in one])
         cond = cond.to(cond.context.device, x_in.dtype)
         seen = self._beside(x_in, cond, family.packs)
-        return family.call(self.model, seen, timestep.expand(len(x_in)), cond)
+        return family.call(self.model, seen, timestep, cond)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
-        """Itself, then the network's under the network's own names; without the layers that
-        `fuse_qkv_projections` left behind, where an adapter would do nothing."""
+        """Itself, then the network's under the network's own names, also where PEFT has put layers
+        of its own around them; without those that `fuse_qkv_projections` left behind, where an
+        adapter would do nothing."""
         yield prefix, self
         unused, inner = set[str](), _uncompiled(self.model)
         for path, module in inner.named_modules(memo, prefix, remove_duplicate):
             if getattr(module, "fused_projections", False):
                 unused |= {f"{path}.{leaf}" for leaf in _FUSED}
             if path not in unused:
-                yield path, module
+                yield path.removesuffix(".base_layer"), module
+
+    def _hooked(self, parts: Sequence[str]) -> bool:
+        inner = _uncompiled(self.model)
+        return any(m._forward_hooks for part in parts for m in getattr(inner, part).modules())
 
     def _beside(self, x_in: Tensor, cond: Conditioning, packs: int) -> Tensor:
         """x_in with the channels behind it that inpainting and image-to-video networks read."""
@@ -260,6 +273,7 @@ def conditioning(
 
     Two halves of different lengths meet by `same_length`. Raises InputError for other shapes.
     """
+    _check_pooled(pooled_prompt_embeds)
     context, mask = _padded(prompt_embeds)
     mask = mask if prompt_embeds_mask is None else prompt_embeds_mask
     batch, extra = len(context), dict[str, Tensor]()
@@ -308,11 +322,15 @@ def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Pre
     scheduler   of diffusers, or what is in its `scheduler_config.json`
     mu          of dynamic shifting, which the pipeline computes from the size (`calculate_shift`)
 
-    Raises CheckpointError for a scheduler that no process here is, or that needs `mu`.
+    Raises CheckpointError for a scheduler that no process here is, InputError for one that needs
+    `mu`.
     """
     config = getattr(scheduler, "config", scheduler)
-    if not isinstance(config, Mapping):
-        raise InputError(f"expected a scheduler of diffusers or its configuration, got {config!r}")
+    if isinstance(scheduler, type) or not isinstance(config, Mapping):
+        raise InputError(
+            "expected a scheduler of diffusers or its configuration, such as pipe.scheduler, got "
+            f"{scheduler!r}"
+        )
     said = dict(cast("Mapping[str, Any]", config))
     if not isinstance(scheduler, Mapping):
         said["_class_name"] = type(scheduler).__name__
@@ -323,6 +341,11 @@ def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Pre
             )
         shift = mu if said.get("time_shift_type") == "linear" else math.exp(mu)
         said |= {"use_dynamic_shifting": False, "shift": shift}
+    elif said.get("use_dynamic_shifting"):
+        raise InputError(
+            "this scheduler has use_dynamic_shifting: give mu=, which the module of its pipeline "
+            "computes by calculate_shift(tokens of the latent, ...)"
+        )
     return read_scheduler(said)
 
 
@@ -347,16 +370,38 @@ def _needed(model: Any, cond: Conditioning, name: str) -> Tensor:
     return found
 
 
+def _check_pooled(pooled: object) -> None:
+    if pooled is None:
+        return
+    if isinstance(pooled, Tensor) and pooled.ndim == 2 and pooled.is_floating_point():
+        return
+    came = f"{pooled.dtype} {list(pooled.shape)}" if isinstance(pooled, Tensor) else type(pooled)
+    raise InputError(
+        f"pooled_prompt_embeds: expected floats [B, P], got {came}: encode_prompt returns (text, "
+        "negative) of SD, Wan and Z-Image, (text, negative, pooled, negative pooled) of SDXL and "
+        "SD 3, (text, pooled, ids) of Flux and (text, mask) of Qwen-Image, and each half of a "
+        "guided pair is a conditioning of its own"
+    )
+
+
 def _padded(embeds: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     """[B, L, D], and a mask where lengths differ."""
     if isinstance(embeds, Tensor):
         if embeds.ndim != 3:
             raise InputError(f"prompt_embeds: expected [B, L, D], got {list(embeds.shape)}")
         return embeds, None
+    given = cast("object", embeds)
+    parts = cast("Sequence[object]", given) if isinstance(given, list | tuple) else [given]
+    if not all(isinstance(part, Tensor) for part in parts):
+        raise InputError(
+            "prompt_embeds: expected [B, L, D], or one [L, D] a prompt, got "
+            f"{[type(part).__name__ for part in parts]}: give what encode_prompt returned; without "
+            "guidance its negative half is None"
+        )
     if not embeds or any(e.ndim != 2 or e.shape[1] != embeds[0].shape[1] for e in embeds):
         raise InputError(
             "prompt_embeds: expected one [L, D] a prompt, of one width, got "
-            f"{[list(e.shape) for e in embeds]}"
+            f"{[list(e.shape) for e in embeds]}; of what encode_prompt returns give the parts"
         )
     lengths = torch.tensor([len(e) for e in embeds], device=embeds[0].device)
     context = nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
