@@ -251,6 +251,13 @@ def ask(name: str, x: Tensor, cond: Conditioning | None = None) -> Tensor:
     return bridge.denoiser(tiny(name))(x, TIMES, cond or told())
 
 
+def test_a_run_on_a_network_that_is_no_denoiser_yet_names_the_bridge() -> None:
+    table = hs.Plan((hs.Leg(model="base", steps=2),)).compile(NoiseSchedule.scaled_linear())
+    unet, noise = made("UNet2DConditionModel", **UNET), hs.Given(randn(2, 4, 8, 8))
+    with pytest.raises(InputError, match=r"give headstart\.bridges\.diffusers\.denoiser"):
+        hs.sample(table, {"base": unet}, told(), noise)
+
+
 # ------------------------------------------------------------------ prompts
 
 
