@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.bridges import diffusers as bridge
-from headstart.errors import AdapterError, CheckpointError, HeadstartError, InputError
+from headstart.errors import AdapterError, HeadstartError, InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
@@ -232,6 +232,8 @@ def test_a_subclass_is_the_family_that_it_extends() -> None:
         (lambda: bridge.denoiser(SimpleNamespace()), "expected one of UNet2DConditionModel, SD3"),
         (lambda: bridge.denoiser(made("UNet2DConditionModel", **UNET, class_embed_type="timestep")),
          "class_embed_type='timestep'"),
+        (lambda: bridge.denoiser(made("UNet2DConditionModel", **UNET, num_class_embeds=4)),
+         "num_class_embeds=4"),
         (lambda: ask("SD 3", randn(2, 4, 4, 6), Conditioning(randn(2, 5, 12))), "pooled="),
         (lambda: ask("Flux", randn(2, 6, 16)), r"takes latents \[B, C, h, w\], also where"),
         (lambda: ask("Wan", randn(2, 4, 4, 6)), r"takes latents \[B, C, T, h, w\]"),
@@ -247,6 +249,13 @@ def test_what_does_not_fit_says_what_to_give(made: Callable[[], object], message
 
 def ask(name: str, x: Tensor, cond: Conditioning | None = None) -> Tensor:
     return bridge.denoiser(tiny(name))(x, TIMES, cond or told())
+
+
+def test_a_run_on_a_network_that_is_no_denoiser_yet_names_the_bridge() -> None:
+    table = hs.Plan((hs.Leg(model="base", steps=2),)).compile(NoiseSchedule.scaled_linear())
+    unet, noise = made("UNet2DConditionModel", **UNET), hs.Given(randn(2, 4, 8, 8))
+    with pytest.raises(InputError, match=r"give headstart\.bridges\.diffusers\.denoiser"):
+        hs.sample(table, {"base": unet}, told(), noise)
 
 
 # ------------------------------------------------------------------ prompts
@@ -289,6 +298,13 @@ def test_texts_of_one_length_stay_as_they_are() -> None:
         ({"prompt_embeds_mask": torch.ones(2, 4)}, r"expected \[2, 5\]"),
         ({"pooled_prompt_embeds": randn(3, 10)}, "of 3 prompts, prompt_embeds of 2"),
         ({"guidance": float("nan")}, "guidance must be a finite number"),
+        ({"prompt_embeds": None}, "got .'NoneType'.: give what encode_prompt"),
+        ({"prompt_embeds": "a fox"}, "got .'str'.: give what encode_prompt"),
+        ({"prompt_embeds": (randn(1, 5, 12), None)}, r"got \['Tensor', 'NoneType'\]"),
+        ({"prompt_embeds": (randn(1, 5, 12),) * 2}, "of what encode_prompt returns give the parts"),
+        ({"pooled_prompt_embeds": randn(2, 5, 12)}, r"got torch.float32 \[2, 5, 12\]: encode_"),
+        ({"pooled_prompt_embeds": torch.ones(2, 5).bool()}, r"\(text, mask\) of Qwen-Image"),
+        ({"pooled_prompt_embeds": [randn(3, 12)] * 2}, r"\(text, negative\) of SD, Wan and Z-"),
     ],
 )
 def test_prompts_that_do_not_fit_say_why(arguments: dict[str, Any], message: str) -> None:
@@ -333,7 +349,7 @@ def test_dynamic_shifting_is_read_with_its_mu(kind: str) -> None:
     scheduler.set_timesteps(sigmas=[1 - i / 6 for i in range(6)], mu=0.8)
     found = schedule.points(6, hs.Spacing.TRAILING).timesteps.tolist()
     assert found == pytest.approx(scheduler.timesteps.tolist(), abs=8 * 2.0**-24 * 1000)
-    with pytest.raises(CheckpointError, match="use_dynamic_shifting"):
+    with pytest.raises(InputError, match="use_dynamic_shifting: give mu="):
         bridge.process(scheduler)
 
 
@@ -343,6 +359,7 @@ def test_dynamic_shifting_is_read_with_its_mu(kind: str) -> None:
         (diffusers.DDIMScheduler(), 0.8, "this scheduler has none"),
         ({}, None, "with a _class_name"),
         ("euler", None, "expected a scheduler of diffusers"),
+        (diffusers.DDIMScheduler, None, "such as pipe.scheduler, got <class"),
         ({"_class_name": "VQDiffusionScheduler"}, None, "not known to use a table"),
         ({"_class_name": "DDIMScheduler", "beta_start": -1.0}, None, "beta_start"),
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow_map"}, None, "unusable"),
@@ -600,3 +617,137 @@ def test_an_adapter_asks_for_its_strengths(tmp_path: Path) -> None:
     hs.AdapterSet({"base": network}).attach(saved(adapted("Wan"), tmp_path))
     with pytest.raises(AdapterError, match="has no strengths"):
         network(randn(2, *FAMILIES["Wan"].shape), TIMES, told())
+
+
+@needs_peft
+def test_layers_that_see_all_samples_as_one_have_each_samples_strength(tmp_path: Path) -> None:
+    """Z-Image's embedders, with texts of 3 and 40 words, which it pads to 32 and 64."""
+    from peft import LoraConfig
+
+    theirs = tiny("Z-Image", axes_lens=[128, 64, 64])
+    network = bridge.denoiser(copy.deepcopy(theirs))
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        targets = ["cap_embedder.1", "all_x_embedder.2-1"]
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        theirs.add_adapter(config, "a")
+    hs.AdapterSet({"base": network}).attach(saved(theirs.eval().requires_grad_(False), tmp_path))
+    x, words = randn(2, 4, 4, 6), [randn(3, 12), randn(40, 12, seed=2)]
+    cond = replace(bridge.conditioning(words), strengths=torch.tensor([[0.5], [2.0]]))
+    found = network(x, TIMES, cond)
+    for n, strength in enumerate((0.5, 2.0)):
+        own = slice(n, n + 1)
+        expected = at(theirs, strength)(x[own], TIMES[own], Conditioning(words[n][None]))
+        assert far(found[own], expected) <= TOLERANCE
+
+
+@needs_peft
+def test_an_adapter_acts_beside_one_that_peft_runs(tmp_path: Path) -> None:
+    """The same LoRA twice is one at twice its strength."""
+    theirs, x = adapted("SD 3"), randn(2, 4, 4, 6)
+    path, network = saved(theirs, tmp_path), bridge.denoiser(copy.deepcopy(theirs))
+    hs.AdapterSet({"base": network}).attach(path)
+    found = network(x, TIMES, replace(told(), strengths=torch.ones(2, 1)))
+    assert far(found, at(theirs, 2.0)(x, TIMES, told())) <= TOLERANCE
+
+
+@needs_peft
+@pytest.mark.parametrize("merged", [False, True])
+def test_adapters_of_weights_kept_in_8_bits_compute_in_the_networks_dtype(
+    merged: bool, tmp_path: Path
+) -> None:
+    """As on the same weights in bfloat16, which the 8 bits say exactly."""
+    path, x = saved(adapted("SD 3"), tmp_path), randn(2, 4, 4, 6).bfloat16()
+    if merged:
+        path = tmp_path / "full.safetensors"
+        save_file({"transformer_blocks.0.attn.to_q.diff": randn(32, 32)}, path)
+    kept = tiny("SD 3").bfloat16()
+    kept.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.bfloat16, skip_modules_pattern=()
+    )
+    wide = tiny("SD 3").bfloat16()
+    wide.load_state_dict({k: t.bfloat16() for k, t in kept.state_dict().items()})
+    found: list[Tensor] = []
+    for model in (kept, wide):
+        adapters = hs.AdapterSet({"base": bridge.denoiser(model)})
+        adapters.attach(path, name="a")
+        strengths = torch.ones(2, 1) if adapters.columns else None
+        found.append(bridge.denoiser(model)(x, TIMES, replace(told(), strengths=strengths)))
+    assert torch.equal(*found)
+
+
+@needs_peft
+def test_a_network_without_its_weights_gets_no_adapter(tmp_path: Path) -> None:
+    network = bridge.denoiser(tiny("SD 3").to("meta"))
+    with pytest.raises(AdapterError, match="enable_sequential_cpu_offload"):
+        hs.AdapterSet({"base": network}).attach(saved(adapted("SD 3"), tmp_path))
+
+
+class Offloading:
+    """What accelerate's hooks do: keep a layer's `forward`, put another there, and put it back."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer, self.kept, self.calls = layer, layer.forward, 0
+        self.on = layer.forward = self.forward
+
+    def forward(self, input: Tensor) -> Tensor:
+        self.calls += 1
+        return self.kept(input)
+
+    def off(self) -> None:
+        self.layer.forward = self.kept
+
+
+@pytest.mark.parametrize("first", ["offloading", "adapter"])
+@pytest.mark.parametrize("last", ["offloading", "adapter"])
+def test_a_merged_adapter_and_offloading_leave_each_others_forward(
+    first: str, last: str, tmp_path: Path
+) -> None:
+    """Both replace it, in any order; only a call on which the adapter would be lost is refused."""
+    network, cond = Own().requires_grad_(False), Conditioning(randn(2, 1, 1))
+    layer, x, path = network.transformer[0], randn(2, 6), tmp_path / "full.safetensors"
+    save_file({"transformer.0.diff": randn(6, 6)}, path)
+    adapters, plain = hs.AdapterSet({"base": network}), network(x, TIMES, cond)
+    if first == "adapter":
+        adapters.attach(path, name="a")
+    offloading = Offloading(layer)
+    if first == "offloading":
+        adapters.attach(path, name="a")
+    merged = network(x, TIMES, cond)
+    assert far(merged, plain) > 0.01
+    if last == "adapter":
+        offloading.off()
+        if first == "adapter":
+            assert torch.equal(network(x, TIMES, cond), merged)
+        else:
+            with pytest.raises(AdapterError, match="no longer acts, because something took"):
+                network(x, TIMES, cond)
+        adapters.detach("a")
+    else:
+        adapters.detach("a")
+        calls = offloading.calls
+        assert layer.forward == offloading.on and torch.equal(network(x, TIMES, cond), plain)
+        assert offloading.calls == calls + 1
+        adapters.attach(path, name="a")
+        assert torch.equal(network(x, TIMES, cond), merged)
+        adapters.detach("a")
+        offloading.off()
+    assert torch.equal(network(x, TIMES, cond), plain)
+    adapters.attach(path, name="a")
+    assert torch.equal(network(x, TIMES, cond), merged)
+
+
+def test_a_layer_called_with_other_rows_than_samples_says_so(tmp_path: Path) -> None:
+    class Joined(Own):
+        def forward(self, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            return super().forward(x.repeat(2, 1), timestep, cond)[: len(x)]
+
+    network, path = Joined().requires_grad_(False), tmp_path / "a.safetensors"
+    save_file(
+        {"transformer.0.lora_A.weight": randn(1, 6), "transformer.0.lora_B.weight": randn(6, 1)},
+        path,
+    )
+    hs.AdapterSet({"base": network}).attach(path)
+    cond = Conditioning(randn(2, 1, 1), strengths=torch.ones(2, 1))
+    with pytest.raises(AdapterError, match="with 4 rows for 2 samples"):
+        network(randn(2, 6), TIMES, cond)

@@ -147,6 +147,14 @@ def _check_models(
             f"the plan names model(s) {unknown}, but denoisers has {sorted(denoisers)}: add the "
             "missing network, or give the plan's legs the names it has"
         )
+    for name in dict.fromkeys(step.model for step in steps):
+        kind = type(denoisers[name])
+        if kind.__module__.startswith(("diffusers.models.", "diffusers.pipelines.")):
+            raise InputError(
+                f"denoisers[{name!r}] is diffusers' {kind.__name__}, which is not called as (x_in, "
+                "timestep, cond): give headstart.bridges.diffusers.denoiser(pipe.unet), or of "
+                "pipe.transformer"
+            )
     adapters = sorted({name for step in steps for name, _ in step.adapters})
     if adapters and unsteered:
         raise InputError(

@@ -26,7 +26,7 @@ from headstart.adapters.host import Host
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.slots import Slots
+from headstart.adapters.slots import Layer, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.errors import AdapterError
 from headstart.plan.table import StepTable
@@ -290,6 +290,7 @@ class AdapterSet:
             for network, host in hosts.items():
                 layers = {path: d for (where, path), d in told.deltas.items() if where == network}
                 if layers:
+                    _check_in_memory(model, [host.layers[path] for path in layers])
                     found[host] = {
                         path: self._difference(host, path, d) for path, d in layers.items()
                     }
@@ -313,6 +314,15 @@ class AdapterSet:
                 f"adapter {held.name!r} ({held.report.form}) has to be merged, and "
                 f"{', '.join(self._models)} are one network here: attach it to all of them"
             )
+
+
+def _check_in_memory(model: str, layers: Sequence[Layer]) -> None:
+    if any(layer.weight.is_meta for layer in layers):
+        raise AdapterError(
+            f"attaching to the {model} model: its weights are elsewhere between calls, as "
+            "enable_sequential_cpu_offload keeps them, and an adapter is made beside them: attach "
+            "to a network that is in memory, such as with enable_model_cpu_offload"
+        )
 
 
 def _without(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn, cast, final
+from typing import Any, NamedTuple, NoReturn, TypeAlias, cast, final
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +79,32 @@ def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tens
     return {name: column for name, column in columns if bool(column.any())}
 
 
+_Forward: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@final
+class _Way:
+    """In place of a layer's `forward`: what was there, or the layer on a sum where one holds.
+
+    It is good for as long as anybody has it: offloading keeps what it found, too.
+    """
+
+    def __init__(self, leaf: Leaf) -> None:
+        self.leaf, self.owned = leaf, "forward" in vars(leaf.layer)
+        self.under: _Forward = leaf.layer.forward
+
+    def __reduce__(self) -> NoReturn:
+        raise _copied(self.leaf.layer)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        layer, own = self.leaf.layer, self.leaf.weights()
+        if own is None:
+            return self.under(input)
+        if isinstance(layer, nn.Conv2d):
+            return layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
+        return F.linear(input, *own)
+
+
 @final
 class Leaf:
     """One layer where something may be changed."""
@@ -86,61 +112,52 @@ class Leaf:
     def __init__(self, layer: Layer, standing: Callable[[], Changes] | None) -> None:
         self.layer, self._standing = layer, standing
         self._handle: RemovableHandle | None = None
-        self._forward: Any = None
-        self._runs = self._owned = False
+        self.way: _Way | None = None
 
     def __reduce__(self) -> NoReturn:
         raise _copied(self.layer)
 
     @property
     def hooked(self) -> bool:
-        return self._handle is not None or self._runs
+        return self._handle is not None or self.way is not None
 
     def hook(self, *, weights: bool) -> None:
         """Look at every call from now on; `weights`: also for what the layer runs on."""
-        if weights:
-            self._runs = True
+        if weights and self.way is None:
             with _PLACING:
-                if self not in _chain(self.layer):
-                    self._owned = "forward" in vars(self.layer)
-                    self._forward = self.layer.forward
-                    self.layer.forward = self._run  # pyright: ignore[reportIncompatibleMethodOverride]
+                self.way = way = _Way(self)
+                self.layer.forward = cast("Any", way)
         if self._handle is None:
             self._handle = self.layer.register_forward_hook(self._add)
 
     def unhook(self) -> None:
+        """From the outside: what lies below somebody else's way, or was put there since then by
+        offloading, stays and does nothing."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self._runs:
-            self._runs = False
-            with _PLACING:
-                for leaf in _chain(self.layer):  # from the outside: one below another's stays
-                    if leaf._runs:
-                        break
-                    leaf._restore()
+        if self.way is None:
+            return
+        self.way, own = None, vars(self.layer)
+        with _PLACING:
+            while isinstance(way := own.get("forward"), _Way) and way.leaf.way is not way:
+                if way.owned:
+                    own["forward"] = way.under
+                else:
+                    del own["forward"]
 
-    def _restore(self) -> None:
-        """`_forward` stays: a call in another thread may be about to make it."""
-        if self._owned:
-            self.layer.forward = self._forward
-        else:
-            vars(self.layer).pop("forward", None)
+    @property
+    def bypassed(self) -> bool:
+        """Whether the layer's own forward is back in the place of ours."""
+        found = vars(self.layer).get("forward")
+        return found is None or getattr(found, "__func__", None) is type(self.layer).forward
 
-    def _changes(self) -> Changes | None:
+    def weights(self) -> Weights | None:
+        """What the layer runs on in this call, if not on its own."""
         call = _CALL.get()
         if call is not None:
-            return call.changes
-        return None if self._standing is None else self._standing()
-
-    def _run(self, input: Tensor) -> Tensor:
-        changes = self._changes()
-        own = None if changes is None else changes.weights.get(self)
-        if own is None:
-            return self._forward(input)
-        if isinstance(self.layer, nn.Conv2d):
-            return self.layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
-        return F.linear(input, *own)
+            return call.changes.weights.get(self)
+        return None if self._standing is None else self._standing().weights.get(self)
 
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         call = _CALL.get()
@@ -148,23 +165,14 @@ class Leaf:
             return
         for name, slot in call.changes.slots.get(self, ()):
             if name in call.strengths:
+                _check_rows(layer, y, call.strengths[name])
                 slot.add_to(y, args[0], self.layer, call.strengths[name])
 
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
 
 
 _PLACING = threading.Lock()
-"""Engines that share a network each have a `Leaf` on a layer, one around the other."""
-
-
-def _chain(layer: Layer) -> list[Leaf]:
-    """Those in place of the layer's own forward, from the outside."""
-    found: list[Leaf] = []
-    leaf = getattr(vars(layer).get("forward"), "__self__", None)
-    while isinstance(leaf, Leaf):
-        found.append(leaf)
-        leaf = getattr(leaf._forward, "__self__", None) if leaf._owned else None  # pyright: ignore[reportPrivateUsage]
-    return found
+"""Engines that share a network each have a way on a layer, one around the other."""
 
 
 def _copied(module: nn.Module) -> AdapterError:
@@ -206,7 +214,10 @@ class Host:
         """What each layer computes in; a network whose weights are widened at use says so."""
         stated = getattr(self.module, "compute_dtype", None)
         known = stated if isinstance(stated, torch.dtype) else None
-        return {path: known or layer.weight.dtype for path, layer in self.layers.items()}
+        stored = {path: layer.weight.dtype for path, layer in self.layers.items()}
+        # Nothing computes in 8 bits: whoever stores them widens them to the network's own dtype.
+        wide = getattr(self.module, "dtype", torch.float32)
+        return {path: known or (own if own.itemsize > 1 else wide) for path, own in stored.items()}
 
     def leaf(self, path: str) -> Leaf:
         return self._leaves[path]
@@ -253,9 +264,11 @@ class Host:
                 "diffusers' networks is headstart.bridges.diffusers.denoiser(network)"
             )
         adapters = self.standing() if cond.adapters is None else cond.adapters
+        changes = cast("Changes", adapters.changes)
+        _check_ways(changes)
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)
-        _CALL.set(_Call(cast("Changes", adapters.changes), strengths, self, _CALL.get()))
+        _CALL.set(_Call(changes, strengths, self, _CALL.get()))
 
     _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
 
@@ -286,4 +299,22 @@ def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: 
         raise AdapterError(
             f"expected strengths [{batch} samples, {len(columns)} adapters], got "
             f"{list(strengths.shape)}: make them with engine.adapters.strengths(table, batch)"
+        )
+
+
+def _check_ways(changes: Changes) -> None:
+    if lost := next((leaf.layer for leaf in changes.weights if leaf.bypassed), None):
+        raise AdapterError(
+            f"a merged adapter no longer acts, because something took the `forward` of {lost} back "
+            "after it was attached, as turning offloading off does: detach the adapter and attach "
+            "it again"
+        )
+
+
+def _check_rows(layer: nn.Module, y: Tensor, strength: Tensor) -> None:
+    if len(strength) not in (1, len(y)):
+        raise AdapterError(
+            f"an adapter changes {layer}, which this network calls with {len(y)} rows for "
+            f"{len(strength)} samples, so a row's strength is not known: call the network with one "
+            "sample at a time, or train the adapter without this layer"
         )

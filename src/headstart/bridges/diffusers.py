@@ -3,7 +3,8 @@
     from headstart.bridges import diffusers as bridge
 
     network = bridge.denoiser(pipe.transformer)
-    cond = bridge.conditioning(*pipe.encode_prompt("a fox")[:2])
+    embeds, pooled, _ = pipe.encode_prompt("a fox", None)  # Flux's; each has an order of its own
+    cond = bridge.conditioning(embeds, pooled, guidance=3.5)
     schedule, prediction = bridge.process(pipe.scheduler)
 
 A latent is an image's [B, C, h, w] or a video's [B, C, T, h, w] for every network; those that read
@@ -15,24 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, cast, final
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from headstart.bridges.prompts import CHANNELS, GUIDANCE, IMAGE, MASK, conditioning, same_length
 from headstart.checkpoint.declarations import read_scheduler
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.prediction import Prediction
-from headstart.plan.spacing import Process, real
+from headstart.plan.spacing import Process
 
 __all__ = ["DiffusersDenoiser", "conditioning", "denoiser", "process", "same_length"]
 
-MASK, GUIDANCE, CHANNELS, IMAGE = "mask", "guidance", "channels", "image_context"
-"""The names in `Conditioning.extra` that networks here read."""
 _KEPT = "_headstart_denoiser"
 
 
@@ -103,12 +101,14 @@ def _wan(model: Any, x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
 
 class _Family(NamedTuple):
     """call: how it is asked; axes: of a latent; patch: what h and w are multiples of; packs: how
-    many latent channels make one channel of its tokens."""
+    many latent channels make one channel of its tokens; joined: what sees the tokens of all samples
+    as those of one."""
 
     call: Callable[[Any, Tensor, Tensor, Conditioning], Tensor]
     axes: int = 4
     patch: int = 2
     packs: int = 1
+    joined: tuple[str, ...] = ()
 
 
 _FAMILIES = {
@@ -116,13 +116,14 @@ _FAMILIES = {
     "SD3Transformer2DModel": _Family(_sd3),
     "FluxTransformer2DModel": _Family(_flux, packs=4),
     "QwenImageTransformer2DModel": _Family(_qwen, packs=4),
-    "ZImageTransformer2DModel": _Family(_z_image),
+    "ZImageTransformer2DModel": _Family(_z_image, joined=("all_x_embedder", "cap_embedder")),
     "WanTransformer3DModel": _Family(_wan, axes=5),
 }
 """As the pipelines of diffusers 0.42 call them: each with t of 0 .. 1000 where headstart has it."""
 _ABSENT = {
     "addition_embed_type": (None, "text_time"),
     "class_embed_type": (None,),
+    "num_class_embeds": (None,),
     "encoder_hid_dim_type": (None,),
     "use_additional_t_cond": (None, False),
 }
@@ -162,22 +163,31 @@ class DiffusersDenoiser(nn.Module):
                 f"{self.kind} reads patches of {family.patch} x {family.patch}, and the latent is "
                 f"{size[-2]} x {size[-1]}: give even sides"
             )
+        timestep = timestep.expand(len(x_in))
+        if len(x_in) > 1 and cond.strengths is not None and self._hooked(family.joined):
+            one = [slice(n, n + 1) for n in range(len(x_in))]  # each has a strength of its own
+            return torch.cat([self(x_in[n], timestep[n], cond[n]) for n in one])
         cond = cond.to(cond.context.device, x_in.dtype)
         seen = self._beside(x_in, cond, family.packs)
-        return family.call(self.model, seen, timestep.expand(len(x_in)), cond)
+        return family.call(self.model, seen, timestep, cond)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Generator[tuple[str, nn.Module]]:
-        """Itself, then the network's under the network's own names; without the layers that
-        `fuse_qkv_projections` left behind, where an adapter would do nothing."""
+        """Itself, then the network's under the network's own names, also where PEFT has put layers
+        of its own around them; without those that `fuse_qkv_projections` left behind, where an
+        adapter would do nothing."""
         yield prefix, self
         unused, inner = set[str](), _uncompiled(self.model)
         for path, module in inner.named_modules(memo, prefix, remove_duplicate):
             if getattr(module, "fused_projections", False):
                 unused |= {f"{path}.{leaf}" for leaf in _FUSED}
             if path not in unused:
-                yield path, module
+                yield path.removesuffix(".base_layer"), module
+
+    def _hooked(self, parts: Sequence[str]) -> bool:
+        inner = _uncompiled(self.model)
+        return any(m._forward_hooks for part in parts for m in getattr(inner, part).modules())
 
     def _beside(self, x_in: Tensor, cond: Conditioning, packs: int) -> Tensor:
         """x_in with the channels behind it that inpainting and image-to-video networks read."""
@@ -238,81 +248,21 @@ def denoiser(model: nn.Module) -> DiffusersDenoiser:
     return kept
 
 
-def conditioning(
-    prompt_embeds: Tensor | Sequence[Tensor],
-    pooled_prompt_embeds: Tensor | None = None,
-    *,
-    prompt_embeds_mask: Tensor | None = None,
-    original_size: tuple[int, int] | None = None,
-    crops_coords_top_left: tuple[int, int] = (0, 0),
-    target_size: tuple[int, int] | None = None,
-    guidance: float | None = None,
-) -> Conditioning:
-    """What a pipeline's `encode_prompt` returned, for one half of a guided pair.
-
-    prompt_embeds         [B, L, D], or one [L, D] a sample of any lengths (Z-Image), which are
-                          padded with zeros and get a mask
-    pooled_prompt_embeds  [B, P] (SDXL, SD 3, Flux)
-    prompt_embeds_mask    [B, L], 1 for words and 0 for padding (Qwen-Image)
-    original_size         (height, width) in pixels, and the crop's corner, and the target size,
-                          which is the original one by default: `time_ids` (SDXL)
-    guidance              what a guidance-distilled network is told (Flux dev), for all samples
-
-    Two halves of different lengths meet by `same_length`. Raises InputError for other shapes.
-    """
-    context, mask = _padded(prompt_embeds)
-    mask = mask if prompt_embeds_mask is None else prompt_embeds_mask
-    batch, extra = len(context), dict[str, Tensor]()
-    if mask is not None:
-        if mask.shape != context.shape[:2]:
-            raise InputError(
-                f"prompt_embeds_mask: expected {list(context.shape[:2])}, one number a token, got "
-                f"{list(mask.shape)}"
-            )
-        extra[MASK] = mask.bool()
-    if pooled_prompt_embeds is not None and len(pooled_prompt_embeds) != batch:
-        raise InputError(
-            f"pooled_prompt_embeds are of {len(pooled_prompt_embeds)} prompts, prompt_embeds of "
-            f"{batch}: give both of the same ones"
-        )
-    if guidance is not None:
-        told = real("guidance", guidance)
-        extra[GUIDANCE] = torch.full((batch,), told, device=context.device)
-    time_ids = None
-    if original_size is not None:
-        sizes = (*original_size, *crops_coords_top_left, *(target_size or original_size))
-        time_ids = torch.tensor([sizes] * batch, dtype=torch.float32, device=context.device)
-    return Conditioning(context, pooled_prompt_embeds, time_ids, extra=extra)
-
-
-def same_length(*parts: Conditioning) -> tuple[Conditioning, ...]:
-    """Conditionings with texts of one length, as guidance and batches need them: shorter ones are
-    padded with zeros, and where a padded one is among them all have a mask."""
-    length = max(part.context.shape[1] for part in parts)
-    masked = any(MASK in part.extra or part.context.shape[1] < length for part in parts)
-    made: list[Conditioning] = []
-    for part in parts:
-        batch, own, _ = part.context.shape
-        extra = dict(part.extra)
-        if masked:
-            mask = extra.get(MASK, part.context.new_ones((batch, own), dtype=torch.bool))
-            extra[MASK] = F.pad(mask, (0, length - own))
-        context = F.pad(part.context, (0, 0, 0, length - own))
-        made.append(replace(part, context=context, extra=extra))
-    return tuple(made)
-
-
 def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Prediction]:
     """The noise schedule and the prediction that a scheduler says, for `Plan.compile`.
 
     scheduler   of diffusers, or what is in its `scheduler_config.json`
     mu          of dynamic shifting, which the pipeline computes from the size (`calculate_shift`)
 
-    Raises CheckpointError for a scheduler that no process here is, or that needs `mu`.
+    Raises CheckpointError for a scheduler that no process here is, InputError for one that needs
+    `mu`.
     """
     config = getattr(scheduler, "config", scheduler)
-    if not isinstance(config, Mapping):
-        raise InputError(f"expected a scheduler of diffusers or its configuration, got {config!r}")
+    if isinstance(scheduler, type) or not isinstance(config, Mapping):
+        raise InputError(
+            "expected a scheduler of diffusers or its configuration, such as pipe.scheduler, got "
+            f"{scheduler!r}"
+        )
     said = dict(cast("Mapping[str, Any]", config))
     if not isinstance(scheduler, Mapping):
         said["_class_name"] = type(scheduler).__name__
@@ -323,6 +273,11 @@ def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Pre
             )
         shift = mu if said.get("time_shift_type") == "linear" else math.exp(mu)
         said |= {"use_dynamic_shifting": False, "shift": shift}
+    elif said.get("use_dynamic_shifting"):
+        raise InputError(
+            "this scheduler has use_dynamic_shifting: give mu=, which the module of its pipeline "
+            "computes by calculate_shift(tokens of the latent, ...)"
+        )
     return read_scheduler(said)
 
 
@@ -345,22 +300,6 @@ def _needed(model: Any, cond: Conditioning, name: str) -> Tensor:
             "make it with headstart.bridges.diffusers.conditioning"
         )
     return found
-
-
-def _padded(embeds: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
-    """[B, L, D], and a mask where lengths differ."""
-    if isinstance(embeds, Tensor):
-        if embeds.ndim != 3:
-            raise InputError(f"prompt_embeds: expected [B, L, D], got {list(embeds.shape)}")
-        return embeds, None
-    if not embeds or any(e.ndim != 2 or e.shape[1] != embeds[0].shape[1] for e in embeds):
-        raise InputError(
-            "prompt_embeds: expected one [L, D] a prompt, of one width, got "
-            f"{[list(e.shape) for e in embeds]}"
-        )
-    lengths = torch.tensor([len(e) for e in embeds], device=embeds[0].device)
-    context = nn.utils.rnn.pad_sequence(list(embeds), batch_first=True)
-    return context, torch.arange(context.shape[1], device=context.device) < lengths[:, None]
 
 
 def _packed(z: Tensor) -> Tensor:
