@@ -66,7 +66,9 @@ def with_one_thread(engine: hs.Engine) -> None:
 def serve(engine: hs.Engine, run: hs.Run) -> None:
     batch = hs.Batch(engine.denoisers)
     batch.add(run)
-    batch.step()
+    for _, _, error in batch.step():
+        if error is not None:
+            raise error
 
 
 def warm() -> dict[str, str]:

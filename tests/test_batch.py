@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 from unittest import mock
@@ -416,18 +417,25 @@ def test_a_run_that_two_read_or_that_ends_elsewhere_raises() -> None:
 
 
 def test_a_batch_outlives_an_event_loop_that_was_left_in_the_middle() -> None:
-    batch = hs.Batch(NETWORKS)
-    loop, left = asyncio.new_event_loop(), run_of(1)
-    iteration = batch.run(left)
-    loop.run_until_complete(anext(iteration))
-    pending = loop.create_task(anext(iteration))  # type: ignore[arg-type]
-    loop.run_until_complete(asyncio.sleep(0))
+    entered, free = threading.Event(), threading.Event()
+
+    def held(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        entered.set()
+        assert free.wait(60)
+        return NETWORKS["base"](x_in, timestep, told)
+
+    batch = hs.Batch({"base": held, "distilled": NETWORKS["distilled"]})
+    loop = asyncio.new_event_loop()
+    pending = loop.create_task(anext(batch.run(run_of(1))))  # type: ignore[arg-type]
 
     async def other() -> None:
+        assert await asyncio.to_thread(entered.wait, 60)
         with pytest.raises(hs.InputError, match="in another event loop"):
             await asyncio.to_thread(lambda: asyncio.run(_first(batch)))
 
     loop.run_until_complete(other())
+    free.set()
+    loop._default_executor.shutdown()  # type: ignore[attr-defined]
     for task in asyncio.all_tasks(loop):
         task._log_destroy_pending = False  # type: ignore[attr-defined]
     loop.close()

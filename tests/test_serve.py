@@ -120,7 +120,7 @@ def levels_apart(one: Tensor, other: Tensor) -> int:
 
 
 def seed_of(run: hs.Run) -> int:
-    return run.noise.distinct.seeds[0]  # type: ignore[attr-defined]
+    return getattr(run.noise, "distinct", run.noise).seeds[0]  # type: ignore[attr-defined]
 
 
 def by_seed(batch: Watched) -> dict[int, hs.Run]:

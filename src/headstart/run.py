@@ -93,10 +93,9 @@ class Run:
             self._dtype, device = cond.context.dtype, cond.context.device
         else:
             self._dtype = torch.float32
-            device = torch.device(device or ("cpu" if resume is None else resume.x.device))
-            device = torch.empty(
-                0, device=device
-            ).device  # "cuda" is one of them: tensors say which
+            # Of a tensor, because "cuda" is one of the devices of that name.
+            place = device or ("cpu" if resume is None else resume.x.device)
+            device = torch.empty(0, device=place).device
         strengths = checked_strengths(strengths, table, cond, batch, device)
         pair = guided_pair(steps, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
