@@ -77,12 +77,17 @@ def on_host(*tensors: Tensor) -> bool:
     for tensor in tensors:
         if type(tensor) is not Tensor or not tensor.is_cpu:
             return False
-    return not (is_in_torch_dispatch_mode() or is_compiling())
+    return not watched()
 
 
-def in_c(*tensors: Tensor) -> bool:
-    """Whether `choose` would give these to C; without autograd, nothing has to be asked of them."""
-    return _in_c(*tensors)
+def watched() -> bool:
+    """Whether a compiler or a recorder of operators looks on."""
+    return is_in_torch_dispatch_mode() or is_compiling()
+
+
+def has_c() -> bool:
+    """Whether there are kernels in C; the first call may compile them."""
+    return _why_not_native() is None
 
 
 def _in_c(*tensors: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.api import fused_step
-from headstart_kernels.dispatch import Impl, in_c, load
+from headstart_kernels.dispatch import Impl, has_c, load, watched
 from headstart_kernels.operands import Draw, Preview
 from headstart_kernels.table import Rows
 
@@ -22,17 +22,17 @@ class Steps:
 
     The bits and the errors of `fused_step`. What the caller made for it is taken as it is, however:
     `x_in` [B, ...] or [2B, ...], `finite` [B], `preview` and the keys of a `Draw` are contiguous,
-    of the right dtype and on the state's device. On a CPU that is all a step needs to be one call
-    in C (13 us a row of 4x16x16, of which this saves 2).
+    of the right dtype and on the state's device. On a CPU a step is one call in C then.
     """
 
-    __slots__ = ("_own", "rows")
+    __slots__ = ("_own", "_step", "rows")
 
     def __init__(self, rows: Rows, shape: Sequence[int], device: torch.device) -> None:
         self.rows = rows
         self._own: list[Any] | None = None
-        if device.type == "cpu" and len(shape) > 1 and in_c():
+        if device.type == "cpu" and len(shape) > 1 and has_c():
             self._own = load("own_steps", Impl.NATIVE)(rows, torch.Size(shape))
+            self._step = load("own_step", Impl.NATIVE)
 
     def __call__(
         self,
@@ -47,8 +47,8 @@ class Steps:
         finite: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         first = noise.first_row if isinstance(noise, Draw) else 0
-        if self._own is not None and isinstance(first, int) and in_c(x, f):
-            made = load("own_step", Impl.NATIVE)(
+        if self._own is not None and isinstance(first, int) and not watched():
+            made = self._step(
                 self._own[row], row + first, x, f, noise, x0_prev, x_in, preview, finite
             )
             if made is not None:
