@@ -231,7 +231,7 @@ _FILES = {
 def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     engine: hs.Engine, files: dict[str, Path], what: str, error: type[BaseException]
 ) -> None:
-    """Every fifth line, from another one for each error; after the last the change is made."""
+    """Every 11th line, from another one for each error; after the last the change is made."""
     if engine.runner != "eager":
         pytest.skip("once is enough: how networks are called does not matter here")
     network: Any = engine.denoisers["base"]
@@ -259,7 +259,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     before, change = changes[what]
     before()
     names, own = [held.name for held in engine.adapters], answer()
-    line = 1 if error is KeyboardInterrupt else 3
+    line = 1 if error is KeyboardInterrupt else 6
     while True:
         interrupts = _Interrupts(line, error)
         try:
@@ -271,7 +271,7 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
             break
         if [held.name for held in engine.adapters] != names or not torch.equal(answer(), own):
             break  # only where it came when everything was done: the end says so
-        line += 5
+        line += 11
     assert line > 50
     changed = answer()
     assert not torch.equal(changed, own)
