@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from plans import SD, patient
 from test_run import NETWORKS, SHAPE, by_hand, cond
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart as hs
 from headstart import joint
@@ -466,3 +467,35 @@ def test_views_of_one_memory_are_stacked_as_they_are_seen(change: str) -> None:
     flat = torch.randn(2, 100)
     seen = whole.transpose(2, 3) if change == "turned" else flat.view(2, 4, 5, 5)
     assert torch.equal(joint._stacked([seen[:1], seen[1:]]), seen)
+
+
+class _Waits(TorchDispatchMode):
+    """Names the operators that look at a value, for which a GPU would be waited for."""
+
+    LOOK = ("repeat_interleave", "_local_scalar_dense", "nonzero", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.LOOK):
+            self.seen.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_joint_step_looks_at_no_value() -> None:
+    runs = [
+        hs.Run(run_of(seed).table, cond(0.1), hs.Philox([seed, seed + 9]), shape=SHAPE,
+               uncond=cond(0.2), check="never")
+        for seed in (1, 2)
+    ]  # fmt: skip
+    calls = [run.call for run in runs]
+    group: Any = [*zip(runs, calls, strict=True)]
+    f = 0.1 * torch.cat([call.x_in for call in calls if call is not None])
+    with _Waits() as waits:
+        states = joint.advance(group, f)
+        torch.ones(2).nonzero()
+    assert waits.seen == ["nonzero"], "and this one shows that it would be seen"
+    assert all(isinstance(state, hs.State) for state in states)

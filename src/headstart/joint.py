@@ -34,10 +34,14 @@ def advance(group: Group, f: Tensor) -> list[State | Exception]:
     x, before = _stacked([s.x for s in states]), _stacked([s.x0 for s in states])
     tables = [run.coefficients() for run in runs]
     starts = [0, *accumulate(len(table) for table in tables)][: len(runs)]
-    rows = [start + call.step - run.table.first for start, (run, call) in zip(starts, group)]  # noqa: B905
-    firsts = [run.table.first - start for start, run in zip(starts, runs)]  # noqa: B905
-    numbers = torch.tensor([rows, firsts]).to(device, non_blocking=True)
-    row, first_row = numbers.repeat_interleave(torch.tensor(counts), dim=1).unbind()
+    # Of every sample its row in the tables together, and the plan's row that their row 0 would be:
+    # repeated here, because a device is waited for where it repeats by counts.
+    numbers = [
+        (start + call.step - run.table.first, run.table.first - start)
+        for start, (run, call), count in zip(starts, group, counts, strict=True)
+        for _ in range(count)
+    ]
+    row, first_row = torch.tensor(numbers).t().contiguous().to(device).unbind()
     keys = [run.keys() for run in runs]
     seeds, samples = (torch.cat([own[part] for own in keys]) for part in (0, 1))
     f_uncond, f_cond = _halves(f, group, counts)

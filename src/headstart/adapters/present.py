@@ -7,14 +7,12 @@ import weakref
 from collections.abc import Iterable, Mapping
 from copy import copy
 from dataclasses import replace
-from typing import TypeVar, final
+from typing import final
 
 from headstart.adapters.attached import Attached
 from headstart.adapters.host import Host, Leaf
 from headstart.adapters.merged import Merged
 from headstart.adapters.slots import Slots
-
-H = TypeVar("H", bound=Host)
 
 
 @final
@@ -28,7 +26,7 @@ class Present:
         self._lock = threading.Lock()
         self._stale = False
 
-    def host(self, host: H) -> H:
+    def host(self, host: Host) -> Host:
         """Hooks of this network are taken off once nobody needs them."""
         self._hosts.add(host)
         return host
