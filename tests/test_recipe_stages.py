@@ -209,20 +209,20 @@ def varied(work: Path) -> Path:
 
 def test_an_adapter_for_variety_acts_on_the_first_row_alone(varied: Path) -> None:
     engine = hs.Engine.demo()
-    for name in ("variety", "renoise-variety"):
-        engine.attach(varied / f"{name}.safetensors", to=("distilled",))
     first = hs.Strength(rows=(1.0, 0.0, 0.0, 0.0))
-    cond = engine.text.encode(["a fox"])
-    table = engine.compile("distilled")
-    for name in ("variety", "renoise-variety"):
-        plain = list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters=[]))
-        states = list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters={name: first}))
-        assert not torch.equal(states[0].x0, plain[0].x0)
-        off = engine.adapters.strengths(table, 1, [])
-        rest = hs.sample(
-            table, engine.denoisers, cond, hs.Philox([3]), resume=states[0], strengths=off
+    table, cond = engine.compile("distilled"), engine.text.encode(["a fox"])
+    for name in variety.STUDENTS:
+        report = engine.attach(varied / f"{name}.safetensors", first, to=("distilled",))
+        assert report.live
+        plain, states = (
+            list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters=asked))
+            for asked in ([], None)
         )
-        for state, again in zip(states[1:], rest, strict=True):  # without any adapter
+        assert not torch.equal(states[0].x0, plain[0].x0)
+        engine.detach(name)
+        rest = list(hs.sample(table, engine.denoisers, cond, hs.Philox([3]), resume=states[0]))
+        assert len(rest) == 3
+        for state, again in zip(states[1:], rest, strict=True):
             assert torch.equal(state.x0, again.x0)
 
 
