@@ -136,6 +136,19 @@ def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
     )
 
 
+def recovered(own: Array, base: Array, distilled: Array, *, level: float = 0.95) -> Interval:
+    """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
+
+    The share of what distilling lost that comes back; prompts are drawn together for all three.
+    """
+    back, lost = own - distilled, base - distilled
+    picks = np.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # nothing was lost: no share of it
+        ratios = back[picks].mean(1) / lost[picks].mean(1)
+        value = np.divide(back.mean(), lost.mean())
+    return percentiles(float(value), ratios, level)
+
+
 def sign_flip(differences: Array) -> float:
     """Two-sided p of mean(differences [P]) = 0 under independent random signs (Fisher, 1935).
 
