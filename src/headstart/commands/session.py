@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
@@ -133,7 +133,7 @@ def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
     """Print what a run was and took, as one line or as JSON."""
     latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
     if args.json:
-        facts = {
+        facts: dict[str, Any] = {
             "out": None if args.out is None else str(args.out),
             "images": len(trajectory),
             "prompts": trajectory.prompts,
@@ -142,7 +142,12 @@ def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
             "passes": trajectory.passes,
             "latency_ms": latency,
         }
+        if trajectory.diversify:
+            facts["diversify"] = [str(method) for method in trajectory.diversify]
+        if trajectory.chosen is not None:
+            facts["chosen"] = trajectory.chosen
         print(json.dumps(facts))
         return
     took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
-    print(f"{done} · plan {trajectory.table.name}, {trajectory.passes} passes · {took}")
+    how = ", ".join([f"plan {trajectory.table.name}", *map(str, trajectory.diversify)])
+    print(f"{done} · {how}, {trajectory.passes} passes · {took}")
