@@ -109,7 +109,7 @@ def _study(args: argparse.Namespace) -> int:
     use_local_device(args)
     engine = open_engine(args)
 
-    from headstart.study.page import write_report
+    from headstart.study.report import write_report
     from headstart.study.setup import settings_of, study_of
     from headstart.study.store import open_store
     from headstart.study.study import draw, jobs_of, report_of
