@@ -38,7 +38,8 @@ ROOMS = {name.partition(".")[0] for name in POSITION if "." in name and name not
 TORCH_FREE = {
     *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
     *("pictures.chart", "networks.vocabulary", "adapters.names", "adapters.strength"),
-    *("metrics.metrics", "metrics.resample", "sweep.jobs", "sweep.ledger"),
+    *("spaces.extractor", "metrics.metrics", "metrics.gram", "metrics.resample"),
+    *("sweep.jobs", "sweep.ledger"),
     *("traces.structure", "traces.timeline", "traces.strip", "traces.filmstrip"),
     *("traces.page", "traces.animation", "commands", "cli", "__main__"),
     *("pictures.inline", "study.digits", "study.table", "study.paper", "study.canvas"),
