@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from headstart.metrics.scorer import Scorer
 
 Rgb = NDArray[np.uint8]
+Score = Callable[[Rgb, Sequence[str]], Array]
 NAMES = ("scorer", "structure", "colours", "imagenet")
 SCORER = "headstart-demo-scorer"
 IMAGENET = "efficientnet-lite0-imagenet"
@@ -45,11 +47,13 @@ class Judge(NamedTuple):
 
     score   rgb uint8 [n, H, W, 3], n prompts -> cosines [n]
     second  an independent space, in which diversity is told as well
+    scores  rgb, P prompts -> [n, P], of a model that embeds a picture once for all prompts
     """
 
     extractor: Extractor
-    score: Callable[[Rgb, Sequence[str]], Array] | None = None
+    score: Score | None = None
     second: Extractor = structure_extractor()
+    scores: Score | None = None
 
     @property
     def spaces(self) -> tuple[Extractor, Extractor]:
@@ -127,9 +131,13 @@ def _bundled() -> Judge:
 
     def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
         with torch.inference_mode():
-            return _cosines(scorer.embed_images(_signed(rgb)), scorer.embed_prompts(prompts))
+            images = _unit(scorer.embed_images(_signed(rgb)))
+            return (images * _unit(scorer.embed_prompts(prompts))).sum(1).numpy()
 
-    return Judge(Extractor(SCORER, features), score)
+    def scores(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return scorer.score(_signed(rgb), prompts).double().numpy()
+
+    return Judge(Extractor(SCORER, features), score, scores=scores)
 
 
 def _imagenet() -> Judge:
@@ -168,7 +176,8 @@ def _folder(folder: Path) -> Judge:
     if kind == "dinov2":
         return Judge(Extractor(name, _pooled(prepare, model)))
     extractor = Extractor(name, _pooled(prepare, model.get_image_features))
-    return Judge(extractor, _clip_score(folder, config, prepare, model))
+    score, scores = _clip_scores(folder, config, prepare, model)
+    return Judge(extractor, score, scores=scores)
 
 
 def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb], Array]:
@@ -182,9 +191,10 @@ def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb]
     return features
 
 
-def _clip_score(
+def _clip_scores(
     folder: Path, config: Mapping[str, Any], prepare: Preparation, model: Any
-) -> Callable[[Rgb, Sequence[str]], Array]:
+) -> tuple[Score, Score]:
+    """`score` and `scores` of a Judge."""
     import transformers
 
     shape = {"text_config": {"max_position_embeddings?": int}}
@@ -196,7 +206,8 @@ def _clip_score(
     except Exception as error:  # transformers and tokenizers let through whatever came up
         raise CheckpointError(f"{str(folder)!r}: its tokenizer cannot be read: {error}") from error
 
-    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+    @lru_cache(maxsize=4)  # a timeline asks for the same phrases at every step
+    def texts(prompts: tuple[str, ...]) -> torch.Tensor:
         tokens: Any = tokenizer(
             list(prompts),
             padding=True,
@@ -205,13 +216,22 @@ def _clip_score(
             return_tensors="pt",
         )
         with torch.inference_mode():
-            images = model.get_image_features(pixel_values=prepare.pixels(rgb))
-            texts = model.get_text_features(
+            found = model.get_text_features(
                 input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
             )
-            return _cosines(_tensor(images), _tensor(texts))
+            return _unit(_tensor(found))
 
-    return score
+    def images(rgb: Rgb) -> torch.Tensor:
+        with torch.inference_mode():
+            return _unit(_tensor(model.get_image_features(pixel_values=prepare.pixels(rgb))))
+
+    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return (images(rgb) * texts(tuple(prompts))).sum(1).numpy()
+
+    def scores(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return (images(rgb) @ texts(tuple(prompts)).T).numpy()
+
+    return score, scores
 
 
 def _load(folder: Path) -> tuple[Any, str]:
@@ -301,8 +321,8 @@ def _tensor(found: Any) -> torch.Tensor:
     return found if isinstance(found, torch.Tensor) else found.pooler_output
 
 
-def _cosines(images: torch.Tensor, texts: torch.Tensor) -> Array:
-    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1).numpy()
+def _unit(features: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(features.double(), dim=1)
 
 
 def _signed(rgb: Rgb) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""The paper's experiments on any pair: what each measures, and its numbers over prompts."""
