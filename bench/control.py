@@ -21,6 +21,7 @@ import headstart_weights
 from headstart.metrics.features import open_features
 from headstart.study import control
 from headstart.study.control import Control
+from headstart.study.store import Arrays
 from headstart_weights.recipe.control import CONTROLS, SHIPPED
 from headstart_weights.recipe.dataset import compose_caption
 
@@ -39,7 +40,7 @@ def main() -> None:
     nouns = headstart_weights.manifest().concepts[:: options.stride][: options.prompts]
     prompts = list(map(compose_caption, nouns))
     seeds = range(options.first, options.first + options.seeds)
-    cells: list[control.Cell] = []
+    cells: list[Arrays] = []
     for name in options.controls:
         engine.attach(_file(options.work, name), name=name)
         asked = Control(name, _words(name), STYLE if CONTROLS[name].style else SLIDER)

@@ -1,6 +1,6 @@
 """What `bench/paper.py` draws: a literal table of cases, each a few lines on the same engine.
 
-A case is a plan of the paper, or one of `compare.baselines` at one strength. Strengths are a
+A case is a plan of the paper, or one of `headstart.diversify` at one strength. Strengths are a
 short grid that was written down before anything was drawn, but for particle guidance: 4, 16 and 64
 changed next to nothing on four pictures of "a fox" (seeds 20000 to 20003), so it begins at 64; and
 256 and 1024 drew noise on the distilled model, so that 96, 128 and 192 were added, before they ran.
@@ -18,22 +18,15 @@ from numpy.typing import NDArray
 
 import headstart as hs
 from headstart.adapters.strength import Strength
-from headstart.compare.baselines import (
-    Cads,
-    Drawn,
-    Pink,
-    Repelled,
-    draw,
-    draw_selected,
-    guided_between,
-    pooled,
-    spread,
-)
+from headstart.diversify.cads import Cads
+from headstart.diversify.interval import Interval
+from headstart.diversify.method import Method
+from headstart.diversify.particles import Particles
+from headstart.diversify.pink import Pink
+from headstart.diversify.select import Select, pooled
 from headstart.plan.pairs import DEMO_RATIO
 
-CANDIDATES = 1_000_000
-"""Candidate seeds lie this far above the seeds of the images."""
-INTERVAL = (0.28 * DEMO_RATIO, 5.42 * DEMO_RATIO)
+INTERVAL = Interval(0.28 * DEMO_RATIO, 5.42 * DEMO_RATIO)
 """arXiv:2404.07724's interval for SDXL, at the levels that hide as much of a smaller latent."""
 LORA = "distilled-lora"
 
@@ -173,10 +166,11 @@ class _Asked(NamedTuple):
     value: float
 
 
-def _plan(asked: _Asked, adapters: Any = None) -> Images:
+def _plan(asked: _Asked, adapters: Any = None, diversify: Sequence[Method] = ()) -> Images:
     done = asked.engine.sample(
-        asked.prompt, plan=asked.table, seeds=asked.seeds, batch=64, keep_x0=True, adapters=adapters
-    )
+        asked.prompt, plan=asked.table, seeds=asked.seeds, batch=64, keep_x0=True,
+        adapters=adapters, diversify=diversify,
+    )  # fmt: skip
     assert done.x0 is not None
     apart = tuple(spread(pooled(x0)) for x0 in done.x0) if len(done.x0) <= 4 else ()
     return Images(_bytes(done.rgb), float(done.passes), apart)
@@ -191,33 +185,13 @@ def _first(asked: _Asked) -> Images:
     return _plan(asked, {LORA: Strength(models=("distilled",), rows=rows)})
 
 
-def _cads(asked: _Asked) -> Images:
-    seeds, scale = tuple(asked.seeds), asked.value
-    return _drawn(draw(*asked[:4], network=lambda net: Cads(net, seeds, scale=scale)))
+def _method(kind: Callable[[float], Method]) -> Callable[[_Asked], Images]:
+    return lambda asked: _plan(asked, diversify=[kind(asked.value)])
 
 
-def _particle(asked: _Asked) -> Images:
-    table, strength = asked.table, asked.value
-    return _drawn(draw(*asked[:4], network=lambda net: Repelled(net, table, strength)))
-
-
-def _pink(asked: _Asked) -> Images:
-    return _drawn(draw(*asked[:4], noise=lambda white: Pink(white, asked.value)))
-
-
-def _interval(asked: _Asked) -> Images:
-    return _drawn(draw(*asked[:3], guided_between(asked.table, *INTERVAL)))
-
-
-def _select(asked: _Asked) -> Images:
-    count = int(asked.value * len(asked.seeds))
-    first = CANDIDATES + asked.seeds[0]
-    candidates = range(first, first + count)
-    return _drawn(draw_selected(*asked[:3], candidates, asked.table))
-
-
-def _drawn(drawn: Drawn) -> Images:
-    return Images(_bytes(drawn.rgb), drawn.passes)
+def spread(features: torch.Tensor) -> float:
+    """Mean over the features [n, d] of their unbiased variance over the n seeds."""
+    return float(features.double().var(0).mean())
 
 
 def _bytes(rgb: torch.Tensor) -> NDArray[np.uint8]:
@@ -226,11 +200,11 @@ def _bytes(rgb: torch.Tensor) -> NDArray[np.uint8]:
 
 METHODS: dict[str, Callable[[_Asked], Images]] = {
     "plan": _plan,
-    "cads": _cads,
-    "particle": _particle,
-    "pink": _pink,
-    "interval": _interval,
-    "select": _select,
+    "cads": _method(Cads),
+    "particle": _method(Particles),
+    "pink": _method(Pink),
+    "interval": lambda asked: _plan(asked, diversify=[INTERVAL]),
+    "select": _method(Select),
     "global": _global,
     "first": _first,
 }

@@ -116,7 +116,7 @@ def recovered(own: Sequence[Cell], base: Sequence[Cell], distilled: Sequence[Cel
 def adaptive(by_k: Mapping[int, Sequence[Cell]], references: References) -> list[dict[str, Any]]:
     """Hand-off by the spread of x0 at several thresholds; all of them cost what a fixed k costs.
 
-    Each prompt's image set is one of the fixed ones to the bit (`baselines.draw_adaptive`), so
+    Each prompt's image set is one of the fixed ones to the bit, as their first rows agree, so
     nothing has to be drawn. The control deals the same ks to the prompts at random, which asks
     whether the spread knows anything.
     """

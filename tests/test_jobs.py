@@ -167,6 +167,25 @@ def test_batches_are_of_one_shape_and_keep_the_order() -> None:
         batches(cases, 0)
 
 
+def test_batches_of_whole_prompts_hold_all_cases_of_each_in_the_order_of_the_first() -> None:
+    prompts = ["a", "b", "a", "c", "b", "c", "a", "d", "d"]
+    cases = [Case(n, prompt, n) for n, prompt in enumerate(prompts)]
+    found = [[case.number for case in part] for part in batches(cases, 5, 2)]
+    assert found == [[0, 2, 6, 1, 4], [3, 5, 7, 8]]
+    assert sorted(number for part in found for number in part) == list(range(9))
+    sized = [case._replace(size=(64, 64) if case.prompt in "ad" else None) for case in cases]
+    assert [[c.number for c in part] for part in batches(sized, 5, 2)] == [
+        [0, 2, 6, 7, 8], [1, 4, 3, 5],
+    ]  # fmt: skip
+    for size, least, says in ((2, 2, "'a' has 3 cases.*--batch 3"), (5, 3, "'b' has 2 images")):
+        with pytest.raises(InputError, match=says):
+            batches(cases, size, least)
+    with pytest.raises(InputError, match="several sizes"):
+        batches([cases[0], cases[2]._replace(size=(8, 8))], 5, 2)
+    with pytest.raises(InputError, match="'a' has 1 image, and needs 2"):
+        batches([cases[0], cases[0]._replace(number=9)], 5, 2)  # the same image twice
+
+
 def test_a_digest_is_of_what_the_cases_say() -> None:
     one = (Case(0, "a", 1), Case(1, "b", 2))
     assert digest(one) == digest(list(one))

@@ -17,7 +17,8 @@ import headstart as hs
 import headstart_weights
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
-from headstart.metrics.features import Judge, open_features
+from headstart.metrics.features import open_features
+from headstart.spaces.extractor import Judge
 from headstart.study import control, steps
 from headstart.study.control import Control, edited
 
@@ -138,7 +139,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
     engine: hs.Engine, judge: Judge
 ) -> None:
     never: dict[str, hs.StepTable] = {}
-    with pytest.raises(InputError, match="scores no text"):
+    with pytest.raises(InputError, match="nothing scores pictures"):
         control.measure(engine, "a fox", SEEDS, never, open_features("structure"), YELLOW)
     with pytest.raises(InputError, match="no adapter 'smile' is attached"):
         control.measure(engine, "a fox", SEEDS, never, judge, Control("smile", "smiling"))
@@ -202,6 +203,12 @@ def test_of_a_score_that_is_not_positive_there_is_no_percentage(score: float) ->
     found = control.numbers([cell([score, score], [0.1, 0.1])])
     one = found["adapters"][0]["plans"]["hybrid"][1]
     assert one["change"] is None and one["moved"]["value"] == pytest.approx(0.1 - score)
+
+
+def test_of_a_reward_there_is_no_percentage() -> None:
+    judge = {"judge": np.array("imagereward:ImageReward:0123")}
+    one = control.numbers([cell([0.2], [0.3]) | judge])["adapters"][0]["plans"]["hybrid"][1]
+    assert one["change"] is None and one["moved"]["value"] == pytest.approx(0.1)
 
 
 def test_cells_of_other_strengths_are_refused() -> None:

@@ -15,8 +15,8 @@ from torch import Tensor
 import headstart as hs
 import headstart_weights
 from headstart.errors import InputError
-from headstart.metrics.features import Judge, open_features
-from headstart.metrics.metrics import Extractor
+from headstart.metrics.features import open_features
+from headstart.spaces.extractor import Extractor, Judge
 from headstart.study import curve, steps
 from headstart.traces.decoders import Picture
 from headstart.traces.structure import feature_space
@@ -85,7 +85,7 @@ def test_few_pictures_at_a_time_give_the_same_numbers_in_bounded_memory(
         seen.append((*decoder(x0).rgb.shape,))
         return decoder(x0)
 
-    spy = Judge(Extractor(judge.extractor.name, features))
+    spy = Judge((Extractor(judge.extractor.name, features),))
     found = curve.measure(engine, PROMPTS[0], SEEDS, plans, spy, replace(decoder, draw=draw))
     assert set(seen) == {(1, 64, 64, 3)}
     for key in ("share", "distance", "spread"):  # rounding of a level of 255, seldom
@@ -183,18 +183,18 @@ def broken(decoder: hs.Decoder, bad: list[bool], calls: set[int]) -> hs.Decoder:
 
 
 def test_a_decoder_that_gives_nan_is_told_from_a_picture(engine: hs.Engine) -> None:
-    """Calls: the blank, the last row, the first row, the second ..."""
+    """Calls: the blank, the first row, the second ..."""
     table, judge = {"hybrid": engine.compile("hybrid")}, open_features("colours")
     linear = hs.decoder(engine, "linear")
     run = (engine, "a fox", SEEDS, table, judge)
-    found = curve.measure(*run, broken(linear, [False, True, False], {3}))
+    found = curve.measure(*run, broken(linear, [False, True, False], {2}))
     assert np.isnan(found["hybrid/share"]).tolist()[1] == [False, True, False]
     assert np.isnan(found["hybrid/share"]).sum() == 1
     assert np.isfinite(found["hybrid/spread"]).all()
-    found = curve.measure(*run, broken(linear, [True, False, False], {1}))
+    found = curve.measure(*run, broken(linear, [True, False, False], {4}))
     assert np.isnan(found["hybrid/share"]).tolist() == [[True, False, False]] * 4
     with pytest.raises(InputError, match=r"step 1: the linear decoder gave NaN .* every seed"):
-        curve.measure(*run, broken(linear, [True] * 3, {3}))
+        curve.measure(*run, broken(linear, [True] * 3, {2}))
     with pytest.raises(InputError, match="latents that are 0"):
         curve.measure(*run, broken(linear, [True], {0}))
 
@@ -210,20 +210,23 @@ def test_finished_pictures_that_are_blank_have_no_curve(engine: hs.Engine) -> No
         curve.measure(*run, replace(linear, draw=draw))
 
 
-def test_features_too_wide_to_keep_have_a_curve_and_no_spread(
-    engine: hs.Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = (engine, "a fox", SEEDS, {"hybrid": engine.compile("hybrid")}, open_features("colours"))
-    whole = curve.measure(*run, hs.decoder(engine, "linear"))
-    monkeypatch.setattr(curve, "WIDE", 191)
-    found = curve.measure(*run, hs.decoder(engine, "linear"))
-    assert (found["hybrid/share"] == whole["hybrid/share"]).all()
-    assert np.isnan(found["hybrid/spread"]).all() and np.isfinite(whole["hybrid/spread"]).all()
+def test_a_wide_space_has_the_same_curve_and_no_spread(engine: hs.Engine) -> None:
+    """LPIPS has millions of features a picture: only inner products of a seed's own are taken."""
+    colours = open_features("colours").extractor._replace(distance="squared")
+    run = (engine, "a fox", SEEDS, {"hybrid": engine.compile("hybrid")})
+    linear = hs.decoder(engine, "linear")
+    own = curve.measure(*run, Judge((colours,)), linear)
+    wide = curve.measure(*run, Judge((colours._replace(wide=True),)), linear)
+    # the square of a difference of 1e-8 of inner products of about 100
+    assert wide["hybrid/share"] == pytest.approx(own["hybrid/share"], abs=1e-5)
+    assert wide["hybrid/distance"] == pytest.approx(own["hybrid/distance"], abs=1e-5)
+    assert np.isnan(wide["hybrid/spread"]).all() and np.isfinite(own["hybrid/spread"]).all()
+    assert curve.numbers([wide])["plans"]["hybrid"]["spread"] == [None] * 4
 
 
 @pytest.mark.parametrize(("value", "told"), [(np.nan, "not finite"), (0.0, "no direction")])
 def test_features_that_say_nothing_are_refused(engine: hs.Engine, value: float, told: str) -> None:
-    judge = Judge(Extractor("blind", lambda rgb: np.full((len(rgb), 3), value)))
+    judge = Judge((Extractor("blind", lambda rgb: np.full((len(rgb), 3), value)),))
     plans = {"hybrid": engine.compile("hybrid")}
     with pytest.raises(InputError, match=f"blind gave .*{told}"):
         curve.measure(engine, "a fox", SEEDS, plans, judge, hs.decoder(engine, "linear"))

@@ -11,8 +11,8 @@ import torch
 import headstart as hs
 import headstart_weights
 from headstart.errors import InputError
-from headstart.metrics.features import Judge, open_features
-from headstart.metrics.metrics import Extractor
+from headstart.metrics.features import open_features
+from headstart.spaces.extractor import Judge
 from headstart.study import steps
 
 pytestmark = pytest.mark.skipif(
@@ -65,10 +65,11 @@ def test_a_score_is_the_same_one_phrase_at_a_time_and_all_at_once() -> None:
 
 
 def test_a_judge_without_text_and_one_that_gives_nan_are_refused() -> None:
-    with pytest.raises(InputError, match="structure-16x16 scores no text"):
+    with pytest.raises(
+        InputError, match="structure-16x16, colours-8x8: nothing scores pictures with text"
+    ):
         steps.scored(open_features("structure"), ("a fox",))
-    blind = Judge(Extractor("blind", lambda rgb: np.zeros((len(rgb), 1))))
-    broken = blind._replace(score=lambda rgb, prompts: np.full(len(rgb), np.nan))
+    broken = Judge((), lambda rgb, prompts: np.full(len(rgb), np.nan), "blind")
     with pytest.raises(InputError, match="blind gave scores that are not finite"):
         steps.scored(broken, ("a fox",))(np.zeros((2, 8, 8, 3), np.uint8))
 

@@ -12,8 +12,8 @@ import pytest
 import headstart as hs
 import headstart_weights
 from headstart.errors import InputError
-from headstart.metrics.features import Judge, open_features
-from headstart.metrics.metrics import Extractor
+from headstart.metrics.features import open_features
+from headstart.spaces.extractor import Extractor, Judge
 from headstart.study import steps, timeline
 from headstart.traces.timeline import ConceptScorer, Pictures, Timeline, phrase_of, watch
 
@@ -245,13 +245,13 @@ def test_what_cannot_be_followed_is_refused_before_anything_runs(
 
 
 def test_a_judge_without_text_is_refused_before_anything_runs() -> None:
-    blind = Judge(Extractor("blind", cast(Any, None)))
-    with pytest.raises(InputError, match="blind scores no text"):
+    blind = Judge((Extractor("blind", cast(Any, None)),))
+    with pytest.raises(InputError, match="blind: nothing scores pictures"):
         timeline.measure(NOBODY, "a fox", SEEDS, {}, blind, NOBODY, unasked=WORDS)
 
 
 def test_concepts_beside_are_other_prompts_and_common_things_and_at_most_sixty() -> None:
-    blind = Judge(Extractor("blind", cast(Any, None)))
+    blind = Judge((Extractor("blind", cast(Any, None)),))
     few = timeline.concepts_beside(["a photo of a fox on a hill"], blind)
     assert few[:2] == ("a fox", "a hill") and 20 <= len(few) <= 60 and "a zebra" in few
     many = timeline.concepts_beside([f"a thing{i}" for i in range(500)], blind)

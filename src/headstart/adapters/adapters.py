@@ -31,6 +31,9 @@ from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.errors import AdapterError
 from headstart.plan.table import StepTable
 
+DISTILLED_LORA = "distilled-lora"
+"""The name of an adapter that is the distilled model."""
+
 
 @final
 class Adapter:
@@ -174,7 +177,7 @@ class AdapterSet:
             self._present.become(self._moment(before, held, slots))
             self._present.unhook()
 
-    def attach_distilled(self, path: str | Path, name: str = "distilled-lora") -> AdapterReport:
+    def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
         Raises AdapterError for one that also changes the text, which both models share.

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
+    from headstart.diversify.method import Method
     from headstart.plan.named import PlanSettings
 
 OWN_WEIGHTS = (
@@ -176,15 +177,42 @@ def every() -> Parser:
 def add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
+        action="append",
         metavar="NAME",
-        help="scorer, structure, colours, imagenet, or a folder with a CLIP or DINOv2 model; "
-        "default: scorer for pictures of the bundled pair, structure for others",
+        help="scorer, structure, colours, imagenet, or a file or folder with published weights: "
+        "Inception (for FID), LPIPS, DreamSim, CLIP, DINOv2, DINOv3, ImageReward (scores only); "
+        "several times for several spaces, the first is the main one, and the first that reads "
+        "prompts scores; default: scorer for pictures of the bundled pair, structure for others",
     )
 
 
 def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     about = "such as 0-15 or 3,7; default: %(default)s"
     parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)
+
+
+def add_diversify(parser: argparse.ArgumentParser, about: str = "may be repeated") -> None:
+    """The names are those of `headstart.diversify.methods`, which loads torch."""
+    parser.add_argument(
+        "--diversify",
+        action="append",
+        default=[],
+        metavar="METHOD:VALUE",
+        help="another way to variety: cads:0.1, embedding-noise:1, interval:0.28,high=5.42, "
+        f"particles:128, pink:1, dial:0.25, select:4; {about}",
+    )
+
+
+def read_diversify(args: argparse.Namespace, *, apart: bool = False) -> tuple[Method, ...]:
+    """The methods that were typed; `apart`: each is a run of its own, so that a name may come
+    again. Raises InputError for one that there is not."""
+    if not args.diversify:
+        return ()
+    from headstart.diversify.methods import parse_method, read_methods
+
+    if apart:
+        return tuple(dict.fromkeys(map(parse_method, args.diversify)))
+    return read_methods(args.diversify)
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:

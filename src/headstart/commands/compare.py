@@ -9,9 +9,11 @@ from pathlib import Path
 from headstart.checkpoint.distillation import preset_of
 from headstart.commands.arguments import (
     Command,
+    add_diversify,
     add_features,
     add_seeds,
     count,
+    read_diversify,
     sampling,
     uses_bundled,
     worded,
@@ -43,6 +45,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="times each plan runs, for the median of seconds; own weights: 1",
     )
     add_features(parser)
+    add_diversify(parser, "each is one more row, on the distilled plan")
     parser.add_argument("--steps", type=int, help="steps of the distilled model")
     parser.add_argument(
         "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
@@ -59,6 +62,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(
             "compare needs --preset with these weights: one of those that `headstart presets` lists"
         )
+    methods = read_diversify(args, apart=True)
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     engine = open_engine(args)
 
@@ -72,13 +76,15 @@ def _run(args: argparse.Namespace) -> int:
     for told in notes:
         note(told)
     tables = compare_tables(engine, preset=args.preset, steps=args.steps, handoff=args.handoff)
-    with progress(rounds * sum(map(len, tables.values())), "sampling") as bar:
+    steps = sum(map(len, tables.values())) + len(methods) * len(tables["distilled"])
+    with progress(rounds * steps, "sampling") as bar:
         found = compare(
             engine,
             prompt,
             seeds,
             judge,
             tables=tables,
+            methods=methods,
             rounds=rounds,
             on_step=lambda _: bar.update(),
         )

@@ -8,9 +8,11 @@ from typing import Any
 
 from headstart.commands.arguments import (
     Command,
+    add_diversify,
     add_plan_options,
     add_seeds,
     plan_settings,
+    read_diversify,
     read_size,
     sampling,
     uses_bundled,
@@ -28,6 +30,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", nargs="+", metavar="PROMPT")
     add_seeds(parser, "0")
     add_plan_options(parser)
+    add_diversify(parser)
     parser.add_argument("--negative", default="", help="what guidance moves away from")
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch", type=int, help="samples in a network at once")
@@ -38,6 +41,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     prompts, seeds = pair_up([worded(text) for text in args.prompts], parse_seeds(args.seeds))
     size = read_size(args.size)
+    methods = read_diversify(args)
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
@@ -52,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         "negative": args.negative,
         "size": size,
         "batch": args.batch,
+        "diversify": methods,
     }
     engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
     height, width = size or (engine.weights.image_size,) * 2

@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
@@ -37,6 +37,17 @@ def open_engine(args: argparse.Namespace) -> Engine:
     for told in reports:
         note(str(told))
     return engine
+
+
+def use_local_device(args: argparse.Namespace) -> None:
+    """Under torchrun every rank has a GPU of its own, LOCAL_RANK of its machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or args.device not in ("auto", "cuda"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def free_name(path: str, engine: Engine) -> str:
@@ -122,7 +133,7 @@ def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
     """Print what a run was and took, as one line or as JSON."""
     latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
     if args.json:
-        facts = {
+        facts: dict[str, Any] = {
             "out": None if args.out is None else str(args.out),
             "images": len(trajectory),
             "prompts": trajectory.prompts,
@@ -131,7 +142,12 @@ def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
             "passes": trajectory.passes,
             "latency_ms": latency,
         }
+        if trajectory.diversify:
+            facts["diversify"] = [str(method) for method in trajectory.diversify]
+        if trajectory.chosen is not None:
+            facts["chosen"] = trajectory.chosen
         print(json.dumps(facts))
         return
     took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
-    print(f"{done} · plan {trajectory.table.name}, {trajectory.passes} passes · {took}")
+    how = ", ".join([f"plan {trajectory.table.name}", *map(str, trajectory.diversify)])
+    print(f"{done} · {how}, {trajectory.passes} passes · {took}")

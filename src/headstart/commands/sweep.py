@@ -11,14 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.commands.arguments import (
     Command,
+    add_diversify,
     add_plan_options,
     plan_settings,
+    read_diversify,
     read_size,
     sampling,
     uses_bundled,
 )
-from headstart.commands.console import progress
-from headstart.commands.session import open_engine
+from headstart.commands.console import note, progress
+from headstart.commands.session import open_engine, use_local_device
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.named import named_plan
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from headstart.diversify.method import Method
     from headstart.engine.engine import Engine
     from headstart.plan.table import StepTable
     from headstart.sweep.sweep import Draw, Swept
@@ -43,6 +46,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with"
     )
     add_plan_options(parser)
+    add_diversify(parser)
     parser.add_argument("--negative", default="", help="what guidance moves away from")
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--size-column", metavar="NAME", help="a column that says the size instead")
@@ -67,25 +71,29 @@ def _sweep(args: argparse.Namespace) -> int:
 
     shard = Shard.of_environment(os.environ)
     cases = read_cases(args.csv, size_column=args.size_column)
-    batches(cases, args.batch)  # refuses a batch of none before the weights are loaded
+    methods = read_diversify(args)
+    least = max((method.least for method in methods), default=1)
+    batches(cases, args.batch, least)  # refuses what it cannot hold before the weights are loaded
     size = read_size(args.size)
     if size is not None and args.size_column is not None:
         raise InputError("--size and --size-column both say the size: give one")
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
-    _use_local_device(args)
+    use_local_device(args)
     engine = open_engine(args)
     table = engine.compile(args.plan, **plan_settings(args))
-    settings = _settings(args, engine, table, cases, size)
-    _check_requests(args, engine, table, cases, size)
-    draw = _drawing(engine, table, args.negative, size)
+    settings = _settings(args, engine, table, cases, size, methods)
+    _check_requests(args, engine, table, cases, size, methods)
+    draw = _drawing(engine, table, args.negative, size, methods)
+    if least > 1 and shard.rank == 0:
+        note("batches hold whole prompts, as the method acts across the images of each")
 
     from headstart.sweep.sweep import share, sweep
 
     with open_ledger(args.out, settings, shard) as ledger:
         with progress(None, "verifying what is there"):
-            work = share(cases, ledger, args.batch)
+            work = share(cases, ledger, args.batch, least)
         check_folder(args.out, size_bytes=len(work.pending) * _pixels(engine, size) * 3)
         with progress(len(work.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
             done = sweep(
@@ -95,32 +103,23 @@ def _sweep(args: argparse.Namespace) -> int:
     return 0
 
 
-def _use_local_device(args: argparse.Namespace) -> None:
-    """Under torchrun every rank has a GPU of its own, LOCAL_RANK of its machine."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is None or args.device not in ("auto", "cuda"):
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"
-
-
 def _settings(
     args: argparse.Namespace,
     engine: Engine,
     table: StepTable,
     cases: tuple[Case, ...],
     size: Size | None,
+    methods: Sequence[Method],
 ) -> dict[str, Any]:
+    from headstart.diversify.effect import passes_of, table_of
     from headstart.engine import record
     from headstart.sweep.ledger import FORMAT
 
-    weights = engine.weights
+    weights, table = engine.weights, table_of(methods, table)
     return {
         "format": FORMAT,
         "plan": table.name,
-        "passes": table.passes(),
+        "passes": passes_of(methods, table),
         "cases": {"count": len(cases), "sha256": digest(cases)},
         "table": json.loads(table.to_json()),
         "negative": args.negative,
@@ -130,6 +129,7 @@ def _settings(
         "dtype": str(weights.dtype).removeprefix("torch."),
         "weights": record.weigh(weights.files),
         "machine": record.machine(engine.device, weights.dtype, engine.runner),
+        **({"diversify": [str(method) for method in methods]} if methods else {}),
     }
 
 
@@ -139,6 +139,7 @@ def _check_requests(
     table: StepTable,
     cases: tuple[Case, ...],
     size: Size | None,
+    methods: Sequence[Method],
 ) -> None:
     """Every shape of the file, and whether memory holds a batch of it; runs nothing."""
     for shape in dict.fromkeys(case.size or size for case in cases):
@@ -150,10 +151,17 @@ def _check_requests(
             negative=args.negative,
             size=shape,
             batch=args.batch,
+            diversify=methods,
         )
 
 
-def _drawing(engine: Engine, table: StepTable, negative: str, size: Size | None) -> Draw:
+def _drawing(
+    engine: Engine,
+    table: StepTable,
+    negative: str,
+    size: Size | None,
+    methods: Sequence[Method],
+) -> Draw:
     def draw(cases: Sequence[Case]) -> Sequence[NDArray[np.uint8]]:
         # Two cases may ask for one image; an engine draws it once.
         pairs = dict.fromkeys((case.prompt, case.seed) for case in cases)
@@ -164,6 +172,7 @@ def _drawing(engine: Engine, table: StepTable, negative: str, size: Size | None)
             negative=negative,
             size=cases[0].size or size,
             batch=len(cases),
+            diversify=methods,
         )
         images = dict(zip(pairs, done.rgb.cpu().numpy(), strict=True))
         return [images[case.prompt, case.seed] for case in cases]

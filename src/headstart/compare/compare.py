@@ -1,6 +1,6 @@
 """The main job: one prompt and the same seeds by base, distilled, hybrid and skip-first.
 
-row = (network passes, seconds for all images, diversity in two spaces, Vendi, prompt score)
+row = (network passes, seconds for all images, diversity in each space, Vendi, prompt score)
 """
 
 from __future__ import annotations
@@ -17,14 +17,17 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from headstart.diversify.method import Method
+from headstart.diversify.select import Select
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Extractor, vendi, word_of
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import vendi, word_of
 from headstart.metrics.resample import Interval, bootstrap_seeds
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
 from headstart.sampler import State
+from headstart.spaces.extractor import Distance, Extractor, Judge
 
 PLANS = ("base", "distilled", "hybrid", "skip-first")
 
@@ -37,8 +40,10 @@ class Variety(NamedTuple):
 
     @classmethod
     def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> Variety:
-        features = extractor.features(images)
-        return cls(bootstrap_seeds(features) if len(features) > 1 else None, vendi(features))
+        features = group_features(extractor, images)
+        several = len(features) > 1
+        varied = bootstrap_seeds(features, extractor.distance) if several else None
+        return cls(varied, vendi(features))
 
     def to_json(self) -> dict[str, Any]:
         found = self.diversity
@@ -80,7 +85,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """The outcomes of all plans for one prompt, in the order of PLANS."""
+    """The outcomes for one prompt: of all plans in the order of PLANS, then of methods."""
 
     prompt: str
     seeds: tuple[int, ...]
@@ -91,6 +96,9 @@ class Comparison:
     """Extractors, the one of `diversity` first."""
     setting: str
     """Where it ran, in words: device, threads, versions."""
+    distances: tuple[Distance, ...]
+    """How features are compared in each of the spaces."""
+    scored_by: str | None = None
 
     def to_json(self, sheet: str) -> dict[str, Any]:
         return {
@@ -100,15 +108,18 @@ class Comparison:
             "sheet": sheet,
             "extractor": self.spaces[0],
             "spaces": list(self.spaces),
+            "scored_by": self.scored_by,
             "setting": self.setting,
             "plans": [outcome.to_json() for outcome in self.outcomes],
         }
 
     def __str__(self) -> str:
         """The table for a terminal."""
-        lines = [f"{'plan':<12}{'passes':>8}{'seconds':>9}{'diversity':>11}{'95 %':>16}"]
-        lines[0] += f"{word_of(self.spaces[1]):>11}{'95 %':>16}{'Vendi':>8}{'score':>8}"
-        return "\n".join([*lines, *map(_line, self.outcomes)])
+        wide = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
+        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'diversity':>11}{'95 %':>16}"
+        head += "".join(f"{word_of(space):>11}{'95 %':>16}" for space in self.spaces[1:])
+        head += f"{'Vendi':>8}{'score':>8}"
+        return "\n".join([head, *(_line(outcome, wide) for outcome in self.outcomes)])
 
 
 def compare_tables(
@@ -137,10 +148,13 @@ def compare(
     judge: Judge,
     *,
     tables: dict[str, StepTable] | None = None,
+    methods: Sequence[Method] = (),
     rounds: int = 1,
     on_step: Callable[[State], object] | None = None,
 ) -> Comparison:
     """Sample `prompt` with the same seeds by each plan, in turns, `rounds` times over.
+
+    methods   each a row of its own, on the distilled plan
 
     Seconds are the median over the rounds of the wall time of text, rows and decoding together, for
     all images, after one run of the hybrid and one guided row that are not counted: the first calls
@@ -150,18 +164,26 @@ def compare(
     if rounds < 1:
         raise InputError(f"rounds: expected at least 1, got {rounds}")
     tables = tables or compare_tables(engine)
+    runs: dict[str, tuple[StepTable, tuple[Method, ...]]] = {n: (t, ()) for n, t in tables.items()}
+    runs |= {str(method): (tables["distilled"], (method,)) for method in methods}
+    for table, ways in runs.values():  # checked before anything runs
+        engine.iterate(prompt, plan=table, seeds=seeds, diversify=ways)
     _warm_up(engine, prompt, seeds, tables)
     images: dict[str, NDArray[np.uint8]] = {}
-    seconds: dict[str, list[float]] = {name: [] for name in tables}
+    passes: dict[str, int] = {}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
-        for name, table in tables.items():
+        for name, (table, ways) in runs.items():
             start = time.perf_counter()
-            trajectory = engine.sample(prompt, plan=table, seeds=seeds, on_step=on_step)
+            trajectory = engine.sample(
+                prompt, plan=table, seeds=seeds, diversify=ways, on_step=on_step
+            )
             images[name] = trajectory.rgb.cpu().numpy()
             seconds[name].append(time.perf_counter() - start)
+            passes[name] = trajectory.passes
     outcomes = [
-        _judged(name, table.passes(), statistics.median(seconds[name]), images[name], prompt, judge)
-        for name, table in tables.items()
+        _judged(name, passes[name], statistics.median(seconds[name]), images[name], prompt, judge)
+        for name in runs
     ]
     return Comparison(
         prompt=prompt,
@@ -170,6 +192,8 @@ def compare(
         outcomes=tuple(outcomes),
         spaces=tuple(space.name for space in judge.spaces),
         setting=_setting(engine),
+        distances=tuple(space.distance for space in judge.spaces),
+        scored_by=judge.scored_by,
     )
 
 
@@ -190,12 +214,22 @@ def sheet_of(comparison: Comparison) -> Image.Image:
 
 def footer_of(comparison: Comparison) -> str:
     """What the numbers mean and where they were taken."""
-    count, (first, second) = len(comparison.seeds), comparison.spaces
+    count, (first, *others) = len(comparison.seeds), comparison.spaces
     images = "the image" if count == 1 else f"all {count} images"
+    main, *distances = comparison.distances
+    further = "".join(
+        f" · {word_of(other)}: {'the same' if own == main else f'mean {own} distance'} of {other} "
+        "features"
+        for other, own in zip(others, distances, strict=True)
+    )
+    by = comparison.scored_by
+    scores = "" if by in (None, first) else f" · score: by {by}"
+    chose = [o.name for o in comparison.outcomes if o.name.startswith(f"{Select.name}:")]
+    chosen = "".join(f" · {name}: images of the seeds that it chose" for name in chose)
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
-        f"{_medians(comparison.rounds)} · diversity: mean pairwise cosine distance of {first} "
-        f"features · {word_of(second)}: the same of {second} features · {comparison.setting}"
+        f"{_medians(comparison.rounds)} · diversity: mean pairwise {main} distance of {first} "
+        f"features{further}{scores}{chosen} · {comparison.setting}"
     )
 
 
@@ -248,11 +282,11 @@ def _value(variety: Variety) -> str:
     return "-" if variety.diversity is None else f"{variety.diversity.value:.3f}"
 
 
-def _line(outcome: Outcome) -> str:
+def _line(outcome: Outcome, wide: int) -> str:
     score = outcome.score
     varied = "".join(_interval(found.diversity) for found in outcome.spaces.values())
     return (
-        f"{outcome.name:<12}{outcome.passes:>8}{outcome.latency_s:>9.2f}{varied}"
+        f"{outcome.name:<{wide}}{outcome.passes:>8}{outcome.latency_s:>9.2f}{varied}"
         f"{outcome.variety.vendi:>8.2f}{'-' if score is None else f'{score:.2f}':>8}"
     )
 

@@ -8,59 +8,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import NamedTuple, SupportsIndex, Unpack, final
+from typing import Unpack, final
 
 import torch
 from torch import Tensor
 
 from headstart.adapters.adapters import AdapterSet
-from headstart.adapters.attached import Asking, Attached
+from headstart.adapters.attached import Asking
 from headstart.adapters.report import AdapterReport
-from headstart.adapters.strength import Asked, Strength
+from headstart.adapters.strength import Asked
 from headstart.adapters.textual_inversion import Embeddings
 from headstart.batch import MOST_SAMPLES, Batch, doubling
+from headstart.diversify.effect import select_of
+from headstart.diversify.methods import Diversify
 from headstart.engine import record as recording
 from headstart.engine.clock import Clock
-from headstart.engine.memory import Shape, plan_chunk
+from headstart.engine.course import Course, encode
 from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
-from headstart.engine.prompts import encode_prompts
+from headstart.engine.request import Prompts, Seeds, Size, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
-from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.interfaces import Denoiser, LatentCodec
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import check_resume, check_size, check_text, pair_up
+from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
-from headstart.runner.batch import Chunked, noise_of
+from headstart.runner.batch import noise_of
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
-from headstart.sampler import sample
-from headstart_kernels import LinearMap
-
-Prompts = str | Sequence[str]
-Seeds = SupportsIndex | Sequence[SupportsIndex]
-Size = int | tuple[int, int] | None
-
-
-class _Run(NamedTuple):
-    """One checked request; nothing has been allocated for it."""
-
-    prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
-    negative: str
-    size: tuple[int, int]
-    table: StepTable
-    chunk: int
-    latent: tuple[int, int, int]
-    adapters: Attached
-    acts: Mapping[str, Strength]
-    strengths: Tensor | None
-    picture: LinearMap | None = None
 
 
 @final
@@ -227,6 +207,7 @@ class Engine:
         keep_x0: bool = False,
         batch: int | None = None,
         adapters: Asking = None,
+        diversify: Diversify = (),
         on_step: Callable[[State], object] | None = None,
         **settings: Unpack[PlanSettings],
     ) -> Trajectory:
@@ -244,6 +225,9 @@ class Engine:
         batch           samples in a network at once; None: as many as memory holds
         adapters        strengths of attached adapters in this run, by name, or the names of those
                         that act; None: all as attached. Multiplied by what the plan's legs say
+        diversify       other ways to variety, "cads:0.1" or ["pink:1", "select:4"], in this order;
+                        `headstart.diversify.methods` has them all. Some act across the images of
+                        each prompt of the call; an image does not depend on the other prompts
         on_step         called with each State, such as a `headstart.Preview`; raise in it to cancel
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
@@ -252,12 +236,15 @@ class Engine:
         clock = Clock(self.device)
         if check := getattr(on_step, "check_space", None):  # a preview's decoder has a family too
             check(self.weights.lineage)
-        run = self._prepare(
-            prompts, plan, seeds, negative, size, batch, adapters, settings, keep_x0
-        )
+        run = prepare(
+            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
+            size=size, batch=batch, adapters=adapters, diversify=diversify, settings=settings,
+            keep_x0=keep_x0,
+        )  # fmt: skip
+        course = Course(self.weights, self.runner, run, clock, getattr(on_step, "picture", None))
         kept: list[Tensor] = []
         state: State | None = None
-        for state in self._states(run._replace(picture=getattr(on_step, "picture", None)), clock):
+        for state in course.states():
             if keep_x0:
                 kept.append(state.x0)
             if on_step is not None:
@@ -265,7 +252,8 @@ class Engine:
         assert state is not None
         with clock("decode"):
             latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
-            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=run.seeds)
+            drawn = course.images.seeds
+            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=drawn)
         dtype, guidance = self.weights.dtype, self.weights.embedded_guidance
         return Trajectory(
             rgb=rgb,
@@ -273,8 +261,8 @@ class Engine:
             x0=torch.stack(kept) if keep_x0 else None,
             table=run.table,
             latency_ms=clock.totals(("text", "base", "distilled", "decode")),
-            prompts=run.prompts,
-            seeds=run.seeds,
+            prompts=run.images.prompts,
+            seeds=run.images.seeds,
             negative=run.negative,
             size=run.size,
             chunk=run.chunk,
@@ -282,6 +270,8 @@ class Engine:
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
             machine=recording.machine(self.device, dtype, self.runner, guidance),
+            diversify=run.methods,
+            chosen=drawn if select_of(run.methods) else None,
         )
 
     def iterate(
@@ -294,6 +284,7 @@ class Engine:
         size: Size = None,
         batch: int | None = None,
         adapters: Asking = None,
+        diversify: Diversify = (),
         resume: State | None = None,
         **settings: Unpack[PlanSettings],
     ) -> Iterator[State]:
@@ -305,11 +296,19 @@ class Engine:
 
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
-        run = self._prepare(prompts, plan, seeds, negative, size, batch, adapters, settings)
+        run = prepare(
+            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
+            size=size, batch=batch, adapters=adapters, diversify=diversify, settings=settings,
+        )  # fmt: skip
         if resume is not None:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
-            check_resume(resume.step, run.table, shapes, [len(run.seeds), *run.latent])
-        return self._states(run, Clock(self.device), resume)
+            check_resume(resume.step, run.table, shapes, [len(run.images), *run.latent])
+            if select := select_of(run.methods):
+                raise InputError(
+                    f"diversify {select}: chooses seeds after the first row, which is behind a "
+                    "resumed run: leave it out, and give the chosen seeds (Trajectory.chosen)"
+                )
+        return Course(self.weights, self.runner, run, Clock(self.device)).states(resume)
 
     def begin(
         self,
@@ -323,11 +322,14 @@ class Engine:
         **settings: Unpack[PlanSettings],
     ) -> Run:
         """The same run without its networks, for `batch`."""
-        run = self._prepare(prompts, plan, seeds, negative, size, None, adapters, settings)
-        cond, uncond = self._encode(run, any(step.guidance != 1.0 for step in run.table))
+        run = prepare(
+            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
+            size=size, batch=None, adapters=adapters, diversify=(), settings=settings,
+        )  # fmt: skip
+        cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         return Run(
-            run.table, cond, noise_of(run.seeds), uncond=uncond, shape=run.latent,
+            run.table, cond, noise_of(run.images.seeds), uncond=uncond, shape=run.latent,
             strengths=run.strengths, dtypes=dtypes,
         )  # fmt: skip
 
@@ -336,63 +338,3 @@ class Engine:
         runners = {model: open_runner(self.runner, own) for model, own in self.denoisers.items()}
         sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape
         return Batch(runners, most=most, buckets=sizes)
-
-    def _prepare(
-        self,
-        prompts: Prompts,
-        plan: str | Plan | StepTable,
-        seeds: Seeds,
-        negative: str,
-        size: Size,
-        batch: int | None,
-        adapters: Asking,
-        settings: PlanSettings,
-        keep_x0: bool = False,
-    ) -> _Run:
-        attached = self.adapters.now()
-        acts = attached.acts(adapters)
-        alike = not any(strength.by_sample for strength in acts.values())
-        texts, numbers = pair_up(prompts, seeds, distinct=alike)
-        table = self.compile(plan, **settings)
-        pixels = check_size(size, self.weights.image_size, max(8, self.weights.downscale))
-        guided = any(step.guidance != 1.0 for step in table)
-        if check_text(negative) and not guided:
-            raise InputError(
-                f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
-                "other than 1; leave it out, or give base_guidance= or distilled_guidance="
-            )
-        if batch is not None and batch < 1:
-            raise InputError(f"batch must be at least 1 sample, got {batch}")
-        height, width = (side // self.weights.downscale for side in pixels)
-        latent = (self.weights.latent_channels, height, width)
-        shape = Shape(len(texts), latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
-        chunk = min(batch or len(texts), len(texts))
-        if self.weights.footprint is not None:
-            chunk = plan_chunk(shape, self.weights.footprint, 1 + guided, self.device, batch)
-        steered = attached, acts, attached.strengths(table, len(texts), acts)
-        return _Run(texts, numbers, negative, pixels, table, chunk, latent, *steered)
-
-    def _states(self, run: _Run, clock: Clock, resume: State | None = None) -> Iterator[State]:
-        guided = any(step.guidance != 1.0 for step in run.table)
-        with clock("text"):
-            cond, uncond = self._encode(run, guided)
-        rows = run.chunk * (1 + guided)
-        denoisers = {
-            model: Chunked(open_runner(self.runner, self.denoisers[model]), rows)
-            for model in run.table.models
-        }
-        states = sample(
-            run.table, denoisers, cond, noise_of(run.seeds), uncond=uncond,
-            shape=run.latent, strengths=run.strengths, resume=resume, picture=run.picture,
-        )  # fmt: skip
-        for step in run.table.steps[0 if resume is None else resume.step + 1 :]:
-            with clock(step.model):
-                state = next(states)
-            yield state
-
-    def _encode(self, run: _Run, guided: bool) -> tuple[Conditioning, Conditioning | None]:
-        negative = run.negative if guided else None
-        cond, uncond = encode_prompts(
-            self.text, run.prompts, negative, run.size, run.adapters, run.acts
-        )
-        return self.weights.told(cond), None if uncond is None else self.weights.told(uncond)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from headstart.adapters.attached import ROLE
 from headstart.adapters.strength import Strength
+from headstart.diversify.methods import read_methods
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
 from headstart.plan.table import StepTable
@@ -40,6 +41,8 @@ _SHAPE = {
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
     "lineage?": (None, str),
+    "diversify?": [str],
+    "chosen?": [int],
 }
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
@@ -64,6 +67,9 @@ class Recorded:
     """Name -> models, names that were allowed, strength; their files are among the weights."""
     lineage: str | None = None
     """The family whose images these are; None where the weights do not say."""
+    diversify: tuple[str, ...] = ()
+    chosen: tuple[int, ...] | None = None
+    """Seeds that a method chose, of which these are the images."""
 
 
 def weigh(files: WeightFiles) -> Json:
@@ -113,6 +119,8 @@ def describe(run: Recorded) -> Json:
         "machine": dict(run.machine),
         "adapters": {name: dict(told) for name, told in run.adapters.items()},
         "results": {name: list(values) for name, values in run.results.items()},
+        **({"diversify": list(run.diversify)} if run.diversify else {}),
+        **({} if run.chosen is None else {"chosen": list(run.chosen)}),
     }
 
 
@@ -121,6 +129,13 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
     if isinstance(kind := record.get("format"), str) and kind != FORMAT:
         raise InputError(f"{source!r}: expected a record of format {FORMAT}, got {kind!r:.60}")
     check_shape(record, _SHAPE, source, RECORD)
+    try:
+        read_methods(diversify := record.get("diversify", []))
+    except InputError as error:
+        raise InputError(
+            f"{source!r} cannot be run by headstart {_version('headstart')}, a newer one may know "
+            f"its method: {error}"
+        ) from error
     try:
         height, width = record["size"]
         adapters: Mapping[str, Mapping[str, Any]] = record.get("adapters", {})
@@ -139,6 +154,8 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             results={name: list(values) for name, values in record["results"].items()},
             adapters={name: dict(told) for name, told in adapters.items()},
             lineage=record.get("lineage"),
+            diversify=tuple(diversify),
+            chosen=tuple(record["chosen"]) if "chosen" in record else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error

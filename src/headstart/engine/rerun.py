@@ -36,6 +36,7 @@ def replay(
         size=recorded.size,
         batch=recorded.chunk,
         adapters=adapters.recorded(recorded.adapters),
+        diversify=recorded.diversify,
         on_step=on_step,
     )
     difference = recording.first_difference(recorded, again.recorded())

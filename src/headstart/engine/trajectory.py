@@ -8,6 +8,8 @@ from typing import Any, final
 
 from torch import Tensor
 
+from headstart.diversify.effect import passes_of
+from headstart.diversify.method import Method
 from headstart.engine import record
 from headstart.plan.table import StepTable
 
@@ -26,6 +28,9 @@ class Trajectory:
     lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on
     adapters    name -> what was attached, and how strongly it acted
+    diversify   the methods that acted, in their order
+    chosen      the seeds whose images these are, where a method chose them for `seeds`: each alone
+                gives its image without that method
     """
 
     rgb: Tensor
@@ -42,11 +47,13 @@ class Trajectory:
     files: record.WeightFiles = field(default_factory=dict[str, record.Files])
     machine: Mapping[str, Any] = field(default_factory=dict[str, Any])
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    diversify: tuple[Method, ...] = ()
+    chosen: tuple[int, ...] | None = None
 
     @property
     def passes(self) -> int:
-        """Network passes of the table, two for a guided row."""
-        return self.table.passes()
+        """Network passes an image: of the table, two for a guided row, and of candidates."""
+        return passes_of(self.diversify, self.table)
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -78,6 +85,8 @@ class Trajectory:
             machine=self.machine,
             adapters=self.adapters,
             lineage=self.lineage,
+            diversify=tuple(map(str, self.diversify)),
+            chosen=self.chosen,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from headstart.errors import InputError
-from headstart.pictures.lettering import ACCENT, FAINT, GREY, INK, PAPER, cut, wrapped, write
+from headstart.pictures.lettering import (
+    ACCENT,
+    FAINT,
+    GREY,
+    INK,
+    PAPER,
+    cut,
+    width,
+    wrapped,
+    write,
+)
 
 _MARGIN, _LABEL, _GAP, _ROW_GAP = 64, 292, 6, 34
 _TITLE_PX, _NAME_PX, _NOTE_PX, _SMALL_PX = 48, 31, 20, 17
@@ -106,7 +116,11 @@ def _draw_column_labels(
 
 
 def _draw_label(pen: ImageDraw.ImageDraw, row: Row, y: int) -> None:
-    write(pen, (_MARGIN, y - 4), row.name, _NAME_PX, ACCENT if row.accent else INK)
+    room = _LABEL - 20
+    fits = (px for px in range(_NAME_PX, _NOTE_PX, -1) if width(row.name, px) <= room)
+    size = next(fits, _NOTE_PX)  # a method's name is longer than a plan's
+    name = cut(row.name, size, room)
+    write(pen, (_MARGIN, y - 4), name, size, ACCENT if row.accent else INK)
     for number, note in enumerate(row.notes):
         write(pen, (_MARGIN, y + 38 + number * 27), note, _NOTE_PX, GREY)
     if row.bar is not None:

@@ -33,13 +33,14 @@ class Chunked(NamedTuple):
         return torch.cat([self.network(x_in[p], timestep[p], cond[p]) for p in parts])
 
 
-def noise_of(seeds: Sequence[int]) -> Philox | SharedNoise:
+def noise_of(seeds: Sequence[int], sample: int = 0) -> Philox | SharedNoise:
     """Of images with these seeds; where none is twice, steps draw it themselves."""
     distinct = tuple(dict.fromkeys(seeds))
+    noise = Philox(distinct, [sample] * len(distinct))
     if len(distinct) == len(seeds):
-        return Philox(distinct)
+        return noise
     number = {seed: row for row, seed in enumerate(distinct)}
-    return SharedNoise(Philox(distinct), tuple(number[seed] for seed in seeds))
+    return SharedNoise(noise, tuple(number[seed] for seed in seeds))
 
 
 class SharedNoise(NamedTuple):

@@ -1,1 +1,1 @@
-"""The paper's experiments on any pair: what each measures, and its numbers over prompts."""
+"""The paper's experiments and its rivals' on one pair: cases, cells, numbers, and one report."""

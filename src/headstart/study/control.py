@@ -16,12 +16,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.engine.engine import Engine, Size
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Array
 from headstart.plan.table import StepTable
-from headstart.study.steps import Cell, grouped, interval, plans_of, scored, stacked
+from headstart.spaces.extractor import Array, Judge
+from headstart.study.steps import grouped, interval, plans_of, scored, stacked
+from headstart.study.store import Arrays
+
+REWARDS = "imagereward"
+"""How the name of a judge begins whose scores are rewards and no cosines."""
 
 
 class Control(NamedTuple):
@@ -60,7 +64,7 @@ def measure(
     *,
     size: Size = None,
 ) -> dict[str, NDArray[Any]]:
-    """One prompt and one adapter: for each plan the cosines [K, B] of K strengths and B seeds.
+    """One prompt and one adapter: for each plan the scores [K, B] of K strengths and B seeds.
 
     toward is with the edited prompt, own with the prompt itself. While this runs the adapter has
     the strength that is measured, merged ones too, and its own again at the end; other adapters are
@@ -72,7 +76,7 @@ def measure(
     cell: dict[str, NDArray[Any]] = {
         "adapter": np.array(control.adapter),
         "words": np.array(control.words),
-        "judge": np.array(judge.extractor.name),
+        "judge": np.array(judge.scored_by),
         "strengths": np.array(control.every),
     }
     attached = adapter.strength
@@ -97,7 +101,7 @@ def passes(plans: Mapping[str, StepTable], control: Control) -> float:
     return float(sum(table.passes() for table in plans.values()) * len(control.every))
 
 
-def numbers(cells: Sequence[Cell]) -> dict[str, Any]:
+def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     """From the cells of all prompts and adapters, with 95 % intervals over prompts:
 
         {"judge": str, "seeds": int,
@@ -106,14 +110,14 @@ def numbers(cells: Sequence[Cell]) -> dict[str, Any]:
               "kept": Interval}]}}]}
 
     change  % of the score with the edited prompt at strength 0; null where a prompt's is not above
-            0, of which no percentage means anything
+            0, and of rewards, whose zero is anywhere: of these no percentage means anything
     score   that score, moved: less that at strength 0
     kept    the score with the prompt itself, less that at strength 0
 
     Raises InputError for no cells, and for an adapter's cells of other plans, strengths or seeds.
     """
     plans = plans_of(cells, "toward")
-    asked: dict[tuple[str, str], list[Cell]] = {}
+    asked: dict[tuple[str, str], list[Arrays]] = {}
     for cell in cells:
         asked.setdefault((str(cell["adapter"]), str(cell["words"])), []).append(cell)
     return {
@@ -130,7 +134,7 @@ def numbers(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _rows(cells: Sequence[Cell], plan: str) -> list[dict[str, Any]]:
+def _rows(cells: Sequence[Arrays], plan: str) -> list[dict[str, Any]]:
     at = stacked(cells, "strengths")
     if (at != at[0]).any():
         raise InputError(f"cells of other strengths: {at.tolist()}; measure all prompts alike")
@@ -138,10 +142,11 @@ def _rows(cells: Sequence[Cell], plan: str) -> list[dict[str, Any]]:
     zero = strengths.index(0.0)
     toward, own = (stacked(cells, f"{plan}/{field}").mean(2) for field in ("toward", "own"))
     without = toward[:, zero]
+    ratio = (without > 0.0).all() and not str(cells[0]["judge"]).startswith(REWARDS)
     return [
         {
             "strength": strength,
-            "change": interval(100.0 * (score / without - 1.0)) if (without > 0).all() else None,
+            "change": interval(100.0 * (score / without - 1.0)) if ratio else None,
             "score": interval(score),
             "moved": interval(score - without),
             "kept": interval(same - own[:, zero]),

@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headstart.engine.engine import Engine, Size
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Array, off_diagonal_mean
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import off_diagonal_mean
 from headstart.metrics.resample import RESAMPLES
 from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge, Rgb
 from headstart.study.steps import (
-    Cell,
-    Rgb,
     blank,
     check_pictures,
     each_part,
@@ -33,18 +33,17 @@ from headstart.study.steps import (
     plans_of,
     stacked,
 )
+from headstart.study.store import Arrays
 from headstart.traces.decoders import Decoder
 from headstart.traces.structure import Space, between, feature_space, toward
 
 AGAINST = "base"
 """The plan whose steps are counted until it shows what another one does at its first."""
-WIDE = 2**14
-"""Of more features a picture, not all are kept, and there is no spread: 100 seeds of 30 steps take
-200 MB at 16,384, and 70 GB at the six million that LPIPS has at 1024 px."""
 
 
 class _Part(NamedTuple):
-    """Of n seeds: good, distance and share [S, n]; features [S, n, d], None of wide ones."""
+    """Of n seeds: good, distance and share [S, n]; features [S, n, d], which of a wide space are
+    millions of numbers: then None."""
 
     good: NDArray[np.bool_]
     distance: Array
@@ -65,12 +64,12 @@ def measure(
     """One prompt: for each plan share and distance [S, B], spread [S], timestep and passes [S].
 
     share and distance are NaN where the decoder gave no picture, spread where fewer than two seeds
-    have one, or of features too wide to keep. Pictures are compared with the last row's of the same
-    decoder: take the full one. Raises InputError where no seed of a row has a share.
+    have one, and in a wide space (`Extractor.wide`). Pictures are compared with the last row's of
+    the same decoder: take the full one. Raises InputError where no seed of a row has a share.
     """
     decoder.check_space(engine.weights.lineage)
     space = feature_space(judge.extractor)
-    none = _features(space, blank(engine, decoder, size=size))
+    none = blank(engine, decoder, size=size)
     cell: dict[str, NDArray[Any]] = {"space": np.array(space.extractor.name)}
     for plan, table in plans.items():
         parts = [
@@ -101,13 +100,13 @@ def passes(plans: Mapping[str, StepTable]) -> float:
     return float(sum(table.passes() for table in plans.values()))
 
 
-def numbers(cells: Sequence[Cell]) -> dict[str, Any]:
+def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     """From the cells of all prompts, with 95 % intervals over prompts:
 
         {"space": str, "seeds": int,
          "plans": {plan: {"passes": [int], "timesteps": [float],    up to each step, and of it
                           "share": [Interval], "distance": [Interval],
-                          "spread": [Interval|null],      null: one seed, or features too wide
+                          "spread": [Interval|null],      null: one seed, or a wide space
                           "missing": int}},               pictures that were not finite
          "matches": {plan: int},                steps of the base until it shows as much as this
          "matches_95": {plan: [int, int]|null}} plan's first step, and between which, by prompts
@@ -130,26 +129,28 @@ def numbers(cells: Sequence[Cell]) -> dict[str, Any]:
     }
 
 
-def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Array) -> _Part:
-    """Of x0 [S, n, C, h, w]: the last row first, since all are compared with it."""
-    finished = pictures(decoder, x0[-1])
-    last = _features(space, finished.rgb)
-    goods: list[NDArray[np.bool_]] = []
-    found: list[Array] = []
-    kept: list[NDArray[np.float32]] = []
-    for row in (*x0[:-1], None):
-        rgb, good = finished if row is None else pictures(decoder, row)
-        features = last if row is None else _features(space, rgb)
-        goods.append(good)
-        found.append(np.where(good & finished.good, toward(features, last, none, space), np.nan))
-        if last.shape[1] <= WIDE:
-            kept.append(features.astype(np.float32))
-    distance, share = np.stack(found, axis=1)
-    return _Part(np.stack(goods), distance, share, np.stack(kept) if kept else None)
+def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
+    """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]."""
+    drawn = [pictures(decoder, row) for row in x0]
+    good = np.stack([own.good for own in drawn])
+    features = None
+    if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
+        found = [
+            _features(space, np.concatenate([own.rgb[[seed]] for own in drawn] + [none]))
+            for seed in range(good.shape[1])
+        ]
+        toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in found]
+        distance, share = np.concatenate(toward_last, axis=2)
+    else:
+        features = np.stack([_features(space, own.rgb) for own in drawn])
+        distance, share = toward(features, features[-1], _features(space, none), space)
+        features = features.astype(np.float32)
+    known = good & good[-1]
+    return _Part(good, np.where(known, distance, np.nan), np.where(known, share, np.nan), features)
 
 
 def _features(space: Space, rgb: Rgb) -> Array:
-    found = space.extractor.features(rgb)
+    found = group_features(space.extractor, rgb)
     if not np.isfinite(found).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
     return found
@@ -166,7 +167,7 @@ def _spreads(parts: Sequence[_Part], good: NDArray[np.bool_], space: Space) -> A
     return found
 
 
-def _plan(cells: Sequence[Cell], plan: str, share: Array) -> dict[str, Any]:
+def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:
     distances = stacked(cells, f"{plan}/distance")
     spreads = stacked(cells, f"{plan}/spread").T
     return {

@@ -2,34 +2,35 @@
 
 x0 of a run [S, B, C, h, w] -> parts of seeds of at most `PART` pixels a row -> rgb uint8 -> numbers
 
-100 seeds of 30 steps at 1024 px are 9 GB of pictures. At most `PART` pixels are pictures at once,
-and latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
+100 seeds of 30 steps at 1024 px are 9 GB of pictures. No more than `PART` pixels are decoded at
+once; latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headstart.engine.engine import Engine, Size
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Array
 from headstart.metrics.resample import Measured, over_prompts
 from headstart.plan.request import check_size
 from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge, Rgb
+from headstart.study.store import Arrays
 from headstart.traces.decoders import Decoder
 
-Rgb = NDArray[np.uint8]
-Cell = Mapping[str, NDArray[Any]]
 See = Callable[[Rgb], Array]
 PART, GROUP = 2**20, 2**24
 """Pixels: one picture of 1024 x 1024 px decoded at once, sixteen of them sampled together."""
+MOST = 16
+"""Small pictures decoded at once: 30 steps of them have 8 MB of 2048 features."""
 REMEDY = (
     "a half-precision decoder overflowed, or the VAE is not this model's; load with "
     "dtype='float32' or 'bfloat16'"
@@ -53,7 +54,7 @@ def each_part(
     engine: Engine, prompt: str, table: StepTable, seeds: Sequence[int], *, size: Size = None
 ) -> Iterator[Tensor]:
     """What every row predicted of the next few seeds: x0 [S, n, C, h, w], n*H*W <= `PART`."""
-    part = _fitting(engine, size, PART)
+    part = min(MOST, _fitting(engine, size, PART))
     for group in grouped(engine, seeds, size):
         states = engine.iterate(prompt, plan=table, seeds=group, size=size)
         rows = [state.x0 for state in states]
@@ -98,9 +99,10 @@ def scored(judge: Judge, phrases: Sequence[str]) -> See:
     and for a score that is not finite."""
     pairs, table = judge.score, judge.scores
     if pairs is None:
+        names = ", ".join(space.name for space in judge.spaces)
         raise InputError(
-            f"{judge.extractor.name} scores no text: give the bundled scorer for the bundled pair, "
-            "or a folder with a CLIP model"
+            f"{names}: nothing scores pictures with text: give the bundled scorer for the bundled "
+            "pair, or a folder with a CLIP model"
         )
 
     def see(rgb: Rgb) -> Array:
@@ -109,7 +111,7 @@ def scored(judge: Judge, phrases: Sequence[str]) -> See:
         else:
             found = np.stack([pairs(rgb, [phrase] * len(rgb)) for phrase in phrases], axis=1)
         if not np.isfinite(found).all():
-            raise InputError(f"{judge.extractor.name} gave scores that are not finite")
+            raise InputError(f"{judge.scored_by} gave scores that are not finite")
         return found
 
     return see
@@ -120,7 +122,7 @@ def passes_so_far(table: StepTable) -> NDArray[np.int64]:
     return np.cumsum([step.passes for step in table])
 
 
-def plans_of(cells: Sequence[Cell], field: str) -> tuple[str, ...]:
+def plans_of(cells: Sequence[Arrays], field: str) -> tuple[str, ...]:
     """The plans of which cells have `field`, in their order.
 
     Raises InputError for no cells, and for those of another experiment.
@@ -134,7 +136,7 @@ def plans_of(cells: Sequence[Cell], field: str) -> tuple[str, ...]:
     return found
 
 
-def stacked(cells: Sequence[Cell], key: str) -> Array:
+def stacked(cells: Sequence[Arrays], key: str) -> Array:
     """[P, ...] of all cells. Raises InputError where they are not of the same plans and seeds."""
     try:
         return np.stack([np.asarray(cell[key], np.float64) for cell in cells])

@@ -18,13 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 import headstart_weights
-from headstart.engine.engine import Engine, Size
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
 from headstart.errors import InputError
-from headstart.metrics.features import SCORER, Judge
-from headstart.metrics.metrics import Array
+from headstart.metrics.features import SCORER
 from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge
 from headstart.study.steps import (
-    Cell,
     Pictures,
     See,
     check_pictures,
@@ -35,6 +35,7 @@ from headstart.study.steps import (
     plans_of,
     scored,
 )
+from headstart.study.store import Arrays
 from headstart.traces.clip import UNASKED
 from headstart.traces.decoders import Decoder
 from headstart.traces.timeline import (
@@ -100,7 +101,7 @@ def measure(
     score = scored(judge, words)
     decoder.check_space(engine.weights.lineage)
     cell: dict[str, NDArray[Any]] = {
-        "judge": np.array(judge.extractor.name),
+        "judge": np.array(judge.scored_by),
         "prompt": np.array(prompt),
         "asked": np.array([*twins]),
         "without": np.array([*twins.values()]),
@@ -147,7 +148,7 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
 
     At most 60, taken evenly. The bundled scorer knows the bundled pair's subjects alone.
     """
-    if judge.extractor.name == SCORER:
+    if judge.scored_by == SCORER:
         return tuple(map(phrase_of, headstart_weights.manifest().concepts))
     found = tuple(dict.fromkeys((*(p for text in prompts for p in phrases_in(text)), *UNASKED)))
     count = min(len(found), MOST_UNASKED)
@@ -162,7 +163,7 @@ def passes(
     return float(sum(table.passes() for table in plans.values()) * len(texts))
 
 
-def numbers(cells: Sequence[Cell], *, rate: float = FALSE_RATE) -> dict[str, Any]:
+def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, Any]:
     """From the cells of all prompts, with 95 % intervals over prompts:
 
         {"judge": str, "seeds": int, "false_rate": float,
@@ -212,7 +213,7 @@ def numbers(cells: Sequence[Cell], *, rate: float = FALSE_RATE) -> dict[str, Any
     }
 
 
-def _followed(cell: Cell, plan: str, rate: float) -> Iterator[tuple[Shares, Shares]]:
+def _followed(cell: Arrays, plan: str, rate: float) -> Iterator[tuple[Shares, Shares]]:
     """Of every asked concept of a prompt: its courses, and those of concepts nobody asked for."""
     for kept, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
         excess = kept.astype(np.float64)
@@ -260,7 +261,7 @@ def _plain(pair: tuple[Shares, Shares]) -> dict[str, Any]:
     return {"there": shown, "ever": round(asked.ever, 4), "dropped": round(asked.dropped, 4)}
 
 
-def _check(cells: Sequence[Cell], plans: Sequence[str]) -> None:
+def _check(cells: Sequence[Arrays], plans: Sequence[str]) -> None:
     """The number of concepts may differ from prompt to prompt; steps and seeds may not."""
     for plan in plans:
         shapes = {cell[f"{plan}/excess"].shape[1:3] if f"{plan}/excess" in cell else None

@@ -86,22 +86,54 @@ def read_cases(path: Path, *, size_column: str | None = None) -> tuple[Case, ...
     return cases
 
 
-def batches(cases: Sequence[Case], size: int) -> tuple[tuple[Case, ...], ...]:
+def batches(cases: Sequence[Case], size: int, least: int = 1) -> tuple[tuple[Case, ...], ...]:
     """Cases of one shape, `size` at most, across prompts and in their order.
 
-    They depend on the list and on `size` alone, never on what is finished or on who does it, so an
-    image has the same bits after any interruption and with any number of processes.
+    least   images of a prompt that must be drawn together: where it is more than 1, a batch holds
+            whole prompts, in the order of their first cases
+
+    They depend on the list and on the numbers alone, never on what is finished or on who does it,
+    so an image has the same bits after any interruption and with any number of processes. Raises
+    InputError for a prompt that has fewer images, does not fit, or is of several shapes.
     """
     if size < 1:
         raise InputError(f"batch must be at least 1 case, got {size}")
-    shapes: dict[Size | None, list[Case]] = {}
+    shapes: dict[Size | None, list[Sequence[Case]]] = {}
+    for part in [[case] for case in cases] if least == 1 else _whole_prompts(cases, size, least):
+        shapes.setdefault(part[0].size, []).append(part)
+    found: list[tuple[Case, ...]] = []
+    for parts in shapes.values():
+        batch: tuple[Case, ...] = ()
+        for part in parts:
+            if len(batch) + len(part) > size:
+                found.append(batch)
+                batch = ()
+            batch = (*batch, *part)
+        found.append(batch)
+    return tuple(found)
+
+
+def _whole_prompts(cases: Sequence[Case], size: int, least: int) -> list[list[Case]]:
+    prompts: dict[str, list[Case]] = {}
     for case in cases:
-        shapes.setdefault(case.size, []).append(case)
-    return tuple(
-        tuple(alike[begin : begin + size])
-        for alike in shapes.values()
-        for begin in range(0, len(alike), size)
-    )
+        prompts.setdefault(case.prompt, []).append(case)
+    for prompt, own in prompts.items():
+        images, sizes = len({case.seed for case in own}), {case.size for case in own}
+        wrong = (
+            f"has {images} image{'s' * (images != 1)}, and needs {least}: add seeds"
+            if images < least
+            else f"has {len(own)} cases, more than a batch of {size}: give --batch {len(own)}"
+            if len(own) > size
+            else "has cases of several sizes: give one size"
+            if len(sizes) > 1
+            else None
+        )
+        if wrong:
+            raise InputError(
+                f"prompt {prompt!r:.60} {wrong}; --diversify has a method that acts across the "
+                "images of a prompt, so they are drawn together"
+            )
+    return list(prompts.values())
 
 
 def digest(cases: Sequence[Case]) -> str:

@@ -27,7 +27,9 @@ from headstart.sweep.jobs import Case
 
 FORMAT = "headstart.sweep/1"
 SETTINGS, MANIFEST, SHARDS = "sweep.json", "manifest.jsonl", "shards"
-IDENTITY = ("format", "cases", "table", "negative", "size", "batch", "dtype", "weights")
+IDENTITY = (
+    *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
+)
 """What decides the images. `machine` may change: it is told where bits differ."""
 
 

@@ -38,10 +38,11 @@ class Work(NamedTuple):
     skipped: int
 
 
-def share(cases: Sequence[Case], ledger: Ledger, batch: int) -> Work:
-    """This rank's batches, without those whose images are all in place; reads every image once."""
+def share(cases: Sequence[Case], ledger: Ledger, batch: int, least: int = 1) -> Work:
+    """This rank's of `batches`, without those whose images are all in place; reads every image
+    once."""
     rank, world = ledger.shard
-    own = batches(cases, batch)[rank::world]
+    own = batches(cases, batch, least)[rank::world]
     pending = frozenset(c.number for part in own for c in part if not ledger.intact(c))
     left = tuple(part for part in own if not pending.isdisjoint(c.number for c in part))
     return Work(left, pending, sum(map(len, own)) - len(pending))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from headstart.adapters.strength import Strength
+from headstart.diversify.effect import going_on
 from headstart.engine.engine import Engine
 from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.trajectory import Trajectory
@@ -101,7 +102,7 @@ def branch(
         )
     words = _told(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
-    seeds = origin.seeds if reseed is None else pair_up("", reseed)[1]
+    seeds = (origin.chosen or origin.seeds) if reseed is None else pair_up("", reseed)[1]
     kept = None if origin.x0 is None else origin.x0[:first]
     if reseed is not None:
         state = _renoised(state, table[first].sigma, seeds)
@@ -113,7 +114,7 @@ def branch(
     run = engine.iterate(
         prompts, plan=table, seeds=seeds, size=origin.size, batch=chunk, resume=state,
         negative=origin.negative if negative is None else negative,
-        adapters=_strengths(engine, origin, count),
+        adapters=_strengths(engine, origin, count), diversify=going_on(origin.diversify),
     )  # fmt: skip
     made: list[Tensor] = []
     for state in run:

@@ -1,0 +1,131 @@
+"""What methods change of a run, all of them in the order given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headstart.adapters.attached import Attached
+from headstart.adapters.strength import Strength
+from headstart.diversify.method import (
+    ChangesConditioning,
+    ChangesNoise,
+    ChangesOutput,
+    ChangesStrengths,
+    ChangesTable,
+    Images,
+    Method,
+    Row,
+)
+from headstart.diversify.select import Select
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning, NoiseSource
+from headstart.plan.table import Step, StepTable
+from headstart.runner.batch import Chunked, noise_of
+
+Methods = Sequence[Method]
+
+
+def check_images(methods: Methods, images: Images) -> None:
+    """Raise InputError where a method needs more images of a prompt than a call has."""
+    for method in methods:
+        for prompt, own in images.by_prompt.items():
+            if len(own) < method.least:
+                raise InputError(
+                    f"diversify {method}: needs at least {method.least} images of a prompt in one "
+                    f"call, and {prompt!r:.60} has {len(own)}: give more seeds, or leave it out"
+                )
+
+
+def table_of(methods: Methods, table: StepTable) -> StepTable:
+    """The table to run. Raises InputError for a method that would change nothing of it."""
+    for method in methods:
+        method.check(table)
+        if isinstance(method, ChangesTable):
+            table = method.table(table)
+    return table
+
+
+def strengths_of(
+    methods: Methods, acts: dict[str, Strength], attached: Attached, table: StepTable
+) -> dict[str, Strength]:
+    """Adapter -> its strength in the run."""
+    for method in methods:
+        if isinstance(method, ChangesStrengths):
+            acts = method.strengths(acts, attached, table)
+    return acts
+
+
+def select_of(methods: Methods) -> Select | None:
+    return next((method for method in methods if isinstance(method, Select)), None)
+
+
+def passes_of(methods: Methods, table: StepTable) -> int:
+    """Network passes an image."""
+    select = select_of(methods)
+    return table.passes() + (0 if select is None else select.extra(table))
+
+
+def going_on(methods: Methods) -> list[Method]:
+    """Those that act in every part of a run: not those whose work is done when it begins."""
+    done = ChangesTable, ChangesStrengths, Select
+    return [method for method in methods if not isinstance(method, done)]
+
+
+def noise_for(methods: Methods, images: Images) -> NoiseSource:
+    noise: NoiseSource = noise_of(images.seeds)
+    for method in methods:
+        if isinstance(method, ChangesNoise):
+            noise = method.noise(noise)
+    return noise
+
+
+class Position:
+    """At which row a run is. `begin` is told each row before its network is called: to read it off
+    the call's timestep would wait for the device."""
+
+    def __init__(self, table: StepTable, images: Images) -> None:
+        self._table, self._images = table, images
+        self.row = self._row(0)
+
+    def begin(self, step: Step) -> None:
+        self.row = self._row(self._table.steps.index(step))  # levels fall, so no two rows are equal
+
+    def _row(self, index: int) -> Row:
+        table = self._table
+        return Row(table.first + index, len(table), table[index], self._images)
+
+
+class Diversified(NamedTuple):
+    """A denoiser with methods around it; outside of Chunked, so that they see all samples."""
+
+    network: Chunked
+    methods: Methods
+    position: Position
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype
+
+    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        row = self.position.row
+        for method in self.methods:
+            if isinstance(method, ChangesConditioning):
+                cond = method.conditioning(cond, row)
+        f = self.network(x_in, timestep, cond)
+        for method in self.methods:
+            if isinstance(method, ChangesOutput):
+                f = method.output(f, x_in, row)
+        return f
+
+
+def networks_of(
+    networks: Mapping[str, Chunked], methods: Methods, position: Position
+) -> Mapping[str, Chunked | Diversified]:
+    """Model -> its denoiser with the methods, as it is where there are none."""
+    if not methods:
+        return networks
+    return {model: Diversified(own, methods, position) for model, own in networks.items()}

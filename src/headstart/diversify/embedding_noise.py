@@ -1,0 +1,75 @@
+"""Uniform noise on a share of the prompt's values, as ComfyUI's SeedVarianceEnhancer puts it there.
+
+y' = y + strength*std(y)*m*u,   u uniform in [-1, 1],   m = 1 for `share` of the values, else 0
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from headstart.diversify.method import Limits, Row, check_values, conditional_half, written
+from headstart.interfaces import Conditioning
+from headstart.plan.table import StepTable
+
+VALUE, PLACE = 2**31 + 2, 2**31 + 3
+"""Samples that the noise, and where it goes, are drawn as."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingNoise:
+    """What a seed does to the prompt, the same in every row, and off after the first part of them.
+
+    strength  in standard deviations of the prompt's own embedding
+    share     of its values that get noise
+    until     row i of N is noised where i/N < until
+
+    The node (github.com/ChangeTheConstants/SeedVarianceEnhancer, 2.2) has share 0.5 and until 0.2
+    too; its strength is in the embedding's own units, 20 for Z-Image, and its manual looks for it
+    within a factor of ten of the standard deviation. In units of that, as InvokeAI's has it (pull
+    request 8753; 0.1 there, 2 at most, on all steps), a number means the same for any encoder. The
+    node's part of the steps is one of model time, which is that of rows where these are evenly far
+    apart. Tokens alone are noised, as there, not SDXL's pooled text, and of a guided call's halves
+    the conditional one. u and m depend on the seed alone.
+    """
+
+    name: ClassVar[str] = "embedding-noise"
+    least: ClassVar[int] = 1
+    limits: ClassVar[Mapping[str, Limits]] = {
+        "strength": Limits(0.0, 100.0, above=True),
+        "share": Limits(0.0, 1.0, above=True),
+        "until": Limits(0.0, 1.0, above=True),
+    }
+    strength: float
+    share: float = 0.5
+    until: float = 0.2
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+    __str__ = written
+
+    def check(self, table: StepTable) -> None:
+        """The first row of any plan is noised."""
+
+    def conditioning(self, cond: Conditioning, row: Row) -> Conditioning:
+        if row.number / row.total >= self.until:
+            return cond
+        cond = cond if len(cond) > 1 else cond.expand(len(row.images))
+
+        def noised(y: Tensor) -> Tensor:
+            shape, device = y.shape[1:], y.device
+            # 2*Phi(n) - 1 of a unit normal n is uniform in [-1, 1].
+            u = torch.erf(row.images.noise(VALUE).initial(shape, device) / math.sqrt(2.0))
+            place = row.images.noise(PLACE).initial(shape, device)
+            if self.share < 1.0:
+                u = u * (place < NormalDist().inv_cdf(self.share))
+            return y + self.strength * y.std((1, 2), keepdim=True) * u
+
+        return replace(cond, context=conditional_half(cond.context, len(row.images), noised))

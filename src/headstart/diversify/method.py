@@ -1,0 +1,177 @@
+"""What a method may change of a run, and what it is told of it.
+
+table -> table                  before anything runs            interval
+strengths -> strengths          of the adapters                 dial
+noise source -> noise source    of the start and of the rows    pink
+conditioning -> conditioning    before a network is called      cads, embedding-noise
+F -> F                          after it                        particles
+candidates -> who goes on       after the first row             select
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from headstart.adapters.attached import Attached
+from headstart.adapters.strength import Strength
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning, NoiseSource
+from headstart.plan.table import Step, StepTable
+from headstart.runner.batch import noise_of
+
+
+class Limits(NamedTuple):
+    """The numbers that a value may be: low to high, without low itself if `above`."""
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        low = self.low < value if self.above else self.low <= value
+        fits = low and value <= self.high and math.isfinite(value)
+        return fits and (not self.whole or float(value).is_integer())
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        low = f"above {self.low:g}" if self.above else f"of at least {self.low:g}"
+        return f"{kind} {low}" + ("" if self.high == math.inf else f", at most {self.high:g}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Images:
+    """The images of one call: prompt and seed of each, and what methods draw for them."""
+
+    prompts: tuple[str, ...]
+    seeds: tuple[int, ...]
+    _noise: dict[int, NoiseSource] = field(default_factory=dict[int, NoiseSource], repr=False)
+    _rows: dict[torch.device, list[Tensor]] = field(
+        default_factory=dict[torch.device, list[Tensor]], repr=False
+    )
+
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def __getitem__(self, rows: Sequence[int]) -> Images:
+        return Images(
+            tuple(self.prompts[row] for row in rows), tuple(self.seeds[row] for row in rows)
+        )
+
+    @property
+    def by_prompt(self) -> dict[str, list[int]]:
+        """The images of each prompt, by number."""
+        found: dict[str, list[int]] = {}
+        for row, prompt in enumerate(self.prompts):
+            found.setdefault(prompt, []).append(row)
+        return found
+
+    def rows(self, device: torch.device) -> list[Tensor]:
+        """The same as int64 tensors, copied to the device once: a copy waits for it."""
+        if device not in self._rows:
+            groups = self.by_prompt.values()
+            self._rows[device] = [torch.tensor(rows, device=device) for rows in groups]
+        return self._rows[device]
+
+    def noise(self, sample: int) -> NoiseSource:
+        """Unit normals of a method's own, keyed by the seeds: the same in any batch. Samples from
+        2^31 on are far from those of images."""
+        if sample not in self._noise:
+            self._noise[sample] = noise_of(self.seeds, sample)
+        return self._noise[sample]
+
+
+class Row(NamedTuple):
+    """Where a run is: the row's number of `total`, its coefficients, and the images."""
+
+    number: int
+    total: int
+    step: Step
+    images: Images
+
+
+class Method(Protocol):
+    """One way to more varied images, with its strength: frozen data, `str` of which is read back.
+
+    name    how it is typed; limits: its fields, and what each may be
+    least   images of a prompt that it needs; more than 1 where it acts across them
+    """
+
+    name: ClassVar[str]
+    least: ClassVar[int]
+    limits: ClassVar[Mapping[str, Limits]]
+
+    def check(self, table: StepTable, /) -> None:
+        """Raise InputError where it would change nothing of this plan, or cannot."""
+        ...
+
+
+@runtime_checkable
+class ChangesTable(Protocol):
+    def table(self, table: StepTable, /) -> StepTable:
+        """Changed once is changed: its own result is left as it is."""
+        ...
+
+
+@runtime_checkable
+class ChangesStrengths(Protocol):
+    def strengths(
+        self, acts: Mapping[str, Strength], attached: Attached, table: StepTable, /
+    ) -> dict[str, Strength]: ...
+
+
+@runtime_checkable
+class ChangesNoise(Protocol):
+    def noise(self, noise: NoiseSource, /) -> NoiseSource: ...
+
+
+@runtime_checkable
+class ChangesConditioning(Protocol):
+    def conditioning(self, cond: Conditioning, row: Row, /) -> Conditioning:
+        """Of B samples, or of 2B in the order (uncond, cond)."""
+        ...
+
+
+@runtime_checkable
+class ChangesOutput(Protocol):
+    def output(self, f: Tensor, x_in: Tensor, row: Row, /) -> Tensor:
+        """F of B samples, or of 2B in the order (uncond, cond), and what the network saw."""
+        ...
+
+
+def check_values(method: Method) -> None:
+    """Raise InputError unless every field is within its limits, or is its default."""
+    for own in fields(method):  # pyright: ignore[reportArgumentType]
+        value, limits = getattr(method, own.name), method.limits[own.name]
+        if value not in limits and (own.default is MISSING or value != own.default):
+            raise InputError(f"diversify {method.name}: {own.name} is {limits}, got {value!r:.40}")
+
+
+def written(self: Method) -> str:
+    """`NAME:VALUE[,key=value...]`, without what is left at its default: `__str__` of a method."""
+    first, *others = fields(self)  # pyright: ignore[reportArgumentType]
+    told = [f"{self.name}:{_number(getattr(self, first.name))}"]
+    for own in others:
+        value: Any = getattr(self, own.name)
+        if value != own.default:
+            told.append(f"{own.name}={_number(value)}")
+    return ",".join(told)
+
+
+def _number(value: float) -> str:
+    """The shortest text that is this number again."""
+    return repr(float(value)).removesuffix(".0")
+
+
+def conditional_half(whole: Tensor, count: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`whole`, with its last `count` rows changed in float32: a guided call's second half."""
+    kept, own = whole[: len(whole) - count], whole[len(whole) - count :]
+    return torch.cat((kept, change(own.float()).to(whole.dtype)))

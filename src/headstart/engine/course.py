@@ -1,0 +1,105 @@
+"""A request as it runs: text into conditioning, then a State a row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from headstart.diversify.effect import Position, networks_of, noise_for, select_of
+from headstart.diversify.method import Images
+from headstart.diversify.select import Select
+from headstart.engine.clock import Clock
+from headstart.engine.pair import Pair
+from headstart.engine.prompts import encode_prompts
+from headstart.engine.request import Request
+from headstart.interfaces import Conditioning
+from headstart.run import State
+from headstart.runner.batch import Chunked
+from headstart.runner.runner import RunnerName, open_runner
+from headstart.sampler import sample
+from headstart.watch import Check
+from headstart_kernels import LinearMap
+
+
+class Course:
+    """One request on its way; `states` runs it, once.
+
+    images   those that it makes; where a method chooses seeds, the chosen ones after the first row
+    """
+
+    def __init__(
+        self,
+        weights: Pair,
+        runner: RunnerName,
+        request: Request,
+        clock: Clock,
+        picture: LinearMap | None = None,
+    ) -> None:
+        self.weights, self.request, self.images = weights, request, request.images
+        self.runner: RunnerName = runner
+        self.clock, self.picture = clock, picture
+
+    def states(self, resume: State | None = None) -> Iterator[State]:
+        request = self.request
+        with self.clock("text"):
+            cond, uncond = encode(self.weights, request)
+        select = select_of(request.methods)
+        if select is not None:
+            resume = self._selected(select, cond, uncond)
+            yield resume
+        yield from self._rows(self.images, cond, uncond, request.strengths, resume)
+
+    def _selected(self, select: Select, cond: Conditioning, uncond: Conditioning | None) -> State:
+        """The first row of all candidates, and what it left of those that go on."""
+        request = self.request
+        owners, candidates = select.candidates(request.images)
+        rows = torch.tensor(owners, device=cond.context.device)
+        strengths = None if request.strengths is None else request.strengths[:, owners]
+        uncond = None if uncond is None else uncond[rows]
+        first = next(self._rows(candidates, cond[rows], uncond, strengths, check="each"))
+        chosen = select.choose(first.x0, candidates, request.images)
+        self.images = candidates[chosen]
+        rows = torch.tensor(chosen, device=first.x.device)
+        rgb = None if first.rgb is None else first.rgb[rows]
+        return State(first.step, first.x[rows], first.x0[rows], rgb)
+
+    def _rows(
+        self,
+        images: Images,
+        cond: Conditioning,
+        uncond: Conditioning | None,
+        strengths: Tensor | None,
+        resume: State | None = None,
+        check: Check = "auto",
+    ) -> Iterator[State]:
+        request, table, methods = self.request, self.request.table, self.request.methods
+        rows = request.chunk * (1 + request.guided)
+        networks = {
+            model: Chunked(open_runner(self.runner, self.weights.denoisers[model]), rows)
+            for model in table.models
+        }
+        position = Position(table, images)
+        states = sample(
+            table, networks_of(networks, methods, position), cond, noise_for(methods, images),
+            uncond=uncond, shape=request.latent, strengths=strengths, resume=resume,
+            picture=self.picture, check=check, before_row=position.begin if methods else None,
+        )  # fmt: skip
+        for step in table.steps[0 if resume is None else resume.step + 1 :]:
+            with self.clock(step.model):
+                state = next(states)
+            yield state
+
+
+def encode(weights: Pair, request: Request) -> tuple[Conditioning, Conditioning | None]:
+    """(cond, uncond) of the request's images; uncond where a row is guided."""
+    cond, uncond = encode_prompts(
+        weights.text,
+        request.images.prompts,
+        request.negative if request.guided else None,
+        request.size,
+        request.adapters,
+        request.acts,
+    )
+    return weights.told(cond), None if uncond is None else weights.told(uncond)
