@@ -31,7 +31,6 @@ import harness
 import numpy as np
 import paper_numbers as numbers
 import paper_pictures as drawings
-import structure
 import torch
 from numpy.typing import NDArray
 from paper_cases import QUICK, Case, cases
@@ -44,6 +43,7 @@ import headstart_weights
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.metrics.fidelity import Moments
+from headstart.study import curve
 from headstart_weights.recipe.dataset import compose_caption
 
 FIRST_SEED, FIRST_TRACED_SEED, TRACED = 20_000, 21_000, 8
@@ -152,6 +152,7 @@ def _own(lab: Lab) -> Lab:
 def _trace(lab: Lab) -> None:
     """Figure 5: the share of the finished picture after each step, one file a prompt."""
     seeds = range(FIRST_TRACED_SEED, FIRST_TRACED_SEED + TRACED)
+    judge = open_features("scorer")
     for prompt in tqdm(lab.prompts, desc="figure 5"):
         path = lab.cell_path("figure-5", prompt)
         if _traced(lab, prompt) is not None:
@@ -162,9 +163,11 @@ def _trace(lab: Lab) -> None:
                 continue
             engine = lab.engine(student)
             plans = ("base", "distilled", "hybrid") if student == "distilled" else ("distilled",)
-            own = structure.traced(engine, hs.decoder(engine, "full"), prompt, seeds, plans)
+            tables = {plan: engine.compile(plan) for plan in plans}
+            full = hs.decoder(engine, "full")
+            own = curve.measure(engine, prompt, seeds, tables, judge, full)
             prefix = "" if student == "distilled" else f"{student}-"
-            found |= {f"{prefix}{plan}": measured.share.T for plan, measured in own.items()}
+            found |= {f"{prefix}{plan}": own[f"{plan}/share"].T for plan in plans}
         write_arrays(path, found)
 
 

@@ -98,6 +98,18 @@ def test_clip_scores_are_cosines_with_each_images_own_prompt(clip: Path) -> None
     assert judge.score(RGB, ["a owl"] * 3)[0] != together[0]
 
 
+def test_scores_of_all_phrases_at_once_are_the_scores_of_each_pair(clip: Path) -> None:
+    phrases = ("a fox", "a blue owl", "a fox " * 9)
+    for judge in (open_features(str(clip)), open_features("scorer")):
+        assert judge.score is not None and judge.scores is not None
+        table = judge.scores(RGB, phrases)
+        assert table.shape == (3, 3) and table.dtype == np.float64
+        for column, phrase in enumerate(phrases):
+            pairs = judge.score(RGB, [phrase] * 3)
+            np.testing.assert_allclose(table[:, column], pairs, atol=1e-5)
+        assert np.ptp(table, axis=1).min() > 1e-4
+
+
 def test_dinov2_features_are_the_normalised_class_token(dinov2: Path) -> None:
     judge = open_features(str(dinov2))
     model = transformers.Dinov2Model.from_pretrained(dinov2).eval()

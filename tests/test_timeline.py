@@ -21,6 +21,8 @@ from headstart.traces.timeline import (
     Timeline,
     margins_of,
     phrase_of,
+    phrases_in,
+    there,
     watch,
     without,
 )
@@ -145,6 +147,34 @@ def test_the_control_is_the_prompt_without_the_phrase(
     prompt: str, phrase: str, rest: str | None
 ) -> None:
     assert without(prompt, phrase) == rest
+
+
+@pytest.mark.parametrize(
+    ("prompt", "phrases"),
+    [
+        ("Image of dog and cat sitting on sofa", ("dog", "cat sitting", "sofa")),
+        ("a photo of a hat on top of a car, oil painting", ("a hat", "a car", "oil painting")),
+        ("image of a car", ("a car",)),
+        ("Van Gogh art", ("Van Gogh art",)),
+        ("a fox, a fox", ("a fox",)),
+        ("sandcastle", ("sandcastle",)),  # no joint inside of a word
+        ("a photo, a picture", ()),
+        (" ,, and of", ()),
+        ("", ()),
+    ],
+)
+def test_the_concepts_of_a_prompt_are_its_parts_and_each_can_be_taken_out(
+    prompt: str, phrases: tuple[str, ...]
+) -> None:
+    assert phrases_in(prompt) == phrases
+    assert all(without(prompt, phrase) is not None for phrase in phrases)
+
+
+def test_courses_of_any_shape_are_followed_apart() -> None:
+    """There, dropped, back; wavering; gone for lack of a picture, which says nothing."""
+    beyond = np.array([[2, 1.9, 2, 0], [0.5, 1, np.nan, np.nan], [3, 1, 0.9, np.nan]])
+    expected = [[True, True, True, False], [False, True, True, False], [True, True, False, False]]
+    assert there(beyond[:, :, None])[..., 0].tolist() == expected
 
 
 def test_phrases_that_share_a_word_with_a_prompt_measure_no_margin() -> None:

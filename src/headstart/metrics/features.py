@@ -105,7 +105,10 @@ def _bundled() -> Judge:
         with torch.inference_mode():
             return cosines_of(scorer.embed_images(_signed(rgb)), scorer.embed_prompts(prompts))
 
-    return Judge((Extractor(SCORER, features),), score, SCORER)
+    def scores(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return scorer.score(_signed(rgb), prompts).double().numpy()
+
+    return Judge((Extractor(SCORER, features),), score, SCORER, scores)
 
 
 def _imagenet() -> Judge:

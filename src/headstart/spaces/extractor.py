@@ -44,11 +44,13 @@ class Judge(NamedTuple):
 
     scored_by  whose scores: cosines of picture and prompt, or ImageReward's rewards, which are
                about -2 to 2 and no cosines; None where nothing scores
+    scores     rgb, P prompts -> [n, P], of a model that embeds a picture once for all prompts
     """
 
     spaces: tuple[Extractor, ...]
     score: Score | None = None
     scored_by: str | None = None
+    scores: Score | None = None
 
     @property
     def extractor(self) -> Extractor:

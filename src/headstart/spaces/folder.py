@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,13 @@ def read_folder(folder: Path) -> Judge:
     if kind != "clip":
         return Judge((Extractor(name, in_batches(_pooled(prepare, model))),))
     extractor = Extractor(name, in_batches(_pooled(prepare, model.get_image_features)))
-    return Judge((extractor,), _clip_score(folder, config, prepare, model), name)
+    score, scores = _clip_scores(folder, config, prepare, model)
+    return Judge((extractor,), score, name, scores)
 
 
 def cosines_of(images: torch.Tensor, texts: torch.Tensor) -> Array:
-    """[n], of n pictures and their own prompts."""
-    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1).numpy()
+    """[n], of n pictures [n, e] and their own prompts; [n, P] of [n, 1, e] and P prompts."""
+    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=-1).numpy()
 
 
 def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb], Array]:
@@ -63,7 +65,10 @@ def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb]
     return features
 
 
-def _clip_score(folder: Path, config: Mapping[str, Any], prepare: Preparation, model: Any) -> Score:
+def _clip_scores(
+    folder: Path, config: Mapping[str, Any], prepare: Preparation, model: Any
+) -> tuple[Score, Score]:
+    """`score` and `scores` of a Judge."""
     import transformers
 
     shape = {"text_config": {"max_position_embeddings?": int}}
@@ -75,7 +80,8 @@ def _clip_score(folder: Path, config: Mapping[str, Any], prepare: Preparation, m
     except Exception as error:  # transformers and tokenizers let through whatever came up
         raise CheckpointError(f"{str(folder)!r}: its tokenizer cannot be read: {error}") from error
 
-    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+    @lru_cache(maxsize=4)  # a timeline asks for the same phrases at every step
+    def texts(prompts: tuple[str, ...]) -> torch.Tensor:
         tokens: Any = tokenizer(
             list(prompts),
             padding=True,
@@ -84,13 +90,23 @@ def _clip_score(folder: Path, config: Mapping[str, Any], prepare: Preparation, m
             return_tensors="pt",
         )
         with torch.inference_mode():
-            images = model.get_image_features(pixel_values=prepare.pixels(rgb))
-            texts = model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            return _tensor(
+                model.get_text_features(
+                    input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+                )
             )
-            return cosines_of(_tensor(images), _tensor(texts))
 
-    return score
+    def images(rgb: Rgb) -> torch.Tensor:
+        with torch.inference_mode():
+            return _tensor(model.get_image_features(pixel_values=prepare.pixels(rgb)))
+
+    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return cosines_of(images(rgb), texts(tuple(prompts)))
+
+    def scores(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        return cosines_of(images(rgb)[:, None], texts(tuple(prompts)))
+
+    return score, scores
 
 
 def _load(folder: Path) -> tuple[Any, str]:

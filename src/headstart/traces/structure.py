@@ -88,6 +88,11 @@ def feature_space(extractor: Extractor) -> Space:
 
     def apart(a: Array, b: Array) -> Array:
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+        if not norms.all():
+            raise InputError(
+                f"{extractor.name} gave a feature that is all zero, so it has no direction: use "
+                "another extractor"
+            )
         return np.maximum(1.0 - (a * b).sum(-1) / norms, 0.0)
 
     def squared(a: Array, b: Array) -> Array:
@@ -124,7 +129,7 @@ def measure(
     blank   uint8 [H, W, 3], that decoder's picture of nothing; None: then no share is known
 
     Where the last picture is the blank, no share of it is known: NaN. Raises InputError for
-    features that are not finite.
+    features that are not finite, or have no direction where only that counts.
     """
     count, batch = frames.shape[:2]
     flat = frames.reshape(count * batch, *frames.shape[2:])
@@ -133,15 +138,12 @@ def measure(
     if not np.isfinite(found).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
     features = found[: count * batch].reshape(count, batch, -1)
-    distance = np.where(good, space.pair(features, features[-1]), np.nan)
-    distance[:, ~good[-1]] = np.nan
-    distance[-1, good[-1]] = 0.0  # of equal features; a cosine rounds to 1e-16
-    scale = np.full(batch, np.nan)
-    if blank is not None:
-        scale = space.pair(np.broadcast_to(found[-1], features[-1].shape), features[-1])
-    scale = np.where(scale > 0.0, scale, np.nan)
-    share = 1.0 - np.sqrt(distance / scale)
-    apart = space.pair(features[:, :, None], features[:, None])
+    none = None if blank is None else found[-1:]
+    known = good & good[-1]
+    distance, share = (
+        np.where(known, own, np.nan) for own in toward(features, features[-1], none, space)
+    )
+    apart = np.stack([between(row, space) for row in features])
     apart = np.where(good[:, :, None] & good[:, None], apart, np.nan)
     figures = tuple(
         Figures(
@@ -159,10 +161,32 @@ def measure(
     return Measured(distance, share, figures)
 
 
+def toward(features: Array, last: Array, blank: Array | None, space: Space) -> tuple[Array, Array]:
+    """distance and share [..., B] of features [..., B, d], with those of the last row [B, d].
+
+    blank  [1, d], of the picture of nothing; None, or equal to a last picture: its share is NaN
+    """
+    distance = _apart(features, last, space)
+    scale = np.full(len(last), np.nan)
+    if blank is not None:
+        scale = _apart(np.broadcast_to(blank, last.shape), last, space)
+    return distance, 1.0 - np.sqrt(distance / np.where(scale > 0.0, scale, np.nan))
+
+
+def between(features: Array, space: Space) -> Array:
+    """Distances [B, B] of one row's seeds [B, d]; one against all at a time, for the memory."""
+    return np.stack([space.pair(own, features) for own in features])
+
+
 def moved(images: NDArray[np.uint8], original: NDArray[np.uint8], space: Space) -> Interval:
     """How far pictures uint8 [B, H, W, 3] are from others, one by one: mean over the batch."""
     features = group_features(space.extractor, np.concatenate([images, original]))
     return _mean(space.pair(features[: len(images)], features[len(images) :]))
+
+
+def _apart(a: Array, b: Array, space: Space) -> Array:
+    """0 where features are equal: their cosine rounds to 1e-16."""
+    return np.where((a == b).all(-1), 0.0, space.pair(a, b))
 
 
 def _mean(values: Array) -> Interval:

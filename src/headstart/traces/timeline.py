@@ -36,7 +36,10 @@ FALSE_RATE = 0.01
 LEAST_UNASKED = 10
 """Phrases that a margin is measured with, at least."""
 _JOINTS = r"(?:and|or|with|in|on|of|at|by|near|beside|under|over)"
+_ASIDE = """art drawing illustration image painting photo photograph picture portrait rendering
+sketch style view back front middle side top"""
 _ARTICLES = frozenset(("a", "an", "the", "and", "or", "of", "with", "in", "on"))
+_NO_CONCEPT = frozenset(_ASIDE.split())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,6 +163,19 @@ def without(prompt: str, phrase: str) -> str | None:
     return re.sub(ends, "", re.sub(r"\s+,", ",", rest), flags=re.IGNORECASE)
 
 
+def phrases_in(prompt: str) -> tuple[str, ...]:
+    """The concepts that a prompt names: what stands between commas and joining words.
+
+    A medium or a place alone ("a photo of", "on top of") is none.
+
+    >>> phrases_in("a photo of a dog and a cat sitting on top of a sofa, oil painting")
+    ('a dog', 'a cat sitting', 'a sofa', 'oil painting')
+    """
+    parts = re.split(rf"[,;.:!?\n]+|\b{_JOINTS}\b", prompt, flags=re.IGNORECASE)
+    found = dict.fromkeys(part.strip() for part in parts)
+    return tuple(part for part in found if set(_words(part)) - _NO_CONCEPT)
+
+
 def check_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
     """The phrases to watch. Raises InputError for an empty one, or one given twice."""
     for phrase in phrases:
@@ -195,7 +211,7 @@ def watch(
             course, null = np.where(pictures.good, 0.0, np.nan), None
         else:
             excess = excesses[id(control)]
-            unasked = _unasked(scorer.unasked, (pictures.prompt, control.prompt, phrase))
+            unasked = unasked_of(scorer.unasked, (pictures.prompt, control.prompt, phrase))
             others = excess[:, :, len(phrases) :][:, :, unasked]
             course, null = _beyond(excess[:, :, number], others, control.prompt)
         beyond.append(course)
@@ -237,14 +253,19 @@ def margins_of(excess: Array, rate: float = FALSE_RATE) -> Array:
     return margins
 
 
-def _unasked(phrases: Sequence[str], texts: Sequence[str]) -> list[int]:
-    """The numbers of those that share no word with any of the texts."""
+def unasked_of(
+    phrases: Sequence[str], texts: Sequence[str], least: int = LEAST_UNASKED
+) -> list[int]:
+    """The numbers of those that share no word with any of the texts.
+
+    Raises InputError for fewer than `least`.
+    """
     named = {word for text in texts for word in _words(text)}
     found = [i for i, phrase in enumerate(phrases) if not named & set(_words(phrase))]
-    if len(found) < LEAST_UNASKED:
+    if len(found) < least:
         raise InputError(
             f"only {len(found)} phrases are left that nobody asked for, and a margin needs "
-            f"{LEAST_UNASKED}: watch a shorter prompt, or give the scorer more phrases"
+            f"{least}: watch a shorter prompt, or give the scorer more phrases"
         )
     return found
 
@@ -267,17 +288,29 @@ def _scores(pictures: Pictures, phrases: Sequence[str], scorer: ConceptScorer) -
     return scores
 
 
+def there(beyond: Array) -> NDArray[np.bool_]:
+    """Rows at which each of the courses [S, ...] is there: it appeared, and was not dropped since.
+
+    A row without a picture, NaN, says nothing.
+    """
+    state = np.zeros(beyond.shape[1:], np.bool_)
+    peak = np.full(beyond.shape[1:], -np.inf)
+    rows: list[NDArray[np.bool_]] = []
+    for value in beyond:
+        peak = np.fmax(peak, value)
+        gone = state & (value <= np.minimum(1.0, peak - 1.0))
+        state = (state & ~gone) | (value > 1.0)
+        rows.append(state)
+    return np.stack(rows)
+
+
 def _course(phrase: str, beyond: Array) -> Course:
-    appears, abandoned, peak, there = None, None, -np.inf, False
-    for row in np.flatnonzero(np.isfinite(beyond)).tolist():  # no picture says nothing
-        value = float(beyond[row])
-        peak = max(peak, value)
-        if there and value <= min(1.0, peak - 1.0):
-            there, abandoned = False, row
-        elif value > 1.0 and not there:
-            there, abandoned = True, None
-            appears = row if appears is None else appears
-    return Course(phrase=phrase, beyond=beyond, appears=appears, abandoned=abandoned)
+    rows = np.flatnonzero(there(beyond))
+    if not len(rows):
+        return Course(phrase=phrase, beyond=beyond, appears=None, abandoned=None)
+    first, last = int(rows[0]), int(rows[-1])
+    after = None if last == len(beyond) - 1 else last + 1
+    return Course(phrase=phrase, beyond=beyond, appears=first, abandoned=after)
 
 
 def _null_json(null: Null) -> dict[str, Any]:

@@ -1,0 +1,155 @@
+"""Does a control that was trained on one model steer the other? Table 1 of arXiv:2503.10637.
+
+change = 100*(c_s/c_0 - 1),  c_s = mean over seeds of cos(picture at strength s, edited prompt)
+
+c_0 is of the same seeds with the adapter at strength 0, where every bit is the detached network's.
+A picture that is ruined may move towards anything, so `kept` says how its cosine with the prompt
+itself moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
+from headstart.errors import InputError
+from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge
+from headstart.study.steps import grouped, interval, plans_of, scored, stacked
+from headstart.study.store import Arrays
+
+REWARDS = "imagereward"
+"""How the name of a judge begins whose scores are rewards and no cosines."""
+
+
+class Control(NamedTuple):
+    """An adapter of the engine, by the name it is attached under, and what it is to do.
+
+    words      the edit: see `edited`
+    strengths  at which it is measured; 0 is always one of them
+    """
+
+    adapter: str
+    words: str
+    strengths: tuple[float, ...] = (1.0,)
+
+    @property
+    def every(self) -> tuple[float, ...]:
+        """The strengths from the lowest on, 0 among them."""
+        return tuple(sorted({0.0, *self.strengths}))
+
+
+def edited(prompt: str, words: str) -> str:
+    """The edited prompt: `words` with the prompt in place of "{}", else behind it.
+
+    >>> edited("a fox", "yellow background"), edited("a car", "{} made of lego")
+    ('a fox, yellow background', 'a car made of lego')
+    """
+    return words.replace("{}", prompt) if "{}" in words else f"{prompt}, {words}"
+
+
+def measure(
+    engine: Engine,
+    prompt: str,
+    seeds: Sequence[int],
+    plans: Mapping[str, StepTable],
+    judge: Judge,
+    control: Control,
+    *,
+    size: Size = None,
+) -> dict[str, NDArray[Any]]:
+    """One prompt and one adapter: for each plan the scores [K, B] of K strengths and B seeds.
+
+    toward is with the edited prompt, own with the prompt itself. While this runs the adapter has
+    the strength that is measured, merged ones too, and its own again at the end; other adapters are
+    as attached, so attach the next control after this one. Raises InputError for a judge that
+    scores no text, an adapter that is not attached, and a score that is not finite.
+    """
+    score = scored(judge, (edited(prompt, control.words), prompt))
+    adapter = engine.adapters[control.adapter]
+    cell: dict[str, NDArray[Any]] = {
+        "adapter": np.array(control.adapter),
+        "words": np.array(control.words),
+        "judge": np.array(judge.scored_by),
+        "strengths": np.array(control.every),
+    }
+    attached = adapter.strength
+    try:
+        for plan, table in plans.items():
+            by_strength: list[Array] = []
+            for value in control.every:
+                adapter.strength = replace(attached, value=value, text=None)
+                groups = [
+                    score(engine.sample(prompt, plan=table, seeds=own, size=size).rgb.cpu().numpy())
+                    for own in grouped(engine, seeds, size)
+                ]
+                by_strength.append(np.concatenate(groups))
+            cell[f"{plan}/toward"], cell[f"{plan}/own"] = np.moveaxis(np.stack(by_strength), 2, 0)
+    finally:
+        adapter.strength = attached
+    return cell
+
+
+def passes(plans: Mapping[str, StepTable], control: Control) -> float:
+    """Network passes that a cell takes for each of its seeds."""
+    return float(sum(table.passes() for table in plans.values()) * len(control.every))
+
+
+def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
+    """From the cells of all prompts and adapters, with 95 % intervals over prompts:
+
+        {"judge": str, "seeds": int,
+         "adapters": [{"name": str, "words": str, "plans": {plan: [
+             {"strength": float, "change": Interval|null, "score": Interval, "moved": Interval,
+              "kept": Interval}]}}]}
+
+    change  % of the score with the edited prompt at strength 0; null where a prompt's is not above
+            0, and of rewards, whose zero is anywhere: of these no percentage means anything
+    score   that score, moved: less that at strength 0
+    kept    the score with the prompt itself, less that at strength 0
+
+    Raises InputError for no cells, and for an adapter's cells of other plans, strengths or seeds.
+    """
+    plans = plans_of(cells, "toward")
+    asked: dict[tuple[str, str], list[Arrays]] = {}
+    for cell in cells:
+        asked.setdefault((str(cell["adapter"]), str(cell["words"])), []).append(cell)
+    return {
+        "judge": str(cells[0]["judge"]),
+        "seeds": int(cells[0][f"{plans[0]}/toward"].shape[1]),
+        "adapters": [
+            {
+                "name": name,
+                "words": words,
+                "plans": {plan: _rows(own, plan) for plan in plans_of(own, "toward")},
+            }
+            for (name, words), own in asked.items()
+        ],
+    }
+
+
+def _rows(cells: Sequence[Arrays], plan: str) -> list[dict[str, Any]]:
+    at = stacked(cells, "strengths")
+    if (at != at[0]).any():
+        raise InputError(f"cells of other strengths: {at.tolist()}; measure all prompts alike")
+    strengths: list[float] = at[0].tolist()
+    zero = strengths.index(0.0)
+    toward, own = (stacked(cells, f"{plan}/{field}").mean(2) for field in ("toward", "own"))
+    without = toward[:, zero]
+    ratio = (without > 0.0).all() and not str(cells[0]["judge"]).startswith(REWARDS)
+    return [
+        {
+            "strength": strength,
+            "change": interval(100.0 * (score / without - 1.0)) if ratio else None,
+            "score": interval(score),
+            "moved": interval(score - without),
+            "kept": interval(same - own[:, zero]),
+        }
+        for strength, score, same in zip(strengths, toward.T, own.T, strict=True)
+    ]

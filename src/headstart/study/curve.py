@@ -1,0 +1,201 @@
+"""When is a picture decided? Figure 5 of arXiv:2503.10637 on any pair, in any feature space.
+
+share_s = 1 - sqrt(d(f(x0_s), f(x0_last)) / d(f(blank), f(x0_last)))       mean over seeds
+
+as `headstart.traces.structure` defines it: the share of the finished picture that x0 of a row
+shows. Beside it how far seeds are apart at that row, which is the diversity already decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
+from headstart.errors import InputError
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import off_diagonal_mean
+from headstart.metrics.resample import RESAMPLES
+from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge, Rgb
+from headstart.study.steps import (
+    blank,
+    check_pictures,
+    each_part,
+    interval,
+    passes_so_far,
+    pictures,
+    plans_of,
+    stacked,
+)
+from headstart.study.store import Arrays
+from headstart.traces.decoders import Decoder
+from headstart.traces.structure import Space, between, feature_space, toward
+
+AGAINST = "base"
+"""The plan whose steps are counted until it shows what another one does at its first."""
+
+
+class _Part(NamedTuple):
+    """Of n seeds: good, distance and share [S, n]; features [S, n, d], which of a wide space are
+    millions of numbers: then None."""
+
+    good: NDArray[np.bool_]
+    distance: Array
+    share: Array
+    features: NDArray[np.float32] | None
+
+
+def measure(
+    engine: Engine,
+    prompt: str,
+    seeds: Sequence[int],
+    plans: Mapping[str, StepTable],
+    judge: Judge,
+    decoder: Decoder,
+    *,
+    size: Size = None,
+) -> dict[str, NDArray[Any]]:
+    """One prompt: for each plan share and distance [S, B], spread [S], timestep and passes [S].
+
+    share and distance are NaN where the decoder gave no picture, spread where fewer than two seeds
+    have one, and in a wide space (`Extractor.wide`). Pictures are compared with the last row's of
+    the same decoder: take the full one. Raises InputError where no seed of a row has a share.
+    """
+    decoder.check_space(engine.weights.lineage)
+    space = feature_space(judge.extractor)
+    none = blank(engine, decoder, size=size)
+    cell: dict[str, NDArray[Any]] = {"space": np.array(space.extractor.name)}
+    for plan, table in plans.items():
+        parts = [
+            _seen(x0, decoder, space, none)
+            for x0 in each_part(engine, prompt, table, seeds, size=size)
+        ]
+        good = np.concatenate([part.good for part in parts], axis=1)
+        distance = np.concatenate([part.distance for part in parts], axis=1)
+        share = np.concatenate([part.share for part in parts], axis=1)
+        check_pictures(good & good[-1], prompt, table, decoder)
+        if not np.isfinite(share).any(1).all():
+            raise InputError(
+                f"{prompt!r}, plan {plan!r}: finished pictures are the {decoder.name} decoder's "
+                "blank, so no share of them is known: look at the pictures"
+            )
+        cell |= {
+            f"{plan}/share": share,
+            f"{plan}/distance": distance,
+            f"{plan}/spread": _spreads(parts, good, space),
+            f"{plan}/timestep": np.array([step.timestep for step in table]),
+            f"{plan}/passes": passes_so_far(table),
+        }
+    return cell
+
+
+def passes(plans: Mapping[str, StepTable]) -> float:
+    """Network passes that a cell takes for each of its seeds."""
+    return float(sum(table.passes() for table in plans.values()))
+
+
+def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
+    """From the cells of all prompts, with 95 % intervals over prompts:
+
+        {"space": str, "seeds": int,
+         "plans": {plan: {"passes": [int], "timesteps": [float],    up to each step, and of it
+                          "share": [Interval], "distance": [Interval],
+                          "spread": [Interval|null],      null: one seed, or a wide space
+                          "missing": int}},               pictures that were not finite
+         "matches": {plan: int},                steps of the base until it shows as much as this
+         "matches_95": {plan: [int, int]|null}} plan's first step, and between which, by prompts
+
+    Raises InputError for no cells, and for cells of other plans, steps or numbers of seeds.
+    """
+    plans = plans_of(cells, "share")
+    shares = {plan: _by_prompt(stacked(cells, f"{plan}/share")) for plan in plans}
+    matches = {
+        plan: _match(shares[AGAINST], share)
+        for plan, share in shares.items()
+        if AGAINST in plans and plan != AGAINST
+    }
+    return {
+        "space": str(cells[0]["space"]),
+        "seeds": int(cells[0][f"{plans[0]}/share"].shape[1]),
+        "plans": {plan: _plan(cells, plan, shares[plan]) for plan in plans},
+        "matches": {plan: count for plan, (count, _) in matches.items()},
+        "matches_95": {plan: ends for plan, (_, ends) in matches.items()},
+    }
+
+
+def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
+    """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]."""
+    drawn = [pictures(decoder, row) for row in x0]
+    good = np.stack([own.good for own in drawn])
+    features = None
+    if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
+        found = [
+            _features(space, np.concatenate([own.rgb[[seed]] for own in drawn] + [none]))
+            for seed in range(good.shape[1])
+        ]
+        toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in found]
+        distance, share = np.concatenate(toward_last, axis=2)
+    else:
+        features = np.stack([_features(space, own.rgb) for own in drawn])
+        distance, share = toward(features, features[-1], _features(space, none), space)
+        features = features.astype(np.float32)
+    known = good & good[-1]
+    return _Part(good, np.where(known, distance, np.nan), np.where(known, share, np.nan), features)
+
+
+def _features(space: Space, rgb: Rgb) -> Array:
+    found = group_features(space.extractor, rgb)
+    if not np.isfinite(found).all():
+        raise InputError(f"{space.extractor.name} gave features that are not finite")
+    return found
+
+
+def _spreads(parts: Sequence[_Part], good: NDArray[np.bool_], space: Space) -> Array:
+    """[S]: the mean distance between the seeds that have a picture."""
+    kept = [part.features for part in parts if part.features is not None]
+    found = np.full(len(good), np.nan)
+    for row, seen in enumerate(good) if kept else ():
+        if seen.sum() > 1:
+            features = np.concatenate([part[row] for part in kept])[seen].astype(np.float64)
+            found[row] = off_diagonal_mean(between(features, space))
+    return found
+
+
+def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:
+    distances = stacked(cells, f"{plan}/distance")
+    spreads = stacked(cells, f"{plan}/spread").T
+    return {
+        "passes": cells[0][f"{plan}/passes"].tolist(),
+        "timesteps": [round(value, 3) for value in cells[0][f"{plan}/timestep"].tolist()],
+        "share": [interval(own) for own in share.T],
+        "distance": [interval(own) for own in _by_prompt(distances).T],
+        "spread": [interval(own) if np.isfinite(own).all() else None for own in spreads],
+        "missing": int(np.isnan(distances).sum()),
+    }
+
+
+def _by_prompt(values: Array) -> Array:
+    """[P, S, B] -> [P, S], over the seeds that have a picture; every row has one."""
+    return np.nanmean(values, axis=2)
+
+
+def _match(base: Array, other: Array) -> tuple[int, list[int] | None]:
+    """The first step of base [P, S] with the share of the first of other [P, S'], and 95 % ends."""
+
+    def steps(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Of the means over prompts [R, P]; the last step's share is 1, so there is one."""
+        return 1 + (base[chosen].mean(1) >= other[chosen].mean(1)[:, :1]).argmax(1)
+
+    count = len(base)
+    whole = int(steps(np.arange(count)[None])[0])
+    if count == 1:
+        return whole, None
+    picks = np.random.default_rng(0).integers(count, size=(RESAMPLES, count))
+    low, high = np.quantile(steps(picks), [0.025, 0.975])
+    return whole, [int(low), int(high)]

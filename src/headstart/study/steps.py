@@ -1,0 +1,165 @@
+"""Every step's picture of many seeds, seen a few at a time: what is kept is what was seen.
+
+x0 of a run [S, B, C, h, w] -> parts of seeds of at most `PART` pixels a row -> rgb uint8 -> numbers
+
+100 seeds of 30 steps at 1024 px are 9 GB of pictures. No more than `PART` pixels are decoded at
+once; latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
+from headstart.errors import InputError
+from headstart.metrics.resample import Measured, over_prompts
+from headstart.plan.request import check_size
+from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge, Rgb
+from headstart.study.store import Arrays
+from headstart.traces.decoders import Decoder
+
+See = Callable[[Rgb], Array]
+PART, GROUP = 2**20, 2**24
+"""Pixels: one picture of 1024 x 1024 px decoded at once, sixteen of them sampled together."""
+MOST = 16
+"""Small pictures decoded at once: 30 steps of them have 8 MB of 2048 features."""
+REMEDY = (
+    "a half-precision decoder overflowed, or the VAE is not this model's; load with "
+    "dtype='float32' or 'bfloat16'"
+)
+
+
+class Pictures(NamedTuple):
+    """rgb uint8 [n, H, W, 3], and good [n]: False where the decoder gave NaN, drawn black."""
+
+    rgb: Rgb
+    good: NDArray[np.bool_]
+
+
+def grouped(engine: Engine, seeds: Sequence[int], size: Size = None) -> Iterator[Sequence[int]]:
+    """The seeds, as many at once as have `GROUP` pixels together."""
+    count = _fitting(engine, size, GROUP)
+    return (seeds[i : i + count] for i in range(0, max(1, len(seeds)), count))
+
+
+def each_part(
+    engine: Engine, prompt: str, table: StepTable, seeds: Sequence[int], *, size: Size = None
+) -> Iterator[Tensor]:
+    """What every row predicted of the next few seeds: x0 [S, n, C, h, w], n*H*W <= `PART`."""
+    part = min(MOST, _fitting(engine, size, PART))
+    for group in grouped(engine, seeds, size):
+        states = engine.iterate(prompt, plan=table, seeds=group, size=size)
+        rows = [state.x0 for state in states]
+        for begin in range(0, len(group), part):
+            yield torch.stack([row[begin : begin + part] for row in rows])
+
+
+def pictures(decoder: Decoder, latents: Tensor) -> Pictures:
+    """The decoder's pictures of [n, C, h, w], on the host."""
+    rgb, finite = decoder(latents)
+    return Pictures(rgb.cpu().numpy(), finite.cpu().numpy())
+
+
+def blank(engine: Engine, decoder: Decoder, *, size: Size = None) -> Rgb:
+    """[1, H, W, 3], the picture of latents that are 0: of nothing. Raises InputError for NaN."""
+    weights = engine.weights
+    cells = (side // weights.downscale for side in _sides(engine, size))
+    found = pictures(
+        decoder, torch.zeros((1, weights.latent_channels, *cells), device=engine.device)
+    )
+    if not found.good.all():
+        raise InputError(
+            f"the {decoder.name} decoder gave NaN or infinity for latents that are 0: {REMEDY}"
+        )
+    return found.rgb
+
+
+def check_pictures(
+    good: NDArray[np.bool_], prompt: str, table: StepTable, decoder: Decoder
+) -> None:
+    """Raise InputError where a row [S, B] has no picture of any seed."""
+    seen = good.any(1)
+    if not seen.all():
+        raise InputError(
+            f"{prompt!r}, plan {table.name!r}, step {int(np.argmin(seen))}: the {decoder.name} "
+            f"decoder gave NaN or infinity for every seed: {REMEDY}"
+        )
+
+
+def scored(judge: Judge, phrases: Sequence[str]) -> See:
+    """Cosines [n, P] of pictures with phrases. Raises InputError for a judge without text, at once,
+    and for a score that is not finite."""
+    pairs, table = judge.score, judge.scores
+    if pairs is None:
+        names = ", ".join(space.name for space in judge.spaces)
+        raise InputError(
+            f"{names}: nothing scores pictures with text: give the bundled scorer for the bundled "
+            "pair, or a folder with a CLIP model"
+        )
+
+    def see(rgb: Rgb) -> Array:
+        if table is not None:
+            found = table(rgb, phrases)
+        else:
+            found = np.stack([pairs(rgb, [phrase] * len(rgb)) for phrase in phrases], axis=1)
+        if not np.isfinite(found).all():
+            raise InputError(f"{judge.scored_by} gave scores that are not finite")
+        return found
+
+    return see
+
+
+def passes_so_far(table: StepTable) -> NDArray[np.int64]:
+    """[S]: network passes an image up to and with each row."""
+    return np.cumsum([step.passes for step in table])
+
+
+def plans_of(cells: Sequence[Arrays], field: str) -> tuple[str, ...]:
+    """The plans of which cells have `field`, in their order.
+
+    Raises InputError for no cells, and for those of another experiment.
+    """
+    if not cells:
+        raise InputError("no cells: nothing has been measured yet")
+    end = f"/{field}"
+    found = tuple(key.removesuffix(end) for key in cells[0] if key.endswith(end))
+    if not found:
+        raise InputError(f"cells of another experiment: none of {sorted(cells[0])} ends in {end!r}")
+    return found
+
+
+def stacked(cells: Sequence[Arrays], key: str) -> Array:
+    """[P, ...] of all cells. Raises InputError where they are not of the same plans and seeds."""
+    try:
+        return np.stack([np.asarray(cell[key], np.float64) for cell in cells])
+    except (KeyError, ValueError) as error:
+        shapes = {cell[key].shape if key in cell else None for cell in cells}
+        raise InputError(
+            f"cells of other plans, steps or seeds: {key!r} has shapes {shapes}; measure all "
+            "prompts alike"
+        ) from error
+
+
+def interval(values: Array) -> dict[str, float | None]:
+    """The mean over prompts [P] with its 95 % ends; these are None for one prompt."""
+    found = over_prompts(Measured(values, np.empty((len(values), 0))))
+    low, high = (None, None) if found is None else (round(found.low, 6), round(found.high, 6))
+    return {"value": round(float(values.mean()), 6), "low": low, "high": high}
+
+
+def _sides(engine: Engine, size: Size) -> tuple[int, int]:
+    return check_size(size, engine.weights.image_size, max(8, engine.weights.downscale))
+
+
+def _fitting(engine: Engine, size: Size, pixels: int) -> int:
+    """How many pictures have no more than `pixels` together, at least 1."""
+    height, width = _sides(engine, size)
+    return max(1, pixels // (height * width))

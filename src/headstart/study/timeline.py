@@ -1,0 +1,273 @@
+"""When is a concept there, and is it dropped? With concepts that nobody asked for beside it.
+
+excess = score of the prompt's picture - score of the picture without the concept   same seed, row
+beyond = excess / margin of that row                  there: beyond > 1, see `traces.timeline`
+
+Every concept of a prompt has its twin run, the prompt without it. The margins of a twin come from
+the excess of concepts in neither prompt, at each row, so that at most `rate` of those are there at
+any row. What is asked for and then dropped means something beside what was never asked for: one
+half of those concepts is followed with the margins of the other half, and the halves change places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+import headstart_weights
+from headstart.engine.engine import Engine
+from headstart.engine.request import Size
+from headstart.errors import InputError
+from headstart.metrics.features import SCORER
+from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Judge
+from headstart.study.steps import (
+    Pictures,
+    See,
+    check_pictures,
+    each_part,
+    interval,
+    passes_so_far,
+    pictures,
+    plans_of,
+    scored,
+)
+from headstart.study.store import Arrays
+from headstart.traces.clip import UNASKED
+from headstart.traces.decoders import Decoder
+from headstart.traces.timeline import (
+    FALSE_RATE,
+    LEAST_UNASKED,
+    check_phrases,
+    margins_of,
+    phrase_of,
+    phrases_in,
+    there,
+    unasked_of,
+    without,
+)
+
+MOST_UNASKED = 60
+
+
+class Shares(NamedTuple):
+    """Of courses: how many, and the share that is there at each step [S], ever, and dropped."""
+
+    courses: int
+    there: Array
+    ever: float
+    dropped: float
+
+    @classmethod
+    def of(cls, here: NDArray[np.bool_]) -> Shares:
+        """Of courses [S, N], where each is there."""
+        ever = here.any(0)
+        return cls(
+            here.shape[1], here.mean(1), float(ever.mean()), float((ever & ~here[-1]).mean())
+        )
+
+
+def measure(
+    engine: Engine,
+    prompt: str,
+    seeds: Sequence[int],
+    plans: Mapping[str, StepTable],
+    judge: Judge,
+    decoder: Decoder,
+    *,
+    unasked: Sequence[str],
+    asked: Sequence[str] | None = None,
+    size: Size = None,
+) -> dict[str, NDArray[Any]]:
+    """One prompt: of each plan the excess [A, S, B, 1 + D], float32, NaN: no picture.
+
+    unasked  D concepts, such as `concepts_beside` gives; counts [A, D] says which of them share no
+             word with the prompt
+    asked    A concepts of the prompt, each with a twin run; None: those that `phrases_in` finds
+
+    The excess of the asked concept is the first of the last axis, the others' follow.
+
+    Raises InputError for a judge that scores no text, for a concept that is not in the prompt, and
+    for fewer than 20 concepts that nobody asked for: all before anything is sampled.
+    """
+    twins = twins_of(prompt, asked)
+    words = (*twins, *check_phrases(unasked))
+    counts = np.zeros((len(twins), len(unasked)), np.bool_)
+    for row, rest in enumerate(twins.values()):
+        counts[row, unasked_of(unasked, (prompt, rest), 2 * LEAST_UNASKED)] = True
+    score = scored(judge, words)
+    decoder.check_space(engine.weights.lineage)
+    cell: dict[str, NDArray[Any]] = {
+        "judge": np.array(judge.scored_by),
+        "prompt": np.array(prompt),
+        "asked": np.array([*twins]),
+        "without": np.array([*twins.values()]),
+        "counts": counts,
+    }
+    for plan, table in plans.items():
+        scores: dict[str, Array] = {}
+        for text in dict.fromkeys((prompt, *twins.values())):
+            parts = [
+                np.stack([_scores(pictures(decoder, row), score) for row in x0])
+                for x0 in each_part(engine, text, table, seeds, size=size)
+            ]
+            scores[text] = np.concatenate(parts, axis=1)
+            check_pictures(np.isfinite(scores[text][..., 0]), text, table, decoder)
+        excess = [scores[prompt] - scores[rest] for rest in twins.values()]
+        cell[f"{plan}/excess"] = np.stack(
+            [own[..., [n, *range(len(twins), len(words))]] for n, own in enumerate(excess)]
+        ).astype(np.float32)
+        cell[f"{plan}/passes"] = passes_so_far(table)
+    return cell
+
+
+def _scores(seen: Pictures, score: See) -> Array:
+    """[n, P], NaN where there is no picture."""
+    return np.where(seen.good[:, None], score(seen.rgb), np.nan)
+
+
+def twins_of(prompt: str, asked: Sequence[str] | None = None) -> dict[str, str]:
+    """Every asked concept -> the prompt without it. Raises InputError for one it does not name."""
+    phrases = phrases_in(prompt) if asked is None else check_phrases(asked)
+    if not phrases:
+        raise InputError(f"{prompt!r} names no concept to follow: name those to be watched")
+    found = {phrase: without(prompt, phrase) for phrase in phrases}
+    if missing := [phrase for phrase, rest in found.items() if rest is None]:
+        raise InputError(
+            f"{missing[0]!r} is not in the prompt {prompt!r}: a concept that was not asked for is "
+            "a control, not what is followed"
+        )
+    return {phrase: rest for phrase, rest in found.items() if rest is not None}
+
+
+def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
+    """Concepts to measure margins with: those of all prompts, filled up with common things.
+
+    At most 60, taken evenly. The bundled scorer knows the bundled pair's subjects alone.
+    """
+    if judge.scored_by == SCORER:
+        return tuple(map(phrase_of, headstart_weights.manifest().concepts))
+    found = tuple(dict.fromkeys((*(p for text in prompts for p in phrases_in(text)), *UNASKED)))
+    count = min(len(found), MOST_UNASKED)
+    return tuple(found[i * len(found) // count] for i in range(count))
+
+
+def passes(
+    plans: Mapping[str, StepTable], prompt: str, asked: Sequence[str] | None = None
+) -> float:
+    """Network passes that a cell takes for each of its seeds: the prompt's runs and the twins'."""
+    texts = {prompt, *twins_of(prompt, asked).values()}
+    return float(sum(table.passes() for table in plans.values()) * len(texts))
+
+
+def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, Any]:
+    """From the cells of all prompts, with 95 % intervals over prompts:
+
+        {"judge": str, "seeds": int, "false_rate": float,
+         "plans": {plan: {
+             "passes": [int],                     network passes an image up to each step
+             "missing": int,                      pictures that were not finite
+             "asked":   {"courses": int,          pairs of image and concept
+                         "there": [Interval],     share that is there at each step
+                         "ever": Interval,        ... at any step
+                         "dropped": Interval},    ... and not at the last, having fallen by a margin
+             "unasked": the same of concepts that nobody asked for,
+             "dropped_more": Interval}},          asked - unasked, prompt by prompt
+          "concepts": [{"prompt": str, "phrase": str, "without": str,
+                       "plans": {plan: {"there": [float], "ever": float, "dropped": float}}}]}
+
+    Shares are of all courses, not of those that were there: a rate of dropping is read beside that
+    of concepts which were never asked for, and `dropped_more` above 0 is what would be a finding.
+    Raises InputError for no cells, cells of other plans or steps, and a rate outside of 0 to 1.
+    """
+    if not 0.0 < rate < 1.0:
+        raise InputError(f"a false-alarm rate lies between 0 and 1, got {rate}: such as 0.01")
+    plans = plans_of(cells, "excess")
+    _check(cells, plans)
+    rows = {plan: [[*_followed(cell, plan, rate)] for cell in cells] for plan in plans}
+    return {
+        "judge": str(cells[0]["judge"]),
+        "seeds": int(cells[0][f"{plans[0]}/excess"].shape[2]),
+        "false_rate": rate,
+        "plans": {
+            plan: {
+                "passes": cells[0][f"{plan}/passes"].tolist(),
+                "missing": sum(int(np.isnan(c[f"{plan}/excess"][..., 0]).sum()) for c in cells),
+                **_over_prompts(own),
+            }
+            for plan, own in rows.items()
+        },
+        "concepts": [
+            {
+                "prompt": str(cell["prompt"]),
+                "phrase": str(cell["asked"][concept]),
+                "without": str(cell["without"][concept]),
+                "plans": {plan: _plain(rows[plan][index][concept]) for plan in plans},
+            }
+            for index, cell in enumerate(cells)
+            for concept in range(len(cell["asked"]))
+        ],
+    }
+
+
+def _followed(cell: Arrays, plan: str, rate: float) -> Iterator[tuple[Shares, Shares]]:
+    """Of every asked concept of a prompt: its courses, and those of concepts nobody asked for."""
+    for kept, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
+        excess = kept.astype(np.float64)
+        asked, others = excess[..., 0], excess[..., 1:][..., counts]
+        halves = others[..., ::2], others[..., 1::2]
+        crossed = [
+            there(own / margins_of(rest, rate)[:, None, None])
+            for own, rest in (halves, halves[::-1])
+        ]
+        here = there(asked / margins_of(others, rate)[:, None])
+        yield (
+            Shares.of(here),
+            Shares.of(np.concatenate([own.reshape(len(own), -1) for own in crossed], axis=1)),
+        )
+
+
+def _over_prompts(rows: Sequence[Sequence[tuple[Shares, Shares]]]) -> dict[str, Any]:
+    """Of each prompt and concept the shares of both kinds -> intervals."""
+    asked, unasked = ([[pair[kind] for pair in row] for row in rows] for kind in (0, 1))
+    more = _each(asked, "dropped") - _each(unasked, "dropped")
+    return {
+        "asked": _summary(asked),
+        "unasked": _summary(unasked),
+        "dropped_more": interval(more),
+    }
+
+
+def _summary(rows: Sequence[Sequence[Shares]]) -> dict[str, Any]:
+    return {
+        "courses": sum(own.courses for row in rows for own in row),
+        "there": [interval(step) for step in _each(rows, "there").T],
+        "ever": interval(_each(rows, "ever")),
+        "dropped": interval(_each(rows, "dropped")),
+    }
+
+
+def _each(rows: Sequence[Sequence[Shares]], field: str) -> Array:
+    """[P, ...]: the mean over each prompt's concepts."""
+    return np.stack([np.mean([getattr(own, field) for own in row], axis=0) for row in rows])
+
+
+def _plain(pair: tuple[Shares, Shares]) -> dict[str, Any]:
+    asked, _ = pair
+    shown = [round(share, 4) for share in asked.there.tolist()]
+    return {"there": shown, "ever": round(asked.ever, 4), "dropped": round(asked.dropped, 4)}
+
+
+def _check(cells: Sequence[Arrays], plans: Sequence[str]) -> None:
+    """The number of concepts may differ from prompt to prompt; steps and seeds may not."""
+    for plan in plans:
+        shapes = {cell[f"{plan}/excess"].shape[1:3] if f"{plan}/excess" in cell else None
+                  for cell in cells}  # fmt: skip
+        if len(shapes) > 1:
+            raise InputError(
+                f"cells of other plans, steps or seeds: {plan!r} has {shapes}; measure all prompts "
+                "alike"
+            )
