@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from headstart.errors import CheckpointError, InputError
-from headstart.metrics.features import IMAGENET, Preparation, open_features
+from headstart.metrics.features import IMAGENET, open_features
+from headstart.spaces.preparation import Preparation
 
 transformers = pytest.importorskip("transformers")
 RGB = np.random.default_rng(0).integers(0, 256, (3, 40, 48, 3), np.uint8)
@@ -132,7 +133,7 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(
 
 
 def test_folders_that_are_no_extractor_are_refused(clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read .*config.json"):
+    with pytest.raises(InputError, match="has no config.json and 0 files with weights"):
         open_features(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="holds a 'bert' model: features come from clip or dinov2"):
@@ -142,7 +143,7 @@ def test_folders_that_are_no_extractor_are_refused(clip: Path, tmp_path: Path) -
     with pytest.raises(InputError, match=r"preprocessor_config.json.*not size, image_mean"):
         open_features(str(tmp_path))
     with pytest.raises(
-        InputError, match="expected scorer, structure, colours, imagenet, or a folder"
+        InputError, match="expected scorer, structure, colours, imagenet, a file of Inception or"
     ):
         open_features("dreamsim")
 

@@ -179,14 +179,16 @@ def test_an_interval_of_neighbours_is_of_draws_of_the_same_balls(by: fidelity.By
         assert (one.low, one.high) == pytest.approx((max(0.0, low), high), abs=1e-12)
 
 
-def test_a_drawn_frechet_distance_is_that_of_the_images_repeated() -> None:
-    features, reference = gaussian(40, 5), Moments.of(gaussian(60, 5, 3) * 1.4 + 0.2)
+@pytest.mark.parametrize("width", [5, 60], ids=["more images", "more features"])
+def test_a_drawn_frechet_distance_is_that_of_the_images_repeated(width: int) -> None:
+    features = gaussian(40, width)
+    reference = Moments.of(gaussian(60, width, 3) * 1.4 + 0.2)
     counts = fidelity._draws(40, [10] * 4, "prompts", 6)
     for row in counts:
         repeated = features.repeat(row.astype(int), axis=0)
         expected = _distance(repeated, reference)
         root = fidelity._root(reference.covariance)
-        found = fidelity._frechet_drawn(features, row, reference, root)
+        found = fidelity._frechet_drawn(features, features @ root, row, reference)
         assert found == pytest.approx(expected, rel=1e-7)
 
 

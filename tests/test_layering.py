@@ -38,9 +38,13 @@ ROOMS = {name.partition(".")[0] for name in POSITION if "." in name and name not
 TORCH_FREE = {
     *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
     *("pictures.chart", "networks.vocabulary", "adapters.names", "adapters.strength"),
-    *("metrics.metrics", "metrics.resample", "sweep.jobs", "sweep.ledger"),
+    *("spaces.extractor", "metrics.metrics", "metrics.gram", "metrics.resample"),
+    *("sweep.jobs", "sweep.ledger"),
     *("traces.structure", "traces.timeline", "traces.strip", "traces.filmstrip"),
     *("traces.page", "traces.animation", "commands", "cli", "__main__"),
+    *("pictures.inline", "study.digits", "study.table", "study.paper", "study.canvas"),
+    *("study.labels", "study.scatter", "study.courses", "study.figures", "study.page"),
+    *("study.pdf", "study.report"),
     *("headstart", "headstart_weights"),
 }
 """Rooms, of which every module counts, and single modules."""
@@ -48,7 +52,12 @@ TORCH_BEARING = {"convert.unpickle"}
 """The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
-EXTRA_OF = {"headstart_weights.recipe": "train", "metrics.features": "features"}
+EXTRA_OF = {
+    "headstart_weights.recipe": "train",
+    "metrics.features": "features",
+    "study": "study",
+}
+"""Of a room or a module."""
 FORBIDDEN_WORDS = {
     *("utils", "util", "common", "misc", "helpers", "helper"),
     *("manager", "wrapper", "handler"),
@@ -237,7 +246,8 @@ def undeclared(sources: Mapping[str, str], declared: Mapping[str, set[str]]) -> 
     """Third-party imports that the project file does not list for that place."""
     found: list[str] = []
     for module, source in sources.items():
-        extra = EXTRA_OF.get(str(place(module)), "")
+        here = str(place(module))
+        extra = EXTRA_OF.get(here) or EXTRA_OF.get(here.partition(".")[0], "")
         allowed = declared[""] | declared[extra] | sys.stdlib_module_names
         for item in imports(source):
             top = item.module.partition(".")[0]
@@ -368,12 +378,16 @@ def test_a_torch_import_in_the_package_init_spoils_every_torch_free_module() -> 
 
 def test_planted_small_violations_are_caught() -> None:
     declared = {"": {"numpy", "pillow"}, "train": {"resvg-py"}, "features": {"efficientnet"}}
+    declared["study"] = {"matplotlib"}
     fine = {"headstart.plan": "import json, numpy.linalg\nfrom PIL import Image\n"}
     assert not undeclared(fine, declared)
     assert undeclared({"headstart.plan": "def late():\n    import resvg_py\n"}, declared)
     assert not undeclared({"headstart_weights.recipe.data": "import resvg_py\n"}, declared)
     assert undeclared({"headstart.metrics.metrics": "import efficientnet\n"}, declared)
     assert not undeclared({"headstart.metrics.features": "import efficientnet\n"}, declared)
+    drawing = "def draw():\n    import matplotlib\n"
+    assert undeclared({"headstart.metrics.metrics": drawing}, declared)
+    assert not undeclared({"headstart.study.figures": drawing}, declared)
     assert relative({"headstart.plan": "from . import errors\n"})
     assert relative({"headstart.plan": "from .errors import PlanError\n"})
     assert kernel_cross_imports(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import UNet
-from headstart_weights.recipe import StageOptions, progressive
+from headstart_weights.recipe import StageOptions, distill, progressive
 from headstart_weights.recipe.dataset import Dataset, Item
-from headstart_weights.recipe.diffusion import GRID, PARAMS, euler_step, mix, rollout
+from headstart_weights.recipe.diffusion import GRID, PARAMS, euler_step, mix, predict_x0, rollout
 from headstart_weights.recipe.training import write_tensors
 
 Network = Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -67,6 +67,51 @@ def test_a_trajectory_is_the_rollout_and_keeps_the_states_of_the_grid() -> None:
     a, s = (v.flatten() for v in mix(torch.tensor([*GRID])))
     exact = (a.square() * 0.3 + s.square()).sqrt() / (a[0].square() * 0.3 + s[0].square()).sqrt()
     torch.testing.assert_close(spread[:4] / spread[0], exact, rtol=0.06, atol=0)
+
+
+def told_network(variance: float) -> Network:
+    """The same about a mean that the caption says, so that guidance moves it."""
+    network = gaussian_network(variance)
+
+    def shifted(x: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        assert cond.context is not None
+        mean = cond.context.mean((1, 2))[:, None, None, None]
+        a, s = mix(timestep)
+        return network(x - a * mean, timestep, cond) - s * mean
+
+    return shifted
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_first_target_is_where_the_guided_teacher_lands(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Euler: the step ends in the teacher's state; re-noise: the x0 that it predicts from there."""
+    teacher: UNet = told_network(0.3)  # type: ignore[assignment]
+    draw = torch.Generator().manual_seed(seed)
+    x = torch.randn(3, 4, 16, 16, generator=draw)
+    context = torch.randn(3, 16, 128, generator=draw)
+    empty = torch.zeros(1, 16, 128)
+    for count in (1, progressive.SUB_STEPS, 5):
+        monkeypatch.setattr(distill, "LANDING_STEPS", count)
+        carried, seen = (
+            distill.first_target(teacher, x, context, empty, between)
+            for between in ("euler", "renoise")
+        )
+        stepped = euler_step(x, carried, torch.full((3,), GRID[0]), torch.full((3,), GRID[1]))
+        if count == progressive.SUB_STEPS:
+            landed = progressive.teach(teacher, x, context, empty)[:, 1]
+            torch.testing.assert_close(stepped, landed, rtol=0, atol=1e-5)
+        times = torch.linspace(GRID[0], GRID[1], count + 1).round().long().tolist()
+        expected = rollout(teacher, x, times, context, empty=empty, guidance=2.0)
+        torch.testing.assert_close(seen, expected, rtol=0, atol=1e-5)
+        now = torch.full((3,), GRID[1])
+        again = predict_x0(teacher, stepped, now, context, empty=empty, guidance=2.0)
+        torch.testing.assert_close(again, seen, rtol=0, atol=1e-4)
+        # of one step the first is the teacher's own prediction, and the second is another
+        own = predict_x0(teacher, x, torch.full((3,), GRID[0]), context, empty=empty, guidance=2.0)
+        assert torch.allclose(carried, own, atol=1e-4) is (count == 1)
+        assert not torch.allclose(carried, seen, atol=1e-2)
 
 
 def test_the_stage_goes_on_from_its_parts_and_writes_a_student(

@@ -14,11 +14,21 @@ from safetensors.torch import load_file
 
 import headstart as hs
 import headstart_weights
-from headstart_weights.recipe import StageOptions, artwork, diffusion, distill, export, restore
+from headstart.errors import InputError
+from headstart_weights.recipe import (
+    StageOptions,
+    artwork,
+    diffusion,
+    distill,
+    export,
+    restore,
+    variety,
+)
 from headstart_weights.recipe.__main__ import main
 from headstart_weights.recipe.artwork import SpriteLabel, Sprites
 from headstart_weights.recipe.concepts import CONCEPTS, PAIR_CONCEPTS
 from headstart_weights.recipe.dataset import STYLES, Dataset
+from headstart_weights.recipe.diffusion import GRID, predict_x0
 from headstart_weights.recipe.readme import STAGES
 from headstart_weights.recipe.training import SEED_STRIDE, Average, Run
 
@@ -126,7 +136,7 @@ def test_two_training_seeds_share_no_step() -> None:
 def test_students_of_a_seed_have_a_file_of_their_own() -> None:
     names = {
         distill.student_name(variant, seed)
-        for variant in (distill.STUDENT, distill.UNNOISED, distill.RENOISE)
+        for variant in (distill.STUDENT, distill.DP, distill.RENOISE)
         for seed in (0, 1, 2)
     }
     assert len(names) == 9 and "student" in names and "renoise-2" in names
@@ -142,6 +152,107 @@ def test_a_student_that_re_noises_starts_its_later_steps_from_new_noise(work: Pa
         with torch.no_grad():
             followed = [_seeded(seed, distiller, noise, context) for seed in (1, 2)]
         assert torch.equal(*followed) is not varies
+
+
+@pytest.fixture(scope="module")
+def landing(work: Path) -> distill.Distiller:
+    return distill.Distiller(StageOptions(work=work), distill.DP)
+
+
+def test_the_first_step_alone_is_taught_to_land(
+    landing: distill.Distiller, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And `fake` learns what is matched alone: in a step that lands it stays as it is."""
+    places: list[int] = []
+    start = landing.start
+
+    def noted(place: int, *given: torch.Tensor) -> torch.Tensor:
+        places.append(place)
+        return start(place, *given)
+
+    monkeypatch.setattr(landing, "start", noted)
+    seeds: dict[bool, int] = {}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        fake, student = (_values(n) for n in (landing.fake, landing.student))
+        told = landing.step(100, 0.0)
+        first = places[-1] == 0
+        assert ("landing" in told, "matching" in told) == (first, not first)
+        assert _equal(fake, landing.fake) is first and not _equal(student, landing.student)
+        seeds.setdefault(first, seed)
+        if len(seeds) == 2:
+            break
+    monkeypatch.setattr(landing, "variant", distill.STUDENT)  # which is matched there too
+    torch.manual_seed(seeds[True])
+    assert "matching" in landing.step(0, 0.0) and places[-1] == 0
+    assert distill.RENOISE_DP.landing and not distill.RENOISE.landing
+
+
+def test_later_steps_begin_where_no_gradient_leads_back(landing: distill.Distiller) -> None:
+    """The student's weights want a gradient and its first step is followed: the state has none."""
+    context = landing.text(["a fox"] * 16)
+    x = torch.empty(0)
+    for place in range(len(GRID)):
+        x = landing.start(place, torch.arange(16), context)
+        assert torch.is_grad_enabled() and not x.requires_grad
+    x0 = predict_x0(landing.student, x, torch.full((16,), GRID[-1]), context)
+    assert x0.requires_grad
+
+
+@pytest.fixture(scope="module")
+def varied(work: Path) -> Path:
+    """A folder with the adapters of seed 0, and the re-noise student that one is trained on."""
+    stage("renoise", work, 1)
+    stage("variety", work, 2)
+    return work
+
+
+def test_an_adapter_for_variety_acts_on_the_first_row_alone(varied: Path) -> None:
+    engine = hs.Engine.demo()
+    first = hs.Strength(rows=(1.0, 0.0, 0.0, 0.0))
+    table, cond = engine.compile("distilled"), engine.text.encode(["a fox"])
+    for name in variety.STUDENTS:
+        report = engine.attach(varied / f"{name}.safetensors", first, to=("distilled",))
+        assert report.live
+        plain, states = (
+            list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters=asked))
+            for asked in ([], None)
+        )
+        assert not torch.equal(states[0].x0, plain[0].x0)
+        engine.detach(name)
+        rest = list(hs.sample(table, engine.denoisers, cond, hs.Philox([3]), resume=states[0]))
+        assert len(rest) == 3
+        for state, again in zip(states[1:], rest, strict=True):
+            assert torch.equal(state.x0, again.x0)
+
+
+def test_the_variety_stage_goes_on_where_it_was_ended(varied: Path) -> None:
+    """It says which student it is of, and its students are as they were."""
+    files = ("variety", "renoise-variety", "student", "renoise")
+    before = {name: load_file(varied / f"{name}.safetensors") for name in files}
+    stage("variety", varied, 2)
+    for name in files:
+        again = load_file(varied / f"{name}.safetensors")
+        assert all(torch.equal(again[key], value) for key, value in before[name].items())
+    stage("variety", varied, 3)
+    for name, student in variety.STUDENTS.items():
+        with safe_open(varied / f"{name}.safetensors", "pt") as file:
+            told = file.metadata()
+        assert told == {"steps": "3", "headstart.trained_on": student.name}
+
+
+def test_variety_without_its_students_names_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no student-4\.safetensors .*`distill`.*--seed 4"):
+        stage("variety", tmp_path, 1, "--seed", "4")
+    assert not list(tmp_path.iterdir())
+
+
+def _values(network: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in network.parameters()]
+
+
+def _equal(before: list[torch.Tensor], network: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(before, network.parameters(), strict=True))
 
 
 def _seeded(

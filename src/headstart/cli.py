@@ -26,7 +26,7 @@ from headstart.commands.console import (
 from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
-    *("compare", "sample", "trace", "slide", "sweep", "evaluate"),
+    *("compare", "sample", "trace", "slide", "sweep", "evaluate", "study"),
     *("plan", "presets", "inspect", "convert", "transfer", "replay", "bench"),
 )
 """The commands, in the order that `headstart --help` lists them."""

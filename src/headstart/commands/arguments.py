@@ -177,9 +177,12 @@ def every() -> Parser:
 def add_features(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--features",
+        action="append",
         metavar="NAME",
-        help="scorer, structure, colours, imagenet, or a folder with a CLIP or DINOv2 model; "
-        "default: scorer for pictures of the bundled pair, structure for others",
+        help="scorer, structure, colours, imagenet, or a file or folder with published weights: "
+        "Inception (for FID), LPIPS, DreamSim, CLIP, DINOv2, DINOv3, ImageReward (scores only); "
+        "several times for several spaces, the first is the main one, and the first that reads "
+        "prompts scores; default: scorer for pictures of the bundled pair, structure for others",
     )
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from headstart.metrics.resample import Interval, Paired
     from headstart.sweep.evaluation import Contrast, Evaluation, Row, Spread
     from headstart.sweep.gallery import Gallery
+    from headstart.sweep.seen import Reference
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -33,11 +34,13 @@ def _run(args: argparse.Namespace) -> int:
 
     from headstart.metrics.judges import choose_judge
     from headstart.sweep.evaluation import evaluate
-    from headstart.sweep.seen import read_reference, see
+    from headstart.sweep.seen import check_reference, read_reference, see
 
     judge, notes = choose_judge(_known(galleries, args.reference), args.features)
     for told in notes:
         note(told)
+    if args.reference is not None:
+        check_reference(judge)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
         seen = [see(gallery, judge, bar.update) for gallery in galleries]
     reference = None
@@ -69,16 +72,14 @@ def _known(galleries: Sequence[Gallery], reference: str | None) -> list[Pictures
 def _told(found: Evaluation) -> str:
     """The table for a terminal, what its numbers are, and the paired comparisons."""
     lines = [_header(found), *(_line(row) for row in found.rows)]
-    first, second = found.spaces
-    lines += ["", f"features: {first} · {found.word}: diversity of {second} features · 95 % "
+    further = zip(found.words[1:], found.spaces[1:], strict=True)
+    told = " · ".join(f"{word}: diversity of {space} features" for word, space in further)
+    lines += ["", f"features: {found.spaces[0]} · {told} · 95 % "
               "intervals over prompts, or over seeds where there is one prompt"]  # fmt: skip
+    if found.scored_by not in (None, found.spaces[0]):
+        lines.append(f"score: by {found.scored_by}")
     if found.reference is not None:
-        known = found.reference.features
-        counted = "" if known is None else f", {len(known)} images"
-        lines.append(
-            f"reference: {found.reference.name}{counted} · Frechet distances are too large at few "
-            "images: compare equal numbers only"
-        )
+        lines.append(_about(found.reference, found.frechet))
     for row in found.rows:
         own = row.gallery
         if own.missing:
@@ -86,16 +87,25 @@ def _told(found: Evaluation) -> str:
         if row.varied < len(own.prompts):
             lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
     for apart in found.contrasts:
-        lines += _contrast(apart, found.word)
+        lines += _contrast(apart, found.words)
     return "\n".join(lines)
+
+
+def _about(reference: Reference, word: str) -> str:
+    counted = "" if reference.features is None else f", {len(reference.features)} images"
+    fid = "; papers take an FID of 30,000 to 50,000" if word == "FID" else ""
+    return (
+        f"reference: {reference.name}{counted} · Frechet distances are too large at few "
+        f"images: compare equal numbers only{fid}"
+    )
 
 
 def _header(found: Evaluation) -> str:
     head = f"{'folder':<20}{'plan':<18}{'passes':>7}{'images':>8}{'prompts':>8}"
-    head += f"{'diversity':>11}{'95 %':>16}{found.word:>11}{'95 %':>16}"
+    head += "".join(f"{word:>11}{'95 %':>16}" for word in found.words)
     head += f"{'Vendi':>8}{'score':>8}"
     if found.reference is not None:
-        head += f"{'Frechet':>10}{'95 %':>20}"
+        head += f"{found.frechet:>10}{'95 %':>20}"
         if found.reference.features is not None:
             head += f"{'KID':>10}{'95 %':>22}{'prec.':>7}{'recall':>7}{'cover.':>7}"
     return head
@@ -119,9 +129,9 @@ def _line(row: Row) -> str:
     return line
 
 
-def _contrast(found: Contrast, word: str) -> list[str]:
+def _contrast(found: Contrast, words: Sequence[str]) -> list[str]:
     lines = [f"\n{found.a} minus {found.b}, {found.prompts} prompts, {found.images} images each"]
-    named = zip(("diversity", word, "score"), (*found.spaces.values(), found.score), strict=True)
+    named = zip((*words, "score"), (*found.spaces.values(), found.score), strict=True)
     for name, one in named:
         if one is not None:
             lines.append(f"  {name:<10}{_paired(one)}")

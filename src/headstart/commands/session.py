@@ -39,6 +39,17 @@ def open_engine(args: argparse.Namespace) -> Engine:
     return engine
 
 
+def use_local_device(args: argparse.Namespace) -> None:
+    """Under torchrun every rank has a GPU of its own, LOCAL_RANK of its machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if local is None or args.device not in ("auto", "cuda"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"
+
+
 def free_name(path: str, engine: Engine) -> str:
     """The file's name without its suffix; `name-2` where another file of that name is attached, as
     every LoRA that diffusers saves is called `pytorch_lora_weights`."""

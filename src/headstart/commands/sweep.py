@@ -20,7 +20,7 @@ from headstart.commands.arguments import (
     uses_bundled,
 )
 from headstart.commands.console import note, progress
-from headstart.commands.session import open_engine
+from headstart.commands.session import open_engine, use_local_device
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.named import named_plan
@@ -80,7 +80,7 @@ def _sweep(args: argparse.Namespace) -> int:
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
-    _use_local_device(args)
+    use_local_device(args)
     engine = open_engine(args)
     table = engine.compile(args.plan, **plan_settings(args))
     settings = _settings(args, engine, table, cases, size, methods)
@@ -101,17 +101,6 @@ def _sweep(args: argparse.Namespace) -> int:
             )  # fmt: skip
         _report(args, done, len(cases), shard)
     return 0
-
-
-def _use_local_device(args: argparse.Namespace) -> None:
-    """Under torchrun every rank has a GPU of its own, LOCAL_RANK of its machine."""
-    local = os.environ.get("LOCAL_RANK")
-    if local is None or args.device not in ("auto", "cuda"):
-        return
-    import torch
-
-    if torch.cuda.is_available():
-        args.device = f"cuda:{int(local) % torch.cuda.device_count()}"
 
 
 def _settings(

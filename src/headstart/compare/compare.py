@@ -1,6 +1,6 @@
 """The main job: one prompt and the same seeds by base, distilled, hybrid and skip-first.
 
-row = (network passes, seconds for all images, diversity in two spaces, Vendi, prompt score)
+row = (network passes, seconds for all images, diversity in each space, Vendi, prompt score)
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from headstart.diversify.method import Method
 from headstart.diversify.select import Select
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Extractor, vendi, word_of
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import vendi, word_of
 from headstart.metrics.resample import Interval, bootstrap_seeds
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
 from headstart.sampler import State
+from headstart.spaces.extractor import Distance, Extractor, Judge
 
 PLANS = ("base", "distilled", "hybrid", "skip-first")
 
@@ -39,8 +40,10 @@ class Variety(NamedTuple):
 
     @classmethod
     def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> Variety:
-        features = extractor.features(images)
-        return cls(bootstrap_seeds(features) if len(features) > 1 else None, vendi(features))
+        features = group_features(extractor, images)
+        several = len(features) > 1
+        varied = bootstrap_seeds(features, extractor.distance) if several else None
+        return cls(varied, vendi(features))
 
     def to_json(self) -> dict[str, Any]:
         found = self.diversity
@@ -93,6 +96,9 @@ class Comparison:
     """Extractors, the one of `diversity` first."""
     setting: str
     """Where it ran, in words: device, threads, versions."""
+    distances: tuple[Distance, ...]
+    """How features are compared in each of the spaces."""
+    scored_by: str | None = None
 
     def to_json(self, sheet: str) -> dict[str, Any]:
         return {
@@ -102,6 +108,7 @@ class Comparison:
             "sheet": sheet,
             "extractor": self.spaces[0],
             "spaces": list(self.spaces),
+            "scored_by": self.scored_by,
             "setting": self.setting,
             "plans": [outcome.to_json() for outcome in self.outcomes],
         }
@@ -110,7 +117,8 @@ class Comparison:
         """The table for a terminal."""
         wide = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
         head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'diversity':>11}{'95 %':>16}"
-        head += f"{word_of(self.spaces[1]):>11}{'95 %':>16}{'Vendi':>8}{'score':>8}"
+        head += "".join(f"{word_of(space):>11}{'95 %':>16}" for space in self.spaces[1:])
+        head += f"{'Vendi':>8}{'score':>8}"
         return "\n".join([head, *(_line(outcome, wide) for outcome in self.outcomes)])
 
 
@@ -184,6 +192,8 @@ def compare(
         outcomes=tuple(outcomes),
         spaces=tuple(space.name for space in judge.spaces),
         setting=_setting(engine),
+        distances=tuple(space.distance for space in judge.spaces),
+        scored_by=judge.scored_by,
     )
 
 
@@ -204,15 +214,22 @@ def sheet_of(comparison: Comparison) -> Image.Image:
 
 def footer_of(comparison: Comparison) -> str:
     """What the numbers mean and where they were taken."""
-    count, (first, second) = len(comparison.seeds), comparison.spaces
+    count, (first, *others) = len(comparison.seeds), comparison.spaces
     images = "the image" if count == 1 else f"all {count} images"
+    main, *distances = comparison.distances
+    further = "".join(
+        f" · {word_of(other)}: {'the same' if own == main else f'mean {own} distance'} of {other} "
+        "features"
+        for other, own in zip(others, distances, strict=True)
+    )
+    by = comparison.scored_by
+    scores = "" if by in (None, first) else f" · score: by {by}"
     chose = [o.name for o in comparison.outcomes if o.name.startswith(f"{Select.name}:")]
+    chosen = "".join(f" · {name}: images of the seeds that it chose" for name in chose)
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
-        f"{_medians(comparison.rounds)} · diversity: mean pairwise cosine distance of {first} "
-        f"features · {word_of(second)}: the same of {second} features · "
-        + "".join(f"{name}: images of the seeds that it chose · " for name in chose)
-        + comparison.setting
+        f"{_medians(comparison.rounds)} · diversity: mean pairwise {main} distance of {first} "
+        f"features{further}{scores}{chosen} · {comparison.setting}"
     )
 
 

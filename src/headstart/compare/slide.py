@@ -16,10 +16,10 @@ from PIL import Image
 
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.features import Judge
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
 from headstart.sampler import State
+from headstart.spaces.extractor import Judge
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

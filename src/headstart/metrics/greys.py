@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.metrics.metrics import Array, Extractor
+from headstart.spaces.extractor import Array, Extractor
 
 CELLS, WINDOW = 16, 2.0
 FLOOR = 4 / 255

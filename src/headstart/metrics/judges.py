@@ -1,4 +1,4 @@
-"""Which features are valid for which pictures, decided before any are taken; always two spaces.
+"""Which features are valid for which pictures, decided before any are taken; two spaces or more.
 
 the bundled pair's, 64 x 64 px   the bundled scorer and structure, and scores against prompts
 any other                        structure and colours, and no score
@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from headstart.errors import InputError
-from headstart.metrics.features import Judge, open_features
+from headstart.metrics.features import open_features
 from headstart.metrics.scorer import IMAGE_SIZE
+from headstart.spaces.extractor import Judge
 
 DEMO = "demo"
 
@@ -45,24 +46,25 @@ class Choice(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def choose_judge(pictures: Sequence[Pictures], named: str | None = None) -> Choice:
+def choose_judge(pictures: Sequence[Pictures], named: Sequence[str] | str | None = None) -> Choice:
     """The features called `named`, or without a name those that are valid for all the pictures.
 
     Where nothing says whose pictures are, their size decides, and a note tells. Raises InputError
     for the bundled scorer on pictures that it was not made for.
     """
     strange = [(own, why) for own in pictures if (why := own.strange()) is not None]
-    if named not in ("scorer", None):
-        return Choice(open_features(named))
+    names = (named,) if isinstance(named, str) else tuple(named or ())
+    if names and "scorer" not in names:
+        return Choice(open_features(*names))
     if not strange:
         taken = [own.name for own in pictures if own.lineage is None]
-        return Choice(open_features("scorer"), tuple(map(_taken, taken)))
+        return Choice(open_features(*(names or ("scorer",))), tuple(map(_taken, taken)))
     own, why = strange[0]
     told = (
         f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
         f"and those of {own.name} are {why}: "
     )
-    if named is not None:
+    if names:
         raise InputError(
             f"features 'scorer': {told}leave --features out, for structure and colours, or give "
             "imagenet, or a folder with a CLIP model, which scores too"

@@ -1,30 +1,16 @@
 """How varied the images of one prompt are, given features of a named extractor.
 
-diversity = mean over i != j of (1 - cos(f_i, f_j)) = 1 - mean similarity
+diversity = mean over i != j of d(f_i, f_j),  d = 1 - cos(f, g), or |f - g|^2 (LPIPS)
 Vendi     = exp(-sum_i l_i ln l_i),  l = eigenvalues of [cos(f_i, f_j)] / n
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
-
 import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import InputError
-
-Array = NDArray[np.float64]
-
-
-class Extractor(NamedTuple):
-    """What turns images into features, and the name every number it yields is reported under.
-
-    features: rgb uint8 [n, H, W, 3] -> float64 [n, d]
-    """
-
-    name: str
-    features: Callable[[NDArray[np.uint8]], Array]
+from headstart.spaces.extractor import Array, Distance, Extractor
 
 
 def pixel_extractor(cells: int = 8) -> Extractor:
@@ -50,13 +36,13 @@ def word_of(name: str) -> str:
     return name.partition("-")[0].partition(":")[0]
 
 
-def diversity(features: Array) -> float:
-    """Mean pairwise cosine distance of features [n, d]: 0 = all alike, 1 = all orthogonal.
+def diversity(features: Array, distance: Distance = "cosine") -> float:
+    """Mean pairwise distance of features [n, d]; by cosine 0 = all alike, 1 = all orthogonal.
 
     The measure of arXiv:2503.10637 table 2, on whichever features are given. Raises InputError
-    for fewer than two samples, a zero feature, or one that is not finite.
+    for fewer than two samples, one that is not finite, or by cosine a zero feature.
     """
-    return off_diagonal_mean(1.0 - cosines(features, at_least=2))
+    return off_diagonal_mean(distances(features, distance))
 
 
 def mean_similarity(features: Array) -> float:
@@ -77,6 +63,18 @@ def vendi(features: Array) -> float:
     eigenvalues = np.linalg.eigvalsh(similar / len(similar))
     positive = eigenvalues[eigenvalues > 0.0]
     return float(np.exp(-(positive * np.log(positive)).sum()))
+
+
+def distances(features: Array, distance: Distance = "cosine") -> Array:
+    """[n, n] distances of features [n, d], n >= 2, exactly 0 on the diagonal."""
+    if distance == "cosine":
+        return 1.0 - cosines(features, at_least=2)
+    found = checked(features, at_least=2)
+    found = found - found.mean(0)  # far from 0, |f|^2 + |g|^2 - 2 f.g loses what it is about
+    squares = np.square(found).sum(1)
+    apart = np.maximum(squares[:, None] + squares - 2.0 * (found @ found.T), 0.0)
+    np.fill_diagonal(apart, 0.0)
+    return apart
 
 
 def checked(features: Array, *, at_least: int) -> Array:

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from headstart.errors import InputError
-from headstart.metrics.metrics import Array, checked, cosines, diversity, off_diagonal_mean
+from headstart.metrics.metrics import checked, distances, diversity, off_diagonal_mean
+from headstart.spaces.extractor import Array, Distance
 
 Statistic = Callable[[Array], float]
 RESAMPLES = 2000
@@ -67,8 +68,10 @@ class Paired(NamedTuple):
     p_value: float | None
 
 
-def measure_diversity(groups: Sequence[Array], *, resamples: int = RESAMPLES) -> Measured:
-    """Mean pairwise cosine distance of features [n, d] for each prompt.
+def measure_diversity(
+    groups: Sequence[Array], distance: Distance = "cosine", *, resamples: int = RESAMPLES
+) -> Measured:
+    """Mean pairwise distance of features [n, d] for each prompt.
 
     A sample drawn twice is not a pair: its distance 0 to itself would bias every draw down by about
     1/n. Two images are one pair, which every draw repeats: where no prompt has more, there are no
@@ -79,13 +82,13 @@ def measure_diversity(groups: Sequence[Array], *, resamples: int = RESAMPLES) ->
     values: list[float] = []
     drawn: list[Array] = []
     for prompt, group in enumerate(groups):
-        distances = 1.0 - cosines(group, at_least=2)
-        counts = _seed_counts(len(distances), resamples, prompt)
+        apart = distances(group, distance)
+        counts = _seed_counts(len(apart), resamples, prompt)
         pairs = counts.sum(1) ** 2 - np.square(counts).sum(1)
         counts[pairs == 0] = 1.0  # one image n times over has no pair: take all of them once
-        pairs[pairs == 0] = len(distances) * (len(distances) - 1)
-        values.append(off_diagonal_mean(distances))
-        drawn.append(((counts @ distances) * counts).sum(1) / pairs)
+        pairs[pairs == 0] = len(apart) * (len(apart) - 1)
+        values.append(off_diagonal_mean(apart))
+        drawn.append(((counts @ apart) * counts).sum(1) / pairs)
     return Measured(np.array(values), np.stack(drawn))
 
 
@@ -136,6 +139,19 @@ def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
     )
 
 
+def recovered(own: Array, base: Array, distilled: Array, *, level: float = 0.95) -> Interval:
+    """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
+
+    The share of what distilling lost that comes back; prompts are drawn together for all three.
+    """
+    back, lost = own - distilled, base - distilled
+    picks = np.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    with np.errstate(divide="ignore", invalid="ignore"):  # nothing was lost: no share of it
+        ratios = back[picks].mean(1) / lost[picks].mean(1)
+        value = np.divide(back.mean(), lost.mean())
+    return percentiles(float(value), ratios, level)
+
+
 def sign_flip(differences: Array) -> float:
     """Two-sided p of mean(differences [P]) = 0 under independent random signs (Fisher, 1935).
 
@@ -172,13 +188,18 @@ def bootstrap_prompts(
 
 
 def bootstrap_seeds(
-    features: Array, *, resamples: int = RESAMPLES, level: float = 0.95
+    features: Array,
+    distance: Distance = "cosine",
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
 ) -> Interval:
     """Diversity of features [n, d] of one prompt, its samples resampled.
 
     Two samples are one pair, so nothing varies between draws: the ends are NaN.
     """
-    measured = measure_diversity([checked(features, at_least=2)], resamples=resamples)
+    known = [checked(features, at_least=2)]
+    measured = measure_diversity(known, distance, resamples=resamples)
     if not measured.drawn.size:
         return Interval(measured.mean, math.nan, math.nan)
     return percentiles(measured.mean, measured.drawn[0], level)

@@ -1,7 +1,7 @@
 """Folders of images as numbers: how varied, how faithful, and whether two plans differ.
 
 row  = diversity, MSS, Vendi and score over prompts; Frechet, KID, precision ... to a reference;
-       diversity and Vendi in a second, independent space as well
+       diversity and Vendi in other, independent spaces as well
 pair = a - b on the prompts and seeds that both folders have
 """
 
@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
-from headstart.metrics.features import Judge
 from headstart.metrics.fidelity import By, frechet_interval, kid, neighbours_interval
-from headstart.metrics.metrics import Array, vendi, word_of
+from headstart.metrics.metrics import vendi, word_of
 from headstart.metrics.resample import (
     Interval,
     Measured,
@@ -26,6 +25,7 @@ from headstart.metrics.resample import (
     over_seeds,
     paired,
 )
+from headstart.spaces.extractor import Array, Distance, Judge
 from headstart.sweep.gallery import Gallery
 from headstart.sweep.seen import Reference, Seen
 
@@ -64,19 +64,24 @@ class Variety(NamedTuple):
 
     diversity: Spread | None
     vendi: Spread | None
+    distance: Distance = "cosine"
 
     @classmethod
-    def of(cls, groups: Sequence[Array]) -> Variety:
+    def of(cls, groups: Sequence[Array], distance: Distance = "cosine") -> Variety:
         """Of the features of prompts with two images or more."""
         if not groups:
-            return cls(None, None)
-        return cls(Spread.of(measure_diversity(groups)), Spread.of(measure_each(groups, vendi)))
+            return cls(None, None, distance)
+        varied = Spread.of(measure_diversity(groups, distance))
+        return cls(varied, Spread.of(measure_each(groups, vendi)), distance)
 
     def to_json(self) -> dict[str, Any]:
+        """`mss` is a mean cosine: null where the distance is another."""
         own = self.diversity
+        similar = None if own is None or self.distance != "cosine" else round(1.0 - own.value, 5)
         return {
+            "distance": self.distance,
             "diversity": None if own is None else own.to_json(),
-            "mss": None if own is None else round(1.0 - own.value, 5),
+            "mss": similar,
             "vendi": None if self.vendi is None else self.vendi.to_json(),
         }
 
@@ -158,16 +163,22 @@ class Contrast:
 class Evaluation:
     """Rows in the order of the folders, and each further folder against the first."""
 
-    spaces: tuple[str, str]
-    """Extractors; every number but the second diversity is of the first."""
+    spaces: tuple[str, ...]
+    """Extractors; every number but the further diversities is of the first."""
+    scored_by: str | None
     reference: Reference | None
     rows: tuple[Row, ...]
     contrasts: tuple[Contrast, ...]
 
     @property
-    def word(self) -> str:
-        """What the second diversity is called in a table."""
-        return word_of(self.spaces[1])
+    def words(self) -> tuple[str, ...]:
+        """What diversity in each space is called in a table."""
+        return ("diversity", *map(word_of, self.spaces[1:]))
+
+    @property
+    def frechet(self) -> str:
+        """A Frechet distance is an FID where Inception's features are the main space."""
+        return "FID" if word_of(self.spaces[0]) == "inception" else "Frechet"
 
     def to_json(self) -> dict[str, Any]:
         reference = None
@@ -178,7 +189,9 @@ class Evaluation:
         return {
             "features": self.spaces[0],
             "spaces": list(self.spaces),
+            "scored_by": self.scored_by,
             "reference": reference,
+            "frechet_is": self.frechet,
             "rows": [row.to_json() for row in self.rows],
             "paired": [contrast.to_json() for contrast in self.contrasts],
         }
@@ -186,10 +199,10 @@ class Evaluation:
 
 def evaluate(seen: Sequence[Seen], judge: Judge, reference: Reference | None = None) -> Evaluation:
     """Everything that can be said of these folders; later ones are paired with the first."""
-    first, second = (space.name for space in judge.spaces)
     contrasts = (contrast(other, seen[0], judge) for other in seen[1:])
     return Evaluation(
-        spaces=(first, second),
+        spaces=tuple(space.name for space in judge.spaces),
+        scored_by=judge.scored_by,
         reference=reference,
         rows=tuple(_row(own, judge, reference) for own in seen),
         contrasts=tuple(found for found in contrasts if found is not None),
@@ -215,18 +228,20 @@ def contrast(a: Seen, b: Seen, judge: Judge) -> Contrast | None:
         b=b.gallery.name,
         prompts=len(left),
         images=len(shared),
-        spaces={space.name: _apart(x, left, y, right) for space, x, y in pairs},
+        spaces={own.name: _apart((x, left), (y, right), own.distance) for own, x, y in pairs},
         score=score,
     )
 
 
-def _apart(
-    a: Array, left: Sequence[Sequence[int]], b: Array, right: Sequence[Sequence[int]]
-) -> Paired | None:
+_Chosen = tuple[Array, Sequence[Sequence[int]]]
+"""Features, and the rows of each prompt."""
+
+
+def _apart(a: _Chosen, b: _Chosen, distance: Distance) -> Paired | None:
     """Diversity of a less that of b, over prompts with two images."""
     found = [
-        measure_diversity([features[rows] for rows in chosen if len(rows) > 1])
-        for features, chosen in ((a, left), (b, right))
+        measure_diversity([features[rows] for rows in chosen if len(rows) > 1], distance)
+        for features, chosen in (a, b)
         if any(len(rows) > 1 for rows in chosen)
     ]
     return paired(*found) if found else None
@@ -250,7 +265,10 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
     row = Row(
         gallery=seen.gallery,
         varied=len(groups[0]),
-        spaces={s.name: Variety.of(own) for s, own in zip(judge.spaces, groups, strict=True)},
+        spaces={
+            space.name: Variety.of(own, space.distance)
+            for space, own in zip(judge.spaces, groups, strict=True)
+        },
         score=None if scores is None else Spread.of(scores),
     )
     if reference is None or len(seen.features) < 2:

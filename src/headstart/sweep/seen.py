@@ -1,6 +1,6 @@
 """Galleries as features: what every number of an evaluation is computed from.
 
-gallery, judge -> features in two spaces, and scores      a folder of pictures -> a reference
+gallery, judge -> features in each space, and scores      a folder of pictures -> a reference
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from headstart.errors import InputError
-from headstart.metrics.features import SCORER, Judge
+from headstart.metrics.features import SCORER
 from headstart.metrics.fidelity import Moments
-from headstart.metrics.metrics import Array
+from headstart.metrics.gram import group_features
+from headstart.spaces.extractor import Array, Extractor, Judge
 from headstart.sweep.gallery import Gallery, load_rgb, read_pictures
 
 OnImages = Callable[[int], object]
@@ -26,18 +27,18 @@ OnImages = Callable[[int], object]
 class Seen:
     """A gallery's features [n, d], and scores [n] against its own prompts, in its order.
 
-    second  features [n, e] in the judge's second space
+    spaces  features in the order of the judge's spaces; those of a wide one are `group_features`,
+            to be compared within a prompt alone
     """
 
     gallery: Gallery
-    features: Array
-    second: Array
+    spaces: tuple[Array, ...]
     scores: Array | None
 
     @property
-    def spaces(self) -> tuple[Array, Array]:
-        """In the order of the judge's."""
-        return self.features, self.second
+    def features(self) -> Array:
+        """In the main space."""
+        return self.spaces[0]
 
     def split(self, values: Array) -> list[Array]:
         """One array a prompt."""
@@ -55,31 +56,64 @@ class Reference(NamedTuple):
 
 def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
     """Features, and scores where the judge has them, of every picture."""
-    features: list[Array] = []
-    second: list[Array] = []
+    found: dict[str, list[Array]] = {space.name: [] for space in judge.spaces if not space.wide}
     scores: list[Array] = []
     begin = 0
     for rgb in load_rgb([picture.path for picture in gallery.pictures]):
-        features.append(judge.extractor.features(rgb))
-        second.append(judge.second.features(rgb))
+        for space in judge.spaces:
+            if not space.wide:
+                found[space.name].append(space.features(rgb))
         if judge.score is not None:
             own = gallery.pictures[begin : begin + len(rgb)]
             scores.append(judge.score(rgb, [picture.prompt for picture in own]))
         begin += len(rgb)
         on_images(len(rgb))
+    spaces = [
+        _by_prompt(gallery, space) if space.wide else np.concatenate(found[space.name])
+        for space in judge.spaces
+    ]
     return Seen(
         gallery=gallery,
-        features=np.concatenate(features),
-        second=np.concatenate(second),
+        spaces=tuple(spaces),
         scores=np.concatenate(scores) if scores else None,
     )
+
+
+def _by_prompt(gallery: Gallery, space: Extractor) -> Array:
+    """[n, e], e the most pictures of a prompt: rows of different prompts are not comparable."""
+    rows = np.zeros((len(gallery.pictures), max(gallery.sizes)))
+    begin = 0
+    for count in gallery.sizes:
+        own = gallery.pictures[begin : begin + count]
+        parts = [*load_rgb([picture.path for picture in own], batch=count)]
+        if len(parts) > 1:
+            sizes = sorted({f"{part.shape[1]}x{part.shape[2]}" for part in parts})
+            raise InputError(
+                f"{gallery.name}: pictures of {own[0].prompt!r:.60} are {' and '.join(sizes)} px, "
+                f"and {space.name} compares those of one size: leave it out, or sample again"
+            )
+        features = group_features(space, parts[0])
+        rows[begin : begin + count, : features.shape[1]] = features
+        begin += count
+    return rows
+
+
+def check_reference(judge: Judge) -> None:
+    """Raise InputError where the main space has no Gaussian, so no distance to a reference."""
+    if judge.extractor.wide:
+        raise InputError(
+            f"--reference: {judge.extractor.name} has no Frechet distance and no KID: it has more "
+            "features than there are pictures anywhere. Give another --features first, such as "
+            "Inception, DINO or CLIP, and this one after it"
+        )
 
 
 def read_reference(name: str, judge: Judge, on_images: OnImages = lambda _: None) -> Reference:
     """Features of a folder's pictures; "bundled": moments of the demo pair's training pictures.
 
-    Raises InputError for "bundled" with features other than the scorer's.
+    Raises InputError for "bundled" with features other than the scorer's, and for a wide space.
     """
+    check_reference(judge)
     if name != "bundled":
         parts: list[Array] = []
         for rgb in load_rgb(read_pictures(Path(name))):

@@ -6,9 +6,7 @@ page.html is the template, page.css its {{style}}, page_charts.js and page.js it
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import json
 import re
 from collections.abc import Sequence
@@ -19,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from headstart.pictures.inline import data_uri
 from headstart.traces.strip import Strip
 from headstart.traces.structure import plain
 
@@ -74,9 +73,4 @@ def _plan(strip: Strip) -> dict[str, Any]:
 
 
 def _uri(rgb: NDArray[np.uint8]) -> str:
-    picture = Image.fromarray(rgb)
-    if max(picture.size) > LARGEST_PX:
-        picture.thumbnail((LARGEST_PX, LARGEST_PX), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="WEBP", quality=90, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode("ascii")
+    return data_uri(Image.fromarray(rgb), LARGEST_PX)

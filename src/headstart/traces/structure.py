@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import InputError
-from headstart.metrics.metrics import Array, Extractor, pixel_extractor
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import pixel_extractor
 from headstart.metrics.resample import Interval
 from headstart.plan.table import Step
+from headstart.spaces.extractor import Array, Extractor
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -82,12 +84,17 @@ class Measured(NamedTuple):
 
 
 def feature_space(extractor: Extractor) -> Space:
-    """Cosine distance, as the paper's diversity: for features in which only direction counts."""
+    """The extractor's own distance: cosine, as the paper's diversity, or squared."""
 
     def apart(a: Array, b: Array) -> Array:
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         return np.maximum(1.0 - (a * b).sum(-1) / norms, 0.0)
 
+    def squared(a: Array, b: Array) -> Array:
+        return np.square(a - b).sum(-1)
+
+    if extractor.distance == "squared":
+        return Space(extractor, "squared distance", squared)
     return Space(extractor, "cosine distance", apart)
 
 
@@ -120,17 +127,18 @@ def measure(
     features that are not finite.
     """
     count, batch = frames.shape[:2]
-    flat = space.extractor.features(frames.reshape(count * batch, *frames.shape[2:]))
-    if not np.isfinite(flat).all():
+    flat = frames.reshape(count * batch, *frames.shape[2:])
+    pictures = flat if blank is None else np.concatenate([flat, blank[None]])
+    found = group_features(space.extractor, pictures)
+    if not np.isfinite(found).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
-    features = flat.reshape(count, batch, -1)
+    features = found[: count * batch].reshape(count, batch, -1)
     distance = np.where(good, space.pair(features, features[-1]), np.nan)
     distance[:, ~good[-1]] = np.nan
     distance[-1, good[-1]] = 0.0  # of equal features; a cosine rounds to 1e-16
     scale = np.full(batch, np.nan)
     if blank is not None:
-        none = space.extractor.features(blank[None])
-        scale = space.pair(np.broadcast_to(none, features[-1].shape), features[-1])
+        scale = space.pair(np.broadcast_to(found[-1], features[-1].shape), features[-1])
     scale = np.where(scale > 0.0, scale, np.nan)
     share = 1.0 - np.sqrt(distance / scale)
     apart = space.pair(features[:, :, None], features[:, None])
@@ -153,8 +161,8 @@ def measure(
 
 def moved(images: NDArray[np.uint8], original: NDArray[np.uint8], space: Space) -> Interval:
     """How far pictures uint8 [B, H, W, 3] are from others, one by one: mean over the batch."""
-    features = space.extractor.features
-    return _mean(space.pair(features(images), features(original)))
+    features = group_features(space.extractor, np.concatenate([images, original]))
+    return _mean(space.pair(features[: len(images)], features[len(images) :]))
 
 
 def _mean(values: Array) -> Interval:

@@ -7,14 +7,19 @@ what makes the student sharp, fast and alike. A student step starts either from 
 earlier steps (the backward simulation of DMD2, arXiv:2405.14867), or from a noised
 picture (as LCM, ADD and Lightning are trained). The shipped student follows its own steps
 deterministically, because that is how it is sampled; DMD2's re-noises between them.
+
+A student may have another target at its first step: where the guided teacher lands, from the same
+noise (DP-DMD, arXiv:2602.03139). Only its later steps are matched then, on states that carry no
+gradient, and `fake` learns what those draw. The paper adds both losses in one update, 0.05 of the
+first; here a step of training is of one step of the student, as it is for every other student.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,12 +38,16 @@ from headstart_weights.recipe.diffusion import (
     stratified_timesteps,
     write_sheet,
 )
+from headstart_weights.recipe.progressive import GUIDANCE, land, target
 from headstart_weights.recipe.training import Average, Run, write_tensors
 
 _BATCH = 16
 _FAKE_HEAD_START = 50  # steps in which only the fake score learns
 
 log = logging.getLogger(__name__)
+
+
+Between: TypeAlias = Literal["euler", "renoise"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +58,10 @@ class Variant:
     guidance: float
     noised_pictures: float
     """Share of the student's later steps that start from a noised picture."""
-    between: Literal["euler", "renoise"] = "euler"
+    between: Between = "euler"
     """How the student's own earlier steps follow one another: the noise is kept, or drawn anew."""
+    landing: bool = False
+    """Whether the first step is taught to land where the teacher lands, and not matched."""
     fake_updates: int = 2
     lr: float = 3e-4
 
@@ -62,6 +73,11 @@ RENOISE = Variant(name="renoise", guidance=2.0, noised_pictures=0.5, between="re
 RENOISE_UNNOISED = Variant(
     name="renoise-unnoised", guidance=2.0, noised_pictures=0.0, between="renoise"
 )
+DP = replace(STUDENT, name="dp", landing=True)
+RENOISE_DP = replace(RENOISE, name="renoise-dp", landing=True)
+
+LANDING_STEPS = 5
+"""Of the teacher on the student's first leg; arXiv:2602.03139 has 5 of its teacher's 30 steps."""
 
 
 class Distiller:
@@ -84,27 +100,31 @@ class Distiller:
         chosen = torch.randint(len(self.latents.mean), (_BATCH,))
         with torch.no_grad():
             context = self.text(captions_of(self.data, chosen))
-            x, timestep = self._start(chosen, context)
-        x0 = predict_x0(self.student, x, timestep, context)
-        loss = self._matching_loss(x0, context)
+            place = int(torch.randint(len(GRID), (1,)))  # one for the whole batch
+            x = self.start(place, chosen, context)
+        x0 = predict_x0(self.student, x, _at(place), context)
+        landing = place == 0 and self.variant.landing
+        loss = self._landing_loss(x, x0, context) if landing else self._matching_loss(x0, context)
         if index >= _FAKE_HEAD_START:
             scale = 1.0 if fraction < 0.6 else (1.0 - fraction) / 0.4 + 0.02
             _update(self.student, self.student_optimiser, loss, self.variant.lr * scale)
+        if landing:
+            return {"landing": loss.item()}
         drawn = x0.detach()
         fake = [self._teach_fake(drawn, context) for _ in range(self.variant.fake_updates)]
         return {"matching": loss.item(), "fake": fake[-1], "spread": drawn.std().item()}
 
-    def _start(self, chosen: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Where the student steps from: one grid timestep for the whole batch."""
-        place = int(torch.randint(len(GRID), (1,)))
+    def start(self, place: int, chosen: Tensor, context: Tensor) -> Tensor:
+        """Where the student's step at GRID[place] begins, [B, C, h, w]."""
         x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, place)
         if place > 0 and self.variant.noised_pictures > 0:
             a, s = mix(_at(place))
             noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
             pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
             x = torch.where(pick, noised, x)
-        return x, _at(place)
+        return x
 
+    @torch.no_grad()
     def follow(self, x: Tensor, context: Tensor, steps: int) -> Tensor:
         """The student's own first `steps` steps from noise x [B, C, h, w]."""
         for i in range(steps):
@@ -115,6 +135,14 @@ class Distiller:
                 a, s = mix(_at(i + 1))
                 x = a * x0 + s * torch.randn_like(x)
         return x
+
+    def _landing_loss(self, x: Tensor, x0: Tensor, context: Tensor) -> Tensor:
+        """|v - v*|^2 = |x0 - x0*|^2 / s^2, x0* being `first_target`.
+
+        Its gradient, clipped at a norm of 1, is about that long; the matching's has 0.2 to 1.1.
+        """
+        aim = first_target(self.teacher, x, context, self.empty, self.variant.between)
+        return ((x0 - aim) / mix(_at(0)).noise).square().mean()
 
     def _matching_loss(self, x0: Tensor, context: Tensor) -> Tensor:
         """0.5*|x0 - stop(x0 - grad)|^2, so that d loss/d x0 = grad, normalised a sample."""
@@ -143,6 +171,26 @@ class Distiller:
         loss = (v - (a * eps - s * x0)).square().mean()
         _update(self.fake, self.fake_optimiser, loss, 2 * self.variant.lr)
         return loss.item()
+
+
+@torch.no_grad()
+def first_target(
+    teacher: UNet, x: Tensor, context: Tensor, empty: Tensor, between: Between
+) -> Tensor:
+    """The x0 that the first step from noise x [B, C, h, w] should predict: the guided teacher's.
+
+    "euler"    the x0 whose step ends where the teacher's LANDING_STEPS end: a deterministic step
+               carries noise along, so the state itself is what the teacher can hand over; in
+               velocities it is (x - x')/(t - t') of arXiv:2602.03139
+    "renoise"  the teacher's x0 there. A step that draws new noise carries x0 alone: no x0 makes it
+               land, and the one above is read off the middle of the leg, blurred by noise that the
+               teacher has removed at its end
+    """
+    landed = land(teacher, x, 0, context, empty, LANDING_STEPS)
+    if between == "euler":
+        return target(x, landed, 0)
+    now = torch.full((len(x),), GRID[1])
+    return predict_x0(teacher, landed, now, context, empty=empty, guidance=GUIDANCE)
 
 
 def student_name(variant: Variant, seed: int) -> str:
@@ -236,3 +284,13 @@ def renoise(options: StageOptions) -> None:
 def renoise_unnoised(options: StageOptions) -> None:
     """The `renoise-unnoised` stage: the same without noised pictures (DMD2 without its GAN)."""
     train(options, RENOISE_UNNOISED)
+
+
+def dp(options: StageOptions) -> None:
+    """The `dp` stage: the first step lands where the teacher lands (DP-DMD)."""
+    train(options, DP)
+
+
+def renoise_dp(options: StageOptions) -> None:
+    """The `renoise-dp` stage: the same of a student that draws new noise between its steps."""
+    train(options, RENOISE_DP)

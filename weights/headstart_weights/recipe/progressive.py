@@ -51,26 +51,33 @@ class Pool(NamedTuple):
     context: Tensor
 
 
-def substeps(leg: int) -> list[int]:
+def substeps(leg: int, count: int = SUB_STEPS) -> list[int]:
     """Timesteps of the teacher on one leg of GRID, the first being the leg's own."""
     ends = (*GRID, 0)
-    return torch.linspace(ends[leg], ends[leg + 1], SUB_STEPS + 1)[:-1].round().long().tolist()
+    return torch.linspace(ends[leg], ends[leg + 1], count + 1)[:-1].round().long().tolist()
 
 
 @torch.no_grad()
-def teach(teacher: UNet, x: Tensor, context: Tensor, empty: Tensor) -> Tensor:
-    """x [B, C, h, w] at GRID[0] -> [B, 5, C, h, w], the last its x0."""
-    times = [t for leg in range(len(GRID)) for t in substeps(leg)]
-    kept: list[Tensor] = []
-    for place, t in enumerate(times):
-        if t in GRID:
-            kept.append(x)
-        now = torch.full((len(x),), t)
+def land(
+    teacher: UNet, x: Tensor, leg: int, context: Tensor, empty: Tensor, count: int = SUB_STEPS
+) -> Tensor:
+    """x at GRID[leg] -> where the guided teacher's `count` steps end: a state, at last an x0."""
+    times = (*substeps(leg, count), *GRID[leg + 1 : leg + 2])
+    for place in range(count):
+        now = torch.full((len(x),), times[place])
         x0 = predict_x0(teacher, x, now, context, empty=empty, guidance=GUIDANCE)
         if place + 1 == len(times):
-            return torch.stack((*kept, x0), dim=1)
+            return x0
         x = euler_step(x, x0, now, torch.full((len(x),), times[place + 1]))
-    raise AssertionError("a grid has at least one timestep")
+    return x
+
+
+def teach(teacher: UNet, x: Tensor, context: Tensor, empty: Tensor) -> Tensor:
+    """x [B, C, h, w] at GRID[0] -> [B, 5, C, h, w], the last its x0."""
+    states = [x]
+    for leg in range(len(GRID)):
+        states.append(land(teacher, states[-1], leg, context, empty))
+    return torch.stack(states, dim=1)
 
 
 def target(x: Tensor, landed: Tensor, leg: int) -> Tensor:

@@ -87,7 +87,9 @@ bundled base after `restore`: first 585 steps, which shipped, then 1,472 more.
 
 Not bundled, read by `bench/` from the work folder: `distill --seed N` (other training runs),
 `unnoised` (without noised pictures), `renoise` and `renoise-unnoised` (new noise between steps, as
-DMD2's is sampled), `progressive` (regression on the base's own trajectories).
+DMD2's is sampled), `progressive` (regression on the base's own trajectories), `dp` and `renoise-dp`
+(the first step is given the base's target, as in DP-DMD), `variety` (after `distill` and `renoise`
+of the same seed: low-rank adapters that teach their first step that target).
 """
 
 STAGES = (

@@ -24,6 +24,11 @@ STAGES: dict[str, Stage] = {
     "unnoised": Stage("distill:unnoised", "without noised pictures; not bundled", 40.0),
     "renoise": Stage("distill:renoise", "trained to re-noise; not bundled", 40.0),
     "renoise-unnoised": Stage("distill:renoise_unnoised", "both of these; not bundled", 40.0),
+    "dp": Stage("distill:dp", "its first step lands as its teacher does; not bundled", 40.0),
+    "renoise-dp": Stage("distill:renoise_dp", "this and trained to re-noise; not bundled", 40.0),
+    "variety": Stage(
+        "variety:main", "adapters on the first step of two students; not bundled", 4.0
+    ),
     "progressive": Stage("progressive:main", "distil by regression; a control, not bundled", 8.0),
     "tiny": Stage("tiny:main", "train the small decoder, fit the linear rgb map", 4.0),
     "scorer": Stage("scorer:main", "train the image-text scorer", 12.0),

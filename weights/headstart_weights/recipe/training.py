@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import json
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -22,7 +24,7 @@ from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_atomically
 
 StepFunction = Callable[[int, float], dict[str, float]]
-"""(step, fraction of the time box spent) -> numbers to log."""
+"""(step, fraction of the time box spent) -> numbers to log, not of every step the same ones."""
 
 
 SEED_STRIDE = 1_000_003
@@ -82,13 +84,13 @@ class Run:
         on_save: Callable[[], None] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        sums: dict[str, float] = {}
+        told: dict[str, list[float]] = defaultdict(list)
         saved = time.monotonic()
         while (fraction := self._spent()) < 1.0:
             begin = time.monotonic()
             torch.manual_seed(SEED_STRIDE * self.seed + self.step)
             for key, value in step(self.step, fraction).items():
-                sums[key] = sums.get(key, 0.0) + value
+                told[key].append(value)
             self.step += 1
             for average in self._averages.values():
                 average.update(self.step)
@@ -96,8 +98,8 @@ class Run:
             if on_step:
                 on_step()
             if self.step % log_every == 0:
-                self._write_log({key: total / log_every for key, total in sums.items()})
-                sums = {}
+                self._write_log({key: fmean(values) for key, values in told.items()})
+                told.clear()
             if time.monotonic() - saved > save_every_s:
                 self._save()
                 if on_save:

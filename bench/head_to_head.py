@@ -1,0 +1,355 @@
+r"""Who gives variety back? The hybrid beside trained and training-free rivals, equal in passes.
+
+    torchrun --nproc-per-node 2 bench/head_to_head.py [--work runs/demo] [--seeds 16]
+    python bench/head_to_head.py --report
+
+hybrid      one base step, then the student (arXiv:2503.10637)
+dp          a student whose first step is trained to land where the teacher does (arXiv:2602.03139)
+variety     a LoRA on the student, trained for the same afterwards, acting on its first step alone
+others      training-free: CADS, particles, pink noise, embedding noise, candidates, LoRA strength
+
+Three training seeds each, for a student that is sampled with Euler's rule and one that draws new
+noise between its steps, all from the bundled base and with equal training steps:
+
+    python -m headstart_weights.recipe {data,restore} --work runs/demo     the extra `train`, npm
+    for seed in 1 2 3; do for stage in distill dp renoise renoise-dp variety; do
+        python -m headstart_weights.recipe $stage --work runs/demo --seed $seed --steps 500
+    done; done                                                             variety: --steps 200
+
+Seeds are drawn from the bundled files' digests: nobody can have chosen anything on them. It is one
+study in WORK/head-to-head: ended at any time, it goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import harness
+import numpy as np
+from tqdm import tqdm
+
+import headstart as hs
+import headstart_weights
+from headstart.adapters.extract import extract
+from headstart.metrics.features import Judge, open_features
+from headstart.plan.named import PlanSettings
+from headstart.plan.pairs import DEMO_TIMESTEPS
+from headstart.plan.update import Update
+from headstart.study.cases import Case
+from headstart.study.lab import Lab
+from headstart.study.lists import demo_prompts
+from headstart.study.store import FORMAT, open_store
+from headstart.study.study import Study, draw, report_of
+from headstart.sweep.ledger import Shard
+from headstart.sweep.seen import read_reference
+from headstart_weights.recipe.dataset import load_dataset
+
+RUNS = (1, 2, 3)
+SAMPLERS = {"euler": "student", "renoise": "renoise"}
+"""How a student is sampled, and the name of the one that is trained for it."""
+METHODS = (
+    *("cads:0.1", "cads:0.25", "pink:1", "particles:128", "embedding-noise:1"),
+    *("select:2", "select:4"),
+)
+DIALS = ("dial:0.25", "dial:0.5", "dial:0.75")
+RANK = 128
+"""No matrix of the pair's UNet has a higher rank: the LoRA is the student."""
+RESAMPLES = 5000
+Json = dict[str, Any]
+
+
+class Way(NamedTuple):
+    """One way to variety on one student: which weights, and what is done with them.
+
+    weights   "student", "dp", "variety" or "lora" of `Labs`
+    networks  UNets in memory
+    """
+
+    weights: str
+    plan: str = "distilled"
+    settings: Mapping[str, Any] = {}
+    method: str | None = None
+    about: str = ""
+
+
+WAYS: dict[str, Way] = {
+    "distilled": Way("student", about="the student alone"),
+    "hybrid": Way("student", "hybrid", about="hybrid, k=1"),
+    "hybrid-n8": Way("student", "hybrid", {"n": 8}, about="hybrid, k=1 in two base steps"),
+    "skip-first": Way("student", "skip-first", about="student without its first step"),
+    "dp": Way("dp", about="student with the teacher's first step (DP-DMD)"),
+    "dp-hybrid": Way("dp", "hybrid", about="hybrid of that student"),
+    "variety": Way("variety", about="diversity LoRA on the first step"),
+    **{m: Way("student", method=m, about=m) for m in METHODS},
+    **{m: Way("lora", method=m, about=m) for m in DIALS},
+    "hybrid+select:2": Way("student", "hybrid", method="select:2", about="hybrid, select:2"),
+}
+
+
+def main() -> None:
+    options = _parse()
+    shard = Shard.of_environment(os.environ)
+    labs = Labs(options.work, harness.fresh_seeds("head-to-head", options.seeds))
+    study = study_of(labs)
+    folder = options.work / "head-to-head"
+    with open_store(folder, settings_of(labs), shard) as store:
+        if not options.report:
+            with tqdm(desc=f"rank {shard.rank}", unit=" cell") as bar:
+                _, others = draw(study, store, lambda job, left: bar.update())
+            if others:
+                return
+        found, rows = report_of(study, store)
+    report = {
+        "question": (__doc__ or "").splitlines()[0],
+        "machine": harness.machine(),
+        "command": f"bench/head_to_head.py --seeds {options.seeds}",
+        "seeds": [labs.seeds[0], labs.seeds[-1]],
+        "weights": {path.stem: harness.sha256(path) for path in labs.files()},
+        **found,
+        "ways": summary(found["rows"], rows, [space["name"] for space in found["spaces"]]),
+    }
+    harness.write_json(options.out, report)
+    print(table(report))
+    plot(report, options.out.with_suffix(".png"))
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
+    parser.add_argument("--seeds", type=int, default=16)
+    parser.add_argument("--report", action="store_true", help="draw nothing")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/head_to_head.json"))
+    return parser.parse_args()
+
+
+class Labs:
+    """The networks of every student, loaded when first used; one set of prompts and seeds."""
+
+    def __init__(self, work: Path, seeds: range) -> None:
+        self.work, self.seeds = work, seeds
+        self.prompts = demo_prompts().prompts
+        scorer = open_features("scorer")
+        spaces = (*scorer.spaces, open_features("imagenet").spaces[0])
+        self.judge = Judge(spaces, scorer.score)
+        self.pictures = load_dataset(work).images
+        self.of = cache(self._of)
+
+    def files(self) -> list[Path]:
+        """All students and adapters."""
+        names = [f"{prefix}{kind}" for prefix, kind in (
+            ("", "student"), ("", "dp"), ("", "variety"),
+            ("", "renoise"), ("renoise-", "dp"), ("renoise-", "variety"),
+        )]  # fmt: skip
+        return [self.work / f"{name}-{run}.safetensors" for name in names for run in RUNS]
+
+    def _of(self, weights: str, sampler: str, run: int) -> Lab:
+        engine = self._engine(weights, sampler, run)
+        settings: PlanSettings = {"update": "renoise"} if sampler == "renoise" else {}
+        files = {role: files for role, (_, files) in engine.weights.files.items()}
+        digests = {role: harness.sha256(paths[0]) for role, paths in files.items()}
+        if weights == "variety":
+            digests["adapter"] = harness.sha256(self._file("variety", sampler, run))
+        return Lab(
+            engine=engine, judge=self.judge, prompts=self.prompts, seeds=self.seeds,
+            settings=settings, reference=self.pictures, weights=digests,
+        )  # fmt: skip
+
+    def _file(self, kind: str, sampler: str, run: int) -> Path:
+        if kind == "student":
+            return self.work / f"{SAMPLERS[sampler]}-{run}.safetensors"
+        prefix = "renoise-" if sampler == "renoise" else ""
+        return self.work / f"{prefix}{kind}-{run}.safetensors"
+
+    def _engine(self, weights: str, sampler: str, run: int) -> hs.Engine:
+        base, student = headstart_weights.path("base"), self._file("student", sampler, run)
+        if weights == "lora":
+            lora = self.work / f"{student.stem}-lora.safetensors"
+            if not lora.exists():
+                extract(base, student, lora, rank=RANK)
+            return hs.Engine.load(base, distilled_lora=lora, preset="demo")
+        file = self._file("dp", sampler, run) if weights == "dp" else student
+        engine = hs.Engine.load(base, file, preset="demo", prediction="v", head_dim=32)
+        if weights == "variety":
+            engine.attach(self._file("variety", sampler, run), to=("distilled",), name="variety")
+        return engine
+
+
+def study_of(labs: Labs) -> Study:
+    """The base once, and every way on every student."""
+    cases = {"base": Case(name="base", part="plans", about="base", plan="base")}
+    owner: dict[str, tuple[str, str, int]] = {"base": ("student", "euler", 1)}
+    for sampler in SAMPLERS:
+        for run in RUNS:
+            for name, way in WAYS.items():
+                own = f"{sampler}-{run}-{name}"
+                owner[own] = (way.weights, sampler, run)
+                cases[own] = Case(
+                    name=own, part="methods", about=way.about, plan=_plan(way, sampler),
+                    settings=way.settings, diversify=() if way.method is None else (way.method,),
+                    method=name, against=f"{sampler}-{run}-distilled",
+                )  # fmt: skip
+    main_space = labs.judge.spaces[0]
+    return Study(
+        cases=cases,
+        prompts=labs.prompts,
+        lab_of=lambda case: labs.of(*owner[case.name]),
+        references={main_space.name: read_reference("bundled", labs.judge)},
+    )
+
+
+def _plan(way: Way, sampler: str) -> str | hs.Plan:
+    """An adapter that acts on the student's first step alone is named on that leg alone."""
+    if way.weights != "variety":
+        return way.plan
+    update = Update.RENOISE if sampler == "renoise" else Update.EULER
+    times = DEMO_TIMESTEPS
+    legs = (
+        hs.Leg(model="distilled", timesteps=times[:1], update=update, adapters=(("variety", 1.0),)),
+        hs.Leg(model="distilled", timesteps=times[1:], update=update),
+    )
+    return hs.Plan(legs, start="unit", name="distilled-with-variety-first")
+
+
+def settings_of(labs: Labs) -> Json:
+    return {
+        "format": FORMAT,
+        "weights": {path.stem: harness.sha256(path) for path in labs.files()},
+        "prompts": list(labs.prompts),
+        "numbers": [str(seed) for seed in labs.seeds],
+    }
+
+
+def summary(rows: Mapping[str, Json], each: Sequence[Json], spaces: Sequence[str]) -> Json:
+    """A line a way and sampler: means over prompts and training runs, both drawn for intervals."""
+    prompts = list(dict.fromkeys(row["prompt"] for row in each))
+    place = {prompt: n for n, prompt in enumerate(prompts)}
+    held: dict[tuple[str, str, str], np.ndarray] = {}
+    for row in each:
+        for key in ("diversity", "score", "nearest"):
+            key_of = (row["case"], row["space"], key)
+            held.setdefault(key_of, np.full(len(prompts), np.nan))[place[row["prompt"]]] = row[key]
+    rng = np.random.default_rng(0)
+    picks = rng.integers(len(prompts), size=(RESAMPLES, len(prompts)))
+    runs = rng.integers(len(RUNS), size=(RESAMPLES, len(RUNS)))
+    found: Json = {}
+    for sampler in SAMPLERS:
+        for name, way in WAYS.items():
+            own = [f"{sampler}-{run}-{name}" for run in RUNS]
+            alone = [f"{sampler}-{run}-distilled" for run in RUNS]
+
+            def stacked(cases: Sequence[str], space: str, key: str) -> np.ndarray:
+                return np.stack([held[case, space, key] for case in cases])
+
+            line: Json = {
+                "sampler": sampler,
+                "way": name,
+                "about": way.about,
+                "passes": rows[own[0]]["passes"],
+                "networks": rows[own[0]]["networks"],
+                "frechet": _over_runs([rows[case]["spaces"][spaces[0]]["frechet"] for case in own]),
+            }
+            for space in spaces:
+                three = [stacked(c, space, "diversity") for c in (own, ["base"] * len(RUNS), alone)]
+                line[f"diversity@{space}"] = _mean(three[0], picks, runs)
+                line[f"recovered@{space}"] = _ratio(*three, picks, runs)
+            score = stacked(own, spaces[0], "score") - held["base", spaces[0], "score"]
+            line["score_less_base"] = _mean(score, picks, runs)
+            line["nearest"] = _mean(stacked(own, spaces[0], "nearest"), picks, runs)
+            found[f"{sampler} {name}"] = line
+    return found
+
+
+def _mean(values: np.ndarray, picks: np.ndarray, runs: np.ndarray) -> Json:
+    """values [runs, prompts]"""
+    drawn = values[runs[:, :, None], picks[:, None, :]].mean((1, 2))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    each = values.mean(1)
+    return {"value": float(each.mean()), "low": float(low), "high": float(high),
+            "each": [round(float(v), 5) for v in each]}  # fmt: skip
+
+
+def _ratio(
+    own: np.ndarray, base: np.ndarray, alone: np.ndarray, picks: np.ndarray, runs: np.ndarray
+) -> Json:
+    """(own - alone)/(base - alone) of means; prompts and runs are drawn for all three together."""
+    back, lost = own - alone, base - alone
+    at = (runs[:, :, None], picks[:, None, :])
+    drawn = back[at].mean((1, 2)) / lost[at].mean((1, 2))
+    low, high = np.percentile(drawn, [2.5, 97.5])
+    each = back.mean(1) / lost.mean(1)
+    return {"value": float(back.mean() / lost.mean()), "low": float(low), "high": float(high),
+            "each": [round(float(v), 4) for v in each]}  # fmt: skip
+
+
+def _over_runs(found: Sequence[Json]) -> Json:
+    values = [own["value"] for own in found]
+    return {"value": float(np.mean(values)), "low": min(values), "high": max(values),
+            "each": [round(v, 5) for v in values]}  # fmt: skip
+
+
+def table(report: Json) -> str:
+    """The lines for a terminal, and for a page."""
+    spaces = [space["name"] for space in report["spaces"]]
+    heads = ["way", "passes", "UNets", *(f"recovered, {name.partition('-')[0]}" for name in spaces)]
+    heads += ["score less the base's, 1/1000", "Frechet", "nearest"]
+    blocks: list[str] = []
+    for sampler in SAMPLERS:
+        lines = [f"| {sampler}: {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+        for line in report["ways"].values():
+            if line["sampler"] != sampler:
+                continue
+            cells = [line["about"], f"{line['passes']:g}", str(line["networks"])]
+            cells += [_told(line[f"recovered@{name}"], 100, 0) for name in spaces]
+            cells += [_told(line["score_less_base"], 1000, 1), f"{line['frechet']['value']:.3f}",
+                      _told(line["nearest"], 1, 1)]  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def _told(found: Json, scale: float, digits: int) -> str:
+    value, low, high = (scale * found[key] for key in ("value", "low", "high"))
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def plot(report: Json, path: Path) -> None:
+    """Recovered diversity against Frechet distance, a panel a sampler."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    space = report["spaces"][0]["name"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True, sharey=True)
+    for axis, sampler in zip(axes, SAMPLERS, strict=True):
+        for line in report["ways"].values():
+            if line["sampler"] != sampler:
+                continue
+            found, y = line[f"recovered@{space}"], line["frechet"]
+            two = line["networks"] > 1
+            colour = "#7b2d8b" if two else "#33658a" if line["passes"] <= 4 else "#b7791f"
+            x, low, high = (100 * found[key] for key in ("value", "low", "high"))
+            axis.errorbar(
+                x, y["value"], xerr=[[x - low], [high - x]],
+                yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+                fmt="s" if two else "o", color=colour, ms=5, lw=0.8,
+            )  # fmt: skip
+            axis.annotate(
+                line["way"], (x, y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8
+            )
+        axis.set_title(f"students sampled with {sampler}", fontsize=10, loc="left")
+        axis.set_xlabel("lost diversity that comes back, %, with 95 % interval")
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.axvline(100, color="#999", lw=0.7, ls="--")
+    axes[0].set_ylabel("Frechet distance to the training pictures; range of three runs")
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

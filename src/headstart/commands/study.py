@@ -1,0 +1,262 @@
+"""`headstart study`: the paper's experiments and other methods on one pair, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headstart.commands.arguments import (
+    Command,
+    add_diversify,
+    add_features,
+    count,
+    listed,
+    numbers,
+    read_size,
+    sampling,
+    uses_bundled,
+)
+from headstart.commands.console import note, progress
+from headstart.commands.session import open_engine, use_local_device
+from headstart.errors import InputError
+from headstart.output import check_folder
+from headstart.plan.request import parse_seeds
+from headstart.study.cases import PARTS, Grids
+from headstart.study.lists import DEMO, LISTS, PromptList, read_prompts
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from headstart.study.setup import Request
+    from headstart.study.study import Job, Left
+
+GRID = ("preset", "steps", "timesteps", "sigmas", "update")
+EXPERIMENTS = ("curve", "control", "timeline")
+QUICK_PROMPTS, QUICK_SEEDS = 4, 8
+TELL_EVERY_S = 60.0
+"""Between two lines about the time left, where there is no terminal to draw a bar on."""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with"
+    )
+    group = parser.add_argument_group("what is drawn")
+    group.add_argument(
+        "--prompts",
+        metavar="LIST",
+        help=f"{', '.join((*LISTS, DEMO))}, or a text file with one prompt a line; default: "
+        "everything the bundled pair draws, or for other weights the paper's five",
+    )
+    group.add_argument("--seeds", metavar="SEEDS", help="such as 0-99; default: the list's number")
+    group.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
+    group.add_argument(
+        "--parts",
+        default="all",
+        metavar="PART,PART",
+        help=f"of {','.join((*PARTS, *EXPERIMENTS))}; default: all that these weights allow",
+    )
+    group.add_argument("--k", type=numbers, metavar="K,K", help="steps that the base takes")
+    group.add_argument("--n", type=numbers, metavar="N,N", help="grids of the base's own")
+    group.add_argument("--guidance", type=numbers, metavar="W,W", help="of the base's step")
+    group.add_argument(
+        "--handoff", type=numbers, metavar="SIGMA,SIGMA", help="noise levels of the hand-off"
+    )
+    add_diversify(parser)
+    group.add_argument(
+        "--quick", action="store_true", help="4 prompts, 8 seeds, plans and methods alone"
+    )
+    group = parser.add_argument_group("what is measured")
+    add_features(parser)
+    group.add_argument(
+        "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
+    )
+    group.add_argument(
+        "--keep", type=count, default=16, metavar="N",
+        help="pictures of each case and prompt that stay as files; default: %(default)s",
+    )  # fmt: skip
+    group.add_argument("--report", action="store_true", help="draw nothing; report what is there")
+    group = parser.add_argument_group("the distilled model's own way")
+    group.add_argument("--preset", help="which pair; `headstart presets` lists them")
+    group.add_argument("--steps", type=int, help="steps of its grid")
+    group.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="its own, falling")
+    group.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="levels in their place")
+    group.add_argument("--update", help="its rule: euler, ancestral, renoise, tcd ...")
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        return _study(args)
+    except KeyboardInterrupt as stop:
+        stop.add_note(f"what is drawn stays in {args.out}; the same command goes on from there")
+        raise
+
+
+def _study(args: argparse.Namespace) -> int:
+    from headstart.study.figures import check_figures
+    from headstart.sweep.ledger import Shard
+
+    check_figures()
+    shard = Shard.of_environment(os.environ)
+    read_parts(args.parts)
+    listed, seeds = _drawn(args)
+    check_folder(args.out, size_bytes=0)
+    use_local_device(args)
+    engine = open_engine(args)
+
+    from headstart.study.report import write_report
+    from headstart.study.setup import settings_of, study_of
+    from headstart.study.store import open_store
+    from headstart.study.study import draw, jobs_of, report_of
+
+    request = _request(args, listed, seeds)
+    study, notes = study_of(engine, request)
+    for line in notes:
+        note(line)
+    settings = settings_of(engine, study, request)
+    with open_store(args.out, settings, shard) as store:
+        missing = [job for job in jobs_of(study) if not job.done(store)]
+        if missing and args.report:
+            raise InputError(
+                f"{len(missing)} cells are missing, the first is {missing[0].place.file}: leave "
+                "--report out to draw them"
+            )
+        side = settings["size"]
+        kept = min(args.keep, len(seeds)) * side[0] * side[1] * 3
+        check_folder(args.out, size_bytes=len(missing) * kept)
+        with _Telling(missing) as tell:
+            made, others = draw(study, store, tell)
+        if others:
+            _print(args, made, others, {})
+            return 0
+        report, rows = report_of(study, store)
+        report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
+        report["notes"] = list(notes)
+        files = write_report(args.out, report, rows)
+    _print(args, made, 0, report, files)
+    return 0
+
+
+def read_parts(text: str) -> tuple[str, ...] | None:
+    """`plans,k` -> its parts; None for all. Raises InputError for one that there is not."""
+    if text == "all":
+        return None
+    found = tuple(listed(text))
+    known = (*PARTS, *EXPERIMENTS)
+    if unknown := [part for part in found if part not in known]:
+        raise InputError(f"part {unknown[0]!r:.40}: expected some of {', '.join(known)}, or: all")
+    return found
+
+
+def _drawn(args: argparse.Namespace) -> tuple[PromptList, tuple[int, ...]]:
+    """Prompts and seeds."""
+    usual = DEMO if uses_bundled(args) else "paper"
+    found = read_prompts(args.prompts or usual)
+    seeds = tuple(range(found.seeds)) if args.seeds is None else parse_seeds(args.seeds)
+    if args.quick:
+        found = found._replace(prompts=found.prompts[:QUICK_PROMPTS])
+        seeds = seeds[:QUICK_SEEDS]
+    if len(seeds) < 2:
+        raise InputError("a study measures how varied seeds are: give two or more, such as 0-15")
+    return found, seeds
+
+
+def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...]) -> Request:
+    from headstart.study.setup import Request
+
+    parts = ("plans", "methods") if args.quick and args.parts == "all" else read_parts(args.parts)
+    given: dict[str, Any] = {name: getattr(args, name) for name in GRID}
+    return Request(
+        prompts=listed.prompts,
+        seeds=seeds,
+        settings={name: value for name, value in given.items() if value is not None},  # pyright: ignore
+        size=read_size(args.size),
+        parts=parts,
+        grids=Grids(
+            k=_whole(args.k),
+            n=_whole(args.n),
+            guidance=args.guidance,
+            handoff=args.handoff,
+            methods=args.diversify or None,
+        ),
+        features=args.features or None,
+        reference=args.reference
+        or ("bundled" if uses_bundled(args) and not args.features else None),
+        keep=args.keep,
+    )
+
+
+def _whole(values: list[float] | None) -> list[int] | None:
+    if values is None:
+        return None
+    if any(value != int(value) for value in values):
+        raise InputError(f"--k and --n are whole numbers, got {values}")
+    return [int(value) for value in values]
+
+
+class _Telling:
+    """What is left: a bar of network passes on a terminal, else a line a minute."""
+
+    def __init__(self, missing: Sequence[Job]) -> None:
+        self._passes = sum(job.passes for job in missing)
+        self._told = time.monotonic()
+        if missing:
+            note(f"{len(missing)} cells to draw, {self._passes:.0f} network passes")
+
+    def __enter__(self) -> _Telling:
+        self._open = progress(round(self._passes), "drawing", " pass")
+        self._bar = self._open.__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        self._open.__exit__(*raised)
+
+    def __call__(self, job: Job, left: Left) -> None:
+        self._bar.update(job.passes)
+        if sys.stderr.isatty() or time.monotonic() - self._told < TELL_EVERY_S:
+            return
+        self._told = time.monotonic()
+        about = "" if left.seconds is None else f", about {duration(left.seconds)} left"
+        note(f"{left.done} of {left.total} cells{about}")
+
+
+def duration(seconds: float) -> str:
+    """Two units at most: `3 h 20 min`, `4 min`, `30 s`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _print(
+    args: argparse.Namespace,
+    made: int,
+    others: int,
+    report: Mapping[str, Any],
+    files: Sequence[Path] = (),
+) -> None:
+    from headstart.study.table import table
+
+    if args.json:
+        facts = {"out": str(args.out), "made": made, "missing": others}
+        print(json.dumps({**facts, "rows": report.get("rows")}))
+        return
+    if others:
+        print(f"{made} cells drawn; {others} of other ranks are left · {args.out}")
+        return
+    print(table(report))
+    print(f"\n{made} cells drawn · {', '.join(str(path) for path in files)}")
+
+
+STUDY = Command(
+    "study",
+    "the paper's experiments and other methods on one pair, into a report; goes on where it ended",
+    sampling(),
+    _add_options,
+    _run,
+)

@@ -1,0 +1,268 @@
+"""DreamSim (arXiv:2306.09344): vision transformers tuned to how alike people find pictures.
+
+e = [part_1, part_2, ...],   f = (e - mean e)/|e - mean e|,   distance = 1 - cos(f_a, f_b)
+
+A folder as the package dreamsim keeps it: backbones, and beside them a folder `..._lora` with
+what was trained, W + alpha/r B A of every attention. The folder's name says which variant it is;
+no tensor does. DINO's own backbone is not in DreamSim's archive: torch.hub puts it in `checkpoints`
+(the archive's dino_vitb16_pretrain.pth holds a head that no variant uses, and is not read).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.errors import CheckpointError, InputError
+from headstart.input import read_json
+from headstart.spaces.extractor import Array, Extractor, Judge, Rgb, in_batches
+from headstart.spaces.preparation import (
+    BICUBIC,
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Preparation,
+)
+from headstart.spaces.vit import Activation, Vit, read_vit, resized_positions
+from headstart.spaces.weights import SUFFIXES, Weights, read_weights, short_digest
+
+SIDE, DEPTH = 224, 12
+Take = Literal["class", "projected", "class and patches"]
+"""The class token of the last block; that normalised and times CLIP's projection; or the class
+token and the mean of the patches, each of unit length after its own mean is taken away."""
+
+
+class Backbone(NamedTuple):
+    """A network under `prefix` in a file called `stem`; `loose`: names that no variant reads."""
+
+    stem: str
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    eps: float = 1e-6
+    activation: Activation = "gelu"
+    prefix: str = ""
+    loose: tuple[str, ...] = ()
+
+
+def _clip(stem: str, activation: Activation) -> Backbone:
+    return Backbone(stem, CLIP_MEAN, CLIP_STD, 1e-5, activation, loose=("proj",))
+
+
+DINO = Backbone("dino_vitbase16_pretrain")
+DINOV2 = Backbone("dinov2_vitb14_pretrain", loose=("mask_token",))
+VARIANTS: Mapping[str, tuple[tuple[Backbone, Take], ...]] = {
+    "ensemble_lora": (
+        (DINO, "class"),
+        (_clip("clip_vitb16_pretrain", "quick_gelu"), "projected"),
+        (_clip("open_clip_vitb16_pretrain", "gelu"), "projected"),
+    ),
+    "dino_vitb16_single_lora": ((DINO, "class"),),
+    "dinov2_vitb14_single_lora": ((DINOV2, "class"),),
+    "clip_vitb32_single_lora": ((_clip("clip_vitb32_pretrain", "quick_gelu"), "projected"),),
+    "open_clip_vitb32_single_lora": ((_clip("open_clip_vitb32_pretrain", "gelu"), "projected"),),
+    "synclr_vitb16_single_lora": ((Backbone("synclr_vit_b_16", prefix="module.visual."), "class"),),
+    "dino_vitb16_patch_lora": ((DINO, "class and patches"),),
+    "dinov2_vitb14_patch_lora": ((DINOV2, "class and patches"),),
+}
+"""By the name of the folder with what was trained; the three ensemble parts in their order."""
+
+
+class Part(NamedTuple):
+    """One backbone, ready: what it takes of a picture."""
+
+    prepare: Preparation
+    take: Callable[[Tensor], Tensor]
+
+
+def lora_folders(folder: Path) -> list[Path]:
+    """Those of DreamSim's variants that a folder holds, or the folder itself if it is one."""
+    if _is_lora(folder):
+        return [folder]
+    return sorted(inner for inner in folder.iterdir() if _is_lora(inner))
+
+
+def read_dreamsim(folder: Path) -> Judge:
+    """The variant of a `..._lora` folder, with backbones beside it.
+
+    Raises InputError where a file is missing or the variant is unknown, CheckpointError for files
+    that are not what they should be.
+    """
+    if folder.name not in VARIANTS:
+        raise InputError(
+            f"{str(folder)!r} is no variant of DreamSim that is known, and nothing inside says "
+            f"which: rename it to one of {', '.join(VARIANTS)}"
+        )
+    variant = VARIANTS[folder.name]
+    adapter = read_weights(_file(folder, "adapter_model", (folder,)))
+    scale, updates = _scale(folder), _updates(adapter, len(variant))
+    homes = (folder.parent, folder.parent / "checkpoints")
+    files = [read_weights(_file(folder, backbone.stem, homes)) for backbone, _ in variant]
+    parts = [
+        _part(weights, backbone, take, updates[n], scale)
+        for n, (weights, (backbone, take)) in enumerate(zip(files, variant, strict=True))
+    ]
+
+    def features(rgb: Rgb) -> Array:
+        with torch.inference_mode():
+            found = torch.cat([part.take(part.prepare.pixels(rgb)) for part in parts], dim=1)
+            alone = variant[0][1] == "class and patches"
+            return (found if alone else _unit(found)).double().numpy()
+
+    name = f"dreamsim:{folder.name.removesuffix('_lora')}:{short_digest([adapter, *files])}"
+    return Judge((Extractor(name, in_batches(features)),))
+
+
+def _is_lora(folder: Path) -> bool:
+    return folder.is_dir() and (folder / "adapter_config.json").is_file()
+
+
+def _file(folder: Path, stem: str, homes: tuple[Path, ...]) -> Path:
+    """`stem` with any suffix of weights: .pth, .pth.tar, .safetensors."""
+    found = [
+        path
+        for home in homes
+        if home.is_dir()
+        for path in sorted(home.iterdir())
+        if path.is_file() and path.name.startswith(f"{stem}.") and path.suffix in SUFFIXES
+    ]
+    if found:
+        return found[0]
+    places = " nor ".join(repr(str(home)) for home in homes)
+    raise InputError(
+        f"DreamSim's {folder.name} needs {stem}.pth (or .safetensors), and it is not in {places}: "
+        "put it there, as the package dreamsim does when it runs once"
+    )
+
+
+_CONFIG = {
+    "r": int,
+    "lora_alpha": float,
+    "bias?": str,
+    "fan_in_fan_out?": bool,
+    "use_dora?": bool,
+    "use_rslora?": bool,
+}
+
+
+def _scale(folder: Path) -> tuple[int, float]:
+    """(r, alpha/r)."""
+    path = folder / "adapter_config.json"
+    config = read_json(path, "the configuration of a LoRA as peft writes it", _CONFIG)
+    odd = [key for key in ("fan_in_fan_out", "use_dora", "use_rslora") if config.get(key)]
+    if config["r"] < 1 or odd or config.get("bias", "none") != "none":
+        raise InputError(
+            f"{str(path)!r} asks for {', '.join(odd) or 'another rank or bias'}, and DreamSim is a "
+            "plain LoRA: give the published folder"
+        )
+    return config["r"], config["lora_alpha"] / config["r"]
+
+
+Updates = dict[str, dict[str, Tensor]]
+_KEY = re.compile(
+    r"(?:base_model\.|model\.)*extractor_list\.(\d+)\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
+)
+
+
+def _updates(adapter: Weights, count: int) -> list[Updates]:
+    """By backbone and module: its A [r, in] and B [out, r]."""
+    found: list[Updates] = [{} for _ in range(count)]
+    for name in adapter.tensors:
+        match = _KEY.fullmatch(name)
+        if match is None or int(match[1]) >= count:
+            raise CheckpointError(
+                f"{adapter.path}: {name!r} is no tensor of a DreamSim LoRA with {count} backbones: "
+                "give the published adapter of this variant"
+            )
+        found[int(match[1])].setdefault(match[2], {})[match[3]] = adapter.numbers(name)
+    if not all(found):
+        raise CheckpointError(
+            f"{adapter.path} tunes only {sum(map(bool, found))} of {count} backbones: give the "
+            "published adapter of this variant"
+        )
+    return found
+
+
+def _part(
+    weights: Weights, backbone: Backbone, take: Take, updates: Updates, scale: tuple[int, float]
+) -> Part:
+    what, own = f"DreamSim's backbone {backbone.stem}", weights.within(backbone.prefix)
+    if backbone is DINOV2:
+        own = _at_side(own)
+    _check_depth(own, what)
+    network = read_vit(
+        own,
+        what,
+        eps=backbone.eps,
+        activation=backbone.activation,
+        side=SIDE,
+        unused=backbone.loose,
+    )
+    _merge(network, updates, scale, weights.path)
+    prepare = Preparation(0, SIDE, SIDE, backbone.mean, backbone.std, BICUBIC)
+    if take == "projected":
+        if "proj" not in own.tensors:
+            raise CheckpointError(f"{weights.path}: expected {what}, but it has no 'proj'")
+        return Part(prepare, _projected(network, own.numbers("proj")))
+    return Part(prepare, _class(network) if take == "class" else _class_and_patches(network))
+
+
+def _at_side(weights: Weights) -> Weights:
+    """DINOv2's positions are of 518 px pictures."""
+    shape = weights.shapes.get("pos_embed", ())
+    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2:
+        raise CheckpointError(f"{weights.path}: expected DINOv2's pos_embed, got {list(shape)}")
+    patch = weights.shapes.get("patch_embed.proj.weight", (14,))[-1]
+    table = resized_positions(weights.numbers("pos_embed"), SIDE // max(patch, 1))
+    return weights._replace(tensors={**weights.tensors, "pos_embed": table})
+
+
+def _check_depth(weights: Weights, what: str) -> None:
+    last = f"blocks.{DEPTH - 1}.norm1.weight", f"blocks.{DEPTH}.norm1.weight"
+    if [name in weights.tensors for name in last] != [True, False]:
+        raise CheckpointError(
+            f"{weights.path}: expected {what}, which has {DEPTH} blocks; this file has fewer or "
+            "more, or is another network: give the published one"
+        )
+
+
+def _merge(network: Vit, updates: Updates, scale: tuple[int, float], path: Path) -> None:
+    """W + alpha/r B A, in place of computing both at every call."""
+    rank, factor = scale
+    parameters = dict(network.named_parameters())
+    for name, pair in updates.items():
+        weight = parameters.get(f"{name}.weight")
+        shapes = [tuple(pair[side].shape) if side in pair else () for side in "AB"]
+        if weight is None or shapes != [(rank, *weight.shape[1:]), (weight.shape[0], rank)]:
+            raise CheckpointError(
+                f"{path}: the LoRA's {name!r} does not fit this backbone at rank {rank}: give the "
+                "adapter and the backbones of one variant"
+            )
+        with torch.no_grad():
+            weight.add_(pair["B"] @ pair["A"], alpha=factor)
+
+
+def _class(network: Vit) -> Callable[[Tensor], Tensor]:
+    return lambda pixels: network(pixels)[:, 0]
+
+
+def _projected(network: Vit, proj: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda pixels: network.norm(network(pixels)[:, 0]) @ proj
+
+
+def _class_and_patches(network: Vit) -> Callable[[Tensor], Tensor]:
+    def take(pixels: Tensor) -> Tensor:
+        tokens = _unit(network(pixels))
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+    return take
+
+
+def _unit(found: Tensor) -> Tensor:
+    return F.normalize(found - found.mean(-1, keepdim=True), dim=-1)

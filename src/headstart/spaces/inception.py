@@ -1,0 +1,262 @@
+"""Inception-v3 as FID uses it (arXiv:1512.00567, arXiv:1706.08500): 2048 pooled features.
+
+The weights are pt_inception-2015-12-05-6726825d.pth of pytorch-fid, which torch-fidelity reads too:
+those of the TensorFlow graph that the first FIDs were computed with. It differs from torchvision's
+Inception in three places: averages leave the padding out, the last block's pool takes the maximum,
+and 1008 classes. How a picture gets to 299 x 299 px is half of a FID's value:
+
+inception      as pytorch-fid: bilinear between pixel centres, then 2 v/255 - 1
+inception-tf1  as torch-fidelity and TensorFlow 1: bilinear between corners, then (v - 128)/128
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headstart.fork import check_threads
+from headstart.spaces.extractor import Array, Extractor, Judge, Rgb, in_batches
+from headstart.spaces.weights import Weights, filled, short_digest
+
+SIDE = 299
+Resize = Literal["inception", "inception-tf1"]
+CLASSES = ("fc.weight", "fc.bias", ".num_batches_tracked")
+"""In the file, and not read."""
+
+
+class C(NamedTuple):
+    """One convolution of the tables below: name, output channels, kernel, padding, stride."""
+
+    name: str
+    channels: int
+    kernel: tuple[int, int] = (1, 1)
+    pad: tuple[int, int] = (0, 0)
+    stride: int = 1
+
+
+Chain = tuple[C, ...]
+Pool = Literal["average", "maximum", "halve"]
+
+
+class Block(NamedTuple):
+    """Chains beside each other, and a pool of the block's input in the last place.
+
+    fork  names of chains whose last two convolutions both read what is before them
+    """
+
+    name: str
+    chains: tuple[Chain, ...]
+    pool: Pool
+    pooled: int = 0
+    fork: tuple[int, ...] = ()
+
+
+def _three(name: str, channels: int, stride: int = 1) -> C:
+    pad = 1 if stride == 1 else 0
+    return C(name, channels, (3, 3), (pad, pad), stride)
+
+
+def _across(name: str, channels: int, size: int = 7) -> C:
+    return C(name, channels, (1, size), (0, size // 2))
+
+
+def _down(name: str, channels: int, size: int = 7) -> C:
+    return C(name, channels, (size, 1), (size // 2, 0))
+
+
+def _a(name: str, pooled: int) -> Block:
+    five = (C("branch5x5_1", 48), C("branch5x5_2", 64, (5, 5), (2, 2)))
+    double = (C("branch3x3dbl_1", 64), _three("branch3x3dbl_2", 96), _three("branch3x3dbl_3", 96))
+    return Block(name, ((C("branch1x1", 64),), five, double), "average", pooled)
+
+
+def _c(name: str, inner: int) -> Block:
+    seven = (C("branch7x7_1", inner), _across("branch7x7_2", inner), _down("branch7x7_3", 192))
+    double = (
+        C("branch7x7dbl_1", inner),
+        _down("branch7x7dbl_2", inner),
+        _across("branch7x7dbl_3", inner),
+        _down("branch7x7dbl_4", inner),
+        _across("branch7x7dbl_5", 192),
+    )
+    return Block(name, ((C("branch1x1", 192),), seven, double), "average", 192)
+
+
+def _e(name: str, pool: Pool) -> Block:
+    three = (C("branch3x3_1", 384), _across("branch3x3_2a", 384, 3), _down("branch3x3_2b", 384, 3))
+    double = (
+        C("branch3x3dbl_1", 448),
+        _three("branch3x3dbl_2", 384),
+        _across("branch3x3dbl_3a", 384, 3),
+        _down("branch3x3dbl_3b", 384, 3),
+    )
+    return Block(name, ((C("branch1x1", 320),), three, double), pool, 192, fork=(1, 2))
+
+
+STEM = (
+    C("Conv2d_1a_3x3", 32, (3, 3), stride=2),
+    C("Conv2d_2a_3x3", 32, (3, 3)),
+    _three("Conv2d_2b_3x3", 64),
+    C("Conv2d_3b_1x1", 80),
+    C("Conv2d_4a_3x3", 192, (3, 3)),
+)
+HALVED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
+"""After these a maximum over 3 x 3 pixels halves the sides."""
+_DOUBLE = (
+    C("branch3x3dbl_1", 64),
+    _three("branch3x3dbl_2", 96),
+    _three("branch3x3dbl_3", 96, stride=2),
+)
+_SEVEN = (
+    C("branch7x7x3_1", 192),
+    _across("branch7x7x3_2", 192),
+    _down("branch7x7x3_3", 192),
+    _three("branch7x7x3_4", 192, stride=2),
+)
+_THREE = (C("branch3x3_1", 192), _three("branch3x3_2", 320, stride=2))
+BLOCKS = (
+    _a("Mixed_5b", 32),
+    _a("Mixed_5c", 64),
+    _a("Mixed_5d", 64),
+    Block("Mixed_6a", ((_three("branch3x3", 384, stride=2),), _DOUBLE), "halve"),
+    _c("Mixed_6b", 128),
+    _c("Mixed_6c", 160),
+    _c("Mixed_6d", 160),
+    _c("Mixed_6e", 192),
+    Block("Mixed_7a", (_THREE, _SEVEN), "halve"),
+    _e("Mixed_7b", "average"),
+    _e("Mixed_7c", "maximum"),
+)
+
+
+class Norm(nn.Module):
+    """(x - mean)/sqrt(var + 0.001) w + b, with the mean and variance of training."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.running_mean, self.running_var = (
+            nn.Parameter(torch.zeros(channels)) for _ in range(4)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, eps=0.001
+        )
+
+
+class Convolution(nn.Module):
+    """relu(norm(conv x))."""
+
+    def __init__(self, own: C, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, own.channels, own.kernel, own.stride, own.pad, bias=False)
+        self.bn = Norm(own.channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Inception(nn.Module):
+    """Pictures [B, 3, 299, 299] in [-1, 1] -> features [B, 2048]; module names are the file's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = 3
+        for own in STEM:
+            self.add_module(own.name, Convolution(own, channels))
+            channels = own.channels
+        for block in BLOCKS:
+            self.add_module(block.name, _module(block, channels))
+            channels = sum(_widths(block)) + (block.pooled or channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for own in STEM:
+            x = self.get_submodule(own.name)(x)
+            if own.name in HALVED:
+                x = F.max_pool2d(x, 3, 2)
+        for block in BLOCKS:
+            inside = self.get_submodule(block.name)
+            x = torch.cat([*_branches(inside, block, x), _pooled(inside, block, x)], dim=1)
+        return x.mean((2, 3))
+
+
+def read_inception(weights: Weights, resize: Resize = "inception") -> Judge:
+    """Features by which a FID is one. Raises CheckpointError for any other network's file."""
+    network = filled(Inception, weights, "the Inception of pytorch-fid", CLASSES)
+    prepare = _as_pytorch_fid if resize == "inception" else _as_tensorflow
+
+    def features(rgb: Rgb) -> Array:
+        check_threads()
+        pixels = torch.as_tensor(np.ascontiguousarray(rgb)).permute(0, 3, 1, 2).float()
+        with torch.inference_mode():
+            return network(prepare(pixels)).double().numpy()
+
+    name = f"{resize}:{weights.path.stem}:{short_digest([weights])}"
+    return Judge((Extractor(name, in_batches(features)),))
+
+
+def _module(block: Block, channels: int) -> nn.Module:
+    inside = nn.Module()
+    for n, chain in enumerate(block.chains):
+        width = channels
+        for place, own in enumerate(chain):
+            inside.add_module(own.name, Convolution(own, width))
+            forked = n in block.fork and place >= len(chain) - 2
+            width = width if forked else own.channels
+    if block.pooled:
+        inside.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
+    return inside
+
+
+def _widths(block: Block) -> Iterator[int]:
+    for n, chain in enumerate(block.chains):
+        yield chain[-1].channels * (2 if n in block.fork else 1)
+
+
+def _branches(inside: nn.Module, block: Block, x: Tensor) -> Iterator[Tensor]:
+    for n, chain in enumerate(block.chains):
+        forked = n in block.fork
+        found = _run(inside, chain[:-2] if forked else chain, x)
+        if forked:
+            yield from (_run(inside, (last,), found) for last in chain[-2:])
+        else:
+            yield found
+
+
+def _run(inside: nn.Module, chain: Sequence[C], x: Tensor) -> Tensor:
+    for own in chain:
+        x = inside.get_submodule(own.name)(x)
+    return x
+
+
+def _pooled(inside: nn.Module, block: Block, x: Tensor) -> Tensor:
+    if block.pool == "halve":
+        return F.max_pool2d(x, 3, 2)
+    if block.pool == "maximum":
+        x = F.max_pool2d(x, 3, 1, 1)
+    else:
+        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    return inside.get_submodule("branch_pool")(x)
+
+
+def _as_pytorch_fid(pixels: Tensor) -> Tensor:
+    scaled = F.interpolate(pixels / 255.0, (SIDE, SIDE), mode="bilinear", align_corners=False)
+    return 2.0 * scaled - 1.0
+
+
+def _as_tensorflow(pixels: Tensor) -> Tensor:
+    """TensorFlow 1 puts pixel i of n at i in/out, and the last one's neighbour is itself."""
+    for axis in (3, 2):
+        size = pixels.shape[axis]
+        place = torch.arange(SIDE, dtype=torch.float32) * (size / SIDE)
+        low = place.floor().long().clamp(max=size - 1)
+        high = (low + 1).clamp(max=size - 1)
+        share = (place - low).reshape(-1, *[1] * (3 - axis))
+        below, above = pixels.index_select(axis, low), pixels.index_select(axis, high)
+        pixels = below + (above - below) * share
+    return (pixels - 128.0) / 128.0

@@ -1,0 +1,221 @@
+"""LPIPS (arXiv:1801.03924): how different two pictures look, by a network's first layers.
+
+d(x, y) = sum_l mean_hw sum_c w_lc (u_lc(x) - u_lc(y))^2,   u_l = activations of unit length over c
+        = |f(x) - f(y)|^2,   f = the u_lc(h, w) sqrt(w_lc/(H_l W_l)) of all layers, in one row
+
+So the features f, compared by squared distance, are LPIPS. They are two files: the `lin` weights
+w of the package lpips, version 0.1, and torchvision's AlexNet (alexnet-owt-7be5be79) or VGG-16
+(vgg16-397923af) below them; or the state of lpips' module, which has both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from hashlib import sha256
+from math import prod, sqrt
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headstart.errors import CheckpointError, InputError
+from headstart.fork import check_threads
+from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
+from headstart.spaces.weights import Weights, check_shapes, short_digest
+
+Net = Literal["alex", "vgg"]
+SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
+TINY = 1e-10
+LEAST_SIDE = 32
+OLD = (
+    "99808b4a2165088f65f08ec3f82c0b75d059d148d2a6b93b6649a8ce8a2ef813",
+    "8e4c11024aefcad53bfcf4c57bb3746b74ae7b5729cf1c4b91bc5d85106c2cfe",
+)
+"""SHA-256 of lin0 of lpips' version 0.0, alex and vgg, for which pictures were not scaled."""
+
+
+class Layer(NamedTuple):
+    """A convolution `features.N` of torchvision's; a maximum may come before it.
+
+    pooled  that maximum's (kernel, stride); tapped: its activations are a layer of LPIPS
+    """
+
+    number: int
+    kernel: int
+    stride: int = 1
+    pooled: tuple[int, int] | None = None
+    tapped: bool = False
+
+
+LAYERS: Mapping[Net, tuple[Layer, ...]] = {
+    "alex": (
+        Layer(0, 11, stride=4, tapped=True),
+        Layer(3, 5, pooled=(3, 2), tapped=True),
+        Layer(6, 3, pooled=(3, 2), tapped=True),
+        Layer(8, 3, tapped=True),
+        Layer(10, 3, tapped=True),
+    ),
+    "vgg": (
+        Layer(0, 3),
+        Layer(2, 3, tapped=True),
+        Layer(5, 3, pooled=(2, 2)),
+        Layer(7, 3, tapped=True),
+        Layer(10, 3, pooled=(2, 2)),
+        Layer(12, 3),
+        Layer(14, 3, tapped=True),
+        Layer(17, 3, pooled=(2, 2)),
+        Layer(19, 3),
+        Layer(21, 3, tapped=True),
+        Layer(24, 3, pooled=(2, 2)),
+        Layer(26, 3),
+        Layer(28, 3, tapped=True),
+    ),
+}
+PAD: Mapping[int, int] = {11: 2, 5: 2, 3: 1}
+"""Padding by kernel, in both networks."""
+
+
+class Filter(NamedTuple):
+    """A layer with its numbers; `root` [C] is sqrt(w) where it is tapped."""
+
+    layer: Layer
+    weight: Tensor
+    bias: Tensor
+    root: Tensor | None
+
+
+def net_of(backbone: Weights) -> Net:
+    return "alex" if tuple(backbone.shapes["features.0.weight"][2:]) == (11, 11) else "vgg"
+
+
+def read_lpips(backbone: Weights, lin: Weights) -> Judge:
+    """LPIPS of a torchvision backbone and lpips' linear layers.
+
+    Raises CheckpointError for files that do not belong together or are not what they should be.
+    """
+    net = net_of(backbone)
+    filters = _filters(net, backbone, lin)
+    parts = [backbone] if backbone.path == lin.path else [backbone, lin]
+    name = f"lpips-{net}:{lin.path.stem}:{short_digest(parts)}"
+    return Judge((Extractor(name, partial(_features, filters), "squared", wide=True),))
+
+
+def split_module(whole: Weights) -> tuple[Weights, Weights]:
+    """The state of lpips' own module as backbone and linear layers."""
+    renamed = {re.sub(r"^net\.slice\d\.", "features.", n): t for n, t in whole.tensors.items()}
+    backbone = {n: t for n, t in renamed.items() if n.startswith("features.")}
+    lin = {n: t for n, t in renamed.items() if re.fullmatch(r"lin\d\.model\.1\.weight", n)}
+    return whole._replace(tensors=backbone), whole._replace(tensors=lin)
+
+
+def lpips_pair(
+    place: Path, backbones: Sequence[Weights], lins: Sequence[Weights]
+) -> tuple[Weights, Weights]:
+    """The backbone of a folder and the linear layers made for it; others of lpips may lie there."""
+    if len(backbones) != 1:
+        lacking = "no backbone: put alexnet-owt-7be5be79.pth or vgg16-397923af.pth of torchvision"
+        several = f"{len(backbones)} backbones of LPIPS: leave one of them"
+        raise InputError(f"{str(place)!r} holds {several if backbones else lacking} there")
+    (backbone,) = backbones
+    net = net_of(backbone)
+    fitting = [lin for lin in lins if lin.shapes == _lin_shapes(net, backbone)]
+    if len(fitting) != 1:
+        raise InputError(
+            f"{str(place)!r} holds the backbone of LPIPS {net} and {len(fitting)} sets of linear "
+            f"layers for it: put one weights/v0.1/{net}.pth of the package lpips there"
+        )
+    return backbone, fitting[0]
+
+
+def _taps(net: Net) -> list[Layer]:
+    return [layer for layer in LAYERS[net] if layer.tapped]
+
+
+def _lin_shapes(net: Net, backbone: Weights) -> dict[str, tuple[int, ...]]:
+    widths = [backbone.shapes.get(f"features.{at.number}.weight", (0,))[0] for at in _taps(net)]
+    return {f"lin{n}.model.1.weight": (1, width, 1, 1) for n, width in enumerate(widths)}
+
+
+def _filters(net: Net, backbone: Weights, lin: Weights) -> list[Filter]:
+    layers = LAYERS[net]
+    check_shapes(backbone, _expected(layers, backbone), f"the backbone of LPIPS {net}", _HEAD)
+    shapes = _lin_shapes(net, backbone)
+    check_shapes(lin, shapes, f"the linear layers of LPIPS {net}")
+    _check_version(lin)
+    numbers = [layer.number for layer in _taps(net)]
+    roots = {at: _root(lin, name) for at, name in zip(numbers, shapes, strict=True)}
+    return [
+        Filter(
+            layer,
+            backbone.numbers(f"features.{layer.number}.weight"),
+            backbone.numbers(f"features.{layer.number}.bias"),
+            roots.get(layer.number),
+        )
+        for layer in layers
+    ]
+
+
+_HEAD = tuple(f"classifier.{n}.{kind}" for n in range(7) for kind in ("weight", "bias"))
+
+
+def _expected(layers: tuple[Layer, ...], backbone: Weights) -> dict[str, tuple[int, ...]]:
+    """The shapes that follow from each layer's own number of channels."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for layer in layers:
+        name = f"features.{layer.number}"
+        width = next(iter(backbone.shapes.get(f"{name}.weight", ())), 0)
+        shapes[f"{name}.weight"] = (width, channels, layer.kernel, layer.kernel)
+        shapes[f"{name}.bias"] = (width,)
+        channels = width
+    return shapes
+
+
+def _root(lin: Weights, name: str) -> Tensor:
+    found = lin.numbers(name).reshape(-1)
+    if (found < 0).any():
+        raise CheckpointError(
+            f"{lin.path}: {name!r} has negative numbers, and a distance needs none: give the "
+            "weights of version 0.1 of the package lpips"
+        )
+    return found.sqrt()
+
+
+def _check_version(lin: Weights) -> None:
+    first = lin.numbers("lin0.model.1.weight").contiguous().numpy().tobytes()
+    if sha256(first).hexdigest() in OLD:
+        raise CheckpointError(
+            f"{lin.path}: these are lpips' weights of version 0.0, which had a bug in how pictures "
+            "were scaled: give weights/v0.1 of the package"
+        )
+
+
+def _features(filters: list[Filter], rgb: Rgb) -> Array:
+    """[n, d], one picture at a time: at 512 px d is 2.7 million for alex, 32 million for vgg."""
+    check_threads()
+    if min(rgb.shape[1:3]) < LEAST_SIDE:
+        raise InputError(
+            f"LPIPS needs pictures of at least {LEAST_SIDE} px, got {rgb.shape[1]}x{rgb.shape[2]}: "
+            "use structure or colours"
+        )
+    with torch.inference_mode():
+        rows = [torch.cat([*_stacked(filters, picture)]).double().numpy() for picture in rgb]
+    return np.stack(rows)
+
+
+def _stacked(filters: list[Filter], picture: Rgb) -> Iterator[Tensor]:
+    shift, scale = (torch.tensor(v).reshape(3, 1, 1) for v in (SHIFT, SCALE))
+    pixels = torch.as_tensor(np.ascontiguousarray(picture)).permute(2, 0, 1).float()
+    x = ((pixels / 127.5 - 1.0 - shift) / scale)[None]
+    for layer, weight, bias, root in filters:
+        if layer.pooled:
+            x = F.max_pool2d(x, *layer.pooled)
+        x = F.relu(F.conv2d(x, weight, bias, layer.stride, PAD[layer.kernel]))
+        if root is not None:
+            unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
+            yield (unit * (root / sqrt(prod(x.shape[2:])))[:, None, None]).flatten()

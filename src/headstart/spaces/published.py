@@ -1,0 +1,163 @@
+"""What a file or a folder of weights is, by the names and shapes of its tensors.
+
+path -> a transformers folder, a DreamSim folder, or files with a sign each -> a judge
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from headstart.checkpoint import keymap
+from headstart.checkpoint.keymap import PARTS
+from headstart.checkpoint.tensors import TITLES
+from headstart.errors import InputError
+from headstart.spaces.dreamsim import lora_folders, read_dreamsim
+from headstart.spaces.extractor import Judge
+from headstart.spaces.folder import read_folder
+from headstart.spaces.inception import read_inception
+from headstart.spaces.lpips import lpips_pair, read_lpips, split_module
+from headstart.spaces.reward import read_reward
+from headstart.spaces.weights import Weights, read_weights, weight_files
+
+KINDS = ("inception", "inception-tf1", "lpips", "dreamsim", "imagereward")
+"""What may stand before a path: KIND:PATH."""
+MOST_FILES = 8
+
+
+class Sign(NamedTuple):
+    """A tensor by which a file is known. `shape` has None where a side may be of any size.
+
+    fix  what to do with a file that is no space by itself
+    """
+
+    what: str
+    name: str
+    shape: tuple[int | None, ...]
+    fix: str = ""
+
+
+_SET = "give the folder that has all of them"
+SIGNS = (
+    Sign("imagereward", "blip.visual_encoder.cls_token", (1, 1, None)),
+    Sign("inception", "fc.weight", (1008, 2048)),
+    Sign(
+        "torchvision's Inception",
+        "Mixed_7c.branch_pool.conv.weight",
+        (192, 2048, 1, 1),
+        "its features give no FID: give pt_inception-2015-12-05-6726825d.pth of pytorch-fid",
+    ),
+    Sign("lpips", "net.slice1.0.weight", (None, 3, None, None)),
+    Sign(
+        "SqueezeNet's linear layers of LPIPS",
+        "lin6.model.1.weight",
+        (1, None, 1, 1),
+        "give those of alex or vgg",
+    ),
+    Sign(
+        "VGG-19",
+        "features.34.weight",
+        (None, None, 3, 3),
+        "LPIPS is of VGG-16: give vgg16-397923af.pth of torchvision",
+    ),
+    Sign("lin", "lin0.model.1.weight", (1, None, 1, 1)),
+    Sign("backbone", "features.0.weight", (None, 3, 11, 11)),
+    Sign("backbone", "features.28.weight", (None, None, 3, 3)),
+    Sign("a backbone of DreamSim", "pos_drop.weight", (None,), _SET),
+    Sign("a backbone of DreamSim", "blocks.0.attn.qkv.weight", (None, None), _SET),
+    Sign(
+        "a model of transformers",
+        "embeddings.cls_token",
+        (1, 1, None),
+        "give its folder, with config.json and preprocessor_config.json",
+    ),
+    Sign(
+        "a model of transformers",
+        "vision_model.embeddings.class_embedding",
+        (None,),
+        "give its folder, with config.json, preprocessor_config.json and the tokenizer",
+    ),
+)
+
+
+def read_published(path: Path, kind: str | None = None) -> Judge:
+    """The space, or the scores, of a file or folder; `kind` is what it is said to be.
+
+    Raises InputError for files that are no space, or not the one that was named; CheckpointError
+    for damaged ones.
+    """
+    found, judge = _of_folder(path, kind) if path.is_dir() else _of_files(path, [path], kind)
+    if kind not in (None, found, f"{found}-tf1"):
+        raise InputError(f"'{kind}:{path}' is {found}: leave the word before the colon out")
+    return judge
+
+
+def _of_folder(folder: Path, kind: str | None) -> tuple[str, Judge]:
+    if (folder / "config.json").is_file():
+        return "a model of transformers", read_folder(folder)
+    loras = lora_folders(folder)
+    if len(loras) > 1:
+        names = ", ".join(inner.name for inner in loras)
+        raise InputError(
+            f"{str(folder)!r} has several DreamSims, {names}: give one of these folders"
+        )
+    if loras:
+        return "dreamsim", read_dreamsim(loras[0])
+    files = weight_files(folder)
+    if not 1 <= len(files) <= MOST_FILES:
+        raise InputError(
+            f"{str(folder)!r} has no config.json and {len(files)} files with weights: expected a "
+            f"folder of transformers with CLIP or DINO, of DreamSim, or 1 to {MOST_FILES} files of "
+            "LPIPS, Inception or ImageReward"
+        )
+    return _of_files(folder, files, kind)
+
+
+def _of_files(place: Path, files: Sequence[Path], kind: str | None) -> tuple[str, Judge]:
+    known = [(_sign(weights), weights) for weights in map(read_weights, files)]
+    whole = [(sign, weights) for sign, weights in known if sign.what in WHOLE]
+    if len(whole) > 1:
+        raise InputError(
+            f"{str(place)!r} holds {' and '.join(sign.what for sign, _ in whole)}: give one file"
+        )
+    if whole:
+        sign, weights = whole[0]
+        return sign.what, WHOLE[sign.what](weights, kind)
+    by_what = {
+        what: [weights for sign, weights in known if sign.what == what]
+        for what in ("backbone", "lin")
+    }
+    if any(by_what.values()):
+        return "lpips", read_lpips(*lpips_pair(place, by_what["backbone"], by_what["lin"]))
+    sign, weights = known[0]
+    raise InputError(f"{str(weights.path)!r} is {sign.what}: {sign.fix}")
+
+
+WHOLE: Mapping[str, Callable[[Weights, str | None], Judge]] = {
+    "inception": lambda weights, kind: read_inception(
+        weights, "inception-tf1" if kind == "inception-tf1" else "inception"
+    ),
+    "imagereward": lambda weights, _: read_reward(weights),
+    "lpips": lambda weights, _: read_lpips(*split_module(weights)),
+}
+"""What one file is enough for."""
+
+
+def _sign(weights: Weights) -> Sign:
+    shapes = weights.shapes
+    for sign in SIGNS:
+        own = shapes.get(sign.name)
+        if own is not None and len(own) == len(sign.shape):
+            pairs = zip(own, sign.shape, strict=True)
+            if all(wanted in (None, side) for side, wanted in pairs):
+                return sign
+    parts = keymap.split(shapes)
+    held = [TITLES[part] for part in PARTS if part in parts] or ["no network that is known here"]
+    if "adapter" in parts:
+        held = ["adapter (LoRA)"]
+    raise InputError(
+        f"{str(weights.path)!r} holds: {', '.join(held)} (with {min(shapes, default='')!r:.80}). "
+        "Features come from Inception, LPIPS, DreamSim, ImageReward, or a folder of transformers "
+        "with CLIP or DINO"
+    )

@@ -1,0 +1,159 @@
+"""ImageReward (arXiv:2304.05977): how much people would like a picture for its prompt.
+
+r = (mlp(t) - mean)/std,   t = the first token of a BLIP text encoder that reads the picture
+
+A reward is no cosine: about -2 to 2, and only differences of it mean something. There are no
+features. The file is ImageReward.pt, with BERT's vocabulary beside it: vocab.txt of
+bert-base-uncased.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from headstart.errors import CheckpointError, InputError
+from headstart.spaces.extractor import BATCH, Array, Judge, Rgb, Score
+from headstart.spaces.preparation import BICUBIC, CLIP_MEAN, CLIP_STD, Preparation
+from headstart.spaces.vit import HEAD, read_vit
+from headstart.spaces.weights import Weights, filled, short_digest
+
+SIDE, LENGTH = 224, 35
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""Of its rewards in training, as the package image-reward has them."""
+LAYERS = (0, 2, 4, 6, 7)
+"""The places of the linear layers; between them is dropout, and no nonlinearity."""
+PREPARE = Preparation(SIDE, SIDE, SIDE, CLIP_MEAN, CLIP_STD, BICUBIC, rounded=True)
+VOCABULARY = "vocab.txt"
+BERT = ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
+
+Encode = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+"""Prompts -> token ids and attention mask [n, T]."""
+
+
+def read_reward(weights: Weights) -> Judge:
+    """A judge that scores and has no space.
+
+    Raises CheckpointError for weights that are not ImageReward's, InputError without a vocabulary.
+    """
+    visual = read_vit(
+        weights.within("blip.visual_encoder."),
+        "the picture encoder of ImageReward",
+        eps=1e-6,
+        activation="gelu",
+        side=SIDE,
+    )
+    text = _text_encoder(weights.within("blip.text_encoder."))
+    head = filled(lambda: _head(weights), weights.within("mlp.layers."), "ImageReward's head")
+    encode = _tokenizer(weights.path.parent / VOCABULARY, text.config.vocab_size)
+
+    def rewards(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        tokens, mask = encode(prompts)
+        with torch.inference_mode():
+            seen = visual.norm(visual(PREPARE.pixels(rgb)))
+            read: Any = text(
+                input_ids=tokens,
+                position_ids=torch.arange(tokens.shape[1])[None],  # the module's own are not filled
+                attention_mask=mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
+            )
+            found: Tensor = head(read.last_hidden_state[:, 0])
+        return ((found[:, 0].double() - MEAN) / STD).numpy()
+
+    name = f"imagereward:{weights.path.stem}:{short_digest([weights])}"
+    return Judge((), _in_batches(rewards), name)
+
+
+def _in_batches(rewards: Score) -> Score:
+    def batched(rgb: Rgb, prompts: Sequence[str]) -> Array:
+        starts = range(0, len(rgb), BATCH)
+        parts = [rewards(rgb[at : at + BATCH], prompts[at : at + BATCH]) for at in starts]
+        return np.concatenate(parts)
+
+    return batched
+
+
+def _text_encoder(weights: Weights) -> Any:
+    """transformers' BLIP text model, whose names are the file's."""
+    from transformers import BlipTextConfig, BlipTextModel
+
+    shapes = weights.shapes
+    try:
+        vocabulary, width = shapes["embeddings.word_embeddings.weight"]
+        settings: dict[str, Any] = {
+            "vocab_size": vocabulary,
+            "hidden_size": width,
+            "encoder_hidden_size": shapes["encoder.layer.0.crossattention.self.key.weight"][1],
+            "intermediate_size": shapes["encoder.layer.0.intermediate.dense.weight"][0],
+            "num_hidden_layers": len({m[0] for n in shapes if (m := _LAYER.match(n))}),
+            "num_attention_heads": width // HEAD,
+            "max_position_embeddings": shapes["embeddings.position_embeddings.weight"][0],
+            "layer_norm_eps": 1e-12,
+            **dict.fromkeys(("bos_token_id", "eos_token_id", "sep_token_id")),
+        }
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(
+            f"{weights.path}: expected the text encoder of ImageReward, and {error} is not there: "
+            "give ImageReward.pt whole"
+        ) from error
+    config: Any = BlipTextConfig(**settings, hidden_act="gelu", is_decoder=True)
+
+    def build() -> nn.Module:
+        return BlipTextModel(config, add_pooling_layer=False)
+
+    return filled(build, weights, "the text encoder of ImageReward", ("position_ids",))
+
+
+_LAYER = re.compile(r"encoder\.layer\.\d+\.")
+
+
+def _head(weights: Weights) -> nn.Sequential:
+    """Linear layers one after another; their names count the dropout between them."""
+    layers = nn.Sequential()
+    for place in LAYERS:
+        shape = weights.shapes.get(f"mlp.layers.{place}.weight", (1, 1))
+        layers.add_module(str(place), nn.Linear(shape[-1], shape[0]))
+    return layers
+
+
+def _tokenizer(path: Path, rows: int) -> Encode:
+    """BERT's words in small letters, at most 35 tokens with [CLS] and [SEP]."""
+    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
+    from tokenizers.models import WordPiece
+
+    try:
+        words = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"ImageReward reads prompts with BERT's vocabulary, and {str(path)!r} cannot be read "
+            f"({error!s:.80}): put vocab.txt of bert-base-uncased there"
+        ) from error
+    known = {word.rstrip("\r"): n for n, word in enumerate(words) if word.rstrip("\r")}
+    if not set(BERT) <= known.keys() or max(known.values()) >= rows:
+        raise InputError(
+            f"{str(path)!r}: expected at most {rows} lines with {', '.join(BERT)} among them, as "
+            f"bert-base-uncased has, got {len(known)}: give its vocab.txt"
+        )
+    tokenizer: Any = Tokenizer(WordPiece(known, unk_token=BERT[0]))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = [(word, known[word]) for word in BERT[1:3]]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=special
+    )
+    tokenizer.enable_truncation(LENGTH)
+    tokenizer.enable_padding(pad_id=known["[PAD]"], pad_token="[PAD]")
+
+    def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        found: Any = tokenizer.encode_batch(list(prompts))
+        ids = torch.tensor([one.ids for one in found])
+        return ids, torch.tensor([one.attention_mask for one in found])
+
+    return encode

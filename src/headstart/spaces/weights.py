@@ -1,0 +1,133 @@
+"""The tensors of a network that somebody published, from a safetensors file or from a pickle.
+
+file -> {name: tensor} and a digest -> a network that has exactly these, all finite
+A pickle is read in a process of its own (`convert.pickled`) and written to a temporary file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from headstart.checkpoint.header import open_regular
+from headstart.checkpoint.tensors import Checkpoint
+from headstart.convert import pickled
+from headstart.errors import CheckpointError
+from headstart.fork import check_threads
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+SHOWN = 4
+
+M = TypeVar("M", bound=nn.Module)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Weights(NamedTuple):
+    """One file. Tensors are as stored, mapped and not copied; `digest` is the file's SHA-256."""
+
+    path: Path
+    tensors: Mapping[str, Tensor]
+    digest: str
+
+    @property
+    def shapes(self) -> Shapes:
+        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+
+    def within(self, prefix: str) -> Weights:
+        """Those under a prefix, without it."""
+        inside = {
+            n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)
+        }
+        return self._replace(tensors=inside)
+
+    def numbers(self, name: str) -> Tensor:
+        """One tensor in float32. Raises CheckpointError for NaN, Inf and whole numbers."""
+        found = self.tensors[name]
+        if not found.is_floating_point():
+            raise CheckpointError(f"{self.path}: {name!r} is {found.dtype}, not floating point")
+        found = found.float()
+        if not torch.isfinite(found).all():
+            raise CheckpointError(
+                f"{self.path}: {name!r} holds NaN or Inf, so every number would: fetch it again"
+            )
+        return found
+
+
+def read_weights(path: Path) -> Weights:
+    """The tensors of a safetensors file or of a pickle. Raises CheckpointError for any other."""
+    with open_regular(path) as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if pickled.kind_of(path) is None:
+        return Weights(path, _mapped(path), digest)
+    with tempfile.TemporaryDirectory() as folder:
+        # A mapped file stays readable after its name is gone.
+        target = Path(folder) / "weights.safetensors"
+        pickled.extract(path, target)
+        return Weights(path, _mapped(target), digest)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a folder that may hold weights, by name."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix in SUFFIXES)
+
+
+def short_digest(parts: Iterable[Weights]) -> str:
+    """12 hex digits that stand for these files in an extractor's name."""
+    own = [part.digest for part in parts]
+    whole = own[0] if len(own) == 1 else hashlib.sha256("".join(own).encode()).hexdigest()
+    return whole[:12]
+
+
+def check_shapes(weights: Weights, expected: Shapes, what: str, unused: Iterable[str] = ()) -> None:
+    """Raise CheckpointError unless the file has these tensors, and besides only `unused` ones.
+
+    unused  what names of tensors that are not read end with, or a whole name
+    """
+    shapes, endings = weights.shapes, tuple(unused)
+    complaints = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(
+            name for name in shapes.keys() - expected.keys() if not name.endswith(endings or "\0")
+        ),
+        "of another shape": [
+            f"{name} {list(shapes[name])} instead of {list(shape)}"
+            for name, shape in sorted(expected.items())
+            if name in shapes and shapes[name] != shape
+        ],
+    }
+    told = [
+        f"{len(names)} {kind}, such as {', '.join(names[:SHOWN])}"
+        for kind, names in complaints.items()
+        if names
+    ]
+    if told:
+        raise CheckpointError(
+            f"{weights.path}: expected {what}, but {'; '.join(told)}: give the published file whole"
+        )
+
+
+def filled(build: Callable[[], M], weights: Weights, what: str, unused: Iterable[str] = ()) -> M:
+    """The module with the file's numbers in float32, in evaluation mode.
+
+    Raises CheckpointError for tensors that are missing, of another shape, not finite, or that the
+    module has no place for and `unused` does not end.
+    """
+    check_threads()
+    with torch.device("meta"):
+        module = build()
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    check_shapes(weights, own, what, unused)
+    state = {name: weights.numbers(name) for name in own}
+    module.load_state_dict(state, strict=True, assign=True)
+    return module.requires_grad_(False).eval()
+
+
+def _mapped(path: Path) -> Mapping[str, Tensor]:
+    held = Checkpoint((path,))
+    return {name: held.tensor(name) for name in held.names}

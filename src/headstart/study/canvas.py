@@ -1,0 +1,194 @@
+"""Figures in one style, drawn by matplotlib: SVG and PDF whose text is text, always the same bytes.
+
+Every dot carries its numbers: as a <title>, which a browser shows under the pointer and a screen
+reader reads. No mark is told by its colour alone: plans differ in marker and dash as well.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from html import escape
+from importlib import import_module
+from typing import Any, NamedTuple
+
+from headstart.metrics.resample import Interval
+from headstart.study.digits import has_ends, plain, written
+
+_ID = re.compile(r'(\bid="|url\(#|href="#)')
+INK, GREY, FAINT = "#1c1b1a", "#5c5853", "#e4e0d9"
+
+
+class Mark(NamedTuple):
+    colour: str
+    marker: str
+    dash: Any = "solid"
+
+
+PLANS: Mapping[str, Mark] = {
+    "base": Mark("#2f7fd6", "o"),
+    "distilled": Mark("#e06000", "s", (0, (5, 2))),
+    "hybrid": Mark("#5a1050", "D"),
+    "skip-first": Mark("#9a7d0a", "^", (0, (3, 2, 1, 2))),
+    "replace-final": Mark("#6b6e70", "v", (0, (1, 1.5))),
+    "base-unguided": Mark("#2b9eb3", "P", (0, (2, 2))),
+}
+OTHERS = (
+    *(Mark("#1b7f5c", "o"), Mark("#a0522d", "s", (0, (5, 2))), Mark("#3d348b", "D")),
+    *(Mark("#d1495b", "^", (0, (3, 2, 1, 2))), Mark("#4f8fa8", "v", (0, (1, 1.5)))),
+    *(Mark("#7a8b2f", "P", (0, (2, 2))), Mark("#b279c4", "X", (0, (6, 1, 1, 1)))),
+)
+STYLE = {
+    "font.family": ["sans-serif"],
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
+    "font.size": 9.0,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.labelcolor": INK,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.7,
+    "text.color": INK,
+    "text.parse_math": False,  # a "$" in the name of a file is a dollar
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "headstart",
+    "pdf.fonttype": 42,
+    "pdf.compression": 0,
+}
+
+
+@dataclass(slots=True)
+class Canvas:
+    """A figure being drawn. axes [rows][columns]; told: id of a mark -> its numbers."""
+
+    figure: Any
+    axes: Any
+    told: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@contextmanager
+def style() -> Generator[None]:
+    """Our style inside the block, whatever a user's matplotlibrc says; theirs again behind it."""
+    mpl: Any = import_module("matplotlib")
+    with mpl.rc_context(), warnings.catch_warnings():
+        mpl.rcdefaults()
+        mpl.rcParams.update(STYLE)
+        # A letter that the font lacks is no harm in an SVG, whose viewer has fonts of its own.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* native")
+        yield
+
+
+def canvas(rows: int, columns: int, width: float, height: float, **shared: Any) -> Canvas:
+    """Panels on one sheet, in inches. `shared` is of `Figure.subplots`."""
+    from matplotlib.figure import Figure
+
+    figure: Any = Figure(figsize=(width, height), layout="constrained")
+    return Canvas(figure, figure.subplots(rows, columns, squeeze=False, **shared))
+
+
+def mark_of(name: str, number: int = 0) -> Mark:
+    """A plan's own mark; for other names the next of a cycle."""
+    return PLANS.get(name) or OTHERS[number % len(OTHERS)]
+
+
+def marks(names: Sequence[str]) -> dict[str, Mark]:
+    """A mark for each name, different ones as long as there are any."""
+    others = [name for name in names if name not in PLANS]
+    return {
+        name: mark_of(name, others.index(name) if name in others else 0) for name in names
+    }  # fmt: skip
+
+
+def dot(
+    on: Canvas, axis: Any, x: Interval, y: Interval, mark: Mark, name: str, **look: Any
+) -> None:
+    """One mark, the intervals that it has, and its numbers for the pointer."""
+    bar = {"color": mark.colour, "linewidth": 1.0, "alpha": 0.75, "zorder": 2.0}
+    if has_ends(x):
+        axis.plot([x.low, x.high], [y.value, y.value], **bar)
+    if has_ends(y):
+        axis.plot([x.value, x.value], [y.low, y.high], **bar)
+    gid = f"mark_{len(on.told)}"
+    on.told[gid] = plain(name)
+    own: dict[str, Any] = {"color": mark.colour, "markersize": 5.0, "zorder": 3.0, **look}
+    axis.plot([x.value], [y.value], marker=mark.marker, linestyle="none", gid=gid, **own)
+
+
+def course(
+    on: Canvas,
+    axis: Any,
+    points: Sequence[tuple[float, Interval]],
+    mark: Mark,
+    label: str,
+    *,
+    told: Callable[[float], str],
+    factor: float = 1.0,
+) -> None:
+    """A line through points (x, y) with an interval at each. told(x): what x is, in words."""
+    if not points:
+        return
+    values = [factor * y.value for _, y in points]
+    axis.plot(
+        [x for x, _ in points],
+        values,
+        color=mark.colour,
+        linestyle=mark.dash,
+        linewidth=1.3,
+        marker=mark.marker,
+        markersize=4.5,
+        label=plain(label, 40),
+    )
+    for x, y in points:
+        at = Interval(x, float("nan"), float("nan"))
+        own = Interval(*(factor * part for part in y))
+        name = f"{label}, {told(x)}: {written(own)}"
+        dot(on, axis, at, own, mark, name, markersize=4.5)
+
+
+def number_ticks(axis: Any, values: Sequence[float], *, most: int = 9) -> None:
+    """A tick and its number at each value; at some of them where there are too many."""
+    kept = sorted(set(values))
+    kept = kept[:: -(-len(kept) // most)]
+    axis.set_ticks(kept, [f"{value:.3g}" for value in kept])
+    axis.set_ticks([], minor=True)
+
+
+def legend(on: Canvas) -> None:
+    """One legend under all panels, each name once."""
+    found: dict[str, Any] = {}
+    for axis in on.axes.flat:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if found:
+        on.figure.legend(
+            found.values(), found, loc="outside lower center", ncols=min(4, len(found))
+        )
+
+
+def svg_of(on: Canvas, name: str, title: str) -> bytes:
+    """The drawing as an SVG element that can stand in a page beside others.
+
+    Ids begin with the figure's name: in one page every id is there once.
+    """
+    buffer = io.StringIO()
+    no_date = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    on.figure.savefig(buffer, format="svg", metadata=no_date)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = text.replace(">", f' role="img"><title>{escape(title)}</title>', 1)
+    for gid, told in on.told.items():
+        opened = f'<g id="{gid}">'
+        text = text.replace(opened, f"{opened}<title>{escape(told)}</title>", 1)
+    return re.sub("<[^>]*>", lambda tag: _ID.sub(rf"\g<1>{name}-", tag[0]), text).encode()

@@ -1,0 +1,236 @@
+"""The cases of a study: one plan each, or one other method on a plan.
+
+plans     the paper's: base, distilled, hybrid, skip-first, replace-final (tables 2, 3 and E.1)
+k         distilled steps that the base takes the place of (figure 7b)
+n         steps of the base's own grid, of which it runs those before the hand-off (figure 7c)
+guidance  of the base's step (figure 7a)
+handoff   the noise level at which the distilled model takes over; and as a control the distilled
+          model itself in the base's place, since most levels are none that it was trained at
+methods   others' ways to variety, on the distilled model alone unless a plan is named
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from headstart.errors import InputError
+from headstart.plan.leg import Leg
+from headstart.plan.pair import Pair
+from headstart.plan.plan import Plan
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import Process, Spacing
+
+Part = Literal["plans", "k", "n", "guidance", "handoff", "methods"]
+PARTS: tuple[Part, ...] = get_args(Part)
+GUIDANCES = (1.5, 2.0, 3.0, 5.0, 7.0)
+SUBSTEPS = (2, 3, 4, 5, 10)
+"""n as a multiple of the distilled model's steps, so that the grids meet."""
+LEVELS = (13.0, 11.0, 8.3, 6.5, 5.1, 4.1, 2.7, 1.6)
+"""Of the hand-off, in SDXL's terms (`Pair.ratio`); from nothing to everything on the bundled pair
+(bench/README.md, "The level of the hand-off")."""
+NEAR = 0.05
+METHODS = ("cads:0.1", "cads:0.25", "pink:1", "particles:128", "select:4", "hybrid+select:4")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One row of results.
+
+    plan, settings  of `Engine.compile`
+    diversify       methods, as `Engine.sample` takes them
+    at              the value on the grid of its part; None for a case that is on none
+    method          the name of the first method
+    about           what it is, in a table's words
+    against         the case that says what distilling lost, of which this one recovers a share
+    """
+
+    name: str
+    part: Part
+    about: str
+    plan: str | Plan
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    diversify: tuple[str, ...] = ()
+    at: float | None = None
+    method: str | None = None
+    against: str = "distilled"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grids:
+    """What is varied; None: the usual values, empty: nothing.
+
+    methods   "cads:0.25" on the distilled model, or "hybrid+select:2" on a plan named before `+`
+    """
+
+    k: Sequence[int] | None = None
+    n: Sequence[int] | None = None
+    guidance: Sequence[float] | None = None
+    handoff: Sequence[float] | None = None
+    methods: Sequence[str] | None = None
+
+
+def cases_of(
+    pair: Pair, steps: int, schedule: Process, grids: Grids, parts: Sequence[Part] = PARTS
+) -> dict[str, Case]:
+    """Every case by name, in the order of the tables.
+
+    pair      how the distilled model is run
+    steps     of it
+    schedule  its own noise schedule, which levels are read on
+
+    Raises InputError for a value that is on a grid twice or makes no plan.
+    """
+    made = [*_plans(pair)]
+    chosen: dict[Part, Iterator[Case]] = {
+        "k": _ks(steps, grids.k),
+        "n": _ns(steps, grids.n),
+        "guidance": _guidances(grids.guidance),
+        "handoff": _handoffs(pair, steps, schedule, grids.handoff),
+        "methods": _methods(METHODS if grids.methods is None else grids.methods),
+    }
+    made += [case for part, found in chosen.items() if part in parts for case in found]
+    by_name = {case.name: case for case in made}
+    if len(by_name) < len(made):
+        names = [case.name for case in made]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"case {twice!r} is there twice: give each value of a grid once")
+    return by_name
+
+
+def _plans(pair: Pair) -> Iterator[Case]:
+    about = {
+        "base": f"base, {pair.base_steps} steps, guidance {pair.base_scale:g}",
+        "distilled": "distilled model alone",
+        "hybrid": "hybrid: the base first",
+        "skip-first": "distilled model without its first part",
+        "replace-final": "the base takes the last step",
+    }
+    for name, words in about.items():
+        yield Case(name=name, part="plans", about=words, plan=name)
+        if name == "base" and pair.base_scale != 1.0:
+            yield Case(
+                name="base-unguided",
+                part="plans",
+                about=f"base, {pair.base_steps} steps, no guidance",
+                plan="base",
+                settings={"base_guidance": 1.0},
+            )
+
+
+def _ks(steps: int, values: Sequence[int] | None) -> Iterator[Case]:
+    for k in range(1, steps) if values is None else values:
+        about = f"hybrid, the base takes {k} of {steps} steps"
+        yield Case(
+            name=f"k-{k}", part="k", about=about, plan="hybrid", settings={"k": k}, at=float(k)
+        )
+
+
+def _ns(steps: int, values: Sequence[int] | None) -> Iterator[Case]:
+    for n in [steps * m for m in SUBSTEPS] if values is None else values:
+        yield Case(
+            name=f"n-{n}",
+            part="n",
+            about=f"hybrid, the base on its own {n}-step grid",
+            plan="hybrid",
+            settings={"n": n},
+            at=float(n),
+        )
+
+
+def _guidances(values: Sequence[float] | None) -> Iterator[Case]:
+    for scale in GUIDANCES if values is None else values:
+        yield Case(
+            name=f"guidance-{scale:g}",
+            part="guidance",
+            about=f"hybrid, base step at guidance {scale:g}",
+            plan="hybrid",
+            settings={"base_guidance": scale},
+            at=scale,
+        )
+
+
+def _handoffs(
+    pair: Pair, steps: int, schedule: Process, values: Sequence[float] | None
+) -> Iterator[Case]:
+    ratio = 1.0 if pair.ratio is None else pair.ratio
+    highest = schedule.highest[1]
+    usual = [level * ratio for level in LEVELS if level * ratio < highest]
+    for level in usual if values is None else values:
+        if not 0.0 < level < highest:
+            raise InputError(
+                f"hand-off level {level:g}: expected a noise level of the distilled model, above 0 "
+                f"and below {highest:.4g}"
+            )
+        points, sigma = _points(pair, steps, schedule, level)
+        for model, words in (("base", "the base"), ("distilled", "control: the student itself")):
+            yield Case(
+                name=f"level-{level:.3g}" + "-control" * (model == "distilled"),
+                part="handoff",
+                about=f"{words} down to sigma {sigma:.3g} in one step",
+                plan=level_plan(pair, steps, schedule, points, model),
+                at=sigma,
+            )
+
+
+def _methods(values: Sequence[str]) -> Iterator[Case]:
+    for text in values:
+        named, plus, method = text.partition("+")
+        plan, method = (named, method) if plus else ("distilled", text)
+        yield Case(
+            name=f"{plan}+{method}" if plus else method,
+            part="methods",
+            about=f"{method} on plan {plan}",
+            plan=plan,
+            diversify=(method,),
+            method=method.partition(":")[0],
+        )
+
+
+def level_plan(
+    pair: Pair, steps: int, schedule: Process, points: Sequence[float], model: str
+) -> Plan:
+    """One step of `model` from the top, then the distilled model on `points`.
+
+    points  timesteps where the schedule is a table of them, else levels
+    """
+    student = pair.distilled(steps)
+    column = "timesteps" if isinstance(schedule, NoiseSchedule) else "sigmas"
+    first = replace(pair.base_leg(1, Spacing.EVEN), until="next")
+    if model == "distilled":
+        first = _listed(student, column, getattr(student.grid(schedule), column)[:1])
+    rest = _listed(student, column, points)
+    name = f"{model}-to-{points[0]:.4g}"
+    return Plan((first, rest), start=pair.start, end=pair.end, name=name)
+
+
+def _points(
+    pair: Pair, steps: int, schedule: Process, level: float
+) -> tuple[tuple[float, ...], float]:
+    """Where the distilled model starts to go on from `level`, and the level that this is.
+
+    Its own levels below it, and before them the level itself: on a table of timesteps the nearest
+    whole one, as networks of such a table were trained on no other. A level within 5 % of one of
+    its own is that one.
+    """
+    own = pair.distilled(steps).grid(schedule)
+    table = isinstance(schedule, NoiseSchedule)
+    points, sigmas = (own.timesteps if table else own.sigmas), own.sigmas
+    near = [n for n, sigma in enumerate(sigmas) if abs(sigma - level) <= NEAR * level]
+    if near:
+        return points[near[0] :], sigmas[near[0]]
+    below = tuple(p for p, sigma in zip(points, sigmas, strict=True) if sigma < level)
+    if not table:
+        return (level, *below), level
+    start = float(np.round(float(schedule.timestep(level))))
+    return (start, *below), float(schedule.sigma(start))
+
+
+def _listed(leg: Leg, column: str, points: Sequence[float]) -> Leg:
+    """The leg on exactly these points."""
+    regular: dict[str, Any] = {"steps": None, "spacing": Spacing.TRAILING, "skip": 0}
+    columns = {"timesteps": None, "sigmas": None, column: tuple(points)}
+    return replace(leg, **regular, **columns)

@@ -1,0 +1,190 @@
+"""What a study measures with, and one cell of it: a case's pictures of one prompt, as numbers.
+
+diversity@SPACE  [1 + R]  of all seeds, then of R draws of the seeds
+vendi@SPACE      []       effective number of different pictures; NaN where cosines mean nothing
+features@SPACE   [n, d]   float32, where a Gaussian of them means something
+score, nearest   [n]      of each picture; where a judge has text, and where there is a reference
+images, passes, networks, seconds []    passes and wall seconds of one picture; UNets in memory
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from headstart.engine.engine import Engine
+from headstart.metrics.features import Judge
+from headstart.metrics.metrics import Array, Extractor, vendi
+from headstart.metrics.resample import measure_diversity
+from headstart.plan.named import PlanSettings
+from headstart.plan.table import StepTable
+from headstart.study.cases import Case
+from headstart.study.store import Arrays, Place, Rgb, Store
+
+NEAREST_SIDE = 64
+"""Pictures are compared with the reference at this size, as a copy is a copy at any."""
+MOST_FEATURES = 8192
+"""A covariance of more is gigabytes, and singular at any usual count of pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lab:
+    """An engine, judges, and what is drawn.
+
+    settings   of plans given by name: the preset, the distilled model's grid
+    size       (height, width) in pixels; None: the model's own
+    keep       pictures of each cell that are kept as files
+    weights    role -> SHA-256 of what is loaded, adapters too
+    reference  rgb [m, 64, 64, 3] that pictures are compared with one by one
+    """
+
+    engine: Engine
+    judge: Judge
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    settings: PlanSettings = field(default_factory=PlanSettings)
+    size: tuple[int, int] | None = None
+    keep: int = 16
+    reference: Rgb | None = None
+    weights: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @cached_property
+    def flat(self) -> torch.Tensor | None:
+        """[m, 64*64*3] float32."""
+        return (
+            None if self.reference is None else torch.as_tensor(self.reference).flatten(1).float()
+        )
+
+    @cached_property
+    def tables(self) -> dict[str, StepTable]:
+        """Those compiled so far, by the case's name."""
+        return {}
+
+    def table(self, case: Case) -> StepTable:
+        """The rows of a case. That a grid leads off what a model was trained for is its purpose,
+        so no warning tells."""
+        if case.name not in self.tables:
+            own = PlanSettings() if not isinstance(case.plan, str) else self.settings
+            if case.plan == "base":
+                own = PlanSettings(preset=own.get("preset"))
+            given: dict[str, Any] = {**own, **case.settings}
+            with warnings.catch_warnings():
+                if case.part != "plans":
+                    warnings.simplefilter("ignore", UserWarning)
+                self.tables[case.name] = self.engine.compile(case.plan, **given)
+        return self.tables[case.name]
+
+    def check(self, case: Case) -> None:
+        """Raise what the engine would of this case, and run nothing."""
+        self.engine.iterate(
+            self.prompts[0], plan=self.table(case), seeds=self.seeds, size=self.size,
+            diversify=case.diversify,
+        )  # fmt: skip
+
+    def identity(self, case: Case, number: int) -> str:
+        """What a cell is of, as text; spaces are looked for in the cell itself."""
+        return json.dumps(
+            {
+                "table": json.loads(self.table(case).to_json()),
+                "prompt": self.prompts[number],
+                "seeds": [str(seed) for seed in self.seeds],
+                "size": self.size,
+                "diversify": list(case.diversify),
+                "weights": self.weights,
+                "reference": None if self.reference is None else len(self.reference),
+            },
+            sort_keys=True,
+        )
+
+    def passes(self, case: Case) -> float:
+        """Network passes of all the pictures of one cell, without what methods add."""
+        return float(self.table(case).passes() * len(self.seeds))
+
+    def read(self, store: Store, case: Case, number: int) -> Arrays | None:
+        """The finished cell, if it has every space of the judge."""
+        found = store.read(Place(case.part, case.name, number), self.identity(case, number))
+        wanted = [f"diversity@{space.name}" for space in self.judge.spaces]
+        wanted += ["score"] * (self.judge.score is not None)
+        return found if found is not None and set(wanted) <= set(found) else None
+
+    def measure(self, store: Store, case: Case, number: int) -> None:
+        """Draw one cell, or measure again what is kept of it, and put it in place."""
+        prompt, place = self.prompts[number], Place(case.part, case.name, number)
+        identity = self.identity(case, number)
+        before = store.read(place, identity)
+        rgb = None if before is None else store.kept(case.name, number, self.seeds)
+        cost = {} if before is None else {name: before[name] for name in COST}
+        if rgb is None:
+            rgb, cost = self._drawn(case, prompt)
+            store.keep(case.name, number, self.seeds[: self.keep], rgb)
+        store.write(place, identity, {**cost, **measured(rgb, prompt, self.judge, self.flat)})
+
+    def _drawn(self, case: Case, prompt: str) -> tuple[Rgb, dict[str, NDArray[Any]]]:
+        begin = time.perf_counter()
+        table = self.table(case)
+        done = self.engine.sample(
+            prompt, plan=table, seeds=self.seeds, size=self.size, diversify=case.diversify
+        )
+        rgb = done.rgb.cpu().numpy()
+        seconds = (time.perf_counter() - begin) / len(rgb)
+        networks = len({id(self.engine.denoisers[model]) for model in table.models})
+        cost = {
+            "images": len(rgb), "passes": done.passes, "networks": networks, "seconds": seconds,
+        }  # fmt: skip
+        return rgb, {name: np.array(float(value)) for name, value in cost.items()}
+
+
+COST = ("images", "passes", "networks", "seconds")
+
+
+def measured(
+    rgb: Rgb, prompt: str, judge: Judge, reference: torch.Tensor | None = None
+) -> dict[str, NDArray[Any]]:
+    """What pictures of one prompt say of it; see the arrays above."""
+    found: dict[str, NDArray[Any]] = {}
+    for space in judge.spaces:
+        found |= _varied(space, space.features(rgb))
+    if judge.score is not None:
+        found["score"] = judge.score(rgb, [prompt] * len(rgb)).astype(np.float64)
+    if reference is not None:
+        found["nearest"] = nearest(rgb, reference)
+    return found
+
+
+def _varied(space: Extractor, features: Array) -> dict[str, NDArray[Any]]:
+    found: dict[str, NDArray[Any]] = {}
+    if len(features) > 1:
+        own = measure_diversity([features], space.distance)
+        drawn = own.drawn[0] if own.drawn.size else own.drawn.ravel()
+        found["diversity"] = np.concatenate((own.values, drawn))
+    else:
+        found["diversity"] = np.array([np.nan])
+    cosine = space.distance == "cosine"
+    found["vendi"] = np.array(vendi(features) if cosine else np.nan)
+    if cosine and features.shape[1] <= MOST_FEATURES:
+        found["features"] = features.astype(np.float32)
+    return {f"{name}@{space.name}": values for name, values in found.items()}
+
+
+def nearest(rgb: Rgb, reference: torch.Tensor) -> Array:
+    """[n]: root mean square, in levels of 255, to the nearest of the reference [m, 64*64*3]."""
+    flat = torch.as_tensor(small(rgb)).flatten(1).float()
+    apart = torch.cdist(flat, reference).amin(1) / flat.shape[1] ** 0.5
+    return apart.double().numpy()
+
+
+def small(rgb: Rgb) -> Rgb:
+    """Pictures [n, H, W, 3] at 64 x 64, each pixel the mean of its own; [n, 64, 64, 3]."""
+    size = (NEAREST_SIDE, NEAREST_SIDE)
+    box = Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(image).resize(size, box)) for image in rgb])

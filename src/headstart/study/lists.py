@@ -1,0 +1,89 @@
+"""Prompts and seeds of a study: lists that come with it, or a file.
+
+paper     the five prompts of arXiv:2503.10637, table 2, each with 100 seeds
+car       the one prompt of its tables D.1 and E.1, with 100 seeds
+everyday  24 prompts of this project, with 16 seeds: one subject, two, a scene, a style
+demo      what the bundled pair can draw, with 16 seeds
+
+The paper prints labels, not prompts, and no seeds: `paper` is its labels as a person would type
+them, and seeds count from 0. `car` is printed in full.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from headstart.errors import InputError
+from headstart.plan.request import check_text
+
+MOST_PROMPTS = 10_000
+
+
+class PromptList(NamedTuple):
+    """Prompts, and how many seeds each has where nothing else is said."""
+
+    prompts: tuple[str, ...]
+    seeds: int
+
+
+PAPER = PromptList(
+    ("a sunset beach", "a cute puppy", "a futuristic city", "a person", "Van Gogh art"), 100
+)
+CAR = PromptList(("image of a car",), 100)
+EVERYDAY = PromptList(
+    (
+        *("a red bicycle", "a cup of coffee", "an old wooden chair", "a pair of running shoes"),
+        *("a lighthouse", "a sailing boat on a lake", "a narrow street in the rain"),
+        *("a kitchen in the morning", "a mountain village in winter", "a crowded market"),
+        *("a portrait of an old man", "a woman reading a book", "two children playing football"),
+        *("a musician on a stage", "a horse in a field", "a cat asleep on a sofa"),
+        *("a parrot on a branch", "a dog and a cat on a bench", "a blue vase with white tulips"),
+        *("a bowl of fruit, oil painting", "a dragon, ink drawing", "a robot, 1950s poster"),
+        *("an island seen from above", "a staircase, black and white photograph"),
+    ),
+    16,
+)
+LISTS = {"paper": PAPER, "car": CAR, "everyday": EVERYDAY}
+DEMO = "demo"
+
+
+def demo_prompts() -> PromptList:
+    """The captions of everything that the bundled pair draws."""
+    import headstart_weights
+
+    names = headstart_weights.manifest().concepts
+    return PromptList(tuple(f"{_article(name)} {name}" for name in names), 16)
+
+
+def read_prompts(name: str) -> PromptList:
+    """The list called `name`, or a text file of one prompt a line, with 16 seeds.
+
+    Blank lines are left out, and a prompt that is there twice is there once. Raises InputError for
+    a file that is not UTF-8 text, holds no prompt, or more than 10,000.
+    """
+    if name == DEMO:
+        return demo_prompts()
+    if name in LISTS:
+        return LISTS[name]
+    path = Path(name)
+    if not path.is_file():
+        raise InputError(
+            f"prompts {name!r:.80}: expected {', '.join((*LISTS, DEMO))}, or a text file with one "
+            "prompt a line"
+        )
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"prompts {name!r:.80} cannot be read as UTF-8 text: {error}") from error
+    lines = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not 0 < len(lines) <= MOST_PROMPTS or "\0" in text:
+        raise InputError(
+            f"prompts {name!r:.80}: expected text with 1 to {MOST_PROMPTS} prompts, one a line, "
+            f"got {len(lines)}" + (" and a NUL character" if "\0" in text else "")
+        )
+    return PromptList(tuple(check_text(line) for line in lines), 16)
+
+
+def _article(name: str) -> str:
+    return "an" if name[0] in "aeiou" else "a"

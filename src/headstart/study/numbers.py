@@ -1,0 +1,166 @@
+"""Cells of a study as rows of numbers: means over prompts, with 95 % intervals over prompts.
+
+recovered = (diversity - distilled) / (base - distilled), prompts resampled together for all three
+
+One prompt alone has no such interval; its diversity then has one over its seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from headstart.metrics.fidelity import frechet_interval
+from headstart.metrics.metrics import Array, Extractor
+from headstart.metrics.resample import (
+    Interval,
+    Measured,
+    over_prompts,
+    percentiles,
+    recovered,
+)
+from headstart.study.cases import Case
+from headstart.study.store import Arrays
+from headstart.sweep.seen import Reference
+
+Cells = Sequence[Arrays]
+"""Those of one case, one a prompt."""
+DRAWS = 50
+LEVEL = 0.95
+Json = dict[str, Any]
+
+
+def rows_of(
+    cases: Mapping[str, Case],
+    cells: Mapping[str, Cells],
+    spaces: Sequence[Extractor],
+    references: Mapping[str, Reference],
+) -> dict[str, Json]:
+    """Every case's row; `references` by the name of their space. The base and every
+    `Case.against` must be among the cases."""
+    return {name: _row(case, cells, spaces, references) for name, case in cases.items()}
+
+
+def by_prompt(
+    cases: Mapping[str, Case],
+    cells: Mapping[str, Cells],
+    prompts: Sequence[str],
+    spaces: Sequence[Extractor],
+) -> list[Json]:
+    """One entry for each case, prompt and space."""
+    found: list[Json] = []
+    for name, case in cases.items():
+        for prompt, cell in zip(prompts, cells[name], strict=True):
+            alike = {
+                "case": name,
+                "part": case.part,
+                "at": case.at,
+                "prompt": prompt,
+                "score": _mean(cell.get("score")),
+                "nearest": _mean(cell.get("nearest")),
+                "seconds": float(cell["seconds"]),
+            }
+            for space in spaces:
+                varied = {
+                    key: _plain(float(cell[f"{key}@{space.name}"].flat[0]))
+                    for key in ("diversity", "vendi")
+                }
+                found.append({**alike, "space": space.name, **varied})
+    return found
+
+
+def _row(
+    case: Case,
+    cells: Mapping[str, Cells],
+    spaces: Sequence[Extractor],
+    references: Mapping[str, Reference],
+) -> Json:
+    own = cells[case.name]
+    return {
+        "part": case.part,
+        "about": case.about,
+        "at": case.at,
+        "method": case.method,
+        "passes": float(np.mean([cell["passes"] for cell in own])),
+        "networks": int(own[0]["networks"]),
+        "images": int(sum(cell["images"] for cell in own)),
+        "seconds": float(np.median([cell["seconds"] for cell in own])),
+        "spaces": {
+            space.name: _space(case, cells, space, references.get(space.name)) for space in spaces
+        },
+        "score": _interval(own, "score"),
+        "nearest": _interval(own, "nearest"),
+    }
+
+
+def _space(
+    case: Case, cells: Mapping[str, Cells], space: Extractor, reference: Reference | None
+) -> Json:
+    own = cells[case.name]
+    values = _values(own, f"diversity@{space.name}")
+    base, distilled = (
+        _values(cells[name], f"diversity@{space.name}") for name in ("base", case.against)
+    )
+    back = None
+    if len(values) > 1 and np.isfinite([values, base, distilled]).all():
+        back = recovered(values, base, distilled)
+    found: Json = {
+        "diversity": _json(_diversity(own, space)),
+        "vendi": _interval(own, f"vendi@{space.name}"),
+        "recovered": None if back is None else _json(back),
+        "frechet": None,
+    }
+    if reference is not None and _kept(own, space):
+        groups = [cell[f"features@{space.name}"].astype(np.float64) for cell in own]
+        sizes = [len(group) for group in groups]
+        moments = reference.moments
+        found["frechet"] = _json(
+            frechet_interval(np.concatenate(groups), moments, sizes=sizes, resamples=DRAWS)
+        )
+    return found
+
+
+def _diversity(own: Cells, space: Extractor) -> Interval | None:
+    name = f"diversity@{space.name}"
+    if len(own) == 1 and own[0][name].size > 1:
+        held = own[0][name]
+        return percentiles(float(held[0]), held[1:], LEVEL)
+    return _over(_values(own, name))
+
+
+def _interval(own: Cells, name: str) -> Json | None:
+    if any(name not in cell for cell in own):
+        return None
+    return _json(_over(_values(own, name)))
+
+
+def _over(values: Array) -> Interval:
+    found = over_prompts(Measured(values, np.empty((len(values), 0))), level=LEVEL)
+    return found or Interval(float(values.mean()), math.nan, math.nan)
+
+
+def _values(own: Cells, name: str) -> Array:
+    """[P]: of diversities the value before its draws, of others the mean over the pictures."""
+    first = name.startswith(("diversity@", "vendi@"))
+    return np.array([cell[name].flat[0] if first else cell[name].mean() for cell in own])
+
+
+def _kept(own: Cells, space: Extractor) -> bool:
+    return all(f"features@{space.name}" in cell for cell in own)
+
+
+def _json(found: Interval | None) -> Json | None:
+    if found is None or not math.isfinite(found.value):
+        return None
+    return {name: _plain(value) for name, value in found._asdict().items()}
+
+
+def _mean(values: Any) -> float | None:
+    return None if values is None else float(values.mean())
+
+
+def _plain(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None

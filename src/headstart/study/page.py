@@ -1,0 +1,301 @@
+"""The report of a study as one HTML file: tables, figures and pictures are all inside it.
+
+page.html is a Jinja2 template, page.css its style. Everything but the figures' SVG is escaped, as
+prompts and the names of files are anybody's text; the page runs no script and asks for no resource.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headstart.metrics.resample import Interval
+from headstart.pictures.inline import data_uri
+from headstart.study.courses import matches
+from headstart.study.digits import (
+    NONE,
+    Cell,
+    branch,
+    cell,
+    entries,
+    interval,
+    look_up,
+    places,
+    plain,
+)
+from headstart.study.figures import Figure
+from headstart.study.paper import PAPER, PLANS, comparable, quoted, recovered
+from headstart.study.table import (
+    BEST,
+    best_cases,
+    blocks,
+    cost_groups,
+    in_space,
+    intervals_of,
+    main_cases,
+    of_row,
+    part_of,
+    rows_of,
+    spaces_of,
+    subject_of,
+)
+
+Report = Mapping[str, Any]
+Pictures = Mapping[str, Sequence[Path]]
+PICTURE_PX, ACROSS = 128, 8
+MOST_PICTURES = 4_000_000
+"""Letters of all pictures together: the page stays one that can be mailed."""
+FEW_ROWS = 12
+
+
+class Table(NamedTuple):
+    """Numbers of the paper, or beside them. groups: (heading, its number of columns)."""
+
+    title: str
+    first: str
+    heads: tuple[str, ...]
+    lines: tuple[tuple[str, tuple[Cell, ...]], ...]
+    groups: tuple[tuple[str, int], ...] = ()
+
+
+class Sheet(NamedTuple):
+    """pictures: (name, data URI); None for a file that cannot be read."""
+
+    case: str
+    pictures: tuple[tuple[str, str | None], ...]
+
+
+def write_page(
+    report: Report, figures: Sequence[Figure], pictures: Pictures, linked: Sequence[str]
+) -> str:
+    """The page's text. linked: files beside it."""
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    sheets, unseen = sheets_of(report, pictures)
+    rows = dict.fromkeys(rows_of(report), "")
+    preset = plain(look_up(report, "pair", "preset") or "a pair", 60)
+    values: dict[str, Any] = {
+        "title": f"headstart study · {preset}",
+        "style": _file("page.css"),
+        "heading": f"headstart study: {preset}",
+        "subtitle": subject_of(report),
+        "summary": summary(report),
+        "intervals": intervals_of(report),
+        "best": BEST if best_cases(report) else "",
+        "main": blocks(report, main_cases(report), counts=False),
+        "files": linked,
+        "figures": [one._replace(svg=one.svg.decode()) for one in figures],
+        "costs": cost_groups(report) if part_of(report, "methods") else [],
+        "source": PAPER["source"] + ".",
+        "beside": beside(report),
+        "figures_told": _told(report),
+        "more": [_whole(name) for name in ("table 1", "table 2", "table D.1")],
+        "controls": controls(report),
+        "comparable": comparable(report),
+        "sheets": sheets,
+        "unseen": unseen,
+        "rows": blocks(report, rows, counts=True),
+        "rows_open": len(rows) <= FEW_ROWS,
+        "count": len(rows),
+        "notes": [plain(note, 2000) for note in entries(report, "notes")],
+        "command": plain(report.get("command") or "", 10_000),
+        "facts": _facts(report),
+        "prompts": [plain(prompt, 2000) for prompt in entries(report, "prompts")],
+    }
+    values["contents"] = _contents(values)
+    return environment.from_string(_file("page.html")).render(values)
+
+
+def _file(name: str) -> str:
+    return files("headstart.study").joinpath(name).read_text(encoding="utf-8")
+
+
+def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    every = {
+        "main": "Main table", "figures": "Figures", "costs": "Equal cost", "paper": "The paper",
+        "sheets": "Pictures", "rows": "All cases", "facts": "How it was made",
+    }  # fmt: skip
+    anchors = {"sheets": "pictures", "facts": "made"}
+    shown = {key: name for key, name in every.items() if key in ("paper",) or values.get(key)}
+    return [(anchors.get(key, key), name) for key, name in shown.items()]
+
+
+def summary(report: Report) -> list[str]:
+    """The report in one sentence or two."""
+    rows, spaces = rows_of(report), spaces_of(report)
+    if not spaces:
+        return []
+    back = in_space(spaces[0], "recovered", 100.0)
+    hybrid = back(rows.get("hybrid") or {})
+    if hybrid is None:
+        return []
+    cost = {name: interval(look_up(rows, name, "passes")) for name in ("hybrid", "base")}
+    told = f"The hybrid brings back {_percent(hybrid)} of the diversity that distillation lost"
+    if cost["hybrid"] and cost["base"]:
+        own, base = (found.value for found in cost.values() if found is not None)
+        told += f", at {own:g} network passes an image (base: {base:g})"
+    found = [told + f"; by {plain(spaces[0], 60)}."]
+    methods, costs = part_of(report, "methods"), ("passes", "networks")
+    usual = branch(rows, "distilled")
+    rivals = [
+        (value.value, case, value)
+        for case in best_cases(report).values()
+        if case in methods and all(rows[case].get(name) == usual.get(name) for name in costs)
+        if (value := back(rows[case])) is not None
+    ]
+    if rivals:
+        _, case, value = max(rivals)
+        found.append(
+            f"Of other methods that cost what the distilled model does, {plain(case, 60)} brings "
+            f"back most without being clearly worse by its score: {_percent(value)}."
+        )
+    return found
+
+
+def _percent(found: Interval) -> str:
+    own = cell(found, places([found]))
+    return f"{own.value} %" + (f" [{own.ends}]" if own.ends else "")
+
+
+def beside(report: Report) -> Table:
+    """Plans: the paper's columns, then ours that come nearest to them."""
+    spaces, rows = spaces_of(report), rows_of(report)
+    near = _named(spaces, "dreamsim")
+    right = _named(spaces, "inception")
+    ours = {
+        "diversity": in_space(near, "diversity"),
+        "recovered, %": in_space(near, "recovered", 100.0),
+        "Frechet": in_space(right, "frechet"),
+        "score": of_row("score"),
+        "s/image": of_row("seconds"),
+    }
+    values = {head: [of(rows.get(plan) or {}) for plan in PLANS] for head, of in ours.items()}
+    kept = {head: own for head, own in values.items() if any(own)}
+    theirs = {
+        column: [quoted(plan)[column] for plan in PLANS] for column in quoted(PLANS[0])
+    }  # fmt: skip
+    back = [recovered(plan) for plan in PLANS]
+    percent = [None if own is None else float(round(100.0 * own)) for own in back]
+    first, *others = theirs
+    columns = {first: theirs[first], "recovered, %": percent, **{k: theirs[k] for k in others}}
+    printed = [_printed(own) for own in columns.values()]
+    printed += [[cell(one, places(own)) for one in own] for own in kept.values()]
+    ours_by = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
+    groups = (("the paper, SDXL and DMD2 (recovered: our division)", len(columns)),)
+    return Table(
+        title="plans",
+        first="plan",
+        heads=(*columns, *kept),
+        lines=tuple((plan, tuple(own[n] for own in printed)) for n, plan in enumerate(PLANS)),
+        groups=(*groups, (ours_by, len(kept))) if kept else groups,
+    )
+
+
+def _named(spaces: Sequence[str], word: str) -> str:
+    """The space with that word in its name, else the main one."""
+    return next((space for space in spaces if word in space.lower()), spaces[0] if spaces else "")
+
+
+def _printed(values: Sequence[float | None]) -> list[Cell]:
+    """A column of the paper's numbers, all with as many digits as the longest of them."""
+    known = [f"{value:.10g}" for value in values if value is not None]
+    digits = max((len(text.partition(".")[2]) for text in known), default=0)
+    return [Cell(NONE if value is None else f"{value:.{digits}f}") for value in values]
+
+
+def _whole(name: str) -> Table:
+    """A table as the paper prints it."""
+    own = PAPER[name]
+    rows = [row for row in own if row not in ("what", "columns")]
+    columns = [_printed([own[row][n] for row in rows]) for n in range(len(own["columns"]))]
+    lines = tuple((row, tuple(column[n] for column in columns)) for n, row in enumerate(rows))
+    return Table(f"its {name}: {own['what']}", "", tuple(own["columns"]), lines)
+
+
+def controls(report: Report) -> Table | None:
+    """Our adapters at the strength nearest to 1, beside its table 1."""
+    adapters: Sequence[Mapping[str, Any]] = entries(report, "control", "adapters")
+    plans = list(dict.fromkeys(plan for own in adapters for plan in branch(own, "plans")))
+    lines: list[tuple[str, tuple[Cell, ...]]] = []
+    for own in adapters:
+        found = [_change(own, plan) for plan in plans]
+        if any(found):
+            name = plain(own.get("name", ""), 60)
+            lines.append((name, tuple(cell(one, places(found)) for one in found)))
+    if not lines:
+        return None
+    title = "ours: change of the score in % at the strength nearest to 1"
+    return Table(title, "adapter", tuple(plain(plan, 40) for plan in plans), tuple(lines))
+
+
+def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
+    rows = [
+        (abs(at.value - 1.0), change)
+        for one in entries(adapter, "plans", plan)
+        if (at := interval(one.get("strength"))) is not None and at.value > 0
+        if (change := interval(one.get("change"))) is not None
+    ]
+    return min(rows)[1] if rows else None
+
+
+def _told(report: Report) -> list[tuple[str, str, str]]:
+    """Figures 5 and 7 in words, theirs and ours."""
+    best = best_cases(report)
+    grids = [f"{plain(best[grid], 40)}" for grid in ("guidance", "k", "n") if grid in best]
+    ours = f"the most diverse that is not clearly worse: {', '.join(grids)}." if grids else ""
+    return [
+        ("Figure 5", PAPER["figure 5"], matches(report)),
+        ("Figure 7", PAPER["figure 7"], ours),
+    ]
+
+
+def sheets_of(report: Report, pictures: Pictures) -> tuple[list[Sheet], int]:
+    """Pictures of the cases, those of the main table first, as far as there is room; the rest."""
+    order = [*main_cases(report), *rows_of(report), *pictures]
+    cases = [case for case in dict.fromkeys(order) if pictures.get(case)]
+    sheets: list[Sheet] = []
+    room = MOST_PICTURES
+    for case in cases:
+        shown = tuple((plain(path.stem, 40), _uri(path)) for path in pictures[case][:ACROSS])
+        room -= sum(len(uri or "") for _, uri in shown)
+        if room < 0:
+            break
+        sheets.append(Sheet(plain(case, 60), shown))
+    return sheets, len(cases) - len(sheets)
+
+
+def _uri(path: Path) -> str | None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return data_uri(image.convert("RGB"), PICTURE_PX)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+
+
+def _facts(report: Report) -> list[tuple[str, str]]:
+    """What every number depends on: (name, value)."""
+    found: list[tuple[str, Any]] = [("format", report.get("format"))]
+    pair = branch(report, "pair")
+    found += [("pair", pair.get("preset")), ("lineage", pair.get("lineage"))]
+    for role, own in branch(pair, "weights").items():
+        found.append(
+            (f"weights, {role}", f"{look_up(own, 'file')} · SHA-256 {look_up(own, 'sha256')}")
+        )
+    if seeds := branch(report, "seeds"):
+        ends = f"{seeds.get('first')} to {seeds.get('last')} ({seeds.get('count')})"
+        found.append(("seeds", ends))
+    for name in ("size", "dtype", "adapters", "reference", "versions", "machine"):
+        found.append((name, report.get(name)))
+    return [(plain(name, 60), _text(value)) for name, value in found if value not in (None, {}, [])]
+
+
+def _text(value: Any) -> str:
+    if parts := branch({"it": value}, "it"):
+        return plain(" · ".join(f"{name}: {_text(own)}" for name, own in parts.items()), 4000)
+    return plain(value if isinstance(value, str) else json.dumps(value, default=str), 4000)

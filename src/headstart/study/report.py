@@ -1,0 +1,88 @@
+"""The files of a report, each whole or absent: page, figures, PDF, numbers by prompt, JSON.
+
+report.html  report.json  table.pdf  prompts.csv  figures/*.svg
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from headstart.output import write_folder
+from headstart.study.digits import entries
+from headstart.study.figures import draw_figures
+from headstart.study.page import write_page
+from headstart.study.paper import PAPER, comparable
+from headstart.study.pdf import table_pdf
+
+PAGE, NUMBERS, PDF, BY_PROMPT, FIGURES = (
+    *("report.html", "report.json", "table.pdf", "prompts.csv", "figures"),
+)
+COLUMNS = (
+    *("case", "part", "at", "prompt", "space"),
+    *("diversity", "vendi", "score", "nearest", "seconds"),
+)
+"""Of prompts.csv."""
+
+
+def write_report(
+    folder: Path,
+    report: Mapping[str, Any],
+    rows: Iterable[Mapping[str, Any]],
+    pictures: Mapping[str, Sequence[Path]] | None = None,
+) -> list[Path]:
+    """Draw and write everything; the page comes last. What was written, the page first.
+
+    rows      one for each case, prompt and feature space
+    pictures  PNG files of a case, the first prompts and seeds
+
+    Raises InputError on a full or failing disk.
+    """
+    known = finite(report)
+    whole = {**known, "paper": PAPER}
+    whole["notes"] = [*entries(known, "notes"), *comparable(known)]
+    drawn = draw_figures(known)
+    page = write_page(known, drawn, pictures or {}, (NUMBERS, PDF, BY_PROMPT))
+    if drawn:
+        write_folder(folder / FIGURES, {f"{own.name}.svg": own.svg for own in drawn})
+    found = {
+        NUMBERS: _bytes(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
+        PDF: table_pdf(known),
+        BY_PROMPT: prompts_csv(rows),
+        PAGE: _bytes(page),
+    }
+    write_folder(folder, found)
+    figures = [folder / FIGURES / f"{own.name}.svg" for own in drawn]
+    return [folder / PAGE, *(folder / name for name in found if name != PAGE), *figures]
+
+
+def prompts_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    """RFC 4180 in UTF-8: CRLF after each line, quotes where they are needed; empty: not known."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerow(COLUMNS)
+    for row in rows:
+        values = finite({name: row.get(name) for name in COLUMNS})
+        writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
+    return _bytes(text.getvalue())
+
+
+def finite(tree: Any) -> Any:
+    """The same with None for every NaN and infinity, which JSON cannot spell."""
+    if isinstance(tree, float):
+        return tree if math.isfinite(tree) else None
+    if isinstance(tree, Mapping):
+        return {str(name): finite(own) for name, own in cast("Mapping[Any, Any]", tree).items()}
+    if isinstance(tree, list | tuple):
+        return [finite(own) for own in cast("Sequence[Any]", tree)]
+    return tree
+
+
+def _bytes(text: str) -> bytes:
+    """UTF-8; half a surrogate pair, which a command line may hold, as its escape."""
+    return text.encode("utf-8", "backslashreplace")

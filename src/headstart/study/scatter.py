@@ -1,0 +1,164 @@
+"""Diversity that came back against being right, for plans and methods, with names beside the dots.
+
+One panel for each number of being right that the report has. Full marks cost as many passes as the
+distilled model; hollow ones are dearer or cheaper, and their names say what they cost. A circle is
+one network in memory, a square two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from headstart.metrics.resample import Interval
+from headstart.study.canvas import GREY, Canvas, Mark, canvas, dot, marks
+from headstart.study.digits import high_of, interval, less, look_up, low_of, plain, written
+from headstart.study.labels import Spot, name_spots
+from headstart.study.table import (
+    Row,
+    best_cases,
+    grid_of,
+    in_space,
+    of_row,
+    part_of,
+    rows_of,
+    spaces_of,
+)
+
+MOST_NAMES = 36
+"""Beyond this many dots only plans and the best of each grid are named."""
+ENDS = {"distilled": 0.0, "base": 100.0}
+"""What recovered diversity is by its definition."""
+
+
+class _Dot(NamedTuple):
+    case: str
+    family: str
+    x: Interval
+    y: Interval
+    mark: Mark
+    full: bool
+    label: str
+
+    def spot(self, *, named: bool) -> Spot:
+        bars = (low_of(self.x), high_of(self.x)), (low_of(self.y), high_of(self.y))
+        name = self.label if named else ""
+        return Spot(self.x.value, self.y.value, self.mark.colour, name, bars)
+
+
+def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:
+    """A canvas and its caption; None without methods, or without two numbers to compare."""
+    spaces, rows = spaces_of(report), rows_of(report)
+    if not spaces or not part_of(report, "methods"):
+        return None
+    best = best_cases(report).values()
+    cases = part_of(report, "plans", "methods") | {case: rows[case] for case in best}
+    base = interval(look_up(rows, "base", "score"))
+    rights: dict[str, Callable[[Row], Interval | None]] = {
+        "score less the base's (better is up)": lambda row: less(of_row("score")(row), base),
+        "Frechet distance (better is up)": in_space(spaces[0], "frechet"),
+    }
+    panels = {label: dots for label, of in rights.items() if (dots := _dots(report, cases, of))}
+    if not panels:
+        return None
+    chosen = {*part_of(report, "plans"), *best}
+    on = canvas(1, len(panels), 1.0 + 4.9 * len(panels), 5.4)
+    beyond: set[str] = set()
+    named: list[tuple[Any, list[Spot]]] = []
+    for axis, (label, dots) in zip(on.axes[0], panels.items(), strict=True):
+        few = len(dots) <= MOST_NAMES
+        _draw(on, axis, dots, [own for own in dots if few or own.case in chosen])
+        seen = _frame(axis, dots, chosen)
+        beyond |= {own.case for own in dots if own not in seen}
+        named.append((axis, [own.spot(named=few or own.case in chosen) for own in seen]))
+        axis.set_xlabel(f"recovered diversity by {plain(spaces[0], 40)} (%)")
+        axis.set_ylabel(label)
+        if label.startswith("Frechet"):
+            axis.invert_yaxis()
+    _legend(on)
+    on.figure.draw_without_rendering()  # the layout is now what it will be
+    for axis, spots in named:
+        name_spots(on.figure, axis, spots)
+    return on, (
+        "Right and up is better. 0 % is the distilled model, 100 % the base. Full marks cost as "
+        "many network passes as the distilled model; a hollow mark's passes are behind its name. "
+        "A line joins the strengths of one method. 95 % intervals."
+        + (f" Beyond a frame: {plain(', '.join(sorted(beyond)))}." if beyond else "")
+    )
+
+
+def _dots(
+    report: Mapping[str, Any],
+    cases: Mapping[str, Row],
+    right: Callable[[Row], Interval | None],
+) -> list[_Dot]:
+    back = in_space(spaces_of(report)[0], "recovered", 100.0)
+    usual = interval(look_up(rows_of(report), "distilled", "passes"))
+    families = {case: grid_of(case, row) for case, row in cases.items()}
+    own = marks(list(dict.fromkeys(family or case for case, family in families.items())))
+    found: list[_Dot] = []
+    for case, row in cases.items():
+        x, y = back(row) or interval(ENDS.get(case)), right(row)
+        if x is None or y is None:
+            continue
+        passes = interval(row.get("passes"))
+        full = usual is None or passes is None or abs(passes.value - usual.value) < 0.01
+        label = plain(case, 28) + ("" if full or passes is None else f" ({passes.value:.3g})")
+        shape = "s" if row.get("networks") == 2 else "o"
+        mark = own[families[case] or case]._replace(marker=shape)
+        found.append(_Dot(case, families[case], x, y, mark, full, label))
+    return found if any(own.family for own in found) else []
+
+
+def _draw(on: Canvas, axis: Any, dots: Sequence[_Dot], main: Sequence[_Dot]) -> None:
+    """The main dots with their intervals and lines, the others small and faint."""
+    for family in dict.fromkeys(own.family for own in main if own.family):
+        line = [own for own in main if own.family == family]
+        xs, ys = [own.x.value for own in line], [own.y.value for own in line]
+        axis.plot(xs, ys, color=line[0].mark.colour, linewidth=0.9, alpha=0.5, zorder=1.8)
+    for own in dots:
+        fill = own.mark.colour if own.full else "white"
+        numbers = f"{own.label}: recovered {written(own.x)} %, {written(own.y)}"
+        if own in main:
+            look: dict[str, Any] = {"markerfacecolor": fill, "markersize": 6.0}
+            dot(on, axis, own.x, own.y, own.mark, numbers, **look)
+        else:
+            x, y = (Interval(one.value, math.nan, math.nan) for one in (own.x, own.y))
+            dot(on, axis, x, y, own.mark, numbers, markersize=3.0, alpha=0.4)
+
+
+def _frame(axis: Any, dots: Sequence[_Dot], chosen: Container[str]) -> list[_Dot]:
+    """Fit the axes to the plans and the best of each grid -> the dots that lie inside.
+
+    One method at a strength that draws noise would else press all others into a corner.
+    """
+    inside = [own for own in dots if own.case in chosen] or dots
+    left, right = _room([own.x for own in inside])
+    low, high = _room([own.y for own in inside])
+    axis.set_xlim(left, right)
+    axis.set_ylim(low, high)
+    return [
+        own for own in dots if left < own.x.value < right and low < own.y.value < high
+    ]  # fmt: skip
+
+
+def _room(found: Sequence[Interval]) -> tuple[float, float]:
+    low, high = min(map(low_of, found)), max(map(high_of, found))
+    room = 0.12 * (high - low) or 0.5
+    return low - room, high + room
+
+
+def _legend(on: Canvas) -> None:
+    from matplotlib.lines import Line2D
+
+    shapes = (
+        ("o", GREY, "one network in memory"),
+        ("s", GREY, "two networks"),
+        ("o", "white", "other passes than the distilled model"),
+    )
+    handles: list[Any] = [
+        Line2D([], [], marker=shape, markerfacecolor=fill, color=GREY, linestyle="none", label=text)
+        for shape, fill, text in shapes
+    ]
+    on.figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))

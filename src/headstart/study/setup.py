@@ -1,0 +1,170 @@
+"""An engine and a request as a study: which cases, judged how, of which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from headstart.engine import record
+from headstart.engine.engine import Engine
+from headstart.errors import InputError, PlanError
+from headstart.metrics.features import Judge
+from headstart.metrics.judges import Pictures, choose_judge
+from headstart.plan.named import PlanSettings, named_pair
+from headstart.plan.request import check_size
+from headstart.study.cases import PARTS, Case, Grids, cases_of
+from headstart.study.lab import MOST_FEATURES, Lab, small
+from headstart.study.store import FORMAT, Rgb
+from headstart.study.study import Study
+from headstart.sweep.gallery import load_rgb, read_pictures
+from headstart.sweep.seen import Reference, read_reference
+
+BUNDLED = "bundled"
+NEEDED = ("base", "distilled")
+"""What all others are measured against."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a study is asked for.
+
+    settings   the preset and the distilled model's own grid, as `Engine.compile` takes them
+    parts      of cases.PARTS and the experiments; None: all that these weights allow
+    features   names of spaces, the main one first; None: those valid for the pictures
+    reference  a folder of pictures, or "bundled"
+    """
+
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    settings: PlanSettings = field(default_factory=PlanSettings)
+    size: int | tuple[int, int] | None = None
+    parts: Sequence[str] | None = None
+    grids: Grids = field(default_factory=Grids)
+    features: Sequence[str] | None = None
+    reference: str | None = None
+    keep: int = 16
+
+
+def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
+    """The study, and what whoever asked should know of it.
+
+    Raises InputError or PlanError for anything that a case would refuse, before any is drawn.
+    """
+    if missing := sorted({"base", "distilled"} - set(engine.denoisers)):
+        raise InputError(f"a study compares two models, and {missing[0]!r} is not loaded: give it")
+    side = check_size(request.size, engine.weights.image_size, engine.weights.downscale)
+    drawn = Pictures("these weights", engine.weights.lineage, frozenset({side}))
+    judge, notes = choose_judge([drawn], request.features)
+    lab = Lab(
+        engine=engine,
+        judge=judge,
+        prompts=request.prompts,
+        seeds=request.seeds,
+        settings=request.settings,
+        size=side,
+        keep=request.keep,
+        reference=_pictures(request.reference),
+        weights=digests_of(engine),
+    )
+    cases, left_out = _checked(lab, _cases(engine, request), request.grids)
+    study = Study(
+        cases=cases,
+        prompts=request.prompts,
+        lab_of=lambda case: lab,
+        references=_references(request.reference, judge),
+    )
+    return study, (*notes, *left_out)
+
+
+def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any]:
+    """What is written of a study before it begins; see `store.FIXED`."""
+    weights = engine.weights
+    seeds = request.seeds
+    return {
+        "format": FORMAT,
+        "pair": {
+            "preset": weights.preset,
+            "lineage": weights.lineage,
+            "weights": record.weigh(weights.files),
+        },
+        "weights": digests_of(engine),
+        "adapters": {name: dict(told) for name, told in _adapters(engine).items()},
+        "prompts": list(request.prompts),
+        "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
+        "numbers": [str(seed) for seed in seeds],
+        "size": list(study.lab_of(study.cases["distilled"]).size or ()),
+        "dtype": str(weights.dtype).removeprefix("torch."),
+        "machine": record.machine(engine.device, weights.dtype, engine.runner),
+        "cases": list(study.cases),
+    }
+
+
+def digests_of(engine: Engine) -> dict[str, str]:
+    """Role -> SHA-256 of the files that decide the pictures, adapters too."""
+    attached = engine.adapters.now()
+    files = record.weigh({**engine.weights.files, **attached.files()})
+    return {role: str(own["sha256"]) for role, own in files.items()}
+
+
+def _adapters(engine: Engine) -> Mapping[str, Mapping[str, Any]]:
+    attached = engine.adapters.now()
+    return attached.describe(attached.acts(None))
+
+
+def _cases(engine: Engine, request: Request) -> dict[str, Case]:
+    pair = named_pair("distilled", request.settings, engine.weights.preset)
+    steps = len(engine.compile("distilled", **request.settings))
+    schedule = engine.weights.schedules["distilled"]
+    parts = PARTS if request.parts is None else tuple(p for p in PARTS if p in request.parts)
+    return cases_of(pair, steps, schedule, request.grids, parts)
+
+
+def _checked(
+    lab: Lab, cases: Mapping[str, Case], grids: Grids
+) -> tuple[dict[str, Case], tuple[str, ...]]:
+    """The cases that can be drawn, and why others cannot.
+
+    Of the usual values some make no plan on some pairs, such as the second of one step; a value
+    that was asked for must.
+    """
+    found: dict[str, Case] = {}
+    notes: list[str] = []
+    for name, case in cases.items():
+        try:
+            lab.check(case)
+        except (InputError, PlanError) as error:
+            usual = case.part == "plans" or getattr(grids, case.part) is None
+            if name in NEEDED or not usual:
+                raise
+            notes.append(f"case {name} is left out: {str(error).splitlines()[0]}")
+        else:
+            found[name] = case
+    return found, tuple(notes)
+
+
+def _pictures(reference: str | None) -> Rgb | None:
+    """The reference pictures at 64 x 64 px; moments alone have none."""
+    if reference in (None, BUNDLED):
+        return None
+    parts = [small(rgb) for rgb in load_rgb(read_pictures(Path(reference)))]
+    return np.concatenate(parts)
+
+
+def _references(reference: str | None, judge: Judge) -> dict[str, Reference]:
+    """In every space of the judge that a Gaussian means something in."""
+    if reference is None:
+        return {}
+    found: dict[str, Reference] = {}
+    for space in judge.spaces:
+        if reference == BUNDLED and space is not judge.spaces[0]:
+            continue
+        if space.distance != "cosine":
+            continue
+        own = read_reference(reference, Judge(space))
+        if len(own.moments.mean) <= MOST_FEATURES:
+            found[space.name] = own
+    return found

@@ -1,0 +1,157 @@
+"""All cells of a study, dealt to ranks and drawn once; then its report.
+
+cell i belongs to rank i % world        what is there already is read and never drawn again
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from headstart.study.cases import Case
+from headstart.study.lab import Lab
+from headstart.study.numbers import by_prompt, rows_of
+from headstart.study.store import FORMAT, Arrays, Place, Store
+from headstart.sweep.seen import Reference
+
+Json = dict[str, Any]
+
+
+class Experiment(NamedTuple):
+    """Cells that are not the pictures of one case: the curve, controls, timelines.
+
+    cases     names of what is measured for each prompt
+    identity  of a case and the number of a prompt: what its cell is of
+    passes    network passes of that cell
+    measure   its arrays
+    numbers   cells of all prompts by case -> what the report says
+    """
+
+    part: str
+    cases: tuple[str, ...]
+    identity: Callable[[str, int], str]
+    passes: Callable[[str, int], float]
+    measure: Callable[[str, int], Arrays]
+    numbers: Callable[[Mapping[str, Sequence[Arrays]]], Json]
+
+
+class Job(NamedTuple):
+    """One cell: whether it is there, how to make it, and what that costs in network passes."""
+
+    place: Place
+    passes: float
+    done: Callable[[Store], bool]
+    run: Callable[[Store], object]
+
+
+class Study(NamedTuple):
+    """What is to be measured.
+
+    lab_of      the lab of a case: some methods need other networks
+    references  by the name of the space that they are features of
+    """
+
+    cases: Mapping[str, Case]
+    prompts: Sequence[str]
+    lab_of: Callable[[Case], Lab]
+    experiments: Sequence[Experiment] = ()
+    references: Mapping[str, Reference] = {}
+
+
+class Left(NamedTuple):
+    """How far a rank is: cells done of its own, and the seconds that the others will take."""
+
+    done: int
+    total: int
+    seconds: float | None
+
+
+def jobs_of(study: Study) -> Iterator[Job]:
+    """Every cell; those of one prompt beside each other, so that an early report has whole rows."""
+    for number in range(len(study.prompts)):
+        for case in study.cases.values():
+            yield _case_job(study.lab_of, case, number)
+        for experiment in study.experiments:
+            for name in experiment.cases:
+                yield _experiment_job(experiment, name, number)
+
+
+def draw(
+    study: Study, store: Store, on_cell: Callable[[Job, Left], object] = lambda *_: None
+) -> tuple[int, int]:
+    """Make this rank's missing cells; how many were made, and how many of all are still missing.
+
+    on_cell  called after each cell. Seconds left are those of the passes so far, so they hold as
+             far as a pass of one network takes as long as one of another
+    """
+    rank, world = store.shard
+    jobs = list(jobs_of(study))
+    own = [job for job in jobs[rank::world] if not job.done(store)]
+    left, begin = sum(job.passes for job in own), time.monotonic()
+    done = 0.0
+    for count, job in enumerate(own, 1):
+        job.run(store)
+        done, left = done + job.passes, left - job.passes
+        pace = (time.monotonic() - begin) / done if done else None
+        on_cell(job, Left(count, len(own), None if pace is None else pace * left))
+    others = [job for number, job in enumerate(jobs) if number % world != rank]
+    return len(own), sum(not job.done(store) for job in others)
+
+
+def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
+    """Numbers of all cells, and the rows by prompt. Every cell must be there."""
+    cells = {
+        name: [_read(study.lab_of(case), store, case, n) for n in range(len(study.prompts))]
+        for name, case in study.cases.items()
+    }
+    spaces = study.lab_of(study.cases["distilled"]).judge.spaces
+    report: Json = {
+        "format": FORMAT,
+        "prompts": list(study.prompts),
+        "spaces": [{"name": own.name, "distance": own.distance} for own in spaces],
+        "rows": rows_of(study.cases, cells, spaces, study.references),
+        "curve": None,
+        "control": None,
+        "timeline": None,
+    }
+    for experiment in study.experiments:
+        found = {
+            name: [
+                _held(store, experiment, name, number) for number in range(len(study.prompts))
+            ]
+            for name in experiment.cases
+        }  # fmt: skip
+        report[experiment.part] = experiment.numbers(found)
+    return report, by_prompt(study.cases, cells, study.prompts, spaces)
+
+
+def _case_job(lab_of: Callable[[Case], Lab], case: Case, number: int) -> Job:
+    return Job(
+        Place(case.part, case.name, number),
+        lab_of(case).passes(case),
+        lambda store: lab_of(case).read(store, case, number) is not None,
+        lambda store: lab_of(case).measure(store, case, number),
+    )
+
+
+def _experiment_job(own: Experiment, name: str, number: int) -> Job:
+    place = Place(own.part, name, number)
+    return Job(
+        place,
+        own.passes(name, number),
+        lambda store: store.read(place, own.identity(name, number)) is not None,
+        lambda store: store.write(place, own.identity(name, number), own.measure(name, number)),
+    )
+
+
+def _read(lab: Lab, store: Store, case: Case, number: int) -> Arrays:
+    found = lab.read(store, case, number)
+    assert found is not None, (case.name, number)
+    return found
+
+
+def _held(store: Store, own: Experiment, name: str, number: int) -> Arrays:
+    found = store.read(Place(own.part, name, number), own.identity(name, number))
+    assert found is not None, (name, number)
+    return found

@@ -1,0 +1,150 @@
+"""`headstart study` on the bundled pair: drawn once, gone on with, reported whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from headstart.cli import main
+from headstart.metrics.features import open_features
+from headstart.metrics.metrics import diversity
+
+PROMPTS = ("a fox", "an owl")
+SMALL = ("--seeds", "3,5,9", "--parts", "plans", "--keep", "2")
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("prompts") / "two.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+@pytest.fixture(scope="module")
+def small(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "out"
+    assert study(folder, prompts, *SMALL) == 0
+    return folder
+
+
+def study(folder: Path, prompts: Path, *options: str) -> int:
+    return main(["study", "--out", str(folder), "--prompts", str(prompts), *options])
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in folder.glob("cells/**/*.npz")}
+
+
+def test_a_study_writes_its_report_and_the_pictures_that_it_keeps(small: Path) -> None:
+    report = json.loads((small / "report.json").read_text())
+    assert list(report["rows"])[:4] == ["base", "base-unguided", "distilled", "hybrid"]
+    assert report["prompts"] == list(PROMPTS) and report["seeds"]["count"] == 3
+    assert {"report.html", "table.pdf", "prompts.csv", "figures"} <= {
+        path.name for path in small.iterdir()
+    }
+    kept = sorted(path.name for path in (small / "pictures/hybrid").iterdir())
+    assert kept == ["000-3.png", "000-5.png", "001-3.png", "001-5.png"]
+
+
+def test_a_row_is_what_the_engine_draws_with_these_seeds(small: Path) -> None:
+    import headstart as hs
+
+    engine, judge = hs.Engine.demo(device="cpu"), open_features("scorer")
+    row = json.loads((small / "report.json").read_text())["rows"]["hybrid"]
+    space = judge.spaces[0]
+    own = [
+        diversity(space.features(engine.sample(p, plan="hybrid", seeds=[3, 5, 9]).rgb.numpy()))
+        for p in PROMPTS
+    ]
+    assert row["spaces"][space.name]["diversity"]["value"] == pytest.approx(np.mean(own), abs=1e-5)
+    assert (row["passes"], row["networks"], row["images"]) == (4.0, 2, 6)
+
+
+def test_the_csv_has_a_line_for_every_case_prompt_and_space(small: Path) -> None:
+    with (small / "prompts.csv").open(newline="", encoding="utf-8") as stream:
+        lines = list(csv.DictReader(stream))
+    report = json.loads((small / "report.json").read_text())
+    count = len(report["rows"]) * len(PROMPTS) * len(report["spaces"])
+    assert len(lines) == count and {line["prompt"] for line in lines} == set(PROMPTS)
+
+
+def test_the_same_command_draws_nothing_again_and_more_cases_only_themselves(
+    small: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = stamps(small)
+    assert study(small, prompts, *SMALL, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["made"] == 0
+    more = ("--parts", "plans,k,methods", "--k", "2", "--diversify", "pink:1")
+    assert study(small, prompts, *SMALL[:2], *SMALL[4:], *more, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["made"] == 4 and {"k-2", "pink:1"} <= set(found["rows"])
+    after = stamps(small)
+    assert before.items() <= after.items() and len(after) == len(before) + 4
+
+
+def test_ranks_of_torchrun_share_the_work_and_the_last_reports(
+    small: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out = tmp_path / "out"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        assert study(out, prompts, *SMALL, "--json") == 0
+        found = json.loads(capsys.readouterr().out)
+        assert (found["missing"] > 0) is (rank == "0")
+        assert (out / "report.json").exists() is (rank == "1")
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in (small, out))
+    for name in ("base", "hybrid"):
+        assert one["rows"][name]["spaces"] == two["rows"][name]["spaces"]
+
+
+def test_a_report_alone_draws_nothing(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(tmp_path / "out", prompts, *SMALL, "--report") == 2
+    told = capsys.readouterr().err
+    assert "cells are missing" in told and "leave --report out" in told
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--parts", "plans,kk"), "part 'kk'"),
+        (("--seeds", "7"), "two or more"),
+        (("--k", "1.5"), "whole numbers"),
+        (("--k", "4"), "k must be a whole number from 1 to 3"),
+        (("--handoff", "99"), "hand-off level 99"),
+        (("--diversify", "cats:1"), "did you mean 'cads"),
+        (("--diversify", "dial:0.5"), "distilled-lora"),
+        (("--diversify", "particles:64"), "3"),
+        (("--features", "nonsense"), "nonsense"),
+        (("--preset", "turbo"), "schedule"),
+    ],
+)
+def test_a_wrong_request_is_refused_before_anything_is_drawn(
+    options: Sequence[str], words: str, prompts: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = {"--seeds": "3,5", **dict([tuple(options)])}  # type: ignore[list-item]
+    flat = [text for pair in given.items() for text in pair]
+    assert study(tmp_path / "out", prompts, *flat) == 2
+    told = capsys.readouterr().err
+    assert words in told and len(told.splitlines()) <= 12
+    assert not (tmp_path / "out" / "cells").exists()
+
+
+def test_one_model_alone_is_no_pair(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import headstart_weights
+
+    alone = ("--base", str(headstart_weights.path("base")), "--preset", "demo")
+    assert study(tmp_path / "out", prompts, *alone) == 2
+    assert "'distilled' is not loaded" in capsys.readouterr().err
