@@ -35,7 +35,7 @@ class Counted:
 
     def study(self) -> Study:
         own = Experiment(
-            "curve", ("a", "b"), lambda *_: self._identity, lambda *_: 2.0, self.measure,
+            "curve", ("a", "b"), (0, 1, 2), lambda *_: self._identity, lambda *_: 2.0, self.measure,
             self.numbers,
         )  # fmt: skip
 

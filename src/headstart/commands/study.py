@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import (
     Command,
     add_diversify,
@@ -22,7 +23,7 @@ from headstart.commands.arguments import (
     uses_bundled,
 )
 from headstart.commands.console import note, progress
-from headstart.commands.session import open_engine, use_local_device
+from headstart.commands.session import adapter_path, open_engine, use_local_device
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
@@ -32,6 +33,7 @@ from headstart.study.lists import DEMO, LISTS, PromptList, read_prompts
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
+    from headstart.study.experiments import Attachable
     from headstart.study.setup import Request
     from headstart.study.study import Job, Left
 
@@ -81,6 +83,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--keep", type=count, default=16, metavar="N",
         help="pictures of each case and prompt that stay as files; default: %(default)s",
     )  # fmt: skip
+    group.add_argument(
+        "--control",
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]=WORDS",
+        help="an adapter, and what it does: its effect on both models is measured with the prompt "
+        "and WORDS behind it, or in place of {} in WORDS; default for the bundled pair: its slider",
+    )
     group.add_argument("--report", action="store_true", help="draw nothing; report what is there")
     group = parser.add_argument_group("the distilled model's own way")
     group.add_argument("--preset", help="which pair; `headstart presets` lists them")
@@ -189,7 +199,34 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
         reference=args.reference
         or ("bundled" if uses_bundled(args) and not args.features else None),
         keep=args.keep,
+        controls=_controls(args),
     )
+
+
+def _controls(args: argparse.Namespace) -> list[Attachable]:
+    """`FILE[:STRENGTH]=WORDS`, each the name of a bundled control or a file."""
+    from headstart.study.control import Control
+    from headstart.study.experiments import Attachable, bundled_controls
+
+    if not args.control:
+        return bundled_controls() if uses_bundled(args) else []
+    found: list[Attachable] = []
+    for text in args.control:
+        named, equals, words = text.partition("=")
+        if not (equals and words.strip()):
+            raise InputError(
+                f"control {text!r:.80}: expected FILE[:STRENGTH]=WORDS, such as "
+                "'yellow:2=yellow background' or 'lego.safetensors={} made of lego'"
+            )
+        name, strength = parse_adapter(named)
+        value = strength.constant
+        if value is None or value == 0.0:
+            raise InputError(f"control {text!r:.80}: its strength is one number, and not 0")
+        path = Path(adapter_path(name))
+        found.append(Attachable(path=path, control=Control(path.stem, words.strip(), (value,))))
+    if len({own.control.adapter for own in found}) < len(found):
+        raise InputError("--control: two adapters of one name: give each file once")
+    return found
 
 
 def _whole(values: list[float] | None) -> list[int] | None:

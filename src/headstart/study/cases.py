@@ -33,7 +33,12 @@ LEVELS = (13.0, 11.0, 8.3, 6.5, 5.1, 4.1, 2.7, 1.6)
 """Of the hand-off, in SDXL's terms (`Pair.ratio`); from nothing to everything on the bundled pair
 (bench/README.md, "The level of the hand-off")."""
 NEAR = 0.05
-METHODS = ("cads:0.1", "cads:0.25", "pink:1", "particles:128", "select:4", "hybrid+select:4")
+METHODS = (
+    *("cads:0.1", "cads:0.25", "embedding-noise:2", "embedding-noise:4", "particles:128"),
+    *("pink:1", "select:4", "hybrid+select:4"),
+)
+DIALS = ("dial:0.25", "dial:0.5", "dial:0.75")
+"""More of them where the distilled model is a LoRA."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,13 +79,19 @@ class Grids:
 
 
 def cases_of(
-    pair: Pair, steps: int, schedule: Process, grids: Grids, parts: Sequence[Part] = PARTS
+    pair: Pair,
+    steps: int,
+    schedule: Process,
+    grids: Grids,
+    parts: Sequence[Part] = PARTS,
+    methods: Sequence[str] = METHODS,
 ) -> dict[str, Case]:
     """Every case by name, in the order of the tables.
 
     pair      how the distilled model is run
     steps     of it
     schedule  its own noise schedule, which levels are read on
+    methods   the usual ones
 
     Raises InputError for a value that is on a grid twice or makes no plan.
     """
@@ -90,7 +101,7 @@ def cases_of(
         "n": _ns(steps, grids.n),
         "guidance": _guidances(grids.guidance),
         "handoff": _handoffs(pair, steps, schedule, grids.handoff),
-        "methods": _methods(METHODS if grids.methods is None else grids.methods),
+        "methods": _methods(methods if grids.methods is None else grids.methods),
     }
     made += [case for part, found in chosen.items() if part in parts for case in found]
     by_name = {case.name: case for case in made}

@@ -92,6 +92,8 @@ def _row(
             space.name: _space(case, cells, space, references.get(space.name)) for space in spaces
         },
         "score": _interval(own, "score"),
+        "score_less_base": _less(own, cells["base"]),
+        "score_less_distilled": _less(own, cells[case.against]),
         "nearest": _interval(own, "nearest"),
     }
 
@@ -135,6 +137,13 @@ def _interval(own: Cells, name: str) -> Json | None:
     if any(name not in cell for cell in own):
         return None
     return _json(_over(_values(own, name)))
+
+
+def _less(own: Cells, other: Cells) -> Json | None:
+    """The score less that of another case, prompt by prompt, on the same seeds."""
+    if any("score" not in cell for cell in (*own, *other)):
+        return None
+    return _json(_over(_values(own, "score") - _values(other, "score")))
 
 
 def _over(values: Array) -> Interval:

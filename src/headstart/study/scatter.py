@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
 from headstart.study.canvas import GREY, Canvas, Mark, canvas, dot, marks
-from headstart.study.digits import high_of, interval, less, look_up, low_of, plain, written
+from headstart.study.digits import high_of, interval, look_up, low_of, plain, written
 from headstart.study.labels import Spot, name_spots
 from headstart.study.table import (
     Row,
     best_cases,
     grid_of,
     in_space,
-    of_row,
+    less_than,
     part_of,
     rows_of,
     spaces_of,
@@ -57,7 +57,7 @@ def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:
     cases = part_of(report, "plans", "methods") | {case: rows[case] for case in best}
     base = interval(look_up(rows, "base", "score"))
     rights: dict[str, Callable[[Row], Interval | None]] = {
-        "score less the base's (better is up)": lambda row: less(of_row("score")(row), base),
+        "score less the base's (better is up)": less_than(base),
         "Frechet distance (better is up)": in_space(spaces[0], "frechet"),
     }
     panels = {label: dots for label, of in rights.items() if (dots := _dots(report, cases, of))}

@@ -17,7 +17,8 @@ from headstart.metrics.judges import Pictures, choose_judge
 from headstart.plan.named import PlanSettings, named_pair
 from headstart.plan.request import check_size
 from headstart.spaces.extractor import Judge, Rgb
-from headstart.study.cases import PARTS, Case, Grids, Part, cases_of
+from headstart.study.cases import DIALS, METHODS, PARTS, Case, Grids, Part, cases_of
+from headstart.study.experiments import Attachable, experiments_of
 from headstart.study.lab import Lab, small
 from headstart.study.store import FORMAT
 from headstart.study.study import Study
@@ -37,6 +38,7 @@ class Request:
     parts      of cases.PARTS and the experiments; None: all that these weights allow
     features   names of spaces, the main one first; None: those valid for the pictures
     reference  a folder of pictures, or "bundled"
+    controls   adapters, and what each is to do
     """
 
     prompts: Sequence[str]
@@ -48,6 +50,7 @@ class Request:
     features: Sequence[str] | None = None
     reference: str | None = None
     keep: int = 16
+    controls: Sequence[Attachable] = ()
 
 
 def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
@@ -72,13 +75,15 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
         weights=digests_of(engine),
     )
     cases, left_out = _checked(lab, _cases(engine, request), request.grids)
+    experiments, more = experiments_of(lab, cases, request.parts, request.controls)
     study = Study(
         cases=cases,
+        experiments=experiments,
         prompts=request.prompts,
         lab_of=partial(_only, lab),
         references=_references(request.reference, judge),
     )
-    return study, (*notes, *left_out)
+    return study, (*notes, *left_out, *more)
 
 
 def _only(lab: Lab, case: Case) -> Lab:
@@ -125,7 +130,9 @@ def _cases(engine: Engine, request: Request) -> dict[str, Case]:
     steps = len(engine.compile("distilled", **request.settings))
     schedule = engine.weights.schedules["distilled"]
     parts: list[Part] = [p for p in PARTS if request.parts is None or p in request.parts]
-    return cases_of(pair, steps, schedule, request.grids, parts)
+    one_network = engine.denoisers["base"] is engine.denoisers["distilled"]
+    methods = (*METHODS, *(DIALS if one_network else ()))
+    return cases_of(pair, steps, schedule, request.grids, parts, methods)
 
 
 def _checked(

@@ -22,6 +22,7 @@ class Experiment(NamedTuple):
     """Cells that are not the pictures of one case: the curve, controls, timelines.
 
     cases     names of what is measured for each prompt
+    prompts   the numbers of those that it is measured on
     identity  of a case and the number of a prompt: what its cell is of
     passes    network passes of that cell
     measure   its arrays
@@ -30,6 +31,7 @@ class Experiment(NamedTuple):
 
     part: str
     cases: tuple[str, ...]
+    prompts: tuple[int, ...]
     identity: Callable[[str, int], str]
     passes: Callable[[str, int], float]
     measure: Callable[[str, int], Arrays]
@@ -73,8 +75,9 @@ def jobs_of(study: Study) -> Iterator[Job]:
         for case in study.cases.values():
             yield _case_job(study.lab_of(case), case, number)
         for experiment in study.experiments:
-            for name in experiment.cases:
-                yield _experiment_job(experiment, name, number)
+            if number in experiment.prompts:
+                for name in experiment.cases:
+                    yield _experiment_job(experiment, name, number)
 
 
 def draw(
@@ -118,11 +121,9 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
     }
     for experiment in study.experiments:
         found = {
-            name: [
-                _held(store, experiment, name, number) for number in range(len(study.prompts))
-            ]
+            name: [_held(store, experiment, name, number) for number in experiment.prompts]
             for name in experiment.cases
-        }  # fmt: skip
+        }
         report[experiment.part] = experiment.numbers(found)
     return report, by_prompt(study.cases, cells, study.prompts, spaces)
 

@@ -132,10 +132,13 @@ def _best(report: Mapping[str, Any], cases: Sequence[str]) -> str:
 
 
 def is_worse(report: Mapping[str, Any], case: str, among: Iterable[str]) -> bool:
-    """Whether a case is worse than the distilled model beyond both intervals: by the score, or by
-    the Frechet distance where none of the cases `among` it has a score."""
+    """Whether a case is worse than the distilled model: by the score, prompt by prompt, beyond the
+    interval of the difference; beyond both intervals where only these are known, or by the Frechet
+    distance where none of the cases `among` it has a score."""
     rows = rows_of(report)
     measure, sign = _right(report, among)
+    if sign > 0 and (apart := interval(rows[case].get("score_less_distilled"))) is not None:
+        return high_of(apart) < 0
     own, least = measure(rows[case]), measure(branch(rows, "distilled"))
     if own is None or least is None:
         return False
@@ -244,7 +247,7 @@ def cost_groups(report: Mapping[str, Any]) -> list[Block]:
     base = interval(look_up(rows, "base", "score"))
     columns = [
         *(Column(f"by {space}, %", in_space(space, "recovered", 100.0)) for space in spaces),
-        Column("score - base's", _less_than(base)),
+        Column("score - base's", less_than(base)),
         *(Column("Frechet", in_space(space, "frechet")) for space in spaces[:1]),
         Column("nearest", of_row("nearest")),
         Column("s/image", of_row("seconds")),
@@ -263,8 +266,13 @@ def cost_groups(report: Mapping[str, Any]) -> list[Block]:
     ]  # fmt: skip
 
 
-def _less_than(base: Interval | None) -> Callable[[Row], Interval | None]:
-    return lambda row: less(interval(row.get("score")), base)
+def less_than(base: Interval | None) -> Callable[[Row], Interval | None]:
+    """The score less the base's, prompt by prompt where that is known."""
+
+    def measure(row: Row) -> Interval | None:
+        return interval(row.get("score_less_base")) or less(interval(row.get("score")), base)
+
+    return measure
 
 
 def _cost(networks: float, passes: float) -> str:
