@@ -36,7 +36,7 @@ from tqdm import tqdm
 import headstart as hs
 import headstart_weights
 from headstart.adapters.extract import extract
-from headstart.metrics.features import Judge, open_features
+from headstart.metrics.features import open_features
 from headstart.plan.named import PlanSettings
 from headstart.plan.pairs import DEMO_TIMESTEPS
 from headstart.plan.update import Update
@@ -133,9 +133,7 @@ class Labs:
     def __init__(self, work: Path, seeds: range) -> None:
         self.work, self.seeds = work, seeds
         self.prompts = demo_prompts().prompts
-        scorer = open_features("scorer")
-        spaces = (*scorer.spaces, open_features("imagenet").spaces[0])
-        self.judge = Judge(spaces, scorer.score)
+        self.judge = open_features("scorer", "structure", "imagenet")
         self.pictures = load_dataset(work).images
         self.of = cache(self._of)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping
 from typing import Any
 
 Json = dict[str, Any]
+EXPERIMENTS = ("curve", "control", "timeline")
 MAIN, SECOND = "scorer-128", "structure-482"
 HOSTILE = '</td>$x_1$漢<script>alert("1")</script> & שלום \u202e 😀'
 
@@ -109,9 +108,7 @@ def few() -> Json:
         "spaces": [{"name": "dreamsim", "distance": "cosine"}],
         "reference": None,
         "rows": rows,
-        "curve": None,
-        "control": None,
-        "timeline": None,
+        **dict.fromkeys(EXPERIMENTS),
         "notes": [],
     }
 
@@ -159,14 +156,11 @@ def many(count: int) -> Json:
     return found
 
 
-def without(report: Mapping[str, Any], *path: str) -> Json:
-    """A copy without one part."""
-    found = copy.deepcopy(dict(report))
-    inner = found
-    for name in path[:-1]:
-        inner = inner[name]
-    del inner[path[-1]]
-    return found
+def only(report: Json, *parts: str) -> Json:
+    """The report with no other parts than these."""
+    experiments = {name: report[name] for name in EXPERIMENTS if name in parts}
+    rows = {case: own for case, own in report["rows"].items() if own["part"] in parts}
+    return {**report, **dict.fromkeys(EXPERIMENTS), **experiments, "rows": rows}
 
 
 def _curve() -> Json:

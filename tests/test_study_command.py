@@ -125,7 +125,7 @@ def test_a_report_alone_draws_nothing(
         (("--diversify", "dial:0.5"), "distilled-lora"),
         (("--diversify", "particles:64"), "3"),
         (("--features", "nonsense"), "nonsense"),
-        (("--preset", "turbo"), "schedule"),
+        (("--preset", "turbos"), "unknown preset"),
     ],
 )
 def test_a_wrong_request_is_refused_before_anything_is_drawn(

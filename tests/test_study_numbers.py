@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from headstart.metrics.fidelity import Moments, frechet_gaussian
-from headstart.metrics.metrics import Extractor
 from headstart.metrics.resample import recovered
+from headstart.spaces.extractor import Extractor
 from headstart.study.cases import Case
 from headstart.study.numbers import by_prompt, rows_of
 from headstart.study.store import Arrays

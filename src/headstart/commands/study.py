@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 GRID = ("preset", "steps", "timesteps", "sigmas", "update")
 EXPERIMENTS = ("curve", "control", "timeline")
 QUICK_PROMPTS, QUICK_SEEDS = 4, 8
+SHOWN = 8
 TELL_EVERY_S = 60.0
 """Between two lines about the time left, where there is no terminal to draw a bar on."""
 
@@ -137,7 +138,7 @@ def _study(args: argparse.Namespace) -> int:
         report, rows = report_of(study, store)
         report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
         report["notes"] = list(notes)
-        files = write_report(args.out, report, rows)
+        files = write_report(args.out, report, rows, _pictures(args, report, seeds))
     _print(args, made, 0, report, files)
     return 0
 
@@ -197,6 +198,20 @@ def _whole(values: list[float] | None) -> list[int] | None:
     if any(value != int(value) for value in values):
         raise InputError(f"--k and --n are whole numbers, got {values}")
     return [int(value) for value in values]
+
+
+def _pictures(
+    args: argparse.Namespace, report: Mapping[str, Any], seeds: Sequence[int]
+) -> dict[str, list[Path]]:
+    """Of each plan and method, the kept pictures of the first prompt."""
+    from headstart.study.store import picture_file
+
+    shown = seeds[: min(args.keep, SHOWN)]
+    return {
+        name: [args.out / picture_file(name, 0, seed) for seed in shown]
+        for name, row in report["rows"].items()
+        if row["part"] in ("plans", "methods")
+    }
 
 
 class _Telling:

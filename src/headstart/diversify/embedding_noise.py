@@ -35,8 +35,9 @@ class EmbeddingNoise:
     within a factor of ten of the standard deviation. In units of that, as InvokeAI's has it (pull
     request 8753; 0.1 there, 2 at most, on all steps), a number means the same for any encoder. The
     node's part of the steps is one of model time, which is that of rows where these are evenly far
-    apart. Tokens alone are noised, as there, not SDXL's pooled text, and of a guided call's halves
-    the conditional one. u and m depend on the seed alone.
+    apart. Its mask over a part of the prompt is not here. As there, tokens alone are noised, not
+    SDXL's pooled text. Of a guided call's halves the conditional one is. u and m depend on the seed
+    alone.
     """
 
     name: ClassVar[str] = "embedding-noise"

@@ -98,17 +98,10 @@ def canvas(rows: int, columns: int, width: float, height: float, **shared: Any) 
     return Canvas(figure, figure.subplots(rows, columns, squeeze=False, **shared))
 
 
-def mark_of(name: str, number: int = 0) -> Mark:
-    """A plan's own mark; for other names the next of a cycle."""
-    return PLANS.get(name) or OTHERS[number % len(OTHERS)]
-
-
 def marks(names: Sequence[str]) -> dict[str, Mark]:
-    """A mark for each name, different ones as long as there are any."""
+    """A plan's own mark; for other names the next of a cycle."""
     others = [name for name in names if name not in PLANS]
-    return {
-        name: mark_of(name, others.index(name) if name in others else 0) for name in names
-    }  # fmt: skip
+    return {name: PLANS.get(name) or OTHERS[others.index(name) % len(OTHERS)] for name in names}
 
 
 def dot(
@@ -160,7 +153,7 @@ def course(
 def number_ticks(axis: Any, values: Sequence[float], *, most: int = 9) -> None:
     """A tick and its number at each value; at some of them where there are too many."""
     kept = sorted(set(values))
-    kept = kept[:: -(-len(kept) // most)]
+    kept = kept[:: max(1, -(-len(kept) // most))]
     axis.set_ticks(kept, [f"{value:.3g}" for value in kept])
     axis.set_ticks([], minor=True)
 

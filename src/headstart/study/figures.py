@@ -27,14 +27,13 @@ from headstart.study.canvas import (
     course,
     dot,
     legend,
-    mark_of,
     marks,
     number_ticks,
     style,
     svg_of,
 )
 from headstart.study.courses import ACROSS, draw_control, draw_curve, draw_timeline
-from headstart.study.digits import interval, plain, written
+from headstart.study.digits import entries, interval, look_up, plain, written
 from headstart.study.scatter import draw_methods
 from headstart.study.table import (
     CONTROL,
@@ -114,9 +113,8 @@ def _diversity(report: Report) -> tuple[Canvas, str] | None:
 
 
 def _distance(report: Report, space: str) -> str:
-    return next(
-        (str(one.get("distance", "")) for one in report["spaces"] if one["name"] == space), ""
-    )
+    own = [one for one in entries(report, "spaces") if look_up(one, "name") == space]
+    return plain(look_up(own[0], "distance") or "", 20) if own else ""
 
 
 def _measures(report: Report, rows: Mapping[str, Row], *, recovered: bool) -> list[Measure]:
@@ -199,7 +197,7 @@ def _handoff(report: Report) -> tuple[Canvas, str] | None:
         "A run goes from left to right: the base's one step ends at this noise level. The control "
         "is the distilled model taking the same step. Horizontal lines: the plans as they are. "
         "95 % intervals."
-        + (f" {gone} cases without a level above 0 are in the tables only." if gone else "")
+        + (f" In the tables only, as they have no level above 0: {gone}." if gone else "")
     )
 
 
@@ -220,7 +218,7 @@ def _levels(report: Report, axis: Any, measure: Callable[[Row], Interval | None]
     for name in ("base", "distilled", "hybrid"):
         found = measure(rows_of(report).get(name) or {})
         if found is not None:
-            mark = mark_of(name)
+            mark = PLANS[name]
             axis.axhline(
                 found.value, color=mark.colour, linestyle=mark.dash, linewidth=1.0, zorder=1.5,
                 label=f"plan {name}",

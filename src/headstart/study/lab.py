@@ -23,18 +23,17 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headstart.engine.engine import Engine
-from headstart.metrics.features import Judge
-from headstart.metrics.metrics import Array, Extractor, vendi
+from headstart.metrics.gram import group_features
+from headstart.metrics.metrics import vendi
 from headstart.metrics.resample import measure_diversity
 from headstart.plan.named import PlanSettings
 from headstart.plan.table import StepTable
+from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
 from headstart.study.cases import Case
-from headstart.study.store import Arrays, Place, Rgb, Store
+from headstart.study.store import Arrays, Place, Store
 
 NEAREST_SIDE = 64
 """Pictures are compared with the reference at this size, as a copy is a copy at any."""
-MOST_FEATURES = 8192
-"""A covariance of more is gigabytes, and singular at any usual count of pictures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +152,7 @@ def measured(
     """What pictures of one prompt say of it; see the arrays above."""
     found: dict[str, NDArray[Any]] = {}
     for space in judge.spaces:
-        found |= _varied(space, space.features(rgb))
+        found |= _varied(space, group_features(space, rgb))
     if judge.score is not None:
         found["score"] = judge.score(rgb, [prompt] * len(rgb)).astype(np.float64)
     if reference is not None:
@@ -171,7 +170,7 @@ def _varied(space: Extractor, features: Array) -> dict[str, NDArray[Any]]:
         found["diversity"] = np.array([np.nan])
     cosine = space.distance == "cosine"
     found["vendi"] = np.array(vendi(features) if cosine else np.nan)
-    if cosine and features.shape[1] <= MOST_FEATURES:
+    if not space.wide:
         found["features"] = features.astype(np.float32)
     return {f"{name}@{space.name}": values for name, values in found.items()}
 

@@ -28,6 +28,7 @@ class Spot(NamedTuple):
     colour: str
     name: str = ""
     bars: tuple[tuple[float, float], tuple[float, float]] | None = None
+    bold: bool = False
 
 
 def name_spots(figure: Any, axis: Any, spots: Sequence[Spot], *, size: float = 7.5) -> None:
@@ -59,6 +60,7 @@ def name_spots(figure: Any, axis: Any, spots: Sequence[Spot], *, size: float = 7
             textcoords="offset points",
             fontsize=size,
             color=spot.colour,
+            weight="bold" if spot.bold else "normal",
             ha="center",
             va="center",
             annotation_clip=False,

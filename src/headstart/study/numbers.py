@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 
 from headstart.metrics.fidelity import frechet_interval
-from headstart.metrics.metrics import Array, Extractor
 from headstart.metrics.resample import (
     Interval,
     Measured,
@@ -22,6 +21,7 @@ from headstart.metrics.resample import (
     percentiles,
     recovered,
 )
+from headstart.spaces.extractor import Array, Extractor
 from headstart.study.cases import Case
 from headstart.study.store import Arrays
 from headstart.sweep.seen import Reference

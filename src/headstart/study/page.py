@@ -224,7 +224,7 @@ def controls(report: Report) -> Table | None:
     for own in adapters:
         found = [_change(own, plan) for plan in plans]
         if any(found):
-            name = plain(own.get("name", ""), 60)
+            name = plain(look_up(own, "name") or "", 60)
             lines.append((name, tuple(cell(one, places(found)) for one in found)))
     if not lines:
         return None
@@ -236,8 +236,8 @@ def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
     rows = [
         (abs(at.value - 1.0), change)
         for one in entries(adapter, "plans", plan)
-        if (at := interval(one.get("strength"))) is not None and at.value > 0
-        if (change := interval(one.get("change"))) is not None
+        if (at := interval(look_up(one, "strength"))) is not None and at.value > 0
+        if (change := interval(look_up(one, "change"))) is not None
     ]
     return min(rows)[1] if rows else None
 

@@ -189,11 +189,12 @@ def _fidelity(report: Report) -> list[str]:
         for row in rows.values()
         if look_up(row, "spaces", space, "frechet") is not None
     }
-    most = max((int(row.get("images") or 0) for row in rows.values()), default=0)
+    counts = [interval(row.get("images")) for row in rows.values()]
+    most = max((count.value for count in counts if count is not None), default=0.0)
     if measured and not (measured & {*inception} and most >= FID_IMAGES):
         found.append(
             "A Frechet distance here is no FID: that needs Inception features and 30,000 images "
-            f"against COCO, and here are {most} at most"
+            f"against COCO, and here are {most:.0f} at most"
             + ("." if inception else ", in another feature space.")
             + " With few images it is too large for every case alike."
         )

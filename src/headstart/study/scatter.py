@@ -44,7 +44,8 @@ class _Dot(NamedTuple):
     def spot(self, *, named: bool) -> Spot:
         bars = (low_of(self.x), high_of(self.x)), (low_of(self.y), high_of(self.y))
         name = self.label if named else ""
-        return Spot(self.x.value, self.y.value, self.mark.colour, name, bars)
+        at = self.x.value, self.y.value
+        return Spot(*at, self.mark.colour, name, bars, bold=not self.family)
 
 
 def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import numpy as np
 from headstart.engine import record
 from headstart.engine.engine import Engine
 from headstart.errors import InputError, PlanError
-from headstart.metrics.features import Judge
 from headstart.metrics.judges import Pictures, choose_judge
 from headstart.plan.named import PlanSettings, named_pair
 from headstart.plan.request import check_size
-from headstart.study.cases import PARTS, Case, Grids, cases_of
-from headstart.study.lab import MOST_FEATURES, Lab, small
-from headstart.study.store import FORMAT, Rgb
+from headstart.spaces.extractor import Judge, Rgb
+from headstart.study.cases import PARTS, Case, Grids, Part, cases_of
+from headstart.study.lab import Lab, small
+from headstart.study.store import FORMAT
 from headstart.study.study import Study
 from headstart.sweep.gallery import load_rgb, read_pictures
 from headstart.sweep.seen import Reference, read_reference
@@ -74,10 +75,14 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
     study = Study(
         cases=cases,
         prompts=request.prompts,
-        lab_of=lambda case: lab,
+        lab_of=partial(_only, lab),
         references=_references(request.reference, judge),
     )
     return study, (*notes, *left_out)
+
+
+def _only(lab: Lab, case: Case) -> Lab:
+    return lab
 
 
 def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any]:
@@ -119,7 +124,7 @@ def _cases(engine: Engine, request: Request) -> dict[str, Case]:
     pair = named_pair("distilled", request.settings, engine.weights.preset)
     steps = len(engine.compile("distilled", **request.settings))
     schedule = engine.weights.schedules["distilled"]
-    parts = PARTS if request.parts is None else tuple(p for p in PARTS if p in request.parts)
+    parts: list[Part] = [p for p in PARTS if request.parts is None or p in request.parts]
     return cases_of(pair, steps, schedule, request.grids, parts)
 
 
@@ -162,9 +167,6 @@ def _references(reference: str | None, judge: Judge) -> dict[str, Reference]:
     for space in judge.spaces:
         if reference == BUNDLED and space is not judge.spaces[0]:
             continue
-        if space.distance != "cosine":
-            continue
-        own = read_reference(reference, Judge(space))
-        if len(own.moments.mean) <= MOST_FEATURES:
-            found[space.name] = own
+        if not space.wide:
+            found[space.name] = read_reference(reference, Judge((space,)))
     return found

@@ -28,6 +28,7 @@ from headstart.errors import InputError
 from headstart.input import read_json
 from headstart.output import write_file
 from headstart.pictures.sheet import encode_png
+from headstart.spaces.extractor import Rgb
 from headstart.sweep.ledger import Shard
 
 FORMAT = "headstart.study/1"
@@ -36,7 +37,6 @@ FIXED = ("format", "weights", "adapters", "prompts", "numbers", "size", "dtype")
 """Settings that a folder has once; cases and feature spaces may come later."""
 
 Arrays = Mapping[str, NDArray[Any]]
-Rgb = NDArray[np.uint8]
 
 
 class Place(NamedTuple):
@@ -70,7 +70,8 @@ class Store(NamedTuple):
     def write(self, place: Place, identity: str, arrays: Arrays) -> None:
         """Put a cell in place. Raises InputError on a full or failing disk."""
         held = BytesIO()
-        np.savez_compressed(held, **{IDENTITY: np.array(identity)}, **arrays)
+        whole: dict[str, Any] = {IDENTITY: np.array(identity), **arrays}
+        np.savez_compressed(held, **whole)
         self._put(place.file, held.getvalue())
 
     def keep(self, case: str, number: int, seeds: Sequence[int], rgb: Rgb) -> None:

@@ -71,14 +71,14 @@ def jobs_of(study: Study) -> Iterator[Job]:
     """Every cell; those of one prompt beside each other, so that an early report has whole rows."""
     for number in range(len(study.prompts)):
         for case in study.cases.values():
-            yield _case_job(study.lab_of, case, number)
+            yield _case_job(study.lab_of(case), case, number)
         for experiment in study.experiments:
             for name in experiment.cases:
                 yield _experiment_job(experiment, name, number)
 
 
 def draw(
-    study: Study, store: Store, on_cell: Callable[[Job, Left], object] = lambda *_: None
+    study: Study, store: Store, on_cell: Callable[[Job, Left], object] | None = None
 ) -> tuple[int, int]:
     """Make this rank's missing cells; how many were made, and how many of all are still missing.
 
@@ -94,7 +94,8 @@ def draw(
         job.run(store)
         done, left = done + job.passes, left - job.passes
         pace = (time.monotonic() - begin) / done if done else None
-        on_cell(job, Left(count, len(own), None if pace is None else pace * left))
+        if on_cell is not None:
+            on_cell(job, Left(count, len(own), None if pace is None else pace * left))
     others = [job for number, job in enumerate(jobs) if number % world != rank]
     return len(own), sum(not job.done(store) for job in others)
 
@@ -126,23 +127,26 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
     return report, by_prompt(study.cases, cells, study.prompts, spaces)
 
 
-def _case_job(lab_of: Callable[[Case], Lab], case: Case, number: int) -> Job:
-    return Job(
-        Place(case.part, case.name, number),
-        lab_of(case).passes(case),
-        lambda store: lab_of(case).read(store, case, number) is not None,
-        lambda store: lab_of(case).measure(store, case, number),
-    )
+def _case_job(lab: Lab, case: Case, number: int) -> Job:
+    def done(store: Store) -> bool:
+        return lab.read(store, case, number) is not None
+
+    def run(store: Store) -> None:
+        lab.measure(store, case, number)
+
+    return Job(Place(case.part, case.name, number), lab.passes(case), done, run)
 
 
 def _experiment_job(own: Experiment, name: str, number: int) -> Job:
     place = Place(own.part, name, number)
-    return Job(
-        place,
-        own.passes(name, number),
-        lambda store: store.read(place, own.identity(name, number)) is not None,
-        lambda store: store.write(place, own.identity(name, number), own.measure(name, number)),
-    )
+
+    def done(store: Store) -> bool:
+        return store.read(place, own.identity(name, number)) is not None
+
+    def run(store: Store) -> None:
+        store.write(place, own.identity(name, number), own.measure(name, number))
+
+    return Job(place, own.passes(name, number), done, run)
 
 
 def _read(lab: Lab, store: Store, case: Case, number: int) -> Arrays:

@@ -82,12 +82,12 @@ def subject_of(report: Mapping[str, Any]) -> str:
 
 
 def rows_of(report: Mapping[str, Any]) -> Rows:
-    return branch(report, "rows")
+    return {case: own for case, own in branch(report, "rows").items() if branch(own)}
 
 
 def spaces_of(report: Mapping[str, Any]) -> list[str]:
     """Feature spaces by name, the main one first."""
-    return [str(space["name"]) for space in entries(report, "spaces")]
+    return [str(space["name"]) for space in entries(report, "spaces") if look_up(space, "name")]
 
 
 def part_of(report: Mapping[str, Any], *parts: str) -> dict[str, Row]:
