@@ -145,7 +145,7 @@ def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(
 
 
 def test_folders_that_are_no_extractor_are_refused(clip: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="has no config.json and 0 files with weights"):
+    with pytest.raises(InputError, match=r"has no config.json and 0 files with weights"):
         open_features(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(InputError, match="holds a 'bert' model: features come from clip or dinov2"):
