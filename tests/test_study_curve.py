@@ -154,6 +154,13 @@ def test_one_prompt_and_one_seed_have_values_and_no_intervals() -> None:
     assert (found["matches"], found["matches_95"]) == ({"hybrid": 2}, {"hybrid": None})
 
 
+def test_a_cell_of_one_seed_has_a_curve_and_no_spread(engine: hs.Engine) -> None:
+    run = (engine, "a fox", (5,), {"hybrid": engine.compile("hybrid")}, open_features("colours"))
+    found = curve.measure(*run, hs.decoder(engine, "linear"))
+    assert found["hybrid/share"].shape == (4, 1) and np.isfinite(found["hybrid/share"]).all()
+    assert np.isnan(found["hybrid/spread"]).all()
+
+
 def test_without_a_base_nothing_is_matched() -> None:
     alone = {key: own for key, own in cell([1.0], [0.4, 1.0]).items() if "base" not in key}
     found = curve.numbers([alone])

@@ -69,16 +69,19 @@ def test_a_cells_concepts_are_there_where_trace_says_so(
     assert cells[0]["asked"].tolist() == ["a fox", "a star"]
     assert cells[0]["without"].tolist() == ["a star", "a fox"]
     found = timeline.numbers(cells)
-    for concept in found["concepts"]:
-        courses = watched(
-            engine, judge, concept["prompt"], concept["phrase"], concept["without"]
-        ).courses
+    kept = [(cell, place) for cell in cells for place in range(len(cell["asked"]))]
+    for concept, (cell, place) in zip(found["concepts"], kept, strict=True):
+        line = watched(engine, judge, concept["prompt"], concept["phrase"], concept["without"])
         own = concept["plans"]["hybrid"]
-        first = [seed[0].appears for seed in courses]
+        first = [seed[0].appears for seed in line.courses]
         assert own["ever"] == pytest.approx(np.mean([at is not None for at in first]), abs=1e-4)
         assert own["there"][0] == pytest.approx(np.mean([at == 0 for at in first]), abs=1e-4)
-        dropped = np.mean([seed[0].dropped for seed in courses])
+        dropped = np.mean([seed[0].dropped for seed in line.courses])
         assert own["dropped"] == pytest.approx(dropped, abs=1e-4)
+        (null,) = line.nulls
+        assert null is not None
+        excess = np.stack([seed[0].beyond * null.margins for seed in line.courses], axis=1)
+        assert cell["hybrid/excess"][place, ..., 0] == pytest.approx(excess, abs=1e-4)
 
 
 def test_the_numbers_are_json_of_both_kinds(cells: list[dict[str, Any]]) -> None:
@@ -143,16 +146,16 @@ def flat(seeds: int, rows: int = 4) -> np.ndarray:
 
 def test_known_courses_have_their_shares() -> None:
     """Of four seeds: there from the first row on, from the third on, there and dropped, never."""
-    asked = np.array([[2, 2, 2, 2], [0, 0, 3, 3], [3, 3, 0, 0], [0, 0.5, 0.9, 1]]).T[None]
+    asked = np.array([[2, 2, 2, 2], [0, 0, 3, 3], [3, 3, 3, 0], [0, 0.5, 0.9, 1]]).T[None]
     found = timeline.numbers([cell(asked, flat(4))])
     own = found["plans"]["base"]["asked"]
-    assert [step["value"] for step in own["there"]] == [0.5, 0.5, 0.5, 0.5]
+    assert [step["value"] for step in own["there"]] == [0.5, 0.5, 0.75, 0.5]
     assert own["ever"] == {"value": 0.75, "low": None, "high": None}
     assert own["dropped"]["value"] == 0.25
     assert found["plans"]["base"]["unasked"]["ever"]["value"] == 0.0
     assert found["plans"]["base"]["dropped_more"]["value"] == 0.25
     assert found["concepts"][0]["plans"]["base"] == {
-        "there": [0.5, 0.5, 0.5, 0.5], "ever": 0.75, "dropped": 0.25,
+        "there": [0.5, 0.5, 0.75, 0.5], "ever": 0.75, "dropped": 0.25,
     }  # fmt: skip
 
 
