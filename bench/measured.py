@@ -21,10 +21,10 @@ from safetensors.numpy import load_file
 import headstart as hs
 import headstart_weights
 from headstart.errors import InputError
+from headstart.metrics import resample
 from headstart.metrics.fidelity import frechet_gaussian
 from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import diversity, vendi
-from headstart.metrics.resample import bootstrap_prompts
 from headstart.metrics.scorer import Scorer
 from headstart_weights.recipe.dataset import load_dataset
 
@@ -143,7 +143,7 @@ def each_diversity(features: Array, sets: int = 1) -> Array:
 
 def interval(values: Array) -> dict[str, float]:
     """The mean of [P] and its 95 % interval, prompts resampled."""
-    value, low, high = bootstrap_prompts(
+    value, low, high = resample.bootstrap_prompts(
         [np.array([[v]]) for v in values], lambda group: float(group[0, 0]), resamples=RESAMPLES
     )
     return {"value": value, "low": low, "high": high}
@@ -151,11 +151,7 @@ def interval(values: Array) -> dict[str, float]:
 
 def recovered(base: Array, distilled: Array, own: Array) -> dict[str, float]:
     """The share of the lost diversity that comes back, from each's diversity by prompt [P]."""
-    lost, back = base - distilled, own - distilled
-    picks = np.random.default_rng(0).integers(len(base), size=(RESAMPLES, len(base)))
-    ratios = back[picks].mean(1) / lost[picks].mean(1)
-    low, high = np.percentile(ratios, [2.5, 97.5])
-    return {"value": float(back.mean() / lost.mean()), "low": float(low), "high": float(high)}
+    return resample.recovered(own, base, distilled, resamples=RESAMPLES)._asdict()
 
 
 def row(sampled: Sampled, sets: int = 1) -> dict[str, Any]:

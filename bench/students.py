@@ -47,7 +47,6 @@ from measured import (
     table,
     training_pictures,
 )
-from pair import legs_of
 from tqdm import tqdm
 
 import headstart as hs
@@ -84,6 +83,14 @@ CURVED = ("student", "control")
 """Measured on their way too."""
 
 
+def legs_of(base: str | None, student: str) -> tuple[hs.Leg, ...]:
+    """The first step by the base under one rule, the rest by the student under another."""
+    times = DEMO_TIMESTEPS
+    legs = (hs.Leg(model="base", timesteps=times[:1], update=hs.Update(base)),) if base else ()
+    rest = times[len(legs) :]
+    return (*legs, hs.Leg(model="distilled", timesteps=rest, update=hs.Update(student)))
+
+
 class Student(NamedTuple):
     """One file of weights: which recipe, training seed, and steps; None: the run's last."""
 
@@ -105,14 +112,10 @@ class Sampler(NamedTuple):
 
 
 SAMPLERS = {
-    "euler": Sampler(
-        legs_of(None, "euler", DEMO_TIMESTEPS), legs_of("euler", "euler", DEMO_TIMESTEPS)
-    ),
-    "renoise": Sampler(
-        legs_of(None, "renoise", DEMO_TIMESTEPS), legs_of("renoise", "renoise", DEMO_TIMESTEPS)
-    ),
+    "euler": Sampler(legs_of(None, "euler"), legs_of("euler", "euler")),
+    "renoise": Sampler(legs_of(None, "renoise"), legs_of("renoise", "renoise")),
     "renoise after an euler hand-off": Sampler(
-        legs_of(None, "renoise", DEMO_TIMESTEPS), legs_of("euler", "renoise", DEMO_TIMESTEPS)
+        legs_of(None, "renoise"), legs_of("euler", "renoise")
     ),
 }
 

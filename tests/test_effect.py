@@ -1,6 +1,6 @@
 """The shipped weights show what the package is for: other weights under these names turn this red.
 
-Few prompts and seeds, and bounds far from what is measured (`bench/results/pair.json`): this is no
+Few prompts and seeds, and bounds far from what is measured (`bench/results/study.json`): this is no
 measurement, it only has to fail for a pair without the effect.
 """
 

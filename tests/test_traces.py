@@ -77,7 +77,7 @@ def test_the_table_says_what_the_paper_says_of_distilled_models(traced: hs.Trace
 
 def test_a_watched_subject_is_there_and_another_is_not(traced: hs.Trace) -> None:
     """A fox has cousins among what nobody asked for, so not all of the six are beyond the margin:
-    `bench/timeline.py` measures that 9 of 10 are, over all subjects."""
+    over all subjects 9 of 10 are (bench/README.md)."""
     timelines = [strip.timeline for strip in traced.strips if strip.timeline is not None]
     courses = [pair for timeline in timelines for pair in timeline.courses]
     assert sum(fox.appears is not None for fox, _ in courses) >= 3 and len(courses) == 6

@@ -139,13 +139,20 @@ def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
     )
 
 
-def recovered(own: Array, base: Array, distilled: Array, *, level: float = 0.95) -> Interval:
+def recovered(
+    own: Array,
+    base: Array,
+    distilled: Array,
+    *,
+    resamples: int = RESAMPLES,
+    level: float = 0.95,
+) -> Interval:
     """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
 
     The share of what distilling lost that comes back; prompts are drawn together for all three.
     """
     back, lost = own - distilled, base - distilled
-    picks = np.random.default_rng(0).integers(len(own), size=(RESAMPLES, len(own)))
+    picks = np.random.default_rng(0).integers(len(own), size=(resamples, len(own)))
     with np.errstate(divide="ignore", invalid="ignore"):  # nothing was lost: no share of it
         ratios = back[picks].mean(1) / lost[picks].mean(1)
         value = np.divide(back.mean(), lost.mean())

@@ -6,8 +6,8 @@ teacher lands after `SUB_STEPS` steps (progressive distillation, arXiv:2202.0051
     x0* = (x' - (s'/s)*x) / (a' - (s'/s)*a)          loss = max(1, a^2/s^2) * |x0 - x0*|^2
 
 Nothing in it seeks modes, and the teacher draws no noise: what distribution matching loses and
-this student keeps is lost to the matching, not to the four steps. It does not ship; it is the
-control that `bench/paper.py` reads from the work folder.
+this student keeps is lost to the matching, not to the four steps. It does not ship; `headstart
+study --distilled` measures it.
 """
 
 from __future__ import annotations
