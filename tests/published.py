@@ -10,9 +10,11 @@ import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.spaces.inception import Inception
@@ -20,7 +22,9 @@ from headstart.spaces.lpips import LAYERS, PAD, Net
 from headstart.spaces.vit import Vit, VitParams
 
 Shapes = Mapping[str, tuple[int, ...]]
-WIDTH, DEPTH, RANK, ALPHA = 64, 12, 4, 2.0
+WIDTH, DEPTH, RANK, ALPHA = 128, 12, 4, 2.0
+VISUAL = 192
+"""ImageReward's pictures are wider than its words."""
 LPIPS_WIDTHS = {"alex": (64, 192, 384, 256, 256), "vgg": (64, 128, 256, 512, 512)}
 VGG = {0: 64, 2: 64, 5: 128, 7: 128, 10: 256, 12: 256, 14: 256,
        17: 512, 19: 512, 21: 512, 24: 512, 26: 512, 28: 512}  # fmt: skip
@@ -107,27 +111,38 @@ def vit_tensors(
     return seeded(shapes, seed)
 
 
-def write_dreamsim(home: Path, variant: str, *, width: int = WIDTH) -> Path:
-    """A cache folder of the package dreamsim with one variant; the folder of its LoRA."""
+def write_dreamsim(home: Path, variant: str, *, width: int = WIDTH, pickles: bool = True) -> Path:
+    """A cache folder of the package dreamsim with one variant; the folder of its LoRA.
+
+    Without pickles the same as safetensors files, as `headstart convert` makes them.
+    """
     (home / "checkpoints").mkdir(parents=True, exist_ok=True)
-    for name, tensors in _backbones(variant, width).items():
-        torch.save(tensors, home / name)
     folder = home / f"{variant}_lora"
     folder.mkdir()
+    for name, document in _backbones(variant, width).items():
+        if pickles:
+            torch.save(document, home / name)
+        else:
+            inner = document.get("state_dict", document.get("model", document))
+            save_file(inner, home / f"{name.partition('.')[0]}.safetensors")
     shapes: dict[str, tuple[int, ...]] = {}
     for n in range(3 if variant == "ensemble" else 1):
         for block in range(DEPTH):
             name = f"base_model.model.extractor_list.{n}.model.blocks.{block}.attn.qkv"
             shapes[f"{name}.lora_A.weight"] = (RANK, width)
             shapes[f"{name}.lora_B.weight"] = (3 * width, RANK)
-    torch.save(seeded(shapes, 9), folder / "adapter_model.bin")
+    adapter = seeded(shapes, 9)
+    if pickles:
+        torch.save(adapter, folder / "adapter_model.bin")
+    else:
+        save_file(adapter, folder / "adapter_model.safetensors")
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "lora_dropout": 0.3,
               "bias": "none", "target_modules": ["qkv"]}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
-def _backbones(variant: str, width: int) -> dict[str, object]:
+def _backbones(variant: str, width: int) -> dict[str, dict[str, Any]]:
     kind = variant.replace("_single", "").replace("_patch", "")
     clip16 = {
         f"{name}_vitb16_pretrain.pth.tar": {"state_dict": vit_tensors(n, clip=True, width=width)}
@@ -135,7 +150,7 @@ def _backbones(variant: str, width: int) -> dict[str, object]:
     }
     dino = {"checkpoints/dino_vitbase16_pretrain.pth": vit_tensors(1, width=width)}
     plain = vit_tensors(4, width=width)
-    known: dict[str, dict[str, object]] = {
+    known: dict[str, dict[str, dict[str, Any]]] = {
         "ensemble": {**dino, **clip16},
         "dino_vitb16": {**dino},
         "dinov2_vitb14": {
@@ -160,7 +175,7 @@ def _backbones(variant: str, width: int) -> dict[str, object]:
 
 def reward_tensors(width: int = WIDTH, layers: int = 2) -> dict[str, Tensor]:
     """ImageReward.pt with a picture and a text encoder of this width."""
-    visual = vit_tensors(8, width=width, depth=layers)
+    visual = vit_tensors(8, width=VISUAL, depth=layers)
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.word_embeddings.weight": (len(WORDS) + 2, width),
         "embeddings.position_embeddings.weight": (40, width),
@@ -171,7 +186,8 @@ def reward_tensors(width: int = WIDTH, layers: int = 2) -> dict[str, Tensor]:
         at = f"encoder.layer.{n}"
         for part in ("attention", "crossattention"):
             for name in ("self.query", "self.key", "self.value", "output.dense"):
-                shapes[f"{at}.{part}.{name}.weight"] = (width, width)
+                reads = part == "crossattention" and name in ("self.key", "self.value")
+                shapes[f"{at}.{part}.{name}.weight"] = (width, VISUAL if reads else width)
                 shapes[f"{at}.{part}.{name}.bias"] = (width,)
             for kind in ("weight", "bias"):
                 shapes[f"{at}.{part}.output.LayerNorm.{kind}"] = (width,)
@@ -188,13 +204,23 @@ def reward_tensors(width: int = WIDTH, layers: int = 2) -> dict[str, Tensor]:
         **{f"blip.visual_encoder.{name}": tensor for name, tensor in visual.items()},
         **{f"blip.text_encoder.{name}": tensor for name, tensor in text.items()},
         "blip.text_encoder.embeddings.position_ids": torch.arange(40)[None],
-        "blip.vision_proj.weight": torch.zeros(256, width),
+        "blip.vision_proj.weight": torch.zeros(256, VISUAL),
         **seeded(head, 11),
     }
 
 
-def write_reward(folder: Path, width: int = WIDTH) -> Path:
-    """ImageReward.pt with BERT's kind of vocabulary beside it."""
-    torch.save(reward_tensors(width), folder / "ImageReward.pt")
+def write_reward(folder: Path, *, pickles: bool = True) -> Path:
+    """ImageReward.pt, or .safetensors, with BERT's kind of vocabulary beside it."""
     (folder / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8")
-    return folder / "ImageReward.pt"
+    if pickles:
+        torch.save(reward_tensors(), folder / "ImageReward.pt")
+        return folder / "ImageReward.pt"
+    save_file(reward_tensors(), folder / "ImageReward.safetensors")
+    return folder / "ImageReward.safetensors"
+
+
+def write_lpips(folder: Path, net: Net) -> Path:
+    """A backbone of torchvision's and lpips' linear layers, as safetensors files."""
+    save_file(backbone_tensors(net), folder / f"{net}net.safetensors")
+    save_file(lin_tensors(net), folder / f"{net}.safetensors")
+    return folder

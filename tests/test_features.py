@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -120,11 +121,53 @@ def test_dinov2_features_are_the_normalised_class_token(dinov2: Path) -> None:
     assert judge.extractor.name.startswith("dinov2:tiny-dino:")
 
 
+def test_dinov3_features_are_the_normalised_class_token(tmp_path: Path) -> None:
+    folder = tmp_path / "tiny-dino3"
+    torch.manual_seed(2)
+    config = transformers.DINOv3ViTConfig(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        image_size=32, patch_size=16, num_register_tokens=2,
+    )  # fmt: skip
+    transformers.DINOv3ViTModel(config).eval().save_pretrained(folder)
+    _prepare(folder, {"size": {"height": 32, "width": 32}})
+    extractor = open_features(str(folder)).extractor
+    assert extractor.name.startswith("dinov3:tiny-dino3:")
+    model = transformers.DINOv3ViTModel.from_pretrained(folder).eval()
+    values = np.stack([np.asarray(Image.fromarray(rgb).resize((32, 32), 3)) for rgb in RGB]) / 255.0
+    pixels = torch.tensor(((values - MEAN) / STD).transpose(0, 3, 1, 2), dtype=torch.float32)
+    with torch.no_grad():
+        expected = model(pixel_values=pixels).last_hidden_state[:, 0].numpy()
+    np.testing.assert_allclose(extractor.features(RGB), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_are_not_finite_are_refused(dinov2: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "nan"
+    shutil.copytree(dinov2, folder)
+    tensors = load_file(folder / "model.safetensors")
+    next(iter(tensors.values())).view(-1)[0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="holds NaN or Inf"):
+        open_features(str(folder))
+
+
+def test_several_spaces_are_opened_and_the_first_that_reads_prompts_scores(
+    clip: Path, dinov2: Path
+) -> None:
+    judge = open_features(str(dinov2), "colours", str(clip))
+    names = [space.name for space in judge.spaces]
+    assert [name.partition(":")[0] for name in names] == ["dinov2", "colours-8x8", "clip"]
+    assert judge.extractor is judge.spaces[0]
+    assert judge.scored_by == names[2] and judge.score is not None
+    assert open_features("colours", str(dinov2)).scored_by is None
+    with pytest.raises(InputError, match="one is given twice"):
+        open_features("pixels", "colours")
+
+
 def test_weights_that_lack_a_tensor_are_refused_and_not_made_up(
     dinov2: Path, tmp_path: Path
 ) -> None:
-    import shutil
-
     from safetensors.torch import load_file, save_file
 
     folder = tmp_path / "cut"

@@ -190,7 +190,7 @@ def imagereward(home: Path) -> dict[str, object]:
     from transformers import BertTokenizer
 
     file = published.write_reward(home)
-    width = published.WIDTH
+    width, seen = published.WIDTH, published.VISUAL
 
     def tokenizer() -> Any:
         own = BertTokenizer(str(home / "vocab.txt"))
@@ -200,8 +200,8 @@ def imagereward(home: Path) -> dict[str, object]:
 
     blip_pretrain.init_tokenizer = tokenizer
     blip_pretrain.create_vit = lambda *_: (
-        vit.VisionTransformer(img_size=224, embed_dim=width, depth=2, num_heads=width // 64),
-        width,
+        vit.VisionTransformer(img_size=224, embed_dim=seen, depth=2, num_heads=seen // 64),
+        seen,
     )
     from ImageReward.ImageReward import MLP, ImageReward
 

@@ -120,7 +120,8 @@ def _line(row: Row) -> str:
         line += f"{_spread(None if found.diversity is None else found.diversity.best, 3):>16}"
     line += f"{_value(row.vendi, 2):>8}{_value(row.score, 3):>8}"
     if row.frechet is not None:
-        line += f"{row.frechet.value:>10.4g}{_spread(row.frechet.best, 4):>20}"
+        digits = 4 if row.frechet.value < 10.0 else 2  # an FID is tens, of short features it is not
+        line += f"{row.frechet.value:>10.4g}{_spread(row.frechet.best, digits):>20}"
     if row.kid is not None:
         line += f"{row.kid.value:>10.5f}{_spread(row.kid.best, 5):>22}"
     if row.neighbours is not None:

@@ -217,9 +217,9 @@ def footer_of(comparison: Comparison) -> str:
     count, (first, *others) = len(comparison.seeds), comparison.spaces
     images = "the image" if count == 1 else f"all {count} images"
     main, *distances = comparison.distances
+    alike = set(distances) == {main}
     further = "".join(
-        f" · {word_of(other)}: {'the same' if own == main else f'mean {own} distance'} of {other} "
-        "features"
+        f" · {word_of(other)}: {'the same' if alike else f'mean {own} distance'} of {other} features"
         for other, own in zip(others, distances, strict=True)
     )
     by = comparison.scored_by

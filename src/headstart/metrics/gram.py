@@ -18,7 +18,7 @@ from headstart.spaces.extractor import Array, Extractor, Rgb
 
 HELD_BYTES = 2**28
 """Of features kept at once, in float32: 24 pictures of 512 px for LPIPS alex, 2 for vgg. Others are
-computed anew for each such block: 100 pictures take 300 passes for alex, 2550 for vgg."""
+computed anew for each such block: 100 pictures take 250 passes for alex, 2550 for vgg."""
 COLUMNS = 2**16
 """Features multiplied at once, in float64."""
 
@@ -37,21 +37,22 @@ def gram(features: Callable[[Rgb], Array], rgb: Rgb, held_bytes: int = HELD_BYTE
 
     Features of a network are float32, so keeping them as such loses nothing.
     """
-    count = len(rgb)
-    found = np.zeros((count, count))
-    one = _kept(features, rgb[:1]).nbytes
-    block = max(1, held_bytes // max(one, 1))
-    few = max(1, block // 4)
-    for at in range(0, count, block):
-        own = _kept(features, rgb[at : at + block])
-        rows = slice(at, at + len(own))
-        found[rows, rows] = _products(own, own)
-        for other in range(rows.stop, count, few):
-            beside = _kept(features, rgb[other : other + few])
-            columns = slice(other, other + len(beside))
-            found[rows, columns] = _products(own, beside)
-            found[columns, rows] = found[rows, columns].T
+    found = np.zeros((len(rgb), len(rgb)))
+    block = max(1, held_bytes // _kept(features, rgb[:1]).nbytes)
+    for at in range(0, len(rgb), block):
+        _fill(found, features, rgb, slice(at, min(at + block, len(rgb))))
     return found
+
+
+def _fill(found: Array, features: Callable[[Rgb], Array], rgb: Rgb, rows: slice) -> None:
+    """The products of some pictures with each other and with all that come after them."""
+    own = _kept(features, rgb[rows])
+    found[rows, rows] = _products(own, own)
+    few = max(1, len(own) // 4)
+    for at in range(rows.stop, len(rgb), few):
+        columns = slice(at, min(at + few, len(rgb)))
+        found[rows, columns] = _products(own, _kept(features, rgb[columns]))
+        found[columns, rows] = found[rows, columns].T
 
 
 def _kept(features: Callable[[Rgb], Array], rgb: Rgb) -> NDArray[np.float32]:

@@ -33,7 +33,7 @@ from headstart.spaces.preparation import (
 from headstart.spaces.vit import Activation, Vit, read_vit, resized_positions
 from headstart.spaces.weights import SUFFIXES, Weights, read_weights, short_digest
 
-SIDE, DEPTH = 224, 12
+SIDE, DEPTH, DINOV2_PATCH = 224, 12, 14
 Take = Literal["class", "projected", "class and patches"]
 """The class token of the last block; that normalised and times CLIP's projection; or the class
 token and the mean of the patches, each of unit length after its own mean is taken away."""
@@ -207,8 +207,12 @@ def _part(
     _merge(network, updates, scale, weights.path)
     prepare = Preparation(0, SIDE, SIDE, backbone.mean, backbone.std, BICUBIC)
     if take == "projected":
-        if "proj" not in own.tensors:
-            raise CheckpointError(f"{weights.path}: expected {what}, but it has no 'proj'")
+        shape = own.shapes.get("proj", ())
+        if len(shape) != 2 or shape[0] != network.cls_token.shape[-1]:
+            raise CheckpointError(
+                f"{weights.path}: expected {what}, whose 'proj' is a matrix over its width, got "
+                f"{list(shape)}: give the published file whole"
+            )
         return Part(prepare, _projected(network, own.numbers("proj")))
     return Part(prepare, _class(network) if take == "class" else _class_and_patches(network))
 
@@ -216,10 +220,12 @@ def _part(
 def _at_side(weights: Weights) -> Weights:
     """DINOv2's positions are of 518 px pictures."""
     shape = weights.shapes.get("pos_embed", ())
-    if len(shape) != 3 or shape[0] != 1 or shape[1] < 2:
-        raise CheckpointError(f"{weights.path}: expected DINOv2's pos_embed, got {list(shape)}")
-    patch = weights.shapes.get("patch_embed.proj.weight", (14,))[-1]
-    table = resized_positions(weights.numbers("pos_embed"), SIDE // max(patch, 1))
+    if len(shape) != 3 or shape[:2] != (1, 1 + (518 // DINOV2_PATCH) ** 2):
+        raise CheckpointError(
+            f"{weights.path}: expected DINOv2's positions of 37 x 37 patches and one more, got "
+            f"{list(shape)}: give dinov2_vitb14_pretrain.pth"
+        )
+    table = resized_positions(weights.numbers("pos_embed"), SIDE // DINOV2_PATCH)
     return weights._replace(tensors={**weights.tensors, "pos_embed": table})
 
 

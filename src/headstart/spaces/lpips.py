@@ -90,7 +90,7 @@ class Filter(NamedTuple):
 
 
 def net_of(backbone: Weights) -> Net:
-    return "alex" if tuple(backbone.shapes["features.0.weight"][2:]) == (11, 11) else "vgg"
+    return "alex" if backbone.shapes.get("features.0.weight", ())[2:] == (11, 11) else "vgg"
 
 
 def read_lpips(backbone: Weights, lin: Weights) -> Judge:
@@ -137,7 +137,7 @@ def _taps(net: Net) -> list[Layer]:
 
 
 def _lin_shapes(net: Net, backbone: Weights) -> dict[str, tuple[int, ...]]:
-    widths = [backbone.shapes.get(f"features.{at.number}.weight", (0,))[0] for at in _taps(net)]
+    widths = [_width(backbone, layer) for layer in _taps(net)]
     return {f"lin{n}.model.1.weight": (1, width, 1, 1) for n, width in enumerate(widths)}
 
 
@@ -168,12 +168,15 @@ def _expected(layers: tuple[Layer, ...], backbone: Weights) -> dict[str, tuple[i
     shapes: dict[str, tuple[int, ...]] = {}
     channels = 3
     for layer in layers:
-        name = f"features.{layer.number}"
-        width = next(iter(backbone.shapes.get(f"{name}.weight", ())), 0)
+        name, width = f"features.{layer.number}", _width(backbone, layer)
         shapes[f"{name}.weight"] = (width, channels, layer.kernel, layer.kernel)
         shapes[f"{name}.bias"] = (width,)
         channels = width
     return shapes
+
+
+def _width(backbone: Weights, layer: Layer) -> int:
+    return next(iter(backbone.shapes.get(f"features.{layer.number}.weight", ())), 0)
 
 
 def _root(lin: Weights, name: str) -> Tensor:

@@ -27,8 +27,8 @@ from headstart.spaces.weights import Weights, filled, short_digest
 SIDE, LENGTH = 224, 35
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """Of its rewards in training, as the package image-reward has them."""
-LAYERS = (0, 2, 4, 6, 7)
-"""The places of the linear layers; between them is dropout, and no nonlinearity."""
+LAYERS = ((0, 1024), (2, 128), (4, 64), (6, 16), (7, 1))
+"""Places and outputs of the linear layers; between them is dropout, and no nonlinearity."""
 PREPARE = Preparation(SIDE, SIDE, SIDE, CLIP_MEAN, CLIP_STD, BICUBIC, rounded=True)
 VOCABULARY = "vocab.txt"
 BERT = ("[UNK]", "[CLS]", "[SEP]", "[PAD]")
@@ -49,8 +49,9 @@ def read_reward(weights: Weights) -> Judge:
         activation="gelu",
         side=SIDE,
     )
-    text = _text_encoder(weights.within("blip.text_encoder."))
-    head = filled(lambda: _head(weights), weights.within("mlp.layers."), "ImageReward's head")
+    text = _text_encoder(weights.within("blip.text_encoder."), visual.cls_token.shape[-1])
+    width: int = text.config.hidden_size
+    head = filled(lambda: _head(width), weights.within("mlp.layers."), "ImageReward's head")
     encode = _tokenizer(weights.path.parent / VOCABULARY, text.config.vocab_size)
 
     def rewards(rgb: Rgb, prompts: Sequence[str]) -> Array:
@@ -80,8 +81,8 @@ def _in_batches(rewards: Score) -> Score:
     return batched
 
 
-def _text_encoder(weights: Weights) -> Any:
-    """transformers' BLIP text model, whose names are the file's."""
+def _text_encoder(weights: Weights, seen: int) -> Any:
+    """transformers' BLIP text model, with the file's names; `seen`: a picture token's width."""
     from transformers import BlipTextConfig, BlipTextModel
 
     shapes = weights.shapes
@@ -90,7 +91,7 @@ def _text_encoder(weights: Weights) -> Any:
         settings: dict[str, Any] = {
             "vocab_size": vocabulary,
             "hidden_size": width,
-            "encoder_hidden_size": shapes["encoder.layer.0.crossattention.self.key.weight"][1],
+            "encoder_hidden_size": seen,
             "intermediate_size": shapes["encoder.layer.0.intermediate.dense.weight"][0],
             "num_hidden_layers": len({m[0] for n in shapes if (m := _LAYER.match(n))}),
             "num_attention_heads": width // HEAD,
@@ -103,6 +104,11 @@ def _text_encoder(weights: Weights) -> Any:
             f"{weights.path}: expected the text encoder of ImageReward, and {error} is not there: "
             "give ImageReward.pt whole"
         ) from error
+    if width % HEAD or not all(value is None or value > 0 for value in settings.values()):
+        raise CheckpointError(
+            f"{weights.path}: no text encoder of ImageReward has such sizes, {settings!s:.200}: "
+            "give ImageReward.pt whole"
+        )
     config: Any = BlipTextConfig(**settings, hidden_act="gelu", is_decoder=True)
 
     def build() -> nn.Module:
@@ -114,12 +120,12 @@ def _text_encoder(weights: Weights) -> Any:
 _LAYER = re.compile(r"encoder\.layer\.\d+\.")
 
 
-def _head(weights: Weights) -> nn.Sequential:
+def _head(width: int) -> nn.Sequential:
     """Linear layers one after another; their names count the dropout between them."""
     layers = nn.Sequential()
-    for place in LAYERS:
-        shape = weights.shapes.get(f"mlp.layers.{place}.weight", (1, 1))
-        layers.add_module(str(place), nn.Linear(shape[-1], shape[0]))
+    for place, out in LAYERS:
+        layers.add_module(str(place), nn.Linear(width, out))
+        width = out
     return layers
 
 

@@ -39,7 +39,7 @@ class VitParams(NamedTuple):
 
     @property
     def grid(self) -> int:
-        return math.isqrt(self.tokens - 1)
+        return math.isqrt(max(self.tokens - 1, 0))
 
 
 class Attention(nn.Module):
@@ -184,5 +184,5 @@ def resized_positions(positions: Tensor, grid: int) -> Tensor:
 
 
 def _depth(shapes: Shapes) -> int:
-    found = (re.match(r"blocks\.(\d+)\.", name) for name in shapes)
-    return 1 + max(int(match[1]) for match in found if match) if shapes else 0
+    """How many there are; a hole in their numbers shows when they are filled."""
+    return len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})
