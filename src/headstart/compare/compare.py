@@ -219,7 +219,8 @@ def footer_of(comparison: Comparison) -> str:
     main, *distances = comparison.distances
     alike = set(distances) == {main}
     further = "".join(
-        f" · {word_of(other)}: {'the same' if alike else f'mean {own} distance'} of {other} features"
+        f" · {word_of(other)}: {'the same' if alike else f'mean {own} distance'} of {other} "
+        "features"
         for other, own in zip(others, distances, strict=True)
     )
     by = comparison.scored_by
