@@ -205,11 +205,11 @@ def footer_of(comparison: Comparison) -> str:
     main, *distances = comparison.distances
     alike = set(distances) == {main}
     further = "".join(
-        f" · {word_of(other)}: {'the same' if alike else f'mean {own} distance'} of {other} features"
-        for other, own in zip(others, distances, strict=True)
+        f" · {word_of(other)}: {'the same' if alike else f'mean {by} distance'} of {other} features"
+        for other, by in zip(others, distances, strict=True)
     )
-    by = comparison.scored_by
-    scores = "" if by in (None, first) else f" · score: by {by}"
+    judge = comparison.scored_by
+    scores = "" if judge in (None, first) else f" · score: by {judge}"
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
         f"{_medians(comparison.rounds)} · diversity: mean pairwise {main} distance of {first} "
