@@ -89,6 +89,28 @@ def lin_tensors(net: Net) -> dict[str, Tensor]:
     return seeded({f"lin{n}.model.1.weight": (1, width, 1, 1) for n, width in widths})
 
 
+def small_alex() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """AlexNet and LPIPS' linear layers with a few channels each: widths are the file's."""
+    widths = dict(zip((0, 3, 6, 8, 10), (4, 6, 8, 6, 5), strict=True))
+    shapes: dict[str, tuple[int, ...]] = {}
+    channels = 3
+    for layer in LAYERS["alex"]:
+        width = widths[layer.number]
+        shapes[f"features.{layer.number}.weight"] = (width, channels, layer.kernel, layer.kernel)
+        shapes[f"features.{layer.number}.bias"] = (width,)
+        channels = width
+    lin = {f"lin{n}.model.1.weight": (1, w, 1, 1) for n, w in enumerate(widths.values())}
+    return seeded(shapes), seeded(lin)
+
+
+def write_small_lpips(folder: Path) -> Path:
+    folder.mkdir()
+    backbone, lin = small_alex()
+    save_file(backbone, folder / "alexnet.safetensors")
+    save_file(lin, folder / "lin.safetensors")
+    return folder
+
+
 def vit_tensors(
     seed: int,
     patch: int = 16,

@@ -15,53 +15,32 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from published import WORDS, pictures, seeded, vit_tensors, write_dreamsim, write_reward
+from published import (
+    WORDS,
+    pictures,
+    seeded,
+    small_alex,
+    vit_tensors,
+    write_dreamsim,
+    write_reward,
+    write_small_lpips,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart.cli import main
-from headstart.compare.compare import Variety
 from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, HeadstartError, InputError
 from headstart.metrics.features import open_features
-from headstart.metrics.gram import gram, group_features
-from headstart.metrics.metrics import cosines, distances, diversity, vendi
-from headstart.metrics.resample import measure_diversity
 from headstart.spaces import lpips
-from headstart.spaces.extractor import Extractor
-from headstart.spaces.lpips import LAYERS
 from headstart.spaces.published import read_published
-from headstart.sweep.gallery import read_gallery
-from headstart.sweep.seen import read_reference, see
-from headstart.traces.structure import feature_space
 
 RGB = pictures(5, 64, 48)
 Tensors = dict[str, Tensor]
 
 
-def small_alex() -> tuple[Tensors, Tensors]:
-    """AlexNet and LPIPS' linear layers with a few channels each: widths are the file's."""
-    widths = dict(zip((0, 3, 6, 8, 10), (4, 6, 8, 6, 5), strict=True))
-    shapes: dict[str, tuple[int, ...]] = {}
-    channels = 3
-    for layer in LAYERS["alex"]:
-        width = widths[layer.number]
-        shapes[f"features.{layer.number}.weight"] = (width, channels, layer.kernel, layer.kernel)
-        shapes[f"features.{layer.number}.bias"] = (width,)
-        channels = width
-    lin = {f"lin{n}.model.1.weight": (1, w, 1, 1) for n, w in enumerate(widths.values())}
-    return seeded(shapes), seeded(lin)
-
-
 @pytest.fixture
 def alex(tmp_path: Path) -> Path:
-    folder = tmp_path / "alex"
-    folder.mkdir()
-    backbone, lin = small_alex()
-    save_file(backbone, folder / "alexnet.safetensors")
-    save_file(lin, folder / "lin.safetensors")
-    return folder
+    return write_small_lpips(tmp_path / "alex")
 
 
 @pytest.fixture(scope="module")
@@ -74,18 +53,6 @@ def dreamsim(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def reward(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_reward(tmp_path_factory.mktemp("reward"), pickles=False)
-
-
-def write_run(folder: Path, side: int = 64, prompts: int = 2) -> Path:
-    """Pictures that a run claims to have drawn: two seeds of each prompt and one more of one."""
-    folder.mkdir()
-    keys = [(f"prompt {n}", seed) for n in range(prompts) for seed in range(2)] + [("prompt 0", 2)]
-    for n, rgb in enumerate(pictures(len(keys), side, side, side)):
-        Image.fromarray(rgb).save(folder / f"{n:06d}.png")
-    table = {"name": "hybrid", "columns": ["guidance"], "rows": [[1.0]]}
-    record = {"prompts": [k[0] for k in keys], "seeds": [k[1] for k in keys], "table": table}
-    (folder / "record.json").write_text(json.dumps({**record, "lineage": "sdxl"}))
-    return folder
 
 
 # --------------------------------------------------------------------- what a file is
@@ -362,112 +329,6 @@ def test_image_reward_without_a_tensor_is_refused(
     change(home / reward.name, lambda tensors: tensors.pop(gone))
     with pytest.raises(CheckpointError, match=says):
         open_features(str(home))
-
-
-# --------------------------------------------------------------------- squared distances
-
-
-def test_squared_distances_are_those_of_the_rows_also_far_from_zero() -> None:
-    features = np.random.default_rng(0).normal(size=(7, 5)) + 1e6
-    expected = np.square(features[:, None] - features[None]).sum(-1)
-    found = distances(features, "squared")
-    np.testing.assert_allclose(found, expected, rtol=1e-9)
-    off = expected.sum() / (7 * 6)
-    assert diversity(features, "squared") == pytest.approx(off)
-    measured = measure_diversity([features, features[:3]], "squared")
-    assert measured.values[0] == pytest.approx(off)
-    assert distances(np.zeros((2, 3)), "squared").max() == 0.0  # by cosine they have no direction
-    with pytest.raises(InputError, match="not finite"):
-        distances(np.full((2, 3), np.nan), "squared")
-
-
-def test_rows_of_a_wide_space_have_the_inner_products_of_its_features(alex: Path) -> None:
-    extractor = open_features(str(alex)).extractor
-    features, rows = extractor.features(RGB), group_features(extractor, RGB)
-    assert rows.shape == (5, 5) and features.shape[1] > 900
-    np.testing.assert_allclose(rows @ rows.T, features @ features.T, rtol=1e-9)
-    np.testing.assert_allclose(cosines(rows, at_least=2), cosines(features, at_least=2), rtol=1e-9)
-    varied = Variety.of(RGB, extractor)
-    assert varied.diversity is not None
-    assert varied.diversity.value == pytest.approx(diversity(features, "squared"))
-    assert varied.vendi == pytest.approx(vendi(features))
-
-
-def test_only_a_few_pictures_of_a_wide_space_are_kept_at_once(alex: Path) -> None:
-    features = open_features(str(alex)).extractor.features
-    whole = gram(features, RGB)
-    held, most = 0, 0
-
-    def counted(rgb: np.ndarray) -> np.ndarray:
-        nonlocal held, most
-        held += len(rgb)
-        most = max(most, len(rgb))
-        return features(rgb)
-
-    row = features(RGB[:1]).shape[1] * 4
-    np.testing.assert_allclose(gram(counted, RGB, held_bytes=2 * row), whole, rtol=1e-12)
-    assert most == 1  # each by itself in float64, and kept in float32
-    assert held == 1 + (2 + 3) + (2 + 1) + 1  # two at a time, with all that come after them
-
-
-def test_a_curve_in_a_squared_space_is_of_its_own_distance() -> None:
-    space = feature_space(Extractor("corner", lambda rgb: rgb[:, 0, 0] * 1.0, "squared"))
-    assert space.name == "squared distance of corner features"
-    assert space.pair(np.array([3.0, 0.0]), np.array([0.0, 4.0])) == 25.0
-
-
-def test_evaluate_tells_diversity_in_every_space_that_is_named(
-    alex: Path, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folders = [str(write_run(tmp_path / name, side)) for name, side in (("a", 64), ("b", 80))]
-    asked = ["evaluate", *folders]
-    for name in ("structure", str(alex), "colours", str(reward)):
-        asked += ["--features", name]
-    assert main([*asked, "--reference", folders[1], "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    lpips_name = found["spaces"][1]
-    assert found["spaces"] == ["structure-16x16", lpips_name, "colours-8x8"]
-    assert lpips_name.startswith("lpips-alex:")
-    assert found["scored_by"].startswith("imagereward:") and found["frechet_is"] == "Frechet"
-    row = found["rows"][0]
-    assert row["frechet"]["value"] > 0 and row["score"]["value"] != 0
-    own = row["spaces"][lpips_name]
-    assert own["distance"] == "squared" and own["mss"] is None
-    extractor = open_features(str(alex)).extractor
-    gallery = read_gallery(Path(folders[0]))
-    assert gallery.sizes == (3, 2)
-    rgb = np.stack([np.asarray(Image.open(p.path)) for p in gallery.pictures])
-    groups = [extractor.features(rgb[:3]), extractor.features(rgb[3:])]
-    expected = np.mean([diversity(group, "squared") for group in groups])
-    assert own["diversity"]["value"] == pytest.approx(expected, abs=1e-6)
-    assert set(found["paired"][0]["spaces"]) == set(found["spaces"])
-    assert main(asked) == 0
-    told = capsys.readouterr().out
-    assert "lpips: diversity of lpips-alex:" in told and "score: by imagereward:" in told
-    assert told.count("\n  lpips ") == told.count("\n  colours ") == 1
-
-
-def test_a_wide_space_has_no_reference_and_says_so_before_it_looks(
-    alex: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = write_run(tmp_path / "a")
-    asked = ["evaluate", str(folder), "--features", str(alex), "--reference", str(folder)]
-    assert main(asked) == 2
-    complaint = capsys.readouterr().err
-    assert "has no Frechet distance and no KID" in complaint and "features:" not in complaint
-    with pytest.raises(InputError, match="Give another --features first"):
-        read_reference(str(folder), open_features(str(alex)))
-
-
-def test_pictures_of_one_prompt_must_be_of_one_size_in_a_wide_space(
-    alex: Path, tmp_path: Path
-) -> None:
-    folder = write_run(tmp_path / "a")
-    Image.new("RGB", (96, 80)).save(folder / "000000.png")
-    gallery = read_gallery(folder)
-    with pytest.raises(InputError, match="'prompt 0' are 64x64 and 80x96 px"):
-        see(gallery, open_features(str(alex)))
-    assert see(gallery, open_features("colours")).features.shape == (5, 192)
 
 
 CHANGES: Mapping[str, Callable[[Tensor], Tensor | None]] = {
