@@ -109,7 +109,7 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
         name: [_read(study.lab_of(case), store, case, n) for n in range(len(study.prompts))]
         for name, case in study.cases.items()
     }
-    spaces = study.lab_of(study.cases["distilled"]).judge.spaces
+    spaces = study.lab_of(next(iter(study.cases.values()))).judge.spaces
     report: Json = {
         "format": FORMAT,
         "prompts": list(study.prompts),
