@@ -44,7 +44,7 @@ from headstart.study.cases import Case
 from headstart.study.lab import Lab
 from headstart.study.lists import demo_prompts
 from headstart.study.store import FORMAT, open_store
-from headstart.study.study import Study, draw, report_of
+from headstart.study.study import Study, draw, missing, report_of, share
 from headstart.sweep.ledger import Shard
 from headstart.sweep.seen import read_reference
 from headstart_weights.recipe.dataset import load_dataset
@@ -99,8 +99,8 @@ def main() -> None:
     with open_store(folder, settings_of(labs), shard) as store:
         if not options.report:
             with tqdm(desc=f"rank {shard.rank}", unit=" cell") as bar:
-                _, others = draw(study, store, lambda job, left: bar.update())
-            if others:
+                draw(share(study, store), store, lambda job, left: bar.update())
+            if missing(study, store):  # other ranks are not done
                 return
         found, rows = report_of(study, store)
     report = {

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from headstart.study.store import FORMAT, Arrays, open_store
-from headstart.study.study import Experiment, Left, Study, draw, jobs_of
+from headstart.study.study import Experiment, Left, Study, draw, jobs_of, missing, share
 from headstart.sweep.ledger import Shard
 
 SETTING = {"format": FORMAT}
@@ -47,7 +47,9 @@ class Counted:
 
 def drawn(folder: Path, counted: Counted, shard: Shard = ALONE) -> tuple[int, int]:
     with open_store(folder, SETTING, shard) as store:
-        return draw(counted.study(), store)
+        own = share(counted.study(), store)
+        draw(own, store)
+        return len(own), len(missing(counted.study(), store))
 
 
 def test_every_cell_is_made_once_and_never_again(tmp_path: Path) -> None:
@@ -92,7 +94,7 @@ def test_the_cells_of_one_prompt_are_beside_each_other() -> None:
 def test_time_left_is_the_passes_left_at_the_pace_so_far(tmp_path: Path) -> None:
     told: list[Left] = []
     with open_store(tmp_path, SETTING, Shard()) as store:
-        draw(Counted().study(), store, lambda job, left: told.append(left))
+        draw(share(Counted().study(), store), store, lambda job, left: told.append(left))
     assert [left.done for left in told] == [1, 2, 3, 4, 5, 6]
     assert told[-1].seconds == 0.0
     assert all(left.seconds is not None and left.seconds > 0 for left in told[:-1])

@@ -123,7 +123,7 @@ def _study(args: argparse.Namespace) -> int:
     from headstart.study.report import write_report
     from headstart.study.setup import settings_of, study_of
     from headstart.study.store import open_store
-    from headstart.study.study import draw, jobs_of, report_of
+    from headstart.study.study import draw, missing, report_of, share
 
     request = _request(args, listed, seeds)
     study, notes = study_of(engine, request)
@@ -131,25 +131,26 @@ def _study(args: argparse.Namespace) -> int:
         note(line)
     settings = settings_of(engine, study, request)
     with open_store(args.out, settings, shard) as store:
-        missing = [job for job in jobs_of(study) if not job.done(store)]
-        if missing and args.report:
+        left = missing(study, store)
+        if left and args.report:
             raise InputError(
-                f"{len(missing)} cells are missing, the first is {missing[0].place.file}: leave "
+                f"{len(left)} cells are missing, the first is {left[0].place.file}: leave "
                 "--report out to draw them"
             )
+        own = share(study, store)
         side = settings["size"]
         kept = min(args.keep, len(seeds)) * side[0] * side[1] * 3
-        check_folder(args.out, size_bytes=len(missing) * kept)
-        with _Telling(missing) as tell:
-            made, others = draw(study, store, tell)
-        if others:
-            _print(args, made, others, {})
+        check_folder(args.out, size_bytes=len(own) * kept)
+        with _Telling(own) as tell:
+            draw(own, store, tell)
+        if others := len(missing(study, store)):
+            _print(args, len(own), others, {})
             return 0
         report, rows = report_of(study, store)
         report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
         report["notes"] = list(notes)
         files = write_report(args.out, report, rows, _pictures(args, report, seeds))
-    _print(args, made, 0, report, files)
+    _print(args, len(own), 0, report, files)
     return 0
 
 
@@ -254,11 +255,11 @@ def _pictures(
 class _Telling:
     """What is left: a bar of network passes on a terminal, else a line a minute."""
 
-    def __init__(self, missing: Sequence[Job]) -> None:
-        self._passes = sum(job.passes for job in missing)
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._passes = sum(job.passes for job in jobs)
         self._told = time.monotonic()
-        if missing:
-            note(f"{len(missing)} cells to draw, {self._passes:.0f} network passes")
+        if jobs:
+            note(f"{len(jobs)} cells to draw, {self._passes:.0f} network passes")
 
     def __enter__(self) -> _Telling:
         self._open = progress(round(self._passes), "drawing", " pass")

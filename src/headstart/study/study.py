@@ -80,27 +80,32 @@ def jobs_of(study: Study) -> Iterator[Job]:
                     yield _experiment_job(experiment, name, number)
 
 
+def share(study: Study, store: Store) -> list[Job]:
+    """This rank's cells that are not there."""
+    rank, world = store.shard
+    return [job for job in list(jobs_of(study))[rank::world] if not job.done(store)]
+
+
 def draw(
-    study: Study, store: Store, on_cell: Callable[[Job, Left], object] | None = None
-) -> tuple[int, int]:
-    """Make this rank's missing cells; how many were made, and how many of all are still missing.
+    jobs: Sequence[Job], store: Store, on_cell: Callable[[Job, Left], object] | None = None
+) -> None:
+    """Make these cells.
 
     on_cell  called after each cell. Seconds left are those of the passes so far, so they hold as
              far as a pass of one network takes as long as one of another
     """
-    rank, world = store.shard
-    jobs = list(jobs_of(study))
-    own = [job for job in jobs[rank::world] if not job.done(store)]
-    left, begin = sum(job.passes for job in own), time.monotonic()
-    done = 0.0
-    for count, job in enumerate(own, 1):
+    left, done, begin = sum(job.passes for job in jobs), 0.0, time.monotonic()
+    for count, job in enumerate(jobs, 1):
         job.run(store)
         done, left = done + job.passes, left - job.passes
         pace = (time.monotonic() - begin) / done if done else None
         if on_cell is not None:
-            on_cell(job, Left(count, len(own), None if pace is None else pace * left))
-    others = [job for number, job in enumerate(jobs) if number % world != rank]
-    return len(own), sum(not job.done(store) for job in others)
+            on_cell(job, Left(count, len(jobs), None if pace is None else pace * left))
+
+
+def missing(study: Study, store: Store) -> list[Job]:
+    """The cells of any rank that are not there; a report needs all of them."""
+    return [job for job in jobs_of(study) if not job.done(store)]
 
 
 def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
