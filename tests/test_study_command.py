@@ -15,6 +15,7 @@ from headstart.metrics.features import open_features
 from headstart.metrics.metrics import diversity
 
 PROMPTS = ("a fox", "an owl")
+EXPERIMENTS = ("curve", "control", "timeline")
 SMALL = ("--seeds", "3,5,9", "--parts", "plans", "--keep", "2")
 
 
@@ -148,3 +149,60 @@ def test_one_model_alone_is_no_pair(
     alone = ("--base", str(headstart_weights.path("base")), "--preset", "demo")
     assert study(tmp_path / "out", prompts, *alone) == 2
     assert "'distilled' is not loaded" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def experiments(prompts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("study") / "experiments"
+    assert study(folder, prompts, "--seeds", "3,5", "--parts", ",".join(EXPERIMENTS)) == 0
+    return folder
+
+
+def test_the_experiments_are_cells_of_the_same_study(
+    experiments: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = json.loads((experiments / "report.json").read_text())
+    assert list(report["curve"]["plans"]) == ["base", "distilled", "hybrid"]
+    assert report["curve"]["plans"]["hybrid"]["share"][-1]["value"] == pytest.approx(1.0)
+    (control,) = report["control"]["adapters"]
+    assert control["name"] == "yellow" and control["words"] == "yellow background"
+    changed = control["plans"]["hybrid"][-1]
+    assert changed["strength"] == 2.0 and changed["change"]["value"] > 0
+    assert report["timeline"]["plans"]["distilled"]["asked"]["courses"] == 4
+    figures = {path.stem for path in (experiments / "figures").iterdir()}
+    assert {"curve", "control", "timeline"} <= figures
+    before = stamps(experiments)
+    options = ("--seeds", "3,5", "--parts", ",".join(EXPERIMENTS), "--json")
+    assert study(experiments, prompts, *options) == 0
+    assert json.loads(capsys.readouterr().out)["made"] == 0 and stamps(experiments) == before
+
+
+def test_a_control_leaves_the_pictures_of_the_plans_as_they_are(
+    experiments: Path, prompts: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "plain"
+    assert study(out, prompts, "--seeds", "3,5", "--parts", "plans") == 0
+    for name in ("base", "hybrid"):
+        own, other = (
+            np.load(folder / f"cells/plans/{name}/001.npz") for folder in (experiments, out)
+        )
+        for key in own.files:
+            if key not in ("seconds", "identity"):
+                np.testing.assert_array_equal(own[key], other[key])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("yellow", "expected FILE"),
+        ("yellow=", "expected FILE"),
+        ("yellow:0=yellow background", "not 0"),
+        ("yellow:1@base=yellow background", "one number"),
+        ("nowhere.safetensors=old", "nowhere.safetensors"),
+    ],
+)
+def test_a_control_that_says_too_little_is_refused(
+    text: str, words: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(tmp_path / "out", prompts, "--control", text, "--seeds", "3,5") == 2
+    assert words in capsys.readouterr().err
