@@ -148,3 +148,37 @@ def test_one_model_alone_is_no_pair(
     alone = ("--base", str(headstart_weights.path("base")), "--preset", "demo")
     assert study(tmp_path / "out", prompts, *alone) == 2
     assert "'distilled' is not loaded" in capsys.readouterr().err
+
+
+def test_other_reference_pictures_are_measured_again_and_told(
+    small: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """As many as before, of another plan: a picture is 0 levels from itself alone."""
+    out, nearest = tmp_path / "out", list[float]()
+    for case in ("base", "distilled"):
+        pictures = small / "pictures" / case
+        assert study(out, prompts, *SMALL, "--reference", str(pictures)) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["reference"] == {"name": str(pictures), "images": 4}
+        nearest.append(report["rows"]["distilled"]["nearest"]["value"])
+    with np.load(out / "cells/plans/distilled/000.npz") as held:
+        np.testing.assert_allclose(held["nearest"][:2], 0.0, atol=0.01)  # kept, so the reference
+    assert nearest[1] < nearest[0]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_grid_of_steps_that_is_no_number_is_refused(
+    value: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(tmp_path / "out", prompts, "--k", value) == 2
+    assert "whole numbers" in capsys.readouterr().err
+
+
+def test_how_files_are_read_is_a_setting_of_a_study(
+    small: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import headstart_weights
+
+    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    assert study(small, prompts, *SMALL, "--preset", "demo", *own, "--head-dim", "32") == 2
+    assert "loading" in capsys.readouterr().err

@@ -121,7 +121,7 @@ def _study(args: argparse.Namespace) -> int:
     engine = open_engine(args)
 
     from headstart.study.report import write_report
-    from headstart.study.setup import settings_of, study_of
+    from headstart.study.setup import reference_of, settings_of, study_of
     from headstart.study.store import open_store
     from headstart.study.study import draw, missing, report_of, share
 
@@ -148,7 +148,7 @@ def _study(args: argparse.Namespace) -> int:
             return 0
         report, rows = report_of(study, store)
         report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
-        report["notes"] = list(notes)
+        report |= {"reference": reference_of(study, request), "notes": list(notes)}
         files = write_report(args.out, report, rows, _pictures(args, report, seeds))
     _print(args, len(own), 0, report, files)
     return 0
@@ -201,7 +201,22 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
         or ("bundled" if uses_bundled(args) and not args.features else None),
         keep=args.keep,
         controls=_controls(args),
+        loading=_loading(args),
     )
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides pictures beside the weights' files and the tables."""
+    from headstart.engine import record
+
+    given = {name: getattr(args, name) for name in ("head_dim", "text_head_dim")}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.tokenizer is not None:
+        path = Path(args.tokenizer)
+        files = tuple(sorted(path.glob("*.*"))) if path.is_dir() else (path,)
+        told = record.weigh({"tokenizer": (path.name, files)})
+        found["tokenizer"] = told["tokenizer"]["sha256"]
+    return found
 
 
 def _controls(args: argparse.Namespace) -> list[Attachable]:
@@ -233,7 +248,7 @@ def _controls(args: argparse.Namespace) -> list[Attachable]:
 def _whole(values: list[float] | None) -> list[int] | None:
     if values is None:
         return None
-    if any(value != int(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise InputError(f"--k and --n are whole numbers, got {values}")
     return [int(value) for value in values]
 

@@ -33,7 +33,7 @@ from headstart.sweep.ledger import Shard
 
 FORMAT = "headstart.study/1"
 SETTINGS, IDENTITY = "study.json", "identity"
-FIXED = ("format", "weights", "adapters", "prompts", "numbers", "size", "dtype")
+FIXED = ("format", "weights", "adapters", "prompts", "numbers", "size", "dtype", "loading")
 """Settings that a folder has once; cases and feature spaces may come later."""
 
 Arrays = Mapping[str, NDArray[Any]]
