@@ -182,3 +182,36 @@ def test_how_files_are_read_is_a_setting_of_a_study(
     own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
     assert study(small, prompts, *SMALL, "--preset", "demo", *own, "--head-dim", "32") == 2
     assert "loading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["timeline", "control"])
+def test_what_needs_scores_is_refused_before_anything_is_drawn(
+    part: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--seeds", "3,5", "--parts", part, "--features", "structure")
+    assert study(tmp_path / "out", prompts, *options) == 2
+    assert "nothing scores pictures with text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_size_of_the_bundled_pair_and_features_without_text_need_no_more_options(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to what is drawn: `--report` says what is missing."""
+    for options in (("--size", "32"), ("--features", "structure")):
+        assert study(tmp_path / "out", prompts, "--seeds", "3,5", *options, "--report") == 2
+        told = capsys.readouterr().err
+        assert "cells are missing" in told and "controls and timelines are left out" in told
+        (tmp_path / "out/study.json").unlink()
+
+
+def test_cases_left_out_for_one_reason_are_one_note(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import headstart_weights
+
+    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    one = ("--preset", "sd-turbo", "--steps", "1", "--parts", "n,guidance", "--report")
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *own, *one) == 2
+    notes = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(notes) == 2 and "hybrid, n-2, n-3" in notes[0] and "skip-first" in notes[1]

@@ -197,12 +197,19 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
             methods=args.diversify or None,
         ),
         features=args.features or None,
-        reference=args.reference
-        or ("bundled" if uses_bundled(args) and not args.features else None),
+        reference=args.reference or _usual_reference(args),
         keep=args.keep,
         controls=_controls(args),
         loading=_loading(args),
     )
+
+
+def _usual_reference(args: argparse.Namespace) -> str | None:
+    """The bundled one where the bundled scorer is the judge: of pictures of its own size."""
+    from headstart.metrics.scorer import IMAGE_SIZE
+
+    own = read_size(args.size) in (None, IMAGE_SIZE, (IMAGE_SIZE, IMAGE_SIZE))
+    return "bundled" if own and uses_bundled(args) and not args.features else None
 
 
 def _loading(args: argparse.Namespace) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _checked(
     that was asked for must.
     """
     found: dict[str, Case] = {}
-    notes: list[str] = []
+    why: dict[str, list[str]] = {}
     for name, case in cases.items():
         try:
             lab.check(case)
@@ -166,10 +166,11 @@ def _checked(
             usual = case.part == "plans" or getattr(grids, case.part) is None
             if name in NEEDED or not usual:
                 raise
-            notes.append(f"case {name} is left out: {str(error).splitlines()[0]}")
+            told = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
+            why.setdefault(told.partition("): ")[2] or told, []).append(name)
         else:
             found[name] = case
-    return found, tuple(notes)
+    return found, tuple(f"left out: {', '.join(own)}: {told}" for told, own in why.items())
 
 
 def _pictures(reference: str | None) -> Rgb | None:
