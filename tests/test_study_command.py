@@ -215,3 +215,28 @@ def test_cases_left_out_for_one_reason_are_one_note(
     assert study(tmp_path / "out", prompts, "--seeds", "3,5", *own, *one) == 2
     notes = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     assert len(notes) == 2 and "hybrid, n-2, n-3" in notes[0] and "skip-first" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lora", "yellow:0.5", "--control", "yellow=yellow"), "leave one of the two out"),
+        (("--control", "{prompts}=yellow"), "safetensors"),
+    ],
+)
+def test_a_control_that_cannot_be_attached_is_refused_before_anything_is_drawn(
+    options: Sequence[str], words: str, prompts: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [text.format(prompts=prompts) for text in options]
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *given) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bundled_control_gives_way_to_an_adapter_of_the_whole_study(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--seeds", "3,5", "--lora", "yellow:0.5", "--report")
+    assert study(tmp_path / "out", prompts, *options) == 2
+    assert "cells are missing" in capsys.readouterr().err

@@ -232,7 +232,7 @@ def _controls(args: argparse.Namespace) -> list[Attachable]:
     from headstart.study.experiments import Attachable, bundled_controls
 
     if not args.control:
-        return bundled_controls() if uses_bundled(args) else []
+        return bundled_controls() if uses_bundled(args) and not args.lora else []
     found: list[Attachable] = []
     for text in args.control:
         named, equals, words = text.partition("=")

@@ -97,6 +97,14 @@ def _control(
 ) -> Experiment:
     seeds = lab.seeds[:SEEDS]
     by_name = {own.control.adapter: own for own in controls}
+    for name, own in by_name.items():  # a file that does not fit is told before anything is drawn
+        if name in lab.engine.adapters.now().held:
+            raise InputError(
+                f"control {name!r}: it is attached to the whole study already (--lora): leave one "
+                "of the two out"
+            )
+        lab.engine.attach(own.path, 0.0, name=name)
+        lab.engine.detach(name)
 
     def measure(name: str, number: int) -> Arrays:
         own = by_name[name]
