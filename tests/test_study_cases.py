@@ -77,6 +77,16 @@ def test_a_method_acts_on_the_distilled_model_unless_a_plan_is_named() -> None:
     assert (on_hybrid.plan, on_hybrid.diversify) == ("hybrid", ("select:2",))
 
 
+def test_several_methods_are_one_case_and_a_plan_without_any_is_refused() -> None:
+    found = made("demo", Grids(methods=["hybrid+select:2+cads:0.1", "pink:1+cads:0.1"]))
+    both, alone = found["hybrid+select:2+cads:0.1"], found["pink:1+cads:0.1"]
+    assert (both.plan, both.diversify) == ("hybrid", ("select:2", "cads:0.1"))
+    assert (alone.plan, alone.diversify) == ("distilled", ("pink:1", "cads:0.1"))
+    for text in ("hybrid+", "cads", ""):
+        with pytest.raises(InputError, match=f"method '{text[:5]}"):
+            made("demo", Grids(methods=[text]))
+
+
 def test_an_unguided_base_has_one_row_of_its_own_and_not_two() -> None:
     from dataclasses import replace
 

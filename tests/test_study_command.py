@@ -206,3 +206,95 @@ def test_a_control_that_says_too_little_is_refused(
 ) -> None:
     assert study(tmp_path / "out", prompts, "--control", text, "--seeds", "3,5") == 2
     assert words in capsys.readouterr().err
+
+
+def test_other_reference_pictures_are_measured_again_and_told(
+    small: Path, prompts: Path, tmp_path: Path
+) -> None:
+    """As many as before, of another plan: a picture is 0 levels from itself alone."""
+    out, nearest = tmp_path / "out", list[float]()
+    for case in ("base", "distilled"):
+        pictures = small / "pictures" / case
+        assert study(out, prompts, *SMALL, "--reference", str(pictures)) == 0
+        report = json.loads((out / "report.json").read_text())
+        assert report["reference"] == {"name": str(pictures), "images": 4}
+        nearest.append(report["rows"]["distilled"]["nearest"]["value"])
+    with np.load(out / "cells/plans/distilled/000.npz") as held:
+        np.testing.assert_allclose(held["nearest"][:2], 0.0, atol=0.01)  # kept, so the reference
+    assert nearest[1] < nearest[0]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_grid_of_steps_that_is_no_number_is_refused(
+    value: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study(tmp_path / "out", prompts, "--k", value) == 2
+    assert "whole numbers" in capsys.readouterr().err
+
+
+def test_how_files_are_read_is_a_setting_of_a_study(
+    small: Path, prompts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import headstart_weights
+
+    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    assert study(small, prompts, *SMALL, "--preset", "demo", *own, "--head-dim", "32") == 2
+    assert "loading" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["timeline", "control"])
+def test_what_needs_scores_is_refused_before_anything_is_drawn(
+    part: str, prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--seeds", "3,5", "--parts", part, "--features", "structure")
+    assert study(tmp_path / "out", prompts, *options) == 2
+    assert "nothing scores pictures with text" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_size_of_the_bundled_pair_and_features_without_text_need_no_more_options(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Up to what is drawn: `--report` says what is missing."""
+    for options in (("--size", "32"), ("--features", "structure")):
+        assert study(tmp_path / "out", prompts, "--seeds", "3,5", *options, "--report") == 2
+        told = capsys.readouterr().err
+        assert "cells are missing" in told and "controls and timelines are left out" in told
+        (tmp_path / "out/study.json").unlink()
+
+
+def test_cases_left_out_for_one_reason_are_one_note(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import headstart_weights
+
+    own = [f"--{role}={headstart_weights.path(role)}" for role in ("base", "distilled")]
+    one = ("--preset", "sd-turbo", "--steps", "1", "--parts", "n,guidance", "--report")
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *own, *one) == 2
+    notes = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    assert len(notes) == 2 and "hybrid, n-2, n-3" in notes[0] and "skip-first" in notes[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--lora", "yellow:0.5", "--control", "yellow=yellow"), "leave one of the two out"),
+        (("--control", "{prompts}=yellow"), "safetensors"),
+    ],
+)
+def test_a_control_that_cannot_be_attached_is_refused_before_anything_is_drawn(
+    options: Sequence[str], words: str, prompts: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    given = [text.format(prompts=prompts) for text in options]
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *given) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bundled_control_gives_way_to_an_adapter_of_the_whole_study(
+    prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--seeds", "3,5", "--lora", "yellow:0.5", "--report")
+    assert study(tmp_path / "out", prompts, *options) == 2
+    assert "cells are missing" in capsys.readouterr().err

@@ -62,7 +62,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--parts",
         default="all",
         metavar="PART,PART",
-        help=f"of {','.join((*PARTS, *EXPERIMENTS))}; default: all that these weights allow",
+        help=f"beside the plans: {', '.join((*PARTS[1:], *EXPERIMENTS))}, or plans alone; default: "
+        "all that these weights allow",
     )
     group.add_argument("--k", type=numbers, metavar="K,K", help="steps that the base takes")
     group.add_argument("--n", type=numbers, metavar="N,N", help="grids of the base's own")
@@ -121,7 +122,7 @@ def _study(args: argparse.Namespace) -> int:
     engine = open_engine(args)
 
     from headstart.study.report import write_report
-    from headstart.study.setup import settings_of, study_of
+    from headstart.study.setup import reference_of, settings_of, study_of
     from headstart.study.store import open_store
     from headstart.study.study import draw, missing, report_of, share
 
@@ -148,7 +149,7 @@ def _study(args: argparse.Namespace) -> int:
             return 0
         report, rows = report_of(study, store)
         report |= {**settings, "command": " ".join(["headstart", *sys.argv[1:]])}
-        report["notes"] = list(notes)
+        report |= {"reference": reference_of(study, request), "notes": list(notes)}
         files = write_report(args.out, report, rows, _pictures(args, report, seeds))
     _print(args, len(own), 0, report, files)
     return 0
@@ -197,11 +198,33 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
             methods=args.diversify or None,
         ),
         features=args.features or None,
-        reference=args.reference
-        or ("bundled" if uses_bundled(args) and not args.features else None),
+        reference=args.reference or _usual_reference(args),
         keep=args.keep,
         controls=_controls(args),
+        loading=_loading(args),
     )
+
+
+def _usual_reference(args: argparse.Namespace) -> str | None:
+    """The bundled one where the bundled scorer is the judge: of pictures of its own size."""
+    from headstart.metrics.scorer import IMAGE_SIZE
+
+    own = read_size(args.size) in (None, IMAGE_SIZE, (IMAGE_SIZE, IMAGE_SIZE))
+    return "bundled" if own and uses_bundled(args) and not args.features else None
+
+
+def _loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What decides pictures beside the weights' files and the tables."""
+    from headstart.engine import record
+
+    given = {name: getattr(args, name) for name in ("head_dim", "text_head_dim")}
+    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    if args.tokenizer is not None:
+        path = Path(args.tokenizer)
+        files = tuple(sorted(path.glob("*.*"))) if path.is_dir() else (path,)
+        told = record.weigh({"tokenizer": (path.name, files)})
+        found["tokenizer"] = told["tokenizer"]["sha256"]
+    return found
 
 
 def _controls(args: argparse.Namespace) -> list[Attachable]:
@@ -210,7 +233,7 @@ def _controls(args: argparse.Namespace) -> list[Attachable]:
     from headstart.study.experiments import Attachable, bundled_controls
 
     if not args.control:
-        return bundled_controls() if uses_bundled(args) else []
+        return bundled_controls() if uses_bundled(args) and not args.lora else []
     found: list[Attachable] = []
     for text in args.control:
         named, equals, words = text.partition("=")
@@ -233,7 +256,7 @@ def _controls(args: argparse.Namespace) -> list[Attachable]:
 def _whole(values: list[float] | None) -> list[int] | None:
     if values is None:
         return None
-    if any(value != int(value) for value in values):
+    if not all(value.is_integer() for value in values):
         raise InputError(f"--k and --n are whole numbers, got {values}")
     return [int(value) for value in values]
 

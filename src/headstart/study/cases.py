@@ -68,7 +68,8 @@ class Case:
 class Grids:
     """What is varied; None: the usual values, empty: nothing.
 
-    methods   "cads:0.25" on the distilled model, or "hybrid+select:2" on a plan named before `+`
+    methods   "cads:0.25" on the distilled model, or "hybrid+select:2" on a plan named before `+`;
+              "hybrid+select:2+cads:0.1" is both at once
     """
 
     k: Sequence[int] | None = None
@@ -189,15 +190,20 @@ def _handoffs(
 
 def _methods(values: Sequence[str]) -> Iterator[Case]:
     for text in values:
-        named, plus, method = text.partition("+")
-        plan, method = (named, method) if plus else ("distilled", text)
+        named, _, rest = text.partition("+")
+        plan, methods = ("distilled", text) if ":" in named else (named, rest)
+        if not methods:
+            raise InputError(
+                f"method {text!r:.60}: expected NAME:VALUE or PLAN+NAME:VALUE, such as cads:0.1 "
+                "or hybrid+select:4; several are joined by +"
+            )
         yield Case(
-            name=f"{plan}+{method}" if plus else method,
+            name=text,
             part="methods",
-            about=f"{method} on plan {plan}",
+            about=f"{methods} on plan {plan}",
             plan=plan,
-            diversify=(method,),
-            method=method.partition(":")[0],
+            diversify=tuple(methods.split("+")),
+            method=methods.partition(":")[0],
         )
 
 

@@ -20,6 +20,7 @@ from headstart.study import control, curve, timeline
 from headstart.study.cases import Case
 from headstart.study.control import Control
 from headstart.study.lab import Lab
+from headstart.study.steps import scored
 from headstart.study.store import Arrays
 from headstart.study.study import Experiment
 from headstart.traces.decoders import decoder
@@ -50,13 +51,16 @@ def experiments_of(
     notes: list[str] = []
     if parts is None or "curve" in parts:
         found.append(_curve(lab, plans))
-    if controls and (parts is None or "control" in parts):
-        found.append(_control(lab, plans, controls))
-    elif parts is not None and "control" in parts:
+    if parts is not None and {"control", "timeline"} & set(parts):
+        scored(lab.judge, ())  # raises now what a cell would after hours of others
+    if parts is not None and "control" in parts and not controls:
         raise InputError("part control: which adapter does what? give --control FILE=WORDS")
     if parts is None and lab.judge.score is None:
-        notes.append("timelines are left out: these features score no text")
-    elif parts is None or "timeline" in parts:
+        left = "controls and timelines" if controls else "timelines"
+        return found, (f"{left} are left out: these features score no text",)
+    if controls and (parts is None or "control" in parts):
+        found.append(_control(lab, plans, controls))
+    if parts is None or "timeline" in parts:
         own, note = _timeline(lab, plans)
         found += own
         notes += note
@@ -93,6 +97,14 @@ def _control(
 ) -> Experiment:
     seeds = lab.seeds[:SEEDS]
     by_name = {own.control.adapter: own for own in controls}
+    for name, own in by_name.items():  # a file that does not fit is told before anything is drawn
+        if name in lab.engine.adapters.now().held:
+            raise InputError(
+                f"control {name!r}: it is attached to the whole study already (--lora): leave one "
+                "of the two out"
+            )
+        lab.engine.attach(own.path, 0.0, name=name)
+        lab.engine.detach(name)
 
     def measure(name: str, number: int) -> Arrays:
         own = by_name[name]

@@ -4,6 +4,8 @@ diversity@SPACE  [1 + R]  of all seeds, then of R draws of the seeds
 vendi@SPACE      []       effective number of different pictures; NaN where cosines mean nothing
 features@SPACE   [n, d]   float32, where a Gaussian of them means something
 score, nearest   [n]      of each picture; where a judge has text, and where there is a reference
+scored_by        []       whose score it is: a folder may be measured again with another's
+chosen           [n]      seeds that a method chose in place of those that were given
 images, passes, networks, seconds []    passes and wall seconds of one picture; UNets in memory
 """
 
@@ -15,6 +17,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -65,6 +68,11 @@ class Lab:
         )
 
     @cached_property
+    def reference_digest(self) -> str | None:
+        """SHA-256 of the reference pictures: as many others are another reference."""
+        return None if self.reference is None else sha256(self.reference.tobytes()).hexdigest()
+
+    @cached_property
     def tables(self) -> dict[str, StepTable]:
         """Those compiled so far, by the case's name."""
         return {}
@@ -100,7 +108,7 @@ class Lab:
                 "size": self.size,
                 "diversify": list(case.diversify),
                 "weights": self.weights,
-                "reference": None if self.reference is None else len(self.reference),
+                "reference": self.reference_digest,
             },
             sort_keys=True,
         )
@@ -110,11 +118,15 @@ class Lab:
         return float(self.table(case).passes() * len(self.seeds))
 
     def read(self, store: Store, case: Case, number: int) -> Arrays | None:
-        """The finished cell, if it has every space of the judge."""
+        """The finished cell, if it has every space of the judge, and scores by this one."""
         found = store.read(Place(case.part, case.name, number), self.identity(case, number))
         wanted = [f"diversity@{space.name}" for space in self.judge.spaces]
         wanted += ["score"] * (self.judge.score is not None)
-        return found if found is not None and set(wanted) <= set(found) else None
+        if found is None or not set(wanted) <= set(found):
+            return None
+        scored_by = found.get("scored_by")
+        other = scored_by is not None and str(scored_by) != self.judge.scored_by
+        return None if other and self.judge.score is not None else found
 
     def measure(self, store: Store, case: Case, number: int) -> None:
         """Draw one cell, or measure again what is kept of it, and put it in place."""
@@ -122,7 +134,7 @@ class Lab:
         identity = self.identity(case, number)
         before = store.read(place, identity)
         rgb = None if before is None else store.kept(case.name, number, self.seeds)
-        cost = {} if before is None else {name: before[name] for name in COST}
+        cost = {name: own for name, own in (before or {}).items() if name in COST}
         if rgb is None:
             rgb, cost = self._drawn(case, prompt)
             store.keep(case.name, number, self.seeds[: self.keep], rgb)
@@ -140,10 +152,13 @@ class Lab:
         cost = {
             "images": len(rgb), "passes": done.passes, "networks": networks, "seconds": seconds,
         }  # fmt: skip
-        return rgb, {name: np.array(float(value)) for name, value in cost.items()}
+        found: dict[str, NDArray[Any]] = {k: np.array(float(v)) for k, v in cost.items()}
+        if done.chosen is not None:
+            found["chosen"] = np.array(done.chosen, np.uint64)
+        return rgb, found
 
 
-COST = ("images", "passes", "networks", "seconds")
+COST = ("images", "passes", "networks", "seconds", "chosen")
 
 
 def measured(
@@ -155,6 +170,7 @@ def measured(
         found |= _varied(space, group_features(space, rgb))
     if judge.score is not None:
         found["score"] = judge.score(rgb, [prompt] * len(rgb)).astype(np.float64)
+        found["scored_by"] = np.array(judge.scored_by)
     if reference is not None:
         found["nearest"] = nearest(rgb, reference)
     return found

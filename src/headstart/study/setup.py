@@ -39,6 +39,7 @@ class Request:
     features   names of spaces, the main one first; None: those valid for the pictures
     reference  a folder of pictures, or "bundled"
     controls   adapters, and what each is to do
+    loading    how the files were read where they do not say it: heads, a tokenizer's digest
     """
 
     prompts: Sequence[str]
@@ -51,6 +52,7 @@ class Request:
     reference: str | None = None
     keep: int = 16
     controls: Sequence[Attachable] = ()
+    loading: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
@@ -94,6 +96,8 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
     """What is written of a study before it begins; see `store.FIXED`."""
     weights = engine.weights
     seeds = request.seeds
+    guidance = weights.embedded_guidance
+    loading = {**request.loading, **({} if guidance is None else {"embedded_guidance": guidance})}
     return {
         "format": FORMAT,
         "pair": {
@@ -108,9 +112,19 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
         "numbers": [str(seed) for seed in seeds],
         "size": list(study.lab_of(study.cases["distilled"]).size or ()),
         "dtype": str(weights.dtype).removeprefix("torch."),
-        "machine": record.machine(engine.device, weights.dtype, engine.runner),
+        "loading": loading or None,
+        "machine": record.machine(engine.device, weights.dtype, engine.runner, guidance),
         "cases": list(study.cases),
     }
+
+
+def reference_of(study: Study, request: Request) -> dict[str, Any] | None:
+    """What pictures were compared with, and how many it is; None for moments alone."""
+    if request.reference is None:
+        return None
+    held = study.lab_of(study.cases["distilled"]).reference
+    named = next((own.name for own in study.references.values()), request.reference)
+    return {"name": named, "images": None if held is None else len(held)}
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
@@ -144,7 +158,7 @@ def _checked(
     that was asked for must.
     """
     found: dict[str, Case] = {}
-    notes: list[str] = []
+    why: dict[str, list[str]] = {}
     for name, case in cases.items():
         try:
             lab.check(case)
@@ -152,10 +166,11 @@ def _checked(
             usual = case.part == "plans" or getattr(grids, case.part) is None
             if name in NEEDED or not usual:
                 raise
-            notes.append(f"case {name} is left out: {str(error).splitlines()[0]}")
+            told = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
+            why.setdefault(told.partition("): ")[2] or told, []).append(name)
         else:
             found[name] = case
-    return found, tuple(notes)
+    return found, tuple(f"left out: {', '.join(own)}: {told}" for told, own in why.items())
 
 
 def _pictures(reference: str | None) -> Rgb | None:

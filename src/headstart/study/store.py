@@ -33,7 +33,7 @@ from headstart.sweep.ledger import Shard
 
 FORMAT = "headstart.study/1"
 SETTINGS, IDENTITY = "study.json", "identity"
-FIXED = ("format", "weights", "adapters", "prompts", "numbers", "size", "dtype")
+FIXED = ("format", "weights", "adapters", "prompts", "numbers", "size", "dtype", "loading")
 """Settings that a folder has once; cases and feature spaces may come later."""
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -56,6 +56,10 @@ class Store(NamedTuple):
 
     folder: Path
     shard: Shard
+
+    def has(self, place: Place) -> bool:
+        """Whether there is a cell of any identity, which is quickly told."""
+        return (self.folder / place.file).is_file()
 
     def read(self, place: Place, identity: str) -> Arrays | None:
         """A finished cell of this identity; None where there is none, or one that is damaged."""

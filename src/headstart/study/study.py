@@ -114,11 +114,13 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
         name: [_read(study.lab_of(case), store, case, n) for n in range(len(study.prompts))]
         for name, case in study.cases.items()
     }
-    spaces = study.lab_of(next(iter(study.cases.values()))).judge.spaces
+    judge = study.lab_of(next(iter(study.cases.values()))).judge
+    spaces = judge.spaces
     report: Json = {
         "format": FORMAT,
         "prompts": list(study.prompts),
         "spaces": [{"name": own.name, "distance": own.distance} for own in spaces],
+        "scored_by": judge.scored_by,
         "rows": rows_of(study.cases, cells, spaces, study.references),
         "curve": None,
         "control": None,
@@ -134,20 +136,22 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
 
 
 def _case_job(lab: Lab, case: Case, number: int) -> Job:
+    place = Place(case.part, case.name, number)
+
     def done(store: Store) -> bool:
-        return lab.read(store, case, number) is not None
+        return store.has(place) and lab.read(store, case, number) is not None
 
     def run(store: Store) -> None:
         lab.measure(store, case, number)
 
-    return Job(Place(case.part, case.name, number), lab.passes(case), done, run)
+    return Job(place, lab.passes(case), done, run)
 
 
 def _experiment_job(own: Experiment, name: str, number: int) -> Job:
     place = Place(own.part, name, number)
 
     def done(store: Store) -> bool:
-        return store.read(place, own.identity(name, number)) is not None
+        return store.has(place) and store.read(place, own.identity(name, number)) is not None
 
     def run(store: Store) -> None:
         store.write(place, own.identity(name, number), own.measure(name, number))
