@@ -42,6 +42,7 @@ from headstart.plan.pairs import DEMO_TIMESTEPS
 from headstart.plan.update import Update
 from headstart.study.cases import Case
 from headstart.study.lab import Lab
+from headstart.study.labels import Spot, name_spots
 from headstart.study.lists import demo_prompts
 from headstart.study.store import FORMAT, open_store
 from headstart.study.study import Study, draw, missing, report_of, share
@@ -235,29 +236,41 @@ def summary(rows: Mapping[str, Json], each: Sequence[Json], spaces: Sequence[str
     found: Json = {}
     for sampler in SAMPLERS:
         for name, way in WAYS.items():
-            own = [f"{sampler}-{run}-{name}" for run in RUNS]
+            cases = [f"{sampler}-{run}-{name}" for run in RUNS]
             alone = [f"{sampler}-{run}-distilled" for run in RUNS]
 
-            def stacked(cases: Sequence[str], space: str, key: str) -> np.ndarray:
-                return np.stack([held[case, space, key] for case in cases])
+            def stacked(wanted: Sequence[str], space: str, key: str) -> np.ndarray:
+                return np.stack([held[case, space, key] for case in wanted])
 
             line: Json = {
                 "sampler": sampler,
                 "way": name,
                 "about": way.about,
-                "passes": rows[own[0]]["passes"],
-                "networks": rows[own[0]]["networks"],
-                "frechet": _over_runs([rows[case]["spaces"][spaces[0]]["frechet"] for case in own]),
+                "passes": rows[cases[0]]["passes"],
+                "networks": rows[cases[0]]["networks"],
+                "frechet": _over_runs(
+                    [rows[case]["spaces"][spaces[0]]["frechet"] for case in cases]
+                ),
             }
             for space in spaces:
-                three = [stacked(c, space, "diversity") for c in (own, ["base"] * len(RUNS), alone)]
+                three = [
+                    stacked(c, space, "diversity") for c in (cases, ["base"] * len(RUNS), alone)
+                ]
                 line[f"diversity@{space}"] = _mean(three[0], picks, runs)
                 line[f"recovered@{space}"] = _ratio(three, picks, runs)
-            score = stacked(own, spaces[0], "score") - held["base", spaces[0], "score"]
+                own, base, lone = three
+                hybrid = stacked([f"{sampler}-{run}-hybrid" for run in RUNS], space, "diversity")
+                less = (own - hybrid + lone, base, lone)
+                line[f"less_hybrid@{space}"] = _ratio(less, picks, runs)
+            score = stacked(cases, spaces[0], "score") - held["base", spaces[0], "score"]
             line["score_less_base"] = _mean(score, picks, runs)
-            line["nearest"] = _mean(stacked(own, spaces[0], "nearest"), picks, runs)
+            line["nearest"] = _mean(stacked(cases, spaces[0], "nearest"), picks, runs)
             found[f"{sampler} {name}"] = line
     return found
+
+
+def _frechet(row: Json, space: str) -> Json:
+    return row["spaces"][space]["frechet"]
 
 
 def _mean(values: np.ndarray, picks: np.ndarray, runs: np.ndarray) -> Json:
@@ -321,28 +334,29 @@ def plot(report: Json, path: Path) -> None:
 
     space = report["spaces"][0]["name"]
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True, sharey=True)
+    spots: dict[str, list[Spot]] = {sampler: [] for sampler in SAMPLERS}
+    for line in report["ways"].values():
+        found, y = line[f"recovered@{space}"], line["frechet"]
+        two = line["networks"] > 1
+        colour = "#7b2d8b" if two else "#33658a" if line["passes"] <= 4 else "#b7791f"
+        x, low, high = (100 * found[key] for key in ("value", "low", "high"))
+        axis = axes[[*SAMPLERS].index(line["sampler"])]
+        axis.errorbar(
+            x, y["value"], xerr=[[x - low], [high - x]],
+            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+            fmt="s" if two else "o", color=colour, ms=5, lw=0.8,
+        )  # fmt: skip
+        bars = ((low, high), (y["low"], y["high"]))
+        spots[line["sampler"]].append(Spot(x, y["value"], colour, line["way"], bars))
     for axis, sampler in zip(axes, SAMPLERS, strict=True):
-        for line in report["ways"].values():
-            if line["sampler"] != sampler:
-                continue
-            found, y = line[f"recovered@{space}"], line["frechet"]
-            two = line["networks"] > 1
-            colour = "#7b2d8b" if two else "#33658a" if line["passes"] <= 4 else "#b7791f"
-            x, low, high = (100 * found[key] for key in ("value", "low", "high"))
-            axis.errorbar(
-                x, y["value"], xerr=[[x - low], [high - x]],
-                yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
-                fmt="s" if two else "o", color=colour, ms=5, lw=0.8,
-            )  # fmt: skip
-            axis.annotate(
-                line["way"], (x, y["value"]), xytext=(5, 4), textcoords="offset points", fontsize=8
-            )
         axis.set_title(f"students sampled with {sampler}", fontsize=10, loc="left")
         axis.set_xlabel("lost diversity that comes back, %, with 95 % interval")
         axis.spines[["top", "right"]].set_visible(False)
         axis.axvline(100, color="#999", lw=0.7, ls="--")
     axes[0].set_ylabel("Frechet distance to the training pictures; range of three runs")
     figure.tight_layout()
+    for axis, sampler in zip(axes, SAMPLERS, strict=True):
+        name_spots(figure, axis, spots[sampler])
     figure.savefig(path, dpi=130)
 
 
