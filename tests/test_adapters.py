@@ -350,15 +350,15 @@ def test_a_text_part_acts_with_its_own_strength_on_each_image(
     report = engine.attach(make("words", text_lora(engine)))
     assert report.models["base"].layers["text"] == 12
     adapters = {"words": Strength(0.0, text=(0.0, 1.0, -1.0))}
-    run = engine._prepare("a fox", "base", SEEDS, "", None, None, adapters, {})  # pyright: ignore[reportPrivateUsage]
-    cond, uncond = engine._encode(run, guided=True)  # pyright: ignore[reportPrivateUsage]
-    assert uncond is not None
-    assert torch.equal(cond.context[0], plain[0])
-    assert not torch.allclose(cond.context[1], plain[0], atol=1e-3)
-    assert not torch.allclose(uncond.context[1], uncond.context[2], atol=1e-3)
+    call = engine.begin("a fox", plan="base", seeds=SEEDS, adapters=adapters).call
+    assert call is not None
+    uncond, cond = call.cond.context.chunk(2)  # of a guided row
+    assert torch.equal(cond[0], plain[0])
+    assert not torch.allclose(cond[1], plain[0], atol=1e-3)
+    assert not torch.allclose(uncond[1], uncond[2], atol=1e-3)
     with engine.adapters.now().acting(torch.ones(1, 1)):
         alone = engine.text.encode(["a fox"]).context[0]
-    assert (cond.context[1] - alone).norm() <= 1e-5 * alone.norm()
+    assert (cond[1] - alone).norm() <= 1e-5 * alone.norm()
     engine.detach("words")
     assert torch.equal(engine.text.encode(["a fox"]).context, plain)
 
