@@ -27,7 +27,7 @@ from headstart.commands.session import adapter_path, open_engine, use_local_devi
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
-from headstart.study.cases import PARTS, Grids
+from headstart.study.cases import EXPERIMENTS, PARTS, Grids
 from headstart.study.lists import DEMO, LISTS, PromptList, read_prompts
 
 if TYPE_CHECKING:
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from headstart.study.study import Job, Left
 
 GRID = ("preset", "steps", "timesteps", "sigmas", "update")
-EXPERIMENTS = ("curve", "control", "timeline")
 QUICK_PROMPTS, QUICK_SEEDS = 4, 8
 SHOWN = 8
 TELL_EVERY_S = 60.0
@@ -132,8 +131,7 @@ def _study(args: argparse.Namespace) -> int:
         note(line)
     settings = settings_of(engine, study, request)
     with open_store(args.out, settings, shard) as store:
-        left = missing(study, store)
-        if left and args.report:
+        if args.report and (left := missing(study, store)):
             raise InputError(
                 f"{len(left)} cells are missing, the first is {left[0].place.file}: leave "
                 "--report out to draw them"

@@ -26,6 +26,8 @@ from headstart.plan.spacing import Process, Spacing
 
 Part = Literal["plans", "k", "n", "guidance", "handoff", "methods"]
 PARTS: tuple[Part, ...] = get_args(Part)
+EXPERIMENTS = ("curve", "control", "timeline")
+"""Parts that are no cases, see `headstart.study.experiments`."""
 GUIDANCES = (1.5, 2.0, 3.0, 5.0, 7.0)
 SUBSTEPS = (2, 3, 4, 5, 10)
 """n as a multiple of the distilled model's steps, so that the grids meet."""

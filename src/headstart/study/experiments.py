@@ -25,7 +25,6 @@ from headstart.study.store import Arrays
 from headstart.study.study import Experiment
 from headstart.traces.decoders import decoder
 
-EXPERIMENTS = ("curve", "control", "timeline")
 PLANS = ("base", "distilled", "hybrid")
 SEEDS = 8
 """At most; figure 5 of arXiv:2503.10637 has one seed a prompt."""

@@ -60,7 +60,7 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
 
     Raises InputError or PlanError for anything that a case would refuse, before any is drawn.
     """
-    if missing := sorted({"base", "distilled"} - set(engine.denoisers)):
+    if missing := sorted(set(NEEDED) - set(engine.denoisers)):
         raise InputError(f"a study compares two models, and {missing[0]!r} is not loaded: give it")
     side = check_size(request.size, engine.weights.image_size, engine.weights.downscale)
     drawn = Pictures("these weights", engine.weights.lineage, frozenset({side}))

@@ -11,7 +11,6 @@ again and never mixed in. Ended at any moment, the next run goes on.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 from collections.abc import Generator, Mapping, Sequence
@@ -29,7 +28,7 @@ from headstart.input import read_json
 from headstart.output import write_file
 from headstart.pictures.sheet import encode_png
 from headstart.spaces.extractor import Rgb
-from headstart.sweep.ledger import Shard
+from headstart.sweep.ledger import Shard, lock_rank
 
 FORMAT = "headstart.study/1"
 SETTINGS, IDENTITY = "study.json", "identity"
@@ -124,13 +123,7 @@ def open_store(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gener
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / f".rank{shard.rank:04d}.lock").open("wb") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise InputError(
-                    f"another process is at work in {str(folder)!r} as rank {shard.rank}: wait for "
-                    "it, end it, or choose another --out"
-                ) from None
+            lock_rank(lock, folder, shard, "at work in")
             text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
             write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
             yield Store(folder, shard)

@@ -147,6 +147,17 @@ class Ledger:
         return True
 
 
+def lock_rank(file: BinaryIO, folder: Path, shard: Shard, doing: str) -> None:
+    """Hold `file` until it is closed. Raises InputError where another process is this rank."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(
+            f"another process is {doing} {str(folder)!r} as rank {shard.rank}: wait for it, "
+            "end it, or choose another --out"
+        ) from None
+
+
 @contextmanager
 def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Generator[Ledger]:
     """The ledger of `folder` for one rank, which is locked until the end or until it is killed.
@@ -159,7 +170,7 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         path = folder / SHARDS / f"{shard.rank:04d}.jsonl"
         with path.open("a+b") as journal:
-            _lock(journal, folder, shard)
+            lock_rank(journal, folder, shard, "sweeping into")
             _drop_torn_line(journal)
             if not (folder / SETTINGS).exists():
                 text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
@@ -244,16 +255,6 @@ def _entry(line: bytes) -> Entry | None:
 
 _WHAT = "a sweep's settings; choose another --out"
 _LINE = dict(zip(Entry._fields, (int, str, int, str, str, int), strict=True))
-
-
-def _lock(journal: BinaryIO, folder: Path, shard: Shard) -> None:
-    try:
-        fcntl.flock(journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(
-            f"another process is sweeping into {str(folder)!r} as rank {shard.rank}: wait for it, "
-            "end it, or choose another --out"
-        ) from None
 
 
 def _drop_torn_line(journal: BinaryIO) -> None:
