@@ -1,0 +1,73 @@
+"""What tools put before the names of a network: one table, for checkpoints and adapters alike.
+
+name = prefix ++ ... ++ prefix ++ the network's own name of the tensor or module
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from headstart.checkpoint.keymap import PartName
+
+
+class Reading(NamedTuple):
+    """One way to read a name: the network that its prefixes name, if any, and what is left."""
+
+    network: PartName | None
+    rest: str
+
+
+PREFIXES: tuple[tuple[str, PartName | None], ...] = (
+    # The original layout (CompVis, Stability's ldm and sgm).
+    ("model.diffusion_model.", "unet"),
+    ("first_stage_model.", "vae"),
+    ("conditioner.embedders.0.transformer.", "text"),
+    ("conditioner.embedders.1.model.", "text_2"),
+    ("cond_stage_model.transformer.", "text"),
+    ("cond_stage_model.model.", "text"),
+    # diffusers' components, and ComfyUI's and trainers' names for the same.
+    ("unet.", "unet"),
+    ("transformer.", "unet"),
+    ("diffusion_model.", "unet"),
+    ("vae.", "vae"),
+    ("text_encoder.", "text"),
+    ("text_encoder_2.", "text_2"),
+    ("text_encoders.clip_l.transformer.", "text"),
+    ("text_encoders.clip_g.transformer.", "text_2"),
+    ("text_encoders.clip_h.transformer.", "text"),
+    ("clip_l.", "text"),
+    ("clip_g.", "text_2"),
+    # Adapters: kohya's, with underscores for dots; cloneofsimo's, with a number behind.
+    ("lora_unet_", "unet"),
+    ("lora_transformer_", "unet"),
+    ("lora_te1_", "text"),
+    ("lora_te2_", "text_2"),
+    ("lora_te_", "text"),
+    ("lycoris_", None),
+    ("unet_", "unet"),
+    ("unet:", "unet"),
+    ("text_encoder:", "text"),
+    # Wrappers, which say nothing about the network: torch.compile, DataParallel, averages, PEFT.
+    ("_orig_mod.", None),
+    ("module.", None),
+    ("ema.", None),
+    ("model.", None),
+    ("base_model.model.", None),
+)
+
+
+def readings(name: str) -> Iterator[Reading]:
+    """Every way to read a name, from the whole of it to what is behind all its prefixes.
+
+    A prefix may be the network's own (OpenCLIP's layers begin with `transformer.`), so what counts
+    is which reading a network knows. A prefix that names a network wins over one before it.
+    """
+    seen = [Reading(None, name)]
+    for reading in seen:
+        yield reading
+        for prefix, network in PREFIXES:
+            if reading.rest.startswith(prefix) and len(reading.rest) > len(prefix):
+                found = Reading(network or reading.network, reading.rest[len(prefix) :])
+                if found not in seen:
+                    seen.append(found)
