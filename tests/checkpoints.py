@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.checkpoint.families import FAMILIES
-from headstart.networks.text import ClipParams, Tower
+from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
 from headstart.plan.schedule import NoiseSchedule

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from headstart.checkpoint.families import FAMILIES, TextRule
-from headstart.networks.text import ClipParams, Tower
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.vocabulary import BOS, EOS
 
 transformers = pytest.importorskip("transformers")

@@ -15,7 +15,7 @@ import headstart_weights
 from headstart.adapters.textual_inversion import extended, parse_embedding, read_embeddings
 from headstart.cli import main
 from headstart.errors import InputError
-from headstart.networks.text import Tower
+from headstart.networks.tower import Tower
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

@@ -26,8 +26,9 @@ from torch import Tensor
 from headstart.checkpoint.families import FAMILIES
 from headstart.errors import CheckpointError
 from headstart.networks.load import load_text
-from headstart.networks.text import ClipParams, ClipText, Tower
+from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.vocabulary import EOS
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -15,7 +15,7 @@ import headstart as hs
 from headstart.checkpoint.families import FAMILIES
 from headstart.engine.pair import choose_device
 from headstart.interfaces import Conditioning
-from headstart.networks.text import ClipParams, Tower
+from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
 from headstart.noise import Philox

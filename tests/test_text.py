@@ -10,8 +10,9 @@ import torch
 from encoders import BOS_ID, EOS_ID, VOCABULARY, reference, sd1_tower, sdxl_towers, small_words
 
 from headstart.errors import InputError
-from headstart.networks.text import ClipText, Tower
+from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import Tower
 
 
 @pytest.fixture(scope="module")

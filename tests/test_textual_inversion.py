@@ -13,8 +13,9 @@ from torch import Tensor
 from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
-from headstart.networks.text import ClipParams, ClipText, Tower
+from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.vocabulary import BOS, EOS
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

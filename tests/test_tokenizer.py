@@ -18,8 +18,9 @@ from encoders import (
 )
 
 from headstart.errors import CheckpointError
-from headstart.networks.text import ClipText, Tower
+from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import Tower
 from headstart.networks.vocabulary import EOS
 
 tokenizers = pytest.importorskip("tokenizers")

@@ -18,7 +18,8 @@ from headstart.adapters.names import parse
 from headstart.checkpoint.tensors import FLOATS, Checkpoint
 from headstart.errors import AdapterError, CheckpointError, InputError
 from headstart.networks.residency import keep_stored
-from headstart.networks.text import ClipText, Tower
+from headstart.networks.text import ClipText
+from headstart.networks.tower import Tower
 
 Encoder = Literal["text", "text_2"]
 Embeddings = Sequence[str | Path | tuple[str | Path, str | None]]

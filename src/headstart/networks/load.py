@@ -27,9 +27,10 @@ from headstart.networks.params import (
     with_heads,
 )
 from headstart.networks.placement import Dtype, device_of, filled, is_half, part_of, stored_dtype
-from headstart.networks.text import ClipText, Tower
+from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
 from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart.networks.vocabulary import clip_vocabulary

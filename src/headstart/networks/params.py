@@ -14,8 +14,8 @@ from headstart.checkpoint.declarations import metadata_value
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.tensors import Part
 from headstart.errors import CheckpointError, InputError
-from headstart.networks.text import ClipParams
 from headstart.networks.tiny import TinyParams, block_counts
+from headstart.networks.tower import ClipParams
 from headstart.networks.unet import Mid, Stage, UNetParams
 from headstart.networks.vae import VaeParams
 
