@@ -23,10 +23,11 @@ from headstart.adapters.delta import Delta, Dense, LowRank
 from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
+from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.slots import Layer, Slots
+from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.errors import AdapterError
 from headstart.plan.table import StepTable

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import headstart_weights
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.host import Changes, Host, Leaf, acting
-from headstart.adapters.merged import Merged, Weights
+from headstart.adapters.layers import Weights
+from headstart.adapters.merged import Merged
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength

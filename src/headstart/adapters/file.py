@@ -19,6 +19,7 @@ from torch import nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
+from headstart.adapters.layers import layers_of
 from headstart.adapters.names import AdapterForm, Network, Places
 from headstart.adapters.peft_scale import PeftScale, peft_scales
 from headstart.checkpoint.families import CONTEXT_WIDTHS
@@ -225,12 +226,8 @@ class AdapterFile:
 
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
-    """Module path -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
-    return {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if name.endswith(".weight")
-    }
+    """Layer -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    return {path: tuple(layer.weight.shape) for path, layer in layers_of(network).items()}
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
