@@ -150,9 +150,10 @@ class AdapterSet:
                 to=to,
                 allow=tuple(allow),
                 texts=any(host in deltas for host in self._texts.values()),
+                steers=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
-                strength=asked,
-            )
+            ).at(asked)
+            self._check_shared(held)
             if not live:
                 self._check_merged(held)
             return self._hold(held, deltas)
@@ -309,8 +310,17 @@ class AdapterSet:
         origin = base if of_base and base is not None else host
         return delta.relative_to(origin.layers[path].weight.float())
 
+    def _check_shared(self, held: Held) -> None:
+        """A text encoder serves all models, so what changes nothing else is for all of them."""
+        apart = [model for model in self._models if model not in held.to]
+        if apart and not held.steers:
+            raise AdapterError(
+                f"{held.report.path} changes the text alone, which {' and '.join(self._models)} "
+                f"read alike, and to={list(held.to)} leaves out {', '.join(apart)}: attach it "
+                "without to="
+            )
+
     def _check_merged(self, held: Held) -> None:
-        held.one_number(held.strength)
         apart = [m for m in self._models if m not in held.to]
         shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
         if shared:
