@@ -29,7 +29,7 @@ from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
 from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
-from headstart.errors import AdapterError
+from headstart.errors import AdapterError, HeadstartError
 from headstart.plan.table import StepTable
 
 DISTILLED_LORA = "distilled-lora"
@@ -182,15 +182,20 @@ class AdapterSet:
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
-        Raises AdapterError for one that also changes the text, which both models share.
+        Raises AdapterError for one that changes the text, which both models share; InputError for
+        one that has to be merged.
         """
-        report = self.attach(path, Strength(models=("distilled",)), name=name)
-        if self.look()[name].texts:
+        report = self.attach(path, name=name)
+        try:
+            if self.look()[name].texts:
+                raise AdapterError(
+                    f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
+                    "this one changes the text encoders: attach it as an adapter"
+                )
+            self.set(name, Strength(models=("distilled",)))
+        except HeadstartError:
             self.detach(name)
-            raise AdapterError(
-                f"{path}: expected a distilled model's LoRA, which changes the UNet alone; this "
-                "one changes the text encoders too: attach it as an adapter"
-            )
+            raise
         return report
 
     def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:

@@ -125,7 +125,7 @@ _HEADS: tuple[tuple[tuple[Network, ...], re.Pattern[str]], ...] = (
     (
         ("text", "text_2"),
         re.compile(
-            r"(text_model[._])?(encoder[._]layers|embeddings|final_layer_norm)\b|text_projection\Z"
+            r"(text_model[._])?(encoder[._]layers[._]|embeddings[._]|final_layer_norm\Z)|text_projection\Z"
             r"|(transformer[._])?resblocks[._]|ln_final\Z|(token|position(al)?)_embedding\Z"
         ),
     ),
@@ -181,7 +181,7 @@ def other_family(names: Iterable[str]) -> str | None:
 
 
 _NOT_DONE = (
-    (re.compile(r"(token|position(al)?)_embedding\b"), "of an embedding, which is not implemented"),
+    (re.compile(r"(token|position(al)?)_embedding"), "of an embedding, which is not implemented"),
     (re.compile(r"attn[._]in_proj"), "of OpenCLIP's q, k and v in one, which is not implemented"),
 )
 
