@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,16 +19,16 @@ from torch import nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
-from headstart.adapters.names import AdapterForm, Network, Places
+from headstart.adapters.layers import layers_of
+from headstart.adapters.names import AdapterForm, Network, other_family, why_unplaced
 from headstart.adapters.peft_scale import PeftScale, peft_scales
+from headstart.adapters.places import Networks, Place, placed
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError
 
 Shape = tuple[int, ...]
-Networks = Mapping[Network, Mapping[str, Shape]]
-"""Network -> module path -> the shape of its weight."""
 
 
 class Mismatch(NamedTuple):
@@ -80,8 +80,10 @@ class Resolved:
                 for name, expected, came in self.mismatched
                 if not _allowed(name, allow)
             ],
-            "unknown here": [name for name in self.unmatched if not _allowed(name, allow)],
         }
+        for name in self.unmatched:
+            if not _allowed(name, allow):
+                odd.setdefault(why_unplaced(name), []).append(name)
         lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in odd.items() if names]
         if lines:
             raise AdapterError(
@@ -142,14 +144,13 @@ class AdapterFile:
         """Find every module's layer; no tensor is read.
 
         Raises AdapterError for two modules for one layer, alphas in some modules only, an adapter
-        of another family, one that fits nothing, and one that leaves a UNet that was given
-        untouched.
+        of another family, a name that fits two layers equally well, and one that fits nothing.
         """
         self._check_alphas()
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        for group, layer in self._layers(networks):
+        for group, layer in self._placed(networks):
             if layer is None:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
@@ -165,13 +166,11 @@ class AdapterFile:
         self._check_found(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
 
-    def _layers(self, networks: Networks) -> Iterator[tuple[Group, tuple[Network, str] | None]]:
-        """Each module with its layer: a fitting one where its name can mean several."""
-        places = Places(networks)
-        for group in self.groups.values():
-            found = places.find(group.network, group.module, group.name)
-            fitting = [place for place in found if group.fits(networks[place[0]][place[1]])]
-            yield group, next(iter(fitting or found), None)
+    def _placed(self, networks: Networks) -> list[tuple[Group, Place | None]]:
+        try:
+            return [*placed(self.groups.values(), networks)]
+        except AdapterError as error:
+            raise AdapterError(f"{self.path}: {error}") from error
 
     @property
     def family(self) -> str | None:
@@ -209,28 +208,23 @@ class AdapterFile:
                 f"{misfit.name} is {list(misfit.came)}, the layer {list(misfit.expected)}; "
                 f"attach it to a model of {self.family}"
             )
+        steered = any(network == "unet" for network, _ in owners)
+        if not steered and (other := other_family(self.groups)):
+            raise AdapterError(
+                f"{self.path}: expected an adapter for {where}, got one for {other}, which is not "
+                "of the UNet family: attach it to a network of its own family"
+            )
         if not owners:
             example = next(iter(self.groups.values()))
             raise AdapterError(
                 f"{self.path}: none of its {len(self.groups)} modules ({self.form.value}, such as "
                 f"{example.name}) fits {where}; attach it to the network it was made for"
             )
-        if "unet" in networks and not any(network == "unet" for network, _ in owners):
-            kinds = Counter(network for network, _ in owners)
-            raise AdapterError(
-                f"{self.path}: expected changes of the UNet, got only the text encoder's "
-                f"({', '.join(f'{n} in {k}' for k, n in kinds.items())}): nothing would be steered "
-                "between base and distilled"
-            )
 
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
-    """Module path -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
-    return {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if name.endswith(".weight")
-    }
+    """Layer -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    return {path: tuple(layer.weight.shape) for path, layer in layers_of(network).items()}
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -278,7 +272,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
 class AdapterInfo:
     """What an adapter's header tells.
 
-    family    lineage whose text its cross-attention reads; None where it does not change that
+    family    lineage whose text its cross-attention reads, or an architecture that its names tell;
+              None where they tell none
     ranks     smallest and largest rank of its low-rank factors; None where there are none
     modules   number of changed modules: unet, text, text_2, and "" where names do not say which
     dtype     the dtype most bytes have
@@ -307,7 +302,7 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
     return AdapterInfo(
         path=str(path),
         form=file.form.value,
-        family=file.family,
+        family=file.family or other_family(file.groups),
         ranks=(min(ranks), max(ranks)) if ranks else None,
         modules=dict(Counter(group.network or "" for group in file.groups.values())),
         dtype=checkpoint.dtype,
