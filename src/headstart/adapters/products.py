@@ -232,12 +232,7 @@ def _glora(t: Tensors, weight: Tensor) -> Tensor:
     return inner + outer.reshape(weight.shape)
 
 
-Gdef _lora_rank(shapes: Shapes) -> int:
-    """LyCORIS divides by that of `down` where a core has another."""
-    return shapes["down"][0]
-
-
-LORA = Kind(
+GLORA = Kind(
     title="GLoRA",
     form=AdapterForm.GLORA,
     operands={**dict.fromkeys(("a1", "a2", "b1", "b2"), (2, 4)), "bm": (4,)},
