@@ -69,6 +69,8 @@ class AdapterFile:
             notes = self.notes()
         except AdapterError as error:
             raise AdapterError(f"{self.path}: {error}") from error
+        except CheckpointError as error:  # a dtype that is not read, or a bad scale
+            raise AdapterError(str(error)) from error
         ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
         return Resolved(
             deltas=deltas,

@@ -77,11 +77,11 @@ class Resolved:
         lines.append(("unknown here", [name for name in strange if name not in known]))
         counted = [f"{len(names)} {what}: {some(names)}" for what, names in lines if names]
         if counted:
-            pattern = _pattern([m.name for m in odd] + strange)
+            patterns = _patterns([mismatch.name for mismatch in odd] + strange)
             raise AdapterError(
                 f"{len(self.matched)} keys of the adapter ({self.form.value}) fit, but "
                 f"{'; '.join(counted[:5])}. Attach it to the network it was made for, or let these "
-                f"be with --allow '{pattern}' (allow=[...] in Python)"
+                f"be: {patterns} (allow=[...] in Python)"
             )
         return self
 
@@ -95,9 +95,18 @@ def some(names: Sequence[str]) -> str:
     return ", ".join(f"{name:.160}" for name in names[:3]) + (", ..." if len(names) > 3 else "")
 
 
+def _patterns(names: Sequence[str]) -> str:
+    """Options that let these be: what each of a few heaps begins with, or everything."""
+    heaps: dict[str, list[str]] = {}
+    for name in names:
+        heaps.setdefault(name[:8], []).append(name)
+    found = ["*"] if len(heaps) > 3 else [_pattern(heap) for heap in heaps.values()]
+    return " ".join(f"--allow '{pattern:.160}'" for pattern in found)
+
+
 def _pattern(names: Sequence[str]) -> str:
-    """One pattern that allows all of these: what they begin with."""
+    if len(names) == 1:
+        return names[0]
     first, last = min(names), max(names)
-    pairs = enumerate(zip(first, last, strict=False))
-    same = next((at for at, (a, b) in pairs if a != b), len(first))
-    return first if len(names) == 1 else first[:same] + "*"
+    same = next((at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
+    return first[:same] + "*"
