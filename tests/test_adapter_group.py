@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from headstart.adapters.delta import Dense, LowRank
-from headstart.adapters.file import read_adapter
+from headstart.adapters.file import describe_adapter, read_adapter
 from headstart.adapters.kind import Kind
 from headstart.adapters.kinds import FULL, LOHA, LOKR, WHOLE
 from headstart.adapters.names import AdapterForm
@@ -265,7 +265,61 @@ def test_a_bias_or_a_norm_of_the_wrong_layer_is_a_mismatch(tmp_path: Path) -> No
         assert found.mismatched == ((name, UNET[CONVS[0]], shape),), slot
 
 
+def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(tmp_path: Path) -> None:
+    """ComfyUI and A1111 have the first, sd-scripts and LyCORIS the second."""
+    first, second, third = (
+        {n.replace("attn1_to_q", leaf): t for n, t in one(alpha=alpha).items()}
+        for leaf, alpha in (
+            ("attn1_to_q", torch.tensor(6.0)),
+            ("attn1_to_k", None),
+            ("attn1_to_v", torch.tensor(0)),
+        )
+    )
+    path = write(tmp_path / "a.safetensors", first | second | third)
+    found = read_adapter(path).resolve(NETWORKS).require()
+    scales = {d.scale for d in found.deltas.values() if isinstance(d, LowRank)}
+    assert len(found.deltas) == 3 and scales == {2.0, 1.0}
+    name = flat(ATTENTION[0]).removesuffix("attn1_to_q")
+    assert found.notes == describe_adapter(path).notes == (
+        f"1 of 3 modules have no alpha (such as {name}attn1_to_k): their scale is 1",
+        f"1 of 3 modules have an alpha of 0 (such as {name}attn1_to_v): their scale is 1",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_adapter_in_eight_bits_is_its_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    narrow = {n: t.to(dtype) if t.ndim else t for n, t in one().items()}
+    wide = {n: t.float() for n, t in narrow.items()}
+    deltas = [
+        next(
+            iter(
+                read_adapter(write(tmp_path / f"{i}.safetensors", t))
+                .resolve(NETWORKS)
+                .deltas.values()
+            )
+        )
+        for i, t in enumerate((narrow, wide))
+    ]
+    assert torch.equal(*(delta.change(torch.zeros(OUT, IN)) if isinstance(delta, Dense)
+                         else delta.weight() for delta in deltas))  # fmt: skip
+
+
+def test_an_int8_adapter_is_widened_with_its_scales(tmp_path: Path) -> None:
+    tensors = one()
+    rows = torch.rand(3, 1) + 0.5
+    down = f"{flat(ATTENTION[0])}.lora_down"
+    tensors[f"{down}.weight"] = torch.randint(-128, 128, (3, IN), dtype=torch.int8)
+    tensors[f"{down}.weight_scale"] = rows
+    found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+    (delta,) = found.deltas.values()
+    assert isinstance(delta, LowRank)
+    assert torch.equal(delta.down, tensors[f"{down}.weight"].float() * rows)
+
+
 SUFFIXES = [
+    *("scalar", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "oft_blocks"),
+    *("rescale", "oft_R.weight", "oft_R.scaled_oft", "weight", "on_input", "set_weight"),
+    *("lora_B.bias", "vera_lambda_b"),
     *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "lora_A.weight", "diff"),
     *("lora_B.weight", "lora.down.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "diff_b"),

@@ -60,7 +60,9 @@ def main() -> None:
         name: {str(at): outputs(name, module, at) for at in cases.strengths(module)}
         for name, module in cases.modules().items()
     }
-    FILE.write_text("{\n" + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in found.items()) + "\n}\n")
+    FILE.write_text(
+        "{\n" + ",\n".join(f'"{n}": {json.dumps(v)}' for n, v in found.items()) + "\n}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -42,7 +42,9 @@ def test_a_module_of_lycoris_is_run_as_lycoris_runs_it(name: str, tmp_path: Path
     (delta,) = read_adapter(path).resolve({"unet": networks}).require().deltas.values()
     for strength in cases.strengths(module):
         change = delta.merge(weight, strength).double() - weight.double()
-        ours = F.conv2d(x.double(), change, padding=1) if weight.ndim == 4 else x.double() @ change.T
+        ours = (
+            F.conv2d(x.double(), change, padding=1) if weight.ndim == 4 else x.double() @ change.T
+        )
         size = weight.abs().double() + (weight + change).abs()
         most = F.conv2d(x.double().abs(), size, padding=1) if weight.ndim == 4 else (
             x.double().abs() @ size.T

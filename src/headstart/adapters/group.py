@@ -91,8 +91,7 @@ class Group:
 
     def delta(self, held: Checkpoint, layer: Shape, peft: Peft) -> Delta:
         """The change of a layer that it fits. Raises AdapterError for NaN and for a bad alpha."""
-        if self.rank is not None and self.rank > rank_limit(layer):
-            _bad(self.name, f"a rank of at most {rank_limit(layer)} for {list(layer)}", self.rank)
+        self._check_room(layer)
         tensors = {slot: self._tensor(held, slot) for slot in self.slots}
         own = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
         for each in self.kind.settled(own, layer):
@@ -111,6 +110,14 @@ class Group:
                 return LowRank(own["down"], own["up"], scale)
         kind = oft_v2(peft.turning(self.name)) if self.kind is OFT_V2 else self.kind
         return Dense(kind, own, scale, magnitude, bias)
+
+    def _check_room(self, layer: Shape) -> None:
+        """A factor's sides are the layer's, parts of them, and ranks."""
+        if "scalar" not in self.kind.takes:
+            return
+        largest = max(max(self.shapes[slot]) for slot in self.slots if slot in self.kind.operands)
+        if largest > rank_limit(layer):
+            _bad(self.name, f"a rank of at most {rank_limit(layer)} for {list(layer)}", largest)
 
     def alpha(self, held: Checkpoint) -> float | None:
         """As the file has it, if it does. Raises AdapterError for one that is not finite."""
@@ -180,7 +187,14 @@ def _group(
         _bad(name, f"one way to change its weight, not {titles}", listed)
     (kind,) = kinds
     if odd := next(excluding(kind, slots), None):
-        _bad(name, f"one way to change its weight: {kind.title} with {odd} is none", listed)
+        twice = odd in kind.operands
+        _bad(
+            name,
+            "one way to change its weight"
+            if twice
+            else f"{kind.title} alone, because {kind.title} with {odd} is not implemented",
+            listed,
+        )
     for slot, key in keys.items():
         _check(kind, slot, key)
     if missing := next(lacking(kind, slots), None):

@@ -34,9 +34,8 @@ def kinds_of(shapes: Shapes) -> list[Kind]:
     """The kinds whose operands are there: one, in a file that is whole. A bias alone is a full
     difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
     own = shapes.keys() - MODIFIERS.keys()
-    found = [kind for kind in KINDS if own & kind.operands.keys()]
-    if "oft_blocks" in own:
-        found.remove(OFT if len(shapes["oft_blocks"]) == 4 else BOFT)
+    other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
+    found = [kind for kind in KINDS if own & kind.operands.keys() and kind is not other]
     return found or [FULL] * ("diff_b" in shapes)
 
 

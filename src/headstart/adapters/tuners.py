@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterable
 
 _PEFT: tuple[tuple[str, str], ...] = (
-    ("AdaLoRA", r"lora_(E|ranknum)|lora_[AB](\.default)?"),
     ("LoRA of an embedding", r"lora_embedding_[AB]"),
     ("MonteCLoRA", r"lora_monteclora_\w+"),
     ("LoRA with a diagonal", r"lora_diag"),
@@ -46,10 +45,13 @@ _PEFT: tuple[tuple[str, str], ...] = (
     ("AdaMSS", r"adamss_\w+"),
     ("BEFT", r"beft_\w+"),
     ("PEANuT", r"peanut_\w+"),
+    ("PEFT's shadow tuner", r"shadow_\w+"),
+    ("PEFT's supertuning", r"supertuning_\w+"),
     ("trainable tokens", r"trainable_tokens_\w+"),
     ("X-LoRA", r"xlora_\w+|internal_xlora_classifier"),
 )
 _OTHERS: tuple[tuple[str, str], ...] = (
+    ("AdaLoRA", r".*\.lora_(E|ranknum|[AB])(\.default)?"),
     ("T-LoRA", r".*\.((base_)?(lambda_layer|[pq]_layer\.weight))|lambda_layer"),
     ("LyCORIS' OFT before version 2", r".*\.oft_diag"),
     ("LyCORIS' LoKr with a first core", r".*\.lokr_t1"),
