@@ -23,13 +23,14 @@ from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
+from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
 from headstart.adapters.resolved import Match, Resolved
-from headstart.adapters.slots import Layer, Slots
+from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
-from headstart.errors import AdapterError
+from headstart.errors import AdapterError, HeadstartError
 from headstart.plan.table import StepTable
 
 DISTILLED_LORA = "distilled-lora"
@@ -150,9 +151,10 @@ class AdapterSet:
                 to=to,
                 allow=tuple(allow),
                 texts=any(host in deltas for host in self._texts.values()),
+                steers=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
-                strength=asked,
-            )
+            ).at(asked)
+            self._check_shared(held)
             if not live:
                 self._check_merged(held)
             return self._hold(held, deltas)
@@ -181,15 +183,20 @@ class AdapterSet:
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
-        Raises AdapterError for one that also changes the text, which both models share.
+        Raises AdapterError for one that changes the text, which both models share; InputError for
+        one that has to be merged.
         """
-        report = self.attach(path, Strength(models=("distilled",)), name=name)
-        if self.look()[name].texts:
+        report = self.attach(path, name=name)
+        try:
+            if self.look()[name].texts:
+                raise AdapterError(
+                    f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
+                    "this one changes the text encoders: attach it as an adapter"
+                )
+            self.set(name, Strength(models=("distilled",)))
+        except HeadstartError:
             self.detach(name)
-            raise AdapterError(
-                f"{path}: expected a distilled model's LoRA, which changes the UNet alone; this "
-                "one changes the text encoders too: attach it as an adapter"
-            )
+            raise
         return report
 
     def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:
@@ -310,8 +317,17 @@ class AdapterSet:
         layer = (base if of_base and base is not None else host).layers[path]
         return delta.relative_to(layer.weight.float(), layer.bias)
 
+    def _check_shared(self, held: Held) -> None:
+        """A text encoder serves all models, so what changes nothing else is for all of them."""
+        apart = [model for model in self._models if model not in held.to]
+        if apart and not held.steers:
+            raise AdapterError(
+                f"{held.report.path} changes the text alone, which {' and '.join(self._models)} "
+                f"read alike, and to={list(held.to)} leaves out {', '.join(apart)}: attach it "
+                "without to="
+            )
+
     def _check_merged(self, held: Held) -> None:
-        held.one_number(held.strength)
         apart = [m for m in self._models if m not in held.to]
         shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
         if shared:

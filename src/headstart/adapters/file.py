@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,17 +18,16 @@ from torch import nn
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
 from headstart.adapters.kind import Shape
-from headstart.adapters.names import AdapterForm, Network, Places
+from headstart.adapters.layers import layers_of
+from headstart.adapters.names import AdapterForm, Network, other_family
 from headstart.adapters.peft import Peft, read_peft
+from headstart.adapters.places import Networks, Place, placed
 from headstart.adapters.resolved import Match, Mismatch, Resolved, some
 from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError
-
-Networks = Mapping[Network, Mapping[str, Shape]]
-"""Network -> module path -> the shape of its weight."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,13 +106,13 @@ class AdapterFile:
     def match(self, networks: Networks) -> Match:
         """Find every module's layer; no tensor is read.
 
-        Raises AdapterError for two modules for one layer, an adapter of another family, one that
-        fits nothing, and one that leaves a UNet that was given untouched.
+        Raises AdapterError for two modules for one layer, an adapter of another family, a name
+        that fits two layers equally well, and one that fits nothing.
         """
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        for group, layer in self._layers(networks):
+        for group, layer in self._placed(networks):
             if layer is None:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
@@ -129,13 +128,11 @@ class AdapterFile:
         self._check_found(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
 
-    def _layers(self, networks: Networks) -> Iterator[tuple[Group, tuple[Network, str] | None]]:
-        """Each module with its layer: a fitting one where its name can mean several."""
-        places = Places(networks)
-        for group in self.groups.values():
-            found = places.find(group.network, group.module, group.name)
-            fitting = [place for place in found if group.fits(networks[place[0]][place[1]])]
-            yield group, next(iter(fitting or found), None)
+    def _placed(self, networks: Networks) -> list[tuple[Group, Place | None]]:
+        try:
+            return [*placed(self.groups.values(), networks)]
+        except AdapterError as error:
+            raise AdapterError(f"{self.path}: {error}") from error
 
     @property
     def family(self) -> str | None:
@@ -159,6 +156,12 @@ class AdapterFile:
                 f"{misfit}; "
                 f"attach it to a model of {self.family}"
             )
+        steered = any(network == "unet" for network, _ in owners)
+        if not steered and (other := other_family(self.groups)):
+            raise AdapterError(
+                f"{self.path}: expected an adapter for {where}, got one for {other}, which is not "
+                "of the UNet family: attach it to a network of its own family"
+            )
         if not owners:
             example = next(iter(self.groups.values())).name
             shaped = f"; {mismatched[0]}" if mismatched else ""
@@ -166,22 +169,11 @@ class AdapterFile:
                 f"{self.path}: none of its {len(self.groups)} modules ({self.form.value}, such as "
                 f"{example}) fits {where}{shaped}; attach it to the network it was made for"
             )
-        if "unet" in networks and not any(network == "unet" for network, _ in owners):
-            kinds = Counter(network for network, _ in owners)
-            raise AdapterError(
-                f"{self.path}: expected changes of the UNet, got only the text encoder's "
-                f"({', '.join(f'{n} in {k}' for k, n in kinds.items())}): nothing would be steered "
-                "between base and distilled"
-            )
 
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
-    """Module path -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
-    return {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if name.endswith(".weight")
-    }
+    """Layer -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    return {path: tuple(layer.weight.shape) for path, layer in layers_of(network).items()}
 
 
 def read_adapter(path: str | Path) -> AdapterFile:

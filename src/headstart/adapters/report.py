@@ -57,6 +57,8 @@ class AdapterReport:
                 f"  {model}: {told.matched} keys in layers {layers}; {odd[0]} of another shape, "
                 f"{odd[1]} unmatched"
             )
+        if not any("unet" in told.layers for told in self.models.values()):
+            lines.append("  it changes the text alone, which all models read")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def to_json(self) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from headstart.adapters.delta import Delta
 from headstart.adapters.group import Group
 from headstart.adapters.kind import Shape, Sides
-from headstart.adapters.names import AdapterForm, Network
-from headstart.adapters.tuners import tuners_of
+from headstart.adapters.names import AdapterForm, Network, why_unplaced
+from headstart.adapters.tuners import tuner_of
 from headstart.errors import AdapterError
 
 
@@ -68,14 +68,12 @@ class Resolved:
         """
         odd = [m for m in self.mismatched if not _allowed(m.name, allow)]
         strange = [name for name in self.unmatched if not _allowed(name, allow)]
-        foreign = tuners_of(strange)
-        lines = [("of another shape", [str(m) for m in odd])]
-        lines += [
-            (f"of {title}, which is not implemented", keys) for title, keys in foreign.items()
-        ]
-        known = {key for keys in foreign.values() for key in keys}
-        lines.append(("unknown here", [name for name in strange if name not in known]))
-        counted = [f"{len(names)} {what}: {some(names)}" for what, names in lines if names]
+        left: dict[str, list[str]] = {"of another shape": [str(mismatch) for mismatch in odd]}
+        for name in strange:
+            tuner = tuner_of(name)
+            why = f"of {tuner}, which is not implemented" if tuner else why_unplaced(name)
+            left.setdefault(why, []).append(name)
+        counted = [f"{len(names)} {why}: {some(names)}" for why, names in left.items() if names]
         if counted:
             patterns = _patterns([mismatch.name for mismatch in odd] + strange)
             raise AdapterError(
