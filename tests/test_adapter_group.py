@@ -32,6 +32,7 @@ from headstart.adapters.kind import Kind
 from headstart.adapters.kinds import FULL, LOHA, LOKR, WHOLE
 from headstart.adapters.names import AdapterForm
 from headstart.checkpoint import keymap
+from headstart.cli import main
 from headstart.errors import AdapterError
 
 
@@ -265,7 +266,9 @@ def test_a_bias_or_a_norm_of_the_wrong_layer_is_a_mismatch(tmp_path: Path) -> No
         assert found.mismatched == ((name, UNET[CONVS[0]], shape),), slot
 
 
-def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(tmp_path: Path) -> None:
+def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """ComfyUI and A1111 have the first, sd-scripts and LyCORIS the second."""
     first, second, third = (
         {n.replace("attn1_to_q", leaf): t for n, t in one(alpha=alpha).items()}
@@ -284,6 +287,9 @@ def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(tmp_path: Path
         f"1 of 3 modules have no alpha (such as {name}attn1_to_k): their scale is 1",
         f"1 of 3 modules have an alpha of 0 (such as {name}attn1_to_v): their scale is 1",
     )  # fmt: skip
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"note        {note}" in shown for note in found.notes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -140,6 +140,14 @@ def test_a_strength_goes_straight_from_the_weight_to_the_turned_one(tmp_path: Pa
         assert (change.merge(weight, strength) - exact).abs().max() <= 8 * EPS * exact.abs().max()
 
 
+def test_the_names_of_sd_scripts_are_read(tmp_path: Path) -> None:
+    """networks/oft.py, `OFT_PREFIX_UNET`."""
+    blocks = {"oft_unet_x.oft_blocks": randn(4, 4, 4), "oft_unet_x.alpha": torch.tensor(1e-3)}
+    file = read_adapter(write(tmp_path / "a.safetensors", blocks))
+    assert file.form.value == "oft" and file.groups["oft_unet_x"].network == "unet"
+    assert len(file.resolve({"unet": {"x": (16, 12)}}).require().deltas) == 1
+
+
 WRONG: dict[str, tuple[Tensors, str]] = {
     "blocks that are not square": ({"oft_blocks": torch.ones(4, 4, 3)}, "square blocks 4, got 3"),
     "rescale of another size": (

@@ -61,11 +61,13 @@ class AdapterFile:
         match = match or self.match(networks)
         held = self.checkpoint
         try:
+            alphas = {group.name: group.alpha(held) for group in match.owners.values()}
             deltas: dict[tuple[Network, str], Delta] = {
-                layer: group.delta(held, networks[layer[0]][layer[1]], self.peft)
+                layer: group.delta(
+                    held, networks[layer[0]][layer[1]], self.peft, alphas[group.name]
+                )
                 for layer, group in match.owners.items()
             }
-            notes = self.notes()
         except AdapterError as error:
             raise AdapterError(f"{self.path}: {error}") from error
         except CheckpointError as error:  # a dtype that is not read, or a bad scale
@@ -78,11 +80,11 @@ class AdapterFile:
             matched=tuple(key for group in match.owners.values() for key in group.slots.values()),
             mismatched=match.mismatched,
             unmatched=match.unmatched,
-            notes=notes,
+            notes=self.notes(alphas),
         )
 
-    def notes(self) -> tuple[str, ...]:
-        """What of the scales is not in the file, and how it is read; only alphas are read.
+    def notes(self, alphas: Mapping[str, float | None]) -> tuple[str, ...]:
+        """What of the scales is not in the file, and how it is read; `alphas` by module.
 
         ComfyUI (weight_adapter/lora.py) and A1111 (Lora/network.py) take a missing alpha for a
         scale of 1; sd-scripts and LyCORIS an alpha of 0, which says "no scaling" when they train.
@@ -91,7 +93,7 @@ class AdapterFile:
         without = [
             g.name for g in scaled if "alpha" not in g.slots and not self.peft.says(g.network)
         ]
-        zero = [group.name for group in scaled if group.alpha(self.checkpoint) == 0]
+        zero = [group.name for group in scaled if alphas.get(group.name) == 0]
         counts = {
             "no alpha": without if len(without) < len(scaled) else [],
             "an alpha of 0": zero,
@@ -268,7 +270,7 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
         size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.names),
         strays=file.strays,
-        notes=file.notes(),
+        notes=file.notes({name: group.alpha(checkpoint) for name, group in file.groups.items()}),
     )
 
 

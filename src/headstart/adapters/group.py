@@ -89,14 +89,21 @@ class Group:
             return self.kind.fits(self.shapes, layer)
         return same_weight(self.sides(), layer)
 
-    def delta(self, held: Checkpoint, layer: Shape, peft: Peft) -> Delta:
-        """The change of a layer that it fits. Raises AdapterError for NaN and for a bad alpha."""
+    def delta(
+        self, held: Checkpoint, layer: Shape, peft: Peft, alpha: float | None = None
+    ) -> Delta:
+        """The change of a layer that it fits, with `alpha` as `alpha` read it.
+
+        Raises AdapterError for numbers that are not finite, and for a rank that no layer of that
+        size has.
+        """
         self._check_room(layer)
-        tensors = {slot: self._tensor(held, slot) for slot in self.slots}
+        needed = self.slots.keys() - ({"alpha"} - self.kind.operands.keys())
+        tensors = {slot: self._tensor(held, slot) for slot in self.slots if slot in needed}
         own = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
         for each in self.kind.settled(own, layer):
             _agree(self.name, each)
-        scale, magnitude = self._scale(tensors, peft), self._magnitude(tensors, layer)
+        scale, magnitude = self._scale(tensors, peft, alpha), self._magnitude(tensors, layer)
         if self.kind is WHOLE:
             bias = own.pop("bias", None)
             return Dense(WHOLE, own, bias=bias)
@@ -132,10 +139,9 @@ class Group:
             )
         return tensor
 
-    def _scale(self, tensors: Mapping[str, Tensor], peft: Peft) -> float:
+    def _scale(self, tensors: Mapping[str, Tensor], peft: Peft, alpha: float | None) -> float:
         scale = _number(tensors["scalar"]) if "scalar" in tensors else 1.0
-        if "alpha" in tensors:
-            alpha = _number(tensors["alpha"])
+        if alpha is not None:
             # sd-scripts and LyCORIS take an alpha of 0 for the rank; no file is trained to be 0.
             scale *= alpha / self.rank if self.rank and alpha else 1.0
         elif "scalar" in self.kind.takes:
