@@ -16,6 +16,7 @@ import headstart as hs
 import headstart_weights
 from headstart.adapters.layers import Norm, Weights, layers_of, run_on
 from headstart.networks.fusion import NormSilu, fusion
+from headstart.networks.residency import keep_stored
 
 Tensors = dict[str, Tensor]
 
@@ -158,3 +159,26 @@ def test_norms_of_a_text_encoder_are_the_sums_made_by_hand(
     assert report.models["base"].layers == {"text": len(tensors) // 2}
     assert (read(tower) - oracle).abs().max() <= 2 * rounding
     assert (plain - oracle).abs().max() > 1e3 * rounding
+
+
+def test_norms_of_a_network_whose_weights_are_kept_in_half_are_sums_in_float32(
+    demo: hs.Engine, tmp_path: Path
+) -> None:
+    half: Any = copy.deepcopy(demo.denoisers["base"])
+    half.half()
+    wide, stored = copy.deepcopy(half).float(), keep_stored(half)
+    tensors = normed(stored, "lora_unet_", (".w_norm", ".b_norm"))
+    changes = iter(tensors.values())
+    for norm in norms_of(wide).values():
+        norm.weight.data += 0.7 * next(changes)
+        norm.bias.data += 0.7 * next(changes)
+    adapters = hs.AdapterSet({"base": stored})
+    adapters.attach(write(tmp_path / "n.safetensors", tensors), 0.7)
+    merged = next(iter(adapters.look().merged.values()))
+    assert {own.weight.dtype for own in merged.by_path.values()} == {torch.float32}
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, 128)
+    with torch.inference_mode():
+        got, expected = (
+            network(x, torch.tensor(500), hs.Conditioning(context)) for network in (stored, wide)
+        )
+    assert torch.equal(got, expected)

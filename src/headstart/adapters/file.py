@@ -232,7 +232,8 @@ def _came(strays: Sequence[str]) -> str:
 class AdapterInfo:
     """What an adapter's header tells.
 
-    family    lineage whose text its cross-attention reads; None where it does not change that
+    family    lineage whose text its cross-attention reads, or an architecture that its names tell;
+              None where they tell none
     ranks     smallest and largest rank of its low-rank factors; None where there are none
     modules   number of changed modules: unet, text, text_2, and "" where names do not say which
     dtype     the dtype most bytes have
@@ -263,7 +264,7 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
     return AdapterInfo(
         path=str(path),
         form=file.form.value,
-        family=file.family,
+        family=file.family or other_family(file.groups),
         ranks=(min(ranks), max(ranks)) if ranks else None,
         modules=dict(Counter(group.network or "" for group in file.groups.values())),
         dtype=checkpoint.dtype,
