@@ -96,7 +96,7 @@ def test_boft_is_a_product_of_butterflies(layer: str, tmp_path: Path) -> None:
     assert describe_adapter(tmp_path / "adapter_model.safetensors").form == "boft"
 
 
-def series(packed: Tensor, size: int) -> Tensor:
+def series(packed: Tensor, size: int, last: int = 1) -> Tensor:
     """OneTrainer's and PEFT's five terms of one block, from its upper triangle row by row."""
     skew = torch.zeros(size, size, dtype=torch.float64)
     at = 0
@@ -105,7 +105,7 @@ def series(packed: Tensor, size: int) -> Tensor:
             skew[row, column], skew[column, row] = packed[at], -packed[at]
             at += 1
     powers = [torch.linalg.matrix_power(skew, n) for n in range(5)]
-    return powers[0] + 2 * (powers[1] + powers[2] + powers[3]) + powers[4]
+    return powers[0] + 2 * (powers[1] + powers[2] + powers[3]) + last * powers[4]
 
 
 @LAYERS
@@ -128,6 +128,20 @@ def test_oftv2_turns_the_inputs(layer: str, scaled: bool, shared: bool, tmp_path
     ours = dense(tensors, shape, tmp_path).merge(weight, 1.0)
     turned = weight.double().flatten(1) @ (whole if len(shape) == 4 else whole.T)
     assert close(ours, turned.reshape(shape), weight, 4)
+
+
+@pytest.mark.parametrize(("version", "last"), [("0.21.2", 1), ("0.18.0", 1), (None, 2)])
+def test_the_last_term_counts_as_in_the_peft_that_wrote_it(
+    version: str | None, last: int, tmp_path: Path
+) -> None:
+    """peft 0.17.1 and 0.18.0, tuners/oft/layer.py `_cayley_batch`; 0.18 began to say which it is."""
+    packed, weight = randn(3, 6) * 0.3, randn(16, 12, seed=2)
+    path = write(tmp_path / "a.safetensors", {"base_model.model.x.oft_R.weight": packed})
+    config = {"peft_type": "OFT"} | ({} if version is None else {"peft_version": version})
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (delta,) = read_adapter(path).resolve({"unet": {"x": (16, 12)}}).require().deltas.values()
+    whole = torch.block_diag(*(series(block.double(), 4, last) for block in packed))
+    assert close(delta.merge(weight, 1.0), weight.double() @ whole.T, weight, 4)
 
 
 def test_a_strength_goes_straight_from_the_weight_to_the_turned_one(tmp_path: Path) -> None:

@@ -119,7 +119,9 @@ def _turning(said: Mapping[str, object]) -> Turning:
     if terms > _MOST_TERMS or terms != int(terms):
         raise _bad("num_cayley_neumann_terms", f"at most {_MOST_TERMS}", terms)
     series = said.get("use_cayley_neumann", True) is not False
-    return Turning(int(terms) if series else None, kernel=False)
+    # A version before 0.18 does not say which it is (peft, tuners/oft/config.py `check_kwargs`).
+    new = re.match(r"[1-9]|0\.(1[89]|[2-9][0-9])", str(said.get("peft_version", "")))
+    return Turning(int(terms) if series else None, 1.0 if new else 2.0, kernel=False)
 
 
 _MOST_TERMS = 64

@@ -128,23 +128,25 @@ BOFT = OFT._replace(
 class Turning(NamedTuple):
     """What OFTv2's tensors do not say of R.
 
-    terms   of the series I + 2Q + 2Q^2 + ... + 2Q^(n-2) + Q^(n-1), which PEFT and OneTrainer train
-            with; None: Cayley's formula, as PEFT has it without `use_cayley_neumann`
+    terms   of the series I + 2Q + 2Q^2 + ... + 2Q^(n-2) + last*Q^(n-1), which PEFT and OneTrainer
+            train with; None: Cayley's formula, as PEFT has it without `use_cayley_neumann`
+    last    1, and 2 in PEFT before version 0.18
     kernel  whether a convolution is turned by R in place of R^T, as OneTrainer does and PEFT not
     """
 
     terms: int | None = 5
+    last: float = 1.0
     kernel: bool = True
 
 
-def _series(skew: Tensor, terms: int) -> Tensor:
-    """(I + Q)(I - Q)^-1 cut off, the last power once: PEFT's tuners/oft/layer.py `_cayley_batch`,
-    where 3 terms are 4."""
-    terms = 4 if terms == 3 else terms
+def _series(skew: Tensor, terms: int, last: float) -> Tensor:
+    """(I + Q)(I - Q)^-1 cut off: PEFT's tuners/oft/layer.py `_cayley_batch`, where 3 terms are 4
+    since the last one counts once."""
+    terms = 4 if terms == 3 and last == 1 else terms
     total = power = torch.eye(skew.shape[-1], dtype=skew.dtype).expand_as(skew)
     for at in range(1, terms):
         power = power @ skew
-        total = total + (1.0 if at == terms - 1 > 1 else 2.0) * power
+        total = total + (last if at == terms - 1 > 1 else 2.0) * power
     return total
 
 
@@ -163,8 +165,8 @@ def _oft_v2(t: Tensors, weight: Tensor, turning: Turning) -> Tensor:
     skew[:, rows, columns] = packed
     skew = skew - skew.mT
     # Without the series PEFT has (I - Q)(I + Q)^-1: the other way round.
-    rotation = _cayley(-skew) if turning.terms is None else _series(skew, turning.terms)
-    rotation = _checked(rotation)
+    terms, last, _ = turning
+    rotation = _checked(_cayley(-skew) if terms is None else _series(skew, terms, last))
     if weight.ndim == 2 or not turning.kernel:
         rotation = rotation.mT
     blocks = weight.reshape(len(weight), -1, size)
