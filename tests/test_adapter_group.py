@@ -322,6 +322,15 @@ def test_an_int8_adapter_is_widened_with_its_scales(tmp_path: Path) -> None:
     assert torch.equal(delta.down, tensors[f"{down}.weight"].float() * rows)
 
 
+def test_factors_and_magnitudes_of_a_matrix_fit_no_norm(tmp_path: Path) -> None:
+    name = flat("conv_norm_out")
+    factors = {"lora_down.weight": torch.ones(2, 1), "lora_up.weight": torch.ones(32, 2)}
+    for suffixes in (factors, {"diff": torch.ones(32), "dora_scale": torch.ones(1, 2)}):
+        tensors = one() | {f"{name}.{suffix}": t for suffix, t in suffixes.items()}
+        with pytest.raises(AdapterError, match=r"of another shape|a DoRA magnitude \[32\]"):
+            read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+
+
 SUFFIXES = [
     *("scalar", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "oft_blocks"),
     *("rescale", "oft_R.weight", "oft_R.scaled_oft", "weight", "on_input", "set_weight"),

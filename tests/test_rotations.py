@@ -134,7 +134,7 @@ def test_oftv2_turns_the_inputs(layer: str, scaled: bool, shared: bool, tmp_path
 def test_the_last_term_counts_as_in_the_peft_that_wrote_it(
     version: str | None, last: int, tmp_path: Path
 ) -> None:
-    """peft 0.17.1 and 0.18.0, tuners/oft/layer.py `_cayley_batch`; 0.18 began to say which it is."""
+    """peft 0.17.1 and 0.18.0, tuners/oft/layer.py `_cayley_batch`; 0.18 says which it is."""
     packed, weight = randn(3, 6) * 0.3, randn(16, 12, seed=2)
     path = write(tmp_path / "a.safetensors", {"base_model.model.x.oft_R.weight": packed})
     config = {"peft_type": "OFT"} | ({} if version is None else {"peft_version": version})

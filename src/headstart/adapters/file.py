@@ -225,7 +225,7 @@ def _came(strays: Sequence[str]) -> str:
     if not foreign:
         return f"the keys {some(strays)}"
     title, keys = max(foreign.items(), key=lambda row: len(row[1]))
-    return f"{title}, which is not implemented ({len(keys)} keys such as {keys[0]:.160})"
+    return f"{title}, which is not implemented ({some(keys)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

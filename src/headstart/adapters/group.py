@@ -42,7 +42,7 @@ Layout = tuple[tuple[str, str, Shape], ...]
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
 
 
-class Key(NamedTuple):
+class Stored(NamedTuple):
     """One tensor as the header has it."""
 
     name: str
@@ -120,7 +120,7 @@ class Group:
 
     def _check_room(self, layer: Shape) -> None:
         """A factor's sides are the layer's, parts of them, and ranks."""
-        if "scalar" not in self.kind.takes:
+        if not self.kind.scaled:
             return
         largest = max(max(self.shapes[slot]) for slot in self.slots if slot in self.kind.operands)
         if largest > rank_limit(layer):
@@ -144,7 +144,7 @@ class Group:
         if alpha is not None:
             # sd-scripts and LyCORIS take an alpha of 0 for the rank; no file is trained to be 0.
             scale *= alpha / self.rank if self.rank and alpha else 1.0
-        elif "scalar" in self.kind.takes:
+        elif self.kind.scaled:
             scale *= peft.scale(self.network, self.module, self.rank)
         if not abs(scale) <= _LARGEST:
             _bad(self.name, f"a scale of at most {_LARGEST:.0e}", scale)
@@ -167,8 +167,9 @@ class Group:
         if slot is None:
             return None
         shape, magnitude = [1] * len(layer), tensors[slot]
-        columns = slot == "dora_scale" and magnitude.ndim > 1 and magnitude.shape[0] == 1
-        shape[int(columns)] = layer[int(columns)]
+        one_row = magnitude.ndim > 1 and magnitude.shape[0] == 1 and len(layer) > 1
+        axis = 1 if slot == "dora_scale" and one_row else 0
+        shape[axis] = layer[axis]
         if magnitude.numel() != math.prod(shape):
             _bad(self.name, f"a DoRA magnitude {shape}", list(magnitude.shape))
         return magnitude.reshape(shape)
@@ -179,7 +180,7 @@ _LARGEST = 1e30
 
 
 def _group(
-    name: str, network: Network | None, module: str, keys: Mapping[str, Key],
+    name: str, network: Network | None, module: str, keys: Mapping[str, Stored],
     forms: Iterable[AdapterForm],
 ) -> Group:  # fmt: skip
     """A module whose tensors are complete, of the right dtypes, and agree. Raises AdapterError."""
@@ -193,14 +194,8 @@ def _group(
         _bad(name, f"one way to change its weight, not {titles}", listed)
     (kind,) = kinds
     if odd := next(excluding(kind, slots), None):
-        twice = odd in kind.operands
-        _bad(
-            name,
-            "one way to change its weight"
-            if twice
-            else f"{kind.title} alone, because {kind.title} with {odd} is not implemented",
-            listed,
-        )
+        alone = f"{kind.title} alone, because {kind.title} with {odd} is not implemented"
+        _bad(name, "one way to change its weight" if odd in kind.operands else alone, listed)
     for slot, key in keys.items():
         _check(kind, slot, key)
     if missing := next(lacking(kind, slots), None):
@@ -210,7 +205,7 @@ def _group(
     return Group(name, network, module, kind, slots, shapes, frozenset(forms))
 
 
-def _check(kind: Kind, slot: str, key: Key) -> None:
+def _check(kind: Kind, slot: str, key: Stored) -> None:
     """One tensor's dtype and dimensions."""
     allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
     if slot in SWITCHES:
@@ -243,7 +238,7 @@ def grouped(layout: Layout) -> Grouping:
     """A file's keys by module. The same layout gives the same object, so that a swap of one
     adapter for another of its kind parses no name. Raises AdapterError."""
     names: dict[tuple[Network | None, str], str] = {}
-    keys: dict[str, dict[str, Key]] = {}
+    keys: dict[str, dict[str, Stored]] = {}
     forms: dict[str, set[AdapterForm]] = {}
     strays: list[str] = []
     factors = {name.removesuffix(_ON_INPUT) for name, *_ in layout if name.endswith(_ON_INPUT)}
@@ -262,7 +257,7 @@ def grouped(layout: Layout) -> Grouping:
                 f"{held[slot].name!r} and {name!r} are the same part of {group}: expected it once; "
                 "remove one of them"
             )
-        held[slot] = Key(name, dtype, shape)
+        held[slot] = Stored(name, dtype, shape)
         forms.setdefault(group, set()).update({key.form} if key.form else ())
     groups: dict[str, Group] = {}
     unknown = {stem for stray in strays for stem in _stems(stray)}

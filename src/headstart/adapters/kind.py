@@ -33,7 +33,7 @@ class Agreement(NamedTuple):
 def same_weight(sides: Sides, layer: Shape) -> bool:
     """Whether `sides` is the weight [o, i(, kh, kw)] of a layer, a norm's [c], or, as many programs
     write a convolution, [o, i*kh*kw]. A linear layer and a 1x1 convolution are the same numbers."""
-    flat = len(sides) == 2 and sides == (layer[0], math.prod(layer[1:]))
+    flat = len(layer) > 1 and sides == (layer[0], math.prod(layer[1:]))
     return flat or bare(sides) == bare(layer)
 
 
@@ -76,3 +76,8 @@ class Kind(NamedTuple):
     rank: Callable[[Shapes], int | None] = lambda _: None
     fits: Callable[[Shapes, Shape], bool] | None = None
     settled: Callable[[Tensors, Shape], Iterator[Agreement]] = _nothing
+
+    @property
+    def scaled(self) -> bool:
+        """Whether alpha/rank and a scalar are factors of the change: it is a product of others."""
+        return "scalar" in self.takes

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-_PEFT: tuple[tuple[str, str], ...] = (
+_TUNERS: tuple[tuple[str, str], ...] = (
     ("LoRA of an embedding", r"lora_embedding_[AB]"),
     ("MonteCLoRA", r"lora_monteclora_\w+"),
     ("LoRA with a diagonal", r"lora_diag"),
@@ -49,23 +49,24 @@ _PEFT: tuple[tuple[str, str], ...] = (
     ("PEFT's supertuning", r"supertuning_\w+"),
     ("trainable tokens", r"trainable_tokens_\w+"),
     ("X-LoRA", r"xlora_\w+|internal_xlora_classifier"),
+    ("AdaLoRA", r"lora_(E|ranknum)"),
+    ("T-LoRA", r"(base_)?(lambda_layer|[pq]_layer)"),
+    ("LyCORIS' OFT before version 2", r"oft_diag"),
+    ("LyCORIS' LoKr with a first core", r"lokr_t1"),
+    ("LoRA-XS", r"lora_R|(default_)?lora_latent_mapping"),
 )
-_OTHERS: tuple[tuple[str, str], ...] = (
-    ("AdaLoRA", r".*\.lora_(E|ranknum|[AB])(\.default)?"),
-    ("T-LoRA", r".*\.((base_)?(lambda_layer|[pq]_layer\.weight))|lambda_layer"),
-    ("LyCORIS' OFT before version 2", r".*\.oft_diag"),
-    ("LyCORIS' LoKr with a first core", r".*\.lokr_t1"),
-    ("LoRA-XS", r".*\.(lora_R|lora_latent_mapping|default_lora_latent_mapping)(\.weight)?"),
-)
-_ROWS = tuple(
-    (title, re.compile(rf"(.*[._])?({names})(\.[^.]{{1,64}})?(\.weight|\.bias)?"))
-    for title, names in _PEFT
-) + tuple((title, re.compile(names)) for title, names in _OTHERS)
+_ROWS = re.compile("|".join(f"(?P<row{at}>{names})" for at, (_, names) in enumerate(_TUNERS)))
+_BARE = ("lora_A", "lora_B")
+"""AdaLoRA's, which are no modules and so have no `.weight`."""
 
 
 def tuner_of(key: str) -> str | None:
-    """What such a key belongs to; None for one that no row knows."""
-    return next((title for title, row in _ROWS if row.fullmatch(key)), None)
+    """What such a key belongs to, by one of its last three parts; None where no row knows them."""
+    if key.removesuffix(".default").rpartition(".")[2] in _BARE:
+        return "AdaLoRA"
+    parts = key.split(".")[-3:]
+    found = (match for part in parts if (match := _ROWS.fullmatch(part)))
+    return next((_TUNERS[int((match.lastgroup or "row0")[3:])][0] for match in found), None)
 
 
 def tuners_of(keys: Iterable[str]) -> dict[str, list[str]]:
