@@ -19,14 +19,15 @@ from torch import Tensor, nn
 
 from headstart import fork
 from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
-from headstart.adapters.delta import Delta, Dense, LowRank
-from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
+from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
 from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
+from headstart.adapters.resolved import Match, Resolved
 from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.errors import AdapterError, HeadstartError
@@ -307,13 +308,14 @@ class AdapterSet:
         return found
 
     def _difference(self, host: Host, path: str, delta: Delta) -> Delta:
-        """Whole weights as a difference from the base they were tuned on, so that they transfer."""
-        if not isinstance(delta, Dense):
-            return delta
+        """Whole weights as a difference from the base they were tuned on, so that they transfer;
+        and what a grouped convolution cannot have beside it, to be merged."""
+        if isinstance(delta, LowRank):
+            return delta.dense() if getattr(host.layers[path], "groups", 1) != 1 else delta
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
-        origin = base if of_base and base is not None else host
-        return delta.relative_to(origin.layers[path].weight.float())
+        layer = (base if of_base and base is not None else host).layers[path]
+        return delta.relative_to(layer.weight.float(), layer.bias)
 
     def _check_shared(self, held: Held) -> None:
         """A text encoder serves all models, so what changes nothing else is for all of them."""

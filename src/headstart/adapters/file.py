@@ -9,89 +9,25 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
+from headstart.adapters.kind import Shape
 from headstart.adapters.layers import layers_of
-from headstart.adapters.names import AdapterForm, Network, other_family, why_unplaced
-from headstart.adapters.peft_scale import PeftScale, peft_scales
+from headstart.adapters.names import AdapterForm, Network, other_family
+from headstart.adapters.peft import Peft, read_peft
 from headstart.adapters.places import Networks, Place, placed
+from headstart.adapters.resolved import Match, Mismatch, Resolved, some
+from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError
-
-Shape = tuple[int, ...]
-
-
-class Mismatch(NamedTuple):
-    """A module of the file whose layer has another shape: `expected` is ours, `came` the file's."""
-
-    name: str
-    expected: Shape
-    came: Shape
-
-
-class Match(NamedTuple):
-    """Where the modules of a file go, from names and shapes alone.
-
-    owners      layer -> the module that changes it; mismatched, unmatched: as in `Resolved`
-    """
-
-    owners: Mapping[tuple[Network, str], Group]
-    mismatched: tuple[Mismatch, ...]
-    unmatched: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What a file changes: one delta a layer, and everything of the file that found no layer.
-
-    deltas      (network, module path) -> LowRank | Dense
-    matched     keys of the file that went into deltas
-    mismatched  modules whose layer exists with another shape
-    unmatched   keys that mean no layer of these networks
-    rank        the largest rank of a low-rank delta; 0 where there is none
-    """
-
-    deltas: Mapping[tuple[Network, str], Delta]
-    form: AdapterForm
-    rank: int
-    matched: tuple[str, ...] = ()
-    mismatched: tuple[Mismatch, ...] = ()
-    unmatched: tuple[str, ...] = ()
-
-    def require(self, allow: Collection[str] = ()) -> Resolved:
-        """Itself, if the whole file found its place or what did not is allowed by name.
-
-        `allow` holds names of modules or keys as the file spells them, `*` and `?` for any text:
-        `lora_te_*`, or `*` for everything. Raises AdapterError listing each group that is left.
-        """
-        odd = {
-            "of another shape": [
-                f"{name} {list(came)} instead of {list(expected)}"
-                for name, expected, came in self.mismatched
-                if not _allowed(name, allow)
-            ],
-        }
-        for name in self.unmatched:
-            if not _allowed(name, allow):
-                odd.setdefault(why_unplaced(name), []).append(name)
-        lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in odd.items() if names]
-        if lines:
-            raise AdapterError(
-                f"{len(self.matched)} keys of the adapter ({self.form.value}) fit, but "
-                f"{'; '.join(lines)}. Attach it to the network it was made for, or allow these by "
-                "name"
-            )
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +41,7 @@ class AdapterFile:
     form: AdapterForm
     checkpoint: Checkpoint
     grouping: Grouping
-    scales: Mapping[Network | None, PeftScale]
+    peft: Peft
 
     @property
     def groups(self) -> Mapping[str, Group]:
@@ -123,13 +59,19 @@ class AdapterFile:
         does, and for a NaN or a bad alpha.
         """
         match = match or self.match(networks)
+        held = self.checkpoint
         try:
+            alphas = {group.name: group.alpha(held) for group in match.owners.values()}
             deltas: dict[tuple[Network, str], Delta] = {
-                layer: group.delta(self.checkpoint, networks[layer[0]][layer[1]], self.scales)
+                layer: group.delta(
+                    held, networks[layer[0]][layer[1]], self.peft, alphas[group.name]
+                )
                 for layer, group in match.owners.items()
             }
         except AdapterError as error:
             raise AdapterError(f"{self.path}: {error}") from error
+        except CheckpointError as error:  # a dtype that is not read, or a bad scale
+            raise AdapterError(str(error)) from error
         ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
         return Resolved(
             deltas=deltas,
@@ -138,15 +80,37 @@ class AdapterFile:
             matched=tuple(key for group in match.owners.values() for key in group.slots.values()),
             mismatched=match.mismatched,
             unmatched=match.unmatched,
+            notes=self.notes(alphas),
+        )
+
+    def notes(self, alphas: Mapping[str, float | None]) -> tuple[str, ...]:
+        """What of the scales is not in the file, and how it is read; `alphas` by module.
+
+        ComfyUI (weight_adapter/lora.py) and A1111 (Lora/network.py) take a missing alpha for a
+        scale of 1; sd-scripts and LyCORIS an alpha of 0, which says "no scaling" when they train.
+        """
+        scaled = [g for g in self.groups.values() if g.rank is not None]
+        without = [
+            g.name for g in scaled if "alpha" not in g.slots and not self.peft.says(g.network)
+        ]
+        zero = [group.name for group in scaled if alphas.get(group.name) == 0]
+        counts = {
+            "no alpha": without if len(without) < len(scaled) else [],
+            "an alpha of 0": zero,
+        }
+        return tuple(
+            f"{len(names)} of {len(scaled)} modules have {what} (such as {names[0]:.120}): their "
+            "scale is 1"
+            for what, names in counts.items()
+            if names
         )
 
     def match(self, networks: Networks) -> Match:
         """Find every module's layer; no tensor is read.
 
-        Raises AdapterError for two modules for one layer, alphas in some modules only, an adapter
-        of another family, a name that fits two layers equally well, and one that fits nothing.
+        Raises AdapterError for two modules for one layer, an adapter of another family, a name
+        that fits two layers equally well, and one that fits nothing.
         """
-        self._check_alphas()
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
@@ -155,7 +119,7 @@ class AdapterFile:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
                 expected = networks[layer[0]][layer[1]]
-                mismatched.append(Mismatch(group.name, expected, group.shape()))
+                mismatched.append(Mismatch(group.name, expected, group.sides()))
             elif layer in owners:
                 raise AdapterError(
                     f"{self.path}: {owners[layer].name!r} and {group.name!r} are both {layer[1]} "
@@ -175,23 +139,9 @@ class AdapterFile:
     @property
     def family(self) -> str | None:
         """The lineage whose text is as wide as the adapter's cross-attention; None if unchanged."""
-        widths = {
-            group.shape()[1]
-            for group in self.groups.values()
-            if _reads_text(group.module) and len(group.shape()) > 1
-        }
+        sides = (group.sides() for group in self.groups.values() if _reads_text(group.module))
+        widths = {each[1] for each in sides if len(each) > 1 and each[1] is not None}
         return CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
-
-    def _check_alphas(self) -> None:
-        """All modules of a file have an alpha, or none: then the scale is 1."""
-        scaled = [group for group in self.groups.values() if group.takes_alpha]
-        without = [group.name for group in scaled if "alpha" not in group.slots]
-        if without and len(without) < len(scaled):
-            raise AdapterError(
-                f"{self.path}: {len(without)} of {len(scaled)} modules have no alpha "
-                f"({without[0]}, ...): expected one in each, or in none (then the scale is 1); the "
-                "file is torn, fetch it again"
-            )
 
     def _check_found(
         self,
@@ -205,7 +155,7 @@ class AdapterFile:
             theirs = CONTEXT_WIDTHS.get(misfit.expected[-1], "another family")
             raise AdapterError(
                 f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
-                f"{misfit.name} is {list(misfit.came)}, the layer {list(misfit.expected)}; "
+                f"{misfit}; "
                 f"attach it to a model of {self.family}"
             )
         steered = any(network == "unet" for network, _ in owners)
@@ -215,10 +165,11 @@ class AdapterFile:
                 "of the UNet family: attach it to a network of its own family"
             )
         if not owners:
-            example = next(iter(self.groups.values()))
+            example = next(iter(self.groups.values())).name
+            shaped = f"; {mismatched[0]}" if mismatched else ""
             raise AdapterError(
                 f"{self.path}: none of its {len(self.groups)} modules ({self.form.value}, such as "
-                f"{example.name}) fits {where}; attach it to the network it was made for"
+                f"{example}) fits {where}{shaped}; attach it to the network it was made for"
             )
 
 
@@ -243,29 +194,38 @@ def read_adapter(path: str | Path) -> AdapterFile:
         raise AdapterError(str(error)) from error
     if not checkpoint.names:
         raise AdapterError(f"{path}: expected an adapter, got a file without tensors")
-    if parts:
+    layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
+    try:
+        grouping = grouped(layout)
+        peft = read_peft(checkpoint.metadata, beside if _is_peft(grouping.groups) else {}, path)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    groups, strays = grouping
+    if parts and 2 * len(strays) > len(layout):
         raise AdapterError(
             f"{path}: expected an adapter, got a checkpoint ({', '.join(parts)}): give it as "
             "--base or --distilled, or make a difference of it with `headstart transfer`"
         )
-    layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
-    try:
-        grouping = grouped(layout)
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
-    groups, strays = grouping
     if not groups:
-        raise AdapterError(
-            f"{path}: expected the keys of a LoRA, LoHa, LoKr or full difference, got "
-            f"{', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}"
-        )
+        raise AdapterError(f"{path}: expected {_EXPECTED}, got {_came(strays)}")
     return AdapterFile(
-        path=path,
-        form=_form(groups),
-        checkpoint=checkpoint,
-        grouping=grouping,
-        scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
+        path=path, form=_form(groups), checkpoint=checkpoint, grouping=grouping, peft=peft
     )
+
+
+_EXPECTED = (
+    "an adapter that is computed here (LoRA, LoCon, LoHa, LoKr, DoRA, GLoRA, OFT, BOFT, OFTv2, "
+    "(IA)^3, differences, whole weights)"
+)
+
+
+def _came(strays: Sequence[str]) -> str:
+    """A kind by its name, or keys that no row knows."""
+    foreign = tuners_of(strays)
+    if not foreign:
+        return f"the keys {some(strays)}"
+    title, keys = max(foreign.items(), key=lambda row: len(row[1]))
+    return f"{title}, which is not implemented ({some(keys)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,6 +238,7 @@ class AdapterInfo:
     modules   number of changed modules: unet, text, text_2, and "" where names do not say which
     dtype     the dtype most bytes have
     strays    keys that no naming knows
+    notes     what the file does not say and how it is read
     """
 
     path: str
@@ -289,13 +250,14 @@ class AdapterInfo:
     size_bytes: int
     tensors: int
     strays: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 def describe_adapter(path: str | Path) -> AdapterInfo:
-    """Triage of an adapter from its header: no tensor is read. Raises AdapterError."""
+    """Triage of an adapter from its header; only alphas are read. Raises AdapterError."""
     file = read_adapter(path)
     checkpoint = file.checkpoint
     ranks = [group.rank for group in file.groups.values() if group.rank is not None]
@@ -309,14 +271,19 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
         size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.names),
         strays=file.strays,
+        notes=file.notes({name: group.alpha(checkpoint) for name, group in file.groups.items()}),
     )
 
 
 # What a layer computes names the file before how its keys are spelled does.
-_FORMS = (
-    *(AdapterForm.DORA, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.PEFT),
-    *(AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR, AdapterForm.DIFFUSERS),
-    *(AdapterForm.CLONEOFSIMO, AdapterForm.KOHYA, AdapterForm.CUSTOM_DIFFUSION, AdapterForm.FULL),
+_KINDS = (
+    *(AdapterForm.GLORA, AdapterForm.BOFT, AdapterForm.OFT, AdapterForm.OFT_V2, AdapterForm.IA3),
+    *(AdapterForm.LOHA, AdapterForm.LOKR),
+)
+_NAMINGS = (
+    *(AdapterForm.PEFT, AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR),
+    *(AdapterForm.DIFFUSERS, AdapterForm.CLONEOFSIMO, AdapterForm.KOHYA),
+    *(AdapterForm.CUSTOM_DIFFUSION, AdapterForm.WHOLE, AdapterForm.FULL),
 )
 _CONVOLUTIONS = re.compile(r".*(conv|skip_connection|emb_layers|in_layers|out_layers|time_emb).*")
 _SLIDER_MODULES = re.compile(r".*(_attn[12]_to_|_resnets_|samplers_).*")
@@ -325,7 +292,11 @@ _SLIDER_MODULES = re.compile(r".*(_attn[12]_to_|_resnets_|samplers_).*")
 def _form(groups: Mapping[str, Group]) -> AdapterForm:
     """A Concept Slider touches attention and resnets of the UNet, never what is around them."""
     present = frozenset[AdapterForm]().union(*(group.forms for group in groups.values()))
-    form = next(form for form in _FORMS if form in present)
+    kinds = {group.kind.form for group in groups.values()}
+    if AdapterForm.DORA in present:
+        return AdapterForm.DORA
+    form = next((form for form in _KINDS if form in kinds), None)
+    form = form or next(form for form in _NAMINGS if form in present)
     if form is not AdapterForm.KOHYA:
         return form
     if all(g.network == "unet" and _SLIDER_MODULES.fullmatch(g.module) for g in groups.values()):
@@ -336,13 +307,9 @@ def _form(groups: Mapping[str, Group]) -> AdapterForm:
 
 def _is_peft(groups: Mapping[str, Group]) -> bool:
     """Whether an `adapter_config.json` beside the file can be its own."""
-    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR}
+    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.OFT_V2}
     return any(group.forms & own for group in groups.values())
 
 
 def _reads_text(module: str) -> bool:
     return module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
-
-
-def _allowed(name: str, allow: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in allow)

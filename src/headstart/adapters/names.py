@@ -43,8 +43,20 @@ class AdapterForm(Enum):
     """Kronecker product, LyCORIS: `lokr_w1`, ..."""
     DORA = "dora"
     """arXiv:2402.09353: any of the above with `dora_scale` or `lora_magnitude_vector`."""
+    GLORA = "glora"
+    """arXiv:2306.07967 as in LyCORIS: `a1.weight`, `a2.weight`, `b1.weight`, `b2.weight`."""
+    OFT = "oft"
+    """arXiv:2306.07280 as in sd-scripts' networks/oft.py and LyCORIS: `oft_blocks` [n, b, b]."""
+    BOFT = "boft"
+    """arXiv:2311.06243 as in LyCORIS: `oft_blocks` [m, n, b, b]."""
+    OFT_V2 = "oftv2"
+    """arXiv:2506.19847 as in PEFT and OneTrainer: `oft_R.weight`, upper triangles."""
+    IA3 = "ia3"
+    """arXiv:2205.05638 as in LyCORIS: `weight`, a number a channel, beside `on_input`."""
     FULL = "full difference"
     """LyCORIS full: `diff`, `diff_b`, and `w_norm`, `b_norm` of norms."""
+    WHOLE = "whole weights"
+    """github.com/comfyanonymous/ComfyUI, comfy/lora.py: `set_weight`."""
     CUSTOM_DIFFUSION = "custom diffusion"
     """arXiv:2212.04488 as in diffusers: whole key and value matrices of cross-attention."""
 
@@ -67,9 +79,11 @@ _F = AdapterForm
 # Suffix -> operand. A named group `slot` is the operand itself; `leaf` belongs to the module.
 _SUFFIXES: tuple[tuple[AdapterForm | None, str, str], ...] = (
     (_F.KOHYA, r"[._]lora_(?P<slot>down|up|mid)\.weight", ""),
-    (None, r"\.alpha", "alpha"),
+    (_F.KOHYA, r"\.lora_up\.bias", "up_bias"),
+    (None, r"\.(?P<slot>alpha|scalar)", ""),
     (_F.PEFT, r"\.lora_A(\.[^.]{1,64})?\.weight", "down"),
     (_F.PEFT, r"\.lora_B(\.[^.]{1,64})?\.weight", "up"),
+    (_F.PEFT, r"\.lora_B(\.[^.]{1,64})?\.bias", "up_bias"),
     (_F.DIFFUSERS, r"\.lora(_linear_layer)?\.(?P<slot>down|up)\.weight", ""),
     (
         _F.DIFFUSERS_PROCESSOR,
@@ -80,6 +94,12 @@ _SUFFIXES: tuple[tuple[AdapterForm | None, str, str], ...] = (
     (_F.LOKR, r"\.(?P<slot>lokr_(w[12](_[ab])?|t2))", ""),
     (_F.DORA, r"\.(?P<slot>dora_scale)", ""),
     (_F.DORA, r"\.lora_magnitude_vector(\.[^.]{1,64})?(\.weight)?", "magnitude"),
+    (_F.GLORA, r"\.(?P<slot>a[12]|b[12m])\.weight", ""),
+    (_F.OFT, r"\.(?P<slot>oft_blocks|rescale)", ""),
+    (_F.OFT_V2, r"\.oft_R(\.[^.]{1,64})?\.weight", "oft_r"),
+    (_F.OFT_V2, r"\.oft_R(\.[^.]{1,64})?\.(?P<slot>scaled_oft)", ""),
+    (_F.IA3, r"\.(?P<slot>on_input)", ""),
+    (_F.WHOLE, r"\.set_weight", "weight"),
     (_F.FULL, r"\.(diff|w_norm)", "diff"),
     (_F.FULL, r"\.(diff_b|b_norm)", "diff_b"),
     (

@@ -43,6 +43,7 @@ PREFIXES: tuple[tuple[str, PartName | None], ...] = (
     ("clip_h.", "text"),
     # Adapters: kohya's, with underscores for dots; cloneofsimo's, with a number behind.
     ("lora_unet_", "unet"),
+    ("oft_unet_", "unet"),
     ("lora_transformer_", "unet"),
     ("lora_te1_", "text"),
     ("lora_te2_", "text_2"),
