@@ -21,6 +21,7 @@ from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
 from headstart.adapters.names import AdapterForm, Network, Places
 from headstart.adapters.peft_scale import PeftScale, peft_scales
+from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
@@ -78,9 +79,9 @@ class Resolved:
             "of another shape": [
                 f"{name} {list(came)} instead of {list(expected)}"
                 for name, expected, came in self.mismatched
-                if not _allowed(name, allow)
+                if not allowed(name, allow)
             ],
-            "unknown here": [name for name in self.unmatched if not _allowed(name, allow)],
+            "unknown here": [name for name in self.unmatched if not allowed(name, allow)],
         }
         lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in odd.items() if names]
         if lines:
@@ -97,6 +98,8 @@ class AdapterFile:
     """An adapter as its header tells: nothing but names and shapes has been read.
 
     grouping  its modules; the same object for files of the same names, dtypes and shapes
+    tokens    learned tokens that lie beside them: OneTrainer's, ai-toolkit's, cloneofsimo's
+    no_tokens why those that lie there cannot be used, where that is so
     """
 
     path: Path
@@ -104,6 +107,8 @@ class AdapterFile:
     checkpoint: Checkpoint
     grouping: Grouping
     scales: Mapping[Network | None, PeftScale]
+    tokens: tuple[Token, ...] = ()
+    no_tokens: str | None = None
 
     @property
     def groups(self) -> Mapping[str, Group]:
@@ -111,7 +116,9 @@ class AdapterFile:
 
     @property
     def strays(self) -> tuple[str, ...]:
-        return self.grouping.strays
+        """Keys that no naming knows."""
+        tokens = beside_layers(self.checkpoint)
+        return tuple(key for key in self.grouping.strays if key not in tokens)
 
     def resolve(self, networks: Networks, match: Match | None = None) -> Resolved:
         """What changes in `networks`, {network: {module path: shape of its weight}}.
@@ -265,13 +272,25 @@ def read_adapter(path: str | Path) -> AdapterFile:
             f"{path}: expected the keys of a LoRA, LoHa, LoKr or full difference, got "
             f"{', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}"
         )
+    tokens, no_tokens = _tokens(path, checkpoint)
     return AdapterFile(
         path=path,
         form=_form(groups),
         checkpoint=checkpoint,
         grouping=grouping,
         scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
+        tokens=tokens,
+        no_tokens=no_tokens,
     )
+
+
+def _tokens(path: Path, checkpoint: Checkpoint) -> tuple[tuple[Token, ...], str | None]:
+    """The learned tokens beside the layers, or why there are none of those that lie there."""
+    keys = beside_layers(checkpoint)
+    try:
+        return (tokens_of(path, checkpoint, keys=keys), None) if keys else ((), None)
+    except CheckpointError as error:
+        return (), str(error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +302,7 @@ class AdapterInfo:
     modules   number of changed modules: unet, text, text_2, and "" where names do not say which
     dtype     the dtype most bytes have
     strays    keys that no naming knows
+    tokens    learned tokens that prompts know while it is attached
     """
 
     path: str
@@ -294,6 +314,7 @@ class AdapterInfo:
     size_bytes: int
     tensors: int
     strays: tuple[str, ...]
+    tokens: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -313,7 +334,8 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
         dtype=checkpoint.dtype,
         size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.names),
-        strays=file.strays,
+        strays=file.strays if file.no_tokens is None else file.grouping.strays,
+        tokens=tuple(token.name for token in file.tokens),
     )
 
 
@@ -349,5 +371,6 @@ def _reads_text(module: str) -> bool:
     return module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
 
 
-def _allowed(name: str, allow: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in allow)
+def allowed(name: str, allow: Collection[str]) -> bool:
+    """Whether a module or key may find no place: `*` and `?` in a pattern are any text."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in allow)

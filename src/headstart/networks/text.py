@@ -7,7 +7,7 @@ side by side on the last axis                            pooled = P @ normed[arg
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import overload
 
 import torch
@@ -27,7 +27,8 @@ class ClipText(nn.Module):
     """The text side of a family: one encoder, or SDXL's two, and their tokenizer.
 
     `image_size` is the family's native size in pixels, SDXL's default for `time_ids`;
-    `zero_empty_negative`: an empty negative prompt is all zeros and not the encoding of "".
+    `zero_empty_negative`: an empty negative prompt is all zeros and not the encoding of "";
+    `learned`: for each encoder the vectors [n, width] of the tokens that the tokenizer learned.
     """
 
     def __init__(
@@ -37,17 +38,19 @@ class ClipText(nn.Module):
         *,
         image_size: int = 1024,
         zero_empty_negative: bool | None = None,
+        learned: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleList(towers)
         self.tokenizer = tokenizer
+        self.learned = tuple(learned)
         self.image_size = image_size
         # SDXL was trained with its text dropped to zeros (`force_zeros_for_empty_prompt` in its
         # model_index.json); SD 1 and 2 were trained with the empty prompt.
         dual = len(self.towers) > 1
         self.zero_empty_negative = dual if zero_empty_negative is None else zero_empty_negative
         smallest = min(tower.params.vocabulary for tower in towers)
-        if len(tokenizer) - len(tokenizer.learned) > smallest:
+        if len(tokenizer) > smallest:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens, the encoder knows {smallest}: "
                 "give the tokenizer that belongs to this encoder"
@@ -139,6 +142,16 @@ class ClipText(nn.Module):
             torch.tensor([row + [pad] * (self.length - len(row)) for row in rows]) for pad in pads
         ]
 
+    def taught(self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]) -> ClipText:
+        """The same encoders, the very modules, behind a tokenizer that knows these tokens too."""
+        return ClipText(
+            self._towers(),
+            self.tokenizer.learn(tokens),
+            image_size=self.image_size,
+            zero_empty_negative=self.zero_empty_negative,
+            learned=learned,
+        )
+
     def _towers(self) -> list[Tower]:
         return [tower for tower in self.towers if isinstance(tower, Tower)]
 
@@ -148,7 +161,8 @@ class ClipText(nn.Module):
         check_threads()
         device = next(self.parameters()).device
         ids = self.ids(texts, strict=strict)
-        outs = [tower(i.to(device)) for tower, i in zip(self._towers(), ids, strict=True)]
+        rows = self.learned or (None,) * len(ids)
+        outs = [t(i.to(device), own) for t, i, own in zip(self._towers(), ids, rows, strict=True)]
         context = torch.cat([context for context, _ in outs], dim=-1)
         pooled = outs[-1][1]
         if pooled is None:
