@@ -1,6 +1,12 @@
 """CLIP's tokenizer: a prompt -> the ids of its text, with the vocabulary that a model brings.
 
 text -> lower case, words, single digits, runs of signs -> bytes -> merged pairs -> ids
+
+"!" is a word like others to open_clip, whose networks SD 2 and SDXL have: 256 alone, 995 in "!!!".
+transformers pads the text of those encoders with id 0, which is the token "!" within a word, and
+takes every "!" typed for it: "wow!!!" becomes wow, 0, 0, 0. It does so for SD 2's encoder and for
+SDXL's second one only. Here open_clip is followed, for `a1111` and `comfyui` too, as both programs
+do; `ClipTokenizer.exclamation = "transformers"` is the other way, for pictures like diffusers'.
 """
 
 from __future__ import annotations
@@ -8,11 +14,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from headstart.checkpoint.header import read_json
 from headstart.errors import CheckpointError, InputError
+from headstart.networks.prompt_style import Exclamation
 from headstart.networks.vocabulary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -23,6 +32,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 # CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
 # runs of anything else.
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Word(NamedTuple):
+    """The ids of a word, of a run of signs, or of a learned token."""
+
+    ids: tuple[int, ...]
+    learned: bool = False
 
 
 @final
@@ -42,6 +58,8 @@ class ClipTokenizer:
         self.learned: Mapping[str, tuple[int, ...]] = {}
         """Token added later -> the ids of its vectors, below 0: see `tower.Tower`."""
         self._token: re.Pattern[str] = _NOTHING
+        self.exclamation: Exclamation = "openclip"
+        """What "!" becomes for an encoder whose text is padded with id 0."""
 
     @classmethod
     def from_json(cls, text: str, source: str = "the tokenizer") -> ClipTokenizer:
@@ -105,20 +123,47 @@ class ClipTokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone. Raises InputError for text that has none."""
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma that is a word, or None where the vocabulary has none."""
+        return self._tokenizer.token_to_id(",</w>")
+
+    def tokens(self, prompt: str, *, zero_pad: bool = False) -> list[int]:
+        """The ids of the text alone; arguments and errors are those of `words`."""
+        return [id for word in self.words(prompt, zero_pad=zero_pad) for id in word.ids]
+
+    def words(self, prompt: str, *, zero_pad: bool = False) -> list[Word]:
+        """The words of a text, for an encoder whose text is padded with id 0, or with the end.
+
+        Raises InputError for text that has no ids.
+        """
+        reads_pads = zero_pad and self.exclamation == "transformers"
+        tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
-            return [id for text, own in self._learned(prompt) for id in (*self._words(text), *own)]
+            return [
+                word
+                for text, own in self._learned(prompt)
+                for word in (*_words(tokenizer, text), *([Word(own, True)] if own else []))
+            ]
         except Exception as error:  # the library raises bare Exception
             raise InputError(
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
 
+    @cached_property
+    def _of_transformers(self) -> Tokenizer:
+        """The tokenizer to which "!" is a special token, as the one that pads is."""
+        from tokenizers import Tokenizer
+
+        copied = Tokenizer.from_str(self._tokenizer.to_str())
+        copied.add_special_tokens(["!"])  # pyright: ignore[reportUnknownMemberType]
+        return copied
+
     def knows(self, token: str) -> bool:
         """Whether it means something already: nothing, a word, the begin or end, or learned."""
         known = {*self.learned, BOS, EOS}
-        return _spaced(token) in known or len(self._words(token)) < 2
+        return _spaced(token) in known or len(self.tokens(token)) < 2
 
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
@@ -139,9 +184,6 @@ class ClipTokenizer:
         grown._token = re.compile("|".join(map(_spelled, longest_first)))
         return grown
 
-    def _words(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
     def _learned(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
         """(text, the ids of the learned token behind it); what is left comes last.
 
@@ -156,6 +198,13 @@ class ClipTokenizer:
 
 
 _NOTHING = re.compile(r"(?!)")
+
+
+def _words(tokenizer: Tokenizer, text: str) -> Iterator[Word]:
+    found = tokenizer.encode(text, add_special_tokens=False)
+    pairs = zip(found.word_ids, found.ids, strict=True)
+    for _, own in groupby(pairs, lambda pair: pair[0]):
+        yield Word(tuple(id for _, id in own))
 
 
 def _spaced(token: str) -> str:

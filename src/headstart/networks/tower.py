@@ -91,24 +91,28 @@ class Tower(nn.Module):
         ids = torch.arange(self.params.positions, device=device)[None]
         self.text_model.embeddings.position_ids = ids
 
-    def forward(self, ids: Tensor, learned: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, ids: Tensor, hidden: int | None = None, learned: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`hidden`: the hidden state that is the context, -1 the last; None is the family's."""
         if learned is None or not len(learned):
-            return self._read(ids, ids)
+            return self._read(ids, ids, hidden)
         beyond = ids < 0
         vectors = learned.to(ids.device)[(-1 - ids).clamp(min=0)]
         token = _LEARNED.set(_Learned(beyond[..., None], vectors))
         try:
-            return self._read(ids.clamp(min=0), ids)
+            return self._read(ids.clamp(min=0), ids, hidden)
         finally:
             _LEARNED.reset(token)
 
-    def _read(self, known: Tensor, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _read(self, known: Tensor, ids: Tensor, hidden: int | None) -> tuple[Tensor, Tensor | None]:
         out = self.text_model(input_ids=known, output_hidden_states=True)
         last: Tensor = out.last_hidden_state  # after the final layer norm
-        if self.rule.hidden == -1 and self.rule.normed:
+        hidden = self.rule.hidden if hidden is None else hidden
+        if hidden == -1 and self.rule.normed:
             context = last
         else:
-            context = out.hidden_states[self.rule.hidden]
+            context = out.hidden_states[hidden]
             context = self.text_model.final_layer_norm(context) if self.rule.normed else context
         if self.text_projection is None:
             return context, None
