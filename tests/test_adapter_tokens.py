@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from adapter_samples import layers_of, random_lora
+from encoders import sdxl_towers, small_words
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
 import headstart_weights
 from headstart.adapters.file import describe_adapter
-from headstart.adapters.textual_inversion import read_embeddings
+from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
 from headstart.cli import main
 from headstart.errors import AdapterError
+from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 
 pytestmark = pytest.mark.skipif(
@@ -169,6 +171,23 @@ def test_tokens_of_another_family_are_refused_by_its_name(engine: hs.Engine, mak
     with pytest.raises(AdapterError, match="changes the UNet alone"):
         engine.adapters.attach_distilled(make("fast", {"<s1>": vectors(engine, "fox")}))
     assert sorted(own.name for own in engine.adapters) == ["flux", "xl"]
+
+
+def test_the_pair_of_a_bundle_reaches_each_of_sdxls_encoders(engine: hs.Engine, make: Make) -> None:
+    """And no --allow is needed; a token of two vectors, its keys in the other order."""
+    words = {"text": torch.randn(2, 32), "text_2": torch.randn(2, 40)}
+    text = ClipText(sdxl_towers(), small_words())
+    adapters = hs.AdapterSet({"base": engine.denoisers["base"]}, text)
+    keys = ("bundle_emb.some token.clip_g", "bundle_emb.some token.clip_l")
+    adapters.attach(make("xl", dict(zip(keys, [*words.values()][::-1], strict=True))))
+    expected = extended(text, [Embedding("<x>", words)]).encode(["the <x>"])  # pyright: ignore
+    attached = adapters.look().text
+    assert attached is not None
+    got = attached.encode(["the some token"])
+    assert torch.equal(got.context, expected.context)
+    assert got.pooled is not None and torch.equal(got.pooled, expected.pooled)  # pyright: ignore
+    adapters.detach("xl")
+    assert adapters.look().text is text
 
 
 def test_the_same_file_teaches_its_tokens_by_another_name(engine: hs.Engine, make: Make) -> None:
