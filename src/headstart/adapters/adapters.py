@@ -19,17 +19,19 @@ from torch import Tensor, nn
 
 from headstart import fork
 from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
-from headstart.adapters.delta import Delta, Dense, LowRank
-from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
+from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
+from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.slots import Layer, Slots
+from headstart.adapters.resolved import Match, Resolved
+from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.tokens import reading, teachable
-from headstart.errors import AdapterError
+from headstart.errors import AdapterError, HeadstartError
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
@@ -153,10 +155,11 @@ class AdapterSet:
                 to=to,
                 allow=tuple(allow),
                 texts=any(host in deltas for host in self._texts.values()),
+                steers=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
-                strength=asked,
                 tokens=tokens,
-            )
+            ).at(asked)
+            self._check_shared(held)
             if not live:
                 self._check_merged(held)
             return self._hold(held, deltas)
@@ -185,16 +188,20 @@ class AdapterSet:
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
-        Raises AdapterError for one that also changes the text or its tokens, which both models
-        share.
+        Raises AdapterError for one that changes the text or its tokens, which both models share;
+        InputError for one that has to be merged.
         """
-        report = self.attach(path, Strength(models=("distilled",)), name=name)
-        if self.look()[name].texts or self.look()[name].tokens:
+        report = self.attach(path, name=name)
+        try:
+            if self.look()[name].texts or self.look()[name].tokens:
+                raise AdapterError(
+                    f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
+                    "this one changes the text encoders or their tokens: attach it as an adapter"
+                )
+            self.set(name, Strength(models=("distilled",)))
+        except HeadstartError:
             self.detach(name)
-            raise AdapterError(
-                f"{path}: expected a distilled model's LoRA, which changes the UNet alone; this "
-                "one changes the text encoders too: attach it as an adapter"
-            )
+            raise
         return report
 
     def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:
@@ -307,16 +314,26 @@ class AdapterSet:
         return found
 
     def _difference(self, host: Host, path: str, delta: Delta) -> Delta:
-        """Whole weights as a difference from the base they were tuned on, so that they transfer."""
-        if not isinstance(delta, Dense):
-            return delta
+        """Whole weights as a difference from the base they were tuned on, so that they transfer;
+        and what a grouped convolution cannot have beside it, to be merged."""
+        if isinstance(delta, LowRank):
+            return delta.dense() if getattr(host.layers[path], "groups", 1) != 1 else delta
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
-        origin = base if of_base and base is not None else host
-        return delta.relative_to(origin.layers[path].weight.float())
+        layer = (base if of_base and base is not None else host).layers[path]
+        return delta.relative_to(layer.weight.float(), layer.bias)
+
+    def _check_shared(self, held: Held) -> None:
+        """A text encoder serves all models, so what changes nothing else is for all of them."""
+        apart = [model for model in self._models if model not in held.to]
+        if apart and not held.steers:
+            raise AdapterError(
+                f"{held.report.path} changes the text alone, which {' and '.join(self._models)} "
+                f"read alike, and to={list(held.to)} leaves out {', '.join(apart)}: attach it "
+                "without to="
+            )
 
     def _check_merged(self, held: Held) -> None:
-        held.one_number(held.strength)
         apart = [m for m in self._models if m not in held.to]
         shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
         if shared:

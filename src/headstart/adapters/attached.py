@@ -18,7 +18,8 @@ from torch import Tensor, nn
 import headstart_weights
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.host import Changes, Host, Leaf, acting
-from headstart.adapters.merged import Merged, Weights
+from headstart.adapters.layers import Weights
+from headstart.adapters.merged import Merged
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
@@ -40,7 +41,8 @@ Deltas: TypeAlias = Mapping[str, Delta]
 class Held:
     """One attached adapter.
 
-    to      the models that it is on; allow: what of its file was let be; texts: changes the text
+    to      the models that it is on; allow: what of its file was let be
+    steers  changes a model; texts: changes the text
     deltas  what it changes, by network, where it is merged: sums are made of all of them
     tokens  what its file teaches prompts, whatever its strength
     """
@@ -49,6 +51,7 @@ class Held:
     to: tuple[str, ...]
     allow: tuple[str, ...]
     texts: bool
+    steers: bool = True
     deltas: Mapping[Host, Deltas] = field(default_factory=dict[Host, Deltas])
     strength: Strength = field(default_factory=Strength)
     tokens: tuple[Embedding, ...] = ()
@@ -59,20 +62,30 @@ class Held:
 
     def at(self, asked: Asked) -> Held:
         """With this strength from now on. Raises InputError where it cannot have it."""
-        strength = as_strength(asked)
+        strength = self._possible(as_strength(asked))
         if not self.report.live:
             self.one_number(strength)
         return replace(self, strength=strength)
 
     def for_run(self, asked: Asked | None) -> Strength:
         """What holds in one run. Raises InputError where the adapter is merged at another."""
-        strength = self.strength if asked is None else as_strength(asked)
+        strength = self._possible(self.strength if asked is None else as_strength(asked))
         if not self.report.live and strength != self.strength:
             self.one_number(strength)
             raise InputError(
                 f"adapter {self.name!r} is merged at strength {self.strength.constant:g}, and "
                 f"this run asks for {strength.constant:g}: other runs share the weights, so set "
                 f"engine.adapters[{self.name!r}].strength first"
+            )
+        return strength
+
+    def _possible(self, strength: Strength) -> Strength:
+        """Itself. Raises InputError where it is one of rows, and the adapter acts on the text."""
+        by_row = (strength.models, strength.below, strength.rows)
+        if not self.steers and any(part is not None for part in by_row):
+            raise InputError(
+                f"adapter {self.name!r} changes the text alone, which is encoded once for all rows "
+                "and models: its strength is a number, or one for each sample"
             )
         return strength
 
@@ -232,6 +245,12 @@ class Attached:
             raise InputError(
                 f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
                 f"{', '.join(map(repr, self.held)) or 'none'}"
+            )
+        texts = sorted(name for name in named if not self.held[name].steers)
+        if texts:
+            raise InputError(
+                f"plan {table.name!r} sets adapter(s) {texts} on some legs, but they change the "
+                "text alone, which is encoded once for all rows; give their strengths to the run"
             )
         merged = sorted(name for name in named if not self.held[name].report.live)
         if merged:

@@ -13,8 +13,8 @@ import numpy.typing as npt
 Array = npt.NDArray[Any]
 
 TARGETS = ("F32", "F16", "BF16")
-_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-SOURCES = (*_PLAIN, "BF16", "F8_E4M3", "F8_E5M2")
+_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1"}
+SOURCES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def cast(raw: memoryview, source: str, target: str) -> bytes:
@@ -33,14 +33,17 @@ def cast(raw: memoryview, source: str, target: str) -> bytes:
 
 
 def widen(raw: memoryview, source: str) -> Array:
-    """The numbers as float16, float32 or float64, whichever holds them exactly."""
+    """The numbers as float16, float32 or float64, whichever holds them exactly; I8 as int8.
+
+    Raises KeyError for a dtype that has no such numbers.
+    """
     if source in _PLAIN:
         return np.frombuffer(raw, _PLAIN[source])
     if source == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     if source == "F8_E5M2":  # the upper half of a float16
         return (np.frombuffer(raw, "<u1").astype("<u2") << 8).view("<f2")
-    return _e4m3()[np.frombuffer(raw, "<u1")]
+    return {"F8_E4M3": _e4m3()}[source][np.frombuffer(raw, "<u1")]
 
 
 def _bfloat16(values: Array) -> Array:

@@ -14,7 +14,7 @@ from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import COMPONENTS, json_in, root_of
 from headstart.checkpoint.keymap import PARTS, PartName
-from headstart.checkpoint.tensors import FLOATS, NARROW, Checkpoint, Part, unsupported
+from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint, Part, unsupported
 from headstart.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -186,7 +186,7 @@ def _problems(part: Part) -> Iterator[str]:
         yield f"{part.name}: {len(missing)} tensors are missing: {_some(missing)}"
     if odd := [name for name in part.shapes if part.dtype(name) not in FLOATS]:
         yield f"{part.name}: {len(odd)} tensors are not floating point: {_some(odd)}"
-    for dtype in sorted(NARROW & {part.dtype(name) for name in part.shapes}):
+    for dtype in sorted(UNREAD & {part.dtype(name) for name in part.shapes}):
         held = [name for name in part.shapes if part.dtype(name) == dtype]
         yield f"{part.name}: {len(held)} tensors are {unsupported(dtype)}"
     if empty := [name for name, shape in part.shapes.items() if 0 in shape]:

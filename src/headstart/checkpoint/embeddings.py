@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple, NoReturn
 from headstart.checkpoint import keymap
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import Entry
-from headstart.checkpoint.tensors import FLOATS, NARROW, Checkpoint
+from headstart.checkpoint.scales import SCALED
+from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint
 from headstart.errors import CheckpointError
 
 Encoder = Literal["text", "text_2"]
@@ -257,7 +258,7 @@ def _check(path: Path, name: str, entry: Entry) -> None:
 def _is_vectors(entry: Entry) -> bool:
     shape = entry.shape if len(entry.shape) == 2 else (1, *entry.shape)
     fits = len(shape) == 2 and 0 not in shape and shape[0] <= MAX_VECTORS
-    return fits and entry.dtype in FLOATS - NARROW
+    return fits and entry.dtype in FLOATS - UNREAD - SCALED.keys()
 
 
 def _rows(shape: tuple[int, ...]) -> int:

@@ -172,7 +172,8 @@ class Engine:
 
         strength  a number, one for each sample, [rows][samples], or a `headstart.Strength`; set it
                   later with `engine.adapters[name].strength = ...`, or give sample(adapters=...)
-        to        the models it acts on; None: all that the engine has
+        to        the models it acts on; None: all that the engine has. The text serves all of them,
+                  so an adapter of the text alone is attached to all
         name      by which plans and runs name it; None: the file's, without its suffix
         allow     modules and keys that may find no place, `*` and `?` for any text
         replace   swap the adapter of that name. One of no larger rank on the same layers is copied

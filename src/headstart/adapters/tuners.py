@@ -1,0 +1,77 @@
+"""Ways to adapt a network that are not computed here, by the names they give to tensors.
+
+So such a file is called what it is. Names: github.com/huggingface/peft, src/peft/tuners/*/layer.py
+(`adapter_layer_names`), version 0.21; LyCORIS' modules/*.py (`weight_list`), version 4.1.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_PEFT: tuple[tuple[str, str], ...] = (
+    ("LoRA of an embedding", r"lora_embedding_[AB]"),
+    ("MonteCLoRA", r"lora_monteclora_\w+"),
+    ("LoRA with a diagonal", r"lora_diag"),
+    ("VeRA", r"vera_(lambda_[bd]|[AB])"),
+    ("PVeRA", r"pvera_(lambda_[bd]|[AB])"),
+    ("FourierFT", r"fourierft_\w+"),
+    ("VB-LoRA", r"vblora_\w+"),
+    ("RandLoRA", r"randlora_\w+"),
+    ("PEFT's GLoRA", r"glora_\w+"),
+    ("PEFT's (IA)^3", r"ia3_l"),
+    ("PEFT's BOFT", r"boft_[Rs]"),
+    ("PEFT's OFT before version 0.16", r"oft_r"),
+    ("OFT of an embedding", r"oft_embedding_R"),
+    ("PSOFT", r"psoft_\w+"),
+    ("HRA", r"hra_u"),
+    ("MiSS", r"miss_block"),
+    ("Bone", r"bone_block"),
+    ("DeLoRA", r"delora_\w+"),
+    ("GraLoRA", r"gralora_\w+"),
+    ("HiRA", r"hira_\w+"),
+    ("SHiRA", r"shira_\w+"),
+    ("TinyLoRA", r"tinylora_\w+"),
+    ("UniLoRA", r"unilora_\w+"),
+    ("C3A", r"c3a_kernel"),
+    ("RoAd", r"road_\w+"),
+    ("WaveFT", r"waveft_\w+"),
+    ("LN tuning", r"ln_tuning_layers"),
+    ("OSF", r"osf_\w+"),
+    ("Poly", r"poly_\w+"),
+    ("Lily", r"lily_\w+"),
+    ("FRoD", r"frod_\w+"),
+    ("DEFT", r"deft_\w+"),
+    ("AdaMSS", r"adamss_\w+"),
+    ("BEFT", r"beft_\w+"),
+    ("PEANuT", r"peanut_\w+"),
+    ("PEFT's shadow tuner", r"shadow_\w+"),
+    ("PEFT's supertuning", r"supertuning_\w+"),
+    ("trainable tokens", r"trainable_tokens_\w+"),
+    ("X-LoRA", r"xlora_\w+|internal_xlora_classifier"),
+)
+_OTHERS: tuple[tuple[str, str], ...] = (
+    ("AdaLoRA", r".*\.lora_(E|ranknum|[AB])(\.default)?"),
+    ("T-LoRA", r".*\.((base_)?(lambda_layer|[pq]_layer\.weight))|lambda_layer"),
+    ("LyCORIS' OFT before version 2", r".*\.oft_diag"),
+    ("LyCORIS' LoKr with a first core", r".*\.lokr_t1"),
+    ("LoRA-XS", r".*\.(lora_R|lora_latent_mapping|default_lora_latent_mapping)(\.weight)?"),
+)
+_ROWS = tuple(
+    (title, re.compile(rf"(.*[._])?({names})(\.[^.]{{1,64}})?(\.weight|\.bias)?"))
+    for title, names in _PEFT
+) + tuple((title, re.compile(names)) for title, names in _OTHERS)
+
+
+def tuner_of(key: str) -> str | None:
+    """What such a key belongs to; None for one that no row knows."""
+    return next((title for title, row in _ROWS if row.fullmatch(key)), None)
+
+
+def tuners_of(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Tuner -> its keys."""
+    found: dict[str, list[str]] = {}
+    for key in keys:
+        if (title := tuner_of(key)) is not None:
+            found.setdefault(title, []).append(key)
+    return found
