@@ -21,6 +21,7 @@ from headstart.adapters.textual_inversion import (
 )
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
+from headstart.networks.prompt_style import PROMPT_STYLES
 from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import ClipParams, Tower
@@ -188,6 +189,17 @@ def test_two_files_of_one_token_are_a_pair_as_diffusers_saves_them(tmp_path: Pat
     told = r"for sdxl \(768 \+ 1280 numbers\), got them for sd21 \(1024 numbers\)"
     with pytest.raises(AdapterError, match=told):
         taught(xl, [sd21])
+
+
+def test_a_token_takes_a_weight_and_is_not_cut_by_the_end_of_a_piece(single: ClipText) -> None:
+    grown = extended(single, [Embedding("<cat>", {"text": torch.randn(9, 32)})])
+    z, empty = grown.encode(["a <cat>"]).context[0], grown.encode([""]).context[0]
+    weighed = grown.encode(["a (<cat>:1.5)"], style="comfyui").context[0]
+    torch.testing.assert_close(weighed[2:11], empty[2:11] + 1.5 * (z - empty)[2:11])
+    assert torch.equal(weighed[:2], z[:2]) and torch.equal(weighed[11:], z[11:])
+    for style in PROMPT_STYLES:
+        cond = grown.encode(["b " * 15 + "<cat>"], style=style).context[0]
+        torch.testing.assert_close(cond[20:], grown.encode(["<cat>"]).context[0])
 
 
 def test_a_token_of_more_vectors_than_a_piece_has_room_for_is_refused(single: ClipText) -> None:

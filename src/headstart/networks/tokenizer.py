@@ -137,7 +137,7 @@ class ClipTokenizer:
 
         Raises InputError for text that has no ids.
         """
-        reads_pads = zero_pad and self.exclamation == "transformers"
+        reads_pads = zero_pad and self.exclamation == "transformers" and self._pads_with_it
         tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
             return [
@@ -150,6 +150,11 @@ class ClipTokenizer:
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
+
+    @property
+    def _pads_with_it(self) -> bool:
+        """Whether id 0 is "!", as in CLIP's own vocabulary."""
+        return self._tokenizer.token_to_id("!") == 0
 
     @cached_property
     def _of_transformers(self) -> Tokenizer:
