@@ -30,7 +30,9 @@ from headstart.adapters.report import AdapterReport, report_of
 from headstart.adapters.resolved import Match, Resolved
 from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
+from headstart.adapters.tokens import reading, teachable
 from headstart.errors import AdapterError, HeadstartError
+from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
 DISTILLED_LORA = "distilled-lora"
@@ -62,19 +64,20 @@ class AdapterSet:
 
     models  "base" and "distilled" -> network; both names may mean one network, of which the
             distilled model is a strength
-    towers  the text encoders, which serve both models
+    text    the text encoders, which serve both models, and learn the tokens of adapters' files
     """
 
-    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, models: Mapping[str, object], text: ClipText | None = None) -> None:
         networks = {n: model for n, model in models.items() if isinstance(model, nn.Module)}
-        self._present = present = Present(networks)
+        self._text, self._present = text, Present(networks, text)
+        present, towers = self._present, () if text is None else text.towers
         shared = {net: present.host(Host(net, present.look)) for net in networks.values()}
         self._models = {name: shared[network] for name, network in networks.items()}
         self._texts = {
             name: present.host(Host(tower, present.look, conditioned=False))
             for name, tower in zip(("text", "text_2"), towers, strict=False)
         }
-        self._matches: dict[str, tuple[Grouping, Match]] = {}
+        self._matches: dict[str, tuple[Grouping, tuple[str, ...], Match]] = {}
         self._changing = threading.RLock()  # one change at a time; runs do not wait for it
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -144,15 +147,17 @@ class AdapterSet:
                 )
             check_acts(name, to, asked, tuple(self._models))
             resolved = self._resolve(file, to, tuple(allow))
+            tokens, left = teachable(self._text, file, self.look().teachers(name), allow)
             deltas = self._deltas(resolved)
             live = all(isinstance(d, LowRank) for own in deltas.values() for d in own.values())
             held = Held(
-                report=report_of(name, file, resolved, live),
+                report=report_of(name, file, resolved, live, tokens, left),
                 to=to,
                 allow=tuple(allow),
                 texts=any(host in deltas for host in self._texts.values()),
                 steers=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
+                tokens=tokens,
             ).at(asked)
             self._check_shared(held)
             if not live:
@@ -183,15 +188,15 @@ class AdapterSet:
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
-        Raises AdapterError for one that changes the text, which both models share; InputError for
-        one that has to be merged.
+        Raises AdapterError for one that changes the text or its tokens, which both models share;
+        InputError for one that has to be merged.
         """
         report = self.attach(path, name=name)
         try:
-            if self.look()[name].texts:
+            if self.look()[name].texts or self.look()[name].tokens:
                 raise AdapterError(
                     f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
-                    "this one changes the text encoders: attach it as an adapter"
+                    "this one changes the text encoders or their tokens: attach it as an adapter"
                 )
             self.set(name, Strength(models=("distilled",)))
         except HeadstartError:
@@ -241,7 +246,8 @@ class AdapterSet:
                 strength = own.one_number(own.strength)
                 sums[host] = {**sums.get(host, {}), name: (deltas, strength)}
         merged = {host: self._merged(before.merged.get(host), host, s) for host, s in sums.items()}
-        following = Attached(before.models, held, slots, merged)
+        text = reading(self._text, before, held)
+        following = Attached(before.models, held, slots, merged, text)
         for by_host in slots.values():
             for host, part in by_host.items():
                 host.hook(part.by_path)
@@ -281,14 +287,14 @@ class AdapterSet:
             done = next((resolved for seen, resolved in known if seen == shapes), None)
             if done is None:
                 networks: Any = {"unet": shapes, **texts}
-                grouping, match = self._matches.get(model, (None, None))
+                grouping, strays, match = self._matches.get(model, (None, (), None))
                 try:
-                    if match is None or grouping is not file.grouping:
+                    if match is None or grouping is not file.grouping or strays != file.strays:
                         match = file.match(networks)
                     done = file.resolve(networks, match).require(allow)
                 except AdapterError as error:
                     raise AdapterError(f"attaching to the {model} model: {error}") from error
-                self._matches[model] = (file.grouping, match)
+                self._matches[model] = (file.grouping, file.strays, match)
                 known.append((shapes, done))
             found[model] = done
         return found

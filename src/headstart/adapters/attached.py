@@ -23,8 +23,10 @@ from headstart.adapters.merged import Merged
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
+from headstart.adapters.textual_inversion import Embedding
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import InputError
+from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
 ROLE = "adapter:"
@@ -42,6 +44,7 @@ class Held:
     to      the models that it is on; allow: what of its file was let be
     steers  changes a model; texts: changes the text
     deltas  what it changes, by network, where it is merged: sums are made of all of them
+    tokens  what its file teaches prompts, whatever its strength
     """
 
     report: AdapterReport
@@ -51,6 +54,7 @@ class Held:
     steers: bool = True
     deltas: Mapping[Host, Deltas] = field(default_factory=dict[Host, Deltas])
     strength: Strength = field(default_factory=Strength)
+    tokens: tuple[Embedding, ...] = ()
 
     @property
     def name(self) -> str:
@@ -105,6 +109,7 @@ class Attached:
     held     by name, sorted, so that neither columns nor sums depend on the order of attaching
     slots    adapter -> network -> where its low-rank changes are
     merged   network -> the sums that its layers run on
+    text     what reads prompts, with the tokens of these adapters; None where networks are alone
     """
 
     models: tuple[str, ...]
@@ -113,6 +118,7 @@ class Attached:
         default_factory=dict[str, Mapping[Host, Slots]]
     )
     merged: Mapping[Host, Merged] = field(default_factory=dict[Host, Merged])
+    text: ClipText | None = None
     changes: Changes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,6 +142,15 @@ class Attached:
                 f"{', '.join(map(repr, self.held)) or 'none'}"
             )
         return self.held[name]
+
+    @property
+    def tokens(self) -> tuple[Embedding, ...]:
+        return tuple(token for held in self for token in held.tokens)
+
+    def teachers(self, name: str) -> dict[str, str]:
+        """Token -> the adapter that teaches it, besides the one of this name."""
+        others = [held for held in self if held.name != name]
+        return {token.token: held.name for held in others for token in held.tokens}
 
     @property
     def columns(self) -> tuple[str, ...]:

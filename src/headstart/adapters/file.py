@@ -24,6 +24,7 @@ from headstart.adapters.peft import Peft, read_peft
 from headstart.adapters.places import Networks, Place, placed
 from headstart.adapters.resolved import Match, Mismatch, Resolved, some
 from headstart.adapters.tuners import tuners_of
+from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
@@ -35,6 +36,8 @@ class AdapterFile:
     """An adapter as its header tells: nothing but names and shapes has been read.
 
     grouping  its modules; the same object for files of the same names, dtypes and shapes
+    tokens    learned tokens that lie beside them: OneTrainer's, ai-toolkit's, cloneofsimo's
+    no_tokens why those that lie there cannot be used, where that is so
     """
 
     path: Path
@@ -42,6 +45,8 @@ class AdapterFile:
     checkpoint: Checkpoint
     grouping: Grouping
     peft: Peft
+    tokens: tuple[Token, ...] = ()
+    no_tokens: str | None = None
 
     @property
     def groups(self) -> Mapping[str, Group]:
@@ -49,7 +54,9 @@ class AdapterFile:
 
     @property
     def strays(self) -> tuple[str, ...]:
-        return self.grouping.strays
+        """Keys that no naming knows."""
+        tokens = beside_layers(self.checkpoint)
+        return tuple(key for key in self.grouping.strays if key not in tokens)
 
     def resolve(self, networks: Networks, match: Match | None = None) -> Resolved:
         """What changes in `networks`, {network: {module path: shape of its weight}}.
@@ -208,9 +215,25 @@ def read_adapter(path: str | Path) -> AdapterFile:
         )
     if not groups:
         raise AdapterError(f"{path}: expected {_EXPECTED}, got {_came(strays)}")
+    tokens, no_tokens = _tokens(path, checkpoint)
     return AdapterFile(
-        path=path, form=_form(groups), checkpoint=checkpoint, grouping=grouping, peft=peft
+        path=path,
+        form=_form(groups),
+        checkpoint=checkpoint,
+        grouping=grouping,
+        peft=peft,
+        tokens=tokens,
+        no_tokens=no_tokens,
     )
+
+
+def _tokens(path: Path, checkpoint: Checkpoint) -> tuple[tuple[Token, ...], str | None]:
+    """The learned tokens beside the layers, or why there are none of those that lie there."""
+    keys = beside_layers(checkpoint)
+    try:
+        return (tokens_of(path, checkpoint, keys=keys), None) if keys else ((), None)
+    except CheckpointError as error:
+        return (), str(error)
 
 
 _EXPECTED = (
@@ -239,6 +262,7 @@ class AdapterInfo:
     dtype     the dtype most bytes have
     strays    keys that no naming knows
     notes     what the file does not say and how it is read
+    tokens    learned tokens that prompts know while it is attached
     """
 
     path: str
@@ -251,6 +275,7 @@ class AdapterInfo:
     tensors: int
     strays: tuple[str, ...]
     notes: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -270,8 +295,9 @@ def describe_adapter(path: str | Path) -> AdapterInfo:
         dtype=checkpoint.dtype,
         size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.names),
-        strays=file.strays,
+        strays=file.strays if file.no_tokens is None else file.grouping.strays,
         notes=file.notes({name: group.alpha(checkpoint) for name, group in file.groups.items()}),
+        tokens=tuple(token.name for token in file.tokens),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from headstart.adapters.file import AdapterFile
 from headstart.adapters.resolved import Resolved
+from headstart.adapters.textual_inversion import Embedding
 
 
 class Coverage(NamedTuple):
@@ -36,6 +37,7 @@ class AdapterReport:
     live      strengths may differ between samples and rows; else it is merged at one strength
     notes     what the file does not say and how it is read
     in_place  the buffers of the adapter it replaced were kept, so captured graphs stay valid
+    tokens    learned tokens of its file, which prompts know now
     """
 
     name: str
@@ -46,6 +48,7 @@ class AdapterReport:
     live: bool = True
     in_place: bool = False
     notes: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         kind = f"rank {self.rank}, live" if self.live else "merged"
@@ -59,6 +62,8 @@ class AdapterReport:
             )
         if not any("unet" in told.layers for told in self.models.values()):
             lines.append("  it changes the text alone, which all models read")
+        if self.tokens:
+            lines.append(f"  prompts know {', '.join(f'{token:.80}' for token in self.tokens)}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def to_json(self) -> dict[str, Any]:
@@ -67,25 +72,32 @@ class AdapterReport:
 
 
 def report_of(
-    name: str, file: AdapterFile, resolved: Mapping[str, Resolved], live: bool
+    name: str,
+    file: AdapterFile,
+    resolved: Mapping[str, Resolved],
+    live: bool,
+    tokens: tuple[Embedding, ...] = (),
+    left: tuple[str, ...] = (),
 ) -> AdapterReport:
-    """What `resolved`, model -> what the file is there, says of a file."""
+    """What `resolved`, model -> what the file is there, says of a file; `left`: its tokens' keys
+    that were let be."""
     first = next(iter(resolved.values()))
     return AdapterReport(
         name=name,
         path=file.path,
         form=first.form.value,
         rank=first.rank,
-        models={model: _coverage(told) for model, told in resolved.items()},
+        models={model: _coverage(told, left) for model, told in resolved.items()},
         live=live,
         notes=first.notes,
+        tokens=tuple(token.token for token in tokens),
     )
 
 
-def _coverage(told: Resolved) -> Coverage:
+def _coverage(told: Resolved, left: tuple[str, ...]) -> Coverage:
     return Coverage(
         layers=dict(Counter(network for network, _ in told.deltas)),
         matched=len(told.matched),
         mismatched=tuple(entry.name for entry in told.mismatched),
-        unmatched=told.unmatched,
+        unmatched=(*told.unmatched, *left),
     )

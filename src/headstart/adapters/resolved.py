@@ -66,8 +66,8 @@ class Resolved:
         `lora_te_*`, or `*` for everything. Raises AdapterError that counts what is left, with
         examples; the names are all in `mismatched` and `unmatched`.
         """
-        odd = [m for m in self.mismatched if not _allowed(m.name, allow)]
-        strange = [name for name in self.unmatched if not _allowed(name, allow)]
+        odd = [m for m in self.mismatched if not allowed(m.name, allow)]
+        strange = [name for name in self.unmatched if not allowed(name, allow)]
         left: dict[str, list[str]] = {"of another shape": [str(mismatch) for mismatch in odd]}
         for name in strange:
             tuner = tuner_of(name)
@@ -84,8 +84,9 @@ class Resolved:
         return self
 
 
-def _allowed(name: str, allow: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in allow)
+def allowed(name: str, allow: Collection[str]) -> bool:
+    """Whether a module or key may find no place: `*` and `?` in a pattern are any text."""
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in allow)
 
 
 def some(names: Sequence[str]) -> str:

@@ -58,7 +58,7 @@ class Engine:
     adapters: AdapterSet = field(init=False)
 
     def __post_init__(self) -> None:
-        networks = AdapterSet(self.weights.denoisers, list(self.weights.text.towers))
+        networks = AdapterSet(self.weights.denoisers, self.weights.text)
         object.__setattr__(self, "adapters", networks)
 
     @classmethod
@@ -125,7 +125,8 @@ class Engine:
 
     @property
     def text(self) -> ClipText:
-        return self.weights.text
+        """What reads prompts, with the tokens of the adapters that are attached now."""
+        return self.adapters.look().text or self.weights.text
 
     @property
     def vae(self) -> LatentCodec:
@@ -166,7 +167,8 @@ class Engine:
         allow: Sequence[str] = (),
         replace: bool = False,
     ) -> AdapterReport:
-        """Attach a LoRA, slider or other adapter to both models and the text encoders.
+        """Attach a LoRA, slider or other adapter to both models and the text encoders. Prompts know
+        the learned tokens that lie in its file, at any strength, until it is detached.
 
         strength  a number, one for each sample, [rows][samples], or a `headstart.Strength`; set it
                   later with `engine.adapters[name].strength = ...`, or give sample(adapters=...)

@@ -151,10 +151,9 @@ def load_pair(
     With a distilled LoRA one network is both models; attaching it is the engine's part.
     One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
     float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
-    the networks are float16 it takes what its file and family allow.
-
-    On a CPU, half-precision weights of which float32 copies would take more than the free memory
-    stay as they are (dtype "stored"), and a note says so.
+    the networks are float16 it takes what its file and family allow. On a CPU, half-precision
+    weights of which float32 copies would take more than the free memory stay as they are (dtype
+    "stored"), and a note says so.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
