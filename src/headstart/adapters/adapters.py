@@ -23,6 +23,7 @@ from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
+from headstart.adapters.kinds import WHOLE
 from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
@@ -318,6 +319,8 @@ class AdapterSet:
         and what a grouped convolution cannot have beside it, to be merged."""
         if isinstance(delta, LowRank):
             return delta.dense() if getattr(host.layers[path], "groups", 1) != 1 else delta
+        if delta.kind is not WHOLE:
+            return delta
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
         layer = (base if of_base and base is not None else host).layers[path]

@@ -81,7 +81,7 @@ class Dense:
         return weight.clone() if strength == 0 else weight + strength * self.change(weight)
 
     def change(self, weight: Tensor) -> Tensor:
-        """W' - W at strength 1, float32, in the shape of `weight` and where it is."""
+        """W' - W at strength 1, a new float32 tensor in the shape of `weight` and where it is."""
         weight = weight.float()
         if not self.tensors:
             return torch.zeros_like(weight)

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from torch import nn
 
-from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.delta import Delta
 from headstart.adapters.group import Group, Grouping, grouped
 from headstart.adapters.kind import Shape
 from headstart.adapters.layers import layers_of
 from headstart.adapters.names import AdapterForm, Network, other_family
+from headstart.adapters.numbered import is_numbered
 from headstart.adapters.peft import Peft, read_peft
 from headstart.adapters.places import Networks, Place, placed
 from headstart.adapters.resolved import Match, Mismatch, Resolved, some
@@ -79,7 +80,7 @@ class AdapterFile:
             raise AdapterError(f"{self.path}: {error}") from error
         except CheckpointError as error:  # a dtype that is not read, or a bad scale
             raise AdapterError(str(error)) from error
-        ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
+        ranks = [group.rank for group in match.owners.values() if group.rank is not None]
         return Resolved(
             deltas=deltas,
             form=self.form,
@@ -146,7 +147,7 @@ class AdapterFile:
     @property
     def family(self) -> str | None:
         """The lineage whose text is as wide as the adapter's cross-attention; None if unchanged."""
-        sides = (group.sides() for group in self.groups.values() if _reads_text(group.module))
+        sides = (group.sides() for group in self.groups.values() if _is_cross(group))
         widths = {each[1] for each in sides if len(each) > 1 and each[1] is not None}
         return CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
 
@@ -166,6 +167,13 @@ class AdapterFile:
                 f"attach it to a model of {self.family}"
             )
         steered = any(network == "unet" for network, _ in owners)
+        theirs = next((s[-1] for n, s in networks.get("unet", {}).items() if _reads_text(n)), None)
+        theirs = CONTEXT_WIDTHS.get(theirs or 0)
+        if not steered and theirs and self.family not in (None, theirs):
+            raise AdapterError(
+                f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: attach "
+                f"it to a model of {self.family}"
+            )
         if not steered and (other := other_family(self.groups)):
             raise AdapterError(
                 f"{self.path}: expected an adapter for {where}, got one for {other}, which is not "
@@ -339,3 +347,11 @@ def _is_peft(groups: Mapping[str, Group]) -> bool:
 
 def _reads_text(module: str) -> bool:
     return module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
+
+
+def _is_cross(group: Group) -> bool:
+    """By the name; of a numbered layer by its shape, which is neither square nor [8*c, c]."""
+    if not is_numbered(group.name):
+        return _reads_text(group.module)
+    out, into, *_ = *group.sides(), None, None
+    return group.network == "unet" and into is not None and out not in (into, 8 * into)

@@ -36,7 +36,7 @@ class AdapterForm(Enum):
     PEFT = "peft"
     """github.com/huggingface/peft: `*.lora_A.weight`; alpha is in a config or the metadata."""
     CLONEOFSIMO = "cloneofsimo"
-    """github.com/cloneofsimo/lora: `unet:N:up`; N counts linear layers, down, up, then mid."""
+    """github.com/cloneofsimo/lora: `unet:N:up`; N counts layers, see `numbered`."""
     LOHA = "loha"
     """arXiv:2108.06098 as in LyCORIS (arXiv:2309.14859): `hada_w1_a`, ..."""
     LOKR = "lokr"
@@ -202,6 +202,10 @@ def other_family(names: Iterable[str]) -> str | None:
 
 _NOT_DONE = (
     (re.compile(r"(token|position(al)?)_embedding"), "of an embedding, which is not implemented"),
+    (
+        re.compile(r"(unet|text_encoder):[0-9]+:"),
+        "of layers by number, which fit no order of this network's layers",
+    ),
     (re.compile(r"attn[._]in_proj"), "of OpenCLIP's q, k and v in one, which is not implemented"),
 )
 

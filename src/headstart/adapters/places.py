@@ -1,7 +1,8 @@
 """Which layer of a network a module's name means, in any of the namings.
 
 name = prefixes ++ module: of all the ways to read a name, those count whose rest is a layer
-The module is written with dots, with underscores for dots, or as its number in the network.
+The module is written with dots, with underscores for dots, or as its number in the network, which
+`headstart.adapters.numbered` knows.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from headstart.adapters.group import Group
 from headstart.adapters.names import Network, ways
+from headstart.adapters.numbered import numbered
 from headstart.checkpoint import keymap
 from headstart.errors import AdapterError
 
@@ -28,8 +30,12 @@ def placed(groups: Iterable[Group], networks: Networks) -> Iterator[tuple[Group,
     says most of the file: PEFT saves an encoder alone, without its name. Raises AdapterError where
     two fit equally well.
     """
-    places = Places(networks)
-    found = [(group, places.find(group.name)) for group in groups]
+    places, groups = Places(networks), list(groups)
+    counted = numbered(groups, networks)
+    found = [
+        (group, [counted[group.name]] if group.name in counted else places.find(group.name))
+        for group in groups
+    ]
     fitting = [[p for p in own if g.fits(networks[p[0]][p[1]])] for g, own in found]
     said = Counter(network for own in fitting for network in {network for network, _ in own})
     for (group, own), fits in zip(found, fitting, strict=True):
@@ -69,26 +75,22 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...
     """Every way to write a module -> the modules that it may be.
 
     Dots or underscores; our names, or those of the original networks (LDM, OpenCLIP, Wan); text
-    encoders without `text_model.`, which transformers 5 dropped; a number behind the network.
+    encoders without `text_model.`, which transformers 5 dropped.
     """
     pairs = [(module, module) for module in modules]
     if network == "unet":
         pairs += [(wan, module) for module in modules if (wan := _of_wan(module))]
         pairs += [(ldm, module) for module, ldm in keymap.unet_to_ldm(modules).items()]
-        counted, before = _counted_unet(modules), "unet:"
     else:
         pairs += [(module.removeprefix("text_model."), module) for module in modules]
         openclip = [(old, module) for module in modules if (old := _of_openclip(module))]
         pairs += openclip + [(old.removeprefix("transformer."), m) for old, m in openclip]
-        counted, before = _counted_text(modules), "text_encoder:"
     table: dict[str, tuple[str, ...]] = {}
     for spelled, module in pairs:
         for name in {spelled, spelled.replace(".", "_")}:
             known = table.get(name, ())
             if module not in known:
                 table[name] = (*known, module)
-    if network != "text_2":
-        table |= {f"{before}{number}": (module,) for number, module in enumerate(counted)}
     return table
 
 
@@ -137,40 +139,3 @@ def _of_wan(module: str) -> str | None:
     """As Wan's own code calls it, and its Lightning LoRAs do."""
     found = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
     return next((match.expand(name) for match, name in found), None)
-
-
-# cloneofsimo/lora walks diffusers' modules in the order they were registered: down, up, mid; in a
-# block attn1, ff, attn2; in CLIP's attention k, v, q, out.
-_BLOCK = re.compile(
-    r"(?P<side>down|up|mid)_blocks?\.((?P<level>[0-9]{1,3})\.)?attentions\.(?P<i>[0-9]{1,3})"
-    r"\.transformer_blocks\.(?P<depth>[0-9]{1,3})\.(?P<leaf>.+)"
-)
-_UNET_ORDER = (
-    *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj"),
-    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
-)
-_LAYER = re.compile(r"text_model\.encoder\.layers\.([0-9]{1,3})\.self_attn\.(.+)")
-_TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
-
-
-def _counted_unet(modules: list[str]) -> list[str]:
-    places = [
-        (
-            ("down", "up", "mid").index(match["side"]),
-            *(int(match[part] or 0) for part in ("level", "i", "depth")),
-            _UNET_ORDER.index(match["leaf"]),
-            module,
-        )
-        for module in modules
-        if (match := _BLOCK.fullmatch(module)) and match["leaf"] in _UNET_ORDER
-    ]
-    return [module for *_, module in sorted(places)]
-
-
-def _counted_text(modules: list[str]) -> list[str]:
-    places = [
-        (int(match[1]), _TEXT_ORDER.index(match[2]), module)
-        for module in modules
-        if (match := _LAYER.fullmatch(module)) and match[2] in _TEXT_ORDER
-    ]
-    return [module for *_, module in sorted(places)]

@@ -32,7 +32,7 @@ class Coverage(NamedTuple):
 class AdapterReport:
     """What attaching a file did.
 
-    form      the naming that was recognised; rank: the largest, 0 where nothing is low-rank
+    form      the naming that was recognised; rank: the largest, 0 where nothing has one
     models    "base" and/or "distilled" -> what was found there
     live      strengths may differ between samples and rows; else it is merged at one strength
     notes     what the file does not say and how it is read

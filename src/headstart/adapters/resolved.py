@@ -47,7 +47,7 @@ class Resolved:
     matched     keys of the file that went into deltas
     mismatched  modules whose layer exists with another shape
     unmatched   keys that mean no layer of these networks
-    rank        the largest rank of a low-rank delta; 0 where there is none
+    rank        the largest by which an alpha is divided; 0 where there is none
     notes       what the file does not say and how it is read
     """
 
