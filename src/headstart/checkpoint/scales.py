@@ -66,9 +66,9 @@ _RULES = (
     # arXiv:2208.07339, section 2: absmax of each row, which 127 steps of int8 reach
     _Rule(".SCB", ".weight", "bitsandbytes", 127.0),
 )
-_MARKER, _LAYERS, _DESCRIPTION, _ORDER = (
-    *("scaled_fp8", "_quantization_metadata", ".comfy_quant", ".weight_format"),
-)
+LAYERS = "_quantization_metadata"
+"""Metadata with ComfyUI's description of each layer."""
+_MARKER, _DESCRIPTION, _ORDER = "scaled_fp8", ".comfy_quant", ".weight_format"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _BESIDE = (_DESCRIPTION, _ORDER, ".scale_input", ".input_scale", ".output_scale")
 """No weight depends on a scale of inputs or outputs: it says how a layer may round those."""
@@ -245,10 +245,10 @@ def _check_descriptions(
 ) -> None:
     """ComfyUI's JSON for each layer must say one scale a tensor or row, and no rotation."""
     stated: dict[str, object] = {}
-    if (text := metadata.get(_LAYERS)) is not None:
+    if (text := metadata.get(LAYERS)) is not None:
         layers = parse_object(text.encode(), path).get("layers")
         if not isinstance(layers, dict):
-            _bad(path, f"metadata {_LAYERS}: expected an object `layers`")
+            _bad(path, f"metadata {LAYERS}: expected an object `layers`")
         stated |= cast(dict[str, object], layers)
     for name, entry in entries.items():
         if name.endswith(_DESCRIPTION):

@@ -16,7 +16,7 @@ from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.folder import COMPONENTS, root_of
-from headstart.checkpoint.tensors import Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import WIDENED, Checkpoint, Part, PartName
 from headstart.errors import CheckpointError
 from headstart.networks.params import (
     clip_params,
@@ -48,7 +48,9 @@ def load_unet(
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU, where half
     precision convolutions are about 50 times slower. "stored" keeps the weights on the CPU as the
     file has them, mapped and not copied, and computes in float32, layer by layer
-    (`networks.residency`); on an accelerator it is None. `head_dim` is the width of an attention
+    (`networks.residency`); on an accelerator it is None. Weights of eight bits and fewer (float8,
+    int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
+    holds float8 exactly, and rounds products with a scale. `head_dim` is the width of an attention
     head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
 
     Raises CheckpointError with every missing, unexpected and misshapen tensor at once.
@@ -93,7 +95,8 @@ def load_vae(
         )
     if norm_groups is not None:
         family = replace(family, vae_norm_groups=norm_groups)
-    if dtype is None and stored_dtype(part) == "F16" and _overflows(family, part):
+    narrow = stored_dtype(part) == "F16" or stored_dtype(part) in WIDENED
+    if dtype is None and narrow and _overflows(family, part):
         dtype = torch.float32
     params = vae_params(part, family)
     return filled(lambda: Vae(params), part, target, dtype)
