@@ -96,18 +96,17 @@ def read_gguf(path: Path) -> Header:
     return Header(entries, metadata, size)
 
 
-def check_package(dtype: str) -> None:
+def check_package(path: Path, dtype: str) -> None:
     """Raise CheckpointError unless the package that unpacks these blocks is installed."""
     if find_spec("gguf") is None:
         raise CheckpointError(
-            f"{dtype} weights of a GGUF file are read by the package gguf: "
+            f"{path}: {dtype} weights of a GGUF file are read by the package gguf: "
             "pip install 'headstart[gguf]'"
         )
 
 
 def unpack(raw: memoryview, dtype: str) -> Array:
-    """Blocks -> float32 numbers, by the package `gguf`. Raises CheckpointError without it."""
-    check_package(dtype)
+    """Blocks -> float32 numbers, by the package `gguf`; see `check_package`."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
 

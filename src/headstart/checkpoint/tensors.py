@@ -197,6 +197,8 @@ class Checkpoint:
         count = math.prod(shape)
         end = count if end is None else end
         stored = SCALED.get(dtype, dtype)
+        if dtype in BLOCKS:
+            check_package(self._held.path(name), dtype)
         _, items, size = BLOCKS.get(stored) or (0, 1, DTYPE_BYTES[stored])
         first, last = begin // items, -(-end // items)
         wide = widen(self.raw(name)[first * size : last * size], stored)
@@ -258,7 +260,7 @@ class Checkpoint:
         for name in self.scales.of:
             self._factor(name)
         for dtype in sorted(BLOCKS.keys() & set(self.dtypes.values())):
-            check_package(dtype)
+            check_package(self.files[0], dtype)
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
