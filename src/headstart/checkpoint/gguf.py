@@ -30,8 +30,7 @@ from headstart.later import Later
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from headstart.checkpoint.cast import Array
+    import numpy.typing as npt
 else:
     np = Later("numpy")
 
@@ -105,7 +104,7 @@ def check_package(path: Path, dtype: str) -> None:
         )
 
 
-def unpack(raw: memoryview, dtype: str) -> Array:
+def unpack(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
     """Blocks -> float32 numbers, by the package `gguf`; see `check_package`."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize
