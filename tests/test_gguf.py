@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import Model, ldm_unet
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.quants import quantize
 from gguf_files import Packed, gguf, meaning, plain, random_blocks, text
 from networks import PARAMS, random_unet
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import headstart as hs
 import headstart.checkpoint.gguf as reader
 from headstart.checkpoint import keymap
 from headstart.checkpoint.checkpoint import inspect_checkpoint
@@ -144,6 +146,41 @@ def test_a_unet_loads_converts_and_is_inspected(
         assert torch.equal(tensor, again.state_dict()[name]), name
     matrices = [w for name, w in unet.named_parameters() if held_dtype(held, name) != "F32"]
     assert widened_bytes(unet_file, "unet") == 4 * sum(w.numel() for w in matrices)
+
+
+def test_an_engine_runs_on_it_with_what_another_file_has(
+    tmp_path: Path, small_tokenizer: Path
+) -> None:
+    """Average and GGUF in one run: the base's UNet is in blocks, the distilled file has both."""
+    model = Model.of("sd15", 0)
+    tensors = {
+        name: Packed("Q8_0", tuple(t.shape), quantize(t.numpy(), Q8_0).tobytes())
+        if t.ndim > 1 and t.shape[-1] % 32 == 0 else plain(t.numpy())
+        for name, t in ldm_unet(model.unet.state_dict()).items()
+    }  # fmt: skip
+    path = tmp_path / "base.gguf"
+    path.write_bytes(gguf({UNET + name: tensor for name, tensor in tensors.items()}, {}))
+    full = load_file(other := model.write("ldm", tmp_path / "other"))
+    for name in [name for name in full if name.startswith(UNET)]:
+        full["model_ema." + name.removeprefix("model.").replace(".", "")] = full[name] * 0.5
+    save_file(full, other)
+
+    def sampled(ema: bool | None = None) -> hs.Trajectory:
+        engine = hs.Engine.load(
+            path, other, text=other, vae=other, tokenizer=small_tokenizer, text_head_dim=32,
+            device="cpu", ema=ema,
+        )  # fmt: skip
+        told = [note for note in engine.weights.notes if "average (EMA)" in note]
+        assert len(told) == (ema is None) and all(n.startswith("distilled: ") for n in told)
+        return engine.sample("a fox", seeds=1, size=64, timesteps=[999, 499])
+
+    one, two, three = sampled(), sampled(True), sampled(False)
+    assert torch.equal(one.latents, three.latents) and not torch.equal(one.latents, two.latents)
+    kept = [run.record()["machine"].get("ema") for run in (one, two, three)]
+    assert kept == [None, True, False]
+
+
+UNET, Q8_0 = "model.diffusion_model.", GGMLQuantizationType.Q8_0
 
 
 def held_dtype(held: Checkpoint, ours: str) -> str:

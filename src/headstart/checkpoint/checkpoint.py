@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from headstart.checkpoint import keymap
 from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.distillation import Guess, guess
+from headstart.checkpoint.ema import averages_note
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import COMPONENTS, json_in, root_of
 from headstart.checkpoint.keymap import PARTS, PartName
@@ -147,7 +148,7 @@ def inspect_checkpoint(
     stated = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in parts else Guess()
     row = guessed.distillation
-    notes = [*_notes(layout, family, parts, guessed)]
+    notes = [*_notes(layout, family, parts, guessed), *_averages(path, first)]
     census = _census(held, on_bytes) if deep else None
     if census is not None:
         problems += _broken(census)
@@ -197,6 +198,11 @@ def _problems(part: Part) -> Iterator[str]:
         yield f"{part.name}: {len(held)} tensors are {unsupported(dtype)}"
     if empty := [name for name, shape in part.shapes.items() if 0 in shape]:
         yield f"{part.name}: {len(empty)} tensors have no numbers in them: {_some(empty)}"
+
+
+def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    if (told := averages_note(checkpoint.main_of(path))) is not None:
+        yield f"unet: {told}"
 
 
 def _unreadable(checkpoint: Checkpoint) -> Iterator[str]:

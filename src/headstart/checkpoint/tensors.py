@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, final
 
+from headstart.checkpoint import ema as averages
 from headstart.checkpoint import keymap
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
 from headstart.checkpoint.gguf import BLOCKS, check_package
@@ -73,7 +74,13 @@ class Checkpoint:
     numbers are always those with the scale in them, and the scale has no name beside it.
     """
 
-    def __init__(self, files: Iterable[Path], config: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        files: Iterable[Path],
+        config: Mapping[str, object] | None = None,
+        *,
+        ema: averages.Ema = None,
+    ) -> None:
         self._held = Mapped(files)
         self.files = self._held.files
         self.metadata = self._held.metadata
@@ -85,16 +92,32 @@ class Checkpoint:
             for name, entry in self._held.entries.items()
             if name not in self.scales.dropped
         }
+        self._stored = dict(self.scales.stored)
+        if ema:
+            for name, copy in averages.copies(where, self._entries).items():
+                self._entries[name], self._stored[name] = self._entries[copy], copy
         self._contents: dict[PartName, _Contents] | None = None
         self._split: dict[str, dict[str, str]] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, part: PartName = "unet", *, half: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        part: PartName = "unet",
+        *,
+        half: bool = False,
+        ema: averages.Ema = None,
+    ) -> Checkpoint:
         """A file, a shard index, a component's folder, or that component of a diffusers folder.
 
-        `half` prefers the `.fp16` variant where a folder has both. Raises CheckpointError.
+        `half` prefers the `.fp16` variant where a folder has both. `ema` chooses between a UNet's
+        averaged weights and those that were trained, see `checkpoint.ema`: the tensors keep their
+        names. Raises CheckpointError, also where there is no average to take.
         """
         path = Path(path)
+        if part == "unet" and path.is_dir() and ema is not None:
+            folder, files = averages.folder_of(path, half, ema)
+            return cls(files, config_of(folder, part))
         if path.is_dir():
             component = path / COMPONENTS.get(part, part)
             folder = component if component.is_dir() else path
@@ -103,7 +126,12 @@ class Checkpoint:
             folder, files = path.parent, shards(path)
         else:
             folder, files = path.parent, (path,)
-        return cls(files, config_of(folder, part))
+        return cls(files, config_of(folder, part), ema=ema if part == "unet" else None)
+
+    def main_of(self, path: str | Path) -> averages.Main | None:
+        """Of a UNet with averaged weights beside its own, which this one, opened from `path`
+        without a choice, has; None where there are not both."""
+        return averages.main_of(Path(path), self._entries)
 
     @property
     def size_bytes(self) -> int:
@@ -249,7 +277,7 @@ class Checkpoint:
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor as stored, without any scale: a view of the memory map."""
-        return self._held.raw(self.scales.stored.get(name, name))
+        return self._held.raw(self._stored.get(name, name))
 
     def check_numbers(self) -> None:
         """Raise CheckpointError where `tensor` would, from headers and scales alone.

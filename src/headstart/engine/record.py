@@ -37,7 +37,7 @@ _SHAPE = {
     "chunk": int,
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
-    "machine": {"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+    "machine": {"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float), "ema?": bool},
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
     "lineage?": (None, str),
@@ -81,7 +81,11 @@ def weigh(files: WeightFiles) -> Json:
 
 
 def machine(
-    device: torch.device, dtype: torch.dtype, runner: str, guidance: float | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    runner: str,
+    guidance: float | None = None,
+    ema: bool | None = None,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -95,6 +99,7 @@ def machine(
         "system": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
         **({} if guidance is None else {"embedded_guidance": guidance}),
+        **({} if ema is None else {"ema": ema}),
     }
 
 
