@@ -14,6 +14,8 @@ from networks import METADATA, random_unet, random_vae, same, single_file
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from headstart.adapters.delta import LowRank
+from headstart.adapters.file import read_adapter
 from headstart.checkpoint import keymap
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.checkpoint.tensors import Checkpoint
@@ -75,7 +77,7 @@ def damage() -> dict[str, tuple[Callable[[Tensors], object], str]]:
         "orphan": (drop("a.0.weight"), "'a.0.scale_weight' is the scale of 'a.0.weight', which is"),
         "no scale": (drop("a.1.scale_weight", "a.1.scale_input"), "1 weights have none"),
         "one more weight": (put("c.weight", eight), "1 weights have none, such as 'c.weight'"),
-        "orphan input": (put("q.scale_input", torch.ones(())), "'q.weight' has none"),
+        "orphan input": (put("q.scale_input", torch.ones(())), "there is no such 'q.weight'"),
         "two": (put("a.0.weight_scale", torch.ones(())), "'a.0.weight' has two scales"),
         "blocks": (put("a.0.scale_weight", torch.ones(3, 2)), r"a scale \[3, 2\] for a weight"),
         "vector": (put("a.0.scale_weight", torch.ones(4)), r"a scale \[4\] for a weight \[6, 4\]"),
@@ -91,7 +93,7 @@ def damage() -> dict[str, tuple[Callable[[Tensors], object], str]]:
                     "columns rotated"),
         "four bits": (put("a.0.comfy_quant", text('{"format": "nvfp4"}')), "quantised as 'nvfp4'"),
         "no JSON": (put("a.0.comfy_quant", text("[" * 3000)), "the JSON cannot be read"),
-        "not scaled": (put("z.comfy_quant", text('{"format": "float8_e4m3fn"}')), "has none"),
+        "not scaled": (put("z.comfy_quant", text('{"format": "float8_e4m3fn"}')), "no such 'z."),
     }  # fmt: skip
 
 
@@ -120,6 +122,37 @@ def test_a_marker_without_scales_is_refused(tmp_path: Path) -> None:
     save_file({"a.weight": eight}, path, {"_quantization_metadata": '{"layers": {"a": "nvfp4"}}'})
     with pytest.raises(CheckpointError, match="'a' is quantised as 'nvfp4'"):
         Checkpoint([path])
+
+
+def test_scales_of_what_goes_into_a_norm_are_let_be(tmp_path: Path) -> None:
+    """optimum-quanto writes them where it quantises activations too."""
+    tensors, _ = written("quanto", matrices())
+    beside = {f"b.norm.{side}": torch.ones(()) for side in ("input_scale", "output_scale")}
+    path = tmp_path / "x.safetensors"
+    save_file(tensors | beside, path)
+    assert set(Checkpoint([path]).names) == set(matrices())
+    save_file({"a.weight": torch.ones(2, 2), "a.input_scale": torch.ones(())}, path)
+    with pytest.raises(CheckpointError, match="input_scale' is written beside an eight-bit"):
+        Checkpoint([path])
+
+
+def test_an_adapter_in_eight_bits_changes_what_its_own_numbers_change(tmp_path: Path) -> None:
+    random, name = torch.Generator().manual_seed(0), "lora_unet_mid_block_attentions_0_proj_in"
+    plain = {
+        f"{name}.lora_down.weight": torch.randn(4, 32, generator=random),
+        f"{name}.lora_up.weight": torch.randn(32, 4, generator=random),
+    }
+    path, wide = tmp_path / "eight.safetensors", tmp_path / "wide.safetensors"
+    for scheme in ("comfy", "int8_tensorwise"):
+        tensors, _ = written(scheme, plain)
+        save_file(tensors, path)
+        save_file(real(tensors), wide)
+        one, other = (
+            next(iter(read_adapter(file).groups.values())).delta(Checkpoint([file]), (32, 32), {})
+            for file in (path, wide)
+        )
+        assert isinstance(one, LowRank) and isinstance(other, LowRank)
+        assert torch.equal(one.weight(), other.weight())
 
 
 def test_a_row_of_zeros_has_an_absmax_of_zero(tmp_path: Path) -> None:
