@@ -174,10 +174,9 @@ def test_an_engine_runs_on_it_with_what_another_file_has(
         assert len(told) == (ema is None) and all(n.startswith("distilled: ") for n in told)
         return engine.sample("a fox", seeds=1, size=64, timesteps=[999, 499])
 
-    one, two, three = sampled(), sampled(True), sampled(False)
-    assert torch.equal(one.latents, three.latents) and not torch.equal(one.latents, two.latents)
-    kept = [run.record()["machine"].get("ema") for run in (one, two, three)]
-    assert kept == [None, True, False]
+    one, two = sampled(), sampled(True)
+    assert not torch.equal(one.latents, two.latents)
+    assert [run.record()["machine"].get("ema") for run in (one, two)] == [None, True]
 
 
 UNET, Q8_0 = "model.diffusion_model.", GGMLQuantizationType.Q8_0
