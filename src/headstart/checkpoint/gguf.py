@@ -36,8 +36,8 @@ else:
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16 * 2**20  # an SDXL UNet's has 0.15 MB; language models' vocabularies fit too
-MAX_ITEMS = 2**19
-"""Tensors and values of a header, and texts of an array."""
+MAX_ITEMS, MAX_TEXTS = 2**16, 2**19
+"""Tensors, and values, of a header; texts of an array, which vocabularies are."""
 MAX_DIMS = 4
 
 BLOCKS = {
@@ -195,7 +195,7 @@ class _Reader:
             return self._number(code)
         inner = self._number("I")
         if inner == _TEXT:
-            for _ in range(self._count(name, 8)):
+            for _ in range(self._count(name, 8, most=MAX_TEXTS)):
                 self._text()
             return ()
         if (code := _VALUES.get(inner)) is None:
