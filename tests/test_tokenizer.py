@@ -17,11 +17,11 @@ from encoders import (
     write_vocabulary,
 )
 
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
 from headstart.networks.text import ClipText
-from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tokenizer import ClipTokenizer, Word
 from headstart.networks.tower import Tower
-from headstart.networks.vocabulary import EOS
+from headstart.networks.vocabulary import BOS, EOS, clip_vocabulary
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -47,6 +47,36 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_equal_the_librarys_clip_tokenizer(words: ClipTokenizer, prompt: str) -> None:
     theirs = transformers.CLIPTokenizer(vocab=dict(VOCABULARY), merges=list(MERGES))
     assert words.tokens(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_exclamations_are_open_clips_or_transformers_of_an_encoder_padded_with_them(
+    pad: str,
+) -> None:
+    """open_clip's own ids are in the parity tests, where the webui reads with its tokenizer."""
+    whole = clip_vocabulary()
+    merges = whole.merges[:4000]
+    kept = [*list(whole.ids)[: 512 + len(merges)], BOS, EOS]
+    ids = {token: id for id, token in enumerate(kept)}
+    theirs = transformers.CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad)
+    ours = ClipTokenizer.from_vocabulary(ids, merges)
+    assert ours.tokens("a!!! !") == ours.tokens("a!!! !", zero_pad=True) == [320, 995, 256]
+    ours.exclamation = "transformers"
+    ours = ours.learn({"<x!>": (50000, 50001)})
+    for text in ("!", "a!", "a !b", "!!", "wow!!! nice", "?!", "fox,!", "it's!", "no sign"):
+        want = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.tokens(text, zero_pad=pad == "!") == want, text
+    assert ours.words("a<x!>!", zero_pad=True) == [
+        Word((320,)), Word((50000, 50001), True), Word((0,))
+    ]  # fmt: skip
+
+
+def test_words_are_kept_together(words: ClipTokenizer) -> None:
+    ids = [VOCABULARY[t] for t in ("the</w>", "ca", "t", "s</w>", ",</w>", "1</w>", "1</w>")]
+    grown = words.learn({"<x>": (80, 81)})
+    ordinary = [Word((ids[0],)), Word(tuple(ids[1:4])), *(Word((id,)) for id in ids[4:])]
+    assert grown.words("the cats, 11<x>") == [*ordinary, Word((80, 81), True)]
+    assert grown.tokens("the cats, 11<x>") == [*ids, 80, 81] and words.comma == VOCABULARY[",</w>"]
 
 
 def test_a_tokenizer_loads_from_every_form(vocabulary: Path, tmp_path: Path) -> None:
@@ -85,3 +115,49 @@ def test_a_vocabulary_larger_than_the_encoders_is_refused(one: Tower) -> None:
     more = VOCABULARY | {f"w{i}</w>": len(VOCABULARY) + i for i in range(3)}
     with pytest.raises(CheckpointError, match="give the tokenizer that belongs"):
         ClipText([one], ClipTokenizer.from_vocabulary(more, MERGES))
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt", "before", "after"),
+    [
+        ("<a>", "the cat, <a>.", "the cat, ", "."),
+        ("<a>", "the<a>cat", "the", "cat"),
+        ("<a>", "(<a>)", "(", ")"),
+        ("a cat", "the, a cat, the", "the, ", ", the"),
+        ("a cat", "the, a \n cat", "the, ", ""),
+        ("bad-hands", "the bad-hands; cat", "the ", "; cat"),
+        ("v1.5 look", "v1.5 look: the cat", "", ": the cat"),
+        ("é", "the é", "the ", ""),
+        ("x" * 900, "the " + "x" * 900 + ", cat", "the ", ", cat"),
+        ("[^a](.*)", "the [^a](.*) cat", "the ", " cat"),
+        ("ca", "the ca cat", "the ", " cat"),
+    ],
+)
+def test_a_learned_token_is_read_between_the_words_around_it(
+    words: ClipTokenizer, token: str, prompt: str, before: str, after: str
+) -> None:
+    """Multi-vector, with spaces, signs or none; "ca" is how a piece of "cat" is spelled, too."""
+    grown = words.learn({token: (-1, -2, -3)})
+    assert grown.tokens(prompt) == [*words.tokens(before), -1, -2, -3, *words.tokens(after)]
+    assert [word.ids for word in grown.words(prompt) if word.learned] == [(-1, -2, -3)]
+    assert words.tokens("the cat ca") == grown.tokens("the cat") + words.tokens("ca")
+
+
+@pytest.mark.parametrize("prompt", ["bad-handsome", "abad-hands", "1bad-hands", "Bad-hands", "<A>"])
+def test_a_learned_token_is_matched_whole_and_as_it_is_typed(
+    words: ClipTokenizer, prompt: str
+) -> None:
+    grown = words.learn({"bad-hands": (-1,), "<a>": (-2,)})
+    assert grown.tokens(prompt) == words.tokens(prompt)
+
+
+def test_of_two_learned_tokens_the_longer_is_read(words: ClipTokenizer) -> None:
+    grown = words.learn({"<a>": (-1,)}).learn({"<a> cat": (-2,), "<ab>": (-3,)})
+    assert grown.tokens("<a> <a> cat <a><ab>") == [-1, -2, -1, -3]
+
+
+@pytest.mark.parametrize("token", ["cat", "CAT", "the", "c", "", " ", BOS, "<a>", " <a>", "a  cat"])
+def test_what_means_something_already_is_not_learned_anew(words: ClipTokenizer, token: str) -> None:
+    grown = words.learn({"<a>": (-1,), "a cat": (-2, -3)})
+    with pytest.raises(InputError, match="means something already"):
+        grown.learn({token: (-4,)})

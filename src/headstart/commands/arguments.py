@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from headstart.errors import InputError
+from headstart.networks.prompt_style import EXCLAMATIONS
 
 if TYPE_CHECKING:
     from headstart.diversify.method import Method
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
-    *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim"),
+    *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim", "exclamation"),
 )
 """Options that say nothing about the bundled pair."""
 
@@ -141,6 +142,12 @@ def sampling() -> Sequence[Parser]:
     about = "attention head width of a scaled-down "
     group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
     group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
+    group.add_argument(
+        "--exclamation",
+        choices=EXCLAMATIONS,
+        help='what "!" becomes with SD 2 and SDXL: as their encoders were trained, or as diffusers '
+        "has it; openclip",
+    )
     return every(), weights
 
 

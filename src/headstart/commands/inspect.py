@@ -86,7 +86,8 @@ def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
     yield info.path
     for name, value in (*_facts(info), *_adapter_facts(adapter)):
         yield f"  {name:<12}{value}"
-    for name, lines in (("note", info.notes), ("problem", info.problems)):
+    notes = (*info.notes, *(adapter.notes if adapter else ()))
+    for name, lines in (("note", notes), ("problem", info.problems)):
         for line in lines:
             yield f"  {name:<12}{line}"
     if info.ok:

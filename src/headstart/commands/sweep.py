@@ -128,7 +128,9 @@ def _settings(
         "batch": args.batch,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "weights": record.weigh(weights.files),
-        "machine": record.machine(engine.device, weights.dtype, engine.runner),
+        "machine": record.machine(
+            engine.device, weights.dtype, engine.runner, exclamation=engine.text.exclamation
+        ),
         **({"diversify": [str(method) for method in methods]} if methods else {}),
     }
 

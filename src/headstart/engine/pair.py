@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
@@ -43,6 +42,7 @@ from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, rounds, widened_bytes
 from headstart.networks.placement import Dtype
+from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet, guidance_embedding
@@ -123,6 +123,7 @@ class Options(TypedDict, total=False):
     head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
                        for scaled-down models whose files do not say it
     embeddings         files of learned tokens, or (file, token)
+    exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
     device, dtype      "auto", or a name
     """
 
@@ -137,6 +138,7 @@ class Options(TypedDict, total=False):
     head_dim: int | None
     text_head_dim: int | None
     embeddings: Embeddings
+    exclamation: Exclamation
     device: str
     dtype: str
 
@@ -153,10 +155,9 @@ def load_pair(
     With a distilled LoRA one network is both models; attaching it is the engine's part.
     One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
     float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
-    the networks are float16 it takes what its file and family allow.
-
-    On a CPU, half-precision weights of which float32 copies would take more than the free memory
-    stay as they are (dtype "stored"), and a note says so.
+    the networks are float16 it takes what its file and family allow. On a CPU, half-precision
+    weights of which float32 copies would take more than the free memory stay as they are (dtype
+    "stored"), and a note says so.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
@@ -176,12 +177,9 @@ def load_pair(
     decided = (two_schedules(found), decision, *ema.notes)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     words = load_text(
-        text,
-        device=place,
-        dtype=kind,
-        head_dim=options.get("text_head_dim"),
-        tokenizer=options.get("tokenizer"),
-    )
+        text, device=place, dtype=kind, head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer"), exclamation=options.get("exclamation", "openclip"),
+    )  # fmt: skip
     codec = _load_codec(vae, place, kind, first.family)
     unets = {
         role: _load_unet(path, place, kind, options.get("head_dim"), ema.of[role], words, text)
@@ -218,10 +216,7 @@ def load_pair(
             max(kind.itemsize for kind in dtypes),
         ),
         ema=options.get("ema"),
-        files={
-            role: (str(path), _files(path, role, ema.of.get(role))) for role, path in named.items()
-        }
-        | learned,
+        files=_files(named, ema.of) | learned,
     )
     if lora is None or distilled_lora is None:
         return pair
@@ -358,7 +353,10 @@ def _load_unet(
     return unet
 
 
-def _files(path: FilePath, role: str, ema: bool | None) -> tuple[Path, ...]:
+def _files(paths: Mapping[str, FilePath], ema: Mapping[str, bool | None]) -> dict[str, Files]:
     """The files a digest identifies; of a diffusers folder, those of its UNet stand for it."""
     parts: dict[str, PartName] = {"vae": "vae", "text": "text", "preview": "tiny"}
-    return Checkpoint.open(path, parts.get(role, "unet"), ema=ema).files
+    return {
+        role: (str(path), Checkpoint.open(path, parts.get(role, "unet"), ema=ema.get(role)).files)
+        for role, path in paths.items()
+    }

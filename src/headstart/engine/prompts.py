@@ -26,7 +26,9 @@ def encode_prompts(
     adapters: Attached,
     acts: Mapping[str, Strength],
 ) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond) for each image, both with the adapters; uncond is None where `negative` is."""
+    """(cond, uncond) for each image, both with the adapters and the tokens that they brought;
+    uncond is None where `negative` is."""
+    text = adapters.text or text
     strengths = adapters.text_strengths(len(prompts), acts)
     keys = [(prompt, _row(strengths, image)) for image, prompt in enumerate(prompts)]
     distinct = list(dict.fromkeys(keys))

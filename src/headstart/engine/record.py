@@ -23,6 +23,7 @@ from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
+from headstart.networks.prompt_style import Exclamation
 from headstart.plan.table import StepTable
 
 FORMAT = "headstart.record/1"
@@ -37,7 +38,10 @@ _SHAPE = {
     "chunk": int,
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
-    "machine": {"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float), "ema?": bool},
+    "machine": {
+        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+        **{"exclamation?": str, "ema?": bool},
+    },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
     "lineage?": (None, str),
@@ -85,9 +89,11 @@ def machine(
     dtype: torch.dtype,
     runner: str,
     guidance: float | None = None,
+    exclamation: Exclamation = "openclip",
     ema: bool | None = None,
 ) -> Json:
-    """What rounding may depend on, and what a difference is explained by; `guidance`: embedded."""
+    """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
+    `exclamation`: how "!" is read, where it is not as usual."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -100,6 +106,7 @@ def machine(
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
+        **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 
 
@@ -207,9 +214,9 @@ def _pairs(recorded: Sequence[str] | None, now: Sequence[str]) -> list[tuple[str
 
 def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str:
     changed = [
-        f"{key} {recorded.get(key)!r} then, {value!r} now"
-        for key, value in now.items()
-        if recorded.get(key) != value
+        f"{key} {recorded.get(key)!r} then, {now.get(key)!r} now"
+        for key in {**now, **recorded}
+        if recorded.get(key) != now.get(key)
     ]
     if changed:
         return f"what differs: {'; '.join(changed)}. Networks round differently there"

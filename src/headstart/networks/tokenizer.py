@@ -1,16 +1,27 @@
 """CLIP's tokenizer: a prompt -> the ids of its text, with the vocabulary that a model brings.
 
 text -> lower case, words, single digits, runs of signs -> bytes -> merged pairs -> ids
+
+"!" is a word like others to open_clip, whose networks SD 2 and SDXL have: 256 alone, 995 in "!!!".
+transformers pads the text of those encoders with id 0, which is the token "!" within a word, and
+takes every "!" typed for it: "wow!!!" becomes wow, 0, 0, 0. It does so for SD 2's encoder and for
+SDXL's second one only. Here open_clip is followed, for `a1111` and `comfyui` too, as both programs
+do; `ClipTokenizer.exclamation = "transformers"` is the other way, for pictures like diffusers'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from headstart.checkpoint.header import read_json
 from headstart.errors import CheckpointError, InputError
+from headstart.networks.prompt_style import Exclamation
 from headstart.networks.vocabulary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -21,6 +32,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 # CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
 # runs of anything else.
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Word(NamedTuple):
+    """The ids of a word, of a run of signs, or of a learned token."""
+
+    ids: tuple[int, ...]
+    learned: bool = False
 
 
 @final
@@ -37,8 +55,11 @@ class ClipTokenizer:
                 f"{source} has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
-        self.learned: Mapping[int, tuple[int, ...]] = {}
-        """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
+        self.learned: Mapping[str, tuple[int, ...]] = {}
+        """Token added later -> the ids of its vectors, below 0: see `tower.Tower`."""
+        self._token: re.Pattern[str] = _NOTHING
+        self.exclamation: Exclamation = "openclip"
+        """What "!" becomes for an encoder whose text is padded with id 0."""
 
     @classmethod
     def from_json(cls, text: str, source: str = "the tokenizer") -> ClipTokenizer:
@@ -102,40 +123,104 @@ class ClipTokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone. Raises InputError for text that has none."""
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma that is a word, or None where the vocabulary has none."""
+        return self._tokenizer.token_to_id(",</w>")
+
+    def tokens(self, prompt: str, *, zero_pad: bool = False) -> list[int]:
+        """The ids of the text alone; arguments and errors are those of `words`."""
+        return [id for word in self.words(prompt, zero_pad=zero_pad) for id in word.ids]
+
+    def words(self, prompt: str, *, zero_pad: bool = False) -> list[Word]:
+        """The words of a text, for an encoder whose text is padded with id 0, or with the end.
+
+        Raises InputError for text that has no ids.
+        """
+        reads_pads = zero_pad and self.exclamation == "transformers" and self._pads_with_it
+        tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
-            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            return [
+                word
+                for text, own in self._learned(prompt)
+                for word in (*_words(tokenizer, text), *([Word(own, True)] if own else []))
+            ]
         except Exception as error:  # the library raises bare Exception
             raise InputError(
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
-        return [each for id in ids for each in self.learned.get(id, (id,))]
+
+    @property
+    def _pads_with_it(self) -> bool:
+        """Whether id 0 is "!", as in CLIP's own vocabulary."""
+        return self._tokenizer.token_to_id("!") == 0
+
+    @cached_property
+    def _of_transformers(self) -> Tokenizer:
+        """The tokenizer to which "!" is a special token, as the one that pads is."""
+        from tokenizers import Tokenizer
+
+        copied = Tokenizer.from_str(self._tokenizer.to_str())
+        copied.add_special_tokens(["!"])  # pyright: ignore[reportUnknownMemberType]
+        return copied
+
+    def knows(self, token: str) -> bool:
+        """Whether it means something already: nothing, a word, the begin or end, or learned."""
+        known = {*self.learned, BOS, EOS}
+        return _spaced(token) in known or len(self.tokens(token)) < 2
 
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
 
-        A token is matched as it is typed, and as a whole word where it is one. Raises InputError
-        for a token that has a meaning already.
+        A token is matched as it is typed, with any white space for its own, and where it begins or
+        ends with a letter or digit, no other may be next to it. Of two the longer one is read.
+        Raises InputError for a token that has a meaning already.
         """
-        from tokenizers import AddedToken, Tokenizer
-
-        copied = Tokenizer.from_str(self._tokenizer.to_str())
         for token in tokens:
-            known = self._tokenizer.encode(token, add_special_tokens=False).ids
-            if len(known) < 2 or token in (BOS, EOS):
+            if self.knows(token):
                 raise InputError(
-                    f"the token {token!r} means something already: give another, as <{token}>"
+                    f"the token {token!r:.80} means something already: give another, as "
+                    f"<{token:.80}>"
                 )
-            word = token[0].isalnum() and token[-1].isalnum()
-            added = [AddedToken(token, single_word=word, normalized=False)]
-            copied.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-        grown = ClipTokenizer(copied)
-        ids = {token: copied.token_to_id(token) for token in tokens}
-        new = {id: tokens[token] for token, id in ids.items() if id is not None}
-        grown.learned = {**self.learned, **new}
+        grown = copy(self)
+        grown.learned = {**self.learned, **{_spaced(token): ids for token, ids in tokens.items()}}
+        longest_first = sorted(grown.learned, key=len, reverse=True)
+        grown._token = re.compile("|".join(map(_spelled, longest_first)))
         return grown
+
+    def _learned(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(text, the ids of the learned token behind it); what is left comes last.
+
+        The prompt is cut before it is tokenized: a token may be spelled as a piece of a word is,
+        and then has the id of that piece in a vocabulary.
+        """
+        end = 0
+        for match in self._token.finditer(prompt):
+            yield prompt[end : match.start()], self.learned[_spaced(match[0])]
+            end = match.end()
+        yield prompt[end:], ()
+
+
+_NOTHING = re.compile(r"(?!)")
+
+
+def _words(tokenizer: Tokenizer, text: str) -> Iterator[Word]:
+    found = tokenizer.encode(text, add_special_tokens=False)
+    pairs = zip(found.word_ids, found.ids, strict=True)
+    for _, own in groupby(pairs, lambda pair: pair[0]):
+        yield Word(tuple(id for _, id in own))
+
+
+def _spaced(token: str) -> str:
+    return " ".join(token.split())
+
+
+def _spelled(token: str) -> str:
+    """The pattern of a token: whole words where it begins or ends as one."""
+    before, after = (r"\w" if end.isalnum() else "(?!)" for end in (token[0], token[-1]))
+    words = r"\s+".join(map(re.escape, token.split()))
+    return f"(?<!{before}){words}(?!{after})"
 
 
 def _read_text(path: Path) -> str:
