@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headstart.checkpoint.gguf import BLOCKS, unpack
+
 Array = npt.NDArray[Any]
 
 TARGETS = ("F32", "F16", "BF16")
@@ -22,11 +24,15 @@ def cast(raw: memoryview, source: str, target: str) -> bytes:
 
     Raises OverflowError, with the number, for a finite one beyond the target's range.
     """
-    values = widen(raw, source)
+    return narrow(widen(raw, source), target)
+
+
+def narrow(values: Array, target: str) -> bytes:
+    """float16, float32 or float64 numbers -> their bytes in dtype `target`; errors as of `cast`."""
     with np.errstate(over="ignore"):
-        narrow = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
-    bits = _bfloat16(narrow) if target == "BF16" else narrow
-    stays = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(narrow)
+        few = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
+    bits = _bfloat16(few) if target == "BF16" else few
+    stays = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(few)
     if (lost := np.isfinite(values) & ~stays).any():
         raise OverflowError(f"{float(values[np.argmax(lost)]):.6g}")
     return bits.tobytes()
@@ -39,6 +45,8 @@ def widen(raw: memoryview, source: str) -> Array:
     """
     if source in _PLAIN:
         return np.frombuffer(raw, _PLAIN[source])
+    if source in BLOCKS:
+        return unpack(raw, source)
     if source == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     if source == "F8_E5M2":  # the upper half of a float16

@@ -1,5 +1,6 @@
 """The files of a checkpoint as bytes: headers read and checked, data mapped when first asked for.
 
+safetensors or GGUF, by the first bytes
 name -> Entry (dtype, shape, where) -> bytes      of one file, or of the shards of one set
 """
 
@@ -8,10 +9,13 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import final
+from typing import Literal, final
 
-from headstart.checkpoint.header import Entry, open_regular, read_header
+from headstart.checkpoint.gguf import MAGIC, read_gguf
+from headstart.checkpoint.header import Entry, Header, open_regular, read_header
 from headstart.errors import CheckpointError
+
+Container = Literal["safetensors", "GGUF"]
 
 
 @final
@@ -24,13 +28,14 @@ class Mapped:
 
     def __init__(self, files: Iterable[Path]) -> None:
         self.files = tuple(files)
+        self.container: Container = "safetensors"
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
         self._of: dict[str, int] = {}
         self._sizes: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}
         for index, path in enumerate(self.files):
-            header = read_header(path)
+            header, self.container = _header(path)
             self._sizes.append(header.size_bytes)
             self.metadata |= header.metadata
             if twice := self.entries.keys() & header.entries.keys():
@@ -71,6 +76,15 @@ class Mapped:
                 raise CheckpointError(f"{path} changed while it was being read: open it again")
             self._maps[index] = mapped
         return self._maps[index]
+
+
+def _header(path: Path) -> tuple[Header, Container]:
+    with open_regular(path) as file:
+        magic = file.read(len(MAGIC))
+    # A safetensors header of 0x46554747 bytes would begin alike: 1.2 GB, which is refused anyway.
+    if magic == MAGIC:
+        return read_gguf(path), "GGUF"
+    return read_header(path), "safetensors"
 
 
 def _digest(path: Path) -> bytes:

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, final
 
+from headstart.checkpoint import ema as averages
 from headstart.checkpoint import keymap
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
+from headstart.checkpoint.gguf import BLOCKS, check_package
 from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry
 from headstart.checkpoint.keymap import PARTS, PartName, Source
-from headstart.checkpoint.mapped import Mapped
+from headstart.checkpoint.mapped import Container, Mapped
 from headstart.checkpoint.scales import SCALED, factor, find
 from headstart.errors import CheckpointError
 from headstart.later import Later
@@ -42,7 +44,9 @@ TITLES: dict[PartName, str] = {
 """What a part is called in a message."""
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
 UNREAD = frozenset(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4"))) - FLOAT8
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8, *SCALED, *UNREAD})
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8, *SCALED, *BLOCKS, *UNREAD})
+WIDENED = frozenset({*FLOAT8, *SCALED, *BLOCKS})
+"""Weights of fewer bits than a network computes with, which `Checkpoint.tensor` widens."""
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
     "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
@@ -70,7 +74,13 @@ class Checkpoint:
     numbers are always those with the scale in them, and the scale has no name beside it.
     """
 
-    def __init__(self, files: Iterable[Path], config: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self,
+        files: Iterable[Path],
+        config: Mapping[str, object] | None = None,
+        *,
+        ema: averages.Ema = None,
+    ) -> None:
         self._held = Mapped(files)
         self.files = self._held.files
         self.metadata = self._held.metadata
@@ -82,16 +92,32 @@ class Checkpoint:
             for name, entry in self._held.entries.items()
             if name not in self.scales.dropped
         }
+        self._stored = dict(self.scales.stored)
+        if ema:
+            for name, copy in averages.copies(where, self._entries).items():
+                self._entries[name], self._stored[name] = self._entries[copy], copy
         self._contents: dict[PartName, _Contents] | None = None
         self._split: dict[str, dict[str, str]] | None = None
 
     @classmethod
-    def open(cls, path: str | Path, part: PartName = "unet", *, half: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        part: PartName = "unet",
+        *,
+        half: bool = False,
+        ema: averages.Ema = None,
+    ) -> Checkpoint:
         """A file, a shard index, a component's folder, or that component of a diffusers folder.
 
-        `half` prefers the `.fp16` variant where a folder has both. Raises CheckpointError.
+        `half` prefers the `.fp16` variant where a folder has both. `ema` chooses between a UNet's
+        averaged weights and those that were trained, see `checkpoint.ema`: the tensors keep their
+        names. Raises CheckpointError, also where there is no average to take.
         """
         path = Path(path)
+        if part == "unet" and path.is_dir() and ema is not None:
+            folder, files = averages.folder_of(path, half, ema)
+            return cls(files, config_of(folder, part))
         if path.is_dir():
             component = path / COMPONENTS.get(part, part)
             folder = component if component.is_dir() else path
@@ -100,7 +126,12 @@ class Checkpoint:
             folder, files = path.parent, shards(path)
         else:
             folder, files = path.parent, (path,)
-        return cls(files, config_of(folder, part))
+        return cls(files, config_of(folder, part), ema=ema if part == "unet" else None)
+
+    def main_of(self, path: str | Path) -> averages.Main | None:
+        """Of a UNet with averaged weights beside its own, which this one, opened from `path`
+        without a choice, has; None where there are not both."""
+        return averages.main_of(Path(path), self._entries)
 
     @property
     def size_bytes(self) -> int:
@@ -126,6 +157,18 @@ class Checkpoint:
         for entry in self._entries.values():
             counts[entry.dtype] += entry.end - entry.begin
         return counts.most_common(1)[0][0] if counts else "F32"
+
+    @property
+    def container(self) -> Container:
+        return self._held.container
+
+    @property
+    def scheme(self) -> str | None:
+        """How weights of few bits are written, in words; None where every number is its own."""
+        if blocks := sorted(BLOCKS.keys() & set(self.dtypes.values())):
+            return f"blocks with scales of their own (GGUF, {', '.join(blocks)})"
+        plain = "float8 without scales" if FLOAT8 & set(self.dtypes.values()) else None
+        return self.scales.scheme or plain
 
     def entry(self, name: str) -> Entry:
         """Dtype, shape and place of one tensor."""
@@ -182,22 +225,28 @@ class Checkpoint:
         count = math.prod(shape)
         end = count if end is None else end
         stored = SCALED.get(dtype, dtype)
-        item = DTYPE_BYTES[stored]
-        wide = widen(self.raw(name)[begin * item : end * item], stored)
+        if dtype in BLOCKS:
+            check_package(self._held.path(name), dtype)
+        _, items, size = BLOCKS.get(stored) or (0, 1, DTYPE_BYTES[stored])
+        first, last = begin // items, -(-end // items)
+        wide = widen(self.raw(name)[first * size : last * size], stored)
+        wide = wide[begin - first * items : end - first * items]
         if dtype not in SCALED or not len(wide):
             return wide
         scale = self._factor(name)
-        flat, at = scale.reshape(-1), np.arange(begin, end)
-        if scale.ndim and scale.shape[0] > 1:
-            return wide.astype("<f4") * flat[at // (count // len(flat))]
-        return wide.astype("<f4") * (flat[at % len(flat)] if scale.ndim else scale)
+        if scale.ndim:
+            flat, at = scale.reshape(-1), np.arange(begin, end)
+            rows = scale.shape[0] > 1
+            scale = flat[at // (count // len(flat)) if rows else at % len(flat)]
+        with np.errstate(over="ignore"):
+            return wide.astype("<f4") * scale
 
     def tensor(self, name: str) -> Tensor:
         """The tensor's numbers on the CPU: a view of the file, or a copy where misaligned.
 
-        Eight bits are widened: float8 to float16, which holds it exactly, and a weight that has a
-        scale to float32(weight) * float32(scale). Raises CheckpointError for a scale that is no
-        positive finite number, and for a dtype that is not read.
+        Few bits are widened: float8 to float16, which holds it exactly; a weight that has a scale
+        to float32(weight) * float32(scale); blocks of a GGUF file to float32. Raises
+        CheckpointError for a scale that is no positive finite number, and for an unread dtype.
         """
         import torch
 
@@ -205,6 +254,9 @@ class Checkpoint:
         if dtype in SCALED:
             scale = torch.from_numpy(self._factor(name))  # pyright: ignore[reportUnknownMemberType]
             return self._view(name, SCALED[dtype]).float().mul_(scale)
+        if dtype in BLOCKS:
+            wide = torch.from_numpy(self.values(name))  # pyright: ignore[reportUnknownMemberType]
+            return wide.reshape(self.entry(name).shape)
         if dtype not in _TORCH_NAMES:
             raise CheckpointError(f"{self._held.path(name)}: {name!r} is {unsupported(dtype)}")
         tensor = self._view(name, dtype)
@@ -225,12 +277,18 @@ class Checkpoint:
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor as stored, without any scale: a view of the memory map."""
-        return self._held.raw(self.scales.stored.get(name, name))
+        return self._held.raw(self._stored.get(name, name))
 
-    def check_scales(self) -> None:
-        """Read every scale. Raises CheckpointError for one that is no positive finite number."""
+    def check_numbers(self) -> None:
+        """Raise CheckpointError where `tensor` would, from headers and scales alone.
+
+        For a scale that is no positive finite number, and blocks without the package that reads
+        them. A dtype that is not read is a matter of the part that holds it.
+        """
         for name in self.scales.of:
             self._factor(name)
+        for dtype in sorted(BLOCKS.keys() & set(self.dtypes.values())):
+            check_package(self.files[0], dtype)
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""

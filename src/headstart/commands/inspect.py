@@ -106,7 +106,7 @@ def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     if info.prediction is not None:
         where = "says the file" if info.prediction_declared else "not in the file, so guessed"
         yield "prediction", f"{info.prediction} ({where})"
-    yield "dtype", info.dtype
+    yield "dtype", info.dtype if info.scheme is None else f"{info.dtype}; {info.scheme}"
     yield "size", f"{_size(info.size_bytes)} in {info.tensors} tensors"
     if info.census is not None:
         clean = not (info.census.nan or info.census.inf)

@@ -84,6 +84,8 @@ class Engine:
                     what the file says, what its name suggests, what its family predicts
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        ema         True: the averaged weights (EMA) of every model that has them beside its own;
+                    False: those that were trained. By default each file's main ones
         embeddings  files of learned tokens (textual inversion), or (file, token)
         exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
                     trained, or "transformers", as diffusers' pictures have it
@@ -275,7 +277,9 @@ class Engine:
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
             machine=recording.machine(
-                self.device, dtype, self.runner, guidance, self.text.exclamation
+                *(self.device, dtype, self.runner, guidance),
+                exclamation=self.text.exclamation,
+                ema=self.weights.ema,
             ),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,
