@@ -353,5 +353,7 @@ def _is_cross(group: Group) -> bool:
     """By the name; of a numbered layer by its shape, which is neither square nor [8*c, c]."""
     if not is_numbered(group.name):
         return _reads_text(group.module)
-    out, into, *_ = *group.sides(), None, None
-    return group.network == "unet" and into is not None and out not in (into, 8 * into)
+    sides = group.sides()
+    if group.network != "unet" or len(sides) != 2 or sides[1] is None:
+        return False
+    return sides[0] not in (sides[1], 8 * sides[1])

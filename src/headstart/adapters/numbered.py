@@ -62,7 +62,9 @@ def numbered(
     return found
 
 
-def _chosen(own: Mapping[int, Group], network: Network, layers: Mapping[str, Shape]) -> dict[int, str]:
+def _chosen(
+    own: Mapping[int, Group], network: Network, layers: Mapping[str, Shape]
+) -> dict[int, str]:
     fitting = {
         title: (order, {number: order[number] for number in own})
         for title, order in _orders(network, layers)

@@ -51,6 +51,8 @@ _BUNDLE = re.compile(
 )
 """HCP-Diffusion, AUTOMATIC1111, OneTrainer: a token of any characters, then as in a file of it."""
 _BRACKETS = re.compile(r"<.+>")
+_NAMED = re.compile(r"(?!cond\Z|[0-9]*\Z)[^.]+")
+"""What may be a token: not the numbers in a list, nor `Engine.sample`'s `cond`."""
 _LAYER = re.compile(r".*\.(weight|bias|alpha|scale)|.*:(up|down)")
 _WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
 """SDXL's two encoders are told apart by width, whatever they are called."""
@@ -119,7 +121,7 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
         return False
     if any(map(_is_known, names)):
         return True
-    return all(_is_vectors(checkpoint.entry(name)) and "." not in name for name in names)
+    return all(_is_vectors(checkpoint.entry(name)) and _NAMED.fullmatch(name) for name in names)
 
 
 def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:

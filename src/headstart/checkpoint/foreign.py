@@ -38,12 +38,23 @@ _SIGNS = (
     _Sign(rb"\x89PNG|\xff\xd8\xff|RIFF", "a picture; give the model file"),
 )
 
+# github.com/huggingface/accelerate, utils/constants.py; transformers, trainer.py.
+_TRAINER = re.compile(
+    r"random_states(_[0-9]+)?\.pkl|rng_state(_[0-9]+)?\.pth|training_args\.bin"
+    r"|(optimizer|scheduler|scaler|sampler)(_[0-9]+)?\.(bin|pt)"
+)
+
 
 def foreign(path: Path, head: bytes) -> str | None:
     """What `head`, the first bytes of `path`, belongs to, and what to do; None: nothing we know."""
     sign = _matching(head)
     if sign is None:
         return None
+    if sign.pickle and _TRAINER.fullmatch(path.name):
+        return (
+            f"{sign.what}, by its name the state of a trainer, which has no weights: give the file "
+            "of weights that lies beside it"
+        )
     return f"{sign.what}; {convert_hint(path)}" if sign.pickle else sign.what
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.convert.container import Slot, compose, in_order
+from headstart.convert.document import check_weights, named
 from headstart.errors import CheckpointError
 
 MEMORY_MARGIN = 2**30
@@ -53,11 +54,16 @@ class Inert:
 _BOOKKEEPING = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
+    "numpy.core.multiarray._reconstruct",
+    "numpy._core.multiarray._reconstruct",
     "numpy.dtype",
+    "numpy.ndarray",
     "pytorch_lightning.callbacks.ModelCheckpoint",
     "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
     "torch.nn.modules.container.ParameterDict",
 )
+
+_SETTINGS = ("transformers.training_args", "trl.", "accelerate.")
 
 
 def main(arguments: list[str]) -> int:
@@ -134,6 +140,11 @@ def _reason(error: Exception) -> str:
     if "can't allocate memory" in text or "Cannot allocate memory" in text:
         raise MemoryError from error
     if asked := re.search(r"GLOBAL '?([\w.]+)", text):
+        if asked[1].startswith(_SETTINGS):
+            return (
+                f"it is the settings of a training (`{asked[1][:80]}`), and no weights: give the "
+                "file of weights that lies beside it"
+            )
         return (
             f"it asks for `{asked[1][:80]}`, which is no part of a tensor; nothing of it was run. "
             "Take the safetensors release of this model instead"
@@ -150,20 +161,24 @@ def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
 
     {"state_dict": {...}} and its like are unwrapped, other nested tables are joined with dots,
     and a textual inversion becomes `emb_params`. Raises CheckpointError where nothing is found,
-    two names collide or the nesting is endless.
+    two names collide, a tensor has no name (`headstart.convert.document`), it is the state of a
+    trainer, or the nesting is endless.
     """
     left_out: list[str] = []
-    table = _unwrapped(document, left_out)
+    table = _unwrapped(named(document, left_out), left_out)
     tensors: dict[str, Tensor] = {}
     for name, value in _walk(table, "", 0):
         if not isinstance(value, Tensor):
             left_out.append(f"{name or 'the document'}: {_kind(value)}")
+        elif not name:
+            raise CheckpointError("it has a tensor without a name: expected a name for each")
         elif name in tensors:
             raise CheckpointError(f"two tensors are called {name[:80]!r} once tables are joined")
         else:
             tensors[name] = value
     if not tensors:
-        raise CheckpointError(f"it holds no tensor, only {', '.join(left_out[:4]) or 'nothing'}")
+        only = f"no tensor, only {', '.join(left_out[:4])}" if left_out else "nothing"
+        raise CheckpointError(f"it holds {only}")
     return tensors, left_out
 
 
@@ -172,6 +187,7 @@ def _unwrapped(document: object, left_out: list[str]) -> object:
         table = _mapping(document)
         if table is None:
             return document
+        check_weights(table)
         if (embedding := _mapping(table.get(_EMBEDDING))) is not None:
             left_out += [f"{key}: {_kind(v)}" for key, v in table.items() if key != _EMBEDDING]
             if len(embedding) == 1:

@@ -1,0 +1,108 @@
+"""What a pickle holds that is no table of named tensors: given names, or called what it is.
+
+[up0, down0, up1, ...] -> unet:N:up, unet:N:down     a list that is a whole LoRA
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NoReturn, cast
+
+from torch import Tensor
+
+from headstart.errors import CheckpointError
+
+_STATES: tuple[tuple[str, frozenset[str]], ...] = (
+    ("an optimizer", frozenset({"state", "param_groups"})),
+    ("a learning rate's schedule", frozenset({"last_epoch", "_step_count"})),
+    ("a gradient scaler", frozenset({"growth_factor", "_growth_tracker"})),
+    ("random number generators", frozenset({"random_state", "torch_manual_seed"})),  # accelerate
+    ("random number generators", frozenset({"python", "numpy", "cpu"})),  # transformers
+)
+"""What trainers write beside the weights, by names that each such table has."""
+
+_ATTENTION_LAYERS: Mapping[int, int] = {768: 48, 1024: 92}
+"""Width of a text encoder -> its attention layers: 4 in each of 12 (SD 1) or 23 (SD 2)."""
+_UNET_LAYERS = (128, 144)
+"""16 blocks of attn1 and attn2, without and with ff: SD 1 and 2."""
+_CONTEXTS = frozenset({768, 1024})
+_STAGED = frozenset({"emb", "emb2", "clip_l", "clip_g"})
+"""Names of learned tokens, of which XL-Textual-Inversion saves a list, one a stage."""
+_POSITIONS = 77
+
+
+def check_weights(table: Mapping[object, object]) -> None:
+    """Raise CheckpointError for the state of a trainer, and for nothing at all."""
+    if not table:
+        raise CheckpointError("it holds nothing")
+    for what, names in _STATES:
+        if names <= table.keys():
+            raise CheckpointError(
+                f"it is the state of {what}, with which a training goes on, and no weights: give "
+                "the file of weights that lies beside it"
+            )
+
+
+def named(document: object, left_out: list[str]) -> object:
+    """The document as a table, where it is tensors without names, or states of one table.
+
+    Raises CheckpointError where nothing tells what the tensors are.
+    """
+    if isinstance(document, Tensor):
+        return _of_one(document)
+    if not isinstance(document, list | tuple):
+        return document
+    held = cast("Sequence[object]", document)
+    if not held:
+        raise CheckpointError("it holds nothing")
+    tables = [cast("Mapping[object, object]", own) for own in held if isinstance(own, Mapping)]
+    if len(tables) == len(held) and all(_STAGED.issuperset(table) for table in tables):
+        if len(held) > 1:
+            left_out.append(
+                f"0 to {len(held) - 2}: earlier stages of the token that the last one is"
+            )
+        return held[-1]
+    tensors = [each for each in held if isinstance(each, Tensor)]
+    if len(tensors) < len(held):
+        return held
+    return _of_lora(tensors) or _nameless(f"{len(tensors)} tensors", tensors)
+
+
+def _of_one(tensor: Tensor) -> dict[str, Tensor]:
+    """An encoded prompt [77, D] or [1, 77, D] is called `cond`, as `Engine.sample` calls it."""
+    shape = tuple(tensor.shape)
+    if len(shape) in (2, 3) and shape[-2] == _POSITIONS and shape[:-2] in ((), (1,)):
+        return {"cond": tensor}
+    return _nameless("one tensor", [tensor])
+
+
+def _nameless(what: str, tensors: Sequence[Tensor]) -> NoReturn:
+    shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3])
+    more = ", ..." if len(tensors) > 3 else ""
+    raise CheckpointError(
+        f"it is {what} without a name ({shapes}{more}), and nothing tells what for: vectors of "
+        "CLIP's image space and statistics are saved so. A textual inversion has its token beside "
+        "it, and a network has names: give such a file"
+    )
+
+
+def _of_lora(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
+    """cloneofsimo's list of a LoRA: [o, r] and [r, i] in turn, in the order of the layers.
+
+    github.com/cloneofsimo/lora, lora.py, `save_lora_weight`. None where it is not exactly that.
+    """
+    pairs = list(zip(tensors[::2], tensors[1::2], strict=False))
+    if len(tensors) % 2 or any(up.ndim != 2 or down.ndim != 2 for up, down in pairs):
+        return None
+    if any(up.shape[1] != down.shape[0] for up, down in pairs):
+        return None
+    sides = [(up.shape[0], down.shape[1]) for up, down in pairs]
+    widths = {width for side in sides for width in side}
+    if len(widths) == 1 and _ATTENTION_LAYERS.get(*widths) == len(pairs):
+        network = "text_encoder"
+    elif len(pairs) in _UNET_LAYERS and any(into in _CONTEXTS for _, into in sides):
+        network = "unet"
+    else:
+        return None
+    found = {f"{network}:{n}:up": up for n, (up, _) in enumerate(pairs)}
+    return found | {f"{network}:{n}:down": down for n, (_, down) in enumerate(pairs)}
