@@ -84,7 +84,10 @@ def part_of_rows(levels: Sequence[Level], table: StepTable) -> list[int]:
     """
     found = [_resolved(level, table) for level in levels]
     _check_falling(found)
-    rows = [sum(step.sigma <= level * (1 + PRINTED) for level in found) - 1 for step in table]
+    # A level that was typed may be rounded; that of the hand-off is the row's own.
+    slack = [1.0 if level == "handoff" else 1.0 + PRINTED for level in levels]
+    limits = [own * room for own, room in zip(found, slack, strict=True)]
+    rows = [sum(step.sigma <= limit for limit in limits) - 1 for step in table]
     if not (table.first or table.cut):
         for number in range(len(found)):
             if number not in rows:

@@ -105,6 +105,8 @@ class Pair:
         """With the guidance that an LCM imitates; a network without `cond_proj` never reads it."""
         if self.embedded_guidance is None or self.guidance_dim is None:
             return cond
+        if cond.guidance_embedding is not None:  # a caller's own
+            return cond
         values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
         return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
 
