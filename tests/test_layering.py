@@ -37,7 +37,13 @@ ROOMS = {name.partition(".")[0] for name in POSITION if "." in name and name not
 
 TORCH_FREE = {
     *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
-    *("pictures.chart", "networks.vocabulary", "adapters.names", "adapters.strength"),
+    *(
+        "pictures.chart",
+        "networks.vocabulary",
+        "networks.prompt_style",
+        "adapters.names",
+        "adapters.strength",
+    ),
     *("spaces.extractor", "metrics.metrics", "metrics.gram", "metrics.resample"),
     *("sweep.jobs", "sweep.ledger"),
     *("traces.structure", "traces.timeline", "traces.strip", "traces.filmstrip"),

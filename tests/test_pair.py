@@ -254,8 +254,10 @@ def test_an_empty_prompt_samples_without_text(engine: hs.Engine) -> None:
     assert engine.sample("", seeds=1).prompts == ("",)
 
 
-def test_a_long_prompt_is_cut_with_a_warning(engine: hs.Engine) -> None:
-    with pytest.warns(UserWarning, match="exceed 14 tokens"):
+def test_a_long_prompt_is_read_in_pieces_and_an_absurd_one_refused(engine: hs.Engine) -> None:
+    short, long = (engine.sample(text, plan="distilled") for text in ("fox " * 14, "fox " * 20))
+    assert long.latents.isfinite().all() and not torch.equal(short.latents, long.latents)
+    with pytest.raises(hs.InputError, match="more than 64 pieces of 14 tokens"):
         engine.sample("fox " * 10_000, plan="distilled")
 
 

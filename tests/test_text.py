@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import pytest
@@ -44,23 +43,18 @@ def test_ids_are_begin_text_end_and_padding(words: ClipTokenizer, pair: list[Tow
     assert second[1] == [BOS_ID, EOS_ID] + [0] * 14
 
 
-def test_a_long_prompt_is_cut_with_one_warning_that_counts(
-    words: ClipTokenizer, one: Tower
-) -> None:
+def test_a_prompt_of_any_length_is_read_in_pieces(words: ClipTokenizer, one: Tower) -> None:
     text = ClipText([one], words)
     long = "cat " * 14
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        text.encode([long])
-    with pytest.warns(UserWarning) as caught:
-        cond = text.encode([long + "the cat", "cat", long + "a"], negative=long + "b b b")[0]
-    assert len(caught) == 1
-    assert "3 of 4 prompts exceed 14 tokens; dropped the last 6 tokens (3 of " in str(
-        caught[0].message
-    )
-    assert torch.equal(cond.context[0], text.encode([long]).context[0])
-    with pytest.raises(InputError, match="would drop the last 2 tokens"):
-        text.encode([long + "the cat"], strict=True)
+    cond = text.encode([long + "the cat", "cat"])
+    assert cond.context.shape == (2, 32, 32)
+    first, second = cond.context[0].split(16)
+    torch.testing.assert_close(first, text.encode([long]).context[0])
+    torch.testing.assert_close(second, text.encode(["the cat"]).context[0])
+    torch.testing.assert_close(cond.context[1], text.encode(["cat"]).context[0].repeat(2, 1))
+    assert text.encode([long], strict=True).context.shape[1] == 16
+    with pytest.raises(InputError, match="1 of 2 prompts need more than one piece of 14 tokens"):
+        text.encode(["a", long + "a"], strict=True)
 
 
 @pytest.mark.parametrize("prompts", [[], [3], [None], ["cat", b"cat"]])
@@ -71,7 +65,7 @@ def test_what_is_no_list_of_strings_is_an_input_error(
     with pytest.raises(InputError, match="prompts: expected"):
         text.encode(prompts)
     with pytest.raises(InputError, match="negative: expected"):
-        text.encode(["cat"], negative=prompts)
+        text.encode(["cat"], negative=[each or 3 for each in prompts])
 
 
 def test_sd1_reads_the_last_normed_state(words: ClipTokenizer, one: Tower) -> None:
@@ -118,20 +112,21 @@ def test_one_negative_serves_all_prompts(words: ClipTokenizer, one: Tower) -> No
         text.encode(["a", "b", "c"], negative=["a", "b"])
 
 
-def test_an_empty_negative_is_zeros_for_sdxl_only(
+def test_no_negative_is_zeros_for_sdxl_only_and_an_empty_one_is_encoded(
     words: ClipTokenizer, one: Tower, pair: list[Tower]
 ) -> None:
     single, double = ClipText([one], words), ClipText(pair, words)
-    _, uncond = single.encode(["a"], negative="")
-    torch.testing.assert_close(uncond.context, single.encode([""]).context)
-    _, uncond = double.encode(["a", "b"], negative=["", "cat"])
+    for negative in ("", [None]):
+        _, uncond = single.encode(["a"], negative=negative)
+        torch.testing.assert_close(uncond.context, single.encode([""]).context)
+    _, uncond = double.encode(["a", "b", "a"], negative=[None, "cat", ""])
     assert uncond.pooled is not None and uncond.time_ids is not None
     assert not uncond.context[0].any() and not uncond.pooled[0].any()
-    torch.testing.assert_close(uncond.context[1:], double.encode(["cat"]).context)
-    assert uncond.time_ids.all(dim=1).tolist() == [False, False]  # crops stay zero, sizes stay
+    torch.testing.assert_close(uncond.context[1:], double.encode(["cat", ""]).context)
+    assert uncond.time_ids.all(dim=1).tolist() == [False] * 3  # crops stay zero, sizes stay
     assert uncond.time_ids[0, 0] == 1024
-    assert double.encode([""]).context.any()
+    assert uncond.context[2].any() and uncond.pooled[2].any()
     plain = ClipText(pair, words, zero_empty_negative=False)
     torch.testing.assert_close(
-        plain.encode(["a"], negative="")[1].context, plain.encode("").context
+        plain.encode(["a"], negative=[None])[1].context, plain.encode("").context
     )

@@ -120,11 +120,10 @@ def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
     assert table.dtype == torch.float32 and len(table) == rows + 3
 
 
-def test_a_prompt_too_long_for_its_vectors_is_cut_with_a_warning(single: ClipText) -> None:
+def test_a_token_of_more_vectors_than_a_piece_has_room_for_is_refused(single: ClipText) -> None:
     grown = extended(single, [Embedding("<many>", {"text": torch.randn(30, 32)})])
-    with pytest.warns(UserWarning, match="dropped the last 12 tokens"):
-        (ids,) = grown.ids(["<many>"])
-    assert ids.shape == (1, 20) and ids[0, -1] == VOCABULARY[EOS]
+    with pytest.raises(InputError, match="30 vectors does not fit into a piece of 18 tokens"):
+        grown.ids(["<many>"])
 
 
 def test_what_does_not_belong_is_refused(

@@ -17,7 +17,7 @@ from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.tensors import Checkpoint, Part, PartName
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
 from headstart.networks.params import (
     clip_params,
     indices,
@@ -27,6 +27,7 @@ from headstart.networks.params import (
     with_heads,
 )
 from headstart.networks.placement import Dtype, device_of, filled, is_half, part_of, stored_dtype
+from headstart.networks.prompt_style import EXCLAMATIONS, Exclamation
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
 from headstart.networks.tokenizer import ClipTokenizer
@@ -106,14 +107,18 @@ def load_text(
     dtype: Dtype = None,
     head_dim: int | None = None,
     tokenizer: str | Path | None = None,
+    exclamation: Exclamation = "openclip",
 ) -> ClipText:
     """The text side of a checkpoint: one CLIP encoder, or SDXL's two, with their tokenizer.
 
     The tokenizer comes from `tokenizer` (a tokenizer.json, or a folder with vocab.json and
     merges.txt), the metadata `headstart.tokenizer` or the diffusers folder, in this order; where
-    none of them has one, it is CLIP's own. dtype and `head_dim` are as in `load_unet`. A lone
-    encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
+    none of them has one, it is CLIP's own. `exclamation` is what "!" becomes, as open_clip or as
+    transformers reads it (`ClipTokenizer.exclamation`). dtype and `head_dim` are as in
+    `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
+    if exclamation not in EXCLAMATIONS:
+        raise InputError(f"exclamation {exclamation!r:.40}: expected {', '.join(EXCLAMATIONS)}")
     target, path = device_of(device), Path(path)
     parts = _text_parts(path, is_half(dtype))
     first = parts[0]
@@ -128,6 +133,7 @@ def load_text(
             f"{len(parts)}: give the full checkpoint or the diffusers folder"
         )
     words = _tokenizer(path, first, tokenizer)
+    words.exclamation = exclamation
     towers = [
         _tower(part, rule, head_dim, target, dtype)
         for part, rule in zip(parts, family.text, strict=True)

@@ -1,14 +1,17 @@
 """CLIP text encoders: prompts -> Conditioning, as each family was trained to read them.
 
-ids = [bos] + tokens[: L - 2] + [eos] + padding          context = hidden state of each encoder,
-side by side on the last axis                            pooled = P @ normed[argmax(ids)]  (SDXL)
+prompt -> spans of one weight -> pieces of L - 2 tokens -> ids = [bos] + tokens + [eos] + padding
+context = hidden state of each encoder for each piece, one behind the other, encoders side by side
+pooled  = P @ normed[argmax(ids)] of the first piece  (SDXL)
 """
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
-from typing import overload
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import zip_longest
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,18 +19,30 @@ from torch import Tensor, nn
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
+from headstart.networks import emphasis, grammar
+from headstart.networks.pieces import MAX_PIECES, Piece, cut
+from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation, PromptStyle
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import Tower
+from headstart.networks.wording import Negative, worded
 
 Size = int | tuple[int, int] | None
 """Pixels: a side, or (height, width)."""
+
+
+class _Reading(NamedTuple):
+    """What one encoder reads: the pieces of each row, in this style."""
+
+    tower: Tower
+    rows: list[list[Piece]]
+    style: PromptStyle
 
 
 class ClipText(nn.Module):
     """The text side of a family: one encoder, or SDXL's two, and their tokenizer.
 
     `image_size` is the family's native size in pixels, SDXL's default for `time_ids`;
-    `zero_empty_negative`: an empty negative prompt is all zeros and not the encoding of "".
+    `zero_empty_negative`: no negative prompt is all zeros, and not the encoding of "".
     """
 
     def __init__(
@@ -54,6 +69,11 @@ class ClipText(nn.Module):
             )
 
     @property
+    def exclamation(self) -> Exclamation:
+        """What "!" becomes: see `ClipTokenizer.exclamation`."""
+        return self.tokenizer.exclamation
+
+    @property
     def context_dim(self) -> int:
         """D, the width of the context."""
         return sum(tower.params.width for tower in self._towers())
@@ -69,6 +89,10 @@ class ClipText(nn.Module):
         prompts: Sequence[str],
         negative: None = None,
         *,
+        second: Sequence[str] | None = None,
+        negative_second: None = None,
+        style: PromptStyle = "plain",
+        clip_skip: int | None = None,
         size: Size = None,
         original: Size = None,
         crop: tuple[int, int] = (0, 0),
@@ -78,8 +102,12 @@ class ClipText(nn.Module):
     def encode(
         self,
         prompts: Sequence[str],
-        negative: str | Sequence[str],
+        negative: Negative,
         *,
+        second: Sequence[str] | None = None,
+        negative_second: Negative | None = None,
+        style: PromptStyle = "plain",
+        clip_skip: int | None = None,
         size: Size = None,
         original: Size = None,
         crop: tuple[int, int] = (0, 0),
@@ -89,8 +117,12 @@ class ClipText(nn.Module):
     def encode(
         self,
         prompts: Sequence[str],
-        negative: str | Sequence[str] | None = None,
+        negative: Negative | None = None,
         *,
+        second: Sequence[str] | None = None,
+        negative_second: Negative | None = None,
+        style: PromptStyle = "plain",
+        clip_skip: int | None = None,
         size: Size = None,
         original: Size = None,
         crop: tuple[int, int] = (0, 0),
@@ -98,58 +130,114 @@ class ClipText(nn.Module):
     ) -> Conditioning | tuple[Conditioning, Conditioning]:
         """Prompts -> Conditioning, a row each; with `negative`, also the unconditional one.
 
-        context [B, L, D]; SDXL also gets pooled [B, P] and time_ids [B, 6], its micro-conditioning
-        (arXiv:2307.01952, section 2.2): the height and width of the picture that `original` says
-        this one was cut from (default: `size`), the top and left of the `crop`, and `size` in
-        pixels (default: the native size). One negative serves all prompts. A text longer than
-        L - 2 tokens is cut, with one warning that counts what was dropped.
+        negative   one for all prompts, or one each. "" is encoded; None is no negative prompt:
+                   zeros where the family was trained so (SDXL), else the encoding of ""
+        second     what SDXL's second encoder reads, and `negative_second`; by default the same
+        style      how weights are written, by the name of the program that reads them so
+                   (`networks.grammar`); "plain" reads a text as typed, and warns where it sees one
+        clip_skip  the layer that is read, counted from the last as AUTOMATIC1111 and ComfyUI count
+                   (stop at layer -n); diffusers counts one less. 1 is the last layer: SD 1's, and
+                   the last of those that SD 2 runs. SDXL's own is 2, of both encoders, and there
+                   only ComfyUI changes it. The final norm follows where the family has it
+        size       in pixels, for SDXL, by default the native size; `original`, the size of the
+                   picture that this one was cut from (default: `size`), and the top and left of the
+                   `crop` (micro-conditioning, arXiv:2307.01952, section 2.2)
 
-        Raises InputError for anything but strings, and with `strict` for a text that is too long.
+        context [B, k*L, D]; SDXL also gets pooled [B, P] and time_ids [B, 6]. A text of any length
+        is read in pieces of L - 2 tokens (`networks.pieces`). All rows of a call get the same k,
+        the least common multiple of their own: a row is said again until it is as long, which
+        attention does not see (ComfyUI does so; the webui runs them apart, to the same end).
+
+        Raises InputError for anything but strings, for an unknown style, a second text for one
+        encoder, more than 64 pieces, and with `strict` for a text of more than one.
         """
-        texts = _texts("prompts", prompts)
+        if style not in PROMPT_STYLES:
+            raise InputError(f"style {style!r:.40}: expected {', '.join(PROMPT_STYLES)}")
+        says = worded(prompts, negative, second, negative_second, len(self.towers))
+        _warn_of_letters(dict.fromkeys((*says.first, *says.second)), style)
+        readings = self._readings((says.first, says.second), style, strict)
+        made = self._encode(readings, self._hidden(clip_skip), (size, original, crop))
         if negative is None:
-            return self._encode(texts, (size, original, crop), strict)
-        others = _texts("negative", negative)
-        if len(others) not in (1, len(texts)):
-            raise InputError(f"expected 1 or {len(texts)} negative prompts, got {len(others)}")
-        both = self._encode(texts + others, (size, original, crop), strict)
-        cond, uncond = both[: len(texts)], both[len(texts) :]
+            return made
+        cond, uncond = made[: says.prompts], made[says.prompts :]
         if self.zero_empty_negative:
-            uncond = _without(uncond, [text == "" for text in others])
-        return cond, uncond.expand(len(texts))
+            uncond = _without(uncond, says.absent)
+        return cond, uncond.expand(says.prompts)
 
     def ids(self, prompts: Sequence[str], *, strict: bool = False) -> list[Tensor]:
-        """Token ids [B, L] for each encoder; they differ in padding only."""
-        tokens = [self.tokenizer.tokens(prompt) for prompt in prompts]
-        room = self.length - 2
-        over = [(len(t) - room, p) for t, p in zip(tokens, prompts, strict=True) if len(t) > room]
-        if over:
-            dropped, longest = max(over)
-            message = (
-                f"{len(over)} of {len(prompts)} prompts exceed {room} tokens; dropped the last "
-                f"{sum(count for count, _ in over)} tokens ({dropped} of {longest[:60]!r})"
-            )
-            if strict:
-                raise InputError(message.replace("dropped", "would drop") + ": shorten the prompt")
-            warnings.warn(message, stacklevel=5)
-        bos, eos = self.tokenizer.bos, self.tokenizer.eos
-        rows = [[bos, *row[:room], eos] for row in tokens]
-        pads = [eos if tower.rule.pad == "eot" else 0 for tower in self._towers()]
-        return [
-            torch.tensor([row + [pad] * (self.length - len(row)) for row in rows]) for pad in pads
-        ]
+        """Token ids [B, k*L] of plain prompts for each encoder, as `encode` reads them."""
+        texts = worded(prompts, None, None, None, 1).first
+        readings = self._readings((texts, texts), "plain", strict)
+        order = _order(readings[0].rows)
+        return [_laid_out(list(self._ids(own)), order) for own in readings]
 
     def _towers(self) -> list[Tower]:
         return [tower for tower in self.towers if isinstance(tower, Tower)]
 
+    def _hidden(self, clip_skip: int | None) -> int | None:
+        layers = min(tower.params.layers for tower in self._towers())
+        if clip_skip is None:
+            return None
+        if type(clip_skip) is not int or not 1 <= clip_skip <= layers:
+            raise InputError(
+                f"clip_skip: expected a whole number from 1, the last layer, to {layers}, got "
+                f"{clip_skip!r:.40}"
+            )
+        return -clip_skip
+
+    def _readings(
+        self, texts: Sequence[list[str]], style: PromptStyle, strict: bool
+    ) -> list[_Reading]:
+        """For each encoder the pieces of its texts. Raises InputError, and with `strict` for a text
+        of more than one."""
+        readings: list[_Reading] = []
+        for tower, own in zip(self._towers(), texts, strict=False):
+            read = {text: self._pieces(text, style, tower) for text in dict.fromkeys(own)}
+            if strict and (over := [text for text, pieces in read.items() if len(pieces) > 1]):
+                raise InputError(
+                    f"{len(over)} of {len(read)} prompts need more than one piece of "
+                    f"{self.length - 2} tokens ({over[0][:60]!r}): shorten them"
+                )
+            readings.append(_Reading(tower, [read[text] for text in own], style))
+        # Both encoders of a row say as many pieces, the shorter one empty ones at the end, as
+        # ComfyUI's CLIPTextEncodeSDXL has it.
+        counts = [max(map(len, rows)) for rows in zip(*(r.rows for r in readings), strict=True)]
+        for reading in readings:
+            reading.rows[:] = [
+                pieces + [Piece()] * (count - len(pieces))
+                for pieces, count in zip(reading.rows, counts, strict=True)
+            ]
+        return readings
+
+    def _pieces(self, text: str, style: PromptStyle, tower: Tower) -> list[Piece]:
+        zero_pad = tower.rule.pad == "zero"
+        spans = (
+            None
+            if span.text is None
+            else (self.tokenizer.words(span.text, zero_pad=zero_pad), span.weight)
+            for span in grammar.read(text, style)
+        )
+        return cut(spans, self.length - 2, style, self.tokenizer.comma)
+
+    def _ids(self, reading: _Reading) -> Iterator[Tensor]:
+        """Ids [B, L] of the first piece of every row, of the second, ..."""
+        bos, eos = self.tokenizer.bos, self.tokenizer.eos
+        pad = eos if reading.tower.rule.pad == "eot" else 0
+        for pieces in zip_longest(*reading.rows, fillvalue=Piece()):
+            rows = [[bos, *piece.ids, eos] for piece in pieces]
+            yield torch.tensor([row + [pad] * (self.length - len(row)) for row in rows])
+
     def _encode(
-        self, texts: list[str], micro: tuple[Size, Size, tuple[int, int]], strict: bool
+        self,
+        readings: Sequence[_Reading],
+        hidden: int | None,
+        micro: tuple[Size, Size, tuple[int, int]],
     ) -> Conditioning:
         check_threads()
+        order = _order(readings[0].rows)
         device = next(self.parameters()).device
-        ids = self.ids(texts, strict=strict)
-        outs = [tower(i.to(device)) for tower, i in zip(self._towers(), ids, strict=True)]
-        context = torch.cat([context for context, _ in outs], dim=-1)
+        outs = [self._read(own, hidden, device) for own in readings]
+        context = torch.cat([_laid_out(pieces, order) for pieces, _ in outs], dim=-1)
         pooled = outs[-1][1]
         if pooled is None:
             return Conditioning(context)
@@ -158,8 +246,30 @@ class ClipText(nn.Module):
         if min(crop) < 0:
             raise InputError(f"crop must be pixels from the top and from the left, got {crop}")
         sizes = [*(target if original is None else self._size(original)), *crop, *target]
-        time_ids = torch.tensor([sizes] * len(texts), dtype=torch.float32, device=device)
+        time_ids = torch.tensor([sizes] * len(context), dtype=torch.float32, device=device)
         return Conditioning(context, pooled, time_ids)
+
+    def _read(
+        self, reading: _Reading, hidden: int | None, device: torch.device
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """Every piece's context [B, L, D], weighted, and the pooled text of the first.
+
+        Rows are a call's, piece by piece, so that adapters find each row where it was.
+        """
+        outs = [reading.tower(ids.to(device), hidden) for ids in self._ids(reading)]
+        contexts: list[Tensor] = [context for context, _ in outs]
+        pooled: Tensor | None = outs[0][1]
+        if not any(piece.weighted for pieces in reading.rows for piece in pieces):
+            return contexts, pooled
+        columns = zip_longest(*reading.rows, fillvalue=Piece())
+        weights = [_weights(pieces, self.length).to(device) for pieces in columns]
+        pairs = zip(contexts, weights, strict=True)
+        if reading.style == "a1111":
+            return [emphasis.scaled(context, own) for context, own in pairs], pooled
+        blank = reading._replace(rows=[[Piece()] for _ in reading.rows])
+        (ids,) = self._ids(blank)
+        empty, _ = reading.tower(ids.to(device), hidden)
+        return [emphasis.from_empty(context, own, empty) for context, own in pairs], pooled
 
     def _size(self, size: Size) -> tuple[int, int]:
         size = self.image_size if size is None else size
@@ -176,12 +286,47 @@ def _without(cond: Conditioning, rows: list[bool]) -> Conditioning:
     return Conditioning(cond.context * keep[:, None, None], pooled, cond.time_ids)
 
 
-def _texts(name: str, texts: Sequence[str]) -> list[str]:
-    """A list of strings; one string is one text."""
-    found: list[object] = [texts] if isinstance(texts, str) else list(texts)
-    if not found:
-        raise InputError(f"{name}: expected at least one text, got none")
-    for text in found:
-        if not isinstance(text, str):
-            raise InputError(f"{name}: expected strings, got {type(text).__name__} {text!r:.40}")
-    return [text for text in found if isinstance(text, str)]
+def _order(rows: Sequence[list[Piece]]) -> Tensor:
+    """[B, k]: which of its pieces each row says at each place; the shorter ones say theirs again.
+
+    Raises InputError for rows that meet only after more than MAX_PIECES.
+    """
+    counts = [len(pieces) for pieces in rows]
+    places = math.lcm(*counts)
+    if places > MAX_PIECES:
+        lengths = ", ".join(map(str, sorted(set(counts))))
+        raise InputError(
+            f"the prompts of this call are {lengths} pieces long, which would meet after {places}: "
+            f"expected at most {MAX_PIECES}; give prompts of like lengths, or fewer in a call"
+        )
+    return torch.tensor([[place % count for place in range(places)] for count in counts])
+
+
+def _laid_out(pieces: list[Tensor], order: Tensor) -> Tensor:
+    """Pieces [B, L, ...], the first of every row, the second, ... -> [B, k*L, ...]."""
+    if order.shape[1] == 1:
+        return pieces[0]
+    rows = torch.arange(len(order))[:, None]
+    return torch.stack(pieces, 1)[rows, order].flatten(1, 2)
+
+
+def _weights(pieces: Iterable[Piece], length: int) -> Tensor:
+    """[B, L]; begin, end and padding have weight 1."""
+    rows = [[1.0, *piece.weights] for piece in pieces]
+    return torch.tensor([row + [1.0] * (length - len(row)) for row in rows])
+
+
+def _warn_of_letters(texts: Iterable[str], style: PromptStyle) -> None:
+    """One warning a call, for the first text with a sign that this style does not read."""
+    for text in texts:
+        if (sign := grammar.taken_as_letters(text, style)) is None:
+            continue
+        advice = {
+            "plain": "give --prompt-style a1111 or comfyui (style=) to have it as a weight",
+            "a1111": "prompts that change while they are sampled are not read from their text",
+            "comfyui": "it is a sign of --prompt-style a1111 (style=)",
+        }[style]
+        warnings.warn(
+            f"prompt style {style} reads {sign[:60]!r} as letters: {advice}", stacklevel=4
+        )
+        return

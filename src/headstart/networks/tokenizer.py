@@ -1,16 +1,25 @@
 """CLIP's tokenizer: a prompt -> the ids of its text, with the vocabulary that a model brings.
 
 text -> lower case, words, single digits, runs of signs -> bytes -> merged pairs -> ids
+
+"!" is a word like others to open_clip, whose networks SD 2 and SDXL have: 256 alone, 995 in "!!!".
+transformers pads the text of those encoders with id 0, which is the token "!" within a word, and
+takes every "!" typed for it: "wow!!!" becomes wow, 0, 0, 0. It does so for SD 2's encoder and for
+SDXL's second one only. Here open_clip is followed, for `a1111` and `comfyui` too, as both programs
+do; `ClipTokenizer.exclamation = "transformers"` is the other way, for pictures like diffusers'.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, final
+from typing import TYPE_CHECKING, NamedTuple, final
 
 from headstart.checkpoint.header import read_json
 from headstart.errors import CheckpointError, InputError
+from headstart.networks.prompt_style import Exclamation
 from headstart.networks.vocabulary import BOS, EOS
 
 if TYPE_CHECKING:
@@ -21,6 +30,13 @@ MAX_TEXT_BYTES = 16 * 2**20
 # CLIP's own splitting rule (arXiv:2103.00020, the released simple_tokenizer): words, single digits,
 # runs of anything else.
 _SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+
+
+class Word(NamedTuple):
+    """The ids of a word, of a run of signs, or of a learned token."""
+
+    ids: tuple[int, ...]
+    learned: bool = False
 
 
 @final
@@ -39,6 +55,8 @@ class ClipTokenizer:
         self.bos, self.eos = bos, eos
         self.learned: Mapping[int, tuple[int, ...]] = {}
         """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
+        self.exclamation: Exclamation = "openclip"
+        """What "!" becomes for an encoder whose text is padded with id 0."""
 
     @classmethod
     def from_json(cls, text: str, source: str = "the tokenizer") -> ClipTokenizer:
@@ -102,16 +120,47 @@ class ClipTokenizer:
     def __len__(self) -> int:
         return self._tokenizer.get_vocab_size()
 
-    def tokens(self, prompt: str) -> list[int]:
-        """The ids of the text alone. Raises InputError for text that has none."""
+    @property
+    def comma(self) -> int | None:
+        """The id of a comma that is a word, or None where the vocabulary has none."""
+        return self._tokenizer.token_to_id(",</w>")
+
+    def tokens(self, prompt: str, *, zero_pad: bool = False) -> list[int]:
+        """The ids of the text alone; arguments and errors are those of `words`."""
+        return [id for word in self.words(prompt, zero_pad=zero_pad) for id in word.ids]
+
+    def words(self, prompt: str, *, zero_pad: bool = False) -> list[Word]:
+        """The words of a text, for an encoder whose text is padded with id 0, or with the end.
+
+        Raises InputError for text that has no ids.
+        """
+        reads_pads = zero_pad and self.exclamation == "transformers"
+        tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
-            ids = self._tokenizer.encode(prompt, add_special_tokens=False).ids
+            found = tokenizer.encode(prompt, add_special_tokens=False)
         except Exception as error:  # the library raises bare Exception
             raise InputError(
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
-        return [each for id in ids for each in self.learned.get(id, (id,))]
+        words: list[Word] = []
+        pairs = zip(found.word_ids, found.ids, strict=True)
+        for _, own in groupby(pairs, lambda pair: (pair[0], pair[1] in self.learned)):
+            ids = tuple(id for _, id in own)
+            if ids[0] in self.learned:
+                words += [Word(self.learned[id], True) for id in ids]
+            else:
+                words.append(Word(ids))
+        return words
+
+    @cached_property
+    def _of_transformers(self) -> Tokenizer:
+        """The tokenizer to which "!" is a special token, as the one that pads is."""
+        from tokenizers import Tokenizer
+
+        copied = Tokenizer.from_str(self._tokenizer.to_str())
+        copied.add_special_tokens(["!"])  # pyright: ignore[reportUnknownMemberType]
+        return copied
 
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
@@ -135,6 +184,7 @@ class ClipTokenizer:
         ids = {token: copied.token_to_id(token) for token in tokens}
         new = {id: tokens[token] for token, id in ids.items() if id is not None}
         grown.learned = {**self.learned, **new}
+        grown.exclamation = self.exclamation
         return grown
 
 

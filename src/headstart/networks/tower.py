@@ -66,13 +66,15 @@ class Tower(nn.Module):
         ids = torch.arange(self.params.positions, device=device)[None]
         self.text_model.embeddings.position_ids = ids
 
-    def forward(self, ids: Tensor) -> tuple[Tensor, Tensor | None]:
+    def forward(self, ids: Tensor, hidden: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """`hidden`: the hidden state that is the context, -1 the last; None is the family's."""
         out = self.text_model(input_ids=ids, output_hidden_states=True)
         last: Tensor = out.last_hidden_state  # after the final layer norm
-        if self.rule.hidden == -1 and self.rule.normed:
+        hidden = self.rule.hidden if hidden is None else hidden
+        if hidden == -1 and self.rule.normed:
             context = last
         else:
-            context = out.hidden_states[self.rule.hidden]
+            context = out.hidden_states[hidden]
             context = self.text_model.final_layer_norm(context) if self.rule.normed else context
         if self.text_projection is None:
             return context, None

@@ -1,0 +1,283 @@
+"""Weights in prompts: a text -> its spans, each with a weight, as three programs read them.
+
+    plain     as typed
+    a1111     (a) *1.1   [a] /1.1   (a:1.3) *1.3   \\( \\) \\[ \\] are letters   BREAK: a new piece
+    comfyui   (a) *1.1   (a:1.3) is 1.3 whatever is around it   \\( \\) are letters
+
+Sources, for facts: AUTOMATIC1111/stable-diffusion-webui v1.10, modules/prompt_parser.py
+(`parse_prompt_attention`); Comfy-Org/ComfyUI a125cd8, comfy/sd1_clip.py (`token_weights`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+from headstart.errors import InputError
+from headstart.networks.prompt_style import PromptStyle
+
+MAX_LETTERS = 100_000
+MAX_WEIGHT = 1000.0
+MAX_DEPTH = 64
+"""Brackets open at once in `a1111`, whose product over them is taken span by span."""
+BRACKET = 1.1
+
+
+class Span(NamedTuple):
+    """A stretch of text and its weight; without text it is a BREAK: a new piece begins."""
+
+    text: str | None
+    weight: float = 1.0
+
+
+BREAK = Span(None)
+
+
+def read(text: str, style: PromptStyle) -> list[Span]:
+    """The spans of a text, in its order; a text without signs is one span of weight 1.
+
+    Raises InputError for a text longer than MAX_LETTERS, and for a weight that is no number or
+    larger than MAX_WEIGHT.
+    """
+    if len(text) > MAX_LETTERS:
+        raise InputError(
+            f"the prompt {text[:40]!r}... has {len(text)} characters: expected at most "
+            f"{MAX_LETTERS}"
+        )
+    if style == "plain":
+        return [Span(text)]
+    spans = _a1111(text) if style == "a1111" else _comfyui(text)
+    for span in spans:
+        _check(span.weight, span.text or "")
+    return spans
+
+
+# A number as a weight, brackets in brackets, an escaped bracket.
+_NUMBER = re.compile(r"\([^()]*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
+_TWICE = re.compile(r"\(\s*\([^()]*\)\s*\)|\[\s*\[[^\[\]]*\]\s*\]")
+_ESCAPED = re.compile(r"\\[()]")
+_BREAK = re.compile(r"\bBREAK\b")
+
+
+# What the webui takes for a prompt that changes while it samples, or for two prompts.
+_EDITED = re.compile(r"\[[^\[\]]*(?::\s*[\d.]+\s*|\|[^\[\]]*)\]|\bAND\b")
+
+
+def taken_as_letters(text: str, style: PromptStyle) -> str | None:
+    """What in a text was probably meant as a sign that this style does not read, or None."""
+    patterns = {"plain": (_NUMBER, _TWICE, _ESCAPED), "a1111": (_EDITED,), "comfyui": ()}[style]
+    for pattern in patterns:
+        if (found := pattern.search(text)) is not None:
+            return found[0]
+    shouted = text == text.upper()
+    return "BREAK" if style != "a1111" and not shouted and _BREAK.search(text) else None
+
+
+# -------------------------------------------------------------------- a1111
+
+# An escape (one backslash alone is dropped), an opening bracket, a weight, a closing bracket.
+_A1111 = re.compile(r"\\([\\()\[\]]?)|([(\[])|:\s*([-+]?[.\d]+)\s*\)|([)\]])")
+
+
+@dataclass(slots=True)
+class _Run:
+    """Text that has one weight so far; no `parts` is a BREAK."""
+
+    parts: list[str] | None
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class _Reader:
+    """The runs read so far, and for each kind of bracket the runs at which open ones began."""
+
+    runs: list[_Run] = field(default_factory=list[_Run])
+    round: list[int] = field(default_factory=list[int])
+    square: list[int] = field(default_factory=list[int])
+
+    def say(self, part: str) -> None:
+        """Text; it lengthens the last run where no bracket can come between them any more."""
+        bounds = [kind[-1] for kind in (self.round, self.square) if kind]
+        last = self.runs[-1] if self.runs else None
+        if last and last.parts and last.weight == 1.0 and len(self.runs) not in bounds:
+            last.parts.append(part)
+        else:
+            self.runs.append(_Run([part]))
+
+    def text(self, literal: str) -> None:
+        """Text in which BREAK may be; the space around it goes."""
+        parts = _BREAK.split(literal)
+        for number, part in enumerate(parts):
+            if number:
+                self.runs.append(_Run(None))
+                part = part.lstrip()
+            self.say(part.rstrip() if number + 1 < len(parts) else part)
+
+    def open(self, kind: list[int]) -> None:
+        kind.append(len(self.runs))
+        if len(self.round) + len(self.square) > MAX_DEPTH:
+            raise InputError(
+                f"more than {MAX_DEPTH} brackets of a prompt are open at once: close some, or "
+                "write \\( and \\[ for brackets that are letters"
+            )
+
+    def close(self, start: int, factor: float) -> None:
+        for run in self.runs[start:]:
+            run.weight *= factor
+
+
+def _a1111(text: str) -> list[Span]:
+    """In its order of products, the inner bracket's factor first, so that weights have its bits.
+
+    One thing differs: within brackets the original takes BREAK for a word of negative weight.
+    """
+    reader, at = _Reader(), 0
+    for sign in _A1111.finditer(text):
+        if at < sign.start():
+            reader.text(text[at : sign.start()])
+        at = sign.end()
+        escaped, opening, number, closing = sign.groups()
+        if opening:
+            reader.open(reader.round if opening == "(" else reader.square)
+        elif number and reader.round:
+            reader.close(reader.round.pop(), _number(number, sign[0]))
+        elif closing == ")" and reader.round:
+            reader.close(reader.round.pop(), BRACKET)
+        elif closing == "]" and reader.square:
+            reader.close(reader.square.pop(), 1 / BRACKET)
+        else:
+            reader.say(sign[0] if escaped is None else escaped)
+    if at < len(text) or not reader.runs:
+        reader.text(text[at:])
+    for start in reader.round:  # those left open, the outermost first
+        reader.close(start, BRACKET)
+    for start in reader.square:
+        reader.close(start, 1 / BRACKET)
+    return _merged(reader.runs)
+
+
+def _merged(runs: list[_Run]) -> list[Span]:
+    """Neighbours of one weight are one span: "(a)(b)" is the word "ab"."""
+    spans: list[Span] = []
+    for (words, weight), group in groupby(runs, lambda run: (run.parts is not None, run.weight)):
+        if not words:
+            spans += [BREAK for _ in group]
+            continue
+        spans.append(Span("".join(part for run in group for part in run.parts or ()), weight))
+    return spans
+
+
+# ------------------------------------------------------------------ comfyui
+
+
+def _comfyui(text: str) -> list[Span]:
+    """As its recursive reading, without recursion: a stack of ranges, each read from the left.
+
+    What the program does with unbalanced brackets is kept. A closing one without its opening one
+    makes the next opening one a letter. From an opening one that is never closed on, all is text,
+    unless that text ends with a closing one: then the two are taken for a pair.
+    """
+    signs = _Signs.of(text)
+    spans: list[Span] = []
+    ranges = [(0, len(text), 1.0)]
+    while ranges:
+        start, end, weight = ranges.pop()
+        opening = signs.opening[start]
+        if opening >= end:
+            spans.append(Span(_unescaped(text[start:end]), weight))
+            continue
+        spans.append(Span(_unescaped(text[start:opening]), weight))
+        closing = signs.closing.get(opening, end)
+        if closing >= end:  # never closed within this range
+            closing = end - 1
+            if closing <= opening or closing not in signs.closers:
+                spans.append(Span(_unescaped(text[opening:end]), weight))
+                continue
+        ranges.append((closing + 1, end, weight))
+        ranges.append(_weighed(text, signs, opening + 1, closing, weight * BRACKET))
+    return [span for span in spans if span.text]
+
+
+class _Signs(NamedTuple):
+    """Where the unescaped brackets and the colons of a text are.
+
+    opening  at each place, the next bracket that may open a group, from there on
+    closing  an opening bracket -> its closing one
+    closers  all closing brackets
+    last     at each place, the last bracket and the last colon before it
+    """
+
+    opening: list[int]
+    closing: dict[int, int]
+    closers: set[int]
+    last: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, text: str) -> _Signs:
+        level, bracket, colon = 0, -1, -1
+        stack: list[int] = []
+        openers, closers, closing = set[int](), set[int](), dict[int, int]()
+        last: list[tuple[int, int]] = []
+        for at, sign in enumerate(text):
+            last.append((bracket, colon))
+            if sign == ":":
+                colon = at
+            if sign not in "()" or (at and text[at - 1] == "\\"):
+                continue
+            bracket = at
+            if sign == "(":
+                if level >= 0:
+                    stack.append(at)
+                    openers.add(at)
+                level += 1
+                continue
+            closers.add(at)
+            level -= 1
+            if stack:
+                closing[stack.pop()] = at
+        last.append((bracket, colon))
+        opening = [len(text)] * (len(text) + 1)
+        for at in reversed(range(len(text))):
+            opening[at] = at if at in openers else opening[at + 1]
+        return cls(opening, closing, closers, last)
+
+
+def _weighed(
+    text: str, signs: _Signs, start: int, end: int, weight: float
+) -> tuple[int, int, float]:
+    """The range within a pair of brackets, without the number at its end, which is the weight."""
+    bracket, colon = signs.last[end]
+    if colon > start and bracket < colon:
+        try:
+            return start, colon, float(text[colon + 1 : end])
+        except ValueError:
+            pass
+    return start, end, weight
+
+
+def _unescaped(text: str) -> str:
+    return re.sub(r"\\([()])", r"\1", text)
+
+
+# ------------------------------------------------------------------ weights
+
+
+def _number(text: str, sign: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise InputError(
+            f"the weight in {sign!r:.60} is no number: write (word:1.3), or \\( and \\) for "
+            "brackets that are letters"
+        ) from None
+
+
+def _check(weight: float, text: str) -> None:
+    if not (math.isfinite(weight) and abs(weight) <= MAX_WEIGHT):
+        raise InputError(
+            f"the weight of {text[:40]!r} in a prompt is {weight:g}: expected a number between "
+            f"-{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, all brackets around it together"
+        )

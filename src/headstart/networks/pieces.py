@@ -1,0 +1,145 @@
+"""Prompts of any length: words -> pieces that fit between begin and end of an encoder's positions.
+
+    plain     a word that does not fit begins the next piece
+    comfyui   so does a span of fewer than 8 tokens; a longer one is cut where the piece is full
+    a1111     a full piece is cut after its last comma where that is at most 20 tokens back,
+              else where it is full; BREAK ends a piece
+
+A learned token is never cut. Sources, for facts: AUTOMATIC1111/stable-diffusion-webui v1.10,
+modules/sd_hijack_clip.py (`tokenize_line`); Comfy-Org/ComfyUI a125cd8, comfy/sd1_clip.py
+(`tokenize_with_weights`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from headstart.errors import InputError
+from headstart.networks.prompt_style import PromptStyle
+from headstart.networks.tokenizer import Word
+
+COMFYUI_WHOLE = 8
+"""`max_word_length` of its tokenizer: from here on a span may be cut."""
+A1111_BACK = 20
+"""The webui's default for "Prompt word wrap length limit" (`comma_padding_backtrack`)."""
+MAX_PIECES = 64
+
+
+class Piece(NamedTuple):
+    """The ids between begin and end, and a weight for each."""
+
+    ids: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+    @property
+    def weighted(self) -> bool:
+        return any(weight != 1.0 for weight in self.weights)
+
+
+Weighed = tuple[Sequence[Word], float]
+"""The words of a span, and its weight; None in its place is a BREAK."""
+
+
+def cut(
+    spans: Iterable[Weighed | None], room: int, style: PromptStyle, comma: int | None
+) -> list[Piece]:
+    """At least one piece of at most `room` ids; `comma` is the id of a comma on its own.
+
+    Raises InputError for more than MAX_PIECES, and for a learned token longer than `room`.
+    """
+    paper = _Paper(room)
+    for span in spans:
+        if span is None:
+            paper.end()
+            continue
+        words, weight = span
+        if style == "a1111":
+            _by_token(paper, words, weight, comma)
+        else:
+            _whole(paper, words if style == "plain" else _joined(words), weight, style)
+    if paper.ids or not paper.pieces:
+        paper.end()
+    return paper.pieces
+
+
+class _Paper:
+    """Pieces that are full, and the one being written."""
+
+    def __init__(self, room: int) -> None:
+        self.room = room
+        self.pieces: list[Piece] = []
+        self.ids: list[int] = []
+        self.weights: list[float] = []
+        self.comma: int | None = None
+        """Where in the piece being written its last comma is."""
+
+    @property
+    def left(self) -> int:
+        return self.room - len(self.ids)
+
+    def add(self, ids: Sequence[int], weight: float) -> None:
+        self.ids += ids
+        self.weights += [weight] * len(ids)
+
+    def end(self, at: int | None = None) -> None:
+        """End the piece, at a place in it: what is behind begins the next one."""
+        at = len(self.ids) if at is None else at
+        if len(self.pieces) == MAX_PIECES:
+            raise InputError(
+                f"the prompt takes more than {MAX_PIECES} pieces of {self.room} tokens: shorten it"
+            )
+        self.pieces.append(Piece(tuple(self.ids[:at]), tuple(self.weights[:at])))
+        self.ids, self.weights, self.comma = self.ids[at:], self.weights[at:], None
+
+    def check_fits(self, word: Word) -> None:
+        if len(word.ids) > self.room:
+            raise InputError(
+                f"a learned token of {len(word.ids)} vectors does not fit into a piece of "
+                f"{self.room} tokens, and cannot be cut: use one with fewer vectors"
+            )
+
+
+def _whole(paper: _Paper, groups: Iterable[Word], weight: float, style: PromptStyle) -> None:
+    """Groups kept whole where they can be."""
+    shortest_cut = COMFYUI_WHOLE if style == "comfyui" else paper.room + 1
+    for group in groups:
+        ids = group.ids
+        if group.learned:
+            paper.check_fits(group)
+        elif len(ids) >= min(shortest_cut, paper.room + 1):
+            while len(ids) > paper.left:
+                first, ids = ids[: paper.left], ids[paper.left :]
+                paper.add(first, weight)
+                paper.end()
+        if len(ids) > paper.left:
+            paper.end()
+        paper.add(ids, weight)
+
+
+def _joined(words: Iterable[Word]) -> list[Word]:
+    """ComfyUI's groups: the text of a span as one, each learned token by itself."""
+    groups: list[Word] = []
+    for word in words:
+        if groups and not (word.learned or groups[-1].learned):
+            groups[-1] = Word(groups[-1].ids + word.ids)
+        else:
+            groups.append(word)
+    return groups
+
+
+def _by_token(paper: _Paper, words: Iterable[Word], weight: float, comma: int | None) -> None:
+    """Token by token; only a token that is no comma goes back to the last one."""
+    for word in words:
+        if word.learned:
+            paper.check_fits(word)
+        for ids in [word.ids] if word.learned else [(id,) for id in word.ids]:
+            if ids == (comma,):
+                paper.comma = len(paper.ids)
+            elif not paper.left and paper.comma is not None:
+                behind = len(paper.ids) - paper.comma
+                if behind <= A1111_BACK:
+                    paper.end(paper.comma + 1)
+            if len(ids) > paper.left:
+                paper.end()
+            paper.add(ids, weight)
