@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from headstart.adapters.attached import Asking
 from headstart.engine.given import Noise, Told
-from headstart.engine.words import Pixels, Texts
+from headstart.engine.words import Size, Texts
 from headstart.networks.prompt_style import PromptStyle
 from headstart.plan.named import PlanSettings
 
@@ -35,15 +35,15 @@ class Asks(PlanSettings, total=False):
     """
 
     negative: Texts
-    size: Pixels
+    size: Size
     adapters: Asking
     style: PromptStyle | None
     clip_skip: int | None
     second: Texts
     negative_second: Texts
-    original_size: Pixels
+    original_size: Size
     crop: tuple[int, int] | None
-    target_size: Pixels
+    target_size: Size
     literal: bool
     cond: Told | None
     uncond: Told | None

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
 from headstart.diversify.method import Images
 from headstart.diversify.select import Select
@@ -16,7 +17,6 @@ from headstart.engine.given import Told
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
-from headstart.by_level import ByLevel
 from headstart.interfaces import Conditioning
 from headstart.run import State
 from headstart.runner.batch import Chunked
@@ -85,7 +85,8 @@ class Course:
         }
         position = Position(table, images)
         states = sample(
-            table, networks_of(networks, methods, position), cond, noise_for(methods, images, request.noise),
+            table, networks_of(networks, methods, position), cond,
+            noise_for(methods, images, request.noise),
             uncond=uncond, shape=request.latent, strengths=strengths, resume=resume,
             picture=self.picture, check=check, before_row=position.begin if methods else None,
         )  # fmt: skip

@@ -82,17 +82,18 @@ def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
             "noise: expected a tensor [B, C, h, w] of unit normals for the start, or a source such "
             f"as headstart.Given, got {type(noise).__name__}"
         )
-    lengths = {
-        name: part.context.shape[1]
-        for name, told in (("cond", cond), ("uncond", uncond))
-        for part in _parts(told) if told is not None
-    } if cond is not None and uncond is not None else {}  # fmt: skip
-    if len(set(lengths.values())) > 1:
+    if cond is not None and uncond is not None:
+        _check_lengths(cond, uncond)
+    return Own(cond, uncond, noise)
+
+
+def _check_lengths(cond: Told, uncond: Told) -> None:
+    counts = {part.context.shape[1] for told in (cond, uncond) for part in _parts(told)}
+    if len(counts) > 1:
         raise InputError(
-            f"cond and uncond have {' and '.join(map(str, lengths.values()))} tokens: a guided call "
+            f"cond and uncond have {' and '.join(map(str, sorted(counts)))} tokens: a guided call "
             "holds both, so give both as many"
         )
-    return Own(cond, uncond, noise)
 
 
 def latent_of(noise: Noise | None) -> tuple[int, ...] | None:
@@ -152,8 +153,14 @@ def _checked_one(name: str, cond: object, weights: Pair, sizes: Time) -> Conditi
     width = weights.text.context_dim
     pooled = _pooled_width(weights) if has_sizes(weights.text) else None
     _check_shape(f"{name}.context", cond.context, "[B, tokens, {}]", (None, width))
-    _check_shape(f"{name}.pooled", cond.pooled, "[B, {}]", pooled and (pooled,))
-    _check_shape(f"{name}.time_ids", cond.time_ids, "[B, {}]", pooled and (6,), optional=True)
+    _check_shape(f"{name}.pooled", cond.pooled, "[B, {}]", None if pooled is None else (pooled,))
+    _check_shape(
+        f"{name}.time_ids",
+        cond.time_ids,
+        "[B, {}]",
+        None if pooled is None else (6,),
+        optional=True,
+    )
     for part, tensor in cond.tensors.items():
         if len(tensor) != len(cond):
             raise InputError(f"{name}.{part} has {len(tensor)} samples, its context {len(cond)}")

@@ -61,12 +61,13 @@ def _encoded(
     prompts = [line.prompt for line in lines]
     if not request.guided or request.own.uncond is not None:
         with adapters.acting(strengths):
-            return replace(text.encode(prompts, **how), adapters=adapters), None
+            alone = text.encode(prompts, None, **how)
+        return replace(alone, adapters=adapters), None
     pairs = [(line.negative, line.negative_second) for line in lines]
     if strengths is None and len(set(pairs)) == 1:
         pairs = pairs[:1]
     if any(second is not None for _, second in pairs):
-        how["negative_second"] = [n if own is None else own for n, own in pairs]
+        how["negative_second"] = [second for _, second in pairs]
     with adapters.acting(None if strengths is None else torch.cat((strengths, strengths))):
         cond, uncond = text.encode(prompts, [negative for negative, _ in pairs], **how)
     return replace(cond, adapters=adapters), replace(uncond, adapters=adapters)
@@ -85,7 +86,9 @@ def _by_level(rows: Sequence[tuple[int, ...]], starts: Sequence[float]) -> list[
 
 def _spread(encoded: Conditioning, parts: Sequence[tuple[Level, Any]], place: torch.device) -> Told:
     """A row for each image."""
-    told = [(level, encoded[torch.tensor(lines, device=place)]) for level, lines in parts]
+    told: list[tuple[Level, Any]] = [
+        (level, encoded[torch.tensor(lines, device=place)]) for level, lines in parts
+    ]
     return told[0][1] if len(told) == 1 else ByLevel(tuple(told))
 
 

@@ -65,7 +65,7 @@ class Recorded:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    negative: str | None | Sequence[str | None]
+    negative: str | Sequence[str | None] | None
     size: tuple[int, int]
     chunk: int
     table: StepTable

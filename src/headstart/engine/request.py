@@ -138,7 +138,7 @@ def _told_apart(asks: Asks) -> tuple[Mapping[str, Any], PlanSettings]:
 def _pixels(weights: Pair, asked: Mapping[str, Any]) -> tuple[int, int]:
     size, latent = asked.get("size"), latent_of(asked.get("noise"))
     if size is None and latent is not None and len(latent) == 3:
-        size = tuple(side * weights.downscale for side in latent[1:])
+        size = (latent[1] * weights.downscale, latent[2] * weights.downscale)
     return check_size(size, weights.image_size, max(8, weights.downscale))
 
 

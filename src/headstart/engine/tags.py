@@ -38,7 +38,8 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
     """The text without its tags, and what they say.
 
     `<lora:NAME>` is strength 1, `<lora:NAME:S>` acts at S, `<lora:NAME:TE:UNET>` at TE in the text
-    encoders and UNET in both networks, also as `te=`, `unet=` (AUTOMATIC1111's extra_networks_lora).
+    encoders and UNET in both networks, also as `te=`, `unet=` (AUTOMATIC1111's webui,
+    extensions-builtin/Lora/extra_networks_lora.py).
     `lyco` is another word for it. Raises InputError for anything else in such brackets.
     """
     found: dict[str, Tag] = {}

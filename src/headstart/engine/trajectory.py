@@ -43,7 +43,7 @@ class Trajectory:
     latency_ms: Mapping[str, float]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    negative: str | None | Sequence[str | None]
+    negative: str | Sequence[str | None] | None
     size: tuple[int, int]
     chunk: int
     lineage: str | None = None

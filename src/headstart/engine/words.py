@@ -18,9 +18,9 @@ from headstart.networks.text import ClipText
 from headstart.plan.request import check_text
 from headstart.plan.table import StepTable
 
-Texts: TypeAlias = "str | None | Sequence[str | None]"
+Texts: TypeAlias = "str | Sequence[str | None] | None"
 """One text for all images, None for none, or one an image, of which some may be None."""
-Pixels: TypeAlias = "int | tuple[int, int] | None"
+Size: TypeAlias = "int | tuple[int, int] | None"
 
 
 class Line(NamedTuple):
@@ -90,10 +90,14 @@ class Words:
                 typed[1:], ("second prompt", "negative prompt") * 2, strict=False
             ):
                 refuse_tags(text or "", what)
-        taken = [({}, text) if self.literal else take_tags(text)[::-1] for text in prompts]
+        lines: list[Line] = []
+        tags: list[Tags] = []
         others = [self._rows(text, table) for text in typed[1:]]
-        lines = [Line(text, *told) for (_, text), *told in zip(taken, *others, strict=True)]
-        return lines, [tags for tags, _ in taken]
+        for prompt, *told in zip(prompts, *others, strict=True):
+            text, said = (prompt, {}) if self.literal else take_tags(prompt)
+            lines.append(Line(text, *told))
+            tags.append(said)
+        return lines, tags
 
     def _rows(self, typed: str | None, table: StepTable) -> list[Any]:
         """The text of every row."""
@@ -179,10 +183,9 @@ def pair_of_pixels(name: str, given: object, least: int = 1) -> tuple[int, int] 
     """(height, width), or (top, left). Raises InputError for anything else."""
     if given is None:
         return None
-    sides = (given, given) if type(given) is int else given
-    if not isinstance(sides, tuple | list):
-        sides = ()
-    numbers = [side for side in cast("Sequence[object]", sides) if type(side) is int]
+    listed = isinstance(given, tuple | list)
+    sides = list(cast("Sequence[object]", given)) if listed else [given, given]
+    numbers = [side for side in sides if type(side) is int]
     if len(numbers) != 2 or len(sides) != 2 or not all(least <= n < 2**24 for n in numbers):
         raise InputError(
             f"{name}: expected two whole numbers of pixels of at least {least}, got {given!r:.60}"

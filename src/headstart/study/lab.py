@@ -108,6 +108,7 @@ class Lab:
                 "size": self.size,
                 "diversify": list(case.diversify),
                 "weights": self.weights,
+                **({"reading": dict(own)} if (own := self.engine.reading) else {}),
                 "reference": self.reference_digest,
             },
             sort_keys=True,

@@ -73,7 +73,7 @@ def branch(
     reseed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     guidance: float | None = None,
     prompt: str | None = None,
-    negative: str | None = None,
+    negative: str | Sequence[str | None] | None = None,
 ) -> Branch:
     """Go on from `state`, a State of the run `origin`, with what is given changed.
 
@@ -102,8 +102,8 @@ def branch(
         )
     if origin.given:
         raise InputError(
-            "the run was given tensors of the caller's own (cond=, uncond= or noise=), which it does "
-            "not keep: go on with engine.iterate(cond=..., noise=..., resume=state)"
+            "the run was given tensors of its caller's (cond=, uncond=, noise=), which it does not "
+            "keep: go on with engine.iterate(cond=..., noise=..., resume=state)"
         )
     words = _told(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
@@ -117,7 +117,8 @@ def branch(
     prompts = prompts if len(prompts) == count else prompts[:1] * count
     chunk = min(origin.chunk, count)
     run = engine.with_reading().iterate(
-        prompts, **origin.reading, plan=table, seeds=seeds, size=origin.size, batch=chunk, resume=state,
+        prompts, **origin.reading, plan=table, seeds=seeds, size=origin.size, batch=chunk,
+        resume=state,
         negative=origin.negative if negative is None else negative,
         adapters=_strengths(engine, origin, count), diversify=going_on(origin.diversify),
     )  # fmt: skip
@@ -228,7 +229,7 @@ def _told(
     reseed: object,
     guidance: float | None,
     prompt: str | None,
-    negative: str | None,
+    negative: object,
 ) -> str:
     told = [
         f"{model} from here" if model is not None else "",
