@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -81,3 +83,30 @@ def write_vocabulary(folder: Path) -> Path:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in MERGES)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n")
     return folder
+
+
+FULL = {"positions": 77, "vocabulary": 49408}
+FAMILY_TOWERS = {
+    "sd15": [ClipParams(width=32, layers=3, heads=4, mlp_width=48, act="quick_gelu", **FULL)],
+    "sd21": [ClipParams(width=40, layers=3, heads=5, mlp_width=56, act="gelu", **FULL)],
+    "sdxl": [
+        ClipParams(width=32, layers=3, heads=4, mlp_width=48, act="quick_gelu", **FULL),
+        ClipParams(width=40, layers=3, heads=5, mlp_width=56, act="gelu", projection=40, **FULL),
+    ],
+}
+
+
+def written_towers(family: str) -> list[Tower]:
+    """Encoders that read CLIP's own vocabulary; their weights come from numpy, by name, so that
+    they are the same wherever numbers of other programs are recorded."""
+    made: list[Tower] = []
+    for params, rule in zip(FAMILY_TOWERS[family], FAMILIES[family].text, strict=True):
+        one = Tower(params, rule).requires_grad_(False).eval()
+        for name, tensor in one.state_dict().items():
+            drawn = np.random.default_rng(zlib.crc32(f"{family} {params.width} {name}".encode()))
+            noise = torch.from_numpy(drawn.standard_normal(tensor.shape, dtype=np.float32))
+            tensor.copy_(
+                0.15 * noise + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            )
+        made.append(one)
+    return made

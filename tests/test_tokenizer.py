@@ -19,9 +19,9 @@ from encoders import (
 
 from headstart.errors import CheckpointError
 from headstart.networks.text import ClipText
-from headstart.networks.tokenizer import ClipTokenizer
+from headstart.networks.tokenizer import ClipTokenizer, Word
 from headstart.networks.tower import Tower
-from headstart.networks.vocabulary import EOS
+from headstart.networks.vocabulary import BOS, EOS, clip_vocabulary
 
 tokenizers = pytest.importorskip("tokenizers")
 
@@ -47,6 +47,36 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_tokens_equal_the_librarys_clip_tokenizer(words: ClipTokenizer, prompt: str) -> None:
     theirs = transformers.CLIPTokenizer(vocab=dict(VOCABULARY), merges=list(MERGES))
     assert words.tokens(prompt) == theirs(prompt, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
+def test_exclamations_are_open_clips_or_transformers_of_an_encoder_padded_with_them(
+    pad: str,
+) -> None:
+    """open_clip's own ids are in the parity tests, where the webui reads with its tokenizer."""
+    whole = clip_vocabulary()
+    merges = whole.merges[:4000]
+    kept = [*list(whole.ids)[: 512 + len(merges)], BOS, EOS]
+    ids = {token: id for id, token in enumerate(kept)}
+    theirs = transformers.CLIPTokenizer(vocab=ids, merges=merges, pad_token=pad)
+    ours = ClipTokenizer.from_vocabulary(ids, merges)
+    assert ours.tokens("a!!! !") == ours.tokens("a!!! !", zero_pad=True) == [320, 995, 256]
+    ours.exclamation = "transformers"
+    ours = ours.learn({"<x!>": (50000, 50001)})
+    for text in ("!", "a!", "a !b", "!!", "wow!!! nice", "?!", "fox,!", "it's!", "no sign"):
+        want = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.tokens(text, zero_pad=pad == "!") == want, text
+    assert ours.words("a<x!>!", zero_pad=True) == [
+        Word((320,)), Word((50000, 50001), True), Word((0,))
+    ]  # fmt: skip
+
+
+def test_words_are_kept_together(words: ClipTokenizer) -> None:
+    ids = [VOCABULARY[t] for t in ("the</w>", "ca", "t", "s</w>", ",</w>", "1</w>", "1</w>")]
+    grown = words.learn({"<x>": (80, 81)})
+    ordinary = [Word((ids[0],)), Word(tuple(ids[1:4])), *(Word((id,)) for id in ids[4:])]
+    assert grown.words("the cats, 11<x>") == [*ordinary, Word((80, 81), True)]
+    assert grown.tokens("the cats, 11<x>") == [*ids, 80, 81] and words.comma == VOCABULARY[",</w>"]
 
 
 def test_a_tokenizer_loads_from_every_form(vocabulary: Path, tmp_path: Path) -> None:

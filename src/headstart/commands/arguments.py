@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from headstart.errors import InputError
-from headstart.networks.prompt_style import PROMPT_STYLES
+from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
 
 if TYPE_CHECKING:
     from headstart.diversify.method import Method
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
-    *("prediction", "embedded_guidance", "head_dim", "text_head_dim"),
+    *("prediction", "embedded_guidance", "head_dim", "text_head_dim", "exclamation"),
 )
 """Options that say nothing about the bundled pair."""
 
@@ -165,6 +165,12 @@ def sampling() -> Sequence[Parser]:
     about = "attention head width of a scaled-down "
     group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
     group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
+    group.add_argument(
+        "--exclamation",
+        choices=EXCLAMATIONS,
+        help='what "!" becomes with SD 2 and SDXL: as their encoders were trained, or as diffusers '
+        "has it; openclip",
+    )
     return every(), weights
 
 

@@ -154,6 +154,7 @@ def _load(args: argparse.Namespace) -> Engine:
         embedded_guidance=args.embedded_guidance,
         head_dim=args.head_dim,
         text_head_dim=args.text_head_dim,
+        exclamation=args.exclamation or "openclip",
         embeddings=embeddings,
         device=args.device,
         dtype=args.dtype,

@@ -217,7 +217,7 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     """What decides pictures beside the weights' files and the tables."""
     from headstart.engine import record
 
-    given = {name: getattr(args, name) for name in ("head_dim", "text_head_dim")}
+    given = {name: getattr(args, name) for name in ("head_dim", "text_head_dim", "exclamation")}
     found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if args.tokenizer is not None:
         path = Path(args.tokenizer)

@@ -134,7 +134,9 @@ def _settings(
         "batch": args.batch,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "weights": record.weigh(weights.files),
-        "machine": record.machine(engine.device, weights.dtype, engine.runner),
+        "machine": record.machine(
+            engine.device, weights.dtype, engine.runner, exclamation=engine.text.exclamation
+        ),
         **({"diversify": [str(method) for method in methods]} if methods else {}),
         **({"reading": dict(engine.reading)} if engine.reading else {}),
         **({"adapters": _adapters(engine)} if engine.adapters else {}),

@@ -89,6 +89,8 @@ class Engine:
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
         embeddings  files of learned tokens (textual inversion), or (file, token)
+        exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
+                    trained, or "transformers", as diffusers' pictures have it
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
@@ -282,7 +284,9 @@ class Engine:
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
-            machine=recording.machine(self.device, dtype, self.runner, guidance),
+            machine=recording.machine(
+                self.device, dtype, self.runner, guidance, self.text.exclamation
+            ),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,
             reading=run.words.reading,

@@ -42,6 +42,7 @@ from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, widened_bytes
 from headstart.networks.placement import Dtype
+from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet, guidance_embedding
@@ -121,6 +122,7 @@ class Options(TypedDict, total=False):
     head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
                        for scaled-down models whose files do not say it
     embeddings         files of learned tokens, or (file, token)
+    exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
     device, dtype      "auto", or a name
     """
 
@@ -134,6 +136,7 @@ class Options(TypedDict, total=False):
     head_dim: int | None
     text_head_dim: int | None
     embeddings: Embeddings
+    exclamation: Exclamation
     device: str
     dtype: str
 
@@ -177,6 +180,7 @@ def load_pair(
         dtype=kind,
         head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer"),
+        exclamation=options.get("exclamation", "openclip"),
     )
     codec = _load_codec(vae, place, kind, first.family)
     unets = {

@@ -23,6 +23,7 @@ from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
+from headstart.networks.prompt_style import Exclamation
 from headstart.plan.table import StepTable
 
 FORMAT = "headstart.record/2"
@@ -40,7 +41,9 @@ _SHAPE = {
     "chunk": int,
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
-    "machine": {"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+    "machine": {
+        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float), "exclamation?": str}
+    },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
     "lineage?": (None, str),
@@ -96,9 +99,14 @@ def weigh(files: WeightFiles) -> Json:
 
 
 def machine(
-    device: torch.device, dtype: torch.dtype, runner: str, guidance: float | None = None
+    device: torch.device,
+    dtype: torch.dtype,
+    runner: str,
+    guidance: float | None = None,
+    exclamation: Exclamation = "openclip",
 ) -> Json:
-    """What rounding may depend on, and what a difference is explained by; `guidance`: embedded."""
+    """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
+    `exclamation`: how "!" is read, where it is not as usual."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -110,6 +118,7 @@ def machine(
         "system": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
         **({} if guidance is None else {"embedded_guidance": guidance}),
+        **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 
 
@@ -237,9 +246,9 @@ def _pairs(recorded: Sequence[str] | None, now: Sequence[str]) -> list[tuple[str
 
 def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str:
     changed = [
-        f"{key} {recorded.get(key)!r} then, {value!r} now"
-        for key, value in now.items()
-        if recorded.get(key) != value
+        f"{key} {recorded.get(key)!r} then, {now.get(key)!r} now"
+        for key in {**now, **recorded}
+        if recorded.get(key) != now.get(key)
     ]
     if changed:
         return f"what differs: {'; '.join(changed)}. Networks round differently there"

@@ -62,18 +62,23 @@ _ESCAPED = re.compile(r"\\[()]")
 _BREAK = re.compile(r"\bBREAK\b")
 
 
-# What the webui takes for a prompt that changes while it samples, or for two prompts.
-_EDITED = re.compile(r"\[[^\[\]]*(?::\s*[\d.]+\s*|\|[^\[\]]*)\]|\bAND\b")
+_SQUARE = re.compile(r"\[([^\[\]]*)\]|\bAND\b")
 
 
 def taken_as_letters(text: str, style: PromptStyle) -> str | None:
     """What in a text was probably meant as a sign that this style does not read, or None."""
-    patterns = {"plain": (_NUMBER, _TWICE, _ESCAPED), "a1111": (_EDITED,), "comfyui": ()}[style]
-    for pattern in patterns:
+    if style == "a1111":
+        return next((sign[0] for sign in _SQUARE.finditer(text) if _edits(sign[1])), None)
+    for pattern in (_NUMBER, _TWICE, _ESCAPED) if style == "plain" else ():
         if (found := pattern.search(text)) is not None:
             return found[0]
-    shouted = text == text.upper()
-    return "BREAK" if style != "a1111" and not shouted and _BREAK.search(text) else None
+    return "BREAK" if text != text.upper() and _BREAK.search(text) else None
+
+
+def _edits(within: str | None) -> bool:
+    """Whether the webui changes the prompt here while it samples, or (AND) has two of them."""
+    number = (within or "").rpartition(":")
+    return within is None or "|" in within or (number[1] and number[2].strip(" .0123456789") == "")
 
 
 # -------------------------------------------------------------------- a1111
@@ -185,20 +190,20 @@ def _comfyui(text: str) -> list[Span]:
     ranges = [(0, len(text), 1.0)]
     while ranges:
         start, end, weight = ranges.pop()
-        opening = signs.opening[start]
-        if opening >= end:
-            spans.append(Span(_unescaped(text[start:end]), weight))
+        opening = min(signs.opening[start], end)
+        if start < opening:
+            spans.append(Span(_unescaped(text[start:opening]), weight))
+        if opening == end:
             continue
-        spans.append(Span(_unescaped(text[start:opening]), weight))
         closing = signs.closing.get(opening, end)
         if closing >= end:  # never closed within this range
             closing = end - 1
-            if closing <= opening or closing not in signs.closers:
+            if closing == opening or closing not in signs.closers:
                 spans.append(Span(_unescaped(text[opening:end]), weight))
                 continue
         ranges.append((closing + 1, end, weight))
         ranges.append(_weighed(text, signs, opening + 1, closing, weight * BRACKET))
-    return [span for span in spans if span.text]
+    return spans
 
 
 class _Signs(NamedTuple):
@@ -259,7 +264,7 @@ def _weighed(
 
 
 def _unescaped(text: str) -> str:
-    return re.sub(r"\\([()])", r"\1", text)
+    return re.sub(r"\\([()])", r"\1", text) if "\\" in text else text
 
 
 # ------------------------------------------------------------------ weights
