@@ -127,10 +127,8 @@ def _strength(
     value = _smallest(values)
     if not texts:
         return replace(strength, value=value)
-    first = np.array([[np.nan if tag is None else tag.text for tag in tags[0]]])
-    if np.isnan(first).any():
-        first = np.where(np.isnan(first), strength.for_text(name, batch)[None], first)
-    text = _smallest(first)
+    # What texts are read at that do not name it: `text_strengths` puts the tags in their place.
+    text = _smallest(strength.for_text(name, batch)[None])
     return replace(strength, value=value, text=None if text == value else text)
 
 
