@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from plans import patient
 
 from headstart.errors import InputError
 from headstart.networks.grammar import BREAK, MAX_LETTERS, Span, read, taken_as_letters
@@ -59,6 +60,7 @@ def test_comfyui_sets_the_weight_that_is_written(text: str, spans: list[Span]) -
     assert read(text, "comfyui") == spans
 
 
+@patient
 @given(SIGNS, st.sampled_from(PROMPT_STYLES))
 def test_no_text_breaks_a_reader_or_loses_a_letter(text: str, style: PromptStyle) -> None:
     taken_as_letters(text, style)
@@ -71,6 +73,7 @@ def test_no_text_breaks_a_reader_or_loses_a_letter(text: str, style: PromptStyle
     assert [letter for letter in said if letter in "xyzBREAK猫w\0"] == kept
 
 
+@patient
 @given(st.text(st.characters(exclude_characters="()[]\\"), max_size=60))
 def test_a_text_without_signs_is_one_span_in_every_style(text: str) -> None:
     whole = [Span(text)] if text else []

@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import openclip, prefixed
 from encoders import (
+    EOS_ID,
     MERGES,
     SIZE,
     VOCABULARY,
@@ -24,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from headstart.checkpoint.families import FAMILIES
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
 from headstart.networks.load import load_text
 from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
@@ -96,6 +97,12 @@ def test_sdxl_loads_the_same_from_a_single_file_and_a_folder(
         cond = text.encode(["the cat"])
         torch.testing.assert_close(cond.context, want.context)
         torch.testing.assert_close(cond.pooled, want.pooled)
+    assert single.exclamation == "openclip"
+    other = load_text(root, exclamation="transformers")
+    assert other.exclamation == "transformers"
+    assert [ids[0, 1:3].tolist() for ids in other.ids(["!!"])] == [[EOS_ID, EOS_ID], [0, 0]]
+    with pytest.raises(InputError, match="'sdnext': expected openclip, transformers"):
+        load_text(root, exclamation="sdnext")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="with 2 text encoders, found 1"):
         load_text(root / "text_encoder_2", tokenizer=vocabulary)
 

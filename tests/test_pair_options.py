@@ -56,6 +56,15 @@ def spied(engine: hs.Engine) -> tuple[hs.Engine, Mapping[str, Spy]]:
     return hs.Engine(replace(engine.weights, denoisers=spies)), spies
 
 
+def test_how_an_exclamation_is_read_is_part_of_the_record(load: Callable[..., hs.Engine]) -> None:
+    engine = load("sdxl", "lcm-sdxl", "lcm", exclamation="transformers")
+    record = engine.sample("wow!", plan="distilled", size=64).record()
+    assert record["machine"]["exclamation"] == "transformers" == engine.text.exclamation
+    engine.text.tokenizer.exclamation = "openclip"
+    with pytest.raises(hs.InputError, match="exclamation 'transformers' then, None now"):
+        hs.replay(record, engine)
+
+
 # --------------------------------------------------------------------- LCM's guidance
 
 

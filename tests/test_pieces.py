@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plans import patient
 
 from headstart.errors import InputError
 from headstart.networks.pieces import MAX_PIECES, Piece, Weighed, cut
@@ -27,7 +28,7 @@ def words(text: str, learned: str = "") -> tuple[list[Word], float]:
     return [Word(tuple(map(int, own)), own == learned) for own in text.split()], 1.0
 
 
-@settings(max_examples=60)
+@settings(patient, max_examples=60)
 @given(SPANS, st.sampled_from(PROMPT_STYLES))
 def test_pieces_are_the_words_in_order_with_their_weights(
     spans: list[Weighed | None], style: PromptStyle

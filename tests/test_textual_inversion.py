@@ -13,6 +13,7 @@ from torch import Tensor
 from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
+from headstart.networks.prompt_style import PROMPT_STYLES
 from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import ClipParams, Tower
@@ -118,6 +119,17 @@ def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
     assert learned == [rows, rows + 1, rows + 2]
     (table,) = (t.text_model.embeddings.token_embedding.weight for t in second.towers)
     assert table.dtype == torch.float32 and len(table) == rows + 3
+
+
+def test_a_token_takes_a_weight_and_is_not_cut_by_the_end_of_a_piece(single: ClipText) -> None:
+    grown = extended(single, [Embedding("<cat>", {"text": torch.randn(9, 32)})])
+    z, empty = grown.encode(["a <cat>"]).context[0], grown.encode([""]).context[0]
+    weighed = grown.encode(["a (<cat>:1.5)"], style="comfyui").context[0]
+    torch.testing.assert_close(weighed[2:11], empty[2:11] + 1.5 * (z - empty)[2:11])
+    assert torch.equal(weighed[:2], z[:2]) and torch.equal(weighed[11:], z[11:])
+    for style in PROMPT_STYLES:
+        cond = grown.encode(["b " * 15 + "<cat>"], style=style).context[0]
+        torch.testing.assert_close(cond[20:], grown.encode(["<cat>"]).context[0])
 
 
 def test_a_token_of_more_vectors_than_a_piece_has_room_for_is_refused(single: ClipText) -> None:

@@ -134,7 +134,7 @@ class ClipTokenizer:
 
         Raises InputError for text that has no ids.
         """
-        reads_pads = zero_pad and self.exclamation == "transformers"
+        reads_pads = zero_pad and self.exclamation == "transformers" and self._pads_with_it
         tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
             found = tokenizer.encode(prompt, add_special_tokens=False)
@@ -152,6 +152,11 @@ class ClipTokenizer:
             else:
                 words.append(Word(ids))
         return words
+
+    @property
+    def _pads_with_it(self) -> bool:
+        """Whether id 0 is "!", as in CLIP's own vocabulary."""
+        return self._tokenizer.token_to_id("!") == 0
 
     @cached_property
     def _of_transformers(self) -> Tokenizer:
