@@ -187,12 +187,12 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
     assert _left(tmp_path) == NO_FILE
 
 
-def test_a_ten_thousand_word_prompt_is_cut_with_a_warning(
+def test_a_ten_thousand_word_prompt_is_refused_with_the_most_that_is_read(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    assert main(["sample", "fox " * 10_000, "--plan", "distilled", "--out", str(out)]) == 0
-    assert "warning" in capsys.readouterr().err
+    assert main(["sample", "fox " * 10_000, "--plan", "distilled", "--out", str(out)]) == 2
+    assert "more than 64 pieces of 14 tokens: shorten it" in capsys.readouterr().err
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(

@@ -188,11 +188,11 @@ def load_pair(
         for role, path in paths.items()
     }
     words, learned = taught(words, options.get("embeddings", ()))
-    named = {role: options.get(role) for role in ("vae", "text", "preview")}
-    named = paths | {role: path for role, path in named.items() if path is not None}
+    given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
+    named = paths | {role: path for role, path in given if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
-    dims = [unet.params.guidance_dim for unet in unets.values()]
-    guidance_dim = next((dim for dim in dims if dim is not None), None)
+    dims = (unet.params.guidance_dim for unet in unets.values())
+    guidance_dim = next(filter(None, dims), None)
     pair = Pair(
         denoisers=unets,
         text=words,
@@ -213,9 +213,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         footprint=footprint(
-            [unet.params for unet in unets.values()],
-            codec.params,
-            max(kind.itemsize for kind in dtypes),
+            [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
         ),
         files={role: (str(path), _files(path, role)) for role, path in named.items()} | learned,
     )

@@ -5,6 +5,7 @@ words[image] + levels of the table -> Line [rows][images], tags [rows][images]
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, TypeAlias, cast, final
@@ -113,6 +114,13 @@ def named_adapters(prompts: Iterable[str]) -> dict[str, list[Tag | None]]:
     texts = [take_tags(stage.text)[1] for prompt in prompts for stage in stages(prompt)]
     names = dict.fromkeys(name for told in texts for name in told)
     return {name: [told.get(name) for told in texts] for name in names}
+
+
+def shown(prompt: str) -> str:
+    """What a finished picture of a prompt is to show, for a score: its last text, without tags."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return take_tags(stages(prompt)[-1].text)[0]
 
 
 def listed(name: str, given: object) -> list[str | None]:
