@@ -290,9 +290,7 @@ class Engine:
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
             machine=recording.machine(
-                *(self.device, dtype, self.runner, guidance),
-                exclamation=self.text.exclamation,
-                ema=self.weights.ema,
+                self.device, dtype, self.runner, guidance, self.text.exclamation, self.weights.ema
             ),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,
