@@ -63,7 +63,7 @@ def begin(engine: hs.Engine, body: bytes) -> hs.Run:
         )
     if str(asked.get("plan")).endswith(".toml"):
         raise hs.InputError("plan: give a name; a request cannot read files of the server")
-    counts = [len(asked[key]) for key in ("prompts", "seeds") if isinstance(asked.get(key), list)]
+    counts = [len(own) for key in FIELDS if isinstance(own := asked.get(key), list)]
     if max(counts, default=1) > MOST_IMAGES:
         raise hs.InputError(f"{max(counts)} images: a request may ask for {MOST_IMAGES}")
     return engine.begin(**asked)

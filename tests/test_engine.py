@@ -97,7 +97,7 @@ def test_a_record_replays_to_the_bit_and_a_forged_one_does_not(engine: hs.Engine
         ({"size": 60}, hs.InputError, "multiples of 8"),
         ({"size": 800_000}, hs.InputError, "smaller size"),
         ({"negative": "a dog"}, hs.InputError, "negative"),
-        ({"negative": ["a dog"], "plan": "base"}, hs.InputError, "a prompt is a string"),
+        ({"negative": [3], "plan": "base"}, hs.InputError, "a prompt is a string"),
         ({"adapters": 3}, hs.InputError, "strengths by name or a list of names, got 3"),
         ({"adapters": [["ink"]]}, hs.InputError, "strengths by name or a list of names"),
     ],

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import read_adapter
+from headstart.adapters.peft import Peft
 from headstart.checkpoint import keymap
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.checkpoint.tensors import Checkpoint
@@ -148,7 +149,9 @@ def test_an_adapter_in_eight_bits_changes_what_its_own_numbers_change(tmp_path: 
         save_file(tensors, path)
         save_file(real(tensors), wide)
         one, other = (
-            next(iter(read_adapter(file).groups.values())).delta(Checkpoint([file]), (32, 32), {})
+            next(iter(read_adapter(file).groups.values())).delta(
+                Checkpoint([file]), (32, 32), Peft()
+            )
             for file in (path, wide)
         )
         assert isinstance(one, LowRank) and isinstance(other, LowRank)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from headstart.adapters.report import AdapterReport as AdapterReport
     from headstart.adapters.strength import Strength as Strength
     from headstart.batch import Batch as Batch
+    from headstart.by_level import ByLevel as ByLevel
     from headstart.call import Call as Call
     from headstart.checkpoint.checkpoint import inspect_checkpoint as inspect_checkpoint
     from headstart.engine.engine import Engine as Engine
@@ -58,6 +59,7 @@ _MODULE_OF = {
     "AdapterSet": "headstart.adapters.adapters",
     "Batch": "headstart.batch",
     "Branch": "headstart.traces.branches",
+    "ByLevel": "headstart.by_level",
     "CaptureError": "headstart.errors",
     "CheckpointError": "headstart.errors",
     "Conditioning": "headstart.interfaces",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from headstart.by_level import told_by_row, told_parts
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.table import Step, StepTable
@@ -44,14 +45,13 @@ class Asked(NamedTuple):
 
 def calls_of(
     table: StepTable,
-    cond: object,
-    pair: object,
+    told: Sequence[object],
     strengths: Tensor | None,
     batch: int,
     device: torch.device,
 ) -> list[Asked]:
-    """Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
-    else copy them."""
+    """What each row is `told`, with its timestep. Timesteps are made at once, each at a multiple of
+    32 bytes, to which compiled networks would else copy them."""
     calls: list[Asked] = []
     for (whole, copies), group in groupby(
         table.steps, lambda step: (step.timestep.is_integer(), step.passes)
@@ -61,11 +61,11 @@ def calls_of(
         numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
         timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
         for timestep in timesteps:
-            told = cond if copies == 1 or pair is None else pair  # no pair: that row is done
-            if strengths is not None and isinstance(told, Conditioning):
+            cond = told[len(calls)]
+            if strengths is not None and isinstance(cond, Conditioning):
                 own = strengths[len(calls)]
-                told = replace(told, strengths=torch.cat([own] * copies))
-            calls.append(Asked(copies, timestep, told))
+                cond = replace(cond, strengths=torch.cat([own] * copies))
+            calls.append(Asked(copies, timestep, cond))
     return calls
 
 
@@ -74,10 +74,11 @@ def checked_strengths(
 ) -> Tensor | None:
     if strengths is None:
         return None
-    if not isinstance(cond, Conditioning):
+    strange = [part for part in told_parts(cond) if not isinstance(part, Conditioning)]
+    if strange:
         raise InputError(
             f"strengths are told to a network in its Conditioning, and cond is a "
-            f"{type(cond).__name__}, which is handed on as it is: set them where it is read"
+            f"{type(strange[0]).__name__}, which is handed on as it is: set them where it is read"
         )
     if strengths.ndim != 3 or tuple(strengths.shape[:2]) != (len(table), batch):
         raise InputError(
@@ -89,15 +90,32 @@ def checked_strengths(
     return strengths.to(device=device, dtype=torch.float32)
 
 
-def guided_pair(steps: Sequence[Step], cond: object, uncond: object) -> object:
-    """What guided rows are told; None where none is guided."""
-    guided = next((step for step in steps if step.guidance != 1.0), None)
-    if guided is None:
-        return None
+def told_rows(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:
+    """What each row is told: its cond, or where it is guided the pair of both.
+
+    cond, uncond   of all samples, a Conditioning or anything else, or a ByLevel of them
+    done           rows before it have run, and need no uncond
+    """
+    conds, unconds = told_by_row(cond, table), told_by_row(uncond, table)
+    pairs: dict[tuple[int, int], object] = {}
+    told: list[object] = []
+    for index, (step, own, other) in enumerate(zip(table, conds, unconds, strict=True)):
+        if step.passes == 1 or index < done:
+            told.append(own)
+            continue
+        key = id(own), id(other)
+        if key not in pairs:
+            pairs[key] = _guided_pair(step, own, other)
+        told.append(pairs[key])
+    return told
+
+
+def _guided_pair(step: Step, cond: object, uncond: object) -> object:
+    """What a guided row is told."""
     if uncond is None:
         raise InputError(
-            f"the {guided.model!r} row at timestep {guided.timestep:g} has guidance "
-            f"{guided.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
+            f"the {step.model!r} row at timestep {step.timestep:g} has guidance "
+            f"{step.guidance:g}, so it needs uncond=, the conditioning of the negative prompt; "
             "guidance 1.0 needs none"
         )
     if isinstance(cond, Conditioning) != isinstance(uncond, Conditioning):
@@ -110,4 +128,9 @@ def guided_pair(steps: Sequence[Step], cond: object, uncond: object) -> object:
     uncond = uncond.expand(len(cond))
     if cond.strengths is not None and uncond.strengths is None:
         uncond = replace(uncond, strengths=cond.strengths)
+    if cond.context.shape != uncond.context.shape:
+        raise InputError(
+            f"cond has a context of {list(cond.context.shape)} and uncond of "
+            f"{list(uncond.context.shape)}: a guided call holds both, so give both as many tokens"
+        )
     return Conditioning.cat((uncond, cond))

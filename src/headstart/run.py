@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from headstart import fork
-from headstart.call import Call, calls_of, checked_strengths, guided_pair
+from headstart.by_level import ByLevel, told_parts
+from headstart.call import Call, calls_of, checked_strengths, told_rows
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, NoiseSource
 from headstart.noise import Given, Philox
@@ -49,7 +50,8 @@ class Run:
 
     table      a StepTable, or a part of one
     cond       a Conditioning for B samples, or for one that all share; the run is on its device.
-               Whatever else your network reads is handed on in `Call.cond` as it is
+               Whatever else your network reads is handed on in `Call.cond` as it is. A ByLevel of
+               either tells each row what holds at its level
     noise      B unit normals for the start and for each row that adds noise
     uncond     needed by rows with guidance other than 1, whose calls hold the 2B samples
                (uncond, cond); guidance 1 is conditional only, one pass
@@ -86,22 +88,23 @@ class Run:
         device: torch.device | str | None = None,
     ) -> None:
         fork.check_threads()
-        steps = _rows_left(table, resume)
+        done = _rows_done(table, resume)
         batch = len(noise)
-        if isinstance(cond, Conditioning):
-            cond = cond.expand(batch)
-            self._dtype, device = cond.context.dtype, cond.context.device
+        cond = _of_all(cond, batch)
+        first = told_parts(cond)[0]
+        if isinstance(first, Conditioning):
+            self._dtype, device = first.context.dtype, first.context.device
         else:
             self._dtype = torch.float32
             # Of a tensor, because "cuda" is one of the devices of that name.
             place = device or ("cpu" if resume is None else resume.x.device)
             device = torch.empty(0, device=place).device
         strengths = checked_strengths(strengths, table, cond, batch, device)
-        pair = guided_pair(steps, cond, uncond)
+        told = told_rows(table, done, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
         picture = _checked_picture(picture, latent, device)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
-        self._calls = calls_of(table, cond, pair, strengths, batch, device)
+        self._calls = calls_of(table, told, strengths, batch, device)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._steps: Steps | None = None
         self._placed: Tensor | None = None
@@ -289,14 +292,36 @@ def from_latent(table: StepTable, x: Tensor, sigma: float) -> State:
     return State(table.first + found - 1, x, x)
 
 
-def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
+def _of_all(cond: object, batch: int) -> object:
+    """Each Conditioning for the whole batch. Raises InputError where parts differ in kind."""
+    parts = told_parts(cond)
+    kinds = {
+        (part.context.dtype, part.context.device) if isinstance(part, Conditioning) else None
+        for part in parts
+    }
+    if len(kinds) > 1:
+        told = " and ".join(
+            sorted("no Conditioning" if k is None else f"{k[0]} on {k[1]}" for k in kinds)
+        )
+        raise InputError(
+            f"cond: the parts of a ByLevel are of one kind, dtype and device, and these are {told}"
+        )
+    if None in kinds:
+        return cond
+    if isinstance(cond, ByLevel):
+        return cond.map(lambda part: part.expand(batch))
+    return cond.expand(batch) if isinstance(cond, Conditioning) else cond
+
+
+def _rows_done(table: StepTable, resume: State | None) -> int:
+    """How many of the table's rows the run to resume has behind it."""
     if resume is None:
         if table.first:
             raise InputError(
                 f"this part of a plan begins at row {table.first}: give resume=, the State of row "
                 f"{table.first - 1}, or State({table.first - 1}, x, x) to start from a latent x"
             )
-        return table.steps
+        return 0
     if not isinstance(cast("object", resume), State):
         raise InputError(
             f"resume: expected a headstart.State, got {type(resume).__name__}; of a latent of your "
@@ -308,7 +333,7 @@ def _rows_left(table: StepTable, resume: State | None) -> tuple[Step, ...]:
             f"resume is a State of row {resume.step}, but the table has rows {table.first} to "
             f"{table.first + len(table) - 1}: give the State of one of these, or of the row before"
         )
-    return table.steps[done:]
+    return done
 
 
 def _latent_shape(

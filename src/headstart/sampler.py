@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from headstart.by_level import ByLevel, told_parts
 from headstart.call import Call
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource, X0Denoiser
@@ -26,10 +27,10 @@ __all__ = ["State", "sample"]
 def sample(
     table: StepTable,
     denoisers: Mapping[str, Denoiser],
-    cond: Conditioning,
+    cond: Conditioning | ByLevel,
     noise: NoiseSource,
     *,
-    uncond: Conditioning | None = None,
+    uncond: Conditioning | ByLevel | None = None,
     resume: State | None = None,
     shape: Sequence[int] | None = None,
     before_row: Callable[[Step], None] | None = None,
@@ -43,7 +44,8 @@ def sample(
                 X0Denoiser)
                 (x_in, timestep, cond) -> F. x_in is c_in*x in the dtype of its `dtype` attribute,
                 else of cond.context; timestep [B] is int64 where the row's is whole, else float32
-    cond        for B samples, or for one that all share; the run is on its device
+    cond        for B samples, or for one that all share; the run is on its device. A ByLevel says
+                another from a noise level on, and so may uncond
     noise       B unit normals for the start and for each row that adds noise
     uncond      needed by rows with guidance other than 1, which make ONE call on the 2B samples
                 (uncond, cond); guidance 1 is conditional only, one pass
@@ -66,11 +68,12 @@ def sample(
     with torch's own operators before the next row; what torch does not see (a write through numpy)
     the next row's network would not see either.
     """
-    if not isinstance(cast("object", cond), Conditioning):
-        raise InputError(
-            f"cond: expected a headstart.Conditioning, got {type(cond).__name__}; headstart.Run "
-            "hands on whatever a network of yours reads"
-        )
+    for part in told_parts(cond):
+        if not isinstance(part, Conditioning):
+            raise InputError(
+                f"cond: expected a headstart.Conditioning, got {type(part).__name__}; "
+                "headstart.Run hands on whatever a network of yours reads"
+            )
     _check_models(table, resume, denoisers, before_row is None and strengths is None)
     run = Run(
         table,

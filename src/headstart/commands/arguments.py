@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 from headstart.errors import InputError
-from headstart.networks.prompt_style import EXCLAMATIONS
+from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
 
 if TYPE_CHECKING:
     from headstart.diversify.method import Method
@@ -86,14 +87,41 @@ def worded(prompt: str) -> str:
     return prompt
 
 
-def read_size(text: str | None) -> tuple[int, int] | None:
+def read_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
     """`512` or `HEIGHTxWIDTH`, in pixels. Raises InputError for anything else."""
     if text is None:
         return None
     sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() for side in sides):
-        raise InputError(f"size {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
+        raise InputError(f"{what} {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
     return int(sides[0]), int(sides[-1])
+
+
+def read_texts(given: Sequence[str]) -> str | list[str] | None:
+    """An option that may be repeated: None where it was not given, one for all, or one an image."""
+    return None if not given else given[0] if len(given) == 1 else [*given]
+
+
+def text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_texts` asks of a run, None where it was not given."""
+    return {
+        "negative": read_texts(args.negative),
+        "second": read_texts(args.second_prompt),
+        "negative_second": read_texts(args.second_negative),
+        "original_size": read_size(args.original_size, "--original-size"),
+        "target_size": read_size(args.target_size, "--target-size"),
+        "crop": args.crop,
+        "literal": args.literal or None,
+    }
+
+
+def offset(text: str) -> tuple[int, int]:
+    """`TOP,LEFT` in pixels, as the `type` of an option."""
+    sides = [part.strip() for part in text.split(",")]
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
+        expected = "TOP,LEFT in pixels, such as 0,0"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
+    return int(sides[0]), int(sides[1])
 
 
 def listed(text: str) -> list[str]:
@@ -184,6 +212,66 @@ def every() -> Parser:
     every.add_argument("--json", action="store_true", help="print JSON for machines")
     every.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return every
+
+
+def add_reading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:  # pyright: ignore
+    """How every prompt of a command is read; `session.open_engine` sets it."""
+    group = parser.add_argument_group("how prompts are read")
+    group.add_argument(
+        "--prompt-style",
+        choices=PROMPT_STYLES,
+        help="plain: as typed; with weights such as (fox:1.3) as that program reads them: "
+        "default: plain",
+    )
+    group.add_argument(
+        "--clip-skip",
+        type=count,
+        metavar="N",
+        help="read the text encoders' N-th layer from the end, counted from 1",
+    )
+    group.add_argument(
+        "--lora-folder",
+        type=Path,
+        metavar="DIR",
+        help="where <lora:NAME:0.8> in a prompt finds NAME.safetensors, if no --lora has that name",
+    )
+    return group
+
+
+def add_negative(parser: argparse.ArgumentParser, about: str = "") -> None:
+    parser.add_argument(
+        "--negative",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=f'what guidance moves away from{about}; "" is an empty text, default: none',
+    )
+
+
+def add_texts(parser: argparse.ArgumentParser) -> None:
+    """The texts of a run besides its prompts, and what SDXL is told of sizes."""
+    add_negative(parser, ": once for all images, or once for each")
+    group = add_reading(parser)
+    group.add_argument(
+        "--literal", action="store_true", help="prompts are letters alone: no `->`, no <lora:...>"
+    )
+    group.add_argument(
+        "--second-prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="SDXL's second encoder reads it: once for all images, or once for each",
+    )
+    group.add_argument(
+        "--second-negative", action="append", default=[], metavar="TEXT", help="its negative prompt"
+    )
+    group.add_argument(
+        "--original-size", metavar="HxW", help="SDXL is told that pictures like it had; the size"
+    )
+    group.add_argument(
+        "--crop", type=offset, metavar="TOP,LEFT", help="and were cut there; 0,0, uncut"
+    )
+    group.add_argument("--target-size", metavar="HxW", help="to this; the size")
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ from headstart.commands.arguments import (
     Command,
     add_diversify,
     add_features,
+    add_reading,
     add_seeds,
     count,
     read_diversify,
@@ -46,6 +47,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_features(parser)
     add_diversify(parser, "each is one more row, on the distilled plan")
+    add_reading(parser)
     parser.add_argument("--steps", type=int, help="steps of the distilled model")
     parser.add_argument(
         "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     methods = read_diversify(args, apart=True)
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
-    engine = open_engine(args)
+    engine = open_engine(args, [prompt])
 
     from headstart.compare.compare import compare, compare_tables, footer_of, sheet_of
     from headstart.metrics.judges import Pictures, choose_judge

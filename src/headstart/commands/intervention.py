@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.commands.arguments import worded
+from headstart.commands.arguments import read_texts, worded
 from headstart.errors import InputError
 from headstart.plan.request import parse_numbers, parse_seeds
 
@@ -30,7 +30,7 @@ class Intervention(NamedTuple):
     seeds: tuple[int, ...] | None
     guidance: float | None
     prompt: str | None
-    negative: str
+    negative: str | list[str] | None
 
     def check(self, tables: Mapping[str, StepTable], engine: Engine) -> None:
         """Raise InputError or PlanError where a plan has no such step, model or guidance."""
@@ -49,7 +49,7 @@ class Intervention(NamedTuple):
     @property
     def guided(self) -> bool:
         """Whether it turns guidance on, and there is a negative prompt for it."""
-        return self.guidance not in (None, 1.0) and bool(self.negative)
+        return self.guidance not in (None, 1.0) and self.negative is not None
 
     def images(self, count: int) -> int:
         """How many images one way on has, where the run has `count`."""
@@ -68,7 +68,7 @@ class Intervention(NamedTuple):
             made = branch(
                 engine, run, states[step - 1], model=self.model, reseed=self.seeds,
                 guidance=self.guidance, prompt=self.prompt,
-                negative=self.negative if self.guided and not run.negative else None,
+                negative=self.negative if self.guided and run.negative is None else None,
             )  # fmt: skip
             yield f"{name}@{step} · {made.change}", made
 
@@ -115,5 +115,5 @@ def read(args: argparse.Namespace) -> Intervention | None:
         seeds=None if args.reseed is None else parse_seeds(args.reseed),
         guidance=args.guidance,
         prompt=None if args.prompt_from is None else worded(args.prompt_from),
-        negative=args.negative,
+        negative=read_texts(args.negative),
     )

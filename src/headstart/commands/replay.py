@@ -32,14 +32,15 @@ def _run(args: argparse.Namespace) -> int:
 
     record = read_record(args.record)
     recorded = parse(record, str(args.record))
+    from headstart.engine.rerun import check_own, replay
+
+    check_own(recorded, [])
     if args.out is not None:
         height, width = recorded.size
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
     engine = open_engine(_as_recorded(args, recorded.weights, recorded.machine))
 
     _attach_recorded(engine, recorded)
-
-    from headstart.engine.rerun import replay
 
     with progress(len(recorded.table), "replaying") as bar:
         trajectory = replay(record, engine, on_step=lambda _: bar.update())

@@ -11,10 +11,12 @@ from headstart.commands.arguments import (
     add_diversify,
     add_plan_options,
     add_seeds,
+    add_texts,
     plan_settings,
     read_diversify,
     read_size,
     sampling,
+    text_options,
     uses_bundled,
     worded,
 )
@@ -27,11 +29,17 @@ from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompts", nargs="+", metavar="PROMPT")
+    parser.add_argument(
+        "prompts",
+        nargs="+",
+        metavar="PROMPT",
+        help="what to draw; `A -> B below sigma X` and `A -> B at the hand-off` change it with the "
+        "noise level, <lora:NAME:0.8> is an adapter's strength",
+    )
     add_seeds(parser, "0")
     add_plan_options(parser)
     add_diversify(parser)
-    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    add_texts(parser)
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch", type=int, help="samples in a network at once")
     parser.add_argument("--out", type=Path, required=True, help="folder for images and record.json")
@@ -39,7 +47,11 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    prompts, seeds = pair_up([worded(text) for text in args.prompts], parse_seeds(args.seeds))
+    prompts = [worded(text) for text in args.prompts]
+    texts = text_options(args)
+    several = any(isinstance(text, list) for text in texts.values())
+    seeds = parse_seeds(args.seeds)
+    _, drawn = pair_up(prompts, seeds, distinct=not several)
     size = read_size(args.size)
     methods = read_diversify(args)
     if uses_bundled(args):
@@ -49,18 +61,18 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError(
             f"{str(args.out)!r} holds a run already: choose another --out, or give --overwrite"
         )
-    engine = open_engine(args)
+    engine = open_engine(args, prompts)
     table = engine.compile(args.plan, **plan_settings(args))
     asked: dict[str, Any] = {
+        **texts,
         "seeds": seeds,
-        "negative": args.negative,
         "size": size,
         "batch": args.batch,
         "diversify": methods,
     }
     engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
     height, width = size or (engine.weights.image_size,) * 2
-    check_folder(args.out, size_bytes=len(seeds) * height * width * 3)
+    check_folder(args.out, size_bytes=len(drawn) * height * width * 3)
     with progress(len(table), "sampling") as bar:
         trajectory = engine.sample(prompts, plan=table, **asked, on_step=lambda _: bar.update())
     write_images(args.out, trajectory)

@@ -16,13 +16,16 @@ from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from headstart.adapters.report import AdapterReport
     from headstart.engine.engine import Engine
     from headstart.engine.trajectory import Trajectory
 
 
-def open_engine(args: argparse.Namespace) -> Engine:
+def open_engine(args: argparse.Namespace, prompts: Sequence[str] = ()) -> Engine:
     """The bundled pair, or the files that the options of `arguments.sampling` name; with its
-    adapters attached."""
+    adapters attached, those too that `prompts` name, and reading prompts as asked."""
     wanted = [parse_adapter(text) for text in args.lora]
     with progress(None, "loading weights"):
         engine = _load(args)
@@ -32,11 +35,56 @@ def open_engine(args: argparse.Namespace) -> Engine:
             )
             for path, strength in wanted
         ]
+        if not getattr(args, "literal", False):
+            reports += _attach_named(engine, args, prompts)
     for line in engine.weights.notes:
         note(line)
     for told in reports:
         note(str(told))
+    if hasattr(args, "prompt_style"):
+        return engine.with_reading(args.prompt_style, args.clip_skip)
     return engine
+
+
+def _attach_named(
+    engine: Engine, args: argparse.Namespace, prompts: Sequence[str]
+) -> list[AdapterReport]:
+    """The adapters that `<lora:NAME:S>` in prompts names and no option has attached, from
+    --lora-folder or the bundled controls. They are at 0 where no prompt says more, so that they act
+    in those images alone whose prompts name them."""
+    from headstart.engine.words import named_adapters
+
+    reports: list[AdapterReport] = []
+    for name, tags in named_adapters(prompts).items():
+        if name in engine.adapters:
+            continue
+        said = {(0.0, 0.0) if tag is None else (tag.text, tag.unet) for tag in tags}
+        (text, unet), *others = said
+        strength = unet if text == unet and not others else 0.0
+        path = _in_folder(name, args.lora_folder)
+        reports.append(engine.attach(path, strength, name=name, allow=args.allow))
+    return reports
+
+
+def _in_folder(name: str, folder: Path | None) -> str | Path:
+    path = None if folder is None else folder / f"{name}.safetensors"
+    inside = ".." not in Path(name).parts and not Path(name).is_absolute()
+    if path is not None and inside and path.is_file():
+        return path
+    if name in _controls():
+        return headstart_weights.path(name)
+    where = "no --lora-folder was given" if folder is None else f"{str(path)!r:.120} is no file"
+    raise InputError(
+        f"a prompt names adapter {name!r:.60}, which is not there: {where}; give --lora FILE, or "
+        f"--lora-folder DIR with {name:.60}.safetensors in it, or take <lora:...> out"
+    )
+
+
+def _controls() -> Sequence[str]:
+    try:
+        return headstart_weights.manifest().controls
+    except headstart_weights.WeightsError:
+        return ()
 
 
 def use_local_device(args: argparse.Namespace) -> None:

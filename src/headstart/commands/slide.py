@@ -8,7 +8,15 @@ from pathlib import Path
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
-from headstart.commands.arguments import Command, add_seeds, listed, sampling, uses_bundled, worded
+from headstart.commands.arguments import (
+    Command,
+    add_reading,
+    add_seeds,
+    listed,
+    sampling,
+    uses_bundled,
+    worded,
+)
 from headstart.commands.console import progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
@@ -24,6 +32,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--strengths", default="-2,-1,0,1,2", help="of the first --lora; default: %(default)s"
     )
     parser.add_argument("--plan", default="base,distilled,hybrid", help=f"of {', '.join(MODES)}")
+    add_reading(parser)
     parser.add_argument("--toward", metavar="CAPTION", help="score the images against it")
     parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
     parser.add_argument(
@@ -46,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         named_plan(name, {"preset": args.preset}, "demo")
     cells = len(plans) * len(seeds) * len(strengths)
     check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
-    engine = open_engine(args)
+    engine = open_engine(args, [prompt])
 
     from headstart.compare.slide import slide, strip_of
     from headstart.metrics.features import open_features

@@ -15,6 +15,7 @@ from headstart.commands.arguments import (
     Command,
     add_diversify,
     add_features,
+    add_reading,
     count,
     listed,
     numbers,
@@ -74,6 +75,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--quick", action="store_true", help="4 prompts, 8 seeds, plans and methods alone"
     )
+    add_reading(parser)
     group = parser.add_argument_group("what is measured")
     add_features(parser)
     group.add_argument(
@@ -118,7 +120,7 @@ def _study(args: argparse.Namespace) -> int:
     listed, seeds = _drawn(args)
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
-    engine = open_engine(args)
+    engine = open_engine(args, listed.prompts)
 
     from headstart.study.report import write_report
     from headstart.study.setup import reference_of, settings_of, study_of

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any
 from headstart.commands.arguments import (
     Command,
     add_diversify,
+    add_negative,
     add_plan_options,
+    add_reading,
     plan_settings,
     read_diversify,
     read_size,
+    read_texts,
     sampling,
     uses_bundled,
 )
@@ -47,7 +50,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_plan_options(parser)
     add_diversify(parser)
-    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    add_negative(parser)
+    add_reading(parser)
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--size-column", metavar="NAME", help="a column that says the size instead")
     parser.add_argument(
@@ -77,15 +81,17 @@ def _sweep(args: argparse.Namespace) -> int:
     size = read_size(args.size)
     if size is not None and args.size_column is not None:
         raise InputError("--size and --size-column both say the size: give one")
+    if len(args.negative) > 1:
+        raise InputError("--negative: one serves all cases of a sweep, so give it once")
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
-    engine = open_engine(args)
+    engine = open_engine(args, [case.prompt for case in cases])
     table = engine.compile(args.plan, **plan_settings(args))
     settings = _settings(args, engine, table, cases, size, methods)
     _check_requests(args, engine, table, cases, size, methods)
-    draw = _drawing(engine, table, args.negative, size, methods)
+    draw = _drawing(engine, table, args.negative[0] if args.negative else None, size, methods)
     if least > 1 and shard.rank == 0:
         note("batches hold whole prompts, as the method acts across the images of each")
 
@@ -122,7 +128,7 @@ def _settings(
         "passes": passes_of(methods, table),
         "cases": {"count": len(cases), "sha256": digest(cases)},
         "table": json.loads(table.to_json()),
-        "negative": args.negative,
+        "negative": _written(read_texts(args.negative)),
         "lineage": weights.lineage,
         "size": list(size or (weights.image_size,) * 2),
         "batch": args.batch,
@@ -132,6 +138,25 @@ def _settings(
             engine.device, weights.dtype, engine.runner, exclamation=engine.text.exclamation
         ),
         **({"diversify": [str(method) for method in methods]} if methods else {}),
+        **({"reading": dict(engine.reading)} if engine.reading else {}),
+        **({"adapters": _adapters(engine)} if engine.adapters else {}),
+    }
+
+
+def _written(negative: object) -> object:
+    """As folders of before have it: "" is none, so an empty text is written in a list."""
+    return "" if negative is None else negative or [""]
+
+
+def _adapters(engine: Engine) -> dict[str, Any]:
+    """Name -> strength, and the digest of its file."""
+    from headstart.engine import record
+
+    now = engine.adapters.now()
+    files = record.weigh(now.files())
+    return {
+        held.name: {"strength": held.strength.to_json(), **files[f"adapter:{held.name}"]}
+        for held in now
     }
 
 
@@ -150,17 +175,21 @@ def _check_requests(
             "",
             plan=table,
             seeds=range(count),
-            negative=args.negative,
+            negative=read_texts(args.negative),
             size=shape,
             batch=args.batch,
             diversify=methods,
         )
+    # Those that change with the level, or name an adapter.
+    for prompt in dict.fromkeys(case.prompt for case in cases):
+        if "->" in prompt or "<" in prompt:
+            engine.iterate(prompt, plan=table)
 
 
 def _drawing(
     engine: Engine,
     table: StepTable,
-    negative: str,
+    negative: str | None,
     size: Size | None,
     methods: Sequence[Method],
 ) -> Draw:

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 from headstart.commands import intervention
 from headstart.commands.arguments import (
     Command,
+    add_negative,
+    add_reading,
     add_seeds,
     count,
     read_size,
+    read_texts,
     sampling,
     uses_bundled,
     worded,
@@ -45,7 +48,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", metavar="PROMPT")
     add_seeds(parser, "0-3")
     _add_plan_options(parser)
-    parser.add_argument("--negative", default="", help="what guidance moves away from")
+    add_negative(parser, ": once for all images, or once for each")
+    add_reading(parser)
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument(
         "--decoder", choices=DECODERS, help="default: tiny where there is one, else linear"
@@ -109,12 +113,12 @@ def _run(args: argparse.Namespace) -> int:
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
     controls = _watched(args.watch, prompt)
-    engine = open_engine(args)
+    engine = open_engine(args, [prompt])
     tables = {name: engine.compile(name, **_settings(name, names, args)) for name in names}
     if change is not None:
         change.check(tables, engine)
     decoder, scorer = _tools(args, engine, bool(controls))
-    negatives = _negatives(args.negative, tables, change)
+    negatives = _negatives(read_texts(args.negative), tables, change)
     asked: dict[str, dict[str, Any]] = {
         name: {"plan": table, "seeds": seeds, "negative": negatives[name], "size": size}
         for name, table in tables.items()
@@ -159,15 +163,17 @@ def _settings(name: str, names: tuple[str, ...], args: argparse.Namespace) -> Pl
 
 
 def _negatives(
-    negative: str, tables: Mapping[str, StepTable], change: Intervention | None
-) -> dict[str, str]:
+    negative: str | list[str] | None,
+    tables: Mapping[str, StepTable],
+    change: Intervention | None,
+) -> dict[str, str | list[str] | None]:
     """The negative prompt of each plan: none where no row has guidance, which is said."""
     found = {
-        name: negative if any(step.guidance != 1.0 for step in table) else ""
+        name: negative if any(step.guidance != 1.0 for step in table) else None
         for name, table in tables.items()
     }
-    unguided = [name for name, text in found.items() if negative and not text]
-    if len(unguided) == len(tables) and not (change is not None and change.guided):
+    unguided = [name for name, text in found.items() if negative is not None and text is None]
+    if unguided and len(unguided) == len(tables) and not (change is not None and change.guided):
         raise InputError(
             f"the negative prompt would do nothing: plan {', '.join(tables)} runs without "
             "guidance; leave it out, or give --base-guidance or --distilled-guidance"

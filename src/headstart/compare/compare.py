@@ -20,6 +20,7 @@ from PIL import Image
 from headstart.diversify.method import Method
 from headstart.diversify.select import Select
 from headstart.engine.engine import Engine
+from headstart.engine.words import shown
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import vendi, word_of
@@ -248,7 +249,7 @@ def _warm_up(
 def _judged(
     name: str, passes: int, seconds: float, rgb: NDArray[np.uint8], prompt: str, judge: Judge
 ) -> Outcome:
-    scores = None if judge.score is None else judge.score(rgb, [prompt] * len(rgb))
+    scores = None if judge.score is None else judge.score(rgb, [shown(prompt)] * len(rgb))
     return Outcome(
         name=name,
         passes=passes,

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from headstart.engine.engine import Engine, Size
+from headstart.engine.engine import Engine
 from headstart.engine.trajectory import Trajectory
+from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 from headstart.sampler import State

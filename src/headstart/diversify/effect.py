@@ -75,8 +75,9 @@ def going_on(methods: Methods) -> list[Method]:
     return [method for method in methods if not isinstance(method, done)]
 
 
-def noise_for(methods: Methods, images: Images) -> NoiseSource:
-    noise: NoiseSource = noise_of(images.seeds)
+def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) -> NoiseSource:
+    """That of the seeds, or the caller's own, with what methods change of it."""
+    noise: NoiseSource = noise_of(images.seeds) if own is None else own
     for method in methods:
         if isinstance(method, ChangesNoise):
             noise = method.noise(noise)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
 from headstart.diversify.method import Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
+from headstart.engine.given import Told
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
@@ -51,11 +54,11 @@ class Course:
             yield resume
         yield from self._rows(self.images, cond, uncond, request.strengths, resume)
 
-    def _selected(self, select: Select, cond: Conditioning, uncond: Conditioning | None) -> State:
+    def _selected(self, select: Select, cond: Told, uncond: Told | None) -> State:
         """The first row of all candidates, and what it left of those that go on."""
         request = self.request
         owners, candidates = select.candidates(request.images)
-        rows = torch.tensor(owners, device=cond.context.device)
+        rows = torch.tensor(owners, device=self.weights.device)
         strengths = None if request.strengths is None else request.strengths[:, owners]
         uncond = None if uncond is None else uncond[rows]
         first = next(self._rows(candidates, cond[rows], uncond, strengths, check="each"))
@@ -68,8 +71,8 @@ class Course:
     def _rows(
         self,
         images: Images,
-        cond: Conditioning,
-        uncond: Conditioning | None,
+        cond: Told,
+        uncond: Told | None,
         strengths: Tensor | None,
         resume: State | None = None,
         check: Check = "auto",
@@ -82,7 +85,8 @@ class Course:
         }
         position = Position(table, images)
         states = sample(
-            table, networks_of(networks, methods, position), cond, noise_for(methods, images),
+            table, networks_of(networks, methods, position), cond,
+            noise_for(methods, images, request.noise),
             uncond=uncond, shape=request.latent, strengths=strengths, resume=resume,
             picture=self.picture, check=check, before_row=position.begin if methods else None,
         )  # fmt: skip
@@ -92,14 +96,29 @@ class Course:
             yield state
 
 
-def encode(weights: Pair, request: Request) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond) of the request's images; uncond where a row is guided."""
-    cond, uncond = encode_prompts(
-        weights.text,
-        request.images.prompts,
-        request.negative if request.guided else None,
-        request.size,
-        request.adapters,
-        request.acts,
+def encode(weights: Pair, request: Request) -> tuple[Told, Told | None]:
+    """(cond, uncond) of the request's images, of their prompts or the caller's own; uncond where a
+    row is guided."""
+    own, batch = request.own, len(request.images)
+    cond = uncond = None
+    if own.cond is None or (request.guided and own.uncond is None):
+        cond, uncond = encode_prompts(weights.text, request)
+    cond = cond if own.cond is None else _of(own.cond, request, batch)
+    uncond = uncond if own.uncond is None else _of(own.uncond, request, batch)
+    assert cond is not None
+    return _with_guidance(weights, cond), None if uncond is None else _with_guidance(
+        weights, uncond
     )
-    return weights.told(cond), None if uncond is None else weights.told(uncond)
+
+
+def _of(told: Told, request: Request, batch: int) -> Told:
+    """A caller's own, for all images, with the adapters of the run."""
+
+    def whole(part: Conditioning) -> Conditioning:
+        return replace(part.expand(batch), adapters=request.adapters)
+
+    return told.map(whole) if isinstance(told, ByLevel) else whole(told)
+
+
+def _with_guidance(weights: Pair, told: Told) -> Told:
+    return told.map(weights.told) if isinstance(told, ByLevel) else weights.told(told)

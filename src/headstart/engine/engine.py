@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Unpack, final
+from typing import Any, Unpack, cast, final
 
 import torch
 from torch import Tensor
 
 from headstart.adapters.adapters import AdapterSet
-from headstart.adapters.attached import Asking
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.strength import Asked
 from headstart.adapters.textual_inversion import Embeddings
@@ -22,15 +21,18 @@ from headstart.batch import MOST_SAMPLES, Batch, doubling
 from headstart.diversify.effect import select_of
 from headstart.diversify.methods import Diversify
 from headstart.engine import record as recording
+from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
 from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
-from headstart.engine.request import Prompts, Seeds, Size, prepare
+from headstart.engine.request import Prompts, Request, Seeds, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
+from headstart.engine.words import check_clip_skip, check_style, compact
 from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
+from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.plan.named import PlanSettings
@@ -50,11 +52,13 @@ class Engine:
 
     weights   the networks, see `headstart.engine.pair.Pair`
     runner    how a network is called: "eager", "compiled", "graph" or "replay"
+    reading   how prompts are read where a call does not say: see `with_reading`
     adapters  what is attached to them; a run keeps those that it began with
     """
 
     weights: Pair
     runner: RunnerName = "eager"
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     adapters: AdapterSet = field(init=False)
 
     def __post_init__(self) -> None:
@@ -159,6 +163,18 @@ class Engine:
         object.__setattr__(other, "runner", choose_runner(runner, self.device).name)
         return other
 
+    def with_reading(
+        self, style: PromptStyle | None = None, clip_skip: int | None = None
+    ) -> Engine:
+        """The same weights and adapters, reading prompts this way where a call does not say.
+
+        Raises InputError for a style or a layer that the text encoders do not have.
+        """
+        how = {"style": check_style(style), "clip_skip": check_clip_skip(clip_skip, self.text)}
+        other = copy(self)
+        object.__setattr__(other, "reading", {n: v for n, v in how.items() if v is not None})
+        return other
+
     def attach(
         self,
         path: FilePath,
@@ -205,37 +221,35 @@ class Engine:
 
     def sample(
         self,
-        prompts: Prompts,
+        prompts: Prompts = None,
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        negative: str = "",
-        size: Size = None,
         keep_x0: bool = False,
         batch: int | None = None,
-        adapters: Asking = None,
         diversify: Diversify = (),
         on_step: Callable[[State], object] | None = None,
-        **settings: Unpack[PlanSettings],
+        **asks: Unpack[Asks],
     ) -> Trajectory:
         """Sample and decode.
 
         prompts, seeds  one prompt with S seeds is S images, P prompts with one seed are P images
                         that share it, P prompts with P seeds are pairs. A seed is an image: the
                         same in any batch up to the networks' rounding, its noise to the bit. An
-                        empty prompt samples without text
+                        empty prompt samples without text.
+                        `a cat -> a dog below sigma 3`, or `at the hand-off`: another text from the
+                        row on that starts at this level or below it; `<lora:NAME:0.8>`: an attached
+                        adapter at this image's own strength; literal=True reads neither
         plan, settings  as in `compile`: a mode, a preset's name, a Plan or a table; steps=, k=, n=,
                         base_guidance=, distilled_guidance=, preset= belong to a plan given by name
-        negative        what guidance moves away from; only for plans with guidance other than 1
-        size            pixels, a number or (height, width); None: the model's own
         keep_x0         keep what every row predicted, [S, B, C, h, w]
         batch           samples in a network at once; None: as many as memory holds
-        adapters        strengths of attached adapters in this run, by name, or the names of those
-                        that act; None: all as attached. Multiplied by what the plan's legs say
         diversify       other ways to variety, "cads:0.1" or ["pink:1", "select:4"], in this order;
                         `headstart.diversify.methods` has them all. Some act across the images of
                         each prompt of the call; an image does not depend on the other prompts
         on_step         called with each State, such as a `headstart.Preview`; raise in it to cancel
+        asks            negative=, size=, adapters=, style=, clip_skip=, second=, cond=, noise= and
+                        more: `headstart.engine.asks.Asks` has them all
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
         is allocated. InputError also for a network that gives NaN or infinity.
@@ -243,9 +257,8 @@ class Engine:
         clock = Clock(self.device)
         if check := getattr(on_step, "check_space", None):  # a preview's decoder has a family too
             check(self.weights.lineage)
-        run = prepare(
-            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
-            size=size, batch=batch, adapters=adapters, diversify=diversify, settings=settings,
+        run = self._prepared(
+            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
             keep_x0=keep_x0,
         )  # fmt: skip
         course = Course(self.weights, self.runner, run, clock, getattr(on_step, "picture", None))
@@ -270,34 +283,31 @@ class Engine:
             latency_ms=clock.totals(("text", "base", "distilled", "decode")),
             prompts=run.images.prompts,
             seeds=run.images.seeds,
-            negative=run.negative,
+            negative=compact(run.words.negative),
             size=run.size,
             chunk=run.chunk,
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
             machine=recording.machine(
-                *(self.device, dtype, self.runner, guidance),
-                exclamation=self.text.exclamation,
-                ema=self.weights.ema,
+                self.device, dtype, self.runner, guidance, self.text.exclamation, self.weights.ema
             ),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,
+            reading=run.words.reading,
+            given=run.own.digests,
         )
 
     def iterate(
         self,
-        prompts: Prompts,
+        prompts: Prompts = None,
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        negative: str = "",
-        size: Size = None,
         batch: int | None = None,
-        adapters: Asking = None,
         diversify: Diversify = (),
         resume: State | None = None,
-        **settings: Unpack[PlanSettings],
+        **asks: Unpack[Asks],
     ) -> Iterator[State]:
         """The same run as a generator of State, one a row; to stop iterating is to cancel.
 
@@ -307,10 +317,9 @@ class Engine:
 
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
-        run = prepare(
-            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
-            size=size, batch=batch, adapters=adapters, diversify=diversify, settings=settings,
-        )  # fmt: skip
+        run = self._prepared(
+            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify
+        )
         if resume is not None:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
             check_resume(resume.step, run.table, shapes, [len(run.images), *run.latent])
@@ -323,26 +332,27 @@ class Engine:
 
     def begin(
         self,
-        prompts: Prompts,
+        prompts: Prompts = None,
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        negative: str = "",
-        size: Size = None,
-        adapters: Asking = None,
-        **settings: Unpack[PlanSettings],
+        **asks: Unpack[Asks],
     ) -> Run:
         """The same run without its networks, for `batch`."""
-        run = prepare(
-            self.weights, self.adapters.now(), prompts, plan=plan, seeds=seeds, negative=negative,
-            size=size, batch=None, adapters=adapters, diversify=(), settings=settings,
-        )  # fmt: skip
+        run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
         cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
+        noise = noise_of(run.images.seeds) if run.noise is None else run.noise
         return Run(
-            run.table, cond, noise_of(run.images.seeds), uncond=uncond, shape=run.latent,
-            strengths=run.strengths, dtypes=dtypes,
+            run.table, cond, noise, uncond=uncond, shape=run.latent, strengths=run.strengths,
+            dtypes=dtypes,
         )  # fmt: skip
+
+    def _prepared(self, prompts: Prompts, asks: Asks, **call: Any) -> Request:
+        """The request, read as this engine does where the call does not say otherwise."""
+        told = {name: value for name, value in asks.items() if value is not None}
+        asked = cast("Asks", {**asks, **self.reading, **told})
+        return prepare(self.weights, self.adapters.now(), prompts, asks=asked, **call)
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""

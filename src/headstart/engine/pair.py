@@ -108,6 +108,8 @@ class Pair:
         """With the guidance that an LCM imitates; a network without `cond_proj` never reads it."""
         if self.embedded_guidance is None or self.guidance_dim is None:
             return cond
+        if cond.guidance_embedding is not None:  # a caller's own
+            return cond
         values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
         return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
 
@@ -186,11 +188,11 @@ def load_pair(
         for role, path in paths.items()
     }
     words, learned = taught(words, options.get("embeddings", ()))
-    named = {role: options.get(role) for role in ("vae", "text", "preview")}
-    named = paths | {role: path for role, path in named.items() if path is not None}
+    given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
+    named = paths | {role: path for role, path in given if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
-    dims = [unet.params.guidance_dim for unet in unets.values()]
-    guidance_dim = next((dim for dim in dims if dim is not None), None)
+    dims = (unet.params.guidance_dim for unet in unets.values())
+    guidance_dim = next(filter(None, dims), None)
     pair = Pair(
         denoisers=unets,
         text=words,
@@ -211,9 +213,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         footprint=footprint(
-            [unet.params for unet in unets.values()],
-            codec.params,
-            max(kind.itemsize for kind in dtypes),
+            [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
         ),
         ema=options.get("ema"),
         files=_files(named, ema.of) | learned,

@@ -1,56 +1,97 @@
 """Prompts into conditioning: every distinct text once, at each strength that an adapter has on it.
 
-cond[i] = encode(prompt of image i; strengths of image i)
+cond[row, i] = encode(line of image i at that row; strengths of image i there)
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headstart.adapters.attached import Attached
-from headstart.adapters.strength import Strength
+from headstart.by_level import ByLevel, Level
+from headstart.engine.given import Told
+from headstart.engine.request import Request
+from headstart.engine.tags import text_strengths
+from headstart.engine.words import Line
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
+from headstart.plan.leg import PRINTED
+
+_Key = tuple[Line, tuple[float, ...]]
 
 
-def encode_prompts(
-    text: ClipText,
-    prompts: Sequence[str],
-    negative: str | None,
-    size: tuple[int, int],
-    adapters: Attached,
-    acts: Mapping[str, Strength],
+def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]:
+    """(cond, uncond) for each image, both with the adapters; uncond is None where no row is guided.
+
+    A ByLevel where a text, or a strength that it is read at, changes with the row. All texts of a
+    call have one length, and rows that are told the same share their tensors.
+    """
+    text = request.adapters.text or text  # with the tokens that adapters brought
+    base = request.adapters.text_strengths(len(request.images), request.acts)
+    strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
+    keys = [
+        [(line, _row(own, image)) for image, line in enumerate(lines)]
+        for lines, own in zip(request.lines, strengths, strict=True)
+    ]
+    distinct = list(dict.fromkeys(key for row in keys for key in row))
+    place = next(text.parameters()).device
+    own = None if base is None else torch.tensor([told for _, told in distinct], device=place)
+    cond, uncond = _encoded(text, request, [line for line, _ in distinct], own)
+    number = {key: index for index, key in enumerate(distinct)}
+    rows = [tuple(number[key] for key in row) for row in keys]
+    starts = [step.sigma for step in request.table]
+    parts = _by_level(rows, starts)
+    return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
+
+
+def _encoded(
+    text: ClipText, request: Request, lines: Sequence[Line], strengths: Tensor | None
 ) -> tuple[Conditioning, Conditioning | None]:
-    """(cond, uncond) for each image, both with the adapters and the tokens that they brought;
-    uncond is None where `negative` is."""
-    text = adapters.text or text
-    strengths = adapters.text_strengths(len(prompts), acts)
-    keys = [(prompt, _row(strengths, image)) for image, prompt in enumerate(prompts)]
-    distinct = list(dict.fromkeys(keys))
-    rows = torch.tensor([distinct.index(key) for key in keys], device=_device(text))
-    texts = [prompt for prompt, _ in distinct]
-    if strengths is None:
-        own, others = None, negative
-    else:  # each negative prompt at its image's strengths too
-        own = strengths[[keys.index(key) for key in distinct]].to(rows.device)
-        others = None if negative is None else [negative] * len(texts)
-    if others is None:
-        with adapters.acting(own):
-            return replace(text.encode(texts, size=size)[rows], adapters=adapters), None
-    with adapters.acting(None if own is None else torch.cat((own, own))):
-        cond, uncond = text.encode(texts, others, size=size)
-    named = partial(replace, adapters=adapters)
-    return named(cond[rows]), named(uncond[rows])
+    """Of each line; with strengths each negative prompt is read at its image's too."""
+    words, adapters, size = request.words, request.adapters, request.size
+    how: dict[str, Any] = {"style": words.style, "clip_skip": words.clip_skip}
+    how |= {"original": words.original_size or size, "size": words.target_size or size}
+    how |= {"crop": words.crop or (0, 0)}
+    if any(line.second is not None for line in lines):
+        how["second"] = [line.prompt if line.second is None else line.second for line in lines]
+    prompts = [line.prompt for line in lines]
+    if not request.guided or request.own.uncond is not None:
+        with adapters.acting(strengths):
+            alone = text.encode(prompts, None, **how)
+        return replace(alone, adapters=adapters), None
+    pairs = [(line.negative, line.negative_second) for line in lines]
+    if strengths is None and len(set(pairs)) == 1:
+        pairs = pairs[:1]
+    if any(second is not None for _, second in pairs):
+        how["negative_second"] = [second for _, second in pairs]
+    with adapters.acting(None if strengths is None else torch.cat((strengths, strengths))):
+        cond, uncond = text.encode(prompts, [negative for negative, _ in pairs], **how)
+    return replace(cond, adapters=adapters), replace(uncond, adapters=adapters)
+
+
+def _by_level(rows: Sequence[tuple[int, ...]], starts: Sequence[float]) -> list[tuple[Level, Any]]:
+    """(level, the line of each image) for every run of rows that are told the same. Levels lie
+    between two rows, where no rounding moves one to the other side."""
+    parts: list[tuple[Level, Any]] = [(math.inf, rows[0])]
+    for row, lines in enumerate(rows[1:], start=1):
+        if lines != rows[row - 1]:
+            middle = (starts[row - 1] + starts[row]) / 2
+            parts.append((middle / (1 + PRINTED), lines))
+    return parts
+
+
+def _spread(encoded: Conditioning, parts: Sequence[tuple[Level, Any]], place: torch.device) -> Told:
+    """A row for each image."""
+    told: list[tuple[Level, Any]] = [
+        (level, encoded[torch.tensor(lines, device=place)]) for level, lines in parts
+    ]
+    return told[0][1] if len(told) == 1 else ByLevel(tuple(told))
 
 
 def _row(strengths: Tensor | None, image: int) -> tuple[float, ...]:
     return () if strengths is None else tuple(float(value) for value in strengths[image])
-
-
-def _device(text: ClipText) -> torch.device:
-    return next(text.parameters()).device

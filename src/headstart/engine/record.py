@@ -26,14 +26,17 @@ from headstart.input import check_shape, read_json
 from headstart.networks.prompt_style import Exclamation
 from headstart.plan.table import StepTable
 
-FORMAT = "headstart.record/1"
+FORMAT = "headstart.record/2"
+FIRST = "headstart.record/1"
+"""Its prompts are letters alone (no `->`, no tags) of one piece of tokens, and its empty negative
+prompt is none."""
 RECORD = "the record.json that sampling wrote"
 _PLAIN = (None, str, float, bool)
 _SHAPE = {
     "format": str,
     "prompts": [str],
     "seeds": [int],
-    "negative": str,
+    "negative": (str, None, [(None, str)]),
     "size": [int],
     "chunk": int,
     "table": {},
@@ -47,6 +50,12 @@ _SHAPE = {
     "lineage?": (None, str),
     "diversify?": [str],
     "chosen?": [int],
+    "reading?": {
+        **{name + "?": (str, [(None, str)]) for name in ("second", "negative_second")},
+        **{name + "?": [int] for name in ("original_size", "crop", "target_size")},
+        **{"style?": str, "clip_skip?": int, "literal?": bool},
+    },
+    "given?": {"": str},
 }
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
@@ -60,7 +69,7 @@ class Recorded:
 
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    negative: str
+    negative: str | Sequence[str | None] | None
     size: tuple[int, int]
     chunk: int
     table: StepTable
@@ -74,6 +83,12 @@ class Recorded:
     diversify: tuple[str, ...] = ()
     chosen: tuple[int, ...] | None = None
     """Seeds that a method chose, of which these are the images."""
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """How prompts are read, where it is not the usual way: arguments of `Engine.sample`."""
+    given: Mapping[str, str] = field(default_factory=dict[str, str])
+    """SHA-256 of tensors that were the caller's own, which a record does not hold."""
+    first: bool = False
+    """Whether it is of the first format."""
 
 
 def weigh(files: WeightFiles) -> Json:
@@ -122,7 +137,7 @@ def describe(run: Recorded) -> Json:
         "format": FORMAT,
         "prompts": list(run.prompts),
         "seeds": list(run.seeds),
-        "negative": run.negative,
+        "negative": list(n) if isinstance(n := run.negative, tuple) else n,
         "size": list(run.size),
         "chunk": run.chunk,
         "lineage": run.lineage,
@@ -133,12 +148,14 @@ def describe(run: Recorded) -> Json:
         "results": {name: list(values) for name, values in run.results.items()},
         **({"diversify": list(run.diversify)} if run.diversify else {}),
         **({} if run.chosen is None else {"chosen": list(run.chosen)}),
+        **({"reading": _plain(run.reading)} if run.reading else {}),
+        **({"given": dict(run.given)} if run.given else {}),
     }
 
 
 def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
     """What `describe` wrote. Raises InputError, naming the `source`, for what is not a record."""
-    if isinstance(kind := record.get("format"), str) and kind != FORMAT:
+    if isinstance(kind := record.get("format"), str) and kind not in (FORMAT, FIRST):
         raise InputError(f"{source!r}: expected a record of format {FORMAT}, got {kind!r:.60}")
     check_shape(record, _SHAPE, source, RECORD)
     try:
@@ -157,7 +174,7 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
         return Recorded(
             prompts=tuple(record["prompts"]),
             seeds=tuple(record["seeds"]),
-            negative=record["negative"],
+            negative=(record["negative"] or None) if kind == FIRST else record["negative"],
             size=(height, width),
             chunk=record["chunk"],
             table=StepTable.from_json(json.dumps(record["table"])),
@@ -168,9 +185,24 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             lineage=record.get("lineage"),
             diversify=tuple(diversify),
             chosen=tuple(record["chosen"]) if "chosen" in record else None,
+            reading={"literal": True} if kind == FIRST else _read(record.get("reading", {})),
+            given=dict(record.get("given", {})),
+            first=kind == FIRST,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error
+
+
+def _plain(reading: Mapping[str, Any]) -> Json:
+    return {n: list(v) if isinstance(v, tuple) else v for n, v in reading.items()}  # pyright: ignore
+
+
+def _read(reading: Mapping[str, Any]) -> Json:
+    """Lists as the tuples that they were. Raises KeyError for a way that is not known."""
+    known = {name.removesuffix("?") for name in _SHAPE["reading?"]}  # pyright: ignore
+    if unknown := sorted(set(reading) - known):
+        raise KeyError(f"reading has {unknown[0]!r:.40}, which this version does not know")
+    return {n: tuple(v) if isinstance(v, list) else v for n, v in reading.items()}  # pyright: ignore
 
 
 def read_record(path: Path) -> Json:
@@ -196,6 +228,9 @@ def check_weights(recorded: Recorded, now: Mapping[str, Mapping[str, str]]) -> N
 
 def first_difference(recorded: Recorded, now: Recorded) -> str | None:
     """Where the results part, and what of the machine differs; None where they are equal."""
+    for name in dict.fromkeys((*recorded.given, *now.given)):
+        if recorded.given.get(name) != now.given.get(name):
+            return f"first difference: {name}, which was given, is not the recorded one"
     for kind in ("latents", "rgb"):
         for image, pair in enumerate(_pairs(recorded.results.get(kind), now.results[kind])):
             if pair[0] != pair[1]:

@@ -3,41 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import SupportsIndex, cast
+from dataclasses import dataclass, replace
+from typing import Any, SupportsIndex, cast
 
 from torch import Tensor
 
-from headstart.adapters.attached import Asking, Attached
+from headstart.adapters.attached import Attached
 from headstart.adapters.strength import Strength
 from headstart.diversify.effect import check_images, select_of, strengths_of, table_of
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
+from headstart.engine.asks import OWN, Asks
+from headstart.engine.given import Own, digests, latent_of, noise_source, own_of
 from headstart.engine.memory import Shape, plan_chunk
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
+from headstart.engine.tags import Tags, tagged
+from headstart.engine.words import Line, Words, check_words, listed, pair_of_pixels
 from headstart.errors import InputError
+from headstart.interfaces import NoiseSource
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import check_size, check_text, pair_up
+from headstart.plan.request import check_size, pair_up
 from headstart.plan.table import StepTable
 
-Prompts = str | Sequence[str]
+Prompts = str | Sequence[str] | None
 Seeds = SupportsIndex | Sequence[SupportsIndex]
-Size = int | tuple[int, int] | None
+_TEXTS = ("negative", "second", "negative_second")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
     """What runs: the images, the rows, how they are steered, and how many samples at once.
 
+    words      as typed; lines, tags: what of them each row is told, [rows][images]
+    own        conditioning and noise that were handed in; noise: the source of it, or None
     latent     [C, h, w] of one image
     acts       adapter -> its strength; strengths: of all live ones, [rows, images, adapters]
     methods    what is done for variety, in the order given
     """
 
     images: Images
-    negative: str
+    words: Words
+    lines: Sequence[Sequence[Line]]
+    tags: Sequence[Sequence[Tags]]
+    own: Own
+    noise: NoiseSource | None
     size: tuple[int, int]
     table: StepTable
     chunk: int
@@ -59,47 +70,45 @@ def prepare(
     *,
     plan: str | Plan | StepTable,
     seeds: Seeds,
-    negative: str,
-    size: Size,
-    batch: int | None,
-    adapters: Asking,
-    diversify: Diversify,
-    settings: PlanSettings,
+    asks: Asks,
+    batch: int | None = None,
+    diversify: Diversify = (),
     keep_x0: bool = False,
 ) -> Request:
     """See `headstart.Engine.sample`."""
-    if "diversify" in cast("Mapping[str, object]", settings):
-        raise InputError(
-            "diversify= acts on the images of one call, and runs of `begin` share theirs with "
-            "others: leave it out, or use sample or iterate"
-        )
+    asked, settings = _told_apart(asks)
     methods = read_methods(diversify)
-    acts = attached.acts(adapters)
+    acts = attached.acts(asked.get("adapters"))
     by_sample = any(strength.by_sample for strength in acts.values())
-    images = Images(*pair_up(prompts, seeds, distinct=not by_sample))
-    _check_across(methods, images, by_sample)
+    pixels = _pixels(weights, asked)
+    own = _own(weights, asked, pixels)
+    words, seeds = _paired(prompts, seeds, asked, own, distinct=not by_sample)
+    check_words(words, weights.text)
+    images = Images(words.prompts, seeds)
+    _check_across(methods, images, by_sample, own)
     table = table_of(methods, compile_for(weights, plan, settings))
-    acts = strengths_of(methods, acts, attached, table)
-    pixels = check_size(size, weights.image_size, max(8, weights.downscale))
+    lines, tags = _told(words, table, own)
+    acts = strengths_of(methods, tagged(acts, attached, table, tags), attached, table)
     guided = any(step.guidance != 1.0 for step in table)
-    if check_text(negative) and not guided:
-        raise InputError(
-            f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
-            "other than 1; leave it out, or give base_guidance= or distilled_guidance="
-        )
+    _check_guidance(words, own, table, guided)
     if batch is not None and batch < 1:
         raise InputError(f"batch must be at least 1 sample, got {batch}")
     select = select_of(methods)
     count = len(images) * (1 if select is None else int(select.times))
     height, width = (side // weights.downscale for side in pixels)
     latent = (weights.latent_channels, height, width)
+    noise = noise_source(own, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
     chunk = min(batch or count, count)
     if weights.footprint is not None:
         chunk = plan_chunk(shape, weights.footprint, 1 + guided, weights.device, batch)
     return Request(
         images=images,
-        negative=negative,
+        words=words,
+        lines=lines,
+        tags=tags,
+        own=replace(own, digests=digests(own, latent, table)),
+        noise=noise,
         size=pixels,
         table=table,
         chunk=chunk,
@@ -111,7 +120,114 @@ def prepare(
     )
 
 
-def _check_across(methods: Sequence[Method], images: Images, by_sample: bool) -> None:
+def _told_apart(asks: Asks) -> tuple[Mapping[str, Any], PlanSettings]:
+    """What is asked of the run, and of a plan given by name."""
+    given = cast("dict[str, Any]", dict(asks))
+    if "diversify" in given:
+        raise InputError(
+            "diversify= acts on the images of one call, and runs of `begin` share theirs with "
+            "others: leave it out, or use sample or iterate"
+        )
+    if unknown := sorted(set(given) - OWN - set(PlanSettings.__annotations__)):
+        raise TypeError(f"got an unexpected keyword argument {unknown[0]!r}: see Engine.sample")
+    own = {name: value for name, value in given.items() if name in OWN and value is not None}
+    settings = {name: value for name, value in given.items() if name not in OWN}
+    return own, cast("PlanSettings", settings)
+
+
+def _pixels(weights: Pair, asked: Mapping[str, Any]) -> tuple[int, int]:
+    size, latent = asked.get("size"), latent_of(asked.get("noise"))
+    if size is None and latent is not None and len(latent) == 3:
+        size = (latent[1] * weights.downscale, latent[2] * weights.downscale)
+    return check_size(size, weights.image_size, max(8, weights.downscale))
+
+
+def _own(weights: Pair, asked: Mapping[str, Any], pixels: tuple[int, int]) -> Own:
+    sizes = [pair_of_pixels(name, asked.get(name)) for name in ("original_size", "target_size")]
+    crop = pair_of_pixels("crop", asked.get("crop"), 0) or (0, 0)
+    original, target = (size or pixels for size in sizes)
+    return own_of(weights, asked, (*original, *crop, *target))
+
+
+def _paired(
+    prompts: Prompts, seeds: Seeds, asked: Mapping[str, Any], own: Own, *, distinct: bool
+) -> tuple[Words, tuple[int, ...]]:
+    """Texts and a seed for each image; everything that is one serves all."""
+    if prompts is None and own.cond is None:
+        raise InputError('prompts: say what to draw, such as "a fox", or give cond=')
+    lists = {name: listed(name, asked.get(name)) for name in _TEXTS}
+    counts = {name: len(texts) for name, texts in lists.items()} | own.samples
+    several = {name: count for name, count in counts.items() if count > 1}
+    texts, numbers = pair_up(
+        "" if prompts is None else prompts, seeds, distinct=distinct and not several
+    )
+    count = max(len(texts), *counts.values())
+    exact = {name: n for name, n in counts.items() if n > 1 or name == "noise"}
+    if odd := [name for name, own_count in exact.items() if own_count != count]:
+        raise InputError(
+            f"{odd[0]}: {counts[odd[0]]} for {count} images: give one for all, or one an image"
+        )
+    if len(texts) != count:
+        if len(texts) > 1:
+            raise InputError(
+                f"{next(iter(several))}: {count} for {len(texts)} images: give one for all, or one "
+                "an image"
+            )
+        texts, numbers = texts * count, numbers * count
+    wide = {name: tuple(given * count)[:count] for name, given in lists.items()}
+    if several and distinct and not set(several) & {"cond", "uncond", "noise"}:
+        _check_distinct(zip(texts, numbers, *wide.values(), strict=True))
+    return _words(texts, wide, asked), numbers
+
+
+def _check_distinct(images: Any) -> None:
+    seen = set[Any]()
+    for image in images:
+        if image in seen:
+            raise InputError(
+                f"seed {image[1]} is given twice for prompt {image[0]!r:.60}: it would draw the "
+                "same image again; leave one out"
+            )
+        seen.add(image)
+
+
+def _words(
+    prompts: tuple[str, ...], lists: Mapping[str, tuple[str | None, ...]], asked: Mapping[str, Any]
+) -> Words:
+    return Words(
+        prompts=prompts,
+        negative=lists["negative"],
+        second=lists["second"],
+        negative_second=lists["negative_second"],
+        style=asked.get("style", "plain"),
+        clip_skip=asked.get("clip_skip"),
+        original_size=pair_of_pixels("original_size", asked.get("original_size")),
+        crop=pair_of_pixels("crop", asked.get("crop"), 0),
+        target_size=pair_of_pixels("target_size", asked.get("target_size")),
+        literal=bool(asked.get("literal", False)),
+    )
+
+
+def _told(
+    words: Words, table: StepTable, own: Own
+) -> tuple[Sequence[Sequence[Line]], Sequence[Sequence[Tags]]]:
+    """Of prompts that are names alone nothing is read."""
+    read = words if own.cond is None else replace(words, literal=True)
+    return read.lines(table)
+
+
+def _check_guidance(words: Words, own: Own, table: StepTable, guided: bool) -> None:
+    told = any(text is not None for text in words.negative)
+    if told and own.uncond is not None:
+        raise InputError("negative= and uncond= both say what guidance moves away from: give one")
+    if (told or own.uncond is not None) and not guided:
+        raise InputError(
+            f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
+            "other than 1; leave it out, or give base_guidance= or distilled_guidance="
+        )
+
+
+def _check_across(methods: Sequence[Method], images: Images, by_sample: bool, own: Own) -> None:
     """Of methods that act across the images of a prompt."""
     check_images(methods, images)
     across = next((method for method in methods if method.least > 1), None)
@@ -119,4 +235,9 @@ def _check_across(methods: Sequence[Method], images: Images, by_sample: bool) ->
         raise InputError(
             f"diversify {across}: acts across the images of a prompt, and here these have adapter "
             "strengths of their own: give one strength for all, or leave it out"
+        )
+    if own.noise is not None and (select := select_of(methods)):
+        raise InputError(
+            f"diversify {select}: draws candidates from other seeds, and the noise is given: leave "
+            "one of them out"
         )

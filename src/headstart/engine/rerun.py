@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from headstart.engine import record as recording
 from headstart.engine.engine import Engine
+from headstart.engine.given import Noise, Told
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
 from headstart.sampler import State
@@ -17,19 +19,28 @@ def replay(
     engine: Engine,
     *,
     on_step: Callable[[State], object] | None = None,
+    cond: Told | None = None,
+    uncond: Told | None = None,
+    noise: Noise | None = None,
 ) -> Trajectory:
     """Run a record again and compare SHA-256 of every latent and image.
+
+    cond, uncond, noise   what the run was given as tensors, which the record does not hold
 
     Raises InputError for a record of other weights, and for a result that is not equal, with the
     first image that differs and what differs of the machine. A network's rounding depends on
     device, versions, thread count and batch, so only the same of these promise the same bits.
     """
     recorded = recording.parse(record)
+    own = {"cond": cond, "uncond": uncond, "noise": noise}
+    check_own(recorded, [name for name, told in own.items() if told is not None])
+    _check_whole(recorded, engine)
     adapters = engine.adapters.look()
     files = {**engine.weights.files, **adapters.files()}
     recording.check_weights(recorded, recording.weigh(files))
-    again = engine.sample(
+    again = engine.with_reading().sample(
         recorded.prompts,
+        **{**recorded.reading, **own},  # pyright: ignore[reportArgumentType]
         plan=recorded.table,
         seeds=recorded.seeds,
         negative=recorded.negative,
@@ -43,3 +54,32 @@ def replay(
     if difference:
         raise InputError(f"the replay is not equal to the record: {difference}")
     return again
+
+
+def check_own(recorded: recording.Recorded, have: Sequence[str]) -> None:
+    """Raise InputError unless `have` is what the run was given as tensors."""
+    wanted = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in recorded.given))
+    if missing := [name for name in wanted if name not in have]:
+        asked = ", ".join(f"{name}=..." for name in missing)
+        raise InputError(
+            f"the run was given {' and '.join(f'{name}=' for name in missing)} as tensors, of "
+            "which its record has digests alone, so nothing but their owner can run it again: in "
+            f"Python, headstart.replay(record, engine, {asked})"
+        )
+    if extra := [name for name in have if name not in wanted]:
+        raise InputError(f"the run was not given {extra[0]}=: leave it out")
+
+
+def _check_whole(recorded: recording.Recorded, engine: Engine) -> None:
+    """A record of the first format that a version made which read one piece of each text."""
+    if not recorded.first:
+        return
+    room, tokenizer = engine.text.length - 2, engine.text.tokenizer
+    negative = recorded.negative if isinstance(recorded.negative, str) else ""
+    for text in (*recorded.prompts, negative):
+        if len(tokenizer.tokens(text)) > room:
+            raise InputError(
+                f"the record was made by a version that cut prompts to {room} tokens, and "
+                f"{text!r:.60} has more, all of which are read now: sample it anew, or shorten it "
+                "to what was read"
+            )

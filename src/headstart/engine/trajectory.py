@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -28,6 +28,9 @@ class Trajectory:
     lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on
     adapters    name -> what was attached, and how strongly it acted
+    negative    one for all images, None for none, or one an image; reading: how they and the
+                prompts are read, as arguments of `Engine.sample`, where it is not the usual way
+    given       SHA-256 of what conditioning and noise were the caller's own
     diversify   the methods that acted, in their order
     chosen      the seeds whose images these are, where a method chose them for `seeds`: each alone
                 gives its image without that method
@@ -40,7 +43,7 @@ class Trajectory:
     latency_ms: Mapping[str, float]
     prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    negative: str
+    negative: str | Sequence[str | None] | None
     size: tuple[int, int]
     chunk: int
     lineage: str | None = None
@@ -49,6 +52,8 @@ class Trajectory:
     adapters: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
     diversify: tuple[Method, ...] = ()
     chosen: tuple[int, ...] | None = None
+    reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    given: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def passes(self) -> int:
@@ -68,7 +73,8 @@ class Trajectory:
     def record(self) -> dict[str, Any]:
         """Everything that repeats this run, and SHA-256 of its images, as JSON-able values.
 
-        The first record of an engine reads its weight files through once, for their digests.
+        The first record of an engine reads its weight files through once, for their digests. Of
+        tensors that were the caller's own it has digests alone: see `headstart.replay`.
         """
         return record.describe(self.recorded())
 
@@ -87,6 +93,8 @@ class Trajectory:
             lineage=self.lineage,
             diversify=tuple(map(str, self.diversify)),
             chosen=self.chosen,
+            reading=self.reading,
+            given=self.given,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.by_level import ByLevel
 from headstart.errors import InputError
 from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
 from headstart.networks.fusion import setting
@@ -127,6 +128,11 @@ class TrajectoryGraph:
         keep_x0: bool = False,
     ) -> tuple[Program, Tensors]:
         """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        if isinstance(cast("object", cond), ByLevel) or isinstance(cast("object", uncond), ByLevel):
+            raise InputError(
+                "one graph of a whole run is told one Conditioning: give fields that change with "
+                "the row as by_row=, or run a ByLevel with headstart.sample and graph runners"
+            )
         adapters = {name: adapters_of(n, cond) for name, n in self.denoisers.items()}
         asked = _Request(
             self, table, tuple(shape), len(noise), uncond is not None, keep_x0, adapters

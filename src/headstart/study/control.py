@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.engine.engine import Engine
-from headstart.engine.request import Size
+from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.engine.engine import Engine
-from headstart.engine.request import Size
+from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import off_diagonal_mean

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.engine.engine import Engine
-from headstart.engine.request import Size
+from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.resample import Measured, over_prompts
 from headstart.plan.request import check_size

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 import headstart_weights
 from headstart.engine.engine import Engine
-from headstart.engine.request import Size
+from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER
 from headstart.plan.table import StepTable

@@ -29,6 +29,7 @@ FORMAT = "headstart.sweep/1"
 SETTINGS, MANIFEST, SHARDS = "sweep.json", "manifest.jsonl", "shards"
 IDENTITY = (
     *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
+    *("reading", "adapters"),
 )
 """What decides the images. `machine` may change: it is told where bits differ."""
 

@@ -73,7 +73,7 @@ def branch(
     reseed: SupportsIndex | Sequence[SupportsIndex] | None = None,
     guidance: float | None = None,
     prompt: str | None = None,
-    negative: str | None = None,
+    negative: str | Sequence[str | None] | None = None,
 ) -> Branch:
     """Go on from `state`, a State of the run `origin`, with what is given changed.
 
@@ -100,6 +100,11 @@ def branch(
             f"a branch starts at row 1 to {len(origin.table) - 1} of plan {origin.table.name!r}, "
             f"not at row {first}: row 0 is another run, and there is no row after the last"
         )
+    if origin.given:
+        raise InputError(
+            "the run was given tensors of its caller's (cond=, uncond=, noise=), which it does not "
+            "keep: go on with engine.iterate(cond=..., noise=..., resume=state)"
+        )
     words = _told(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
     seeds = (origin.chosen or origin.seeds) if reseed is None else pair_up("", reseed)[1]
@@ -111,8 +116,9 @@ def branch(
     prompts = origin.prompts if prompt is None else (prompt,)
     prompts = prompts if len(prompts) == count else prompts[:1] * count
     chunk = min(origin.chunk, count)
-    run = engine.iterate(
-        prompts, plan=table, seeds=seeds, size=origin.size, batch=chunk, resume=state,
+    run = engine.with_reading().iterate(
+        prompts, **origin.reading, plan=table, seeds=seeds, size=origin.size, batch=chunk,
+        resume=state,
         negative=origin.negative if negative is None else negative,
         adapters=_strengths(engine, origin, count), diversify=going_on(origin.diversify),
     )  # fmt: skip
@@ -223,7 +229,7 @@ def _told(
     reseed: object,
     guidance: float | None,
     prompt: str | None,
-    negative: str | None,
+    negative: object,
 ) -> str:
     told = [
         f"{model} from here" if model is not None else "",

@@ -1,0 +1,154 @@
+"""`<lora:NAME:STRENGTH>` in a prompt: an attached adapter at a strength of this image's own.
+
+strength[row, image] = the tag's where the text of that row names it, else what was asked for
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from headstart.adapters.attached import Attached
+from headstart.adapters.strength import Strength
+from headstart.errors import InputError
+from headstart.plan.table import StepTable
+
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+Array = npt.NDArray[np.float64]
+
+
+class Tag(NamedTuple):
+    """Strengths in the text encoders and in the UNets."""
+
+    text: float
+    unet: float
+
+
+Tags = Mapping[str, Tag]
+"""Adapter -> its tag, of one text."""
+
+
+def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
+    """The text without its tags, and what they say.
+
+    `<lora:NAME>` is strength 1, `<lora:NAME:S>` acts at S, `<lora:NAME:TE:UNET>` at TE in the text
+    encoders and UNET in both networks, also as `te=`, `unet=` (AUTOMATIC1111's webui,
+    extensions-builtin/Lora/extra_networks_lora.py).
+    `lyco` is another word for it. Raises InputError for anything else in such brackets.
+    """
+    found: dict[str, Tag] = {}
+    for tag in _TAG.finditer(typed):
+        name, told = _read(tag[0], tag[1].lower(), tag[2])
+        if name in found:
+            raise InputError(f"prompt {typed!r:.80} names adapter {name!r} twice: leave one out")
+        found[name] = told
+    if not found:
+        return typed, found
+    return re.sub(r"\s+", " ", _TAG.sub("", typed)).strip(), found
+
+
+def _read(tag: str, kind: str, told: str) -> tuple[str, Tag]:
+    if kind == "hypernet":
+        raise InputError(f"{tag!r:.60}: hypernetworks are not read here: leave the tag out")
+    name, *rest = (part.strip() for part in told.split(":"))
+    name = name.removesuffix(".safetensors")
+    named = dict(part.split("=", 1) for part in rest if "=" in part)
+    plain = [part for part in rest if "=" not in part]
+    numbers = [*plain, *named.values()]
+    if (
+        not name
+        or len(plain) > 2
+        or not set(named) <= {"te", "unet"}
+        or not all(_NUMBER.fullmatch(number) for number in numbers)
+    ):
+        raise InputError(
+            f"{tag!r:.80}: expected <lora:NAME>, <lora:NAME:STRENGTH> or <lora:NAME:TE:UNET>, the "
+            "strengths in the text encoders and in the UNets, such as <lora:ink:0.8>"
+        )
+    text = float(named.get("te", plain[0] if plain else "1"))
+    return name, Tag(text, float(named.get("unet", plain[1] if len(plain) > 1 else text)))
+
+
+def refuse_tags(typed: str, what: str) -> None:
+    if found := _TAG.search(typed):
+        raise InputError(
+            f"{what} {typed!r:.60}: {found[0]!r:.40} acts on both halves of guidance, so it stands "
+            "in the prompt: write it there"
+        )
+
+
+def tagged(
+    acts: Mapping[str, Strength],
+    attached: Attached,
+    table: StepTable,
+    tags: Sequence[Sequence[Tags]],
+) -> dict[str, Strength]:
+    """Adapter -> its strength with what prompts say, `tags` of [rows][images].
+
+    Raises InputError for an adapter that is not attached, and for a merged one at another strength
+    than it is merged at.
+    """
+    said = dict(acts)
+    for name in dict.fromkeys(name for row in tags for told in row for name in told):
+        if name not in attached.held:
+            have = ", ".join(map(repr, attached.held)) or "none"
+            raise InputError(
+                f"a prompt names adapter {name!r}, which is not attached: attached are {have}; "
+                f"attach it first, with engine.attach('{name:.60}.safetensors'), or on the command "
+                "line with --lora FILE or --lora-folder DIR"
+            )
+        own = [[told.get(name) for told in row] for row in tags]
+        held = attached.held[name]
+        said[name] = held.for_run(_strength(name, acts[name], table, own, texts=held.texts))
+    return said
+
+
+def _strength(
+    name: str,
+    strength: Strength,
+    table: StepTable,
+    tags: Sequence[Sequence[Tag | None]],
+    *,
+    texts: bool,
+) -> Strength:
+    rows, batch = len(tags), len(tags[0])
+    strength.grid(name, table, batch)  # refuses counts that are not the run's
+    values: Array = np.array(np.broadcast_to(np.asarray(strength.value), (rows, batch)))
+    for row, images in enumerate(tags):
+        for image, tag in enumerate(images):
+            if tag is not None:
+                values[row, image] = tag.unet
+    value = _smallest(values)
+    if not texts:
+        return replace(strength, value=value)
+    # What texts are read at that do not name it: `text_strengths` puts the tags in their place.
+    text = _smallest(strength.for_text(name, batch)[None])
+    return replace(strength, value=value, text=None if text == value else text)
+
+
+def text_strengths(attached: Attached, base: Any, tags: Sequence[Tags]) -> Any:
+    """Of the images at one row, [images, adapters], for their texts there; None where no live
+    adapter changes texts."""
+    if base is None:
+        return None
+    found = base.clone()
+    for column, name in enumerate(attached.columns):
+        for image, told in enumerate(tags):
+            if name in told and attached.held[name].texts:
+                found[image, column] = told[name].text
+    return found
+
+
+def _smallest(values: Array) -> Any:
+    """A number where all are one, one an image where rows agree, else [rows][images]."""
+    if (values == values.flat[0]).all():
+        return float(values.flat[0])
+    if (values == values[0]).all():
+        return tuple(map(float, values[0]))
+    return tuple(tuple(map(float, row)) for row in values)

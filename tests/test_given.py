@@ -1,0 +1,147 @@
+"""Conditioning and noise of the caller's own: what fits, what is told, and records of such runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny_pair import PLAN, tiny_engine
+
+import headstart as hs
+
+CELLS = (4, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> hs.Engine:
+    return tiny_engine("sdxl")
+
+
+@pytest.fixture(scope="module")
+def sd15() -> hs.Engine:
+    return tiny_engine("sd15")
+
+
+def normals(count: int, *cells: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, *(cells or CELLS), generator=generator)
+
+
+def test_conditioning_of_ones_own_stands_for_the_prompts(sdxl: hs.Engine) -> None:
+    cond, uncond = sdxl.text.encode(["cat", "the"], ["a", None], size=16)
+    prompts = sdxl.sample(["cat", "the"], plan=PLAN, negative=["a", None])
+    own = sdxl.sample(plan=PLAN, cond=cond, uncond=uncond)
+    assert torch.equal(own.latents, prompts.latents)
+    assert own.prompts == ("", "")
+    bare = replace(cond, time_ids=None)  # told the size of the picture then
+    assert torch.equal(sdxl.sample(plan=PLAN, cond=bare, uncond=uncond).latents, own.latents)
+    named = sdxl.sample("my <lora:x>", plan=PLAN, cond=cond[:1], uncond=uncond[:1])
+    assert named.prompts == ("my <lora:x>",)
+
+
+def test_conditioning_of_ones_own_may_change_with_the_level(sdxl: hs.Engine) -> None:
+    cat, the = (sdxl.text.encode([word], size=16) for word in ("cat", "the"))
+    told = hs.ByLevel(((math.inf, cat), ("handoff", the)))
+    own = sdxl.sample(plan=PLAN, cond=told, negative="a", seeds=[1, 2]).latents
+    typed = sdxl.sample("cat -> the at the hand-off", plan=PLAN, negative="a", seeds=[1, 2])
+    assert (own - typed.latents).norm() < 1e-4 * own.norm()
+
+
+def test_a_start_of_ones_own_is_the_seeds_where_it_holds_their_numbers(sd15: hs.Engine) -> None:
+    """And its size is the picture's."""
+    plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))
+    drawn = hs.Philox([5, 6]).initial((4, 8, 12), torch.device("cpu"))
+    seeds = sd15.sample("cat", plan=plan, seeds=[5, 6], size=(16, 24))
+    own = sd15.sample("cat", plan=plan, seeds=[5, 6], noise=drawn)
+    assert own.size == (16, 24)
+    assert torch.equal(own.latents, seeds.latents)
+    assert torch.equal(sd15.begin("cat", plan=plan, noise=drawn).state.x[0], seeds_start(drawn))
+
+
+def seeds_start(drawn: torch.Tensor) -> torch.Tensor:
+    return drawn[0] * PLAN.compile(hs.NoiseSchedule.scaled_linear()).init_scale
+
+
+def test_all_noise_may_be_given(sd15: hs.Engine) -> None:
+    plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))
+    start, row = normals(2), normals(2) + 1
+    given = hs.Given(start, [None, None, row])
+    done = sd15.sample("cat", plan=plan, noise=given)
+    assert len(done) == 2 and set(done.given) == {"noise.initial", "noise.2"}
+    with pytest.raises(hs.InputError, match=r"rows \[2\] .* the given noise has none"):
+        sd15.iterate("cat", plan=plan, noise=hs.Given(start))
+
+
+def test_a_record_of_tensors_is_replayed_by_whoever_has_them(sdxl: hs.Engine) -> None:
+    cond, noise = sdxl.text.encode(["cat"], size=16), normals(2)
+    record = sdxl.sample(plan=PLAN, cond=cond, noise=noise).record()
+    assert set(record["given"]) == {"cond.context", "cond.pooled", "cond.time_ids", "noise"}
+    again = hs.replay(record, sdxl, cond=cond, noise=noise)
+    assert again.record()["results"] == record["results"]
+    with pytest.raises(
+        hs.InputError, match=r"digests alone.* headstart\.replay\(record, engine, noise="
+    ):
+        hs.replay(record, sdxl, cond=cond)
+    with pytest.raises(hs.InputError, match=r"cond\.context, which was given, is not the recorded"):
+        hs.replay(record, sdxl, cond=replace(cond, context=2 * cond.context), noise=noise)
+    usual = sdxl.sample("cat", plan=PLAN).record()
+    with pytest.raises(hs.InputError, match="was not given noise="):
+        hs.replay(usual, sdxl, noise=noise)
+
+
+def test_a_branch_of_a_run_of_tensors_says_how_to_go_on(sdxl: hs.Engine) -> None:
+    states: list[hs.State] = []
+    noise = normals(1)
+    origin = sdxl.sample("cat", plan=PLAN, noise=noise, on_step=states.append)
+    with pytest.raises(hs.InputError, match=r"engine\.iterate\(.* resume=state\)"):
+        hs.branch(sdxl, origin, states[1], model="base")
+    *_, last = sdxl.iterate("cat", plan=PLAN, noise=noise, resume=states[1])
+    assert torch.equal(last.x, origin.latents)
+
+
+def told(width: int = 72, pooled: int | None = 24, **more: Any) -> hs.Conditioning:
+    own = None if pooled is None else torch.zeros(1, pooled)
+    return hs.Conditioning(torch.zeros(1, 16, width), own, **more)
+
+
+WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
+    "another family's": ("sd15", {"cond": told(32)}, r"cond\.pooled: this family's .* leave it"),
+    "context": ("sdxl", {"cond": told(32)}, r"cond\.context: expected floats \[B, tokens, 72\]"),
+    "no pooled": ("sdxl", {"cond": told(pooled=None)}, r"cond\.pooled: expected \[B, 24\].* none"),
+    "pooled": ("sdxl", {"cond": told(pooled=8)}, r"cond\.pooled: expected floats \[B, 24\]"),
+    "sizes": ("sdxl", {"cond": told(time_ids=torch.zeros(1, 5))}, r"cond\.time_ids: .*\[B, 6\]"),
+    "strengths": ("sdxl", {"cond": told(strengths=torch.ones(1, 1))}, "give them as adapters="),
+    "nan": ("sdxl", {"uncond": told(pooled=24), "cond": hs.Conditioning(
+        torch.full((1, 16, 72), math.nan), torch.zeros(1, 24))}, "holds NaN or infinity"),
+    "batch": ("sdxl", {"cond": hs.Conditioning(torch.zeros(2, 16, 72), torch.zeros(1, 24))},
+              r"cond\.pooled has 1 samples, its context 2"),
+    "no tensor": ("sdxl", {"cond": "cat"}, "expected a headstart.Conditioning"),
+    "lengths": ("sdxl", {"cond": told(), "uncond": hs.Conditioning(
+        torch.zeros(1, 32, 72), torch.zeros(1, 24))}, "16 and 32 tokens"),
+    "two": ("sdxl", {"prompts": "a", "uncond": told(), "negative": "a"}, "give one"),
+    "unguided": ("sdxl", {"prompts": "a", "uncond": told(), "plan": hs.Plan(PLAN.legs[1:])},
+                 "the negative prompt would do nothing"),
+    "noise of a batch": ("sd15", {"prompts": ["a", "b"], "noise": normals(3)}, "noise: 3 for 2"),
+    "one noise": ("sd15", {"prompts": ["a", "b"], "noise": normals(1)}, "noise: 1 for 2 images"),
+    "channels": ("sd15", {"prompts": "a", "noise": normals(1, 16, 8, 8)}, r"latents \[16, 8, 8\]"),
+    "size": ("sd15", {"prompts": "a", "noise": normals(1), "size": 32}, r"take \[4, 16, 16\]"),
+    "odd size": ("sd15", {"prompts": "a", "noise": normals(1, 4, 7, 8)}, "multiples of 8"),
+    "flat": ("sd15", {"prompts": "a", "noise": torch.zeros(3)}, "expected float noise"),
+    "whole": ("sd15", {"prompts": "a", "noise": torch.zeros(1, 4, 8, 8, dtype=torch.int64)},
+              "expected float noise"),
+    "list": ("sd15", {"prompts": "a", "noise": [1.0]}, r"noise: expected a tensor \[B, C, h, w\]"),
+    "select": ("sd15", {"prompts": "a", "noise": normals(2), "diversify": "select:2"},
+               "draws candidates from other seeds, and the noise is given"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "asked", "says"), WRONG.values(), ids=WRONG)
+def test_tensors_that_do_not_fit_are_refused(
+    sd15: hs.Engine, sdxl: hs.Engine, family: str, asked: dict[str, Any], says: str
+) -> None:
+    engine = sdxl if family == "sdxl" else sd15
+    with pytest.raises(hs.InputError, match=says):
+        engine.iterate(**{"plan": PLAN, **asked})
