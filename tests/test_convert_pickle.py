@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -157,8 +158,6 @@ def test_a_trainers_bookkeeping_is_read_as_inert(
     for part in ("pytorch_lightning", "pytorch_lightning.callbacks", name):
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     sys.modules[name].ModelCheckpoint = ModelCheckpoint  # type: ignore[attr-defined]
-    import numpy as np
-
     document = {
         "state_dict": {"a": torch.ones(2)},
         "callbacks": {ModelCheckpoint: {"best": np.float64(0.5)}},
@@ -166,6 +165,48 @@ def test_a_trainers_bookkeeping_is_read_as_inert(
     torch.save(document, tmp_path / "in.ckpt")
     assert convert(tmp_path / "in.ckpt", out).left_out == ("callbacks: dict with 0 tensors",)
     same(out, {"a": torch.ones(2)})
+
+
+def _pairs(layers: list[tuple[int, int]]) -> list[torch.Tensor]:
+    """cloneofsimo's list of a LoRA of rank 2: [o, 2], [2, i], ..."""
+    return [tensor for o, i in layers for tensor in (torch.rand(o, 2), torch.rand(2, i))]
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_list_that_is_a_lora_gets_the_names_of_one(tmp_path: Path, out: Path) -> None:
+    block = [(8, 8)] * 4 + [(8, 8), (8, 1024), (8, 1024), (8, 8)]
+    for network, layers in {"unet": block * 16, "text_encoder": [(768, 768)] * 48}.items():
+        tensors = _pairs(layers)
+        torch.save(tensors, tmp_path / "in.pt")
+        convert(tmp_path / "in.pt", out, overwrite=True)
+        names = [f"{network}:{n}:{side}" for n in range(len(layers)) for side in ("up", "down")]
+        same(out, dict(zip(names, tensors, strict=True)))
+        with pytest.raises(CheckpointError, match="without a name"):
+            torch.save(tensors[2:], tmp_path / "in.pt")
+            convert(tmp_path / "in.pt", out, overwrite=True)
+
+
+@pytest.mark.usefixtures("inside")
+def test_of_the_stages_of_a_token_the_last_is_kept_and_the_others_are_listed(
+    tmp_path: Path, out: Path
+) -> None:
+    """oss-roettger/XL-Textual-Inversion saves its progress so; other lists are none."""
+    stages = [{"emb": torch.rand(768), "emb2": torch.rand(1280)} for _ in range(3)]
+    torch.save(stages, tmp_path / "in.pt")
+    done = convert(tmp_path / "in.pt", out)
+    same(out, stages[-1])
+    assert done.left_out == ("0 to 1: earlier stages of the token that the last one is",)
+    torch.save([{"w": torch.ones(1)}, {"w": torch.ones(2)}], tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", out, overwrite=True)
+    same(out, {"0.w": torch.ones(1), "1.w": torch.ones(2)})
+
+
+@pytest.mark.usefixtures("inside")
+def test_an_encoded_prompt_without_a_name_is_called_cond(tmp_path: Path, out: Path) -> None:
+    tensor = torch.rand(1, 77, 8)
+    torch.save(tensor, tmp_path / "in.pt")
+    convert(tmp_path / "in.pt", out)
+    same(out, {"cond": tensor})
 
 
 # --------------------------------------------------------------------- refusals
@@ -250,6 +291,7 @@ def _itself(path: Path) -> None:
     torch.save(table, path)
 
 
+_RANDOM = {"random_state": (3, (1, 2), None), "torch_manual_seed": torch.zeros(8)}
 UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a zip cut short": (_cut, "damaged or cut short"),
     "a legacy file cut short": (_cut_legacy, "damaged"),
@@ -258,6 +300,28 @@ UNREADABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "TorchScript": (_zip("m/data.pkl", "m/constants.pkl"), "TorchScript"),
     "a compressed zip": (_deflated, "is compressed"),
     "no tensors": (lambda p: torch.save({"a": 1}, p), "holds no tensor"),
+    "an empty table": (lambda p: torch.save({}, p), "it holds nothing"),
+    "an empty list": (lambda p: torch.save([], p), "it holds nothing"),
+    "a vector without a name": (lambda p: torch.save(torch.ones(768), p), "one tensor without a"),
+    "means and deviations": (
+        lambda p: torch.save([torch.ones(768), torch.ones(768)], p),
+        "2 tensors without a name ([768], [768])",
+    ),
+    "a name of no letters": (lambda p: torch.save({"": torch.ones(1)}, p), "without a name"),
+    "an optimizer": (
+        lambda p: torch.save({"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}, p),
+        "the state of an optimizer",
+    ),
+    "a scheduler": (
+        lambda p: torch.save({"last_epoch": 3, "_step_count": 4}, p),
+        "rate's schedule",
+    ),
+    "random states": (
+        lambda p: torch.save(
+            _RANDOM | {"numpy_random_seed": np.random.RandomState(1).get_state()}, p
+        ),
+        "random number generators",
+    ),
     "a lone number": (lambda p: torch.save(3, p), "holds no tensor"),
     "a pickle of another program": (
         lambda p: p.write_bytes(pickle.dumps({"a": [1] * 50}, 2)),
@@ -342,6 +406,14 @@ def test_the_header_names_the_command_that_helps(
         assert main(command[1:]) == 0
         same(Path(command[3]), {"a": torch.ones(2)})
     assert "1 tensors, mostly F32" in capsys.readouterr().out
+
+
+def test_what_lies_beside_weights_is_named_and_not_sent_to_convert(tmp_path: Path) -> None:
+    for name in ("optimizer.bin", "random_states_0.pkl", "training_args.bin", "scheduler.pt"):
+        torch.save({"last_epoch": 1}, tmp_path / name)
+        with pytest.raises(CheckpointError, match="by its name the state of a trainer") as caught:
+            Checkpoint([tmp_path / name])
+        assert "convert" not in str(caught.value)
 
 
 @pytest.mark.usefixtures("inside")

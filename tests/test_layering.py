@@ -54,7 +54,7 @@ TORCH_FREE = {
     *("headstart", "headstart_weights"),
 }
 """Rooms, of which every module counts, and single modules."""
-TORCH_BEARING = {"convert.unpickle"}
+TORCH_BEARING = {"convert.document", "convert.unpickle"}
 """The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers

@@ -50,12 +50,16 @@ def network(context: int = 768) -> Layers:
     return {"unet": layers}
 
 
-def file_of(path: Path, shapes: Mapping[int, tuple[int, int]]) -> AdapterFile:
-    tensors: Tensors = {}
+def tensors_of(shapes: Mapping[int, tuple[int, int]], network: str = "unet") -> Tensors:
+    found: Tensors = {}
     for number, (out, into) in shapes.items():
-        tensors[f"unet:{number}:up"] = torch.ones(out, 1)
-        tensors[f"unet:{number}:down"] = torch.ones(1, into)
-    return read_adapter(write(path / "lora.safetensors", tensors))
+        found[f"{network}:{number}:up"] = torch.ones(out, 1)
+        found[f"{network}:{number}:down"] = torch.ones(1, into)
+    return found
+
+
+def file_of(path: Path, shapes: Mapping[int, tuple[int, int]]) -> AdapterFile:
+    return read_adapter(write(path / "lora.safetensors", tensors_of(shapes)))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -74,13 +78,11 @@ def test_numbers_that_fit_no_order_go_nowhere_and_may_be_let_be(tmp_path: Path) 
     """Those of which the shape fits would be of wrong layers."""
     shapes = dict(enumerate(numbered("newer", 768).values()))
     shapes[8], shapes[9] = shapes[9], shapes[8]
-    text = {"text": {"text_model.encoder.layers.0.self_attn.k_proj": (4, 4)}}
-    tensors = {f"text_encoder:0:{side}": torch.ones(s) for side, s in zip(("up", "down"), ((4, 1), (1, 4)), strict=True)}  # fmt: skip
-    for number, (out, into) in shapes.items():
-        tensors |= {f"unet:{number}:up": torch.ones(out, 1), f"unet:{number}:down": torch.ones(1, into)}  # fmt: skip
+    key = "text_model.encoder.layers.0.self_attn.k_proj"
+    tensors = tensors_of({0: (4, 4)}, "text_encoder") | tensors_of(shapes)
     file = read_adapter(write(tmp_path / "lora.safetensors", tensors))
-    found = file.resolve(network() | text)
-    assert [layer for _, layer in found.deltas] == [*text["text"]]
+    found = file.resolve({**network(), "text": {key: (4, 4)}})
+    assert [*found.deltas] == [("text", key)]
     with pytest.raises(AdapterError, match=r"288 of layers by number, which fit no order"):
         found.require()
     assert found.require(["unet:*"]) is found

@@ -18,6 +18,7 @@ from headstart.networks.tiny import (
     TinyDecoder,
     TinyEncoder,
     TinyParams,
+    TinyVae,
 )
 
 DEMO = TinyParams(width=16, blocks=(3, 3, 1))
@@ -104,6 +105,14 @@ def test_a_torn_tiny_file_names_what_is_missing(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "d.safetensors")
     with pytest.raises(CheckpointError, match=r"1 missing: decoder\.layers\.3\.conv\.2\.bias"):
         load_tiny(tmp_path / "d.safetensors")
+
+
+def test_latents_and_pixels_of_other_channels_are_refused() -> None:
+    tiny = TinyVae(TinyDecoder(DEMO), TinyEncoder(DEMO))
+    with pytest.raises(InputError, match=r"expected latents \[B, 4, h, w\] .* got \[1, 16, 2, 2\]"):
+        tiny.decode(torch.zeros(1, 16, 2, 2))
+    with pytest.raises(InputError, match=r"expected pixels \[B, 3, h, w\] .* got \[3, 8, 8\]"):
+        tiny.encode(torch.zeros(3, 8, 8))
 
 
 def test_extreme_latents_are_clamped_before_they_are_decoded() -> None:

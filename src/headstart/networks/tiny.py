@@ -102,13 +102,23 @@ class TinyVae(nn.Module):
         """Latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped."""
         if self.decoder is None:
             raise InputError("this tiny autoencoder is an encoder only: load a decoder's file")
+        _check_channels("latents", latents, self.decoder.params.latent_channels)
         return self.decoder(latents)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w]."""
         if self.encoder is None:
             raise InputError("this tiny autoencoder is a decoder only: load an encoder's file")
+        _check_channels("pixels", pixels, self.encoder.params.pixel_channels)
         return self.encoder(pixels)
+
+
+def _check_channels(what: str, came: Tensor, channels: int) -> None:
+    if came.ndim != 4 or came.shape[1] != channels:
+        raise InputError(
+            f"expected {what} [B, {channels}, h, w] for this tiny autoencoder, got "
+            f"{list(came.shape)}: it was made for others"
+        )
 
 
 def block_counts(layers: Iterable[int], upsampling: Sequence[int]) -> tuple[int, ...]:

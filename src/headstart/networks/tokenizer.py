@@ -12,6 +12,7 @@ do; `ClipTokenizer.exclamation = "transformers"` is the other way, for pictures 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from functools import cached_property
@@ -58,6 +59,7 @@ class ClipTokenizer:
         self.learned: Mapping[str, tuple[int, ...]] = {}
         """Token added later -> the ids of its vectors, below 0: see `tower.Tower`."""
         self._token: re.Pattern[str] = _NOTHING
+        self._longest_first: list[str] = []
         self.exclamation: Exclamation = "openclip"
         """What "!" becomes for an encoder whose text is padded with id 0."""
 
@@ -173,20 +175,23 @@ class ClipTokenizer:
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
 
-        A token is matched as it is typed, with any white space for its own, and where it begins or
-        ends with a letter or digit, no other may be next to it. Of two the longer one is read.
-        Raises InputError for a token that has a meaning already.
+        A token is read in any case, as words are and as AUTOMATIC1111 reads it (modules/
+        textual_inversion); with any white space for its own; and where it begins or ends with a
+        letter or digit, no other may be next to it. Of two the longer one is read. Raises
+        InputError for a token that has a meaning already, if only in another case.
         """
+        cases = Counter(token.lower() for token in tokens)
         for token in tokens:
-            if self.knows(token):
+            if self.knows(token) or cases[token.lower()] > 1:
                 raise InputError(
                     f"the token {token!r:.80} means something already: give another, as "
                     f"<{token:.80}>"
                 )
         grown = copy(self)
         grown.learned = {**self.learned, **{_spaced(token): ids for token, ids in tokens.items()}}
-        longest_first = sorted(grown.learned, key=len, reverse=True)
-        grown._token = re.compile("|".join(map(_spelled, longest_first)))
+        grown._longest_first = sorted(grown.learned, key=len, reverse=True)
+        spelled = "|".join(f"({_spelled(token)})" for token in grown._longest_first)
+        grown._token = re.compile(spelled, re.IGNORECASE)
         return grown
 
     def _learned(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -197,7 +202,8 @@ class ClipTokenizer:
         """
         end = 0
         for match in self._token.finditer(prompt):
-            yield prompt[end : match.start()], self.learned[_spaced(match[0])]
+            token = self._longest_first[(match.lastindex or 1) - 1]
+            yield prompt[end : match.start()], self.learned[token]
             end = match.end()
         yield prompt[end:], ()
 
