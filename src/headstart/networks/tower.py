@@ -5,7 +5,6 @@ context = the hidden state that the family reads          pooled = P @ normed[ar
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
@@ -13,20 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.checkpoint.families import TextRule
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipParams:
-    """Everything that shapes one encoder; `projection` is the width of the pooled text, or None."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    act: str
-    positions: int
-    vocabulary: int
-    projection: int | None = None
+from headstart.checkpoint.params import ClipParams
 
 
 class Tower(nn.Module):
