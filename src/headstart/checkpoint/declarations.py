@@ -194,7 +194,9 @@ def _finite(where: str, value: object) -> tuple[float, ...]:
     plain = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
     sane = len(plain) == len(numbers) <= 1024 and all(abs(x) < 2**31 for x in plain)
     if not plain or not sane:
-        raise CheckpointError(f"{where}: expected finite numbers, got {str(value)[:80]}")
+        raise CheckpointError(
+            f"{where}: expected finite numbers, got {str(cast(object, value))[:80]}"
+        )
     return tuple(float(x) for x in plain)
 
 

@@ -12,6 +12,7 @@ from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.fit import misfit, narrow
 from headstart.checkpoint.keymap import PartName
+from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.params import ClipParams, TinyParams, UNetParams, VaeParams
 from headstart.checkpoint.sizing import (
     Need,
@@ -66,6 +67,20 @@ class Judged:
     problem: str | None = None
 
 
+def _fitted(
+    part: Part, expected: Mapping[str, tuple[int, ...]], given: Given
+) -> tuple[Part, str | None]:
+    """The part without what is allowed to be left aside, and what does not fit."""
+    kept = {n: s for n, s in part.sources.items() if n in expected or not _may_go(s.name, given)}
+    strays = tuple(name for name in part.strays if not _may_go(name, given))
+    part = replace(part, sources=kept, shapes={n: part.shapes[n] for n in kept}, strays=strays)
+    return part, misfit(part, expected) or narrow(part)
+
+
+def _may_go(stored: str, given: Given) -> bool:
+    return is_allowed(stored, given.allow)
+
+
 # --------------------------------------------------------------------- UNet
 
 _LATENT = "which no plan gives: take this model's release for text to image"
@@ -95,7 +110,7 @@ def judge_unet(part: Part, family: Family | None, given: Given) -> Judged:
     problem = _other_unet(params)
     if problem is None:
         expected = blueprint.unet(params)
-        problem = misfit(part, expected) or narrow(part)
+        part, problem = _fitted(part, expected, given)
         if problem is None:
             blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
             problem = None if need is not None else heads_problem(params)
@@ -155,7 +170,7 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
     family = _told(family, given)
     params = vae_params(part, family)
     expected = blueprint.vae(params)
-    problem = misfit(part, expected) or narrow(part)
+    part, problem = _fitted(part, expected, given)
     if problem is None:
         blueprint.check_groups(expected, params.norm_groups, "headstart.vae_norm_groups")
     count = len(params.latents_std or (0,))
@@ -236,7 +251,7 @@ def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Jud
     heads = text_heads(part, given.text_head_dim)
     needs = (heads,) if isinstance(heads, Need) else ()
     params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
-    problem = misfit(part, blueprint.clip(params)) or narrow(part)
+    part, problem = _fitted(part, blueprint.clip(params), given)
     return Judged(part=part, family=family, clip=params, rule=rule, needs=needs, problem=problem)
 
 
@@ -254,14 +269,14 @@ def _without_unused(part: Part, rule: TextRule) -> Part:
 # --------------------------------------------------------------------- tiny autoencoder
 
 
-def judge_tiny(part: Part) -> Judged:
+def judge_tiny(part: Part, given: Given) -> Judged:
     """Of either half or both; those here have latents of 4 channels."""
     halves = sorted({name.partition(".")[0] for name in part.shapes} & {"decoder", "encoder"})
     params = {half: tiny_params(part.shapes, half) for half in halves}
     expected = {
         name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
     }
-    problem = misfit(part, expected) or narrow(part)
+    part, problem = _fitted(part, expected, given)
     channels = next((own.latent_channels for own in params.values()), 4)
     if problem is None and channels != 4:
         problem = (

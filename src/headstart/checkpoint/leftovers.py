@@ -46,9 +46,14 @@ KNOWN = tuple(
 )  # fmt: skip
 
 
+_ANY = re.compile("|".join(f"(?:{row.pattern.pattern})" for row in KNOWN))
+
+
 def known(name: str) -> str | None:
     """What kind of leftover a tensor is, by its stored name; None for one that nobody knows."""
-    return next((row.what for row in KNOWN if row.pattern.fullmatch(name)), None)
+    if _ANY.fullmatch(name) is None:
+        return None
+    return next(row.what for row in KNOWN if row.pattern.fullmatch(name))
 
 
 def is_allowed(name: str, allow: Collection[str]) -> bool:

@@ -66,6 +66,12 @@ DEEPEST = 4
 """So many prefixes are peeled off a name at most; three are the most that were found in a file."""
 
 
+_BY_LETTER = {
+    letter: [row for row in PREFIXES if row[0].startswith(letter)]
+    for letter in {prefix[0] for prefix, _ in PREFIXES}
+}
+
+
 def readings(name: str) -> Iterator[Reading]:
     """Every way to read a name, from the whole of it to what is behind all its prefixes.
 
@@ -75,7 +81,7 @@ def readings(name: str) -> Iterator[Reading]:
     seen = [(Reading(None, name), 0)]
     for reading, depth in seen:
         yield reading
-        for prefix, network in PREFIXES if depth < DEEPEST else ():
+        for prefix, network in _BY_LETTER.get(reading.rest[:1], ()) if depth < DEEPEST else ():
             if reading.rest.startswith(prefix) and len(reading.rest) > len(prefix):
                 found = Reading(network or reading.network, reading.rest[len(prefix) :])
                 if all(found != other for other, _ in seen):

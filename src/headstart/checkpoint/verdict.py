@@ -138,24 +138,23 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
         return Verdict(path=path, what=EMBEDDING) if embedding else _nothing(path)
     if (problem := _left(checkpoint, given.allow)) is not None:
         return Verdict(path=path, problem=problem)
-    kept = dict[PartName, Part]((name, _kept(p, given.allow)) for name, p in parts.items())
-    if second is not None and "text" in kept:
-        kept["text_2"] = _second(path, second, given)
+    if second is not None and "text" in parts:
+        parts["text_2"] = _second(path, second, given)
     family = family_of(path, checkpoint)
     networks: dict[PartName, Judged] = {}
 
     def add(name: PartName, judge_part: Callable[[Part], Judged]) -> None:
-        if name in kept:
+        if name in parts:
             try:
-                networks[name] = judge_part(kept[name])
+                networks[name] = judge_part(parts[name])
             except CheckpointError as error:
                 problem = _bare(error, path, checkpoint)
-                networks[name] = Judged(part=kept[name], problem=problem)
+                networks[name] = Judged(part=parts[name], problem=problem)
 
     add("unet", lambda part: judge_unet(part, family, given))
     add("vae", lambda part: judge_vae(part, vae_family(path, part), given))
-    networks |= judge_texts(kept, family, given)
-    add("tiny", judge_tiny)
+    networks |= judge_texts(parts, family, given)
+    add("tiny", lambda part: judge_tiny(part, given))
     return Verdict(path=path, family=family, networks=networks)
 
 
@@ -194,16 +193,6 @@ def _left(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
     )
 
 
-def _kept(part: Part, allow: Collection[str]) -> Part:
-    """The part without the tensors that are allowed to be left aside."""
-    if not allow:
-        return part
-    kept = {n: s for n, s in part.sources.items() if not is_allowed(s.name, allow)}
-    strays = tuple(name for name in part.strays if not is_allowed(name, allow))
-    shapes = {name: part.shapes[name] for name in kept}
-    return replace(part, sources=kept, shapes=shapes, strays=strays)
-
-
 def _second(path: Path, second: Checkpoint, given: Given) -> Part:
     """The text encoder in a folder of its own; from inside, both look alike."""
     parts = second.parts()
@@ -211,7 +200,7 @@ def _second(path: Path, second: Checkpoint, given: Given) -> Part:
         raise CheckpointError(f"text_encoder_2: {problem}")
     if "text" not in parts:
         raise CheckpointError(f"{path}: text_encoder_2: {NO_NETWORK}")
-    return replace(_kept(parts["text"], given.allow), name="text_2")
+    return replace(parts["text"], name="text_2")
 
 
 # --------------------------------------------------------------------- learned tokens

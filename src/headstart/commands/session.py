@@ -107,6 +107,7 @@ def _load(args: argparse.Namespace) -> Engine:
         head_dim=args.head_dim,
         text_head_dim=args.text_head_dim,
         embeddings=embeddings,
+        allow=args.allow,
         device=args.device,
         dtype=args.dtype,
     )

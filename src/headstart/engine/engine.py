@@ -85,6 +85,7 @@ class Engine:
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
         embeddings  files of learned tokens (textual inversion), or (file, token)
+        allow       tensors of the files that may be left aside, `*` and `?` for any text
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
