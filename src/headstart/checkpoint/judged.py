@@ -33,11 +33,13 @@ from headstart.errors import CheckpointError
 class Given:
     """What the caller says that a file need not; named as the arguments of the loaders are.
 
-    `allow`: stored names, `*` and `?` for any text, of tensors that may be left aside.
+    `tokenizer`: whether there is one, of the caller's or the file's own. `allow`: stored names,
+    `*` and `?` for any text, of tensors that may be left aside.
     """
 
     head_dim: int | None = None
     text_head_dim: int | None = None
+    tokenizer: bool = False
     scale_factor: float | None = None
     shift_factor: float | None = None
     norm_groups: int | None = None
@@ -219,6 +221,10 @@ def _told(family: Family, given: Given) -> Family:
 # --------------------------------------------------------------------- text encoders
 
 
+CLIP_TOKENS = 49408
+"""Of CLIP's own vocabulary, by which prompts are read where a file brings no tokenizer."""
+
+
 def judge_texts(
     parts: Mapping[PartName, Part], family: Family | None, given: Given
 ) -> dict[PartName, Judged]:
@@ -251,6 +257,14 @@ def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Jud
     heads = text_heads(part, given.text_head_dim)
     needs = (heads,) if isinstance(heads, Need) else ()
     params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
+    if not given.tokenizer and params.vocabulary < CLIP_TOKENS:
+        needs += (
+            Need(
+                "--tokenizer PATH",
+                f"the tokenizer has {CLIP_TOKENS} tokens, the encoder knows {params.vocabulary}: "
+                "give the tokenizer that belongs to this encoder",
+            ),
+        )
     part, problem = _fitted(part, blueprint.clip(params), given)
     return Judged(part=part, family=family, clip=params, rule=rule, needs=needs, problem=problem)
 

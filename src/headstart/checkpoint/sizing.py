@@ -78,23 +78,26 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
 def vae_params(part: Part, family: Family) -> VaeParams:
     """The shape of a VAE from its tensors; scale and norm groups come from the family.
 
-    A decoder alone is a VAE that does not encode; one without `post_quant_conv` never had it.
+    A decoder alone is a VAE that does not encode.
     """
     shapes = part.shapes
     encodes = any(name.startswith("encoder.") for name in shapes)
-    quant = any(name.startswith("post_quant_conv.") for name in shapes)
+    inner = _optional(shapes, 1, "decoder.conv_in.weight") or 4
+    # VAEs without this convolution have more channels, as SD3's and Flux's, or say so.
+    never = part.config.get("use_post_quant_conv") is False or inner > 4
+    quant = any(name.startswith("post_quant_conv.") for name in shapes) or not never
     side, extra = ("encoder.down_blocks", 0) if encodes else ("decoder.up_blocks", 1)
     channels = tuple(
         _dim(shapes, 0, *(f"{side}.{b}.resnets.{i}.conv2.weight" for i in (0, 1)))
         for b in indices(shapes, side)
     )
-    latent = ("post_quant_conv.weight", "post_quant_conv.bias") if quant else ()
+    latent = _optional(shapes, 0, "post_quant_conv.weight")
+    if latent is None:
+        latent = _optional(shapes, 0, "post_quant_conv.bias")
     return VaeParams(
         channels=channels if encodes else channels[::-1],
         layers=len(indices(shapes, f"{side}.0.resnets")) - extra,
-        latent_channels=_dim(shapes, 0, *latent)
-        if quant
-        else _dim(shapes, 1, "decoder.conv_in.weight"),
+        latent_channels=_dim(shapes, 1, "decoder.conv_in.weight") if latent is None else latent,
         pixel_channels=_dim(shapes, 0, "decoder.conv_out.weight", "decoder.conv_out.bias"),
         norm_groups=family.vae_norm_groups,
         scale_factor=family.scale_factor,

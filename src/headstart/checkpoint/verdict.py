@@ -12,7 +12,7 @@ from pathlib import Path
 from headstart.checkpoint import foreign
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.fit import some
-from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.judged import (
     Given,
     Judged,
@@ -153,9 +153,16 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
 
     add("unet", lambda part: judge_unet(part, family, given))
     add("vae", lambda part: judge_vae(part, vae_family(path, part), given))
-    networks |= judge_texts(parts, family, given)
+    words = given.tokenizer or _has_tokenizer(path, checkpoint)
+    networks |= judge_texts(parts, family, replace(given, tokenizer=words))
     add("tiny", lambda part: judge_tiny(part, given))
     return Verdict(path=path, family=family, networks=networks)
+
+
+def _has_tokenizer(path: Path, checkpoint: Checkpoint) -> bool:
+    root = root_of(path)
+    folders = () if root is None else (root / "tokenizer", root / "tokenizer_2")
+    return "headstart.tokenizer" in checkpoint.metadata or any(map(Path.is_dir, folders))
 
 
 def _nothing(path: Path) -> Verdict:

@@ -113,7 +113,10 @@ def load_text(
     encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
     target, path = device_of(device), Path(path)
-    half, given = is_half(dtype), Given(text_head_dim=head_dim, allow=allow)
+    half, given = (
+        is_half(dtype),
+        Given(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow),
+    )
     checkpoint, second = Checkpoint.open(path, "text", half=half), None
     if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2", half=half)
