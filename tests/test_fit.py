@@ -42,6 +42,8 @@ def test_a_torn_full_size_file_is_told_by_counts_three_names_and_the_nearest_arc
         in str(error)
     )
     assert len(str(error)) < 800
+    (note,) = error.__notes__
+    assert note.splitlines() == ["missing:", *(f"  {name}" for name in gone)]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from networks import METADATA, random_unet, random_vae, same, single_file, weights
 from safetensors.torch import load_file, save_file
 
+from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.errors import CheckpointError, HeadstartError
 from headstart.networks.load import load_tiny, load_unet, load_vae
 from headstart.networks.placement import Dtype
@@ -97,9 +98,18 @@ def test_impossible_shapes_are_an_error_and_allocate_nothing(tmp_path: Path, une
         load_unet(path)
 
 
+def inspected(path: Path) -> str:
+    """The reason why inspect refuses a UNet's file, or nothing."""
+    try:
+        info = inspect_checkpoint(path)
+    except CheckpointError as error:
+        return str(error)
+    return info.problems[0] if info.problems else "" if info.parts == ("unet",) else "no UNet"
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.data())
-def test_one_changed_header_byte_loads_identically_or_is_refused(
+def test_one_changed_header_byte_loads_identically_or_is_refused_as_inspect_says(
     tmp_path_factory: pytest.TempPathFactory, unet: UNet, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.getbasetemp()
@@ -110,10 +120,13 @@ def test_one_changed_header_byte_loads_identically_or_is_refused(
     length = int.from_bytes(raw[:8], "little")
     raw[data.draw(st.integers(0, 8 + length - 1))] = data.draw(st.integers(0, 255))
     bad.write_bytes(raw)
+    usable = inspected(bad)
     try:
         loaded = load_unet(bad, head_dim=8)
-    except HeadstartError:
+    except HeadstartError as error:
+        assert usable != "" and str(error) in (usable, f"{bad}: {usable}")
         return
+    assert usable == ""
     assert same(loaded, load_unet(good, head_dim=8))
 
 

@@ -6,6 +6,7 @@ What does not fit is one sentence: how many, three of them, and the architecture
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.tensors import FLOATS, NARROW, TITLES, Part, unsupported
@@ -22,7 +23,14 @@ def is_loaded(dtype: str) -> bool:
     return dtype in FLOATS and dtype not in NARROW
 
 
-def misfit(part: Part, expected: Shapes) -> str | None:
+class Misfit(NamedTuple):
+    """The sentence, and the whole of each list that it shows three of."""
+
+    sentence: str
+    every: tuple[str, ...] = ()
+
+
+def misfit(part: Part, expected: Shapes) -> Misfit | None:
     """What is wrong with a part of which a network has the `expected` tensors; None: it fits."""
     shapes = part.shapes
     others = set(part.checkpoint.split().get("", {}).values())
@@ -47,10 +55,15 @@ def misfit(part: Part, expected: Shapes) -> str | None:
     fix = _nearest(part) or ". Fetch the file again, or take one of a known family"
     if complaints["unexpected"] and len(lines) == 1:
         fix += "; `--allow NAME` (allow=) lets such tensors be"
-    return f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}"
+    every = tuple(
+        "\n".join([f"{what}:", *(f"  {name}" for name in names)])
+        for what, names in complaints.items()
+        if len(names) > SHOWN
+    )
+    return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", every)
 
 
-def narrow(part: Part) -> str | None:
+def narrow(part: Part) -> Misfit | None:
     """What is wrong with the dtypes of a part that fits."""
     odd: dict[str, list[str]] = {}
     for name in part.shapes:
@@ -58,7 +71,7 @@ def narrow(part: Part) -> str | None:
             odd.setdefault(dtype, []).append(name)
     return next(
         (
-            f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}"
+            Misfit(f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}")
             for dtype, names in sorted(odd.items())
         ),
         None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
@@ -55,7 +56,7 @@ class Judged:
     family   by whose rules it is read, with all that the file declares; None: nothing tells
     unet, vae, clip and rule, tiny   its params; of a tiny autoencoder by half
     needs    what the caller has to say, which the file does not
-    problem  why it is refused; None: it loads
+    problem  why it is refused; None: it loads. `every`: the lists of which it shows three
     """
 
     part: Part
@@ -67,16 +68,22 @@ class Judged:
     tiny: Mapping[str, TinyParams] = field(default_factory=dict[str, TinyParams])
     needs: tuple[Need, ...] = ()
     problem: str | None = None
+    every: tuple[str, ...] = ()
 
 
-def _fitted(
-    part: Part, expected: Mapping[str, tuple[int, ...]], given: Given
-) -> tuple[Part, str | None]:
+class _Fitted(NamedTuple):
+    part: Part
+    problem: str | None
+    every: tuple[str, ...]
+
+
+def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Given) -> _Fitted:
     """The part without what is allowed to be left aside, and what does not fit."""
     kept = {n: s for n, s in part.sources.items() if n in expected or not _may_go(s.name, given)}
     strays = tuple(name for name in part.strays if not _may_go(name, given))
     part = replace(part, sources=kept, shapes={n: part.shapes[n] for n in kept}, strays=strays)
-    return part, misfit(part, expected) or narrow(part)
+    found = misfit(part, expected) or narrow(part)
+    return _Fitted(part, None, ()) if found is None else _Fitted(part, *found)
 
 
 def _may_go(stored: str, given: Given) -> bool:
@@ -109,15 +116,15 @@ def judge_unet(part: Part, family: Family | None, given: Given) -> Judged:
         family = replace(family, head_dim=given.head_dim, heads=None)
     params = unet_params(part.shapes, family)
     need = None if given.head_dim is not None else heads_need(family)
-    problem = _other_unet(params)
+    problem, every = _other_unet(params), ()
     if problem is None:
         expected = blueprint.unet(params)
-        part, problem = _fitted(part, expected, given)
+        part, problem, every = _fitted(part, expected, given)
         if problem is None:
             blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
             problem = None if need is not None else heads_problem(params)
     needs = () if need is None else (need,)
-    return Judged(part=part, family=family, unet=params, needs=needs, problem=problem)
+    return Judged(part=part, family=family, unet=params, needs=needs, problem=problem, every=every)
 
 
 def _no_family(part: Part) -> str:
@@ -172,7 +179,7 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
     family = _told(family, given)
     params = vae_params(part, family)
     expected = blueprint.vae(params)
-    part, problem = _fitted(part, expected, given)
+    part, problem, every = _fitted(part, expected, given)
     if problem is None:
         blueprint.check_groups(expected, params.norm_groups, "headstart.vae_norm_groups")
     count = len(params.latents_std or (0,))
@@ -191,7 +198,7 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
                 f"pass scale_factor={known}",
             ),
         )
-    return Judged(part=part, family=family, vae=params, needs=needs, problem=problem)
+    return Judged(part=part, family=family, vae=params, needs=needs, problem=problem, every=every)
 
 
 def _told(family: Family, given: Given) -> Family:
@@ -265,8 +272,9 @@ def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Jud
                 "give the tokenizer that belongs to this encoder",
             ),
         )
-    part, problem = _fitted(part, blueprint.clip(params), given)
-    return Judged(part=part, family=family, clip=params, rule=rule, needs=needs, problem=problem)
+    part, problem, every = _fitted(part, blueprint.clip(params), given)
+    found = Judged(part=part, family=family, clip=params, rule=rule, needs=needs)
+    return replace(found, problem=problem, every=every)
 
 
 def _without_unused(part: Part, rule: TextRule) -> Part:
@@ -290,14 +298,14 @@ def judge_tiny(part: Part, given: Given) -> Judged:
     expected = {
         name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
     }
-    part, problem = _fitted(part, expected, given)
+    part, problem, every = _fitted(part, expected, given)
     channels = next((own.latent_channels for own in params.values()), 4)
     if problem is None and channels != 4:
         problem = (
             f"a tiny autoencoder of {channels}-channel latents{_WHOSE.get(channels, '')}: the "
             "families here have 4 channels: give TAESD (SD 1 and 2) or TAESDXL"
         )
-    return Judged(part=part, tiny=params, problem=problem)
+    return Judged(part=part, tiny=params, problem=problem, every=every)
 
 
 _WHOSE = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}

@@ -60,7 +60,11 @@ class Verdict:
         `needs`: whether what only the caller can say must have been given.
         """
         if (refusal := self.refusal(name)) is not None:
-            raise CheckpointError(f"{self.path}: {refusal}")
+            error = CheckpointError(f"{self.path}: {refusal}")
+            if (refused := self.networks.get(self._named(name))) is not None:
+                for every in refused.every:
+                    error.add_note(every)
+            raise error
         judged = self.networks[self._named(name)]
         if needs and judged.needs:
             raise CheckpointError(f"{self.path}: {judged.needs[0].error}")
