@@ -34,10 +34,10 @@ VAE_METADATA = {"headstart.vae_norm_groups": "4"}
 
 def loads(part: str, path: Path, asked: str, words: Path) -> str | None:
     """Load a network onto the meta device with what `next` asks for: None, or the error."""
-    head = {"head_dim": 8} if "--head-dim" in asked else {}
+    head = 8 if "--head-dim" in asked else None
     try:
         if part == "unet":
-            load_unet(path, device="meta", **head)
+            load_unet(path, device="meta", head_dim=head)
         elif part == "vae":
             load_vae(path, device="meta", like=FAMILIES["sd15"])
         elif part == "tiny":
@@ -252,7 +252,8 @@ def test_a_changed_file_is_named_and_both_decide_alike(
     path = tmp_path / "x.safetensors"
     save_file({n: t.clone() for n, t in mutate(whole).items()}, path)
     info = agreed(path, small_tokenizer)
-    assert info is not None and info.ok == (told is None), info.problems
+    assert info is not None
+    assert info.ok == (told is None), info.problems
     assert told is None or any(told in problem for problem in info.problems), info.problems
 
 
@@ -316,7 +317,7 @@ def named(*names: str) -> Iterator[tuple[str, torch.Tensor]]:
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "ControlNet of diffusers": (
         ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "controlnet_cond_embedding.x"),
-        "a ControlNet, it steers a UNet by a picture",
+        "a ControlNet: it steers a UNet by a picture",
     ),
     "ControlNet": (
         ("control_model.zero_convs.0.0.weight", "control_model.input_blocks.0.0.weight"),
@@ -327,7 +328,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "IP-Adapter": (("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
     "Flux": (
         ("model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.encoder.conv_in.weight"),
-        "a Flux transformer, not of the UNet family",
+        "a Flux transformer: not of the UNet family",
     ),
     "Flux of diffusers": (
         ("single_transformer_blocks.0.attn.to_k.weight", "transformer_blocks.0.attn.to_k.weight"),
@@ -454,7 +455,8 @@ def test_every_made_file_is_decided_alike(
     name = "model" if form == "diffusers" else "model.safetensors"
     info = agreed(make_ckpt(name, arch, form, "--scale", "tiny"), small_tokenizer)
     # One of SDXL's two encoders reads no prompt for it; the first of them looks like SD1.5's.
-    assert info is not None and info.ok == (form != "te2"), info.problems
+    assert info is not None
+    assert info.ok == (form != "te2"), info.problems
 
 
 CASES: dict[str, tuple[list[str], bool]] = {
@@ -482,4 +484,5 @@ def test_every_case_that_people_met_is_decided_alike(
         patch.setattr(sys, "argv", [str(script), str(source), str(path), *options])
         runpy.run_path(str(script))
     info = agreed(path, small_tokenizer)
-    assert info is not None and info.ok == ok, info.problems
+    assert info is not None
+    assert info.ok == ok, info.problems

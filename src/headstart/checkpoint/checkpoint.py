@@ -231,7 +231,7 @@ def _notes(verdict: Verdict, networks: Mapping[PartName, Judged], guessed: Guess
     ancestor = FAMILIES[family.lineage].signature
     if family.signature.width == ancestor.width and not family.exact:
         yield f"unet: {family.signature.tensors} tensors; {family.lineage} has {ancestor.tensors}"
-    elif networks["unet"].needs:
+    elif networks["unet"].needs and networks["unet"].problem is None:
         yield "scaled down: its attention head width is not in the file, so give --head-dim"
     if "time_embedding.cond_proj.weight" in networks["unet"].part.shapes:
         yield "unet: takes guidance as an input, as LCM does: a distilled model"

@@ -170,11 +170,13 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
     """As `judge_unet`; `family` is nameless where the file does not say whose VAE it is."""
     shapes = part.shapes
     if any(len(shape) == 5 for shape in shapes.values()):
-        return Judged(part=part, problem="a VAE of films (3D convolutions): no option takes it")
+        return Judged(
+            part=part, problem="a VAE of films (3D convolutions): expected one of pictures"
+        )
     if not any(name.startswith("decoder.") for name in shapes):
         return Judged(
             part=part,
-            problem="a VAE's encoder alone: pictures are made by its decoder: give the whole VAE",
+            problem="a VAE's encoder alone: its decoder makes the pictures, so give the whole VAE",
         )
     family = _told(family, given)
     params = vae_params(part, family)
@@ -303,7 +305,7 @@ def judge_tiny(part: Part, given: Given) -> Judged:
     if problem is None and channels != 4:
         problem = (
             f"a tiny autoencoder of {channels}-channel latents{_WHOSE.get(channels, '')}: the "
-            "families here have 4 channels: give TAESD (SD 1 and 2) or TAESDXL"
+            "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
     return Judged(part=part, tiny=params, problem=problem, every=every)
 

@@ -22,8 +22,8 @@ class Kind(NamedTuple):
     beside: bool = False
 
 
-_OTHER = "not of the UNet family: no option takes it"
-_STEER = "it steers a UNet by a picture, which no plan gives: no option takes it"
+_OTHER = "not of the UNet family, so no option takes it"
+_STEER = "it steers a UNet by a picture, which no plan gives, so no option takes it"
 _FEATURES = "for --features of `evaluate` and `compare`, with the files beside it"
 
 
@@ -47,12 +47,12 @@ KINDS: tuple[Kind, ...] = (
     _kind(
         "an AnimateDiff motion module",
         r"motion_modules\.",
-        "it moves pictures, which no plan does: no option takes it",
+        "it makes films, so no option takes it",
     ),
     _kind(
         "a Stable Video Diffusion UNet",
         r"time_stack\.|time_mixer\.|time_pos_embed\.|temporal_transformer_blocks\.",
-        "it makes films: no option takes it",
+        "it makes films, so no option takes it",
     ),
     _kind(
         "a Kolors, Kandinsky or DeepFloyd UNet",
@@ -80,7 +80,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("a Stable Cascade network", r"clip_txt_mapper\.|effnet_mapper\.|clip_mapper\."),
     # What lies near them in folders.
     _kind("a T5 text encoder", r"layer\.0\.SelfAttention\.", "none of these families reads it"),
-    _kind("a VQ autoencoder", r"quantize\.embedding", "expected AutoencoderKL: no option takes it"),
+    _kind("a VQ autoencoder", r"quantize\.embedding", "expected an AutoencoderKL, so no option takes it"),
     _kind(
         "an upscaler (ESRGAN)",
         r"RDB1\.|rdb1\.|conv_hr\.|conv_first\.",

@@ -136,7 +136,7 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
         return Verdict(path=path, what=ADAPTER)
     parts = checkpoint.parts()
     if kind is not None and not _is_beside(kind, parts):
-        return Verdict(path=path, problem=f"{kind.what}, {kind.fix}")
+        return Verdict(path=path, problem=f"{kind.what}: {kind.fix}")
     if not parts:
         embedding = is_embedding(checkpoint)
         return Verdict(path=path, what=EMBEDDING) if embedding else _nothing(path)
@@ -195,8 +195,8 @@ def _left(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
     if kind is not None and len(signs(kind, left)) == len(left):
         pattern = left[0].partition(".")[0] + ".*"
         return (
-            f"{len(left)} tensors of {kind.what} lie beside its networks: {some(left)}. {kind.fix};"
-            f" `--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
+            f"{len(left)} tensors of {kind.what} lie beside its networks ({some(left)}): {kind.fix}; "
+            f"`--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
         )
     return (
         f"{len(left)} tensors of the file belong to no network: {some(left)}. `--allow NAME` "
@@ -243,6 +243,7 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
 
 def notes_of(networks: Mapping[PartName, Judged]) -> Iterator[str]:
     """What to know of networks that load: halves of them, and whose latents they are."""
+    networks = {name: judged for name, judged in networks.items() if judged.problem is None}
     if "vae" in networks and (params := networks["vae"].vae) is not None:
         if not params.encodes:
             yield "vae: a decoder alone, which makes pictures and cannot encode them"
