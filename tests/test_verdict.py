@@ -314,6 +314,7 @@ def named(*names: str) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, torch.zeros(2, 2)) for name in names)
 
 
+FLUX_LORA = "transformer.single_transformer_blocks.0.attn.to_k.lora_{}.weight"
 REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "ControlNet of diffusers": (
         ("conv_in.weight", "down_blocks.0.resnets.0.conv1.weight", "controlnet_cond_embedding.x"),
@@ -324,6 +325,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
         "a ControlNet",
     ),
     "ControlNet bare": (("zero_convs.0.0.weight", "input_blocks.0.0.weight"), "a ControlNet"),
+    "IP-Adapter with LoRA": (
+        ("image_proj.proj.weight", "ip_adapter.0.to_q_lora.down.weight"),
+        "an IP-Adapter",
+    ),
     "T2I-Adapter": (("adapter.body.0.resnets.0.block1.weight",), "a T2I-Adapter"),
     "IP-Adapter": (("image_proj.proj.weight", "ip_adapter.1.to_k_ip.weight"), "an IP-Adapter"),
     "Flux": (
@@ -376,6 +381,11 @@ USABLE: dict[str, tuple[Callable[[], Tensors], str, str]] = {
     "embedding": (lambda: {"emb_params": torch.zeros(8, 768)}, "--embedding ", ""),
     "embedding of diffusers": (lambda: {"<cat>": torch.zeros(768)}, "--embedding ", ""),
     "embedding by a word": (lambda: {"my-style": torch.zeros(1, 1024)}, "--embedding ", ""),
+    "LoRA of Flux": (
+        lambda: {FLUX_LORA.format(side): torch.ones(4, 4) for side in "AB"},
+        "--lora ",
+        "an adapter (LoRA)",
+    ),
     "LoRA under a UNet's prefix": (
         lambda: {
             f"model.diffusion_model.input_blocks.1.1.proj_in.lora_{side}.weight": torch.ones(4, 4)

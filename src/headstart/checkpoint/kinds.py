@@ -23,7 +23,8 @@ class Kind(NamedTuple):
 
 
 _OTHER = "not of the UNet family, so no option takes it"
-_STEER = "it steers a UNet by a picture, which no plan gives, so no option takes it"
+STEERS = "it steers a UNet by a picture, which no plan gives, so no option takes it"
+"""Of what acts beside a UNet, and may have a LoRA's tensors too."""
 _FEATURES = "for --features of `evaluate` and `compare`, with the files beside it"
 
 
@@ -39,11 +40,11 @@ KINDS: tuple[Kind, ...] = (
         "a ControlNet",
         r"controlnet_cond_embedding\.|controlnet_(down|mid)_block|zero_convs\.|input_hint_block\."
         r"|control_model\.|lora_controlnet$",
-        _STEER,
+        STEERS,
         beside=True,
     ),
-    _kind("an IP-Adapter", rf"ip_adapter\.|image_proj\.|{_I}\.to_[kv]_ip\.|to_[kv]_ip\.", _STEER),
-    _kind("a T2I-Adapter", rf"body\.{_I}\.(resnets|in_conv|block[12])\b|adapter\.body\.", _STEER),
+    _kind("an IP-Adapter", rf"ip_adapter\.|image_proj\.|{_I}\.to_[kv]_ip\.|to_[kv]_ip\.", STEERS),
+    _kind("a T2I-Adapter", rf"body\.{_I}\.(resnets|in_conv|block[12])\b|adapter\.body\.", STEERS),
     _kind(
         "an AnimateDiff motion module",
         r"motion_modules\.",
@@ -80,7 +81,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("a Stable Cascade network", r"clip_txt_mapper\.|effnet_mapper\.|clip_mapper\."),
     # What lies near them in folders.
     _kind("a T5 text encoder", r"layer\.0\.SelfAttention\.", "none of these families reads it"),
-    _kind("a VQ autoencoder", r"quantize\.embedding", "expected an AutoencoderKL, so no option takes it"),
+    _kind("a VQ autoencoder", r"quantize\.embedding", "expected an AutoencoderKL"),
     _kind(
         "an upscaler (ESRGAN)",
         r"RDB1\.|rdb1\.|conv_hr\.|conv_first\.",

@@ -22,7 +22,7 @@ from headstart.checkpoint.judged import (
     judge_vae,
 )
 from headstart.checkpoint.keymap import PartName
-from headstart.checkpoint.kinds import Kind, kind_of, signs
+from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.lineage import family_of, vae_family
 from headstart.checkpoint.tensors import FLOATS, TITLES, Checkpoint, Part
@@ -132,7 +132,8 @@ def _component(path: Path, checkpoint: Checkpoint) -> str:
 
 def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint | None) -> Verdict:
     kind = kind_of(checkpoint.names)
-    if kind is None and "adapter" in checkpoint.split():
+    steers = kind is not None and kind.fix == STEERS
+    if "adapter" in checkpoint.split() and not steers:  # be it of another kind of network
         return Verdict(path=path, what=ADAPTER)
     parts = checkpoint.parts()
     if kind is not None and not _is_beside(kind, parts):
@@ -195,8 +196,8 @@ def _left(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
     if kind is not None and len(signs(kind, left)) == len(left):
         pattern = left[0].partition(".")[0] + ".*"
         return (
-            f"{len(left)} tensors of {kind.what} lie beside its networks ({some(left)}): {kind.fix}; "
-            f"`--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
+            f"{len(left)} tensors of {kind.what} lie beside its networks ({some(left)}): "
+            f"{kind.fix}; `--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
         )
     return (
         f"{len(left)} tensors of the file belong to no network: {some(left)}. `--allow NAME` "
