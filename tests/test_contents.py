@@ -39,6 +39,14 @@ OPENCLIP = ("token_embedding.weight", "transformer.resblocks.3.ln_1.bias", "ln_f
         "embedding_manager.embedder.weight",
         "cond_stage_model.transformer.text_model.embeddings.position_ids",
         "conditioner.embedders.1.model.logit_scale",
+        "loss.logvar",
+        "first_stage_model.loss.discriminator.main.0.weight",
+        "logvar",
+        "optimizer.state.0.exp_avg",
+        "global_step",
+        "vision_model.embeddings.class_embedding",
+        "edm_mean",
+        "edm_vpred.sigma_max",
     ],
 )
 def test_training_leftovers_are_ignored(name: str) -> None:

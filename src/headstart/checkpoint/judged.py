@@ -26,7 +26,7 @@ from headstart.checkpoint.sizing import (
     unet_params,
     vae_params,
 )
-from headstart.checkpoint.tensors import Part
+from headstart.checkpoint.tensors import TITLES, Part
 from headstart.errors import CheckpointError
 
 
@@ -258,7 +258,7 @@ def judge_texts(
         try:
             found[name] = _judge_text(part, rule, family, given)
         except CheckpointError as error:
-            found[name] = Judged(part=part, problem=str(error))
+            found[name] = Judged(part=part, problem=f"the {TITLES[name]}: {error}")
     return found
 
 

@@ -153,7 +153,7 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
             try:
                 networks[name] = judge_part(parts[name])
             except CheckpointError as error:
-                problem = _bare(error, path, checkpoint)
+                problem = f"the {TITLES[name]}: {_bare(error, path, checkpoint)}"
                 networks[name] = Judged(part=parts[name], problem=problem)
 
     add("unet", lambda part: judge_unet(part, family, given))
