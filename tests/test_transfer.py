@@ -201,7 +201,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "tuned has more": (
         lambda: (weights(0), weights(1) | {"mystery.weight": torch.ones(3)}, weights(2)),
-        "1 that the base has not: mystery.weight",
+        "1 of no network: mystery.weight",
     ),
     "another shape": (
         lambda: (weights(0), weights(1) | {NORM: torch.ones(17)}, weights(2)),

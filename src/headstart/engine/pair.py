@@ -173,14 +173,7 @@ def load_pair(
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
     decided = (two_schedules(found), decision)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
-    words = load_text(
-        text,
-        device=place,
-        dtype=kind,
-        head_dim=options.get("text_head_dim"),
-        tokenizer=options.get("tokenizer"),
-        allow=allow,
-    )
+    words = _load_words(text, place, kind, options)
     codec = _load_codec(vae, place, kind, first.family, allow)
     unets = {
         role: _load_unet(path, place, kind, options.get("head_dim"), words, text, allow)
@@ -315,6 +308,17 @@ def _notes(
     settled = set(given) if isinstance(given, Mapping) else set(models) if given else set[str]()
     told = [model.note(role, role in settled) for role, model in models.items()]
     return tuple(line for line in (*told, *others) if line)
+
+
+def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Options) -> ClipText:
+    return load_text(
+        path,
+        device=place,
+        dtype=kind,
+        head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer"),
+        allow=options.get("allow", ()),
+    )
 
 
 def _load_codec(
