@@ -470,7 +470,7 @@ def test_every_made_file_is_decided_alike(
     assert info.ok == (form != "te2"), info.problems
 
 
-CASES: dict[str, tuple[list[str], bool]] = {
+CASES: dict[str, tuple[list[str], bool | None]] = {
     "inpainting_unet": (["9"], False),
     "leftover_tensors:edm": (["edm"], True),
     "leftover_tensors:cosxl": (["cosxl"], True),
@@ -479,7 +479,10 @@ CASES: dict[str, tuple[list[str], bool]] = {
     "leftover_tensors:decoder": (["decoder"], True),
     "leftover_tensors:orig_mod": (["orig_mod"], True),
     "schedule_of_each_model": ([], True),
+    "fp8_scaled:scale_weight": (["scale_weight"], None),
+    "fp8_scaled:weight_scale": (["weight_scale"], None),
 }
+"""Case -> arguments of its script, and whether such a file is usable; None: either, but alike."""
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -496,4 +499,32 @@ def test_every_case_that_people_met_is_decided_alike(
         runpy.run_path(str(script))
     info = agreed(path, small_tokenizer)
     assert info is not None
-    assert info.ok == ok, info.problems
+    assert ok in (None, info.ok), info.problems
+
+
+def test_learned_tokens_that_people_met_are_named(shared: Path, tmp_path: Path) -> None:
+    script = shared / "cases" / "embedding_pairs" / "make.py"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [str(script), str(tmp_path)])
+        runpy.run_path(str(script))
+    found = {path.stem: inspect_checkpoint(path).layout for path in tmp_path.iterdir()}
+    assert found == {"pti": "embedding", "xlti": "embedding", "bundle": "adapter"}
+
+
+def test_vectors_that_do_not_belong_together_are_no_embedding(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"clip_l": torch.zeros(2, 768), "clip_g": torch.zeros(3, 1280)}, path)
+    assert not inspect_checkpoint(path).ok
+    with pytest.raises(HeadstartError):
+        read_embeddings(path)
+
+
+def test_an_adapter_that_attach_would_refuse_is_refused_with_that_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": ONE}, path)
+    with pytest.raises(HeadstartError) as caught:
+        read_adapter(path)
+    assert main(["inspect", str(path)]) == 1
+    assert str(caught.value).removeprefix(f"{path}: ") in capsys.readouterr().out

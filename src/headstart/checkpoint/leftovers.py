@@ -1,7 +1,7 @@
 """Tensors that lie in files beside the networks: what they are, and whether they may be let be.
 
-known  schedules, averages, losses, optimizers: rebuilt or never read by every loader
-read   a model's own statement, such as the EDM levels of CosXL (`headstart.checkpoint.numbers_of`)
+known    schedules, averages, losses, optimizers: rebuilt or never read by every loader
+allowed  any other one, if the caller says so by name
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KNOWN = tuple(
             r"|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])"
             r"|denoiser\.(sigmas|log_sigmas)|lvlb_weights",
         ),
-        # A declaration: `headstart.checkpoint.checkpoint.family_of` reads them.
+        # What a file says of itself: `headstart.checkpoint.lineage` reads them.
         ("statement", r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(max|min)"),
         ("average of weights", _IN_VAE + r"model_ema\b.*"),
         ("buffer", r"(.*\.)?(position_ids|logit_scale)|logvar|scale_factor"),

@@ -228,6 +228,10 @@ _MOST_VECTORS, _MOST_TOKENS = 75, 256
 def is_embedding(checkpoint: Checkpoint) -> bool:
     """Whether a file holds nothing but vectors [n, D] or [D] as text encoders read them."""
     entries = [(name, checkpoint.entry(name)) for name in checkpoint.names]
+    named = [entry for name, entry in entries if name in _ENCODERS]
+    counts = {entry.shape[0] if len(entry.shape) == 2 else 1 for entry in named}
+    if named and (len(named) < len(entries) or len(counts) > 1):
+        return False  # as many vectors for each encoder, and nothing besides
     return 0 < len(entries) <= _MOST_TOKENS and all(
         len(entry.shape) in (1, 2)
         and entry.dtype in FLOATS

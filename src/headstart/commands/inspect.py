@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,7 +54,11 @@ def _run(args: argparse.Namespace) -> int:
         else:
             return fail(str(error), 1)
         return 1
-    adapter = _adapter(args.file) if info.layout == "adapter" and info.ok else None
+    adapter = None
+    if info.layout == "adapter" and info.ok:
+        adapter, refusal = _adapter(args.file)
+        problems = () if refusal is None else (refusal,)
+        info = replace(info, problems=problems, next=info.next if adapter else None)
     if args.json:
         more = {} if adapter is None else {"adapter": adapter.to_json()}
         print(json.dumps(info.to_json() | more))
@@ -62,14 +67,14 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if info.ok else 1
 
 
-def _adapter(file: Path) -> AdapterInfo | None:
-    """What kind of adapter it is; None where it is of no form that is known."""
+def _adapter(file: Path) -> tuple[AdapterInfo | None, str | None]:
+    """What kind of adapter it is, or the sentence with which `--lora` refuses it."""
     from headstart.adapters.file import describe_adapter
 
     try:
-        return describe_adapter(file)
-    except AdapterError:
-        return None
+        return describe_adapter(file), None
+    except AdapterError as error:
+        return None, str(error).removeprefix(f"{file}: ")
 
 
 def _shallow(file: Path, allow: list[str]) -> CheckpointInfo:
