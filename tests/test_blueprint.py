@@ -16,6 +16,7 @@ from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.params import ClipParams, Mid, Stage, TinyParams, UNetParams, VaeParams
 from headstart.checkpoint.sizing import unet_params
+from headstart.errors import CheckpointError
 from headstart.networks.tiny import TinyDecoder, TinyEncoder
 from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
@@ -59,6 +60,12 @@ def test_a_unet_has_the_tensors_of_its_blueprint(params: UNetParams) -> None:
 def test_a_vae_has_the_tensors_of_its_blueprint(params: VaeParams) -> None:
     with torch.device("meta"):
         assert blueprint.vae(params) == shapes(Vae(params))
+
+
+@pytest.mark.parametrize(("levels", "layers"), [(0, 1), (4, 0), (1000, 1000)])
+def test_a_vae_of_absurd_size_is_refused_before_it_is_written_out(levels: int, layers: int) -> None:
+    with pytest.raises(CheckpointError, match=f"{levels} levels of {layers} resnets"):
+        blueprint.vae(replace(VAE, channels=(8,) * levels, layers=layers))
 
 
 @pytest.mark.parametrize("params", TINY, ids=str)

@@ -18,6 +18,8 @@ from headstart.checkpoint.params import (
 from headstart.errors import CheckpointError
 
 Shape = tuple[int, ...]
+_MOST_LEVELS, _MOST_LAYERS = 16, 64
+"""Of a VAE; known ones have 4 levels of 2. A header may claim a thousand of each."""
 Row = tuple[str, Shape]
 _GROUPED = re.compile(
     r".*(resnets\.[0-9]+\.norm[12]|attentions\.[0-9]+\.(norm|group_norm)|conv_norm_out)\.weight"
@@ -155,8 +157,12 @@ def _transformer(name: str, width: int, depth: int, params: UNetParams) -> Itera
 
 def vae(params: VaeParams) -> dict[str, Shape]:
     """Of a `Vae`, or of its decoder alone. Raises CheckpointError where it has no level."""
-    if not params.channels or params.layers < 1:
-        raise CheckpointError("a VAE without levels or resnets: the file is torn")
+    levels, layers = len(params.channels), params.layers
+    if not 1 <= levels <= _MOST_LEVELS or not 1 <= layers <= _MOST_LAYERS:
+        raise CheckpointError(
+            f"{levels} levels of {layers} resnets: expected 1 to {_MOST_LEVELS} of 1 to "
+            f"{_MOST_LAYERS}: the file is torn, or of another kind of network"
+        )
     return dict(_vae(params))
 
 

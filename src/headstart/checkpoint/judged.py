@@ -183,7 +183,9 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
     expected = blueprint.vae(params)
     part, problem, every = _fitted(part, expected, given)
     if problem is None:
-        blueprint.check_groups(expected, params.norm_groups, "headstart.vae_norm_groups")
+        blueprint.check_groups(
+            expected, params.norm_groups, "headstart.vae_norm_groups (load_vae: norm_groups=)"
+        )
     count = len(params.latents_std or (0,))
     if problem is None and count not in (1, params.latent_channels):
         problem = (

@@ -99,14 +99,18 @@ KINDS: tuple[Kind, ...] = (
 TencentARC/T2I-Adapter, guoyww/AnimateDiff, ComfyUI's model_detection.py, diffusers' modules."""
 
 
+_LONGEST = 200  # the longest name of a known file has 130 characters
+_ANY = re.compile("|".join(f"(?:{kind.sign.pattern})" for kind in KINDS), re.MULTILINE)
 _INDEX = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
 def kind_of(names: Iterable[str]) -> Kind | None:
     """What kind of file has such names, where it is none that a UNet, VAE or CLIP has."""
     # Blocks repeat themselves: with their numbers alike, SDXL's 2500 names are 200.
-    alike = set(_INDEX.sub("0", "\n".join(names)).split("\n"))
-    text = "\n".join(alike)
+    short = "\n".join(name for name in names if len(name) <= _LONGEST)
+    text = "\n".join(set(_INDEX.sub("0", short).split("\n")))
+    if _ANY.search(text) is None:
+        return None
     return next((kind for kind in KINDS if kind.sign.search(text)), None)
 
 
