@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import LAYOUTS, LINEAGES, Model, Tensors, ldm_vae, openclip, prefixed
+from checkpoints import LINEAGES, Model, Tensors, ldm_vae, openclip, prefixed
 from networks import METADATA, VAE, random_unet, random_vae, single_file, weights
 from safetensors.torch import load_file, save_file
 
@@ -93,10 +93,8 @@ def models() -> dict[str, Model]:
 @pytest.mark.parametrize(
     ("lineage", "layout"),
     [
-        *(("sd15", layout) for layout in LAYOUTS),
-        ("sd21", "ldm"),
-        ("sdxl", "ldm"),
-        ("sdxl", "folder"),
+        *(("sd15", layout) for layout in ("fp16", "sharded", "bare", "bare-ldm")),
+        *(("sd21", "ldm"), ("sdxl", "folder")),
     ],
 )
 def test_every_layout_of_every_lineage_is_usable_and_loads(
@@ -155,7 +153,8 @@ def doubled(held: Tensors) -> Tensors:
 
 
 def misshapen(held: Tensors) -> Tensors:
-    return {n: t.T.contiguous() if t.ndim == 2 else t for n, t in held.items()}
+    name = UNET + "time_embed.0.weight"
+    return held | {name: held[name].T.contiguous()}
 
 
 def hollowed(held: Tensors) -> Tensors:
@@ -164,7 +163,6 @@ def hollowed(held: Tensors) -> Tensors:
 
 ONE = torch.zeros(1)
 MUTATIONS: dict[str, tuple[Mutation, str | None]] = {
-    "nothing": (dict, None),
     "a stranger": (with_(stranger=ONE), "1 tensors of the file belong to no network: stranger"),
     "a stranger inside": (
         with_(model__diffusion_model__stranger=ONE),
@@ -174,7 +172,7 @@ MUTATIONS: dict[str, tuple[Mutation, str | None]] = {
     "without its end": (without(UNET + "out."), "the UNet: missing or misshapen: conv_out.weight"),
     "without a level": (without("input_blocks.3."), "the way down leaves"),
     "without its way up": (without("output_blocks"), "does not fit"),
-    "without its text": (without("cond_stage"), None),
+    "all of it, with text": (dict, None),
     "without embeddings": (without("token_embedding"), "missing"),
     "without its VAE's middle": (without("decoder.mid"), "the VAE does not fit"),
     "misshapen": (misshapen, "of another shape"),
@@ -186,7 +184,6 @@ MUTATIONS: dict[str, tuple[Mutation, str | None]] = {
     "float8": (narrowed, "1 tensors of F8_E4M3"),
     "9 channels": (channels(9), "it wants a mask and a picture besides the latent, which no plan"),
     "8 channels": (channels(8), "an InstructPix2Pix UNet (8 input channels)"),
-    "7 channels": (channels(7), "an upscaling UNet"),
     "6 channels": (channels(6), "reads 6 channels and gives 4"),
     "compiled": (renamed(UNET, UNET + "_orig_mod."), None),
     "as diffusers' components": (
@@ -250,6 +247,8 @@ def test_a_changed_file_is_named_and_both_decide_alike(
     tmp_path: Path, whole: Tensors, small_tokenizer: Path, name: str
 ) -> None:
     mutate, told = MUTATIONS[name]
+    if "text" not in name and "embeddings" not in name:  # which cost a third of the time
+        whole = without("cond_stage")(whole)
     path = tmp_path / "x.safetensors"
     save_file({n: t.clone() for n, t in mutate(whole).items()}, path)
     info = agreed(path, small_tokenizer)
@@ -454,7 +453,7 @@ def test_leftovers_that_are_allowed_are_let_be(tmp_path: Path) -> None:
 
 MADE = (
     *(("sdxl", form) for form in ("ldm", "diffusers", "vae", "vae-old", "vae-ldm", "te1", "te2")),
-    *((arch, "unet") for arch in ("sd15", "lcm-sd15", "ssd-1b", "koala-700m", "bk-sdm-tiny")),
+    *((arch, "unet") for arch in ("lcm-sd15", "ssd-1b", "koala-700m")),
     ("sd15", "taesd-diffusers"),
 )
 
@@ -473,14 +472,10 @@ def test_every_made_file_is_decided_alike(
 CASES: dict[str, tuple[list[str], bool | None]] = {
     "inpainting_unet": (["9"], False),
     "leftover_tensors:edm": (["edm"], True),
-    "leftover_tensors:cosxl": (["cosxl"], True),
-    "leftover_tensors:logvar": (["logvar"], True),
     "leftover_tensors:loss": (["loss"], True),
     "leftover_tensors:decoder": (["decoder"], True),
     "leftover_tensors:orig_mod": (["orig_mod"], True),
-    "schedule_of_each_model": ([], True),
     "fp8_scaled:scale_weight": (["scale_weight"], None),
-    "fp8_scaled:weight_scale": (["weight_scale"], None),
 }
 """Case -> arguments of its script, and whether such a file is usable; None: either, but alike."""
 
