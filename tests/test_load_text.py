@@ -100,7 +100,7 @@ def test_sdxl_loads_the_same_from_a_single_file_and_a_folder(
     assert single.exclamation == "openclip"
     other = load_text(root, exclamation="transformers")
     assert other.exclamation == "transformers"
-    assert [ids[0, 1:3].tolist() for ids in other.ids(["!!"])] == [[EOS_ID, EOS_ID], [0, 0]]
+    assert [ids[0, 1:3].tolist() for ids in other.ids(["!!"])] == [[0, EOS_ID], [0, 0]]
     with pytest.raises(InputError, match="'sdnext': expected openclip, transformers"):
         load_text(root, exclamation="sdnext")  # type: ignore[arg-type]
     with pytest.raises(CheckpointError, match="with 2 text encoders, found 1"):

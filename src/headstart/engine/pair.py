@@ -175,13 +175,9 @@ def load_pair(
     decided = (two_schedules(found), decision)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     words = load_text(
-        text,
-        device=place,
-        dtype=kind,
-        head_dim=options.get("text_head_dim"),
-        tokenizer=options.get("tokenizer"),
-        exclamation=options.get("exclamation", "openclip"),
-    )
+        text, device=place, dtype=kind, head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer"), exclamation=options.get("exclamation", "openclip"),
+    )  # fmt: skip
     codec = _load_codec(vae, place, kind, first.family)
     unets = {
         role: _load_unet(path, place, kind, options.get("head_dim"), words, text)

@@ -77,8 +77,10 @@ def taken_as_letters(text: str, style: PromptStyle) -> str | None:
 
 def _edits(within: str | None) -> bool:
     """Whether the webui changes the prompt here while it samples, or (AND) has two of them."""
-    number = (within or "").rpartition(":")
-    return within is None or "|" in within or (number[1] and number[2].strip(" .0123456789") == "")
+    if within is None or "|" in within:
+        return True
+    _, colon, number = within.rpartition(":")
+    return bool(colon) and not number.strip(" .0123456789")
 
 
 # -------------------------------------------------------------------- a1111
