@@ -206,7 +206,7 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
         if isinstance(layer, nn.Linear | nn.Conv2d):
             shown = torch.zeros(1, dtype=dtype).expand(layer.weight.shape)
             layer.weight = nn.Parameter(shown, requires_grad=False)
-    adapters = AdapterSet({"base": unet}, ())
+    adapters = AdapterSet({"base": unet})
     pair = [_deltas(unet, KOHYA_SDXL, RANK, torch.float16) for _ in range(2)]
     numbers = sum(d.down.numel() + d.up.numel() for d in pair[0].values())
     there, here = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=torch.float16)
@@ -249,7 +249,7 @@ def _memory() -> dict[str, Any]:
     for tensor in unet.state_dict().values():
         tensor.zero_()
     alone = _resident_kib()
-    adapters = AdapterSet({"base": unet}, ())
+    adapters = AdapterSet({"base": unet})
     with tempfile.TemporaryDirectory() as folder:
         file = _written(
             _deltas(unet, KOHYA_SDXL, RANK, torch.float16), Path(folder) / "lora.safetensors"

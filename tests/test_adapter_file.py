@@ -46,11 +46,13 @@ def test_an_adapter_of_another_family_is_told_by_its_cross_attention(tmp_path: P
         read_adapter(path).resolve({"unet": small_unet(2048)})
 
 
-def test_a_text_encoder_alone_leaves_nothing_to_steer(tmp_path: Path) -> None:
+def test_a_text_encoder_alone_needs_one_to_fit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", kohya(known("text", text_modules("text"))))
-    with pytest.raises(AdapterError, match=r"expected changes of the UNet.*4 in text"):
-        read_adapter(path).resolve(NETWORKS)
-    assert read_adapter(path).resolve({"text": NETWORKS["text"]}).require().rank == 3
+    texts: Layers = {"text": NETWORKS["text"]}
+    for networks in (NETWORKS, texts):
+        assert read_adapter(path).resolve(networks).require().rank == 3
+    with pytest.raises(AdapterError, match=r"none of its 4 modules .* fits unet"):
+        read_adapter(path).resolve({"unet": NETWORKS["unet"]})
 
 
 def test_what_does_not_fit_is_listed_and_allowed_only_by_name(tmp_path: Path) -> None:
@@ -71,7 +73,10 @@ def test_what_does_not_fit_is_listed_and_allowed_only_by_name(tmp_path: Path) ->
     with pytest.raises(AdapterError) as caught:
         found.require()
     message = str(caught.value)
-    assert all(name in message for name in texts | {wrong, "bundle_emb.cat"})
+    assert f"1 of another shape: {wrong} [33, 32] instead of [32, 32]" in message
+    assert "19 unknown here: " in message and message.count("lora_te2_") == 3
+    assert "--allow 'lora_te2_text_model_encoder_layers_*'" in message
+    assert "--allow 'bundle_emb.cat'" in message and len(message) < 1000
     with pytest.raises(AdapterError, match=r"fit, but 1 of another shape: [^;]*\. Attach"):
         found.require(allow=("lora_te2_*", "bundle_emb.*"))
     assert found.require(allow=("lora_te2_*", "bundle_emb.*", wrong)) is found

@@ -26,10 +26,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from headstart.adapters.delta import Dense, DenseForm, LowRank
-from headstart.adapters.file import read_adapter
+from headstart.adapters.delta import Dense, LowRank
+from headstart.adapters.file import describe_adapter, read_adapter
+from headstart.adapters.kind import Kind
+from headstart.adapters.kinds import FULL, LOHA, LOKR, WHOLE
 from headstart.adapters.names import AdapterForm
 from headstart.checkpoint import keymap
+from headstart.cli import main
 from headstart.errors import AdapterError
 
 
@@ -51,7 +54,7 @@ def test_tucker_cores_become_low_rank_changes(tmp_path: Path) -> None:
     assert (delta.weight() - 0.5 * oracle).abs().max() <= 16 * 2.0**-24 * oracle.abs().max()
 
 
-def dense_cases() -> dict[str, tuple[AdapterForm, DenseForm, Tensors, Tensor]]:
+def dense_cases() -> dict[str, tuple[AdapterForm, Kind, Tensors, Tensor]]:
     """Form -> the keys of one layer's change, and the change in float64."""
     linear = ATTENTION[0]
     n, (o, i) = flat(linear), UNET[linear]
@@ -63,7 +66,7 @@ def dense_cases() -> dict[str, tuple[AdapterForm, DenseForm, Tensors, Tensor]]:
         for w, x, t in (("1", "a", a1), ("1", "b", b1), ("2", "a", a2), ("2", "b", b2))
     }
     lycoris = {key.replace("lora_unet", "lycoris"): tensor for key, tensor in loha.items()}
-    f, d = AdapterForm, DenseForm
+    f = AdapterForm
     hadamard = (a1.double() @ b1.double()) * (a2.double() @ b2.double())
     kron = torch.kron(w1.double(), w2.double())
     product = torch.kron(w1.double(), (a1[: o // 4].double() @ b1[:, : i // 4].double()))
@@ -73,12 +76,12 @@ def dense_cases() -> dict[str, tuple[AdapterForm, DenseForm, Tensors, Tensor]]:
         f"{n}.lokr_w2_b": b1[:, : i // 4],
     }
     return {
-        "loha": (f.LOHA, d.LOHA, loha | alpha, hadamard / 2),
-        "loha no alpha": (f.LOHA, d.LOHA, loha, hadamard),
-        "lokr full": (f.LOKR, d.LOKR, {f"{n}.lokr_w1": w1, f"{n}.lokr_w2": w2} | alpha, kron),
-        "lokr factored": (f.LOKR, d.LOKR, factored | alpha, product / 2),
-        "difference": (f.FULL, d.FULL, {f"{n}.diff": hadamard.float()}, hadamard),
-        "lycoris prefix": (f.LOHA, d.LOHA, lycoris, hadamard),
+        "loha": (f.LOHA, LOHA, loha | alpha, hadamard / 2),
+        "loha no alpha": (f.LOHA, LOHA, loha, hadamard),
+        "lokr full": (f.LOKR, LOKR, {f"{n}.lokr_w1": w1, f"{n}.lokr_w2": w2} | alpha, kron),
+        "lokr factored": (f.LOKR, LOKR, factored | alpha, product / 2),
+        "difference": (f.FULL, FULL, {f"{n}.diff": hadamard.float()}, hadamard),
+        "lycoris prefix": (f.LOHA, LOHA, lycoris, hadamard),
     }  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def test_forms_without_a_low_rank_path_are_merged(name: str, tmp_path: Path) -> 
     assert file.form is form
     found = file.resolve(NETWORKS).require()
     delta = found.deltas["unet", ATTENTION[0]]
-    assert isinstance(delta, Dense) and delta.form is dense and found.rank == 0
+    assert isinstance(delta, Dense) and delta.kind is dense and found.rank == 0
     ours = delta.change(torch.zeros(UNET[ATTENTION[0]]))
     assert (ours - change).abs().max() <= 16 * 2.0**-24 * change.abs().max()
 
@@ -162,7 +165,7 @@ def test_a_full_difference_reaches_biases_and_norms(tmp_path: Path) -> None:
     found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
     for module, bias in ((conv, "diff_b"), (norm, "b_norm"), (CONVS[1], "diff_b")):
         delta = found.deltas["unet", module]
-        assert isinstance(delta, Dense) and delta.form is DenseForm.FULL
+        assert isinstance(delta, Dense) and delta.kind is FULL
         own = torch.zeros(UNET[module][0])
         assert torch.equal(delta.merge_bias(own, 1.0), tensors[f"{flat(module)}.{bias}"])
     zero = torch.zeros(UNET[norm])
@@ -182,7 +185,7 @@ def test_custom_diffusion_holds_whole_keys_and_values(tmp_path: Path) -> None:
     found = file.resolve(NETWORKS).require()
     assert {module for _, module in found.deltas} == set(CROSS)
     delta = found.deltas["unet", CROSS[0]]
-    assert isinstance(delta, Dense) and delta.form is DenseForm.WHOLE
+    assert isinstance(delta, Dense) and delta.kind is WHOLE
     weight = torch.zeros(UNET[CROSS[0]])
     assert torch.equal(delta.merge(weight, 1.0), next(iter(tensors.values())))
 
@@ -199,24 +202,18 @@ def nan(shape: tuple[int, ...]) -> Tensor:
     return bad
 
 
-OTHER = {n.replace("down_blocks_0", "down_blocks_1"): t for n, t in one(alpha=None).items()}
 CHAR = torch.zeros(OUT, 3, dtype=torch.int8)
 WRONG: dict[str, tuple[Tensors, str]] = {
-    "rank": (one(lora_up__weight=torch.zeros(OUT, 4)), r"a rank 3 as in its other factor, got 4"),
+    "rank": (one(lora_up__weight=torch.zeros(OUT, 4)), r"a rank 3, got 4"),
     "rank 0": (one(lora_down__weight=torch.zeros(0, IN)), r"none empty, got \[0, 32\]"),
     "nan": (one(lora_up__weight=nan((OUT, 3))), "finite numbers, got NaN or infinity"),
-    "infinite alpha": (one(alpha=torch.tensor(math.inf)), "finite number that is not 0, got inf"),
-    "alpha 0": (one(alpha=torch.tensor(0)), "that is not 0, got 0"),
+    "infinite alpha": (one(alpha=torch.tensor(math.inf)), "finite numbers, got NaN or infinity"),
     "alpha of a row": (one(alpha=torch.ones(3)), "expected one number"),
     "boolean alpha": (one(alpha=torch.tensor(True)), "floating point numbers, got 'BOOL'"),
     "integers": (one(lora_up__weight=CHAR), "point numbers, got 'I8'"),
     "no up": (one(lora_up__weight=None), r"expected up too \(the file is torn\)"),
     "no down": (one(lora_down__weight=None), "expected down too"),
     "no change": (one(lora_down__weight=None, lora_up__weight=None), "expected a change too"),
-    "one alpha missing": (
-        one() | OTHER,
-        "1 of 2 modules have no alpha",
-    ),
     "duplicate": (twice(), "expected each layer once"),
     "same part twice": (
         one() | {f"lycoris_{ATTENTION[0].replace('.', '_')}.lora_A.weight": torch.zeros(3, IN)}
@@ -231,7 +228,7 @@ WRONG: dict[str, tuple[Tensors, str]] = {
         {f"{flat(ATTENTION[0])}.lokr_{x}": torch.ones(2, 2) for x in ("w1", "w1_a", "w1_b", "w2")},
         "one way to change",
     ),
-    "unknown": ({"mystery.weight": torch.ones(3, 3)}, "expected the keys of a LoRA"),
+    "unknown": ({"mystery.weight": torch.ones(3, 3)}, "computed here .* got the keys mystery"),
     "elsewhere": (
         {n.replace("unet_down", "unet_sideways"): t for n, t in one().items()},
         "none of its 1 modules .* fits unet and text and text_2",
@@ -269,7 +266,75 @@ def test_a_bias_or_a_norm_of_the_wrong_layer_is_a_mismatch(tmp_path: Path) -> No
         assert found.mismatched == ((name, UNET[CONVS[0]], shape),), slot
 
 
+def test_an_alpha_that_is_missing_or_0_is_a_scale_of_one_and_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ComfyUI and A1111 have the first, sd-scripts and LyCORIS the second."""
+    first, second, third = (
+        {n.replace("attn1_to_q", leaf): t for n, t in one(alpha=alpha).items()}
+        for leaf, alpha in (
+            ("attn1_to_q", torch.tensor(6.0)),
+            ("attn1_to_k", None),
+            ("attn1_to_v", torch.tensor(0)),
+        )
+    )
+    path = write(tmp_path / "a.safetensors", first | second | third)
+    found = read_adapter(path).resolve(NETWORKS).require()
+    scales = {d.scale for d in found.deltas.values() if isinstance(d, LowRank)}
+    assert len(found.deltas) == 3 and scales == {2.0, 1.0}
+    name = flat(ATTENTION[0]).removesuffix("attn1_to_q")
+    assert found.notes == describe_adapter(path).notes == (
+        f"1 of 3 modules have no alpha (such as {name}attn1_to_k): their scale is 1",
+        f"1 of 3 modules have an alpha of 0 (such as {name}attn1_to_v): their scale is 1",
+    )  # fmt: skip
+    assert main(["inspect", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"note        {note}" in shown for note in found.notes)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_adapter_in_eight_bits_is_its_numbers(dtype: torch.dtype, tmp_path: Path) -> None:
+    narrow = {n: t.to(dtype) if t.ndim else t for n, t in one().items()}
+    wide = {n: t.float() for n, t in narrow.items()}
+    deltas = [
+        next(
+            iter(
+                read_adapter(write(tmp_path / f"{i}.safetensors", t))
+                .resolve(NETWORKS)
+                .deltas.values()
+            )
+        )
+        for i, t in enumerate((narrow, wide))
+    ]
+    assert torch.equal(*(delta.change(torch.zeros(OUT, IN)) if isinstance(delta, Dense)
+                         else delta.weight() for delta in deltas))  # fmt: skip
+
+
+def test_an_int8_adapter_is_widened_with_its_scales(tmp_path: Path) -> None:
+    tensors = one()
+    rows = torch.rand(3, 1) + 0.5
+    down = f"{flat(ATTENTION[0])}.lora_down"
+    tensors[f"{down}.weight"] = torch.randint(-128, 128, (3, IN), dtype=torch.int8)
+    tensors[f"{down}.weight_scale"] = rows
+    found = read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+    (delta,) = found.deltas.values()
+    assert isinstance(delta, LowRank)
+    assert torch.equal(delta.down, tensors[f"{down}.weight"].float() * rows)
+
+
+def test_factors_and_magnitudes_of_a_matrix_fit_no_norm(tmp_path: Path) -> None:
+    name = flat("conv_norm_out")
+    factors = {"lora_down.weight": torch.ones(2, 1), "lora_up.weight": torch.ones(32, 2)}
+    for suffixes in (factors, {"diff": torch.ones(32), "dora_scale": torch.ones(1, 2)}):
+        tensors = one() | {f"{name}.{suffix}": t for suffix, t in suffixes.items()}
+        with pytest.raises(AdapterError, match=r"of another shape|a DoRA magnitude \[32\]"):
+            read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+
+
 SUFFIXES = [
+    *("scalar", "a1.weight", "a2.weight", "b1.weight", "b2.weight", "bm.weight", "oft_blocks"),
+    *("rescale", "oft_R.weight", "oft_R.scaled_oft", "weight", "on_input", "set_weight"),
+    *("lora_B.bias", "vera_lambda_b"),
     *("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "lora_A.weight", "diff"),
     *("lora_B.weight", "lora.down.weight", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
     *("hada_t1", "hada_t2", "lokr_w1", "lokr_w2", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", "diff_b"),

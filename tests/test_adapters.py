@@ -373,6 +373,44 @@ def test_a_text_part_acts_with_its_own_strength_on_each_image(
     assert torch.equal(engine.text.encode(["a fox"]).context, plain)
 
 
+def test_what_changes_the_text_alone_acts_on_both_models_alike(
+    engine: hs.Engine, make: Make
+) -> None:
+    def sample(**more: Any) -> Tensor:
+        return engine.sample("a fox", seeds=SEEDS, size=32, **more).latents
+
+    plain = sample()
+    words = {k: t for k, t in text_lora(engine).items() if k.startswith("lora_te_")}
+    path = make("words", words)
+    with pytest.raises(hs.AdapterError, match="leaves out distilled: attach it without to="):
+        engine.attach(path, to=["base"])
+    report = engine.attach(path, (0.0, 1.0, -1.0))
+    assert report.live and report.models["distilled"].layers == {"text": 12}
+    assert "changes the text alone, which all models read" in str(report)
+    done = sample()
+    bare = sample(adapters=[])
+    assert torch.equal(done[0], bare[0]) and torch.equal(bare, plain)
+    assert not torch.allclose(done[1:], bare[1:], atol=1e-3)
+    for strength in (Strength(models=("base",)), Strength(below=500)):
+        with pytest.raises(hs.InputError, match="encoded once for all rows and models"):
+            engine.adapters["words"].strength = strength
+        with pytest.raises(hs.InputError, match="encoded once for all rows and models"):
+            sample(adapters={"words": strength})
+    legs = (hs.Leg(model="distilled", steps=4, adapters=(("words", 0.5),)),)
+    with pytest.raises(hs.InputError, match="text alone, which is encoded once"):
+        sample(plan=hs.Plan(legs))
+    engine.attach(make(), name="age")  # beside one that steers
+    assert torch.equal(sample(adapters=["words"]), done)
+    engine.detach("age")
+    engine.detach("words")
+    assert torch.equal(sample(), plain)
+    with pytest.raises(hs.AdapterError, match="this one changes the text encoders"):
+        engine.adapters.attach_distilled(path)
+    with pytest.raises(hs.InputError, match="one number for all"):
+        engine.adapters.attach_distilled(make("h", dense(engine.denoisers["base"])))  # type: ignore[arg-type]
+    assert not len(engine.adapters)
+
+
 def test_a_distilled_model_that_is_a_lora_shares_its_bases_network(tmp_path: Path) -> None:
     """Equal to two networks merged separately, to 1e-5, with one network in memory."""
     base = hs.Engine.load(headstart_weights.path("base"), preset="demo", device="cpu")

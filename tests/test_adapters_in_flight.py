@@ -37,7 +37,7 @@ NAMES = ("a", "b", "c", "d")
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four LoRAs of one rank, so that one swapped for another computes in the same order; and
-    "full", which has to be merged."""
+    "full", which has to be merged, in a norm too."""
     folder, network = tmp_path_factory.mktemp("adapters"), hs.Engine.demo().denoisers["base"]
     assert isinstance(network, nn.Module)
     found = {name: folder / f"{name}.safetensors" for name in (*NAMES, "full")}
@@ -45,11 +45,10 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         part = "mid_block.attentions.0.transformer_blocks.0.attn"
         save_file(random_lora(network, part, seed=seed, size=0.5), found[name])
     whole = layers_of(network, "mid_block.attentions.0.proj_in")
-    save_file(
-        {f"lora_unet_{path.replace('.', '_')}.diff": 0.1 * torch.ones(layer.weight.shape)
-         for path, layer in whole.items()},
-        found["full"],
-    )  # fmt: skip
+    full = {path: 0.1 * torch.ones(layer.weight.shape) for path, layer in whole.items()}
+    full["conv_norm_out"] = 0.1 * torch.ones(network.get_parameter("conv_norm_out.weight").shape)
+    tensors = {f"lora_unet_{path.replace('.', '_')}.diff": change for path, change in full.items()}
+    save_file(tensors, found["full"])
     return found
 
 

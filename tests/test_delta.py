@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from headstart.adapters.delta import Dense, DenseForm, LowRank, with_core
+from headstart.adapters.delta import Dense, LowRank
 from headstart.adapters.file import read_adapter
+from headstart.adapters.kinds import FULL, LOHA, LOKR, LORA, WHOLE
+from headstart.adapters.products import with_core
 from headstart.errors import AdapterError
 
 EPS = 2.0**-24
@@ -61,7 +63,7 @@ def test_a_tucker_core_folds_into_down() -> None:
 
 def test_loha_is_a_product_of_two_low_rank_matrices_entry_by_entry() -> None:
     a1, b1, a2, b2 = randn(6, 2), randn(2, 5), randn(6, 2, seed=1), randn(2, 5, seed=1)
-    dense = Dense(DenseForm.LOHA, {"w1_a": a1, "w1_b": b1, "w2_a": a2, "w2_b": b2}, 0.5)
+    dense = Dense(LOHA, {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2}, 0.5)
     oracle = torch.zeros(6, 5, dtype=torch.float64)
     for row in range(6):
         for column in range(5):
@@ -73,7 +75,7 @@ def test_loha_is_a_product_of_two_low_rank_matrices_entry_by_entry() -> None:
 
 def test_lokr_is_a_block_matrix() -> None:
     w1, w2 = randn(3, 2), randn(4, 5)
-    change = Dense(DenseForm.LOKR, {"w1": w1, "w2": w2}).change(torch.zeros(12, 10))
+    change = Dense(LOKR, {"lokr_w1": w1, "lokr_w2": w2}).change(torch.zeros(12, 10))
     for row in range(3):
         for column in range(2):
             block = change[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
@@ -84,11 +86,11 @@ def test_lokr_of_a_convolution_is_the_same_flat_factored_or_with_a_core() -> Non
     """Its second factor written [o, i, k, k], as a @ b of [o, i*k*k], and as a full-rank core."""
     w1, w2 = randn(3, 2), randn(4, 4, 3, 3)
     zero = torch.zeros(12, 8, 3, 3)
-    whole = Dense(DenseForm.LOKR, {"w1": w1, "w2": w2}).change(zero)
-    flat = {"w1": w1, "w2_a": torch.eye(4), "w2_b": w2.flatten(1)}
-    core = {"w1": w1, "w2_a": torch.eye(4), "w2_b": torch.eye(4), "t2": w2}
+    whole = Dense(LOKR, {"lokr_w1": w1, "lokr_w2": w2}).change(zero)
+    flat = {"lokr_w1": w1, "lokr_w2_a": torch.eye(4), "lokr_w2_b": w2.flatten(1)}
+    core = {"lokr_w1": w1, "lokr_w2_a": torch.eye(4), "lokr_w2_b": torch.eye(4), "lokr_t2": w2}
     for tensors in (flat, core):
-        assert torch.equal(Dense(DenseForm.LOKR, tensors).change(zero), whole)
+        assert torch.equal(Dense(LOKR, tensors).change(zero), whole)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -101,7 +103,7 @@ def test_dora_gives_every_row_or_column_of_the_sum_the_length_it_was_trained_to(
     shape[axis] = weight.shape[axis]
     magnitude = randn(*shape).abs() + 0.5
     factors = {"down": randn(2, 4, *kernel), "up": randn(6, 2)}
-    tuned = Dense(DenseForm.LORA, factors, 0.5, magnitude).merge(weight, 1.0)
+    tuned = Dense(LORA, factors, 0.5, magnitude).merge(weight, 1.0)
     up, down = factors["up"].double(), factors["down"].double()
     direction = weight.double() + 0.5 * (up @ down.flatten(1)).reshape(weight.shape)
     lengths = direction.transpose(0, axis).flatten(1).norm(dim=1)
@@ -112,18 +114,18 @@ def test_dora_gives_every_row_or_column_of_the_sum_the_length_it_was_trained_to(
 
 def _each_form() -> list[Dense]:
     pair = {"down": randn(2, 4), "up": randn(6, 2)}
-    loha = {"w1_a": randn(6, 2), "w1_b": randn(2, 4), "w2_a": randn(6, 2), "w2_b": randn(2, 4)}
+    loha = {f"hada_w{n}_{x}": randn(*s) for n in "12" for x, s in (("a", (6, 2)), ("b", (2, 4)))}
     return [
-        Dense(DenseForm.LORA, pair, 0.5, torch.ones(6, 1)),
-        Dense(DenseForm.LOHA, loha, 0.5, bias=randn(6)),
-        Dense(DenseForm.LOKR, {"w1": randn(2, 2), "w2": randn(3, 2)}),
-        Dense(DenseForm.FULL, {"weight": randn(6, 4)}),
-        Dense(DenseForm.WHOLE, {"weight": randn(6, 4)}, bias=randn(6)),
-        Dense(DenseForm.FULL, bias=randn(6)),
+        Dense(LORA, pair, 0.5, torch.ones(6, 1)),
+        Dense(LOHA, loha, 0.5, bias=randn(6)),
+        Dense(LOKR, {"lokr_w1": randn(2, 2), "lokr_w2": randn(3, 2)}),
+        Dense(FULL, {"diff": randn(6, 4)}),
+        Dense(WHOLE, {"weight": randn(6, 4)}, bias=randn(6)),
+        Dense(FULL, bias=randn(6)),
     ]
 
 
-@pytest.mark.parametrize("dense", _each_form(), ids=lambda dense: dense.form.value)
+@pytest.mark.parametrize("dense", _each_form(), ids=lambda dense: dense.kind.title)
 def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense) -> None:
     weight, bias = randn(6, 4, seed=3), randn(6, seed=3)
     kept = weight.clone()
@@ -139,10 +141,10 @@ def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense)
 
 def test_whole_weights_become_a_difference_from_what_they_were_tuned_on() -> None:
     base, distilled, tuned = randn(6, 4), randn(6, 4, seed=1), randn(6, 4, seed=2)
-    whole = Dense(DenseForm.WHOLE, {"weight": tuned}, bias=torch.ones(6))
+    whole = Dense(WHOLE, {"weight": tuned}, bias=torch.ones(6))
     assert torch.equal(whole.merge(base, 1.0), base + (tuned - base))
     difference = whole.relative_to(base, torch.full((6,), 0.25))
-    assert difference.form is DenseForm.FULL
+    assert difference.kind is FULL
     assert torch.equal(difference.merge(distilled, 1.0), distilled + (tuned - base))
     assert torch.equal(difference.merge_bias(torch.zeros(6), 1.0), torch.full((6,), 0.75))
     assert difference.relative_to(distilled) is difference
@@ -150,7 +152,7 @@ def test_whole_weights_become_a_difference_from_what_they_were_tuned_on() -> Non
 
 def test_a_change_of_another_shape_is_an_adapter_error() -> None:
     with pytest.raises(AdapterError, match=r"\[6, 4\].*another network"):
-        Dense(DenseForm.LOKR, {"w1": randn(2, 2), "w2": randn(2, 2)}).merge(randn(6, 4), 1.0)
+        Dense(LOKR, {"lokr_w1": randn(2, 2), "lokr_w2": randn(2, 2)}).merge(randn(6, 4), 1.0)
 
 
 # ------------------------------------------------- the vectors: other programs' own results

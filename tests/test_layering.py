@@ -59,6 +59,7 @@ TORCH_BEARING = {"convert.unpickle"}
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
 EXTRA_OF = {
+    "checkpoint.gguf": "gguf",
     "headstart_weights.recipe": "train",
     "metrics.features": "features",
     "study": "study",

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
+from headstart.adapters.textual_inversion import (
+    Embedding,
+    extended,
+    read_embeddings,
+    recorded_embeddings,
+    taught,
+)
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
 from headstart.networks.prompt_style import PROMPT_STYLES
@@ -75,21 +83,50 @@ def test_a_token_reads_its_vectors_and_nothing_else_changes(single: ClipText) ->
     vectors = torch.randn(3, 32)
     grown = extended(single, [Embedding("<cat>", {"text": vectors})])
     (ids,) = grown.ids(["a <cat> b"])
-    rows = len(VOCABULARY)
     a, b = VOCABULARY["a</w>"], VOCABULARY["b</w>"]
     bos, eos = VOCABULARY[BOS], VOCABULARY[EOS]
-    assert ids[0, :8].tolist() == [bos, a, rows, rows + 1, rows + 2, b, eos, eos]
-    (new,), (old,) = grown.towers, single.towers
-    table = new.text_model.embeddings.token_embedding.weight
-    assert torch.equal(table[rows:], vectors)
-    assert torch.equal(table[:rows], old.text_model.embeddings.token_embedding.weight)
-    shared = {n: t.data_ptr() for n, t in new.state_dict().items() if "token_embedding" not in n}
-    assert shared == {n: old.state_dict()[n].data_ptr() for n in shared}
+    assert ids[0, :8].tolist() == [bos, a, -1, -2, -3, b, eos, eos]
+    assert grown.towers[0] is single.towers[0], "one network, and what is attached to it"
 
     plain = ["a b", "cat", ""]
     assert torch.equal(grown.encode(plain).context, single.encode(plain).context)
     assert not torch.equal(grown.encode(["<cat>"]).context, single.encode(["<cat>"]).context)
-    assert (single.ids(["<cat>"])[0] < rows).all(), "the encoder it was made from is as it was"
+    assert (single.ids(["<cat>"])[0] >= 0).all(), "the encoder it was made from is as it was"
+
+
+def test_learned_vectors_encode_as_rows_of_a_longer_table(double: ClipText) -> None:
+    """The oracle: the same network with the vectors at the end of its table, ids beyond it."""
+    vectors = {"text": torch.randn(2, 32), "text_2": torch.randn(2, 40)}
+    grown = extended(double, [Embedding("<cat>", vectors)])  # pyright: ignore[reportArgumentType]
+    ours = grown.encode(["b <cat>, a", "a b"])
+    contexts: list[Tensor] = []
+    rows = len(VOCABULARY)
+    for ids, tower, own in zip(
+        grown.ids(["b <cat>, a", "a b"]), double.towers, vectors, strict=True
+    ):
+        assert isinstance(tower, Tower)
+        longer = deepcopy(tower)
+        table = longer.text_model.embeddings.token_embedding
+        table.weight = nn.Parameter(torch.cat([table.weight, vectors[own]]), requires_grad=False)
+        beyond = ids.where(ids >= 0, rows - 1 - ids)
+        assert beyond.max() == rows + 1
+        contexts.append(longer(beyond)[0])
+        ends = (ids == VOCABULARY[EOS]).int().argmax(dim=-1)
+        if tower.text_projection is not None and ours.pooled is not None:
+            last = longer.text_model(input_ids=beyond).last_hidden_state[torch.arange(2), ends]
+            assert torch.equal(ours.pooled, tower.text_projection(last))
+    assert torch.equal(ours.context, torch.cat(contexts, dim=-1))
+
+
+def test_calls_at_the_same_time_know_each_their_own_tokens(single: ClipText) -> None:
+    texts = [
+        extended(single, [Embedding("<x>", {"text": torch.randn(1 + n, 32)})]) for n in range(4)
+    ]
+    alone = [text.encode(["a <x> b"]).context for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        again = [*pool.map(lambda n: texts[n % 4].encode(["a <x> b"]).context, range(80))]
+    assert all(torch.equal(context, alone[n % 4]) for n, context in enumerate(again))
+    assert len({tuple(context.flatten().tolist()) for context in alone}) == 4
 
 
 def test_vectors_that_are_those_of_a_word_mean_that_word(
@@ -112,13 +149,46 @@ def test_vectors_that_are_those_of_a_word_mean_that_word(
 def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
     first = extended(single, [Embedding("<one>", {"text": torch.randn(1, 32)})])
     second = extended(first, [Embedding("hands", {"text": torch.randn(2, 32).half()})])
-    rows = len(VOCABULARY)
-    text = "<one> hands shands HANDS"
-    (ids,) = second.ids([text])
-    learned = [id for id in ids[0].tolist() if id >= rows]
-    assert learned == [rows, rows + 1, rows + 2]
-    (table,) = (t.text_model.embeddings.token_embedding.weight for t in second.towers)
-    assert table.dtype == torch.float32 and len(table) == rows + 3
+    (ids,) = second.ids(["<one> hands shands HANDS"])
+    assert [id for id in ids[0].tolist() if id < 0] == [-1, -2, -3]
+    assert [(rows.dtype, len(rows)) for rows in second.learned] == [(torch.float32, 3)]
+    assert torch.equal(second.encode(["<one>"]).context, first.encode(["<one>"]).context)
+
+
+def test_two_files_of_one_token_are_a_pair_as_diffusers_saves_them(tmp_path: Path) -> None:
+    size = {"layers": 1, "heads": 4, "mlp_width": 8, "act": "gelu", **SIZE}
+    rules = FAMILIES["sdxl"].text
+    towers = [
+        tower(ClipParams(width=768, **size), rules[0]),
+        tower(ClipParams(width=1280, projection=8, **size), rules[1]),
+    ]
+    xl = ClipText(towers, ClipTokenizer.from_vocabulary(VOCABULARY, []))
+    first, second = torch.randn(2, 768), torch.randn(2, 1280)
+    one = write(tmp_path / "learned_embeds.safetensors", {"<c>": first})
+    two = write(tmp_path / "learned_embeds_2.safetensors", {"<c>": second})
+    pair = write(tmp_path / "pair.safetensors", {"clip_g": second, "clip_l": first})
+    expected = taught(xl, [(pair, "<c>")])[0].encode(["a <c>"])
+    for order in ([one, two], [two, one]):
+        text, files = taught(xl, order)
+        assert torch.equal(text.encode(["a <c>"]).context, expected.context)
+        weights = {role: {"file": file} for role, (file, _) in files.items()}
+        assert recorded_embeddings(weights) == [(str(path), "<c>") for path in order]
+    with pytest.raises(AdapterError, match="got those of the second alone"):
+        taught(xl, [two])
+    rows = write(
+        tmp_path / "rows.safetensors", {"text_encoders_1": second, "text_encoders_0": first}
+    )
+    each, whole = (taught(xl, [entry])[0] for entry in (rows, (rows, "TOK")))
+    assert torch.equal(each.encode(["a <s0><s1>"]).context, expected.context)
+    assert torch.equal(whole.encode(["a TOK"]).context, expected.context)
+    assert not torch.equal(each.encode(["a <s1><s0>"]).context, expected.context)
+    sd15 = write(tmp_path / "sd15.safetensors", {"emb_params": torch.randn(2, 768)})
+    with pytest.raises(AdapterError, match="got those of the first alone"):
+        taught(xl, [sd15])
+    sd21 = write(tmp_path / "sd21.safetensors", {"clip_h": torch.randn(2, 1024)})
+    told = r"for sdxl \(768 \+ 1280 numbers\), got them for sd21 \(1024 numbers\)"
+    with pytest.raises(AdapterError, match=told):
+        taught(xl, [sd21])
 
 
 def test_a_token_takes_a_weight_and_is_not_cut_by_the_end_of_a_piece(single: ClipText) -> None:
@@ -164,7 +234,7 @@ def test_what_does_not_belong_is_refused(
     narrow, fitting = torch.ones(1, 31), torch.ones(1, 32)
     with pytest.raises(AdapterError, match="learned for another family"):
         extended(single, [Embedding("<a>", {"text": narrow})])
-    with pytest.raises(AdapterError, match="'text_2': 40"):
+    with pytest.raises(AdapterError, match=r"\(32 \+ 40 numbers\), got those of the first alone"):
         extended(double, [Embedding("<a>", {"text": fitting})])
     with pytest.raises(AdapterError, match="given twice"):
         extended(single, [Embedding("<a>", {"text": fitting})] * 2)

@@ -17,7 +17,7 @@ from encoders import (
     write_vocabulary,
 )
 
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
 from headstart.networks.text import ClipText
 from headstart.networks.tokenizer import ClipTokenizer, Word
 from headstart.networks.tower import Tower
@@ -115,3 +115,49 @@ def test_a_vocabulary_larger_than_the_encoders_is_refused(one: Tower) -> None:
     more = VOCABULARY | {f"w{i}</w>": len(VOCABULARY) + i for i in range(3)}
     with pytest.raises(CheckpointError, match="give the tokenizer that belongs"):
         ClipText([one], ClipTokenizer.from_vocabulary(more, MERGES))
+
+
+@pytest.mark.parametrize(
+    ("token", "prompt", "before", "after"),
+    [
+        ("<a>", "the cat, <a>.", "the cat, ", "."),
+        ("<a>", "the<a>cat", "the", "cat"),
+        ("<a>", "(<a>)", "(", ")"),
+        ("a cat", "the, a cat, the", "the, ", ", the"),
+        ("a cat", "the, a \n cat", "the, ", ""),
+        ("bad-hands", "the bad-hands; cat", "the ", "; cat"),
+        ("v1.5 look", "v1.5 look: the cat", "", ": the cat"),
+        ("é", "the é", "the ", ""),
+        ("x" * 900, "the " + "x" * 900 + ", cat", "the ", ", cat"),
+        ("[^a](.*)", "the [^a](.*) cat", "the ", " cat"),
+        ("ca", "the ca cat", "the ", " cat"),
+    ],
+)
+def test_a_learned_token_is_read_between_the_words_around_it(
+    words: ClipTokenizer, token: str, prompt: str, before: str, after: str
+) -> None:
+    """Multi-vector, with spaces, signs or none; "ca" is how a piece of "cat" is spelled, too."""
+    grown = words.learn({token: (-1, -2, -3)})
+    assert grown.tokens(prompt) == [*words.tokens(before), -1, -2, -3, *words.tokens(after)]
+    assert [word.ids for word in grown.words(prompt) if word.learned] == [(-1, -2, -3)]
+    assert words.tokens("the cat ca") == grown.tokens("the cat") + words.tokens("ca")
+
+
+@pytest.mark.parametrize("prompt", ["bad-handsome", "abad-hands", "1bad-hands", "Bad-hands", "<A>"])
+def test_a_learned_token_is_matched_whole_and_as_it_is_typed(
+    words: ClipTokenizer, prompt: str
+) -> None:
+    grown = words.learn({"bad-hands": (-1,), "<a>": (-2,)})
+    assert grown.tokens(prompt) == words.tokens(prompt)
+
+
+def test_of_two_learned_tokens_the_longer_is_read(words: ClipTokenizer) -> None:
+    grown = words.learn({"<a>": (-1,)}).learn({"<a> cat": (-2,), "<ab>": (-3,)})
+    assert grown.tokens("<a> <a> cat <a><ab>") == [-1, -2, -1, -3]
+
+
+@pytest.mark.parametrize("token", ["cat", "CAT", "the", "c", "", " ", BOS, "<a>", " <a>", "a  cat"])
+def test_what_means_something_already_is_not_learned_anew(words: ClipTokenizer, token: str) -> None:
+    grown = words.learn({"<a>": (-1,), "a cat": (-2, -3)})
+    with pytest.raises(InputError, match="means something already"):
+        grown.learn({token: (-4,)})

@@ -47,7 +47,7 @@ def make(tmp_path: Path) -> Make:
 
 
 def adapters(stand: Stand) -> AdapterSet:
-    return AdapterSet(stand.denoisers, [])
+    return AdapterSet(stand.denoisers)
 
 
 def told(stand: Stand, *strengths: tuple[float, ...], seed: int = 0) -> Conditioning:

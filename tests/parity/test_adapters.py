@@ -13,9 +13,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from headstart.adapters.delta import LowRank
+from headstart.adapters.delta import Dense, LowRank
 from headstart.adapters.file import layer_shapes, read_adapter
 from headstart.adapters.names import AdapterForm
+from headstart.adapters.tuners import tuner_of
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 EPS = 2.0**-24
@@ -58,6 +59,15 @@ def lokr(**changed: object) -> tuple[AdapterForm, Any]:
     return AdapterForm.LOKR, peft.LoKrConfig(init_weights=False, **settings)
 
 
+def oft(**changed: object) -> tuple[AdapterForm, Any]:
+    import peft
+
+    settings: dict[str, Any] = {"r": 0, "oft_block_size": 4, "target_modules": TURNED} | changed
+    return AdapterForm.OFT_V2, peft.OFTConfig(init_weights=False, **settings)
+
+
+TURNED = ["to_k", "conv1", "proj_in"]
+BIASED = ["to_out.0", "ff.net.0.proj", "conv1", "conv_shortcut", "proj_in"]
 CASES: dict[str, Any] = {
     "lora": lambda: lora(),
     "rslora": lambda: lora(use_rslora=True),
@@ -71,6 +81,10 @@ CASES: dict[str, Any] = {
     "lokr both": lambda: lokr(decompose_both=True, decompose_factor=4),
     "lokr full": lambda: lokr(r=64),
     "lokr with cores": lambda: lokr(use_effective_conv2d=True),
+    "lora with biases": lambda: lora(lora_bias=True, target_modules=BIASED),
+    "oft": lambda: oft(),
+    "oft shared": lambda: oft(block_share=True, oft_block_size=8, num_cayley_neumann_terms=3),
+    "oft without a series": lambda: oft(use_cayley_neumann=False),
 }
 
 
@@ -94,8 +108,15 @@ def test_a_file_that_peft_writes_gives_the_weights_that_peft_merges(
     assert file.form is form
     found = file.resolve({"unet": layer_shapes(ours)}).require()
     changed = {n for n, t in merged.items() if not torch.equal(t, pristine[n])}
-    assert {f"{module}.weight" for _, module in found.deltas} == changed and len(changed) > 20
+    ours_too = {f"{module}.weight" for _, module in found.deltas}
+    ours_too |= {
+        f"{m}.bias" for (_, m), d in found.deltas.items() if getattr(d, "bias", None) is not None
+    }
+    assert ours_too == changed and len(changed) > 14
     for (_, module), delta in found.deltas.items():
+        if isinstance(delta, Dense) and delta.bias is not None:
+            bias = delta.merge_bias(pristine[f"{module}.bias"], 1.0)
+            assert torch.allclose(bias, merged[f"{module}.bias"], rtol=0, atol=4 * EPS * 4)
         weight, theirs = pristine[f"{module}.weight"], merged[f"{module}.weight"]
         tuned = delta.merge(weight, 1.0)
         # Both sum at most 64 products a factor, or the squares of a row, in another order.
@@ -124,3 +145,20 @@ def test_a_file_that_diffusers_writes_is_read_with_the_alpha_of_its_metadata(
     for (_, module), delta in found.deltas.items():
         assert isinstance(delta, LowRank) and delta.scale == 6 / 4
         assert torch.equal(delta.down, state[f"base_model.model.{module}.lora_A.weight"])
+
+
+PROMPTS = {
+    *("prompt_tuning_", "p_tuning_", "prefix_tuning_", "multitask_prompt_tuning_", "cpt_"),
+    *("adaption_prompt_", "cartridge_"),
+}
+LEAVES = ("A", "u", "l", "block", "kernel", "R", "b", "layers", "v", "weight", "delta")
+
+
+def test_every_tuner_of_peft_has_a_formula_here_or_a_name() -> None:
+    """A PEFT that brings another shows up here. Those of prompts change no layer."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+
+    here = {"lora_", "hada_", "lokr_", "oft_"}
+    prefixes = {str(prefix) for prefix in PEFT_TYPE_TO_PREFIX_MAPPING.values() if prefix}
+    unnamed = {p for p in prefixes if not any(tuner_of(f"x.{p}{leaf}") for leaf in LEAVES)}
+    assert unnamed <= here | PROMPTS

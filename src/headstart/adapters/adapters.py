@@ -19,16 +19,20 @@ from torch import Tensor, nn
 
 from headstart import fork
 from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
-from headstart.adapters.delta import Delta, Dense, LowRank
-from headstart.adapters.file import AdapterFile, Match, Resolved, read_adapter
+from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
+from headstart.adapters.layers import Layer
 from headstart.adapters.merged import Merged, Sums
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.slots import Layer, Slots
+from headstart.adapters.resolved import Match, Resolved
+from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
-from headstart.errors import AdapterError
+from headstart.adapters.tokens import reading, teachable
+from headstart.errors import AdapterError, HeadstartError
+from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
 DISTILLED_LORA = "distilled-lora"
@@ -60,19 +64,20 @@ class AdapterSet:
 
     models  "base" and "distilled" -> network; both names may mean one network, of which the
             distilled model is a strength
-    towers  the text encoders, which serve both models
+    text    the text encoders, which serve both models, and learn the tokens of adapters' files
     """
 
-    def __init__(self, models: Mapping[str, object], towers: Sequence[nn.Module] = ()) -> None:
+    def __init__(self, models: Mapping[str, object], text: ClipText | None = None) -> None:
         networks = {n: model for n, model in models.items() if isinstance(model, nn.Module)}
-        self._present = present = Present(networks)
+        self._text, self._present = text, Present(networks, text)
+        present, towers = self._present, () if text is None else text.towers
         shared = {net: present.host(Host(net, present.look)) for net in networks.values()}
         self._models = {name: shared[network] for name, network in networks.items()}
         self._texts = {
             name: present.host(Host(tower, present.look, conditioned=False))
             for name, tower in zip(("text", "text_2"), towers, strict=False)
         }
-        self._matches: dict[str, tuple[Grouping, Match]] = {}
+        self._matches: dict[str, tuple[Grouping, tuple[str, ...], Match]] = {}
         self._changing = threading.RLock()  # one change at a time; runs do not wait for it
 
     def __iter__(self) -> Iterator[Adapter]:
@@ -142,16 +147,19 @@ class AdapterSet:
                 )
             check_acts(name, to, asked, tuple(self._models))
             resolved = self._resolve(file, to, tuple(allow))
+            tokens, left = teachable(self._text, file, self.look().teachers(name), allow)
             deltas = self._deltas(resolved)
             live = all(isinstance(d, LowRank) for own in deltas.values() for d in own.values())
             held = Held(
-                report=report_of(name, file, resolved, live),
+                report=report_of(name, file, resolved, live, tokens, left),
                 to=to,
                 allow=tuple(allow),
                 texts=any(host in deltas for host in self._texts.values()),
+                steers=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
-                strength=asked,
-            )
+                tokens=tokens,
+            ).at(asked)
+            self._check_shared(held)
             if not live:
                 self._check_merged(held)
             return self._hold(held, deltas)
@@ -180,15 +188,20 @@ class AdapterSet:
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
 
-        Raises AdapterError for one that also changes the text, which both models share.
+        Raises AdapterError for one that changes the text or its tokens, which both models share;
+        InputError for one that has to be merged.
         """
-        report = self.attach(path, Strength(models=("distilled",)), name=name)
-        if self.look()[name].texts:
+        report = self.attach(path, name=name)
+        try:
+            if self.look()[name].texts or self.look()[name].tokens:
+                raise AdapterError(
+                    f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
+                    "this one changes the text encoders or their tokens: attach it as an adapter"
+                )
+            self.set(name, Strength(models=("distilled",)))
+        except HeadstartError:
             self.detach(name)
-            raise AdapterError(
-                f"{path}: expected a distilled model's LoRA, which changes the UNet alone; this "
-                "one changes the text encoders too: attach it as an adapter"
-            )
+            raise
         return report
 
     def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:
@@ -233,7 +246,8 @@ class AdapterSet:
                 strength = own.one_number(own.strength)
                 sums[host] = {**sums.get(host, {}), name: (deltas, strength)}
         merged = {host: self._merged(before.merged.get(host), host, s) for host, s in sums.items()}
-        following = Attached(before.models, held, slots, merged)
+        text = reading(self._text, before, held)
+        following = Attached(before.models, held, slots, merged, text)
         for by_host in slots.values():
             for host, part in by_host.items():
                 host.hook(part.by_path)
@@ -273,14 +287,14 @@ class AdapterSet:
             done = next((resolved for seen, resolved in known if seen == shapes), None)
             if done is None:
                 networks: Any = {"unet": shapes, **texts}
-                grouping, match = self._matches.get(model, (None, None))
+                grouping, strays, match = self._matches.get(model, (None, (), None))
                 try:
-                    if match is None or grouping is not file.grouping:
+                    if match is None or grouping is not file.grouping or strays != file.strays:
                         match = file.match(networks)
                     done = file.resolve(networks, match).require(allow)
                 except AdapterError as error:
                     raise AdapterError(f"attaching to the {model} model: {error}") from error
-                self._matches[model] = (file.grouping, match)
+                self._matches[model] = (file.grouping, file.strays, match)
                 known.append((shapes, done))
             found[model] = done
         return found
@@ -300,16 +314,26 @@ class AdapterSet:
         return found
 
     def _difference(self, host: Host, path: str, delta: Delta) -> Delta:
-        """Whole weights as a difference from the base they were tuned on, so that they transfer."""
-        if not isinstance(delta, Dense):
-            return delta
+        """Whole weights as a difference from the base they were tuned on, so that they transfer;
+        and what a grouped convolution cannot have beside it, to be merged."""
+        if isinstance(delta, LowRank):
+            return delta.dense() if getattr(host.layers[path], "groups", 1) != 1 else delta
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
-        origin = base if of_base and base is not None else host
-        return delta.relative_to(origin.layers[path].weight.float())
+        layer = (base if of_base and base is not None else host).layers[path]
+        return delta.relative_to(layer.weight.float(), layer.bias)
+
+    def _check_shared(self, held: Held) -> None:
+        """A text encoder serves all models, so what changes nothing else is for all of them."""
+        apart = [model for model in self._models if model not in held.to]
+        if apart and not held.steers:
+            raise AdapterError(
+                f"{held.report.path} changes the text alone, which {' and '.join(self._models)} "
+                f"read alike, and to={list(held.to)} leaves out {', '.join(apart)}: attach it "
+                "without to="
+            )
 
     def _check_merged(self, held: Held) -> None:
-        held.one_number(held.strength)
         apart = [m for m in self._models if m not in held.to]
         shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
         if shared:

@@ -18,12 +18,15 @@ from torch import Tensor, nn
 import headstart_weights
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.host import Changes, Host, Leaf, acting
-from headstart.adapters.merged import Merged, Weights
+from headstart.adapters.layers import Weights
+from headstart.adapters.merged import Merged
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
+from headstart.adapters.textual_inversion import Embedding
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import InputError
+from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
 ROLE = "adapter:"
@@ -38,16 +41,20 @@ Deltas: TypeAlias = Mapping[str, Delta]
 class Held:
     """One attached adapter.
 
-    to      the models that it is on; allow: what of its file was let be; texts: changes the text
+    to      the models that it is on; allow: what of its file was let be
+    steers  changes a model; texts: changes the text
     deltas  what it changes, by network, where it is merged: sums are made of all of them
+    tokens  what its file teaches prompts, whatever its strength
     """
 
     report: AdapterReport
     to: tuple[str, ...]
     allow: tuple[str, ...]
     texts: bool
+    steers: bool = True
     deltas: Mapping[Host, Deltas] = field(default_factory=dict[Host, Deltas])
     strength: Strength = field(default_factory=Strength)
+    tokens: tuple[Embedding, ...] = ()
 
     @property
     def name(self) -> str:
@@ -55,20 +62,30 @@ class Held:
 
     def at(self, asked: Asked) -> Held:
         """With this strength from now on. Raises InputError where it cannot have it."""
-        strength = as_strength(asked)
+        strength = self._possible(as_strength(asked))
         if not self.report.live:
             self.one_number(strength)
         return replace(self, strength=strength)
 
     def for_run(self, asked: Asked | None) -> Strength:
         """What holds in one run. Raises InputError where the adapter is merged at another."""
-        strength = self.strength if asked is None else as_strength(asked)
+        strength = self._possible(self.strength if asked is None else as_strength(asked))
         if not self.report.live and strength != self.strength:
             self.one_number(strength)
             raise InputError(
                 f"adapter {self.name!r} is merged at strength {self.strength.constant:g}, and "
                 f"this run asks for {strength.constant:g}: other runs share the weights, so set "
                 f"engine.adapters[{self.name!r}].strength first"
+            )
+        return strength
+
+    def _possible(self, strength: Strength) -> Strength:
+        """Itself. Raises InputError where it is one of rows, and the adapter acts on the text."""
+        by_row = (strength.models, strength.below, strength.rows)
+        if not self.steers and any(part is not None for part in by_row):
+            raise InputError(
+                f"adapter {self.name!r} changes the text alone, which is encoded once for all rows "
+                "and models: its strength is a number, or one for each sample"
             )
         return strength
 
@@ -92,6 +109,7 @@ class Attached:
     held     by name, sorted, so that neither columns nor sums depend on the order of attaching
     slots    adapter -> network -> where its low-rank changes are
     merged   network -> the sums that its layers run on
+    text     what reads prompts, with the tokens of these adapters; None where networks are alone
     """
 
     models: tuple[str, ...]
@@ -100,6 +118,7 @@ class Attached:
         default_factory=dict[str, Mapping[Host, Slots]]
     )
     merged: Mapping[Host, Merged] = field(default_factory=dict[Host, Merged])
+    text: ClipText | None = None
     changes: Changes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -123,6 +142,15 @@ class Attached:
                 f"{', '.join(map(repr, self.held)) or 'none'}"
             )
         return self.held[name]
+
+    @property
+    def tokens(self) -> tuple[Embedding, ...]:
+        return tuple(token for held in self for token in held.tokens)
+
+    def teachers(self, name: str) -> dict[str, str]:
+        """Token -> the adapter that teaches it, besides the one of this name."""
+        others = [held for held in self if held.name != name]
+        return {token.token: held.name for held in others for token in held.tokens}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -217,6 +245,12 @@ class Attached:
             raise InputError(
                 f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
                 f"{', '.join(map(repr, self.held)) or 'none'}"
+            )
+        texts = sorted(name for name in named if not self.held[name].steers)
+        if texts:
+            raise InputError(
+                f"plan {table.name!r} sets adapter(s) {texts} on some legs, but they change the "
+                "text alone, which is encoded once for all rows; give their strengths to the run"
             )
         merged = sorted(name for name in named if not self.held[name].report.live)
         if merged:

@@ -9,87 +9,26 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.group import Group, Grouping, grouped
-from headstart.adapters.names import AdapterForm, Network, Places
-from headstart.adapters.peft_scale import PeftScale, peft_scales
+from headstart.adapters.kind import Shape
+from headstart.adapters.layers import layers_of
+from headstart.adapters.names import AdapterForm, Network, other_family
+from headstart.adapters.peft import Peft, read_peft
+from headstart.adapters.places import Networks, Place, placed
+from headstart.adapters.resolved import Match, Mismatch, Resolved, some
+from headstart.adapters.tuners import tuners_of
+from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError
-
-Shape = tuple[int, ...]
-Networks = Mapping[Network, Mapping[str, Shape]]
-"""Network -> module path -> the shape of its weight."""
-
-
-class Mismatch(NamedTuple):
-    """A module of the file whose layer has another shape: `expected` is ours, `came` the file's."""
-
-    name: str
-    expected: Shape
-    came: Shape
-
-
-class Match(NamedTuple):
-    """Where the modules of a file go, from names and shapes alone.
-
-    owners      layer -> the module that changes it; mismatched, unmatched: as in `Resolved`
-    """
-
-    owners: Mapping[tuple[Network, str], Group]
-    mismatched: tuple[Mismatch, ...]
-    unmatched: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resolved:
-    """What a file changes: one delta a layer, and everything of the file that found no layer.
-
-    deltas      (network, module path) -> LowRank | Dense
-    matched     keys of the file that went into deltas
-    mismatched  modules whose layer exists with another shape
-    unmatched   keys that mean no layer of these networks
-    rank        the largest rank of a low-rank delta; 0 where there is none
-    """
-
-    deltas: Mapping[tuple[Network, str], Delta]
-    form: AdapterForm
-    rank: int
-    matched: tuple[str, ...] = ()
-    mismatched: tuple[Mismatch, ...] = ()
-    unmatched: tuple[str, ...] = ()
-
-    def require(self, allow: Collection[str] = ()) -> Resolved:
-        """Itself, if the whole file found its place or what did not is allowed by name.
-
-        `allow` holds names of modules or keys as the file spells them, `*` and `?` for any text:
-        `lora_te_*`, or `*` for everything. Raises AdapterError listing each group that is left.
-        """
-        odd = {
-            "of another shape": [
-                f"{name} {list(came)} instead of {list(expected)}"
-                for name, expected, came in self.mismatched
-                if not _allowed(name, allow)
-            ],
-            "unknown here": [name for name in self.unmatched if not _allowed(name, allow)],
-        }
-        lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in odd.items() if names]
-        if lines:
-            raise AdapterError(
-                f"{len(self.matched)} keys of the adapter ({self.form.value}) fit, but "
-                f"{'; '.join(lines)}. Attach it to the network it was made for, or allow these by "
-                "name"
-            )
-        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,13 +36,17 @@ class AdapterFile:
     """An adapter as its header tells: nothing but names and shapes has been read.
 
     grouping  its modules; the same object for files of the same names, dtypes and shapes
+    tokens    learned tokens that lie beside them: OneTrainer's, ai-toolkit's, cloneofsimo's
+    no_tokens why those that lie there cannot be used, where that is so
     """
 
     path: Path
     form: AdapterForm
     checkpoint: Checkpoint
     grouping: Grouping
-    scales: Mapping[Network | None, PeftScale]
+    peft: Peft
+    tokens: tuple[Token, ...] = ()
+    no_tokens: str | None = None
 
     @property
     def groups(self) -> Mapping[str, Group]:
@@ -111,7 +54,9 @@ class AdapterFile:
 
     @property
     def strays(self) -> tuple[str, ...]:
-        return self.grouping.strays
+        """Keys that no naming knows."""
+        tokens = beside_layers(self.checkpoint)
+        return tuple(key for key in self.grouping.strays if key not in tokens)
 
     def resolve(self, networks: Networks, match: Match | None = None) -> Resolved:
         """What changes in `networks`, {network: {module path: shape of its weight}}.
@@ -121,13 +66,19 @@ class AdapterFile:
         does, and for a NaN or a bad alpha.
         """
         match = match or self.match(networks)
+        held = self.checkpoint
         try:
+            alphas = {group.name: group.alpha(held) for group in match.owners.values()}
             deltas: dict[tuple[Network, str], Delta] = {
-                layer: group.delta(self.checkpoint, networks[layer[0]][layer[1]], self.scales)
+                layer: group.delta(
+                    held, networks[layer[0]][layer[1]], self.peft, alphas[group.name]
+                )
                 for layer, group in match.owners.items()
             }
         except AdapterError as error:
             raise AdapterError(f"{self.path}: {error}") from error
+        except CheckpointError as error:  # a dtype that is not read, or a bad scale
+            raise AdapterError(str(error)) from error
         ranks = [delta.rank for delta in deltas.values() if isinstance(delta, LowRank)]
         return Resolved(
             deltas=deltas,
@@ -136,25 +87,46 @@ class AdapterFile:
             matched=tuple(key for group in match.owners.values() for key in group.slots.values()),
             mismatched=match.mismatched,
             unmatched=match.unmatched,
+            notes=self.notes(alphas),
+        )
+
+    def notes(self, alphas: Mapping[str, float | None]) -> tuple[str, ...]:
+        """What of the scales is not in the file, and how it is read; `alphas` by module.
+
+        ComfyUI (weight_adapter/lora.py) and A1111 (Lora/network.py) take a missing alpha for a
+        scale of 1; sd-scripts and LyCORIS an alpha of 0, which says "no scaling" when they train.
+        """
+        scaled = [g for g in self.groups.values() if g.rank is not None]
+        without = [
+            g.name for g in scaled if "alpha" not in g.slots and not self.peft.says(g.network)
+        ]
+        zero = [group.name for group in scaled if alphas.get(group.name) == 0]
+        counts = {
+            "no alpha": without if len(without) < len(scaled) else [],
+            "an alpha of 0": zero,
+        }
+        return tuple(
+            f"{len(names)} of {len(scaled)} modules have {what} (such as {names[0]:.120}): their "
+            "scale is 1"
+            for what, names in counts.items()
+            if names
         )
 
     def match(self, networks: Networks) -> Match:
         """Find every module's layer; no tensor is read.
 
-        Raises AdapterError for two modules for one layer, alphas in some modules only, an adapter
-        of another family, one that fits nothing, and one that leaves a UNet that was given
-        untouched.
+        Raises AdapterError for two modules for one layer, an adapter of another family, a name
+        that fits two layers equally well, and one that fits nothing.
         """
-        self._check_alphas()
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        for group, layer in self._layers(networks):
+        for group, layer in self._placed(networks):
             if layer is None:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
                 expected = networks[layer[0]][layer[1]]
-                mismatched.append(Mismatch(group.name, expected, group.shape()))
+                mismatched.append(Mismatch(group.name, expected, group.sides()))
             elif layer in owners:
                 raise AdapterError(
                     f"{self.path}: {owners[layer].name!r} and {group.name!r} are both {layer[1]} "
@@ -165,34 +137,18 @@ class AdapterFile:
         self._check_found(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
 
-    def _layers(self, networks: Networks) -> Iterator[tuple[Group, tuple[Network, str] | None]]:
-        """Each module with its layer: a fitting one where its name can mean several."""
-        places = Places(networks)
-        for group in self.groups.values():
-            found = places.find(group.network, group.module, group.name)
-            fitting = [place for place in found if group.fits(networks[place[0]][place[1]])]
-            yield group, next(iter(fitting or found), None)
+    def _placed(self, networks: Networks) -> list[tuple[Group, Place | None]]:
+        try:
+            return [*placed(self.groups.values(), networks)]
+        except AdapterError as error:
+            raise AdapterError(f"{self.path}: {error}") from error
 
     @property
     def family(self) -> str | None:
         """The lineage whose text is as wide as the adapter's cross-attention; None if unchanged."""
-        widths = {
-            group.shape()[1]
-            for group in self.groups.values()
-            if _reads_text(group.module) and len(group.shape()) > 1
-        }
+        sides = (group.sides() for group in self.groups.values() if _reads_text(group.module))
+        widths = {each[1] for each in sides if len(each) > 1 and each[1] is not None}
         return CONTEXT_WIDTHS.get(widths.pop()) if len(widths) == 1 else None
-
-    def _check_alphas(self) -> None:
-        """All modules of a file have an alpha, or none: then the scale is 1."""
-        scaled = [group for group in self.groups.values() if group.takes_alpha]
-        without = [group.name for group in scaled if "alpha" not in group.slots]
-        if without and len(without) < len(scaled):
-            raise AdapterError(
-                f"{self.path}: {len(without)} of {len(scaled)} modules have no alpha "
-                f"({without[0]}, ...): expected one in each, or in none (then the scale is 1); the "
-                "file is torn, fetch it again"
-            )
 
     def _check_found(
         self,
@@ -206,31 +162,27 @@ class AdapterFile:
             theirs = CONTEXT_WIDTHS.get(misfit.expected[-1], "another family")
             raise AdapterError(
                 f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
-                f"{misfit.name} is {list(misfit.came)}, the layer {list(misfit.expected)}; "
+                f"{misfit}; "
                 f"attach it to a model of {self.family}"
             )
+        steered = any(network == "unet" for network, _ in owners)
+        if not steered and (other := other_family(self.groups)):
+            raise AdapterError(
+                f"{self.path}: expected an adapter for {where}, got one for {other}, which is not "
+                "of the UNet family: attach it to a network of its own family"
+            )
         if not owners:
-            example = next(iter(self.groups.values()))
+            example = next(iter(self.groups.values())).name
+            shaped = f"; {mismatched[0]}" if mismatched else ""
             raise AdapterError(
                 f"{self.path}: none of its {len(self.groups)} modules ({self.form.value}, such as "
-                f"{example.name}) fits {where}; attach it to the network it was made for"
-            )
-        if "unet" in networks and not any(network == "unet" for network, _ in owners):
-            kinds = Counter(network for network, _ in owners)
-            raise AdapterError(
-                f"{self.path}: expected changes of the UNet, got only the text encoder's "
-                f"({', '.join(f'{n} in {k}' for k, n in kinds.items())}): nothing would be steered "
-                "between base and distilled"
+                f"{example}) fits {where}{shaped}; attach it to the network it was made for"
             )
 
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
-    """Module path -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
-    return {
-        name.removesuffix(".weight"): tuple(tensor.shape)
-        for name, tensor in network.state_dict().items()
-        if name.endswith(".weight")
-    }
+    """Layer -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    return {path: tuple(layer.weight.shape) for path, layer in layers_of(network).items()}
 
 
 def read_adapter(path: str | Path) -> AdapterFile:
@@ -249,40 +201,68 @@ def read_adapter(path: str | Path) -> AdapterFile:
         raise AdapterError(str(error)) from error
     if not checkpoint.names:
         raise AdapterError(f"{path}: expected an adapter, got a file without tensors")
-    if parts:
+    layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
+    try:
+        grouping = grouped(layout)
+        peft = read_peft(checkpoint.metadata, beside if _is_peft(grouping.groups) else {}, path)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from error
+    groups, strays = grouping
+    if parts and 2 * len(strays) > len(layout):
         raise AdapterError(
             f"{path}: expected an adapter, got a checkpoint ({', '.join(parts)}): give it as "
             "--base or --distilled, or make a difference of it with `headstart transfer`"
         )
-    layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
-    try:
-        grouping = grouped(layout)
-    except AdapterError as error:
-        raise AdapterError(f"{path}: {error}") from error
-    groups, strays = grouping
     if not groups:
-        raise AdapterError(
-            f"{path}: expected the keys of a LoRA, LoHa, LoKr or full difference, got "
-            f"{', '.join(strays[:3])}{', ...' if len(strays) > 3 else ''}"
-        )
+        raise AdapterError(f"{path}: expected {_EXPECTED}, got {_came(strays)}")
+    tokens, no_tokens = _tokens(path, checkpoint)
     return AdapterFile(
         path=path,
         form=_form(groups),
         checkpoint=checkpoint,
         grouping=grouping,
-        scales=peft_scales(checkpoint.metadata, beside if _is_peft(groups) else {}, path),
+        peft=peft,
+        tokens=tokens,
+        no_tokens=no_tokens,
     )
+
+
+def _tokens(path: Path, checkpoint: Checkpoint) -> tuple[tuple[Token, ...], str | None]:
+    """The learned tokens beside the layers, or why there are none of those that lie there."""
+    keys = beside_layers(checkpoint)
+    try:
+        return (tokens_of(path, checkpoint, keys=keys), None) if keys else ((), None)
+    except CheckpointError as error:
+        return (), str(error)
+
+
+_EXPECTED = (
+    "an adapter that is computed here (LoRA, LoCon, LoHa, LoKr, DoRA, GLoRA, OFT, BOFT, OFTv2, "
+    "(IA)^3, differences, whole weights)"
+)
+
+
+def _came(strays: Sequence[str]) -> str:
+    """A kind by its name, or keys that no row knows."""
+    foreign = tuners_of(strays)
+    if not foreign:
+        return f"the keys {some(strays)}"
+    title, keys = max(foreign.items(), key=lambda row: len(row[1]))
+    return f"{title}, which is not implemented ({some(keys)})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterInfo:
     """What an adapter's header tells.
 
-    family    lineage whose text its cross-attention reads; None where it does not change that
+    family    lineage whose text its cross-attention reads, or an architecture that its names tell;
+              None where they tell none
     ranks     smallest and largest rank of its low-rank factors; None where there are none
     modules   number of changed modules: unet, text, text_2, and "" where names do not say which
     dtype     the dtype most bytes have
     strays    keys that no naming knows
+    notes     what the file does not say and how it is read
+    tokens    learned tokens that prompts know while it is attached
     """
 
     path: str
@@ -294,34 +274,42 @@ class AdapterInfo:
     size_bytes: int
     tensors: int
     strays: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    tokens: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
 
 
 def describe_adapter(path: str | Path) -> AdapterInfo:
-    """Triage of an adapter from its header: no tensor is read. Raises AdapterError."""
+    """Triage of an adapter from its header; only alphas are read. Raises AdapterError."""
     file = read_adapter(path)
     checkpoint = file.checkpoint
     ranks = [group.rank for group in file.groups.values() if group.rank is not None]
     return AdapterInfo(
         path=str(path),
         form=file.form.value,
-        family=file.family,
+        family=file.family or other_family(file.groups),
         ranks=(min(ranks), max(ranks)) if ranks else None,
         modules=dict(Counter(group.network or "" for group in file.groups.values())),
         dtype=checkpoint.dtype,
         size_bytes=checkpoint.size_bytes,
         tensors=len(checkpoint.names),
-        strays=file.strays,
+        strays=file.strays if file.no_tokens is None else file.grouping.strays,
+        notes=file.notes({name: group.alpha(checkpoint) for name, group in file.groups.items()}),
+        tokens=tuple(token.name for token in file.tokens),
     )
 
 
 # What a layer computes names the file before how its keys are spelled does.
-_FORMS = (
-    *(AdapterForm.DORA, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.PEFT),
-    *(AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR, AdapterForm.DIFFUSERS),
-    *(AdapterForm.CLONEOFSIMO, AdapterForm.KOHYA, AdapterForm.CUSTOM_DIFFUSION, AdapterForm.FULL),
+_KINDS = (
+    *(AdapterForm.GLORA, AdapterForm.BOFT, AdapterForm.OFT, AdapterForm.OFT_V2, AdapterForm.IA3),
+    *(AdapterForm.LOHA, AdapterForm.LOKR),
+)
+_NAMINGS = (
+    *(AdapterForm.PEFT, AdapterForm.DIFFUSERS_PREFIXED, AdapterForm.DIFFUSERS_PROCESSOR),
+    *(AdapterForm.DIFFUSERS, AdapterForm.CLONEOFSIMO, AdapterForm.KOHYA),
+    *(AdapterForm.CUSTOM_DIFFUSION, AdapterForm.WHOLE, AdapterForm.FULL),
 )
 _CONVOLUTIONS = re.compile(r".*(conv|skip_connection|emb_layers|in_layers|out_layers|time_emb).*")
 _SLIDER_MODULES = re.compile(r".*(_attn[12]_to_|_resnets_|samplers_).*")
@@ -330,7 +318,11 @@ _SLIDER_MODULES = re.compile(r".*(_attn[12]_to_|_resnets_|samplers_).*")
 def _form(groups: Mapping[str, Group]) -> AdapterForm:
     """A Concept Slider touches attention and resnets of the UNet, never what is around them."""
     present = frozenset[AdapterForm]().union(*(group.forms for group in groups.values()))
-    form = next(form for form in _FORMS if form in present)
+    kinds = {group.kind.form for group in groups.values()}
+    if AdapterForm.DORA in present:
+        return AdapterForm.DORA
+    form = next((form for form in _KINDS if form in kinds), None)
+    form = form or next(form for form in _NAMINGS if form in present)
     if form is not AdapterForm.KOHYA:
         return form
     if all(g.network == "unet" and _SLIDER_MODULES.fullmatch(g.module) for g in groups.values()):
@@ -341,13 +333,9 @@ def _form(groups: Mapping[str, Group]) -> AdapterForm:
 
 def _is_peft(groups: Mapping[str, Group]) -> bool:
     """Whether an `adapter_config.json` beside the file can be its own."""
-    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR}
+    own = {AdapterForm.PEFT, AdapterForm.LOHA, AdapterForm.LOKR, AdapterForm.OFT_V2}
     return any(group.forms & own for group in groups.values())
 
 
 def _reads_text(module: str) -> bool:
     return module.replace(".", "_").endswith(("attn2_to_k", "attn2_to_v"))
-
-
-def _allowed(name: str, allow: Collection[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in allow)

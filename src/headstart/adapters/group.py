@@ -1,29 +1,53 @@
 """The tensors of one module of an adapter, checked against each other, and the delta they make.
 
-scale = alpha/rank; as `headstart.adapters.peft_scale` says for PEFT's; 1 where no alpha is said
+scale = alpha/rank; as `headstart.adapters.peft` says for PEFT's; 1 where alpha is missing or 0;
+all times LyCORIS' `scalar`
 """
 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
 
 from torch import Tensor
 
-from headstart.adapters.delta import Delta, Dense, DenseForm, LowRank, with_core
+from headstart.adapters.delta import Delta, Dense, LowRank
+from headstart.adapters.kind import Agreement, Kind, Shape, Shapes, Sides, same_weight
+from headstart.adapters.kinds import (
+    LORA,
+    MODIFIERS,
+    OFT_V2,
+    ONE_NUMBER,
+    SWITCHES,
+    WHOLE,
+    dimensions,
+    disagreements,
+    excluding,
+    kinds_of,
+    lacking,
+    rank_limit,
+)
 from headstart.adapters.names import AdapterForm, Network, parse
-from headstart.adapters.peft_scale import PeftScale
+from headstart.adapters.peft import Peft
+from headstart.adapters.products import with_core
+from headstart.adapters.rotations import oft_v2
 from headstart.checkpoint.tensors import FLOATS, Checkpoint
 from headstart.errors import AdapterError
 
-Shape = tuple[int, ...]
 Layout = tuple[tuple[str, str, Shape], ...]
 """Key, dtype and shape of every tensor: what a file's header says of it."""
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
+
+
+class Stored(NamedTuple):
+    """One tensor as the header has it."""
+
+    name: str
+    dtype: str
+    shape: Shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +55,7 @@ class Group:
     """One module of a file: names and shapes, so that files of the same layout share it.
 
     name    as the file spells it; `module` without the network's prefix
+    kind    what its tensors compute
     slots   operand -> key; operands are named as in `headstart.adapters.names`
     shapes  operand -> shape
     forms   which namings its keys have
@@ -39,70 +64,71 @@ class Group:
     name: str
     network: Network | None
     module: str
+    kind: Kind
     slots: Mapping[str, str]
-    shapes: Mapping[str, Shape]
+    shapes: Shapes
     forms: frozenset[AdapterForm]
 
     @property
-    def takes_alpha(self) -> bool:
-        """Whether a scale alpha/rank is defined: some side is a product of rank r."""
-        return self.rank is not None
-
-    @property
     def rank(self) -> int | None:
-        for slot, axis in _RANK_AXES:
-            if slot in self.slots:
-                return self.shapes[slot][axis]
-        return None
+        """By which alpha is divided; None where alpha is no scale."""
+        return self.kind.rank(self.shapes)
 
-    def shape(self) -> Shape:
+    def sides(self) -> Sides:
         """Of the weight it changes; LoHa and LoKr may write a convolution as [o, i*kh*kw]."""
-        if "down" in self.slots:
-            kernel = self.shapes["mid" if "mid" in self.slots else "down"][2:]
-            return (self.shapes["up"][0], self.shapes["down"][1], *kernel)
-        if "hada_w1_a" in self.slots:
-            return self._factored("hada_w1", "hada_t1")
-        if any(slot.startswith("lokr_") for slot in self.slots):
-            left, right = self._side("lokr_w1"), self._side("lokr_w2")
-            return (left[0] * right[0], left[1] * right[1], *right[2:])
-        only = next(slot for slot in ("diff", "weight", "diff_b", "bias") if slot in self.slots)
-        return self.shapes[only]
+        return self.kind.sides(self.shapes)
 
     def fits(self, layer: Shape) -> bool:
         """Whether this changes a weight [o, i(, kh, kw)], a norm's [c], or a bias of that layer."""
-        shape, biases = self.shape(), {"diff_b", "bias"} & self.slots.keys()
+        biases = {"diff_b", "bias", "up_bias"} & self.slots.keys()
         if any(self.shapes[slot] != layer[:1] for slot in biases):
             return False
-        if not self.slots.keys() - biases - {"alpha"}:
+        if not self.slots.keys() - biases - MODIFIERS.keys():
             return True
-        flat = len(shape) == 2 and "down" not in self.slots
-        return _bare(shape) == _bare(layer) or (flat and shape == (layer[0], math.prod(layer[1:])))
+        if self.kind.fits is not None:
+            return self.kind.fits(self.shapes, layer)
+        return same_weight(self.sides(), layer)
 
     def delta(
-        self, held: Checkpoint, layer: Shape, scales: Mapping[Network | None, PeftScale]
+        self, held: Checkpoint, layer: Shape, peft: Peft, alpha: float | None = None
     ) -> Delta:
-        """The change of a layer that it fits. Raises AdapterError for NaN and for a bad alpha."""
-        tensors = {slot: self._tensor(held, slot) for slot in self.slots if slot != "alpha"}
-        scale = self._scale(held, scales)
-        magnitude = self._magnitude(tensors, layer)
-        if {"weight", "bias"} & tensors.keys():
-            bias = tensors.pop("bias", None)
-            return Dense(DenseForm.WHOLE, tensors, bias=bias)
-        bias = tensors.pop("diff_b", None)
-        if "down" in tensors:
-            down, up = tensors["down"], tensors["up"].flatten(1)
-            if "mid" in tensors:
-                down = with_core(down, tensors["mid"])
-            down = down.reshape(down.shape[0], *layer[1:])
+        """The change of a layer that it fits, with `alpha` as `alpha` read it.
+
+        Raises AdapterError for numbers that are not finite, and for a rank that no layer of that
+        size has.
+        """
+        self._check_room(layer)
+        needed = self.slots.keys() - ({"alpha"} - self.kind.operands.keys())
+        tensors = {slot: self._tensor(held, slot) for slot in self.slots if slot in needed}
+        own = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
+        for each in self.kind.settled(own, layer):
+            _agree(self.name, each)
+        scale, magnitude = self._scale(tensors, peft, alpha), self._magnitude(tensors, layer)
+        if self.kind is WHOLE:
+            bias = own.pop("bias", None)
+            return Dense(WHOLE, own, bias=bias)
+        bias = self._bias(tensors, scale)
+        if self.kind is LORA:
+            down = own["down"]
+            if "mid" in own:
+                down = with_core(down, own["mid"])
+            own = {"down": down.reshape(len(down), *layer[1:]), "up": own["up"].flatten(1)}
             if magnitude is None and bias is None:
-                return LowRank(down, up, scale)
-            return Dense(DenseForm.LORA, {"down": down, "up": up}, scale, magnitude, bias)
-        for form, prefix in ((DenseForm.LOHA, "hada_"), (DenseForm.LOKR, "lokr_")):
-            own = {s.removeprefix(prefix): t for s, t in tensors.items() if s.startswith(prefix)}
-            if own:
-                return Dense(form, own, scale, magnitude, bias)
-        full = {"weight": tensors["diff"]} if "diff" in tensors else {}
-        return Dense(DenseForm.FULL, full, 1.0, magnitude, bias)
+                return LowRank(own["down"], own["up"], scale)
+        kind = oft_v2(peft.turning(self.name)) if self.kind is OFT_V2 else self.kind
+        return Dense(kind, own, scale, magnitude, bias)
+
+    def _check_room(self, layer: Shape) -> None:
+        """A factor's sides are the layer's, parts of them, and ranks."""
+        if not self.kind.scaled:
+            return
+        largest = max(max(self.shapes[slot]) for slot in self.slots if slot in self.kind.operands)
+        if largest > rank_limit(layer):
+            _bad(self.name, f"a rank of at most {rank_limit(layer)} for {list(layer)}", largest)
+
+    def alpha(self, held: Checkpoint) -> float | None:
+        """As the file has it, if it does. Raises AdapterError for one that is not finite."""
+        return _number(self._tensor(held, "alpha")) if "alpha" in self.slots else None
 
     def _tensor(self, held: Checkpoint, slot: str) -> Tensor:
         tensor = held.tensor(self.slots[slot])
@@ -113,128 +139,83 @@ class Group:
             )
         return tensor
 
-    def _scale(self, held: Checkpoint, scales: Mapping[Network | None, PeftScale]) -> float:
-        if "alpha" in self.slots:
-            alpha = float(held.tensor(self.slots["alpha"]).flatten()[0])
-            if not math.isfinite(alpha) or alpha == 0:
-                raise AdapterError(
-                    f"{self.slots['alpha']}: expected a finite number that is not 0, got {alpha}"
-                )
-            return alpha / self.rank if self.rank else 1.0
-        scale = scales.get(self.network, scales.get(None))
-        return 1.0 if scale is None else scale.of(self.module, self.rank)
+    def _scale(self, tensors: Mapping[str, Tensor], peft: Peft, alpha: float | None) -> float:
+        scale = _number(tensors["scalar"]) if "scalar" in tensors else 1.0
+        if alpha is not None:
+            # sd-scripts and LyCORIS take an alpha of 0 for the rank; no file is trained to be 0.
+            scale *= alpha / self.rank if self.rank and alpha else 1.0
+        elif self.kind.scaled:
+            scale *= peft.scale(self.network, self.module, self.rank)
+        if not abs(scale) <= _LARGEST:
+            _bad(self.name, f"a scale of at most {_LARGEST:.0e}", scale)
+        return scale
 
-    def _magnitude(self, tensors: dict[str, Tensor], layer: Shape) -> Tensor | None:
+    def _bias(self, tensors: Mapping[str, Tensor], scale: float) -> Tensor | None:
+        """PEFT's `lora_bias` is scaled as the product that it is added to; `diff_b` is not."""
+        bias = tensors.get("diff_b")
+        if "up_bias" not in tensors:
+            return bias
+        more = tensors["up_bias"].float() * scale
+        return more if bias is None else more + bias.float()
+
+    def _magnitude(self, tensors: Mapping[str, Tensor], layer: Shape) -> Tensor | None:
         """DoRA's m so that it broadcasts: PEFT's belongs to rows; LyCORIS's to what its shape says.
 
         The key decides, because PEFT writes [1, o, 1, 1] for a convolution.
         """
-        rows = (layer[0], *[1] * (len(layer) - 1))
-        columns = (1, *layer[1:2], *[1] * (len(layer) - 2))
-        if "magnitude" in tensors:
-            magnitude, shapes = tensors.pop("magnitude"), (rows,)
-        elif "dora_scale" in tensors:
-            magnitude = tensors.pop("dora_scale")
-            one = magnitude.ndim > 1 and magnitude.shape[0] == 1
-            shapes = (columns,) if one else (rows,)
-        else:
+        slot = next((slot for slot in ("magnitude", "dora_scale") if slot in tensors), None)
+        if slot is None:
             return None
-        if magnitude.numel() != math.prod(shapes[0]):
-            _bad(self.name, f"a DoRA magnitude {list(shapes[0])}", list(magnitude.shape))
-        return magnitude.reshape(shapes[0])
-
-    def _factored(self, side: str, core: str) -> Shape:
-        a, b = self.shapes[f"{side}_a"], self.shapes[f"{side}_b"]
-        if core not in self.slots:
-            return (a[0], b[1])
-        return (a[1], b[1], *self.shapes[core][2:])
-
-    def _side(self, side: str) -> Shape:
-        if side in self.slots:
-            return self.shapes[side]
-        return self._factored(side, "lokr_t" + side[-1])
-
-    def check(self, dtypes: Mapping[str, str]) -> Group:
-        """Itself, if its tensors are complete, floating point, and of one rank."""
-        for slot, key in self.slots.items():
-            dtype, shape = dtypes[key], self.shapes[slot]
-            allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
-            if dtype not in allowed:
-                _bad(key, "floating point numbers", dtype)
-            if len(shape) not in _DIMENSIONS.get(slot, (2,)) or 0 in shape:
-                _bad(key, f"{_DIMENSIONS.get(slot, (2,))} dimensions, none empty", list(shape))
-            if slot == "alpha" and math.prod(shape) != 1:
-                _bad(key, "one number", list(shape))
-        kinds = {kind for slot in self.slots for kind in _KINDS if re.match(kind, slot)}
-        if len(kinds) > 1 or any(pair <= self.slots.keys() for pair in _EITHER):
-            _bad(self.name, "one way to change its weight", ", ".join(sorted(self.slots)))
-        for expected in self._expected():
-            if expected not in self.slots:
-                _bad(self.name, f"{expected} too (the file is torn)", ", ".join(sorted(self.slots)))
-        for what, left, right in self._agreements():
-            if left != right:
-                _bad(self.name, f"{what} {left} as in its other factor", right)
-        return self
-
-    def _expected(self) -> Iterator[str]:
-        """The operands that must be there, given that some are."""
-        slots = self.slots.keys()
-        if slots & {"down", "up", "mid"}:
-            yield from ("down", "up")
-        elif any(slot.startswith("hada_") for slot in slots):
-            yield from ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
-            if slots & {"hada_t1", "hada_t2"}:
-                yield from ("hada_t1", "hada_t2")
-        elif any(slot.startswith("lokr_") for slot in slots):
-            for side in ("lokr_w1", "lokr_w2"):
-                yield from (side,) if side in slots else (f"{side}_a", f"{side}_b")
-        elif not slots & {"diff", "diff_b", "weight", "bias"}:
-            yield "a change"
-
-    def _agreements(self) -> Iterator[tuple[str, object, object]]:
-        """What two factors must have in common."""
-        if "down" in self.slots:
-            down, up = self.shapes["down"], self.shapes["up"]
-            inner = outer = down[0]
-            if "mid" in self.slots:
-                outer, inner = self.shapes["mid"][:2]
-                yield "a core of rank", inner, down[0]
-                yield "a kernel", (1,) * len(down[2:]), down[2:]
-            yield "a rank", outer, up[1]
-            yield "a kernel", (1,) * len(up[2:]), up[2:]
-        for side, core in (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"), *_LOKR_SIDES):
-            if f"{side}_a" in self.slots:
-                a, b = self.shapes[f"{side}_a"], self.shapes[f"{side}_b"]
-                if core in self.slots:
-                    yield "a core", self.shapes[core][:2], (a[0], b[0])
-                else:
-                    yield "a rank", a[1], b[0]
-        if "hada_w1_a" in self.slots:
-            first = self._factored("hada_w1", "hada_t1")
-            yield "a shape", first, self._factored("hada_w2", "hada_t2")
+        shape, magnitude = [1] * len(layer), tensors[slot]
+        one_row = magnitude.ndim > 1 and magnitude.shape[0] == 1 and len(layer) > 1
+        axis = 1 if slot == "dora_scale" and one_row else 0
+        shape[axis] = layer[axis]
+        if magnitude.numel() != math.prod(shape):
+            _bad(self.name, f"a DoRA magnitude {shape}", list(magnitude.shape))
+        return magnitude.reshape(shape)
 
 
-_KINDS = ("down|up|mid", "hada_", "lokr_", r"diff\Z", r"weight|bias")
-_EITHER = (
-    {"dora_scale", "magnitude"},
-    *(
-        {thing, whole}
-        for thing in ("dora_scale", "magnitude", "diff_b")
-        for whole in ("weight", "bias")
-    ),
-    *({side, f"{side}_{x}"} for side in ("lokr_w1", "lokr_w2") for x in "ab"),
-    {"lokr_w2", "lokr_t2"},
-)
-"""Operands that exclude each other."""
-_LOKR_SIDES = (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2"))
-_DIMENSIONS: dict[str, tuple[int, ...]] = {
-    "alpha": (0, 1),
-    **dict.fromkeys(("down", "up", "lokr_w2"), (2, 4)),
-    **dict.fromkeys(("mid", "hada_t1", "hada_t2", "lokr_t2"), (4,)),
-    **dict.fromkeys(("dora_scale", "magnitude", "diff"), (1, 2, 4)),
-    **dict.fromkeys(("diff_b", "bias"), (1,)),
-}
-_RANK_AXES = (("down", 0), ("hada_w1_b", 0), ("lokr_w2_b", 0), ("lokr_w1_b", 0))
+_LARGEST = 1e30
+"""A product of float32 numbers with it may still be one."""
+
+
+def _group(
+    name: str, network: Network | None, module: str, keys: Mapping[str, Stored],
+    forms: Iterable[AdapterForm],
+) -> Group:  # fmt: skip
+    """A module whose tensors are complete, of the right dtypes, and agree. Raises AdapterError."""
+    slots = {slot: key.name for slot, key in keys.items()}
+    shapes = {slot: key.shape for slot, key in keys.items()}
+    kinds, listed = kinds_of(shapes), ", ".join(sorted(slots))
+    if not kinds:
+        _bad(name, "a change too (the file is torn)", listed)
+    if len(kinds) > 1:
+        titles = " and ".join(kind.title for kind in kinds)
+        _bad(name, f"one way to change its weight, not {titles}", listed)
+    (kind,) = kinds
+    if odd := next(excluding(kind, slots), None):
+        alone = f"{kind.title} alone, because {kind.title} with {odd} is not implemented"
+        _bad(name, "one way to change its weight" if odd in kind.operands else alone, listed)
+    for slot, key in keys.items():
+        _check(kind, slot, key)
+    if missing := next(lacking(kind, slots), None):
+        _bad(name, f"{missing} too (the file is torn)", listed)
+    for each in disagreements(kind, shapes):
+        _agree(name, each)
+    return Group(name, network, module, kind, slots, shapes, frozenset(forms))
+
+
+def _check(kind: Kind, slot: str, key: Stored) -> None:
+    """One tensor's dtype and dimensions."""
+    allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
+    if slot in SWITCHES:
+        allowed = FLOATS | _INTEGERS | {"BOOL"}
+    if key.dtype not in allowed:
+        _bad(key.name, "floating point numbers", key.dtype)
+    if len(key.shape) not in dimensions(kind, slot) or 0 in key.shape:
+        _bad(key.name, f"{dimensions(kind, slot)} dimensions, none empty", list(key.shape))
+    if slot in ONE_NUMBER and math.prod(key.shape) != 1:
+        _bad(key.name, "one number", list(key.shape))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -257,35 +238,53 @@ def grouped(layout: Layout) -> Grouping:
     """A file's keys by module. The same layout gives the same object, so that a swap of one
     adapter for another of its kind parses no name. Raises AdapterError."""
     names: dict[tuple[Network | None, str], str] = {}
-    slots: dict[str, dict[str, str]] = {}
+    keys: dict[str, dict[str, Stored]] = {}
     forms: dict[str, set[AdapterForm]] = {}
     strays: list[str] = []
-    for name, _, _ in layout:
-        if (key := parse(name)) is None:
+    factors = {name.removesuffix(_ON_INPUT) for name, *_ in layout if name.endswith(_ON_INPUT)}
+    for name, dtype, shape in layout:
+        # Beside `on_input` a `weight` is (IA)^3's; elsewhere it is a network's.
+        is_factor = name.endswith(".weight") and name.removesuffix(".weight") in factors
+        key = parse(name.removesuffix(".weight") + _ON_INPUT if is_factor else name)
+        if key is None:
             strays.append(name)
             continue
+        slot = "factors" if is_factor else key.slot
         group = names.setdefault((key.network, key.module), key.name)
-        held = slots.setdefault(group, {})
-        if key.slot in held:
+        held = keys.setdefault(group, {})
+        if slot in held:
             raise AdapterError(
-                f"{held[key.slot]!r} and {name!r} are the same part of {group}: expected it once; "
+                f"{held[slot].name!r} and {name!r} are the same part of {group}: expected it once; "
                 "remove one of them"
             )
-        held[key.slot] = name
+        held[slot] = Stored(name, dtype, shape)
         forms.setdefault(group, set()).update({key.form} if key.form else ())
-    dtypes = {name: dtype for name, dtype, _ in layout}
-    shapes = {name: shape for name, _, shape in layout}
     groups: dict[str, Group] = {}
+    unknown = {stem for stray in strays for stem in _stems(stray)}
     for (network, module), name in names.items():
-        own = {slot: shapes[key] for slot, key in slots[name].items()}
-        group = Group(name, network, module, slots[name], own, frozenset(forms[name]))
-        groups[name] = group.check(dtypes)
+        own = keys[name]
+        if own.keys() <= MODIFIERS.keys() - {"diff_b"} and name in unknown:
+            strays += [key.name for key in own.values()]  # an alpha of what is not known here
+        else:
+            groups[name] = _group(name, network, module, own, forms[name])
     return Grouping(groups, tuple(strays))
 
 
-def _bare(shape: Shape) -> Shape:
-    """[o, i] of [o, i, 1, 1]: a linear layer and a 1x1 convolution are the same numbers."""
-    return shape[:2] if shape[2:] == (1, 1) else shape
+_ON_INPUT = ".on_input"
+
+
+def _stems(name: str) -> tuple[str, str]:
+    """Without what is behind the last dot, and the last but one."""
+    return name.rpartition(".")[0], name.rsplit(".", 2)[0]
+
+
+def _number(tensor: Tensor) -> float:
+    return float(tensor.flatten()[0])
+
+
+def _agree(name: str, each: Agreement) -> None:
+    if each.expected != each.came:
+        _bad(name, f"{each.what} {each.expected}", each.came)
 
 
 def _bad(what: str, expected: str, came: object) -> NoReturn:

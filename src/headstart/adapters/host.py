@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, NoReturn, TypeAlias, cast, final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from headstart.adapters.merged import Weights
-from headstart.adapters.slots import Layer, Slot
+from headstart.adapters.layers import Layer, Matrix, Weights, layers_of, run_on
+from headstart.adapters.slots import Slot
 from headstart.errors import AdapterError
 from headstart.interfaces import Adapters, Conditioning
 from headstart.runner.capture import is_capturing
@@ -97,12 +96,8 @@ class _Way:
         raise _copied(self.leaf.layer)
 
     def __call__(self, input: Tensor) -> Tensor:
-        layer, own = self.leaf.layer, self.leaf.weights()
-        if own is None:
-            return self.under(input)
-        if isinstance(layer, nn.Conv2d):
-            return layer._conv_forward(input, *own)  # pyright: ignore[reportPrivateUsage]
-        return F.linear(input, *own)
+        own = self.leaf.weights()
+        return self.under(input) if own is None else run_on(self.leaf.layer, input, own)
 
 
 @final
@@ -166,6 +161,7 @@ class Leaf:
         for name, slot in call.changes.slots.get(self, ()):
             if name in call.strengths:
                 _check_rows(layer, y, call.strengths[name])
+                assert isinstance(self.layer, Matrix)  # no low-rank change has a norm's shape
                 slot.add_to(y, args[0], self.layer, call.strengths[name])
 
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
@@ -196,10 +192,7 @@ class Host:
         self, module: nn.Module, standing: Callable[[], Adapters], *, conditioned: bool = True
     ) -> None:
         self.module, self.standing, self.conditioned = module, standing, conditioned
-        found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-        self.layers: dict[str, Layer] = {
-            path: layer for path, layer in found if isinstance(layer, Layer)
-        }
+        self.layers = layers_of(module)
         self.shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
         fallback = None if conditioned else lambda: cast("Changes", standing().changes)
         self._leaves = {path: Leaf(layer, fallback) for path, layer in self.layers.items()}

@@ -6,23 +6,16 @@ The layer keeps W, and runs on W' in the calls of those who have these adapters.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias, final
+from typing import TypeAlias, final
 
 import torch
 from torch import Tensor, nn
 
 from headstart.adapters.delta import Delta, LowRank
-from headstart.adapters.slots import Layer
+from headstart.adapters.layers import Layer, Weights
 
 Sums: TypeAlias = Mapping[str, tuple[Mapping[str, Delta], float]]
 """Adapter -> (layer -> change, strength)."""
-
-
-class Weights(NamedTuple):
-    """What a layer runs on in place of its own."""
-
-    weight: Tensor
-    bias: Tensor | None
 
 
 @final

@@ -13,14 +13,15 @@ from headstart.adapters.attached import Attached
 from headstart.adapters.host import Host, Leaf
 from headstart.adapters.merged import Merged
 from headstart.adapters.slots import Slots
+from headstart.networks.text import ClipText
 
 
 @final
 class Present:
     """The present moment. `now` takes no longer than a look; changes are prepared elsewhere."""
 
-    def __init__(self, models: Iterable[str]) -> None:
-        self._current = Attached(tuple(models))
+    def __init__(self, models: Iterable[str], text: ClipText | None = None) -> None:
+        self._current = Attached(tuple(models), text=text)
         self._had: list[weakref.ref[Attached]] = []
         self._hosts: weakref.WeakSet[Host] = weakref.WeakSet()
         self._lock = threading.Lock()

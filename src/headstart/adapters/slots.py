@@ -7,17 +7,16 @@ is in the buffers is copied there, so a captured graph that reads them sees the 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeAlias, final
+from typing import final
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.layers import Layer, Matrix
 from headstart.networks.fusion import fused
 from headstart_kernels import low_rank_add
-
-Layer: TypeAlias = nn.Linear | nn.Conv2d
 
 
 @final
@@ -66,7 +65,7 @@ class Slot(nn.Module):
         )
         return other
 
-    def add_to(self, y: Tensor, x: Tensor, layer: Layer, strength: Tensor) -> None:
+    def add_to(self, y: Tensor, x: Tensor, layer: Matrix, strength: Tensor) -> None:
         """y += strength*scale*up(down(x)), in place."""
         conv = isinstance(layer, nn.Conv2d)
         if fused(y) and y.dtype == x.dtype == self.down.dtype and (rows := _rows(layer, y, x)):
@@ -86,7 +85,7 @@ class Slot(nn.Module):
             y += F.linear(h, self.up)
 
 
-def _rows(layer: Layer, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _rows(layer: Matrix, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
     """y and x with the channels last, where the layer is one matrix product on them: a linear layer
     as it is, a 1x1 convolution of channels-last images without a copy. None for any other."""
     if isinstance(layer, nn.Linear):

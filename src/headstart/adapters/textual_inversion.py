@@ -1,6 +1,6 @@
 """Textual inversion: learned vectors behind a new token of the prompt; arXiv:2208.01618.
 
-embedding table [V, D] ++ vectors [n, D]      "a photo of <cat>" -> ..., V, V+1, ..., V+n-1, ...
+"a photo of <cat>" -> ids of the words, -1, ..., -n     token -1 - i is row i of vectors [n, D]
 """
 
 from __future__ import annotations
@@ -8,32 +8,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.adapters.group import all_finite
-from headstart.adapters.names import parse
-from headstart.checkpoint.tensors import FLOATS, Checkpoint
+from headstart.checkpoint.embeddings import (
+    Encoder,
+    Token,
+    beside_layers,
+    family_of_widths,
+    is_embedding,
+    tokens_of,
+)
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError, InputError
-from headstart.networks.residency import keep_stored
 from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 
-Encoder = Literal["text", "text_2"]
 Embeddings = Sequence[str | Path | tuple[str | Path, str | None]]
 """Files of learned tokens; with a token, the file's only one is named so."""
-EMBEDDING = "embedding:"
-"""What the role of such a file in a record starts with; a token of it follows."""
-MAX_VECTORS = 75
-"""What fits between the begin and the end of CLIP's 77 positions."""
-
-# Keys that name an encoder and not a token: SDXL's two, and AUTOMATIC1111's one.
-_ENCODERS: dict[str, Encoder] = {"clip_l": "text", "clip_g": "text_2", "emb_params": "text"}
+EMBEDDING, EMBEDDING_2 = "embedding:", "embedding_2:"
+"""What the role of such a file in a record starts with, and of another one that has the same
+token's vectors for the second encoder; the token follows."""
+_NAMES: tuple[Encoder, ...] = ("text", "text_2")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Embedding:
     """One token: for each text encoder the vectors [n, D] that stand for it, in the file's dtype.
 
@@ -51,66 +52,85 @@ class Embedding:
 def read_embeddings(path: str | Path, token: str | None = None) -> tuple[Embedding, ...]:
     """The learned tokens of a safetensors file; `token` names the only one of a file anew.
 
-    SDXL: `clip_l` [n, 768] and `clip_g` [n, 1280]. AUTOMATIC1111, converted: `emb_params` [n, D].
-    diffusers: a tensor [D] or [n, D] under each token's name. Tokens that lie beside a LoRA
-    (cloneofsimo/lora) are read from its file too. Raises AdapterError for anything else, for
-    numbers that are not finite, and for a pickle (`headstart convert` makes this file of it).
+    Every spelling that `headstart.checkpoint.embeddings` knows: SDXL's pairs, one tensor [D] or
+    [n, D] a token, and tokens that lie beside the layers of a LoRA. Raises AdapterError for
+    anything else, for numbers that are not finite, and for a pickle (`headstart convert` makes
+    this file of it).
     """
     path = Path(path)
     try:
         checkpoint = Checkpoint.open(path)
         parts = [part for part in checkpoint.parts() if part != "tiny"]
+        whole = is_embedding(checkpoint)
+        keys = None if whole else beside_layers(checkpoint)
+        if parts or not (whole or keys):
+            came = f"a checkpoint ({', '.join(parts)})" if parts else "no learned token"
+            raise AdapterError(f"{path}: expected a textual inversion, got {came}")
+        return embeddings_of(path, checkpoint, tokens_of(path, checkpoint, token, keys))
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
-    names = [name for name in checkpoint.names if parse(name) is None]
-    if parts or not names:
-        came = f"a checkpoint ({', '.join(parts)})" if parts else "no learned token"
-        raise AdapterError(f"{path}: expected a textual inversion, got {came}")
-    tensors = {name: _vectors(checkpoint, name, path) for name in names}
-    named: dict[Encoder, Tensor] = {
-        _ENCODERS[name]: tensor for name, tensor in tensors.items() if name in _ENCODERS
-    }
-    if named and (len(named) < len(names) or len({len(t) for t in named.values()}) > 1):
-        shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-        raise AdapterError(
-            f"{path}: expected as many vectors for each of SDXL's encoders and nothing besides, "
-            f"got {shapes}"
+
+
+def embeddings_of(
+    path: Path, checkpoint: Checkpoint, tokens: Iterable[Token]
+) -> tuple[Embedding, ...]:
+    """The vectors of a file's tokens. Raises AdapterError for NaN and infinity."""
+    return tuple(
+        Embedding(
+            token.name,
+            {own: _vectors(path, checkpoint, key, token.row) for own, key in token.keys.items()},
         )
-    if not named and token is not None and len(tensors) > 1:
-        raise AdapterError(f"{path} holds {len(tensors)} tokens: it cannot be renamed to {token!r}")
-    if named:
-        return (Embedding(token or path.stem, named),)
-    found: list[tuple[str, dict[Encoder, Tensor]]] = [(n, {"text": t}) for n, t in tensors.items()]
-    return tuple(Embedding(token or name, vectors) for name, vectors in found)
+        for token in tokens
+    )
 
 
 def extended(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText:
-    """A text encoder that also knows these tokens; `text` stays as it is, and shares its weights.
+    """A text encoder that also knows these tokens. `text` stays as it is; its modules serve both,
+    with what is attached to them.
 
-    A token's vectors come after the vocabulary, so prompts without it encode to the same bits.
-    Adapters attached to the modules of `text` stay there: extend first, then attach.
-    Raises AdapterError for vectors of another width or for other encoders, and for a token given
-    twice; InputError for a token that has a meaning already.
+    A token's vectors are looked up beside the vocabulary, so prompts without it encode to the same
+    bits. Two embeddings of one token, one for each of SDXL's encoders, are one: diffusers saves
+    them as two files. Raises AdapterError for vectors of another width or for other encoders, and
+    for a token given twice; InputError for a token that has a meaning already.
     """
-    towers = [tower for tower in text.towers if isinstance(tower, Tower)]
-    names: tuple[Encoder, ...] = ("text", "text_2")
-    first = max(_table(tower).num_embeddings for tower in towers)
-    tokens: dict[str, tuple[int, ...]] = {}
-    rows: dict[Encoder, list[Tensor]] = {name: [] for name in names[: len(towers)]}
-    for embedding in embeddings:
-        _check(embedding, dict(zip(names, towers, strict=False)))
-        if embedding.token in tokens:
-            raise AdapterError(f"the token {embedding.token!r} is given twice: rename one of them")
-        tokens[embedding.token] = tuple(range(first, first + embedding.count))
+    found = _paired(embeddings)
+    for embedding in found:
+        if (why := misfit(text, embedding)) is not None:
+            raise AdapterError(why)
+    before = text.learned or (torch.empty(0),) * len(text.towers)
+    first, tokens = len(before[0]), dict[str, tuple[int, ...]]()
+    for embedding in found:
+        tokens[embedding.token] = tuple(-1 - first - row for row in range(embedding.count))
         first += embedding.count
-        for name, own in rows.items():
-            own.append(embedding.vectors[name])
-    grown = [_grown(t, own, first) for t, own in zip(towers, rows.values(), strict=True)]
-    return ClipText(
-        grown,
-        text.tokenizer.learn(tokens),
-        image_size=text.image_size,
-        zero_empty_negative=text.zero_empty_negative,
+    rows = [
+        torch.cat([*([old] if len(old) else []), *(own.vectors[name].float() for own in found)])
+        for name, old in zip(_NAMES, before, strict=False)
+    ]
+    return text.taught(tokens, rows)
+
+
+def misfit(text: ClipText, embedding: Embedding) -> str | None:
+    """Why these vectors are none for these encoders; None where they are."""
+    towers = [tower for tower in text.towers if isinstance(tower, Tower)]
+    widths: dict[Encoder, int] = {
+        name: own.params.width for name, own in zip(_NAMES, towers, strict=False)
+    }
+    came: dict[Encoder, int] = {
+        name: vectors.shape[1] for name, vectors in embedding.vectors.items()
+    }
+    if came == widths:
+        return None
+    token = f"the token {embedding.token!r:.80}"
+    lacking = widths.keys() - came.keys()
+    if lacking and all(widths[name] == width for name, width in came.items()):
+        half = "first" if "text" in came else "second"
+        return (
+            f"{token}: expected vectors for both text encoders, {_told(widths)}, got those of the "
+            f"{half} alone; give the other one's file too, with the same token"
+        )
+    return (
+        f"{token}: expected vectors for {_told(widths)}, got them for {_told(came)}: it was "
+        "learned for another family"
     )
 
 
@@ -137,7 +157,9 @@ def taught(
         path, token = entry if isinstance(entry, tuple) else (entry, None)
         for embedding in read_embeddings(path, token):
             found.append(embedding)
-            files[EMBEDDING + embedding.token] = (str(path), (Path(path),))
+            role = EMBEDDING + embedding.token
+            role = EMBEDDING_2 + embedding.token if role in files else role
+            files[role] = (str(path), (Path(path),))
     return (extended(text, found) if found else text), files
 
 
@@ -145,56 +167,44 @@ def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
     """The files that a record of `taught` names; a file of one token is told that token."""
     tokens: dict[str, list[str]] = {}
     for role, told in weights.items():
-        if role.startswith(EMBEDDING):
-            tokens.setdefault(told["file"], []).append(role.removeprefix(EMBEDDING))
+        for start in (EMBEDDING, EMBEDDING_2):
+            if role.startswith(start):
+                tokens.setdefault(told["file"], []).append(role.removeprefix(start))
     return [(file, own[0] if len(own) == 1 else None) for file, own in tokens.items()]
 
 
-def _vectors(checkpoint: Checkpoint, name: str, path: Path) -> Tensor:
-    """[n, D], checked; [D] is one vector."""
-    entry = checkpoint.entry(name)
-    shape = entry.shape if len(entry.shape) == 2 else (1, *entry.shape)
-    if len(shape) != 2 or 0 in shape or shape[0] > MAX_VECTORS or entry.dtype not in FLOATS:
-        raise AdapterError(
-            f"{path}: {name[:80]!r}: expected floating point [D] or [n, D], n at most "
-            f"{MAX_VECTORS}, got {entry.dtype} {list(entry.shape)}"
-        )
-    tensor = checkpoint.tensor(name).reshape(shape)
-    if not all_finite(tensor):
-        raise AdapterError(f"{path}: {name[:80]!r}: expected finite numbers, got NaN or infinity")
+def _paired(embeddings: Iterable[Embedding]) -> list[Embedding]:
+    found: dict[str, Embedding] = {}
+    for own in embeddings:
+        other = found.get(own.token)
+        if other is not None and other.vectors.keys() & own.vectors.keys():
+            raise AdapterError(
+                f"the token {own.token!r:.80} is given twice: rename one of them, as in FILE:TOKEN"
+            )
+        if other is not None and other.count != own.count:
+            raise AdapterError(
+                f"the token {own.token!r:.80}: expected as many vectors for each of SDXL's "
+                f"encoders, got {other.count} and {own.count}: the files are of different trainings"
+            )
+        pair = own.vectors if other is None else {**other.vectors, **own.vectors}
+        found[own.token] = replace(own, vectors=pair)
+    return [*found.values()]
+
+
+def _told(widths: Mapping[Encoder, int]) -> str:
+    """ "sdxl (768 + 1280 numbers)"; a width alone where no family has it."""
+    numbers = " + ".join(str(widths[name]) for name in _NAMES if name in widths)
+    family = family_of_widths(widths)
+    if family is None and set(widths) == {"text_2"}:
+        family = "a second text encoder"
+    return f"{family or 'text encoders'} ({numbers} numbers)"
+
+
+def _vectors(path: Path, checkpoint: Checkpoint, key: str, row: int | None) -> Tensor:
+    """[n, D], finite; [D] is one vector, and `row` chooses one."""
+    tensor = checkpoint.tensor(key)
+    tensor = tensor[None] if tensor.ndim == 1 else tensor
+    tensor = tensor if row is None else tensor[row : row + 1]
+    if not all_finite(tensor.float()):  # as it is computed with
+        raise AdapterError(f"{path}: {key[:80]!r}: expected finite numbers, got NaN or infinity")
     return tensor
-
-
-def _check(embedding: Embedding, towers: Mapping[Encoder, Tower]) -> None:
-    widths = {name: tower.params.width for name, tower in towers.items()}
-    came = {name: vectors.shape[1] for name, vectors in embedding.vectors.items()}
-    if came != widths:
-        raise AdapterError(
-            f"the token {embedding.token!r}: expected vectors of width {widths}, got {came}: it "
-            "was learned for another family"
-        )
-
-
-def _table(tower: Tower) -> nn.Embedding:
-    return tower.text_model.embeddings.token_embedding
-
-
-def _grown(tower: Tower, added: list[Tensor], size: int) -> Tower:
-    """The tower with a longer table of `size` rows; every other tensor is shared.
-
-    The modules are new, because transformers keeps hooks on them that belong to one model.
-    """
-    old = _table(tower).weight
-    new = torch.cat([tensor.to(old) for tensor in added]) if added else old[:0]
-    gap = old.new_zeros(size - len(old) - len(new), old.shape[1])  # where the tables differ in size
-    with torch.device("meta"):
-        made = Tower(replace(tower.params, vocabulary=size), tower.rule)
-    table = {_TABLE: torch.cat([old, gap, new])}
-    made.load_state_dict(tower.state_dict() | table, strict=True, assign=True)
-    made.params = tower.params  # which ids are words, and so where a text ends
-    made.reset_positions(old.device)
-    made.requires_grad_(False).eval()
-    return keep_stored(made) if "compute_dtype" in vars(tower) else made
-
-
-_TABLE = "text_model.embeddings.token_embedding.weight"

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from headstart.checkpoint.gguf import BLOCKS, unpack
+
 Array = npt.NDArray[Any]
 
 TARGETS = ("F32", "F16", "BF16")
-_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-SOURCES = (*_PLAIN, "BF16", "F8_E4M3", "F8_E5M2")
+_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1"}
+SOURCES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 
 
 def cast(raw: memoryview, source: str, target: str) -> bytes:
@@ -22,25 +24,34 @@ def cast(raw: memoryview, source: str, target: str) -> bytes:
 
     Raises OverflowError, with the number, for a finite one beyond the target's range.
     """
-    values = widen(raw, source)
+    return narrow(widen(raw, source), target)
+
+
+def narrow(values: Array, target: str) -> bytes:
+    """float16, float32 or float64 numbers -> their bytes in dtype `target`; errors as of `cast`."""
     with np.errstate(over="ignore"):
-        narrow = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
-    bits = _bfloat16(narrow) if target == "BF16" else narrow
-    stays = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(narrow)
+        few = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
+    bits = _bfloat16(few) if target == "BF16" else few
+    stays = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(few)
     if (lost := np.isfinite(values) & ~stays).any():
         raise OverflowError(f"{float(values[np.argmax(lost)]):.6g}")
     return bits.tobytes()
 
 
 def widen(raw: memoryview, source: str) -> Array:
-    """The numbers as float16, float32 or float64, whichever holds them exactly."""
+    """The numbers as float16, float32 or float64, whichever holds them exactly; I8 as int8.
+
+    Raises KeyError for a dtype that has no such numbers.
+    """
     if source in _PLAIN:
         return np.frombuffer(raw, _PLAIN[source])
+    if source in BLOCKS:
+        return unpack(raw, source)
     if source == "BF16":  # the upper half of a float32
         return (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
     if source == "F8_E5M2":  # the upper half of a float16
         return (np.frombuffer(raw, "<u1").astype("<u2") << 8).view("<f2")
-    return _e4m3()[np.frombuffer(raw, "<u1")]
+    return {"F8_E4M3": _e4m3()}[source][np.frombuffer(raw, "<u1")]
 
 
 def _bfloat16(values: Array) -> Array:

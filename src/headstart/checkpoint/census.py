@@ -5,15 +5,17 @@ A header says nothing about them, and a network with one NaN draws black images.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from headstart.checkpoint.cast import SOURCES, widen
-from headstart.checkpoint.tensors import Checkpoint
+from headstart.checkpoint.cast import SOURCES
+from headstart.checkpoint.tensors import WIDENED, Checkpoint
 
-CHUNK_BYTES = 2**22
+CHUNK = 2**20
+"""Numbers read at once; a multiple of every block of a GGUF file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,27 +42,29 @@ class Census:
 def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> Census:
     """Read every floating-point tensor once, in file order; `on_bytes` gets each piece's size.
 
-    Integers cannot be wrong in this way and are left out. F4, F6 and rarer kinds are `unread`.
+    A weight counts as `Checkpoint.tensor` reads it, its scale included. Integers cannot be wrong in
+    this way and are left out. F4, F6 and rarer kinds are `unread`.
     """
     census = Census()
     for name in sorted(checkpoint.names, key=lambda name: checkpoint.entry(name).begin):
         dtype = checkpoint.entry(name).dtype
         raw = checkpoint.raw(name)
-        if dtype not in SOURCES:
+        if dtype not in SOURCES and dtype not in WIDENED:
             census.unread.extend([name] if dtype.startswith("F") else [])
             on_bytes(len(raw))
             continue
         nan = inf = 0
-        zero = len(raw) > 0
-        for at in range(0, len(raw), CHUNK_BYTES):
-            piece = raw[at : at + CHUNK_BYTES]
-            values = widen(piece, dtype)
+        count = math.prod(checkpoint.entry(name).shape)
+        zero = count > 0
+        for at in range(0, count, CHUNK):
+            end = min(at + CHUNK, count)
+            values = checkpoint.values(name, at, end)
             finite = np.isfinite(values)
             if not finite.all():
                 nan += int(np.isnan(values).sum())
                 inf += int(np.isinf(values).sum())
             zero = zero and not values.any()
-            on_bytes(len(piece))
+            on_bytes(len(raw) * end // count - len(raw) * at // count)
         census.nan.update({name: nan} if nan else {})
         census.inf.update({name: inf} if inf else {})
         census.zero.extend([name] if zero else [])

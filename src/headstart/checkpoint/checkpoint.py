@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Literal
 from headstart.checkpoint import keymap
 from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.distillation import Guess, guess
+from headstart.checkpoint.ema import averages_note
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import COMPONENTS, json_in, root_of
 from headstart.checkpoint.keymap import PARTS, PartName
-from headstart.checkpoint.tensors import FLOATS, NARROW, Checkpoint, Part, unsupported
+from headstart.checkpoint.scales import SCALED
+from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint, Part, unsupported
 from headstart.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -77,7 +79,8 @@ class CheckpointInfo:
     parts       of unet, vae, text, text_2, tiny
     prediction  eps, v or x0; `prediction_declared` False: guessed from the name, or the family's
     distillation  "Lightning", "DMD2", ... and `preset` that runs it, as guessed; None: not told
-    dtype       the dtype most bytes have, in safetensors' names
+    dtype       the dtype most bytes have, in safetensors' names, or a block format of GGUF
+    scheme      how weights of eight bits and fewer are written, or None
     weights     part -> how many numbers it has
     census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
     notes       what to know before using it: an argument it needs, an unusual input
@@ -93,6 +96,7 @@ class CheckpointInfo:
     distillation: str | None
     preset: str | None
     dtype: str
+    scheme: str | None = None
     size_bytes: int
     tensors: int
     parameters: int
@@ -135,6 +139,7 @@ def inspect_checkpoint(
     if not parts and layout != "adapter":
         problems.append("no network recognised")
     problems += [f"{name}: no network recognised" for name in folders if name not in parts]
+    problems += [problem for checkpoint in held.values() for problem in _unreadable(checkpoint)]
     family = None
     try:
         family = family_of(path, first)
@@ -143,11 +148,12 @@ def inspect_checkpoint(
     stated = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in parts else Guess()
     row = guessed.distillation
-    notes = [*_notes(layout, family, parts, guessed)]
+    notes = [*_notes(layout, family, parts, guessed), *_averages(path, first)]
     census = _census(held, on_bytes) if deep else None
     if census is not None:
         problems += _broken(census)
         notes += _hollow(census)
+    largest = max(held.values(), key=lambda checkpoint: checkpoint.size_bytes)
     shapes = [shape for checkpoint in held.values() for shape in checkpoint.shapes.values()]
     return CheckpointInfo(
         path=str(path),
@@ -159,7 +165,8 @@ def inspect_checkpoint(
         prediction_declared=stated,
         distillation=row.name if row else None,
         preset=guessed.preset,
-        dtype=max(held.values(), key=lambda checkpoint: checkpoint.size_bytes).dtype,
+        dtype=SCALED.get(largest.dtype, largest.dtype),
+        scheme=largest.scheme,
         size_bytes=sum(checkpoint.size_bytes for checkpoint in held.values()),
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes),
@@ -186,11 +193,23 @@ def _problems(part: Part) -> Iterator[str]:
         yield f"{part.name}: {len(missing)} tensors are missing: {_some(missing)}"
     if odd := [name for name in part.shapes if part.dtype(name) not in FLOATS]:
         yield f"{part.name}: {len(odd)} tensors are not floating point: {_some(odd)}"
-    for dtype in sorted(NARROW & {part.dtype(name) for name in part.shapes}):
+    for dtype in sorted(UNREAD & {part.dtype(name) for name in part.shapes}):
         held = [name for name in part.shapes if part.dtype(name) == dtype]
         yield f"{part.name}: {len(held)} tensors are {unsupported(dtype)}"
     if empty := [name for name, shape in part.shapes.items() if 0 in shape]:
         yield f"{part.name}: {len(empty)} tensors have no numbers in them: {_some(empty)}"
+
+
+def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
+    if (told := averages_note(checkpoint.main_of(path))) is not None:
+        yield f"unet: {told}"
+
+
+def _unreadable(checkpoint: Checkpoint) -> Iterator[str]:
+    try:
+        checkpoint.check_numbers()
+    except CheckpointError as error:
+        yield str(error)
 
 
 def _census(

@@ -28,16 +28,22 @@ _CLASSES: dict[PartName, tuple[str, ...]] = {
     "tiny": ("AutoencoderTiny",),
 }
 _STEMS = ("diffusion_pytorch_model", "model")
+UNET_EMA, VARIANT = "unet_ema", ".non_ema"
+"""Averaged weights beside `unet/`; trained ones beside a plain file that is their average."""
 
 
-def weights_in(folder: Path, half: bool) -> tuple[Path, ...]:
-    """diffusers' file names, the plain variant first (or `.fp16` first, if `half`)."""
-    for variant in (".fp16", "") if half else ("", ".fp16"):
+def weights_in(folder: Path, half: bool, variant: str | None = None) -> tuple[Path, ...]:
+    """diffusers' file names, the plain variant first (or `.fp16` first, if `half`); or of the
+    `variant` alone."""
+    usual = (".fp16", "") if half else ("", ".fp16")
+    for infix in usual if variant is None else (variant,):
         for stem in _STEMS:
-            if (path := folder / f"{stem}{variant}.safetensors").is_file():
+            if (path := folder / f"{stem}{infix}.safetensors").is_file():
                 return (path,)
-            if (path := folder / f"{stem}.safetensors.index{variant}.json").is_file():
+            if (path := folder / f"{stem}.safetensors.index{infix}.json").is_file():
                 return shards(path)
+    if variant is not None:
+        raise CheckpointError(f"{folder} holds no {_STEMS[0]}{variant}.safetensors")
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
         return (files[0],)
@@ -94,7 +100,9 @@ def root_of(path: Path) -> Path | None:
     component = path if path.is_dir() else path.parent
     root = component.parent
     marks = (root / "model_index.json", root / "scheduler" / "scheduler_config.json")
-    inside = component.name in COMPONENTS.values() and any(mark.is_file() for mark in marks)
+    inside = component.name in (*COMPONENTS.values(), UNET_EMA) and any(
+        mark.is_file() for mark in marks
+    )
     return root if inside else None
 
 

@@ -5,17 +5,21 @@ Checkpoint (names as stored) -> Part (one network, our names) -> tensor, read wh
 
 from __future__ import annotations
 
-import mmap
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, final
 
+from headstart.checkpoint import ema as averages
 from headstart.checkpoint import keymap
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
-from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry, open_regular, read_header
+from headstart.checkpoint.gguf import BLOCKS, check_package
+from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry
 from headstart.checkpoint.keymap import PARTS, PartName, Source
+from headstart.checkpoint.mapped import Container, Mapped
+from headstart.checkpoint.scales import SCALED, factor, find
 from headstart.errors import CheckpointError
 from headstart.later import Later
 from headstart.plan.schedule import FloatArray
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
     from torch import Tensor
+
+    from headstart.checkpoint.cast import Array
 else:
     np = Later("numpy")
 
@@ -36,21 +42,25 @@ TITLES: dict[PartName, str] = {
     "tiny": "tiny autoencoder",
 }
 """What a part is called in a message."""
-NARROW = frozenset(dtype for dtype in DTYPE_BITS if dtype.startswith(("F8", "F6", "F4")))
-FLOATS = frozenset({"F64", "F32", "F16", "BF16"}) | NARROW
+FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
+UNREAD = frozenset(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4"))) - FLOAT8
+FLOATS = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8, *SCALED, *BLOCKS, *UNREAD})
+WIDENED = frozenset({*FLOAT8, *SCALED, *BLOCKS})
+"""Weights of fewer bits than a network computes with, which `Checkpoint.tensor` widens."""
 _TORCH_NAMES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
 
 
 def unsupported(dtype: str) -> str:
-    """What to do about a dtype that is read by name only: eight bits and fewer, complex."""
-    fix = "take a release of this model in F16, BF16 or F32"
-    if dtype in ("F8_E4M3", "F8_E5M2"):
-        fix = "run `headstart convert IN OUT.safetensors --dtype f16` on the file first"
-    return f"{dtype}, which is not supported: no network here computes with it; {fix}"
+    """What to do about a dtype that is read by name only: six bits, rare float8, complex."""
+    return (
+        f"{dtype}, which is not supported: take a release of this model in F16, BF16 or F32, or in "
+        "F8_E4M3 or F8_E5M2"
+    )
 
 
 @final
@@ -59,32 +69,55 @@ class Checkpoint:
 
     Opening reads and checks headers only. Tensors are views of a private, copy-on-write memory map:
     nothing is read before it is used, and writing to one never reaches the file.
+
+    A weight that has a scale is one tensor here, with a dtype of its own (`scales.SCALED`): its
+    numbers are always those with the scale in them, and the scale has no name beside it.
     """
 
-    def __init__(self, files: Iterable[Path], config: Mapping[str, object] | None = None) -> None:
-        self.files = tuple(files)
+    def __init__(
+        self,
+        files: Iterable[Path],
+        config: Mapping[str, object] | None = None,
+        *,
+        ema: averages.Ema = None,
+    ) -> None:
+        self._held = Mapped(files)
+        self.files = self._held.files
+        self.metadata = self._held.metadata
         self.config: Mapping[str, object] = config or {}
-        self.metadata: dict[str, str] = {}
-        self._sizes: list[int] = []
-        self._entries: dict[str, tuple[Entry, int]] = {}
-        self._maps: dict[int, mmap.mmap] = {}
+        where = self.files[0] if self.files else Path()
+        self.scales = find(where, self._held.entries, self.metadata, self._held.raw)
+        self._entries = {
+            self.scales.renamed.get(name, name): self.scales.seen(name, entry)
+            for name, entry in self._held.entries.items()
+            if name not in self.scales.dropped
+        }
+        self._stored = dict(self.scales.stored)
+        if ema:
+            for name, copy in averages.copies(where, self._entries).items():
+                self._entries[name], self._stored[name] = self._entries[copy], copy
         self._contents: dict[PartName, _Contents] | None = None
         self._split: dict[str, dict[str, str]] | None = None
-        for index, path in enumerate(self.files):
-            header = read_header(path)
-            self._sizes.append(header.size_bytes)
-            self.metadata |= header.metadata
-            if twice := self._entries.keys() & header.entries.keys():
-                raise CheckpointError(f"{path}: {min(twice)!r} is also in another shard")
-            self._entries |= {name: (entry, index) for name, entry in header.entries.items()}
 
     @classmethod
-    def open(cls, path: str | Path, part: PartName = "unet", *, half: bool = False) -> Checkpoint:
+    def open(
+        cls,
+        path: str | Path,
+        part: PartName = "unet",
+        *,
+        half: bool = False,
+        ema: averages.Ema = None,
+    ) -> Checkpoint:
         """A file, a shard index, a component's folder, or that component of a diffusers folder.
 
-        `half` prefers the `.fp16` variant where a folder has both. Raises CheckpointError.
+        `half` prefers the `.fp16` variant where a folder has both. `ema` chooses between a UNet's
+        averaged weights and those that were trained, see `checkpoint.ema`: the tensors keep their
+        names. Raises CheckpointError, also where there is no average to take.
         """
         path = Path(path)
+        if part == "unet" and path.is_dir() and ema is not None:
+            folder, files = averages.folder_of(path, half, ema)
+            return cls(files, config_of(folder, part))
         if path.is_dir():
             component = path / COMPONENTS.get(part, part)
             folder = component if component.is_dir() else path
@@ -93,11 +126,16 @@ class Checkpoint:
             folder, files = path.parent, shards(path)
         else:
             folder, files = path.parent, (path,)
-        return cls(files, config_of(folder, part))
+        return cls(files, config_of(folder, part), ema=ema if part == "unet" else None)
+
+    def main_of(self, path: str | Path) -> averages.Main | None:
+        """Of a UNet with averaged weights beside its own, which this one, opened from `path`
+        without a choice, has; None where there are not both."""
+        return averages.main_of(Path(path), self._entries)
 
     @property
     def size_bytes(self) -> int:
-        return sum(self._sizes)
+        return self._held.size_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -105,24 +143,36 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: entry.shape for name, (entry, _) in self._entries.items()}
+        return {name: entry.shape for name, entry in self._entries.items()}
 
     @property
     def dtypes(self) -> dict[str, str]:
         """safetensors' names: F32, F16, BF16, I64, ..."""
-        return {name: entry.dtype for name, (entry, _) in self._entries.items()}
+        return {name: entry.dtype for name, entry in self._entries.items()}
 
     @property
     def dtype(self) -> str:
         """The dtype most bytes have."""
         counts: Counter[str] = Counter()
-        for entry, _ in self._entries.values():
+        for entry in self._entries.values():
             counts[entry.dtype] += entry.end - entry.begin
         return counts.most_common(1)[0][0] if counts else "F32"
 
+    @property
+    def container(self) -> Container:
+        return self._held.container
+
+    @property
+    def scheme(self) -> str | None:
+        """How weights of few bits are written, in words; None where every number is its own."""
+        if blocks := sorted(BLOCKS.keys() & set(self.dtypes.values())):
+            return f"blocks with scales of their own (GGUF, {', '.join(blocks)})"
+        plain = "float8 without scales" if FLOAT8 & set(self.dtypes.values()) else None
+        return self.scales.scheme or plain
+
     def entry(self, name: str) -> Entry:
         """Dtype, shape and place of one tensor."""
-        return self._entries[name][0]
+        return self._entries[name]
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
@@ -160,60 +210,94 @@ class Checkpoint:
         return f"{held}: give such a file as {', '.join(places)}"
 
     def numbers(self, name: str) -> FloatArray:
-        """A small F64, F32, F16 or BF16 tensor as float64 numpy; needs no torch."""
-        entry, index = self._entries[name]
-        raw = self._map(index)[entry.begin : entry.end]
-        if entry.dtype == "BF16":  # the upper half of a float32
-            values = (np.frombuffer(raw, "<u2").astype("<u4") << 16).view("<f4")
-        else:
-            values = np.frombuffer(raw, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[entry.dtype])
+        """A small tensor of floating point, as float64 numpy; needs no torch."""
         with np.errstate(invalid="ignore"):  # a signalling NaN in a hostile file
-            return values.astype(np.float64).reshape(entry.shape)
+            return self.values(name).astype(np.float64).reshape(self.entry(name).shape)
+
+    def values(self, name: str, begin: int = 0, end: int | None = None) -> Array:
+        """Numbers begin .. end - 1 of a flattened tensor, in a dtype that holds them exactly.
+
+        float32(stored) * float32(scale) for a weight that has a scale. Needs no torch.
+        """
+        from headstart.checkpoint.cast import widen
+
+        dtype, shape = self.entry(name)[:2]
+        count = math.prod(shape)
+        end = count if end is None else end
+        stored = SCALED.get(dtype, dtype)
+        if dtype in BLOCKS:
+            check_package(self._held.path(name), dtype)
+        _, items, size = BLOCKS.get(stored) or (0, 1, DTYPE_BYTES[stored])
+        first, last = begin // items, -(-end // items)
+        wide = widen(self.raw(name)[first * size : last * size], stored)
+        wide = wide[begin - first * items : end - first * items]
+        if dtype not in SCALED or not len(wide):
+            return wide
+        scale = self._factor(name)
+        if scale.ndim:
+            flat, at = scale.reshape(-1), np.arange(begin, end)
+            rows = scale.shape[0] > 1
+            scale = flat[at // (count // len(flat)) if rows else at % len(flat)]
+        with np.errstate(over="ignore"):
+            return wide.astype("<f4") * scale
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor as stored, on the CPU: a view of the file, or a copy where misaligned."""
+        """The tensor's numbers on the CPU: a view of the file, or a copy where misaligned.
+
+        Few bits are widened: float8 to float16, which holds it exactly; a weight that has a scale
+        to float32(weight) * float32(scale); blocks of a GGUF file to float32. Raises
+        CheckpointError for a scale that is no positive finite number, and for an unread dtype.
+        """
         import torch
 
-        entry, index = self._entries[name]
-        if entry.dtype not in _TORCH_NAMES:
-            raise CheckpointError(f"{self.files[index]}: {name!r} is {unsupported(entry.dtype)}")
-        dtype = cast("torch.dtype", getattr(torch, _TORCH_NAMES[entry.dtype]))
-        count = entry.end - entry.begin
-        if count == 0:
+        dtype = self.entry(name).dtype
+        if dtype in SCALED:
+            scale = torch.from_numpy(self._factor(name))  # pyright: ignore[reportUnknownMemberType]
+            return self._view(name, SCALED[dtype]).float().mul_(scale)
+        if dtype in BLOCKS:
+            wide = torch.from_numpy(self.values(name))  # pyright: ignore[reportUnknownMemberType]
+            return wide.reshape(self.entry(name).shape)
+        if dtype not in _TORCH_NAMES:
+            raise CheckpointError(f"{self._held.path(name)}: {name!r} is {unsupported(dtype)}")
+        tensor = self._view(name, dtype)
+        return tensor.half() if dtype in FLOAT8 else tensor
+
+    def _view(self, name: str, stored: str) -> Tensor:
+        import torch
+
+        dtype = cast("torch.dtype", getattr(torch, _TORCH_NAMES[stored]))
+        entry, raw = self.entry(name), self.raw(name)
+        if not len(raw):
             return torch.empty(entry.shape, dtype=dtype)
-        flat = torch.frombuffer(
-            self._map(index), dtype=torch.uint8, count=count, offset=entry.begin
-        )
+        flat = torch.frombuffer(raw, dtype=torch.uint8)
         # Older writers do not pad the header, so data may start 2 or 4 bytes off (SD2.1, SD1.5).
-        if entry.begin % DTYPE_BYTES[entry.dtype]:
+        if entry.begin % DTYPE_BYTES[stored]:
             flat = flat.clone()
         return flat.view(dtype).reshape(entry.shape)
 
     def raw(self, name: str) -> memoryview:
-        """The bytes of a tensor as stored: a view of the memory map, read as it is used."""
-        entry, index = self._entries[name]
-        if entry.begin == entry.end:
-            return memoryview(b"")
-        return memoryview(self._map(index))[entry.begin : entry.end]
+        """The bytes of a tensor as stored, without any scale: a view of the memory map."""
+        return self._held.raw(self._stored.get(name, name))
+
+    def check_numbers(self) -> None:
+        """Raise CheckpointError where `tensor` would, from headers and scales alone.
+
+        For a scale that is no positive finite number, and blocks without the package that reads
+        them. A dtype that is not read is a matter of the part that holds it.
+        """
+        for name in self.scales.of:
+            self._factor(name)
+        for dtype in sorted(BLOCKS.keys() & set(self.dtypes.values())):
+            check_package(self.files[0], dtype)
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
-        import hashlib
+        return self._held.sha256()
 
-        digests = [_digest(path) for path in self.files]
-        if len(digests) == 1:
-            return digests[0].hex()
-        return hashlib.sha256(b"".join(digests)).hexdigest()
-
-    def _map(self, index: int) -> mmap.mmap:
-        if index not in self._maps:
-            path = self.files[index]
-            with open_regular(path) as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            if len(mapped) != self._sizes[index]:
-                raise CheckpointError(f"{path} changed while it was being read: open it again")
-            self._maps[index] = mapped
-        return self._maps[index]
+    def _factor(self, name: str) -> Array:
+        scale = self.scales.of[name]
+        entry, raw = self._held.entries[scale.stored], self._held.raw(scale.stored)
+        return factor(self._held.path(scale.stored), scale, entry, raw, self.entry(name).shape)
 
 
 class _Contents(NamedTuple):
@@ -287,10 +371,3 @@ def _shape(source: Source, stored: tuple[int, ...]) -> tuple[int, ...]:
             return (stored[0] // 3, *stored[1:])
         case _:
             return stored
-
-
-def _digest(path: Path) -> bytes:
-    import hashlib
-
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").digest()

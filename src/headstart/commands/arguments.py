@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
-    *("prediction", "embedded_guidance", "head_dim", "text_head_dim", "exclamation"),
+    *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim", "exclamation"),
 )
 """Options that say nothing about the bundled pair."""
 
@@ -161,6 +161,11 @@ def sampling() -> Sequence[Parser]:
     group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(
         "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
+    )
+    group.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        help="the averaged weights of files that have both, or the trained ones",
     )
     about = "attention head width of a scaled-down "
     group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")

@@ -53,6 +53,8 @@ def _run(args: argparse.Namespace) -> int:
 def _tell(done: Conversion) -> None:
     size = f"{done.size_bytes / 1e6:.1f} MB"
     print(f"{done.target}: {done.tensors} tensors, mostly {done.dtype}, {size}")
+    if done.multiplied is not None:
+        print(f"read {done.multiplied}: every number has its scale in it now")
     if done.left_out:
         print(f"left out, {len(done.left_out)}:")
         for what in done.left_out[:LISTED]:

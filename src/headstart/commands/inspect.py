@@ -86,7 +86,8 @@ def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
     yield info.path
     for name, value in (*_facts(info), *_adapter_facts(adapter)):
         yield f"  {name:<12}{value}"
-    for name, lines in (("note", info.notes), ("problem", info.problems)):
+    notes = (*info.notes, *(adapter.notes if adapter else ()))
+    for name, lines in (("note", notes), ("problem", info.problems)):
         for line in lines:
             yield f"  {name:<12}{line}"
     if info.ok:
@@ -105,7 +106,7 @@ def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
     if info.prediction is not None:
         where = "says the file" if info.prediction_declared else "not in the file, so guessed"
         yield "prediction", f"{info.prediction} ({where})"
-    yield "dtype", info.dtype
+    yield "dtype", info.dtype if info.scheme is None else f"{info.dtype}; {info.scheme}"
     yield "size", f"{_size(info.size_bytes)} in {info.tensors} tensors"
     if info.census is not None:
         clean = not (info.census.nan or info.census.inf)

@@ -72,6 +72,8 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         args.dtype = machine.get("dtype", "auto")
     if args.embedded_guidance is None:
         args.embedded_guidance = machine.get("embedded_guidance")
+    if args.ema is None:
+        args.ema = machine.get("ema")
     if args.exclamation is None:
         args.exclamation = machine.get("exclamation")
     args.preset = None

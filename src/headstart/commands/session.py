@@ -152,6 +152,7 @@ def _load(args: argparse.Namespace) -> Engine:
         preset=args.preset,
         prediction=read_predictions(args.prediction),
         embedded_guidance=args.embedded_guidance,
+        ema=args.ema,
         head_dim=args.head_dim,
         text_head_dim=args.text_head_dim,
         exclamation=args.exclamation or "openclip",

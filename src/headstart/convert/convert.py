@@ -11,21 +11,27 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.header import DTYPE_BITS, open_regular
-from headstart.checkpoint.keymap import PARTS, PartName
-from headstart.checkpoint.tensors import Checkpoint
+from headstart.checkpoint.keymap import PARTS, PartName, Source
+from headstart.checkpoint.scales import LAYERS
+from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint
 from headstart.convert import pickled
 from headstart.convert.container import compose, in_order
 from headstart.convert.relayout import LAYOUTS, Layout, Planned, as_stored, left_out, piece, relaid
 from headstart.errors import CheckpointError, InputError
 from headstart.output import check_file, writing
 
+if TYPE_CHECKING:
+    from headstart.checkpoint.cast import Array
+
 Dtype = Literal["same", "f32", "f16", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHUNK_BYTES = 2**22
+CHUNK = 2**20
+"""Numbers that are made at once of what has a scale or is in blocks."""
 
 OnBytes = Callable[[int], object]
 
@@ -34,7 +40,9 @@ OnBytes = Callable[[int], object]
 class Conversion:
     """What was written. `left_out` lists all that the input holds and the output does not.
 
-    `read_as` is "safetensors", "zip pickle" or "legacy pickle"; `dtype` the one most bytes have.
+    `read_as` is "safetensors", "GGUF", "zip pickle" or "legacy pickle"; `dtype` the one most bytes
+    have; `multiplied` says how weights of few bits were written, whose scales are in the numbers
+    now, or None.
     """
 
     source: str
@@ -45,6 +53,7 @@ class Conversion:
     tensors: int
     size_bytes: int
     left_out: tuple[str, ...]
+    multiplied: str | None = None
 
     def to_json(self) -> dict[str, object]:
         return asdict(self)
@@ -64,7 +73,8 @@ def convert(
     """Write the safetensors file `target` from a pickle, a safetensors file or a model's folder.
 
     layout     names of one network as in LDM files or as in diffusers; "same": as they are
-    dtype      of all floating-point tensors; integers stay
+    dtype      of all floating-point tensors; integers stay. "same" of a weight with a scale, and of
+               one in blocks (GGUF), is f32, which holds its numbers as they are
     part       which network of several: unet, vae, text, text_2, tiny
     timeout_s  for reading a pickle, which happens in a process of its own
     on_bytes   is told how many bytes are written so far
@@ -76,9 +86,10 @@ def convert(
     _check_request(source, target, layout, dtype, part, overwrite)
     kind = None if source.is_dir() else pickled.kind_of(source)
     plain = layout == "same" and dtype == "same" and part is None
+    held = _opened(source, part) if kind is None else None
     with writing(target) as partial:
-        if kind is None:
-            lost = _rewrite(_opened(source, part), partial, layout, dtype, part, on_bytes)
+        if held is not None:
+            lost = _rewrite(held, partial, layout, dtype, part, on_bytes)
         elif plain:
             lost = pickled.extract(source, partial, timeout_s=timeout_s, on_bytes=on_bytes).left_out
         else:
@@ -95,13 +106,19 @@ def convert(
     return Conversion(
         source=str(source),
         target=str(target),
-        read_as="safetensors" if kind is None else f"{kind} pickle",
+        read_as=f"{kind} pickle" if kind or held is None else held.container,
         layout=layout,
         dtype=written.dtype,
         tensors=len(written.names),
         size_bytes=written.size_bytes,
         left_out=tuple(lost),
+        multiplied=None if held is None else _multiplied(held),
     )
+
+
+def _multiplied(held: Checkpoint) -> str | None:
+    scaled = set(held.dtypes.values()) & (WIDENED - FLOAT8)
+    return held.scheme if scaled else None
 
 
 def _check_request(
@@ -173,7 +190,8 @@ def _rewrite(
     planned = relaid(checkpoint, layout, part) if renamed else as_stored(checkpoint)
     wanted = {step.slot.name: _cast(step, dtype, checkpoint) for step in planned}
     slots = in_order(step.slot for step in wanted.values())
-    kept = {key: text for key, text in checkpoint.metadata.items() if key != "format"}
+    gone = {"format", *([LAYERS] if checkpoint.scales.scheme else [])}
+    kept = {key: text for key, text in checkpoint.metadata.items() if key not in gone}
     with target.open("xb") as file:
         done = file.write(compose(slots, kept))
         for slot in slots:
@@ -184,46 +202,71 @@ def _rewrite(
 
 
 def _cast(planned: Planned, dtype: Dtype, checkpoint: Checkpoint) -> Planned:
-    """The plan with the dtype asked for, where its tensor is of floating point."""
+    """The plan with the dtype asked for, where its tensor is of floating point.
+
+    A weight with a scale, and one in blocks, has no dtype to stay in: it becomes F32, its exact
+    numbers.
+    """
     from headstart.checkpoint.cast import SOURCES
 
     stored = planned.slot.dtype
-    if dtype == "same" or stored == dtype.upper():
+    whole = stored in WIDENED and stored not in SOURCES
+    if (dtype == "same" and not whole) or stored == dtype.upper():
         return planned
-    if stored not in SOURCES:
+    if not whole and stored not in SOURCES:
         if not stored.startswith("F"):
             return planned
         raise CheckpointError(
             f"{checkpoint.files[0]}: {planned.slot.name[:80]!r} is {stored}, which cannot be "
             "converted: take a release in another dtype"
         )
-    return planned._replace(slot=planned.slot._replace(dtype=dtype.upper()))
+    target = "F32" if dtype == "same" else dtype.upper()
+    return planned._replace(slot=planned.slot._replace(dtype=target))
 
 
 def _pieces(checkpoint: Checkpoint, planned: Planned) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor to be written, a few MB at a time."""
-    from headstart.checkpoint.cast import cast
+    from headstart.checkpoint.cast import narrow
 
     slot, source = planned
-    entry = checkpoint.entry(source.name)
-    begin, end = piece(source, entry.shape, entry.end - entry.begin)
-    stored = checkpoint.raw(source.name)[begin:end]
-    parts = (
-        _transposed(stored, entry.shape, DTYPE_BITS[entry.dtype] // 8)
-        if source.op == "transpose"
-        else (stored[at : at + CHUNK_BYTES] for at in range(0, len(stored), CHUNK_BYTES))
-    )
-    for raw in parts:
-        if slot.dtype == entry.dtype:
-            yield raw
-            continue
+    if slot.dtype == checkpoint.entry(source.name).dtype:
+        yield from _stored(checkpoint, source)
+        return
+    for values in _numbers(checkpoint, source):
         try:
-            yield cast(raw, entry.dtype, slot.dtype)
+            yield narrow(values, slot.dtype)
         except OverflowError as error:
             raise CheckpointError(
                 f"{checkpoint.files[0]}: {slot.name[:80]!r} holds {error}, which {slot.dtype} "
                 "cannot: keep its dtype, or take bf16, which has the range of f32"
             ) from error
+
+
+def _stored(checkpoint: Checkpoint, source: Source) -> Iterator[memoryview]:
+    """What the source takes of the stored bytes."""
+    entry = checkpoint.entry(source.name)
+    begin, end = piece(source, entry.shape, entry.end - entry.begin)
+    stored = checkpoint.raw(source.name)[begin:end]
+    if source.op == "transpose":
+        yield from _transposed(stored, entry.shape, DTYPE_BITS[entry.dtype] // 8)
+    else:
+        yield from (stored[at : at + CHUNK_BYTES] for at in range(0, len(stored), CHUNK_BYTES))
+
+
+def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
+    """What the source takes of the numbers."""
+    from headstart.checkpoint.cast import SOURCES, widen
+
+    dtype, shape = checkpoint.entry(source.name)[:2]
+    if dtype in SOURCES:
+        yield from (widen(raw, dtype) for raw in _stored(checkpoint, source))
+        return
+    begin, end = piece(source, shape, math.prod(shape))
+    if source.op == "transpose":  # a text projection: 6.6 MB in SDXL
+        yield checkpoint.values(source.name).reshape(shape).T.reshape(-1)
+        return
+    for at in range(begin, end, CHUNK):
+        yield checkpoint.values(source.name, at, min(at + CHUNK, end))
 
 
 def _transposed(raw: memoryview, shape: tuple[int, ...], item_bytes: int) -> Iterator[memoryview]:

@@ -62,7 +62,7 @@ class Engine:
     adapters: AdapterSet = field(init=False)
 
     def __post_init__(self) -> None:
-        networks = AdapterSet(self.weights.denoisers, list(self.weights.text.towers))
+        networks = AdapterSet(self.weights.denoisers, self.weights.text)
         object.__setattr__(self, "adapters", networks)
 
     @classmethod
@@ -88,6 +88,8 @@ class Engine:
                     what the file says, what its name suggests, what its family predicts
         embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
         head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
+        ema         True: the averaged weights (EMA) of every model that has them beside its own;
+                    False: those that were trained. By default each file's main ones
         embeddings  files of learned tokens (textual inversion), or (file, token)
         exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
                     trained, or "transformers", as diffusers' pictures have it
@@ -129,7 +131,8 @@ class Engine:
 
     @property
     def text(self) -> ClipText:
-        return self.weights.text
+        """What reads prompts, with the tokens of the adapters that are attached now."""
+        return self.adapters.look().text or self.weights.text
 
     @property
     def vae(self) -> LatentCodec:
@@ -182,11 +185,13 @@ class Engine:
         allow: Sequence[str] = (),
         replace: bool = False,
     ) -> AdapterReport:
-        """Attach a LoRA, slider or other adapter to both models and the text encoders.
+        """Attach a LoRA, slider or other adapter to both models and the text encoders. Prompts know
+        the learned tokens that lie in its file, at any strength, until it is detached.
 
         strength  a number, one for each sample, [rows][samples], or a `headstart.Strength`; set it
                   later with `engine.adapters[name].strength = ...`, or give sample(adapters=...)
-        to        the models it acts on; None: all that the engine has
+        to        the models it acts on; None: all that the engine has. The text serves all of them,
+                  so an adapter of the text alone is attached to all
         name      by which plans and runs name it; None: the file's, without its suffix
         allow     modules and keys that may find no place, `*` and `?` for any text
         replace   swap the adapter of that name. One of no larger rank on the same layers is copied
@@ -285,7 +290,7 @@ class Engine:
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
             machine=recording.machine(
-                self.device, dtype, self.runner, guidance, self.text.exclamation
+                self.device, dtype, self.runner, guidance, self.text.exclamation, self.weights.ema
             ),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.distillation import Guess, guess
+from headstart.checkpoint.ema import Main, averages_note
 from headstart.checkpoint.families import Family, latent_space
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.errors import CheckpointError, InputError
@@ -193,6 +195,36 @@ def check_vae(path: FilePath, model: Model) -> None:
         f"{path}: its VAE is for the latents of {other.lineage}, and {model.path} is "
         f"{model.family.name}: give a VAE of that family"
     )
+
+
+class Averages(NamedTuple):
+    """Role -> what `load_unet` is given as `ema`, and lines for a person."""
+
+    of: Mapping[str, bool | None]
+    notes: tuple[str, ...] = ()
+
+
+def averaged(models: Mapping[str, Model], wanted: bool | None) -> Averages:
+    """Averaged weights or trained ones, for the models that have both.
+
+    Raises CheckpointError where averages are wanted and no model has them.
+    """
+    if wanted is False:
+        return Averages(dict.fromkeys(models, False))
+    mains: dict[str, Main | None] = {
+        role: Checkpoint.open(model.path).main_of(model.path) for role, model in models.items()
+    }
+    if wanted is None:
+        told = {role: averages_note(main) for role, main in mains.items()}
+        notes = tuple(f"{role}: {note}" for role, note in told.items() if note)
+        return Averages(dict.fromkeys(models), notes)
+    if not any(mains.values()):
+        files = " nor ".join(str(model.path) for model in models.values())
+        raise CheckpointError(
+            f"ema=True (--ema), and {files} has no averaged weights beside its own: expected "
+            "`model_ema.*` in a file, or a folder unet_ema/; leave it out"
+        )
+    return Averages({role: main is not None or None for role, main in mains.items()})
 
 
 def holder(part: PartName, models: Mapping[str, Model]) -> FilePath:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TypedDict, Unpack
 
 import torch
@@ -27,6 +26,7 @@ from headstart.engine.models import (
     FilePath,
     Model,
     Predictions,
+    averaged,
     check_belong,
     check_vae,
     distilled_by,
@@ -40,7 +40,7 @@ from headstart.engine.models import (
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, widened_bytes
+from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, rounds, widened_bytes
 from headstart.networks.placement import Dtype
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
@@ -77,6 +77,7 @@ class Pair:
                  width of its embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
     dtype        that networks compute in; vae_dtype: the decoder
+    ema          whether averaged weights were asked for, or None
     footprint    how much memory a sample takes, or None: then it is not checked
     files        role -> (name, files) of the weights, for the record
     """
@@ -99,6 +100,7 @@ class Pair:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
+    ema: bool | None = None
     footprint: Footprint | None = None
     files: Mapping[str, Files] = field(default_factory=dict[str, Files])
 
@@ -119,6 +121,7 @@ class Options(TypedDict, total=False):
     preset             the pair's name; by default what the distilled file's name says
     prediction         "eps", "v" or "x0", for both models or {"base": ..., "distilled": ...}
     embedded_guidance  what an LCM imitates, 8.0 by default
+    ema                averaged weights or those that were trained, where a file has both
     head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
                        for scaled-down models whose files do not say it
     embeddings         files of learned tokens, or (file, token)
@@ -133,6 +136,7 @@ class Options(TypedDict, total=False):
     preset: str | None
     prediction: Predictions | None
     embedded_guidance: float | None
+    ema: bool | None
     head_dim: int | None
     text_head_dim: int | None
     embeddings: Embeddings
@@ -153,10 +157,9 @@ def load_pair(
     With a distilled LoRA one network is both models; attaching it is the engine's part.
     One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
     float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
-    the networks are float16 it takes what its file and family allow.
-
-    On a CPU, half-precision weights of which float32 copies would take more than the free memory
-    stay as they are (dtype "stored"), and a note says so.
+    the networks are float16 it takes what its file and family allow. On a CPU, half-precision
+    weights of which float32 copies would take more than the free memory stay as they are (dtype
+    "stored"), and a note says so.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
@@ -171,8 +174,9 @@ def load_pair(
     known = predictions(options.get("prediction"), models)
     found = schedules(models, known)
     check_vae(vae, first)
-    kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text)
-    decided = (two_schedules(found), decision)
+    ema = averaged(models, options.get("ema"))
+    kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text, ema.of)
+    decided = (two_schedules(found), decision, *ema.notes)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     words = load_text(
         text, device=place, dtype=kind, head_dim=options.get("text_head_dim"),
@@ -180,7 +184,7 @@ def load_pair(
     )  # fmt: skip
     codec = _load_codec(vae, place, kind, first.family)
     unets = {
-        role: _load_unet(path, place, kind, options.get("head_dim"), words, text)
+        role: _load_unet(path, place, kind, options.get("head_dim"), ema.of[role], words, text)
         for role, path in paths.items()
     }
     words, learned = taught(words, options.get("embeddings", ()))
@@ -211,7 +215,8 @@ def load_pair(
         footprint=footprint(
             [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
         ),
-        files={role: (str(path), _files(path, role)) for role, path in named.items()} | learned,
+        ema=options.get("ema"),
+        files=_files(named, ema.of) | learned,
     )
     if lora is None or distilled_lora is None:
         return pair
@@ -270,7 +275,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def _residency(
-    name: str, place: torch.device, paths: Mapping[str, FilePath], vae: FilePath, text: FilePath
+    name: str,
+    place: torch.device,
+    paths: Mapping[str, FilePath],
+    vae: FilePath,
+    text: FilePath,
+    ema: Mapping[str, bool | None],
 ) -> tuple[Dtype, str | None]:
     """What weights become, and a note where memory decided it."""
     if name != "auto" and name not in DTYPES:
@@ -278,15 +288,20 @@ def _residency(
     kind = None if name == "auto" else DTYPES[name]
     if place.type != "cpu" or kind not in (None, torch.float32):
         return kind, None
-    sources: list[tuple[FilePath, PartName]] = [(vae, "vae"), (text, "text")]
-    sources.extend((path, "unet") for path in paths.values())
-    need = sum(widened_bytes(path, part) for path, part in sources)
+    sources: list[tuple[FilePath, PartName, bool | None]] = [
+        *((vae, "vae", None), (text, "text", None)),
+        *((path, "unet", ema[role]) for role, path in paths.items()),
+    ]
+    need = sum(widened_bytes(path, part, ema=average) for path, part, average in sources)
     free = available_bytes(place)
     if free is None or need <= SAFE_SHARE * free:
         return kind, None
+    same = "the results are the same to the bit"
+    if any(rounds(path, part) for path, part, _ in sources):
+        same = "weights that have scales are rounded to it"
     return "stored", (
         f"weights stay in half precision, widened layer by layer: float32 copies would take "
-        f"{need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; the results are the same to the bit"
+        f"{need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {same}"
     )
 
 
@@ -324,11 +339,12 @@ def _load_unet(
     place: torch.device,
     kind: Dtype,
     head_dim: int | None,
+    ema: bool | None,
     words: ClipText,
     text: FilePath,
 ) -> UNet:
     """Raises CheckpointError unless the encoders' context is as wide as the network reads it."""
-    unet = load_unet(path, device=place, dtype=kind, head_dim=head_dim)
+    unet = load_unet(path, device=place, dtype=kind, head_dim=head_dim, ema=ema)
     if words.context_dim != unet.params.context_dim:
         raise CheckpointError(
             f"{text}: its text encoders give {words.context_dim} numbers a token, and the UNet of "
@@ -337,7 +353,10 @@ def _load_unet(
     return unet
 
 
-def _files(path: FilePath, role: str) -> tuple[Path, ...]:
+def _files(paths: Mapping[str, FilePath], ema: Mapping[str, bool | None]) -> dict[str, Files]:
     """The files a digest identifies; of a diffusers folder, those of its UNet stand for it."""
     parts: dict[str, PartName] = {"vae": "vae", "text": "text", "preview": "tiny"}
-    return Checkpoint.open(path, parts.get(role, "unet")).files
+    return {
+        role: (str(path), Checkpoint.open(path, parts.get(role, "unet"), ema=ema.get(role)).files)
+        for role, path in paths.items()
+    }

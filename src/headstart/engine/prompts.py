@@ -31,6 +31,7 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     A ByLevel where a text, or a strength that it is read at, changes with the row. All texts of a
     call have one length, and rows that are told the same share their tensors.
     """
+    text = request.adapters.text or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)
     strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
     keys = [

@@ -42,7 +42,8 @@ _SHAPE = {
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
-        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float), "exclamation?": str}
+        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+        **{"exclamation?": str, "ema?": bool},
     },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
@@ -104,6 +105,7 @@ def machine(
     runner: str,
     guidance: float | None = None,
     exclamation: Exclamation = "openclip",
+    ema: bool | None = None,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
     `exclamation`: how "!" is read, where it is not as usual."""
@@ -118,6 +120,7 @@ def machine(
         "system": f"{platform.system()} {platform.machine()}",
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
         **({} if guidance is None else {"embedded_guidance": guidance}),
+        **({} if ema is None else {"ema": ema}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 

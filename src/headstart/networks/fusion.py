@@ -13,7 +13,10 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from headstart_kernels import groupnorm_silu
 
 _on: bool | None = None
 
@@ -37,3 +40,16 @@ def fusion(on: bool | None) -> Generator[None]:
         yield
     finally:
         _on = before
+
+
+class NormSilu(nn.GroupNorm):
+    """silu(norm(x)); one kernel that reads x twice on a GPU, torch's own two elsewhere."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.on(input, self.weight, self.bias)
+
+    def on(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The same with another weight and bias [C], as an adapter has them."""
+        if fused(x) and bias is not None:
+            return groupnorm_silu(x, self.num_groups, weight, bias, self.eps)
+        return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))

@@ -14,9 +14,10 @@ import torch
 
 from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.declarations import Said, declared
+from headstart.checkpoint.ema import Ema
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.folder import COMPONENTS, root_of
-from headstart.checkpoint.tensors import Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.errors import CheckpointError, InputError
 from headstart.networks.params import (
     clip_params,
@@ -43,19 +44,25 @@ def load_unet(
     device: torch.device | str = "cpu",
     dtype: Dtype = None,
     head_dim: int | None = None,
+    ema: Ema = None,
 ) -> UNet:
     """A UNet from any layout: an LDM single file, a bare UNet in either naming, a diffusers folder.
 
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU, where half
     precision convolutions are about 50 times slower. "stored" keeps the weights on the CPU as the
     file has them, mapped and not copied, and computes in float32, layer by layer
-    (`networks.residency`); on an accelerator it is None. `head_dim` is the width of an attention
+    (`networks.residency`); on an accelerator it is None. Weights of eight bits and fewer (float8,
+    int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
+    holds float8 exactly, and rounds products with a scale. `head_dim` is the width of an attention
     head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
+
+    `ema` True takes the averaged weights of a training checkpoint (`model_ema.*`) or a diffusers
+    folder (`unet_ema/`), False those that were trained, None the main ones of the file.
 
     Raises CheckpointError with every missing, unexpected and misshapen tensor at once.
     """
     target = device_of(device)
-    checkpoint = Checkpoint.open(path, "unet", half=is_half(dtype))
+    checkpoint = Checkpoint.open(path, "unet", half=is_half(dtype), ema=ema)
     family = with_heads(unet_family(Path(path), checkpoint), head_dim, path)
     part = part_of(checkpoint, "unet", path)
     params = unet_params(part.shapes, family)
@@ -94,7 +101,8 @@ def load_vae(
         )
     if norm_groups is not None:
         family = replace(family, vae_norm_groups=norm_groups)
-    if dtype is None and stored_dtype(part) == "F16" and _overflows(family, part):
+    narrow = stored_dtype(part) == "F16" or stored_dtype(part) in WIDENED
+    if dtype is None and narrow and _overflows(family, part):
         dtype = torch.float32
     params = vae_params(part, family)
     return filled(lambda: Vae(params), part, target, dtype)
@@ -160,18 +168,29 @@ def load_tiny(
     return filled(build, part, target, dtype)
 
 
-def widened_bytes(path: str | Path, part: PartName) -> int:
+def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
     """What float32 copies of a network's weights take; those that are float32 stay mapped."""
-    parts = Checkpoint.open(path, part).parts()
-    found = [held for name, held in parts.items() if name.removesuffix("_2") == part]
-    if part == "text" and Path(path).is_dir() and (Path(path) / COMPONENTS["text_2"]).is_dir():
-        found += Checkpoint.open(path, "text_2").parts().values()
     return sum(
         4 * math.prod(shape)
-        for held in found
+        for held in _parts(path, part, ema)
         for name, shape in held.shapes.items()
         if held.dtype(name) != "F32"
     )
+
+
+def rounds(path: str | Path, part: PartName) -> bool:
+    """Whether dtype "stored" rounds some weights: those with scales, which half precision holds
+    but nearly."""
+    dtypes = {held.dtype(name) for held in _parts(path, part, None) for name in held.shapes}
+    return bool(dtypes & (WIDENED - FLOAT8))
+
+
+def _parts(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
+    parts = Checkpoint.open(path, part, ema=ema).parts()
+    found = [held for name, held in parts.items() if name.removesuffix("_2") == part]
+    if part == "text" and Path(path).is_dir() and (Path(path) / COMPONENTS["text_2"]).is_dir():
+        found += Checkpoint.open(path, "text_2").parts().values()
+    return found
 
 
 def _vae_family(path: Path, part: Part) -> Family:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from headstart.checkpoint.fit import check_fit
-from headstart.checkpoint.tensors import TITLES, Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import TITLES, WIDENED, Checkpoint, Part, PartName
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.networks.residency import keep_stored
@@ -26,7 +26,9 @@ M = TypeVar("M", bound=nn.Module)
 Dtype = torch.dtype | Literal["stored"] | None
 """What weights become; see `headstart.networks.load.load_unet`."""
 
-_KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | dict.fromkeys(
+    WIDENED, torch.float16
+)
 
 
 def part_of(checkpoint: Checkpoint, name: PartName, path: str | Path) -> Part:
@@ -70,10 +72,28 @@ def _fill(module: M, part: Part, device: torch.device, dtype: Dtype) -> M:
     state: dict[str, Tensor] = {}
     for name in expected:
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
-        state[name] = _placed(name, part.tensor(name).to(device=device, dtype=kept))
+        tensor = part.tensor(name)
+        if part.dtype(name) in WIDENED and kept == torch.float16:
+            kept = _half_of(part, name, tensor, stored)
+        state[name] = _placed(name, tensor.to(device=device, dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     return keep_stored(module) if stored else module
+
+
+def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype:
+    """float16, if it holds what few bits and a scale make; else bfloat16 where layers widen it.
+
+    Raises CheckpointError where they do not: a network computes in one dtype.
+    """
+    if bool(tensor.half().isfinite().all()) or not bool(tensor.isfinite().all()):
+        return torch.float16
+    if stored:
+        return torch.bfloat16
+    raise CheckpointError(
+        f"{part.checkpoint.files[0]}: {name} holds numbers that float16 cannot: give "
+        "dtype=bfloat16 or float32 (--dtype)"
+    )
 
 
 class _Unfilled(TorchFunctionMode):

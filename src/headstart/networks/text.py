@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple, overload
 
@@ -31,9 +31,10 @@ Size = int | tuple[int, int] | None
 
 
 class _Reading(NamedTuple):
-    """What one encoder reads: the pieces of each row, in this style."""
+    """What one encoder reads: the pieces of each row, in this style, and vectors of its own."""
 
     tower: Tower
+    learned: Tensor | None
     rows: list[list[Piece]]
     style: PromptStyle
 
@@ -42,7 +43,8 @@ class ClipText(nn.Module):
     """The text side of a family: one encoder, or SDXL's two, and their tokenizer.
 
     `image_size` is the family's native size in pixels, SDXL's default for `time_ids`;
-    `zero_empty_negative`: no negative prompt is all zeros, and not the encoding of "".
+    `zero_empty_negative`: no negative prompt is all zeros, and not the encoding of "";
+    `learned`: for each encoder the vectors [n, width] of the tokens that the tokenizer learned.
     """
 
     def __init__(
@@ -52,17 +54,19 @@ class ClipText(nn.Module):
         *,
         image_size: int = 1024,
         zero_empty_negative: bool | None = None,
+        learned: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleList(towers)
         self.tokenizer = tokenizer
+        self.learned = tuple(learned)
         self.image_size = image_size
         # SDXL was trained with its text dropped to zeros (`force_zeros_for_empty_prompt` in its
         # model_index.json); SD 1 and 2 were trained with the empty prompt.
         dual = len(self.towers) > 1
         self.zero_empty_negative = dual if zero_empty_negative is None else zero_empty_negative
         smallest = min(tower.params.vocabulary for tower in towers)
-        if len(tokenizer) - len(tokenizer.learned) > smallest:
+        if len(tokenizer) > smallest:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens, the encoder knows {smallest}: "
                 "give the tokenizer that belongs to this encoder"
@@ -171,6 +175,16 @@ class ClipText(nn.Module):
         order = _order(readings[0].rows)
         return [_laid_out(list(self._ids(own)), order) for own in readings]
 
+    def taught(self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]) -> ClipText:
+        """The same encoders, the very modules, behind a tokenizer that knows these tokens too."""
+        return ClipText(
+            self._towers(),
+            self.tokenizer.learn(tokens),
+            image_size=self.image_size,
+            zero_empty_negative=self.zero_empty_negative,
+            learned=learned,
+        )
+
     def _towers(self) -> list[Tower]:
         return [tower for tower in self.towers if isinstance(tower, Tower)]
 
@@ -191,14 +205,15 @@ class ClipText(nn.Module):
         """For each encoder the pieces of its texts. Raises InputError, and with `strict` for a text
         of more than one."""
         readings: list[_Reading] = []
-        for tower, own in zip(self._towers(), texts, strict=False):
+        learned = self.learned or (None,) * len(self.towers)
+        for tower, vectors, own in zip(self._towers(), learned, texts, strict=False):
             read = {text: self._pieces(text, style, tower) for text in dict.fromkeys(own)}
             if strict and (over := [text for text, pieces in read.items() if len(pieces) > 1]):
                 raise InputError(
                     f"{len(over)} of {len(read)} prompts need more than one piece of "
                     f"{self.length - 2} tokens ({over[0][:60]!r}): shorten them"
                 )
-            readings.append(_Reading(tower, [read[text] for text in own], style))
+            readings.append(_Reading(tower, vectors, [read[text] for text in own], style))
         # Both encoders of a row say as many pieces, the shorter one empty ones at the end, as
         # ComfyUI's CLIPTextEncodeSDXL has it.
         counts = [max(map(len, rows)) for rows in zip(*(r.rows for r in readings), strict=True)]
@@ -256,7 +271,9 @@ class ClipText(nn.Module):
 
         Rows are a call's, piece by piece, so that adapters find each row where it was.
         """
-        outs = [reading.tower(ids.to(device), hidden) for ids in self._ids(reading)]
+        outs = [
+            reading.tower(ids.to(device), hidden, reading.learned) for ids in self._ids(reading)
+        ]
         contexts: list[Tensor] = [context for context, _ in outs]
         pooled: Tensor | None = outs[0][1]
         if not any(piece.weighted for pieces in reading.rows for piece in pieces):

@@ -11,7 +11,9 @@ do; `ClipTokenizer.exclamation = "transformers"` is the other way, for pictures 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
@@ -53,8 +55,9 @@ class ClipTokenizer:
                 f"{source} has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
-        self.learned: Mapping[int, tuple[int, ...]] = {}
-        """Id of a token added later -> the ids of its vectors (`adapters.textual_inversion`)."""
+        self.learned: Mapping[str, tuple[int, ...]] = {}
+        """Token added later -> the ids of its vectors, below 0: see `tower.Tower`."""
+        self._token: re.Pattern[str] = _NOTHING
         self.exclamation: Exclamation = "openclip"
         """What "!" becomes for an encoder whose text is padded with id 0."""
 
@@ -137,21 +140,16 @@ class ClipTokenizer:
         reads_pads = zero_pad and self.exclamation == "transformers" and self._pads_with_it
         tokenizer = self._of_transformers if reads_pads else self._tokenizer
         try:
-            found = tokenizer.encode(prompt, add_special_tokens=False)
+            return [
+                word
+                for text, own in self._learned(prompt)
+                for word in (*_words(tokenizer, text), *([Word(own, True)] if own else []))
+            ]
         except Exception as error:  # the library raises bare Exception
             raise InputError(
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
-        words: list[Word] = []
-        pairs = zip(found.word_ids, found.ids, strict=True)
-        for _, own in groupby(pairs, lambda pair: (pair[0], pair[1] in self.learned)):
-            ids = tuple(id for _, id in own)
-            if ids[0] in self.learned:
-                words += [Word(self.learned[id], True) for id in ids]
-            else:
-                words.append(Word(ids))
-        return words
 
     @property
     def _pads_with_it(self) -> bool:
@@ -167,30 +165,62 @@ class ClipTokenizer:
         copied.add_special_tokens(["!"])  # pyright: ignore[reportUnknownMemberType]
         return copied
 
+    def knows(self, token: str) -> bool:
+        """Whether it means something already: nothing, a word, the begin or end, or learned."""
+        known = {*self.learned, BOS, EOS}
+        return _spaced(token) in known or len(self.tokens(token)) < 2
+
     def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
         """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
 
-        A token is matched as it is typed, and as a whole word where it is one. Raises InputError
-        for a token that has a meaning already.
+        A token is matched as it is typed, with any white space for its own, and where it begins or
+        ends with a letter or digit, no other may be next to it. Of two the longer one is read.
+        Raises InputError for a token that has a meaning already.
         """
-        from tokenizers import AddedToken, Tokenizer
-
-        copied = Tokenizer.from_str(self._tokenizer.to_str())
         for token in tokens:
-            known = self._tokenizer.encode(token, add_special_tokens=False).ids
-            if len(known) < 2 or token in (BOS, EOS):
+            if self.knows(token):
                 raise InputError(
-                    f"the token {token!r} means something already: give another, as <{token}>"
+                    f"the token {token!r:.80} means something already: give another, as "
+                    f"<{token:.80}>"
                 )
-            word = token[0].isalnum() and token[-1].isalnum()
-            added = [AddedToken(token, single_word=word, normalized=False)]
-            copied.add_tokens(added)  # pyright: ignore[reportUnknownMemberType]
-        grown = ClipTokenizer(copied)
-        ids = {token: copied.token_to_id(token) for token in tokens}
-        new = {id: tokens[token] for token, id in ids.items() if id is not None}
-        grown.learned = {**self.learned, **new}
-        grown.exclamation = self.exclamation
+        grown = copy(self)
+        grown.learned = {**self.learned, **{_spaced(token): ids for token, ids in tokens.items()}}
+        longest_first = sorted(grown.learned, key=len, reverse=True)
+        grown._token = re.compile("|".join(map(_spelled, longest_first)))
         return grown
+
+    def _learned(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(text, the ids of the learned token behind it); what is left comes last.
+
+        The prompt is cut before it is tokenized: a token may be spelled as a piece of a word is,
+        and then has the id of that piece in a vocabulary.
+        """
+        end = 0
+        for match in self._token.finditer(prompt):
+            yield prompt[end : match.start()], self.learned[_spaced(match[0])]
+            end = match.end()
+        yield prompt[end:], ()
+
+
+_NOTHING = re.compile(r"(?!)")
+
+
+def _words(tokenizer: Tokenizer, text: str) -> Iterator[Word]:
+    found = tokenizer.encode(text, add_special_tokens=False)
+    pairs = zip(found.word_ids, found.ids, strict=True)
+    for _, own in groupby(pairs, lambda pair: pair[0]):
+        yield Word(tuple(id for _, id in own))
+
+
+def _spaced(token: str) -> str:
+    return " ".join(token.split())
+
+
+def _spelled(token: str) -> str:
+    """The pattern of a token: whole words where it begins or ends as one."""
+    before, after = (r"\w" if end.isalnum() else "(?!)" for end in (token[0], token[-1]))
+    words = r"\s+".join(map(re.escape, token.split()))
+    return f"(?<!{before}){words}(?!{after})"
 
 
 def _read_text(path: Path) -> str:

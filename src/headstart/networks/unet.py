@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
-from headstart.networks.fusion import fused
-from headstart_kernels import geglu, groupnorm_silu
+from headstart.networks.fusion import NormSilu, fused
+from headstart_kernels import geglu
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +90,6 @@ def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
 
 
-def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
-    """silu(norm(x)); one kernel that reads x twice on a GPU, torch's own two elsewhere."""
-    if fused(x):
-        return groupnorm_silu(x, norm.num_groups, norm.weight, norm.bias, norm.eps)
-    return F.silu(norm(x))
-
-
 def _geglu(x: Tensor) -> Tensor:
     """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
     if fused(x):
@@ -126,19 +119,19 @@ class ResBlock(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, time_dim: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-5)
+        self.norm1 = NormSilu(groups, in_channels, eps=1e-5)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, channels)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.norm2 = NormSilu(groups, channels, eps=1e-5)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
         )
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.conv1(_norm_silu(self.norm1, x))
+        h = self.conv1(self.norm1(x))
         h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(_norm_silu(self.norm2, h))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -345,7 +338,7 @@ class UNet(nn.Module):
         for stage in params.up:
             self.up_blocks.append(UpStage(channels, widths, stage, params))
             channels = stage.channels
-        self.conv_norm_out = nn.GroupNorm(groups, channels, eps=1e-5)
+        self.conv_norm_out = NormSilu(groups, channels, eps=1e-5)
         self.conv_out = nn.Conv2d(channels, params.out_channels, 3, padding=1)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
@@ -358,7 +351,7 @@ class UNet(nn.Module):
             x = self.mid_block(x, emb, cond.context)
         for block in self.up_blocks:
             x = block(x, emb, cond.context, skips)
-        return self.conv_out(_norm_silu(self.conv_norm_out, x))
+        return self.conv_out(self.conv_norm_out(x))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         guidance = cond.guidance_embedding if self.params.guidance_dim else None

@@ -1,6 +1,7 @@
-"""Alpha as PEFT says it: outside of the tensors, in a configuration beside them or as metadata.
+"""What PEFT says outside of the tensors: in a configuration beside them, or as metadata.
 
 scale = alpha/rank, or alpha/sqrt(rank) for rslora (arXiv:2312.03732)
+R     = a series in Q or Cayley's formula, for OFTv2
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from headstart.adapters.names import Network
+from headstart.adapters.rotations import Turning
 from headstart.checkpoint.header import parse_object
 from headstart.errors import AdapterError, CheckpointError
 
@@ -49,10 +51,32 @@ _PEFT_NETWORKS: tuple[tuple[str, Network | None], ...] = (
 _LITERAL = re.compile(r"\^?[\w.]{1,512}")
 
 
-def peft_scales(
-    metadata: Mapping[str, str], beside: Mapping[str, object], path: Path
-) -> dict[Network | None, PeftScale]:
-    """Alpha as PEFT says it: `adapter_config.json` beside the file, or diffusers' metadata.
+class Peft(NamedTuple):
+    """What is said of a file.
+
+    scales   by network; None: of all of them
+    oft      how OFTv2 turns; None: nothing is said, and what PEFT and OneTrainer train by default
+    """
+
+    scales: Mapping[Network | None, PeftScale] = {}
+    oft: Turning | None = None
+
+    def says(self, network: Network | None) -> bool:
+        """Whether there is a scale for it."""
+        return network in self.scales or None in self.scales
+
+    def scale(self, network: Network | None, module: str, rank: int | None) -> float:
+        """1 where nothing is said."""
+        found = self.scales.get(network, self.scales.get(None))
+        return 1.0 if found is None else found.of(module, rank)
+
+    def turning(self, name: str) -> Turning:
+        """Of one module. PEFT's own names tell its files from OneTrainer's."""
+        return self.oft or Turning(kernel=not name.startswith("base_model."))
+
+
+def read_peft(metadata: Mapping[str, str], beside: Mapping[str, object], path: Path) -> Peft:
+    """From `adapter_config.json` beside the file, or diffusers' metadata.
 
     diffusers >= 0.35 writes the same configuration, prefixed by the network, as JSON into
     `lora_adapter_metadata`. Raises AdapterError for a configuration that cannot be followed.
@@ -65,6 +89,7 @@ def peft_scales(
             raise AdapterError(f"metadata lora_adapter_metadata: {error}") from error
     found: dict[Network | None, PeftScale] = {}
     for prefix, network in _PEFT_NETWORKS:
+        _check_start(f"{prefix}init_lora_weights", said.get(f"{prefix}init_lora_weights"))
         alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha"))
         if alpha is not None:
             found[network] = PeftScale(
@@ -74,7 +99,32 @@ def peft_scales(
                 _patterns(f"{prefix}alpha_pattern", said.get(f"{prefix}alpha_pattern")),
                 _patterns(f"{prefix}rank_pattern", said.get(f"{prefix}rank_pattern")),
             )
-    return found
+    return Peft(found, _turning(said) if said.get("peft_type") == "OFT" else None)
+
+
+def _check_start(name: str, value: object) -> None:
+    """PEFT's docs, "PiSSA" and its relatives: at the start they take their own product off W."""
+    if isinstance(value, str) and value.startswith(("pissa", "olora", "corda")):
+        raise AdapterError(
+            f"PEFT configuration {name}: {value!r:.40} changes the layer's own weights too, which "
+            "is not implemented: save it with path_initial_model_for_weight_conversion, which "
+            "makes a plain LoRA of it"
+        )
+
+
+def _turning(said: Mapping[str, object]) -> Turning:
+    if said.get("coft"):
+        raise AdapterError("PEFT configuration coft: constrained OFT is not implemented")
+    terms = _number("num_cayley_neumann_terms", said.get("num_cayley_neumann_terms", 5))
+    if terms > _MOST_TERMS or terms != int(terms):
+        raise _bad("num_cayley_neumann_terms", f"at most {_MOST_TERMS}", terms)
+    series = said.get("use_cayley_neumann", True) is not False
+    # A version before 0.18 does not say which it is (peft, tuners/oft/config.py `check_kwargs`).
+    new = re.match(r"[1-9]|0\.(1[89]|[2-9][0-9])", str(said.get("peft_version", "")))
+    return Turning(int(terms) if series else None, 1.0 if new else 2.0, kernel=False)
+
+
+_MOST_TERMS = 64
 
 
 def _number(name: str, value: object) -> float:

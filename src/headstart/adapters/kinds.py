@@ -1,0 +1,74 @@
+"""Every kind of change that is computed here, and which one the operands of a module make."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+
+from headstart.adapters.kind import Agreement, Kind, Shape, Shapes
+from headstart.adapters.plain import FULL, IA3, WHOLE
+from headstart.adapters.products import GLORA, LOHA, LOKR, LORA
+from headstart.adapters.rotations import BOFT, OFT, OFT_V2
+
+KINDS = (LORA, LOHA, LOKR, GLORA, OFT, BOFT, OFT_V2, IA3, FULL, WHOLE)
+MODIFIERS: Mapping[str, tuple[int, ...]] = {
+    "alpha": (0, 1),
+    "scalar": (0, 1),
+    "dora_scale": (1, 2, 4),
+    "magnitude": (1, 2, 4),
+    "diff_b": (1,),
+}
+"""Operands beside those of a kind -> dimensions.
+
+alpha, scalar           factors of the change: alpha/rank; LyCORIS' `use_scalar`
+dora_scale, magnitude   the length that W + change is given: LyCORIS' name and PEFT's
+diff_b                  a change of the bias
+"""
+ONE_NUMBER = frozenset({"alpha", "scalar", "on_input", "scaled_oft"})
+SWITCHES = frozenset({"on_input", "scaled_oft"})
+"""Operands that are 0 or 1, in any dtype."""
+_ALPHA_ALONE = frozenset({"alpha"})
+
+
+def kinds_of(shapes: Shapes) -> list[Kind]:
+    """The kinds whose operands are there: one, in a file that is whole. A bias alone is a full
+    difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
+    own = shapes.keys() - MODIFIERS.keys()
+    other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
+    found = [kind for kind in KINDS if own & kind.operands.keys() and kind is not other]
+    return found or [FULL] * ("diff_b" in shapes)
+
+
+def dimensions(kind: Kind, operand: str) -> tuple[int, ...]:
+    return kind.operands.get(operand) or MODIFIERS[operand]
+
+
+def lacking(kind: Kind, operands: Collection[str]) -> Iterator[str]:
+    """Operands that must be there too, given those that are."""
+    for ways in kind.parts:
+        way = next((way for way in ways if set(way) & set(operands)), ways[-1])
+        yield from (operand for operand in way if operand not in operands)
+    for operand, other in kind.needs.items():
+        if operand in operands and other not in operands:
+            yield other
+
+
+def excluding(kind: Kind, operands: Collection[str]) -> Iterator[str]:
+    """Operands that say the same as another, or that the kind cannot have."""
+    for ways in kind.parts:
+        present = [way for way in ways if set(way) & set(operands)]
+        yield from (operand for way in present[1:] for operand in way if operand in operands)
+    known = kind.operands.keys() | kind.takes | _ALPHA_ALONE
+    yield from (operand for operand in operands if operand not in known)
+    if {"dora_scale", "magnitude"} <= set(operands):
+        yield "magnitude"
+
+
+def disagreements(kind: Kind, shapes: Shapes) -> Iterator[Agreement]:
+    return (each for each in kind.agreements(shapes) if each.expected != each.came)
+
+
+def rank_limit(layer: Shape) -> int:
+    """Files with a higher rank than their layer has exist (rank 128 on 4 channels); a much higher
+    one says nothing more, and would be given room for."""
+    return max(4096, layer[0], math.prod(layer[1:]))

@@ -1,0 +1,176 @@
+"""Which layer of a network a module's name means, in any of the namings.
+
+name = prefixes ++ module: of all the ways to read a name, those count whose rest is a layer
+The module is written with dots, with underscores for dots, or as its number in the network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+
+from headstart.adapters.group import Group
+from headstart.adapters.names import Network, ways
+from headstart.checkpoint import keymap
+from headstart.errors import AdapterError
+
+Place = tuple[Network, str]
+"""A network, and the path of a layer in it."""
+Networks = Mapping[Network, Mapping[str, tuple[int, ...]]]
+"""Network -> layer -> the shape of its weight."""
+
+
+def placed(groups: Iterable[Group], networks: Networks) -> Iterator[tuple[Group, Place | None]]:
+    """Each module with its layer; None where its name means none.
+
+    A name that means several is the one that it fits, and of those the one in the network that
+    says most of the file: PEFT saves an encoder alone, without its name. Raises AdapterError where
+    two fit equally well.
+    """
+    places = Places(networks)
+    found = [(group, places.find(group.name)) for group in groups]
+    fitting = [[p for p in own if g.fits(networks[p[0]][p[1]])] for g, own in found]
+    said = Counter(network for own in fitting for network in {network for network, _ in own})
+    for (group, own), fits in zip(found, fitting, strict=True):
+        if len(fits) > 1:
+            most = max(said[network] for network, _ in fits)
+            fits = [place for place in fits if said[place[0]] == most]
+        if len(fits) > 1:
+            both = " and as ".join(f"{path} of the {network}" for network, path in fits[:2])
+            raise AdapterError(
+                f"{group.name!r} reads as {both}, and fits both: put the network in front of the "
+                "names, such as unet., text_encoder. or text_encoder_2."
+            )
+        yield group, next(iter(fits or own), None)
+
+
+class Places:
+    """The layers of networks by every spelling of their names."""
+
+    def __init__(self, networks: Mapping[Network, Iterable[str]]) -> None:
+        self._tables: dict[Network, dict[str, tuple[str, ...]]] = {
+            network: _spellings(network, list(modules)) for network, modules in networks.items()
+        }
+
+    def find(self, name: str) -> list[Place]:
+        """The layers that `name`, a module as a file spells it, can mean."""
+        found: dict[Place, None] = {
+            (where, module): None
+            for network, rest in ways(name)
+            for where, table in self._tables.items()
+            if network in (None, where)
+            for module in table.get(rest, ())
+        }
+        return list(found)
+
+
+def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...]]:
+    """Every way to write a module -> the modules that it may be.
+
+    Dots or underscores; our names, or those of the original networks (LDM, OpenCLIP, Wan); text
+    encoders without `text_model.`, which transformers 5 dropped; a number behind the network.
+    """
+    pairs = [(module, module) for module in modules]
+    if network == "unet":
+        pairs += [(wan, module) for module in modules if (wan := _of_wan(module))]
+        pairs += [(ldm, module) for module, ldm in keymap.unet_to_ldm(modules).items()]
+        counted, before = _counted_unet(modules), "unet:"
+    else:
+        pairs += [(module.removeprefix("text_model."), module) for module in modules]
+        openclip = [(old, module) for module in modules if (old := _of_openclip(module))]
+        pairs += openclip + [(old.removeprefix("transformer."), m) for old, m in openclip]
+        counted, before = _counted_text(modules), "text_encoder:"
+    table: dict[str, tuple[str, ...]] = {}
+    for spelled, module in pairs:
+        for name in {spelled, spelled.replace(".", "_")}:
+            known = table.get(name, ())
+            if module not in known:
+                table[name] = (*known, module)
+    if network != "text_2":
+        table |= {f"{before}{number}": (module,) for number, module in enumerate(counted)}
+    return table
+
+
+# github.com/mlfoundations/open_clip, transformer.py <- transformers' names; q, k and v are one
+# tensor there, so no row has them.
+_OPENCLIP = (
+    ("text_model.encoder.layers.", "transformer.resblocks."),
+    (".layer_norm1", ".ln_1"),
+    (".layer_norm2", ".ln_2"),
+    (".mlp.fc1", ".mlp.c_fc"),
+    (".mlp.fc2", ".mlp.c_proj"),
+    (".self_attn.out_proj", ".attn.out_proj"),
+    ("text_model.final_layer_norm", "ln_final"),
+)
+
+
+def _of_openclip(module: str) -> str | None:
+    name = module
+    for ours, theirs in _OPENCLIP:
+        name = name.replace(ours, theirs)
+    return None if name == module or ".self_attn." in name else name
+
+
+# github.com/Wan-Video/Wan2.1, wan/modules/model.py <- the names that diffusers gave its layers.
+_WAN = tuple(
+    (re.compile(ours), original)
+    for ours, original in (
+        (r"(blocks\.[0-9]+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+        (r"(blocks\.[0-9]+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+        (r"(blocks\.[0-9]+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+        (r"(blocks\.[0-9]+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+        (r"(blocks\.[0-9]+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+        (r"(blocks\.[0-9]+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+        (r"(blocks\.[0-9]+)\.ffn\.net\.2", r"\1.ffn.2"),
+        (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+        (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+        (r"condition_embedder\.time_proj", "time_projection.1"),
+        (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+        (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+        (r"proj_out", "head.head"),
+    )
+)
+
+
+def _of_wan(module: str) -> str | None:
+    """As Wan's own code calls it, and its Lightning LoRAs do."""
+    found = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
+    return next((match.expand(name) for match, name in found), None)
+
+
+# cloneofsimo/lora walks diffusers' modules in the order they were registered: down, up, mid; in a
+# block attn1, ff, attn2; in CLIP's attention k, v, q, out.
+_BLOCK = re.compile(
+    r"(?P<side>down|up|mid)_blocks?\.((?P<level>[0-9]{1,3})\.)?attentions\.(?P<i>[0-9]{1,3})"
+    r"\.transformer_blocks\.(?P<depth>[0-9]{1,3})\.(?P<leaf>.+)"
+)
+_UNET_ORDER = (
+    *("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0", "ff.net.0.proj"),
+    *("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0"),
+)
+_LAYER = re.compile(r"text_model\.encoder\.layers\.([0-9]{1,3})\.self_attn\.(.+)")
+_TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
+
+
+def _counted_unet(modules: list[str]) -> list[str]:
+    places = [
+        (
+            ("down", "up", "mid").index(match["side"]),
+            *(int(match[part] or 0) for part in ("level", "i", "depth")),
+            _UNET_ORDER.index(match["leaf"]),
+            module,
+        )
+        for module in modules
+        if (match := _BLOCK.fullmatch(module)) and match["leaf"] in _UNET_ORDER
+    ]
+    return [module for *_, module in sorted(places)]
+
+
+def _counted_text(modules: list[str]) -> list[str]:
+    places = [
+        (int(match[1]), _TEXT_ORDER.index(match[2]), module)
+        for module in modules
+        if (match := _LAYER.fullmatch(module)) and match[2] in _TEXT_ORDER
+    ]
+    return [module for *_, module in sorted(places)]

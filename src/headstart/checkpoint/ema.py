@@ -1,0 +1,126 @@
+"""A UNet's averaged weights (EMA) beside its own: where they are, and which of the two are read.
+
+A training checkpoint holds copies whose names have lost their dots (CompVis, ldm/modules/ema.py):
+    model.diffusion_model.out.0.weight -> model_ema.diffusion_modelout0weight
+diffusers folders hold `unet_ema/` beside `unet/` (its training scripts), or, where the plain file
+is the average, `*.non_ema.safetensors` beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from headstart.checkpoint.folder import COMPONENTS, UNET_EMA, VARIANT, weights_in
+from headstart.checkpoint.header import Entry
+from headstart.errors import CheckpointError
+
+Ema = bool | None
+"""True: the average; False: the weights that were trained; None: the file's main ones."""
+Main = Literal["trained", "average"]
+_TOLD = {
+    "trained": ("trained ones", "averaged", "ema"),
+    "average": ("averaged ones", "trained", "no-ema"),
+}
+_COPY, _OWN = "model_ema.", "model.diffusion_model."
+
+
+def copied(names: Mapping[str, Entry]) -> bool:
+    """Whether a file holds copies of a UNet's weights, and not only how they were averaged."""
+    lead = _COPY + _OWN.split(".")[1]
+    return any(name.startswith(lead) for name in names)
+
+
+def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
+    """{name of a UNet's tensor: name of its averaged copy}.
+
+    Raises CheckpointError unless each tensor has exactly one copy, of its shape, and each copy is
+    of one tensor.
+    """
+    if not copied(entries):
+        _none(path)
+    found: dict[str, str] = {}
+    owners: dict[str, str] = {}
+    for name, entry in entries.items():
+        if not name.startswith(_OWN):
+            continue
+        copy = _COPY + name.removeprefix("model.").replace(".", "")
+        if copy in owners:
+            _bad(path, f"{name[:120]!r} and {owners[copy][:120]!r} have one name without dots, so "
+                       "their averages cannot be told apart")  # fmt: skip
+        owners[copy] = name
+        if copy in entries and entries[copy].shape != entry.shape:
+            _bad(path, f"{copy[:120]!r}: expected the shape {list(entry.shape)} of {name[:80]!r}, "
+                       f"got {list(entries[copy].shape)}")  # fmt: skip
+        found[name] = copy
+    missing = [name for name, copy in found.items() if copy not in entries]
+    if missing or not found:
+        _bad(path, f"{len(missing)} of {len(found)} tensors of the UNet have no averaged copy, "
+                   f"such as {(missing or ['none'])[0][:120]!r}: take the weights that were "
+                   "trained (--no-ema or ema=False)")  # fmt: skip
+    lead = _COPY + _OWN.split(".")[1]
+    if odd := [name for name in entries if name.startswith(lead) and name not in owners]:
+        _bad(path, f"{odd[0][:120]!r} is an average of no tensor of the UNet")
+    return found
+
+
+def main_of(path: Path, entries: Mapping[str, Entry]) -> Main | None:
+    """Which of the two is read where nothing is said; None where there are not both."""
+    if path.is_dir():
+        if _beside(path) is not None:
+            return "trained"
+        return "average" if _trained_beside(_unet(path)) else None
+    return "trained" if copied(entries) else None
+
+
+def averages_note(main: Main | None) -> str | None:
+    """A line for a person where there are both and nothing says which are meant."""
+    if main is None:
+        return None
+    held, other, option = _TOLD[main]
+    return (
+        f"there are trained weights and their average (EMA): those read are the {held}; "
+        f"--{option} (ema={option == 'ema'}) takes the {other} ones"
+    )
+
+
+def folder_of(path: Path, half: bool, ema: Ema) -> tuple[Path, tuple[Path, ...]]:
+    """The folder of a diffusers UNet and its files: of the average, or of what was trained.
+
+    Raises CheckpointError for `ema` True where no file says that it is an average.
+    """
+    folder, trained = _unet(path), _trained_beside(_unet(path))
+    if ema is False and trained:
+        return folder, weights_in(folder, half, VARIANT)
+    if ema:
+        if (average := _beside(path)) is not None:
+            return average, weights_in(average, half)
+        if not trained:
+            _none(path)
+    return folder, weights_in(folder, half)
+
+
+def _unet(path: Path) -> Path:
+    component = path / COMPONENTS["unet"]
+    return component if component.is_dir() else path
+
+
+def _beside(path: Path) -> Path | None:
+    """`unet_ema/` of a model's folder, or beside its `unet/`."""
+    root = path.parent if path.name == COMPONENTS["unet"] else path
+    return folder if (folder := root / UNET_EMA).is_dir() else None
+
+
+def _trained_beside(folder: Path) -> bool:
+    """Of files that are read; a `.non_ema.bin` alone is no choice."""
+    return any(file.suffix in (".safetensors", ".json") for file in folder.glob(f"*{VARIANT}*"))
+
+
+def _none(path: Path) -> NoReturn:
+    _bad(path, "no averaged weights (EMA) beside the UNet's own: expected `model_ema.*` in the "
+               "file, or a folder unet_ema/; leave out --ema (ema=True)")  # fmt: skip
+
+
+def _bad(path: Path, message: str) -> NoReturn:
+    raise CheckpointError(f"{path}: {message}")

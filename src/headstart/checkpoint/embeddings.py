@@ -1,0 +1,291 @@
+"""Learned tokens (textual inversion, arXiv:2208.01618) as a file's header tells: names and widths.
+
+key = encoder | token | bundle_emb.TOKEN.encoder     vectors [D] or [n, D], D the encoder's width
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple, NoReturn
+
+from headstart.checkpoint import keymap
+from headstart.checkpoint.families import CONTEXT_WIDTHS
+from headstart.checkpoint.header import Entry
+from headstart.checkpoint.scales import SCALED
+from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint
+from headstart.errors import CheckpointError
+
+Encoder = Literal["text", "text_2"]
+MAX_VECTORS = 75
+"""What fits between the begin and the end of CLIP's 77 positions."""
+MAX_TOKENS = 1000
+
+_PAIRS: tuple[tuple[str, str], ...] = (
+    ("clip_l", "clip_g"),  # kohya, ComfyUI, OneTrainer, diffusers' advanced training scripts
+    ("text_encoders_0", "text_encoders_1"),  # Replicate's cog-sdxl, embeddings.pti
+    ("text_encoder", "text_encoder_2"),  # fal
+    ("emb", "emb2"),  # oss-roettger/XL-Textual-Inversion
+)
+"""How SDXL's two encoders are called. The last two may as well be tokens, so both must be there."""
+_SPELLED: dict[str, Encoder] = {
+    **{first: "text" for first, _ in _PAIRS},
+    **{second: "text_2" for _, second in _PAIRS},
+    "clip_h": "text",  # the encoder of SD 2 in ComfyUI and Forge
+}
+_ALONE = frozenset({*_PAIRS[0], *_PAIRS[1], "clip_h", "emb_params", "*"})
+"""Keys that never name a token. AUTOMATIC1111, kohya and ai-toolkit write `emb_params`, CompVis
+calls its only token `*`: there the width tells the encoder."""
+_PARAMS = re.compile(r"(string_to_param|emb_params)\.(?P<token>[^.]{1,64})")
+"""AUTOMATIC1111's table of tokens, flattened."""
+_FOREIGN = re.compile(
+    r"(t5(xxl)?|gemma2?|llama|qwen|mistral)(_out)?|clip_[lgh]_out"  # OneTrainer
+)
+_ROWS = frozenset(_PAIRS[1])
+"""Each row of these is a token of its own, <s0>, <s1>, ...: github.com/replicate/cog-sdxl,
+dataset_and_utils.py, TokenEmbeddingsHandler; diffusers' `load_textual_inversion(token=[...])`."""
+_BUNDLE = re.compile(
+    r"bundle_emb\.(?P<token>.+?)\.(?P<field>(string_to_param|emb_params)\.[^.]{1,64}|[^.]{1,64})"
+)
+"""HCP-Diffusion, AUTOMATIC1111, OneTrainer: a token of any characters, then as in a file of it."""
+_BRACKETS = re.compile(r"<.+>")
+_LAYER = re.compile(r".*\.(weight|bias|alpha|scale)|.*:(up|down)")
+_WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
+"""SDXL's two encoders are told apart by width, whatever they are called."""
+
+
+class Token(NamedTuple):
+    """One learned token of a file.
+
+    keys    encoder -> the tensor [n, D] or [D] that has its vectors
+    widths  encoder -> D
+    vectors how many of them are its own; row: the only one that is, or None: all
+    """
+
+    name: str
+    keys: Mapping[Encoder, str]
+    widths: Mapping[Encoder, int]
+    vectors: int
+    row: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmbeddingInfo:
+    """What the header of a file of learned tokens tells.
+
+    tokens    as a prompt writes them; vectors: how many each stands for
+    widths    encoder -> numbers in a vector
+    family    the lineage whose text encoders are that wide; None: scaled down, or not known
+    """
+
+    path: str
+    tokens: tuple[str, ...]
+    vectors: tuple[int, ...]
+    widths: Mapping[Encoder, int]
+    family: str | None
+    dtype: str
+    size_bytes: int
+
+    def to_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | None:
+    """Triage of an open file; None where it holds something else: a network, an adapter.
+
+    Raises CheckpointError, in the words of `headstart.adapters.textual_inversion`, for learned
+    tokens that cannot be used.
+    """
+    if not is_embedding(checkpoint):
+        return None
+    tokens = tokens_of(path, checkpoint)
+    return EmbeddingInfo(
+        path=str(path),
+        tokens=tuple(token.name for token in tokens),
+        vectors=tuple(token.vectors for token in tokens),
+        widths=tokens[0].widths,
+        family=family_of_widths(tokens[0].widths),
+        dtype=checkpoint.dtype,
+        size_bytes=checkpoint.size_bytes,
+    )
+
+
+def is_embedding(checkpoint: Checkpoint) -> bool:
+    """Whether the file holds learned tokens and nothing else, as a LoRA with some of them does."""
+    names = [name for name in checkpoint.names if not keymap.is_ignored(name)]
+    if not names or checkpoint.parts() or any(map(_is_layer, names)):
+        return False
+    if any(map(_is_known, names)):
+        return True
+    return all(_is_vectors(checkpoint.entry(name)) and "." not in name for name in names)
+
+
+def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """The keys of a LoRA's file that are learned tokens.
+
+    Bundled ones; ai-toolkit's, as in a file of their own; cloneofsimo's, which the metadata or
+    brackets mark (github.com/cloneofsimo/lora, lora.py, EMBED_FLAG).
+    """
+    return tuple(
+        name
+        for name in checkpoint.names
+        if _BUNDLE.fullmatch(name)
+        or name in _ALONE
+        or (_BRACKETS.fullmatch(name) and not _is_layer(name))
+        or checkpoint.metadata.get(name) == "<embed>"
+    )
+
+
+def tokens_of(
+    path: Path,
+    checkpoint: Checkpoint,
+    named: str | None = None,
+    keys: tuple[str, ...] | None = None,
+) -> tuple[Token, ...]:
+    """The tokens that the file teaches; `named` names the only one anew, `keys` leaves out others.
+
+    A file that names none is called as the file is, without its suffix. cog-sdxl's rows are <s0>,
+    <s1>, ...; with `named` they are all behind that one, as its card writes TOK for "<s0><s1>".
+    Raises CheckpointError for tensors that are no vectors, for another family's encoders, for two
+    encoders that do not fit each other, and for `named` where there are several tokens.
+    """
+    entries = {
+        name: checkpoint.entry(name)
+        for name in (checkpoint.names if keys is None else keys)
+        if not keymap.is_ignored(name)
+    }
+    for name, entry in entries.items():
+        _check(path, name, entry)
+    groups = _grouped(path, entries)
+    if not groups:
+        _bad(path, "expected a textual inversion, got no learned token")
+    if len(groups) > MAX_TOKENS:
+        _bad(path, f"expected at most {MAX_TOKENS} learned tokens, got {len(groups)}")
+    if named is not None and len(groups) > 1:
+        _bad(path, f"holds {len(groups)} tokens: it cannot be renamed to {named!r}")
+    return tuple(
+        token
+        for name, found in groups.items()
+        for token in _tokens(path, name, named, found, entries)
+    )
+
+
+def family_of_widths(widths: Mapping[Encoder, int]) -> str | None:
+    """The lineage whose encoders, side by side, are that wide."""
+    return None if set(widths) == {"text_2"} else CONTEXT_WIDTHS.get(sum(widths.values()))
+
+
+def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[str, str]]:
+    """Token, None where the file does not name it -> spelling of an encoder, or "" -> key."""
+    groups: dict[str | None, dict[str, str]] = {}
+    pairs = {own for pair in _PAIRS if {*pair} <= entries.keys() for own in pair}
+    table = sum(_PARAMS.fullmatch(key) is not None for key in entries) > 1
+    whole = any(key.startswith("clip_") for key in entries)
+    for key in entries:
+        if bundled := _BUNDLE.fullmatch(key):
+            name, field = bundled["token"], bundled["field"]
+        elif params := _PARAMS.fullmatch(key):
+            name, field = (params["token"], "") if table else (None, key)
+        elif key in pairs or key in _ALONE or (whole and _FOREIGN.fullmatch(key)):
+            name, field = None, key
+        else:
+            name, field = key, ""
+        groups.setdefault(name, {})[field] = key
+    widths = sorted(entry.shape[-1] for entry in entries.values())
+    bare = [own.keys() == {""} for own in groups.values()]
+    if len(entries) == 2 and all(bare) and widths == [*_WIDTHS]:
+        return {None: {key: key for key in entries}}  # whatever they are called
+    if None in groups and any(bare):
+        shapes = {key[:80]: list(entry.shape) for key, entry in entries.items()}
+        _bad(path, f"expected vectors for SDXL's encoders and nothing besides, got {shapes!s:.300}")
+    return groups
+
+
+def _tokens(
+    path: Path,
+    name: str | None,
+    named: str | None,
+    found: Mapping[str, str],
+    entries: Mapping[str, Entry],
+) -> Iterator[Token]:
+    called = named or name or path.stem
+    foreign = [field for field in found if _FOREIGN.fullmatch(field)]
+    if foreign:
+        _bad(
+            path,
+            f"the token {called!r:.80} has vectors for {', '.join(foreign)}: {_whose(foreign)}",
+        )
+    keys: dict[Encoder, str] = {}
+    for field, key in found.items():
+        encoder = _encoder(field, entries[key].shape[-1], len(found))
+        if encoder in keys:
+            _bad(
+                path,
+                f"the token {called!r:.80}: {keys[encoder][:80]!r} and {key[:80]!r} are both for "
+                f"one text encoder; expected one tensor for each",
+            )
+        keys[encoder] = key
+    counts = {encoder: _rows(entries[key].shape) for encoder, key in keys.items()}
+    if len({*counts.values()}) > 1:
+        _bad(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
+    widths: dict[Encoder, int] = {own: entries[keys[own]].shape[-1] for own in sorted(keys)}
+    count = next(iter(counts.values()))
+    if named is None and name is None and found.keys() <= {*_ROWS}:
+        yield from (Token(f"<s{row}>", keys, widths, 1, row) for row in range(count))
+    else:
+        yield Token(called, keys, widths, count)
+
+
+def _encoder(field: str, width: int, of: int) -> Encoder:
+    """By width where it is one of SDXL's and there are two; else as it is spelled."""
+    told = _SPELLED.get(field)
+    if told is None or (of == 2 and width in _WIDTHS):
+        return _WIDTHS.get(width, "text")
+    return told
+
+
+def _check(path: Path, name: str, entry: Entry) -> None:
+    if not _is_vectors(entry):
+        _bad(
+            path,
+            f"{name[:80]!r}: expected floating point [D] or [n, D], n at most {MAX_VECTORS}, got "
+            f"{entry.dtype} {list(entry.shape)}",
+        )
+
+
+def _is_vectors(entry: Entry) -> bool:
+    shape = entry.shape if len(entry.shape) == 2 else (1, *entry.shape)
+    fits = len(shape) == 2 and 0 not in shape and shape[0] <= MAX_VECTORS
+    return fits and entry.dtype in FLOATS - UNREAD - SCALED.keys()
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if len(shape) == 2 else 1
+
+
+def _is_known(name: str) -> bool:
+    """Whether the name alone says that this is a learned token."""
+    return bool(
+        name in _ALONE
+        or _BUNDLE.fullmatch(name)
+        or _PARAMS.fullmatch(name)
+        or _BRACKETS.fullmatch(name)
+    )
+
+
+def _is_layer(name: str) -> bool:
+    """Whether it is a tensor of a network or of an adapter."""
+    adapter = dict(keymap.MARKERS)["adapter"]
+    return not _is_known(name) and bool(_LAYER.fullmatch(name) or adapter.fullmatch(name))
+
+
+def _whose(fields: list[str]) -> str:
+    if all(field.startswith("clip_") for field in fields):
+        return "added behind the encoder (OneTrainer's output embeddings), which is not implemented"
+    return "an encoder of SD 3, Flux or another family, which no model here reads"
+
+
+def _bad(path: Path, message: str) -> NoReturn:
+    raise CheckpointError(f"{path}: {message}")

@@ -1,0 +1,279 @@
+"""The header of a GGUF file as untrusted input, without the package that reads its numbers.
+
+file = "GGUF" ++ u32 version ++ u64 tensors ++ u64 values ++ values ++ tensors ++ padding ++ data
+value = text name ++ u32 kind ++ ...     tensor = text name ++ u32 n ++ u64 dims[n] ++ u32 type ++
+u64 offset     text = u64 length ++ bytes     (github.com/ggml-org/ggml, docs/gguf.md)
+
+Dims are written fastest first, so a shape is their reverse; data of each tensor start at a multiple
+of `general.alignment`.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from headstart.checkpoint.header import (
+    DTYPE_BYTES,
+    MAX_DIM,
+    MAX_NAME,
+    Entry,
+    Header,
+    open_regular,
+)
+from headstart.errors import CheckpointError
+from headstart.later import Later
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+else:
+    np = Later("numpy")
+
+MAGIC = b"GGUF"
+MAX_HEADER_BYTES = 16 * 2**20  # an SDXL UNet's has 0.15 MB; language models' vocabularies fit too
+MAX_ITEMS, MAX_TEXTS = 2**16, 2**19
+"""Tensors, and values, of a header; texts of an array, which vocabularies are."""
+MAX_DIMS = 4
+
+BLOCKS = {
+    "Q4_0": (2, 32, 18), "Q4_1": (3, 32, 20), "Q5_0": (6, 32, 22), "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34), "Q2_K": (10, 256, 84), "Q3_K": (11, 256, 110), "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176), "Q6_K": (14, 256, 210), "IQ4_NL": (20, 32, 18),
+    "IQ4_XS": (23, 256, 136),
+}  # fmt: skip
+"""Block formats: number in the file, weights a block, bytes a block (ggml, src/ggml-common.h)."""
+_PLAIN = {
+    0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16",
+}  # fmt: skip
+_TYPES = _PLAIN | {number: name for name, (number, _, _) in BLOCKS.items()}
+_VALUES = {
+    0: "B",
+    1: "b",
+    2: "H",
+    3: "h",
+    4: "I",
+    5: "i",
+    6: "f",
+    7: "?",
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+"""Kind of a value -> how `struct` calls it; 8 is a text, 9 an array of one kind."""
+_TEXT, _ARRAY = 8, 9
+_ORIGINAL = "comfy.gguf.orig_shape."
+"""city96's ComfyUI-GGUF stores matrices of odd width as rows of 256, and their shape under this."""
+
+Value = str | int | float | bool | tuple[int, ...]
+
+
+def read_gguf(path: Path) -> Header:
+    """Parse and check the header of `path`; no tensor byte is read. Texts become the metadata.
+
+    Raises CheckpointError for anything that is not exactly one complete GGUF file of version 2 or
+    3 with types that are known here.
+    """
+    with open_regular(path) as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        reader = _Reader(path, file.read(min(size, MAX_HEADER_BYTES)), size)
+    values = dict(reader.values())
+    shapes = _original_shapes(path, values)
+    alignment = values.get("general.alignment", 32)
+    if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 4096):
+        _bad(path, f"general.alignment {alignment!r:.40}: expected a power of two such as 32")
+    entries = dict(reader.tensors(alignment, shapes))
+    if odd := shapes.keys() - entries.keys():
+        _bad(path, f"{_ORIGINAL}{min(odd)[:80]} is the shape of a tensor that is not in the file")
+    _check_layout(path, entries, reader.data_begin(alignment), alignment, size)
+    metadata = {name: value for name, value in values.items() if isinstance(value, str)}
+    return Header(entries, metadata, size)
+
+
+def check_package(path: Path, dtype: str) -> None:
+    """Raise CheckpointError unless the package that unpacks these blocks is installed."""
+    if find_spec("gguf") is None:
+        raise CheckpointError(
+            f"{path}: {dtype} weights of a GGUF file are read by the package gguf: "
+            "pip install 'headstart[gguf]'"
+        )
+
+
+def unpack(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
+    """Blocks -> float32 numbers, by the package `gguf`; see `check_package`."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import dequantize
+
+    number, count, size = BLOCKS[dtype]
+    blocks = np.frombuffer(raw, "u1").reshape(-1, size)
+    if not len(blocks):
+        return np.empty(0, "<f4")
+    with np.errstate(all="ignore"):  # scales of a hostile file may be NaN or infinite
+        return dequantize(blocks, GGMLQuantizationType(number)).reshape(len(blocks) * count)
+
+
+class _Reader:
+    """The bytes of a header, from front to back; a claim of more than there is, is refused."""
+
+    def __init__(self, path: Path, text: bytes, size: int) -> None:
+        self.path, self.text, self.size, self.at = path, text, size, 0
+        if text[:4] != MAGIC:
+            _bad(path, f"expected GGUF, got {text[:4]!r}")
+        self.at = 4
+        version = self._number("I")
+        if version not in (2, 3):
+            what = "written for big-endian machines" if version & 0xFFFF == 0 else version
+            _bad(path, f"GGUF version {what}: expected 2 or 3 in little-endian order")
+        self._tensors, self._values = self._count("tensors", 24), self._count("values", 13)
+
+    def values(self) -> Iterator[tuple[str, Value]]:
+        seen = set[str]()
+        for _ in range(self._values):
+            name = self._name()
+            if name in seen:
+                _bad(self.path, f"the value {name[:80]!r} appears twice")
+            seen.add(name)
+            yield name, self._value(name, self._number("I"))
+
+    def tensors(
+        self, alignment: int, shapes: Mapping[str, tuple[int, ...]]
+    ) -> Iterator[tuple[str, Entry]]:
+        """Places are counted from the start of the data; `_check_layout` needs all of them."""
+        found: list[tuple[str, Entry]] = []
+        for _ in range(self._tensors):
+            name = self._name()
+            if not 1 <= (dims := self._number("I")) <= MAX_DIMS:
+                _bad(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
+            shape = tuple(self._number("Q") for _ in range(dims))[::-1]
+            kind, offset = self._number("I"), self._number("Q")
+            found.append((name, self._entry(name, shape, kind, offset, shapes.get(name))))
+        begin = self.data_begin(alignment)
+        names = [name for name, _ in found]
+        if len(set(names)) != len(names):
+            _bad(self.path, "a tensor's name appears twice")
+        for name, entry in found:
+            yield name, entry._replace(begin=begin + entry.begin, end=begin + entry.end)
+
+    def data_begin(self, alignment: int) -> int:
+        return -(-self.at // alignment) * alignment
+
+    def _entry(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        kind: int,
+        offset: int,
+        original: tuple[int, ...] | None,
+    ) -> Entry:
+        if max(shape) > MAX_DIM:
+            _bad(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
+        if (dtype := _TYPES.get(kind)) is None:
+            known = ", ".join(_TYPES.values())
+            _bad(self.path, f"tensor {name[:80]!r} has type {kind}, which is not read; known are "
+                            f"{known}")  # fmt: skip
+        _, count, size = BLOCKS.get(dtype, (0, 1, DTYPE_BYTES.get(dtype, 0)))
+        if shape[-1] % count:
+            _bad(self.path, f"tensor {name[:80]!r}: {dtype} has {count} weights a block, which "
+                            f"does not divide a row of {shape[-1]}")  # fmt: skip
+        total = math.prod(shape)
+        if original is not None and math.prod(original) != total:
+            _bad(self.path, f"tensor {name[:80]!r}: {_ORIGINAL}... says {list(original)} of "
+                            f"{list(shape)}, which has another count")  # fmt: skip
+        return Entry(dtype, original or shape, offset, offset + total // count * size)
+
+    def _value(self, name: str, kind: int) -> Value:
+        if kind == _TEXT:
+            return self._text()
+        if kind != _ARRAY:
+            if (code := _VALUES.get(kind)) is None:
+                _bad(self.path, f"the value {name[:80]!r} is of unknown kind {kind}")
+            return self._number(code)
+        inner = self._number("I")
+        if inner == _TEXT:
+            for _ in range(self._count(name, 8, most=MAX_TEXTS)):
+                self._text()
+            return ()
+        if (code := _VALUES.get(inner)) is None:
+            _bad(self.path, f"the value {name[:80]!r} is an array of kind {inner}; expected "
+                            "numbers or texts")  # fmt: skip
+        count = self._count(name, struct.calcsize(code), most=MAX_HEADER_BYTES)
+        if not name.startswith(_ORIGINAL):
+            self._take(count * struct.calcsize(code))
+            return ()
+        if code != "i" or not 1 <= count <= 8:
+            _bad(self.path, f"{name[:80]!r}: expected one to eight whole numbers")
+        return tuple(self._number(code) for _ in range(count))
+
+    def _count(self, what: str, least_bytes: int, most: int = MAX_ITEMS) -> int:
+        """A claimed number of things that take so many bytes each, which must be there."""
+        count = self._number("Q")
+        if count > most or count * least_bytes > len(self.text) - self.at:
+            self._short(f"{count} {what[:80]} are claimed")
+        return count
+
+    def _name(self) -> str:
+        name = self._text()
+        if not name or len(name) > MAX_NAME or not name.isprintable():
+            _bad(self.path, f"a name {name[:80]!r} of {len(name)} characters; expected 1 to "
+                            f"{MAX_NAME}, plain")  # fmt: skip
+        return name
+
+    def _text(self) -> str:
+        raw = self._take(self._number("Q"))
+        try:
+            return raw.decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.path}: a text is not UTF-8: {raw[:40]!r}") from error
+
+    def _number(self, code: str) -> int:
+        (number,) = struct.unpack("<" + code, self._take(struct.calcsize("<" + code)))
+        return number
+
+    def _take(self, count: int) -> bytes:
+        end = self.at + count
+        if end > len(self.text):
+            self._short(f"{count} bytes are claimed at byte {self.at}")
+        taken, self.at = self.text[self.at : end], end
+        return taken
+
+    def _short(self, what: str) -> NoReturn:
+        if len(self.text) < self.size:
+            _bad(self.path, f"{what}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
+        _bad(self.path, f"{what}, and the file ends at {self.size}; fetch the file again")
+
+
+def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in values.items():
+        if name.startswith(_ORIGINAL):
+            if not isinstance(value, tuple) or min(value) < 0:
+                _bad(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
+            shapes[name.removeprefix(_ORIGINAL)] = value
+    return shapes
+
+
+def _check_layout(
+    path: Path, entries: Mapping[str, Entry], begin: int, alignment: int, size: int
+) -> None:
+    """The tensors follow each other at the next aligned place, up to the end of the file."""
+    end = begin
+    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
+        due = -(-end // alignment) * alignment
+        if entry.begin != due:
+            _bad(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {due}, where "
+                       "the tensor before it ends")  # fmt: skip
+        end = entry.end
+        if end > size:
+            _bad(path, f"truncated: the file ends at byte {size}, and {name[:80]!r} at {end}; "
+                       "fetch the file again")  # fmt: skip
+    if size - end >= max(alignment, 1):
+        _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
+
+
+def _bad(path: Path, message: str) -> NoReturn:
+    raise CheckpointError(f"{path}: {message}")

@@ -1,0 +1,94 @@
+"""The files of a checkpoint as bytes: headers read and checked, data mapped when first asked for.
+
+safetensors or GGUF, by the first bytes
+name -> Entry (dtype, shape, where) -> bytes      of one file, or of the shards of one set
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, final
+
+from headstart.checkpoint.gguf import MAGIC, read_gguf
+from headstart.checkpoint.header import Entry, Header, open_regular, read_header
+from headstart.errors import CheckpointError
+
+Container = Literal["safetensors", "GGUF"]
+
+
+@final
+class Mapped:
+    """Names, dtypes and places as the files have them.
+
+    Data are views of a private, copy-on-write memory map: nothing is read before it is used, and
+    writing to one never reaches the file. Raises CheckpointError for what is no checkpoint.
+    """
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self.files = tuple(files)
+        self.container: Container = "safetensors"
+        self.metadata: dict[str, str] = {}
+        self.entries: dict[str, Entry] = {}
+        self._of: dict[str, int] = {}
+        self._sizes: list[int] = []
+        self._maps: dict[int, mmap.mmap] = {}
+        for index, path in enumerate(self.files):
+            header, self.container = _header(path)
+            self._sizes.append(header.size_bytes)
+            self.metadata |= header.metadata
+            if twice := self.entries.keys() & header.entries.keys():
+                raise CheckpointError(f"{path}: {min(twice)!r} is also in another shard")
+            self.entries |= header.entries
+            self._of |= dict.fromkeys(header.entries, index)
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(self._sizes)
+
+    def path(self, name: str) -> Path:
+        """The file that holds the tensor."""
+        return self.files[self._of[name]]
+
+    def raw(self, name: str) -> memoryview:
+        """The bytes of a tensor as stored: a view of the memory map, read as it is used."""
+        entry = self.entries[name]
+        if entry.begin == entry.end:
+            return memoryview(b"")
+        return memoryview(self._map(self._of[name]))[entry.begin : entry.end]
+
+    def sha256(self) -> str:
+        """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
+        import hashlib
+
+        digests = [_digest(path) for path in self.files]
+        if len(digests) == 1:
+            return digests[0].hex()
+        return hashlib.sha256(b"".join(digests)).hexdigest()
+
+    def _map(self, index: int) -> mmap.mmap:
+        if index not in self._maps:
+            path = self.files[index]
+            with open_regular(path) as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            if len(mapped) != self._sizes[index]:
+                raise CheckpointError(f"{path} changed while it was being read: open it again")
+            self._maps[index] = mapped
+        return self._maps[index]
+
+
+def _header(path: Path) -> tuple[Header, Container]:
+    with open_regular(path) as file:
+        magic = file.read(len(MAGIC))
+    # A safetensors header of 0x46554747 bytes would begin alike: 1.2 GB, which is refused anyway.
+    if magic == MAGIC:
+        return read_gguf(path), "GGUF"
+    return read_header(path), "safetensors"
+
+
+def _digest(path: Path) -> bytes:
+    import hashlib
+
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").digest()
