@@ -133,7 +133,7 @@ def manifest(shared: Path, name: str) -> dict[str, tuple[int, ...]]:
 def full_size(shared: Path, family: str) -> Layers:
     """The families' networks on the meta device, from the manifests' shapes."""
     from headstart.checkpoint.families import FAMILIES
-    from headstart.networks.params import unet_params
+    from headstart.checkpoint.sizing import unet_params
 
     with torch.device("meta"):
         unet = UNet(unet_params(manifest(shared, f"unet_{family}.json"), FAMILIES[family]))

@@ -187,7 +187,7 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
     assert _left(tmp_path) == NO_FILE
 
 
-def test_a_ten_thousand_word_prompt_is_refused_with_the_most_that_is_read(
+def test_a_ten_thousand_word_prompt_is_refused_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"

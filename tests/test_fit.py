@@ -27,25 +27,23 @@ def refused(path: Path) -> hs.CheckpointError:
     return caught.value
 
 
-def test_a_torn_full_size_file_names_block_counts_and_the_nearest_architecture(
+def test_a_torn_full_size_file_is_told_by_counts_three_names_and_the_nearest_architecture(
     shared: Path, hollow: Maker
 ) -> None:
     shapes = full_size(shared, "sdxl")
-    gone = [n for n in shapes if ".attn1.to_q." in n and n.startswith(("down_blocks.1", "mid"))]
+    gone = sorted(n for n in shapes if ".attn1.to_q." in n and "mid_block" in n)
     torn = {name: shape for name, shape in shapes.items() if name not in gone}
     torn["conv_out.gain"] = ("F16", [4])
     error = refused(hollow("x.safetensors", torn))
-    blocks = {
-        b: sum(n.startswith(b) for n in gone) for b in ("down_blocks.1", "mid_block.attentions")
-    }
-    told = ", ".join(f"{block} ({count})" for block, count in blocks.items())
-    assert f"{len(gone)} missing: {told}; 1 unexpected: conv_out.gain" in str(error)
+    told = f"{len(gone)} missing: {', '.join(gone[:3])}, ...; 1 unexpected: conv_out.gain"
+    assert f"the UNet does not fit. {told}" in str(error)
     assert (
         f"nearest known architecture is sdxl, which has 1680 tensors; this file has {len(torn)}"
         in str(error)
     )
+    assert len(str(error)) < 800
     (note,) = error.__notes__
-    assert note.splitlines() == ["missing:", *(f"  {name}" for name in sorted(gone))]
+    assert note.splitlines() == ["missing:", *(f"  {name}" for name in gone)]
 
 
 @pytest.mark.parametrize(
@@ -58,11 +56,11 @@ def test_the_nearest_architecture_is_the_one_it_was_torn_from(
     del shapes["conv_norm_out.bias"]
     error = refused(hollow("x.safetensors", shapes))
     assert f"1 missing: conv_norm_out.bias. The nearest known architecture is {near}," in str(error)
-    assert not hasattr(error, "__notes__")
 
 
 def test_a_scaled_down_file_has_no_nearest_architecture(make_ckpt: Maker, tmp_path: Path) -> None:
     tensors = load_file(make_ckpt("sd15.safetensors", "sd15", "unet"))
     del tensors["conv_norm_out.bias"]
     save_file(tensors, tmp_path / "x.safetensors")
-    assert str(refused(tmp_path / "x.safetensors")).endswith("1 missing: conv_norm_out.bias")
+    told = str(refused(tmp_path / "x.safetensors"))
+    assert "1 missing: conv_norm_out.bias. Fetch the file again" in told

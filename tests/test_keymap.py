@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from headstart.checkpoint import keymap
+from headstart.checkpoint import contents, keymap
 from headstart.checkpoint.keymap import Source
 
 UNETS = (
@@ -29,9 +29,9 @@ def test_unet_names_map_both_ways_as_the_original_code_has_them(shared: Path, ar
     bare = {ours: ldm.removeprefix(prefix) for ours, ldm in table.items()}
     assert keymap.unet_to_ldm(bare) == bare
     assert keymap.unet_from_ldm(bare.values()) == {ldm: ours for ours, ldm in bare.items()}
-    parts = keymap.split(table.values())
+    parts = contents.split(table.values())
     assert set(parts) == {"unet"}
-    found = keymap.sources("unet", parts["unet"])
+    found = contents.sources("unet", parts["unet"])
     assert found == {ours: Source(ldm) for ours, ldm in table.items()}
 
 
@@ -48,14 +48,14 @@ def test_module_names_map_like_tensor_names(shared: Path, arch: str) -> None:
 @pytest.mark.parametrize("arch", ["sd15", "sd21", "sdxl"])
 def test_vae_names_of_three_namings_come_out_the_same(shared: Path, arch: str) -> None:
     known = manifest(shared, f"vae_{arch}")
-    parts = keymap.split(known["ldm"])
+    parts = contents.split(known["ldm"])
     assert set(parts) == {"vae"}
-    found = keymap.sources("vae", parts["vae"])
+    found = contents.sources("vae", parts["vae"])
     assert {ours: source.name for ours, source in found.items()} == known["map_diffusers_to_ldm"]
     assert {ours for ours, source in found.items() if source.op == "matrix"} == set(known["ops"])
     for naming in ("diffusers", "diffusers_old_attn_names"):
         names = {name: name for name in known[naming]}
-        assert keymap.sources("vae", names).keys() == known["diffusers"].keys()
+        assert contents.sources("vae", names).keys() == known["diffusers"].keys()
 
 
 @pytest.mark.parametrize(
@@ -69,9 +69,9 @@ def test_vae_names_of_three_namings_come_out_the_same(shared: Path, arch: str) -
 )
 def test_text_names_map_with_the_right_operation(shared: Path, name: str, part: str) -> None:
     known = manifest(shared, name)
-    parts = keymap.split(known["ldm"])
+    parts = contents.split(known["ldm"])
     assert set(parts) == {part}
-    found = keymap.sources(part, parts[part])
+    found = contents.sources(part, parts[part])
     for ours, rule in known["map_diffusers_to_ldm"].items():
         stored, op = (rule, "") if isinstance(rule, str) else rule
         assert found[ours] == Source(stored, OPS[op])  # type: ignore[arg-type]
@@ -83,8 +83,8 @@ def test_text_names_map_with_the_right_operation(shared: Path, name: str, part: 
 def test_tiny_autoencoder_names_count_from_the_decoders_clamp(shared: Path) -> None:
     known = manifest(shared, "taesd")
     for half in ("encoder", "decoder"):
-        parts = keymap.split(known[f"pth_{half}"])
-        found = keymap.sources("tiny", parts["tiny"])
+        parts = contents.split(known[f"pth_{half}"])
+        found = contents.sources("tiny", parts["tiny"])
         table = {ours: f"{half}.{source.name}" for ours, source in found.items()}
         want = known["map_diffusers_to_pth"]
         assert table == {o: s for o, s in want.items() if o.startswith(half)}
@@ -119,59 +119,4 @@ def test_names_no_rule_knows_are_left_out_or_keep_their_own() -> None:
     odd = ["input_blocks.x.0.weight", "middle_block.0.strange.weight", "output_blocks.0.7.weight"]
     assert keymap.unet_from_ldm(odd) == {}
     names = {name: "model.diffusion_model." + name for name in odd}
-    assert keymap.sources("unet", names) == {name: Source(names[name]) for name in odd}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "betas",
-        "alphas_cumprod",
-        "alphas_cumprod_prev",
-        "sqrt_one_minus_alphas_cumprod",
-        "log_one_minus_alphas_cumprod",
-        "sqrt_recip_alphas_cumprod",
-        "sqrt_recipm1_alphas_cumprod",
-        "posterior_variance",
-        "posterior_log_variance_clipped",
-        "posterior_mean_coef2",
-        "denoiser.sigmas",
-        "model_ema.decay",
-        "model_ema.diffusion_modelinput_blocks00weight",
-        "embedding_manager.embedder.weight",
-        "cond_stage_model.transformer.text_model.embeddings.position_ids",
-        "conditioner.embedders.1.model.logit_scale",
-    ],
-)
-def test_training_leftovers_are_ignored(name: str) -> None:
-    assert keymap.is_ignored(name)
-    assert keymap.split([name]) == {}
-
-
-@pytest.mark.parametrize("name", ["conv_in.weight", "time_embed.0.weight", "betas2", "x.betas"])
-def test_nothing_else_is_ignored(name: str) -> None:
-    assert not keymap.is_ignored(name)
-
-
-def test_a_file_is_split_by_prefix_and_what_fits_none_is_told() -> None:
-    names = [
-        "model.diffusion_model.out.0.weight",
-        "first_stage_model.quant_conv.weight",
-        "conditioner.embedders.0.transformer.text_model.final_layer_norm.bias",
-        "conditioner.embedders.1.model.ln_final.bias",
-        "betas",
-        "stranger",
-    ]
-    parts = keymap.split(names)
-    assert parts.keys() == {"unet", "vae", "text", "text_2", ""}
-    assert parts[""] == {"stranger": "stranger"}
-    assert parts["unet"] == {"out.0.weight": "model.diffusion_model.out.0.weight"}
-
-
-def test_a_torn_block_is_found_by_its_siblings() -> None:
-    blocks = [f"down_blocks.{b}.resnets.{i}" for b in (0, 1) for i in (0, 1)]
-    names = {f"{block}.{leaf}.weight" for block in blocks for leaf in ("norm1", "conv1")}
-    names.add("down_blocks.1.resnets.0.conv_shortcut.weight")  # only where widths change
-    assert keymap.uneven(names) == []
-    names.remove("down_blocks.1.resnets.1.conv1.weight")
-    assert keymap.uneven(names) == ["down_blocks.1.resnets.1.conv1.weight"]
+    assert contents.sources("unet", names) == {name: Source(names[name]) for name in odd}

@@ -213,6 +213,69 @@ def test_the_vae_in_a_single_file_has_its_familys_scale(
     assert "schedule" in read_family(path).declared
 
 
+PLAYGROUND = {
+    "edm_mean": torch.tensor([-1.6574, 1.886, -1.383, 2.5155]).reshape(1, 4, 1, 1),
+    "edm_std": torch.tensor([8.4927, 5.9022, 6.5498, 5.2299]).reshape(1, 4, 1, 1),
+}
+COSXL = {"edm_vpred.sigma_max": torch.tensor(100.0), "edm_vpred.sigma_min": torch.tensor(0.004)}
+
+
+def with_statements(tmp_path: Path, unet: UNet, vae: Vae, more: dict[str, torch.Tensor]) -> Path:
+    path = single_file(unet, vae, tmp_path / "x.safetensors")
+    held, path = load_file(path) | more, tmp_path / "y.safetensors"
+    save_file(held, path, METADATA | {"headstart.vae_norm_groups": "4"})
+    return path
+
+
+def test_a_file_that_states_edm_is_run_as_it(tmp_path: Path, unet: UNet, vae: Vae) -> None:
+    """Playground 2.5's tensors: EDM's prediction and levels, its latents by mean and deviation."""
+    family = read_family(path := with_statements(tmp_path, unet, vae, PLAYGROUND))
+    assert family.prediction is Prediction.EDM
+    assert family.schedule == NoiseSchedule.edm(0.002, 80.0, 0.5)
+    assert {"prediction", "schedule", "scale_factor"} <= family.declared
+    decoder = load_vae(path)
+    mean, std = (PLAYGROUND[f"edm_{name}"].flatten().tolist() for name in ("mean", "std"))
+    assert decoder.params.latents_mean == tuple(mean) and decoder.params.latents_std == tuple(std)
+    assert decoder.scale_factor == 0.5
+    latents = torch.randn(2, 4, 4, 4)
+    plain = load_vae(single_file(unet, vae, tmp_path / "z.safetensors", **{
+        "headstart.vae_norm_groups": "4", "headstart.scale_factor": "1.0",
+    }))  # fmt: skip
+    z = latents * PLAYGROUND["edm_std"] / 0.5 + PLAYGROUND["edm_mean"]
+    assert torch.allclose(decoder.decode(latents), plain.decode(z), atol=1e-5)
+    pixels = torch.rand(2, 3, 8, 8)
+    back = (plain.encode(pixels) - PLAYGROUND["edm_mean"]) * 0.5 / PLAYGROUND["edm_std"]
+    assert torch.allclose(decoder.encode(pixels), back, atol=1e-5)
+
+
+def test_a_file_that_states_edms_v_is_run_as_it(tmp_path: Path, unet: UNet, vae: Vae) -> None:
+    """CosXL's tensors: what they say of the levels is used, and not the family's table."""
+    family = read_family(path := with_statements(tmp_path, unet, vae, COSXL))
+    assert family.prediction is Prediction.EDM_V
+    low, high = (float(COSXL[f"edm_vpred.sigma_{end}"]) for end in ("min", "max"))
+    assert family.schedule == NoiseSchedule.edm(low, high, 1.0)
+    info = inspect_checkpoint(path)
+    assert info.prediction == "edm_v" and info.prediction_declared
+
+
+def test_a_stated_scale_of_the_latents_is_used(tmp_path: Path, unet: UNet, vae: Vae) -> None:
+    """ldm's `scale_by_std` keeps the number as a tensor."""
+    path = with_statements(tmp_path, unet, vae, {"scale_factor": torch.tensor(0.25)})
+    assert load_vae(path).scale_factor == 0.25
+
+
+def test_the_decoder_of_a_vae_alone_decodes_and_says_that_it_cannot_encode(
+    tmp_path: Path, vae: Vae
+) -> None:
+    half = {n: t for n, t in weights(vae).items() if n.startswith(("decoder", "post_quant"))}
+    save_file(half, tmp_path / "x.safetensors", {"headstart.vae_norm_groups": "4"})
+    decoder = load_vae(tmp_path / "x.safetensors", scale_factor=0.5)
+    latents = torch.randn(1, 4, 4, 4)
+    assert torch.equal(decoder.decode(latents), vae.decode(latents))
+    with pytest.raises(InputError, match="a decoder alone"):
+        decoder.encode(torch.zeros(1, 3, 8, 8))
+
+
 # --------------------------------------------------------------------- dtype and device
 
 

@@ -22,11 +22,16 @@ from headstart.engine.models import (
     schedules,
     two_schedules,
 )
+from headstart.networks.tiny import TinyEncoder, TinyParams
+from headstart.networks.vae import Vae, VaeParams
 from headstart.plan.prediction import Prediction
 
 
 class Files(NamedTuple):
-    """sdxl and sd15: full models; unet: sdxl's alone; vae, text and lora: what is no model."""
+    """sdxl and sd15: full models; unet: sdxl's alone; the others: what is no model.
+
+    fills: a UNet for inpainting; wide: a VAE of 16 channels; encoder: TAESD's
+    """
 
     sdxl: Path
     sd15: Path
@@ -34,6 +39,9 @@ class Files(NamedTuple):
     vae: Path
     text: Path
     lora: Path
+    fills: Path
+    wide: Path
+    encoder: Path
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +55,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     leaves = {"lora_down.weight": (4, 32), "lora_up.weight": (32, 4), "alpha": ()}
     save_file({f"{layer}.{leaf}": torch.ones(shape) for leaf, shape in leaves.items()}, lora)
+    unet = halved(sdxl.unet.state_dict())
+    more = torch.zeros(32, 5, 3, 3).half()
+    fills, wide, encoder = (folder / f"{name}.safetensors" for name in ("fills", "wide", "encoder"))
+    save_file(unet | {"conv_in.weight": torch.cat([unet["conv_in.weight"], more], 1)}, fills)
+    flux = Vae(VaeParams(channels=(32, 32, 32, 32), layers=1, latent_channels=16, quant=False))
+    save_file(halved(flux.state_dict()), wide, {"headstart.scale_factor": "0.3611"})
+    save_file(halved(TinyEncoder(TinyParams(width=8)).state_dict(prefix="encoder.")), encoder)
     return Files(
         sdxl.write("ldm", folder / "sdxl"),
         sd15.write("ldm", folder / "sd15"),
@@ -54,6 +69,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
         vae,
         text,
         lora,
+        fills,
+        wide,
+        encoder,
     )
 
 
@@ -99,6 +117,18 @@ WRONG: dict[str, tuple[Callable[[Files], dict[str, Path]], str]] = {
     "a VAE as the preview": (
         lambda f: {"base": f.sdxl, "distilled": f.unet, "preview": f.vae},
         r"expected a tiny autoencoder, found VAE: give such a file as --vae",
+    ),
+    "a UNet for inpainting": (
+        lambda f: {"base": f.sdxl, "distilled": f.fills},
+        r"fills\.safetensors: an inpainting UNet \(9 input channels\): it wants a mask and a pic",
+    ),
+    "Flux's VAE": (
+        lambda f: {"base": f.sdxl, "distilled": f.unet, "vae": f.wide},
+        r"wide\.safetensors: its VAE has latents of 16 channels, and the UNet of .* reads 4",
+    ),
+    "TAESD's encoder as the preview": (
+        lambda f: {"base": f.sdxl, "distilled": f.unet, "preview": f.encoder},
+        r"encoder\.safetensors: a tiny autoencoder's encoder alone: previews want its decoder",
     ),
     "two UNets and no text encoder": (
         lambda f: {"base": f.unet, "distilled": f.unet},

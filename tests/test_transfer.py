@@ -17,7 +17,7 @@ from headstart.adapters.delta import LowRank
 from headstart.adapters.extract import extract, nearest
 from headstart.adapters.file import layer_shapes, read_adapter
 from headstart.adapters.transfer import transfer
-from headstart.checkpoint import keymap
+from headstart.checkpoint import contents, keymap
 from headstart.cli import main
 from headstart.errors import CheckpointError, HeadstartError, InputError
 from headstart.networks.load import load_unet
@@ -141,7 +141,7 @@ def test_layouts_may_differ_and_the_distilled_models_own_is_written(tmp_path: Pa
 def separated(tensors: Tensors) -> Tensors:
     """The same encoder as transformers names it: q, k, v apart, the projection transposed."""
     found: Tensors = {}
-    for name, source in keymap.sources("text", {name: name for name in tensors}).items():
+    for name, source in contents.sources("text", {name: name for name in tensors}).items():
         tensor = tensors[source.name]
         if source.op in ("q", "k", "v"):
             tensor = tensor.chunk(3)["qkv".index(source.op)]
@@ -201,7 +201,7 @@ BAD: dict[str, tuple[Any, str]] = {
     ),
     "tuned has more": (
         lambda: (weights(0), weights(1) | {"mystery.weight": torch.ones(3)}, weights(2)),
-        "1 that the base has not: mystery.weight",
+        "1 of no network: mystery.weight",
     ),
     "another shape": (
         lambda: (weights(0), weights(1) | {NORM: torch.ones(17)}, weights(2)),

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from headstart.checkpoint.families import recognise
+from headstart.checkpoint.sizing import unet_params
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.load import load_unet
-from headstart.networks.params import unet_params
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams, guidance_embedding, sinusoid
 
 ARCHS = (

@@ -16,8 +16,9 @@ from safetensors.torch import load
 from torch import Tensor
 
 import headstart_weights
+from headstart.checkpoint.contents import split
 from headstart.checkpoint.header import read_header
-from headstart.checkpoint.keymap import split, unet_from_ldm, vae_name
+from headstart.checkpoint.keymap import unet_from_ldm, vae_name
 from headstart.errors import InputError
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae

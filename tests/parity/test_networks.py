@@ -135,31 +135,67 @@ def test_a_unet_equals_diffusers(tmp_path: Path, name: str) -> None:
     compare(ours, theirs, lambda m, d: m(x.to(d), time, cond.to("cpu", d)), run_theirs)
 
 
+VAES: dict[str, dict[str, Any]] = {
+    "sdxl": {"latent_channels": 4, "scaling_factor": 0.13025},
+    # Flux's and SD3's: no convolutions around the latent, and a shift.
+    "flux": {
+        "latent_channels": 16,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "playground": {
+        "latent_channels": 4,
+        "scaling_factor": 0.5,
+        "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],
+        "latents_std": [8.4927, 5.9022, 6.5498, 5.2299],
+    },
+}
+
+
+def _of_channels(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64)[:, None, None]
+
+
+@pytest.mark.parametrize("name", VAES)
 @pytest.mark.parametrize("direction", ["decode", "encode"])
-def test_a_vae_equals_diffusers(tmp_path: Path, direction: str) -> None:
+def test_a_vae_equals_diffusers(tmp_path: Path, direction: str, name: str) -> None:
+    """Scale, shift, mean and deviation are applied as diffusers' pipelines of SDXL and Flux do."""
+    config = VAES[name]
     theirs = diffusers.AutoencoderKL(
         block_out_channels=(16, 32, 32),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
         norm_num_groups=8,
-        latent_channels=4,
-        scaling_factor=0.13025,
+        **config,
     ).eval()
     randomise(theirs)
     theirs.save_pretrained(tmp_path)
     ours = load_vae(tmp_path)
-    assert ours.scale_factor == 0.13025
-    latents = torch.randn(2, 4, 4, 6, dtype=torch.float64)
+    count, scale = config["latent_channels"], config["scaling_factor"]
+    shift = config.get("shift_factor", 0.0)
+    mean = _of_channels(config.get("latents_mean", [0.0] * count))
+    std = _of_channels(config.get("latents_std", [1.0] * count))
+    assert ours.scale_factor == scale
+    latents = torch.randn(2, count, 4, 6, dtype=torch.float64)
     pixels = torch.rand(2, 3, 16, 24, dtype=torch.float64) * 2 - 1
+
+    def z(d: torch.dtype) -> Tensor:
+        return latents.to(d) * std.to(d) / scale + mean.to(d) + shift
+
+    def back(found: Tensor) -> Tensor:
+        return (found - mean.to(found) - shift) * scale / std.to(found)
+
     runs: dict[str, tuple[Any, Any]] = {
         "decode": (
             lambda m, d: m.decode(latents.to(d)),
-            lambda m, d: m.decode(latents.to(d) / 0.13025).sample,
+            lambda m, d: m.decode(z(d)).sample,
         ),
         "encode": (
             lambda m, d: m.encode(pixels.to(d)),
-            lambda m, d: m.encode(pixels.to(d)).latent_dist.mean * 0.13025,
+            lambda m, d: back(m.encode(pixels.to(d)).latent_dist.mean),
         ),
     }
     compare(ours, theirs, *runs[direction])

@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from headstart.checkpoint import keymap
-from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import averages_note
-from headstart.checkpoint.families import FAMILIES, Family, recognise
-from headstart.checkpoint.folder import COMPONENTS, json_in, root_of
+from headstart.checkpoint.families import FAMILIES, Family
+from headstart.checkpoint.fit import some
+from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.keymap import PARTS, PartName
+from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.scales import SCALED
-from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint, Part, unsupported
-from headstart.errors import CheckpointError
+from headstart.checkpoint.tensors import Checkpoint
+from headstart.checkpoint.verdict import (
+    ADAPTER,
+    FIXES,
+    Verdict,
+    judge,
+    next_of,
+    notes_of,
+)
 
 if TYPE_CHECKING:
     from headstart.checkpoint.census import Census
 
-Layout = Literal["ldm", "diffusers", "unet", "vae", "text", "tiny", "adapter", "unknown"]
+__all__ = ["CheckpointInfo", "family_of", "inspect_checkpoint", "read_family", "unet_family"]
 
-# The relative rounding error of a schedule stored in that dtype.
-_ROUNDING = {"F64": 2.0**-40, "F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}
+Layout = Literal[
+    "ldm", "diffusers", "single", "unet", "vae", "text", "tiny", "adapter", "embedding", "unknown"
+]
 
 
 def read_family(path: str | Path) -> Family:
@@ -37,38 +46,13 @@ def read_family(path: str | Path) -> Family:
     return unet_family(Path(path), Checkpoint.open(path, "unet"))
 
 
-def unet_family(path: Path, checkpoint: Checkpoint) -> Family:
-    """As `read_family` for an open checkpoint."""
-    if "unet" not in checkpoint.parts():
-        raise CheckpointError(f"{path}: expected a UNet, found {checkpoint.found()}")
-    if (family := family_of(path, checkpoint)) is None:
-        raise CheckpointError(
-            f"{path}: its UNet is of no known family ({', '.join(FAMILIES)}): expected "
-            "`conv_in.weight` and cross-attention of one width"
-        )
+def unet_family(path: Path, checkpoint: Checkpoint, given: Given | None = None) -> Family:
+    """As `read_family` for an open checkpoint, whose UNet is judged: one that is refused is so
+    here, with the same sentence; what the caller has to say may be missing.
+    """
+    family = judge(path, checkpoint, given).require("unet", needs=False).family
+    assert family is not None  # a UNet of no family is refused
     return family
-
-
-def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
-    """As `read_family` for an open checkpoint; None where neither tensors nor folder tell."""
-    root, parts = root_of(path), checkpoint.parts()
-    if "unet" not in parts and root is not None and (root / "unet").is_dir():
-        parts |= Checkpoint.open(root, "unet").parts()
-    family = recognise({name: part.shapes for name, part in parts.items()}, checkpoint.metadata)
-    if family is None:
-        return None
-    alphas = "alphas_cumprod"
-    rounding = _ROUNDING.get(checkpoint.dtypes.get(alphas, ""))
-    said = Said(
-        path=path,
-        metadata=checkpoint.metadata,
-        unet=parts["unet"].config if "unet" in parts else {},
-        vae=json_in(root, "vae/config.json"),
-        scheduler=json_in(root, "scheduler/scheduler_config.json"),
-        alphas=(checkpoint.numbers(alphas), rounding) if rounding else None,
-        flags=frozenset({"v_pred", "ztsnr"} & set(checkpoint.names)),
-    )
-    return declared(family, said)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +66,7 @@ class CheckpointInfo:
     dtype       the dtype most bytes have, in safetensors' names, or a block format of GGUF
     scheme      how weights of eight bits and fewer are written, or None
     weights     part -> how many numbers it has
+    next        what to do with it: the options that take it, and what they need; None: refused
     census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
     notes       what to know before using it: an argument it needs, an unusual input
     """
@@ -104,6 +89,7 @@ class CheckpointInfo:
     census: Census | None = None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
+    next: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -117,12 +103,15 @@ def inspect_checkpoint(
     path: str | Path,
     *,
     deep: bool = False,
+    allow: Collection[str] = (),
     on_bytes: Callable[[int, int], object] | None = None,
 ) -> CheckpointInfo:
-    """Triage from headers alone: no tensor is read, torch is not imported.
+    """Triage from headers alone: no weight is read, torch is not imported. What it finds usable is
+    loaded, and what it refuses is refused by every loader with the same sentence (`verdict`).
 
     `deep` reads every number too, a few MB at a time: NaN and infinities are problems, tensors of
-    zeros a note; `on_bytes` is told how many bytes of how many are done.
+    zeros a note; `on_bytes` is told how many bytes of how many are done. `allow` names tensors that
+    may be left aside, `*` and `?` for any text.
 
     Raises CheckpointError for a file that cannot be read at all (truncated, hostile, a pickle).
     """
@@ -130,25 +119,21 @@ def inspect_checkpoint(
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
     wanted: list[PartName] = folders or [PARTS[0]]
     held = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
-    first = next(iter(held.values()))
-    parts: dict[PartName, Part] = first.parts()
-    if folders:  # from inside, both text encoders look alike
-        parts = {name: part for name in folders for part in [*held[name].parts().values()][:1]}
-    layout: Layout = "diffusers" if folders else _layout(first, parts)
-    problems = [problem for part in parts.values() for problem in _problems(part)]
-    if not parts and layout != "adapter":
-        problems.append("no network recognised")
-    problems += [f"{name}: no network recognised" for name in folders if name not in parts]
-    problems += [problem for checkpoint in held.values() for problem in _unreadable(checkpoint)]
-    family = None
-    try:
-        family = family_of(path, first)
-    except CheckpointError as error:
-        problems.append(str(error))
+    verdicts = _verdicts(path, held, Given(allow=allow))
+    first, verdict = held[wanted[0]], verdicts[wanted[0]]
+    networks: dict[PartName, Judged] = {}
+    for own in verdicts.values():
+        networks |= own.networks
+    layout: Layout = "diffusers" if folders else _layout(verdict)
+    if folders:
+        problems = [told for name, own in verdicts.items() if (told := own.refusal(name))]
+    else:
+        problems = [*verdict.problems()]
+    family = verdict.family
     stated = family is not None and "prediction" in family.declared
-    guessed = guess(path, first, family.lineage) if family and "unet" in parts else Guess()
+    guessed = guess(path, first, family.lineage) if family and "unet" in networks else Guess()
     row = guessed.distillation
-    notes = [*_notes(layout, family, parts, guessed), *_averages(path, first)]
+    notes = [*_notes(verdict, networks, guessed), *_averages(path, first)]
     census = _census(held, on_bytes) if deep else None
     if census is not None:
         problems += _broken(census)
@@ -160,7 +145,7 @@ def inspect_checkpoint(
         family=family.name if family else "unknown",
         exact=family.exact if family else False,
         layout=layout,
-        parts=tuple(parts),
+        parts=tuple(networks),
         prediction=_prediction(family, guessed, stated),
         prediction_declared=stated,
         distillation=row.name if row else None,
@@ -170,46 +155,42 @@ def inspect_checkpoint(
         size_bytes=sum(checkpoint.size_bytes for checkpoint in held.values()),
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes),
-        weights={n: sum(map(math.prod, part.shapes.values())) for n, part in parts.items()},
+        weights={
+            name: sum(map(math.prod, judged.part.shapes.values()))
+            for name, judged in networks.items()
+        },
         census=census,
         notes=tuple(notes),
         problems=tuple(dict.fromkeys(problems)),
+        next=None if problems else next_of(path, verdict, networks),
     )
 
 
-def _layout(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> Layout:
-    if "adapter" in checkpoint.split():
-        return "adapter"
-    if any(part.prefixed for part in parts.values()):
+def _verdicts(
+    path: Path, held: Mapping[PartName, Checkpoint], given: Given
+) -> dict[PartName, Verdict]:
+    """Of each component; of two text encoders one, as they are read together."""
+    return {
+        name: judge(path, own, given, second=held.get("text_2") if name == "text" else None)
+        for name, own in held.items()
+        if name != "text_2" or "text" not in held
+    }
+
+
+def _layout(verdict: Verdict) -> Layout:
+    if verdict.what is not None:
+        return "adapter" if verdict.what == ADAPTER else "embedding"
+    if any(judged.part.prefixed for judged in verdict.networks.values()):
         return "ldm"
-    name = next(iter(parts), None)
+    if len(verdict.networks) > 1:
+        return "single"
+    name = next(iter(verdict.networks), None)
     return "unknown" if name is None else "text" if name == "text_2" else name
-
-
-def _problems(part: Part) -> Iterator[str]:
-    if part.strays:
-        yield f"{len(part.strays)} tensors belong to no network: {_some(part.strays)}"
-    if part.name != "tiny" and (missing := keymap.uneven(part.shapes)):
-        yield f"{part.name}: {len(missing)} tensors are missing: {_some(missing)}"
-    if odd := [name for name in part.shapes if part.dtype(name) not in FLOATS]:
-        yield f"{part.name}: {len(odd)} tensors are not floating point: {_some(odd)}"
-    for dtype in sorted(UNREAD & {part.dtype(name) for name in part.shapes}):
-        held = [name for name in part.shapes if part.dtype(name) == dtype]
-        yield f"{part.name}: {len(held)} tensors are {unsupported(dtype)}"
-    if empty := [name for name, shape in part.shapes.items() if 0 in shape]:
-        yield f"{part.name}: {len(empty)} tensors have no numbers in them: {_some(empty)}"
 
 
 def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
     if (told := averages_note(checkpoint.main_of(path))) is not None:
         yield f"unet: {told}"
-
-
-def _unreadable(checkpoint: Checkpoint) -> Iterator[str]:
-    try:
-        checkpoint.check_numbers()
-    except CheckpointError as error:
-        yield str(error)
 
 
 def _census(
@@ -235,14 +216,14 @@ def _broken(census: Census) -> Iterator[str]:
     for what, found in (("NaN", census.nan), ("infinity", census.inf)):
         if found:
             shown = [f"{name} ({count})" for name, count in found.items()]
-            yield f"{len(found)} tensors hold {what}: {_some(shown)}"
+            yield f"{len(found)} tensors hold {what}: {some(shown)}"
 
 
 def _hollow(census: Census) -> Iterator[str]:
     if census.zero:
-        yield f"{len(census.zero)} tensors hold nothing but zeros: {_some(census.zero)}"
+        yield f"{len(census.zero)} tensors hold nothing but zeros: {some(census.zero)}"
     if census.unread:
-        yield f"{len(census.unread)} tensors could not be counted: {_some(census.unread)}"
+        yield f"{len(census.unread)} tensors could not be counted: {some(census.unread)}"
 
 
 def _prediction(family: Family | None, guessed: Guess, stated: bool) -> str | None:
@@ -251,32 +232,22 @@ def _prediction(family: Family | None, guessed: Guess, stated: bool) -> str | No
     return (family.prediction if stated else guessed.prediction or family.prediction).value
 
 
-def _notes(
-    layout: Layout, family: Family | None, parts: Mapping[PartName, Part], guessed: Guess
-) -> Iterator[str]:
-    if layout == "adapter":
-        yield "an adapter (LoRA), not a model: attach it to one"
-    if "unet" not in parts:
-        return
-    if family is None:
-        yield "the UNet is of no known family"
+def _notes(verdict: Verdict, networks: Mapping[PartName, Judged], guessed: Guess) -> Iterator[str]:
+    if verdict.what is not None:
+        yield f"{verdict.what}: {FIXES[verdict.what]}"
+    yield from notes_of(networks)
+    family = verdict.family
+    if "unet" not in networks or family is None:
         return
     ancestor = FAMILIES[family.lineage].signature
     if family.signature.width == ancestor.width and not family.exact:
         yield f"unet: {family.signature.tensors} tensors; {family.lineage} has {ancestor.tensors}"
-    elif not family.exact and family.heads is None and "head_dim" not in family.declared:
+    elif networks["unet"].needs and networks["unet"].problem is None:
         yield "scaled down: its attention head width is not in the file, so give --head-dim"
-    if "time_embedding.cond_proj.weight" in parts["unet"].shapes:
+    if "time_embedding.cond_proj.weight" in networks["unet"].part.shapes:
         yield "unet: takes guidance as an input, as LCM does: a distilled model"
-    channels = parts["unet"].shapes["conv_in.weight"][1:2]
-    if channels != (4,):
-        yield f"unet: {channels} input channels, not (4,): it edits or fills in images"
     stated = "prediction" in family.declared
     if (told := guessed.note(without_prediction=stated)) is not None:
         yield told
     if family.name == "sd21" and not stated and guessed.prediction is None:
         yield "prediction v is assumed; SD2.1-base and SD-Turbo look the same and predict eps"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(name[:120] for name in names[:3]) + (", ..." if len(names) > 3 else "")

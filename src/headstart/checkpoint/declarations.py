@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar, cast
 
+from headstart.checkpoint import scheduler
 from headstart.checkpoint.families import Family
+from headstart.checkpoint.scheduler import EDMS, FLOWS, Json, number
 from headstart.errors import CheckpointError, PlanError
 from headstart.later import Later
-from headstart.plan.edm import EdmSchedule
-from headstart.plan.flow import FlowSchedule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import FloatArray, NoiseSchedule
 from headstart.plan.spacing import Process
@@ -24,24 +24,14 @@ if TYPE_CHECKING:
 else:
     np = Later("numpy")
 
-Json = Mapping[str, object]
 T = TypeVar("T")
 
 
-FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
-"""diffusers' schedulers of rectified flow."""
-EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-"""Those of EDM, whose `prediction_type` is epsilon where they mean EDM's own."""
-TABLES = frozenset(
-    f"{name}Scheduler"
-    for name in (
-        *("DDIM", "DDPM", "PNDM", "LCM", "TCD", "LMSDiscrete", "UniPCMultistep", "DEISMultistep"),
-        *("EulerDiscrete", "EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete"),
-        *("KDPM2AncestralDiscrete", "DPMSolverMultistep", "DPMSolverSinglestep", "DPMSolverSDE"),
-        *("SASolver", "DDIMParallel", "DDPMParallel", "CogVideoXDDIM"),
-    )
-)
-"""Those whose models are trained on a table of alphas_cumprod."""
+STATEMENTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "scale_factor")
+"""Tensors by which a single file says what it is: Playground 2.5's mean and deviation of latents
+(then it is EDM), CosXL's levels (then EDM's v), and the scale of ldm's `scale_by_std`."""
+_PLAYGROUND_SCALE = 0.5
+"""What Playground 2.5's latents are multiplied by (its vae/config.json): their sigma_data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +43,7 @@ class Said:
     scheduler  its `scheduler_config.json`
     alphas     `alphas_cumprod` of an LDM file and the relative rounding error of its dtype
     flags      names of marker tensors: `v_pred`, `ztsnr`
+    tensors    the numbers of those that state something: see `STATEMENTS`
     path       where it is, for errors
     """
 
@@ -62,6 +53,7 @@ class Said:
     scheduler: Json = field(default_factory=dict[str, object])
     alphas: tuple[FloatArray, float] | None = None
     flags: frozenset[str] = frozenset()
+    tensors: Mapping[str, tuple[float, ...]] = field(default_factory=dict[str, tuple[float, ...]])
     path: str | Path = "this model"
 
     @property
@@ -76,6 +68,13 @@ class Said:
         name = self.scheduler.get("_class_name")
         return None if name is None else str(name)
 
+    @property
+    def edm(self) -> Prediction | None:
+        """What an EDM model's tensors say that it predicts."""
+        if {"edm_mean", "edm_std"} <= self.tensors.keys():
+            return Prediction.EDM
+        return Prediction.EDM_V if "edm_vpred.sigma_max" in self.tensors else None
+
 
 def declared(family: Family, said: Said) -> Family:
     """`family` with everything the file says about itself; metadata wins over config files.
@@ -85,6 +84,7 @@ def declared(family: Family, said: Said) -> Family:
     found: dict[str, object] = {}
     try:
         _refuse_unsupported(said.unet)
+        _from_tensors(said.tensors, found)
         _from_configs(family, said, found)
         _from_metadata(said.metadata, found)
         found |= _prediction(said)
@@ -154,14 +154,50 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
 def _from_configs(family: Family, said: Said, found: dict[str, object]) -> None:
     if said.unet:
         found |= _heads(said.unet)
-        found["norm_groups"] = int(_number(said.unet, "norm_num_groups", 32, "unet"))
+        found["norm_groups"] = int(number(said.unet, "norm_num_groups", 32, "unet"))
         size = said.unet.get("sample_size")
         if isinstance(size, int):
             found["image_size"] = size * family.downscale
     if said.vae:
         # Configs of 2022 leave it out; diffusers' default is what those models were trained with.
-        found["scale_factor"] = float(_number(said.vae, "scaling_factor", 0.18215, "vae"))
-        found["vae_norm_groups"] = int(_number(said.vae, "norm_num_groups", 32, "vae"))
+        found["scale_factor"] = float(number(said.vae, "scaling_factor", 0.18215, "vae"))
+        found["vae_norm_groups"] = int(number(said.vae, "norm_num_groups", 32, "vae"))
+        if (shift := said.vae.get("shift_factor")) is not None:
+            (found["shift_factor"],) = _finite("vae/config.json: shift_factor", [shift])
+        mean, std = said.vae.get("latents_mean"), said.vae.get("latents_std")
+        if mean is not None or std is not None:
+            found |= _latents("vae/config.json: latents_", mean, std)
+
+
+def _from_tensors(tensors: Mapping[str, tuple[float, ...]], found: dict[str, object]) -> None:
+    if "scale_factor" in tensors:
+        held = {"scale_factor": next(iter(tensors["scale_factor"]), None)}
+        found["scale_factor"] = float(number(held, "scale_factor", 0.0, "tensor"))
+    if "edm_mean" in tensors or "edm_std" in tensors:
+        found |= _latents("edm_", tensors.get("edm_mean"), tensors.get("edm_std"))
+        found["scale_factor"] = _PLAYGROUND_SCALE
+
+
+def _latents(where: str, mean: object, std: object) -> dict[str, object]:
+    """Mean and deviation of each channel of a VAE's latents."""
+    means, stds = _finite(f"{where}mean", mean), _finite(f"{where}std", std)
+    if len(means) != len(stds) or min(stds) <= 0:
+        raise CheckpointError(
+            f"{where}mean and {where}std: expected as many numbers in both, and no deviation below "
+            f"or at 0, got {list(means)[:4]} and {list(stds)[:4]}"
+        )
+    return {"latents_mean": means, "latents_std": stds}
+
+
+def _finite(where: str, value: object) -> tuple[float, ...]:
+    numbers = cast(list[object], value) if isinstance(value, list | tuple) else []
+    plain = [x for x in numbers if isinstance(x, int | float) and not isinstance(x, bool)]
+    sane = len(plain) == len(numbers) <= 1024 and all(abs(x) < 2**31 for x in plain)
+    if not plain or not sane:
+        raise CheckpointError(
+            f"{where}: expected finite numbers, got {str(cast(object, value))[:80]}"
+        )
+    return tuple(float(x) for x in plain)
 
 
 def _heads(config: Json) -> dict[str, object]:
@@ -183,15 +219,9 @@ def _heads(config: Json) -> dict[str, object]:
     )
 
 
-def _number(config: Json, key: str, default: float, part: str = "scheduler") -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 2**16:
-        file = "scheduler_config.json" if part == "scheduler" else f"{part}/config.json"
-        raise CheckpointError(f"{file}: {key} = {value!r:.80}: expected a number in (0, 65536]")
-    return value
-
-
 def _prediction(said: Said) -> dict[str, object]:
+    if said.edm is not None:
+        return {"prediction": said.edm}
     if said.flows:
         return {"prediction": Prediction.FLOW}
     if said.scheduler_class in EDMS:
@@ -207,6 +237,13 @@ def _prediction(said: Said) -> dict[str, object]:
 
 
 def _schedule(table: NoiseSchedule, said: Said) -> dict[str, object]:
+    if said.edm is not None:
+        low, high = (
+            next(iter(said.tensors.get(f"edm_vpred.sigma_{end}", ())), usual)
+            for end, usual in (("min", 0.002), ("max", 80.0))
+        )
+        data = 0.5 if said.edm is Prediction.EDM else 1.0  # arXiv:2206.00364, table 1; CosXL's
+        return {"schedule": NoiseSchedule.edm(low, high, data)}
     if said.alphas is not None:
         values, rounding = said.alphas
         known = table.alphas_cumprod
@@ -216,81 +253,16 @@ def _schedule(table: NoiseSchedule, said: Said) -> dict[str, object]:
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
     elif said.flows:
-        return {"schedule": _flow(said.scheduler)}
+        return {"schedule": scheduler.flow(said.scheduler)}
     elif said.scheduler_class in EDMS:
-        return {"schedule": _edm(said.scheduler)}
+        return {"schedule": scheduler.edm(said.scheduler)}
     elif said.scheduler:
-        schedule = _from_scheduler(said.scheduler)
+        schedule = scheduler.table(said.scheduler)
     else:
         schedule = None
     if "ztsnr" in said.flags or said.scheduler.get("rescale_betas_zero_snr") is True:
         schedule = (schedule or table).zero_terminal_snr()
     return {} if schedule is None else {"schedule": schedule}
-
-
-def _flow(config: Json) -> FlowSchedule:
-    """Of diffusers' FlowMatch schedulers. A shift that depends on the size is refused."""
-    if config.get("use_dynamic_shifting") not in (None, False):
-        raise CheckpointError(
-            "scheduler_config.json: use_dynamic_shifting makes the grid depend on the picture's "
-            "size, which is not implemented: set it to false and `shift` to a number"
-        )
-    if (trained := config.get("num_train_timesteps", 1000)) != 1000:
-        raise CheckpointError(
-            f"scheduler_config.json: num_train_timesteps = {trained!r:.40} of a flow: its network "
-            "would be told 1000*t, as all known flows are; others are not implemented"
-        )
-    terminal = config.get("shift_terminal")
-    shift = "shift" if "shift" in config else "flow_shift"
-    return NoiseSchedule.flow(
-        _number(config, shift, 1.0),
-        terminal=None if terminal is None else _number(config, "shift_terminal", 0.0),
-    )
-
-
-def _edm(config: Json) -> EdmSchedule:
-    return NoiseSchedule.edm(
-        _number(config, "sigma_min", 0.002),
-        _number(config, "sigma_max", 80.0),
-        _number(config, "sigma_data", 0.5),
-        _number(config, "rho", 7.0),
-    )
-
-
-def _from_scheduler(config: Json) -> NoiseSchedule:
-    """The schedule of a diffusers `scheduler_config.json`.
-
-    Raises CheckpointError for a class that is not known to share this parametrisation: a model
-    run as what it is not draws noise.
-    """
-    name = config.get("_class_name")
-    if name is not None and str(name) not in TABLES:
-        raise CheckpointError(
-            f"scheduler_config.json: {name!r} is not known to use a table of alphas_cumprod, as "
-            f"{', '.join(sorted(TABLES)[:3])} ... do, nor to be a flow ({', '.join(FLOWS)}) or EDM "
-            f"({', '.join(EDMS)}): name the class of these that its model was trained for"
-        )
-    if isinstance(betas := config.get("trained_betas"), list):
-        try:
-            return NoiseSchedule.from_betas(np.asarray(betas, dtype=np.float64))
-        except (TypeError, ValueError, OverflowError) as error:
-            raise CheckpointError(
-                f"scheduler_config.json: trained_betas must be a list of numbers: {error}"
-            ) from error
-    steps = int(_number(config, "num_train_timesteps", 1000))
-    start, end = _number(config, "beta_start", 0.0001), _number(config, "beta_end", 0.02)
-    match config.get("beta_schedule", "linear"):
-        case "scaled_linear":
-            return NoiseSchedule.scaled_linear(steps, start, end)
-        case "linear":
-            return NoiseSchedule.linear(steps, start, end)
-        case "squaredcos_cap_v2":
-            return NoiseSchedule.cosine(steps)
-        case other:
-            raise CheckpointError(
-                f"scheduler_config.json: beta_schedule = {other!r}: expected scaled_linear, linear "
-                "or squaredcos_cap_v2"
-            )
 
 
 # What diffusers can be asked for and this UNet does not do; an absent key means the first value.

@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
-from headstart.checkpoint import keymap
+from headstart.checkpoint.contents import ADAPTER
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import Entry
+from headstart.checkpoint.leftovers import known
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint
 from headstart.errors import CheckpointError
@@ -116,7 +117,7 @@ def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | No
 
 def is_embedding(checkpoint: Checkpoint) -> bool:
     """Whether the file holds learned tokens and nothing else, as a LoRA with some of them does."""
-    names = [name for name in checkpoint.names if not keymap.is_ignored(name)]
+    names = [name for name in checkpoint.names if known(name) is None]
     if not names or checkpoint.parts() or any(map(_is_layer, names)):
         return False
     if any(map(_is_known, names)):
@@ -156,7 +157,7 @@ def tokens_of(
     entries = {
         name: checkpoint.entry(name)
         for name in (checkpoint.names if keys is None else keys)
-        if not keymap.is_ignored(name)
+        if known(name) is None
     }
     for name, entry in entries.items():
         _check(path, name, entry)
@@ -279,8 +280,7 @@ def _is_known(name: str) -> bool:
 
 def _is_layer(name: str) -> bool:
     """Whether it is a tensor of a network or of an adapter."""
-    adapter = dict(keymap.MARKERS)["adapter"]
-    return not _is_known(name) and bool(_LAYER.fullmatch(name) or adapter.fullmatch(name))
+    return not _is_known(name) and bool(_LAYER.fullmatch(name) or ADAPTER.search(name))
 
 
 def _whose(fields: list[str]) -> str:

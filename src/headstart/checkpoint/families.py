@@ -52,6 +52,7 @@ class Family:
     `lineage` names the full-size ancestor: models of one lineage share latents, text encoders and
     noise levels, so only they can hand a latent to each other. `heads` (a count) or `head_dim` (a
     width) is the attention rule. `image_size` is in pixels, `downscale` pixels a latent cell.
+    `scale_factor`, `shift_factor`, `latents_mean` and `latents_std` are as in `params.VaeParams`.
     `declared` lists the fields that came from the file itself and not from this table.
     """
 
@@ -60,6 +61,9 @@ class Family:
     signature: Signature
     prediction: Prediction
     scale_factor: float
+    shift_factor: float = 0.0
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = None
     image_size: int
     text: tuple[TextRule, ...]
     downscale: int = 8
@@ -177,7 +181,7 @@ def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Famil
 
 def _of_unet(unet: Shapes) -> Family | None:
     width = _axis(unet, "conv_in.weight", 0)
-    contexts = {shape[-1] for name, shape in unet.items() if name.endswith("attn2.to_k.weight")}
+    contexts = {s[-1] for name, s in unet.items() if name.endswith("attn2.to_k.weight") and s}
     if width is None or len(contexts) != 1:
         return None
     signature = Signature(len(unet) - (_GUIDANCE in unet), width, contexts.pop())

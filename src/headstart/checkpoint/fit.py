@@ -1,75 +1,95 @@
 """Whether a file's tensors are those of the network built for them: all of them, and no other.
 
-What does not fit is told in one error, grouped, with the architecture that comes nearest.
+What does not fit is one sentence: how many, three of them, and the architecture that comes nearest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from headstart.checkpoint.families import FAMILIES
-from headstart.checkpoint.tensors import FLOATS, Part
-from headstart.errors import CheckpointError
+from headstart.checkpoint.tensors import FLOATS, TITLES, UNREAD, Part, unsupported
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-SHOWN = 12
-"""More names than this are told as counts a block; the exception's notes list every one."""
+SHOWN = 3
+LONGEST = 120
+"""Characters of a name in an error; the longest of a known file has 130."""
 
 
-def check_fit(part: Part, expected: Shapes) -> None:
-    """Raise CheckpointError unless the part has exactly these tensors, in floating point.
+def is_loaded(dtype: str) -> bool:
+    """Whether a network's tensors may be stored so."""
+    return dtype in FLOATS and dtype not in UNREAD
 
-    The message groups what is missing, unexpected, of another shape and not floating point. Where
-    a group is long it counts by block, and `__notes__` of the error holds the whole list.
-    """
+
+class Misfit(NamedTuple):
+    """The sentence, and the whole of each list that it shows three of."""
+
+    sentence: str
+    every: tuple[str, ...] = ()
+
+
+def misfit(part: Part, expected: Shapes) -> Misfit | None:
+    """What is wrong with a part of which a network has the `expected` tensors; None: it fits."""
     shapes = part.shapes
-    shared = expected.keys() & shapes.keys()
+    others = set(part.checkpoint.split().get("", {}).values())
+    doubled = [name for name in part.strays if name not in others]
     complaints = {
         "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()) + list(part.strays),
+        "unexpected": sorted(shapes.keys() - expected.keys()) + doubled,
         "of another shape": [
-            f"{name} {list(shapes[name])} instead of {list(expected[name])}"
-            for name in sorted(shared)
-            if shapes[name] != expected[name]
+            f"{name[:LONGEST]} {list(shape)} instead of {list(expected[name])}"
+            for name, shape in sorted(shapes.items())
+            if name in expected and shape != expected[name]
         ],
         "not floating point": [
-            f"{name} {part.dtype(name)}"
-            for name in sorted(shared)
-            if part.dtype(name) not in FLOATS
+            f"{name[:LONGEST]} {part.dtype(name)}"
+            for name in sorted(shapes)
+            if name in expected and part.dtype(name) not in FLOATS
         ],
     }
-    told = {what: names for what, names in complaints.items() if names}
-    if not told:
-        return
-    lines = [f"{len(names)} {what}: {_grouped(names)}" for what, names in told.items()]
-    error = CheckpointError(
-        f"{part.checkpoint.files[0]}: the {part.name} does not fit. "
-        + "; ".join(lines)
-        + _nearest(part)
+    lines = [f"{len(names)} {what}: {some(names)}" for what, names in complaints.items() if names]
+    if not lines:
+        return None
+    fix = _nearest(part) or ". Fetch the file again, or take one of a known family"
+    if complaints["unexpected"] and len(lines) == 1:
+        fix += "; `--allow NAME` (allow=) lets such tensors be"
+    every = tuple(
+        "\n".join([f"{what}:", *(f"  {name}" for name in names)])
+        for what, names in complaints.items()
+        if len(names) > SHOWN
     )
-    for what, names in told.items():
-        if len(names) > SHOWN:
-            error.add_note("\n".join([f"{what}:", *(f"  {name}" for name in names)]))
-    raise error
+    return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", every)
 
 
-def _grouped(names: Sequence[str]) -> str:
-    if len(names) <= SHOWN:
-        return ", ".join(names)
-    counts: dict[str, int] = {}
-    for name in names:
-        block = ".".join(name.split(" ")[0].split(".")[:2])
-        counts[block] = counts.get(block, 0) + 1
-    return ", ".join(f"{block} ({count})" for block, count in counts.items())
+def narrow(part: Part) -> Misfit | None:
+    """What is wrong with the dtypes of a part that fits."""
+    odd: dict[str, list[str]] = {}
+    for name in part.shapes:
+        if not is_loaded(dtype := part.dtype(name)):
+            odd.setdefault(dtype, []).append(name)
+    return next(
+        (
+            Misfit(f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}")
+            for dtype, names in sorted(odd.items())
+        ),
+        None,
+    )
+
+
+def some(names: Sequence[str]) -> str:
+    """Three of them."""
+    more = ", ..." if len(names) > SHOWN else ""
+    return ", ".join(name[: 2 * LONGEST] for name in names[:SHOWN]) + more
 
 
 def _nearest(part: Part) -> str:
     """Of a UNet: the full-size row of that width and context with the nearest tensor count."""
     if part.name != "unet":
         return ""
-    width = part.shapes.get("conv_in.weight", (0,))[0]
-    contexts = (s[-1] for n, s in part.shapes.items() if n.endswith("attn2.to_k.weight"))
+    width = (*part.shapes.get("conv_in.weight", ()), 0)[0]
+    contexts = (s[-1] for n, s in part.shapes.items() if n.endswith("attn2.to_k.weight") and s)
     context, count = next(contexts, 0), len(part.shapes)
     near = min(
         FAMILIES.values(),

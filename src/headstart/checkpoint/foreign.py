@@ -77,9 +77,9 @@ def convert_hint(path: Path) -> str:
     target = path.with_suffix(".safetensors")
     if target == path:  # a pickle that calls itself safetensors
         target = path.with_suffix(".converted.safetensors")
-    return f"run `headstart convert {_quoted(path)} {_quoted(target)}` on it first"
+    return f"run `headstart convert {quoted(path)} {quoted(target)}` on it first"
 
 
-def _quoted(path: Path) -> str:
+def quoted(path: Path) -> str:
     """For a POSIX shell; always in quotes, so that the command reads the same for every path."""
     return "'" + str(path).replace("'", "'\"'\"'") + "'"

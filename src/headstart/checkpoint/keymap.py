@@ -9,7 +9,7 @@ Pure functions of strings: any subset of names works, module names as well as te
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
 Op = Literal["", "q", "k", "v", "transpose", "matrix"]
@@ -25,88 +25,6 @@ class Source(NamedTuple):
 
     name: str
     op: Op = ""
-
-
-# --------------------------------------------------------------------- the parts of a file
-
-PREFIXES = (
-    ("model.diffusion_model.", "unet"),
-    ("first_stage_model.", "vae"),
-    ("conditioner.embedders.0.transformer.", "text"),
-    ("conditioner.embedders.1.model.", "text_2"),
-    ("cond_stage_model.transformer.", "text"),
-    ("cond_stage_model.model.", "text"),
-)
-
-# One of these names, without a prefix, tells what a bare file is.
-MARKERS = (
-    ("unet", re.compile(r"(conv_in|input_blocks\.0\.0|time_embed(ding\.linear_1|\.0))\.weight")),
-    ("vae", re.compile(r"(encoder|decoder)\.(conv_in\.weight|mid_block\..*|mid\..*)")),
-    ("tiny", re.compile(r"((encoder|decoder)\.layers\.)?[0-9]+\.(weight|conv\.0\.weight)")),
-    ("text", re.compile(r"((text_model\.)?embeddings\.)?token_embedding\.weight")),
-    ("adapter", re.compile(
-        r".*(lora|hada_|lokr_|dora_scale|_custom_diffusion).*|.*\.diff(_b)?|unet:[0-9]+:(up|down)"
-    )),
-)  # fmt: skip
-
-# Buffers of training and of older releases: rebuilt, or never read, by every loader.
-_SCHEDULE = re.compile(
-    r"betas|(sqrt_)?alphas_cumprod(_prev)?|(sqrt|log)_one_minus_alphas_cumprod"
-    r"|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])"
-    r"|denoiser\.sigmas|v_pred|ztsnr"
-)
-_IGNORED = re.compile(
-    r"(model_ema|embedding_manager)\b.*"
-    r"|(.*\.)?(position_ids|logit_scale)"
-    r"|first_stage_model\.model_ema\..*"
-)
-
-
-def is_ignored(name: str) -> bool:
-    """True for tensors no loader reads: schedule vectors, EMA copies, position ids, logit scale."""
-    return any(pattern.fullmatch(name) for pattern in (_SCHEDULE, _IGNORED))
-
-
-def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Part -> {name without its prefix: name in the file}; what belongs to no part is under "".
-
-    Parts: unet, vae, text, text_2, tiny, adapter. Ignored names are left out.
-    """
-    parts: dict[str, dict[str, str]] = {}
-    for name in names:
-        if is_ignored(name):
-            continue
-        prefix, part = next((p for p in PREFIXES if name.startswith(p[0])), ("", ""))
-        parts.setdefault(part, {})[name.removeprefix(prefix)] = name
-    if set(parts) == {""}:
-        bare = parts[""]
-        for part, marker in MARKERS:
-            if any(marker.fullmatch(name) for name in bare):
-                return {part: bare}
-    return parts
-
-
-def sources(part: str, names: Mapping[str, str]) -> dict[str, Source]:
-    """Our tensor name -> where it is; a name no rule knows keeps its own name."""
-    return _RULES[part](names)
-
-
-_CONTAINER = re.compile(r"(.*\b(?:resnets|attentions|transformer_blocks|layers)\.[0-9]{1,3})\.(.+)")
-
-
-def uneven(names: Iterable[str]) -> list[str]:
-    """Our names that are absent although every other block of that kind has them: a torn file."""
-    kinds: dict[str, dict[str, set[str]]] = {}
-    for name in names:
-        if (match := _CONTAINER.fullmatch(name)) and not match[2].startswith("conv_shortcut."):
-            kind = re.sub(r"[0-9]+", "#", match[1])
-            kinds.setdefault(kind, {}).setdefault(match[1], set()).add(match[2])
-    return sorted(
-        f"{block}.{leaf}"
-        for blocks in kinds.values()
-        for block, leaves in blocks.items()
-        for leaf in set[str]().union(*blocks.values()) - leaves
-    )
 
 
 # --------------------------------------------------------------------- UNet
@@ -145,7 +63,7 @@ _MID = re.compile(r"mid_block\.(resnets|attentions)\.([0-9]{1,3})\.(.+)")
 _DOWN_OP = re.compile(r"input_blocks\.([0-9]{1,3})\.0\.op\b.*")
 
 
-def _lead(name: str, table: Mapping[str, str]) -> str | None:
+def lead(name: str, table: Mapping[str, str]) -> str | None:
     """Replace the leading components of `name` by the table; None when no row fits."""
     for old, new in table.items():
         if name == old or name.startswith(old + "."):
@@ -179,7 +97,7 @@ def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
 
 
 def _unet_from_ldm(name: str, length: int) -> str | None:
-    if top := _lead(name, _TOP):
+    if top := lead(name, _TOP):
         return top
     match = _LDM_BLOCK.fullmatch(name)
     if match is None:
@@ -189,7 +107,7 @@ def _unet_from_ldm(name: str, length: int) -> str | None:
         rest = match[3]
         if index % 2:
             return f"mid_block.attentions.{index // 2}.{rest}"
-        inner = _lead(rest, _RESNET)
+        inner = lead(rest, _RESNET)
         return inner and f"mid_block.resnets.{index // 2}.{inner}"
     level, i = divmod(index - 1 if side == "input" else index, length)
     block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
@@ -199,7 +117,7 @@ def _unet_from_ldm(name: str, length: int) -> str | None:
         return f"{block}.upsamplers.0.{rest}"
     if slot == "1":
         return f"{block}.attentions.{i}.{rest}"
-    inner = _lead(rest, _RESNET) if slot == "0" else None
+    inner = lead(rest, _RESNET) if slot == "0" else None
     return inner and f"{block}.resnets.{i}.{inner}"
 
 
@@ -216,11 +134,11 @@ def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
 def _unet_to_ldm(name: str, length: int, attending: set[str]) -> str | None:
     if mid := _MID.fullmatch(name):
         index = 2 * int(mid[2]) + (mid[1] == "attentions")
-        inner = mid[3] if mid[1] == "attentions" else _lead(mid[3], _RESNET_LDM)
+        inner = mid[3] if mid[1] == "attentions" else lead(mid[3], _RESNET_LDM)
         return inner and f"middle_block.{index}.{inner}"
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return _lead(name, _TOP_LDM)
+        return lead(name, _TOP_LDM)
     side, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
     if kind == "downsamplers":
         return f"input_blocks.{length * (level + 1)}.0.op{rest.removeprefix('conv')}"
@@ -234,11 +152,12 @@ def _unet_to_ldm(name: str, length: int, attending: set[str]) -> str | None:
     )
     if kind == "attentions":
         return f"{block}.1.{rest}"
-    inner = _lead(rest, _RESNET_LDM)
+    inner = lead(rest, _RESNET_LDM)
     return inner and f"{block}.0.{inner}"
 
 
-def _unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
+def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
+    """Our tensor name -> where it is, of a UNet; a name no rule knows keeps its own."""
     ours = unet_from_ldm(names)
     return {ours.get(name, name): Source(full) for name, full in names.items()}
 
@@ -263,7 +182,7 @@ def vae_name(name: str, levels: int) -> str:
     """Our name of a VAE tensor in LDM, old diffusers or current diffusers naming."""
     head, dot, rest = name.partition(".attentions.0.")
     if dot:
-        return head + dot + (_lead(rest, _VAE_OLD) or rest)
+        return head + dot + (lead(rest, _VAE_OLD) or rest)
     match = _VAE_LDM.fullmatch(name)
     if match is None:
         return re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
@@ -274,7 +193,7 @@ def vae_name(name: str, levels: int) -> str:
             return name
         if mid[1]:
             return f"{half}.mid_block.resnets.{int(mid[1]) - 1}.{mid[2]}"
-        return f"{half}.mid_block.attentions.0.{_lead(mid[2], _VAE_ATTENTION) or mid[2]}"
+        return f"{half}.mid_block.attentions.0.{lead(mid[2], _VAE_ATTENTION) or mid[2]}"
     level = _VAE_LEVEL.fullmatch(rest)
     if level is None:
         return name
@@ -283,7 +202,8 @@ def vae_name(name: str, levels: int) -> str:
     return f"{half}.{where}_blocks.{index}.{inner}.{level[4]}"
 
 
-def _vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
+def vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
+    """As `unet_sources`, of a VAE."""
     ups = [m for m in (re.match(r"decoder\.up\.([0-9]{1,3})\.", name) for name in names) if m]
     levels = max((int(m[1]) for m in ups), default=-1) + 1
     ours = {vae_name(name, levels): full for name, full in names.items()}
@@ -291,57 +211,10 @@ def _vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
     return {n: Source(f, "matrix" if _VAE_PROJECTION.fullmatch(n) else "") for n, f in ours.items()}
 
 
-# --------------------------------------------------------------------- CLIP text encoders
-
-_OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\.(.+)")
-_OPENCLIP_INNER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-_OPENCLIP_TOP = {
-    "token_embedding.weight": Source("text_model.embeddings.token_embedding.weight"),
-    "positional_embedding": Source("text_model.embeddings.position_embedding.weight"),
-    "ln_final.weight": Source("text_model.final_layer_norm.weight"),
-    "ln_final.bias": Source("text_model.final_layer_norm.bias"),
-    "text_projection": Source("text_projection.weight", "transpose"),  # OpenCLIP computes x @ P
-}
-
-
-def is_openclip(names: Iterable[str]) -> bool:
-    return any(_OPENCLIP_BLOCK.fullmatch(name) for name in names)
-
-
-def _text_sources(names: Mapping[str, str]) -> dict[str, Source]:
-    found: dict[str, Source] = {}
-    for name, full in names.items():
-        for ours in _text_names(name):
-            found[ours.name] = Source(full, ours.op)
-    return found
-
-
-def _text_names(name: str) -> list[Source]:
-    """Ours for one name of a file; OpenCLIP's fused in_proj holds three."""
-    if name in _OPENCLIP_TOP:
-        return [_OPENCLIP_TOP[name]]
-    match = _OPENCLIP_BLOCK.fullmatch(name)
-    if match is None:
-        bare = name.startswith(("embeddings.", "encoder.", "final_layer_norm."))
-        return [Source(f"text_model.{name}" if bare else name)]
-    layer, rest = f"text_model.encoder.layers.{match[1]}", match[2]
-    if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
-        leaf = rest.removeprefix("attn.in_proj_")
-        return [Source(f"{layer}.self_attn.{op}_proj.{leaf}", op) for op in ("q", "k", "v")]
-    inner = _lead(rest, _OPENCLIP_INNER)
-    return [Source(f"{layer}.{inner}" if inner else name)]
-
-
 # --------------------------------------------------------------------- tiny autoencoder
 
 
-def _tiny_sources(names: Mapping[str, str]) -> dict[str, Source]:
+def tiny_sources(names: Mapping[str, str]) -> dict[str, Source]:
     """Sequential indices: the decoder starts at 1, because 0 is its clamp; ours have no clamp."""
     decoder = not any(name.startswith("0.") for name in names)
     found: dict[str, Source] = {}
@@ -352,12 +225,3 @@ def _tiny_sources(names: Mapping[str, str]) -> dict[str, Source]:
             name = f"{half}.layers.{i}.{rest}"
         found[name] = Source(full)
     return found
-
-
-_RULES: dict[str, Callable[[Mapping[str, str]], dict[str, Source]]] = {
-    "unet": _unet_sources,
-    "vae": _vae_sources,
-    "text": _text_sources,
-    "text_2": _text_sources,
-    "tiny": _tiny_sources,
-}

@@ -24,6 +24,7 @@ PREFIXES: tuple[tuple[str, PartName | None], ...] = (
     ("first_stage_model.", "vae"),
     ("conditioner.embedders.0.transformer.", "text"),
     ("conditioner.embedders.1.model.", "text_2"),
+    ("conditioner.embedders.0.model.", "text_2"),  # SDXL's refiner, which has this encoder alone
     ("cond_stage_model.transformer.", "text"),
     ("cond_stage_model.model.", "text"),
     # diffusers' components, and ComfyUI's and trainers' names for the same.
@@ -64,17 +65,29 @@ PREFIXES: tuple[tuple[str, PartName | None], ...] = (
 )
 
 
+SINGLE_FILE = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "cond_stage_model.")
+"""What marks the original layout, in which all networks lie in one file."""
+DEEPEST = 4
+"""So many prefixes are peeled off a name at most; three are the most that were found in a file."""
+
+
+_BY_LETTER = {
+    letter: [row for row in PREFIXES if row[0].startswith(letter)]
+    for letter in {prefix[0] for prefix, _ in PREFIXES}
+}
+
+
 def readings(name: str) -> Iterator[Reading]:
     """Every way to read a name, from the whole of it to what is behind all its prefixes.
 
     A prefix may be the network's own (OpenCLIP's layers begin with `transformer.`), so what counts
     is which reading a network knows. A prefix that names a network wins over one before it.
     """
-    seen = [Reading(None, name)]
-    for reading in seen:
+    seen = [(Reading(None, name), 0)]
+    for reading, depth in seen:
         yield reading
-        for prefix, network in PREFIXES:
+        for prefix, network in _BY_LETTER.get(reading.rest[:1], ()) if depth < DEEPEST else ():
             if reading.rest.startswith(prefix) and len(reading.rest) > len(prefix):
                 found = Reading(network or reading.network, reading.rest[len(prefix) :])
-                if found not in seen:
-                    seen.append(found)
+                if all(found != other for other, _ in seen):
+                    seen.append((found, depth + 1))

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast, final
 
+from headstart.checkpoint import contents
 from headstart.checkpoint import ema as averages
-from headstart.checkpoint import keymap
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
 from headstart.checkpoint.gguf import BLOCKS, check_package
 from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry
 from headstart.checkpoint.keymap import PARTS, PartName, Source
 from headstart.checkpoint.mapped import Container, Mapped
+from headstart.checkpoint.prefixes import SINGLE_FILE
 from headstart.checkpoint.scales import SCALED, factor, find
 from headstart.errors import CheckpointError
 from headstart.later import Later
@@ -176,38 +177,29 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        if (contents := self._contents) is None:
+        if (inside := self._contents) is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
-            contents = dict[PartName, _Contents]()
+            inside = dict[PartName, _Contents]()
             for name in PARTS:
                 if name in found:
-                    contents[name] = _contents(self, name, found[name], strays)
+                    inside[name] = _contents(self, name, found[name], strays)
             # Parts are made anew: one kept here would hold this object, and so the mapped files,
             # until Python's cycle collector comes by, long after the last tensor is gone.
-            self._contents = contents
-        return {name: Part(self, name, *inside) for name, inside in contents.items()}
+            self._contents = inside
+        return {name: Part(self, name, *own) for name, own in inside.items()}
 
     def split(self) -> dict[str, dict[str, str]]:
-        """`keymap.split` of the names, made once; an adapter is here and no part."""
-        if self._split is None:
-            self._split = keymap.split(self._entries)
-        return self._split
+        """`contents.split` of the names, made once; an adapter is here and no part.
 
-    def found(self) -> str:
-        """What the file holds and where such a file goes, for the end of an error message."""
-        if "adapter" in self.split():
-            return (
-                "an adapter (LoRA), not a network: attach it to a model with --lora, or give it "
-                "as --distilled-lora beside the base it was distilled from"
-            )
-        parts = self.parts()
-        if not parts:
-            return "no network: give a model's file, or one of its components"
-        where = {"unet": "--base or --distilled", "tiny": "--preview", "text_2": "--text"}
-        places = dict.fromkeys(where.get(part, f"--{part}") for part in parts)
-        held = ", ".join(TITLES[part] for part in parts)
-        return f"{held}: give such a file as {', '.join(places)}"
+        Raises CheckpointError where a network lies in the file twice.
+        """
+        if self._split is None:
+            try:
+                self._split = contents.split(self._entries)
+            except CheckpointError as error:
+                raise CheckpointError(f"{self.files[0]}: {error}") from error
+        return self._split
 
     def numbers(self, name: str) -> FloatArray:
         """A small tensor of floating point, as float64 numpy; needs no torch."""
@@ -312,16 +304,17 @@ class _Contents(NamedTuple):
 def _contents(
     checkpoint: Checkpoint, part: PartName, names: dict[str, str], strays: tuple[str, ...]
 ) -> _Contents:
-    sources = keymap.sources(part, names)
+    sources = contents.sources(part, names)
     used = {source.name for source in sources.values()}
+    ours, stored = next(iter(names.items()))
     return _Contents(
         sources,
         {
-            ours: _shape(source, checkpoint.entry(source.name).shape)
-            for ours, source in sources.items()
+            name: _shape(source, checkpoint.entry(source.name).shape)
+            for name, source in sources.items()
         },
         strays + tuple(sorted(set(names.values()) - used)),
-        any(ours != stored for ours, stored in names.items()),
+        any(mark in stored[: len(stored) - len(ours)] for mark in SINGLE_FILE),
     )
 
 

@@ -195,7 +195,8 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="modules or keys of adapters that may find no place, such as 'lora_te_*'",
+        help="tensors of checkpoints and modules or keys of adapters that may find no place, such "
+        "as 'lora_te_*' or 'control_model.*'",
     )
     group.add_argument(
         "--embedding",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,19 +24,28 @@ _LAYOUTS = {
     "vae": "a VAE alone",
     "text": "a text encoder alone",
     "tiny": "a tiny autoencoder (TAESD)",
-    "adapter": "an adapter (LoRA, slider, textual inversion)",
+    "single": "a single file of several networks",
+    "adapter": "an adapter (LoRA, slider)",
+    "embedding": "a textual inversion: vectors of learned tokens",
     "unknown": "unknown",
 }
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a file, or a model's folder")
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="tensors that may be left aside, such as 'control_model.*'",
+    )
     parser.add_argument("--deep", action="store_true", help="read every number: NaN, infinities")
 
 
 def _run(args: argparse.Namespace) -> int:
     try:
-        info = _deep(args.file) if args.deep else _shallow(args.file)
+        info = _deep(args.file, args.allow) if args.deep else _shallow(args.file, args.allow)
     except CheckpointError as error:
         if args.debug:
             raise
@@ -44,7 +54,11 @@ def _run(args: argparse.Namespace) -> int:
         else:
             return fail(str(error), 1)
         return 1
-    adapter = _adapter(args.file) if info.layout == "adapter" and info.ok else None
+    adapter = None
+    if info.layout == "adapter" and info.ok:
+        adapter, refusal = _adapter(args.file)
+        problems = () if refusal is None else (refusal,)
+        info = replace(info, problems=problems, next=info.next if adapter else None)
     if args.json:
         more = {} if adapter is None else {"adapter": adapter.to_json()}
         print(json.dumps(info.to_json() | more))
@@ -53,23 +67,23 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if info.ok else 1
 
 
-def _adapter(file: Path) -> AdapterInfo | None:
-    """What kind of adapter it is; None for learned tokens, which are no adapter of a layer."""
+def _adapter(file: Path) -> tuple[AdapterInfo | None, str | None]:
+    """What kind of adapter it is, or the sentence with which `--lora` refuses it."""
     from headstart.adapters.file import describe_adapter
 
     try:
-        return describe_adapter(file)
-    except AdapterError:
-        return None
+        return describe_adapter(file), None
+    except AdapterError as error:
+        return None, str(error).removeprefix(f"{file}: ")
 
 
-def _shallow(file: Path) -> CheckpointInfo:
+def _shallow(file: Path, allow: list[str]) -> CheckpointInfo:
     from headstart.checkpoint.checkpoint import inspect_checkpoint
 
-    return inspect_checkpoint(file)
+    return inspect_checkpoint(file, allow=allow)
 
 
-def _deep(file: Path) -> CheckpointInfo:
+def _deep(file: Path, allow: list[str]) -> CheckpointInfo:
     from headstart.checkpoint.checkpoint import inspect_checkpoint
 
     with progress(1, "reading every number", "B") as bar:
@@ -78,7 +92,7 @@ def _deep(file: Path) -> CheckpointInfo:
             bar.total = total
             bar.update(done - bar.n)
 
-        return inspect_checkpoint(file, deep=True, on_bytes=told)
+        return inspect_checkpoint(file, deep=True, allow=allow, on_bytes=told)
 
 
 def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
@@ -90,14 +104,14 @@ def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
     for name, lines in (("note", notes), ("problem", info.problems)):
         for line in lines:
             yield f"  {name:<12}{line}"
-    if info.ok:
-        yield f"  {'next':<12}{_next(info)}"
+    if info.next is not None:
+        yield f"  {'next':<12}{info.next}"
     else:
         yield f"  {'verdict':<12}not usable as it is"
 
 
 def _facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
-    if info.layout != "adapter":
+    if info.layout not in ("adapter", "embedding"):
         size = "" if info.family == "unknown" else ", full size" if info.exact else ", scaled down"
         yield "family", info.family + size
     yield "layout", _LAYOUTS[info.layout]
@@ -130,18 +144,6 @@ def _adapter_facts(adapter: AdapterInfo | None) -> Iterator[tuple[str, str]]:
 
 def _size(size_bytes: int) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
-
-
-def _next(info: CheckpointInfo) -> str:
-    """The option that takes such a file."""
-    file = "'" + info.path.replace("'", "'\"'\"'") + "'"
-    if info.layout == "adapter":
-        return f"--lora {file}"
-    if "unet" in info.parts:
-        whole = "" if len(info.parts) > 1 else ", with a full model as the other"
-        return f"--base {file} or --distilled {file}{whole}"
-    option = {"vae": "vae", "tiny": "preview", "text": "text", "text_2": "text"}
-    return f"--{option[info.parts[0]]} {file}"
 
 
 INSPECT = Command(

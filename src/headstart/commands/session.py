@@ -157,6 +157,7 @@ def _load(args: argparse.Namespace) -> Engine:
         text_head_dim=args.text_head_dim,
         exclamation=args.exclamation or "openclip",
         embeddings=embeddings,
+        allow=args.allow,
         device=args.device,
         dtype=args.dtype,
     )

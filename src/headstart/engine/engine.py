@@ -93,6 +93,7 @@ class Engine:
         embeddings  files of learned tokens (textual inversion), or (file, token)
         exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
                     trained, or "transformers", as diffusers' pictures have it
+        allow       tensors of the files that may be left aside, `*` and `?` for any text
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen

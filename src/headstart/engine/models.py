@@ -5,7 +5,7 @@ role -> Model (path, family, guess)      base and distilled must share latents a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import Main, averages_note
 from headstart.checkpoint.families import Family, latent_space
+from headstart.checkpoint.judged import Given
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.errors import CheckpointError, InputError
 from headstart.plan.pairs import DEMO_RATIO
@@ -34,10 +35,13 @@ class Model:
     guess: Guess
 
     @classmethod
-    def of(cls, path: FilePath) -> Model:
-        """From headers alone. Raises CheckpointError for a file without a UNet we know."""
+    def of(cls, path: FilePath, allow: Collection[str] = ()) -> Model:
+        """From headers alone. Raises CheckpointError for a file without a UNet we know.
+
+        `allow`: tensors that may be left aside.
+        """
         checkpoint = Checkpoint.open(path, "unet")
-        family = unet_family(Path(path), checkpoint)
+        family = unet_family(Path(path), checkpoint, Given(allow=allow))
         return cls(path, family, guess(path, checkpoint, family.lineage))
 
     def states(self, field: str) -> bool:

@@ -9,17 +9,15 @@ dtype       what networks compute in; weights in half precision may stay so on a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 import torch
-from torch import nn
 
 import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
-from headstart.checkpoint.families import Family
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.memory import SAFE_SHARE, Footprint, available_bytes, footprint
 from headstart.engine.models import (
@@ -37,16 +35,16 @@ from headstart.engine.models import (
     swapped,
     two_schedules,
 )
+from headstart.engine.parts import check_channels, codec_of, preview_of, unet_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.networks.load import load_text, load_tiny, load_unet, load_vae, rounds, widened_bytes
+from headstart.networks.load import load_text, rounds, widened_bytes
 from headstart.networks.placement import Dtype
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
-from headstart.networks.unet import UNet, guidance_embedding
-from headstart.networks.vae import Vae
+from headstart.networks.unet import guidance_embedding
 from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process
 
@@ -126,6 +124,7 @@ class Options(TypedDict, total=False):
                        for scaled-down models whose files do not say it
     embeddings         files of learned tokens, or (file, token)
     exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
+    allow              tensors of the files that may be left aside, `*` and `?` for any text
     device, dtype      "auto", or a name
     """
 
@@ -141,6 +140,7 @@ class Options(TypedDict, total=False):
     text_head_dim: int | None
     embeddings: Embeddings
     exclamation: Exclamation
+    allow: Collection[str]
     device: str
     dtype: str
 
@@ -165,7 +165,8 @@ def load_pair(
     if not paths:
         raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
     place = choose_device(options.get("device", "auto"))
-    models = {role: Model.of(path) for role, path in paths.items()}
+    allow = options.get("allow", ())
+    models = {role: Model.of(path, allow) for role, path in paths.items()}
     check_belong(models)
     first = next(iter(models.values()))
     lora = None if distilled_lora is None else distilled_by(distilled_lora, models)
@@ -178,15 +179,13 @@ def load_pair(
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text, ema.of)
     decided = (two_schedules(found), decision, *ema.notes)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
-    words = load_text(
-        text, device=place, dtype=kind, head_dim=options.get("text_head_dim"),
-        tokenizer=options.get("tokenizer"), exclamation=options.get("exclamation", "openclip"),
-    )  # fmt: skip
-    codec = _load_codec(vae, place, kind, first.family)
+    words = _load_words(text, place, kind, options)
+    codec = codec_of(vae, place, kind, first.family, allow)
     unets = {
-        role: _load_unet(path, place, kind, options.get("head_dim"), ema.of[role], words, text)
+        role: unet_of(path, place, kind, options.get("head_dim"), ema.of[role], words, text, allow)
         for role, path in paths.items()
     }
+    check_channels(vae, codec, paths, unets)
     words, learned = taught(words, options.get("embeddings", ()))
     given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in given if path is not None}
@@ -202,7 +201,7 @@ def load_pair(
         image_size=first.image_size,
         downscale=codec.params.downscale,
         latent_channels=codec.params.latent_channels,
-        preview=None if preview is None else load_tiny(preview, device=place),
+        preview=None if preview is None else preview_of(preview, place, allow),
         lineage=first.family.lineage,
         preset=options.get("preset") or preset_of(models),
         guesses={role: model.guess for role, model in models.items()},
@@ -326,31 +325,16 @@ def _notes(
     return tuple(line for line in (*told, *others) if line)
 
 
-def _load_codec(path: FilePath, place: torch.device, kind: Dtype, like: Family) -> Vae:
-    """Decoding 16 demo images takes 0.20 s in the default format and 0.13 s in channels_last (2
-    CPU cores)."""
-    codec = load_vae(path, device=place, dtype=None if kind == torch.float16 else kind, like=like)
-    nn.Module.to(codec, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-    return codec
-
-
-def _load_unet(
-    path: FilePath,
-    place: torch.device,
-    kind: Dtype,
-    head_dim: int | None,
-    ema: bool | None,
-    words: ClipText,
-    text: FilePath,
-) -> UNet:
-    """Raises CheckpointError unless the encoders' context is as wide as the network reads it."""
-    unet = load_unet(path, device=place, dtype=kind, head_dim=head_dim, ema=ema)
-    if words.context_dim != unet.params.context_dim:
-        raise CheckpointError(
-            f"{text}: its text encoders give {words.context_dim} numbers a token, and the UNet of "
-            f"{path} reads {unet.params.context_dim}: give the text encoders of that family"
-        )
-    return unet
+def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Options) -> ClipText:
+    return load_text(
+        path,
+        device=place,
+        dtype=kind,
+        head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer"),
+        exclamation=options.get("exclamation", "openclip"),
+        allow=options.get("allow", ()),
+    )
 
 
 def _files(paths: Mapping[str, FilePath], ema: Mapping[str, bool | None]) -> dict[str, Files]:

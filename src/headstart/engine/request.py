@@ -217,10 +217,9 @@ def _told(
 
 
 def _check_guidance(words: Words, own: Own, table: StepTable, guided: bool) -> None:
-    told = any(text is not None for text in words.negative)
-    if told and own.uncond is not None:
+    if own.uncond is not None and any(text is not None for text in words.negative):
         raise InputError("negative= and uncond= both say what guidance moves away from: give one")
-    if (told or own.uncond is not None) and not guided:
+    if (any(words.negative) or own.uncond is not None) and not guided:
         raise InputError(
             f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
             "other than 1; leave it out, or give base_guidance= or distilled_guidance="

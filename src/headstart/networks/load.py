@@ -7,27 +7,19 @@ Nothing here touches the network.
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
 
-from headstart.checkpoint.checkpoint import family_of, unet_family
-from headstart.checkpoint.declarations import Said, declared
 from headstart.checkpoint.ema import Ema
-from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.folder import COMPONENTS, root_of
+from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
-from headstart.errors import CheckpointError, InputError
-from headstart.networks.params import (
-    clip_params,
-    indices,
-    tiny_params,
-    unet_params,
-    vae_params,
-    with_heads,
-)
-from headstart.networks.placement import Dtype, device_of, filled, is_half, part_of, stored_dtype
+from headstart.checkpoint.verdict import judge
+from headstart.errors import InputError
+from headstart.networks.placement import Dtype, device_of, filled, is_half, stored_dtype
 from headstart.networks.prompt_style import EXCLAMATIONS, Exclamation
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
@@ -45,6 +37,7 @@ def load_unet(
     dtype: Dtype = None,
     head_dim: int | None = None,
     ema: Ema = None,
+    allow: Collection[str] = (),
 ) -> UNet:
     """A UNet from any layout: an LDM single file, a bare UNet in either naming, a diffusers folder.
 
@@ -55,18 +48,22 @@ def load_unet(
     int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
     holds float8 exactly, and rounds products with a scale. `head_dim` is the width of an attention
     head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
+    `allow` names tensors that may be left aside, `*` and `?` for any text.
 
     `ema` True takes the averaged weights of a training checkpoint (`model_ema.*`) or a diffusers
     folder (`unet_ema/`), False those that were trained, None the main ones of the file.
 
-    Raises CheckpointError with every missing, unexpected and misshapen tensor at once.
+    Raises CheckpointError with the sentence that `inspect` prints of such a file
+    (`checkpoint.verdict`): what it is instead, or what is missing, unexpected or misshapen.
     """
     target = device_of(device)
+    if head_dim is not None and head_dim < 1:
+        raise InputError(f"head_dim must be positive, got {head_dim}")
     checkpoint = Checkpoint.open(path, "unet", half=is_half(dtype), ema=ema)
-    family = with_heads(unet_family(Path(path), checkpoint), head_dim, path)
-    part = part_of(checkpoint, "unet", path)
-    params = unet_params(part.shapes, family)
-    return filled(lambda: UNet(params), part, target, dtype)
+    judged = judge(path, checkpoint, Given(head_dim=head_dim, allow=allow)).require("unet")
+    params = judged.unet
+    assert params is not None
+    return filled(lambda: UNet(params), judged.part, target, dtype)
 
 
 def load_vae(
@@ -75,37 +72,37 @@ def load_vae(
     device: torch.device | str = "cpu",
     dtype: Dtype = None,
     scale_factor: float | None = None,
+    shift_factor: float | None = None,
     norm_groups: int | None = None,
     like: Family | None = None,
+    allow: Collection[str] = (),
 ) -> Vae:
-    """A VAE from any layout and naming. Its latents are the UNet's: the scale is inside.
+    """A VAE from any layout and naming, or the decoder of one alone, which does not encode.
 
-    A bare VAE file cannot say its scale (SD's and SDXL's have the same tensors): give
-    `scale_factor`, 0.18215 for SD 1 and 2, 0.13025 for SDXL. A full checkpoint, a `config.json`
-    or the metadata `headstart.scale_factor` makes it known; `like` is the family to take the scale
-    of where nothing does. dtype is as in `load_unet`, except
-    that SDXL's float16 file is read as float32: its activations overflow half precision
-    (`force_upcast` in its config.json).
+    Its latents are the UNet's: scale and shift, and a mean and deviation of each channel, are
+    inside. A bare VAE file cannot say its scale (SD's and SDXL's have the same tensors): give
+    `scale_factor`, 0.18215 for SD 1 and 2, 0.13025 for SDXL (Flux: 0.3611, with shift_factor
+    0.1159). A full checkpoint, a `config.json` or the metadata `headstart.scale_factor` makes it
+    known; `like` is the family to take the scale of where nothing does. dtype and allow are as in
+    `load_unet`, except that SDXL's float16 file is read as float32: its activations overflow half
+    precision (`force_upcast` in its config.json).
     """
     target = device_of(device)
-    part = part_of(Checkpoint.open(path, "vae", half=is_half(dtype)), "vae", path)
-    family = _vae_family(Path(path), part)
-    if scale_factor is not None:
-        family = replace(family, scale_factor=scale_factor)
-    elif family.name == "unknown" and "scale_factor" not in family.declared and like is not None:
-        family = replace(family, scale_factor=like.scale_factor)
-    elif family.name == "unknown" and "scale_factor" not in family.declared:
-        raise CheckpointError(
-            f"{path}: this VAE does not say its scale factor, and SD's and SDXL's look the same: "
-            "pass scale_factor=0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
-        )
-    if norm_groups is not None:
-        family = replace(family, vae_norm_groups=norm_groups)
-    narrow = stored_dtype(part) == "F16" or stored_dtype(part) in WIDENED
-    if dtype is None and narrow and _overflows(family, part):
+    given = Given(
+        scale_factor=scale_factor,
+        shift_factor=shift_factor,
+        norm_groups=norm_groups,
+        like=like,
+        allow=allow,
+    )
+    checkpoint = Checkpoint.open(path, "vae", half=is_half(dtype))
+    judged = judge(path, checkpoint, given).require("vae")
+    stored = stored_dtype(judged.part)
+    if dtype is None and (stored == "F16" or stored in WIDENED) and _overflows(judged):
         dtype = torch.float32
-    params = vae_params(part, family)
-    return filled(lambda: Vae(params), part, target, dtype)
+    params = judged.vae
+    assert params is not None
+    return filled(lambda: Vae(params), judged.part, target, dtype)
 
 
 def load_text(
@@ -116,6 +113,7 @@ def load_text(
     head_dim: int | None = None,
     tokenizer: str | Path | None = None,
     exclamation: Exclamation = "openclip",
+    allow: Collection[str] = (),
 ) -> ClipText:
     """The text side of a checkpoint: one CLIP encoder, or SDXL's two, with their tokenizer.
 
@@ -128,24 +126,20 @@ def load_text(
     if exclamation not in EXCLAMATIONS:
         raise InputError(f"exclamation {exclamation!r:.40}: expected {', '.join(EXCLAMATIONS)}")
     target, path = device_of(device), Path(path)
-    parts = _text_parts(path, is_half(dtype))
-    first = parts[0]
-    family = family_of(path, first.checkpoint)
-    if len(parts) == 2 and (family is None or len(family.text) == 1):
-        family = FAMILIES["sdxl"]  # a folder with both encoders and no UNet to tell
-    elif family is None:  # a lone encoder of a size of its own: last hidden state, normed
-        family = FAMILIES["sdxl" if "text_projection.weight" in first.shapes else "demo"]
-    if len(parts) != len(family.text):
-        raise CheckpointError(
-            f"{path}: {family.lineage} reads prompts with {len(family.text)} text encoders, found "
-            f"{len(parts)}: give the full checkpoint or the diffusers folder"
-        )
-    words = _tokenizer(path, first, tokenizer)
+    half = is_half(dtype)
+    given = Given(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow)
+    checkpoint, second = Checkpoint.open(path, "text", half=half), None
+    if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
+        second = Checkpoint.open(path, "text_2", half=half)
+    verdict = judge(path, checkpoint, given, second=second)
+    found = [verdict.require("text")]
+    if "text_2" in verdict.networks:
+        found.append(verdict.require("text_2"))
+    words = _tokenizer(path, found[0].part, tokenizer)
     words.exclamation = exclamation
-    towers = [
-        _tower(part, rule, head_dim, target, dtype)
-        for part, rule in zip(parts, family.text, strict=True)
-    ]
+    family = found[0].family
+    assert family is not None
+    towers = [_tower(judged, target, dtype) for judged in found]
     return ClipText(towers, words, image_size=family.image_size)
 
 
@@ -154,18 +148,20 @@ def load_tiny(
     *,
     device: torch.device | str = "cpu",
     dtype: Dtype = None,
+    allow: Collection[str] = (),
 ) -> TinyVae:
     """A TAESD-class autoencoder: a decoder's file, an encoder's, or both, in either naming."""
     target = device_of(device)
-    part = part_of(Checkpoint.open(path, "tiny", half=is_half(dtype)), "tiny", path)
-    halves = {name.partition(".")[0] for name in part.shapes}
+    checkpoint = Checkpoint.open(path, "tiny", half=is_half(dtype))
+    judged = judge(path, checkpoint, Given(allow=allow)).require("tiny")
+    halves = judged.tiny
 
     def build() -> TinyVae:
-        decoder = TinyDecoder(tiny_params(part.shapes, "decoder")) if "decoder" in halves else None
-        encoder = TinyEncoder(tiny_params(part.shapes, "encoder")) if "encoder" in halves else None
+        decoder = TinyDecoder(halves["decoder"]) if "decoder" in halves else None
+        encoder = TinyEncoder(halves["encoder"]) if "encoder" in halves else None
         return TinyVae(decoder, encoder)
 
-    return filled(build, part, target, dtype)
+    return filled(build, judged.part, target, dtype)
 
 
 def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
@@ -193,59 +189,19 @@ def _parts(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
     return found
 
 
-def _vae_family(path: Path, part: Part) -> Family:
-    """The checkpoint's family, or a nameless one holding what the VAE's own files declare."""
-    family = family_of(path, part.checkpoint)
-    if family is not None:
-        return family
-    nameless = replace(FAMILIES["sd15"], name="unknown")
-    said = Said(path=path, metadata=part.checkpoint.metadata, vae=part.config)
-    return declared(nameless, said)
-
-
-def _overflows(family: Family, part: Part) -> bool:
+def _overflows(judged: Judged) -> bool:
     """SDXL's own decoder, known by its scale, unless its config says that it has been repaired."""
-    repaired = part.config.get("force_upcast") is False
-    return family.scale_factor == FAMILIES["sdxl"].scale_factor and not repaired
+    repaired = judged.part.config.get("force_upcast") is False
+    scale = judged.vae.scale_factor if judged.vae is not None else None
+    return scale == FAMILIES["sdxl"].scale_factor and not repaired
 
 
-# --------------------------------------------------------------------- text
-
-
-def _text_parts(path: Path, half: bool) -> list[Part]:
-    root = path if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir() else None
-    first = Checkpoint.open(path, "text", half=half)
-    parts = first.parts()
-    found = [part_of(first, "text", path)]
-    if root is not None:
-        second = Checkpoint.open(root, "text_2", half=half)
-        return [*found, part_of(second, "text", root / COMPONENTS["text_2"])]
-    return found + ([parts["text_2"]] if "text_2" in parts else [])
-
-
-def _tower(
-    part: Part,
-    rule: TextRule,
-    head_dim: int | None,
-    device: torch.device,
-    dtype: Dtype,
-) -> Tower:
-    part = _without_unused(part, rule)
-    params = clip_params(part, rule, head_dim)
-    tower = filled(lambda: Tower(params, rule), part, device, dtype)
+def _tower(judged: Judged, device: torch.device, dtype: Dtype) -> Tower:
+    params, rule = judged.clip, judged.rule
+    assert params is not None and rule is not None
+    tower = filled(lambda: Tower(params, rule), judged.part, device, dtype)
     tower.reset_positions(device)
     return tower
-
-
-def _without_unused(part: Part, rule: TextRule) -> Part:
-    """Leave out what is never run: SD2.1's 24th OpenCLIP layer, and projections of SD 1 and 2."""
-    unused = [] if rule.pooled else ["text_projection."]
-    stored = [source.name for source in part.sources.values()]
-    if rule.skip_last and any(".resblocks." in name for name in stored):
-        layers = indices(part.shapes, "text_model.encoder.layers")
-        unused.append(f"text_model.encoder.layers.{layers[-1] if layers else 0}.")
-    kept = {n: s for n, s in part.sources.items() if not n.startswith(tuple(unused or ["\0"]))}
-    return replace(part, sources=kept, shapes={name: part.shapes[name] for name in kept})
 
 
 def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenizer:

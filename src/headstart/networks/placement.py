@@ -1,6 +1,6 @@
-"""One network's tensors put in place: built without memory, checked, then given the file's tensors.
+"""One network's tensors put in place: built without memory, then given the file's tensors.
 
-meta device -> every name and shape compared -> tensors assigned as they are, or in another dtype
+a part that `checkpoint.verdict` lets pass -> meta device -> tensors as they are, or as a dtype
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ import gc
 import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from headstart.checkpoint.fit import check_fit
-from headstart.checkpoint.tensors import TITLES, WIDENED, Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import WIDENED, Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.networks.residency import keep_stored
@@ -31,46 +29,26 @@ _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | d
 )
 
 
-def part_of(checkpoint: Checkpoint, name: PartName, path: str | Path) -> Part:
-    """That network of the file, or a CheckpointError that says what is there instead."""
-    parts = checkpoint.parts()
-    if name not in parts:
-        raise CheckpointError(f"{path}: expected a {TITLES[name]}, found {checkpoint.found()}")
-    return parts[name]
-
-
 def filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtype) -> M:
-    """Build on the meta device, check all names, shapes and dtypes, then assign the tensors.
+    """Build on the meta device, then assign the tensors of a part that was judged and fits.
 
-    Raises CheckpointError for shapes no network has, and for what `check_fit` finds, InputError in
-    a forked process that cannot compute.
+    Raises InputError in a forked process that cannot compute.
     """
     check_threads()
     with _uncollected():
-        return _fill(_built(build, part), part, device, dtype)
-
-
-def _built(build: Callable[[], M], part: Part) -> M:
-    try:
         with torch.device("meta"), _Unfilled():
-            return build()
-    except (ValueError, RuntimeError, IndexError, OverflowError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        where = part.checkpoint.files[0]
-        raise CheckpointError(f"{where}: no {part.name} has such shapes: {error}") from error
+            module = build()
+        return _fill(module, part, device, dtype)
 
 
 def _fill(module: M, part: Part, device: torch.device, dtype: Dtype) -> M:
-    expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_fit(part, expected)
     stored = dtype == "stored" and device.type == "cpu"
     if dtype is None or dtype == "stored":
         dtype = (
             torch.float32 if device.type == "cpu" else _KEPT.get(stored_dtype(part), torch.float32)
         )
     state: dict[str, Tensor] = {}
-    for name in expected:
+    for name in module.state_dict():
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
         if part.dtype(name) in WIDENED and kept == torch.float16:

@@ -6,32 +6,14 @@ Architecture: github.com/madebyollin/taesd. Latents are the UNet's own, so there
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from headstart.checkpoint.params import TinyParams
 from headstart.errors import InputError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TinyParams:
-    """`blocks` of each resolution from the latent up; every resolution is twice the one before.
-
-    TAESD is the default, f = 8 from four resolutions. The encoder runs through them backwards.
-    """
-
-    width: int = 64
-    blocks: tuple[int, ...] = (3, 3, 3, 1)
-    latent_channels: int = 4
-    pixel_channels: int = 3
-
-    @property
-    def downscale(self) -> int:
-        return 2 ** (len(self.blocks) - 1)
 
 
 class Block(nn.Module):
@@ -119,13 +101,6 @@ def _check_channels(what: str, came: Tensor, channels: int) -> None:
             f"expected {what} [B, {channels}, h, w] for this tiny autoencoder, got "
             f"{list(came.shape)}: it was made for others"
         )
-
-
-def block_counts(layers: Iterable[int], upsampling: Sequence[int]) -> tuple[int, ...]:
-    """How many of the block indices `layers` lie before, between and after the resampling ones."""
-    edges = [-1, *sorted(upsampling), 2**31]
-    indices = list(layers)
-    return tuple(sum(low < i < high for i in indices) for low, high in pairwise(edges))
 
 
 @dataclass(frozen=True, slots=True)

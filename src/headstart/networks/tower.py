@@ -7,7 +7,6 @@ token   = table[id], or learned[-1 - id] where id < 0: textual inversion, arXiv:
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -15,20 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.checkpoint.families import TextRule
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClipParams:
-    """Everything that shapes one encoder; `projection` is the width of the pooled text, or None."""
-
-    width: int
-    layers: int
-    heads: int
-    mlp_width: int
-    act: str
-    positions: int
-    vocabulary: int
-    projection: int | None = None
+from headstart.checkpoint.params import ClipParams
 
 
 class _Learned(NamedTuple):

@@ -10,68 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import NormSilu, fused
 from headstart_kernels import geglu
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """One resolution: a resnet for each of `depths`, followed by that many transformer blocks.
-
-    `resample` ends the stage with a stride-2 convolution (down) or a nearest 2x upsampling (up).
-    """
-
-    channels: int
-    depths: tuple[int, ...]
-    resample: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Mid:
-    """The bottleneck: resnet, `depth` transformer blocks, then the other resnets."""
-
-    resnets: int
-    depth: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UNetParams:
-    """Everything that shapes the network; `heads` wins over `head_dim` (SD1.5 has 8 heads)."""
-
-    down: tuple[Stage, ...]
-    mid: Mid | None
-    up: tuple[Stage, ...]
-    context_dim: int
-    heads: int | None = None
-    head_dim: int = 64
-    in_channels: int = 4
-    out_channels: int = 4
-    norm_groups: int = 32
-    linear_projection: bool = True
-    added_dim: int | None = None
-    """Width of [pooled, embedded time_ids] going into `add_embedding` (SDXL: 1280 + 6*256)."""
-    guidance_dim: int | None = None
-    """Width of the guidance embedding going into `time_embedding.cond_proj` (LCM: 256)."""
-
-    @property
-    def channels(self) -> int:
-        return self.down[0].channels
-
-    @property
-    def time_dim(self) -> int:
-        return 4 * self.channels
-
-    def heads_of(self, channels: int) -> int:
-        return self.heads or max(1, channels // self.head_dim)
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:

@@ -5,31 +5,15 @@ Module names are the diffusers checkpoint's key names. Architecture: arXiv:2112.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from headstart.checkpoint.params import VaeParams
+from headstart.errors import InputError
+
 _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class VaeParams:
-    """`channels` a resolution, finest first; the latent is 2^(len(channels) - 1) times smaller."""
-
-    channels: tuple[int, ...] = (128, 256, 512, 512)
-    layers: int = 2
-    latent_channels: int = 4
-    pixel_channels: int = 3
-    norm_groups: int = 32
-    scale_factor: float = 0.18215
-    shift_factor: float = 0.0
-
-    @property
-    def downscale(self) -> int:
-        return 2 ** (len(self.channels) - 1)
 
 
 class ResBlock(nn.Module):
@@ -169,16 +153,20 @@ class Decoder(nn.Module):
 
 
 class Vae(nn.Module):
-    """AutoencoderKL. `decode` and `encode` speak the UNet's latents: scale and shift are inside."""
+    """AutoencoderKL. `decode` and `encode` speak the UNet's latents: scale and shift are inside.
+
+    Of a decoder alone, `encode` and `moments` are an InputError.
+    """
 
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
         self.params = params
-        latent = params.latent_channels
-        self.encoder = Encoder(params)
+        latent, quant = params.latent_channels, params.quant
+        self.encoder = Encoder(params) if params.encodes else None
         self.decoder = Decoder(params)
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        both = quant and params.encodes
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if both else nn.Identity()
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if quant else nn.Identity()
 
     @property
     def scale_factor(self) -> float:
@@ -186,14 +174,29 @@ class Vae(nn.Module):
 
     def moments(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """pixels [B, 3, H, W] -> mean and log-variance [B, C, h, w] of the unscaled latent."""
+        if self.encoder is None:
+            raise InputError(
+                "this VAE is a decoder alone and cannot encode a picture: give a VAE's whole file"
+            )
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, dim=1)
         return mean, torch.clamp(logvar, -30.0, 20.0)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in [-1, 1] -> latents [B, C, h, w] = (mean - shift) * scale."""
-        return (self.moments(pixels)[0] - self.params.shift_factor) * self.params.scale_factor
+        mean = self.moments(pixels)[0]
+        scale, shift = self._scale(mean)
+        return (mean - shift) * scale
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped."""
-        z = latents / self.params.scale_factor + self.params.shift_factor
-        return self.decoder(self.post_quant_conv(z))
+        scale, shift = self._scale(latents)
+        return self.decoder(self.post_quant_conv(latents / scale + shift))
+
+    def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """What multiplies and what shifts: numbers, or [C, 1, 1] where channels have their own."""
+        scale, shift = self.params.scale_factor, self.params.shift_factor
+        mean, std = self.params.latents_mean, self.params.latents_std
+        return (
+            scale if std is None else scale / like.new_tensor(std)[:, None, None],
+            shift if mean is None else shift + like.new_tensor(mean)[:, None, None],
+        )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from headstart.checkpoint import keymap
+from headstart.checkpoint import contents
 from headstart.checkpoint.keymap import PARTS
 from headstart.checkpoint.tensors import TITLES
 from headstart.errors import InputError
@@ -152,7 +152,7 @@ def _sign(weights: Weights) -> Sign:
             pairs = zip(own, sign.shape, strict=True)
             if all(wanted in (None, side) for side, wanted in pairs):
                 return sign
-    parts = keymap.split(shapes)
+    parts = contents.split(shapes)
     held = [TITLES[part] for part in PARTS if part in parts] or ["no network that is known here"]
     if "adapter" in parts:
         held = ["adapter (LoRA)"]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.networks.vae import Vae, VaeParams
 from headstart_weights.recipe import StageOptions
@@ -86,6 +86,7 @@ def whiten(vae: Vae, images: NDArray[np.uint8]) -> None:
     centre, spread = means.mean((0, 2, 3)), means.std((0, 2, 3))
     channels = len(centre)
     quant, post = vae.quant_conv, vae.post_quant_conv
+    assert isinstance(quant, nn.Conv2d) and isinstance(post, nn.Conv2d)
     assert quant.bias is not None and post.bias is not None
     post.bias += (post.weight[:, :, 0, 0] @ centre[:, None])[:, 0]
     post.weight *= spread[None, :, None, None]

@@ -6,18 +6,18 @@ file's metadata, the config.json beside it, or the caller.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
 from headstart.checkpoint.declarations import metadata_value
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.params import ClipParams, Mid, Stage, TinyParams, UNetParams, VaeParams
 from headstart.checkpoint.tensors import Part
-from headstart.errors import CheckpointError, InputError
-from headstart.networks.tiny import TinyParams, block_counts
-from headstart.networks.tower import ClipParams
-from headstart.networks.unet import Mid, Stage, UNetParams
-from headstart.networks.vae import VaeParams
+from headstart.errors import CheckpointError
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -25,26 +25,43 @@ _CLIP_WIDTHS = (768, 1024, 1280)
 _CLIP_HEAD_DIM = 64  # CLIP-L, OpenCLIP-H and OpenCLIP-bigG alike (arXiv:2103.00020, table 19)
 
 
+class Need(NamedTuple):
+    """What a file does not say and the caller must: the option, and the error without it."""
+
+    option: str
+    error: str
+
+
 def unet_params(shapes: Shapes, family: Family) -> UNetParams:
     """Everything about a UNet that its tensors say; heads and norm groups come from the family."""
 
+    blocks = _blocks(shapes)
+
     def stages(side: str, sampler: str) -> tuple[Stage, ...]:
-        blocks = [f"{side}_blocks.{level}" for level in indices(shapes, f"{side}_blocks")]
+        levels = indices(shapes, f"{side}_blocks")
+        named = [(f"{side}_blocks.{level}", blocks[f"{side}_blocks.{level}"]) for level in levels]
         return tuple(
             Stage(
-                _dim(shapes, 0, *(f"{b}.resnets.{i}.conv2.weight" for i in range(4))),
-                _depths(shapes, b),
-                any(name.startswith(f"{b}.{sampler}.") for name in shapes),
+                _dim(shapes, 0, *(f"{name}.resnets.{i}.conv2.weight" for i in range(4))),
+                block.depths,
+                sampler in block.parts,
             )
-            for b in blocks
+            for name, block in named
         )
 
-    resnets = len(indices(shapes, "mid_block.resnets"))
+    mid = blocks.get("mid_block", _Block())
     contexts = [shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     projections = [len(s) for name, s in shapes.items() if name.endswith("proj_in.weight")]
-    params = UNetParams(
-        down=stages("down", "downsamplers"),
-        mid=Mid(resnets, sum(_depths(shapes, "mid_block"))) if resnets else None,
+    down = stages("down", "downsamplers")
+    if not down or not contexts or not contexts[0]:
+        raise CheckpointError(
+            "missing or misshapen: "
+            + ("down_blocks" if not down else "attn2.to_k.weight")
+            + ", which tells the size of the network"
+        )
+    return UNetParams(
+        down=down,
+        mid=Mid(len(mid.resnets), sum(mid.depths)) if mid.resnets else None,
         up=stages("up", "upsamplers"),
         context_dim=contexts[0][-1],
         heads=family.heads,
@@ -56,30 +73,39 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
         added_dim=_optional(shapes, 1, "add_embedding.linear_1.weight"),
         guidance_dim=_optional(shapes, 1, "time_embedding.cond_proj.weight"),
     )
-    _check_heads(params)
-    return params
 
 
 def vae_params(part: Part, family: Family) -> VaeParams:
-    """The shape of a VAE from its tensors; scale and norm groups come from the family."""
+    """The shape of a VAE from its tensors; scale and norm groups come from the family.
+
+    A decoder alone is a VAE that does not encode.
+    """
     shapes = part.shapes
-    levels = indices(shapes, "encoder.down_blocks")
-    shift = part.config.get("shift_factor")
-    if part.config.get("latents_mean") is not None:
-        raise CheckpointError(
-            "config.json: latents_mean is set: this VAE shifts each channel, which is not supported"
-        )
+    encodes = any(name.startswith("encoder.") for name in shapes)
+    inner = _optional(shapes, 1, "decoder.conv_in.weight") or 4
+    # VAEs without this convolution have more channels, as SD3's and Flux's, or say so.
+    never = part.config.get("use_post_quant_conv") is False or inner > 4
+    quant = any(name.startswith("post_quant_conv.") for name in shapes) or not never
+    side, extra = ("encoder.down_blocks", 0) if encodes else ("decoder.up_blocks", 1)
+    channels = tuple(
+        _dim(shapes, 0, *(f"{side}.{b}.resnets.{i}.conv2.weight" for i in (0, 1)))
+        for b in indices(shapes, side)
+    )
+    latent = _optional(shapes, 0, "post_quant_conv.weight")
+    if latent is None:
+        latent = _optional(shapes, 0, "post_quant_conv.bias")
     return VaeParams(
-        channels=tuple(
-            _dim(shapes, 0, *(f"encoder.down_blocks.{b}.resnets.{i}.conv2.weight" for i in (0, 1)))
-            for b in levels
-        ),
-        layers=len(indices(shapes, "encoder.down_blocks.0.resnets")),
-        latent_channels=_dim(shapes, 0, "post_quant_conv.weight", "post_quant_conv.bias"),
+        channels=channels if encodes else channels[::-1],
+        layers=len(indices(shapes, f"{side}.0.resnets")) - extra,
+        latent_channels=_dim(shapes, 1, "decoder.conv_in.weight") if latent is None else latent,
         pixel_channels=_dim(shapes, 0, "decoder.conv_out.weight", "decoder.conv_out.bias"),
         norm_groups=family.vae_norm_groups,
         scale_factor=family.scale_factor,
-        shift_factor=float(shift) if isinstance(shift, int | float) else 0.0,
+        shift_factor=family.shift_factor,
+        latents_mean=family.latents_mean,
+        latents_std=family.latents_std,
+        encodes=encodes,
+        quant=quant,
     )
 
 
@@ -87,11 +113,11 @@ def tiny_params(shapes: Shapes, half: str) -> TinyParams:
     """The shape of one half of a tiny autoencoder, from where its blocks and resamplers are."""
     layers = indices(shapes, f"{half}.layers")
     blocks = [i for i in layers if f"{half}.layers.{i}.conv.0.weight" in shapes]
-    plain = [i for i in layers if i not in blocks]
+    plain = [i for i in layers if i not in set(blocks)]
     if len(plain) < 2:
         raise CheckpointError(f"{half}: expected its first and last convolution, got {plain}")
     first, last = f"{half}.layers.{plain[0]}.weight", f"{half}.layers.{plain[-1]}.weight"
-    counts = block_counts(blocks, plain[1:-1])
+    counts = _block_counts(blocks, plain[1:-1])
     inputs, outputs = _dim(shapes, 1, first), _dim(shapes, 0, last)
     down = half == "encoder"
     return TinyParams(
@@ -102,18 +128,23 @@ def tiny_params(shapes: Shapes, half: str) -> TinyParams:
     )
 
 
-def clip_params(part: Part, rule: TextRule, head_dim: int | None) -> ClipParams:
-    """The shape of a text encoder; heads and activation come from metadata, config or the rule."""
+def _block_counts(blocks: Sequence[int], resampling: Sequence[int]) -> tuple[int, ...]:
+    """How many of the blocks' indices lie before, between and after the resampling ones."""
+    edges = [-1, *sorted(resampling), 2**31]
+    return tuple(sum(low < i < high for i in blocks) for low, high in pairwise(edges))
+
+
+def clip_params(part: Part, rule: TextRule, heads: int) -> ClipParams:
+    """The shape of a text encoder; its activation comes from metadata, config or the rule."""
     shapes, metadata = part.shapes, part.checkpoint.metadata
     token = "text_model.embeddings.token_embedding.weight"
-    width = _dim(shapes, 1, token)
     act = metadata.get("headstart.text_act") or part.config.get("hidden_act", rule.act)
     if act not in ("quick_gelu", "gelu"):
         raise CheckpointError(f"text activation {act!r:.40}: expected quick_gelu or gelu")
     return ClipParams(
-        width=width,
+        width=_dim(shapes, 1, token),
         layers=len(indices(shapes, "text_model.encoder.layers")),
-        heads=_text_heads(part, width, head_dim),
+        heads=heads,
         mlp_width=_dim(shapes, 0, "text_model.encoder.layers.0.mlp.fc1.weight"),
         act=str(act),
         positions=_dim(shapes, 0, "text_model.embeddings.position_embedding.weight"),
@@ -122,16 +153,44 @@ def clip_params(part: Part, rule: TextRule, head_dim: int | None) -> ClipParams:
     )
 
 
-def indices(shapes: Shapes, prefix: str) -> list[int]:
+def indices(shapes: Iterable[str], prefix: str) -> list[int]:
     """Which numbers follow `prefix.` in the names, in order; a gap will show as missing tensors."""
     start = len(prefix) + 1
     found = {name[start:].partition(".")[0] for name in shapes if name.startswith(prefix + ".")}
     return sorted(int(index) for index in found if index.isdecimal() and len(index) <= 3)
 
 
-def _depths(shapes: Shapes, block: str) -> tuple[int, ...]:
-    inner = f"{block}.attentions.{{}}.transformer_blocks"
-    return tuple(len(indices(shapes, inner.format(i))) for i in indices(shapes, f"{block}.resnets"))
+@dataclass(slots=True)
+class _Block:
+    """What the names say of one block of a UNet: its resnets, transformers and samplers."""
+
+    parts: set[str] = field(default_factory=set[str])
+    resnets: set[int] = field(default_factory=set[int])
+    transformers: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks behind each resnet."""
+        return tuple(len(self.transformers.get(i, ())) for i in sorted(self.resnets))
+
+
+_BLOCK = re.compile(
+    r"((?:down|up)_blocks\.[0-9]{1,3}|mid_block)\.([a-z]+)\.([0-9]{1,3})"
+    r"(?:\.transformer_blocks\.([0-9]{1,3})\b)?"
+)
+
+
+def _blocks(shapes: Shapes) -> dict[str, _Block]:
+    """Block -> its parts, in one pass over the names."""
+    found: dict[str, _Block] = defaultdict(_Block)
+    for match in filter(None, map(_BLOCK.match, shapes)):
+        block, index = found[match[1]], int(match[3])
+        block.parts.add(match[2])
+        if match[2] == "resnets":
+            block.resnets.add(index)
+        elif match[4] is not None:
+            block.transformers.setdefault(index, set()).add(int(match[4]))
+    return found
 
 
 def _dim(shapes: Shapes, axis: int, *names: str) -> int:
@@ -147,37 +206,44 @@ def _optional(shapes: Shapes, axis: int, name: str) -> int | None:
     return shape[axis] if len(shape) > axis and 0 < shape[axis] < 2**20 else None
 
 
-def with_heads(family: Family, head_dim: int | None, path: str | Path) -> Family:
-    """The attention rule: the argument, what the file declares, or the full-size family's.
+# --------------------------------------------------------------------- heads
+
+
+def heads_need(family: Family) -> Need | None:
+    """What is missing where nothing tells how wide a UNet's attention heads are.
 
     A count of heads holds at any scale; a head width does not, so a scaled-down model must say it.
     """
-    if head_dim is not None:
-        if head_dim < 1:
-            raise InputError(f"head_dim must be positive, got {head_dim}")
-        return replace(family, head_dim=head_dim, heads=None)
     full_size = family.signature.width == FAMILIES[family.lineage].signature.width
     if "head_dim" in family.declared or family.heads or full_size:
-        return family
-    raise CheckpointError(
-        f"{path}: a {family.lineage} UNet scaled down to width {family.signature.width} does not "
+        return None
+    return Need(
+        "--head-dim N",
+        f"a {family.lineage} UNet scaled down to width {family.signature.width} does not "
         "say how wide its attention heads are: give --head-dim or head_dim=, or write metadata "
-        "headstart.head_dim"
+        "headstart.head_dim",
     )
 
 
-def _check_heads(params: UNetParams) -> None:
+def heads_problem(params: UNetParams) -> str | None:
+    """Where the heads do not divide the width of a stage that attends."""
+    divisor = params.heads or params.head_dim
+    what = f"{divisor} heads" if params.heads else f"head_dim {divisor}"
     for stage in (*params.down, *params.up):
-        divisor = params.heads or params.head_dim
         if any(stage.depths) and stage.channels % divisor:
-            what = f"{divisor} heads" if params.heads else f"head_dim {divisor}"
-            raise CheckpointError(
+            return (
                 f"{what} does not divide the width {stage.channels}: give the right --head-dim "
                 "or head_dim="
             )
+    return None
 
 
-def _text_heads(part: Part, width: int, head_dim: int | None) -> int:
+def text_heads(part: Part, head_dim: int | None) -> int | Need:
+    """How many heads a text encoder has: the argument's, the file's, its config's, CLIP's.
+
+    Raises CheckpointError for heads that do not divide its width.
+    """
+    width = _dim(part.shapes, 1, "text_model.embeddings.token_embedding.weight")
     heads = metadata_value(part.checkpoint.metadata, "text_heads", int)
     config = part.config.get("num_attention_heads")
     if head_dim is not None:
@@ -187,10 +253,11 @@ def _text_heads(part: Part, width: int, head_dim: int | None) -> int:
     elif heads is None and width in _CLIP_WIDTHS:
         heads = width // _CLIP_HEAD_DIM
     if heads is None:
-        raise CheckpointError(
+        return Need(
+            "--text-head-dim N",
             f"a text encoder of {width} units does not say how wide its attention heads are: "
             "give --text-head-dim or text_head_dim= (load_text: head_dim=), or write metadata "
-            "headstart.text_heads"
+            "headstart.text_heads",
         )
     if heads < 1 or width % heads:
         raise CheckpointError(f"{heads} heads do not divide a text encoder of {width} units")

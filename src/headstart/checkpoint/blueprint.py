@@ -1,0 +1,250 @@
+"""The tensors that a network of given params has, as names and shapes: no torch, nothing built.
+
+params -> {name: shape}, equal to the state dict of the module in `headstart.networks`
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from headstart.checkpoint.params import (
+    ClipParams,
+    Stage,
+    TinyParams,
+    UNetParams,
+    VaeParams,
+)
+from headstart.errors import CheckpointError
+
+Shape = tuple[int, ...]
+_MOST_LEVELS, _MOST_LAYERS = 16, 64
+"""Of a VAE; known ones have 4 levels of 2. A header may claim a thousand of each."""
+Row = tuple[str, Shape]
+_GROUPED = re.compile(
+    r".*(resnets\.[0-9]+\.norm[12]|attentions\.[0-9]+\.(norm|group_norm)|conv_norm_out)\.weight"
+)
+
+
+def check_groups(expected: Mapping[str, Shape], groups: int, key: str) -> None:
+    """Raise CheckpointError where a group norm has a width that the groups do not divide.
+
+    `key`: of the metadata that tells another number.
+    """
+    for name, shape in expected.items():
+        if _GROUPED.fullmatch(name) and shape[0] % groups:
+            raise CheckpointError(
+                f"{name}: {shape[0]} channels are not divisible into {groups} groups: write the "
+                f"right number as norm_num_groups into config.json, or as {key} into the metadata"
+            )
+
+
+def _affine(name: str, width: int) -> Iterator[Row]:
+    yield f"{name}.weight", (width,)
+    yield f"{name}.bias", (width,)
+
+
+def _linear(name: str, out: int, inner: int, *, bias: bool = True) -> Iterator[Row]:
+    yield f"{name}.weight", (out, inner)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _conv(name: str, out: int, inner: int, side: int = 3, *, bias: bool = True) -> Iterator[Row]:
+    yield f"{name}.weight", (out, inner, side, side)
+    if bias:
+        yield f"{name}.bias", (out,)
+
+
+def _resnet(name: str, inner: int, out: int, time_dim: int | None) -> Iterator[Row]:
+    yield from _affine(f"{name}.norm1", inner)
+    yield from _conv(f"{name}.conv1", out, inner)
+    if time_dim is not None:
+        yield from _linear(f"{name}.time_emb_proj", out, time_dim)
+    yield from _affine(f"{name}.norm2", out)
+    yield from _conv(f"{name}.conv2", out, out)
+    if inner != out:
+        yield from _conv(f"{name}.conv_shortcut", out, inner, 1)
+
+
+# --------------------------------------------------------------------- UNet
+
+
+def unet(params: UNetParams) -> dict[str, Shape]:
+    """Of a `UNet`. Raises CheckpointError for stages that no such network has."""
+    return dict(_unet(params))
+
+
+def _unet(params: UNetParams) -> Iterator[Row]:
+    width, time_dim = params.channels, params.time_dim
+    yield from _conv("conv_in", width, params.in_channels)
+    yield from _embedding("time_embedding", width, time_dim)
+    if params.guidance_dim is not None:
+        yield from _linear("time_embedding.cond_proj", width, params.guidance_dim, bias=False)
+    if params.added_dim:
+        yield from _embedding("add_embedding", params.added_dim, time_dim)
+    skips = [width]
+    for level, stage in enumerate(params.down):
+        block = f"down_blocks.{level}"
+        inputs = [width] + [stage.channels] * (len(stage.depths) - 1)
+        yield from _stage(block, inputs, stage.channels, stage.depths, params)
+        width = stage.channels
+        if stage.resample:
+            yield from _conv(f"{block}.downsamplers.0.conv", width, width)
+        skips += [width] * (len(stage.depths) + stage.resample)
+    if params.mid is not None:
+        inputs = [width] * params.mid.resnets
+        yield from _stage("mid_block", inputs, width, (params.mid.depth,), params)
+    for level, stage in enumerate(params.up):
+        yield from _up(f"up_blocks.{level}", width, skips, stage, params)
+        width = stage.channels
+    yield from _affine("conv_norm_out", width)
+    yield from _conv("conv_out", params.out_channels, width)
+
+
+def _up(
+    block: str, width: int, skips: list[int], stage: Stage, params: UNetParams
+) -> Iterator[Row]:
+    """Every resnet also reads what the way down left, the last of it first."""
+    below = [width] + [stage.channels] * (len(stage.depths) - 1)
+    if len(below) > len(skips):
+        raise CheckpointError(
+            f"{block} has {len(below)} resnets, and the way down leaves {len(skips)} for them: the "
+            "file is torn, or of another kind of network"
+        )
+    inputs = [channels + skips.pop() for channels in below]
+    yield from _stage(block, inputs, stage.channels, stage.depths, params)
+    if stage.resample:
+        yield from _conv(f"{block}.upsamplers.0.conv", stage.channels, stage.channels)
+
+
+def _embedding(name: str, inner: int, time_dim: int) -> Iterator[Row]:
+    yield from _linear(f"{name}.linear_1", time_dim, inner)
+    yield from _linear(f"{name}.linear_2", time_dim, time_dim)
+
+
+def _stage(
+    block: str, inputs: list[int], channels: int, depths: tuple[int, ...], params: UNetParams
+) -> Iterator[Row]:
+    for i, inner in enumerate(inputs):
+        yield from _resnet(f"{block}.resnets.{i}", inner, channels, params.time_dim)
+    for i, depth in enumerate(depth for depth in depths if depth):
+        yield from _transformer(f"{block}.attentions.{i}", channels, depth, params)
+
+
+def _transformer(name: str, width: int, depth: int, params: UNetParams) -> Iterator[Row]:
+    yield from _affine(f"{name}.norm", width)
+    for side in ("proj_in", "proj_out"):
+        if params.linear_projection:
+            yield from _linear(f"{name}.{side}", width, width)
+        else:
+            yield from _conv(f"{name}.{side}", width, width, 1)
+    for i in range(depth):
+        block = f"{name}.transformer_blocks.{i}"
+        for norm in ("norm1", "norm2", "norm3"):
+            yield from _affine(f"{block}.{norm}", width)
+        for attention, read in (("attn1", width), ("attn2", params.context_dim)):
+            yield from _linear(f"{block}.{attention}.to_q", width, width, bias=False)
+            yield from _linear(f"{block}.{attention}.to_k", width, read, bias=False)
+            yield from _linear(f"{block}.{attention}.to_v", width, read, bias=False)
+            yield from _linear(f"{block}.{attention}.to_out.0", width, width)
+        yield from _linear(f"{block}.ff.net.0.proj", 8 * width, width)
+        yield from _linear(f"{block}.ff.net.2", width, 4 * width)
+
+
+# --------------------------------------------------------------------- VAE
+
+
+def vae(params: VaeParams) -> dict[str, Shape]:
+    """Of a `Vae`, or of its decoder alone. Raises CheckpointError where it has no level."""
+    levels, layers = len(params.channels), params.layers
+    if not 1 <= levels <= _MOST_LEVELS or not 1 <= layers <= _MOST_LAYERS:
+        raise CheckpointError(
+            f"{levels} levels of {layers} resnets: expected 1 to {_MOST_LEVELS} of 1 to "
+            f"{_MOST_LAYERS}: the file is torn, or of another kind of network"
+        )
+    return dict(_vae(params))
+
+
+def _vae(params: VaeParams) -> Iterator[Row]:
+    latent = params.latent_channels
+    if params.encodes:
+        yield from _vae_half("encoder", params, params.pixel_channels, 2 * latent)
+    yield from _vae_half("decoder", params, latent, params.pixel_channels)
+    if params.quant and params.encodes:
+        yield from _conv("quant_conv", 2 * latent, 2 * latent, 1)
+    if params.quant:
+        yield from _conv("post_quant_conv", latent, latent, 1)
+
+
+def _vae_half(half: str, params: VaeParams, inner: int, out: int) -> Iterator[Row]:
+    down = half == "encoder"
+    widths = params.channels if down else params.channels[::-1]
+    inside, side = params.channels[-1], "down" if down else "up"
+    yield from _conv(f"{half}.conv_in", widths[0], inner)
+    for level, width in enumerate(widths):
+        block, before = f"{half}.{side}_blocks.{level}", widths[max(0, level - 1)]
+        inputs = [before] + [width] * (params.layers - 1 if down else params.layers)
+        for i, own in enumerate(inputs):
+            yield from _resnet(f"{block}.resnets.{i}", own, width, None)
+        if level < len(widths) - 1:
+            yield from _conv(f"{block}.{side}samplers.0.conv", width, width)
+    for i in (0, 1):
+        yield from _resnet(f"{half}.mid_block.resnets.{i}", inside, inside, None)
+    attention = f"{half}.mid_block.attentions.0"
+    yield from _affine(f"{attention}.group_norm", inside)
+    for name in ("to_q", "to_k", "to_v", "to_out.0"):
+        yield from _linear(f"{attention}.{name}", inside, inside)
+    yield from _affine(f"{half}.conv_norm_out", widths[-1])
+    yield from _conv(f"{half}.conv_out", out, widths[-1])
+
+
+# --------------------------------------------------------------------- text encoder, TAESD
+
+
+def clip(params: ClipParams) -> dict[str, Shape]:
+    """Of a `Tower`."""
+    width, model = params.width, "text_model"
+    rows: list[Row] = [
+        (f"{model}.embeddings.token_embedding.weight", (params.vocabulary, width)),
+        (f"{model}.embeddings.position_embedding.weight", (params.positions, width)),
+    ]
+    for i in range(params.layers):
+        layer = f"{model}.encoder.layers.{i}"
+        for name in ("q", "k", "v", "out"):
+            rows += _linear(f"{layer}.self_attn.{name}_proj", width, width)
+        rows += _affine(f"{layer}.layer_norm1", width)
+        rows += _linear(f"{layer}.mlp.fc1", params.mlp_width, width)
+        rows += _linear(f"{layer}.mlp.fc2", width, params.mlp_width)
+        rows += _affine(f"{layer}.layer_norm2", width)
+    rows += _affine(f"{model}.final_layer_norm", width)
+    if params.projection:
+        rows += _linear("text_projection", params.projection, width, bias=False)
+    return dict(rows)
+
+
+def tiny(params: TinyParams, half: str) -> dict[str, Shape]:
+    """Of a `TinyDecoder` or a `TinyEncoder`, with `decoder.` or `encoder.` before each name."""
+    down, width = half == "encoder", params.width
+    ends = (params.pixel_channels, params.latent_channels)
+    rows: list[Row] = []
+    index = 0
+
+    def conv(inner: int, out: int, *, bias: bool = True) -> None:
+        nonlocal index
+        rows.extend(_conv(f"{half}.layers.{index}", out, inner, bias=bias))
+        index += 1
+
+    conv(ends[0] if down else ends[1], width)
+    index += 0 if down else 1  # its activation
+    for level, count in enumerate(params.blocks[::-1] if down else params.blocks):
+        if level and not down:
+            index += 1  # the upsampling
+        if level:
+            conv(width, width, bias=False)
+        for _ in range(count):
+            for i in (0, 2, 4):
+                rows.extend(_conv(f"{half}.layers.{index}.conv.{i}", width, width))
+            index += 1
+    conv(width, ends[1] if down else ends[0])
+    return dict(rows)

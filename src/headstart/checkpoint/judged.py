@@ -1,0 +1,315 @@
+"""Each network of a file judged: its params, what the caller has to add, or why it is refused.
+
+shapes -> params -> the names and shapes of such a network -> compared with the file's
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+from headstart.checkpoint import blueprint
+from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.fit import misfit, narrow
+from headstart.checkpoint.keymap import PartName
+from headstart.checkpoint.leftovers import is_allowed
+from headstart.checkpoint.params import ClipParams, TinyParams, UNetParams, VaeParams
+from headstart.checkpoint.sizing import (
+    Need,
+    clip_params,
+    heads_need,
+    heads_problem,
+    indices,
+    text_heads,
+    tiny_params,
+    unet_params,
+    vae_params,
+)
+from headstart.checkpoint.tensors import TITLES, Part
+from headstart.errors import CheckpointError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Given:
+    """What the caller says that a file need not; named as the arguments of the loaders are.
+
+    `tokenizer`: whether there is one, of the caller's or the file's own. `allow`: stored names,
+    `*` and `?` for any text, of tensors that may be left aside.
+    """
+
+    head_dim: int | None = None
+    text_head_dim: int | None = None
+    tokenizer: bool = False
+    scale_factor: float | None = None
+    shift_factor: float | None = None
+    norm_groups: int | None = None
+    like: Family | None = None
+    allow: Collection[str] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """One network of a file.
+
+    part     what of it is loaded: without what is allowed to be left, or is never run
+    family   by whose rules it is read, with all that the file declares; None: nothing tells
+    unet, vae, clip and rule, tiny   its params; of a tiny autoencoder by half
+    needs    what the caller has to say, which the file does not
+    problem  why it is refused; None: it loads. `every`: the lists of which it shows three
+    """
+
+    part: Part
+    family: Family | None = None
+    unet: UNetParams | None = None
+    vae: VaeParams | None = None
+    clip: ClipParams | None = None
+    rule: TextRule | None = None
+    tiny: Mapping[str, TinyParams] = field(default_factory=dict[str, TinyParams])
+    needs: tuple[Need, ...] = ()
+    problem: str | None = None
+    every: tuple[str, ...] = ()
+
+
+class _Fitted(NamedTuple):
+    part: Part
+    problem: str | None
+    every: tuple[str, ...]
+
+
+def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Given) -> _Fitted:
+    """The part without what is allowed to be left aside, and what does not fit."""
+    kept = {n: s for n, s in part.sources.items() if n in expected or not _may_go(s.name, given)}
+    strays = tuple(name for name in part.strays if not _may_go(name, given))
+    part = replace(part, sources=kept, shapes={n: part.shapes[n] for n in kept}, strays=strays)
+    found = misfit(part, expected) or narrow(part)
+    return _Fitted(part, None, ()) if found is None else _Fitted(part, *found)
+
+
+def _may_go(stored: str, given: Given) -> bool:
+    return is_allowed(stored, given.allow)
+
+
+# --------------------------------------------------------------------- UNet
+
+_LATENT = "which no plan gives: take this model's release for text to image"
+_INPUTS = {
+    5: f"a UNet for depth (5 input channels): it wants a depth map besides the latent, {_LATENT}",
+    7: f"an upscaling UNet (7 input channels): it wants a picture besides the latent, {_LATENT}",
+    8: (
+        "an InstructPix2Pix UNet (8 input channels): it wants a picture besides the latent, "
+        + _LATENT
+    ),
+    9: (
+        "an inpainting UNet (9 input channels): it wants a mask and a picture besides the latent, "
+        + _LATENT
+    ),
+}
+"""Channels that a UNet reads where it gives 4 (Stability's configurations of each)."""
+
+
+def judge_unet(part: Part, family: Family | None, given: Given) -> Judged:
+    """Raises CheckpointError where the shapes do not tell a network's size."""
+    if family is None:
+        return Judged(part=part, problem=_no_family(part))
+    if given.head_dim is not None:
+        family = replace(family, head_dim=given.head_dim, heads=None)
+    params = unet_params(part.shapes, family)
+    need = None if given.head_dim is not None else heads_need(family)
+    problem, every = _other_unet(params), ()
+    if problem is None:
+        expected = blueprint.unet(params)
+        part, problem, every = _fitted(part, expected, given)
+        if problem is None:
+            blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
+            problem = None if need is not None else heads_problem(params)
+    needs = () if need is None else (need,)
+    return Judged(part=part, family=family, unet=params, needs=needs, problem=problem, every=every)
+
+
+def _no_family(part: Part) -> str:
+    widths = {s[-1:] for n, s in part.shapes.items() if n.endswith("attn2.to_k.weight")}
+    if not widths:
+        return (
+            "a UNet without cross-attention, which reads no prompt: of no known family "
+            f"({', '.join(FAMILIES)})"
+        )
+    return (
+        f"its UNet is of no known family ({', '.join(FAMILIES)}): expected `conv_in.weight` and "
+        "cross-attention of one width"
+    )
+
+
+def _other_unet(params: UNetParams) -> str | None:
+    """What a UNet is that has the names of these families and is none of them."""
+    if (params.channels, params.context_dim) == (384, 1280):
+        return (
+            "an SDXL refiner's UNet (width 384, text of 1280): it ends pictures by an aesthetic "
+            "score and one text encoder, which no plan gives: take SDXL's base"
+        )
+    if (params.channels, params.context_dim) == (320, 1024) and params.added_dim:
+        return (
+            "an unCLIP UNet (SD 2.1): it wants a picture's embedding besides the text, " + _LATENT
+        )
+    if params.in_channels == params.out_channels:
+        return None
+    return _INPUTS.get(
+        params.in_channels if params.out_channels == 4 else 0,
+        f"a UNet that reads {params.in_channels} channels and gives {params.out_channels}: "
+        "expected as many, those of the latent",
+    )
+
+
+# --------------------------------------------------------------------- VAE
+
+_SCALES = "0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
+_SCALES_16 = "0.3611 and shift_factor=0.1159 (Flux) or 1.5305 and 0.0609 (SD3)"
+
+
+def judge_vae(part: Part, family: Family, given: Given) -> Judged:
+    """As `judge_unet`; `family` is nameless where the file does not say whose VAE it is."""
+    shapes = part.shapes
+    if any(len(shape) == 5 for shape in shapes.values()):
+        return Judged(
+            part=part, problem="a VAE of films (3D convolutions): expected one of pictures"
+        )
+    if not any(name.startswith("decoder.") for name in shapes):
+        return Judged(
+            part=part,
+            problem="a VAE's encoder alone: its decoder makes the pictures, so give the whole VAE",
+        )
+    family = _told(family, given)
+    params = vae_params(part, family)
+    expected = blueprint.vae(params)
+    part, problem, every = _fitted(part, expected, given)
+    if problem is None:
+        blueprint.check_groups(
+            expected, params.norm_groups, "headstart.vae_norm_groups (load_vae: norm_groups=)"
+        )
+    count = len(params.latents_std or (0,))
+    if problem is None and count not in (1, params.latent_channels):
+        problem = (
+            f"latents_mean and latents_std have {count} numbers, and the VAE "
+            f"{params.latent_channels} channels: expected as many"
+        )
+    needs: tuple[Need, ...] = ()
+    if family.name == "unknown" and "scale_factor" not in family.declared:
+        known = _SCALES if params.latent_channels == 4 else _SCALES_16
+        needs = (
+            Need(
+                "scale_factor=",
+                "this VAE does not say its scale factor, and SD's and SDXL's look the same: "
+                f"pass scale_factor={known}",
+            ),
+        )
+    return Judged(part=part, family=family, vae=params, needs=needs, problem=problem, every=every)
+
+
+def _told(family: Family, given: Given) -> Family:
+    """With the scale of the arguments, else the file's, else that of the model it is to serve."""
+    like = given.like
+    if given.scale_factor is not None or given.shift_factor is not None:
+        family = replace(
+            family,
+            scale_factor=given.scale_factor or family.scale_factor,
+            shift_factor=family.shift_factor if given.shift_factor is None else given.shift_factor,
+            declared=family.declared | ({"scale_factor"} if given.scale_factor else set[str]()),
+        )
+    elif family.name == "unknown" and "scale_factor" not in family.declared and like is not None:
+        family = replace(
+            family,
+            scale_factor=like.scale_factor,
+            shift_factor=like.shift_factor,
+            latents_mean=like.latents_mean,
+            latents_std=like.latents_std,
+            declared=family.declared | {"scale_factor"},
+        )
+    if given.norm_groups is not None:
+        family = replace(family, vae_norm_groups=given.norm_groups)
+    return family
+
+
+# --------------------------------------------------------------------- text encoders
+
+
+CLIP_TOKENS = 49408
+"""Of CLIP's own vocabulary, by which prompts are read where a file brings no tokenizer."""
+
+
+def judge_texts(
+    parts: Mapping[PartName, Part], family: Family | None, given: Given
+) -> dict[PartName, Judged]:
+    """The text encoders of a file, which a family reads all of or none."""
+    names: list[PartName] = [name for name in ("text", "text_2") if name in parts]
+    if not names:
+        return {}
+    if len(names) == 2 and (family is None or len(family.text) == 1):
+        family = FAMILIES["sdxl"]  # a folder with both encoders and no UNet to tell
+    elif family is None:  # a lone encoder of a size of its own: last hidden state, normed
+        pooled = names == ["text_2"] or "text_projection.weight" in parts["text"].shapes
+        family = FAMILIES["sdxl" if pooled else "demo"]
+    if len(names) != len(family.text):
+        problem = (
+            f"{family.lineage} reads prompts with {len(family.text)} text encoders, found "
+            f"{len(names)}: give the full checkpoint or the diffusers folder"
+        )
+        return {name: Judged(part=parts[name], problem=problem) for name in names}
+    found: dict[PartName, Judged] = {}
+    for name, rule in zip(names, family.text, strict=True):
+        part = _without_unused(parts[name], rule)
+        try:
+            found[name] = _judge_text(part, rule, family, given)
+        except CheckpointError as error:
+            found[name] = Judged(part=part, problem=f"the {TITLES[name]}: {error}")
+    return found
+
+
+def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Judged:
+    heads = text_heads(part, given.text_head_dim)
+    needs = (heads,) if isinstance(heads, Need) else ()
+    params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
+    if not given.tokenizer and params.vocabulary < CLIP_TOKENS:
+        needs += (
+            Need(
+                "--tokenizer PATH",
+                f"the tokenizer has {CLIP_TOKENS} tokens, the encoder knows {params.vocabulary}: "
+                "give the tokenizer that belongs to this encoder",
+            ),
+        )
+    part, problem, every = _fitted(part, blueprint.clip(params), given)
+    found = Judged(part=part, family=family, clip=params, rule=rule, needs=needs)
+    return replace(found, problem=problem, every=every)
+
+
+def _without_unused(part: Part, rule: TextRule) -> Part:
+    """Leave out what is never run: SD2.1's 24th OpenCLIP layer, and projections of SD 1 and 2."""
+    unused = [] if rule.pooled else ["text_projection."]
+    stored = [source.name for source in part.sources.values()]
+    if rule.skip_last and any(".resblocks." in name for name in stored):
+        layers = indices(part.shapes, "text_model.encoder.layers")
+        unused.append(f"text_model.encoder.layers.{layers[-1] if layers else 0}.")
+    kept = {n: s for n, s in part.sources.items() if not n.startswith(tuple(unused or ["\0"]))}
+    return replace(part, sources=kept, shapes={name: part.shapes[name] for name in kept})
+
+
+# --------------------------------------------------------------------- tiny autoencoder
+
+
+def judge_tiny(part: Part, given: Given) -> Judged:
+    """Of either half or both; those here have latents of 4 channels."""
+    halves = sorted({name.partition(".")[0] for name in part.shapes} & {"decoder", "encoder"})
+    params = {half: tiny_params(part.shapes, half) for half in halves}
+    expected = {
+        name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
+    }
+    part, problem, every = _fitted(part, expected, given)
+    channels = next((own.latent_channels for own in params.values()), 4)
+    if problem is None and channels != 4:
+        problem = (
+            f"a tiny autoencoder of {channels}-channel latents{_WHOSE.get(channels, '')}: the "
+            "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
+        )
+    return Judged(part=part, tiny=params, problem=problem, every=every)
+
+
+_WHOSE = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}
