@@ -28,6 +28,7 @@ from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import read_json
+from headstart.checkpoint.kinds import STEERS, kind_of
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError, CheckpointError
 
@@ -216,6 +217,9 @@ def read_adapter(path: str | Path) -> AdapterFile:
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     groups, strays = grouping
+    kind = kind_of(checkpoint.names)
+    if kind is not None and (kind.fix == STEERS or not groups):
+        raise AdapterError(f"{path}: {kind.what}: {kind.fix}")
     if parts and 2 * len(strays) > len(layout):
         raise AdapterError(
             f"{path}: expected an adapter, got a checkpoint ({', '.join(parts)}): give it as "

@@ -18,10 +18,10 @@ from headstart.checkpoint.embeddings import (
     Token,
     beside_layers,
     family_of_widths,
-    is_embedding,
     tokens_of,
 )
 from headstart.checkpoint.tensors import Checkpoint
+from headstart.checkpoint.verdict import ADAPTER, NO_NETWORK, judge
 from headstart.errors import AdapterError, CheckpointError, InputError
 from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
@@ -60,10 +60,12 @@ def read_embeddings(path: str | Path, token: str | None = None) -> tuple[Embeddi
     path = Path(path)
     try:
         checkpoint = Checkpoint.open(path)
-        parts = [part for part in checkpoint.parts() if part != "tiny"]
-        whole = is_embedding(checkpoint)
-        keys = None if whole else beside_layers(checkpoint)
-        if parts or not (whole or keys):
+        verdict = judge(path, checkpoint)
+        keys = beside_layers(checkpoint) if verdict.what == ADAPTER else None
+        if verdict.embedding is None and not keys:
+            if verdict.problem not in (None, NO_NETWORK):
+                raise AdapterError(f"{path}: {verdict.problem}")
+            parts = [part for part in verdict.networks if part != "tiny"]
             came = f"a checkpoint ({', '.join(parts)})" if parts else "no learned token"
             raise AdapterError(f"{path}: expected a textual inversion, got {came}")
         return embeddings_of(path, checkpoint, tokens_of(path, checkpoint, token, keys))

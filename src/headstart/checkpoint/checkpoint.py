@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import averages_note
+from headstart.checkpoint.embeddings import EmbeddingInfo
 from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.fit import some
 from headstart.checkpoint.folder import COMPONENTS
@@ -66,6 +67,7 @@ class CheckpointInfo:
     dtype       the dtype most bytes have, in safetensors' names, or a block format of GGUF
     scheme      how weights of eight bits and fewer are written, or None
     weights     part -> how many numbers it has
+    embedding   of learned tokens: what they are called, how many vectors, for which family
     next        what to do with it: the options that take it, and what they need; None: refused
     census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
     notes       what to know before using it: an argument it needs, an unusual input
@@ -87,6 +89,7 @@ class CheckpointInfo:
     parameters: int
     weights: dict[str, int]
     census: Census | None = None
+    embedding: EmbeddingInfo | None = None
     notes: tuple[str, ...]
     problems: tuple[str, ...]
     next: str | None = None
@@ -160,6 +163,7 @@ def inspect_checkpoint(
             for name, judged in networks.items()
         },
         census=census,
+        embedding=verdict.embedding,
         notes=tuple(notes),
         problems=tuple(dict.fromkeys(problems)),
         next=None if problems else next_of(path, verdict, networks),

@@ -61,7 +61,7 @@ KINDS: Mapping[PartName, Known] = {
     "text": _CLIP,
 }
 ADAPTER = re.compile(
-    r"lora|hada_|lokr_|lycoris|dora_scale|_custom_diffusion|\.diff(_b)?\Z|\Aunet:[0-9]+:(up|down)\Z"
+    r"lora|hada_|lokr_|lycoris|dora_scale|_custom_diffusion|\.diff(_b)?\Z|\A(unet|text_encoder):[0-9]+:(up|down)\Z"
     r"|\.(oft_(blocks|R|diag)|on_input|[wb]_norm|set_weight|[ab][12]\.weight)\b"
 )
 """Of a key of an adapter of layers, anywhere in it."""

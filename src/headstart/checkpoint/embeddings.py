@@ -52,11 +52,13 @@ _BUNDLE = re.compile(
 )
 """HCP-Diffusion, AUTOMATIC1111, OneTrainer: a token of any characters, then as in a file of it."""
 _BRACKETS = re.compile(r"<.+>")
+_WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
+"""SDXL's two encoders are told apart by width, whatever they are called."""
+_TEXT_WIDTHS = frozenset({128, *_WIDTHS, 1024})
+"""Of the bundled pair's encoder, SDXL's two, SD 2's: vectors under any name are for these."""
 _NAMED = re.compile(r"(?!cond\Z|[0-9]*\Z)[^.]+")
 """What may be a token: not the numbers in a list, nor `Engine.sample`'s `cond`."""
 _LAYER = re.compile(r".*\.(weight|bias|alpha|scale)|.*:(up|down)")
-_WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
-"""SDXL's two encoders are told apart by width, whatever they are called."""
 
 
 class Token(NamedTuple):
@@ -122,7 +124,10 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
         return False
     if any(map(_is_known, names)):
         return True
-    return all(_is_vectors(checkpoint.entry(name)) and _NAMED.fullmatch(name) for name in names)
+    entries = [checkpoint.entry(name) for name in names]
+    return all(map(_NAMED.fullmatch, names)) and all(
+        _is_vectors(entry) and entry.shape[-1] in _TEXT_WIDTHS for entry in entries
+    )
 
 
 def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:

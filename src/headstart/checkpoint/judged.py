@@ -303,6 +303,12 @@ def judge_tiny(part: Part, given: Given) -> Judged:
         name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
     }
     part, problem, every = _fitted(part, expected, given)
+    if problem is not None and _is_other_make(part):
+        told = ", ".join(f"{half} of {own.latent_channels}" for half, own in params.items())
+        problem = (
+            f"a tiny autoencoder of another make ({told} channels), not TAESD's: the families here "
+            "need TAESD (SD 1 and 2) or TAESDXL"
+        )
     channels = next((own.latent_channels for own in params.values()), 4)
     if problem is None and channels != 4:
         problem = (
@@ -310,6 +316,13 @@ def judge_tiny(part: Part, given: Given) -> Judged:
             "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
     return Judged(part=part, tiny=params, problem=problem, every=every)
+
+
+def _is_other_make(part: Part) -> bool:
+    """In TAESD's every layer is as wide as the first; Sana's begins with fewer channels."""
+    first = {s[0] for name, s in part.shapes.items() if name.endswith("layers.0.weight") and s}
+    blocks = {s[0] for name, s in part.shapes.items() if name.endswith("conv.0.weight") and s}
+    return bool(blocks) and first != blocks
 
 
 _WHOSE = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}

@@ -81,6 +81,16 @@ KINDS: tuple[Kind, ...] = (
     _kind("a Stable Cascade network", r"clip_txt_mapper\.|effnet_mapper\.|clip_mapper\."),
     # What lies near them in folders.
     _kind("a T5 text encoder", r"layer\.0\.SelfAttention\.", "none of these families reads it"),
+    _kind(
+        "AUTOMATIC1111's approximate decoder (VAE-approx)",
+        r"conv8\.(weight|bias)$",
+        "give TAESD's decoder as --preview in its place",
+    ),
+    _kind(
+        "a tiny autoencoder for FLUX.2 (TAEF2)",
+        rf"{_I}\.pool\.[013]\.(weight|bias)$",
+        "no model here has such latents, so no option takes it",
+    ),
     _kind("a VQ autoencoder", r"quantize\.embedding", "expected an AutoencoderKL"),
     _kind(
         "an upscaler (ESRGAN)",

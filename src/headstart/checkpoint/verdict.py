@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from headstart.checkpoint import foreign
+from headstart.checkpoint.embeddings import EmbeddingInfo, describe_embedding
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.fit import some
 from headstart.checkpoint.folder import COMPONENTS, root_of
@@ -25,7 +26,7 @@ from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.lineage import family_of, vae_family
-from headstart.checkpoint.tensors import FLOATS, TITLES, Checkpoint, Part
+from headstart.checkpoint.tensors import TITLES, Checkpoint, Part
 from headstart.errors import CheckpointError
 
 ADAPTER, EMBEDDING = "an adapter (LoRA), not a network", "a textual inversion, not a network"
@@ -36,6 +37,7 @@ FIXES = {
     ),
     EMBEDDING: "give it beside a model as --embedding, and prompts may say its token",
 }
+CLIP_POSITIONS = 77
 NO_NETWORK = "no network recognised: give a model's file, or one of its components"
 
 
@@ -44,13 +46,14 @@ class Verdict:
     """Of a file, or of the component of a folder.
 
     what      what it is, where it is no model: `ADAPTER`, `EMBEDDING`
-    networks  those in it, each judged
+    networks  those in it, each judged; embedding: of learned tokens, which they are
     problem   what is wrong with the file as a whole, so that nothing of it loads
     """
 
     path: Path
     family: Family | None = None
     what: str | None = None
+    embedding: EmbeddingInfo | None = None
     networks: Mapping[PartName, Judged] = field(default_factory=dict[PartName, Judged])
     problem: str | None = None
 
@@ -131,6 +134,8 @@ def _component(path: Path, checkpoint: Checkpoint) -> str:
 
 
 def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint | None) -> Verdict:
+    if (embedding := describe_embedding(path, checkpoint)) is not None:
+        return Verdict(path=path, what=EMBEDDING, embedding=embedding)
     kind = kind_of(checkpoint.names)
     steers = kind is not None and kind.fix == STEERS
     if "adapter" in checkpoint.split() and not steers:  # be it of another kind of network
@@ -138,9 +143,8 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
     parts = checkpoint.parts()
     if kind is not None and not _is_beside(kind, parts):
         return Verdict(path=path, problem=f"{kind.what}: {kind.fix}")
-    if not parts:
-        embedding = is_embedding(checkpoint)
-        return Verdict(path=path, what=EMBEDDING) if embedding else _nothing(path)
+    if all(part.shapes.keys() <= _NO_ENCODER for part in parts.values()):
+        return Verdict(path=path, problem=_nothing(checkpoint, parts))
     if (problem := _left(checkpoint, given.allow)) is not None:
         return Verdict(path=path, problem=problem)
     checkpoint.check_numbers()
@@ -172,8 +176,21 @@ def _has_tokenizer(path: Path, checkpoint: Checkpoint) -> bool:
     return "headstart.tokenizer" in checkpoint.metadata or any(map(Path.is_dir, folders))
 
 
-def _nothing(path: Path) -> Verdict:
-    return Verdict(path=path, problem=NO_NETWORK)
+_NO_ENCODER = frozenset({"text_projection.weight"})
+"""What key maps and training leave of a text encoder (github.com/ostris/ai-toolkit, keymaps)."""
+
+
+def _nothing(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> str:
+    """What a file without a network holds, where its shapes or names tell."""
+    if parts:
+        return f"{NO_NETWORK}: a text encoder's projection alone is none"
+    shapes = [*checkpoint.shapes.values()]
+    if shapes and all(len(s) in (2, 3) and s[-2] == CLIP_POSITIONS for s in shapes):
+        return (
+            f"an encoded prompt {list(shapes[0])}, no network: give such a tensor to "
+            "Engine.sample(cond=) in Python"
+        )
+    return NO_NETWORK
 
 
 def _bare(error: CheckpointError, path: Path, checkpoint: Checkpoint) -> str:
@@ -215,37 +232,6 @@ def _second(path: Path, second: Checkpoint, given: Given) -> Part:
     if "text" not in parts:
         raise CheckpointError(f"{path}: text_encoder_2: {NO_NETWORK}")
     return replace(parts["text"], name="text_2")
-
-
-# --------------------------------------------------------------------- learned tokens
-
-_ENCODERS = frozenset(
-    {"clip_l", "clip_g", "emb_params", "text_encoders_0", "text_encoders_1", "emb", "emb2"}
-)
-"""Names by which files say for which encoder vectors are; else the name is the token."""
-_TEXT_WIDTHS = frozenset({128, 768, 1024, 1280})
-_MOST_VECTORS, _MOST_TOKENS = 75, 256
-
-
-def is_embedding(checkpoint: Checkpoint) -> bool:
-    """Whether a file holds nothing but vectors [n, D] or [D] as text encoders read them."""
-    entries = [(name, checkpoint.entry(name)) for name in checkpoint.names]
-    named = [entry for name, entry in entries if name in _ENCODERS]
-    counts = {entry.shape[0] if len(entry.shape) == 2 else 1 for entry in named}
-    if named and (len(named) < len(entries) or len(counts) > 1):
-        return False  # as many vectors for each encoder, and nothing besides
-    return 0 < len(entries) <= _MOST_TOKENS and all(
-        len(entry.shape) in (1, 2)
-        and entry.dtype in FLOATS
-        and 0 not in entry.shape
-        and (len(entry.shape) == 1 or entry.shape[0] <= _MOST_VECTORS)
-        and (
-            name in _ENCODERS
-            or (name.startswith("<") and name.endswith(">"))
-            or entry.shape[-1] in _TEXT_WIDTHS
-        )
-        for name, entry in entries
-    )
 
 
 def notes_of(networks: Mapping[PartName, Judged]) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +58,8 @@ def _run(args: argparse.Namespace) -> int:
     if info.layout == "adapter" and info.ok:
         adapter, refusal = _adapter(args.file)
         problems = () if refusal is None else (refusal,)
-        info = replace(info, problems=problems, next=info.next if adapter else None)
+        if adapter is None:
+            info = replace(info, problems=problems, notes=(), next=None)
     if args.json:
         more = {} if adapter is None else {"adapter": adapter.to_json()}
         print(json.dumps(info.to_json() | more))
@@ -98,7 +99,7 @@ def _deep(file: Path, allow: list[str]) -> CheckpointInfo:
 def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:
     """One fact a line; what is wrong and what to do come last, where the eye ends."""
     yield info.path
-    for name, value in (*_facts(info), *_adapter_facts(adapter)):
+    for name, value in (*_facts(info), *_token_facts(info), *_adapter_facts(adapter)):
         yield f"  {name:<12}{value}"
     notes = (*info.notes, *(adapter.notes if adapter else ()))
     for name, lines in (("note", notes), ("problem", info.problems)):
@@ -140,6 +141,20 @@ def _adapter_facts(adapter: AdapterInfo | None) -> Iterator[tuple[str, str]]:
         for network, count in adapter.modules.items()
     )
     yield "layers", ", ".join(counts)
+    if adapter.tokens:
+        yield "tokens", _listed(adapter.tokens)
+
+
+def _token_facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
+    if (embedding := info.embedding) is None:
+        return
+    yield "family", embedding.family or "scaled down, or not known"
+    counts = zip(embedding.tokens, embedding.vectors, strict=True)
+    yield "tokens", _listed([f"{token:.80} ({count} vectors)" for token, count in counts])
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f", ... ({len(names)})" if len(names) > 8 else "")
 
 
 def _size(size_bytes: int) -> str:
