@@ -61,7 +61,10 @@ KINDS: Mapping[PartName, Known] = {
     "text": _CLIP,
 }
 ADAPTER = re.compile(
-    r"lora|hada_|lokr_|lycoris|dora_scale|_custom_diffusion|\.diff(_b)?\Z|\A(unet|text_encoder):[0-9]+:(up|down)\Z"
+    r"lora|hada_|lokr_|lycoris|dora_scale|_custom_diffusion|\.diff(_b)?\Z"
+    r"|\A(unet|text_encoder):[0-9]+:(up|down)\Z"
+    r"|\.(ia3_l|hra_u|(miss|bone)_block|c3a_kernel|(boft|vera|psoft|hira|shira|road|waveft"
+    r"|fourierft)_\w+)\b"  # of PEFT's tuners, which `headstart.adapters.tuners` names
     r"|\.(oft_(blocks|R|diag)|on_input|[wb]_norm|set_weight|[ab][12]\.weight)\b"
 )
 """Of a key of an adapter of layers, anywhere in it."""
