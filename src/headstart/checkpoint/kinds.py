@@ -87,6 +87,11 @@ KINDS: tuple[Kind, ...] = (
         "give TAESD's decoder as --preview in its place",
     ),
     _kind(
+        "a tiny autoencoder as stable-diffusion.cpp writes it",
+        rf"(encoder|decoder)\.{_I}\.conv\.0\.(weight|bias)$",
+        "give TAESD's safetensors file as --preview",
+    ),
+    _kind(
         "a tiny autoencoder for FLUX.2 (TAEF2)",
         rf"{_I}\.pool\.[013]\.(weight|bias)$",
         "no model here has such latents, so no option takes it",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headstart.checkpoint.families import FAMILIES
 from headstart.commands.arguments import Command, every
 from headstart.commands.console import fail, progress
 from headstart.errors import AdapterError, CheckpointError
@@ -60,12 +61,20 @@ def _run(args: argparse.Namespace) -> int:
         problems = () if refusal is None else (refusal,)
         if adapter is None:
             info = replace(info, problems=problems, notes=(), next=None)
+        elif adapter.family not in (None, *FAMILIES):
+            info = replace(info, notes=(), next=_ELSEWHERE)
     if args.json:
         more = {} if adapter is None else {"adapter": adapter.to_json()}
         print(json.dumps(info.to_json() | more))
     else:
         print("\n".join(_table(info, adapter)))
     return 0 if info.ok else 1
+
+
+_ELSEWHERE = (
+    "AdapterSet(...).attach(FILE) in Python, on such a network of another program: no option here "
+    "takes one"
+)
 
 
 def _adapter(file: Path) -> tuple[AdapterInfo | None, str | None]:
@@ -150,7 +159,8 @@ def _token_facts(info: CheckpointInfo) -> Iterator[tuple[str, str]]:
         return
     yield "family", embedding.family or "scaled down, or not known"
     counts = zip(embedding.tokens, embedding.vectors, strict=True)
-    yield "tokens", _listed([f"{token:.80} ({count} vectors)" for token, count in counts])
+    named = [f"{own:.80} ({n} vector{'s' if n > 1 else ''})" for own, n in counts]
+    yield "tokens", _listed(named)
 
 
 def _listed(names: Sequence[str]) -> str:
