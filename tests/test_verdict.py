@@ -144,7 +144,7 @@ def channels(count: int) -> Mutation:
 
 def narrowed(held: Tensors) -> Tensors:
     name = UNET + "time_embed.0.weight"
-    return held | {name: held[name].to(torch.float8_e4m3fn)}
+    return held | {name: held[name].to(torch.float8_e4m3fnuz)}
 
 
 def doubled(held: Tensors) -> Tensors:
@@ -181,7 +181,7 @@ MUTATIONS: dict[str, tuple[Mutation, str | None]] = {
         with_(model__diffusion_model__out__2__bias=torch.zeros(4, dtype=torch.int32)),
         "1 not floating point: conv_out.bias I32",
     ),
-    "float8": (narrowed, "1 tensors of F8_E4M3"),
+    "float8": (narrowed, "1 tensors of F8_E4M3FNUZ"),
     "9 channels": (channels(9), "it wants a mask and a picture besides the latent, which no plan"),
     "8 channels": (channels(8), "an InstructPix2Pix UNet (8 input channels)"),
     "6 channels": (channels(6), "reads 6 channels and gives 4"),
