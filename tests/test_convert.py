@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from networks import random_unet, weights
 from safetensors.torch import load_file, save_file
 
 from headstart.checkpoint import keymap
@@ -174,3 +175,28 @@ def test_the_command_converts(source: Path, tmp_path: Path, capsys: Any) -> None
     assert "3 tensors, mostly BF16" in capsys.readouterr().out
     assert main(["convert", str(source), str(source), "--overwrite"]) == 2
     assert "the same file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("layout", ["same", "diffusers", "ldm"])
+@pytest.mark.parametrize(
+    ("marks", "prediction"),
+    [
+        ({"v_pred": (0,), "ztsnr": (0,)}, "v"),
+        ({"edm_mean": (1, 4, 1, 1), "edm_std": (1, 4, 1, 1)}, "edm"),
+        ({"edm_vpred.sigma_max": (), "edm_vpred.sigma_min": ()}, "edm_v"),
+    ],
+)
+def test_what_a_file_says_of_its_unet_goes_with_it(
+    layout: Any, marks: dict[str, tuple[int, ...]], prediction: str, tmp_path: Path
+) -> None:
+    names = keymap.unet_to_ldm(held := weights(random_unet()))
+    tensors = {f"model.diffusion_model.{names[n]}": t for n, t in held.items()}
+    told = {name: torch.ones(shape) for name, shape in marks.items()}
+    path, out = tmp_path / "whole.safetensors", tmp_path / "unet.safetensors"
+    if "edm_vpred.sigma_min" in told:
+        told["edm_vpred.sigma_min"] = torch.tensor(0.002)
+    save_file(tensors | told, path, {"headstart.head_dim": "8", "headstart.norm_groups": "8"})
+    convert(path, out, layout=layout, part="unet", dtype="f16")
+    before, after = inspect_checkpoint(path), inspect_checkpoint(out)
+    assert before.prediction == after.prediction == prediction
+    assert after.prediction_declared and set(marks) <= set(load_file(out))

@@ -127,7 +127,7 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
     ]
     loaded = hs.Engine.load(*files, tokenizer=small_tokenizer, text_head_dim=32)
     small = hs.Engine(replace(loaded.weights, image_size=64))
-    monkeypatch.setattr("headstart.commands.compare.open_engine", lambda _: small)
+    monkeypatch.setattr("headstart.commands.compare.open_engine", lambda *_: small)
     out = tmp_path / "sheet.png"
     asked = ["compare", "a fox", "--base", str(files[0]), "--distilled", str(files[1])]
     asked += ["--preset", "lcm", "--seeds", "0-2", "--out", str(out)]

@@ -30,6 +30,8 @@ T = TypeVar("T")
 STATEMENTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "scale_factor")
 """Tensors by which a single file says what it is: Playground 2.5's mean and deviation of latents
 (then it is EDM), CosXL's levels (then EDM's v), and the scale of ldm's `scale_by_std`."""
+FLAGS = frozenset({"v_pred", "ztsnr"})
+"""Tensors without numbers that state a prediction and a schedule (NoobAI, ComfyUI)."""
 _PLAYGROUND_SCALE = 0.5
 """What Playground 2.5's latents are multiplied by (its vae/config.json): their sigma_data."""
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from headstart.checkpoint.declarations import STATEMENTS, Said, declared
+from headstart.checkpoint.declarations import FLAGS, STATEMENTS, Said, declared
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import json_in, root_of
 from headstart.checkpoint.tensors import Checkpoint, Part
@@ -38,7 +38,7 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
         vae=json_in(root, "vae/config.json"),
         scheduler=json_in(root, "scheduler/scheduler_config.json"),
         alphas=(checkpoint.numbers(alphas), rounding) if rounding else None,
-        flags=frozenset({"v_pred", "ztsnr"} & set(checkpoint.names)),
+        flags=FLAGS & set(checkpoint.names),
         tensors=_statements(checkpoint, path),
     )
     return declared(family, said)

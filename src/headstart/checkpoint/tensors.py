@@ -44,7 +44,7 @@ TITLES: dict[PartName, str] = {
 }
 """What a part is called in a message."""
 FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-UNREAD = frozenset(d for d in DTYPE_BITS if d.startswith(("F8", "F6", "F4"))) - FLOAT8
+UNREAD = frozenset(d for d in DTYPE_BITS if d.startswith(("F8_", "F6_", "F4"))) - FLOAT8
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8, *SCALED, *BLOCKS, *UNREAD})
 WIDENED = frozenset({*FLOAT8, *SCALED, *BLOCKS})
 """Weights of fewer bits than a network computes with, which `Checkpoint.tensor` widens."""

@@ -257,7 +257,7 @@ def next_of(path: Path, verdict: Verdict, networks: Mapping[PartName, Judged]) -
     if verdict.what is not None:
         return f"{'--lora' if verdict.what == ADAPTER else '--embedding'} {file}"
     needs = dict.fromkeys(need for judged in networks.values() for need in judged.needs)
-    options = [need.option for need in needs if need.option.startswith("--")]
+    options = dict.fromkeys(need.option for need in needs if need.option.startswith("--"))
     more = f" with {' and '.join(options)}" if options else ""
     if "unet" in networks:
         whole = "" if len(networks) > 1 else ", with a full model as the other"

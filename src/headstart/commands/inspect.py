@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.checkpoint.families import FAMILIES
+from headstart.checkpoint.fit import some
+from headstart.checkpoint.leftovers import is_allowed
 from headstart.commands.arguments import Command, every
 from headstart.commands.console import fail, progress
 from headstart.errors import AdapterError, CheckpointError
@@ -61,6 +63,9 @@ def _run(args: argparse.Namespace) -> int:
         problems = () if refusal is None else (refusal,)
         if adapter is None:
             info = replace(info, problems=problems, notes=(), next=None)
+        elif left := [key for key in adapter.strays if not is_allowed(key, args.allow)]:
+            told = f"{len(left)} keys are of no naming that is known: {some(left)}. {_LEAVE}"
+            info = replace(info, problems=(told,), notes=(), next=None)
         elif adapter.family not in (None, *FAMILIES):
             info = replace(info, notes=(), next=_ELSEWHERE)
     if args.json:
@@ -71,6 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     return 0 if info.ok else 1
 
 
+_LEAVE = "`--allow NAME` lets such keys be, here and beside --lora"
 _ELSEWHERE = (
     "AdapterSet(...).attach(FILE) in Python, on such a network of another program: no option here "
     "takes one"

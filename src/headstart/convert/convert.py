@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.header import DTYPE_BITS, open_regular
 from headstart.checkpoint.keymap import PARTS, PartName, Source
+from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.scales import LAYERS
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint
 from headstart.convert import pickled
@@ -189,16 +190,30 @@ def _rewrite(
     renamed = layout != "same" or part is not None
     planned = relaid(checkpoint, layout, part) if renamed else as_stored(checkpoint)
     wanted = {step.slot.name: _cast(step, dtype, checkpoint) for step in planned}
+    said = _said_by_folder(checkpoint) if renamed else {}
     slots = in_order(step.slot for step in wanted.values())
     gone = {"format", *([LAYERS] if checkpoint.scales.scheme else [])}
     kept = {key: text for key, text in checkpoint.metadata.items() if key not in gone}
     with target.open("xb") as file:
-        done = file.write(compose(slots, kept))
+        done = file.write(compose(slots, said | kept))
         for slot in slots:
             for raw in _pieces(checkpoint, wanted[slot.name]):
                 done += file.write(raw)
             on_bytes(done)
-    return left_out(checkpoint, planned)
+    return left_out(checkpoint, planned) + ([SCHEDULER] if said else [])
+
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def _said_by_folder(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a UNet out of a model's folder predicts, as metadata: its scheduler stays behind."""
+    path = checkpoint.files[0]
+    root = root_of(path)
+    if root is None or not (root / SCHEDULER).is_file() or "unet" not in checkpoint.parts():
+        return {}
+    family = family_of(path, checkpoint)
+    return {} if family is None else {"headstart.prediction": family.prediction.value}
 
 
 def _cast(planned: Planned, dtype: Dtype, checkpoint: Checkpoint) -> Planned:

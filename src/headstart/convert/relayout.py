@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 from headstart.checkpoint import keymap
+from headstart.checkpoint.declarations import FLAGS, STATEMENTS
 from headstart.checkpoint.keymap import PartName, Source
 from headstart.checkpoint.tensors import Checkpoint, Part
 from headstart.convert.container import Slot
@@ -21,6 +22,13 @@ LAYOUTS: tuple[Layout, ...] = ("same", "diffusers", "ldm")
 # A UNet alone carries the prefix of the full file, as the loaders of LDM files expect; a VAE alone
 # does not (stabilityai/sdxl-vae, `sdxl_vae.safetensors`).
 _PREFIXES: dict[PartName, str] = {"unet": "model.diffusion_model.", "vae": ""}
+
+
+SAID: dict[PartName, frozenset[str]] = {
+    "unet": frozenset({*STATEMENTS, *FLAGS, "alphas_cumprod"}),
+    "vae": frozenset(STATEMENTS),
+}
+"""Tensors of a file that tell how a network of it is run, which go where it goes."""
 
 
 class Planned(NamedTuple):
@@ -45,17 +53,19 @@ def relaid(checkpoint: Checkpoint, layout: Layout, part: PartName | None) -> lis
     CheckpointError for a tensor that the layout has no name for.
     """
     chosen = _chosen(checkpoint, part)
+    said = [step for step in as_stored(checkpoint) if step.slot.name in SAID.get(chosen.name, ())]
     if layout == "same":
         stored = {source.name for source in chosen.sources.values()}
-        return [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
+        kept = [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
+        return kept + said
     ours = [
         Planned(Slot(name, chosen.dtype(name), chosen.shapes[name]), chosen.sources[name])
         for name in chosen.sources
     ]
     if layout == "diffusers":
         _check_ours(chosen)
-        return ours
-    return _as_ldm(chosen, ours)
+        return ours + said
+    return _as_ldm(chosen, ours) + said
 
 
 def _chosen(checkpoint: Checkpoint, part: PartName | None) -> Part:
