@@ -311,3 +311,22 @@ def test_a_network_that_fails_at_its_candidates_is_told_at_that_row(engine: hs.E
 def test_every_method_of_the_table_is_run_here() -> None:
     run = {method.partition(":")[0] for method in (*EACH, *MIXED, INSIDE, "dial:0.25")}
     assert run == set(NAMES)
+
+
+@pytest.mark.parametrize("method", ["select:2", "particles:64"])
+def test_methods_across_images_refuse_images_that_are_told_several_things(
+    engine: hs.Engine, method: str
+) -> None:
+    call = {"plan": "distilled", "seeds": SEEDS[:3], "diversify": method}
+    negatives = ["a frog", "a frog, blue", "a barn"]
+    with pytest.raises(hs.InputError, match=r"'a fox' differ in negative="):
+        engine.sample("a fox", negative=negatives, distilled_guidance=2.0, **call)
+    rows = engine.text.encode(["a fox", "a fox", "an owl"])
+    with pytest.raises(hs.InputError, match=r"differ in cond="):
+        engine.sample(cond=rows, **call)
+    alike = rows[torch.tensor([0, 0, 0])]
+    one = engine.sample(cond=rows[:1], **call)
+    assert torch.equal(engine.sample(cond=alike, **call).latents, one.latents)
+    named = engine.sample(["a", "a", "a", "b", "b", "b"], cond=rows[torch.tensor([0] * 3 + [2] * 3)],
+                          plan="distilled", seeds=range(6), diversify=method)  # fmt: skip
+    near(one, named, range(3))

@@ -86,6 +86,7 @@ def prepare(
     check_words(words, weights.text)
     images = Images(words.prompts, seeds)
     _check_across(methods, images, by_sample, own)
+    _check_alike(methods, words, images, own)
     table = table_of(methods, compile_for(weights, plan, settings))
     lines, tags = _told(words, table, own)
     acts = strengths_of(methods, tagged(acts, attached, table, tags), attached, table)
@@ -240,3 +241,19 @@ def _check_across(methods: Sequence[Method], images: Images, by_sample: bool, ow
             f"diversify {select}: draws candidates from other seeds, and the noise is given: leave "
             "one of them out"
         )
+
+
+def _check_alike(methods: Sequence[Method], words: Words, images: Images, own: Own) -> None:
+    """Raise InputError where images that a method mixes are told several things."""
+    across = next((method for method in methods if method.least > 1), None)
+    if across is None:
+        return
+    for prompt, rows in images.by_prompt.items():
+        texts = {name: {getattr(words, name)[row] for row in rows} for name in _TEXTS}
+        several = [name for name, found in texts.items() if len(found) > 1]
+        if found := several or own.differing(rows):
+            raise InputError(
+                f"diversify {across}: acts across the images of a prompt, and those of "
+                f"{prompt!r:.60} differ in {found[0]}=: give one for all of them, or leave the "
+                "method out"
+            )
