@@ -327,6 +327,21 @@ def test_methods_across_images_refuse_images_that_are_told_several_things(
     alike = rows[torch.tensor([0, 0, 0])]
     one = engine.sample(cond=rows[:1], **call)
     assert torch.equal(engine.sample(cond=alike, **call).latents, one.latents)
-    named = engine.sample(["a", "a", "a", "b", "b", "b"], cond=rows[torch.tensor([0] * 3 + [2] * 3)],
-                          plan="distilled", seeds=range(6), diversify=method)  # fmt: skip
+    several, names = rows[torch.tensor([0, 0, 0, 2, 2, 2])], ["a"] * 3 + ["b"] * 3
+    named = engine.sample(names, cond=several, **call | {"seeds": [*SEEDS[:3]] * 2})
     near(one, named, range(3))
+
+
+@pytest.mark.parametrize("method", ["cads:0.1", "embedding-noise:1"])
+def test_an_image_does_not_depend_on_how_long_other_texts_are(
+    engine: hs.Engine, method: str
+) -> None:
+    long = "a fox, " + "a red and very small barn, " * 10
+    call = {"plan": "base", "steps": 2, "base_guidance": 2.0, "seeds": 1, "diversify": method}
+    short = engine.sample("a fox", **call)
+    near(short, engine.sample(["a fox", long], **call), [0])
+    near(engine.sample(long, **call), engine.sample(["a fox", long], **call), [1])
+    near(short, engine.sample("a fox", **call | {"negative": ["", long]}), [0])
+    levels = "a fox -> {} below sigma 1"
+    apart = engine.sample(levels.format(long), **call)
+    near(apart, engine.sample(["a fox", levels.format(long)], **call), [1])

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
-from headstart.diversify.method import Images
+from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
 from headstart.engine.given import Told
+from headstart.engine.lengths import tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
@@ -83,7 +84,9 @@ class Course:
             model: Chunked(open_runner(self.runner, self.weights.denoisers[model]), rows)
             for model in table.models
         }
-        position = Position(table, images)
+        noised = any(isinstance(method, ChangesConditioning) for method in methods)
+        tokens = tokens_of(cond, table, self.weights.text.length) if noised else ()
+        position = Position(table, images, tokens)
         states = sample(
             table, networks_of(networks, methods, position), cond,
             noise_for(methods, images, request.noise),
