@@ -50,6 +50,20 @@ def test_conditioning_of_ones_own_may_change_with_the_level(sdxl: hs.Engine) -> 
     assert (own - typed.latents).norm() < 1e-4 * own.norm()
 
 
+def test_conditioning_of_ones_own_may_be_longer_than_the_engines_other_half(
+    sdxl: hs.Engine,
+) -> None:
+    long, longer = "cat " * 20, "the " * 40
+    for text, other in ((long, None), (long, longer), ("cat", longer)):
+        typed = sdxl.sample(text, plan=PLAN, negative=other).latents
+        cond = sdxl.text.encode([text], size=16)
+        own = sdxl.sample(plan=PLAN, cond=cond, negative=other).latents
+        assert (own - typed).norm() < 1e-4 * typed.norm()
+    odd = hs.Conditioning(torch.zeros(1, 16 * 500 + 1, 72), torch.zeros(1, 24))
+    with pytest.raises(hs.InputError, match=r"16, 8001 tokens long.* divide each other"):
+        sdxl.iterate(plan=PLAN, cond=odd)
+
+
 def test_a_start_of_ones_own_is_the_seeds_where_it_holds_their_numbers(sd15: hs.Engine) -> None:
     """And its size is the picture's."""
     plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))

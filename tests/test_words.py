@@ -205,3 +205,15 @@ def test_texts_that_cannot_be_told_are_refused(
         engine.iterate(**{"prompts": "cat", "plan": PLAN, **asked})
     with pytest.raises(TypeError, match="unexpected keyword argument 'tile'"):
         engine.iterate("cat", tile=3)  # type: ignore[call-arg]
+
+
+def test_texts_of_any_two_lengths_share_a_call(sd15: hs.Engine) -> None:
+    """5 and 7, 16 and 19 pieces; what cannot is refused before anything runs."""
+    some, more = ("cat " * (14 * pieces) for pieces in (16, 19))
+    alone = drawn(sd15, some)
+    assert far(drawn(sd15, [some, more], batch=1)[:1], alone) < 1e-4
+    drawn(sd15, some, negative=more)
+    drawn(sd15, f"{some} -> {more} at the hand-off")
+    lengths = ["cat " * (14 * pieces) for pieces in (5, 7, 8, 9)]
+    with pytest.raises(hs.InputError, match=r"5, 7, 8, 9 pieces .* \(in a sweep a smaller --batch"):
+        sd15.iterate(lengths, plan=PLAN)

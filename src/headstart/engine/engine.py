@@ -26,6 +26,7 @@ from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
 from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
+from headstart.engine.prompts import check_texts
 from headstart.engine.request import Prompts, Request, Seeds, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
@@ -353,7 +354,9 @@ class Engine:
         """The request, read as this engine does where the call does not say otherwise."""
         told = {name: value for name, value in asks.items() if value is not None}
         asked = cast("Asks", {**asks, **self.reading, **told})
-        return prepare(self.weights, self.adapters.now(), prompts, asks=asked, **call)
+        request = prepare(self.weights, self.adapters.now(), prompts, asks=asked, **call)
+        check_texts(self.weights.text, request)
+        return request
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""
