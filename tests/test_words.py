@@ -12,6 +12,8 @@ from torch import Tensor
 import headstart as hs
 from headstart.engine import record as recording
 
+UNGUIDED = hs.Plan(PLAN.legs[1:])
+
 
 @pytest.fixture(scope="module")
 def sdxl() -> hs.Engine:
@@ -195,8 +197,13 @@ def test_a_record_of_the_first_format_has_letters_alone_and_no_empty_negative(
         ("sdxl", {"negative": "a -> b below sigma 99"}, "starts above sigma 99"),
         ("sdxl", {"prompts": "a -> b below sigma 1 -> c at the hand-off"}, "levels must fall"),
         ("sdxl", {"prompts": None}, "say what to draw"),
+        ("sdxl", {"negative": "", "plan": UNGUIDED}, "the negative prompt would do nothing"),
+        ("sdxl", {"negative": "", "negative_second": "a", "plan": UNGUIDED}, "would do nothing"),
+        ("sdxl", {"negative": "a -> b at the hand-off", "plan": PLAN}, "'b' would do nothing: it"),
+        ("sdxl", {"negative": "", "negative_second": "a -> b at the hand-off", "plan": PLAN},
+         "negative_second 'a -> b .*'b' would do nothing"),
     ],
-)
+)  # fmt: skip
 def test_texts_that_cannot_be_told_are_refused(
     sd15: hs.Engine, sdxl: hs.Engine, family: str, asked: dict[str, Any], told: str
 ) -> None:

@@ -87,6 +87,10 @@ def _parts(told: Told) -> list[Conditioning]:
     return [part for part in told_parts(told) if isinstance(part, Conditioning)]
 
 
+def has_time_ids(told: Told) -> bool:
+    return any(part.time_ids is not None for part in _parts(told))
+
+
 def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
     """`cond`, `uncond` and `noise` of a call, checked; `sizes`: the time_ids of a cond without."""
     cond, uncond = (
