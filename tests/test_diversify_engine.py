@@ -311,3 +311,37 @@ def test_a_network_that_fails_at_its_candidates_is_told_at_that_row(engine: hs.E
 def test_every_method_of_the_table_is_run_here() -> None:
     run = {method.partition(":")[0] for method in (*EACH, *MIXED, INSIDE, "dial:0.25")}
     assert run == set(NAMES)
+
+
+@pytest.mark.parametrize("method", ["select:2", "particles:64"])
+def test_methods_across_images_refuse_images_that_are_told_several_things(
+    engine: hs.Engine, method: str
+) -> None:
+    call = {"plan": "distilled", "seeds": SEEDS[:3], "diversify": method}
+    negatives = ["a frog", "a frog, blue", "a barn"]
+    with pytest.raises(hs.InputError, match=r"'a fox' differ in negative="):
+        engine.sample("a fox", negative=negatives, distilled_guidance=2.0, **call)
+    rows = engine.text.encode(["a fox", "a fox", "an owl"])
+    with pytest.raises(hs.InputError, match=r"differ in cond="):
+        engine.sample(cond=rows, **call)
+    alike = rows[torch.tensor([0, 0, 0])]
+    one = engine.sample(cond=rows[:1], **call)
+    assert torch.equal(engine.sample(cond=alike, **call).latents, one.latents)
+    several, names = rows[torch.tensor([0, 0, 0, 2, 2, 2])], ["a"] * 3 + ["b"] * 3
+    named = engine.sample(names, cond=several, **call | {"seeds": [*SEEDS[:3]] * 2})
+    near(one, named, range(3))
+
+
+@pytest.mark.parametrize("method", ["cads:0.1", "embedding-noise:1"])
+def test_an_image_does_not_depend_on_how_long_other_texts_are(
+    engine: hs.Engine, method: str
+) -> None:
+    long = "a fox, " + "a red and very small barn, " * 10
+    call = {"plan": "base", "steps": 2, "base_guidance": 2.0, "seeds": 1, "diversify": method}
+    short = engine.sample("a fox", **call)
+    near(short, engine.sample(["a fox", long], **call), [0])
+    near(engine.sample(long, **call), engine.sample(["a fox", long], **call), [1])
+    near(short, engine.sample("a fox", **call | {"negative": ["", long]}), [0])
+    levels = "a fox -> {} below sigma 1"
+    apart = engine.sample(levels.format(long), **call)
+    near(apart, engine.sample(["a fox", levels.format(long)], **call), [1])

@@ -50,6 +50,27 @@ def test_conditioning_of_ones_own_may_change_with_the_level(sdxl: hs.Engine) -> 
     assert (own - typed.latents).norm() < 1e-4 * own.norm()
 
 
+def test_conditioning_of_ones_own_may_be_longer_than_the_engines_other_half(
+    sdxl: hs.Engine,
+) -> None:
+    long, longer = "cat " * 20, "the " * 40
+    for text, other in ((long, None), (long, longer), ("cat", longer)):
+        typed = sdxl.sample(text, plan=PLAN, negative=other).latents
+        cond = sdxl.text.encode([text], size=16)
+        own = sdxl.sample(plan=PLAN, cond=cond, negative=other).latents
+        assert (own - typed).norm() < 1e-4 * typed.norm()
+    odd = hs.Conditioning(torch.zeros(1, 16 * 500 + 1, 72), torch.zeros(1, 24))
+    with pytest.raises(hs.InputError, match=r"16, 8001 tokens long.* divide each other"):
+        sdxl.iterate(plan=PLAN, cond=odd)
+
+
+def test_how_an_engine_reads_prompts_is_no_matter_where_none_is_read(sdxl: hs.Engine) -> None:
+    cond, uncond = sdxl.text.encode(["cat"], "a", size=16)
+    own = sdxl.with_reading("a1111", 1).sample(plan=PLAN, cond=cond, uncond=uncond)
+    assert not own.reading
+    assert torch.equal(own.latents, sdxl.sample(plan=PLAN, cond=cond, uncond=uncond).latents)
+
+
 def test_a_start_of_ones_own_is_the_seeds_where_it_holds_their_numbers(sd15: hs.Engine) -> None:
     """And its size is the picture's."""
     plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))
@@ -121,6 +142,15 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
     "no tensor": ("sdxl", {"cond": "cat"}, "expected a headstart.Conditioning"),
     "lengths": ("sdxl", {"cond": told(), "uncond": hs.Conditioning(
         torch.zeros(1, 32, 72), torch.zeros(1, 24))}, "16 and 32 tokens"),
+    "second": ("sdxl", {"cond": told(), "second": "a"}, "second= would do nothing"),
+    "crop": ("sdxl", {"cond": told(time_ids=torch.zeros(1, 6)), "crop": (1, 0)},
+             "cond has time_ids of its own, so crop= would"),
+    "target": ("sdxl", {"prompts": "a", "uncond": told(time_ids=torch.zeros(1, 6)),
+                        "target_size": 8}, "uncond has time_ids of its own, so target_size="),
+    "style": ("sdxl", {"cond": told(), "uncond": told(), "style": "a1111"},
+              "style= would do nothing"),
+    "clip skip": ("sdxl", {"cond": told(), "clip_skip": 1, "plan": hs.Plan(PLAN.legs[1:])},
+                  "clip_skip= would do nothing"),
     "two": ("sdxl", {"prompts": "a", "uncond": told(), "negative": "a"}, "give one"),
     "unguided": ("sdxl", {"prompts": "a", "uncond": told(), "plan": hs.Plan(PLAN.legs[1:])},
                  "the negative prompt would do nothing"),

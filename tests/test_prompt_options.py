@@ -97,3 +97,17 @@ def test_a_sweep_goes_on_only_with_the_texts_and_adapters_that_it_began_with(
         assert {"--clip-skip": "reading", "--lora": "adapters"}[
             change[0]
         ] in capsys.readouterr().err
+
+
+def test_a_sweep_of_texts_that_do_not_meet_is_refused_before_it_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["a fox", "an owl", *("a cat " * 7 * pieces for pieces in (5, 7, 8, 9))]
+    rows = [f"{number},{text},1" for number, text in enumerate(texts)]
+    (tmp_path / "cases.csv").write_text(
+        "\n".join(["case_number,prompt,evaluation_seed", *rows]) + "\n"
+    )
+    out = tmp_path / "out"
+    typed = ["sweep", str(tmp_path / "cases.csv"), "--out", str(out), "--batch", "6"]
+    assert main(typed) == 2 and not out.exists()
+    assert "pieces of 14 tokens" in capsys.readouterr().err

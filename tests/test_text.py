@@ -211,8 +211,11 @@ def test_rows_of_other_lengths_are_repeated_until_all_meet(
     assert cond.pooled is not None
     first = text.encode(["cat " * 14]).pooled
     torch.testing.assert_close(cond.pooled[:1], first), "pooled is of the first piece"
-    with pytest.raises(InputError, match="are 5, 7, 9 pieces long, which would meet after 315"):
-        text.encode(["cat " * (14 * n) for n in (5, 7, 9)])
+    assert text.check([two, "cat"], three) == 6 * 16
+    many = ["cat " * (14 * n) for n in (5, 7, 8, 9)]
+    for read in (text.encode, text.check):
+        with pytest.raises(InputError, match=r"are 5, 7, 8, 9 pieces of 14.* takes 2520 pieces"):
+            read(many)
     with pytest.raises(InputError, match="more than 64 pieces of 14 tokens"):
         text.encode(["cat " * 1000])
     with pytest.raises(InputError, match="200000 characters: expected at most 100000"):

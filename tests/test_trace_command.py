@@ -205,10 +205,13 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
         (["--plan", "base", "--base-grid", "8"], "--base-grid does nothing in plan base"),
         (["--plan", "distilled", "--base-guidance", "2"], "--base-guidance does nothing"),
         (["--plan", "distilled", "--negative", "a frog"], "negative prompt would do nothing"),
+        (["--plan", "distilled", "--negative", ""], "negative prompt would do nothing"),
+        (["--plan", "hybrid", "--from-step", "2", "--prompt-from", "a -> b at the hand-off"],
+         "'a' is for rows before row 2"),
         (["--size", "60"], "multiples of 8"),
         (["--preview", "a.safetensors"], "--preview"),
     ],
-)
+)  # fmt: skip
 def test_a_bad_request_is_one_error_and_writes_nothing(
     arguments: list[str],
     told: str,

@@ -12,6 +12,8 @@ from torch import Tensor
 import headstart as hs
 from headstart.engine import record as recording
 
+UNGUIDED = hs.Plan(PLAN.legs[1:])
+
 
 @pytest.fixture(scope="module")
 def sdxl() -> hs.Engine:
@@ -195,8 +197,13 @@ def test_a_record_of_the_first_format_has_letters_alone_and_no_empty_negative(
         ("sdxl", {"negative": "a -> b below sigma 99"}, "starts above sigma 99"),
         ("sdxl", {"prompts": "a -> b below sigma 1 -> c at the hand-off"}, "levels must fall"),
         ("sdxl", {"prompts": None}, "say what to draw"),
+        ("sdxl", {"negative": "", "plan": UNGUIDED}, "the negative prompt would do nothing"),
+        ("sdxl", {"negative": "", "negative_second": "a", "plan": UNGUIDED}, "would do nothing"),
+        ("sdxl", {"negative": "a -> b at the hand-off", "plan": PLAN}, "'b' would do nothing: it"),
+        ("sdxl", {"negative": "", "negative_second": "a -> b at the hand-off", "plan": PLAN},
+         "negative_second 'a -> b .*'b' would do nothing"),
     ],
-)
+)  # fmt: skip
 def test_texts_that_cannot_be_told_are_refused(
     sd15: hs.Engine, sdxl: hs.Engine, family: str, asked: dict[str, Any], told: str
 ) -> None:
@@ -205,3 +212,15 @@ def test_texts_that_cannot_be_told_are_refused(
         engine.iterate(**{"prompts": "cat", "plan": PLAN, **asked})
     with pytest.raises(TypeError, match="unexpected keyword argument 'tile'"):
         engine.iterate("cat", tile=3)  # type: ignore[call-arg]
+
+
+def test_texts_of_any_two_lengths_share_a_call(sd15: hs.Engine) -> None:
+    """5 and 7, 16 and 19 pieces; what cannot is refused before anything runs."""
+    some, more = ("cat " * (14 * pieces) for pieces in (16, 19))
+    alone = drawn(sd15, some)
+    assert far(drawn(sd15, [some, more], batch=1)[:1], alone) < 1e-4
+    drawn(sd15, some, negative=more)
+    drawn(sd15, f"{some} -> {more} at the hand-off")
+    lengths = ["cat " * (14 * pieces) for pieces in (5, 7, 8, 9)]
+    with pytest.raises(hs.InputError, match=r"5, 7, 8, 9 pieces .* \(in a sweep a smaller --batch"):
+        sd15.iterate(lengths, plan=PLAN)

@@ -34,7 +34,7 @@ class Intervention(NamedTuple):
 
     def check(self, tables: Mapping[str, StepTable], engine: Engine) -> None:
         """Raise InputError or PlanError where a plan has no such step, model or guidance."""
-        from headstart.traces.branches import changed
+        from headstart.traces.branches import changed, check_heard
 
         for name, table in tables.items():
             for step in self.steps:
@@ -44,7 +44,9 @@ class Intervention(NamedTuple):
                         f"step 1 to {len(table) - 1}, not from {step}: choose another step or plan"
                     )
                 known = engine.weights
-                changed(table, step, known, model=self.model, guidance=self.guidance)
+                own = changed(table, step, known, model=self.model, guidance=self.guidance)
+                if self.prompt is not None:
+                    check_heard(self.prompt, own, step)
 
     @property
     def guided(self) -> bool:

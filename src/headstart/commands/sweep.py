@@ -184,6 +184,14 @@ def _check_requests(
     for prompt in dict.fromkeys(case.prompt for case in cases):
         if "->" in prompt or "<" in prompt:
             engine.iterate(prompt, plan=table)
+    # Those whose lengths must meet: of one piece are most batches, and all of them fit.
+    room, least = engine.text.length - 2, max((method.least for method in methods), default=1)
+    for part in batches(cases, args.batch, least):
+        prompts = list(dict.fromkeys(case.prompt for case in part))
+        if any("BREAK" in prompt or len(prompt.encode()) > room for prompt in prompts):
+            engine.iterate(
+                prompts, plan=table, seeds=range(len(prompts)), negative=read_texts(args.negative)
+            )
 
 
 def _drawing(

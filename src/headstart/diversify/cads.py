@@ -15,7 +15,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Row, check_values, conditional_half, written
+from headstart.diversify.method import (
+    Limits,
+    Row,
+    check_values,
+    conditional_half,
+    own_tokens,
+    written,
+)
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.table import StepTable
@@ -79,7 +86,7 @@ class Cads:
         count = len(row.images)
         cond = cond if len(cond) > 1 else cond.expand(count)
         noised = partial(self._noised, row=row, left=left)
-        context = conditional_half(cond.context, count, partial(noised, sample=CONTEXT))
+        context = own_tokens(cond.context, row, partial(noised, sample=CONTEXT))
         if cond.pooled is None:
             return replace(cond, context=context)
         pooled = conditional_half(cond.pooled, count, partial(noised, sample=POOLED))

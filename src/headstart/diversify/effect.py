@@ -86,10 +86,15 @@ def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) 
 
 class Position:
     """At which row a run is. `begin` is told each row before its network is called: to read it off
-    the call's timestep would wait for the device."""
+    the call's timestep would wait for the device.
 
-    def __init__(self, table: StepTable, images: Images) -> None:
-        self._table, self._images = table, images
+    tokens  [rows][images], see `Row`
+    """
+
+    def __init__(
+        self, table: StepTable, images: Images, tokens: Sequence[tuple[int, ...]] = ()
+    ) -> None:
+        self._table, self._images, self._tokens = table, images, tokens
         self.row = self._row(0)
 
     def begin(self, step: Step) -> None:
@@ -97,7 +102,8 @@ class Position:
 
     def _row(self, index: int) -> Row:
         table = self._table
-        return Row(table.first + index, len(table), table[index], self._images)
+        tokens = self._tokens[index] if self._tokens else ()
+        return Row(table.first + index, len(table), table[index], self._images, tokens)
 
 
 class Diversified(NamedTuple):

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Row, check_values, conditional_half, written
+from headstart.diversify.method import Limits, Row, check_values, own_tokens, written
 from headstart.interfaces import Conditioning
 from headstart.plan.table import StepTable
 
@@ -73,4 +73,4 @@ class EmbeddingNoise:
                 u = u * (place < NormalDist().inv_cdf(self.share))
             return y + self.strength * y.std((1, 2), keepdim=True) * u
 
-        return replace(cond, context=conditional_half(cond.context, len(row.images), noised))
+        return replace(cond, context=own_tokens(cond.context, row, noised))

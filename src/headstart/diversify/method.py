@@ -90,12 +90,17 @@ class Images:
 
 
 class Row(NamedTuple):
-    """Where a run is: the row's number of `total`, its coefficients, and the images."""
+    """Where a run is: the row's number of `total`, its coefficients, and the images.
+
+    tokens  how many each image's own text has here: its context is these said again and again, to
+            be as long as those of the others. Empty: the whole context of every image
+    """
 
     number: int
     total: int
     step: Step
     images: Images
+    tokens: tuple[int, ...] = ()
 
 
 class Method(Protocol):
@@ -175,3 +180,20 @@ def conditional_half(whole: Tensor, count: int, change: Callable[[Tensor], Tenso
     """`whole`, with its last `count` rows changed in float32: a guided call's second half."""
     kept, own = whole[: len(whole) - count], whole[len(whole) - count :]
     return torch.cat((kept, change(own.float()).to(whole.dtype)))
+
+
+def own_tokens(context: Tensor, row: Row, change: Callable[[Tensor], Tensor]) -> Tensor:
+    """`context` [B or 2B, L, D] with each image's own tokens changed in its last B rows, and said
+    again as before: what becomes of an image does not depend on how long the other texts are.
+
+    change  [B, own, D] float32 -> the same shape; asked once for each number of tokens
+    """
+    count, length = len(row.images), context.shape[1]
+    made = {
+        own: conditional_half(context[:, :own], count, change)[-count:].repeat(1, length // own, 1)
+        for own in dict.fromkeys(row.tokens or (length,))
+    }
+    changed, *others = made.values()
+    if others:
+        changed = torch.stack([made[own][image] for image, own in enumerate(row.tokens)])
+    return torch.cat((context[: len(context) - count], changed))

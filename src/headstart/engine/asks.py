@@ -16,7 +16,7 @@ class Asks(PlanSettings, total=False):
     negative        what guidance moves away from: one text for all, or one an image. None: no
                     negative prompt, which is zeros where the family was trained so (SDXL) and the
                     encoding of "" elsewhere; "": encoded. For plans with guidance other than 1, and
-                    refused elsewhere where it says something
+                    refused elsewhere
     size            pixels, a number or (height, width); None: the model's own, or the noise's
     adapters        strengths of attached adapters in this run, by name, or the names of those that
                     act; None: all as attached. Multiplied by what the plan's legs say

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
-from headstart.diversify.method import Images
+from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
 from headstart.engine.given import Told
+from headstart.engine.lengths import alike, lengths, meeting, tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
@@ -83,7 +84,9 @@ class Course:
             model: Chunked(open_runner(self.runner, self.weights.denoisers[model]), rows)
             for model in table.models
         }
-        position = Position(table, images)
+        noised = any(isinstance(method, ChangesConditioning) for method in methods)
+        tokens = tokens_of(cond, table, self.weights.text.length) if noised else ()
+        position = Position(table, images, tokens)
         states = sample(
             table, networks_of(networks, methods, position), cond,
             noise_for(methods, images, request.noise),
@@ -106,9 +109,11 @@ def encode(weights: Pair, request: Request) -> tuple[Told, Told | None]:
     cond = cond if own.cond is None else _of(own.cond, request, batch)
     uncond = uncond if own.uncond is None else _of(own.uncond, request, batch)
     assert cond is not None
-    return _with_guidance(weights, cond), None if uncond is None else _with_guidance(
-        weights, uncond
-    )
+    if uncond is None:
+        return _with_guidance(weights, cond), None
+    tokens = meeting([*lengths(cond), *lengths(uncond)], weights.text.length)
+    cond, uncond = alike(cond, tokens), alike(uncond, tokens)
+    return _with_guidance(weights, cond), _with_guidance(weights, uncond)
 
 
 def _of(told: Told, request: Request, batch: int) -> Told:

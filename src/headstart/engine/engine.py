@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
-from typing import Any, Unpack, cast, final
+from typing import Any, Unpack, final
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
 from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
+from headstart.engine.prompts import check_texts
 from headstart.engine.request import Prompts, Request, Seeds, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
@@ -319,8 +320,9 @@ class Engine:
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
         run = self._prepared(
-            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify
-        )
+            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
+            resumed=resume is not None,
+        )  # fmt: skip
         if resume is not None:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
             check_resume(resume.step, run.table, shapes, [len(run.images), *run.latent])
@@ -351,9 +353,10 @@ class Engine:
 
     def _prepared(self, prompts: Prompts, asks: Asks, **call: Any) -> Request:
         """The request, read as this engine does where the call does not say otherwise."""
-        told = {name: value for name, value in asks.items() if value is not None}
-        asked = cast("Asks", {**asks, **self.reading, **told})
-        return prepare(self.weights, self.adapters.now(), prompts, asks=asked, **call)
+        now = self.adapters.now()
+        request = prepare(self.weights, now, prompts, asks=asks, reading=self.reading, **call)
+        check_texts(self.weights.text, request)
+        return request
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""

@@ -63,9 +63,32 @@ class Own:
         }
         return found if self.noise is None else {**found, "noise": len(self.noise)}
 
+    def differing(self, rows: Sequence[int]) -> list[str]:
+        """Of `cond` and `uncond` those that do not tell these samples the same."""
+        given = {"cond": self.cond, "uncond": self.uncond}
+        return [
+            name
+            for name, told in given.items()
+            if told is not None and any(_differ(part, rows) for part in _parts(told))
+        ]
+
+
+def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
+    """Whether samples of it differ; one sample serves all."""
+    first, *others = rows
+    return len(part) > 1 and any(
+        not torch.equal(tensor[row], tensor[first])
+        for tensor in part.tensors.values()
+        for row in others
+    )
+
 
 def _parts(told: Told) -> list[Conditioning]:
     return [part for part in told_parts(told) if isinstance(part, Conditioning)]
+
+
+def has_time_ids(told: Told) -> bool:
+    return any(part.time_ids is not None for part in _parts(told))
 
 
 def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:

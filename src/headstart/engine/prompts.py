@@ -15,6 +15,7 @@ from torch import Tensor
 
 from headstart.by_level import ByLevel, Level
 from headstart.engine.given import Told
+from headstart.engine.lengths import lengths, meeting
 from headstart.engine.request import Request
 from headstart.engine.tags import text_strengths
 from headstart.engine.words import Line
@@ -49,28 +50,57 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
 
 
+def check_texts(text: ClipText, request: Request) -> None:
+    """Raise InputError for texts that cannot share a call, before anything is allocated."""
+    own = request.own
+    have = [*lengths(own.cond), *lengths(own.uncond)]
+    if own.cond is None or (request.guided and own.uncond is None):
+        text = request.adapters.text or text
+        lines = list(dict.fromkeys(line for row in request.lines for line in row))
+        prompts, negatives, how = _texts(request, lines, each=False)
+        have.append(text.check(prompts, negatives, **how))
+    if request.guided:  # its calls hold both halves
+        meeting(have, text.length)
+
+
+def _texts(
+    request: Request, lines: Sequence[Line], *, each: bool
+) -> tuple[list[str], list[str | None] | None, dict[str, Any]]:
+    """Prompts, negative prompts where the engine reads them, and how they are read.
+
+    each   a negative prompt for each line, where it would be one for all too
+    """
+    words, size = request.words, request.size
+    how: dict[str, Any] = {"style": words.style, "clip_skip": words.clip_skip}
+    how |= {"original": words.original_size or size, "size": words.target_size or size}
+    how |= {"crop": words.crop or (0, 0)}
+    prompts = [line.prompt for line in lines]
+    if request.own.cond is not None:  # names, of which nothing is read
+        prompts = [""] * len(lines)
+    elif any(line.second is not None for line in lines):
+        how["second"] = [line.prompt if line.second is None else line.second for line in lines]
+    if not request.guided or request.own.uncond is not None:
+        return prompts, None, how
+    pairs = [(line.negative, line.negative_second) for line in lines]
+    if not each and len(set(pairs)) == 1:
+        pairs = pairs[:1]
+    if any(second is not None for _, second in pairs):
+        how["negative_second"] = [second for _, second in pairs]
+    return prompts, [negative for negative, _ in pairs], how
+
+
 def _encoded(
     text: ClipText, request: Request, lines: Sequence[Line], strengths: Tensor | None
 ) -> tuple[Conditioning, Conditioning | None]:
     """Of each line; with strengths each negative prompt is read at its image's too."""
-    words, adapters, size = request.words, request.adapters, request.size
-    how: dict[str, Any] = {"style": words.style, "clip_skip": words.clip_skip}
-    how |= {"original": words.original_size or size, "size": words.target_size or size}
-    how |= {"crop": words.crop or (0, 0)}
-    if any(line.second is not None for line in lines):
-        how["second"] = [line.prompt if line.second is None else line.second for line in lines]
-    prompts = [line.prompt for line in lines]
-    if not request.guided or request.own.uncond is not None:
+    adapters = request.adapters
+    prompts, negatives, how = _texts(request, lines, each=strengths is not None)
+    if negatives is None:
         with adapters.acting(strengths):
             alone = text.encode(prompts, None, **how)
         return replace(alone, adapters=adapters), None
-    pairs = [(line.negative, line.negative_second) for line in lines]
-    if strengths is None and len(set(pairs)) == 1:
-        pairs = pairs[:1]
-    if any(second is not None for _, second in pairs):
-        how["negative_second"] = [second for _, second in pairs]
     with adapters.acting(None if strengths is None else torch.cat((strengths, strengths))):
-        cond, uncond = text.encode(prompts, [negative for negative, _ in pairs], **how)
+        cond, uncond = text.encode(prompts, negatives, **how)
     return replace(cond, adapters=adapters), replace(uncond, adapters=adapters)
 
 

@@ -14,7 +14,7 @@ from headstart.diversify.effect import check_images, select_of, strengths_of, ta
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
 from headstart.engine.asks import OWN, Asks
-from headstart.engine.given import Own, digests, latent_of, noise_source, own_of
+from headstart.engine.given import Own, digests, has_time_ids, latent_of, noise_source, own_of
 from headstart.engine.memory import Shape, plan_chunk
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -74,23 +74,34 @@ def prepare(
     batch: int | None = None,
     diversify: Diversify = (),
     keep_x0: bool = False,
+    reading: Mapping[str, Any] | None = None,
+    resumed: bool = False,
 ) -> Request:
-    """See `headstart.Engine.sample`."""
+    """See `headstart.Engine.sample`. `reading`: of prompts, where `asks` does not say; `resumed`:
+    rows have run that may have been others."""
     asked, settings = _told_apart(asks)
     methods = read_methods(diversify)
     acts = attached.acts(asked.get("adapters"))
     by_sample = any(strength.by_sample for strength in acts.values())
     pixels = _pixels(weights, asked)
     own = _own(weights, asked, pixels)
-    words, seeds = _paired(prompts, seeds, asked, own, distinct=not by_sample)
+    _check_idle(asked, own)
+    words, seeds = _paired(
+        prompts, seeds, {**(reading or {}), **asked}, own, distinct=not by_sample
+    )
     check_words(words, weights.text)
     images = Images(words.prompts, seeds)
     _check_across(methods, images, by_sample, own)
+    _check_alike(methods, words, images, own)
     table = table_of(methods, compile_for(weights, plan, settings))
     lines, tags = _told(words, table, own)
     acts = strengths_of(methods, tagged(acts, attached, table, tags), attached, table)
     guided = any(step.guidance != 1.0 for step in table)
     _check_guidance(words, own, table, guided)
+    if own.cond is not None and (own.uncond is not None or not guided):
+        words = _unread(words, asked)
+    if guided and not resumed:
+        _check_negative_levels(words, lines, table)
     if batch is not None and batch < 1:
         raise InputError(f"batch must be at least 1 sample, got {batch}")
     select = select_of(methods)
@@ -219,11 +230,59 @@ def _told(
 def _check_guidance(words: Words, own: Own, table: StepTable, guided: bool) -> None:
     if own.uncond is not None and any(text is not None for text in words.negative):
         raise InputError("negative= and uncond= both say what guidance moves away from: give one")
-    if (any(words.negative) or own.uncond is not None) and not guided:
+    said = any(text is not None for text in words.negative)
+    if (said or own.uncond is not None) and not guided:
         raise InputError(
             f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
             "other than 1; leave it out, or give base_guidance= or distilled_guidance="
         )
+
+
+def _check_idle(asked: Mapping[str, Any], own: Own) -> None:
+    """Raise InputError for what prompts are read with beside a conditioning that is not read."""
+    if own.cond is not None and "second" in asked:
+        raise InputError(
+            "second= would do nothing: cond= is told in place of the prompts, of both encoders; "
+            "leave one of them out"
+        )
+    sizes = [name for name in ("original_size", "crop", "target_size") if name in asked]
+    for name in ("cond", "uncond"):
+        if sizes and asked.get(name) is not None and has_time_ids(asked[name]):
+            raise InputError(
+                f"{name} has time_ids of its own, so {sizes[0]}= would be told to the other half "
+                "of guidance alone, or to none: write it into these time_ids, or leave them out"
+            )
+
+
+def _unread(words: Words, asked: Mapping[str, Any]) -> Words:
+    """Of a call in which no text is read. Raises InputError where it says how to read one."""
+    if idle := [
+        name for name in ("style", "clip_skip") if name in asked and words.reading.get(name)
+    ]:
+        raise InputError(
+            f"{idle[0]}= would do nothing: cond= is told in place of the prompts, and no negative "
+            "prompt is read: leave it out"
+        )
+    return replace(words, style="plain", clip_skip=None)
+
+
+def _check_negative_levels(words: Words, lines: Sequence[Sequence[Line]], table: StepTable) -> None:
+    """Raise InputError for a part of a negative prompt that only rows without guidance have."""
+    if table.first or table.cut:
+        return
+    heard = [row for row, step in zip(lines, table, strict=True) if step.guidance != 1.0]
+    for image in range(len(words)):
+        for name in ("negative", "negative_second"):
+            parts = dict.fromkeys(getattr(row[image], name) for row in lines)
+            idle = [
+                part for part in parts if all(getattr(row[image], name) != part for row in heard)
+            ]
+            if idle:
+                raise InputError(
+                    f"{name} {getattr(words, name)[image]!r:.60}: {idle[0]!r:.60} would do "
+                    f"nothing: it is said at rows of plan {table.name!r} that have guidance 1 alone; leave "
+                    "it out, or give these rows guidance (base_guidance=, distilled_guidance=)"
+                )
 
 
 def _check_across(methods: Sequence[Method], images: Images, by_sample: bool, own: Own) -> None:
@@ -240,3 +299,19 @@ def _check_across(methods: Sequence[Method], images: Images, by_sample: bool, ow
             f"diversify {select}: draws candidates from other seeds, and the noise is given: leave "
             "one of them out"
         )
+
+
+def _check_alike(methods: Sequence[Method], words: Words, images: Images, own: Own) -> None:
+    """Raise InputError where images that a method mixes are told several things."""
+    across = next((method for method in methods if method.least > 1), None)
+    if across is None:
+        return
+    for prompt, rows in images.by_prompt.items():
+        texts = {name: {getattr(words, name)[row] for row in rows} for name in _TEXTS}
+        several = [name for name, found in texts.items() if len(found) > 1]
+        if found := several or own.differing(rows):
+            raise InputError(
+                f"diversify {across}: acts across the images of a prompt, and those of "
+                f"{prompt!r:.60} differ in {found[0]}=: give one for all of them, or leave the "
+                "method out"
+            )

@@ -12,6 +12,7 @@ modules/sd_hijack_clip.py (`tokenize_line`); Comfy-Org/ComfyUI a125cd8, comfy/sd
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -24,6 +25,8 @@ COMFYUI_WHOLE = 8
 A1111_BACK = 20
 """The webui's default for "Prompt word wrap length limit" (`comma_padding_backtrack`)."""
 MAX_PIECES = 64
+MAX_PLACES = 512
+"""Pieces that texts of one call may take when all are as long: 323 MB a row in float32 for SDXL."""
 
 
 class Piece(NamedTuple):
@@ -39,6 +42,23 @@ class Piece(NamedTuple):
 
 Weighed = tuple[Sequence[Word], float]
 """The words of a span, and its weight; None in its place is a BREAK."""
+
+
+def places(counts: Iterable[int], room: int) -> int:
+    """Pieces of each text of a call, where they have `counts`: their least common multiple.
+
+    Raises InputError for more than MAX_PLACES.
+    """
+    own = sorted(set(counts))
+    found = math.lcm(*own)
+    if found > MAX_PLACES:
+        raise InputError(
+            f"the texts of this call are {', '.join(map(str, own))} pieces of {room} tokens long; "
+            f"each is said again until all are as long, which takes {found} pieces, and at most "
+            f"{MAX_PLACES} are allowed: make the longest prompts or negative prompts alike in "
+            "length, or ask for fewer prompts at once (in a sweep a smaller --batch)"
+        )
+    return found
 
 
 def cut(

@@ -7,7 +7,6 @@ pooled  = P @ normed[argmax(ids)] of the first piece  (SDXL)
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
@@ -20,7 +19,7 @@ from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks import emphasis, grammar
-from headstart.networks.pieces import MAX_PIECES, Piece, cut
+from headstart.networks.pieces import Piece, cut, places
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation, PromptStyle
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import Tower
@@ -153,7 +152,8 @@ class ClipText(nn.Module):
         attention does not see (ComfyUI does so; the webui runs them apart, to the same end).
 
         Raises InputError for anything but strings, for an unknown style, a second text for one
-        encoder, more than 64 pieces, and with `strict` for a text of more than one.
+        encoder, a text of more than 64 pieces, texts that only meet after more than 512, and with
+        `strict` for a text of more than one.
         """
         if style not in PROMPT_STYLES:
             raise InputError(f"style {style!r:.40}: expected {', '.join(PROMPT_STYLES)}")
@@ -168,11 +168,26 @@ class ClipText(nn.Module):
             uncond = _without(uncond, says.absent)
         return cond, uncond.expand(says.prompts)
 
+    def check(
+        self,
+        prompts: Sequence[str],
+        negative: Negative | None = None,
+        *,
+        second: Sequence[str] | None = None,
+        negative_second: Negative | None = None,
+        style: PromptStyle = "plain",
+        **_: object,
+    ) -> int:
+        """Tokens of each row that `encode` would give, with its errors of texts and lengths."""
+        says = worded(prompts, negative, second, negative_second, len(self.towers))
+        rows = self._readings((says.first, says.second), style, False)[0].rows
+        return places(map(len, rows), self.length - 2) * self.length
+
     def ids(self, prompts: Sequence[str], *, strict: bool = False) -> list[Tensor]:
         """Token ids [B, k*L] of plain prompts for each encoder, as `encode` reads them."""
         texts = worded(prompts, None, None, None, 1).first
         readings = self._readings((texts, texts), "plain", strict)
-        order = _order(readings[0].rows)
+        order = _order(readings[0].rows, self.length - 2)
         return [_laid_out(list(self._ids(own)), order) for own in readings]
 
     def taught(self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]) -> ClipText:
@@ -249,7 +264,7 @@ class ClipText(nn.Module):
         micro: tuple[Size, Size, tuple[int, int]],
     ) -> Conditioning:
         check_threads()
-        order = _order(readings[0].rows)
+        order = _order(readings[0].rows, self.length - 2)
         device = next(self.parameters()).device
         outs = [self._read(own, hidden, device) for own in readings]
         context = torch.cat([_laid_out(pieces, order) for pieces, _ in outs], dim=-1)
@@ -303,20 +318,14 @@ def _without(cond: Conditioning, rows: list[bool]) -> Conditioning:
     return Conditioning(cond.context * keep[:, None, None], pooled, cond.time_ids)
 
 
-def _order(rows: Sequence[list[Piece]]) -> Tensor:
+def _order(rows: Sequence[list[Piece]], room: int) -> Tensor:
     """[B, k]: which of its pieces each row says at each place; the shorter ones say theirs again.
 
-    Raises InputError for rows that meet only after more than MAX_PIECES.
+    Raises InputError for rows that are never as long (`places`).
     """
     counts = [len(pieces) for pieces in rows]
-    places = math.lcm(*counts)
-    if places > MAX_PIECES:
-        lengths = ", ".join(map(str, sorted(set(counts))))
-        raise InputError(
-            f"the prompts of this call are {lengths} pieces long, which would meet after {places}: "
-            f"expected at most {MAX_PIECES}; give prompts of like lengths, or fewer in a call"
-        )
-    return torch.tensor([[place % count for place in range(places)] for count in counts])
+    together = range(places(counts, room))
+    return torch.tensor([[place % count for place in together] for count in counts])
 
 
 def _laid_out(pieces: list[Tensor], order: Tensor) -> Tensor:

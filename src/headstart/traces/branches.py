@@ -5,6 +5,7 @@ row K of the new run starts at x of row K - 1, or at x0 + sigma_K*n with n drawn
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, SupportsIndex, final
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from headstart.adapters.strength import Strength
+from headstart.by_level import part_of_rows
 from headstart.diversify.effect import going_on
 from headstart.engine.engine import Engine
 from headstart.engine.pixels import decode_rgb, finished
+from headstart.engine.stages import stages
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
@@ -107,6 +110,8 @@ def branch(
         )
     words = _told(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
+    if prompt is not None and not origin.reading.get("literal"):
+        check_heard(prompt, table, first)
     seeds = (origin.chosen or origin.seeds) if reseed is None else pair_up("", reseed)[1]
     kept = None if origin.x0 is None else origin.x0[:first]
     if reseed is not None:
@@ -173,6 +178,20 @@ def changed(
         rows[index] = row
     ran = {row.model: known.schedules[row.model] for row in rows}
     return replace(table, steps=tuple(rows), schedule=fingerprint_of(ran))
+
+
+def check_heard(prompt: str, table: StepTable, first: int) -> None:
+    """Raise InputError for a part of a prompt that no row from `first` on is told."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the run itself warns
+        parts = stages(prompt)
+    told = part_of_rows([part.level for part in parts], table)[first:]
+    if idle := [part.text for number, part in enumerate(parts) if number not in told]:
+        raise InputError(
+            f"prompt {prompt!r:.80}: {idle[0]!r:.60} is for rows before row {first}, from which on "
+            "this prompt holds, so it would never be used: leave it out, or go on from an earlier "
+            "row"
+        )
 
 
 def _switched(row: Step, model: str, known: Trained) -> Step:

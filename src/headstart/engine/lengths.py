@@ -1,0 +1,79 @@
+"""How long texts are that share a call: each is said again until all are as long.
+
+context = own, own, ...        softmax over keys said n times each is that over the keys
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+
+from headstart.by_level import ByLevel, told_by_row, told_parts
+from headstart.engine.given import Told
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning
+from headstart.networks.pieces import MAX_PLACES
+from headstart.plan.table import StepTable
+
+
+def meeting(lengths: Iterable[int], piece: int) -> int:
+    """Tokens of each text of a call that has these lengths. Raises InputError for more than
+    MAX_PLACES pieces."""
+    own = sorted(set(lengths))
+    found = math.lcm(*own)
+    if found > max(own[-1], MAX_PLACES * piece):
+        raise InputError(
+            f"cond, uncond and the texts of this call are {', '.join(map(str, own))} tokens long; "
+            f"each is said again until all are as long, which takes {found} tokens, and at most "
+            f"{MAX_PLACES * piece} are allowed: give them lengths that divide each other"
+        )
+    return found
+
+
+def alike(told: Told, tokens: int) -> Told:
+    """Its contexts said again until they have so many tokens; one with a mask of its own in `extra`
+    is left as it is."""
+    if isinstance(told, ByLevel):
+        return told.map(lambda part: alike(part, tokens))
+    times = tokens // told.context.shape[1]
+    return (
+        told
+        if times == 1 or told.extra
+        else replace(told, context=told.context.repeat(1, times, 1))
+    )
+
+
+def lengths(told: Told | None) -> list[int]:
+    """Tokens of each part."""
+    parts = told_parts(told)
+    return [part.context.shape[1] for part in parts if isinstance(part, Conditioning)]
+
+
+def tokens_of(told: Told, table: StepTable, piece: int) -> list[tuple[int, ...]]:
+    """[rows][samples]: the tokens of each sample before they are said again, in whole pieces.
+
+    Waits for the device, once a text.
+    """
+    known: dict[int, tuple[int, ...]] = {}
+    rows = told_by_row(told, table)
+    for part in rows:
+        if isinstance(part, Conditioning) and id(part) not in known:
+            known[id(part)] = _own(part.context, piece)
+    return [known[id(part)] for part in rows]
+
+
+def _own(context: Tensor, piece: int) -> tuple[int, ...]:
+    """The shortest beginning of each [L, D] that, said again, is the whole of it."""
+    length = context.shape[1]
+    own = [length] * len(context)
+    if length % piece == 0:
+        shorter = [n for n in range(piece, length, piece) if length % n == 0]
+        for tokens in reversed(shorter):
+            again = context[:, :tokens].repeat(1, length // tokens, 1)
+            same = cast("list[bool]", (again == context).flatten(1).all(1).tolist())  # pyright: ignore
+            own = [tokens if one else longer for one, longer in zip(same, own, strict=True)]
+    return tuple(own)
