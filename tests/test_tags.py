@@ -61,6 +61,7 @@ def far(one: Tensor, other: Tensor) -> float:
         ("<lora:ink.safetensors:1:0>cat", "cat", {"ink": Tag(1.0, 0.0)}),
         ("<lora:ink:0.4:unet=2>", "", {"ink": Tag(0.4, 2.0)}),
         ("<lora:a:te=0><lora:b:2>", "", {"a": Tag(0.0, 0.0), "b": Tag(2.0, 2.0)}),
+        ("a < lora : ink:1.5 >", "a", {"ink": Tag(1.5, 1.5)}),
         ("a <s1> <lora> lora:ink:2", "a <s1> <lora> lora:ink:2", {}),
     ],
 )
@@ -72,6 +73,7 @@ def test_a_tag_is_a_name_and_its_strengths(typed: str, text: str, tags: dict[str
     ("typed", "told"),
     [
         ("<lora:>", "expected <lora:NAME>"),
+        ("<lora:ink:1", "'<lora:ink:1' is not closed"),
         ("<lora:ink:strong>", "expected <lora:NAME>"),
         ("<lora:ink:nan>", "expected <lora:NAME>"),
         ("<lora:ink:1:2:3>", "expected <lora:NAME>"),
