@@ -94,6 +94,6 @@ def test_a_sweep_goes_on_only_with_the_texts_and_adapters_that_it_began_with(
     assert settings["negative"] == "" and not {"reading", "adapters"} & set(settings)
     for change in (["--clip-skip", "2"], ["--lora", "yellow"]):
         assert main([*typed, *change]) == 2
-        assert {"--clip-skip": "reading", "--lora": "adapters"}[
-            change[0]
-        ] in capsys.readouterr().err
+        told = {"--clip-skip": "reading", "--lora": "adapters: null then, yellow at 1.0 (sha256 "}
+        assert told[change[0]] in capsys.readouterr().err
+    assert main([*typed, "--prompt-style", "plain"]) == 0

@@ -30,7 +30,6 @@ from headstart.plan.named import PRESETS, TOML, PlanSettings, check_name, named_
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
-    from headstart.by_level import Level
     from headstart.engine.engine import Engine
     from headstart.plan.table import StepTable
     from headstart.sampler import State
@@ -242,7 +241,7 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     return found
 
 
-def _has_levels(control: str, levels: Sequence[Level]) -> bool:
+def _has_levels(control: str, levels: Sequence[object]) -> bool:
     """Whether a text is left for every level."""
     from headstart.engine.stages import stages
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headstart.adapters.attached import Attached
+from headstart.adapters.attached import Attached, Held
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
@@ -113,8 +113,26 @@ def tagged(
             )
         own = [[told.get(name) for told in row] for row in tags]
         held = attached.held[name]
-        said[name] = held.for_run(_strength(name, acts[name], table, own, texts=held.texts))
+        strength = _strength(name, acts[name], table, own, texts=held.texts)
+        if not held.report.live and strength != held.strength:
+            _refuse_merged(held, [tag for row in own for tag in row])
+        said[name] = held.for_run(strength)
     return said
+
+
+def _refuse_merged(held: Held, tags: Sequence[Tag | None]) -> None:
+    """Raise InputError for tags that ask for another strength than it is merged at."""
+    name, at = held.name, held.strength.constant
+    others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (at, at))
+    told = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
+    told += ["a text without the tag"] * (None in tags)
+    raise InputError(
+        f"adapter {name!r:.60} ({held.report.form}) is merged into the weights at strength {at:g}, "
+        f"which serve all images and rows, and the prompts have {', '.join(told[:3])}: write one "
+        f"tag with one strength in every prompt and every part of one, and in Python set "
+        f"engine.adapters[{name!r:.60}].strength to it; or take the tags out, for --lora "
+        "FILE:STRENGTH"
+    )
 
 
 def _strength(
