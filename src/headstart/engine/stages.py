@@ -87,6 +87,6 @@ def _warn(typed: str, arrows: bool, *, always: bool = False) -> None:
     if arrows and (always or _MEANT.search(typed)):
         warnings.warn(
             f"prompt {typed!r:.80}: an arrow is read as text; what changes with the level is "
-            "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with nothing behind it",
+            "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with only tags behind",
             stacklevel=6,
         )
