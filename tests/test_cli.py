@@ -168,6 +168,7 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
         (["sample", "a fox", "--device", "cuda:99"], "cuda:99"),
         (["sample", "a fox", "--negative", "a dog"], "negative"),
         (["compare", " "], "empty"),
+        (["compare", "a -> b at the hand-off"], "a level that all plans pass"),
         (["compare", "--rounds", "0"], "at least 1"),
     ],
 )

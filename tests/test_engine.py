@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -83,6 +84,19 @@ def test_a_record_replays_to_the_bit_and_a_forged_one_does_not(engine: hs.Engine
     forged = {**record, "prompts": ["a lemon", "a lemon"]}
     with pytest.raises(hs.InputError, match="not equal"):
         hs.replay(forged, engine)
+    told = {**forged, "machine": {**record["machine"], "exclamation": "transformers"}}
+    with pytest.raises(hs.InputError, match=r"Load the weights with the recorded exclamation$"):
+        hs.replay(told, engine)
+    with pytest.raises(hs.InputError, match=r"the record cannot be run by .*its clip_skip"):
+        hs.replay({**record, "reading": {"clip_skip": 99}}, engine)
+
+
+def test_a_replay_says_nothing_of_how_a_prompt_could_be_typed(engine: hs.Engine) -> None:
+    with pytest.warns(UserWarning, match="as letters"):
+        record = engine.sample("(a heart:1.3)", seeds=1).record()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        hs.replay(record, engine)
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,22 @@ def test_a_text_without_signs_is_one_span_in_every_style(text: str) -> None:
     assert read(text, "plain") == [Span(text)]
 
 
+@pytest.mark.parametrize(
+    ("text", "sign"),
+    [
+        ("((red) fox:1.3)", "((red) fox:1.3)"),
+        ("a (b), (a fox: .5", "(a fox: .5"),
+        ("((a fox) and (a frog))", "((a fox)"),
+        ("[ [a] ]", "[ [a] ]"),
+        ("A FOX BREAK", "BREAK"),
+        ("a (fox) at 12:30", None),
+        ("(a fox), [a frog], a:1.3", None),
+    ],
+)
+def test_plain_names_what_another_style_reads(text: str, sign: str | None) -> None:
+    assert taken_as_letters(text, "plain") == sign
+
+
 @pytest.mark.parametrize("style", PROMPT_STYLES)
 def test_a_hundred_thousand_signs_are_read_or_refused(style: PromptStyle) -> None:
     """Each in a fraction of a second; a reader that looks back over the text takes minutes."""

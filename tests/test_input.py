@@ -102,6 +102,16 @@ def test_a_strange_value_anywhere_in_a_record_is_refused_or_harmless(tmp_path: P
     assert len(texts) // 2 < sum(refused) < len(texts)
 
 
+@pytest.mark.parametrize("reading", [{"style": "zzz"}, {"clip_skip": 0}])
+def test_a_way_of_reading_that_there_is_not_names_the_record(
+    reading: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "record.json"
+    path.write_bytes(written({**RECORD, "reading": reading}))
+    with pytest.raises(InputError, match=rf"record.json' is damaged, .*{next(iter(reading))}"):
+        read_whole_record(path)
+
+
 @pytest.mark.parametrize("field", ["seeds", "chunk", "size", "prompts", "weights", "table"])
 @pytest.mark.parametrize("value", [None, "12", 2.5, float("inf"), 10**400, True], ids=str)
 def test_a_field_of_another_kind_is_named(field: str, value: object, tmp_path: Path) -> None:

@@ -39,9 +39,21 @@ def test_prompts_attach_adapters_of_a_folder_and_the_run_replays(
     assert "equal: 2 images, to the bit" in capsys.readouterr().out
 
 
+def test_a_tag_may_stand_behind_a_level_and_a_warning_comes_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    typed = "a fox → (a frog:1.3) below sigma 1.7 <lora:yellow:1>"
+    assert main(["sample", typed, "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.count("reads '(a frog:1.3)' as letters") == 1
+    record = json.loads((tmp_path / "out" / "record.json").read_text())
+    strengths = record["adapters"]["yellow"]["strength"]["value"]
+    assert strengths == [[0.0], [1.0], [1.0], [1.0]]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
+        (["a -> b below sigma 2, c"], "sample --literal"),
         (["--crop", "1"], "expected TOP,LEFT in pixels"),
         (["--original-size", "1x"], "--original-size '1x': expected pixels"),
         (["--clip-skip", "0"], "expected a whole number of at least 1"),
@@ -94,9 +106,9 @@ def test_a_sweep_goes_on_only_with_the_texts_and_adapters_that_it_began_with(
     assert settings["negative"] == "" and not {"reading", "adapters"} & set(settings)
     for change in (["--clip-skip", "2"], ["--lora", "yellow"]):
         assert main([*typed, *change]) == 2
-        assert {"--clip-skip": "reading", "--lora": "adapters"}[
-            change[0]
-        ] in capsys.readouterr().err
+        told = {"--clip-skip": "reading", "--lora": "adapters: null then, yellow at 1.0 (sha256 "}
+        assert told[change[0]] in capsys.readouterr().err
+    assert main([*typed, "--prompt-style", "plain"]) == 0
 
 
 def test_a_sweep_of_texts_that_do_not_meet_is_refused_before_it_draws(

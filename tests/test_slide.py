@@ -64,6 +64,12 @@ def test_a_slide_is_the_runs_it_stands_for_in_one_batch(engine: hs.Engine, lora:
     engine.detach("odd")
 
 
+def test_a_prompt_that_says_the_strength_itself_is_refused(engine: hs.Engine) -> None:
+    table = {"distilled": engine.compile("distilled")}
+    with pytest.raises(hs.InputError, match=r"strength of adapter 'odd' itself.* take the tag out"):
+        slide(engine, "a fox -> a <lora:odd:2> below sigma 1", "odd", (0.0,), (4,), table)
+
+
 def test_a_caption_without_anything_that_scores_is_refused(engine: hs.Engine) -> None:
     table, judge = {"distilled": engine.compile("distilled")}, open_features("colours")
     with pytest.raises(hs.InputError, match="toward= needs a judge that scores images"):

@@ -27,6 +27,11 @@ from headstart.errors import InputError
             [(math.inf, "a field\nof grain"), (2.0, "a sea\nof glass")],
         ),
         ("a -> b below sigma 3 below sigma 2", [(math.inf, "a"), (2.0, "b below sigma 3")]),
+        (
+            "a → b below sigma 3 --> c at the hand-off.",
+            [(math.inf, "a"), (3, "b"), ("handoff", "c")],
+        ),
+        ("a -> b below sigma 3 <lora:x> <LYCO:y>", [(math.inf, "a"), (3, "b<lora:x> <LYCO:y>")]),
     ],
 )
 def test_a_stage_is_an_arrow_a_text_and_a_level(
@@ -37,9 +42,7 @@ def test_a_stage_is_an_arrow_a_text_and_a_level(
         assert list(stages(typed)) == expected
 
 
-@pytest.mark.parametrize(
-    "typed", ["a -> b", "x --> y below sigma 3", "a <-> b", "below sigma 3", ""]
-)
+@pytest.mark.parametrize("typed", ["a -> b", "x ---> y", "a <-> b", "a → b", "below sigma 3", ""])
 def test_any_other_arrow_is_text(typed: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -51,13 +54,27 @@ def test_any_other_arrow_is_text(typed: str) -> None:
     [
         ("a -> b below 3", ["a -> b below 3"]),
         ("a -> b below sigma three", ["a -> b below sigma three"]),
-        ("a -> b below sigma 3, in snow", ["a -> b below sigma 3, in snow"]),
+        ("a => b below sigma 3", ["a => b below sigma 3"]),
+        ("a –> b below sigma 3", ["a –> b below sigma 3"]),
         ("a -> b -> c below sigma 3", ["a -> b", "c"]),
     ],
 )
 def test_an_arrow_that_looks_meant_is_text_with_a_warning(typed: str, texts: list[str]) -> None:
     with pytest.warns(UserWarning, match="is read as text"):
         assert [stage.text for stage in stages(typed)] == texts
+
+
+@pytest.mark.parametrize(
+    ("typed", "rest"),
+    [
+        ("a -> b below sigma 3, in snow", "', in snow'"),
+        ("a -> b at the hand-off in snow -> c below sigma 1", "' in snow '"),
+        ("a -> b below sigma 3 <lora:x:1", "' <lora:x:1'"),
+    ],
+)
+def test_words_behind_a_level_are_refused(typed: str, rest: str) -> None:
+    with pytest.raises(InputError, match=rf"ends its part, and {rest} stands.* --literal"):
+        stages(typed)
 
 
 @pytest.mark.parametrize("typed", ["a -> below sigma 3", "-> b below sigma 3", "->at the handoff"])
@@ -71,3 +88,5 @@ def test_many_arrows_are_read_in_time_that_grows_with_their_number() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert len(stages("a -> b below sigma " * 4000)) == 1
+    with pytest.raises(InputError, match="ends its part"):
+        stages("a -> " + "below sigma 3 " * 4000 + "b")

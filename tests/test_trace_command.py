@@ -201,6 +201,11 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
         (["--from-step", "1", "--prompt-from", ""], "empty"),
         (["--from-step", "3-1", "--reseed", "7"], "steps '3-1': a range must go up"),
         (["--from-step", "1,1", "--reseed", "7"], "one of them is given twice"),
+        (["-> a frog below sigma 1.2", "--watch", "a fox"], "--watch 'a fox': the prompt without"),
+        (
+            ["--from-step", "1", "--prompt-from", "<lora:x>", "--lora-folder", "."],
+            "'x.safetensors'",
+        ),
         (["--switch", "base@x"], "steps 'x': expected numbers"),
         (["--plan", "base", "--base-grid", "8"], "--base-grid does nothing in plan base"),
         (["--plan", "distilled", "--base-guidance", "2"], "--base-guidance does nothing"),
@@ -221,7 +226,9 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        status = main(["trace", "a fox", *arguments])
+        level = arguments[0].startswith("->")
+        prompt, rest = (f"a fox {arguments[0]}", arguments[1:]) if level else ("a fox", arguments)
+        status = main(["trace", prompt, *rest])
     except SystemExit as exit_:  # argparse's own complaint
         status = int(exit_.code or 0)
     assert status == (1 if told == "no CLIP folder" else 2)  # a model file, or anything else

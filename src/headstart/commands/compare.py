@@ -66,6 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     methods = read_diversify(args, apart=True)
     rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
+    _check_levels(prompt)
     engine = open_engine(args, [prompt])
 
     from headstart.compare.compare import compare, compare_tables, footer_of, sheet_of
@@ -97,6 +98,16 @@ def _run(args: argparse.Namespace) -> int:
         counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         print(f"{prompt!r}, {counted}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
     return 0
+
+
+def _check_levels(prompt: str) -> None:
+    from headstart.engine.stages import stages
+
+    if any(stage.level == "handoff" for stage in stages(prompt)):
+        raise InputError(
+            "compare runs base, distilled and skip-first beside the hybrid: these plans have no "
+            "hand-off: write `-> TEXT below sigma X` with a level that all plans pass"
+        )
 
 
 COMPARE = Command(

@@ -65,15 +65,18 @@ def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[N
 
 @contextmanager
 def plain_warnings() -> Generator[None]:
-    """Warnings as one line without a source line."""
+    """Warnings as one line without a source line, each once: a command checks what it then runs."""
+    said = set[str]()
+
+    def warn(message: Warning | str, *_: object) -> None:
+        if (text := str(message)) not in said:
+            said.add(text)
+            print(f"headstart: warning: {text}", file=sys.stderr)
+
     with warnings.catch_warnings():
         warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = _warn
+        warnings.showwarning = warn
         yield
-
-
-def _warn(message: Warning | str, *_: object) -> None:
-    print(f"headstart: warning: {message}", file=sys.stderr)
 
 
 def note(message: str) -> None:

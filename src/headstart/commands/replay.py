@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from headstart.adapters.strength import Strength
 from headstart.commands.arguments import Command, sampling
 from headstart.commands.console import progress
 from headstart.commands.session import adapter_path, counted, open_engine, report, write_images
+from headstart.errors import CheckpointError
 from headstart.output import check_folder
 
 if TYPE_CHECKING:
@@ -38,7 +40,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.out is not None:
         height, width = recorded.size
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
-    engine = open_engine(_as_recorded(args, recorded.weights, recorded.machine))
+    asked = _as_recorded(args, recorded.weights, recorded.machine)
+    try:
+        engine = open_engine(asked)
+    except CheckpointError as error:
+        if not re.search("head-dim|tokenizer", str(error)):
+            raise
+        raise CheckpointError(
+            f"{error}; a record does not hold --tokenizer, --head-dim and --text-head-dim: give "
+            "those that the run was made with"
+        ) from error
 
     _attach_recorded(engine, recorded)
 

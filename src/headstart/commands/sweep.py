@@ -182,7 +182,7 @@ def _check_requests(
         )
     # Those that change with the level, or name an adapter.
     for prompt in dict.fromkeys(case.prompt for case in cases):
-        if "->" in prompt or "<" in prompt:
+        if any(sign in prompt for sign in ("->", "→", "<")):
             engine.iterate(prompt, plan=table)
     # Those whose lengths must meet: of one piece are most batches, and all of them fit.
     room, least = engine.text.length - 2, max((method.least for method in methods), default=1)

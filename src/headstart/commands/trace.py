@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +113,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")
     controls = _watched(args.watch, prompt)
-    engine = open_engine(args, [prompt])
+    twins = {control for control in controls.values() if control is not None}
+    later = [] if change is None or change.prompt is None else [change.prompt]
+    engine = open_engine(args, [prompt, *later, *sorted(twins)])
     tables = {name: engine.compile(name, **_settings(name, names, args)) for name in names}
     if change is not None:
         change.check(tables, engine)
@@ -124,8 +126,8 @@ def _run(args: argparse.Namespace) -> int:
         for name, table in tables.items()
     }
     for given in asked.values():
-        engine.iterate(prompt, **given)  # checks it, and runs nothing
-    twins = {control for control in controls.values() if control is not None}
+        for text in (prompt, *sorted(twins)):
+            engine.iterate(text, **given)  # checks it, and runs nothing
     note(_memory(engine, tables, len(seeds) * (1 + len(twins)), size, change))
     sampled = {text: _sampled(engine, text, asked, change) for text in (prompt, *sorted(twins))}
     found = _traced(args, sampled, prompt, controls, decoder, scorer)
@@ -212,15 +214,24 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     """Phrase -> the prompt without it, or None where the prompt does not have it."""
+    from headstart.engine.stages import stages
     from headstart.traces.timeline import check_phrases, without
 
+    levels = [stage.level for stage in stages(prompt)]
     given = [option.partition("=") for option in options]
     check_phrases([phrase for phrase, _, _ in given])
     found = {
         phrase: control.strip() if mark else without(prompt, phrase)
         for phrase, mark, control in given
     }
+    typed = {phrase for phrase, mark, _ in given if mark}
     for phrase, control in found.items():
+        own = phrase in typed  # which may have other levels
+        if control and not own and len(levels) > 1 and not _has_levels(control, levels):
+            raise InputError(
+                f"--watch {phrase!r}: the prompt without it has not the same parts by level, so it "
+                f"is no control: give one, --watch {phrase + '=PROMPT'!r}, or watch other words"
+            )
         if control is None:
             note(f"{phrase!r} is not in the prompt: not asked for, so it is never called there")
         elif control == prompt:
@@ -228,6 +239,16 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
                 f"--watch {phrase!r}: its control is the prompt itself; name the prompt without it"
             )
     return found
+
+
+def _has_levels(control: str, levels: Sequence[object]) -> bool:
+    """Whether a text is left for every level."""
+    from headstart.engine.stages import stages
+
+    try:
+        return [stage.level for stage in stages(control)] == levels
+    except InputError:
+        return False
 
 
 def _tools(

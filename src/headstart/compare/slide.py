@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from headstart.engine.engine import Engine
+from headstart.engine.words import named_adapters
 from headstart.errors import InputError
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable
@@ -93,8 +94,15 @@ def slide(
     The adapter keeps the legs and timesteps that it was attached for; others keep their strengths.
     toward  a caption that images are scored against, with the judge's scorer
 
-    Raises InputError for a caption and a judge that scores nothing.
+    Raises InputError for a caption and a judge that scores nothing, and for a prompt that says a
+    strength of this adapter itself.
     """
+    if adapter in named_adapters([prompt]):
+        raise InputError(
+            f"the prompt says the strength of adapter {adapter!r} itself, in <lora:{adapter}:...>, "
+            "which holds whatever the strengths of the slide are, so that all columns would show "
+            "it: take the tag out of the prompt"
+        )
     score = None if judge is None else judge.score
     if toward is not None and score is None:
         raise InputError(

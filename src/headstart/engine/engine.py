@@ -174,7 +174,9 @@ class Engine:
         """
         how = {"style": check_style(style), "clip_skip": check_clip_skip(clip_skip, self.text)}
         other = copy(self)
-        object.__setattr__(other, "reading", {n: v for n, v in how.items() if v is not None})
+        object.__setattr__(
+            other, "reading", {n: v for n, v in how.items() if v not in (None, "plain")}
+        )
         return other
 
     def attach(

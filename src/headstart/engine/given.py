@@ -99,7 +99,9 @@ def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
     )
     noise = asked.get("noise")
     if isinstance(noise, Tensor):
-        Given(noise)  # refuses what is no noise
+        _check_finite(Given(noise))  # which refuses what is no noise
+    elif isinstance(noise, Given):
+        _check_finite(noise)
     elif noise is not None and not all(hasattr(noise, n) for n in ("__len__", "initial", "step")):
         raise InputError(
             "noise: expected a tensor [B, C, h, w] of unit normals for the start, or a source such "
@@ -108,6 +110,14 @@ def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
     if cond is not None and uncond is not None:
         _check_lengths(cond, uncond)
     return Own(cond, uncond, noise)
+
+
+def _check_finite(noise: Given) -> None:
+    drawn = {"noise": noise.initial_noise}
+    drawn |= {f"noise, row {row}": own for row, own in enumerate(noise.steps) if own is not None}
+    for name, own in drawn.items():
+        if not own.isfinite().all():
+            raise InputError(f"{name} holds NaN or infinity: expected unit normals")
 
 
 def _check_lengths(cond: Told, uncond: Told) -> None:

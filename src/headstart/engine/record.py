@@ -23,7 +23,7 @@ from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
-from headstart.networks.prompt_style import Exclamation
+from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation
 from headstart.plan.table import StepTable
 
 FORMAT = "headstart.record/2"
@@ -202,6 +202,10 @@ def _read(reading: Mapping[str, Any]) -> Json:
     known = {name.removesuffix("?") for name in _SHAPE["reading?"]}  # pyright: ignore
     if unknown := sorted(set(reading) - known):
         raise KeyError(f"reading has {unknown[0]!r:.40}, which this version does not know")
+    if (style := reading.get("style", "plain")) not in PROMPT_STYLES:
+        raise ValueError(f"reading.style: expected {', '.join(PROMPT_STYLES)}, got {style!r:.40}")
+    if (skip := reading.get("clip_skip", 1)) < 1:
+        raise ValueError(f"reading.clip_skip: expected at least 1, got {skip!r:.40}")
     return {n: tuple(v) if isinstance(v, list) else v for n, v in reading.items()}  # pyright: ignore
 
 
@@ -247,6 +251,10 @@ def _pairs(recorded: Sequence[str] | None, now: Sequence[str]) -> list[tuple[str
     return list(zip(recorded, now, strict=True))
 
 
+_SETTINGS = ("exclamation", "embedded_guidance", "ema")
+"""Of a machine's entries those that change what is computed; absent is the usual."""
+
+
 def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str:
     changed = [
         f"{key} {recorded.get(key)!r} then, {now.get(key)!r} now"
@@ -254,7 +262,11 @@ def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str
         if recorded.get(key) != now.get(key)
     ]
     if changed:
-        return f"what differs: {'; '.join(changed)}. Networks round differently there"
+        told = f"what differs: {'; '.join(changed)}. "
+        settings = [key for key in _SETTINGS if recorded.get(key) != now.get(key)]
+        if settings:
+            return told + f"Load the weights with the recorded {' and '.join(settings)}"
+        return told + "Networks round differently there"
     return "machine, versions and settings are the recorded ones, so the results should be equal"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from headstart.engine import record as recording
 from headstart.engine.engine import Engine
 from headstart.engine.given import Noise, Told
 from headstart.engine.trajectory import Trajectory
+from headstart.engine.words import check_clip_skip
 from headstart.errors import InputError
 from headstart.sampler import State
 
@@ -38,18 +40,25 @@ def replay(
     adapters = engine.adapters.look()
     files = {**engine.weights.files, **adapters.files()}
     recording.check_weights(recorded, recording.weigh(files))
-    again = engine.with_reading().sample(
-        recorded.prompts,
-        **{**recorded.reading, **own},  # pyright: ignore[reportArgumentType]
-        plan=recorded.table,
-        seeds=recorded.seeds,
-        negative=recorded.negative,
-        size=recorded.size,
-        batch=recorded.chunk,
-        adapters=adapters.recorded(recorded.adapters),
-        diversify=recorded.diversify,
-        on_step=on_step,
-    )
+    try:
+        check_clip_skip(recorded.reading.get("clip_skip"), engine.text)
+    except InputError as error:
+        raise InputError(f"the record cannot be run by these weights: its {error}") from error
+    with warnings.catch_warnings():
+        # What a prompt could mean was said when it was typed; here nobody can type it otherwise.
+        warnings.filterwarnings("ignore", r"prompt style .* as letters|.*is read as text;")
+        again = engine.with_reading().sample(
+            recorded.prompts,
+            **{**recorded.reading, **own},  # pyright: ignore[reportArgumentType]
+            plan=recorded.table,
+            seeds=recorded.seeds,
+            negative=recorded.negative,
+            size=recorded.size,
+            batch=recorded.chunk,
+            adapters=adapters.recorded(recorded.adapters),
+            diversify=recorded.diversify,
+            on_step=on_step,
+        )
     difference = recording.first_difference(recorded, again.recorded())
     if difference:
         raise InputError(f"the replay is not equal to the record: {difference}")

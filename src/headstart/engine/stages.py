@@ -12,14 +12,20 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from headstart.by_level import Level
+from headstart.engine.tags import TAG
 from headstart.errors import InputError
 
-_ARROW = re.compile(r"(?<![-<=])->")
-_CLAUSE = re.compile(
-    r"(?P<text>.*?)\s*\b(?:below\s+sigma\s+(?P<sigma>\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
-    r"|(?P<handoff>at\s+the\s+hand-?off))\s*",
-    re.IGNORECASE | re.DOTALL,
+_ARROW = re.compile(r"(?<![-<=])--?>|→")
+_LIKE = re.compile(r"[-=~–—]>|[⇒➔➜➝⟶]")
+"""What may have been typed for an arrow."""
+_LEVEL = (
+    r"\b(?:below\s+sigma\s+(?P<sigma>\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
+    r"|(?P<handoff>at\s+the\s+hand-?off\b))"
 )
+_CLAUSE = re.compile(
+    rf"(?P<text>.*?)\s*{_LEVEL}(?P<tags>(?:[\s.]|{TAG})*)", re.IGNORECASE | re.DOTALL
+)
+_SAID = re.compile(_LEVEL, re.IGNORECASE)
 _MEANT = re.compile(r"\bsigma\b|\bhand-?off\b|\bbelow\s+\.?\d", re.IGNORECASE)
 
 
@@ -33,21 +39,26 @@ class Stage(NamedTuple):
 def stages(typed: str) -> tuple[Stage, ...]:
     """The texts of a prompt, each with the level from which on it holds; the first from the start.
 
-    `-> TEXT below sigma X` and `-> TEXT at the hand-off` begin one; any other `->` is text, with a
-    warning where a level seems to be meant. Raises InputError for a level without a text.
+    `-> TEXT below sigma X` and `-> TEXT at the hand-off` begin one (`-->` and `→` are arrows too),
+    with nothing but tags behind the level; they belong to its text. Any other arrow is text, with a
+    warning where a level seems to be meant. Raises InputError for a level without a text, and for
+    words behind one.
     """
-    arrows = [found.start() for found in _ARROW.finditer(typed)]
-    found = [Stage(math.inf, typed[: arrows[0]] if arrows else typed)]
-    for begin, end in pairwise((*arrows, len(typed))):
-        clause = _CLAUSE.fullmatch(typed, begin + 2, end)
+    arrows = [(found.start(), found.end()) for found in _ARROW.finditer(typed)]
+    ends = [(len(typed), len(typed))]
+    found = [Stage(math.inf, typed[: (arrows + ends)[0][0]])]
+    for (begin, start), (end, _) in pairwise(arrows + ends):
+        clause = _CLAUSE.fullmatch(typed, start, end)
         if clause is None:
+            _check_end(typed, start, end)
             level, text = found[-1]
             found[-1] = Stage(level, text + typed[begin:end])
         else:
             sigma = clause["sigma"]
-            found.append(Stage("handoff" if sigma is None else float(sigma), clause["text"]))
+            text = clause["text"] + clause["tags"].strip(" \t\n.")
+            found.append(Stage("handoff" if sigma is None else float(sigma), text))
     if len(found) == 1:
-        _warn(typed, bool(arrows))
+        _warn(typed, _LIKE.search(typed) is not None or bool(arrows))
         return (Stage(math.inf, typed),)
     if len(found) <= len(arrows):
         _warn(typed, True, always=True)
@@ -60,10 +71,22 @@ def stages(typed: str) -> tuple[Stage, ...]:
     return tuple(found)
 
 
+def _check_end(typed: str, start: int, end: int) -> None:
+    """Raise InputError for words behind a level: what was meant to change would be painted."""
+    for said in reversed([*_SAID.finditer(typed, start, end)]):
+        behind = typed[said.end() : end]
+        raise InputError(
+            f"prompt {typed!r:.80}: {said[0]!r:.40} ends its part, and {behind!r:.40} stands "
+            "behind it: write `-> TEXT below sigma X` or `-> TEXT at the hand-off` with all of the "
+            "text before the level, and nothing but <lora:...> behind it; for the letters "
+            "themselves give literal=True (sample --literal)"
+        )
+
+
 def _warn(typed: str, arrows: bool, *, always: bool = False) -> None:
     if arrows and (always or _MEANT.search(typed)):
         warnings.warn(
-            f"prompt {typed!r:.80}: a `->` is read as text; what changes with the level is written "
-            "`-> TEXT below sigma X` or `-> TEXT at the hand-off`, with nothing behind it",
+            f"prompt {typed!r:.80}: an arrow is read as text; what changes with the level is "
+            "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with only tags behind",
             stacklevel=6,
         )

@@ -13,12 +13,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headstart.adapters.attached import Attached
+from headstart.adapters.attached import Attached, Held
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
-_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>]*)>", re.IGNORECASE)
+TAG = r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>"
+"""A tag, as a part of regular expressions that ignore case."""
+_TAG = re.compile(r"<\s*(lora|lyco|hypernet)\s*:([^<>]*)>", re.IGNORECASE)
+_OPEN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 Array = npt.NDArray[np.float64]
 
@@ -40,7 +43,8 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
     `<lora:NAME>` is strength 1, `<lora:NAME:S>` acts at S, `<lora:NAME:TE:UNET>` at TE in the text
     encoders and UNET in both networks, also as `te=`, `unet=` (AUTOMATIC1111's webui,
     extensions-builtin/Lora/extra_networks_lora.py).
-    `lyco` is another word for it. Raises InputError for anything else in such brackets.
+    `lyco` is another word for it. Raises InputError for anything else in such brackets, and for
+    one that is not closed.
     """
     found: dict[str, Tag] = {}
     for tag in _TAG.finditer(typed):
@@ -48,9 +52,13 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
         if name in found:
             raise InputError(f"prompt {typed!r:.80} names adapter {name!r} twice: leave one out")
         found[name] = told
-    if not found:
-        return typed, found
-    return re.sub(r"\s+", " ", _TAG.sub("", typed)).strip(), found
+    rest = _TAG.sub("", typed)
+    if (left := _OPEN.search(rest)) is not None:
+        raise InputError(
+            f"prompt {typed!r:.80}: {left[0]!r:.40} is not closed: write <lora:NAME:STRENGTH>, or "
+            "give literal=True (sample --literal) for the letters themselves"
+        )
+    return (re.sub(r"\s+", " ", rest).strip() if found else typed), found
 
 
 def _read(tag: str, kind: str, told: str) -> tuple[str, Tag]:
@@ -76,7 +84,7 @@ def _read(tag: str, kind: str, told: str) -> tuple[str, Tag]:
 
 
 def refuse_tags(typed: str, what: str) -> None:
-    if found := _TAG.search(typed):
+    if found := _TAG.search(typed) or _OPEN.search(typed):
         raise InputError(
             f"{what} {typed!r:.60}: {found[0]!r:.40} acts on both halves of guidance, so it stands "
             "in the prompt: write it there"
@@ -105,8 +113,26 @@ def tagged(
             )
         own = [[told.get(name) for told in row] for row in tags]
         held = attached.held[name]
-        said[name] = held.for_run(_strength(name, acts[name], table, own, texts=held.texts))
+        strength = _strength(name, acts[name], table, own, texts=held.texts)
+        if not held.report.live and strength != held.strength:
+            _refuse_merged(held, [tag for row in own for tag in row])
+        said[name] = held.for_run(strength)
     return said
+
+
+def _refuse_merged(held: Held, tags: Sequence[Tag | None]) -> None:
+    """Raise InputError for tags that ask for another strength than it is merged at."""
+    name, at = held.name, held.strength.constant
+    others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (at, at))
+    told = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
+    told += ["a text without the tag"] * (None in tags)
+    raise InputError(
+        f"adapter {name!r:.60} ({held.report.form}) is merged into the weights at strength {at:g}, "
+        f"which serve all images and rows, and the prompts have {', '.join(told[:3])}: write one "
+        f"tag with one strength in every prompt and every part of one, and in Python set "
+        f"engine.adapters[{name!r:.60}].strength to it; or take the tags out, for --lora "
+        "FILE:STRENGTH"
+    )
 
 
 def _strength(

@@ -55,9 +55,9 @@ def read(text: str, style: PromptStyle) -> list[Span]:
     return spans
 
 
-# A number as a weight, brackets in brackets, an escaped bracket.
-_NUMBER = re.compile(r"\([^()]*:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*\)")
-_TWICE = re.compile(r"\(\s*\([^()]*\)\s*\)|\[\s*\[[^\[\]]*\]\s*\]")
+# A number as a weight, where a bracket is open; a bracket in brackets, closed; an escaped bracket.
+_NUMBER = re.compile(r"[()]|:\s*[-+]?(?:\d+\.?\d*|\.\d+)\s*(?:\)|$)")
+_TWICE = re.compile(r"\(\s*\([^()]*\)(?:\s*\))?|\[\s*\[[^\[\]]*\](?:\s*\])?")
 _ESCAPED = re.compile(r"\\[()]")
 _BREAK = re.compile(r"\bBREAK\b")
 
@@ -69,10 +69,26 @@ def taken_as_letters(text: str, style: PromptStyle) -> str | None:
     """What in a text was probably meant as a sign that this style does not read, or None."""
     if style == "a1111":
         return next((sign[0] for sign in _SQUARE.finditer(text) if _edits(sign[1])), None)
-    for pattern in (_NUMBER, _TWICE, _ESCAPED) if style == "plain" else ():
-        if (found := pattern.search(text)) is not None:
-            return found[0]
-    return "BREAK" if text != text.upper() and _BREAK.search(text) else None
+    if style == "plain":
+        if (weight := _weight(text)) is not None:
+            return weight
+        for pattern in (_TWICE, _ESCAPED):
+            if (found := pattern.search(text)) is not None:
+                return found[0]
+    return "BREAK" if _BREAK.search(text) and text.strip() != "BREAK" else None
+
+
+def _weight(text: str) -> str | None:
+    """The first text in brackets that ends with a number, its bracket closed or not."""
+    opened: list[int] = []
+    for sign in _NUMBER.finditer(text):
+        if sign[0] == "(":
+            opened.append(sign.start())
+        elif opened and sign[0] != ")":
+            return text[opened[-1] : sign.end()]
+        elif opened:
+            opened.pop()
+    return None
 
 
 def _edits(within: str | None) -> bool:

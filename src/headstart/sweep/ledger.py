@@ -200,8 +200,10 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(settings))
     changed = [key for key in IDENTITY if _identity(found, key) != _identity(now, key)]
     if changed:
-        told = "; ".join(f"{k}: {_short(found.get(k))} then, {_short(now.get(k))} now"
-                         for k in changed)  # fmt: skip
+        told = "; ".join(
+            f"{key}: {_short(found.get(key), key)} then, {_short(now.get(key), key)} now"
+            for key in changed
+        )
         raise InputError(
             f"{str(folder)!r} was made with other settings ({told}): give those again to go on, or "
             "another --out"
@@ -285,13 +287,25 @@ def _identity(settings: Mapping[str, Any], key: str) -> object:
     return {role: value[role]["sha256"] for role in value} if key == "weights" else value
 
 
-def _short(value: object) -> str:
-    """Short values whole, a table by its name, and what only differs further on by its digest."""
+def _short(value: Any, key: str) -> str:
+    """Short values whole, a table by its name, adapters by name, strength and digest, and what only
+    differs further on by its digest."""
+    if key == "adapters" and isinstance(value, dict):
+        return ", ".join(f"{name} {_adapter(own)}" for name, own in value.items())  # pyright: ignore
     text = json.dumps(value, ensure_ascii=False)
     if len(text) <= 80:
         return text
     told = value.get("name") if isinstance(value, dict) else None  # pyright: ignore
     return f"{told or text[:60] + '…'} (sha256 {_digest(text)})"
+
+
+def _adapter(own: Any) -> str:
+    try:
+        strength = {name: value for name, value in own["strength"].items() if value is not None}
+        only = strength["value"] if strength.keys() == {"value"} else strength
+        return f"at {json.dumps(only):.60} (sha256 {own['sha256'][:12]})"
+    except (AttributeError, KeyError, TypeError):
+        return f"{own!r:.60}"
 
 
 def _digest(text: str) -> str:
