@@ -280,8 +280,9 @@ def _check_negative_levels(words: Words, lines: Sequence[Sequence[Line]], table:
             if idle:
                 raise InputError(
                     f"{name} {getattr(words, name)[image]!r:.60}: {idle[0]!r:.60} would do "
-                    f"nothing: it is said at rows of plan {table.name!r} that have guidance 1 alone; leave "
-                    "it out, or give these rows guidance (base_guidance=, distilled_guidance=)"
+                    f"nothing: it is said at rows of plan {table.name!r} that have guidance 1 "
+                    "alone; leave it out, or give these rows guidance (base_guidance=, "
+                    "distilled_guidance=)"
                 )
 
 
