@@ -153,7 +153,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
                   "clip_skip= would do nothing"),
     "two": ("sdxl", {"prompts": "a", "uncond": told(), "negative": "a"}, "give one"),
     "unguided": ("sdxl", {"prompts": "a", "uncond": told(), "plan": hs.Plan(PLAN.legs[1:])},
-                 "the negative prompt would do nothing"),
+                 "uncond= would do nothing"),
     "noise of a batch": ("sd15", {"prompts": ["a", "b"], "noise": normals(3)}, "noise: 3 for 2"),
     "one noise": ("sd15", {"prompts": ["a", "b"], "noise": normals(1)}, "noise: 1 for 2 images"),
     "channels": ("sd15", {"prompts": "a", "noise": normals(1, 16, 8, 8)}, r"latents \[16, 8, 8\]"),

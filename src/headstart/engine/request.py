@@ -232,9 +232,10 @@ def _check_guidance(words: Words, own: Own, table: StepTable, guided: bool) -> N
         raise InputError("negative= and uncond= both say what guidance moves away from: give one")
     said = any(text is not None for text in words.negative)
     if (said or own.uncond is not None) and not guided:
+        what = "the negative prompt" if said else "uncond="
         raise InputError(
-            f"the negative prompt would do nothing: no row of plan {table.name!r} has guidance "
-            "other than 1; leave it out, or give base_guidance= or distilled_guidance="
+            f"{what} would do nothing: no row of plan {table.name!r} has guidance other than 1; "
+            "leave it out, or give base_guidance= or distilled_guidance="
         )
 
 
