@@ -15,7 +15,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import headstart_weights
 from headstart import output
@@ -347,3 +350,17 @@ def test_what_is_no_record_is_one_error(tmp_path: Path, capsys: pytest.CaptureFi
 def test_debug_shows_the_traceback() -> None:
     with pytest.raises(HeadstartError):
         main(["plan", "--plan", "hybird", "--debug"])
+
+
+def test_what_a_file_was_let_have_is_in_the_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundled, path = headstart_weights.path("base"), tmp_path / "base.safetensors"
+    with safe_open(bundled, "pt") as held:
+        save_file(load_file(bundled) | {"foo.bar": torch.zeros(2)}, path, held.metadata())
+    out, distilled = tmp_path / "out", str(headstart_weights.path("distilled"))
+    typed = ["sample", "a fox", "--base", str(path), "--distilled", distilled, "--out", str(out)]
+    assert main(typed) == 2
+    assert "`--allow NAME` (allow=, `*` for any text)" in capsys.readouterr().err
+    assert main([*typed, "--allow", "foo.*"]) == 0
+    assert main(["replay", str(out / "record.json")]) == 0

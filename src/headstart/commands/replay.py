@@ -85,6 +85,7 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         args.embedded_guidance = machine.get("embedded_guidance")
     if args.ema is None:
         args.ema = machine.get("ema")
+    args.allow = args.allow or machine.get("allow", [])
     if args.exclamation is None:
         args.exclamation = machine.get("exclamation")
     args.preset = None

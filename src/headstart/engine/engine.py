@@ -278,7 +278,6 @@ class Engine:
             latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
             drawn = course.images.seeds
             rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=drawn)
-        dtype, guidance = self.weights.dtype, self.weights.embedded_guidance
         return Trajectory(
             rgb=rgb,
             latents=latents,
@@ -293,14 +292,19 @@ class Engine:
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
-            machine=recording.machine(
-                self.device, dtype, self.runner, guidance, self.text.exclamation, self.weights.ema
-            ),
+            machine=self._machine(),
             diversify=run.methods,
             chosen=drawn if select_of(run.methods) else None,
             reading=run.words.reading,
             given=run.own.digests,
         )
+
+    def _machine(self) -> recording.Json:
+        own, text = self.weights, self.text
+        return recording.machine(
+            own.device, own.dtype, self.runner, own.embedded_guidance, text.exclamation,
+            own.ema, own.allow,
+        )  # fmt: skip
 
     def iterate(
         self,

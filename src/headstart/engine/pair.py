@@ -75,7 +75,7 @@ class Pair:
                  width of its embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
     dtype        that networks compute in; vae_dtype: the decoder
-    ema          whether averaged weights were asked for, or None
+    ema          whether averaged weights were asked for, or None; allow: what was let be
     footprint    how much memory a sample takes, or None: then it is not checked
     files        role -> (name, files) of the weights, for the record
     """
@@ -99,6 +99,7 @@ class Pair:
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     ema: bool | None = None
+    allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
     files: Mapping[str, Files] = field(default_factory=dict[str, Files])
 
@@ -215,6 +216,7 @@ def load_pair(
             [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
         ),
         ema=options.get("ema"),
+        allow=tuple(allow),
         files=_files(named, ema.of) | learned,
     )
     if lora is None or distilled_lora is None:

@@ -43,7 +43,7 @@ _SHAPE = {
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
         **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
-        **{"exclamation?": str, "ema?": bool},
+        **{"exclamation?": str, "ema?": bool, "allow?": [str]},
     },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
@@ -106,9 +106,11 @@ def machine(
     guidance: float | None = None,
     exclamation: Exclamation = "openclip",
     ema: bool | None = None,
+    allow: Sequence[str] = (),
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
-    `exclamation`: how "!" is read, where it is not as usual."""
+    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -121,6 +123,7 @@ def machine(
         **{name: _version(name) for name in ("headstart", "torch", "numpy", "transformers")},
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
+        **({"allow": list(allow)} if allow else {}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 
