@@ -97,13 +97,13 @@ def test_a_chosen_image_is_that_of_its_seed_without_the_method(
     table = engine.compile(plan, **settings)  # pyright: ignore[reportArgumentType]
     found = engine.sample(
         "a fox", plan=table, seeds=SEEDS, diversify="select:3", keep_x0=True,
-        negative="a dog" if plan == "base" else "",
+        negative="a dog" if plan == "base" else None,
     )  # fmt: skip
     assert found.seeds == SEEDS and found.chosen is not None and len(set(found.chosen)) == 4
     assert set(found.chosen) - set(SEEDS)
     again = engine.sample(
         "a fox", plan=table, seeds=found.chosen, keep_x0=True,
-        negative="a dog" if plan == "base" else "",
+        negative="a dog" if plan == "base" else None,
     )  # fmt: skip
     near(again, found, range(4))
     assert found.x0 is not None and again.x0 is not None
