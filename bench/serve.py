@@ -17,7 +17,7 @@ import io
 import json
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 from starlette.applications import Starlette
@@ -63,7 +63,8 @@ def begin(engine: hs.Engine, body: bytes) -> hs.Run:
         )
     if str(asked.get("plan")).endswith(".toml"):
         raise hs.InputError("plan: give a name; a request cannot read files of the server")
-    counts = [len(own) for key in FIELDS if isinstance(own := asked.get(key), list)]
+    lists = [cast("list[object]", own) for own in asked.values() if isinstance(own, list)]
+    counts = [len(own) for own in lists]
     if max(counts, default=1) > MOST_IMAGES:
         raise hs.InputError(f"{max(counts)} images: a request may ask for {MOST_IMAGES}")
     return engine.begin(**asked)
