@@ -6,8 +6,9 @@
 `body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
 its networks, is read from the same memory at every launch: weights changed in place are seen, and
 a weight that was bound anew is noticed by its address, and the function captured again. So is a
-module or a hook that came or went. Python state beyond that is built in; a network that has some
-says so by an attribute `graph_state`, a hashable: another state is another graph.
+module or a hook that came or went; `headstart.runner.bound` says what is noticed when. Python state
+beyond that is built in; a network that has some says so by an attribute `graph_state`, a hashable:
+another state is another graph.
 
 Graphs of a device share a memory pool, which is safe because they never run at the same time and
 never read each other's results (pytorch pull request 166975): all launches are on one stream, in
@@ -148,7 +149,7 @@ class Site:
         ordered = sorted(requests, key=lambda request: -_size_bytes(request[1].values()))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for program, inputs in ordered:
-                self._find(program, inputs, self.backend.current_stream(self.device))
+                self._find(program, inputs, self.backend.current_stream(self.device), wholly=True)
 
     def clear(self) -> None:
         """Drop every graph and the pool."""
@@ -168,14 +169,16 @@ class Site:
             inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
             return self._pool_bytes + sum(inputs)
 
-    def _find(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+    def _find(
+        self, program: Program, inputs: Tensors, caller: Any, *, wholly: bool = False
+    ) -> _Captured:
         if self.dead is not None:
             raise CaptureError(f"no graph is launched on {self.device} any more: {self.dead}")
         self._forget_the_dead()
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
         key = _Key(program.key, networks, _signature(inputs))
         found = self._graphs.get(key)
-        if found is not None and not found.bound.holds():
+        if found is not None and not found.bound.holds(wholly=wholly):
             self._drop([key])
             found = None
         if found is None:
@@ -225,7 +228,7 @@ class Site:
             raise CaptureError(_refused(program, inputs, error)) from error
         self.captures += 1
         self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
-        return _Captured(graph, buffers, outputs, Bound.of(program.networks), self._pool)
+        return _Captured(graph, buffers, outputs, Bound(program.networks), self._pool)
 
     def _record(
         self, graph: Graph, program: Program, buffers: dict[str, Tensor]
