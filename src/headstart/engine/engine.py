@@ -36,13 +36,13 @@ from headstart.interfaces import Denoiser, LatentCodec
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
+from headstart.noise import Philox
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
-from headstart.runner.batch import noise_of
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
 
 
@@ -351,7 +351,7 @@ class Engine:
         run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
         cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
-        noise = noise_of(run.images.seeds) if run.noise is None else run.noise
+        noise = Philox.shared(run.images.seeds) if run.noise is None else run.noise
         return Run(
             run.table, cond, noise, uncond=uncond, shape=run.latent, strengths=run.strengths,
             dtypes=dtypes,
