@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
@@ -94,9 +94,15 @@ class Course:
             picture=self.picture, check=check, before_row=position.begin if methods else None,
         )  # fmt: skip
         for step in table.steps[0 if resume is None else resume.step + 1 :]:
-            with self.clock(step.model):
+            with self.clock(step.model, _device_of(self.weights.denoisers[step.model])):
                 state = next(states)
             yield state
+
+
+def _device_of(network: object) -> torch.device | None:
+    """Where its weights are, which may be another GPU than the run's; None where it has none."""
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((weight.device for weight in weights), None)
 
 
 def encode(weights: Pair, request: Request) -> tuple[Told, Told | None]:

@@ -57,6 +57,14 @@ class Backend(Protocol):
     def memory_reserved(self, device: torch.device) -> int: ...
 
 
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """A timed event on the stream that is current on this device. `Event.record` alone takes that
+    of the current device, and two events of two devices have no time between them."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
 class Cuda:
     """torch.cuda, and `close_pool`."""
 

@@ -17,6 +17,7 @@ from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.residency import compute_dtype
 from headstart.runner.capture import Site
+from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
 
@@ -155,12 +156,9 @@ class EagerRunner:
             return f
 
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record()
+        start = record_event(x_in.device)
         f = self.network(x_in, timestep, cond)
-        end.record()
-        self._events.append((start, end))
+        self._events.append((start, record_event(x_in.device)))
         return f
 
 
