@@ -2,7 +2,7 @@
 
     x = init_scale*n;  each row: F = network(x_in, t), one fused step that draws its noise, and
     writes the next x_in and the row's preview
-    rgb = decode(x)
+    rgb = decode(end_scale*x)
 
 Coefficients, timesteps and guidance are rows of a device table read at a device-side step; seeds,
 noise, and every field of the conditioning are buffers too. A new schedule, guidance, seed or prompt
@@ -36,6 +36,7 @@ _ROW = "row."
 _MAP = ("factors", "bias")
 _KEYS = ("seeds", "samples")
 _INITIAL = "initial"
+_END = "end_scale"
 _TIMESTEP = COLUMNS.index("timestep")
 
 
@@ -229,6 +230,8 @@ class _Request:
             **named(cond.expand(self.batch)),
             **self._noise(noise, device),
         }
+        if table.end_scale != 1.0:
+            tensors[_END] = _placed(np.float32(table.end_scale), device)
         if self.graph.preview is not None:
             tensors |= dict(zip(_MAP, self.graph.preview, strict=True))
         if self.guided and uncond is not None:
@@ -284,7 +287,8 @@ class _Request:
             before, x_in = x0, x if following is None else following
             if self.keep_x0:
                 kept.append(x0)
-        pixels = self.graph.codec.decode(x.to(self.graph.codec_dtype))
+        last = x * inputs[_END] if _END in inputs else x
+        pixels = self.graph.codec.decode(last.to(self.graph.codec_dtype))
         finite = torch.isfinite(pixels).flatten(1).all(1)
         stack = torch.stack(kept) if kept else x.new_empty((0, *x.shape))
         return ops.decode_u8(pixels), x, stack, shown, sound, finite
