@@ -82,8 +82,9 @@ class Bound:
         self._addresses = list(map(_address, self._weights))
         self._hooked = [table for table in self._hooks if table]
         self._numbers = _numbers(self._hooked)
-        self._found, self._generation = self._everything(), _Generation.now()
+        self._generation: _Generation = _Generation.now()
         self._launches = 0
+        self._found = self._everything()
 
     def holds(self, *, wholly: bool = False) -> bool:
         """Whether all is as it was; `wholly`: also what is not looked at for every launch."""
