@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headstart_kernels import (
     Draw,
+    add_layernorm,
     decode_u8,
     fused_step_into,
     geglu,
@@ -97,6 +98,7 @@ def low_rank() -> None:
 
 
 M = 1 << 20
+ROWS = (4, 1024), (4, 1024), (1024,), (1024,)
 CASES = {
     # 3 samples of 2^30 elements in one plane; 4 planes of 2^28
     "fused_step": Case(
@@ -157,6 +159,15 @@ CASES = {
         {"channels": 128, "plane": 32 * M},
         (256 * 1024, 4, 2),
         ("y", 2 * 2 * 4096 * M),
+    ),
+    "add_layernorm": Case(
+        lambda: add_layernorm(
+            *(normal(4, 1024) for _ in "xy"), *(normal(1024),) * 2, impl="triton"
+        ),
+        "add_layernorm_kernel",
+        {},
+        (4 * M, 1, 1),
+        ("n", 4 * 4096 * M),
     ),
     "geglu": Case(
         lambda: geglu(normal(4, 2048, dtype=HALF), impl="triton"),

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from headstart_kernels.device.adapter import down_kernel, up_kernel
 from headstart_kernels.device.draw import philox_normal_kernel
 from headstart_kernels.device.gate import geglu_kernel
+from headstart_kernels.device.layernorm import add_layernorm_kernel
 from headstart_kernels.device.norm import affine_kernel, apply_kernel, moments_kernel
 from headstart_kernels.device.picture import (
     decode_flat_kernel,
@@ -242,12 +243,21 @@ def cases() -> dict[str, Case]:
         (" channels-last", triton_norm.LAST, True),
     ):
         found[f"groupnorm moments{name}"] = Case(moments_kernel, moments, _tile(sizes, last))
-        found[f"groupnorm apply{name}"] = Case(apply_kernel, applied, _tile(sizes, last))
+        tile = _tile(sizes, last)
+        found[f"groupnorm apply{name}"] = Case(apply_kernel, applied, {**tile, "SILU": True})
+    found["groupnorm apply channels-last, no SiLU"] = Case(
+        apply_kernel, applied, {**_tile(triton_norm.LAST, True), "SILU": False}
+    )
     joined = {"mean_ptr": "*fp32", "spread_ptr": "*fp32", "scale_ptr": "*fp32"}
     joined |= {"shift_ptr": "*fp32", "weight_ptr": half, "bias_ptr": half, **_NORM}
     joined |= {"tiles": "i32", "eps": "fp32"}
     parts = {"PIXELS": triton_norm.PLANES[0], "WIDTH": 16, "JOINED": 1024}
     found["groupnorm affine"] = Case(affine_kernel, joined, parts)
+    shifted = {**joined, "added_ptr": half}
+    found["groupnorm affine, shifted"] = Case(affine_kernel, shifted, parts)
+    names = ("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "h_ptr", "n_ptr")
+    rows = {**dict.fromkeys(names, half), "width": "i32", "eps": "fp32"}
+    found["add_layernorm"] = Case(add_layernorm_kernel, rows, {"BLOCK": 2048})
     gate = {"x_ptr": half, "y_ptr": half, "width": "i32"}
     found["geglu"] = Case(geglu_kernel, gate, {"BLOCK": triton_gate.BLOCK})
     down = {"x_ptr": half, "down_ptr": half, "h_ptr": half, **tokens}

@@ -323,10 +323,13 @@ def _bits(kind: str) -> int:
     return {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}.get(kind) or int(kind.lstrip("busf"))
 
 
-def _typed(raw: Values, kind: str) -> Values:
-    """Unsigned bits as `kind`."""
+def _typed(raw: Values, kind: str) -> Any:
+    """Unsigned bits as `kind`; a pair of 16-bit floats as two arrays, the low half first."""
     if kind == "pred":
         return raw
+    if kind in ("f16x2", "bf16x2"):
+        halves = (raw >> raw.dtype.type(16 * i) for i in (0, 1))
+        return tuple(_typed(half & half.dtype.type(0xFFFF), kind[:-2]) for half in halves)
     raw = raw.astype(_UNSIGNED[_bits(kind)])
     if kind == "bf16":
         return bf16_to_f32(raw)
