@@ -43,6 +43,7 @@ SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
 LAST = in_step("channels_last_networks_with_a_picture_on_the_way")
 DRAWN = in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")
 NOTICED = in_step("a_sample_with_nan_or_infinity_is_noticed_on_the_way")
+FLAGGED = in_step("flags_of_parts_cost_no_launch_beside_the_steps_own")
 SCALED = in_step("scale_input_has_the_reference_bits")
 NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
@@ -130,7 +131,10 @@ IN_STEP = (
     ("offsets in 32 bits", "sample = tl.program_id(1).to(tl.int64)", "sample = tl.program_id(1)", offsets("fused_step")),
     ("no look at the channels before the last", "largest = tl.maximum(largest, tl.where(inside, _magnitude(x0), 0))", "largest = tl.where(inside, _magnitude(x0), 0)", NOTICED),
     ("take NaN for a number", "mask=largest >= _INFINITY", "mask=largest == _INFINITY", NOTICED),
-    ("blame the first sample", "_deny(finite_ptr + sample, largest)", "_deny(finite_ptr, largest)", NOTICED),
+    ("take NaN for a number, with flags of parts", "tl.max(largest, 0) >= _INFINITY", "tl.max(largest, 0) == _INFINITY", FLAGGED),
+    ("blame the first sample", "_flag(finite_ptr + sample * parts", "_flag(finite_ptr", NOTICED),
+    ("a program's flags side by side", "tl.num_programs(0) * tl.arange(0, FLAGS)", "tl.arange(0, FLAGS)", FLAGGED),
+    ("flags past the end", "tl.zeros_like(part) + fine, mask=part < parts)", "tl.zeros_like(part) + fine)", FLAGGED),
     ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", SCALED),
 )  # fmt: skip
 IN_NORMAL = (
@@ -226,6 +230,7 @@ IN_IMPL = (
     (IMPL_STEP, "lose the state behind a view", "    wanted.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
     (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", HOST),
     (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous()", "f_cond_ptr=given.f_cond", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_STEP, "one flag for several programs", "    if parts < programs:\n", "    if False:\n", NOTICED),
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
     (IMPL_NORM, "a shift with strides read without", "shift.contiguous()", "shift", SHIFTED),

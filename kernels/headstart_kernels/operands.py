@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STEP_PIXELS = 512
+"""The elements of a sample that a program of a GPU's step computes, or fewer than it does."""
+
 
 class Draw(NamedTuple):
     """Noise that a step draws itself: the bits of `philox_normal(seeds, samples, first_row + row)`.

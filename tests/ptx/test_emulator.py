@@ -402,6 +402,19 @@ def test_shuffles_stay_in_their_warp(mode: str, by: int, source: Callable[[int],
     assert got == [t // 32 * 32 + source(t % 32) for t in range(THREADS)]
 
 
+@pytest.mark.parametrize("extreme", ["min", "max"])
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_a_reduction_is_over_its_warp(extreme: str, kind: str) -> None:
+    given = RNG.integers(0, 2**63, (THREADS, 4), dtype=np.uint64)
+    body = f"{LD} redux.sync.{extreme}.{kind} %r2, %r1, -1; st.global.b32 [%rd93], %r2;"
+    words = given[:, 0].astype(np.uint32).view({"s32": np.int32, "u32": np.uint32}[kind])
+    want = [{"min": min, "max": max}[extreme](words[i : i + 32].tolist()) for i in (0, 32)]
+    got = execute(body, given)[:, 0].astype(np.uint32).view(words.dtype)
+    assert got.tolist() == [want[0]] * 32 + [want[1]] * 32
+    with pytest.raises(Fault, match="of part of a warp"):
+        execute(body.replace("-1;", "255;"), given)
+
+
 def test_shared_memory_carries_values_between_the_threads_of_a_block() -> None:
     body = (
         f"{LD} shl.b32 %r3, %r90, 2; mov.u32 %r4, box; add.s32 %r3, %r3, %r4;"

@@ -32,7 +32,8 @@ def fused_step(
         following = (step + 1).clamp(max=last) if isinstance(step, Tensor) else min(step + 1, last)
         _fill_input(wanted.x_in, wanted.x_next, _row(table, following, x).c_in)
     if wanted.finite is not None and wanted.x0 is not None:
-        wanted.finite.copy_(wanted.x0.abs().flatten(1).amax(1) < math.inf)  # false for NaN too
+        fine = wanted.x0.abs().flatten(1).amax(1, keepdim=True) < math.inf  # false for NaN too
+        wanted.finite.view(len(x), -1).copy_(fine)
 
 
 def scale_input(

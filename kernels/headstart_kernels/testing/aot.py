@@ -176,12 +176,13 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
     types: dict[str, str] = dict.fromkeys(("x_ptr", "noise_ptr", "x_next_ptr", "x0_ptr"), "*fp32")
     types |= dict.fromkeys(("f_cond_ptr", "f_uncond_ptr", "x_in_ptr"), f"*{dtype}")
     types |= {"table_ptr": "*fp32", "step_ptr": "*i64", "plane": "i32", "size": "i32"}
-    types |= dict.fromkeys(("row", "last", "first_row"), "i32")
+    types |= dict.fromkeys(("row", "last", "first_row", "parts"), "i32")
     numbers = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
     types |= dict.fromkeys(numbers, "fp32")
     constants: dict[str, object] = {
         **{"CHANNELS": 1, "F_LAST": False, "X_IN_LAST": False, "COPIES": 2},
-        **{"WHOLE_BLOCKS": True, "PACKED": True, "STEP_STRIDE": 0, "BLOCK": triton_step.BLOCK},
+        **{"WHOLE_BLOCKS": True, "PACKED": True, "STEP_STRIDE": 0},
+        **{"FLAGS": 0, "BLOCK": triton_step.BLOCK},
     }
     for name, value in change.items():
         if name in constants:
@@ -194,6 +195,7 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
 
 
 _DRAW: dict[str, Any] = {"noise_ptr": None, "seeds_ptr": "*i64", "samples_ptr": "*i64"}
+_NOTICED: dict[str, Any] = {"finite_ptr": "*u8", "FLAGS": 1}
 _PICTURE: dict[str, Any] = {
     "rgb_ptr": "*u8",
     "factors_ptr": "*fp32",
@@ -214,11 +216,11 @@ def cases() -> dict[str, Case]:
     tokens = {"tokens": "i32", "width": "i32", "rank": "i32", "strength_ptr": "*fp32"}
     found = {f"fused_step {dtype}": step_case(dtype) for dtype in ("fp32", "fp16", "bf16")}
     found |= {
-        "fused_step drawn": step_case(**_DRAW, finite_ptr="*u8"),
+        "fused_step drawn": step_case(**_DRAW, **_NOTICED),
         "fused_step drawn, row a sample": step_case(
-            **_DRAW, finite_ptr="*u8", first_row_ptr="*i64", STEP_STRIDE=1
+            **_DRAW, **_NOTICED, first_row_ptr="*i64", STEP_STRIDE=1
         ),
-        "fused_step drawn + preview": step_case(**_DRAW, **_PICTURE, finite_ptr="*u8"),
+        "fused_step drawn + preview": step_case(**_DRAW, **_PICTURE, **_NOTICED),
         "fused_step channels-last": step_case(CHANNELS=4, F_LAST=True, X_IN_LAST=True),
     }
     scale = {"x_ptr": "*fp32", "x_in_ptr": half, "table_ptr": "*fp32", "step_ptr": "*i64"}

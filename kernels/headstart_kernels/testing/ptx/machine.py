@@ -30,6 +30,7 @@ _ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([248]))?\.([busf])(8
 _MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16$")
 _PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|down|up)\.b32$")
+_REDUCTION = re.compile(r"redux\.sync\.(min|max)\.([su]32)$")
 _MOVE = re.compile(r"mov\.([busf])(16|32|64)$")
 _POISON = 0xCDCDCDCDCDCDCDCD
 """What a register lane holds before it is written: nothing that a test could mistake."""
@@ -149,6 +150,8 @@ class _Machine:
             self._barrier(live, counters < len(self.program.instructions))
         elif (shuffle := _SHUFFLE.match(opcode)) is not None:
             self._shuffle(shuffle[1], operands)
+        elif (reduction := _REDUCTION.match(opcode)) is not None:
+            self._reduce(*reduction.groups(), operands)
         elif (matrices := _MATRICES.match(opcode)) is not None:
             self._matrices(matrices, operands)
         elif (product := _PRODUCT.match(opcode)) is not None:
@@ -262,6 +265,14 @@ class _Machine:
         source = {"bfly": lane ^ by, "idx": by, "down": lane + by, "up": lane - by}[mode]
         source = np.where((source < 0) | (source > 31), lane, source)
         self.write(operands[0].split("|")[0], value[self.thread - lane + source], "b32")
+
+    def _reduce(self, extreme: str, kind: str, operands: tuple[str, ...]) -> None:
+        """Over the 32 lanes of a warp; of part of a warp it is not known here."""
+        if not (self.active.all() and (self.read(operands[2], "s32") == -1).all()):
+            raise Fault("redux.sync of part of a warp")
+        lanes = self.read(operands[1], kind).reshape(-1, 32)
+        found = lanes.max(1) if extreme == "max" else lanes.min(1)
+        self.write(operands[0], np.repeat(found, 32), kind)
 
     def _matrices(self, matrices: re.Match[str], operands: tuple[str, ...]) -> None:
         verb, count, transposed = matrices.groups()
