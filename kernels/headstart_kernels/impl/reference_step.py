@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headstart_kernels.operands import Given, Wanted
+from headstart_kernels.operands import Given, Wanted, memory_format
 from headstart_kernels.table import COLUMNS, Row, Rows, host_row
 
 
@@ -44,7 +44,7 @@ def scale_input(
         x_in = x.new_empty((copies * len(x), *x.shape[1:]), dtype=dtype)
         _fill_input(x_in, x, c_in)
         return x_in
-    scaled = (x * c_in).to(dtype)
+    scaled = (x * c_in).to(dtype).contiguous(memory_format=memory_format(x))
     return scaled if copies == 1 else torch.cat([scaled] * copies)
 
 
