@@ -70,10 +70,11 @@ def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -
 
 def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tensor]:
     """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
-    from what is captured or compiled, which serves every strength."""
+    from what is captured or compiled, which serves every strength. Columns are contiguous, so that
+    what is compiled for one serves it beside others too."""
     if strengths is None:
         return {}
-    columns = zip(names, strengths.unbind(1), strict=True)
+    columns = zip(names, strengths.t().contiguous().unbind(0), strict=True)
     if strengths.device.type != "cpu" or is_capturing() or is_compiled():
         return dict(columns)
     return {name: column for name, column in columns if bool(column.any())}

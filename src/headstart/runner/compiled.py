@@ -146,15 +146,24 @@ def _called(name: str, shapes: Shapes, form: Form, tensors: list[Tensor], *args:
     except Exception as error:
         if not _of_the_compiler(error):
             raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        fix = next((fix for part, fix in _FIXES.items() if part in str(error)), None)
+        reason = _reason(error)
+        fix = next((fix for part, fix in _FIXES.items() if part in reason), None)
         raise CaptureError(
-            f"{name} could not be compiled for {shapes}: {reason:.300}; "
+            f"{name} could not be compiled for {shapes}: {reason}; "
             f"{'' if fix is None else fix + ', or '}use runner='eager', or 'auto'"
         ) from error
 
 
+def _reason(error: Exception) -> str:
+    """What a backend raised, where dynamo passes it on: its kind and its first line."""
+    inner: Exception = getattr(error, "inner_exception", error)
+    said = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {said[0]:.300}" if said else type(inner).__name__
+
+
 def _of_the_compiler(error: Exception) -> bool:
-    """By where its class is: versions of torch have other ones, and loading them takes a second."""
-    places = ("torch._dynamo", "torch._inductor", "torch.fx")
-    return any(base.__module__.startswith(places) for base in type(error).__mro__)
+    """By where its class is, because versions of torch have other ones and loading them takes a
+    second; triton's own, which looks for gcc when it launches, is a RuntimeError."""
+    places = ("torch._dynamo", "torch._inductor", "torch.fx", "triton")
+    ours = any(base.__module__.startswith(places) for base in type(error).__mro__)
+    return ours or "C compiler" in str(error)

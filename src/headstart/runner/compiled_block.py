@@ -111,8 +111,9 @@ class _Added(nn.Module):
 
 
 def form(tensor: Tensor) -> Hashable:
-    """What a compiled function is made for."""
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, type(tensor), tensor.device
+    """What a compiled function is made for; a parameter is a tensor like any other."""
+    kind = Tensor if type(tensor) is nn.Parameter else type(tensor)
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, kind, tensor.device
 
 
 def _part(block: nn.Module, path: str, module: nn.Module) -> Part:

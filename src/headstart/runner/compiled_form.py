@@ -7,6 +7,7 @@ and `compiled_block`), so after the first call what the backend made is called a
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+_LOG = logging.getLogger(__name__)
 Function = Callable[..., Any]
 Backend = str | Function
 """Of torch.compile: a name, or a function of a graph and its inputs."""
@@ -95,7 +97,8 @@ class _Kept:
     def direct(self, tensors: Sequence[Tensor], result: object) -> _Direct | None:
         """How to go from `tensors` to `result` without dynamo, if what was made does that."""
         call, self.last, self.keeps = self.last, None, False
-        if call is None:  # nothing was compiled: torch.compile is switched off, or watched
+        if call is None:
+            _LOG.warning("torch.compile is switched off or watched: blocks run as they are")
             return None
         leaves, spec = tree_flatten(result)
         inputs, outputs = _places(call.inputs, tensors), _places(leaves, call.outputs)

@@ -148,11 +148,12 @@ class EagerRunner:
             return f
 
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        stream = torch.cuda.current_stream(x_in.device)  # which may not be the current device's
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
-        start.record()
+        start.record(stream)
         f = self.network(x_in, timestep, cond)
-        end.record()
+        end.record(stream)
         self._events.append((start, end))
         return f
 
