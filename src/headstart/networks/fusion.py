@@ -4,6 +4,9 @@
     True   kernels everywhere (on a CPU their reference, or what emulates a GPU)
     False  torch's own operators everywhere: to see whether a difference comes from a kernel
 
+What a compiler traces is torch's own operators in any case, which it fuses itself: a kernel is a
+call that it cannot look into, with copies around it where memory formats differ.
+
 It governs groupnorm + SiLU, GEGLU, and the low-rank addition of adapters to linear layers and to
 1x1 convolutions of channels-last images; other convolutions have torch's own.
 """
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from headstart_kernels import groupnorm_silu
 
@@ -23,6 +27,8 @@ _on: bool | None = None
 
 def fused(x: Tensor) -> bool:
     """Whether a layer that computes on `x` is one kernel."""
+    if is_compiling():
+        return False
     return x.is_cuda if _on is None else _on
 
 

@@ -20,6 +20,7 @@ from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import NormSilu, fused
+from headstart.networks.regions import region
 from headstart_kernels import geglu
 
 
@@ -140,6 +141,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels)
         self.ff = FeedForward(channels)
 
+    @region
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         normed = self.norm1(x)
         x = x + self.attn1(normed, normed)
