@@ -23,6 +23,7 @@ _NOUN = {
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
     "groupnorm_silu": "norm",
+    "add_layernorm": "layernorm",
     "geglu": "gate",
     "low_rank_add": "adapter",
 }

@@ -79,3 +79,9 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if x.is_contiguous() or x.ndim not in (4, 5):
         return torch.contiguous_format
     return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+
+
+def image_format(x: Tensor) -> torch.memory_format:
+    """What a layer's image [B, C, h, w] has: channels last where x is that and nothing else."""
+    last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
