@@ -19,7 +19,8 @@ from headstart.checkpoint.sizing import unet_params
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.load import load_unet
-from headstart.networks.unet import Mid, Stage, UNet, UNetParams, guidance_embedding, sinusoid
+from headstart.networks.numbers import guidance_embedding, sinusoid
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 ARCHS = (
     *("sd15", "sd21", "sdxl", "lcm-sdxl", "lcm-sd15", "ssd-1b", "segmind-vega"),
