@@ -13,7 +13,7 @@ class or a hook ends it: then every layer is called by itself.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,43 @@ def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
         return [layer(x) for layer in layers]
     widths = [layer.out_features for layer in layers]
     return F.linear(x, *joint).split_with_sizes(widths, dim=-1)
+
+
+def together(layers: Linears, x: Tensor) -> Tensor:
+    """layer(x) [B, M, C] of every layer in one tensor with the batch first, for `apart`.
+
+    [B, M, sum C], as one product gives it; else [B, M*sum C], one layer's after the other's.
+    """
+    joint = side_by_side(layers)
+    if joint is not None:
+        return F.linear(x, *joint)
+    return torch.cat([layer(x).flatten(1) for layer in layers], dim=1)
+
+
+def apart(layers: Linears, found: Tensor) -> Sequence[Tensor]:
+    """Views [B, M, C] of what `together` gave, one a layer."""
+    widths = [layer.out_features for layer in layers]
+    if found.ndim == 3:
+        return found.split_with_sizes(widths, dim=-1)
+    rows = found.shape[1] // sum(widths)
+    parts = found.split_with_sizes([rows * width for width in widths], dim=1)
+    shapes = [(len(found), rows, width) for width in widths]
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def state_of(layers: Linears) -> tuple[Hashable, ...] | None:
+    """Where the weights of the layers are and how often torch saw them written to; None where a
+    hook or a method of its own may change what a layer gives."""
+    if any(map(_is_hooked, layers)):
+        return None
+    found = (tensor for parameters in _parameters(layers) for tensor in parameters)
+    return tuple(
+        (
+            *(tensor.untyped_storage()._cdata, tensor.storage_offset()),
+            None if tensor.is_inference() else tensor._version,
+        )
+        for tensor in found
+    )
 
 
 def join(layers: Linears) -> None:
@@ -58,9 +95,12 @@ def side_by_side(layers: Linears) -> list[Tensor] | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
+    return type(layer) is nn.Linear and not _is_hooked(layer)
+
+
+def _is_hooked(layer: nn.Linear) -> bool:
     own = vars(layer)
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"]
-    return type(layer) is nn.Linear and not hooked and "forward" not in own
+    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:

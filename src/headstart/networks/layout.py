@@ -1,14 +1,14 @@
-"""How images lie in memory, by device: the one place where it is chosen."""
+"""How a network's images lie in memory, by device: the one place where it is chosen."""
 
 from __future__ import annotations
 
 from typing import Final
 
 import torch
-from torch import Tensor
 
 FORMATS: Final = {"cuda": torch.channels_last}
-"""device type -> the memory format of a UNet's images [B, C, h, w]; elsewhere they stay.
+"""device type -> the memory format of convolutions' weights, and so of the images [B, C, h, w] that
+a UNet makes; on any other device both stay as they come.
 
 cuda   tensor cores convolve channels-last images, and cuDNN would turn others there and back
        (NVIDIA, Convolutional Layers User's Guide, "Tensor Layouts"); tokens [B, h*w, C] are views
@@ -16,9 +16,3 @@ cuda   tensor cores convolve channels-last images, and cuDNN would turn others t
 cpu    SD1.5's UNet at 512 pixels takes 14.4 s contiguous and 16.0 s channels-last in float32 (one
        pass each, 2-core Zen 3, torch 2.13)
 """
-
-
-def laid_out(image: Tensor) -> Tensor:
-    """An image, or a convolution's weight, as its device has them."""
-    form = FORMATS.get(image.device.type)
-    return image if form is None else image.contiguous(memory_format=form)

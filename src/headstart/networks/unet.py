@@ -8,9 +8,9 @@ arXiv:2310.04378 (the guidance embedding of LCM).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, Self, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import AddNorm, Norm, NormSilu, fused
-from headstart.networks.joined import each, join, side_by_side
-from headstart.networks.layout import FORMATS, laid_out
+from headstart.networks.joined import apart, each, join, side_by_side, state_of, together
+from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart_kernels import geglu
 
@@ -37,6 +37,8 @@ def _geglu(x: Tensor) -> Tensor:
 
 Text: TypeAlias = "tuple[Tensor, Tensor]"
 """Keys and values of the prompt in one layer, [B, M, C] each."""
+TEXTS = "unet.keys_values"
+"""Where `Conditioning.extra` has those of all layers."""
 
 
 class Beside(NamedTuple):
@@ -290,7 +292,7 @@ class UNet(nn.Module):
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         beside = self._beside(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
-        x: Tensor = self.conv_in(laid_out(x_in))
+        x: Tensor = self.conv_in(x_in)  # in the memory format of its weight from here on
         skips = [x]
         for block in self.down_blocks:
             x = block(x, beside, skips)
@@ -300,22 +302,40 @@ class UNet(nn.Module):
             x = block(x, beside, skips)
         return self.conv_out(self.conv_norm_out(x))
 
-    def lay_out(self) -> None:
-        """Lay the weights as the device computes with them fastest; no number changes.
+    def lay_out(self, device: torch.device | None = None) -> None:
+        """Lay the weights as `device` computes with them fastest, wherever they are now; by default
+        as their own device does. No number changes.
 
         Convolutions get the device's memory format. Linear layers of one input are joined: queries,
         keys and values, keys and values of the prompt in all layers, projections of the timestep.
-        On a CPU, where weights are mapped from a file, they stay where they are.
+        For a CPU, where weights are mapped from a file, nothing moves.
         """
-        if self.conv_in.weight.device.type not in FORMATS:
+        form = FORMATS.get((device or self.conv_in.weight.device).type)
+        if form is None:
             return
         for parameter in self.parameters():
             if parameter.ndim == 4:
-                parameter.data = laid_out(parameter.data)
+                parameter.data = parameter.data.contiguous(memory_format=form)
         join(self._of_time())
         join(self._of_text())
         for block in self._transformers():
             join((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))
+
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        """None where adapters act on keys and values of the prompt: how strongly, a row says."""
+        layers = self._of_text()
+        return state_of(layers) if layers else None
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        """Keys and values of the context in every layer, for `Conditioning.extra`; 26 MB a sample
+        of SDXL in half precision."""
+        return {TEXTS: together(self._of_text(), cond.context)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moved to a device, weights are laid out for it, as torch's recurrent layers do it."""
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        self.lay_out()
+        return self
 
     def _stages(self) -> Iterator[Layers]:
         """In the order in which they run."""
@@ -335,15 +355,17 @@ class UNet(nn.Module):
 
     def _beside(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Beside:
         emb = F.silu(self._embed(timestep, cond, dtype))
-        return Beside(iter(each(self._of_time(), emb)), cond.context, self._texts(cond.context))
+        return Beside(iter(each(self._of_time(), emb)), cond.context, self._texts(cond))
 
-    def _texts(self, context: Tensor) -> Iterator[Text | None]:
-        """Of all layers at once where that is one product; else in each layer's own time, because
-        together they are 51 MB a sample of SDXL in float32."""
-        layers = self._of_text()
-        if not layers or side_by_side(layers) is None:
+    def _texts(self, cond: Conditioning) -> Iterator[Text | None]:
+        """As they were read before; else of all layers at once where that is one product; else in
+        each layer's own time, because together they are 51 MB a sample of SDXL in float32."""
+        layers, found = self._of_text(), cond.extra.get(TEXTS)
+        if found is None and layers and side_by_side(layers) is not None:
+            found = together(layers, cond.context)
+        if found is None:
             return iter([None] * (len(layers) // 2))
-        parts = each(layers, context)
+        parts = apart(layers, found)
         return iter(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
