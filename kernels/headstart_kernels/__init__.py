@@ -11,6 +11,7 @@
 
 from headstart_kernels.api import (
     decode_u8,
+    finite_flags,
     fused_step,
     fused_step_into,
     philox_normal,
@@ -35,6 +36,7 @@ __all__ = [
     "Steps",
     "add_layernorm",
     "decode_u8",
+    "finite_flags",
     "fused_step",
     "fused_step_into",
     "geglu",

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import api, layers
-from headstart_kernels.operands import Draw, Preview, image_format
+from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
 BODIES: dict[str, Callable[..., Any]] = {}
@@ -116,7 +116,7 @@ def scale_input(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> T
 
 @scale_input.register_fake
 def _(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
 @_operator()
@@ -171,7 +171,7 @@ def groupnorm_silu(
 
 @groupnorm_silu.register_fake
 def _(x: Tensor, *operands: Any, **options: Any) -> Tensor:
-    return torch.empty_like(x, memory_format=image_format(x))
+    return torch.empty_like(x, memory_format=memory_format(x))
 
 
 @_operator()

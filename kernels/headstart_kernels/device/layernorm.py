@@ -20,7 +20,7 @@ def add_layernorm_kernel(
     h = _load(x_ptr + row + column, inside) + _load(y_ptr + row + column, inside)
     rounded = h.to(h_ptr.dtype.element_ty)
     tl.store(h_ptr + row + column, rounded, mask=inside)
-    h, count = rounded.to(tl.float32), width.to(tl.float32)
+    h, count = rounded.to(tl.float32), tl.cast(width, tl.float32)
     mean = tl.div_rn(tl.sum(h, 0), count)
     deviation = tl.where(inside, h - mean, 0.0)
     variance = tl.div_rn(tl.sum(deviation * deviation, 0), count)

@@ -73,9 +73,7 @@ def affine_kernel(
         tile = part // width
         count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
         at = first + tile * channels + part % width
-        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-        if added_ptr is not None:
-            part_mean += _added(added_ptr + first_added + part % width, inside)
+        part_mean = _part_mean(mean_ptr + at, added_ptr, first_added + part % width, inside)
         total += tl.where(inside, count * part_mean, 0.0)
     size = (width.to(tl.int64) * plane).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), size)
@@ -86,9 +84,7 @@ def affine_kernel(
         tile = part // width
         count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
         at = first + tile * channels + part % width
-        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
-        if added_ptr is not None:
-            part_mean += _added(added_ptr + first_added + part % width, inside)
+        part_mean = _part_mean(mean_ptr + at, added_ptr, first_added + part % width, inside)
         spread = tl.load(spread_ptr + at, mask=inside, other=0.0)
         away = part_mean - mean
         square += tl.where(inside, spread + count * away * away, 0.0)
@@ -100,13 +96,22 @@ def affine_kernel(
     bias = tl.load(bias_ptr + own, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(weight, tl.zeros((WIDTH,), tl.float32) + deviation)
     if added_ptr is not None:
-        mean = mean - _added(added_ptr + first_added + channel, inside)
+        mean = mean - _load(added_ptr + first_added + channel, inside)
     tl.store(scale_ptr + sample * channels + own, scale, mask=inside)
     tl.store(shift_ptr + sample * channels + own, bias - mean * scale, mask=inside)
 
 
 @triton.jit
-def _added(at, inside):
+def _part_mean(at, added_ptr, channel, inside):
+    """The mean of a tile's part of a channel, moved by what is added to the channel."""
+    mean = _load(at, inside)
+    if added_ptr is not None:
+        mean += _load(added_ptr + channel, inside)
+    return mean
+
+
+@triton.jit
+def _load(at, inside):
     return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 

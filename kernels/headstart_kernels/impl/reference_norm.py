@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart_kernels.operands import image_format
+from headstart_kernels.operands import memory_format
 
 
 def groupnorm_silu(
@@ -23,4 +23,4 @@ def groupnorm_silu(
     h = x if shift is None else x + shift[:, :, None, None]
     normed = F.group_norm(h, groups, weight, bias, eps)
     # On a CPU the layout is x's already; on a GPU torch's group norm is contiguous, whatever x is.
-    return (F.silu(normed) if silu else normed).contiguous(memory_format=image_format(x))
+    return (F.silu(normed) if silu else normed).contiguous(memory_format=memory_format(x))

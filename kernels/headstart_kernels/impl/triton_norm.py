@@ -26,7 +26,7 @@ from torch import Tensor
 
 from headstart_kernels.device.norm import affine_kernel, apply_kernel, moments_kernel
 from headstart_kernels.launch import blocks, launch, power_of_2
-from headstart_kernels.operands import image_format
+from headstart_kernels.operands import memory_format
 
 PLANES = (1024, 1)
 """[pixels, channels] of a tile of a contiguous image."""
@@ -46,7 +46,7 @@ def groupnorm_silu(
 ) -> Tensor:
     """Launch the three kernels; the result has x's memory format."""
     batch, channels, height, width = x.shape
-    layout = image_format(x)
+    layout = memory_format(x)
     last = layout is torch.channels_last
     x = x.contiguous(memory_format=layout)
     weight, bias = weight.contiguous(), bias.contiguous()
