@@ -56,6 +56,9 @@ def _fill(module: M, part: Part, device: torch.device, dtype: Dtype) -> M:
         state[name] = _placed(name, tensor.to(device=device, dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+    lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
+    if lay_out is not None:
+        lay_out()
     return keep_stored(module) if stored else module
 
 
