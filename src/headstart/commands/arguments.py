@@ -156,7 +156,10 @@ def sampling() -> Sequence[Parser]:
     )
     add_adapters(weights)
     group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument(
+        "--dtype", default="auto", help="auto, float32, float16, bfloat16, stored, float8"
+    )
+    group.add_argument("--vae-dtype", default="auto", help="of the decoder; bfloat16 on a GPU")
     group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
     group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(

@@ -138,7 +138,11 @@ def _load(args: argparse.Namespace) -> Engine:
     ]
     if uses_bundled(args):
         return Engine.demo(
-            device=args.device, dtype=args.dtype, runner=args.runner, embeddings=embeddings
+            device=args.device,
+            dtype=args.dtype,
+            vae_dtype=args.vae_dtype,
+            runner=args.runner,
+            embeddings=embeddings,
         )
     return Engine.load(
         args.base,
@@ -160,6 +164,7 @@ def _load(args: argparse.Namespace) -> Engine:
         allow=args.allow,
         device=args.device,
         dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
     )
 
 

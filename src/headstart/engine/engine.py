@@ -98,7 +98,11 @@ class Engine:
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
-                    for you where float32 copies would not fit in the free memory
+                    for you where float32 copies would not fit in the free memory. "float8": half
+                    of float16's memory for the UNets and SDXL's large text encoder, widened layer
+                    by layer; weights are rounded to 4 bits, so images are near, not equal
+        vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
+                    a CPU what the UNets have, float32 for their float16
 
         `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
         UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
@@ -119,12 +123,14 @@ class Engine:
         *,
         device: str = "auto",
         dtype: str = "auto",
+        vae_dtype: str = "auto",
         runner: RunnerName = "auto",
         embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
         chosen = choose_runner(runner, choose_device(device)).name
-        return cls(load_demo(device=device, dtype=dtype, embeddings=embeddings), chosen)
+        pair = load_demo(device=device, dtype=dtype, vae_dtype=vae_dtype, embeddings=embeddings)
+        return cls(pair, chosen)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -293,8 +299,8 @@ class Engine:
     def _machine(self) -> recording.Json:
         own, text = self.weights, self.text
         return recording.machine(
-            own.device, own.dtype, self.runner, own.embedded_guidance, text.exclamation,
-            own.ema, own.allow,
+            own.device, "float8" if own.float8 else own.dtype, self.runner,
+            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype,
         )  # fmt: skip
 
     def iterate(

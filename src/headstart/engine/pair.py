@@ -35,7 +35,7 @@ from headstart.engine.models import (
     swapped,
     two_schedules,
 )
-from headstart.engine.parts import check_channels, codec_of, preview_of, unet_of
+from headstart.engine.parts import check_channels, codec_of, decoder_dtype, preview_of, unet_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
@@ -53,6 +53,7 @@ DTYPES: dict[str, Dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "stored": "stored",
+    "float8": "float8",
 }
 EMBEDDED_GUIDANCE = 8.0
 """What an LCM is asked to imitate: w = 7 of its own scale. It was distilled for w in 2 .. 14
@@ -74,7 +75,7 @@ class Pair:
     embedded_guidance  the guidance an LCM's networks are told to imitate, and `guidance_dim`, the
                  width of its embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
-    dtype        that networks compute in; vae_dtype: the decoder
+    dtype        that networks compute in; vae_dtype: the decoder; float8: weights are kept so
     ema          whether averaged weights were asked for, or None; allow: what was let be
     footprint    how much memory a sample takes, or None: then it is not checked
     files        role -> (name, files) of the weights, for the record
@@ -98,6 +99,7 @@ class Pair:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
+    float8: bool = False
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
@@ -126,7 +128,7 @@ class Options(TypedDict, total=False):
     embeddings         files of learned tokens, or (file, token)
     exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
     allow              tensors of the files that may be left aside, `*` and `?` for any text
-    device, dtype      "auto", or a name
+    device, dtype      "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
     """
 
     vae: FilePath | None
@@ -144,6 +146,7 @@ class Options(TypedDict, total=False):
     allow: Collection[str]
     device: str
     dtype: str
+    vae_dtype: str
 
 
 def load_pair(
@@ -157,10 +160,9 @@ def load_pair(
 
     With a distilled LoRA one network is both models; attaching it is the engine's part.
     One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
-    float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
-    the networks are float16 it takes what its file and family allow. On a CPU, half-precision
-    weights of which float32 copies would take more than the free memory stay as they are (dtype
-    "stored"), and a note says so.
+    float32 on a CPU and each file's own on a GPU; the decoder is bfloat16 there
+    (`parts.decoder_dtype`). On a CPU, half-precision weights of which float32 copies would take
+    more than the free memory stay as they are (dtype "stored"), and a note says so.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
@@ -178,10 +180,11 @@ def load_pair(
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text, ema.of)
+    decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, place)
     decided = (two_schedules(found), decision, *ema.notes)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     words = _load_words(text, place, kind, options)
-    codec = codec_of(vae, place, kind, first.family, allow)
+    codec = codec_of(vae, place, decodes, first.family, allow)
     unets = {
         role: unet_of(path, place, kind, options.get("head_dim"), ema.of[role], words, text, allow)
         for role, path in paths.items()
@@ -212,6 +215,7 @@ def load_pair(
         device=place,
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
+        float8=kind == "float8",
         footprint=footprint(
             [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
         ),
@@ -224,7 +228,7 @@ def load_pair(
     return _one_network(pair, distilled_lora, lora)
 
 
-def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddings = ()) -> Pair:
+def load_demo(**options: Unpack[Options]) -> Pair:
     """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
     try:
         paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
@@ -232,10 +236,8 @@ def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddin
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     base, distilled = paths["base"], paths["distilled"]
-    pair = load_pair(
-        base, distilled, preview=preview, preset="demo", device=device, dtype=dtype,
-        embeddings=embeddings,
-    )  # fmt: skip
+    shared: Options = {**options, "preview": preview, "preset": "demo"}
+    pair = load_pair(base, distilled, **shared)
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
     learned = {role: told for role, told in pair.files.items() if role.startswith(EMBEDDING)}
     return replace(pair, files=files | learned)
