@@ -70,9 +70,10 @@ def choose(
 
 
 def stands_in(tensor: Tensor) -> bool:
-    """Whether a tracer put this in place of a tensor on a GPU: a fake one, or a compiler's. Then
-    the registered operator is called, which such tensors understand, and no kernel is."""
-    return tensor.is_cuda and (type(tensor) is not Tensor or is_compiling())
+    """Whether this is in place of a tensor on a GPU: a tracer's fake one, a compiler's, or one
+    without memory, whose operators are counted. Then the registered operator is called, which such
+    tensors understand, and no kernel is."""
+    return tensor.is_meta or (tensor.is_cuda and (type(tensor) is not Tensor or is_compiling()))
 
 
 def on_host(*tensors: Tensor) -> bool:

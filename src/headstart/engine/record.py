@@ -21,6 +21,7 @@ from torch import Tensor
 from headstart.adapters.attached import ROLE
 from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
+from headstart.engine.digests import Identity, digest
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation
@@ -92,9 +93,12 @@ class Recorded:
 
 
 def weigh(files: WeightFiles) -> Json:
-    """Role -> {file, sha256}; a digest is kept while the file's size and time stay the same."""
+    """Role -> {file, sha256}; digests of large files are kept on disk: see `engine.digests`."""
     return {
-        role: {"file": name, "sha256": _digest_of(tuple(_identity(path) for path in paths))}
+        role: {
+            "file": name,
+            "sha256": _digest_of(tuple((path, Identity.of(path.stat())) for path in paths)),
+        }
         for role, (name, paths) in files.items()
     }
 
@@ -277,19 +281,12 @@ def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str
     return "machine, versions and settings are the recorded ones, so the results should be equal"
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns
-
-
 @lru_cache(maxsize=64)
-def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
+def _digest_of(files: tuple[tuple[Path, Identity], ...]) -> str:
     """SHA-256 of the file, or of the shards' digests one after the other."""
-    parts: list[bytes] = []
-    for path, _, _ in files:
-        with open(path, "rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").digest())
-    return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
+    parts = [digest(path) for path, _ in files]
+    joined = b"".join(map(bytes.fromhex, parts))
+    return parts[0] if len(parts) == 1 else hashlib.sha256(joined).hexdigest()
 
 
 @lru_cache(maxsize=1)

@@ -74,8 +74,10 @@ class Trajectory:
     def record(self) -> dict[str, Any]:
         """Everything that repeats this run, and SHA-256 of its images, as JSON-able values.
 
-        The first record of an engine reads its weight files through once, for their digests. Of
-        tensors that were the caller's own it has digests alone: see `headstart.replay`.
+        The first record of these weight files reads them through, for their digests, which are kept
+        in the user's cache folder (HEADSTART_CACHE moves it, "off" is none) while a file's size,
+        times and inode stay the same. Of tensors that were the caller's own it has digests alone:
+        see `headstart.replay`.
         """
         return record.describe(self.recorded())
 
