@@ -102,11 +102,17 @@ def emulated_gpu(gpus: int = 1, *, memory_bytes: int = 80 * 10**9) -> Generator[
         for name, value in cuda.names().items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
         stack.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", fits))
+        stack.enter_context(mock.patch.object(torch, "compile", _uncompiled))
         stack.enter_context(cuda.running())
         cuda.on_top = lambda: _Devices(cuda)
         stack.enter_context(cuda.on_top())
         stack.enter_context(_Names())
         yield cuda
+
+
+def _uncompiled(model: Any = None, **options: object) -> Any:
+    """dynamo traces nothing while a dispatch mode is entered."""
+    return (lambda decorated: decorated) if model is None else model
 
 
 class _Devices(TorchDispatchMode):
