@@ -33,11 +33,11 @@ def fake_tensors() -> FakeTensorMode:
     Real tensors of the host may be mixed in. Raises UnknownBuildError where torch is not a Linux
     build with the table that is described above.
     """
-    _install_guard()
+    open_cuda()
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _install_guard() -> bool:
+def open_cuda() -> bool:
     """Fill CUDA's place if it is empty; whether that was done."""
     library = Path(torch.__file__).parent / "lib" / "libc10.so"
     if platform.system() != "Linux" or not library.is_file():

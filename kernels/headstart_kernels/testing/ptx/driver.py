@@ -111,7 +111,8 @@ class Emulator:
     ) -> None:
         names = tuple(name for name, kind in types.items() if kind != "constexpr")
         pairs = zip(types.values(), values, strict=True)
-        given = [pair for pair in pairs if pair[0] != "constexpr"]
+        # A tensor of an emulated GPU holds one of the host.
+        given = [(kind, getattr(v, "held", v)) for kind, v in pairs if kind != "constexpr"]
         tensors = tuple(value for _, value in given if isinstance(value, Tensor))
         for tensor in tensors:
             if tensor.device.type != "cpu":

@@ -1,0 +1,252 @@
+"""A machine with GPUs, on one without: CUDA tensors that hold values, and torch.cuda for them.
+
+    with emulated_gpu() as cuda:
+        x = torch.ones(2, device="cuda")            # x.is_cuda, computed on the CPU
+        ...                                         # whatever a CUDA device switches on, runs
+
+A tensor of `device` has a shape and no values; this one has both, so whole programs run, and take
+every branch that asks for `is_cuda`, `device.type` or torch.cuda. Streams, graphs and pools are
+those of `fake_cuda`, whose rules hold: unordered accesses raise, a capture refuses what waits. As
+on a GPU, tensors of two devices do not mix, and `.numpy()` of one on a GPU is an error. Not there:
+time (events say 0 ms), compilers, and CUDA's own kernels: torch's for the CPU give the values.
+"""
+
+# torch's modes, and what of torch.cuda is put in the place of its own, are not annotated.
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false
+# pyright: reportUnknownArgumentType=false, reportIncompatibleMethodOverride=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from importlib import import_module
+from typing import Any, NoReturn
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from headstart_kernels.emulation.device import open_cuda
+from headstart_kernels.emulation.recorder import name_of
+from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+
+_MIXES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_"}
+"""Operators that take tensors of the host beside those of a GPU."""
+
+
+class CudaTensor(Tensor):
+    """A tensor of the host that says that it is on a GPU; `held` has the values."""
+
+    held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @staticmethod
+    def __new__(cls: type[CudaTensor], held: Tensor, device: torch.device) -> CudaTensor:
+        made: CudaTensor = Tensor._make_wrapper_subclass(  # pyright: ignore
+            cls,
+            held.shape,
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            device=device,
+        )
+        made.held = held
+        return made
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> object:
+        return _run(func, args, kwargs or {}, None)
+
+    def data_ptr(self) -> int:
+        return self.held.data_ptr()
+
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.held.untyped_storage()
+
+    def tolist(self) -> Any:
+        return self.held.tolist()
+
+    def numpy(self, **_: object) -> NoReturn:
+        raise TypeError(
+            f"can't convert {self.device} device type tensor to numpy. Use Tensor.cpu() to copy "
+            "the tensor to host memory first."
+        )
+
+    def __repr__(self, **_: object) -> str:
+        return f"{self.held!r} on {self.device}"
+
+
+@contextmanager
+def emulated_gpu(gpus: int = 1, *, memory_bytes: int = 80 * 10**9) -> Generator[EmulatedCuda]:
+    """A machine with so many GPUs of so much memory each, for this thread, while it is entered.
+
+    What is asked for beyond a GPU's memory raises torch.OutOfMemoryError, as there. Raises
+    UnknownBuildError where this build of torch cannot have such tensors.
+    """
+    open_cuda()
+    import_module("torch._dynamo")  # torch loads it at some operator, and looks at what is patched
+    cuda = EmulatedCuda(gpus, memory_bytes)
+    compatible: Callable[..., bool] = torch._has_compatible_shallow_copy_type  # pyright: ignore
+
+    def fits(one: Tensor, other: Tensor) -> bool:
+        """A module's parameters are replaced, because the host's have no place for `held`."""
+        ours = isinstance(one, CudaTensor) or isinstance(other, CudaTensor)
+        return not ours and compatible(one, other)
+
+    with ExitStack() as stack:
+        for name, value in cuda.names().items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
+        stack.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", fits))
+        stack.enter_context(mock.patch.object(torch, "compile", _uncompiled))
+        stack.enter_context(cuda.running())
+        cuda.on_top = lambda: _Devices(cuda)
+        stack.enter_context(cuda.on_top())
+        stack.enter_context(_Names())
+        yield cuda
+
+
+def _uncompiled(model: Any = None, **options: object) -> Any:
+    """dynamo traces nothing while a dispatch mode is entered."""
+    return (lambda decorated: decorated) if model is None else model
+
+
+class _Devices(TorchDispatchMode):
+    """Operators of CUDA tensors run on what these hold. What records operators lies below it."""
+
+    def __init__(self, cuda: EmulatedCuda) -> None:
+        super().__init__()
+        self.cuda = cuda
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> object:
+        return _run(func, args, kwargs or {}, self.cuda)
+
+
+class _Names(TorchFunctionMode):
+    """What is decided before operators are: "cuda" is the current GPU, attention is one operator.
+
+    Without CUDA `torch.tensor` and pinned memory know no GPU, and attention there is taken apart.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is torch.device:
+            return func(*args, **(kwargs or {}))
+        kwargs = {name: _numbered(value) for name, value in (kwargs or {}).items()}
+        kwargs.pop("pin_memory", None)
+        args = tuple(_numbered(value) for value in args)
+        if func is Tensor.pin_memory:
+            return args[0]
+        if func is Tensor.cuda:
+            return args[0].to(*(args[1:] or (_numbered("cuda"),)), **kwargs)
+        if func in (torch.tensor, torch.as_tensor):
+            device = kwargs.pop("device", None)
+            made = func(*args, **kwargs)
+            return made if device is None else made.to(device)
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return _on_held(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _numbered(value: object) -> object:
+    if not isinstance(value, (str, torch.device)) or str(value) != "cuda":
+        return value
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _on_held(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> object:
+    inner, devices, _ = _unwrapped((args, kwargs))
+    result = func(*inner[0], **inner[1])
+    return _wrapped(result, devices[0], {}, None) if devices else result
+
+
+def _run(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], cuda: EmulatedCuda | None
+) -> object:
+    (inner, named), devices, known = _unwrapped((args, kwargs))
+    if func.namespace == "aten":
+        _check(func, args, kwargs, devices)
+    device, asked = devices[0] if devices else None, named.get("device")
+    if asked is not None:
+        target = torch.device(asked)
+        device = target if target.type == "cuda" else None
+        if device is not None:
+            named["device"] = torch.device("cpu")
+    result = func(*inner, **named)
+    if device is None:
+        return result
+    # torch keeps a view of a normal tensor normal, in inference mode too.
+    normal = func.is_view and not any(tensor.is_inference() for tensor in known.values())
+    with torch.inference_mode(False) if normal else nullcontext():
+        return _wrapped(result, device, known, cuda)
+
+
+def _unwrapped(tree: Any) -> tuple[Any, list[torch.device], dict[int, CudaTensor]]:
+    """The same with what CUDA tensors hold, the devices found, and whose each of those is."""
+    devices: list[torch.device] = []
+    known: dict[int, CudaTensor] = {}
+
+    def held(leaf: object) -> object:
+        if not isinstance(leaf, CudaTensor):
+            return leaf
+        devices.append(leaf.device)
+        known[id(leaf.held)] = leaf
+        return leaf.held
+
+    return tree_map(held, tree), devices, known
+
+
+def _wrapped(
+    result: Any, device: torch.device, known: Mapping[int, CudaTensor], cuda: EmulatedCuda | None
+) -> Any:
+    """The same with CUDA tensors; what an operator was given and gives back stays itself."""
+
+    def on_gpu(leaf: object) -> object:
+        if not isinstance(leaf, Tensor) or isinstance(leaf, CudaTensor):
+            return leaf
+        before = known.get(id(leaf))
+        if before is not None:
+            assert before.shape == leaf.shape, "an operator changed a shape in place"
+            return before
+        made = CudaTensor(leaf, device)
+        if cuda is not None:
+            cuda.hold(made, leaf, device)
+        return made
+
+    return tree_map(on_gpu, result)
+
+
+def _check(
+    func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], devices: list[torch.device]
+) -> None:
+    """Raise as torch does where tensors of several devices meet; numbers in tensors may."""
+    if not devices or name_of(func) in _MIXES:
+        return
+    found = set(devices)
+
+    def look(leaf: object) -> None:
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            found.add(leaf.device)
+
+    tree_map(look, (args, kwargs))
+    if len(found) > 1:
+        names = ", ".join(sorted(map(str, found)))
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{names}! ({func})"
+        )

@@ -1,0 +1,91 @@
+"""Every command that computes, with --device cuda: on a small pair, on an emulated GPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from adapter_samples import random_lora, write
+from tiny_gpu import opened
+from tiny_pair import tiny_engine
+
+from headstart.cli import main
+from headstart.commands import session
+from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+
+CUDA = ["--device", "cuda"]
+CSV = "case_number,prompt,evaluation_seed\n0,ab,1\n1,bc,2\n"
+COMMANDS = {
+    "sample": ["ab -> bc below sigma 2", "--seeds", "0,1", "--out", "sample"],
+    "sample compiled": ["ab", "--runner", "compiled", "--lora", "a.safetensors:1@distilled"],
+    "trace": ["ab", "--plan", "hybrid", "--seeds", "0,1", "--decoder", "linear", "--out", "t.png"],
+    "trace from": [
+        "ab",
+        "--plan",
+        "hybrid",
+        "--seeds",
+        "0",
+        "--from-step",
+        "2",
+        "--reseed",
+        "7",
+        "--out",
+        "r.png",
+    ],
+    "compare": ["ab", "--seeds", "0,1", "--rounds", "1", "--out", "c.png"],
+    "slide": ["ab", "--lora", "a.safetensors", "--strengths=-1,1", "--plan", "hybrid"],
+    "bench": ["ab", "--plan", "hybrid", "--versus", "eager", "--rounds", "1", "--warmup", "1"],
+    "sweep": ["prompts.csv", "--plan", "distilled", "--out", "sweep"],
+}
+NOT_HERE = {
+    "convert": "rewrites files, on the CPU",
+    "evaluate": "reads pictures of a folder, on the CPU",
+    "inspect": "reads a file's header",
+    "plan": "numbers alone",
+    "presets": "numbers alone",
+    "replay": "test_a_record_replays",
+    "study": "thousands of images; its cells are Engine.sample, as those of sweep",
+    "transfer": "rewrites files, on the CPU",
+}
+
+
+@pytest.fixture(autouse=True)
+def _folder(cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> EmulatedCuda:
+    network: Any = tiny_engine("sd15").denoisers["base"]
+    write(tmp_path / "a.safetensors", random_lora(network))
+    (tmp_path / "prompts.csv").write_text(CSV)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "_load", opened)
+    return cuda
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_on_a_gpu(name: str, cuda: EmulatedCuda, capsys: pytest.CaptureFixture[str]) -> None:
+    command, options = name.split()[0], list(COMMANDS[name])
+    if "--out" not in options and command != "bench":
+        options += ["--out", "out.png" if command in ("slide", "trace") else "out"]
+    assert main([command, *options, *CUDA]) == 0, capsys.readouterr().err
+    assert cuda.max_memory_allocated() > 0
+    if command == "bench":
+        assert "emulated GPU" in capsys.readouterr().out
+    else:
+        out = Path(options[options.index("--out") + 1])
+        assert out.is_file() or len(list(out.glob("*.png"))) == 2 - ("compiled" in name)
+    captured = "compiled" not in name
+    assert bool(cuda.happened("replay")) == captured, "auto is graph"
+
+
+def test_a_record_replays(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "ab", "--out", "out", *CUDA]) == 0
+    assert json.loads(Path("out/record.json").read_text())["machine"]["device"] == "cuda"
+    assert main(["replay", "out/record.json", *CUDA]) == 0, capsys.readouterr().err
+    assert "to the bit" in capsys.readouterr().out
+
+
+def test_no_command_is_forgotten() -> None:
+    folder = Path(session.__file__).parent
+    rooms = {"__init__", "arguments", "console", "intervention", "session"}
+    commands = {path.stem for path in folder.glob("*.py")} - rooms
+    assert commands == {name.split()[0] for name in COMMANDS} | set(NOT_HERE)

@@ -1,0 +1,135 @@
+"""Runs on an emulated GPU: what a CUDA tensor switches on runs, and gives the CPU's pictures.
+
+Emulated: torch's operators of the CPU, or Triton's PTX, under a GPU's rules; nothing of its speed.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_samples import random_lora, write
+from tiny_gpu import gpu_engine
+from tiny_pair import tiny_engine
+from torch import Tensor
+
+import headstart as hs
+from headstart.engine.trajectory import Trajectory
+from headstart.plan.update import Update
+from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+from headstart_kernels.testing.ptx.on_gpu import launched
+
+PLAN = hs.Plan(
+    (
+        hs.Leg(model="base", timesteps=(999,), guidance=3.0),
+        hs.Leg(model="distilled", timesteps=(499,), update=Update.RENOISE),
+    )
+)
+BOUND = 512 * 2.0**-24
+"""Float32 in another order: a value passes some 500 sums and products, none of which grows it."""
+
+
+def run(engine: hs.Engine, **options: Any) -> Trajectory:
+    return engine.sample(["ab", "cd"], **{"plan": PLAN, "seeds": [3, 4], **options})
+
+
+@cache
+def on_cpu(family: str) -> Trajectory:
+    return run(tiny_engine(family))
+
+
+def check(got: Trajectory, expected: Trajectory) -> None:
+    for a, b in ((got.latents, expected.latents), (got.rgb.int(), expected.rgb.int())):
+        assert a.is_cuda and not b.is_cuda
+        scale = 1.0 if a.dtype == torch.int32 else float(b.abs().max()) * BOUND
+        assert float((a.cpu() - b).abs().max()) <= scale
+
+
+@pytest.mark.parametrize(
+    ("runner", "family"), [("eager", "sd15"), ("compiled", "sdxl"), ("graph", "sdxl")]
+)
+def test_every_runner_gives_the_cpus_pictures(cuda: EmulatedCuda, family: str, runner: str) -> None:
+    engine = gpu_engine(family, runner=runner)
+    for _ in range(2):
+        check(run(engine), on_cpu(family))
+    if runner == "graph":
+        assert len(cuda.happened("replay")) == 2 * len(PLAN.compile(engine.schedule))
+
+
+def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
+    """Captured and replayed: what the emulated machine launches is Triton's PTX for sm_90."""
+    asked: Any = {"plan": PLAN, "seeds": 3}
+    with launched(cuda) as gpu:
+        got = gpu_engine("sdxl", runner="graph").sample("ab", **asked)
+    check(got, tiny_engine("sdxl").sample("ab", **asked))
+    names = {name.removesuffix("_kernel") for name, _ in gpu.launches}
+    assert names >= {"fused_step", "geglu", "apply", "philox_normal", "decode_planes"}
+
+
+def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> None:
+    """On a side stream, in pinned memory, by events: accesses without an order raise."""
+    kept: dict[bool, list[Any]] = {}
+    for gpu in (False, True):
+        engine = gpu_engine("sd15") if gpu else tiny_engine("sd15")
+        frames = kept[gpu] = []
+        with hs.Preview(hs.decoder(engine, "linear"), frames.append) as preview:
+            assert (preview.picture is not None) == gpu
+            run(engine, on_step=preview)
+        assert preview.problems == [] and preview.dropped == 0
+    for ours, theirs in zip(kept[True], kept[False], strict=True):
+        assert ours.step == theirs.step and abs(ours.rgb.astype(int) - theirs.rgb).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [
+        ["cads:0.1", "embedding-noise:1", "pink:1", "particles:128"],
+        ["select:2"],
+    ],
+)
+def test_ways_to_variety(cuda: EmulatedCuda, methods: list[str]) -> None:
+    asked: Any = {"plan": PLAN, "seeds": [3, 4, 5], "diversify": methods}
+    engines = gpu_engine("sd15"), tiny_engine("sd15")
+    check(*(engine.sample("ab", **asked) for engine in engines))
+
+
+def test_adapters_and_their_strength_by_row(cuda: EmulatedCuda, tmp_path: Path) -> None:
+    network: Any = tiny_engine("sd15").denoisers["base"]
+    path = write(tmp_path / "a.safetensors", random_lora(network))
+    made: list[Trajectory] = []
+    for engine in (tiny_engine("sd15"), gpu_engine("sd15", runner="graph")):
+        engine.attach(path, [[1.0, -0.5], [0.0, 2.0]])
+        made.append(run(engine))
+    check(made[1], made[0])
+    assert not torch.equal(made[0].latents, on_cpu("sd15").latents)
+
+
+def test_a_run_goes_on_from_a_state(cuda: EmulatedCuda) -> None:
+    engine, asked = gpu_engine("sdxl"), {"plan": PLAN, "seeds": [3, 4]}
+    states = list(engine.iterate(["ab", "cd"], **asked))
+    (last,) = engine.iterate(["ab", "cd"], resume=states[-2], **asked)
+    assert torch.equal(last.x, states[-1].x) and last.x.is_cuda
+
+
+def test_what_is_on_the_gpu_stays_there(cuda: EmulatedCuda) -> None:
+    """A run leaves no memory behind but its result and its graphs."""
+    engine = gpu_engine("sd15", runner="graph")
+    run(engine)
+    before = cuda.memory_allocated()
+    run(engine, seeds=[5, 6])
+    assert cuda.memory_allocated() == before
+
+
+def test_the_bundled_pair_in_half_precision(cuda: EmulatedCuda) -> None:
+    """Files of float16 stay so on a GPU, and the decoder takes what it can be given."""
+    engine = hs.Engine.demo(device="cuda", runner="eager")
+    assert engine.weights.dtype == torch.float16 and engine.runner == "eager"
+    got = engine.sample("a fox", seeds=1, plan=PLAN)
+    expected = hs.Engine.demo(device="cpu").sample("a fox", seeds=1, plan=PLAN)
+    change: Tensor = (got.latents.cpu() - expected.latents).abs().max()
+    # Rounded at 2^-11, a value of some 4 passes four networks; that is about 1e-2.
+    assert float(change) < 0.02 and got.latents.is_cuda
+    assert got.record()["machine"]["device_name"] == "emulated GPU"
