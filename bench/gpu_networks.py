@@ -82,7 +82,7 @@ def call(bench: Bench, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
 
 
 def files(bench: Bench) -> dict[str, Path]:
-    """"base": a folder with everything, "distilled": a UNet alone; both full of zeros."""
+    """ "base": a folder with everything, "distilled": a UNet alone; both full of zeros."""
     shapes, base = bench.networks, bench.folder / "base"
     distilled = bench.folder / "distilled.safetensors"
     first, second = _towers(shapes)

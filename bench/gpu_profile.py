@@ -103,10 +103,13 @@ def profiled(bench: Bench, name: str, run: Callable[[], object]) -> Iterator[Fig
     kernels.sort(key=_device_us, reverse=True)
     total = sum(map(_device_us, kernels))
     yield name, {"kernels": sum(k.count for k in kernels), "device_ms": total / 1e3}
-    yield f"{name}, most time", [
-        f"{event.key[:90]} {_device_us(event) / 1e3:.3f} ms x{event.count}"
-        for event in kernels[:MOST]
-    ]
+    yield (
+        f"{name}, most time",
+        [
+            f"{event.key[:90]} {_device_us(event) / 1e3:.3f} ms x{event.count}"
+            for event in kernels[:MOST]
+        ],
+    )
 
 
 def _on_device(event: Any) -> bool:

@@ -49,7 +49,9 @@ class Report:
         kept |= {} if error is None else {"error": error}
         self.cases[case] = kept | {"figures": self.cases[case]["figures"]}
         self.write()
-        print(f"  {status} after {seconds:.0f} s{'' if error is None else ': ' + error}", flush=True)
+        print(
+            f"  {status} after {seconds:.0f} s{'' if error is None else ': ' + error}", flush=True
+        )
 
     def write(self) -> None:
         harness.write_json(self.path, {**self.head, "cases": self.cases})

@@ -127,7 +127,10 @@ def real(bench: Bench) -> Iterator[Figure]:
         later = [milliseconds(lambda made=made: sampled(bench, made)) for _ in range(bench.rounds)]
         yield f"{name}, then", spread(later)
         done = sampled(bench, made)
-        yield f"{name}, the last", {"finite": bool(done.latents.isfinite().all()), "plan": str(done)}
+        yield (
+            f"{name}, the last",
+            {"finite": bool(done.latents.isfinite().all()), "plan": str(done)},
+        )
         del made, done
         gc.collect()
 

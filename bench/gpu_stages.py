@@ -139,12 +139,15 @@ def kernels(bench: Bench) -> Iterator[Figure]:
             ms = min(milliseconds(lambda: [work.call() for _ in range(many)]) for _ in range(3))
             seconds = ms / many / 1e3
             alone = min(milliseconds(work.call) for _ in range(3))
-            yield name, {
-                "us": seconds * 1e6,
-                "GB/s": work.size_bytes / seconds / 1e9,
-                "bytes": work.size_bytes,
-                "alone_ms": alone,
-            }
+            yield (
+                name,
+                {
+                    "us": seconds * 1e6,
+                    "GB/s": work.size_bytes / seconds / 1e9,
+                    "bytes": work.size_bytes,
+                    "alone_ms": alone,
+                },
+            )
         except Exception as error:
             yield name, failed(error)
 
@@ -212,9 +215,7 @@ def _norm(bench: Bench, layout: torch.memory_format, *, ours: bool) -> Work:
     weight, bias = (torch.ones(width, device=bench.device, dtype=bench.dtype) for _ in range(2))
 
     def theirs() -> Tensor:
-        return torch.nn.functional.silu(
-            torch.nn.functional.group_norm(x, 32, weight, bias, 1e-5)
-        )
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias, 1e-5))
 
     # It has to be read for its mean, and again.
     return Work(

@@ -140,9 +140,7 @@ def peer(
 
     def once() -> Tensor:
         with quiet():
-            return run(
-                x_in, timestep, cond.context, added_cond_kwargs=added, return_dict=False
-            )[0]
+            return run(x_in, timestep, cond.context, added_cond_kwargs=added, return_dict=False)[0]
 
     # Graphs that inductor captures own what they give, until the next call.
     return (lambda: once().clone()) if mode == "max-autotune" else once

@@ -19,9 +19,9 @@ from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.residency import compute_dtype
 from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.capture import Site
-from headstart.runner.cuda import record_event
 from headstart.runner.compiled import CompiledNetwork
 from headstart.runner.compiled_form import Backend
+from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
 
