@@ -248,3 +248,18 @@ def test_a_network_without_blocks_is_compiled_whole_and_refuses_adapters(
     AdapterSet({"base": network}).attach(path)
     with pytest.raises(CaptureError, match=r"compiled whole would not follow them.*'eager'"):
         agree(network, backend, told(strengths=[[1.0], [1.0]]))
+
+
+def test_a_setting_of_a_network_that_is_compiled_whole_is_seen(backend: Counting) -> None:
+    class Scaled(nn.Module):
+        """Has no tensors of its own."""
+
+        scale = 2.0
+
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            return x_in * self.scale
+
+    network = Scaled()
+    before = agree(network, backend)
+    network.scale = 3.0
+    assert not torch.equal(agree(network, backend), before) and backend.count == 2
