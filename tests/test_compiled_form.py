@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ from regional import Counting, Tokens, agree, told
 
 from headstart.errors import CaptureError, InputError
 from headstart.runner import compiled
+from headstart.runner.compiled_form import Form
 from headstart.runner.runner import CompiledRunner, EagerRunner
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 
 
 @pytest.fixture
@@ -93,7 +97,37 @@ def test_a_compiler_that_is_switched_off_is_noticed(
     assert any("torch.compile is switched off" in record.message for record in caplog.records)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("device", "options"),
+    [("cuda", {"max_autotune": True, "coordinate_descent_tuning": True}), ("cpu", {})],
+)
+def test_inductor_measures_kernels_on_a_gpu_and_captures_nothing(
+    device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its mode "max-autotune-no-cudagraphs"; what it generated is kept on disk by default."""
+    import torch._inductor.compile_fx
+
+    seen: list[dict[str, Any]] = []
+
+    def compile_fx(graph: torch.fx.GraphModule, _: list[Any], *, config_patches: Any) -> Any:
+        seen.append(config_patches)
+        return graph.forward
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    x = torch.ones(3)
+    assert torch.equal(Form(torch.neg, "inductor", device)([x], x), -x)
+    assert seen == [options] and torch._inductor.config.fx_graph_cache
+
+
+def test_threads_that_ask_at_once_compile_once(network: Tokens, backend: Counting) -> None:
+    runner, calls = CompiledRunner(network, backend=backend), [told(seed=seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda call: runner(*call), calls))
+    assert backend.count == 1
+    for call, got in zip(calls, found, strict=True):
+        assert torch.equal(got, EagerRunner(network)(*call))
+
+
 def test_inductor_compiles_blocks_and_finds_them_on_disk(
     network: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
