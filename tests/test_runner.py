@@ -132,20 +132,3 @@ def test_runners_convert_what_they_are_given() -> None:
     for name in ("eager", "replay"):
         runner = open_runner(name, network)
         assert runner(*call()).dtype is torch.float64
-
-
-def test_a_network_is_timed_on_the_stream_of_its_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is another device's where the base and the distilled model are on two."""
-    recorded: list[object] = []
-
-    class Event:
-        def __init__(self, *, enable_timing: bool) -> None:
-            assert enable_timing
-
-        def record(self, stream: object = "the current device's") -> None:
-            recorded.append(stream)
-
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
-    EagerRunner(Small())._timed_by_events(*call())
-    assert recorded == ["that of cpu"] * 2
