@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -39,8 +40,9 @@ SDXL = UNetParams(
 
 
 @pytest.fixture(autouse=True)
-def on_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """bfloat16 tensors on a CUDA device, without memory."""
+def on_an_h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """bfloat16 tensors on a CUDA device, without memory; inductor writes where tests do."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
