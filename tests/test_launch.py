@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,18 @@ def test_nan_is_named_as_in_a_run_by_rows(two: Pair) -> None:
                     engine.sample("cat", plan=PLAN, seeds=[4, 5, 6], batch=2)
         finally:
             mend()
+
+
+def test_a_decoder_runs_in_its_own_dtype_and_again_where_float16_overflows(two: Pair) -> None:
+    """From the latents that the launch left, with the warning of a run by rows."""
+    vae: Any = deepcopy(two[0].vae).half()
+    weights = replace(two[0].weights, vae=vae, vae_dtype=torch.float16)
+    pair = hs.Engine(weights), hs.Engine(weights, "trajectory")
+    same(pair, plan=PLAN, seeds=[1, 2])
+    vae.decoder.conv_out.weight.data.mul_(3e5)
+    with pytest.warns(UserWarning, match="overflowed in float16") as told:
+        done = same(pair, plan=PLAN, seeds=[1, 2])
+    assert len(told) == 2 and done.latency_ms["decode"] > 0
 
 
 def test_it_exists_on_a_gpu_and_on_a_cpu() -> None:
