@@ -72,7 +72,7 @@ def test_a_residual_sum_has_torchs_bits_and_its_norm_is_within_its_budget(
     for shape in ((2, 5, 640), (3, 50), (7, 1), (1, 2048)):
         offset = 50 if dtype == torch.float32 else 4
         x, y = ((random_latents(*shape, seed=s) + offset).to(dtype) for s in (0, 1))
-        weight, bias = (random_latents(2, shape[-1], seed=s).to(dtype)[0] for s in (2, 3))
+        weight, bias = (random_latents(shape[-1], 2, seed=s).to(dtype)[:, 0] for s in (2, 3))
         h, n = add_layernorm(x, y, weight, bias, 1e-5, impl="triton")
         assert torch.equal(h, x + y) and n.dtype == dtype and n.is_contiguous()
         row_bound(h, weight, bias, 1e-5).check(n)

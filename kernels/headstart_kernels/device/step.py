@@ -46,9 +46,7 @@ def fused_step_kernel(
 
     A None pointer is an absent operand, decided by the compiler. F_LAST, X_IN_LAST: channels-last,
     with four channels. WHOLE_BLOCKS: a block begins on a multiple of four elements, so that one
-    Philox call serves four. PACKED: see `store_pixels`. STEP_STRIDE: 0 (a row for all) or 1.
-    `finite` [B, parts]: a program writes up to FLAGS of its sample's, a power of two; with FLAGS 0
-    all were true before, and whoever finds NaN or infinity writes the sample's first.
+    Philox call serves four. PACKED: `store_pixels`. FLAGS: `_flag`. STEP_STRIDE: 0 or 1.
     """
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -165,7 +163,9 @@ def _drawn(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.cons
 
 @triton.jit
 def _flag(finite_ptr, parts, largest, FLAGS: tl.constexpr):
-    """Of a sample's flags those of this program: every so many from its own number on."""
+    """Of a sample's `parts` flags up to FLAGS, a power of two, are this program's: every so many
+    from its own number on. With FLAGS 0 all were true before, and who finds NaN writes the first.
+    """
     if FLAGS == 0:
         tl.store(finite_ptr + tl.zeros_like(largest), 0, mask=largest >= _INFINITY)
     else:
