@@ -65,7 +65,7 @@ def _folder(cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 def test_on_a_gpu(name: str, cuda: EmulatedCuda, capsys: pytest.CaptureFixture[str]) -> None:
     command, options = name.split()[0], list(COMMANDS[name])
     if "--out" not in options and command != "bench":
-        options += ["--out", "out.png" if command == "slide" else "out"]
+        options += ["--out", "out.png" if command in ("slide", "trace") else "out"]
     assert main([command, *options, *CUDA]) == 0, capsys.readouterr().err
     assert cuda.max_memory_allocated() > 0
     if command == "bench":

@@ -1,0 +1,107 @@
+"""The machine and the tests for `bench/gpu.py`."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import harness
+import torch
+from gpu_case import Bench, Figure, failed
+
+from headstart_kernels import philox_normal
+
+ROOT = Path(__file__).parents[1]
+FAILS = "test_a_failed_capture"
+"""Tests of tests/gpu/test_gpu.py by this name provoke a failure, which may poison a process."""
+
+
+def environment(bench: Bench) -> Iterator[Figure]:
+    machine = harness.machine()
+    yield "versions", machine["versions"] | {"python": machine["python"]}
+    for name, look in _LOOKS.items():
+        try:
+            yield name, look(bench)
+        except Exception as error:
+            yield name, failed(error)
+
+
+def _gpu(bench: Bench) -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(bench.device)
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "name": torch.cuda.get_device_name(),
+        "compute": ".".join(map(str, torch.cuda.get_device_capability())),
+        "multiprocessors": found.multi_processor_count,
+        "total_GB": total / 1e9,
+        "free_GB": free / 1e9,
+        "gpus": torch.cuda.device_count(),
+    }
+
+
+def _driver(bench: Bench) -> str:
+    """By nvidia-smi, which containers may lack; torch tells the CUDA that it was built for."""
+    if shutil.which("nvidia-smi") is None:
+        return f"no nvidia-smi; torch is built for CUDA {torch.version.cuda}"
+    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20)
+    return f"{told.stdout.strip() or told.stderr.strip()}; CUDA {torch.version.cuda}"
+
+
+def _compiler(bench: Bench) -> str:
+    """Triton builds its launcher with one."""
+    found = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
+    return found or "none: Triton cannot build its launcher"
+
+
+def _bindings(bench: Bench) -> str:
+    try:
+        found = find_spec("cuda.bindings")
+    except ModuleNotFoundError:
+        found = None
+    return "there" if found else "none: a graph's kernels are named by the profiler alone"
+
+
+def _triton(bench: Bench) -> str:
+    """Whether a kernel of ours compiles and runs here, by name, so that nothing stands in."""
+    if bench.dry:
+        return "not tried: a dry run"
+    philox_normal([0], [0], 0, (4, 8), bench.device, impl="triton")
+    torch.cuda.synchronize()
+    return "philox_normal ran"
+
+
+_LOOKS: dict[str, Callable[[Bench], object]] = {
+    "gpu": _gpu,
+    "driver": _driver,
+    "C compiler": _compiler,
+    "cuda-bindings": _bindings,
+    "Triton": _triton,
+    "cuDNN": lambda bench: torch.backends.cudnn.version(),
+}
+
+
+def tests(*arguments: str) -> Callable[[Bench], Iterator[Figure]]:
+    """pytest in a process of its own; its last line, and the first lines of what failed."""
+
+    def figures(bench: Bench) -> Iterator[Figure]:
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *arguments]
+        if bench.dry:
+            yield "not run", " ".join(command[2:])
+            return
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        lines = done.stdout.splitlines()
+        wrong = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        summary = (lines or done.stderr.splitlines() or ["no output"])[-1]
+        yield "summary", summary
+        for line in wrong[:20]:
+            yield line[:200], {"failed": "see pytest"}
+        if done.returncode and not wrong:
+            yield "pytest", {"failed": f"exit {done.returncode}: {done.stderr.strip()[-300:]}"}
+
+    return figures

@@ -1,0 +1,253 @@
+"""The stages beside the UNet for `bench/gpu.py`: decoder, text, and the kernels of a step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from gpu_case import Bench, Call, Figure, failed, in_turns, milliseconds
+from gpu_networks import engine, twin, vae
+from torch import Tensor
+
+from headstart.networks.fusion import fusion
+from headstart.networks.vae import Vae
+from headstart.plan.schedule import NoiseSchedule
+from headstart_kernels import (
+    Draw,
+    decode_u8,
+    fused_step,
+    geglu,
+    groupnorm_silu,
+    preview_rgb,
+    scale_input,
+)
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def decoders(bench: Bench) -> Iterator[Figure]:
+    """Every dtype, layout and norm, with PSNR to float32; then diffusers' decoder."""
+    network, latents = vae(bench), bench.normal(1, *bench.networks.latent)
+    exact = _decoded(network, latents, torch.float32, torch.contiguous_format, False)()
+    variants: dict[str, Callable[[], Call]] = {}
+    for (dtype, kind), (layout, form), fused in product(
+        DTYPES.items(), LAYOUTS.items(), (False, True)
+    ):
+        name = f"{dtype} {layout}{', fused norm' if fused else ''}"
+        variants[name] = lambda k=kind, form=form, fused=fused: _decoded(
+            network, latents, k, form, fused
+        )
+    for dtype in ("bfloat16", "float32"):
+        variants[f"diffusers {dtype} NHWC"] = lambda dtype=dtype: _theirs(
+            bench, network, latents, DTYPES[dtype]
+        )
+    yield from in_turns(bench, variants, lambda got: {"PSNR_dB": psnr(got, exact)})
+
+
+def psnr(got: Tensor, exact: Tensor) -> float:
+    """10 log10(2^2 / mean square) of pixels in [-1, 1], in which they are cut."""
+    apart = got.float().clamp(-1, 1) - exact.float().clamp(-1, 1)
+    square = float(apart.square().mean())
+    return 10 * math.log10(4 / square) if square > 0 else 200.0
+
+
+def _decoded(
+    network: Vae, latents: Tensor, dtype: torch.dtype, layout: torch.memory_format, fused: bool
+) -> Call:
+    with torch.device("meta"):
+        made = Vae(network.params)
+    made = twin(network, made).to(dtype=dtype).to(memory_format=layout)
+    given = latents.to(dtype).contiguous(memory_format=layout)
+
+    def run() -> Tensor:
+        with torch.inference_mode(), fusion(fused):
+            return made.decode(given)
+
+    return run
+
+
+def _theirs(bench: Bench, network: Vae, latents: Tensor, dtype: torch.dtype) -> Call:
+    kind: Any = import_module("diffusers").AutoencoderKL
+    shapes = bench.networks.vae
+    with torch.device("meta"):
+        made = kind(
+            down_block_types=["DownEncoderBlock2D"] * len(shapes.channels),
+            up_block_types=["UpDecoderBlock2D"] * len(shapes.channels),
+            block_out_channels=list(shapes.channels),
+            layers_per_block=shapes.layers,
+            latent_channels=shapes.latent_channels,
+        )
+    made = twin(network, made).to(dtype=dtype).to(memory_format=torch.channels_last)
+    given = (latents / shapes.scale_factor).to(dtype).contiguous(memory_format=torch.channels_last)
+
+    def run() -> Tensor:
+        with torch.inference_mode():
+            return made.decode(given, return_dict=False)[0]
+
+    return run
+
+
+def texts(bench: Bench) -> Iterator[Figure]:
+    """Both encoders, as a run calls them: a prompt, four, and with a negative one."""
+    text = engine(bench).text
+
+    def encoded(prompts: list[str], negative: str | None) -> Call:
+        def run() -> Tensor:
+            with torch.inference_mode():
+                found = text.encode(prompts, negative=negative)
+            return (found[0] if isinstance(found, tuple) else found).context
+
+        return run
+
+    yield from in_turns(
+        bench,
+        {
+            "1 prompt": lambda: encoded(["a fox in the snow"], None),
+            "4 prompts": lambda: encoded(["a fox in the snow"] * 4, None),
+            "1 prompt and a negative": lambda: encoded(["a fox in the snow"], "a frog"),
+        },
+    )
+
+
+class Work(NamedTuple):
+    """A kernel's call, and the bytes that it has to read and write at the least."""
+
+    call: Callable[[], object]
+    size_bytes: int
+
+
+def kernels(bench: Bench) -> Iterator[Figure]:
+    """Time of one launch among 100 that are queued, and the bandwidth that this is.
+
+    `alone_ms` is a call that is waited for: what Python and the launch cost is in it.
+    """
+    many = 2 if bench.dry else 100
+    for name, build in _works(bench).items():
+        try:
+            work = build()
+            work.call()
+            seconds = _queued(work, many)
+            alone = min(milliseconds(work.call) for _ in range(3))
+            yield (
+                name,
+                {
+                    "us": seconds * 1e6,
+                    "GB/s": work.size_bytes / seconds / 1e9,
+                    "bytes": work.size_bytes,
+                    "alone_ms": alone,
+                },
+            )
+        except Exception as error:
+            yield name, failed(error)
+
+
+def _bandwidth(work: Work, many: int) -> dict[str, float]:
+    def queued() -> None:
+        for _ in range(many):
+            work.call()
+
+    work.call()
+    seconds = min(milliseconds(queued) for _ in range(3)) / many / 1e3
+    return {
+        "us": seconds * 1e6,
+        "GB/s": work.size_bytes / seconds / 1e9,
+        "bytes": work.size_bytes,
+        "alone_ms": min(milliseconds(work.call) for _ in range(3)),
+    }
+
+
+def _queued(work: Work, many: int) -> float:
+    """Seconds of a launch among so many."""
+
+    def queued() -> None:
+        for _ in range(many):
+            work.call()
+
+    return min(milliseconds(queued) for _ in range(3)) / many / 1e3
+
+
+def _works(bench: Bench) -> dict[str, Callable[[], Work]]:
+    found: dict[str, Callable[[], Work]] = {}
+    for batch in (1, 16):
+        found |= {
+            f"fused_step, {batch}": lambda b=batch: _step(bench, b, drawn=False),
+            f"fused_step that draws, {batch}": lambda b=batch: _step(bench, b, drawn=True),
+            f"scale_input, {batch}": lambda b=batch: _scaled(bench, b),
+            f"preview_rgb, {batch}": lambda b=batch: _preview(bench, b),
+            f"decode_u8, {batch}": lambda b=batch: _bytes(bench, b),
+        }
+    for layout in LAYOUTS:
+        found |= {
+            f"groupnorm_silu {layout}": lambda form=layout: _norm(bench, LAYOUTS[form], ours=True),
+            f"torch's {layout}": lambda form=layout: _norm(bench, LAYOUTS[form], ours=False),
+        }
+    return found | {
+        "geglu": lambda: _gate(bench, ours=True),
+        "torch's geglu": lambda: _gate(bench, ours=False),
+    }
+
+
+def _table(bench: Bench) -> tuple[Tensor, Tensor]:
+    from gpu_networks import PLAN
+
+    table = PLAN.compile(NoiseSchedule.scaled_linear()).coefficients()
+    row = torch.ones((), dtype=torch.int64, device=bench.device)
+    return torch.tensor(table, device=bench.device), row
+
+
+def _step(bench: Bench, batch: int, *, drawn: bool) -> Work:
+    table, row = _table(bench)
+    x, f = (bench.normal(batch, *bench.networks.latent) for _ in range(2))
+    f, before, after = f.to(bench.dtype), x.clone(), 2 * x.nbytes
+    keys = torch.arange(batch, device=bench.device)
+    noise: Any = Draw(keys, keys) if drawn else before
+    read = x.nbytes + f.nbytes + (0 if drawn else noise.nbytes)
+    return Work(lambda: fused_step(x, f, table, row, noise=noise), read + after)
+
+
+def _scaled(bench: Bench, batch: int) -> Work:
+    table, row = _table(bench)
+    x = bench.normal(batch, *bench.networks.latent)
+    return Work(lambda: scale_input(x, table, row, bench.dtype), x.nbytes + x.nbytes // 2)
+
+
+def _preview(bench: Bench, batch: int) -> Work:
+    x = bench.normal(batch, *bench.networks.latent)
+    factors, bias = bench.normal(4, 3), bench.normal(3)
+    return Work(lambda: preview_rgb(x, factors, bias), x.nbytes + x.numel() * 3 // 4)
+
+
+def _bytes(bench: Bench, batch: int) -> Work:
+    side = bench.networks.pixels
+    pixels = bench.normal(batch, 3, side, side)
+    return Work(lambda: decode_u8(pixels, check=False), pixels.nbytes + pixels.numel())
+
+
+def _norm(bench: Bench, layout: torch.memory_format, *, ours: bool) -> Work:
+    width, side = bench.networks.unet.channels, bench.networks.latent[1]
+    x = bench.normal(2, width, side, side, dtype=bench.dtype).contiguous(memory_format=layout)
+    weight, bias = (torch.ones(width, device=bench.device, dtype=bench.dtype) for _ in range(2))
+
+    def theirs() -> Tensor:
+        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias, 1e-5))
+
+    # It has to be read for its mean, and again.
+    return Work(
+        (lambda: groupnorm_silu(x, 32, weight, bias, 1e-5)) if ours else theirs, 3 * x.nbytes
+    )
+
+
+def _gate(bench: Bench, *, ours: bool) -> Work:
+    width, side = bench.networks.unet.down[1].channels, bench.networks.latent[1] // 2
+    x = bench.normal(2, side * side, 8 * width, dtype=bench.dtype)
+
+    def theirs() -> Tensor:
+        value, gate = x.chunk(2, dim=-1)
+        return value * torch.nn.functional.gelu(gate)
+
+    return Work((lambda: geglu(x)) if ours else theirs, x.nbytes + x.nbytes // 2)
