@@ -25,7 +25,6 @@ import time
 import traceback
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -61,7 +60,7 @@ CASES = (
     *(Case(f"memory-{gb}", f"a hybrid in {gb} GB: what is chosen", 180, gpu_runs.memory(gb))
       for gb in (24, 16, 12, 8)),
     Case("files", "your own files, cold and warm", 300, gpu_runs.real),
-    Case("unet-4", "the same pass for four images", 240, partial(gpu_unet.passes, batch=4)),
+    Case("unet-4", "the same pass for four images", 240, gpu_unet.four),
     Case("compiled", "compiled, and diffusers' compiled", 420, gpu_unet.compiled),
     Case("recipe", "diffusers' own recipe, which searches long", 600, gpu_unet.recipe),
 )  # fmt: skip

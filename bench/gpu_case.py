@@ -132,13 +132,18 @@ def failed(error: BaseException) -> dict[str, str]:
     return {"failed": said(error)}
 
 
-def in_turns(bench: Bench, variants: Mapping[str, Callable[[], Call]]) -> Iterator[Figure]:
+def in_turns(
+    bench: Bench,
+    variants: Mapping[str, Callable[[], Call]],
+    judge: Callable[[Any], dict[str, float]] | None = None,
+) -> Iterator[Figure]:
     """Milliseconds of each variant, A B A B ..., with the ratio to the first that works.
 
     A variant is built, then called once, which may compile and capture; that is `first_s`, told
     when it is done. Each timed call is waited for, as whoever wants its picture does. What raises
     has its error as its figure, and the others go on. `difference` is that of what a call gives
-    from what the first variant gave, at most, relative to the largest value.
+    from what the first variant gave, at most, relative to the largest value; or `judge` says
+    something else of it.
     """
     calls: dict[str, Call] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -150,14 +155,14 @@ def in_turns(bench: Bench, variants: Mapping[str, Callable[[], Call]]) -> Iterat
             call = build()
             got = call()
             wait()
+            told: dict[str, Any] = {"first_s": round(time.perf_counter() - begin, 2)}
+            told |= {"peak_bytes": torch.cuda.max_memory_allocated()}
+            expected = got if expected is None else expected
+            told |= judge(got) if judge else _difference(got, expected)
         except Exception as error:
             yield name, failed(error)
             continue
-        facts[name] = {"first_s": round(time.perf_counter() - begin, 2)}
-        facts[name] |= {"peak_bytes": torch.cuda.max_memory_allocated()}
-        expected = got if expected is None else expected
-        facts[name] |= _difference(got, expected)
-        calls[name] = call
+        calls[name], facts[name] = call, told
         yield name, facts[name]
     yield from _timed(calls, facts, bench.rounds)
 

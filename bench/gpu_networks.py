@@ -25,13 +25,12 @@ from headstart.networks.vae import Vae
 from headstart.plan.leg import Leg
 from headstart.plan.plan import Plan
 from headstart.plan.update import Update
-from headstart_kernels import philox_normal
 
 VOCABULARY = 49408  # of CLIP
 PLAN = Plan(
     (
-        Leg(model="base", timesteps=[999], guidance=5.0),
-        Leg(model="distilled", timesteps=[749, 499, 249], update=Update.RENOISE),
+        Leg(model="base", timesteps=(999,), guidance=5.0),
+        Leg(model="distilled", timesteps=(749, 499, 249), update=Update.RENOISE),
     )
 )
 """A guided step of the base, then three of the distilled model."""
@@ -133,16 +132,8 @@ def engine(bench: Bench, runner: Any = "eager", *, random: bool = True, **option
     loaded = Engine.load(**found, device="cuda", runner=runner, preset="demo", **options)
     if random and not bench.files:
         pair = loaded.weights
-        for number, module in enumerate((*pair.denoisers.values(), pair.vae, *pair.text.towers)):
+        for module in (*pair.denoisers.values(), pair.vae, *pair.text.towers):
             if isinstance(module, nn.Module):
-                _fill(module, number)
+                for weight in module.parameters():
+                    nn.init.normal_(weight, std=0.02)
     return loaded
-
-
-def _fill(module: nn.Module, seed: int) -> None:
-    """Weights of a standard deviation of 0.02, from counter-based noise on the device itself."""
-    with torch.no_grad():
-        for number, weight in enumerate(module.parameters()):
-            size = (-(-weight.numel() // 4) * 4,)
-            drawn = philox_normal([seed], [number], 0, size, weight.device)
-            weight.copy_(drawn[0, : weight.numel()].view(weight.shape) * 0.02)

@@ -1,4 +1,4 @@
-"""Which kernels run, for `bench/gpu.py`: named by the graph where torch tells, and by a profiler."""
+"""Which kernels run, for `bench/gpu.py`: by the graph where torch tells, and by a profiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of `bench/gpu.py`: a file that grows figure by figure, lines as it goes, and a table."""
+"""The report of `bench/gpu.py`: a file that grows figure by figure, lines, and a table."""
 
 from __future__ import annotations
 
@@ -49,9 +49,8 @@ class Report:
         kept |= {} if error is None else {"error": error}
         self.cases[case] = kept | {"figures": self.cases[case]["figures"]}
         self.write()
-        print(
-            f"  {status} after {seconds:.0f} s{'' if error is None else ': ' + error}", flush=True
-        )
+        why = "" if error is None else f": {error}"
+        print(f"  {status} after {seconds:.0f} s{why}", flush=True)
 
     def write(self) -> None:
         harness.write_json(self.path, {**self.head, "cases": self.cases})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,24 +38,23 @@ def sampled(bench: Bench, made: Engine, count: int = 1) -> Trajectory:
 def runs(bench: Bench) -> Iterator[Figure]:
     """From the prompt to uint8 on the host, one image and four; stages on the device's clock."""
     made = engine(bench)
-    for count in (1, 4):
+    for count in (1,) if bench.dry else (1, 4):
         of = f", {count} images" if count > 1 else ", 1 image"
-        variants = {
-            name + of: lambda name=name, count=count: _run(bench, made, name, count)
-            for name in RUNNERS
-        }
-        yield from in_turns(bench, variants)
-        for name in RUNNERS:
-            try:
-                stages = sampled(bench, _with(made, name), count).latency_ms
-                yield f"stages, {name}{of}", {f"{stage}_ms": ms for stage, ms in stages.items()}
-            except Exception as error:
-                yield f"stages, {name}{of}", failed(error)
+        stages: dict[str, dict[str, float]] = {}
 
+        def build(name: str, count: int = count, stages: Any = stages) -> Call:
+            other = _with(made, name)
 
-def _run(bench: Bench, made: Engine, name: str, count: int) -> Call:
-    other = _with(made, name)
-    return lambda: sampled(bench, other, count).rgb.cpu()
+            def run() -> torch.Tensor:
+                done = sampled(bench, other, count)
+                stages[name] = {f"{stage}_ms": ms for stage, ms in done.latency_ms.items()}
+                return done.rgb.cpu()
+
+            return run
+
+        yield from in_turns(bench, {name + of: partial(build, name) for name in RUNNERS})
+        for name, taken in stages.items():
+            yield f"stages, {name}{of}", taken
 
 
 def _with(made: Engine, name: Any) -> Engine:
@@ -69,7 +69,7 @@ def memory(cap_gb: int) -> Callable[[Bench], Iterator[Figure]]:
 
     def figures(bench: Bench) -> Iterator[Figure]:
         total = torch.cuda.mem_get_info()[1]
-        cap = cap_gb * 10**9 if not bench.dry else cap_gb * 10**6
+        cap = cap_gb * (4 * 10**6 if bench.dry else 10**9)
         if cap >= total:
             yield "cap", {"skipped": f"the GPU has {total / 1e9:.1f} GB"}
             return
@@ -99,7 +99,7 @@ def _fit(bench: Bench, options: dict[str, Any]) -> dict[str, Any]:
     made = engine(bench, "auto", random=False, **options)
     loaded, held = time.perf_counter() - begin, torch.cuda.memory_allocated()
     first = sampled(bench, made)
-    times = [milliseconds(lambda: sampled(bench, made)) for _ in range(3)]
+    times = [milliseconds(lambda: sampled(bench, made)) for _ in range(min(3, bench.rounds))]
     return spread(times) | {
         "peak_bytes": torch.cuda.max_memory_allocated(),
         "weights_GB": held / 1e9,

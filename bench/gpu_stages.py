@@ -46,12 +46,7 @@ def decoders(bench: Bench) -> Iterator[Figure]:
         variants[f"diffusers {dtype} NHWC"] = lambda dtype=dtype: _theirs(
             bench, network, latents, DTYPES[dtype]
         )
-    yield from in_turns(bench, variants)
-    for name, build in variants.items():
-        try:
-            yield f"PSNR, {name}", {"dB": psnr(build()(), exact)}
-        except Exception as error:
-            yield f"PSNR, {name}", failed(error)
+    yield from in_turns(bench, variants, lambda got: {"PSNR_dB": psnr(got, exact)})
 
 
 def psnr(got: Tensor, exact: Tensor) -> float:
@@ -136,8 +131,7 @@ def kernels(bench: Bench) -> Iterator[Figure]:
         try:
             work = build()
             work.call()
-            ms = min(milliseconds(lambda: [work.call() for _ in range(many)]) for _ in range(3))
-            seconds = ms / many / 1e3
+            seconds = _queued(work, many)
             alone = min(milliseconds(work.call) for _ in range(3))
             yield (
                 name,
@@ -150,6 +144,31 @@ def kernels(bench: Bench) -> Iterator[Figure]:
             )
         except Exception as error:
             yield name, failed(error)
+
+
+def _bandwidth(work: Work, many: int) -> dict[str, float]:
+    def queued() -> None:
+        for _ in range(many):
+            work.call()
+
+    work.call()
+    seconds = min(milliseconds(queued) for _ in range(3)) / many / 1e3
+    return {
+        "us": seconds * 1e6,
+        "GB/s": work.size_bytes / seconds / 1e9,
+        "bytes": work.size_bytes,
+        "alone_ms": min(milliseconds(work.call) for _ in range(3)),
+    }
+
+
+def _queued(work: Work, many: int) -> float:
+    """Seconds of a launch among so many."""
+
+    def queued() -> None:
+        for _ in range(many):
+            work.call()
+
+    return min(milliseconds(queued) for _ in range(3)) / many / 1e3
 
 
 def _works(bench: Bench) -> dict[str, Callable[[], Work]]:

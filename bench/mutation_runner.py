@@ -14,7 +14,6 @@ from mutations import ROOT, Mutation, main
 CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_graph.py"
 BOUND = "src/headstart/runner/bound.py"
 RUNNER_TEST = "tests/graph/test_graph_runner.py"
-LAUNCH, LAUNCH_TEST = "src/headstart/engine/launch.py", "tests/test_launch.py"
 BOUND_TEST, FAILED_TEST = "tests/test_bound.py", "tests/graph/test_failed_capture.py"
 TRAJECTORY_TEST = "tests/graph/test_trajectory_graph.py"
 ADAPTER_TEST = "tests/graph/test_adapter_graphs.py"
@@ -304,27 +303,6 @@ MUTATIONS = (
         "with _capturing(), _trying_algorithms():",
         "with _capturing():",
         (f"{RUNNER_TEST}::test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture",),
-    ),
-    Mutation(
-        "decode the last state as if every plan ended at 0",
-        TRAJECTORY,
-        "last = x * inputs[_END] if _END in inputs else x",
-        "last = x",
-        (f"{LAUNCH_TEST}::test_the_bits_of_an_eager_run[sd15-ends above 0]",),
-    ),
-    Mutation(
-        "run as one launch what acts between rows",
-        LAUNCH,
-        "    if acting:\n",
-        "    if False:\n",
-        (f"{LAUNCH_TEST}::test_what_acts_between_rows_runs_row_by_row_and_the_log_says_why",),
-    ),
-    Mutation(
-        "give every launch the strengths of the first samples",
-        LAUNCH,
-        '{"strengths": strengths[:, part]}',
-        '{"strengths": strengths[:, : request.chunk]}',
-        (f"{LAUNCH_TEST}::test_strengths_of_adapters_by_row_and_sample",),
     ),
     Mutation(
         "fall back without being asked",

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from headstart_kernels.emulation.fake_cuda import RaceError
+from headstart_kernels.emulation.fake_cuda import NotPermittedError, RaceError
 from headstart_kernels.emulation.gpu import CudaTensor, emulated_gpu
-from headstart_kernels.emulation.recorder import WaitError
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 
@@ -33,6 +32,10 @@ def test_tensors_have_values_and_are_on_the_gpu(cuda: EmulatedCuda, made: object
 
 def test_views_share_memory_in_every_mode(cuda: EmulatedCuda) -> None:
     for mode in (torch.inference_mode(), torch.no_grad(), torch.enable_grad()):
+        with mode:
+            host = torch.ones(2, device="cuda").to("cpu")
+            other = host.to("cuda:0").to("cuda:1").fill_(3)
+        assert host.tolist() == [1, 1] and not host.is_cuda and str(other.device) == "cuda:1"
         x = torch.zeros(4, 2, device="cuda")
         with mode:
             x[1].add_(5)
@@ -97,7 +100,7 @@ def test_graphs_replay_and_refuse_what_waits(cuda: EmulatedCuda) -> None:
         graph.replay()
     assert (y.tolist(), x.tolist(), python) == ([4, 4], [3, 3], ["ran"])
     with (
-        pytest.raises(WaitError),
+        pytest.raises(NotPermittedError, match="previous error during capture"),
         torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool, stream=stream),
     ):
         float(x[0])

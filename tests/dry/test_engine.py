@@ -5,6 +5,7 @@ Emulated: torch's operators of the CPU, or Triton's PTX, under a GPU's rules; no
 
 from __future__ import annotations
 
+import runpy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,14 @@ import torch
 from adapter_samples import random_lora, write
 from tiny_gpu import gpu_engine
 from tiny_pair import tiny_engine
-from torch import Tensor
+from torch import Tensor, nn
 
 import headstart as hs
 from headstart.engine.trajectory import Trajectory
+from headstart.errors import CaptureError
 from headstart.plan.update import Update
+from headstart.runner.capture import Site
+from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 from headstart_kernels.testing.ptx.on_gpu import launched
 
@@ -49,14 +53,16 @@ def check(got: Trajectory, expected: Trajectory) -> None:
 
 
 @pytest.mark.parametrize(
-    ("runner", "family"), [("eager", "sd15"), ("compiled", "sdxl"), ("graph", "sdxl")]
+    ("runner", "family"),
+    [("eager", "sd15"), ("compiled", "sdxl"), ("graph", "sdxl"), ("trajectory", "sdxl")],
 )
 def test_every_runner_gives_the_cpus_pictures(cuda: EmulatedCuda, family: str, runner: str) -> None:
     engine = gpu_engine(family, runner=runner)
     for _ in range(2):
         check(run(engine), on_cpu(family))
-    if runner == "graph":
-        assert len(cuda.happened("replay")) == 2 * len(PLAN.compile(engine.schedule))
+    rows = len(PLAN.compile(engine.schedule))
+    launches = {"eager": 0, "compiled": rows, "graph": rows, "trajectory": 1}
+    assert len(cuda.happened("replay")) == 2 * launches[runner]
 
 
 def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
@@ -107,6 +113,24 @@ def test_adapters_and_their_strength_by_row(cuda: EmulatedCuda, tmp_path: Path) 
     assert not torch.equal(made[0].latents, on_cpu("sd15").latents)
 
 
+def test_what_cannot_be_captured_runs_eagerly_and_the_rest_goes_on(cuda: EmulatedCuda) -> None:
+    class Looks(nn.Module):
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Any) -> Tensor:
+            return x_in * float(timestep[0])
+
+    engine = gpu_engine("sd15", runner="graph")
+    before, stream = run(engine), torch.cuda.current_stream()
+    x, t = torch.ones(1, 4, 8, 8, device="cuda"), torch.full((1,), 7, device="cuda")
+    cond = hs.Conditioning(torch.ones(1, 5, 32, device="cuda"))
+    with pytest.raises(CaptureError, match="Looks could not be captured"):
+        GraphRunner(Looks())(x, t, cond)
+    fallback = GraphRunner(Looks(), fallback=True)
+    assert torch.equal(fallback(x, t, cond), x * 7) and len(fallback.refusals) == 1
+    assert torch.cuda.current_stream() is stream and not cuda.underway
+    assert Site.of(x.device).dead is None
+    assert torch.equal(run(engine).latents, before.latents)
+
+
 def test_a_run_goes_on_from_a_state(cuda: EmulatedCuda) -> None:
     engine, asked = gpu_engine("sdxl"), {"plan": PLAN, "seeds": [3, 4]}
     states = list(engine.iterate(["ab", "cd"], **asked))
@@ -133,3 +157,10 @@ def test_the_bundled_pair_in_half_precision(cuda: EmulatedCuda) -> None:
     # Rounded at 2^-11, a value of some 4 passes four networks; that is about 1e-2.
     assert float(change) < 0.02 and got.latents.is_cuda
     assert got.record()["machine"]["device_name"] == "emulated GPU"
+
+
+@pytest.mark.parametrize("how", ["waits", "raises", "falls back"])
+def test_what_is_asked_of_a_failed_capture_holds_here(cuda: EmulatedCuda, how: str) -> None:
+    """The program that tests/gpu runs on a GPU, with the rules of an emulated one."""
+    program = Path(__file__).parents[1] / "gpu" / "failed_capture.py"
+    runpy.run_path(str(program))["main"](how)

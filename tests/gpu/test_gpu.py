@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from headstart.errors import CaptureError
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
@@ -19,6 +21,7 @@ from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.table import StepTable
 from headstart.plan.update import Update
 from headstart.runner.capture import Site
+from headstart.runner.cuda import Cuda
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import EagerRunner
 from headstart.runner.trajectory_graph import TrajectoryGraph
@@ -52,7 +55,7 @@ def networks() -> dict[str, Any]:
 
 @pytest.fixture
 def site() -> Site:
-    return Site(torch.device("cuda", torch.cuda.current_device()), torch.cuda)  # type: ignore[arg-type]
+    return Site(torch.device("cuda", torch.cuda.current_device()), Cuda())
 
 
 def words(batch: int, seed: int = 0) -> Conditioning:
@@ -139,36 +142,37 @@ def test_nothing_waits_between_the_launch_and_the_result(
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_what_waits_cannot_be_captured(site: Site) -> None:
-    class Looks(nn.Module):
-        def forward(self, x_in: Any, timestep: Any, cond: Any) -> Any:
-            return x_in * float(timestep[0])
-
-    x, t = torch.ones(1, *SHAPE, device="cuda"), torch.full((1,), 7, device="cuda")
-    with pytest.raises(CaptureError, match="Looks could not be captured"):
-        GraphRunner(Looks(), site)(x, t, words(1))
+FAILURE = Path(__file__).parent / "failed_capture.py"
 
 
-def test_the_fused_step_is_in_the_graph_once_a_row(networks: dict[str, Any], site: Site) -> None:
+@pytest.mark.parametrize("how", ["waits", "raises", "falls back"])
+def test_a_failed_capture_leaves_what_it_found(how: str) -> None:
+    """In a process of its own: one that it poisoned would fail the tests behind it."""
+    done = subprocess.run(
+        [sys.executable, str(FAILURE), how], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_the_fused_step_is_in_the_graph_once_a_row(networks: dict[str, Any]) -> None:
     """By the names of the kernels in it: Triton's are named after our functions."""
-    pytest.importorskip("cuda.bindings", reason="torch reads a graph's kernels with cuda-bindings")
     kept: list[Any] = []
 
-    class KeptGraphs:
+    class KeptGraphs(Cuda):
         def CUDAGraph(self) -> Any:  # noqa: N802
             kept.append(torch.cuda.CUDAGraph(keep_graph=True))
             return kept[-1]
 
-        def __getattr__(self, name: str) -> Any:
-            return getattr(torch.cuda, name)
-
     if not hasattr(torch.cuda.CUDAGraph, "get_graph_data"):
         pytest.skip("this torch does not tell which kernels a graph holds")
-    site.backend = KeptGraphs()  # type: ignore[assignment]
+    site = Site(torch.device("cuda", torch.cuda.current_device()), KeptGraphs())
     models = {name: networks[name] for name in ("base", "distilled")}
     graph = TrajectoryGraph(models, networks["vae"], site=site)
     graph(table(), words(1), Philox([3]), shape=SHAPE, uncond=words(1, 1))
-    nodes = kept[0].get_graph_data()["nodes"]
+    try:
+        nodes = kept[0].get_graph_data()["nodes"]
+    except (ImportError, RuntimeError) as error:  # cuda-bindings, and a driver of CUDA 13.1
+        pytest.skip(f"torch does not tell which kernels a graph holds: {error}")
     names = [node["kernel_name"] or node["node_type"] for node in nodes]
     copies = [name for name in names if "memcpy" in name.lower() and "host" in name.lower()]
     assert len(names) > 100 and copies == []

@@ -99,8 +99,10 @@ def emulated_gpu(gpus: int = 1, *, memory_bytes: int = 80 * 10**9) -> Generator[
         return not ours and compatible(one, other)
 
     with ExitStack() as stack:
-        for name, value in cuda.names().items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, value, create=True))
+        private: Any = torch._C  # pyright: ignore[reportPrivateUsage]
+        for place, names in ((torch.cuda, cuda.names()), (private, cuda.private())):
+            for name, value in names.items():
+                stack.enter_context(mock.patch.object(place, name, value, create=True))
         stack.enter_context(mock.patch.object(torch, "_has_compatible_shallow_copy_type", fits))
         stack.enter_context(mock.patch.object(torch, "compile", _uncompiled))
         stack.enter_context(cuda.running())
@@ -112,7 +114,7 @@ def emulated_gpu(gpus: int = 1, *, memory_bytes: int = 80 * 10**9) -> Generator[
 
 def _uncompiled(model: Any = None, **options: object) -> Any:
     """dynamo traces nothing while a dispatch mode is entered."""
-    return (lambda decorated: decorated) if model is None else model
+    return _uncompiled if model is None else model
 
 
 class _Devices(TorchDispatchMode):
@@ -153,7 +155,7 @@ class _Names(TorchFunctionMode):
         if func is Tensor.pin_memory:
             return args[0]
         if func is Tensor.cuda:
-            return args[0].to(*(args[1:] or (_numbered("cuda"),)), **kwargs)
+            return args[0].to(next(filter(None, args[1:]), _numbered("cuda")))
         if func in (torch.tensor, torch.as_tensor):
             device = kwargs.pop("device", None)
             made = func(*args, **kwargs)
@@ -181,19 +183,24 @@ def _run(
     (inner, named), devices, known = _unwrapped((args, kwargs))
     if func.namespace == "aten":
         _check(func, args, kwargs, devices)
-    device, asked = devices[0] if devices else None, named.get("device")
+    device, asked = devices[0] if devices else None, _asked(args, kwargs)
     if asked is not None:
-        target = torch.device(asked)
-        device = target if target.type == "cuda" else None
-        if device is not None:
-            named["device"] = torch.device("cpu")
+        device = asked if asked.type == "cuda" else None
     result = func(*inner, **named)
-    if device is None:
-        return result
+    if device is None:  # in inference mode `to` comes whole, and finds its input on the host
+        moved = isinstance(result, Tensor) and id(result) in known
+        return result.clone() if moved else result
     # torch keeps a view of a normal tensor normal, in inference mode too.
     normal = func.is_view and not any(tensor.is_inference() for tensor in known.values())
     with torch.inference_mode(False) if normal else nullcontext():
         return _wrapped(result, device, known, cuda)
+
+
+def _asked(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
+    """Where an operator shall put what it returns, if it says so."""
+    named = kwargs.get("device")
+    places = [one for one in args if isinstance(one, torch.device)]
+    return torch.device(named) if named is not None else next(iter(places), None)
 
 
 def _unwrapped(tree: Any) -> tuple[Any, list[torch.device], dict[int, CudaTensor]]:
@@ -202,6 +209,8 @@ def _unwrapped(tree: Any) -> tuple[Any, list[torch.device], dict[int, CudaTensor
     known: dict[int, CudaTensor] = {}
 
     def held(leaf: object) -> object:
+        if isinstance(leaf, torch.device) and leaf.type == "cuda":
+            return torch.device("cpu")
         if not isinstance(leaf, CudaTensor):
             return leaf
         devices.append(leaf.device)
@@ -220,6 +229,8 @@ def _wrapped(
         if not isinstance(leaf, Tensor) or isinstance(leaf, CudaTensor):
             return leaf
         before = known.get(id(leaf))
+        if before is not None and before.device != device:
+            leaf, before = leaf.clone(), None
         if before is not None:
             assert before.shape == leaf.shape, "an operator changed a shape in place"
             return before

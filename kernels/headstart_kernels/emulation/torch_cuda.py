@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart_kernels.emulation.fake_cuda import FakeCuda, FakeGraph, FakeStream
+from headstart_kernels.emulation.fake_cuda import FakeCuda, FakeGraph, FakeStream, Pool
 
 
 class EmulatedStream(FakeStream):
@@ -97,6 +97,7 @@ class EmulatedCuda(FakeCuda):
         self._current = 0
         self._users: dict[int, int] = {}
         self.on_top: Callable[[], AbstractContextManager[object]] = nullcontext
+        self._above: AbstractContextManager[object] = nullcontext()
 
     def names(self) -> dict[str, Any]:
         """What is put in the place of torch.cuda's own."""
@@ -104,11 +105,14 @@ class EmulatedCuda(FakeCuda):
             **{name: _always(value) for name, value in _CONSTANT.items()},
             "device_count": _always(len(self._memory)),
             "current_device": lambda: self._current,
-            "is_current_stream_capturing": lambda: self._capturing,
             "default_stream": _always(self._streams[0]),
             **{name: _bound(kind, self) for name, kind in _CLASSES.items()},
             **{name: getattr(self, name) for name in _SAME},
         }
+
+    def private(self) -> dict[str, Any]:
+        """What is put into torch._C, which has it in a build with CUDA alone."""
+        return {"_cuda_endAllocateToPool": self.end_pool, "_cuda_releasePool": self.release_pool}
 
     def set_device(self, device: object) -> None:
         self._current = self._index(device)
@@ -135,12 +139,32 @@ class EmulatedCuda(FakeCuda):
 
     @contextmanager
     def graph(self, graph: FakeGraph, **options: Any) -> Generator[None]:
-        """Records below the mode of CUDA tensors, so what is replayed are operators of the host."""
         options = {"pool": None, "stream": None, "capture_error_mode": "global"} | options
         options["pool"] = options["pool"] or self.graph_pool_handle()
         options["stream"] = options["stream"] or self.Stream()
-        with super().graph(graph, **options), self.on_top():
+        with super().graph(graph, **options):
             yield
+
+    def begin(self, graph: FakeGraph, pool: Pool, mode: str) -> None:
+        """Records below the mode of CUDA tensors, so what is replayed are operators of the host."""
+        super().begin(graph, pool, mode)
+        self._above = self.on_top()
+        self._above.__enter__()
+
+    def end(self, graph: FakeGraph) -> None:
+        if self.current_stream() is graph.stream and graph.recording is not None:
+            self._above.__exit__(None, None, None)
+        super().end(graph)
+
+    def end_pool(self, device: int, pool: Pool) -> None:
+        """torch._C._cuda_endAllocateToPool."""
+        if pool not in self.underway:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.underway.remove(pool)
+
+    def release_pool(self, device: int, pool: Pool) -> None:
+        """torch._C._cuda_releasePool."""
+        self.release(pool)
 
     # Memory.
 
@@ -239,13 +263,12 @@ _CONSTANT: dict[str, object] = {
     "is_initialized": True,
     "is_bf16_supported": True,
     "manual_seed_all": None,
-    "empty_cache": None,
     "set_sync_debug_mode": None,
     "get_device_name": "emulated GPU",
     "get_device_capability": (9, 0),
 }
 _SAME = (
-    *("set_device", "device"),
+    *("set_device", "device", "empty_cache", "is_current_stream_capturing"),
     *("current_stream", "stream", "synchronize", "graph_pool_handle"),
     *("graph", "mem_get_info", "memory_allocated", "max_memory_allocated", "memory_reserved"),
     *("max_memory_reserved", "reset_peak_memory_stats", "get_device_properties"),

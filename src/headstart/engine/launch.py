@@ -66,10 +66,9 @@ def by_rows(course: Course, on_step: OnStep = None) -> str | None:
         return "what they are told changes with the level"
     if any(isinstance(network, X0Denoiser) for network in networks.values()):
         return "a network answers with x0"
-    places = [device_of(own) for own in (*networks.values(), weights.vae)]
-    named = sorted({str(place) for place in places if place is not None})
-    if len(named) > 1:
-        return f"the networks are on {', '.join(named)}"
+    places = {device_of(own) or weights.device for own in (*networks.values(), weights.vae)}
+    if len(places) > 1:
+        return f"the networks are on {', '.join(sorted(map(str, places)))}"
     return None
 
 

@@ -336,8 +336,7 @@ def _capturing() -> Generator[None]:
 def _trying_algorithms() -> Generator[None]:
     """cuDNN tries what it has on every new convolution and remembers the fastest. A capture, which
     may try nothing, takes what is remembered (aten/src/ATen/native/cudnn/Conv_v8.cpp,
-    `run_single_conv`). Another process may remember another, whose bits differ by rounding: it is
-    left off where algorithms are to be deterministic (`torch.backends.cudnn.deterministic`)."""
+    `run_single_conv`). Left off where algorithms are to be deterministic."""
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark
     fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
