@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from headstart_kernels.trial import launches
+
 _NOUN = {
     "fused_step": "step",
     "scale_input": "step",
@@ -23,6 +25,7 @@ _NOUN = {
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
     "groupnorm_silu": "norm",
+    "add_layernorm": "layernorm",
     "geglu": "gate",
     "low_rank_add": "adapter",
 }
@@ -49,18 +52,19 @@ def choose(
 ) -> Impl:
     """The implementation that runs `kernel` where `tensor` is.
 
-    None takes Triton on a GPU where it is installed; C on a CPU where there is a compiler, nobody
-    watches, no gradient is asked for and all samples are in one row; and the reference everywhere
-    else, as for float64, which the kernels would round. An implementation asked for by name runs,
-    or raises ValueError saying why it cannot: nothing falls back. Nothing here starts a driver:
-    Triton does, at its first launch.
+    None takes Triton on a GPU where it can launch (see `trial`); C on a CPU where there is a
+    compiler, nobody watches, no gradient is asked for and all samples are in one row; and the
+    reference everywhere else, as for float64, which the kernels would round. An implementation
+    asked for by name runs, or raises ValueError saying why it cannot: nothing falls back. Without
+    a tensor on a GPU, nothing here starts a driver.
     """
     if impl is not None:
         return _named(kernel, impl, tensor, rows_differ)
     if tensor.dtype == torch.float64:
         return Impl.REFERENCE
     if tensor.is_cuda:
-        return Impl.REFERENCE if stands_in(tensor) or not _installed() else Impl.TRITON
+        able = not stands_in(tensor) and launches(tensor.device)
+        return Impl.TRITON if able else Impl.REFERENCE
     in_c = kernel in NATIVE and not rows_differ and _in_c(tensor, *others)
     return Impl.NATIVE if in_c else Impl.REFERENCE
 

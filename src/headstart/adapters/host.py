@@ -78,7 +78,7 @@ def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tens
     return {name: column for name, column in columns if bool(column.any())}
 
 
-_Forward: TypeAlias = Callable[[Tensor], Tensor]
+_Forward: TypeAlias = Callable[..., Any]
 
 
 @final
@@ -95,9 +95,11 @@ class _Way:
     def __reduce__(self) -> NoReturn:
         raise _copied(self.leaf.layer)
 
-    def __call__(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor, *more: Any) -> Any:
         own = self.leaf.weights()
-        return self.under(input) if own is None else run_on(self.leaf.layer, input, own)
+        if own is None:
+            return self.under(input, *more)
+        return run_on(self.leaf.layer, input, own, *more)
 
 
 @final

@@ -40,11 +40,11 @@ from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import load_text, rounds, widened_bytes
+from headstart.networks.numbers import guidance_embedding
 from headstart.networks.placement import Dtype
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
-from headstart.networks.unet import guidance_embedding
 from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process
 

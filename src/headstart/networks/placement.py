@@ -74,7 +74,10 @@ def _fill(
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     if few:
-        return keep_float8(module, scales, dtype)
+        keep_float8(module, scales, dtype)
+    lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
+    if lay_out is not None:
+        lay_out()
     return keep_stored(module) if stored else module
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from collections.abc import Hashable, Mapping
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.residency import compute_dtype
+from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
@@ -153,6 +155,14 @@ class EagerRunner:
             f = self.network(x_in, timestep, cond)
             self._wall_ms += (time.perf_counter() - start) * 1e3
             return f
+
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        return prompt_key(self.network, cond)
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        with torch.inference_mode():
+            cond = cond.to(cond.context.device, self.dtype)
+            return cast("ReadsPrompt", self.network).read_prompt(cond)
 
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         start = torch.cuda.Event(enable_timing=True)
