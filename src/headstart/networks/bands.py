@@ -23,7 +23,7 @@ class Bands:
     """
 
     def __init__(self, parts: list[Tensor], rows: int, height: int) -> None:
-        self.parts, self.rows, self.height = parts, rows, height
+        self.parts, self.rows, self.height, self.gone = parts, rows, height, 0
 
     @classmethod
     def of(cls, x: Tensor, rows: int) -> Bands:
@@ -49,9 +49,10 @@ class Bands:
 
     def read(self, row: int) -> None:
         """Let go of the bands above this row, or of all when it was the last that is looked at."""
-        for i, _, end in self.spans():
-            if end <= row or row >= self.height - 1:
-                self.parts[i] = self.parts[i].new_empty(0)
+        above = len(self.parts) if row >= self.height - 1 else row // self.rows
+        for i in range(self.gone, above):
+            self.parts[i] = self.parts[i].new_empty(0)
+        self.gone = max(self.gone, above)
 
 
 def spans(height: int, rows: int) -> Iterator[tuple[int, int, int]]:
@@ -80,19 +81,17 @@ def silu_normed(norm: nn.GroupNorm, x: Bands) -> Layer:
 
 def _moments(x: Bands, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [G] of all rows, merged from the bands' own (Chan et al. 1979, eq. 2.1)."""
-    total, mean, squares = 0, None, None
+    found: list[tuple[Tensor, Tensor]] = []
     for part in x.parts:
         wide = part if part.dtype == torch.float64 else part.float()
-        var, own = torch.var_mean(
-            wide.reshape(groups, -1, *wide.shape[2:]), (1, 2, 3), correction=0
-        )
-        count = part.numel() // groups
-        if mean is None or squares is None:
-            total, mean, squares = count, own, var * count
-            continue
-        away = own - mean
-        mean = mean + away * (count / (total + count))
-        squares = squares + var * count + away.square() * (total * count / (total + count))
-        total += count
-    assert mean is not None and squares is not None
-    return mean, squares / total
+        wide = wide.reshape(groups, -1, *wide.shape[2:])
+        found.append(torch.var_mean(wide, (1, 2, 3), correction=0))
+    vars, means = (torch.stack(own) for own in zip(*found, strict=True))
+    last = x.height - x.rows * (len(x.parts) - 1)
+
+    def overall(own: Tensor) -> Tensor:
+        """The mean of [bands, G], each band by its rows."""
+        return (own[:-1].sum(0) * x.rows + own[-1] * last) / x.height
+
+    mean = overall(means)
+    return mean, overall(vars + (means - mean).square())

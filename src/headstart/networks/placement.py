@@ -74,13 +74,11 @@ def _fill(
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     if few:
-        module = keep_float8(module, scales, dtype)
-    elif stored:
-        module = keep_stored(module)
+        keep_float8(module, scales, dtype)
     lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
     if lay_out is not None:
         lay_out()
-    return module
+    return keep_stored(module) if stored else module
 
 
 def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import VaeParams
 from headstart.errors import InputError
 from headstart.networks.bands import Bands, normed, silu_normed, spans
-from headstart.networks.fusion import NormSilu
+from headstart.networks.fusion import Norm, NormSilu
 
 _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
 
@@ -61,7 +61,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.group_norm = Norm(groups, channels, eps=_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
