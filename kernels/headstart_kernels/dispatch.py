@@ -100,8 +100,12 @@ def _in_c(*tensors: Tensor) -> bool:
 
 
 def operators() -> Any:
-    """`torch.ops.headstart_kernels`, registered when first needed."""
-    import_module("headstart_kernels.ops")
+    """`torch.ops.headstart_kernels`, registered when first needed; that module imports this one.
+
+    A statement does it, which dynamo follows: `import_module` it refuses, and the whole graph.
+    """
+    import headstart_kernels.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     return torch.ops.headstart_kernels
 
 

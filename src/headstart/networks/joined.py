@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 Linears = Sequence[nn.Linear]
+Joint = tuple[Tensor, ...]
 
 
 def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
@@ -84,14 +85,16 @@ def join(layers: Linears) -> None:
                 parameter.data = part
 
 
-def side_by_side(layers: Linears) -> list[Tensor] | None:
-    """[weight] or [weight, bias] of all layers together, without a copy; None where they do not lie
-    so, where a hook or a method of its own may change what a layer gives, while a gradient is
-    recorded, and to a compiler, which cannot see where tensors lie."""
+def side_by_side(layers: Linears) -> Joint | None:
+    """(weight,) or (weight, bias) of all layers together, without a copy.
+
+    None where they do not lie so; where a hook or a method of its own may change what a layer
+    gives; while a gradient is recorded; to a compiler, which does not see where tensors lie.
+    """
     if is_compiling() or not all(map(_is_plain, layers)):
         return None
     found = [_run_of(parameters) for parameters in _parameters(layers)]
-    return [whole for whole in found if whole is not None] if None not in found else None
+    return tuple(whole for whole in found if whole is not None) if None not in found else None
 
 
 def _is_plain(layer: nn.Linear) -> bool:

@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -98,6 +99,6 @@ def _widened(weight: Tensor) -> Tensor:
     """float32 of a weight; the memory is used again by the thread's next layer."""
     if weight.dtype not in HALVES:
         return weight
-    if weight.device.type != "cpu" or torch.is_grad_enabled():
+    if weight.device.type != "cpu" or torch.is_grad_enabled() or is_compiling():
         return weight.float()
     return _scratch.take(weight.shape).copy_(weight)
