@@ -77,12 +77,18 @@ def join(layers: Linears) -> None:
     """
     if not _alike(layers) or side_by_side(layers) is not None:
         return
-    with torch.no_grad():
-        for parameters in _parameters(layers):
+    for name, parameters in zip(("weight", "bias"), _parameters(layers), strict=False):
+        with torch.no_grad():
             whole = torch.cat([parameter.detach() for parameter in parameters])
-            parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.data = part
+        parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
+        for layer, part in zip(layers, parts, strict=True):
+            put(layer, name, part)
+
+
+def put(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a parameter of this tensor, in the place of the one of that name."""
+    grad = layer.get_parameter(name).requires_grad
+    setattr(layer, name, nn.Parameter(tensor, requires_grad=grad))
 
 
 def side_by_side(layers: Linears) -> Joint | None:

@@ -20,7 +20,7 @@ from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import NormSilu
-from headstart.networks.joined import apart, each, join, side_by_side, state_of, together
+from headstart.networks.joined import apart, each, join, put, side_by_side, state_of, together
 from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart.networks.transformer import TEXTS, Beside, SpatialTransformer, Text, TransformerBlock
@@ -184,9 +184,9 @@ class UNet(nn.Module):
         form = FORMATS.get((device or self.conv_in.weight.device).type)
         if form is None:
             return
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=form)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                put(layer, "weight", layer.weight.detach().contiguous(memory_format=form))
         join(self._of_time())
         join(self._of_text())
         for block in self._transformers():
