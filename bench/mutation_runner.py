@@ -14,6 +14,8 @@ from mutations import ROOT, Mutation, main
 CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_graph.py"
 BOUND = "src/headstart/runner/bound.py"
 RUNNER_TEST = "tests/graph/test_graph_runner.py"
+LAUNCH, LAUNCH_TEST = "src/headstart/engine/launch.py", "tests/test_launch.py"
+BOUND_TEST, FAILED_TEST = "tests/test_bound.py", "tests/graph/test_failed_capture.py"
 TRAJECTORY_TEST = "tests/graph/test_trajectory_graph.py"
 ADAPTER_TEST = "tests/graph/test_adapter_graphs.py"
 EMULATED_TEST = "tests/graph/test_emulated_graph.py"
@@ -89,7 +91,7 @@ MUTATIONS = (
     Mutation(
         "do not capture again when a weight is bound anew",
         CAPTURE,
-        "if found is not None and not found.bound.holds():",
+        "if found is not None and not found.bound.holds(wholly=wholly):",
         "if False:",
         (f"{RUNNER_TEST}::test_a_weight_that_is_bound_anew_is_captured_anew",),
     ),
@@ -161,19 +163,19 @@ MUTATIONS = (
         BOUND,
         "return value.data_ptr(), value.dtype, value.shape, value.stride()",
         "return value.data_ptr()",
-        (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[flipped]",),
+        (f"{BOUND_TEST}::test_the_rest_is_noticed_late[launches-flipped]",),
     ),
     Mutation(
         "know a module by its address",
         BOUND,
         "None if value is None else weakref.ref(value)",
         "None if value is None else id(value)",
-        (f"{ADAPTER_TEST}::test_a_module_made_where_another_was_is_not_taken_for_it",),
+        (f"{BOUND_TEST}::test_a_module_made_where_another_was_is_not_taken_for_it",),
     ),
     Mutation(
         "do not look at hooks",
         BOUND,
-        "return [*found, *numbers]",
+        "return [*found, *_numbers(self._hooks)]",
         "return found",
         (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[hooked]",),
     ),
@@ -222,15 +224,15 @@ MUTATIONS = (
     Mutation(
         "do not wait before the capture",
         CAPTURE,
-        "        backend.synchronize(self.device)\n        graph =",
-        "        graph =",
+        "        backend.synchronize(self.device)\n        backend.empty",
+        "        backend.empty",
         (f"{RUNNER_TEST}::test_a_capture_comes_after_two_warm_ups_that_the_device_has_finished",),
     ),
     Mutation(
         "capture for all threads",
         CAPTURE,
-        'capture_error_mode="thread_local"',
-        'capture_error_mode="global"',
+        'graph.capture_begin(self._pool, capture_error_mode="thread_local")',
+        'graph.capture_begin(self._pool, capture_error_mode="global")',
         (f"{RUNNER_TEST}::test_one_pool_one_stream_and_thread_local_captures",),
     ),
     Mutation(
@@ -246,6 +248,83 @@ MUTATIONS = (
         "with self._lock, torch.inference_mode(False), torch.no_grad():\n            caller",
         "with torch.inference_mode(False), torch.no_grad():\n            caller",
         (f"{RUNNER_TEST}::test_threads_take_turns",),
+    ),
+    Mutation(
+        "look at no address",
+        BOUND,
+        "list(map(_address, self._weights)) == self._addresses",
+        "True",
+        (f"{BOUND_TEST}::test_what_users_do_to_a_module_is_noticed_at_once[data_replaced]",),
+    ),
+    Mutation(
+        "take no notice of what is registered",
+        BOUND,
+        "or now != self._generation",
+        "",
+        (f"{BOUND_TEST}::test_what_users_do_to_a_module_is_noticed_at_once[replaced]",),
+    ),
+    Mutation(
+        "look at everything once and never again",
+        BOUND,
+        "or self._launches >= EVERY",
+        "",
+        (f"{BOUND_TEST}::test_the_rest_is_noticed_late[launches-deleted]",),
+    ),
+    Mutation(
+        "leave a failed capture as it is",
+        CAPTURE,
+        "                self._give_up(graph)\n",
+        "",
+        (f"{FAILED_TEST}::test_the_stream_the_pool_and_the_site_are_usable_after_it",),
+    ),
+    Mutation(
+        "leave the pool of a failed capture open",
+        CAPTURE,
+        "            self.backend.close_pool(self.device, pool)\n",
+        "",
+        (f"{FAILED_TEST}::test_the_stream_the_pool_and_the_site_are_usable_after_it",),
+    ),
+    Mutation(
+        "believe that every device ends its captures",
+        CAPTURE,
+        "if self.backend.is_current_stream_capturing():",
+        "if False:",
+        (f"{FAILED_TEST}::test_a_device_that_does_not_end_the_capture_makes_the_site_dead",),
+    ),
+    Mutation(
+        "use a pool that every graph has left",
+        CAPTURE,
+        "if all(kept.pool is not self._pool for kept in self._graphs.values()):",
+        "if False:",
+        (f"{FAILED_TEST}::test_a_pool_that_every_graph_has_left_is_not_used_again",),
+    ),
+    Mutation(
+        "choose no algorithms in warm-ups",
+        CAPTURE,
+        "with _capturing(), _trying_algorithms():",
+        "with _capturing():",
+        (f"{RUNNER_TEST}::test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture",),
+    ),
+    Mutation(
+        "decode the last state as if every plan ended at 0",
+        TRAJECTORY,
+        "last = x * inputs[_END] if _END in inputs else x",
+        "last = x",
+        (f"{LAUNCH_TEST}::test_the_bits_of_an_eager_run[sd15-ends above 0]",),
+    ),
+    Mutation(
+        "run as one launch what acts between rows",
+        LAUNCH,
+        "    if acting:\n",
+        "    if False:\n",
+        (f"{LAUNCH_TEST}::test_what_acts_between_rows_runs_row_by_row_and_the_log_says_why",),
+    ),
+    Mutation(
+        "give every launch the strengths of the first samples",
+        LAUNCH,
+        '{"strengths": strengths[:, part]}',
+        '{"strengths": strengths[:, : request.chunk]}',
+        (f"{LAUNCH_TEST}::test_strengths_of_adapters_by_row_and_sample",),
     ),
     Mutation(
         "fall back without being asked",

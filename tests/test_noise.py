@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from headstart.errors import InputError
 from headstart.interfaces import NoiseSource
-from headstart.noise import Given, Philox
+from headstart.noise import Given, Philox, keys_of
 from headstart_kernels.testing import numpy_normal
 
 CPU = torch.device("cpu")
@@ -131,3 +133,26 @@ def test_rows_share_one_copy_of_the_seeds_on_a_device() -> None:
     first, again = noise.draw(0, CPU), noise.draw(5, CPU)
     assert first.seeds is again.seeds and first.samples is again.samples
     assert first.seeds.tolist() == [3, -1] and (first.first_row, again.first_row) == (0, 5)
+
+
+def test_images_of_one_seed_share_its_noise() -> None:
+    noise, plain = Philox.shared([5, 3, 5]), Philox([5, 3])
+    assert torch.equal(noise.initial(SHAPE, CPU), plain.initial(SHAPE, CPU)[[0, 1, 0]])
+    assert torch.equal(noise.step(2, SHAPE, CPU), plain.step(2, SHAPE, CPU)[[0, 1, 0]])
+    assert Philox.shared([5, 3]) == plain
+    with pytest.raises(InputError, match="no seeds"):
+        Philox.shared([])
+
+
+def test_rows_are_of_keys_where_their_source_draws_from_some() -> None:
+    class Other(Philox):
+        """Whose draws may be other numbers."""
+
+    class OwnStart(NamedTuple):
+        rows: object
+
+    noise = Philox([3, 4])
+    assert keys_of(noise) is noise and keys_of(OwnStart(OwnStart(noise))) is noise
+    given = Given(torch.ones(2, *SHAPE))
+    for source in (Other([3]), given, OwnStart(given), OwnStart(Other([3]))):
+        assert keys_of(source) is None

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from headstart.engine.clock import Clock
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import CompiledRunner, EagerRunner, choose_runner, open_runner
+from headstart_kernels.emulation.device import fake_tensors
 
 T = torch.tensor
 
@@ -35,6 +37,36 @@ class Prints(Small):
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         torch._dynamo.graph_break()
         return super().forward(x_in, timestep, cond)
+
+
+class Event:
+    """torch.cuda.Event on a machine without a GPU: 3 ms from one to the next."""
+
+    made: ClassVar[list[Event]] = []
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.stream: object = None
+        self.waited = False
+        self.made.append(self)
+
+    def record(self, stream: object = "the current device's") -> None:
+        self.stream = stream
+
+    def synchronize(self) -> None:
+        self.waited = True
+
+    def elapsed_time(self, end: Event) -> float:
+        assert end.waited and end.stream == self.stream, "two devices have no time between them"
+        return 3.0 * (self.made.index(end) - self.made.index(self))
+
+
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[Event]:
+    monkeypatch.setattr(Event, "made", [])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+    return Event.made
 
 
 def call(batch: int = 2) -> tuple[Tensor, Tensor, Conditioning]:
@@ -132,3 +164,32 @@ def test_runners_convert_what_they_are_given() -> None:
     for name in ("eager", "replay"):
         runner = open_runner(name, network)
         assert runner(*call()).dtype is torch.float64
+
+
+def test_a_network_is_timed_on_the_stream_of_its_own_device(events: list[Event]) -> None:
+    """Which need not be the current device: the second GPU of a pair on two."""
+    with fake_tensors():
+        place = torch.device("cuda", 1)
+        x, t, cond = (part.to(place) for part in call())
+        runner = EagerRunner(lambda x_in, timestep, cond: x_in, dtype=torch.float32)
+        for _ in range(2):
+            runner(x, t, cond)
+    assert [event.stream for event in events] == ["that of cuda:1"] * 4
+    assert runner.latency_ms == 6.0
+
+
+def test_a_stage_is_timed_on_its_own_device(events: list[Event]) -> None:
+    clock = Clock(torch.device("cuda", 0))
+    with clock("base"):
+        pass
+    with clock("distilled", torch.device("cuda", 1)):
+        pass
+    assert [e.stream for e in events] == ["that of cuda:0"] * 2 + ["that of cuda:1"] * 2
+    assert clock.totals(("text", "base")) == {"text": 0.0, "base": 3.0, "distilled": 3.0}
+
+
+def test_a_stage_on_a_cpu_is_timed_by_the_wall() -> None:
+    clock = Clock(torch.device("cpu"))
+    with clock("text"):
+        pass
+    assert 0 <= clock.totals()["text"] < 1000

@@ -14,6 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from headstart.diversify.pink import PinkNoise
+from headstart.engine.given import Start
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.noise import Given, Philox
@@ -25,7 +27,7 @@ from headstart.plan.table import Step, StepTable
 from headstart.plan.update import Update
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import State, sample
-from headstart_kernels import LinearMap, philox_normal, scale_input
+from headstart_kernels import INITIAL, LinearMap, philox_normal, scale_input
 from headstart_kernels.testing import random_latents
 
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -338,6 +340,29 @@ def test_noise_drawn_inside_the_step_is_the_noise_of_its_source(rule: str) -> No
             for source in (noise, Elsewhere(noise))
         )
         assert same(drawn, given)
+
+
+@pytest.mark.parametrize("kind", ["one seed for all", "a start of one's own", "a pink start"])
+def test_noise_is_drawn_inside_the_step_also_where(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """By count: the start is the one draw that is written to memory."""
+    keys = Philox.shared([3, 3])
+    source = {
+        "one seed for all": keys,
+        "a start of one's own": Start(Given(keys.initial(SHAPE, CPU)), keys),
+        "a pink start": PinkNoise(keys, 1.0),
+    }[kind]
+    table, rows = table_of("ancestral"), [source.step(row, SHAPE, CPU) for row in range(3)]
+    given = Given(source.initial(SHAPE, CPU), rows)
+    expected = list(sample(table, {"m": Toy()}, text(), given, shape=SHAPE))
+    drawn: list[int] = []
+    monkeypatch.setattr(
+        "headstart.noise.philox_normal",
+        lambda *a: drawn.append(a[2]) or philox_normal(*a),  # pyright: ignore
+    )
+    assert same(list(sample(table, {"m": Toy()}, text(), source, shape=SHAPE)), expected)
+    assert drawn == ([] if isinstance(source, Start) else [INITIAL])
 
 
 def test_a_run_under_inference_mode_is_the_same_run() -> None:

@@ -38,12 +38,29 @@ class Philox:
     )
 
     def __init__(self, seeds: int | Sequence[int], samples: Sequence[int] | None = None) -> None:
+        self._set(seeds, samples)
+        self._check_distinct()
+
+    @classmethod
+    def shared(cls, seeds: Sequence[int], samples: Sequence[int] | None = None) -> Philox:
+        """Of images of which some have one seed and sample: they differ in their prompts alone."""
+        noise = cls.__new__(cls)
+        noise._set(seeds, samples)
+        return noise
+
+    def _set(self, seeds: int | Sequence[int], samples: Sequence[int] | None) -> None:
         seeds = tuple(seeds) if isinstance(seeds, Iterable) else (seeds,)
         samples = (0,) * len(seeds) if samples is None else tuple(samples)
         object.__setattr__(self, "seeds", _integers("seed", seeds, 64))
         object.__setattr__(self, "samples", _integers("sample", samples, 32))
         object.__setattr__(self, "_placed", {})
-        self._check()
+        if not self.seeds:
+            raise InputError("no seeds: give one for each image, as in Philox([0, 1, 2, 3])")
+        if len(self.samples) != len(self.seeds):
+            raise InputError(
+                f"{len(self.seeds)} seeds but {len(self.samples)} samples: give one of each for "
+                "every image, or leave samples out"
+            )
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -69,14 +86,7 @@ class Philox:
             )
         return self._placed[device]
 
-    def _check(self) -> None:
-        if not self.seeds:
-            raise InputError("no seeds: give one for each image, as in Philox([0, 1, 2, 3])")
-        if len(self.samples) != len(self.seeds):
-            raise InputError(
-                f"{len(self.seeds)} seeds but {len(self.samples)} samples: give one of each for "
-                "every image, or leave samples out"
-            )
+    def _check_distinct(self) -> None:
         seen: dict[tuple[int, int], int] = {}
         for image, pair in enumerate(zip(self.seeds, self.samples, strict=True)):
             first = seen.setdefault(pair, image)
@@ -86,6 +96,17 @@ class Philox:
                     f"{pair[1]}, so they would be the same image: change a seed, or number them, "
                     f"as in Philox(seeds, samples=range({len(self.seeds)}))"
                 )
+
+
+def keys_of(noise: object) -> Philox | None:
+    """What the rows of a source draw from, where that is keys: then steps draw it themselves.
+
+    A source whose start alone is of its own says where its rows draw by an attribute `rows`.
+    """
+    if isinstance(noise, Philox):
+        return noise if type(noise) is Philox else None  # another's draws may be other numbers
+    rows: object = getattr(noise, "rows", None)
+    return None if rows is None else keys_of(rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

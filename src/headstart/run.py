@@ -23,7 +23,7 @@ from headstart.by_level import ByLevel, told_parts
 from headstart.call import Call, calls_of, checked_strengths, told_rows
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, NoiseSource
-from headstart.noise import Given, Philox
+from headstart.noise import Given, keys_of
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import Step, StepTable
 from headstart.watch import Check, Watch
@@ -132,11 +132,12 @@ class Run:
         return self._state
 
     def _read(self) -> Steps:
-        """The table's rows, and noise that the steps draw themselves: all of Philox's."""
+        """The table's rows, and noise that the steps draw themselves: all that is of keys."""
         rows = Rows(torch.tensor(self.table.coefficients()))
         self._steps = Steps(rows, (len(self.noise), *self.latent), self.device)
-        if type(self.noise) is Philox:
-            self._draw = self.noise.draw(self.table.first, self.device)
+        keys = keys_of(self.noise)
+        if keys is not None:
+            self._draw = keys.draw(self.table.first, self.device)
         return self._steps
 
     @property
@@ -216,12 +217,13 @@ class Run:
     @property
     def keyed(self) -> bool:
         """Whether noise that rows add is made from keys, wherever it is drawn."""
-        return isinstance(self.noise, Philox)
+        return keys_of(self.noise) is not None
 
     def keys(self) -> tuple[Tensor, Tensor]:
         """Seeds and samples of keyed noise, int64 [B] on the run's device."""
-        assert isinstance(self.noise, Philox)
-        draw = self.noise.draw(self.table.first, self.device)
+        keys = keys_of(self.noise)
+        assert keys is not None
+        draw = keys.draw(self.table.first, self.device)
         return draw.seeds, draw.samples
 
     def coefficients(self) -> Tensor:

@@ -7,7 +7,7 @@ guidance, seeds. Values of tensors cannot matter, because fake tensors have none
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -61,9 +61,11 @@ class Nothing:
     def stream(self, stream: object) -> Any:
         return nullcontext()
 
-    @contextmanager
-    def graph(self, graph: object, **options: object) -> Any:
-        yield
+    def capture_begin(self, pool: object, **options: object) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def empty_cache(self) -> None: ...
 
 
 def weights(networks: Iterable[Any]) -> list[Tensor]:

@@ -17,7 +17,6 @@ from headstart.adapters.adapters import AdapterSet
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import fusion
 from headstart.noise import Philox
-from headstart.runner.bound import Bound
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
 
@@ -195,11 +194,6 @@ def test_the_kernel_that_adds_an_adapter_is_in_the_graph(
     assert stand.site.captures == captures + 1
 
 
-def flipped(network: Any) -> None:
-    layer = network.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
-    layer.weight.data = layer.weight.data.t()
-
-
 def hooked(network: Any) -> None:
     network.conv_out.register_forward_hook(lambda layer, args, y: y * 2)
 
@@ -208,23 +202,9 @@ def trained(network: Any) -> None:
     network.train()
 
 
-@pytest.mark.parametrize("change", [flipped, hooked, trained])
+@pytest.mark.parametrize("change", [hooked, trained])
 def test_what_a_graph_cannot_see_makes_another(stand: Stand, change: Callable[[Any], None]) -> None:
     run(stand, stand.words(1))
     change(stand.denoisers["base"])
     run(stand, stand.words(1))
     assert stand.site.captures == 2
-
-
-def test_a_module_made_where_another_was_is_not_taken_for_it() -> None:
-    """Python's allocator likes to hand out the address of what has just gone."""
-    network = nn.Sequential(nn.Identity())
-    bound, address = Bound.of([network]), id(network[0])
-    network._modules["0"] = None
-    others: list[nn.Module] = []
-    while len(others) < 1000 and (not others or id(others[-1]) != address):
-        others.append(nn.Identity())
-    if id(others[-1]) != address:
-        pytest.skip("Python used other memory")
-    network._modules["0"] = others[-1]
-    assert not bound.holds()

@@ -133,6 +133,46 @@ def test_a_capture_comes_after_two_warm_ups_that_the_device_has_finished(stand: 
     assert order[: order.index("capture")].count("synchronize") == 1
 
 
+@pytest.mark.parametrize("before", [False, True])
+def test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture(stand: Any, before: bool) -> None:
+    """cuDNN's benchmark: on while warming up, then as the caller has it, also after an error."""
+
+    class Asks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[bool] = []
+
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            self.seen.append(torch.backends.cudnn.benchmark)
+            if len(self.seen) > 3:
+                raise InputError("enough")
+            return x_in + 1
+
+    runner, cudnn = stand.runner(), torch.backends.cudnn
+    runner.network = network = Asks()
+    kept, cudnn.benchmark = cudnn.benchmark, before
+    try:
+        runner(stand.latent(1), T([7]), stand.words(1))
+        assert network.seen == [True, True, before] and cudnn.benchmark is before
+        with pytest.raises(InputError, match="enough"):
+            runner(stand.latent(2), T([7, 7]), stand.words(2))
+        assert network.seen[3:] == [True] and cudnn.benchmark is before
+    finally:
+        cudnn.benchmark = kept
+
+
+def test_what_is_to_be_deterministic_is_not_chosen_by_time(stand: Any) -> None:
+    class Asks(nn.Module):
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            assert not torch.backends.cudnn.benchmark
+            return x_in + 1
+
+    runner = stand.runner()
+    runner.network = Asks()
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        runner(stand.latent(1), T([7]), stand.words(1))
+
+
 def test_warm_ups_leave_the_state_of_a_network_as_it_was(stand: Any) -> None:
     class Counts(nn.Module):
         def __init__(self) -> None:

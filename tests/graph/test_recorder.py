@@ -87,8 +87,9 @@ def test_what_waits_is_refused_as_a_capturing_stream_does(name: str) -> None:
 def test_memory_is_counted_and_given_back() -> None:
     host, x = Host(), torch.ones(1000)
     graph = host.CUDAGraph()
-    with host.graph(graph, pool=(0, 0), stream=host.Stream(CPU), capture_error_mode="global"):
-        (x * 2).view(10, 100).sum()
+    graph.capture_begin(host.graph_pool_handle(), capture_error_mode="global")
+    (x * 2).view(10, 100).sum()
+    graph.capture_end()
     assert host.memory_reserved(CPU) == 4004
     graph.reset()
     assert host.memory_reserved(CPU) == 0
@@ -102,16 +103,37 @@ def test_a_fake_gpu_refuses_what_cuda_refuses() -> None:
         graph.replay()
     with cuda.graph(graph, **asked):
         out = x * 2
-        with pytest.raises(NotPermittedError, match="synchronize"):
-            cuda.synchronize(CPU)
-    with pytest.raises(NotPermittedError, match="captured once"), cuda.graph(graph, **asked):
-        pass
+    with cuda.stream(stream), pytest.raises(NotPermittedError, match="captured once"):
+        graph.capture_begin(pool, capture_error_mode="thread_local")
     assert out.isnan().all(), "a capture runs nothing"
     graph.replay()
     assert out.eq(2).all()
     graph.reset()
     with pytest.raises(NotPermittedError, match="was reset"):
         graph.replay()
+
+
+def test_a_failed_capture_ends_as_torchs_own_does() -> None:
+    """torch.cuda.graph, 2.13: the second error hides the first, the stream is not left, the pool
+    stays open, and as long as it does `empty_cache` gives nothing back."""
+    cuda, x = FakeCuda(), torch.ones(3)
+    pool, stream, graph = cuda.graph_pool_handle(), cuda.Stream(CPU), cuda.CUDAGraph()
+    with (
+        pytest.raises(NotPermittedError, match="due to a previous error during capture"),
+        cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+    ):
+        x.sum().item()
+    assert cuda.current_stream() is stream and not cuda.is_current_stream_capturing()
+    cuda.empty_cache()
+    assert cuda.underway == [pool] and cuda.happened("empty_cache")[-1].detail == "kept"
+    again = cuda.CUDAGraph()
+    with pytest.raises(NotPermittedError, match="already recording"):
+        again.capture_begin(pool, capture_error_mode="thread_local")
+    cuda.close_pool(CPU, pool)
+    cuda.empty_cache()
+    assert cuda.underway == [] and cuda.happened("empty_cache")[-1].detail == "given back"
+    with pytest.raises(NotPermittedError, match="use_count > 0"):
+        again.capture_begin(pool, capture_error_mode="thread_local")
 
 
 def test_memory_that_one_graph_leaves_for_another_is_lost() -> None:

@@ -12,6 +12,7 @@ from stand import SCHEDULE, SHAPE, hybrid
 from torch import Tensor
 
 import headstart as hs
+from headstart.diversify.pink import PinkNoise
 from headstart.errors import InputError
 from headstart.noise import Given, Philox
 from headstart.plan.leg import Leg
@@ -19,7 +20,6 @@ from headstart.plan.plan import Plan
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.update import Update
-from headstart.runner.batch import noise_of
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import sample
 
@@ -121,12 +121,13 @@ def test_it_shares_its_pool_with_graphs_of_networks(stand: Any) -> None:
     assert {event.detail[0] for event in stand.cuda.happened("capture")} == {(0, 1)}
 
 
-@pytest.mark.parametrize("kind", ["given", "shared", "samples"])
+@pytest.mark.parametrize("kind", ["given", "shared", "samples", "start"])
 def test_every_source_of_noise(stand: Any, kind: str) -> None:
     draws = [stand.latent(2, seed=seed) for seed in range(4)]
     noise = {
         "given": Given(draws[0], draws[1:]),
-        "shared": noise_of([5, 5]),
+        "start": PinkNoise(Philox([3, 4]), 1.0),
+        "shared": Philox.shared([5, 5]),
         "samples": Philox([2**64 - 1, 5], samples=[2**32 - 1, 0]),
     }[kind]
     table, cond = hybrid(1, 2, update=Update.RENOISE), stand.words(2)

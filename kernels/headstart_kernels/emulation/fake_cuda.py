@@ -3,7 +3,13 @@
     streams   work of two streams is ordered only by wait_stream; an access that is not is an error
     graphs    a replay runs the recorded operators and launches; Python does not run
     pools     before a replay, every graph of the pool loses its memory (NaN)
-    capture   runs nothing that lasts, and refuses whatever waits for the device
+    capture   runs nothing that lasts, and refuses whatever waits for the device; what it refused
+              makes the capture invalid, and ending it an error that leaves its pool open
+
+How a failed capture ends is torch's own order (torch/cuda/graphs.py, `graph.__exit__`;
+aten/src/ATen/cuda/CUDAGraph.cpp, `capture_end`; c10/cuda/CUDACachingAllocator.cpp,
+`captures_underway`, torch 2.13): the stream stops capturing, the error is raised, and neither is
+the pool closed nor the stream left. While a pool is open, no cached memory is given back.
 
 Order is kept as in a race detector: every stream has a clock, `wait_stream` merges clocks, and an
 access to memory must come after its last write (and a write after its last reads) in the clock of
@@ -17,7 +23,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -74,11 +80,19 @@ class FakeStream:
 
 @dataclass(eq=False)
 class FakeGraph:
-    """A tape in a pool of a FakeCuda."""
+    """A tape in a pool of a FakeCuda; the methods are those of torch.cuda.CUDAGraph."""
 
     cuda: FakeCuda
     pool: Pool | None = None
     tape: Tape = field(default_factory=lambda: Tape(opened=True))
+    stream: FakeStream | None = None
+    recording: AbstractContextManager[Tape] | None = None
+
+    def capture_begin(self, pool: Pool, *, capture_error_mode: str) -> None:
+        self.cuda.begin(self, pool, capture_error_mode)
+
+    def capture_end(self) -> None:
+        self.cuda.end(self)
 
     def replay(self) -> None:
         self.cuda.replay(self)
@@ -86,8 +100,9 @@ class FakeGraph:
     def reset(self) -> None:
         self.cuda.log.append(Event("reset"))
         self.tape.clear()
-        if self.pool is not None:
+        if self.pool is not None and self in self.cuda.pools[self.pool].graphs:
             self.cuda.pools[self.pool].graphs.remove(self)
+            self.cuda.release(self.pool)
 
 
 class Kernel(Protocol):
@@ -104,14 +119,19 @@ class Kernel(Protocol):
 
 @dataclass
 class _Memory:
-    """A pool: its graphs, and the most bytes one of them needed, freed when the last is gone."""
+    """A pool: its graphs, and the most bytes one of them needed, freed when the last is gone.
+
+    users  captures that began in it and were not given up, as torch counts them; a pool that had
+           some and has none is gone
+    """
 
     graphs: list[FakeGraph] = field(default_factory=list[FakeGraph])
     peak_bytes: int = 0
+    users: int | None = None
 
     @property
     def reserved(self) -> int:
-        return self.peak_bytes if self.graphs else 0
+        return self.peak_bytes if self.users else 0
 
 
 @dataclass
@@ -123,12 +143,16 @@ class _History:
 
 
 class FakeCuda:
-    """What `runner.capture.Backend` asks for. Inside `running()` every access is checked."""
+    """What `headstart.runner.cuda.Backend` asks for. Inside `running()` every access is checked."""
 
     def __init__(self) -> None:
         self.log: list[Event] = []
         self.pools: dict[Pool, _Memory] = {}
         self.graphs: list[FakeGraph] = []
+        self.underway: list[Pool] = []
+        """Pools that are open: torch's `captures_underway`."""
+        self.stuck = False
+        """Set it for a device that does not end captures any more."""
         self._streams = [FakeStream("default", self)]
         self._local = threading.local()
         self._history: dict[int, _History] = {}
@@ -162,7 +186,8 @@ class FakeCuda:
             self._local.stream = before
 
     def synchronize(self, device: torch.device) -> None:
-        if self._capturing:
+        if self._tape is not None:
+            self._tape.refused = True
             raise NotPermittedError("operation not permitted when stream is capturing: synchronize")
         self.log.append(Event("synchronize"))
         latest = {stream.name: stream.seen.get(stream.name, 0) for stream in self._streams}
@@ -177,25 +202,35 @@ class FakeCuda:
     def CUDAGraph(self) -> FakeGraph:  # noqa: N802
         return FakeGraph(self)
 
+    def empty_cache(self) -> None:
+        """Gives nothing back while any pool is open."""
+        self.log.append(Event("empty_cache", detail="kept" if self.underway else "given back"))
+
+    def is_current_stream_capturing(self) -> bool:
+        return self._capturing
+
+    def close_pool(self, device: torch.device, pool: Pool) -> None:
+        """As `headstart.runner.cuda.Cuda.close_pool` does on a GPU."""
+        if pool in self.underway:
+            self.underway.remove(pool)
+            self.release(pool)
+
     @contextmanager
     def graph(
         self, graph: FakeGraph, *, pool: Pool, stream: FakeStream, capture_error_mode: str
     ) -> Generator[None]:
-        if graph.pool is not None or self._capturing:
-            raise NotPermittedError("a graph is captured once, and one at a time")
-        self.log.append(Event("capture", stream.name, (pool, capture_error_mode)))
-        self._local.tape = graph.tape
+        """torch.cuda.graph, which has no `finally`: see above."""
+        before, self._local.stream = self.current_stream(), stream
+        graph.capture_begin(pool, capture_error_mode=capture_error_mode)
+        failed: BaseException | None = None
         try:
-            with self.stream(stream), graph.tape.recording():
-                yield
-        finally:
-            self._local.tape = None
-        memory = self.pools[pool]
-        memory.graphs.append(graph)
-        memory.peak_bytes = max(memory.peak_bytes, graph.tape.size_bytes)
-        graph.pool = pool
-        self.graphs.append(graph)
-        self._poison(memory)
+            yield
+        except BaseException as error:
+            failed = error
+        graph.capture_end()
+        self._local.stream = before
+        if failed is not None:
+            raise failed
 
     def memory_reserved(self, device: torch.device) -> int:
         return sum(memory.reserved for memory in self.pools.values())
@@ -211,8 +246,49 @@ class FakeCuda:
 
     # How the rules are kept.
 
+    def begin(self, graph: FakeGraph, pool: Pool, mode: str) -> None:
+        stream, memory = self.current_stream(), self.pools[pool]
+        if graph.pool is not None or self._capturing:
+            raise NotPermittedError("a graph is captured once, and one at a time")
+        if stream is self._streams[0]:
+            raise NotPermittedError("CUDA graphs must be captured on a non-default stream")
+        if pool in self.underway:
+            raise NotPermittedError("beginAllocateToPool: already recording to mempool_id")
+        if memory.users == 0:
+            raise NotPermittedError("INTERNAL ASSERT FAILED: use_count > 0")
+        self.log.append(Event("capture", stream.name, (pool, mode)))
+        memory.users = (memory.users or 0) + 1
+        self.underway.append(pool)
+        graph.pool, graph.stream = pool, stream
+        graph.recording = graph.tape.recording()
+        graph.recording.__enter__()
+        self._local.tape = graph.tape
+
+    def end(self, graph: FakeGraph) -> None:
+        if self.current_stream() is not graph.stream:
+            raise NotPermittedError("Capture must end on the same stream it began on.")
+        if graph.recording is None or graph.pool is None or not self._capturing:
+            raise NotPermittedError("operation not permitted: the stream is not capturing")
+        recording, graph.recording = graph.recording, None
+        recording.__exit__(None, None, None)
+        if self.stuck:
+            raise NotPermittedError("operation failed: the device does not answer")
+        self._local.tape = None
+        if graph.tape.refused:
+            raise NotPermittedError("operation failed due to a previous error during capture")
+        self.underway.remove(graph.pool)
+        memory = self.pools[graph.pool]
+        memory.graphs.append(graph)
+        memory.peak_bytes = max(memory.peak_bytes, graph.tape.size_bytes)
+        self.graphs.append(graph)
+        self._poison(memory)
+
+    def release(self, pool: Pool) -> None:
+        memory = self.pools[pool]
+        memory.users = (memory.users or 0) - 1
+
     def replay(self, graph: FakeGraph) -> None:
-        if graph.pool is None or not graph.tape.calls:
+        if graph.pool is None or graph.pool in self.underway or not graph.tape.calls:
             raise NotPermittedError("replay of a graph that was not captured, or was reset")
         if not self._busy.acquire(blocking=False):
             raise RaceError("two graphs are replayed at once; those of one pool may not be")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -26,6 +26,17 @@ class HostGraph:
 
     def __init__(self) -> None:
         self.tape = Tape()
+        self._recording: AbstractContextManager[Tape] | None = None
+
+    def capture_begin(self, pool: Pool, *, capture_error_mode: str) -> None:
+        self._recording = self.tape.recording()
+        self._recording.__enter__()
+
+    def capture_end(self) -> None:
+        if self._recording is None:
+            raise RuntimeError("capture_end of a graph that is not being captured")
+        recording, self._recording = self._recording, None
+        recording.__exit__(None, None, None)
 
     def replay(self) -> None:
         with torch.inference_mode():  # 5 % faster than no_grad on a network of 300 operators
@@ -36,7 +47,7 @@ class HostGraph:
 
 
 class Host:
-    """What `runner.capture.Backend` asks for. Graphs hold their own memory and share none."""
+    """What `headstart.runner.cuda.Backend` asks for. A graph holds memory of its own."""
 
     def __init__(self) -> None:
         self._stream = HostStream()
@@ -63,12 +74,14 @@ class Host:
         self._graphs.add(graph)
         return graph
 
-    @contextmanager
-    def graph(
-        self, graph: HostGraph, *, pool: Pool, stream: HostStream, capture_error_mode: str
-    ) -> Generator[None]:
-        with graph.tape.recording():
-            yield
+    def empty_cache(self) -> None:
+        """What a CPU's tensors leave is the system's at once."""
+
+    def is_current_stream_capturing(self) -> bool:
+        return False
+
+    def close_pool(self, device: torch.device, pool: Pool) -> None:
+        """Graphs share no pool."""
 
     def memory_reserved(self, device: torch.device) -> int:
         return sum(graph.tape.size_bytes for graph in self._graphs)

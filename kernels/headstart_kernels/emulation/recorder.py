@@ -58,10 +58,11 @@ class Tape:
 
     calls   in order; `owned` is every tensor that was made inside, whose memory the tape holds
     opened  record what our own operators do in place of them, as a GPU does, which knows kernels
+    refused whether something asked for what cannot be recorded: the tape is of no use
     """
 
     def __init__(self, *, opened: bool = False) -> None:
-        self.opened = opened
+        self.opened, self.refused = opened, False
         self.calls: list[Call] = []
         self.owned: dict[int, Tensor] = {}
         self._kept: list[object] = []
@@ -145,7 +146,11 @@ class _Recording(TorchDispatchMode):
         if self.tape.opened and func.namespace == _OURS:
             with self:
                 return _bodies()[name_of(func)](*args, **kwargs)
-        refuse_waiting(func, args)
+        try:
+            refuse_waiting(func, args)
+        except WaitError:
+            self.tape.refused = True
+            raise
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)

@@ -20,7 +20,7 @@ OWN_WEIGHTS = (
 )
 """Options that say nothing about the bundled pair."""
 
-RUNNERS = ("auto", "eager", "compiled", "graph", "replay")
+RUNNERS = ("auto", "eager", "compiled", "graph", "replay", "trajectory")
 """As in `headstart.runner.runner.RunnerName`, which loads torch."""
 
 

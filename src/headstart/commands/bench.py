@@ -17,7 +17,7 @@ from headstart.commands.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.commands.console import progress
+from headstart.commands.console import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.output import check_file, write_file
 from headstart.plan.named import MODES, PRESETS, TOML, PlanSettings, named_plan
@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
             warmup=args.warmup,
             size=size,
             batch=args.batch,
-            on_step=lambda _: bar.update(),
+            on_step=RowBar(bar),
         )
     told = json.dumps(found.to_json(), indent=None if args.out is None else 1)
     if args.out is not None:

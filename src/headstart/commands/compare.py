@@ -19,7 +19,7 @@ from headstart.commands.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.commands.console import note, progress
+from headstart.commands.console import RowBar, note, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
@@ -89,7 +89,7 @@ def _run(args: argparse.Namespace) -> int:
             tables=tables,
             methods=methods,
             rounds=rounds,
-            on_step=lambda _: bar.update(),
+            on_step=RowBar(bar),
         )
     write_file(args.out, encode_png(sheet_of(found)))
     if args.json:

@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NoReturn, final
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -61,6 +61,19 @@ def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[N
         unit_scale=unit == "B",
     ) as bar:
         yield bar
+
+
+class RowBar(NamedTuple):
+    """What a run tells of its rows, where nothing but their number is shown."""
+
+    bar: tqdm[NoReturn]
+
+    def __call__(self, state: object) -> None:
+        self.bar.update()
+
+    def rows(self, count: int) -> None:
+        """Those of one launch, after it."""
+        self.bar.update(count)
 
 
 @contextmanager

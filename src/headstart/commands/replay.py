@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
 from headstart.commands.arguments import Command, sampling
-from headstart.commands.console import progress
+from headstart.commands.console import RowBar, progress
 from headstart.commands.session import adapter_path, counted, open_engine, report, write_images
 from headstart.errors import CheckpointError
 from headstart.output import check_folder
@@ -54,7 +54,7 @@ def _run(args: argparse.Namespace) -> int:
     _attach_recorded(engine, recorded)
 
     with progress(len(recorded.table), "replaying") as bar:
-        trajectory = replay(record, engine, on_step=lambda _: bar.update())
+        trajectory = replay(record, engine, on_step=RowBar(bar))
     if args.out is not None:
         write_images(args.out, trajectory)
     report(args, trajectory, f"equal: {counted(trajectory)}, to the bit")

@@ -20,7 +20,7 @@ from headstart.commands.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.commands.console import progress
+from headstart.commands.console import RowBar, progress
 from headstart.commands.session import counted, open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
     height, width = size or (engine.weights.image_size,) * 2
     check_folder(args.out, size_bytes=len(drawn) * height * width * 3)
     with progress(len(table), "sampling") as bar:
-        trajectory = engine.sample(prompts, plan=table, **asked, on_step=lambda _: bar.update())
+        trajectory = engine.sample(prompts, plan=table, **asked, on_step=RowBar(bar))
     write_images(args.out, trajectory)
     report(args, trajectory, f"{counted(trajectory)} in {args.out}")
     return 0

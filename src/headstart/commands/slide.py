@@ -17,7 +17,7 @@ from headstart.commands.arguments import (
     uses_bundled,
     worded,
 )
-from headstart.commands.console import progress
+from headstart.commands.console import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
@@ -74,7 +74,7 @@ def _run(args: argparse.Namespace) -> int:
             tables,
             judge=judge,
             toward=args.toward,
-            on_step=lambda _: bar.update(),
+            on_step=RowBar(bar),
         )
     write_file(args.out, encode_png(strip_of(found)))
     if args.json:

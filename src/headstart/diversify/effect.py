@@ -23,8 +23,9 @@ from headstart.diversify.method import (
 from headstart.diversify.select import Select
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
+from headstart.noise import Philox
 from headstart.plan.table import Step, StepTable
-from headstart.runner.batch import Chunked, noise_of
+from headstart.runner.batch import Chunked
 
 Methods = Sequence[Method]
 
@@ -77,7 +78,7 @@ def going_on(methods: Methods) -> list[Method]:
 
 def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) -> NoiseSource:
     """That of the seeds, or the caller's own, with what methods change of it."""
-    noise: NoiseSource = noise_of(images.seeds) if own is None else own
+    noise: NoiseSource = Philox.shared(images.seeds) if own is None else own
     for method in methods:
         if isinstance(method, ChangesNoise):
             noise = method.noise(noise)

@@ -22,8 +22,8 @@ from headstart.adapters.attached import Attached
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
+from headstart.noise import Philox
 from headstart.plan.table import Step, StepTable
-from headstart.runner.batch import noise_of
 
 
 class Limits(NamedTuple):
@@ -85,7 +85,7 @@ class Images:
         """Unit normals of a method's own, keyed by the seeds: the same in any batch. Samples from
         2^31 on are far from those of images."""
         if sample not in self._noise:
-            self._noise[sample] = noise_of(self.seeds, sample)
+            self._noise[sample] = Philox.shared(self.seeds, [sample] * len(self))
         return self._noise[sample]
 
 

@@ -49,6 +49,11 @@ class PinkNoise(NamedTuple):
     def __len__(self) -> int:
         return len(self.white)
 
+    @property
+    def rows(self) -> NoiseSource:
+        """Where rows draw."""
+        return self.white
+
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
         white = self.white.initial(shape, device)
         height, width = white.shape[-2:]

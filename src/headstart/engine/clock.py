@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from headstart.runner.cuda import record_event
+
 
 class _Span(NamedTuple):
     stage: str
@@ -20,39 +22,36 @@ class Clock:
     """Spans of one request: wall time on a CPU, CUDA events on a GPU.
 
     Nothing waits for the device until `totals`, and every run has a clock of its own, so runs of
-    several threads are told apart.
+    several threads are told apart. A stage may run on another device than the run: its events are
+    of that device, on the stream that is current there.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
         self._device = device
         self._spans: list[_Span] = []
 
     @contextmanager
-    def __call__(self, stage: str) -> Generator[None]:
-        start = self._now()
+    def __call__(self, stage: str, device: torch.device | None = None) -> Generator[None]:
+        place = device or self._device
+        start = _now(place)
         yield
-        self._spans.append(_Span(stage, start, self._now()))
+        self._spans.append(_Span(stage, start, _now(place)))
 
     def totals(self, stages: Iterable[str] = ()) -> dict[str, float]:
         """Milliseconds a stage; `stages` come first, at 0 where nothing ran."""
-        if self._cuda:
-            torch.cuda.synchronize(self._device)
         found = dict.fromkeys(stages, 0.0)
         for stage, start, end in self._spans:
             found[stage] = found.get(stage, 0.0) + _elapsed_ms(start, end)
         return found
 
-    def _now(self) -> float | torch.cuda.Event:
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+
+def _now(device: torch.device) -> float | torch.cuda.Event:
+    return record_event(device) if device.type == "cuda" else time.perf_counter()
 
 
 def _elapsed_ms(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> float:
     if isinstance(start, float) and isinstance(end, float):
         return (end - start) * 1e3
     assert isinstance(start, torch.cuda.Event) and isinstance(end, torch.cuda.Event)
+    end.synchronize()
     return start.elapsed_time(end)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.by_level import ByLevel
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
@@ -44,11 +44,19 @@ class Course:
         self.weights, self.request, self.images = weights, request, request.images
         self.runner: RunnerName = runner
         self.clock, self.picture = clock, picture
+        self._told: tuple[Told, Told | None] | None = None
+
+    @property
+    def told(self) -> tuple[Told, Told | None]:
+        """(cond, uncond) of all images, encoded once."""
+        if self._told is None:
+            with self.clock("text"):
+                self._told = encode(self.weights, self.request)
+        return self._told
 
     def states(self, resume: State | None = None) -> Iterator[State]:
         request = self.request
-        with self.clock("text"):
-            cond, uncond = encode(self.weights, request)
+        cond, uncond = self.told
         select = select_of(request.methods)
         if select is not None:
             resume = self._selected(select, cond, uncond)
@@ -94,9 +102,15 @@ class Course:
             picture=self.picture, check=check, before_row=position.begin if methods else None,
         )  # fmt: skip
         for step in table.steps[0 if resume is None else resume.step + 1 :]:
-            with self.clock(step.model):
+            with self.clock(step.model, device_of(self.weights.denoisers[step.model])):
                 state = next(states)
             yield state
+
+
+def device_of(network: object) -> torch.device | None:
+    """Where its weights are, which may be another GPU than the run's; None where it has none."""
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return next((weight.device for weight in weights), None)
 
 
 def encode(weights: Pair, request: Request) -> tuple[Told, Told | None]:

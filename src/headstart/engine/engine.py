@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Unpack, final
 
 import torch
-from torch import Tensor
 
 from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.report import AdapterReport
@@ -24,8 +23,8 @@ from headstart.engine import record as recording
 from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
+from headstart.engine.launch import run_course
 from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
-from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import check_texts
 from headstart.engine.request import Prompts, Request, Seeds, prepare
 from headstart.engine.tables import compile_for
@@ -36,13 +35,13 @@ from headstart.interfaces import Denoiser, LatentCodec
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
+from headstart.noise import Philox
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
-from headstart.runner.batch import noise_of
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
 
 
@@ -52,7 +51,8 @@ class Engine:
     """Networks held warm. An engine has no state of a run, so threads may sample on it at once.
 
     weights   the networks, see `headstart.engine.pair.Pair`
-    runner    how a network is called: "eager", "compiled", "graph" or "replay"
+    runner    how a network is called: "eager", "compiled", "graph" or "replay"; "trajectory": how
+              a whole run is, in `sample`, where nothing looks at its rows
     reading   how prompts are read where a call does not say: see `with_reading`
     adapters  what is attached to them; a run keeps those that it began with
     """
@@ -251,7 +251,9 @@ class Engine:
         diversify       other ways to variety, "cads:0.1" or ["pink:1", "select:4"], in this order;
                         `headstart.diversify.methods` has them all. Some act across the images of
                         each prompt of the call; an image does not depend on the other prompts
-        on_step         called with each State, such as a `headstart.Preview`; raise in it to cancel
+        on_step         called with each State, such as a `headstart.Preview`; raise in it to
+                        cancel. One with a method `rows` is told their number where all are one
+                        launch (runner="trajectory"), which any other on_step makes run row by row
         asks            negative=, size=, adapters=, style=, clip_skip=, second=, cond=, noise= and
                         more: `headstart.engine.asks.Asks` has them all
 
@@ -266,22 +268,11 @@ class Engine:
             keep_x0=keep_x0,
         )  # fmt: skip
         course = Course(self.weights, self.runner, run, clock, getattr(on_step, "picture", None))
-        kept: list[Tensor] = []
-        state: State | None = None
-        for state in course.states():
-            if keep_x0:
-                kept.append(state.x0)
-            if on_step is not None:
-                on_step(state)
-        assert state is not None
-        with clock("decode"):
-            latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
-            drawn = course.images.seeds
-            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=drawn)
+        made = run_course(course, keep_x0=keep_x0, on_step=on_step)
         return Trajectory(
-            rgb=rgb,
-            latents=latents,
-            x0=torch.stack(kept) if keep_x0 else None,
+            rgb=made.rgb,
+            latents=made.latents,
+            x0=made.x0,
             table=run.table,
             latency_ms=clock.totals(("text", "base", "distilled", "decode")),
             prompts=run.images.prompts,
@@ -294,7 +285,7 @@ class Engine:
             adapters=run.adapters.describe(run.acts),
             machine=self._machine(),
             diversify=run.methods,
-            chosen=drawn if select_of(run.methods) else None,
+            chosen=course.images.seeds if select_of(run.methods) else None,
             reading=run.words.reading,
             given=run.own.digests,
         )
@@ -351,7 +342,7 @@ class Engine:
         run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
         cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
-        noise = noise_of(run.images.seeds) if run.noise is None else run.noise
+        noise = Philox.shared(run.images.seeds) if run.noise is None else run.noise
         return Run(
             run.table, cond, noise, uncond=uncond, shape=run.latent, strengths=run.strengths,
             dtypes=dtypes,

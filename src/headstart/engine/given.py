@@ -18,9 +18,8 @@ from headstart.engine.pair import Pair
 from headstart.engine.words import has_sizes
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
-from headstart.noise import Given
+from headstart.noise import Given, Philox
 from headstart.plan.table import StepTable
-from headstart.runner.batch import noise_of
 
 Told: TypeAlias = "Conditioning | ByLevel"
 Noise: TypeAlias = "NoiseSource | Tensor"
@@ -149,7 +148,7 @@ def noise_source(
             "size: give noise of that shape, or leave size out, which is taken from the noise"
         )
     if isinstance(own.noise, Tensor):
-        return Start(Given(own.noise), noise_of(seeds))
+        return Start(Given(own.noise), Philox.shared(seeds))
     missing = [
         row
         for row, step in enumerate(table)

@@ -23,7 +23,8 @@ class Trajectory:
     latents     float32 [B, C, h, w], at noise level 0
     x0          float32 [S, B, C, h, w], what each row predicted, or None unless keep_x0 was given
     table       the rows that ran
-    latency_ms  text, base, distilled, decode: time on the device, of this run alone
+    latency_ms  text, base, distilled, decode: time on the device, of this run alone. A run that was
+                one launch stands under the model of its last row, decoder and all
     chunk       samples that were in a network at once
     lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on

@@ -1,18 +1,17 @@
-"""A batch, cut for the network and shared in its noise, so that an image does not depend on either.
+"""A batch, cut for the network, so that an image does not depend on how many are asked for.
 
-F = cat(network(x_in[0:r]), network(x_in[r:2r]), ...)        n[i] = noise of seed[i]
+F = cat(network(x_in[0:r]), network(x_in[r:2r]), ...)
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
-from headstart.noise import Philox
 from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.runner import Runner
 
@@ -39,35 +38,3 @@ class Chunked(NamedTuple):
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
         return cast("ReadsPrompt", self.network).read_prompt(cond)
-
-
-def noise_of(seeds: Sequence[int], sample: int = 0) -> Philox | SharedNoise:
-    """Of images with these seeds; where none is twice, steps draw it themselves."""
-    distinct = tuple(dict.fromkeys(seeds))
-    noise = Philox(distinct, [sample] * len(distinct))
-    if len(distinct) == len(seeds):
-        return noise
-    number = {seed: row for row, seed in enumerate(distinct)}
-    return SharedNoise(noise, tuple(number[seed] for seed in seeds))
-
-
-class SharedNoise(NamedTuple):
-    """Noise of images of which some have one seed and differ in their prompts."""
-
-    distinct: Philox
-    rows: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self._shared(self.distinct.initial(shape, device))
-
-    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self._shared(self.distinct.step(index, shape, device))
-
-    def _shared(self, drawn: Tensor) -> Tensor:
-        """One row an image. Not drawn[list]: a list of indices is copied, and waited for."""
-        if len(self.rows) == len(drawn):
-            return drawn
-        return torch.stack([drawn[row] for row in self.rows])

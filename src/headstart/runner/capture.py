@@ -6,13 +6,18 @@
 `body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
 its networks, is read from the same memory at every launch: weights changed in place are seen, and
 a weight that was bound anew is noticed by its address, and the function captured again. So is a
-module or a hook that came or went. Python state beyond that is built in; a network that has some
-says so by an attribute `graph_state`, a hashable: another state is another graph.
+module or a hook that came or went; `headstart.runner.bound` says what is noticed when. Python state
+beyond that is built in; a network that has some says so by an attribute `graph_state`, a hashable:
+another state is another graph.
 
 Graphs of a device share a memory pool, which is safe because they never run at the same time and
 never read each other's results (pytorch pull request 166975): all launches are on one stream, in
 the order of one lock, and outputs are copied out before the lock is given back. Nothing here waits
-for the device, except before a capture and before a graph is dropped.
+for the device, except before a capture, after one that failed, and before a graph is dropped.
+
+A capture that fails leaves nothing behind: the caller's stream is current again, the pool is
+closed, and the next capture has a pool and a stream of its own; graphs from before stay good. Where
+the device does not end the capture, the site says why it is `dead` and launches nothing more.
 """
 
 from __future__ import annotations
@@ -21,16 +26,17 @@ import threading
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from headstart.errors import CaptureError, HeadstartError
 from headstart.runner.bound import Bound, buffers_of, state_of
+from headstart.runner.cuda import Backend, Cuda, Graph
 
 Tensors = Mapping[str, Tensor]
 _CAPTURING: ContextVar[bool] = ContextVar("headstart_capturing", default=False)
@@ -40,38 +46,6 @@ def is_capturing() -> bool:
     """Whether what runs in this thread is captured, or warmed up for it: then no shortcut may
     depend on the values of tensors, on a CPU neither."""
     return _CAPTURING.get()
-
-
-class Stream(Protocol):
-    def wait_stream(self, stream: Any, /) -> None: ...
-
-
-class Graph(Protocol):
-    def replay(self) -> None: ...
-
-    def reset(self) -> None: ...
-
-
-class Backend(Protocol):
-    """The part of torch.cuda that capturing uses; `headstart_kernels.emulation` has two others."""
-
-    def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
-
-    def current_stream(self, device: torch.device) -> Any: ...
-
-    def stream(self, stream: Any) -> AbstractContextManager[object]: ...
-
-    def synchronize(self, device: torch.device) -> None: ...
-
-    def graph_pool_handle(self) -> Any: ...
-
-    def CUDAGraph(self) -> Any: ...  # noqa: N802
-
-    def graph(
-        self, graph: Any, *, pool: Any, stream: Any, capture_error_mode: str
-    ) -> AbstractContextManager[object]: ...
-
-    def memory_reserved(self, device: torch.device) -> int: ...
 
 
 class Program(NamedTuple):
@@ -102,6 +76,7 @@ class _Captured(NamedTuple):
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
     bound: Bound
+    pool: Any
 
 
 @dataclass
@@ -113,6 +88,8 @@ class Site:
                 only when all its graphs are gone (CUDACachingAllocator, `releasePool`), so past
                 this every graph is dropped, and captured anew where it is used again
     warmups     runs before a capture, in which libraries choose algorithms and kernels compile
+
+    `dead` is why it launches nothing any more, None for a site that works.
     """
 
     device: torch.device
@@ -123,6 +100,7 @@ class Site:
 
     def __post_init__(self) -> None:
         self.captures = 0
+        self.dead: str | None = None
         self._pool_bytes = 0
         self._lock = threading.RLock()
         self._graphs: OrderedDict[_Key, _Captured] = OrderedDict()
@@ -130,6 +108,7 @@ class Site:
         self._networks: dict[int, object] = {}
         self._stream: Any = None
         self._pool: Any = None
+        self._failed: list[Graph] = []
 
     @staticmethod
     def of(device: torch.device | str) -> Site:
@@ -143,12 +122,12 @@ class Site:
         index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
         place = torch.device("cuda", index)
         with _SITES_LOCK:
-            return _SITES.setdefault(place, Site(place, cast(Backend, torch.cuda)))
+            return _SITES.setdefault(place, Site(place, cast(Backend, Cuda())))
 
     def run(self, program: Program, inputs: Tensors) -> tuple[Tensor, ...]:
         """`program.body(inputs)`, as new tensors on the caller's stream.
 
-        Raises CaptureError where the body cannot be captured.
+        Raises CaptureError where the body cannot be captured, and at once where the site is dead.
         """
         backend = self.backend
         with self._lock, torch.inference_mode(False), torch.no_grad():
@@ -170,7 +149,7 @@ class Site:
         ordered = sorted(requests, key=lambda request: -_size_bytes(request[1].values()))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for program, inputs in ordered:
-                self._find(program, inputs, self.backend.current_stream(self.device))
+                self._find(program, inputs, self.backend.current_stream(self.device), wholly=True)
 
     def clear(self) -> None:
         """Drop every graph and the pool."""
@@ -190,12 +169,16 @@ class Site:
             inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
             return self._pool_bytes + sum(inputs)
 
-    def _find(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+    def _find(
+        self, program: Program, inputs: Tensors, caller: Any, *, wholly: bool = False
+    ) -> _Captured:
+        if self.dead is not None:
+            raise CaptureError(f"no graph is launched on {self.device} any more: {self.dead}")
         self._forget_the_dead()
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
         key = _Key(program.key, networks, _signature(inputs))
         found = self._graphs.get(key)
-        if found is not None and not found.bound.holds():
+        if found is not None and not found.bound.holds(wholly=wholly):
             self._drop([key])
             found = None
         if found is None:
@@ -234,23 +217,66 @@ class Site:
             self._warm_up(program, inputs, buffers)
         caller.wait_stream(self._stream)
         backend.synchronize(self.device)
+        backend.empty_cache()  # what is cached for others cannot be used by a pool
         graph = backend.CUDAGraph()
+        before = backend.memory_reserved(self.device)
         try:
-            with (
-                backend.graph(
-                    graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
-                ),
-                _capturing(),
-            ):
-                before = backend.memory_reserved(self.device)
-                outputs = program.body(buffers)
+            outputs = self._record(graph, program, buffers)
         except HeadstartError:
             raise
         except RuntimeError as error:
             raise CaptureError(_refused(program, inputs, error)) from error
         self.captures += 1
         self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
-        return _Captured(graph, buffers, outputs, Bound.of(program.networks))
+        return _Captured(graph, buffers, outputs, Bound(program.networks), self._pool)
+
+    def _record(
+        self, graph: Graph, program: Program, buffers: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Not with torch.cuda.graph, which after an error leaves what `_give_up` clears."""
+        with self.backend.stream(self._stream):
+            try:
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                with _capturing():
+                    outputs = program.body(buffers)
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        return outputs
+
+    def _give_up(self, graph: Graph) -> None:
+        """End a capture that failed, as far as the device lets it, and use nothing of it again."""
+        pool, self._pool = self._pool, None
+        # torch's allocators asked this graph which memory is its own; one of them does so for ever.
+        self._failed.append(graph)
+        with suppress(RuntimeError):  # raised for what made the capture invalid, which ends it
+            graph.capture_end()
+        try:
+            if self.backend.is_current_stream_capturing():
+                raise RuntimeError("its stream is still capturing")
+            graph.reset()
+            self.backend.close_pool(self.device, pool)
+            self._stream = self.backend.Stream(self.device)
+            self.backend.synchronize(self.device)
+            self._try()
+        except RuntimeError as error:
+            self.dead = (
+                f"a capture failed and could not be ended ({_first_line(error)}); start the "
+                "process anew to have graphs again, or use runner='eager'"
+            )
+
+    def _try(self) -> None:
+        """One small capture: that it ends is what a site that goes on must know. Up to torch 2.12
+        it also ends the capturing of torch's own generator, which else draws no more."""
+        with self.backend.stream(self._stream):
+            graph, one = self.backend.CUDAGraph(), torch.zeros(1, device=self.device)
+            pool = self.backend.graph_pool_handle()
+            graph.capture_begin(pool, capture_error_mode="thread_local")
+            one.add_(1)
+            graph.capture_end()
+        self.backend.synchronize(self.device)
+        graph.reset()
 
     def _warm_up(self, program: Program, inputs: Tensors, buffers: dict[str, Tensor]) -> None:
         """Run the body; inputs, and what state its networks keep, are left as they were found."""
@@ -259,7 +285,7 @@ class Site:
         for tensor, before in state:
             tensor.copy_(before)
         for _ in range(self.warmups):
-            with _capturing():
+            with _capturing(), _trying_algorithms():
                 program.body(buffers)
             for tensor, before in state:
                 tensor.copy_(before)
@@ -271,6 +297,8 @@ class Site:
         before = self.backend.memory_reserved(self.device)
         for key in keys:
             self._graphs.pop(key).graph.reset()
+        if all(kept.pool is not self._pool for kept in self._graphs.values()):
+            self._pool = None  # torch takes no pool again that every graph has left
         self._pool_bytes -= before - self.backend.memory_reserved(self.device)
 
     def _watch(self, networks: tuple[object, ...]) -> None:
@@ -304,6 +332,22 @@ def _capturing() -> Generator[None]:
         _CAPTURING.reset(token)
 
 
+@contextmanager
+def _trying_algorithms() -> Generator[None]:
+    """cuDNN tries what it has on every new convolution and remembers the fastest. A capture, which
+    may try nothing, takes what is remembered (aten/src/ATen/native/cudnn/Conv_v8.cpp,
+    `run_single_conv`). Another process may remember another, whose bits differ by rounding: it is
+    left off where algorithms are to be deterministic (`torch.backends.cudnn.deterministic`)."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+    cudnn.benchmark = before or not fixed
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
+
+
 def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
     """What makes another graph: names, shapes, dtypes, and channels_last or not."""
     return tuple((name, t.shape, t.dtype, _channels_last(t)) for name, t in inputs.items())
@@ -322,9 +366,12 @@ def _size_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _refused(program: Program, inputs: Tensors, error: RuntimeError) -> str:
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     return (
-        f"{program.name} could not be captured for {shapes}: {reason}. A captured network may not "
-        "wait for the device, copy from the host, or allocate by value: find the line with "
-        "headstart_kernels.emulation.audit, or use runner='eager'"
+        f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "
+        "captured network may not wait for the device, copy from the host, or allocate by value: "
+        "find the line with headstart_kernels.emulation.audit, or use runner='eager'"
     )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -32,7 +32,9 @@ class GraphRunner:
     dtype          of x_in and of the conditioning; by default that of the network's first float
                    parameter, else float32
     memory_format  of x_in, such as torch.channels_last for [B, C, h, w]; by default as it comes
-    fallback       run a shape that cannot be captured eagerly, instead of raising CaptureError
+    fallback       run a shape that cannot be captured eagerly, instead of raising CaptureError: on
+                   the caller's stream, which a failed capture leaves as it was. Every shape, once
+                   the device does not end a capture and the site is dead (`Site.dead`)
 
     Weights changed in place are seen by the graphs; a parameter, buffer or submodule that is
     replaced makes a new one. Between the launch and F nothing waits for the device. Threads may

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Mapping
 from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
@@ -21,11 +21,12 @@ from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.capture import Site
 from headstart.runner.compiled import CompiledNetwork
 from headstart.runner.compiled_form import Backend
+from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
 
 _LOG = logging.getLogger(__name__)
-RunnerName = Literal["auto", "eager", "compiled", "graph", "replay"]
+RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory"]
 
 
 class Choice(NamedTuple):
@@ -43,6 +44,9 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
     "compiled"  its blocks compiled, once a shape, and on a CUDA device captured as a graph
     "graph"     a CUDA graph of the network, once a shape
     "replay"    the network's operators recorded once a shape and replayed, on a CPU
+    "trajectory"  a whole run, its decoder too, as one CUDA graph, or recorded and replayed on a
+                CPU: see `headstart.engine.launch`. Where a run goes row by row, as "graph" or
+                "replay"
 
     What "auto" took and why is logged, at level INFO of `runner.runner`; the record of a run has
     the name. Raises CaptureError for one that the device cannot have, InputError for an unknown
@@ -56,6 +60,8 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
         _LOG.info("runner auto is %s: %s", choice.name, choice.why)
         return choice
     needs = {"graph": "cuda", "replay": "cpu"}.get(name, kind)
+    if name == "trajectory" and kind not in ("cuda", "cpu"):
+        needs = "cuda and cpu"
     if needs != kind:
         raise CaptureError(
             f"runner {name!r} exists on {needs} alone, and the device is {kind}: use "
@@ -85,13 +91,25 @@ def open_runner(name: RunnerName, network: Denoiser) -> Runner:
         return CompiledRunner(network)
     if name == "graph":
         return GraphRunner(network)
-    if name == "replay":
+    if name == "replay" or (name == "trajectory" and _on_a_cpu(network)):
         return GraphRunner(network, _HOST)
+    if name == "trajectory":
+        return GraphRunner(network)
     return EagerRunner(network)
 
 
 _HOST = Site(torch.device("cpu"), Host(), warmups=0)
 """Where replays live; on a CPU a first run chooses nothing, so there is no warm-up."""
+
+
+def site_of(device: torch.device) -> Site:
+    """Where the graphs of a device live, and on a CPU what is recorded."""
+    return _HOST if device.type == "cpu" else Site.of(device)
+
+
+def _on_a_cpu(network: object) -> bool:
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    return all(weight.device.type == "cpu" for weight in weights)
 
 
 class EagerRunner:
@@ -159,13 +177,9 @@ class EagerRunner:
             return cast("ReadsPrompt", self.network).read_prompt(cond)
 
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        stream = torch.cuda.current_stream(x_in.device)  # which may not be the current device's
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        start.record(stream)
+        start = record_event(x_in.device)
         f = self.network(x_in, timestep, cond)
-        end.record(stream)
-        self._events.append((start, end))
+        self._events.append((start, record_event(x_in.device)))
         return f
 
 

@@ -2,7 +2,7 @@
 
     x = init_scale*n;  each row: F = network(x_in, t), one fused step that draws its noise, and
     writes the next x_in and the row's preview
-    rgb = decode(x)
+    rgb = decode(end_scale*x)
 
 Coefficients, timesteps and guidance are rows of a device table read at a device-side step; seeds,
 noise, and every field of the conditioning are buffers too. A new schedule, guidance, seed or prompt
@@ -25,10 +25,9 @@ from headstart.errors import InputError
 from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
 from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
-from headstart.noise import Philox
+from headstart.noise import keys_of
 from headstart.plan.table import StepTable
 from headstart.prompt import Prompts
-from headstart.runner.batch import SharedNoise
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.graph import adapters_of, named, unnamed
 from headstart.watch import require_finite
@@ -36,6 +35,9 @@ from headstart_kernels import COLUMNS, INITIAL, ops
 
 _ROW = "row."
 _MAP = ("factors", "bias")
+_KEYS = ("seeds", "samples")
+_INITIAL = "initial"
+_END = "end_scale"
 _TIMESTEP = COLUMNS.index("timestep")
 
 
@@ -229,6 +231,8 @@ class _Request:
             **named(cond.expand(self.batch)),
             **self._noise(noise, device),
         }
+        if table.end_scale != 1.0:
+            tensors[_END] = _placed(np.float32(table.end_scale), device)
         if self.graph.preview is not None:
             tensors |= dict(zip(_MAP, self.graph.preview, strict=True))
         if self.guided and uncond is not None:
@@ -243,25 +247,25 @@ class _Request:
         return tensors
 
     def _noise(self, noise: NoiseSource, device: torch.device) -> Tensors:
-        """Keys of counter-based noise, which the graph draws; of another source, its draws."""
-        keys = _keys(noise)
+        """Keys of counter-based noise, which the graph draws; of another source, its draws. The
+        start may be of its own where rows are of keys."""
+        keys = keys_of(noise)
         if keys is not None:
-            seeds, samples = (np.array(k, np.uint64).astype(np.int64) for k in keys)
-            return {"seeds": _placed(seeds, device), "samples": _placed(samples, device)}
-        draws = [noise.initial(self.shape, device)]
-        draws += [noise.step(i, self.shape, device) for i, row in enumerate(self.rows) if row.draws]
-        return {"noise": torch.stack(draws)}
+            numbers = (np.array(k, np.uint64).astype(np.int64) for k in (keys.seeds, keys.samples))
+            found = dict(zip(_KEYS, (_placed(own, device) for own in numbers), strict=True))
+            own = {} if noise is keys else {_INITIAL: noise.initial(self.shape, device)}
+            return found | own
+        drawn = [i for i, row in enumerate(self.rows) if row.draws]
+        found = {_INITIAL: noise.initial(self.shape, device)}
+        if drawn:
+            found["noise"] = torch.stack([noise.step(i, self.shape, device) for i in drawn])
+        return found
 
     def body(self, inputs: Tensors) -> tuple[Tensor, ...]:
         """The run, as it is captured: no number in it comes from the table but through a buffer."""
         table, step = inputs["table"], inputs["step"]
         draws = iter(inputs["noise"].unbind()) if "noise" in inputs else None
-        if draws is not None:
-            n = next(draws)
-        else:
-            initial = torch.full_like(step, INITIAL)
-            n = ops.philox_normal(inputs["seeds"], inputs["samples"], initial, self.shape)
-        x = n * inputs["init_scale"]
+        x = self._start(inputs) * inputs["init_scale"]
         x_in, before = self._first_input(x, table, step), x
         kept, shown = list[Tensor](), self._pictures(x)
         sound = torch.empty((len(self.rows), self.batch), dtype=torch.bool, device=x.device)
@@ -288,10 +292,19 @@ class _Request:
             before, x_in = x0, x if following is None else following
             if self.keep_x0:
                 kept.append(x0)
-        pixels = self.graph.codec.decode(x.to(self.graph.codec_dtype))
+        last = x * inputs[_END] if _END in inputs else x
+        pixels = self.graph.codec.decode(last.to(self.graph.codec_dtype))
         finite = torch.isfinite(pixels).flatten(1).all(1)
         stack = torch.stack(kept) if kept else x.new_empty((0, *x.shape))
         return ops.decode_u8(pixels), x, stack, shown, sound, finite
+
+    def _start(self, inputs: Tensors) -> Tensor:
+        """Unit normals of the start, given or drawn."""
+        if _INITIAL in inputs:
+            return inputs[_INITIAL]
+        seeds, samples = (inputs[name] for name in _KEYS)
+        row = torch.full_like(inputs["step"], INITIAL)
+        return ops.philox_normal(seeds, samples, row, self.shape)
 
     def _pictures(self, x: Tensor) -> Tensor:
         rows = 0 if self.graph.preview is None else len(self.rows)
@@ -337,15 +350,6 @@ class _Request:
     def _dtype(self, row: Row) -> torch.dtype:
         network = self.graph.denoisers[row.model]
         return getattr(network, "dtype", None) or compute_dtype(network)
-
-
-def _keys(noise: NoiseSource) -> tuple[list[int], list[int]] | None:
-    if isinstance(noise, SharedNoise):
-        seeds, samples = noise.distinct.seeds, noise.distinct.samples
-        return [seeds[row] for row in noise.rows], [samples[row] for row in noise.rows]
-    if isinstance(noise, Philox):
-        return list(noise.seeds), list(noise.samples)
-    return None
 
 
 def _placed(values: object, device: torch.device) -> Tensor:

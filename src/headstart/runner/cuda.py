@@ -1,0 +1,95 @@
+"""torch.cuda as graphs use it: what it offers, and the end of a capture that failed.
+
+torch has no public way to end it. When a capture fails, `CUDAGraph.capture_end` raises as soon as
+the driver tells it so, before it closes the memory pool (aten/src/ATen/cuda/CUDAGraph.cpp, torch
+2.13). From then on the allocator takes a capture to be underway: memory that two streams have used
+is not given back, nor is any by `empty_cache`, which in older versions fails (pytorch's
+c10/cuda/CUDACachingAllocator.cpp, `captures_underway`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, cast
+
+import torch
+
+_ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
+"""torch's own calls, which `torch.cuda.use_mem_pool` makes: since 2.8, and before."""
+
+
+class Stream(Protocol):
+    def wait_stream(self, stream: Any, /) -> None: ...
+
+
+class Graph(Protocol):
+    def capture_begin(self, pool: Any, *, capture_error_mode: str) -> None: ...
+
+    def capture_end(self) -> None: ...
+
+    def replay(self) -> None: ...
+
+    def reset(self) -> None: ...
+
+
+class Backend(Protocol):
+    """What capturing uses: `Cuda`; `headstart_kernels.emulation` has two others."""
+
+    def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
+
+    def current_stream(self, device: torch.device) -> Any: ...
+
+    def stream(self, stream: Any) -> AbstractContextManager[object]: ...
+
+    def synchronize(self, device: torch.device) -> None: ...
+
+    def graph_pool_handle(self) -> Any: ...
+
+    def CUDAGraph(self) -> Any: ...  # noqa: N802
+
+    def empty_cache(self) -> None: ...
+
+    def is_current_stream_capturing(self) -> bool: ...
+
+    def close_pool(self, device: torch.device, pool: Any) -> None: ...
+
+    def memory_reserved(self, device: torch.device) -> int: ...
+
+
+def record_event(device: torch.device) -> torch.cuda.Event:
+    """A timed event on the stream that is current on this device. `Event.record` alone takes that
+    of the current device, and two events of two devices have no time between them."""
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class Cuda:
+    """torch.cuda, and `close_pool`."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch.cuda, name)
+
+    def close_pool(self, device: torch.device, pool: tuple[int, int]) -> None:
+        """End the capture that the allocator still counts in this pool, if it does.
+
+        Raises RuntimeError where this torch has no call for it.
+        """
+        ends = [getattr(torch._C, name, None) for name in _ENDS]  # pyright: ignore[reportPrivateUsage]
+        end = next((end for end in ends if end is not None), None)
+        if end is None:
+            raise RuntimeError(
+                f"torch {torch.__version__} has no {_ENDS[0]}, which closes the pool of a capture"
+            )
+        try:
+            end(device.index, pool)
+        except RuntimeError as error:
+            if "not currently recording" in str(error):
+                return  # closed already: the capture itself was ended
+            raise
+        release = cast(
+            Callable[[int, tuple[int, int]], None],
+            torch._C._cuda_releasePool,  # pyright: ignore[reportPrivateUsage]
+        )
+        release(device.index, pool)
