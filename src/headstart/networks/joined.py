@@ -14,6 +14,7 @@ class or a hook ends it: then every layer is called by itself.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -113,11 +114,11 @@ def _is_hooked(layer: nn.Linear) -> bool:
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:
-    """Weights, and biases if the first layer has one."""
-    weights = [layer.weight for layer in layers]
-    if layers[0]._parameters["bias"] is None:
-        return [weights]
-    return [weights, [layer.bias for layer in layers]]
+    """Weights, and biases if the first layer has one. From the tables, which takes a third of the
+    time of attributes."""
+    tables = [layer._parameters for layer in layers]
+    names = ("weight",) if tables[0]["bias"] is None else ("weight", "bias")
+    return [[cast("Tensor", table[name]) for table in tables] for name in names]
 
 
 def _alike(layers: Linears) -> bool:
@@ -139,16 +140,13 @@ def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
     first = parts[0]
     if first is None or (first.requires_grad and torch.is_grad_enabled()):
         return None
-    storage, place, rows = first.untyped_storage()._cdata, first.storage_offset(), 0
-    for part in parts:
-        if (
-            part is None
-            or part.storage_offset() != place
-            or part.untyped_storage()._cdata != storage
-            or part.shape[1:] != first.shape[1:]
-            or part.dtype != first.dtype
-            or not part.is_contiguous()
-        ):
+    place, rows, inner = first.storage_offset(), 0, first.shape[1:]
+    for part in parts:  # what is looked up in a microsecond, and mostly says no, first
+        if part is None or part.storage_offset() != place or part.shape[1:] != inner:
             return None
         place, rows = place + part.numel(), rows + len(part)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    found = [part for part in parts if part is not None]
+    one = len({part.untyped_storage()._cdata for part in found}) == 1
+    if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in found)):
+        return None
+    return first.as_strided((rows, *inner), first.stride())
