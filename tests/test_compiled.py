@@ -6,75 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
+from regional import Block, Counting, Tokens, agree, told
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from headstart.adapters.adapters import AdapterSet
-from headstart.errors import CaptureError, InputError
+from headstart.errors import CaptureError
 from headstart.interfaces import Conditioning
-from headstart.networks.regions import region
 from headstart.networks.residency import keep_stored
-from headstart.runner import compiled
 from headstart.runner.capture import Site
 from headstart.runner.compiled_forms import STATIC_SHAPES
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import CompiledRunner, EagerRunner
 from headstart_kernels.emulation.fake_cuda import FakeCuda
-
-T = torch.tensor
-Call = tuple[Tensor, Tensor, Conditioning]
-
-
-class Block(nn.Module):
-    """x + scale * gelu(W norm(x)) * mean(context)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(8)
-        self.layer = nn.Linear(8, 8)
-        self.scale = 0.5
-
-    @region
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        gate = context.mean((1, 2))[:, None, None]
-        return x + self.scale * gate * nn.functional.gelu(self.layer(self.norm(x)))
-
-
-class Tokens(nn.Module):
-    """Three blocks on the 8 channels of an image; counts the times Python ran through it."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        self.blocks, self.calls = nn.ModuleList(Block() for _ in range(3)), 0
-        draw = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in self.parameters():
-                parameter.copy_(torch.randn(parameter.shape, generator=draw))
-
-    def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        self.calls += 1
-        x = x_in.flatten(2).transpose(1, 2) + timestep[:, None, None]
-        for block in self.blocks:
-            x = block(x, cond.context)
-        return x.transpose(1, 2).view(x_in.shape)
-
-    def block(self, index: int) -> Any:
-        return self.blocks[index]
-
-
-class Counting:
-    """A backend of torch.compile that runs what dynamo traced, and counts what it was given."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-        self.count += 1
-        return graph.forward
 
 
 @pytest.fixture
@@ -86,21 +34,6 @@ def backend() -> Counting:
 @pytest.fixture
 def network() -> Tokens:
     return Tokens(1).eval()
-
-
-def told(batch: int = 2, size: int = 3, *, strengths: Any = None, seed: int = 0) -> Call:
-    draw = torch.Generator().manual_seed(seed)
-    x, context = (torch.randn(batch, 8, n, generator=draw) for n in (size * size, 5))
-    cond = Conditioning(context, strengths=None if strengths is None else T(strengths))
-    return x.view(batch, 8, size, size), T([7.0] * batch), cond
-
-
-def agree(network: nn.Module, backend: Any, call: Call | None = None) -> Tensor:
-    """F, which has every bit of eager's, because the backend keeps every operation."""
-    call = call or told()
-    got = CompiledRunner(cast("Any", network), backend=backend)(*call)
-    assert torch.equal(got, EagerRunner(cast("Any", network))(*call))
-    return got
 
 
 def test_blocks_alike_are_compiled_once_in_all_networks(network: Tokens, backend: Counting) -> None:
@@ -317,95 +250,16 @@ def test_a_network_without_blocks_is_compiled_whole_and_refuses_adapters(
         agree(network, backend, told(strengths=[[1.0], [1.0]]))
 
 
-def no_compiler() -> Exception:
-    from torch._inductor.exc import InvalidCxxCompiler
+def test_a_setting_of_a_network_that_is_compiled_whole_is_seen(backend: Counting) -> None:
+    class Scaled(nn.Module):
+        """Has no tensors of its own."""
 
-    return InvalidCxxCompiler("/nope")
+        scale = 2.0
 
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            return x_in * self.scale
 
-def no_gcc() -> Exception:
-    return RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
-
-
-def no_triton() -> Exception:
-    from torch._inductor.exc import TritonMissing
-
-    return TritonMissing(None)
-
-
-def no_memory() -> Exception:
-    return torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
-
-
-@pytest.mark.parametrize(
-    ("make", "fix"),
-    [
-        (no_compiler, r"InvalidCxxCompiler: .*install a C\+\+ compiler \(g\+\+\)"),
-        (no_gcc, r"Failed to find C compiler.*install a C compiler \(gcc\)"),
-        (no_triton, "install triton"),
-        (no_memory, "ask for a smaller batch"),
-    ],
-)
-def test_what_a_compiler_lacks_is_said_with_the_fix(
-    network: Tokens, make: Callable[[], Exception], fix: str
-) -> None:
-    def fails(graph: torch.fx.GraphModule, _: list[Any]) -> Any:
-        raise make()
-
-    with pytest.raises(CaptureError, match=f"Block could not be compiled for .*{fix}.*'eager'"):
-        agree(network, fails)
-
-
-def test_only_errors_of_the_compiler_are_taken_for_such(network: Tokens) -> None:
-    """A launch that looks for gcc is one; a wrong input, or a device that fails, is not."""
-
-    def fails(error: Exception) -> Any:
-        def made(graph: torch.fx.GraphModule, _: list[Any]) -> Callable[..., Any]:
-            def run(*_: object) -> None:
-                raise error
-
-            return run
-
-        return made
-
-    for error in (ValueError("of the device"), InputError("of ours")):
-        with pytest.raises(type(error), match=r"^of"):
-            agree(network, fails(error))
-    with pytest.raises(CaptureError, match="install a C compiler"):
-        agree(network, fails(no_gcc()))
-
-
-def test_a_compiler_that_is_switched_off_is_noticed(
-    network: Tokens, backend: Counting, caplog: pytest.LogCaptureFixture
-) -> None:
-    with torch.compiler.set_stance("force_eager"):
-        agree(network, backend)
-    assert backend.count == 0
-    assert any("torch.compile is switched off" in record.message for record in caplog.records)
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-def test_inductor_compiles_blocks_and_finds_them_on_disk(
-    network: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real compilation. Of 3 blocks, the longest path has about 40 roundings each (norm 20,
-    product 9, gelu 8, the rest 3), of numbers no larger than `scale` on the way."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    counters: Any = torch._dynamo.utils.counters
-    counters.clear()
-    call, scale = told(), 0.0
-    exact = EagerRunner(Tokens(1).eval().double())(*call)
-    scale = 4 * float(exact.abs().max())
-
-    def close() -> None:
-        got = CompiledRunner(network)(*call)
-        assert got.dtype == torch.float32
-        assert float((got - exact).abs().max()) <= 3 * 40 * 2**-24 * scale
-
-    close()
-    assert counters["inductor"]["fxgraph_cache_miss"] == 1
-    compiled._forms.cache_clear()
-    torch._dynamo.reset()
-    close()
-    assert counters["inductor"]["fxgraph_cache_hit"] == 1, "as a second process would"
-    assert counters["inductor"]["fxgraph_cache_miss"] == 1
+    network = Scaled()
+    before = agree(network, backend)
+    network.scale = 3.0
+    assert not torch.equal(agree(network, backend), before) and backend.count == 2

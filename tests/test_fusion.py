@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from headstart.adapters.slots import Slot
 from headstart.networks.fusion import NormSilu, fused, fusion
 from headstart.networks.transformer import GEGLU
-from headstart_kernels import layers
+from headstart_kernels import geglu, layers
 
 
 class Graphs:
@@ -69,3 +69,11 @@ def test_a_low_rank_change_compiles_whole_into_operators_of_torch() -> None:
     assert called and not [name for name in called if "headstart" in name]
     with fusion(False):
         assert torch.equal(got, change(x))
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_kernel_that_is_called_by_its_name_compiles_into_its_operator() -> None:
+    x = torch.linspace(-2, 2, 24).view(2, 12)
+    got, called = compiled(geglu, x)
+    assert [name.partition(".default")[0] for name in called] == ["headstart_kernels.geglu"]
+    assert torch.equal(got, geglu(x, impl="reference"))

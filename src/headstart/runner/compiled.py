@@ -125,7 +125,7 @@ _WHOLE: weakref.WeakKeyDictionary[object, dict[Backend, Forms]] = weakref.WeakKe
 
 def _forms_of(network: object, backend: Backend) -> Forms:
     """Of a network that is compiled whole, for as long as it lives."""
-    return _WHOLE.setdefault(network, {}).setdefault(backend, Forms(backend))
+    return _WHOLE.setdefault(network, {}).setdefault(backend, Forms(backend, guarded=True))
 
 
 def _sorted(leaves: Iterable[object]) -> tuple[list[Tensor], tuple[Hashable, ...]]:

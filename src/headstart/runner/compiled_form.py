@@ -30,20 +30,29 @@ compiled is captured by `headstart.runner.graph.GraphRunner`, with all that is b
 class Form:
     """`function(*args)`, compiled whole.
 
-    moving  one function for all sizes; else each size is built in
+    moving   one function for all sizes; else each size is built in
+    guarded  dynamo looks at every call, as it does at those of a moving one
 
-    Called with all tensors that `args` hold, and the arguments. Only the first call traces: later
-    ones must be alike in all but the values of these tensors, which is for the caller to see to.
-    What reads other tensors than these, or sizes as numbers, stays with dynamo and its guards.
+    Called with all tensors that `args` hold, and the arguments. Unless it is guarded, only the
+    first call traces: later ones must be alike in all but the values of these tensors, which is for
+    the caller to see to. What reads other tensors than these stays with dynamo as well.
     """
 
-    def __init__(self, function: Function, backend: Backend, device: str, *, moving: bool) -> None:
+    def __init__(
+        self,
+        function: Function,
+        backend: Backend,
+        device: str,
+        *,
+        moving: bool = False,
+        guarded: bool = False,
+    ) -> None:
         self._kept = _Kept(_compiler(backend, device))
         self._traced: Function = torch.compile(  # pyright: ignore
             _own_code(function), backend=self._kept, fullgraph=True, dynamic=moving
         )
         self._direct: _Direct | None = None
-        self._tried = False
+        self._tried, self._guarded = False, guarded or moving
         self._lock = threading.Lock()
 
     def __call__(self, tensors: Sequence[Tensor], *args: Any) -> Any:
@@ -53,7 +62,8 @@ class Form:
             return self._traced(*args)
         with self._lock:
             result = self._traced(*args)
-            self._direct, self._tried = self._kept.direct(tensors, result), True
+            found, self._tried = self._kept.direct(tensors, result), True
+            self._direct = None if self._guarded else found
         return result
 
 

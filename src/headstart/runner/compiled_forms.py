@@ -66,10 +66,13 @@ class Shapes(NamedTuple):
 
 
 class Forms:
-    """Compiled functions by kind and shapes, of one backend. Threads may ask at once."""
+    """Compiled functions by kind and shapes, of one backend. Threads may ask at once.
 
-    def __init__(self, backend: Backend) -> None:
-        self.backend = backend
+    guarded  what they were made for is not all in kind and shapes
+    """
+
+    def __init__(self, backend: Backend, *, guarded: bool = False) -> None:
+        self.backend, self.guarded = backend, guarded
         self._kinds: OrderedDict[Hashable, dict[tuple[Shapes, bool], Form]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -87,7 +90,9 @@ class Forms:
             key = (shapes.any_size if moving else shapes), moving
             if key not in own:
                 self._say(name, shapes, count, moving)
-                own[key] = Form(make(), self.backend, shapes.device, moving=moving)
+                own[key] = Form(
+                    make(), self.backend, shapes.device, moving=moving, guarded=self.guarded
+                )
             return own[key]
 
     def __len__(self) -> int:
