@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from headstart.adapters.slots import Slot
 from headstart.networks.fusion import NormSilu, fused, fusion
-from headstart.networks.unet import GEGLU
+from headstart.networks.transformer import GEGLU
 from headstart_kernels import geglu, layers
 
 

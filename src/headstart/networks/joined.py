@@ -14,6 +14,7 @@ class or a hook ends it: then every layer is called by itself.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 Linears = Sequence[nn.Linear]
+Joint = tuple[Tensor, ...]
 
 
 def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
@@ -76,22 +78,30 @@ def join(layers: Linears) -> None:
     """
     if not _alike(layers) or side_by_side(layers) is not None:
         return
-    with torch.no_grad():
-        for parameters in _parameters(layers):
+    for name, parameters in zip(("weight", "bias"), _parameters(layers), strict=False):
+        with torch.no_grad():
             whole = torch.cat([parameter.detach() for parameter in parameters])
-            parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.data = part
+        parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
+        for layer, part in zip(layers, parts, strict=True):
+            put(layer, name, part)
 
 
-def side_by_side(layers: Linears) -> list[Tensor] | None:
-    """[weight] or [weight, bias] of all layers together, without a copy; None where they do not lie
-    so, where a hook or a method of its own may change what a layer gives, while a gradient is
-    recorded, and to a compiler, which cannot see where tensors lie."""
+def put(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    """Make a parameter of this tensor, in the place of the one of that name."""
+    grad = layer.get_parameter(name).requires_grad
+    setattr(layer, name, nn.Parameter(tensor, requires_grad=grad))
+
+
+def side_by_side(layers: Linears) -> Joint | None:
+    """(weight,) or (weight, bias) of all layers together, without a copy.
+
+    None where they do not lie so; where a hook or a method of its own may change what a layer
+    gives; while a gradient is recorded; to a compiler, which does not see where tensors lie.
+    """
     if is_compiling() or not all(map(_is_plain, layers)):
         return None
     found = [_run_of(parameters) for parameters in _parameters(layers)]
-    return [whole for whole in found if whole is not None] if None not in found else None
+    return tuple(whole for whole in found if whole is not None) if None not in found else None
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -104,11 +114,11 @@ def _is_hooked(layer: nn.Linear) -> bool:
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:
-    """Weights, and biases if the first layer has one."""
-    weights = [layer.weight for layer in layers]
-    if layers[0]._parameters["bias"] is None:
-        return [weights]
-    return [weights, [layer.bias for layer in layers]]
+    """Weights, and biases if the first layer has one. From the tables, which takes a third of the
+    time of attributes."""
+    tables = [layer._parameters for layer in layers]
+    names = ("weight",) if tables[0]["bias"] is None else ("weight", "bias")
+    return [[cast("Tensor", table[name]) for table in tables] for name in names]
 
 
 def _alike(layers: Linears) -> bool:
@@ -130,16 +140,13 @@ def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
     first = parts[0]
     if first is None or (first.requires_grad and torch.is_grad_enabled()):
         return None
-    storage, place, rows = first.untyped_storage()._cdata, first.storage_offset(), 0
-    for part in parts:
-        if (
-            part is None
-            or part.storage_offset() != place
-            or part.untyped_storage()._cdata != storage
-            or part.shape[1:] != first.shape[1:]
-            or part.dtype != first.dtype
-            or not part.is_contiguous()
-        ):
+    place, rows, inner = first.storage_offset(), 0, first.shape[1:]
+    for part in parts:  # what is looked up in a microsecond, and mostly says no, first
+        if part is None or part.storage_offset() != place or part.shape[1:] != inner:
             return None
         place, rows = place + part.numel(), rows + len(part)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+    found = [part for part in parts if part is not None]
+    one = len({part.untyped_storage()._cdata for part in found}) == 1
+    if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in found)):
+        return None
+    return first.as_strided((rows, *inner), first.stride())

@@ -10,49 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple, Self, TypeAlias, cast
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
-from headstart.networks.fusion import AddNorm, Norm, NormSilu, fused
-from headstart.networks.joined import apart, each, join, side_by_side, state_of, together
+from headstart.networks.fusion import NormSilu
+from headstart.networks.joined import apart, each, join, put, side_by_side, state_of, together
 from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
-from headstart.networks.regions import region
-from headstart_kernels import geglu
-
-
-def _geglu(x: Tensor) -> Tensor:
-    """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
-    if fused(x):
-        return geglu(x)
-    a, gate = x.chunk(2, dim=-1)
-    return a * F.gelu(gate)
-
-
-Text: TypeAlias = "tuple[Tensor, Tensor]"
-"""Keys and values of the prompt in one layer, [B, M, C] each."""
-TEXTS = "unet.keys_values"
-"""Where `Conditioning.extra` has those of all layers."""
-
-
-class Beside(NamedTuple):
-    """What the blocks of a pass read besides x.
-
-    shifts   of every ResBlock in its turn, [B, C]: its projection of the embedded timestep
-    context  [B, M, D]; texts: of every TransformerBlock in its turn what it makes of it, None where
-             it does so itself
-    """
-
-    shifts: Iterator[Tensor]
-    context: Tensor
-    texts: Iterator[Text | None]
+from headstart.networks.transformer import TEXTS, Beside, SpatialTransformer, Text, TransformerBlock
 
 
 class ResBlock(nn.Module):
@@ -76,108 +47,6 @@ class ResBlock(nn.Module):
         h = self.conv1(self.norm1(x))
         h = self.conv2(self.norm2(h, shift))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over tokens x [B, N, C], reading `context` [B, M, D]."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor, context: Tensor, text: Text | None = None) -> Tensor:
-        """`text`: keys and values of the context, where they are known."""
-        if context is x:
-            found = each((self.to_q, self.to_k, self.to_v), x)
-        else:
-            found = self.to_q(x), *(text or each((self.to_k, self.to_v), context))
-        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in found)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, "b heads n d -> b n (heads d)"))
-
-
-class GEGLU(nn.Module):
-    """a * gelu(b), [a, b] = proj(x); arXiv:2002.05202."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = 4 * channels
-        # index 1 is the training dropout of the original network: without weights, but in the names
-        self.net = nn.ModuleList(
-            [GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; all pre-normed, with residuals."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, heads)
-        self.norm2 = AddNorm(channels)
-        self.attn2 = Attention(channels, context_dim, heads)
-        self.norm3 = AddNorm(channels)
-        self.ff = FeedForward(channels)
-
-    @region
-    def forward(self, x: Tensor, context: Tensor, text: Text | None = None) -> Tensor:
-        h = self.norm1(x)
-        x, h = self.norm2(x, self.attn1(h, h))
-        x, h = self.norm3(x, self.attn2(h, context, text))
-        return x + self.ff(h)
-
-
-class SpatialTransformer(nn.Module):
-    """x [B, C, h, w] as h*w tokens through `depth` blocks; the residual is around the whole."""
-
-    def __init__(self, channels: int, depth: int, params: UNetParams) -> None:
-        super().__init__()
-        self.linear = params.linear_projection
-        self.norm = Norm(params.norm_groups, channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        )
-        heads = params.heads_of(channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, params.context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = (
-            nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        )
-
-    def forward(self, x: Tensor, beside: Beside) -> Tensor:
-        height = x.shape[2]
-        h: Tensor = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
-        for block in self.transformer_blocks:
-            h = block(h, beside.context, next(beside.texts))
-        h = _image(self.proj_out(h), height) if self.linear else self.proj_out(_image(h, height))
-        return x + h
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
-
-
-def _image(tokens: Tensor, height: int) -> Tensor:
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 
 
 class Resample(nn.Module):
@@ -217,7 +86,7 @@ class Layers(nn.Module):
     def transformers(self) -> Iterator[TransformerBlock]:
         """In the order in which they run."""
         for transformer in self.attentions if self._has_attention else ():
-            yield from cast("Iterable[TransformerBlock]", transformer.transformer_blocks)
+            yield from cast("SpatialTransformer", transformer).blocks()
 
 
 class DownStage(Layers):
@@ -315,13 +184,13 @@ class UNet(nn.Module):
         form = FORMATS.get((device or self.conv_in.weight.device).type)
         if form is None:
             return
-        for parameter in self.parameters():
-            if parameter.ndim == 4:
-                parameter.data = parameter.data.contiguous(memory_format=form)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                put(layer, "weight", layer.weight.detach().contiguous(memory_format=form))
         join(self._of_time())
         join(self._of_text())
         for block in self._transformers():
-            join((block.attn1.to_q, block.attn1.to_k, block.attn1.to_v))
+            join(block.attn1.layers)
 
     def prompt_key(self, cond: Conditioning) -> Hashable | None:
         """None where adapters act on keys and values of the prompt: how strongly, a row says."""

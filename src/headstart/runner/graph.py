@@ -101,8 +101,9 @@ class GraphRunner:
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
         """Outside of any graph: once a prompt, where a graph serves every row."""
-        with torch.no_grad():
+        if cond.context.dtype != self.dtype:
             cond = cond.to(cond.context.device, self.dtype)
+        with torch.no_grad():
             return cast("ReadsPrompt", self.network).read_prompt(cond)
 
     def _body(self, adapters: Adapters | None, inputs: Tensors) -> tuple[Tensor, ...]:

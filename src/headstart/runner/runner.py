@@ -171,8 +171,9 @@ class EagerRunner:
         return prompt_key(self.network, cond)
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
-        with torch.inference_mode():
+        if cond.context.dtype != self.dtype:
             cond = cond.to(cond.context.device, self.dtype)
+        with torch.inference_mode():
             return cast("ReadsPrompt", self.network).read_prompt(cond)
 
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
