@@ -23,6 +23,7 @@ from headstart.engine.lengths import lengths, meeting
 from headstart.engine.request import Request
 from headstart.engine.tags import text_strengths
 from headstart.engine.words import Line
+from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
 from headstart.plan.leg import PRINTED
@@ -36,6 +37,7 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     A ByLevel where a text, or a strength that it is read at, changes with the row. All texts of a
     call have one length, and rows that are told the same share their tensors.
     """
+    check_threads()  # before rows are taken of what is found
     known = encoded_by(text)
     text = request.adapters.text or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)
