@@ -90,7 +90,8 @@ def _counted(
         return _of_files(args, plans)
     from headstart.cost.sizes import sizes_of_family
 
-    own, tables = sizes_of_family(args.family), list[StepTable]()
+    own = sizes_of_family(args.family)
+    tables: list[StepTable] = []
     for name, settings in plans.items():
         pair = named_pair(name, settings, _PRESETS[args.family])
         plan = named_plan(name, settings, pair.name)

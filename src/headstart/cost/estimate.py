@@ -26,7 +26,7 @@ TRITON_US = 50.0
 """And for one of our kernels, which Triton launches from Python: 48 us `groupnorm_silu`, 58 us
 `fused_step`, on two Zen 3 cores over an emulated driver."""
 GRAPH_US = 1.0
-"""Between two kernels of a graph: an assumption. 0.5 us on a V100 ("Getting Started with CUDA
+"""Between two kernels: an assumption. 0.5 us on a V100 ("Getting Started with CUDA
 Graphs", NVIDIA developer blog, 2019), where kernels did not wait for each other's memory."""
 _OURS = frozenset(
     {"groupnorm_silu", "add_layernorm", "geglu", "low_rank_add", "fused_step_into", "scale_input"}
@@ -37,8 +37,8 @@ ASSUMPTIONS = (
     "device ms: every operator reads its inputs and writes its outputs once, as eager kernels do; "
     "floor ms: the products, convolutions and attentions alone, all else within their kernels",
     f"eager ms: the host, {EAGER_US:g} us an operator and {TRITON_US:g} us one of ours by Triton; "
-    f"graph ms: {GRAPH_US:g} us a kernel; a run takes the larger of device and eager, or device "
-    "plus graph",
+    f"graph ms: {GRAPH_US:g} us between two kernels; a run takes device plus graph, or eager where "
+    "that is more and nothing is captured",
     "not counted: caches that hold a tensor from one operator to the next, layouts that cuDNN "
     "changes within its kernels, adapters, previews, reading weights from disk",
 )
@@ -48,7 +48,7 @@ class Line(NamedTuple):
     """One stage, all its `times` together.
 
     device_ms  at the roofs, as it runs; floor_ms: without all that could be fused away
-    eager_ms   the host's launches; graph_ms: the gaps between a graph's kernels
+    eager_ms   the host's launches; graph_ms: the gaps between kernels, all that a graph leaves
     """
 
     stage: str
@@ -91,7 +91,7 @@ class Estimate:
     @property
     def eager_ms(self) -> float:
         """The whole run, launched by the host: each stage takes the longer of the two."""
-        return sum(max(line.device_ms, line.eager_ms) for line in self.lines)
+        return sum(max(line.device_ms + line.graph_ms, line.eager_ms) for line in self.lines)
 
     @property
     def graph_ms(self) -> float:
