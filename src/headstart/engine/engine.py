@@ -24,7 +24,8 @@ from headstart.engine import record as recording
 from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
-from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
+from headstart.engine.devices import choose_device
+from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import check_texts
 from headstart.engine.request import Prompts, Request, Seeds, prepare
@@ -95,6 +96,11 @@ class Engine:
         exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
                     trained, or "transformers", as diffusers' pictures have it
         allow       tensors of the files that may be left aside, `*` and `?` for any text
+        device      "auto", "cpu", "cuda", "cuda:1", or one for each model: {"base": "cuda:0",
+                    "distilled": "cuda:1"}, text with the base, the decoder with the distilled model
+        memory      "auto": what is free of the GPU. "8GB", or bytes: no more of it. Where weights
+                    do not fit, parts of them wait in the host's memory for their turn;
+                    `weights.notes` says which, and what it costs. "none": all stays on the GPU
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
@@ -107,7 +113,9 @@ class Engine:
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
-        chosen = choose_runner(runner, choose_device(options.get("device", "auto"))).name
+        given = options.get("device", "auto")
+        device = given if isinstance(given, str) else next(iter(given.values()), "auto")
+        chosen = choose_runner(runner, choose_device(device)).name
         engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
         if distilled_lora is not None:
             engine.adapters.attach_distilled(distilled_lora)
@@ -230,7 +238,7 @@ class Engine:
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
         keep_x0: bool = False,
-        batch: int | None = None,
+        batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         on_step: Callable[[State], object] | None = None,
         **asks: Unpack[Asks],
@@ -247,7 +255,8 @@ class Engine:
         plan, settings  as in `compile`: a mode, a preset's name, a Plan or a table; steps=, k=, n=,
                         base_guidance=, distilled_guidance=, preset= belong to a plan given by name
         keep_x0         keep what every row predicted, [S, B, C, h, w]
-        batch           samples in a network at once; None: as many as memory holds
+        batch           samples in a UNet at once; None: as many as memory holds. (8, 2, 1) says too
+                        how many in the decoder, and in how many bands of rows each is decoded
         diversify       other ways to variety, "cads:0.1" or ["pink:1", "select:4"], in this order;
                         `headstart.diversify.methods` has them all. Some act across the images of
                         each prompt of the call; an image does not depend on the other prompts
@@ -276,19 +285,20 @@ class Engine:
         assert state is not None
         with clock("decode"):
             latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
+            latents = latents.to(self.weights.homes.device("vae") or latents.device)
             drawn = course.images.seeds
-            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunk, seeds=drawn)
+            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunks.decode, seeds=drawn)
         return Trajectory(
             rgb=rgb,
             latents=latents,
-            x0=torch.stack(kept) if keep_x0 else None,
+            x0=torch.stack([x0.to(latents.device) for x0 in kept]) if keep_x0 else None,
             table=run.table,
             latency_ms=clock.totals(("text", "base", "distilled", "decode")),
             prompts=run.images.prompts,
             seeds=run.images.seeds,
             negative=compact(run.words.negative),
             size=run.size,
-            chunk=run.chunk,
+            chunk=run.chunks.networks,
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
@@ -297,6 +307,7 @@ class Engine:
             chosen=drawn if select_of(run.methods) else None,
             reading=run.words.reading,
             given=run.own.digests,
+            decode=run.chunks.own_decode,
         )
 
     def _machine(self) -> recording.Json:
@@ -312,7 +323,7 @@ class Engine:
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        batch: int | None = None,
+        batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         resume: State | None = None,
         **asks: Unpack[Asks],
@@ -349,7 +360,8 @@ class Engine:
     ) -> Run:
         """The same run without its networks, for `batch`."""
         run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
-        cond, uncond = encode(self.weights, run)
+        with self.weights.homes.using("text"):
+            cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         noise = noise_of(run.images.seeds) if run.noise is None else run.noise
         return Run(
@@ -366,6 +378,9 @@ class Engine:
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""
-        runners = {model: open_runner(self.runner, own) for model, own in self.denoisers.items()}
+        runners = {
+            model: self.weights.homes.runner(open_runner(self.runner, own), model)
+            for model, own in self.denoisers.items()
+        }
         sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape
         return Batch(runners, most=most, buckets=sizes)

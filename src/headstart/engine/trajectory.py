@@ -24,7 +24,8 @@ class Trajectory:
     x0          float32 [S, B, C, h, w], what each row predicted, or None unless keep_x0 was given
     table       the rows that ran
     latency_ms  text, base, distilled, decode: time on the device, of this run alone
-    chunk       samples that were in a network at once
+    chunk       samples that were in a network at once; decode: in the decoder, and its bands, where
+                they are not as many, and one
     lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on
     adapters    name -> what was attached, and how strongly it acted
@@ -54,6 +55,7 @@ class Trajectory:
     chosen: tuple[int, ...] | None = None
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: Mapping[str, str] = field(default_factory=dict[str, str])
+    decode: tuple[int, int] | None = None
 
     @property
     def passes(self) -> int:
@@ -95,6 +97,7 @@ class Trajectory:
             chosen=self.chosen,
             reading=self.reading,
             given=self.given,
+            decode=self.decode,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

@@ -44,9 +44,7 @@ def filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtyp
 def _fill(module: M, part: Part, device: torch.device, dtype: Dtype) -> M:
     stored = dtype == "stored" and device.type == "cpu"
     if dtype is None or dtype == "stored":
-        dtype = (
-            torch.float32 if device.type == "cpu" else _KEPT.get(stored_dtype(part), torch.float32)
-        )
+        dtype = torch.float32 if device.type == "cpu" else kept_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
@@ -131,6 +129,11 @@ def _placed(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
     return tensor.clone() if beside else tensor
+
+
+def kept_dtype(part: Part) -> torch.dtype:
+    """What a part's weights are on an accelerator, where nothing else is asked for."""
+    return _KEPT.get(stored_dtype(part), torch.float32)
 
 
 def stored_dtype(part: Part) -> str:

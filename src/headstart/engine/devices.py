@@ -1,0 +1,51 @@
+"""Which device each part of an engine is on, out of what was typed.
+
+"cuda" -> all parts
+{"base": "cuda:0", "distilled": "cuda:1"} -> text with the base, the decoder with the distilled
+    model: a latent goes over once, and neither device has all of the rest
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from headstart.errors import InputError
+
+Device = str | Mapping[str, str]
+"""A name, or one for each of the two models."""
+
+
+def choose_devices(given: Device, models: Sequence[str]) -> dict[str, torch.device]:
+    """Part ("text", each of `models`, "vae") -> device; a device of its own for each model if so
+    given. Raises InputError for devices that are not there, or of two kinds.
+    """
+    if isinstance(given, str):
+        return dict.fromkeys(("text", *models, "vae"), choose_device(given))
+    if set(given) != set(models):
+        raise InputError(
+            f"device: expected one for all, or one for each of {', '.join(models)}, got "
+            f"{dict(given)!r:.80}"
+        )
+    found = {model: choose_device(given[model]) for model in models}
+    if len({place.type for place in found.values()}) > 1:
+        raise InputError(
+            f"device {dict(given)!r:.80}: both models run on one kind of device, because a runner "
+            "and a dtype serve both: give two GPUs, or one device"
+        )
+    return {"text": found[models[0]], **found, "vae": found[models[-1]]}
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto" is a CUDA device where there is one, else the CPU. Raises InputError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        # Of a tensor, because "cuda" is one of the devices of that name.
+        return torch.empty(0, device=torch.device(name)).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(
+            f"device {name!r} cannot be used: {reason}; give auto, cpu, cuda or cuda:N"
+        ) from error
