@@ -11,7 +11,8 @@ import torch
 from networks import PARAMS
 from torch import Tensor, nn
 
-from headstart.engine.room import ALIGNED, Room, aligned, weights_of
+from headstart.engine.blocks import ALIGNED, blocks_of, weights_of
+from headstart.engine.room import Room
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import UNet
 from headstart_kernels.emulation.host import Host
@@ -60,8 +61,8 @@ def test_outputs_are_to_the_bit_those_of_networks_that_stay(
 
 
 def test_only_the_share_moves_and_the_room_is_as_large_as_that() -> None:
-    room, networks = room_of(20_000)
-    whole = sum(aligned(weight.tensor.nbytes) for weight in weights_of(networks[:1]))
+    room, _ = room_of(20_000)
+    whole = sum(block.aligned_bytes for block in blocks_of([unet(1)]))
     assert 20_000 <= room.size_bytes < whole
     for name in ("base", "distilled", "distilled", "base"):
         with room.using(name):
@@ -163,6 +164,26 @@ def test_threads_take_turns() -> None:
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_weights_that_lie_side_by_side_stay_so_whether_they_move_or_not() -> None:
+    """As those of joined layers: one matrix product reads them as one."""
+    layers = [nn.Linear(24, 24, bias=False).requires_grad_(False) for _ in range(4)]
+    joint = torch.cat([layer.weight for layer in layers[:3]])
+    for layer, part in zip(layers, joint.split(24), strict=False):
+        layer.weight.data = part
+    assert sorted(len(block.weights) for block in blocks_of(layers)) == [1, 3]
+    other = nn.Linear(40, 40, bias=False)
+    for share in (1, 10**9):
+        room = Room({"base": layers, "distilled": [other]}, share, CPU, Host(), on_host)
+        with room.using("distilled"):
+            pass
+        with room.using("base"):
+            places = [layer.weight.storage_offset() for layer in layers[:3]]
+            assert [place - places[0] for place in places] == [0, 576, 1152]
+            memory = {layer.weight.untyped_storage().data_ptr() for layer in layers[:3]}
+            assert len(memory) == 1
+            assert torch.equal(torch.cat([layer.weight for layer in layers[:3]]), joint)
 
 
 def test_half_precision_other_orders_of_axes_and_buffers_move_as_they_are() -> None:

@@ -57,6 +57,10 @@ class Homes:
         if not any("text" in room for room in self.rooms):
             self.ahead(models)
 
+    def shares(self, *parts: str) -> bool:
+        """Whether these cannot be on the device at once, because they take turns."""
+        return any(all(self._named(part) in room for part in parts) for room in self.rooms)
+
     def device(self, part: str) -> torch.device | None:
         """Where a part computes; None where that is where its tensors are."""
         return self.devices.get(self._named(part))
