@@ -51,7 +51,7 @@ def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> Non
         planned(5.0)
 
 
-@given(st.floats(6.5, 20.0))
+@given(st.floats(6.8, 20.0))
 def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
     found = planned(free)
     for stage in found.stages:

@@ -49,12 +49,13 @@ class Block(NamedTuple):
         """What it takes where others come behind it."""
         return -(-self.memory.nbytes // ALIGNED) * ALIGNED
 
-    def settle(self, memory: Tensor) -> None:
-        """Hang the weights into other bytes, as many as it has."""
+    def settle(self, memory: Tensor, begin: int) -> None:
+        """Hang the weights into other bytes, `begin` of which are before them."""
         for weight in self.weights:
-            own, begin = weight.tensor, weight.begin - self.weights[0].begin
-            flat = memory[begin : begin + own.nbytes].view(own.dtype)
-            weight.become(flat.as_strided(own.shape, own.stride()))
+            own = weight.tensor
+            place = begin + weight.begin - self.weights[0].begin
+            flat = memory.view(own.dtype)
+            weight.become(flat.as_strided(own.shape, own.stride(), place // own.itemsize))
 
 
 def weights_of(modules: Iterable[nn.Module]) -> Iterator[Weight]:

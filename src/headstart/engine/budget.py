@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from headstart.checkpoint.decoding import decode_bytes
 from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
 from headstart.errors import InputError
 
@@ -170,16 +171,6 @@ def _cut(size: int, each: int, budget: float | None, asked: int | None) -> int |
             return None
         size = (size + 1) // 2
     return size
-
-
-def decode_bytes(params: VaeParams, latent: tuple[int, int], itemsize: int, bands: int = 1) -> int:
-    """The last upsampling leaves the second level's width at full resolution, four times over.
-
-    The demo's decoder was seen to take 0.8 of this at 1024 px.
-    """
-    width, side = params.channels[min(1, len(params.channels) - 1)], params.downscale
-    pixels = latent[0] * latent[1] * side**2
-    return int(4.0 * width * pixels * itemsize / bands)
 
 
 def _unet_values(params: UNetParams) -> float:

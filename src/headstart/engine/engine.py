@@ -287,7 +287,8 @@ class Engine:
             latents, dtype = finished(run.table, state.x), self.weights.vae_dtype
             latents = latents.to(self.weights.homes.device("vae") or latents.device)
             drawn = course.images.seeds
-            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=run.chunks.decode, seeds=drawn)
+            _, chunk, bands = run.chunks
+            rgb = decode_rgb(self.vae, latents, dtype=dtype, chunk=chunk, seeds=drawn, bands=bands)
         return Trajectory(
             rgb=rgb,
             latents=latents,

@@ -131,7 +131,7 @@ class Room:
                 copies.append((block.memory, self._buffer[here]))
             else:
                 host[here].copy_(block.memory)
-            block.settle(self._buffer[here])
+            block.settle(self._buffer, begin)
             begin += block.aligned_bytes
         if host is not None:
             copies = [(host, self._buffer[:size])]
@@ -144,14 +144,20 @@ def _aligned(blocks: Iterable[Block]) -> int:
 
 def _moving(modules: Sequence[nn.Module], size_bytes: int, device: torch.device) -> list[Block]:
     """The largest blocks, until they fill a room: few copies, and nothing small moves. The others
-    go to the device, one after the other, and stay."""
-    found: list[Block] = []
+    go to the device and stay, in one memory: nothing is lost between them."""
+    moving: list[Block] = []
+    staying: list[Block] = []
+    filled = 0
     for block in sorted(blocks_of(modules), key=lambda own: -own.memory.nbytes):
-        if _aligned(found) < size_bytes:
-            found.append(block)
-        else:
-            block.settle(block.memory.to(device, copy=True))
-    return found
+        (staying if filled >= size_bytes else moving).append(block)
+        filled += block.aligned_bytes
+    memory = torch.empty(_aligned(staying), dtype=torch.uint8, device=device)
+    begin = 0
+    for block in staying:
+        memory[begin : begin + block.memory.nbytes].copy_(block.memory)
+        block.settle(memory, begin)
+        begin += block.aligned_bytes
+    return moving
 
 
 def pinned(size_bytes: int) -> Tensor | None:
