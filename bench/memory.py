@@ -130,6 +130,7 @@ def simulated(card: Card) -> Generator[None]:
         "memory_allocated": lambda _=None: card.live_bytes,
         "get_device_name": lambda _=None: "a card that is not there",
         "current_device": lambda: 0,
+        "get_device_capability": lambda _=None: (8, 9),
         "synchronize": lambda _=None: None,
         "current_stream": host.current_stream,
         "Event": Event,

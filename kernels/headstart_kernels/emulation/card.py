@@ -115,7 +115,7 @@ class Card(TorchDispatchMode):
     """
 
     def __init__(self, size_bytes: int, device: torch.device) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device, self._memory = device, Segments(size_bytes)
         self.live_bytes = self.peak_bytes = 0
         self._known: dict[int, Any] = {}

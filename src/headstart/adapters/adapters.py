@@ -33,6 +33,7 @@ from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.tokens import reading, teachable
 from headstart.errors import AdapterError, HeadstartError
+from headstart.networks.residency import weight_of
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
@@ -327,7 +328,7 @@ class AdapterSet:
         source = base if of_base and base is not None else host
         layer = source.layers[path]
         with in_place(source.module):
-            return delta.relative_to(layer.weight.float(), layer.bias)
+            return delta.relative_to(weight_of(layer), layer.bias)
 
     def _check_shared(self, held: Held) -> None:
         """A text encoder serves all models, so what changes nothing else is for all of them."""

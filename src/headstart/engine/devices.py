@@ -37,6 +37,11 @@ def choose_devices(given: Device, models: Sequence[str]) -> dict[str, torch.devi
     return {"text": found[models[0]], **found, "vae": found[models[-1]]}
 
 
+def first_device(given: Device) -> torch.device:
+    """Where a run begins."""
+    return choose_device(given if isinstance(given, str) else next(iter(given.values()), "auto"))
+
+
 def choose_device(name: str) -> torch.device:
     """ "auto" is a CUDA device where there is one, else the CPU. Raises InputError."""
     if name == "auto":

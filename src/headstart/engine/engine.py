@@ -24,7 +24,8 @@ from headstart.engine import record as recording
 from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
-from headstart.engine.devices import choose_device
+from headstart.engine.devices import Device, first_device
+from headstart.engine.memory import Memory
 from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import check_texts
@@ -104,7 +105,11 @@ class Engine:
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
-                    for you where float32 copies would not fit in the free memory
+                    for you where float32 copies would not fit in the free memory. "float8": half
+                    of float16's memory for the UNets and SDXL's large text encoder, widened layer
+                    by layer; weights are rounded to 4 bits, so images are near, not equal
+        vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
+                    a CPU what the UNets have, float32 for their float16
 
         `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
         UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
@@ -113,9 +118,7 @@ class Engine:
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
-        given = options.get("device", "auto")
-        device = given if isinstance(given, str) else next(iter(given.values()), "auto")
-        chosen = choose_runner(runner, choose_device(device)).name
+        chosen = choose_runner(runner, first_device(options.get("device", "auto"))).name
         engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
         if distilled_lora is not None:
             engine.adapters.attach_distilled(distilled_lora)
@@ -125,14 +128,19 @@ class Engine:
     def demo(
         cls,
         *,
-        device: str = "auto",
+        device: Device = "auto",
+        memory: Memory = "auto",
         dtype: str = "auto",
+        vae_dtype: str = "auto",
         runner: RunnerName = "auto",
         embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
-        chosen = choose_runner(runner, choose_device(device)).name
-        return cls(load_demo(device=device, dtype=dtype, embeddings=embeddings), chosen)
+        chosen = choose_runner(runner, first_device(device)).name
+        pair = load_demo(
+            device=device, memory=memory, dtype=dtype, vae_dtype=vae_dtype, embeddings=embeddings
+        )
+        return cls(pair, chosen)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -314,8 +322,8 @@ class Engine:
     def _machine(self) -> recording.Json:
         own, text = self.weights, self.text
         return recording.machine(
-            own.device, own.dtype, self.runner, own.embedded_guidance, text.exclamation,
-            own.ema, own.allow,
+            own.device, "float8" if own.float8 else own.dtype, self.runner,
+            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype,
         )  # fmt: skip
 
     def iterate(

@@ -60,10 +60,16 @@ class Sources(NamedTuple):
 
 
 def plan_homes(
-    sources: Sources, devices: Mapping[str, torch.device], memory: Memory, kind: Dtype
+    sources: Sources,
+    devices: Mapping[str, torch.device],
+    memory: Memory,
+    kind: Dtype,
+    decodes: Dtype,
 ) -> Homes:
     """Where all parts live. On a GPU the cheapest placement that fits what is free of it, or
     `memory`; "none", or another kind of device: everything is where it runs.
+
+    kind, decodes   what weights become, those of UNets and texts, and the decoder's
 
     Raises InputError for weights that do not fit, before any of them is read.
     """
@@ -73,10 +79,10 @@ def plan_homes(
     if memory == "none" or not places:
         return homes
     sizes = {
-        part: weight_bytes(path, name, _dtype_there(part, kind), ema=ema)
+        part: weight_bytes(path, name, decodes if part == "vae" else kind, ema=ema)
         for part, (path, name, ema) in sources.parts.items()
     }
-    values, shape = _values(sources, kind)
+    values, shape = _values(sources, kind, decodes)
     found: list[Placement] = []
     for own in places:
         free = available_bytes(own)
@@ -91,17 +97,10 @@ def notes(homes: Homes) -> tuple[str, ...]:
     return tuple(line for own in homes.placements if (line := note(own)) is not None)
 
 
-def beds(homes: Homes, sources: Sources, kind: Dtype) -> dict[str, tuple[torch.device, Dtype]]:
-    """Part -> where it is loaded to, and as what: on the host, if it takes turns, and there in the
-    dtype that it has on the device."""
-    found: dict[str, tuple[torch.device, Dtype]] = {}
-    for part, (path, name, ema) in sources.parts.items():
-        if any(part in own.turns for own in homes.placements):
-            own = file_dtype(path, name, ema=ema) if kind is None else kind
-            found[part] = torch.device("cpu"), own
-        else:
-            found[part] = homes.devices[part], kind
-    return found
+def bed(homes: Homes, part: str) -> torch.device:
+    """Where a part is loaded to: the host, if it takes turns."""
+    turns = any(part in own.turns for own in homes.placements)
+    return torch.device("cpu") if turns else homes.devices[part]
 
 
 def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
@@ -139,7 +138,7 @@ def _host_memory(own: Placement) -> Callable[[int], Tensor | None]:
     return pinned if free is None or need <= SAFE_SHARE * free else lambda _: None
 
 
-def _values(sources: Sources, kind: Dtype) -> tuple[Footprint, Shape]:
+def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, Shape]:
     """What networks hold of one picture of the model's own size."""
     options = sources.options
     given = Given(
@@ -172,7 +171,7 @@ def _values(sources: Sources, kind: Dtype) -> tuple[Footprint, Shape]:
         vae,
         [judged.clip for judged in texts if judged.clip is not None],
         itemsize,
-        _vae_itemsize(kind),
+        decodes.itemsize if isinstance(decodes, torch.dtype) else 4,
     )
     return values, Shape(1, vae.latent_channels, (cells, cells), (side, side))
 
@@ -183,13 +182,3 @@ def _judged(path: FilePath, name: PartName, given: Given, ema: bool | None = Non
     if name == "text" and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2")
     return judge(path, Checkpoint.open(path, name, ema=ema), given, second=second)
-
-
-def _dtype_there(part: str, kind: Dtype) -> Dtype:
-    """What a part's weights become on a GPU: the decoder has a dtype of its own."""
-    return torch.float32 if part == "vae" and _vae_itemsize(kind) == 4 else kind
-
-
-def _vae_itemsize(kind: Dtype) -> int:
-    """As `parts.codec_of` has it, from above: a decoder may be float32 where the rest is half."""
-    return 2 if kind == torch.bfloat16 else 4

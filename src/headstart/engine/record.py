@@ -43,7 +43,7 @@ _SHAPE = {
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
-        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+        **{"": _PLAIN, "dtype?": str, "vae_dtype?": str, "embedded_guidance?": (None, float)},
         **{"exclamation?": str, "ema?": bool, "allow?": [str]},
     },
     "results": {"": [str]},
@@ -104,16 +104,19 @@ def weigh(files: WeightFiles) -> Json:
 
 def machine(
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     runner: str,
     guidance: float | None = None,
     exclamation: Exclamation = "openclip",
     ema: bool | None = None,
     allow: Sequence[str] = (),
+    vae_dtype: torch.dtype = torch.float32,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
-    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be.
+    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
+    `vae_dtype`: where not all is float32.
     """
+    plain = dtype == vae_dtype == torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -127,6 +130,7 @@ def machine(
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
         **({"allow": list(allow)} if allow else {}),
+        **({} if plain else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 

@@ -83,7 +83,9 @@ def _moments(x: Bands, groups: int) -> tuple[Tensor, Tensor]:
     total, mean, squares = 0, None, None
     for part in x.parts:
         wide = part if part.dtype == torch.float64 else part.float()
-        var, own = torch.var_mean(wide.unflatten(1, (groups, -1)), (0, 2, 3, 4), correction=0)
+        var, own = torch.var_mean(
+            wide.reshape(groups, -1, *wide.shape[2:]), (1, 2, 3), correction=0
+        )
         count = part.numel() // groups
         if mean is None or squares is None:
             total, mean, squares = count, own, var * count
