@@ -50,7 +50,7 @@ class Course:
 
     def states(self, resume: State | None = None) -> Iterator[State]:
         request, homes = self.request, self.weights.homes
-        with self.clock("text"), homes.using("text"):
+        with self.clock("text"):
             cond, uncond = encode(self.weights, request)
         homes.ahead(request.table.models)
         select = select_of(request.methods)

@@ -29,7 +29,7 @@ from headstart.engine.memory import Memory
 from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.engine.pixels import decode_rgb, finished
 from headstart.engine.prompts import check_texts
-from headstart.engine.request import Prompts, Request, Seeds, prepare
+from headstart.engine.request import Prompts, Request, Seeds, check_texts_memory, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip, check_style, compact
@@ -369,8 +369,7 @@ class Engine:
     ) -> Run:
         """The same run without its networks, for `batch`."""
         run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
-        with self.weights.homes.using("text"):
-            cond, uncond = encode(self.weights, run)
+        cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         noise = noise_of(run.images.seeds) if run.noise is None else run.noise
         return Run(
@@ -382,7 +381,7 @@ class Engine:
         """The request, read as this engine does where the call does not say otherwise."""
         now = self.adapters.now()
         request = prepare(self.weights, now, prompts, asks=asks, reading=self.reading, **call)
-        check_texts(self.weights.text, request)
+        check_texts_memory(self.weights, request, check_texts(self.weights.text, request))
         return request
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from headstart.adapters.merged import in_place
 from headstart.by_level import ByLevel, Level
 from headstart.engine.given import Told
 from headstart.engine.lengths import lengths, meeting
@@ -50,17 +51,22 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
 
 
-def check_texts(text: ClipText, request: Request) -> None:
-    """Raise InputError for texts that cannot share a call, before anything is allocated."""
+def check_texts(text: ClipText, request: Request) -> int:
+    """Tokens of the texts that are encoded, 0 where none is.
+
+    Raises InputError for texts that cannot share a call, before anything is allocated.
+    """
     own = request.own
     have = [*lengths(own.cond), *lengths(own.uncond)]
+    read = 0
     if own.cond is None or (request.guided and own.uncond is None):
         text = request.adapters.text or text
         lines = list(dict.fromkeys(line for row in request.lines for line in row))
         prompts, negatives, how = _texts(request, lines, each=False)
-        have.append(text.check(prompts, negatives, **how))
+        have.append(read := text.check(prompts, negatives, **how))
     if request.guided:  # its calls hold both halves
         meeting(have, text.length)
+    return read
 
 
 def _texts(
@@ -96,10 +102,11 @@ def _encoded(
     adapters = request.adapters
     prompts, negatives, how = _texts(request, lines, each=strengths is not None)
     if negatives is None:
-        with adapters.acting(strengths):
+        with in_place(text.towers[0]), adapters.acting(strengths):
             alone = text.encode(prompts, None, **how)
         return replace(alone, adapters=adapters), None
-    with adapters.acting(None if strengths is None else torch.cat((strengths, strengths))):
+    both = None if strengths is None else torch.cat((strengths, strengths))
+    with in_place(text.towers[0]), adapters.acting(both):
         cond, uncond = text.encode(prompts, negatives, **how)
     return replace(cond, adapters=adapters), replace(uncond, adapters=adapters)
 

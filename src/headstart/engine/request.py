@@ -14,7 +14,7 @@ from headstart.diversify.effect import check_images, select_of, strengths_of, ta
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
 from headstart.engine.asks import OWN, Asks
-from headstart.engine.budget import Asked, Chunks, Free, Shape, chunks
+from headstart.engine.budget import Asked, Chunks, Free, Shape, check_texts_fit, chunks
 from headstart.engine.given import Own, digests, has_time_ids, latent_of, noise_source, own_of
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -138,6 +138,17 @@ def _chunks(weights: Pair, shape: Shape, table: StepTable, asked: Asked) -> Chun
     free = Free(None if networks is None else networks + pools, decode)
     device = str(weights.homes.device("vae") or weights.device)
     return chunks(shape, weights.footprint, passes, free, asked, device=device)
+
+
+def check_texts_memory(weights: Pair, request: Request, tokens: int) -> None:
+    """Raise InputError where texts of so many tokens cannot be encoded at once."""
+    if weights.footprint is None or not tokens:
+        return
+    lines = {line for row in request.lines for line in row}
+    free, _ = weights.homes.free(("text",))
+    device = str(weights.homes.device("text") or weights.device)
+    texts = len(lines) * (1 + request.guided)
+    check_texts_fit(weights.footprint, texts, tokens, free, device)
 
 
 def _told_apart(asks: Asks) -> tuple[Mapping[str, Any], PlanSettings]:
