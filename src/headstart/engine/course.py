@@ -15,6 +15,7 @@ from headstart.diversify.effect import Position, networks_of, noise_for, select_
 from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
+from headstart.engine.devices import noise_on
 from headstart.engine.given import Told
 from headstart.engine.homes import moved
 from headstart.engine.lengths import alike, lengths, meeting, tokens_of
@@ -94,8 +95,9 @@ class Course:
         position = Position(table, images, tokens)
         begin = partial(
             sample, table, networks_of(networks, methods, position),
-            noise=noise_for(methods, images, request.noise), shape=request.latent,
-            strengths=strengths, check=check, before_row=position.begin if methods else None,
+            noise=noise_on(self.weights.device, noise_for(methods, images, request.noise)),
+            shape=request.latent, strengths=strengths, check=check,
+            before_row=position.begin if methods else None,
         )  # fmt: skip
         steps = table.steps[0 if resume is None else resume.step + 1 :]
         states, place = None, None

@@ -8,10 +8,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from headstart.errors import InputError
+from headstart.interfaces import NoiseSource
 
 Device = str | Mapping[str, str]
 """A name, or one for each of the two models."""
@@ -52,5 +55,37 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"device {name!r} cannot be used: {reason}; give auto, cpu, cuda or cuda:N"
+            f"device {name!r} cannot be used: {reason}; give auto, cpu, cuda, cuda:N, mps or xpu"
         ) from error
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's (`mps`) does not ("the MPS framework doesn't
+    support float64", torch's own error), Intel's (`xpu`) in some."""
+    if device.type == "xpu":
+        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", False))
+    return device.type != "mps"
+
+
+class OnHost(NamedTuple):
+    """Noise that is drawn on the host, to the same bits: Philox's normals go through float64, which
+    nothing else of a run does. 256 KB a picture of SDXL and row."""
+
+    source: NoiseSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self.source.initial(shape, _HOST).to(device)
+
+    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self.source.step(index, shape, _HOST).to(device)
+
+
+def noise_on(device: torch.device, source: NoiseSource) -> NoiseSource:
+    """The noise of a run on a device."""
+    return source if has_float64(device) else OnHost(source)
+
+
+_HOST = torch.device("cpu")
