@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.checkpoint.families import FAMILIES
-from headstart.engine.pair import choose_device
+from headstart.engine.devices import choose_device
 from headstart.interfaces import Conditioning
 from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams

@@ -5,7 +5,8 @@ The layer keeps W, and runs on W' in the calls of those who have these adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias, final
 
 import torch
@@ -14,6 +15,14 @@ from torch import Tensor, nn
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.layers import Layer, Weights
 from headstart.networks.residency import weight_of
+
+
+def in_place(module: nn.Module) -> AbstractContextManager[object]:
+    """Inside, a network's weights are its own, also where others take turns in their memory (see
+    `headstart.engine.room`)."""
+    bring: Callable[[], AbstractContextManager[object]] = getattr(module, "in_place", nullcontext)
+    return bring()
+
 
 Sums: TypeAlias = Mapping[str, tuple[Mapping[str, Delta], float]]
 """Adapter -> (layer -> change, strength)."""

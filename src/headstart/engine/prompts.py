@@ -63,17 +63,22 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
 
 
-def check_texts(text: ClipText, request: Request) -> None:
-    """Raise InputError for texts that cannot share a call, before anything is allocated."""
+def check_texts(text: ClipText, request: Request) -> int:
+    """Tokens of the texts that are encoded, 0 where none is.
+
+    Raises InputError for texts that cannot share a call, before anything is allocated.
+    """
     own = request.own
     have = [*lengths(own.cond), *lengths(own.uncond)]
+    read = 0
     if own.cond is None or (request.guided and own.uncond is None):
         text = request.adapters.text or text
         lines = list(dict.fromkeys(line for row in request.lines for line in row))
         prompts, negatives, how = _texts(request, lines, each=False)
-        have.append(text.check(prompts, negatives, **how))
+        have.append(read := text.check(prompts, negatives, **how))
     if request.guided:  # its calls hold both halves
         meeting(have, text.length)
+    return read
 
 
 def _texts(

@@ -40,6 +40,7 @@ _SHAPE = {
     "negative": (str, None, [(None, str)]),
     "size": [int],
     "chunk": int,
+    "decode?": {"chunk": int, "bands": int},
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
@@ -88,6 +89,8 @@ class Recorded:
     """How prompts are read, where it is not the usual way: arguments of `Engine.sample`."""
     given: Mapping[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of tensors that were the caller's own, which a record does not hold."""
+    decode: tuple[int, int] | None = None
+    """Samples that were in the decoder at once, and its bands; None: as many as `chunk`, whole."""
     first: bool = False
     """Whether it is of the first format."""
 
@@ -161,6 +164,7 @@ def describe(run: Recorded) -> Json:
         **({} if run.chosen is None else {"chosen": list(run.chosen)}),
         **({"reading": _plain(run.reading)} if run.reading else {}),
         **({"given": dict(run.given)} if run.given else {}),
+        **({} if (d := run.decode) is None else {"decode": {"chunk": d[0], "bands": d[1]}}),
     }
 
 
@@ -198,6 +202,7 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             chosen=tuple(record["chosen"]) if "chosen" in record else None,
             reading={"literal": True} if kind == FIRST else _read(record.get("reading", {})),
             given=dict(record.get("given", {})),
+            decode=(d["chunk"], d["bands"]) if (d := record.get("decode")) else None,
             first=kind == FIRST,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:

@@ -57,7 +57,7 @@ def replay(
             seeds=recorded.seeds,
             negative=recorded.negative,
             size=recorded.size,
-            batch=recorded.chunk,
+            batch=(recorded.chunk, *(recorded.decode or (recorded.chunk, 1))),
             adapters=adapters.recorded(recorded.adapters),
             diversify=recorded.diversify,
             on_step=on_step,

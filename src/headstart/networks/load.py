@@ -20,7 +20,14 @@ from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
-from headstart.networks.placement import Dtype, device_of, filled, is_half, stored_dtype
+from headstart.networks.placement import (
+    Dtype,
+    device_of,
+    filled,
+    is_half,
+    kept_dtype,
+    stored_dtype,
+)
 from headstart.networks.prompt_style import EXCLAMATIONS, Exclamation
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
@@ -190,6 +197,24 @@ def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
         for name, shape in held.shapes.items()
         if held.dtype(name) != "F32"
     )
+
+
+def weight_bytes(path: str | Path, part: PartName, dtype: Dtype = None, *, ema: Ema = None) -> int:
+    """What a network's weights take on an accelerator, loaded with `dtype`; from headers alone."""
+    kept = dtype if isinstance(dtype, torch.dtype) else file_dtype(path, part, ema=ema)
+    few = dtype == "float8"
+    return sum(
+        (1 if few and len(shape) > 1 and "embedding" not in name else kept.itemsize)
+        * math.prod(shape)
+        for held in _parts(path, part, ema)
+        for name, shape in held.shapes.items()
+    )
+
+
+def file_dtype(path: str | Path, part: PartName, *, ema: Ema = None) -> torch.dtype:
+    """What dtype None is on an accelerator: of a text's two encoders the wider one's."""
+    kept = [kept_dtype(held) for held in _parts(path, part, ema)]
+    return max(kept, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def rounds(path: str | Path, part: PartName) -> bool:

@@ -9,6 +9,7 @@ import gc
 import re
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -49,18 +50,30 @@ def filled(
         return _fill(module, part, device, dtype, wide)
 
 
+_BOUND: ContextVar[torch.device | None] = ContextVar("headstart_bound", default=None)
+
+
+@contextmanager
+def bound_for(device: torch.device) -> Generator[None]:
+    """Inside, what is loaded becomes what it is on `device`, also where it waits on the host."""
+    token = _BOUND.set(device)
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
 def _fill(
     module: M, part: Part, device: torch.device, dtype: Dtype, wide: re.Pattern[str] | None
 ) -> M:
-    stored = dtype == "stored" and device.type == "cpu"
+    bound = _BOUND.get() or device
+    stored = dtype == "stored" and bound.type == "cpu"
     few = _matrices(module, wide) if dtype == "float8" else frozenset[str]()
     scales: dict[str, Tensor] = {}
     if dtype == "float8":
-        dtype = _computes(part, device)
+        dtype = _computes(part, bound)
     if dtype is None or dtype == "stored":
-        dtype = (
-            torch.float32 if device.type == "cpu" else _KEPT.get(stored_dtype(part), torch.float32)
-        )
+        dtype = torch.float32 if bound.type == "cpu" else kept_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
@@ -176,6 +189,11 @@ def _placed(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
     return tensor.clone() if beside else tensor
+
+
+def kept_dtype(part: Part) -> torch.dtype:
+    """What a part's weights are on an accelerator, where nothing else is asked for."""
+    return _KEPT.get(stored_dtype(part), torch.float32)
 
 
 def stored_dtype(part: Part) -> str:
