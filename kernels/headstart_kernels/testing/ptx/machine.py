@@ -151,7 +151,7 @@ class _Machine:
         elif (shuffle := _SHUFFLE.match(opcode)) is not None:
             self._shuffle(shuffle[1], operands)
         elif (reduction := _REDUCTION.match(opcode)) is not None:
-            self._reduce(*reduction.groups(), operands)
+            self._reduce(reduction[1], reduction[2], operands)
         elif (matrices := _MATRICES.match(opcode)) is not None:
             self._matrices(matrices, operands)
         elif (product := _PRODUCT.match(opcode)) is not None:
