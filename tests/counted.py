@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
@@ -45,6 +46,7 @@ def counted(body: Callable[[], object]) -> Counts:
     """The operators of one call, with no gradients; an attention is one, and a convolution has the
     memory format that cuDNN gives it. To be called inside the mode of the fake tensors."""
     watch = _Watch()
+    FakeTensorMode.cache_clear()  # of shapes and strides that were found without these two
     with (
         watch,
         torch.no_grad(),
@@ -52,6 +54,7 @@ def counted(body: Callable[[], object]) -> Counts:
         mock.patch.object(torch._C, "_conv_determine_backend_memory_format", _of_cudnn),
     ):
         body()
+    FakeTensorMode.cache_clear()
     names = watch.names
 
     def sum_of(known: Callable[[str], bool]) -> int:
