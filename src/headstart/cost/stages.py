@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.params import UNetParams, VaeParams
 from headstart.cost.operators import Operator, count
 from headstart.cost.sizes import Encoder, Sizes
@@ -80,6 +80,7 @@ def unet_pass(
 ) -> tuple[Operator, ...]:
     """One call of a UNet on `rows` samples of `latent` [C, h, w], told `tokens` of text each."""
     network = _built(lambda: UNet(params), dtype)
+    network.lay_out(torch.device("cuda"))
     pooled = time_ids = guidance = None
     if params.added_dim is not None:
         pooled, time_ids = _pooled(params, rows, dtype), _empty(rows, 6)
@@ -88,6 +89,9 @@ def unet_pass(
     context = _empty(rows, tokens, params.context_dim, dtype=dtype)
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
+    with torch.no_grad():
+        read = network.read_prompt(cond)  # once a prompt, before the first row
+    cond = replace(cond, extra=dict(read))
     return count(lambda: network(x_in, timestep, cond))
 
 
@@ -152,8 +156,7 @@ def decode(
 def decode_dtype(params: VaeParams, dtype: torch.dtype) -> torch.dtype:
     """What `Engine.load` decodes in: float32 where networks are float16 and this is SDXL's decoder,
     which overflows there (`networks.load.load_vae`)."""
-    overflows = params.scale_factor == FAMILIES["sdxl"].scale_factor
-    return torch.float32 if dtype == torch.float16 and overflows else dtype
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def _pooled(params: UNetParams, rows: int, dtype: torch.dtype) -> Tensor:

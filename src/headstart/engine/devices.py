@@ -63,7 +63,8 @@ def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64: Apple's (`mps`) does not ("the MPS framework doesn't
     support float64", torch's own error), Intel's (`xpu`) in some."""
     if device.type == "xpu":
-        return bool(getattr(torch.xpu.get_device_properties(device), "has_fp64", False))
+        properties: object = torch.xpu.get_device_properties(device)  # pyright: ignore
+        return bool(getattr(properties, "has_fp64", False))
     return device.type != "mps"
 
 
