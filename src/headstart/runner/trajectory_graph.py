@@ -31,7 +31,7 @@ from headstart.prompt import Prompts
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.graph import adapters_of, named, unnamed
 from headstart.watch import require_finite
-from headstart_kernels import COLUMNS, INITIAL, ops
+from headstart_kernels import COLUMNS, INITIAL, finite_flags, ops
 
 _ROW = "row."
 _MAP = ("factors", "bias")
@@ -115,6 +115,7 @@ class TrajectoryGraph:
         )
         site = self.site or Site.of(cond.context.device)
         outcome = Outcome(*site.run(program, inputs))
+        outcome = outcome._replace(sound=outcome.sound.all(-1))
         if check:
             _require_finite(outcome, table)
         return outcome
@@ -268,7 +269,8 @@ class _Request:
         x = self._start(inputs) * inputs["init_scale"]
         x_in, before = self._first_input(x, table, step), x
         kept, shown = list[Tensor](), self._pictures(x)
-        sound = torch.empty((len(self.rows), self.batch), dtype=torch.bool, device=x.device)
+        sound = finite_flags((len(self.rows) * self.batch, *x.shape[1:]), x.device)
+        sound = sound.view(len(self.rows), self.batch, -1)
         told, prompts = dict[Hashable, Conditioning](), Prompts()
         for number, row in enumerate(self.rows):
             key = row.guided, x_in.dtype
