@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,8 +63,8 @@ def has_float64(device: torch.device) -> bool:
     """Whether a device computes in float64: Apple's (`mps`) does not ("the MPS framework doesn't
     support float64", torch's own error), Intel's (`xpu`) in some."""
     if device.type == "xpu":
-        properties = cast("object", torch.xpu.get_device_properties(device))  # pyright: ignore
-        return bool(getattr(properties, "has_fp64", False))
+        xpu: Any = torch.xpu  # whose properties have no annotations
+        return bool(xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"
 
 
