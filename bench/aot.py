@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import harness
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from headstart_kernels import (
     Draw,
     Preview,
+    add_layernorm,
     decode_u8,
     fused_step_into,
     geglu,
@@ -177,14 +178,19 @@ def _layers() -> dict[str, Run]:
     last, pair = _last(hidden), _aligned(1, 256, 2 * 1280, dtype=HALF)
     y, x = _aligned(2, 256, 640, dtype=HALF), _aligned(2, 256, 640, dtype=HALF)
     down, up = _aligned(16, 640, dtype=HALF), _aligned(640, 16, dtype=HALF)
-    strength = torch.ones(2)
+    strength, shift = torch.ones(2), _aligned(1, HIDDEN[1], dtype=HALF)
 
-    def normed(image: Tensor) -> Callable[[], Tensor]:
-        return lambda: groupnorm_silu(image, 32, weight, weight, impl="triton")
+    def normed(image: Tensor, **form: Any) -> Callable[[], Tensor]:
+        return lambda: groupnorm_silu(image, 32, weight, weight, **form, impl="triton")
 
     return {
         "groupnorm_silu": Run(normed(hidden), (hidden,), (hidden,)),
         "groupnorm_silu channels-last": Run(normed(last), (last,), (last,)),
+        "groupnorm_silu shifted": Run(normed(hidden, shift=shift), (hidden, shift), (hidden,)),
+        "groupnorm channels-last": Run(normed(last, silu=False), (last,), (last,)),
+        "add_layernorm": Run(
+            lambda: add_layernorm(y, x, down[0], down[1], impl="triton"), (y, x), (y, x)
+        ),
         "geglu": Run(lambda: geglu(pair, impl="triton"), (pair,), (pair[..., :1280],)),
         "low_rank_add": Run(
             lambda: low_rank_add(y, x, down, up, strength, impl="triton"), (x, y), (y,)

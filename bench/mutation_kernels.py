@@ -17,6 +17,7 @@ from mutations import ROOT, Mutation, main
 DEVICE, IMPL = "kernels/headstart_kernels/device", "kernels/headstart_kernels/impl"
 STEP, NORMAL, RGB = f"{DEVICE}/step.py", f"{DEVICE}/normal.py", f"{DEVICE}/rgb.py"
 PICTURE, NORM, GATE = f"{DEVICE}/picture.py", f"{DEVICE}/norm.py", f"{DEVICE}/gate.py"
+LAYERNORM = f"{DEVICE}/layernorm.py"
 ADAPTER, DRAW = f"{DEVICE}/adapter.py", f"{DEVICE}/draw.py"
 IMPL_STEP, IMPL_NORM, IMPL_RGB = (f"{IMPL}/triton_{n}.py" for n in ("step", "norm", "rgb"))
 
@@ -42,6 +43,7 @@ SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
 LAST = in_step("channels_last_networks_with_a_picture_on_the_way")
 DRAWN = in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")
 NOTICED = in_step("a_sample_with_nan_or_infinity_is_noticed_on_the_way")
+FLAGGED = in_step("flags_of_parts_cost_no_launch_beside_the_steps_own")
 SCALED = in_step("scale_input_has_the_reference_bits")
 NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
@@ -50,6 +52,9 @@ DECODED = in_pictures("pixels_become_the_reference_bytes")
 NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-layout0-torch.float16]")
 NORMED_ALL = in_layers("groupnorm_silu_is_within_its_budget")
 QUIET = in_layers("a_quiet_image_is_normalised_with_its_epsilon")
+SHIFTED = in_layers("a_shift_of_each_channel_before_the_norm_and_a_norm_without_silu")
+SUMMED = in_layers("a_residual_sum_has_torchs_bits_and_its_norm_is_within_its_budget")
+EVEN = in_layers("a_row_of_equal_numbers_is_normalised_with_its_epsilon")
 GATED = in_layers("geglu_is_within_its_budget")
 ADDED = in_layers("low_rank_addition_is_within_its_budget")
 RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
@@ -126,7 +131,10 @@ IN_STEP = (
     ("offsets in 32 bits", "sample = tl.program_id(1).to(tl.int64)", "sample = tl.program_id(1)", offsets("fused_step")),
     ("no look at the channels before the last", "largest = tl.maximum(largest, tl.where(inside, _magnitude(x0), 0))", "largest = tl.where(inside, _magnitude(x0), 0)", NOTICED),
     ("take NaN for a number", "mask=largest >= _INFINITY", "mask=largest == _INFINITY", NOTICED),
-    ("blame the first sample", "_deny(finite_ptr + sample, largest)", "_deny(finite_ptr, largest)", NOTICED),
+    ("take NaN for a number, with flags of parts", "tl.max(largest, 0) >= _INFINITY", "tl.max(largest, 0) == _INFINITY", FLAGGED),
+    ("blame the first sample", "_flag(finite_ptr + sample * parts", "_flag(finite_ptr", NOTICED),
+    ("a program's flags side by side", "tl.num_programs(0) * tl.arange(0, FLAGS)", "tl.arange(0, FLAGS)", FLAGGED),
+    ("flags past the end", "tl.zeros_like(part) + fine, mask=part < parts)", "tl.zeros_like(part) + fine)", FLAGGED),
     ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", SCALED),
 )  # fmt: skip
 IN_NORMAL = (
@@ -181,9 +189,24 @@ IN_NORM = (
     ("forget epsilon", "tl.div_rn(tl.sum(square, 0), size) + eps", "tl.div_rn(tl.sum(square, 0), size)", QUIET),
     ("epsilon outside the root", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)", "tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size)) + eps", QUIET),
     ("forget the mean", "bias - mean * scale", "bias", NORMED),
-    ("forget SiLU", "y = normed / (1.0 + tl.exp(-normed))", "y = normed", NORMED),
+    ("forget SiLU", "        y = y / (1.0 + tl.exp(-y))", "        y = y + 0.0", NORMED),
+    ("SiLU where none is wanted", "    if SILU:\n", "    if True:\n", SHIFTED),
+    ("a mean without the shift", "        mean += _load(", "        _load(", SHIFTED),
+    ("a shift that moves the mean alone", "        mean = mean - _load(", "        _load(", SHIFTED),
+    ("the first sample's shift for all", "first_added = sample * channels + group", "first_added = group", SHIFTED),
+    ("one channel's shift for the group", "    if added_ptr is not None:\n        mean += _load(added_ptr + channel, inside)", "    if added_ptr is not None:\n        mean += tl.load(added_ptr + tl.min(channel, 0)).to(tl.float32)", SHIFTED),
     ("the first sample's scale for all", "scale = tl.load(scale_ptr + sample * channels + column", "scale = tl.load(scale_ptr + column", NORMED_ALL),
     ("offsets in 32 bits", "    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1).to(tl.int64)", "    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1)", offsets("groupnorm apply")),
+)  # fmt: skip
+IN_LAYERNORM = (
+    ("norm of the first term", "h, count = rounded.to(tl.float32)", "h, count = _load(x_ptr + row + column, inside)", SUMMED),
+    ("norm of a sum not rounded", "h, count = rounded.to(tl.float32)", "h, count = h", SUMMED),
+    ("deviations of what is not there", "deviation = tl.where(inside, h - mean, 0.0)", "deviation = h - mean", SUMMED),
+    ("forget epsilon", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance)", EVEN),
+    ("forget the mean", "n = deviation * inverse", "n = h * inverse", SUMMED),
+    ("the root itself", "inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))", "inverse = tl.sqrt_rn(variance + eps)", SUMMED),
+    ("write past the row", "tl.store(n_ptr + row + column, n.to(n_ptr.dtype.element_ty), mask=inside)", "tl.store(n_ptr + row + column, n.to(n_ptr.dtype.element_ty))", SUMMED),
+    ("offsets in 32 bits", "tl.program_id(0).to(tl.int64) * width", "tl.program_id(0) * width", offsets("add_layernorm")),
 )  # fmt: skip
 IN_GATE = (
     ("erf of the gate itself", "tl.erf(gate * _ROOT_HALF)", "tl.erf(gate)", GATED),
@@ -207,8 +230,11 @@ IN_IMPL = (
     (IMPL_STEP, "lose the state behind a view", "    wanted.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
     (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", HOST),
     (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous()", "f_cond_ptr=given.f_cond", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_STEP, "one flag for several programs", "    if parts < programs:\n", "    if False:\n", NOTICED),
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
+    (IMPL_NORM, "a shift with strides read without", "shift.contiguous()", "shift", SHIFTED),
+    (f"{IMPL}/triton_layernorm.py", "weights with strides read without", "weight.contiguous(), bias.contiguous()", "weight, bias", SUMMED),
     (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
     (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", EACH),
     (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', EACH),
@@ -254,6 +280,7 @@ MUTATIONS = tuple(
     for file, rows in (
         *((STEP, IN_STEP), (NORMAL, IN_NORMAL), (DRAW, IN_DRAW), (RGB, IN_RGB)),
         *((PICTURE, IN_PICTURE), (NORM, IN_NORM), (GATE, IN_GATE), (ADAPTER, IN_ADAPTER)),
+        (LAYERNORM, IN_LAYERNORM),
     )
     for name, old, new, tests in rows
 ) + tuple(

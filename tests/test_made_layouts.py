@@ -123,7 +123,12 @@ def test_a_pair_samples_the_same_bits_from_two_layouts(
 
 
 @pytest.mark.parametrize(
-    ("base", "distilled"), [("sdxl", "segmind-vega"), ("sd15", "lcm-sd15"), ("sd21", "sd-turbo")]
+    ("base", "distilled"),
+    [
+        pytest.param("sdxl", "segmind-vega", marks=pytest.mark.slow),
+        ("sd15", "lcm-sd15"),
+        pytest.param("sd21", "sd-turbo", marks=pytest.mark.slow),
+    ],
 )
 def test_a_quarter_size_pair_samples_the_same_bits(
     sampled: Sampled, base: str, distilled: str

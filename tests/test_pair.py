@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.checkpoint.families import FAMILIES
-from headstart.engine.pair import choose_device
+from headstart.engine.devices import choose_device
 from headstart.interfaces import Conditioning
 from headstart.networks.tower import ClipParams, Tower
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
@@ -119,7 +119,7 @@ def test_a_unet_alone_is_not_enough(folder: Path) -> None:
     ("settings", "kind", "told"),
     [
         ({"base": "absent.safetensors"}, hs.CheckpointError, "absent.safetensors"),
-        ({"dtype": "float8"}, hs.InputError, "expected auto, float32"),
+        ({"dtype": "int4"}, hs.InputError, "expected auto, float32"),
         ({"device": "abacus"}, hs.InputError, "abacus"),
         ({"device": "cuda:7"}, hs.InputError, "cuda:7"),
         ({"runner": "graph"}, hs.CaptureError, "graph"),

@@ -18,7 +18,7 @@ import headstart as hs
 from headstart.commands.arguments import read_predictions
 from headstart.engine.pair import EMBEDDED_GUIDANCE
 from headstart.interfaces import Conditioning
-from headstart.networks.unet import guidance_embedding
+from headstart.networks.numbers import guidance_embedding
 from headstart.plan.prediction import Prediction
 
 Maker = Callable[..., Path]

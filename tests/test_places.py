@@ -1,177 +1,91 @@
-"""Which layer a module's name means, under every prefix and in every naming."""
+"""Which weights stay on a card and which take turns: the cheapest that fits, and what it costs."""
 
 from __future__ import annotations
 
-from itertools import product
-from pathlib import Path
-
 import pytest
-import torch
-from adapter_samples import NETWORKS, UNET, Layers, Tensors, write
+from hypothesis import given
+from hypothesis import strategies as st
 
-from headstart.adapters.file import describe_adapter, read_adapter
-from headstart.adapters.group import grouped
-from headstart.adapters.names import Network, other_family, parse
-from headstart.adapters.places import Places, placed
-from headstart.checkpoint import keymap
-from headstart.errors import AdapterError
+from headstart.checkpoint.params import VaeParams
+from headstart.engine.budget import SAFE_SHARE, Footprint, Shape
+from headstart.engine.places import RESERVE, Move, Placement, note, place, share_of
+from headstart.errors import InputError
 
-ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_k"
-RESNET = "up_blocks.1.resnets.2.norm2"
-AROUND = {
-    **{f"time_embedding.linear_{i}": (8, 8) for i in (1, 2)},
-    **{f"add_embedding.linear_{i}": (8, 8) for i in (1, 2)},
-}
-FC = "text_model.encoder.layers.1.mlp.fc1"
-LAYERS: Layers = {
-    "unet": UNET | AROUND,
-    "text": NETWORKS["text"] | {"text_model.final_layer_norm": (24,), "text_projection": (24, 24)},
-    "text_2": NETWORKS["text_2"],
-}
-PLACES = Places(LAYERS)
-LDM = keymap.unet_to_ldm(LAYERS["unet"])
-WRAPPERS = ("", "_orig_mod.", "module.", "ema.", "model.", "base_model.model.")
-PREFIXES: dict[Network, tuple[str, ...]] = {
-    "unet": (
-        *("unet.", "transformer.", "diffusion_model.", "model.diffusion_model."),
-        *("lora_unet_", "lora_unet_unet_", "lora_unet__orig_mod_", "lycoris_", ""),
-    ),
-    "text": (
-        *("text_encoder.", "text_encoders.clip_l.transformer.", "clip_l.", "clip_l.transformer."),
-        *("lora_te_", "lora_te1_", "conditioner.embedders.0.transformer.", "clip_h."),
-    ),
-    "text_2": (
-        *("text_encoder_2.", "text_encoders.clip_g.transformer.", "clip_g.", "lora_te2_"),
-        *("conditioner.embedders.1.model.",),
-    ),
-}
+GB = 10**9
+SDXL = {"text": int(1.64 * GB), "base": int(5.14 * GB), "distilled": int(5.14 * GB), "vae": GB // 3}
+VALUES = Footprint(latent_values=8e3, vae=VaeParams(), itemsize=2, vae_itemsize=2, text_values=7e6)
+SHAPE = Shape(1, 4, (128, 128), (1024, 1024))
 
 
-@pytest.mark.parametrize("network", PREFIXES)
-def test_every_prefix_behind_every_wrapper_leads_to_the_same_layer(network: Network) -> None:
-    """A wrapper on either side of the prefix; with dots, and with underscores for them."""
-    layer = ATTENTION if network == "unet" else FC
-    for outer, prefix, inner in product(WRAPPERS, PREFIXES[network], WRAPPERS):
-        before = outer + prefix + inner
-        for spelled in {layer, layer.replace(".", "_")}:
-            assert PLACES.find(before + spelled) == [(network, layer)], before + spelled
-            key = parse(f"{before}{spelled}.lora_A.weight")
-            assert key is not None and (key.network, key.module) == (network, spelled)
+def planned(free: float | None, weights: dict[str, int] = SDXL) -> Placement:
+    return place(weights, VALUES, SHAPE, None if free is None else int(free * GB), device="cuda:0")
 
 
-SPELLINGS: list[tuple[Network, str, str]] = [
-    *(("unet", LDM[layer], layer) for layer in (ATTENTION, RESNET, *AROUND)),
-    ("unet", "time_embed.0", "time_embedding.linear_1"),
-    ("unet", "time_embed.2", "time_embedding.linear_2"),
-    ("unet", "label_emb.0.0", "add_embedding.linear_1"),
-    ("unet", "label_emb.0.2", "add_embedding.linear_2"),
-    ("unet", "out.0", "conv_norm_out"),
-    ("unet", "input_blocks.0.0", "conv_in"),
-    ("text", "transformer.resblocks.1.mlp.c_fc", FC),
-    ("text", "resblocks.1.mlp.c_fc", FC),
-    (
-        "text",
-        "transformer.resblocks.1.attn.out_proj",
-        FC.replace("mlp.fc1", "self_attn.out_proj"),
-    ),
-    ("text", "ln_final", "text_model.final_layer_norm"),
-    ("text", "encoder.layers.1.mlp.fc1", FC),
-    ("text", "text_projection", "text_projection"),
-]
+@pytest.mark.parametrize("free", [None, 24.0, 16.0])
+def test_where_all_fits_nothing_takes_turns_and_nothing_is_said(free: float | None) -> None:
+    found = planned(free)
+    assert found.turns == () and found.held == sum(SDXL.values())
+    assert found.by_picture == found.by_prompt == () and note(found) is None
 
 
-@pytest.mark.parametrize(("network", "spelled", "layer"), SPELLINGS)
-def test_the_original_networks_names_and_ours_are_one_layer(
-    network: Network, spelled: str, layer: str
-) -> None:
-    dotted, flat = ("unet.", "lora_unet_") if network == "unet" else ("clip_l.", "lora_te1_")
-    for name in {dotted + spelled, flat + spelled.replace(".", "_"), dotted + layer}:
-        assert PLACES.find(name) == [(network, layer)], name
+def test_text_and_distilled_take_turns_first_and_only_as_far_as_is_needed() -> None:
+    found = planned(12.6)
+    assert found.turns == ("text", "distilled")
+    assert 0 < found.room < SDXL["text"]
+    assert found.by_picture == ()
+    assert found.by_prompt == (Move("text", found.room), Move("distilled", found.room, "base"))
+    more = planned(12.5)
+    assert abs(more.room - found.room - GB // 10) <= 2
 
 
-def group_of(names: dict[str, tuple[int, int]]) -> list[tuple[str, str | None]]:
-    """Low-rank changes of modules of these names and shapes -> what they are placed as."""
-    layout = tuple(
-        (f"{name}.{end}.weight", "F32", shape)
-        for name, (o, i) in names.items()
-        for end, shape in (("lora_A", (2, i)), ("lora_B", (o, 2)))
-    )
-    same: Layers = {"text": {f"layers.{i}": (4, 4) for i in range(2)}}
-    same["text_2"] = {f"layers.{i}": (4, 4) for i in range(3)}
-    found = placed(grouped(layout).groups.values(), same)
-    return [(group.name, None if place is None else place[0]) for group, place in found]
+def test_base_and_distilled_take_turns_where_text_does_not_save_enough() -> None:
+    found = planned(8.0)
+    assert found.turns == ("text", "base", "distilled")
+    assert [move.part for move in found.by_picture] == ["base", "distilled"]
+    assert sum(move.size_bytes for move in found.by_picture) == 2 * found.room
+    assert found.by_prompt == (Move("text", SDXL["text"]),)
 
 
-def test_what_says_most_of_a_file_decides_and_a_draw_is_an_error_that_names_both() -> None:
-    names = {f"layers.{i}": (4, 4) for i in range(3)}
-    assert group_of(names) == [(name, "text_2") for name in names]
-    with pytest.raises(AdapterError, match=r"layers\.1 of the text and as .* of the text_2"):
-        group_of({"layers.1": (4, 4)})
-    assert group_of({"text_encoder.layers.1": (4, 4)})[0][1] == "text"
-    assert group_of({"layers.7": (4, 4)})[0][1] is None
+def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> None:
+    with pytest.raises(InputError, match=r"the weights are 12\.3 GB, and need .* of cuda:0 with"):
+        planned(5.0)
 
 
-def test_two_layers_that_underscores_make_one_are_an_error(tmp_path: Path) -> None:
-    networks: Layers = {"unet": {"a.b_c": (4, 4), "a_b.c": (4, 4), "a.b.c": (5, 4)}}
-    tensors = {f"lora_unet_a_b_c.lora_{x}.weight": torch.ones(2, 4) for x in ("down",)}
-    tensors["lora_unet_a_b_c.lora_up.weight"] = torch.ones(4, 2)
-    file = read_adapter(write(tmp_path / "a.safetensors", tensors))
-    with pytest.raises(AdapterError, match=r"a\.safetensors: 'lora_unet_a_b_c' reads as a\.b_c"):
-        file.match(networks)
+@given(st.floats(6.8, 20.0))
+def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
+    found = planned(free)
+    for stage in found.stages:
+        assert found.held + stage.work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
+        assert stage.peak == found.held + stage.work
 
 
-def test_underscores_before_the_operand_are_read_as_inspect_says(tmp_path: Path) -> None:
-    """new.safetensors of github.com/timohavdk/sd-lora."""
-    name = "lora_unet_unet_" + ATTENTION.replace(".", "_")
-    o, i = UNET[ATTENTION]
-    tensors = {
-        f"{name}_lora_down.weight": torch.ones(2, i),
-        f"{name}_lora_up.weight": torch.ones(o, 2),
-    }
-    path = write(tmp_path / "a.safetensors", tensors)
-    assert describe_adapter(path).modules == {"unet": 1}
-    assert [*read_adapter(path).resolve(NETWORKS).require().deltas] == [("unet", ATTENTION)]
+@given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 120))
+def test_a_room_is_the_smallest_that_saves_enough(sizes: list[int], excess: int) -> None:
+    def saved(share: int) -> int:
+        return sum(min(size, share) for size in sizes) - share
+
+    enough = [share for share in range(1, max(sizes) + 1) if saved(share) >= excess]
+    assert share_of(sizes, excess) == (min(enough) if enough else None)
 
 
-OTHERS = {
-    "lora_unet_double_blocks_0_img_attn_proj": "Flux (double_blocks)",
-    "transformer.single_transformer_blocks.3.proj_mlp": "Flux (single_transformer_blocks)",
-    "lora_unet_joint_blocks_0_x_block_attn_qkv": "SD3 (joint_blocks)",
-    "transformer.transformer_blocks.0.attn.add_q_proj": "SD3 (attn.add_q_proj)",
-    "diffusion_model.blocks.0.self_attn.q": "Wan (blocks.0.self_attn)",
-    "diffusion_model.layers.0.attention.qkv": "Lumina (layers.0.attention)",
-}
+def test_each_of_two_devices_has_a_plan_of_its_own_parts() -> None:
+    first = planned(7.6, {name: SDXL[name] for name in ("text", "base")})
+    assert first.turns == ("text", "base") and first.by_picture == ()
+    assert [move.part for move in first.by_prompt] == ["text", "base"]
+    assert [stage.name for stage in first.stages] == ["text", "base"]
+    second = planned(8.0, {name: SDXL[name] for name in ("distilled", "vae")})
+    assert second.turns == () and [stage.name for stage in second.stages] == ["distilled", "decode"]
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_an_adapter_of_another_architecture_is_named(tmp_path: Path, name: str) -> None:
-    """A text encoder of it may fit, as Flux has SD's: it is named all the same."""
-    tensors: Tensors = {f"{name}.lora_A.weight": torch.ones(2, 4)}
-    tensors[f"{name}.lora_B.weight"] = torch.ones(4, 2)
-    o, i = NETWORKS["text"][FC]
-    tensors |= {f"lora_te1_{FC.replace('.', '_')}.lora_{x}.weight": t
-                for x, t in (("down", torch.ones(2, i)), ("up", torch.ones(o, 2)))}  # fmt: skip
-    file = read_adapter(write(tmp_path / "a.safetensors", tensors))
-    assert other_family([name]) == describe_adapter(file.path).family == OTHERS[name]
-    with pytest.raises(AdapterError) as error:
-        file.match(NETWORKS)
-    assert OTHERS[name] in str(error.value) and "not of the UNet family" in str(error.value)
-
-
-def test_no_layer_of_ours_has_the_name_of_another_architecture() -> None:
-    spelled = [*LAYERS["unet"], *LDM.values(), *LAYERS["text"]]
-    assert other_family([*spelled, *(name.replace(".", "_") for name in spelled)]) is None
-
-
-@pytest.mark.parametrize(
-    ("key", "why"),
-    [
-        ("lora_te1_text_model_embeddings_token_embedding.diff", "of an embedding, which is not"),
-        ("clip_g.transformer.resblocks.0.attn.in_proj.diff", "of OpenCLIP's q, k and v in one"),
-        ("lora_unet_sideways.diff", "unknown here"),
-    ],
-)
-def test_what_finds_no_place_is_said_with_its_reason(tmp_path: Path, key: str, why: str) -> None:
-    tensors = {"unet.conv_norm_out.diff": torch.ones(UNET["conv_norm_out"]), key: torch.ones(4, 4)}
-    with pytest.raises(AdapterError, match=f"1 {why}.*{key}"):
-        read_adapter(write(tmp_path / "a.safetensors", tensors)).resolve(NETWORKS).require()
+def test_the_note_says_what_was_chosen_what_it_costs_and_how_to_choose_otherwise() -> None:
+    told = note(planned(8.0))
+    assert told is not None
+    for part in (
+        "8.0 GB are free on cuda:0, for 12.3 GB of weights",
+        "the text encoders, the base and the distilled model take turns",
+        "a picture", "a new prompt", "ms", "at 25 GB/s", "the same to the bit",
+        "--memory none", "--dtype float8", "headstart transfer", "--distilled-lora", "base=cuda:0",
+    ):  # fmt: skip
+        assert part in told
+    hidden = note(planned(12.5))
+    assert hidden is not None and "of them beside the base's rows" in hidden

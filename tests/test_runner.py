@@ -153,7 +153,9 @@ def test_a_compiled_network_gives_the_same_numbers() -> None:
 
 
 def test_a_network_that_does_not_compile_whole_is_an_error() -> None:
-    with pytest.raises(CaptureError, match=r"could not be compiled for x_in \[2, 4, 3, 3\].*eager"):
+    with pytest.raises(
+        CaptureError, match=r"Prints could not be compiled for \[2, 4, 3, 3\].*eager"
+    ):
         CompiledRunner(Prints(), backend="eager")(*call())
 
 

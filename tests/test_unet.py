@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,12 @@ from headstart.checkpoint.families import recognise
 from headstart.checkpoint.sizing import unet_params
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
+from headstart.networks.fusion import fusion
+from headstart.networks.joined import side_by_side
+from headstart.networks.layout import FORMATS
 from headstart.networks.load import load_unet
-from headstart.networks.unet import Mid, Stage, UNet, UNetParams, guidance_embedding, sinusoid
+from headstart.networks.numbers import guidance_embedding, sinusoid
+from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 
 ARCHS = (
     *("sd15", "sd21", "sdxl", "lcm-sdxl", "lcm-sd15", "ssd-1b", "segmind-vega"),
@@ -33,6 +38,7 @@ SMALL = UNetParams(
     head_dim=8,
     norm_groups=8,
 )
+GPU = torch.device("cuda")
 GOLDEN_BOUND = 1e-5  # relative L2 in float32: about 80 roundings of 2^-24 deep
 
 
@@ -114,6 +120,35 @@ def test_each_sample_of_a_batch_is_computed_alone(small: UNet) -> None:
     for i in range(3):
         alone = small(x[i : i + 1], times[i], cond[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-9, atol=1e-12)
+
+
+def test_weights_laid_out_for_a_gpu_are_the_same_numbers_in_as_many_bytes(small: UNet) -> None:
+    unet, x, cond = deepcopy(small), torch.randn(2, 4, 8, 8, dtype=torch.float64), conditioning(2)
+    times = torch.tensor([3.0, 900.0])
+    unet.lay_out(GPU)
+    mine, plain = unet.state_dict(), small.state_dict()
+    assert mine.keys() == plain.keys() and all(torch.equal(mine[n], plain[n]) for n in plain)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in mine.values()}
+    assert sum(storages.values()) == sum(t.nbytes for t in plain.values())
+    assert len(storages) < len(plain) - 20, "layers of one input share a buffer"
+    torch.testing.assert_close(unet(x, times, cond), small(x, times, cond), rtol=1e-9, atol=1e-12)
+
+
+def test_weights_that_are_moved_are_laid_out_for_where_they_come(
+    small: UNet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet, plain = deepcopy(small), torch.randn(2, 4, 8, 8)
+    monkeypatch.setitem(FORMATS, "cpu", torch.channels_last)
+    unet.float()
+    assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
+    assert side_by_side(unet._of_text()) is not None and side_by_side(unet._of_time()) is not None
+    seen: list[bool] = []
+    unet.conv_out.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    with fusion(True):
+        unet(plain, torch.tensor(3.0), conditioning(2).to("cpu", torch.float32))
+    assert seen == [True], "images are channels-last from the first convolution to the last"
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 7), (1, 5)])

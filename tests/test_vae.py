@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from counted import Counts, counted
 from safetensors.torch import load_file
 from torch import Tensor
 
+from headstart.networks.fusion import fusion
 from headstart.networks.load import load_vae
 from headstart.networks.vae import Vae, VaeParams
+from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 GOLDEN_BOUND = 1e-5
 SMALL = VaeParams(channels=(8, 16, 16), layers=1, norm_groups=4, scale_factor=0.5)
@@ -88,3 +91,28 @@ def test_each_picture_of_a_batch_is_decoded_alone() -> None:
     for i in range(3):
         alone = vae.decode(latents[i : i + 1])
         torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-9, atol=1e-12)
+
+
+def test_on_a_gpu_norms_are_one_kernel_each_and_images_stay_channels_last() -> None:
+    """Counted at SDXL's 1024 pixels on fake CUDA tensors. With torch's own norms it is 153
+    operators, of which 30 are copies, and 31 convolutions turn their input."""
+    try:
+        fake = fake_tensors()
+    except UnknownBuildError as error:
+        pytest.skip(str(error))
+    with fake, torch.device(DEVICE):
+        vae = Vae(VaeParams(encodes=False)).requires_grad_(False)
+        latents = torch.empty(1, 4, 128, 128)
+    found: dict[bool | None, Counts] = {}
+    with fake:
+        for parameter in vae.parameters():
+            if parameter.ndim == 4:
+                parameter.data = parameter.contiguous(memory_format=torch.channels_last)
+        for on in (None, False):
+            with fusion(on):
+                found[on] = counted(lambda: vae.decode(latents))
+    ours, plain = found[None], found[False]
+    assert (ours.names["groupnorm_silu"], ours.copies, ours.operators) == (30, 0, 91)
+    assert not {"silu", "native_group_norm"} & set(ours.names)
+    assert (plain.names["native_group_norm"], plain.copies) == (30, 30)
+    assert ours.moved < 0.62 * plain.moved

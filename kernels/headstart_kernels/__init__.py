@@ -11,6 +11,7 @@
 
 from headstart_kernels.api import (
     decode_u8,
+    finite_flags,
     fused_step,
     fused_step_into,
     philox_normal,
@@ -18,7 +19,7 @@ from headstart_kernels.api import (
     scale_input,
 )
 from headstart_kernels.dispatch import Impl
-from headstart_kernels.layers import geglu, groupnorm_silu, low_rank_add
+from headstart_kernels.layers import add_layernorm, geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.operands import Draw, LinearMap, Preview
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.steps import Steps
@@ -33,7 +34,9 @@ __all__ = [
     "Preview",
     "Rows",
     "Steps",
+    "add_layernorm",
     "decode_u8",
+    "finite_flags",
     "fused_step",
     "fused_step_into",
     "geglu",

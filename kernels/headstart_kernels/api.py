@@ -28,7 +28,7 @@ from headstart_kernels.checks import (
     said,
 )
 from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
-from headstart_kernels.operands import Draw, Given, Preview, Wanted, rows_differ
+from headstart_kernels.operands import STEP_PIXELS, Draw, Given, Preview, Wanted, rows_differ
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import Row, Rows, host_row
 
@@ -72,7 +72,9 @@ def fused_step(
               After the last row, which has no next, it holds the last row's own scaling. Of
               concatenated tables, the last row of one is followed by another's: ignore x_in there
     preview   its `rgb` is filled with the picture of x0; x is [B, C, h, w] then
-    finite    [B] bool: filled with whether a sample's x0 has neither NaN nor infinity
+    finite    [B] bool: filled with whether a sample's x0 has neither NaN nor infinity. Or [B, P],
+              where that is so if all P are true: with the P of `finite_flags` a GPU fills them in
+              the same launch, and with fewer it needs one more to set them all before
 
     Guidance rescale (arXiv:2305.08891, equations 15 and 16) is no form of this kernel: it divides
     by the standard deviation of the guided prediction, known after one whole pass over it.
@@ -115,6 +117,16 @@ def fused_step_into(
     check_like("x_next", x_next, x, torch.float32)
     check_like("x0", x0, x, torch.float32)
     _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
+
+
+def finite_flags(shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Room for `finite` of states [B, ...] of a shape, not yet filled: bool [B] on a CPU, else
+    [B, P], a flag for each part of a sample, so that no program waits for another. The samples
+    that are finite are `flags.view(B, -1).all(1)`.
+    """
+    device, (batch, *sizes) = torch.device(device), shape
+    parts = () if device.type == "cpu" else (-(-prod(sizes) // STEP_PIXELS),)
+    return torch.empty((batch, *parts), dtype=torch.bool, device=device)
 
 
 def _run_step(

@@ -141,9 +141,11 @@ def check_wanted(x: Tensor, wanted: Wanted) -> None:
     if wanted.preview is not None:
         _check_preview(wanted.preview, x)
     if finite is not None:
-        fits = finite.dtype == torch.bool and finite.shape == x.shape[:1]
-        if not fits or not finite.is_contiguous():
-            raise ValueError(f"finite: expected contiguous bool [{len(x)}], got {said(finite)}")
+        fits = finite.dtype == torch.bool and finite.shape[:1] == x.shape[:1] and finite.ndim < 3
+        if not fits or not finite.numel() or not finite.is_contiguous():
+            raise ValueError(
+                f"finite: expected contiguous bool [{len(x)}] or [{len(x)}, P], got {said(finite)}"
+            )
         check_device("finite", finite, x.device)
 
 

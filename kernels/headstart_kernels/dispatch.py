@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from headstart_kernels.trial import launches
+
 _NOUN = {
     "fused_step": "step",
     "scale_input": "step",
@@ -23,6 +25,7 @@ _NOUN = {
     "preview_rgb": "rgb",
     "decode_u8": "rgb",
     "groupnorm_silu": "norm",
+    "add_layernorm": "layernorm",
     "geglu": "gate",
     "low_rank_add": "adapter",
 }
@@ -49,26 +52,28 @@ def choose(
 ) -> Impl:
     """The implementation that runs `kernel` where `tensor` is.
 
-    None takes Triton on a GPU where it is installed; C on a CPU where there is a compiler, nobody
-    watches, no gradient is asked for and all samples are in one row; and the reference everywhere
-    else, as for float64, which the kernels would round. An implementation asked for by name runs,
-    or raises ValueError saying why it cannot: nothing falls back. Nothing here starts a driver:
-    Triton does, at its first launch.
+    None takes Triton on a GPU where it can launch (see `trial`); C on a CPU where there is a
+    compiler, nobody watches, no gradient is asked for and all samples are in one row; and the
+    reference everywhere else, as for float64, which the kernels would round. An implementation
+    asked for by name runs, or raises ValueError saying why it cannot: nothing falls back. Without
+    a tensor on a GPU, nothing here starts a driver.
     """
     if impl is not None:
         return _named(kernel, impl, tensor, rows_differ)
     if tensor.dtype == torch.float64:
         return Impl.REFERENCE
     if tensor.is_cuda:
-        return Impl.REFERENCE if stands_in(tensor) or not _installed() else Impl.TRITON
+        able = not stands_in(tensor) and launches(tensor.device)
+        return Impl.TRITON if able else Impl.REFERENCE
     in_c = kernel in NATIVE and not rows_differ and _in_c(tensor, *others)
     return Impl.NATIVE if in_c else Impl.REFERENCE
 
 
 def stands_in(tensor: Tensor) -> bool:
-    """Whether a tracer put this in place of a tensor on a GPU: a fake one, or a compiler's. Then
-    the registered operator is called, which such tensors understand, and no kernel is."""
-    return tensor.is_cuda and (type(tensor) is not Tensor or is_compiling())
+    """Whether this is in place of a tensor on a GPU: a tracer's fake one, a compiler's, or one
+    without memory, whose operators are counted. Then the registered operator is called, which such
+    tensors understand, and no kernel is."""
+    return tensor.is_meta or (tensor.is_cuda and (type(tensor) is not Tensor or is_compiling()))
 
 
 def on_host(*tensors: Tensor) -> bool:
@@ -96,8 +101,12 @@ def _in_c(*tensors: Tensor) -> bool:
 
 
 def operators() -> Any:
-    """`torch.ops.headstart_kernels`, registered when first needed."""
-    import_module("headstart_kernels.ops")
+    """`torch.ops.headstart_kernels`, registered when first needed; that module imports this one.
+
+    A statement does it, which dynamo follows: `import_module` it refuses, and the whole graph.
+    """
+    import headstart_kernels.ops  # noqa: F401  # pyright: ignore[reportUnusedImport]
+
     return torch.ops.headstart_kernels
 
 

@@ -19,27 +19,62 @@ def groupnorm_silu(
     bias: Tensor,
     eps: float = 1e-5,
     *,
+    shift: Tensor | None = None,
+    silu: bool = True,
     impl: Impl | str | None = None,
 ) -> Tensor:
-    """silu(group_norm(x)) [B, C, h, w], in the dtype and memory format of x.
+    """silu(group_norm(x + shift)) [B, C, h, w], in the dtype and memory format of x.
 
-        y = n*sigmoid(n),  n = weight*(x - mean)/sqrt(variance + eps) + bias
+        y = n*sigmoid(n),  n = weight*(h - mean)/sqrt(variance + eps) + bias,  h = x + shift
 
     mean and variance (biased) are of each of `groups` groups of C/groups channels, in float32;
     weight and bias [C]. arXiv:1803.08494, arXiv:1702.03118.
+
+    shift  [B, C] in x's dtype, one number a channel: the time embedding of a residual block
+    silu   False: n itself
     """
     if x.ndim != 4 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected float [B, C, h, w], got {said(x)}")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of the {channels} channels, got {groups}")
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor.shape != (channels,) or not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected float [{channels}], got {said(tensor)}")
-        check_device(name, tensor, x.device)
+    _check_affine(x, channels, weight, bias)
+    if shift is not None:
+        if shift.shape != x.shape[:2] or shift.dtype != x.dtype:
+            raise ValueError(f"shift: expected {x.dtype} {[*x.shape[:2]]}, got {said(shift)}")
+        check_device("shift", shift, x.device)
+    given = (x, groups, weight, bias, eps, shift, silu)
     if stands_in(x):
-        return operators().groupnorm_silu(x, groups, weight, bias, eps)
-    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(x, groups, weight, bias, eps)
+        return operators().groupnorm_silu(*given)
+    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(*given)
+
+
+def add_layernorm(
+    x: Tensor,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float = 1e-5,
+    *,
+    impl: Impl | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A residual sum and its layer norm: (h, n), both [..., C], contiguous, in the dtype of x.
+
+        h = x + y      n = weight*(h - mean)/sqrt(variance + eps) + bias
+
+    mean and variance (biased) are of each row [C] of h as it is returned, in float32; x and y
+    [..., C] of one shape and dtype, weight and bias [C]. arXiv:1607.06450.
+    """
+    if x.ndim < 1 or x.numel() == 0 or not x.is_floating_point():
+        raise ValueError(f"x: expected float [..., C], got {said(x)}")
+    if y.shape != x.shape or y.dtype != x.dtype:
+        raise ValueError(f"y: expected what x is, {said(x)}, got {said(y)}")
+    check_device("y", y, x.device)
+    _check_affine(x, x.shape[-1], weight, bias)
+    given = (x, y, weight, bias, eps)
+    if stands_in(x):
+        return operators().add_layernorm(*given)
+    return load("add_layernorm", choose("add_layernorm", impl, x))(*given)
 
 
 def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
@@ -85,3 +120,10 @@ def low_rank_add(
     else:
         load("low_rank_add", choose("low_rank_add", impl, y))(y, x, down, up, strength)
     return y
+
+
+def _check_affine(x: Tensor, channels: int, weight: Tensor, bias: Tensor) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor.shape != (channels,) or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected float [{channels}], got {said(tensor)}")
+        check_device(name, tensor, x.device)

@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+STEP_PIXELS = 512
+"""The elements of a sample that a program of a GPU's step computes, or fewer than it does."""
+
 
 class Draw(NamedTuple):
     """Noise that a step draws itself: the bits of `philox_normal(seeds, samples, first_row + row)`.
@@ -74,8 +77,9 @@ def rows_differ(step: int | Tensor, noise: Tensor | Draw | None = None) -> bool:
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What a result made like x has: channels last for an image [B, C, h, w] or a video
-    [B, C, T, h, w] that is not contiguous, else contiguous."""
-    if x.is_contiguous() or x.ndim not in (4, 5):
+    """What a result made like x has: channels last where an image [B, C, h, w] or a video
+    [B, C, T, h, w] is that and not contiguous as well, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
         return torch.contiguous_format
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+    return last

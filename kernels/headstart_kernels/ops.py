@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import api, layers
-from headstart_kernels.operands import Draw, Preview
+from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
 BODIES: dict[str, Callable[..., Any]] = {}
@@ -116,7 +116,7 @@ def scale_input(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> T
 
 @scale_input.register_fake
 def _(x: Tensor, table: Tensor, step: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(x, dtype=dtype)
+    return torch.empty_like(x, dtype=dtype, memory_format=memory_format(x))
 
 
 @_operator()
@@ -156,14 +156,35 @@ def _(pixels: Tensor) -> Tensor:
 
 
 @_operator()
-def groupnorm_silu(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def groupnorm_silu(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Tensor:
     """`headstart_kernels.groupnorm_silu`."""
-    return layers.groupnorm_silu(x, groups, weight, bias, eps)
+    return layers.groupnorm_silu(x, groups, weight, bias, eps, shift=shift, silu=silu)
 
 
 @groupnorm_silu.register_fake
-def _(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+def _(x: Tensor, *operands: Any, **options: Any) -> Tensor:
+    return torch.empty_like(x, memory_format=memory_format(x))
+
+
+@_operator()
+def add_layernorm(
+    x: Tensor, y: Tensor, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`headstart_kernels.add_layernorm`."""
+    return layers.add_layernorm(x, y, weight, bias, eps)
+
+
+@add_layernorm.register_fake
+def _(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @_operator()

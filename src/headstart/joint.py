@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headstart.call import Call
 from headstart.run import Run, State
-from headstart_kernels import Draw, fused_step
+from headstart_kernels import Draw, finite_flags, fused_step
 
 Group = Sequence[tuple[Run, Call]]
 
@@ -45,7 +45,7 @@ def advance(group: Group, f: Tensor) -> list[State | Exception]:
     keys = [run.keys() for run in runs]
     seeds, samples = (torch.cat([own[part] for own in keys]) for part in (0, 1))
     f_uncond, f_cond = _halves(f, group, counts)
-    finite = torch.empty(len(x), dtype=torch.bool, device=device)
+    finite = finite_flags(x.shape, device)
     x, x0 = fused_step(
         x, f_cond, torch.cat(tables), row, f_uncond=f_uncond,
         noise=Draw(seeds, samples, first_row), x0_prev=before, finite=finite,

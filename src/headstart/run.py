@@ -109,7 +109,7 @@ class Run:
         self._steps: Steps | None = None
         self._placed: Tensor | None = None
         self._draw: Draw | None = None
-        self._watch, self.picture = Watch(check, device, batch), picture
+        self._watch, self.picture = Watch(check, device, (batch, *latent)), picture
         if resume is not None:
             _check_state(resume, (batch, *latent), device)
         self._state = resume

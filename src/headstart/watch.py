@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import InputError
+from headstart_kernels import finite_flags
 
 Check = Literal["auto", "each", "last", "never"]
 
@@ -20,12 +22,12 @@ class Watch:
     check   after "each" row; after the "last" one, for all of them; "never"; or "auto", which is
             "each" on a CPU and "last" elsewhere
     device  where steps run
-    batch   samples of a row
+    shape   [B, ...] of the states
     """
 
     check: Check
     device: torch.device
-    batch: int
+    shape: Sequence[int]
     own: Tensor | None = None
     seen: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
 
@@ -36,12 +38,12 @@ class Watch:
             self.check = "each" if self.device.type == "cpu" else "last"
 
     def flags(self) -> Tensor | None:
-        """Where a step says which samples' x0 is finite: [B] bool, or None if nobody looks."""
+        """Where a step says which samples' x0 is finite, or None if nobody looks."""
         if self.check == "never":
             return None
         if self.check == "each" and self.own is not None:
             return self.own  # read before the next row asks
-        self.own = torch.empty(self.batch, dtype=torch.bool, device=self.device)
+        self.own = finite_flags(self.shape, self.device)
         return self.own
 
     def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
@@ -59,7 +61,9 @@ class Watch:
 
 
 def require_finite(number: int, model: str, finite: Tensor) -> None:
-    """Raise InputError where a sample of a row is not finite, of [B] bool. Waits for it."""
+    """Raise InputError where a sample of a row is not finite, of `finite_flags`. Waits for it."""
+    if finite.ndim > 1:
+        finite = finite.all(1)
     good: list[bool] = finite.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     if False in good:
         bad = [sample for sample, fine in enumerate(good) if not fine]

@@ -14,6 +14,7 @@ REGISTERS = 128
 threads, which is enough for kernels that wait for memory."""
 CASES = cases()
 FORMS = ("fused_step fp16", "philox_normal", "preview_rgb", "geglu", "low_rank_add up")
+FORMS += ("add_layernorm",)
 QUICK = [(name, "sm_90") for name in CASES]
 QUICK += [(name, target) for target in (*NVIDIA, *AMD) if target != "sm_90" for name in FORMS]
 REST = [

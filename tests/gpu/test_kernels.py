@@ -18,7 +18,9 @@ from headstart_kernels import (
     INITIAL,
     Draw,
     Preview,
+    add_layernorm,
     decode_u8,
+    finite_flags,
     fused_step,
     fused_step_into,
     geglu,
@@ -29,7 +31,7 @@ from headstart_kernels import (
     scale_input,
 )
 from headstart_kernels.testing import assert_bits, random_latents, random_table
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
 from headstart_kernels.testing.ptx import emulated
 
 LAST = torch.channels_last
@@ -197,6 +199,15 @@ def test_layers_are_within_their_budgets(place: str, dtype: torch.dtype) -> None
         y = groupnorm_silu(*there((x,), place), 32, *there((weight, bias), place), impl="triton")
         assert y.stride() == x.stride()
         norm_bound(x, 32, weight, bias, 1e-5).check(y.cpu())
+        shift, form = random_latents(2, 64, seed=3).to(dtype), (32, weight, bias, 1e-5)
+        own = there((x, *form, shift), place)
+        y = groupnorm_silu(*own[:-1], shift=own[-1], silu=False, impl="triton")
+        norm_bound(x, *form, shift, False).check(y.cpu())
+    x, y = (random_latents(2, 7, 640, seed=seed).to(dtype) for seed in (4, 5))
+    affine = tuple(random_latents(640, seed=seed).to(dtype) for seed in (6, 7))
+    h, n = add_layernorm(*there((x, y, *affine), place), impl="triton")
+    assert_bits(h, x + y, "sum")
+    row_bound(x + y, *affine, 1e-5).check(n.cpu())
     pair = random_latents(2, 7, 128, scale=3.0, dtype=dtype)
     gate_bound(pair).check(geglu(there(pair, place), impl="triton").cpu())
     for tokens, inner, outer, rank in ((40, 64, 80, 16), (9, 37, 21, 4)):
@@ -208,3 +219,14 @@ def test_layers_are_within_their_budgets(place: str, dtype: torch.dtype) -> None
         low_rank_add(own, *(there(t, place) for t in (x, down, up, strength)), impl="triton")
         bound.check(own.cpu())
         assert torch.equal(own[1].cpu(), y[1])
+
+
+def test_flags_of_parts_say_which_samples_are_finite(place: str) -> None:
+    x, table = random_latents(3, 4, 40, 40), random_table(2)
+    f = random_latents(3, 4, 40, 40, seed=1)
+    f[1, 3, -1, -1], f[2, 0, 0, 0] = float("nan"), float("inf")
+    own, flags = there((x, f, table), place), finite_flags(x.shape, "meta")
+    finite = torch.empty_like(flags, device=own[0].device)
+    given = dict.fromkeys(("f_uncond", "noise", "x0_prev"), own[0])
+    fused_step(*own, 0, finite=finite, **given, impl="triton")
+    assert finite.all(1).tolist() == [True, False, False]

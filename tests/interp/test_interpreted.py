@@ -16,7 +16,7 @@ from headstart_kernels.table import host_row
 from headstart_kernels.testing import (
     STEP_ROUNDINGS, X0_ROUNDINGS, assert_within, random_latents, random_table, step_oracle,
 )
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
 
 shape, table = (2, 4, 8, 9), random_table(3)
 names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
@@ -90,6 +90,15 @@ assert torch.equal(shown, hk.preview_rgb(**mapped, upscale=2))
 
 x, weight = random_latents(2, 16, 5, 7), random_latents(16, seed=3)
 norm_bound(x, 4, weight, weight, 1e-5).check(hk.groupnorm_silu(x, 4, weight, weight, impl="triton"))
+for layout in (torch.contiguous_format, torch.channels_last):
+    x, given = x.contiguous(memory_format=layout), (4, weight, weight, 1e-5)
+    shift = random_latents(2, 16, seed=4)
+    moved = hk.groupnorm_silu(x, *given, shift=shift, silu=False, impl="triton")
+    norm_bound(x, *given, shift, False).check(moved)
+tokens, more, weight = random_latents(5, 50), random_latents(5, 50, seed=1), random_latents(50)
+h, n = hk.add_layernorm(tokens, more, weight, weight, impl="triton")
+assert torch.equal(h, tokens + more)
+row_bound(h, weight, weight, 1e-5).check(n)
 gate_bound(x.flatten(1)).check(hk.geglu(x.flatten(1), impl="triton"))
 y, x = random_latents(2, 9, 10), random_latents(2, 9, 12)
 down, up, strength = random_latents(4, 12), random_latents(10, 4), torch.tensor([0.5, 0.0])

@@ -118,7 +118,10 @@ def test_there_are_c_kernels_wherever_there_is_a_compiler() -> None:
 
 def test_a_gpu_takes_triton_a_cpu_c_and_float64_the_reference() -> None:
     on_cpu = torch.zeros(1)
-    with mock.patch.object(Tensor, "is_cuda", True):
+    with (
+        mock.patch.object(Tensor, "is_cuda", True),
+        mock.patch.object(dispatch, "launches", lambda device: True),
+    ):
         assert choose("decode_u8", None, on_cpu) is Impl.TRITON
         assert choose("decode_u8", None, on_cpu.double()) is Impl.REFERENCE
     here = Impl.REFERENCE if dispatch._why_not_native() else Impl.NATIVE

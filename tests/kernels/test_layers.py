@@ -1,4 +1,4 @@
-"""groupnorm_silu, geglu and low_rank_add: on a CPU torch's own bits, and always float64's value."""
+"""The layers: on a CPU torch's own bits, and always float64's value."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
-from headstart_kernels import geglu, groupnorm_silu, low_rank_add
+from headstart_kernels import add_layernorm, geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -27,7 +27,18 @@ def test_on_a_cpu_the_bits_are_torchs(dtype: torch.dtype, layout: torch.memory_f
     expected = F.silu(F.group_norm(x, 8, weight, bias, 1e-6))
     got = groupnorm_silu(x, 8, weight, bias, 1e-6)
     assert torch.equal(got, expected) and got.stride() == expected.stride()
+    shift = random_latents(2, 24, seed=3).to(dtype)
+    moved = F.group_norm(x + shift[:, :, None, None], 8, weight, bias, 1e-6)
+    for silu, expected in ((True, F.silu(moved)), (False, moved)):
+        got = groupnorm_silu(x, 8, weight, bias, 1e-6, shift=shift, silu=silu)
+        assert torch.equal(got, expected) and got.stride() == expected.stride()
+    plain = groupnorm_silu(x, 8, weight, bias, 1e-6, silu=False)
+    assert torch.equal(plain, F.group_norm(x, 8, weight, bias, 1e-6))
     rows = random_latents(3, 7, 50, dtype=dtype)
+    more, (weight, bias) = random_latents(3, 7, 50, seed=1).to(dtype), affine(50, dtype)
+    total, normed = add_layernorm(rows, more, weight, bias, 1e-6)
+    assert torch.equal(total, rows + more)
+    assert torch.equal(normed, F.layer_norm(rows + more, (50,), weight, bias, 1e-6))
     a, gate = rows.chunk(2, -1)
     assert torch.equal(geglu(rows), a * F.gelu(gate))
 
@@ -38,6 +49,11 @@ def test_the_reference_is_within_its_budget(dtype: torch.dtype) -> None:
     weight, bias = affine(24, torch.float32)
     if dtype == torch.float32:
         norm_bound(x, 8, weight, bias, 1e-5).check(groupnorm_silu(x, 8, weight, bias, 1e-5))
+        shift = random_latents(2, 24, seed=3)
+        moved = groupnorm_silu(x, 8, weight, bias, 1e-5, shift=shift, silu=False)
+        norm_bound(x, 8, weight, bias, 1e-5, shift, False).check(moved)
+        h, n = add_layernorm(x.mT, x.mT, *affine(9, dtype), 1e-5)
+        row_bound(h, *affine(9, dtype), 1e-5).check(n)
         gate_bound(x[..., :6]).check(geglu(x[..., :6]))
     y, x = random_latents(3, 5, 10, dtype=dtype), random_latents(3, 5, 12, dtype=dtype)
     down, up = random_latents(4, 12, dtype=dtype), random_latents(10, 4, dtype=dtype)
@@ -71,6 +87,11 @@ BAD = [
     (lambda: groupnorm_silu(IMAGE, 3, ONE, ONE), "groups: expected a divisor of the 8 channels"),
     (lambda: groupnorm_silu(IMAGE, 2, ONE[:4], ONE), r"weight: expected float \[8\]"),
     (lambda: groupnorm_silu(IMAGE, 2, ONE, ONE.to("meta")), "bias: is on meta"),
+    (lambda: groupnorm_silu(IMAGE, 2, ONE, ONE, shift=ONE), r"shift: expected .*32 \[1, 8\], got"),
+    (lambda: add_layernorm(ROWS.int(), ROWS, ONE, ONE), r"x: expected float \[..., C\]"),
+    (lambda: add_layernorm(ROWS, ROWS[:1], ONE, ONE), "y: expected what x is, float32"),
+    (lambda: add_layernorm(ROWS, ROWS.half(), ONE, ONE), "y: expected what x is, float32"),
+    (lambda: add_layernorm(ROWS, ROWS, ONE[:1], ONE), r"weight: expected float \[8\]"),
     (lambda: geglu(torch.zeros(2, 3)), r"x: expected float \[..., 2\*H\]"),
     (lambda: geglu(torch.zeros(2, 4).int()), "x: expected float"),
     (lambda: low_rank_add(ROWS, ROWS[:1], ONE[None], ONE[:, None], ONE[:2]), "beside y"),
@@ -92,8 +113,11 @@ def test_an_adapter_of_another_dtype_is_explained() -> None:
 
 def test_the_registered_operators_are_what_torch_asks_of_one() -> None:
     ops, weight = torch.ops.headstart_kernels, torch.rand(8)
+    last = random_latents(2, 8, 3, 3).contiguous(memory_format=torch.channels_last)
     cases = [
         (ops.groupnorm_silu, (random_latents(2, 8, 3, 3), 4, weight, weight, 1e-5)),
+        (ops.groupnorm_silu, (last, 4, weight, weight, 1e-5, torch.rand(2, 8), False)),
+        (ops.add_layernorm, (random_latents(2, 3, 8), random_latents(2, 3, 8), weight, weight, 0)),
         (ops.geglu, (random_latents(2, 8),)),
         (
             ops.low_rank_add,

@@ -11,6 +11,7 @@ from headstart_kernels import (
     COLUMNS,
     Draw,
     Preview,
+    finite_flags,
     fused_step,
     fused_step_into,
     philox_normal,
@@ -86,6 +87,10 @@ def test_finite_says_which_samples_have_an_x0_without_nan_and_infinity(
         x_next = torch.empty(SHAPE)
         fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=finite, **given)
         assert finite.tolist() == [True, True, False]
+        for parts in (finite_flags(SHAPE, "cpu"), torch.empty(3, 5, dtype=torch.bool)):
+            fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=parts, **given)
+            every = parts.view(3, -1)
+            assert every.all(1).tolist() == every.any(1).tolist() == finite.tolist()
         if x0 is not None:
             assert x0.isfinite().flatten(1).all(1).tolist() == finite.tolist()
             assert not x0.sum().isfinite()
@@ -139,7 +144,9 @@ BAD = [
     (dict(x_next=torch.zeros(SHAPE).half()), TypeError, "x_next: expected torch.float32"),
     (dict(x0=torch.zeros(SHAPE).double()), TypeError, "x0: expected torch.float32"),
     (dict(finite=torch.zeros(3)), ValueError, r"finite: expected contiguous bool \[3\]"),
-    (dict(finite=torch.zeros(2).bool()), ValueError, r"bool \[3\], got bool \[2\]"),
+    (dict(finite=torch.zeros(3, 0).bool()), ValueError, r"or \[3, P\], got bool \[3, 0\]"),
+    (dict(finite=torch.zeros(5, 3).bool().T), ValueError, r"finite: expected contiguous bool"),
+    (dict(finite=torch.zeros(2).bool()), ValueError, r"P\], got bool \[2\]"),
     (
         dict(noise=Draw(torch.zeros(3).long(), torch.zeros(2).long())),
         TypeError,

@@ -12,7 +12,7 @@ import torch
 
 import headstart as hs
 from headstart.interfaces import Conditioning
-from headstart.networks.unet import guidance_embedding
+from headstart.networks.numbers import guidance_embedding
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from headstart.interfaces import Conditioning
+from headstart.networks.fusion import fusion
 from headstart.networks.load import load_tiny, load_unet, load_vae
+from headstart.prompt import Prompts
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -100,8 +102,22 @@ def randomise(module: nn.Module) -> None:
         parameter.data += 0.05 * torch.randn_like(parameter)
 
 
+def as_on_a_cpu(unet: Any, *call: Any) -> Tensor:
+    return unet(*call)
+
+
+def as_on_a_gpu(unet: Any, *call: Any) -> Tensor:
+    """Fused layers, channels-last convolutions, layers of one input as one product, and the prompt
+    read ahead: with the kernels' references, on a CPU."""
+    unet.lay_out(torch.device("cuda"))
+    assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    with fusion(True):
+        return unet(*call[:2], Prompts().of(unet, call[2]))
+
+
+@pytest.mark.parametrize("called", [as_on_a_cpu, as_on_a_gpu])
 @pytest.mark.parametrize("name", UNETS)
-def test_a_unet_equals_diffusers(tmp_path: Path, name: str) -> None:
+def test_a_unet_equals_diffusers(tmp_path: Path, name: str, called: Any) -> None:
     config = UNETS[name]
     up = tuple(kind.replace("Down", "Up") for kind in reversed(config["down_block_types"]))
     theirs = diffusers.UNet2DConditionModel(**SIZE, **config, up_block_types=up).eval()
@@ -132,7 +148,7 @@ def test_a_unet_equals_diffusers(tmp_path: Path, name: str) -> None:
             timestep_cond=None if guidance is None else guidance.to(dtype),
         ).sample
 
-    compare(ours, theirs, lambda m, d: m(x.to(d), time, cond.to("cpu", d)), run_theirs)
+    compare(ours, theirs, lambda m, d: called(m, x.to(d), time, cond.to("cpu", d)), run_theirs)
 
 
 VAES: dict[str, dict[str, Any]] = {

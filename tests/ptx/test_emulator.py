@@ -93,17 +93,22 @@ def number(word: int, kind: str) -> int | float | bool:
     return signed(word, bits) if kind.startswith("s") else word
 
 
-def rounded(value: float | Fraction, sign: float = 1.0) -> float:
-    """The float32 nearest to an exact value, ties to even; `sign` is that of a zero."""
+FORMATS = {"f32": (24, -149, 128), "f16": (11, -24, 16), "bf16": (8, -133, 128)}
+"""Digits, the exponents of the smallest number and of what is too large; IEEE 754."""
+
+
+def rounded(value: float | Fraction, sign: float = 1.0, kind: str = "f32") -> float:
+    """The number of `kind` nearest to an exact value, ties to even; `sign` is that of a zero."""
     if isinstance(value, float) and not math.isfinite(value):
         return value
     exact = Fraction(value)
     if exact == 0:
         return math.copysign(0.0, sign)
-    exponent = max(math.frexp(float(abs(exact)) or 1e-300)[1] - 24, -149)
+    digits, lowest, highest = FORMATS[kind]
+    exponent = max(math.frexp(float(abs(exact)) or 1e-300)[1] - digits, lowest)
     scaled = exact / Fraction(2) ** exponent
     result = round(scaled) * Fraction(2) ** exponent
-    return math.copysign(math.inf, exact) if abs(result) > 2**128 - 2**103 else float(result)
+    return math.copysign(math.inf, exact) if abs(result) >= 2**highest else float(result)
 
 
 def exact_sum(a: float, b: float) -> float:
@@ -144,8 +149,10 @@ def flush(value: float) -> float:
     return math.copysign(0.0, value) if abs(value) < 2.0**-126 else value
 
 
-def pick(a: float, b: float, best: Callable[[float, float], float]) -> float:
-    return b if math.isnan(a) else a if math.isnan(b) else best(a, b)
+def pick(a: float, b: float, best: Callable[..., tuple[float, float]]) -> float:
+    """The other of a NaN, and -0.0 below +0.0."""
+    signed = best((a, math.copysign(1, a)), (b, math.copysign(1, b)))
+    return b if math.isnan(a) else a if math.isnan(b) else signed[0]
 
 
 FLOATS: dict[str, Callable[..., float]] = {
@@ -220,6 +227,10 @@ def expected(opcode: str, words: list[int]) -> int | float:
     if "f32x2" in rest:
         halves = [[number(w >> 32 * h & 0xFFFFFFFF, "f32") for w in words] for h in (0, 1)]
         return sum(bits32(FLOATS[name](*half)) << 32 * h for h, half in enumerate(halves))
+    kind = operation.result.removesuffix("x2")
+    if kind in ("f16", "bf16") and name != "cvt":
+        parts = range(0, bits_of(operation.result), 16)
+        return sum(half_result(name, [w >> at for w in words], kind) << at for at in parts)
     values = [number(w, kind) for w, kind in zip(words, operation.operands, strict=True)]
     if "ftz" in rest:
         return flush(FLOATS[name](*map(flush, values)))
@@ -238,6 +249,16 @@ def expected(opcode: str, words: list[int]) -> int | float:
         return values[0] * values[1] >> 32
     floats = "f32" in rest and name != "selp"
     return (FLOATS if floats else INTEGERS)[name](*values)
+
+
+def half_result(name: str, words: list[int], kind: str) -> int:
+    """a + b or a*b + c of 16-bit numbers, exactly and then rounded once."""
+    values = [number(word & 0xFFFF, kind) for word in words]
+    *factors, last = values
+    if not all(map(math.isfinite, values)):
+        return half_bits(math.prod(factors) + last, kind)
+    exact = math.prod(map(Fraction, factors)) + Fraction(last)
+    return half_bits(rounded(exact, math.prod(factors) + last, kind), kind)
 
 
 def converted(result: str, values: list) -> int | float:
@@ -379,6 +400,19 @@ def test_shuffles_stay_in_their_warp(mode: str, by: int, source: Callable[[int],
     body = f"{LD} shfl.sync.{mode}.b32 %r2, %r1, {by}, 31, -1; st.global.b32 [%rd93], %r2;"
     got = (execute(body, COUNT)[:, 0] // 4).tolist()
     assert got == [t // 32 * 32 + source(t % 32) for t in range(THREADS)]
+
+
+@pytest.mark.parametrize("extreme", ["min", "max"])
+@pytest.mark.parametrize("kind", ["s32", "u32"])
+def test_a_reduction_is_over_its_warp(extreme: str, kind: str) -> None:
+    given = RNG.integers(0, 2**63, (THREADS, 4), dtype=np.uint64)
+    body = f"{LD} redux.sync.{extreme}.{kind} %r2, %r1, -1; st.global.b32 [%rd93], %r2;"
+    words = given[:, 0].astype(np.uint32).view({"s32": np.int32, "u32": np.uint32}[kind])
+    want = [{"min": min, "max": max}[extreme](words[i : i + 32].tolist()) for i in (0, 32)]
+    got = execute(body, given)[:, 0].astype(np.uint32).view(words.dtype)
+    assert got.tolist() == [want[0]] * 32 + [want[1]] * 32
+    with pytest.raises(Fault, match="of part of a warp"):
+        execute(body.replace("-1;", "255;"), given)
 
 
 def test_shared_memory_carries_values_between_the_threads_of_a_block() -> None:

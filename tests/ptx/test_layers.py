@@ -11,9 +11,9 @@ from torch import Tensor
 from headstart.interfaces import Conditioning
 from headstart.networks import unet
 from headstart.networks.fusion import fusion
-from headstart_kernels import geglu, groupnorm_silu, low_rank_add
+from headstart_kernels import add_layernorm, geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound
+from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
 from headstart_kernels.testing.ptx import Emulator, emulated
 
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
@@ -44,6 +44,46 @@ def test_groupnorm_silu_is_within_its_budget(
         y = groupnorm_silu(x, groups, weight, bias, 1e-5, impl="triton")
         assert y.dtype == dtype and y.stride() == x.stride()
         norm_bound(x, groups, weight, bias, 1e-5).check(y)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("silu", [True, False])
+def test_a_shift_of_each_channel_before_the_norm_and_a_norm_without_silu(
+    gpu: Emulator, layout: torch.memory_format, silu: bool
+) -> None:
+    for batch, channels, groups, size in ((2, 64, 32, (16, 16)), (2, 24, 3, (13, 11))):
+        x = random_latents(batch, channels, *size, dtype=torch.float16)
+        x = x.contiguous(memory_format=layout)
+        weight, bias = (random_latents(channels, seed=s).half() for s in (1, 2))
+        shift = random_latents(channels, batch, seed=3, scale=4.0).half().T
+        bound = norm_bound(x, groups, weight, bias, 1e-5, shift, silu)
+        given = (x, groups, weight, bias, 1e-5)
+        y = groupnorm_silu(*given, shift=shift, silu=silu, impl="triton")
+        assert y.stride() == x.stride()
+        bound.check(y)
+        if not silu:
+            norm_bound(*given, silu=False).check(groupnorm_silu(*given, silu=False, impl="triton"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_residual_sum_has_torchs_bits_and_its_norm_is_within_its_budget(
+    gpu: Emulator, dtype: torch.dtype
+) -> None:
+    for shape in ((2, 5, 640), (3, 50), (7, 1), (1, 2048)):
+        offset = 50 if dtype == torch.float32 else 4
+        x, y = ((random_latents(*shape, seed=s) + offset).to(dtype) for s in (0, 1))
+        weight, bias = (random_latents(shape[-1], 2, seed=s).to(dtype)[:, 0] for s in (2, 3))
+        h, n = add_layernorm(x, y, weight, bias, 1e-5, impl="triton")
+        assert torch.equal(h, x + y) and n.dtype == dtype and n.is_contiguous()
+        row_bound(h, weight, bias, 1e-5).check(n)
+
+
+def test_a_row_of_equal_numbers_is_normalised_with_its_epsilon(gpu: Emulator) -> None:
+    x, one = random_latents(3, 40, scale=1e-3), torch.ones(40)
+    h, n = add_layernorm(x, torch.zeros_like(x), one, -one, 1e-5, impl="triton")
+    row_bound(h, one, -one, 1e-5).check(n)
+    flat, normed = add_layernorm(one[None], one[None], one, -one, 1e-5, impl="triton")
+    assert flat.eq(2).all() and normed.eq(-1).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

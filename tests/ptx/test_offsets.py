@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headstart_kernels import (
     Draw,
+    add_layernorm,
     decode_u8,
     fused_step_into,
     geglu,
@@ -55,14 +56,14 @@ def gpu() -> Iterator[Emulator]:
 class Case(NamedTuple):
     """A call on small tensors, which of its launches and arguments to change, and the result.
 
-    change  position of a parameter -> its new value
+    change  position of a parameter -> its new value; None: where `out` is
     grid    of the changed launch
     out     position of the pointer that is stored to, and the bytes of its new tensor
     """
 
     call: Callable[[], object]
     kernel: str
-    change: dict[str, int]
+    change: dict[str, int | None]
     grid: tuple[int, int, int]
     out: tuple[str, int]
 
@@ -97,6 +98,7 @@ def low_rank() -> None:
 
 
 M = 1 << 20
+ROWS = (4, 1024), (4, 1024), (1024,), (1024,)
 CASES = {
     # 3 samples of 2^30 elements in one plane; 4 planes of 2^28
     "fused_step": Case(
@@ -158,6 +160,15 @@ CASES = {
         (256 * 1024, 4, 2),
         ("y", 2 * 2 * 4096 * M),
     ),
+    "add_layernorm": Case(
+        lambda: add_layernorm(
+            *(normal(4, 1024) for _ in "xy"), *(normal(1024),) * 2, impl="triton"
+        ),
+        "add_layernorm_kernel",
+        {"h_ptr": None},
+        (4 * M, 1, 1),
+        ("n", 4 * 4096 * M),
+    ),
     "geglu": Case(
         lambda: geglu(normal(4, 2048, dtype=HALF), impl="triton"),
         "geglu_kernel",
@@ -181,11 +192,12 @@ def test_the_last_block_ends_where_a_huge_tensor_ends(gpu: Emulator, name: str) 
     gpu.queue = launches
     case.call()
     launch = next(launch for launch in launches if launch.name == case.kernel)
-    arguments = dict(zip(launch.names, launch.arguments, strict=False)) | case.change
+    arguments = dict(zip(launch.names, launch.arguments, strict=False))
+    pointer, size = case.out
+    begin = arguments[f"{pointer}_ptr"]
+    arguments |= {name: begin if n is None else n for name, n in case.change.items()}
     memory, total = Seen(), case.grid[0] * case.grid[1] * case.grid[2]
     bits = (*arguments.values(), 0, 0)
     run(launch.program, case.grid, bits, memory, launch.shared_bytes, only=[total - 1])
-    pointer, size = case.out
-    begin = arguments[f"{pointer}_ptr"]
     assert max(end for _, end in memory.stores) == begin + size
     assert all(first >= begin + size // 2 for first, _ in memory.stores if size > 1 << 31)

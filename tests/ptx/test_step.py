@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels import Draw, Preview, fused_step, fused_step_into, scale_input
+from headstart_kernels import (
+    Draw,
+    Preview,
+    finite_flags,
+    fused_step,
+    fused_step_into,
+    scale_input,
+)
+from headstart_kernels.emulation.recorder import ALLOCATES, name_of
 from headstart_kernels.table import COLUMNS
 from headstart_kernels.testing import random_latents
 from headstart_kernels.testing.ptx import Emulator, Fault, Launch, emulated
@@ -138,6 +148,47 @@ def test_a_sample_with_nan_or_infinity_is_noticed_on_the_way(
     table = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0})
     fused_step(table=table, step=torch.tensor(0), finite=finite, impl="triton", **given, **extra)
     assert room.tolist() == [9, 9, 1, 0, 0, 9, 9]
+
+
+class Asked(TorchDispatchMode):
+    """What torch is asked for beside memory and views: each would be a launch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not (func.is_view or name_of(func) in ALLOCATES):
+            self.names.append(name_of(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [(40, 40), (16, 16), (5, 7)])
+@pytest.mark.parametrize("shown", [False, True], ids=["plain", "with a picture"])
+def test_flags_of_parts_cost_no_launch_beside_the_steps_own(
+    gpu: Emulator, size: tuple[int, int], shown: bool
+) -> None:
+    shape = (3, 4, *size)
+    given, parts = operands(shape, torch.float16), finite_flags(shape, "meta").shape[1]
+    room = torch.full((3 * parts + 4,), 9, dtype=torch.uint8)
+    given["f_cond"][1, 3, -1, -1] = NAN
+    given["f_cond"][2, 0, 0, 0] = float("inf")
+    finite = room[2:-2].view(torch.bool).view(3, parts)
+    table, step = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0}), torch.tensor(0)
+    extra = {"preview": picture(shape)} if shown else {}
+    asked = Asked()
+    with asked:
+        fused_step(table=table, step=step, finite=finite, impl="triton", **given, **extra)
+    assert not asked.names and [name for name, _ in gpu.launches] == ["fused_step_kernel"]
+    assert finite.all(1).tolist() == [True, False, False]
+    assert room[[0, 1, -2, -1]].eq(9).all() and room[2:-2].lt(2).all()
+    if not shown:  # then an elements' place says which flag is its own
+        assert finite.logical_not().nonzero().tolist() == [[1, parts - 1], [2, 0]]
+    with asked:
+        flags = torch.empty(3, dtype=torch.bool)
+        fused_step(table=table, step=step, finite=flags, impl="triton", **given, **extra)
+    assert flags.tolist() == [True, False, False]
+    assert asked.names == ["fill_"] * (size == (40, 40) or (size == (16, 16) and not shown))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7)])

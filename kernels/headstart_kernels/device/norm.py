@@ -44,6 +44,7 @@ def affine_kernel(
     spread_ptr,
     weight_ptr,
     bias_ptr,
+    added_ptr,
     scale_ptr,
     shift_ptr,
     channels,
@@ -54,11 +55,16 @@ def affine_kernel(
     WIDTH: tl.constexpr,
     JOINED: tl.constexpr,
 ):
-    """scale and shift [B, channels] of one group's `channels / groups` channels."""
+    """scale and shift [B, channels] of one group's `channels / groups` channels.
+
+    `added` [B, channels], where there is one, is added to every pixel of a channel: it moves the
+    channel's mean, and no deviation from it, so that x itself need not change.
+    """
     groups = tl.num_programs(0)
     group, sample = tl.program_id(0), tl.program_id(1).to(tl.int64)
     width = channels // groups
     first = sample * tiles * channels + group * width
+    first_added = sample * channels + group * width
     parts = width * tiles
     total = tl.zeros((JOINED,), tl.float32)
     for begin in range(0, parts, JOINED):
@@ -67,7 +73,7 @@ def affine_kernel(
         tile = part // width
         count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
         at = first + tile * channels + part % width
-        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        part_mean = _part_mean(mean_ptr + at, added_ptr, first_added + part % width, inside)
         total += tl.where(inside, count * part_mean, 0.0)
     size = (width.to(tl.int64) * plane).to(tl.float32)
     mean = tl.div_rn(tl.sum(total, 0), size)
@@ -78,7 +84,7 @@ def affine_kernel(
         tile = part // width
         count = tl.minimum(plane - tile * PIXELS, PIXELS).to(tl.float32)
         at = first + tile * channels + part % width
-        part_mean = tl.load(mean_ptr + at, mask=inside, other=0.0)
+        part_mean = _part_mean(mean_ptr + at, added_ptr, first_added + part % width, inside)
         spread = tl.load(spread_ptr + at, mask=inside, other=0.0)
         away = part_mean - mean
         square += tl.where(inside, spread + count * away * away, 0.0)
@@ -89,8 +95,24 @@ def affine_kernel(
     weight = tl.load(weight_ptr + own, mask=inside, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + own, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(weight, tl.zeros((WIDTH,), tl.float32) + deviation)
+    if added_ptr is not None:
+        mean = mean - _load(added_ptr + first_added + channel, inside)
     tl.store(scale_ptr + sample * channels + own, scale, mask=inside)
     tl.store(shift_ptr + sample * channels + own, bias - mean * scale, mask=inside)
+
+
+@triton.jit
+def _part_mean(at, added_ptr, channel, inside):
+    """The mean of a tile's part of a channel, moved by what is added to the channel."""
+    mean = _load(at, inside)
+    if added_ptr is not None:
+        mean += _load(added_ptr + channel, inside)
+    return mean
+
+
+@triton.jit
+def _load(at, inside):
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -102,10 +124,11 @@ def apply_kernel(
     channels,
     plane,
     CHANNELS_LAST: tl.constexpr,
+    SILU: tl.constexpr,
     PIXELS: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
-    """y = silu(x*scale + shift) of a tile, in x's dtype."""
+    """y = silu(x*scale + shift) of a tile, in x's dtype; without SILU, x*scale + shift."""
     sample = tl.program_id(2).to(tl.int64)
     pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]
     column = tl.program_id(1).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
@@ -117,6 +140,7 @@ def apply_kernel(
     known = column < channels
     scale = tl.load(scale_ptr + sample * channels + column, mask=known, other=0.0)
     shift = tl.load(shift_ptr + sample * channels + column, mask=known, other=0.0)
-    normed = x * scale[None, :] + shift[None, :]
-    y = normed / (1.0 + tl.exp(-normed))
+    y = x * scale[None, :] + shift[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
     tl.store(y_ptr + start + at, y.to(y_ptr.dtype.element_ty), mask=inside)

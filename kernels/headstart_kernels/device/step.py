@@ -25,7 +25,10 @@ _ADD = tl.constexpr(COLUMNS.index("add"))
 _CARRY = tl.constexpr(COLUMNS.index("carry"))
 _GUIDANCE = tl.constexpr(COLUMNS.index("guidance"))
 _INFINITY = tl.constexpr(0x7F800000)
-_NUMBERS = ("row", "last", "first_row", "c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
+_NUMBERS = (
+    *("row", "last", "first_row", "parts"),
+    *("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale"),
+)
 
 
 # fmt: off
@@ -34,16 +37,16 @@ def fused_step_kernel(
     x_ptr, f_cond_ptr, f_uncond_ptr, guidance_ptr, noise_ptr, seeds_ptr, samples_ptr, x0_prev_ptr,
     x_next_ptr, x0_ptr, x_in_ptr, rgb_ptr, factors_ptr, bias_ptr, finite_ptr,
     table_ptr, step_ptr, first_row_ptr, row, last, first_row, c_in, c_skip, c_out, keep, add, carry,
-    scale, plane, size, CHANNELS: tl.constexpr, F_LAST: tl.constexpr, X_IN_LAST: tl.constexpr,
-    COPIES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, PACKED: tl.constexpr,
-    STEP_STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    scale, plane, size, parts, CHANNELS: tl.constexpr, F_LAST: tl.constexpr,
+    X_IN_LAST: tl.constexpr, COPIES: tl.constexpr, WHOLE_BLOCKS: tl.constexpr,
+    PACKED: tl.constexpr, STEP_STRIDE: tl.constexpr, FLAGS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     # fmt: on
     """A block of pixels of one sample of [B, CHANNELS, plane]; program (block, sample).
 
     A None pointer is an absent operand, decided by the compiler. F_LAST, X_IN_LAST: channels-last,
     with four channels. WHOLE_BLOCKS: a block begins on a multiple of four elements, so that one
-    Philox call serves four. PACKED: see `store_pixels`. STEP_STRIDE: 0 (a row for all) or 1.
+    Philox call serves four. PACKED: `store_pixels`. FLAGS: `_flag`. STEP_STRIDE: 0 or 1.
     """
     sample = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0).to(tl.int64) * BLOCK
@@ -109,7 +112,7 @@ def fused_step_kernel(
         to = rgb_ptr + (sample * plane + start) * 3
         store_pixels(to, level(r), level(g), level(b), count, BLOCK, PACKED)
     if finite_ptr is not None:
-        _deny(finite_ptr + sample, largest)
+        _flag(finite_ptr + sample * parts, parts, largest, FLAGS)
 
 
 @triton.jit(do_not_specialize=["row", "c_in"])
@@ -159,9 +162,16 @@ def _drawn(element, seed, image, row, WHOLE_BLOCKS: tl.constexpr, BLOCK: tl.cons
 
 
 @triton.jit
-def _deny(finite_ptr, largest):
-    """Whoever found NaN or infinity writes a 0: no reduction, and no store where all is well."""
-    tl.store(finite_ptr + tl.zeros_like(largest), 0, mask=largest >= _INFINITY)
+def _flag(finite_ptr, parts, largest, FLAGS: tl.constexpr):
+    """Of a sample's `parts` flags up to FLAGS, a power of two, are this program's: every so many
+    from its own number on. With FLAGS 0 all were true before, and who finds NaN writes the first.
+    """
+    if FLAGS == 0:
+        tl.store(finite_ptr + tl.zeros_like(largest), 0, mask=largest >= _INFINITY)
+    else:
+        part = tl.program_id(0) + tl.num_programs(0) * tl.arange(0, FLAGS)
+        fine = tl.where(tl.max(largest, 0) >= _INFINITY, 0, 1)
+        tl.store(finite_ptr + part, tl.zeros_like(part) + fine, mask=part < parts)
 
 
 @triton.jit

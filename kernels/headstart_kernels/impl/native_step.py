@@ -92,6 +92,8 @@ def own_step(
                 noise_at = _at(noise, shape, _STATE)
         if own.carries:
             previous_at = _at(previous, shape, _STATE)
+        if finite is not None and finite.numel() != shape[0]:
+            return None
         x_in_at, x_in_type, copies = 0, 0, 0
         if x_in is not None:
             x_in_at, x_in_type, copies = x_in.data_ptr(), TYPES[x_in.dtype], len(x_in) // shape[0]
@@ -157,11 +159,16 @@ def _call(
     rgb = factors = bias = None
     if wanted.preview is not None:
         rgb, factors, bias = (tensor.contiguous() for tensor in wanted.preview)
+    flags = finite = wanted.finite
+    if finite is not None and flags is not None and finite.numel() != len(x):
+        flags = finite.new_empty(len(x))
     made = Operands(
         *(x, f, u, guidance, noise, seeds, samples, previous),
-        *(wanted.x_next, wanted.x0, wanted.x_in, rgb, factors, bias, wanted.finite),
+        *(wanted.x_next, wanted.x0, wanted.x_in, rgb, factors, bias, flags),
     )
     calls().step(packed_step(made, row, c_in, number))
+    if finite is not None and flags is not None and flags is not finite:
+        finite.copy_(flags[:, None])
 
 
 def scale_input(

@@ -11,4 +11,4 @@ from torch import Tensor
 
 def geglu(x: Tensor) -> Tensor:
     a, gate = x.chunk(2, dim=-1)
-    return a * F.gelu(gate)
+    return (a * F.gelu(gate)).contiguous()

@@ -25,7 +25,7 @@ def philox_normal(
 ) -> Tensor:
     if on_host(seeds, samples) and not isinstance(step, Tensor):
         return normals(seeds, samples, step, prod(shape)).view(-1, *shape)
-    return by_definition(seeds, samples, step, prod(shape)).reshape(-1, *shape)
+    return by_definition(seeds, samples, step, prod(shape)).contiguous().view(-1, *shape)
 
 
 def philox4x32_10(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, ...]:

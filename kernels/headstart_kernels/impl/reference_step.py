@@ -16,7 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headstart_kernels.operands import Given, Wanted
+from headstart_kernels.operands import Given, Wanted, memory_format
 from headstart_kernels.table import COLUMNS, Row, Rows, host_row
 
 
@@ -32,7 +32,8 @@ def fused_step(
         following = (step + 1).clamp(max=last) if isinstance(step, Tensor) else min(step + 1, last)
         _fill_input(wanted.x_in, wanted.x_next, _row(table, following, x).c_in)
     if wanted.finite is not None and wanted.x0 is not None:
-        wanted.finite.copy_(wanted.x0.abs().flatten(1).amax(1) < math.inf)  # false for NaN too
+        fine = wanted.x0.abs().flatten(1).amax(1, keepdim=True) < math.inf  # false for NaN too
+        wanted.finite.view(len(x), -1).copy_(fine)
 
 
 def scale_input(
@@ -43,7 +44,7 @@ def scale_input(
         x_in = x.new_empty((copies * len(x), *x.shape[1:]), dtype=dtype)
         _fill_input(x_in, x, c_in)
         return x_in
-    scaled = (x * c_in).to(dtype)
+    scaled = (x * c_in).to(dtype).contiguous(memory_format=memory_format(x))
     return scaled if copies == 1 else torch.cat([scaled] * copies)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
-from headstart_kernels.launch import blocks, launch
+from headstart_kernels.launch import blocks, launch, power_of_2
 from headstart_kernels.operands import Draw, Given, Wanted, memory_format, rows_differ
 from headstart_kernels.table import host_row
 
@@ -36,17 +36,17 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         return
     f_last = all(_is_quads(f) for f in (given.f_cond, given.f_uncond) if f is not None)
     x_in_last = wanted.x_in is not None and _is_quads(wanted.x_in)
-    picture, noise, finite = wanted.preview, given.noise, wanted.finite
-    if finite is not None:
-        finite = finite.fill_(True).view(torch.uint8)
+    picture, noise = wanted.preview, given.noise
     draw = noise if isinstance(noise, Draw) else None
     first_row = draw.first_row if draw else 0
     x_in = wanted.x_in if x_in_last else _packed(wanted.x_in)
     channels = x.shape[1] if f_last or x_in_last or picture is not None else 1
     plane = x[0].numel() // channels
+    programs = blocks(plane, BLOCK)
+    finite, parts, flags = _flags(wanted.finite, len(x), programs)
     launch(
         fused_step_kernel,
-        (blocks(plane, BLOCK), len(x)),
+        (programs, len(x)),
         x_ptr=x,
         f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous(),
         f_uncond_ptr=given.f_uncond if f_last else _packed(given.f_uncond),
@@ -68,6 +68,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         first_row=0 if isinstance(first_row, Tensor) else first_row,
         plane=plane,
         size=x.numel(),
+        parts=parts,
         CHANNELS=channels,
         F_LAST=f_last,
         X_IN_LAST=x_in_last,
@@ -75,6 +76,7 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         WHOLE_BLOCKS=channels == 1 or plane % 4 == 0,
         PACKED=picture is not None and plane % 4 == 0 and picture.rgb.data_ptr() % 4 == 0,
         STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0,
+        FLAGS=flags,
         BLOCK=BLOCK,
     )
     if wanted.x_in is not None and x_in is not None and x_in is not wanted.x_in:
@@ -121,6 +123,20 @@ def _row(table: Tensor, step: int | Tensor) -> Mapping[str, Tensor | float | Non
     numbers = (following.c_in, row.c_skip, row.c_out, row.keep, row.add, row.carry, row.guidance)
     place = {"table_ptr": None, "step_ptr": None, "row": step}
     return place | dict(zip(names, numbers, strict=True))
+
+
+def _flags(finite: Tensor | None, batch: int, programs: int) -> tuple[Tensor | None, int, int]:
+    """The flags of finite samples, how many a sample has, and how many of them a program writes.
+
+    None, 0, where a sample has fewer flags than programs: then all are true before the launch,
+    which costs one more, and the program that finds otherwise writes.
+    """
+    if finite is None:
+        return None, 0, 0
+    parts = finite.numel() // batch
+    if parts < programs:
+        return finite.fill_(True).view(torch.uint8), parts, 0
+    return finite.view(torch.uint8), parts, power_of_2(blocks(parts, programs))
 
 
 def _through_copies(

@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from headstart_kernels.device.adapter import down_kernel, up_kernel
 from headstart_kernels.device.draw import philox_normal_kernel
 from headstart_kernels.device.gate import geglu_kernel
+from headstart_kernels.device.layernorm import add_layernorm_kernel
 from headstart_kernels.device.norm import affine_kernel, apply_kernel, moments_kernel
 from headstart_kernels.device.picture import (
     decode_flat_kernel,
@@ -175,12 +176,13 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
     types: dict[str, str] = dict.fromkeys(("x_ptr", "noise_ptr", "x_next_ptr", "x0_ptr"), "*fp32")
     types |= dict.fromkeys(("f_cond_ptr", "f_uncond_ptr", "x_in_ptr"), f"*{dtype}")
     types |= {"table_ptr": "*fp32", "step_ptr": "*i64", "plane": "i32", "size": "i32"}
-    types |= dict.fromkeys(("row", "last", "first_row"), "i32")
+    types |= dict.fromkeys(("row", "last", "first_row", "parts"), "i32")
     numbers = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
     types |= dict.fromkeys(numbers, "fp32")
     constants: dict[str, object] = {
         **{"CHANNELS": 1, "F_LAST": False, "X_IN_LAST": False, "COPIES": 2},
-        **{"WHOLE_BLOCKS": True, "PACKED": True, "STEP_STRIDE": 0, "BLOCK": triton_step.BLOCK},
+        **{"WHOLE_BLOCKS": True, "PACKED": True, "STEP_STRIDE": 0},
+        **{"FLAGS": 0, "BLOCK": triton_step.BLOCK},
     }
     for name, value in change.items():
         if name in constants:
@@ -193,6 +195,7 @@ def step_case(dtype: str = "fp16", *, aligned: bool = True, **change: object) ->
 
 
 _DRAW: dict[str, Any] = {"noise_ptr": None, "seeds_ptr": "*i64", "samples_ptr": "*i64"}
+_NOTICED: dict[str, Any] = {"finite_ptr": "*u8", "FLAGS": 1}
 _PICTURE: dict[str, Any] = {
     "rgb_ptr": "*u8",
     "factors_ptr": "*fp32",
@@ -213,11 +216,11 @@ def cases() -> dict[str, Case]:
     tokens = {"tokens": "i32", "width": "i32", "rank": "i32", "strength_ptr": "*fp32"}
     found = {f"fused_step {dtype}": step_case(dtype) for dtype in ("fp32", "fp16", "bf16")}
     found |= {
-        "fused_step drawn": step_case(**_DRAW, finite_ptr="*u8"),
+        "fused_step drawn": step_case(**_DRAW, **_NOTICED),
         "fused_step drawn, row a sample": step_case(
-            **_DRAW, finite_ptr="*u8", first_row_ptr="*i64", STEP_STRIDE=1
+            **_DRAW, **_NOTICED, first_row_ptr="*i64", STEP_STRIDE=1
         ),
-        "fused_step drawn + preview": step_case(**_DRAW, **_PICTURE, finite_ptr="*u8"),
+        "fused_step drawn + preview": step_case(**_DRAW, **_PICTURE, **_NOTICED),
         "fused_step channels-last": step_case(CHANNELS=4, F_LAST=True, X_IN_LAST=True),
     }
     scale = {"x_ptr": "*fp32", "x_in_ptr": half, "table_ptr": "*fp32", "step_ptr": "*i64"}
@@ -242,12 +245,21 @@ def cases() -> dict[str, Case]:
         (" channels-last", triton_norm.LAST, True),
     ):
         found[f"groupnorm moments{name}"] = Case(moments_kernel, moments, _tile(sizes, last))
-        found[f"groupnorm apply{name}"] = Case(apply_kernel, applied, _tile(sizes, last))
+        tile = _tile(sizes, last)
+        found[f"groupnorm apply{name}"] = Case(apply_kernel, applied, {**tile, "SILU": True})
+    found["groupnorm apply channels-last, no SiLU"] = Case(
+        apply_kernel, applied, {**_tile(triton_norm.LAST, True), "SILU": False}
+    )
     joined = {"mean_ptr": "*fp32", "spread_ptr": "*fp32", "scale_ptr": "*fp32"}
     joined |= {"shift_ptr": "*fp32", "weight_ptr": half, "bias_ptr": half, **_NORM}
     joined |= {"tiles": "i32", "eps": "fp32"}
     parts = {"PIXELS": triton_norm.PLANES[0], "WIDTH": 16, "JOINED": 1024}
     found["groupnorm affine"] = Case(affine_kernel, joined, parts)
+    shifted = {**joined, "added_ptr": half}
+    found["groupnorm affine, shifted"] = Case(affine_kernel, shifted, parts)
+    names = ("x_ptr", "y_ptr", "weight_ptr", "bias_ptr", "h_ptr", "n_ptr")
+    rows = {**dict.fromkeys(names, half), "width": "i32", "eps": "fp32"}
+    found["add_layernorm"] = Case(add_layernorm_kernel, rows, {"BLOCK": 2048})
     gate = {"x_ptr": half, "y_ptr": half, "width": "i32"}
     found["geglu"] = Case(geglu_kernel, gate, {"BLOCK": triton_gate.BLOCK})
     down = {"x_ptr": half, "down_ptr": half, "h_ptr": half, **tokens}

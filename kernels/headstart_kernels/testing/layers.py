@@ -16,9 +16,13 @@ from torch import Tensor
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _FLOAT32 = 2.0**-24
 
-NORM_ROUNDINGS = 72
+NORM_ROUNDINGS = 74
 """A tile's sum: 8 in a thread and 7 between threads; joined: 8 tiles in a thread, 10 between; these
-25 for the mean and twice for the variance, then divisions, root, product and sum."""
+25 for the mean and twice for the variance, two that bring in a shift, then divisions, root, product
+and sum."""
+ROW_ROUNDINGS = 60
+"""A row's sum: 16 in a thread and 7 between threads; these 23 for the mean and for the variance,
+with the square and the deviation, then divisions, root, products and sum."""
 GATE_ROUNDINGS = 12
 """erf to 2 units in the last place, its argument, and six products and sums."""
 
@@ -41,18 +45,39 @@ class Bound(NamedTuple):
             )
 
 
-def norm_bound(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Bound:
+def norm_bound(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    shift: Tensor | None = None,
+    silu: bool = True,
+) -> Bound:
     """`groupnorm_silu`: silu is 1.1-Lipschitz, and its exponential costs 8 more roundings of n."""
+    added = x.new_zeros(x.shape[:2]) if shift is None else shift
+    added = added.double().view(x.shape[0], groups, -1, 1, 1)
     values = x.double().reshape(x.shape[0], groups, -1, *x.shape[2:])
+    values, absolute = values + added, values.abs() + added.abs()
     mean = values.mean((2, 3, 4), keepdim=True)
-    size = values.abs().mean((2, 3, 4), keepdim=True)
+    size = absolute.mean((2, 3, 4), keepdim=True)
     inverse = (values.var((2, 3, 4), correction=0, keepdim=True) + eps).rsqrt()
     w, b = (t.double().view(1, groups, -1, 1, 1) for t in (weight, bias))
     n = (values - mean) * inverse * w + b
-    magnitude = (values.abs() + size) * inverse * w.abs() + b.abs()
-    exact = (n * n.sigmoid()).flatten(1, 2)
+    magnitude = (absolute + size) * inverse * w.abs() + b.abs()
+    exact = (n * n.sigmoid() if silu else n).flatten(1, 2)
     budget = _FLOAT32 * (1.1 * NORM_ROUNDINGS * magnitude + 8 * n.abs()).flatten(1, 2)
     return Bound(exact, budget + UNIT[x.dtype] * exact.abs())
+
+
+def row_bound(h: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Bound:
+    """The norm of `add_layernorm`, of the sum as it was returned."""
+    values, w, b = h.double(), weight.double(), bias.double()
+    mean, size = values.mean(-1, keepdim=True), values.abs().mean(-1, keepdim=True)
+    inverse = (values.var(-1, correction=0, keepdim=True) + eps).rsqrt()
+    exact = (values - mean) * inverse * w + b
+    magnitude = (values.abs() + size) * inverse * w.abs() + b.abs()
+    return Bound(exact, ROW_ROUNDINGS * _FLOAT32 * magnitude + UNIT[h.dtype] * exact.abs())
 
 
 def gate_bound(x: Tensor) -> Bound:

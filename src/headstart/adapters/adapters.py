@@ -25,7 +25,7 @@ from headstart.adapters.group import Grouping
 from headstart.adapters.host import Host
 from headstart.adapters.kinds import WHOLE
 from headstart.adapters.layers import Layer
-from headstart.adapters.merged import Merged, Sums
+from headstart.adapters.merged import Merged, Sums, in_place
 from headstart.adapters.present import Present
 from headstart.adapters.report import AdapterReport, report_of
 from headstart.adapters.resolved import Match, Resolved
@@ -33,6 +33,7 @@ from headstart.adapters.slots import Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.tokens import reading, teachable
 from headstart.errors import AdapterError, HeadstartError
+from headstart.networks.residency import weight_of
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
@@ -260,10 +261,11 @@ class AdapterSet:
         """In the memory that there is, where the sums fit and no run has them."""
         if old is not None and old.holds(sums):
             return old
-        if old is not None and old.fits(sums) and self._present.set_aside([old]):
-            old.fill(sums)
-            return old
-        return Merged(host.layers, host.dtypes, sums)
+        with in_place(host.module):
+            if old is not None and old.fits(sums) and self._present.set_aside([old]):
+                old.fill(sums)
+                return old
+            return Merged(host.layers, host.dtypes, sums)
 
     def _targets(self, to: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._models) if to is None else (to,) if isinstance(to, str) else tuple(to)
@@ -323,8 +325,10 @@ class AdapterSet:
             return delta
         base = self._models.get("base")
         of_base = host in self._models.values() and base is not None and path in base.layers
-        layer = (base if of_base and base is not None else host).layers[path]
-        return delta.relative_to(layer.weight.float(), layer.bias)
+        source = base if of_base and base is not None else host
+        layer = source.layers[path]
+        with in_place(source.module):
+            return delta.relative_to(weight_of(layer), layer.bias)
 
     def _check_shared(self, held: Held) -> None:
         """A text encoder serves all models, so what changes nothing else is for all of them."""

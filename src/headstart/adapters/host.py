@@ -22,6 +22,7 @@ from headstart.adapters.layers import Layer, Matrix, Weights, layers_of, run_on
 from headstart.adapters.slots import Slot
 from headstart.errors import AdapterError
 from headstart.interfaces import Adapters, Conditioning
+from headstart.networks.regions import is_compiled
 from headstart.runner.capture import is_capturing
 
 
@@ -69,16 +70,17 @@ def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -
 
 def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tensor]:
     """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
-    from what is captured, which serves every strength."""
+    from what is captured or compiled, which serves every strength. Columns are contiguous, so that
+    what is compiled for one serves it beside others too."""
     if strengths is None:
         return {}
-    columns = zip(names, strengths.unbind(1), strict=True)
-    if strengths.device.type != "cpu" or is_capturing():
+    columns = zip(names, strengths.t().contiguous().unbind(0), strict=True)
+    if strengths.device.type != "cpu" or is_capturing() or is_compiled():
         return dict(columns)
     return {name: column for name, column in columns if bool(column.any())}
 
 
-_Forward: TypeAlias = Callable[[Tensor], Tensor]
+_Forward: TypeAlias = Callable[..., Any]
 
 
 @final
@@ -95,9 +97,11 @@ class _Way:
     def __reduce__(self) -> NoReturn:
         raise _copied(self.leaf.layer)
 
-    def __call__(self, input: Tensor) -> Tensor:
+    def __call__(self, input: Tensor, *more: Any) -> Any:
         own = self.leaf.weights()
-        return self.under(input) if own is None else run_on(self.leaf.layer, input, own)
+        if own is None:
+            return self.under(input, *more)
+        return run_on(self.leaf.layer, input, own, *more)
 
 
 @final
@@ -154,15 +158,19 @@ class Leaf:
             return call.changes.weights.get(self)
         return None if self._standing is None else self._standing().weights.get(self)
 
-    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+    def additions(self) -> tuple[tuple[Slot, Tensor], ...]:
+        """What is added in this call, and how strongly: [B] or [1]."""
         call = _CALL.get()
         if call is None or not call.strengths:
-            return
-        for name, slot in call.changes.slots.get(self, ()):
-            if name in call.strengths:
-                _check_rows(layer, y, call.strengths[name])
-                assert isinstance(self.layer, Matrix)  # no low-rank change has a norm's shape
-                slot.add_to(y, args[0], self.layer, call.strengths[name])
+            return ()
+        slots, strengths = call.changes.slots.get(self, ()), call.strengths
+        return tuple((slot, strengths[name]) for name, slot in slots if name in strengths)
+
+    def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        for slot, strength in self.additions():
+            _check_rows(layer, y, strength)
+            assert isinstance(self.layer, Matrix)  # no low-rank change has a norm's shape
+            slot.add_to(y, args[0], self.layer, strength)
 
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
 

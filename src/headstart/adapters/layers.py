@@ -6,12 +6,12 @@ Linear layers and convolutions take any change; norms take sums: W' = W + s*chan
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.networks.fusion import NormSilu
+from headstart.networks import fusion
 
 Matrix: TypeAlias = nn.Linear | nn.Conv2d
 Norm: TypeAlias = nn.GroupNorm | nn.LayerNorm
@@ -39,14 +39,14 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
     }
 
 
-def run_on(layer: Layer, x: Tensor, weights: Weights) -> Tensor:
-    """layer(x) with `weights` in place of the layer's own, in the same kernels."""
+def run_on(layer: Layer, x: Tensor, weights: Weights, *more: Any) -> Any:
+    """layer(x, *more) with `weights` in place of the layer's own, in the same kernels."""
     weight, bias = weights
     match layer:
         case nn.Conv2d():
             return layer._conv_forward(x, weight, bias)  # pyright: ignore[reportPrivateUsage]
-        case NormSilu():
-            return layer.on(x, weight, bias)
+        case fusion.Norm() | fusion.AddNorm():
+            return layer.on(x, weight, bias, *more)
         case nn.GroupNorm():
             return F.group_norm(x, layer.num_groups, weight, bias, layer.eps)
         case nn.LayerNorm():
@@ -55,7 +55,10 @@ def run_on(layer: Layer, x: Tensor, weights: Weights) -> Tensor:
             return F.linear(x, weight, bias)
 
 
-_NORMS = (NormSilu.forward, nn.GroupNorm.forward, nn.LayerNorm.forward)
+_NORMS = (
+    *(fusion.Norm.forward, fusion.AddNorm.forward),
+    *(nn.GroupNorm.forward, nn.LayerNorm.forward),
+)
 
 
 def _is_known(norm: Norm) -> bool:

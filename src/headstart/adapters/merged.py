@@ -5,7 +5,8 @@ The layer keeps W, and runs on W' in the calls of those who have these adapters.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias, final
 
 import torch
@@ -13,6 +14,15 @@ from torch import Tensor, nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.layers import Layer, Weights
+from headstart.networks.residency import weight_of
+
+
+def in_place(module: nn.Module) -> AbstractContextManager[object]:
+    """Inside, a network's weights are its own, also where others take turns in their memory (see
+    `headstart.engine.room`)."""
+    bring: Callable[[], AbstractContextManager[object]] = getattr(module, "in_place", nullcontext)
+    return bring()
+
 
 Sums: TypeAlias = Mapping[str, tuple[Mapping[str, Delta], float]]
 """Adapter -> (layer -> change, strength)."""
@@ -96,7 +106,7 @@ def _bias(delta: Delta) -> Tensor | None:
 def _summed(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
     """float32 sums in the order of the names; each in the memory of its change, which is new: a
     LoKr of 350 layers on SD1.5 is attached in half the time (measured)."""
-    weight = own = layer.weight.float()
+    weight = own = weight_of(layer)
     bias = None if layer.bias is None else layer.bias.float()
     for _, (deltas, strength) in sorted(sums.items()):
         if not strength or path not in deltas:

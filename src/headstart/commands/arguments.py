@@ -72,11 +72,20 @@ def uses_bundled(args: argparse.Namespace) -> bool:
 
 def read_predictions(text: str | None) -> str | dict[str, str] | None:
     """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
-    if text is None or "=" not in text:
+    return None if text is None else _by_model(text, "prediction", "eps, v, x0, flow, or base=v")
+
+
+def read_device(text: str) -> str | dict[str, str]:
+    """`cuda:1`, or `base=cuda:0,distilled=cuda:1`. Raises InputError for anything else."""
+    return _by_model(text, "device", "auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1")
+
+
+def _by_model(text: str, what: str, expected: str) -> str | dict[str, str]:
+    if "=" not in text:
         return text
     pairs = [part.strip().partition("=") for part in text.split(",")]
     if any(not value for _, _, value in pairs):
-        raise InputError(f"prediction {text!r:.60}: expected eps, v, x0, flow, or base=v")
+        raise InputError(f"{what} {text!r:.60}: expected {expected}")
     return {role: value for role, _, value in pairs}
 
 
@@ -155,8 +164,20 @@ def sampling() -> Sequence[Parser]:
         "--distilled-lora", metavar="FILE", help="the distilled model is this LoRA on the base"
     )
     add_adapters(weights)
-    group.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N")
-    group.add_argument("--dtype", default="auto", help="auto, float32, float16, bfloat16, stored")
+    group.add_argument(
+        "--device", default="auto", help="auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1"
+    )
+    group.add_argument(
+        "--memory",
+        default="auto",
+        metavar="SIZE",
+        help="of the GPU that may be had, such as 8GB: what does not fit takes turns; auto: what "
+        "is free, none: nothing takes turns",
+    )
+    group.add_argument(
+        "--dtype", default="auto", help="auto, float32, float16, bfloat16, stored, float8"
+    )
+    group.add_argument("--vae-dtype", default="auto", help="of the decoder; bfloat16 on a GPU")
     group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
     group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from headstart.commands.arguments import (
     RUNNERS,
@@ -18,6 +19,7 @@ from headstart.commands.arguments import (
     worded,
 )
 from headstart.commands.console import RowBar, progress
+from headstart.commands.estimate import add_estimate, check_estimate, estimated
 from headstart.commands.session import open_engine
 from headstart.output import check_file, write_file
 from headstart.plan.named import MODES, PRESETS, TOML, PlanSettings, named_plan
@@ -42,17 +44,22 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--warmup", type=count, default=2, help="runs before that; default: %(default)s"
     )
     parser.add_argument("--out", type=Path, help="also write the JSON into this file")
+    add_estimate(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
+    check_estimate(args)
     prompt, size = worded(args.prompt), read_size(args.size)
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     plans = listed(args.plan)
-    if uses_bundled(args):
+    if uses_bundled(args) and args.family is None:
         for plan in plans:
             named_plan(plan, _settings(args, plan), "demo")
     if args.out is not None:
         check_file(args.out, size_bytes=2**16, suffix=".json")
+    if args.estimate:
+        _tell(args, *estimated(args, {plan: _settings(args, plan) for plan in plans}))
+        return 0
     engine = open_engine(args)
 
     from headstart.compare.latency import Case, latency
@@ -72,11 +79,16 @@ def _run(args: argparse.Namespace) -> int:
             batch=args.batch,
             on_step=RowBar(bar),
         )
-    told = json.dumps(found.to_json(), indent=None if args.out is None else 1)
+    _tell(args, f"{found}\n\n{found.footer()}", found.to_json())
+    return 0
+
+
+def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
+    """As text or as JSON, and the JSON into --out."""
+    told = json.dumps(facts, indent=None if args.out is None else 1)
     if args.out is not None:
         write_file(args.out, (told + "\n").encode())
-    print(told if args.json else f"{found}\n\n{found.footer()}")
-    return 0
+    print(told if args.json else text)
 
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:

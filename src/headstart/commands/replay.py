@@ -81,6 +81,8 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
     args.embedding = args.embedding or recorded_embeddings(weights)
     if args.dtype == "auto":
         args.dtype = machine.get("dtype", "auto")
+    if args.vae_dtype == "auto":
+        args.vae_dtype = machine.get("vae_dtype", "auto")
     if args.embedded_guidance is None:
         args.embedded_guidance = machine.get("embedded_guidance")
     if args.ema is None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import read_predictions, uses_bundled
+from headstart.commands.arguments import read_device, read_predictions, uses_bundled
 from headstart.commands.console import note, progress
 from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
@@ -138,7 +138,12 @@ def _load(args: argparse.Namespace) -> Engine:
     ]
     if uses_bundled(args):
         return Engine.demo(
-            device=args.device, dtype=args.dtype, runner=args.runner, embeddings=embeddings
+            device=read_device(args.device),
+            memory=args.memory,
+            dtype=args.dtype,
+            vae_dtype=args.vae_dtype,
+            runner=args.runner,
+            embeddings=embeddings,
         )
     return Engine.load(
         args.base,
@@ -158,8 +163,10 @@ def _load(args: argparse.Namespace) -> Engine:
         exclamation=args.exclamation or "openclip",
         embeddings=embeddings,
         allow=args.allow,
-        device=args.device,
+        device=read_device(args.device),
+        memory=args.memory,
         dtype=args.dtype,
+        vae_dtype=args.vae_dtype,
     )
 
 

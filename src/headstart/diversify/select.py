@@ -52,7 +52,7 @@ class Select:
 
     def choose(self, x0: Tensor, candidates: Images, images: Images) -> list[int]:
         """The candidate that goes on in place of each image, of those of its prompt."""
-        features = pooled(x0).double().cpu()
+        features = pooled(x0).cpu().double()
         chosen = [0] * len(images)
         pool = candidates.by_prompt
         for prompt, own in images.by_prompt.items():

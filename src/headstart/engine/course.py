@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +15,9 @@ from headstart.diversify.effect import Position, networks_of, noise_for, select_
 from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
+from headstart.engine.devices import noise_on
 from headstart.engine.given import Told
+from headstart.engine.homes import moved
 from headstart.engine.lengths import alike, lengths, meeting, tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
@@ -55,8 +59,9 @@ class Course:
         return self._told
 
     def states(self, resume: State | None = None) -> Iterator[State]:
-        request = self.request
+        request, homes = self.request, self.weights.homes
         cond, uncond = self.told
+        homes.ahead(request.table.models)
         select = select_of(request.methods)
         if select is not None:
             resume = self._selected(select, cond, uncond)
@@ -87,24 +92,47 @@ class Course:
         check: Check = "auto",
     ) -> Iterator[State]:
         request, table, methods = self.request, self.request.table, self.request.methods
-        rows = request.chunk * (1 + request.guided)
+        rows = request.chunks.networks * (1 + request.guided)
+        homes, denoisers = self.weights.homes, self.weights.denoisers
         networks = {
-            model: Chunked(open_runner(self.runner, self.weights.denoisers[model]), rows)
+            model: Chunked(homes.runner(open_runner(self.runner, denoisers[model]), model), rows)
             for model in table.models
         }
         noised = any(isinstance(method, ChangesConditioning) for method in methods)
         tokens = tokens_of(cond, table, self.weights.text.length) if noised else ()
         position = Position(table, images, tokens)
-        states = sample(
-            table, networks_of(networks, methods, position), cond,
-            noise_for(methods, images, request.noise),
-            uncond=uncond, shape=request.latent, strengths=strengths, resume=resume,
-            picture=self.picture, check=check, before_row=position.begin if methods else None,
+        begin = partial(
+            sample, table, networks_of(networks, methods, position),
+            noise=noise_on(self.weights.device, noise_for(methods, images, request.noise)),
+            shape=request.latent, strengths=strengths, check=check,
+            before_row=position.begin if methods else None,
         )  # fmt: skip
-        for step in table.steps[0 if resume is None else resume.step + 1 :]:
-            with self.clock(step.model, device_of(self.weights.denoisers[step.model])):
-                state = next(states)
+        steps = table.steps[0 if resume is None else resume.step + 1 :]
+        states, place = None, None
+        for index, step in enumerate(steps):
+            here = homes.device(step.model)
+            with self.clock(step.model, here or device_of(denoisers[step.model])):
+                if states is None or here != place:  # at the start, and where the device changes
+                    states, place = begin(**self._moved(here, cond, uncond, resume)), here
+                resume = state = next(states)
+            homes.ahead(dict.fromkeys(own.model for own in steps[index + 1 :]))
             yield state
+        homes.after(table.models)
+
+    def _moved(
+        self, place: torch.device | None, cond: Told, uncond: Told | None, resume: State | None
+    ) -> dict[str, Any]:
+        """What a run is told, on the device that it goes on with."""
+        picture = self.picture
+        if place is not None:
+            cond, uncond = _on(cond, place), None if uncond is None else _on(uncond, place)
+            resume = None if resume is None else moved(resume, place)
+            picture = None if picture is None else LinearMap(*(t.to(place) for t in picture))
+        return {"cond": cond, "uncond": uncond, "resume": resume, "picture": picture}
+
+
+def _on(told: Told, device: torch.device) -> Told:
+    return told.map(lambda part: part.to(device)) if isinstance(told, ByLevel) else told.to(device)
 
 
 def device_of(network: object) -> torch.device | None:

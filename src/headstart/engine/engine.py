@@ -23,10 +23,12 @@ from headstart.engine import record as recording
 from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
+from headstart.engine.devices import Device, first_device
 from headstart.engine.launch import run_course
-from headstart.engine.pair import FilePath, Options, Pair, choose_device, load_demo, load_pair
+from headstart.engine.memory import Memory
+from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.engine.prompts import check_texts
-from headstart.engine.request import Prompts, Request, Seeds, prepare
+from headstart.engine.request import Prompts, Request, Seeds, check_texts_memory, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip, check_style, compact
@@ -95,10 +97,19 @@ class Engine:
         exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
                     trained, or "transformers", as diffusers' pictures have it
         allow       tensors of the files that may be left aside, `*` and `?` for any text
+        device      "auto", "cpu", "cuda", "cuda:1", or one for each model: {"base": "cuda:0",
+                    "distilled": "cuda:1"}, text with the base, the decoder with the distilled model
+        memory      "auto": what is free of the GPU. "8GB", or bytes: no more of it. Where weights
+                    do not fit, parts of them wait in the host's memory for their turn;
+                    `weights.notes` says which, and what it costs. "none": all stays on the GPU
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
-                    for you where float32 copies would not fit in the free memory
+                    for you where float32 copies would not fit in the free memory. "float8": half
+                    of float16's memory for the UNets and SDXL's large text encoder, widened layer
+                    by layer; weights are rounded to 4 bits, so images are near, not equal
+        vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
+                    a CPU what the UNets have, float32 for their float16
 
         `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
         UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
@@ -107,7 +118,7 @@ class Engine:
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
-        chosen = choose_runner(runner, choose_device(options.get("device", "auto"))).name
+        chosen = choose_runner(runner, first_device(options.get("device", "auto"))).name
         engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
         if distilled_lora is not None:
             engine.adapters.attach_distilled(distilled_lora)
@@ -117,14 +128,19 @@ class Engine:
     def demo(
         cls,
         *,
-        device: str = "auto",
+        device: Device = "auto",
+        memory: Memory = "auto",
         dtype: str = "auto",
+        vae_dtype: str = "auto",
         runner: RunnerName = "auto",
         embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
-        chosen = choose_runner(runner, choose_device(device)).name
-        return cls(load_demo(device=device, dtype=dtype, embeddings=embeddings), chosen)
+        chosen = choose_runner(runner, first_device(device)).name
+        pair = load_demo(
+            device=device, memory=memory, dtype=dtype, vae_dtype=vae_dtype, embeddings=embeddings
+        )
+        return cls(pair, chosen)
 
     @property
     def denoisers(self) -> Mapping[str, Denoiser]:
@@ -230,7 +246,7 @@ class Engine:
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
         keep_x0: bool = False,
-        batch: int | None = None,
+        batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         on_step: Callable[[State], object] | None = None,
         **asks: Unpack[Asks],
@@ -247,7 +263,8 @@ class Engine:
         plan, settings  as in `compile`: a mode, a preset's name, a Plan or a table; steps=, k=, n=,
                         base_guidance=, distilled_guidance=, preset= belong to a plan given by name
         keep_x0         keep what every row predicted, [S, B, C, h, w]
-        batch           samples in a network at once; None: as many as memory holds
+        batch           samples in a UNet at once; None: as many as memory holds. (8, 2, 1) says too
+                        how many in the decoder, and in how many bands of rows each is decoded
         diversify       other ways to variety, "cads:0.1" or ["pink:1", "select:4"], in this order;
                         `headstart.diversify.methods` has them all. Some act across the images of
                         each prompt of the call; an image does not depend on the other prompts
@@ -279,7 +296,7 @@ class Engine:
             seeds=run.images.seeds,
             negative=compact(run.words.negative),
             size=run.size,
-            chunk=run.chunk,
+            chunk=run.chunks.networks,
             lineage=self.weights.lineage,
             files={**self.weights.files, **run.adapters.files()},
             adapters=run.adapters.describe(run.acts),
@@ -288,13 +305,14 @@ class Engine:
             chosen=course.images.seeds if select_of(run.methods) else None,
             reading=run.words.reading,
             given=run.own.digests,
+            decode=run.chunks.own_decode,
         )
 
     def _machine(self) -> recording.Json:
         own, text = self.weights, self.text
         return recording.machine(
-            own.device, own.dtype, self.runner, own.embedded_guidance, text.exclamation,
-            own.ema, own.allow,
+            own.device, "float8" if own.float8 else own.dtype, self.runner,
+            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype,
         )  # fmt: skip
 
     def iterate(
@@ -303,7 +321,7 @@ class Engine:
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        batch: int | None = None,
+        batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         resume: State | None = None,
         **asks: Unpack[Asks],
@@ -352,11 +370,14 @@ class Engine:
         """The request, read as this engine does where the call does not say otherwise."""
         now = self.adapters.now()
         request = prepare(self.weights, now, prompts, asks=asks, reading=self.reading, **call)
-        check_texts(self.weights.text, request)
+        check_texts_memory(self.weights, request, check_texts(self.weights.text, request))
         return request
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""
-        runners = {model: open_runner(self.runner, own) for model, own in self.denoisers.items()}
+        runners = {
+            model: self.weights.homes.runner(open_runner(self.runner, own), model)
+            for model, own in self.denoisers.items()
+        }
         sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape
         return Batch(runners, most=most, buckets=sizes)

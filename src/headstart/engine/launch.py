@@ -69,6 +69,10 @@ def by_rows(course: Course, on_step: OnStep = None) -> str | None:
     places = {device_of(own) or weights.device for own in (*networks.values(), weights.vae)}
     if len(places) > 1:
         return f"the networks are on {', '.join(sorted(map(str, places)))}"
+    if weights.homes.rooms:
+        return "weights come and go between rows"
+    if (own := request.chunks.own_decode) is not None:
+        return f"the decoder has {own[0]} samples at once, in {own[1]} bands"
     return None
 
 
@@ -81,16 +85,18 @@ def _in_turn(course: Course, keep_x0: bool, on_step: OnStep) -> Made:
         if on_step is not None:
             on_step(state)
     assert state is not None
-    with course.clock("decode"):
+    with course.clock("decode", course.weights.homes.device("vae")):
         latents = finished(course.request.table, state.x)
+        latents = latents.to(course.weights.homes.device("vae") or latents.device)
         rgb = _decoded(course, latents)
-    return Made(rgb, latents, torch.stack(kept) if keep_x0 else None)
+    x0 = torch.stack([x0.to(latents.device) for x0 in kept]) if keep_x0 else None
+    return Made(rgb, latents, x0)
 
 
 def _decoded(course: Course, latents: Tensor) -> Tensor:
     weights, request, drawn = course.weights, course.request, course.images.seeds
-    dtype = weights.vae_dtype
-    return decode_rgb(weights.vae, latents, dtype=dtype, chunk=request.chunk, seeds=drawn)
+    dtype, (_, chunk, bands) = weights.vae_dtype, request.chunks
+    return decode_rgb(weights.vae, latents, dtype=dtype, chunk=chunk, seeds=drawn, bands=bands)
 
 
 def _launched(course: Course, keep_x0: bool, on_step: OnStep) -> Made:
@@ -129,8 +135,9 @@ def _launches(course: Course, keep_x0: bool) -> Iterator[Outcome]:
     strengths = request.strengths
     if strengths is not None:
         strengths = strengths.to(weights.device, torch.float32)
-    for begin in range(0, len(noise), request.chunk):
-        part = slice(begin, begin + request.chunk)
+    chunk = request.chunks.networks
+    for begin in range(0, len(noise), chunk):
+        part = slice(begin, begin + chunk)
         yield graph(
             table, cond[part], _part(noise, part), shape=request.latent,
             uncond=None if uncond is None else uncond[part],

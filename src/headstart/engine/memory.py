@@ -1,110 +1,59 @@
-"""How many bytes a run will take, told before anything is allocated.
+"""What is free of a device's memory, and how much of it an engine may have.
 
-bytes = B*(C*h*w*(8 + kept)*4 + H*W*3*5) + chunk*max(latent_values*h*w, pixel_values*H*W)*itemsize
+free = device's own + held by nobody's tensors - pools of captured graphs
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 from headstart.errors import InputError
-from headstart.networks.unet import UNetParams
-from headstart.networks.vae import VaeParams
+from headstart.runner.capture import Site
 
-SAFE_SHARE = 0.8
-"""Of the free memory; allocators fragment, and the estimate is of tensors alone."""
-
-
-class Footprint(NamedTuple):
-    """Values alive at once for one sample: a latent cell of a UNet pass, a pixel of a decode."""
-
-    latent_values: float
-    pixel_values: float
-    itemsize: int = 4
+Memory = str | int
+"""What a person says of it: "auto", "none", bytes, or a size such as "8GB"."""
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-class Shape(NamedTuple):
-    """What a run allocates: batch, one sample's latents [C, h, w] and pixels [H, W], x0 kept."""
+def read_memory(memory: Memory) -> int | None:
+    """The most bytes of a device that an engine may have; None for "auto" and "none".
 
-    batch: int
-    channels: int
-    latent: tuple[int, int]
-    pixels: tuple[int, int]
-    kept: int = 0
-
-
-def footprint(unets: list[UNetParams], vae: VaeParams, itemsize: int) -> Footprint:
-    """The largest of the UNets, and the decoder."""
-    return Footprint(max(map(_unet_values, unets)), _decoder_values(vae), itemsize)
-
-
-def plan_chunk(
-    shape: Shape, values: Footprint, passes: int, device: torch.device, chunk: int | None
-) -> int:
-    """How many samples a network is given at once: `chunk`, or as many as fit, all if possible.
-
-    `passes` is 2 where guidance doubles the batch. Raises InputError where not even one fits.
+    Raises InputError for anything that is no size.
     """
-    free = available_bytes(device)
-    budget = None if free is None else SAFE_SHARE * free
-    size = shape.batch if chunk is None else min(chunk, shape.batch)
-    while True:
-        need = estimate_bytes(shape, values, size * passes)
-        if budget is None or need <= budget:
-            return size
-        if size == 1 or chunk is not None:
-            raise InputError(_refusal(shape, size, need, free or 0, device))
-        size = (size + 1) // 2
-
-
-def estimate_bytes(shape: Shape, values: Footprint, rows: int) -> int:
-    """Peak bytes besides the weights, with `rows` samples in a network at once."""
-    cells, pixels = shape.latent[0] * shape.latent[1], shape.pixels[0] * shape.pixels[1]
-    states = shape.batch * (shape.channels * cells * (8 + shape.kept) * 4 + pixels * 3 * 5)
-    network = max(values.latent_values * cells, values.pixel_values * pixels)
-    return int(states + rows * network * values.itemsize)
+    if memory in ("auto", "none"):
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(memory).strip().upper())
+    unit = None if found is None else _UNITS.get(found[2] if found[2] in _UNITS else found[2] + "B")
+    if found is None or unit is None or isinstance(memory, bool) or float(found[1]) <= 0:
+        raise InputError(
+            f"memory {memory!r:.40}: expected auto (what is free), none (nothing moves), or a size "
+            "such as 8GB or 7.5GiB"
+        )
+    return int(float(found[1]) * unit)
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes where the run will live, or None where the system does not say."""
+    """Free bytes where the run will live, or None where the system does not say.
+
+    What the caching allocator holds for nobody is free; what it holds for captured graphs is not.
+    """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + max(0, cached - pool_bytes(device))
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     limits = [value for value in (_meminfo(), _cgroup()) if value is not None]
     return min(limits) if limits else _physical()
 
 
-def _unet_values(params: UNetParams) -> float:
-    """Skips of all levels, and the widest working set: 20 widths of a level, 28 with attention.
-
-    The counts bound what the demo's UNet was seen to take: 0.9 of this at 512 and 1024 px.
-    """
-    levels = list(enumerate(params.down))
-    skips = sum((len(s.depths) + s.resample) * s.channels / 4**level for level, s in levels)
-    working = max((28.0 if any(s.depths) else 20.0) * s.channels / 4**level for level, s in levels)
-    return skips + working
-
-
-def _decoder_values(params: VaeParams) -> float:
-    """The last upsampling leaves the second level's width at full resolution, four times over.
-
-    The demo's decoder was seen to take 0.8 of this at 1024 px.
-    """
-    return 4.0 * params.channels[min(1, len(params.channels) - 1)]
-
-
-def _refusal(shape: Shape, size: int, need: int, free: int, device: torch.device) -> str:
-    height, width = shape.pixels
-    return (
-        f"{shape.batch} images of {height}x{width} need about {need / 1e9:.1f} GB besides the "
-        f"weights, with {size} in the network at a time; {free / 1e9:.1f} GB are free on "
-        f"{device} and {SAFE_SHARE:.0%} of that is used at most: ask for a smaller size, fewer "
-        "seeds a call, or a smaller batch"
-    )
+def pool_bytes(device: torch.device) -> int:
+    """What graphs captured on a CUDA device hold, which their replays use and nothing else can."""
+    return Site.of(device).size_bytes if device.type == "cuda" else 0
 
 
 def _meminfo() -> int | None:

@@ -19,7 +19,11 @@ import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.tensors import Checkpoint, PartName
-from headstart.engine.memory import SAFE_SHARE, Footprint, available_bytes, footprint
+from headstart.engine.budget import SAFE_SHARE, Footprint
+from headstart.engine.devices import Device, choose_devices
+from headstart.engine.fitting import Sources, bed, notes, plan_homes, settled
+from headstart.engine.homes import Homes
+from headstart.engine.memory import Memory, available_bytes
 from headstart.engine.models import (
     FilePath,
     Model,
@@ -35,16 +39,19 @@ from headstart.engine.models import (
     swapped,
     two_schedules,
 )
-from headstart.engine.parts import check_channels, codec_of, preview_of, unet_of
+from headstart.engine.parts import check_channels, codec_of, decoder_dtype, preview_of, unet_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import load_text, rounds, widened_bytes
-from headstart.networks.placement import Dtype
+from headstart.networks.numbers import guidance_embedding
+from headstart.networks.placement import Dtype, bound_for
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
-from headstart.networks.unet import guidance_embedding
+from headstart.networks.tower import Tower
+from headstart.networks.unet import UNet
+from headstart.networks.vae import Vae
 from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process
 
@@ -53,6 +60,7 @@ DTYPES: dict[str, Dtype] = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
     "stored": "stored",
+    "float8": "float8",
 }
 EMBEDDED_GUIDANCE = 8.0
 """What an LCM is asked to imitate: w = 7 of its own scale. It was distilled for w in 2 .. 14
@@ -74,9 +82,10 @@ class Pair:
     embedded_guidance  the guidance an LCM's networks are told to imitate, and `guidance_dim`, the
                  width of its embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
-    dtype        that networks compute in; vae_dtype: the decoder
+    dtype        that networks compute in; vae_dtype: the decoder; float8: weights are kept so
     ema          whether averaged weights were asked for, or None; allow: what was let be
     footprint    how much memory a sample takes, or None: then it is not checked
+    device       where a run begins; homes: where each part lives, and which parts take turns
     files        role -> (name, files) of the weights, for the record
     """
 
@@ -98,9 +107,11 @@ class Pair:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
+    float8: bool = False
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
+    homes: Homes = field(default_factory=Homes)
     files: Mapping[str, Files] = field(default_factory=dict[str, Files])
 
     def told(self, cond: Conditioning) -> Conditioning:
@@ -126,7 +137,9 @@ class Options(TypedDict, total=False):
     embeddings         files of learned tokens, or (file, token)
     exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
     allow              tensors of the files that may be left aside, `*` and `?` for any text
-    device, dtype      "auto", or a name
+    device             "auto", a name, or one for each model: {"base": ..., "distilled": ...}
+    dtype              "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
+    memory             "auto", "none", or how much of a GPU may be had, such as "8GB"
     """
 
     vae: FilePath | None
@@ -142,8 +155,10 @@ class Options(TypedDict, total=False):
     embeddings: Embeddings
     exclamation: Exclamation
     allow: Collection[str]
-    device: str
+    device: Device
     dtype: str
+    memory: Memory
+    vae_dtype: str
 
 
 def load_pair(
@@ -157,15 +172,15 @@ def load_pair(
 
     With a distilled LoRA one network is both models; attaching it is the engine's part.
     One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
-    float32 on a CPU and each file's own on a GPU. SDXL's decoder overflows in float16, so where
-    the networks are float16 it takes what its file and family allow. On a CPU, half-precision
-    weights of which float32 copies would take more than the free memory stay as they are (dtype
-    "stored"), and a note says so.
+    float32 on a CPU and each file's own on a GPU; the decoder is bfloat16 there
+    (`parts.decoder_dtype`). On a CPU, half-precision weights of which float32 copies would take
+    more than the free memory stay as they are (dtype "stored"), and a note says so.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
         raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
-    place = choose_device(options.get("device", "auto"))
+    devices = choose_devices(options.get("device", "auto"), tuple(paths))
+    place = devices["text"]
     allow = options.get("allow", ())
     models = {role: Model.of(path, allow) for role, path in paths.items()}
     check_belong(models)
@@ -178,15 +193,17 @@ def load_pair(
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
     kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text, ema.of)
-    decided = (two_schedules(found), decision, *ema.notes)
+    decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
+    sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
+    homes = plan_homes(sources, devices, options.get("memory", "auto"), kind, decodes)
+    decided = (two_schedules(found), decision, *ema.notes, *notes(homes))
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
-    words = _load_words(text, place, kind, options)
-    codec = codec_of(vae, place, kind, first.family, allow)
-    unets = {
-        role: unet_of(path, place, kind, options.get("head_dim"), ema.of[role], words, text, allow)
-        for role, path in paths.items()
-    }
+    with bound_for(devices["text"]):
+        words = _load_words(text, bed(homes, "text"), kind, options)
+    codec = codec_of(vae, devices["vae"], decodes, first.family, allow)
+    unets = _load_unets(sources, homes, kind, words)
     check_channels(vae, codec, paths, unets)
+    homes = settled(homes, words, unets)
     words, learned = taught(words, options.get("embeddings", ()))
     given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in given if path is not None}
@@ -202,7 +219,7 @@ def load_pair(
         image_size=first.image_size,
         downscale=codec.params.downscale,
         latent_channels=codec.params.latent_channels,
-        preview=None if preview is None else preview_of(preview, place, allow),
+        preview=None if preview is None else preview_of(preview, devices["vae"], allow),
         lineage=first.family.lineage,
         preset=options.get("preset") or preset_of(models),
         guesses={role: model.guess for role, model in models.items()},
@@ -212,9 +229,9 @@ def load_pair(
         device=place,
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
-        footprint=footprint(
-            [unet.params for unet in unets.values()], codec.params, max(k.itemsize for k in dtypes)
-        ),
+        float8=kind == "float8",
+        footprint=_footprint(unets, codec, words),
+        homes=homes,
         ema=options.get("ema"),
         allow=tuple(allow),
         files=_files(named, ema.of) | learned,
@@ -224,7 +241,7 @@ def load_pair(
     return _one_network(pair, distilled_lora, lora)
 
 
-def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddings = ()) -> Pair:
+def load_demo(**options: Unpack[Options]) -> Pair:
     """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
     try:
         paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
@@ -232,10 +249,8 @@ def load_demo(*, device: str = "auto", dtype: str = "auto", embeddings: Embeddin
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     base, distilled = paths["base"], paths["distilled"]
-    pair = load_pair(
-        base, distilled, preview=preview, preset="demo", device=device, dtype=dtype,
-        embeddings=embeddings,
-    )  # fmt: skip
+    shared: Options = {**options, "preview": preview, "preset": "demo"}
+    pair = load_pair(base, distilled, **shared)
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
     learned = {role: told for role, told in pair.files.items() if role.startswith(EMBEDDING)}
     return replace(pair, files=files | learned)
@@ -253,26 +268,12 @@ def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
         denoisers={"base": network, "distilled": network},
         predictions={"base": prediction, "distilled": prediction},
         schedules=dict.fromkeys(("base", "distilled"), pair.schedules["base"]),
+        homes=replace(pair.homes, one=True),
         preset=pair.preset or found.preset,
         guesses={**pair.guesses, "distilled": found},
         notes=(*pair.notes, *([] if note is None else [f"distilled: {note}"])),
         files={**pair.files, "distilled_lora": (str(lora), Checkpoint.open(lora).files)},
     )
-
-
-def choose_device(name: str) -> torch.device:
-    """ "auto" is a CUDA device where there is one, else the CPU. Raises InputError."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"device {name!r} cannot be used: {reason}; give auto, cpu, cuda or cuda:N"
-        ) from error
-    return device
 
 
 def _residency(
@@ -306,6 +307,13 @@ def _residency(
     )
 
 
+def _footprint(unets: Mapping[str, UNet], codec: Vae, words: ClipText) -> Footprint:
+    towers = [tower.params for tower in words.towers if isinstance(tower, Tower)]
+    itemsize = max(compute_dtype(unet).itemsize for unet in unets.values())
+    params = [unet.params for unet in unets.values()]
+    return Footprint.of(params, codec.params, towers, itemsize, compute_dtype(codec).itemsize)
+
+
 def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
     if given is None:
         return EMBEDDED_GUIDANCE if dim else None
@@ -337,6 +345,18 @@ def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Optio
         exclamation=options.get("exclamation", "openclip"),
         allow=options.get("allow", ()),
     )
+
+
+def _load_unets(sources: Sources, homes: Homes, kind: Dtype, words: ClipText) -> dict[str, UNet]:
+    found: dict[str, UNet] = {}
+    allow, head_dim = sources.options.get("allow", ()), sources.options.get("head_dim")
+    for role, path in sources.unets.items():
+        with bound_for(homes.devices[role]):
+            found[role] = unet_of(
+                path, bed(homes, role), kind, head_dim, sources.ema[role], words, sources.text,
+                allow,
+            )  # fmt: skip
+    return found
 
 
 def _files(paths: Mapping[str, FilePath], ema: Mapping[str, bool | None]) -> dict[str, Files]:

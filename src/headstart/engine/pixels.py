@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from headstart.errors import InputError
 from headstart.fork import check_threads
 from headstart.interfaces import LatentCodec
+from headstart.networks.vae import Vae
 from headstart.plan.table import StepTable
 from headstart_kernels import decode_u8
 
@@ -22,39 +23,53 @@ def finished(table: StepTable, x: Tensor) -> Tensor:
 
 
 def decode_rgb(
-    vae: LatentCodec, latents: Tensor, *, dtype: torch.dtype, chunk: int, seeds: Sequence[int]
+    vae: LatentCodec,
+    latents: Tensor,
+    *,
+    dtype: torch.dtype,
+    chunk: int,
+    seeds: Sequence[int],
+    bands: int = 1,
 ) -> Tensor:
-    """Decode in `dtype`; what overflows in float16 is decoded again in float32, with a warning.
+    """Decode `chunk` samples at once in `dtype`, the layers of a `Vae` in `bands` of rows.
 
-    SDXL's decoder overflows in float16 (its config.json says `force_upcast`), and so may any that
-    was trained further. The float32 copy lives for this call only. Raises InputError naming the
-    seeds whose pixels are NaN or infinite all the same.
+    What overflows in float16 is decoded again in float32, with a warning: SDXL's decoder does (its
+    config.json says `force_upcast`), and so may any that was trained further. The float32 copy
+    lives for this call only. Raises InputError naming the seeds whose pixels are NaN or infinite
+    all the same.
     """
     check_threads()
-    rgb, good = _decoded(vae, latents.to(dtype), chunk)
+    if bands != 1 and not isinstance(vae, Vae):
+        raise InputError(
+            f"bands={bands} is for a VAE's decoder, and this is a {type(vae).__name__}"
+        )
+    rgb, good = _decoded(vae, latents.to(dtype), chunk, bands)
     if not all(good) and dtype == torch.float16 and isinstance(vae, nn.Module):
         warnings.warn(
             "the decoder overflowed in float16, so the images are decoded again in float32; load "
-            "with dtype='bfloat16', or give a repaired VAE, to save the time",
+            "with vae_dtype='bfloat16', or give a repaired VAE, to save the time",
             stacklevel=2,
         )
         wide = deepcopy(vae).float()
-        rgb, good = _decoded(wide, latents.float(), chunk)
+        rgb, good = _decoded(wide, latents.float(), chunk, bands)
     if not all(good):
         bad = [seed for seed, fine in zip(seeds, good, strict=True) if not fine]
         raise InputError(
             f"the decoder gave NaN or infinity for seed(s) {bad}: a half-precision decoder "
-            "overflowed, or the VAE is not this model's; load with dtype='float32' or 'bfloat16'"
+            "overflowed, or the VAE is not this model's; load with vae_dtype='float32'"
         )
     return rgb
 
 
-def _decoded(vae: LatentCodec, latents: Tensor, chunk: int) -> tuple[Tensor, list[bool]]:
+def _decoded(
+    vae: LatentCodec, latents: Tensor, chunk: int, bands: int
+) -> tuple[Tensor, list[bool]]:
     parts: list[Tensor] = []
     finite: list[Tensor] = []
     with torch.inference_mode():
         for begin in range(0, len(latents), chunk):
-            pixels = vae.decode(latents[begin : begin + chunk])
+            some = latents[begin : begin + chunk]
+            pixels = vae.decode(some, bands) if isinstance(vae, Vae) else vae.decode(some)
             finite.append(torch.isfinite(pixels).flatten(1).all(1))
             parts.append(decode_u8(pixels, check=False))
         return torch.cat(parts), [bool(fine) for fine in torch.cat(finite).cpu().unbind()]

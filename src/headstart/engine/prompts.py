@@ -1,24 +1,29 @@
 """Prompts into conditioning: every distinct text once, at each strength that an adapter has on it.
 
 cond[row, i] = encode(line of image i at that row; strengths of image i there)
+
+What an earlier call has encoded, of the same texts and weights, is found: see `engine.encoded`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import weakref
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from headstart.by_level import ByLevel, Level
+from headstart.engine.encoded import encoded_by
 from headstart.engine.given import Told
 from headstart.engine.lengths import lengths, meeting
 from headstart.engine.request import Request
 from headstart.engine.tags import text_strengths
 from headstart.engine.words import Line
+from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
 from headstart.plan.leg import PRINTED
@@ -32,6 +37,8 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     A ByLevel where a text, or a strength that it is read at, changes with the row. All texts of a
     call have one length, and rows that are told the same share their tensors.
     """
+    check_threads()  # before rows are taken of what is found
+    known = encoded_by(text)
     text = request.adapters.text or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)
     strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
@@ -41,8 +48,14 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     ]
     distinct = list(dict.fromkeys(key for row in keys for key in row))
     place = next(text.parameters()).device
-    own = None if base is None else torch.tensor([told for _, told in distinct], device=place)
-    cond, uncond = _encoded(text, request, [line for line, _ in distinct], own)
+    own = None if base is None else tuple(told for _, told in distinct)
+    reading = _Reading(*_texts(request, [line for line, _ in distinct], each=own is not None))
+    told = (weakref.ref(text), text.exclamation, text.zero_empty_negative, reading.key, own)
+    cond, uncond = known.find(
+        (*told, _changes(text, request)), lambda: _encoded(text, request, reading, own)
+    )
+    cond = replace(cond, adapters=request.adapters)
+    uncond = None if uncond is None else replace(uncond, adapters=request.adapters)
     number = {key: index for index, key in enumerate(distinct)}
     rows = [tuple(number[key] for key in row) for row in keys]
     starts = [step.sigma for step in request.table]
@@ -50,17 +63,22 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
 
 
-def check_texts(text: ClipText, request: Request) -> None:
-    """Raise InputError for texts that cannot share a call, before anything is allocated."""
+def check_texts(text: ClipText, request: Request) -> int:
+    """Tokens of the texts that are encoded, 0 where none is.
+
+    Raises InputError for texts that cannot share a call, before anything is allocated.
+    """
     own = request.own
     have = [*lengths(own.cond), *lengths(own.uncond)]
+    read = 0
     if own.cond is None or (request.guided and own.uncond is None):
         text = request.adapters.text or text
         lines = list(dict.fromkeys(line for row in request.lines for line in row))
         prompts, negatives, how = _texts(request, lines, each=False)
-        have.append(text.check(prompts, negatives, **how))
+        have.append(read := text.check(prompts, negatives, **how))
     if request.guided:  # its calls hold both halves
         meeting(have, text.length)
+    return read
 
 
 def _texts(
@@ -89,19 +107,49 @@ def _texts(
     return prompts, [negative for negative, _ in pairs], how
 
 
-def _encoded(
-    text: ClipText, request: Request, lines: Sequence[Line], strengths: Tensor | None
-) -> tuple[Conditioning, Conditioning | None]:
-    """Of each line; with strengths each negative prompt is read at its image's too."""
+class _Reading(NamedTuple):
+    """The arguments of an encoding."""
+
+    prompts: list[str]
+    negatives: list[str | None] | None
+    how: dict[str, Any]
+
+    @property
+    def key(self) -> Hashable:
+        how: list[Hashable] = []
+        for name, value in self.how.items():
+            how += [name, tuple(cast("list[object]", value)) if isinstance(value, list) else value]
+        negatives = None if self.negatives is None else tuple(self.negatives)
+        return tuple(self.prompts), negatives, tuple(how)
+
+
+def _changes(text: ClipText, request: Request) -> Hashable:
+    """What the adapters of the moment change of the encoders: whose it is, and how often it was
+    written to."""
     adapters = request.adapters
-    prompts, negatives, how = _texts(request, lines, each=strengths is not None)
+    parts = [part for tower in text.towers for part in adapters.parts(tower)]
+    if not parts:
+        return None
+    found: list[Hashable] = [adapters.columns]
+    for part in parts:
+        versions = sum(tensor._version for tensor in (*part.parameters(), *part.buffers()))
+        found.append((weakref.ref(part), versions))
+    return tuple(found)
+
+
+def _encoded(
+    text: ClipText, request: Request, reading: _Reading, own: Sequence[Sequence[float]] | None
+) -> tuple[Conditioning, Conditioning | None]:
+    """Of each text; with strengths each negative prompt is read at its image's too."""
+    prompts, negatives, how = reading
+    place = next(text.parameters()).device
+    strengths = None if own is None else torch.tensor(own, device=place)
     if negatives is None:
-        with adapters.acting(strengths):
-            alone = text.encode(prompts, None, **how)
-        return replace(alone, adapters=adapters), None
-    with adapters.acting(None if strengths is None else torch.cat((strengths, strengths))):
-        cond, uncond = text.encode(prompts, negatives, **how)
-    return replace(cond, adapters=adapters), replace(uncond, adapters=adapters)
+        with request.adapters.acting(strengths):
+            return text.encode(prompts, None, **how), None
+    both = None if strengths is None else torch.cat((strengths, strengths))
+    with request.adapters.acting(both):
+        return text.encode(prompts, negatives, **how)
 
 
 def _by_level(rows: Sequence[tuple[int, ...]], starts: Sequence[float]) -> list[tuple[Level, Any]]:

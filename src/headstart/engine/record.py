@@ -21,6 +21,7 @@ from torch import Tensor
 from headstart.adapters.attached import ROLE
 from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
+from headstart.engine.digests import Identity, digest
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation
@@ -39,10 +40,11 @@ _SHAPE = {
     "negative": (str, None, [(None, str)]),
     "size": [int],
     "chunk": int,
+    "decode?": {"chunk": int, "bands": int},
     "table": {},
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
-        **{"": _PLAIN, "dtype?": str, "embedded_guidance?": (None, float)},
+        **{"": _PLAIN, "dtype?": str, "vae_dtype?": str, "embedded_guidance?": (None, float)},
         **{"exclamation?": str, "ema?": bool, "allow?": [str]},
     },
     "results": {"": [str]},
@@ -87,30 +89,38 @@ class Recorded:
     """How prompts are read, where it is not the usual way: arguments of `Engine.sample`."""
     given: Mapping[str, str] = field(default_factory=dict[str, str])
     """SHA-256 of tensors that were the caller's own, which a record does not hold."""
+    decode: tuple[int, int] | None = None
+    """Samples that were in the decoder at once, and its bands; None: as many as `chunk`, whole."""
     first: bool = False
     """Whether it is of the first format."""
 
 
 def weigh(files: WeightFiles) -> Json:
-    """Role -> {file, sha256}; a digest is kept while the file's size and time stay the same."""
+    """Role -> {file, sha256}; digests of large files are kept on disk: see `engine.digests`."""
     return {
-        role: {"file": name, "sha256": _digest_of(tuple(_identity(path) for path in paths))}
+        role: {
+            "file": name,
+            "sha256": _digest_of(tuple((path, Identity.of(path.stat())) for path in paths)),
+        }
         for role, (name, paths) in files.items()
     }
 
 
 def machine(
     device: torch.device,
-    dtype: torch.dtype,
+    dtype: torch.dtype | str,
     runner: str,
     guidance: float | None = None,
     exclamation: Exclamation = "openclip",
     ema: bool | None = None,
     allow: Sequence[str] = (),
+    vae_dtype: torch.dtype = torch.float32,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
-    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be.
+    `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
+    `vae_dtype`: where not all is float32.
     """
+    plain = dtype == vae_dtype == torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return {
         "device": device.type,
@@ -124,6 +134,7 @@ def machine(
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
         **({"allow": list(allow)} if allow else {}),
+        **({} if plain else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }
 
@@ -153,6 +164,7 @@ def describe(run: Recorded) -> Json:
         **({} if run.chosen is None else {"chosen": list(run.chosen)}),
         **({"reading": _plain(run.reading)} if run.reading else {}),
         **({"given": dict(run.given)} if run.given else {}),
+        **({} if (d := run.decode) is None else {"decode": {"chunk": d[0], "bands": d[1]}}),
     }
 
 
@@ -190,6 +202,7 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             chosen=tuple(record["chosen"]) if "chosen" in record else None,
             reading={"literal": True} if kind == FIRST else _read(record.get("reading", {})),
             given=dict(record.get("given", {})),
+            decode=(d["chunk"], d["bands"]) if (d := record.get("decode")) else None,
             first=kind == FIRST,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
@@ -273,19 +286,12 @@ def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str
     return "machine, versions and settings are the recorded ones, so the results should be equal"
 
 
-def _identity(path: Path) -> tuple[str, int, int]:
-    found = path.stat()
-    return str(path), found.st_size, found.st_mtime_ns
-
-
 @lru_cache(maxsize=64)
-def _digest_of(files: tuple[tuple[str, int, int], ...]) -> str:
+def _digest_of(files: tuple[tuple[Path, Identity], ...]) -> str:
     """SHA-256 of the file, or of the shards' digests one after the other."""
-    parts: list[bytes] = []
-    for path, _, _ in files:
-        with open(path, "rb") as file:
-            parts.append(hashlib.file_digest(file, "sha256").digest())
-    return parts[0].hex() if len(parts) == 1 else hashlib.sha256(b"".join(parts)).hexdigest()
+    parts = [digest(path) for path, _ in files]
+    joined = b"".join(map(bytes.fromhex, parts))
+    return parts[0] if len(parts) == 1 else hashlib.sha256(joined).hexdigest()
 
 
 @lru_cache(maxsize=1)

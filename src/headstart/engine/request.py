@@ -14,8 +14,8 @@ from headstart.diversify.effect import check_images, select_of, strengths_of, ta
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
 from headstart.engine.asks import OWN, Asks
+from headstart.engine.budget import Asked, Chunks, Free, Shape, check_texts_fit, chunks
 from headstart.engine.given import Own, digests, has_time_ids, latent_of, noise_source, own_of
-from headstart.engine.memory import Shape, plan_chunk
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
 from headstart.engine.tags import Tags, tagged
@@ -51,7 +51,7 @@ class Request:
     noise: NoiseSource | None
     size: tuple[int, int]
     table: StepTable
-    chunk: int
+    chunks: Chunks
     latent: tuple[int, int, int]
     adapters: Attached
     acts: Mapping[str, Strength]
@@ -71,7 +71,7 @@ def prepare(
     plan: str | Plan | StepTable,
     seeds: Seeds,
     asks: Asks,
-    batch: int | None = None,
+    batch: int | Sequence[int] | None = None,
     diversify: Diversify = (),
     keep_x0: bool = False,
     reading: Mapping[str, Any] | None = None,
@@ -102,17 +102,13 @@ def prepare(
         words = _unread(words, asked)
     if guided and not resumed:
         _check_negative_levels(words, lines, table)
-    if batch is not None and batch < 1:
-        raise InputError(f"batch must be at least 1 sample, got {batch}")
+    asks_for = Asked.of(batch)
     select = select_of(methods)
     count = len(images) * (1 if select is None else int(select.times))
     height, width = (side // weights.downscale for side in pixels)
     latent = (weights.latent_channels, height, width)
     noise = noise_source(own, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
-    chunk = min(batch or count, count)
-    if weights.footprint is not None:
-        chunk = plan_chunk(shape, weights.footprint, 1 + guided, weights.device, batch)
     return Request(
         images=images,
         words=words,
@@ -122,13 +118,37 @@ def prepare(
         noise=noise,
         size=pixels,
         table=table,
-        chunk=chunk,
+        chunks=_chunks(weights, shape, table, asks_for),
         latent=latent,
         adapters=attached,
         acts=acts,
         strengths=attached.strengths(table, len(images), acts),
         methods=methods,
     )
+
+
+def _chunks(weights: Pair, shape: Shape, table: StepTable, asked: Asked) -> Chunks:
+    """As many samples at once as memory holds, where anybody knows how much that is."""
+    passes = 1 + any(step.guidance != 1.0 for step in table)
+    if weights.footprint is None:
+        most = min(asked.networks or shape.batch, shape.batch)
+        return Chunks(most, min(asked.decode or most, shape.batch), asked.bands or 1)
+    networks, pools = weights.homes.free(table.models)
+    decode, _ = weights.homes.free(("vae",))
+    free = Free(None if networks is None else networks + pools, decode)
+    device = str(weights.homes.device("vae") or weights.device)
+    return chunks(shape, weights.footprint, passes, free, asked, device=device)
+
+
+def check_texts_memory(weights: Pair, request: Request, tokens: int) -> None:
+    """Raise InputError where texts of so many tokens cannot be encoded at once."""
+    if weights.footprint is None or not tokens:
+        return
+    lines = {line for row in request.lines for line in row}
+    free, _ = weights.homes.free(("text",))
+    device = str(weights.homes.device("text") or weights.device)
+    texts = len(lines) * (1 + request.guided)
+    check_texts_fit(weights.footprint, texts, tokens, free, device)
 
 
 def _told_apart(asks: Asks) -> tuple[Mapping[str, Any], PlanSettings]:

@@ -29,6 +29,9 @@ def replay(
 
     cond, uncond, noise   what the run was given as tensors, which the record does not hold
 
+    Digests of weights may be those that are kept on disk (`engine.digests`), so what a replay says
+    of files rests on their size, times and inode; with HEADSTART_CACHE=off it reads them through.
+
     Raises InputError for a record of other weights, and for a result that is not equal, with the
     first image that differs and what differs of the machine. A network's rounding depends on
     device, versions, thread count and batch, so only the same of these promise the same bits.
@@ -54,7 +57,7 @@ def replay(
             seeds=recorded.seeds,
             negative=recorded.negative,
             size=recorded.size,
-            batch=recorded.chunk,
+            batch=(recorded.chunk, *(recorded.decode or (recorded.chunk, 1))),
             adapters=adapters.recorded(recorded.adapters),
             diversify=recorded.diversify,
             on_step=on_step,

@@ -25,7 +25,8 @@ class Trajectory:
     table       the rows that ran
     latency_ms  text, base, distilled, decode: time on the device, of this run alone. A run that was
                 one launch stands under the model of its last row, decoder and all
-    chunk       samples that were in a network at once
+    chunk       samples that were in a network at once; decode: in the decoder, and its bands, where
+                they are not as many, and one
     lineage     the family whose latents these are, or None where the weights do not say
     files       role -> (name, files) of the weights; machine: what rounding may depend on
     adapters    name -> what was attached, and how strongly it acted
@@ -55,6 +56,7 @@ class Trajectory:
     chosen: tuple[int, ...] | None = None
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: Mapping[str, str] = field(default_factory=dict[str, str])
+    decode: tuple[int, int] | None = None
 
     @property
     def passes(self) -> int:
@@ -74,8 +76,10 @@ class Trajectory:
     def record(self) -> dict[str, Any]:
         """Everything that repeats this run, and SHA-256 of its images, as JSON-able values.
 
-        The first record of an engine reads its weight files through once, for their digests. Of
-        tensors that were the caller's own it has digests alone: see `headstart.replay`.
+        The first record of these weight files reads them through, for their digests, which are kept
+        in the user's cache folder (HEADSTART_CACHE moves it, "off" is none) while a file's size,
+        times and inode stay the same. Of tensors that were the caller's own it has digests alone:
+        see `headstart.replay`.
         """
         return record.describe(self.recorded())
 
@@ -96,6 +100,7 @@ class Trajectory:
             chosen=self.chosen,
             reading=self.reading,
             given=self.given,
+            decode=self.decode,
             results={
                 "latents": record.digests(self.latents),
                 "rgb": record.digests(self.rgb),

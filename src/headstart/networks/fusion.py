@@ -4,8 +4,12 @@
     True   kernels everywhere (on a CPU their reference, or what emulates a GPU)
     False  torch's own operators everywhere: to see whether a difference comes from a kernel
 
-It governs groupnorm + SiLU, GEGLU, and the low-rank addition of adapters to linear layers and to
-1x1 convolutions of channels-last images; other convolutions have torch's own.
+What a compiler traces is torch's own operators in any case, which it fuses itself: a kernel is a
+call that it cannot look into, with copies around it where memory formats differ.
+
+It governs group norms with what is added before and the SiLU after them, layer norms with the
+residual sum before them, GEGLU, and the low-rank addition of adapters to linear layers and to 1x1
+convolutions of channels-last images; other convolutions have torch's own.
 """
 
 from __future__ import annotations
@@ -15,14 +19,17 @@ from contextlib import contextmanager
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
-from headstart_kernels import groupnorm_silu
+from headstart_kernels import add_layernorm, groupnorm_silu
 
 _on: bool | None = None
 
 
 def fused(x: Tensor) -> bool:
     """Whether a layer that computes on `x` is one kernel."""
+    if is_compiling():
+        return False
     return x.is_cuda if _on is None else _on
 
 
@@ -42,14 +49,44 @@ def fusion(on: bool | None) -> Generator[None]:
         _on = before
 
 
-class NormSilu(nn.GroupNorm):
-    """silu(norm(x)); one kernel that reads x twice on a GPU, torch's own two elsewhere."""
+class Norm(nn.GroupNorm):
+    """norm(x + shift), shift [B, C] or None: a kernel that reads x twice and keeps its memory
+    format on a GPU, torch's own operators elsewhere."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.on(input, self.weight, self.bias)
+    silu = False
 
-    def on(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(self, input: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.on(input, self.weight, self.bias, shift)
+
+    def on(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None = None
+    ) -> Tensor:
+        """The same with another weight and bias [C], as an adapter has them."""
+        groups, eps = self.num_groups, self.eps
+        if fused(x) and bias is not None:
+            return groupnorm_silu(x, groups, weight, bias, eps, shift=shift, silu=self.silu)
+        h = x if shift is None else x + shift[:, :, None, None]
+        normed = F.group_norm(h, groups, weight, bias, eps)
+        return F.silu(normed) if self.silu else normed
+
+
+class NormSilu(Norm):
+    """silu(norm(x + shift)), in the same kernel."""
+
+    silu = True
+
+
+class AddNorm(nn.LayerNorm):
+    """h = x + y and its layer norm: (h, norm(h)); one kernel on a GPU, torch's two elsewhere."""
+
+    def forward(self, input: Tensor, added: Tensor) -> tuple[Tensor, Tensor]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self.on(input, self.weight, self.bias, added)
+
+    def on(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, added: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """The same with another weight and bias [C], as an adapter has them."""
         if fused(x) and bias is not None:
-            return groupnorm_silu(x, self.num_groups, weight, bias, self.eps)
-        return F.silu(F.group_norm(x, self.num_groups, weight, bias, self.eps))
+            return add_layernorm(x, added, weight, bias, self.eps)
+        h = x + added
+        return h, F.layer_norm(h, self.normalized_shape, weight, bias, self.eps)

@@ -7,6 +7,7 @@ Nothing here touches the network.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -19,7 +20,14 @@ from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
-from headstart.networks.placement import Dtype, device_of, filled, is_half, stored_dtype
+from headstart.networks.placement import (
+    Dtype,
+    device_of,
+    filled,
+    is_half,
+    kept_dtype,
+    stored_dtype,
+)
 from headstart.networks.prompt_style import EXCLAMATIONS, Exclamation
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyDecoder, TinyEncoder, TinyVae
@@ -28,6 +36,13 @@ from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart.networks.vocabulary import clip_vocabulary
+
+_ENDS = re.compile(r"conv_in|conv_out|(time|add)_embedding\..*|.*\.time_emb_proj")
+"""A UNet's first and last convolution, and what embeds times and sizes: 1 % of SDXL's weights."""
+_PROJECTION = re.compile(r"text_projection")
+_LARGE = 1280
+"""Units of a text encoder whose matrices dtype "float8" keeps so: OpenCLIP's bigG, 1.4 GB in
+float16. CLIP's first has 0.25 GB."""
 
 
 def load_unet(
@@ -46,8 +61,15 @@ def load_unet(
     file has them, mapped and not copied, and computes in float32, layer by layer
     (`networks.residency`); on an accelerator it is None. Weights of eight bits and fewer (float8,
     int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
-    holds float8 exactly, and rounds products with a scale. `head_dim` is the width of an attention
-    head, for scaled-down models whose file does not say it (`headstart.head_dim`, `config.json`).
+    holds float8 exactly, and rounds products with a scale.
+
+    "float8" keeps matrices as float8 with a scale for each output channel, which rounds them to 4
+    significant bits unless they were float8. It computes in float32 on a CPU, and on an accelerator
+    in bfloat16 for files in it, else in float16; first, last and time layers, norms and biases are
+    kept in that (`networks.residency`).
+
+    `head_dim` is the width of an attention head, for scaled-down models whose file does not say it
+    (`headstart.head_dim`, `config.json`).
     `allow` names tensors that may be left aside, `*` and `?` for any text.
 
     `ema` True takes the averaged weights of a training checkpoint (`model_ema.*`) or a diffusers
@@ -63,7 +85,7 @@ def load_unet(
     judged = judge(path, checkpoint, Given(head_dim=head_dim, allow=allow)).require("unet")
     params = judged.unet
     assert params is not None
-    return filled(lambda: UNet(params), judged.part, target, dtype)
+    return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS)
 
 
 def load_vae(
@@ -85,9 +107,10 @@ def load_vae(
     0.1159). A full checkpoint, a `config.json` or the metadata `headstart.scale_factor` makes it
     known; `like` is the family to take the scale of where nothing does. dtype and allow are as in
     `load_unet`, except that SDXL's float16 file is read as float32: its activations overflow half
-    precision (`force_upcast` in its config.json).
+    precision (`force_upcast` in its config.json). InputError for "float8".
     """
     target = device_of(device)
+    _check_wide(dtype, "a VAE")
     given = Given(
         scale_factor=scale_factor,
         shift_factor=shift_factor,
@@ -121,7 +144,8 @@ def load_text(
     merges.txt), the metadata `headstart.tokenizer` or the diffusers folder, in this order; where
     none of them has one, it is CLIP's own. `exclamation` is what "!" becomes, as open_clip or as
     transformers reads it (`ClipTokenizer.exclamation`). dtype and `head_dim` are as in
-    `load_unet`. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
+    `load_unet`; "float8" is for SDXL's second encoder, and smaller ones stay in what they compute
+    in. A lone encoder of 768 or 1024 units is read as SD1.5's or SD2.1's.
     """
     if exclamation not in EXCLAMATIONS:
         raise InputError(f"exclamation {exclamation!r:.40}: expected {', '.join(EXCLAMATIONS)}")
@@ -152,6 +176,7 @@ def load_tiny(
 ) -> TinyVae:
     """A TAESD-class autoencoder: a decoder's file, an encoder's, or both, in either naming."""
     target = device_of(device)
+    _check_wide(dtype, "a tiny autoencoder")
     checkpoint = Checkpoint.open(path, "tiny", half=is_half(dtype))
     judged = judge(path, checkpoint, Given(allow=allow)).require("tiny")
     halves = judged.tiny
@@ -174,6 +199,24 @@ def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
     )
 
 
+def weight_bytes(path: str | Path, part: PartName, dtype: Dtype = None, *, ema: Ema = None) -> int:
+    """What a network's weights take on an accelerator, loaded with `dtype`; from headers alone."""
+    kept = dtype if isinstance(dtype, torch.dtype) else file_dtype(path, part, ema=ema)
+    few = dtype == "float8"
+    return sum(
+        (1 if few and len(shape) > 1 and "embedding" not in name else kept.itemsize)
+        * math.prod(shape)
+        for held in _parts(path, part, ema)
+        for name, shape in held.shapes.items()
+    )
+
+
+def file_dtype(path: str | Path, part: PartName, *, ema: Ema = None) -> torch.dtype:
+    """What dtype None is on an accelerator: of a text's two encoders the wider one's."""
+    kept = [kept_dtype(held) for held in _parts(path, part, ema)]
+    return max(kept, key=lambda dtype: dtype.itemsize, default=torch.float32)
+
+
 def rounds(path: str | Path, part: PartName) -> bool:
     """Whether dtype "stored" rounds some weights: those with scales, which half precision holds
     but nearly."""
@@ -189,6 +232,11 @@ def _parts(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
     return found
 
 
+def _check_wide(dtype: Dtype, what: str) -> None:
+    if dtype == "float8":
+        raise InputError(f'dtype "float8" is for UNets and text encoders, and this is {what}')
+
+
 def _overflows(judged: Judged) -> bool:
     """SDXL's own decoder, known by its scale, unless its config says that it has been repaired."""
     repaired = judged.part.config.get("force_upcast") is False
@@ -199,7 +247,8 @@ def _overflows(judged: Judged) -> bool:
 def _tower(judged: Judged, device: torch.device, dtype: Dtype) -> Tower:
     params, rule = judged.clip, judged.rule
     assert params is not None and rule is not None
-    tower = filled(lambda: Tower(params, rule), judged.part, device, dtype)
+    wide = _PROJECTION if params.width >= _LARGE else None
+    tower = filled(lambda: Tower(params, rule), judged.part, device, dtype, wide)
     tower.reset_positions(device)
     return tower
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import gc
 import re
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
-from typing import Any, Literal, TypeVar
+from contextvars import ContextVar
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from headstart.checkpoint.tensors import WIDENED, Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
-from headstart.networks.residency import keep_stored
+from headstart.networks.residency import in_float8, keep_float8, keep_stored
 
 M = TypeVar("M", bound=nn.Module)
-Dtype = torch.dtype | Literal["stored"] | None
+Dtype = torch.dtype | Literal["stored", "float8"] | None
 """What weights become; see `headstart.networks.load.load_unet`."""
 
 _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | dict.fromkeys(
@@ -29,8 +30,16 @@ _KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | d
 )
 
 
-def filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtype) -> M:
+def filled(
+    build: Callable[[], M],
+    part: Part,
+    device: torch.device,
+    dtype: Dtype,
+    wide: re.Pattern[str] | None = None,
+) -> M:
     """Build on the meta device, then assign the tensors of a part that was judged and fits.
+
+    wide   with dtype "float8" the layers that stay in what the network computes in; None: all
 
     Raises InputError in a forked process that cannot compute.
     """
@@ -38,25 +47,74 @@ def filled(build: Callable[[], M], part: Part, device: torch.device, dtype: Dtyp
     with _uncollected():
         with torch.device("meta"), _Unfilled():
             module = build()
-        return _fill(module, part, device, dtype)
+        return _fill(module, part, device, dtype, wide)
 
 
-def _fill(module: M, part: Part, device: torch.device, dtype: Dtype) -> M:
-    stored = dtype == "stored" and device.type == "cpu"
+_BOUND: ContextVar[torch.device | None] = ContextVar("headstart_bound", default=None)
+
+
+@contextmanager
+def bound_for(device: torch.device) -> Generator[None]:
+    """Inside, what is loaded becomes what it is on `device`, also where it waits on the host."""
+    token = _BOUND.set(device)
+    try:
+        yield
+    finally:
+        _BOUND.reset(token)
+
+
+def _fill(
+    module: M, part: Part, device: torch.device, dtype: Dtype, wide: re.Pattern[str] | None
+) -> M:
+    bound = _BOUND.get() or device
+    stored = dtype == "stored" and bound.type == "cpu"
+    few = _matrices(module, wide) if dtype == "float8" else frozenset[str]()
+    scales: dict[str, Tensor] = {}
+    if dtype == "float8":
+        dtype = _computes(part, bound)
     if dtype is None or dtype == "stored":
-        dtype = (
-            torch.float32 if device.type == "cpu" else _KEPT.get(stored_dtype(part), torch.float32)
-        )
+        dtype = torch.float32 if bound.type == "cpu" else kept_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
+        if name in few:
+            state[name], scales[name] = _float8_of(part, name, tensor.to(device))
+            continue
         if part.dtype(name) in WIDENED and kept == torch.float16:
             kept = _half_of(part, name, tensor, stored)
         state[name] = _placed(name, tensor.to(device=device, dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
+    if few:
+        keep_float8(module, scales, dtype)
+    lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
+    if lay_out is not None:
+        lay_out()
     return keep_stored(module) if stored else module
+
+
+def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]:
+    """The weights that dtype "float8" keeps so: of linear layers and convolutions, by name."""
+    return frozenset(
+        f"{path}.weight"
+        for path, layer in cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+        if wide is not None and type(layer) in (nn.Linear, nn.Conv2d) and not wide.fullmatch(path)
+    )
+
+
+def _computes(part: Part, device: torch.device) -> torch.dtype:
+    """What a network with weights in float8 computes in."""
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if stored_dtype(part) == "BF16" else torch.float16
+
+
+def _float8_of(part: Part, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        return in_float8(tensor)
+    except ValueError as error:
+        raise CheckpointError(f"{part.checkpoint.files[0]}: {name}: {error}") from error
 
 
 def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype:
@@ -131,6 +189,11 @@ def _placed(name: str, tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     beside = tensor.dtype == torch.float32 and tensor.data_ptr() % 64
     return tensor.clone() if beside else tensor
+
+
+def kept_dtype(part: Part) -> torch.dtype:
+    """What a part's weights are on an accelerator, where nothing else is asked for."""
+    return _KEPT.get(stored_dtype(part), torch.float32)
 
 
 def stored_dtype(part: Part) -> str:

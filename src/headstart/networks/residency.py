@@ -1,34 +1,44 @@
-"""Weights that stay as the file has them, with every layer computing in float32.
+"""Weights kept in fewer bits than a network computes in, widened when a layer runs.
 
-    y = layer(x; float32(weight))        widened when the layer runs, dropped when it is done
+    y = layer(x; float32(weight))           half precision, as the file has it
+    y = layer(x; dtype(weight8) * scale)    float8, with a power of two for each output channel
 
 A half-precision weight widens to float32 exactly, so the outputs are those of the all-float32
 network to the bit. The weights themselves stay mapped from the file: they take no memory that the
 system cannot take back.
+
+Float8 (e4m3fn, arXiv:2209.05433) rounds, once, when it is made: to 4 significant bits, so by at
+most 1/16 of a weight. A scale that is a power of two adds no rounding of its own, in any dtype; so
+numbers that were float8 are kept as they are.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TypeVar
+from collections.abc import Mapping
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 M = TypeVar("M", bound=nn.Module)
 
 HALVES = (torch.float16, torch.bfloat16)
+FLOAT8 = torch.float8_e4m3fn
+SCALE = "weight_scale"
+"""The buffer of a layer whose weight is float8: [out, 1, ...], powers of two in float32."""
 
 
 class StoredLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, _widened(self.weight), self.bias)
+        return F.linear(input, _widened(self, input.dtype), self.bias)
 
 
 class StoredConv2d(nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
-        return self._conv_forward(input, _widened(self.weight), self.bias)
+        return self._conv_forward(input, _widened(self, input.dtype), self.bias)
 
 
 class StoredEmbedding(nn.Embedding):
@@ -63,6 +73,45 @@ def keep_stored(module: M) -> M:
     return module
 
 
+def in_float8(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix [out, ...] -> the same in float8, and its scale [out, 1, ...] in float32.
+
+    2^k is the smallest for which no number of the channel is beyond 448, float8's largest. What is
+    less than 2^-9 of it becomes a multiple of that. Raises ValueError for NaN or infinity.
+    """
+    wide = tensor.float()
+    largest = wide.abs().flatten(1).amax(1)
+    if not bool(largest.isfinite().all()):
+        raise ValueError("float8 cannot hold NaN or infinity")
+    part, power = torch.frexp(largest / torch.finfo(FLOAT8).max)
+    power = torch.where(largest > 0, power - (part == 0.5).int(), 0)
+    scale = torch.ldexp(torch.ones_like(largest), power).view(-1, *[1] * (wide.ndim - 1))
+    return (wide / scale).to(FLOAT8), scale
+
+
+def keep_float8(module: M, scales: Mapping[str, Tensor], dtype: torch.dtype) -> M:
+    """Make the layers whose weights are float8 widen them at use; returns the same module.
+
+    scales   name of a weight -> its scale, from `in_float8`
+    dtype    what the network computes in, and everything else of it is in: its `compute_dtype`
+
+    Layers change their class and gain a buffer that no state dict has.
+    """
+    for name, scale in scales.items():
+        layer = module.get_submodule(name.rpartition(".")[0])
+        layer.__class__ = _STORED[type(layer)]
+        layer.register_buffer(SCALE, scale, persistent=False)
+    vars(module)["compute_dtype"] = dtype
+    return module
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer in float32, as it is: of float8 with its scale."""
+    weight = cast("Tensor", layer.weight).float()
+    scale = vars(layer)["_buffers"].get(SCALE)
+    return weight if scale is None else weight * scale
+
+
 def compute_dtype(network: object) -> torch.dtype:
     """The dtype a network wants its inputs in: float32 where weights are widened at use.
 
@@ -94,10 +143,17 @@ class _Scratch(threading.local):
 _scratch = _Scratch()
 
 
-def _widened(weight: Tensor) -> Tensor:
-    """float32 of a weight; the memory is used again by the thread's next layer."""
-    if weight.dtype not in HALVES:
-        return weight
-    if weight.device.type != "cpu" or torch.is_grad_enabled():
-        return weight.float()
-    return _scratch.take(weight.shape).copy_(weight)
+def _widened(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor:
+    """A weight as the layer computes with it: float32, of float8 the dtype of its input. On a CPU
+    the memory is used again by the thread's next layer."""
+    weight, scale = layer.weight, vars(layer)["_buffers"].get(SCALE)
+    if scale is None:
+        if weight.dtype not in HALVES:
+            return weight
+        dtype = torch.float32
+    own = weight.device.type != "cpu" or dtype != torch.float32
+    if own or torch.is_grad_enabled() or is_compiling():
+        wide = weight.to(dtype)
+        return wide if scale is None else wide.mul_(scale)
+    wide = _scratch.take(weight.shape).copy_(weight)
+    return wide if scale is None else wide.mul_(scale)

@@ -8,63 +8,29 @@ arXiv:2310.04378 (the guidance embedding of LCM).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Self, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
-from headstart.networks.fusion import NormSilu, fused
-from headstart_kernels import geglu
-
-
-def sinusoid(values: Tensor, dim: int) -> Tensor:
-    """[N] numbers -> [N, dim] = [cos(v*f), sin(v*f)], f_i = 10000^(-i/(dim/2)), in float32."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
-    """[N] guidance -> [N, dim] = [sin(w*f), cos(w*f)], w = 1000*(guidance - 1), as LCM has it."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=guidance.device) / (half - 1)
-    angles = 1000.0 * (guidance.float() - 1.0)[:, None] * torch.exp(-math.log(10000.0) * exponent)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1)
-
-
-def _geglu(x: Tensor) -> Tensor:
-    """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
-    if fused(x):
-        return geglu(x)
-    a, gate = x.chunk(2, dim=-1)
-    return a * F.gelu(gate)
-
-
-class Embedding(nn.Module):
-    """linear, SiLU, linear; `cond_proj` adds an embedded guidance before the first (LCM)."""
-
-    def __init__(self, in_dim: int, dim: int, guidance_dim: int | None = None) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(in_dim, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-        if guidance_dim is not None:
-            self.cond_proj = nn.Linear(guidance_dim, in_dim, bias=False)
-
-    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
-        if guidance is not None:
-            x = x + self.cond_proj(guidance)
-        return self.linear_2(F.silu(self.linear_1(x)))
+from headstart.networks.fusion import NormSilu
+from headstart.networks.joined import apart, each, join, put, side_by_side, state_of, together
+from headstart.networks.layout import FORMATS
+from headstart.networks.numbers import Embedding, sinusoid
+from headstart.networks.transformer import TEXTS, Beside, SpatialTransformer, Text, TransformerBlock
 
 
 class ResBlock(nn.Module):
-    """x [B, C, h, w], emb [B, T] -> [B, C', h, w]: two normalised convolutions and a shortcut."""
+    """x [B, C, h, w], shift [B, C'] -> [B, C', h, w]: two normalised convolutions and a shortcut.
+
+    shift   time_emb_proj(silu(emb))
+    """
 
     def __init__(self, in_channels: int, channels: int, time_dim: int, groups: int) -> None:
         super().__init__()
@@ -77,110 +43,10 @@ class ResBlock(nn.Module):
             nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
         )
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
-        h = h + self.time_emb_proj(F.silu(emb))[:, :, None, None]
-        h = self.conv2(self.norm2(h))
+        h = self.conv2(self.norm2(h, shift))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
-
-
-class Attention(nn.Module):
-    """softmax(Q K^T / sqrt(d)) V over tokens x [B, N, C], reading `context` [B, M, D]."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.to_q = nn.Linear(channels, channels, bias=False)
-        self.to_k = nn.Linear(context_dim, channels, bias=False)
-        self.to_v = nn.Linear(context_dim, channels, bias=False)
-        self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        q, k, v = (
-            rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads)
-            for t in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.to_out[0](rearrange(out, "b heads n d -> b n (heads d)"))
-
-
-class GEGLU(nn.Module):
-    """a * gelu(b), [a, b] = proj(x); arXiv:2002.05202."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(channels, 2 * hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _geglu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = 4 * channels
-        # index 1 is the training dropout of the original network: without weights, but in the names
-        self.net = nn.ModuleList(
-            [GEGLU(channels, hidden), nn.Identity(), nn.Linear(hidden, channels)]
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](self.net[0](x))
-
-
-class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the text, feed-forward; all pre-normed, with residuals."""
-
-    def __init__(self, channels: int, context_dim: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(channels)
-        self.attn1 = Attention(channels, channels, heads)
-        self.norm2 = nn.LayerNorm(channels)
-        self.attn2 = Attention(channels, context_dim, heads)
-        self.norm3 = nn.LayerNorm(channels)
-        self.ff = FeedForward(channels)
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        normed = self.norm1(x)
-        x = x + self.attn1(normed, normed)
-        x = x + self.attn2(self.norm2(x), context)
-        return x + self.ff(self.norm3(x))
-
-
-class SpatialTransformer(nn.Module):
-    """x [B, C, h, w] as h*w tokens through `depth` blocks; the residual is around the whole."""
-
-    def __init__(self, channels: int, depth: int, params: UNetParams) -> None:
-        super().__init__()
-        self.linear = params.linear_projection
-        self.norm = nn.GroupNorm(params.norm_groups, channels, eps=1e-6)
-        self.proj_in = (
-            nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        )
-        heads = params.heads_of(channels)
-        self.transformer_blocks = nn.ModuleList(
-            TransformerBlock(channels, params.context_dim, heads) for _ in range(depth)
-        )
-        self.proj_out = (
-            nn.Linear(channels, channels) if self.linear else nn.Conv2d(channels, channels, 1)
-        )
-
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
-        height = x.shape[2]
-        h: Tensor = self.norm(x)
-        h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
-        for block in self.transformer_blocks:
-            h = block(h, context)
-        h = _image(self.proj_out(h), height) if self.linear else self.proj_out(_image(h, height))
-        return x + h
-
-
-def _tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
-
-
-def _image(tokens: Tensor, height: int) -> Tensor:
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
 
 
 class Resample(nn.Module):
@@ -210,12 +76,17 @@ class Layers(nn.Module):
             )
         self._has_attention = any(depths)
 
-    def step(self, i: int, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def step(self, i: int, x: Tensor, beside: Beside) -> Tensor:
         """Resnet i and, where the stage has transformers, transformer i."""
-        x = self.resnets[i](x, emb)
+        x = self.resnets[i](x, next(beside.shifts))
         if self._has_attention and i < len(self.attentions):
-            x = self.attentions[i](x, context)
+            x = self.attentions[i](x, beside)
         return x
+
+    def transformers(self) -> Iterator[TransformerBlock]:
+        """In the order in which they run."""
+        for transformer in self.attentions if self._has_attention else ():
+            yield from cast("SpatialTransformer", transformer).blocks()
 
 
 class DownStage(Layers):
@@ -226,9 +97,9 @@ class DownStage(Layers):
             self.downsamplers = nn.ModuleList([Resample(stage.channels, stride=2)])
         self._resample = stage.resample
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, beside: Beside, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, x, emb, context)
+            x = self.step(i, x, beside)
             skips.append(x)
         if self._resample:
             x = self.downsamplers[0](x)
@@ -240,9 +111,9 @@ class MidStage(Layers):
     def __init__(self, channels: int, mid: Mid, params: UNetParams) -> None:
         super().__init__([channels] * mid.resnets, channels, (mid.depth,), params)
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, beside: Beside) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, x, emb, context)
+            x = self.step(i, x, beside)
         return x
 
 
@@ -257,9 +128,9 @@ class UpStage(Layers):
             self.upsamplers = nn.ModuleList([Resample(stage.channels, stride=1)])
         self._resample = stage.resample
 
-    def forward(self, x: Tensor, emb: Tensor, context: Tensor, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Tensor, beside: Beside, skips: list[Tensor]) -> Tensor:
         for i in range(len(self.resnets)):
-            x = self.step(i, torch.cat([x, skips.pop()], dim=1), emb, context)
+            x = self.step(i, torch.cat([x, skips.pop()], dim=1), beside)
         if self._resample:
             height, width = skips[-1].shape[2:]  # odd sizes come back to what they were
             x = self.upsamplers[0](x, (height, width))
@@ -291,16 +162,82 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(channels, params.out_channels, 3, padding=1)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        emb = self._embed(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
-        x: Tensor = self.conv_in(x_in)
+        beside = self._beside(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
+        x: Tensor = self.conv_in(x_in)  # in the memory format of its weight from here on
         skips = [x]
         for block in self.down_blocks:
-            x = block(x, emb, cond.context, skips)
+            x = block(x, beside, skips)
         if self.mid_block is not None:
-            x = self.mid_block(x, emb, cond.context)
+            x = self.mid_block(x, beside)
         for block in self.up_blocks:
-            x = block(x, emb, cond.context, skips)
+            x = block(x, beside, skips)
         return self.conv_out(self.conv_norm_out(x))
+
+    def lay_out(self, device: torch.device | None = None) -> None:
+        """Lay the weights as `device` computes with them fastest, wherever they are now; by default
+        as their own device does. No number changes.
+
+        Convolutions get the device's memory format. Linear layers of one input are joined: queries,
+        keys and values, keys and values of the prompt in all layers, projections of the timestep.
+        For a CPU, where weights are mapped from a file, nothing moves.
+        """
+        form = FORMATS.get((device or self.conv_in.weight.device).type)
+        if form is None:
+            return
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                put(layer, "weight", layer.weight.detach().contiguous(memory_format=form))
+        join(self._of_time())
+        join(self._of_text())
+        for block in self._transformers():
+            join(block.attn1.layers)
+
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        """None where adapters act on keys and values of the prompt: how strongly, a row says."""
+        layers = self._of_text()
+        return state_of(layers) if layers else None
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        """Keys and values of the context in every layer, for `Conditioning.extra`; 26 MB a sample
+        of SDXL in half precision."""
+        return {TEXTS: together(self._of_text(), cond.context)}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moved to a device, weights are laid out for it, as torch's recurrent layers do it."""
+        super()._apply(fn, recurse)  # pyright: ignore[reportUnknownMemberType]
+        self.lay_out()
+        return self
+
+    def _stages(self) -> Iterator[Layers]:
+        """In the order in which they run."""
+        mid = () if self.mid_block is None else (self.mid_block,)
+        return cast("Iterator[Layers]", chain(self.down_blocks, mid, self.up_blocks))
+
+    def _transformers(self) -> Iterator[TransformerBlock]:
+        return chain.from_iterable(stage.transformers() for stage in self._stages())
+
+    def _of_time(self) -> list[nn.Linear]:
+        return [resnet.time_emb_proj for stage in self._stages() for resnet in stage.resnets]  # pyright: ignore
+
+    def _of_text(self) -> list[nn.Linear]:
+        """Every layer that reads the context: keys and values in turn."""
+        crosses = (block.attn2 for block in self._transformers())
+        return [layer for cross in crosses for layer in (cross.to_k, cross.to_v)]
+
+    def _beside(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Beside:
+        emb = F.silu(self._embed(timestep, cond, dtype))
+        return Beside(iter(each(self._of_time(), emb)), cond.context, self._texts(cond))
+
+    def _texts(self, cond: Conditioning) -> Iterator[Text | None]:
+        """As they were read before; else of all layers at once where that is one product; else in
+        each layer's own time, because together they are 51 MB a sample of SDXL in float32."""
+        layers, found = self._of_text(), cond.extra.get(TEXTS)
+        if found is None and layers and side_by_side(layers) is not None:
+            found = together(layers, cond.context)
+        if found is None:
+            return iter([None] * (len(layers) // 2))
+        parts = apart(layers, found)
+        return iter(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:
         guidance = cond.guidance_embedding if self.params.guidance_dim else None
@@ -308,7 +245,7 @@ class UNet(nn.Module):
             raise InputError(
                 "this UNet has a `cond_proj` (LCM): expected Conditioning with "
                 f"`guidance_embedding` [B, {self.params.guidance_dim}], got none; pass "
-                "headstart.unet.guidance_embedding of the guidance to imitate, usually 8"
+                "headstart.networks.numbers.guidance_embedding of the guidance to imitate"
             )
         emb = self.time_embedding(sinusoid(timestep, self.params.channels).to(dtype), guidance)
         return emb if self.add_embedding is None else emb + self._embed_added(cond, dtype)

@@ -1,9 +1,13 @@
 """The autoencoder: pixels [-1, 1] <-> latents, z = scale_factor * mean(encoder(pixels)).
 
+Every layer of the decoder has `banded`, the same a band of rows at a time (`networks.bands`).
 Module names are the diffusers checkpoint's key names. Architecture: arXiv:2112.10752, appendix.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +16,8 @@ from torch import Tensor, nn
 
 from headstart.checkpoint.params import VaeParams
 from headstart.errors import InputError
+from headstart.networks.bands import Bands, normed, silu_normed, spans
+from headstart.networks.fusion import Norm, NormSilu
 
 _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
 
@@ -19,18 +25,35 @@ _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
 class ResBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=_EPS)
+        self.norm1 = NormSilu(groups, in_channels, eps=_EPS)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.norm2 = NormSilu(groups, channels, eps=_EPS)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = (
             nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def banded(self, x: Bands) -> Bands:
+        """Written into x where the width stays, else x is let go as it is read: 2 widths are alive,
+        or the wider one and a band."""
+        first, h, out = silu_normed(self.norm1, x), list[Tensor](), list[Tensor]()
+        for _, begin, end in x.spans():
+            h.append(x.beside(begin, end, lambda band: self.conv1(first(band))))
+            if self.conv_shortcut is not None:
+                out.append(self.conv_shortcut(x.take(begin, end)))
+                x.read(end - 1)
+        inner = Bands(h, x.rows, x.height)
+        x = x if self.conv_shortcut is None else Bands(out, x.rows, x.height)
+        second = silu_normed(self.norm2, inner)
+        for i, begin, end in x.spans():
+            x.parts[i] += inner.beside(begin, end, lambda band: self.conv2(second(band)))
+            inner.read(end - 1)
+        return x
 
 
 class Attention(nn.Module):
@@ -38,7 +61,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.group_norm = Norm(groups, channels, eps=_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)
@@ -49,6 +72,18 @@ class Attention(nn.Module):
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
         out = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
+
+    def banded(self, x: Bands) -> Bands:
+        """Keys and values of all positions, queries of a band."""
+        norm, whole = normed(self.group_norm, x), x.take(0, x.height)
+        tokens = rearrange(norm(whole), "b c h w -> b 1 (h w) c")
+        q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
+        width = whole.shape[3]
+        for i, begin, end in x.spans():
+            some = q[:, :, begin * width : end * width]
+            out = self.to_out[0](F.scaled_dot_product_attention(some, k, v))
+            x.parts[i] += rearrange(out, "b 1 (h w) c -> b c h w", w=width)
+        return x
 
 
 class Downsample(nn.Module):
@@ -69,6 +104,15 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+    def banded(self, x: Bands) -> Bands:
+        """As many rows a band as before, so twice the bands; x is let go as it is read."""
+        parts, height = list[Tensor](), 2 * x.height
+        for _, begin, end in spans(height, x.rows):
+            low, high = max(0, begin // 2 - 1), min(x.height, (end + 1) // 2 + 1)
+            parts.append(self(x.take(low, high))[:, :, begin - 2 * low : end - 2 * low])
+            x.read(end // 2 - 1)
+        return Bands(parts, x.rows, height)
 
 
 class DownStage(nn.Module):
@@ -91,10 +135,11 @@ class UpStage(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(c, channels, params.norm_groups) for c in inputs)
         self.upsamplers = None if last else nn.ModuleList([Upsample(channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        for resnet in self.resnets:
-            x = resnet(x)
-        return x if self.upsamplers is None else self.upsamplers[0](x)
+    def layers(self) -> Iterator[ResBlock | Upsample]:
+        """In their order, for the decoder to call: a stage that called them would keep its input
+        alive, which at the finest side is twice as wide as what it works on."""
+        yield from self.resnets  # pyright: ignore
+        yield from self.upsamplers or ()  # pyright: ignore
 
 
 class MidStage(nn.Module):
@@ -105,6 +150,11 @@ class MidStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+    def banded(self, x: Bands) -> Bands:
+        before, after = cast("Iterable[ResBlock]", self.resnets)
+        attention = cast("Attention", self.attentions[0])
+        return after.banded(attention.banded(before.banded(x)))
 
 
 class Encoder(nn.Module):
@@ -119,7 +169,7 @@ class Encoder(nn.Module):
             for i, width in enumerate(widths)
         )
         self.mid_block = MidStage(widths[-1], params.norm_groups)
-        self.conv_norm_out = nn.GroupNorm(params.norm_groups, widths[-1], eps=_EPS)
+        self.conv_norm_out = NormSilu(params.norm_groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * params.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,7 +177,7 @@ class Encoder(nn.Module):
         for block in self.down_blocks:
             x = block(x)
         x = self.mid_block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        return self.conv_out(self.conv_norm_out(x))
 
 
 class Decoder(nn.Module):
@@ -142,14 +192,33 @@ class Decoder(nn.Module):
             UpStage(widths[max(0, i - 1)], width, i == last, params)
             for i, width in enumerate(widths)
         )
-        self.conv_norm_out = nn.GroupNorm(params.norm_groups, widths[-1], eps=_EPS)
+        self.conv_norm_out = NormSilu(params.norm_groups, widths[-1], eps=_EPS)
         self.conv_out = nn.Conv2d(widths[-1], params.pixel_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x: Tensor = self.mid_block(self.conv_in(z))
+        for layer in self._finer():
+            x = layer(x)
+        return self.conv_out(self.conv_norm_out(x))
+
+    def _finer(self) -> Iterator[ResBlock | Upsample]:
         for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+            yield from block.layers()  # pyright: ignore
+
+    def banded(self, z: Tensor, bands: int) -> Tensor:
+        """latents [1, C, h, w], the rows of the image in this many bands; coarser layers have as
+        many rows a band, so fewer bands."""
+        rows = max(1, -(-z.shape[2] * 2 ** (len(self.up_blocks) - 1) // bands))
+        given = Bands.of(z, rows)
+        first = [given.beside(begin, end, self.conv_in) for _, begin, end in given.spans()]
+        x = self.mid_block.banded(Bands(first, rows, z.shape[2]))
+        for layer in self._finer():
+            x = layer.banded(x)
+        last, pixels = silu_normed(self.conv_norm_out, x), list[Tensor]()
+        for _, begin, end in x.spans():
+            pixels.append(x.beside(begin, end, lambda band: self.conv_out(last(band))))
+            x.read(end - 1)
+        return torch.cat(pixels, dim=2)
 
 
 class Vae(nn.Module):
@@ -187,10 +256,18 @@ class Vae(nn.Module):
         scale, shift = self._scale(mean)
         return (mean - shift) * scale
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped."""
+    def decode(self, latents: Tensor, bands: int = 1) -> Tensor:
+        """latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped.
+
+        With `bands` above 1 images are decoded one after the other, each layer a band of rows at a
+        time: the same up to rounding, in the memory that `checkpoint.decoding` tells.
+        """
         scale, shift = self._scale(latents)
-        return self.decoder(self.post_quant_conv(latents / scale + shift))
+        z = self.post_quant_conv(latents / scale + shift)
+        if bands == 1:
+            return self.decoder(z)
+        _check_bands(bands, latents)
+        return torch.cat([self.decoder.banded(one, bands) for one in z.split(1)])
 
     def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """What multiplies and what shifts: numbers, or [C, 1, 1] where channels have their own."""
@@ -200,3 +277,10 @@ class Vae(nn.Module):
             scale if std is None else scale / like.new_tensor(std)[:, None, None],
             shift if mean is None else shift + like.new_tensor(mean)[:, None, None],
         )
+
+
+def _check_bands(bands: int, latents: Tensor) -> None:
+    if bands < 1:
+        raise InputError(f"bands: expected at least 1, the whole image at once, got {bands}")
+    if latents.requires_grad:
+        raise InputError("bands are for decoding alone: for gradients decode with bands=1")

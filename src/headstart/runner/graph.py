@@ -6,9 +6,10 @@ field of the conditioning. So new values need no new graph, only new shapes and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from headstart.errors import CaptureError
 from headstart.interfaces import Adapters, Conditioning, Denoiser
 from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
+from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.capture import Program, Site, Tensors
 
 _COND = "cond."
@@ -93,6 +95,16 @@ class GraphRunner:
         if cond.context.dtype != self.dtype:
             cond = cond.to(x_in.device, self.dtype)
         return program, {"x_in": x_in, "timestep": timestep, **named(cond)}
+
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        return prompt_key(self.network, cond)
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        """Outside of any graph: once a prompt, where a graph serves every row."""
+        if cond.context.dtype != self.dtype:
+            cond = cond.to(cond.context.device, self.dtype)
+        with torch.no_grad():
+            return cast("ReadsPrompt", self.network).read_prompt(cond)
 
     def _body(self, adapters: Adapters | None, inputs: Tensors) -> tuple[Tensor, ...]:
         cond = replace(unnamed(inputs), adapters=adapters)

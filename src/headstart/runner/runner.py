@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from collections.abc import Hashable, Mapping
+from typing import Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,22 +17,16 @@ from torch import Tensor, nn
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.residency import compute_dtype
+from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.runner.capture import Site
+from headstart.runner.compiled import CompiledNetwork
+from headstart.runner.compiled_form import Backend
 from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
 
 _LOG = logging.getLogger(__name__)
 RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory"]
-
-COMPILE_POLICY: dict[str, Any] = {"fullgraph": True, "dynamic": False, "mode": "default"}
-"""How torch.compile is used, here and nowhere else.
-
-fullgraph  a break in the graph, or more shapes than dynamo keeps, is an error and not a slow run
-dynamic    each batch and size is compiled for itself: kernels know their shapes
-mode       without the CUDA graphs of inductor: `GraphRunner` captures what is compiled
-cache      inductor's own, on disk, keyed by the source and the machine
-"""
 
 
 class Choice(NamedTuple):
@@ -46,7 +41,7 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
 
     "auto"      "graph" on a CUDA device, "eager" elsewhere
     "eager"     Python calls the network's operators
-    "compiled"  torch.compile of the network, once a shape
+    "compiled"  its blocks compiled, once a shape, and on a CUDA device captured as a graph
     "graph"     a CUDA graph of the network, once a shape
     "replay"    the network's operators recorded once a shape and replayed, on a CPU
     "trajectory"  a whole run, its decoder too, as one CUDA graph, or recorded and replayed on a
@@ -172,6 +167,15 @@ class EagerRunner:
             self._wall_ms += (time.perf_counter() - start) * 1e3
             return f
 
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        return prompt_key(self.network, cond)
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        if cond.context.dtype != self.dtype:
+            cond = cond.to(cond.context.device, self.dtype)
+        with torch.inference_mode():
+            return cast("ReadsPrompt", self.network).read_prompt(cond)
+
     def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         start = record_event(x_in.device)
         f = self.network(x_in, timestep, cond)
@@ -180,12 +184,18 @@ class EagerRunner:
 
 
 class CompiledRunner(EagerRunner):
-    """A denoiser that calls its network compiled by `COMPILE_POLICY`.
+    """A denoiser that calls its network compiled, and on a CUDA device captured as well.
 
-    The first call of a shape compiles it, which takes seconds to minutes. What is compiled belongs
-    to the network's code and weights, not to this object: another runner of the same network finds
-    it again. `backend` is that of torch.compile. Raises CaptureError where the network cannot be
-    compiled whole.
+    backend  that of torch.compile, in the mode of `headstart.runner.compiled_form.COMPILE_POLICY`
+    site     where its graphs live; by default that of x_in's device if it is a CUDA one. On a CPU
+             nothing is captured
+
+    A network of ours is compiled by its transformer blocks, which differ in weights alone, so a
+    width is compiled once a shape: in seconds on a CPU, a minute or two on a GPU, where kernels are
+    measured against each other, and far less where they are on disk from before. Adapters may be
+    attached, changed and detached at any time; another rank or other layers are compiled anew. Any
+    other network is compiled whole, and has no adapters. Raises CaptureError where the network
+    cannot be compiled, saying why.
     """
 
     def __init__(
@@ -194,24 +204,9 @@ class CompiledRunner(EagerRunner):
         *,
         dtype: torch.dtype | None = None,
         memory_format: torch.memory_format = torch.preserve_format,
-        backend: str = "inductor",
+        backend: Backend = "inductor",
+        site: Site | None = None,
     ) -> None:
-        compiled: Any = torch.compile(network, backend=backend, **COMPILE_POLICY)  # pyright: ignore
-        super().__init__(
-            compiled,
-            dtype=dtype or compute_dtype(network),
-            memory_format=memory_format,
-        )
-
-    def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        try:
-            return super().__call__(x_in, timestep, cond)
-        except RuntimeError as error:
-            from torch._dynamo.exc import TorchDynamoException  # loading it takes a second
-
-            if not isinstance(error, TorchDynamoException):
-                raise
-            raise CaptureError(
-                f"the network could not be compiled for x_in {list(x_in.shape)}: "
-                f"{str(error).splitlines()[0]}; use runner='eager', or 'auto'"
-            ) from error
+        kind = dtype or compute_dtype(network)
+        compiled = CompiledNetwork(network, backend, site, dtype=kind, memory_format=memory_format)
+        super().__init__(compiled, dtype=kind, memory_format=memory_format)

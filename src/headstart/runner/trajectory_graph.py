@@ -12,7 +12,7 @@ guided, whether it draws noise, whether its timestep is whole, and the shapes of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, cast
 
@@ -27,10 +27,11 @@ from headstart.networks.fusion import setting
 from headstart.networks.residency import compute_dtype
 from headstart.noise import keys_of
 from headstart.plan.table import StepTable
+from headstart.prompt import Prompts
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.graph import adapters_of, named, unnamed
 from headstart.watch import require_finite
-from headstart_kernels import COLUMNS, INITIAL, ops
+from headstart_kernels import COLUMNS, INITIAL, finite_flags, ops
 
 _ROW = "row."
 _MAP = ("factors", "bias")
@@ -114,6 +115,7 @@ class TrajectoryGraph:
         )
         site = self.site or Site.of(cond.context.device)
         outcome = Outcome(*site.run(program, inputs))
+        outcome = outcome._replace(sound=outcome.sound.all(-1))
         if check:
             _require_finite(outcome, table)
         return outcome
@@ -267,9 +269,14 @@ class _Request:
         x = self._start(inputs) * inputs["init_scale"]
         x_in, before = self._first_input(x, table, step), x
         kept, shown = list[Tensor](), self._pictures(x)
-        sound = torch.empty((len(self.rows), self.batch), dtype=torch.bool, device=x.device)
+        sound = finite_flags((len(self.rows) * self.batch, *x.shape[1:]), x.device)
+        sound = sound.view(len(self.rows), self.batch, -1)
+        told, prompts = dict[Hashable, Conditioning](), Prompts()
         for number, row in enumerate(self.rows):
-            f = self._predict(row, x_in, inputs)
+            key = row.guided, x_in.dtype
+            if key not in told:  # the same for all rows alike, so that it is read once
+                told[key] = self._told(row, x_in, inputs)
+            f = self._predict(row, x_in, told[key], prompts, inputs)
             f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
             following, x0 = self._next_input(number, x), torch.empty_like(x)
             ops.fused_step_into(
@@ -306,13 +313,17 @@ class _Request:
         size = (rows, len(x), *x.shape[2:], 3)
         return torch.empty(size, dtype=torch.uint8, device=x.device)
 
-    def _predict(self, row: Row, x_in: Tensor, inputs: Tensors) -> Tensor:
-        network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
+    def _told(self, row: Row, x_in: Tensor, inputs: Tensors) -> Conditioning:
+        """What the rows like this one are told, but for what changes with the row."""
         cond = unnamed(inputs)
         if row.guided:
             cond = Conditioning.cat((unnamed(inputs, "uncond."), cond))
-        if cond.context.dtype != x_in.dtype:
-            cond = cond.to(x_in.device, x_in.dtype)
+        return cond if cond.context.dtype == x_in.dtype else cond.to(x_in.device, x_in.dtype)
+
+    def _predict(
+        self, row: Row, x_in: Tensor, cond: Conditioning, prompts: Prompts, inputs: Tensors
+    ) -> Tensor:
+        network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
         changes = {
             name.removeprefix(_ROW): column.index_select(0, step)[0]
             for name, column in inputs.items()
@@ -322,7 +333,8 @@ class _Request:
             changes = {name: torch.cat((value, value)) for name, value in changes.items()}
         timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))
         timestep = timestep.to(torch.int64) if row.whole else timestep.contiguous()
-        return network(x_in, timestep, replace(cond, **changes, adapters=self.adapters[row.model]))
+        cond = replace(cond, **changes, adapters=self.adapters[row.model])
+        return network(x_in, timestep, prompts.of(network, cond))
 
     def _first_input(self, x: Tensor, table: Tensor, step: Tensor) -> Tensor:
         row = self.rows[0]

@@ -121,6 +121,7 @@ def branch(
     prompts = origin.prompts if prompt is None else (prompt,)
     prompts = prompts if len(prompts) == count else prompts[:1] * count
     chunk = min(origin.chunk, count)
+    decode, bands = origin.decode or (chunk, 1)
     run = engine.with_reading().iterate(
         prompts, **origin.reading, plan=table, seeds=seeds, size=origin.size, batch=chunk,
         resume=state,
@@ -133,7 +134,7 @@ def branch(
             made.append(state.x0)
     dtype, latents = engine.weights.vae_dtype, finished(table, state.x)
     return Branch(
-        rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=chunk, seeds=seeds),
+        rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=decode, seeds=seeds, bands=bands),
         latents=latents,
         x0=None if kept is None else torch.cat((kept, torch.stack(made))),
         table=replace(table, name=f"{origin.table.name} · {words}"),

@@ -12,11 +12,29 @@ Any64 = npt.NDArray[Any]
 
 
 def fma32(a: Float, b: Float, c: Float) -> Float:
-    """round(a*b + c), one rounding: the product is exact in float64, the sum is rounded to odd.
+    """round(a*b + c), one rounding.
 
     Rounding to odd in 53 bits and then to nearest in 24 is as one rounding to nearest (Boldo and
-    Melquiond, IEEE Transactions on Computers 57, 2008); TwoSum gives the sign of what is lost.
+    Melquiond, IEEE Transactions on Computers 57, 2008).
     """
+    with np.errstate(invalid="ignore", over="ignore"):
+        return _fma_to_odd(a, b, c).astype(np.float32)
+
+
+def fma_bf16(a: Float, b: Float, c: Float) -> Float:
+    """The same of bfloat16 numbers: to odd in 53 bits, to odd in 24, and the reader rounds to 8."""
+    odd = _fma_to_odd(a, b, c)
+    with np.errstate(invalid="ignore", over="ignore"):
+        near = odd.astype(np.float32)
+        beyond = np.abs(near) > np.abs(odd)
+        towards_zero = np.where(beyond, np.nextafter(near, np.float32(0)), near)
+        inexact = np.isfinite(odd) & (near != odd)
+    bits = towards_zero.astype(np.float32).view(np.uint32) | inexact.astype(np.uint32)
+    return bits.view(np.float32)
+
+
+def _fma_to_odd(a: Float, b: Float, c: Float) -> npt.NDArray[np.float64]:
+    """The product is exact in float64; TwoSum gives the sign of what the sum loses."""
     product, addend = a.astype(np.float64) * b.astype(np.float64), c.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
         total = product + addend
@@ -26,7 +44,7 @@ def fma32(a: Float, b: Float, c: Float) -> Float:
         inexact = (lost != 0) & np.isfinite(lost) & np.isfinite(total) & ((bits & 1) == 0)
         away = (lost > 0) == (total > 0)
         odd = np.where(inexact, np.where(away, bits + 1, bits - 1), bits)
-        return odd.view(np.float64).astype(np.float32)
+        return odd.view(np.float64)
 
 
 def bf16_to_f32(bits: npt.NDArray[np.uint16]) -> Float:

@@ -30,6 +30,7 @@ _ACCESS = re.compile(r"(ld|st)\.(global|shared|param)(?:\.v([248]))?\.([busf])(8
 _MATRICES = re.compile(r"(ld|st)matrix\.sync\.aligned\.m8n8\.x([124])(\.trans)?\.shared\.b16$")
 _PRODUCT = re.compile(r"mma\.sync\.aligned\.m16n8k16\.row\.col\.f32\.(f16|bf16)\.\1\.f32$")
 _SHUFFLE = re.compile(r"shfl\.sync\.(bfly|idx|down|up)\.b32$")
+_REDUCTION = re.compile(r"redux\.sync\.(min|max)\.([su]32)$")
 _MOVE = re.compile(r"mov\.([busf])(16|32|64)$")
 _POISON = 0xCDCDCDCDCDCDCDCD
 """What a register lane holds before it is written: nothing that a test could mistake."""
@@ -149,6 +150,8 @@ class _Machine:
             self._barrier(live, counters < len(self.program.instructions))
         elif (shuffle := _SHUFFLE.match(opcode)) is not None:
             self._shuffle(shuffle[1], operands)
+        elif (reduction := _REDUCTION.match(opcode)) is not None:
+            self._reduce(reduction[1], reduction[2], operands)
         elif (matrices := _MATRICES.match(opcode)) is not None:
             self._matrices(matrices, operands)
         elif (product := _PRODUCT.match(opcode)) is not None:
@@ -263,6 +266,14 @@ class _Machine:
         source = np.where((source < 0) | (source > 31), lane, source)
         self.write(operands[0].split("|")[0], value[self.thread - lane + source], "b32")
 
+    def _reduce(self, extreme: str, kind: str, operands: tuple[str, ...]) -> None:
+        """Over the 32 lanes of a warp; of part of a warp it is not known here."""
+        if not (self.active.all() and (self.read(operands[2], "s32") == -1).all()):
+            raise Fault("redux.sync of part of a warp")
+        lanes = self.read(operands[1], kind).reshape(-1, 32)
+        found = lanes.max(1) if extreme == "max" else lanes.min(1)
+        self.write(operands[0], np.repeat(found, 32), kind)
+
     def _matrices(self, matrices: re.Match[str], operands: tuple[str, ...]) -> None:
         verb, count, transposed = matrices.groups()
         target, data = (operands[1], operands[0]) if verb == "ld" else operands
@@ -323,10 +334,13 @@ def _bits(kind: str) -> int:
     return {"pred": 1, "bf16": 16, "f16x2": 32, "bf16x2": 32}.get(kind) or int(kind.lstrip("busf"))
 
 
-def _typed(raw: Values, kind: str) -> Values:
-    """Unsigned bits as `kind`."""
+def _typed(raw: Values, kind: str) -> Any:
+    """Unsigned bits as `kind`; a pair of 16-bit floats as two arrays, the low half first."""
     if kind == "pred":
         return raw
+    if kind in ("f16x2", "bf16x2"):
+        halves = (raw >> raw.dtype.type(16 * i) for i in (0, 1))
+        return tuple(_typed(half & half.dtype.type(0xFFFF), kind[:-2]) for half in halves)
     raw = raw.astype(_UNSIGNED[_bits(kind)])
     if kind == "bf16":
         return bf16_to_f32(raw)

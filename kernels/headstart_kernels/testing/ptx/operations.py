@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headstart_kernels.testing.ptx.arithmetic import flushed, fma32
+from headstart_kernels.testing.ptx.arithmetic import flushed, fma32, fma_bf16
 
 Compute = Callable[..., Any]
 
@@ -94,6 +94,11 @@ def _floats() -> None:
     for half in ("f16", "bf16"):
         _row(f"add.rn.f32.{half}", "f32", f"{half} f32", lambda a, c: a.astype(np.float32) + c)
         _row(f"sub.rn.f32.{half}", "f32", f"{half} f32", lambda a, c: a.astype(np.float32) - c)
+        # 24 bits are more than twice those of a half and two: rounding twice is rounding once.
+        _row(f"add.rn.{half}", half, f"{half} {half}", _half_sum)
+        _row(f"add.rn.{half}x2", f"{half}x2", f"{half}x2 {half}x2", _halves(_half_sum))
+    _row("fma.rn.bf16", "bf16", "bf16 bf16 bf16", fma_bf16)
+    _row("fma.rn.bf16x2", "bf16x2", "bf16x2 bf16x2 bf16x2", _halves(fma_bf16))
     _row("fma.rn.f32", "f32", "f32 f32 f32", fma32)
     _row("fma.rn.f32x2", "b64", "b64 b64 b64", _paired(fma32))
     _row("fma.rn.ftz.f32", "f32", "f32 f32 f32", _flushing(fma32))
@@ -103,8 +108,8 @@ def _floats() -> None:
     _row("neg.f32", "f32", "f32", np.negative)
     _row("abs.f32", "f32", "f32", np.abs)
     _row("abs.ftz.f32", "f32", "f32", _flushing(np.abs))
-    _row("min.f32", "f32", "f32 f32", np.fmin)
-    _row("max.f32", "f32", "f32 f32", np.fmax)
+    _row("min.f32", "f32", "f32 f32", _extreme(np.fmin, np.bitwise_or))
+    _row("max.f32", "f32", "f32 f32", _extreme(np.fmax, np.bitwise_and))
     _row("ex2.approx.f32", "f32", "f32", _exp2)
     _row("ex2.approx.ftz.f32", "f32", "f32", _flushing(_exp2))
     for t in ("f32", "f16", "bf16"):
@@ -194,6 +199,30 @@ def _paired(compute: Compute) -> Compute:
         halves = [np.ascontiguousarray(o).view(np.float32).reshape(-1, 2) for o in operands]
         low, high = (compute(*(half[:, i] for half in halves)) for i in (0, 1))
         return np.ascontiguousarray(np.stack((low, high), 1)).view(np.uint64).ravel()
+
+    return both
+
+
+def _extreme(compute: Compute, of_zeros: Compute) -> Compute:
+    """numpy's, and -0.0 below +0.0 as PTX has it, which numpy leaves to the processor."""
+
+    def chosen(a: Any, b: Any) -> Any:
+        zero = of_zeros(a.view(np.uint32), b.view(np.uint32)).view(np.float32)
+        return np.where((a == 0) & (b == 0), zero, compute(a, b))
+
+    return chosen
+
+
+def _half_sum(a: Any, b: Any) -> Any:
+    return a.astype(np.float32) + b.astype(np.float32)
+
+
+def _halves(compute: Compute) -> Compute:
+    """The same operation on the two 16-bit halves of 32-bit registers."""
+
+    def both(*operands: Any) -> Any:
+        low, high = zip(*operands, strict=True)
+        return compute(*low), compute(*high)
 
     return both
 

@@ -1,0 +1,124 @@
+"""`headstart bench --estimate`: what plans would cost on a card that is not here."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import headstart_weights
+from headstart.commands.arguments import read_predictions, read_size, uses_bundled
+from headstart.cost.cards import CARDS, card_of
+from headstart.errors import InputError
+from headstart.plan.named import PlanSettings, named_pair, named_plan
+from headstart.plan.request import check_size, parse_seeds
+
+if TYPE_CHECKING:
+    from headstart.cost.sizes import Sizes
+    from headstart.plan.table import StepTable
+
+FAMILIES = ("sd15", "sd21", "sdxl")
+"""As in `headstart.cost.sizes.FULL`, which loads torch."""
+_PRESETS = {"sd15": "lcm", "sd21": "sd-turbo", "sdxl": "dmd2"}
+"""The pair of a family where --preset does not say."""
+_DTYPES = ("float16", "bfloat16", "float32")
+_UNCOUNTED = ("lora", "embedding", "distilled_lora", "versus")
+
+
+def add_estimate(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("an estimate instead")
+    group.add_argument(
+        "--estimate",
+        action="store_true",
+        help="time nothing: count FLOPs, bytes and launches, for --device one of "
+        + ", ".join(CARDS),
+    )
+    group.add_argument(
+        "--family", choices=FAMILIES, help="of this family at full size, without any file"
+    )
+
+
+def check_estimate(args: argparse.Namespace) -> None:
+    """Raise InputError for options that do not belong together."""
+    if args.family is not None and not args.estimate:
+        raise InputError("--family is for --estimate: leave it out, or give --estimate too")
+    if not args.estimate:
+        return
+    card_of(args.device)
+    if args.family is not None and not uses_bundled(args):
+        raise InputError("--family is a model without a file: leave out --base and the others")
+    if idle := next((name for name in _UNCOUNTED if getattr(args, name)), None):
+        raise InputError(
+            f"--{idle.replace('_', '-')} is not counted by --estimate: leave it out, or measure"
+        )
+    if args.runner != "auto":
+        raise InputError("--estimate tells of eager and graph side by side: leave out --runner")
+    if args.dtype != "auto" and args.dtype not in _DTYPES:
+        raise InputError(f"--dtype {args.dtype!r:.40}: --estimate counts {', '.join(_DTYPES)}")
+
+
+def estimated(
+    args: argparse.Namespace, plans: Mapping[str, PlanSettings]
+) -> tuple[str, dict[str, Any]]:
+    """The estimates of all plans, as text and as JSON."""
+    import torch
+
+    from headstart.cost.estimate import ASSUMPTIONS, estimate
+
+    card, (models, tables) = card_of(args.device), _counted(args, plans)
+    first = next(iter(models.values()))
+    side = max(8, first.vae.downscale)
+    pixels = check_size(read_size(args.size), first.family.image_size, side)
+    dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
+    batch = args.batch or len(parse_seeds(args.seeds))
+    found = [
+        estimate(models, table, card, pixels=pixels, batch=batch, dtype=dtype) for table in tables
+    ]
+    told = [*map(str, found), "\n".join(ASSUMPTIONS)]
+    return "\n\n".join(told), {
+        "evidence": "estimate",
+        "estimates": [own.to_json() for own in found],
+        "assumptions": list(ASSUMPTIONS),
+    }
+
+
+def _counted(
+    args: argparse.Namespace, plans: Mapping[str, PlanSettings]
+) -> tuple[Mapping[str, Sizes], list[StepTable]]:
+    """Role -> sizes, and the tables."""
+    if args.family is None:
+        return _of_files(args, plans)
+    from headstart.cost.sizes import sizes_of_family
+
+    own = sizes_of_family(args.family)
+    tables: list[StepTable] = []
+    for name, settings in plans.items():
+        pair = named_pair(name, settings, _PRESETS[args.family])
+        plan = named_plan(name, settings, pair.name)
+        tables.append(plan.compile(pair.schedules, prediction=pair.predictions))
+    return {"base": own, "distilled": own}, tables
+
+
+def _of_files(
+    args: argparse.Namespace, plans: Mapping[str, PlanSettings]
+) -> tuple[Mapping[str, Sizes], list[StepTable]]:
+    """One file alone is both models, as for `headstart plan`."""
+    from headstart.checkpoint.judged import Given
+    from headstart.cost.sizes import sizes_of_files
+    from headstart.engine.models import FilePath, Model, check_belong, preset_of, schedules
+    from headstart.engine.models import predictions as predicted
+
+    base, distilled = args.base or args.distilled, args.distilled or args.base
+    paths: dict[str, FilePath] = {"base": base, "distilled": distilled}
+    if uses_bundled(args):
+        paths = {role: headstart_weights.path(role) for role in paths}
+    models = {role: Model.of(path, args.allow) for role, path in paths.items()}
+    check_belong(models)
+    known = predicted(read_predictions(args.prediction), models)
+    found, pair = schedules(models, known), preset_of(models)
+    given = Given(head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow)
+    sizes = sizes_of_files(paths, given, vae=args.vae, text=args.text)
+    return sizes, [
+        named_plan(plan, settings, pair).compile(found, prediction=known)
+        for plan, settings in plans.items()
+    ]

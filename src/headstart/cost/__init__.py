@@ -1,0 +1,1 @@
+"""What a run costs on a card, counted and not measured: FLOPs, bytes, launches, and their floor."""

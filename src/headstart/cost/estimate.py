@@ -1,0 +1,266 @@
+"""A run's stages against a card's roofs: an estimate, not a measurement.
+
+an operator takes max(FLOPs/peak, bytes/bandwidth), a stage the sum; a host that launches operators
+one after the other may take longer than that, and a captured graph a little for each kernel
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from headstart.cost.cards import Card
+from headstart.cost.operators import Kind, Operator, Tally, by_kind
+from headstart.cost.sizes import Sizes
+from headstart.cost.stages import Stage, decode_dtype, stages_of
+from headstart.errors import InputError
+from headstart.plan.table import StepTable
+
+EAGER_US = 6.0
+"""What the host takes for one of torch's operators on CUDA, from Python to the driver: an
+assumption, of a machine of 2023."""
+TRITON_US = 50.0
+"""And for one of our kernels, which Triton launches from Python: 48 us `groupnorm_silu`, 58 us
+`fused_step`, on two Zen 3 cores over an emulated driver."""
+GRAPH_US = 1.0
+"""Between two kernels: an assumption. 0.5 us on a V100 ("Getting Started with CUDA
+Graphs", NVIDIA developer blog, 2019), where kernels did not wait for each other's memory."""
+_OURS = frozenset(
+    {"groupnorm_silu", "add_layernorm", "geglu", "low_rank_add", "fused_step_into", "scale_input"}
+    | {"philox_normal", "decode_u8", "preview_rgb"}
+)
+ASSUMPTIONS = (
+    "an estimate, not a measurement: no kernel reaches its roof, and no figure here was timed",
+    "device ms: every operator reads its inputs and writes its outputs once, as eager kernels do; "
+    "floor ms: the products, convolutions and attentions alone, all else within their kernels",
+    f"eager ms: the host, {EAGER_US:g} us an operator and {TRITON_US:g} us one of ours by Triton; "
+    f"graph ms: {GRAPH_US:g} us between two kernels; a run takes device plus graph, or eager where "
+    "that is more and nothing is captured",
+    "not counted: caches that hold a tensor from one operator to the next, layouts that cuDNN "
+    "changes within its kernels, adapters, previews, reading weights from disk",
+)
+
+
+class Line(NamedTuple):
+    """One stage, all its `times` together.
+
+    device_ms  at the roofs, as it runs; floor_ms: without all that could be fused away
+    eager_ms   the host's launches; graph_ms: the gaps between kernels, all that a graph leaves
+    """
+
+    stage: str
+    times: int
+    rows: int
+    tally: Tally
+    device_ms: float
+    floor_ms: float
+    eager_ms: float
+    graph_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One plan on one card. `kinds`: stage -> kind -> (tally, device_ms) of one of its passes."""
+
+    card: Card
+    family: str
+    plan: str
+    pixels: tuple[int, int]
+    batch: int
+    dtype: torch.dtype
+    decode_dtype: torch.dtype
+    lines: tuple[Line, ...]
+    kinds: Mapping[str, Mapping[Kind, tuple[Tally, float]]]
+
+    @property
+    def total(self) -> Line:
+        """All stages together."""
+        own = self.lines
+        return Line(
+            *("total", 1, 0),
+            Tally(*map(sum, zip(*(line.tally for line in own), strict=True))),
+            sum(line.device_ms for line in own),
+            sum(line.floor_ms for line in own),
+            sum(line.eager_ms for line in own),
+            sum(line.graph_ms for line in own),
+        )
+
+    @property
+    def eager_ms(self) -> float:
+        """The whole run, launched by the host: each stage takes the longer of the two."""
+        return sum(max(line.device_ms + line.graph_ms, line.eager_ms) for line in self.lines)
+
+    @property
+    def graph_ms(self) -> float:
+        """The whole run as captured graphs."""
+        return self.total.device_ms + self.total.graph_ms
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "card": self.card._asdict(),
+            "family": self.family,
+            "plan": self.plan,
+            "size": list(self.pixels),
+            "batch": self.batch,
+            "dtype": _name(self.dtype),
+            "decode_dtype": _name(self.decode_dtype),
+            "stages": [_line_json(line) for line in self.lines],
+            "total": _line_json(self.total),
+            "eager_ms": self.eager_ms,
+            "graph_ms": self.graph_ms,
+            "floor_ms": self.total.floor_ms,
+            "kinds": {
+                stage: {k.value: {**_tally_json(t), "device_ms": ms} for k, (t, ms) in own.items()}
+                for stage, own in self.kinds.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        height, width = self.pixels
+        peak = peak_of(self.card, self.dtype, Kind.GEMM)
+        head = (
+            f"{self.family}, plan {self.plan}, {self.batch} x {height}x{width}, "
+            f"{_name(self.dtype)} (decode {_name(self.decode_dtype)}) on {self.card.title}: "
+            f"{peak:g} TFLOP/s, {self.card.gbytes_s:g} GB/s ({self.card.source})"
+        )
+        columns = f"{'stage':<16}{'times':>6}{'TFLOP':>9}{'GB':>9}{'launches':>10}"
+        columns += "".join(f"{name:>11}" for name in ("device ms", "floor ms", "eager ms"))
+        columns += f"{'graph ms':>10}{'share':>7}"
+        whole = self.total.device_ms
+        lines = [_text(line, whole) for line in (*self.lines, self.total)]
+        return "\n".join([head, "", columns, *lines, "", *self._kinds(), "", *self._said()])
+
+    def _kinds(self) -> list[str]:
+        """Where one of each stage's passes goes; those that are alike in one line."""
+        alike: dict[str, list[str]] = {}
+        for stage, own in self.kinds.items():
+            parts = (
+                f"{kind.value} {tally.operators} ({ms:.2f} ms)"
+                for kind, (tally, ms) in sorted(own.items(), key=lambda item: -item[1][1])
+            )
+            alike.setdefault(", ".join(parts), []).append(f"one {stage}")
+        return [f"{', '.join(stages)}: {told}" for told, stages in alike.items()]
+
+    def _said(self) -> list[str]:
+        floor = self.total.floor_ms
+        return [
+            f"a run: {self.graph_ms:.1f} ms as graphs, {self.eager_ms:.1f} ms eager, floor "
+            f"{floor:.1f} ms: {self.graph_ms / floor:.2f} times the floor"
+        ]
+
+
+def estimate(
+    models: Mapping[str, Sizes],
+    table: StepTable,
+    card: Card,
+    *,
+    pixels: tuple[int, int],
+    batch: int = 1,
+    dtype: torch.dtype = torch.float16,
+) -> Estimate:
+    """What a run of `table` costs on `card`: see `stages.stages_of` for the arguments.
+
+    Raises InputError for a dtype that the card's matrix units do not have.
+    """
+    peak_of(card, dtype, Kind.GEMM)
+    stages = stages_of(models, table, pixels=pixels, batch=batch, dtype=dtype)
+    first = next(iter(models.values()))
+    kinds: dict[str, Mapping[Kind, tuple[Tally, float]]] = {}
+    for stage in stages:
+        if stage.rows:
+            kinds[stage.name] = {
+                kind: (tally, device_ms((o for o in stage.operators if o.kind is kind), card))
+                for kind, tally in by_kind(stage.operators).items()
+            }
+    return Estimate(
+        card=card,
+        family=first.family.name,
+        plan=table.name,
+        pixels=pixels,
+        batch=batch,
+        dtype=dtype,
+        decode_dtype=decode_dtype(first.vae, dtype),
+        lines=tuple(_line(stage, card) for stage in stages),
+        kinds=kinds,
+    )
+
+
+def device_ms(operators: Iterable[Operator], card: Card) -> float:
+    """Every operator at the higher of its roofs, one after the other."""
+    return sum(_roof_ms(own, own.moved, card) for own in operators)
+
+
+def floor_ms(operators: Iterable[Operator], card: Card) -> float:
+    """Products, convolutions and attentions alone, each operand read and each result written once:
+    what stays however well the rest is fused."""
+    return sum(_roof_ms(own, own.least, card) for own in operators if own.kind.heavy)
+
+
+def peak_of(card: Card, dtype: torch.dtype, kind: Kind) -> float:
+    """TFLOP/s. In float32 torch runs convolutions as TF32, and products and attentions in float32
+    (`torch.backends.cudnn.allow_tf32` is True, `torch.backends.cuda.matmul.allow_tf32` False).
+
+    Raises InputError for bfloat16 on a card without it.
+    """
+    if dtype == torch.bfloat16:
+        if card.bfloat16 is None:
+            raise InputError(
+                f"{card.title} has no matrix units for bfloat16: give --dtype float16 or float32"
+            )
+        return card.bfloat16
+    if dtype == torch.float16:
+        return card.float16
+    return card.tf32 if kind is Kind.CONV and card.tf32 is not None else card.float32
+
+
+def _roof_ms(own: Operator, moved: int, card: Card) -> float:
+    computing = own.flops / (peak_of(card, own.dtype, own.kind) * 1e9) if own.flops else 0.0
+    return max(computing, moved / (card.gbytes_s * 1e6))
+
+
+def _line(stage: Stage, card: Card) -> Line:
+    own, times = stage.operators, stage.times
+    tally = Tally.of(own)
+    hosted = sum(TRITON_US if operator.name in _OURS else EAGER_US for operator in own)
+    return Line(
+        stage.name,
+        times,
+        stage.rows,
+        Tally(*(times * value for value in tally)),
+        times * device_ms(own, card),
+        times * floor_ms(own, card),
+        times * hosted / 1e3,
+        times * tally.launches * GRAPH_US / 1e3,
+    )
+
+
+def _text(line: Line, whole: float) -> str:
+    tally = line.tally
+    return (
+        f"{line.stage:<16}{line.times:>6}{tally.flops / 1e12:>9.3f}{tally.moved / 1e9:>9.2f}"
+        f"{tally.launches:>10}{line.device_ms:>11.2f}{line.floor_ms:>11.2f}{line.eager_ms:>11.2f}"
+        f"{line.graph_ms:>10.2f}{line.device_ms / whole:>7.0%}"
+    )
+
+
+def _line_json(line: Line) -> dict[str, Any]:
+    told = line._asdict()
+    tally = told.pop("tally")
+    return {**told, **_tally_json(tally)}
+
+
+def _tally_json(tally: Tally) -> dict[str, int]:
+    return {
+        "operators": tally.operators,
+        "launches": tally.launches,
+        "flops": tally.flops,
+        "bytes": tally.moved,
+        "least_bytes": tally.least,
+    }
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

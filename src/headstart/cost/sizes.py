@@ -1,0 +1,158 @@
+"""The networks of full-size families, for who has no file: literal rows, as their configs state.
+
+A file's own are read from its headers (`sizes_of_files`). Nothing here loads a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from headstart.checkpoint.families import FAMILIES, Family, TextRule
+from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.judged import Given
+from headstart.checkpoint.params import ClipParams, Mid, Stage, UNetParams, VaeParams
+from headstart.checkpoint.tensors import Checkpoint, PartName
+from headstart.checkpoint.verdict import judge
+from headstart.errors import CheckpointError, InputError
+
+Encoder = tuple[ClipParams, TextRule]
+
+
+class Sizes(NamedTuple):
+    """What shapes the networks of one model, and the family that they are of."""
+
+    family: Family
+    unet: UNetParams
+    vae: VaeParams
+    text: tuple[Encoder, ...]
+
+
+_SD1_DOWN = (
+    *(Stage(320, (1, 1), True), Stage(640, (1, 1), True), Stage(1280, (1, 1), True)),
+    Stage(1280, (0, 0), False),
+)
+_SD1_UP = (
+    *(Stage(1280, (0, 0, 0), True), Stage(1280, (1, 1, 1), True), Stage(640, (1, 1, 1), True)),
+    Stage(320, (1, 1, 1), False),
+)
+# The unet/config.json of stable-diffusion-v1-5, stable-diffusion-2-1, stable-diffusion-xl-base-1.0.
+_UNETS = {
+    "sd15": UNetParams(
+        down=_SD1_DOWN,
+        mid=Mid(2, 1),
+        up=_SD1_UP,
+        context_dim=768,
+        heads=8,
+        linear_projection=False,
+    ),
+    "sd21": UNetParams(down=_SD1_DOWN, mid=Mid(2, 1), up=_SD1_UP, context_dim=1024),
+    "sdxl": UNetParams(
+        down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
+        mid=Mid(2, 10),
+        up=(
+            Stage(1280, (10, 10, 10), True),
+            Stage(640, (2, 2, 2), True),
+            Stage(320, (0, 0, 0), False),
+        ),
+        context_dim=2048,
+        added_dim=1280 + 6 * 256,
+    ),
+}
+_CLIP_L = ClipParams(
+    width=768, layers=12, heads=12, mlp_width=3072, act="quick_gelu", positions=77, vocabulary=49408
+)
+_OPENCLIP_H = ClipParams(
+    width=1024, layers=23, heads=16, mlp_width=4096, act="gelu", positions=77, vocabulary=49408
+)
+_OPENCLIP_G = ClipParams(
+    width=1280,
+    layers=32,
+    heads=20,
+    mlp_width=5120,
+    act="gelu",
+    positions=77,
+    vocabulary=49408,
+    projection=1280,
+)
+_TEXTS = {"sd15": (_CLIP_L,), "sd21": (_OPENCLIP_H,), "sdxl": (_CLIP_L, _OPENCLIP_G)}
+FULL = tuple(_UNETS)
+
+
+def sizes_of_family(name: str) -> Sizes:
+    """Raises InputError for a family whose sizes are not in this table."""
+    if name not in FULL:
+        raise InputError(
+            f"family {name!r:.40}: expected one of {', '.join(FULL)}; of any other give a file, "
+            "whose headers tell: --base FILE"
+        )
+    family = FAMILIES[name]
+    text = tuple(zip(_TEXTS[name], family.text, strict=True))
+    return Sizes(family, _UNETS[name], VaeParams(scale_factor=family.scale_factor), text)
+
+
+def sizes_of_files(
+    paths: Mapping[str, str | Path],
+    given: Given | None = None,
+    *,
+    vae: str | Path | None = None,
+    text: str | Path | None = None,
+) -> dict[str, Sizes]:
+    """Role -> sizes, from headers alone. One VAE and one text serve all: those of `vae` and `text`,
+    else of the first file that has one, else the family's at full size.
+
+    Raises CheckpointError for a file without a UNet that we know, and where no file has a VAE or
+    text encoders and the family's full size is not known.
+    """
+    given = given or Given()
+    found: dict[str, tuple[Family, UNetParams]] = {}
+    for role, path in paths.items():
+        judged = judge(path, Checkpoint.open(path, "unet"), given).require("unet")
+        assert judged.unet is not None and judged.family is not None
+        found[role] = judged.family, judged.unet
+    family = next(iter(found.values()))[0]
+    decoder = _vae(_holder("vae", vae, paths, family), replace(given, like=family), family)
+    encoders = _text(_holder("text", text, paths, family), replace(given, tokenizer=True), family)
+    return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in found.items()}
+
+
+def _holder(
+    part: PartName, given: str | Path | None, paths: Mapping[str, str | Path], family: Family
+) -> Path | None:
+    """Where the part is read from; None: nowhere, and the family's full size is known."""
+    if given is not None:
+        return Path(given)
+    for path in paths.values():
+        try:
+            if part in Checkpoint.open(path, part).parts():
+                return Path(path)
+        except CheckpointError:  # a folder without that component
+            continue
+    return None if family.lineage in FULL else Path(next(iter(paths.values())))
+
+
+def _vae(path: Path | None, given: Given, family: Family) -> VaeParams:
+    if path is None:
+        return sizes_of_family(family.lineage).vae
+    found = judge(path, Checkpoint.open(path, "vae"), given).require("vae").vae
+    assert found is not None
+    return found
+
+
+def _text(path: Path | None, given: Given, family: Family) -> tuple[Encoder, ...]:
+    if path is None:
+        return sizes_of_family(family.lineage).text
+    second = None
+    if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
+        second = Checkpoint.open(path, "text_2")
+    verdict = judge(path, Checkpoint.open(path, "text"), given, second=second)
+    judged = [verdict.require("text")]
+    if "text_2" in verdict.networks:
+        judged.append(verdict.require("text_2"))
+    found: list[Encoder] = []
+    for own in judged:
+        assert own.clip is not None and own.rule is not None
+        found.append((own.clip, own.rule))
+    return tuple(found)

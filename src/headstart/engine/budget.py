@@ -1,0 +1,213 @@
+"""How many bytes each stage of a run takes besides the weights, and how many samples fit at once.
+
+states = B*(C*h*w*(8 + kept)*4 + H*W*3*5)            of the whole batch, in every stage
+text   = texts * pieces * text_values * itemsize
+rows   = chunk * passes * latent_values*h*w * itemsize
+decode = decode_chunk * decode_bytes(bands)
+
+Guidance doubles the rows of a UNet and nothing of the decoder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from headstart.checkpoint.decoding import decode_bytes
+from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
+from headstart.errors import InputError
+
+SAFE_SHARE = 0.8
+"""Of the free memory; allocators fragment, and the estimate is of tensors alone."""
+BANDS = (1, 2, 4, 8, 16)
+"""Into how many bands of rows a decode may be cut, where a whole one does not fit."""
+
+
+class Shape(NamedTuple):
+    """What a run allocates: batch, one sample's latents [C, h, w] and pixels [H, W], x0 kept."""
+
+    batch: int
+    channels: int
+    latent: tuple[int, int]
+    pixels: tuple[int, int]
+    kept: int = 0
+
+    @property
+    def state_bytes(self) -> int:
+        """x, x0, noise and what a step makes of them, float32; pixels as they are and as uint8."""
+        cells, pixels = self.latent[0] * self.latent[1], self.pixels[0] * self.pixels[1]
+        return self.batch * (self.channels * cells * (8 + self.kept) * 4 + pixels * 3 * 5)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a network holds at once besides its weights.
+
+    latent_values  of a UNet pass, a latent cell of one row; itemsize: bytes of each
+    vae            the decoder; vae_itemsize: bytes of each of its values
+    text_values    of the text encoders, for one piece of one text
+    """
+
+    latent_values: float
+    vae: VaeParams
+    itemsize: int = 4
+    vae_itemsize: int = 4
+    text_values: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        unets: list[UNetParams],
+        vae: VaeParams,
+        towers: list[ClipParams],
+        itemsize: int,
+        vae_itemsize: int,
+    ) -> Footprint:
+        """The largest of the UNets, the decoder, and all of the text encoders."""
+        return cls(
+            latent_values=max(map(_unet_values, unets)),
+            vae=vae,
+            itemsize=itemsize,
+            vae_itemsize=vae_itemsize,
+            text_values=sum(map(_text_values, towers)),
+        )
+
+    def row_bytes(self, shape: Shape) -> int:
+        """Of one row in a UNet: a guided sample has two."""
+        return int(self.latent_values * shape.latent[0] * shape.latent[1] * self.itemsize)
+
+    def decode_bytes(self, shape: Shape, bands: int = 1) -> int:
+        """Of one sample in the decoder, in that many bands of rows."""
+        return decode_bytes(self.vae, shape.latent, self.vae_itemsize, bands)
+
+    def text_bytes(self, texts: int, tokens: int) -> int:
+        """Of all texts of a call: they are encoded together, and long ones piece by piece."""
+        return int(self.text_values * texts * -(-tokens // 77) * self.itemsize)
+
+
+class Chunks(NamedTuple):
+    """How many samples a UNet and the decoder are given at once, and the bands of a decode."""
+
+    networks: int
+    decode: int
+    bands: int = 1
+
+    @property
+    def own_decode(self) -> tuple[int, int] | None:
+        """Of the decoder, where it is not as many as in a UNet, whole."""
+        own = self.decode, self.bands
+        return None if own == (self.networks, 1) else own
+
+
+class Free(NamedTuple):
+    """Bytes besides the weights, None where nobody knows: for the rows of UNets, which use again
+    what captured graphs hold, and for the decoder, which cannot."""
+
+    networks: int | None
+    decode: int | None
+
+
+class Asked(NamedTuple):
+    """What a call asks for, None for as much as fits."""
+
+    networks: int | None = None
+    decode: int | None = None
+    bands: int | None = None
+
+    @classmethod
+    def of(cls, batch: int | Sequence[int] | None) -> Asked:
+        """A number of samples in a UNet, or all three. Raises InputError for anything below 1."""
+        asked = cls(batch) if batch is None or isinstance(batch, int) else cls(*batch)
+        if any(number is not None and number < 1 for number in asked):
+            raise InputError(f"batch must be at least 1 sample, got {batch}")
+        return asked
+
+
+_ALL = Asked()
+
+
+def chunks(
+    shape: Shape,
+    values: Footprint,
+    passes: int,
+    free: Free,
+    asked: Asked = _ALL,
+    *,
+    device: str = "cpu",
+) -> Chunks:
+    """As many at once as fit, all if possible: halves, and then bands of a decode.
+
+    passes  2 where guidance doubles the rows of a UNet
+
+    What is asked for is never cut. Raises InputError where not even one sample fits.
+    """
+    states, row = shape.state_bytes, passes * values.row_bytes(shape)
+    most = min(asked.networks or shape.batch, shape.batch)
+    networks = _cut(most, row, _budget(free.networks, states), asked.networks)
+    if networks is None:
+        size = 1 if asked.networks is None else most
+        raise InputError(_refusal(shape, size, size * row, free.networks or 0, device, "UNet"))
+    most, budget = min(asked.decode or networks, shape.batch), _budget(free.decode, states)
+    one = 0
+    for bands in BANDS if asked.bands is None else (asked.bands,):
+        one = values.decode_bytes(shape, bands)
+        if bands == 1:
+            if (size := _cut(most, one, budget, asked.decode)) is not None:
+                return Chunks(networks, size)
+        elif budget is None or one <= budget:  # one sample after the other
+            return Chunks(networks, most, bands)
+    raise InputError(_refusal(shape, 1, one, free.decode or 0, device, "decoder"))
+
+
+def _budget(free: int | None, states: int) -> float | None:
+    return None if free is None else SAFE_SHARE * free - states
+
+
+def _cut(size: int, each: int, budget: float | None, asked: int | None) -> int | None:
+    """`size` in halves until that many fit; None where not one does, or not those asked for."""
+    while budget is not None and size * each > budget:
+        if size == 1 or asked is not None:
+            return None
+        size = (size + 1) // 2
+    return size
+
+
+def _unet_values(params: UNetParams) -> float:
+    """Skips of all levels, and the widest working set: 20 widths of a level, 28 with attention.
+
+    The counts bound what the demo's UNet was seen to take: 0.9 of this at 512 and 1024 px.
+    """
+    levels = list(enumerate(params.down))
+    skips = sum((len(s.depths) + s.resample) * s.channels / 4**level for level, s in levels)
+    working = max((28.0 if any(s.depths) else 20.0) * s.channels / 4**level for level, s in levels)
+    return skips + working
+
+
+def _text_values(params: ClipParams) -> float:
+    """The hidden state of every layer is kept, and the widest one makes the MLP's of it."""
+    return params.positions * (params.width * (params.layers + 8) + 2 * params.mlp_width)
+
+
+def check_texts_fit(
+    values: Footprint, texts: int, tokens: int, free: int | None, device: str
+) -> None:
+    """Raise InputError where the texts of a call cannot be encoded at once."""
+    need = values.text_bytes(texts, tokens)
+    if free is not None and need > SAFE_SHARE * free:
+        raise InputError(
+            f"{texts} texts of {tokens} tokens need about {need / 1e9:.1f} GB in the text encoders "
+            f"at once; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that is "
+            "used at most: ask for fewer prompts a call, or shorter ones"
+        )
+
+
+def _refusal(shape: Shape, size: int, need: int, free: int, device: str, where: str) -> str:
+    height, width = shape.pixels
+    return (
+        f"{shape.batch} images of {height}x{width} need about "
+        f"{(need + shape.state_bytes) / 1e9:.1f} GB besides the weights, with {size} in the "
+        f"{where} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that "
+        "is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch; or load "
+        "with a lower memory= (--memory), so that more of the weights take turns"
+    )

@@ -1,0 +1,118 @@
+"""SHA-256 of files, kept on disk: gigabytes of weights are read through once, not in every process.
+
+(absolute path, size, times of change, inode) -> sha256, in CACHE/digests.json
+
+A file is taken for unchanged while its size, its inode and both its times are what they were: of
+its content (mtime), and of its entry (ctime), which the usual ways to restore the first set anew.
+The limit: what is written without the file system's clock, such as to the disk beneath it, or with
+the clock set back. HEADSTART_CACHE=off reads every file anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from headstart.errors import InputError
+from headstart.input import loads as read
+from headstart.input import misfit
+from headstart.output import write_file
+
+FORMAT = "headstart.digests/1"
+VARIABLE = "HEADSTART_CACHE"
+"""The folder of the cache; "off" or nothing: no cache."""
+LEAST = 2**24
+"""Bytes of the smallest file that is kept: 16 MB take 10 to 25 ms to read through."""
+MOST = 256
+"""Files that are kept; those that were read through first go first."""
+RACY_NS = 2 * 10**9
+"""A file that changed so shortly before it was read may change again within the same tick of its
+file system's clock, of up to 2 s (FAT), and show nothing of it: it is not kept. So does git
+(Documentation/technical/racy-git.txt)."""
+_SHAPE = {"format": str, "files": {"": {"sha256": str, "": int}}}
+_DIGEST = re.compile("[0-9a-f]{64}")
+_LOCK = threading.Lock()
+
+
+class Identity(NamedTuple):
+    """What a file is known by."""
+
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, found: os.stat_result) -> Identity:
+        return cls(found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino)
+
+
+def cache_folder() -> Path | None:
+    """HEADSTART_CACHE, else `headstart` in the user's cache folder (XDG Base Directory
+    Specification: XDG_CACHE_HOME, else ~/.cache); None: there is none, or it is switched off."""
+    own = os.environ.get(VARIABLE)
+    if own is not None:
+        return None if own.strip().lower() in ("", "off") else Path(own)
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(home):
+        return Path(home, "headstart")
+    with suppress(RuntimeError):  # a user without a home
+        return Path.home() / ".cache" / "headstart"
+    return None
+
+
+def digest(path: Path, *, least: int = LEAST) -> str:
+    """SHA-256 of a file, from the cache where it is kept there.
+
+    A cache that cannot be read or written, or that is damaged, is as none: then the file is read.
+    """
+    path = path.resolve()
+    identity, folder, name = Identity.of(path.stat()), cache_folder(), str(path)
+    if folder is None or identity.size < least or not name.isprintable():
+        return _read_through(path)
+    place = folder / "digests.json"
+    if (kept := _entries(place).get(name)) is not None:
+        found = str(kept.pop("sha256"))
+        if kept == identity._asdict() and _DIGEST.fullmatch(found):
+            return found
+    begun = time.time_ns()
+    found = _read_through(path)
+    settled = max(identity.mtime_ns, identity.ctime_ns) < begun - RACY_NS
+    if settled and Identity.of(path.stat()) == identity:
+        _keep(place, name, {**identity._asdict(), "sha256": found})
+    return found
+
+
+def _read_through(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _entries(place: Path) -> dict[str, dict[str, Any]]:
+    """What is kept; nothing where the file is absent, damaged or of another format."""
+    try:
+        found: Any = read(place.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    if misfit(found, _SHAPE) is not None or found["format"] != FORMAT:
+        return {}
+    return found["files"]
+
+
+def _keep(place: Path, path: str, entry: dict[str, Any]) -> None:
+    """With what others kept meanwhile. Of two processes that write at once one entry may be lost,
+    and is made again when it is next asked for: the file itself is always whole."""
+    with _LOCK, suppress(OSError, InputError):
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        kept = _entries(place)
+        kept.pop(path, None)
+        kept[path] = entry
+        files = dict([*kept.items()][-MOST:])
+        write_file(place, json.dumps({"format": FORMAT, "files": files}, indent=0).encode())

@@ -1,0 +1,184 @@
+"""The files of an engine, before their networks are loaded: where each will live, and how.
+
+headers -> bytes of each part as stored, values that its network holds -> a placement a device
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from headstart.checkpoint.families import Family
+from headstart.checkpoint.folder import COMPONENTS
+from headstart.checkpoint.judged import Given
+from headstart.checkpoint.tensors import Checkpoint, PartName
+from headstart.checkpoint.verdict import Verdict, judge
+from headstart.engine.budget import SAFE_SHARE, Footprint, Shape
+from headstart.engine.homes import Homes
+from headstart.engine.memory import Memory, available_bytes, read_memory
+from headstart.engine.models import FilePath
+from headstart.engine.places import Placement, note, place
+from headstart.engine.room import Room, Streams, pinned
+from headstart.networks.load import file_dtype, weight_bytes
+from headstart.networks.placement import Dtype
+from headstart.networks.text import ClipText
+from headstart.networks.unet import UNet
+from headstart_kernels.emulation.host import Host
+
+Source = tuple[FilePath, PartName, bool | None]
+"""A file, the network's name there, and whether its averaged weights are taken."""
+
+
+class Sources(NamedTuple):
+    """Which file each part is read from, and what its network is told besides.
+
+    unets  role -> file; ema: role -> whether its averaged weights are taken
+    like   the family to take a VAE's scale of; options: those of `headstart.engine.pair.Options`
+    """
+
+    unets: Mapping[str, FilePath]
+    vae: FilePath
+    text: FilePath
+    ema: Mapping[str, bool | None]
+    like: Family
+    image_size: int
+    options: Mapping[str, Any]
+
+    @property
+    def parts(self) -> dict[str, Source]:
+        """Part -> its file, its name there, whose weights."""
+        found: dict[str, Source] = {"text": (self.text, "text", None)}
+        for role, path in self.unets.items():
+            found[role] = path, "unet", self.ema[role]
+        found["vae"] = self.vae, "vae", None
+        return found
+
+
+def plan_homes(
+    sources: Sources,
+    devices: Mapping[str, torch.device],
+    memory: Memory,
+    kind: Dtype,
+    decodes: Dtype,
+) -> Homes:
+    """Where all parts live. On a GPU the cheapest placement that fits what is free of it, or
+    `memory`; "none", or another kind of device: everything is where it runs.
+
+    kind, decodes   what weights become, those of UNets and texts, and the decoder's
+
+    Raises InputError for weights that do not fit, before any of them is read.
+    """
+    most = read_memory(memory)
+    homes = Homes(devices=devices, most_bytes=most)
+    places = [p for p in dict.fromkeys(devices.values()) if takes_turns(p)]
+    if memory == "none" or not places:
+        return homes
+    sizes = {
+        part: weight_bytes(path, name, decodes if part == "vae" else kind, ema=ema)
+        for part, (path, name, ema) in sources.parts.items()
+    }
+    values, shape = _values(sources, kind, decodes)
+    found: list[Placement] = []
+    for own in places:
+        free = available_bytes(own)
+        free = most if free is None else free if most is None else min(free, most)
+        here = {part: size for part, size in sizes.items() if devices[part] == own}
+        found.append(place(here, values, shape, free, device=str(own)))
+    return Homes(devices=devices, most_bytes=most, placements=tuple(found))
+
+
+def notes(homes: Homes) -> tuple[str, ...]:
+    """For a person: what was decided of each device."""
+    return tuple(line for own in homes.placements if (line := note(own)) is not None)
+
+
+def bed(homes: Homes, part: str) -> torch.device:
+    """Where a part is loaded to: the host, if it takes turns."""
+    turns = any(part in own.turns for own in homes.placements)
+    return torch.device("cpu") if turns else homes.devices[part]
+
+
+def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
+    """With the rooms of parts that were loaded to take turns."""
+    modules = {"text": [*words.towers], **{role: [unet] for role, unet in unets.items()}}
+    rooms = tuple(
+        Room(
+            {part: modules[part] for part in own.turns},
+            own.room,
+            place := torch.device(own.device),
+            streams_of(place),
+            _host_memory(own),
+        )
+        for own in homes.placements
+        if own.turns
+    )
+    return replace(homes, rooms=rooms)
+
+
+def takes_turns(device: torch.device) -> bool:
+    """Whether weights may come and go on a device: where copies run beside the work."""
+    return device.type == "cuda"
+
+
+def streams_of(device: torch.device) -> Streams:
+    """On a CPU, where copies are made at once, a stand-in."""
+    return cast("Streams", torch.cuda) if device.type == "cuda" else Host()
+
+
+def _host_memory(own: Placement) -> Callable[[int], Tensor | None]:
+    """Pinned, where the host has room for all that takes turns; else weights stay in their files,
+    which the system keeps in memory as long as it likes."""
+    need = sum(own.moving(part) for part in own.turns)
+    free = available_bytes(torch.device("cpu"))
+    return pinned if free is None or need <= SAFE_SHARE * free else lambda _: None
+
+
+def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, Shape]:
+    """What networks hold of one picture of the model's own size."""
+    options = sources.options
+    given = Given(
+        head_dim=options.get("head_dim"),
+        text_head_dim=options.get("text_head_dim"),
+        tokenizer=options.get("tokenizer") is not None,
+        like=sources.like,
+        allow=options.get("allow", ()),
+    )
+    unets = [
+        _judged(path, "unet", given, ema=sources.ema[role]).require("unet").unet
+        for role, path in sources.unets.items()
+    ]
+    vae = _judged(sources.vae, "vae", given).require("vae").vae
+    texts = _judged(sources.text, "text", given).networks.values()
+    assert vae is not None
+    side = sources.image_size
+    cells = side // vae.downscale
+    itemsize = max(
+        dtype.itemsize
+        for dtype in (
+            kind
+            if isinstance(kind, torch.dtype)
+            else file_dtype(path, "unet", ema=sources.ema[role])
+            for role, path in sources.unets.items()
+        )
+    )
+    values = Footprint.of(
+        [unet for unet in unets if unet is not None],
+        vae,
+        [judged.clip for judged in texts if judged.clip is not None],
+        itemsize,
+        decodes.itemsize if isinstance(decodes, torch.dtype) else 4,
+    )
+    return values, Shape(1, vae.latent_channels, (cells, cells), (side, side))
+
+
+def _judged(path: FilePath, name: PartName, given: Given, ema: bool | None = None) -> Verdict:
+    path = Path(path)
+    second = None
+    if name == "text" and (path / COMPONENTS["text_2"]).is_dir():
+        second = Checkpoint.open(path, "text_2")
+    return judge(path, Checkpoint.open(path, name, ema=ema), given, second=second)

@@ -1,0 +1,294 @@
+"""Which weights stay on a device, and which take turns in one room of it: decided before loading.
+
+    device bytes = sum of what stays + room + work of a stage
+    saved by a room of s bytes = sum over its parts of min(bytes, s) - s
+
+Only what does not fit moves: a part that takes turns leaves what is beyond the room where it is.
+Measures, from the cheapest to the dearest; each is tried alone before the next one:
+
+    1. smaller chunks, then a decode in bands     (`budget.chunks`; nothing is moved)
+    2. text encoders and the distilled model take turns     a new prompt moves twice the room; the
+       second half of it while the base's rows run
+    3. text encoders, base and distilled take turns         a picture moves twice the room
+
+All of them leave the results what they are to the bit, besides bands (equal up to rounding).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from headstart.engine.budget import (
+    BANDS,
+    SAFE_SHARE,
+    Chunks,
+    Footprint,
+    Free,
+    Shape,
+    chunks,
+)
+from headstart.errors import InputError
+
+SPREAD = 0.06
+"""Of weights that are allocated one by one, lost in the allocator's segments: SDXL's take 5.6 %
+more than their bytes (counted, `emulation.card`). A room has all of its tenants' in one memory."""
+RESERVE = 2**28
+"""For the workspaces of libraries (cuBLAS: 32 MiB on Hopper) and kernels loaded at their first use.
+An estimate, not measured."""
+HOST_BYTES_PER_S = 25e9
+"""From pinned memory over PCIe 4.0 x16, of 31.5e9 in theory; an estimate, not measured."""
+_RUN = ("text", "base", "distilled")
+ORDER = ("text", "distilled", "base")
+"""What may take turns. The distilled model comes before the base: while the base's rows run, it can
+be brought back."""
+
+
+_ONE = Chunks(1, 1)
+
+
+class Move(NamedTuple):
+    """Bytes that go to the device, and the stage that hides them, where one does."""
+
+    part: str
+    size_bytes: int
+    behind: str | None = None
+
+
+class Stage(NamedTuple):
+    """What is on the device during a stage: weights, whoever is in the room, work beside them."""
+
+    name: str
+    inside: str | None
+    weights: int
+    work: int
+
+    @property
+    def peak(self) -> int:
+        return self.weights + self.work
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """One device's part of a plan.
+
+    weights   part ("text", "base", "distilled", "vae") -> its bytes as they are stored there
+    work      stage -> bytes besides weights, of one picture
+    turns     parts that take turns, in the order of a run; room: the bytes that they share
+    fits      samples at once, for the size and the batch that were planned
+    free      bytes that there were, None where nobody knows
+    """
+
+    device: str
+    weights: Mapping[str, int]
+    work: Mapping[str, int]
+    turns: tuple[str, ...] = ()
+    room: int = 0
+    fits: Chunks = _ONE
+    free: int | None = None
+
+    def moving(self, part: str) -> int:
+        """Bytes of a part that come and go."""
+        return min(self.weights[part], self.room) if part in self.turns else 0
+
+    @property
+    def held(self) -> int:
+        """Bytes of weights on the device, in any stage."""
+        return self.room + sum(size - self.moving(part) for part, size in self.weights.items())
+
+    @property
+    def need(self) -> int:
+        """Bytes that have to be free: weights, what is lost between them, the most work."""
+        lost = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
+        return int(self.held + lost + max(self.work.values(), default=0) / SAFE_SHARE) + RESERVE
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """Text, base, distilled, decode: those that happen here."""
+        found: list[Stage] = []
+        inside = None
+        for name, work in self.work.items():
+            inside = name if name in self.turns else inside
+            found.append(Stage(name, inside, self.held, work))
+        return tuple(found)
+
+    @property
+    def by_prompt(self) -> tuple[Move, ...]:
+        """What a picture of a new prompt moves besides `by_picture`."""
+        if "text" not in self.turns:
+            return ()
+        moves = [Move("text", self.moving("text"))]
+        if not self.by_picture:
+            other = next(part for part in self.turns if part != "text")
+            behind = "base" if other == "distilled" and "base" in self.weights else None
+            moves.append(Move(other, self.moving(other), behind))
+        return tuple(moves)
+
+    @property
+    def by_picture(self) -> tuple[Move, ...]:
+        """What every picture moves: the two models that change places."""
+        models = [part for part in self.turns if part != "text"]
+        if len(models) < 2:
+            return ()
+        behind = None if "text" in self.turns else "decode"
+        return (
+            Move("base", self.moving("base"), behind),
+            Move("distilled", self.moving("distilled")),
+        )
+
+
+def place(
+    weights: Mapping[str, int],
+    values: Footprint,
+    shape: Shape,
+    free: int | None,
+    *,
+    device: str = "cuda",
+    passes: int = 2,
+    texts: int = 2,
+    tokens: int = 77,
+) -> Placement:
+    """The cheapest placement that fits `free` bytes, for pictures of this shape.
+
+    weights  part -> bytes, of the parts that live on this device
+    passes   2 where the base is guided; texts, tokens: read at once
+
+    Raises InputError where none fits, saying what would.
+    """
+    work = _work(weights, values, shape, passes, texts, tokens)
+    found = Placement(device=device, weights=weights, work=work, free=free)
+    movable = [part for part in ORDER if part in weights]
+    for count in (0, *range(2, len(movable) + 1)):
+        found = replace(found, turns=tuple(p for p in _RUN if p in movable[:count]), room=0)
+        excess = 0 if free is None else found.need - free
+        if excess <= 0:
+            return _with_chunks(found, values, shape, passes)
+        share = share_of([weights[part] for part in found.turns], excess)
+        if share is not None:
+            return _with_chunks(replace(found, room=share), values, shape, passes)
+    raise InputError(refusal(found))
+
+
+def share_of(sizes: Sequence[int], excess: int) -> int | None:
+    """The smallest room s with sum(min(size, s)) - s >= excess; None where none saves so much.
+
+    >>> share_of([2, 5, 5], 3), share_of([2, 5, 5], 8)
+    (2, None)
+    """
+    below = 0  # of parts that are in the room whole
+    for index, size in enumerate(sorted(sizes)[:-1]):
+        larger = len(sizes) - index
+        share = -(-(excess - below) // (larger - 1))
+        if share <= size:
+            return max(share, 1)
+        below += size
+    return None
+
+
+def _work(
+    weights: Mapping[str, int],
+    values: Footprint,
+    shape: Shape,
+    passes: int,
+    texts: int,
+    tokens: int,
+) -> dict[str, int]:
+    """Stage -> the least that it takes besides weights: one sample at a time, in bands."""
+    states, row = shape.state_bytes, values.row_bytes(shape)
+    found = {
+        "text": values.text_bytes(texts, tokens),
+        "base": states + passes * row,
+        "distilled": states + row,
+        "decode": states + min(values.decode_bytes(shape, bands) for bands in BANDS),
+    }
+    here = {"decode" if part == "vae" else part for part in weights}
+    return {stage: size for stage, size in found.items() if stage in here}
+
+
+def _with_chunks(found: Placement, values: Footprint, shape: Shape, passes: int) -> Placement:
+    if "vae" not in found.weights or not {"base", "distilled"} & set(found.weights):
+        return found
+    most = int(max(found.work.values(), default=0) / SAFE_SHARE)
+    free = None if found.free is None else found.free - found.need + most
+    fits = chunks(shape, values, passes, Free(free, free), device=found.device)
+    return replace(found, fits=fits)
+
+
+def note(found: Placement) -> str | None:
+    """What was chosen, what a picture costs by it, and how to choose otherwise, for a person."""
+    if not found.turns:
+        return None
+    turns = " and ".join(_NAMES[part] for part in found.turns[-2:])
+    turns = ", ".join([*(_NAMES[part] for part in found.turns[:-2]), turns])
+    costs = [
+        f"{_told(moves)} {what}"
+        for moves, what in ((found.by_picture, "a picture"), (found.by_prompt, "for a new prompt"))
+        if moves
+    ]
+    least = max(found.work.values(), default=0)
+    return (
+        f"memory: {_gb(found.free or 0)} are free on {found.device}, for {_gb(_whole(found))} of "
+        f"weights and at least {_gb(least)} of work: so {turns} take turns in {_gb(found.room)} of "
+        f"it, out of the host's memory, which moves {' and '.join(costs)}, estimated at "
+        f"{HOST_BYTES_PER_S / 1e9:.0f} GB/s; the results are the same to the bit. Otherwise: "
+        f"memory='none' (--memory none) moves nothing; {_others(found)}"
+    )
+
+
+def _told(moves: Sequence[Move]) -> str:
+    """`7.1 GB (285 ms, 140 of them beside the decode)`."""
+    size = sum(move.size_bytes for move in moves)
+    hidden = [
+        f", {milliseconds(move.size_bytes):.0f} of them beside the {_BESIDE[move.behind]}"
+        for move in moves
+        if move.behind
+    ]
+    return f"{_gb(size)} ({milliseconds(size):.0f} ms{''.join(hidden)})"
+
+
+def milliseconds(size_bytes: int) -> float:
+    """Of a copy to the device, at `HOST_BYTES_PER_S`."""
+    return size_bytes / HOST_BYTES_PER_S * 1e3
+
+
+def _others(found: Placement) -> str:
+    """What holds less, with other results."""
+    told: list[str] = []
+    models = [found.weights[part] for part in ("base", "distilled") if part in found.weights]
+    if models:
+        told.append(
+            f"dtype='float8' (--dtype float8) stores {_gb(sum(models))} of UNets in about "
+            f"{_gb(sum(models) // 2)}, rounded to eight bits"
+        )
+    if len(models) == 2:
+        told.append(
+            "the distilled model as a LoRA on the base (`headstart transfer --base B --tuned D "
+            "--rank 64 --out L`, then --distilled-lora L) leaves one UNet, and what it captures of "
+            "the distilled one is printed; base and distilled may have a device each (--device "
+            "base=cuda:0,distilled=cuda:1)"
+        )
+    return "; ".join(told) or "a smaller picture"
+
+
+def refusal(most: Placement) -> str:
+    """Of weights that do not fit even where all that may take turns: `most`, but for its room."""
+    sizes = [most.weights[part] for part in most.turns]
+    need = most.need - sum(sizes) + max(sizes, default=0)
+    return (
+        f"the weights are {_gb(_whole(most))}, and need {_gb(need)} of {most.device} with its work "
+        f"even where they take turns; {_gb(most.free or 0)} are free: {_others(most)}; or run on "
+        "device='cpu'"
+    )
+
+
+def _whole(found: Placement) -> int:
+    return sum(found.weights.values())
+
+
+def _gb(size_bytes: int) -> str:
+    return f"{size_bytes / 1e9:.1f} GB"
+
+
+_NAMES = {"text": "the text encoders", "base": "the base", "distilled": "the distilled model"}
+_BESIDE = {"base": "base's rows", "decode": "decode"}

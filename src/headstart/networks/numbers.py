@@ -1,0 +1,41 @@
+"""Numbers as vectors: the timestep, the sizes of SDXL, the guidance that an LCM imitates."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def sinusoid(values: Tensor, dim: int) -> Tensor:
+    """[N] numbers -> [N, dim] = [cos(v*f), sin(v*f)], f_i = 10000^(-i/(dim/2)), in float32."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
+    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:
+    """[N] guidance -> [N, dim] = [sin(w*f), cos(w*f)], w = 1000*(guidance - 1), as LCM has it."""
+    half = dim // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=guidance.device) / (half - 1)
+    angles = 1000.0 * (guidance.float() - 1.0)[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+class Embedding(nn.Module):
+    """linear, SiLU, linear; `cond_proj` adds an embedded guidance before the first (LCM)."""
+
+    def __init__(self, in_dim: int, dim: int, guidance_dim: int | None = None) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(in_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+        if guidance_dim is not None:
+            self.cond_proj = nn.Linear(guidance_dim, in_dim, bias=False)
+
+    def forward(self, x: Tensor, guidance: Tensor | None = None) -> Tensor:
+        if guidance is not None:
+            x = x + self.cond_proj(guidance)
+        return self.linear_2(F.silu(self.linear_1(x)))

@@ -1,0 +1,236 @@
+"""A block in pieces, so that one compiled function serves all blocks of its structure.
+
+    block(*args) = functional_call(skeleton, tensors, args)
+
+The skeleton is the block without its tensors: modules, settings, and where adapters act. Weights
+and adapters are inputs, so blocks, networks and adapters of one structure share what is compiled,
+and no change of a tensor makes it stale. They are looked at in every call: 0.14 ms a transformer
+block, 10 ms of a pass of SDXL (measured, a 2-core CPU), and nothing in a captured graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from copy import deepcopy
+from typing import Any, NamedTuple, NoReturn, cast
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from headstart.errors import CaptureError
+from headstart.networks.regions import Addition, Instead, Steers
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_BLOCK, _ADDED = "block", "added"
+
+
+class Part(NamedTuple):
+    """A module of a block, as it is in this call.
+
+    tensors    own parameters and buffers, or what an adapter has it run on
+    additions  what adapters add to its output; strengths: how strongly
+    changed    whether an adapter has it run on other weights
+    """
+
+    path: str
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    additions: tuple[Addition, ...]
+    strengths: tuple[Tensor, ...]
+    changed: bool
+
+    @property
+    def structure(self) -> Hashable:
+        own = ((name, form(tensor)) for name, tensor in self.tensors.items())
+        added = (_outline(addition) for addition in self.additions)
+        settings = _settings(self.path, self.module)
+        return self.path, type(self.module), settings, (*own,), (*added,)
+
+
+class Block(NamedTuple):
+    """structure  what makes another compiled function; tensors: by their names in a `Skeleton`;
+    strengths: of adapters, in the order in which they act"""
+
+    parts: list[Part]
+    structure: Hashable
+    tensors: dict[str, Tensor]
+    strengths: list[Tensor]
+
+    @classmethod
+    def of(cls, block: nn.Module) -> Block:
+        """Raises CaptureError where a compiler would not see what a layer does."""
+        named = cast("Iterable[tuple[str, nn.Module]]", block.named_modules())
+        parts = [_part(block, path, module) for path, module in named]
+        return cls(
+            parts,
+            tuple(part.structure for part in parts),
+            dict(_named(parts)),
+            [strength for part in parts for strength in part.strengths],
+        )
+
+
+class Skeleton(nn.Module):
+    """A block whose tensors are given at every call; its own are on the meta device."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        meta: dict[int, Any] = {}
+        self.block = _copy(block.parts[0].module, meta)
+        self.added = nn.ModuleList()
+        for part in block.parts:
+            place = self.block.get_submodule(part.path)
+            if part.changed:
+                for name in ("weight", "bias"):
+                    held = part.tensors.get(name)
+                    place.register_parameter(name, None if held is None else _parameter(held))
+            for addition in part.additions:
+                self.added.append(_Added(_copy(cast("nn.Module", addition), meta)))
+                place.register_forward_hook(self.added[-1])
+
+    def forward(self, *args: Any) -> Any:
+        return self.block(*args)
+
+    def on(self, tensors: dict[str, Tensor], strengths: list[Tensor], args: tuple[Any, ...]) -> Any:
+        """What a block of these tensors gives; what is compiled."""
+        own = {f"{_ADDED}.{i}.strength": strength for i, strength in enumerate(strengths)}
+        return functional_call(self, tensors | own, args)
+
+
+class _Added(nn.Module):
+    """A forward hook: adds its change to a layer's output, as the adapter's own hook does."""
+
+    strength: Tensor
+
+    def __init__(self, change: nn.Module) -> None:
+        super().__init__()
+        self.change = change
+        self.register_buffer("strength", torch.empty(0, device="meta"))
+
+    def forward(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
+        cast("Addition", self.change).add_to(y, args[0], layer, self.strength)
+
+
+def form(tensor: Tensor) -> Hashable:
+    """What a compiled function is made for; a parameter is a tensor like any other."""
+    kind = Tensor if type(tensor) is nn.Parameter else type(tensor)
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, kind, tensor.device
+
+
+def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
+    tensors = dict(_own(module))
+    if module is block:  # what is hooked to it runs before and after, as Python
+        return Part(path, module, tensors, (), (), changed=False)
+    found = tuple(acting for steers in _steering(path, module) for acting in steers.additions())
+    weights = _weights(path, module)
+    if weights is not None:
+        tensors = {"weight": weights[0]} | ({} if weights[1] is None else {"bias": weights[1]})
+    additions, strengths = (tuple(addition for addition, _ in found), tuple(s for _, s in found))
+    return Part(path, module, tensors, additions, strengths, weights is not None)
+
+
+def _steering(path: str, module: nn.Module) -> Iterator[Steers]:
+    own = vars(module)
+    for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
+        steers = getattr(hook, "__self__", None)
+        if not isinstance(steers, Steers):
+            _refuse(path, module, f"has a hook, {hook!r:.80}")
+        yield steers
+
+
+def _weights(path: str, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
+    """What adapters have a layer run on: that of the outermost who says something."""
+    forward = vars(module).get("forward")
+    if forward is None:
+        return None
+    while isinstance(forward, Instead):
+        if (weights := forward.leaf.weights()) is not None:
+            return weights
+        forward = forward.under
+    if getattr(forward, "__func__", None) is not type(module).forward:
+        _refuse(path, module, f"has another `forward`, {forward!r:.80}")
+    return None
+
+
+def _named(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors by their names in the skeleton of these parts."""
+    count = 0
+    for part in parts:
+        prefix = f"{_BLOCK}.{part.path}." if part.path else f"{_BLOCK}."
+        yield from ((prefix + name, tensor) for name, tensor in part.tensors.items())
+        for addition in part.additions:
+            held = _all(cast("nn.Module", addition))
+            yield from ((f"{_ADDED}.{count}.change.{name}", tensor) for name, tensor in held)
+            count += 1
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=False)
+    yield from module.named_buffers(recurse=False)
+
+
+def _all(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
+def _outline(addition: Addition) -> Hashable:
+    return type(addition), *((name, form(t)) for name, t in _all(cast("nn.Module", addition)))
+
+
+def _settings(path: str, module: nn.Module) -> Hashable:
+    """What of a module is Python: numbers, names, choices."""
+    found: list[Hashable] = [module.training]
+    for name, value in vars(module).items():
+        if name in _OF_EVERY_MODULE or name == "forward":
+            continue
+        try:
+            frozen = _frozen(value)
+            hash(frozen)
+        except TypeError:
+            _refuse(path, module, f"has {name} = {value!r:.60}, which may change unseen")
+        found.append((name, frozen))
+    return tuple(found)
+
+
+def _frozen(value: object) -> Hashable:
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(each) for each in cast("Iterable[object]", value))
+    if isinstance(value, Tensor):
+        raise TypeError
+    return cast("Hashable", value)
+
+
+def _copy(module: nn.Module, meta: dict[int, Any]) -> Any:
+    """The module with tensors on the meta device, and without hooks or another `forward`.
+
+    meta  what stands for what, by identity: `deepcopy` finds it there and copies no weight.
+    """
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if "_hooks" in name:
+                meta[id(value)] = type(value)()
+        meta |= {id(tensor): _empty(tensor) for _, tensor in _own(part)}
+        if "forward" in vars(part):
+            meta[id(vars(part)["forward"])] = None
+    found = deepcopy(module, meta)
+    for part in found.modules():
+        vars(part).pop("forward", None)
+    return found
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return _parameter(tensor)
+    return torch.empty_like(tensor, device="meta")
+
+
+def _parameter(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(torch.empty_like(tensor, device="meta"), requires_grad=False)
+
+
+def _refuse(path: str, module: nn.Module, what: str) -> NoReturn:
+    raise CaptureError(
+        f"{path}: this {type(module).__name__} {what}, and a compiler does not see what that does: "
+        "take it away, or use runner='eager'"
+    )

@@ -1,0 +1,89 @@
+"""The memory estimate: told before anything is allocated, and obeyed by the batch."""
+
+from __future__ import annotations
+
+import pytest
+
+from headstart.checkpoint.params import VaeParams
+from headstart.engine.budget import (
+    SAFE_SHARE,
+    Asked,
+    Chunks,
+    Footprint,
+    Free,
+    Shape,
+    check_texts_fit,
+    chunks,
+)
+from headstart.errors import InputError
+
+VALUES = Footprint(latent_values=1000.0, vae=VaeParams(channels=(8, 16)), text_values=5e4)
+SHAPE = Shape(batch=16, channels=4, latent=(16, 16), pixels=(32, 32))
+ROW = 256_000 * 4
+STATES = 16 * (4 * 256 * 8 * 4 + 32 * 32 * 15)
+
+
+def free(rows: float, decodes: float) -> Free:
+    """Room for so many rows of a UNet, and so many whole decodes, besides the states."""
+    each = VALUES.decode_bytes(SHAPE)
+    return Free(*(int((STATES + n) / SAFE_SHARE) + 8 for n in (rows * ROW, decodes * each)))
+
+
+def test_the_states_are_of_the_batch_and_what_is_kept_of_it() -> None:
+    assert SHAPE.state_bytes == STATES
+    assert SHAPE._replace(kept=30).state_bytes - STATES == 16 * 30 * 4 * 256 * 4
+
+
+def test_everything_runs_at_once_where_it_fits_or_nobody_knows() -> None:
+    assert chunks(SHAPE, VALUES, 2, free(32, 16)) == Chunks(16, 16)
+    assert chunks(SHAPE, VALUES, 2, Free(None, None)) == Chunks(16, 16)
+
+
+def test_guidance_doubles_the_rows_of_a_unet_and_nothing_of_the_decoder() -> None:
+    assert chunks(SHAPE, VALUES, 1, free(16, 16)) == Chunks(16, 16)
+    assert chunks(SHAPE, VALUES, 2, free(16, 16)) == Chunks(8, 8)
+    assert chunks(SHAPE, VALUES, 2, free(32, 16)) == Chunks(16, 16)
+
+
+def test_a_batch_that_does_not_fit_is_cut_in_halves_for_each_network_alone() -> None:
+    assert chunks(SHAPE, VALUES, 2, free(32, 3)) == Chunks(16, 2)
+    assert chunks(SHAPE, VALUES, 2, free(5, 16)) == Chunks(2, 2)
+
+
+def test_a_decode_that_does_not_fit_whole_is_cut_into_bands() -> None:
+    found = chunks(SHAPE, VALUES, 1, free(16, 0.9))
+    assert found.networks == 16 and found.bands > 1
+    room = free(16, 0.9)
+    assert room.decode is not None
+    assert VALUES.decode_bytes(SHAPE, found.bands) + STATES <= SAFE_SHARE * room.decode
+    assert found.own_decode == (16, found.bands)
+    assert chunks(SHAPE, VALUES, 1, free(16, 16)).own_decode is None
+
+
+@pytest.mark.parametrize(
+    ("rows", "decodes", "where"), [(1.9, 16, "1 in the UNet"), (4, 0.001, "1 in the decoder")]
+)
+def test_what_never_fits_is_refused_with_need_and_supply(
+    rows: float, decodes: float, where: str
+) -> None:
+    with pytest.raises(InputError, match=rf"16 images of 32x32 .* {where} at a time; .* GB are fr"):
+        chunks(SHAPE, VALUES, 2, free(rows, decodes))
+
+
+def test_what_was_asked_for_is_never_cut() -> None:
+    assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(2)) == Chunks(2, 2)
+    assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of((2, 1, 4))) == Chunks(2, 1, 4)
+    with pytest.raises(InputError, match="with 16 in the UNet"):
+        chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(16))
+    with pytest.raises(InputError, match="in the decoder"):
+        chunks(SHAPE, VALUES, 1, free(2, 1), Asked.of((2, 2, 1)))
+    with pytest.raises(InputError, match="batch must be at least 1 sample, got 0"):
+        Asked.of(0)
+
+
+def test_texts_that_do_not_fit_at_once_are_refused_and_long_ones_count_by_the_piece() -> None:
+    assert VALUES.text_bytes(3, 154) == 2 * VALUES.text_bytes(3, 77)
+    need = VALUES.text_bytes(3, 154)
+    check_texts_fit(VALUES, 3, 154, int(need / SAFE_SHARE) + 1, "cuda:0")
+    with pytest.raises(InputError, match=r"3 texts of 154 tokens need about .* fewer prompts"):
+        check_texts_fit(VALUES, 3, 154, need, "cuda:0")

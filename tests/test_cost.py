@@ -1,0 +1,350 @@
+"""What a run costs on a card that is not here: the counts, the roofs, and the budget of SDXL."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from networks import PARAMS, VAE
+from torch import Tensor, nn
+
+import headstart_weights
+from headstart.checkpoint import blueprint
+from headstart.checkpoint.params import UNetParams
+from headstart.cli import main
+from headstart.commands.estimate import FAMILIES
+from headstart.cost.cards import CARDS, card_of
+from headstart.cost.estimate import Estimate, device_ms, estimate, floor_ms, peak_of
+from headstart.cost.operators import Kind, Operator, Tally, by_kind, count
+from headstart.cost.sizes import FULL, Sizes, sizes_of_family, sizes_of_files
+from headstart.cost.stages import decode, decode_dtype, stages_of, text_pass, unet_pass
+from headstart.errors import InputError
+from headstart.networks.unet import TransformerBlock
+from headstart.plan.named import named_pair, named_plan
+from headstart.plan.table import StepTable
+
+META = torch.device("meta")
+SDXL_BUDGET = {
+    "operators": 1577,
+    "launches": 1720,
+    "GEMM": 743,
+    "convolution": 51,
+    "attention": 140,
+    "gigabytes": 21.05,
+}
+"""Of one pass of SDXL's UNet at 1024 px, one sample, float16, as a GPU runs it. A change that needs
+more fails here; one that needs less lowers the number."""
+DECODE_BUDGET = {"operators": 160, "launches": 286, "gigabytes": 114.6}
+"""Of one decode at 1024 px as `Engine.load(dtype="float16")` has it."""
+bundled = pytest.mark.skipif(
+    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
+    reason="needs the bundled pair",
+)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def _one(body: Callable[[], object]) -> Operator:
+    (found,) = count(body)
+    return found
+
+
+def _table(mode: str = "hybrid", **settings: Any) -> StepTable:
+    own: Any = {"preset": "dmd2", **settings}
+    pair = named_pair(mode, own)
+    return named_plan(mode, own).compile(pair.schedules, prediction=pair.predictions)
+
+
+@pytest.fixture(scope="module")
+def sdxl() -> tuple[Operator, ...]:
+    return unet_pass(sizes_of_family("sdxl").unet, (4, 128, 128))
+
+
+@pytest.fixture(scope="module")
+def small() -> Sizes:
+    return sizes_of_family("sdxl")._replace(unet=PARAMS, vae=VAE, text=())
+
+
+def test_a_pass_of_sdxl_stays_within_its_budget(sdxl: tuple[Operator, ...]) -> None:
+    whole, kinds = Tally.of(sdxl), by_kind(sdxl)
+    found = {"operators": whole.operators, "launches": whole.launches}
+    found |= {kind.value: kinds[kind].operators for kind in Kind if kind.heavy}
+    spent: dict[str, float] = {**found, "gigabytes": whole.moved / 1e9}
+    over = {name: n for name, n in spent.items() if n > SDXL_BUDGET[name]}
+    assert not over, f"more than {SDXL_BUDGET}"
+    slack = {name: n for name, n in spent.items() if n < 0.99 * SDXL_BUDGET[name]}
+    assert not slack, f"less than {SDXL_BUDGET}: lower the budget, so that it holds"
+
+
+def test_sdxl_has_the_flops_that_others_counted(sdxl: tuple[Operator, ...]) -> None:
+    """6761 GFLOP with FlopCounterMode over diffusers' UNet; keys and values of a prompt, and the
+    projections of a time, are the same for every row, so up to 1 % of it may be left out."""
+    assert 0.99 * 6.761e12 <= Tally.of(sdxl).flops <= 6.762e12
+    sizes = sizes_of_family("sdxl")
+    assert 10.3e12 < Tally.of(decode(sizes.vae, (4, 128, 128), 1, torch.float32)).flops < 10.6e12
+
+
+def test_a_decode_of_sdxl_stays_within_its_budget() -> None:
+    found = Tally.of(decode(sizes_of_family("sdxl").vae, (4, 128, 128), 1, torch.float16))
+    assert found.operators <= DECODE_BUDGET["operators"]
+    assert found.launches <= DECODE_BUDGET["launches"]
+    assert found.moved <= DECODE_BUDGET["gigabytes"] * 1e9
+
+
+@pytest.mark.parametrize(("rows", "tokens", "words"), [(1, 64, 77), (2, 100, 7)])
+def test_a_transformer_block_has_the_flops_of_its_formula(
+    rows: int, tokens: int, words: int
+) -> None:
+    channels, context = 64, 48
+    with META:
+        block = TransformerBlock(channels, context, heads=4).half()
+    x, told = _empty(rows, tokens, channels), _empty(rows, words, context)
+    found = count(lambda: block(x, told))
+    square = 2 * rows * tokens * channels * channels
+    own = 4 * square + 4 * rows * tokens * tokens * channels
+    cross = 2 * square + 2 * 2 * rows * words * context * channels
+    cross += 4 * rows * tokens * words * channels
+    assert Tally.of(found).flops == own + cross + (8 + 4) * square
+    assert by_kind(found)[Kind.ATTENTION].operators == 2
+
+
+def test_bytes_are_of_every_operand_once() -> None:
+    a, row = _empty(4, 8), _empty(8)
+    assert _one(lambda: a + row)[4:6] == (2 * (32 + 8 + 32),) * 2
+    assert _one(lambda: a * a).moved == 2 * (32 + 32)  # one operand, named twice
+    assert _one(lambda: a + row.expand(4, 8)).moved == 2 * (32 + 8 + 32)
+    assert _one(lambda: a.add_(row)).moved == 2 * (32 + 8 + 32)
+    assert _one(lambda: a.copy_(row)).moved == 2 * (8 + 32)  # what was there is not read
+    table, ids = _empty(1000, 8), _empty(3, dtype=torch.int64)
+    assert _one(lambda: F.embedding(ids, table)).moved == 2 * 2 * 3 * 8
+
+
+def test_what_launches_nothing_is_not_counted() -> None:
+    a = _empty(4, 8)
+    assert count(lambda: a.view(8, 4).t()[:2].unsqueeze(0).expand(3, 2, 8)) == ()
+    assert count(lambda: (torch.empty_like(a), a.detach())) == ()
+    assert count(lambda: torch.arange(9).float() * 2) == ()  # the host's
+
+
+def test_a_convolution_tells_its_bias_and_the_copies_into_another_layout() -> None:
+    x, y = 2 * 4 * 64, 2 * 8 * 64
+    with META:
+        plain = nn.Conv2d(4, 8, 3, padding=1, bias=False).half()
+        biased = nn.Conv2d(4, 8, 3, padding=1).half()
+        last = nn.Conv2d(4, 8, 3, padding=1, bias=False).half()
+    nn.Module.to(last, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    image = _empty(1, 4, 8, 8)
+    least = _one(lambda: plain(image)).least
+    assert _one(lambda: plain(image)).launches == 1
+    assert _one(lambda: biased(image)).launches == 2
+    assert _one(lambda: biased(image)).moved == least + 2 * 8 + 2 * y
+    assert _one(lambda: last(image)).moved == least + 2 * x
+    assert _one(lambda: last(image)).launches == 2
+    ordered = image.to(memory_format=torch.channels_last)
+    assert _one(lambda: last(ordered)).launches == 1
+    made: list[Tensor] = []
+    count(lambda: made.append(last(image)))
+    assert made[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_an_attention_is_one_operator_in_every_dtype_and_width() -> None:
+    for dtype, width, mask in (
+        (torch.float16, 64, None),
+        (torch.float32, 64, None),
+        (torch.float16, 512, None),
+        (torch.float16, 64, _empty(1, 1, 16, 16)),
+    ):
+        q = _empty(2, 3, 16, width, dtype=dtype)
+        found = _one(lambda q=q, m=mask: F.scaled_dot_product_attention(q, q, q, attn_mask=m))
+        assert found.kind is Kind.ATTENTION
+        assert found.flops == 4 * 2 * 3 * 16 * 16 * width
+
+
+def test_headstarts_kernels_are_counted_as_they_run_on_a_gpu() -> None:
+    found = unet_pass(PARAMS, (4, 8, 8))
+    names = {own.name for own in found}
+    assert {"groupnorm_silu", "geglu"} <= names
+    assert "gelu" not in names
+
+
+def test_an_operator_takes_the_higher_of_its_roofs() -> None:
+    card = card_of("h100")
+    bound = Operator("mm", Kind.GEMM, torch.float16, 10**12, 10, 10, 1)
+    moved = Operator("add", Kind.POINTWISE, torch.float16, 0, 3350 * 10**6, 10, 1)
+    assert device_ms([bound], card) == pytest.approx(1e12 / 989.5e12 * 1e3)
+    assert device_ms([moved], card) == pytest.approx(1.0)
+    assert device_ms([bound, moved], card) == pytest.approx(1.0 + 1e12 / 989.5e12 * 1e3)
+    assert floor_ms([bound, moved], card) == device_ms([bound], card)
+
+
+def test_float32_runs_convolutions_as_tf32_and_products_in_float32() -> None:
+    card = card_of("a100")
+    assert peak_of(card, torch.float32, Kind.CONV) == 156
+    assert peak_of(card, torch.float32, Kind.GEMM) == 19.5
+    assert peak_of(card_of("t4"), torch.float32, Kind.CONV) == 8.1
+    with pytest.raises(InputError, match="no matrix units for bfloat16"):
+        peak_of(card_of("t4"), torch.bfloat16, Kind.GEMM)
+
+
+def test_cards_are_plausible_and_say_where_they_are_from() -> None:
+    for name, card in CARDS.items():
+        assert card_of(name) is card
+        assert card.float16 > 1.8 * card.float32 and card.source.startswith("NVIDIA ")
+        assert card.bfloat16 in (None, card.float16)
+        assert card.tf32 is None or 0.45 < card.tf32 / card.float16 <= 0.51
+        assert 50 < 1e3 * card.float16 / card.gbytes_s < 450  # FLOPs a byte
+    assert card_of("RTX 4090") is CARDS["4090"]
+    for name in ("cpu", "auto", "cuda:0"):
+        with pytest.raises(InputError, match="one of b200, h200, h100"):
+            card_of(name)
+
+
+def test_full_sizes_have_the_parameters_that_are_published() -> None:
+    """Of the checkpoints of stable-diffusion-v1-5, -2-1 and -xl-base-1.0."""
+
+    def sizes(name: str) -> tuple[int, int, list[int]]:
+        own = sizes_of_family(name)
+        shapes: list[Any] = [blueprint.unet(own.unet), blueprint.vae(own.vae)]
+        shapes += [blueprint.clip(params) for params, _ in own.text]
+        counts = [sum(torch.Size(s).numel() for s in rows.values()) for rows in shapes]
+        assert len(shapes[0]) == own.family.signature.tensors
+        return counts[0], counts[1], counts[2:]
+
+    assert FULL == FAMILIES
+    assert sizes("sd15") == (859_520_964, 83_653_863, [123_060_480])
+    assert sizes("sd21") == (865_910_724, 83_653_863, [340_387_840])
+    assert sizes("sdxl") == (2_567_463_684, 83_653_863, [123_060_480, 694_659_840])
+
+
+@bundled
+def test_sizes_of_files_are_those_that_are_loaded() -> None:
+    import headstart as hs
+
+    paths = {role: headstart_weights.path(role) for role in ("distilled", "base")}
+    found = sizes_of_files(paths)
+    engine = hs.Engine.demo(device="cpu")
+    for role, own in found.items():
+        network: Any = engine.denoisers[role]
+        codec: Any = engine.vae
+        assert own.unet == network.params and own.vae == codec.params
+        (tower,) = engine.text.towers
+        assert [params for params, _ in own.text] == [tower.params]
+
+
+def test_a_guided_row_has_twice_the_samples_and_the_text_is_encoded_for_both(small: Sizes) -> None:
+    models = {"base": small, "distilled": small}
+    plain = stages_of(models, _table(), pixels=(16, 16), batch=2)
+    guided = stages_of(models, _table(base_guidance=5.0), pixels=(16, 16), batch=2)
+    assert [own[:3] for own in plain] == [
+        *(("text", 1, 1), ("base pass", 1, 2), ("distilled pass", 3, 2)),
+        *(("step", 1, 0), ("decode", 1, 2)),
+    ]
+    assert [own[:3] for own in guided][:3] == [
+        *(("text", 1, 2), ("base pass", 1, 4), ("distilled pass", 3, 2)),
+    ]
+    base, doubled = (Tally.of(own[1].operators) for own in (plain, guided))
+    assert doubled.operators == base.operators
+    # All but the embeddings of one number, which is expanded, is twice the work.
+    assert doubled.flops == 2 * base.flops
+    assert plain[1].operators is plain[2].operators  # networks of one size are counted once
+
+
+def test_a_step_is_one_kernel_a_row_and_one_where_noise_is_drawn(small: Sizes) -> None:
+    models = {"base": small, "distilled": small}
+    table = _table()
+    steps = stages_of(models, table, pixels=(16, 16))[3].operators
+    drawn = sum(own.name == "philox_normal" for own in steps)
+    assert sum(own.name == "fused_step_into" for own in steps) == len(table)
+    assert drawn == 1 + sum(step.add != 0 for step in table)
+
+
+def test_the_decoder_of_sdxl_is_counted_in_the_dtype_that_it_is_loaded_in() -> None:
+    sdxl, sd15 = sizes_of_family("sdxl").vae, sizes_of_family("sd15").vae
+    assert decode_dtype(sdxl, torch.float16) is torch.float32
+    assert decode_dtype(sdxl, torch.bfloat16) is torch.bfloat16
+    assert decode_dtype(sd15, torch.float16) is torch.float16
+
+
+def test_an_encoder_is_counted_once_a_text(small: Sizes) -> None:
+    (first, _) = sizes_of_family("sdxl").text
+    one, two = (text_pass((first,), texts) for texts in (1, 2))
+    assert Tally.of(two).flops == 2 * Tally.of(one).flops
+    layer = 2 * 77 * (4 * 768 * 768 + 2 * 768 * 3072) + 4 * 77 * 77 * 768
+    assert Tally.of(one).flops == 12 * layer
+
+
+def _estimate(small: Sizes, params: UNetParams = PARAMS) -> Estimate:
+    models = {"base": small._replace(unet=params), "distilled": small}
+    return estimate(models, _table(), card_of("h100"), pixels=(16, 16))
+
+
+def test_stages_add_up_and_nothing_is_below_its_floor(small: Sizes) -> None:
+    found = _estimate(small)
+    total = found.total
+    assert total.device_ms == pytest.approx(sum(line.device_ms for line in found.lines))
+    assert total.tally.flops == sum(line.tally.flops for line in found.lines)
+    assert all(0 <= line.floor_ms <= line.device_ms for line in found.lines)
+    assert found.graph_ms == pytest.approx(total.device_ms + total.graph_ms)
+    assert found.eager_ms >= max(found.graph_ms, total.eager_ms)
+    for stage, own in found.kinds.items():
+        (line,) = (line for line in found.lines if line.stage == stage)
+        assert sum(ms for _, ms in own.values()) * line.times == pytest.approx(line.device_ms)
+
+
+@bundled
+def test_bench_estimates_without_reading_a_weight_and_says_that_it_is_an_estimate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    asked = ["bench", "--estimate", "--device", "4090", "--plan", "hybrid,base"]
+    out = tmp_path / "cost.json"
+    assert main([*asked, "--out", str(out)]) == 0
+    told = capsys.readouterr().out
+    assert "an estimate, not a measurement" in told and "GeForce RTX 4090" in told
+    assert "NVIDIA Ada GPU Architecture whitepaper" in told
+    found = json.loads(out.read_text())
+    assert [own["plan"] for own in found["estimates"]] == ["demo-hybrid", "demo-base"]
+    assert found["evidence"] == "estimate"
+    hybrid = found["estimates"][0]
+    assert [own["stage"] for own in hybrid["stages"]] == [
+        *("text", "base pass", "distilled pass", "step", "decode"),
+    ]
+    assert hybrid["total"]["flops"] == sum(own["flops"] for own in hybrid["stages"])
+
+
+def test_bench_estimates_a_family_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    """LCM's four passes of SD1.5 at 512 px, 803 GFLOP each with FlopCounterMode over diffusers'."""
+    asked = ["--family", "sd15", "--device", "a10", "--dtype", "bfloat16", "--plan", "distilled"]
+    assert main(["bench", "--estimate", *asked, "--batch", "2", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["estimates"]
+    stages = {own["stage"]: own for own in found["stages"]}
+    assert found["size"] == [512, 512] and found["batch"] == 2
+    assert found["dtype"] == found["decode_dtype"] == "bfloat16"
+    assert 0.98 * 803e9 < stages["distilled pass"]["flops"] / 4 / 2 < 1.001 * 803e9
+    assert stages["text"]["rows"] == 1 and stages["decode"]["rows"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--estimate"], "device 'auto': an estimate is for a card, one of b200"),
+        (["--estimate", "--device", "cpu"], "device 'cpu': an estimate is for a card"),
+        (["--family", "sdxl"], "--family is for --estimate"),
+        (["--estimate", "--device", "t4", "--lora", "x"], "--lora is not counted"),
+        (["--estimate", "--device", "t4", "--versus", "graph"], "--versus is not counted"),
+        (["--estimate", "--device", "t4", "--runner", "graph"], "leave out --runner"),
+        (["--estimate", "--device", "t4", "--dtype", "stored"], "--estimate counts float16"),
+        (["--estimate", "--device", "t4", "--family", "sdxl", "--base", "x"], "without a file"),
+    ],
+)
+def test_bench_refuses_what_an_estimate_does_not_tell(
+    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -1,0 +1,93 @@
+"""Devices that are no CUDA ones: they run eagerly, without float64, or are refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_homes import PLAN
+from tiny_pair import tiny_engine
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import headstart as hs
+from headstart.engine import devices
+from headstart.engine.devices import OnHost, choose_device, has_float64, noise_on
+from headstart.noise import Philox
+from headstart.runner.runner import choose_runner
+
+MPS = torch.device("mps")
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """A device that refuses float64 as Apple's does, besides what is drawn on the host."""
+
+    host = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(found):
+            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 and not self.host:
+                raise TypeError(f"{func}: the MPS framework doesn't support float64")
+        return found
+
+
+def test_a_run_makes_float64_of_nothing_but_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU that refuses it as such a device would; the bits are those of any other run."""
+    engine = tiny_engine("sdxl")
+    want = engine.sample("a cat", plan=PLAN, seeds=[1, 2])
+    refusing = WithoutFloat64()
+
+    def on_host(draw: Any) -> Any:
+        def drawn(*given: Any) -> Any:
+            refusing.host += 1
+            try:
+                return draw(*given)
+            finally:
+                refusing.host -= 1
+
+        return drawn
+
+    with refusing, pytest.raises(TypeError, match="float64"):
+        engine.sample("a cat", plan=PLAN, seeds=[1, 2])
+    monkeypatch.setattr(devices, "has_float64", lambda _: False)
+    monkeypatch.setattr(OnHost, "initial", on_host(OnHost.initial))
+    monkeypatch.setattr(OnHost, "step", on_host(OnHost.step))
+    with refusing:
+        got = engine.sample("a cat", plan=PLAN, seeds=[1, 2])
+    assert torch.equal(got.rgb, want.rgb)
+
+
+def test_noise_of_the_host_is_the_same_to_the_bit_and_for_such_devices_alone() -> None:
+    source, cpu = Philox([3, 4]), torch.device("cpu")
+    assert noise_on(cpu, source) is source
+    found = noise_on(MPS, source)
+    assert isinstance(found, OnHost) and len(found) == 2
+    for own, other in zip(
+        (found.initial((4, 8), cpu), found.step(2, (4, 8), cpu)),
+        (source.initial((4, 8), cpu), source.step(2, (4, 8), cpu)),
+        strict=True,
+    ):
+        assert torch.equal(own, other)
+
+
+def test_mps_and_some_of_xpu_have_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not has_float64(MPS) and has_float64(torch.device("cuda", 0))
+    for answer in (True, False):
+        properties = type("Properties", (), {"has_fp64": answer})()
+        monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _, own=properties: own)
+        assert has_float64(torch.device("xpu", 0)) is answer
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu"])
+def test_they_run_eagerly_and_one_that_is_not_there_is_refused_in_one_line(kind: str) -> None:
+    assert choose_runner("auto", kind).name == "eager"
+    with pytest.raises(hs.HeadstartError, match="exists on cuda alone"):
+        choose_runner("graph", kind)
+    if not getattr(torch, kind).is_available():
+        with pytest.raises(hs.InputError, match=f"device '{kind}' cannot be used") as caught:
+            choose_device(kind)
+        assert "\n" not in str(caught.value)

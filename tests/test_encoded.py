@@ -1,0 +1,376 @@
+"""Texts that were encoded before: when they are found, and everything after which they are not."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tiny_pair import PLAN, tiny_engine
+from torch import Tensor, nn
+
+import headstart as hs
+from headstart.engine.encoded import VARIABLE, EncodedTexts, encoded_by, limit_bytes
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning
+from headstart.networks.text import ClipText
+
+FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
+TO_Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """The prompts of every encoding."""
+    found: list[tuple[str, ...]] = []
+    encode: Callable[..., Any] = ClipText.encode
+
+    def spy(self: ClipText, prompts: list[str], *args: Any, **options: Any) -> Any:
+        found.append(tuple(prompts))
+        return encode(self, prompts, *args, **options)
+
+    monkeypatch.setattr(ClipText, "encode", spy)
+    return found
+
+
+@pytest.fixture
+def engine() -> hs.Engine:
+    return tiny_engine("sd15")
+
+
+def _drawn(engine: hs.Engine, prompts: Any = "a cat", **asked: Any) -> Tensor:
+    return engine.sample(prompts, plan=PLAN, seeds=3, **asked).latents
+
+
+def _afresh(engine: hs.Engine, prompts: Any = "a cat", **asked: Any) -> Tensor:
+    """With nothing kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "0")
+        return _drawn(engine, prompts, **asked)
+
+
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+
+
+def _lora(path: Path, layer: str, out: int, scale: float = 1.0) -> Path:
+    tensors = {f"{layer}.lora_down.weight": scale * _normal(2, 32)}
+    save_file(tensors | {f"{layer}.lora_up.weight": _normal(out, 2)}, path)
+    return path
+
+
+def test_a_text_is_encoded_once_and_the_bits_are_those_of_encoding_it_again(
+    engine: hs.Engine, encodings: list[tuple[str, ...]]
+) -> None:
+    first = _drawn(engine)
+    assert torch.equal(_drawn(engine), first)
+    assert torch.equal(_drawn(engine.with_runner("eager"), "a cat"), first)
+    assert len(encodings) == 1
+    assert torch.equal(_afresh(engine), first)
+    assert len(encodings) == 2
+
+
+BOTH: list[tuple[Any, dict[str, Any]]] = [
+    ("a dog", {}),
+    (["a cat", "a dog"], {}),
+    ("a cat -> a dog below sigma 3", {}),
+    ("a cat", {"negative": "a dog"}),
+    ("a cat", {"negative": ""}),
+    ("a cat", {"clip_skip": 2}),
+    ("a (cat:1.5)", {"style": "a1111"}),
+    ("a (cat:1.5)", {"style": "comfyui"}),
+]
+OWN: list[tuple[Any, dict[str, Any]]] = [
+    ("a cat", {"size": 24}),
+    ("a cat", {"original_size": (20, 20)}),
+    ("a cat", {"crop": (4, 0)}),
+    ("a cat", {"second": "a dog"}),
+    ("a cat", {"negative": "the", "negative_second": "a dog"}),
+]
+"""SDXL's alone."""
+
+
+@pytest.mark.parametrize(
+    ("family", "prompts", "asked"),
+    [*(("sd15", *one) for one in BOTH), *(("sdxl", *one) for one in (*BOTH, *OWN))],
+)
+def test_whatever_is_asked_differently_is_encoded(
+    family: str, prompts: Any, asked: dict[str, Any], encodings: list[tuple[str, ...]]
+) -> None:
+    engine = tiny_engine(family)
+    _drawn(engine)
+    found = _drawn(engine, prompts, **asked)
+    assert torch.equal(_drawn(engine, prompts, **asked), found)
+    assert len(encodings) == 2
+    assert torch.equal(_afresh(engine, prompts, **asked), found)
+
+
+def test_what_a_caller_writes_to_is_not_kept(
+    engine: hs.Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from headstart.engine import course
+
+    first, encode = _drawn(engine), course.encode
+
+    def spoiled(*args: Any) -> Any:
+        cond, uncond = encode(*args)
+        for part in (cond, uncond):
+            assert isinstance(part, Conditioning)
+            part.context.zero_()
+        return cond, uncond
+
+    monkeypatch.setattr(course, "encode", spoiled)
+    assert not torch.equal(_drawn(engine), first)
+    monkeypatch.undo()
+    assert torch.equal(_drawn(engine), first)
+
+
+def _written(text: nn.Module) -> None:
+    with torch.no_grad():
+        next(text.parameters()).mul_(1.5)
+
+
+def _assigned(text: nn.Module) -> None:
+    text.load_state_dict({n: 1.5 * v for n, v in text.state_dict().items()}, assign=True)
+
+
+def _replaced(text: Any) -> None:
+    layer = text.towers[0].text_model.encoder.layers[0].mlp
+    other = nn.Linear(layer.fc1.in_features, layer.fc1.out_features)
+    layer.fc1 = other.requires_grad_(False)
+
+
+def _halved(text: nn.Module) -> None:
+    text.to(torch.bfloat16).to(torch.float32)
+
+
+@pytest.mark.parametrize("change", [_written, _assigned, _replaced, _halved])
+def test_changed_encoders_encode_again(
+    change: Callable[[Any], None], engine: hs.Engine, encodings: list[tuple[str, ...]]
+) -> None:
+    first = _drawn(engine)
+    change(engine.weights.text)
+    second = _drawn(engine)
+    assert len(encodings) == 2 and not torch.equal(first, second)
+    assert torch.equal(_afresh(engine), second)
+    for _ in range(3):  # and what they encode now is kept
+        assert torch.equal(_drawn(engine), second)
+    assert len(encodings) <= 4
+
+
+def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(
+    engine: hs.Engine, encodings: list[tuple[str, ...]]
+) -> None:
+    brought: list[str] = []
+
+    @contextmanager
+    def bring() -> Generator[None]:
+        brought.append("text")
+        with torch.no_grad():
+            for tensor in text.parameters():
+                tensor.copy_(tensor.clone())  # as a copy from the host does
+        yield
+
+    text = engine.weights.text
+    first = _drawn(engine)
+    vars(text.towers[0])["in_place"] = bring
+    for _ in range(3):
+        assert torch.equal(_drawn(engine), first)
+    assert len(brought) == 1 and len(encodings) == 2
+    _drawn(engine, "a dog")
+    assert len(brought) == 2
+    assert torch.equal(_afresh(engine), first) and len(brought) == 3
+
+
+def test_what_is_written_through_data_is_seen_after_forget(engine: hs.Engine) -> None:
+    first = _drawn(engine)
+    next(engine.weights.text.parameters()).data.mul_(1.5)
+    encoded_by(engine.weights.text).forget()
+    assert not torch.equal(_drawn(engine), first)
+
+
+@pytest.mark.parametrize("form", ["lora", "loha"])
+def test_an_adapter_of_the_text_is_heard_at_every_strength(
+    form: str, engine: hs.Engine, tmp_path: Path
+) -> None:
+    path = tmp_path / "voice.safetensors"
+    if form == "lora":  # beside the layers; a LoHa is merged into them
+        _lora(path, FC1, 48)
+    else:
+        halves = {"w1_a": (48, 2), "w1_b": (2, 32), "w2_a": (48, 2), "w2_b": (2, 32)}
+        tensors = {f"{FC1}.hada_{name}": _normal(*shape) for name, shape in halves.items()}
+        tensors |= {f"{TO_Q}.hada_{n}": _normal(32 if s[0] == 48 else 2, s[1])
+                    for n, s in halves.items()}  # fmt: skip
+        save_file(tensors, path)
+    plain = _drawn(engine)
+    engine.attach(path, 1.0, name="voice")
+    seen = [plain]
+    for strength in (1.0, 0.5, 1.0, 2.0):
+        engine.adapters["voice"].strength = strength
+        seen.append(_drawn(engine))
+        assert torch.equal(_drawn(engine), seen[-1])
+        assert torch.equal(_afresh(engine), seen[-1])
+    assert torch.equal(seen[1], seen[3])
+    assert len({bytes(one.numpy()) for one in seen}) == 4
+    engine.detach("voice")
+    assert torch.equal(_drawn(engine), plain)
+
+
+def test_an_adapter_that_is_swapped_in_place_is_heard(engine: hs.Engine, tmp_path: Path) -> None:
+    one = _lora(tmp_path / "one.safetensors", FC1, 48)
+    other = _lora(tmp_path / "other.safetensors", FC1, 48, scale=-2.0)
+    engine.attach(one, name="voice")
+    first = _drawn(engine)
+    assert engine.attach(other, name="voice", replace=True).in_place
+    second = _drawn(engine)
+    assert not torch.equal(first, second)
+    assert torch.equal(_afresh(engine), second)
+
+
+def test_strengths_of_one_call_are_told_apart(engine: hs.Engine, tmp_path: Path) -> None:
+    engine.attach(_lora(tmp_path / "voice.safetensors", FC1, 48), 0.0)
+    found = [_drawn(engine, f"a cat <lora:voice:{strength}>") for strength in (0.0, 1.0, 2.0, 1.0)]
+    assert torch.equal(found[1], found[3])
+    assert len({bytes(one.numpy()) for one in found}) == 3
+
+
+def test_an_adapter_of_the_unet_alone_does_not_encode_again(
+    engine: hs.Engine, tmp_path: Path, encodings: list[tuple[str, ...]]
+) -> None:
+    first = _drawn(engine)
+    engine.attach(_lora(tmp_path / "ink.safetensors", TO_Q, 32))
+    for strength in (1.0, 2.0):
+        engine.adapters["ink"].strength = strength
+        assert not torch.equal(_drawn(engine), first)
+    assert len(encodings) == 1
+
+
+def test_the_least_recently_used_goes_first(
+    engine: hs.Engine, encodings: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _drawn(engine)
+    kept = encoded_by(engine.weights.text)
+    one = kept.size_bytes
+    assert one == 2 * 16 * 32 * 4  # cond and uncond of 16 tokens
+    monkeypatch.setenv(VARIABLE, str(2.5 * one / 1e6))
+    for prompt in ("a dog", "a cat", "the cat", "a cat"):
+        _drawn(engine, prompt)
+    assert [told[0] for told in encodings] == ["a cat", "a dog", "the cat"]
+    assert len(kept) == 2 and kept.size_bytes == 2 * one
+    _drawn(engine, "a dog")
+    assert len(encodings) == 4
+    monkeypatch.setenv(VARIABLE, str(0.5 * one / 1e6))
+    _drawn(engine, "the")
+    assert len(kept) == 0
+
+
+def test_a_limit_is_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert limit_bytes() == 64e6
+    monkeypatch.setenv(VARIABLE, "1.5")
+    assert limit_bytes() == 1.5e6
+    for wrong in ("many", "-1", "nan", "inf", ""):
+        monkeypatch.setenv(VARIABLE, wrong)
+        with pytest.raises(InputError, match="expected megabytes"):
+            limit_bytes()
+
+
+def test_weights_are_freed_with_their_engine() -> None:
+    engine = tiny_engine("sd15")
+    _drawn(engine)
+    gone = weakref.ref(engine.weights.text.towers[0])
+    del engine
+    gc.collect()
+    assert gone() is None
+
+
+def test_threads_share_what_is_kept_and_each_gets_its_own(engine: hs.Engine) -> None:
+    prompts = ["a cat", "a dog", "the cat"]
+    expected = {prompt: _afresh(engine, prompt) for prompt in prompts}
+    wrong: list[str] = []
+
+    def work(start: int) -> None:
+        for turn in range(4):
+            prompt = prompts[(start + turn) % 3]
+            if not torch.equal(_drawn(engine, prompt), expected[prompt]):
+                wrong.append(prompt)
+
+    threads = [threading.Thread(target=work, args=(start,)) for start in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong and len(encoded_by(engine.weights.text)) == 3
+
+
+def test_an_encoder_that_is_changed_while_it_encodes_keeps_nothing(engine: hs.Engine) -> None:
+    text = engine.weights.text
+    kept = EncodedTexts(text)
+
+    def encode() -> Any:
+        made = text.encode(["a cat"])
+        _written(text)
+        return made, None
+
+    kept.find("key", encode)
+    assert len(kept) == 0
+
+
+def test_who_watches_operators_or_counts_no_versions_gets_an_encoding(
+    encodings: list[tuple[str, ...]],
+) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    engine = tiny_engine("sd15")
+    _drawn(engine)
+    with FlopCounterMode(display=False):
+        _drawn(engine)
+    assert len(encodings) == 2
+    with torch.inference_mode():
+        unseen = tiny_engine("sd15")
+        for _ in range(2):
+            _drawn(unseen)
+    assert len(encodings) == 4
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_settings_that_change_the_rounding_encode_again(engine: hs.Engine) -> None:
+    made: list[Any] = []
+    kept = EncodedTexts(engine.weights.text)
+
+    def encode() -> Any:
+        made.append((Conditioning(torch.zeros(1, 2, 3)), None))
+        return made[-1]
+
+    torch.set_num_threads(1)
+    assert kept.find("key", encode) is kept.find("key", encode)
+    torch.set_num_threads(2)
+    kept.find("key", encode)
+    assert len(made) == 2
+    with torch.autocast("cpu", torch.bfloat16):
+        kept.find("key", encode)
+    assert len(made) == 3
+    with torch.inference_mode():
+        kept.find("key", encode)
+    assert len(made) == 4
+    torch.set_num_threads(1)
+    assert kept.find("key", encode) is made[0]
+
+
+def test_the_time_of_the_text_is_what_it_took(engine: hs.Engine) -> None:
+    first, *others = (
+        engine.sample("a cat", plan=PLAN, seeds=3).latency_ms["text"] for _ in range(6)
+    )
+    assert 0 < min(others) < first

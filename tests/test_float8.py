@@ -1,0 +1,225 @@
+"""Weights kept as float8: rounded once, used as what they are, half of float16's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_samples import write
+from networks import METADATA, PARAMS, random_unet, weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import headstart as hs
+from headstart.adapters.layers import Matrix, layers_of
+from headstart.errors import CheckpointError, InputError
+from headstart.interfaces import Conditioning
+from headstart.networks import load
+from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
+from headstart.networks.residency import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
+from headstart.networks.unet import UNet
+from headstart_kernels.emulation.audit import Hazard, audit
+from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
+
+Maker = Callable[..., Path]
+
+
+def matrices(network: nn.Module) -> dict[str, Any]:
+    return {n: m for n, m in network.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)}
+
+
+def kept(network: nn.Module) -> set[str]:
+    return {name for name, layer in matrices(network).items() if layer.weight.dtype == FLOAT8}
+
+
+def rounded(network: Any) -> Any:
+    """The same network in plain float32, with the weights that float8 left."""
+    plain = UNet(network.params).requires_grad_(False).eval()
+    plain.load_state_dict({name: t.float() for name, t in network.state_dict().items()})
+    for name in kept(network):
+        plain.get_submodule(name).weight.data = weight_of(network.get_submodule(name))
+    return plain
+
+
+def call(network: Any, strengths: Tensor | None = None) -> Tensor:
+    torch.manual_seed(3)
+    x, context = torch.randn(2, 4, 8, 8), torch.randn(2, 16, PARAMS.context_dim)
+    with torch.inference_mode():
+        return network(x, torch.tensor(500), Conditioning(context, strengths=strengths))
+
+
+@pytest.fixture
+def unet_file(tmp_path: Path) -> Path:
+    save_file(weights(random_unet()), tmp_path / "u.safetensors", METADATA)
+    return tmp_path / "u.safetensors"
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 3e4])
+def test_a_number_is_off_by_a_sixteenth_at_most_or_by_half_of_the_smallest_step(
+    size: float,
+) -> None:
+    torch.manual_seed(0)
+    matrix = torch.randn(8, 3, 3, 3).mul(size * torch.logspace(-6, 0, 27).view(3, 3, 3))
+    matrix[5] = 0
+    stored, scale = in_float8(matrix)
+    wide = stored.float() * scale
+    bound = torch.maximum(matrix.abs() / 16, scale * 2.0**-10)
+    assert bool(((wide - matrix).abs() <= bound).all()) and stored.dtype == FLOAT8
+    assert torch.equal(torch.frexp(scale)[0], torch.full_like(scale, 0.5)), "powers of two"
+    largest = stored.float().abs().flatten(1).amax(1)
+    assert bool(((largest > 216) | (matrix.flatten(1).amax(1) == 0)).all()), "no range is wasted"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_float8_numbers_of_a_file_are_kept_and_widened_without_rounding(
+    dtype: torch.dtype,
+) -> None:
+    every = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()
+    every = every[every.isfinite()].view(2, 127).repeat(3, 1)
+    every[0], every[4] = 0, every[4].clamp(-3, 3)
+    stored, scale = in_float8(every.half())
+    assert torch.equal((stored.to(dtype) * scale.to(dtype)).float(), every)
+
+
+def test_a_unet_is_the_one_of_the_rounded_weights_to_the_bit(unet_file: Path) -> None:
+    few = load_unet(unet_file, dtype="float8")
+    assert compute_dtype(few) == torch.float32
+    wide = {n for n in matrices(few) if n.startswith(("conv_in", "conv_out", "time_embedding"))}
+    wide |= {n for n in matrices(few) if n.endswith("time_emb_proj")}
+    assert kept(few) == set(matrices(few)) - wide and len(wide) > 6
+    assert few.state_dict().keys() == random_unet().state_dict().keys()
+    assert torch.equal(call(few), call(rounded(few)))
+    off = (call(few) - call(load_unet(unet_file))).norm() / call(load_unet(unet_file)).norm()
+    assert 0 < off < 0.1
+
+
+def test_it_takes_a_byte_a_weight(unet_file: Path) -> None:
+    few = load_unet(unet_file, dtype="float8")
+    for name in kept(few):
+        layer = few.get_submodule(name)
+        assert layer.weight.untyped_storage().nbytes() == layer.weight.numel()
+        assert dict(layer.named_buffers())["weight_scale"].numel() == len(layer.weight)
+
+
+def test_a_file_of_float8_loads_as_what_it_says(tmp_path: Path) -> None:
+    tensors = weights(random_unet())
+    few = {n: t.to(FLOAT8) if t.ndim > 1 else t for n, t in tensors.items()}
+    save_file(few, tmp_path / "x.safetensors", METADATA)
+    network = load_unet(tmp_path / "x.safetensors", dtype="float8")
+    for name in kept(network):
+        assert torch.equal(weight_of(network.get_submodule(name)), few[f"{name}.weight"].float())
+    assert torch.equal(call(network), call(load_unet(tmp_path / "x.safetensors")))
+
+
+def test_what_float8_cannot_hold_is_named(tmp_path: Path) -> None:
+    tensors = weights(random_unet())
+    name = "mid_block.resnets.1.conv2.weight"
+    tensors[name] = tensors[name].clone().fill_(torch.inf)
+    save_file(tensors, tmp_path / "x.safetensors", METADATA)
+    with pytest.raises(CheckpointError, match=f"{name}: float8 cannot hold NaN or infinity"):
+        load_unet(tmp_path / "x.safetensors", dtype="float8")
+    for loads in (load_vae, load_tiny):
+        with pytest.raises(InputError, match='dtype "float8" is for UNets and text encoders'):
+            loads(tmp_path / "x.safetensors", dtype="float8")
+
+
+def test_the_large_text_encoder_alone_is_kept_so(
+    make_ckpt: Maker, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make_ckpt("base.safetensors", "sdxl", "ldm", "--dtype", "F16")
+    said: dict[str, Any] = {"tokenizer": small_tokenizer, "head_dim": 32, "dtype": "float8"}
+    assert [kept(tower) for tower in load_text(path, **said).towers] == [set(), set()]
+    second = load_text(path, **said).towers[1]
+    monkeypatch.setattr(load, "_LARGE", second.params.width)
+    first, second = load_text(path, **said).towers
+    assert bool(kept(first)) == (first.params.width >= second.params.width)
+    assert kept(second) == set(matrices(second)) - {"text_projection"}
+    words = load_text(path, **said).encode(["a fox"])
+    plain = load_text(path, **(said | {"dtype": None})).encode(["a fox"])
+    assert words.context.dtype == torch.float32
+    assert 0 < (words.context - plain.context).norm() < 0.2 * plain.context.norm()
+
+
+FORMS = {
+    "lora": lambda name, rows, columns: {
+        f"lora_unet_{name}.lora_down.weight": torch.randn(2, columns),
+        f"lora_unet_{name}.lora_up.weight": torch.randn(rows, 2),
+    },
+    "whole difference": lambda name, rows, columns: {
+        f"lora_unet_{name}.diff": torch.randn(rows, columns)
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_adapters_see_the_layer_as_what_it_is(unet_file: Path, tmp_path: Path, form: str) -> None:
+    """Beside it and merged into it: as on a plain float32 network of the rounded weights."""
+    few = load_unet(unet_file, dtype="float8")
+    plain = rounded(few)
+    path = next(name for name in sorted(kept(few)) if name.endswith("attn1.to_q"))
+    layer = layers_of(few)[path]
+    assert isinstance(layer, Matrix)
+    rows, columns = layer.weight.shape
+    file = write(tmp_path / "a.safetensors", FORMS[form](path.replace(".", "_"), rows, columns))
+    before = call(few)
+    found: list[Tensor] = []
+    for network in (few, plain):
+        adapters = hs.AdapterSet({"base": network})
+        adapters.attach(file, 0.5)
+        found.append(call(network, torch.full((2, 1), 0.5) if form == "lora" else None))
+        adapters.detach("a")
+    assert torch.equal(*found) and not torch.equal(found[0], before)
+    assert torch.equal(call(few), before)
+
+
+def test_an_engine_records_it_and_replays(tmp_path: Path) -> None:
+    engine = hs.Engine.demo(device="cpu", dtype="float8")
+    assert (engine.weights.dtype, engine.weights.vae_dtype) == (torch.float32,) * 2
+    made = engine.sample("a red circle", seeds=[1], plan="distilled")
+    machine = made.record()["machine"]
+    assert (machine["dtype"], machine["vae_dtype"]) == ("float8", "float32")
+    hs.replay(made.record(), hs.Engine.demo(device="cpu", dtype="float8"))
+    with pytest.raises(InputError, match="dtype 'float8' then, 'float32' now"):
+        hs.replay(made.record(), hs.Engine.demo(device="cpu"))
+
+
+def test_on_a_gpu_it_computes_in_half_and_allocates_by_no_value() -> None:
+    """Audited on fake CUDA tensors: nothing waits, nothing depends on a number."""
+    try:
+        fake = fake_tensors()
+    except UnknownBuildError as error:
+        pytest.skip(str(error))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with fake, torch.device(DEVICE):
+            plain, network = (UNet(PARAMS).requires_grad_(False).eval() for _ in range(2))
+            scales: dict[str, Tensor] = {}
+            for name, layer in matrices(network).items():
+                if load._ENDS.fullmatch(name) is None:
+                    few = torch.empty_like(layer.weight, dtype=FLOAT8)
+                    layer.weight = nn.Parameter(few, requires_grad=False)
+                    scales[f"{name}.weight"] = torch.empty(len(few), *[1] * (few.ndim - 1)).float()
+            keep_float8(network, scales, torch.float16)
+            x, context = torch.empty(2, 4, 8, 8), torch.empty(2, 16, PARAMS.context_dim)
+            times = torch.empty(2, dtype=torch.float32)
+    finally:
+        torch.set_default_dtype(before)
+    known = [*network.parameters(), *network.buffers(), *plain.parameters()]
+    outputs: list[Tensor] = []
+
+    def step(called: UNet) -> None:
+        with torch.inference_mode():
+            outputs.append(called(x, times, Conditioning(context)))
+
+    declared = [*known, x, times, context]
+    half = audit(lambda _: step(plain), [(), ()], fake=fake, declared=declared)
+    report = audit(lambda _: step(network), [(), ()], fake=fake, declared=declared)
+    assert {f.operator for f in report.findings} == {f.operator for f in half.findings}
+    assert {f.hazard for f in report.findings} <= {Hazard.RANDOM}, "attention over small heads"
+    assert {out.dtype for out in outputs} == {torch.float16}
+    own, other = ([operator.name for operator in told.operators] for told in (report, half))
+    assert len(own) - len(other) == 2 * len(scales), "each widened and scaled, and nothing else"

@@ -1,0 +1,193 @@
+"""Engines whose parts take turns, or live on two devices: the bits of those where all stays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_pair import folder  # noqa: F401
+from torch import Tensor
+
+import headstart as hs
+from headstart.commands.arguments import read_device
+from headstart.diversify.method import Images
+from headstart.engine import course, fitting, homes
+from headstart.engine.budget import Chunks
+from headstart.engine.clock import Clock
+from headstart.engine.devices import choose_devices
+from headstart.engine.homes import Homes
+from headstart.engine.places import Placement
+from headstart.interfaces import Conditioning
+from headstart_kernels.emulation.card import Card
+from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
+
+PLAN = hs.Plan((hs.Leg(model="base", steps=4, guidance=3.0, until="next"),
+                hs.Leg(model="distilled", timesteps=(499, 249))))  # fmt: skip
+
+
+def loaded(files: Path, **options: Any) -> hs.Engine:
+    options = {"dtype": "float32", **options}
+    return hs.Engine.load(files / "base.safetensors", files / "distilled.safetensors", **options)
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, ...], int], None]:
+    """Make a CPU a device where these parts take turns in a room of so many bytes."""
+
+    def make(parts: tuple[str, ...], room: int) -> None:
+        def place(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
+            return Placement(device=device, weights=weights, work={}, turns=parts, room=room)
+
+        monkeypatch.setattr(fitting, "takes_turns", lambda device: True)
+        monkeypatch.setattr(fitting, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+        monkeypatch.setattr(fitting, "place", place)
+
+    return make
+
+
+ALL = ("text", "base", "distilled")
+
+
+@pytest.mark.parametrize(
+    ("parts", "room", "runner"),
+    [
+        (ALL, 10**9, "replay"),
+        (("text", "distilled"), 1000, "eager"),
+        (("base", "distilled"), 5000, "replay"),
+    ],
+)
+def test_pictures_are_to_the_bit_those_of_an_engine_where_all_stays(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    parts: tuple[str, ...],
+    room: int,
+    runner: Any,
+) -> None:
+    want = loaded(folder, runner=runner).sample(["a fox", "an owl"], plan=PLAN, seeds=3)
+    turns(parts, room)
+    engine = loaded(folder, runner=runner)
+    (own,) = engine.weights.homes.rooms
+    for _ in range(2):
+        got = engine.sample(["a fox", "an owl"], plan=PLAN, seeds=3)
+        assert torch.equal(got.rgb, want.rgb) and torch.equal(got.latents, want.latents)
+    assert own.moved_bytes >= 2 * own.size_bytes and own.pinned
+    assert any(line.startswith("memory: ") for line in engine.weights.notes)
+
+
+def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Path) -> None:  # noqa: F811
+    """On a CPU twice: every row is told, and goes on, by what its own device has."""
+    want = loaded(folder).sample("a fox", plan=PLAN, seeds=[3, 4], keep_x0=True)
+    engine = loaded(folder, device={"base": "cpu", "distilled": "cpu"})
+    got = engine.sample("a fox", plan=PLAN, seeds=[3, 4], keep_x0=True)
+    assert torch.equal(got.rgb, want.rgb)
+    assert got.x0 is not None and want.x0 is not None and torch.equal(got.x0, want.x0)
+
+
+def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -> None:
+    """Base on one fake GPU, distilled and decoder on another: no operator mixes them."""
+    other = torch.device("cuda", 1)
+    try:
+        fake = fake_tensors()
+    except UnknownBuildError as error:
+        pytest.skip(str(error))
+    seen: list[tuple[str, torch.device]] = []
+
+    class Network(torch.nn.Module):
+        def __init__(self, name: str, place: torch.device) -> None:
+            super().__init__()
+            self.name = name
+            self.weight = torch.nn.Parameter(torch.ones((), device=place), requires_grad=False)
+
+        def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+            seen.append((self.name, x_in.device))
+            assert cond.context.device == timestep.device == x_in.device == self.weight.device
+            return x_in * self.weight
+
+    table = PLAN.compile(hs.NoiseSchedule.scaled_linear())
+    devices = {"text": DEVICE, "base": DEVICE, "distilled": other, "vae": other}
+    with fake, Card(10**9, DEVICE):  # which leaves the host's tensors their values
+        networks = {"base": Network("base", DEVICE), "distilled": Network("distilled", other)}
+        context = torch.empty(1, 5, 8, device=DEVICE)
+        told = Conditioning(context), Conditioning(context)
+        where = Homes(devices=devices)
+        request = SimpleNamespace(
+            table=table, methods=(), chunks=Chunks(1, 1), guided=True, strengths=None, own=None,
+            latent=(4, 8, 8), noise=None, images=Images(("",), (5,)),
+        )  # fmt: skip
+        weights = SimpleNamespace(homes=where, denoisers=networks, device=DEVICE)
+        monkeypatch.setattr(course, "encode", lambda *_: told)
+        monkeypatch.setattr("headstart.watch.Watch.look", lambda *_, **__: None)
+        monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
+        clock = Clock(torch.device("cpu"))
+        states = [*course.Course(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
+    assert seen == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
+    assert [state.x.device for state in states] == [DEVICE] * 2 + [other] * 2
+
+
+class Plain:
+    dtype = torch.float32
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def __call__(self, *given: Any) -> Tensor:
+        return self.network(*given)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"base": "cpu"}, "one for each of base, distilled"),
+        ({"base": "cpu", "distilled": "meta"}, "one kind of device"),
+        ({"base": "cpu", "distilled": "abacus"}, "'abacus' cannot be used"),
+    ],
+)
+def test_devices_that_do_not_go_together_are_refused_in_one_line(given: Any, told: str) -> None:
+    with pytest.raises(hs.InputError, match=told) as caught:
+        choose_devices(given, ("base", "distilled"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_for_each_model_may_be_typed() -> None:
+    assert read_device("cuda:1") == "cuda:1"
+    assert read_device("base=cuda:0,distilled=cuda:1") == {"base": "cuda:0", "distilled": "cuda:1"}
+    with pytest.raises(hs.InputError, match="device 'base=': expected auto"):
+        read_device("base=")
+
+
+def test_an_adapter_is_merged_from_weights_that_are_in_place(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    tmp_path: Path,
+) -> None:
+    """Base and distilled share memory: whichever is inside, each is merged from its own."""
+    plain = loaded(folder)
+    torch.manual_seed(0)
+    layer = plain.denoisers["base"].get_submodule("mid_block.resnets.0.conv1")  # type: ignore[attr-defined]
+    path = tmp_path / "whole.safetensors"
+    name = "lora_unet_mid_block_resnets_0_conv1.diff"
+    save_file({name: 0.1 * torch.randn_like(layer.weight)}, path)
+    plain.attach(path)
+    want = plain.sample("a fox", plan=PLAN, seeds=3)
+    turns(ALL, 10**9)
+    engine = loaded(folder)
+    engine.attach(path)
+    assert torch.equal(engine.sample("a fox", plan=PLAN, seeds=3).rgb, want.rgb)
+
+
+def test_texts_that_memory_cannot_hold_at_once_are_refused(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    own = loaded(folder).weights
+    assert own.footprint is not None
+    engine = hs.Engine(replace(own, footprint=replace(own.footprint, text_values=1e6)))
+    monkeypatch.setattr(homes, "available_bytes", lambda _: 10**8)
+    with pytest.raises(hs.InputError, match=r"200 texts of \d+ tokens need .* fewer prompts"):
+        engine.sample([f"a fox {n}" for n in range(200)], plan="distilled", batch=1)
