@@ -26,7 +26,7 @@ import headstart as hs
 from headstart.commands.session import use_local_device
 from headstart.compare.latency import Case, latency
 from headstart.engine.memory import available_bytes
-from headstart.engine.pair import choose_device
+from headstart.engine.devices import choose_device
 from headstart.errors import CaptureError
 from headstart.networks.load import load_unet
 from headstart.networks.vae import Vae

@@ -61,9 +61,8 @@ def test_every_runner_gives_the_cpus_pictures(cuda: EmulatedCuda, family: str, r
     for _ in range(2):
         check(run(engine), on_cpu(family))
     rows = len(PLAN.compile(engine.schedule))
-    launches = {"eager": 0, "graph": rows, "trajectory": 1}
-    if runner in launches:
-        assert len(cuda.happened("replay")) == 2 * launches[runner]
+    launches = {"eager": 0, "compiled": rows, "graph": rows, "trajectory": 1}
+    assert len(cuda.happened("replay")) == 2 * launches[runner]
 
 
 def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
