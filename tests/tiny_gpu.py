@@ -10,7 +10,7 @@ import torch
 from tiny_pair import tiny_engine
 
 import headstart as hs
-from headstart.engine.pair import choose_device
+from headstart.engine.devices import choose_device
 
 
 def gpu_engine(family: str, device: str = "cuda", runner: Any = "auto") -> hs.Engine:

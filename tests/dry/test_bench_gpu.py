@@ -15,7 +15,7 @@ import torch
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 
 ROOT = Path(__file__).parents[2]
-CHEAP = "machine,test-kernels,vae,text,step,runs,memory-8,files"
+CHEAP = "machine,test-kernels,text,step,runs,memory-8,files"
 """The others import diffusers, compile PTX or are the same again: they are for -m slow."""
 
 
@@ -48,7 +48,6 @@ def test_cases_run_and_end_as_a_table(
     runs = cases["runs"]["figures"]
     assert {"eager, 1 image", "graph, 1 image", "compiled, 1 image"} <= set(runs)
     assert runs["graph, 1 image"]["difference"] == 0 and runs["graph, 1 image"]["ms"] > 0
-    assert cases["vae"]["figures"]["bfloat16 NHWC"]["PSNR_dB"] > 20
     assert cases["memory-8"]["figures"]["as it is chosen"]["peak_bytes"] < 8 * 4e6
     assert cases["step"]["figures"]["fused_step, 16"]["bytes"] == 16 * 256 * (4 + 4 + 2 + 4 + 4)
     told = capsys.readouterr().out
@@ -62,6 +61,7 @@ def test_all_cases_run(bench: Any, tmp_path: Path) -> None:
     cases = sound(bench, tmp_path / "a.json", "--apart", "machine")
     assert list(cases) == list(bench.BY_NAME)
     assert cases["unet"]["figures"]["diffusers eager"]["difference"] < 1e-2
+    assert cases["vae"]["figures"]["bfloat16 NHWC"]["PSNR_dB"] > 20
     assert cases["kernels"]["figures"]["fused steps"] == {"nodes": 4, "rows": 4}
 
 

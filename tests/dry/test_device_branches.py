@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -25,8 +25,10 @@ from tiny_pair import tiny_engine
 import headstart as hs
 from headstart.commands.session import use_local_device
 from headstart.compare.latency import Case, latency
-from headstart.engine.memory import available_bytes
-from headstart.engine.pair import choose_device
+from headstart.engine import encoded
+from headstart.engine.devices import choose_device
+from headstart.engine.fitting import streams_of, takes_turns
+from headstart.engine.memory import available_bytes, pool_bytes
 from headstart.errors import CaptureError
 from headstart.networks.load import load_unet
 from headstart.networks.vae import Vae
@@ -133,6 +135,8 @@ def launches(folder: Path) -> None:
 def loads(folder: Path) -> None:
     path = single_file(random_unet(), random_vae(), folder / "a.safetensors")
     assert (available_bytes(torch.device("cuda", 0)) or 0) > 10**9
+    gpu = torch.device("cuda", 0)
+    assert takes_turns(gpu) and streams_of(gpu) is torch.cuda and pool_bytes(gpu) == 0
     assert next(load_unet(path, device="cuda", head_dim=8).parameters()).is_cuda
     with pytest.raises(CaptureError, match="use 'graph'"):
         choose_runner("replay", "cuda")
@@ -144,6 +148,16 @@ def adapts(folder: Path) -> None:
     engine = gpu_engine("sd15", runner="eager")
     engine.attach(write(folder / "a.safetensors", random_lora(network)))
     engine.sample("ab", plan=PLAN)
+
+
+def encodes(folder: Path) -> None:
+    """By hand: nothing is kept of encodings while operators are watched, as they are here."""
+    weights: Any = SimpleNamespace(tensors=[torch.ones(1, device="cuda")])
+    assert torch.device("cuda", 0) in encoded._surroundings(weights)
+
+
+def compiles(folder: Path) -> None:
+    gpu_engine("sd15", runner="compiled").sample("ab", plan=PLAN)
 
 
 def shares(folder: Path) -> None:
@@ -166,7 +180,8 @@ def computes(folder: Path) -> None:
 
 
 RUNS: dict[str, Callable[[Path], None]] = {
-    run.__name__: run for run in (samples, compares, launches, loads, adapts, shares, computes)
+    run.__name__: run
+    for run in (*(samples, compares, launches, loads, adapts, encodes, compiles, shares, computes),)
 }
 TAKEN = {
     "headstart/commands/session.py use_local_device": "shares",
@@ -175,7 +190,12 @@ TAKEN = {
     "headstart/engine/clock.py _now": "samples",
     "headstart/engine/clock.py _elapsed_ms": "samples",
     "headstart/engine/memory.py available_bytes": "loads",
-    "headstart/engine/pair.py choose_device": "loads",
+    "headstart/engine/devices.py choose_device": "loads",
+    "headstart/engine/encoded.py _surroundings": "encodes",
+    "headstart/engine/fitting.py streams_of": "loads",
+    "headstart/engine/fitting.py takes_turns": "loads",
+    "headstart/engine/memory.py pool_bytes": "loads",
+    "headstart/runner/compiled.py CompiledNetwork.__call__": "compiles",
     "headstart/engine/record.py machine": "samples",
     "headstart/networks/fusion.py fused": "adapts",
     "headstart/networks/placement.py device_of": "loads",
@@ -195,6 +215,11 @@ TAKEN = {
 }
 """Function -> the run that takes its branches."""
 CANNOT = {
+    "headstart/engine/parts.py computes_bfloat16": "one of its lines is for HIP; loading the "
+    "bundled pair takes the other",
+    "headstart_kernels/trial.py _why_not": "Triton is tried with every mode off, so with no "
+    "emulated tensor; tests/kernels/test_trial.py runs it",
+    "headstart_kernels/trial.py launches": "asked of plain tensors alone, as above",
     "headstart/traces/preview.py SideStream.__init__": "torch.cuda is the default of an argument, "
     "which Python evaluates at import; `samples` draws on such a stream",
 }

@@ -25,6 +25,8 @@ class EmulatedStream(FakeStream):
 
     def __init__(self, cuda: EmulatedCuda, *_: object, **__: object) -> None:
         super().__init__("default" if not cuda.streams else f"stream {len(cuda.streams)}", cuda)
+        self.cuda_stream = len(cuda.streams)
+        """Its address, by which programs tell streams apart."""
         cuda.streams.append(self)
 
     def wait_event(self, event: EmulatedEvent) -> None:
