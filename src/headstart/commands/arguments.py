@@ -145,6 +145,18 @@ def count(text: str) -> int:
     return int(text)
 
 
+def batch(text: str) -> int | tuple[int, ...]:
+    """`8`, or `8,2,16`, as the `type` of an option."""
+    found = tuple(map(count, text.split(",")))
+    if len(found) > 3:
+        expected = "samples in a network, in the decoder, and bands of a decode, such as 8,2,16"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
+    return found[0] if len(found) == 1 else found
+
+
+BATCH_HELP = "samples in a network at once, or those, in the decoder, and its bands: 8,2,16"
+
+
 def numbers(text: str) -> list[float]:
     """`999,749` as the `type` of an option."""
     try:

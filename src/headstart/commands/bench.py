@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from headstart.commands.arguments import (
+    BATCH_HELP,
     RUNNERS,
     Command,
     add_seeds,
+    batch,
     count,
     listed,
     read_size,
@@ -36,7 +38,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--versus", action="append", choices=RUNNERS, default=[], help="time this runner too"
     )
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch", type=int, help="samples in a network at once")
+    parser.add_argument("--batch", type=batch, help=BATCH_HELP)
     parser.add_argument(
         "--rounds", type=count, default=20, help="times each case runs; default: %(default)s"
     )

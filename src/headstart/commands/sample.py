@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from headstart.commands.arguments import (
+    BATCH_HELP,
     Command,
     add_diversify,
     add_plan_options,
     add_seeds,
     add_texts,
+    batch,
     plan_settings,
     read_diversify,
     read_size,
@@ -41,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_diversify(parser)
     add_texts(parser)
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch", type=int, help="samples in a network at once")
+    parser.add_argument("--batch", type=batch, help=BATCH_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder for images and record.json")
     parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
 

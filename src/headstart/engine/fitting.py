@@ -5,13 +5,13 @@ headers -> bytes of each part as stored, values that its network holds -> a plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.folder import COMPONENTS
@@ -106,18 +106,20 @@ def bed(homes: Homes, part: str) -> torch.device:
 def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
     """With the rooms of parts that were loaded to take turns."""
     modules = {"text": [*words.towers], **{role: [unet] for role, unet in unets.items()}}
-    rooms = tuple(
-        Room(
-            {part: modules[part] for part in own.turns},
-            own.room,
-            place := torch.device(own.device),
-            streams_of(place),
-            _host_memory(own),
-        )
-        for own in homes.placements
-        if own.turns
-    )
+    rooms = tuple(_room(own, modules, unets) for own in homes.placements if own.turns)
     return replace(homes, rooms=rooms)
+
+
+def _room(
+    own: Placement, modules: Mapping[str, Sequence[nn.Module]], unets: Mapping[str, UNet]
+) -> Room:
+    """UNets come as the device computes with them fastest, unless they stay mapped from files."""
+    place, pin = torch.device(own.device), _host_memory(own)
+    if pin is pinned:
+        for role in {*own.turns} & unets.keys():
+            unets[role].lay_out(place)
+    tenants = {part: modules[part] for part in own.turns}
+    return Room(tenants, own.room, place, streams_of(place), pin)
 
 
 def takes_turns(device: torch.device) -> bool:

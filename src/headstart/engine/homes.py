@@ -6,10 +6,10 @@ distilled, vae   on the distilled model's, where it ends; the latent goes over a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from headstart.engine.memory import available_bytes, pool_bytes
 from headstart.engine.places import Placement
 from headstart.engine.room import Room
 from headstart.interfaces import Conditioning
+from headstart.prompt import ReadsPrompt, prompt_key
 from headstart.run import State
 from headstart.runner.runner import Runner
 
@@ -118,3 +119,15 @@ class Housed(NamedTuple):
                 return self.network(x_in, timestep, cond)
             f = self.network(x_in.to(place), timestep.to(place), cond.to(place))
         return f.to(x_in.device)
+
+    def prompt_key(self, cond: Conditioning) -> Hashable | None:
+        """With the weights in their place, because it says where they are; None where the prompt is
+        on another device, and would be copied on every row."""
+        if self.homes.device(self.model) not in (None, cond.context.device):
+            return None
+        with self.homes.using(self.model):
+            return prompt_key(self.network, cond)
+
+    def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
+        with self.homes.using(self.model):
+            return cast("ReadsPrompt", self.network).read_prompt(cond)
