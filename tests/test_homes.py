@@ -18,12 +18,14 @@ import headstart as hs
 from headstart.commands.arguments import read_device
 from headstart.diversify.method import Images
 from headstart.engine import course, fitting, homes
+from headstart.engine.blocks import weights_of
 from headstart.engine.budget import Chunks
 from headstart.engine.clock import Clock
 from headstart.engine.devices import choose_devices
 from headstart.engine.homes import Homes
 from headstart.engine.places import Placement
 from headstart.interfaces import Conditioning
+from headstart.networks.unet import UNet
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
@@ -76,8 +78,25 @@ def test_pictures_are_to_the_bit_those_of_an_engine_where_all_stays(
     for _ in range(2):
         got = engine.sample(["a fox", "an owl"], plan=PLAN, seeds=3)
         assert torch.equal(got.rgb, want.rgb) and torch.equal(got.latents, want.latents)
-    assert own.moved_bytes >= 2 * own.size_bytes and own.pinned
+    assert own.moved_bytes > own.size_bytes and own.pinned, "more than one of them came"
     assert any(line.startswith("memory: ") for line in engine.weights.notes)
+
+
+def test_a_unet_that_stays_beside_those_that_take_turns_is_laid_out_and_lies_in_one_memory(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights one by one, laid out where they stay, left 1.4 GB of holes on a card: SDXL's hybrid
+    did not load on 12 GB."""
+    turns(("text", "distilled"), 1000)
+    own, laid = UNet.lay_out, list[Any]()
+    monkeypatch.setattr(UNet, "lay_out", lambda u, d=None: (laid.append((u, d)), own(u, d))[1])
+    engine = loaded(folder)
+    base = engine.denoisers["base"]
+    assert isinstance(base, UNet)
+    assert len({weight.tensor.untyped_storage().data_ptr() for weight in weights_of([base])}) == 1
+    assert {u for u, device in laid if device is not None} == set(engine.denoisers.values())
 
 
 def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Path) -> None:  # noqa: F811
@@ -97,6 +116,7 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
     except UnknownBuildError as error:
         pytest.skip(str(error))
     seen: list[tuple[str, torch.device]] = []
+    timed: list[torch.device] = []
 
     class Network(torch.nn.Module):
         def __init__(self, name: str, place: torch.device) -> None:
@@ -124,10 +144,12 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
         monkeypatch.setattr(course, "encode", lambda *_: told)
         monkeypatch.setattr("headstart.watch.Watch.look", lambda *_, **__: None)
         monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
+        monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))
         states = [*course.Course(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
     assert seen == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
     assert [state.x.device for state in states] == [DEVICE] * 2 + [other] * 2
+    assert timed == [DEVICE] * 4 + [other] * 4, "both ends of a span, on the row's own device"
 
 
 class Plain:

@@ -18,6 +18,7 @@ from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.judged import Given
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.checkpoint.verdict import Verdict, judge
+from headstart.engine.blocks import blocks_of, gather
 from headstart.engine.budget import SAFE_SHARE, Footprint, Shape
 from headstart.engine.homes import Homes
 from headstart.engine.memory import Memory, available_bytes, read_memory
@@ -98,9 +99,9 @@ def notes(homes: Homes) -> tuple[str, ...]:
 
 
 def bed(homes: Homes, part: str) -> torch.device:
-    """Where a part is loaded to: the host, if it takes turns."""
-    turns = any(part in own.turns for own in homes.placements)
-    return torch.device("cpu") if turns else homes.devices[part]
+    """Where a part is loaded to: the host, if it takes turns or makes room for those that do."""
+    tight = part != "vae" and any(own.turns and part in own.weights for own in homes.placements)
+    return torch.device("cpu") if tight else homes.devices[part]
 
 
 def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
@@ -113,11 +114,18 @@ def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
 def _room(
     own: Placement, modules: Mapping[str, Sequence[nn.Module]], unets: Mapping[str, UNet]
 ) -> Room:
-    """UNets come as the device computes with them fastest, unless they stay mapped from files."""
+    """UNets come as the device computes with them fastest, unless they stay mapped from files.
+
+    One that stays is laid out on the host as well, and comes in one piece: laid out where it stays,
+    SDXL's leaves 1.4 GB of holes in a card's memory (counted, `emulation.card`).
+    """
     place, pin = torch.device(own.device), _host_memory(own)
-    if pin is pinned:
-        for role in {*own.turns} & unets.keys():
+    for role in unets.keys() & own.weights.keys():
+        if pin is pinned:
             unets[role].lay_out(place)
+        if role not in own.turns:
+            with torch.inference_mode(False), torch.no_grad():
+                gather(blocks_of([unets[role]]), place)
     tenants = {part: modules[part] for part in own.turns}
     return Room(tenants, own.room, place, streams_of(place), pin)
 

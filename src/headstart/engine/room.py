@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from headstart.engine.blocks import Block, blocks_of
+from headstart.engine.blocks import Block, blocks_of, gather
 
 
 class Streams(Protocol):
@@ -151,12 +151,7 @@ def _moving(modules: Sequence[nn.Module], size_bytes: int, device: torch.device)
     for block in sorted(blocks_of(modules), key=lambda own: -own.memory.nbytes):
         (staying if filled >= size_bytes else moving).append(block)
         filled += block.aligned_bytes
-    memory = torch.empty(_aligned(staying), dtype=torch.uint8, device=device)
-    begin = 0
-    for block in staying:
-        memory[begin : begin + block.memory.nbytes].copy_(block.memory)
-        block.settle(memory, begin)
-        begin += block.aligned_bytes
+    gather(staying, device)
     return moving
 
 
