@@ -70,6 +70,14 @@ def test_what_never_fits_is_refused_with_need_and_supply(
         chunks(SHAPE, VALUES, 2, free(rows, decodes))
 
 
+def test_a_picture_that_was_not_planned_for_is_refused_with_how_to_plan_for_it() -> None:
+    """A lower limit of memory would leave no more room for it, but less."""
+    with pytest.raises(InputError, match=r"; or load with plan_size=\(32, 32\) \(--size\) and"):
+        chunks(SHAPE, VALUES, 2, free(1, 16), device="cuda:0")
+    with pytest.raises(InputError, match=r"or a smaller batch$"):
+        chunks(SHAPE, VALUES, 2, free(1, 16), device="cpu")
+
+
 def test_what_was_asked_for_is_never_cut() -> None:
     assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(2)) == Chunks(2, 2)
     assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of((2, 1, 4))) == Chunks(2, 1, 4)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from test_homes import PLAN
 from tiny_pair import tiny_engine
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import headstart as hs
-from headstart.engine import devices
-from headstart.engine.devices import OnHost, choose_device, has_float64, noise_on
-from headstart.noise import Philox
+from headstart import noise
+from headstart.diversify.particles import repulsion
+from headstart.engine.devices import choose_device
+from headstart.noise import OnHost, Philox, has_float64, noise_on
 from headstart.runner.runner import choose_runner
 
 MPS = torch.device("mps")
@@ -24,21 +26,26 @@ class WithoutFloat64(TorchDispatchMode):
     """A device that refuses float64 as Apple's does, besides what is drawn on the host."""
 
     host = 0
+    kinds: tuple[str, ...] = ("cpu",)
 
     def __torch_dispatch__(
         self, func: Any, types: object, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64 and not self.host:
+            is_double = isinstance(leaf, torch.Tensor) and leaf.dtype == torch.float64
+            if is_double and leaf.device.type in self.kinds and not self.host:
                 raise TypeError(f"{func}: the MPS framework doesn't support float64")
         return found
 
 
-def test_a_run_makes_float64_of_nothing_but_its_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("diversify", [(), ["cads:0.5", "embedding-noise:0.2", "pink:1"]])
+def test_a_run_makes_float64_of_nothing_but_its_noise(
+    monkeypatch: pytest.MonkeyPatch, diversify: Any
+) -> None:
     """On a CPU that refuses it as such a device would; the bits are those of any other run."""
     engine = tiny_engine("sdxl")
-    want = engine.sample("a cat", plan=PLAN, seeds=[1, 2])
+    want = engine.sample("a cat", plan=PLAN, seeds=[1, 2], diversify=diversify)
     refusing = WithoutFloat64()
 
     def on_host(draw: Any) -> Any:
@@ -52,13 +59,27 @@ def test_a_run_makes_float64_of_nothing_but_its_noise(monkeypatch: pytest.Monkey
         return drawn
 
     with refusing, pytest.raises(TypeError, match="float64"):
-        engine.sample("a cat", plan=PLAN, seeds=[1, 2])
-    monkeypatch.setattr(devices, "has_float64", lambda _: False)
+        engine.sample("a cat", plan=PLAN, seeds=[1, 2], diversify=diversify)
+    monkeypatch.setattr(noise, "has_float64", lambda _: False)
     monkeypatch.setattr(OnHost, "initial", on_host(OnHost.initial))
     monkeypatch.setattr(OnHost, "step", on_host(OnHost.step))
     with refusing:
-        got = engine.sample("a cat", plan=PLAN, seeds=[1, 2])
+        got = engine.sample("a cat", plan=PLAN, seeds=[1, 2], diversify=diversify)
     assert torch.equal(got.rgb, want.rgb)
+
+
+def test_images_that_push_each_other_apart_do_so_without_float64_of_the_device() -> None:
+    with FakeTensorMode():
+        x = torch.empty(3, 4, 8, 8, device=MPS)
+        with WithoutFloat64() as refusing:
+            refusing.kinds = ("mps",)
+            push = repulsion(x)
+    assert (push.device.type, push.dtype, push.shape) == ("mps", torch.float32, x.shape)
+
+
+def test_a_run_that_is_batched_draws_on_the_host_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(noise, "has_float64", lambda _: False)
+    assert isinstance(tiny_engine("sd15").begin("a cat", plan=PLAN, seeds=1).noise, OnHost)
 
 
 def test_noise_of_the_host_is_the_same_to_the_bit_and_for_such_devices_alone() -> None:

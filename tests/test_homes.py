@@ -18,12 +18,14 @@ import headstart as hs
 from headstart.commands.arguments import read_device
 from headstart.diversify.method import Images
 from headstart.engine import course, fitting, homes
+from headstart.engine.blocks import weights_of
 from headstart.engine.budget import Chunks
 from headstart.engine.clock import Clock
 from headstart.engine.devices import choose_devices
 from headstart.engine.homes import Homes
 from headstart.engine.places import Placement
 from headstart.interfaces import Conditioning
+from headstart.networks.unet import UNet
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
@@ -76,8 +78,25 @@ def test_pictures_are_to_the_bit_those_of_an_engine_where_all_stays(
     for _ in range(2):
         got = engine.sample(["a fox", "an owl"], plan=PLAN, seeds=3)
         assert torch.equal(got.rgb, want.rgb) and torch.equal(got.latents, want.latents)
-    assert own.moved_bytes >= 2 * own.size_bytes and own.pinned
+    assert own.moved_bytes > own.size_bytes and own.pinned, "more than one of them came"
     assert any(line.startswith("memory: ") for line in engine.weights.notes)
+
+
+def test_a_unet_that_stays_beside_those_that_take_turns_is_laid_out_and_lies_in_one_memory(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Weights one by one, laid out where they stay, left 1.4 GB of holes on a card: SDXL's hybrid
+    did not load on 12 GB."""
+    turns(("text", "distilled"), 1000)
+    own, laid = UNet.lay_out, list[Any]()
+    monkeypatch.setattr(UNet, "lay_out", lambda u, d=None: (laid.append((u, d)), own(u, d))[1])
+    engine = loaded(folder)
+    base = engine.denoisers["base"]
+    assert isinstance(base, UNet)
+    assert len({weight.tensor.untyped_storage().data_ptr() for weight in weights_of([base])}) == 1
+    assert {u for u, device in laid if device is not None} == set(engine.denoisers.values())
 
 
 def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Path) -> None:  # noqa: F811
@@ -97,6 +116,7 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
     except UnknownBuildError as error:
         pytest.skip(str(error))
     seen: list[tuple[str, torch.device]] = []
+    timed: list[torch.device] = []
 
     class Network(torch.nn.Module):
         def __init__(self, name: str, place: torch.device) -> None:
@@ -124,10 +144,12 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
         monkeypatch.setattr(course, "encode", lambda *_: told)
         monkeypatch.setattr("headstart.watch.Watch.look", lambda *_, **__: None)
         monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
+        monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))
         states = [*course.Course(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
     assert seen == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
     assert [state.x.device for state in states] == [DEVICE] * 2 + [other] * 2
+    assert timed == [DEVICE] * 4 + [other] * 4, "both ends of a span, on the row's own device"
 
 
 class Plain:
@@ -144,7 +166,10 @@ class Plain:
     ("given", "told"),
     [
         ({"base": "cpu"}, "one for each of base, distilled"),
-        ({"base": "cpu", "distilled": "meta"}, "one kind of device"),
+        ({"base": "cpu", "distilled": "meta"}, "'meta' cannot be used: its tensors have no values"),
+        ("meta", "'meta' cannot be used"),
+        (0, "device 0 cannot be used"),
+        (None, "device None cannot be used"),
         ({"base": "cpu", "distilled": "abacus"}, "'abacus' cannot be used"),
     ],
 )
@@ -157,8 +182,77 @@ def test_devices_that_do_not_go_together_are_refused_in_one_line(given: Any, tol
 def test_a_device_for_each_model_may_be_typed() -> None:
     assert read_device("cuda:1") == "cuda:1"
     assert read_device("base=cuda:0,distilled=cuda:1") == {"base": "cuda:0", "distilled": "cuda:1"}
-    with pytest.raises(hs.InputError, match="device 'base=': expected auto"):
-        read_device("base=")
+    for typed in ("base=", "base=cpu,base=cuda"):
+        with pytest.raises(hs.InputError, match=f"device '{typed}': expected auto"):
+            read_device(typed)
+
+
+@pytest.mark.parametrize("given", [torch.device("cpu"), {"base": "cpu", "distilled": "cpu:0"}])
+def test_a_device_may_be_one_of_torch_and_one_twice(given: Any) -> None:
+    assert set(choose_devices(given, ("base", "distilled")).values()) == {torch.device("cpu")}
+
+
+def test_two_kinds_of_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.engine.devices.choose_device", torch.device)
+    with pytest.raises(hs.InputError, match="one kind of device"):
+        choose_devices({"base": "cpu", "distilled": "cuda:0"}, ("base", "distilled"))
+
+
+def test_a_host_without_memory_to_pin_is_said(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Too little by what is known of it, or refused when it is asked for."""
+    want = loaded(folder).sample("a fox", plan=PLAN, seeds=3)
+    for name, answer in (("available_bytes", lambda _: 1000), ("pinned", lambda _: None)):
+        turns(ALL, 10**9)
+        monkeypatch.setattr(fitting, name, answer)
+        engine = loaded(folder)
+        (said,) = [line for line in engine.weights.notes if "to pin" in line]
+        assert "the host has no 0.0 GB to pin for cpu" in said and "--dtype float8" in said
+        assert torch.equal(engine.sample("a fox", plan=PLAN, seeds=3).rgb, want.rgb)
+        monkeypatch.undo()
+
+
+def test_a_size_of_memory_says_what_it_limits_where_nothing_takes_turns(folder: Path) -> None:  # noqa: F811
+    (said,) = [line for line in loaded(folder, memory="1GB").weights.notes if "memory" in line]
+    assert said.startswith("memory: of cpu a size limits what runs take beside the weights")
+    assert not any("memory" in line for line in loaded(folder).weights.notes)
+
+
+def test_a_plan_leaves_room_for_the_picture_that_it_is_told(
+    folder: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[Any] = []
+
+    def place(weights: Any, values: Any, shape: Any, *_: Any, **__: Any) -> Placement:
+        seen.append(shape)
+        return Placement(device="cpu", weights=weights, work={})
+
+    monkeypatch.setattr(fitting, "takes_turns", lambda device: True)
+    monkeypatch.setattr(fitting, "place", place)
+    for size in (None, 64, (32, 48)):
+        loaded(folder, plan_size=size)
+    assert [shape.pixels for shape in seen] == [(32, 32), (64, 64), (32, 48)]
+    assert [shape.latent for shape in seen] == [(8, 8), (16, 16), (8, 12)]
+    with pytest.raises(hs.InputError, match="size 33x33: both sides must be"):
+        loaded(folder, plan_size=33)
+
+
+def test_a_limit_of_memory_counts_what_captured_graphs_hold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A UNet's rows use it again, and nothing beyond the limit."""
+    own = Placement(device="cuda:0", weights={"base": 3_000}, work={})
+    place = torch.device("cuda", 0)
+    monkeypatch.setattr(homes, "available_bytes", lambda _: 10**6)
+    monkeypatch.setattr(homes, "pool_bytes", lambda _: 500)
+    found = Homes(devices={"base": place}, placements=(own,), most_bytes=8_000)
+    free, pools = found.free(["base"])
+    assert (free, pools) == (4_500, 500)
+    assert replace(found, most_bytes=None).free(["base"]) == (10**6, 500)
 
 
 def test_an_adapter_is_merged_from_weights_that_are_in_place(

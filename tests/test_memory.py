@@ -40,7 +40,13 @@ def test_what_pools_of_graphs_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     ("said", "size"),
-    [("auto", None), ("none", None), ("8GB", 8 * 10**9), ("7.5 GiB", 15 * 2**29), (5000, 5000)],
+    [
+        ("auto", None),
+        ("none", None),
+        ("8GB", 8 * 10**9),
+        ("7.5 GiB", 15 * 2**29),
+        (5 * 10**9, 5 * 10**9),
+    ],
 )
 def test_a_size_is_read_as_it_is_written(said: Memory, size: int | None) -> None:
     assert read_memory(said) == size
@@ -49,4 +55,10 @@ def test_a_size_is_read_as_it_is_written(said: Memory, size: int | None) -> None
 @pytest.mark.parametrize("said", ["", "8XB", "-1GB", "0GB", "nan", "GB", True])
 def test_what_is_no_size_is_refused_in_one_line(said: Memory) -> None:
     with pytest.raises(InputError, match=r"memory .*: expected auto .*, none .*, or a size such"):
+        read_memory(said)
+
+
+@pytest.mark.parametrize("said", ["8", 8, "900KB"])
+def test_a_size_that_was_meant_in_another_unit_is_refused(said: Memory) -> None:
+    with pytest.raises(InputError, match=r"is \d+ bytes: give a unit too, such as 8GB"):
         read_memory(said)

@@ -68,6 +68,15 @@ def test_a_room_is_the_smallest_that_saves_enough(sizes: list[int], excess: int)
     assert share_of(sizes, excess) == (min(enough) if enough else None)
 
 
+def test_what_is_stored_as_float8_is_not_told_to_be() -> None:
+    found = place(SDXL, VALUES, SHAPE, 8 * GB, device="cuda:0", float8=True)
+    told = note(found)
+    assert told is not None and "float8" not in told and "--distilled-lora" in told
+    with pytest.raises(InputError, match=r"even where .* memory= \(--memory\) .*--size") as caught:
+        place(SDXL, VALUES, SHAPE, 5 * GB, device="cuda:0", float8=True)
+    assert "float8" not in str(caught.value)
+
+
 def test_each_of_two_devices_has_a_plan_of_its_own_parts() -> None:
     first = planned(7.6, {name: SDXL[name] for name in ("text", "base")})
     assert first.turns == ("text", "base") and first.by_picture == ()

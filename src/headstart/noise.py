@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import index
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headstart.errors import InputError
+from headstart.interfaces import NoiseSource
 from headstart_kernels import INITIAL, Draw, philox_normal
 
 
@@ -184,3 +186,36 @@ def _integers(name: str, values: Sequence[int], bits: int) -> tuple[int, ...]:
         if not 0 <= number < 1 << bits:
             raise InputError(f"{name} {number} is outside [0, 2^{bits}): give one inside")
     return numbers
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64: Apple's (`mps`) does not ("the MPS framework doesn't
+    support float64", torch's own error), Intel's (`xpu`) in some."""
+    if device.type == "xpu":
+        xpu: Any = torch.xpu  # whose properties have no annotations
+        return bool(xpu.get_device_properties(device).has_fp64)
+    return device.type != "mps"
+
+
+class OnHost(NamedTuple):
+    """Noise that is drawn on the host, to the same bits: Philox's normals go through float64, which
+    nothing else of a run does. 256 KB a picture of SDXL and row."""
+
+    source: NoiseSource
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self.source.initial(shape, _HOST).to(device)
+
+    def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
+        return self.source.step(index, shape, _HOST).to(device)
+
+
+def noise_on(device: torch.device, source: NoiseSource) -> NoiseSource:
+    """The noise of a run on a device."""
+    return source if has_float64(device) else OnHost(source)
+
+
+_HOST = torch.device("cpu")

@@ -84,7 +84,7 @@ def _by_model(text: str, what: str, expected: str) -> str | dict[str, str]:
     if "=" not in text:
         return text
     pairs = [part.strip().partition("=") for part in text.split(",")]
-    if any(not value for _, _, value in pairs):
+    if any(not value for _, _, value in pairs) or len({role for role, *_ in pairs}) < len(pairs):
         raise InputError(f"{what} {text!r:.60}: expected {expected}")
     return {role: value for role, _, value in pairs}
 

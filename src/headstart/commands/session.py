@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import read_device, read_predictions, uses_bundled
+from headstart.commands.arguments import read_device, read_predictions, read_size, uses_bundled
 from headstart.commands.console import note, progress
 from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
@@ -165,6 +165,7 @@ def _load(args: argparse.Namespace) -> Engine:
         allow=args.allow,
         device=read_device(args.device),
         memory=args.memory,
+        plan_size=read_size(getattr(args, "size", None)),
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
     )

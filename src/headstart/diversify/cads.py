@@ -25,6 +25,7 @@ from headstart.diversify.method import (
 )
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
+from headstart.noise import noise_on
 from headstart.plan.table import StepTable
 
 TRAIN_STEPS = 1000.0
@@ -93,7 +94,8 @@ class Cads:
         return replace(cond, context=context, pooled=pooled)
 
     def _noised(self, y: Tensor, *, row: Row, left: float, sample: int) -> Tensor:
-        n = row.images.noise(sample).step(row.number, y.shape[1:], y.device)
+        own = noise_on(y.device, row.images.noise(sample))
+        n = own.step(row.number, y.shape[1:], y.device)
         noised = math.sqrt(left) * y + self.scale * math.sqrt(1.0 - left) * n
         own, new = _moments(y), _moments(noised)
         rescaled = own[0] + own[1] * (noised - new[0]) / new[1]

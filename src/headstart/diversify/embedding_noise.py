@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headstart.diversify.method import Limits, Row, check_values, own_tokens, written
 from headstart.interfaces import Conditioning
+from headstart.noise import noise_on
 from headstart.plan.table import StepTable
 
 VALUE, PLACE = 2**31 + 2, 2**31 + 3
@@ -67,8 +68,11 @@ class EmbeddingNoise:
         def noised(y: Tensor) -> Tensor:
             shape, device = y.shape[1:], y.device
             # 2*Phi(n) - 1 of a unit normal n is uniform in [-1, 1].
-            u = torch.erf(row.images.noise(VALUE).initial(shape, device) / math.sqrt(2.0))
-            place = row.images.noise(PLACE).initial(shape, device)
+            value, place = (
+                noise_on(device, row.images.noise(sample)).initial(shape, device)
+                for sample in (VALUE, PLACE)
+            )
+            u = torch.erf(value / math.sqrt(2.0))
             if self.share < 1.0:
                 u = u * (place < NormalDist().inv_cdf(self.share))
             return y + self.strength * y.std((1, 2), keepdim=True) * u

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from headstart.diversify.method import Limits, Row, check_values, written
 from headstart.errors import InputError
+from headstart.noise import has_float64
 from headstart.plan.table import PURE, StepTable
 
 
@@ -72,8 +73,8 @@ class Particles:
 
 def repulsion(x: Tensor) -> Tensor:
     """sum_j (2/h) k(x_i, x_j) (x_i - x_j) for x [n, ...], n >= 3; in float64 inside. Nothing of it
-    waits for the device."""
-    flat = x.flatten(1).double()
+    waits for the device, but for one without float64, where the host computes it."""
+    flat = (x if has_float64(x.device) else x.cpu()).flatten(1).double()
     count = len(flat)
     squares = torch.cdist(flat, flat).square()
     # Without its first, the flat matrix has its diagonal as a last column of n - 1 rows.
@@ -81,4 +82,4 @@ def repulsion(x: Tensor) -> Tensor:
     h = others.median() / math.log(count)
     weights = (2.0 / h) * torch.exp(-squares / h)
     push = weights.sum(1, keepdim=True) * flat - weights @ flat
-    return push.reshape(x.shape).to(x.dtype)
+    return push.reshape(x.shape).to(x)

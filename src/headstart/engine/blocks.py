@@ -85,6 +85,19 @@ def blocks_of(modules: Iterable[nn.Module]) -> Iterator[Block]:
             yield from (Block((w,), _bytes(w.tensor, w.tensor.nbytes)) for w in together)
 
 
+def gather(blocks: Iterable[Block], device: torch.device) -> None:
+    """Move them to a device, into one memory: nothing is lost between them."""
+    blocks = list(blocks)
+    memory = torch.empty(
+        sum(block.aligned_bytes for block in blocks), dtype=torch.uint8, device=device
+    )
+    begin = 0
+    for block in blocks:
+        memory[begin : begin + block.memory.nbytes].copy_(block.memory)
+        block.settle(memory, begin)
+        begin += block.aligned_bytes
+
+
 def _is_dense(tensor: Tensor) -> bool:
     """Whether it fills its memory, in whatever order of axes."""
     reach = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

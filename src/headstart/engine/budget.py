@@ -204,10 +204,13 @@ def check_texts_fit(
 
 def _refusal(shape: Shape, size: int, need: int, free: int, device: str, where: str) -> str:
     height, width = shape.pixels
+    more = (
+        f"; or load with plan_size=({height}, {width}) (--size) and without memory='none', so that "
+        "enough of the weights take turns, or with dtype='float8' (--dtype)"
+    ) * device.startswith("cuda")
     return (
         f"{shape.batch} images of {height}x{width} need about "
         f"{(need + shape.state_bytes) / 1e9:.1f} GB besides the weights, with {size} in the "
         f"{where} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that "
-        "is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch; or load "
-        "with a lower memory= (--memory), so that more of the weights take turns"
+        f"is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch{more}"
     )

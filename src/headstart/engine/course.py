@@ -15,7 +15,6 @@ from headstart.diversify.effect import Position, networks_of, noise_for, select_
 from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
-from headstart.engine.devices import noise_on
 from headstart.engine.given import Told
 from headstart.engine.homes import moved
 from headstart.engine.lengths import alike, lengths, meeting, tokens_of
@@ -23,6 +22,7 @@ from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
 from headstart.interfaces import Conditioning
+from headstart.noise import noise_on
 from headstart.run import State
 from headstart.runner.batch import Chunked
 from headstart.runner.runner import RunnerName, open_runner

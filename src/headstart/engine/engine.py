@@ -37,7 +37,7 @@ from headstart.interfaces import Denoiser, LatentCodec
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
-from headstart.noise import Philox
+from headstart.noise import Philox, noise_on
 from headstart.plan.named import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume
@@ -102,6 +102,8 @@ class Engine:
         memory      "auto": what is free of the GPU. "8GB", or bytes: no more of it. Where weights
                     do not fit, parts of them wait in the host's memory for their turn;
                     `weights.notes` says which, and what it costs. "none": all stays on the GPU
+        plan_size   the size of picture, 1536 or (height, width), that this leaves room for; by
+                    default the model's own. A larger one may then be refused
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
@@ -362,8 +364,8 @@ class Engine:
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         noise = Philox.shared(run.images.seeds) if run.noise is None else run.noise
         return Run(
-            run.table, cond, noise, uncond=uncond, shape=run.latent, strengths=run.strengths,
-            dtypes=dtypes,
+            run.table, cond, noise_on(self.device, noise), uncond=uncond, shape=run.latent,
+            strengths=run.strengths, dtypes=dtypes,
         )  # fmt: skip
 
     def _prepared(self, prompts: Prompts, asks: Asks, **call: Any) -> Request:

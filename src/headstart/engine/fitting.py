@@ -18,6 +18,7 @@ from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.judged import Given
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.checkpoint.verdict import Verdict, judge
+from headstart.engine.blocks import blocks_of, gather
 from headstart.engine.budget import SAFE_SHARE, Footprint, Shape
 from headstart.engine.homes import Homes
 from headstart.engine.memory import Memory, available_bytes, read_memory
@@ -28,8 +29,12 @@ from headstart.networks.load import file_dtype, weight_bytes
 from headstart.networks.placement import Dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet
+from headstart.plan.request import check_size
 from headstart_kernels.emulation.host import Host
 
+LAID_OUT = 0.4
+"""Of a UNet's weights, copied on the host when it is laid out: convolutions, and linear layers that
+are joined. 0.37 of SDXL's, counted from its shapes."""
 Source = tuple[FilePath, PartName, bool | None]
 """A file, the network's name there, and whether its averaged weights are taken."""
 
@@ -88,19 +93,34 @@ def plan_homes(
         free = available_bytes(own)
         free = most if free is None else free if most is None else min(free, most)
         here = {part: size for part, size in sizes.items() if devices[part] == own}
-        found.append(place(here, values, shape, free, device=str(own)))
+        found.append(place(here, values, shape, free, device=str(own), float8=kind == "float8"))
     return Homes(devices=devices, most_bytes=most, placements=tuple(found))
 
 
 def notes(homes: Homes) -> tuple[str, ...]:
-    """For a person: what was decided of each device."""
-    return tuple(line for own in homes.placements if (line := note(own)) is not None)
+    """For a person: what was decided of each device, and what of it the host cannot do."""
+    found = [line for own in homes.placements if (line := note(own)) is not None]
+    if homes.most_bytes is not None and not any(map(takes_turns, homes.devices.values())):
+        found.append(
+            f"memory: of {', '.join(sorted({str(own) for own in homes.devices.values()}))} a size "
+            f"limits what runs take beside the weights, here {homes.most_bytes / 1e9:.1f} GB; "
+            "weights take turns on CUDA devices alone"
+        )
+    for room in homes.rooms:
+        if not room.pinned:
+            found.append(
+                f"memory: the host has no {room.host_bytes / 1e9:.1f} GB to pin for {room.device}, "
+                "so what takes turns there stays in its files: each turn waits for the copy, and "
+                "takes several times what is estimated; free memory of the host, or give "
+                "dtype='float8' (--dtype float8), of which less has to move"
+            )
+    return tuple(found)
 
 
 def bed(homes: Homes, part: str) -> torch.device:
-    """Where a part is loaded to: the host, if it takes turns."""
-    turns = any(part in own.turns for own in homes.placements)
-    return torch.device("cpu") if turns else homes.devices[part]
+    """Where a part is loaded to: the host, if it takes turns or makes room for those that do."""
+    tight = part != "vae" and any(own.turns and part in own.weights for own in homes.placements)
+    return torch.device("cpu") if tight else homes.devices[part]
 
 
 def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
@@ -113,13 +133,20 @@ def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
 def _room(
     own: Placement, modules: Mapping[str, Sequence[nn.Module]], unets: Mapping[str, UNet]
 ) -> Room:
-    """UNets come as the device computes with them fastest, unless they stay mapped from files."""
+    """UNets come as the device computes with them fastest, unless they stay mapped from files.
+
+    One that stays is laid out on the host as well, and comes in one piece: laid out where it stays,
+    SDXL's leaves 1.4 GB of holes in a card's memory (counted, `emulation.card`).
+    """
     place, pin = torch.device(own.device), _host_memory(own)
-    if pin is pinned:
-        for role in {*own.turns} & unets.keys():
+    for role in unets.keys() & own.weights.keys():
+        if pin is not None:
             unets[role].lay_out(place)
+        if role not in own.turns:
+            with torch.inference_mode(False), torch.no_grad():
+                gather(blocks_of([unets[role]]), place)
     tenants = {part: modules[part] for part in own.turns}
-    return Room(tenants, own.room, place, streams_of(place), pin)
+    return Room(tenants, own.room, place, streams_of(place), pin or _nothing)
 
 
 def takes_turns(device: torch.device) -> bool:
@@ -132,16 +159,21 @@ def streams_of(device: torch.device) -> Streams:
     return cast("Streams", torch.cuda) if device.type == "cuda" else Host()
 
 
-def _host_memory(own: Placement) -> Callable[[int], Tensor | None]:
-    """Pinned, where the host has room for all that takes turns; else weights stay in their files,
-    which the system keeps in memory as long as it likes."""
+def _nothing(size_bytes: int) -> None:
+    """A host without memory to give."""
+
+
+def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
+    """Pinned, where the host has room for all that takes turns and is laid out; else None:
+    weights stay in their files, which the system keeps in memory as long as it likes."""
     need = sum(own.moving(part) for part in own.turns)
+    need += int(LAID_OUT * sum(own.weights.get(role, 0) for role in ("base", "distilled")))
     free = available_bytes(torch.device("cpu"))
-    return pinned if free is None or need <= SAFE_SHARE * free else lambda _: None
+    return pinned if free is None or need <= SAFE_SHARE * free else None
 
 
 def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, Shape]:
-    """What networks hold of one picture of the model's own size."""
+    """What networks hold of one picture of the size that is planned for."""
     options = sources.options
     given = Given(
         head_dim=options.get("head_dim"),
@@ -157,8 +189,8 @@ def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, S
     vae = _judged(sources.vae, "vae", given).require("vae").vae
     texts = _judged(sources.text, "text", given).networks.values()
     assert vae is not None
-    side = sources.image_size
-    cells = side // vae.downscale
+    pixels = check_size(options.get("plan_size"), sources.image_size, max(8, vae.downscale))
+    cells = (pixels[0] // vae.downscale, pixels[1] // vae.downscale)
     itemsize = max(
         dtype.itemsize
         for dtype in (
@@ -175,7 +207,7 @@ def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, S
         itemsize,
         decodes.itemsize if isinstance(decodes, torch.dtype) else 4,
     )
-    return values, Shape(1, vae.latent_channels, (cells, cells), (side, side))
+    return values, Shape(1, vae.latent_channels, cells, pixels)
 
 
 def _judged(path: FilePath, name: PartName, given: Given, ema: bool | None = None) -> Verdict:

@@ -82,9 +82,10 @@ class Homes:
             if place is None:
                 continue
             free = available_bytes(place)
+            pools = pool_bytes(place)
             if free is not None and self.most_bytes is not None:
-                free = min(free, self.most_bytes - self._held(place))
-            found.append((free, pool_bytes(place)))
+                free = min(free, self.most_bytes - self._held(place) - pools)
+            found.append((free, pools))
         known = [own for own in found if own[0] is not None]
         return min(known, key=lambda own: sum(map(int, filter(None, own)))) if known else (None, 0)
 

@@ -33,7 +33,10 @@ def read_memory(memory: Memory) -> int | None:
             f"memory {memory!r:.40}: expected auto (what is free), none (nothing moves), or a size "
             "such as 8GB or 7.5GiB"
         )
-    return int(float(found[1]) * unit)
+    size = int(float(found[1]) * unit)
+    if size < 2**20:
+        raise InputError(f"memory {memory!r:.40} is {size} bytes: give a unit too, such as 8GB")
+    return size
 
 
 def available_bytes(device: torch.device) -> int | None:

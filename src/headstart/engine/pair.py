@@ -140,6 +140,7 @@ class Options(TypedDict, total=False):
     device             "auto", a name, or one for each model: {"base": ..., "distilled": ...}
     dtype              "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
     memory             "auto", "none", or how much of a GPU may be had, such as "8GB"
+    plan_size          pixels of the picture that it is planned for; the model's own by default
     """
 
     vae: FilePath | None
@@ -158,6 +159,7 @@ class Options(TypedDict, total=False):
     device: Device
     dtype: str
     memory: Memory
+    plan_size: int | tuple[int, int] | None
     vae_dtype: str
 
 
@@ -196,7 +198,6 @@ def load_pair(
     decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
     homes = plan_homes(sources, devices, options.get("memory", "auto"), kind, decodes)
-    decided = (two_schedules(found), decision, *ema.notes, *notes(homes))
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     with bound_for(devices["text"]):
         words = _load_words(text, bed(homes, "text"), kind, options)
@@ -204,6 +205,7 @@ def load_pair(
     unets = _load_unets(sources, homes, kind, words)
     check_channels(vae, codec, paths, unets)
     homes = settled(homes, words, unets)
+    decided = (two_schedules(found), decision, *ema.notes, *notes(homes))
     words, learned = taught(words, options.get("embeddings", ()))
     given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in given if path is not None}

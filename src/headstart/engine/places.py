@@ -78,6 +78,7 @@ class Placement:
     turns     parts that take turns, in the order of a run; room: the bytes that they share
     fits      samples at once, for the size and the batch that were planned
     free      bytes that there were, None where nobody knows
+    float8    whether UNets are stored so already
     """
 
     device: str
@@ -87,6 +88,7 @@ class Placement:
     room: int = 0
     fits: Chunks = _ONE
     free: int | None = None
+    float8: bool = False
 
     def moving(self, part: str) -> int:
         """Bytes of a part that come and go."""
@@ -148,6 +150,7 @@ def place(
     passes: int = 2,
     texts: int = 2,
     tokens: int = 77,
+    float8: bool = False,
 ) -> Placement:
     """The cheapest placement that fits `free` bytes, for pictures of this shape.
 
@@ -157,7 +160,7 @@ def place(
     Raises InputError where none fits, saying what would.
     """
     work = _work(weights, values, shape, passes, texts, tokens)
-    found = Placement(device=device, weights=weights, work=work, free=free)
+    found = Placement(device=device, weights=weights, work=work, free=free, float8=float8)
     movable = [part for part in ORDER if part in weights]
     for count in (0, *range(2, len(movable) + 1)):
         found = replace(found, turns=tuple(p for p in _RUN if p in movable[:count]), room=0)
@@ -256,7 +259,7 @@ def _others(found: Placement) -> str:
     """What holds less, with other results."""
     told: list[str] = []
     models = [found.weights[part] for part in ("base", "distilled") if part in found.weights]
-    if models:
+    if models and not found.float8:
         told.append(
             f"dtype='float8' (--dtype float8) stores {_gb(sum(models))} of UNets in about "
             f"{_gb(sum(models) // 2)}, rounded to eight bits"
@@ -268,7 +271,7 @@ def _others(found: Placement) -> str:
             "the distilled one is printed; base and distilled may have a device each (--device "
             "base=cuda:0,distilled=cuda:1)"
         )
-    return "; ".join(told) or "a smaller picture"
+    return "; ".join(told) or "take a model of fewer weights"
 
 
 def refusal(most: Placement) -> str:
@@ -277,8 +280,9 @@ def refusal(most: Placement) -> str:
     need = most.need - sum(sizes) + max(sizes, default=0)
     return (
         f"the weights are {_gb(_whole(most))}, and need {_gb(need)} of {most.device} with its work "
-        f"even where they take turns; {_gb(most.free or 0)} are free: {_others(most)}; or run on "
-        "device='cpu'"
+        f"even where they take turns; {_gb(most.free or 0)} are free, or what memory= (--memory) "
+        f"allows of it: {_others(most)}; plan for a smaller picture (plan_size=, --size); or run "
+        "on device='cpu'"
     )
 
 

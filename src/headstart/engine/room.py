@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Protocol, final
 import torch
 from torch import Tensor, nn
 
-from headstart.engine.blocks import Block, blocks_of
+from headstart.engine.blocks import Block, blocks_of, gather
 
 
 class Streams(Protocol):
@@ -38,6 +38,7 @@ class _Tenant(NamedTuple):
 
     copies: tuple[tuple[Tensor, Tensor], ...]
     size_bytes: int
+    pinned: bool
 
 
 @final
@@ -83,7 +84,12 @@ class Room:
 
     @property
     def pinned(self) -> bool:
-        return all(len(tenant.copies) == 1 for tenant in self._tenants.values())
+        return all(tenant.pinned for tenant in self._tenants.values())
+
+    @property
+    def host_bytes(self) -> int:
+        """Of what takes turns, in the host's memory."""
+        return sum(tenant.size_bytes for tenant in self._tenants.values())
 
     @contextmanager
     def using(self, part: str) -> Generator[None]:
@@ -94,7 +100,8 @@ class Room:
             try:
                 yield
             finally:
-                self._users.append(self._streams.current_stream(self.device))
+                if (user := self._streams.current_stream(self.device)) not in self._users:
+                    self._users.append(user)
 
     def ahead(self, parts: Iterable[str]) -> None:
         """Begin to bring the first tenant of those that are needed next, in their order."""
@@ -135,7 +142,7 @@ class Room:
             begin += block.aligned_bytes
         if host is not None:
             copies = [(host, self._buffer[:size])]
-        return _Tenant(tuple(copies), size)
+        return _Tenant(tuple(copies), size, host is not None)
 
 
 def _aligned(blocks: Iterable[Block]) -> int:
@@ -151,12 +158,7 @@ def _moving(modules: Sequence[nn.Module], size_bytes: int, device: torch.device)
     for block in sorted(blocks_of(modules), key=lambda own: -own.memory.nbytes):
         (staying if filled >= size_bytes else moving).append(block)
         filled += block.aligned_bytes
-    memory = torch.empty(_aligned(staying), dtype=torch.uint8, device=device)
-    begin = 0
-    for block in staying:
-        memory[begin : begin + block.memory.nbytes].copy_(block.memory)
-        block.settle(memory, begin)
-        begin += block.aligned_bytes
+    gather(staying, device)
     return moving
 
 
