@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -154,7 +156,14 @@ def flipped(one: Any) -> None:
     one[0].weight.data = one[0].weight.data.t()
 
 
-LATE = [written_past_torch, module_written_past_torch, deleted, bias_gone, flipped]
+def forward_replaced(one: Any) -> None:
+    under = one[0].forward
+    one[0].forward = lambda x: 2 * under(x)
+
+
+LATE = [
+    written_past_torch, module_written_past_torch, deleted, bias_gone, flipped, forward_replaced,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("change", LATE)
@@ -185,6 +194,17 @@ def test_a_module_made_where_another_was_is_not_taken_for_it() -> None:
         pytest.skip("Python used other memory")
     one._modules["0"] = others[-1]
     assert not bound.holds(wholly=True)
+
+
+def test_a_network_that_its_own_hook_holds_is_freed() -> None:
+    """As adapters' hooks do: else a network that once had some would never give its memory back."""
+    one = network()
+    one.register_forward_hook(lambda layer, args, y, own=one: y)
+    bound, gone = Bound([one]), weakref.ref(one)
+    assert bound.holds()
+    del one
+    gc.collect()
+    assert gone() is None and not bound.holds(wholly=True)
 
 
 def test_a_launch_looks_at_no_table_of_a_module() -> None:

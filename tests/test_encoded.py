@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -151,7 +153,12 @@ def _halved(text: nn.Module) -> None:
     text.to(torch.bfloat16).to(torch.float32)
 
 
-@pytest.mark.parametrize("change", [_written, _assigned, _replaced, _halved])
+def _another_tower(text: Any) -> None:
+    text.towers[0] = copy.deepcopy(text.towers[0])
+    _written(text)
+
+
+@pytest.mark.parametrize("change", [_written, _assigned, _replaced, _halved, _another_tower])
 def test_changed_encoders_encode_again(
     change: Callable[[Any], None], engine: hs.Engine, encodings: list[tuple[str, ...]]
 ) -> None:
@@ -163,6 +170,33 @@ def test_changed_encoders_encode_again(
     for _ in range(3):  # and what they encode now is kept
         assert torch.equal(_drawn(engine), second)
     assert len(encodings) <= 4
+
+
+def _hooked(layer: Any, factor: list[float]) -> None:
+    layer.register_forward_hook(lambda layer, args, y: factor[0] * y)
+
+
+def _hooked_before(layer: Any, factor: list[float]) -> None:
+    layer.register_forward_pre_hook(lambda layer, args: (factor[0] * args[0],))
+
+
+def _own_forward(layer: Any, factor: list[float]) -> None:
+    under = layer.forward
+    layer.forward = lambda x: factor[0] * under(x)
+
+
+@pytest.mark.parametrize("act", [_hooked, _hooked_before, _own_forward])
+def test_encoders_that_somebody_acts_on_encode_every_time(
+    act: Callable[[Any, list[float]], None], engine: hs.Engine
+) -> None:
+    factor, text = [1.5], cast("Any", engine.weights.text)
+    made = [_drawn(engine)]
+    act(text.towers[0].text_model.encoder.layers[0].mlp.fc1, factor)
+    made.append(_drawn(engine))
+    factor[0] = 0.5
+    made.append(_drawn(engine))
+    assert not any(torch.equal(a, b) for a, b in combinations(made, 2))
+    assert torch.equal(_afresh(engine), made[-1])
 
 
 def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(

@@ -148,6 +148,65 @@ def test_what_was_read_before_a_change_is_read_again(
     assert not torch.equal(network(x, time, replace(kept)), network(x, time, cond))
 
 
+class Doubled(nn.Module):
+    """In the place of a layer, or of how its weight is made."""
+
+    def __init__(self, layer: Any = None) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * (x if self.layer is None else self.layer(x))
+
+
+@pytest.mark.parametrize("how", ["swapped", "parametrized"])
+def test_a_layer_of_another_kind_reads_the_prompt_itself(
+    pair: dict[str, Counting], table: hs.StepTable, how: str
+) -> None:
+    for network in pair.values():
+        attention = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2")
+        if how == "swapped":
+            attention.to_k = Doubled(attention.to_k)
+        else:
+            nn.utils.parametrize.register_parametrization(attention.to_v, "weight", Doubled())
+    expected = last(table, {name: foreign(own) for name, own in pair.items()})
+    assert torch.equal(last(table, pair), expected)
+    assert [own.read for own in pair.values()] == [0, 0]
+
+
+def test_a_weight_made_where_another_was_is_not_taken_for_it(pair: dict[str, Counting]) -> None:
+    """Allocators like to hand out the address of what has just gone."""
+    network, prompts, cond = pair["base"], Prompts(), words()
+    layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    shape = layer.weight.shape
+    layer.weight = nn.Parameter(torch.ones(shape), requires_grad=False)
+    address = layer.weight.untyped_storage()._cdata
+    kept = prompts.of(network, cond).extra[TEXTS]
+    del layer.weight
+    made = [torch.zeros(shape) for _ in range(100)]
+    there = [tensor for tensor in made if tensor.untyped_storage()._cdata == address]
+    layer.weight = nn.Parameter((there or made)[0], requires_grad=False)
+    assert not torch.equal(prompts.of(network, cond).extra[TEXTS], kept)
+
+
+def test_weights_whose_changes_torch_does_not_count_are_read_on_every_row(
+    table: hs.StepTable,
+) -> None:
+    def change(step: hs.Step) -> None:
+        layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+        layer.weight.mul_(1.5)
+
+    made: list[Tensor] = []
+    for known in (True, False):
+        with torch.inference_mode():
+            network = Counting(0)
+            networks: Any = dict.fromkeys(("base", "distilled"), network)
+            if not known:
+                networks = {name: foreign(network) for name in networks}
+            made.append(last(table, networks, before_row=change))
+    assert torch.equal(*made)
+
+
 def test_what_one_network_read_is_not_given_to_another(pair: dict[str, Counting]) -> None:
     prompts, cond = Prompts(), words()
     found = [prompts.of(own, cond).extra[TEXTS] for own in pair.values()]

@@ -90,6 +90,8 @@ class _Way:
     It is good for as long as anybody has it: offloading keeps what it found, too.
     """
 
+    in_key = True  # see `headstart.runner.bound`
+
     def __init__(self, leaf: Leaf) -> None:
         self.leaf, self.owned = leaf, "forward" in vars(leaf.layer)
         self.under: _Forward = leaf.layer.forward

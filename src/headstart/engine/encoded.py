@@ -14,11 +14,11 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from itertools import chain
 from operator import is_
-from typing import NamedTuple, final
+from typing import Any, NamedTuple, cast, final
 
 import torch
 from torch import Tensor, nn
@@ -54,22 +54,25 @@ class EncodedTexts:
     """Of one text side. Threads may use it at once.
 
     It is dropped as a whole when a parameter, buffer or module of the encoders has been replaced,
-    moved or written to; to see that takes 0.13 ms for SDXL's 715 tensors (one Zen 3 core). Not
-    seen, as torch does not count it: what is written through `.data` (`weight.data += change`).
-    After such a change call `forget`, or write to the parameter itself under `torch.no_grad()`.
+    moved or written to; to see that takes 0.13 ms for SDXL's 715 tensors (one Zen 3 core). Nothing
+    is kept while a module has a hook or a `forward` of its own, which may do anything; what
+    adapters do there is in the key. Not seen, as torch does not count it: what is written through
+    `.data` (`weight.data += change`), and settings, such as a norm's `eps`. After such a change
+    call `forget`, or write to the parameter itself under `torch.no_grad()`.
 
     Encoders that are brought to their device in turns (`in_place`) are brought for an encoding
     alone. They are overwritten each time, so of them nothing that is written is seen.
     """
 
     def __init__(self, text: ClipText) -> None:
-        self._towers = tuple(text.towers)
+        self._root = text._modules  # which holds the towers that it has now, and not the text
         self._lock = threading.Lock()
         self._kept: dict[Hashable, Pair] = {}
         self._weights: _Weights | None = None
         self._alive: list[StorageWeakRef] = []  # while it is, no other storage has its address
         self._tensors: list[Mapping[str, Tensor | None]] = []
         self._modules: list[Mapping[str, nn.Module | None]] = []
+        self._walked: list[weakref.ref[nn.Module]] = []  # hooks may hold an engine, which has texts
         self._walk()
 
     def find(self, key: Hashable, encode: Callable[[], Pair]) -> Pair:
@@ -94,7 +97,7 @@ class EncodedTexts:
 
     def _encoded(self, encode: Callable[[], Pair]) -> Pair:
         with ExitStack() as stack:
-            for bring in filter(None, map(_bringing, self._towers)):
+            for bring in filter(None, map(_bringing, self._towers())):
                 stack.enter_context(bring())
             return encode()
 
@@ -111,18 +114,36 @@ class EncodedTexts:
 
     def _walk(self) -> None:
         """The tables that hold the encoders' tensors and modules, which stay when these change."""
-        modules = [module for tower in self._towers for module in tower.modules()]
+        roots = [root for root in self._root.values() if root is not None]
+        modules = [module for root in roots for module in root.modules()]
         self._tensors = [own for m in modules for own in (m._parameters, m._buffers) if own]
-        self._modules = [module._modules for module in modules if module._modules]
+        self._modules = [self._root, *(m._modules for m in modules if m._modules)]
+        self._walked = list(map(weakref.ref, modules))
+
+    def _towers(self) -> Iterator[nn.Module]:
+        return cast("Iterator[nn.Module]", iter(cast("Any", self._root["towers"])))
+
+    def _is_steered(self) -> bool:
+        """Whether anybody but adapters, which are in the key, acts on a module."""
+        acting: list[object] = []
+        for own in [vars(module) for find in self._walked if (module := find()) is not None]:
+            acting += own["_forward_pre_hooks"].values()
+            acting += own["_forward_hooks"].values()
+            if "forward" in own:
+                acting.append(own["forward"])
+        return not all(getattr(one, "in_key", False) or _only_listens(one) for one in acting)
 
     def _look(self) -> _Weights | None:
-        """None where torch does not count what is written: tensors made in inference mode."""
+        """None where a change would not be seen: one of a hook, or of tensors made in inference
+        mode, of which torch does not count what is written."""
+        if self._is_steered():
+            return None
         held = chain.from_iterable([table.values() for table in self._tensors])
         tensors = tuple([tensor for tensor in held if tensor is not None])
         modules = tuple(chain.from_iterable([table.values() for table in self._modules]))
         storages = tuple([tensor.untyped_storage()._cdata for tensor in tensors])
         versions: tuple[int, ...] = ()
-        if not any(map(_bringing, self._towers)):
+        if not any(map(_bringing, self._towers())):
             try:
                 versions = tuple([tensor._version for tensor in tensors])
             except RuntimeError:
@@ -199,6 +220,11 @@ def _surroundings(weights: _Weights) -> Hashable:
         *(torch.get_num_threads(), torch.get_float32_matmul_precision(), setting()),
         torch.are_deterministic_algorithms_enabled(),
     )
+
+
+def _only_listens(hook: object) -> bool:
+    """transformers' own, which keep hidden states (since 5.0, `output_capturing`)."""
+    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _bytes(pair: Pair) -> int:

@@ -36,6 +36,9 @@ def _look_up(table: nn.Module, ids: tuple[Tensor, ...], found: Tensor) -> Tensor
     return torch.where(learned.where, learned.vectors.to(found), found)
 
 
+_look_up.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.engine.encoded`
+
+
 class Tower(nn.Module):
     """One encoder: ids [B, L] -> (context [B, L, width], pooled [B, projection] or None).
 
