@@ -284,6 +284,7 @@ def test_five_images_two_at_once_are_three_calls_and_their_rest_has_its_own_line
         **{"distilled pass of 2": (6, 2), "distilled pass of 1": (3, 1)},
     }
     assert parts["decode"][1:3] == (5, 1)
+    assert by_kind(parts["decode"].operators)[Kind.NORM].operators > 2 * 4, "moments, and each band"
     for kind in ("pass", "decode"):
         spent = (
             sum(s.times * Tally.of(s.operators).flops for n, s in own.items() if kind in n)

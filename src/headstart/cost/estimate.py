@@ -132,7 +132,7 @@ class Estimate:
             f"{_name(self.dtype)} (decode {_name(self.decode_dtype)}) on {self.card.title}: "
             f"{peak:g} TFLOP/s, {self.card.gbytes_s:g} GB/s ({self.card.source})"
         )
-        columns = f"{'stage':<{_NAME}}{'times':>6}{'TFLOP':>9}{'GB':>9}{'launches':>10}"
+        columns = f"{'stage':<{_NAME}}{'times':>6}{'TFLOP':>12}{'GB':>10}{'launches':>10}"
         columns += "".join(f"{name:>11}" for name in ("device ms", "floor ms", "eager ms"))
         columns += f"{'graph ms':>10}{'share':>7}"
         whole = self.total.device_ms
@@ -259,7 +259,7 @@ def _line(stage: Stage, card: Card) -> Line:
 def _text(line: Line, whole: float) -> str:
     tally = line.tally
     return (
-        f"{line.stage:<{_NAME}}{line.times:>6}{tally.flops / 1e12:>9.3f}{tally.moved / 1e9:>9.2f}"
+        f"{line.stage:<{_NAME}}{line.times:>6}{tally.flops / 1e12:>12.3f}{tally.moved / 1e9:>10.2f}"
         f"{tally.launches:>10}{line.device_ms:>11.2f}{line.floor_ms:>11.2f}{line.eager_ms:>11.2f}"
         f"{line.graph_ms:>10.2f}{line.device_ms / whole:>7.0%}"
     )
