@@ -4,7 +4,7 @@
     python bench/gpu.py --list                the cases, and the most seconds each may take
     python bench/gpu.py --cases unet,vae      some; --again runs what the file has already
     python bench/gpu.py --base FILE --distilled FILE      your own files too, cold and warm
-    python bench/gpu.py --dry-run             every path of it on an emulated GPU, in half a minute
+    python bench/gpu.py --dry-run             every path of it on an emulated GPU, in a minute or so
 
 Each case runs in a process of its own, with a limit, and its figures are written as they come (into
 bench/results/gpu.json, under a temporary name that is renamed): whatever fails takes nothing with

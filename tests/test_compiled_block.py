@@ -52,17 +52,19 @@ def on_an_h100(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
         torch.set_default_dtype(before)
 
 
-def test_sdxl_compiles_two_blocks_of_17_launches_for_its_70() -> None:
-    """Of 1437 operators of a pass: three norms with the sums before them, GEGLU, the last sum; ten
-    products with their biases; two attentions."""
+def test_sdxl_compiles_two_blocks_of_13_launches_for_its_70() -> None:
+    """Of 1437 operators of a pass: three norms with the sums before them, GEGLU, the last sum; six
+    products with their biases, since queries, keys and values of the image are one and those of the
+    prompt's text are read outside; two attentions. Ten products before weights were laid out."""
     network, generated = UNet(SDXL).eval(), Generating()
+    network.lay_out()
     assert sum(isinstance(module, TransformerBlock) for module in network.modules()) == 70
     cond = Conditioning(torch.empty(2, 77, 2048), torch.empty(2, 1280), torch.empty(2, 6))
     call = torch.empty(2, 4, 128, 128), torch.empty(2), cond
     assert CompiledNetwork(network, generated).compiled(*call).shape == (2, 4, 128, 128)
     assert len(generated.launches) == 2, "one for each width"
     for launches in generated.launches:
-        assert launches.kernels <= 5 and launches.products <= 10 and launches.attentions <= 2
+        assert launches.kernels <= 5 and launches.products <= 6 and launches.attentions <= 2
         assert not launches.others, "no copies, and no calls that a compiler does not fuse"
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -150,6 +151,30 @@ def test_a_cache_that_cannot_be_written_is_as_none(
     assert [*cache.parent.iterdir()] == [cache]  # nothing is left aside
 
 
+def test_a_ring_of_links_in_place_of_the_cache_is_as_none(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.symlink_to(cache)
+    assert digest(_file(tmp_path, b"weights"), least=0) == _sha(b"weights")
+
+
+def test_a_pipe_in_place_of_the_cache_is_not_waited_for(tmp_path: Path, cache: Path) -> None:
+    cache.parent.mkdir()
+    os.mkfifo(cache)
+    keeper = os.open(cache, os.O_RDWR | os.O_NONBLOCK)
+    try:  # a reader would get this, and no end of it
+        os.write(keeper, b"{")
+        finder = threading.Thread(
+            target=digest, args=[_file(tmp_path, b"weights")], kwargs={"least": 0}
+        )
+        finder.daemon = True
+        finder.start()
+        finder.join(10)
+        assert not finder.is_alive()
+    finally:
+        os.close(keeper)
+    assert cache.is_file()
+
+
 def test_the_cache_forgets_what_was_read_first(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -182,7 +207,7 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path, cache: 
     assert kept and all(own["sha256"] == _sha(Path(p).read_bytes()) for p, own in kept.items())
 
 
-@pytest.mark.parametrize("off", ["off", "OFF", "", " "])
+@pytest.mark.parametrize("off", ["off", "OFF", "", " ", "0"])
 def test_the_cache_can_be_switched_off(
     off: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, reads: list[Path]
 ) -> None:
@@ -203,6 +228,8 @@ def test_the_cache_is_where_the_user_has_caches(monkeypatch: pytest.MonkeyPatch)
     assert cache_folder() == Path("/home/somebody/.cache/headstart")
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert cache_folder() == Path("/home/somebody/.cache/headstart")
+    monkeypatch.setenv(VARIABLE, "~/digests")  # as a Dockerfile's ENV has it, which no shell reads
+    assert cache_folder() == Path("/home/somebody/digests")
 
 
 def test_tests_never_use_the_users_own_cache() -> None:

@@ -27,6 +27,8 @@ from headstart.output import check_file, write_file
 from headstart.plan.named import MODES, PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
+_ROUNDS, _WARMUP = 20, 2
+
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", default="a fox", help="default: %(default)s")
@@ -39,12 +41,8 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument("--batch", type=batch, help=BATCH_HELP)
-    parser.add_argument(
-        "--rounds", type=count, default=20, help="times each case runs; default: %(default)s"
-    )
-    parser.add_argument(
-        "--warmup", type=count, default=2, help="runs before that; default: %(default)s"
-    )
+    parser.add_argument("--rounds", type=count, help=f"times each case runs; default: {_ROUNDS}")
+    parser.add_argument("--warmup", type=count, help=f"runs before that; default: {_WARMUP}")
     parser.add_argument("--out", type=Path, help="also write the JSON into this file")
     add_estimate(parser)
 
@@ -69,14 +67,14 @@ def _run(args: argparse.Namespace) -> int:
     engines = [engine, *(engine.with_runner(name) for name in args.versus)]
     tables = {plan: engine.compile(plan, **_settings(args, plan)) for plan in plans}
     cases = [Case(plan, each, table) for plan, table in tables.items() for each in engines]
-    turns = args.rounds + args.warmup
-    with progress(turns * sum(len(case.table) for case in cases), "timing") as bar:
+    rounds, warmup = args.rounds or _ROUNDS, args.warmup or _WARMUP
+    with progress((rounds + warmup) * sum(len(case.table) for case in cases), "timing") as bar:
         found = latency(
             cases,
             prompt,
             seeds,
-            rounds=args.rounds,
-            warmup=args.warmup,
+            rounds=rounds,
+            warmup=warmup,
             size=size,
             batch=args.batch,
             on_step=RowBar(bar),

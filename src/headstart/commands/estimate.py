@@ -23,6 +23,8 @@ _PRESETS = {"sd15": "lcm", "sd21": "sd-turbo", "sdxl": "dmd2"}
 """The pair of a family where --preset does not say."""
 _DTYPES = ("float16", "bfloat16", "float32")
 _UNCOUNTED = ("lora", "embedding", "distilled_lora", "versus")
+_IDLE = ("rounds", "warmup", "tokenizer", "preview", "embedded_guidance", "ema", "exclamation")
+"""Options of a run that change nothing that is counted."""
 
 
 def add_estimate(parser: argparse.ArgumentParser) -> None:
@@ -53,8 +55,15 @@ def check_estimate(args: argparse.Namespace) -> None:
         )
     if args.runner != "auto":
         raise InputError("--estimate tells of eager and graph side by side: leave out --runner")
-    if args.dtype != "auto" and args.dtype not in _DTYPES:
-        raise InputError(f"--dtype {args.dtype!r:.40}: --estimate counts {', '.join(_DTYPES)}")
+    if args.memory != "auto":
+        raise InputError(
+            "--memory is not counted by --estimate, where all weights are on the card: leave it out"
+        )
+    for name in ("dtype", "vae_dtype"):
+        if (own := getattr(args, name)) != "auto" and own not in _DTYPES:
+            option, known = name.replace("_", "-"), ", ".join(_DTYPES)
+            raise InputError(f"--{option} {own!r:.40}: --estimate counts {known}")
+    _chunks(args)
 
 
 def estimated(
@@ -70,16 +79,45 @@ def estimated(
     side = max(8, first.vae.downscale)
     pixels = check_size(read_size(args.size), first.family.image_size, side)
     dtype = getattr(torch, "float16" if args.dtype == "auto" else args.dtype)
-    batch = args.batch or len(parse_seeds(args.seeds))
     found = [
-        estimate(models, table, card, pixels=pixels, batch=batch, dtype=dtype) for table in tables
+        estimate(
+            *(models, table, card),
+            pixels=pixels,
+            batch=len(parse_seeds(args.seeds)),
+            chunks=_chunks(args),
+            dtype=dtype,
+            vae_dtype=None if args.vae_dtype == "auto" else getattr(torch, args.vae_dtype),
+        )
+        for table in tables
     ]
-    told = [*map(str, found), "\n".join(ASSUMPTIONS)]
+    notes = [*ASSUMPTIONS, *_idle(args)]
+    told = [*map(str, found), "\n".join(notes)]
     return "\n\n".join(told), {
         "evidence": "estimate",
         "estimates": [own.to_json() for own in found],
-        "assumptions": list(ASSUMPTIONS),
+        "assumptions": notes,
     }
+
+
+def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Images in a network at once, in the decoder, and bands. Raises InputError for more at once
+    than there are seeds, since then it would be the estimate of another run."""
+    images = len(parse_seeds(args.seeds))
+    asked: int | tuple[int, ...] = args.batch or images
+    own = (asked,) if isinstance(asked, int) else asked
+    networks, decode, bands = (*own, *(own[0], 1)[len(own) - 1 :])
+    if max(networks, decode) > images:
+        raise InputError(
+            f"--batch {max(networks, decode)} is of {images} image{'s' * (images > 1)}: --estimate "
+            "counts an image for each seed, give as many, such as --seeds 0-7"
+        )
+    return networks, decode, bands
+
+
+def _idle(args: argparse.Namespace) -> list[str]:
+    given = [name for name in _IDLE if getattr(args, name) is not None]
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    return [f"of no account to an estimate: {options}"] if given else []
 
 
 def _counted(

@@ -15,7 +15,7 @@ import torch
 from headstart.cost.cards import Card
 from headstart.cost.operators import Kind, Operator, Tally, by_kind
 from headstart.cost.sizes import Sizes
-from headstart.cost.stages import Stage, decode_dtype, stages_of
+from headstart.cost.stages import Stage, stages_of
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
@@ -28,17 +28,23 @@ TRITON_US = 50.0
 GRAPH_US = 1.0
 """Between two kernels: an assumption. 0.5 us on a V100 ("Getting Started with CUDA
 Graphs", NVIDIA developer blog, 2019), where kernels did not wait for each other's memory."""
+_NAME = 24
+"""Characters of a stage's name, such as "distilled prompt of 16"."""
 _OURS = frozenset(
     {"groupnorm_silu", "add_layernorm", "geglu", "low_rank_add", "fused_step_into", "scale_input"}
     | {"philox_normal", "decode_u8", "preview_rgb"}
 )
 ASSUMPTIONS = (
     "an estimate, not a measurement: no kernel reaches its roof, and no figure here was timed",
+    "a line is all its `times` together, its share that of device ms; the lines below the table "
+    "are of one time",
     "device ms: every operator reads its inputs and writes its outputs once, as eager kernels do; "
     "floor ms: the products, convolutions and attentions alone, all else within their kernels",
     f"eager ms: the host, {EAGER_US:g} us an operator and {TRITON_US:g} us one of ours by Triton; "
     f"graph ms: {GRAPH_US:g} us between two kernels; a run takes device plus graph, or eager where "
     "that is more and nothing is captured",
+    "text: prompts of one piece of 75 tokens; prompt: its keys and values, which a network reads "
+    "once",
     "not counted: caches that hold a tensor from one operator to the next, layouts that cuDNN "
     "changes within its kernels, adapters, previews, reading weights from disk",
 )
@@ -126,7 +132,7 @@ class Estimate:
             f"{_name(self.dtype)} (decode {_name(self.decode_dtype)}) on {self.card.title}: "
             f"{peak:g} TFLOP/s, {self.card.gbytes_s:g} GB/s ({self.card.source})"
         )
-        columns = f"{'stage':<16}{'times':>6}{'TFLOP':>9}{'GB':>9}{'launches':>10}"
+        columns = f"{'stage':<{_NAME}}{'times':>6}{'TFLOP':>12}{'GB':>10}{'launches':>10}"
         columns += "".join(f"{name:>11}" for name in ("device ms", "floor ms", "eager ms"))
         columns += f"{'graph ms':>10}{'share':>7}"
         whole = self.total.device_ms
@@ -159,14 +165,20 @@ def estimate(
     *,
     pixels: tuple[int, int],
     batch: int = 1,
+    chunks: tuple[int | None, int | None, int] = (None, None, 1),
     dtype: torch.dtype = torch.float16,
+    vae_dtype: torch.dtype | None = None,
 ) -> Estimate:
-    """What a run of `table` costs on `card`: see `stages.stages_of` for the arguments.
+    """What a run of `table` costs on `card`: see `stages.stages_of` for the arguments; vae_dtype
+    None is what `decode_dtype` says.
 
     Raises InputError for a dtype that the card's matrix units do not have.
     """
+    vae_dtype = vae_dtype or decode_dtype(card, dtype)
     peak_of(card, dtype, Kind.GEMM)
-    stages = stages_of(models, table, pixels=pixels, batch=batch, dtype=dtype)
+    peak_of(card, vae_dtype, Kind.CONV)
+    own: dict[str, Any] = {"pixels": pixels, "batch": batch, "chunks": chunks}
+    stages = stages_of(models, table, **own, dtype=dtype, vae_dtype=vae_dtype)
     first = next(iter(models.values()))
     kinds: dict[str, Mapping[Kind, tuple[Tally, float]]] = {}
     for stage in stages:
@@ -182,10 +194,17 @@ def estimate(
         pixels=pixels,
         batch=batch,
         dtype=dtype,
-        decode_dtype=decode_dtype(first.vae, dtype),
+        decode_dtype=vae_dtype,
         lines=tuple(_line(stage, card) for stage in stages),
         kinds=kinds,
     )
+
+
+def decode_dtype(card: Card, dtype: torch.dtype) -> torch.dtype:
+    """What the decoder is on `card` beside networks in `dtype`: `engine.parts.decoder_dtype`."""
+    if dtype == torch.float32 or card.bfloat16 is None:
+        return dtype if dtype == torch.bfloat16 else torch.float32
+    return torch.bfloat16
 
 
 def device_ms(operators: Iterable[Operator], card: Card) -> float:
@@ -240,7 +259,7 @@ def _line(stage: Stage, card: Card) -> Line:
 def _text(line: Line, whole: float) -> str:
     tally = line.tally
     return (
-        f"{line.stage:<16}{line.times:>6}{tally.flops / 1e12:>9.3f}{tally.moved / 1e9:>9.2f}"
+        f"{line.stage:<{_NAME}}{line.times:>6}{tally.flops / 1e12:>12.3f}{tally.moved / 1e9:>10.2f}"
         f"{tally.launches:>10}{line.device_ms:>11.2f}{line.floor_ms:>11.2f}{line.eager_ms:>11.2f}"
         f"{line.graph_ms:>10.2f}{line.device_ms / whole:>7.0%}"
     )

@@ -70,6 +70,7 @@ _KINDS: Mapping[str, Kind] = {
     "_scaled_dot_product_efficient_attention": Kind.ATTENTION,
     **dict.fromkeys(("native_group_norm", "groupnorm_silu"), Kind.NORM),
     **dict.fromkeys(("native_layer_norm", "add_layernorm"), Kind.NORM),
+    **dict.fromkeys(("var_mean", "native_batch_norm"), Kind.NORM),  # of a decode in bands
     **dict.fromkeys(("_to_copy", "clone", "copy_", "cat", "stack"), Kind.COPY),
 }
 _LAUNCHES: Mapping[str, int] = {"native_group_norm": 3, "groupnorm_silu": 3}

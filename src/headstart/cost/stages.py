@@ -1,13 +1,13 @@
 """The stages of a run as operators: the real modules at full size, without memory for a weight.
 
-text -> passes of each model -> steps -> decode
+text -> prompt and passes of each model -> steps -> decode
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart.plan.table import StepTable
+from headstart.prompt import Prompts
 from headstart_kernels import decode_u8, fused_step_into, philox_normal, scale_input
 
 _CARD = torch.device("meta")
@@ -45,30 +46,46 @@ def stages_of(
     *,
     pixels: tuple[int, int],
     batch: int = 1,
+    chunks: tuple[int | None, int | None, int] = (None, None, 1),
     dtype: torch.dtype = torch.float16,
+    vae_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Stage, ...]:
-    """The stages of one run of `table`: `batch` images of one prompt, in the network at once.
+    """The stages of one run of `table`: `batch` images of one prompt.
 
     models   "base" and "distilled" -> sizes, those that the table names; text and VAE are of the
              first of `models`
     pixels   (height, width)
-    dtype    of the networks; the decoder's is `decode_dtype`
+    chunks   images in a network at once, None: all; in the decoder, None: as many; its bands
     """
     first = next(iter(models.values()))
     side = first.vae.downscale
     latent = (first.vae.latent_channels, pixels[0] // side, pixels[1] // side)
     guided = any(step.passes == 2 for step in table)
     found = [Stage("text", 1, 1 + guided, text_pass(first.text, 1 + guided, dtype))]
-    passes = Counter((step.model, batch * step.passes) for step in table)
-    known: dict[tuple[UNetParams, int], tuple[Operator, ...]] = {}
-    for (model, rows), times in passes.items():
-        key = (models[model].unet, rows)
-        if key not in known:
-            known[key] = unet_pass(models[model].unet, latent, rows, dtype)
-        found.append(Stage(f"{model} pass", times, rows, known[key]))
-    found.append(Stage("step", 1, 0, steps(table, latent, batch, dtype)))
-    found.append(Stage("decode", 1, batch, decode(first.vae, latent, batch, dtype)))
-    return tuple(found)
+    in_network = _chunked(batch, chunks[0])
+    in_decoder = _chunked(batch, chunks[1] or chunks[0])
+    known: dict[tuple[UNetParams, int], Pass] = {}
+    for (name, copies), (reads, times) in _calls(table).items():
+        for images, parts in in_network.items():
+            key = (models[name].unet, images * copies)
+            if key not in known:
+                known[key] = unet_pass(models[name].unet, latent, images * copies, dtype)
+            read, call = known[key]
+            if read:
+                found.append(Stage(f"{name} prompt", parts * reads, key[1], read))
+            found.append(Stage(f"{name} pass", parts * times, key[1], call))
+    found.append(Stage("step", 1, 0, _steps(table, latent, in_network, dtype)))
+    for images, parts in in_decoder.items():
+        rgb = decode(first.vae, latent, images, vae_dtype, chunks[2])
+        found.append(Stage("decode", parts, images, rgb))
+    return _named_apart(found)
+
+
+class Pass(NamedTuple):
+    """A UNet on some samples: what it reads of their prompt, before its first row, and a row."""
+
+    prompt: tuple[Operator, ...]
+    row: tuple[Operator, ...]
 
 
 def unet_pass(
@@ -77,8 +94,8 @@ def unet_pass(
     rows: int = 1,
     dtype: torch.dtype = torch.float16,
     tokens: int = 77,
-) -> tuple[Operator, ...]:
-    """One call of a UNet on `rows` samples of `latent` [C, h, w], told `tokens` of text each."""
+) -> Pass:
+    """A UNet's calls on `rows` samples of `latent` [C, h, w], told `tokens` of text each."""
     network = _built(lambda: UNet(params), dtype)
     network.lay_out(torch.device("cuda"))
     pooled = time_ids = guidance = None
@@ -89,10 +106,37 @@ def unet_pass(
     context = _empty(rows, tokens, params.context_dim, dtype=dtype)
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
-    with torch.no_grad():
-        read = network.read_prompt(cond)  # once a prompt, before the first row
-    cond = replace(cond, extra=dict(read))
-    return count(lambda: network(x_in, timestep, cond))
+    told: list[Conditioning] = []
+    read = count(lambda: told.append(Prompts().of(network, cond)))
+    return Pass(read, count(lambda: network(x_in, timestep, told[0])))
+
+
+def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:
+    """(model, passes) -> how often it reads its prompt, and its rows: `headstart.prompt` keeps what
+    the last row's network read."""
+    found: dict[tuple[str, int], tuple[int, int]] = {}
+    last = None
+    for step in table:
+        own = (step.model, step.passes)
+        reads, times = found.get(own, (0, 0))
+        found[own] = (reads + (own != last), times + 1)
+        last = own
+    return found
+
+
+def _chunked(batch: int, most: int | None) -> dict[int, int]:
+    """Images at once -> how often."""
+    size = min(batch, most or batch)
+    return {size: batch // size} | ({left: 1} if (left := batch % size) else {})
+
+
+def _named_apart(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Those of one name also by how many samples they have."""
+    names = Counter(stage.name for stage in stages)
+    return tuple(
+        stage._replace(name=f"{stage.name} of {stage.rows}") if names[stage.name] > 1 else stage
+        for stage in stages
+    )
 
 
 def text_pass(
@@ -136,27 +180,32 @@ def steps(
     return count(run)
 
 
-def decode(
-    params: VaeParams, latent: tuple[int, int, int], batch: int, dtype: torch.dtype
+def _steps(
+    table: StepTable, latent: tuple[int, int, int], parts: Mapping[int, int], dtype: torch.dtype
 ) -> tuple[Operator, ...]:
-    """Latents -> uint8, as `engine.pixels` does: decoded, looked at for NaN, cast to bytes."""
-    own = decode_dtype(params, dtype)
-    vae = _built(lambda: Vae(params), own)
+    found = ((steps(table, latent, images, dtype), times) for images, times in parts.items())
+    return tuple(chain.from_iterable(own * times for own, times in found))
+
+
+def decode(
+    params: VaeParams,
+    latent: tuple[int, int, int],
+    batch: int,
+    dtype: torch.dtype,
+    bands: int = 1,
+) -> tuple[Operator, ...]:
+    """Latents -> uint8, as `engine.pixels` does: decoded in `dtype`, looked at for NaN, cast to
+    bytes."""
+    vae = _built(lambda: Vae(params), dtype)
     nn.Module.to(vae, memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     latents = _empty(batch, *latent)
 
     def run() -> None:
-        pixels = vae.decode(latents.to(own))
+        pixels = vae.decode(latents.to(dtype), bands)
         torch.isfinite(pixels).flatten(1).all(1)
         decode_u8(pixels, check=False)
 
     return count(run)
-
-
-def decode_dtype(params: VaeParams, dtype: torch.dtype) -> torch.dtype:
-    """What `Engine.load` decodes in: float32 where networks are float16 and this is SDXL's decoder,
-    which overflows there (`networks.load.load_vae`)."""
-    return torch.float32 if dtype == torch.float32 else torch.bfloat16
 
 
 def _pooled(params: UNetParams, rows: int, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from headstart.output import write_file
 
 FORMAT = "headstart.digests/1"
 VARIABLE = "HEADSTART_CACHE"
-"""The folder of the cache; "off" or nothing: no cache."""
+"""The folder of the cache; "off", 0 or nothing: no cache."""
 LEAST = 2**24
 """Bytes of the smallest file that is kept: 16 MB take 10 to 25 ms to read through."""
 MOST = 256
@@ -59,7 +59,7 @@ def cache_folder() -> Path | None:
     Specification: XDG_CACHE_HOME, else ~/.cache); None: there is none, or it is switched off."""
     own = os.environ.get(VARIABLE)
     if own is not None:
-        return None if own.strip().lower() in ("", "off") else Path(own)
+        return None if own.strip().lower() in ("", "0", "off") else Path(os.path.expanduser(own))
     home = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(home):
         return Path(home, "headstart")
@@ -97,6 +97,8 @@ def _read_through(path: Path) -> str:
 
 def _entries(place: Path) -> dict[str, dict[str, Any]]:
     """What is kept; nothing where the file is absent, damaged or of another format."""
+    if not place.is_file():  # a pipe would have the reader wait
+        return {}
     try:
         found: Any = read(place.read_bytes())
     except (OSError, ValueError):
@@ -109,7 +111,7 @@ def _entries(place: Path) -> dict[str, dict[str, Any]]:
 def _keep(place: Path, path: str, entry: dict[str, Any]) -> None:
     """With what others kept meanwhile. Of two processes that write at once one entry may be lost,
     and is made again when it is next asked for: the file itself is always whole."""
-    with _LOCK, suppress(OSError, InputError):
+    with _LOCK, suppress(OSError, InputError, RuntimeError):  # Path's word for links in a ring
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         kept = _entries(place)
         kept.pop(path, None)
