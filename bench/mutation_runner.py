@@ -146,8 +146,8 @@ MUTATIONS = (
     Mutation(
         "look at strengths while capturing",
         "src/headstart/adapters/host.py",
-        'if strengths.device.type != "cpu" or is_capturing():',
-        'if strengths.device.type != "cpu":',
+        'if strengths.device.type != "cpu" or is_capturing() or is_compiled():',
+        'if strengths.device.type != "cpu" or is_compiled():',
         (f"{ADAPTER_TEST}::test_a_strength_is_a_copy_also_one_for_each_sample",),
     ),
     Mutation(

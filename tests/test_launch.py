@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,8 @@ from torch import Tensor
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
+from headstart.engine.budget import Chunks
+from headstart.engine.homes import Homes
 from headstart.engine.launch import by_rows
 from headstart.errors import CaptureError, InputError
 from headstart.runner.capture import Site
@@ -179,17 +181,26 @@ def test_what_acts_between_rows_runs_row_by_row_and_the_log_says_why(
     assert [message for message in caplog.messages if why in message] == caplog.messages != []
 
 
-def test_networks_of_two_devices_run_row_by_row(two: Pair) -> None:
+def test_places_that_one_launch_cannot_have_run_row_by_row() -> None:
+    """Two devices, weights that take turns, a decoder with a chunk or bands of its own."""
+
     class Course:
         request, told = type("R", (), {"table": PLAN.compile(hs.NoiseSchedule.scaled_linear())}), ()
-        weights: Any = type("W", (), {"vae": None, "device": CPU})
+        weights: Any = type("W", (), {"vae": None, "device": CPU, "homes": Homes()})
 
-    Course.request.methods = ()
+    def why() -> str | None:
+        return by_rows(Course)  # type: ignore[arg-type]
+
+    Course.request.methods, Course.request.chunks = (), Chunks(2, 2)
     far = torch.nn.Linear(1, 1, device="meta")
     Course.weights.denoisers = {"base": torch.nn.Linear(1, 1), "distilled": far}
-    assert by_rows(Course) == "the networks are on cpu, meta"  # type: ignore[arg-type]
+    assert why() == "the networks are on cpu, meta"
     Course.weights.denoisers["distilled"] = Course.weights.denoisers["base"]
-    assert by_rows(Course) is None  # type: ignore[arg-type]
+    assert why() is None
+    Course.request.chunks = Chunks(2, 1, 4)
+    assert why() == "the decoder has 1 samples at once, in 4 bands"
+    Course.weights.homes = Homes(rooms=(cast("Any", object()),))
+    assert why() == "weights come and go between rows"
 
 
 def test_other_ways_to_run_go_row_by_row(two: Pair) -> None:
