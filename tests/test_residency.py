@@ -170,3 +170,20 @@ def test_a_float32_file_is_mapped_as_it_is(tmp_path: Path) -> None:
     save_file({"weight": torch.ones(2, 2)}, path)
     layer = keep_stored(nn.Linear(2, 2))
     assert type(layer) is nn.Linear and compute_dtype(layer) == torch.float32
+
+
+def test_a_widened_convolution_keeps_its_order_of_axes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of a convolution depend on it, so a stored one would differ from a float32 one."""
+    seen: list[Tensor] = []
+
+    def convolve(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(weight)
+        return x
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", convolve)
+    for form in (torch.channels_last, torch.contiguous_format):
+        layer = nn.Conv2d(3, 5, 3).half().to(memory_format=form)  # type: ignore[call-overload]
+        with torch.inference_mode():
+            keep_stored(layer)(torch.zeros(1, 3, 4, 4))
+        assert seen[-1].dtype == torch.float32 and seen[-1].is_contiguous(memory_format=form)
+        assert torch.equal(seen[-1], layer.weight.float())

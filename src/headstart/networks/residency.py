@@ -133,11 +133,14 @@ class _Scratch(threading.local):
 
     buffer = torch.empty(0)
 
-    def take(self, shape: torch.Size) -> Tensor:
-        if self.buffer.numel() < shape.numel():
+    def take(self, like: Tensor) -> Tensor:
+        """Room for a weight, in its order of axes, which a convolution's bits depend on."""
+        if self.buffer.numel() < like.numel():
             with torch.inference_mode(False):  # else nobody outside of it could write to it
-                self.buffer = torch.empty(shape.numel())
-        return self.buffer[: shape.numel()].view(shape)
+                self.buffer = torch.empty(like.numel())
+        last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
+        room = self.buffer[: like.numel()]
+        return room.as_strided(like.shape, like.stride()) if last else room.view(like.shape)
 
 
 _scratch = _Scratch()
@@ -155,5 +158,5 @@ def _widened(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor:
     if own or torch.is_grad_enabled() or is_compiling():
         wide = weight.to(dtype)
         return wide if scale is None else wide.mul_(scale)
-    wide = _scratch.take(weight.shape).copy_(weight)
+    wide = _scratch.take(weight).copy_(weight)
     return wide if scale is None else wide.mul_(scale)
