@@ -17,6 +17,8 @@ from torch import Tensor
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
+from headstart.engine.budget import Chunks
+from headstart.engine.homes import Homes
 from headstart.engine.launch import by_rows
 from headstart.errors import CaptureError, InputError
 from headstart.runner.capture import Site
@@ -182,14 +184,16 @@ def test_what_acts_between_rows_runs_row_by_row_and_the_log_says_why(
 def test_networks_of_two_devices_run_row_by_row(two: Pair) -> None:
     class Course:
         request, told = type("R", (), {"table": PLAN.compile(hs.NoiseSchedule.scaled_linear())}), ()
-        weights: Any = type("W", (), {"vae": None, "device": CPU})
+        weights: Any = type("W", (), {"vae": None, "device": CPU, "homes": Homes()})
 
-    Course.request.methods = ()
+    Course.request.methods, Course.request.chunks = (), Chunks(2, 2, 1)
     far = torch.nn.Linear(1, 1, device="meta")
     Course.weights.denoisers = {"base": torch.nn.Linear(1, 1), "distilled": far}
     assert by_rows(Course) == "the networks are on cpu, meta"  # type: ignore[arg-type]
     Course.weights.denoisers["distilled"] = Course.weights.denoisers["base"]
     assert by_rows(Course) is None  # type: ignore[arg-type]
+    Course.request.chunks = Chunks(2, 1, 4)
+    assert by_rows(Course) == "the decoder has 1 samples at once, in 4 bands"  # type: ignore[arg-type]
 
 
 def test_other_ways_to_run_go_row_by_row(two: Pair) -> None:
