@@ -268,6 +268,26 @@ def test_an_adapter_that_is_swapped_in_place_is_heard(engine: hs.Engine, tmp_pat
     assert torch.equal(_afresh(engine), second)
 
 
+def test_an_interrupted_network_leaves_its_adapters_to_nobody(
+    engine: hs.Engine, tmp_path: Path
+) -> None:
+    """KeyboardInterrupt passes by the hooks in which a call ends."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    text = engine.weights.text
+    engine.attach(_lora(tmp_path / "a.safetensors", FC1, 48, scale=3.0))
+    engine.attach(_lora(tmp_path / "b.safetensors", TO_Q, 32))
+    before, drawn = text.encode(["a cat"]).context, _drawn(engine)
+    handle = cast("Any", engine.denoisers["base"]).conv_out.register_forward_pre_hook(stop)
+    with pytest.raises(KeyboardInterrupt):
+        _drawn(engine)
+    handle.remove()
+    assert torch.equal(text.encode(["a cat"]).context, before)
+    assert torch.equal(_drawn(engine), drawn)
+
+
 def test_strengths_of_one_call_are_told_apart(engine: hs.Engine, tmp_path: Path) -> None:
     engine.attach(_lora(tmp_path / "voice.safetensors", FC1, 48), 0.0)
     found = [_drawn(engine, f"a cat <lora:voice:{strength}>") for strength in (0.0, 1.0, 2.0, 1.0)]

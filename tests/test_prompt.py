@@ -174,21 +174,6 @@ def test_a_layer_of_another_kind_reads_the_prompt_itself(
     assert [own.read for own in pair.values()] == [0, 0]
 
 
-def test_a_weight_made_where_another_was_is_not_taken_for_it(pair: dict[str, Counting]) -> None:
-    """Allocators like to hand out the address of what has just gone."""
-    network, prompts, cond = pair["base"], Prompts(), words()
-    layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
-    shape = layer.weight.shape
-    layer.weight = nn.Parameter(torch.ones(shape), requires_grad=False)
-    address = layer.weight.untyped_storage()._cdata
-    kept = prompts.of(network, cond).extra[TEXTS]
-    del layer.weight
-    made = [torch.zeros(shape) for _ in range(100)]
-    there = [tensor for tensor in made if tensor.untyped_storage()._cdata == address]
-    layer.weight = nn.Parameter((there or made)[0], requires_grad=False)
-    assert not torch.equal(prompts.of(network, cond).extra[TEXTS], kept)
-
-
 def test_weights_whose_changes_torch_does_not_count_are_read_on_every_row(
     table: hs.StepTable,
 ) -> None:

@@ -6,6 +6,7 @@ Emulated: torch's operators of the CPU, or Triton's PTX, under a GPU's rules; no
 from __future__ import annotations
 
 import runpy
+import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from headstart.errors import CaptureError
 from headstart.plan.update import Update
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
+from headstart_kernels import dispatch, trial
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 from headstart_kernels.testing.ptx.on_gpu import launched
 
@@ -73,6 +75,21 @@ def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
     check(got, tiny_engine("sdxl").sample("ab", **asked))
     names = {name.removesuffix("_kernel") for name, _ in gpu.launches}
     assert names >= {"fused_step", "geglu", "apply", "philox_normal", "decode_planes"}
+
+
+def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(
+    cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the trial then finds is tested in tests/kernels/test_trial.py."""
+    monkeypatch.setattr(trial, "_known", {})
+    monkeypatch.setattr(trial, "_why_not", lambda device: "there is no C compiler; install gcc")
+    monkeypatch.setattr(dispatch, "stands_in", lambda tensor: tensor.is_meta)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for runner in ("eager", "graph", "trajectory"):
+            check(run(gpu_engine("sd15", runner=runner)), on_cpu("sd15"))
+    (warning,) = (str(one.message) for one in said if "Triton" in str(one.message))
+    assert "no C compiler; install gcc" in warning and "\n" not in warning
 
 
 def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> None:

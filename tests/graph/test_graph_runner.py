@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning
-from headstart.runner.capture import Site
+from headstart.runner.capture import Program, Site
 from headstart_kernels.emulation.fake_cuda import FakeCuda, RaceError
+from headstart_kernels.emulation.host import Host
 
 T = torch.tensor
 
@@ -157,6 +159,38 @@ def test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture(stand: Any, be
         with pytest.raises(InputError, match="enough"):
             runner(stand.latent(2), T([7, 7]), stand.words(2))
         assert network.seen[3:] == [True] and cudnn.benchmark is before
+    finally:
+        cudnn.benchmark = kept
+
+
+def test_two_devices_that_warm_up_at_once_leave_the_switch_as_it_was() -> None:
+    """The first to begin ends before the second."""
+    cudnn, site = torch.backends.cudnn, partial(Site, torch.device("cpu"), warmups=1)
+    events = begun, other, done = [threading.Event() for _ in range(3)]
+
+    def first(inputs: Any) -> tuple[Tensor]:
+        begun.set()
+        assert other.wait(20)
+        return (inputs["x"] + 1,)
+
+    def second(inputs: Any) -> tuple[Tensor]:
+        other.set()
+        assert done.wait(20)
+        return (inputs["x"] + 1,)
+
+    def run(body: Any) -> None:
+        site(Host()).run(Program("it", body, ()), {"x": torch.ones(1)})
+        done.set()
+
+    kept, cudnn.benchmark = cudnn.benchmark, False
+    try:
+        threads = [threading.Thread(target=run, args=(body,)) for body in (first, second)]
+        threads[0].start()
+        assert begun.wait(20)
+        threads[1].start()
+        for thread in threads:
+            thread.join()
+        assert all(event.is_set() for event in events) and cudnn.benchmark is False
     finally:
         cudnn.benchmark = kept
 

@@ -155,18 +155,25 @@ class Leaf:
 
     def weights(self) -> Weights | None:
         """What the layer runs on in this call, if not on its own."""
-        call = _CALL.get()
+        call = self._call()
         if call is not None:
             return call.changes.weights.get(self)
         return None if self._standing is None else self._standing().weights.get(self)
 
     def additions(self) -> tuple[tuple[Slot, Tensor], ...]:
         """What is added in this call, and how strongly: [B] or [1]."""
-        call = _CALL.get()
+        call = self._call()
         if call is None or not call.strengths:
             return ()
         slots, strengths = call.changes.slots.get(self, ()), call.strengths
         return tuple((slot, strengths[name]) for name, slot in slots if name in strengths)
+
+    def _call(self) -> _Call | None:
+        """The call that this layer is in. Of a text encoder it is none of a network: one that
+        KeyboardInterrupt ended is still there, because torch runs no hook after it."""
+        call = _CALL.get()
+        inside = call is None or call.host is None or self._standing is None
+        return call if inside else None
 
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
         for slot, strength in self.additions():
@@ -271,11 +278,15 @@ class Host:
         _check_ways(changes)
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)
+        self._end()  # one that was interrupted
         _CALL.set(_Call(changes, strengths, self, _CALL.get()))
 
     _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
 
     def _leave(self, _: nn.Module, args: tuple[Any, ...], output: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         """Back to the call that this one was made in, if `_enter` came as far as to begin one."""
         call = _CALL.get()
         while call is not None and call.host is not self:

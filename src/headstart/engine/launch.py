@@ -3,6 +3,10 @@
 One launch is rows, decoder and uint8 as one graph (`headstart.runner.trajectory_graph`), with
 runner="trajectory". Between its rows there is nobody: what looks at a row or acts between two runs
 row by row, with a graph a network, to the same bits. The log says so, at level INFO, and why.
+
+Where more images are asked for than fit at once and a row is guided, a launch has both halves of
+its own images, and a row cuts the halves of all: the network sees other neighbours, and on a CPU
+float32 then rounds otherwise in the last bits.
 """
 
 from __future__ import annotations

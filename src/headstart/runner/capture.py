@@ -285,7 +285,7 @@ class Site:
         for tensor, before in state:
             tensor.copy_(before)
         for _ in range(self.warmups):
-            with _capturing(), _trying_algorithms():
+            with _capturing(), _TRYING:
                 program.body(buffers)
             for tensor, before in state:
                 tensor.copy_(before)
@@ -332,19 +332,33 @@ def _capturing() -> Generator[None]:
         _CAPTURING.reset(token)
 
 
-@contextmanager
-def _trying_algorithms() -> Generator[None]:
+class _Trying:
     """cuDNN tries what it has on every new convolution and remembers the fastest. A capture, which
     may try nothing, takes what is remembered (aten/src/ATen/native/cudnn/Conv_v8.cpp,
-    `run_single_conv`). Left off where algorithms are to be deterministic."""
-    cudnn = torch.backends.cudnn
-    before = cudnn.benchmark
-    fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-    cudnn.benchmark = before or not fixed
-    try:
-        yield
-    finally:
-        cudnn.benchmark = before
+    `run_single_conv`). Left off where algorithms are to be deterministic.
+
+    torch has one switch for all threads: the last of those that warm up puts it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        cudnn = torch.backends.cudnn
+        with self._lock:
+            if not self._count:
+                self._before = cudnn.benchmark
+                fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+                cudnn.benchmark = self._before or not fixed
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                torch.backends.cudnn.benchmark = self._before
+
+
+_TRYING = _Trying()
 
 
 def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
