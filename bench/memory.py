@@ -30,7 +30,10 @@ import headstart as hs
 from headstart.checkpoint import blueprint
 from headstart.checkpoint.params import ClipParams, Mid, Stage, UNetParams, VaeParams
 from headstart.engine import fitting
+from headstart.engine.models import Model
+from headstart.engine.pair import DTYPES
 from headstart.engine.places import milliseconds
+from headstart.networks.placement import bound_for
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
 from headstart_kernels.emulation.host import Host
@@ -201,6 +204,37 @@ def run(folder: dict[str, Path], card_gib: int, size: int, batch: int, **options
     }
 
 
+def planned(folder: dict[str, Path], card_gib: int, size: int, dtype: str) -> Any:
+    """What would be chosen for a card, or why it is refused: of the files' headers, not run."""
+    free = card_gib * GIB - CONTEXT_BYTES
+    models = {role: Model.of(folder[role]) for role in ("base", "distilled")}
+    family = models["base"].family
+    options: dict[str, Any] = {"plan_size": size}
+    sources = fitting.Sources(
+        {role: folder[role] for role in models}, folder["vae"], folder["text"],
+        dict.fromkeys(models), family, models["base"].image_size, options,
+    )  # fmt: skip
+    devices = dict.fromkeys(("text", *models, "vae"), DEVICE)
+    with mock.patch.object(fitting, "available_bytes", lambda _: free), bound_for(DEVICE):
+        try:
+            homes = fitting.plan_homes(sources, devices, "auto", DTYPES[dtype], torch.bfloat16)
+        except hs.InputError as error:
+            return {"card_gib": card_gib, "dtype": dtype, "refused": str(error)}
+    own = homes.placements[0]
+    return {
+        "card_gib": card_gib,
+        "dtype": dtype,
+        "free_bytes": free,
+        "weights_bytes": dict(own.weights),
+        "turns": list(own.turns),
+        "room_bytes": own.room,
+        "decode": own.fits[1:],
+        "need_bytes": own.need,
+        "by_picture_bytes": sum(move.size_bytes for move in own.by_picture),
+        "by_prompt_bytes": sum(move.size_bytes for move in own.by_prompt),
+    }
+
+
 def row(found: Any) -> str:
     """One line of the table."""
     if "refused" in found:
@@ -223,6 +257,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--float8", default="8,6", help="GiB, that dtype float8 is planned for")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     print("| card | take turns | decode | peak | moved a picture | more for a new prompt |")
@@ -230,11 +265,15 @@ def main() -> None:
     cases: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         made = files(Path(folder))
-        for card in args.cards.split(","):
+        for card in filter(None, args.cards.split(",")):
             cases.append(run(made, int(card), args.size, args.batch, dtype=args.dtype))
             print(row(cases[-1]), flush=True)
+        plans = [planned(made, int(c), args.size, "float8") for c in args.float8.split(",")]
+    for plan in plans:
+        print("planned alone:", json.dumps(plan))
     if args.json is not None:
-        facts = {"evidence": "simulated", "size": args.size, "batch": args.batch, "cases": cases}
+        facts: dict[str, Any] = {"evidence": "simulated", "size": args.size, "batch": args.batch}
+        facts |= {"cases": cases, "planned": plans}
         args.json.write_text(json.dumps({**facts, "machine": machine()}, indent=1) + "\n")
 
 

@@ -26,6 +26,7 @@ from headstart.engine.homes import Homes
 from headstart.engine.places import Placement
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import UNet
+from headstart.traces.decoders import linear_decoder
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
@@ -82,14 +83,16 @@ def test_pictures_are_to_the_bit_those_of_an_engine_where_all_stays(
     assert any(line.startswith("memory: ") for line in engine.weights.notes)
 
 
-def test_a_unet_that_stays_beside_those_that_take_turns_is_laid_out_and_lies_in_one_memory(
+@pytest.mark.parametrize("parts", [("text", "distilled"), ()])
+def test_a_unet_that_stays_is_laid_out_on_the_host_and_lies_in_one_memory(
     folder: Path,  # noqa: F811
     turns: Callable[[tuple[str, ...], int], None],
     monkeypatch: pytest.MonkeyPatch,
+    parts: tuple[str, ...],
 ) -> None:
     """Weights one by one, laid out where they stay, left 1.4 GB of holes on a card: SDXL's hybrid
-    did not load on 12 GB."""
-    turns(("text", "distilled"), 1000)
+    did not load on 12 GB, nor on 14 where nothing takes turns."""
+    turns(parts, 1000)
     own, laid = UNet.lay_out, list[Any]()
     monkeypatch.setattr(UNet, "lay_out", lambda u, d=None: (laid.append((u, d)), own(u, d))[1])
     engine = loaded(folder)
@@ -97,6 +100,22 @@ def test_a_unet_that_stays_beside_those_that_take_turns_is_laid_out_and_lies_in_
     assert isinstance(base, UNet)
     assert len({weight.tensor.untyped_storage().data_ptr() for weight in weights_of([base])}) == 1
     assert {u for u, device in laid if device is not None} == set(engine.denoisers.values())
+    assert len(engine.weights.homes.rooms) == (1 if parts else 0)
+
+
+def test_where_the_host_has_no_memory_for_it_a_unet_is_laid_out_where_it_stays(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    turns((), 0)
+    sent, own = list[Any](), UNet.to
+    monkeypatch.setattr(UNet, "to", lambda u, *a, **k: (sent.append((u, *a)), own(u, *a, **k))[1])
+    monkeypatch.setattr(fitting, "available_bytes", lambda _: 1000)
+    engine = loaded(folder)
+    assert [place for _, place in sent[-2:]] == [torch.device("cpu")] * 2
+    assert {u for u, _ in sent[-2:]} == set(engine.denoisers.values())
+    assert not any("to pin" in line for line in engine.weights.notes)
 
 
 def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Path) -> None:  # noqa: F811
@@ -239,6 +258,43 @@ def test_a_plan_leaves_room_for_the_picture_that_it_is_told(
     assert [shape.latent for shape in seen] == [(8, 8), (16, 16), (8, 12)]
     with pytest.raises(hs.InputError, match="size 33x33: both sides must be"):
         loaded(folder, plan_size=33)
+
+
+def test_a_resumed_run_brings_what_is_left_of_it(
+    folder: Path,  # noqa: F811
+    turns: Callable[[tuple[str, ...], int], None],
+) -> None:
+    turns(ALL, 10**9)
+    engine = loaded(folder)
+    states = [*engine.iterate("a fox", plan=PLAN, seeds=3)]
+    (own,) = engine.weights.homes.rooms
+    with own.using("text"):
+        before = own.moved_bytes
+    again = [*engine.iterate("a fox", plan=PLAN, seeds=3, resume=states[1])]
+    assert torch.equal(again[-1].x, states[-1].x)
+    assert own.inside == "distilled" and own.moved_bytes - before <= own.size_bytes
+
+
+def test_a_preview_of_a_row_is_drawn_on_its_decoders_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The base's x0 may be on another GPU, and a lane's streams are of one."""
+    seen: list[tuple[torch.device, torch.device]] = []
+    other = torch.device("meta")
+
+    def opened(_: Any, device: torch.device) -> Any:
+        def begin(_: Any, x0: Tensor) -> Any:
+            seen.append((device, x0.device))
+            raise ValueError("seen")
+
+        return SimpleNamespace(begin=begin)
+
+    monkeypatch.setattr(hs.Preview, "_opened", opened)
+    decoder = replace(linear_decoder("sd15"), linear=None, device=other)
+    state = hs.State(0, torch.zeros(1, 4, 8, 8), torch.zeros(1, 4, 8, 8))
+    with pytest.warns(UserWarning, match="seen"), hs.Preview(decoder, print) as preview:
+        preview(state)
+    assert seen == [(other, other)]
 
 
 def test_a_limit_of_memory_counts_what_captured_graphs_hold(

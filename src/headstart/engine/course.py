@@ -61,7 +61,8 @@ class Course:
     def states(self, resume: State | None = None) -> Iterator[State]:
         request, homes = self.request, self.weights.homes
         cond, uncond = self.told
-        homes.ahead(request.table.models)
+        left = request.table.steps[0 if resume is None else resume.step + 1 :]
+        homes.ahead(dict.fromkeys(step.model for step in left))
         select = select_of(request.methods)
         if select is not None:
             resume = self._selected(select, cond, uncond)

@@ -5,13 +5,13 @@ headers -> bytes of each part as stored, values that its network holds -> a plac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.folder import COMPONENTS
@@ -35,6 +35,7 @@ from headstart_kernels.emulation.host import Host
 LAID_OUT = 0.4
 """Of a UNet's weights, copied on the host when it is laid out: convolutions, and linear layers that
 are joined. 0.37 of SDXL's, counted from its shapes."""
+_UNETS = ("base", "distilled")
 Source = tuple[FilePath, PartName, bool | None]
 """A file, the network's name there, and whether its averaged weights are taken."""
 
@@ -118,35 +119,44 @@ def notes(homes: Homes) -> tuple[str, ...]:
 
 
 def bed(homes: Homes, part: str) -> torch.device:
-    """Where a part is loaded to: the host, if it takes turns or makes room for those that do."""
-    tight = part != "vae" and any(own.turns and part in own.weights for own in homes.placements)
-    return torch.device("cpu") if tight else homes.devices[part]
+    """Where a part is loaded to: the host, if it takes turns; a UNet also if it stays, see
+    `settled`."""
+    here = next((own for own in homes.placements if part in own.weights), None)
+    waits = here is not None and (part in here.turns or part in _UNETS)
+    return torch.device("cpu") if waits else homes.devices[part]
 
 
 def settled(homes: Homes, words: ClipText, unets: Mapping[str, UNet]) -> Homes:
-    """With the rooms of parts that were loaded to take turns."""
-    modules = {"text": [*words.towers], **{role: [unet] for role, unet in unets.items()}}
-    rooms = tuple(_room(own, modules, unets) for own in homes.placements if own.turns)
-    return replace(homes, rooms=rooms)
+    """With UNets where they run, as their devices compute with them fastest, and the rooms of parts
+    that take turns.
 
-
-def _room(
-    own: Placement, modules: Mapping[str, Sequence[nn.Module]], unets: Mapping[str, UNet]
-) -> Room:
-    """UNets come as the device computes with them fastest, unless they stay mapped from files.
-
-    One that stays is laid out on the host as well, and comes in one piece: laid out where it stays,
-    SDXL's leaves 1.4 GB of holes in a card's memory (counted, `emulation.card`).
+    A UNet that stays is laid out on the host as well, and comes in one piece: laid out where it
+    stays, SDXL's needs 0.7 GB more while it is, and leaves 1.4 GB of holes (counted,
+    `emulation.card`). Where the host has no memory for it, it is laid out where it stays, or,
+    beside parts that take turns, not at all.
     """
-    place, pin = torch.device(own.device), _host_memory(own)
-    for role in unets.keys() & own.weights.keys():
-        if pin is not None:
-            unets[role].lay_out(place)
-        if role not in own.turns:
-            with torch.inference_mode(False), torch.no_grad():
-                gather(blocks_of([unets[role]]), place)
-    tenants = {part: modules[part] for part in own.turns}
-    return Room(tenants, own.room, place, streams_of(place), pin or _nothing)
+    modules = {"text": [*words.towers], **{role: [unet] for role, unet in unets.items()}}
+    rooms: list[Room] = []
+    for own in homes.placements:
+        place, pin = torch.device(own.device), _host_memory(own)
+        for role in [role for role in _UNETS if role in own.weights]:
+            _settle(unets[role], place, own, stays=role not in own.turns, room=pin is not None)
+        if own.turns:
+            tenants = {part: modules[part] for part in own.turns}
+            rooms.append(Room(tenants, own.room, place, streams_of(place), pin or _nothing))
+    return replace(homes, rooms=tuple(rooms))
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _settle(unet: UNet, place: torch.device, own: Placement, *, stays: bool, room: bool) -> None:
+    if not room and not own.turns:
+        unet.to(place)
+        return
+    if room:
+        unet.lay_out(place)
+    if stays:
+        gather(blocks_of([unet]), place)
 
 
 def takes_turns(device: torch.device) -> bool:
@@ -167,7 +177,10 @@ def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
     """Pinned, where the host has room for all that takes turns and is laid out; else None:
     weights stay in their files, which the system keeps in memory as long as it likes."""
     need = sum(own.moving(part) for part in own.turns)
-    need += int(LAID_OUT * sum(own.weights.get(role, 0) for role in ("base", "distilled")))
+    sizes = {role: size for role, size in own.weights.items() if role in _UNETS}
+    staying = (size for role, size in sizes.items() if role not in own.turns)
+    copied = sum(size for role, size in sizes.items() if role in own.turns)
+    need += int(LAID_OUT * (copied + max(staying, default=0)))  # those that stay, one by one
     free = available_bytes(torch.device("cpu"))
     return pinned if free is None or need <= SAFE_SHARE * free else None
 

@@ -48,6 +48,7 @@ class Decoder:
     channels  of the latent; scale: pixels a latent cell
     draw      x0 float [B, C, h, w] -> Picture
     linear    of a linear one its map, which a step may draw in the pass that computes x0
+    device    where its network is, or None: where x0 is. The base's x0 may be on another one
     """
 
     name: DecoderName
@@ -56,6 +57,7 @@ class Decoder:
     scale: int
     draw: Callable[[Tensor], Picture]
     linear: LinearMap | None = None
+    device: torch.device | None = None
 
     def __call__(self, x0: Tensor) -> Picture:
         self.check(x0)
@@ -182,6 +184,7 @@ def _network(
         channels=weights.latent_channels,
         scale=weights.downscale,
         draw=draw,
+        device=weights.homes.device("vae"),
     )
 
 

@@ -180,7 +180,8 @@ class Preview:
         self._deliver: Callable[[Frame], object] = (
             deliver if callable(deliver) else deliver.put_nowait
         )
-        self._lane = lane
+        self._own = lane
+        self._lanes: dict[torch.device, Lane] = {}
         self._slots = threading.BoundedSemaphore(slots)
         self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -211,6 +212,8 @@ class Preview:
         decoder, source = self.decoder, state.x0
         if decoder.linear is not None and state.rgb is not None:
             decoder, source = _MADE, state.rgb.permute(0, 3, 1, 2)
+        elif decoder.device is not None:  # before a lane has it: its streams are of one device
+            source = source.to(decoder.device)
         try:
             finish = self._opened(source.device).begin(decoder, source)
         except queue.Empty:  # of a lane with fewer slots than this preview
@@ -251,10 +254,12 @@ class Preview:
             raise raised
 
     def _opened(self, device: torch.device) -> Lane:
-        if self._lane is None:
+        if self._own is not None:
+            return self._own
+        if device not in self._lanes:
             on_gpu = device.type == "cuda"
-            self._lane = SideStream(device, self.slots) if on_gpu else HostLane()
-        return self._lane
+            self._lanes[device] = SideStream(device, self.slots) if on_gpu else HostLane()
+        return self._lanes[device]
 
     def _work(self) -> None:
         while (pending := self._pending.get()) is not None:
