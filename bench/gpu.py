@@ -8,8 +8,9 @@
 
 Each case runs in a process of its own, with a limit, and its figures are written as they come (into
 bench/results/gpu.json, under a temporary name that is renamed): whatever fails takes nothing with
-it, and the same command goes on where it was ended. Networks are SDXL's, of random or no weights.
-The end is a Markdown table; please paste it into an issue. Without a CUDA device it says so.
+it, and the same command goes on with the case in which it was ended. Networks are SDXL's, of random
+or no weights. The end is a Markdown table; please paste it into an issue. Without a CUDA device it
+says so.
 """
 
 from __future__ import annotations
@@ -80,9 +81,14 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(emulated, rounds, Path(folder), _files(options))
         if options.alone:
             return alone(BY_NAME[options.alone], bench, options.out)
-        report = Report.open(options.out, _head(bench))
+        try:  # before minutes are spent on what cannot be kept
+            report = Report.open(options.out, _head(bench))
+            report.write()
+        except OSError as error:
+            print(f"bench/gpu.py: {options.out} cannot be written ({error}): give another --out")
+            return 2
         for name in options.cases:
-            if name in report.cases and not options.again:
+            if report.has(name) and not options.again:
                 print(f"{name}: in {report.path} already")
                 continue
             print(f"{name}: {BY_NAME[name].about}", flush=True)

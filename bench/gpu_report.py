@@ -12,6 +12,7 @@ from typing import Any
 import harness
 
 DONE, FAILED, LATE = "done", "failed", "out of time"
+_UNENDED = "did not end"
 
 
 @dataclass
@@ -27,16 +28,24 @@ class Report:
         """With the cases that the file has already, if it is of this machine and these versions."""
         try:
             found = json.loads(path.read_text())
-        except (FileNotFoundError, ValueError):
+        except FileNotFoundError:
+            return cls(path, head)
+        except ValueError:  # no JSON, or no text at all
+            found = None
+        if not isinstance(found, dict):
+            _aside(path, "no report, or a damaged one")
             return cls(path, head)
         same = all(found.get(key) == head[key] for key in ("evidence", "device", "torch", "files"))
         if found.get("cases") and not same:
-            os.replace(path, path.with_suffix(".other.json"))
-            print(f"{path}: was of another machine, version or files; it is {path.stem}.other.json")
+            _aside(path, "of another machine, version or files")
         return cls(path, head, found.get("cases", {}) if same else {})
 
+    def has(self, case: str) -> bool:
+        """Whether it ended, well or not; one in which this program itself was ended did not."""
+        return case in self.cases and self.cases[case].get("error") != _UNENDED
+
     def begin(self, case: str) -> None:
-        self.cases[case] = {"status": FAILED, "error": "did not end", "figures": {}}
+        self.cases[case] = {"status": FAILED, "error": _UNENDED, "figures": {}}
         self.write()
 
     def figure(self, case: str, name: str, value: Any) -> None:
@@ -78,6 +87,12 @@ class Report:
         values = [v for case in self.cases.values() for v in case["figures"].values()]
         failures = [value for value in values if isinstance(value, dict) and "failed" in value]
         return not failures and all(case["status"] == DONE for case in self.cases.values())
+
+
+def _aside(path: Path, what: str) -> None:
+    other = path.with_suffix(".other.json")
+    os.replace(path, other)
+    print(f"{path}: was {what}; it is {other.name}")
 
 
 _SHOWN = ("ms", "p20", "p80", "times_first", "peak_bytes")

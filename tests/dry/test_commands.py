@@ -17,28 +17,26 @@ from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 CUDA = ["--device", "cuda"]
 CSV = "case_number,prompt,evaluation_seed\n0,ab,1\n1,bc,2\n"
+SHORT = ["--plan", "short.toml"]
+TWO_ROWS = "[[leg]]\nmodel = 'distilled'\ntimesteps = [999, 249]\nupdate = 'renoise'\n"
 COMMANDS = {
-    "sample": ["ab -> bc below sigma 2", "--seeds", "0,1", "--out", "sample"],
-    "sample compiled": ["ab", "--runner", "compiled", "--lora", "a.safetensors:1@distilled"],
-    "trace": ["ab", "--plan", "hybrid", "--seeds", "0,1", "--decoder", "linear", "--out", "t.png"],
+    "sample": ["ab -> bc below sigma 2", *SHORT, "--seeds", "0,1", "--out", "sample"],
+    "sample compiled": [
+        *("ab", "--runner", "compiled", "--lora", "a.safetensors:1@distilled"),
+        *SHORT,
+    ],
+    "trace": ["ab", *SHORT, "--seeds", "0,1", "--decoder", "linear", "--out", "t.png"],
     "trace from": [
-        "ab",
-        "--plan",
-        "hybrid",
-        "--seeds",
-        "0",
-        "--from-step",
-        "2",
-        "--reseed",
-        "7",
-        "--out",
-        "r.png",
+        *("ab", "--plan", "hybrid", "--seeds", "0", "--from-step", "2", "--reseed", "7"),
+        *("--out", "r.png"),
     ],
     "compare": ["ab", "--seeds", "0,1", "--rounds", "1", "--out", "c.png"],
-    "slide": ["ab", "--lora", "a.safetensors", "--strengths=-1,1", "--plan", "hybrid"],
-    "bench": ["ab", "--plan", "hybrid", "--versus", "eager", "--rounds", "1", "--warmup", "1"],
-    "sweep": ["prompts.csv", "--plan", "distilled", "--out", "sweep"],
+    "slide": ["ab", "--lora", "a.safetensors", "--strengths=-1,1", *SHORT],
+    "bench": ["ab", *SHORT, "--versus", "eager", "--rounds", "1", "--warmup", "1"],
+    "sweep": ["prompts.csv", *SHORT, "--out", "sweep"],
 }
+SLOW = {"compare", "sample compiled", "trace from"}
+"""What tests of engines and of other commands have in parts: for -m slow."""
 NOT_HERE = {
     "convert": "rewrites files, on the CPU",
     "evaluate": "reads pictures of a folder, on the CPU",
@@ -56,12 +54,16 @@ def _folder(cuda: EmulatedCuda, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     network: Any = tiny_engine("sd15").denoisers["base"]
     write(tmp_path / "a.safetensors", random_lora(network))
     (tmp_path / "prompts.csv").write_text(CSV)
+    (tmp_path / "short.toml").write_text(TWO_ROWS)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(session, "_load", opened)
     return cuda
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in COMMANDS],
+)
 def test_on_a_gpu(name: str, cuda: EmulatedCuda, capsys: pytest.CaptureFixture[str]) -> None:
     command, options = name.split()[0], list(COMMANDS[name])
     if "--out" not in options and command != "bench":
@@ -77,7 +79,7 @@ def test_on_a_gpu(name: str, cuda: EmulatedCuda, capsys: pytest.CaptureFixture[s
 
 
 def test_a_record_replays(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sample", "ab", "--out", "out", *CUDA]) == 0
+    assert main(["sample", "ab", *SHORT, "--out", "out", *CUDA]) == 0
     assert json.loads(Path("out/record.json").read_text())["machine"]["device"] == "cuda"
     assert main(["replay", "out/record.json", *CUDA]) == 0, capsys.readouterr().err
     assert "to the bit" in capsys.readouterr().out
