@@ -300,7 +300,7 @@ MUTATIONS = (
     Mutation(
         "choose no algorithms in warm-ups",
         CAPTURE,
-        "with _capturing(), _trying_algorithms():",
+        "with _capturing(), _TRYING:",
         "with _capturing():",
         (f"{RUNNER_TEST}::test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture",),
     ),
