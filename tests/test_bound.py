@@ -30,7 +30,7 @@ def test_a_network_that_is_left_alone_holds() -> None:
 
 
 def replaced(one: Any) -> None:
-    one[0].weight = nn.Parameter(torch.zeros(4, 4))
+    one[1][0].weight = nn.Parameter(torch.zeros(4, 4, 3, 3))
 
 
 def data_replaced(one: Any) -> None:

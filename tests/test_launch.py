@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -71,13 +72,16 @@ PLANS = {
     "draws noise": with_update(hs.Update.RENOISE, 1.0),
     "looks back": with_update(hs.Update.DPMPP_2M),
     "one model": replace(PLAN, legs=(replace(PLAN.legs[1], timesteps=(999, 499)),)),
-    "ends above 0": hs.preset("lcm", steps=4, mode="distilled"),
+    "ends above 0": hs.Plan(
+        (hs.Leg(model="distilled", timesteps=(999, 499)),), start="unit", end="first"
+    ),
 }
 
 
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
 def test_the_bits_of_an_eager_run(engines: Pair, plan: hs.Plan) -> None:
     done = same(engines, ["cat", "dog"], plan=plan, seeds=[5, 6])
+    assert (done.table.end_scale < 1.0) == (plan.end == "first")
     assert set(done.latency_ms) == {"text", "base", "distilled", "decode"}
     assert done.latency_ms[done.table[-1].model] > 0 == done.latency_ms["decode"]
 
@@ -129,6 +133,10 @@ def test_strengths_of_adapters_by_row_and_sample(two: Pair, tmp_path: Path) -> N
         for strength in (0.0, 1.0, [0.5, -1.0], [[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [1.0, 1.0]]):
             asked = {"adapters": {"age": strength}, "seeds": [1, 2], "plan": PLAN}
             seen.append(same(two, **asked).latents)
+        cut = two[1].sample("cat", batch=1, plan=PLAN, seeds=[1, 2], adapters={"age": [0.5, -1.0]})
+        for image, strength in enumerate((0.5, -1.0)):
+            one = {"seeds": [image + 1], "adapters": {"age": strength}, "plan": PLAN}
+            assert torch.equal(cut.latents[image], two[0].sample("cat", **one).latents[0])
     finally:
         two[0].detach("age")
     assert len({latents.sum().item() for latents in seen}) == len(seen)
@@ -233,6 +241,18 @@ def test_nan_is_named_as_in_a_run_by_rows(two: Pair) -> None:
                     engine.sample("cat", plan=PLAN, seeds=[4, 5, 6], batch=2)
         finally:
             mend()
+
+
+def test_a_decoder_runs_in_its_own_dtype_and_again_where_float16_overflows(two: Pair) -> None:
+    """From the latents that the launch left, with the warning of a run by rows."""
+    vae: Any = deepcopy(two[0].vae).half()
+    weights = replace(two[0].weights, vae=vae, vae_dtype=torch.float16)
+    pair = hs.Engine(weights), hs.Engine(weights, "trajectory")
+    same(pair, plan=PLAN, seeds=[1, 2])
+    vae.decoder.conv_out.weight.data.mul_(3e5)
+    with pytest.warns(UserWarning, match="overflowed in float16") as told:
+        done = same(pair, plan=PLAN, seeds=[1, 2])
+    assert len(told) == 2 and done.latency_ms["decode"] > 0
 
 
 def test_it_exists_on_a_gpu_and_on_a_cpu() -> None:

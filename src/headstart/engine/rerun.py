@@ -34,7 +34,8 @@ def replay(
 
     Raises InputError for a record of other weights, and for a result that is not equal, with the
     first image that differs and what differs of the machine. A network's rounding depends on
-    device, versions, thread count and batch, so only the same of these promise the same bits.
+    device, versions, thread count and batch, so only the same of these promise the same bits; with
+    graphs on a GPU also on what cuDNN found fastest, unless torch.backends.cudnn.deterministic.
     """
     recorded = recording.parse(record)
     own = {"cond": cond, "uncond": uncond, "noise": noise}

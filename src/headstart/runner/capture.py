@@ -335,7 +335,8 @@ def _capturing() -> Generator[None]:
 class _Trying:
     """cuDNN tries what it has on every new convolution and remembers the fastest. A capture, which
     may try nothing, takes what is remembered (aten/src/ATen/native/cudnn/Conv_v8.cpp,
-    `run_single_conv`). Left off where algorithms are to be deterministic.
+    `run_single_conv`). Another process may remember another, whose bits differ by rounding: it is
+    left off where algorithms are to be deterministic (`torch.backends.cudnn.deterministic`).
 
     torch has one switch for all threads: the last of those that warm up puts it back."""
 
