@@ -359,3 +359,14 @@ def test_a_file_that_cannot_be_read_is_named_with_what_was_expected(tmp_path: Pa
         read_json(tmp_path / "absent.json", "a list")
     with pytest.raises(InputError, match=r"cannot read .*: expected a list"):
         read_json(tmp_path, "a list")
+
+
+def test_a_line_of_another_size_finishes_nothing(tmp_path: Path) -> None:
+    """With the right digest too: else the case would be skipped and the sweep never complete."""
+    run(tmp_path)
+    whole, journal = contents(tmp_path), tmp_path / "shards/0000.jsonl"
+    lines = journal.read_bytes().splitlines()
+    lines[0] = json.dumps({**json.loads(lines[0]), "size_bytes": 1}).encode()
+    journal.write_bytes(b"\n".join(lines) + b"\n")
+    (tmp_path / "manifest.jsonl").unlink()
+    assert run(tmp_path).complete and contents(tmp_path) == whole

@@ -56,7 +56,9 @@ class Entry(NamedTuple):
         return self[:4] == (case.number, case.prompt, case.seed, case.file)
 
     def is_intact(self, folder: Path) -> bool:
-        """Whether the file is there with the recorded bytes."""
+        """Whether the file is there with the recorded bytes, as many as recorded."""
+        if not _has_size(folder / self.file, self.size_bytes):
+            return False
         try:
             with (folder / self.file).open("rb") as stream:
                 return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
