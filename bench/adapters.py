@@ -38,37 +38,10 @@ from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.slots import Slots
-from headstart.networks.unet import Mid, Stage, UNet, UNetParams
+from headstart.cost.sizes import sizes_of_family
+from headstart.networks.unet import UNet
 
-SD15 = UNetParams(
-    down=(
-        Stage(320, (1, 1), True),
-        Stage(640, (1, 1), True),
-        Stage(1280, (1, 1), True),
-        Stage(1280, (0, 0), False),
-    ),
-    mid=Mid(2, 1),
-    up=(
-        Stage(1280, (0, 0, 0), True),
-        Stage(1280, (1, 1, 1), True),
-        Stage(640, (1, 1, 1), True),
-        Stage(320, (1, 1, 1), False),
-    ),
-    context_dim=768,
-    heads=8,
-    linear_projection=False,
-)
-SDXL = UNetParams(
-    down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-    mid=Mid(2, 10),
-    up=(
-        Stage(1280, (10, 10, 10), True),
-        Stage(640, (2, 2, 2), True),
-        Stage(320, (0, 0, 0), False),
-    ),
-    context_dim=2048,
-    added_dim=2816,
-)
+SD15, SDXL = (sizes_of_family(name).unet for name in ("sd15", "sdxl"))
 KOHYA_SDXL = (".attn", ".ff.net", ".proj_in", ".proj_out")
 RANK = 64
 

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from headstart.cost.sizes import sizes_of_family
 from headstart.networks.unet import Mid, Stage, UNetParams
 from headstart.networks.vae import VaeParams
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
@@ -39,18 +40,8 @@ class Networks(NamedTuple):
 
 
 SDXL = Networks(
-    UNetParams(
-        down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-        mid=Mid(2, 10),
-        up=(
-            Stage(1280, (10, 10, 10), True),
-            Stage(640, (2, 2, 2), True),
-            Stage(320, (0, 0, 0), False),
-        ),
-        context_dim=2048,
-        added_dim=2816,
-    ),
-    VaeParams(scale_factor=0.13025),
+    sizes_of_family("sdxl").unet,
+    sizes_of_family("sdxl").vae,
     ((768, 12, 12, 3072), (1280, 32, 20, 5120)),
     1280,
     (4, 128, 128),

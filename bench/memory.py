@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import headstart as hs
 from headstart.checkpoint import blueprint
-from headstart.checkpoint.params import ClipParams, Mid, Stage, UNetParams, VaeParams
+from headstart.cost.sizes import sizes_of_family
 from headstart.engine import fitting
 from headstart.engine.models import Model
 from headstart.engine.pair import DTYPES
@@ -42,26 +42,7 @@ GIB = 2**30
 CONTEXT_BYTES = 600 * 10**6
 """Of a card for the driver's context and a desktop: an assumption, not counted."""
 
-# stable-diffusion-xl-base-1.0: unet/, vae/, text_encoder/ and text_encoder_2/config.json
-UNET = UNetParams(
-    down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-    mid=Mid(2, 10),
-    up=(
-        Stage(1280, (10, 10, 10), True),
-        Stage(640, (2, 2, 2), True),
-        Stage(320, (0, 0, 0), False),
-    ),
-    context_dim=2048,
-    added_dim=2816,
-)
-VAE = VaeParams(scale_factor=0.13025)
-L = ClipParams(
-    width=768, layers=12, heads=12, mlp_width=3072, act="quick_gelu", positions=77, vocabulary=49408
-)
-G = ClipParams(
-    width=1280, layers=32, heads=20, mlp_width=5120, act="gelu", positions=77, vocabulary=49408,
-    projection=1280,
-)  # fmt: skip
+SDXL = sizes_of_family("sdxl")
 
 
 def hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
@@ -81,12 +62,12 @@ def hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
 
 def files(folder: Path) -> dict[str, Path]:
     """base, distilled, vae and text of SDXL."""
-    hollow(folder / "text/text_encoder/model.safetensors", blueprint.clip(L))
-    hollow(folder / "text/text_encoder_2/model.safetensors", blueprint.clip(G))
+    hollow(folder / "text/text_encoder/model.safetensors", blueprint.clip(SDXL.text[0][0]))
+    hollow(folder / "text/text_encoder_2/model.safetensors", blueprint.clip(SDXL.text[1][0]))
     return {
-        "base": hollow(folder / "base.safetensors", blueprint.unet(UNET)),
-        "distilled": hollow(folder / "distilled.safetensors", blueprint.unet(UNET)),
-        "vae": hollow(folder / "vae.safetensors", blueprint.vae(VAE)),
+        "base": hollow(folder / "base.safetensors", blueprint.unet(SDXL.unet)),
+        "distilled": hollow(folder / "distilled.safetensors", blueprint.unet(SDXL.unet)),
+        "vae": hollow(folder / "vae.safetensors", blueprint.vae(SDXL.vae)),
         "text": folder / "text",
     }
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from headstart.adapters.attached import beside
 from headstart.adapters.delta import LowRank
-from headstart.checkpoint.params import Mid, Stage, UNetParams
+from headstart.cost.sizes import sizes_of_family
 from headstart.interfaces import Conditioning
 from headstart.networks.regions import region
 from headstart.networks.unet import TransformerBlock, UNet
@@ -26,17 +26,7 @@ from headstart.runner.compiled import CompiledNetwork
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-SDXL = UNetParams(
-    down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-    mid=Mid(2, 10),
-    up=(
-        *(Stage(1280, (10, 10, 10), True), Stage(640, (2, 2, 2), True)),
-        Stage(320, (0, 0, 0), False),
-    ),
-    context_dim=2048,
-    head_dim=64,
-    added_dim=2816,
-)
+SDXL = sizes_of_family("sdxl").unet
 
 
 @pytest.fixture(autouse=True)

@@ -9,24 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from headstart.cost.sizes import sizes_of_family
 from headstart.interfaces import Conditioning
-from headstart.networks.unet import Mid, Stage, UNet, UNetParams
-from headstart.networks.vae import Vae, VaeParams
+from headstart.networks.unet import UNet
+from headstart.networks.vae import Vae
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
-# stable-diffusion-xl-base-1.0: unet/config.json and vae/config.json
-SDXL = UNetParams(
-    down=(Stage(320, (0, 0), True), Stage(640, (2, 2), True), Stage(1280, (10, 10), False)),
-    mid=Mid(2, 10),
-    up=(
-        Stage(1280, (10, 10, 10), True),
-        Stage(640, (2, 2, 2), True),
-        Stage(320, (0, 0, 0), False),
-    ),
-    context_dim=2048,
-    added_dim=2816,
-)
-SDXL_VAE = VaeParams(scale_factor=0.13025)
+SDXL, SDXL_VAE = sizes_of_family("sdxl").unet, sizes_of_family("sdxl").vae
 
 
 @dataclass
