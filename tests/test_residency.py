@@ -126,13 +126,29 @@ def test_a_model_that_would_not_fit_stays_in_half_precision_and_says_so(
     assert need == sum(4 * p.numel() for m in wide for p in m.parameters())  # type: ignore[union-attr]
     for free, kept in ((need / 0.8 + 1, False), (need / 0.8 - 1, True)):
         with monkeypatch.context() as patch:
-            patch.setattr("headstart.engine.pair.available_bytes", lambda _, free=free: free)
-            engine = engines(make_ckpt, small_tokenizer)
+            patch.setattr("headstart.engine.dtypes.available_bytes", lambda _, free=free: free)
+            engine = engines(make_ckpt, small_tokenizer, dtype="float32")
         assert bool(halves(engine.denoisers["base"])) == kept  # type: ignore[arg-type]
         assert any("stay in half precision" in note for note in engine.weights.notes) == kept
         assert (engine.weights.dtype, engine.weights.vae_dtype) == (torch.float32,) * 2
         done = engine.sample("a fox", seeds=[1, 2], size=64)
         assert torch.equal(done.latents, roomy.sample("a fox", seeds=[1, 2], size=64).latents)
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_in_short_memory_bfloat16_comes_first_where_the_processor_has_it(
+    able: bool, make_ckpt: Maker, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("networks.packed", "engine.dtypes"):
+        monkeypatch.setattr(f"headstart.{module}.computes_bfloat16", lambda: able)
+    roomy = engines(make_ckpt, small_tokenizer)
+    parts = [*roomy.denoisers.values(), roomy.vae, roomy.text]
+    half = sum(2 * tensor.numel() for part in parts for tensor in part.parameters())  # type: ignore[union-attr]
+    monkeypatch.setattr("headstart.engine.dtypes.available_bytes", lambda _: half / 0.8 + 1)
+    weights = engines(make_ckpt, small_tokenizer).weights
+    assert weights.dtype == (torch.bfloat16 if able else torch.float32)
+    assert any("computing in bfloat16" in note for note in weights.notes) == able
+    assert any("stay in half precision" in note for note in weights.notes) != able
 
 
 def test_stored_can_be_asked_for_and_threads_do_not_share_a_buffer(

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from headstart.networks.load import load_text as load_text
     from headstart.networks.load import load_unet as load_unet
     from headstart.networks.load import load_vae as load_vae
+    from headstart.networks.packed import pack as pack
     from headstart.noise import Given as Given
     from headstart.noise import Philox as Philox
     from headstart.plan.pair import Pair as Pair
@@ -92,6 +93,7 @@ _MODULE_OF = {
     "load_text": "headstart.networks.load",
     "load_unet": "headstart.networks.load",
     "load_vae": "headstart.networks.load",
+    "pack": "headstart.networks.packed",
     "preset": "headstart.plan.preset",
     "presets": "headstart.plan.pairs",
     "Pair": "headstart.plan.pair",

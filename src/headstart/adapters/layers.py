@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.networks import fusion
+from headstart.networks.packed import PackedConv2d, PackedLinear
 
 Matrix: TypeAlias = nn.Linear | nn.Conv2d
 Norm: TypeAlias = nn.GroupNorm | nn.LayerNorm
@@ -43,6 +44,8 @@ def run_on(layer: Layer, x: Tensor, weights: Weights, *more: Any) -> Any:
     """layer(x, *more) with `weights` in place of the layer's own, in the same kernels."""
     weight, bias = weights
     match layer:
+        case PackedConv2d() | PackedLinear() if layer.packs(x):
+            return layer.on(x, weight, bias)
         case nn.Conv2d():
             return layer._conv_forward(x, weight, bias)  # pyright: ignore[reportPrivateUsage]
         case fusion.Norm() | fusion.AddNorm():

@@ -190,6 +190,11 @@ def sampling() -> Sequence[Parser]:
         "--dtype", default="auto", help="auto, float32, float16, bfloat16, stored, float8"
     )
     group.add_argument("--vae-dtype", default="auto", help="of the decoder; bfloat16 on a GPU")
+    group.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="lay weights out for the CPU's products: on for full-size models",
+    )
     group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
     group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(

@@ -83,6 +83,8 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         args.dtype = machine.get("dtype", "auto")
     if args.vae_dtype == "auto":
         args.vae_dtype = machine.get("vae_dtype", "auto")
+    if args.packed is None and not machine.get("packed"):
+        args.packed = False
     if args.embedded_guidance is None:
         args.embedded_guidance = machine.get("embedded_guidance")
     if args.ema is None:

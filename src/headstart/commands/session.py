@@ -142,6 +142,7 @@ def _load(args: argparse.Namespace) -> Engine:
             memory=args.memory,
             dtype=args.dtype,
             vae_dtype=args.vae_dtype,
+            packed=args.packed,
             runner=args.runner,
             embeddings=embeddings,
         )
@@ -168,6 +169,7 @@ def _load(args: argparse.Namespace) -> Engine:
         plan_size=read_size(getattr(args, "size", None)),
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
+        packed=args.packed,
     )
 
 

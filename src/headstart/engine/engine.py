@@ -107,9 +107,11 @@ class Engine:
         dtype       "auto": float32 on a CPU, the files' own on a GPU. "float32", "float16",
                     "bfloat16" to compute in. "stored": half-precision weights stay mapped on a
                     CPU and are widened to float32 layer by layer, to the bits of float32; chosen
-                    for you where float32 copies would not fit in the free memory. "float8": half
-                    of float16's memory for the UNets and SDXL's large text encoder, widened layer
-                    by layer; weights are rounded to 4 bits, so images are near, not equal
+                    for you where nothing larger fits in the free memory, bfloat16 before it.
+                    "float8": half of float16's memory for the UNets and SDXL's large text encoder,
+                    widened layer by layer; weights are rounded to 4 bits: images are near
+        packed      lay weights out for a CPU's products when they are first used, which takes
+                    seconds once and a third or more off every pass. None: full-size models
         vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
                     a CPU what the UNets have, float32 for their float16
 
@@ -134,14 +136,16 @@ class Engine:
         memory: Memory = "auto",
         dtype: str = "auto",
         vae_dtype: str = "auto",
+        packed: bool | None = None,
         runner: RunnerName = "auto",
         embeddings: Embeddings = (),
     ) -> Engine:
         """The bundled pair: 64 px, made for a CPU. Raises CheckpointError if a file is damaged."""
         chosen = choose_runner(runner, first_device(device)).name
         pair = load_demo(
-            device=device, memory=memory, dtype=dtype, vae_dtype=vae_dtype, embeddings=embeddings
-        )
+            device=device, memory=memory, dtype=dtype, vae_dtype=vae_dtype, packed=packed,
+            embeddings=embeddings,
+        )  # fmt: skip
         return cls(pair, chosen)
 
     @property
@@ -314,7 +318,7 @@ class Engine:
         own, text = self.weights, self.text
         return recording.machine(
             own.device, "float8" if own.float8 else own.dtype, self.runner,
-            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype,
+            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype, own.packed,
         )  # fmt: skip
 
     def iterate(

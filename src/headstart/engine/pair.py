@@ -19,11 +19,12 @@ import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.tensors import Checkpoint, PartName
-from headstart.engine.budget import SAFE_SHARE, Footprint
+from headstart.engine.budget import Footprint
 from headstart.engine.devices import Device, choose_devices
+from headstart.engine.dtypes import Kept, keep
 from headstart.engine.fitting import Sources, bed, notes, plan_homes, settled
 from headstart.engine.homes import Homes
-from headstart.engine.memory import Memory, available_bytes
+from headstart.engine.memory import Memory
 from headstart.engine.models import (
     FilePath,
     Model,
@@ -43,8 +44,9 @@ from headstart.engine.parts import check_channels, codec_of, decoder_dtype, prev
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.networks.load import load_text, rounds, widened_bytes
+from headstart.networks.load import load_text
 from headstart.networks.numbers import guidance_embedding
+from headstart.networks.packed import is_packed
 from headstart.networks.placement import Dtype, bound_for
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
@@ -55,13 +57,6 @@ from headstart.networks.vae import Vae
 from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process
 
-DTYPES: dict[str, Dtype] = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "stored": "stored",
-    "float8": "float8",
-}
 EMBEDDED_GUIDANCE = 8.0
 """What an LCM is asked to imitate: w = 7 of its own scale. It was distilled for w in 2 .. 14
 (arXiv:2310.04378, section 5.1) and its model card runs it at 8. The notebooks of arXiv:2503.10637
@@ -82,7 +77,8 @@ class Pair:
     embedded_guidance  the guidance an LCM's networks are told to imitate, and `guidance_dim`, the
                  width of its embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
-    dtype        that networks compute in; vae_dtype: the decoder; float8: weights are kept so
+    dtype        that networks compute in; vae_dtype: the decoder; float8: weights are kept so;
+                 packed: laid out for a CPU's products
     ema          whether averaged weights were asked for, or None; allow: what was let be
     footprint    how much memory a sample takes, or None: then it is not checked
     device       where a run begins; homes: where each part lives, and which parts take turns
@@ -108,6 +104,7 @@ class Pair:
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     float8: bool = False
+    packed: bool = False
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
@@ -139,6 +136,8 @@ class Options(TypedDict, total=False):
     allow              tensors of the files that may be left aside, `*` and `?` for any text
     device             "auto", a name, or one for each model: {"base": ..., "distilled": ...}
     dtype              "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
+    packed             whether weights are laid out for a CPU's products (`networks.packed`); None:
+                       those of full-size networks, where memory holds the layouts
     memory             "auto", "none", or how much of a GPU may be had, such as "8GB"
     plan_size          pixels of the picture that it is planned for; the model's own by default
     """
@@ -158,6 +157,7 @@ class Options(TypedDict, total=False):
     allow: Collection[str]
     device: Device
     dtype: str
+    packed: bool | None
     memory: Memory
     plan_size: int | tuple[int, int] | None
     vae_dtype: str
@@ -173,10 +173,8 @@ def load_pair(
     """Read the files. Raises CheckpointError, or InputError for a device that is not there.
 
     With a distilled LoRA one network is both models; attaching it is the engine's part.
-    One of `base` and `distilled` may be None; then plans that need it are refused. dtype "auto" is
-    float32 on a CPU and each file's own on a GPU; the decoder is bfloat16 there
-    (`parts.decoder_dtype`). On a CPU, half-precision weights of which float32 copies would take
-    more than the free memory stay as they are (dtype "stored"), and a note says so.
+    One of `base` and `distilled` may be None; then plans that need it are refused. What "auto" is
+    for networks and the decoder: `dtypes.keep`, `parts.decoder_dtype`.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
@@ -194,18 +192,21 @@ def load_pair(
     found = schedules(models, known)
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
-    kind, decision = _residency(options.get("dtype", "auto"), place, paths, vae, text, ema.of)
+    kept = keep(
+        options.get("dtype", "auto"), options.get("packed"), place, paths, vae, text, ema.of
+    )
+    kind = kept.dtype
     decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
     homes = plan_homes(sources, devices, options.get("memory", "auto"), kind, decodes)
     # Text first: a tokenizer that does not fit is told before the larger networks are read.
     with bound_for(devices["text"]):
         words = _load_words(text, bed(homes, "text"), kind, options)
-    codec = codec_of(vae, devices["vae"], decodes, first.family, allow)
-    unets = _load_unets(sources, homes, kind, words)
+    codec = codec_of(vae, devices["vae"], decodes, first.family, allow, kept.packed)
+    unets = _load_unets(sources, homes, kept, words)
     check_channels(vae, codec, paths, unets)
     homes = settled(homes, words, unets)
-    decided = (two_schedules(found), decision, *ema.notes, *notes(homes))
+    decided = (two_schedules(found), kept.note, *ema.notes, *notes(homes))
     words, learned = taught(words, options.get("embeddings", ()))
     given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in given if path is not None}
@@ -232,6 +233,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         float8=kind == "float8",
+        packed=any(map(is_packed, (*unets.values(), codec))),
         footprint=_footprint(unets, codec, words),
         homes=homes,
         ema=options.get("ema"),
@@ -278,37 +280,6 @@ def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
     )
 
 
-def _residency(
-    name: str,
-    place: torch.device,
-    paths: Mapping[str, FilePath],
-    vae: FilePath,
-    text: FilePath,
-    ema: Mapping[str, bool | None],
-) -> tuple[Dtype, str | None]:
-    """What weights become, and a note where memory decided it."""
-    if name != "auto" and name not in DTYPES:
-        raise InputError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
-    kind = None if name == "auto" else DTYPES[name]
-    if place.type != "cpu" or kind not in (None, torch.float32):
-        return kind, None
-    sources: list[tuple[FilePath, PartName, bool | None]] = [
-        *((vae, "vae", None), (text, "text", None)),
-        *((path, "unet", ema[role]) for role, path in paths.items()),
-    ]
-    need = sum(widened_bytes(path, part, ema=average) for path, part, average in sources)
-    free = available_bytes(place)
-    if free is None or need <= SAFE_SHARE * free:
-        return kind, None
-    same = "the results are the same to the bit"
-    if any(rounds(path, part) for path, part, _ in sources):
-        same = "weights that have scales are rounded to it"
-    return "stored", (
-        f"weights stay in half precision, widened layer by layer: float32 copies would take "
-        f"{need / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; {same}"
-    )
-
-
 def _footprint(unets: Mapping[str, UNet], codec: Vae, words: ClipText) -> Footprint:
     towers = [tower.params for tower in words.towers if isinstance(tower, Tower)]
     itemsize = max(compute_dtype(unet).itemsize for unet in unets.values())
@@ -349,14 +320,14 @@ def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Optio
     )
 
 
-def _load_unets(sources: Sources, homes: Homes, kind: Dtype, words: ClipText) -> dict[str, UNet]:
+def _load_unets(sources: Sources, homes: Homes, kept: Kept, words: ClipText) -> dict[str, UNet]:
     found: dict[str, UNet] = {}
     allow, head_dim = sources.options.get("allow", ()), sources.options.get("head_dim")
     for role, path in sources.unets.items():
         with bound_for(homes.devices[role]):
             found[role] = unet_of(
-                path, bed(homes, role), kind, head_dim, sources.ema[role], words, sources.text,
-                allow,
+                path, bed(homes, role), kept.dtype, head_dim, sources.ema[role], words,
+                sources.text, allow, kept.packed,
             )  # fmt: skip
     return found
 

@@ -45,7 +45,7 @@ _SHAPE = {
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
         **{"": _PLAIN, "dtype?": str, "vae_dtype?": str, "embedded_guidance?": (None, float)},
-        **{"exclamation?": str, "ema?": bool, "allow?": [str]},
+        **{"exclamation?": str, "ema?": bool, "allow?": [str], "packed?": bool},
     },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
@@ -115,10 +115,11 @@ def machine(
     ema: bool | None = None,
     allow: Sequence[str] = (),
     vae_dtype: torch.dtype = torch.float32,
+    packed: bool = False,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
     `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
-    `vae_dtype`: where not all is float32.
+    `vae_dtype`: where not all is float32; `packed`: weights laid out for a CPU.
     """
     plain = dtype == vae_dtype == torch.float32
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
@@ -134,6 +135,7 @@ def machine(
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
         **({"allow": list(allow)} if allow else {}),
+        **({"packed": True} if packed else {}),
         **({} if plain else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from headstart.networks.packed import PackedLinear
 from headstart.networks.residency import StoredLinear
 
 Linears = Sequence[nn.Linear]
 Joint = tuple[Tensor, ...]
-_LINEARS = (nn.Linear, StoredLinear)
+_LINEARS = (nn.Linear, StoredLinear, PackedLinear)
 
 
 def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:

@@ -53,11 +53,14 @@ def load_unet(
     head_dim: int | None = None,
     ema: Ema = None,
     allow: Collection[str] = (),
+    packed: bool | None = False,
 ) -> UNet:
     """A UNet from any layout: an LDM single file, a bare UNet in either naming, a diffusers folder.
 
-    dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU, where half
-    precision convolutions are about 50 times slower. "stored" keeps the weights on the CPU as the
+    dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU. There float16
+    is 100 times slower (a convolution of 320 channels at 64x64: 9.5 s and 0.1), and bfloat16 takes
+    a third to a half of float32's time on processors that have its products (AVX512-BF16, AMX) and
+    is slower on others. "stored" keeps the weights on the CPU as the
     file has them, mapped and not copied, and computes in float32, layer by layer
     (`networks.residency`); on an accelerator it is None. Weights of eight bits and fewer (float8,
     int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
@@ -72,6 +75,9 @@ def load_unet(
     (`headstart.head_dim`, `config.json`).
     `allow` names tensors that may be left aside, `*` and `?` for any text.
 
+    packed  True: on a CPU lay the weights out for its products when they are first used
+            (`networks.packed`), straight from the file; None: where that can be and pays
+
     `ema` True takes the averaged weights of a training checkpoint (`model_ema.*`) or a diffusers
     folder (`unet_ema/`), False those that were trained, None the main ones of the file.
 
@@ -85,7 +91,7 @@ def load_unet(
     judged = judge(path, checkpoint, Given(head_dim=head_dim, allow=allow)).require("unet")
     params = judged.unet
     assert params is not None
-    return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS)
+    return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS, packed)
 
 
 def load_vae(
@@ -98,6 +104,7 @@ def load_vae(
     norm_groups: int | None = None,
     like: Family | None = None,
     allow: Collection[str] = (),
+    packed: bool | None = False,
 ) -> Vae:
     """A VAE from any layout and naming, or the decoder of one alone, which does not encode.
 
@@ -105,9 +112,9 @@ def load_vae(
     inside. A bare VAE file cannot say its scale (SD's and SDXL's have the same tensors): give
     `scale_factor`, 0.18215 for SD 1 and 2, 0.13025 for SDXL (Flux: 0.3611, with shift_factor
     0.1159). A full checkpoint, a `config.json` or the metadata `headstart.scale_factor` makes it
-    known; `like` is the family to take the scale of where nothing does. dtype and allow are as in
-    `load_unet`, except that SDXL's float16 file is read as float32: its activations overflow half
-    precision (`force_upcast` in its config.json). InputError for "float8".
+    known; `like` is the family to take the scale of where nothing does. dtype, allow and packed are
+    as in `load_unet`, except that SDXL's float16 file is read as float32: its activations overflow
+    half precision (`force_upcast` in its config.json). InputError for "float8".
     """
     target = device_of(device)
     _check_wide(dtype, "a VAE")
@@ -125,7 +132,7 @@ def load_vae(
         dtype = torch.float32
     params = judged.vae
     assert params is not None
-    return filled(lambda: Vae(params), judged.part, target, dtype)
+    return filled(lambda: Vae(params), judged.part, target, dtype, packed=packed)
 
 
 def load_text(
@@ -196,6 +203,18 @@ def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
         for held in _parts(path, part, ema)
         for name, shape in held.shapes.items()
         if held.dtype(name) != "F32"
+    )
+
+
+def packed_bytes(path: str | Path, part: PartName, dtype: torch.dtype, *, ema: Ema = None) -> int:
+    """What a network's weights take once they are laid out for a CPU (`networks.packed`); weights
+    of eight bits and fewer are held in `dtype` beside their layouts, others stay mapped."""
+    return sum(
+        (2 if held.dtype(name) in WIDENED and len(shape) > 1 else 1)
+        * dtype.itemsize
+        * math.prod(shape)
+        for held in _parts(path, part, ema)
+        for name, shape in held.shapes.items()
     )
 
 

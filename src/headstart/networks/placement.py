@@ -19,15 +19,15 @@ from torch.overrides import TorchFunctionMode
 from headstart.checkpoint.tensors import WIDENED, Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
+from headstart.networks.packed import is_packable, pack, pays, unpackable
 from headstart.networks.residency import in_float8, keep_float8, keep_stored
 
 M = TypeVar("M", bound=nn.Module)
 Dtype = torch.dtype | Literal["stored", "float8"] | None
 """What weights become; see `headstart.networks.load.load_unet`."""
 
-_KEPT = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16} | dict.fromkeys(
-    WIDENED, torch.float16
-)
+_FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_KEPT = _FLOATS | dict.fromkeys(WIDENED, torch.float16)
 
 
 def filled(
@@ -36,18 +36,47 @@ def filled(
     device: torch.device,
     dtype: Dtype,
     wide: re.Pattern[str] | None = None,
+    packed: bool | None = False,
 ) -> M:
     """Build on the meta device, then assign the tensors of a part that was judged and fits.
 
-    wide   with dtype "float8" the layers that stay in what the network computes in; None: all
+    wide    with dtype "float8" the layers that stay in what the network computes in; None: all
+    packed  lay weights out for a CPU's products (`networks.packed`): they stay as the file has them
+            and are turned into `dtype` when they are; None: where it can be and pays
 
-    Raises InputError in a forked process that cannot compute.
+    Raises InputError in a forked process that cannot compute, and where `packed` cannot be.
     """
     check_threads()
     with _uncollected():
         with torch.device("meta"), _Unfilled():
             module = build()
+        computes = _packed_as(module, _BOUND.get() or device, dtype, packed)
+        if computes is not None:
+            return pack(_fill_packed(module, part, computes))
         return _fill(module, part, device, dtype, wide)
+
+
+def _packed_as(
+    module: nn.Module, device: torch.device, dtype: Dtype, packed: bool | None
+) -> torch.dtype | None:
+    """What a network whose weights are laid out computes in; None where they are not.
+
+    Raises InputError where that is demanded and cannot be.
+    """
+    computes = torch.float32 if dtype is None else dtype
+    if packed is False or (packed is None and not pays(module)):
+        return None
+    if device.type != "cpu":
+        why = f"that is for device cpu, and this is {device}"
+    elif not isinstance(computes, torch.dtype):
+        why = f'dtype "{computes}" keeps weights smaller than what is computed with; use float32'
+    else:
+        why = unpackable(computes)
+        if why is None:
+            return computes
+    if packed:
+        raise InputError(f"weights cannot be packed: {why}")
+    return None
 
 
 _BOUND: ContextVar[torch.device | None] = ContextVar("headstart_bound", default=None)
@@ -92,6 +121,21 @@ def _fill(
     if lay_out is not None:
         lay_out()
     return keep_stored(module) if stored else module
+
+
+def _fill_packed(module: M, part: Part, dtype: torch.dtype) -> M:
+    """With matrices as the file has them, in its mapping, and the rest in `dtype`: what is small,
+    and what reads a row a sample, which is never laid out."""
+    layers = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    stay = {f"{path}.weight" for path, layer in layers if is_packable(layer)}
+    state: dict[str, Tensor] = {}
+    for name in module.state_dict():
+        stays = name in stay and _ONE_ROW.fullmatch(name) is None
+        kept = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
+        state[name] = _placed(name, part.tensor(name).to(dtype=kept))
+    module.load_state_dict(state, strict=True, assign=True)
+    module.requires_grad_(False).eval()
+    return keep_stored(module, dtype)
 
 
 def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]:

@@ -54,22 +54,24 @@ _STORED: dict[type[nn.Module], type[nn.Module]] = {
 """Every kind of layer with a matrix that a network here has; any other fails on its first use."""
 
 
-def keep_stored(module: M) -> M:
-    """Make every layer with a half-precision matrix widen it at use; returns the same module.
+def keep_stored(module: M, dtype: torch.dtype = torch.float32) -> M:
+    """Make every layer with a matrix in another dtype turn it into `dtype` at use, which for half
+    precision into float32 is exact; returns the same module.
 
-    Vectors (biases, norms) become float32 at once: they are 0.1 % of an SDXL UNet, and everything
+    Vectors (biases, norms) become that at once: they are 0.1 % of an SDXL UNet, and everything
     that reads them finds the dtype of the activations. Layers change their class and nothing else,
     so names, hooks and `isinstance(layer, nn.Linear)` stay what they were. `compute_dtype` of the
-    module is float32 from then on.
+    module is `dtype` from then on.
     """
     for layer in module.modules():
         own = dict(layer.named_parameters(recurse=False))
-        if any(tensor.dtype in HALVES and tensor.ndim > 1 for tensor in own.values()):
+        others = [tensor for tensor in own.values() if tensor.dtype != dtype]
+        if any(tensor.ndim > 1 for tensor in others):
             layer.__class__ = _STORED.get(type(layer), type(layer))
-        for tensor in own.values():
-            if tensor.dtype in HALVES and tensor.ndim < 2:
-                tensor.data = tensor.data.float()
-    vars(module)["compute_dtype"] = torch.float32
+        for tensor in others:
+            if tensor.ndim < 2:
+                tensor.data = tensor.data.to(dtype)
+    vars(module)["compute_dtype"] = dtype
     return module
 
 
@@ -147,13 +149,11 @@ _scratch = _Scratch()
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    """A weight as the layer computes with it: float32, of float8 the dtype of its input. On a CPU
-    the memory is used again by the thread's next layer."""
+    """A weight as the layer computes with it: in the dtype of its input. In float32 on a CPU the
+    memory is used again by the thread's next layer."""
     weight, scale = layer.weight, vars(layer)["_buffers"].get(SCALE)
-    if scale is None:
-        if weight.dtype not in HALVES:
-            return weight
-        dtype = torch.float32
+    if scale is None and weight.dtype == dtype:
+        return weight
     own = weight.device.type != "cpu" or dtype != torch.float32
     if own or torch.is_grad_enabled() or is_compiling():
         wide = weight.to(dtype)

@@ -1,0 +1,290 @@
+"""Weights laid out for a CPU's products: the layer's numbers, whatever happens to its weights."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from networks import METADATA, PARAMS, VAE, random_unet, weights
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import headstart as hs
+from headstart.errors import InputError
+from headstart.interfaces import Conditioning
+from headstart.networks import packed
+from headstart.networks.load import load_unet
+from headstart.networks.packed import FEW, PackedConv2d, PackedLinear, is_packed, pack
+from headstart.networks.residency import compute_dtype, keep_stored
+from headstart.networks.unet import UNet
+from headstart.networks.vae import Vae
+
+pytestmark = pytest.mark.skipif(
+    packed.unpackable(torch.float32) is not None, reason="this torch has no oneDNN"
+)
+EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> None:
+    torch.manual_seed(0)
+
+
+def linear(inputs: int = 48, outputs: int = 40, *, bias: bool = True) -> nn.Linear:
+    return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False)
+
+
+def convolution(kernel: int = 3, stride: int = 1, channels: int = 12) -> nn.Conv2d:
+    layer = nn.Conv2d(channels, 20, kernel, stride=stride, padding=kernel // 2)
+    return layer.requires_grad_(False)
+
+
+def write_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
+    path = folder / "unet.safetensors"
+    save_file(weights(random_unet().to(dtype)), path, METADATA)
+    return path
+
+
+def call(unet: UNet, batch: int = 2, side: int = 8) -> Tensor:
+    torch.manual_seed(1)
+    x, context = torch.randn(batch, 4, side, side), torch.randn(batch, 9, PARAMS.context_dim)
+    dtype = compute_dtype(unet)
+    return unet(x.to(dtype), torch.tensor(500.0), Conditioning(context.to(dtype)))
+
+
+def budget(layer: nn.Linear | nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The rounding of one product in `dtype`: of a sum of n terms at most n + 2 halves of a step in
+    float32, and of each number where it is rounded to bfloat16."""
+    wide = copy.deepcopy(layer).double()
+    wide.weight.abs_()
+    if wide.bias is not None:
+        wide.bias.abs_()
+    magnitude = wide(x.double().abs())
+    terms = layer.weight[0].numel() + 2
+    return magnitude * (
+        terms * EPS[torch.float32] + (0 if dtype == torch.float32 else 3 * EPS[dtype])
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (linear(), (2, 9, 48)),
+        (linear(bias=False), (FEW, 48)),
+        (linear(1, 1), (64, 1)),
+        (convolution(), (2, 12, 9, 7)),
+        (convolution(1), (1, 12, 5, 5)),
+        (convolution(3, 2), (3, 12, 8, 6)),
+        (nn.Conv2d(12, 20, 3).requires_grad_(False), (1, 12, 5, 4)),
+        (nn.Conv2d(12, 24, 3, padding=1, groups=4).requires_grad_(False), (1, 12, 5, 4)),
+        (nn.Conv2d(12, 20, 3, padding=2, dilation=2).requires_grad_(False), (1, 12, 7, 6)),
+    ],
+    ids=str,
+)
+def test_a_packed_layer_gives_the_layers_own_numbers(
+    layer: nn.Linear | nn.Conv2d, shape: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    x, own = torch.randn(shape), copy.deepcopy(layer)
+    got = pack(own.to(dtype))(x.to(dtype))
+    assert isinstance(own, PackedLinear | PackedConv2d) and got.dtype == dtype
+    error = (got.double() - copy.deepcopy(layer).double()(x.double())).abs()
+    assert bool((error <= budget(layer, x, dtype)).all())
+
+
+def test_a_network_differs_from_the_unpacked_one_by_rounding() -> None:
+    unet = random_unet()
+    plain, wide = call(unet), call(copy.deepcopy(unet).double())
+    got = call(pack(unet))
+    own = (plain.double() - wide).norm() / wide.norm()
+    assert is_packed(unet) and bool((got.double() - wide).norm() / wide.norm() <= 4 * own + 1e-7)
+
+
+def test_bits_do_not_depend_on_which_size_or_batch_came_first() -> None:
+    layers = [pack(convolution(channels=32)) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    small, large = torch.randn(1, 32, 4, 4), torch.randn(2, 32, 24, 24)
+    first = layers[0](small), layers[0](large)
+    second = layers[1](large), layers[1](small)
+    assert torch.equal(first[0], second[1]) and torch.equal(first[1], second[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: layer.weight.mul_(2),
+        lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2, requires_grad=False)),
+        lambda layer: layer.load_state_dict({"weight": layer.weight * 2}, strict=False),
+        lambda layer: layer.load_state_dict(
+            {"weight": layer.weight * 2}, strict=False, assign=True
+        ),
+        lambda layer: layer.double().float().weight.mul_(2),
+    ],
+    ids=["in place", "data", "parameter", "state dict", "assigned", "moved"],
+)
+@pytest.mark.parametrize("made", [linear, convolution])
+def test_weights_that_change_are_laid_out_again(made, change) -> None:
+    layer = made(bias=True) if made is linear else made()
+    layer.bias.zero_()
+    x = torch.randn(9, 48) if made is linear else torch.randn(1, 12, 5, 5)
+    pack(layer)
+    before = layer(x)
+    with torch.no_grad():
+        change(layer)
+    assert torch.equal(layer(x), 2 * before)  # a power of two changes no rounding
+
+
+def test_layouts_go_with_their_weights() -> None:
+    held = len(packed._PACKS._held)
+    layer = pack(linear())
+    layer(torch.randn(9, 48))
+    assert len(packed._PACKS._held) == held + 1
+    del layer
+    assert len(packed._PACKS._held) == held
+
+
+def test_a_copy_and_a_pickle_are_packed_and_hold_no_layout() -> None:
+    unet = pack(random_unet())
+    before = call(unet)
+    for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
+        assert is_packed(other) and torch.equal(call(other), before)
+
+
+def test_gradients_compilers_and_other_devices_find_the_layer_that_it_was() -> None:
+    layer = linear()
+    plain, x = copy.deepcopy(layer), torch.randn(9, 48, requires_grad=True)
+    pack(layer)
+    assert torch.equal(layer(x), plain(x))
+    layer(x).sum().backward()
+    assert x.grad is not None
+    weighted = pack(linear().requires_grad_(True))
+    weighted(torch.randn(9, 48)).sum().backward()
+    assert weighted.weight.grad is not None
+    traced = torch.export.export(pack(nn.Sequential(linear())), (torch.randn(9, 48),))
+    assert "packed_linear" not in str(traced.graph)
+    assert pack(linear()).to("meta")(torch.empty(9, 48, device="meta")).shape == (9, 40)
+
+
+def test_few_rows_no_rows_and_other_dtypes_stay_with_torch() -> None:
+    layer, plain = linear(), linear()
+    plain.load_state_dict(layer.state_dict())
+    pack(layer)
+    for x in (torch.randn(FEW - 1, 48), torch.randn(48), torch.randn(0, 48)):
+        assert torch.equal(layer(x), plain(x))
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer(torch.randn(9, 48).bfloat16())
+    with pytest.raises(RuntimeError, match="shapes"):
+        layer(torch.randn(9, 47))
+    conv = pack(convolution())
+    assert conv(torch.randn(0, 12, 5, 5)).shape == (0, 20, 5, 5)
+    assert conv(torch.randn(12, 5, 5)).shape == (20, 5, 5)
+    with pytest.raises(RuntimeError, match="channels"):
+        conv(torch.randn(1, 11, 5, 5))
+
+
+def test_nan_and_infinity_go_through() -> None:
+    x = torch.randn(9, 48)
+    x[3, 5] = float("nan")
+    got = pack(linear())(x)
+    assert bool(got[3].isnan().all()) and bool(got[[0, 8]].isfinite().all())
+
+
+def test_threads_that_come_first_at_once_make_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    lay_out = packed._lay_out
+
+    def counted(weight: Tensor, form: tuple[object, ...]) -> Tensor:
+        made.append(1)
+        return lay_out(weight, form)
+
+    monkeypatch.setattr(packed, "_lay_out", counted)
+    layer, x = pack(linear()), torch.randn(9, 48)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: layer(x), range(16)))
+    assert len(made) == 1 and all(torch.equal(one, found[0]) for one in found)
+
+
+def test_a_layer_widened_at_use_is_laid_out_from_its_half_precision() -> None:
+    unet = random_unet()
+    for tensor in unet.parameters():
+        tensor.data = tensor.data.half().float()
+    plain = call(pack(copy.deepcopy(unet)))
+    stored = pack(keep_stored(unet.half()))
+    assert {t.dtype for t in stored.parameters() if t.ndim > 1} == {torch.float16}
+    assert torch.equal(call(stored), plain)
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_file_is_packed_from_its_mapping(
+    tmp_path: Path, kept: torch.dtype, dtype: torch.dtype | None
+) -> None:
+    if packed.unpackable(dtype or torch.float32):
+        pytest.skip("this processor has no bfloat16 products")
+    path = write_unet(tmp_path, kept)
+    unet = load_unet(path, dtype=dtype, packed=True)
+    plain = load_unet(path, dtype=dtype)
+    assert compute_dtype(unet) == (dtype or torch.float32) == compute_dtype(plain)
+    assert {layer.weight.dtype for layer in unet.modules() if type(layer) is PackedConv2d} == {kept}
+    assert call(unet).dtype == call(plain).dtype
+    assert torch.equal(call(unet), call(pack(plain)))
+
+
+def test_narrow_networks_stay_as_they_are_unless_they_are_asked_for(tmp_path: Path) -> None:
+    path = write_unet(tmp_path)
+    assert not is_packed(load_unet(path)) and not is_packed(load_unet(path, packed=None))
+    assert is_packed(load_unet(path, packed=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "stored"}, "use float32"),
+        ({"dtype": "float8"}, "use float32"),
+        ({"dtype": torch.float16}, "got torch.float16"),
+        ({"device": "meta"}, "device cpu"),
+    ],
+)
+def test_what_cannot_be_packed_says_why(
+    tmp_path: Path, options: dict[str, object], says: str
+) -> None:
+    path = write_unet(tmp_path)
+    with pytest.raises(InputError, match=f"cannot be packed.*{says}"):
+        load_unet(path, packed=True, **options)  # pyright: ignore[reportArgumentType]
+    assert not is_packed(load_unet(path, packed=None, **options))  # pyright: ignore
+
+
+def test_without_onednn_networks_run_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "_OPS", ("no_such_operator",))
+    with pytest.raises(InputError, match="built without oneDNN"):
+        hs.pack(random_unet())
+
+
+def test_a_decoder_packs_too() -> None:
+    vae = Vae(VAE).requires_grad_(False).eval()
+    z = torch.randn(1, 4, 6, 6)
+    with torch.no_grad():
+        plain, wide = vae.decode(z), copy.deepcopy(vae).double().decode(z.double())
+        got = pack(vae).decode(z)
+        banded = vae.decode(z, bands=3)
+    own = (plain.double() - wide).norm() / wide.norm()
+    assert bool((got.double() - wide).norm() / wide.norm() <= 4 * own + 1e-7)
+    assert bool((banded.double() - wide).norm() / wide.norm() <= 4 * own + 1e-7)
+
+
+def test_a_recording_of_a_packed_network_sees_weights_that_are_written_to() -> None:
+    from headstart.runner.runner import open_runner
+
+    unet = pack(random_unet())
+    replay = open_runner("replay", unet)
+    x, cond = torch.randn(1, 4, 8, 8), Conditioning(torch.randn(1, 9, PARAMS.context_dim))
+    args = x, torch.tensor(500.0), cond
+    with torch.no_grad():
+        assert torch.equal(replay(*args), unet(*args)) and torch.equal(replay(*args), unet(*args))
+        unet.conv_in.weight.mul_(1.5)
+        assert torch.equal(replay(*args), unet(*args))
