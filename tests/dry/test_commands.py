@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from adapter_samples import random_lora, write
 from tiny_gpu import opened
 from tiny_pair import tiny_engine
 
+import headstart as hs
 from headstart.cli import main
 from headstart.commands import session
+from headstart.plan.pairs import PAIRS
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 CUDA = ["--device", "cuda"]
@@ -44,7 +47,7 @@ NOT_HERE = {
     "plan": "numbers alone",
     "presets": "numbers alone",
     "replay": "test_a_record_replays",
-    "study": "thousands of images; its cells are Engine.sample, as those of sweep",
+    "study": "test_a_study_is_drawn_and_reported",
     "transfer": "rewrites files, on the CPU",
 }
 
@@ -83,6 +86,37 @@ def test_a_record_replays(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(Path("out/record.json").read_text())["machine"]["device"] == "cuda"
     assert main(["replay", "out/record.json", *CUDA]) == 0, capsys.readouterr().err
     assert "to the bit" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "parts",
+    ["plans", pytest.param("curve,control,timeline", marks=pytest.mark.slow)],
+)
+def test_a_study_is_drawn_and_reported(
+    parts: str, cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """On the fewest steps; the bundled scorer, which experiments ask, knows pictures of 64 px."""
+    few = {**PAIRS, "demo": replace(PAIRS["demo"], base_steps=1)}
+    monkeypatch.setattr("headstart.plan.named.PAIRS", few)
+    options = ["--prompts", "one.txt", "--seeds", "0,1", "--timesteps", "999,499", "--out", "out"]
+    options += ["--parts", parts, "--features", "structure" if parts == "plans" else "scorer"]
+    if parts != "plans":
+        options += ["--control", "a.safetensors={} in red"]
+        monkeypatch.setattr(session, "_load", lambda args: _as_bundled(opened(args)))
+    Path("one.txt").write_text("a fox\n")
+    assert main(["study", *options, *CUDA]) == 0, capsys.readouterr().err
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["machine"]["device"] == "cuda" and report["machine"]["runner"] == "graph"
+    assert {"base", "distilled", "hybrid"} <= set(report["rows"])
+    assert all(row["spaces"] for row in report["rows"].values())
+    wanted = [part for part in ("curve", "control", "timeline") if part in parts]
+    assert [part for part in ("curve", "control", "timeline") if report[part]] == wanted
+    assert cuda.happened("replay")
+
+
+def _as_bundled(engine: hs.Engine) -> hs.Engine:
+    return hs.Engine(replace(engine.weights, lineage="demo", image_size=64), engine.runner)
 
 
 def test_no_command_is_forgotten() -> None:
