@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from headstart_kernels.emulation.device import open_cuda
+from headstart_kernels.emulation.fake_cuda import Accesses
 from headstart_kernels.emulation.recorder import name_of
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
@@ -132,6 +133,11 @@ class _Devices(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         return _run(func, args, kwargs or {}, self.cuda)
+
+
+def is_of_machine(mode: object) -> bool:
+    """Whether an entered mode is what emulates, and not one that a program has entered."""
+    return isinstance(mode, (_Devices, Accesses))
 
 
 class _Names(TorchFunctionMode):
