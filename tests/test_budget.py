@@ -86,7 +86,7 @@ def test_what_was_asked_for_is_never_cut() -> None:
         chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(16))
     with pytest.raises(InputError, match="in the decoder"):
         chunks(SHAPE, VALUES, 1, free(2, 1), Asked.of((2, 2, 1)))
-    with pytest.raises(InputError, match="batch: expected a whole number of at least 1.* got 0"):
+    with pytest.raises(InputError, match=r"batch: expected a whole number of at least 1.* got 0"):
         Asked.of(0)
     for wrong in (2.5, float("nan"), True, "8,2", (8, 2, 1.5), (2, 2, 2, 2), (), (2, 0), {2}):
         with pytest.raises(InputError, match=r"batch: expected .* such as \(8, 2, 16\), got"):

@@ -8,7 +8,6 @@ from unittest import mock
 import pytest
 import torch
 from no_triton import error_of, failing
-from tiny_gpu import gpu_engine
 from torch import Tensor
 
 from headstart.errors import CaptureError
