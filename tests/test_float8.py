@@ -142,7 +142,7 @@ def test_what_float8_cannot_hold_is_named(tmp_path: Path) -> None:
 def test_what_float16_cannot_hold_once_it_is_widened_is_named(
     tmp_path: Path, largest: float
 ) -> None:
-    """On a GPU it was infinity, and every picture NaN. 65504, float16's last, rounds up to 65536."""
+    """It was infinity on a GPU, and pictures NaN. 65504, the last of float16, becomes 65536."""
     tensors = weights(random_unet())
     name = "mid_block.resnets.1.conv2.weight"
     tensors[name] = tensors[name].clone()

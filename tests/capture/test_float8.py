@@ -1,4 +1,4 @@
-"""A network in float8 may be captured, audited at the full size of SDXL by the runners' programs."""
+"""A network in float8 may be captured: the runners' programs, audited at the full size of SDXL."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(cuda: Emulate
         failing(gpu, RuntimeError("Failed to find C compiler. Please specify via CC")),
         pytest.warns(RuntimeWarning, match="there is no C compiler .*; install gcc") as said,
     ):
-        for runner in ("eager", "graph", "trajectory"):
+        for runner in ("eager", "graph"):
             check(run(gpu_engine("sd15", runner=runner)), on_cpu("sd15"))
     assert len([one for one in said if "Triton" in str(one.message)]) == 1 and not gpu.launches
 
