@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
@@ -47,7 +47,7 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
 def _disabled() -> Generator[None]:
     """A GPU is one in whatever modes there are, so those that emulate it are entered again."""
     with ExitStack() as stack:
-        modes = cast("list[Any]", stack.enter_context(_disable_current_modes()))
+        modes: list[Any] = stack.enter_context(_disable_current_modes())  # pyright: ignore
         for mode in filter(is_of_machine, reversed(modes)):
             stack.enter_context(mode)
         yield
