@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from live import Live
@@ -128,8 +129,10 @@ def test_rgb_is_decoded_in_bands_and_says_the_same() -> None:
 
 def test_what_bands_cannot_be() -> None:
     vae, latents = decoder(dtype=torch.float32), torch.zeros(1, 4, 4, 4)
-    with pytest.raises(InputError, match="bands: expected at least 1"):
-        vae.decode(latents, 0)
+    for wrong in (0, -1, 2.5, float("nan"), "4", None, [2]):
+        with pytest.raises(InputError, match="bands: expected a whole number of at least 1"):
+            vae.decode(latents, wrong)  # type: ignore[arg-type]
+    assert torch.equal(vae.decode(latents, np.int64(2)), vae.decode(latents, 2))
     with pytest.raises(InputError, match="for gradients decode with bands=1"):
         vae.decode(latents.requires_grad_(), 2)
     tiny: LatentCodec = TinyVae(TinyDecoder(TinyParams(width=4)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from headstart.checkpoint.params import VaeParams
@@ -85,8 +86,12 @@ def test_what_was_asked_for_is_never_cut() -> None:
         chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(16))
     with pytest.raises(InputError, match="in the decoder"):
         chunks(SHAPE, VALUES, 1, free(2, 1), Asked.of((2, 2, 1)))
-    with pytest.raises(InputError, match="batch must be at least 1 sample, got 0"):
+    with pytest.raises(InputError, match=r"batch: expected a whole number of at least 1.* got 0"):
         Asked.of(0)
+    for wrong in (2.5, float("nan"), True, "8,2", (8, 2, 1.5), (2, 2, 2, 2), (), (2, 0), {2}):
+        with pytest.raises(InputError, match=r"batch: expected .* such as \(8, 2, 16\), got"):
+            Asked.of(wrong)  # type: ignore[arg-type]
+    assert Asked.of((np.int64(2), None, 4)) == Asked(2, None, 4)
 
 
 def test_texts_that_do_not_fit_at_once_are_refused_and_long_ones_count_by_the_piece() -> None:

@@ -386,6 +386,21 @@ def test_bench_estimates_a_family_without_a_file(capsys: pytest.CaptureFixture[s
     assert stages["text"]["rows"] == 1 and stages["decode"]["rows"] == 2
 
 
+def test_an_estimate_of_another_familys_preset_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["bench", "--estimate", "--device", "t4", "--family", "sd15", "--plan", "distilled"]
+    assert main([*asked, "--preset", "dmd2"]) == 0
+    assert "preset dmd2 is published for sdxl: here its steps" in capsys.readouterr().out
+    assert main([*asked, "--preset", "lcm"]) == 0
+    assert "is published for" not in capsys.readouterr().out
+    for other in ("z-image", "demo"):
+        assert main([*asked, "--preset", other]) == 2
+        told = capsys.readouterr().err
+        assert f"preset '{other}' has another noise schedule than sd15" in told
+        assert "--preset lcm" in told and told.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

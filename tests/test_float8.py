@@ -3,28 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from adapter_samples import write
+from eight_bits import SCHEMES, real, written
+from gguf_files import gguf, meaning, random_blocks
+from gguf_files import plain as plain_numbers
 from networks import METADATA, PARAMS, random_unet, weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
 from headstart.adapters.layers import Matrix, layers_of
+from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning
 from headstart.networks import load
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
+from headstart.networks.placement import bound_for
 from headstart.networks.residency import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
-from headstart.networks.unet import UNet
+from headstart.networks.unet import Stage, UNet
 from headstart_kernels.emulation.audit import Hazard, audit
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 Maker = Callable[..., Path]
+GROUPS_OF_32 = replace(
+    PARAMS,
+    down=(Stage(32, (0,), True), Stage(64, (1,), False)),
+    up=(Stage(64, (1, 1), True), Stage(32, (0, 0), False)),
+    norm_groups=32,
+)
 
 
 def matrices(network: nn.Module) -> dict[str, Any]:
@@ -124,6 +136,76 @@ def test_what_float8_cannot_hold_is_named(tmp_path: Path) -> None:
     for loads in (load_vae, load_tiny):
         with pytest.raises(InputError, match='dtype "float8" is for UNets and text encoders'):
             loads(tmp_path / "x.safetensors", dtype="float8")
+
+
+@pytest.mark.parametrize("largest", [57344.0, 65504.0, 1e5])
+def test_what_float16_cannot_hold_once_it_is_widened_is_named(
+    tmp_path: Path, largest: float
+) -> None:
+    """It was infinity on a GPU, and pictures NaN. 65504, the last of float16, becomes 65536."""
+    tensors = weights(random_unet())
+    name = "mid_block.resnets.1.conv2.weight"
+    tensors[name] = tensors[name].clone()
+    tensors[name][3, 0] = -largest
+    save_file(tensors, tmp_path / "x.safetensors", METADATA)
+    with bound_for(torch.device("cuda", 0)):
+        if largest < 6e4:
+            few = load_unet(tmp_path / "x.safetensors", dtype="float8").get_submodule(name[:-7])
+            assert bool((few.weight.half() * few.weight_scale.half()).isfinite().all())
+            return
+        with pytest.raises(CheckpointError, match=f"{name} holds numbers that float16 cannot"):
+            load_unet(tmp_path / "x.safetensors", dtype="float8")
+    assert bool(call(load_unet(tmp_path / "x.safetensors", dtype="float8")).isfinite().all())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_file_of_eight_bits_is_the_float8_of_its_real_numbers(
+    tmp_path: Path, scheme: str
+) -> None:
+    """Scales multiplied in float32 and rounded once: from the file, and from what convert wrote."""
+    tensors, about = written(scheme, weights(random_unet()))
+    save_file(tensors, tmp_path / "few.safetensors", METADATA | about)
+    plain = {name: tensor.float().contiguous() for name, tensor in real(tensors).items()}
+    save_file(plain, tmp_path / "real.safetensors", METADATA)
+    convert(tmp_path / "few.safetensors", tmp_path / "converted.safetensors")
+    want = load_unet(tmp_path / "real.safetensors", dtype="float8")
+    for name in ("few", "converted"):
+        assert alike(load_unet(tmp_path / f"{name}.safetensors", dtype="float8"), want)
+
+
+def test_a_gguf_file_is_the_float8_of_its_real_numbers(tmp_path: Path) -> None:
+    """Q8_0 where rows allow it, 32 weights a block; head and group sizes are of its family."""
+    torch.manual_seed(0)
+    packed = {
+        name: random_blocks("Q8_0", tuple(tensor.shape), number)
+        if tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+        else plain_numbers(tensor.numpy())
+        for number, (name, tensor) in enumerate(weights(UNet(GROUPS_OF_32)).items())
+    }
+    assert sum(own.kind == "Q8_0" for own in packed.values()) > 40
+    (tmp_path / "few.gguf").write_bytes(gguf(packed, {"general.architecture": "sd1"}))
+    meant = {
+        name: torch.from_numpy(meaning(own).astype("<f4")).contiguous()
+        for name, own in packed.items()
+    }
+    save_file(meant, tmp_path / "real.safetensors", {"headstart.head_dim": "8"})
+    convert(tmp_path / "few.gguf", tmp_path / "converted.safetensors")
+    want = load_unet(tmp_path / "real.safetensors", dtype="float8")
+    for name in ("few.gguf", "converted.safetensors"):
+        assert alike(load_unet(tmp_path / name, dtype="float8", head_dim=8), want)
+
+
+def alike(one: UNet, other: UNet) -> bool:
+    """To the bit, scales too, and in float8 both."""
+    mine, theirs = (dict(n.named_parameters()) | dict(n.named_buffers()) for n in (one, other))
+    return (
+        mine.keys() == theirs.keys()
+        and bool(kept(one))
+        and all(
+            own.dtype == theirs[name].dtype and torch.equal(own.float(), theirs[name].float())
+            for name, own in mine.items()
+        )
+    )
 
 
 def test_the_large_text_encoder_alone_is_kept_so(

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import headstart as hs
 import headstart_weights
 from headstart.cli import main
 from headstart.sweep.ledger import read_entries
@@ -226,3 +227,31 @@ def _torchrun(world: int, path: Path, out: Path) -> subprocess.Popen[str]:
 def _workers(launcher: int) -> list[int]:
     task = Path(f"/proc/{launcher}/task/{launcher}/children").read_text()
     return [int(child) for child in task.split()]
+
+
+def test_memory_is_planned_for_the_largest_size_of_a_column_and_for_that_of_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was planned for the model's own size, and a larger picture refused with advice that these
+    commands cannot follow: they take no --size."""
+    seen: list[object] = []
+
+    def load(*files: object, **options: object) -> None:
+        seen.append(options["plan_size"])
+        raise hs.InputError("enough")
+
+    path, other = tmp_path / "sizes.csv", str(tmp_path / "other.safetensors")
+    rows = ("0,a fox,1,64x96", "1,a fox,2,128x32")
+    path.write_text("\n".join(("case_number,prompt,evaluation_seed,side", *rows)))
+    made = hs.Engine.demo(device="cpu").sample("a fox", plan="distilled", size=(64, 32))
+    (tmp_path / "record.json").write_text(json.dumps(made.record()))
+    monkeypatch.setattr(hs.Engine, "load", load)
+    sweep = ["sweep", str(path), "--out", str(tmp_path / "out"), "--base", other]
+    for command in (
+        [*sweep, "--size-column", "side"],
+        [*sweep, "--size", "80"],
+        sweep,
+        ["replay", str(tmp_path / "record.json"), "--base", other],
+    ):
+        assert main(command) == 2 and "enough" in capsys.readouterr().err
+    assert seen == [(64, 96), (80, 80), None, (64, 32)]

@@ -6,7 +6,6 @@ Emulated: torch's operators of the CPU, or Triton's PTX, under a GPU's rules; no
 from __future__ import annotations
 
 import runpy
-import warnings
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_samples import random_lora, write
+from no_triton import failing
 from tiny_gpu import gpu_engine
 from tiny_pair import tiny_engine
 from torch import Tensor, nn
@@ -24,7 +24,6 @@ from headstart.errors import CaptureError
 from headstart.plan.update import Update
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
-from headstart_kernels import dispatch, trial
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 from headstart_kernels.testing.ptx.on_gpu import launched
 
@@ -77,19 +76,16 @@ def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
     assert names >= {"fused_step", "geglu", "apply", "philox_normal", "decode_planes"}
 
 
-def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(
-    cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What the trial then finds is tested in tests/kernels/test_trial.py."""
-    monkeypatch.setattr(trial, "_known", {})
-    monkeypatch.setattr(trial, "_why_not", lambda device: "there is no C compiler; install gcc")
-    monkeypatch.setattr(dispatch, "stands_in", lambda tensor: tensor.is_meta)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        for runner in ("eager", "graph", "trajectory"):
+def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(cuda: EmulatedCuda) -> None:
+    """tests/dry/test_trial.py has whatever else may be missing there."""
+    with (
+        launched(cuda) as gpu,
+        failing(gpu, RuntimeError("Failed to find C compiler. Please specify via CC")),
+        pytest.warns(RuntimeWarning, match="there is no C compiler .*; install gcc") as said,
+    ):
+        for runner in ("eager", "graph"):
             check(run(gpu_engine("sd15", runner=runner)), on_cpu("sd15"))
-    (warning,) = (str(one.message) for one in said if "Triton" in str(one.message))
-    assert "no C compiler; install gcc" in warning and "\n" not in warning
+    assert len([one for one in said if "Triton" in str(one.message)]) == 1 and not gpu.launches
 
 
 def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> None:

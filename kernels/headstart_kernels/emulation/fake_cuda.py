@@ -161,7 +161,7 @@ class FakeCuda:
     @contextmanager
     def running(self) -> Generator[FakeCuda]:
         """Check the order of every access; the host sees memory as the current stream does."""
-        with _Accesses(self):
+        with Accesses(self):
             yield self
 
     def happened(self, what: str) -> list[Event]:
@@ -363,7 +363,9 @@ def _before(history: _History, writing: bool) -> Iterator[tuple[str, int, str]]:
         yield from ((stream, time, "read") for stream, time in history.reads.items())
 
 
-class _Accesses(TorchDispatchMode):
+class Accesses(TorchDispatchMode):
+    """Every operator is one of the current stream's."""
+
     def __init__(self, cuda: FakeCuda) -> None:
         super().__init__()
         self.cuda = cuda

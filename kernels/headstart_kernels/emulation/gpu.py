@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
 from headstart_kernels.emulation.device import open_cuda
-from headstart_kernels.emulation.recorder import name_of
+from headstart_kernels.emulation.fake_cuda import Accesses
+from headstart_kernels.emulation.recorder import leaves, mapped, name_of
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 _MIXES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_"}
@@ -134,6 +134,11 @@ class _Devices(TorchDispatchMode):
         return _run(func, args, kwargs or {}, self.cuda)
 
 
+def is_of_machine(mode: object) -> bool:
+    """Whether an entered mode is what emulates, and not one that a program has entered."""
+    return isinstance(mode, (_Devices, Accesses))
+
+
 class _Names(TorchFunctionMode):
     """What is decided before operators are: "cuda" is the current GPU, attention is one operator.
 
@@ -217,7 +222,7 @@ def _unwrapped(tree: Any) -> tuple[Any, list[torch.device], dict[int, CudaTensor
         known[id(leaf.held)] = leaf
         return leaf.held
 
-    return tree_map(held, tree), devices, known
+    return mapped(held, tree), devices, known
 
 
 def _wrapped(
@@ -239,7 +244,7 @@ def _wrapped(
             cuda.hold(made, leaf, device)
         return made
 
-    return tree_map(on_gpu, result)
+    return mapped(on_gpu, result)
 
 
 def _check(
@@ -249,12 +254,7 @@ def _check(
     if not devices or name_of(func) in _MIXES:
         return
     found = set(devices)
-
-    def look(leaf: object) -> None:
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            found.add(leaf.device)
-
-    tree_map(look, (args, kwargs))
+    found |= {t.device for t in leaves((args, kwargs)) if isinstance(t, Tensor) and t.ndim}
     if len(found) > 1:
         names = ", ".join(sorted(map(str, found)))
         raise RuntimeError(

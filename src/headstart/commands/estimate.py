@@ -11,16 +11,26 @@ from headstart.commands.arguments import read_predictions, read_size, uses_bundl
 from headstart.cost.cards import CARDS, card_of
 from headstart.errors import InputError
 from headstart.plan.named import PlanSettings, named_pair, named_plan
+from headstart.plan.pairs import PAIRS
 from headstart.plan.request import check_size, parse_seeds
 
 if TYPE_CHECKING:
     from headstart.cost.sizes import Sizes
+    from headstart.plan.pair import Pair
     from headstart.plan.table import StepTable
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 """As in `headstart.cost.sizes.FULL`, which loads torch."""
 _PRESETS = {"sd15": "lcm", "sd21": "sd-turbo", "sdxl": "dmd2"}
 """The pair of a family where --preset does not say."""
+_PUBLISHED = {"sd-turbo": "sd21"} | dict.fromkeys(
+    (
+        *("lightning", "lightning-1step", "turbo", "dmd2", "dmd2-1step", "hyper-sd-1step"),
+        *("nitrofusion", "nitrofusion-vibrant", "sdxl-flash"),
+    ),
+    "sdxl",
+)
+"""The family of presets whose model cards (`plan.pairs`) have files of one family alone."""
 _DTYPES = ("float16", "bfloat16", "float32")
 _UNCOUNTED = ("lora", "embedding", "distilled_lora", "versus")
 _IDLE = ("rounds", "warmup", "tokenizer", "preview", "embedded_guidance", "ema", "exclamation")
@@ -90,7 +100,7 @@ def estimated(
         )
         for table in tables
     ]
-    notes = [*ASSUMPTIONS, *_idle(args)]
+    notes = [*ASSUMPTIONS, *_idle(args), *_elsewhere(args, plans)]
     told = [*map(str, found), "\n".join(notes)]
     return "\n\n".join(told), {
         "evidence": "estimate",
@@ -120,6 +130,34 @@ def _idle(args: argparse.Namespace) -> list[str]:
     return [f"of no account to an estimate: {options}"] if given else []
 
 
+def _elsewhere(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[str]:
+    """A line for each preset that is published for another family than --family."""
+    found = dict.fromkeys(pair.name for pair in _pairs(args, plans).values())
+    return [
+        f"preset {name} is published for {_PUBLISHED[name]}: here its steps are counted on a "
+        f"network of {args.family}"
+        for name in found
+        if _PUBLISHED.get(name, args.family) != args.family
+    ]
+
+
+def _pairs(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> dict[str, Pair]:
+    """Plan -> the pair of --family that it is of. Raises InputError for one whose noise schedule
+    no network of that family has."""
+    if args.family is None:
+        return {}
+    usual = _PRESETS[args.family]
+    found = {name: named_pair(name, settings, usual) for name, settings in plans.items()}
+    own = PAIRS[usual].schedule.fingerprint()
+    for pair in found.values():
+        if pair.schedule.fingerprint() != own:
+            raise InputError(
+                f"preset {pair.name!r} has another noise schedule than {args.family}: leave "
+                f"--family out, or give a preset of it, such as --preset {usual}"
+            )
+    return found
+
+
 def _counted(
     args: argparse.Namespace, plans: Mapping[str, PlanSettings]
 ) -> tuple[Mapping[str, Sizes], list[StepTable]]:
@@ -129,11 +167,12 @@ def _counted(
     from headstart.cost.sizes import sizes_of_family
 
     own = sizes_of_family(args.family)
-    tables: list[StepTable] = []
-    for name, settings in plans.items():
-        pair = named_pair(name, settings, _PRESETS[args.family])
-        plan = named_plan(name, settings, pair.name)
-        tables.append(plan.compile(pair.schedules, prediction=pair.predictions))
+    tables = [
+        named_plan(name, plans[name], pair.name).compile(
+            pair.schedules, prediction=pair.predictions
+        )
+        for name, pair in _pairs(args, plans).items()
+    ]
     return {"base": own, "distilled": own}, tables
 
 

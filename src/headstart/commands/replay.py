@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
     asked = _as_recorded(args, recorded.weights, recorded.machine)
     try:
-        engine = open_engine(asked)
+        engine = open_engine(asked, largest=recorded.size)
     except CheckpointError as error:
         if not re.search("head-dim|tokenizer", str(error)):
             raise

@@ -23,9 +23,18 @@ if TYPE_CHECKING:
     from headstart.engine.trajectory import Trajectory
 
 
-def open_engine(args: argparse.Namespace, prompts: Sequence[str] = ()) -> Engine:
+def open_engine(
+    args: argparse.Namespace,
+    prompts: Sequence[str] = (),
+    *,
+    largest: tuple[int, int] | None = None,
+) -> Engine:
     """The bundled pair, or the files that the options of `arguments.sampling` name; with its
-    adapters attached, those too that `prompts` name, and reading prompts as asked."""
+    adapters attached, those too that `prompts` name, and reading prompts as asked.
+
+    largest   (height, width) that it has to leave memory for, where --size does not say it
+    """
+    args.plan_size = largest or read_size(getattr(args, "size", None))
     wanted = [parse_adapter(text) for text in args.lora]
     with progress(None, "loading weights"):
         engine = _load(args)
@@ -166,7 +175,7 @@ def _load(args: argparse.Namespace) -> Engine:
         allow=args.allow,
         device=read_device(args.device),
         memory=args.memory,
-        plan_size=read_size(getattr(args, "size", None)),
+        plan_size=args.plan_size,
         dtype=args.dtype,
         vae_dtype=args.vae_dtype,
         packed=args.packed,

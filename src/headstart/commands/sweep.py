@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,7 +88,9 @@ def _sweep(args: argparse.Namespace) -> int:
         named_plan(args.plan, plan_settings(args), "demo")
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
-    engine = open_engine(args, [case.prompt for case in cases])
+    sizes = [case.size for case in cases if case.size is not None]
+    largest = max(sizes, key=math.prod, default=None)
+    engine = open_engine(args, [case.prompt for case in cases], largest=largest)
     table = engine.compile(args.plan, **plan_settings(args))
     settings = _settings(args, engine, table, cases, size, methods)
     _check_requests(args, engine, table, cases, size, methods)

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from operator import index
+from typing import NamedTuple, SupportsIndex, cast
 
 from headstart.checkpoint.decoding import decode_bytes
 from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
@@ -117,11 +118,28 @@ class Asked(NamedTuple):
 
     @classmethod
     def of(cls, batch: int | Sequence[int] | None) -> Asked:
-        """A number of samples in a UNet, or all three. Raises InputError for anything below 1."""
-        asked = cls(batch) if batch is None or isinstance(batch, int) else cls(*batch)
-        if any(number is not None and number < 1 for number in asked):
-            raise InputError(f"batch must be at least 1 sample, got {batch}")
-        return asked
+        """A number of samples in a UNet, or all three. Raises InputError for what are no whole
+        numbers of at least 1."""
+        many = isinstance(batch, Sequence) and not isinstance(batch, str)
+        given = tuple(cast("Sequence[object]", batch)) if many else (batch,)
+        asked = tuple(map(_count, given))
+        if not 1 <= len(given) <= 3 or 0 in asked:
+            raise InputError(
+                "batch: expected a whole number of at least 1, of samples in a network at once, or "
+                "up to three, (samples in a network, in the decoder, bands of a decode), such as "
+                f"(8, 2, 16), got {batch!r:.60}"
+            )
+        return cls(*asked)
+
+
+def _count(given: object) -> int | None:
+    """A number of at least 1, None for as much as fits; 0 for what is neither."""
+    if given is None:
+        return None
+    try:
+        return 0 if isinstance(given, bool) else max(0, index(cast("SupportsIndex", given)))
+    except TypeError:
+        return 0
 
 
 _ALL = Asked()

@@ -108,7 +108,7 @@ def _fill(
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
         if name in few:
-            state[name], scales[name] = _float8_of(part, name, tensor.to(device))
+            state[name], scales[name] = _float8_of(part, name, tensor.to(device), dtype)
             continue
         if part.dtype(name) in WIDENED and kept == torch.float16:
             kept = _half_of(part, name, tensor, stored)
@@ -154,11 +154,25 @@ def _computes(part: Part, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if stored_dtype(part) == "BF16" else torch.float16
 
 
-def _float8_of(part: Part, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def _float8_of(
+    part: Part, name: str, tensor: Tensor, computes: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Raises CheckpointError for numbers that would be infinite once they are widened."""
     try:
-        return in_float8(tensor)
+        few, scale = in_float8(tensor)
     except ValueError as error:
         raise CheckpointError(f"{part.checkpoint.files[0]}: {name}: {error}") from error
+    large = computes == torch.float16 and float(scale.max()) > 128  # 448*128 < 65504
+    if large and not bool((few.float() * scale).half().isfinite().all()):
+        raise _too_large(part, name, computes)
+    return few, scale
+
+
+def _too_large(part: Part, name: str, kept: torch.dtype) -> CheckpointError:
+    return CheckpointError(
+        f"{part.checkpoint.files[0]}: {name} holds numbers that {str(kept).removeprefix('torch.')} "
+        "cannot: give dtype=bfloat16 or float32 (--dtype)"
+    )
 
 
 def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype:
@@ -170,10 +184,7 @@ def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype
         return torch.float16
     if stored:
         return torch.bfloat16
-    raise CheckpointError(
-        f"{part.checkpoint.files[0]}: {name} holds numbers that float16 cannot: give "
-        "dtype=bfloat16 or float32 (--dtype)"
-    )
+    raise _too_large(part, name, torch.float16)
 
 
 class _Unfilled(TorchFunctionMode):

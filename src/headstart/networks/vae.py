@@ -7,6 +7,7 @@ Module names are the diffusers checkpoint's key names. Architecture: arXiv:2112.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from operator import index
 from typing import cast
 
 import torch
@@ -280,7 +281,14 @@ class Vae(nn.Module):
 
 
 def _check_bands(bands: int, latents: Tensor) -> None:
-    if bands < 1:
-        raise InputError(f"bands: expected at least 1, the whole image at once, got {bands}")
+    try:
+        count = index(bands)
+    except TypeError:
+        count = 0
+    if count < 1:
+        raise InputError(
+            "bands: expected a whole number of at least 1, which is the whole image at once, got "
+            f"{bands!r:.40}"
+        )
     if latents.requires_grad:
         raise InputError("bands are for decoding alone: for gradients decode with bands=1")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 from unittest import mock
 
 from torch import Tensor
+from torch.utils._python_dispatch import (
+    _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
+)
 
-from headstart_kernels import api, dispatch, layers
-from headstart_kernels.emulation.gpu import CudaTensor
+from headstart_kernels import api, dispatch, layers, trial
+from headstart_kernels.emulation.gpu import CudaTensor, is_of_machine
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 from headstart_kernels.testing.ptx.driver import Emulator, emulated
 
@@ -19,7 +23,7 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
     """Inside `emulated_gpu`: kernels are those that a GPU takes, on the stream that is current.
 
     Without it they are the registered operators, as for any tensor that stands for another, and
-    those compute with the reference.
+    those compute with the reference. Whether they can be launched is tried as on a GPU (`trial`).
     """
     original = dispatch.stands_in
 
@@ -27,7 +31,9 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
         return type(tensor) is not CudaTensor and original(tensor)
 
     with ExitStack() as stack:
-        gpu = stack.enter_context(emulated(arch, by_default=True))
+        gpu = stack.enter_context(emulated(arch))
+        stack.enter_context(mock.patch.dict(trial._known, clear=True))  # pyright: ignore
+        stack.enter_context(mock.patch.object(trial, "_disable_current_modes", _disabled))
         for module in (dispatch, api, layers):
             stack.enter_context(mock.patch.object(module, "stands_in", stands_in))
         gpu.queue = cuda
@@ -35,3 +41,13 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
             yield gpu
         finally:
             gpu.queue = None
+
+
+@contextmanager
+def _disabled() -> Generator[None]:
+    """A GPU is one in whatever modes there are, so those that emulate it are entered again."""
+    with ExitStack() as stack:
+        modes: list[Any] = stack.enter_context(_disable_current_modes())  # pyright: ignore
+        for mode in filter(is_of_machine, reversed(modes)):
+            stack.enter_context(mode)
+        yield
