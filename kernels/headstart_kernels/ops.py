@@ -207,9 +207,10 @@ def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tenso
 @_operator()
 def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
     """`headstart_kernels.winograd_conv`; a `Filter` is given as its parts."""
-    return winograd.winograd_conv(x, winograd.Filter(places, outputs), bias)
+    return winograd.in_operator(x, winograd.Filter(places, outputs), bias)
 
 
 @winograd_conv.register_fake
 def _(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((len(x), outputs, *x.shape[2:]))
+    y = x.new_empty((len(x), outputs, *x.shape[2:]))
+    return y.contiguous(memory_format=memory_format(x))

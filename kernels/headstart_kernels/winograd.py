@@ -15,16 +15,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart_kernels.checks import check_device, check_image, said
-from headstart_kernels.dispatch import Impl, choose, load, on_host, operators, products_are_fast
+from headstart_kernels.checks import check_device, said
+from headstart_kernels.dispatch import (
+    Impl,
+    choose,
+    has_c,
+    load,
+    on_host,
+    operators,
+    products_are_fast,
+)
+from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PANEL, PLACES, TILE, filter_matrix
 
 GAIN = 2.0
 """How much faster `pays` asks for: the transformed weights take four times the memory."""
 _WEIGHTS, _PIXELS = 8.0, 30.0
 """Reading the weights takes as long as the products of 8 tiles with them; and the transforms of a
-number as long as 30 products. Fitted on one core of a Zen 4 (`bench/winograd.py`): processors differ
-in how fast they read and compute, but memory that is twice as slow moves the bound from 9 tiles to 16."""
+number as long as 30 products: what one core of a Zen 4 takes (`bench/winograd.py`). Memory that is
+twice as slow beside the products would move the bound from 9 tiles to 18."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -63,8 +72,9 @@ class Filter:
         both_ways = torch.kron(one_way, one_way)  # [36, 9]
         panels = -(-outputs // PANEL)
         places = torch.zeros((PLACES, panels, inputs, PANEL), dtype=torch.float32, device="cpu")
-        for at, part in enumerate(weight.detach().split(PANEL)):  # float64 of 64 outputs at a time
-            taps = part.double().permute(2, 3, 1, 0).reshape(9, -1)
+        for at in range(panels):  # what is float64 is small
+            part = weight.detach()[at * PANEL : (at + 1) * PANEL].double()
+            taps = part.permute(2, 3, 1, 0).reshape(9, -1)
             places[:, at, :, : len(part)] = (both_ways @ taps).view(PLACES, inputs, -1)
         return cls(places, outputs)
 
@@ -80,23 +90,35 @@ class Filter:
 def winograd_conv(
     x: Tensor, filter: Filter, bias: Tensor | None = None, *, impl: Impl | str | None = None
 ) -> Tensor:
-    """conv2d(x, weight, bias, padding=1) [B, C', h, w] float32, contiguous; any h and w.
+    """conv2d(x, weight, bias, padding=1) [B, C', h, w] float32; any h and w.
 
-    x     float32 [B, C, h, w] on a CPU, any strides; B may be 0
+    x     float32 [B, C, h, w] on a CPU, any strides; B may be 0. Channels-last images are read and
+          written as such, others become contiguous ones
     bias  float32 [C'], or None
 
-    For inference: a gradient for x goes through the reference, which keeps all in between. What is
-    not finite in x makes NaN of whole tiles: of the 4x4 outputs, at multiples of 4, that have it
-    among their 6x6 inputs, in all channels of that image, where conv2d has at most 3x3.
+    For inference: a gradient for x goes through the reference, which keeps all in between. A number
+    that is not finite reaches up to 4x4 outputs of each of its tiles, of 6x6 inputs, which are two
+    or four at their borders; in conv2d it reaches 3x3 outputs.
     """
     _check(x, filter, bias)
-    if not len(x):
-        return x.new_empty((0, filter.outputs, *x.shape[2:]))
-    if impl is None and not on_host(x) and not (torch.is_grad_enabled() and x.requires_grad):
+    differentiates = torch.is_grad_enabled() and x.requires_grad
+    if impl is None and len(x) and not on_host(x) and not differentiates:
         return operators().winograd_conv(x, filter.places, filter.outputs, bias)
     operands = [tensor for tensor in (filter.places, bias) if tensor is not None]
-    chosen = choose("winograd_conv", impl, x, *operands)
-    return load("winograd_conv", chosen)(x, filter.places, filter.outputs, bias)
+    return _run(choose("winograd_conv", impl, x, *operands), x, filter, bias)
+
+
+def in_operator(x: Tensor, filter: Filter, bias: Tensor | None) -> Tensor:
+    """What the operator runs: whoever watches sees the operator, and nothing inside."""
+    _check(x, filter, bias)
+    return _run(Impl.NATIVE if has_c() else Impl.REFERENCE, x, filter, bias)
+
+
+def _run(impl: Impl, x: Tensor, filter: Filter, bias: Tensor | None) -> Tensor:
+    if not len(x):
+        y = x.new_empty((0, filter.outputs, *x.shape[2:]))
+        return y.contiguous(memory_format=memory_format(x))
+    return load("winograd_conv", impl)(x, filter.places, filter.outputs, bias)
 
 
 def pays(weight_shape: Sequence[int], input_shape: Sequence[int]) -> bool:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from headstart_kernels.operands import memory_format
 from headstart_kernels.points import POINTS, TILE, P, Q
 
 
@@ -25,7 +26,8 @@ def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) 
     after = _back(_back(after.reshape(sizes), 1), 0)
     y = after.permute(3, 2, 6, 4, 0, 5, 1)  # [B, panels, 64, down, 4, across, 4]
     y = y.reshape(batch, -1, down * TILE, across * TILE)[:, :outputs, :height, :width]
-    return (y if bias is None else y + bias[:, None, None]).contiguous()
+    y = y if bias is None else y + bias[:, None, None]
+    return y.contiguous(memory_format=memory_format(x))
 
 
 def _forth(d: Tensor, dim: int) -> Tensor:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.native.library import library
+from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PLACES, TILE
 from headstart_kernels.table import Row
 
@@ -24,7 +25,7 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STEP = struct.Struct("@16P 5q 4i 7f")
 """`step` of step.h: pointers, sizes, types, coefficients."""
 
-WINOGRAD = struct.Struct("@P q 6P 6q")
+WINOGRAD = struct.Struct("@P q 6P 7q")
 """`winograd` of winograd.h: the team, pointers, sizes."""
 BLOCK = 64
 """Tiles in a block of winograd.h, but whole rows of them. Of 32, 64, 128 and 256 none is better by
@@ -47,7 +48,7 @@ _ARGUMENTS: dict[str, list[type]] = {
 
 
 class Calls(NamedTuple):
-    """kernels.c's functions; all but those of one packed argument begin with the `team` that does the work."""
+    """kernels.c's functions; the `team` that does the work comes first, packed or not."""
 
     step: Callable[[bytes], None]
     scale: Callable[..., None]
@@ -141,29 +142,28 @@ def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> b
     )
 
 
-def convolved(
-    made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor | None
-) -> Tensor:
-    """A new [B, outputs, h, w], with room for what lies between the transforms of a block."""
+def convolved(made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+    """A new [B, outputs, h, w] that lies as x does."""
     batch, inputs, height, width = x.shape
     across, lines = -(-width // TILE), batch * -(-height // TILE)
     each = -(-lines // -(-lines // max(1, BLOCK // across)))
     wide = -(-inputs // _WIDE) * _WIDE, places.shape[1] * places.shape[3]
     rooms = [_floats(PLACES * (each * across * channels + _GAP)) for channels in wide]
-    y, x = _floats(batch, outputs, height, width), x.contiguous()
+    form = memory_format(x)
+    x, y = x.contiguous(memory_format=form), _floats(batch, outputs, height, width, form=form)
     bias = None if bias is None else bias.contiguous()
     made.winograd(
         WINOGRAD.pack(
             *team(rooms[0].numel()),
             *(0 if part is None else part.data_ptr() for part in (x, places, bias, y, *rooms)),
-            *(batch, inputs, outputs, height, width, each),
+            *(batch, inputs, outputs, height, width, form == torch.channels_last, each),
         )
     )
     return y
 
 
-def _floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
+def _floats(*shape: int, form: torch.memory_format = torch.contiguous_format) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=form)
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Does a library just compiled give the reference's bits? Asked once, before it is ever used.
 
 A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
-Every loop that step.h has of its own is taken once. The sums of a convolution may have any order, so
-its numbers are such that none rounds: one channel that is not 0, or few bits in each.
+Every loop that step.h has of its own is taken once. The sums of a convolution may have any order,
+so its numbers are such that none rounds: one channel that is not 0, or few bits in each.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CONVOLUTIONS = (
     *((1, 3, 5, 1, width) for width in (1, 5, 9, 13, 17, 21)),  # 1 to 6 tiles
     (3, 330, 70, 9, 75),
 )
-"""B, C, C', h, w: every count of tiles that is multiplied at a time; and more than a strip of tiles,
-than the channels that are summed at a time, than a panel of outputs, than a block."""
+"""B, C, C', h, w: every count of tiles that is multiplied at a time; and more than a strip of
+tiles, than the channels that are summed at a time, than a panel of outputs, than a block."""
 
 
 class Case(NamedTuple):
@@ -121,7 +121,8 @@ def _made(wanted: Wanted) -> list[Tensor]:
 
 def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int) -> bool:
     """Of one channel of each image, and of integers at the one pixel in each tile's width and
-    height that is in no other tile and has small coefficients; the weights are such integers, too."""
+    height that is in no other tile and has few bits; then the weights are integers, too, and the
+    largest sum, of absolute values, is 2998 with 12 bits after the point."""
     shape = (batch, inputs, *size)
     numbers = _numbers(1, shape)
     alone = torch.zeros(shape, dtype=torch.float32, device="cpu")
@@ -134,8 +135,10 @@ def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int
     bias = _numbers(3, (outputs,))
     reference = load("winograd_conv", Impl.REFERENCE)
     return all(
-        _same(convolved(calls, x, places, outputs, bias), reference(x, places, outputs, bias))
+        _same(convolved(calls, x.contiguous(memory_format=form), places, outputs, bias), expected)
         for x, places in ((alone, weights), (whole, weights.round()))
+        for expected in (reference(x, places, outputs, bias),)
+        for form in (torch.contiguous_format, torch.channels_last)
     )
 
 

@@ -38,7 +38,7 @@ typedef struct {
   int64_t threads;
   const float *x, *places, *bias; /* bias: or none */
   float *y, *before, *after;      /* what lies between the transforms */
-  int64_t batch, inputs, outputs, height, width;
+  int64_t batch, inputs, outputs, height, width, last; /* last: channels are, in x and y */
   int64_t lines; /* rows of tiles in a block, of one image or of several */
 } winograd;
 
@@ -73,26 +73,43 @@ INLINE void transpose(const float *from, int64_t step, float *to, int64_t stride
   for (int row = 0; row < 4; row++) memcpy(to + row * stride, &rows[row], 16);
 }
 
-/* [channels, count] of an image with `plane` pixels to [count, LANES]; other lanes keep what they have. */
-static void gather(const float *from, int64_t plane, float *to, int64_t count, int64_t channels) {
+/* How far apart the pixels of an image lie, and its channels. */
+typedef struct {
+  int64_t pixel, channel;
+} layout;
+
+INLINE layout layout_of(const winograd *a, int64_t channels) {
+  return a->last ? (layout){channels, 1} : (layout){1, a->height * a->width};
+}
+
+/* [count, LANES] of an image; lanes beyond its channels keep what they have, or are 0. */
+static void gather(const float *from, layout lie, float *to, int64_t count, int64_t channels) {
   int64_t pixel = 0;
-  if (channels == LANES)
+  if (lie.channel == 1) {
+    if (channels == LANES)
+      for (; pixel < count; pixel++) store(to + pixel * LANES, load(from + pixel * lie.pixel, LANES), LANES);
+  } else if (channels == LANES)
     for (; pixel + 4 <= count; pixel += 4)
       for (int64_t lane = 0; lane < LANES; lane += 4)
-        transpose(from + lane * plane + pixel, plane, to + pixel * LANES + lane, LANES);
+        transpose(from + lane * lie.channel + pixel, lie.channel, to + pixel * LANES + lane, LANES);
   for (; pixel < count; pixel++)
-    for (int64_t lane = 0; lane < channels; lane++) to[pixel * LANES + lane] = from[lane * plane + pixel];
+    for (int64_t lane = 0; lane < channels; lane++)
+      to[pixel * LANES + lane] = from[pixel * lie.pixel + lane * lie.channel];
 }
 
 /* And back. */
-static void scatter(const float *from, float *to, int64_t plane, int64_t count, int64_t channels) {
+static void scatter(const float *from, float *to, layout lie, int64_t count, int64_t channels) {
   int64_t pixel = 0;
-  if (channels == LANES)
+  if (lie.channel == 1) {
+    if (channels == LANES)
+      for (; pixel < count; pixel++) store(to + pixel * lie.pixel, load(from + pixel * LANES, LANES), LANES);
+  } else if (channels == LANES)
     for (; pixel + 4 <= count; pixel += 4)
       for (int64_t lane = 0; lane < LANES; lane += 4)
-        transpose(from + pixel * LANES + lane, LANES, to + lane * plane + pixel, plane);
+        transpose(from + pixel * LANES + lane, LANES, to + lane * lie.channel + pixel, lie.channel);
   for (; pixel < count; pixel++)
-    for (int64_t lane = 0; lane < channels; lane++) to[lane * plane + pixel] = from[pixel * LANES + lane];
+    for (int64_t lane = 0; lane < channels; lane++)
+      to[pixel * lie.pixel + lane * lie.channel] = from[pixel * LANES + lane];
 }
 
 /* B^T d, one way. */
@@ -122,11 +139,12 @@ static void forth_piece(const void *job, int64_t number) {
   const block *b = job;
   const winograd *a = b->a;
   const int64_t groups = groups_of(up(a->inputs, WIDE)), line = number / groups, channel = number % groups * LANES;
-  const int64_t across = tiles_across(a), down = tiles_down(a), plane = a->height * a->width;
+  const int64_t across = tiles_across(a), down = tiles_down(a);
   const int64_t image = (b->first + line) / down, top = (b->first + line) % down * TILE - 1;
+  const layout lie = layout_of(a, a->inputs);
   const int64_t channels = least(LANES, a->inputs - channel); /* of the last ones none may be left */
   const int64_t wide = up(a->inputs, WIDE), place = place_of(b, a->inputs);
-  const float *from = a->x + (image * a->inputs + channel) * plane;
+  const float *from = a->x + image * a->inputs * a->height * a->width + channel * lie.channel;
   float room[POINTS][(STRIP * TILE + 2) * LANES] __attribute__((aligned(64)));
   for (int64_t first = 0; first < across; first += STRIP) {
     const int64_t tiles = least(STRIP, across - first), left = first * TILE - 1;
@@ -135,7 +153,8 @@ static void forth_piece(const void *job, int64_t number) {
       const int64_t y = top + i, inside = y >= 0 && y < a->height && channels > 0;
       if (!inside || channels < LANES || begin > left || end < left + tiles * TILE + 2)
         memset(room[i], 0, (size_t)(tiles * TILE + 2) * WIDTH);
-      if (inside) gather(from + y * a->width + begin, plane, room[i] + (begin - left) * LANES, end - begin, channels);
+      if (inside)
+        gather(from + (y * a->width + begin) * lie.pixel, lie, room[i] + (begin - left) * LANES, end - begin, channels);
     }
     for (int64_t tile = 0; tile < tiles; tile++) {
       floats half[POINTS][POINTS], d[POINTS], v[POINTS];
@@ -221,10 +240,12 @@ static void back_piece(const void *job, int64_t number) {
   const block *b = job;
   const winograd *a = b->a;
   const int64_t groups = groups_of(a->outputs), line = number / groups, channel = number % groups * LANES;
-  const int64_t across = tiles_across(a), down = tiles_down(a), plane = a->height * a->width;
+  const int64_t across = tiles_across(a), down = tiles_down(a);
   const int64_t image = (b->first + line) / down, top = (b->first + line) % down * TILE;
+  const layout lie = layout_of(a, a->outputs);
   const int64_t channels = least(LANES, a->outputs - channel), stride = up(a->outputs, PANEL);
-  const int64_t place = place_of(b, stride), corner = (image * a->outputs + channel) * plane;
+  const int64_t place = place_of(b, stride);
+  float *to = a->y + image * a->outputs * a->height * a->width + channel * lie.channel;
   const floats bias = a->bias ? load(a->bias + channel, channels) : (floats){0};
   float room[TILE][STRIP * TILE * LANES] __attribute__((aligned(64)));
   for (int64_t first = 0; first < across; first += STRIP) {
@@ -249,7 +270,7 @@ static void back_piece(const void *job, int64_t number) {
     }
     const int64_t height = least(TILE, a->height - top), width = least(tiles * TILE, a->width - left);
     for (int64_t i = 0; i < height; i++)
-      scatter(room[i], a->y + corner + (top + i) * a->width + left, plane, width, channels);
+      scatter(room[i], to + ((top + i) * a->width + left) * lie.pixel, lie, width, channels);
   }
 }
 
