@@ -282,6 +282,9 @@ def test_it_pays_where_tiles_are_many_and_channels_too() -> None:
     for outputs, inputs, size in few:
         assert not pays((outputs, inputs, 3, 3), (1, inputs, size, size)), (outputs, inputs, size)
     assert pays((1280, 1280, 3, 3), (4, 1280, 8, 8))  # what one image lacks, four have
+    for channels, size, most in ((640, 32, 3), (1280, 16, 2)):
+        shapes = (channels, channels, 3, 3), (1, channels, size, size)
+        assert pays(*shapes, gain=most) and not pays(*shapes, gain=most + 1)
     assert not pays((320, 320, 1, 1), (1, 320, 64, 64))
     assert not pays((320, 320, 3, 3), (0, 320, 64, 64))
 
