@@ -5,6 +5,8 @@
     n = philox_normal(seeds, samples, row, shape, device)
     rgb = preview_rgb(x0, factors, bias);  rgb = decode_u8(pixels)
 
+    y = winograd_conv(x, filter, bias)         a 3x3 convolution on a CPU; see `winograd`
+
 `Impl` names the implementations that exist. The same functions are registered as the operators
 `torch.ops.headstart_kernels.*` for tracing; see `headstart_kernels.ops`.
 """
@@ -24,6 +26,7 @@ from headstart_kernels.operands import Draw, LinearMap, Preview
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.steps import Steps
 from headstart_kernels.table import COLUMNS, Rows
+from headstart_kernels.winograd import winograd_conv
 
 __all__ = [
     "COLUMNS",
@@ -45,4 +48,5 @@ __all__ = [
     "philox_normal",
     "preview_rgb",
     "scale_input",
+    "winograd_conv",
 ]

@@ -28,11 +28,16 @@ _NOUN = {
     "add_layernorm": "layernorm",
     "geglu": "gate",
     "low_rank_add": "adapter",
+    "winograd_conv": "winograd",
 }
 
 
-NATIVE = frozenset({"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8"})
+NATIVE = frozenset(
+    {"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8", "winograd_conv"}
+)
 """What exists in C. The layers do not: on a CPU they are torch's own, to the last bit."""
+FOR_CPUS = frozenset({"winograd_conv"})
+"""What does not exist in Triton: on a GPU cuDNN has its own."""
 
 
 class Impl(Enum):
@@ -95,6 +100,12 @@ def has_c() -> bool:
     return _why_not_native() is None
 
 
+def products_are_fast() -> bool:
+    """Whether C multiplies and adds in one instruction here, as torch's own libraries do wherever
+    a processor can; the first call may compile."""
+    return has_c() and import_module("headstart_kernels.native.calls").fused()
+
+
 def _in_c(*tensors: Tensor) -> bool:
     """What is asked last may compile."""
     return on_host(*tensors) and not _differentiates(*tensors) and _why_not_native() is None
@@ -132,7 +143,7 @@ def _named(kernel: str, impl: Impl | str, tensor: Tensor, rows_differ: bool) -> 
             f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
         ) from None
     if asked is Impl.TRITON:
-        _require_triton(tensor)
+        _require_triton(kernel, tensor)
     if asked is Impl.NATIVE:
         _require_native(kernel, tensor)
         if rows_differ:
@@ -165,7 +176,9 @@ def _why_not_native() -> str | None:
     return import_module("headstart_kernels.native.library").why_not()
 
 
-def _require_triton(tensor: Tensor) -> None:
+def _require_triton(kernel: str, tensor: Tensor) -> None:
+    if kernel in FOR_CPUS:
+        raise ValueError(f"impl: 'triton' has no {kernel}, which is for CPUs; use impl='native'")
     if not _installed():
         raise ValueError(
             "impl: 'triton' needs the package triton, which is not installed: install it, or use "

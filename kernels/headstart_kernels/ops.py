@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart_kernels import api, layers
+from headstart_kernels import api, layers, winograd
 from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
@@ -202,3 +202,15 @@ def _(x: Tensor) -> Tensor:
 def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> None:
     """`headstart_kernels.low_rank_add`."""
     layers.low_rank_add(y, x, down, up, strength)
+
+
+@_operator()
+def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    """`headstart_kernels.winograd_conv`; a `Filter` is given as its parts."""
+    return winograd.in_operator(x, winograd.Filter(places, outputs), bias)
+
+
+@winograd_conv.register_fake
+def _(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
+    y = x.new_empty((len(x), outputs, *x.shape[2:]))
+    return y.contiguous(memory_format=memory_format(x))

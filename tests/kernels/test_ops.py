@@ -12,8 +12,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from headstart_kernels import Impl, api, layers, ops
-from headstart_kernels.dispatch import NATIVE, has_c
+from headstart_kernels import Impl, api, layers, ops, winograd
+from headstart_kernels.dispatch import FOR_CPUS, NATIVE, has_c
 from headstart_kernels.testing import random_latents, random_table
 from headstart_kernels.testing.ptx import emulated
 
@@ -54,6 +54,8 @@ def calls(turn: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, tuple[Any, ..
     yield "geglu", (x,)
     rows = random_latents(6), random_latents(6)
     yield "add_layernorm", (x, x + 1, *rows, 1e-5)
+    filter = winograd.Filter.of(random_latents(3, 4, 3, 3))
+    yield "winograd_conv", (x, filter.places, filter.outputs, random_latents(3))
 
 
 def placed(results: Any) -> list[tuple[Any, ...]]:
@@ -73,12 +75,14 @@ def test_results_lie_as_a_tracer_is_told(layout: str, impl: Impl) -> None:
     if impl is Impl.NATIVE and not has_c():
         pytest.skip("no C kernels here")
     chosen = mock.Mock(return_value=impl)
+    absent = {Impl.TRITON: FOR_CPUS, Impl.NATIVE: set(ops.BODIES) - NATIVE}
     for name, arguments in calls(LAYOUTS[layout]):
-        if impl is not Impl.NATIVE or name in NATIVE:
+        if name not in absent.get(impl, ()):
             with (
                 emulated(90),
                 mock.patch.object(api, "choose", chosen),
                 mock.patch.object(layers, "choose", chosen),
+                mock.patch.object(winograd, "choose", chosen),
             ):
                 got = placed(ops.BODIES[name](*arguments))
             assert got == told(name, arguments), name

@@ -3,6 +3,7 @@
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
    contraction, so the bits are those of the reference. */
 #include "step.h"
+#include "winograd.h"
 
 void headstart_step(const step *a) {
   if (a->finite) memset(a->finite, 1, (size_t)a->batch);
@@ -116,3 +117,8 @@ void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels
   showing a = {.from = pixels, .type = type, .last = last, .rgb = rgb, .plane = plane};
   do_pieces((team){runtime, threads}, levels_piece, &a, batch * pieces_of(plane));
 }
+
+void headstart_winograd(const winograd *a) { convolve(a); }
+
+/* Whether products are as fast here as this processor can. */
+const int32_t headstart_fused = FUSED;

@@ -1,7 +1,8 @@
 """Does a library just compiled give the reference's bits? Asked once, before it is ever used.
 
 A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
-Every loop that step.h has of its own is taken once.
+Every loop that step.h has of its own is taken once. The sums of a convolution may have any order,
+so its numbers are such that none rounds: one channel that is not 0, or few bits in each.
 """
 
 from __future__ import annotations
@@ -14,14 +15,23 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.dispatch import Impl, load
-from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, packed_step
+from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, convolved, packed_step
 from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
+from headstart_kernels.points import PANEL, PLACES, TILE
 from headstart_kernels.table import Row
 
 SHAPE = (2, 4, 37, 31)
 """Longer than what is worked on at a time, and no multiple of any vector."""
 LARGE = (2, 1, 725, 724)
 """Just beyond what step.h treats as large; samples begin at multiples of 4, as normals do."""
+
+
+CONVOLUTIONS = (
+    *((1, 3, 5, 1, width) for width in (1, 5, 9, 13, 17, 21)),  # 1 to 6 tiles
+    (3, 330, 70, 9, 75),
+)
+"""B, C, C', h, w: every count of tiles that is multiplied at a time; and more than a strip of
+tiles, than the channels that are summed at a time, than a panel of outputs, than a block."""
 
 
 class Case(NamedTuple):
@@ -59,6 +69,7 @@ def differences(made: ctypes.CDLL) -> list[str]:
     calls = bound(made)
     checks = [("philox_normal", _normals(calls))]
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
+    checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
     return [name for name, same in checks if not same]
 
 
@@ -106,6 +117,29 @@ def _wanted(case: Case, line: LinearMap) -> Wanted:
 def _made(wanted: Wanted) -> list[Tensor]:
     filled = [wanted.x_next, wanted.x0, wanted.x_in, wanted.preview and wanted.preview.rgb]
     return [tensor for tensor in (*filled, wanted.finite) if tensor is not None]
+
+
+def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int) -> bool:
+    """Of one channel of each image, and of integers at the one pixel in each tile's width and
+    height that is in no other tile and has few bits; then the weights are integers, too, and the
+    largest sum, of absolute values, is 2998 with 12 bits after the point."""
+    shape = (batch, inputs, *size)
+    numbers = _numbers(1, shape)
+    alone = torch.zeros(shape, dtype=torch.float32, device="cpu")
+    for image in range(batch):
+        channel = image * (inputs - 1) // max(1, batch - 1)
+        alone[image, channel] = numbers[image, channel]
+    whole = torch.zeros_like(alone)
+    whole[:, :, 2::TILE, 2::TILE] = numbers[:, :, 2::TILE, 2::TILE].round()
+    weights = _numbers(2, (PLACES, -(-outputs // PANEL), inputs, PANEL))
+    bias = _numbers(3, (outputs,))
+    reference = load("winograd_conv", Impl.REFERENCE)
+    return all(
+        _same(convolved(calls, x.contiguous(memory_format=form), places, outputs, bias), expected)
+        for x, places in ((alone, weights), (whole, weights.round()))
+        for expected in (reference(x, places, outputs, bias),)
+        for form in (torch.contiguous_format, torch.channels_last)
+    )
 
 
 def _numbers(seed: int, shape: tuple[int, ...]) -> Tensor:

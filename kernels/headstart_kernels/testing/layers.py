@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from headstart_kernels.points import POINTS, TILE, filter_matrix, input_matrix, output_matrix
 
 UNIT = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 _FLOAT32 = 2.0**-24
@@ -23,6 +26,9 @@ and sum."""
 ROW_ROUNDINGS = 60
 """A row's sum: 16 in a thread and 7 between threads; these 23 for the mean and for the variance,
 with the square and the deviation, then divisions, root, products and sum."""
+WINOGRAD_ROUNDINGS = 20
+"""Beside one for each input channel: four each way in either transform (a difference, a product,
+two sums), the filter's own, a sum of sums, the bias, and one to spare."""
 GATE_ROUNDINGS = 12
 """erf to 2 units in the last place, its argument, and six products and sums."""
 
@@ -98,3 +104,26 @@ def low_rank_bound(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Ten
     unit, summed = UNIT[y.dtype], x.shape[-1] + len(down) + 4
     budget = summed * _FLOAT32 * (y.double().abs() + change) + 2 * unit * change
     return Bound(exact, budget + unit * exact.abs())
+
+
+def winograd_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:
+    """`winograd_conv`: the magnitude is that of what is added on the way, which mostly cancels."""
+    exact = F.conv2d(
+        x.double(), weight.double(), None if bias is None else bias.double(), padding=1
+    )
+    a, g, b = (
+        torch.tensor(matrix(), dtype=torch.float64).abs()
+        for matrix in (output_matrix, filter_matrix, input_matrix)
+    )
+    *_, height, width = x.shape
+    around = (1, -width % TILE + 1, 1, -height % TILE + 1)
+    tiles = F.pad(x.double().abs(), around).unfold(2, POINTS, TILE).unfold(3, POINTS, TILE)
+    places = torch.einsum("ij,ocjk,lk->iloc", g, weight.double().abs(), g)
+    before = torch.einsum("ij,bcyxjk,lk->ilbyxc", b, tiles, b)
+    after = torch.einsum("ilbyxc,iloc->ilbyxo", before, places)
+    sizes = torch.einsum("ij,jkbyxo,lk->boyixl", a, after, a).flatten(4).flatten(2, 3)
+    magnitude = sizes[:, :, :height, :width]
+    if bias is not None:
+        magnitude = magnitude + bias.double().abs()[:, None, None]
+    roundings = x.shape[1] + WINOGRAD_ROUNDINGS
+    return Bound(exact, roundings * _FLOAT32 * magnitude)
