@@ -15,6 +15,7 @@ from headstart.engine.budget import (
     Shape,
     check_texts_fit,
     chunks,
+    spare_bytes,
 )
 from headstart.errors import InputError
 
@@ -100,3 +101,15 @@ def test_texts_that_do_not_fit_at_once_are_refused_and_long_ones_count_by_the_pi
     check_texts_fit(VALUES, 3, 154, int(need / SAFE_SHARE) + 1, "cuda:0")
     with pytest.raises(InputError, match=r"3 texts of 154 tokens need about .* fewer prompts"):
         check_texts_fit(VALUES, 3, 154, need, "cuda:0")
+
+
+def test_what_rows_leave_is_spare() -> None:
+    """Of 20 rows' room 16 take theirs; guidance doubles them; nobody knows of a device unknown."""
+    room = free(20, 16)
+    left = spare_bytes(SHAPE, VALUES, 1, room, chunks(SHAPE, VALUES, 1, room))
+    assert left is not None and 0 <= left - 4 * ROW <= 8
+    halves = chunks(SHAPE, VALUES, 2, room)
+    left = spare_bytes(SHAPE, VALUES, 2, room, halves)
+    assert halves.networks == 8 and left is not None and 0 <= left - 4 * ROW <= 8
+    assert spare_bytes(SHAPE, VALUES, 1, free(1, 16), Chunks(4, 4)) == 0, "asked for, and not cut"
+    assert spare_bytes(SHAPE, VALUES, 1, Free(None, None), Chunks(16, 16)) is None

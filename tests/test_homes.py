@@ -157,7 +157,7 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
         where = Homes(devices=devices)
         request = SimpleNamespace(
             table=table, methods=(), chunks=Chunks(1, 1), guided=True, strengths=None, own=None,
-            latent=(4, 8, 8), noise=None, images=Images(("",), (5,)),
+            latent=(4, 8, 8), noise=None, images=Images(("",), (5,)), spare=None,
         )  # fmt: skip
         weights = SimpleNamespace(homes=where, denoisers=networks, device=DEVICE)
         monkeypatch.setattr(course, "encode", lambda *_: told)

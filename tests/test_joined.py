@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.networks import joined
-from headstart.networks.joined import apart, each, join, side_by_side, state_of, together
+from headstart.networks.joined import apart, each, join, side_by_side, together
 from headstart.networks.residency import StoredLinear
+from headstart.networks.state import Watch
 
 X = torch.linspace(-2, 3, 2 * 5 * 6).view(2, 5, 6).double()
 
@@ -100,10 +101,10 @@ def test_a_weight_that_was_changed_in_any_way_is_never_stale(
 ) -> None:
     own = joint(4, 8, 3)
     each(own, X)
-    before, written = state_of(own), change in (_write, _copied_in)
+    before, written = Watch().state(own), change in (_write, _copied_in)
     change(own)
     assert (side_by_side(own) is not None) == written
-    assert state_of(own) != before, "and whoever kept what they gave sees that it is old"
+    assert Watch().state(own) != before, "and whoever kept what they gave sees that it is old"
     for got, want in zip(each(own, X), expected(own), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
@@ -127,7 +128,7 @@ def test_a_hook_or_a_method_of_its_own_is_called() -> None:
     under = for_own[0].forward
     for_own[0].forward = lambda input: (seen.append("own"), under(input))[1]
     for own in (for_hook, for_pre, for_own):
-        assert state_of(own) is None
+        assert Watch().state(own) is None
         each(own, X)
     assert seen == ["hook", "pre", "own"]
 
@@ -138,7 +139,7 @@ def test_a_layer_that_widens_its_weight_is_left_alone() -> None:
     places = [layer.weight.data_ptr() for layer in own]
     join(own)
     assert [layer.weight.data_ptr() for layer in own] == places
-    assert side_by_side(own) is None and state_of(own) is not None
+    assert side_by_side(own) is None and Watch().state(own) is not None
 
 
 def test_layers_of_other_dtypes_or_with_other_biases_are_not_joined() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -13,13 +16,11 @@ from networks import PARAMS
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.adapters.attached import beside
-from headstart.adapters.delta import LowRank
 from headstart.by_level import ByLevel
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
 from headstart.plan.schedule import NoiseSchedule
-from headstart.prompt import Prompts, prompt_key
+from headstart.prompt import Prompts
 from headstart.runner.batch import Chunked
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
@@ -69,8 +70,8 @@ def words(seed: int = 0, batch: int = 2) -> Conditioning:
 
 
 def foreign(network: Any) -> Callable[..., Tensor]:
-    """The network as a function, of which nothing is known."""
-    return lambda x_in, timestep, cond: network(x_in, timestep, cond)
+    """The network as a function, of which nothing is known, and that keeps nothing."""
+    return lambda x, time, cond: network(x, time, replace(cond, extra=dict(cond.extra)))
 
 
 def last(table: hs.StepTable, networks: Mapping[str, Any], **given: Any) -> Tensor:
@@ -102,15 +103,21 @@ def test_another_text_from_a_level_on_is_read_where_it_begins(
     assert [own.read for own in pair.values()] == [2, 1]
 
 
-def test_more_samples_than_are_in_the_network_at_once_are_not_read_ahead(
-    table: hs.StepTable, pair: dict[str, Counting]
+@pytest.mark.parametrize(("spare", "reads"), [(None, [4, 2]), (0, [1, 1])])
+def test_samples_in_turns_are_read_in_the_same_turns_where_there_is_room_for_all(
+    table: hs.StepTable, pair: dict[str, Counting], spare: int | None, reads: list[int]
 ) -> None:
-    networks = {name: Chunked(EagerRunner(own), 1) for name, own in pair.items()}
+    """To the same bits. Without room one part is read, which tells how large it is, and then every
+    row makes its own."""
+    networks = {name: Chunked(EagerRunner(own), 1, spare) for name, own in pair.items()}
     expected = last(
         table, {name: Chunked(EagerRunner(foreign(own)), 1) for name, own in pair.items()}
     )
     assert torch.equal(last(table, networks), expected)
-    assert [own.read for own in pair.values()] == [0, 0]
+    assert [own.read for own in pair.values()] == reads
+    rows = [2 * 2 * 3, 2 * 2]
+    given = rows if spare is None else [0, 0]
+    assert [own.given for own in pair.values()] == given
 
 
 def test_a_runner_reads_a_prompt_in_its_own_dtype(pair: dict[str, Counting]) -> None:
@@ -204,22 +211,151 @@ def test_networks_and_conditionings_of_other_kinds_are_let_be(pair: dict[str, Co
     assert Prompts().of(pair["base"], told) is told
 
 
-@pytest.mark.parametrize("layer", ["attn2.to_v", "attn1.to_q"])
-def test_where_an_adapter_acts_on_them_every_row_makes_its_own(
-    pair: dict[str, Counting], layer: str
+def by_hand(run: hs.Run, networks: Mapping[str, Any]) -> Tensor:
+    while (call := run.call) is not None:
+        run.advance(networks[call.model](call.x_in, call.timestep, call.cond))
+    return run.state.x
+
+
+def begun(table: hs.StepTable, seed: int = 0) -> hs.Run:
+    given: Any = {"uncond": words(1), "shape": SHAPE}
+    return hs.Run(table, words(seed), hs.Philox([3, 4]), **given)
+
+
+@pytest.mark.parametrize("runner", [None, "eager", "replay"])
+def test_a_loop_of_ones_own_reads_a_prompt_once_too(
+    table: hs.StepTable, pair: dict[str, Counting], runner: Any
 ) -> None:
-    """Its strength may change with the row; one that acts elsewhere changes nothing here."""
-    path = f"mid_block.attentions.0.transformer_blocks.0.{layer}"
-    network = pair["base"]
-    weight = network.get_submodule(path).weight
-    own = beside(
-        network, "age", {path: LowRank(torch.ones(1, weight.shape[1]), weight[:, :1], 1.0)}
-    )
-    cond = replace(words(), adapters=own, strengths=torch.ones(2, 1))
-    x, time = torch.randn(2, *SHAPE), torch.tensor([500, 20])
-    given = Prompts().of(network, cond)
-    assert (prompt_key(network, cond) is None) == (given is cond) == ("attn2" in layer)
-    assert torch.equal(network(x, time, given), network(x, time, cond))
+    expected = by_hand(begun(table), {name: foreign(own) for name, own in pair.items()})
+    networks: Any = pair
+    if runner is not None:
+        networks = {name: open_runner(runner, own) for name, own in pair.items()}
+    run = begun(table)
+    assert torch.equal(by_hand(run, networks), expected)
+    assert [own.read for own in pair.values()] == [1, 1]
+    assert run.prompts.samples == 0, "nothing is kept of a run that has ended"
+
+
+def test_what_is_kept_stays_with_its_run(table: hs.StepTable, pair: dict[str, Counting]) -> None:
+    run = begun(table)
+    call = run.call
+    assert call is not None
+    run.advance(pair["base"](*call[3:]))
+    assert run.prompts.samples == 4
+    for other in (copy.deepcopy(run), pickle.loads(pickle.dumps(run.call))):
+        told = other.call.cond if isinstance(other, hs.Run) else other.cond
+        assert type(told.extra) is dict and not told.extra
+    assert copy.deepcopy(run).prompts.samples == 0
+    networks = {name: foreign(own) for name, own in pair.items()}
+    assert torch.equal(by_hand(run, pair), by_hand(begun(table), networks))
+
+
+def test_a_conditioning_that_was_sliced_or_moved_keeps_nothing(
+    table: hs.StepTable, pair: dict[str, Counting]
+) -> None:
+    call: Any = begun(table).call
+    for cond in (call.cond[:2], call.cond.to("cpu"), Conditioning.cat([call.cond])):
+        pair["base"](call.x_in[: len(cond)], call.timestep[: len(cond)], cond)
+    assert pair["base"].read == 0
+
+
+@pytest.mark.parametrize("made", [torch.no_grad, torch.inference_mode])
+def test_gradients_of_a_later_row_are_those_of_a_network_that_keeps_nothing(
+    table: hs.StepTable, pair: dict[str, Counting], made: Any
+) -> None:
+    """Of x, whose graph needs keys and values that were not made in inference mode; and of weights,
+    which are of one row."""
+    network, call = pair["base"], begun(table).call
+    assert call is not None
+    with made():
+        network(*call[3:])
+    found = []
+    for own in (network, foreign(network)):
+        x = call.x_in.clone().requires_grad_()
+        own(x, call.timestep, call.cond).sum().backward()
+        found.append(x.grad)
+    assert torch.equal(*found)
+    layer: Any = network.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    layer.weight.requires_grad_()
+    for _ in range(2):  # a graph that is kept would be gone through twice
+        network(*call[3:]).sum().backward()
+    assert layer.weight.grad.abs().sum() > 0
+
+
+def test_what_was_made_in_another_dtype_of_autocast_is_made_again(
+    table: hs.StepTable, pair: dict[str, Counting]
+) -> None:
+    network, call = pair["base"], begun(table).call
+    assert call is not None
+    found = []
+    for own in (network, foreign(network)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            first = own(*call[3:])
+        with torch.no_grad():
+            found.append((first, own(*call[3:])))
+    assert all(map(torch.equal, *found)) and network.read == 2
+
+
+def test_a_hook_that_may_change_what_is_told_is_heard_on_every_row(
+    table: hs.StepTable, pair: dict[str, Counting]
+) -> None:
+    def louder(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return *args[:2], replace(args[2], context=2 * args[2].context)
+
+    for network in pair.values():
+        network.register_forward_pre_hook(louder)
+    networks = {name: foreign(own) for name, own in pair.items()}
+    assert torch.equal(last(table, pair), last(table, networks))
+    assert [own.read for own in pair.values()] == [0, 0]
+
+
+def batched(table: hs.StepTable, networks: Mapping[str, Any]) -> list[Tensor]:
+    """Three runs of different prompts, of which the third comes a row later."""
+    batch, runs = hs.Batch(networks), [begun(table, seed) for seed in range(3)]
+    for run in runs[:2]:
+        batch.add(run)
+    batch.step()
+    batch.add(runs[2])
+    while batch:
+        assert all(served.error is None for served in batch.step())
+    assert [run.prompts.samples for run in runs] == [0, 0, 0]
+    return [run.state.x for run in runs]
+
+
+def test_runs_that_share_calls_read_each_prompt_once(
+    table: hs.StepTable, pair: dict[str, Counting]
+) -> None:
+    """The product of one run's prompt is of another shape than that of all, and may round
+    otherwise: float32 in a network of four transformer blocks."""
+    expected = batched(table, {name: foreign(own) for name, own in pair.items()})
+    for got, want in zip(batched(table, pair), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert [own.read for own in pair.values()] == [3, 3]
+
+
+def test_a_batch_keeps_as_many_as_there_is_room_for(
+    table: hs.StepTable, pair: dict[str, Counting], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of them, to their end: 4 samples while they are guided, 2 after that."""
+    monkeypatch.setattr("headstart.batch.KEPT_SAMPLES", 4)
+    expected = batched(table, {name: foreign(own) for name, own in pair.items()})
+    for got, want in zip(batched(table, pair), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
+    assert pair["base"].read == 1 + 3 + 3, "the others read theirs on each of three rows"
+
+
+def test_a_run_that_leaves_a_batch_leaves_nothing(
+    table: hs.StepTable, pair: dict[str, Counting]
+) -> None:
+    batch, kept, left = hs.Batch(pair), begun(table), begun(table, 1)
+    for run in (kept, left):
+        batch.add(run)
+    batch.step()
+    batch.remove(left)
+    assert (kept.prompts.samples, left.prompts.samples) == (4, 0)
+    with mock.patch.object(pair["base"], "conv_out", None):
+        (served,) = batch.step()
+    assert served.error is not None and kept.prompts.samples == 0
 
 
 def test_a_graph_of_a_whole_run_holds_each_prompt_once_for_each_model(

@@ -13,8 +13,9 @@ In a server, `async for state in batch.run(run)` in every request does the same.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Iterator, Mapping, Sequence
-from typing import NamedTuple, cast
+from collections.abc import AsyncIterator, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -23,10 +24,14 @@ from headstart.call import Call
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.joint import Group, advance, is_joint
+from headstart.prompt import ahead
 from headstart.run import Run, State
 
 MOST_SAMPLES = 16
 """Samples in one call, guided ones counted twice; what a network's memory holds is its own."""
+KEPT_SAMPLES = 64
+"""Of so many samples at most, in all runs, what networks made of their prompts is kept between
+calls: 1.7 GB of SDXL in half precision. Runs that came first keep theirs until their end."""
 
 
 def doubling(most: int) -> Iterator[int]:
@@ -58,7 +63,8 @@ class Batch:
     A run is admitted and retired between rows. Those that wait longest go first, and with them all
     that ask the same network in the same shape and dtype, with the same adapters. Noise does not
     depend on the company, and results are those of the run alone up to the network's rounding in
-    another batch.
+    another batch. What a network makes of a run's prompt is made once and goes with the run, of up
+    to `KEPT_SAMPLES` samples in all.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Batch:
         self.denoisers, self.most = denoisers, most
         self.buckets, self.joint = sorted(buckets), joint
         self._waiting: dict[Run, None] = {}  # in the order of waiting
+        self._keeping: WeakSet[Run] = WeakSet()
         self._answers: dict[Run, asyncio.Future[State]] = {}
         self._driver: asyncio.Task[None] | None = None
 
@@ -97,6 +104,7 @@ class Batch:
     def remove(self, run: Run) -> None:
         """Cancel a run: it is asked no more. One that is not there is let be."""
         self._waiting.pop(run, None)
+        run.prompts.forget()
 
     def step(self) -> list[Served]:
         """One call of one network, and the row's step of every run in it; empty if none waits.
@@ -118,19 +126,22 @@ class Batch:
         run at its next row and disturbs nobody. Raises what ended the run.
         """
         loop = asyncio.get_running_loop()
-        while run.row is not None:
-            self._check_free(run, loop)
-            self.add(run)
-            answer = loop.create_future()
-            self._answers[run] = answer
-            if self._driver is None or self._driver.done():
-                self._driver = loop.create_task(self._drive())
-            try:
-                yield await answer
-            finally:
-                self.remove(run)
-                if self._answers.get(run) is answer:
-                    del self._answers[run]
+        try:
+            while run.row is not None:
+                self._check_free(run, loop)
+                self.add(run)
+                answer = loop.create_future()
+                self._answers[run] = answer
+                if self._driver is None or self._driver.done():
+                    self._driver = loop.create_task(self._drive())
+                try:
+                    yield await answer
+                finally:
+                    self._waiting.pop(run, None)
+                    if self._answers.get(run) is answer:
+                        del self._answers[run]
+        finally:
+            run.prompts.forget()
 
     def _check_free(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
         """Raise InputError for a run that somebody iterates, or a batch in another event loop."""
@@ -199,14 +210,29 @@ class Batch:
         try:
             with torch.no_grad():
                 f = _ask(self.denoisers[calls[0].model], calls, self._size(calls))
+                self._keep(run for run, _ in group)
                 together = self._joint(f) and is_joint(group)
                 made = advance(group, f) if together else _apart(group, f)
         except Exception as error:  # whatever the network raises is its requests' to hear
-            return [*gone, *(Served(run, None, error) for run, _ in group)]
+            made = [error] * len(group)
+        for (run, _), state in zip(group, made, strict=True):
+            if isinstance(state, Exception) or run.row is None:
+                run.prompts.forget()
         return [*gone] + [
             Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
             for (run, _), state in zip(group, made, strict=True)
         ]
+
+    def _keep(self, runs: Iterable[Run]) -> None:
+        """Let those that have just read their prompts keep them as long as there is room."""
+        kept = sum(run.prompts.samples for run in self._keeping)
+        for run in runs:
+            if run not in self._keeping and (samples := run.prompts.samples):
+                if kept + samples > KEPT_SAMPLES:
+                    run.prompts.forget()
+                    continue
+                kept += samples
+                self._keeping.add(run)
 
     def _size(self, calls: Sequence[Call]) -> int:
         """Samples that the network is given: the next bucket, so that few shapes are captured."""
@@ -231,11 +257,12 @@ def _kind(call: Call) -> Hashable:
 def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
     """F of all calls, one after the other; the network sees `size` samples, the last one again
     where there are fewer."""
-    x_in, timestep, cond = calls[0][3:]
-    if len(calls) > 1:
+    x_in, timestep, _ = calls[0][3:]
+    cond, *others = _told(network, calls)
+    if others:
         x_in = torch.cat([call.x_in for call in calls])
         timestep = torch.cat([call.timestep for call in calls])
-        cond = Conditioning.cat([call.cond for call in calls])
+        cond = Conditioning.cat([cond, *others])
     count = len(x_in)
     if count < size and isinstance(cond, Conditioning):
         more = torch.arange(size, device=x_in.device).clamp(max=count - 1)
@@ -248,6 +275,14 @@ def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
             f"its x_in {list(x_in.shape)}"
         )
     return f[:count]
+
+
+def _told(network: Denoiser, calls: Sequence[Call]) -> list[Any]:
+    """What the network is told in each call, with what it makes of the prompts, made once a run;
+    without, where it would not do so for all: it is called once."""
+    told = [ahead(network, call.cond) for call in calls]
+    names = {frozenset(cond.extra) for cond in told if isinstance(cond, Conditioning)}
+    return told if len(names) < 2 else [call.cond for call in calls]
 
 
 def _apart(group: Group, f: Tensor) -> list[State | Exception]:

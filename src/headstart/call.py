@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.by_level import told_by_row, told_parts
+from headstart.by_level import ByLevel, told_by_row, told_parts
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.table import Step, StepTable
+from headstart.prompt import Ahead, Prompts
 
 
 class Call(NamedTuple):
@@ -23,8 +24,9 @@ class Call(NamedTuple):
     sigma     the level of x
     x_in      c_in*x, [B, ...], or [2B, ...] where the row is guided: each sample twice
     timestep  [B] or [2B]: int64 where the row's is whole, else float32
-    cond      a Conditioning of B samples, or of 2B in the order (uncond, cond); what else the run
-              was given, untouched, or the pair (uncond, cond) of it
+    cond      a Conditioning of B samples, or of 2B in the order (uncond, cond), whose `extra` is
+              where a network keeps what it makes of the prompt (`headstart.prompt`); what else the
+              run was given, untouched, or the pair (uncond, cond) of it
     """
 
     step: int
@@ -49,10 +51,17 @@ def calls_of(
     strengths: Tensor | None,
     batch: int,
     device: torch.device,
+    prompts: Prompts,
 ) -> list[Asked]:
-    """What each row is `told`, with its timestep. Timesteps are made at once, each at a multiple of
-    32 bytes, to which compiled networks would else copy them."""
+    """What each row is `told`, with its timestep, and with `prompts` for what networks make of it.
+    Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
+    else copy them.
+
+    strengths  [rows, B, A] as `checked_strengths` gives them, wherever they are
+    """
     calls: list[Asked] = []
+    known: list[list[list[float]]] | None = None if strengths is None else strengths.tolist()  # pyright: ignore
+    strengths = None if strengths is None else strengths.to(device)
     for (whole, copies), group in groupby(
         table.steps, lambda step: (step.timestep.is_integer(), step.passes)
     ):
@@ -62,16 +71,43 @@ def calls_of(
         timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
         for timestep in timesteps:
             cond = told[len(calls)]
-            if strengths is not None and isinstance(cond, Conditioning):
-                own = strengths[len(calls)]
-                cond = replace(cond, strengths=torch.cat([own] * copies))
+            if isinstance(cond, Conditioning):
+                extra = Ahead(cond.extra, prompts)
+                if strengths is not None and known is not None:
+                    own = torch.cat([strengths[len(calls)]] * copies)
+                    columns = tuple(zip(*known[len(calls)] * copies, strict=True))
+                    extra = Ahead(cond.extra, prompts, own, columns)
+                    cond = replace(cond, strengths=own)
+                cond = replace(cond, extra=extra)
             calls.append(Asked(copies, timestep, cond))
     return calls
 
 
+def for_all(cond: object, batch: int) -> object:
+    """Each Conditioning for the whole batch. Raises InputError where parts differ in kind."""
+    parts = told_parts(cond)
+    kinds = {
+        (part.context.dtype, part.context.device) if isinstance(part, Conditioning) else None
+        for part in parts
+    }
+    if len(kinds) > 1:
+        told = " and ".join(
+            sorted("no Conditioning" if k is None else f"{k[0]} on {k[1]}" for k in kinds)
+        )
+        raise InputError(
+            f"cond: the parts of a ByLevel are of one kind, dtype and device, and these are {told}"
+        )
+    if None in kinds:
+        return cond
+    if isinstance(cond, ByLevel):
+        return cond.map(lambda part: part.expand(batch))
+    return cond.expand(batch) if isinstance(cond, Conditioning) else cond
+
+
 def checked_strengths(
-    strengths: Tensor | None, table: StepTable, cond: object, batch: int, device: torch.device
+    strengths: Tensor | None, table: StepTable, cond: object, batch: int
 ) -> Tensor | None:
+    """Those of a run [rows, B, A], in float32."""
     if strengths is None:
         return None
     strange = [part for part in told_parts(cond) if not isinstance(part, Conditioning)]
@@ -87,7 +123,20 @@ def checked_strengths(
         )
     if not bool(torch.isfinite(strengths).all()):
         raise InputError("strengths: expected finite numbers, got NaN or infinity")
-    return strengths.to(device=device, dtype=torch.float32)
+    return strengths.to(torch.float32)
+
+
+def steady_models(table: StepTable, by_row: Mapping[str, Tensor]) -> frozenset[str]:
+    """The models of a table whose rows are all alike, as far as the host knows: of tensors
+    [rows, ...] that are elsewhere it knows nothing."""
+    if any(t.device.type != "cpu" or len(t) != len(table) for t in by_row.values()):
+        return frozenset()
+    rows = {model: [n for n, s in enumerate(table) if s.model == model] for model in table.models}
+    return frozenset(
+        model
+        for model, own in rows.items()
+        if all(torch.equal(t[n], t[own[0]]) for t in by_row.values() for n in own)
+    )
 
 
 def told_rows(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:

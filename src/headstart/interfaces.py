@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Adapters(Protocol):
 
     columns  their names, in the order of `Conditioning.strengths`; changes: what they change
     parts    the modules whose tensors a call of `network` reads then, besides its own
+    acts_on  what they change of `layers` in a call with `cond`, equal while that is the same; None
+             where nothing says whether it is
     """
 
     @property
@@ -28,6 +30,8 @@ class Adapters(Protocol):
     def changes(self) -> object: ...
 
     def parts(self, network: object, /) -> tuple[object, ...]: ...
+
+    def acts_on(self, layers: Sequence[Any], cond: Conditioning, /) -> Hashable | None: ...
 
 
 @dataclass(frozen=True, slots=True)

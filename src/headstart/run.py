@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from headstart import fork
-from headstart.by_level import ByLevel, told_parts
-from headstart.call import Call, calls_of, checked_strengths, told_rows
+from headstart.by_level import told_parts
+from headstart.call import Call, calls_of, checked_strengths, for_all, told_rows
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, NoiseSource
 from headstart.noise import Given, keys_of
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import Step, StepTable
+from headstart.prompt import Prompts
 from headstart.watch import Check, Watch
 from headstart_kernels import Draw, LinearMap, Preview, Rows, Steps, scale_input
 
@@ -90,7 +91,7 @@ class Run:
         fork.check_threads()
         done = _rows_done(table, resume)
         batch = len(noise)
-        cond = _of_all(cond, batch)
+        cond = for_all(cond, batch)
         first = told_parts(cond)[0]
         if isinstance(first, Conditioning):
             self._dtype, device = first.context.dtype, first.context.device
@@ -99,12 +100,13 @@ class Run:
             # Of a tensor, because "cuda" is one of the devices of that name.
             place = device or ("cpu" if resume is None else resume.x.device)
             device = torch.empty(0, device=place).device
-        strengths = checked_strengths(strengths, table, cond, batch, device)
+        strengths = checked_strengths(strengths, table, cond, batch)
         told = told_rows(table, done, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
         picture = _checked_picture(picture, latent, device)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
-        self._calls = calls_of(table, told, strengths, batch, device)
+        self.prompts = Prompts()
+        self._calls = calls_of(table, told, strengths, batch, device, self.prompts)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._steps: Steps | None = None
         self._placed: Tensor | None = None
@@ -151,6 +153,7 @@ class Run:
         """What is asked now, the same until `advance`; None at the end."""
         index, calls = self._index, self._calls
         if index >= len(calls):
+            self.prompts.forget()
             return None
         if fork.forked:
             fork.check_threads()
@@ -292,27 +295,6 @@ def from_latent(table: StepTable, x: Tensor, sigma: float) -> State:
             "which a latent alone does not have: start at another row, or resume from a State"
         )
     return State(table.first + found - 1, x, x)
-
-
-def _of_all(cond: object, batch: int) -> object:
-    """Each Conditioning for the whole batch. Raises InputError where parts differ in kind."""
-    parts = told_parts(cond)
-    kinds = {
-        (part.context.dtype, part.context.device) if isinstance(part, Conditioning) else None
-        for part in parts
-    }
-    if len(kinds) > 1:
-        told = " and ".join(
-            sorted("no Conditioning" if k is None else f"{k[0]} on {k[1]}" for k in kinds)
-        )
-        raise InputError(
-            f"cond: the parts of a ByLevel are of one kind, dtype and device, and these are {told}"
-        )
-    if None in kinds:
-        return cond
-    if isinstance(cond, ByLevel):
-        return cond.map(lambda part: part.expand(batch))
-    return cond.expand(batch) if isinstance(cond, Conditioning) else cond
 
 
 def _rows_done(table: StepTable, resume: State | None) -> int:

@@ -17,7 +17,7 @@ from headstart.call import Call
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource, X0Denoiser
 from headstart.plan.table import Step, StepTable
-from headstart.prompt import Prompts
+from headstart.prompt import ahead
 from headstart.run import Run, State
 from headstart.watch import Check
 from headstart_kernels import LinearMap
@@ -94,7 +94,7 @@ def sample(
 def _loop(
     run: Run, denoisers: Mapping[str, Denoiser], before_row: Callable[[Step], None] | None
 ) -> Iterator[State]:
-    untracked, as_it_is, prompts = torch.no_grad(), nullcontext(), Prompts()
+    untracked, as_it_is = torch.no_grad(), nullcontext()
     while True:
         if before_row is not None and run.row is not None:
             before_row(run.row)
@@ -106,7 +106,7 @@ def _loop(
             if isinstance(network, X0Denoiser):
                 f = _asked_for_x0(run, network, call)
             else:
-                f = network(call.x_in, call.timestep, prompts.of(network, call.cond))
+                f = network(call.x_in, call.timestep, ahead(network, call.cond))
             del call  # the step makes the next x_in in its memory
             state = run.advance(f)
         yield state

@@ -170,7 +170,7 @@ def test_a_whole_run_takes_strengths_of_every_row_and_sample(stand: Stand, make:
         got = stand.trajectory()(table, cond, noise, by_row={"strengths": grid}, **asked)
         assert torch.equal(got.latents, expected[-1].x)
         seen.append(got.latents)
-    assert stand.site.captures == 1
+    assert stand.site.captures == 2, "strengths that change with the row are another graph"
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 

@@ -21,11 +21,13 @@ from headstart.adapters.host import Changes, Host, Leaf, acting
 from headstart.adapters.layers import Weights
 from headstart.adapters.merged import Merged
 from headstart.adapters.report import AdapterReport
+from headstart.adapters.share import Share, share_of
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.textual_inversion import Embedding
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import InputError
+from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
@@ -163,6 +165,11 @@ class Attached:
         for by_host in (*(self.slots.get(name, {}) for name in self.columns), self.merged):
             found += [part for host, part in by_host.items() if host.module is network]
         return tuple(found)
+
+    def acts_on(self, layers: Sequence[nn.Module], cond: Conditioning) -> Share | None:
+        """What is changed of these layers in a call with `cond`: the same while it is equal. None
+        where nothing says whether it is."""
+        return share_of(self.changes, self.columns, layers, cond)
 
     def all_parts(self) -> tuple[Slots | Merged, ...]:
         slots = [part for by_host in self.slots.values() for part in by_host.values()]

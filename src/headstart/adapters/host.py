@@ -26,7 +26,7 @@ from headstart.networks.regions import is_compiled
 from headstart.runner.capture import is_capturing
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class Changes:
     """What a set of adapters changes, by layer.
 

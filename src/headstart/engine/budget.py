@@ -178,6 +178,15 @@ def chunks(
     raise InputError(_refusal(shape, 1, one, free.decode or 0, device, "decoder"))
 
 
+def spare_bytes(
+    shape: Shape, values: Footprint, passes: int, free: Free, own: Chunks
+) -> int | None:
+    """What rows of these chunks leave, for what is kept of all samples from row to row; None where
+    nobody knows."""
+    budget, rows = _budget(free.networks, shape.state_bytes), passes * values.row_bytes(shape)
+    return None if budget is None else max(0, int(budget - own.networks * rows))
+
+
 def _budget(free: int | None, states: int) -> float | None:
     return None if free is None else SAFE_SHARE * free - states
 

@@ -96,7 +96,9 @@ class Course:
         rows = request.chunks.networks * (1 + request.guided)
         homes, denoisers = self.weights.homes, self.weights.denoisers
         networks = {
-            model: Chunked(homes.runner(open_runner(self.runner, denoisers[model]), model), rows)
+            model: Chunked(
+                homes.runner(open_runner(self.runner, denoisers[model]), model), rows, request.spare
+            )
             for model in table.models
         }
         noised = any(isinstance(method, ChangesConditioning) for method in methods)

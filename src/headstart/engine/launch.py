@@ -137,8 +137,6 @@ def _launches(course: Course, keep_x0: bool) -> Iterator[Outcome]:
     )
     noise = noise_for(request.methods, request.images, request.noise)
     strengths = request.strengths
-    if strengths is not None:
-        strengths = strengths.to(weights.device, torch.float32)
     chunk = request.chunks.networks
     for begin in range(0, len(noise), chunk):
         part = slice(begin, begin + chunk)

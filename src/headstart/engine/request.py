@@ -14,7 +14,7 @@ from headstart.diversify.effect import check_images, select_of, strengths_of, ta
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
 from headstart.engine.asks import OWN, Asks
-from headstart.engine.budget import Asked, Chunks, Free, Shape, check_texts_fit, chunks
+from headstart.engine.budget import Asked, Chunks, Free, Shape, check_texts_fit, chunks, spare_bytes
 from headstart.engine.given import Own, digests, has_time_ids, latent_of, noise_source, own_of
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -41,6 +41,7 @@ class Request:
     latent     [C, h, w] of one image
     acts       adapter -> its strength; strengths: of all live ones, [rows, images, adapters]
     methods    what is done for variety, in the order given
+    spare      bytes for what is kept of all samples from row to row, None where nobody knows
     """
 
     images: Images
@@ -57,6 +58,7 @@ class Request:
     acts: Mapping[str, Strength]
     strengths: Tensor | None
     methods: tuple[Method, ...]
+    spare: int | None = None
 
     @property
     def guided(self) -> bool:
@@ -109,6 +111,7 @@ def prepare(
     latent = (weights.latent_channels, height, width)
     noise = noise_source(own, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
+    fits, spare = _chunks(weights, shape, table, asks_for)
     return Request(
         images=images,
         words=words,
@@ -118,7 +121,8 @@ def prepare(
         noise=noise,
         size=pixels,
         table=table,
-        chunks=_chunks(weights, shape, table, asks_for),
+        chunks=fits,
+        spare=spare,
         latent=latent,
         adapters=attached,
         acts=acts,
@@ -127,17 +131,21 @@ def prepare(
     )
 
 
-def _chunks(weights: Pair, shape: Shape, table: StepTable, asked: Asked) -> Chunks:
-    """As many samples at once as memory holds, where anybody knows how much that is."""
+def _chunks(
+    weights: Pair, shape: Shape, table: StepTable, asked: Asked
+) -> tuple[Chunks, int | None]:
+    """As many samples at once as memory holds, where anybody knows how much that is; and what they
+    leave of it."""
     passes = 1 + any(step.guidance != 1.0 for step in table)
     if weights.footprint is None:
         most = min(asked.networks or shape.batch, shape.batch)
-        return Chunks(most, min(asked.decode or most, shape.batch), asked.bands or 1)
+        return Chunks(most, min(asked.decode or most, shape.batch), asked.bands or 1), None
     networks, pools = weights.homes.free(table.models)
     decode, _ = weights.homes.free(("vae",))
     free = Free(None if networks is None else networks + pools, decode)
     device = str(weights.homes.device("vae") or weights.device)
-    return chunks(shape, weights.footprint, passes, free, asked, device=device)
+    fits = chunks(shape, weights.footprint, passes, free, asked, device=device)
+    return fits, spare_bytes(shape, weights.footprint, passes, free, fits)
 
 
 def check_texts_memory(weights: Pair, request: Request, tokens: int) -> None:

@@ -13,22 +13,16 @@ class or a hook ends it: then every layer is called by itself.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.multiprocessing.reductions import StorageWeakRef
-
-from headstart.networks.packed import PackedLinear
-from headstart.networks.residency import StoredLinear
 
 Linears = Sequence[nn.Linear]
 Joint = tuple[Tensor, ...]
-_LINEARS = (nn.Linear, StoredLinear, PackedLinear)
 
 
 def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
@@ -60,27 +54,6 @@ def apart(layers: Linears, found: Tensor) -> Sequence[Tensor]:
     parts = found.split_with_sizes([rows * width for width in widths], dim=1)
     shapes = [(len(found), rows, width) for width in widths]
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
-
-def state_of(layers: Linears) -> tuple[Hashable, ...] | None:
-    """Where the weights of the layers are and how often torch saw them written to; None where that
-    does not say what a layer gives: one of another class, one with a hook or a method of its own,
-    weights made in inference mode, of which torch counts nothing."""
-    if not all(type(layer) in _LINEARS and not _is_hooked(layer) for layer in layers):
-        return None
-    tables = ((layer._parameters, layer._buffers) for layer in layers)
-    held = chain.from_iterable(own.values() for own in chain.from_iterable(tables))
-    found = [tensor for tensor in held if tensor is not None]
-    if any(tensor.is_inference() for tensor in found):
-        return None
-    storages = [tensor.untyped_storage() for tensor in found]
-    there = {storage._cdata: storage for storage in storages}
-    written = (
-        (storage._cdata, tensor.storage_offset(), tensor._version)
-        for tensor, storage in zip(found, storages, strict=True)
-    )
-    # While a weak reference to a storage is kept, no other has its address.
-    return *written, *map(StorageWeakRef, there.values())
 
 
 def join(layers: Linears) -> None:

@@ -12,29 +12,47 @@ import torch
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
-from headstart.prompt import ReadsPrompt, prompt_key
+from headstart.prompt import ReadsPrompt, ahead, prompt_key
 from headstart.runner.runner import Runner
 
 
 class Chunked(NamedTuple):
-    """A denoiser that gives its network at most `rows` samples at a time."""
+    """A denoiser that gives its network at most `rows` samples at a time.
+
+    spare  bytes that what the network makes of the prompts of more samples may take, for all rows;
+           None for as many as it likes
+    """
 
     network: Runner
     rows: int
+    spare: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
         return self.network.dtype
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        cond = ahead(self, cond)
         if len(x_in) <= self.rows:
             return self.network(x_in, timestep, cond)
-        parts = [slice(i, i + self.rows) for i in range(0, len(x_in), self.rows)]
+        parts = self._parts(len(x_in))
         return torch.cat([self.network(x_in[p], timestep[p], cond[p]) for p in parts])
 
     def prompt_key(self, cond: Conditioning) -> Hashable | None:
-        """None for more samples than are in the network at once: memory is planned for those."""
-        return prompt_key(self.network, cond) if len(cond) <= self.rows else None
+        return prompt_key(self.network, cond)
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
-        return cast("ReadsPrompt", self.network).read_prompt(cond)
+        """As its network does in the same parts; nothing where all would take more than there is
+        room for: memory is planned for the samples that are in the network at once."""
+        network, parts = cast("ReadsPrompt", self.network), self._parts(len(cond))
+        if len(parts) == 1:
+            return network.read_prompt(cond)
+        first = network.read_prompt(cond[parts[0]])
+        size = sum(tensor.nbytes for tensor in first.values())
+        if self.spare is not None and size * (len(parts) - 1) > self.spare:
+            return {}
+        made = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
+        return {name: torch.cat([own[name] for own in made]) for name in first}
+
+    def _parts(self, count: int) -> list[slice]:
+        return [slice(i, i + self.rows) for i in range(0, count, self.rows)]

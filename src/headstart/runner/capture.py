@@ -282,13 +282,11 @@ class Site:
         """Run the body; inputs, and what state its networks keep, are left as they were found."""
         state = [(tensor, tensor.clone()) for tensor in buffers_of(program.networks)]
         state += [(buffer, inputs[name]) for name, buffer in buffers.items()]
-        for tensor, before in state:
-            tensor.copy_(before)
+        _put_back(state)
         for _ in range(self.warmups):
             with _capturing(), _TRYING:
                 program.body(buffers)
-            for tensor, before in state:
-                tensor.copy_(before)
+            _put_back(state)
 
     def _drop(self, keys: Sequence[_Key]) -> None:
         if not keys:
@@ -360,6 +358,15 @@ class _Trying:
 
 
 _TRYING = _Trying()
+
+
+def _put_back(state: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Give tensors the values from before. Whoever asks torch whether they were written to is to
+    hear nothing of it: they are what they were."""
+    own = tuple(tensor for tensor, _ in state if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(own):  # pyright: ignore
+        for tensor, before in state:
+            tensor.copy_(before)
 
 
 def _signature(inputs: Tensors) -> tuple[Hashable, ...]:

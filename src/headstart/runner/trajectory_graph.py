@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from headstart.by_level import ByLevel
+from headstart.call import steady_models
 from headstart.errors import InputError
 from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
 from headstart.networks.fusion import setting
@@ -104,7 +105,9 @@ class TrajectoryGraph:
                  packed tokens [L, C]. The codec gives pixels [B, 3, H, W], and a preview needs
                  [C, h, w]
         uncond   for rows with guidance other than 1
-        by_row   fields of the conditioning that change with the row, [S, B, ...] each
+        by_row   fields of the conditioning that change with the row, [S, B, ...] each, on a CPU or
+                 where the run is. Of those on a CPU it is seen where all rows of a model are alike:
+                 then they share what it makes of its prompt, in a graph of their own
         check    wait for the device at the end, and raise InputError for NaN or infinity, naming
                  row, model and samples. Without it nothing waits at all
 
@@ -139,14 +142,15 @@ class TrajectoryGraph:
             )
         adapters = {name: adapters_of(n, cond) for name, n in self.denoisers.items()}
         asked = _Request(
-            self, table, tuple(shape), len(noise), uncond is not None, keep_x0, adapters
-        )
+            self, table, tuple(shape), len(noise), uncond is not None, keep_x0, adapters,
+            steady_models(table, by_row or {}),
+        )  # fmt: skip
         return asked.program(), asked.inputs(cond, uncond, noise, by_row or {})
 
 
 @dataclass(frozen=True, slots=True)
 class _Request:
-    """One call, checked; `body` is what is captured."""
+    """One call, checked; `body` is what is captured. `steady`: models whose rows are all alike."""
 
     graph: TrajectoryGraph
     table: StepTable
@@ -155,6 +159,7 @@ class _Request:
     has_uncond: bool
     keep_x0: bool
     adapters: Mapping[str, Adapters | None]
+    steady: frozenset[str]
     rows: tuple[Row, ...] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -208,6 +213,7 @@ class _Request:
         ]
         columns = tuple(None if own is None else own.columns for own in adapters)
         key = (self.rows, self.shape, self.graph.codec_dtype, self.keep_x0, setting(), columns)
+        key = *key, self.steady
         networks = (*networks, self.graph.codec, *parts)
         return Program("the trajectory", self.body, networks, key)
 
@@ -244,7 +250,7 @@ class _Request:
                     f"by_row[{name!r}]: expected [{len(table)}, {self.batch}, ...], a value for "
                     f"each row and sample, got {list(column.shape)}"
                 )
-            tensors[_ROW + name] = column
+            tensors[_ROW + name] = column.to(device)
         return tensors
 
     def _noise(self, noise: NoiseSource, device: torch.device) -> Tensors:
@@ -272,11 +278,17 @@ class _Request:
         sound = finite_flags((len(self.rows) * self.batch, *x.shape[1:]), x.device)
         sound = sound.view(len(self.rows), self.batch, -1)
         told, prompts = dict[Hashable, Conditioning](), Prompts()
+        changes = dict[Hashable, Tensors]()
         for number, row in enumerate(self.rows):
-            key = row.guided, x_in.dtype
+            key, own = (row.guided, x_in.dtype), (row.guided, row.model)
             if key not in told:  # the same for all rows alike, so that it is read once
                 told[key] = self._told(row, x_in, inputs)
-            f = self._predict(row, x_in, told[key], prompts, inputs)
+            if own not in changes or row.model not in self.steady:
+                changes[own] = self._changes(row, inputs)
+            cond: Conditioning = replace(
+                told[key], **changes[own], adapters=self.adapters[row.model]
+            )
+            f = self._predict(row, x_in, cond, prompts, inputs)
             f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
             following, x0 = self._next_input(number, x), torch.empty_like(x)
             ops.fused_step_into(
@@ -320,10 +332,9 @@ class _Request:
             cond = Conditioning.cat((unnamed(inputs, "uncond."), cond))
         return cond if cond.context.dtype == x_in.dtype else cond.to(x_in.device, x_in.dtype)
 
-    def _predict(
-        self, row: Row, x_in: Tensor, cond: Conditioning, prompts: Prompts, inputs: Tensors
-    ) -> Tensor:
-        network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
+    def _changes(self, row: Row, inputs: Tensors) -> dict[str, Tensor]:
+        """What changes with the row, for this one and those that are told the same."""
+        step = inputs["step"].view(1)
         changes = {
             name.removeprefix(_ROW): column.index_select(0, step)[0]
             for name, column in inputs.items()
@@ -331,9 +342,14 @@ class _Request:
         }
         if row.guided:
             changes = {name: torch.cat((value, value)) for name, value in changes.items()}
+        return changes
+
+    def _predict(
+        self, row: Row, x_in: Tensor, cond: Conditioning, prompts: Prompts, inputs: Tensors
+    ) -> Tensor:
+        network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
         timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))
         timestep = timestep.to(torch.int64) if row.whole else timestep.contiguous()
-        cond = replace(cond, **changes, adapters=self.adapters[row.model])
         return network(x_in, timestep, prompts.of(network, cond))
 
     def _first_input(self, x: Tensor, table: Tensor, step: Tensor) -> Tensor:

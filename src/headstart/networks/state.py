@@ -1,0 +1,198 @@
+"""What linear layers give of one input, as a key: they give the same while it is equal.
+
+    weights   where each is, and how often torch saw it written to
+    adapters  which hooks of theirs there are; what those do is for the adapters to say
+
+Looked at before every row, 140 layers of SDXL at a time: so tables of modules are read, and lists
+of numbers compared.
+"""
+
+# The tables of an nn.Module and the identity of a storage are private.
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Hashable, Iterable, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from operator import itemgetter
+from typing import Any, NamedTuple, cast, final
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from headstart.interfaces import Adapters, Conditioning
+from headstart.networks.fusion import setting
+from headstart.networks.packed import PackedLinear
+from headstart.networks.regions import Instead
+from headstart.networks.residency import StoredLinear
+
+_LINEARS = frozenset({nn.Linear, StoredLinear, PackedLinear})
+_TENSORS = frozenset({Tensor, nn.Parameter})
+_BEFORE, _AFTER = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
+_WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
+_is_gone = cast("Callable[[int], bool]", vars(torch._C.StorageBase)["_expired"].__func__)
+_version = cast("Callable[[Tensor], int]", vars(torch._C.TensorBase)["_version"].__get__)
+
+
+class Written(NamedTuple):
+    """Where tensors are, and how often torch saw each written to."""
+
+    places: tuple[int, ...]
+    versions: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Written | None:
+        """None for tensors made in inference mode, of which torch counts nothing; and for those
+        that record gradients, which are of one row."""
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+            return None
+        known = _TENSORS.issuperset(map(type, tensors))  # others may have no address, as fakes
+        try:
+            versions = (*map(_version, tensors),)
+        except RuntimeError:
+            return None
+        return cls((*map(Tensor.data_ptr if known else _place, tensors),), versions)
+
+
+class State(NamedTuple):
+    """Of layers.
+
+    hooks     the numbers of adapters' hooks, and what stands for layers' `forward`; () for none
+    storages  while weak references to them are kept, no others have their addresses
+    """
+
+    hooks: tuple[object, ...]
+    weights: Written
+    storages: tuple[StorageWeakRef, ...]
+
+
+class _Tables(NamedTuple):
+    """Of layers, as their modules have them."""
+
+    layers: Sequence[nn.Linear]
+    own: tuple[dict[str, Any], ...]
+    parameters: tuple[dict[str, Tensor | None], ...]
+    buffers: tuple[dict[str, Tensor | None], ...]
+
+    @classmethod
+    def of(cls, layers: Sequence[nn.Linear]) -> _Tables:
+        own = (*map(vars, layers),)
+        return cls(layers, own, *zip(*map(itemgetter("_parameters", "_buffers"), own), strict=True))
+
+
+class _Storages(NamedTuple):
+    places: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+    refs: tuple[StorageWeakRef, ...] = ()
+
+
+@final
+class Watch:
+    """The state of some layers, and what of it takes longest to find, for the next look.
+
+    A copy has seen nothing. Threads may look at once: each thing seen is replaced as a whole.
+    """
+
+    def __init__(self) -> None:
+        self._tables: _Tables | None = None
+        self._hooks: tuple[object, ...] = ()
+        self._storages = _Storages()
+
+    def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
+        return Watch, ()
+
+    def state(self, layers: Sequence[nn.Linear]) -> State | None:
+        """None where it does not say what a layer gives: one of another class, one with a hook or a
+        method of its own that is no adapter's, and where `Written.of` is None."""
+        if not layers or not _LINEARS.issuperset(map(type, layers)):
+            return None
+        tables = self._tables
+        if tables is None or tables.layers != layers:
+            tables = self._tables = _Tables.of(layers)
+        hooks = self._hooks_of(tables)
+        if hooks is None:
+            return None
+        try:
+            tensors = [*map(_WEIGHT, tables.parameters)]
+        except KeyError:  # it was taken away, and is made by somebody at every call
+            return None
+        tensors += [bias for bias in map(_BIAS, tables.parameters) if bias is not None]
+        if any(tables.buffers):
+            tensors += [t for own in tables.buffers for t in own.values() if t is not None]
+        weights = Written.of(tensors)
+        return None if weights is None else State(hooks, weights, self._refs(weights, tensors))
+
+    def _hooks_of(self, tables: _Tables) -> tuple[object, ...] | None:
+        """Each hook has a number that is given once, so what was found of them holds."""
+        ways = [own["forward"] for own in tables.own if "forward" in own]
+        if any(map(_BEFORE, tables.own)) or not all(map(_in_key, ways)):
+            return None
+        found = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, ways)
+        if found and found != self._hooks:
+            if not all(map(_is_adapters, tables.layers, tables.own)):
+                return None
+            self._hooks = found
+        return found
+
+    def _refs(self, weights: Written, tensors: Iterable[Tensor]) -> tuple[StorageWeakRef, ...]:
+        """What is at the same address is in the same storage, if that is not gone."""
+        seen = self._storages
+        if seen.places != weights.places or any(map(_is_gone, seen.numbers)):
+            found = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)}
+            refs = (*map(StorageWeakRef, found.values()),)
+            seen = self._storages = _Storages(weights.places, (*found,), refs)
+        return seen.refs
+
+    def key(
+        self, network: nn.Module, layers: Sequence[nn.Linear], cond: Conditioning
+    ) -> tuple[Hashable, ...] | None:
+        """What `layers` of the network give in a call with `cond`, besides what they read; None
+        where nothing says when it changes."""
+        entries = _hooks(network, "_forward_pre_hooks")
+        if not all(map(_in_key, entries)):
+            return None
+        state = self.state(layers)
+        if state is None or not state.hooks:
+            return state
+        if cond.adapters is None and len(entries) != 1:  # of which engine, the call finds out
+            return None
+        adapters, standing = cond.adapters, vars(network).get("standing_adapters")
+        if adapters is None and standing is not None:
+            adapters = cast("Adapters", standing())
+        share = None if adapters is None else adapters.acts_on(layers, cond)
+        return None if share is None else (state, share, setting())
+
+
+@contextmanager
+def calling(network: nn.Module, cond: Conditioning) -> Generator[None]:
+    """Inside, adapters act on the layers of the network as in its call with `cond`."""
+    try:
+        for hook in filter(_in_key, _hooks(network, "_forward_pre_hooks")):
+            hook(network, (cond.context, None, cond), {})
+        yield
+    finally:
+        for hook in filter(_in_key, _hooks(network, "_forward_hooks")):
+            hook(network, (), None)
+
+
+def _hooks(network: nn.Module, table: str) -> list[Any]:
+    return [*vars(network)[table].values()]
+
+
+def _is_adapters(layer: nn.Linear, own: dict[str, Any]) -> bool:
+    forward = own.get("forward", layer.forward)
+    while isinstance(forward, Instead) and _in_key(forward):
+        forward = forward.under
+    own_forward = getattr(forward, "__func__", None) is type(layer).forward
+    return own_forward and all(map(_in_key, own["_forward_hooks"].values()))
+
+
+def _in_key(hook: object) -> bool:
+    return getattr(hook, "in_key", False)
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata + tensor.storage_offset()
