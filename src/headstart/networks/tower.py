@@ -2,7 +2,7 @@
 
 x     = token + position            token = table[id], or learned[-1 - id] where id < 0
 x'    = x + out(attention(q, k, v of norm1(x)))        each place sees itself and those before it
-x''   = x' + fc2(act(fc1(norm2(x'))))                  one layer; hidden state i is what layer i made
+x''   = x' + fc2(act(fc1(norm2(x'))))                  a layer; hidden state i is what layer i made
 context = the hidden state that the family reads       pooled = P @ normed[argmax(ids)]  (SDXL)
 
 arXiv:2103.00020, section 2.4, with the names of the released files; learned vectors are textual
