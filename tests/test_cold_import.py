@@ -13,6 +13,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / room) for room in ("src", "kernels", "weights")]
 HEAVY = ("torch", "transformers", "triton", "diffusers", "PIL", "safetensors")
+PICTURE = {
+    *("headstart", "headstart_kernels", "headstart_weights", "einops", "tokenizers", "PIL", "tqdm"),
+    *("torch", "torchgen", "numpy", "typing_extensions"),
+}
+"""What a picture takes; `import torch` alone loads those of the second line and tqdm."""
+NOT_OF_TORCH = ("torch._dynamo", "torch._inductor", "torch.distributed.tensor")
+"""What torch imports when it is first used, a second and more for each of the first two."""
 
 DRIVER = """
 import json, runpy, sys
@@ -99,6 +106,24 @@ def test_the_command_answers_without_torch(arguments: list[str]) -> None:
 def test_a_torch_bearing_name_is_imported_on_first_use() -> None:
     loaded, _ = loaded_after("import headstart; headstart.Conditioning")
     assert "torch" in loaded
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", "a fox", "--out", "fox"],
+        ["compare", "a fox", "--seeds", "0", "--rounds", "1", "--out", "fox.png"],
+    ],
+)
+def test_a_picture_of_the_bundled_pair_loads_torch_and_little_else(
+    arguments: list[str], tmp_path: Path
+) -> None:
+    bare, _ = loaded_after("import multiprocessing")
+    arguments = [*arguments[:-1], str(tmp_path / arguments[-1]), "--device", "cpu"]
+    loaded, _ = loaded_after(COMMAND.format(arguments=arguments))
+    tops = {name.partition(".")[0] for name in loaded - bare}
+    assert tops - set(sys.stdlib_module_names) <= PICTURE
+    assert not set(NOT_OF_TORCH) & loaded
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

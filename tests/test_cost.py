@@ -332,7 +332,7 @@ def test_an_encoder_is_counted_once_a_text(small: Sizes) -> None:
     one, two = (text_pass((first,), texts) for texts in (1, 2))
     assert Tally.of(two).flops == 2 * Tally.of(one).flops
     layer = 2 * 77 * (4 * 768 * 768 + 2 * 768 * 3072) + 4 * 77 * 77 * 768
-    assert Tally.of(one).flops == 12 * layer
+    assert Tally.of(one).flops == 11 * layer, "the last of its 12 layers is never read"
 
 
 def _estimate(small: Sizes, params: UNetParams = PARAMS) -> Estimate:

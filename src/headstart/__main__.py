@@ -2,6 +2,6 @@
 
 import sys
 
-from headstart.cli import main
+from headstart.cli import run
 
-sys.exit(main())
+sys.exit(run())

@@ -18,6 +18,7 @@ import headstart
 from headstart.commands.arguments import Command, Parser
 from headstart.commands.console import (
     Terminated,
+    alone,
     drop_output,
     ended_by_sigterm,
     fail,
@@ -53,6 +54,12 @@ def build_parser(names: Sequence[str] = NAMES) -> Parser:
 def load(name: str) -> Command:
     """The command called `name`, one of NAMES."""
     return cast(Command, getattr(import_module(f"headstart.commands.{name}"), name.upper()))
+
+
+def run() -> int:
+    """`main`, in a process that does nothing else."""
+    with alone():
+        return main()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

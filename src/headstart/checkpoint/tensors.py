@@ -82,7 +82,7 @@ class Checkpoint:
         *,
         ema: averages.Ema = None,
     ) -> None:
-        self._held = Mapped(files)
+        self._held = Mapped.of(files)
         self.files = self._held.files
         self.metadata = self._held.metadata
         self.config: Mapping[str, object] = config or {}
@@ -97,8 +97,9 @@ class Checkpoint:
         if ema:
             for name, copy in averages.copies(where, self._entries).items():
                 self._entries[name], self._stored[name] = self._entries[copy], copy
-        self._contents: dict[PartName, _Contents] | None = None
-        self._split: dict[str, dict[str, str]] | None = None
+        inside = self._held.made.setdefault(bool(ema), _Inside())
+        assert isinstance(inside, _Inside)
+        self._inside = inside
 
     @classmethod
     def open(
@@ -177,7 +178,7 @@ class Checkpoint:
 
     def parts(self) -> dict[PartName, Part]:
         """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        if (inside := self._contents) is None:
+        if (inside := self._inside.contents) is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
             inside = dict[PartName, _Contents]()
@@ -186,7 +187,7 @@ class Checkpoint:
                     inside[name] = _contents(self, name, found[name], strays)
             # Parts are made anew: one kept here would hold this object, and so the mapped files,
             # until Python's cycle collector comes by, long after the last tensor is gone.
-            self._contents = inside
+            self._inside.contents = inside
         return {name: Part(self, name, *own) for name, own in inside.items()}
 
     def split(self) -> dict[str, dict[str, str]]:
@@ -194,12 +195,12 @@ class Checkpoint:
 
         Raises CheckpointError where a network lies in the file twice.
         """
-        if self._split is None:
+        if self._inside.split is None:
             try:
-                self._split = contents.split(self._entries)
+                self._inside.split = contents.split(self._entries)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.files[0]}: {error}") from error
-        return self._split
+        return self._inside.split
 
     def numbers(self, name: str) -> FloatArray:
         """A small tensor of floating point, as float64 numpy; needs no torch."""
@@ -299,6 +300,14 @@ class _Contents(NamedTuple):
     shapes: dict[str, tuple[int, ...]]
     strays: tuple[str, ...]
     prefixed: bool
+
+
+@dataclass(slots=True)
+class _Inside:
+    """What is made of the names, when it is first asked for."""
+
+    split: dict[str, dict[str, str]] | None = None
+    contents: dict[PartName, _Contents] | None = None
 
 
 def _contents(

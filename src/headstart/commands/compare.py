@@ -28,9 +28,6 @@ from headstart.plan.request import pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"
 DEFAULT_SEEDS = "0-15"
-DEMO_ROUNDS = 3
-"""One run of the bundled base takes about 3 s; on a busy machine one run alone is 7 to 13 times the
-hybrid's, the median of three much less spread."""
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -43,7 +40,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rounds",
         type=count,
-        help="times each plan runs, for the median of seconds; own weights: 1",
+        metavar="N",
+        help="times each plan runs, for the median of seconds; default: until its runs took a "
+        "second together, once at least and three times at most",
     )
     add_features(parser)
     add_diversify(parser, "each is one more row, on the distilled plan")
@@ -65,7 +64,6 @@ def _run(args: argparse.Namespace) -> int:
             "compare needs --preset with these weights: one of those that `headstart presets` lists"
         )
     methods = read_diversify(args, apart=True)
-    rounds = (DEMO_ROUNDS if demo else 1) if args.rounds is None else args.rounds
     _check_levels(prompt)
     engine = open_engine(args, [prompt])
 
@@ -80,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         note(told)
     tables = compare_tables(engine, preset=args.preset, steps=args.steps, handoff=args.handoff)
     steps = sum(map(len, tables.values())) + len(methods) * len(tables["distilled"])
-    with progress(rounds * steps, "sampling") as bar:
+    with progress((args.rounds or 1) * steps, "sampling") as bar:
         found = compare(
             engine,
             prompt,
@@ -88,7 +86,7 @@ def _run(args: argparse.Namespace) -> int:
             judge,
             tables=tables,
             methods=methods,
-            rounds=rounds,
+            rounds=args.rounds,
             on_step=RowBar(bar),
         )
     write_file(args.out, encode_png(sheet_of(found)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -9,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
 
 if TYPE_CHECKING:
@@ -43,6 +45,39 @@ def ended_by_sigterm() -> Generator[None]:
 def _terminate(*_: object) -> NoReturn:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     raise Terminated
+
+
+_ALONE: ContextVar[bool] = ContextVar("headstart_alone", default=False)
+
+
+@contextmanager
+def alone() -> Generator[None]:
+    """Inside, a command is all that this process does; then it ends.
+
+    Python's cycle collector walks through all that torch and the networks are when it is imported,
+    afterwards and once more at the end: half of the 1.6 s of CPU that `import torch` takes (one
+    Zen 4 core; 1.1 s without). What was loaded stays to the end, so here it looks at it never.
+    """
+    token = _ALONE.set(True)
+    try:
+        yield
+    finally:
+        _ALONE.reset(token)
+        gc.freeze()
+
+
+@contextmanager
+def loading() -> Generator[None]:
+    """Inside, modules are imported and networks made, which stay: no cycle collector runs."""
+    running = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if _ALONE.get():
+            gc.freeze()
+        if running:
+            gc.enable()
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import read_device, read_predictions, read_size, uses_bundled
-from headstart.commands.console import note, progress
+from headstart.commands.console import loading, note, progress
 from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
 
@@ -36,7 +36,7 @@ def open_engine(
     """
     args.plan_size = largest or read_size(getattr(args, "size", None))
     wanted = [parse_adapter(text) for text in args.lora]
-    with progress(None, "loading weights"):
+    with loading(), progress(None, "loading weights"):
         engine = _load(args)
         reports = [
             engine.attach(

@@ -31,6 +31,10 @@ from headstart.sampler import State
 from headstart.spaces.extractor import Distance, Extractor, Judge
 
 PLANS = ("base", "distilled", "hybrid", "skip-first")
+MIN_RUN_S, MOST_ROUNDS = 1.0, 3
+"""A plan runs again until its runs took so many seconds together, at most so often: the rule of
+`torch.utils.benchmark.Timer.blocked_autorange(min_run_time=)`. What is short is noisy, and costs
+little to repeat: the bundled base takes once as long as the three others do three times."""
 
 
 class Variety(NamedTuple):
@@ -63,6 +67,8 @@ class Outcome:
     name: str
     passes: int
     latency_s: float
+    """The median of `rounds` runs."""
+    rounds: int
     images: NDArray[np.uint8]
     spaces: dict[str, Variety]
     score: float | None
@@ -77,6 +83,7 @@ class Outcome:
             "name": self.name,
             "passes": self.passes,
             "latency_s": round(self.latency_s, 4),
+            "rounds": self.rounds,
             "images": len(self.images),
             **self.variety.to_json(),
             "score": None if self.score is None else round(self.score, 4),
@@ -90,8 +97,6 @@ class Comparison:
 
     prompt: str
     seeds: tuple[int, ...]
-    rounds: int
-    """How often each plan ran, in turns; seconds are medians."""
     outcomes: tuple[Outcome, ...]
     spaces: tuple[str, ...]
     """Extractors, the one of `diversity` first."""
@@ -105,7 +110,6 @@ class Comparison:
         return {
             "prompt": self.prompt,
             "seeds": list(self.seeds),
-            "rounds": self.rounds,
             "sheet": sheet,
             "extractor": self.spaces[0],
             "spaces": list(self.spaces),
@@ -117,7 +121,7 @@ class Comparison:
     def __str__(self) -> str:
         """The table for a terminal."""
         wide = max(12, *(len(outcome.name) + 2 for outcome in self.outcomes))
-        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'diversity':>11}{'95 %':>16}"
+        head = f"{'plan':<{wide}}{'passes':>8}{'seconds':>9}{'':4}{'diversity':>11}{'95 %':>16}"
         head += "".join(f"{word_of(space):>11}{'95 %':>16}" for space in self.spaces[1:])
         head += f"{'Vendi':>8}{'score':>8}"
         return "\n".join([head, *(_line(outcome, wide) for outcome in self.outcomes)])
@@ -150,19 +154,21 @@ def compare(
     *,
     tables: dict[str, StepTable] | None = None,
     methods: Sequence[Method] = (),
-    rounds: int = 1,
+    rounds: int | None = None,
     on_step: Callable[[State], object] | None = None,
 ) -> Comparison:
-    """Sample `prompt` with the same seeds by each plan, in turns, `rounds` times over.
+    """Sample `prompt` with the same seeds by each plan, in turns.
 
     methods   each a row of its own, on the distilled plan
+    rounds    how often each plan runs; None: until its runs took MIN_RUN_S together, once at least
+              and MOST_ROUNDS times at most
 
-    Seconds are the median over the rounds of the wall time of text, rows and decoding together, for
-    all images, after one run of the hybrid and one guided row that are not counted: the first calls
-    of a network also pay for memory and code that later ones find ready. The images are those of
-    the last round. Raises InputError for fewer than one round.
+    Seconds are the median over a plan's runs of the wall time of text, rows and decoding together,
+    for all images, after one run of the hybrid and one guided row that are not counted: the first
+    calls of a network also pay for memory and code that later ones find ready. The images are those
+    of the last run. Raises InputError for fewer than one round.
     """
-    if rounds < 1:
+    if rounds is not None and rounds < 1:
         raise InputError(f"rounds: expected at least 1, got {rounds}")
     tables = tables or compare_tables(engine)
     runs: dict[str, tuple[StepTable, tuple[Method, ...]]] = {n: (t, ()) for n, t in tables.items()}
@@ -173,8 +179,9 @@ def compare(
     images: dict[str, NDArray[np.uint8]] = {}
     passes: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (table, ways) in runs.items():
+    while again := [name for name in runs if _again(seconds[name], rounds)]:
+        for name in again:
+            table, ways = runs[name]
             start = time.perf_counter()
             trajectory = engine.sample(
                 prompt, plan=table, seeds=seeds, diversify=ways, on_step=on_step
@@ -183,19 +190,24 @@ def compare(
             seconds[name].append(time.perf_counter() - start)
             passes[name] = trajectory.passes
     outcomes = [
-        _judged(name, passes[name], statistics.median(seconds[name]), images[name], prompt, judge)
-        for name in runs
+        _judged(name, passes[name], seconds[name], images[name], prompt, judge) for name in runs
     ]
     return Comparison(
         prompt=prompt,
         seeds=tuple(seeds),
-        rounds=rounds,
         outcomes=tuple(outcomes),
         spaces=tuple(space.name for space in judge.spaces),
         setting=_setting(engine),
         distances=tuple(space.distance for space in judge.spaces),
         scored_by=judge.scored_by,
     )
+
+
+def _again(seconds: Sequence[float], rounds: int | None) -> bool:
+    """Whether a plan runs once more, after runs of so many seconds."""
+    if rounds is not None:
+        return len(seconds) < rounds
+    return not seconds or (len(seconds) < MOST_ROUNDS and sum(seconds) < MIN_RUN_S)
 
 
 def sheet_of(comparison: Comparison) -> Image.Image:
@@ -230,13 +242,14 @@ def footer_of(comparison: Comparison) -> str:
     chosen = "".join(f" · {name}: images of the seeds that it chose" for name in chose)
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
-        f"{_medians(comparison.rounds)} · diversity: mean pairwise {main} distance of {first} "
+        f"{_medians(comparison.outcomes)} · diversity: mean pairwise {main} distance of {first} "
         f"features{further}{scores}{chosen} · {comparison.setting}"
     )
 
 
-def _medians(rounds: int) -> str:
-    return f", median of {rounds} interleaved runs" if rounds > 1 else ""
+def _medians(outcomes: Sequence[Outcome]) -> str:
+    most = max(outcome.rounds for outcome in outcomes)
+    return f", x{most}: median of {most} interleaved runs" if most > 1 else ""
 
 
 def _warm_up(
@@ -247,13 +260,19 @@ def _warm_up(
 
 
 def _judged(
-    name: str, passes: int, seconds: float, rgb: NDArray[np.uint8], prompt: str, judge: Judge
+    name: str,
+    passes: int,
+    seconds: Sequence[float],
+    rgb: NDArray[np.uint8],
+    prompt: str,
+    judge: Judge,
 ) -> Outcome:
     scores = None if judge.score is None else judge.score(rgb, [shown(prompt)] * len(rgb))
     return Outcome(
         name=name,
         passes=passes,
-        latency_s=seconds,
+        latency_s=statistics.median(seconds),
+        rounds=len(seconds),
         images=rgb,
         spaces={space.name: Variety.of(rgb, space) for space in judge.spaces},
         score=None if scores is None else float(scores.mean()),
@@ -261,7 +280,7 @@ def _judged(
 
 
 def _sheet_row(outcome: Outcome, highest: float) -> Row:
-    notes = [f"{outcome.passes} passes · {outcome.latency_s:.2f} s"]
+    notes = [f"{outcome.passes} passes · {outcome.latency_s:.2f} s x{outcome.rounds}"]
     bar = None
     found = outcome.variety.diversity
     if found is not None:
@@ -288,7 +307,8 @@ def _line(outcome: Outcome, wide: int) -> str:
     score = outcome.score
     varied = "".join(_interval(found.diversity) for found in outcome.spaces.values())
     return (
-        f"{outcome.name:<{wide}}{outcome.passes:>8}{outcome.latency_s:>9.2f}{varied}"
+        f"{outcome.name:<{wide}}{outcome.passes:>8}{outcome.latency_s:>9.2f}"
+        f"{f' x{outcome.rounds}':<4}{varied}"
         f"{outcome.variety.vendi:>8.2f}{'-' if score is None else f'{score:.2f}':>8}"
     )
 

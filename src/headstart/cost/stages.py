@@ -146,7 +146,6 @@ def text_pass(
     found: list[Operator] = []
     for params, rule in encoders:
         tower = _built(lambda p=params, r=rule: Tower(p, r), dtype)
-        tower.reset_positions(_CARD)
         ids = _empty(texts, params.positions, dtype=torch.int64)
         found += count(lambda t=tower, i=ids: t(i))
     return tuple(found)

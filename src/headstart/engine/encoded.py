@@ -131,7 +131,7 @@ class EncodedTexts:
             acting += own["_forward_hooks"].values()
             if "forward" in own:
                 acting.append(own["forward"])
-        return not all(getattr(one, "in_key", False) or _only_listens(one) for one in acting)
+        return not all(getattr(one, "in_key", False) for one in acting)
 
     def _look(self) -> _Weights | None:
         """None where a change would not be seen: one of a hook, or of tensors made in inference
@@ -220,11 +220,6 @@ def _surroundings(weights: _Weights) -> Hashable:
         *(torch.get_num_threads(), torch.get_float32_matmul_precision(), setting()),
         torch.are_deterministic_algorithms_enabled(),
     )
-
-
-def _only_listens(hook: object) -> bool:
-    """transformers' own, which keep hidden states (since 5.0, `output_capturing`)."""
-    return str(getattr(hook, "__module__", "")).startswith("transformers.")
 
 
 def _bytes(pair: Pair) -> int:

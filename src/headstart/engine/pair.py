@@ -18,6 +18,7 @@ import torch
 import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
+from headstart.checkpoint.mapped import headers_once
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.budget import Footprint
 from headstart.engine.devices import Device, choose_devices
@@ -163,6 +164,7 @@ class Options(TypedDict, total=False):
     vae_dtype: str
 
 
+@headers_once()
 def load_pair(
     base: FilePath | None,
     distilled: FilePath | None,

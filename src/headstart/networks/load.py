@@ -267,9 +267,7 @@ def _tower(judged: Judged, device: torch.device, dtype: Dtype) -> Tower:
     params, rule = judged.clip, judged.rule
     assert params is not None and rule is not None
     wide = _PROJECTION if params.width >= _LARGE else None
-    tower = filled(lambda: Tower(params, rule), judged.part, device, dtype, wide)
-    tower.reset_positions(device)
-    return tower
+    return filled(lambda: Tower(params, rule), judged.part, device, dtype, wide)
 
 
 def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenizer:

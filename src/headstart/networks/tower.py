@@ -1,42 +1,35 @@
 """One CLIP text encoder as a network: ids -> hidden states, and the pooled text.
 
-context = the hidden state that the family reads          pooled = P @ normed[argmax(ids)]  (SDXL)
-token   = table[id], or learned[-1 - id] where id < 0: textual inversion, arXiv:2208.01618
+x     = token + position            token = table[id], or learned[-1 - id] where id < 0
+x'    = x + out(attention(q, k, v of norm1(x)))        each place sees itself and those before it
+x''   = x' + fc2(act(fc1(norm2(x'))))                  a layer; hidden state i is what layer i made
+context = the hidden state that the family reads       pooled = P @ normed[argmax(ids)]  (SDXL)
+
+arXiv:2103.00020, section 2.4, with the names of the released files; learned vectors are textual
+inversion, arXiv:2208.01618.
 """
 
 from __future__ import annotations
 
-from contextvars import ContextVar
-from importlib import import_module
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.checkpoint.families import TextRule
 from headstart.checkpoint.params import ClipParams
+from headstart.errors import InputError
 
 
-class _Learned(NamedTuple):
-    """What one call looks up beside the table: where [B, L, 1], and the vectors [B, L, width]."""
-
-    where: Tensor
-    vectors: Tensor
+def _quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI's networks were trained with it (github.com/openai/CLIP, clip/model.py)."""
+    return x * torch.sigmoid(1.702 * x)
 
 
-_LEARNED: ContextVar[_Learned | None] = ContextVar("headstart_learned", default=None)
-"""Of the call that runs in this thread: transformers takes no vectors in the place of ids."""
-
-
-def _look_up(table: nn.Module, ids: tuple[Tensor, ...], found: Tensor) -> Tensor | None:
-    """After the table's lookup; None leaves what it found."""
-    learned = _LEARNED.get()
-    if learned is None:
-        return None
-    return torch.where(learned.where, learned.vectors.to(found), found)
-
-
-_look_up.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.engine.encoded`
+_ACTS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_gelu, "gelu": F.gelu}
+"""Those that `checkpoint.sizing.clip_params` lets pass."""
 
 
 class Tower(nn.Module):
@@ -45,66 +38,119 @@ class Tower(nn.Module):
     An id below 0 is a learned vector, `learned[-1 - id]` of the call's `learned` [n, width], so who
     knows which tokens is a matter of the call, and calls with others may run at the same time.
 
-    Its state dict has the names files have, `text_model.*` and `text_projection.weight`, whichever
-    release of transformers is installed (5.x dropped the prefix from its own).
+    Its state dict has the names files have, `text_model.*` and `text_projection.weight`.
     """
 
     def __init__(self, params: ClipParams, rule: TextRule) -> None:
         super().__init__()
-        # By name, because importing it takes seconds, and type-checking its sources takes minutes.
-        transformers: Any = import_module("transformers")
         self.params, self.rule = params, rule
-        config = transformers.CLIPTextConfig(
-            vocab_size=params.vocabulary,
-            hidden_size=params.width,
-            intermediate_size=params.mlp_width,
-            num_hidden_layers=params.layers,
-            num_attention_heads=params.heads,
-            max_position_embeddings=params.positions,
-            hidden_act=params.act,
-            layer_norm_eps=1e-5,
-            # Never used here, but ids beyond a small vocabulary make the library warn.
-            bos_token_id=0,
-            pad_token_id=1,
-            eos_token_id=2,
-        )
-        model: Any = transformers.CLIPTextModel(config)
-        self.text_model: Any = getattr(model, "text_model", model)
-        self.text_model.embeddings.token_embedding.register_forward_hook(_look_up)
+        self.text_model = TextModel(params)
         self.text_projection = (
             nn.Linear(params.width, params.projection, bias=False) if params.projection else None
         )
 
-    def reset_positions(self, device: torch.device) -> None:
-        """Recreate the position ids, which no file holds, after a build on the meta device."""
-        ids = torch.arange(self.params.positions, device=device)[None]
-        self.text_model.embeddings.position_ids = ids
-
     def forward(
         self, ids: Tensor, hidden: int | None = None, learned: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """`hidden`: the hidden state that is the context, -1 the last; None is the family's."""
-        if learned is None or not len(learned):
-            return self._read(ids, ids, hidden)
-        beyond = ids < 0
-        vectors = learned.to(ids.device)[(-1 - ids).clamp(min=0)]
-        token = _LEARNED.set(_Learned(beyond[..., None], vectors))
-        try:
-            return self._read(ids.clamp(min=0), ids, hidden)
-        finally:
-            _LEARNED.reset(token)
+        """`hidden`: the hidden state that is the context, -1 the last; None is the family's.
 
-    def _read(self, known: Tensor, ids: Tensor, hidden: int | None) -> tuple[Tensor, Tensor | None]:
-        out = self.text_model(input_ids=known, output_hidden_states=True)
-        last: Tensor = out.last_hidden_state  # after the final layer norm
-        hidden = self.rule.hidden if hidden is None else hidden
-        if hidden == -1 and self.rule.normed:
-            context = last
-        else:
-            context = out.hidden_states[hidden]
-            context = self.text_model.final_layer_norm(context) if self.rule.normed else context
+        Layers behind it run only where there is a pooled text, which is read from the last. Raises
+        InputError for ids of another form, or more of them than there are positions.
+        """
+        if ids.ndim != 2 or ids.shape[1] > self.params.positions:
+            raise InputError(
+                f"ids: expected [B, L] with L at most {self.params.positions}, got "
+                f"{list(ids.shape)}: read a longer text in pieces"
+            )
+        model, layers = self.text_model, self.params.layers
+        state = range(layers + 1)[self.rule.hidden if hidden is None else hidden]
+        context = model.run(model.embeddings(ids, learned), 0, state)
+        last = context if self.text_projection is None else model.run(context, state, layers)
+        if self.rule.normed:
+            context = model.final_layer_norm(context)
         if self.text_projection is None:
             return context, None
+        normed = context if self.rule.normed and state == layers else model.final_layer_norm(last)
         # The end token has the highest id of the vocabulary; what follows it is padding.
-        ends = last[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
+        ends = normed[torch.arange(len(ids), device=ids.device), ids.argmax(dim=-1)]
         return context, self.text_projection(ends)
+
+
+class TextModel(nn.Module):
+    """What lies below `text_model.` in a file."""
+
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(params)
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(Layer(params) for _ in range(params.layers))}
+        )
+        self.final_layer_norm = nn.LayerNorm(params.width)
+
+    def run(self, x: Tensor, first: int, end: int) -> Tensor:
+        """Hidden state `first` -> hidden state `end`, of which 0 is the embeddings."""
+        layers = cast("nn.ModuleList", self.encoder["layers"])
+        for layer in cast("Iterable[nn.Module]", layers[first:end]):
+            x = layer(x)
+        return x
+
+
+class Embeddings(nn.Module):
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.token_embedding = nn.Embedding(params.vocabulary, params.width)
+        self.position_embedding = nn.Embedding(params.positions, params.width)
+
+    def forward(self, ids: Tensor, learned: Tensor | None) -> Tensor:
+        """Ids [B, L] -> [B, L, width]."""
+        places = torch.arange(ids.shape[1], device=ids.device)
+        return self._tokens(ids, learned) + self.position_embedding(places)
+
+    def _tokens(self, ids: Tensor, learned: Tensor | None) -> Tensor:
+        if learned is None or not len(learned):
+            return self.token_embedding(ids)
+        known = self.token_embedding(ids.clamp(min=0))
+        own = learned.to(ids.device)[(-1 - ids).clamp(min=0)]
+        return torch.where((ids < 0)[..., None], own.to(known), known)
+
+
+class Layer(nn.Module):
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.self_attn = Attention(params)
+        self.layer_norm1 = nn.LayerNorm(params.width)
+        self.mlp = Mlp(params)
+        self.layer_norm2 = nn.LayerNorm(params.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.self_attn(self.layer_norm1(x))
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class Attention(nn.Module):
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.heads = params.heads
+        self.k_proj = nn.Linear(params.width, params.width)
+        self.v_proj = nn.Linear(params.width, params.width)
+        self.q_proj = nn.Linear(params.width, params.width)
+        self.out_proj = nn.Linear(params.width, params.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            project(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
+
+
+class Mlp(nn.Module):
+    def __init__(self, params: ClipParams) -> None:
+        super().__init__()
+        self.act = _ACTS[params.act]
+        self.fc1 = nn.Linear(params.width, params.mlp_width)
+        self.fc2 = nn.Linear(params.mlp_width, params.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))

@@ -82,11 +82,14 @@ def draw_sheet(
     return sheet
 
 
-def encode_png(image: Image.Image | NDArray[np.uint8], *, optimize: bool = True) -> bytes:
-    """PNG bytes of an image or of rgb uint8 [H, W, 3]; `optimize` trades time for fewer of them."""
+def encode_png(image: Image.Image | NDArray[np.uint8]) -> bytes:
+    """PNG bytes of an image or of rgb uint8 [H, W, 3].
+
+    Not `optimize`: it takes 10 times as long for 2.5 % fewer bytes (1.46 s for a sheet of 64).
+    """
     buffer = io.BytesIO()
     picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
-    picture.save(buffer, format="PNG", optimize=optimize)
+    picture.save(buffer, format="PNG")
     return buffer.getvalue()
 
 

@@ -80,7 +80,7 @@ class Store(NamedTuple):
     def keep(self, case: str, number: int, seeds: Sequence[int], rgb: Rgb) -> None:
         """The first pictures of a cell, one PNG a seed."""
         for seed, image in zip(seeds, rgb, strict=False):
-            self._put(picture_file(case, number, seed), encode_png(image, optimize=False))
+            self._put(picture_file(case, number, seed), encode_png(image))
 
     def kept(self, case: str, number: int, seeds: Sequence[int]) -> Rgb | None:
         """Those pictures; None where one is missing or damaged."""

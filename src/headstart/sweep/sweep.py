@@ -70,11 +70,7 @@ def sweep(
         ledger.begin()
     for part in work.batches:
         drawn = zip(part, draw(part), strict=True)
-        missing = [
-            (case, encode_png(rgb, optimize=False))
-            for case, rgb in drawn
-            if case.number in work.pending
-        ]
+        missing = [(case, encode_png(rgb)) for case, rgb in drawn if case.number in work.pending]
         ledger.add(missing)
         on_cases(len(missing))
     return Swept(len(work.pending), work.skipped, ledger.merge(cases))
