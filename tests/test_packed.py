@@ -22,6 +22,7 @@ from headstart.networks.packed import FEW, PackedConv2d, PackedLinear, is_packed
 from headstart.networks.residency import compute_dtype, keep_stored
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
+from headstart_kernels.winograd import winograd_conv
 
 pytestmark = pytest.mark.skipif(
     packed.unpackable(torch.float32) is not None, reason="this torch has no oneDNN"
@@ -137,6 +138,33 @@ def test_weights_that_change_are_laid_out_again(made, change) -> None:
     with torch.no_grad():
         change(layer)
     assert torch.equal(layer(x), 2 * before)  # a power of two changes no rounding
+
+
+def test_wide_convolutions_of_many_tiles_take_a_quarter_of_the_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[torch.Size] = []
+
+    def counted(x: Tensor, filter: packed.Filter, bias: Tensor | None) -> Tensor:
+        seen.append(x.shape)
+        return winograd_conv(x, filter, bias)
+
+    monkeypatch.setattr(packed, "winograd_conv", counted)
+    monkeypatch.setattr(packed, "pays_tiles", lambda weight, x, gain: x[-1] >= 24)
+    for layer in (convolution(), convolution(3, 2), convolution(1), convolution().bfloat16()):
+        pack(layer)
+        for side in (24, 8, 24):  # both layouts stay
+            x = torch.randn(1, 12, side, side).to(layer.weight.dtype)
+            assert layer(x).is_contiguous(memory_format=torch.channels_last)
+    assert seen == [(1, 12, 24, 24)] * 2
+    layer, x = convolution(), torch.randn(1, 12, 24, 24)
+    wide = copy.deepcopy(layer).double()(x.double())
+    got = pack(layer)(x)
+    assert (got.double() - wide).norm() <= 1e-6 * wide.norm()  # five times a direct sum's
+    with torch.no_grad():
+        layer.weight.mul_(2)
+        layer.bias.mul_(2)  # type: ignore[union-attr]
+    assert torch.equal(layer(x), 2 * got)
 
 
 def test_layouts_go_with_their_weights() -> None:

@@ -39,6 +39,8 @@ NATIVE = frozenset(
 FOR_CPUS = frozenset({"winograd_conv"})
 """What does not exist in Triton: on a GPU cuDNN has its own."""
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 
 class Impl(Enum):
     """The implementations that exist: plain torch, C for CPUs, and Triton for GPUs."""
@@ -85,7 +87,7 @@ def on_host(*tensors: Tensor) -> bool:
     """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
     memory. What it does there, a compiler or a recorder of operators would never see."""
     for tensor in tensors:
-        if type(tensor) is not Tensor or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu:
             return False
     return not watched()
 

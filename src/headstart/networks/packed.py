@@ -29,6 +29,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from headstart.errors import InputError
 from headstart.networks.residency import SCALE, StoredConv2d, StoredLinear, compute_dtype
+from headstart_kernels.winograd import Filter, winograd_conv
+from headstart_kernels.winograd import pays as pays_tiles
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -40,6 +42,10 @@ projections of the timestep."""
 WIDE = 256
 """Channels of the widest layer of a network that pays for its packing. The bundled pair has 128:
 there oneDNN's calls cost 12 to 25 us more than torch's own, which is what they save."""
+GAIN = 2.0
+"""How much faster a convolution has to be in tiles, whose weights take four times the memory."""
+_SAME, _TILES = ((1, 1), (1, 1), (1, 1), 1), ("tiles",)
+"""The padding, stride, dilation and groups that tiles are for; and the name of their layout."""
 _OPS = (
     *("_reorder_linear_weight", "_linear_pointwise"),
     *("_reorder_convolution_weight", "_convolution_pointwise"),
@@ -93,10 +99,19 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *form: Any) -> Tensor:
-    laid_out = _PACKS.of(weight, input.dtype, form)
     input = input.contiguous(memory_format=torch.channels_last)
+    if _is_tiled(input, weight, bias, form):
+        return winograd_conv(input, _PACKS.of(weight, input.dtype, _TILES), bias)
+    laid_out = _PACKS.of(weight, input.dtype, form)
     convolve = torch.ops.mkldnn._convolution_pointwise
     return convolve(input, laid_out, bias, *form, "none", [], "")
+
+
+def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...]) -> bool:
+    """Whether a convolution takes a quarter of the products, in float32 (`winograd`)."""
+    own = (tuple(form[0]), tuple(form[1]), tuple(form[2]), form[3]) == _SAME
+    floats = input.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
+    return own and floats and pays_tiles(weight.shape, input.shape, GAIN)
 
 
 _LIBRARY = torch.library.Library("headstart", "DEF")
@@ -115,10 +130,12 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
-def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor:
+def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor | Filter:
     """The weight as its product reads it, opaque and of as many bytes; `form`: a convolution's
-    padding, stride, dilation and groups."""
+    padding, stride, dilation and groups. For tiles it has four times as many."""
     ops = torch.ops.mkldnn
+    if form == _TILES:
+        return Filter.of(weight)
     if not form:
         return ops._reorder_linear_weight(weight, _ROWS)
     channels = weight.shape[1] * form[-1]
@@ -128,32 +145,37 @@ def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor:
 class _Pack(NamedTuple):
     """A weight as it is laid out, and as it was then: how often it was written to, where it is."""
 
-    laid_out: Tensor
+    laid_out: Any
     seen: tuple[object, ...]
 
 
 @final
 class _Packs:
-    """weight -> its layout, for as long as anybody has the weight."""
+    """weight -> its layouts, for as long as anybody has the weight."""
 
     def __init__(self) -> None:
         self._held: Any = WeakTensorKeyDictionary()
         self._making = threading.Lock()
 
-    def of(self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...]) -> Tensor:
+    def of(self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...]) -> Any:
         """Made when it is first needed, and again of a weight that was written to or moved."""
         version = None if weight.is_inference() else weight._version
-        seen = version, weight.data_ptr(), dtype, form
-        found: _Pack | None = self._held.get(weight)
+        seen = version, weight.data_ptr(), dtype
+        found = self._found(weight, form)
         if found is not None and found.seen == seen:
             return found.laid_out
         with self._making, torch.inference_mode(False), torch.no_grad():
-            found = self._held.get(weight)
+            found = self._found(weight, form)
             if found is None or found.seen != seen:
-                self._held.pop(weight, None)  # before the next is made
-                found = _Pack(_lay_out(weight.detach().to(dtype), form), seen)
-                self._held[weight] = found
+                own = self._held.setdefault(weight, {})
+                own.pop(form, None)  # before the next is made
+                made = _lay_out(weight.detach().to(dtype), form)
+                own[form] = found = _Pack(made, seen)
             return found.laid_out
+
+    def _found(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
+        own = self._held.get(weight)
+        return None if own is None else own.get(form)
 
 
 _PACKS = _Packs()
