@@ -156,6 +156,7 @@ def _group(
             continue
         ends.callback(worker.end)
         group.append(worker)
+        print(f"  ready: {row}", flush=True)
     return group
 
 

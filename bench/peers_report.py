@@ -19,16 +19,9 @@ from peers_turns import DONE, MISSING
 Json = dict[str, Any]
 SAME = ("processor", "cores", "versions")
 HEADS = (
-    *(
-        "case",
-        "threads",
-        "row",
-        "seconds: median (min to max)",
-        "times ours",
-        "CPU s",
-        "times floor",
-    ),
-    *("GB at rest", "GB at most", "ready after s", "error", "error to float64", "besides"),
+    *("case", "threads", "row", "seconds: median (min to max)", "times ours"),
+    *("CPU s", "times ours", "times floor", "GB at rest", "GB at most"),
+    *("ready after s", "error", "error to float64", "besides"),
 )
 
 
@@ -147,14 +140,15 @@ def line_of(value: Json) -> str:
 def _cells(case: str, threads: str, row: str, value: Json) -> Iterator[tuple[str, ...]]:
     if value["status"] != DONE:
         why = f"{value['status']}: {value['why']}".replace("|", "/")
-        yield (case, threads, row, *[""] * 9, why)
+        yield (case, threads, row, *[""] * 10, why)
         return
     facts = value["facts"]
     besides = ", ".join(f"{k} {_fact(k, facts[k])}" for k in sorted(facts) if k not in _SHOWN)
     for name, own in value["variants"].items():
         yield (
             case if name == case else f"{case}: {name}", threads, row, _seconds(own),
-            _ratio(own.get("ratio")), _number(own.get("cpu_s")), _number(own.get("times_floor")),
+            _ratio(own.get("ratio")), _number(own.get("cpu_s")), _ratio(own.get("cpu_ratio")),
+            _number(own.get("times_floor")),
             _number(facts.get("anonymous_bytes"), 1e9), _number(facts.get("peak_bytes"), 1e9),
             _number(facts.get("build_s", 0) + facts.get("first_s", 0)),
             _small(own.get("error")), _small(own.get("error_float64")), besides,
