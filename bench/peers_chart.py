@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,6 +62,8 @@ COLOURS: Mapping[str, str] = {
     "stable-diffusion.cpp float32": "#8d0801",
     "stable-diffusion.cpp float16": "#e05a47",
 }
+SPARE = ("#e91e90", "#ff8fc7", "#00838f", "#4dd0e1", "#6d4c41", "#bcaaa4")
+"""Of rows that have no colour of their own."""
 MARKERS = {"bfloat16": "s", "float16": "s", "compiled": "^", "frozen": "v", "stored": "D"}
 FLOORS = {"float32": "#222222", "bfloat16": "#999999"}
 
@@ -131,14 +134,16 @@ def _panel(
     axis: Any, panel: Panel, lines: Mapping[str, Points], report: Report, threads: str
 ) -> None:
     places = sorted({x for points in lines.values() for x, _ in points})
-    for row in (row for row in COLOURS if row in lines):
+    others = sorted(set(lines) - set(COLOURS))
+    colours = {**COLOURS, **dict(zip(others, cycle(SPARE), strict=False))}
+    for row in (row for row in colours if row in lines):
         xs = [x for x, _ in lines[row]]
         s, low, high = ([own[key] for _, own in lines[row]] for key in ("s", "min", "max"))
         bars = ([a - b for a, b in zip(s, low, strict=True)],
                 [b - a for a, b in zip(s, high, strict=True)])  # fmt: skip
         marker = next((mark for word, mark in MARKERS.items() if word in row), "o")
         axis.errorbar(
-            xs, s, yerr=bars, color=COLOURS[row], marker=marker, ms=5, lw=1.4, elinewidth=0.8,
+            xs, s, yerr=bars, color=colours[row], marker=marker, ms=5, lw=1.4, elinewidth=0.8,
             label=row,
         )  # fmt: skip
     for dtype, colour in FLOORS.items():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -88,23 +88,15 @@ STEPS = 3
 """Of a run of stable-diffusion.cpp: the first is warm-up, the others are timed."""
 
 
-def stable_diffusion_cpp(
-    wtype: str, files: Mapping[str, Path], size: int, threads: int
-) -> Callable[[], float]:
+def stable_diffusion_cpp(wtype: str, model: Path, size: int, threads: int) -> Callable[[], float]:
     """A call gives seconds of one step: its API runs whole prompts, and says when a step is done.
 
-    files   "unet", "vae", "clip", in diffusers' names; size: of the latent
+    model   a diffusers folder: it knows a UNet in diffusers' names there alone; size: of the latent
     """
     from stable_diffusion_cpp import StableDiffusion
 
     engine = StableDiffusion(
-        diffusion_model_path=str(files["unet"]),
-        vae_path=str(files["vae"]),
-        clip_l_path=str(files["clip"]),
-        n_threads=threads,
-        wtype=wtype,
-        vae_decode_only=True,
-        verbose=False,
+        model_path=str(model), n_threads=threads, wtype=wtype, vae_decode_only=True, verbose=False
     )
 
     def call() -> float:

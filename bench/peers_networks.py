@@ -7,6 +7,7 @@ through the layers, as those of a trained network do, and an error shows as larg
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -118,25 +119,38 @@ def _write_weights(case: Case, path: Path) -> None:
     else:
         tiny = case.network == "tiny"
         shapes = blueprint.unet(TINY if tiny else sizes_of_family(case.network).unet)
-    dtype = torch.bfloat16 if case.network == "sdxl" else torch.float32
+    write_random(path, shapes, torch.bfloat16 if case.network == "sdxl" else torch.float32)
+
+
+_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def write_random(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
+) -> None:
+    """A safetensors file of weights as the module says, of one seed. One tensor is in memory at a
+    time: SDXL's are 5 GB."""
+    header: dict[str, object] = {}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + dtype.itemsize * math.prod(shape)
+        header[name] = {"dtype": _NAMES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     partial = path.with_suffix(".partial")
-    save_file(random_weights(shapes, dtype), partial)
+    generator = torch.Generator().manual_seed(0)
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            tensor = _random(name, shape, generator).to(dtype).contiguous()
+            file.write(tensor.view(torch.uint8).numpy().data)
     partial.rename(path)
 
 
-def random_weights(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """As the module says; of one seed."""
-    generator = torch.Generator().manual_seed(0)
-    state: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
-        if len(shape) == 1:
-            state[name] = torch.full(shape, float(name.endswith("weight")), dtype=dtype)
-        else:
-            scale = math.prod(shape[1:]) ** -0.5
-            state[name] = torch.randn(shape, generator=generator).mul_(scale).to(dtype)
-    return state
+def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if len(shape) == 1:
+        return torch.full(shape, float(name.endswith("weight")))
+    return torch.randn(shape, generator=generator).mul_(math.prod(shape[1:]) ** -0.5)
 
 
 def _inputs(case: Case, found: Mapping[str, Source]) -> dict[str, Tensor]:

@@ -30,12 +30,11 @@ from peers_networks import (
     conditioning,
     inputs,
     prepare,
-    random_weights,
     sources,
     tables,
+    write_random,
 )
 from peers_rows import ROWS, Network, Row
-from safetensors.torch import save_file
 from sdxl import Memory
 from torch import Tensor, nn
 
@@ -108,8 +107,7 @@ def built(
     """Variant -> what is timed."""
     files, given = sources(case, folder), inputs(case, folder)
     if row.whole is not None:
-        extra = {"unet": files["base"].path, **_beside(case, folder)}
-        call = row.whole(extra, case.size, threads)
+        call = row.whole(_diffusers_folder(case, folder), case.size, threads)
         return {case.name: call}, []
     unet, vae = row.unet, row.vae
     if case.kind == "vae":
@@ -148,15 +146,23 @@ def _rows(context: Tensor, rows: int) -> dict[str, Tensor]:
     }
 
 
-def _beside(case: Case, folder: Path) -> dict[str, Path]:
-    """A text encoder and a decoder of random weights, which a program for whole prompts wants."""
-    sizes = sizes_of_family(case.network)
-    shapes = {"clip": blueprint.clip(sizes.text[0][0]), "vae": blueprint.vae(sizes.vae)}
-    found = {name: folder / f"{case.network}-{name}.safetensors" for name in shapes}
-    for name, path in found.items():
-        if not path.is_file():
-            save_file(random_weights(shapes[name]), path)
-    return found
+def _diffusers_folder(case: Case, folder: Path) -> Path:
+    """The case's UNet with a text encoder and a VAE of random weights beside it, for programs that
+    run whole prompts."""
+    sizes, made = sizes_of_family(case.network), folder / f"{case.network}-diffusers"
+    shapes = {
+        "text_encoder/model.safetensors": blueprint.clip(sizes.text[0][0]),
+        "vae/diffusion_pytorch_model.safetensors": blueprint.vae(sizes.vae),
+    }
+    for name, table in shapes.items():
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (made / name).is_file():
+            write_random(made / name, table)
+    unet = made / "unet/diffusion_pytorch_model.safetensors"
+    unet.parent.mkdir(exist_ok=True)
+    if not unet.exists():
+        unet.symlink_to(sources(case, folder)["base"].path.resolve())
+    return made
 
 
 def turn(call: Call) -> dict[str, float]:
