@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import peers_chart
 from peers_case import BY_NAME, EXACT, QUICK, QUICK_ROUNDS, SLOW_LIMITS, Case
-from peers_report import Report, conclude, dtype_of
+from peers_report import Report, conclude
 from peers_rows import ROWS
 from peers_turns import DONE, REST_S, Worker, WorkerError, in_turns
 
@@ -93,15 +93,15 @@ def run_case(case: Case, threads: int, bench: Bench) -> None:
         return
     exact = _outputs_of_exact(case, threads, bench) if case.exact else None
     while todo:
+        before = set(todo)
         with ExitStack() as ends:
             group = _group(case, threads, bench, todo, prepared, ends)
-            _measure(case, threads, bench, group, exact)
+            _measure(case, threads, bench, group, before - set(todo), exact)
 
 
 def _prepared(case: Case, threads: int, bench: Bench) -> Json:
-    """The machine's peaks, once a count of threads; the case's files and FLOPs."""
-    if str(threads) not in bench.report.floors:
-        bench.report.floors[str(threads)] = _told(case, threads, bench, "machine")
+    """The machine's peaks, now; the case's files and FLOPs."""
+    bench.report.peaks(threads, _told(case, threads, bench, "machine"))
     prepared = _told(case, threads, bench, "prepare")
     bench.report.flops[case.name] = prepared["flops"]
     return prepared
@@ -143,7 +143,8 @@ def _group(
     order = [case.anchor, *(row for row in todo if row != case.anchor)]
     for place, row in enumerate(order):
         need = ROWS[row].copies * 4 * prepared["weights"] + (case.room_gb + OVERHEAD_GB) * 1e9
-        if len(group) > 1 and need > _free_bytes(bench, group, prepared["file_bytes"]):
+        others = any(own.name != case.anchor for own in group)
+        if others and need > _free_bytes(bench, group, prepared["file_bytes"]):
             break
         if row in todo:
             todo.remove(row)
@@ -170,34 +171,30 @@ def _free_bytes(bench: Bench, group: Sequence[Worker], file_bytes: int) -> float
 
 
 def _measure(
-    case: Case, threads: int, bench: Bench, group: Sequence[Worker],
+    case: Case, threads: int, bench: Bench, group: Sequence[Worker], wanted: set[str],
     exact: Mapping[str, np.ndarray] | None,
 ) -> None:  # fmt: skip
+    """Times of a group; the anchor is in every group, and is reported once."""
+
     def told(row: str, status: str, why: str) -> None:
         bench.report.put(case.name, threads, row, _ended(status, why))
 
+    if not bench.report.has(case.name, threads, case.anchor):
+        wanted = wanted | {case.anchor}
     rounds, rest = min(case.rounds, bench.rounds), REST_S if threads > 1 else 0.0
     taken = in_turns(group, case.variants, rounds, told, rest)
     against = taken.get(case.anchor)
     ours = _outputs(case, threads, bench, case.anchor) if against is not None else {}
     for worker in group:
-        if worker.name not in taken:
+        if worker.name not in taken or worker.name not in wanted:
             continue
-        if (
-            worker.name == case.anchor
-            and len(group) > 1
-            and not bench.again
-            and (bench.report.has(case.name, threads, case.anchor))
-        ):
-            continue  # it is in every group, and reported once
         outputs = _outputs(case, threads, bench, worker.name)
-        peak = bench.report.floors[str(threads)].get(dtype_of(worker.name))
         variants: Json = {}
         for name, turns in taken[worker.name].items():
-            other = None if against is None or worker.name == case.anchor else against[name]
-            flops = bench.report.flops[case.name].get(name)
-            variants[name] = conclude(turns, other, flops, peak)
-            if worker.name != case.anchor:
+            if worker.name == case.anchor:
+                variants[name] = conclude(turns, None)
+            else:
+                variants[name] = conclude(turns, None if against is None else against[name])
                 variants[name] |= _error("error", outputs.get(name), ours.get(name))
             if exact is not None:
                 variants[name] |= _error("error_float64", outputs.get(name), exact.get(name))

@@ -169,14 +169,12 @@ def _panel(
 
 
 def _floor(panel: Panel, report: Report, threads: str, dtype: str) -> list[tuple[float, float]]:
-    peak = report.floors.get(threads, {}).get(dtype)
-    if not peak:
-        return []
-    points = {
-        x: count / (peak * 1e9)
-        for name, variants in report.flops.items()
-        if name in BY_NAME
-        for variant, count in variants.items()
-        if (x := panel.at(BY_NAME[name], variant)) is not None
-    }
+    points: dict[float, float] = {}
+    for name, variants in report.flops.items():
+        for variant in variants if name in BY_NAME else ():
+            x, floor = panel.at(BY_NAME[name], variant), None
+            if x is not None:
+                floor = report.floor_s(name, variant, threads, dtype)
+            if x is not None and floor is not None:
+                points[x] = floor
     return sorted(points.items())

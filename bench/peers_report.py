@@ -67,6 +67,17 @@ class Report:
         self.write()
         print(f"  {row}: {line_of(value)}", flush=True)
 
+    def peaks(self, threads: int, found: Mapping[str, float]) -> None:
+        """Of a machine that others use the best of all looks counts."""
+        before = self.floors.get(str(threads), {})
+        self.floors[str(threads)] = {n: max(v, before.get(n, 0.0)) for n, v in found.items()}
+
+    def floor_s(self, case: str, variant: str, threads: str, dtype: str) -> float | None:
+        """Seconds of its FLOPs at the peak that was measured; None where either is not known."""
+        flops = self.flops.get(case, {}).get(variant)
+        peak = self.floors.get(threads, {}).get(dtype)
+        return flops / (peak * 1e9) if flops and peak else None
+
     def write(self) -> None:
         harness.write_json(
             self.path,
@@ -85,7 +96,7 @@ class Report:
         for case, by_threads in self.cases.items():
             for threads, rows in by_threads.items():
                 for row, value in rows.items():
-                    for cells in _cells(case, threads, row, value):
+                    for cells in self._cells(case, threads, row, value):
                         lines.append("| " + " | ".join(cells) + " |")
         peaks = (
             f"{threads} thread(s): float32 {own['float32']:.0f} GFLOP/s, bfloat16 "
@@ -95,28 +106,44 @@ class Report:
         load = f"{self.machine['processor']}, load {self.machine['load_1min']} at its begin"
         return "\n".join([*lines, "", f"{load}. Peaks measured: {'; '.join(peaks)}."])
 
+    def _cells(self, case: str, threads: str, row: str, value: Json) -> Iterator[tuple[str, ...]]:
+        if value["status"] != DONE:
+            why = f"{value['status']}: {value['why']}".replace("|", "/")
+            yield (case, threads, row, *[""] * (len(HEADS) - 4), why)
+            return
+        facts = value["facts"]
+        besides = ", ".join(f"{k} {_fact(k, facts[k])}" for k in sorted(facts) if k not in _SHOWN)
+        for name, own in value["variants"].items():
+            floor = self.floor_s(case, name, threads, dtype_of(row))
+            yield (
+                case if name == case else f"{case}: {name}", threads, row, _seconds(own),
+                _ratio(own.get("ratio")), _number(own.get("cpu_s")), _ratio(own.get("cpu_ratio")),
+                _number(own["s"] / floor if floor else None),
+                _number(facts.get("anonymous_bytes"), 1e9), _number(facts.get("peak_bytes"), 1e9),
+                _number(facts.get("build_s", 0) + facts.get("first_s", 0)),
+                _small(own.get("error")), _small(own.get("error_float64")), besides,
+            )  # fmt: skip
+            besides = ""
+
 
 def conclude(
-    mine: Sequence[Mapping[str, float]],
-    anchor: Sequence[Mapping[str, float]] | None,
-    flops: int | None,
-    peak: float | None,
+    mine: Sequence[Mapping[str, float]], anchor: Sequence[Mapping[str, float]] | None
 ) -> Json:
-    """One variant of a row: seconds, the ratio to the anchor by rounds, and to the floor."""
+    """One variant of a row: seconds, and the ratio to the anchor, round by round."""
     seconds = [turn["s"] for turn in mine]
     told: Json = spread(seconds) | {"rounds": len(seconds)}
-    if all("cpu_s" in turn for turn in mine):
-        told["cpu_s"] = float(np.median([turn["cpu_s"] for turn in mine]))
+    busy = [turn["cpu_s"] for turn in mine if "cpu_s" in turn]
+    if busy:
+        told["cpu_s"] = float(np.median(busy))
     if anchor is not None:
-        ratios = [own["s"] / other["s"] for own, other in zip(mine, anchor, strict=True)]
-        told["ratio"] = spread(ratios)
-        if "cpu_s" in told and all("cpu_s" in turn for turn in anchor):
-            ratios = [a["cpu_s"] / b["cpu_s"] for a, b in zip(mine, anchor, strict=True)]
-            told["cpu_ratio"] = spread(ratios)
-    if flops and peak:
-        told["floor_s"] = flops / (peak * 1e9)
-        told["times_floor"] = told["s"] / told["floor_s"]
+        told["ratio"] = _by_rounds(seconds, [turn["s"] for turn in anchor])
+        if busy:
+            told["cpu_ratio"] = _by_rounds(busy, [turn["cpu_s"] for turn in anchor])
     return told
+
+
+def _by_rounds(mine: Sequence[float], other: Sequence[float]) -> Json:
+    return spread([a / b for a, b in zip(mine, other, strict=True)])
 
 
 def spread(values: Sequence[float]) -> Json:
@@ -135,25 +162,6 @@ def line_of(value: Json) -> str:
     shown = [f"{name} {_seconds(own)}{_times(own)}" for name, own in value["variants"].items()]
     at_rest = value["facts"].get("anonymous_bytes", 0) / 1e9
     return f"{'; '.join(shown)}; {at_rest:.2f} GB"
-
-
-def _cells(case: str, threads: str, row: str, value: Json) -> Iterator[tuple[str, ...]]:
-    if value["status"] != DONE:
-        why = f"{value['status']}: {value['why']}".replace("|", "/")
-        yield (case, threads, row, *[""] * 10, why)
-        return
-    facts = value["facts"]
-    besides = ", ".join(f"{k} {_fact(k, facts[k])}" for k in sorted(facts) if k not in _SHOWN)
-    for name, own in value["variants"].items():
-        yield (
-            case if name == case else f"{case}: {name}", threads, row, _seconds(own),
-            _ratio(own.get("ratio")), _number(own.get("cpu_s")), _ratio(own.get("cpu_ratio")),
-            _number(own.get("times_floor")),
-            _number(facts.get("anonymous_bytes"), 1e9), _number(facts.get("peak_bytes"), 1e9),
-            _number(facts.get("build_s", 0) + facts.get("first_s", 0)),
-            _small(own.get("error")), _small(own.get("error_float64")), besides,
-        )  # fmt: skip
-        besides = ""
 
 
 _SHOWN = ("anonymous_bytes", "peak_bytes", "build_s", "first_s", "mapped_bytes")

@@ -146,9 +146,7 @@ def converted(
         names = tuple(name for name in ARGUMENTS if name in example)
         given = tuple(example[name] for name in names)
         programs[len(given[0])], told = convert(Flat(plain, names), names, given)
-        for key, value in told.items():
-            before = facts.get(key, 0)
-            facts[key] = before + value if key.endswith("_s") else max(before, value)
+        facts = together(facts, told)
 
     def call(x: Tensor, *more: Any) -> Tensor:
         given: tuple[Tensor, ...] = (x,)
@@ -159,6 +157,15 @@ def converted(
         return programs[len(x)](*given)
 
     return Network(call, facts=facts)
+
+
+def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Costs of two programs of one process: seconds are added, of peaks the higher one counts."""
+    found = dict(one)
+    for key, value in other.items():
+        before = found.get(key, 0)
+        found[key] = round(before + value, 2) if key.endswith("_s") else max(before, value)
+    return found
 
 
 class Flat(nn.Module):

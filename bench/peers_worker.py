@@ -34,7 +34,7 @@ from peers_networks import (
     tables,
     write_random,
 )
-from peers_rows import ROWS, Network, Row
+from peers_rows import ROWS, Network, Row, together
 from sdxl import Memory
 from torch import Tensor, nn
 
@@ -89,10 +89,11 @@ def answer(request: Mapping[str, Any], lines: Iterable[str], send: Send) -> None
     begin, outputs = time.perf_counter(), {name: call() for name, call in calls.items()}
     told["first_s"] = round(time.perf_counter() - begin, 2)
     told["peak_bytes"] = memory.stop()["anonymous"]
+    costs: dict[str, Any] = {}
     for network in networks:
-        told |= network.facts
+        costs = together(costs, network.facts)
     _keep(request, outputs)
-    send("ready", told | held())
+    send("ready", told | costs | held())
     for line in lines:
         what, _, name = line.strip().partition(" ")
         if what == "changes":

@@ -123,10 +123,10 @@ def test_rows_take_turns_and_a_fast_wrong_one_is_seen(
     assert ours["s"] == 1.0 and "ratio" not in ours and "error" not in ours
     assert good["ratio"] == {"s": 0.5, "min": 0.5, "max": 0.5} and good["error"] == 0
     assert wrong["ratio"]["s"] == 0.1 and wrong["error"] == 2.0
-    assert good["floor_s"] == 0.01 and good["times_floor"] == 50  # 1 GFLOP at 100 GFLOP/s
     told = capsys.readouterr().out
-    assert "| one | 1 | wrong | 0.1 (0.1 to 0.1) | 0.10 (0.10 to 0.10) |" in told
-    assert "| 2.0e+00 |" in told and "float32 100 GFLOP/s" in told
+    assert "| one | 1 | wrong | 0.1 (0.1 to 0.1) | 0.10 (0.10 to 0.10) | 0.1 |" in told
+    assert "| 10 | 1 | 1 | 2 | 2.0e+00 |" in told  # 1 GFLOP at 100 GFLOP/s: 10 times the floor
+    assert "float32 100 GFLOP/s" in told
 
 
 def test_a_row_that_fails_costs_itself_alone(bench: Bench) -> None:
@@ -164,7 +164,7 @@ def test_it_goes_on_where_it_was_ended(bench: Bench, capsys: pytest.CaptureFixtu
     assert bench.log() == [] and "in the report already" in capsys.readouterr().out
     bench.run("good", "missing", "dead")  # it may have been installed since
     assert {line.removesuffix(" starts") for line in bench.log() if "starts" in line} == {
-        "prepare", OURS, "missing",
+        "machine", "prepare", OURS, "missing",
     }  # fmt: skip
     report = json.loads(bench.out.read_text())
     report["cases"]["one"]["1"][OURS]["variants"]["one"]["s"] = 7.0
@@ -281,7 +281,7 @@ def test_a_picture_has_a_panel_for_what_was_measured(modules: Any, tmp_path: Pat
     report.floors = {"1": {"float32": 100.0, "bfloat16": 200.0}}
     for name in ("sd15-32", "sd15-32-2"):
         report.flops[name] = {name: 10**9}
-        own = modules.peers_report.conclude([{"s": 1.0}, {"s": 2.0}], None, 10**9, 100.0)
+        own = modules.peers_report.conclude([{"s": 1.0}, {"s": 2.0}], None)
         done = {"status": "done", "facts": {}, "variants": {name: own}}
         report.cases[name] = {"1": {OURS: done, "OpenVINO float32": {"status": "missing"}}}
     panels = modules.peers_chart.PANELS
