@@ -91,4 +91,4 @@ BY_NAME: Mapping[str, Case] = {case.name: case for case in CASES}
 QUICK = ("tiny", "sd15-32", "vae-256")
 QUICK_ROUNDS = 3
 SLOW_LIMITS = 4
-"""Times the limit of a case for a row that compiles for minutes."""
+"""Times the limit of a case, for a row that may take minutes until it is ready."""

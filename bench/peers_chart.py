@@ -65,6 +65,8 @@ COLOURS: Mapping[str, str] = {
 SPARE = ("#e91e90", "#ff8fc7", "#00838f", "#4dd0e1", "#6d4c41", "#bcaaa4")
 """Of rows that have no colour of their own."""
 MARKERS = {"bfloat16": "s", "float16": "s", "compiled": "^", "frozen": "v", "stored": "D"}
+LEGEND = 2.3
+"""Inches at the right."""
 FLOORS = {"float32": "#222222", "bfloat16": "#999999"}
 
 
@@ -86,7 +88,7 @@ def draw(report: Report, path: Path) -> Path | None:
     columns = min(3, len(shown))
     height = -(-len(shown) // columns)
     figure, axes = pyplot.subplots(
-        height, columns, figsize=(4.6 * columns + 2.6, 3.7 * height), squeeze=False
+        height, columns, figsize=(4.6 * columns + LEGEND, 3.7 * height), squeeze=False
     )
     for axis in axes.flat[len(shown) :]:
         axis.set_visible(False)
@@ -98,7 +100,7 @@ def draw(report: Report, path: Path) -> Path | None:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     order = sorted(named, key=lambda label: [*COLOURS, label].index(label))
-    figure.tight_layout(rect=(0, 0, 1 - 2.6 / figure.get_figwidth(), 0.94))
+    figure.tight_layout(rect=(0, 0, 1 - LEGEND / figure.get_figwidth(), 0.94))
     figure.legend(
         [named[label] for label in order], order, loc="center right", fontsize=9, frameon=False
     )

@@ -47,7 +47,7 @@ class Row(NamedTuple):
     unet, vae   what is made of a file; None: it has none
     copies      of the weights in float32 that it takes while it is made, beside the file
     package     to import; install: the command that brings it
-    slow        it compiles for minutes
+    slow        it may take minutes until it is ready: not in --quick, and its limit is longer
     whole       in place of networks: seconds of a call, by itself
     """
 
@@ -232,9 +232,9 @@ ROWS: Mapping[str, Row] = {
         partial(converted, peers_engines.onnxruntime, F32), 1.2, **_ONNX,
     ),
     "stable-diffusion.cpp float32": Row(
-        None, None, 1.2, whole=partial(peers_engines.stable_diffusion_cpp, "f32"), **_CPP
+        None, None, 1.2, slow=True, whole=partial(peers_engines.stable_diffusion_cpp, "f32"), **_CPP
     ),
     "stable-diffusion.cpp float16": Row(
-        None, None, 0.7, whole=partial(peers_engines.stable_diffusion_cpp, "f16"), **_CPP
+        None, None, 0.7, slow=True, whole=partial(peers_engines.stable_diffusion_cpp, "f16"), **_CPP
     ),
 }  # fmt: skip

@@ -193,27 +193,26 @@ def _keep(request: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
 
 def changes(case: Case, folder: Path, networks: list[Network], call: Call) -> dict[str, Any]:
     """Of one UNet: does it follow other weights, as a merged adapter is; a hook, as an attached one
-    is; and what does another size cost? Errors are facts."""
+    is; and what does another size cost? Errors are facts, and so are seconds."""
     if not networks or networks[0].module is None:
         return {}
     network, before, told = networks[0], call(), dict[str, Any]()
 
     def tried(name: str, body: Callable[[], Any]) -> None:
+        begin = time.perf_counter()
         try:
             told[name] = body()
         except Exception as error:
             told[name] = said(error)
+        told[f"{name}_s"] = round(time.perf_counter() - begin, 2)
 
     tried("follows_weights", lambda: _follows_weights(network.module, call, before))
     tried("follows_hooks", lambda: _follows_hooks(network.module, call, before))
     given = inputs(case, folder)
     smaller = given["x"][..., : 3 * case.size // 4].contiguous()
+    call_smaller = (smaller, given["timestep"], conditioning(given))
     held_before = held()["anonymous_bytes"]
-    begin = time.perf_counter()
-    tried(
-        "other_size", lambda: list(network(smaller, given["timestep"], conditioning(given)).shape)
-    )
-    told["other_size_s"] = round(time.perf_counter() - begin, 2)
+    tried("other_size", lambda: list(network(*call_smaller).shape))
     told["other_size_bytes"] = held()["anonymous_bytes"] - held_before
     return told
 
