@@ -90,17 +90,13 @@ def diffusers(how: str, dtype: torch.dtype, source: Source, examples: Sequence[I
     return Network(quiet(_typed(call, dtype)), dtype, network)
 
 
-def diffusers_decoder(
-    how: str, dtype: torch.dtype, source: Source, examples: Sequence[Inputs]
-) -> Network:
+def diffusers_decoder(dtype: torch.dtype, source: Source, examples: Sequence[Inputs]) -> Network:
     network, scale = _twin(source, dtype, diffusers_vae), source.params().scale_factor
-    run: Any = network.decode if how == "eager" else torch.compile(network.decode)
-    quiet = _frozen if how == "frozen" else _quiet
 
     def call(z: Tensor) -> Tensor:
-        return run(z.to(dtype) / scale, return_dict=False)[0]
+        return network.decode(z.to(dtype) / scale, return_dict=False)[0]
 
-    return Network(quiet(call), dtype, network)
+    return Network(_quiet(call), dtype, network)
 
 
 def _twin(source: Source, dtype: torch.dtype, made: Callable[[Any], Any]) -> Any:
@@ -194,47 +190,44 @@ _CPP = {
 }
 
 
-def _openvino(hint: str, dtype: torch.dtype) -> Build:
-    return partial(converted, partial(peers_engines.openvino, hint), dtype)
+def _openvino(hint: str) -> Build:
+    return partial(converted, partial(peers_engines.openvino, hint), F32)
 
 
+_ONNXRUNTIME: Build = partial(converted, peers_engines.onnxruntime, F32)
+
+
+def _diffusers(how: str, dtype: torch.dtype) -> Build:
+    return partial(diffusers, how, dtype)
+
+
+def _cpp(wtype: str) -> Callable[..., Any]:
+    return partial(peers_engines.stable_diffusion_cpp, wtype)
+
+
+_SLOW = {"slow": True}
 ROWS: Mapping[str, Row] = {
     "ours float32": Row(partial(ours, EagerRunner, F32), partial(our_vae, F32)),
     "ours bfloat16": Row(partial(ours, EagerRunner, BF16), partial(our_vae, BF16), 0.5),
     "ours stored": Row(partial(ours, EagerRunner, "stored"), None, 0.2),
-    "ours compiled": Row(partial(ours, CompiledRunner, F32), partial(our_vae, F32), slow=True),
-    "ours frozen": Row(partial(our_frozen, F32), partial(our_vae, F32), 1.3, slow=True),
-    "ours frozen bfloat16": Row(partial(our_frozen, BF16), partial(our_vae, BF16), 1.2, slow=True),
+    "ours compiled": Row(partial(ours, CompiledRunner, F32), partial(our_vae, F32), **_SLOW),
+    "ours frozen": Row(partial(our_frozen, F32), None, 1.3, **_SLOW),
+    "ours frozen bfloat16": Row(partial(our_frozen, BF16), None, 1.2, **_SLOW),
     "ours float64": Row(partial(ours, EagerRunner, F64), partial(our_vae, F64), 2),
     "diffusers float32": Row(
-        partial(diffusers, "eager", F32), partial(diffusers_decoder, "eager", F32), **_DIFFUSERS
+        _diffusers("eager", F32), partial(diffusers_decoder, F32), **_DIFFUSERS
     ),
     "diffusers bfloat16": Row(
-        partial(diffusers, "eager", BF16), partial(diffusers_decoder, "eager", BF16), 0.5,
-        **_DIFFUSERS,
+        _diffusers("eager", BF16), partial(diffusers_decoder, BF16), 0.5, **_DIFFUSERS
     ),
-    "diffusers compiled": Row(
-        partial(diffusers, "compiled", F32), partial(diffusers_decoder, "compiled", F32), slow=True,
-        **_DIFFUSERS,
-    ),
-    "diffusers frozen": Row(
-        partial(diffusers, "frozen", F32), partial(diffusers_decoder, "frozen", F32), 1.3,
-        slow=True, **_DIFFUSERS,
-    ),
+    "diffusers compiled": Row(_diffusers("compiled", F32), None, **_SLOW, **_DIFFUSERS),
+    "diffusers frozen": Row(_diffusers("frozen", F32), None, 1.3, **_SLOW, **_DIFFUSERS),
     "diffusers frozen bfloat16": Row(
-        partial(diffusers, "frozen", BF16), partial(diffusers_decoder, "frozen", BF16), 1.2,
-        slow=True, **_DIFFUSERS,
+        _diffusers("frozen", BF16), None, 1.2, **_SLOW, **_DIFFUSERS
     ),
-    "OpenVINO float32": Row(_openvino("f32", F32), _openvino("f32", F32), 1.2, **_OPENVINO),
-    "OpenVINO bfloat16": Row(_openvino("bf16", F32), _openvino("bf16", F32), 1.2, **_OPENVINO),
-    "onnxruntime float32": Row(
-        partial(converted, peers_engines.onnxruntime, F32),
-        partial(converted, peers_engines.onnxruntime, F32), 1.2, **_ONNX,
-    ),
-    "stable-diffusion.cpp float32": Row(
-        None, None, 1.2, slow=True, whole=partial(peers_engines.stable_diffusion_cpp, "f32"), **_CPP
-    ),
-    "stable-diffusion.cpp float16": Row(
-        None, None, 0.7, slow=True, whole=partial(peers_engines.stable_diffusion_cpp, "f16"), **_CPP
-    ),
+    "OpenVINO float32": Row(_openvino("f32"), _openvino("f32"), 1.2, **_OPENVINO),
+    "OpenVINO bfloat16": Row(_openvino("bf16"), _openvino("bf16"), 1.2, **_OPENVINO),
+    "onnxruntime float32": Row(_ONNXRUNTIME, _ONNXRUNTIME, 1.2, **_ONNX),
+    "stable-diffusion.cpp float32": Row(None, None, 1.2, whole=_cpp("f32"), **_SLOW, **_CPP),
+    "stable-diffusion.cpp float16": Row(None, None, 0.7, whole=_cpp("f16"), **_SLOW, **_CPP),
 }  # fmt: skip

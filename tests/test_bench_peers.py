@@ -219,7 +219,10 @@ def test_every_case_names_rows_that_exist(modules: Any) -> None:
     rows = modules.peers_rows.ROWS
     for case in modules.peers_case.CASES:
         assert set(case.rows) <= set(rows) and case.anchor in case.rows
-        assert not [r for r in case.rows if case.kind != "unet" and rows[r].whole]
+        if case.kind != "unet":
+            assert all(rows[row].vae is not None for row in case.rows)
+        if case.kind != "vae":
+            assert all(rows[row].unet or rows[row].whole for row in case.rows)
     assert set(modules.peers_chart.COLOURS) <= set(rows)
 
 
