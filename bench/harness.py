@@ -21,7 +21,10 @@ import numpy as np
 
 import headstart_weights
 
-PACKAGES = ("headstart", "torch", "numpy", "transformers", "safetensors", "diffusers", "triton")
+PACKAGES = (
+    *("headstart", "torch", "numpy", "transformers", "safetensors", "diffusers", "triton"),
+    *("openvino", "onnxruntime", "onnx", "stable-diffusion-cpp-python"),
+)
 
 
 def interleaved(
