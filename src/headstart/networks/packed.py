@@ -20,6 +20,7 @@ the first packed convolution on, because that is what these operators return.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -109,9 +110,16 @@ def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *form: Any) -> T
 
 def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...]) -> bool:
     """Whether a convolution takes a quarter of the products, in float32 (`winograd`)."""
-    own = (tuple(form[0]), tuple(form[1]), tuple(form[2]), form[3]) == _SAME
     floats = input.dtype == torch.float32 and (bias is None or bias.dtype == torch.float32)
-    return own and floats and pays_tiles(weight.shape, input.shape, GAIN)
+    return form == _SAME and floats and pays_tiles(weight.shape, input.shape, GAIN)
+
+
+def _recorded_conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, *form: Sequence[int] | int
+) -> Tensor:
+    """With the form in lists, as torch hands it on."""
+    form = tuple(own if isinstance(own, int) else tuple(own) for own in form)
+    return _conv2d(input, weight, bias, *form)
 
 
 _LIBRARY = torch.library.Library("headstart", "DEF")
@@ -121,7 +129,7 @@ _LIBRARY.define(
     "int[] dilation, int groups) -> Tensor"
 )
 _LIBRARY.impl("packed_linear", _linear, "CPU")
-_LIBRARY.impl("packed_conv2d", _conv2d, "CPU")
+_LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
 """For who records operators to run them again: they read the weight, not the layout of its past."""
 
 
