@@ -91,7 +91,8 @@ def test_auto_takes_the_best_for_a_device_and_says_why(
     [
         ("eager", "cpu"),
         ("replay", "cpu"),
-        ("compiled", "cpu"),
+        ("compiled", "cuda"),
+        ("compiled", "xpu"),
         ("graph", "cuda"),
         ("eager", "cuda"),
     ],
@@ -109,6 +110,11 @@ def test_a_runner_that_the_device_cannot_have_is_an_error(
 ) -> None:
     with pytest.raises(CaptureError, match=f"{name!r} exists on {told}"):
         choose_runner(name, device)
+
+
+def test_compiling_for_a_cpu_is_refused_with_the_figure() -> None:
+    with pytest.raises(CaptureError, match=r"1\.3 times.*'eager'"):
+        choose_runner("compiled", "cpu")
 
 
 def test_an_unknown_runner_is_an_error() -> None:
