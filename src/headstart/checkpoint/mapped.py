@@ -105,7 +105,8 @@ _ONCE: ContextVar[dict[tuple[Path, ...], Mapped] | None] = ContextVar(
 def headers_once() -> Generator[None]:
     """Inside, this thread reads the headers of a file when it opens it first, and once.
 
-    To load the bundled pair opens three files 19 times: 0.25 s of 1.0 s beside torch's import.
+    To load the bundled pair opens three files 19 times: with this, a cold `headstart sample` took
+    2.3 s of CPU and not 2.6 (medians of 5, one Zen 4 core).
     """
     token = _ONCE.set({})
     try:

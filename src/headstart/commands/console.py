@@ -55,8 +55,8 @@ def alone() -> Generator[None]:
     """Inside, a command is all that this process does; then it ends.
 
     Python's cycle collector walks through all that torch and the networks are when it is imported,
-    afterwards and once more at the end: half of the 1.6 s of CPU that `import torch` takes (one
-    Zen 4 core; 1.1 s without). What was loaded stays to the end, so here it looks at it never.
+    afterwards and once more at the end: 0.5 of the 1.6 s of CPU that `import torch` takes (one
+    Zen 4 core). What was loaded stays to the end, so here it looks at it never.
     """
     token = _ALONE.set(True)
     try:
