@@ -154,7 +154,7 @@ def _check(x: Tensor, filter: Filter, bias: Tensor | None) -> None:
         raise ValueError(f"x: expected [B, {filter.inputs}, h, w], got {said(x)}")
     if x.dtype != torch.float32:
         raise TypeError(f"x: expected float32, got {said(x)}; use torch's convolution")
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"x: is on {x.device}, and this is for CPUs; use torch's convolution")
     if bias is None:
         return
