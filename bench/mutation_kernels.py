@@ -86,6 +86,10 @@ IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
 IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
 IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to", "native_library")
 IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused", "native_library")
+IN_FILTER = (
+    "tests/kernels/test_winograd.py::test_a_filter_is_rounded_once_from_whatever_the_weight_is",
+)
+IN_PAYS = ("tests/kernels/test_winograd.py::test_it_pays_where_tiles_are_many_and_channels_too",)
 IN_C_FINITE = (
     *COMPILED,
     "tests/kernels/test_step_into.py::"
@@ -272,6 +276,16 @@ IN_C = (
     (f"{C}/numbers.h", "C: bfloat16 cut off", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16", COMPILED),
     (f"{C}/picture.h", "C: NaN is not black", "pixel >= -1.0f ? pixel : -1.0f", "pixel < -1.0f ? -1.0f : pixel", IN_C_SHOWN),
     (f"{C}/picture.h", "C: levels rounded down", "+ 127.5f + 0x1p23f", "+ 127.0f + 0x1p23f", COMPILED),
+    (f"{C}/winograd.h", "C: pixels beyond the image are what they were", "begin > left || ", "", COMPILED),
+    (f"{C}/winograd.h", "C: another point", "#define Q1 1.5f", "#define Q1 1.25f", COMPILED),
+    (f"{C}/winograd.h", "C: an output of the wrong sign", "P3 * rest_p + Q3 * rest_q + m[5]", "P3 * rest_p + Q3 * rest_q - m[5]", COMPILED),
+    (f"{C}/winograd.h", "C: a sum begins anew", "to + first * stride + column, stride, k > 0)", "to + first * stride + column, stride, 0)", COMPILED),
+    (f"{C}/winograd.h", "C: the last channels are forgotten", "least(DEPTH, a->inputs - k)", "least(DEPTH, (a->inputs - k) & ~7)", COMPILED),
+    (f"{C}/winograd.h", "C: the first image for all", "a->x + image * a->inputs", "a->x + 0 * a->inputs", COMPILED),
+    (f"{C}/winograd.h", "C: no bias", "o[i] + bias, LANES", "o[i], LANES", COMPILED),
+    (f"{C}/winograd.h", "C: the first strip for all", "left = first * TILE - 1", "left = -1", COMPILED),
+    ("kernels/headstart_kernels/winograd.py", "weights rounded twice", "[at * SLICE : (at + 1) * SLICE].double()", "[at * SLICE : (at + 1) * SLICE].half().double()", IN_FILTER),
+    ("kernels/headstart_kernels/winograd.py", "pays whatever reading the weights takes", "(tiles + _WEIGHTS)", "tiles", IN_PAYS),
     (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", IN_C_KEPT),
     (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", IN_C_PROOF),
 )  # fmt: skip

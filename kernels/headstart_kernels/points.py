@@ -30,8 +30,8 @@ POINTS = TILE + 2
 """Inputs of a tile, each way."""
 PLACES = POINTS * POINTS
 """Products of a tile, input and output."""
-PANEL = 64
-"""Outputs whose weights lie together: as many as the product of matrices takes at a time."""
+PANEL, SLICE = 64, 16
+"""Outputs that a product of matrices takes at a time, and those whose weights lie together."""
 
 
 def output_matrix() -> list[list[float]]:

@@ -27,7 +27,7 @@ from headstart_kernels.dispatch import (
     products_are_fast,
 )
 from headstart_kernels.operands import memory_format
-from headstart_kernels.points import PANEL, PLACES, TILE, filter_matrix
+from headstart_kernels.points import PANEL, PLACES, SLICE, TILE, filter_matrix
 
 GAIN = 2.0
 """How much faster a convolution has to be, since its weights take four times the memory. An SD1.5
@@ -43,19 +43,20 @@ twice as slow beside the products would move the bound from 9 tiles to 18."""
 class Filter:
     """A 3x3 filter as G g G^T, laid out for products with tiles; nobody writes to it.
 
-    places   float32 [36, P, C, 64]: weights of 64 outputs together, those beyond the last 0
-    outputs  how many there are, at most 64*P
+    places   float32 [36, S, C, 16]: weights of 16 outputs together, those beyond the last 0; S is
+             a multiple of 4
+    outputs  how many there are, at most 16*S
     """
 
     places: Tensor
     outputs: int
 
     def __post_init__(self) -> None:
-        shape = (PLACES, -(-self.outputs // PANEL), *self.places.shape[2:3], PANEL)
+        shape = (PLACES, _slices(self.outputs), *self.places.shape[2:3], SLICE)
         if self.places.shape != shape or self.outputs < 1 or self.places.dtype != torch.float32:
             raise ValueError(
-                f"places: expected float32 [{PLACES}, P, C, {PANEL}] for {self.outputs} outputs, "
-                f"got {said(self.places)}; use Filter.of(weight)"
+                f"places: expected float32 [{PLACES}, {_slices(self.outputs)}, C, {SLICE}] for "
+                f"{self.outputs} outputs, got {said(self.places)}; use Filter.of(weight)"
             )
 
     @classmethod
@@ -73,10 +74,10 @@ class Filter:
         outputs, inputs = weight.shape[:2]
         one_way = torch.tensor(filter_matrix(), dtype=torch.float64, device="cpu")
         both_ways = torch.kron(one_way, one_way)  # [36, 9]
-        panels = -(-outputs // PANEL)
-        places = torch.zeros((PLACES, panels, inputs, PANEL), dtype=torch.float32, device="cpu")
-        for at in range(panels):  # what is float64 is small
-            part = weight.detach()[at * PANEL : (at + 1) * PANEL].double()
+        shape = (PLACES, _slices(outputs), inputs, SLICE)
+        places = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for at in range(-(-outputs // SLICE)):  # what is float64 is small
+            part = weight.detach()[at * SLICE : (at + 1) * SLICE].double()
             taps = part.permute(2, 3, 1, 0).reshape(9, -1)
             places[:, at, :, : len(part)] = (both_ways @ taps).view(PLACES, inputs, -1)
         return cls(places, outputs)
@@ -138,10 +139,14 @@ def pays(weight_shape: Sequence[int], input_shape: Sequence[int], gain: float = 
     if kernel != [3, 3] or min(outputs, inputs, batch, height, width) < 1:
         return False
     tiles = batch * -(-height // TILE) * -(-width // TILE)
-    padded = -(-outputs // PANEL) * PANEL
+    padded = _slices(outputs) * SLICE
     transforms = _PIXELS * tiles * (inputs + padded) / inputs
     ours = PLACES * ((tiles + _WEIGHTS) * padded + transforms) / outputs
     return gain * ours <= 9 * batch * height * width and products_are_fast()
+
+
+def _slices(outputs: int) -> int:
+    return -(-outputs // PANEL) * (PANEL // SLICE)
 
 
 def _check(x: Tensor, filter: Filter, bias: Tensor | None) -> None:
@@ -149,7 +154,7 @@ def _check(x: Tensor, filter: Filter, bias: Tensor | None) -> None:
         raise ValueError(f"x: expected [B, {filter.inputs}, h, w], got {said(x)}")
     if x.dtype != torch.float32:
         raise TypeError(f"x: expected float32, got {said(x)}; use torch's convolution")
-    if x.device.type != "cpu":
+    if not x.is_cpu:
         raise ValueError(f"x: is on {x.device}, and this is for CPUs; use torch's convolution")
     if bias is None:
         return

@@ -170,3 +170,10 @@ def test_the_proof_looks_at_every_loop_of_a_step(monkeypatch: pytest.MonkeyPatch
     names = [f"fused_step ({case.name})" for case in proof.CASES]
     assert proof.differences(library.library()) == names
     assert {case.dtype for case in proof.CASES} == {torch.float32, torch.float16, torch.bfloat16}
+
+
+def test_the_proof_looks_at_every_size_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = calls.calls()
+    monkeypatch.setattr(proof, "bound", lambda made: right._replace(winograd=lambda packed: None))
+    names = [f"winograd_conv {shape}" for shape in proof.CONVOLUTIONS]
+    assert proof.differences(library.library()) == names

@@ -21,10 +21,10 @@ def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) 
     tiles = F.pad(x, around).unfold(2, POINTS, TILE).unfold(3, POINTS, TILE)
     before = _forth(_forth(tiles, 5), 4)  # [B, C, down, across, 6, 6]
     before = before.permute(4, 5, 0, 2, 3, 1).reshape(len(places), 1, -1, inputs)
-    after = before @ places  # [36, panels, tiles, 64]
+    after = before @ places  # [36, slices, tiles, 16]
     sizes = (POINTS, POINTS, len(places[0]), batch, down, across, -1)
     after = _back(_back(after.reshape(sizes), 1), 0)
-    y = after.permute(3, 2, 6, 4, 0, 5, 1)  # [B, panels, 64, down, 4, across, 4]
+    y = after.permute(3, 2, 6, 4, 0, 5, 1)  # [B, slices, 16, down, 4, across, 4]
     y = y.reshape(batch, -1, down * TILE, across * TILE)[:, :outputs, :height, :width]
     y = y if bias is None else y + bias[:, None, None]
     return y.contiguous(memory_format=memory_format(x))

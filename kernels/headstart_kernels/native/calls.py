@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headstart_kernels.native.library import library
 from headstart_kernels.operands import memory_format
-from headstart_kernels.points import PLACES, TILE
+from headstart_kernels.points import PANEL, PLACES, TILE
 from headstart_kernels.table import Row
 
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -28,9 +28,10 @@ STEP = struct.Struct("@16P 5q 4i 7f")
 WINOGRAD = struct.Struct("@P q 6P 7q")
 """`winograd` of winograd.h: the team, pointers, sizes."""
 BLOCK = 64
-"""Tiles in a block of winograd.h, but whole rows of them. Of 32, 64, 128 and 256 none is better by
-more than 5 % on 320 to 1280 channels at 16x16 to 64x64 (one core of a Zen 4, 1 MB of second cache
-and 32 MB of third); of 128 channels at 256x256 they take 68, 69, 75 and 80 ms."""
+"""Tiles of each thread in a block of winograd.h, which has whole rows of them. Of 32, 64, 128 and
+256 none is better than 64 by more than 5 % on 320 to 1280 channels at 16x16 to 64x64 (one core of a
+Zen 4, 1 MB of second cache, 32 MB of third); 128 channels at 256x256 take 68, 69, 75 and 80 ms."""
+_SHARING = 4  # threads whose blocks are one: fewer waits for each other, and still in a third cache
 _WIDE, _GAP = 16, 16  # of winograd.h
 
 GRAIN = 1 << 15
@@ -146,15 +147,16 @@ def convolved(made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor
     """A new [B, outputs, h, w] that lies as x does."""
     batch, inputs, height, width = x.shape
     across, lines = -(-width // TILE), batch * -(-height // TILE)
-    each = -(-lines // -(-lines // max(1, BLOCK // across)))
-    wide = -(-inputs // _WIDE) * _WIDE, places.shape[1] * places.shape[3]
+    wide = -(-inputs // _WIDE) * _WIDE, -(-outputs // PANEL) * PANEL
+    runtime, threads = team(PLACES * lines * across * min(wide))
+    each = -(-lines // -(-lines // max(1, BLOCK * min(threads, _SHARING) // across)))
     rooms = [_floats(PLACES * (each * across * channels + _GAP)) for channels in wide]
     form = memory_format(x)
     x, y = x.contiguous(memory_format=form), _floats(batch, outputs, height, width, form=form)
     bias = None if bias is None else bias.contiguous()
     made.winograd(
         WINOGRAD.pack(
-            *team(rooms[0].numel()),
+            *(runtime, threads),
             *(0 if part is None else part.data_ptr() for part in (x, places, bias, y, *rooms)),
             *(batch, inputs, outputs, height, width, form == torch.channels_last, each),
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 from headstart_kernels.dispatch import Impl, load
 from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, convolved, packed_step
 from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
-from headstart_kernels.points import PANEL, PLACES, TILE
+from headstart_kernels.points import PANEL, PLACES, SLICE, TILE
 from headstart_kernels.table import Row
 
 SHAPE = (2, 4, 37, 31)
@@ -131,7 +131,7 @@ def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int
         alone[image, channel] = numbers[image, channel]
     whole = torch.zeros_like(alone)
     whole[:, :, 2::TILE, 2::TILE] = numbers[:, :, 2::TILE, 2::TILE].round()
-    weights = _numbers(2, (PLACES, -(-outputs // PANEL), inputs, PANEL))
+    weights = _numbers(2, (PLACES, -(-outputs // PANEL) * PANEL // SLICE, inputs, SLICE))
     bias = _numbers(3, (outputs,))
     reference = load("winograd_conv", Impl.REFERENCE)
     return all(

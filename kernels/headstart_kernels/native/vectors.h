@@ -93,6 +93,17 @@ INLINE void past_caches_done(void) {
 #endif
 }
 
+/* Not 0 + value, which is an addition: it makes 0 of -0. */
+INLINE floats all_floats(float value) {
+#if WIDTH == 64
+  return (floats)_mm512_set1_ps(value);
+#elif WIDTH == 32
+  return (floats)_mm256_set1_ps(value);
+#else
+  return (floats){value, value, value, value};
+#endif
+}
+
 INLINE longs all_longs(uint64_t value) { return (longs){0} + value; }
 
 /* The 64-bit products of the low halves. */

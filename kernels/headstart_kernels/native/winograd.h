@@ -24,7 +24,8 @@ enum {
   POINTS = 6, /* inputs */
   PLACES = POINTS * POINTS,
   STRIP = 16,   /* tiles of a row that are transformed at a time: their pixels stay in the first cache */
-  PANEL = 64,   /* outputs whose weights lie together */
+  PANEL = 64,   /* outputs that are summed at a time, */
+  SLICE = 16,   /* and those whose weights lie together, for every input: a line of a cache */
   DEPTH = 320,  /* inputs that are summed at a time: their panel stays in the second cache, and the rounding
                    errors of long sums stay small */
   ROWS = 6,     /* tiles of a product at a time, */
@@ -178,16 +179,17 @@ static void forth_piece(const void *job, int64_t number) {
 }
 
 /* Sums of `depth` products for `rows` tiles and COLUMNS vectors of outputs, added to `to` or put there. */
-INLINE void multiply(const int rows, const float *v, int64_t wide, const float *u, int64_t depth, float *to,
-                     int64_t stride, int more) {
+INLINE void multiply(const int rows, const float *v, int64_t wide, const float *u, int64_t slice, int64_t depth,
+                     float *to, int64_t stride, int more) {
   floats sum[ROWS][COLUMNS] = {{{0}}};
   for (int64_t k = 0; k < depth; k++) {
     floats weight[COLUMNS];
     UNROLLED
-    for (int c = 0; c < COLUMNS; c++) weight[c] = load(u + k * PANEL + c * LANES, LANES);
+    for (int c = 0; c < COLUMNS; c++)
+      weight[c] = load(u + c * LANES / SLICE * slice + k * SLICE + c * LANES % SLICE, LANES);
     UNROLLED
     for (int r = 0; r < rows; r++) {
-      const floats value = (floats){0} + v[r * wide + k];
+      const floats value = all_floats(v[r * wide + k]);
       UNROLLED
       for (int c = 0; c < COLUMNS; c++) sum[r][c] = multiply_add(value, weight[c], sum[r][c]);
     }
@@ -202,15 +204,15 @@ INLINE void multiply(const int rows, const float *v, int64_t wide, const float *
   }
 }
 
-static void multiply_rows(int64_t rows, const float *v, int64_t wide, const float *u, int64_t depth, float *to,
-                          int64_t stride, int more) {
+static void multiply_rows(int64_t rows, const float *v, int64_t wide, const float *u, int64_t slice, int64_t depth,
+                          float *to, int64_t stride, int more) {
   switch (rows) {
-  case 1: multiply(1, v, wide, u, depth, to, stride, more); break;
-  case 2: multiply(2, v, wide, u, depth, to, stride, more); break;
-  case 3: multiply(3, v, wide, u, depth, to, stride, more); break;
-  case 4: multiply(4, v, wide, u, depth, to, stride, more); break;
-  case 5: multiply(5, v, wide, u, depth, to, stride, more); break;
-  default: multiply(ROWS, v, wide, u, depth, to, stride, more);
+  case 1: multiply(1, v, wide, u, slice, depth, to, stride, more); break;
+  case 2: multiply(2, v, wide, u, slice, depth, to, stride, more); break;
+  case 3: multiply(3, v, wide, u, slice, depth, to, stride, more); break;
+  case 4: multiply(4, v, wide, u, slice, depth, to, stride, more); break;
+  case 5: multiply(5, v, wide, u, slice, depth, to, stride, more); break;
+  default: multiply(ROWS, v, wide, u, slice, depth, to, stride, more);
   }
 }
 
@@ -220,19 +222,19 @@ static void multiply_piece(const void *job, int64_t number) {
   const winograd *a = b->a;
   const int64_t panels = up(a->outputs, PANEL) / PANEL, at = number / panels, panel = number % panels;
   const int64_t tiles = b->lines * tiles_across(a), parts = (tiles + ROWS - 1) / ROWS;
-  const int64_t wide = up(a->inputs, WIDE), stride = panels * PANEL;
+  const int64_t wide = up(a->inputs, WIDE), stride = panels * PANEL, slice = a->inputs * SLICE;
   const float *v = a->before + at * place_of(b, a->inputs);
   const float *u = a->places + number * a->inputs * PANEL;
   float *to = a->after + at * place_of(b, stride) + panel * PANEL;
-  for (int64_t k = 0; k < a->inputs; k += DEPTH) {
-    const int64_t depth = least(DEPTH, a->inputs - k);
-    for (int64_t part = 0; part < parts; part++) { /* of nearly the same size: none is a lonely row */
-      const int64_t first = tiles * part / parts, end = tiles * (part + 1) / parts;
-      for (int64_t column = 0; column < PANEL; column += COLUMNS * LANES)
-        multiply_rows(end - first, v + first * wide + k, wide, u + k * PANEL + column, depth,
+  for (int64_t column = 0; column < PANEL; column += COLUMNS * LANES)
+    for (int64_t k = 0; k < a->inputs; k += DEPTH) {
+      const int64_t depth = least(DEPTH, a->inputs - k);
+      for (int64_t part = 0; part < parts; part++) { /* of nearly the same size: none is a lonely row */
+        const int64_t first = tiles * part / parts, end = tiles * (part + 1) / parts;
+        multiply_rows(end - first, v + first * wide + k, wide, u + column / SLICE * slice + k * SLICE, slice, depth,
                       to + first * stride + column, stride, k > 0);
+      }
     }
-  }
 }
 
 /* The 36 places of a row of tiles, LANES of its outputs, into pixels. */
