@@ -7,12 +7,14 @@ from enum import Enum
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as _has_modes  # pyright: ignore[reportPrivateUsage]
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from headstart_kernels.trial import launches
 
@@ -28,11 +30,17 @@ _NOUN = {
     "add_layernorm": "layernorm",
     "geglu": "gate",
     "low_rank_add": "adapter",
+    "attention": "attention",
 }
 
 
-NATIVE = frozenset({"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8"})
-"""What exists in C. The layers do not: on a CPU they are torch's own, to the last bit."""
+NATIVE = frozenset(
+    {"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8", "attention"}
+)
+"""What exists in C. Of the layers an attention does: the others are torch's own on a CPU, to the
+last bit."""
+ONLY_NATIVE = frozenset({"attention"})
+"""What does not exist in Triton: on a GPU it is torch's own."""
 
 
 class Impl(Enum):
@@ -63,7 +71,7 @@ def choose(
     if tensor.dtype == torch.float64:
         return Impl.REFERENCE
     if tensor.is_cuda:
-        able = not stands_in(tensor) and launches(tensor.device)
+        able = kernel not in ONLY_NATIVE and not stands_in(tensor) and launches(tensor.device)
         return Impl.TRITON if able else Impl.REFERENCE
     in_c = kernel in NATIVE and not rows_differ and _in_c(tensor, *others)
     return Impl.NATIVE if in_c else Impl.REFERENCE
@@ -86,8 +94,15 @@ def on_host(*tensors: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether a compiler or a recorder of operators looks on."""
-    return is_in_torch_dispatch_mode() or is_compiling()
+    """Whether a compiler, a recorder of operators or a transform of functions looks on: what
+    `torch.func` and forward-mode gradients keep beside a tensor is not in its memory. Inside of an
+    operator that a recorder has noted it looks away."""
+    return _has_modes() > 0 or is_compiling() or _transformed()
+
+
+def _transformed() -> bool:
+    level = cast(int, forward_ad._current_level)  # pyright: ignore
+    return level >= 0 or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def has_c() -> bool:
@@ -132,7 +147,7 @@ def _named(kernel: str, impl: Impl | str, tensor: Tensor, rows_differ: bool) -> 
             f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
         ) from None
     if asked is Impl.TRITON:
-        _require_triton(tensor)
+        _require_triton(kernel, tensor)
     if asked is Impl.NATIVE:
         _require_native(kernel, tensor)
         if rows_differ:
@@ -165,7 +180,11 @@ def _why_not_native() -> str | None:
     return import_module("headstart_kernels.native.library").why_not()
 
 
-def _require_triton(tensor: Tensor) -> None:
+def _require_triton(kernel: str, tensor: Tensor) -> None:
+    if kernel in ONLY_NATIVE:
+        raise ValueError(
+            f"impl: 'triton' has no {kernel}, which is torch's own on a GPU; use impl='reference'"
+        )
     if not _installed():
         raise ValueError(
             "impl: 'triton' needs the package triton, which is not installed: install it, or use "

@@ -202,3 +202,15 @@ def _(x: Tensor) -> Tensor:
 def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> None:
     """`headstart_kernels.low_rank_add`."""
     layers.low_rank_add(y, x, down, up, strength)
+
+
+@_operator()
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`headstart_kernels.attention`; the numbers of a token lie together in what it returns."""
+    return layers.attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, queries, width = q.shape
+    return q.new_empty((batch, queries, heads, width)).transpose(1, 2)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headstart_kernels import (
     Draw,
     Impl,
+    attention,
     decode_u8,
     dispatch,
     fused_step,
@@ -27,7 +28,7 @@ from headstart_kernels import (
     preview_rgb,
     scale_input,
 )
-from headstart_kernels.dispatch import NATIVE, choose, load, stands_in
+from headstart_kernels.dispatch import NATIVE, ONLY_NATIVE, choose, load, stands_in
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
 from headstart_kernels.native import library
 from headstart_kernels.testing import random_latents, random_table
@@ -103,10 +104,14 @@ LAYERS = ("groupnorm_silu", "geglu", "low_rank_add")
 @pytest.mark.parametrize("kernel", [*sorted(NATIVE), *LAYERS])
 def test_every_implementation_has_every_kernel_but_layers_are_not_in_c(kernel: str) -> None:
     for impl in Impl:
-        if impl is not Impl.NATIVE or kernel in NATIVE:
+        absent = {Impl.NATIVE: kernel not in NATIVE, Impl.TRITON: kernel in ONLY_NATIVE}
+        if not absent.get(impl):
             assert callable(load(kernel, impl))
     with pytest.raises(ValueError, match="'native' has no geglu, which is torch's own on a CPU"):
         geglu(torch.ones(2, 8), impl="native")
+    heads = [torch.ones(1, 1, 4, 8)] * 3
+    with pytest.raises(ValueError, match="'triton' has no attention, which is torch's own on a"):
+        attention(*heads, impl="triton")
 
 
 def test_there_are_c_kernels_wherever_there_is_a_compiler() -> None:

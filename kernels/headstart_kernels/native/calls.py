@@ -23,9 +23,13 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STEP = struct.Struct("@16P 5q 4i 7f")
 """`step` of step.h: pointers, sizes, types, coefficients."""
 
+ATTENTION = struct.Struct("@P q 5P 14q i f")
+"""`attention` of attention.h: team, pointers, sizes and strides, type, scale."""
+
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
 
+_LOG2_E = 1.4426950408889634
 _P, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _ARGUMENTS: dict[str, list[type]] = {
     "step": [ctypes.c_char_p],
@@ -33,24 +37,29 @@ _ARGUMENTS: dict[str, list[type]] = {
     "normals": [_P, _LONG, _P, _P, _P, _LONG, _LONG, _LONG],
     "preview": [_P, _LONG, _P, _INT, _P, _P, _P, _LONG, _LONG, _LONG],
     "levels": [_P, _LONG, _P, _INT, _INT, _P, _LONG, _LONG],
+    "attention": [ctypes.c_char_p],
+    "attends": [_INT],
 }
+_RETURNS = {"attends": _INT}
 
 
 class Calls(NamedTuple):
-    """kernels.c's functions; all but `step` begin with the `team` that does the work."""
+    """kernels.c's functions; those of many arguments begin with the `team` that does the work."""
 
     step: Callable[[bytes], None]
     scale: Callable[..., None]
     normals: Callable[..., None]
     preview: Callable[..., None]
     levels: Callable[..., None]
+    attention: Callable[[bytes], None]
+    attends: Callable[[int], int]
 
 
 def bound(made: ctypes.CDLL) -> Calls:
     """A library's functions with their arguments declared."""
     for name, arguments in _ARGUMENTS.items():
         function = getattr(made, f"headstart_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _RETURNS.get(name)
     return Calls(*(getattr(made, f"headstart_{name}") for name in Calls._fields))
 
 
@@ -121,6 +130,21 @@ def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> b
         *((0, 0) if x_in is None else (TYPES[x_in.dtype], x_in.shape[0] // batch)),
         c_in,
         *row[1:7],  # c_skip to guidance
+    )
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, values: Tensor, out: Tensor) -> bytes:
+    """The argument of `Calls.attention`; `values` and `out` as attention.h has them. Weights are
+    powers of two there: scale = log2(e)/sqrt(d)."""
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    return ATTENTION.pack(
+        *team(batch * heads * queries * keys),
+        *(tensor.data_ptr() for tensor in (q, k, v, values, out)),
+        *(batch, heads, queries, keys, width),
+        *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
+        TYPES[q.dtype],
+        _LOG2_E / width**0.5,
     )
 
 

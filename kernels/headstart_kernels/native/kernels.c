@@ -1,7 +1,8 @@
 /* The sampler's kernels in C: headstart_kernels.api says what they compute, this says how.
 
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
-   contraction, so the bits are those of the reference. */
+   contraction, so the bits are those of the reference. An attention alone has bits of its own. */
+#include "attention.h"
 #include "step.h"
 
 void headstart_step(const step *a) {
@@ -116,3 +117,7 @@ void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels
   showing a = {.from = pixels, .type = type, .last = last, .rgb = rgb, .plane = plane};
   do_pieces((team){runtime, threads}, levels_piece, &a, batch * pieces_of(plane));
 }
+
+int32_t headstart_attends(int32_t type) { return attends(type); }
+
+void headstart_attention(const attention *a) { attend(a); }

@@ -25,6 +25,9 @@ ROW_ROUNDINGS = 60
 with the square and the deviation, then divisions, root, products and sum."""
 GATE_ROUNDINGS = 12
 """erf to 2 units in the last place, its argument, and six products and sums."""
+ATTENTION_ROUNDINGS = 120
+"""Of a weighted sum: 96 keys at a time, a power of two, its scale, quotient and product; the blocks
+of keys are added, so there is one more for each of them."""
 
 
 class Bound(NamedTuple):
@@ -98,3 +101,17 @@ def low_rank_bound(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Ten
     unit, summed = UNIT[y.dtype], x.shape[-1] + len(down) + 4
     budget = summed * _FLOAT32 * (y.double().abs() + change) + 2 * unit * change
     return Bound(exact, budget + unit * exact.abs())
+
+
+def attention_bound(q: Tensor, k: Tensor, v: Tensor) -> Bound:
+    """`attention`: an error e in the scores is one of 2e, relatively, in the weights, which are
+    rounded to the dtype of q; each score is a sum of d products, scaled and shifted."""
+    root, (keys, width) = q.shape[-1] ** 0.5, k.shape[-2:]
+    wide, magnitudes = [t.double() for t in (q, k, v)], [t.double().abs() for t in (q, k, v)]
+    weights = torch.softmax(wide[0] @ wide[1].mT / root, -1)
+    scores = (magnitudes[0] @ magnitudes[1].mT / root).amax(-1, keepdim=True)
+    roundings = 2 * (width + 4) * scores + ATTENTION_ROUNDINGS + keys / 96
+    narrow = 0.0 if q.dtype == torch.float32 else UNIT[q.dtype]
+    exact, magnitude = weights @ wide[2], weights @ magnitudes[2]
+    budget = (roundings * _FLOAT32 + narrow) * magnitude
+    return Bound(exact, budget + UNIT[q.dtype] * (exact.abs() + budget))
