@@ -21,7 +21,7 @@ from headstart_kernels.api import (
     scale_input,
 )
 from headstart_kernels.dispatch import Impl
-from headstart_kernels.layers import add_layernorm, geglu, groupnorm_silu, low_rank_add
+from headstart_kernels.layers import add_layernorm, attention, geglu, groupnorm_silu, low_rank_add
 from headstart_kernels.operands import Draw, LinearMap, Preview
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.steps import Steps
@@ -38,6 +38,7 @@ __all__ = [
     "Rows",
     "Steps",
     "add_layernorm",
+    "attention",
     "decode_u8",
     "finite_flags",
     "fused_step",

@@ -7,12 +7,14 @@ from enum import Enum
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack as _has_modes  # pyright: ignore[reportPrivateUsage]
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from headstart_kernels.trial import launches
 
@@ -29,15 +31,19 @@ _NOUN = {
     "geglu": "gate",
     "low_rank_add": "adapter",
     "winograd_conv": "winograd",
+    "attention": "attention",
 }
 
 
 NATIVE = frozenset(
-    {"fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8", "winograd_conv"}
+    {
+        *("fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8"),
+        *("attention", "winograd_conv"),
+    }
 )
-"""What exists in C. The layers do not: on a CPU they are torch's own, to the last bit."""
-FOR_CPUS = frozenset({"winograd_conv"})
-"""What does not exist in Triton: on a GPU cuDNN has its own."""
+"""What exists in C. Other layers are torch's own on a CPU, to the last bit."""
+FOR_CPUS = frozenset({"attention", "winograd_conv"})
+"""What does not exist in Triton: on a GPU torch and cuDNN have their own."""
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -70,7 +76,7 @@ def choose(
     if tensor.dtype == torch.float64:
         return Impl.REFERENCE
     if tensor.is_cuda:
-        able = not stands_in(tensor) and launches(tensor.device)
+        able = kernel not in FOR_CPUS and not stands_in(tensor) and launches(tensor.device)
         return Impl.TRITON if able else Impl.REFERENCE
     in_c = kernel in NATIVE and not rows_differ and _in_c(tensor, *others)
     return Impl.NATIVE if in_c else Impl.REFERENCE
@@ -93,8 +99,15 @@ def on_host(*tensors: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether a compiler or a recorder of operators looks on."""
-    return is_in_torch_dispatch_mode() or is_compiling()
+    """Whether a compiler, a recorder of operators or a transform of functions looks on: what
+    `torch.func` and forward-mode gradients keep beside a tensor is not in its memory. Inside of an
+    operator that a recorder has noted it looks away."""
+    return _has_modes() > 0 or is_compiling() or _transformed()
+
+
+def _transformed() -> bool:
+    level = cast(int, forward_ad._current_level)  # pyright: ignore
+    return level >= 0 or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def has_c() -> bool:

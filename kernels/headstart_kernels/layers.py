@@ -1,6 +1,7 @@
 """The public kernels inside a network: check, then dispatch to an implementation.
 
-On a CPU each of these is the torch expression that it replaces, to the last bit.
+On a CPU each of these is the torch expression that it replaces, to the last bit; `attention` alone
+has a kernel in C, which rounds in another order.
 """
 
 from __future__ import annotations
@@ -120,6 +121,43 @@ def low_rank_add(
     else:
         load("low_rank_add", choose("low_rank_add", impl, y))(y, x, down, up, strength)
     return y
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | str | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v [B, H, N, d], in the dtype of q; arXiv:1706.03762, equation 1.
+
+    q [B, H, N, d], k and v [B, H, M, d] of one dtype, whose tokens may lie anywhere. In C a head
+    has a multiple of 8 numbers, 512 at most, in float32, or in bfloat16 where the processor has
+    products of it (AVX512_BF16). Otherwise, and on a GPU, it is torch's own.
+    """
+    _check_heads(q, k, v)
+    chosen = choose("attention", impl, q, k, v)
+    if chosen is Impl.NATIVE and (reason := _unfit(q, k, v)) is not None:
+        if impl is not None:
+            raise ValueError(f"impl: 'native' cannot: {reason}; use impl='reference'")
+        chosen = Impl.REFERENCE
+    return load("attention", chosen)(q, k, v)
+
+
+def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    from headstart_kernels.impl.native_attention import unfit
+
+    return unfit(q, k, v)
+
+
+def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if q.ndim != 4 or not q.is_floating_point():
+        raise ValueError(f"q: expected float [B, H, N, d], got {said(q)}")
+    shape = (*q.shape[:2], k.shape[2] if k.ndim == 4 else 0, q.shape[3])
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name}: expected [B, H, M, d] beside q {said(q)} and k {said(k)}, "
+                f"got {said(tensor)}"
+            )
+        if tensor.dtype != q.dtype:
+            raise TypeError(f"{name}: expected the dtype of q, {said(q)}, got {said(tensor)}")
+        check_device(name, tensor, q.device)
 
 
 def _check_affine(x: Tensor, channels: int, weight: Tensor, bias: Tensor) -> None:

@@ -214,3 +214,15 @@ def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None =
 def _(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None = None) -> Tensor:
     y = x.new_empty((len(x), outputs, *x.shape[2:]))
     return y.contiguous(memory_format=memory_format(x))
+
+
+@_operator()
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """`headstart_kernels.attention`; the numbers of a token lie together in what it returns."""
+    return layers.attention(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    batch, heads, queries, width = q.shape
+    return q.new_empty((batch, queries, heads, width)).transpose(1, 2)

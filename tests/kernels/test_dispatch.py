@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from headstart_kernels import (
     Draw,
     Impl,
+    attention,
     decode_u8,
     dispatch,
     fused_step,
@@ -108,6 +109,9 @@ def test_every_implementation_has_every_kernel_but_layers_are_not_in_c(kernel: s
             assert callable(load(kernel, impl))
     with pytest.raises(ValueError, match="'native' has no geglu, which is torch's own on a CPU"):
         geglu(torch.ones(2, 8), impl="native")
+    heads = [torch.ones(1, 1, 4, 8)] * 3
+    with pytest.raises(ValueError, match="'triton' has no attention, which is for CPUs"):
+        attention(*heads, impl="triton")
 
 
 def test_there_are_c_kernels_wherever_there_is_a_compiler() -> None:

@@ -52,6 +52,8 @@ def calls(turn: Callable[[Tensor], Tensor]) -> Iterator[tuple[str, tuple[Any, ..
     for more in ((), (random_latents(2, 4), False)):
         yield "groupnorm_silu", (x, 2, weight, weight, 1e-5, *more)
     yield "geglu", (x,)
+    heads = [turn(random_latents(2, 3, tokens, 8)) for tokens in (5, 7, 7)]
+    yield "attention", tuple(heads)
     rows = random_latents(6), random_latents(6)
     yield "add_layernorm", (x, x + 1, *rows, 1e-5)
     filter = winograd.Filter.of(random_latents(3, 4, 3, 3))

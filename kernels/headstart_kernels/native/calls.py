@@ -33,10 +33,13 @@ BLOCK = 64
 Zen 4, 1 MB of second cache, 32 MB of third); 128 channels at 256x256 take 68, 69, 75 and 80 ms."""
 _SHARING = 4  # threads whose blocks are one: fewer waits for each other, and still in a third cache
 _WIDE, _GAP = 16, 16  # of winograd.h
+ATTENTION = struct.Struct("@P q 5P 14q i f")
+"""`attention` of attention.h: team, pointers, sizes and strides, type, scale."""
 
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
 
+_LOG2_E = 1.4426950408889634
 _P, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 _ARGUMENTS: dict[str, list[type]] = {
     "step": [ctypes.c_char_p],
@@ -45,7 +48,10 @@ _ARGUMENTS: dict[str, list[type]] = {
     "preview": [_P, _LONG, _P, _INT, _P, _P, _P, _LONG, _LONG, _LONG],
     "levels": [_P, _LONG, _P, _INT, _INT, _P, _LONG, _LONG],
     "winograd": [ctypes.c_char_p],
+    "attention": [ctypes.c_char_p],
+    "attends": [_INT],
 }
+_RETURNS = {"attends": _INT}
 
 
 class Calls(NamedTuple):
@@ -57,13 +63,15 @@ class Calls(NamedTuple):
     preview: Callable[..., None]
     levels: Callable[..., None]
     winograd: Callable[[bytes], None]
+    attention: Callable[[bytes], None]
+    attends: Callable[[int], int]
 
 
 def bound(made: ctypes.CDLL) -> Calls:
     """A library's functions with their arguments declared."""
     for name, arguments in _ARGUMENTS.items():
         function = getattr(made, f"headstart_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = arguments, _RETURNS.get(name)
     return Calls(*(getattr(made, f"headstart_{name}") for name in Calls._fields))
 
 
@@ -166,6 +174,21 @@ def convolved(made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor
 
 def _floats(*shape: int, form: torch.memory_format = torch.contiguous_format) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=form)
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, values: Tensor, out: Tensor) -> bytes:
+    """The argument of `Calls.attention`; `values` and `out` as attention.h has them. Weights are
+    powers of two there: scale = log2(e)/sqrt(d)."""
+    batch, heads, queries, width = q.shape
+    keys = k.shape[2]
+    return ATTENTION.pack(
+        *team(batch * heads * queries * keys),
+        *(tensor.data_ptr() for tensor in (q, k, v, values, out)),
+        *(batch, heads, queries, keys, width),
+        *(stride for tensor in (q, k, v) for stride in tensor.stride()[:3]),
+        TYPES[q.dtype],
+        _LOG2_E / width**0.5,
+    )
 
 
 def dense(tensor: Tensor) -> Tensor:

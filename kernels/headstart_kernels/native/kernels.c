@@ -1,7 +1,8 @@
 /* The sampler's kernels in C: headstart_kernels.api says what they compute, this says how.
 
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
-   contraction, so the bits are those of the reference. */
+   contraction, so the bits are those of the reference. An attention alone has bits of its own. */
+#include "attention.h"
 #include "step.h"
 #include "winograd.h"
 
@@ -122,3 +123,6 @@ void headstart_winograd(const winograd *a) { convolve(a); }
 
 /* Whether products are as fast here as this processor can. */
 const int32_t headstart_fused = FUSED;
+int32_t headstart_attends(int32_t type) { return attends(type); }
+
+void headstart_attention(const attention *a) { attend(a); }

@@ -2,7 +2,8 @@
 
 A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
 Every loop that step.h has of its own is taken once. The sums of a convolution may have any order,
-so its numbers are such that none rounds: one channel that is not 0, or few bits in each.
+so its numbers are such that none rounds: one channel that is not 0, or few bits in each. An
+attention is compared with float64's.
 """
 
 from __future__ import annotations
@@ -15,7 +16,15 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.dispatch import Impl, load
-from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, convolved, packed_step
+from headstart_kernels.native.calls import (
+    TYPES,
+    Calls,
+    Operands,
+    bound,
+    convolved,
+    packed_attention,
+    packed_step,
+)
 from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
 from headstart_kernels.points import PANEL, PLACES, SLICE, TILE
 from headstart_kernels.table import Row
@@ -70,6 +79,7 @@ def differences(made: ctypes.CDLL) -> list[str]:
     checks = [("philox_normal", _normals(calls))]
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
+    checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
     return [name for name, same in checks if not same]
 
 
@@ -103,6 +113,21 @@ def _step(calls: Calls, case: Case) -> bool:
     )
     calls.step(packed_step(made, row, row.c_in, 0))
     return all(_same(a, b) for a, b in zip(_made(got), _made(expected), strict=True))
+
+
+def _attention(calls: Calls, dtype: torch.dtype) -> bool:
+    """It has bits of its own: within eight roundings of the largest value, of which a result is a
+    mean, of float64's."""
+    if not calls.attends(TYPES[dtype]):
+        return True
+    tokens = ((3, 117), (4, 205), (5, 205))
+    q, k, v = (_numbers(s, (2, n, 2, 24)).to(dtype).transpose(1, 2) for s, n in tokens)
+    values = torch.empty((2, 2, 206, 24), dtype=dtype, device="cpu")
+    got = torch.empty((2, 117, 2, 24), dtype=dtype, device="cpu")
+    calls.attention(packed_attention(q, k, v, values, got))
+    exact = load("attention", Impl.REFERENCE)(q.double(), k.double(), v.double()).transpose(1, 2)
+    wrong = (got - exact).abs().max() / v.abs().max()
+    return bool(wrong <= 8 * torch.finfo(dtype).eps / 2)
 
 
 def _wanted(case: Case, line: LinearMap) -> Wanted:

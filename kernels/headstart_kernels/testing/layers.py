@@ -31,6 +31,9 @@ WINOGRAD_ROUNDINGS = 20
 two sums), the filter's own, a sum of sums, the bias, and one to spare."""
 GATE_ROUNDINGS = 12
 """erf to 2 units in the last place, its argument, and six products and sums."""
+ATTENTION_ROUNDINGS = 120
+"""Of a weighted sum: 96 keys at a time, a power of two, its scale, quotient and product; the blocks
+of keys are added, so there is one more for each of them."""
 
 
 class Bound(NamedTuple):
@@ -127,3 +130,17 @@ def winograd_bound(x: Tensor, weight: Tensor, bias: Tensor | None) -> Bound:
         magnitude = magnitude + bias.double().abs()[:, None, None]
     roundings = x.shape[1] + WINOGRAD_ROUNDINGS
     return Bound(exact, roundings * _FLOAT32 * magnitude)
+
+
+def attention_bound(q: Tensor, k: Tensor, v: Tensor) -> Bound:
+    """`attention`: an error e in the scores is one of 2e, relatively, in the weights, which are
+    rounded to the dtype of q; each score is a sum of d products, scaled and shifted."""
+    root, (keys, width) = q.shape[-1] ** 0.5, k.shape[-2:]
+    wide, magnitudes = [t.double() for t in (q, k, v)], [t.double().abs() for t in (q, k, v)]
+    weights = torch.softmax(wide[0] @ wide[1].mT / root, -1)
+    scores = (magnitudes[0] @ magnitudes[1].mT / root).amax(-1, keepdim=True)
+    roundings = 2 * (width + 4) * scores + ATTENTION_ROUNDINGS + keys / 96
+    narrow = 0.0 if q.dtype == torch.float32 else UNIT[q.dtype]
+    exact, magnitude = weights @ wide[2], weights @ magnitudes[2]
+    budget = (roundings * _FLOAT32 + narrow) * magnitude
+    return Bound(exact, budget + UNIT[q.dtype] * (exact.abs() + budget))

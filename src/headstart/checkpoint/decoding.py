@@ -63,7 +63,8 @@ def _whole(layer: _Layer, pixels: int) -> int:
     """The input of a layer stays while its inner tensors come and go."""
     if layer.kind == "upsample":  # the input, a quarter; what is convolved; the output
         return layer.before * pixels // 4 + 2 * layer.after * pixels
-    if layer.kind == "attention":  # input, normed tokens, q, k, v, their product, and one more
+    if layer.kind == "attention":  # input, normed tokens, q, k, v, their product, and
+        # the values as a CPU's kernel reads them, or what is made of the product
         return 7 * layer.before * pixels
     return max(3 * layer.before, layer.before + 3 * layer.after) * pixels
 

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from headstart.networks.moments import group_norm, sums_naively
 from headstart_kernels import add_layernorm, groupnorm_silu
 
 _on: bool | None = None
@@ -66,7 +67,8 @@ class Norm(nn.GroupNorm):
         if fused(x) and bias is not None:
             return groupnorm_silu(x, groups, weight, bias, eps, shift=shift, silu=self.silu)
         h = x if shift is None else x + shift[:, :, None, None]
-        normed = F.group_norm(h, groups, weight, bias, eps)
+        norm = group_norm if sums_naively(h) else F.group_norm
+        normed = norm(h, groups, weight, bias, eps)
         return F.silu(normed) if self.silu else normed
 
 

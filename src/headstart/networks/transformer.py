@@ -14,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from headstart.checkpoint.params import UNetParams
+from headstart.networks.attention import attend
 from headstart.networks.fusion import AddNorm, Norm, fused
 from headstart.networks.joined import Joint, apart, side_by_side
 from headstart.networks.regions import region
@@ -71,7 +72,7 @@ class Attention(nn.Module):
         else:
             found = apart(self.layers, F.linear(x, *joint))
         q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in found)
-        out = F.scaled_dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         return self.to_out[0](rearrange(out, "b heads n d -> b n (heads d)"))
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from headstart.checkpoint.params import VaeParams
 from headstart.errors import InputError
+from headstart.networks.attention import attend
 from headstart.networks.bands import Bands, normed, silu_normed, spans
 from headstart.networks.fusion import Norm, NormSilu
 
@@ -71,7 +72,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         tokens = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
-        out = self.to_out[0](F.scaled_dot_product_attention(q, k, v))
+        out = self.to_out[0](attend(q, k, v))
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
     def banded(self, x: Bands) -> Bands:
@@ -82,7 +83,7 @@ class Attention(nn.Module):
         width = whole.shape[3]
         for i, begin, end in x.spans():
             some = q[:, :, begin * width : end * width]
-            out = self.to_out[0](F.scaled_dot_product_attention(some, k, v))
+            out = self.to_out[0](attend(some, k, v))
             x.parts[i] += rearrange(out, "b 1 (h w) c -> b c h w", w=width)
         return x
 
