@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import api, layers
+from headstart_kernels.dispatch import Impl, load
 from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
@@ -202,3 +203,11 @@ def _(x: Tensor) -> Tensor:
 def low_rank_add(y: Tensor, x: Tensor, down: Tensor, up: Tensor, strength: Tensor) -> None:
     """`headstart_kernels.low_rank_add`."""
     layers.low_rank_add(y, x, down, up, strength)
+
+
+@_operator(("y",))
+def direct_convolution_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor
+) -> None:
+    """`headstart_kernels.convolution`'s, for who records operators to run them again."""
+    load("direct_convolution_into", Impl.NATIVE)(x, weight, bias, stride, y)

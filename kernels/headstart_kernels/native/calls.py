@@ -23,6 +23,9 @@ TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 STEP = struct.Struct("@16P 5q 4i 7f")
 """`step` of step.h: pointers, sizes, types, coefficients."""
 
+DIRECT = struct.Struct("@P q 5P 7q")
+"""`direct` of direct.h: threads, pointers, sizes."""
+
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
 
@@ -33,17 +36,21 @@ _ARGUMENTS: dict[str, list[type]] = {
     "normals": [_P, _LONG, _P, _P, _P, _LONG, _LONG, _LONG],
     "preview": [_P, _LONG, _P, _INT, _P, _P, _P, _LONG, _LONG, _LONG],
     "levels": [_P, _LONG, _P, _INT, _INT, _P, _LONG, _LONG],
+    "direct": [ctypes.c_char_p],
+    "direct_room": [ctypes.c_char_p, _P],
 }
 
 
 class Calls(NamedTuple):
-    """kernels.c's functions; all but `step` begin with the `team` that does the work."""
+    """kernels.c's functions; those without a structure begin with the `team` that does the work."""
 
     step: Callable[[bytes], None]
     scale: Callable[..., None]
     normals: Callable[..., None]
     preview: Callable[..., None]
     levels: Callable[..., None]
+    direct: Callable[[bytes], None]
+    direct_room: Callable[[bytes, int], None]
 
 
 def bound(made: ctypes.CDLL) -> Calls:
@@ -60,6 +67,12 @@ def calls() -> Calls:
     return bound(library())
 
 
+def multiplies(made: ctypes.CDLL | None = None) -> bool:
+    """Whether a library, by default this machine's, has products at the processor's speed: a*b + c
+    in one instruction. Raises UnavailableError."""
+    return bool(ctypes.c_int32.in_dll(made or library(), "headstart_fused").value)
+
+
 def team(elements: int) -> tuple[int, int]:
     """(OpenMP, threads) for so many elements: torch's own threads, which are awake already."""
     return _shared(elements, torch.get_num_threads())
@@ -67,9 +80,12 @@ def team(elements: int) -> tuple[int, int]:
 
 @lru_cache(256)
 def _shared(elements: int, threads: int) -> tuple[int, int]:
-    if elements < 2 * GRAIN:
-        return 0, 1
-    return _runtime(), min(threads, elements // GRAIN)
+    return team_of(min(threads, elements // GRAIN))
+
+
+def team_of(threads: int) -> tuple[int, int]:
+    """(OpenMP, threads) for as many, at least one."""
+    return (0, 1) if threads < 2 else (_runtime(), threads)
 
 
 @cache

@@ -2,6 +2,7 @@
 
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
    contraction, so the bits are those of the reference. */
+#include "direct.h"
 #include "step.h"
 
 void headstart_step(const step *a) {
@@ -116,3 +117,11 @@ void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels
   showing a = {.from = pixels, .type = type, .last = last, .rgb = rgb, .plane = plane};
   do_pieces((team){runtime, threads}, levels_piece, &a, batch * pieces_of(plane));
 }
+
+/* Floats of scratch. */
+void headstart_direct_room(const direct *a, int64_t *floats) { *floats = a->threads * room_of_thread(a); }
+
+void headstart_direct(const direct *a) { convolve_directly(a); }
+
+/* Whether products are as fast here as this processor can. */
+const int32_t headstart_fused = FUSED;

@@ -32,7 +32,10 @@ log = logging.getLogger(__name__)
 SWITCH = "HEADSTART_NATIVE"
 """The environment variable that turns compiling off: 0."""
 
-_SOURCES = ("kernels.c", "normal.h", "numbers.h", "picture.h", "step.h", "team.h", "vectors.h")
+_SOURCES = (
+    *("kernels.c", "direct.h", "normal.h", "numbers.h", "picture.h"),
+    *("step.h", "team.h", "vectors.h"),
+)
 _EXACT = ("-ffp-contract=off", "-fno-fast-math")
 _FREE = ("-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")
 """None of these changes a value: nobody reads errno or floating-point flags."""

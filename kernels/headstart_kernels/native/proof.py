@@ -14,7 +14,15 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.dispatch import Impl, load
-from headstart_kernels.native.calls import TYPES, Calls, Operands, bound, packed_step
+from headstart_kernels.native.calls import (
+    DIRECT,
+    TYPES,
+    Calls,
+    Operands,
+    bound,
+    multiplies,
+    packed_step,
+)
 from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
 from headstart_kernels.table import Row
 
@@ -22,6 +30,16 @@ SHAPE = (2, 4, 37, 31)
 """Longer than what is worked on at a time, and no multiple of any vector."""
 LARGE = (2, 1, 725, 724)
 """Just beyond what step.h treats as large; samples begin at multiples of 4, as normals do."""
+
+
+IMAGES = (
+    (66, 13, 4, 4, 1),
+    (3, 4, 16, 16, 1),
+    (2, 9, 6, 11, 2),
+    (2, 8, 24, 8, 1),
+    (1, 5, 3, 12, 1),
+)
+"""Inputs, outputs, height, width and stride: whole vectors and not, in every way of unfolding."""
 
 
 class Case(NamedTuple):
@@ -59,6 +77,8 @@ def differences(made: ctypes.CDLL) -> list[str]:
     calls = bound(made)
     checks = [("philox_normal", _normals(calls))]
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
+    if multiplies(made):  # else it is never called
+        checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
 
 
@@ -68,6 +88,19 @@ def _normals(calls: Calls) -> bool:
     got = torch.empty((2, count), dtype=torch.float32, device="cpu")
     calls.normals(0, 1, seeds.data_ptr(), samples.data_ptr(), got.data_ptr(), 2, count, 5)
     return _same(got, load("philox_normal", Impl.REFERENCE)(seeds, samples, 5, (count,)))
+
+
+def _direct(calls: Calls, inputs: int, outputs: int, height: int, width: int, stride: int) -> bool:
+    x, weight = _numbers(1, (1, inputs, height, width)), _numbers(2, (outputs, inputs, 3, 3))
+    bias = _numbers(3, (outputs,))
+    expected = load("direct_convolution", Impl.REFERENCE)(x, weight, bias, stride)
+    got, room = torch.empty_like(expected), ctypes.c_int64()
+    sizes = 1, inputs, outputs, height, width, stride, 1
+    calls.direct_room(DIRECT.pack(0, 1, *(0,) * 5, *sizes), ctypes.addressof(room))
+    scratch = torch.empty(room.value, dtype=torch.float32, device="cpu")
+    places = (tensor.data_ptr() for tensor in (x, weight, bias, got, scratch))
+    calls.direct(DIRECT.pack(0, 1, *places, *sizes))
+    return _same(got, expected)
 
 
 def _step(calls: Calls, case: Case) -> bool:

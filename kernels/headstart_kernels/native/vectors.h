@@ -9,6 +9,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__) && defined(__AVX512DQ__)
@@ -143,6 +145,25 @@ INLINE longs high_mixed(longs a, longs b, longs c) {
   return (longs)_mm512_mask_ternarylogic_epi32((__m512i)a, 0xaaaa, (__m512i)b, (__m512i)c, 0x96);
 #else
   return a ^ ((b ^ c) & all_longs(0xffffffff00000000u));
+#endif
+}
+
+#if WIDTH == 64 || (WIDTH == 32 && defined(__FMA__)) || (WIDTH == 16 && defined(__aarch64__))
+#define FUSED 1
+#else
+#define FUSED 0
+#endif
+
+/* a*b + c, rounded once where the target has an instruction for it: FUSED. */
+INLINE floats multiply_add(floats a, floats b, floats c) {
+#if WIDTH == 64
+  return (floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif WIDTH == 32 && FUSED
+  return (floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif FUSED
+  return (floats)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
 #endif
 }
 
