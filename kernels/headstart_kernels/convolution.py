@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -63,8 +64,8 @@ def _is_small(image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 
 def _is_transformed() -> bool:
     """Whether `torch.func` or forward-mode differentiation is at work in this thread."""
-    stack: object = torch._C._functorch.peek_interpreter_stack()
-    return stack is not None or forward_ad._current_level >= 0
+    stack = cast("object", torch._C._functorch.peek_interpreter_stack())
+    return stack is not None or cast("int", forward_ad._current_level) >= 0
 
 
 def _is_plain(tensor: Tensor) -> bool:

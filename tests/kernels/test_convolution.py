@@ -64,7 +64,8 @@ def test_the_definition_is_a_convolution(
     got = load("direct_convolution", Impl.REFERENCE)(x, weight, bias, stride)
     wide = (x.double(), weight.double(), bias.double())
     exact = F.conv2d(*wide, stride, 1)
-    magnitude = F.conv2d(*(operand.abs() for operand in wide), stride, 1)
+    sizes = (wide[0].abs(), wide[1].abs(), wide[2].abs())
+    magnitude = F.conv2d(*sizes, stride, 1)
     assert bool(((got - exact).abs() <= 9 * inputs * 2.0**-24 * magnitude).all())
 
 
@@ -111,7 +112,8 @@ WRONG: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_anything_else_is_left_to_torch(case: str) -> None:
-    assert small_convolution(*WRONG[case](), 1) is None
+    image, weight, bias = WRONG[case]()
+    assert small_convolution(image, weight, bias, 1) is None
 
 
 @in_c
@@ -141,7 +143,8 @@ def test_a_recording_runs_the_same_kernel_on_what_is_there_then() -> None:
     with tape.recording():
         made = small_convolution(given, weight, b, 1)
     assert made is not None
-    given.mul_(2), weight.neg_()
+    given.mul_(2)
+    weight.neg_()
     tape.poison()
     tape.replay()
     assert torch.equal(made, small_convolution(given, weight, b, 1))  # pyright: ignore

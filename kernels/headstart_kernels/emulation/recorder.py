@@ -5,7 +5,8 @@
 
 As with a CUDA graph, a Python number at recording is that number for ever, a tensor's memory is
 read anew, Python does not run, and what replay leaves in memory of its own is valid until the
-next replay. Views and allocations cost nothing. Recording leaves no trace: memory from outside
+next replay. Memory that the recorded run let go of serves again, so a tape holds what that run took
+at most; views and allocations cost nothing. Recording leaves no trace: memory from outside
 that it wrote to is put back, because capturing a CUDA graph does not run it.
 """
 
@@ -27,6 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from headstart_kernels.dispatch import recorded
+from headstart_kernels.emulation.reuse import Lifetimes
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
@@ -58,8 +60,9 @@ class Call(NamedTuple):
 class Tape:
     """The operators of one callable.
 
-    calls   in order; `owned` is every tensor that was made inside, whose memory the tape holds
-    opened  record what our own operators do in place of them, as a GPU does, which knows kernels
+    calls   in order, once the recording has ended
+    opened  record what our own operators do in place of them, as a GPU does, which knows kernels.
+            Then whoever records has memory of his own, and `owned` is every tensor made inside
     refused whether something asked for what cannot be recorded: the tape is of no use
     """
 
@@ -68,6 +71,8 @@ class Tape:
         self.calls: list[Call] = []
         self.owned: dict[int, Tensor] = {}
         self._kept: list[object] = []
+        self._noted: list[Call | _Noted] = []
+        self._lifetimes = Lifetimes()
         self._found: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     @contextmanager
@@ -76,7 +81,10 @@ class Tape:
         try:
             with nullcontext() if self.opened else recorded(), _Recording(self):
                 yield self
+            self._lifetimes.place(len(self._noted))
+            self.calls += map(self._call, self._noted)
         finally:
+            self._noted.clear()
             for storage, before in self._found.values():
                 storage.copy_(before)
             self._found.clear()
@@ -87,6 +95,8 @@ class Tape:
 
     def poison(self) -> None:
         """Overwrite all memory of its own, as another graph of the same pool may do."""
+        for storage in self._lifetimes.storages():
+            storage.fill_(255)  # a NaN of any kind
         for tensor in self.owned.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
@@ -97,24 +107,27 @@ class Tape:
         self.calls.clear()
         self.owned.clear()
         self._kept.clear()
+        self._lifetimes = Lifetimes()
 
     @property
     def size_bytes(self) -> int:
         """Memory that it holds; what it reads from outside is not counted."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.owned.values())
+        owned = (tensor.untyped_storage() for tensor in self.owned.values())
+        return sum(storage.nbytes() for storage in (*owned, *self._lifetimes.storages()))
 
     def save_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember memory from outside that `func` is about to write to."""
         for tensor in written(func, args, kwargs):
             key = storage_of(tensor)
-            if key not in self.owned and key not in self._found:
+            made = key in self.owned or key in self._lifetimes
+            if not made and key not in self._found:
                 storage = tensor.untyped_storage()
                 self._found[key] = storage, storage.clone()
 
     def add(self, name: str, run: Callable[[], object], *kept: object) -> None:
         """Add what is not an operator, such as the launch of a kernel."""
         self._kept.append(kept)
-        self.calls.append(Call(name, run))
+        (self.calls if self.opened else self._noted).append(Call(name, run))
 
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
@@ -122,12 +135,43 @@ class Tape:
         """Add one operator that ran."""
         inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
         fresh = [out for out in tensors(result) if storage_of(out) not in inputs]
-        self._kept.append((args, kwargs, result))
-        self.owned.update((storage_of(out), out) for out in fresh)
         name = name_of(func)
-        if name in ALLOCATES or not (fresh or func._schema.is_mutable):
+        makes = name not in ALLOCATES and bool(fresh or func._schema.is_mutable)
+        if self.opened:
+            self._kept.append((args, kwargs, result))
+            self.owned.update((storage_of(out), out) for out in fresh)
+            if makes:
+                self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
             return
-        self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
+        for out in fresh:
+            self._lifetimes.made(out, len(self._noted))
+        if makes:
+            parts = self._lifetimes.noted((args, dict(kwargs), result))
+            new = {id(out) for out in fresh}
+            which = [id(leaf) in new for leaf in tree_iter(result)]
+            self._noted.append(_Noted(name, func, *parts, which))
+
+    def look(self) -> None:
+        """Before an operator: what of the recorded run is gone by now."""
+        self._lifetimes.look(len(self._noted))
+
+    def _call(self, noted: Call | _Noted) -> Call:
+        if isinstance(noted, Call):
+            return noted
+        args, kwargs, result = self._lifetimes.found((noted.args, noted.kwargs, noted.result))
+        fresh = [out for out, new in zip(tree_iter(result), noted.fresh, strict=True) if new]
+        return Call(noted.name, _again(noted.func, args, kwargs, result, fresh))
+
+
+class _Noted(NamedTuple):
+    """An operator that ran, without its memory; `fresh`: which of its results were made by it."""
+
+    name: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+    fresh: list[bool]
 
 
 class _Recording(TorchDispatchMode):
@@ -153,6 +197,7 @@ class _Recording(TorchDispatchMode):
         except WaitError:
             self.tape.refused = True
             raise
+        self.tape.look()
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
