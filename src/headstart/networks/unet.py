@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
-from headstart.networks.convolution import Conv2d
+from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import NormSilu
 from headstart.networks.joined import apart, each, join, put, side_by_side, state_of, together
 from headstart.networks.layout import FORMATS
@@ -56,7 +56,7 @@ class Resample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(x if size is None else F.interpolate(x, size, mode="nearest"))
+        return self.conv(x if size is None else nearest(x, size))
 
 
 class Layers(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import VaeParams
 from headstart.errors import InputError
 from headstart.networks.bands import Bands, normed, silu_normed, spans
-from headstart.networks.convolution import Conv2d
+from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import Norm, NormSilu
 
 _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
@@ -102,7 +102,8 @@ class Upsample(nn.Module):
         self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        height, width = x.shape[2:]
+        return self.conv(nearest(x, (2 * height, 2 * width)))
 
     def banded(self, x: Bands) -> Bands:
         """As many rows a band as before, so twice the bands; x is let go as it is read."""
