@@ -16,7 +16,7 @@ that it wrote to is put back, because capturing a CUDA graph does not run it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from importlib import import_module
@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from headstart_kernels.dispatch import recorded
-from headstart_kernels.emulation.reuse import Lifetimes
+from headstart_kernels.emulation.reuse import Lifetimes, Part
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
@@ -82,7 +82,7 @@ class Tape:
             with nullcontext() if self.opened else recorded(), _Recording(self):
                 yield self
             self._lifetimes.place(len(self._noted))
-            self.calls += map(self._call, self._noted)
+            self.calls += map(self._call, self._noted, range(1, len(self._noted) + 1))
         finally:
             self._noted.clear()
             for storage, before in self._found.values():
@@ -96,7 +96,7 @@ class Tape:
     def poison(self) -> None:
         """Overwrite all memory of its own, as another graph of the same pool may do."""
         for storage in self._lifetimes.storages():
-            storage.fill_(255)  # a NaN of any kind
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)  # a NaN of any kind
         for tensor in self.owned.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
@@ -146,31 +146,37 @@ class Tape:
         for out in fresh:
             self._lifetimes.made(out, len(self._noted))
         if makes:
-            parts = self._lifetimes.noted((args, dict(kwargs), result))
+            inner = self._lifetimes.noted((args, dict(kwargs), result))
             new = {id(out) for out in fresh}
             which = [id(leaf) in new for leaf in tree_iter(result)]
-            self._noted.append(_Noted(name, func, *parts, which))
+            self._noted.append(_Noted(name, func, inner, which))
 
     def look(self) -> None:
         """Before an operator: what of the recorded run is gone by now."""
         self._lifetimes.look(len(self._noted))
 
-    def _call(self, noted: Call | _Noted) -> Call:
+    def _call(self, noted: Call | _Noted, following: int) -> Call:
+        """To run again; `following`: the number of the next one."""
         if isinstance(noted, Call):
             return noted
-        args, kwargs, result = self._lifetimes.found((noted.args, noted.kwargs, noted.result))
+        args, kwargs, result = self._lifetimes.found(noted.given)
         fresh = [out for out, new in zip(tree_iter(result), noted.fresh, strict=True) if new]
-        return Call(noted.name, _again(noted.func, args, kwargs, result, fresh))
+        parts = tree_iter(noted.given[2], is_leaf=lambda leaf: isinstance(leaf, Part))
+        read = [
+            out
+            for out, part in zip(tree_iter(result), parts, strict=True)
+            if isinstance(part, Part) and part.outlives(following)
+        ]
+        return Call(noted.name, _again(noted.func, args, kwargs, result, fresh, read))
 
 
 class _Noted(NamedTuple):
-    """An operator that ran, without its memory; `fresh`: which of its results were made by it."""
+    """An operator that ran; `given`: its arguments and results without their memory, `fresh`: which
+    of the results were made by it."""
 
     name: str
     func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    result: Any
+    given: tuple[tuple[Any, ...], dict[str, Any], Any]
     fresh: list[bool]
 
 
@@ -249,8 +255,10 @@ def _again(
     kwargs: Mapping[str, Any],
     result: object,
     fresh: list[Tensor],
+    read: list[Tensor] | None = None,
 ) -> Callable[[], object]:
-    """Run `func` again so that its results land in the memory they had when it was recorded."""
+    """Run `func` again so that its results land in the memory they had when it was recorded;
+    `read`: those that somebody may look at, by default all."""
     if not fresh:  # of ours the body: what makes an operator of it costs 20 to 95 us a call
         own = _bodies()[name_of(func)] if func.namespace == _OURS else func
         return partial(own, *args, **kwargs)
@@ -260,21 +268,25 @@ def _again(
     places = [leaf for leaf in tree_iter(result)]
     if out is not None and len(out.names) == len(places) == len(fresh):
         return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
-    return partial(_rerun, func, args, kwargs, places, {id(tensor) for tensor in fresh})
+    made = {id(own) for own in fresh} & {id(own) for own in (fresh if read is None else read)}
+    copied = [(i, own) for i, own in enumerate(places) if id(own) in made]
+    return partial(_rerun, func, args, kwargs, copied)
 
 
 def _rerun(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    places: list[object],
-    fresh: set[int],
+    places: Sequence[tuple[int, Tensor]],
 ) -> None:
-    again = tree_iter(func(*args, **kwargs))
-    for place, value in zip(places, again, strict=True):
-        if id(place) in fresh:
-            assert isinstance(place, Tensor) and isinstance(value, Tensor)
-            place.copy_(value)
+    """Run an operator that makes its own memory, and copy what it made to its places."""
+    again = func(*args, **kwargs)
+    if isinstance(again, Tensor):
+        again = (again,)
+    elif any(isinstance(value, list | tuple) for value in again):
+        again = list(tree_iter(again))
+    for i, place in places:
+        place.copy_(again[i])
 
 
 class _Out(NamedTuple):

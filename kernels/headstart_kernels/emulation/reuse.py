@@ -43,6 +43,10 @@ class Part(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
+    def outlives(self, call: int) -> bool:
+        """Whether it was still there before this call."""
+        return self.piece.end is None or self.piece.end > call
+
     def on(self, storage: torch.UntypedStorage, place: int) -> Tensor:
         """The same tensor on other memory, from this byte on."""
         tensor = torch.empty(0, dtype=self.dtype, device="cpu")
