@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import Enum
 from functools import cache
 from importlib import import_module
@@ -32,6 +34,8 @@ _NOUN = {
     "low_rank_add": "adapter",
     "winograd_conv": "winograd",
     "attention": "attention",
+    "direct_convolution": "convolution",
+    "direct_convolution_into": "convolution",
 }
 
 
@@ -110,15 +114,33 @@ def _transformed() -> bool:
     return level >= 0 or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
-def has_c() -> bool:
-    """Whether there are kernels in C; the first call may compile them."""
-    return _why_not_native() is None
+def has_c(*, multiplies: bool = False) -> bool:
+    """Whether there are kernels in C, and with `multiplies` ones that are fast at many products;
+    the first call may compile them."""
+    return _why_not_native() is None and (not multiplies or _multiplies())
 
 
-def products_are_fast() -> bool:
-    """Whether C multiplies and adds in one instruction here, as torch's own libraries do wherever
-    a processor can; the first call may compile."""
-    return has_c() and import_module("headstart_kernels.native.calls").fused()
+@cache
+def _multiplies() -> bool:
+    return import_module("headstart_kernels.native.calls").multiplies()
+
+
+_RECORDED: ContextVar[bool] = ContextVar("headstart_kernels_recorded", default=False)
+
+
+def is_recorded() -> bool:
+    """Whether what runs here is recorded by somebody who runs our operators again as they are."""
+    return _RECORDED.get()
+
+
+@contextmanager
+def recorded() -> Generator[None]:
+    """For whoever records so."""
+    token = _RECORDED.set(True)
+    try:
+        yield
+    finally:
+        _RECORDED.reset(token)
 
 
 def _in_c(*tensors: Tensor) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import api, layers, winograd
+from headstart_kernels.dispatch import Impl, load
 from headstart_kernels.operands import Draw, Preview, memory_format
 
 _NAMESPACE = "headstart_kernels"
@@ -226,3 +227,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     batch, heads, queries, width = q.shape
     return q.new_empty((batch, queries, heads, width)).transpose(1, 2)
+
+
+@_operator(("y",))
+def direct_convolution_into(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor
+) -> None:
+    """`headstart_kernels.convolution`'s, for who records operators to run them again."""
+    load("direct_convolution_into", Impl.NATIVE)(x, weight, bias, stride, y)

@@ -24,7 +24,6 @@ from headstart_kernels.dispatch import (
     load,
     on_host,
     operators,
-    products_are_fast,
 )
 from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PANEL, PLACES, SLICE, TILE, filter_matrix
@@ -142,7 +141,7 @@ def pays(weight_shape: Sequence[int], input_shape: Sequence[int], gain: float = 
     padded = _slices(outputs) * SLICE
     transforms = _PIXELS * tiles * (inputs + padded) / inputs
     ours = PLACES * ((tiles + _WEIGHTS) * padded + transforms) / outputs
-    return gain * ours <= 9 * batch * height * width and products_are_fast()
+    return gain * ours <= 9 * batch * height * width and has_c(multiplies=True)
 
 
 def _slices(outputs: int) -> int:

@@ -90,7 +90,7 @@ def test_memory_is_counted_and_given_back() -> None:
     graph.capture_begin(host.graph_pool_handle(), capture_error_mode="global")
     (x * 2).view(10, 100).sum()
     graph.capture_end()
-    assert host.memory_reserved(CPU) == 4004
+    assert host.memory_reserved(CPU) == 4032 + 64  # aligned, as the allocator has it
     graph.reset()
     assert host.memory_reserved(CPU) == 0
 

@@ -5,7 +5,8 @@
 
 As with a CUDA graph, a Python number at recording is that number for ever, a tensor's memory is
 read anew, Python does not run, and what replay leaves in memory of its own is valid until the
-next replay. Views and allocations cost nothing. Recording leaves no trace: memory from outside
+next replay. Memory that the recorded run let go of serves again, so a tape holds what that run took
+at most; views and allocations cost nothing. Recording leaves no trace: memory from outside
 that it wrote to is put back, because capturing a CUDA graph does not run it.
 """
 
@@ -16,7 +17,7 @@ that it wrote to is put back, because capturing a CUDA graph does not run it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 from importlib import import_module
 from typing import Any, NamedTuple, cast
@@ -24,7 +25,10 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_iter, tree_map
+
+from headstart_kernels.dispatch import recorded
+from headstart_kernels.emulation.reuse import Lifetimes, Part
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}
@@ -56,8 +60,9 @@ class Call(NamedTuple):
 class Tape:
     """The operators of one callable.
 
-    calls   in order; `owned` is every tensor that was made inside, whose memory the tape holds
-    opened  record what our own operators do in place of them, as a GPU does, which knows kernels
+    calls   in order, once the recording has ended
+    opened  record what our own operators do in place of them, as a GPU does, which knows kernels.
+            Then whoever records has memory of his own, and `owned` is every tensor made inside
     refused whether something asked for what cannot be recorded: the tape is of no use
     """
 
@@ -66,15 +71,20 @@ class Tape:
         self.calls: list[Call] = []
         self.owned: dict[int, Tensor] = {}
         self._kept: list[object] = []
+        self._noted: list[Call | _Noted] = []
+        self._lifetimes = Lifetimes()
         self._found: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     @contextmanager
     def recording(self) -> Generator[Tape]:
         """Record what runs inside. Raises WaitError where that needs a value on the host."""
         try:
-            with _Recording(self):
+            with nullcontext() if self.opened else recorded(), _Recording(self):
                 yield self
+            self._lifetimes.place(len(self._noted))
+            self.calls += map(self._call, self._noted, range(1, len(self._noted) + 1))
         finally:
+            self._noted.clear()
             for storage, before in self._found.values():
                 storage.copy_(before)
             self._found.clear()
@@ -85,6 +95,8 @@ class Tape:
 
     def poison(self) -> None:
         """Overwrite all memory of its own, as another graph of the same pool may do."""
+        for storage in self._lifetimes.storages():
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)  # a NaN of any kind
         for tensor in self.owned.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
@@ -95,24 +107,27 @@ class Tape:
         self.calls.clear()
         self.owned.clear()
         self._kept.clear()
+        self._lifetimes = Lifetimes()
 
     @property
     def size_bytes(self) -> int:
         """Memory that it holds; what it reads from outside is not counted."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.owned.values())
+        owned = (tensor.untyped_storage() for tensor in self.owned.values())
+        return sum(storage.nbytes() for storage in (*owned, *self._lifetimes.storages()))
 
     def save_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember memory from outside that `func` is about to write to."""
         for tensor in written(func, args, kwargs):
             key = storage_of(tensor)
-            if key not in self.owned and key not in self._found:
+            made = key in self.owned or key in self._lifetimes
+            if not made and key not in self._found:
                 storage = tensor.untyped_storage()
                 self._found[key] = storage, storage.clone()
 
     def add(self, name: str, run: Callable[[], object], *kept: object) -> None:
         """Add what is not an operator, such as the launch of a kernel."""
         self._kept.append(kept)
-        self.calls.append(Call(name, run))
+        (self.calls if self.opened else self._noted).append(Call(name, run))
 
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
@@ -120,12 +135,49 @@ class Tape:
         """Add one operator that ran."""
         inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
         fresh = [out for out in tensors(result) if storage_of(out) not in inputs]
-        self._kept.append((args, kwargs, result))
-        self.owned.update((storage_of(out), out) for out in fresh)
         name = name_of(func)
-        if name in ALLOCATES or not (fresh or func._schema.is_mutable):
+        makes = name not in ALLOCATES and bool(fresh or func._schema.is_mutable)
+        if self.opened:
+            self._kept.append((args, kwargs, result))
+            self.owned.update((storage_of(out), out) for out in fresh)
+            if makes:
+                self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
             return
-        self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
+        for out in fresh:
+            self._lifetimes.made(out, len(self._noted))
+        if makes:
+            inner = self._lifetimes.noted((args, dict(kwargs), result))
+            new = {id(out) for out in fresh}
+            which = [id(leaf) in new for leaf in tree_iter(result)]
+            self._noted.append(_Noted(name, func, inner, which))
+
+    def look(self) -> None:
+        """Before an operator: what of the recorded run is gone by now."""
+        self._lifetimes.look(len(self._noted))
+
+    def _call(self, noted: Call | _Noted, following: int) -> Call:
+        """To run again; `following`: the number of the next one."""
+        if isinstance(noted, Call):
+            return noted
+        args, kwargs, result = self._lifetimes.found(noted.given)
+        fresh = [out for out, new in zip(tree_iter(result), noted.fresh, strict=True) if new]
+        parts = tree_iter(noted.given[2], is_leaf=lambda leaf: isinstance(leaf, Part))
+        read = [
+            out
+            for out, part in zip(tree_iter(result), parts, strict=True)
+            if isinstance(part, Part) and part.outlives(following)
+        ]
+        return Call(noted.name, _again(noted.func, args, kwargs, result, fresh, read))
+
+
+class _Noted(NamedTuple):
+    """An operator that ran; `given`: its arguments and results without their memory, `fresh`: which
+    of the results were made by it."""
+
+    name: str
+    func: Any
+    given: tuple[tuple[Any, ...], dict[str, Any], Any]
+    fresh: list[bool]
 
 
 class _Recording(TorchDispatchMode):
@@ -151,6 +203,7 @@ class _Recording(TorchDispatchMode):
         except WaitError:
             self.tape.refused = True
             raise
+        self.tape.look()
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
@@ -244,31 +297,38 @@ def _again(
     kwargs: Mapping[str, Any],
     result: object,
     fresh: list[Tensor],
+    read: list[Tensor] | None = None,
 ) -> Callable[[], object]:
-    """Run `func` again so that its results land in the memory they had when it was recorded."""
-    if not fresh:
-        return partial(func, *args, **kwargs)
+    """Run `func` again so that its results land in the memory they had when it was recorded;
+    `read`: those that somebody may look at, by default all."""
+    if not fresh:  # of ours the body: what makes an operator of it costs 20 to 95 us a call
+        own = _bodies()[name_of(func)] if func.namespace == _OURS else func
+        return partial(own, *args, **kwargs)
     if func in _COPIES:
         return partial(_ATEN.copy_.default, fresh[0], args[0])
     out = None if func._schema.is_mutable else _out_variant(func)
     places = leaves(result)
     if out is not None and len(out.names) == len(places) == len(fresh):
         return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
-    return partial(_rerun, func, args, kwargs, places, {id(tensor) for tensor in fresh})
+    made = {id(own) for own in fresh} & {id(own) for own in (fresh if read is None else read)}
+    copied = [(i, cast("Tensor", own)) for i, own in enumerate(places) if id(own) in made]
+    return partial(_rerun, func, args, kwargs, copied)
 
 
 def _rerun(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    places: list[object],
-    fresh: set[int],
+    places: Sequence[tuple[int, Tensor]],
 ) -> None:
-    again = leaves(func(*args, **kwargs))
-    for place, value in zip(places, again, strict=True):
-        if id(place) in fresh:
-            assert isinstance(place, Tensor) and isinstance(value, Tensor)
-            place.copy_(value)
+    """Run an operator that makes its own memory, and copy what it made to its places."""
+    again = func(*args, **kwargs)
+    if isinstance(again, Tensor):
+        again = (again,)
+    elif any(isinstance(value, list | tuple) for value in again):
+        again = list(tree_iter(again))
+    for i, place in places:
+        place.copy_(again[i])
 
 
 class _Out(NamedTuple):

@@ -35,6 +35,8 @@ _SHARING = 4  # threads whose blocks are one: fewer waits for each other, and st
 _WIDE, _GAP = 16, 16  # of winograd.h
 ATTENTION = struct.Struct("@P q 5P 14q i f")
 """`attention` of attention.h: team, pointers, sizes and strides, type, scale."""
+DIRECT = struct.Struct("@P q 5P 7q")
+"""`direct` of direct.h: threads, pointers, sizes."""
 
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
@@ -50,6 +52,8 @@ _ARGUMENTS: dict[str, list[type]] = {
     "winograd": [ctypes.c_char_p],
     "attention": [ctypes.c_char_p],
     "attends": [_INT],
+    "direct": [ctypes.c_char_p],
+    "direct_room": [ctypes.c_char_p, _P],
 }
 _RETURNS = {"attends": _INT}
 
@@ -65,6 +69,8 @@ class Calls(NamedTuple):
     winograd: Callable[[bytes], None]
     attention: Callable[[bytes], None]
     attends: Callable[[int], int]
+    direct: Callable[[bytes], None]
+    direct_room: Callable[[bytes, int], None]
 
 
 def bound(made: ctypes.CDLL) -> Calls:
@@ -81,10 +87,10 @@ def calls() -> Calls:
     return bound(library())
 
 
-@cache
-def fused() -> bool:
-    """Whether this machine's library multiplies and adds in one instruction."""
-    return bool(_INT.in_dll(library(), "headstart_fused").value)
+def multiplies(made: ctypes.CDLL | None = None) -> bool:
+    """Whether a library, by default this machine's, has products at the processor's speed: a*b + c
+    in one instruction. Raises UnavailableError."""
+    return bool(ctypes.c_int32.in_dll(made or library(), "headstart_fused").value)
 
 
 def team(elements: int) -> tuple[int, int]:
@@ -94,9 +100,12 @@ def team(elements: int) -> tuple[int, int]:
 
 @lru_cache(256)
 def _shared(elements: int, threads: int) -> tuple[int, int]:
-    if elements < 2 * GRAIN:
-        return 0, 1
-    return _runtime(), min(threads, elements // GRAIN)
+    return team_of(min(threads, elements // GRAIN))
+
+
+def team_of(threads: int) -> tuple[int, int]:
+    """(OpenMP, threads) for as many, at least one."""
+    return (0, 1) if threads < 2 else (_runtime(), threads)
 
 
 @cache

@@ -3,6 +3,7 @@
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
    contraction, so the bits are those of the reference. An attention alone has bits of its own. */
 #include "attention.h"
+#include "direct.h"
 #include "step.h"
 #include "winograd.h"
 
@@ -121,8 +122,13 @@ void headstart_levels(const openmp *runtime, int64_t threads, const void *pixels
 
 void headstart_winograd(const winograd *a) { convolve(a); }
 
-/* Whether products are as fast here as this processor can. */
-const int32_t headstart_fused = FUSED;
 int32_t headstart_attends(int32_t type) { return attends(type); }
 
 void headstart_attention(const attention *a) { attend(a); }
+/* Floats of scratch. */
+void headstart_direct_room(const direct *a, int64_t *floats) { *floats = a->threads * room_of_thread(a); }
+
+void headstart_direct(const direct *a) { convolve_directly(a); }
+
+/* Whether products are as fast here as this processor can. */
+const int32_t headstart_fused = FUSED;

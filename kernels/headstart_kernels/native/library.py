@@ -33,7 +33,7 @@ SWITCH = "HEADSTART_NATIVE"
 """The environment variable that turns compiling off: 0."""
 
 _SOURCES = (
-    *("attention.h", "kernels.c", "normal.h", "numbers.h", "picture.h"),
+    *("attention.h", "direct.h", "kernels.c", "normal.h", "numbers.h", "picture.h"),
     *("step.h", "team.h", "vectors.h", "winograd.h"),
 )
 _EXACT = ("-ffp-contract=off", "-fno-fast-math")

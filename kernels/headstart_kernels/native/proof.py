@@ -17,11 +17,13 @@ from torch import Tensor
 
 from headstart_kernels.dispatch import Impl, load
 from headstart_kernels.native.calls import (
+    DIRECT,
     TYPES,
     Calls,
     Operands,
     bound,
     convolved,
+    multiplies,
     packed_attention,
     packed_step,
 )
@@ -41,6 +43,14 @@ CONVOLUTIONS = (
 )
 """B, C, C', h, w: every count of tiles that is multiplied at a time; and more than a strip of
 tiles, than the channels that are summed at a time, than a panel of outputs, than a block."""
+IMAGES = (
+    (66, 13, 4, 4, 1),
+    (3, 4, 16, 16, 1),
+    (2, 9, 6, 11, 2),
+    (2, 8, 24, 8, 1),
+    (1, 5, 3, 12, 1),
+)
+"""Inputs, outputs, height, width and stride: whole vectors and not, in every way of unfolding."""
 
 
 class Case(NamedTuple):
@@ -80,6 +90,8 @@ def differences(made: ctypes.CDLL) -> list[str]:
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
     checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
+    if multiplies(made):  # else it is never called
+        checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
 
 
@@ -89,6 +101,19 @@ def _normals(calls: Calls) -> bool:
     got = torch.empty((2, count), dtype=torch.float32, device="cpu")
     calls.normals(0, 1, seeds.data_ptr(), samples.data_ptr(), got.data_ptr(), 2, count, 5)
     return _same(got, load("philox_normal", Impl.REFERENCE)(seeds, samples, 5, (count,)))
+
+
+def _direct(calls: Calls, inputs: int, outputs: int, height: int, width: int, stride: int) -> bool:
+    x, weight = _numbers(1, (1, inputs, height, width)), _numbers(2, (outputs, inputs, 3, 3))
+    bias = _numbers(3, (outputs,))
+    expected = load("direct_convolution", Impl.REFERENCE)(x, weight, bias, stride)
+    got, room = torch.empty_like(expected), ctypes.c_int64()
+    sizes = 1, inputs, outputs, height, width, stride, 1
+    calls.direct_room(DIRECT.pack(0, 1, *(0,) * 5, *sizes), ctypes.addressof(room))
+    scratch = torch.empty(room.value, dtype=torch.float32, device="cpu")
+    places = (tensor.data_ptr() for tensor in (x, weight, bias, got, scratch))
+    calls.direct(DIRECT.pack(0, 1, *places, *sizes))
+    return _same(got, expected)
 
 
 def _step(calls: Calls, case: Case) -> bool:

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:
     """[N] numbers -> [N, dim] = [cos(v*f), sin(v*f)], f_i = 10000^(-i/(dim/2)), in float32."""
-    half = dim // 2
-    exponent = torch.arange(half, dtype=torch.float32, device=values.device) / half
-    angles = values.float()[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    angles = values.float()[:, None] * _frequencies(dim // 2, values.device)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+def _frequencies(half: int, device: torch.device) -> Tensor:
+    """10000^(-i/half), [half] float32; on a CPU made once: five operators that take longer than the
+    angles. Elsewhere what a graph reads must be memory of its own."""
+    if device.type == "cpu" and not (is_compiling() or is_in_torch_dispatch_mode()):
+        return _kept_frequencies(half)
+    return _made_frequencies(half, device)
+
+
+def _made_frequencies(half: int, device: torch.device) -> Tensor:
+    exponent = torch.arange(half, dtype=torch.float32, device=device) / half
+    return torch.exp(-math.log(10000.0) * exponent)
+
+
+@lru_cache(16)
+def _kept_frequencies(half: int) -> Tensor:
+    with torch.inference_mode(False):
+        return _made_frequencies(half, torch.device("cpu"))
 
 
 def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:

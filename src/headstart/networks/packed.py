@@ -29,6 +29,7 @@ from torch.compiler import is_compiling
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from headstart.errors import InputError
+from headstart.networks.convolution import Conv2d
 from headstart.networks.residency import SCALE, StoredConv2d, StoredLinear, compute_dtype
 from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
@@ -189,7 +190,7 @@ class _Packs:
 _PACKS = _Packs()
 _PACKED: dict[type[nn.Module], type[nn.Module]] = {
     **dict.fromkeys((nn.Linear, StoredLinear), PackedLinear),
-    **dict.fromkeys((nn.Conv2d, StoredConv2d), PackedConv2d),
+    **dict.fromkeys((nn.Conv2d, Conv2d, StoredConv2d), PackedConv2d),
 }
 
 

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from headstart.checkpoint.tensors import WIDENED, Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
+from headstart.networks.convolution import Conv2d
 from headstart.networks.packed import is_packable, pack, pays, unpackable
 from headstart.networks.residency import in_float8, keep_float8, keep_stored
 
@@ -143,7 +144,9 @@ def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]
     return frozenset(
         f"{path}.weight"
         for path, layer in cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-        if wide is not None and type(layer) in (nn.Linear, nn.Conv2d) and not wide.fullmatch(path)
+        if wide is not None
+        and type(layer) in (nn.Linear, nn.Conv2d, Conv2d)
+        and not wide.fullmatch(path)
     )
 
 

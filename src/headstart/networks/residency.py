@@ -23,6 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
+from headstart.networks.convolution import Conv2d
+
 M = TypeVar("M", bound=nn.Module)
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -36,7 +38,7 @@ class StoredLinear(nn.Linear):
         return F.linear(input, _widened(self, input.dtype), self.bias)
 
 
-class StoredConv2d(nn.Conv2d):
+class StoredConv2d(Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         return self._conv_forward(input, _widened(self, input.dtype), self.bias)
 
@@ -49,6 +51,7 @@ class StoredEmbedding(nn.Embedding):
 _STORED: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: StoredLinear,
     nn.Conv2d: StoredConv2d,
+    Conv2d: StoredConv2d,
     nn.Embedding: StoredEmbedding,
 }
 """Every kind of layer with a matrix that a network here has; any other fails on its first use."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from headstart.checkpoint.params import TinyParams
 from headstart.errors import InputError
+from headstart.networks.convolution import Conv2d
 
 
 class Block(nn.Module):
@@ -30,8 +31,8 @@ class Block(nn.Module):
         return F.relu(self.conv["4"](h) + x)
 
 
-def _conv(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> nn.Conv2d:
-    return nn.Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=bias)
+def _conv(inputs: int, outputs: int, *, stride: int = 1, bias: bool = True) -> Conv2d:
+    return Conv2d(inputs, outputs, 3, padding=1, stride=stride, bias=bias)
 
 
 class TinyDecoder(nn.Module):

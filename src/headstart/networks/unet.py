@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
+from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import NormSilu
 from headstart.networks.joined import apart, each, join, put, side_by_side, together
 from headstart.networks.layout import FORMATS
@@ -37,13 +38,11 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, time_dim: int, groups: int) -> None:
         super().__init__()
         self.norm1 = NormSilu(groups, in_channels, eps=1e-5)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
         self.time_emb_proj = nn.Linear(time_dim, channels)
         self.norm2 = NormSilu(groups, channels, eps=1e-5)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
-        )
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, channels, 1) if in_channels != channels else None
 
     def forward(self, x: Tensor, shift: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
@@ -56,10 +55,10 @@ class Resample(nn.Module):
 
     def __init__(self, channels: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=stride, padding=1)
+        self.conv = Conv2d(channels, channels, 3, stride=stride, padding=1)
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        return self.conv(x if size is None else F.interpolate(x, size, mode="nearest"))
+        return self.conv(x if size is None else nearest(x, size))
 
 
 class Layers(nn.Module):
@@ -146,7 +145,7 @@ class UNet(nn.Module):
         super().__init__()
         self.params = params
         channels, time_dim, groups = params.channels, params.time_dim, params.norm_groups
-        self.conv_in = nn.Conv2d(params.in_channels, channels, 3, padding=1)
+        self.conv_in = Conv2d(params.in_channels, channels, 3, padding=1)
         self.time_embedding = Embedding(channels, time_dim, params.guidance_dim)
         self.add_embedding = Embedding(params.added_dim, time_dim) if params.added_dim else None
         widths = [channels]
@@ -161,7 +160,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpStage(channels, widths, stage, params))
             channels = stage.channels
         self.conv_norm_out = NormSilu(groups, channels, eps=1e-5)
-        self.conv_out = nn.Conv2d(channels, params.out_channels, 3, padding=1)
+        self.conv_out = Conv2d(channels, params.out_channels, 3, padding=1)
         self._texts_seen = Watch()
 
     def __call__(self, *args: Any, **named: Any) -> Tensor:

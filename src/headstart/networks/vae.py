@@ -19,6 +19,7 @@ from headstart.checkpoint.params import VaeParams
 from headstart.errors import InputError
 from headstart.networks.attention import attend
 from headstart.networks.bands import Bands, normed, silu_normed, spans
+from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import Norm, NormSilu
 
 _EPS = 1e-6  # every GroupNorm of the autoencoder, unlike the UNet's 1e-5
@@ -28,12 +29,10 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, channels: int, groups: int) -> None:
         super().__init__()
         self.norm1 = NormSilu(groups, in_channels, eps=_EPS)
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, channels, 3, padding=1)
         self.norm2 = NormSilu(groups, channels, eps=_EPS)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        self.conv_shortcut = (
-            nn.Conv2d(in_channels, channels, 1) if in_channels != channels else None
-        )
+        self.conv2 = Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = Conv2d(in_channels, channels, 1) if in_channels != channels else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(self.norm1(x))
@@ -93,7 +92,7 @@ class Downsample(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+        self.conv = Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
@@ -102,10 +101,11 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        height, width = x.shape[2:]
+        return self.conv(nearest(x, (2 * height, 2 * width)))
 
     def banded(self, x: Bands) -> Bands:
         """As many rows a band as before, so twice the bands; x is let go as it is read."""
@@ -165,14 +165,14 @@ class Encoder(nn.Module):
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
         widths, last = params.channels, len(params.channels) - 1
-        self.conv_in = nn.Conv2d(params.pixel_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(params.pixel_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
             DownStage(widths[max(0, i - 1)], width, i == last, params)
             for i, width in enumerate(widths)
         )
         self.mid_block = MidStage(widths[-1], params.norm_groups)
         self.conv_norm_out = NormSilu(params.norm_groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * params.latent_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], 2 * params.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -188,14 +188,14 @@ class Decoder(nn.Module):
     def __init__(self, params: VaeParams) -> None:
         super().__init__()
         widths, last = params.channels[::-1], len(params.channels) - 1
-        self.conv_in = nn.Conv2d(params.latent_channels, widths[0], 3, padding=1)
+        self.conv_in = Conv2d(params.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidStage(widths[0], params.norm_groups)
         self.up_blocks = nn.ModuleList(
             UpStage(widths[max(0, i - 1)], width, i == last, params)
             for i, width in enumerate(widths)
         )
         self.conv_norm_out = NormSilu(params.norm_groups, widths[-1], eps=_EPS)
-        self.conv_out = nn.Conv2d(widths[-1], params.pixel_channels, 3, padding=1)
+        self.conv_out = Conv2d(widths[-1], params.pixel_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
         x: Tensor = self.mid_block(self.conv_in(z))
@@ -236,8 +236,8 @@ class Vae(nn.Module):
         self.encoder = Encoder(params) if params.encodes else None
         self.decoder = Decoder(params)
         both = quant and params.encodes
-        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1) if both else nn.Identity()
-        self.post_quant_conv = nn.Conv2d(latent, latent, 1) if quant else nn.Identity()
+        self.quant_conv = Conv2d(2 * latent, 2 * latent, 1) if both else nn.Identity()
+        self.post_quant_conv = Conv2d(latent, latent, 1) if quant else nn.Identity()
 
     @property
     def scale_factor(self) -> float:

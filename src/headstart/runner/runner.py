@@ -41,8 +41,8 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
 
     "auto"      "graph" on a CUDA device, "eager" elsewhere
     "eager"     Python calls the network's operators
-    "compiled"  its blocks compiled, once a shape, and on a CUDA device captured as a graph. Not on a
-                CPU, where "eager" is faster
+    "compiled"  its blocks compiled, once a shape, and on a CUDA device captured as a graph; not on
+                a CPU, where "eager" is faster
     "graph"     a CUDA graph of the network, once a shape
     "replay"    the network's operators recorded once a shape and replayed, on a CPU
     "trajectory"  a whole run, its decoder too, as one CUDA graph, or recorded and replayed on a

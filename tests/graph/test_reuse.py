@@ -1,0 +1,144 @@
+"""A recording has the memory of the run that it recorded, and no value is lost by it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headstart_kernels.emulation.recorder import Tape
+from headstart_kernels.emulation.reuse import Piece, _placed
+from headstart_kernels.testing import random_latents
+
+
+def chain(x: Tensor, length: int) -> Tensor:
+    for i in range(length):
+        x = (x + i).sin()
+    return x
+
+
+def test_a_chain_takes_what_the_run_took_however_long_it_is() -> None:
+    x, tape = random_latents(1, 1, 16, 64), Tape()
+    with tape.recording():
+        made = chain(x, 50)
+    # A step has its input, what lies between and its output; and the last one is held.
+    assert tape.size_bytes <= 4 * made.nbytes
+    expected = made.clone()
+    tape.poison()
+    tape.replay()
+    assert torch.equal(made, expected)
+
+
+def test_what_is_needed_later_is_not_written_over() -> None:
+    x, tape = random_latents(1, 1, 8, 8), Tape()
+
+    def body() -> Tensor:
+        skips = [chain(x + i, 2) for i in range(4)]
+        whole = chain(torch.cat(skips, 1), 3)
+        rows = whole.unbind(1)  # a view keeps the memory of the whole
+        del whole
+        more = chain(x, 5)
+        return more + rows[2] - skips[0].mean()
+
+    with tape.recording():
+        made = body()
+    for factor in (1.0, -3.0):
+        x.mul_(factor)
+        tape.poison()
+        tape.replay()
+        assert torch.equal(made, body())
+
+
+def test_a_tensor_that_somebody_kept_stays_theirs() -> None:
+    """As a hook does; and it is filled again at every replay."""
+    x, tape, seen = random_latents(1, 1, 8, 8), Tape(), list[Tensor]()
+    with tape.recording():
+        seen.append(x * 3)
+        made = chain(seen[0], 4)
+    x.add_(1)
+    tape.replay()
+    assert torch.equal(seen[0], x * 3) and torch.equal(made, chain(x * 3, 4))
+
+
+def test_memory_that_was_written_in_parts_is_one_piece() -> None:
+    x, tape = random_latents(1, 1, 4, 6), Tape()
+
+    def body() -> Tensor:
+        room = x.new_empty(1, 1, 8, 6)
+        room[:, :, :4] = x.exp()
+        room[:, :, 4:].copy_(x).mul_(2)
+        return room.flip(2).contiguous() + 1
+
+    with tape.recording():
+        made = body()
+    x.neg_()
+    tape.poison()
+    tape.replay()
+    assert torch.equal(made, body())
+
+
+def test_other_dtypes_lie_where_they_may() -> None:
+    x, tape = random_latents(1, 1, 5, 7), Tape()
+
+    def body() -> Tensor:
+        flags = x > 0
+        wide, order = x.double() * flags, x.argsort(-1)
+        return wide.gather(-1, order).half().float() + flags
+
+    with tape.recording():
+        made = body()
+    x.neg_()
+    tape.poison()
+    tape.replay()
+    assert torch.equal(made, body())
+
+
+def test_no_two_pieces_in_use_share_a_byte() -> None:
+    generator = torch.Generator().manual_seed(3)
+    ends = torch.randint(1, 9, (200,), generator=generator).tolist()
+    sizes = torch.randint(0, 5000, (200,), generator=generator).tolist()
+    pieces = [
+        Piece(None, size, begin // 2, begin // 2 + length)  # pyright: ignore[reportArgumentType]
+        for begin, (size, length) in enumerate(zip(sizes, ends, strict=True))
+    ]
+    total = _placed(pieces)
+    for i, a in enumerate(pieces):
+        assert a.end is not None and a.place % 64 == 0 and a.place + a.size <= total
+        for b in pieces[:i]:
+            apart_in_time = b.end is not None and (b.end <= a.begin or a.end <= b.begin)
+            apart = a.place + a.size <= b.place or b.place + b.size <= a.place
+            assert apart_in_time or apart
+    most = max(
+        sum(p.size for p in pieces if p.end is not None and p.begin <= call < p.end)
+        for call in range(110)
+    )
+    assert total < 1.5 * most
+
+
+def test_of_several_results_those_that_are_read_are_filled() -> None:
+    """An operator without a form for given memory runs, and what it makes is copied."""
+    q, tape = random_latents(1, 2, 8, 16), Tape()
+
+    def body() -> tuple[Tensor, Tensor]:
+        scaled = torch.nn.functional.scaled_dot_product_attention(q, q + 1, q * 2)
+        low, order = q.sort(-1)
+        del low
+        return scaled.exp(), order
+
+    with torch.no_grad(), tape.recording():
+        made = body()
+    q.neg_()
+    tape.poison()
+    with torch.no_grad():
+        tape.replay()
+        for got, expected in zip(made, body(), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_a_recording_that_failed_holds_nothing() -> None:
+    tape = Tape()
+    try:
+        with tape.recording():
+            chain(torch.ones(9), 3)
+            raise KeyError
+    except KeyError:
+        assert tape.calls == [] and tape.size_bytes == 0
