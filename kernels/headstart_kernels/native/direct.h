@@ -12,8 +12,8 @@
 
 enum {
   OUTS = 8, /* outputs and vectors of pixels that are summed at a time: 32 registers hold 8*2 sums, */
-  VECTORS = 2,
-  STRIP_PIXELS = VECTORS * LANES,
+  ACROSS = 2,
+  STRIP_PIXELS = ACROSS * LANES,
   STRIPS = 4,       /* strips of pixels that read a block of weights while it is in the first cache */
   INS = 64,         /* input channels of a block: what is unfolded stays in the second cache */
   SIDE = 3,
@@ -45,7 +45,7 @@ INLINE int64_t room_of_thread(const direct *a) {
 /* Sums of `depth` products, on top of what is there or of the bias. */
 INLINE void sum_tile(const int outs, const int vectors, const float *w, int64_t row, const float *cells,
                      int64_t depth, const float *bias, int first, float *y, int64_t plane) {
-  floats sum[OUTS][VECTORS];
+  floats sum[OUTS][ACROSS];
   UNROLLED
   for (int r = 0; r < outs; r++) {
     UNROLLED
@@ -53,7 +53,7 @@ INLINE void sum_tile(const int outs, const int vectors, const float *w, int64_t 
       sum[r][c] = first ? (floats){0} + (bias ? bias[r] : 0.0f) : load(y + r * plane + c * LANES, LANES);
   }
   for (int64_t k = 0; k < depth; k++) {
-    floats x[VECTORS];
+    floats x[ACROSS];
     UNROLLED
     for (int c = 0; c < vectors; c++) x[c] = load(cells + k * STRIP_PIXELS + c * LANES, LANES);
     UNROLLED
@@ -73,7 +73,7 @@ INLINE void sum_tile(const int outs, const int vectors, const float *w, int64_t 
 INLINE void sum_outs(const int outs, int64_t vectors, const float *w, int64_t row, const float *cells,
                      int64_t depth, const float *bias, int first, float *y, int64_t plane) {
   if (vectors == 1) sum_tile(outs, 1, w, row, cells, depth, bias, first, y, plane);
-  else sum_tile(outs, VECTORS, w, row, cells, depth, bias, first, y, plane);
+  else sum_tile(outs, ACROSS, w, row, cells, depth, bias, first, y, plane);
 }
 
 /* Rows top .. of `channels` images with the zeros around them. */
@@ -139,7 +139,7 @@ static void sum_group(const direct *a, int64_t image, int64_t begin, int64_t fir
       const int64_t outs = last - out >= OUTS ? OUTS : last - out >= 4 ? 4 : 1;
       const float *w = a->weight + out * row + in * SIDE * SIDE, *bias = a->bias ? a->bias + out : NULL;
       for (int64_t at = 0; at < count; at += STRIP_PIXELS) {
-        const int64_t left = count - at, vectors = left <= LANES ? 1 : VECTORS;
+        const int64_t left = count - at, vectors = left <= LANES ? 1 : ACROSS;
         const int whole = left >= vectors * LANES;
         float *to = whole ? y + out * pixels + begin + at : rest + out * STRIP_PIXELS;
         const int64_t step = whole ? pixels : STRIP_PIXELS;
