@@ -16,8 +16,14 @@ EXACT = "ours float64"
 """Not timed: what every other output is compared with, where memory allows it."""
 
 EAGER = (
-    *("ours float32", "diffusers float32", "OpenVINO float32", "onnxruntime float32"),
-    *("ours bfloat16", "diffusers bfloat16", "OpenVINO bfloat16"),
+    *(
+        "ours float32",
+        "ours packed",
+        "diffusers float32",
+        "OpenVINO float32",
+        "onnxruntime float32",
+    ),
+    *("ours bfloat16", "ours packed bfloat16", "diffusers bfloat16", "OpenVINO bfloat16"),
 )
 COMPILED = ("ours compiled", "ours frozen", "ours frozen bfloat16")
 EVERY = (
@@ -26,7 +32,10 @@ EVERY = (
     *COMPILED,
     *("diffusers compiled", "diffusers frozen", "diffusers frozen bfloat16"),
 )
-XL = ("ours stored", "ours bfloat16", "diffusers bfloat16", "OpenVINO bfloat16")
+XL = (
+    *("ours stored", "ours bfloat16", "ours packed bfloat16"),
+    *("diffusers bfloat16", "OpenVINO bfloat16"),
+)
 
 
 class Case(NamedTuple):

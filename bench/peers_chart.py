@@ -47,6 +47,8 @@ PANELS = (
 COLOURS: Mapping[str, str] = {
     "ours float32": "#7b2d8b",
     "ours bfloat16": "#c77dd6",
+    "ours packed": "#d1105a",
+    "ours packed bfloat16": "#ff6ea9",
     "ours stored": "#4a1a55",
     "ours compiled": "#9d4edd",
     "ours frozen": "#5a189a",

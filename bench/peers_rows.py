@@ -60,15 +60,22 @@ class Row(NamedTuple):
     whole: Callable[..., Any] | None = None
 
 
-def ours(make: Any, dtype: Any, source: Source, examples: Sequence[Inputs]) -> Network:
-    """As a user's file is loaded, and run by a runner of ours."""
-    network = load_unet(source.path, dtype=dtype, head_dim=source.given.head_dim)
+def ours(
+    make: Any, dtype: Any, source: Source, examples: Sequence[Inputs], packed: bool = False
+) -> Network:
+    """As a user's file is loaded, and run by a runner of ours; `packed`: as an engine loads one of
+    full size."""
+    head_dim = source.given.head_dim
+    network = load_unet(source.path, dtype=dtype, head_dim=head_dim, packed=packed)
     runner = make(network)
     return Network(runner, runner.dtype, network)
 
 
-def our_vae(dtype: torch.dtype, source: Source, examples: Sequence[Inputs]) -> Network:
-    vae = load_vae(source.path, dtype=dtype, scale_factor=source.given.scale_factor)
+def our_vae(
+    dtype: torch.dtype, source: Source, examples: Sequence[Inputs], packed: bool = False
+) -> Network:
+    scale = source.given.scale_factor
+    vae = load_vae(source.path, dtype=dtype, scale_factor=scale, packed=packed)
     return Network(_quiet(lambda z: vae.decode(z.to(dtype))), dtype, vae)
 
 
@@ -205,10 +212,17 @@ def _cpp(wtype: str) -> Callable[..., Any]:
     return partial(peers_engines.stable_diffusion_cpp, wtype)
 
 
+def _packed(dtype: torch.dtype) -> tuple[Build, Build]:
+    unet = partial(ours, EagerRunner, dtype, packed=True)
+    return unet, partial(our_vae, dtype, packed=True)
+
+
 _SLOW = {"slow": True}
 ROWS: Mapping[str, Row] = {
     "ours float32": Row(partial(ours, EagerRunner, F32), partial(our_vae, F32)),
     "ours bfloat16": Row(partial(ours, EagerRunner, BF16), partial(our_vae, BF16), 0.5),
+    "ours packed": Row(*_packed(F32), 2.5),
+    "ours packed bfloat16": Row(*_packed(BF16), 0.6),
     "ours stored": Row(partial(ours, EagerRunner, "stored"), None, 0.2),
     "ours compiled": Row(partial(ours, CompiledRunner, F32), partial(our_vae, F32), **_SLOW),
     "ours frozen": Row(partial(our_frozen, F32), None, 1.3, **_SLOW),

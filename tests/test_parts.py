@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -35,7 +36,11 @@ def test_what_was_asked_for_by_name_is_the_decoders_too(
     kind: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     capability(monkeypatch, (9, 0))
-    assert decoder_dtype("auto", kind, CUDA) == decoder_dtype("auto", kind, CPU) == kind
+    assert decoder_dtype("auto", kind, CUDA) == kind
+    with mock.patch("headstart.engine.parts.has_c", return_value=False):
+        assert decoder_dtype("auto", kind, CPU) == kind
+    with mock.patch("headstart.engine.parts.has_c", return_value=True):
+        assert decoder_dtype("auto", kind, CPU) == torch.float32  # fewer products than bfloat16's
     assert decoder_dtype("float16", kind, CUDA) == torch.float16
 
 
