@@ -34,6 +34,8 @@ Source = tuple[FilePath, PartName, bool | None]
 _LARGE = 10**9
 """Bytes of a pair in float32 that make bfloat16 worth a word; the bundled pair has 0.02 GB."""
 
+_NEAR = "pictures are near float32's (48 dB in the median of 80 of the bundled pair, 33 at worst)"
+
 
 class Kept(NamedTuple):
     """dtype     what weights become, None: float32 on a CPU, the file's own on a GPU
@@ -90,8 +92,8 @@ def _packed(
                 torch.bfloat16,
                 None,
                 f"computing in bfloat16: float32 layouts of the weights would take {need / 1e9:.1f}"
-                f" GB, these {half / 1e9:.1f} GB, and {room / 1e9:.1f} GB may be used; pictures "
-                "are 45 to 54 dB from float32's (dtype='stored', --dtype stored, has float32's)",
+                f" GB, these {half / 1e9:.1f} GB, and {room / 1e9:.1f} GB may be used; {_NEAR} "
+                "(dtype='stored', --dtype stored, has float32's)",
             )
     return None
 
@@ -101,8 +103,8 @@ def _offer(kind: torch.dtype | None, need: int) -> str | None:
     if kind is not None or need < _LARGE or not computes_bfloat16():
         return None
     return (
-        "this processor computes in bfloat16 about twice as fast as in float32, with pictures 45 "
-        "to 54 dB from float32's: dtype='bfloat16' (--dtype bfloat16) takes it, 'float32' leaves it"
+        "this processor computes a UNet in bfloat16 in about 0.7 of the time of float32; "
+        f"{_NEAR}: dtype='bfloat16' (--dtype bfloat16) takes it, 'float32' leaves it"
     )
 
 
