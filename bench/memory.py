@@ -30,8 +30,8 @@ import headstart as hs
 from headstart.checkpoint import blueprint
 from headstart.cost.sizes import sizes_of_family
 from headstart.engine import fitting
+from headstart.engine.dtypes import DTYPES
 from headstart.engine.models import Model
-from headstart.engine.pair import DTYPES
 from headstart.engine.places import milliseconds
 from headstart.networks.placement import bound_for
 from headstart_kernels.emulation.card import Card

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart_kernels import Impl, winograd_conv
 from headstart_kernels.dispatch import has_c
-from headstart_kernels.native.calls import fused
+from headstart_kernels.native.calls import multiplies
 from headstart_kernels.points import filter_matrix, input_matrix, output_matrix
 from headstart_kernels.testing import assert_bits, random_latents
 from headstart_kernels.testing.layers import winograd_bound
@@ -274,7 +274,7 @@ def test_on_a_gpu_there_is_none() -> None:
         winograd_conv(_X, Filter.of(_WEIGHT), impl=Impl.TRITON)
 
 
-@pytest.mark.skipif(not has_c() or not fused(), reason="products are not fast here")
+@pytest.mark.skipif(not has_c() or not multiplies(), reason="products are not fast here")
 def test_it_pays_where_tiles_are_many_and_channels_too() -> None:
     for channels, size in ((320, 64), (640, 32), (1280, 16), (128, 512), (320, 20)):
         assert pays((channels, channels, 3, 3), (1, channels, size, size)), (channels, size)
