@@ -25,7 +25,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from headstart_kernels.dispatch import Impl, has_c, is_recorded, load, operators
+from headstart_kernels.dispatch import Impl, has_c, is_recorded, is_traced, load, operators
 
 LARGEST = 1 << 15
 """Numbers of an image up to which this takes less time than torch."""
@@ -43,7 +43,7 @@ def small_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    if _is_transformed() or not has_c(multiplies=True):
+    if _is_transformed() or is_traced() or not has_c(multiplies=True):
         return None
     if not torch._C._len_torch_dispatch_stack():
         return load("direct_convolution", Impl.NATIVE)(x, weight, bias, stride)

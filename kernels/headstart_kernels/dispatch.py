@@ -103,10 +103,15 @@ def on_host(*tensors: Tensor) -> bool:
 
 
 def watched() -> bool:
-    """Whether a compiler, a recorder of operators or a transform of functions looks on: what
-    `torch.func` and forward-mode gradients keep beside a tensor is not in its memory. Inside of an
+    """Whether a compiler, `torch.jit.trace` (and so exporters to ONNX or OpenVINO), a recorder of
+    operators or a transform of functions looks on: what `torch.func` and forward-mode gradients keep beside a tensor is not in its memory. Inside of an
     operator that a recorder has noted it looks away."""
-    return _has_modes() > 0 or is_compiling() or _transformed()
+    return _has_modes() > 0 or is_compiling() or is_traced() or _transformed()
+
+
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` notes the operators of this thread."""
+    return torch._C._is_tracing()  # pyright: ignore[reportPrivateUsage]
 
 
 def _transformed() -> bool:

@@ -8,8 +8,8 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from headstart_kernels.dispatch import watched
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:
@@ -21,7 +21,7 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
 def _frequencies(half: int, device: torch.device) -> Tensor:
     """10000^(-i/half), [half] float32; on a CPU made once: five operators that take longer than the
     angles. Elsewhere what a graph reads must be memory of its own."""
-    if device.type == "cpu" and not (is_compiling() or is_in_torch_dispatch_mode()):
+    if device.type == "cpu" and not watched():
         return _kept_frequencies(half)
     return _made_frequencies(half, device)
 

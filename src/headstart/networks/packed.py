@@ -31,6 +31,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from headstart.errors import InputError
 from headstart.networks.convolution import Conv2d
 from headstart.networks.residency import SCALE, StoredConv2d, StoredLinear, compute_dtype
+from headstart_kernels.dispatch import is_traced
 from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
 
@@ -266,6 +267,6 @@ def _takes(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
     computes = input.dtype in DTYPES and input.dtype in (weight.dtype, vars(layer).get("computes"))
     if not computes or type(input) is not Tensor or input.device.type != "cpu":
         return False
-    if weight.device.type != "cpu" or is_compiling():
+    if weight.device.type != "cpu" or is_compiling() or is_traced():
         return False
     return not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
