@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from headstart_kernels import Impl, winograd_conv
 from headstart_kernels.dispatch import has_c
-from headstart_kernels.native.calls import fused
+from headstart_kernels.native.calls import multiplies
 from headstart_kernels.points import filter_matrix, input_matrix, output_matrix
 from headstart_kernels.testing import assert_bits, random_latents
 from headstart_kernels.testing.layers import winograd_bound
@@ -209,6 +209,29 @@ def test_a_gradient_goes_through_the_reference() -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are fixed
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and what converters use
+def test_transforms_and_tracers_follow_the_reference() -> None:
+    x, weight, bias = layer(4, 6, 5, 7)
+    filter = Filter.of(weight)
+
+    def of(x: Tensor) -> Tensor:
+        return winograd_conv(x, filter, bias)
+
+    slope = F.conv2d(x, weight, padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(of, (x,), (x,))[1], slope)
+        torch.testing.assert_close(torch.func.vmap(of)(x[None])[0], of(x))
+    torch.testing.assert_close(torch.jit.trace(of, (x,))(2 * x), of(2 * x))
+
+
+def test_a_view_of_the_other_sign_is_read_with_it() -> None:
+    x, weight, bias = layer(4, 6, 5, 7)
+    x, bias = torch._neg_view(x), torch._neg_view(bias)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(winograd_conv(x, Filter.of(weight), bias), expected)
+
+
 def test_a_recorder_sees_one_operator() -> None:
     seen: list[str] = []
 
@@ -274,7 +297,7 @@ def test_on_a_gpu_there_is_none() -> None:
         winograd_conv(_X, Filter.of(_WEIGHT), impl=Impl.TRITON)
 
 
-@pytest.mark.skipif(not has_c() or not fused(), reason="products are not fast here")
+@pytest.mark.skipif(not has_c() or not multiplies(), reason="products are not fast here")
 def test_it_pays_where_tiles_are_many_and_channels_too() -> None:
     for channels, size in ((320, 64), (640, 32), (1280, 16), (128, 512), (320, 20)):
         assert pays((channels, channels, 3, 3), (1, channels, size, size)), (channels, size)
