@@ -125,6 +125,12 @@ def test_sample_writes_images_and_a_record_that_replays(
     assert "--overwrite" in capsys.readouterr().err
 
 
+def test_a_run_that_was_packed_on_request_replays_so(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert main(["sample", "an owl", "--packed", "--device", "cpu", "--out", str(out)]) == 0
+    assert main(["replay", str(out / "record.json"), "--device", "cpu"]) == 0
+
+
 def test_a_changed_record_does_not_replay(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

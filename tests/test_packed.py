@@ -125,8 +125,21 @@ def test_bits_do_not_depend_on_which_size_or_batch_came_first() -> None:
             {"weight": layer.weight * 2}, strict=False, assign=True
         ),
         lambda layer: layer.double().float().weight.mul_(2),
+        lambda layer: [setattr(layer.weight, "data", layer.weight.data * by) for by in (4, 0.5)],
+        lambda layer: (layer.weight.data.mul_(2), pack(layer)),
+        lambda layer: (layer.weight.numpy().__imul__(2), pack(layer)),
     ],
-    ids=["in place", "data", "parameter", "state dict", "assigned", "moved"],
+    ids=[
+        "in place",
+        "data",
+        "parameter",
+        "state dict",
+        "assigned",
+        "moved",
+        "twice",
+        "kept",
+        "numpy",
+    ],
 )
 @pytest.mark.parametrize("made", [linear, convolution])
 def test_weights_that_change_are_laid_out_again(made, change) -> None:
@@ -138,6 +151,24 @@ def test_weights_that_change_are_laid_out_again(made, change) -> None:
     with torch.no_grad():
         change(layer)
     assert torch.equal(layer(x), 2 * before)  # a power of two changes no rounding
+
+
+def test_a_weight_that_lies_otherwise_in_the_same_memory_is_laid_out_again() -> None:
+    layer, x = pack(linear(48, 48)), torch.randn(9, 48)
+    layer(x)
+    layer.weight.data = layer.weight.data.t()
+    expected = pack(copy.deepcopy(layer))(x)
+    assert torch.equal(layer(x), expected)
+
+
+def test_a_weight_whose_writes_nobody_counts_has_no_layout() -> None:
+    with torch.inference_mode():
+        layer, x = pack(linear()), torch.randn(9, 48)
+        plain = nn.Linear(48, 40)
+        for _ in range(2):
+            layer.weight.copy_(torch.randn(40, 48))
+            plain.load_state_dict(layer.state_dict())
+            assert torch.equal(layer(x), plain(x))
 
 
 def test_wide_convolutions_of_many_tiles_take_a_quarter_of_the_products(
@@ -196,6 +227,24 @@ def test_gradients_compilers_and_other_devices_find_the_layer_that_it_was() -> N
     traced = torch.export.export(pack(nn.Sequential(linear())), (torch.randn(9, 48),))
     assert "packed_linear" not in str(traced.graph)
     assert pack(linear()).to("meta")(torch.empty(9, 48, device="meta")).shape == (9, 40)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and what converters use
+@pytest.mark.parametrize("kernel", [0, 1, 3])
+def test_transforms_tracers_and_autocast_find_the_layer_that_it_was(kernel: int) -> None:
+    layer = convolution(kernel) if kernel else linear()
+    x = torch.randn(1, 12, 5, 5) if kernel else torch.randn(9, 48)
+    plain = copy.deepcopy(layer)
+    pack(layer)
+    jvp = [torch.func.jvp(own, (x,), (x,))[1] for own in (layer, plain)]
+    assert torch.equal(*jvp) and bool(jvp[0].any())
+    with torch.no_grad():
+        assert torch.equal(torch.func.jvp(layer, (x,), (x,))[1], jvp[1])
+    two = torch.stack((x, 2 * x))
+    assert torch.equal(torch.func.vmap(layer)(two), torch.func.vmap(plain)(two))
+    assert torch.equal(torch.jit.trace(layer, (x,))(2 * x), plain(2 * x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer(x).dtype == plain(x).dtype == torch.bfloat16
 
 
 def test_few_rows_no_rows_and_other_dtypes_stay_with_torch() -> None:
@@ -263,6 +312,15 @@ def test_a_file_is_packed_from_its_mapping(
     assert torch.equal(call(unet), call(pack(plain)))
 
 
+def test_a_file_read_in_inference_mode_has_weights_that_are_watched(tmp_path: Path) -> None:
+    with torch.inference_mode():
+        unet = load_unet(write_unet(tmp_path, torch.float16), packed=True)
+        before = call(unet)
+        unet.conv_in.weight.mul_(2)
+        assert not torch.equal(call(unet), before)
+    assert not any(weight.is_inference() for weight in unet.parameters())
+
+
 def test_narrow_networks_stay_as_they_are_unless_they_are_asked_for(tmp_path: Path) -> None:
     path = write_unet(tmp_path)
     assert not is_packed(load_unet(path)) and not is_packed(load_unet(path, packed=None))
@@ -272,9 +330,9 @@ def test_narrow_networks_stay_as_they_are_unless_they_are_asked_for(tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"dtype": "stored"}, "use float32"),
-        ({"dtype": "float8"}, "use float32"),
-        ({"dtype": torch.float16}, "got torch.float16"),
+        ({"dtype": "stored"}, '"stored".*use float32.*--no-packed'),
+        ({"dtype": "float8"}, '"float8".*use float32.*--no-packed'),
+        ({"dtype": torch.float16}, "got torch.float16.*--no-packed"),
         ({"device": "meta"}, "device cpu"),
     ],
 )

@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from headstart_kernels.dispatch import Impl, has_c, is_recorded, is_traced, load, operators
+from headstart_kernels.dispatch import Impl, has_c, is_recorded, load, operators, transformed
 
 LARGEST = 1 << 15
 """Numbers of an image up to which this takes less time than torch."""
@@ -37,13 +35,13 @@ def small_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
     None where torch's own is to be called: other shapes, dtypes, layouts or devices, a gradient to
     record, somebody who watches operators, no kernels in C on this machine.
     """
-    if not _is_small(x.shape, weight.shape) or is_compiling():
+    if is_compiling() or transformed() or not _is_small(x.shape, weight.shape):
         return None
     if not (_is_plain(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
         return None
     if bias is not None and bias.shape != weight.shape[:1]:
         return None
-    if _is_transformed() or is_traced() or not has_c(multiplies=True):
+    if torch._C._is_any_autocast_enabled() or not has_c(multiplies=True):
         return None
     if not torch._C._len_torch_dispatch_stack():
         return load("direct_convolution", Impl.NATIVE)(x, weight, bias, stride)
@@ -62,20 +60,15 @@ def _is_small(image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return weight[0] > 0 and weight[1:] == (image[1], 3, 3)
 
 
-def _is_transformed() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is at work in this thread."""
-    stack = cast("object", torch._C._functorch.peek_interpreter_stack())
-    return stack is not None or cast("int", forward_ad._current_level) >= 0
-
-
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether this is float32 memory of a CPU, one number after the other, that no gradient looks
-    at."""
+    """Whether this is float32 memory of a CPU, one number after the other and as it lies, that no
+    gradient looks at."""
     kind = type(tensor)
     return (
         (kind is Tensor or kind is Parameter)
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.is_contiguous()
+        and not tensor.is_neg()
         and not (tensor.requires_grad and torch.is_grad_enabled())
     )

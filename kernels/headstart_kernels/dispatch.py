@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._C import _get_tracing_state as _tracing  # pyright: ignore
 from torch._C import _len_torch_dispatch_stack as _has_modes  # pyright: ignore[reportPrivateUsage]
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -95,28 +96,29 @@ def stands_in(tensor: Tensor) -> bool:
 
 def on_host(*tensors: Tensor) -> bool:
     """Whether all are what they seem, on a CPU, and nobody watches: then numpy may compute on their
-    memory. What it does there, a compiler or a recorder of operators would never see."""
+    memory. What it does there, a compiler or a recorder of operators would never see. Memory of
+    `torch._neg_view`, as of `z.conj().imag`, has the other sign."""
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or not tensor.is_cpu:
+        if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.is_neg():
             return False
     return not watched()
 
 
 def watched() -> bool:
     """Whether a compiler, `torch.jit.trace` (and so exporters to ONNX or OpenVINO), a recorder of
-    operators or a transform of functions looks on: what `torch.func` and forward-mode gradients keep beside a tensor is not in its memory. Inside of an
-    operator that a recorder has noted it looks away."""
-    return _has_modes() > 0 or is_compiling() or is_traced() or _transformed()
+    operators or a transform of functions looks on: what `torch.func` and forward-mode gradients
+    keep beside a tensor is not in its memory. Inside of an operator that a recorder has noted it
+    looks away."""
+    return _has_modes() > 0 or is_compiling() or transformed()
 
 
-def is_traced() -> bool:
-    """Whether `torch.jit.trace` notes the operators of this thread."""
-    return torch._C._is_tracing()  # pyright: ignore[reportPrivateUsage]
-
-
-def _transformed() -> bool:
+def transformed() -> bool:
+    """Whether `torch.func`, forward-mode gradients or `torch.jit.trace` are at work in this thread:
+    they follow torch's own operators, and know of no other what it is of their tensors."""
     level = cast(int, forward_ad._current_level)  # pyright: ignore
-    return level >= 0 or peek_interpreter_stack() is not None  # pyright: ignore[reportUnnecessaryComparison]
+    if level >= 0 or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
+        return True
+    return _tracing() is not None
 
 
 def has_c(*, multiplies: bool = False) -> bool:

@@ -24,6 +24,7 @@ from headstart_kernels.dispatch import (
     load,
     on_host,
     operators,
+    transformed,
 )
 from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PANEL, PLACES, SLICE, TILE, filter_matrix
@@ -99,13 +100,14 @@ def winograd_conv(
           written as such, others become contiguous ones
     bias  float32 [C'], or None
 
-    For inference: a gradient for x goes through the reference, which keeps all in between. A number
+    For inference: a gradient for x, `torch.func` and `torch.jit.trace` go through the reference,
+    which keeps all in between. A number
     that is not finite reaches up to 4x4 outputs of each of its tiles, of 6x6 inputs, which are two
     or four at their borders; in conv2d it reaches 3x3 outputs.
     """
     _check(x, filter, bias)
-    differentiates = torch.is_grad_enabled() and x.requires_grad
-    if impl is None and len(x) and not on_host(x) and not differentiates:
+    followed = transformed() or (torch.is_grad_enabled() and x.requires_grad)
+    if impl is None and len(x) and not on_host(x) and not followed:
         return operators().winograd_conv(x, filter.places, filter.outputs, bias)
     operands = [tensor for tensor in (filter.places, bias) if tensor is not None]
     return _run(choose("winograd_conv", impl, x, *operands), x, filter, bias)

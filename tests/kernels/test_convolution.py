@@ -103,6 +103,7 @@ WRONG: dict[str, Callable[[], tuple[Any, ...]]] = {
     "mixed": lambda: (x, w.half(), b),
     "channels last": lambda: (x.contiguous(memory_format=torch.channels_last), w, b),
     "turned": lambda: (x.mT, w, b),
+    "of the other sign": lambda: (torch._neg_view(x), w, b),
     "a turned weight": lambda: (x, w.mT, b),
     "without memory": lambda: (x.to("meta"), w.to("meta"), b.to("meta")),
     "a gradient": lambda: (x, w.clone().requires_grad_(), b),
@@ -122,6 +123,7 @@ def test_a_gradient_that_nobody_records_is_no_reason() -> None:
         assert small_convolution(x, w.clone().requires_grad_(), b, 1) is not None
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and what converters use
 def test_transforms_and_whoever_watches_see_torchs_own() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -129,11 +131,19 @@ def test_transforms_and_whoever_watches_see_torchs_own() -> None:
         assert small_convolution(x, w, b, 1) is None
         F.conv2d(x, w, b, 1, 1)
     assert counter.get_total_flops() > 0
+    with torch.autocast("cpu", torch.bfloat16):
+        assert small_convolution(x, w, b, 1) is None
     with forward_ad.dual_level():
         assert small_convolution(x, w, b, 1) is None
     seen: list[Tensor | None] = []
-    torch.func.vmap(lambda own: (seen.append(small_convolution(x, w, own, 1)), own)[1])(b[None])
-    assert seen == [None]
+
+    def of(own: Tensor) -> Tensor:
+        seen.append(small_convolution(x, w, own, 1))
+        return own + 1
+
+    torch.func.vmap(of)(b[None])
+    torch.jit.trace(of, (b,), check_trace=False)
+    assert {*seen} == {None}
 
 
 @in_c

@@ -200,3 +200,16 @@ def test_what_a_recorder_watches_is_done_by_operators_it_sees(kernel: str) -> No
     wanted = {"philox_normal": "aten.bitwise_xor"}.get(kernel, "aten.round")
     assert any(name.startswith(wanted) for name in seen), seen
     assert torch.equal(watched, plain)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and what converters use
+def test_c_is_not_chosen_for_memory_of_the_other_sign_nor_while_torch_traces() -> None:
+    x, chosen = torch.randn(1, 4, 8, 8), list[Impl]()
+    assert choose("fused_step", None, torch._neg_view(x)) is Impl.REFERENCE
+
+    def of(x: Tensor) -> Tensor:
+        chosen.append(choose("fused_step", None, x))
+        return x + 1
+
+    torch.jit.trace(of, (x,), check_trace=False)
+    assert {*chosen} == {Impl.REFERENCE}

@@ -142,6 +142,17 @@ def test_what_is_no_number_comes_out_where_it_does_in_float64(
 
 
 @by_dtype
+@pytest.mark.parametrize("scale", [1e13, 1e17])
+def test_scores_of_which_float32_has_only_steps_choose_one_key(
+    dtype: torch.dtype, scale: float
+) -> None:
+    q, k, v = heads(49, 97, 40, dtype)
+    q, k = q * scale, k * scale
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double())
+    assert torch.equal(attention(q, k, v, impl="native"), exact.to(dtype))
+
+
+@by_dtype
 def test_scores_of_minus_infinity_alone_give_0_as_torch_does(dtype: torch.dtype) -> None:
     q, k, v = heads(50, 70, 16, dtype)
     given = (torch.ones_like(q), torch.full_like(k, -float("inf")), v)

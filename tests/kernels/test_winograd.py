@@ -209,6 +209,29 @@ def test_a_gradient_goes_through_the_reference() -> None:
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # sizes are fixed
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # deprecated, and what converters use
+def test_transforms_and_tracers_follow_the_reference() -> None:
+    x, weight, bias = layer(4, 6, 5, 7)
+    filter = Filter.of(weight)
+
+    def of(x: Tensor) -> Tensor:
+        return winograd_conv(x, filter, bias)
+
+    slope = F.conv2d(x, weight, padding=1)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.func.jvp(of, (x,), (x,))[1], slope)
+        torch.testing.assert_close(torch.func.vmap(of)(x[None])[0], of(x))
+    torch.testing.assert_close(torch.jit.trace(of, (x,))(2 * x), of(2 * x))
+
+
+def test_a_view_of_the_other_sign_is_read_with_it() -> None:
+    x, weight, bias = layer(4, 6, 5, 7)
+    x, bias = torch._neg_view(x), torch._neg_view(bias)
+    expected = F.conv2d(x, weight, bias, padding=1)
+    torch.testing.assert_close(winograd_conv(x, Filter.of(weight), bias), expected)
+
+
 def test_a_recorder_sees_one_operator() -> None:
     seen: list[str] = []
 

@@ -111,7 +111,8 @@ typedef struct {
   float queries[WIDEST * BLOCK], sums[WIDEST * BLOCK]; /* [d][BLOCK] */
 } workings;
 
-/* Scores into weights 2^((s - most)*scale), and what was summed up so far to the new maximum. */
+/* Scores into weights 2^((s - most)*scale), and what was summed up so far to the new maximum. Differences
+   first: s*scale - most*scale is off by a step of its terms, which is 128 from 2^31 on. */
 INLINE void weigh(workings *w, const int vectors, const int pairs, int64_t keys, int64_t width, float scale) {
   UNROLLED
   for (int v = 0; v < vectors; v++) {
@@ -119,11 +120,11 @@ INLINE void weigh(workings *w, const int vectors, const int pairs, int64_t keys,
     const floats before = load(w->most + v * LANES, LANES);
     floats most = before, total = all(0.0f);
     for (int64_t key = 0; key < keys; key++) most = greater(load(own + key * BLOCK, LANES), most);
-    const floats level = most * all(scale), shrink = power_of_two(before * all(scale) - level);
+    const floats shrink = power_of_two((before - most) * all(scale));
     for (int64_t key = 0; key < keys; key += 2) {
-      const floats first = power_of_two(fma_of(load(own + key * BLOCK, LANES), all(scale), -level));
+      const floats first = power_of_two((load(own + key * BLOCK, LANES) - most) * all(scale));
       floats second = all(0.0f);
-      if (key + 1 < keys) second = power_of_two(fma_of(load(own + (key + 1) * BLOCK, LANES), all(scale), -level));
+      if (key + 1 < keys) second = power_of_two((load(own + (key + 1) * BLOCK, LANES) - most) * all(scale));
       total += first + second;
       if (pairs) {
         store(own + key / 2 * BLOCK, rounded_pairs(first, second), LANES);

@@ -42,7 +42,7 @@ def _run(args: argparse.Namespace) -> int:
         check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
     asked = _as_recorded(args, recorded.weights, recorded.machine)
     try:
-        engine = open_engine(asked, largest=recorded.size)
+        engine = _opened(asked, recorded)
     except CheckpointError as error:
         if not re.search("head-dim|tokenizer", str(error)):
             raise
@@ -59,6 +59,19 @@ def _run(args: argparse.Namespace) -> int:
         write_images(args.out, trajectory)
     report(args, trajectory, f"equal: {counted(trajectory)}, to the bit")
     return 0
+
+
+def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
+    """Packed as the run was: also a small pair, which is packed only where somebody asks for it."""
+    engine = open_engine(args, largest=recorded.size)
+    if args.packed is None and not engine.weights.packed and engine.weights.device.type == "cpu":
+        from headstart.networks.packed import unpackable
+        from headstart.networks.residency import compute_dtype
+
+        if not any(unpackable(compute_dtype(own)) for own in engine.denoisers.values()):
+            args.packed = True
+            engine = open_engine(args, largest=recorded.size)
+    return engine
 
 
 def _attach_recorded(engine: Engine, recorded: Recorded) -> None:

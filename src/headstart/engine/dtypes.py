@@ -20,7 +20,7 @@ from headstart.engine.models import FilePath
 from headstart.errors import InputError
 from headstart.networks.load import packed_bytes, rounds, widened_bytes
 from headstart.networks.packed import computes_bfloat16, unpackable
-from headstart.networks.placement import Dtype
+from headstart.networks.placement import Dtype, too_small
 
 DTYPES: dict[str, Dtype] = {
     "float32": torch.float32,
@@ -62,6 +62,8 @@ def keep(
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     kind = None if name == "auto" else DTYPES[name]
+    if packed and place.type == "cpu" and isinstance(kind, str):
+        raise InputError(f"weights cannot be packed: {too_small(kind)}")
     if place.type != "cpu" or kind not in (None, torch.float32, torch.bfloat16):
         return Kept(kind, packed)  # a network says why it cannot be packed
     sources: list[Source] = [

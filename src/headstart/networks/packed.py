@@ -8,8 +8,9 @@ where oneDNN's product has 104. The layouts are kept beside the weights; layers 
 and nothing else, so names, hooks, parameters and `isinstance(layer, nn.Linear)` stay.
 
 The operators are those that inductor's freezing emits. A layer takes them on a CPU, while no
-gradient is recorded and no compiler looks on; else it is what it was. Images are channels-last from
-the first packed convolution on, because that is what these operators return.
+gradient is recorded and no compiler, tracer, autocast or `torch.func` looks on; else it is what it
+was. So is one whose weight was made in inference mode, of which torch counts no writes. Images are
+channels-last from the first packed convolution on, because that is what these operators return.
 """
 
 # oneDNN's operators are not annotated; a tensor's version is private.
@@ -26,12 +27,13 @@ from typing import Any, NamedTuple, TypeVar, final
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from headstart.errors import InputError
 from headstart.networks.convolution import Conv2d
 from headstart.networks.residency import SCALE, StoredConv2d, StoredLinear, compute_dtype
-from headstart_kernels.dispatch import is_traced
+from headstart_kernels.dispatch import transformed
 from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
 
@@ -70,8 +72,9 @@ class PackedLinear(StoredLinear):
 
     def packs(self, input: Tensor) -> bool:
         """Whether this input, [..., C] of at least `FEW` rows, goes through oneDNN."""
-        fits = input.shape[-1:] == self.weight.shape[1:]
-        return fits and input.numel() >= FEW * self.in_features and _takes(self, input)
+        if not _takes(self, input) or input.shape[-1:] != self.weight.shape[1:]:
+            return False
+        return input.numel() >= FEW * self.in_features
 
     def on(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with another weight and bias, as an adapter has them."""
@@ -88,8 +91,9 @@ class PackedConv2d(StoredConv2d):
 
     def packs(self, input: Tensor) -> bool:
         """Whether this input, [B, C, h, w] and not empty, goes through oneDNN."""
-        fits = input.ndim == 4 and input.shape[1] == self.in_channels and input.numel() > 0
-        return fits and _takes(self, input)
+        if not _takes(self, input) or input.ndim != 4:
+            return False
+        return input.shape[1] == self.in_channels and input.numel() > 0
 
     def on(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with another weight and bias, as an adapter has them."""
@@ -159,10 +163,15 @@ def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor | Filter:
 
 
 class _Pack(NamedTuple):
-    """A weight as it is laid out, and as it was then: how often it was written to, where it is."""
+    """A weight as it is laid out, and as it was then: how often it was written to, where and how it
+    lies. While the reference to its storage is kept, no other has its address."""
 
     laid_out: Any
     seen: tuple[object, ...]
+    storage: StorageWeakRef
+
+    def holds(self, seen: tuple[object, ...]) -> bool:
+        return self.seen == seen and not self.storage.expired()
 
 
 @final
@@ -175,19 +184,29 @@ class _Packs:
 
     def of(self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...]) -> Any:
         """Made when it is first needed, and again of a weight that was written to or moved."""
-        version = None if weight.is_inference() else weight._version
-        seen = version, weight.data_ptr(), dtype
+        seen = (
+            weight._version,
+            weight.data_ptr(),
+            weight.shape,
+            weight.stride(),
+            weight.dtype,
+            dtype,
+        )
         found = self._found(weight, form)
-        if found is not None and found.seen == seen:
+        if found is not None and found.holds(seen):
             return found.laid_out
         with self._making, torch.inference_mode(False), torch.no_grad():
             found = self._found(weight, form)
-            if found is None or found.seen != seen:
+            if found is None or not found.holds(seen):
                 own = self._held.setdefault(weight, {})
                 own.pop(form, None)  # before the next is made
                 made = _lay_out(weight.detach().to(dtype), form)
-                own[form] = found = _Pack(made, seen)
+                own[form] = found = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
             return found.laid_out
+
+    def forget(self, weight: Tensor) -> None:
+        with self._making:
+            self._held.pop(weight, None)
 
     def _found(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
         own = self._held.get(weight)
@@ -207,7 +226,8 @@ def pack(network: M) -> M:
 
     The layouts take as much memory again as the weights do in what the network computes in; weights
     that lie in a file's mapping take none then. They are made again of weights that were written
-    to, and go with them. F differs from the unpacked network's by rounding: 2.4e-6 of its norm in
+    to, and go with them; torch counts no writes through `weight.data` or numpy: call `pack` again
+    after those. F differs from the unpacked network's by rounding: 2.4e-6 of its norm in
     float32 on an SD1.5-size UNet.
 
     Raises InputError where `unpackable` says why not.
@@ -216,7 +236,9 @@ def pack(network: M) -> M:
     if (why := unpackable(dtype)) is not None:
         raise InputError(f"weights cannot be packed: {why}")
     for layer in network.modules():
-        if is_packable(layer):
+        if isinstance(layer, PackedLinear | PackedConv2d):
+            _PACKS.forget(layer.weight)
+        elif is_packable(layer):
             layer.__class__, vars(layer)["computes"] = _PACKED[type(layer)], dtype
     return network
 
@@ -227,7 +249,10 @@ def unpackable(dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available() or not all(hasattr(ops, name) for name in _OPS):
         return "this torch was built without oneDNN; run it unpacked (packed=False, --no-packed)"
     if dtype not in DTYPES:
-        return f"expected a network that computes in float32 or bfloat16, got {dtype}"
+        return (
+            f"expected a network that computes in float32 or bfloat16, got {dtype}; use one of "
+            "them, or run it unpacked (packed=False, --no-packed)"
+        )
     if dtype == torch.bfloat16 and not computes_bfloat16():
         return "this processor has no bfloat16 products (AVX512-BF16, AMX); use float32"
     return None
@@ -267,6 +292,8 @@ def _takes(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
     computes = input.dtype in DTYPES and input.dtype in (weight.dtype, vars(layer).get("computes"))
     if not computes or type(input) is not Tensor or input.device.type != "cpu":
         return False
-    if weight.device.type != "cpu" or is_compiling() or is_traced():
+    if weight.device.type != "cpu" or weight.is_inference() or is_compiling() or transformed():
+        return False
+    if torch._C._is_any_autocast_enabled():
         return False
     return not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))

@@ -48,7 +48,8 @@ def filled(
     Raises InputError in a forked process that cannot compute, and where `packed` cannot be.
     """
     check_threads()
-    with _uncollected():
+    # Of what is made in inference mode nobody sees later who writes to it.
+    with _uncollected(), torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"), _Unfilled():
             module = build()
         computes = _packed_as(module, _BOUND.get() or device, dtype, packed)
@@ -70,7 +71,7 @@ def _packed_as(
     if device.type != "cpu":
         why = f"that is for device cpu, and this is {device}"
     elif not isinstance(computes, torch.dtype):
-        why = f'dtype "{computes}" keeps weights smaller than what is computed with; use float32'
+        why = too_small(computes)
     else:
         why = unpackable(computes)
         if why is None:
@@ -78,6 +79,13 @@ def _packed_as(
     if packed:
         raise InputError(f"weights cannot be packed: {why}")
     return None
+
+
+def too_small(dtype: str) -> str:
+    return (
+        f'dtype "{dtype}" keeps weights smaller than what is computed with; use float32 or '
+        "bfloat16, or run it unpacked (packed=False, --no-packed)"
+    )
 
 
 _BOUND: ContextVar[torch.device | None] = ContextVar("headstart_bound", default=None)
