@@ -2,7 +2,8 @@
 
 It is kept under a name made of everything that went into it: the sources, the constants, the flags,
 the compiler and the processor. So another version, or another machine with the same home folder,
-compiles its own. Compiling and proving take 4.1 CPU s (measured, gcc 12); loading what is kept takes 1 ms.
+compiles its own. Compiling and proving take 4 CPU s (measured, gcc 12); loading what is kept takes
+1 ms.
 
 Seen to give the bits: gcc 11, gcc 12 and clang for x86-64 with AVX-512, AVX2 and SSE2 (run), gcc 12
 and clang for aarch64 Linux (run under an emulator). gcc before 9 has no conversion of vectors.
