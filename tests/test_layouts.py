@@ -1,96 +1,97 @@
-"""`headstart sample` with files of every layout: the same numbers give the same bits.
-
-The files are made by `checkpoints`, so all of this runs in a plain clone.
-"""
+"""What layouts for a CPU take, told from headers: what a network then holds."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
-from checkpoints import LAYOUTS, LINEAGES, WHOLE, Model
+import torch
+from networks import METADATA, random_vae, weights
+from safetensors.torch import save_file
+from torch import Tensor
 
-from headstart.checkpoint.checkpoint import inspect_checkpoint
-from headstart.cli import main
+from headstart.checkpoint.params import Mid, Stage, UNetParams
+from headstart.interfaces import Conditioning
+from headstart.networks import layouts, packed
+from headstart.networks.layouts import packed_bytes
+from headstart.networks.load import load_unet, load_vae
+from headstart.networks.unet import UNet
+from headstart_kernels.winograd import Filter
 
-Written = Callable[[str, str, str], Path]
-NAMES = {"base": "v2-1_768", "distilled": "v2-1_768_lightning_4step"}
-
-
-class Run(NamedTuple):
-    latents: str
-    """SHA-256 of the final latents."""
-    images: tuple[bytes, ...]
-    told: str
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Written]:
-    """written(lineage, role, layout) -> that model's file or folder, made once."""
-    folder = tmp_path_factory.mktemp("layouts")
-
-    @cache
-    def model(lineage: str, role: str) -> Model:
-        return Model.of(lineage, seed=list(NAMES).index(role))
-
-    @cache
-    def write(lineage: str, role: str, layout: str) -> Path:
-        bare = role == "distilled" and layout in WHOLE[1:]
-        path = folder / lineage / layout / NAMES[role]
-        return model(lineage, role).write(layout, path, bare=bare)
-
-    yield write
+pytestmark = pytest.mark.skipif(
+    packed.unpackable(torch.float32) is not None, reason="this torch has no oneDNN"
+)
+PARAMS = UNetParams(
+    down=(Stage(32, (0, 0), True), Stage(64, (1, 1), True), Stage(64, (0, 0), False)),
+    mid=Mid(2, 1),
+    up=(Stage(64, (0, 0, 0), True), Stage(64, (1, 1, 1), True), Stage(32, (0, 0, 0), False)),
+    context_dim=24,
+    head_dim=8,
+    norm_groups=8,
+)
 
 
-@pytest.fixture(scope="module")
-def sampled(
-    written: Written, small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str, str, str], Run]:
-    """sampled(lineage, layout of the base, layout of the distilled) -> what the command did."""
-
-    @cache
-    def run(lineage: str, first: str, second: str) -> Run:
-        out = tmp_path_factory.mktemp("run") / "out"
-        base, distilled = written(lineage, "base", first), written(lineage, "distilled", second)
-        asked = ["sample", "a fox", "--seeds", "3,4", "--size", "64", "--out", str(out)]
-        asked += ["--base", str(base), "--distilled", str(distilled)]
-        asked += ["--tokenizer", str(small_tokenizer)]
-        if first == "ldm":  # no config.json beside it
-            asked += ["--text-head-dim", "32"]
-        if not {first, second} <= set(WHOLE[1:]) and lineage != "sd15":
-            asked += ["--head-dim", "16"]
-        assert main(asked) == 0
-        record = json.loads((out / "record.json").read_text())
-        images = tuple((out / f"00000{i}.png").read_bytes() for i in (0, 1))
-        return Run(json.dumps(record["results"]), images, json.dumps(record["table"]))
-
-    return run
+def pays(weight: Any, x: Any, gain: float = 2.0) -> bool:
+    """By the image alone, so that the test asks for the side of each layer's."""
+    return tuple(weight[2:]) == (3, 3) and x[2] >= 16
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lineage", LINEAGES)
-def test_every_layout_of_either_model_gives_the_same_bits(
-    sampled: Callable[[str, str, str], Run], lineage: str, layout: str
+@pytest.fixture
+def unet(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    path = tmp_path / "unet.safetensors"
+    save_file(weights(UNet(PARAMS)), path, METADATA)
+    return path
+
+
+def held(network: torch.nn.Module) -> tuple[int, int]:
+    """Bytes of direct layouts and of those for tiles, as the weights that have them would tell."""
+    direct = tiled = 0
+    for weight in network.parameters():
+        for made in packed._PACKS._held.get(weight, {}).values():
+            size = made.laid_out
+            if isinstance(size, Filter):
+                tiled += size.inputs * size.outputs * 36 * 4
+            else:
+                assert isinstance(size, Tensor)
+                direct += weight.numel() * 4
+    return direct, tiled
+
+
+@pytest.mark.parametrize("cells", [16, 32])
+def test_tiles_are_counted_where_a_run_makes_them(
+    unet: Path, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = sampled(lineage, "ldm", "ldm")
-    assert expected.images[0] != expected.images[1]
-    base = WHOLE[(LAYOUTS.index(layout) + 1) % len(WHOLE)]
-    assert sampled(lineage, base, layout) == expected
+    monkeypatch.setattr(packed, "pays_tiles", pays)
+    monkeypatch.setattr(layouts, "pays", pays)
+    network = load_unet(unet, packed=True)
+    network(torch.randn(1, 4, cells, cells), torch.tensor(5.0), Conditioning(torch.randn(1, 9, 24)))
+    direct, tiled = held(network)
+    whole, none = (
+        packed_bytes(unet, "unet", torch.float32, cells=asked) for asked in (cells, None)
+    )
+    assert none == sum(4 * weight.numel() for weight in network.parameters())
+    # A convolution in tiles has no direct layout, whose bytes are in both counts.
+    assert whole - none == tiled - tiled // 4 > 0
+    assert direct + tiled // 4 <= none
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("lineage", LINEAGES)
-def test_inspection_names_every_layout(written: Written, lineage: str, layout: str) -> None:
-    info = inspect_checkpoint(written(lineage, "distilled", layout))
-    assert info.ok, info.problems
-    kinds = {"ldm": "ldm", "bare": "unet", "bare-ldm": "unet"}
-    assert info.layout == kinds.get(layout, "diffusers")
-    texts = ("text", "text_2") if lineage == "sdxl" else ("text",)
-    assert info.parts == (("unet", "vae", *texts) if layout == "ldm" else ("unet",))
-    assert (info.family, info.exact, info.dtype) == (lineage, False, "F16")
-    assert (info.distillation, info.preset) == ("Lightning", "lightning")
-    assert info.prediction == ("v" if lineage == "sd21" else "eps")
+def test_a_decoders_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "pays_tiles", pays)
+    monkeypatch.setattr(layouts, "pays", pays)
+    path = tmp_path / "vae.safetensors"
+    save_file(weights(random_vae()), path, METADATA)
+    network = load_vae(path, packed=True, scale_factor=0.5, norm_groups=4)
+    network.decode(torch.randn(1, 4, 8, 8))
+    _, tiled = held(network)
+    whole, none = (packed_bytes(path, "vae", torch.float32, cells=asked) for asked in (8, None))
+    assert tiled - tiled // 4 == whole - none > 0
+
+
+def test_direct_layouts_alone_are_a_choice(unet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "pays_tiles", pays)
+    monkeypatch.setattr(packed, "WIDE", 1)
+    network = load_unet(unet, packed="direct")
+    network(torch.randn(1, 4, 32, 32), torch.tensor(5.0), Conditioning(torch.randn(1, 9, 24)))
+    assert held(network)[1] == 0 < held(network)[0]

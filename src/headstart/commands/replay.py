@@ -64,7 +64,11 @@ def _run(args: argparse.Namespace) -> int:
 def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
     """Packed as the run was: also a small pair, which is packed only where somebody asks for it."""
     engine = open_engine(args, largest=recorded.size)
-    if args.packed is None and not engine.weights.packed and engine.weights.device.type == "cpu":
+    if (
+        args.packed in (None, "direct")
+        and not engine.weights.packed
+        and engine.weights.device.type == "cpu"
+    ):
         from headstart.networks.packed import unpackable
         from headstart.networks.residency import compute_dtype
 
@@ -96,8 +100,8 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         args.dtype = machine.get("dtype", "auto")
     if args.vae_dtype == "auto":
         args.vae_dtype = machine.get("vae_dtype", "auto")
-    if args.packed is None and not machine.get("packed"):
-        args.packed = False
+    if args.packed is None and machine.get("packed") is not True:
+        args.packed = machine.get("packed", False)
     if args.embedded_guidance is None:
         args.embedded_guidance = machine.get("embedded_guidance")
     if args.ema is None:

@@ -18,9 +18,10 @@ from headstart.engine.budget import SAFE_SHARE
 from headstart.engine.memory import available_bytes
 from headstart.engine.models import FilePath
 from headstart.errors import InputError
-from headstart.networks.load import packed_bytes, rounds, widened_bytes
+from headstart.networks.layouts import packed_bytes
+from headstart.networks.load import rounds, widened_bytes
 from headstart.networks.packed import computes_bfloat16, unpackable
-from headstart.networks.placement import Dtype, too_small
+from headstart.networks.placement import Dtype, Packed, too_small
 
 DTYPES: dict[str, Dtype] = {
     "float32": torch.float32,
@@ -39,26 +40,31 @@ _NEAR = "pictures are near float32's (48 dB in the median of 80 of the bundled p
 
 class Kept(NamedTuple):
     """dtype     what weights become, None: float32 on a CPU, the file's own on a GPU
-    packed    laid out for the CPU's products; None: networks that it pays for
+    packed    laid out for the CPU's products; None: networks that it pays for; "direct": those,
+              without layouts for tiles
     note      a line for a person, or None
     """
 
     dtype: Dtype
-    packed: bool | None = False
+    packed: Packed = False
     note: str | None = None
 
 
 def keep(
     name: str,
-    packed: bool | None,
+    packed: Packed,
     place: torch.device,
     paths: Mapping[str, FilePath],
     vae: FilePath,
     text: FilePath,
     ema: Mapping[str, bool | None],
+    cells: int,
 ) -> Kept:
     """What weights become. Raises InputError for a name that is no dtype, and for `packed` True
-    where that cannot be."""
+    where that cannot be.
+
+    cells   the side of the latents of a picture of the model's own size
+    """
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
     kind = None if name == "auto" else DTYPES[name]
@@ -73,20 +79,29 @@ def keep(
     free = available_bytes(place)
     room = None if free is None else SAFE_SHARE * free
     if packed is not False:
-        found = _packed(kind, packed, sources, room)
+        found = _packed(kind, packed, sources, room, cells)
         if found is not None:
             return found
     return _unpacked(kind, sources, room, free)
 
 
 def _packed(
-    kind: torch.dtype | None, packed: bool | None, sources: list[Source], room: float | None
+    kind: torch.dtype | None,
+    packed: Packed,
+    sources: list[Source],
+    room: float | None,
+    cells: int,
 ) -> Kept | None:
     """None where memory does not hold the layouts, or oneDNN is not there to make them."""
     computes = torch.float32 if kind is None else kind
     need = _bytes(sources, computes)
-    if packed or (unpackable(computes) is None and (room is None or need <= room)):
+    if packed:
         return Kept(kind, packed, _offer(kind, need))
+    if unpackable(computes) is None:
+        if room is None or _bytes(sources, computes, cells) <= room:
+            return Kept(kind, None, _offer(kind, need))
+        if need <= room:
+            return Kept(kind, "direct", _offer(kind, need))
     if kind is None and computes_bfloat16() and unpackable(torch.bfloat16) is None:
         half = _bytes(sources, torch.bfloat16)
         if room is not None and half <= room:
@@ -129,5 +144,7 @@ def _unpacked(
     )
 
 
-def _bytes(sources: Iterable[Source], dtype: torch.dtype) -> int:
-    return sum(packed_bytes(path, part, dtype, ema=average) for path, part, average in sources)
+def _bytes(sources: Iterable[Source], dtype: torch.dtype, cells: int | None = None) -> int:
+    return sum(
+        packed_bytes(path, part, dtype, ema=average, cells=cells) for path, part, average in sources
+    )

@@ -34,6 +34,7 @@ from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip, check_style, compact
 from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
+from headstart.networks.placement import Packed
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
@@ -136,7 +137,7 @@ class Engine:
         memory: Memory = "auto",
         dtype: str = "auto",
         vae_dtype: str = "auto",
-        packed: bool | None = None,
+        packed: Packed = None,
         runner: RunnerName = "auto",
         embeddings: Embeddings = (),
     ) -> Engine:

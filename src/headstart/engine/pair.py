@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TypedDict, Unpack
+from typing import Literal, TypedDict, Unpack
 
 import torch
 
@@ -48,7 +48,7 @@ from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.networks.load import load_text
 from headstart.networks.numbers import guidance_embedding
 from headstart.networks.packed import is_packed
-from headstart.networks.placement import Dtype, bound_for
+from headstart.networks.placement import Dtype, Packed, bound_for
 from headstart.networks.prompt_style import Exclamation
 from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
@@ -105,7 +105,7 @@ class Pair:
     dtype: torch.dtype = torch.float32
     vae_dtype: torch.dtype = torch.float32
     float8: bool = False
-    packed: bool = False
+    packed: bool | Literal["direct"] = False
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
@@ -138,7 +138,8 @@ class Options(TypedDict, total=False):
     device             "auto", a name, or one for each model: {"base": ..., "distilled": ...}
     dtype              "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
     packed             whether weights are laid out for a CPU's products (`networks.packed`); None:
-                       those of full-size networks, where memory holds the layouts
+                       those of full-size networks, where memory holds the layouts; "direct": those
+                       without the ones for tiles
     memory             "auto", "none", or how much of a GPU may be had, such as "8GB"
     plan_size          pixels of the picture that it is planned for; the model's own by default
     """
@@ -158,7 +159,7 @@ class Options(TypedDict, total=False):
     allow: Collection[str]
     device: Device
     dtype: str
-    packed: bool | None
+    packed: Packed
     memory: Memory
     plan_size: int | tuple[int, int] | None
     vae_dtype: str
@@ -195,8 +196,9 @@ def load_pair(
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
     kept = keep(
-        options.get("dtype", "auto"), options.get("packed"), place, paths, vae, text, ema.of
-    )
+        options.get("dtype", "auto"), options.get("packed"), place, paths, vae, text, ema.of,
+        first.image_size // 8,
+    )  # fmt: skip
     kind = kept.dtype
     decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
@@ -235,7 +237,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         float8=kind == "float8",
-        packed=any(map(is_packed, (*unets.values(), codec))),
+        packed=(kept.packed or True) if any(map(is_packed, (*unets.values(), codec))) else False,
         footprint=_footprint(unets, codec, words),
         homes=homes,
         ema=options.get("ema"),

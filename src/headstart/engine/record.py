@@ -45,7 +45,7 @@ _SHAPE = {
     "weights": {"": {"file": str, "sha256": str}},
     "machine": {
         **{"": _PLAIN, "dtype?": str, "vae_dtype?": str, "embedded_guidance?": (None, float)},
-        **{"exclamation?": str, "ema?": bool, "allow?": [str], "packed?": bool},
+        **{"exclamation?": str, "ema?": bool, "allow?": [str], "packed?": (bool, str)},
     },
     "results": {"": [str]},
     "adapters?": {"": {"to": [str], "allow": [str], "strength": {"models?": [str]}}},
@@ -115,7 +115,7 @@ def machine(
     ema: bool | None = None,
     allow: Sequence[str] = (),
     vae_dtype: torch.dtype = torch.float32,
-    packed: bool = False,
+    packed: bool | str = False,
 ) -> Json:
     """What rounding may depend on, and what a difference is explained by; `guidance`: embedded,
     `exclamation`: how "!" is read, where it is not as usual; `allow`: what of the files was let be;
@@ -135,7 +135,7 @@ def machine(
         **({} if guidance is None else {"embedded_guidance": guidance}),
         **({} if ema is None else {"ema": ema}),
         **({"allow": list(allow)} if allow else {}),
-        **({"packed": True} if packed else {}),
+        **({"packed": packed} if packed else {}),
         **({} if plain else {"vae_dtype": str(vae_dtype).removeprefix("torch.")}),
         **({} if exclamation == "openclip" else {"exclamation": exclamation}),
     }

@@ -22,6 +22,7 @@ from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
 from headstart.networks.placement import (
     Dtype,
+    Packed,
     device_of,
     filled,
     is_half,
@@ -53,7 +54,7 @@ def load_unet(
     head_dim: int | None = None,
     ema: Ema = None,
     allow: Collection[str] = (),
-    packed: bool | None = False,
+    packed: Packed = False,
 ) -> UNet:
     """A UNet from any layout: an LDM single file, a bare UNet in either naming, a diffusers folder.
 
@@ -76,7 +77,8 @@ def load_unet(
     `allow` names tensors that may be left aside, `*` and `?` for any text.
 
     packed  True: on a CPU lay the weights out for its products when they are first used
-            (`networks.packed`), straight from the file; None: where that can be and pays
+            (`networks.packed`), straight from the file; None: where that can be and pays; "direct":
+            as None, without the layouts for tiles, which take four times the memory
 
     `ema` True takes the averaged weights of a training checkpoint (`model_ema.*`) or a diffusers
     folder (`unet_ema/`), False those that were trained, None the main ones of the file.
@@ -104,7 +106,7 @@ def load_vae(
     norm_groups: int | None = None,
     like: Family | None = None,
     allow: Collection[str] = (),
-    packed: bool | None = False,
+    packed: Packed = False,
 ) -> Vae:
     """A VAE from any layout and naming, or the decoder of one alone, which does not encode.
 
@@ -200,21 +202,9 @@ def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
     """What float32 copies of a network's weights take; those that are float32 stay mapped."""
     return sum(
         4 * math.prod(shape)
-        for held in _parts(path, part, ema)
+        for held in parts_of(path, part, ema)
         for name, shape in held.shapes.items()
         if held.dtype(name) != "F32"
-    )
-
-
-def packed_bytes(path: str | Path, part: PartName, dtype: torch.dtype, *, ema: Ema = None) -> int:
-    """What a network's weights take once they are laid out for a CPU (`networks.packed`); weights
-    of eight bits and fewer are held in `dtype` beside their layouts, others stay mapped."""
-    return sum(
-        (2 if held.dtype(name) in WIDENED and len(shape) > 1 else 1)
-        * dtype.itemsize
-        * math.prod(shape)
-        for held in _parts(path, part, ema)
-        for name, shape in held.shapes.items()
     )
 
 
@@ -225,25 +215,26 @@ def weight_bytes(path: str | Path, part: PartName, dtype: Dtype = None, *, ema: 
     return sum(
         (1 if few and len(shape) > 1 and "embedding" not in name else kept.itemsize)
         * math.prod(shape)
-        for held in _parts(path, part, ema)
+        for held in parts_of(path, part, ema)
         for name, shape in held.shapes.items()
     )
 
 
 def file_dtype(path: str | Path, part: PartName, *, ema: Ema = None) -> torch.dtype:
     """What dtype None is on an accelerator: of a text's two encoders the wider one's."""
-    kept = [kept_dtype(held) for held in _parts(path, part, ema)]
+    kept = [kept_dtype(held) for held in parts_of(path, part, ema)]
     return max(kept, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def rounds(path: str | Path, part: PartName) -> bool:
     """Whether dtype "stored" rounds some weights: those with scales, which half precision holds
     but nearly."""
-    dtypes = {held.dtype(name) for held in _parts(path, part, None) for name in held.shapes}
+    dtypes = {held.dtype(name) for held in parts_of(path, part, None) for name in held.shapes}
     return bool(dtypes & (WIDENED - FLOAT8))
 
 
-def _parts(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
+def parts_of(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
+    """What of a file, or of SDXL's two files of text encoders, is read as this part."""
     parts = Checkpoint.open(path, part, ema=ema).parts()
     found = [held for name, held in parts.items() if name.removesuffix("_2") == part]
     if part == "text" and Path(path).is_dir() and (Path(path) / COMPONENTS["text_2"]).is_dir():

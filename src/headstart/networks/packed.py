@@ -98,9 +98,10 @@ class PackedConv2d(StoredConv2d):
     def on(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with another weight and bias, as an adapter has them."""
         form = self.padding, self.stride, self.dilation, self.groups
+        tiles = vars(self).get("tiles", True)
         if _is_watched():
-            return torch.ops.headstart.packed_conv2d(input, weight, bias, *form)
-        return _conv2d(input, weight, bias, *form)
+            return torch.ops.headstart.packed_conv2d(input, weight, bias, *form, tiles)
+        return _conv2d(input, weight, bias, form, tiles)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -109,11 +110,13 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(input, laid_out, bias, "none", [], "")
 
 
-def _conv2d(input: Tensor, weight: Tensor, bias: Tensor | None, *form: Any) -> Tensor:
+def _conv2d(
+    input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[Any, ...], tiles: bool
+) -> Tensor:
     input = input.contiguous(memory_format=torch.channels_last)
     if form == _POINTS and weight.shape[2:] == (1, 1):
         return _linear(input.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
-    if _is_tiled(input, weight, bias, form):
+    if tiles and _is_tiled(input, weight, bias, form):
         return winograd_conv(input, _PACKS.of(weight, input.dtype, _TILES), bias)
     laid_out = _PACKS.of(weight, input.dtype, form)
     convolve = torch.ops.mkldnn._convolution_pointwise
@@ -129,16 +132,16 @@ def _is_tiled(input: Tensor, weight: Tensor, bias: Tensor | None, form: tuple[An
 def _recorded_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, *form: Sequence[int] | int
 ) -> Tensor:
-    """With the form in lists, as torch hands it on."""
-    form = tuple(own if isinstance(own, int) else tuple(own) for own in form)
-    return _conv2d(input, weight, bias, *form)
+    """With the form in lists, as torch hands it on, and whether tiles may be taken."""
+    *own, tiles = (value if isinstance(value, int) else tuple(value) for value in form)
+    return _conv2d(input, weight, bias, tuple(own), bool(tiles))
 
 
 _LIBRARY = torch.library.Library("headstart", "DEF")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.define(
     "packed_conv2d(Tensor x, Tensor weight, Tensor? bias, int[] padding, int[] stride, "
-    "int[] dilation, int groups) -> Tensor"
+    "int[] dilation, int groups, bool tiles) -> Tensor"
 )
 _LIBRARY.impl("packed_linear", _linear, "CPU")
 _LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
@@ -220,7 +223,7 @@ _PACKED: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def pack(network: M) -> M:
+def pack(network: M, *, tiles: bool = True) -> M:
     """Make every matrix of a network on a CPU laid out for the processor when it is first used;
     returns the same network.
 
@@ -229,6 +232,9 @@ def pack(network: M) -> M:
     to, and go with them; torch counts no writes through `weight.data` or numpy: call `pack` again
     after those. F differs from the unpacked network's by rounding: 2.4e-6 of its norm in
     float32 on an SD1.5-size UNet.
+
+    tiles   3x3 float32 convolutions of many pixels in a quarter of the products, for four times the
+            memory of their weights; False: none
 
     Raises InputError where `unpackable` says why not.
     """
@@ -240,6 +246,7 @@ def pack(network: M) -> M:
             _PACKS.forget(layer.weight)
         elif is_packable(layer):
             layer.__class__, vars(layer)["computes"] = _PACKED[type(layer)], dtype
+            vars(layer)["tiles"] = tiles
     return network
 
 

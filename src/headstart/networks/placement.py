@@ -26,6 +26,8 @@ from headstart.networks.residency import in_float8, keep_float8, keep_stored
 M = TypeVar("M", bound=nn.Module)
 Dtype = torch.dtype | Literal["stored", "float8"] | None
 """What weights become; see `headstart.networks.load.load_unet`."""
+Packed = bool | Literal["direct"] | None
+"""Whether weights are laid out for a CPU's products; see there."""
 
 _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _KEPT = _FLOATS | dict.fromkeys(WIDENED, torch.float16)
@@ -37,13 +39,14 @@ def filled(
     device: torch.device,
     dtype: Dtype,
     wide: re.Pattern[str] | None = None,
-    packed: bool | None = False,
+    packed: Packed = False,
 ) -> M:
     """Build on the meta device, then assign the tensors of a part that was judged and fits.
 
     wide    with dtype "float8" the layers that stay in what the network computes in; None: all
     packed  lay weights out for a CPU's products (`networks.packed`): they stay as the file has them
-            and are turned into `dtype` when they are; None: where it can be and pays
+            and are turned into `dtype` when they are; None: where it can be and pays; "direct": as
+            None, and none for tiles
 
     Raises InputError in a forked process that cannot compute, and where `packed` cannot be.
     """
@@ -54,19 +57,19 @@ def filled(
             module = build()
         computes = _packed_as(module, _BOUND.get() or device, dtype, packed)
         if computes is not None:
-            return pack(_fill_packed(module, part, computes))
+            return pack(_fill_packed(module, part, computes), tiles=packed != "direct")
         return _fill(module, part, device, dtype, wide)
 
 
 def _packed_as(
-    module: nn.Module, device: torch.device, dtype: Dtype, packed: bool | None
+    module: nn.Module, device: torch.device, dtype: Dtype, packed: Packed
 ) -> torch.dtype | None:
     """What a network whose weights are laid out computes in; None where they are not.
 
     Raises InputError where that is demanded and cannot be.
     """
     computes = torch.float32 if dtype is None else dtype
-    if packed is False or (packed is None and not pays(module)):
+    if packed is False or (packed is not True and not pays(module)):
         return None
     if device.type != "cpu":
         why = f"that is for device cpu, and this is {device}"
@@ -76,7 +79,7 @@ def _packed_as(
         why = unpackable(computes)
         if why is None:
             return computes
-    if packed:
+    if packed is True:
         raise InputError(f"weights cannot be packed: {why}")
     return None
 

@@ -1,0 +1,69 @@
+"""Bytes that a network's weights take once they are laid out for a CPU, from a file's headers.
+
+direct   as many numbers as there are weights, in what the network computes in
+tiles    four times those of the 3x3 convolutions that `headstart_kernels.winograd` pays for, by
+         their image: of latents [h, w] in a UNet's first level, half of it in the next
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import torch
+
+from headstart.checkpoint.ema import Ema
+from headstart.checkpoint.tensors import WIDENED, Part, PartName
+from headstart.networks.load import parts_of
+from headstart.networks.packed import GAIN
+from headstart_kernels.points import PLACES
+from headstart_kernels.winograd import pays
+
+_PLACE = re.compile(r"(encoder\.|decoder\.)?(down|up|mid)_blocks?\.(?:(\d+)\.)?(upsamplers)?.*")
+_STRIDED = re.compile(r".*\.downsamplers\..*")
+_KERNEL = 9
+
+
+def packed_bytes(
+    path: str | Path,
+    part: PartName,
+    dtype: torch.dtype,
+    *,
+    ema: Ema = None,
+    cells: int | None = None,
+) -> int:
+    """cells: the side of the latents for which 3x3 convolutions are in tiles, if they pay; None:
+    none is. Weights of eight bits and fewer are held in `dtype` beside their layouts, others stay
+    mapped from the file."""
+    return sum(_of(held, dtype, cells) for held in parts_of(path, part, ema))
+
+
+def _of(held: Part, dtype: torch.dtype, cells: int | None) -> int:
+    places = {name: _PLACE.fullmatch(name) for name in held.shapes}
+    ups = [int(own[3]) for own in places.values() if own and own[2] == "up" and own[3]]
+    levels, total = 1 + max(ups, default=0), 0
+    for name, shape in held.shapes.items():
+        times = 2 if held.dtype(name) in WIDENED and len(shape) > 1 else 1
+        direct = math.prod(shape) * dtype.itemsize
+        total += times * direct
+        if cells is None or dtype != torch.float32 or _STRIDED.fullmatch(name):
+            continue
+        last = name.startswith("decoder.conv_out.")
+        side = cells << (levels - 1) if last else _side(places[name], levels, cells)
+        if len(shape) == 4 and pays(shape, (1, list(shape)[1], side, side), GAIN):
+            total += direct * (PLACES - _KERNEL) // _KERNEL
+    return total
+
+
+def _side(place: re.Match[str] | None, levels: int, cells: int) -> int:
+    """Of the image that a convolution reads, for latents of that side; a decoder's, not the
+    encoder's, which a run calls seldom."""
+    if place is None:
+        return cells
+    level, twice = int(place[3] or 0), place[4] is not None
+    if place[1]:  # a VAE's: from latents up to pixels
+        return cells << (level + twice if place[2] == "up" else 0)
+    if place[2] == "down":
+        return max(1, cells >> level)
+    return max(1, cells >> (levels - 1 - (level + twice if place[2] == "up" else 0)))
