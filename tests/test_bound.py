@@ -121,6 +121,19 @@ def test_a_hook_that_goes_is_noticed_at_once() -> None:
     assert not bound.holds()
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+def test_a_hook_on_all_modules_is_noticed_when_it_comes_and_when_it_goes(kind: str) -> None:
+    one = network()
+    bound = Bound([one])
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    try:
+        assert not bound.holds(), "a recording does not run it"
+        again = Bound([one])
+    finally:
+        handle.remove()
+    assert bound.holds(wholly=True) and not again.holds(wholly=True)
+
+
 def test_a_hook_whose_doing_is_in_the_key_may_come_and_go() -> None:
     def hook(layer: Any, args: Any, y: Any) -> Any:
         return y

@@ -345,6 +345,12 @@ def test_what_cannot_be_packed_says_why(
     assert not is_packed(load_unet(path, packed=None, **options))  # pyright: ignore
 
 
+@pytest.mark.parametrize("dtype", ["stored", "float8"])
+def test_a_pair_says_which_dtype_cannot_be_packed(dtype: str) -> None:
+    with pytest.raises(InputError, match=f'cannot be packed: dtype "{dtype}".*bfloat16'):
+        hs.Engine.demo(device="cpu", dtype=dtype, packed=True)
+
+
 def test_without_onednn_networks_run_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "_OPS", ("no_such_operator",))
     with pytest.raises(InputError, match="built without oneDNN"):

@@ -240,6 +240,17 @@ def test_an_adapter_of_other_layers_has_no_part_in_it(network: UNet) -> None:
     assert keys[0] is not None and keys[0] == keys[1]
 
 
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
+def test_a_hook_on_all_modules_is_in_no_key(network: UNet, kind: str) -> None:
+    before = prompt_key(network, told())
+    handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
+    try:
+        assert prompt_key(network, told()) is None
+    finally:
+        handle.remove()
+    assert before is not None and prompt_key(network, told()) == before
+
+
 def test_of_two_adapters_the_one_that_acts_on_them_counts(
     table: hs.StepTable, pair: Networks, make: Make
 ) -> None:

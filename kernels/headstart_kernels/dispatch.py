@@ -118,7 +118,7 @@ def transformed() -> bool:
     level = cast(int, forward_ad._current_level)  # pyright: ignore
     if level >= 0 or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
         return True
-    return _tracing() is not None
+    return _tracing() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def has_c(*, multiplies: bool = False) -> bool:

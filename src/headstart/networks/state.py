@@ -22,6 +22,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as registrations
 
 from headstart.interfaces import Adapters, Conditioning
 from headstart.networks.fusion import setting
@@ -33,6 +34,8 @@ _LINEARS = frozenset({nn.Linear, StoredLinear, PackedLinear})
 _TENSORS = frozenset({Tensor, nn.Parameter})
 _BEFORE, _AFTER = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
+_EVERYWHERE = [vars(registrations)[f"_global_forward{at}_hooks"] for at in ("_pre", "")]
+"""Hooks that the modules of the whole process have."""
 _is_gone = cast("Callable[[int], bool]", vars(torch._C.StorageBase)["_expired"].__func__)
 _version = cast("Callable[[Tensor], int]", vars(torch._C.TensorBase)["_version"].__get__)
 
@@ -152,7 +155,7 @@ class Watch:
         """What `layers` of the network give in a call with `cond`, besides what they read; None
         where nothing says when it changes."""
         entries = _hooks(network, "_forward_pre_hooks")
-        if not all(map(_in_key, entries)):
+        if not all(map(_in_key, entries)) or any(_EVERYWHERE):
             return None
         state = self.state(layers)
         if state is None or not state.hooks:

@@ -47,6 +47,10 @@ class _Registered:
         self.count += 1
 
 
+_EVERYWHERE: list[dict[int, Any]] = [
+    vars(registrations)[f"_global_forward_{kind}"] for kind in ("pre_hooks", "hooks")
+]
+"""Hooks that the modules of the whole process have."""
 _REGISTERED = _Registered()
 registrations.register_module_parameter_registration_hook(_REGISTERED)
 registrations.register_module_buffer_registration_hook(_REGISTERED)
@@ -104,12 +108,12 @@ class Bound:
     def _everything(self) -> list[object]:
         """Of tensors the address and the form; of modules who they are, by reference, because
         another may be made at the address of one that is gone, and so of their own `forward`; the
-        numbers of hooks."""
+        numbers of hooks, also of those that the modules of the whole process have."""
         found = [_place(value) for table in self._tables for value in table.values()]
         there = [vars(module) for find in self._modules if (module := find()) is not None]
         ways = [own["forward"] for own in there if "forward" in own]
         found += [weakref.ref(way) for way in ways if not getattr(way, "in_key", False)]
-        return [*found, *_numbers(self._hooks)]
+        return [*found, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]
 
 
 def _ends(root: nn.Module) -> list[dict[str, Any]]:
