@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "do not look at hooks",
         BOUND,
-        "return [*found, *_numbers(self._hooks)]",
-        "return found",
+        "return [*found, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]",
+        "return [*found, *map(tuple, _EVERYWHERE)]",
         (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[hooked]",),
     ),
     Mutation(

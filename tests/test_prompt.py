@@ -14,12 +14,12 @@ import pytest
 import torch
 from networks import PARAMS
 from torch import Tensor, nn
+from two_models import five_rows, foreign, words
 
 import headstart as hs
 from headstart.by_level import ByLevel
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
-from headstart.plan.schedule import NoiseSchedule
 from headstart.prompt import Prompts
 from headstart.runner.batch import Chunked
 from headstart.runner.capture import Site
@@ -58,20 +58,7 @@ def pair() -> dict[str, Counting]:
 
 @pytest.fixture
 def table() -> hs.StepTable:
-    legs = (
-        hs.Leg(model="base", timesteps=(999, 899, 799), guidance=2.0),
-        hs.Leg(model="distilled", timesteps=(499, 249)),
-    )
-    return hs.Plan(legs).compile(NoiseSchedule.scaled_linear())
-
-
-def words(seed: int = 0, batch: int = 2) -> Conditioning:
-    return Conditioning(torch.randn(batch, 5, 24, generator=torch.Generator().manual_seed(seed)))
-
-
-def foreign(network: Any) -> Callable[..., Tensor]:
-    """The network as a function, of which nothing is known, and that keeps nothing."""
-    return lambda x, time, cond: network(x, time, replace(cond, extra=dict(cond.extra)))
+    return five_rows()
 
 
 def last(table: hs.StepTable, networks: Mapping[str, Any], **given: Any) -> Tensor:

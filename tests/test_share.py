@@ -16,6 +16,7 @@ from adapter_samples import random_lora
 from networks import PARAMS
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from two_models import five_rows, foreign, words
 
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
@@ -23,7 +24,6 @@ from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
-from headstart.plan.schedule import NoiseSchedule
 from headstart.prompt import Prompts, prompt_key
 from headstart.runner.batch import Chunked
 from headstart.runner.capture import Site
@@ -63,20 +63,7 @@ def make(tmp_path: Path) -> Make:
 
 @pytest.fixture
 def table() -> hs.StepTable:
-    legs = (
-        hs.Leg(model="base", timesteps=(999, 899, 799), guidance=2.0),
-        hs.Leg(model="distilled", timesteps=(499, 249)),
-    )
-    return hs.Plan(legs).compile(NoiseSchedule.scaled_linear())
-
-
-def words(seed: int = 0, batch: int = 2) -> Conditioning:
-    return Conditioning(torch.randn(batch, 5, 24, generator=torch.Generator().manual_seed(seed)))
-
-
-def foreign(network: Any) -> Callable[..., Tensor]:
-    """The network as a function that keeps nothing."""
-    return lambda x, time, cond: network(x, time, replace(cond, extra=dict(cond.extra)))
+    return five_rows()
 
 
 @contextmanager

@@ -195,10 +195,8 @@ def load_pair(
     found = schedules(models, known)
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
-    kept = keep(
-        options.get("dtype", "auto"), options.get("packed"), place, paths, vae, text, ema.of,
-        first.image_size // 8,
-    )  # fmt: skip
+    wish = options.get("dtype", "auto"), options.get("packed")
+    kept = keep(*wish, place, paths, vae, text, ema.of, first.image_size // 8)
     kind = kept.dtype
     decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
@@ -237,7 +235,7 @@ def load_pair(
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         float8=kind == "float8",
-        packed=(kept.packed or True) if any(map(is_packed, (*unets.values(), codec))) else False,
+        packed=any(map(is_packed, (*unets.values(), codec))) and (kept.packed or True),
         footprint=_footprint(unets, codec, words),
         homes=homes,
         ema=options.get("ema"),
