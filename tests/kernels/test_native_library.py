@@ -177,3 +177,20 @@ def test_the_proof_looks_at_every_size_of_a_convolution(monkeypatch: pytest.Monk
     monkeypatch.setattr(proof, "bound", lambda made: right._replace(winograd=lambda packed: None))
     names = [f"winograd_conv {shape}" for shape in proof.CONVOLUTIONS]
     assert proof.differences(library.library()) == names
+
+
+def test_a_compiler_that_knows_the_processor_compiles_for_it(tmp_path: Path) -> None:
+    """Else the next target is taken, whose products are several times slower, without an error."""
+    command, (target, *_) = library._compiler(), library._TARGETS[0]
+    (tmp_path / "nothing.c").write_text("int nothing;\n", "utf-8")
+    for name, text in library._texts().items():
+        (tmp_path / name).write_text(text, "utf-8")
+
+    def check(file: str) -> subprocess.CompletedProcess[str]:
+        asked = [*command, *library.FLAGS, target, "-fsyntax-only", str(tmp_path / file)]
+        return subprocess.run(asked, capture_output=True, text=True, check=False, timeout=120)
+
+    if check("nothing.c").returncode:
+        pytest.skip(f"{command[0]} does not know {target}")
+    done = check("kernels.c")
+    assert done.returncode == 0, done.stderr
