@@ -380,3 +380,14 @@ def test_a_recording_of_a_packed_network_sees_weights_that_are_written_to() -> N
         assert torch.equal(replay(*args), unet(*args)) and torch.equal(replay(*args), unet(*args))
         unet.conv_in.weight.mul_(1.5)
         assert torch.equal(replay(*args), unet(*args))
+
+
+def test_packed_again_a_network_has_tiles_as_it_is_then_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "pays_tiles", lambda *_: True)
+    layer, x = pack(convolution(), tiles=False), torch.randn(1, 12, 24, 24)
+    layer(x)
+    assert ("tiles",) not in packed._PACKS._held[layer.weight]
+    pack(layer)(x)
+    assert list(packed._PACKS._held[layer.weight]) == [("tiles",)]

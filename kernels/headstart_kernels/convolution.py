@@ -23,7 +23,15 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from headstart_kernels.dispatch import Impl, has_c, is_recorded, load, operators, transformed
+from headstart_kernels.dispatch import (
+    Impl,
+    has_c,
+    has_modes,
+    is_recorded,
+    load,
+    operators,
+    transformed,
+)
 
 LARGEST = 1 << 15
 """Numbers of an image up to which this takes less time than torch."""
@@ -43,7 +51,7 @@ def small_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
         return None
     if torch._C._is_any_autocast_enabled() or not has_c(multiplies=True):
         return None
-    if not torch._C._len_torch_dispatch_stack():
+    if not has_modes():
         return load("direct_convolution", Impl.NATIVE)(x, weight, bias, stride)
     if not is_recorded():
         return None

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from typing import Final
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -27,7 +26,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from headstart.networks.fusion import setting
 from headstart_kernels import attention
-from headstart_kernels.dispatch import operators
+from headstart_kernels.dispatch import differentiates, operators
 
 MOST: Final = 1 << 22
 """Products N*M*d of a head up to which torch's own runs: the bundled pair has so many in its VAE,
@@ -44,7 +43,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     if not q.is_cpu or is_compiling() or setting() is False or _few(q, k):
         return F.scaled_dot_product_attention(q, k, v)
-    if is_in_torch_dispatch_mode() and not _differentiates(q, k, v):
+    if is_in_torch_dispatch_mode() and not differentiates(q, k, v):
         # What a recorder notes is the operator, which then gives the bits of a run without it.
         return operators().attention(q, k, v)
     return attention(q, k, v)
@@ -52,7 +51,3 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def _few(q: Tensor, k: Tensor) -> bool:
     return q.shape[2] * k.shape[2] * q.shape[3] <= MOST
-
-
-def _differentiates(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)

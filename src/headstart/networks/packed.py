@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from headstart.errors import InputError
 from headstart.networks.convolution import Conv2d
 from headstart.networks.residency import SCALE, StoredConv2d, StoredLinear, compute_dtype
-from headstart_kernels.dispatch import transformed
+from headstart_kernels.dispatch import differentiates, has_modes, transformed
 from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
 
@@ -78,7 +78,7 @@ class PackedLinear(StoredLinear):
 
     def on(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The same with another weight and bias, as an adapter has them."""
-        if _is_watched():
+        if has_modes():
             return torch.ops.headstart.packed_linear(input, weight, bias)
         return _linear(input, weight, bias)
 
@@ -99,7 +99,7 @@ class PackedConv2d(StoredConv2d):
         """The same with another weight and bias, as an adapter has them."""
         form = self.padding, self.stride, self.dilation, self.groups
         tiles = vars(self).get("tiles", True)
-        if _is_watched():
+        if has_modes():
             return torch.ops.headstart.packed_conv2d(input, weight, bias, *form, tiles)
         return _conv2d(input, weight, bias, form, tiles)
 
@@ -146,11 +146,6 @@ _LIBRARY.define(
 _LIBRARY.impl("packed_linear", _linear, "CPU")
 _LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
 """For who records operators to run them again: they read the weight, not the layout of its past."""
-
-
-def _is_watched() -> bool:
-    """Whether somebody records or counts the operators of this thread; costs 0.1 us."""
-    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor | Filter:
@@ -246,6 +241,7 @@ def pack(network: M, *, tiles: bool = True) -> M:
             _PACKS.forget(layer.weight)
         elif is_packable(layer):
             layer.__class__, vars(layer)["computes"] = _PACKED[type(layer)], dtype
+        if isinstance(layer, PackedLinear | PackedConv2d):
             vars(layer)["tiles"] = tiles
     return network
 
@@ -303,4 +299,4 @@ def _takes(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
         return False
     if torch._C._is_any_autocast_enabled():
         return False
-    return not (torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad))
+    return not differentiates(input, weight)
