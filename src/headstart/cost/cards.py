@@ -1,7 +1,8 @@
 """What cards can do at most, as their makers state it: the roofs of an estimate.
 
 TFLOP/s are dense (a datasheet's "with sparsity" halved), with float32 accumulation where a card has
-two rates; GB/s are of the card's own memory. No program reaches either.
+two rates; GB/s are of the card's own memory. No program reaches either. `tests/test_cards.py`
+derives each figure again, from the chip's units, clocks and memory bus.
 """
 
 from __future__ import annotations
