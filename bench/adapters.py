@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
-from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.slots import Slots
+from headstart.adapters.snapshot import Attached, beside
 from headstart.cost.sizes import sizes_of_family
 from headstart.networks.unet import UNet
 

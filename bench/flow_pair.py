@@ -27,7 +27,7 @@ from headstart.compare.compare import compare, sheet_of
 from headstart.engine.pair import Pair, load_demo
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.metrics.judges import Pictures, choose_judge
-from headstart.networks.residency import compute_dtype
+from headstart.networks.casting import compute_dtype
 from headstart.output import write_file
 from headstart.pictures.sheet import encode_png
 from headstart.plan.pair import HANDOFF

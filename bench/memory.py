@@ -33,7 +33,7 @@ from headstart.engine import fitting
 from headstart.engine.dtypes import DTYPES
 from headstart.engine.models import Model
 from headstart.engine.places import milliseconds
-from headstart.networks.placement import bound_for
+from headstart.networks.assembly import bound_for
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
 from headstart_kernels.emulation.host import Host

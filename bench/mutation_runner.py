@@ -12,9 +12,9 @@ import sys
 from mutations import ROOT, Mutation, main
 
 CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_graph.py"
-BOUND = "src/headstart/runner/bound.py"
+BOUND = "src/headstart/runner/binding.py"
 RUNNER_TEST = "tests/graph/test_graph_runner.py"
-BOUND_TEST, FAILED_TEST = "tests/test_bound.py", "tests/graph/test_failed_capture.py"
+BOUND_TEST, FAILED_TEST = "tests/test_binding.py", "tests/graph/test_failed_capture.py"
 TRAJECTORY_TEST = "tests/graph/test_trajectory_graph.py"
 ADAPTER_TEST = "tests/graph/test_adapter_graphs.py"
 EMULATED_TEST = "tests/graph/test_emulated_graph.py"
@@ -145,7 +145,7 @@ MUTATIONS = (
     ),
     Mutation(
         "look at strengths while capturing",
-        "src/headstart/adapters/host.py",
+        "src/headstart/adapters/hooks.py",
         'if strengths.device.type != "cpu" or is_capturing() or is_compiled():',
         'if strengths.device.type != "cpu" or is_compiled():',
         (f"{ADAPTER_TEST}::test_a_strength_is_a_copy_also_one_for_each_sample",),

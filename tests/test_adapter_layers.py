@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import headstart as hs
 import headstart_weights
 from headstart.adapters.layers import Norm, Weights, layers_of, run_on
+from headstart.networks.casting import keep_stored
 from headstart.networks.fusion import NormSilu, fusion
-from headstart.networks.residency import keep_stored
 
 Tensors = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from headstart.checkpoint.params import TinyParams, VaeParams
 from headstart.engine.pixels import decode_rgb
 from headstart.errors import InputError
 from headstart.interfaces import LatentCodec
-from headstart.networks.residency import keep_stored
+from headstart.networks.casting import keep_stored
 from headstart.networks.tiny import TinyDecoder, TinyVae
 from headstart.networks.vae import Vae
 

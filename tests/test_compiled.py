@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from headstart.adapters.adapters import AdapterSet
 from headstart.errors import CaptureError
 from headstart.interfaces import Conditioning
-from headstart.networks.residency import keep_stored
+from headstart.networks.casting import keep_stored
 from headstart.runner.capture import Site
-from headstart.runner.compiled_forms import STATIC_SHAPES
+from headstart.runner.compiled_cache import STATIC_SHAPES
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import CompiledRunner, EagerRunner
 from headstart_kernels.emulation.fake_cuda import FakeCuda

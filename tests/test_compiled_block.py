@@ -16,8 +16,8 @@ import torch
 from generated import Generating, Launches, flash_attention
 from torch import Tensor, nn
 
-from headstart.adapters.attached import beside
 from headstart.adapters.delta import LowRank
+from headstart.adapters.snapshot import beside
 from headstart.cost.sizes import sizes_of_family
 from headstart.interfaces import Conditioning
 from headstart.networks.regions import region

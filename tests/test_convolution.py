@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from headstart.adapters.layers import Weights, run_on
 from headstart.networks import convolution
+from headstart.networks.casting import keep_stored
 from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.numbers import sinusoid
-from headstart.networks.residency import keep_stored
 from headstart_kernels.dispatch import has_c
 from headstart_kernels.emulation.recorder import Tape
 

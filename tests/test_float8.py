@@ -23,9 +23,9 @@ from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning
 from headstart.networks import load
+from headstart.networks.assembly import bound_for
+from headstart.networks.casting import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
-from headstart.networks.placement import bound_for
-from headstart.networks.residency import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
 from headstart.networks.unet import Stage, UNet
 from headstart_kernels.emulation.audit import Hazard, audit
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors

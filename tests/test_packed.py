@@ -17,9 +17,9 @@ import headstart as hs
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks import packed
+from headstart.networks.casting import compute_dtype, keep_stored
 from headstart.networks.load import load_unet
 from headstart.networks.packed import FEW, PackedConv2d, PackedLinear, is_packed, pack
-from headstart.networks.residency import compute_dtype, keep_stored
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart_kernels.winograd import winograd_conv

@@ -12,7 +12,7 @@ import torch
 import headstart as hs
 from headstart.engine.parts import computes_bfloat16, decoder_dtype
 from headstart.errors import InputError
-from headstart.networks.placement import Dtype
+from headstart.networks.assembly import Dtype
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 BOTH = (torch.float32, torch.bfloat16)

@@ -11,10 +11,10 @@ import torch
 from networks import random_unet
 from torch import Tensor
 
-from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
+from headstart.adapters.snapshot import Attached, beside
 from headstart.interfaces import Conditioning
-from headstart.networks.joined import side_by_side
+from headstart.networks.joint_linear import side_by_side
 from headstart.networks.unet import UNet
 from headstart.prompt import Prompts
 from headstart.runner.runner import CompiledRunner

@@ -20,7 +20,7 @@ from headstart.checkpoint.sizing import unet_params
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import fusion
-from headstart.networks.joined import side_by_side
+from headstart.networks.joint_linear import side_by_side
 from headstart.networks.layout import FORMATS
 from headstart.networks.load import load_unet
 from headstart.networks.numbers import guidance_embedding, sinusoid

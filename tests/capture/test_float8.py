@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from headstart.networks import load
-from headstart.networks.residency import FLOAT8, keep_float8
+from headstart.networks.casting import FLOAT8, keep_float8
 from headstart.networks.unet import UNet
 from headstart.noise import Philox
 from headstart.plan.leg import Leg

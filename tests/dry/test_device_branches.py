@@ -199,7 +199,7 @@ TAKEN = {
     "headstart/runner/compiled.py CompiledNetwork.__call__": "compiles",
     "headstart/engine/record.py machine": "samples",
     "headstart/networks/fusion.py fused": "adapts",
-    "headstart/networks/placement.py device_of": "loads",
+    "headstart/networks/assembly.py device_of": "loads",
     "headstart/runner/capture.py Site.of": "samples",
     "headstart/runner/cuda.py record_event": "adapts",
     "headstart/runner/cuda.py Cuda.__getattr__": "samples",

@@ -21,7 +21,7 @@ from headstart.cli import main
 from headstart.commands import session
 from headstart.engine import fitting
 from headstart.engine.places import Placement
-from headstart.networks.residency import FLOAT8
+from headstart.networks.casting import FLOAT8
 from headstart.plan.pairs import PAIRS
 from headstart.plan.update import Update
 from headstart_kernels.emulation.torch_cuda import EmulatedCuda

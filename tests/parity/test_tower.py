@@ -17,7 +17,7 @@ from torch import Tensor
 
 from headstart.checkpoint.families import TextRule
 from headstart.checkpoint.params import ClipParams
-from headstart.networks.residency import keep_stored
+from headstart.networks.casting import keep_stored
 from headstart.networks.tower import Tower
 
 pytest.importorskip("transformers")

@@ -1,10 +1,10 @@
-"""Adapters on both models of an engine at once, with strengths that are numbers at run time.
+"""Adapters on both models of an engine, with strengths that are numbers at run time.
 
-attach(file) -> a low-rank change in slots (`slots`): strength a row, a sample, an adapter
-             -> any other change merged from the pristine weights (`merged`): one strength for all
+attach(file)   low-rank changes go into slots (`slots`): a strength for each row, sample and adapter
+               any other change is merged (`merged_weights`): one strength for everything
 
-A change makes the adapters of the next moment aside, and then names them in one assignment. So runs
-go on with those that they began with, and an interrupt leaves things as they were.
+Attaching or detaching builds the next snapshot of adapters aside, and publishes it in one
+assignment. So runs keep the adapters that they began with, and an interrupt changes nothing.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ from typing import Any, final
 from torch import Tensor, nn
 
 from headstart import fork
-from headstart.adapters.attached import Asking, Attached, Deltas, Held, check_acts
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
-from headstart.adapters.host import Host
+from headstart.adapters.hooks import Host
 from headstart.adapters.kinds import WHOLE
 from headstart.adapters.layers import Layer
-from headstart.adapters.merged import Merged, Sums, in_place
-from headstart.adapters.present import Present
+from headstart.adapters.merged_weights import Merged, Sums, in_place
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.resolved import Match, Resolved
+from headstart.adapters.resolution import Match, Resolved
 from headstart.adapters.slots import Slots
+from headstart.adapters.snapshot import Asking, Attached, Deltas, Held, check_acts
+from headstart.adapters.snapshots import Present
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.tokens import reading, teachable
 from headstart.errors import AdapterError, HeadstartError
-from headstart.networks.residency import weight_of
+from headstart.networks.casting import weight_of
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 

@@ -18,12 +18,12 @@ from torch import nn
 from headstart.adapters.delta import Delta
 from headstart.adapters.group import Group, Grouping, grouped
 from headstart.adapters.kind import Shape
+from headstart.adapters.layer_names import Networks, Place, placed
+from headstart.adapters.layer_numbers import is_numbered
 from headstart.adapters.layers import layers_of
 from headstart.adapters.names import AdapterForm, Network, other_family
-from headstart.adapters.numbered import is_numbered
 from headstart.adapters.peft import Peft, read_peft
-from headstart.adapters.places import Networks, Place, placed
-from headstart.adapters.resolved import Match, Mismatch, Resolved, some
+from headstart.adapters.resolution import Match, Mismatch, Resolved, some
 from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS

@@ -1,7 +1,7 @@
 """The names adapters give to tensors, taken apart: which module, which operand of its formula.
 
 key = prefixes ++ module ++ suffix of the operand
-Which layer a module is, `headstart.adapters.places` finds.
+Which layer a module is, `headstart.adapters.layer_names` finds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class AdapterForm(Enum):
     PEFT = "peft"
     """github.com/huggingface/peft: `*.lora_A.weight`; alpha is in a config or the metadata."""
     CLONEOFSIMO = "cloneofsimo"
-    """github.com/cloneofsimo/lora: `unet:N:up`; N counts layers, see `numbered`."""
+    """github.com/cloneofsimo/lora: `unet:N:up`; N counts layers, see `layer_numbers`."""
     LOHA = "loha"
     """arXiv:2108.06098 as in LyCORIS (arXiv:2309.14859): `hada_w1_a`, ..."""
     LOKR = "lokr"
@@ -170,7 +170,7 @@ def ways(spelled: str) -> tuple[Way, ...]:
 def _meant(spelled: str) -> Way:
     """The network that a module's name says, by its prefixes or by how it begins, and the rest.
 
-    This describes a file whose network is not there yet; `places` finds the layer.
+    This describes a file whose network is not there yet; `layer_names` finds the layer.
     """
     found = ways(spelled)
     for networks, heads in _HEADS:

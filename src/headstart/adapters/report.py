@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.adapters.file import AdapterFile
-from headstart.adapters.resolved import Resolved
+from headstart.adapters.resolution import Resolved
 from headstart.adapters.textual_inversion import Embedding
 
 

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-from headstart.adapters.attached import Attached, Held
 from headstart.adapters.file import AdapterFile
-from headstart.adapters.resolved import allowed
+from headstart.adapters.resolution import allowed
+from headstart.adapters.snapshot import Attached, Held
 from headstart.adapters.textual_inversion import Embedding, embeddings_of, extended, misfit
 from headstart.checkpoint.embeddings import beside_layers
 from headstart.errors import AdapterError

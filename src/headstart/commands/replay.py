@@ -69,8 +69,8 @@ def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
         and not engine.weights.packed
         and engine.weights.device.type == "cpu"
     ):
+        from headstart.networks.casting import compute_dtype
         from headstart.networks.packed import unpackable
-        from headstart.networks.residency import compute_dtype
 
         if not any(unpackable(compute_dtype(own)) for own in engine.denoisers.values()):
             args.packed = True

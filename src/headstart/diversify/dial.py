@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headstart.adapters.adapters import DISTILLED_LORA
-from headstart.adapters.attached import Attached
+from headstart.adapters.snapshot import Attached
 from headstart.adapters.strength import Strength
 from headstart.diversify.method import Limits, check_values, written
 from headstart.errors import InputError

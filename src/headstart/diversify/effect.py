@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.adapters.attached import Attached
+from headstart.adapters.snapshot import Attached
 from headstart.adapters.strength import Strength
 from headstart.diversify.method import (
     ChangesConditioning,

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from headstart.adapters.attached import Attached
+from headstart.adapters.snapshot import Attached
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource

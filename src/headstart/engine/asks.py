@@ -3,7 +3,7 @@ an engine share."""
 
 from __future__ import annotations
 
-from headstart.adapters.attached import Asking
+from headstart.adapters.snapshot import Asking
 from headstart.engine.given import Noise, Told
 from headstart.engine.words import Size, Texts
 from headstart.networks.prompt_style import PromptStyle

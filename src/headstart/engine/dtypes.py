@@ -18,10 +18,10 @@ from headstart.engine.budget import SAFE_SHARE
 from headstart.engine.memory import available_bytes
 from headstart.engine.models import FilePath
 from headstart.errors import InputError
-from headstart.networks.layouts import packed_bytes
+from headstart.networks.assembly import Dtype, Packed, too_small
 from headstart.networks.load import rounds, widened_bytes
 from headstart.networks.packed import computes_bfloat16, unpackable
-from headstart.networks.placement import Dtype, Packed, too_small
+from headstart.networks.packed_size import packed_bytes
 
 DTYPES: dict[str, Dtype] = {
     "float32": torch.float32,

@@ -34,9 +34,9 @@ from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip, check_style, compact
 from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
-from headstart.networks.placement import Packed
+from headstart.networks.assembly import Packed
+from headstart.networks.casting import compute_dtype
 from headstart.networks.prompt_style import PromptStyle
-from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.noise import Philox, noise_on
 from headstart.plan.named import PlanSettings

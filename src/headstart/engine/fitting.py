@@ -25,8 +25,8 @@ from headstart.engine.memory import Memory, available_bytes, read_memory
 from headstart.engine.models import FilePath
 from headstart.engine.places import Placement, note, place
 from headstart.engine.room import Room, Streams, pinned
+from headstart.networks.assembly import Dtype
 from headstart.networks.load import file_dtype, weight_bytes
-from headstart.networks.placement import Dtype
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet
 from headstart.plan.request import check_size

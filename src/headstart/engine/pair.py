@@ -3,7 +3,7 @@
 text, vae   from their own files, else from the base's, else from the distilled's
 schedules   each model's own, as its file states it; where it does not, its family's
 dtype       what networks compute in; weights in half precision may stay so on a CPU, and are then
-            widened layer by layer (`headstart.networks.residency`), with the same bits as result
+            widened layer by layer (`headstart.networks.casting`), with the same bits as result
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ from headstart.engine.parts import check_channels, codec_of, decoder_dtype, prev
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.networks.assembly import Dtype, Packed, bound_for
+from headstart.networks.casting import compute_dtype
 from headstart.networks.load import load_text
 from headstart.networks.numbers import guidance_embedding
 from headstart.networks.packed import is_packed
-from headstart.networks.placement import Dtype, Packed, bound_for
 from headstart.networks.prompt_style import Exclamation
-from headstart.networks.residency import compute_dtype
 from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet

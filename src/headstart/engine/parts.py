@@ -10,9 +10,9 @@ from torch import nn
 from headstart.checkpoint.families import Family
 from headstart.engine.models import FilePath
 from headstart.errors import CheckpointError, InputError
+from headstart.networks.assembly import Dtype, Packed
 from headstart.networks.load import load_tiny, load_unet, load_vae
 from headstart.networks.packed import is_packed
-from headstart.networks.placement import Dtype, Packed
 from headstart.networks.text import ClipText
 from headstart.networks.tiny import TinyVae
 from headstart.networks.unet import UNet

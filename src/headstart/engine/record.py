@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.adapters.attached import ROLE
+from headstart.adapters.snapshot import ROLE
 from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.engine.digests import Identity, digest

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex, cast
 
 from torch import Tensor
 
-from headstart.adapters.attached import Attached
+from headstart.adapters.snapshot import Attached
 from headstart.adapters.strength import Strength
 from headstart.diversify.effect import check_images, select_of, strengths_of, table_of
 from headstart.diversify.method import Images, Method

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headstart.adapters.attached import Attached, Held
+from headstart.adapters.snapshot import Attached, Held
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.plan.table import StepTable

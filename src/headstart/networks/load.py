@@ -20,7 +20,7 @@ from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
-from headstart.networks.placement import (
+from headstart.networks.assembly import (
     Dtype,
     Packed,
     device_of,
@@ -63,14 +63,14 @@ def load_unet(
     a third to a half of float32's time on processors that have its products (AVX512-BF16, AMX) and
     is slower on others. "stored" keeps the weights on the CPU as the
     file has them, mapped and not copied, and computes in float32, layer by layer
-    (`networks.residency`); on an accelerator it is None. Weights of eight bits and fewer (float8,
+    (`networks.casting`); on an accelerator it is None. Weights of eight bits and fewer (float8,
     int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
     holds float8 exactly, and rounds products with a scale.
 
     "float8" keeps matrices as float8 with a scale for each output channel, which rounds them to 4
     significant bits unless they were float8. It computes in float32 on a CPU, and on an accelerator
     in bfloat16 for files in it, else in float16; first, last and time layers, norms and biases are
-    kept in that (`networks.residency`).
+    kept in that (`networks.casting`).
 
     `head_dim` is the width of an attention head, for scaled-down models whose file does not say it
     (`headstart.head_dim`, `config.json`).

@@ -25,10 +25,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as registrations
 
 from headstart.interfaces import Adapters, Conditioning
+from headstart.networks.casting import StoredLinear
 from headstart.networks.fusion import setting
 from headstart.networks.packed import PackedLinear
 from headstart.networks.regions import Instead
-from headstart.networks.residency import StoredLinear
 
 _LINEARS = frozenset({nn.Linear, StoredLinear, PackedLinear})
 _TENSORS = frozenset({Tensor, nn.Parameter})

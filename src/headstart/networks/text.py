@@ -20,10 +20,10 @@ from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks import emphasis, grammar
 from headstart.networks.pieces import Piece, cut, places
+from headstart.networks.prompt_rows import Negative, worded
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation, PromptStyle
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import Tower
-from headstart.networks.wording import Negative, worded
 
 Size = int | tuple[int, int] | None
 """Pixels: a side, or (height, width)."""

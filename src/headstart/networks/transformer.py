@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import UNetParams
 from headstart.networks.attention import attend
 from headstart.networks.fusion import AddNorm, Norm, fused
-from headstart.networks.joined import Joint, apart, side_by_side
+from headstart.networks.joint_linear import Joint, apart, side_by_side
 from headstart.networks.regions import region
 from headstart_kernels import geglu
 

@@ -21,7 +21,7 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import NormSilu
-from headstart.networks.joined import apart, each, join, put, side_by_side, together
+from headstart.networks.joint_linear import apart, each, join, put, side_by_side, together
 from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart.networks.state import Watch, calling

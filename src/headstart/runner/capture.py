@@ -6,9 +6,9 @@
 `body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
 its networks, is read from the same memory at every launch: weights changed in place are seen, and
 a weight that was bound anew is noticed by its address, and the function captured again. So is a
-module or a hook that came or went; `headstart.runner.bound` says what is noticed when. Python state
-beyond that is built in; a network that has some says so by an attribute `graph_state`, a hashable:
-another state is another graph.
+module or a hook that came or went; `headstart.runner.binding` says what is noticed when. Python
+state beyond that is built in; a network that has some says so by an attribute `graph_state`, a
+hashable: another state is another graph.
 
 Graphs of a device share a memory pool, which is safe because they never run at the same time and
 never read each other's results (pytorch pull request 166975): all launches are on one stream, in
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from headstart.errors import CaptureError, HeadstartError
-from headstart.runner.bound import Bound, buffers_of, state_of
+from headstart.runner.binding import Bound, buffers_of, state_of
 from headstart.runner.cuda import Backend, Cuda, Graph
 
 Tensors = Mapping[str, Tensor]

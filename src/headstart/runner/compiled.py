@@ -23,8 +23,8 @@ from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.regions import compiled_by, has_regions
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.compiled_block import Block, Skeleton
-from headstart.runner.compiled_form import Backend, Form
-from headstart.runner.compiled_forms import Forms, Shapes
+from headstart.runner.compiled_cache import Forms, Shapes
+from headstart.runner.compiled_function import Backend, Form
 from headstart.runner.graph import GraphRunner, adapters_of, named, unnamed
 
 _FIXES = {

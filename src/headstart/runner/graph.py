@@ -16,8 +16,8 @@ from torch import Tensor
 
 from headstart.errors import CaptureError
 from headstart.interfaces import Adapters, Conditioning, Denoiser
+from headstart.networks.casting import compute_dtype
 from headstart.networks.fusion import setting
-from headstart.networks.residency import compute_dtype
 from headstart.prompt import ReadsPrompt, ahead, prompt_key
 from headstart.runner.capture import Program, Site, Tensors
 

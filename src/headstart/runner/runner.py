@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
-from headstart.networks.residency import compute_dtype
+from headstart.networks.casting import compute_dtype
 from headstart.prompt import ReadsPrompt, ahead, prompt_key
 from headstart.runner.capture import Site
 from headstart.runner.compiled import CompiledNetwork
-from headstart.runner.compiled_form import Backend
+from headstart.runner.compiled_function import Backend
 from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.host import Host
@@ -124,7 +124,7 @@ class EagerRunner:
 
     network        any (x_in, timestep, cond) -> F
     dtype          of x_in and of the conditioning; by default what the network computes in
-                   (`headstart.networks.residency.compute_dtype`)
+                   (`headstart.networks.casting.compute_dtype`)
     memory_format  of x_in, such as torch.channels_last for [B, C, h, w] or torch.channels_last_3d
                    for [B, C, T, h, w]; by default as it comes
 
@@ -194,7 +194,7 @@ class EagerRunner:
 class CompiledRunner(EagerRunner):
     """A denoiser that calls its network compiled, and on a CUDA device captured as well.
 
-    backend  that of torch.compile, in the mode of `headstart.runner.compiled_form.COMPILE_POLICY`
+    backend  of torch.compile, in the mode of `runner.compiled_function.COMPILE_POLICY`
     site     where its graphs live; by default that of x_in's device if it is a CUDA one. On a CPU
              nothing is captured
 

@@ -24,8 +24,8 @@ from headstart.by_level import ByLevel
 from headstart.call import steady_models
 from headstart.errors import InputError
 from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
+from headstart.networks.casting import compute_dtype
 from headstart.networks.fusion import setting
-from headstart.networks.residency import compute_dtype
 from headstart.noise import keys_of
 from headstart.plan.table import StepTable
 from headstart.prompt import Prompts

@@ -21,10 +21,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.slots import Slots
+from headstart.adapters.snapshot import Attached, beside
 from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet

@@ -1,7 +1,7 @@
 """One compiled function: traced by dynamo, then called without it.
 
 dynamo guards a compiled function by looking at every input of every call, which takes longer than
-some blocks run. Here a form is found by all that it was made for (`headstart.runner.compiled_forms`
+some blocks run. Here a form is found by all that it was made for (`headstart.runner.compiled_cache`
 and `compiled_block`), so after the first call what the backend made is called as it is.
 """
 

@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 from headstart.checkpoint.tensors import WIDENED, Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
+from headstart.networks.casting import in_float8, keep_float8, keep_stored
 from headstart.networks.convolution import Conv2d
 from headstart.networks.packed import is_packable, pack, pays, unpackable
-from headstart.networks.residency import in_float8, keep_float8, keep_stored
 
 M = TypeVar("M", bound=nn.Module)
 Dtype = torch.dtype | Literal["stored", "float8"] | None

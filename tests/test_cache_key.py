@@ -20,8 +20,8 @@ from two_models import five_rows, foreign, words
 
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
-from headstart.adapters.attached import Attached, beside
 from headstart.adapters.delta import LowRank
+from headstart.adapters.snapshot import Attached, beside
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
 from headstart.prompt import Prompts, prompt_key

@@ -13,7 +13,7 @@ from regional import Counting, Tokens, agree, told
 
 from headstart.errors import CaptureError, InputError
 from headstart.runner import compiled
-from headstart.runner.compiled_form import Form
+from headstart.runner.compiled_function import Form
 from headstart.runner.runner import CompiledRunner, EagerRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from headstart.checkpoint.params import Mid, Stage, UNetParams
 from headstart.interfaces import Conditioning
-from headstart.networks import layouts, packed
-from headstart.networks.layouts import packed_bytes
+from headstart.networks import packed, packed_size
 from headstart.networks.load import load_unet, load_vae
+from headstart.networks.packed_size import packed_bytes
 from headstart.networks.unet import UNet
 from headstart_kernels.winograd import Filter
 
@@ -64,7 +64,7 @@ def test_tiles_are_counted_where_a_run_makes_them(
     unet: Path, cells: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed, "pays_tiles", pays)
-    monkeypatch.setattr(layouts, "pays", pays)
+    monkeypatch.setattr(packed_size, "pays", pays)
     network = load_unet(unet, packed=True)
     network(torch.randn(1, 4, cells, cells), torch.tensor(5.0), Conditioning(torch.randn(1, 9, 24)))
     direct, tiled = held(network)
@@ -79,7 +79,7 @@ def test_tiles_are_counted_where_a_run_makes_them(
 
 def test_a_decoders_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "pays_tiles", pays)
-    monkeypatch.setattr(layouts, "pays", pays)
+    monkeypatch.setattr(packed_size, "pays", pays)
     path = tmp_path / "vae.safetensors"
     save_file(weights(random_vae()), path, METADATA)
     network = load_vae(path, packed=True, scale_factor=0.5, norm_groups=4)

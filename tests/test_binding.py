@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from headstart.runner.bound import EVERY, Bound
+from headstart.runner.binding import EVERY, Bound
 
 
 def network() -> Any:

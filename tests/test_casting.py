@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.interfaces import Conditioning
+from headstart.networks.casting import HALVES, compute_dtype, keep_stored
 from headstart.networks.load import load_text, load_unet, load_vae, widened_bytes
-from headstart.networks.residency import HALVES, compute_dtype, keep_stored
 from headstart.networks.unet import UNet
 from headstart.runner.runner import EagerRunner
 

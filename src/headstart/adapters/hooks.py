@@ -90,7 +90,7 @@ class _Way:
     It is good for as long as anybody has it: offloading keeps what it found, too.
     """
 
-    in_key = True  # see `headstart.runner.bound`
+    in_key = True  # see `headstart.runner.binding`
 
     def __init__(self, leaf: Leaf) -> None:
         self.leaf, self.owned = leaf, "forward" in vars(leaf.layer)
@@ -181,7 +181,7 @@ class Leaf:
             assert isinstance(self.layer, Matrix)  # no low-rank change has a norm's shape
             slot.add_to(y, args[0], self.layer, strength)
 
-    _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.bound`
+    _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.binding`
 
 
 _PLACING = threading.Lock()

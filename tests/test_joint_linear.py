@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.networks import joined
-from headstart.networks.joined import apart, each, join, side_by_side, together
-from headstart.networks.residency import StoredLinear
+from headstart.networks import joint_linear
+from headstart.networks.casting import StoredLinear
+from headstart.networks.joint_linear import apart, each, join, side_by_side, together
 from headstart.networks.state import Watch
 
 X = torch.linspace(-2, 3, 2 * 5 * 6).view(2, 5, 6).double()
@@ -180,5 +180,5 @@ def test_what_is_put_together_comes_apart_again(made: Callable[..., list[nn.Line
 
 def test_a_compiler_is_not_asked_where_tensors_lie() -> None:
     own = joint(4, 8)
-    with mock.patch.object(joined, "is_compiling", return_value=True):
+    with mock.patch.object(joint_linear, "is_compiling", return_value=True):
         assert side_by_side(own) is None

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.errors import CheckpointError, HeadstartError
+from headstart.networks.assembly import Dtype
 from headstart.networks.load import load_tiny, load_unet, load_vae
-from headstart.networks.placement import Dtype
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 

@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from headstart.adapters.host import Changes
+from headstart.adapters.hooks import Changes
 from headstart.adapters.slots import Slot
 from headstart.interfaces import Conditioning
 from headstart.networks.state import Written

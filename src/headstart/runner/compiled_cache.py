@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.runner.compiled_form import Backend, Form, Function
+from headstart.runner.compiled_function import Backend, Form, Function
 
 _LOG = logging.getLogger(__name__)
 STATIC_SHAPES = 8

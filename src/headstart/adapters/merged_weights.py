@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from headstart.adapters.delta import Delta, LowRank
 from headstart.adapters.layers import Layer, Weights
-from headstart.networks.residency import weight_of
+from headstart.networks.casting import weight_of
 
 
 def in_place(module: nn.Module) -> AbstractContextManager[object]:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 import headstart_weights
+from headstart.adapters.cache_key import Share, share_of
 from headstart.adapters.delta import Delta, LowRank
-from headstart.adapters.host import Changes, Host, Leaf, acting
+from headstart.adapters.hooks import Changes, Host, Leaf, acting
 from headstart.adapters.layers import Weights
-from headstart.adapters.merged import Merged
+from headstart.adapters.merged_weights import Merged
 from headstart.adapters.report import AdapterReport
-from headstart.adapters.share import Share, share_of
 from headstart.adapters.slots import Slot, Slots
 from headstart.adapters.strength import Asked, Strength, as_strength
 from headstart.adapters.textual_inversion import Embedding

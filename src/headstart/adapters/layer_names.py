@@ -2,7 +2,7 @@
 
 name = prefixes ++ module: of all the ways to read a name, those count whose rest is a layer
 The module is written with dots, with underscores for dots, or as its number in the network, which
-`headstart.adapters.numbered` knows.
+`headstart.adapters.layer_numbers` knows.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from headstart.adapters.group import Group
+from headstart.adapters.layer_numbers import numbered
 from headstart.adapters.names import Network, ways
-from headstart.adapters.numbered import numbered
 from headstart.checkpoint import keymap
 from headstart.errors import AdapterError
 

@@ -9,10 +9,10 @@ from copy import copy
 from dataclasses import replace
 from typing import final
 
-from headstart.adapters.attached import Attached
-from headstart.adapters.host import Host, Leaf
-from headstart.adapters.merged import Merged
+from headstart.adapters.hooks import Host, Leaf
+from headstart.adapters.merged_weights import Merged
 from headstart.adapters.slots import Slots
+from headstart.adapters.snapshot import Attached
 from headstart.networks.text import ClipText
 
 
