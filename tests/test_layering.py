@@ -39,6 +39,7 @@ TORCH_FREE = {
     *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
     *(
         "pictures.chart",
+        "pictures.paper",
         "networks.vocabulary",
         "networks.prompt_style",
         "adapters.names",
@@ -57,7 +58,10 @@ TORCH_FREE = {
 TORCH_BEARING = {"convert.document", "convert.unpickle"}
 """The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
-DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
+DISTRIBUTION = {
+    **{"PIL": "pillow", "tokenizers": "transformers"},  # transformers requires tokenizers
+    **dict.fromkeys(("jinja2", "filelock"), "torch"),  # torch requires both
+}
 EXTRA_OF = {
     "checkpoint.gguf": "gguf",
     "headstart_weights.recipe": "train",

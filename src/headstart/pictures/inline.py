@@ -1,11 +1,33 @@
-"""A picture inside an HTML page, as a data: URI."""
+"""Pages that are one file: the frame that all have, and pictures inside them as data: URIs.
+
+frame.html holds the head, with page.css of the room; page.html of the room is what it shows. Both
+are Jinja2 templates, in which all text is escaped, as prompts and the names of files are anybody's.
+"""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from importlib.resources import files
+from typing import Any
 
 from PIL import Image
+
+
+def render(room: str, values: Mapping[str, Any], scripts: tuple[str, ...] = ()) -> str:
+    """The text of a room's page. `title` is among the values; scripts are files of the room."""
+    import jinja2
+
+    def read(name: str) -> str:
+        home = "headstart.pictures" if name == "frame.html" else f"headstart.{room}"
+        return files(home).joinpath(name).read_text(encoding="utf-8")
+
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FunctionLoader(read)
+    )
+    parts = {"style": read("page.css"), "script": "".join(map(read, scripts))}
+    return environment.get_template("page.html").render(values, **parts)
 
 
 def data_uri(picture: Image.Image, largest_px: int) -> str:

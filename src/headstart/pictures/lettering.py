@@ -1,28 +1,16 @@
-"""Words on a picture: the palette, and text in Pillow's built-in font that never leaves its place.
+"""Text on a picture: the palette, and lines in Pillow's built-in font that never leave their place.
 
-width(text, size) <= room, else the text is cut, or wrapped between its clauses
+width(text, size) <= room, else the text is cut, or wrapped between its parts
 """
 
 from __future__ import annotations
 
 import unicodedata
 
-from PIL import ImageDraw, ImageFont
+from PIL import ImageFont
 
 PAPER, INK, GREY, FAINT, ACCENT = "#fbfaf7", "#1c1b1a", "#6f6b66", "#e4e0d9", "#c2410c"
 _DRAWABLE = {chr(code) for code in range(32, 127)} | set("·±…“”‘’")  # what the built-in font has
-
-
-def write(
-    pen: ImageDraw.ImageDraw,
-    at: tuple[float, float],
-    text: str,
-    size_px: int,
-    colour: str,
-    anchor: str = "la",
-) -> None:
-    """Draw one line; `anchor` says which point of it is `at`, as Pillow names them."""
-    pen.text(at, drawable(text), colour, ImageFont.load_default(size=size_px), anchor=anchor)
 
 
 def width(text: str, size_px: int) -> float:
@@ -35,20 +23,22 @@ def cut(text: str, size_px: int, room: int) -> str:
     line = " ".join(text[:400].split())
     if width(line, size_px) <= room:
         return line
-    kept = next(n for n in range(len(line), -1, -1) if width(line[:n] + "…", size_px) <= room)
-    return line[:kept].rstrip() + "…"
+    count = next(n for n in range(len(line), -1, -1) if width(line[:n] + "…", size_px) <= room)
+    return line[:count].rstrip() + "…"
 
 
-def wrapped(text: str, size_px: int, room: int) -> list[str]:
-    """Lines of whole clauses; a clause is what stands between two middle dots."""
+def wrapped(
+    text: str, size_px: int, room: int, *, between: str = " · ", most: int | None = None
+) -> list[str]:
+    """Lines of whole parts, which `between` divides; the last of at most `most` lines is cut."""
     lines = [""]
-    for clause in text.split(" · "):
-        longer = f"{lines[-1]} · {clause}".removeprefix(" · ")
-        if lines[-1] and width(longer, size_px) > room:
-            lines.append(clause)
+    for part in text.split(between):
+        longer = f"{lines[-1]}{between}{part}" if lines[-1] else part
+        if lines[-1] and width(longer, size_px) > room and len(lines) != most:
+            lines.append(part)
         else:
             lines[-1] = longer
-    return [cut(line, size_px, room) for line in lines]
+    return [cut(line, size_px, room) for line in lines if line]
 
 
 def drawable(text: str) -> str:

@@ -1,19 +1,17 @@
 """The report of a study as one HTML file: tables, figures and pictures are all inside it.
 
-page.html is a Jinja2 template, page.css its style. Everything but the figures' SVG is escaped, as
-prompts and the names of files are anybody's text; the page runs no script and asks for no resource.
+Everything but the figures' SVG is escaped; the page runs no script and asks for no resource.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
-from headstart.pictures.inline import data_uri
+from headstart.pictures.inline import data_uri, render
 from headstart.study.courses import matches
 from headstart.study.digits import (
     NONE,
@@ -72,15 +70,11 @@ def write_page(
     report: Report, figures: Sequence[Figure], pictures: Pictures, linked: Sequence[str]
 ) -> str:
     """The page's text. linked: files beside it."""
-    import jinja2
-
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     sheets, unseen = sheets_of(report, pictures)
     rows = dict.fromkeys(rows_of(report), "")
     preset = plain(look_up(report, "pair", "preset") or "a pair", 60)
     values: dict[str, Any] = {
         "title": f"headstart study · {preset}",
-        "style": _file("page.css"),
         "heading": f"headstart study: {preset}",
         "subtitle": subject_of(report),
         "summary": summary(report),
@@ -107,11 +101,7 @@ def write_page(
         "prompts": [plain(prompt, 2000) for prompt in entries(report, "prompts")],
     }
     values["contents"] = _contents(values)
-    return environment.from_string(_file("page.html")).render(values)
-
-
-def _file(name: str) -> str:
-    return files("headstart.study").joinpath(name).read_text(encoding="utf-8")
+    return render("study", values)
 
 
 def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:

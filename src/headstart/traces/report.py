@@ -82,14 +82,6 @@ def _fates(strip: Strip, phrase: int) -> str:
     name, null = strip.timeline.phrases[phrase], strip.timeline.nulls[phrase]
     if null is None:
         return f"  {name!r}: not asked for"
-    fates: list[str] = []
-    for seed, courses in zip(strip.seeds, strip.timeline.courses, strict=True):
-        course = courses[phrase]
-        if course.appears is None:
-            fates.append(f"seed {seed} never")
-        elif course.abandoned is None:
-            fates.append(f"seed {seed} from step {strip.rows[course.appears]}")
-        else:
-            begin, end = strip.rows[course.appears], strip.rows[course.abandoned]
-            fates.append(f"seed {seed} from step {begin}, gone at {end}")
+    pairs = zip(strip.seeds, strip.timeline.courses, strict=True)
+    fates = [f"seed {seed} {courses[phrase].fate(strip.rows)}" for seed, courses in pairs]
     return f"  {name!r}, beyond {null.without!r}: {'; '.join(fates)}"

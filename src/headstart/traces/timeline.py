@@ -84,6 +84,13 @@ class Course:
         """It was there, and is not in the end."""
         return self.abandoned is not None
 
+    def fate(self, rows: Sequence[int]) -> str:
+        """Where it was there; `rows` are the plan's numbers of the looked-at rows."""
+        if self.appears is None:
+            return "never"
+        begin = f"from step {rows[self.appears]}"
+        return begin if self.abandoned is None else f"{begin}, gone at {rows[self.abandoned]}"
+
 
 class Null(NamedTuple):
     """What a phrase was compared with: the control's prompt, and phrases that nobody asked for.
