@@ -37,7 +37,7 @@ import headstart as hs
 import headstart_weights
 from headstart.adapters.extract import extract
 from headstart.metrics.features import open_features
-from headstart.plan.named import PlanSettings
+from headstart.plan.by_name import PlanSettings
 from headstart.plan.pairs import DEMO_TIMESTEPS
 from headstart.plan.update import Update
 from headstart.study.cases import Case

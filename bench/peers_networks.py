@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import headstart_weights
 from headstart.checkpoint import blueprint
-from headstart.checkpoint.judged import Given
+from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.params import Mid, Stage, UNetParams, VaeParams
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.checkpoint.verdict import judge
@@ -52,7 +52,7 @@ class Source(NamedTuple):
 
     path: Path
     part: str  # "unet" or "vae"
-    given: Given = Given()
+    given: Overrides = Overrides()
 
     def params(self) -> Any:
         judged = self._judged()
@@ -85,8 +85,8 @@ def sources(case: Case, folder: Path) -> dict[str, Source]:
     if case.kind == "vae":
         scale = sizes_of_family(case.network).family.scale_factor
         file = folder / f"{case.network}-vae.safetensors"
-        return {"vae": Source(file, "vae", Given(scale_factor=scale))}
-    given = Given(head_dim=TINY.head_dim) if case.network == "tiny" else Given()
+        return {"vae": Source(file, "vae", Overrides(scale_factor=scale))}
+    given = Overrides(head_dim=TINY.head_dim) if case.network == "tiny" else Overrides()
     return {"base": Source(folder / f"{case.network}-unet.safetensors", "unet", given)}
 
 

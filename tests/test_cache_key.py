@@ -24,7 +24,7 @@ from headstart.adapters.delta import LowRank
 from headstart.adapters.snapshot import Attached, beside
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
-from headstart.prompt import Prompts, prompt_key
+from headstart.prompt_cache import PromptCache, prompt_key
 from headstart.runner.batch import Chunked
 from headstart.runner.capture import Site
 from headstart.runner.runner import open_runner
@@ -342,7 +342,7 @@ def test_what_was_read_before_a_change_is_never_given_after_it(
     network: UNet, change: Callable[[UNet, Attached, Conditioning], Conditioning]
 ) -> None:
     own = low_rank(network, "attn2")
-    cond, prompts = told(own), Prompts()
+    cond, prompts = told(own), PromptCache()
     kept = prompts.of(network, cond)
     assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
     before = network(X, TIME, kept)
@@ -378,7 +378,7 @@ def test_strengths_that_record_gradients_are_read_on_every_row(network: UNet) ->
 
 def test_without_strengths_the_call_says_what_is_missing(network: UNet) -> None:
     cond = replace(words(), adapters=low_rank(network, "attn2"))
-    assert Prompts().of(network, cond) is cond
+    assert PromptCache().of(network, cond) is cond
     with pytest.raises(hs.AdapterError, match="has no strengths"):
         network(X, TIME, cond)
 
@@ -386,7 +386,7 @@ def test_without_strengths_the_call_says_what_is_missing(network: UNet) -> None:
 def test_adapters_that_come_and_go_between_rows_are_seen(pair: Networks, make: Make) -> None:
     """Of calls that name none: a swap into the same buffers, another beside it, one detached."""
     network, held = pair["base"], AdapterSet({"base": pair["base"]})
-    prompts, cond = Prompts(), words()
+    prompts, cond = PromptCache(), words()
     plain = network(X, TIME, prompts.of(network, cond))
     held.attach(make(network), name="age")
     steps: list[Callable[[], object]] = [
@@ -435,7 +435,7 @@ def test_a_sum_of_weights_is_read_again_when_its_strength_is_set(
     path = f"{BLOCK}.attn2.to_v"
     tensors = {f"lora_unet_{path.replace('.', '_')}.diff": 0.5 * torch.ones(32, 24)}
     save_file(tensors, tmp_path / "full.safetensors")
-    held, prompts, cond = AdapterSet({"base": network}), Prompts(), words()
+    held, prompts, cond = AdapterSet({"base": network}), PromptCache(), words()
     held.attach(tmp_path / "full.safetensors")
     for strength in (1.0, 2.0):
         held["full"].strength = strength
@@ -451,7 +451,7 @@ def test_two_engines_of_one_network_are_told_apart_by_the_call(network: UNet, ma
         own.attach(make(network, f"n{seed}", seed=seed))
     cond = replace(words(), strengths=torch.ones(2, 1))
     assert prompt_key(network, cond) is None
-    prompts = Prompts()
+    prompts = PromptCache()
     for own in (*sets, *sets):
         told = replace(cond, adapters=own.now())
         assert torch.equal(network(X, TIME, prompts.of(network, told)), network(X, TIME, told))
@@ -494,7 +494,7 @@ def test_a_network_made_in_inference_mode_reads_on_every_row(
         assert prompt_key(made, words()) is None
         own = low_rank(ordinary, "attn2") if inside is torch.no_grad else None
         cond = words() if own is None else told(own)
-        prompts = Prompts()
+        prompts = PromptCache()
         kept = prompts.of(ordinary, cond)
         assert prompts.of(ordinary, cond).extra[TEXTS] is kept.extra[TEXTS]
         assert torch.equal(ordinary(X, TIME, kept), ordinary(X, TIME, cond))

@@ -20,7 +20,7 @@ from torch import nn
 
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.cli import main
-from headstart.convert import pickled, unpickle
+from headstart.convert import pickle_file, unpickle
 from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
 
@@ -57,16 +57,16 @@ def same(path: Path, expected: Tensors) -> None:
 def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read in this process, which has torch already: what is read does not depend on where."""
 
-    def extract(path: Path, target: Path, **_: object) -> pickled.Extracted:
-        if pickled.kind_of(path) == "zip":
-            pickled.check_archive(path)
+    def extract(path: Path, target: Path, **_: object) -> pickle_file.Extracted:
+        if pickle_file.kind_of(path) == "zip":
+            pickle_file.check_archive(path)
         try:
             count, left_out = unpickle.transfer(path, target)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: this pickle is refused: {error}") from error
-        return pickled.Extracted(count, tuple(left_out))
+        return pickle_file.Extracted(count, tuple(left_out))
 
-    monkeypatch.setattr(pickled, "extract", extract)
+    monkeypatch.setattr(pickle_file, "extract", extract)
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ from headstart.cost.sizes import FULL, Sizes, sizes_of_family, sizes_of_files
 from headstart.cost.stages import Pass, Stage, decode, stages_of, text_pass, unet_pass
 from headstart.errors import InputError
 from headstart.networks.unet import TransformerBlock
-from headstart.plan.named import named_pair, named_plan
+from headstart.plan.by_name import named_pair, named_plan
 from headstart.plan.table import StepTable
 
 META = torch.device("meta")

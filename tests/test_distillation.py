@@ -14,7 +14,7 @@ from headstart.checkpoint import distillation
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.distillations import DISTILLATIONS, Distillation
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.plan.named import PRESETS
+from headstart.plan.by_name import PRESETS
 from headstart.plan.pairs import PAIRS
 from headstart.plan.prediction import Prediction
 from headstart.plan.preset import preset

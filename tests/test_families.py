@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from headstart.checkpoint.declarations import Said, declared
+from headstart.checkpoint.declarations import Statements, declared
 from headstart.checkpoint.families import FAMILIES, Family, Shapes, recognise
 from headstart.errors import CheckpointError
 from headstart.plan.prediction import Prediction
@@ -109,7 +109,7 @@ SDXL = FAMILIES["sdxl"]
 
 
 def test_nothing_said_leaves_the_row_as_it_is() -> None:
-    family = declared(SDXL, Said())
+    family = declared(SDXL, Statements())
     assert family == SDXL and family.declared == frozenset()
 
 
@@ -124,7 +124,7 @@ def test_metadata_replaces_the_rows_values() -> None:
         "headstart.tokenizer": "{}",
         "something.else": "ignored",
     }
-    family = declared(FAMILIES["sd15"], Said(metadata=metadata))
+    family = declared(FAMILIES["sd15"], Statements(metadata=metadata))
     assert (family.prediction, family.head_dim, family.heads) == (Prediction.V, 32, None)
     assert (family.norm_groups, family.vae_norm_groups) == (16, 8)
     assert (family.scale_factor, family.image_size) == (0.5, 64)
@@ -146,7 +146,7 @@ def test_metadata_replaces_the_rows_values() -> None:
 )
 def test_metadata_that_cannot_be_read_is_an_error(metadata: dict[str, str]) -> None:
     with pytest.raises(CheckpointError):
-        declared(SDXL, Said(metadata=metadata))
+        declared(SDXL, Statements(metadata=metadata))
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_metadata_that_cannot_be_read_is_an_error(metadata: dict[str, str]) -> N
 def test_a_configs_head_dim_is_a_head_count(
     config: dict[str, object], heads: int | None, head_dim: int | None
 ) -> None:
-    family = declared(SDXL, Said(unet=config))
+    family = declared(SDXL, Statements(unet=config))
     assert (family.heads, family.head_dim) == (heads, head_dim)
 
 
@@ -184,7 +184,7 @@ def test_a_configs_head_dim_is_a_head_count(
 )
 def test_a_config_of_another_network_is_refused(config: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"config"):
-        declared(SDXL, Said(unet=config))
+        declared(SDXL, Statements(unet=config))
 
 
 @pytest.mark.parametrize("name", ["sd1.5", "sd2.1", "sd2.1-base", "sdxl-base-1.0", "sdxl-turbo"])
@@ -193,7 +193,7 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
         return json.loads((shared / "configs" / name / path).read_text())
 
     row = FAMILIES["sdxl" if "sdxl" in name else "sd21" if "2.1" in name else "sd15"]
-    said = Said(
+    said = Statements(
         unet=read("unet/config.json"),
         vae=read("vae/config.json"),
         scheduler=read("scheduler/scheduler_config.json"),
@@ -211,12 +211,12 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
 @pytest.mark.parametrize(
     ("said", "prediction"),
     [
-        (Said(), Prediction.EPS),
-        (Said(flags=frozenset({"v_pred"})), Prediction.V),
-        (Said(scheduler={"prediction_type": "v_prediction"}), Prediction.V),
-        (Said(metadata={"modelspec.prediction_type": "v"}), Prediction.V),
+        (Statements(), Prediction.EPS),
+        (Statements(flags=frozenset({"v_pred"})), Prediction.V),
+        (Statements(scheduler={"prediction_type": "v_prediction"}), Prediction.V),
+        (Statements(metadata={"modelspec.prediction_type": "v"}), Prediction.V),
         (
-            Said(
+            Statements(
                 metadata={"headstart.prediction": "eps"},
                 scheduler={"prediction_type": "v_prediction"},
             ),
@@ -224,7 +224,9 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
         ),
     ],
 )
-def test_prediction_is_the_most_specific_statement(said: Said, prediction: Prediction) -> None:
+def test_prediction_is_the_most_specific_statement(
+    said: Statements, prediction: Prediction
+) -> None:
     assert declared(SDXL, said).prediction is prediction
 
 
@@ -234,29 +236,29 @@ def test_a_rounded_copy_of_the_familys_schedule_is_the_exact_one(
 ) -> None:
     exact = NoiseSchedule.scaled_linear()
     stored = exact.alphas_cumprod.astype(dtype).astype(np.float64)
-    assert declared(SDXL, Said(alphas=(stored, rounding))).schedule == exact
+    assert declared(SDXL, Statements(alphas=(stored, rounding))).schedule == exact
 
 
 def test_another_schedule_in_the_file_is_taken_as_it_is() -> None:
     other = NoiseSchedule.scaled_linear().matched(0.3)
     stored = other.alphas_cumprod.astype(np.float32).astype(np.float64)
-    family = declared(SDXL, Said(alphas=(stored, 2.0**-20)))
+    family = declared(SDXL, Statements(alphas=(stored, 2.0**-20)))
     assert np.array_equal(family.schedule.alphas_cumprod, stored)
     assert "schedule" in family.declared
 
 
 def test_an_unusable_schedule_is_an_error() -> None:
     with pytest.raises(CheckpointError, match="unusable"):
-        declared(SDXL, Said(alphas=(np.zeros(1000), 2.0**-20)))
+        declared(SDXL, Statements(alphas=(np.zeros(1000), 2.0**-20)))
     with pytest.raises(CheckpointError, match="beta_schedule"):
-        declared(SDXL, Said(scheduler={"beta_schedule": "sigmoid"}))
+        declared(SDXL, Statements(scheduler={"beta_schedule": "sigmoid"}))
     with pytest.raises(CheckpointError, match="num_train_timesteps"):
-        declared(SDXL, Said(scheduler={"num_train_timesteps": 2**31}))
+        declared(SDXL, Statements(scheduler={"num_train_timesteps": 2**31}))
 
 
 def test_scheduler_configs_give_each_known_schedule() -> None:
     def schedule(**config: object) -> NoiseSchedule:
-        return declared(SDXL, Said(scheduler=config)).schedule
+        return declared(SDXL, Statements(scheduler=config)).schedule
 
     assert schedule(beta_schedule="linear") == NoiseSchedule.linear()
     assert schedule(beta_schedule="squaredcos_cap_v2") == NoiseSchedule.cosine()
@@ -264,4 +266,4 @@ def test_scheduler_configs_give_each_known_schedule() -> None:
     scaled = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     zero = NoiseSchedule.scaled_linear().zero_terminal_snr()
     assert schedule(**scaled, rescale_betas_zero_snr=True) == zero
-    assert declared(SDXL, Said(flags=frozenset({"ztsnr"}))).schedule == zero
+    assert declared(SDXL, Statements(flags=frozenset({"ztsnr"}))).schedule == zero

@@ -161,7 +161,7 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
         )  # fmt: skip
         weights = SimpleNamespace(homes=where, denoisers=networks, device=DEVICE)
         monkeypatch.setattr(course, "encode", lambda *_: told)
-        monkeypatch.setattr("headstart.watch.Watch.look", lambda *_, **__: None)
+        monkeypatch.setattr("headstart.finite.FiniteCheck.look", lambda *_, **__: None)
         monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
         monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))

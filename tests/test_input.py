@@ -24,7 +24,7 @@ from headstart.errors import HeadstartError, InputError, PlanError
 from headstart.input import MAX_DEPTH, loads, misfit, read_json
 from headstart.metrics.features import open_features
 from headstart.networks.tokenizer import ClipTokenizer
-from headstart.plan.document import read_plan
+from headstart.plan.toml_plan import read_plan
 from headstart.sweep.gallery import read_gallery
 from headstart.sweep.ledger import read_entries
 

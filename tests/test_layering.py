@@ -36,7 +36,7 @@ BUNDLED = ("headstart_kernels", "headstart_weights", "headstart_weights.recipe")
 ROOMS = {name.partition(".")[0] for name in POSITION if "." in name and name not in BUNDLED}
 
 TORCH_FREE = {
-    *("errors", "later", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
+    *("errors", "lazy", "output", "plan", "checkpoint", "convert", "pictures.lettering"),
     *(
         "pictures.chart",
         "pictures.paper",
@@ -55,7 +55,7 @@ TORCH_FREE = {
     *("headstart", "headstart_weights"),
 }
 """Rooms, of which every module counts, and single modules."""
-TORCH_BEARING = {"convert.document", "convert.unpickle"}
+TORCH_BEARING = {"convert.pickle_contents", "convert.unpickle"}
 """The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
 DISTRIBUTION = {

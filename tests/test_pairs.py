@@ -17,8 +17,8 @@ from plans import SD, models, patient, times
 
 import headstart as hs
 from headstart.errors import PlanError
+from headstart.plan.by_name import named_plan
 from headstart.plan.leg import PRINTED
-from headstart.plan.named import named_plan
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import PAIRS
 from headstart.plan.plan import Leg, Plan, Update

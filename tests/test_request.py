@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headstart.errors import InputError, PlanError
-from headstart.plan.named import named_plan
+from headstart.plan.by_name import named_plan
 from headstart.plan.pairs import PAIRS
 from headstart.plan.preset import preset
 from headstart.plan.request import check_size, pair_up, parse_seeds

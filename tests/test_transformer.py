@@ -16,7 +16,7 @@ from headstart.adapters.snapshot import Attached, beside
 from headstart.interfaces import Conditioning
 from headstart.networks.joint_linear import side_by_side
 from headstart.networks.unet import UNet
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 from headstart.runner.runner import CompiledRunner
 
 GPU = torch.device("cuda")
@@ -61,7 +61,7 @@ def test_compiled_blocks_have_one_product_of_queries_keys_and_values(
     unet.lay_out(GPU)
     backend.graphs.clear()
     for _ in range(times):
-        got = runner(*call[:2], Prompts().of(runner, call[2]))
+        got = runner(*call[:2], PromptCache().of(runner, call[2]))
     assert set(backend.graphs) == {6} and len(backend.graphs) == 1
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
@@ -91,7 +91,7 @@ def test_adapters_on_joined_layers_act_as_on_layers_by_themselves(
     )
     assert torch.equal(expected[0], without[0]) and not torch.allclose(expected[1], without[1])
     unet.lay_out(GPU)
-    got = unet(x, time, Prompts().of(unet, cond))
+    got = unet(x, time, PromptCache().of(unet, cond))
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-11)
 
 

@@ -24,7 +24,7 @@ from headstart.call import Call
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.joint import Group, advance, is_joint
-from headstart.prompt import ahead
+from headstart.prompt_cache import cached_prompt
 from headstart.run import Run, State
 
 MOST_SAMPLES = 16
@@ -280,7 +280,7 @@ def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
 def _told(network: Denoiser, calls: Sequence[Call]) -> list[Any]:
     """What the network is told in each call, with what it makes of the prompts, made once a run;
     without, where it would not do so for all: it is called once."""
-    told = [ahead(network, call.cond) for call in calls]
+    told = [cached_prompt(network, call.cond) for call in calls]
     names = {frozenset(cond.extra) for cond in told if isinstance(cond, Conditioning)}
     return told if len(names) < 2 else [call.cond for call in calls]
 

@@ -66,12 +66,12 @@ class ByLevel:
         return [self.parts[number][1] for number in numbers]
 
 
-def told_by_row(told: object, table: StepTable) -> list[object]:
+def cond_by_row(told: object, table: StepTable) -> list[object]:
     """One entry a row: the parts of a ByLevel, or the same for all."""
     return told.by_row(table) if isinstance(told, ByLevel) else [told] * len(table)
 
 
-def told_parts(told: object) -> list[object]:
+def cond_parts(told: object) -> list[object]:
     """Everything that may be told, in the order of falling levels."""
     return [part for _, part in told.parts] if isinstance(told, ByLevel) else [told]
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.by_level import ByLevel, told_by_row, told_parts
+from headstart.by_level import ByLevel, cond_by_row, cond_parts
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.plan.table import Step, StepTable
-from headstart.prompt import Ahead, Prompts
+from headstart.prompt_cache import CachedExtra, PromptCache
 
 
 class Call(NamedTuple):
@@ -24,9 +24,9 @@ class Call(NamedTuple):
     sigma     the level of x
     x_in      c_in*x, [B, ...], or [2B, ...] where the row is guided: each sample twice
     timestep  [B] or [2B]: int64 where the row's is whole, else float32
-    cond      a Conditioning of B samples, or of 2B in the order (uncond, cond), whose `extra` is
-              where a network keeps what it makes of the prompt (`headstart.prompt`); what else the
-              run was given, untouched, or the pair (uncond, cond) of it
+    cond      a Conditioning of B samples, or of 2B in the order (uncond, cond). Through its `extra`
+              a network caches what it computes from the prompt (`headstart.prompt_cache`). A cond
+              of another type is passed on unchanged, as the pair (uncond, cond) where guided
     """
 
     step: int
@@ -37,7 +37,7 @@ class Call(NamedTuple):
     cond: Any
 
 
-class Asked(NamedTuple):
+class RowCall(NamedTuple):
     """What of a row's call is known before the run."""
 
     copies: int
@@ -45,21 +45,21 @@ class Asked(NamedTuple):
     cond: object
 
 
-def calls_of(
+def prepare_calls(
     table: StepTable,
     told: Sequence[object],
     strengths: Tensor | None,
     batch: int,
     device: torch.device,
-    prompts: Prompts,
-) -> list[Asked]:
+    prompts: PromptCache,
+) -> list[RowCall]:
     """What each row is `told`, with its timestep, and with `prompts` for what networks make of it.
     Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
     else copy them.
 
     strengths  [rows, B, A] as `checked_strengths` gives them, wherever they are
     """
-    calls: list[Asked] = []
+    calls: list[RowCall] = []
     known: list[list[list[float]]] | None = None if strengths is None else strengths.tolist()  # pyright: ignore
     strengths = None if strengths is None else strengths.to(device)
     for (whole, copies), group in groupby(
@@ -72,20 +72,20 @@ def calls_of(
         for timestep in timesteps:
             cond = told[len(calls)]
             if isinstance(cond, Conditioning):
-                extra = Ahead(cond.extra, prompts)
+                extra = CachedExtra(cond.extra, prompts)
                 if strengths is not None and known is not None:
                     own = torch.cat([strengths[len(calls)]] * copies)
                     columns = tuple(zip(*known[len(calls)] * copies, strict=True))
-                    extra = Ahead(cond.extra, prompts, own, columns)
+                    extra = CachedExtra(cond.extra, prompts, own, columns)
                     cond = replace(cond, strengths=own)
                 cond = replace(cond, extra=extra)
-            calls.append(Asked(copies, timestep, cond))
+            calls.append(RowCall(copies, timestep, cond))
     return calls
 
 
-def for_all(cond: object, batch: int) -> object:
+def expand_cond(cond: object, batch: int) -> object:
     """Each Conditioning for the whole batch. Raises InputError where parts differ in kind."""
-    parts = told_parts(cond)
+    parts = cond_parts(cond)
     kinds = {
         (part.context.dtype, part.context.device) if isinstance(part, Conditioning) else None
         for part in parts
@@ -110,7 +110,7 @@ def checked_strengths(
     """Those of a run [rows, B, A], in float32."""
     if strengths is None:
         return None
-    strange = [part for part in told_parts(cond) if not isinstance(part, Conditioning)]
+    strange = [part for part in cond_parts(cond) if not isinstance(part, Conditioning)]
     if strange:
         raise InputError(
             f"strengths are told to a network in its Conditioning, and cond is a "
@@ -139,13 +139,13 @@ def steady_models(table: StepTable, by_row: Mapping[str, Tensor]) -> frozenset[s
     )
 
 
-def told_rows(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:
+def row_conds(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:
     """What each row is told: its cond, or where it is guided the pair of both.
 
     cond, uncond   of all samples, a Conditioning or anything else, or a ByLevel of them
     done           rows before it have run, and need no uncond
     """
-    conds, unconds = told_by_row(cond, table), told_by_row(uncond, table)
+    conds, unconds = cond_by_row(cond, table), cond_by_row(uncond, table)
     pairs: dict[tuple[int, int], object] = {}
     told: list[object] = []
     for index, (step, own, other) in enumerate(zip(table, conds, unconds, strict=True)):

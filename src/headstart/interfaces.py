@@ -47,7 +47,7 @@ class Conditioning:
                         attached or detached meanwhile. None: those attached at the time of a call
     extra               name -> [B, ...], what else a network of yours reads, such as a mask of the
                         text or the image's tokens, and what it made of the prompt for all rows
-                        (`headstart.prompt`): moved, sliced and stacked with the rest
+                        (`headstart.prompt_cache`): moved, sliced and stacked with the rest
     """
 
     context: Tensor

@@ -19,15 +19,15 @@ import torch
 from torch import Tensor
 
 from headstart import fork
-from headstart.by_level import told_parts
-from headstart.call import Call, calls_of, checked_strengths, for_all, told_rows
+from headstart.by_level import cond_parts
+from headstart.call import Call, checked_strengths, expand_cond, prepare_calls, row_conds
 from headstart.errors import InputError, PlanError
+from headstart.finite import Check, FiniteCheck
 from headstart.interfaces import Conditioning, NoiseSource
 from headstart.noise import Given, keys_of
 from headstart.plan.leg import PRINTED
 from headstart.plan.table import Step, StepTable
-from headstart.prompt import Prompts
-from headstart.watch import Check, Watch
+from headstart.prompt_cache import PromptCache
 from headstart_kernels import Draw, LinearMap, Preview, Rows, Steps, scale_input
 
 
@@ -91,8 +91,8 @@ class Run:
         fork.check_threads()
         done = _rows_done(table, resume)
         batch = len(noise)
-        cond = for_all(cond, batch)
-        first = told_parts(cond)[0]
+        cond = expand_cond(cond, batch)
+        first = cond_parts(cond)[0]
         if isinstance(first, Conditioning):
             self._dtype, device = first.context.dtype, first.context.device
         else:
@@ -101,17 +101,17 @@ class Run:
             place = device or ("cpu" if resume is None else resume.x.device)
             device = torch.empty(0, device=place).device
         strengths = checked_strengths(strengths, table, cond, batch)
-        told = told_rows(table, done, cond, uncond)
+        told = row_conds(table, done, cond, uncond)
         latent = _latent_shape(shape, noise, resume)
         picture = _checked_picture(picture, latent, device)
         self.table, self.noise, self.latent, self.device = table, noise, latent, device
-        self.prompts = Prompts()
-        self._calls = calls_of(table, told, strengths, batch, device, self.prompts)
+        self.prompts = PromptCache()
+        self._calls = prepare_calls(table, told, strengths, batch, device, self.prompts)
         self._dtypes: Mapping[str, torch.dtype] = {} if dtypes is None else dtypes
         self._steps: Steps | None = None
         self._placed: Tensor | None = None
         self._draw: Draw | None = None
-        self._watch, self.picture = Watch(check, device, (batch, *latent)), picture
+        self._watch, self.picture = FiniteCheck(check, device, (batch, *latent)), picture
         if resume is not None:
             _check_state(resume, (batch, *latent), device)
         self._state = resume

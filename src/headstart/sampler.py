@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.by_level import ByLevel, told_parts
+from headstart.by_level import ByLevel, cond_parts
 from headstart.call import Call
 from headstart.errors import InputError
+from headstart.finite import Check
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource, X0Denoiser
 from headstart.plan.table import Step, StepTable
-from headstart.prompt import ahead
+from headstart.prompt_cache import cached_prompt
 from headstart.run import Run, State
-from headstart.watch import Check
 from headstart_kernels import LinearMap
 
 __all__ = ["State", "sample"]
@@ -69,7 +69,7 @@ def sample(
     with torch's own operators before the next row; what torch does not see (a write through numpy)
     the next row's network would not see either.
     """
-    for part in told_parts(cond):
+    for part in cond_parts(cond):
         if not isinstance(part, Conditioning):
             raise InputError(
                 f"cond: expected a headstart.Conditioning, got {type(part).__name__}; "
@@ -106,7 +106,7 @@ def _loop(
             if isinstance(network, X0Denoiser):
                 f = _asked_for_x0(run, network, call)
             else:
-                f = network(call.x_in, call.timestep, ahead(network, call.cond))
+                f = network(call.x_in, call.timestep, cached_prompt(network, call.cond))
             del call  # the step makes the next x_in in its memory
             state = run.advance(f)
         yield state

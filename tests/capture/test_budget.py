@@ -9,7 +9,7 @@ import torch
 from counted import Counts, counted
 
 from headstart.networks.unet import UNet
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 from headstart.runner.graph import GraphRunner
 from headstart_kernels.emulation.audit import audit
 
@@ -24,7 +24,7 @@ def calls(gpu: Any, sdxl: dict[str, Any]) -> tuple[UNet, dict[str, tuple[Any, ..
     words, unet = gpu.words(SAMPLES), gpu.network(UNet, sdxl["base"].params)
     with gpu.fake, torch.no_grad():
         unet.lay_out()
-        told = Prompts().of(unet, words)
+        told = PromptCache().of(unet, words)
     return unet, {"first": (x, time, words), "later": (x, time, told)}
 
 

@@ -98,7 +98,7 @@ def test_a_study_is_drawn_and_reported(
 ) -> None:  # fmt: skip
     """On the fewest steps; the bundled scorer, which experiments ask, knows pictures of 64 px."""
     few = {**PAIRS, "demo": replace(PAIRS["demo"], base_steps=1)}
-    monkeypatch.setattr("headstart.plan.named.PAIRS", few)
+    monkeypatch.setattr("headstart.plan.by_name.PAIRS", few)
     options = ["--prompts", "one.txt", "--seeds", "0,1", "--timesteps", "999,499", "--out", "out"]
     options += ["--parts", parts, "--features", "structure" if parts == "plans" else "scorer"]
     if parts != "plans":

@@ -86,7 +86,7 @@ def test_a_study_of_networks_that_take_turns_says_what_one_of_networks_that_stay
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     few = {**PAIRS, "demo": replace(PAIRS["demo"], base_steps=1)}
-    monkeypatch.setattr("headstart.plan.named.PAIRS", few)
+    monkeypatch.setattr("headstart.plan.by_name.PAIRS", few)
     (tmp_path / "one.txt").write_text("a fox\n")
     found: list[Any] = []
     for memory, runner in (("auto", "graph"), ("none", "eager")):

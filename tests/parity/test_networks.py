@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import fusion
 from headstart.networks.load import load_tiny, load_unet, load_vae
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -112,7 +112,7 @@ def as_on_a_gpu(unet: Any, *call: Any) -> Tensor:
     unet.lay_out(torch.device("cuda"))
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     with fusion(True):
-        return unet(*call[:2], Prompts().of(unet, call[2]))
+        return unet(*call[:2], PromptCache().of(unet, call[2]))
 
 
 @pytest.mark.parametrize("called", [as_on_a_cpu, as_on_a_gpu])

@@ -19,7 +19,7 @@ from headstart.adapters.hooks import Changes
 from headstart.adapters.slots import Slot
 from headstart.interfaces import Conditioning
 from headstart.networks.state import Written
-from headstart.prompt import Ahead
+from headstart.prompt_cache import CachedExtra
 from headstart.runner.capture import is_capturing
 
 
@@ -114,7 +114,7 @@ def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:
         return ()
     if strengths is None or (strengths.requires_grad and torch.is_grad_enabled()):
         return None
-    known = cond.extra.columns(strengths) if isinstance(cond.extra, Ahead) else None
+    known = cond.extra.columns(strengths) if isinstance(cond.extra, CachedExtra) else None
     if known is not None:
         return tuple(known[column] for column in columns)
     if strengths.device.type == "cpu" and not is_capturing():

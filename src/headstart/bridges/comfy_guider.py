@@ -17,13 +17,13 @@ from torch import Tensor
 
 from headstart.bridges.comfy_model import ByRow, agree, as_asked, levels_of, listed
 from headstart.errors import InputError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
 from headstart.run import Run, State
 
-samplers: Any = Later("comfy.samplers")
-management: Any = Later("comfy.model_management")
+samplers: Any = LazyModule("comfy.samplers")
+management: Any = LazyModule("comfy.model_management")
 
 
 @dataclass(frozen=True)

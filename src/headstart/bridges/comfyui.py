@@ -21,13 +21,13 @@ from torch import Tensor
 from headstart.bridges.comfy_guider import Guider, RowSampler
 from headstart.bridges.comfy_model import Known, Planned, agree, by_row, levels_of, listed, planned
 from headstart.errors import InputError, PlanError
-from headstart.plan.document import plan_of_toml
-from headstart.plan.named import MODES, PRESETS
+from headstart.plan.by_name import MODES, PRESETS
 from headstart.plan.pairs import CUSTOM, PAIRS
 from headstart.plan.plan import Plan
 from headstart.plan.preset import preset
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.table import StepTable
+from headstart.plan.toml_plan import plan_of_toml
 
 MODELS = ("base", "distilled")
 CATEGORY = "sampling/custom_sampling/headstart"

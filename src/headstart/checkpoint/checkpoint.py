@@ -14,9 +14,9 @@ from headstart.checkpoint.embeddings import EmbeddingInfo
 from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.fit import some
 from headstart.checkpoint.folder import COMPONENTS
-from headstart.checkpoint.judged import Given, Judged
 from headstart.checkpoint.keymap import PARTS, PartName
 from headstart.checkpoint.lineage import family_of
+from headstart.checkpoint.network_info import NetworkInfo, Overrides
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.checkpoint.verdict import (
@@ -47,7 +47,7 @@ def read_family(path: str | Path) -> Family:
     return unet_family(Path(path), Checkpoint.open(path, "unet"))
 
 
-def unet_family(path: Path, checkpoint: Checkpoint, given: Given | None = None) -> Family:
+def unet_family(path: Path, checkpoint: Checkpoint, given: Overrides | None = None) -> Family:
     """As `read_family` for an open checkpoint, whose UNet is judged: one that is refused is so
     here, with the same sentence; what the caller has to say may be missing.
     """
@@ -122,9 +122,9 @@ def inspect_checkpoint(
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
     wanted: list[PartName] = folders or [PARTS[0]]
     held = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
-    verdicts = _verdicts(path, held, Given(allow=allow))
+    verdicts = _verdicts(path, held, Overrides(allow=allow))
     first, verdict = held[wanted[0]], verdicts[wanted[0]]
-    networks: dict[PartName, Judged] = {}
+    networks: dict[PartName, NetworkInfo] = {}
     for own in verdicts.values():
         networks |= own.networks
     layout: Layout = "diffusers" if folders else _layout(verdict)
@@ -171,7 +171,7 @@ def inspect_checkpoint(
 
 
 def _verdicts(
-    path: Path, held: Mapping[PartName, Checkpoint], given: Given
+    path: Path, held: Mapping[PartName, Checkpoint], given: Overrides
 ) -> dict[PartName, Verdict]:
     """Of each component; of two text encoders one, as they are read together."""
     return {
@@ -236,7 +236,9 @@ def _prediction(family: Family | None, guessed: Guess, stated: bool) -> str | No
     return (family.prediction if stated else guessed.prediction or family.prediction).value
 
 
-def _notes(verdict: Verdict, networks: Mapping[PartName, Judged], guessed: Guess) -> Iterator[str]:
+def _notes(
+    verdict: Verdict, networks: Mapping[PartName, NetworkInfo], guessed: Guess
+) -> Iterator[str]:
     if verdict.what is not None:
         yield f"{verdict.what}: {FIXES[verdict.what]}"
     yield from notes_of(networks)

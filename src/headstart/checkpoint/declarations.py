@@ -14,7 +14,7 @@ from headstart.checkpoint import scheduler
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.scheduler import EDMS, FLOWS, Json, number
 from headstart.errors import CheckpointError, PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import FloatArray, NoiseSchedule
 from headstart.plan.spacing import Process
@@ -22,7 +22,7 @@ from headstart.plan.spacing import Process
 if TYPE_CHECKING:
     import numpy as np
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ _PLAYGROUND_SCALE = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Said:
+class Statements:
     """Everything besides tensors that came with a checkpoint; each may be empty.
 
     metadata   the safetensors `__metadata__`; ours are the keys `headstart.*`
@@ -78,7 +78,7 @@ class Said:
         return Prediction.EDM_V if "edm_vpred.sigma_max" in self.tensors else None
 
 
-def declared(family: Family, said: Said) -> Family:
+def declared(family: Family, said: Statements) -> Family:
     """`family` with everything the file says about itself; metadata wins over config files.
 
     Raises CheckpointError for a value that cannot be read or that no network here implements.
@@ -111,7 +111,7 @@ def read_scheduler(config: Json) -> tuple[Process, Prediction]:
             "expected a scheduler of diffusers, or its scheduler_config.json with a _class_name, "
             f"got {dict(config)!r:.80}"
         )
-    said = Said(scheduler=config)
+    said = Statements(scheduler=config)
     try:
         found = _schedule(NoiseSchedule.scaled_linear(), said) | _prediction(said)
     except PlanError as error:
@@ -153,7 +153,7 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
     return value
 
 
-def _from_configs(family: Family, said: Said, found: dict[str, object]) -> None:
+def _from_configs(family: Family, said: Statements, found: dict[str, object]) -> None:
     if said.unet:
         found |= _heads(said.unet)
         found["norm_groups"] = int(number(said.unet, "norm_num_groups", 32, "unet"))
@@ -221,7 +221,7 @@ def _heads(config: Json) -> dict[str, object]:
     )
 
 
-def _prediction(said: Said) -> dict[str, object]:
+def _prediction(said: Statements) -> dict[str, object]:
     if said.edm is not None:
         return {"prediction": said.edm}
     if said.flows:
@@ -238,7 +238,7 @@ def _prediction(said: Said) -> dict[str, object]:
     return {} if value is None else {"prediction": Prediction(value)}
 
 
-def _schedule(table: NoiseSchedule, said: Said) -> dict[str, object]:
+def _schedule(table: NoiseSchedule, said: Statements) -> dict[str, object]:
     if said.edm is not None:
         low, high = (
             next(iter(said.tensors.get(f"edm_vpred.sigma_{end}", ())), usual)

@@ -26,13 +26,13 @@ from headstart.checkpoint.header import (
     open_regular,
 )
 from headstart.errors import CheckpointError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16 * 2**20  # an SDXL UNet's has 0.15 MB; language models' vocabularies fit too

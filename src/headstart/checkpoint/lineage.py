@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
-from headstart.checkpoint.declarations import FLAGS, STATEMENTS, Said, declared
+from headstart.checkpoint.declarations import FLAGS, STATEMENTS, Statements, declared
 from headstart.checkpoint.families import FAMILIES, Family, recognise
 from headstart.checkpoint.folder import json_in, root_of
 from headstart.checkpoint.tensors import Checkpoint, Part
@@ -31,7 +31,7 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
         return None
     alphas = "alphas_cumprod"
     rounding = _ROUNDING.get(checkpoint.dtypes.get(alphas, ""))
-    said = Said(
+    said = Statements(
         path=path,
         metadata=checkpoint.metadata,
         unet=parts["unet"].config if "unet" in parts else {},
@@ -50,7 +50,7 @@ def vae_family(path: Path, part: Part) -> Family:
     if family is not None:
         return family
     nameless = replace(FAMILIES["sd15"], name="unknown")
-    said = Said(
+    said = Statements(
         path=path,
         metadata=part.checkpoint.metadata,
         vae=part.config,

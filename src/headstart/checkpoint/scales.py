@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
 
 from headstart.checkpoint.header import Entry, parse_object
 from headstart.errors import CheckpointError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
 
     from headstart.checkpoint.cast import Array
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 Entries = Mapping[str, Entry]
 Read = Callable[[str], memoryview]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from headstart.errors import CheckpointError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.schedule import NoiseSchedule
@@ -14,7 +14,7 @@ from headstart.plan.schedule import NoiseSchedule
 if TYPE_CHECKING:
     import numpy as np
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 Json = Mapping[str, object]
 

@@ -18,11 +18,11 @@ from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_i
 from headstart.checkpoint.gguf import BLOCKS, check_package
 from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry
 from headstart.checkpoint.keymap import PARTS, PartName, Source
-from headstart.checkpoint.mapped import Container, Mapped
+from headstart.checkpoint.mapped_files import Container, MappedFiles
 from headstart.checkpoint.prefixes import SINGLE_FILE
 from headstart.checkpoint.scales import SCALED, factor, find
 from headstart.errors import CheckpointError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.schedule import FloatArray
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from headstart.checkpoint.cast import Array
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 
 TITLES: dict[PartName, str] = {
@@ -82,7 +82,7 @@ class Checkpoint:
         *,
         ema: averages.Ema = None,
     ) -> None:
-        self._held = Mapped.of(files)
+        self._held = MappedFiles.of(files)
         self.files = self._held.files
         self.metadata = self._held.metadata
         self.config: Mapping[str, object] = config or {}

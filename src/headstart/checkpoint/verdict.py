@@ -14,18 +14,18 @@ from headstart.checkpoint.embeddings import EmbeddingInfo, describe_embedding
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.fit import some
 from headstart.checkpoint.folder import COMPONENTS, root_of
-from headstart.checkpoint.judged import (
-    Given,
-    Judged,
+from headstart.checkpoint.keymap import PartName
+from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
+from headstart.checkpoint.leftovers import is_allowed
+from headstart.checkpoint.lineage import family_of, vae_family
+from headstart.checkpoint.network_info import (
+    NetworkInfo,
+    Overrides,
     judge_texts,
     judge_tiny,
     judge_unet,
     judge_vae,
 )
-from headstart.checkpoint.keymap import PartName
-from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
-from headstart.checkpoint.leftovers import is_allowed
-from headstart.checkpoint.lineage import family_of, vae_family
 from headstart.checkpoint.tensors import TITLES, Checkpoint, Part
 from headstart.errors import CheckpointError
 
@@ -54,10 +54,10 @@ class Verdict:
     family: Family | None = None
     what: str | None = None
     embedding: EmbeddingInfo | None = None
-    networks: Mapping[PartName, Judged] = field(default_factory=dict[PartName, Judged])
+    networks: Mapping[PartName, NetworkInfo] = field(default_factory=dict[PartName, NetworkInfo])
     problem: str | None = None
 
-    def require(self, name: PartName, *, needs: bool = True) -> Judged:
+    def require(self, name: PartName, *, needs: bool = True) -> NetworkInfo:
         """That network, ready to be loaded. Raises CheckpointError with what is wrong instead.
 
         `needs`: whether what only the caller can say must have been given.
@@ -107,7 +107,7 @@ class Verdict:
 def judge(
     path: str | Path,
     checkpoint: Checkpoint,
-    given: Given | None = None,
+    given: Overrides | None = None,
     *,
     second: Checkpoint | None = None,
 ) -> Verdict:
@@ -116,7 +116,7 @@ def judge(
     From headers alone, but for the few numbers by which a file says what it is. Never raises for
     what the file holds: that is `problem`.
     """
-    path, given = Path(path), given or Given()
+    path, given = Path(path), given or Overrides()
     try:
         verdict = _judge(path, checkpoint, given, second)
     except CheckpointError as error:
@@ -133,7 +133,9 @@ def _component(path: Path, checkpoint: Checkpoint) -> str:
     return f"{folder.name}: " if inside else ""
 
 
-def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint | None) -> Verdict:
+def _judge(
+    path: Path, checkpoint: Checkpoint, given: Overrides, second: Checkpoint | None
+) -> Verdict:
     if (embedding := describe_embedding(path, checkpoint)) is not None:
         return Verdict(path=path, what=EMBEDDING, embedding=embedding)
     kind = kind_of(checkpoint.names)
@@ -152,15 +154,15 @@ def _judge(path: Path, checkpoint: Checkpoint, given: Given, second: Checkpoint 
         second.check_numbers()
         parts["text_2"] = _second(path, second, given)
     family = family_of(path, checkpoint)
-    networks: dict[PartName, Judged] = {}
+    networks: dict[PartName, NetworkInfo] = {}
 
-    def add(name: PartName, judge_part: Callable[[Part], Judged]) -> None:
+    def add(name: PartName, judge_part: Callable[[Part], NetworkInfo]) -> None:
         if name in parts:
             try:
                 networks[name] = judge_part(parts[name])
             except CheckpointError as error:
                 problem = f"the {TITLES[name]}: {_bare(error, path, checkpoint)}"
-                networks[name] = Judged(part=parts[name], problem=problem)
+                networks[name] = NetworkInfo(part=parts[name], problem=problem)
 
     add("unet", lambda part: judge_unet(part, family, given))
     add("vae", lambda part: judge_vae(part, vae_family(path, part), given))
@@ -224,7 +226,7 @@ def _left(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
     )
 
 
-def _second(path: Path, second: Checkpoint, given: Given) -> Part:
+def _second(path: Path, second: Checkpoint, given: Overrides) -> Part:
     """The text encoder in a folder of its own; from inside, both look alike."""
     parts = second.parts()
     if (problem := _left(second, given.allow)) is not None:
@@ -234,7 +236,7 @@ def _second(path: Path, second: Checkpoint, given: Given) -> Part:
     return replace(parts["text"], name="text_2")
 
 
-def notes_of(networks: Mapping[PartName, Judged]) -> Iterator[str]:
+def notes_of(networks: Mapping[PartName, NetworkInfo]) -> Iterator[str]:
     """What to know of networks that load: halves of them, and whose latents they are."""
     networks = {name: judged for name, judged in networks.items() if judged.problem is None}
     if "vae" in networks and (params := networks["vae"].vae) is not None:
@@ -251,7 +253,7 @@ def notes_of(networks: Mapping[PartName, Judged]) -> Iterator[str]:
         yield f"tiny: the {half} alone, {use}"
 
 
-def next_of(path: Path, verdict: Verdict, networks: Mapping[PartName, Judged]) -> str:
+def next_of(path: Path, verdict: Verdict, networks: Mapping[PartName, NetworkInfo]) -> str:
     """The options that take such a file, with the arguments that it needs."""
     file = foreign.quoted(path)
     if verdict.what is not None:

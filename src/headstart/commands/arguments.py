@@ -12,7 +12,7 @@ from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
 
 if TYPE_CHECKING:
     from headstart.diversify.method import Method
-    from headstart.plan.named import PlanSettings
+    from headstart.plan.by_name import PlanSettings
 
 OWN_WEIGHTS = (
     *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
@@ -355,7 +355,7 @@ def read_diversify(args: argparse.Namespace, *, apart: bool = False) -> tuple[Me
 
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    from headstart.plan.named import MODES  # loads numpy, which `inspect` does without
+    from headstart.plan.by_name import MODES  # loads numpy, which `inspect` does without
 
     group = parser.add_argument_group("plan")
     group.add_argument(

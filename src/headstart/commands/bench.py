@@ -24,7 +24,7 @@ from headstart.commands.console import RowBar, progress
 from headstart.commands.estimate import add_estimate, check_estimate, estimated
 from headstart.commands.session import open_engine
 from headstart.output import check_file, write_file
-from headstart.plan.named import MODES, PRESETS, TOML, PlanSettings, named_plan
+from headstart.plan.by_name import MODES, PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 _ROUNDS, _WARMUP = 20, 2

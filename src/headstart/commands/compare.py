@@ -23,7 +23,7 @@ from headstart.commands.console import RowBar, note, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.named import PRESETS
+from headstart.plan.by_name import PRESETS
 from headstart.plan.request import pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"

@@ -10,7 +10,7 @@ import headstart_weights
 from headstart.commands.arguments import read_predictions, read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
 from headstart.errors import InputError
-from headstart.plan.named import PlanSettings, named_pair, named_plan
+from headstart.plan.by_name import PlanSettings, named_pair, named_plan
 from headstart.plan.pairs import PAIRS
 from headstart.plan.request import check_size, parse_seeds
 
@@ -180,7 +180,7 @@ def _of_files(
     args: argparse.Namespace, plans: Mapping[str, PlanSettings]
 ) -> tuple[Mapping[str, Sizes], list[StepTable]]:
     """One file alone is both models, as for `headstart plan`."""
-    from headstart.checkpoint.judged import Given
+    from headstart.checkpoint.network_info import Overrides
     from headstart.cost.sizes import sizes_of_files
     from headstart.engine.models import FilePath, Model, check_belong, preset_of, schedules
     from headstart.engine.models import predictions as predicted
@@ -193,7 +193,7 @@ def _of_files(
     check_belong(models)
     known = predicted(read_predictions(args.prediction), models)
     found, pair = schedules(models, known), preset_of(models)
-    given = Given(head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow)
+    given = Overrides(head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow)
     sizes = sizes_of_files(paths, given, vae=args.vae, text=args.text)
     return sizes, [
         named_plan(plan, settings, pair).compile(found, prediction=known)

@@ -13,7 +13,7 @@ from headstart.commands.arguments import (
     read_predictions,
 )
 from headstart.commands.console import note
-from headstart.plan.named import named_pair, named_plan
+from headstart.plan.by_name import named_pair, named_plan
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

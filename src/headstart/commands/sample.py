@@ -26,7 +26,7 @@ from headstart.commands.console import RowBar, progress
 from headstart.commands.session import counted, open_engine, report, write_images
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.plan.named import named_plan
+from headstart.plan.by_name import named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 

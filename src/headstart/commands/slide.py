@@ -21,7 +21,7 @@ from headstart.commands.console import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.named import MODES, PRESETS, named_plan
+from headstart.plan.by_name import MODES, PRESETS, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 

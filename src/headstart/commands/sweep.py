@@ -27,7 +27,7 @@ from headstart.commands.console import note, progress
 from headstart.commands.session import open_engine, use_local_device
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.plan.named import named_plan
+from headstart.plan.by_name import named_plan
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from headstart.commands.intervention import Intervention
 from headstart.commands.session import open_engine
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.named import PRESETS, TOML, PlanSettings, check_name, named_plan
+from headstart.plan.by_name import PRESETS, TOML, PlanSettings, check_name, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from headstart.checkpoint.keymap import PARTS, PartName, Source
 from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.scales import LAYERS
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint
-from headstart.convert import pickled
+from headstart.convert import pickle_file
 from headstart.convert.container import compose, in_order
 from headstart.convert.relayout import LAYOUTS, Layout, Planned, as_stored, left_out, piece, relaid
 from headstart.errors import CheckpointError, InputError
@@ -85,18 +85,20 @@ def convert(
     """
     source, target = Path(source), Path(target)
     _check_request(source, target, layout, dtype, part, overwrite)
-    kind = None if source.is_dir() else pickled.kind_of(source)
+    kind = None if source.is_dir() else pickle_file.kind_of(source)
     plain = layout == "same" and dtype == "same" and part is None
     held = _opened(source, part) if kind is None else None
     with writing(target) as partial:
         if held is not None:
             lost = _rewrite(held, partial, layout, dtype, part, on_bytes)
         elif plain:
-            lost = pickled.extract(source, partial, timeout_s=timeout_s, on_bytes=on_bytes).left_out
+            lost = pickle_file.extract(
+                source, partial, timeout_s=timeout_s, on_bytes=on_bytes
+            ).left_out
         else:
             raw = partial.with_suffix(".raw")
             with _temporary(raw), _named(raw, source):
-                first = pickled.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
+                first = pickle_file.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
                 held = Checkpoint([raw])
                 lost = (
                     *first.left_out,

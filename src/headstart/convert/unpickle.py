@@ -1,7 +1,10 @@
-"""The child process that reads a pickle: `python -m headstart.unpickle IN OUT`, for `pickled`.
+"""The child process that reads a pickle, started by `pickle_file`.
 
-torch.load(weights_only=True) -> {name: tensor} -> safetensors. Nothing that the pickle names is
-called, except what torch rebuilds tensors with; memory and CPU time are limited all the same.
+python -m headstart.convert.unpickle IN OUT SECONDS
+torch.load(weights_only=True) -> {name: tensor} -> safetensors
+
+torch calls nothing that the pickle names, except the functions that rebuild tensors. Memory and CPU
+time are limited all the same.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headstart.convert.container import Slot, compose, in_order
-from headstart.convert.document import check_weights, named
+from headstart.convert.pickle_contents import check_weights, named
 from headstart.errors import CheckpointError
 
 MEMORY_MARGIN = 2**30
@@ -161,8 +164,8 @@ def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
 
     {"state_dict": {...}} and its like are unwrapped, other nested tables are joined with dots,
     and a textual inversion becomes `emb_params`. Raises CheckpointError where nothing is found,
-    two names collide, a tensor has no name (`headstart.convert.document`), it is the state of a
-    trainer, or the nesting is endless.
+    two names collide, a tensor has no name (`pickle_contents`), it is the
+    state of a trainer, or the nesting is endless.
     """
     left_out: list[str] = []
     table = _unwrapped(named(document, left_out), left_out)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
 from headstart.checkpoint.folder import COMPONENTS
-from headstart.checkpoint.judged import Given
+from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.params import ClipParams, Mid, Stage, UNetParams, VaeParams
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.checkpoint.verdict import judge
@@ -95,7 +95,7 @@ def sizes_of_family(name: str) -> Sizes:
 
 def sizes_of_files(
     paths: Mapping[str, str | Path],
-    given: Given | None = None,
+    given: Overrides | None = None,
     *,
     vae: str | Path | None = None,
     text: str | Path | None = None,
@@ -106,7 +106,7 @@ def sizes_of_files(
     Raises CheckpointError for a file without a UNet that we know, and where no file has a VAE or
     text encoders and the family's full size is not known.
     """
-    given = given or Given()
+    given = given or Overrides()
     found: dict[str, tuple[Family, UNetParams]] = {}
     for role, path in paths.items():
         judged = judge(path, Checkpoint.open(path, "unet"), given).require("unet")
@@ -133,7 +133,7 @@ def _holder(
     return None if family.lineage in FULL else Path(next(iter(paths.values())))
 
 
-def _vae(path: Path | None, given: Given, family: Family) -> VaeParams:
+def _vae(path: Path | None, given: Overrides, family: Family) -> VaeParams:
     if path is None:
         return sizes_of_family(family.lineage).vae
     found = judge(path, Checkpoint.open(path, "vae"), given).require("vae").vae
@@ -141,7 +141,7 @@ def _vae(path: Path | None, given: Given, family: Family) -> VaeParams:
     return found
 
 
-def _text(path: Path | None, given: Given, family: Family) -> tuple[Encoder, ...]:
+def _text(path: Path | None, given: Overrides, family: Family) -> tuple[Encoder, ...]:
     if path is None:
         return sizes_of_family(family.lineage).text
     second = None

@@ -21,7 +21,7 @@ from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart.plan.table import StepTable
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 from headstart_kernels import decode_u8, fused_step_into, philox_normal, scale_input
 
 _CARD = torch.device("meta")
@@ -107,13 +107,13 @@ def unet_pass(
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
     told: list[Conditioning] = []
-    read = count(lambda: told.append(Prompts().of(network, cond)))
+    read = count(lambda: told.append(PromptCache().of(network, cond)))
     return Pass(read, count(lambda: network(x_in, timestep, told[0])))
 
 
 def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:
-    """(model, passes) -> how often it reads its prompt, and its rows: `headstart.prompt` keeps what
-    the last row's network read."""
+    """(model, passes) -> how often it reads its prompt, and its rows: `headstart.prompt_cache`
+    keeps what the last row's network read."""
     found: dict[tuple[str, int], tuple[int, int]] = {}
     last = None
     for step in table:

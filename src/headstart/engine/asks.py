@@ -7,11 +7,11 @@ from headstart.adapters.snapshot import Asking
 from headstart.engine.given import Noise, Told
 from headstart.engine.words import Size, Texts
 from headstart.networks.prompt_style import PromptStyle
-from headstart.plan.named import PlanSettings
+from headstart.plan.by_name import PlanSettings
 
 
 class Asks(PlanSettings, total=False):
-    """All have a default; None is the default too. See also `headstart.plan.named.PlanSettings`.
+    """All have a default; None is the default too. See also `headstart.plan.by_name.PlanSettings`.
 
     negative        what guidance moves away from: one text for all, or one an image. None: no
                     negative prompt, which is zeros where the family was trained so (SDXL) and the

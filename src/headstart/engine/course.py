@@ -21,13 +21,13 @@ from headstart.engine.lengths import alike, lengths, meeting, tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
+from headstart.finite import Check
 from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
 from headstart.run import State
 from headstart.runner.batch import Chunked
 from headstart.runner.runner import RunnerName, open_runner
 from headstart.sampler import sample
-from headstart.watch import Check
 from headstart_kernels import LinearMap
 
 

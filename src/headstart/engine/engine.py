@@ -39,7 +39,7 @@ from headstart.networks.casting import compute_dtype
 from headstart.networks.prompt_style import PromptStyle
 from headstart.networks.text import ClipText
 from headstart.noise import Philox, noise_on
-from headstart.plan.named import PlanSettings
+from headstart.plan.by_name import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.folder import COMPONENTS
-from headstart.checkpoint.judged import Given
+from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.checkpoint.verdict import Verdict, judge
 from headstart.engine.blocks import blocks_of, gather
@@ -188,7 +188,7 @@ def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
 def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, Shape]:
     """What networks hold of one picture of the size that is planned for."""
     options = sources.options
-    given = Given(
+    given = Overrides(
         head_dim=options.get("head_dim"),
         text_head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer") is not None,
@@ -223,7 +223,7 @@ def _values(sources: Sources, kind: Dtype, decodes: Dtype) -> tuple[Footprint, S
     return values, Shape(1, vae.latent_channels, cells, pixels)
 
 
-def _judged(path: FilePath, name: PartName, given: Given, ema: bool | None = None) -> Verdict:
+def _judged(path: FilePath, name: PartName, given: Overrides, ema: bool | None = None) -> Verdict:
     path = Path(path)
     second = None
     if name == "text" and (path / COMPONENTS["text_2"]).is_dir():

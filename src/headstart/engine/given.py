@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from headstart.by_level import ByLevel, told_parts
+from headstart.by_level import ByLevel, cond_parts
 from headstart.engine.pair import Pair
 from headstart.engine.words import has_sizes
 from headstart.errors import InputError
@@ -83,7 +83,7 @@ def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
 
 
 def _parts(told: Told) -> list[Conditioning]:
-    return [part for part in told_parts(told) if isinstance(part, Conditioning)]
+    return [part for part in cond_parts(told) if isinstance(part, Conditioning)]
 
 
 def has_time_ids(told: Told) -> bool:

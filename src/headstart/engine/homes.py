@@ -18,7 +18,7 @@ from headstart.engine.memory import available_bytes, pool_bytes
 from headstart.engine.places import Placement
 from headstart.engine.room import Room
 from headstart.interfaces import Conditioning
-from headstart.prompt import ReadsPrompt, prompt_key
+from headstart.prompt_cache import ReadsPrompt, prompt_key
 from headstart.run import State
 from headstart.runner.runner import Runner
 

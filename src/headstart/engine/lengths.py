@@ -12,7 +12,7 @@ from typing import cast
 
 from torch import Tensor
 
-from headstart.by_level import ByLevel, told_by_row, told_parts
+from headstart.by_level import ByLevel, cond_by_row, cond_parts
 from headstart.engine.given import Told
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
@@ -49,7 +49,7 @@ def alike(told: Told, tokens: int) -> Told:
 
 def lengths(told: Told | None) -> list[int]:
     """Tokens of each part."""
-    parts = told_parts(told)
+    parts = cond_parts(told)
     return [part.context.shape[1] for part in parts if isinstance(part, Conditioning)]
 
 
@@ -59,7 +59,7 @@ def tokens_of(told: Told, table: StepTable, piece: int) -> list[tuple[int, ...]]
     Waits for the device, once a text.
     """
     known: dict[int, tuple[int, ...]] = {}
-    rows = told_by_row(told, table)
+    rows = cond_by_row(told, table)
     for part in rows:
         if isinstance(part, Conditioning) and id(part) not in known:
             known[id(part)] = _own(part.context, piece)

@@ -14,7 +14,7 @@ from headstart.checkpoint.checkpoint import family_of, unet_family
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import Main, averages_note
 from headstart.checkpoint.families import Family, latent_space
-from headstart.checkpoint.judged import Given
+from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.errors import CheckpointError, InputError
 from headstart.plan.pairs import DEMO_RATIO
@@ -41,7 +41,7 @@ class Model:
         `allow`: tensors that may be left aside.
         """
         checkpoint = Checkpoint.open(path, "unet")
-        family = unet_family(Path(path), checkpoint, Given(allow=allow))
+        family = unet_family(Path(path), checkpoint, Overrides(allow=allow))
         return cls(path, family, guess(path, checkpoint, family.lineage))
 
     def states(self, field: str) -> bool:

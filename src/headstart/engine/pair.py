@@ -18,7 +18,7 @@ import torch
 import headstart_weights
 from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
-from headstart.checkpoint.mapped import headers_once
+from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.budget import Footprint
 from headstart.engine.devices import Device, choose_devices
@@ -165,7 +165,7 @@ class Options(TypedDict, total=False):
     vae_dtype: str
 
 
-@headers_once()
+@headers_cached()
 def load_pair(
     base: FilePath | None,
     distilled: FilePath | None,

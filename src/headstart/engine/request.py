@@ -22,7 +22,7 @@ from headstart.engine.tags import Tags, tagged
 from headstart.engine.words import Line, Words, check_words, listed, pair_of_pixels
 from headstart.errors import InputError
 from headstart.interfaces import NoiseSource
-from headstart.plan.named import PlanSettings
+from headstart.plan.by_name import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_size, pair_up
 from headstart.plan.table import StepTable

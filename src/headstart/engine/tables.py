@@ -7,7 +7,7 @@ from typing import cast
 
 from headstart.engine.pair import Pair
 from headstart.errors import PlanError
-from headstart.plan.named import PRESETS, TOML, PlanSettings, named_plan
+from headstart.plan.by_name import PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_table
 from headstart.plan.schedule import fingerprint_of

@@ -16,7 +16,7 @@ import torch
 from headstart.checkpoint.ema import Ema
 from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.folder import COMPONENTS, root_of
-from headstart.checkpoint.judged import Given, Judged
+from headstart.checkpoint.network_info import NetworkInfo, Overrides
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
@@ -90,7 +90,7 @@ def load_unet(
     if head_dim is not None and head_dim < 1:
         raise InputError(f"head_dim must be positive, got {head_dim}")
     checkpoint = Checkpoint.open(path, "unet", half=is_half(dtype), ema=ema)
-    judged = judge(path, checkpoint, Given(head_dim=head_dim, allow=allow)).require("unet")
+    judged = judge(path, checkpoint, Overrides(head_dim=head_dim, allow=allow)).require("unet")
     params = judged.unet
     assert params is not None
     return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS, packed)
@@ -120,7 +120,7 @@ def load_vae(
     """
     target = device_of(device)
     _check_wide(dtype, "a VAE")
-    given = Given(
+    given = Overrides(
         scale_factor=scale_factor,
         shift_factor=shift_factor,
         norm_groups=norm_groups,
@@ -160,7 +160,7 @@ def load_text(
         raise InputError(f"exclamation {exclamation!r:.40}: expected {', '.join(EXCLAMATIONS)}")
     target, path = device_of(device), Path(path)
     half = is_half(dtype)
-    given = Given(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow)
+    given = Overrides(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow)
     checkpoint, second = Checkpoint.open(path, "text", half=half), None
     if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2", half=half)
@@ -187,7 +187,7 @@ def load_tiny(
     target = device_of(device)
     _check_wide(dtype, "a tiny autoencoder")
     checkpoint = Checkpoint.open(path, "tiny", half=is_half(dtype))
-    judged = judge(path, checkpoint, Given(allow=allow)).require("tiny")
+    judged = judge(path, checkpoint, Overrides(allow=allow)).require("tiny")
     halves = judged.tiny
 
     def build() -> TinyVae:
@@ -247,14 +247,14 @@ def _check_wide(dtype: Dtype, what: str) -> None:
         raise InputError(f'dtype "float8" is for UNets and text encoders, and this is {what}')
 
 
-def _overflows(judged: Judged) -> bool:
+def _overflows(judged: NetworkInfo) -> bool:
     """SDXL's own decoder, known by its scale, unless its config says that it has been repaired."""
     repaired = judged.part.config.get("force_upcast") is False
     scale = judged.vae.scale_factor if judged.vae is not None else None
     return scale == FAMILIES["sdxl"].scale_factor and not repaired
 
 
-def _tower(judged: Judged, device: torch.device, dtype: Dtype) -> Tower:
+def _tower(judged: NetworkInfo, device: torch.device, dtype: Dtype) -> Tower:
     params, rule = judged.clip, judged.rule
     assert params is not None and rule is not None
     wide = _PROJECTION if params.width >= _LARGE else None

@@ -26,7 +26,7 @@ from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart.networks.state import Watch, calling
 from headstart.networks.transformer import TEXTS, Beside, SpatialTransformer, Text, TransformerBlock
-from headstart.prompt import ahead
+from headstart.prompt_cache import cached_prompt
 
 
 class ResBlock(nn.Module):
@@ -166,8 +166,8 @@ class UNet(nn.Module):
     def __call__(self, *args: Any, **named: Any) -> Tensor:
         """`forward`, with what a run keeps of its prompt; read before the call, because that is a
         call of its own to adapters."""
-        named = {name: ahead(self, given) for name, given in named.items()}
-        return super().__call__(*(ahead(self, given) for given in args), **named)
+        named = {name: cached_prompt(self, given) for name, given in named.items()}
+        return super().__call__(*(cached_prompt(self, given) for given in args), **named)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         beside = self._beside(timestep.expand(x_in.shape[0]), cond, x_in.dtype)

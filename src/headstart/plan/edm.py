@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.ramps import RHO, exponential, karras
 from headstart.plan.spacing import SLACK, Interpolation, Points, Spacing, real, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 
 @dataclass(frozen=True, slots=True)

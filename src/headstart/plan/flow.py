@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.ramps import beta_quantile
 from headstart.plan.spacing import Interpolation, Points, Spacing, real, whole_number
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from headstart.plan.spacing import FloatArray
 else:
-    np, FloatArray = Later("numpy"), Any
+    np, FloatArray = LazyModule("numpy"), Any
 
 FLOW_STEPS = 1000.0
 """What the network is told at t = 1."""

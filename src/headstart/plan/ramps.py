@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     FloatArray = npt.NDArray[np.float64]
 else:
-    np, FloatArray = Later("numpy"), Any
+    np, FloatArray = LazyModule("numpy"), Any
 
 RHO = 7.0
 """Karras et al.'s choice for sampling (arXiv:2206.00364, table 1)."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
 
 from headstart.errors import PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.ramps import RHO, align_your_steps, exponential, karras
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 else:
-    np = Later("numpy")
+    np = LazyModule("numpy")
 
 __all__ = [
     "TRAIN_STEPS",

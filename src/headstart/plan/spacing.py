@@ -9,7 +9,7 @@ from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
 
 from headstart.errors import PlanError
-from headstart.later import Later
+from headstart.lazy import LazyModule
 from headstart.plan.ramps import beta_quantile
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     FloatArray = npt.NDArray[np.float64]
     Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
 else:
-    np, FloatArray, Floats = Later("numpy"), Any, Any
+    np, FloatArray, Floats = LazyModule("numpy"), Any, Any
 
 Interpolation = Literal["linear", "log"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headstart.interfaces import Conditioning
-from headstart.prompt import ReadsPrompt, ahead, prompt_key
+from headstart.prompt_cache import ReadsPrompt, cached_prompt, prompt_key
 from headstart.runner.runner import Runner
 
 
@@ -32,7 +32,7 @@ class Chunked(NamedTuple):
         return self.network.dtype
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        cond = ahead(self, cond)
+        cond = cached_prompt(self, cond)
         if len(x_in) <= self.rows:
             return self.network(x_in, timestep, cond)
         parts = self._parts(len(x_in))

@@ -18,7 +18,7 @@ from headstart.errors import CaptureError
 from headstart.interfaces import Adapters, Conditioning, Denoiser
 from headstart.networks.casting import compute_dtype
 from headstart.networks.fusion import setting
-from headstart.prompt import ReadsPrompt, ahead, prompt_key
+from headstart.prompt_cache import ReadsPrompt, cached_prompt, prompt_key
 from headstart.runner.capture import Program, Site, Tensors
 
 _COND = "cond."
@@ -87,7 +87,7 @@ class GraphRunner:
         self, x_in: Tensor, timestep: Tensor, cond: Conditioning
     ) -> tuple[Program, Tensors]:
         """What a call would run, and on what: for `Site.prepare`, and for an audit."""
-        cond = ahead(self, cond)
+        cond = cached_prompt(self, cond)
         adapters, name = adapters_of(self.network, cond), type(self.network).__name__
         networks = (self.network, *(() if adapters is None else adapters.parts(self.network)))
         key = setting(), None if adapters is None else adapters.columns

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.casting import compute_dtype
-from headstart.prompt import ReadsPrompt, ahead, prompt_key
+from headstart.prompt_cache import ReadsPrompt, cached_prompt, prompt_key
 from headstart.runner.capture import Site
 from headstart.runner.compiled import CompiledNetwork
 from headstart.runner.compiled_function import Backend
@@ -161,7 +161,7 @@ class EagerRunner:
         return self._wall_ms
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        cond = ahead(self, cond)
+        cond = cached_prompt(self, cond)
         x_in = x_in.to(self.dtype, memory_format=self.memory_format)
         if cond.context.dtype != self.dtype:
             cond = cond.to(x_in.device, self.dtype)

@@ -23,15 +23,15 @@ from torch import Tensor
 from headstart.by_level import ByLevel
 from headstart.call import steady_models
 from headstart.errors import InputError
+from headstart.finite import require_finite
 from headstart.interfaces import Adapters, Conditioning, Denoiser, LatentCodec, NoiseSource
 from headstart.networks.casting import compute_dtype
 from headstart.networks.fusion import setting
 from headstart.noise import keys_of
 from headstart.plan.table import StepTable
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.graph import adapters_of, named, unnamed
-from headstart.watch import require_finite
 from headstart_kernels import COLUMNS, INITIAL, finite_flags, ops
 
 _ROW = "row."
@@ -277,7 +277,7 @@ class _Request:
         kept, shown = list[Tensor](), self._pictures(x)
         sound = finite_flags((len(self.rows) * self.batch, *x.shape[1:]), x.device)
         sound = sound.view(len(self.rows), self.batch, -1)
-        told, prompts = dict[Hashable, Conditioning](), Prompts()
+        told, prompts = dict[Hashable, Conditioning](), PromptCache()
         changes = dict[Hashable, Tensors]()
         for number, row in enumerate(self.rows):
             key, own = (row.guided, x_in.dtype), (row.guided, row.model)
@@ -345,7 +345,7 @@ class _Request:
         return changes
 
     def _predict(
-        self, row: Row, x_in: Tensor, cond: Conditioning, prompts: Prompts, inputs: Tensors
+        self, row: Row, x_in: Tensor, cond: Conditioning, prompts: PromptCache, inputs: Tensors
     ) -> Tensor:
         network, step = self.graph.denoisers[row.model], inputs["step"].view(1)
         timestep = inputs["table"][:, _TIMESTEP].index_select(0, step).expand(len(x_in))

@@ -1,7 +1,7 @@
 """The tensors of a network that somebody published, from a safetensors file or from a pickle.
 
 file -> {name: tensor} and a digest -> a network that has exactly these, all finite
-A pickle is read in a process of its own (`convert.pickled`) and written to a temporary file.
+A pickle is read in a process of its own (`convert.pickle_file`) and written to a temporary file.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from headstart.checkpoint.header import open_regular
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.convert import pickled
+from headstart.convert import pickle_file
 from headstart.errors import CheckpointError
 from headstart.fork import check_threads
 
@@ -63,12 +63,12 @@ def read_weights(path: Path) -> Weights:
     """The tensors of a safetensors file or of a pickle. Raises CheckpointError for any other."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if pickled.kind_of(path) is None:
+    if pickle_file.kind_of(path) is None:
         return Weights(path, _mapped(path), digest)
     with tempfile.TemporaryDirectory() as folder:
         # A mapped file stays readable after its name is gone.
         target = Path(folder) / "weights.safetensors"
-        pickled.extract(path, target)
+        pickle_file.extract(path, target)
         return Weights(path, _mapped(target), digest)
 
 

@@ -30,7 +30,7 @@ from headstart.engine.words import shown
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import vendi
 from headstart.metrics.resample import measure_diversity
-from headstart.plan.named import PlanSettings
+from headstart.plan.by_name import PlanSettings
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
 from headstart.study.cases import Case

@@ -14,7 +14,7 @@ from headstart.engine import record
 from headstart.engine.engine import Engine
 from headstart.errors import InputError, PlanError
 from headstart.metrics.judges import Pictures, choose_judge
-from headstart.plan.named import PlanSettings, named_pair
+from headstart.plan.by_name import PlanSettings, named_pair
 from headstart.plan.request import check_size
 from headstart.spaces.extractor import Judge, Rgb
 from headstart.study.cases import DIALS, METHODS, PARTS, Case, Grids, Part, cases_of

@@ -11,9 +11,9 @@ from plans import SD, times
 import headstart as hs
 from headstart.cli import main
 from headstart.errors import InputError, PlanError
-from headstart.plan.document import plan_of_toml, read_plan
 from headstart.plan.plan import Leg, Plan, Update
 from headstart.plan.table import StepTable
+from headstart.plan.toml_plan import plan_of_toml, read_plan
 
 TEXT = """
 name = "mine"

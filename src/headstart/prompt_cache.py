@@ -51,7 +51,7 @@ class _Kept(NamedTuple):
 
 
 @final
-class Prompts:
+class PromptCache:
     """The prompt that the last row's network read, for the next row that has both.
 
     A copy, also in another process, has read nothing.
@@ -60,8 +60,8 @@ class Prompts:
     def __init__(self) -> None:
         self._last: _Kept | None = None
 
-    def __reduce__(self) -> tuple[type[Prompts], tuple[()]]:
-        return Prompts, ()
+    def __reduce__(self) -> tuple[type[PromptCache], tuple[()]]:
+        return PromptCache, ()
 
     def of(self, network: object, cond: T) -> T:
         """The conditioning with what `network` makes of its context; as it is for a network or a
@@ -97,7 +97,7 @@ class Prompts:
         return 0 if last is None else len(last.context)
 
 
-class Ahead(dict[str, Tensor]):
+class CachedExtra(dict[str, Tensor]):
     """`Conditioning.extra` of a run's row: a network that is called with it keeps in `prompts` what
     it makes of the prompt, for the run's next row.
 
@@ -109,7 +109,7 @@ class Ahead(dict[str, Tensor]):
     def __init__(
         self,
         extra: Mapping[str, Tensor],
-        prompts: Prompts,
+        prompts: PromptCache,
         strengths: Tensor | None = None,
         columns: Columns | None = None,
     ) -> None:
@@ -127,12 +127,12 @@ class Ahead(dict[str, Tensor]):
         return self._columns if same and _seen(strengths) == self._version else None
 
 
-def ahead(network: object, cond: T) -> T:
+def cached_prompt(network: object, cond: T) -> T:
     """What `network` is to be called with: with what it makes of the prompt, where a run's row
     keeps that. To be called by whatever hands a conditioning on, or is the network; the first does
     it, and the others find nothing to do."""
     extra = getattr(cond, "extra", None)
-    if not isinstance(extra, Ahead) or not hasattr(network, "prompt_key") or is_compiling():
+    if not isinstance(extra, CachedExtra) or not hasattr(network, "prompt_key") or is_compiling():
         return cond
     told = extra.prompts.of(network, cond)
     return replace(cast("Any", cond), extra=dict(extra)) if told is cond else told

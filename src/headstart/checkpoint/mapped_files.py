@@ -22,7 +22,7 @@ Container = Literal["safetensors", "GGUF"]
 
 
 @final
-class Mapped:
+class MappedFiles:
     """Names, dtypes and places as the files have them.
 
     Data are views of a private, copy-on-write memory map: nothing is read before it is used, and
@@ -38,7 +38,7 @@ class Mapped:
         self._sizes: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}
         self.made: dict[object, object] = {}
-        """What others have made of the headers, to be made once (`headers_once`)."""
+        """What others have made of the headers, to be made once (`headers_cached`)."""
         for index, path in enumerate(self.files):
             header, self.container = _header(path)
             self._sizes.append(header.size_bytes)
@@ -49,9 +49,11 @@ class Mapped:
             self._of |= dict.fromkeys(header.entries, index)
 
     @classmethod
-    def of(cls, files: Iterable[Path]) -> Mapped:
-        """Of files that may be known (`headers_once`): with a map of its own all the same, so that
-        what is written to one is not in the other."""
+    def of(cls, files: Iterable[Path]) -> MappedFiles:
+        """With headers from the cache, if there is one (`headers_cached`).
+
+        Each instance has its own memory map, so a write to one does not show in another.
+        """
         if (known := _ONCE.get()) is None:
             return cls(files)
         key = tuple(files)
@@ -96,13 +98,13 @@ class Mapped:
         return self._maps[index]
 
 
-_ONCE: ContextVar[dict[tuple[Path, ...], Mapped] | None] = ContextVar(
+_ONCE: ContextVar[dict[tuple[Path, ...], MappedFiles] | None] = ContextVar(
     "headstart_once", default=None
 )
 
 
 @contextmanager
-def headers_once() -> Generator[None]:
+def headers_cached() -> Generator[None]:
     """Inside, this thread reads the headers of a file when it opens it first, and once.
 
     To load the bundled pair opens three files 19 times: with this, a cold `headstart sample` took

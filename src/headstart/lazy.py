@@ -1,6 +1,6 @@
 """A module that is imported when it is first used: `headstart inspect` never pays for numpy.
 
-np = Later("numpy")        np.sqrt(x)    imports numpy on the first such line, and never again
+np = LazyModule("numpy")        np.sqrt(x)    imports numpy on the first such line, and never again
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 
-class Later:
+class LazyModule:
     """Stands for the module `name`; each attribute is looked up once and kept."""
 
     def __init__(self, name: str) -> None:

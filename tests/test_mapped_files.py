@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headstart.checkpoint import mapped
-from headstart.checkpoint.mapped import headers_once
+from headstart.checkpoint import mapped_files
+from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.engine.pair import load_demo
 from headstart.errors import CheckpointError
@@ -31,13 +31,13 @@ def file(tmp_path: Path) -> Path:
 def read(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
     """How often the header of each file is read."""
     found: Counter[str] = Counter()
-    reads: Callable[[Path], mapped.Header] = mapped.read_header
+    reads: Callable[[Path], mapped_files.Header] = mapped_files.read_header
 
-    def counted(path: Path) -> mapped.Header:
+    def counted(path: Path) -> mapped_files.Header:
         found[path.name] += 1
         return reads(path)
 
-    monkeypatch.setattr(mapped, "read_header", counted)
+    monkeypatch.setattr(mapped_files, "read_header", counted)
     yield found
 
 
@@ -53,32 +53,32 @@ def test_loading_a_pair_reads_the_header_of_each_file_once(read: Counter[str]) -
 def test_outside_of_such_a_block_every_opening_reads_the_file(
     file: Path, read: Counter[str]
 ) -> None:
-    with headers_once():
+    with headers_cached():
         assert Checkpoint.open(file).shapes == Checkpoint.open(file, "vae").shapes == {NAME: (2, 3)}
     assert read.total() == 1
     save_file({NAME: torch.ones(4, 5)}, file)
     assert Checkpoint.open(file).shapes == Checkpoint.open(file).shapes == {NAME: (4, 5)}
     assert read.total() == 3
-    with headers_once():
+    with headers_cached():
         assert Checkpoint.open(file).shapes == {NAME: (4, 5)}
 
 
 def test_what_is_written_to_one_opener_s_tensor_is_not_in_another_s(file: Path) -> None:
-    with headers_once():
+    with headers_cached():
         one, other = (Checkpoint.open(file).tensor(NAME) for _ in range(2))
     one.zero_()
     assert other.eq(1).all() and Checkpoint.open(file).tensor(NAME).eq(1).all()
 
 
 def test_another_thread_reads_for_itself(file: Path, read: Counter[str]) -> None:
-    with headers_once(), ThreadPoolExecutor(1) as pool:
+    with headers_cached(), ThreadPoolExecutor(1) as pool:
         Checkpoint.open(file)
         pool.submit(Checkpoint.open, file).result()
     assert read.total() == 2
 
 
 def test_a_file_that_cannot_be_read_is_an_error_each_time(file: Path) -> None:
-    with headers_once():
+    with headers_cached():
         for content in (b"", b"nothing"):
             file.write_bytes(content)
             with pytest.raises(CheckpointError, match=f"got {len(content)}"):

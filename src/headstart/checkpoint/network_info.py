@@ -31,7 +31,7 @@ from headstart.errors import CheckpointError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Given:
+class Overrides:
     """What the caller says that a file need not; named as the arguments of the loaders are.
 
     `tokenizer`: whether there is one, of the caller's or the file's own. `allow`: stored names,
@@ -49,7 +49,7 @@ class Given:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
+class NetworkInfo:
     """One network of a file.
 
     part     what of it is loaded: without what is allowed to be left, or is never run
@@ -77,7 +77,7 @@ class _Fitted(NamedTuple):
     every: tuple[str, ...]
 
 
-def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Given) -> _Fitted:
+def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Overrides) -> _Fitted:
     """The part without what is allowed to be left aside, and what does not fit."""
     kept = {n: s for n, s in part.sources.items() if n in expected or not _may_go(s.name, given)}
     strays = tuple(name for name in part.strays if not _may_go(name, given))
@@ -86,7 +86,7 @@ def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Given) -
     return _Fitted(part, None, ()) if found is None else _Fitted(part, *found)
 
 
-def _may_go(stored: str, given: Given) -> bool:
+def _may_go(stored: str, given: Overrides) -> bool:
     return is_allowed(stored, given.allow)
 
 
@@ -108,10 +108,10 @@ _INPUTS = {
 """Channels that a UNet reads where it gives 4 (Stability's configurations of each)."""
 
 
-def judge_unet(part: Part, family: Family | None, given: Given) -> Judged:
+def judge_unet(part: Part, family: Family | None, given: Overrides) -> NetworkInfo:
     """Raises CheckpointError where the shapes do not tell a network's size."""
     if family is None:
-        return Judged(part=part, problem=_no_family(part))
+        return NetworkInfo(part=part, problem=_no_family(part))
     if given.head_dim is not None:
         family = replace(family, head_dim=given.head_dim, heads=None)
     params = unet_params(part.shapes, family)
@@ -124,7 +124,9 @@ def judge_unet(part: Part, family: Family | None, given: Given) -> Judged:
             blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
             problem = None if need is not None else heads_problem(params)
     needs = () if need is None else (need,)
-    return Judged(part=part, family=family, unet=params, needs=needs, problem=problem, every=every)
+    return NetworkInfo(
+        part=part, family=family, unet=params, needs=needs, problem=problem, every=every
+    )
 
 
 def _no_family(part: Part) -> str:
@@ -166,15 +168,15 @@ _SCALES = "0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
 _SCALES_16 = "0.3611 and shift_factor=0.1159 (Flux) or 1.5305 and 0.0609 (SD3)"
 
 
-def judge_vae(part: Part, family: Family, given: Given) -> Judged:
+def judge_vae(part: Part, family: Family, given: Overrides) -> NetworkInfo:
     """As `judge_unet`; `family` is nameless where the file does not say whose VAE it is."""
     shapes = part.shapes
     if any(len(shape) == 5 for shape in shapes.values()):
-        return Judged(
+        return NetworkInfo(
             part=part, problem="a VAE of films (3D convolutions): expected one of pictures"
         )
     if not any(name.startswith("decoder.") for name in shapes):
-        return Judged(
+        return NetworkInfo(
             part=part,
             problem="a VAE's encoder alone: its decoder makes the pictures, so give the whole VAE",
         )
@@ -202,10 +204,12 @@ def judge_vae(part: Part, family: Family, given: Given) -> Judged:
                 f"pass scale_factor={known}",
             ),
         )
-    return Judged(part=part, family=family, vae=params, needs=needs, problem=problem, every=every)
+    return NetworkInfo(
+        part=part, family=family, vae=params, needs=needs, problem=problem, every=every
+    )
 
 
-def _told(family: Family, given: Given) -> Family:
+def _told(family: Family, given: Overrides) -> Family:
     """With the scale of the arguments, else the file's, else that of the model it is to serve."""
     like = given.like
     if given.scale_factor is not None or given.shift_factor is not None:
@@ -237,8 +241,8 @@ CLIP_TOKENS = 49408
 
 
 def judge_texts(
-    parts: Mapping[PartName, Part], family: Family | None, given: Given
-) -> dict[PartName, Judged]:
+    parts: Mapping[PartName, Part], family: Family | None, given: Overrides
+) -> dict[PartName, NetworkInfo]:
     """The text encoders of a file, which a family reads all of or none."""
     names: list[PartName] = [name for name in ("text", "text_2") if name in parts]
     if not names:
@@ -253,18 +257,18 @@ def judge_texts(
             f"{family.lineage} reads prompts with {len(family.text)} text encoders, found "
             f"{len(names)}: give the full checkpoint or the diffusers folder"
         )
-        return {name: Judged(part=parts[name], problem=problem) for name in names}
-    found: dict[PartName, Judged] = {}
+        return {name: NetworkInfo(part=parts[name], problem=problem) for name in names}
+    found: dict[PartName, NetworkInfo] = {}
     for name, rule in zip(names, family.text, strict=True):
         part = _without_unused(parts[name], rule)
         try:
             found[name] = _judge_text(part, rule, family, given)
         except CheckpointError as error:
-            found[name] = Judged(part=part, problem=f"the {TITLES[name]}: {error}")
+            found[name] = NetworkInfo(part=part, problem=f"the {TITLES[name]}: {error}")
     return found
 
 
-def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Judged:
+def _judge_text(part: Part, rule: TextRule, family: Family, given: Overrides) -> NetworkInfo:
     heads = text_heads(part, given.text_head_dim)
     needs = (heads,) if isinstance(heads, Need) else ()
     params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
@@ -277,7 +281,7 @@ def _judge_text(part: Part, rule: TextRule, family: Family, given: Given) -> Jud
             ),
         )
     part, problem, every = _fitted(part, blueprint.clip(params), given)
-    found = Judged(part=part, family=family, clip=params, rule=rule, needs=needs)
+    found = NetworkInfo(part=part, family=family, clip=params, rule=rule, needs=needs)
     return replace(found, problem=problem, every=every)
 
 
@@ -295,7 +299,7 @@ def _without_unused(part: Part, rule: TextRule) -> Part:
 # --------------------------------------------------------------------- tiny autoencoder
 
 
-def judge_tiny(part: Part, given: Given) -> Judged:
+def judge_tiny(part: Part, given: Overrides) -> NetworkInfo:
     """Of either half or both; those here have latents of 4 channels."""
     halves = sorted({name.partition(".")[0] for name in part.shapes} & {"decoder", "encoder"})
     params = {half: tiny_params(part.shapes, half) for half in halves}
@@ -315,7 +319,7 @@ def judge_tiny(part: Part, given: Given) -> Judged:
             f"a tiny autoencoder of {channels}-channel latents{_WHOSE.get(channels, '')}: the "
             "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
-    return Judged(part=part, tiny=params, problem=problem, every=every)
+    return NetworkInfo(part=part, tiny=params, problem=problem, every=every)
 
 
 def _is_other_make(part: Part) -> bool:

@@ -20,7 +20,7 @@ import headstart as hs
 from headstart.by_level import ByLevel
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
-from headstart.prompt import Prompts
+from headstart.prompt_cache import PromptCache
 from headstart.runner.batch import Chunked
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
@@ -133,7 +133,7 @@ def _another(_: Counting, cond: Conditioning) -> Conditioning:
 def test_what_was_read_before_a_change_is_read_again(
     pair: dict[str, Counting], change: Callable[[Counting, Conditioning], Conditioning]
 ) -> None:
-    network, cond, prompts = pair["base"], words(), Prompts()
+    network, cond, prompts = pair["base"], words(), PromptCache()
     x, time = torch.randn(2, *SHAPE), torch.tensor([500, 20])
     kept = prompts.of(network, cond)
     assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
@@ -187,15 +187,15 @@ def test_weights_whose_changes_torch_does_not_count_are_read_on_every_row(
 
 
 def test_what_one_network_read_is_not_given_to_another(pair: dict[str, Counting]) -> None:
-    prompts, cond = Prompts(), words()
+    prompts, cond = PromptCache(), words()
     found = [prompts.of(own, cond).extra[TEXTS] for own in pair.values()]
     assert not torch.equal(*found)
 
 
 def test_networks_and_conditionings_of_other_kinds_are_let_be(pair: dict[str, Counting]) -> None:
     cond, told = words(), {"text": "a fox"}
-    assert Prompts().of(nn.Identity(), cond) is cond
-    assert Prompts().of(pair["base"], told) is told
+    assert PromptCache().of(nn.Identity(), cond) is cond
+    assert PromptCache().of(pair["base"], told) is told
 
 
 def by_hand(run: hs.Run, networks: Mapping[str, Any]) -> Tensor:
@@ -367,7 +367,7 @@ def test_of_weights_laid_out_for_a_gpu_it_is_one_product(pair: dict[str, Countin
     expected = network(x, time, cond)
     assert network.read_prompt(cond)[TEXTS].ndim == 2
     network.lay_out(GPU)
-    given = Prompts().of(network, cond)
+    given = PromptCache().of(network, cond)
     assert given.extra[TEXTS].shape == (2, 5, sum(w.out_features for w in network._of_text()))
     for told in (cond, given, Conditioning.cat((given[1:], given[:1]))[torch.tensor([1, 0])]):
         torch.testing.assert_close(network(x, time, told), expected, rtol=1e-9, atol=1e-12)

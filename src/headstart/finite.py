@@ -16,7 +16,7 @@ Check = Literal["auto", "each", "last", "never"]
 
 
 @dataclass(slots=True)
-class Watch:
+class FiniteCheck:
     """When the flags that steps fill are read, which waits for the device.
 
     check   after "each" row; after the "last" one, for all of them; "never"; or "auto", which is

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import TypedDict, cast, get_args
 
 from headstart.errors import PlanError
-from headstart.plan.document import read_plan
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import CUSTOM, PAIRS
 from headstart.plan.plan import Plan
 from headstart.plan.preset import Mode, Request, plan_of
 from headstart.plan.spacing import Spacing
+from headstart.plan.toml_plan import read_plan
 from headstart.plan.update import Update
 
 MODES: tuple[Mode, ...] = get_args(Mode)
