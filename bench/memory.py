@@ -5,7 +5,7 @@
 Files of SDXL's names and shapes (holes, without bytes) are loaded by `Engine.load`, and a hybrid is
 sampled and decoded, on fake CUDA tensors whose storages are counted (`emulation.card`): a plan that
 needs more than it promised is out of memory here. Peaks are counted, with the allocator's holes;
-milliseconds are estimated from bytes (`engine.places.HOST_BYTES_PER_S`). Workspaces inside of
+milliseconds are estimated from bytes (`memory.offload.HOST_BYTES_PER_S`). Workspaces inside of
 operators are not counted.
 """
 
@@ -29,10 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 import headstart as hs
 from headstart.checkpoint import blueprint
 from headstart.cost.sizes import sizes_of_family
-from headstart.engine import fitting
 from headstart.engine.dtypes import DTYPES
 from headstart.engine.models import Model
-from headstart.engine.places import milliseconds
+from headstart.memory import planning
+from headstart.memory.offload import milliseconds
 from headstart.networks.assembly import bound_for
 from headstart_kernels.emulation.card import Card
 from headstart_kernels.emulation.device import DEVICE, fake_tensors
@@ -124,8 +124,8 @@ def simulated(card: Card) -> Generator[None]:
         stack.enter_context(fake_tensors())
         for name, stand_in in stand_ins.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(mock.patch.object(fitting, "streams_of", lambda _: host))
-        stack.enter_context(mock.patch.object(fitting, "_host_memory", lambda _: on_host))
+        stack.enter_context(mock.patch.object(planning, "streams_of", lambda _: host))
+        stack.enter_context(mock.patch.object(planning, "_host_memory", lambda _: on_host))
         # torch swaps a fake parameter for its converted one, and cannot where somebody watches it.
         stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda own, **_: own))
         stack.enter_context(card)
@@ -156,7 +156,7 @@ def run(folder: dict[str, Path], card_gib: int, size: int, batch: int, **options
             engine = hs.Engine.load(**folder, device="cuda", runner="eager", **options)
         except hs.InputError as error:
             return {"card_gib": card_gib, "refused": str(error)}
-        homes = engine.weights.homes
+        residency = engine.weights.residency
         peaks["load"] = card.reset()
 
         def on_step(state: hs.State) -> None:
@@ -164,17 +164,17 @@ def run(folder: dict[str, Path], card_gib: int, size: int, batch: int, **options
 
         done = engine.sample("a fox", plan=PLAN, seeds=range(batch), size=size, on_step=on_step)
         peaks["decode"] = card.reset()
-    placement = homes.placements[0]
+    placement = residency.placements[0]
     return {
         "card_gib": card_gib,
         "free_bytes": card.size_bytes,
         "weights_bytes": dict(placement.weights),
         "turns": list(placement.turns),
-        "room_bytes": sum(room.size_bytes for room in homes.rooms),
+        "room_bytes": sum(arena.size_bytes for arena in residency.arenas),
         "chunk": done.chunk,
         "decode": done.decode or (done.chunk, 1),
         "peak_bytes": peaks,
-        "moved_bytes": sum(room.moved_bytes for room in homes.rooms),
+        "moved_bytes": sum(arena.moved_bytes for arena in residency.arenas),
         "by_picture_bytes": sum(move.size_bytes for move in placement.by_picture),
         "by_prompt_bytes": sum(move.size_bytes for move in placement.by_prompt),
         "hidden_bytes": sum(
@@ -191,24 +191,26 @@ def planned(folder: dict[str, Path], card_gib: int, size: int, dtype: str) -> An
     models = {role: Model.of(folder[role]) for role in ("base", "distilled")}
     family = models["base"].family
     options: dict[str, Any] = {"plan_size": size}
-    sources = fitting.Sources(
+    sources = planning.Sources(
         {role: folder[role] for role in models}, folder["vae"], folder["text"],
         dict.fromkeys(models), family, models["base"].image_size, options,
     )  # fmt: skip
     devices = dict.fromkeys(("text", *models, "vae"), DEVICE)
-    with mock.patch.object(fitting, "available_bytes", lambda _: free), bound_for(DEVICE):
+    with mock.patch.object(planning, "available_bytes", lambda _: free), bound_for(DEVICE):
         try:
-            homes = fitting.plan_homes(sources, devices, "auto", DTYPES[dtype], torch.bfloat16)
+            residency = planning.plan_residency(
+                sources, devices, "auto", DTYPES[dtype], torch.bfloat16
+            )
         except hs.InputError as error:
             return {"card_gib": card_gib, "dtype": dtype, "refused": str(error)}
-    own = homes.placements[0]
+    own = residency.placements[0]
     return {
         "card_gib": card_gib,
         "dtype": dtype,
         "free_bytes": free,
         "weights_bytes": dict(own.weights),
         "turns": list(own.turns),
-        "room_bytes": own.room,
+        "room_bytes": own.arena,
         "decode": own.fits[1:],
         "need_bytes": own.need,
         "by_picture_bytes": sum(move.size_bytes for move in own.by_picture),

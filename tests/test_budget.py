@@ -1,4 +1,4 @@
-"""The memory estimate: told before anything is allocated, and obeyed by the batch."""
+"""The memory estimate: made before anything is allocated, and kept to by the batch."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from headstart.checkpoint.params import VaeParams
-from headstart.engine.budget import (
+from headstart.errors import InputError
+from headstart.memory.budget import (
     SAFE_SHARE,
-    Asked,
+    BatchSizes,
     Chunks,
     Footprint,
     Free,
@@ -17,7 +18,6 @@ from headstart.engine.budget import (
     chunks,
     spare_bytes,
 )
-from headstart.errors import InputError
 
 VALUES = Footprint(latent_values=1000.0, vae=VaeParams(channels=(8, 16)), text_values=5e4)
 SHAPE = Shape(batch=16, channels=4, latent=(16, 16), pixels=(32, 32))
@@ -26,14 +26,14 @@ STATES = 16 * (4 * 256 * 8 * 4 + 32 * 32 * 15)
 
 
 def free(rows: float, decodes: float) -> Free:
-    """Room for so many rows of a UNet, and so many whole decodes, besides the states."""
+    """Memory for so many rows of a UNet, and so many whole decodes, besides the states."""
     each = VALUES.decode_bytes(SHAPE)
     return Free(*(int((STATES + n) / SAFE_SHARE) + 8 for n in (rows * ROW, decodes * each)))
 
 
-def test_the_states_are_of_the_batch_and_what_is_kept_of_it() -> None:
+def test_the_states_are_of_the_batch_and_of_each_x0_that_stays() -> None:
     assert SHAPE.state_bytes == STATES
-    assert SHAPE._replace(kept=30).state_bytes - STATES == 16 * 30 * 4 * 256 * 4
+    assert SHAPE._replace(x0_rows=30).state_bytes - STATES == 16 * 30 * 4 * 256 * 4
 
 
 def test_everything_runs_at_once_where_it_fits_or_nobody_knows() -> None:
@@ -55,9 +55,9 @@ def test_a_batch_that_does_not_fit_is_cut_in_halves_for_each_network_alone() -> 
 def test_a_decode_that_does_not_fit_whole_is_cut_into_bands() -> None:
     found = chunks(SHAPE, VALUES, 1, free(16, 0.9))
     assert found.networks == 16 and found.bands > 1
-    room = free(16, 0.9)
-    assert room.decode is not None
-    assert VALUES.decode_bytes(SHAPE, found.bands) + STATES <= SAFE_SHARE * room.decode
+    memory = free(16, 0.9)
+    assert memory.decode is not None
+    assert VALUES.decode_bytes(SHAPE, found.bands) + STATES <= SAFE_SHARE * memory.decode
     assert found.own_decode == (16, found.bands)
     assert chunks(SHAPE, VALUES, 1, free(16, 16)).own_decode is None
 
@@ -73,26 +73,26 @@ def test_what_never_fits_is_refused_with_need_and_supply(
 
 
 def test_a_picture_that_was_not_planned_for_is_refused_with_how_to_plan_for_it() -> None:
-    """A lower limit of memory would leave no more room for it, but less."""
+    """A lower limit of memory would leave no more memory for it, but less."""
     with pytest.raises(InputError, match=r"; or load with plan_size=\(32, 32\) \(--size\) and"):
         chunks(SHAPE, VALUES, 2, free(1, 16), device="cuda:0")
     with pytest.raises(InputError, match=r"or a smaller batch$"):
         chunks(SHAPE, VALUES, 2, free(1, 16), device="cpu")
 
 
-def test_what_was_asked_for_is_never_cut() -> None:
-    assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(2)) == Chunks(2, 2)
-    assert chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of((2, 1, 4))) == Chunks(2, 1, 4)
+def test_batch_sizes_of_the_caller_are_never_cut() -> None:
+    assert chunks(SHAPE, VALUES, 1, free(2, 16), BatchSizes.of(2)) == Chunks(2, 2)
+    assert chunks(SHAPE, VALUES, 1, free(2, 16), BatchSizes.of((2, 1, 4))) == Chunks(2, 1, 4)
     with pytest.raises(InputError, match="with 16 in the UNet"):
-        chunks(SHAPE, VALUES, 1, free(2, 16), Asked.of(16))
+        chunks(SHAPE, VALUES, 1, free(2, 16), BatchSizes.of(16))
     with pytest.raises(InputError, match="in the decoder"):
-        chunks(SHAPE, VALUES, 1, free(2, 1), Asked.of((2, 2, 1)))
+        chunks(SHAPE, VALUES, 1, free(2, 1), BatchSizes.of((2, 2, 1)))
     with pytest.raises(InputError, match=r"batch: expected a whole number of at least 1.* got 0"):
-        Asked.of(0)
+        BatchSizes.of(0)
     for wrong in (2.5, float("nan"), True, "8,2", (8, 2, 1.5), (2, 2, 2, 2), (), (2, 0), {2}):
         with pytest.raises(InputError, match=r"batch: expected .* such as \(8, 2, 16\), got"):
-            Asked.of(wrong)  # type: ignore[arg-type]
-    assert Asked.of((np.int64(2), None, 4)) == Asked(2, None, 4)
+            BatchSizes.of(wrong)  # type: ignore[arg-type]
+    assert BatchSizes.of((np.int64(2), None, 4)) == BatchSizes(2, None, 4)
 
 
 def test_texts_that_do_not_fit_at_once_are_refused_and_long_ones_count_by_the_piece() -> None:
@@ -104,12 +104,12 @@ def test_texts_that_do_not_fit_at_once_are_refused_and_long_ones_count_by_the_pi
 
 
 def test_what_rows_leave_is_spare() -> None:
-    """Of 20 rows' room 16 take theirs; guidance doubles them; nobody knows of a device unknown."""
-    room = free(20, 16)
-    left = spare_bytes(SHAPE, VALUES, 1, room, chunks(SHAPE, VALUES, 1, room))
+    """Of 20 rows' memory 16 take theirs; guidance doubles them; None: unknown."""
+    memory = free(20, 16)
+    left = spare_bytes(SHAPE, VALUES, 1, memory, chunks(SHAPE, VALUES, 1, memory))
     assert left is not None and 0 <= left - 4 * ROW <= 8
-    halves = chunks(SHAPE, VALUES, 2, room)
-    left = spare_bytes(SHAPE, VALUES, 2, room, halves)
+    halves = chunks(SHAPE, VALUES, 2, memory)
+    left = spare_bytes(SHAPE, VALUES, 2, memory, halves)
     assert halves.networks == 8 and left is not None and 0 <= left - 4 * ROW <= 8
     assert spare_bytes(SHAPE, VALUES, 1, free(1, 16), Chunks(4, 4)) == 0, "asked for, and not cut"
     assert spare_bytes(SHAPE, VALUES, 1, Free(None, None), Chunks(16, 16)) is None

@@ -11,7 +11,7 @@ import torch
 
 import headstart as hs
 import headstart_weights
-from headstart.engine import places
+from headstart.memory import offload
 from headstart.networks.load import weight_bytes
 from headstart_kernels.emulation.card import Card, Segments
 from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
@@ -69,20 +69,20 @@ def test_an_engine_loads_samples_and_decodes_within_its_plan(
     more than the text encoder. SDXL on cards of 24, 16, 12 and 8 GB: `bench/memory.py`."""
     import memory as bench  # of bench/
 
-    monkeypatch.setattr(places, "RESERVE", 48 * MIB)  # segments are 20 MiB
+    monkeypatch.setattr(offload, "RESERVE", 48 * MIB)  # segments are 20 MiB
     paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
     text = weight_bytes(paths["base"], "text", torch.float16)
     unets = sum(weight_bytes(path, "unet", torch.float16) for path in paths.values())
     vae = weight_bytes(paths["base"], "vae", torch.bfloat16)
-    whole = int((text + unets + vae) * (1 + places.SPREAD)) + places.RESERVE
+    whole = int((text + unets + vae) * (1 + offload.SPREAD)) + offload.RESERVE
     card = bench.Answers(int(whole - 1.5 * text), DEVICE)
     with bench.simulated(card):
         engine = hs.Engine.load(**paths, device="cuda", runner="eager", dtype="float16")
-        (placement,) = engine.weights.homes.placements
+        (placement,) = engine.weights.residency.placements
         assert placement.turns == ("text", "base", "distilled")
         assert placement.weights["text"] == text
         assert card.reset() <= placement.need <= card.size_bytes
         done: Any = engine.sample("a fox", plan=bench.PLAN, seeds=[0, 1])
     assert done.rgb.shape == (2, 64, 64, 3)
-    (room,) = engine.weights.homes.rooms
-    assert 2 * room.size_bytes < room.moved_bytes <= 3 * room.size_bytes
+    (arena,) = engine.weights.residency.arenas
+    assert 2 * arena.size_bytes < arena.moved_bytes <= 3 * arena.size_bytes

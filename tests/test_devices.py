@@ -1,4 +1,4 @@
-"""Devices that are no CUDA ones: they run eagerly, without float64, or are refused in one line."""
+"""Devices other than CUDA run eagerly, without float64; bad options are refused in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_homes import PLAN
+from test_memory_residency import PLAN
 from tiny_pair import tiny_engine
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 import headstart as hs
 from headstart import noise
+from headstart.commands.arguments import read_device
 from headstart.diversify.particles import repulsion
-from headstart.engine.devices import choose_device
+from headstart.engine.devices import choose_device, choose_devices
 from headstart.noise import OnHost, Philox, has_float64, noise_on
 from headstart.runner.runner import choose_runner
 
@@ -112,3 +113,39 @@ def test_they_run_eagerly_and_one_that_is_not_there_is_refused_in_one_line(kind:
         with pytest.raises(hs.InputError, match=f"device '{kind}' cannot be used") as caught:
             choose_device(kind)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"base": "cpu"}, "one for each of base, distilled"),
+        ({"base": "cpu", "distilled": "meta"}, "'meta' cannot be used: its tensors have no values"),
+        ("meta", "'meta' cannot be used"),
+        (0, "device 0 cannot be used"),
+        (None, "device None cannot be used"),
+        ({"base": "cpu", "distilled": "abacus"}, "'abacus' cannot be used"),
+    ],
+)
+def test_devices_that_do_not_go_together_are_refused_in_one_line(option: Any, message: str) -> None:
+    with pytest.raises(hs.InputError, match=message) as caught:
+        choose_devices(option, ("base", "distilled"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_device_for_each_model_may_be_typed() -> None:
+    assert read_device("cuda:1") == "cuda:1"
+    assert read_device("base=cuda:0,distilled=cuda:1") == {"base": "cuda:0", "distilled": "cuda:1"}
+    for typed in ("base=", "base=cpu,base=cuda"):
+        with pytest.raises(hs.InputError, match=f"device '{typed}': expected auto"):
+            read_device(typed)
+
+
+@pytest.mark.parametrize("option", [torch.device("cpu"), {"base": "cpu", "distilled": "cpu:0"}])
+def test_a_device_may_be_one_of_torch_and_one_twice(option: Any) -> None:
+    assert set(choose_devices(option, ("base", "distilled")).values()) == {torch.device("cpu")}
+
+
+def test_two_kinds_of_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headstart.engine.devices.choose_device", torch.device)
+    with pytest.raises(hs.InputError, match="one kind of device"):
+        choose_devices({"base": "cpu", "distilled": "cuda:0"}, ("base", "distilled"))

@@ -18,10 +18,10 @@ from torch import Tensor
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
-from headstart.engine.budget import Chunks
-from headstart.engine.homes import Homes
 from headstart.engine.launch import by_rows
 from headstart.errors import CaptureError, InputError
+from headstart.memory.budget import Chunks
+from headstart.memory.residency import Residency
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import choose_runner, open_runner
@@ -198,7 +198,7 @@ def test_places_that_one_launch_cannot_have_run_row_by_row() -> None:
 
     class Course:
         request, told = type("R", (), {"table": PLAN.compile(hs.NoiseSchedule.scaled_linear())}), ()
-        weights: Any = type("W", (), {"vae": None, "device": CPU, "homes": Homes()})
+        weights: Any = type("W", (), {"vae": None, "device": CPU, "residency": Residency()})
 
     def why() -> str | None:
         return by_rows(Course)  # type: ignore[arg-type]
@@ -211,7 +211,7 @@ def test_places_that_one_launch_cannot_have_run_row_by_row() -> None:
     assert why() is None
     Course.request.chunks = Chunks(2, 1, 4)
     assert why() == "the decoder has 1 samples at once, in 4 bands"
-    Course.weights.homes = Homes(rooms=(cast("Any", object()),))
+    Course.weights.residency = Residency(arenas=(cast("Any", object()),))
     assert why() == "weights come and go between rows"
 
 

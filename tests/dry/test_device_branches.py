@@ -27,9 +27,9 @@ from headstart.commands.session import use_local_device
 from headstart.compare.latency import Case, latency
 from headstart.engine import encoded
 from headstart.engine.devices import choose_device
-from headstart.engine.fitting import streams_of, takes_turns
-from headstart.engine.memory import available_bytes, pool_bytes
 from headstart.errors import CaptureError
+from headstart.memory.available import available_bytes, pool_bytes
+from headstart.memory.planning import streams_of, takes_turns
 from headstart.networks.load import load_unet
 from headstart.networks.vae import Vae
 from headstart.noise import Given
@@ -190,12 +190,12 @@ TAKEN = {
     "headstart/compare/latency.py _peak_bytes": "compares",
     "headstart/engine/clock.py _now": "samples",
     "headstart/engine/clock.py _elapsed_ms": "samples",
-    "headstart/engine/memory.py available_bytes": "loads",
+    "headstart/memory/available.py available_bytes": "loads",
     "headstart/engine/devices.py choose_device": "loads",
     "headstart/engine/encoded.py _surroundings": "encodes",
-    "headstart/engine/fitting.py streams_of": "loads",
-    "headstart/engine/fitting.py takes_turns": "loads",
-    "headstart/engine/memory.py pool_bytes": "loads",
+    "headstart/memory/planning.py streams_of": "loads",
+    "headstart/memory/planning.py takes_turns": "loads",
+    "headstart/memory/available.py pool_bytes": "loads",
     "headstart/runner/compiled.py CompiledNetwork.__call__": "compiles",
     "headstart/engine/record.py machine": "samples",
     "headstart/networks/fusion.py fused": "adapts",

@@ -1,6 +1,6 @@
-"""Two networks that take turns in one room of an emulated GPU, captured, in float8, with adapters.
+"""Two networks that take turns in one arena of an emulated GPU, captured, in float8, with adapters.
 
-The room's bytes are written over at every turn, so a graph that read another address, or began
+The arena's bytes are written over at every turn, so a graph that read another address, or began
 before its copy had come, would give other bits, or raise as an access without an order.
 """
 
@@ -19,8 +19,8 @@ from test_pair import folder  # noqa: F401
 import headstart as hs
 from headstart.cli import main
 from headstart.commands import session
-from headstart.engine import fitting
-from headstart.engine.places import Placement
+from headstart.memory import planning
+from headstart.memory.offload import Placement
 from headstart.networks.casting import FLOAT8
 from headstart.plan.pairs import PAIRS
 from headstart.plan.update import Update
@@ -45,9 +45,9 @@ def turns(cuda: EmulatedCuda, monkeypatch: pytest.MonkeyPatch) -> EmulatedCuda:
 
     def place(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
         parts = ("text", "base", "distilled")
-        return Placement(device=device, weights=weights, work={}, turns=parts, room=3000)
+        return Placement(device=device, weights=weights, work={}, turns=parts, arena=3000)
 
-    monkeypatch.setattr(fitting, "place", place)
+    monkeypatch.setattr(planning, "place", place)
     return cuda
 
 
@@ -73,8 +73,8 @@ def test_graphs_of_networks_that_take_turns_give_the_bits_of_networks_that_stay(
         assert torch.equal(got.latents.cpu(), want.latents.cpu())
         assert torch.equal(got.rgb.cpu(), want.rgb.cpu())
     assert len(turns.happened("replay")) == 2 * 2 and len(turns.happened("capture")) == 2
-    (room,) = engine.weights.homes.rooms
-    assert room.moved_bytes > 2 * room.size_bytes, "more than one network came for a picture"
+    (arena,) = engine.weights.residency.arenas
+    assert arena.moved_bytes > 2 * arena.size_bytes, "more than one network came for a picture"
 
 
 @pytest.mark.slow
@@ -91,7 +91,7 @@ def test_a_study_of_networks_that_take_turns_says_what_one_of_networks_that_stay
     found: list[Any] = []
     for memory, runner in (("auto", "graph"), ("none", "eager")):
         engine = loaded(folder, memory=memory, runner=runner)
-        assert bool(engine.weights.homes.rooms) == (memory == "auto")
+        assert bool(engine.weights.residency.arenas) == (memory == "auto")
         monkeypatch.setattr(session, "_load", lambda args, engine=engine: engine)
         out = tmp_path / memory
         options = ["--prompts", str(tmp_path / "one.txt"), "--seeds", "0,1", "--out", str(out)]

@@ -19,7 +19,7 @@ from headstart.networks.casting import weight_of
 
 def in_place(module: nn.Module) -> AbstractContextManager[object]:
     """Inside, a network's weights are its own, also where others take turns in their memory (see
-    `headstart.engine.room`)."""
+    `headstart.memory.arena`)."""
     bring: Callable[[], AbstractContextManager[object]] = getattr(module, "in_place", nullcontext)
     return bring()
 

@@ -16,13 +16,13 @@ from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
 from headstart.engine.given import Told
-from headstart.engine.homes import moved
 from headstart.engine.lengths import alike, lengths, meeting, tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
 from headstart.finite import Check
 from headstart.interfaces import Conditioning
+from headstart.memory.residency import state_to
 from headstart.noise import noise_on
 from headstart.run import State
 from headstart.runner.batch import Chunked
@@ -59,10 +59,10 @@ class Course:
         return self._told
 
     def states(self, resume: State | None = None) -> Iterator[State]:
-        request, homes = self.request, self.weights.homes
+        request, residency = self.request, self.weights.residency
         cond, uncond = self.told
         left = request.table.steps[0 if resume is None else resume.step + 1 :]
-        homes.ahead(dict.fromkeys(step.model for step in left))
+        residency.prefetch(dict.fromkeys(step.model for step in left))
         select = select_of(request.methods)
         if select is not None:
             resume = self._selected(select, cond, uncond)
@@ -94,10 +94,12 @@ class Course:
     ) -> Iterator[State]:
         request, table, methods = self.request, self.request.table, self.request.methods
         rows = request.chunks.networks * (1 + request.guided)
-        homes, denoisers = self.weights.homes, self.weights.denoisers
+        residency, denoisers = self.weights.residency, self.weights.denoisers
         networks = {
             model: Chunked(
-                homes.runner(open_runner(self.runner, denoisers[model]), model), rows, request.spare
+                residency.runner(open_runner(self.runner, denoisers[model]), model),
+                rows,
+                request.spare,
             )
             for model in table.models
         }
@@ -113,14 +115,14 @@ class Course:
         steps = table.steps[0 if resume is None else resume.step + 1 :]
         states, place = None, None
         for index, step in enumerate(steps):
-            here = homes.device(step.model)
+            here = residency.device(step.model)
             with self.clock(step.model, here or device_of(denoisers[step.model])):
                 if states is None or here != place:  # at the start, and where the device changes
                     states, place = begin(**self._moved(here, cond, uncond, resume)), here
                 resume = state = next(states)
-            homes.ahead(dict.fromkeys(own.model for own in steps[index + 1 :]))
+            residency.prefetch(dict.fromkeys(own.model for own in steps[index + 1 :]))
             yield state
-        homes.after(table.models)
+        residency.end_run(table.models)
 
     def _moved(
         self, place: torch.device | None, cond: Told, uncond: Told | None, resume: State | None
@@ -129,7 +131,7 @@ class Course:
         picture = self.picture
         if place is not None:
             cond, uncond = _on(cond, place), None if uncond is None else _on(uncond, place)
-            resume = None if resume is None else moved(resume, place)
+            resume = None if resume is None else state_to(resume, place)
             picture = None if picture is None else LinearMap(*(t.to(place) for t in picture))
         return {"cond": cond, "uncond": uncond, "resume": resume, "picture": picture}
 
@@ -171,4 +173,8 @@ def _of(told: Told, request: Request, batch: int) -> Told:
 
 
 def _with_guidance(weights: Pair, told: Told) -> Told:
-    return told.map(weights.told) if isinstance(told, ByLevel) else weights.told(told)
+    return (
+        told.map(weights.with_guidance)
+        if isinstance(told, ByLevel)
+        else weights.with_guidance(told)
+    )

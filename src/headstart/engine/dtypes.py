@@ -1,23 +1,22 @@
-"""What the weights of a pair become: what they are computed with, and whether they are packed.
+"""The dtype in which a pair's networks compute, and whether their weights are packed.
 
-CPU, dtype "auto"   float32, packed (`headstart.networks.packed`) where full-size networks run
-    too little memory for that: bfloat16, packed, on processors that have its products;
+CPU, dtype "auto"   float32; full-size networks packed (`headstart.networks.packed`)
+    with too little memory for that: bfloat16, packed, on processors that multiply it;
                     else float32 without layouts, or "stored", whichever memory holds
-a GPU, dtype "auto" each file's own
+GPU, dtype "auto"   each file's own
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 
-from headstart.checkpoint.tensors import PartName
-from headstart.engine.budget import SAFE_SHARE
-from headstart.engine.memory import available_bytes
-from headstart.engine.models import FilePath
 from headstart.errors import InputError
+from headstart.memory.available import available_bytes
+from headstart.memory.budget import SAFE_SHARE
+from headstart.memory.planning import Source, Sources
 from headstart.networks.assembly import Dtype, Packed, too_small
 from headstart.networks.load import rounds, widened_bytes
 from headstart.networks.packed import computes_bfloat16, unpackable
@@ -30,17 +29,14 @@ DTYPES: dict[str, Dtype] = {
     "stored": "stored",
     "float8": "float8",
 }
-Source = tuple[FilePath, PartName, bool | None]
-"""A file, the part of it that is read, and whether it is the averaged weights."""
 _LARGE = 10**9
-"""Bytes of a pair in float32 that make bfloat16 worth a word; the bundled pair has 0.02 GB."""
-
+"""Bytes of a pair in float32 above which the note recommends bfloat16; the bundled pair has 2e7."""
 _NEAR = "pictures are near float32's (48 dB in the median of 80 of the bundled pair, 33 at worst)"
 
 
-class Kept(NamedTuple):
-    """dtype     what weights become, None: float32 on a CPU, the file's own on a GPU
-    packed    laid out for the CPU's products; None: networks that it pays for; "direct": those,
+class Precision(NamedTuple):
+    """dtype     as the loaders take it; None: float32 on a CPU, the file's own on a GPU
+    packed    as the loaders take it; None: full-size networks are packed; "direct": these too,
               without layouts for tiles
     note      a line for a person, or None
     """
@@ -50,74 +46,60 @@ class Kept(NamedTuple):
     note: str | None = None
 
 
-def keep(
-    name: str,
-    packed: Packed,
-    place: torch.device,
-    paths: Mapping[str, FilePath],
-    vae: FilePath,
-    text: FilePath,
-    ema: Mapping[str, bool | None],
-    cells: int,
-) -> Kept:
-    """What weights become. Raises InputError for a name that is no dtype, and for `packed` True
-    where that cannot be.
+def choose_precision(
+    name: str, packed: Packed, device: torch.device, sources: Sources
+) -> Precision:
+    """How to load UNets and text encoders, from the options `dtype` and `packed`.
 
-    cells   the side of the latents of a picture of the model's own size
+    Raises InputError for an unknown dtype, and where packed=True is impossible.
     """
     if name != "auto" and name not in DTYPES:
         raise InputError(f"dtype {name!r}: expected auto, {', '.join(DTYPES)}")
-    kind = None if name == "auto" else DTYPES[name]
-    if packed and place.type == "cpu" and isinstance(kind, str):
-        raise InputError(f"weights cannot be packed: {too_small(kind)}")
-    if place.type != "cpu" or kind not in (None, torch.float32, torch.bfloat16):
-        return Kept(kind, packed)  # a network says why it cannot be packed
-    sources: list[Source] = [
-        *((vae, "vae", None), (text, "text", None)),
-        *((path, "unet", ema[role]) for role, path in paths.items()),
-    ]
-    free = available_bytes(place)
-    room = None if free is None else SAFE_SHARE * free
+    dtype = None if name == "auto" else DTYPES[name]
+    if packed and device.type == "cpu" and isinstance(dtype, str):
+        raise InputError(f"weights cannot be packed: {too_small(dtype)}")
+    if device.type != "cpu" or dtype not in (None, torch.float32, torch.bfloat16):
+        return Precision(dtype, packed)  # the loaders say why a network cannot be packed
+    free = available_bytes(device)
+    limit = None if free is None else SAFE_SHARE * free
     if packed is not False:
-        found = _packed(kind, packed, sources, room, cells)
+        found = _packed(dtype, packed, sources, limit)
         if found is not None:
             return found
-    return _unpacked(kind, sources, room, free)
+    return _unpacked(dtype, sources.parts.values(), limit, free)
 
 
 def _packed(
-    kind: torch.dtype | None,
-    packed: Packed,
-    sources: list[Source],
-    room: float | None,
-    cells: int,
-) -> Kept | None:
-    """None where memory does not hold the layouts, or oneDNN is not there to make them."""
-    computes = torch.float32 if kind is None else kind
-    need = _bytes(sources, computes)
+    dtype: torch.dtype | None, packed: Packed, sources: Sources, limit: float | None
+) -> Precision | None:
+    """None where memory does not hold the layouts, or there is no oneDNN to make them."""
+    computes = torch.float32 if dtype is None else dtype
+    parts = sources.parts.values()
+    need = _packed_bytes(parts, computes)
+    note = _recommendation(dtype, need)
     if packed:
-        return Kept(kind, packed, _offer(kind, need))
+        return Precision(dtype, packed, note)
     if unpackable(computes) is None:
-        if room is None or _bytes(sources, computes, cells) <= room:
-            return Kept(kind, None, _offer(kind, need))
-        if need <= room:
-            return Kept(kind, "direct", _offer(kind, need))
-    if kind is None and computes_bfloat16() and unpackable(torch.bfloat16) is None:
-        half = _bytes(sources, torch.bfloat16)
-        if room is not None and half <= room:
-            return Kept(
+        if limit is None or _packed_bytes(parts, computes, sources.image_size // 8) <= limit:
+            return Precision(dtype, None, note)
+        if need <= limit:
+            return Precision(dtype, "direct", note)
+    if dtype is None and computes_bfloat16() and unpackable(torch.bfloat16) is None:
+        half = need // 2
+        if limit is not None and half <= limit:
+            return Precision(
                 torch.bfloat16,
                 None,
                 f"computing in bfloat16: float32 layouts of the weights would take {need / 1e9:.1f}"
-                f" GB, these {half / 1e9:.1f} GB, and {room / 1e9:.1f} GB may be used; {_NEAR} "
+                f" GB, these {half / 1e9:.1f} GB, and {limit / 1e9:.1f} GB may be used; {_NEAR} "
                 "(dtype='stored', --dtype stored, has float32's)",
             )
     return None
 
 
-def _offer(kind: torch.dtype | None, need: int) -> str | None:
-    """A line about bfloat16, where nobody chose and the processor has it."""
-    if kind is not None or need < _LARGE or not computes_bfloat16():
+def _recommendation(dtype: torch.dtype | None, need: int) -> str | None:
+    """A line about bfloat16, where the caller chose no dtype and the processor multiplies it."""
+    if dtype is not None or need < _LARGE or not computes_bfloat16():
         return None
     return (
         "this processor computes a UNet in bfloat16 in about 0.7 of the time of float32; "
@@ -126,17 +108,18 @@ def _offer(kind: torch.dtype | None, need: int) -> str | None:
 
 
 def _unpacked(
-    kind: torch.dtype | None, sources: Iterable[Source], room: float | None, free: int | None
-) -> Kept:
-    if kind is torch.bfloat16:
-        return Kept(kind)
-    need = sum(widened_bytes(path, part, ema=average) for path, part, average in sources)
-    if free is None or room is None or need <= room:
-        return Kept(kind)
+    dtype: torch.dtype | None, parts: Iterable[Source], limit: float | None, free: int | None
+) -> Precision:
+    if dtype is torch.bfloat16:
+        return Precision(dtype)
+    parts = list(parts)
+    need = sum(widened_bytes(path, part, ema=ema) for path, part, ema in parts)
+    if free is None or limit is None or need <= limit:
+        return Precision(dtype)
     same = "the results are the same to the bit"
-    if any(rounds(path, part) for path, part, _ in sources):
+    if any(rounds(path, part) for path, part, _ in parts):
         same = "weights that have scales are rounded to it"
-    return Kept(
+    return Precision(
         "stored",
         False,
         f"weights stay in half precision, widened layer by layer: float32 copies would take "
@@ -144,7 +127,6 @@ def _unpacked(
     )
 
 
-def _bytes(sources: Iterable[Source], dtype: torch.dtype, cells: int | None = None) -> int:
-    return sum(
-        packed_bytes(path, part, dtype, ema=average, cells=cells) for path, part, average in sources
-    )
+def _packed_bytes(parts: Iterable[Source], dtype: torch.dtype, cells: int | None = None) -> int:
+    """cells: the side of the latents for which tiles are counted; None: without tiles."""
+    return sum(packed_bytes(path, part, dtype, ema=ema, cells=cells) for path, part, ema in parts)

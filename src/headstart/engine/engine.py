@@ -25,7 +25,6 @@ from headstart.engine.clock import Clock
 from headstart.engine.course import Course, encode
 from headstart.engine.devices import Device, first_device
 from headstart.engine.launch import run_course
-from headstart.engine.memory import Memory
 from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
 from headstart.engine.prompts import check_texts
 from headstart.engine.request import Prompts, Request, Seeds, check_texts_memory, prepare
@@ -34,6 +33,7 @@ from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip, check_style, compact
 from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
+from headstart.memory.available import Memory
 from headstart.networks.assembly import Packed
 from headstart.networks.casting import compute_dtype
 from headstart.networks.prompt_style import PromptStyle
@@ -383,7 +383,7 @@ class Engine:
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""
         runners = {
-            model: self.weights.homes.runner(open_runner(self.runner, own), model)
+            model: self.weights.residency.runner(open_runner(self.runner, own), model)
             for model, own in self.denoisers.items()
         }
         sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape

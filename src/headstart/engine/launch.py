@@ -73,7 +73,7 @@ def by_rows(course: Course, on_step: OnStep = None) -> str | None:
     places = {device_of(own) or weights.device for own in (*networks.values(), weights.vae)}
     if len(places) > 1:
         return f"the networks are on {', '.join(sorted(map(str, places)))}"
-    if weights.homes.rooms:
+    if weights.residency.arenas:
         return "weights come and go between rows"
     if (own := request.chunks.own_decode) is not None:
         return f"the decoder has {own[0]} samples at once, in {own[1]} bands"
@@ -89,9 +89,9 @@ def _in_turn(course: Course, keep_x0: bool, on_step: OnStep) -> Made:
         if on_step is not None:
             on_step(state)
     assert state is not None
-    with course.clock("decode", course.weights.homes.device("vae")):
+    with course.clock("decode", course.weights.residency.device("vae")):
         latents = finished(course.request.table, state.x)
-        latents = latents.to(course.weights.homes.device("vae") or latents.device)
+        latents = latents.to(course.weights.residency.device("vae") or latents.device)
         rgb = _decoded(course, latents)
     x0 = torch.stack([x0.to(latents.device) for x0 in kept]) if keep_x0 else None
     return Made(rgb, latents, x0)

@@ -2,8 +2,8 @@
 
 text, vae   from their own files, else from the base's, else from the distilled's
 schedules   each model's own, as its file states it; where it does not, its family's
-dtype       what networks compute in; weights in half precision may stay so on a CPU, and are then
-            widened layer by layer (`headstart.networks.casting`), with the same bits as result
+dtype       in which networks compute; on a CPU, weights in half precision may stay so. They are
+            then widened layer by layer (`headstart.networks.casting`), and results are the same
 """
 
 from __future__ import annotations
@@ -20,12 +20,8 @@ from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
-from headstart.engine.budget import Footprint
 from headstart.engine.devices import Device, choose_devices
-from headstart.engine.dtypes import Kept, keep
-from headstart.engine.fitting import Sources, bed, notes, plan_homes, settled
-from headstart.engine.homes import Homes
-from headstart.engine.memory import Memory
+from headstart.engine.dtypes import Precision, choose_precision
 from headstart.engine.models import (
     FilePath,
     Model,
@@ -41,10 +37,14 @@ from headstart.engine.models import (
     swapped,
     two_schedules,
 )
-from headstart.engine.parts import check_channels, codec_of, decoder_dtype, preview_of, unet_of
+from headstart.engine.parts import check_channels, decoder_dtype, preview_of, unet_of, vae_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
+from headstart.memory.available import Memory
+from headstart.memory.budget import Footprint
+from headstart.memory.planning import Sources, loading_device, notes, plan_residency, settle
+from headstart.memory.residency import Residency
 from headstart.networks.assembly import Dtype, Packed, bound_for
 from headstart.networks.casting import compute_dtype
 from headstart.networks.load import load_text
@@ -59,9 +59,9 @@ from headstart.plan.prediction import Prediction
 from headstart.plan.spacing import Process
 
 EMBEDDED_GUIDANCE = 8.0
-"""What an LCM is asked to imitate: w = 7 of its own scale. It was distilled for w in 2 .. 14
-(arXiv:2310.04378, section 5.1) and its model card runs it at 8. The notebooks of arXiv:2503.10637
-pass guidance 0, so w = -1, which it never saw."""
+"""The guidance that an LCM imitates: w = 7 of its own scale. It was distilled for w in 2 .. 14
+(arXiv:2310.04378, section 5.1), and its model card runs it at 8. The notebooks of arXiv:2503.10637
+pass guidance 0, so w = -1, which it was not trained for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -69,20 +69,20 @@ class Pair:
     """Networks on their device.
 
     denoisers    "base" and/or "distilled"
-    text, vae    serve both; preview: a small decoder, or None
+    text, vae    shared by both; preview: a small decoder, or None
     schedules    the noise schedule of each model; predictions: what each network predicts
-    image_size   the model's own, in pixels; downscale: pixels a latent cell
+    image_size   the model's own, in pixels; downscale: pixels of a latent cell's side
     lineage      the family whose latents these are, or None where the weights do not say
     preset       the pair's name in `headstart.preset`, or None where the weights do not say
-    guesses      role -> what its file probably is, where only its name tells
-    embedded_guidance  the guidance an LCM's networks are told to imitate, and `guidance_dim`, the
-                 width of its embedding; None where no network reads one
+    guesses      role -> what its file probably is, where only its name suggests it
+    embedded_guidance  the guidance that an LCM imitates, and `guidance_dim`, the width of its
+                 embedding; None where no network reads one
     notes        lines for a person: what was guessed or decided, and how to set it by hand
-    dtype        that networks compute in; vae_dtype: the decoder; float8: weights are kept so;
-                 packed: laid out for a CPU's products
-    ema          whether averaged weights were asked for, or None; allow: what was let be
+    dtype        in which networks compute; vae_dtype: the decoder; float8: whether weights are
+                 stored so; packed: whether they are laid out for a CPU's products
+    ema, allow   the options of that name
     footprint    how much memory a sample takes, or None: then it is not checked
-    device       where a run begins; homes: where each part lives, and which parts take turns
+    device       where a run begins; residency: the device of each part, and which take turns
     files        role -> (name, files) of the weights, for the record
     """
 
@@ -109,14 +109,14 @@ class Pair:
     ema: bool | None = None
     allow: tuple[str, ...] = ()
     footprint: Footprint | None = None
-    homes: Homes = field(default_factory=Homes)
+    residency: Residency = field(default_factory=Residency)
     files: Mapping[str, Files] = field(default_factory=dict[str, Files])
 
-    def told(self, cond: Conditioning) -> Conditioning:
-        """With the guidance that an LCM imitates; a network without `cond_proj` never reads it."""
+    def with_guidance(self, cond: Conditioning) -> Conditioning:
+        """Add the guidance that an LCM imitates; a network without `cond_proj` does not read it."""
         if self.embedded_guidance is None or self.guidance_dim is None:
             return cond
-        if cond.guidance_embedding is not None:  # a caller's own
+        if cond.guidance_embedding is not None:  # the caller's
             return cond
         values = torch.full((len(cond),), self.embedded_guidance, device=cond.context.device)
         return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
@@ -175,15 +175,14 @@ def load_pair(
 ) -> Pair:
     """Read the files. Raises CheckpointError, or InputError for a device that is not there.
 
-    With a distilled LoRA one network is both models; attaching it is the engine's part.
-    One of `base` and `distilled` may be None; then plans that need it are refused. What "auto" is
-    for networks and the decoder: `dtypes.keep`, `parts.decoder_dtype`.
+    With a distilled LoRA one network is both models; the engine attaches the LoRA.
+    One of `base` and `distilled` may be None; then plans that need it are refused. For dtype "auto"
+    see `dtypes.choose_precision` and `parts.decoder_dtype`.
     """
     paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
     if not paths:
         raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
     devices = choose_devices(options.get("device", "auto"), tuple(paths))
-    place = devices["text"]
     allow = options.get("allow", ())
     models = {role: Model.of(path, allow) for role, path in paths.items()}
     check_belong(models)
@@ -195,35 +194,36 @@ def load_pair(
     found = schedules(models, known)
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
-    wish = options.get("dtype", "auto"), options.get("packed")
-    kept = keep(*wish, place, paths, vae, text, ema.of, first.image_size // 8)
-    kind = kept.dtype
-    decodes = decoder_dtype(options.get("vae_dtype", "auto"), kind, devices["vae"])
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
-    homes = plan_homes(sources, devices, options.get("memory", "auto"), kind, decodes)
-    # Text first: a tokenizer that does not fit is told before the larger networks are read.
+    precision = choose_precision(
+        options.get("dtype", "auto"), options.get("packed"), devices["text"], sources
+    )
+    dtype, packed = precision.dtype, precision.packed
+    vae_dtype = decoder_dtype(options.get("vae_dtype", "auto"), dtype, devices["vae"])
+    residency = plan_residency(sources, devices, options.get("memory", "auto"), dtype, vae_dtype)
+    # Text first: a tokenizer that does not fit is refused before the larger networks are read.
     with bound_for(devices["text"]):
-        words = _load_words(text, bed(homes, "text"), kind, options)
-    codec = codec_of(vae, devices["vae"], decodes, first.family, allow, kept.packed)
-    unets = _load_unets(sources, homes, kept, words)
-    check_channels(vae, codec, paths, unets)
-    homes = settled(homes, words, unets)
-    decided = (two_schedules(found), kept.note, *ema.notes, *notes(homes))
-    words, learned = taught(words, options.get("embeddings", ()))
-    given = ((role, options.get(role)) for role in ("vae", "text", "preview"))
-    named = paths | {role: path for role, path in given if path is not None}
-    dtypes = [compute_dtype(module) for module in (*unets.values(), codec)]
+        encoders = _load_text(text, loading_device(residency, "text"), dtype, options)
+    decoder = vae_of(vae, devices["vae"], vae_dtype, first.family, allow, packed)
+    unets = _load_unets(sources, residency, precision, encoders)
+    check_channels(vae, decoder, paths, unets)
+    residency = settle(residency, encoders, unets)
+    decided = (two_schedules(found), precision.note, *ema.notes, *notes(residency))
+    encoders, embeddings = taught(encoders, options.get("embeddings", ()))
+    own_files = ((role, options.get(role)) for role in ("vae", "text", "preview"))
+    named = paths | {role: path for role, path in own_files if path is not None}
+    dtypes = [compute_dtype(module) for module in (*unets.values(), decoder)]
     dims = (unet.params.guidance_dim for unet in unets.values())
     guidance_dim = next(filter(None, dims), None)
     pair = Pair(
         denoisers=unets,
-        text=words,
-        vae=codec,
+        text=encoders,
+        vae=decoder,
         schedules=found,
         predictions=known,
         image_size=first.image_size,
-        downscale=codec.params.downscale,
-        latent_channels=codec.params.latent_channels,
+        downscale=decoder.params.downscale,
+        latent_channels=decoder.params.latent_channels,
         preview=None if preview is None else preview_of(preview, devices["vae"], allow),
         lineage=first.family.lineage,
         preset=options.get("preset") or preset_of(models),
@@ -231,16 +231,16 @@ def load_pair(
         embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
         guidance_dim=guidance_dim,
         notes=_notes(models, options.get("prediction"), swapped(models, lora), *decided),
-        device=place,
+        device=devices["text"],
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
-        float8=kind == "float8",
-        packed=any(map(is_packed, (*unets.values(), codec))) and (kept.packed or True),
-        footprint=_footprint(unets, codec, words),
-        homes=homes,
+        float8=dtype == "float8",
+        packed=any(map(is_packed, (*unets.values(), decoder))) and (packed or True),
+        footprint=_footprint(unets, decoder, encoders),
+        residency=residency,
         ema=options.get("ema"),
         allow=tuple(allow),
-        files=_files(named, ema.of) | learned,
+        files=_files(named, ema.of) | embeddings,
     )
     if lora is None or distilled_lora is None:
         return pair
@@ -258,15 +258,12 @@ def load_demo(**options: Unpack[Options]) -> Pair:
     shared: Options = {**options, "preview": preview, "preset": "demo"}
     pair = load_pair(base, distilled, **shared)
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
-    learned = {role: told for role, told in pair.files.items() if role.startswith(EMBEDDING)}
-    return replace(pair, files=files | learned)
+    embeddings = {role: own for role, own in pair.files.items() if role.startswith(EMBEDDING)}
+    return replace(pair, files=files | embeddings)
 
 
 def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
-    """A pair whose distilled model is its base, to be told apart by the strength of a LoRA.
-
-    The LoRA is named for the record; attaching it is the engine's part.
-    """
+    """A pair whose distilled model is its base with a LoRA, which the engine attaches."""
     network, prediction = pair.denoisers["base"], pair.predictions["base"]
     note = found.note()
     return replace(
@@ -274,7 +271,7 @@ def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
         denoisers={"base": network, "distilled": network},
         predictions={"base": prediction, "distilled": prediction},
         schedules=dict.fromkeys(("base", "distilled"), pair.schedules["base"]),
-        homes=replace(pair.homes, one=True),
+        residency=replace(pair.residency, one_network=True),
         preset=pair.preset or found.preset,
         guesses={**pair.guesses, "distilled": found},
         notes=(*pair.notes, *([] if note is None else [f"distilled: {note}"])),
@@ -282,39 +279,40 @@ def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
     )
 
 
-def _footprint(unets: Mapping[str, UNet], codec: Vae, words: ClipText) -> Footprint:
-    towers = [tower.params for tower in words.towers if isinstance(tower, Tower)]
+def _footprint(unets: Mapping[str, UNet], vae: Vae, text: ClipText) -> Footprint:
+    towers = [tower.params for tower in text.towers if isinstance(tower, Tower)]
     itemsize = max(compute_dtype(unet).itemsize for unet in unets.values())
     params = [unet.params for unet in unets.values()]
-    return Footprint.of(params, codec.params, towers, itemsize, compute_dtype(codec).itemsize)
+    return Footprint.of(params, vae.params, towers, itemsize, compute_dtype(vae).itemsize)
 
 
-def _embedded_guidance(given: float | None, dim: int | None) -> float | None:
-    if given is None:
+def _embedded_guidance(guidance: float | None, dim: int | None) -> float | None:
+    if guidance is None:
         return EMBEDDED_GUIDANCE if dim else None
     if dim is None:
         raise InputError(
-            f"embedded_guidance={given:g} is for a network that reads it (LCM's cond_proj), and "
+            f"embedded_guidance={guidance:g} is for a network that reads it (LCM's cond_proj), and "
             "none of these does: leave it out, or set the plan's distilled_guidance="
         )
-    if not math.isfinite(given):
-        raise InputError(f"embedded_guidance must be a finite number, got {given!r}")
-    return float(given)
+    if not math.isfinite(guidance):
+        raise InputError(f"embedded_guidance must be a finite number, got {guidance!r}")
+    return float(guidance)
 
 
 def _notes(
-    models: Mapping[str, Model], given: Predictions | None, *others: str | None
+    models: Mapping[str, Model], option: Predictions | None, *others: str | None
 ) -> tuple[str, ...]:
-    settled = set(given) if isinstance(given, Mapping) else set(models) if given else set[str]()
-    told = [model.note(role, role in settled) for role, model in models.items()]
-    return tuple(line for line in (*told, *others) if line)
+    """`option`: the option `prediction`, whose models need no note about it."""
+    known = set(option) if isinstance(option, Mapping) else set(models) if option else set[str]()
+    guesses = [model.note(role, role in known) for role, model in models.items()]
+    return tuple(line for line in (*guesses, *others) if line)
 
 
-def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Options) -> ClipText:
+def _load_text(path: FilePath, device: torch.device, dtype: Dtype, options: Options) -> ClipText:
     return load_text(
         path,
-        device=place,
-        dtype=kind,
+        device=device,
+        dtype=dtype,
         head_dim=options.get("text_head_dim"),
         tokenizer=options.get("tokenizer"),
         exclamation=options.get("exclamation", "openclip"),
@@ -322,20 +320,22 @@ def _load_words(path: FilePath, place: torch.device, kind: Dtype, options: Optio
     )
 
 
-def _load_unets(sources: Sources, homes: Homes, kept: Kept, words: ClipText) -> dict[str, UNet]:
-    found: dict[str, UNet] = {}
+def _load_unets(
+    sources: Sources, residency: Residency, precision: Precision, text: ClipText
+) -> dict[str, UNet]:
+    unets: dict[str, UNet] = {}
     allow, head_dim = sources.options.get("allow", ()), sources.options.get("head_dim")
     for role, path in sources.unets.items():
-        with bound_for(homes.devices[role]):
-            found[role] = unet_of(
-                path, bed(homes, role), kept.dtype, head_dim, sources.ema[role], words,
-                sources.text, allow, kept.packed,
+        with bound_for(residency.devices[role]):
+            unets[role] = unet_of(
+                path, loading_device(residency, role), precision.dtype, head_dim,
+                sources.ema[role], text, sources.text, allow, precision.packed,
             )  # fmt: skip
-    return found
+    return unets
 
 
 def _files(paths: Mapping[str, FilePath], ema: Mapping[str, bool | None]) -> dict[str, Files]:
-    """The files a digest identifies; of a diffusers folder, those of its UNet stand for it."""
+    """Role -> files for the digests of a record; of a diffusers folder those of its UNet alone."""
     parts: dict[str, PartName] = {"vae": "vae", "text": "text", "preview": "tiny"}
     return {
         role: (str(path), Checkpoint.open(path, parts.get(role, "unet"), ema=ema.get(role)).files)

@@ -14,7 +14,6 @@ from headstart.diversify.effect import check_images, select_of, strengths_of, ta
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
 from headstart.engine.asks import OWN, Asks
-from headstart.engine.budget import Asked, Chunks, Free, Shape, check_texts_fit, chunks, spare_bytes
 from headstart.engine.given import Own, digests, has_time_ids, latent_of, noise_source, own_of
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -22,6 +21,15 @@ from headstart.engine.tags import Tags, tagged
 from headstart.engine.words import Line, Words, check_words, listed, pair_of_pixels
 from headstart.errors import InputError
 from headstart.interfaces import NoiseSource
+from headstart.memory.budget import (
+    BatchSizes,
+    Chunks,
+    Free,
+    Shape,
+    check_texts_fit,
+    chunks,
+    spare_bytes,
+)
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.plan import Plan
 from headstart.plan.request import check_size, pair_up
@@ -104,14 +112,14 @@ def prepare(
         words = _unread(words, asked)
     if guided and not resumed:
         _check_negative_levels(words, lines, table)
-    asks_for = Asked.of(batch)
+    batch_sizes = BatchSizes.of(batch)
     select = select_of(methods)
     count = len(images) * (1 if select is None else int(select.times))
     height, width = (side // weights.downscale for side in pixels)
     latent = (weights.latent_channels, height, width)
     noise = noise_source(own, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
-    fits, spare = _chunks(weights, shape, table, asks_for)
+    fits, spare = _chunks(weights, shape, table, batch_sizes)
     return Request(
         images=images,
         words=words,
@@ -132,7 +140,7 @@ def prepare(
 
 
 def _chunks(
-    weights: Pair, shape: Shape, table: StepTable, asked: Asked
+    weights: Pair, shape: Shape, table: StepTable, asked: BatchSizes
 ) -> tuple[Chunks, int | None]:
     """As many samples at once as memory holds, where anybody knows how much that is; and what they
     leave of it."""
@@ -140,10 +148,10 @@ def _chunks(
     if weights.footprint is None:
         most = min(asked.networks or shape.batch, shape.batch)
         return Chunks(most, min(asked.decode or most, shape.batch), asked.bands or 1), None
-    networks, pools = weights.homes.free(table.models)
-    decode, _ = weights.homes.free(("vae",))
+    networks, pools = weights.residency.free(table.models)
+    decode, _ = weights.residency.free(("vae",))
     free = Free(None if networks is None else networks + pools, decode)
-    device = str(weights.homes.device("vae") or weights.device)
+    device = str(weights.residency.device("vae") or weights.device)
     fits = chunks(shape, weights.footprint, passes, free, asked, device=device)
     return fits, spare_bytes(shape, weights.footprint, passes, free, fits)
 
@@ -153,8 +161,8 @@ def check_texts_memory(weights: Pair, request: Request, tokens: int) -> None:
     if weights.footprint is None or not tokens:
         return
     lines = {line for row in request.lines for line in row}
-    free, _ = weights.homes.free(("text",))
-    device = str(weights.homes.device("text") or weights.device)
+    free, _ = weights.residency.free(("text",))
+    device = str(weights.residency.device("text") or weights.device)
     texts = len(lines) * (1 + request.guided)
     check_texts_fit(weights.footprint, texts, tokens, free, device)
 

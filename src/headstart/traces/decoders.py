@@ -184,7 +184,7 @@ def _network(
         channels=weights.latent_channels,
         scale=weights.downscale,
         draw=draw,
-        device=weights.homes.device("vae"),
+        device=weights.residency.device("vae"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Engines whose parts take turns, or live on two devices: the bits of those where all stays."""
+"""Engines whose parts take turns, or are on two devices: the bits of those where all stays."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from test_pair import folder  # noqa: F401
 from torch import Tensor
 
 import headstart as hs
-from headstart.commands.arguments import read_device
 from headstart.diversify.method import Images
-from headstart.engine import course, fitting, homes
-from headstart.engine.blocks import weights_of
-from headstart.engine.budget import Chunks
+from headstart.engine import course
 from headstart.engine.clock import Clock
-from headstart.engine.devices import choose_devices
-from headstart.engine.homes import Homes
-from headstart.engine.places import Placement
 from headstart.interfaces import Conditioning
+from headstart.memory import planning, residency
+from headstart.memory.blocks import weights_of
+from headstart.memory.budget import Chunks
+from headstart.memory.offload import Placement
+from headstart.memory.residency import Residency
 from headstart.networks.unet import UNet
 from headstart.traces.decoders import linear_decoder
 from headstart_kernels.emulation.card import Card
@@ -41,15 +40,15 @@ def loaded(files: Path, **options: Any) -> hs.Engine:
 
 @pytest.fixture
 def turns(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[str, ...], int], None]:
-    """Make a CPU a device where these parts take turns in a room of so many bytes."""
+    """Make a CPU a device where these parts take turns in an arena of so many bytes."""
 
-    def make(parts: tuple[str, ...], room: int) -> None:
+    def make(parts: tuple[str, ...], arena: int) -> None:
         def place(weights: Any, *args: Any, device: str, **options: Any) -> Placement:
-            return Placement(device=device, weights=weights, work={}, turns=parts, room=room)
+            return Placement(device=device, weights=weights, work={}, turns=parts, arena=arena)
 
-        monkeypatch.setattr(fitting, "takes_turns", lambda device: True)
-        monkeypatch.setattr(fitting, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
-        monkeypatch.setattr(fitting, "place", place)
+        monkeypatch.setattr(planning, "takes_turns", lambda device: True)
+        monkeypatch.setattr(planning, "pinned", lambda size: torch.empty(size, dtype=torch.uint8))
+        monkeypatch.setattr(planning, "place", place)
 
     return make
 
@@ -58,7 +57,7 @@ ALL = ("text", "base", "distilled")
 
 
 @pytest.mark.parametrize(
-    ("parts", "room", "runner"),
+    ("parts", "arena", "runner"),
     [
         (ALL, 10**9, "replay"),
         (("text", "distilled"), 1000, "eager"),
@@ -69,13 +68,13 @@ def test_pictures_are_to_the_bit_those_of_an_engine_where_all_stays(
     folder: Path,  # noqa: F811
     turns: Callable[[tuple[str, ...], int], None],
     parts: tuple[str, ...],
-    room: int,
+    arena: int,
     runner: Any,
 ) -> None:
     want = loaded(folder, runner=runner).sample(["a fox", "an owl"], plan=PLAN, seeds=3)
-    turns(parts, room)
+    turns(parts, arena)
     engine = loaded(folder, runner=runner)
-    (own,) = engine.weights.homes.rooms
+    (own,) = engine.weights.residency.arenas
     for _ in range(2):
         got = engine.sample(["a fox", "an owl"], plan=PLAN, seeds=3)
         assert torch.equal(got.rgb, want.rgb) and torch.equal(got.latents, want.latents)
@@ -100,7 +99,7 @@ def test_a_unet_that_stays_is_laid_out_on_the_host_and_lies_in_one_memory(
     assert isinstance(base, UNet)
     assert len({weight.tensor.untyped_storage().data_ptr() for weight in weights_of([base])}) == 1
     assert {u for u, device in laid if device is not None} == set(engine.denoisers.values())
-    assert len(engine.weights.homes.rooms) == (1 if parts else 0)
+    assert len(engine.weights.residency.arenas) == (1 if parts else 0)
 
 
 def test_where_the_host_has_no_memory_for_it_a_unet_is_laid_out_where_it_stays(
@@ -111,15 +110,15 @@ def test_where_the_host_has_no_memory_for_it_a_unet_is_laid_out_where_it_stays(
     turns((), 0)
     sent, own = list[Any](), UNet.to
     monkeypatch.setattr(UNet, "to", lambda u, *a, **k: (sent.append((u, *a)), own(u, *a, **k))[1])
-    monkeypatch.setattr(fitting, "available_bytes", lambda _: 1000)
+    monkeypatch.setattr(planning, "available_bytes", lambda _: 1000)
     engine = loaded(folder)
-    assert [place for _, place in sent[-2:]] == [torch.device("cpu")] * 2
+    assert [device for _, device in sent[-2:]] == [torch.device("cpu")] * 2
     assert {u for u, _ in sent[-2:]} == set(engine.denoisers.values())
     assert not any("to pin" in line for line in engine.weights.notes)
 
 
 def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Path) -> None:  # noqa: F811
-    """On a CPU twice: every row is told, and goes on, by what its own device has."""
+    """With a CPU as both: every row has its inputs on its own device."""
     want = loaded(folder).sample("a fox", plan=PLAN, seeds=[3, 4], keep_x0=True)
     engine = loaded(folder, device={"base": "cpu", "distilled": "cpu"})
     got = engine.sample("a fox", plan=PLAN, seeds=[3, 4], keep_x0=True)
@@ -127,7 +126,7 @@ def test_two_devices_hand_the_latent_over_and_give_the_same_pictures(folder: Pat
     assert got.x0 is not None and want.x0 is not None and torch.equal(got.x0, want.x0)
 
 
-def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -> None:
+def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> None:
     """Base on one fake GPU, distilled and decoder on another: no operator mixes them."""
     other = torch.device("cuda", 1)
     try:
@@ -138,10 +137,10 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
     timed: list[torch.device] = []
 
     class Network(torch.nn.Module):
-        def __init__(self, name: str, place: torch.device) -> None:
+        def __init__(self, name: str, device: torch.device) -> None:
             super().__init__()
             self.name = name
-            self.weight = torch.nn.Parameter(torch.ones((), device=place), requires_grad=False)
+            self.weight = torch.nn.Parameter(torch.ones((), device=device), requires_grad=False)
 
         def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
             seen.append((self.name, x_in.device))
@@ -153,14 +152,14 @@ def test_what_is_told_of_a_row_is_on_the_device_of_its_model(monkeypatch: Any) -
     with fake, Card(10**9, DEVICE):  # which leaves the host's tensors their values
         networks = {"base": Network("base", DEVICE), "distilled": Network("distilled", other)}
         context = torch.empty(1, 5, 8, device=DEVICE)
-        told = Conditioning(context), Conditioning(context)
-        where = Homes(devices=devices)
+        both = Conditioning(context), Conditioning(context)
+        where = Residency(devices=devices)
         request = SimpleNamespace(
             table=table, methods=(), chunks=Chunks(1, 1), guided=True, strengths=None, own=None,
             latent=(4, 8, 8), noise=None, images=Images(("",), (5,)), spare=None,
         )  # fmt: skip
-        weights = SimpleNamespace(homes=where, denoisers=networks, device=DEVICE)
-        monkeypatch.setattr(course, "encode", lambda *_: told)
+        weights = SimpleNamespace(residency=where, denoisers=networks, device=DEVICE)
+        monkeypatch.setattr(course, "encode", lambda *_: both)
         monkeypatch.setattr("headstart.finite.FiniteCheck.look", lambda *_, **__: None)
         monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
         monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
@@ -177,70 +176,34 @@ class Plain:
     def __init__(self, network: Any) -> None:
         self.network = network
 
-    def __call__(self, *given: Any) -> Tensor:
-        return self.network(*given)
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self.network(*inputs)
 
 
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        ({"base": "cpu"}, "one for each of base, distilled"),
-        ({"base": "cpu", "distilled": "meta"}, "'meta' cannot be used: its tensors have no values"),
-        ("meta", "'meta' cannot be used"),
-        (0, "device 0 cannot be used"),
-        (None, "device None cannot be used"),
-        ({"base": "cpu", "distilled": "abacus"}, "'abacus' cannot be used"),
-    ],
-)
-def test_devices_that_do_not_go_together_are_refused_in_one_line(given: Any, told: str) -> None:
-    with pytest.raises(hs.InputError, match=told) as caught:
-        choose_devices(given, ("base", "distilled"))
-    assert "\n" not in str(caught.value)
-
-
-def test_a_device_for_each_model_may_be_typed() -> None:
-    assert read_device("cuda:1") == "cuda:1"
-    assert read_device("base=cuda:0,distilled=cuda:1") == {"base": "cuda:0", "distilled": "cuda:1"}
-    for typed in ("base=", "base=cpu,base=cuda"):
-        with pytest.raises(hs.InputError, match=f"device '{typed}': expected auto"):
-            read_device(typed)
-
-
-@pytest.mark.parametrize("given", [torch.device("cpu"), {"base": "cpu", "distilled": "cpu:0"}])
-def test_a_device_may_be_one_of_torch_and_one_twice(given: Any) -> None:
-    assert set(choose_devices(given, ("base", "distilled")).values()) == {torch.device("cpu")}
-
-
-def test_two_kinds_of_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart.engine.devices.choose_device", torch.device)
-    with pytest.raises(hs.InputError, match="one kind of device"):
-        choose_devices({"base": "cpu", "distilled": "cuda:0"}, ("base", "distilled"))
-
-
-def test_a_host_without_memory_to_pin_is_said(
+def test_a_host_without_memory_to_pin_is_noted(
     folder: Path,  # noqa: F811
     turns: Callable[[tuple[str, ...], int], None],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Too little by what is known of it, or refused when it is asked for."""
+    """Too little by its own account, or refused by the system."""
     want = loaded(folder).sample("a fox", plan=PLAN, seeds=3)
     for name, answer in (("available_bytes", lambda _: 1000), ("pinned", lambda _: None)):
         turns(ALL, 10**9)
-        monkeypatch.setattr(fitting, name, answer)
+        monkeypatch.setattr(planning, name, answer)
         engine = loaded(folder)
-        (said,) = [line for line in engine.weights.notes if "to pin" in line]
-        assert "the host has no 0.0 GB to pin for cpu" in said and "--dtype float8" in said
+        (line,) = [note for note in engine.weights.notes if "to pin" in note]
+        assert "the host has no 0.0 GB to pin for cpu" in line and "--dtype float8" in line
         assert torch.equal(engine.sample("a fox", plan=PLAN, seeds=3).rgb, want.rgb)
         monkeypatch.undo()
 
 
 def test_a_size_of_memory_says_what_it_limits_where_nothing_takes_turns(folder: Path) -> None:  # noqa: F811
-    (said,) = [line for line in loaded(folder, memory="1GB").weights.notes if "memory" in line]
-    assert said.startswith("memory: of cpu a size limits what runs take beside the weights")
+    (line,) = [note for note in loaded(folder, memory="1GB").weights.notes if "memory" in note]
+    assert line.startswith("memory: of cpu a size limits what runs take beside the weights")
     assert not any("memory" in line for line in loaded(folder).weights.notes)
 
 
-def test_a_plan_leaves_room_for_the_picture_that_it_is_told(
+def test_memory_is_planned_for_a_picture_of_plan_size(
     folder: Path,  # noqa: F811
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -250,8 +213,8 @@ def test_a_plan_leaves_room_for_the_picture_that_it_is_told(
         seen.append(shape)
         return Placement(device="cpu", weights=weights, work={})
 
-    monkeypatch.setattr(fitting, "takes_turns", lambda device: True)
-    monkeypatch.setattr(fitting, "place", place)
+    monkeypatch.setattr(planning, "takes_turns", lambda device: True)
+    monkeypatch.setattr(planning, "place", place)
     for size in (None, 64, (32, 48)):
         loaded(folder, plan_size=size)
     assert [shape.pixels for shape in seen] == [(32, 32), (64, 64), (32, 48)]
@@ -260,19 +223,19 @@ def test_a_plan_leaves_room_for_the_picture_that_it_is_told(
         loaded(folder, plan_size=33)
 
 
-def test_a_resumed_run_brings_what_is_left_of_it(
+def test_a_resumed_run_loads_only_the_models_that_are_left(
     folder: Path,  # noqa: F811
     turns: Callable[[tuple[str, ...], int], None],
 ) -> None:
     turns(ALL, 10**9)
     engine = loaded(folder)
     states = [*engine.iterate("a fox", plan=PLAN, seeds=3)]
-    (own,) = engine.weights.homes.rooms
+    (own,) = engine.weights.residency.arenas
     with own.using("text"):
         before = own.moved_bytes
     again = [*engine.iterate("a fox", plan=PLAN, seeds=3, resume=states[1])]
     assert torch.equal(again[-1].x, states[-1].x)
-    assert own.inside == "distilled" and own.moved_bytes - before <= own.size_bytes
+    assert own.resident == "distilled" and own.moved_bytes - before <= own.size_bytes
 
 
 def test_a_preview_of_a_row_is_drawn_on_its_decoders_device(
@@ -302,10 +265,10 @@ def test_a_limit_of_memory_counts_what_captured_graphs_hold(
 ) -> None:
     """A UNet's rows use it again, and nothing beyond the limit."""
     own = Placement(device="cuda:0", weights={"base": 3_000}, work={})
-    place = torch.device("cuda", 0)
-    monkeypatch.setattr(homes, "available_bytes", lambda _: 10**6)
-    monkeypatch.setattr(homes, "pool_bytes", lambda _: 500)
-    found = Homes(devices={"base": place}, placements=(own,), most_bytes=8_000)
+    device = torch.device("cuda", 0)
+    monkeypatch.setattr(residency, "available_bytes", lambda _: 10**6)
+    monkeypatch.setattr(residency, "pool_bytes", lambda _: 500)
+    found = Residency(devices={"base": device}, placements=(own,), most_bytes=8_000)
     free, pools = found.free(["base"])
     assert (free, pools) == (4_500, 500)
     assert replace(found, most_bytes=None).free(["base"]) == (10**6, 500)
@@ -316,7 +279,7 @@ def test_an_adapter_is_merged_from_weights_that_are_in_place(
     turns: Callable[[tuple[str, ...], int], None],
     tmp_path: Path,
 ) -> None:
-    """Base and distilled share memory: whichever is inside, each is merged from its own."""
+    """Base and distilled share memory: whichever is resident, each is merged from its own."""
     plain = loaded(folder)
     torch.manual_seed(0)
     layer = plain.denoisers["base"].get_submodule("mid_block.resnets.0.conv1")  # type: ignore[attr-defined]
@@ -338,6 +301,6 @@ def test_texts_that_memory_cannot_hold_at_once_are_refused(
     own = loaded(folder).weights
     assert own.footprint is not None
     engine = hs.Engine(replace(own, footprint=replace(own.footprint, text_values=1e6)))
-    monkeypatch.setattr(homes, "available_bytes", lambda _: 10**8)
+    monkeypatch.setattr(residency, "available_bytes", lambda _: 10**8)
     with pytest.raises(hs.InputError, match=r"200 texts of \d+ tokens need .* fewer prompts"):
         engine.sample([f"a fox {n}" for n in range(200)], plan="distilled", batch=1)

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from headstart.engine import memory
-from headstart.engine.memory import Memory, available_bytes, pool_bytes, read_memory
 from headstart.errors import InputError
+from headstart.memory import available
+from headstart.memory.available import Memory, available_bytes, pool_bytes, read_memory
 from headstart.runner.capture import Site
 
 GPU = torch.device("cuda", 0)
@@ -31,15 +31,15 @@ def test_what_pools_of_graphs_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) 
         size_bytes = 5
 
     site: Any = lambda device: Captured()  # noqa: E731
-    monkeypatch.setattr(memory.Site, "of", staticmethod(site))
+    monkeypatch.setattr(available.Site, "of", staticmethod(site))
     assert available_bytes(GPU) == 101
     assert pool_bytes(GPU) == 5
     assert pool_bytes(torch.device("cpu")) == 0
-    assert Site is memory.Site
+    assert Site is available.Site
 
 
 @pytest.mark.parametrize(
-    ("said", "size"),
+    ("option", "size"),
     [
         ("auto", None),
         ("none", None),
@@ -48,17 +48,17 @@ def test_what_pools_of_graphs_hold_is_not_free(monkeypatch: pytest.MonkeyPatch) 
         (5 * 10**9, 5 * 10**9),
     ],
 )
-def test_a_size_is_read_as_it_is_written(said: Memory, size: int | None) -> None:
-    assert read_memory(said) == size
+def test_a_size_is_read_as_it_is_written(option: Memory, size: int | None) -> None:
+    assert read_memory(option) == size
 
 
-@pytest.mark.parametrize("said", ["", "8XB", "-1GB", "0GB", "nan", "GB", True])
-def test_what_is_no_size_is_refused_in_one_line(said: Memory) -> None:
+@pytest.mark.parametrize("option", ["", "8XB", "-1GB", "0GB", "nan", "GB", True])
+def test_what_is_no_size_is_refused_in_one_line(option: Memory) -> None:
     with pytest.raises(InputError, match=r"memory .*: expected auto .*, none .*, or a size such"):
-        read_memory(said)
+        read_memory(option)
 
 
-@pytest.mark.parametrize("said", ["8", 8, "900KB"])
-def test_a_size_that_was_meant_in_another_unit_is_refused(said: Memory) -> None:
+@pytest.mark.parametrize("option", ["8", 8, "900KB"])
+def test_a_size_that_was_meant_in_another_unit_is_refused(option: Memory) -> None:
     with pytest.raises(InputError, match=r"is \d+ bytes: give a unit too, such as 8GB"):
-        read_memory(said)
+        read_memory(option)

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headstart.checkpoint.params import VaeParams
-from headstart.engine.budget import SAFE_SHARE, Footprint, Shape
-from headstart.engine.places import RESERVE, Move, Placement, note, place, share_of
 from headstart.errors import InputError
+from headstart.memory.budget import SAFE_SHARE, Footprint, Shape
+from headstart.memory.offload import RESERVE, Move, Placement, arena_bytes, note, place
 
 GB = 10**9
 SDXL = {"text": int(1.64 * GB), "base": int(5.14 * GB), "distilled": int(5.14 * GB), "vae": GB // 3}
@@ -31,18 +31,18 @@ def test_where_all_fits_nothing_takes_turns_and_nothing_is_said(free: float | No
 def test_text_and_distilled_take_turns_first_and_only_as_far_as_is_needed() -> None:
     found = planned(12.6)
     assert found.turns == ("text", "distilled")
-    assert 0 < found.room < SDXL["text"]
+    assert 0 < found.arena < SDXL["text"]
     assert found.by_picture == ()
-    assert found.by_prompt == (Move("text", found.room), Move("distilled", found.room, "base"))
+    assert found.by_prompt == (Move("text", found.arena), Move("distilled", found.arena, "base"))
     more = planned(12.5)
-    assert abs(more.room - found.room - GB // 10) <= 2
+    assert abs(more.arena - found.arena - GB // 10) <= 2
 
 
 def test_base_and_distilled_take_turns_where_text_does_not_save_enough() -> None:
     found = planned(8.0)
     assert found.turns == ("text", "base", "distilled")
     assert [move.part for move in found.by_picture] == ["base", "distilled"]
-    assert sum(move.size_bytes for move in found.by_picture) == 2 * found.room
+    assert sum(move.size_bytes for move in found.by_picture) == 2 * found.arena
     assert found.by_prompt == (Move("text", SDXL["text"]),)
 
 
@@ -60,18 +60,18 @@ def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 120))
-def test_a_room_is_the_smallest_that_saves_enough(sizes: list[int], excess: int) -> None:
+def test_an_arena_is_the_smallest_that_saves_enough(sizes: list[int], excess: int) -> None:
     def saved(share: int) -> int:
         return sum(min(size, share) for size in sizes) - share
 
     enough = [share for share in range(1, max(sizes) + 1) if saved(share) >= excess]
-    assert share_of(sizes, excess) == (min(enough) if enough else None)
+    assert arena_bytes(sizes, excess) == (min(enough) if enough else None)
 
 
-def test_what_is_stored_as_float8_is_not_told_to_be() -> None:
+def test_float8_is_not_recommended_to_those_who_have_it() -> None:
     found = place(SDXL, VALUES, SHAPE, 8 * GB, device="cuda:0", float8=True)
-    told = note(found)
-    assert told is not None and "float8" not in told and "--distilled-lora" in told
+    text = note(found)
+    assert text is not None and "float8" not in text and "--distilled-lora" in text
     with pytest.raises(InputError, match=r"even where .* memory= \(--memory\) .*--size") as caught:
         place(SDXL, VALUES, SHAPE, 5 * GB, device="cuda:0", float8=True)
     assert "float8" not in str(caught.value)
@@ -87,14 +87,14 @@ def test_each_of_two_devices_has_a_plan_of_its_own_parts() -> None:
 
 
 def test_the_note_says_what_was_chosen_what_it_costs_and_how_to_choose_otherwise() -> None:
-    told = note(planned(8.0))
-    assert told is not None
+    text = note(planned(8.0))
+    assert text is not None
     for part in (
         "8.0 GB are free on cuda:0, for 12.3 GB of weights",
         "the text encoders, the base and the distilled model take turns",
         "a picture", "a new prompt", "ms", "at 25 GB/s", "the same to the bit",
         "--memory none", "--dtype float8", "headstart transfer", "--distilled-lora", "base=cuda:0",
     ):  # fmt: skip
-        assert part in told
+        assert part in text
     hidden = note(planned(12.5))
     assert hidden is not None and "of them beside the base's rows" in hidden

@@ -11,9 +11,9 @@ import torch
 from networks import PARAMS
 from torch import Tensor, nn
 
-from headstart.engine.blocks import ALIGNED, blocks_of, weights_of
-from headstart.engine.room import Room
 from headstart.interfaces import Conditioning
+from headstart.memory.arena import Arena
+from headstart.memory.blocks import ALIGNED, blocks_of, weights_of
 from headstart.networks.unet import UNet
 from headstart_kernels.emulation.host import Host
 
@@ -40,60 +40,60 @@ def call(network: nn.Module) -> Tensor:
         return network(x, torch.tensor([7, 7]), Conditioning(context))
 
 
-def room_of(share: int, pin: Callable[[int], Tensor | None] = on_host) -> tuple[Room, list[UNet]]:
+def arena_of(size: int, pin: Callable[[int], Tensor | None] = on_host) -> tuple[Arena, list[UNet]]:
     networks = [unet(1), unet(2)]
-    tenants = {"base": networks[:1], "distilled": networks[1:]}
-    return Room(tenants, share, CPU, Host(), pin), networks
+    parts = {"base": networks[:1], "distilled": networks[1:]}
+    return Arena(parts, size, CPU, Host(), pin), networks
 
 
 @pytest.mark.parametrize("pin", [on_host, nothing])
-@pytest.mark.parametrize("share", [1, 20_000, 10**9])
+@pytest.mark.parametrize("size", [1, 20_000, 10**9])
 def test_outputs_are_to_the_bit_those_of_networks_that_stay(
-    share: int, pin: Callable[[int], Tensor | None]
+    size: int, pin: Callable[[int], Tensor | None]
 ) -> None:
     want = [call(unet(1)), call(unet(2))]
-    room, networks = room_of(share, pin)
+    arena, networks = arena_of(size, pin)
     for _ in range(2):
         for name, network, expected in zip(("base", "distilled"), networks, want, strict=True):
-            with room.using(name):
-                assert room.inside == name
+            with arena.using(name):
+                assert arena.resident == name
                 assert torch.equal(call(network), expected)
 
 
-def test_only_the_share_moves_and_the_room_is_as_large_as_that() -> None:
-    room, _ = room_of(20_000)
+def test_only_that_size_moves_and_the_arena_is_as_large_as_that() -> None:
+    arena, _ = arena_of(20_000)
     whole = sum(block.aligned_bytes for block in blocks_of([unet(1)]))
-    assert 20_000 <= room.size_bytes < whole
+    assert 20_000 <= arena.size_bytes < whole
     for name in ("base", "distilled", "distilled", "base"):
-        with room.using(name):
+        with arena.using(name):
             pass
-    assert room.moved_bytes == 3 * room.size_bytes
+    assert arena.moved_bytes == 3 * arena.size_bytes
 
 
 def test_weights_keep_their_addresses_while_they_come_and_go() -> None:
     """A captured graph reads from there."""
-    room, networks = room_of(10**9)
+    arena, networks = arena_of(10**9)
 
     def where() -> list[int]:
         return [weight.tensor.data_ptr() for weight in weights_of(networks)]
 
     before = where()
     for name in ("base", "distilled"):
-        with room.using(name):
+        with arena.using(name):
             assert where() == before
     first, second = ([w.tensor.data_ptr() for w in weights_of([n])] for n in networks)
     assert first == second, "two networks of one shape: one memory"
     assert all(place % ALIGNED == before[0] % ALIGNED for place in first)
 
 
-def test_what_is_needed_next_comes_ahead_and_what_is_in_use_stays() -> None:
-    room, _ = room_of(20_000)
-    room.ahead(["text", "distilled", "base"])
-    assert room.inside == "distilled", "the first of them that is a tenant"
-    room.ahead(["distilled", "base"])
-    assert room.inside == "distilled"
-    room.ahead(["text"])
-    assert room.inside == "distilled"
+def test_what_is_needed_next_is_prefetched_and_what_is_in_use_stays() -> None:
+    arena, _ = arena_of(20_000)
+    arena.prefetch(["text", "distilled", "base"])
+    assert arena.resident == "distilled", "the first of them that is in the arena"
+    arena.prefetch(["distilled", "base"])
+    assert arena.resident == "distilled"
+    arena.prefetch(["text"])
+    assert arena.resident == "distilled"
 
 
 class Recorder:
@@ -127,20 +127,18 @@ class Recorder:
         return Host().stream(stream)
 
 
-def test_a_copy_waits_for_those_that_used_the_room_and_those_that_use_it_next_for_the_copy() -> (
-    None
-):
+def test_a_copy_waits_for_earlier_users_of_the_arena_and_later_users_wait_for_the_copy() -> None:
     streams = Recorder()
-    room = Room({"base": [unet(1)], "distilled": [unet(2)]}, 20_000, CPU, streams, on_host)
+    arena = Arena({"base": [unet(1)], "distilled": [unet(2)]}, 20_000, CPU, streams, on_host)
     streams.now = "first"
-    with room.using("base"):
+    with arena.using("base"):
         pass
     streams.now = "second"
-    with room.using("base"):
+    with arena.using("base"):
         pass
     streams.seen.clear()
     streams.now = "third"
-    with room.using("distilled"):
+    with arena.using("distilled"):
         assert streams.seen == [
             ("side", "first"), ("side", "second"), ("copies on", "side"), ("third", "side"),
         ]  # fmt: skip
@@ -148,13 +146,13 @@ def test_a_copy_waits_for_those_that_used_the_room_and_those_that_use_it_next_fo
 
 def test_threads_take_turns() -> None:
     want = {"base": call(unet(1)), "distilled": call(unet(2))}
-    room, networks = room_of(10**9)
+    arena, networks = arena_of(10**9)
     own = dict(zip(want, networks, strict=True))
     wrong: list[str] = []
 
     def work(name: str) -> None:
         for _ in range(20):
-            with room.using(name):
+            with arena.using(name):
                 if not torch.equal(call(own[name]), want[name]):
                     wrong.append(name)
 
@@ -174,11 +172,11 @@ def test_weights_that_lie_side_by_side_stay_so_whether_they_move_or_not() -> Non
         layer.weight.data = part
     assert sorted(len(block.weights) for block in blocks_of(layers)) == [1, 3]
     other = nn.Linear(40, 40, bias=False)
-    for share in (1, 10**9):
-        room = Room({"base": layers, "distilled": [other]}, share, CPU, Host(), on_host)
-        with room.using("distilled"):
+    for size in (1, 10**9):
+        arena = Arena({"base": layers, "distilled": [other]}, size, CPU, Host(), on_host)
+        with arena.using("distilled"):
             pass
-        with room.using("base"):
+        with arena.using("base"):
             places = [layer.weight.storage_offset() for layer in layers[:3]]
             assert [place - places[0] for place in places] == [0, 576, 1152]
             memory = {layer.weight.untyped_storage().data_ptr() for layer in layers[:3]}
@@ -190,10 +188,10 @@ def test_half_precision_other_orders_of_axes_and_buffers_move_as_they_are() -> N
     layer = nn.Conv2d(8, 8, 3).half().requires_grad_(False).to(memory_format=torch.channels_last)
     layer.register_buffer("table", torch.arange(5))
     before = {name: (t.clone(), t.stride(), t.dtype) for name, t in layer.state_dict().items()}
-    room = Room({"base": [layer], "distilled": [nn.Linear(40, 40)]}, 10**9, CPU, Host(), on_host)
-    with room.using("distilled"):
+    arena = Arena({"base": [layer], "distilled": [nn.Linear(40, 40)]}, 10**9, CPU, Host(), on_host)
+    with arena.using("distilled"):
         pass
-    with room.using("base"):
+    with arena.using("base"):
         for name, tensor in layer.state_dict().items():
             want, stride, dtype = before[name]
             assert torch.equal(tensor, want) and (tensor.stride(), tensor.dtype) == (stride, dtype)

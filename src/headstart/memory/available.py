@@ -1,6 +1,6 @@
-"""What is free of a device's memory, and how much of it an engine may have.
+"""How much memory a device has free, and how much of it an engine may use.
 
-free = device's own + held by nobody's tensors - pools of captured graphs
+free = what the driver reports + what torch's allocator caches unused - pools of captured graphs
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from headstart.errors import InputError
 from headstart.runner.capture import Site
 
 Memory = str | int
-"""What a person says of it: "auto", "none", bytes, or a size such as "8GB"."""
+"""The option `memory`: "auto", "none", bytes, or a size such as "8GB"."""
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def read_memory(memory: Memory) -> int | None:
-    """The most bytes of a device that an engine may have; None for "auto" and "none".
+    """The most bytes of a device that an engine may use; None for "auto" and "none".
 
-    Raises InputError for anything that is no size.
+    Raises InputError for anything else that is not a size.
     """
     if memory in ("auto", "none"):
         return None
@@ -40,9 +40,9 @@ def read_memory(memory: Memory) -> int | None:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Free bytes where the run will live, or None where the system does not say.
+    """Free bytes of a device, or None where the system does not say.
 
-    What the caching allocator holds for nobody is free; what it holds for captured graphs is not.
+    Memory that torch's allocator caches unused is free, except the pools of captured graphs.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -55,7 +55,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def pool_bytes(device: torch.device) -> int:
-    """What graphs captured on a CUDA device hold, which their replays use and nothing else can."""
+    """Bytes that the graphs captured on a CUDA device hold. Only their replays can use them."""
     return Site.of(device).size_bytes if device.type == "cuda" else 0
 
 
@@ -69,7 +69,7 @@ def _meminfo() -> int | None:
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """A container's own limit, which /proc/meminfo does not show; cached files can be dropped."""
+    """The limit of a container, which /proc/meminfo does not show; cached files can be dropped."""
     try:
         limit = int((root / "memory.max").read_text())
         used = int((root / "memory.current").read_text())

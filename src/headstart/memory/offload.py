@@ -1,17 +1,17 @@
-"""Which weights stay on a device, and which take turns in one room of it: decided before loading.
+"""Which weights stay on a device, and which take turns in one arena: decided before loading.
 
-    device bytes = sum of what stays + room + work of a stage
-    saved by a room of s bytes = sum over its parts of min(bytes, s) - s
+    device bytes = weights that stay + arena + work of a stage
+    saved by an arena of s bytes = sum over its parts of min(bytes, s) - s
 
-Only what does not fit moves: a part that takes turns leaves what is beyond the room where it is.
-Measures, from the cheapest to the dearest; each is tried alone before the next one:
+Only what does not fit is moved: of a part that takes turns, the bytes beyond the arena stay on the
+device. These measures are tried in this order, from the cheapest to the dearest:
 
     1. smaller chunks, then a decode in bands     (`budget.chunks`; nothing is moved)
-    2. text encoders and the distilled model take turns     a new prompt moves twice the room; the
-       second half of it while the base's rows run
-    3. text encoders, base and distilled take turns         a picture moves twice the room
+    2. text encoders and the distilled model take turns     a new prompt moves the arena's bytes
+       twice, the second time while the base's rows run
+    3. text encoders, base and distilled take turns         a picture moves the arena's bytes twice
 
-All of them leave the results what they are to the bit, besides bands (equal up to rounding).
+The results stay the same to the bit, except for a decode in bands (equal up to rounding).
 """
 
 from __future__ import annotations
@@ -20,36 +20,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from headstart.engine.budget import (
-    BANDS,
-    SAFE_SHARE,
-    Chunks,
-    Footprint,
-    Free,
-    Shape,
-    chunks,
-)
 from headstart.errors import InputError
+from headstart.memory.budget import BANDS, SAFE_SHARE, Chunks, Footprint, Free, Shape, chunks
 
 SPREAD = 0.06
-"""Of weights that are allocated one by one, lost in the allocator's segments: SDXL's take 5.6 %
-more than their bytes (counted, `emulation.card`). A room has all of its tenants' in one memory."""
+"""Share of the weights that the allocator's segments waste where tensors are allocated one by one:
+SDXL's take 5.6 % more than their bytes (counted, `emulation.card`). An arena is one allocation."""
 RESERVE = 2**28
-"""For the workspaces of libraries (cuBLAS: 32 MiB on Hopper) and kernels loaded at their first use.
-An estimate, not measured."""
+"""Bytes for the workspaces of libraries (cuBLAS: 32 MiB on Hopper) and for kernels, loaded at their
+first use. An estimate, not measured."""
 HOST_BYTES_PER_S = 25e9
-"""From pinned memory over PCIe 4.0 x16, of 31.5e9 in theory; an estimate, not measured."""
+"""From pinned memory over PCIe 4.0 x16 (31.5e9 in theory). An estimate, not measured."""
 _RUN = ("text", "base", "distilled")
 ORDER = ("text", "distilled", "base")
-"""What may take turns. The distilled model comes before the base: while the base's rows run, it can
-be brought back."""
-
-
+"""The parts that may take turns, the cheapest first: the distilled model can be copied back while
+the base's rows run."""
 _ONE = Chunks(1, 1)
 
 
 class Move(NamedTuple):
-    """Bytes that go to the device, and the stage that hides them, where one does."""
+    """A copy of a part to the device, and the stage that runs meanwhile, if one does."""
 
     part: str
     size_bytes: int
@@ -57,10 +47,10 @@ class Move(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What is on the device during a stage: weights, whoever is in the room, work beside them."""
+    """Bytes on the device during a stage: of weights, and of work. `resident` is in the arena."""
 
     name: str
-    inside: str | None
+    resident: str | None
     weights: int
     work: int
 
@@ -73,51 +63,51 @@ class Stage(NamedTuple):
 class Placement:
     """One device's part of a plan.
 
-    weights   part ("text", "base", "distilled", "vae") -> its bytes as they are stored there
+    weights   part ("text", "base", "distilled", "vae") -> bytes of its weights on this device
     work      stage -> bytes besides weights, of one picture
-    turns     parts that take turns, in the order of a run; room: the bytes that they share
-    fits      samples at once, for the size and the batch that were planned
-    free      bytes that there were, None where nobody knows
-    float8    whether UNets are stored so already
+    turns     parts that take turns, in the order of a run; arena: the bytes that they share
+    fits      samples at once, for the planned size and batch
+    free      bytes that were free, None where nobody knows
+    float8    whether UNets are stored as float8 already
     """
 
     device: str
     weights: Mapping[str, int]
     work: Mapping[str, int]
     turns: tuple[str, ...] = ()
-    room: int = 0
+    arena: int = 0
     fits: Chunks = _ONE
     free: int | None = None
     float8: bool = False
 
     def moving(self, part: str) -> int:
-        """Bytes of a part that come and go."""
-        return min(self.weights[part], self.room) if part in self.turns else 0
+        """Bytes of a part that are copied at every turn."""
+        return min(self.weights[part], self.arena) if part in self.turns else 0
 
     @property
     def held(self) -> int:
         """Bytes of weights on the device, in any stage."""
-        return self.room + sum(size - self.moving(part) for part, size in self.weights.items())
+        return self.arena + sum(size - self.moving(part) for part, size in self.weights.items())
 
     @property
     def need(self) -> int:
-        """Bytes that have to be free: weights, what is lost between them, the most work."""
-        lost = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
-        return int(self.held + lost + max(self.work.values(), default=0) / SAFE_SHARE) + RESERVE
+        """Bytes that must be free: weights, the allocator's waste, the largest stage's work."""
+        waste = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
+        return int(self.held + waste + max(self.work.values(), default=0) / SAFE_SHARE) + RESERVE
 
     @property
     def stages(self) -> tuple[Stage, ...]:
-        """Text, base, distilled, decode: those that happen here."""
+        """Those of text, base, distilled and decode that run on this device."""
         found: list[Stage] = []
-        inside = None
+        resident = None
         for name, work in self.work.items():
-            inside = name if name in self.turns else inside
-            found.append(Stage(name, inside, self.held, work))
+            resident = name if name in self.turns else resident
+            found.append(Stage(name, resident, self.held, work))
         return tuple(found)
 
     @property
     def by_prompt(self) -> tuple[Move, ...]:
-        """What a picture of a new prompt moves besides `by_picture`."""
+        """What a new prompt moves besides `by_picture`."""
         if "text" not in self.turns:
             return ()
         moves = [Move("text", self.moving("text"))]
@@ -129,7 +119,7 @@ class Placement:
 
     @property
     def by_picture(self) -> tuple[Move, ...]:
-        """What every picture moves: the two models that change places."""
+        """What every picture moves: the two models, where both take turns."""
         models = [part for part in self.turns if part != "text"]
         if len(models) < 2:
             return ()
@@ -154,37 +144,38 @@ def place(
 ) -> Placement:
     """The cheapest placement that fits `free` bytes, for pictures of this shape.
 
-    weights  part -> bytes, of the parts that live on this device
-    passes   2 where the base is guided; texts, tokens: read at once
+    weights        part -> bytes, of the parts on this device
+    passes         2 where the base is guided
+    texts, tokens  how many texts the encoders read at once, and how long each is
 
-    Raises InputError where none fits, saying what would.
+    Raises InputError where none fits; the message says what would.
     """
     work = _work(weights, values, shape, passes, texts, tokens)
     found = Placement(device=device, weights=weights, work=work, free=free, float8=float8)
     movable = [part for part in ORDER if part in weights]
     for count in (0, *range(2, len(movable) + 1)):
-        found = replace(found, turns=tuple(p for p in _RUN if p in movable[:count]), room=0)
+        found = replace(found, turns=tuple(p for p in _RUN if p in movable[:count]), arena=0)
         excess = 0 if free is None else found.need - free
         if excess <= 0:
             return _with_chunks(found, values, shape, passes)
-        share = share_of([weights[part] for part in found.turns], excess)
-        if share is not None:
-            return _with_chunks(replace(found, room=share), values, shape, passes)
+        arena = arena_bytes([weights[part] for part in found.turns], excess)
+        if arena is not None:
+            return _with_chunks(replace(found, arena=arena), values, shape, passes)
     raise InputError(refusal(found))
 
 
-def share_of(sizes: Sequence[int], excess: int) -> int | None:
-    """The smallest room s with sum(min(size, s)) - s >= excess; None where none saves so much.
+def arena_bytes(sizes: Sequence[int], excess: int) -> int | None:
+    """The smallest arena s with sum(min(size, s)) - s >= excess; None where none saves so much.
 
-    >>> share_of([2, 5, 5], 3), share_of([2, 5, 5], 8)
+    >>> arena_bytes([2, 5, 5], 3), arena_bytes([2, 5, 5], 8)
     (2, None)
     """
-    below = 0  # of parts that are in the room whole
+    below = 0  # of parts that fit in the arena as a whole
     for index, size in enumerate(sorted(sizes)[:-1]):
         larger = len(sizes) - index
-        share = -(-(excess - below) // (larger - 1))
-        if share <= size:
-            return max(share, 1)
+        arena = -(-(excess - below) // (larger - 1))
+        if arena <= size:
+            return max(arena, 1)
         below += size
     return None
 
@@ -197,7 +188,7 @@ def _work(
     texts: int,
     tokens: int,
 ) -> dict[str, int]:
-    """Stage -> the least that it takes besides weights: one sample at a time, in bands."""
+    """Stage -> the least bytes besides weights: one sample at a time, decoded in bands."""
     states, row = shape.state_bytes, values.row_bytes(shape)
     found = {
         "text": values.text_bytes(texts, tokens),
@@ -219,27 +210,28 @@ def _with_chunks(found: Placement, values: Footprint, shape: Shape, passes: int)
 
 
 def note(found: Placement) -> str | None:
-    """What was chosen, what a picture costs by it, and how to choose otherwise, for a person."""
+    """For a person: what was chosen, what it costs, and how to choose otherwise."""
     if not found.turns:
         return None
     turns = " and ".join(_NAMES[part] for part in found.turns[-2:])
     turns = ", ".join([*(_NAMES[part] for part in found.turns[:-2]), turns])
     costs = [
-        f"{_told(moves)} {what}"
+        f"{_cost(moves)} {what}"
         for moves, what in ((found.by_picture, "a picture"), (found.by_prompt, "for a new prompt"))
         if moves
     ]
     least = max(found.work.values(), default=0)
     return (
-        f"memory: {_gb(found.free or 0)} are free on {found.device}, for {_gb(_whole(found))} of "
-        f"weights and at least {_gb(least)} of work: so {turns} take turns in {_gb(found.room)} of "
-        f"it, out of the host's memory, which moves {' and '.join(costs)}, estimated at "
-        f"{HOST_BYTES_PER_S / 1e9:.0f} GB/s; the results are the same to the bit. Otherwise: "
-        f"memory='none' (--memory none) moves nothing; {_others(found)}"
+        f"memory: {_gb(found.free or 0)} are free on {found.device}, for "
+        f"{_gb(sum(found.weights.values()))} of weights and at least {_gb(least)} of work: so "
+        f"{turns} take turns in {_gb(found.arena)} of it, out of the host's memory, which moves "
+        f"{' and '.join(costs)}, estimated at {HOST_BYTES_PER_S / 1e9:.0f} GB/s; the results are "
+        "the same to the bit. Otherwise: memory='none' (--memory none) moves nothing; "
+        f"{_others(found)}"
     )
 
 
-def _told(moves: Sequence[Move]) -> str:
+def _cost(moves: Sequence[Move]) -> str:
     """`7.1 GB (285 ms, 140 of them beside the decode)`."""
     size = sum(move.size_bytes for move in moves)
     hidden = [
@@ -251,43 +243,39 @@ def _told(moves: Sequence[Move]) -> str:
 
 
 def milliseconds(size_bytes: int) -> float:
-    """Of a copy to the device, at `HOST_BYTES_PER_S`."""
+    """The time of a copy to the device, at `HOST_BYTES_PER_S`."""
     return size_bytes / HOST_BYTES_PER_S * 1e3
 
 
 def _others(found: Placement) -> str:
-    """What holds less, with other results."""
-    told: list[str] = []
+    """Ways to need less memory that change the results."""
+    lines: list[str] = []
     models = [found.weights[part] for part in ("base", "distilled") if part in found.weights]
     if models and not found.float8:
-        told.append(
+        lines.append(
             f"dtype='float8' (--dtype float8) stores {_gb(sum(models))} of UNets in about "
             f"{_gb(sum(models) // 2)}, rounded to eight bits"
         )
     if len(models) == 2:
-        told.append(
+        lines.append(
             "the distilled model as a LoRA on the base (`headstart transfer --base B --tuned D "
             "--rank 64 --out L`, then --distilled-lora L) leaves one UNet, and what it captures of "
             "the distilled one is printed; base and distilled may have a device each (--device "
             "base=cuda:0,distilled=cuda:1)"
         )
-    return "; ".join(told) or "take a model of fewer weights"
+    return "; ".join(lines) or "take a model of fewer weights"
 
 
 def refusal(most: Placement) -> str:
-    """Of weights that do not fit even where all that may take turns: `most`, but for its room."""
+    """The message where weights do not fit even in turns; `most`: with all that may in turns."""
     sizes = [most.weights[part] for part in most.turns]
     need = most.need - sum(sizes) + max(sizes, default=0)
     return (
-        f"the weights are {_gb(_whole(most))}, and need {_gb(need)} of {most.device} with its work "
-        f"even where they take turns; {_gb(most.free or 0)} are free, or what memory= (--memory) "
-        f"allows of it: {_others(most)}; plan for a smaller picture (plan_size=, --size); or run "
-        "on device='cpu'"
+        f"the weights are {_gb(sum(most.weights.values()))}, and need {_gb(need)} of "
+        f"{most.device} with its work even where they take turns; {_gb(most.free or 0)} are free, "
+        f"or what memory= (--memory) allows of it: {_others(most)}; plan for a smaller picture "
+        "(plan_size=, --size); or run on device='cpu'"
     )
-
-
-def _whole(found: Placement) -> int:
-    return sum(found.weights.values())
 
 
 def _gb(size_bytes: int) -> str:

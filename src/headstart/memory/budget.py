@@ -1,6 +1,6 @@
 """How many bytes each stage of a run takes besides the weights, and how many samples fit at once.
 
-states = B*(C*h*w*(8 + kept)*4 + H*W*3*5)            of the whole batch, in every stage
+states = B*(C*h*w*(8 + x0_rows)*4 + H*W*3*5)         of the whole batch, in every stage
 text   = texts * pieces * text_values * itemsize
 rows   = chunk * passes * latent_values*h*w * itemsize
 decode = decode_chunk * decode_bytes(bands)
@@ -20,32 +20,32 @@ from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
 from headstart.errors import InputError
 
 SAFE_SHARE = 0.8
-"""Of the free memory; allocators fragment, and the estimate is of tensors alone."""
+"""Of the free memory that is used at most: allocators fragment, and the estimate counts tensors."""
 BANDS = (1, 2, 4, 8, 16)
 """Into how many bands of rows a decode may be cut, where a whole one does not fit."""
 
 
 class Shape(NamedTuple):
-    """What a run allocates: batch, one sample's latents [C, h, w] and pixels [H, W], x0 kept."""
+    """Sizes of a run: batch, one sample's latents [C, h, w], pixels [H, W]; rows whose x0 stays."""
 
     batch: int
     channels: int
     latent: tuple[int, int]
     pixels: tuple[int, int]
-    kept: int = 0
+    x0_rows: int = 0
 
     @property
     def state_bytes(self) -> int:
-        """x, x0, noise and what a step makes of them, float32; pixels as they are and as uint8."""
+        """x, x0, noise and a step's intermediates, float32; pixels as float32 and as uint8."""
         cells, pixels = self.latent[0] * self.latent[1], self.pixels[0] * self.pixels[1]
-        return self.batch * (self.channels * cells * (8 + self.kept) * 4 + pixels * 3 * 5)
+        return self.batch * (self.channels * cells * (8 + self.x0_rows) * 4 + pixels * 3 * 5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a network holds at once besides its weights.
+    """What the networks hold at once besides their weights.
 
-    latent_values  of a UNet pass, a latent cell of one row; itemsize: bytes of each
+    latent_values  values of a UNet pass for one latent cell of one row; itemsize: bytes of each
     vae            the decoder; vae_itemsize: bytes of each of its values
     text_values    of the text encoders, for one piece of one text
     """
@@ -65,7 +65,7 @@ class Footprint:
         itemsize: int,
         vae_itemsize: int,
     ) -> Footprint:
-        """The largest of the UNets, the decoder, and all of the text encoders."""
+        """Of the largest UNet, the decoder, and all text encoders."""
         return cls(
             latent_values=max(map(_unet_values, unets)),
             vae=vae,
@@ -75,20 +75,20 @@ class Footprint:
         )
 
     def row_bytes(self, shape: Shape) -> int:
-        """Of one row in a UNet: a guided sample has two."""
+        """Of one row in a UNet; a guided sample has two rows."""
         return int(self.latent_values * shape.latent[0] * shape.latent[1] * self.itemsize)
 
     def decode_bytes(self, shape: Shape, bands: int = 1) -> int:
-        """Of one sample in the decoder, in that many bands of rows."""
+        """Of one sample in the decoder, decoded in that many bands of rows."""
         return decode_bytes(self.vae, shape.latent, self.vae_itemsize, bands)
 
     def text_bytes(self, texts: int, tokens: int) -> int:
-        """Of all texts of a call: they are encoded together, and long ones piece by piece."""
+        """Of all texts of a call: they are encoded together, long ones piece by piece."""
         return int(self.text_values * texts * -(-tokens // 77) * self.itemsize)
 
 
 class Chunks(NamedTuple):
-    """How many samples a UNet and the decoder are given at once, and the bands of a decode."""
+    """How many samples a UNet and the decoder take at once, and the bands of a decode."""
 
     networks: int
     decode: int
@@ -96,53 +96,53 @@ class Chunks(NamedTuple):
 
     @property
     def own_decode(self) -> tuple[int, int] | None:
-        """Of the decoder, where it is not as many as in a UNet, whole."""
+        """(decode, bands); None where the decoder takes as many samples as a UNet, in one band."""
         own = self.decode, self.bands
         return None if own == (self.networks, 1) else own
 
 
 class Free(NamedTuple):
-    """Bytes besides the weights, None where nobody knows: for the rows of UNets, which use again
-    what captured graphs hold, and for the decoder, which cannot."""
+    """Free bytes, None where nobody knows: for UNets, which may use the pools of captured graphs,
+    and for the decoder, which cannot."""
 
     networks: int | None
     decode: int | None
 
 
-class Asked(NamedTuple):
-    """What a call asks for, None for as much as fits."""
+class BatchSizes(NamedTuple):
+    """The option `batch` of a call; None: as many as fit."""
 
     networks: int | None = None
     decode: int | None = None
     bands: int | None = None
 
     @classmethod
-    def of(cls, batch: int | Sequence[int] | None) -> Asked:
-        """A number of samples in a UNet, or all three. Raises InputError for what are no whole
-        numbers of at least 1."""
+    def of(cls, batch: int | Sequence[int] | None) -> BatchSizes:
+        """From a number of samples in a UNet, or up to three numbers. Raises InputError unless they
+        are whole numbers of at least 1."""
         many = isinstance(batch, Sequence) and not isinstance(batch, str)
-        given = tuple(cast("Sequence[object]", batch)) if many else (batch,)
-        asked = tuple(map(_count, given))
-        if not 1 <= len(given) <= 3 or 0 in asked:
+        values = tuple(cast("Sequence[object]", batch)) if many else (batch,)
+        counts = tuple(map(_count, values))
+        if not 1 <= len(counts) <= 3 or 0 in counts:
             raise InputError(
                 "batch: expected a whole number of at least 1, of samples in a network at once, or "
                 "up to three, (samples in a network, in the decoder, bands of a decode), such as "
                 f"(8, 2, 16), got {batch!r:.60}"
             )
-        return cls(*asked)
+        return cls(*counts)
 
 
-def _count(given: object) -> int | None:
-    """A number of at least 1, None for as much as fits; 0 for what is neither."""
-    if given is None:
+def _count(value: object) -> int | None:
+    """A number of at least 1, None for as many as fit; 0 for anything else."""
+    if value is None:
         return None
     try:
-        return 0 if isinstance(given, bool) else max(0, index(cast("SupportsIndex", given)))
+        return 0 if isinstance(value, bool) else max(0, index(cast("SupportsIndex", value)))
     except TypeError:
         return 0
 
 
-_ALL = Asked()
+_ALL = BatchSizes()
 
 
 def chunks(
@@ -150,28 +150,29 @@ def chunks(
     values: Footprint,
     passes: int,
     free: Free,
-    asked: Asked = _ALL,
+    batch: BatchSizes = _ALL,
     *,
     device: str = "cpu",
 ) -> Chunks:
-    """As many at once as fit, all if possible: halves, and then bands of a decode.
+    """As many samples at once as fit: all of them, else halves, then a decode in bands.
 
     passes  2 where guidance doubles the rows of a UNet
+    batch   what the call asks for, which is never made smaller
 
-    What is asked for is never cut. Raises InputError where not even one sample fits.
+    Raises InputError where not even one sample fits.
     """
     states, row = shape.state_bytes, passes * values.row_bytes(shape)
-    most = min(asked.networks or shape.batch, shape.batch)
-    networks = _cut(most, row, _budget(free.networks, states), asked.networks)
+    most = min(batch.networks or shape.batch, shape.batch)
+    networks = _cut(most, row, _budget(free.networks, states), batch.networks)
     if networks is None:
-        size = 1 if asked.networks is None else most
+        size = 1 if batch.networks is None else most
         raise InputError(_refusal(shape, size, size * row, free.networks or 0, device, "UNet"))
-    most, budget = min(asked.decode or networks, shape.batch), _budget(free.decode, states)
+    most, budget = min(batch.decode or networks, shape.batch), _budget(free.decode, states)
     one = 0
-    for bands in BANDS if asked.bands is None else (asked.bands,):
+    for bands in BANDS if batch.bands is None else (batch.bands,):
         one = values.decode_bytes(shape, bands)
         if bands == 1:
-            if (size := _cut(most, one, budget, asked.decode)) is not None:
+            if (size := _cut(most, one, budget, batch.decode)) is not None:
                 return Chunks(networks, size)
         elif budget is None or one <= budget:  # one sample after the other
             return Chunks(networks, most, bands)
@@ -181,8 +182,8 @@ def chunks(
 def spare_bytes(
     shape: Shape, values: Footprint, passes: int, free: Free, own: Chunks
 ) -> int | None:
-    """What rows of these chunks leave, for what is kept of all samples from row to row; None where
-    nobody knows."""
+    """Bytes that these chunks leave for caches that live from row to row, such as a prompt's keys
+    and values; None where nobody knows."""
     budget, rows = _budget(free.networks, shape.state_bytes), passes * values.row_bytes(shape)
     return None if budget is None else max(0, int(budget - own.networks * rows))
 
@@ -191,10 +192,10 @@ def _budget(free: int | None, states: int) -> float | None:
     return None if free is None else SAFE_SHARE * free - states
 
 
-def _cut(size: int, each: int, budget: float | None, asked: int | None) -> int | None:
-    """`size` in halves until that many fit; None where not one does, or not those asked for."""
+def _cut(size: int, each: int, budget: float | None, fixed: int | None) -> int | None:
+    """`size`, halved until that many fit; None where not one fits, or a `fixed` size does not."""
     while budget is not None and size * each > budget:
-        if size == 1 or asked is not None:
+        if size == 1 or fixed is not None:
             return None
         size = (size + 1) // 2
     return size
@@ -203,7 +204,7 @@ def _cut(size: int, each: int, budget: float | None, asked: int | None) -> int |
 def _unet_values(params: UNetParams) -> float:
     """Skips of all levels, and the widest working set: 20 widths of a level, 28 with attention.
 
-    The counts bound what the demo's UNet was seen to take: 0.9 of this at 512 and 1024 px.
+    The demo's UNet was measured to take 0.9 of this at 512 and 1024 px.
     """
     levels = list(enumerate(params.down))
     skips = sum((len(s.depths) + s.resample) * s.channels / 4**level for level, s in levels)
@@ -212,7 +213,7 @@ def _unet_values(params: UNetParams) -> float:
 
 
 def _text_values(params: ClipParams) -> float:
-    """The hidden state of every layer is kept, and the widest one makes the MLP's of it."""
+    """The hidden states of all layers, and the widest values of one MLP."""
     return params.positions * (params.width * (params.layers + 8) + 2 * params.mlp_width)
 
 
