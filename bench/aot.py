@@ -19,6 +19,9 @@ import harness
 import torch
 from torch import Tensor
 
+from evidence.aot import AMD, NVIDIA, cases, compiled
+from evidence.oracle import random_latents
+from evidence.ptx import emulated
 from headstart_kernels import (
     Draw,
     Preview,
@@ -32,9 +35,6 @@ from headstart_kernels import (
     preview_rgb,
     scale_input,
 )
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.aot import AMD, NVIDIA, cases, compiled
-from headstart_kernels.testing.ptx import emulated
 
 ROOT = Path(__file__).parents[1]
 HALF, LAST = torch.float16, torch.channels_last

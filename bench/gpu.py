@@ -40,9 +40,9 @@ import torch
 from gpu_case import Bench, Case, said
 from gpu_report import DONE, FAILED, LATE, Report
 
+from evidence.gpu import emulated_gpu
+from evidence.torch_cuda import EmulatedCuda
 from headstart.runner import capture
-from headstart_kernels.emulation.gpu import emulated_gpu
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 KERNELS, GRAPHS = "tests/gpu/test_kernels.py", "tests/gpu/test_gpu.py"
 CASES = (

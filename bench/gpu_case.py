@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,9 @@ from torch import Tensor
 from headstart.cost.sizes import sizes_of_family
 from headstart.networks.unet import Mid, Stage, UNetParams
 from headstart.networks.vae import VaeParams
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+
+if TYPE_CHECKING:
+    from evidence.torch_cuda import EmulatedCuda
 
 Figure = tuple[str, Any]
 Call = Callable[[], Any]

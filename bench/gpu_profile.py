@@ -12,11 +12,11 @@ from gpu_case import Bench, Figure, failed, wait
 from gpu_networks import PLAN, call, unet, vae, words
 from gpu_unet import opened
 
+from evidence.ptx.on_gpu import launched
 from headstart.noise import Philox
 from headstart.plan.schedule import NoiseSchedule
 from headstart.runner.capture import Site
 from headstart.runner.trajectory_graph import TrajectoryGraph
-from headstart_kernels.testing.ptx.on_gpu import launched
 
 MOST = 25
 """Kernels that are listed, those of the most time first."""

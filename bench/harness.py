@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -20,6 +21,8 @@ from typing import Any
 import numpy as np
 
 import headstart_weights
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for its package `evidence`
 
 PACKAGES = (
     *("headstart", "torch", "numpy", "transformers", "safetensors", "diffusers", "triton"),

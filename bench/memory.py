@@ -3,7 +3,7 @@
     python bench/memory.py [--cards 24,16,12,8] [--size 1024] [--batch 1] [--json OUT]
 
 Files of SDXL's names and shapes (holes, without bytes) are loaded by `Engine.load`, and a hybrid is
-sampled and decoded, on fake CUDA tensors whose storages are counted (`emulation.card`): a plan that
+sampled and decoded, on fake CUDA tensors whose storages are counted (`evidence.card`): a plan that
 needs more than it promised is out of memory here. Peaks are counted, with the allocator's holes;
 milliseconds are estimated from bytes (`memory.offload.HOST_BYTES_PER_S`). Workspaces inside of
 operators are not counted.
@@ -27,6 +27,8 @@ from harness import machine
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import headstart as hs
+from evidence.card import Card
+from evidence.fake_tensors import DEVICE, fake_tensors
 from headstart.checkpoint import blueprint
 from headstart.cost.sizes import sizes_of_family
 from headstart.engine.dtypes import DTYPES
@@ -34,9 +36,7 @@ from headstart.engine.models import Model
 from headstart.memory import planning
 from headstart.memory.offload import milliseconds
 from headstart.networks.assembly import bound_for
-from headstart_kernels.emulation.card import Card
-from headstart_kernels.emulation.device import DEVICE, fake_tensors
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 GIB = 2**30
 CONTEXT_BYTES = 600 * 10**6

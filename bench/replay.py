@@ -21,7 +21,7 @@ from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import EagerRunner
 from headstart_kernels import philox_normal
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 ROOT = Path(__file__).parents[1]
 BATCHES = (1, 4, 16)

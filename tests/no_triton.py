@@ -9,7 +9,7 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from unittest import mock
 
-from headstart_kernels.testing.ptx.driver import Emulator
+from evidence.ptx.driver import Emulator
 from headstart_kernels.trial import Sign
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evidence.fake_cuda import FakeCuda
+from evidence.ptx import Emulator, emulated
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
@@ -26,8 +28,6 @@ from headstart.runner.runner import EagerRunner
 from headstart.runner.trajectory_graph import Outcome, TrajectoryGraph
 from headstart.sampler import sample
 from headstart_kernels import decode_u8, philox_normal, preview_rgb
-from headstart_kernels.emulation.fake_cuda import FakeCuda
-from headstart_kernels.testing.ptx import Emulator, emulated
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SHAPE = (4, 8, 8)

@@ -15,7 +15,7 @@ from headstart.interfaces import Conditioning
 from headstart.memory.arena import Arena
 from headstart.memory.blocks import ALIGNED, blocks_of, weights_of
 from headstart.networks.unet import UNet
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 CPU = torch.device("cpu")
 

@@ -10,17 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evidence.bounds import attention_bound
+from evidence.oracle import random_latents
 from headstart.networks import attention as seam
 from headstart.networks.attention import attend
 from headstart.networks.bands import Bands
 from headstart.networks.fusion import fusion
 from headstart.networks.transformer import Attention
 from headstart.networks.vae import Attention as VaeAttention
-from headstart_kernels.emulation.recorder import Tape
 from headstart_kernels.native import library
 from headstart_kernels.native.calls import TYPES, calls
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import attention_bound
+from headstart_kernels.recording.tape import Tape
 
 in_c = pytest.mark.skipif(
     library.why_not() is not None or not calls().attends(TYPES[torch.float32]),

@@ -30,7 +30,7 @@ from headstart.runner.capture import Site
 from headstart.runner.runner import open_runner
 from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart.sampler import sample
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 SHAPE = (4, 8, 8)
 X, TIME = torch.linspace(-2, 2, 2 * 256).view(2, *SHAPE), torch.tensor([500, 20])

@@ -11,10 +11,10 @@ import torch
 
 import headstart as hs
 import headstart_weights
+from evidence.card import Card, Segments
+from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.memory import offload
 from headstart.networks.load import weight_bytes
-from headstart_kernels.emulation.card import Card, Segments
-from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 MIB = 2**20

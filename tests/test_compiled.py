@@ -14,6 +14,7 @@ from regional import Block, Counting, Tokens, agree, told
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from evidence.fake_cuda import FakeCuda
 from headstart.adapters.adapters import AdapterSet
 from headstart.errors import CaptureError
 from headstart.interfaces import Conditioning
@@ -22,7 +23,6 @@ from headstart.runner.capture import Site
 from headstart.runner.compiled_cache import STATIC_SHAPES
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import CompiledRunner, EagerRunner
-from headstart_kernels.emulation.fake_cuda import FakeCuda
 
 
 @pytest.fixture

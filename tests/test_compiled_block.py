@@ -16,6 +16,7 @@ import torch
 from generated import Generating, Launches, flash_attention
 from torch import Tensor, nn
 
+from evidence.fake_tensors import DEVICE, fake_tensors
 from headstart.adapters.delta import LowRank
 from headstart.adapters.snapshot import beside
 from headstart.cost.sizes import sizes_of_family
@@ -23,7 +24,6 @@ from headstart.interfaces import Conditioning
 from headstart.networks.regions import region
 from headstart.networks.unet import TransformerBlock, UNet
 from headstart.runner.compiled import CompiledNetwork
-from headstart_kernels.emulation.device import DEVICE, fake_tensors
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 SDXL = sizes_of_family("sdxl").unet

@@ -18,7 +18,7 @@ from headstart.networks.casting import keep_stored
 from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.numbers import sinusoid
 from headstart_kernels.dispatch import has_c
-from headstart_kernels.emulation.recorder import Tape
+from headstart_kernels.recording.tape import Tape
 
 in_c = pytest.mark.skipif(not has_c(multiplies=True), reason="needs C with fast products")
 FORMS: dict[str, Callable[[type[nn.Conv2d]], nn.Conv2d]] = {

@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
+from evidence.audit import Hazard, audit
+from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.adapters.layers import Matrix, layers_of
 from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
@@ -27,8 +29,6 @@ from headstart.networks.assembly import bound_for
 from headstart.networks.casting import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
 from headstart.networks.unet import Stage, UNet
-from headstart_kernels.emulation.audit import Hazard, audit
-from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 Maker = Callable[..., Path]
 GROUPS_OF_32 = replace(

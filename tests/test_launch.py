@@ -17,6 +17,7 @@ from torch import Tensor
 
 import headstart as hs
 import headstart_weights
+from evidence.fake_cuda import FakeCuda
 from headstart.cli import main
 from headstart.engine.launch import by_rows
 from headstart.errors import CaptureError, InputError
@@ -25,7 +26,6 @@ from headstart.memory.residency import Residency
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import choose_runner, open_runner
-from headstart_kernels.emulation.fake_cuda import FakeCuda
 
 RUNNERS = "eager", "trajectory"
 CPU = torch.device("cpu")

@@ -10,12 +10,12 @@ import ast
 import re
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+
+from sources import imports, read_sources
 
 ROOT = Path(__file__).parents[1]
-ROOTS = (ROOT / "src", ROOT / "kernels", ROOT / "weights")
 
 
 def read_order() -> list[str]:
@@ -76,53 +76,6 @@ FORBIDDEN_WORDS = {
 MAY_PRINT = {"commands", "cli", "__main__", "headstart_weights.recipe"}
 MAY_PRINT |= {"convert.unpickle"}  # a process of its own, which answers on its stdout
 FILE_LINES, FUNCTION_LINES = 400, 80
-
-
-class Import(NamedTuple):
-    module: str
-    name: str | None
-    """The b of `from a import b`, which may be a module or something inside `a`."""
-    line: int
-    eager: bool
-    """Runs when the module is imported: not inside a function, not under TYPE_CHECKING."""
-    relative: bool = False
-
-    def target(self, sources: Mapping[str, str]) -> str:
-        """The module this line needs: `a.b` where that is one of ours, else `a`."""
-        inner = f"{self.module}.{self.name}"
-        return inner if inner in sources else self.module
-
-
-def read_sources() -> dict[str, str]:
-    """Dotted module name -> source text of everything that goes into the wheel."""
-    found: dict[str, str] = {}
-    for root in ROOTS:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
-    return found
-
-
-def imports(source: str) -> list[Import]:
-    return list(_walk(ast.parse(source).body, eager=True))
-
-
-def _walk(body: list[ast.stmt], eager: bool) -> Iterator[Import]:
-    for node in body:
-        if isinstance(node, ast.Import):
-            yield from (Import(alias.name, None, node.lineno, eager) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            for alias in node.names:
-                yield Import(node.module or "", alias.name, node.lineno, eager, node.level > 0)
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            yield from _walk(node.body, eager=False)
-            yield from _walk(node.orelse, eager)
-        else:
-            inner = eager and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-            for field in ("body", "orelse", "finalbody"):
-                yield from _walk(getattr(node, field, []), inner)
-            for branch in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
-                yield from _walk(branch.body, inner)
 
 
 def place(module: str) -> str | None:
@@ -201,18 +154,6 @@ def relative(sources: Mapping[str, str]) -> list[str]:
     ]
 
 
-def kernel_cross_imports(sources: Mapping[str, str]) -> list[str]:
-    """Implementations of a kernel are alternatives, so none may lean on another."""
-    room = "headstart_kernels.impl."
-    return [
-        f"{module}:{item.line} imports {target}"
-        for module, source in sources.items()
-        if module.startswith(room)
-        for item in imports(source)
-        if (target := item.target(sources)).startswith(room) and target != module
-    ]
-
-
 def forbidden_names(sources: Mapping[str, str]) -> list[str]:
     found = [
         module
@@ -288,10 +229,6 @@ def test_planning_modules_never_load_torch() -> None:
 
 def test_imports_are_absolute() -> None:
     assert relative(read_sources()) == []
-
-
-def test_kernel_implementations_do_not_import_each_other() -> None:
-    assert kernel_cross_imports(read_sources()) == []
 
 
 def test_names_say_what_a_thing_is() -> None:
@@ -401,18 +338,6 @@ def test_planted_small_violations_are_caught() -> None:
     assert not undeclared({"headstart.study.figures": drawing}, declared)
     assert relative({"headstart.plan": "from . import errors\n"})
     assert relative({"headstart.plan": "from .errors import PlanError\n"})
-    assert kernel_cross_imports(
-        {
-            "headstart_kernels.impl.reference": "",
-            "headstart_kernels.impl.triton": "from headstart_kernels.impl import reference\n",
-        }
-    )
-    assert not kernel_cross_imports(
-        {
-            "headstart_kernels.impl.reference": "",
-            "headstart_kernels.api": "from headstart_kernels.impl import reference\n",
-        }
-    )
     assert forbidden_names({"headstart.tensor_utils": ""})
     assert forbidden_names({"headstart.plan": "class PlanManager: ...\n"})
     assert prints({"headstart.plan": "def show():\n    print(1)\n"})

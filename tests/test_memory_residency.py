@@ -15,6 +15,8 @@ from test_pair import folder  # noqa: F401
 from torch import Tensor
 
 import headstart as hs
+from evidence.card import Card
+from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.diversify.method import Images
 from headstart.engine import course
 from headstart.engine.clock import Clock
@@ -26,8 +28,6 @@ from headstart.memory.offload import Placement
 from headstart.memory.residency import Residency
 from headstart.networks.unet import UNet
 from headstart.traces.decoders import linear_decoder
-from headstart_kernels.emulation.card import Card
-from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 PLAN = hs.Plan((hs.Leg(model="base", steps=4, guidance=3.0, until="next"),
                 hs.Leg(model="distilled", timesteps=(499, 249))))  # fmt: skip

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evidence.oracle import numpy_normal
 from headstart.errors import InputError
 from headstart.interfaces import NoiseSource
 from headstart.noise import Given, Philox, keys_of
-from headstart_kernels.testing import numpy_normal
 
 CPU = torch.device("cpu")
 SHAPE = (4, 3, 5)

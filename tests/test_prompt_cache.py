@@ -27,7 +27,7 @@ from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import EagerRunner, open_runner
 from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart.sampler import sample
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 SHAPE = (4, 8, 8)
 GPU = torch.device("cuda")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.fake_tensors import fake_tensors
 from headstart.engine.clock import Clock
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning
 from headstart.runner.graph import GraphRunner
 from headstart.runner.runner import CompiledRunner, EagerRunner, choose_runner, open_runner
-from headstart_kernels.emulation.device import fake_tensors
 
 T = torch.tensor
 

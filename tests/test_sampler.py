@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from evidence.oracle import random_latents
 from headstart.diversify.pink import PinkNoise
 from headstart.engine.given import Start
 from headstart.errors import InputError
@@ -28,7 +29,6 @@ from headstart.plan.update import Update
 from headstart.runner.runner import EagerRunner
 from headstart.sampler import State, sample
 from headstart_kernels import INITIAL, LinearMap, philox_normal, scale_input
-from headstart_kernels.testing import random_latents
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 SHAPE = (4, 3, 5)

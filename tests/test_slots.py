@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.bounds import low_rank_bound
+from evidence.oracle import random_latents
+from evidence.ptx import emulated
 from headstart.adapters import slots
 from headstart.adapters.delta import LowRank
 from headstart.adapters.slots import Slot
 from headstart.networks.fusion import fusion
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import low_rank_bound
-from headstart_kernels.testing.ptx import emulated
 
 LAST = torch.channels_last
 STRENGTHS = torch.tensor([0.8, 0.0, -1.5])

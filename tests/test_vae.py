@@ -14,10 +14,10 @@ from counted import Counts, counted
 from safetensors.torch import load_file
 from torch import Tensor
 
+from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.networks.fusion import fusion
 from headstart.networks.load import load_vae
 from headstart.networks.vae import Vae, VaeParams
-from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 GOLDEN_BOUND = 1e-5
 SMALL = VaeParams(channels=(8, 16, 16), layers=1, norm_groups=4, scale_factor=0.5)

@@ -238,7 +238,7 @@ def _require_triton(kernel: str, tensor: Tensor) -> None:
     if not tensor.is_cuda and not _runs_on_host():
         raise ValueError(
             f"impl: 'triton' runs on a GPU, and the tensors are on {tensor.device}: move them, or "
-            "use impl='reference' (headstart_kernels.testing.ptx emulates a GPU)"
+            "use impl='reference'"
         )
 
 

@@ -6,8 +6,8 @@ import pytest
 import triton
 import triton.language as tl
 
-from headstart_kernels.testing import aot
-from headstart_kernels.testing.aot import AMD, NVIDIA, Case, cases, compiled, step_case
+from evidence import aot
+from evidence.aot import AMD, NVIDIA, Case, cases, compiled, step_case
 
 REGISTERS = 128
 """Four warps of 128 registers: four blocks fit on a multiprocessor of 65536, a quarter of its

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.cost.sizes import sizes_of_family
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
-from headstart_kernels.emulation.device import DEVICE, UnknownBuildError, fake_tensors
 
 SDXL, SDXL_VAE = sizes_of_family("sdxl").unet, sizes_of_family("sdxl").vae
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from counted import Counts, counted
 
+from evidence.audit import audit
 from headstart.networks.unet import UNet
 from headstart.prompt_cache import PromptCache
 from headstart.runner.graph import GraphRunner
-from headstart_kernels.emulation.audit import audit
 
 SAMPLES, LATENT = 2, (4, 128, 128)
 

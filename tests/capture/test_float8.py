@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.audit import audit
 from headstart.networks import load
 from headstart.networks.casting import FLOAT8, keep_float8
 from headstart.networks.unet import UNet
@@ -18,7 +19,6 @@ from headstart.plan.plan import Plan
 from headstart.plan.schedule import NoiseSchedule
 from headstart.runner.graph import GraphRunner
 from headstart.runner.trajectory_graph import TrajectoryGraph
-from headstart_kernels.emulation.audit import audit
 
 LATENT = (4, 128, 128)
 PLAN = Plan((Leg(model="base", timesteps=[999], guidance=5.0),))

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evidence.audit import Hazard, Report, audit
+from evidence.fake_tensors import DEVICE
 from headstart_kernels import ops
-from headstart_kernels.emulation.audit import Hazard, Report, audit
-from headstart_kernels.emulation.device import DEVICE
 
 SIGMAS = (14.6, 9.0, 5.0)
 

@@ -13,11 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.audit import Finding, Hazard, Report, audit
 from headstart.networks.tiny import TinyDecoder, TinyParams, TinyVae
 from headstart.traces.decoders import Decoder, Picture
 from headstart.traces.preview import SideStream
 from headstart_kernels import decode_u8, preview_rgb
-from headstart_kernels.emulation.audit import Finding, Hazard, Report, audit
 
 LATENT = (2, 4, 128, 128)
 DRAWS = ("linear", "tiny", "full")

@@ -14,6 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.audit import Hazard, audit
+from evidence.fake_tensors import DEVICE
 from headstart.interfaces import Conditioning
 from headstart.noise import Philox
 from headstart.plan.leg import Leg
@@ -26,8 +28,6 @@ from headstart.runner.graph import GraphRunner
 from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart.sampler import sample
 from headstart_kernels import preview_rgb
-from headstart_kernels.emulation.audit import Hazard, audit
-from headstart_kernels.emulation.device import DEVICE
 
 LATENT = (4, 128, 128)
 

@@ -7,10 +7,10 @@ from unittest import mock
 
 import pytest
 
+from evidence.fake_tensors import UnknownBuildError
+from evidence.gpu import emulated_gpu
+from evidence.torch_cuda import EmulatedCuda
 from headstart.runner import capture
-from headstart_kernels.emulation.device import UnknownBuildError
-from headstart_kernels.emulation.gpu import emulated_gpu
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 
 @pytest.fixture

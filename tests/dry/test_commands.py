@@ -13,10 +13,10 @@ from tiny_gpu import opened
 from tiny_pair import tiny_engine
 
 import headstart as hs
+from evidence.torch_cuda import EmulatedCuda
 from headstart.cli import main
 from headstart.commands import session
 from headstart.plan.pairs import PAIRS
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 CUDA = ["--device", "cuda"]
 CSV = "case_number,prompt,evaluation_seed\n0,ab,1\n1,bc,2\n"

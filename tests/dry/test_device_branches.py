@@ -23,6 +23,9 @@ from tiny_gpu import gpu_engine
 from tiny_pair import tiny_engine
 
 import headstart as hs
+from evidence.oracle import random_latents, random_table
+from evidence.ptx.on_gpu import launched
+from evidence.torch_cuda import EmulatedCuda
 from headstart.commands.session import use_local_device
 from headstart.compare.latency import Case, latency
 from headstart.engine import encoded
@@ -36,13 +39,9 @@ from headstart.noise import Given
 from headstart.runner.runner import choose_runner
 from headstart.runner.trajectory_graph import TrajectoryGraph
 from headstart_kernels import fused_step, scale_input
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
-from headstart_kernels.testing import random_latents, random_table
-from headstart_kernels.testing.ptx.on_gpu import launched
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("src/headstart", "kernels/headstart_kernels", "weights")
-NOT_PRODUCT = {"emulation", "testing"}  # what stands in for a GPU
 PLAN = hs.Plan((hs.Leg(model="base", timesteps=(999,), guidance=3.0),))
 
 
@@ -64,8 +63,7 @@ def branches() -> list[Branch]:
     found: list[Branch] = []
     for folder in SOURCES:
         for path in sorted((ROOT / folder).rglob("*.py")):
-            if not NOT_PRODUCT & set(path.relative_to(ROOT).parts):
-                found += _found(path)
+            found += _found(path)
     return found
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from headstart_kernels.emulation.fake_cuda import NotPermittedError, RaceError
-from headstart_kernels.emulation.gpu import CudaTensor, emulated_gpu
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+from evidence.fake_cuda import NotPermittedError, RaceError
+from evidence.gpu import CudaTensor, emulated_gpu
+from evidence.torch_cuda import EmulatedCuda
 
 
 @pytest.mark.parametrize(

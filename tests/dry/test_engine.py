@@ -19,13 +19,13 @@ from tiny_pair import tiny_engine
 from torch import Tensor, nn
 
 import headstart as hs
+from evidence.ptx.on_gpu import launched
+from evidence.torch_cuda import EmulatedCuda
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import CaptureError
 from headstart.plan.update import Update
 from headstart.runner.capture import Site
 from headstart.runner.graph import GraphRunner
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
-from headstart_kernels.testing.ptx.on_gpu import launched
 
 PLAN = hs.Plan(
     (

@@ -10,11 +10,11 @@ import torch
 from no_triton import error_of, failing
 from torch import Tensor
 
+from evidence.ptx.on_gpu import launched
+from evidence.torch_cuda import EmulatedCuda
 from headstart.errors import CaptureError
 from headstart.runner.capture import Program, Site
 from headstart_kernels import geglu, trial
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
-from headstart_kernels.testing.ptx.on_gpu import launched
 from headstart_kernels.trial import SIGNS, Sign
 
 TRIAL = ("trial_kernel", (1, 1, 1))

@@ -17,6 +17,7 @@ from adapter_samples import random_lora, write
 from test_pair import folder  # noqa: F401
 
 import headstart as hs
+from evidence.torch_cuda import EmulatedCuda
 from headstart.cli import main
 from headstart.commands import session
 from headstart.memory import planning
@@ -24,7 +25,6 @@ from headstart.memory.offload import Placement
 from headstart.networks.casting import FLOAT8
 from headstart.plan.pairs import PAIRS
 from headstart.plan.update import Update
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
 
 PLAN = hs.Plan(
     (

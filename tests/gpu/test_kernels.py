@@ -13,6 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.bounds import gate_bound, low_rank_bound, norm_bound, row_bound
+from evidence.oracle import assert_bits, random_latents, random_table
+from evidence.ptx import emulated
 from headstart_kernels import (
     COLUMNS,
     INITIAL,
@@ -30,9 +33,6 @@ from headstart_kernels import (
     preview_rgb,
     scale_input,
 )
-from headstart_kernels.testing import assert_bits, random_latents, random_table
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
-from headstart_kernels.testing.ptx import emulated
 
 LAST = torch.channels_last
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

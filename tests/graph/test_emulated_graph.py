@@ -14,6 +14,7 @@ from plans import VP_PREDICTIONS
 from stand import MAP, SHAPE, Emulated, hybrid
 from torch import Tensor
 
+from evidence.fake_cuda import RaceError
 from headstart.networks.fusion import fusion
 from headstart.noise import Given, Philox
 from headstart.plan.leg import Leg
@@ -23,7 +24,6 @@ from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.update import Update
 from headstart.runner.runner import EagerRunner
 from headstart_kernels import fused_step, preview_rgb
-from headstart_kernels.emulation.fake_cuda import RaceError
 
 STEP = "fused_step_kernel"
 T = torch.tensor

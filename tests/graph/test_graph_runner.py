@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.fake_cuda import FakeCuda, RaceError
 from headstart.errors import CaptureError, InputError
 from headstart.interfaces import Conditioning
 from headstart.runner.capture import Program, Site
-from headstart_kernels.emulation.fake_cuda import FakeCuda, RaceError
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 T = torch.tensor
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from evidence.fake_cuda import FakeCuda, NotPermittedError
 from headstart_kernels import ops
-from headstart_kernels.emulation.fake_cuda import FakeCuda, NotPermittedError
-from headstart_kernels.emulation.host import Host
-from headstart_kernels.emulation.recorder import Tape, WaitError
+from headstart_kernels.recording.host import Host
+from headstart_kernels.recording.tape import Tape, WaitError
 
 CPU = torch.device("cpu")
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headstart_kernels.emulation.recorder import Tape
-from headstart_kernels.emulation.reuse import Piece, _placed
-from headstart_kernels.testing import random_latents
+from evidence.oracle import random_latents
+from headstart_kernels.recording.lifetimes import Piece, _placed
+from headstart_kernels.recording.tape import Tape
 
 
 def chain(x: Tensor, length: int) -> Tensor:

@@ -13,10 +13,10 @@ SCRIPT = """
 import torch
 import headstart_kernels as hk
 from headstart_kernels.table import host_row
-from headstart_kernels.testing import (
+from evidence.oracle import (
     STEP_ROUNDINGS, X0_ROUNDINGS, assert_within, random_latents, random_table, step_oracle,
 )
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
+from evidence.bounds import gate_bound, low_rank_bound, norm_bound, row_bound
 
 shape, table = (2, 4, 8, 9), random_table(3)
 names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")

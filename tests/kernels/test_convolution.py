@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from evidence.oracle import random_latents
 from headstart_kernels import ops
 from headstart_kernels.convolution import LARGEST, small_convolution
 from headstart_kernels.dispatch import Impl, has_c, load
-from headstart_kernels.emulation.recorder import Tape
-from headstart_kernels.testing import random_latents
+from headstart_kernels.recording.tape import Tape
 
 in_c = pytest.mark.skipif(not has_c(multiplies=True), reason="needs C with fast products")
 SHAPES = [

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evidence.fake_tensors import DEVICE, fake_tensors
+from evidence.oracle import random_latents, random_table
 from headstart_kernels import (
     Draw,
     Impl,
@@ -29,9 +31,7 @@ from headstart_kernels import (
     scale_input,
 )
 from headstart_kernels.dispatch import FOR_CPUS, NATIVE, choose, load, stands_in
-from headstart_kernels.emulation.device import DEVICE, fake_tensors
 from headstart_kernels.native import library
-from headstart_kernels.testing import random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
 

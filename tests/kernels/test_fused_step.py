@@ -14,10 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
-from headstart.plan.table import COLUMNS as PLAN_COLUMNS
-from headstart_kernels import COLUMNS, Impl, Rows, fused_step, fused_step_into, scale_input
-from headstart_kernels.table import Row, host_row
-from headstart_kernels.testing import (
+from evidence.oracle import (
     STEP_ROUNDINGS,
     X0_ROUNDINGS,
     assert_within,
@@ -25,6 +22,9 @@ from headstart_kernels.testing import (
     random_table,
     step_oracle,
 )
+from headstart.plan.table import COLUMNS as PLAN_COLUMNS
+from headstart_kernels import COLUMNS, Impl, Rows, fused_step, fused_step_into, scale_input
+from headstart_kernels.table import Row, host_row
 
 SHAPE = (3, 4, 5, 7)
 NAN = torch.full(SHAPE, float("nan"))

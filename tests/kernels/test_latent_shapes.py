@@ -12,6 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evidence.oracle import (
+    STEP_ROUNDINGS,
+    X0_ROUNDINGS,
+    assert_bits,
+    assert_within,
+    random_latents,
+    random_table,
+    step_oracle,
+)
 from headstart_kernels import (
     Draw,
     Preview,
@@ -22,15 +31,6 @@ from headstart_kernels import (
     scale_input,
 )
 from headstart_kernels.table import host_row
-from headstart_kernels.testing import (
-    STEP_ROUNDINGS,
-    X0_ROUNDINGS,
-    assert_bits,
-    assert_within,
-    random_latents,
-    random_table,
-    step_oracle,
-)
 
 NAMES = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
 VIDEO, PACKED = (2, 4, 3, 2, 5), (2, 6, 7)

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
+from evidence.bounds import gate_bound, low_rank_bound, norm_bound, row_bound
+from evidence.oracle import random_latents
 from headstart_kernels import add_layernorm, geglu, groupnorm_silu, low_rank_add
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)

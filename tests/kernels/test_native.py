@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from evidence.oracle import assert_bits, random_latents, random_table
 from headstart_kernels import (
     Draw,
     Preview,
@@ -26,7 +27,6 @@ from headstart_kernels import (
 )
 from headstart_kernels.impl import native_step
 from headstart_kernels.native import calls, library
-from headstart_kernels.testing import assert_bits, random_latents, random_table
 
 ROOT = Path(__file__).parents[2]
 LAST = torch.channels_last

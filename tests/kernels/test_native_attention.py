@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from evidence.bounds import attention_bound
+from evidence.oracle import random_latents
 from headstart_kernels import attention
 from headstart_kernels.native import library
 from headstart_kernels.native.calls import TYPES, calls
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import attention_bound
 
 Heads = tuple[Tensor, Tensor, Tensor]
 

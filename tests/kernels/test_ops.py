@@ -12,10 +12,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from evidence.oracle import random_latents, random_table
+from evidence.ptx import emulated
 from headstart_kernels import Impl, api, layers, ops, winograd
 from headstart_kernels.dispatch import FOR_CPUS, NATIVE, has_c
-from headstart_kernels.testing import random_latents, random_table
-from headstart_kernels.testing.ptx import emulated
 
 LAST = torch.channels_last
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 
+from evidence.oracle import exact_normal, numpy_normal, philox_words
 from headstart_kernels import INITIAL, host_noise, philox, philox_normal
 from headstart_kernels.impl import reference_noise as reference
-from headstart_kernels.testing import exact_normal, numpy_normal, philox_words
 
 # Random123's kat_vectors for philox 4x32, 10 rounds: counter, key, words.
 KNOWN = [

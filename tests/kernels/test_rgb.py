@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.oracle import random_latents
 from headstart_kernels import decode_u8, preview_rgb
 from headstart_kernels.impl import reference_rgb as reference
-from headstart_kernels.testing import random_latents
 
 
 def image(*values: float) -> Tensor:

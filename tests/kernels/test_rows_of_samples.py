@@ -10,6 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from evidence.oracle import (
+    STEP_ROUNDINGS,
+    X0_ROUNDINGS,
+    assert_bits,
+    assert_within,
+    random_latents,
+    random_table,
+    step_oracle,
+)
 from headstart_kernels import (
     COLUMNS,
     Draw,
@@ -22,17 +31,8 @@ from headstart_kernels import (
     philox_normal,
     scale_input,
 )
-from headstart_kernels.emulation.recorder import Tape
+from headstart_kernels.recording.tape import Tape
 from headstart_kernels.table import host_row
-from headstart_kernels.testing import (
-    STEP_ROUNDINGS,
-    X0_ROUNDINGS,
-    assert_bits,
-    assert_within,
-    random_latents,
-    random_table,
-    step_oracle,
-)
 
 SHAPE = (3, 4, 5, 7)
 NAMES = ("x", "f_cond", "f_uncond", "noise", "x0_prev")

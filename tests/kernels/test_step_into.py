@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import headstart_kernels.ops  # noqa: F401  (registers the operators)
+from evidence.oracle import random_latents, random_table
 from headstart_kernels import (
     COLUMNS,
     Draw,
@@ -18,7 +19,6 @@ from headstart_kernels import (
     preview_rgb,
 )
 from headstart_kernels.impl import reference_step
-from headstart_kernels.testing import random_latents, random_table
 
 SHAPE = (3, 4, 5, 7)
 STEPS = pytest.mark.parametrize("step", [1, torch.tensor(1)], ids=["host row", "device row"])

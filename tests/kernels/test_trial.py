@@ -14,6 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.audit import audit
+from evidence.fake_tensors import DEVICE, fake_tensors
+from evidence.ptx import emulated
 from headstart_kernels import (
     Draw,
     Impl,
@@ -32,9 +35,6 @@ from headstart_kernels import (
     trial,
 )
 from headstart_kernels.dispatch import choose
-from headstart_kernels.emulation.audit import audit
-from headstart_kernels.emulation.device import DEVICE, fake_tensors
-from headstart_kernels.testing.ptx import emulated
 
 ROOT = Path(__file__).parents[2]
 HERE = torch.device("cpu")

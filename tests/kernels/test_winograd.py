@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evidence.bounds import winograd_bound
+from evidence.oracle import assert_bits, random_latents
 from headstart_kernels import Impl, winograd_conv
 from headstart_kernels.dispatch import has_c
 from headstart_kernels.native.calls import multiplies
 from headstart_kernels.points import filter_matrix, input_matrix, output_matrix
-from headstart_kernels.testing import assert_bits, random_latents
-from headstart_kernels.testing.layers import winograd_bound
 from headstart_kernels.winograd import Filter, pays
 
 IMPLS = ("reference", "native")

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from headstart_kernels.testing.ptx import Allocation, Fault, Memory, Traffic, parse, run
-from headstart_kernels.testing.ptx.arithmetic import bf16_to_f32, f32_to_bf16, fma32
-from headstart_kernels.testing.ptx.operations import OPERATIONS
+from evidence.ptx import Allocation, Fault, Memory, Traffic, parse, run
+from evidence.ptx.arithmetic import bf16_to_f32, f32_to_bf16, fma32
+from evidence.ptx.operations import OPERATIONS
 
 THREADS = 64
 RNG = np.random.default_rng(0)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.bounds import gate_bound, low_rank_bound, norm_bound, row_bound
+from evidence.oracle import random_latents
+from evidence.ptx import Emulator, emulated
 from headstart.interfaces import Conditioning
 from headstart.networks import unet
 from headstart.networks.fusion import fusion
 from headstart_kernels import add_layernorm, geglu, groupnorm_silu, low_rank_add
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.layers import gate_bound, low_rank_bound, norm_bound, row_bound
-from headstart_kernels.testing.ptx import Emulator, emulated
 
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
 DTYPES = (

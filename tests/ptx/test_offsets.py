@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from evidence.ptx import Emulator, Launch, Memory, Traffic, emulated, run
 from headstart_kernels import (
     Draw,
     add_layernorm,
@@ -25,7 +26,6 @@ from headstart_kernels import (
     philox_normal,
     scale_input,
 )
-from headstart_kernels.testing.ptx import Emulator, Launch, Memory, Traffic, emulated, run
 
 HALF, LAST = torch.float16, torch.channels_last
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from evidence.oracle import random_latents
+from evidence.ptx import Emulator, emulated
 from headstart_kernels import INITIAL, decode_u8, philox_normal, preview_rgb
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.ptx import Emulator, emulated
 
 OTHERS = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 120)]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

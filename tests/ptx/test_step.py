@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evidence.oracle import random_latents
+from evidence.ptx import Emulator, Fault, Launch, emulated
 from headstart_kernels import (
     Draw,
     Preview,
@@ -18,10 +20,8 @@ from headstart_kernels import (
     fused_step_into,
     scale_input,
 )
-from headstart_kernels.emulation.recorder import ALLOCATES, name_of
+from headstart_kernels.recording.tape import ALLOCATES, name_of
 from headstart_kernels.table import COLUMNS
-from headstart_kernels.testing import random_latents
-from headstart_kernels.testing.ptx import Emulator, Fault, Launch, emulated
 
 ARCHS = (80, 90, 120)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

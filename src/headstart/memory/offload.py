@@ -25,7 +25,8 @@ from headstart.memory.budget import BANDS, SAFE_SHARE, Chunks, Footprint, Free, 
 
 SPREAD = 0.06
 """Share of the weights that the allocator's segments waste where tensors are allocated one by one:
-SDXL's take 5.6 % more than their bytes (counted, `emulation.card`). An arena is one allocation."""
+SDXL's take 5.6 % more than their bytes (counted, `tests/evidence/card.py`). An arena is one
+allocation."""
 RESERVE = 2**28
 """Bytes for the workspaces of libraries (cuBLAS: 32 MiB on Hopper) and for kernels, loaded at their
 first use. An estimate, not measured."""

@@ -29,7 +29,7 @@ from headstart.networks.load import file_dtype, weight_bytes
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet
 from headstart.plan.request import check_size
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 LAYOUT_SHARE = 0.4
 """Share of a UNet's weights that is copied on the host when it is laid out for its device:
@@ -130,8 +130,8 @@ def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> R
 
     A UNet that stays is laid out on the host too, and is then copied in one piece: laying SDXL's
     out on the device needs 0.7 GB more meanwhile, and leaves 1.4 GB of gaps (counted,
-    `emulation.card`). Where the host has no memory for that, it is laid out on the device, or,
-    beside parts that take turns, not at all.
+    `tests/evidence/card.py`). Where the host has no memory for that, it is laid out on the device,
+    or, beside parts that take turns, not at all.
     """
     modules = {"text": [*text.towers], **{role: [unet] for role, unet in unets.items()}}
     arenas: list[Arena] = []

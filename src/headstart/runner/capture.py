@@ -390,7 +390,7 @@ def _refused(program: Program, inputs: Tensors, error: RuntimeError) -> str:
     return (
         f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "
         "captured network may not wait for the device, copy from the host, or allocate by value: "
-        "find the line with headstart_kernels.emulation.audit, or use runner='eager'"
+        "find the line with tests/evidence/audit.py, or use runner='eager'"
     )
 
 

@@ -34,7 +34,7 @@ class Graph(Protocol):
 
 
 class Backend(Protocol):
-    """What capturing uses: `Cuda`; `headstart_kernels.emulation` has two others."""
+    """What capturing uses: `Cuda`, or on a CPU `headstart_kernels.recording.host.Host`."""
 
     def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
 

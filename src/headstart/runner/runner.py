@@ -23,7 +23,7 @@ from headstart.runner.compiled import CompiledNetwork
 from headstart.runner.compiled_function import Backend
 from headstart.runner.cuda import record_event
 from headstart.runner.graph import GraphRunner
-from headstart_kernels.emulation.host import Host
+from headstart_kernels.recording.host import Host
 
 _LOG = logging.getLogger(__name__)
 RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory"]

@@ -107,7 +107,7 @@ class Segments:
 
 
 class Card(TorchDispatchMode):
-    """While it is entered, inside of `emulation.device.fake_tensors()`, storages on `device` take
+    """While it is entered, inside of `fake_tensors.fake_tensors()`, storages on `device` take
     blocks of a card of `size_bytes`, and beyond them it is out of memory, as torch says it.
 
     live_bytes   of blocks, now; reserved_bytes: of segments

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from headstart_kernels.testing.ptx.arithmetic import flushed, fma32, fma_bf16
+from evidence.ptx.arithmetic import flushed, fma32, fma_bf16
 
 Compute = Callable[..., Any]
 

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-from headstart_kernels.emulation.recorder import Tape
+from headstart_kernels.recording.tape import Tape
 
 Pool = tuple[int, int]
 

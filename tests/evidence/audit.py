@@ -29,8 +29,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from headstart_kernels.emulation.device import DEVICE
-from headstart_kernels.emulation.recorder import (
+from evidence.fake_tensors import DEVICE
+from headstart_kernels.recording import tape
+from headstart_kernels.recording.tape import (
     WAITS,
     WaitError,
     name_of,
@@ -40,7 +41,7 @@ from headstart_kernels.emulation.recorder import (
 )
 
 _TORCH = str(Path(torch.__file__).parent)
-_HERE = str(Path(__file__).parent)
+_OURS = (str(Path(__file__).parent), str(Path(tape.__file__).parent))
 
 
 class Hazard(Enum):
@@ -268,4 +269,4 @@ def _raised_at(error: Exception) -> str:
 
 
 def _is_theirs(file: str) -> bool:
-    return not file.startswith((_TORCH, _HERE, "<"))
+    return not file.startswith((_TORCH, *_OURS, "<"))

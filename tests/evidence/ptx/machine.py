@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from headstart_kernels.testing.ptx.arithmetic import bf16_to_f32, f32_to_bf16
-from headstart_kernels.testing.ptx.memory import Fault, Memory
-from headstart_kernels.testing.ptx.operations import OPERATIONS, Operation
-from headstart_kernels.testing.ptx.program import Instruction, Program
-from headstart_kernels.testing.ptx.tiles import load_matrices, multiply, store_matrices
+from evidence.ptx.arithmetic import bf16_to_f32, f32_to_bf16
+from evidence.ptx.memory import Fault, Memory
+from evidence.ptx.operations import OPERATIONS, Operation
+from evidence.ptx.program import Instruction, Program
+from evidence.ptx.tiles import load_matrices, multiply, store_matrices
 
 Values = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart_kernels.emulation.fake_cuda import FakeCuda, FakeGraph, FakeStream, Pool
+from evidence.fake_cuda import FakeCuda, FakeGraph, FakeStream, Pool
 
 
 class EmulatedStream(FakeStream):

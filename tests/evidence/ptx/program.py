@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from headstart_kernels.testing.ptx.memory import Fault
+from evidence.ptx.memory import Fault
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from torch.utils._python_dispatch import (
     _disable_current_modes,  # pyright: ignore[reportPrivateUsage]
 )
 
+from evidence.gpu import CudaTensor, is_of_machine
+from evidence.ptx.driver import Emulator, emulated
+from evidence.torch_cuda import EmulatedCuda
 from headstart_kernels import api, dispatch, layers, trial
-from headstart_kernels.emulation.gpu import CudaTensor, is_of_machine
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
-from headstart_kernels.testing.ptx.driver import Emulator, emulated
 
 
 @contextmanager

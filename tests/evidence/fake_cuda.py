@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels.emulation.recorder import (
+from headstart_kernels.recording.tape import (
     ALLOCATES,
     Tape,
     name_of,

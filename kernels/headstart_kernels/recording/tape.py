@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from headstart_kernels.dispatch import recorded
-from headstart_kernels.emulation.reuse import Lifetimes, Part
+from headstart_kernels.recording.lifetimes import Lifetimes, Part
 
 _ATEN = torch.ops.aten
 _COPIES = {_ATEN.clone.default, _ATEN._to_copy.default}

@@ -10,10 +10,10 @@ known fails. Not modelled: time, the order of blocks, and the last bits of appro
 (`ex2.approx`, `div.full`) and of tensor-core sums, which are computed as exactly as float64 allows.
 """
 
-from headstart_kernels.testing.ptx.driver import Emulator, Launch, emulated
-from headstart_kernels.testing.ptx.machine import run
-from headstart_kernels.testing.ptx.memory import Allocation, Fault, Memory, Traffic
-from headstart_kernels.testing.ptx.program import Program, parse
+from evidence.ptx.driver import Emulator, Launch, emulated
+from evidence.ptx.machine import run
+from evidence.ptx.memory import Allocation, Fault, Memory, Traffic
+from evidence.ptx.program import Program, parse
 
 __all__ = [
     "Allocation",

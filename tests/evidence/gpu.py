@@ -28,10 +28,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from headstart_kernels.emulation.device import open_cuda
-from headstart_kernels.emulation.fake_cuda import Accesses
-from headstart_kernels.emulation.recorder import leaves, mapped, name_of
-from headstart_kernels.emulation.torch_cuda import EmulatedCuda
+from evidence.fake_cuda import Accesses
+from evidence.fake_tensors import open_cuda
+from evidence.torch_cuda import EmulatedCuda
+from headstart_kernels.recording.tape import leaves, mapped, name_of
 
 _MIXES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_"}
 """Operators that take tensors of the host beside those of a GPU."""

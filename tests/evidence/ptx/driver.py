@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from evidence.ptx.machine import run
+from evidence.ptx.memory import Allocation, Fault, Memory, Traffic
+from evidence.ptx.program import Program, parse
 from headstart_kernels import api, layers
 from headstart_kernels.dispatch import Impl, choose
-from headstart_kernels.testing.ptx.machine import run
-from headstart_kernels.testing.ptx.memory import Allocation, Fault, Memory, Traffic
-from headstart_kernels.testing.ptx.program import Program, parse
 
 _PROPERTIES = {
     "max_shared_mem": 101376,  # what every architecture from sm_80 on has at least (sm_86, sm_89)
@@ -85,7 +85,7 @@ class Emulator:
     launches   (kernel, grid) of all that ran
     traffic    what they moved
     queue      what is set here gets every launch in place of its being run: a list collects them,
-               `headstart_kernels.emulation.fake_cuda.FakeCuda` runs or records them
+               `evidence.fake_cuda.FakeCuda` runs or records them
     """
 
     def __init__(self, arch: int) -> None:

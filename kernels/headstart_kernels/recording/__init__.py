@@ -1,0 +1,6 @@
+"""A graph on a CPU: operators recorded once, and replayed into the same memory.
+
+lifetimes  memory of a recording, in use again once it was free
+tape       the operators of a callable, and how each runs again
+host       the part of torch.cuda that capturing uses, on such tapes
+"""

@@ -1,0 +1,58 @@
+"""The source of everything that goes into the wheel, and its import lines; nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ROOTS = (ROOT / "src", ROOT / "kernels", ROOT / "weights")
+
+
+class Import(NamedTuple):
+    module: str
+    name: str | None
+    """The b of `from a import b`, which may be a module or something inside `a`."""
+    line: int
+    eager: bool
+    """Runs when the module is imported: not inside a function, not under TYPE_CHECKING."""
+    relative: bool = False
+
+    def target(self, sources: Mapping[str, str]) -> str:
+        """The module this line needs: `a.b` where that is one of ours, else `a`."""
+        inner = f"{self.module}.{self.name}"
+        return inner if inner in sources else self.module
+
+
+def read_sources() -> dict[str, str]:
+    """Dotted module name -> source text of everything that goes into the wheel."""
+    found: dict[str, str] = {}
+    for root in ROOTS:
+        for path in sorted(root.rglob("*.py")):
+            parts = path.relative_to(root).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path.read_text()
+    return found
+
+
+def imports(source: str) -> list[Import]:
+    return list(_walk(ast.parse(source).body, eager=True))
+
+
+def _walk(body: list[ast.stmt], eager: bool) -> Iterator[Import]:
+    for node in body:
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, None, node.lineno, eager) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                yield Import(node.module or "", alias.name, node.lineno, eager, node.level > 0)
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from _walk(node.body, eager=False)
+            yield from _walk(node.orelse, eager)
+        else:
+            inner = eager and not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            for field in ("body", "orelse", "finalbody"):
+                yield from _walk(getattr(node, field, []), inner)
+            for branch in [*getattr(node, "handlers", []), *getattr(node, "cases", [])]:
+                yield from _walk(branch.body, inner)
