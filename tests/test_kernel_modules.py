@@ -23,12 +23,14 @@ def kernel_cross_imports(sources: Mapping[str, str]) -> list[str]:
 
 
 def needs(source: str) -> Iterator[str]:
-    """What a module names: in an import line, or as a text that `import_module` is given."""
+    """The kernels' modules that a source names: in an import line, or for `import_module`."""
     for item in imports(source):
-        yield from (item.module, f"{item.module}.{item.name}")
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Constant) and str(node.value).startswith(f"{KERNELS}."):
-            yield str(node.value)
+        if item.module.partition(".")[0] == KERNELS:
+            yield from (item.module, f"{item.module}.{item.name}")
+    if f"{KERNELS}." in source:
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.Constant) and str(node.value).startswith(f"{KERNELS}."):
+                yield str(node.value)
 
 
 def unreached(sources: Mapping[str, str]) -> list[str]:
@@ -36,17 +38,17 @@ def unreached(sources: Mapping[str, str]) -> list[str]:
 
     A text that ends with a dot, as in an f-string, names every module below it.
     """
-    todo = [name for name in sources if not name.startswith(f"{KERNELS}.")]
+    kernels = {name for name in sources if name.startswith(f"{KERNELS}.")}
+    todo = list(sources.keys() - kernels)
     reached: set[str] = set()
     while todo:
         current = todo.pop()
-        if current in reached:
-            continue
-        reached |= {current, current.rpartition(".")[0]}
-        for name in needs(sources[current]):
-            below = name if name.endswith(".") else f"{name} "
-            todo += [other for other in sources if f"{other} ".startswith(below)]
-    return sorted(sources.keys() - reached)
+        if current not in reached:
+            reached |= {current, current.rpartition(".")[0]}
+            for name in needs(sources[current]):
+                below = name if name.endswith(".") else f"{name} "
+                todo += [other for other in kernels if f"{other} ".startswith(below)]
+    return sorted(kernels - reached)
 
 
 def test_implementations_do_not_import_each_other() -> None:
