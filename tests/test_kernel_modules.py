@@ -44,8 +44,9 @@ def unreached(sources: Mapping[str, str]) -> list[str]:
     while todo:
         current = todo.pop()
         if current not in reached:
-            reached |= {current, current.rpartition(".")[0]}
-            for name in needs(sources[current]):
+            reached.add(current)
+            todo.append(current.rpartition(".")[0] or current)
+            for name in needs(sources.get(current, "")):
                 below = name if name.endswith(".") else f"{name} "
                 todo += [other for other in kernels if f"{other} ".startswith(below)]
     return sorted(kernels - reached)
