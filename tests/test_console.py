@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from headstart.commands.console import loading
 
 ALONE = """
 import gc
+import os
 from headstart.commands.console import alone, loading
 with alone():
     with loading():
@@ -44,3 +46,16 @@ def test_a_command_in_a_host_s_process_leaves_the_collector_as_it_was(running: b
         assert gc.get_freeze_count() == frozen
     finally:
         (gc.enable if was else gc.disable)()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_of_any_encoding_is_no_traceback(encoding: str) -> None:
+    program = "from headstart.commands.console import any_encoding as own; own(); print('· → 狐')"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.pathsep.join(sys.path)},
+        check=True,
+    )
+    dot = "·" if encoding == "latin-1" else "-"
+    assert done.stdout.decode(encoding) == f"{dot} -> \\u72d0\n"

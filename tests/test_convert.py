@@ -143,7 +143,7 @@ def test_a_request_that_cannot_be_served_changes_nothing(source: Path, tmp_path:
         (link, {"overwrite": True}, "are the same file"),
         (tmp_path / "x.ckpt", {}, "must end in .safetensors"),
         (tmp_path, {}, "must end in"),
-        (tmp_path / "no" / "x.safetensors", {}, "no folder"),
+        (source / "x.safetensors", {}, "is a file"),
         (out, {"dtype": "f8"}, "expected one of same, f32, f16, bf16"),
         (out, {"layout": "sgm"}, "expected one of same, diffusers, ldm"),
         (out, {"part": "head"}, "expected one of unet, vae"),

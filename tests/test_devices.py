@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 import headstart as hs
 from headstart import noise
-from headstart.commands.arguments import read_device
+from headstart.commands.values import read_device
 from headstart.diversify.particles import repulsion
 from headstart.engine.devices import choose_device, choose_devices
 from headstart.noise import OnHost, Philox, has_float64, noise_on

@@ -64,6 +64,7 @@ DISTRIBUTION = {
 }
 EXTRA_OF = {
     "checkpoint.gguf": "gguf",
+    "commands.parser": "completion",
     "headstart_weights.recipe": "train",
     "metrics.features": "features",
     "study": "study",

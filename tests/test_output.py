@@ -91,8 +91,10 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> N
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(InputError, match="is a folder"):
         check_file(tmp_path, size_bytes=1)
-    with pytest.raises(InputError, match="no folder"):
-        check_file(tmp_path / "absent" / "a.png", size_bytes=1)
+    with pytest.raises(InputError, match="is a file"):
+        check_file(tmp_path / "file" / "a.png", size_bytes=1)
+    with pytest.raises(InputError, match="exists: choose another output, or give --overwrite"):
+        check_file(tmp_path / "file", size_bytes=1, overwrite=False)
     with pytest.raises(InputError, match=r"must end in \.png"):
         check_file(tmp_path / "a.jpg", size_bytes=1, suffix=".png")
     with pytest.raises(InputError, match="is a file"):
@@ -101,6 +103,14 @@ def test_outputs_that_cannot_be_are_refused_before_the_work(tmp_path: Path) -> N
         check_folder(tmp_path / "file" / "run", size_bytes=1)
     check_folder(tmp_path / "a" / "b", size_bytes=1)
     assert names(tmp_path) == ["file"]
+
+
+def test_the_folder_of_a_file_is_made_when_it_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "a" / "b" / "0.png"
+    check_file(out, size_bytes=1, overwrite=False)
+    assert names(tmp_path) == []
+    write_file(out, b"0")
+    assert out.read_bytes() == b"0"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into a read-only folder")

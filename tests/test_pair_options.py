@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import headstart as hs
-from headstart.commands.arguments import read_predictions
+from headstart.commands.values import read_predictions
 from headstart.engine.pair import EMBEDDED_GUIDANCE
 from headstart.interfaces import Conditioning
 from headstart.networks.numbers import guidance_embedding

@@ -12,7 +12,7 @@ import torch
 import headstart as hs
 import headstart_weights
 from headstart.cli import build_parser, main
-from headstart.commands.arguments import text_options
+from headstart.commands.values import text_options
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),

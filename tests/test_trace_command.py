@@ -183,7 +183,7 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
         (["--decoder", "taesd"], "invalid choice"),
         (["--every", "0"], "--every"),
         (["--out", "trace.bmp"], ".png, .gif, .webp, .html"),
-        (["--out", "absent/trace.png"], "no folder"),
+        (["--out", f"{__file__}/trace.png"], "is a file"),
         (["--seeds", "1,1"], "twice"),
         (["--watch", " "], "watched phrase is empty"),
         (["--watch", "fox=a fox"], "its control is the prompt itself"),

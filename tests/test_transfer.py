@@ -251,7 +251,7 @@ def test_bad_requests_are_input_errors(tmp_path: Path) -> None:
     refused("give --overwrite", *paths, tmp_path / "there.safetensors")
     assert (tmp_path / "there.safetensors").read_bytes() == b"kept"
     refused(r"must end in \.safetensors", *paths, tmp_path / "out.ckpt")
-    refused("no folder", *paths, tmp_path / "absent" / "out.safetensors")
+    refused("is a file", *paths, tmp_path / "there.safetensors" / "out.safetensors")
     refused("expected some of unet, text, text_2", *paths, out(tmp_path), parts=("vae",))
     refused("each once", *paths, out(tmp_path), parts=("unet", "unet"))
     refused("expected a text, got unet", *paths, out(tmp_path), parts=("text",))

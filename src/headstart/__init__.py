@@ -1,4 +1,9 @@
-"""The base model takes the first step, the distilled model runs the rest."""
+"""The base model takes the first step, the distilled model runs the rest.
+
+engine = headstart.Engine.demo()                  # or Engine.load(base, distilled)
+engine.sample("a fox", seeds=range(4)).rgb        # uint8 [4, 64, 64, 3]
+for state in headstart.sample(table, denoisers, cond, noise): ...    # the loop itself
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -54,57 +59,43 @@ __version__ = "0.1.0"
 
 # A name is imported from its module on first use (PEP 562), so that `import headstart` loads
 # neither torch nor numpy and `headstart plan` answers at once.
+_NAMES = {
+    "adapters.adapters": "AdapterSet",
+    "adapters.report": "AdapterReport",
+    "adapters.strength": "Strength",
+    "batch": "Batch",
+    "by_level": "ByLevel",
+    "call": "Call",
+    "checkpoint.checkpoint": "inspect_checkpoint",
+    "engine.engine": "Engine Trajectory",
+    "engine.rerun": "replay",
+    "errors": "AdapterError CaptureError CheckpointError HeadstartError InputError PlanError",
+    "interfaces": "Conditioning X0Denoiser",
+    "networks.load": "load_text load_unet load_vae",
+    "networks.packed": "pack",
+    "noise": "Given Philox",
+    "plan.pair": "Pair",
+    "plan.pairs": "presets",
+    "plan.plan": "Leg Plan Step StepTable Update",
+    "plan.prediction": "Prediction",
+    "plan.preset": "preset",
+    "plan.schedule": "NoiseSchedule Spacing",
+    "run": "Run State from_latent",
+    "sampler": "sample",
+    "traces.branches": "Branch branch",
+    "traces.decoders": "decoder",
+    "traces.preview": "Preview",
+    "traces.traces": "Trace trace",
+}
 _MODULE_OF = {
-    "AdapterError": "headstart.errors",
-    "AdapterReport": "headstart.adapters.report",
-    "AdapterSet": "headstart.adapters.adapters",
-    "Batch": "headstart.batch",
-    "Branch": "headstart.traces.branches",
-    "ByLevel": "headstart.by_level",
-    "CaptureError": "headstart.errors",
-    "CheckpointError": "headstart.errors",
-    "Conditioning": "headstart.interfaces",
-    "Engine": "headstart.engine.engine",
-    "Given": "headstart.noise",
-    "HeadstartError": "headstart.errors",
-    "InputError": "headstart.errors",
-    "Leg": "headstart.plan.plan",
-    "NoiseSchedule": "headstart.plan.schedule",
-    "Philox": "headstart.noise",
-    "Plan": "headstart.plan.plan",
-    "PlanError": "headstart.errors",
-    "Preview": "headstart.traces.preview",
-    "Prediction": "headstart.plan.prediction",
-    "Spacing": "headstart.plan.schedule",
-    "Call": "headstart.call",
-    "X0Denoiser": "headstart.interfaces",
-    "Run": "headstart.run",
-    "State": "headstart.run",
-    "from_latent": "headstart.run",
-    "Step": "headstart.plan.plan",
-    "StepTable": "headstart.plan.plan",
-    "Strength": "headstart.adapters.strength",
-    "Trace": "headstart.traces.traces",
-    "Trajectory": "headstart.engine.engine",
-    "Update": "headstart.plan.plan",
-    "branch": "headstart.traces.branches",
-    "decoder": "headstart.traces.decoders",
-    "inspect_checkpoint": "headstart.checkpoint.checkpoint",
-    "load_text": "headstart.networks.load",
-    "load_unet": "headstart.networks.load",
-    "load_vae": "headstart.networks.load",
-    "pack": "headstart.networks.packed",
-    "preset": "headstart.plan.preset",
-    "presets": "headstart.plan.pairs",
-    "Pair": "headstart.plan.pair",
-    "replay": "headstart.engine.rerun",
-    "sample": "headstart.sampler",
-    "trace": "headstart.traces.traces",
+    name: f"headstart.{module}" for module, names in _NAMES.items() for name in names.split()
 }
 
 
 def __getattr__(name: str) -> object:
     """Import a public name from its module the first time it is asked for."""
+    if name == "__all__":  # what `help(headstart)` lists, and `from headstart import *` takes
+        return sorted(_MODULE_OF)
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'headstart' has no attribute {name!r}")
     value = getattr(import_module(_MODULE_OF[name]), name)

@@ -15,15 +15,16 @@ from importlib import import_module
 from typing import cast
 
 import headstart
-from headstart.commands.arguments import Command, Parser
 from headstart.commands.console import (
     Terminated,
     alone,
+    any_encoding,
     drop_output,
     ended_by_sigterm,
     fail,
     plain_warnings,
 )
+from headstart.commands.parser import Command, Parser
 from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
@@ -33,21 +34,30 @@ NAMES = (
 """The commands, in the order that `headstart --help` lists them."""
 
 
+_ABOUT = str(headstart.__doc__).partition("\n")[0]
+_START = """start here:
+  headstart compare "a fox"            four plans side by side, with the bundled pair
+  headstart sample "a fox" --out fox   images into a folder
+  headstart COMMAND --help             what a command takes, with examples
+"""
+
+
 def build_parser(names: Sequence[str] = NAMES) -> Parser:
     """The parser of these commands, all by default; `run` is the chosen command's function."""
-    parser = Parser(prog="headstart", description=headstart.__doc__)
-    parser.add_argument("--version", action="version", version=f"headstart {headstart.__version__}")
+    parser = Parser(prog="headstart", description=_ABOUT, epilog=_START)
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"headstart {headstart.__version__}",
+        help="print the version",
+    )
+    parser.add_completion()
     # With `prog` given, no formatter is made for it, which would import shutil.
     chosen = parser.add_subparsers(
         dest="command", required=True, metavar="COMMAND", prog="headstart"
     )
     for command in map(load, names):
-        about = command.about
-        own = chosen.add_parser(
-            command.name, parents=command.parents, help=about, description=f"{about}."
-        )
-        command.add_options(own)
-        own.set_defaults(run=command.run)
+        command.add_to(chosen)
     return parser
 
 
@@ -64,6 +74,7 @@ def run() -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
+    any_encoding()
     with ended_by_sigterm():
         try:
             return _run(sys.argv[1:] if argv is None else argv)

@@ -15,17 +15,22 @@ from pathlib import Path
 from headstart.errors import InputError
 
 
-def check_file(path: Path, *, size_bytes: int, suffix: str | None = None) -> None:
-    """Raise InputError unless a file of about `size_bytes` can be written at `path` later on."""
+def check_file(
+    path: Path, *, size_bytes: int, suffix: str | None = None, overwrite: bool = True
+) -> None:
+    """Raise InputError unless a file of about `size_bytes` can be written at `path` later on.
+
+    Its folder is made when it is written. A file that is there is refused without `overwrite`.
+    """
     if suffix is not None and path.suffix.lower() != suffix:
         raise InputError(f"output {str(path)!r} must end in {suffix}: that is the format written")
     if path.is_dir():
         raise InputError(f"output {str(path)!r} is a folder: give a file name")
     if path.exists() and not path.is_file():
         raise InputError(f"output {str(path)!r} is not a regular file: give a file name")
-    if not path.parent.is_dir():
-        raise InputError(f"no folder {str(path.parent)!r} to write {path.name} into: create it")
-    _probe(path.parent, size_bytes)
+    if path.exists() and not overwrite:
+        raise InputError(f"{str(path)!r} exists: choose another output, or give --overwrite")
+    check_folder(path.parent, size_bytes=size_bytes)
 
 
 def check_folder(folder: Path, *, size_bytes: int) -> None:
@@ -45,6 +50,7 @@ def write_file(path: Path, data: bytes, *, writer: str | None = None) -> None:
     name left aside when it was killed is overwritten.
     """
     with _reported(path):
+        path.resolve().parent.mkdir(parents=True, exist_ok=True)
         partial = _write_aside(path.resolve(), data, writer)
         try:
             partial.replace(path.resolve())
@@ -63,6 +69,7 @@ def writing(path: Path) -> Generator[Path]:
     target = path.resolve()
     partial = _aside(target)
     with _reported(path):
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
             with partial.open("rb") as file:

@@ -186,11 +186,9 @@ def check_request(
     sources: Sequence[Path], target: Path, parts: Sequence[Network], overwrite: bool
 ) -> None:
     read_parts(",".join(parts))
-    check_file(target, size_bytes=0, suffix=".safetensors")
     if target.exists() and any(source.exists() and target.samefile(source) for source in sources):
         raise InputError(f"output {str(target)!r} is one of the inputs: name another")
-    if target.exists() and not overwrite:
-        raise InputError(f"{str(target)!r} exists: choose another output, or give --overwrite")
+    check_file(target, size_bytes=0, suffix=".safetensors", overwrite=overwrite)
 
 
 def opened_parts(sources: Sequence[Path], part: Network) -> list[Part]:

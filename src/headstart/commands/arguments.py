@@ -1,220 +1,128 @@
-"""What a command is, the options that commands share, and how their text is read."""
+"""The options that commands share."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
-from headstart.errors import InputError
+from headstart.commands.parser import Expert, Parser
+from headstart.commands.values import batch, count, offset
 from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
-
-if TYPE_CHECKING:
-    from headstart.diversify.method import Method
-    from headstart.plan.by_name import PlanSettings
-
-OWN_WEIGHTS = (
-    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
-    *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim", "exclamation"),
-)
-"""Options that say nothing about the bundled pair."""
 
 RUNNERS = ("auto", "eager", "compiled", "graph", "replay", "trajectory")
 """As in `headstart.runner.runner.RunnerName`, which loads torch."""
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, as every other error."""
-        self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
-
-
-class Command(NamedTuple):
-    """One thing that can be typed after `headstart`.
-
-    parents      groups of options that it shares with others: `every()`, `*sampling()`
-    add_options  its own options
-    run          does it, and returns the exit status; imports what is heavy when it is called
-    """
-
-    name: str
-    about: str
-    parents: Sequence[Parser]
-    add_options: Callable[[argparse.ArgumentParser], object]
-    run: Callable[[argparse.Namespace], int]
-
-
-def plan_settings(args: argparse.Namespace) -> PlanSettings:
-    """The plan options, None where not given."""
-    return {
-        "preset": args.preset,
-        "steps": args.steps,
-        "k": args.base_steps,
-        "n": args.base_grid,
-        "handoff": args.handoff,
-        "base_guidance": args.base_guidance,
-        "distilled_guidance": args.distilled_guidance,
-        "timesteps": args.timesteps,
-        "sigmas": args.sigmas,
-        "update": args.update,
-    }
-
-
-def uses_bundled(args: argparse.Namespace) -> bool:
-    """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
-    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
-    if own and not {"base", "distilled"} & set(own):
-        option = own[0].replace("_", "-")
-        raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
-    return not own
-
-
-def read_predictions(text: str | None) -> str | dict[str, str] | None:
-    """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
-    return None if text is None else _by_model(text, "prediction", "eps, v, x0, flow, or base=v")
-
-
-def read_device(text: str) -> str | dict[str, str]:
-    """`cuda:1`, or `base=cuda:0,distilled=cuda:1`. Raises InputError for anything else."""
-    return _by_model(text, "device", "auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1")
-
-
-def _by_model(text: str, what: str, expected: str) -> str | dict[str, str]:
-    if "=" not in text:
-        return text
-    pairs = [part.strip().partition("=") for part in text.split(",")]
-    if any(not value for _, _, value in pairs) or len({role for role, *_ in pairs}) < len(pairs):
-        raise InputError(f"{what} {text!r:.60}: expected {expected}")
-    return {role: value for role, _, value in pairs}
-
-
-def worded(prompt: str) -> str:
-    """The API takes an empty prompt for sampling without text; typed here, it is a mistake."""
-    if not prompt.strip():
-        raise InputError('the prompt is empty: say what to draw, such as "a fox"')
-    return prompt
-
-
-def read_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
-    """`512` or `HEIGHTxWIDTH`, in pixels. Raises InputError for anything else."""
-    if text is None:
-        return None
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
-        raise InputError(f"{what} {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
-    return int(sides[0]), int(sides[-1])
-
-
-def read_texts(given: Sequence[str]) -> str | list[str] | None:
-    """An option that may be repeated: None where it was not given, one for all, or one an image."""
-    return None if not given else given[0] if len(given) == 1 else [*given]
-
-
-def text_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_texts` asks of a run, None where it was not given."""
-    return {
-        "negative": read_texts(args.negative),
-        "second": read_texts(args.second_prompt),
-        "negative_second": read_texts(args.second_negative),
-        "original_size": read_size(args.original_size, "--original-size"),
-        "target_size": read_size(args.target_size, "--target-size"),
-        "crop": args.crop,
-        "literal": args.literal or None,
-    }
-
-
-def offset(text: str) -> tuple[int, int]:
-    """`TOP,LEFT` in pixels, as the `type` of an option."""
-    sides = [part.strip() for part in text.split(",")]
-    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
-        expected = "TOP,LEFT in pixels, such as 0,0"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
-    return int(sides[0]), int(sides[1])
-
-
-def listed(text: str) -> list[str]:
-    """`a,b` -> its parts, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def count(text: str) -> int:
-    """A whole number of at least 1, as the `type` of an option."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r:.40}")
-    return int(text)
-
-
-def batch(text: str) -> int | tuple[int, ...]:
-    """`8`, or `8,2,16`, as the `type` of an option."""
-    found = tuple(map(count, text.split(",")))
-    if len(found) > 3:
-        expected = "samples in a network, in the decoder, and bands of a decode, such as 8,2,16"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
-    return found[0] if len(found) == 1 else found
-
-
-BATCH_HELP = "samples in a network at once, or those, in the decoder, and its bands: 8,2,16"
-
-
-def numbers(text: str) -> list[float]:
-    """`999,749` as the `type` of an option."""
-    try:
-        return [float(part) for part in text.replace(",", " ").split()]
-    except ValueError:
-        expected = "numbers such as 999,749,499,249"
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.60}") from None
-
-
 def sampling() -> Sequence[Parser]:
     """Parents of a command that loads weights."""
     weights = Parser(add_help=False)
-    group = weights.add_argument_group("weights (default: the bundled pair)")
-    for name in ("base", "distilled", "vae", "text", "tokenizer", "preview"):
-        group.add_argument(f"--{name}", metavar="PATH")
+    group = weights.add_argument_group("weights: the bundled pair, or your own")
+    group.add_argument("--base", metavar="PATH", help="the base model: a file, or a model's folder")
     group.add_argument(
-        "--distilled-lora", metavar="FILE", help="the distilled model is this LoRA on the base"
+        "--distilled", metavar="PATH", help="the distilled model; a UNet alone is enough"
     )
-    add_adapters(weights)
     group.add_argument(
-        "--device", default="auto", help="auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1"
+        "--distilled-lora", metavar="FILE", help="in its place: the LoRA that makes it of the base"
+    )
+    group.add_argument(
+        "--vae", metavar="PATH", help="decodes for both; default: the base's, else the distilled's"
+    )
+    group.add_argument(
+        "--text", metavar="PATH", help=Expert("text encoders for both; default: as --vae")
+    )
+    group.add_argument(
+        "--tokenizer",
+        metavar="PATH",
+        help=Expert("a tokenizer.json or a folder with one; default: the file's own, else CLIP's"),
+    )
+    group.add_argument(
+        "--preview",
+        metavar="PATH",
+        help=Expert("a tiny autoencoder (TAESD) for `trace`; default: none"),
+    )
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1; default: %(default)s",
     )
     group.add_argument(
         "--memory",
         default="auto",
         metavar="SIZE",
-        help="of the GPU that may be had, such as 8GB: what does not fit takes turns; auto: what "
-        "is free, none: nothing takes turns",
+        help="of the GPU that may be had, such as 8GB: what does not fit takes turns; none: "
+        "nothing does; default: auto, what is free",
     )
     group.add_argument(
-        "--dtype", default="auto", help="auto, float32, float16, bfloat16, stored, float8"
+        "--dtype",
+        default="auto",
+        metavar="DTYPE",
+        help="float32, float16, bfloat16, stored, float8; default: auto, float32 on a CPU and the "
+        "files' own on a GPU",
     )
-    group.add_argument("--vae-dtype", default="auto", help="of the decoder; bfloat16 on a GPU")
+    _add_experts(group)
+    add_adapters(weights)
+    return weights, every()
+
+
+def _add_experts(group: argparse._ArgumentGroup) -> None:  # pyright: ignore
+    group.add_argument(
+        "--vae-dtype",
+        default="auto",
+        metavar="DTYPE",
+        help=Expert("of the decoder; default: auto, bfloat16 on a GPU"),
+    )
     group.add_argument(
         "--packed",
         action=argparse.BooleanOptionalAction,
-        help="lay weights out for the CPU's products: on for full-size models",
+        help=Expert("lay weights out for the CPU's products; default: for full-size models"),
     )
-    group.add_argument("--runner", choices=RUNNERS, default="auto", help="how networks are called")
-    group.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps")
     group.add_argument(
-        "--embedded-guidance", type=float, metavar="W", help="what an LCM imitates; 8"
+        "--runner",
+        choices=RUNNERS,
+        default="auto",
+        help=Expert("how networks are called; default: %(default)s"),
+    )
+    group.add_argument(
+        "--prediction",
+        metavar="KIND",
+        help=Expert(PREDICTION_HELP),
+    )
+    group.add_argument(
+        "--embedded-guidance",
+        type=float,
+        metavar="W",
+        help=Expert("what an LCM imitates; default: 8"),
     )
     group.add_argument(
         "--ema",
         action=argparse.BooleanOptionalAction,
-        help="the averaged weights of files that have both, or the trained ones",
+        help=Expert(
+            "the averaged weights of files that have both, or the trained ones; default: the "
+            "file's main ones"
+        ),
     )
-    about = "attention head width of a scaled-down "
-    group.add_argument("--head-dim", type=int, metavar="N", help=about + "UNet")
-    group.add_argument("--text-head-dim", type=int, metavar="N", help=about + "text encoder")
+    for option, network in (("--head-dim", "UNet"), ("--text-head-dim", "text encoder")):
+        group.add_argument(
+            option,
+            type=int,
+            metavar="N",
+            help=Expert(f"attention head width of a scaled-down {network}; default: the file's"),
+        )
     group.add_argument(
         "--exclamation",
         choices=EXCLAMATIONS,
-        help='what "!" becomes with SD 2 and SDXL: as their encoders were trained, or as diffusers '
-        "has it; openclip",
+        help=Expert(
+            'what "!" becomes with SD 2 and SDXL: as their encoders were trained, or as diffusers '
+            "has it; default: openclip"
+        ),
     )
-    return every(), weights
+
+
+PREDICTION_HELP = (
+    "eps, v, x0, flow, edm, edm_v, or base=v,distilled=eps; default: what the file says"
+)
 
 
 def add_adapters(parser: argparse.ArgumentParser) -> None:
@@ -225,32 +133,75 @@ def add_adapters(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:STRENGTH[@LEGS]]",
-        help="attach it to both models; legs: models and/or the highest timestep, such as "
-        "@distilled or @base+800",
-    )
-    group.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="tensors of checkpoints and modules or keys of adapters that may find no place, such "
-        "as 'lora_te_*' or 'control_model.*'",
+        help="attach it to both models, at strength 1; legs: models and/or the highest timestep, "
+        "such as @distilled or @base+800; may be repeated",
     )
     group.add_argument(
         "--embedding",
         action="append",
         default=[],
         metavar="FILE[:TOKEN]",
-        help="a textual inversion: prompts may say its token; by default the file's own, or its "
-        "name",
+        help="a textual inversion: prompts may say its token; default: the file's own, or its name",
+    )
+    add_allow(group)
+
+
+def add_allow(group: argparse._ActionsContainer) -> None:  # pyright: ignore
+    group.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help=Expert(
+            "tensors or keys that may find no place, such as 'lora_te_*' or 'control_model.*'; "
+            "default: none"
+        ),
     )
 
 
 def every() -> Parser:
     every = Parser(add_help=False)
     every.add_argument("--json", action="store_true", help="print JSON for machines")
-    every.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    every.add_argument(
+        "--debug", action="store_true", help=Expert("show the traceback of an error")
+    )
     return every
+
+
+def add_out(
+    parser: argparse.ArgumentParser, default: str | None = None, about: str = "PNG"
+) -> None:
+    """The file that a command writes."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=None if default is None else Path(default),
+        metavar="FILE",
+        help=f"{about}; default: {default or 'none'}",
+    )
+    add_overwrite(parser)
+
+
+def add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+
+
+def add_size(parser: argparse._ActionsContainer) -> None:  # pyright: ignore
+    parser.add_argument(
+        "--size", metavar="SIZE", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own"
+    )
+
+
+def add_batch(parser: argparse._ActionsContainer) -> None:  # pyright: ignore
+    parser.add_argument(
+        "--batch",
+        type=batch,
+        metavar="N[,N[,N]]",
+        help=Expert(
+            "samples in a network at once, or those, in the decoder, and its bands: 8,2,16; "
+            "default: what memory holds"
+        ),
+    )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:  # pyright: ignore
@@ -259,20 +210,22 @@ def add_reading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:  # 
     group.add_argument(
         "--prompt-style",
         choices=PROMPT_STYLES,
-        help="plain: as typed; with weights such as (fox:1.3) as that program reads them: "
+        help="plain: as typed; the others: weights such as (fox:1.3) as that program reads them; "
         "default: plain",
     )
     group.add_argument(
         "--clip-skip",
         type=count,
         metavar="N",
-        help="read the text encoders' N-th layer from the end, counted from 1",
+        help=Expert("read the text encoders' N-th layer from the end; default: the family's"),
     )
     group.add_argument(
         "--lora-folder",
         type=Path,
         metavar="DIR",
-        help="where <lora:NAME:0.8> in a prompt finds NAME.safetensors, if no --lora has that name",
+        help=Expert(
+            "where <lora:NAME:0.8> in a prompt finds NAME.safetensors, if no --lora has that name"
+        ),
     )
     return group
 
@@ -292,25 +245,39 @@ def add_texts(parser: argparse.ArgumentParser) -> None:
     add_negative(parser, ": once for all images, or once for each")
     group = add_reading(parser)
     group.add_argument(
-        "--literal", action="store_true", help="prompts are letters alone: no `->`, no <lora:...>"
+        "--literal",
+        action="store_true",
+        help=Expert("prompts are letters alone: no `->`, no <lora:...>"),
     )
     group.add_argument(
         "--second-prompt",
         action="append",
         default=[],
         metavar="TEXT",
-        help="SDXL's second encoder reads it: once for all images, or once for each",
+        help=Expert(
+            "SDXL's second encoder reads it: once for all images, or once for each; default: the "
+            "prompt"
+        ),
     )
     group.add_argument(
-        "--second-negative", action="append", default=[], metavar="TEXT", help="its negative prompt"
+        "--second-negative",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help=Expert("its negative prompt; default: --negative"),
     )
     group.add_argument(
-        "--original-size", metavar="HxW", help="SDXL is told that pictures like it had; the size"
+        "--original-size",
+        metavar="HxW",
+        help=Expert("SDXL is told that pictures like it had this size; default: --size"),
     )
     group.add_argument(
-        "--crop", type=offset, metavar="TOP,LEFT", help="and were cut there; 0,0, uncut"
+        "--crop",
+        type=offset,
+        metavar="TOP,LEFT",
+        help=Expert("and were cut there; default: 0,0, uncut"),
     )
-    group.add_argument("--target-size", metavar="HxW", help="to this; the size")
+    group.add_argument("--target-size", metavar="HxW", help=Expert("to this size; default: --size"))
 
 
 def add_features(parser: argparse.ArgumentParser) -> None:
@@ -328,58 +295,3 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     about = "such as 0-15 or 3,7; default: %(default)s"
     parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)
-
-
-def add_diversify(parser: argparse.ArgumentParser, about: str = "may be repeated") -> None:
-    """The names are those of `headstart.diversify.methods`, which loads torch."""
-    parser.add_argument(
-        "--diversify",
-        action="append",
-        default=[],
-        metavar="METHOD:VALUE",
-        help="another way to variety: cads:0.1, embedding-noise:1, interval:0.28,high=5.42, "
-        f"particles:128, pink:1, dial:0.25, select:4; {about}",
-    )
-
-
-def read_diversify(args: argparse.Namespace, *, apart: bool = False) -> tuple[Method, ...]:
-    """The methods that were typed; `apart`: each is a run of its own, so that a name may come
-    again. Raises InputError for one that there is not."""
-    if not args.diversify:
-        return ()
-    from headstart.diversify.methods import parse_method, read_methods
-
-    if apart:
-        return tuple(dict.fromkeys(map(parse_method, args.diversify)))
-    return read_methods(args.diversify)
-
-
-def add_plan_options(parser: argparse.ArgumentParser) -> None:
-    from headstart.plan.by_name import MODES  # loads numpy, which `inspect` does without
-
-    group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--plan",
-        default="hybrid",
-        help=f"{', '.join(MODES)}, a preset, or FILE.toml; default: hybrid",
-    )
-    group.add_argument("--preset", help="which pair; `headstart presets` lists them")
-    group.add_argument("--steps", type=int, help="steps of the distilled grid, or of plan base")
-    group.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
-    group.add_argument(
-        "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
-    )
-    group.add_argument(
-        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
-    )
-    group.add_argument(
-        "--timesteps", type=numbers, metavar="T,T,...", help="the distilled model's own, falling"
-    )
-    group.add_argument(
-        "--sigmas", type=numbers, metavar="S,S,...", help="its levels, in their place"
-    )
-    group.add_argument(
-        "--update", help="its rule: euler, ddim, ancestral, renoise, tcd, dpmpp_2m ..."
-    )
-    group.add_argument("--base-guidance", type=float, metavar="W", help="1 = conditional only")
-    group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")

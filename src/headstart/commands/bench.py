@@ -4,46 +4,57 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from headstart.commands.arguments import (
-    BATCH_HELP,
     RUNNERS,
-    Command,
+    add_batch,
+    add_out,
     add_seeds,
-    batch,
-    count,
-    listed,
-    read_size,
+    add_size,
     sampling,
-    uses_bundled,
-    worded,
 )
 from headstart.commands.console import RowBar, progress
 from headstart.commands.estimate import add_estimate, check_estimate, estimated
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import add_plans, add_preset, add_steps
 from headstart.commands.session import open_engine
+from headstart.commands.values import count, listed, read_size, uses_bundled, worded
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import MODES, PRESETS, TOML, PlanSettings, named_plan
+from headstart.plan.by_name import TOML, PlanSettings, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 _ROUNDS, _WARMUP = 20, 2
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default="a fox", help="default: %(default)s")
-    add_seeds(parser, "0")
-    parser.add_argument("--plan", default="base,distilled,hybrid", help=f"of {', '.join(MODES)}")
-    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
-    parser.add_argument("--steps", type=int, help="steps of the distilled model")
     parser.add_argument(
-        "--versus", action="append", choices=RUNNERS, default=[], help="time this runner too"
+        "prompt",
+        nargs="?",
+        default="a fox",
+        metavar="PROMPT",
+        help="what to draw; default: %(default)s",
     )
-    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch", type=batch, help=BATCH_HELP)
-    parser.add_argument("--rounds", type=count, help=f"times each case runs; default: {_ROUNDS}")
-    parser.add_argument("--warmup", type=count, help=f"runs before that; default: {_WARMUP}")
-    parser.add_argument("--out", type=Path, help="also write the JSON into this file")
+    add_seeds(parser, "0")
+    add_plans(parser)
+    add_preset(parser)
+    add_steps(parser)
+    parser.add_argument(
+        "--versus",
+        action="append",
+        choices=RUNNERS,
+        default=[],
+        help="time this runner too; may be repeated; default: only --runner",
+    )
+    add_size(parser)
+    add_batch(parser)
+    parser.add_argument(
+        "--rounds", type=count, metavar="N", help=f"times each case runs; default: {_ROUNDS}"
+    )
+    parser.add_argument(
+        "--warmup", type=count, metavar="N", help=f"runs before that; default: {_WARMUP}"
+    )
+    add_out(parser, about="also write the JSON into this file")
     add_estimate(parser)
 
 
@@ -56,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
         for plan in plans:
             named_plan(plan, _settings(args, plan), "demo")
     if args.out is not None:
-        check_file(args.out, size_bytes=2**16, suffix=".json")
+        check_file(args.out, size_bytes=2**16, suffix=".json", overwrite=args.overwrite)
     if args.estimate:
         _tell(args, *estimated(args, {plan: _settings(args, plan) for plan in plans}))
         return 0
@@ -103,4 +114,8 @@ BENCH = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        "headstart bench --plan distilled,hybrid --versus replay --rounds 8",
+        "headstart bench --estimate --family sdxl --device h100 --preset lightning",
+    ),
 )

@@ -4,26 +4,22 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from headstart.checkpoint.distillation import preset_of
-from headstart.commands.arguments import (
-    Command,
-    add_diversify,
-    add_features,
-    add_reading,
-    add_seeds,
-    count,
-    read_diversify,
-    sampling,
-    uses_bundled,
-    worded,
-)
+from headstart.commands.arguments import add_features, add_out, add_reading, add_seeds, sampling
 from headstart.commands.console import RowBar, note, progress
+from headstart.commands.parser import Command, Expert
+from headstart.commands.plan_options import (
+    HANDOFF_HELP,
+    add_diversify,
+    add_preset,
+    add_steps,
+    read_diversify,
+)
 from headstart.commands.session import open_engine
+from headstart.commands.values import count, uses_bundled, worded
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import PRESETS
 from headstart.plan.request import pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"
@@ -31,32 +27,37 @@ DEFAULT_SEEDS = "0-15"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT, help="default: %(default)s")
-    add_seeds(parser, DEFAULT_SEEDS)
     parser.add_argument(
-        "--out", type=Path, default=Path("sheet.png"), help="PNG; default: %(default)s"
+        "prompt",
+        nargs="?",
+        default=DEFAULT_PROMPT,
+        metavar="PROMPT",
+        help="what to draw; default: %(default)s",
     )
-    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    add_seeds(parser, DEFAULT_SEEDS)
+    add_out(parser, "sheet.png")
+    add_preset(parser)
+    add_steps(parser)
+    parser.add_argument("--handoff", type=float, metavar="SIGMA", help=HANDOFF_HELP)
     parser.add_argument(
         "--rounds",
         type=count,
         metavar="N",
-        help="times each plan runs, for the median of seconds; default: until its runs took a "
-        "second together, once at least and three times at most",
+        help=Expert(
+            "times each plan runs, for the median of seconds; default: until its runs took a "
+            "second together, once at least and three times at most"
+        ),
     )
     add_features(parser)
     add_diversify(parser, "each is one more row, on the distilled plan")
     add_reading(parser)
-    parser.add_argument("--steps", type=int, help="steps of the distilled model")
-    parser.add_argument(
-        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
-    )
 
 
 def _run(args: argparse.Namespace) -> int:
     prompt = worded(args.prompt)
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
-    check_file(args.out, size_bytes=4 * len(seeds) * 192 * 192 * 3, suffix=".png")
+    size_bytes = 4 * len(seeds) * 192 * 192 * 3
+    check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
     demo = uses_bundled(args)
     file = args.distilled or args.distilled_lora
     if not demo and args.preset is None and not (file and preset_of(file)):
@@ -114,4 +115,9 @@ COMPARE = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        'headstart compare "a fox"',
+        'headstart compare "a panda, paper style" --seeds 0-7 --diversify cads:0.1 --out panda.png',
+        'headstart compare "a castle" --base BASE --distilled DISTILLED --seeds 0-3',
+    ),
 )

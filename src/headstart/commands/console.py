@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import signal
@@ -11,6 +12,7 @@ import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
 
 if TYPE_CHECKING:
@@ -109,6 +111,25 @@ class RowBar(NamedTuple):
     def rows(self, count: int) -> None:
         """Those of one launch, after it."""
         self.bar.update(count)
+
+
+_PLAIN = {"·": "-", "…": "...", "→": "->", "“": '"', "”": '"', "×": "x"}
+
+
+def any_encoding() -> None:
+    """Let stdout and stderr write what their encoding lacks in signs that every one has."""
+    codecs.register_error("headstart", _plainly)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="headstart")
+
+
+def _plainly(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    escaped = (_PLAIN.get(sign) or ascii(sign)[1:-1] for sign in signs)
+    return "".join(escaped), error.end
 
 
 @contextmanager

@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, every
+from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.console import progress
+from headstart.commands.parser import Command
 
 if TYPE_CHECKING:
     from headstart.convert.convert import Conversion
@@ -20,12 +21,27 @@ LISTED = 8
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a file, or a model's folder")
     parser.add_argument("target", type=Path, metavar="OUT", help="a new .safetensors file")
-    parser.add_argument("--layout", default="same", help="same, diffusers, ldm: how names are made")
-    parser.add_argument("--dtype", default="same", help="same, f16, bf16, f32")
-    parser.add_argument("--part", help="of several: unet, vae, text, text_2, tiny")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
     parser.add_argument(
-        "--timeout", type=float, metavar="SECONDS", help="for reading a pickle; by its size"
+        "--layout",
+        default="same",
+        metavar="NAMES",
+        help="same, diffusers, ldm: how tensors are named; default: %(default)s",
+    )
+    parser.add_argument(
+        "--dtype",
+        default="same",
+        metavar="DTYPE",
+        help="same, f16, bf16, f32; default: %(default)s",
+    )
+    parser.add_argument(
+        "--part", metavar="PART", help="of several: unet, vae, text, text_2, tiny; default: all"
+    )
+    add_overwrite(parser)
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        metavar="SECONDS",
+        help="for reading a pickle; default: by its size",
     )
 
 
@@ -69,4 +85,8 @@ CONVERT = Command(
     (every(),),
     _add_options,
     _run,
+    (
+        "headstart convert dmd2_sdxl_4step_unet_fp16.bin dmd2.safetensors",
+        "headstart convert model.safetensors half.safetensors --dtype f16",
+    ),
 )

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import headstart_weights
-from headstart.commands.arguments import read_predictions, read_size, uses_bundled
+from headstart.commands.values import read_predictions, read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
 from headstart.errors import InputError
 from headstart.plan.by_name import PlanSettings, named_pair, named_plan
@@ -46,7 +46,9 @@ def add_estimate(parser: argparse.ArgumentParser) -> None:
         + ", ".join(CARDS),
     )
     group.add_argument(
-        "--family", choices=FAMILIES, help="of this family at full size, without any file"
+        "--family",
+        choices=FAMILIES,
+        help="of this family at full size, without any file",
     )
 
 

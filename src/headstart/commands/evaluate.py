@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, add_features, every
+from headstart.commands.arguments import add_features, every
 from headstart.commands.console import note, progress
+from headstart.commands.parser import Command
 
 if TYPE_CHECKING:
     from headstart.metrics.judges import Pictures
@@ -20,10 +21,14 @@ if TYPE_CHECKING:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, metavar="DIR")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="DIR", help="of `sample` or `sweep`, to compare"
+    )
     add_features(parser)
     parser.add_argument(
-        "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
+        "--reference",
+        metavar="DIR",
+        help="a folder of pictures to compare with, or: bundled",
     )
 
 
@@ -165,4 +170,5 @@ EVALUATE = Command(
     (every(),),
     _add_options,
     _run,
+    ("headstart evaluate hybrid distilled", "headstart evaluate hybrid --reference bundled"),
 )

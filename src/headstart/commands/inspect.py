@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.fit import some
 from headstart.checkpoint.leftovers import is_allowed
-from headstart.commands.arguments import Command, every
+from headstart.commands.arguments import add_allow, every
 from headstart.commands.console import fail, progress
+from headstart.commands.parser import Command
 from headstart.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -36,14 +37,8 @@ _LAYOUTS = {
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a file, or a model's folder")
-    parser.add_argument(
-        "--allow",
-        action="append",
-        default=[],
-        metavar="NAME",
-        help="tensors that may be left aside, such as 'control_model.*'",
-    )
     parser.add_argument("--deep", action="store_true", help="read every number: NaN, infinities")
+    add_allow(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -178,5 +173,10 @@ def _size(size_bytes: int) -> str:
 
 
 INSPECT = Command(
-    "inspect", "say what a checkpoint is; exit 1 if it is bad", (every(),), _add_options, _run
+    "inspect",
+    "say what a checkpoint is; exit 1 if it is bad",
+    (every(),),
+    _add_options,
+    _run,
+    ("headstart inspect model.safetensors", "headstart inspect model.safetensors --deep"),
 )

@@ -10,7 +10,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.commands.arguments import read_texts, worded
+from headstart.commands.values import read_texts, worded
 from headstart.errors import InputError
 from headstart.plan.request import parse_numbers, parse_seeds
 
@@ -78,14 +78,24 @@ class Intervention(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("go on differently from a step, shown beside the original")
     group.add_argument(
-        "--from-step", metavar="K", help="the first step that changes; 1-3: one way on for each"
+        "--from-step",
+        metavar="K",
+        help="the first step that changes; 1-3: one way on for each",
     )
     group.add_argument(
-        "--switch", metavar="MODEL@K", help="this model takes over at step K, or at each of 1-3"
+        "--switch",
+        metavar="MODEL@K",
+        help="this model takes over at step K, or at each of 1-3",
     )
-    group.add_argument("--reseed", metavar="SEEDS", help="what is predicted, under fresh noise")
-    group.add_argument("--guidance", type=float, metavar="W")
-    group.add_argument("--prompt-from", metavar="TEXT", help="another prompt from there on")
+    group.add_argument(
+        "--reseed", metavar="SEEDS", help="what is predicted, under fresh noise; default: none"
+    )
+    group.add_argument(
+        "--guidance", type=float, metavar="W", help="from there on; default: the plan's"
+    )
+    group.add_argument(
+        "--prompt-from", metavar="TEXT", help="another prompt from there on; default: PROMPT"
+    )
 
 
 def read(args: argparse.Namespace) -> Intervention | None:

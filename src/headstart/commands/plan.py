@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
-from headstart.commands.arguments import (
-    Command,
-    add_plan_options,
-    every,
-    plan_settings,
-    read_predictions,
-)
+from headstart.commands.arguments import PREDICTION_HELP, every
 from headstart.commands.console import note
+from headstart.commands.parser import Command, Expert
+from headstart.commands.plan_options import add_plan_options, plan_settings
+from headstart.commands.values import read_predictions
 from headstart.plan.by_name import named_pair, named_plan
 
 if TYPE_CHECKING:
@@ -26,11 +23,13 @@ if TYPE_CHECKING:
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser)
-    parser.add_argument("--base", metavar="PATH", help="its prediction and noise schedule")
+    parser.add_argument(
+        "--base", metavar="PATH", help="its prediction and noise schedule; default: the preset's"
+    )
     parser.add_argument(
         "--distilled", metavar="PATH", help="the same of the distilled model; default: the base's"
     )
-    parser.add_argument("--prediction", help="eps, v, x0, flow, edm, edm_v, or base=v")
+    parser.add_argument("--prediction", metavar="KIND", help=Expert(PREDICTION_HELP))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -88,4 +87,15 @@ def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable,
     return table, found.models["base"].ratio
 
 
-PLAN = Command("plan", "print the table that a run will follow", (every(),), _add_options, _run)
+PLAN = Command(
+    "plan",
+    "print the table that a run will follow",
+    (every(),),
+    _add_options,
+    _run,
+    (
+        "headstart plan",
+        "headstart plan --preset lightning --steps 8 --handoff 4.1 --base-steps 2",
+        "headstart plan --plan base --preset turbo --json",
+    ),
+)

@@ -6,7 +6,8 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, every
+from headstart.commands.arguments import every
+from headstart.commands.parser import Command
 
 if TYPE_CHECKING:
     from headstart.plan.pair import Pair
@@ -85,5 +86,10 @@ def _sentence(pair: Pair) -> str:
 
 
 PRESETS = Command(
-    "presets", "list the pairs that are known by name", (every(),), _add_options, _run
+    "presets",
+    "list the pairs that are known by name",
+    (every(),),
+    _add_options,
+    _run,
+    ("headstart presets", "headstart presets lightning turbo"),
 )

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
-from headstart.commands.arguments import Command, sampling
+from headstart.commands.arguments import sampling
 from headstart.commands.console import RowBar, progress
+from headstart.commands.parser import Command
 from headstart.commands.session import adapter_path, counted, open_engine, report, write_images
 from headstart.errors import CheckpointError
 from headstart.output import check_folder
@@ -26,7 +27,12 @@ _ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("record", type=Path, metavar="RECORD", help="a record.json")
-    parser.add_argument("--out", type=Path, help="also write the images into this folder")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="also write the images into this folder",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -114,5 +120,10 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
 
 
 REPLAY = Command(
-    "replay", "run a record again and compare every bit", sampling(), _add_options, _run
+    "replay",
+    "run a record again and compare every bit",
+    sampling(),
+    _add_options,
+    _run,
+    ("headstart replay fox/record.json",),
 )

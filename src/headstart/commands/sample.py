@@ -7,23 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from headstart.commands.arguments import (
-    BATCH_HELP,
-    Command,
-    add_diversify,
-    add_plan_options,
+    add_batch,
+    add_overwrite,
     add_seeds,
+    add_size,
     add_texts,
-    batch,
-    plan_settings,
-    read_diversify,
-    read_size,
     sampling,
-    text_options,
-    uses_bundled,
-    worded,
 )
 from headstart.commands.console import RowBar, progress
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import (
+    add_diversify,
+    add_plan_options,
+    plan_settings,
+    read_diversify,
+)
 from headstart.commands.session import counted, open_engine, report, write_images
+from headstart.commands.values import read_size, text_options, uses_bundled, worded
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.by_name import named_plan
@@ -38,14 +38,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="what to draw; `A -> B below sigma X` and `A -> B at the hand-off` change it with the "
         "noise level, <lora:NAME:0.8> is an adapter's strength",
     )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder for images and record.json"
+    )
+    add_overwrite(parser)
     add_seeds(parser, "0")
+    add_size(parser)
+    add_batch(parser)
     add_plan_options(parser)
-    add_diversify(parser)
     add_texts(parser)
-    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--batch", type=batch, help=BATCH_HELP)
-    parser.add_argument("--out", type=Path, required=True, help="folder for images and record.json")
-    parser.add_argument("--overwrite", action="store_true", help="replace a run that is there")
+    add_diversify(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -88,4 +90,9 @@ SAMPLE = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        'headstart sample "a fox" --seeds 0-3 --out fox',
+        'headstart sample "a fox, flat style" "an owl" --plan base --out base',
+        'headstart sample "a fox in the snow" --base BASE --distilled DISTILLED --out snow',
+    ),
 )

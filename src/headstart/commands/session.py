@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import read_device, read_predictions, read_size, uses_bundled
 from headstart.commands.console import loading, note, progress
+from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
 from headstart.errors import CheckpointError, InputError
 from headstart.output import write_folder
 

@@ -8,36 +8,34 @@ from pathlib import Path
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
-from headstart.commands.arguments import (
-    Command,
-    add_reading,
-    add_seeds,
-    listed,
-    sampling,
-    uses_bundled,
-    worded,
-)
+from headstart.commands.arguments import add_out, add_reading, add_seeds, sampling
 from headstart.commands.console import RowBar, progress
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import add_plans, add_preset
 from headstart.commands.session import open_engine
+from headstart.commands.values import listed, uses_bundled, worded
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import MODES, PRESETS, named_plan
+from headstart.plan.by_name import named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
     add_seeds(parser, "0-3")
     parser.add_argument(
-        "--strengths", default="-2,-1,0,1,2", help="of the first --lora; default: %(default)s"
+        "--strengths",
+        default="-2,-1,0,1,2",
+        metavar="S,S,...",
+        help="of the first --lora; default: %(default)s",
     )
-    parser.add_argument("--plan", default="base,distilled,hybrid", help=f"of {', '.join(MODES)}")
-    add_reading(parser)
-    parser.add_argument("--toward", metavar="CAPTION", help="score the images against it")
-    parser.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
+    add_out(parser, "strip.png")
+    add_plans(parser)
+    add_preset(parser)
     parser.add_argument(
-        "--out", type=Path, default=Path("strip.png"), help="PNG; default: %(default)s"
+        "--toward", metavar="CAPTION", help="score the images against it; default: no scores"
     )
+    add_reading(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -54,7 +52,8 @@ def _run(args: argparse.Namespace) -> int:
     for name in plans if demo or args.preset else ():  # else the files may say which pair it is
         named_plan(name, {"preset": args.preset}, "demo")
     cells = len(plans) * len(seeds) * len(strengths)
-    check_file(args.out, size_bytes=cells * 192 * 192 * 3, suffix=".png")
+    size_bytes = cells * 192 * 192 * 3
+    check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
     engine = open_engine(args, [prompt])
 
     from headstart.compare.slide import slide, strip_of
@@ -90,4 +89,8 @@ SLIDE = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        'headstart slide "a fox" --lora yellow --strengths -2,0,2 --seeds 0-3',
+        'headstart slide "a castle" --base BASE --distilled DISTILLED --lora age.safetensors',
+    ),
 )

@@ -11,20 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import (
-    Command,
-    add_diversify,
-    add_features,
-    add_reading,
-    count,
-    listed,
-    numbers,
-    read_size,
-    sampling,
-    uses_bundled,
-)
+from headstart.commands.arguments import add_features, add_reading, add_size, sampling
 from headstart.commands.console import note, progress
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import add_diversify
 from headstart.commands.session import adapter_path, open_engine, use_local_device
+from headstart.commands.values import count, listed, numbers, read_size, uses_bundled
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
@@ -57,7 +49,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "everything the bundled pair draws, or for other weights the paper's five",
     )
     group.add_argument("--seeds", metavar="SEEDS", help="such as 0-99; default: the list's number")
-    group.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
+    add_size(group)
     group.add_argument(
         "--parts",
         default="all",
@@ -65,11 +57,20 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help=f"beside the plans: {', '.join((*PARTS[1:], *EXPERIMENTS))}, or plans alone; default: "
         "all that these weights allow",
     )
-    group.add_argument("--k", type=numbers, metavar="K,K", help="steps that the base takes")
-    group.add_argument("--n", type=numbers, metavar="N,N", help="grids of the base's own")
-    group.add_argument("--guidance", type=numbers, metavar="W,W", help="of the base's step")
     group.add_argument(
-        "--handoff", type=numbers, metavar="SIGMA,SIGMA", help="noise levels of the hand-off"
+        "--k", type=numbers, metavar="K,K", help="steps that the base takes; default: a grid"
+    )
+    group.add_argument(
+        "--n", type=numbers, metavar="N,N", help="grids of the base's own; default: a grid"
+    )
+    group.add_argument(
+        "--guidance", type=numbers, metavar="W,W", help="of the base's step; default: a grid"
+    )
+    group.add_argument(
+        "--handoff",
+        type=numbers,
+        metavar="SIGMA,SIGMA",
+        help="noise levels of the hand-off; default: a grid",
     )
     add_diversify(parser)
     group.add_argument(
@@ -79,7 +80,9 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
     add_features(parser)
     group.add_argument(
-        "--reference", metavar="DIR", help="a folder of pictures to compare with, or: bundled"
+        "--reference",
+        metavar="DIR",
+        help="a folder of pictures to compare with, or: bundled",
     )
     group.add_argument(
         "--keep", type=count, default=16, metavar="N",
@@ -335,4 +338,8 @@ STUDY = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        "headstart study --quick --out study",
+        "headstart study --base BASE --distilled DISTILLED --prompts car --out car",
+    ),
 )

@@ -10,21 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.commands.arguments import (
-    Command,
+from headstart.commands.arguments import add_negative, add_reading, add_size, sampling
+from headstart.commands.console import note, progress
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import (
     add_diversify,
-    add_negative,
     add_plan_options,
-    add_reading,
     plan_settings,
     read_diversify,
-    read_size,
-    read_texts,
-    sampling,
-    uses_bundled,
 )
-from headstart.commands.console import note, progress
 from headstart.commands.session import open_engine, use_local_device
+from headstart.commands.values import read_size, read_texts, uses_bundled
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.by_name import named_plan
@@ -53,10 +49,16 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     add_diversify(parser)
     add_negative(parser)
     add_reading(parser)
-    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
-    parser.add_argument("--size-column", metavar="NAME", help="a column that says the size instead")
+    add_size(parser)
     parser.add_argument(
-        "--batch", type=int, default=BATCH, help="cases in a network at once; default: %(default)s"
+        "--size-column", metavar="NAME", help="a column that says the size; default: none"
+    )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        default=BATCH,
+        metavar="N",
+        help="cases in a network at once; default: %(default)s",
     )
 
 
@@ -244,4 +246,9 @@ SWEEP = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        "headstart sweep prompts.csv --out hybrid",
+        "headstart sweep prompts.csv --plan distilled --out distilled",
+        "torchrun --nproc-per-node 4 -m headstart sweep prompts.csv --out hybrid",
+    ),
 )

@@ -10,23 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.commands import intervention
 from headstart.commands.arguments import (
-    Command,
     add_negative,
+    add_out,
     add_reading,
     add_seeds,
-    count,
-    read_size,
-    read_texts,
+    add_size,
     sampling,
-    uses_bundled,
-    worded,
 )
 from headstart.commands.console import note, progress
 from headstart.commands.intervention import Intervention
+from headstart.commands.parser import Command
+from headstart.commands.plan_options import add_mode_options, add_plans
 from headstart.commands.session import open_engine
+from headstart.commands.values import count, read_size, read_texts, uses_bundled, worded
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import PRESETS, TOML, PlanSettings, check_name, named_plan
+from headstart.plan.by_name import TOML, PlanSettings, check_name, named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
@@ -45,12 +44,15 @@ MOST_COLUMNS = 60
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT")
+    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    add_out(parser, "trace.png", ", ".join(FORMATS))
     add_seeds(parser, "0-3")
-    _add_plan_options(parser)
+    add_size(parser)
+    group = parser.add_argument_group("plans")
+    add_plans(group)
+    add_mode_options(group)
     add_negative(parser, ": once for all images, or once for each")
     add_reading(parser)
-    parser.add_argument("--size", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own")
     parser.add_argument(
         "--decoder", choices=DECODERS, help="default: tiny where there is one, else linear"
     )
@@ -61,13 +63,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="look at every N-th step of the longest plan, and give each its column; default: look "
         "at all, of which a sheet shows 8",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("trace.png"),
-        help=".png, .gif, .webp or .html; default: %(default)s",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     group = parser.add_argument_group("when does a concept appear?")
     group.add_argument(
         "--watch",
@@ -77,30 +72,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         help="say when it is there beyond the same seeds with another prompt, CONTROL; default: "
         "PROMPT with the phrase taken out. A phrase that is not in PROMPT is never there",
     )
-    group.add_argument("--scorer", type=Path, metavar="FOLDER", help="a CLIP model's folder")
+    group.add_argument(
+        "--scorer",
+        type=Path,
+        metavar="FOLDER",
+        help="a CLIP model's folder; default: the bundled scorer",
+    )
     intervention.add_options(parser)
-
-
-def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("plans")
-    group.add_argument(
-        "--plan", default="base,distilled,hybrid", metavar="PLANS", help="default: %(default)s"
-    )
-    group.add_argument("--preset", choices=PRESETS, help="which pair the weights are")
-    group.add_argument(
-        "--steps", type=int, help="steps of the distilled grid; of plan base where it is alone"
-    )
-    group.add_argument("--base-steps", type=int, metavar="K", help="steps the base takes; 1")
-    group.add_argument(
-        "--base-grid", type=int, metavar="N", help="the base covers them on its own N-step grid"
-    )
-    group.add_argument(
-        "--handoff", type=float, metavar="SIGMA", help="hand over at this noise level or below it"
-    )
-    group.add_argument(
-        "--base-guidance", type=float, metavar="W", help="wherever the base runs; 1 = none"
-    )
-    group.add_argument("--distilled-guidance", type=float, metavar="W", help="1 by default")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -207,9 +185,7 @@ def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
 def _check_output(out: Path, overwrite: bool) -> None:
     if out.suffix.lower() not in FORMATS:
         raise InputError(f"output {str(out)!r} must end in one of {', '.join(FORMATS)}")
-    check_file(out, size_bytes=4_000_000)
-    if out.exists() and not overwrite:
-        raise InputError(f"{str(out)!r} exists: choose another --out, or give --overwrite")
+    check_file(out, size_bytes=4_000_000, overwrite=overwrite)
 
 
 def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
@@ -356,4 +332,10 @@ TRACE = Command(
     sampling(),
     _add_options,
     _run,
+    (
+        'headstart trace "a fox"',
+        'headstart trace "a fox" --seeds 0-3 --out trace.html',
+        'headstart trace "a ladybug and a pumpkin" --watch "a pumpkin" --out timeline.png',
+        'headstart trace "a fox" --plan hybrid --from-step 1-3 --reseed 7,8 --out again.png',
+    ),
 )

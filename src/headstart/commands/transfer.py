@@ -7,8 +7,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import Command, every
+from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.console import progress
+from headstart.commands.parser import Command
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,15 +24,34 @@ LISTED = 5
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", type=Path, required=True, metavar="B", help="a checkpoint")
     parser.add_argument("--tuned", type=Path, required=True, metavar="T", help="fine-tuned from B")
-    parser.add_argument("--distilled", type=Path, metavar="D", help="gets T - B added")
-    parser.add_argument("--out", type=Path, required=True, help="a new .safetensors file")
-    parser.add_argument("--strength", type=float, default=1.0, metavar="S", help="default: 1")
-    parser.add_argument("--parts", default="unet", help="of unet,text,text_2; default: unet")
     parser.add_argument(
-        "--rank", type=int, metavar="R", help="write T - B as an adapter of rank R; D may be absent"
+        "--distilled", type=Path, metavar="D", help="gets T - B added; default: none, with --rank"
     )
-    parser.add_argument("--naming", default="kohya", help="of an adapter: kohya, diffusers")
-    parser.add_argument("--overwrite", action="store_true", help="replace OUT")
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="a new .safetensors file"
+    )
+    add_overwrite(parser)
+    parser.add_argument(
+        "--strength", type=float, default=1.0, metavar="S", help="times the difference; default: 1"
+    )
+    parser.add_argument(
+        "--parts",
+        default="unet",
+        metavar="PARTS",
+        help="of unet,text,text_2; default: %(default)s",
+    )
+    parser.add_argument(
+        "--rank",
+        type=int,
+        metavar="R",
+        help="write T - B as an adapter of rank R, where D may be absent",
+    )
+    parser.add_argument(
+        "--naming",
+        default="kohya",
+        metavar="NAMES",
+        help="of an adapter: kohya, diffusers; default: %(default)s",
+    )
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -115,4 +135,8 @@ TRANSFER = Command(
     (every(),),
     _add_options,
     _run,
+    (
+        "headstart transfer --base B --tuned T --distilled D --out tuned_distilled.safetensors",
+        "headstart transfer --base B --tuned T --rank 16 --out tuned_lora.safetensors",
+    ),
 )

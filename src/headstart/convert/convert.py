@@ -144,9 +144,7 @@ def _check_request(
         raise InputError(
             f"input and output are the same file, {str(target)!r}: name another output"
         )
-    check_file(target, size_bytes=size_bytes, suffix=".safetensors")
-    if target.exists() and not overwrite:
-        raise InputError(f"{str(target)!r} exists: choose another output, or give --overwrite")
+    check_file(target, size_bytes=size_bytes, suffix=".safetensors", overwrite=overwrite)
 
 
 def _one_of(what: str, given: str, known: Sequence[str]) -> None:

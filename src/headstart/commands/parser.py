@@ -1,0 +1,135 @@
+"""What a command is, and its parser: basics under --help, everything under --help-all.
+
+shtab writes the completion scripts: they are files, so pressing Tab starts no Python, and it is
+imported for --print-completion alone. (argcomplete would be imported at every start and runs the
+command at every Tab; its wheel has twice the bytes.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, cast
+
+SHELLS = ("bash", "zsh", "tcsh")
+_FILES = ("PATH", "FILE", "DIR", "FOLDER")
+
+
+class Expert(str):
+    """The help of an option that --help leaves to --help-all."""
+
+
+class _Whole(argparse.HelpFormatter):
+    """Every option, and a usage line of what must be typed; text of several lines keeps them."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+    def add_usage(
+        self,
+        usage: str | None,
+        actions: Iterable[argparse.Action],
+        groups: Iterable[Any],
+        prefix: str | None = None,
+    ) -> None:
+        needed = [one for one in actions if one.required or not one.option_strings]
+        self._prog += " [options]"
+        super().add_usage(usage, needed, (), prefix)
+
+
+class _Basics(_Whole):
+    """Without the options of experts."""
+
+    def add_argument(self, action: argparse.Action) -> None:
+        if not isinstance(action.help, Expert):
+            super().add_argument(action)
+
+
+class _HelpAll(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        parser.formatter_class = _Whole
+        parser.print_help()
+        parser.exit()
+
+
+class _PrintCompletion(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, _: object, shell: Any, option: str | None = None
+    ) -> NoReturn:
+        try:
+            import shtab  # pyright: ignore[reportMissingImports]
+        except ImportError:
+            parser.error(f"{option} needs shtab: pip install 'headstart[completion]'")
+        for action in _actions(parser):
+            if action.type is Path or str(action.metavar).startswith(_FILES):
+                action.complete = shtab.FILE  # pyright: ignore
+        print(shtab.complete(parser, shell))  # pyright: ignore
+        parser.exit()
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterable[argparse.Action]:
+    """Those of a parser and of its commands."""
+    for action in parser._actions:  # pyright: ignore[reportPrivateUsage]
+        yield action
+        commands = action.choices if action.nargs == argparse.PARSER else None
+        for command in cast("Mapping[str, Parser]", commands or {}).values():
+            yield from _actions(command)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser of one command, of all of them, or of options that commands share."""
+
+    def __init__(self, *, add_help: bool = True, **settings: Any) -> None:
+        super().__init__(add_help=False, formatter_class=_Basics, **settings)
+        # argparse takes "-2,0,2" for an option; no option of ours begins with a digit.
+        self._negative_number_matcher = re.compile(r"-\.?\d")
+        if add_help:
+            self.add_argument("-h", "--help", action="help", help="show the basics, and examples")
+            self.add_argument("--help-all", action=_HelpAll, nargs=0, help="show every option")
+
+    def add_completion(self) -> None:
+        self.add_argument(
+            "--print-completion",
+            action=_PrintCompletion,
+            choices=SHELLS,
+            metavar="SHELL",
+            help=f"print a script for tab completion: {', '.join(SHELLS)}; needs shtab",
+        )
+
+    def share(self, parents: Iterable[Parser]) -> None:
+        """Take the options of others, behind one's own."""
+        for parent in parents:
+            self._add_container_actions(parent)  # pyright: ignore[reportUnknownMemberType]
+
+    def error(self, message: str) -> NoReturn:
+        """One line, as every other error."""
+        self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
+
+
+class Command(NamedTuple):
+    """One thing that can be typed after `headstart`.
+
+    parents      groups of options that it shares with others: `every()`, `*sampling()`
+    add_options  its own options
+    run          does it, and returns the exit status; imports what is heavy when it is called
+    examples     lines that can be typed, shown under its help
+    """
+
+    name: str
+    about: str
+    parents: Sequence[Parser]
+    add_options: Callable[[argparse.ArgumentParser], object]
+    run: Callable[[argparse.Namespace], int]
+    examples: Sequence[str] = ()
+
+    def add_to(self, commands: argparse._SubParsersAction[Parser]) -> None:  # pyright: ignore
+        """Add its parser."""
+        shown = ["examples:", *(f"  {line}" for line in self.examples)]
+        own = commands.add_parser(
+            self.name, help=self.about, description=f"{self.about}.", epilog="\n".join(shown)
+        )
+        self.add_options(own)
+        own.share(self.parents)
+        own.set_defaults(run=self.run)

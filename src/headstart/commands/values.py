@@ -1,0 +1,121 @@
+"""What was typed, as values: pixels, devices, numbers, texts; what cannot be one is an error."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+from headstart.errors import InputError
+
+OWN_WEIGHTS = (
+    *("base", "distilled", "distilled_lora", "vae", "text", "tokenizer", "preview"),
+    *("prediction", "embedded_guidance", "ema", "head_dim", "text_head_dim", "exclamation"),
+)
+"""Options that say nothing about the bundled pair."""
+
+
+def uses_bundled(args: argparse.Namespace) -> bool:
+    """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
+    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
+    if own and not {"base", "distilled"} & set(own):
+        option = own[0].replace("_", "-")
+        raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")
+    return not own
+
+
+def read_predictions(text: str | None) -> str | dict[str, str] | None:
+    """`v`, or `base=v,distilled=eps`. Raises InputError for anything else."""
+    return None if text is None else _by_model(text, "prediction", "eps, v, x0, flow, or base=v")
+
+
+def read_device(text: str) -> str | dict[str, str]:
+    """`cuda:1`, or `base=cuda:0,distilled=cuda:1`. Raises InputError for anything else."""
+    return _by_model(text, "device", "auto, cpu, cuda, cuda:N, or base=cuda:0,distilled=cuda:1")
+
+
+def _by_model(text: str, what: str, expected: str) -> str | dict[str, str]:
+    if "=" not in text:
+        return text
+    pairs = [part.strip().partition("=") for part in text.split(",")]
+    if any(not value for _, _, value in pairs) or len({role for role, *_ in pairs}) < len(pairs):
+        raise InputError(f"{what} {text!r:.60}: expected {expected}")
+    return {role: value for role, _, value in pairs}
+
+
+def worded(prompt: str) -> str:
+    """The API takes an empty prompt for sampling without text; typed here, it is a mistake."""
+    if not prompt.strip():
+        raise InputError('the prompt is empty: say what to draw, such as "a fox"')
+    with suppress(UnicodeError):  # UTF-8, typed where the locale is ASCII (PEP 383)
+        return os.fsencode(prompt).decode()
+    return prompt
+
+
+def read_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
+    """`512` or `HEIGHTxWIDTH`, in pixels. Raises InputError for anything else."""
+    if text is None:
+        return None
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
+        raise InputError(f"{what} {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
+    return int(sides[0]), int(sides[-1])
+
+
+def read_texts(given: Sequence[str]) -> str | list[str] | None:
+    """An option that may be repeated: None where it was not given, one for all, or one an image."""
+    return None if not given else given[0] if len(given) == 1 else [*given]
+
+
+def text_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_texts` asks of a run, None where it was not given."""
+    return {
+        "negative": read_texts(args.negative),
+        "second": read_texts(args.second_prompt),
+        "negative_second": read_texts(args.second_negative),
+        "original_size": read_size(args.original_size, "--original-size"),
+        "target_size": read_size(args.target_size, "--target-size"),
+        "crop": args.crop,
+        "literal": args.literal or None,
+    }
+
+
+def offset(text: str) -> tuple[int, int]:
+    """`TOP,LEFT` in pixels, as the `type` of an option."""
+    sides = [part.strip() for part in text.split(",")]
+    if len(sides) != 2 or not all(side.isdecimal() and len(side) < 9 for side in sides):
+        expected = "TOP,LEFT in pixels, such as 0,0"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
+    return int(sides[0]), int(sides[1])
+
+
+def listed(text: str) -> list[str]:
+    """`a,b` -> its parts, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1, as the `type` of an option."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r:.40}")
+    return int(text)
+
+
+def batch(text: str) -> int | tuple[int, ...]:
+    """`8`, or `8,2,16`, as the `type` of an option."""
+    found = tuple(map(count, text.split(",")))
+    if len(found) > 3:
+        expected = "samples in a network, in the decoder, and bands of a decode, such as 8,2,16"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.40}")
+    return found[0] if len(found) == 1 else found
+
+
+def numbers(text: str) -> list[float]:
+    """`999,749` as the `type` of an option."""
+    try:
+        return [float(part) for part in text.replace(",", " ").split()]
+    except ValueError:
+        expected = "numbers such as 999,749,499,249"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r:.60}") from None
