@@ -29,7 +29,7 @@ from headstart.interfaces import Conditioning, Denoiser
 from headstart.metrics.judges import Pictures, choose_judge
 from headstart.networks.casting import compute_dtype
 from headstart.output import write_file
-from headstart.pictures.sheet import encode_png
+from headstart.pictures.png import encode_png
 from headstart.plan.pair import HANDOFF
 from headstart.plan.pairs import DEMO_RATIO, PAIRS
 from headstart.plan.preset import Mode, Request, plan_of

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from headstart.errors import InputError
-from headstart.pictures.sheet import Row, draw_sheet, encode_png
+from headstart.pictures.png import encode_png
+from headstart.pictures.sheet import Row, draw_sheet
 
 
 def pictures(count: int, size: int = 64, seed: int = 0) -> np.ndarray:

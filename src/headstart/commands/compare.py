@@ -70,7 +70,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from headstart.compare.compare import compare, compare_tables, footer_of, sheet_of
     from headstart.metrics.judges import Pictures, choose_judge
-    from headstart.pictures.sheet import encode_png
+    from headstart.pictures.png import encode_png
 
     side = engine.weights.image_size
     drawn = Pictures("these weights", engine.weights.lineage, frozenset({(side, side)}))

@@ -184,7 +184,7 @@ def _load(args: argparse.Namespace) -> Engine:
 
 def write_images(folder: Path, trajectory: Trajectory) -> None:
     """NNNNNN.png and record.json; images that a longer run left there are removed."""
-    from headstart.pictures.sheet import encode_png
+    from headstart.pictures.png import encode_png
 
     images = trajectory.rgb.cpu().numpy()
     files = {f"{number:06d}.png": encode_png(image) for number, image in enumerate(images)}

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
 
     from headstart.compare.slide import slide, strip_of
     from headstart.metrics.features import open_features
-    from headstart.pictures.sheet import encode_png
+    from headstart.pictures.png import encode_png
 
     tables = {name: engine.compile(name, preset=args.preset) for name in plans}
     adapter = Path(parse_adapter(args.lora[0])[0]).stem

@@ -316,7 +316,7 @@ def _traced(
 
 
 def _encoded(found: Trace, suffix: str, whole: bool) -> bytes:
-    from headstart.pictures.sheet import encode_png
+    from headstart.pictures.png import encode_png
 
     if suffix == ".html":
         return found.page().encode()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Unpack, final
 
 import torch
@@ -313,6 +313,7 @@ class Engine:
             reading=run.words.reading,
             given=run.own.digests,
             decode=run.chunks.own_decode,
+            tokens=run.tokens,
         )
 
     def _machine(self) -> recording.Json:
@@ -377,8 +378,9 @@ class Engine:
         """The request, read as this engine does where the call does not say otherwise."""
         now = self.adapters.now()
         request = prepare(self.weights, now, prompts, asks=asks, reading=self.reading, **call)
-        check_texts_memory(self.weights, request, check_texts(self.weights.text, request))
-        return request
+        tokens = check_texts(self.weights.text, request)
+        check_texts_memory(self.weights, request, tokens)
+        return replace(request, tokens=tokens)
 
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""

@@ -22,6 +22,7 @@ from headstart.adapters.snapshot import ROLE
 from headstart.adapters.strength import Strength
 from headstart.diversify.methods import read_methods
 from headstart.engine.digests import Identity, digest
+from headstart.engine.position import Position
 from headstart.errors import InputError
 from headstart.input import check_shape, read_json
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation
@@ -58,6 +59,7 @@ _SHAPE = {
         **{"style?": str, "clip_skip?": int, "literal?": bool},
     },
     "given?": {"": str},
+    "position?": {name: int for name in ("image", "images", "text", "texts", "tokens")},
 }
 Json = dict[str, Any]
 Files = tuple[str, tuple[Path, ...]]
@@ -91,6 +93,8 @@ class Recorded:
     """SHA-256 of tensors that were the caller's own, which a record does not hold."""
     decode: tuple[int, int] | None = None
     """Samples that were in the decoder at once, and its bands; None: as many as `chunk`, whole."""
+    position: Position | None = None
+    """Of a picture, whose record this is: results are of it alone. None: of a whole run."""
     first: bool = False
     """Whether it is of the first format."""
 
@@ -167,6 +171,7 @@ def describe(run: Recorded) -> Json:
         **({"reading": _plain(run.reading)} if run.reading else {}),
         **({"given": dict(run.given)} if run.given else {}),
         **({} if (d := run.decode) is None else {"decode": {"chunk": d[0], "bands": d[1]}}),
+        **({} if run.position is None else {"position": run.position._asdict()}),
     }
 
 
@@ -206,6 +211,7 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             given=dict(record.get("given", {})),
             decode=(d["chunk"], d["bands"]) if (d := record.get("decode")) else None,
             first=kind == FIRST,
+            position=Position.of(found, record) if (found := record.get("position")) else None,
         )
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise InputError(f"{source!r} is damaged, or not {RECORD}: {error!s:.200}") from error
@@ -253,12 +259,14 @@ def first_difference(recorded: Recorded, now: Recorded) -> str | None:
     for name in dict.fromkeys((*recorded.given, *now.given)):
         if recorded.given.get(name) != now.given.get(name):
             return f"first difference: {name}, which was given, is not the recorded one"
-    for kind in ("latents", "rgb"):
+    position = recorded.position
+    for kind in ("latents", "rgb") if position is None else ("rgb",):
         for image, pair in enumerate(_pairs(recorded.results.get(kind), now.results[kind])):
             if pair[0] != pair[1]:
-                where = f"{kind} of image {image}, seed {now.seeds[image]}"
-                return f"first difference: {where}, prompt {now.prompts[image]!r:.60}; " + (
-                    _explained(recorded.machine, now.machine)
+                number = image if position is None else min(position.image, len(now.seeds) - 1)
+                where = f"{kind} of image {number}, seed {now.seeds[number]}"
+                return f"first difference: {where}, prompt {now.prompts[number]!r:.60}; " + (
+                    _explained(recorded.machine, now.machine, alone=position is not None)
                 )
     return None
 
@@ -273,7 +281,9 @@ _SETTINGS = ("exclamation", "embedded_guidance", "ema")
 """Of a machine's entries those that change what is computed; absent is the usual."""
 
 
-def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str:
+def _explained(
+    recorded: Mapping[str, object], now: Mapping[str, object], *, alone: bool = False
+) -> str:
     changed = [
         f"{key} {recorded.get(key)!r} then, {now.get(key)!r} now"
         for key in {**now, **recorded}
@@ -285,7 +295,10 @@ def _explained(recorded: Mapping[str, object], now: Mapping[str, object]) -> str
         if settings:
             return told + f"Load the weights with the recorded {' and '.join(settings)}"
         return told + "Networks round differently there"
-    return "machine, versions and settings are the recorded ones, so the results should be equal"
+    same = "machine, versions and settings are the recorded ones, "
+    if alone:
+        return same + "so its run may have been rounded otherwise: replay the run's record.json"
+    return same + "so the results should be equal"
 
 
 @lru_cache(maxsize=64)

@@ -50,6 +50,7 @@ class Request:
     acts       adapter -> its strength; strengths: of all live ones, [rows, images, adapters]
     methods    what is done for variety, in the order given
     spare      bytes for what is kept of all samples from row to row, None where nobody knows
+    tokens     of each text that is encoded, 0 where none is
     """
 
     images: Images
@@ -67,6 +68,7 @@ class Request:
     strengths: Tensor | None
     methods: tuple[Method, ...]
     spare: int | None = None
+    tokens: int = 0
 
     @property
     def guided(self) -> bool:

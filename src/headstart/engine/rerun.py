@@ -1,23 +1,105 @@
-"""A record run again, every bit compared."""
+"""A record, or the picture that holds one, run again, every bit compared."""
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from headstart.engine import record as recording
 from headstart.engine.engine import Engine
 from headstart.engine.given import Noise, Told
-from headstart.engine.trajectory import Trajectory
+from headstart.engine.picture import KEYWORD, drawn_again
+from headstart.engine.record import Recorded
+from headstart.engine.trajectory import PNG, Trajectory
 from headstart.engine.words import check_clip_skip
 from headstart.errors import InputError
+from headstart.input import check_shape, loads
+from headstart.pictures.png import SIGNATURE, read_png, read_rgb
 from headstart.sampler import State
+
+_FOREIGN = {
+    "parameters": "AUTOMATIC1111's web UI, or a program that writes as it does",
+    "workflow": "ComfyUI",
+    "prompt": "ComfyUI",
+    "invokeai_metadata": "InvokeAI",
+    "sd-metadata": "InvokeAI",
+}
+"""Keyword of a PNG's text -> whose it is."""
+_PICTURE = "a PNG that `headstart sample` or Trajectory.save wrote"
+
+
+class Source(NamedTuple):
+    """A record as it was read, and the pixels of the picture that held it."""
+
+    record: Mapping[str, Any]
+    recorded: Recorded
+    name: str = "the record"
+    rgb: NDArray[np.uint8] | None = None
+
+
+def open_source(path: Path) -> Source:
+    """A record.json, or a picture with its record in it.
+
+    Raises InputError for any other file, and for a picture whose pixels are no longer those that
+    its record is of.
+    """
+    if path.suffix.lower() != PNG and not _begins(path, SIGNATURE):
+        record = recording.read_record(path)
+        return Source(record, recording.parse(record, str(path)), str(path))
+    found = read_png(path, KEYWORD)
+    if found.text is None:
+        raise InputError(f"{str(path)!r} has no record of headstart in it{_why(found.keywords)}")
+    try:
+        record = loads(found.text.encode())
+        check_shape(record, {}, str(path), f"the record of {_PICTURE}")
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"the record in {str(path)!r} is damaged: {error!s:.200}") from error
+    record = cast("dict[str, Any]", record)
+    recorded = recording.parse(record, str(path))
+    if recorded.position is None:
+        raise InputError(f"the record in {str(path)!r} is damaged: it is not of one picture")
+    changed = (
+        f"{str(path)!r} was edited, or written again with other pixels: they are not those of the "
+        "record in it. Replay the file that was written first"
+    )
+    if found.size != recorded.size:
+        raise InputError(changed)
+    rgb = read_rgb(path)
+    if hashlib.sha256(rgb.tobytes()).hexdigest() not in recorded.results.get("rgb", ()):
+        raise InputError(changed)
+    return Source(record, recorded, str(path), rgb)
+
+
+def _why(keywords: Sequence[str]) -> str:
+    if whose := [_FOREIGN[keyword] for keyword in keywords if keyword in _FOREIGN]:
+        return f": what it says of itself was written by {whose[0]}; expected {_PICTURE}"
+    return (
+        ": it was written with --no-metadata, or by another program; replay the record.json beside "
+        f"it, or give {_PICTURE}"
+    )
+
+
+def _begins(path: Path, signature: bytes) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(signature)) == signature
+    except OSError:
+        return False  # which reading it as a record says
 
 
 def replay(
-    record: Mapping[str, Any],
+    record: Mapping[str, Any] | str | os.PathLike[str],
     engine: Engine,
     *,
     on_step: Callable[[State], object] | None = None,
@@ -27,6 +109,9 @@ def replay(
 ) -> Trajectory:
     """Run a record again and compare SHA-256 of every latent and image.
 
+    record                what Trajectory.record() gave, or the path of a record.json or of a PNG
+                          that `headstart sample` or Trajectory.save wrote. Of a picture its pixels
+                          are compared; the Trajectory holds it alone
     cond, uncond, noise   what the run was given as tensors, which the record does not hold
 
     Digests of weights may be those that are kept on disk (`engine.digests`), so what a replay says
@@ -37,7 +122,11 @@ def replay(
     device, versions, thread count and batch, so only the same of these promise the same bits; with
     graphs on a GPU also on what cuDNN found fastest, unless torch.backends.cudnn.deterministic.
     """
-    recorded = recording.parse(record)
+    if isinstance(record, Mapping):
+        source = Source(record, recording.parse(record))
+    else:
+        source = open_source(Path(record))
+    recorded = source.recorded
     own = {"cond": cond, "uncond": uncond, "noise": noise}
     check_own(recorded, [name for name, told in own.items() if told is not None])
     _check_whole(recorded, engine)
@@ -51,25 +140,53 @@ def replay(
     with warnings.catch_warnings():
         # What a prompt could mean was said when it was typed; here nobody can type it otherwise.
         warnings.filterwarnings("ignore", r"prompt style .* as letters|.*is read as text;")
+        run, image = drawn_again(recorded, engine.text)
         again = engine.with_reading().sample(
-            recorded.prompts,
-            **{**recorded.reading, **own},  # pyright: ignore[reportArgumentType]
-            plan=recorded.table,
-            seeds=recorded.seeds,
-            negative=recorded.negative,
-            size=recorded.size,
-            batch=(recorded.chunk, *(recorded.decode or (recorded.chunk, 1))),
-            adapters=adapters.recorded(recorded.adapters),
-            diversify=recorded.diversify,
+            run.prompts,
+            **{**run.reading, **own},  # pyright: ignore[reportArgumentType]
+            plan=run.table,
+            seeds=run.seeds,
+            negative=run.negative,
+            size=run.size,
+            batch=(run.chunk, *(run.decode or (run.chunk, 1))),
+            adapters=adapters.recorded(run.adapters),
+            diversify=run.diversify,
             on_step=on_step,
         )
+    if recorded.position is not None:
+        again = _one(again, image, recorded)
     difference = recording.first_difference(recorded, again.recorded())
     if difference:
-        raise InputError(f"the replay is not equal to the record: {difference}")
+        raise InputError(
+            f"the replay is not equal to the record: {difference}{_pixels(source, again)}"
+        )
     return again
 
 
-def check_own(recorded: recording.Recorded, have: Sequence[str]) -> None:
+def _one(run: Trajectory, image: int, recorded: Recorded) -> Trajectory:
+    """One image of a run, with the record that it was drawn by."""
+    part, first = slice(image, image + 1), 0 if len(recorded.prompts) == 1 else image
+    return replace(
+        run,
+        rgb=run.rgb[part],
+        latents=run.latents[part],
+        prompts=recorded.prompts[first : first + 1],
+        seeds=recorded.seeds[first : first + 1],
+        chosen=None if run.chosen is None else run.chosen[part],
+        source=replace(recorded, given=run.given),
+    )
+
+
+def _pixels(source: Source, again: Trajectory) -> str:
+    """How far a picture is from the one that was drawn again."""
+    if source.rgb is None:
+        return ""
+    apart = np.abs(again.rgb[0].cpu().numpy().astype(np.int16) - source.rgb)
+    count, most = int(apart.any(-1).sum()), int(apart.max())
+    return f". {count} of {apart.shape[0] * apart.shape[1]} pixels differ, by {most} of 255 at most"
+
+
+def check_own(recorded: Recorded, have: Sequence[str]) -> None:
     """Raise InputError unless `have` is what the run was given as tensors."""
     wanted = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in recorded.given))
     if missing := [name for name in wanted if name not in have]:
@@ -83,7 +200,7 @@ def check_own(recorded: recording.Recorded, have: Sequence[str]) -> None:
         raise InputError(f"the run was not given {extra[0]}=: leave it out")
 
 
-def _check_whole(recorded: recording.Recorded, engine: Engine) -> None:
+def _check_whole(recorded: Recorded, engine: Engine) -> None:
     """A record of the first format that a version made which read one piece of each text."""
     if not recorded.first:
         return

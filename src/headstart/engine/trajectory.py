@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
+import html
+import json
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, final
 
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from headstart.diversify.effect import passes_of
 from headstart.diversify.method import Method
 from headstart.engine import record
+from headstart.engine.contact_sheet import draw_contact_sheet
+from headstart.engine.picture import picture_texts
+from headstart.errors import InputError
+from headstart.output import check_folder, write_folder
+from headstart.pictures.inline import data_uri
+from headstart.pictures.png import encode_png
 from headstart.plan.table import StepTable
+
+PNG, RECORD, GRID = ".png", "record.json", "grid.png"
+_LARGEST_PX = 1600
+"""Of a sheet in a notebook."""
+
+
+def check_target(
+    path: Path, images: int, *, overwrite: bool, grid: bool = False, size_bytes: int = 0
+) -> None:
+    """Raise InputError unless `images` can be saved at `path`: see `Trajectory.save`."""
+    if path.suffix.lower() != PNG or path.is_dir():
+        check_folder(path, size_bytes=size_bytes)
+        if (path / RECORD).exists() and not overwrite:
+            raise InputError(
+                f"{str(path)!r} holds a run already: choose another --out, or give --overwrite "
+                "(in Python: overwrite=True)"
+            )
+        return
+    if images > 1 or grid:
+        what = f"{images} images" if images > 1 else "an image and its grid"
+        raise InputError(f"{str(path)!r} is one file, and this is {what}: give a folder")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise InputError(
+            f"{str(path)!r} exists: choose another --out, or give --overwrite (in Python: "
+            "overwrite=True)"
+        )
+    check_folder(path.parent, size_bytes=size_bytes)
 
 
 @final
@@ -36,6 +76,8 @@ class Trajectory:
     diversify   the methods that acted, in their order
     chosen      the seeds whose images these are, where a method chose them for `seeds`: each alone
                 gives its image without that method
+    tokens      of each text that was encoded, 0 where none was
+    source      the record of one picture, where it was replayed
     """
 
     rgb: Tensor
@@ -57,6 +99,13 @@ class Trajectory:
     reading: Mapping[str, Any] = field(default_factory=dict[str, Any])
     given: Mapping[str, str] = field(default_factory=dict[str, str])
     decode: tuple[int, int] | None = None
+    tokens: int = 0
+    source: record.Recorded | None = None
+
+    @property
+    def images(self) -> list[Image.Image]:
+        """As Pillow has them, RGB."""
+        return [*map(Image.fromarray, self._rgb)]
 
     @property
     def passes(self) -> int:
@@ -83,8 +132,75 @@ class Trajectory:
         """
         return record.describe(self.recorded())
 
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        metadata: bool = True,
+        grid: bool = False,
+    ) -> list[Path]:
+        """Write what `headstart sample` writes, and return the images' paths.
+
+        path       a folder, for NNNNNN.png and record.json; or NAME.png for one image, which is
+                   then the only file. Folders are made; files are whole or absent
+        overwrite  replace what is there; of a longer run in the folder nothing is left
+        metadata   whether a PNG holds its parameters, as AUTOMATIC1111's web UI writes them, and
+                   its record, which `headstart replay NAME.png` runs again
+        grid       also grid.png in the folder: all images, a row for each prompt
+
+        Raises InputError for a path that holds a run or a file already, or cannot be written.
+        """
+        target = Path(path)
+        check_target(target, len(self), overwrite=overwrite, grid=grid)
+        pngs = self.pngs(metadata=metadata)
+        if target.suffix.lower() == PNG:
+            write_folder(target.parent, {target.name: pngs[0]})
+            return [target]
+        files = {f"{number:06d}{PNG}": png for number, png in enumerate(pngs)}
+        own = {GRID: encode_png(self._sheet())} if grid else {}
+        own[RECORD] = (json.dumps(self.record(), indent=1) + "\n").encode()
+        write_folder(target, files | own)
+        for stale in [*target.glob("[0-9]" * 6 + PNG), target / GRID]:
+            if stale.name not in files | own:  # of the run that was overwritten
+                stale.unlink(missing_ok=True)
+        return [target / name for name in files]
+
+    def pngs(self, *, metadata: bool = True) -> list[bytes]:
+        """The files that `save` writes, one an image."""
+        texts = self._texts() if metadata else [None] * len(self)
+        return [encode_png(*image) for image in zip(self._rgb, texts, strict=True)]
+
+    def _repr_png_(self) -> bytes:
+        return encode_png(self._sheet())
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the contact sheet, and what can be copied from it as text."""
+        prompts = dict.fromkeys(self.prompts)
+        lines = [repr(self), *(f"{prompt!r}" for prompt in prompts)]
+        text = "<br>".join(html.escape(line) for line in lines)
+        sheet = data_uri(self._sheet(), _LARGEST_PX)
+        return f'<figure><img src="{sheet}"><figcaption>{text}</figcaption></figure>'
+
+    @property
+    def _rgb(self) -> NDArray[np.uint8]:
+        return self.rgb.cpu().numpy()
+
+    def _sheet(self) -> Image.Image:
+        return draw_contact_sheet(
+            self._rgb, self.prompts, self.chosen or self.seeds, plan=self.table.name
+        )
+
+    def _texts(self) -> list[dict[str, str]]:
+        run = self.recorded()
+        return [picture_texts(run, image, self.tokens) for image in range(len(self))]
+
     def recorded(self) -> record.Recorded:
         """The record as values."""
+        if self.source is not None:
+            now = {"latents": record.digests(self.latents), "rgb": record.digests(self.rgb)}
+            weights = record.weigh(self.files)
+            return replace(self.source, machine=self.machine, weights=weights, results=now)
         return record.Recorded(
             prompts=self.prompts,
             seeds=self.seeds,

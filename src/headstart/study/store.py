@@ -26,7 +26,7 @@ from PIL import Image
 from headstart.errors import InputError
 from headstart.input import read_json
 from headstart.output import write_file
-from headstart.pictures.sheet import encode_png
+from headstart.pictures.png import encode_png
 from headstart.spaces.extractor import Rgb
 from headstart.sweep.ledger import Shard, lock_rank
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.pictures.sheet import encode_png
+from headstart.pictures.png import encode_png
 from headstart.sweep.jobs import Case, batches
 from headstart.sweep.ledger import Ledger
 

@@ -1,0 +1,63 @@
+"""A contact sheet of one run: a row for each prompt, a column for each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageColor
+
+from headstart.pictures.lettering import FAINT
+from headstart.pictures.sheet import Row, draw_sheet
+
+
+def draw_contact_sheet(
+    images: NDArray[np.uint8], prompts: Sequence[str], seeds: Sequence[int], *, plan: str
+) -> Image.Image:
+    """rgb uint8 [B, H, W, 3], with a prompt and a seed each.
+
+    Columns have seeds above them where all prompts have the same ones; otherwise each row says its
+    own. More than 8 columns wrap inside their row.
+    """
+    rows: dict[str, list[int]] = {}
+    for image, prompt in enumerate(prompts):
+        rows.setdefault(prompt, []).append(image)
+    each = [tuple(seeds[image] for image in own) for own in rows.values()]
+    across = max(map(len, each))
+    same = len(set(each)) == 1
+    noted = not same or across > 8  # then no label stands above a column
+    counts = f"{len(images)} images" if len(images) > 1 else "1 image"
+    return draw_sheet(
+        [
+            Row(
+                name=prompt,
+                images=_cells(images[own], across),
+                notes=(f"seed{'s' * (len(of) > 1)} {_ranges(of)}",) if noted else (),
+            )
+            for (prompt, own), of in zip(rows.items(), each, strict=True)
+        ],
+        title=prompts[0] if len(rows) == 1 else f"{len(rows)} prompts",
+        subtitle=f"plan {plan} · {counts} of {images.shape[2]} x {images.shape[1]}",
+        columns=[f"seed {seed}" for seed in each[0]] if same else [""] * across,
+        footer="",
+    )
+
+
+def _cells(images: NDArray[np.uint8], across: int) -> NDArray[np.uint8]:
+    """A row of the sheet; cells without an image are faint."""
+    cells = np.empty((across, *images.shape[1:]), np.uint8)
+    cells[:] = ImageColor.getrgb(FAINT)
+    cells[: len(images)] = images
+    return cells
+
+
+def _ranges(seeds: Sequence[int]) -> str:
+    """`0-3, 8`, as seeds are typed."""
+    parts: list[list[int]] = []
+    for seed in seeds:
+        if parts and seed == parts[-1][-1] + 1:
+            parts[-1].append(seed)
+        else:
+            parts.append([seed])
+    return ", ".join(f"{p[0]}-{p[-1]}" if len(p) > 1 else str(p[0]) for p in parts)
