@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,12 @@ class Import(NamedTuple):
         inner = f"{self.module}.{self.name}"
         return inner if inner in sources else self.module
 
+    def targets(self, sources: Mapping[str, str]) -> list[str]:
+        """The same for a text that may name a whole room."""
+        if not self.module.endswith("."):
+            return [self.target(sources)]
+        return [module for module in sources if module.startswith(self.module)]
+
 
 def read_sources() -> dict[str, str]:
     """Dotted module name -> source text of everything that goes into the wheel."""
@@ -36,8 +43,25 @@ def read_sources() -> dict[str, str]:
     return found
 
 
+@cache
 def imports(source: str) -> list[Import]:
-    return list(_walk(ast.parse(source).body, eager=True))
+    """The import lines of a source, then what it gives to `import_module` as a text.
+
+    The name of a module that begins such a text ends with a dot: every module below it is meant.
+    """
+    tree = ast.parse(source)
+    return [*_walk(tree.body, eager=True), *(_by_text(tree) if "import_module" in source else ())]
+
+
+def _by_text(tree: ast.AST) -> Iterator[Import]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            text, *_ = node.args
+            if isinstance(text, ast.Constant):
+                yield Import(str(text.value), None, node.lineno, eager=False)
+            elif isinstance(text, ast.JoinedStr) and isinstance(text.values[0], ast.Constant):
+                room = str(text.values[0].value).rpartition(".")[0]
+                yield Import(f"{room}.", None, node.lineno, eager=False)
 
 
 def _walk(body: list[ast.stmt], eager: bool) -> Iterator[Import]:

@@ -19,11 +19,11 @@ from headstart.networks.fusion import fusion
 from headstart.networks.transformer import Attention
 from headstart.networks.vae import Attention as VaeAttention
 from headstart_kernels.native import library
-from headstart_kernels.native.calls import TYPES, calls
+from headstart_kernels.native.calls import TYPES
 from headstart_kernels.recording.tape import Tape
 
 in_c = pytest.mark.skipif(
-    library.why_not() is not None or not calls().attends(TYPES[torch.float32]),
+    library.why_not() is not None or not library.calls().attends(TYPES[torch.float32]),
     reason="no C attention here",
 )
 
@@ -49,10 +49,10 @@ def heads(queries: int = 70, keys: int = 90, width: int = 16) -> list[Tensor]:
 
 def kernels(body: Callable[[], object]) -> int:
     """How often `body` runs the kernel in C."""
-    run = mock.Mock(wraps=calls().attention)
+    run = mock.Mock(wraps=library.calls().attention)
     with mock.patch(
         "headstart_kernels.impl.native_attention.calls",
-        return_value=calls()._replace(attention=run),
+        return_value=library.calls()._replace(attention=run),
     ):
         body()
     return run.call_count

@@ -11,6 +11,7 @@
 `torch.ops.headstart_kernels.*` for tracing; see `headstart_kernels.ops`.
 """
 
+from headstart_kernels import ops as ops
 from headstart_kernels.api import (
     decode_u8,
     finite_flags,

@@ -27,7 +27,8 @@ from headstart_kernels.checks import (
     check_wanted,
     said,
 )
-from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
+from headstart_kernels.dispatch import OPERATORS, Impl, choose, load
+from headstart_kernels.observers import stands_in
 from headstart_kernels.operands import STEP_PIXELS, Draw, Given, Preview, Wanted, rows_differ
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import Row, Rows, host_row
@@ -195,7 +196,7 @@ def _call_operator(x: Tensor, table: Tensor, step: Tensor, given: Given, wanted:
     seeds, samples, first = noise if isinstance(noise, Draw) else (None, None, 0)
     firsts = (0, first) if isinstance(first, Tensor) else (first, None)
     picture = wanted.preview or (None, None, None)
-    operators().fused_step_into(
+    OPERATORS.fused_step_into(
         *(x, given.f_cond, table, step, wanted.x_next, wanted.x0),
         *(given.f_uncond, given.guidance, noise if isinstance(noise, Tensor) else None),
         *(given.x0_prev, wanted.x_in, seeds, samples, *firsts, *picture, wanted.finite),
@@ -225,7 +226,7 @@ def scale_input(
         raise ValueError(f"copies: expected a whole number of at least 1, got {copies}")
     chosen = choose("scale_input", impl, x, rows_differ=rows_differ(step))
     if stands_in(x) and isinstance(step, Tensor):
-        x_in = operators().scale_input(x, table, step, dtype)
+        x_in = OPERATORS.scale_input(x, table, step, dtype)
     elif chosen is not Impl.TRITON:
         return load("scale_input", chosen)(x, table, step, dtype, copies)
     else:
@@ -272,7 +273,7 @@ def philox_normal(
     if min(shape, default=0) < 1 or prod(shape) > 1 << 34:
         raise ValueError(f"shape: expected positive sizes, at most 2^34 elements, got {[*shape]}")
     if stands_in(keys) and isinstance(step, Tensor):
-        return operators().philox_normal(keys, counters, step, shape)
+        return OPERATORS.philox_normal(keys, counters, step, shape)
     chosen = choose("philox_normal", impl, keys, rows_differ=rows_differ(step))
     return load("philox_normal", chosen)(keys, counters, step, tuple(shape))
 
@@ -298,7 +299,7 @@ def preview_rgb(
     if upscale < 1:
         raise ValueError(f"upscale: expected a whole number of at least 1, got {upscale}")
     if stands_in(x0):
-        return operators().preview_rgb(x0, factors, bias, upscale)
+        return OPERATORS.preview_rgb(x0, factors, bias, upscale)
     return load("preview_rgb", choose("preview_rgb", impl, x0))(x0, factors, bias, upscale)
 
 
@@ -322,7 +323,7 @@ def decode_u8(pixels: Tensor, *, check: bool = True, impl: Impl | str | None = N
                 "float32 or bfloat16, or pass check=False to show them as they are"
             )
     if stands_in(pixels):
-        return operators().decode_u8(pixels)
+        return OPERATORS.decode_u8(pixels)
     return load("decode_u8", choose("decode_u8", impl, pixels))(pixels)
 
 

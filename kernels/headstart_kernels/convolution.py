@@ -23,15 +23,8 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
-from headstart_kernels.dispatch import (
-    Impl,
-    has_c,
-    has_modes,
-    is_recorded,
-    load,
-    operators,
-    transformed,
-)
+from headstart_kernels.dispatch import OPERATORS, Impl, has_c, load
+from headstart_kernels.observers import differentiates, has_modes, is_recorded, transformed
 
 LARGEST = 1 << 15
 """Numbers of an image up to which this takes less time than torch."""
@@ -57,7 +50,7 @@ def small_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: in
         return None
     height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
     y = x.new_empty(1, len(weight), height, width)
-    operators().direct_convolution_into(x, weight, bias, stride, y)
+    OPERATORS.direct_convolution_into(x, weight, bias, stride, y)
     return y
 
 
@@ -78,5 +71,5 @@ def _is_plain(tensor: Tensor) -> bool:
         and tensor.is_cpu
         and tensor.is_contiguous()
         and not tensor.is_neg()
-        and not (tensor.requires_grad and torch.is_grad_enabled())
+        and not differentiates(tensor)
     )

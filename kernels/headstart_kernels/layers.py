@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.checks import check_device, said
-from headstart_kernels.dispatch import Impl, choose, load, operators, stands_in
+from headstart_kernels.dispatch import OPERATORS, Impl, choose, load
+from headstart_kernels.impl.native_attention import unfit
+from headstart_kernels.observers import stands_in
 
 
 def groupnorm_silu(
@@ -46,7 +48,7 @@ def groupnorm_silu(
         check_device("shift", shift, x.device)
     given = (x, groups, weight, bias, eps, shift, silu)
     if stands_in(x):
-        return operators().groupnorm_silu(*given)
+        return OPERATORS.groupnorm_silu(*given)
     return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(*given)
 
 
@@ -74,7 +76,7 @@ def add_layernorm(
     _check_affine(x, x.shape[-1], weight, bias)
     given = (x, y, weight, bias, eps)
     if stands_in(x):
-        return operators().add_layernorm(*given)
+        return OPERATORS.add_layernorm(*given)
     return load("add_layernorm", choose("add_layernorm", impl, x))(*given)
 
 
@@ -83,7 +85,7 @@ def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
     if x.ndim < 1 or x.shape[-1] % 2 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected float [..., 2*H], got {said(x)}")
     if stands_in(x):
-        return operators().geglu(x)
+        return OPERATORS.geglu(x)
     return load("geglu", choose("geglu", impl, x))(x)
 
 
@@ -117,7 +119,7 @@ def low_rank_add(
         raise ValueError(f"strength: expected float32 [{len(y)}], got {said(strength)}")
     check_device("strength", strength, y.device)
     if stands_in(y):
-        operators().low_rank_add(y, x, down, up, strength)
+        OPERATORS.low_rank_add(y, x, down, up, strength)
     else:
         load("low_rank_add", choose("low_rank_add", impl, y))(y, x, down, up, strength)
     return y
@@ -132,17 +134,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | str | None = None
     """
     _check_heads(q, k, v)
     chosen = choose("attention", impl, q, k, v)
-    if chosen is Impl.NATIVE and (reason := _unfit(q, k, v)) is not None:
+    if chosen is Impl.NATIVE and (reason := unfit(q, k, v)) is not None:
         if impl is not None:
             raise ValueError(f"impl: 'native' cannot: {reason}; use impl='reference'")
         chosen = Impl.REFERENCE
     return load("attention", chosen)(q, k, v)
-
-
-def _unfit(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    from headstart_kernels.impl.native_attention import unfit
-
-    return unfit(q, k, v)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

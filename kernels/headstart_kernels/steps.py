@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.api import fused_step
-from headstart_kernels.dispatch import Impl, has_c, load, watched
+from headstart_kernels.dispatch import Impl, has_c, load
+from headstart_kernels.observers import watched
 from headstart_kernels.operands import Draw, Preview
 from headstart_kernels.table import Rows
 

@@ -17,15 +17,8 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.checks import check_device, said
-from headstart_kernels.dispatch import (
-    Impl,
-    choose,
-    has_c,
-    load,
-    on_host,
-    operators,
-    transformed,
-)
+from headstart_kernels.dispatch import OPERATORS, Impl, choose, has_c, load
+from headstart_kernels.observers import differentiates, on_host, transformed
 from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PANEL, PLACES, SLICE, TILE, filter_matrix
 
@@ -106,9 +99,9 @@ def winograd_conv(
     or four at their borders; in conv2d it reaches 3x3 outputs.
     """
     _check(x, filter, bias)
-    followed = transformed() or (torch.is_grad_enabled() and x.requires_grad)
+    followed = transformed() or differentiates(x)
     if impl is None and len(x) and not on_host(x) and not followed:
-        return operators().winograd_conv(x, filter.places, filter.outputs, bias)
+        return OPERATORS.winograd_conv(x, filter.places, filter.outputs, bias)
     operands = [tensor for tensor in (filter.places, bias) if tensor is not None]
     return _run(choose("winograd_conv", impl, x, *operands), x, filter, bias)
 

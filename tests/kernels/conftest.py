@@ -19,5 +19,5 @@ def on_a_cpu(request: pytest.FixtureRequest) -> Generator[None]:
             pytest.skip(f"no C kernels here: {reason}")
         yield
         return
-    with mock.patch.object(dispatch, "_why_not_native", lambda: "a test turned it off"):
+    with mock.patch.object(dispatch, "why_not", lambda: "a test turned it off"):
         yield

@@ -30,8 +30,9 @@ from headstart_kernels import (
     preview_rgb,
     scale_input,
 )
-from headstart_kernels.dispatch import FOR_CPUS, NATIVE, choose, load, stands_in
+from headstart_kernels.dispatch import FOR_CPUS, NATIVE, choose, load
 from headstart_kernels.native import library
+from headstart_kernels.observers import stands_in
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +130,7 @@ def test_a_gpu_takes_triton_a_cpu_c_and_float64_the_reference() -> None:
     ):
         assert choose("decode_u8", None, on_cpu) is Impl.TRITON
         assert choose("decode_u8", None, on_cpu.double()) is Impl.REFERENCE
-    here = Impl.REFERENCE if dispatch._why_not_native() else Impl.NATIVE
+    here = Impl.REFERENCE if dispatch.why_not() else Impl.NATIVE
     assert choose("decode_u8", None, on_cpu) is here
     assert choose("geglu", None, on_cpu) is Impl.REFERENCE
     assert choose("decode_u8", "reference", on_cpu) is Impl.REFERENCE

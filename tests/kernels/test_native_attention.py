@@ -14,13 +14,13 @@ from evidence.bounds import attention_bound
 from evidence.oracle import random_latents
 from headstart_kernels import attention
 from headstart_kernels.native import library
-from headstart_kernels.native.calls import TYPES, calls
+from headstart_kernels.native.calls import TYPES
 
 Heads = tuple[Tensor, Tensor, Tensor]
 
 
 def able(dtype: torch.dtype) -> bool:
-    return library.why_not() is None and bool(calls().attends(TYPES[dtype]))
+    return library.why_not() is None and bool(library.calls().attends(TYPES[dtype]))
 
 
 DTYPES = [

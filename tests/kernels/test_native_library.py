@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from headstart_kernels.native import calls, library, proof
+from headstart_kernels.native import library, proof
 
 ROOT = Path(__file__).parents[2]
 
@@ -165,7 +165,7 @@ def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(
 
 def test_the_proof_looks_at_every_loop_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that does nothing at all is found out in every one."""
-    right = calls.calls()
+    right = library.calls()
     monkeypatch.setattr(proof, "bound", lambda made: right._replace(step=lambda packed: None))
     names = [f"fused_step ({case.name})" for case in proof.CASES]
     assert proof.differences(library.library()) == names
@@ -173,7 +173,7 @@ def test_the_proof_looks_at_every_loop_of_a_step(monkeypatch: pytest.MonkeyPatch
 
 
 def test_the_proof_looks_at_every_size_of_a_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = calls.calls()
+    right = library.calls()
     monkeypatch.setattr(proof, "bound", lambda made: right._replace(winograd=lambda packed: None))
     names = [f"winograd_conv {shape}" for shape in proof.CONVOLUTIONS]
     assert proof.differences(library.library()) == names

@@ -20,7 +20,7 @@ from evidence.bounds import winograd_bound
 from evidence.oracle import assert_bits, random_latents
 from headstart_kernels import Impl, winograd_conv
 from headstart_kernels.dispatch import has_c
-from headstart_kernels.native.calls import multiplies
+from headstart_kernels.native.library import fast_products
 from headstart_kernels.points import filter_matrix, input_matrix, output_matrix
 from headstart_kernels.winograd import Filter, pays
 
@@ -297,7 +297,7 @@ def test_on_a_gpu_there_is_none() -> None:
         winograd_conv(_X, Filter.of(_WEIGHT), impl=Impl.TRITON)
 
 
-@pytest.mark.skipif(not has_c() or not multiplies(), reason="products are not fast here")
+@pytest.mark.skipif(not has_c() or not fast_products(), reason="products are not fast here")
 def test_it_pays_where_tiles_are_many_and_channels_too() -> None:
     for channels, size in ((320, 64), (640, 32), (1280, 16), (128, 512), (320, 20)):
         assert pays((channels, channels, 3, 3), (1, channels, size, size)), (channels, size)
@@ -313,5 +313,5 @@ def test_it_pays_where_tiles_are_many_and_channels_too() -> None:
 
 
 def test_without_c_it_never_pays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headstart_kernels.dispatch._why_not_native", lambda: "a test said so")
+    monkeypatch.setattr("headstart_kernels.dispatch.why_not", lambda: "a test said so")
     assert not pays((320, 320, 3, 3), (1, 320, 64, 64))

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import TYPES, calls, packed_attention
+from headstart_kernels.native.calls import TYPES, packed_attention
+from headstart_kernels.native.library import calls
 
 WIDEST = 512
 """The widest head: what a block holds of it lies on the stack, 0.4 MB."""

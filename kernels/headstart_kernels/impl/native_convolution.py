@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import DIRECT, calls, team_of
+from headstart_kernels.native.calls import DIRECT, team_of
+from headstart_kernels.native.library import calls
 
 _WORTH = 1 << 20
 """Products that are worth waking another thread for: 20 us of them."""

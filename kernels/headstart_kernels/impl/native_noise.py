@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import calls, team
+from headstart_kernels.native.calls import team
+from headstart_kernels.native.library import calls
 
 
 def philox_normal(

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from headstart_kernels.host_rgb import enlarged
-from headstart_kernels.native.calls import TYPES, calls, dense, team
+from headstart_kernels.native.calls import TYPES, dense, team
+from headstart_kernels.native.library import calls
 
 
 def preview_rgb(

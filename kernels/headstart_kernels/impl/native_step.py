@@ -16,7 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import STEP, TYPES, Operands, calls, dense, packed_step, team
+from headstart_kernels.native.calls import STEP, TYPES, Operands, dense, packed_step, team
+from headstart_kernels.native.library import calls
 from headstart_kernels.operands import Draw, Given, Preview, Wanted, memory_format
 from headstart_kernels.table import Rows, host_row
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from headstart_kernels.native.calls import calls, convolved
+from headstart_kernels.native.calls import convolved
+from headstart_kernels.native.library import calls
 
 
 def winograd_conv(x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) -> Tensor:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from headstart_kernels import philox
-from headstart_kernels.dispatch import on_host
 from headstart_kernels.host_noise import normals
+from headstart_kernels.observers import on_host
 
 _WORD = 0xFFFFFFFF
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headstart_kernels.dispatch import on_host
 from headstart_kernels.host_rgb import enlarged, levels, mapped
+from headstart_kernels.observers import on_host
 
 
 def preview_rgb(

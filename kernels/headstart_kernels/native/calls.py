@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.library import library
 from headstart_kernels.operands import memory_format
 from headstart_kernels.points import PANEL, PLACES, TILE
 from headstart_kernels.table import Row
@@ -81,16 +80,9 @@ def bound(made: ctypes.CDLL) -> Calls:
     return Calls(*(getattr(made, f"headstart_{name}") for name in Calls._fields))
 
 
-@cache
-def calls() -> Calls:
-    """Those of this machine's library. Raises UnavailableError."""
-    return bound(library())
-
-
-def multiplies(made: ctypes.CDLL | None = None) -> bool:
-    """Whether a library, by default this machine's, has products at the processor's speed: a*b + c
-    in one instruction. Raises UnavailableError."""
-    return bool(ctypes.c_int32.in_dll(made or library(), "headstart_fused").value)
+def has_fused_products(made: ctypes.CDLL) -> bool:
+    """Whether a library has products at the processor's speed: a*b + c in one instruction."""
+    return bool(ctypes.c_int32.in_dll(made, "headstart_fused").value)
 
 
 def team(elements: int) -> tuple[int, int]:

@@ -27,6 +27,8 @@ from functools import cache
 from pathlib import Path
 
 from headstart_kernels import philox
+from headstart_kernels.native.calls import Calls, bound, has_fused_products
+from headstart_kernels.native.proof import differences
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,18 @@ def why_not() -> str | None:
     """Why there is no library, or None where there is one."""
     outcome = _outcome()
     return outcome if isinstance(outcome, str) else None
+
+
+@cache
+def calls() -> Calls:
+    """The library's functions. Raises UnavailableError."""
+    return bound(library())
+
+
+@cache
+def fast_products() -> bool:
+    """Whether products are fast here: `has_fused_products`. Raises UnavailableError."""
+    return has_fused_products(library())
 
 
 @cache
@@ -182,8 +196,6 @@ def _folder() -> Path:
 
 def _make(sources: dict[str, str], compiler: list[str], kept: Path) -> None:
     """Compile, prove the bits, and only then give the library its name."""
-    from headstart_kernels.native.proof import differences
-
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix="making-") as scratch:
         for name, text in sources.items():

@@ -15,7 +15,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.dispatch import Impl, load
+from headstart_kernels.impl import (
+    reference_attention,
+    reference_convolution,
+    reference_noise,
+    reference_rgb,
+    reference_step,
+    reference_winograd,
+)
 from headstart_kernels.native.calls import (
     DIRECT,
     TYPES,
@@ -23,7 +30,7 @@ from headstart_kernels.native.calls import (
     Operands,
     bound,
     convolved,
-    multiplies,
+    has_fused_products,
     packed_attention,
     packed_step,
 )
@@ -90,7 +97,7 @@ def differences(made: ctypes.CDLL) -> list[str]:
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
     checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
-    if multiplies(made):  # else it is never called
+    if has_fused_products(made):  # else it is never called
         checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
 
@@ -100,13 +107,13 @@ def _normals(calls: Calls) -> bool:
     count = 1 << 14
     got = torch.empty((2, count), dtype=torch.float32, device="cpu")
     calls.normals(0, 1, seeds.data_ptr(), samples.data_ptr(), got.data_ptr(), 2, count, 5)
-    return _same(got, load("philox_normal", Impl.REFERENCE)(seeds, samples, 5, (count,)))
+    return _same(got, reference_noise.philox_normal(seeds, samples, 5, (count,)))
 
 
 def _direct(calls: Calls, inputs: int, outputs: int, height: int, width: int, stride: int) -> bool:
     x, weight = _numbers(1, (1, inputs, height, width)), _numbers(2, (outputs, inputs, 3, 3))
     bias = _numbers(3, (outputs,))
-    expected = load("direct_convolution", Impl.REFERENCE)(x, weight, bias, stride)
+    expected = reference_convolution.direct_convolution(x, weight, bias, stride)
     got, room = torch.empty_like(expected), ctypes.c_int64()
     sizes = 1, inputs, outputs, height, width, stride, 1
     calls.direct_room(DIRECT.pack(0, 1, *(0,) * 5, *sizes), ctypes.addressof(room))
@@ -122,13 +129,13 @@ def _step(calls: Calls, case: Case) -> bool:
     x, f, u, previous = (_numbers(9 + seed, shape) for seed in range(4))
     f, u = f.to(case.dtype), u.to(case.dtype)
     draw = Draw(torch.tensor([1, 2], device="cpu"), torch.tensor([0, 0], device="cpu"))
-    noise = load("philox_normal", Impl.REFERENCE)(*draw[:2], 0, shape[1:])
+    noise = reference_noise.philox_normal(*draw[:2], 0, shape[1:])
     line = LinearMap(_numbers(1, (shape[1], 3)), _numbers(2, (3,)))
     got, expected = _wanted(case, line), _wanted(case, line)
     table = torch.tensor([row], dtype=torch.float32, device="cpu")
-    load("fused_step", Impl.REFERENCE)(x, table, 0, Given(f, u, None, noise, previous), expected)
+    reference_step.fused_step(x, table, 0, Given(f, u, None, noise, previous), expected)
     if expected.preview is not None:
-        load("preview_rgb", Impl.REFERENCE)(expected.x0, *line, 1, expected.preview.rgb)
+        reference_rgb.preview_rgb(expected.x0, *line, 1, expected.preview.rgb)
     seeds, samples = (draw.seeds, draw.samples) if case.drawn else (None, None)
     made = Operands(
         *(x, f, u, None, None if case.drawn else noise, seeds, samples, previous),
@@ -150,7 +157,7 @@ def _attention(calls: Calls, dtype: torch.dtype) -> bool:
     values = torch.empty((2, 2, 206, 24), dtype=dtype, device="cpu")
     got = torch.empty((2, 117, 2, 24), dtype=dtype, device="cpu")
     calls.attention(packed_attention(q, k, v, values, got))
-    exact = load("attention", Impl.REFERENCE)(q.double(), k.double(), v.double()).transpose(1, 2)
+    exact = reference_attention.attention(q.double(), k.double(), v.double()).transpose(1, 2)
     wrong = (got - exact).abs().max() / v.abs().max()
     return bool(wrong <= 8 * torch.finfo(dtype).eps / 2)
 
@@ -183,7 +190,7 @@ def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int
     whole[:, :, 2::TILE, 2::TILE] = numbers[:, :, 2::TILE, 2::TILE].round()
     weights = _numbers(2, (PLACES, -(-outputs // PANEL) * PANEL // SLICE, inputs, SLICE))
     bias = _numbers(3, (outputs,))
-    reference = load("winograd_conv", Impl.REFERENCE)
+    reference = reference_winograd.winograd_conv
     return all(
         _same(convolved(calls, x.contiguous(memory_format=form), places, outputs, bias), expected)
         for x, places in ((alone, weights), (whole, weights.round()))

@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache, partial
-from importlib import import_module
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -27,7 +26,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from headstart_kernels.dispatch import recorded
+from headstart_kernels.observers import recorded
+from headstart_kernels.ops import BODIES
 from headstart_kernels.recording.lifetimes import Lifetimes, Part
 
 _ATEN = torch.ops.aten
@@ -197,7 +197,7 @@ class _Recording(TorchDispatchMode):
             return func(*args, **kwargs)
         if self.tape.opened and func.namespace == _OURS:
             with self:
-                return _bodies()[name_of(func)](*args, **kwargs)
+                return BODIES[name_of(func)](*args, **kwargs)
         try:
             refuse_waiting(func, args)
         except WaitError:
@@ -208,11 +208,6 @@ class _Recording(TorchDispatchMode):
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
         return result
-
-
-@cache
-def _bodies() -> Mapping[str, Callable[..., Any]]:
-    return import_module("headstart_kernels.ops").BODIES
 
 
 def refuse_waiting(func: Any, args: tuple[Any, ...]) -> None:
@@ -302,7 +297,7 @@ def _again(
     """Run `func` again so that its results land in the memory they had when it was recorded;
     `read`: those that somebody may look at, by default all."""
     if not fresh:  # of ours the body: what makes an operator of it costs 20 to 95 us a call
-        own = _bodies()[name_of(func)] if func.namespace == _OURS else func
+        own = BODIES[name_of(func)] if func.namespace == _OURS else func
         return partial(own, *args, **kwargs)
     if func in _COPIES:
         return partial(_ATEN.copy_.default, fresh[0], args[0])

@@ -28,7 +28,7 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import setting
 from headstart.networks.text import ClipText
-from headstart_kernels.dispatch import watched
+from headstart_kernels.observers import watched
 
 VARIABLE = "HEADSTART_TEXT_CACHE_MB"
 LIMIT_MB = 64.0

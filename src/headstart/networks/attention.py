@@ -26,7 +26,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from headstart.networks.fusion import setting
 from headstart_kernels import attention
-from headstart_kernels.dispatch import differentiates, operators
+from headstart_kernels.dispatch import OPERATORS
+from headstart_kernels.observers import differentiates
 
 MOST: Final = 1 << 22
 """Products N*M*d of a head up to which torch's own runs: the bundled pair has so many in its VAE,
@@ -45,7 +46,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
     if is_in_torch_dispatch_mode() and not differentiates(q, k, v):
         # What a recorder notes is the operator, which then gives the bits of a run without it.
-        return operators().attention(q, k, v)
+        return OPERATORS.attention(q, k, v)
     return attention(q, k, v)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart_kernels.dispatch import watched
+from headstart_kernels.observers import watched
 
 
 def sinusoid(values: Tensor, dim: int) -> Tensor:

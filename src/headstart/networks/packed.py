@@ -33,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from headstart.errors import InputError
 from headstart.networks.casting import SCALE, StoredConv2d, StoredLinear, compute_dtype
 from headstart.networks.convolution import Conv2d
-from headstart_kernels.dispatch import differentiates, has_modes, transformed
+from headstart_kernels.observers import differentiates, has_modes, transformed
 from headstart_kernels.winograd import Filter, winograd_conv
 from headstart_kernels.winograd import pays as pays_tiles
 
