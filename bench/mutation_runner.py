@@ -139,7 +139,7 @@ MUTATIONS = (
     Mutation(
         "copy seeds to the device at every row",
         "src/headstart/noise.py",
-        "if device not in self._placed:",
+        "if device not in self._keys_on:",
         "if True:",
         ("tests/test_noise.py::test_rows_share_one_copy_of_the_seeds_on_a_device",),
     ),

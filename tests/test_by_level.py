@@ -103,7 +103,7 @@ def test_the_rest_of_a_plan_needs_no_row_of_the_first_part() -> None:
 
 
 @pytest.mark.parametrize(
-    ("parts", "told"),
+    ("parts", "message"),
     [
         (
             ((math.inf, A), (1e-3, B)),
@@ -121,11 +121,11 @@ def test_the_rest_of_a_plan_needs_no_row_of_the_first_part() -> None:
         (((math.inf, A), (True, B)), "a sigma above 0"),
         (((math.inf, A), ("later", B)), "a sigma above 0, or 'handoff', got 'later'"),
         (((math.inf, A), (3.0, "b")), "expected a headstart.Conditioning, got str"),
-        (((math.inf, A), (3.0, Conditioning(B.context.half()))), "of one kind, dtype and device"),
+        (((math.inf, A), (3.0, Conditioning(B.context.half()))), "one type, dtype and device"),
     ],
 )
-def test_parts_that_cannot_be_told_are_refused(parts: Any, told: str) -> None:
-    with pytest.raises(hs.InputError, match=told):
+def test_parts_that_cannot_be_told_are_refused(parts: Any, message: str) -> None:
+    with pytest.raises(hs.InputError, match=message):
         run(table_of(), hs.ByLevel(parts))
 
 

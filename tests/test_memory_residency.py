@@ -160,7 +160,7 @@ def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> Non
         )  # fmt: skip
         weights = SimpleNamespace(residency=where, denoisers=networks, device=DEVICE)
         monkeypatch.setattr(course, "encode", lambda *_: both)
-        monkeypatch.setattr("headstart.finite.FiniteCheck.look", lambda *_, **__: None)
+        monkeypatch.setattr("headstart.finite.FiniteCheck.read", lambda *_, **__: None)
         monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
         monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))

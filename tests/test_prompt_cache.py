@@ -220,7 +220,7 @@ def test_a_loop_of_ones_own_reads_a_prompt_once_too(
     run = begun(table)
     assert torch.equal(by_hand(run, networks), expected)
     assert [own.read for own in pair.values()] == [1, 1]
-    assert run.prompts.samples == 0, "nothing is kept of a run that has ended"
+    assert run.prompt_cache.samples == 0, "nothing is kept of a run that has ended"
 
 
 def test_what_is_kept_stays_with_its_run(table: hs.StepTable, pair: dict[str, Counting]) -> None:
@@ -228,11 +228,11 @@ def test_what_is_kept_stays_with_its_run(table: hs.StepTable, pair: dict[str, Co
     call = run.call
     assert call is not None
     run.advance(pair["base"](*call[3:]))
-    assert run.prompts.samples == 4
+    assert run.prompt_cache.samples == 4
     for other in (copy.deepcopy(run), pickle.loads(pickle.dumps(run.call))):
         told = other.call.cond if isinstance(other, hs.Run) else other.cond
         assert type(told.extra) is dict and not told.extra
-    assert copy.deepcopy(run).prompts.samples == 0
+    assert copy.deepcopy(run).prompt_cache.samples == 0
     networks = {name: foreign(own) for name, own in pair.items()}
     assert torch.equal(by_hand(run, pair), by_hand(begun(table), networks))
 
@@ -305,7 +305,7 @@ def batched(table: hs.StepTable, networks: Mapping[str, Any]) -> list[Tensor]:
     batch.add(runs[2])
     while batch:
         assert all(served.error is None for served in batch.step())
-    assert [run.prompts.samples for run in runs] == [0, 0, 0]
+    assert [run.prompt_cache.samples for run in runs] == [0, 0, 0]
     return [run.state.x for run in runs]
 
 
@@ -324,7 +324,7 @@ def test_a_batch_keeps_as_many_as_there_is_room_for(
     table: hs.StepTable, pair: dict[str, Counting], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first of them, to their end: 4 samples while they are guided, 2 after that."""
-    monkeypatch.setattr("headstart.batch.KEPT_SAMPLES", 4)
+    monkeypatch.setattr("headstart.batch.CACHED_SAMPLES", 4)
     expected = batched(table, {name: foreign(own) for name, own in pair.items()})
     for got, want in zip(batched(table, pair), expected, strict=True):
         torch.testing.assert_close(got, want, rtol=2e-5, atol=2e-5)
@@ -339,10 +339,10 @@ def test_a_run_that_leaves_a_batch_leaves_nothing(
         batch.add(run)
     batch.step()
     batch.remove(left)
-    assert (kept.prompts.samples, left.prompts.samples) == (4, 0)
+    assert (kept.prompt_cache.samples, left.prompt_cache.samples) == (4, 0)
     with mock.patch.object(pair["base"], "conv_out", None):
         (served,) = batch.step()
-    assert served.error is not None and kept.prompts.samples == 0
+    assert served.error is not None and kept.prompt_cache.samples == 0
 
 
 def test_a_graph_of_a_whole_run_holds_each_prompt_once_for_each_model(

@@ -277,7 +277,7 @@ def test_what_a_host_reads_is_handed_on_as_it_is() -> None:
     assert call is not None and call.cond == (theirs, mine) and len(call.x_in) == 4
     with pytest.raises(hs.InputError, match="needs uncond"):
         hs.Run(guided, mine, hs.Philox([1]), shape=SHAPE)
-    with pytest.raises(hs.InputError, match="cond is a dict, which is handed on"):
+    with pytest.raises(hs.InputError, match="cond is a dict, which is passed on"):
         strengths = torch.ones(len(table), 1, 1)
         hs.Run(table, mine, hs.Philox([1]), shape=SHAPE, strengths=strengths)
     with pytest.raises(hs.InputError, match=r"expected a headstart\.Conditioning, got dict"):

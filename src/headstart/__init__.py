@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from headstart.plan.schedule import NoiseSchedule as NoiseSchedule
     from headstart.plan.schedule import Spacing as Spacing
     from headstart.run import Run as Run
-    from headstart.run import State as State
-    from headstart.run import from_latent as from_latent
     from headstart.sampler import sample as sample
+    from headstart.state import State as State
+    from headstart.state import from_latent as from_latent
     from headstart.traces.branches import Branch as Branch
     from headstart.traces.branches import branch as branch
     from headstart.traces.decoders import decoder as decoder
@@ -80,8 +80,9 @@ _NAMES = {
     "plan.prediction": "Prediction",
     "plan.preset": "preset",
     "plan.schedule": "NoiseSchedule Spacing",
-    "run": "Run State from_latent",
+    "run": "Run",
     "sampler": "sample",
+    "state": "State from_latent",
     "traces.branches": "Branch branch",
     "traces.decoders": "decoder",
     "traces.preview": "Preview",

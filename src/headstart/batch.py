@@ -1,10 +1,10 @@
-"""Many runs at once: those whose next row asks the same network share one call of it.
+"""Many runs at once: runs whose next row calls the same network share one call.
 
     batch = engine.batch()               # or Batch(networks)
     batch.add(run_a)
     batch.add(run_b)                 # another prompt, plan, step count, guidance, seed, strength
     while batch:
-        for served in batch.step():  # one call of one network
+        for served in batch.step():      # one call of one network
             ...
 
 In a server, `async for state in batch.run(run)` in every request does the same.
@@ -25,13 +25,14 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning, Denoiser
 from headstart.joint import Group, advance, is_joint
 from headstart.prompt_cache import cached_prompt
-from headstart.run import Run, State
+from headstart.run import Run
+from headstart.state import State
 
 MOST_SAMPLES = 16
-"""Samples in one call, guided ones counted twice; what a network's memory holds is its own."""
-KEPT_SAMPLES = 64
-"""Of so many samples at most, in all runs, what networks made of their prompts is kept between
-calls: 1.7 GB of SDXL in half precision. Runs that came first keep theirs until their end."""
+"""Samples in one call; a guided sample counts twice."""
+CACHED_SAMPLES = 64
+"""Samples of all runs together whose prompt caches stay filled between calls: 1.7 GB of SDXL in
+half precision. The runs that come first have a cache until their end."""
 
 
 def doubling(most: int) -> Iterator[int]:
@@ -60,11 +61,11 @@ class Batch:
                 captured or compiled once a shape; () for none
     joint       whether one step serves the samples of all runs of a call; by default on a GPU
 
-    A run is admitted and retired between rows. Those that wait longest go first, and with them all
-    that ask the same network in the same shape and dtype, with the same adapters. Noise does not
-    depend on the company, and results are those of the run alone up to the network's rounding in
-    another batch. What a network makes of a run's prompt is made once and goes with the run, of up
-    to `KEPT_SAMPLES` samples in all.
+    Runs are added and removed between rows. The run that waits longest goes first, together with
+    all that call the same network with the same shapes, dtypes and adapters. The noise of a run
+    does not depend on the others. Its results equal those of the run alone, up to the network's
+    rounding in another batch size. Each run has its prompt cache, for up to `CACHED_SAMPLES`
+    samples of all runs.
     """
 
     def __init__(
@@ -79,17 +80,17 @@ class Batch:
             raise InputError(f"most and buckets are at least 1 sample, got {most}, {[*buckets]}")
         self.denoisers, self.most = denoisers, most
         self.buckets, self.joint = sorted(buckets), joint
-        self._waiting: dict[Run, None] = {}  # in the order of waiting
-        self._keeping: WeakSet[Run] = WeakSet()
-        self._answers: dict[Run, asyncio.Future[State]] = {}
+        self._waiting: dict[Run, None] = {}  # the longest wait first
+        self._caching: WeakSet[Run] = WeakSet()
+        self._futures: dict[Run, asyncio.Future[State]] = {}
         self._driver: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
-        """Runs that wait for a call."""
+        """How many runs wait for a call."""
         return len(self._waiting)
 
     def add(self, run: Run) -> None:
-        """Admit a run. Raises InputError for one at its end, or that needs an unknown network."""
+        """Add a run. Raises InputError for one at its end, or that needs an unknown network."""
         row = run.row
         if row is None:
             raise InputError(f"the run of plan {run.table.name!r} is at its end: nothing to add")
@@ -102,16 +103,16 @@ class Batch:
         self._waiting[run] = None
 
     def remove(self, run: Run) -> None:
-        """Cancel a run: it is asked no more. One that is not there is let be."""
+        """Cancel a run. A run that was not added is ignored."""
         self._waiting.pop(run, None)
-        run.prompts.forget()
+        run.prompt_cache.forget()
 
     def step(self) -> list[Served]:
-        """One call of one network, and the row's step of every run in it; empty if none waits.
+        """Make one network call, and the step of every run in it; empty if no run waits.
 
-        A run that is not done waits again, behind the others. One whose answer is not finite ends
-        with its error; the others go on. An error of the network itself, or an answer that is none,
-        ends all runs of the call.
+        An unfinished run waits again, behind the others. A run whose output is not finite ends with
+        its error, and the others go on. An error of the network itself, or an output that is no
+        tensor of the right shape, ends all runs of the call.
         """
         served = self._served(*self._group())
         for run, state, _ in served:
@@ -120,42 +121,42 @@ class Batch:
         return served
 
     async def run(self, run: Run) -> AsyncIterator[State]:
-        """The States of a run, which shares calls with all others that are iterated meanwhile.
+        """Yield the States of a run, which shares its calls with all runs iterated meanwhile.
 
-        Networks run in a thread, so the event loop stays free. To leave the iteration cancels the
-        run at its next row and disturbs nobody. Raises what ended the run.
+        Networks run in a thread, so the event loop stays free. To cancel the run at its next row,
+        stop iterating; the others go on. Raises the error that ended the run.
         """
         loop = asyncio.get_running_loop()
         try:
             while run.row is not None:
                 self._check_free(run, loop)
                 self.add(run)
-                answer = loop.create_future()
-                self._answers[run] = answer
+                future = loop.create_future()
+                self._futures[run] = future
                 if self._driver is None or self._driver.done():
                     self._driver = loop.create_task(self._drive())
                 try:
-                    yield await answer
+                    yield await future
                 finally:
                     self._waiting.pop(run, None)
-                    if self._answers.get(run) is answer:
-                        del self._answers[run]
+                    if self._futures.get(run) is future:
+                        del self._futures[run]
         finally:
-            run.prompts.forget()
+            run.prompt_cache.forget()
 
     def _check_free(self, run: Run, loop: asyncio.AbstractEventLoop) -> None:
-        """Raise InputError for a run that somebody iterates, or a batch in another event loop."""
-        if self._driver is not None and (own := self._driver.get_loop()) is not loop:
-            if own.is_running() and not self._driver.done():
+        """Raise InputError for a run that is iterated already, or in another event loop."""
+        if self._driver is not None and (other := self._driver.get_loop()) is not loop:
+            if other.is_running() and not self._driver.done():
                 raise InputError(
                     "this batch is iterated in another event loop: ask there, with "
                     "asyncio.run_coroutine_threadsafe, or give each loop a Batch of its own"
                 )
-            for left in self._answers:  # nobody in a loop that has ended hears an answer
-                self.remove(left)
-            self._answers.clear()
+            for orphan in self._futures:  # nothing in an ended loop awaits them
+                self.remove(orphan)
+            self._futures.clear()
             self._driver = None
-        if run in self._answers:
+        if run in self._futures:
             raise InputError(
                 f"this run of plan {run.table.name!r} is iterated already: a run has one reader; "
                 "begin another for the second"
@@ -163,23 +164,25 @@ class Batch:
 
     async def _drive(self) -> None:
         while self._waiting:
-            await asyncio.sleep(0)  # those that were just answered ask for their next row
+            await asyncio.sleep(0)  # lets runs with a new state add their next row
             for run, state, error in await asyncio.to_thread(self._served, *self._group()):
-                answer = self._answers.get(run)
-                if answer is None or answer.done():  # its request has left
+                future = self._futures.get(run)
+                if future is None or future.done():  # cancelled
                     continue
                 if state is not None:
-                    answer.set_result(state)
+                    future.set_result(state)
                 else:
-                    answer.set_exception(error or InputError("the run ended without an answer"))
+                    future.set_exception(error or InputError("the run ended without an answer"))
             await asyncio.sleep(0)
 
     def _group(self) -> tuple[list[tuple[Run, Call]], list[Served]]:
-        """The run that waits longest, and those that fit in its call; and runs that have no call,
-        with the reason. They wait no more."""
+        """The run that waits longest with those that fit in its call; and failed runs.
+
+        A run fails here if it has no call. All these runs leave the queue.
+        """
         group: list[tuple[Run, Call]] = []
-        gone: list[Served] = []
-        kind: Hashable = None
+        failed: list[Served] = []
+        key: Hashable = None
         samples = 0
         for run in [*self._waiting]:
             if samples >= self.most:
@@ -187,78 +190,77 @@ class Batch:
             try:
                 call = run.call
             except Exception as error:  # of its noise, or its memory
-                gone.append(Served(run, None, error))
+                failed.append(Served(run, None, error))
                 del self._waiting[run]
                 continue
             if call is None:
-                ended = f"the run of plan {run.table.name!r} was advanced to its end elsewhere"
-                gone.append(Served(run, None, InputError(ended)))
+                message = f"the run of plan {run.table.name!r} was advanced to its end elsewhere"
+                failed.append(Served(run, None, InputError(message)))
                 del self._waiting[run]
                 continue
-            own = _kind(call)
-            if group and (own != kind or samples + len(call.x_in) > self.most):
+            call_key = _call_key(call)
+            if group and (call_key != key or samples + len(call.x_in) > self.most):
                 continue
-            kind, samples = own, samples + len(call.x_in)
+            key, samples = call_key, samples + len(call.x_in)
             group.append((run, call))
             del self._waiting[run]
-        return group, gone
+        return group, failed
 
-    def _served(self, group: Group, gone: Sequence[Served]) -> list[Served]:
+    def _served(self, group: Group, failed: Sequence[Served]) -> list[Served]:
         if not group:
-            return [*gone]
+            return [*failed]
         calls = [call for _, call in group]
         try:
             with torch.no_grad():
-                f = _ask(self.denoisers[calls[0].model], calls, self._size(calls))
-                self._keep(run for run, _ in group)
+                f = _call_network(self.denoisers[calls[0].model], calls, self._size(calls))
+                self._limit_caches(run for run, _ in group)
                 together = self._joint(f) and is_joint(group)
-                made = advance(group, f) if together else _apart(group, f)
-        except Exception as error:  # whatever the network raises is its requests' to hear
-            made = [error] * len(group)
-        for (run, _), state in zip(group, made, strict=True):
+                results = advance(group, f) if together else _advance_each(group, f)
+        except Exception as error:  # each run of the call reports it
+            results = [error] * len(group)
+        for (run, _), state in zip(group, results, strict=True):
             if isinstance(state, Exception) or run.row is None:
-                run.prompts.forget()
-        return [*gone] + [
+                run.prompt_cache.forget()
+        return [*failed] + [
             Served(run, None, state) if isinstance(state, Exception) else Served(run, state)
-            for (run, _), state in zip(group, made, strict=True)
+            for (run, _), state in zip(group, results, strict=True)
         ]
 
-    def _keep(self, runs: Iterable[Run]) -> None:
-        """Let those that have just read their prompts keep them as long as there is room."""
-        kept = sum(run.prompts.samples for run in self._keeping)
+    def _limit_caches(self, runs: Iterable[Run]) -> None:
+        """Empty the prompt caches of `runs` that exceed `CACHED_SAMPLES`."""
+        cached = sum(run.prompt_cache.samples for run in self._caching)
         for run in runs:
-            if run not in self._keeping and (samples := run.prompts.samples):
-                if kept + samples > KEPT_SAMPLES:
-                    run.prompts.forget()
+            if run not in self._caching and (samples := run.prompt_cache.samples):
+                if cached + samples > CACHED_SAMPLES:
+                    run.prompt_cache.forget()
                     continue
-                kept += samples
-                self._keeping.add(run)
+                cached += samples
+                self._caching.add(run)
 
     def _size(self, calls: Sequence[Call]) -> int:
-        """Samples that the network is given: the next bucket, so that few shapes are captured."""
+        """The batch size of the call: the next bucket, so that few shapes are captured."""
         count = sum(len(call.x_in) for call in calls)
         return min((size for size in self.buckets if size >= count), default=count)
 
     def _joint(self, f: Tensor) -> bool:
-        """On a CPU a step is one call in C, and takes no longer for being called once a run."""
+        """By default on a GPU: on a CPU one step a run, each one call in C, takes as long."""
         return f.device.type != "cpu" if self.joint is None else self.joint
 
 
-def _kind(call: Call) -> Hashable:
-    """What calls that share one must have in common."""
+def _call_key(call: Call) -> Hashable:
+    """Calls with the same key can share one network call."""
     x_in, timestep, cond = call.x_in, call.timestep, call.cond
     if not isinstance(cond, Conditioning):
-        return object()  # nobody knows how to stack it: a call of its own
-    told = tuple((name, t.shape[1:], t.dtype) for name, t in cond.tensors.items())
+        return object()  # of unknown type, so it cannot be stacked
+    tensors = tuple((name, t.shape[1:], t.dtype) for name, t in cond.tensors.items())
     form = x_in.shape[1:], x_in.dtype, x_in.device, timestep.dtype
-    return call.model, *form, cond.adapters, told
+    return call.model, *form, cond.adapters, tensors
 
 
-def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
-    """F of all calls, one after the other; the network sees `size` samples, the last one again
-    where there are fewer."""
+def _call_network(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
+    """F of all calls, concatenated. The last sample is repeated to make `size` samples."""
     x_in, timestep, _ = calls[0][3:]
-    cond, *others = _told(network, calls)
+    cond, *others = _conds(network, calls)
     if others:
         x_in = torch.cat([call.x_in for call in calls])
         timestep = torch.cat([call.timestep for call in calls])
@@ -269,29 +271,31 @@ def _ask(network: Denoiser, calls: Sequence[Call], size: int) -> Tensor:
         x_in, timestep, cond = x_in[more], timestep[more], cond[more]
     f = cast("object", network(x_in, timestep, cond))
     if not isinstance(f, Tensor) or f.shape != x_in.shape:
-        came = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
+        actual = list(f.shape) if isinstance(f, Tensor) else type(f).__name__
         raise InputError(
-            f"the {calls[0].model!r} network answered {came}: expected a tensor of the shape of "
+            f"the {calls[0].model!r} network answered {actual}: expected a tensor of the shape of "
             f"its x_in {list(x_in.shape)}"
         )
     return f[:count]
 
 
-def _told(network: Denoiser, calls: Sequence[Call]) -> list[Any]:
-    """What the network is told in each call, with what it makes of the prompts, made once a run;
-    without, where it would not do so for all: it is called once."""
-    told = [cached_prompt(network, call.cond) for call in calls]
-    names = {frozenset(cond.extra) for cond in told if isinstance(cond, Conditioning)}
-    return told if len(names) < 2 else [call.cond for call in calls]
+def _conds(network: Denoiser, calls: Sequence[Call]) -> list[Any]:
+    """The cond of each call, extended by what the network computes from the prompt, or all plain.
+
+    They are stacked into one call, so all must have the same tensors.
+    """
+    conds = [cached_prompt(network, call.cond) for call in calls]
+    names = {frozenset(cond.extra) for cond in conds if isinstance(cond, Conditioning)}
+    return conds if len(names) < 2 else [call.cond for call in calls]
 
 
-def _apart(group: Group, f: Tensor) -> list[State | Exception]:
-    """A step for each run."""
-    made: list[State | Exception] = []
+def _advance_each(group: Group, f: Tensor) -> list[State | Exception]:
+    """As `advance`, with one step for each run."""
+    results: list[State | Exception] = []
     parts = f.split_with_sizes([len(call.x_in) for _, call in group])
     for (run, _), part in zip(group, parts, strict=True):
         try:
-            made.append(run.advance(part))
+            results.append(run.advance(part))
         except (InputError, ValueError, TypeError) as error:
-            made.append(error)
-    return made
+            results.append(error)
+    return results

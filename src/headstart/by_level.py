@@ -1,6 +1,6 @@
-"""What a network is told, by noise level: one text decides the composition, another paints.
+"""Conditioning by noise level: one text decides the composition, another the details.
 
-told[row] = the last part whose level is not below the row's        levels fall, the first is inf
+cond[row] = the last part whose level is not below the row's level. Levels fall; the first is inf.
 """
 
 from __future__ import annotations
@@ -16,35 +16,36 @@ from headstart.plan.leg import PRINTED
 from headstart.plan.table import StepTable
 
 Level: TypeAlias = "float | Literal['handoff']"
-"""A sigma, or the level at which the plan's first hand-off is."""
+"""A sigma, or the level of the plan's first hand-off."""
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class ByLevel:
-    """Conditioning that changes with the level of the row, for `cond=` and `uncond=` of a run.
+    """Conditioning that changes with the noise level, for `cond=` and `uncond=` of a run.
 
         hs.ByLevel(((math.inf, cat), (3.0, dog)))       # from the row at sigma 3 or below it: dog
         hs.ByLevel(((math.inf, cat), ("handoff", dog)))     # from the first row after the hand-off
 
-    parts   (level, what is told from the row on that starts there or below it); levels fall, and
-            the first is math.inf. A level as printed, with three digits, is the level of the row
+    parts   (level, conditioning) pairs. A part holds from the first row that starts at its level or
+            below it. Levels fall, and the first is math.inf. A level as printed, with three digits,
+            counts as the level of the row
 
-    Raises InputError for levels that do not fall; and, when a run begins, for a part that no row of
-    the plan would be told.
+    Raises InputError for levels that do not fall; and, when a run begins, for a part that holds for
+    no row of the plan.
     """
 
     parts: tuple[tuple[Level, Any], ...]
 
     def __post_init__(self) -> None:
-        given = _listed(self.parts)
+        parts = _sequence(self.parts)
         pairs: list[tuple[Level, Any]] = []
-        for part in map(_listed, given):
+        for part in map(_sequence, parts):
             if len(part) != 2:
                 raise _malformed(part)
             pairs.append((_level(part[0]), part[1]))
         if not pairs:
-            raise _malformed(given)
+            raise _malformed(parts)
         object.__setattr__(self, "parts", tuple(pairs))
         _check_falling([level for level, _ in pairs if level != "handoff"])
         if pairs[0][0] != math.inf:
@@ -55,48 +56,48 @@ class ByLevel:
 
     def __getitem__(self, index: Any) -> ByLevel:
         """The same for some of the samples."""
-        return self.map(lambda told: told[index])
+        return self.map(lambda cond: cond[index])
 
     def map(self, change: Callable[[Any], Any]) -> ByLevel:
-        return ByLevel(tuple((level, change(told)) for level, told in self.parts))
+        return ByLevel(tuple((level, change(cond)) for level, cond in self.parts))
 
     def by_row(self, table: StepTable) -> list[Any]:
-        """What every row is told. Raises InputError where a part has none."""
+        """The conditioning of each row. Raises InputError for a part without rows."""
         numbers = part_of_rows([level for level, _ in self.parts], table)
         return [self.parts[number][1] for number in numbers]
 
 
-def cond_by_row(told: object, table: StepTable) -> list[object]:
-    """One entry a row: the parts of a ByLevel, or the same for all."""
-    return told.by_row(table) if isinstance(told, ByLevel) else [told] * len(table)
+def cond_by_row(cond: object, table: StepTable) -> list[object]:
+    """The conditioning of each row: by level, or the same for all."""
+    return cond.by_row(table) if isinstance(cond, ByLevel) else [cond] * len(table)
 
 
-def cond_parts(told: object) -> list[object]:
-    """Everything that may be told, in the order of falling levels."""
-    return [part for _, part in told.parts] if isinstance(told, ByLevel) else [told]
+def cond_parts(cond: object) -> list[object]:
+    """The parts of a ByLevel in the order of falling levels; [cond] for anything else."""
+    return [part for _, part in cond.parts] if isinstance(cond, ByLevel) else [cond]
 
 
 def part_of_rows(levels: Sequence[Level], table: StepTable) -> list[int]:
-    """The number of the part that each row is told, of parts that begin at these levels.
+    """For each row the number of its part; `levels` are where the parts begin.
 
-    Raises InputError for levels that do not fall, and for a part without rows; in a part of a plan
-    (`table[2:]`) the rest may have them.
+    Raises InputError for levels that do not fall, and for a part without rows. A part of a plan
+    (`table[2:]`) may lack rows, because the rest of the plan may have them.
     """
-    found = [_resolved(level, table) for level in levels]
-    _check_falling(found)
-    # A level that was typed may be rounded; that of the hand-off is the row's own.
+    starts = [_resolved(level, table) for level in levels]
+    _check_falling(starts)
+    # A level from the user may be rounded; the level of the hand-off is the row's own.
     slack = [1.0 if level == "handoff" else 1.0 + PRINTED for level in levels]
-    limits = [own * room for own, room in zip(found, slack, strict=True)]
+    limits = [start * factor for start, factor in zip(starts, slack, strict=True)]
     rows = [sum(step.sigma <= limit for limit in limits) - 1 for step in table]
     if not (table.first or table.cut):
-        for number in range(len(found)):
+        for number in range(len(starts)):
             if number not in rows:
-                raise _unused(number, found, table)
+                raise _unused(number, starts, table)
     return rows
 
 
 def _unused(number: int, levels: Sequence[float], table: StepTable) -> InputError:
-    """The error for a part that no row is told: the next begins too high, or it too low."""
+    """The error for a part without rows: it begins too low, or the next one begins too high."""
     starts = [step.sigma for step in table]
     low = levels[number] < starts[-1] * (1 - PRINTED)
     where = (
@@ -123,7 +124,7 @@ def _resolved(level: Level, table: StepTable) -> float:
 
 
 def _check_falling(levels: Sequence[float]) -> None:
-    if any(after >= before for before, after in pairwise(levels)):
+    if any(lower >= higher for higher, lower in pairwise(levels)):
         raise InputError(
             f"levels must fall from one to the next, got {', '.join(f'{one:g}' for one in levels)}"
         )
@@ -132,20 +133,19 @@ def _check_falling(levels: Sequence[float]) -> None:
 def _level(value: object) -> Level:
     if value == "handoff":
         return "handoff"
-    fits = isinstance(value, int | float) and not isinstance(value, bool) and value > 0
-    if not fits:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
         raise InputError(f"a level is a sigma above 0, or 'handoff', got {value!r:.40}")
-    return float(cast("float", value))
+    return float(value)
 
 
-def _listed(value: object) -> Sequence[object]:
+def _sequence(value: object) -> Sequence[object]:
     if not isinstance(value, tuple | list):
         raise _malformed(value)
     return cast("Sequence[object]", value)
 
 
-def _malformed(found: object) -> InputError:
+def _malformed(value: object) -> InputError:
     return InputError(
-        "ByLevel: expected ((math.inf, cond), (3.0, other), ...), pairs of a level and what is "
-        f"told from there on, got {type(found).__name__}"
+        "ByLevel: expected ((math.inf, cond), (3.0, other), ...), pairs of a level and the "
+        f"conditioning from there on, got {type(value).__name__}"
     )

@@ -1,4 +1,4 @@
-"""What networks are asked in a run: one call a row, known before the run but for its x_in."""
+"""The network calls of a run, one for each row: known before the run, except for x_in."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from headstart.prompt_cache import CachedExtra, PromptCache
 
 
 class Call(NamedTuple):
-    """What a network is asked now: F = network(x_in, timestep, cond).
+    """The next network call of a run: F = network(x_in, timestep, cond).
 
-    step      the row's number in the whole plan; `model`: which network
+    step      the row's number in the whole plan; `model`: the network's name
     sigma     the level of x
     x_in      c_in*x, [B, ...], or [2B, ...] where the row is guided: each sample twice
     timestep  [B] or [2B]: int64 where the row's is whole, else float32
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
 
 class RowCall(NamedTuple):
-    """What of a row's call is known before the run."""
+    """What is known of a row's call before the run; `copies` is 2 where it is guided, else 1."""
 
     copies: int
     timestep: Tensor
@@ -47,57 +47,56 @@ class RowCall(NamedTuple):
 
 def prepare_calls(
     table: StepTable,
-    told: Sequence[object],
+    conds: Sequence[object],
     strengths: Tensor | None,
     batch: int,
     device: torch.device,
-    prompts: PromptCache,
+    cache: PromptCache,
 ) -> list[RowCall]:
-    """What each row is `told`, with its timestep, and with `prompts` for what networks make of it.
-    Timesteps are made at once, each at a multiple of 32 bytes, to which compiled networks would
-    else copy them.
+    """The call of each row. `conds` are the rows' conditionings (`row_conds`).
 
-    strengths  [rows, B, A] as `checked_strengths` gives them, wherever they are
+    strengths  [rows, B, A] as `checked_strengths` returns them, on any device
+
+    One allocation holds the timesteps of many rows. Each begins at a multiple of 32 bytes, because
+    compiled networks copy inputs that do not.
     """
     calls: list[RowCall] = []
-    known: list[list[list[float]]] | None = None if strengths is None else strengths.tolist()  # pyright: ignore
+    numbers: list[list[list[float]]] | None = None if strengths is None else strengths.tolist()  # pyright: ignore
     strengths = None if strengths is None else strengths.to(device)
     for (whole, copies), group in groupby(
         table.steps, lambda step: (step.timestep.is_integer(), step.passes)
     ):
         steps, count = list(group), copies * batch
         dtype = torch.int64 if whole else torch.float32
-        numbers = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
-        timesteps = numbers[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
+        column = torch.tensor([step.timestep for step in steps], dtype=dtype, device=device)
+        timesteps = column[:, None].repeat(1, -(-count // 8) * 8)[:, :count].unbind()
         for timestep in timesteps:
-            cond = told[len(calls)]
+            cond = conds[len(calls)]
             if isinstance(cond, Conditioning):
-                extra = CachedExtra(cond.extra, prompts)
-                if strengths is not None and known is not None:
-                    own = torch.cat([strengths[len(calls)]] * copies)
-                    columns = tuple(zip(*known[len(calls)] * copies, strict=True))
-                    extra = CachedExtra(cond.extra, prompts, own, columns)
-                    cond = replace(cond, strengths=own)
+                extra = CachedExtra(cond.extra, cache)
+                if strengths is not None and numbers is not None:
+                    row = torch.cat([strengths[len(calls)]] * copies)
+                    columns = tuple(zip(*numbers[len(calls)] * copies, strict=True))
+                    extra = CachedExtra(cond.extra, cache, row, columns)
+                    cond = replace(cond, strengths=row)
                 cond = replace(cond, extra=extra)
             calls.append(RowCall(copies, timestep, cond))
     return calls
 
 
 def expand_cond(cond: object, batch: int) -> object:
-    """Each Conditioning for the whole batch. Raises InputError where parts differ in kind."""
-    parts = cond_parts(cond)
-    kinds = {
+    """`cond` for the whole batch. Raises InputError where parts differ in type, dtype or device."""
+    forms = {
         (part.context.dtype, part.context.device) if isinstance(part, Conditioning) else None
-        for part in parts
+        for part in cond_parts(cond)
     }
-    if len(kinds) > 1:
-        told = " and ".join(
-            sorted("no Conditioning" if k is None else f"{k[0]} on {k[1]}" for k in kinds)
-        )
+    if len(forms) > 1:
+        names = sorted("no Conditioning" if f is None else f"{f[0]} on {f[1]}" for f in forms)
         raise InputError(
-            f"cond: the parts of a ByLevel are of one kind, dtype and device, and these are {told}"
+            "cond: expected the parts of a ByLevel to have one type, dtype and device, got "
+            + " and ".join(names)
         )
-    if None in kinds:
+    if None in forms:
         return cond
     if isinstance(cond, ByLevel):
         return cond.map(lambda part: part.expand(batch))
@@ -107,14 +106,14 @@ def expand_cond(cond: object, batch: int) -> object:
 def checked_strengths(
     strengths: Tensor | None, table: StepTable, cond: object, batch: int
 ) -> Tensor | None:
-    """Those of a run [rows, B, A], in float32."""
+    """The strengths of a run [rows, B, A], in float32."""
     if strengths is None:
         return None
-    strange = [part for part in cond_parts(cond) if not isinstance(part, Conditioning)]
-    if strange:
+    others = [part for part in cond_parts(cond) if not isinstance(part, Conditioning)]
+    if others:
         raise InputError(
-            f"strengths are told to a network in its Conditioning, and cond is a "
-            f"{type(strange[0]).__name__}, which is handed on as it is: set them where it is read"
+            "strengths reach a network in its Conditioning, and cond is a "
+            f"{type(others[0]).__name__}, which is passed on as it is: set them where it is read"
         )
     if strengths.ndim != 3 or tuple(strengths.shape[:2]) != (len(table), batch):
         raise InputError(
@@ -127,40 +126,41 @@ def checked_strengths(
 
 
 def steady_models(table: StepTable, by_row: Mapping[str, Tensor]) -> frozenset[str]:
-    """The models of a table whose rows are all alike, as far as the host knows: of tensors
-    [rows, ...] that are elsewhere it knows nothing."""
+    """The models for whose rows every tensor [rows, ...] of `by_row` has the same values.
+
+    Only tensors on the CPU are compared; with another one no model counts as steady.
+    """
     if any(t.device.type != "cpu" or len(t) != len(table) for t in by_row.values()):
         return frozenset()
     rows = {model: [n for n, s in enumerate(table) if s.model == model] for model in table.models}
     return frozenset(
         model
-        for model, own in rows.items()
-        if all(torch.equal(t[n], t[own[0]]) for t in by_row.values() for n in own)
+        for model, numbers in rows.items()
+        if all(torch.equal(t[n], t[numbers[0]]) for t in by_row.values() for n in numbers)
     )
 
 
 def row_conds(table: StepTable, done: int, cond: object, uncond: object) -> list[object]:
-    """What each row is told: its cond, or where it is guided the pair of both.
+    """The conditioning of each row: its cond, or (uncond, cond) together where it is guided.
 
-    cond, uncond   of all samples, a Conditioning or anything else, or a ByLevel of them
+    cond, uncond   of all samples: a Conditioning, an object of another type, or a ByLevel of either
     done           rows before it have run, and need no uncond
     """
     conds, unconds = cond_by_row(cond, table), cond_by_row(uncond, table)
     pairs: dict[tuple[int, int], object] = {}
-    told: list[object] = []
-    for index, (step, own, other) in enumerate(zip(table, conds, unconds, strict=True)):
+    found: list[object] = []
+    for index, (step, positive, negative) in enumerate(zip(table, conds, unconds, strict=True)):
         if step.passes == 1 or index < done:
-            told.append(own)
+            found.append(positive)
             continue
-        key = id(own), id(other)
+        key = id(positive), id(negative)
         if key not in pairs:
-            pairs[key] = _guided_pair(step, own, other)
-        told.append(pairs[key])
-    return told
+            pairs[key] = _guided_pair(step, positive, negative)
+        found.append(pairs[key])
+    return found
 
 
 def _guided_pair(step: Step, cond: object, uncond: object) -> object:
-    """What a guided row is told."""
     if uncond is None:
         raise InputError(
             f"the {step.model!r} row at timestep {step.timestep:g} has guidance "

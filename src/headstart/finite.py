@@ -1,4 +1,4 @@
-"""Looks for NaN and infinity in what a row predicted, which its step notices on the way."""
+"""The check for NaN and infinity in x0. Each step writes flags; here they are read."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Check = Literal["auto", "each", "last", "never"]
 
 @dataclass(slots=True)
 class FiniteCheck:
-    """When the flags that steps fill are read, which waits for the device.
+    """Reads the flags of a run's steps. Each read waits for the device.
 
-    check   after "each" row; after the "last" one, for all of them; "never"; or "auto", which is
+    check   read after "each" row, after the "last" row (then for all rows), or "never"; "auto" is
             "each" on a CPU and "last" elsewhere
-    device  where steps run
+    device  where the steps run
     shape   [B, ...] of the states
     """
 
     check: Check
     device: torch.device
     shape: Sequence[int]
-    own: Tensor | None = None
-    seen: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
+    buffer: Tensor | None = None
+    pending: list[tuple[int, str, Tensor]] = field(default_factory=list[tuple[int, str, Tensor]])
 
     def __post_init__(self) -> None:
         if self.check not in get_args(Check):
@@ -38,35 +38,35 @@ class FiniteCheck:
             self.check = "each" if self.device.type == "cpu" else "last"
 
     def flags(self) -> Tensor | None:
-        """Where a step says which samples' x0 is finite, or None if nobody looks."""
+        """The tensor that the next step writes its flags to, or None with check="never"."""
         if self.check == "never":
             return None
-        if self.check == "each" and self.own is not None:
-            return self.own  # read before the next row asks
-        self.own = finite_flags(self.shape, self.device)
-        return self.own
+        if self.check == "each" and self.buffer is not None:
+            return self.buffer  # the row before has been read
+        self.buffer = finite_flags(self.shape, self.device)
+        return self.buffer
 
-    def look(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
-        """Read the flags of a row, now or after the last. Raises InputError for a bad one."""
+    def read(self, number: int, model: str, finite: Tensor | None, *, last: bool) -> None:
+        """Read a row's flags, at once or after the last row. Raises InputError for a bad row."""
         if finite is None or self.check == "never":
             return
         if self.check == "each":
             require_finite(number, model, finite)
             return
-        self.seen.append((number, model, finite))
+        self.pending.append((number, model, finite))
         if last:
-            for seen in self.seen:
-                require_finite(*seen)
-            self.seen.clear()
+            for row in self.pending:
+                require_finite(*row)
+            self.pending.clear()
 
 
 def require_finite(number: int, model: str, finite: Tensor) -> None:
-    """Raise InputError where a sample of a row is not finite, of `finite_flags`. Waits for it."""
+    """Raise InputError unless `finite_flags` of a row are all set. Waits for the device."""
     if finite.ndim > 1:
         finite = finite.all(1)
-    good: list[bool] = finite.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
-    if False in good:
-        bad = [sample for sample, fine in enumerate(good) if not fine]
+    flags: list[bool] = finite.tolist()  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    if False in flags:
+        bad = [sample for sample, ok in enumerate(flags) if not ok]
         raise InputError(
             f"step {number}: the {model!r} network gave NaN or infinity for sample(s) {bad} of "
             f"{len(finite)}: a half-precision network that overflows needs bfloat16 or float32"

@@ -1,11 +1,11 @@
-"""JSON that anybody may have written, cut short or damaged: read and checked whole, or one error.
+"""JSON from an untrusted file: read and checked as a whole, or one error.
 
 file -> text -> JSON -> a shape, written as a literal:
 
     str, int, float, bool   of this type; int below 2^64, float a finite number of either kind
     None, object            null, anything
-    [shape]                 a list of such
-    {"name": shape}         an object with this name; "name?" may be absent, "" is any other name
+    [shape]                 a list of values of this shape
+    {"name": shape}         an object with this key; "name?" may be absent, "" is any other key
     (shape, shape)          one of these
 """
 
@@ -20,7 +20,7 @@ from typing import Any, NoReturn, cast
 from headstart.errors import InputError
 
 MAX_DEPTH = 32
-"""Ours nest 5 deep; below Python's own limit, so that nothing done with the value can reach it."""
+"""Our files nest 5 deep. Far below Python's recursion limit, so that no later use reaches it."""
 
 Shape = object
 _NAMES: Mapping[object, str] = {
@@ -30,9 +30,9 @@ _NAMES: Mapping[object, str] = {
 
 
 def read_json(path: Path, what: str, shape: Shape = object) -> Any:
-    """The JSON in a file. Raises InputError, with `what` was expected, for any other content."""
+    """The JSON in a file. Raises InputError for other content; `what` names the expected one."""
     try:
-        found = loads(path.read_bytes())
+        value = loads(path.read_bytes())
     except OSError as error:
         reason = error.strerror or error
         raise InputError(f"cannot read {str(path)!r}: {reason}: expected {what}") from error
@@ -40,12 +40,12 @@ def read_json(path: Path, what: str, shape: Shape = object) -> Any:
         raise InputError(
             f"{str(path)!r} is damaged, or not JSON ({error!s:.200}): expected {what}"
         ) from error
-    check_shape(found, shape, str(path), what)
-    return found
+    check_shape(value, shape, str(path), what)
+    return value
 
 
 def check_shape(value: object, shape: Shape, source: str, what: str) -> None:
-    """Raise InputError, with the first place that differs, unless `value` has the shape."""
+    """Raise InputError with the first difference unless `value` has the shape."""
     if (problem := misfit(value, shape)) is not None:
         raise InputError(f"{source!r} is damaged, or not {what}: {problem}")
 
@@ -53,46 +53,46 @@ def check_shape(value: object, shape: Shape, source: str, what: str) -> None:
 def loads(text: bytes) -> object:
     """JSON in UTF-8. Raises ValueError for anything else: NaN, lone surrogates, deep nesting."""
     try:
-        found = json.loads(text.decode(), parse_constant=_refuse)
-        if _nests(found):
+        value = json.loads(text.decode(), parse_constant=_refuse)
+        if _is_too_deep(value):
             raise ValueError(f"nested more than {MAX_DEPTH} deep")
-        if b"\\u" in text:  # UTF-8 holds no lone surrogate, so one can only be an escape
-            json.dumps(found, ensure_ascii=False).encode()
+        if b"\\u" in text:  # UTF-8 has no lone surrogates, so one can only be an escape
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError(f"nested more than {MAX_DEPTH} deep") from None
-    return found
+    return value
 
 
-def misfit(value: object, shape: Shape, place: str = "it") -> str | None:
-    """Where `value` differs from `shape`, as a clause; None where it does not."""
+def misfit(value: object, shape: Shape, where: str = "it") -> str | None:
+    """The first difference between `value` and `shape`, as a clause; None if there is none."""
     if isinstance(shape, tuple):
-        kinds = cast("tuple[Shape, ...]", shape)
-        found = [misfit(value, kind, place) for kind in kinds]
-        return None if None in found else found[-1]
+        problems = [misfit(value, one, where) for one in cast("tuple[Shape, ...]", shape)]
+        return None if None in problems else problems[-1]
     if isinstance(shape, list):
         if not isinstance(value, list | tuple):
-            return f"{place} must be a list, not {_short(value)}"
-        (kind,), items = cast("list[Shape]", shape), cast("list[object]", value)
-        each = (misfit(item, kind, f"{place}[{n}]") for n, item in enumerate(items))
-        return next(filter(None, each), None)
+            return f"{where} must be a list, not {_short(value)}"
+        (inner,), items = cast("list[Shape]", shape), cast("list[object]", value)
+        problems = (misfit(item, inner, f"{where}[{n}]") for n, item in enumerate(items))
+        return next(filter(None, problems), None)
     if isinstance(shape, dict):
-        return _misfit_object(value, cast("dict[str, Shape]", shape), place)
+        return _misfit_object(value, cast("dict[str, Shape]", shape), where)
     if _is_plain(value, shape):
         return None
-    return f"{place} must be {_NAMES[shape]}, not {_short(value)}"
+    return f"{where} must be {_NAMES[shape]}, not {_short(value)}"
 
 
-def _misfit_object(value: object, shape: Mapping[str, Shape], place: str) -> str | None:
+def _misfit_object(value: object, shape: Mapping[str, Shape], where: str) -> str | None:
     if not isinstance(value, dict):
-        return f"{place} must be an object, not {_short(value)}"
-    own = cast("dict[str, object]", value)
-    fields = {name.removesuffix("?"): kind for name, kind in shape.items() if name}
+        return f"{where} must be an object, not {_short(value)}"
+    items = cast("dict[str, object]", value)
+    fields = {name.removesuffix("?"): inner for name, inner in shape.items() if name}
     for name in fields:
-        if name not in own and f"{name}?" not in shape:
-            return f"{place} has no {name!r}"
-    for name, item in own.items():
-        kind = fields.get(name, shape.get("", object))
-        if problem := misfit(item, kind, f"{name:.60}" if place == "it" else f"{place}.{name:.60}"):
+        if name not in items and f"{name}?" not in shape:
+            return f"{where} has no {name!r}"
+    for name, item in items.items():
+        inner = fields.get(name, shape.get("", object))
+        path = f"{name:.60}" if where == "it" else f"{where}.{name:.60}"
+        if problem := misfit(item, inner, path):
             return problem
     return None
 
@@ -105,16 +105,16 @@ def _is_plain(value: object, shape: Shape) -> bool:
     return value is None if shape is None else isinstance(value, cast("type", shape))
 
 
-def _nests(value: object) -> bool:
+def _is_too_deep(value: object) -> bool:
     level = [value]
     for _ in range(MAX_DEPTH):
-        level = [inner for outer in level for inner in _parts(outer)]
+        level = [inner for outer in level for inner in _children(outer)]
         if not level:
             return False
     return True
 
 
-def _parts(value: object) -> list[object]:
+def _children(value: object) -> list[object]:
     if isinstance(value, dict):
         return list(cast("dict[str, object]", value).values())
     return cast("list[object]", value) if isinstance(value, list) else []

@@ -1,4 +1,4 @@
-"""The seams: what a sampler needs from a network, a codec, a text encoder and a noise source."""
+"""Protocols: what a sampler needs from a network, a codec, a text encoder and a noise source."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _EXTRA = "extra."
 
 
 class Adapters(Protocol):
-    """Adapters as they were at one moment, for as long as somebody has them.
+    """A fixed set of adapters: attaching and detaching others does not change it.
 
     columns  their names, in the order of `Conditioning.strengths`; changes: what they change
-    parts    the modules whose tensors a call of `network` reads then, besides its own
-    acts_on  what they change of `layers` in a call with `cond`, equal while that is the same; None
-             where nothing says whether it is
+    parts    the modules whose tensors a call of `network` reads with them, besides its own
+    acts_on  a key of what they change in `layers` in a call with `cond`: an equal key means an
+             equal change; None where that is not known
     """
 
     @property
@@ -36,18 +36,18 @@ class Adapters(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What a network is told besides the latent; every tensor has the batch first.
+    """The inputs of a network besides the latent and the timestep; each tensor [B, ...].
 
     context             [B, L, D]  text tokens for cross-attention
     pooled              [B, P]     pooled text (SDXL), or None
     time_ids            [B, 6]     original size, crop, target size in pixels (SDXL), or None
     guidance_embedding  [B, E]     embedded guidance (LCM-distilled networks), or None
     strengths           [B, A]     float32, of the adapters attached to the network, or None
-    adapters            whose strengths these are, `engine.adapters.now()`: they act whatever is
-                        attached or detached meanwhile. None: those attached at the time of a call
-    extra               name -> [B, ...], what else a network of yours reads, such as a mask of the
-                        text or the image's tokens, and what it made of the prompt for all rows
-                        (`headstart.prompt_cache`): moved, sliced and stacked with the rest
+    adapters            the adapters of these strengths, `engine.adapters.now()`; later changes of
+                        the engine's adapters do not matter. None: those attached when it is called
+    extra               name -> [B, ...], other inputs, such as a mask of the text or an image's
+                        tokens, and what the network computed from the prompt for all rows
+                        (`headstart.prompt_cache`). Moved, sliced and stacked with the rest
     """
 
     context: Tensor
@@ -75,25 +75,25 @@ class Conditioning:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Those that it has, by field; of `extra` as "extra.NAME"."""
+        """The tensors that are not None, by field name; those of `extra` as "extra.NAME"."""
         found = {name: getattr(self, name) for name in _FIELDS}
         found |= {_EXTRA + name: tensor for name, tensor in self.extra.items()}
         return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], adapters: Adapters | None = None) -> Conditioning:
-        """What `tensors` gives, put together again."""
-        own = {name: tensor for name, tensor in tensors.items() if name in _FIELDS}
+        """The conditioning whose `tensors` these are."""
+        fields = {name: tensor for name, tensor in tensors.items() if name in _FIELDS}
         extra = {n.removeprefix(_EXTRA): t for n, t in tensors.items() if n.startswith(_EXTRA)}
-        return cls(**own, adapters=adapters, extra=extra)
+        return cls(**fields, adapters=adapters, extra=extra)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Conditioning:
-        """Move every tensor; `time_ids`, `strengths` and whole numbers keep their dtype: they are
+        """Move every tensor. `time_ids`, `strengths` and integers keep their dtype: they are
         numbers, not features."""
         moved: dict[str, Tensor] = {}
         for name, tensor in self.tensors.items():
-            number = name in ("time_ids", "strengths") or not tensor.is_floating_point()
-            moved[name] = tensor.to(device=device, dtype=None if number else dtype)
+            keeps = name in ("time_ids", "strengths") or not tensor.is_floating_point()
+            moved[name] = tensor.to(device=device, dtype=None if keeps else dtype)
         return Conditioning.of(moved, self.adapters)
 
     def expand(self, batch: int) -> Conditioning:
@@ -110,31 +110,31 @@ class Conditioning:
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:
         """Stack batches, as guidance does with the conditional and the unconditional half."""
-        held = [part.tensors for part in parts]
+        tensors_of = [part.tensors for part in parts]
         stacked: dict[str, Tensor] = {}
-        for name in dict.fromkeys(name for tensors in held for name in tensors):
-            present = [tensors[name] for tensors in held if name in tensors]
+        for name in dict.fromkeys(name for tensors in tensors_of for name in tensors):
+            present = [tensors[name] for tensors in tensors_of if name in tensors]
             if len(present) != len(parts):
                 raise InputError(
                     f"`{name}` is present in {len(present)} of {len(parts)} conditionings: "
                     "give it to all of them or to none"
                 )
             stacked[name] = torch.cat(present)
-        return Conditioning.of(stacked, _of_all(parts))
+        return Conditioning.of(stacked, _common_adapters(parts))
 
     def _map(self, change: _TensorMap) -> Conditioning:
         changed = {name: change(tensor) for name, tensor in self.tensors.items()}
         return Conditioning.of(changed, self.adapters)
 
 
-def _of_all(parts: Sequence[Conditioning]) -> Adapters | None:
-    named = [part.adapters for part in parts if part.adapters is not None]
-    if any(other != named[0] for other in named):
+def _common_adapters(parts: Sequence[Conditioning]) -> Adapters | None:
+    found = [part.adapters for part in parts if part.adapters is not None]
+    if any(other != found[0] for other in found):
         raise InputError(
-            "conditionings of one call have different adapters: give all of them those of one "
-            "moment, engine.adapters.now()"
+            "conditionings of one call have different adapters: give all of them the same, from "
+            "one call of engine.adapters.now()"
         )
-    return named[0] if named else None
+    return found[0] if found else None
 
 
 _FIELDS = ("context", "pooled", "time_ids", "guidance_embedding", "strengths")
@@ -147,7 +147,7 @@ class _TensorMap(Protocol):
 class Denoiser(Protocol):
     """Any network: x_in [B, ...] = c_in*x, timestep [B] -> raw output F, of the shape of x_in.
 
-    [B, C, h, w], video [B, C, T, h, w] or packed tokens [B, L, C]: whatever `sample` was given.
+    [B, C, h, w], video [B, C, T, h, w] or packed tokens [B, L, C]: the latents of the run.
     """
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor: ...
@@ -155,12 +155,12 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class X0Denoiser:
-    """A denoiser for `sample` from D(x, sigma, cond) -> x0, as k-diffusion and ComfyUI have them.
+    """A denoiser for `sample` from D(x, sigma, cond) -> x0, the form of k-diffusion and ComfyUI.
 
-    denoise   x [B, ...] float32 in sigma space, sigma [B] float32 -> what the network takes for x0,
-              of the shape of x; B is doubled, in the order (uncond, cond), where a row is guided
+    denoise   x [B, ...] float32 in sigma space, sigma [B] float32 -> the predicted x0, of the shape
+              of x; B is doubled, in the order (uncond, cond), where a row is guided
 
-    A plan's prediction only says how its rows are written then: any will do.
+    Any prediction will do for such a plan: x0 is converted to the F that its rows expect.
     """
 
     denoise: Callable[[Tensor, Tensor, Conditioning], Tensor]
@@ -168,7 +168,7 @@ class X0Denoiser:
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning, /) -> Tensor:
         raise InputError(
             "an X0Denoiser needs x and sigma, not x_in and timestep: give it to headstart.sample, "
-            "or ask it with run.state.x and call.sigma, and advance with run.output_of(x0)"
+            "or call `denoise` with run.state.x and call.sigma, and advance by run.output_of(x0)"
         )
 
 
@@ -189,7 +189,7 @@ class TextEncoder(Protocol):
 class NoiseSource(Protocol):
     """Unit normals for a batch: the start, and one draw for each row of the table that adds noise.
 
-    `shape` is one sample's, such as [C, h, w]; both return float32 [B, *shape].
+    `shape` is that of one sample, such as [C, h, w]; both methods return float32 [B, *shape].
     """
 
     def __len__(self) -> int: ...

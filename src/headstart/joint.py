@@ -1,4 +1,4 @@
-"""One step for the rows of many runs: their samples side by side, each at a row of its own table.
+"""One step for rows of many runs: their samples in one batch, each at a row of its own table.
 
 x'[b], x0[b] = step(x[b], F[b], table[row[b]])        row [B] int64 on the device
 """
@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 
 from headstart.call import Call
-from headstart.run import Run, State
+from headstart.run import Run
+from headstart.state import State
 from headstart_kernels import Draw, finite_flags, fused_step
 
 Group = Sequence[tuple[Run, Call]]
 
 
 def is_joint(group: Group) -> bool:
-    """Whether one step can serve these runs: each draws its noise by key, and no picture."""
+    """Whether one step can serve these runs: all draw noise from keys, and none a picture."""
     return len(group) > 1 and all(run.keyed and run.picture is None for run, _ in group)
 
 
 def advance(group: Group, f: Tensor) -> list[State | Exception]:
-    """The state of each run after its row, or what ended it.
+    """The state of each run after its row, or the error that ended it.
 
-    f   the networks' outputs for the calls of the group, one after the other
+    f   the networks' outputs for the calls of the group, concatenated
     """
     runs = [run for run, _ in group]
     counts = [len(run.noise) for run in runs]
     states, device = [run.state for run in runs], f.device
-    x, before = _stacked([s.x for s in states]), _stacked([s.x0 for s in states])
+    x, x0_prev = _stacked([s.x for s in states]), _stacked([s.x0 for s in states])
     tables = [run.coefficients() for run in runs]
     starts = [0, *accumulate(len(table) for table in tables)][: len(runs)]
-    # Of every sample its row in the tables together, and the plan's row that their row 0 would be:
-    # repeated here, because a device is waited for where it repeats by counts.
+    # For each sample its row in the concatenated tables, and the plan's row of their row 0. They
+    # are repeated on the host: repeat_interleave by counts would wait for the device.
     numbers = [
         (start + call.step - run.table.first, run.table.first - start)
         for start, (run, call), count in zip(starts, group, counts, strict=True)
@@ -43,19 +44,19 @@ def advance(group: Group, f: Tensor) -> list[State | Exception]:
     ]
     row, first_row = torch.tensor(numbers).t().contiguous().to(device).unbind()
     keys = [run.keys() for run in runs]
-    seeds, samples = (torch.cat([own[part] for own in keys]) for part in (0, 1))
+    seeds, samples = (torch.cat(column) for column in zip(*keys, strict=True))
     f_uncond, f_cond = _halves(f, group, counts)
     finite = finite_flags(x.shape, device)
     x, x0 = fused_step(
         x, f_cond, torch.cat(tables), row, f_uncond=f_uncond,
-        noise=Draw(seeds, samples, first_row), x0_prev=before, finite=finite,
+        noise=Draw(seeds, samples, first_row), x0_prev=x0_prev, finite=finite,
     )  # fmt: skip
     parts = zip(*(tensor.split_with_sizes(counts) for tensor in (x, x0, finite)), strict=True)
     return [run.accept(*part) for run, part in zip(runs, parts, strict=True)]
 
 
 def _halves(f: Tensor, group: Group, counts: Sequence[int]) -> tuple[Tensor | None, Tensor]:
-    """F_uncond and F_cond of every sample; of one that is not guided both are its F."""
+    """F_uncond and F_cond of each sample; both are F for a sample that is not guided."""
     sizes = [len(call.x_in) for _, call in group]
     if sizes == [*counts]:
         return None, f
@@ -65,7 +66,7 @@ def _halves(f: Tensor, group: Group, counts: Sequence[int]) -> tuple[Tensor | No
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
-    """What a joint step left is side by side already, where the same runs come again."""
+    """The parts in one tensor: without a copy if the joint step before had the same runs."""
     first = parts[0]
     base = first._base
     sizes = [len(part) for part in parts]
@@ -75,9 +76,9 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
     step = base.stride(0)
     if all(
         part._base is base
-        and part.is_contiguous()  # a part that somebody turned begins where its memory does too
-        and part.storage_offset() == base.storage_offset() + at * step
-        for part, at in zip(parts, starts, strict=False)
+        and part.is_contiguous()  # a transposed part has the same storage offset
+        and part.storage_offset() == base.storage_offset() + start * step
+        for part, start in zip(parts, starts, strict=False)
     ):
         return base
     return torch.cat(list(parts))

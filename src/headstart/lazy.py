@@ -1,6 +1,6 @@
-"""A module that is imported when it is first used: `headstart inspect` never pays for numpy.
+"""A module that is imported when it is first used: `headstart inspect` does not import numpy.
 
-np = LazyModule("numpy")        np.sqrt(x)    imports numpy on the first such line, and never again
+np = LazyModule("numpy")        np.sqrt(x)    imports numpy when such a line first runs
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 
 class LazyModule:
-    """Stands for the module `name`; each attribute is looked up once and kept."""
+    """Stands for the module `name`; an attribute is looked up once, then stored here."""
 
     def __init__(self, name: str) -> None:
         self._name = name

@@ -1,4 +1,4 @@
-"""Where unit normals come from: n = philox_normal(seed, sample, row), or tensors that are given."""
+"""Sources of unit normal noise: n = philox_normal(seed, sample, row), or tensors of the caller."""
 
 from __future__ import annotations
 
@@ -27,15 +27,16 @@ class Philox:
     it, so a split run, a resumed run and a run on another machine see the same noise. The pair
     (seed, sample) names an image; twice the same pair raises InputError.
 
-    An element is its flat index in one sample, the last axis fastest. So a draw knows how many
-    numbers a latent has, not its axes: a video [C, T, h, w] and its reshape [C, T*h, w] hold the
-    same bits in the same order. A pipeline that draws [C, h, w] and packs it into tokens [L, C] by
-    a permutation has its numbers in another order: draw [C, h, w] here too, pack it, give `Given`.
+    An element is numbered by its flat index in one sample, the last axis fastest. So a draw depends
+    on how many numbers a latent has, not on its axes: a video [C, T, h, w] and its reshape
+    [C, T*h, w] hold the same bits in the same order. A pipeline that draws [C, h, w] and packs it
+    into tokens [L, C] by a permutation has its numbers in another order: then draw [C, h, w] here
+    too, pack it, and pass it as `Given`.
     """
 
     seeds: tuple[int, ...]
     samples: tuple[int, ...]
-    _placed: dict[torch.device, tuple[Tensor, Tensor]] = field(
+    _keys_on: dict[torch.device, tuple[Tensor, Tensor]] = field(
         init=False, repr=False, compare=False
     )
 
@@ -45,7 +46,7 @@ class Philox:
 
     @classmethod
     def shared(cls, seeds: Sequence[int], samples: Sequence[int] | None = None) -> Philox:
-        """Of images of which some have one seed and sample: they differ in their prompts alone."""
+        """Allows equal (seed, sample) pairs: for images that differ only in their prompts."""
         noise = cls.__new__(cls)
         noise._set(seeds, samples)
         return noise
@@ -55,7 +56,7 @@ class Philox:
         samples = (0,) * len(seeds) if samples is None else tuple(samples)
         object.__setattr__(self, "seeds", _integers("seed", seeds, 64))
         object.__setattr__(self, "samples", _integers("sample", samples, 32))
-        object.__setattr__(self, "_placed", {})
+        object.__setattr__(self, "_keys_on", {})
         if not self.seeds:
             raise InputError("no seeds: give one for each image, as in Philox([0, 1, 2, 3])")
         if len(self.samples) != len(self.seeds):
@@ -74,19 +75,21 @@ class Philox:
         return philox_normal(*self._keys(device), index, shape)
 
     def draw(self, first_row: int, device: torch.device) -> Draw:
-        """The same noise, to be drawn inside the step of a table whose row 0 is the plan's
-        `first_row`: it is never written to memory."""
+        """The same noise for a step that draws it itself, without writing it to memory.
+
+        first_row   the row of the whole plan that row 0 of the step's table is
+        """
         return Draw(*self._keys(device), first_row)
 
     def _keys(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Seeds and samples on a device. Copying waits for it, so rows share one copy."""
-        if device not in self._placed:
+        """Seeds and samples on a device, copied once: each copy would wait for the device."""
+        if device not in self._keys_on:
             signed = [seed - (seed >> 63 << 64) for seed in self.seeds]
-            self._placed[device] = (
+            self._keys_on[device] = (
                 torch.tensor(signed, dtype=torch.int64, device=device),
                 torch.tensor(self.samples, dtype=torch.int64, device=device),
             )
-        return self._placed[device]
+        return self._keys_on[device]
 
     def _check_distinct(self) -> None:
         seen: dict[tuple[int, int], int] = {}
@@ -101,26 +104,26 @@ class Philox:
 
 
 def keys_of(noise: object) -> Philox | None:
-    """What the rows of a source draw from, where that is keys: then steps draw it themselves.
+    """The Philox that the rows of a source draw from, or None. Steps draw from it themselves.
 
-    A source whose start alone is of its own says where its rows draw by an attribute `rows`.
+    A source that only has a start of its own names the source of its rows by an attribute `rows`.
     """
     if isinstance(noise, Philox):
-        return noise if type(noise) is Philox else None  # another's draws may be other numbers
+        return noise if type(noise) is Philox else None  # a subclass may draw other numbers
     rows: object = getattr(noise, "rows", None)
     return None if rows is None else keys_of(rows)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Given:
-    """Noise that is handed in, for parity with another implementation.
+    """Noise as tensors of the caller, for parity with another implementation.
 
     initial  [B, ...] unit normals, any float dtype: [B, C, h, w], video [B, C, T, h, w], packed
              tokens [B, L, C], or any other latent with the batch first
-    steps    for each row of the table one tensor of the same shape, or None where the row adds no
-             noise; rows past the end have none
+    steps    one entry a row of the table: a tensor of the same shape, or None where the row adds no
+             noise; missing entries are None
 
-    Draws are float32 on the device asked for. Raises InputError for shapes that do not agree, for
+    Draws are float32 on the device of the run. Raises InputError for shapes that do not agree, for
     an empty axis, and for a row that needs noise and has none.
     """
 
@@ -146,14 +149,14 @@ class Given:
         return self._draw(self.initial_noise, shape, device)
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        drawn = self.steps[index] if index < len(self.steps) else None
-        if drawn is None:
+        noise = self.steps[index] if index < len(self.steps) else None
+        if noise is None:
             have = [row for row, tensor in enumerate(self.steps) if tensor is not None]
             raise InputError(
                 f"row {index} adds noise, but steps has a tensor only for rows {have}: give "
                 f"steps[{index}] as {list(self.initial_noise.shape)}"
             )
-        return self._draw(drawn, shape, device)
+        return self._draw(noise, shape, device)
 
     def _check(self, name: str, tensor: Tensor) -> None:
         if tensor.ndim < 2 or tensor.numel() == 0 or not tensor.is_floating_point():
@@ -171,7 +174,7 @@ class Given:
     def _draw(self, tensor: Tensor, shape: Sequence[int], device: torch.device) -> Tensor:
         if tuple(shape) != self.shape:
             raise InputError(
-                f"latents of {list(shape)} were asked for, but the given noise is for "
+                f"the run has latents {list(shape)}, but the noise in Given is for "
                 f"{list(self.shape)}: give noise of that shape, or sample at this one"
             )
         return tensor.to(device=device, dtype=torch.float32)
@@ -189,17 +192,20 @@ def _integers(name: str, values: Sequence[int], bits: int) -> tuple[int, ...]:
 
 
 def has_float64(device: torch.device) -> bool:
-    """Whether a device computes in float64: Apple's (`mps`) does not ("the MPS framework doesn't
-    support float64", torch's own error), Intel's (`xpu`) in some."""
+    """Whether a device computes in float64. Apple's (`mps`) does not ("the MPS framework doesn't
+    support float64" is torch's error), and only some of Intel's (`xpu`) do."""
     if device.type == "xpu":
-        xpu: Any = torch.xpu  # whose properties have no annotations
+        xpu: Any = torch.xpu  # its properties have no annotations
         return bool(xpu.get_device_properties(device).has_fp64)
     return device.type != "mps"
 
 
 class OnHost(NamedTuple):
-    """Noise that is drawn on the host, to the same bits: Philox's normals go through float64, which
-    nothing else of a run does. 256 KB a picture of SDXL and row."""
+    """Noise that is drawn on the CPU, to the same bits, and copied to the device.
+
+    For devices without float64, which Philox's normals need and nothing else of a run does. A copy
+    is 256 KB for each SDXL image and row.
+    """
 
     source: NoiseSource
 
@@ -207,15 +213,15 @@ class OnHost(NamedTuple):
         return len(self.source)
 
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.source.initial(shape, _HOST).to(device)
+        return self.source.initial(shape, _CPU).to(device)
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.source.step(index, shape, _HOST).to(device)
+        return self.source.step(index, shape, _CPU).to(device)
 
 
 def noise_on(device: torch.device, source: NoiseSource) -> NoiseSource:
-    """The noise of a run on a device."""
+    """`source`, drawn on the CPU where `device` has no float64."""
     return source if has_float64(device) else OnHost(source)
 
 
-_HOST = torch.device("cpu")
+_CPU = torch.device("cpu")

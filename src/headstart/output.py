@@ -1,6 +1,6 @@
-"""Files that are whole or absent: checked before the work, written aside, then renamed into place.
+"""Files that are written completely or not at all, through a temporary name beside the target.
 
-probe the folder and its free space -> work -> NAME.partial -> fsync -> NAME
+check the folder and its free space -> work -> .NAME.partial -> fsync -> rename to NAME
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ def check_folder(folder: Path, *, size_bytes: int) -> None:
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir():
         raise InputError(f"output {str(folder)!r} lies inside the file {str(existing)!r}")
-    _probe(existing, size_bytes)
+    _check_space(existing, size_bytes)
 
 
 def write_file(path: Path, data: bytes, *, writer: str | None = None) -> None:
-    """Write `path` whole, or leave what was there before; InputError on a full or failing disk.
+    """Write `path` completely, or leave the old file; InputError on a full or failing disk.
 
-    `writer` names whoever alone writes here, instead of the process: what an earlier one of that
-    name left aside when it was killed is overwritten.
+    `writer` replaces the process id in the temporary name, where only one writer of that name runs
+    at a time. The temporary file of an earlier one that was killed is then overwritten.
     """
-    with _reported(path):
+    with _as_input_error(path):
         path.resolve().parent.mkdir(parents=True, exist_ok=True)
-        partial = _write_aside(path.resolve(), data, writer)
+        partial = _write_partial(path.resolve(), data, writer)
         try:
             partial.replace(path.resolve())
         except BaseException:
@@ -61,14 +61,14 @@ def write_file(path: Path, data: bytes, *, writer: str | None = None) -> None:
 
 @contextmanager
 def writing(path: Path) -> Generator[Path]:
-    """A name beside `path` for a new file, which becomes `path` if the block succeeds.
+    """A temporary name beside `path`; its file becomes `path` if the block succeeds.
 
-    For files too large to hold: whoever writes opens the name and creates it. InputError on a full
-    or failing disk; whatever happens, no part of a file is left.
+    For files too large for memory: the block creates the file under that name. Raises InputError on
+    a full or failing disk. No partial file is left in any case.
     """
     target = path.resolve()
-    partial = _aside(target)
-    with _reported(path):
+    partial = _partial(target)
+    with _as_input_error(path):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
@@ -80,26 +80,26 @@ def writing(path: Path) -> Generator[Path]:
 
 
 def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Write all `files` into `folder`, or none: each is complete aside before the first rename."""
-    with _reported(folder):
+    """Write all `files` into `folder`, or none: the first rename comes after all are written."""
+    with _as_input_error(folder):
         created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        aside: dict[str, Path] = {}
+        partials: dict[str, Path] = {}
         try:
             for name, data in files.items():
-                aside[name] = _write_aside(folder / name, data)
-            for name, partial in aside.items():
+                partials[name] = _write_partial(folder / name, data)
+            for name, partial in partials.items():
                 partial.replace(folder / name)
         except BaseException:
-            for partial in aside.values():
+            for partial in partials.values():
                 partial.unlink(missing_ok=True)
             if created:
                 shutil.rmtree(folder, ignore_errors=True)
             raise
 
 
-def _write_aside(path: Path, data: bytes, writer: str | None = None) -> Path:
-    partial = _aside(path, writer)
+def _write_partial(path: Path, data: bytes, writer: str | None = None) -> Path:
+    partial = _partial(path, writer)
     try:
         with partial.open("wb" if writer else "xb") as file:
             file.write(data)
@@ -111,12 +111,12 @@ def _write_aside(path: Path, data: bytes, writer: str | None = None) -> Path:
     return partial
 
 
-def _aside(path: Path, writer: str | None = None) -> Path:
+def _partial(path: Path, writer: str | None = None) -> Path:
     return path.with_name(f".{path.name}.{writer or os.getpid()}.partial")
 
 
 @contextmanager
-def _reported(path: Path) -> Generator[None]:
+def _as_input_error(path: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:
@@ -126,8 +126,8 @@ def _reported(path: Path) -> Generator[None]:
         ) from error
 
 
-def _probe(folder: Path, size_bytes: int) -> None:
-    """Creating a file is the only test that sees permissions, read-only mounts and quotas alike."""
+def _check_space(folder: Path, size_bytes: int) -> None:
+    """Only creating a file tests permissions, read-only mounts and quotas together."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free

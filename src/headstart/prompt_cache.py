@@ -1,10 +1,10 @@
-"""What a network makes of its prompt, made once and not on every row.
+"""What a network computes from its prompt, computed once and not on every row.
 
     F = network(x_in, timestep, cond) = network(x_in, timestep, cond + network.read_prompt(cond))
 
-A UNet's keys and values in cross-attention depend on the prompt alone, and on the adapters that act
-on those layers: with 77 tokens they are 52 GFLOP of the 6,761 of an SDXL pass at 1024 pixels, and
-140 of its layers.
+A UNet's keys and values in cross-attention depend only on the prompt, and on the adapters of those
+layers: with 77 tokens they are 52 GFLOP of the 6,761 of an SDXL pass at 1024 pixels, and 140 of its
+layers.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from headstart.interfaces import Conditioning
 
 T = TypeVar("T")
 Columns = tuple[tuple[float, ...], ...]
-"""Strengths [B, A] as the host knows them: of every adapter those of the samples."""
+"""Strengths [B, A] as Python numbers: for each adapter those of the samples."""
 
 
 class ReadsPrompt(Protocol):
-    """A denoiser, of any kind, that can be given what it would make of a prompt.
+    """A denoiser that can compute what depends only on the prompt, and take it back.
 
-    prompt_key   what that depends on besides the context, such as the weights as they are now and
-                 the strengths of adapters; None where nothing says when it changes
-    read_prompt  name -> [B, ...], for `Conditioning.extra`: of this network, and for it alone
+    prompt_key   everything besides the context that the result depends on, such as the current
+                 weights and the strengths of adapters; None where changes cannot be noticed
+    read_prompt  name -> [B, ...], for `Conditioning.extra`; only this network understands it
     """
 
     def prompt_key(self, cond: Conditioning, /) -> Hashable | None: ...
@@ -38,34 +38,37 @@ class ReadsPrompt(Protocol):
 
 
 def prompt_key(network: object, cond: Conditioning) -> Hashable | None:
-    """The network's; None for one that does not read prompts ahead."""
-    own = getattr(network, "prompt_key", None)
-    return None if own is None else own(cond)
+    """The network's `prompt_key`; None for a network without one."""
+    method = getattr(network, "prompt_key", None)
+    return None if method is None else method(cond)
 
 
-class _Kept(NamedTuple):
+class _Entry(NamedTuple):
     network: object
     context: Tensor
     key: Hashable
-    made: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
 
 
 @final
 class PromptCache:
-    """The prompt that the last row's network read, for the next row that has both.
+    """Holds what the last row's network computed from its prompt, for the next row with both.
 
-    A copy, also in another process, has read nothing.
+    A copy is empty, also in another process.
     """
 
     def __init__(self) -> None:
-        self._last: _Kept | None = None
+        self._last: _Entry | None = None
 
     def __reduce__(self) -> tuple[type[PromptCache], tuple[()]]:
         return PromptCache, ()
 
     def of(self, network: object, cond: T) -> T:
-        """The conditioning with what `network` makes of its context; as it is for a network or a
-        conditioning of another kind. A context that torch says was written to is read again."""
+        """`cond` with what `network` computes from its context in `extra`.
+
+        Returns `cond` itself for a network without `read_prompt` and for a `cond` that is no
+        Conditioning. Where torch says that the context was written to, it is read again.
+        """
         if not isinstance(cond, Conditioning):
             return cond
         key, context = prompt_key(network, cond), cond.context
@@ -80,28 +83,26 @@ class PromptCache:
             or last.context is not context
             or last.key != key
         ):
-            last = self._last = None  # before the next is made: the same memory serves again
-            made = cast("ReadsPrompt", network).read_prompt(cond)
-            last = self._last = _Kept(network, context, key, made)
-        told: Any = replace(cond, extra={**cond.extra, **last.made})
-        return told
+            last = self._last = None  # frees its memory before the next is computed
+            tensors = cast("ReadsPrompt", network).read_prompt(cond)
+            last = self._last = _Entry(network, context, key, tensors)
+        extended: Any = replace(cond, extra={**cond.extra, **last.tensors})
+        return extended
 
     def forget(self) -> None:
-        """Keep nothing any more."""
         self._last = None
 
     @property
     def samples(self) -> int:
-        """Of how many samples something is kept."""
+        """How many samples the entry is for; 0 without one."""
         last = self._last
         return 0 if last is None else len(last.context)
 
 
 class CachedExtra(dict[str, Tensor]):
-    """`Conditioning.extra` of a run's row: a network that is called with it keeps in `prompts` what
-    it makes of the prompt, for the run's next row.
+    """`Conditioning.extra` of a run's row, with the run's PromptCache.
 
-    columns   the row's `strengths`, if the host knows them: else it would wait for the device
+    columns   the row's `strengths`, where they are known without waiting for the device
 
     It becomes an ordinary dict where the conditioning is sliced, stacked, moved or pickled.
     """
@@ -109,43 +110,46 @@ class CachedExtra(dict[str, Tensor]):
     def __init__(
         self,
         extra: Mapping[str, Tensor],
-        prompts: PromptCache,
+        cache: PromptCache,
         strengths: Tensor | None = None,
         columns: Columns | None = None,
     ) -> None:
         super().__init__(extra)
-        self.prompts = prompts
-        self._of, self._columns = strengths, columns
-        self._version = None if strengths is None or strengths.is_inference() else _seen(strengths)
+        self.cache = cache
+        self._strengths, self._columns = strengths, columns
+        self._version = None
+        if strengths is not None and not strengths.is_inference():
+            self._version = _version(strengths)
 
     def __reduce__(self) -> tuple[type[dict[str, Tensor]], tuple[dict[str, Tensor]]]:
         return dict, (dict(self),)
 
     def columns(self, strengths: Tensor) -> Columns | None:
-        """Of these, if they are the row's, and nobody wrote to them."""
-        same = strengths is self._of and self._version is not None
-        return self._columns if same and _seen(strengths) == self._version else None
+        """Of `strengths`, if they are the row's and nobody wrote to them."""
+        same = strengths is self._strengths and self._version is not None
+        return self._columns if same and _version(strengths) == self._version else None
 
 
 def cached_prompt(network: object, cond: T) -> T:
-    """What `network` is to be called with: with what it makes of the prompt, where a run's row
-    keeps that. To be called by whatever hands a conditioning on, or is the network; the first does
-    it, and the others find nothing to do."""
+    """`cond` to call `network` with: extended by what the network computes from the prompt.
+
+    Whatever calls a network, or is one, uses this. The first caller extends `cond`; for the others
+    nothing is left to do.
+    """
     extra = getattr(cond, "extra", None)
     if not isinstance(extra, CachedExtra) or not hasattr(network, "prompt_key") or is_compiling():
         return cond
-    told = extra.prompts.of(network, cond)
-    return replace(cast("Any", cond), extra=dict(extra)) if told is cond else told
+    extended = extra.cache.of(network, cond)
+    return replace(cast("Any", cond), extra=dict(extra)) if extended is cond else extended
 
 
-def _seen(tensor: Tensor) -> int:
+def _version(tensor: Tensor) -> int:
     return tensor._version
 
 
 def _mode(context: Tensor) -> Hashable:
-    """What torch makes of operators: tensors of inference, or other dtypes."""
-    kind = context.device.type
-    cast_to = None
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        cast_to = torch.get_autocast_dtype(kind)
-    return torch.is_inference_mode_enabled(), cast_to
+    """Torch's settings that change results: inference mode, and the dtype of autocast."""
+    device, dtype = context.device.type, None
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.is_inference_mode_enabled(), dtype

@@ -1,4 +1,4 @@
-"""Sampling: ask the network of every row for F, and make the row's step.
+"""Sampling: call the network of each row, then make the row's step.
 
 x0 = c_skip*x + c_out*F      x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
 """
@@ -19,7 +19,8 @@ from headstart.finite import Check
 from headstart.interfaces import Conditioning, Denoiser, NoiseSource, X0Denoiser
 from headstart.plan.table import Step, StepTable
 from headstart.prompt_cache import cached_prompt
-from headstart.run import Run, State
+from headstart.run import Run
+from headstart.state import State
 from headstart_kernels import LinearMap
 
 __all__ = ["State", "sample"]
@@ -39,41 +40,42 @@ def sample(
     check: Check = "auto",
     picture: LinearMap | None = None,
 ) -> Iterator[State]:
-    """Run a table, one State a row; to stop iterating is to cancel, and leaves nothing behind.
+    """Run a table and yield a State after each row. To cancel, stop iterating.
 
-    denoisers   the network of every model that the rows left to run name: any callable (or an
-                X0Denoiser)
-                (x_in, timestep, cond) -> F. x_in is c_in*x in the dtype of its `dtype` attribute,
-                else of cond.context; timestep [B] is int64 where the row's is whole, else float32
-    cond        for B samples, or for one that all share; the run is on its device. A ByLevel says
-                another from a noise level on, and so may uncond
+    denoisers   model -> network, for every model of the rows left to run: an X0Denoiser, or any
+                callable (x_in, timestep, cond) -> F. x_in is c_in*x in the dtype of its `dtype`
+                attribute, else of cond.context; timestep [B] is int64 where the row's is whole,
+                else float32
+    cond        for B samples, or for one that all share; the run is on its device. A ByLevel
+                changes it with the noise level. Both hold for uncond too
     noise       B unit normals for the start and for each row that adds noise
     uncond      needed by rows with guidance other than 1, which make ONE call on the 2B samples
                 (uncond, cond); guidance 1 is conditional only, one pass
-    resume      a State of this plan: goes on with the next row, to the same bits as the run that
-                made it, on any part of the table. State(first - 1, x, x) starts from a latent
+    resume      a State of this plan: the run goes on with the next row, to the same bits as the
+                run that the State is from, on any part of the table. State(first - 1, x, x) starts
+                from a latent
     shape       of one latent, without the batch: (C, h, w), video (C, T, h, w), packed tokens
                 (L, C), or any other; not needed with `resume` or with `Given` noise
     before_row  called with each row before its network: for progress, or to set the strengths of
-                adapters that another engine holds
+                adapters in another engine
     strengths   [rows of the table, B, A] float32: what each row sets as `Conditioning.strengths`,
                 of the A adapters that the networks have (`Engine.adapters.strengths`)
-    check       a NaN or an infinity in x0 raises InputError naming step, model and samples: after
-                "each" row, after the "last" row (naming the first bad one), or "never". "auto" is
-                "each" on a CPU and "last" elsewhere, where each look would wait for the device
-    picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it; for
-                latents [B, C, h, w] alone
+    check       a NaN or an infinity in x0 raises InputError with step, model and samples: after
+                "each" row, after the "last" row (with the first bad one), or "never". "auto" is
+                "each" on a CPU and "last" elsewhere, where each check waits for the device
+    picture     draw x0 by this map into `State.rgb`, on a GPU in the pass that computes it; only
+                for latents [B, C, h, w]
 
     Raises InputError for anything missing, before the first network call. Generators share
     nothing, so runs may be interleaved. To steer, resume from a changed State, or write to its x
-    with torch's own operators before the next row; what torch does not see (a write through numpy)
-    the next row's network would not see either.
+    with torch's own operators before the next row. A write through numpy is not noticed: the next
+    row's network would still get the old x.
     """
     for part in cond_parts(cond):
         if not isinstance(part, Conditioning):
             raise InputError(
                 f"cond: expected a headstart.Conditioning, got {type(part).__name__}; "
-                "headstart.Run hands on whatever a network of yours reads"
+                "headstart.Run passes on whatever a network of yours reads"
             )
     _check_models(table, resume, denoisers, before_row is None and strengths is None)
     run = Run(
@@ -94,7 +96,7 @@ def sample(
 def _loop(
     run: Run, denoisers: Mapping[str, Denoiser], before_row: Callable[[Step], None] | None
 ) -> Iterator[State]:
-    untracked, as_it_is = torch.no_grad(), nullcontext()
+    no_grad, unchanged = torch.no_grad(), nullcontext()
     while True:
         if before_row is not None and run.row is not None:
             before_row(run.row)
@@ -102,17 +104,17 @@ def _loop(
         if call is None:
             return
         network = denoisers[call.model]
-        with untracked if torch.is_grad_enabled() else as_it_is:
+        with no_grad if torch.is_grad_enabled() else unchanged:
             if isinstance(network, X0Denoiser):
-                f = _asked_for_x0(run, network, call)
+                f = _from_x0(run, network, call)
             else:
                 f = network(call.x_in, call.timestep, cached_prompt(network, call.cond))
-            del call  # the step makes the next x_in in its memory
+            del call  # the step writes the next x_in into its memory
             state = run.advance(f)
         yield state
 
 
-def _asked_for_x0(run: Run, network: X0Denoiser, call: Call) -> Tensor:
+def _from_x0(run: Run, network: X0Denoiser, call: Call) -> Tensor:
     x = run.state.x
     if len(call.x_in) == 2 * len(x):
         x = torch.cat((x, x))
@@ -121,7 +123,7 @@ def _asked_for_x0(run: Run, network: X0Denoiser, call: Call) -> Tensor:
 
 
 class _Dtypes(Mapping[str, torch.dtype]):
-    """Model -> what its network is fed, where it says so; it may change in a run."""
+    """Model -> the `dtype` of its network, if it has one; it may change during a run."""
 
     def __init__(self, denoisers: Mapping[str, Denoiser]) -> None:
         self._denoisers = denoisers
@@ -140,9 +142,9 @@ class _Dtypes(Mapping[str, torch.dtype]):
 
 
 def _check_models(
-    table: StepTable, resume: State | None, denoisers: Mapping[str, Denoiser], unsteered: bool
+    table: StepTable, resume: State | None, denoisers: Mapping[str, Denoiser], no_strengths: bool
 ) -> None:
-    """Of the rows that are left to run."""
+    """Raise InputError unless the rows left to run have their networks and strengths."""
     done = 0 if resume is None else max(0, resume.step + 1 - table.first)
     steps = table.steps[done:]
     unknown = sorted({step.model for step in steps} - set(denoisers))
@@ -152,15 +154,15 @@ def _check_models(
             "missing network, or give the plan's legs the names it has"
         )
     for name in dict.fromkeys(step.model for step in steps):
-        kind = type(denoisers[name])
-        if kind.__module__.startswith(("diffusers.models.", "diffusers.pipelines.")):
+        network = type(denoisers[name])
+        if network.__module__.startswith(("diffusers.models.", "diffusers.pipelines.")):
             raise InputError(
-                f"denoisers[{name!r}] is diffusers' {kind.__name__}, which is not called as (x_in, "
-                "timestep, cond): give headstart.bridges.diffusers.denoiser(pipe.unet), or of "
-                "pipe.transformer"
+                f"denoisers[{name!r}] is diffusers' {network.__name__}, not called as "
+                "(x_in, timestep, cond): give headstart.bridges.diffusers.denoiser(pipe.unet) "
+                "(or pipe.transformer)"
             )
     adapters = sorted({name for step in steps for name, _ in step.adapters})
-    if adapters and unsteered:
+    if adapters and no_strengths:
         raise InputError(
             f"rows of this plan set adapter(s) {adapters}: sample through an Engine that has them "
             "attached, or give strengths=, or before_row=, which sets those of `step.adapters`"

@@ -20,7 +20,8 @@ from headstart.errors import InputError
 from headstart.lazy import LazyModule
 from headstart.noise import Philox
 from headstart.plan.table import StepTable
-from headstart.run import Run, State
+from headstart.run import Run
+from headstart.state import State
 
 samplers: Any = LazyModule("comfy.samplers")
 management: Any = LazyModule("comfy.model_management")

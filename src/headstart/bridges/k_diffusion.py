@@ -27,7 +27,8 @@ from headstart.plan.plan import Leg, Plan, StepTable, Update
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import FloatArray, Process, Spacing, real
-from headstart.run import Run, from_latent
+from headstart.run import Run
+from headstart.state import from_latent
 
 __all__ = ["KDenoiser", "denoiser", "sample_plan"]
 

@@ -24,10 +24,10 @@ from headstart.finite import Check
 from headstart.interfaces import Conditioning
 from headstart.memory.residency import state_to
 from headstart.noise import noise_on
-from headstart.run import State
 from headstart.runner.batch import Chunked
 from headstart.runner.runner import RunnerName, open_runner
 from headstart.sampler import sample
+from headstart.state import State
 from headstart_kernels import LinearMap
 
 

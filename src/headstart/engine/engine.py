@@ -44,8 +44,9 @@ from headstart.plan.plan import Plan
 from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
-from headstart.run import Run, State
+from headstart.run import Run
 from headstart.runner.runner import RunnerName, choose_runner, open_runner
+from headstart.state import State
 
 
 @final

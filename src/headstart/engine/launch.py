@@ -28,9 +28,9 @@ from headstart.engine.pixels import decode_rgb, finished
 from headstart.finite import require_finite
 from headstart.interfaces import Conditioning, NoiseSource, X0Denoiser
 from headstart.noise import Philox, keys_of
-from headstart.run import State
 from headstart.runner.runner import site_of
 from headstart.runner.trajectory_graph import Outcome, TrajectoryGraph
+from headstart.state import State
 
 _LOG = logging.getLogger(__name__)
 OnStep = Callable[[State], object] | None

@@ -19,8 +19,8 @@ from headstart.memory.arena import Arena
 from headstart.memory.available import available_bytes, pool_bytes
 from headstart.memory.offload import Placement
 from headstart.prompt_cache import ReadsPrompt, prompt_key
-from headstart.run import State
 from headstart.runner.runner import Runner
+from headstart.state import State
 
 _ALWAYS_THERE = nullcontext()
 

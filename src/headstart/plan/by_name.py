@@ -1,4 +1,4 @@
-"""A plan given by name and settings: a mode of a pair, or a pair's own name for its hybrid."""
+"""A plan by name and settings: a mode of a pair, or a pair's name for its hybrid."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TOML = ".toml"
 
 
 class PlanSettings(TypedDict, total=False):
-    """The arguments of `headstart.preset` that a plan given by name takes; all have defaults.
+    """The arguments of `headstart.preset` that a plan by name takes; all have defaults.
 
     preset              which pair, such as "lightning"; `headstart.presets()` lists them
     steps, k, n, handoff, base_guidance, distilled_guidance    see `headstart.preset`
@@ -42,32 +42,32 @@ class PlanSettings(TypedDict, total=False):
 
 
 def named_plan(name: str, settings: PlanSettings, default_preset: str | None = None) -> Plan:
-    """The plan called `name`: a mode of a pair ("hybrid"), a preset ("lightning", its hybrid), or
-    the path of a plan written down as TOML, "mine.toml", which states all of itself.
+    """The plan called `name`: a mode of a pair ("hybrid"), a preset ("lightning" is its hybrid), or
+    the path of a TOML file, "mine.toml", which has all settings itself.
 
-    A setting that is None counts as not given. Raises PlanError for an unknown name, for a mode
+    A setting that is None counts as absent. Raises PlanError for an unknown name, for a mode
     without a preset, and for settings that make no exact plan.
     """
-    given = {key: value for key, value in settings.items() if value is not None}
+    present = {key: value for key, value in settings.items() if value is not None}
     if name.endswith(TOML):
-        if more := sorted(set(given) - {"preset"}):  # of a pair whose plans are given by name too
+        if more := sorted(set(present) - {"preset"}):  # a preset may be the default of other plans
             raise PlanError(f"{more[0]}= and plan {name!r}: the file states its own; give one")
         named_pair(name, settings, default_preset or CUSTOM.name)
         return read_plan(name)
-    if name == "base" and (more := [key for key in _GRID if key in given]):
+    if name == "base" and (more := [key for key in _GRID if key in present]):
         raise PlanError(
             f"{more[0]}= is of the distilled model, and plan 'base' does not run it: leave it out, "
             "or give a plan from a FILE.toml"
         )
     for key in ("preset", *_GRID):
-        given.pop(key, None)
-    request = Request("", mode=_mode(name), **given)  # pyright: ignore[reportArgumentType]
+        present.pop(key, None)
+    request = Request("", mode=_mode(name), **present)  # pyright: ignore[reportArgumentType]
     pair = named_pair(name, settings, default_preset)
     return plan_of(pair, request._replace(name=pair.name))
 
 
 def check_name(name: str) -> None:
-    """Raise PlanError unless a plan may be called so."""
+    """Raise PlanError unless `name` can be the name of a plan."""
     if name not in MODES and name not in PRESETS and not name.endswith(TOML):
         raise PlanError(
             f"unknown plan {name!r}: expected one of {', '.join(MODES)}, a preset's name for its "
@@ -79,13 +79,13 @@ _GRID = ("timesteps", "sigmas", "update")
 
 
 def named_pair(name: str, settings: PlanSettings, default_preset: str | None = None) -> Pair:
-    """The pair that the plan called `name` is of, with the distilled model's own grid if given.
+    """The pair of the plan called `name`, with the grid of the settings if they have one.
 
     Raises PlanError as `named_plan` does.
     """
-    given: Mapping[str, object] = {**settings}
-    own = {key: given[key] for key in _GRID if given.get(key) is not None}
-    if default_preset is None and ("timesteps" in own or "sigmas" in own):
+    every: Mapping[str, object] = {**settings}
+    grid = {key: every[key] for key in _GRID if every.get(key) is not None}
+    if default_preset is None and ("timesteps" in grid or "sigmas" in grid):
         default_preset = CUSTOM.name
     pair = settings.get("preset") or (name if name in PRESETS else default_preset)
     check_name(name)
@@ -101,15 +101,15 @@ def named_pair(name: str, settings: PlanSettings, default_preset: str | None = N
             f"unknown preset {pair!r}: `headstart presets` lists those there are, such as "
             f"{', '.join(map(repr, PRESETS[:5]))}"
         )
-    return _with_grid(PAIRS.get(pair, CUSTOM), own)
+    return _with_grid(PAIRS.get(pair, CUSTOM), grid)
 
 
-def _with_grid(pair: Pair, own: Mapping[str, object]) -> Pair:
-    """The pair with the distilled model's grid, levels or rule replaced by those given."""
-    if not own:
+def _with_grid(pair: Pair, grid: Mapping[str, object]) -> Pair:
+    """The pair with these timesteps, sigmas or update of the distilled model."""
+    if not grid:
         return pair
-    timesteps, sigmas = own.get("timesteps"), own.get("sigmas")
-    if "update" in own and (update := Update(own["update"])) is not pair.update:
+    timesteps, sigmas = grid.get("timesteps"), grid.get("sigmas")
+    if "update" in grid and (update := Update(grid["update"])) is not pair.update:
         pair = replace(pair, update=update, eta=0.0, gamma=0.3, boundary=False)
     if timesteps is None and sigmas is None:
         return pair
@@ -130,12 +130,12 @@ def _numbers(name: str, values: object) -> tuple[float, ...] | None:
     if isinstance(values, str) or not isinstance(values, Iterable):
         raise PlanError(f"{name} must be a list of numbers, such as [999, 749], not {values!r:.60}")
     try:
-        found = tuple(float(value) for value in cast("Iterable[float]", values))
+        numbers = tuple(float(value) for value in cast("Iterable[float]", values))
     except (TypeError, ValueError, OverflowError):
         raise PlanError(f"{name} must be numbers, not {values!r:.60}") from None
-    if not found:
+    if not numbers:
         raise PlanError(f"{name} must list at least one step of the distilled model")
-    return found
+    return numbers
 
 
 def _mode(name: str) -> Mode:

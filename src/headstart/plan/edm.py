@@ -1,6 +1,6 @@
-"""EDM as a noise schedule:  x = x0 + sigma*eps at any level, the network is told log(sigma)/4.
+"""EDM as a noise schedule:  x = x0 + sigma*eps at any level, timestep = log(sigma)/4.
 
-Source: arXiv:2206.00364, table 1. Playground 2.5 and CosXL are such models.
+Source: arXiv:2206.00364, table 1. Playground 2.5 and CosXL are EDM models.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ else:
 
 @dataclass(frozen=True, slots=True)
 class EdmSchedule:
-    """Levels sigma_min .. sigma_max; `sigma_data` shapes the prediction, `rho` grids alone.
+    """Levels sigma_min .. sigma_max. `sigma_data` shapes the prediction; `rho` only shapes grids.
 
-    The grid of n steps has both ends: (s_max^(1/rho) + i/(n - 1) (s_min^(1/rho) -
-    s_max^(1/rho)))^rho for spacings "trailing" and "karras", equally far apart in log sigma for
-    "exponential", and for "even" the former's steps down to the level where the leg ends.
+    The grid of n steps includes both ends: (s_max^(1/rho) + i/(n - 1) (s_min^(1/rho) -
+    s_max^(1/rho)))^rho for spacings "trailing" and "karras"; equal distances in log sigma for
+    "exponential"; for "even" the first formula, down to the level where the leg ends.
     """
 
     sigma_min: float = 0.002
@@ -50,12 +50,12 @@ class EdmSchedule:
 
     @property
     def highest(self) -> tuple[float, float]:
-        """What the network is told at sigma_max, and sigma_max."""
+        """The timestep of sigma_max, and sigma_max."""
         return self.timestep(self.sigma_max), self.sigma_max
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """What the network is told at sigma_min, and sigma_min."""
+        """The timestep of sigma_min, and sigma_min."""
         return self.timestep(self.sigma_min), self.sigma_min
 
     def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
@@ -84,7 +84,7 @@ class EdmSchedule:
         return float(found) if found.ndim == 0 else found
 
     def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:
-        """log(sigma)/4, what the network is told."""
+        """log(sigma)/4."""
         levels = np.asarray(sigma, dtype=np.float64)
         self._check(levels)
         found = np.log(levels) / 4.0

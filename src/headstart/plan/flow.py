@@ -1,7 +1,7 @@
 """Rectified flow as a noise schedule:  z = (1 - t)*x0 + t*eps,  x = z/(1 - t),  sigma = t/(1 - t).
 
-Divided by 1 - t a flow's state is x0 + sigma*eps, the state of every other model here, so a flow
-model hands over to any other of its latents at a level. Its network is told 1000*t.
+Divided by 1 - t, a flow's state is x0 + sigma*eps, as for every other model here. So a flow model
+can hand over to any other model of its latents at a level. Its network's timestep is 1000*t.
 Sources: arXiv:2209.03003, section 2.1; shifting arXiv:2403.03206, section 5.3.2.
 """
 
@@ -23,14 +23,14 @@ else:
     np, FloatArray = LazyModule("numpy"), Any
 
 FLOW_STEPS = 1000.0
-"""What the network is told at t = 1."""
+"""The timestep at t = 1."""
 HIGHEST_SIGMA = 2.0**24
-"""Stands for t = 1, pure noise. A power of two, so sigma*n is exact and c_in*sigma*n is n."""
+"""The level used for t = 1, pure noise. A power of two: sigma*n is exact, and c_in*sigma*n is n."""
 
 
 @dataclass(frozen=True, slots=True)
 class FlowSchedule:
-    """Timesteps 1000*t in (0, 1000] and their levels; `shift` and `terminal` shape grids alone.
+    """Timesteps 1000*t in (0, 1000] and their levels. `shift` and `terminal` only shape grids.
 
     timesteps   u = 1 - i/n (spacing "trailing"), n points from 1 to 1/1000 ("linspace", what
                 diffusers makes of a bare step count), n equal steps down to the u of the level
@@ -61,7 +61,7 @@ class FlowSchedule:
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """A flow is trained down to no noise."""
+        """Timestep 0 and level 0: a flow is trained down to no noise."""
         return 0.0, 0.0
 
     def points(self, steps: int, spacing: Spacing, landing: float = 0.0) -> Points:
@@ -110,7 +110,7 @@ class FlowSchedule:
         return float(found) if found.ndim == 0 else found
 
     def fingerprint(self) -> str:
-        """Of what grids are made from."""
+        """A text of the numbers that shape grids."""
         end = "" if self.terminal is None else f" terminal {self.terminal!r}"
         return f"flow shift {self.shift!r}{end}"
 
@@ -118,6 +118,6 @@ class FlowSchedule:
         return self.shift * u / (1.0 + (self.shift - 1.0) * u)
 
     def _unshifted(self, sigma: float) -> float:
-        """u of a level: the inverse of `_shifted`, of t = sigma/(1 + sigma)."""
+        """The u whose `_shifted` is t = sigma/(1 + sigma)."""
         t = sigma / (1.0 + sigma)
         return t / (self.shift - (self.shift - 1.0) * t)

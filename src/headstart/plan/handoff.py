@@ -1,7 +1,8 @@
 """The boundary between legs:  last sigma_next of one == first sigma of the next, or an error.
 
-A boundary is a noise level. Two models may have schedules of their own: then the same timestep is
-another level for each, and the first one's last row goes to the level at which the other starts.
+A boundary is a noise level. If two models have different schedules, the same timestep is a
+different level for each. The last row of the first model then goes to the level at which the other
+starts.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ class Point(NamedTuple):
 def join(legs: Sequence[Leg], schedules: Schedules, end: float = 0.0) -> tuple[Point, ...]:
     """All starting points of a plan, highest first; each row goes to the next, the last to `end`.
 
-    A leg given by steps= stops where the next leg starts: at a point of its own grid, or, where it
-    has `until` or the next model another schedule, above the level (and, without `until`, above
-    the timestep) at which that one starts. A leg given by timesteps= or sigmas= runs all of its
-    points, and they must lie above where it ends. Anything else raises a PlanError with both grids
-    and the nearest plan that does.
+    A leg with steps= stops where the next leg starts, at a point of its own grid. If it has
+    `until`, or the next model has another schedule, it runs its points above the level at which the
+    next leg starts (without `until`: above its timestep too). A leg with timesteps= or sigmas= runs
+    all of its points, which must lie above its end. Anything else raises a PlanError with both
+    grids and the nearest valid plan.
     """
     parts = _parts(legs, schedules, end)
     for index, pair in enumerate(pairwise(parts)):
@@ -43,9 +44,9 @@ def join(legs: Sequence[Leg], schedules: Schedules, end: float = 0.0) -> tuple[P
             raise PlanError(_explain(reason, legs, schedules, end, index))
     points: list[Point] = []
     for part, after in zip(parts, (*parts[1:], None), strict=True):
-        leg, own = part.leg, part.grid
+        leg, grid = part.leg, part.grid
         count = _count(part, after) if after else _last_count(part, end)
-        pairs = zip(own.timesteps[:count], own.sigmas[:count], strict=True)
+        pairs = zip(grid.timesteps[:count], grid.sigmas[:count], strict=True)
         points += [Point(leg, timestep, sigma) for timestep, sigma in pairs]
     return tuple(points)
 
@@ -59,7 +60,7 @@ class _Part(NamedTuple):
 
 
 def _parts(legs: Sequence[Leg], schedules: Schedules, end: float) -> list[_Part]:
-    """From the last leg up: the grid of a leg may depend on where the next one starts."""
+    """Built from the last leg up: the grid of a leg may depend on where the next one starts."""
     parts: list[_Part] = []
     for leg in reversed(legs):
         landing = parts[0].grid.sigmas[0] if parts else end
@@ -84,61 +85,62 @@ def _last_count(part: _Part, end: float) -> int:
 def _count(part: _Part, after: _Part) -> int:
     """How many points of a leg run before the next one starts.
 
-    On two schedules one timestep has two levels, and the leg that has the higher one would make a
-    needless small step from there: a leg of a grid stops above the next one's timestep too.
+    On two schedules the same timestep has two levels. The leg whose level is higher would make a
+    needless small step from there. So a leg on a grid also stops above the next leg's timestep.
     """
     count = part.grid.above(after.grid.sigmas[0])
-    if part.leg.steps is None or _free(part.leg) or part.schedule == after.schedule:
+    if part.leg.steps is None or _may_leave_grid(part.leg) or part.schedule == after.schedule:
         return count
-    if type(part.schedule) is not type(after.schedule):  # timesteps of two kinds say nothing
+    if type(part.schedule) is not type(after.schedule):  # their timesteps cannot be compared
         return count
     return min(count, sum(time > after.grid.timesteps[0] for time in part.grid.timesteps))
 
 
-def _free(leg: Leg) -> bool:
-    """Whether it may land off its own grid: an even one is made for where it lands."""
+def _may_leave_grid(leg: Leg) -> bool:
+    """Whether the leg may end off its own grid. An even grid is computed for its end."""
     return leg.until is not None or leg.spacing is Spacing.EVEN
 
 
-def _met(level: float, other: float) -> bool:
+def _same(level: float, other: float) -> bool:
     return abs(level - other) <= SLACK * other
 
 
 def _fault(part: _Part, after: _Part) -> str:
     """Why these two cannot join, or an empty string."""
-    leg, own, following = part.leg, part.grid, after.grid
+    leg, grid, following = part.leg, part.grid, after.grid
     count = _count(part, after)
     start = f"{after.leg.model!r} starts at timestep {following.timesteps[0]:g}"
     if part.schedule != after.schedule:
         start += f" (sigma {following.sigmas[0]:.4f}, on a schedule of its own)"
     elif leg.until:
         start += f" (sigma {following.sigmas[0]:.4f})"
-    if isinstance(leg.until, float) and not _met(leg.until, following.sigmas[0]):
+    if isinstance(leg.until, float) and not _same(leg.until, following.sigmas[0]):
         return f"a gap in noise level: {leg.model!r} goes until level {leg.until:g}, but {start}"
     if leg.steps is None:
-        if count == len(own.sigmas) or (count and leg.until is not None):
+        if count == len(grid.sigmas) or (count and leg.until is not None):
             return ""
         return (
             f"the noise level would not fall: {leg.model!r} goes down to timestep "
-            f"{own.timesteps[-1]:g}, but {start}"
+            f"{grid.timesteps[-1]:g}, but {start}"
         )
     if count == 0:
         return (
             f"{leg.model!r} would run zero steps: its grid begins at timestep "
-            f"{own.timesteps[0]:g}, and {start}{_lower(after)}"
+            f"{grid.timesteps[0]:g}, and {start}{_lower(after)}"
         )
-    landing = own.sigmas[count] if count < len(own.sigmas) else 0.0
-    if _met(landing, following.sigmas[0]) or part.schedule != after.schedule or _free(leg):
+    landing = grid.sigmas[count] if count < len(grid.sigmas) else 0.0
+    meets = _same(landing, following.sigmas[0]) or part.schedule != after.schedule
+    if meets or _may_leave_grid(leg):
         return ""
-    target = f"timestep {own.timesteps[count]:g}" if landing else "the end of its grid, sigma 0"
+    target = f"timestep {grid.timesteps[count]:g}" if landing else "the end of its grid, sigma 0"
     return (
-        f"a gap in noise level: from timestep {own.timesteps[count - 1]:g} {leg.model!r} goes to "
+        f"a gap in noise level: from timestep {grid.timesteps[count - 1]:g} {leg.model!r} goes to "
         f"{target}, but {start}"
     )
 
 
 def _lower(after: _Part) -> str:
-    """The level that would leave the leg before a step, where the next one's start is chosen so."""
+    """If the next leg's start follows from a level: a level that leaves this leg a step."""
     levels = after.grid.sigmas
     return f"; hand over at {levels[1]:.4g} or below" if after.leg.below and levels[1:] else ""
 
@@ -148,11 +150,11 @@ def _explain(reason: str, legs: Sequence[Leg], schedules: Schedules, end: float,
     parts = _parts(legs, schedules, end)[index : index + 2]
     grids = [f"  {part.leg.model:<{width}}  {part.grid}" for part in parts]
     nearest = _nearest(legs, schedules, end, index)
-    told = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
+    advice = f"nearest valid plan: legs=({', '.join(map(repr, nearest))},)"
     changed = nearest[index].steps if len(nearest) == len(legs) else None
     if changed is not None and changed != legs[index].steps:
-        told += f"\n  that is steps={changed} for {legs[index].model!r}, n={changed} of a preset"
-    return "\n".join([reason, *grids, told])
+        advice += f"\n  that is steps={changed} for {legs[index].model!r}, n={changed} of a preset"
+    return "\n".join([reason, *grids, advice])
 
 
 def _nearest(legs: Sequence[Leg], schedules: Schedules, end: float, index: int) -> Sequence[Leg]:
@@ -192,14 +194,14 @@ def _repairs(part: _Part, following: _Part) -> Iterator[tuple[Leg, Leg]]:
 
 
 def _trimmed(parts: Sequence[_Part]) -> Sequence[Leg]:
-    """From the last leg up, keep of each what lies above the leg after it: that always joins."""
-    kept, start = [parts[-1].leg], parts[-1].grid.sigmas[0]
+    """Of each leg the points above the start of the next one, which always joins."""
+    legs, start = [parts[-1].leg], parts[-1].grid.sigmas[0]
     for part in reversed(parts[:-1]):
         count = part.grid.above(start)
         if count:
-            kept.insert(0, _explicit(part.leg, part.grid, count))
+            legs.insert(0, _explicit(part.leg, part.grid, count))
             start = part.grid.sigmas[0]
-    return kept
+    return legs
 
 
 def _joins(legs: Sequence[Leg], schedules: Schedules, end: float) -> bool:
@@ -210,8 +212,8 @@ def _joins(legs: Sequence[Leg], schedules: Schedules, end: float) -> bool:
     return not any(_fault(*pair) for pair in pairwise(parts))
 
 
-def _explicit(leg: Leg, own: Grid, count: int) -> Leg:
-    """The same leg with its first `count` points named; sigmas too where it states its own."""
+def _explicit(leg: Leg, grid: Grid, count: int) -> Leg:
+    """The same leg with its first `count` points listed; with sigmas too if it has its own."""
     return replace(
         leg,
         steps=None,
@@ -219,6 +221,6 @@ def _explicit(leg: Leg, own: Grid, count: int) -> Leg:
         spacing=Spacing.TRAILING,
         until=None,
         below=None,
-        timesteps=own.timesteps[:count],
-        sigmas=None if leg.sigmas is None else own.sigmas[:count],
+        timesteps=grid.timesteps[:count],
+        sigmas=None if leg.sigmas is None else grid.sigmas[:count],
     )

@@ -17,7 +17,7 @@ from headstart.plan.update import Update
 Until = float | Literal["next"] | None
 
 PRINTED = 5e-3
-"""A level copied from a printed table, with three digits, is the level that was printed."""
+"""Relative: a level copied from a printed table, with three digits, counts as the exact level."""
 
 
 class Grid(NamedTuple):
@@ -31,38 +31,37 @@ class Grid(NamedTuple):
         return f"timesteps {times} | sigmas {' '.join(f'{s:.4f}' for s in self.sigmas)}"
 
     def above(self, level: float, slack: float = SLACK) -> int:
-        """How many points lie above a level; relatively closer than `slack` is the level itself."""
+        """How many points lie above a level; one within the relative `slack` is not above it."""
         return sum(sigma > level * (1 + slack) for sigma in self.sigmas)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Leg:
-    """A run of steps by one model. Its steps are given in one of two ways:
+    """A run of steps by one model, with its starting points in one of two forms:
 
     steps= (+ spacing, skip)     a regular grid. The leg starts `skip` points into it and runs until
                                  the next leg takes over, which must be exactly at a later point of
                                  the same grid; the last leg runs to the grid's end.
-    timesteps= or sigmas=        exactly these starting points, all of them run. The last row goes
-                                 wherever the next leg starts. Both together state both columns;
-                                 sigmas alone get their timesteps by interpolation in log sigma, as
-                                 diffusers and k-diffusion do.
+    timesteps= or sigmas=        exactly these starting points. The last row goes to wherever the
+                                 next leg starts. With sigmas alone the timesteps are interpolated
+                                 in log sigma, as diffusers and k-diffusion do.
 
     The last leg's last row goes to the plan's end, sigma 0 by default, so neither list ends with 0.
 
-    until       the level at which the leg ends, off its own grid if need be: a sigma, or "next",
-                where the next leg starts. The leg runs those steps of its grid that lie above it.
-                None: it must end at a point of its own grid, or name its points
-    below       its steps above this level are left out: a student's, which the base takes over
+    until       the level at which the leg ends, if need be off its own grid: a sigma, or "next",
+                where the next leg starts. The leg runs the steps of its grid above that level.
+                None: it must end at a point of its own grid, or list its points
+    below       leave out the steps above this level, for a student whose first steps the base does
     update      the rule of every row; `eta` belongs to DDIM, `gamma` to TCD, `boundary` (LCM's
                 c_skip and c_out folded into the row) to RENOISE
-    prediction  None: what `Plan.compile` is given for the model
+    prediction  None: the one of `Plan.compile`
     guidance    at least 1.0, which is conditional only, one network pass: what cards call 0
-    adapters    (name, strength) pairs that hold on this leg
+    adapters    (name, strength) pairs for this leg
     shifted_timestep
-                S: at timestep t the network is told floor(t*S/T), and its output read at that
-                timestep's level (NitroFusion's scheduler, arXiv:2412.02030: 250 or 500 of 1000)
+                S: at timestep t the network gets floor(t*S/T), and its output is read at the level
+                of that timestep (NitroFusion's scheduler, arXiv:2412.02030: 250 or 500 of 1000)
 
-    Enum fields take their string values too. Raises PlanError for anything it cannot mean.
+    Enum fields take their string values too. Raises PlanError for invalid or contradictory fields.
     """
 
     model: str
@@ -95,29 +94,29 @@ class Leg:
         self._check_parameters()
 
     def grid(self, schedule: Process, landing: float = 0.0) -> Grid:
-        """All starting points of this leg's own grid not above `below`, as if it were the last.
+        """All starting points of this leg's own grid that are not above `below`.
 
-        `landing` is the level at which it ends, which an even grid depends on. Raises PlanError
-        for points outside the model's schedule, and where `below` leaves none.
+        `landing` is the level at which the leg ends; an even grid depends on it. Raises PlanError
+        for points outside the model's schedule, and if `below` leaves none.
         """
-        found = self._whole_grid(schedule, landing)
+        grid = self._whole_grid(schedule, landing)
         low, high = schedule.lowest[1], schedule.highest[1]
-        if found.sigmas[0] > high * (1 + SLACK) or found.sigmas[-1] < low * (1 - SLACK):
+        if grid.sigmas[0] > high * (1 + SLACK) or grid.sigmas[-1] < low * (1 - SLACK):
             raise PlanError(
-                f"levels of leg {self.model!r} run {found.sigmas[0]:.6g} .. "
-                f"{found.sigmas[-1]:.6g}, and its model knows {low:.6g} .. {high:.6g}: start and "
+                f"levels of leg {self.model!r} run {grid.sigmas[0]:.6g} .. "
+                f"{grid.sigmas[-1]:.6g}, and its model knows {low:.6g} .. {high:.6g}: start and "
                 "end it inside"
             )
         if self.below is None:
-            return found
-        above = found.above(self.below, PRINTED)
-        if above == len(found.sigmas):
-            lower = found.sigmas[1:] or found.sigmas
+            return grid
+        above = grid.above(self.below, PRINTED)
+        if above == len(grid.sigmas):
+            lower = grid.sigmas[1:] or grid.sigmas
             raise PlanError(
                 f"{self.model!r} has no step at or below level {self.below:g}: hand over at one of "
                 f"those it has, {' '.join(f'{sigma:.4g}' for sigma in lower)}"
             )
-        return Grid(found.timesteps[above:], found.sigmas[above:])
+        return Grid(grid.timesteps[above:], grid.sigmas[above:])
 
     def _whole_grid(self, schedule: Process, landing: float) -> Grid:
         if self.steps is not None:
@@ -128,17 +127,17 @@ class Leg:
         if times is None:
             assert sigmas is not None
             times = tuple(schedule.timestep(sigmas, "log").tolist())
-        levels = schedule.sigma(times)  # also where sigmas are given: it checks the timesteps
+        levels = schedule.sigma(times)  # checks the timesteps, also if sigmas are set
         return Grid(times, tuple(levels.tolist()) if sigmas is None else sigmas)
 
     def __repr__(self) -> str:
-        """Python that makes this leg again: the fields that differ from their defaults."""
-        told = [f"model={self.model!r}"]
+        """A Python expression of this leg, with the fields that differ from their defaults."""
+        arguments = [f"model={self.model!r}"]
         for field in fields(self)[1:]:
             value = getattr(self, field.name)
             if value != field.default:
-                told.append(f"{field.name}={_literal(value)}")
-        return f"Leg({', '.join(told)})"
+                arguments.append(f"{field.name}={_literal(value)}")
+        return f"Leg({', '.join(arguments)})"
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -155,8 +154,8 @@ class Leg:
             whole_number(f"skip of leg {self.model!r}", self.skip, 0, self.steps - 1)
         if self.skip and self.spacing is Spacing.EVEN:
             raise PlanError(
-                f"skip={self.skip} of leg {self.model!r}: an even grid is made for where it starts "
-                "and ends; leave skip out"
+                f"skip={self.skip} of leg {self.model!r}: an even grid depends on where it "
+                "starts and ends; leave skip out"
             )
         if self.steps is None and (self.skip or self.spacing is not Spacing.TRAILING):
             raise PlanError(f"spacing and skip belong to steps=, leg {self.model!r} has {explicit}")
@@ -201,22 +200,23 @@ class Leg:
                 )
 
 
-def _is(kind: type, value: object) -> bool:
-    """Files and callers without types may give anything."""
-    return isinstance(value, kind)
+def _is(expected: type, value: object) -> bool:
+    """isinstance, also where the annotation says so already: callers may not check types."""
+    return isinstance(value, expected)
 
 
-def _strengths(given: object) -> tuple[tuple[str, float], ...]:
-    """(name, strength) pairs, also of a mapping."""
-    items: object = given
-    if isinstance(given, Mapping):
-        items = tuple(cast("Mapping[str, float]", given).items())
+def _strengths(adapters: object) -> tuple[tuple[str, float], ...]:
+    """(name, strength) pairs, also from a mapping."""
+    items = adapters
+    if isinstance(adapters, Mapping):
+        items = tuple(cast("Mapping[str, float]", adapters).items())
     try:
         pairs = cast("tuple[tuple[str, float], ...]", items)
         return tuple((str(name), float(value)) for name, value in pairs)
     except (TypeError, ValueError, OverflowError):
         raise PlanError(
-            f"adapters must be (name, strength) pairs, such as (('ink', 0.5),), not {given!r:.60}"
+            "adapters must be (name, strength) pairs, such as (('ink', 0.5),), not "
+            f"{adapters!r:.60}"
         ) from None
 
 

@@ -27,19 +27,19 @@ class Pair:
 
     card        where the numbers are from
     steps       step counts the distilled model is published for, the usual one first
-    spacing     of its grid; `timesteps`: by step count, where its grid is no regular one, and then
-                of all counts there are; `sigmas`: levels in their place
+    spacing     of its grid. `timesteps`: its grids by step count, if they are not regular; then no
+                other counts exist. `sigmas`: levels instead
     update, eta, gamma, boundary, shifted_timestep, guidance    of its rows (see `Leg`)
     base_update, base_boundary, base_guidance    of the rows the base runs before it
     base_steps, base_scale    steps and guidance of the base alone
     start, end  see `Plan`
-    handoff     level at or below which the distilled model takes over where nothing else is said;
-                None: after the first of its own steps
-    schedule    noise schedule of the distilled model, base_schedule of the base: None, the same.
-                Only where no file says it
+    handoff     by default the distilled model takes over at or below this level; None: after the
+                first of its own steps
+    schedule    noise schedule of the distilled model, and base_schedule of the base (None: the
+                same), if no file has one
     prediction, distilled_prediction    the same for what the networks predict
-    ratio       levels of this pair that look alike are `ratio` times SDXL's (side of the latent
-                over 128, arXiv:2301.11093, section 2); None where that is not known
+    ratio       a level of this pair looks like `level/ratio` of SDXL (side of the latent over 128,
+                arXiv:2301.11093, section 2); None where that is not known
     """
 
     name: str
@@ -70,19 +70,19 @@ class Pair:
 
     @property
     def schedules(self) -> dict[str, Process]:
-        """Model -> the schedule that it has where no file says another."""
+        """Model -> its schedule, if no file has another."""
         return {"base": self.base_schedule or self.schedule, "distilled": self.schedule}
 
     @property
     def predictions(self) -> dict[str, Prediction]:
-        """Model -> what it predicts where no file says so."""
+        """Model -> what it predicts, if no file says so."""
         distilled = self.distilled_prediction or self.prediction
         return {"base": self.prediction, "distilled": distilled}
 
     def distilled(self, steps: int, begin: int = 0, end: int | None = None) -> Leg:
-        """The distilled model on steps begin .. end of its grid of that many steps.
+        """The distilled model on steps begin .. end of its grid of `steps` steps.
 
-        A regular grid that is not cut at its end goes on to it, or to the next leg.
+        On a regular grid it runs to the end, or to the next leg.
         """
         return self._on(
             Leg(
@@ -117,7 +117,7 @@ class Pair:
         )
 
     def grid(self, steps: int) -> Grid:
-        """All steps of the distilled model, on the schedule it has where no file says another."""
+        """All steps of the distilled model, on the pair's schedule."""
         return self.distilled(steps).grid(self.schedule)
 
     def _on(self, leg: Leg, steps: int, begin: int, end: int | None) -> Leg:

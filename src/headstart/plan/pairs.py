@@ -1,7 +1,7 @@
-"""The pairs that are known by name, one row each, with the card that each number is from.
+"""The pairs with a name, one row each, with the card that its numbers are from.
 
-A name follows the model card. `paper-*` is what the notebooks of arXiv:2503.10637 ran, one
-scheduler shared by both models; `script-*` what its script ran where that differs and is sound.
+Names follow the model cards. `paper-*` is what the notebooks of arXiv:2503.10637 ran, with one
+scheduler for both models; `script-*` is what its script ran, where that differs and is sound.
 Guidance 1.0 is what cards call 0; flow cards that write cond + s*(cond - uncond) have 1 + s here.
 """
 
@@ -269,7 +269,7 @@ _FLOW_PAIRS = tuple(
 
 
 def _of_the_paper() -> tuple[Pair, ...]:
-    """LCM's scheduler gives x0 of the base new noise too; Turbo's is ancestral for both."""
+    """LCM's scheduler adds new noise to the base's x0 too; Turbo's is ancestral for both models."""
     consistency = Pair(
         name="",
         card=_SCRIPT,
@@ -305,8 +305,8 @@ PAIRS: Mapping[str, Pair] = MappingProxyType(
     {pair.name: pair for pair in (*_TABLE_PAIRS, *_FLOW_PAIRS, *_of_the_paper())}
 )
 
-CUSTOM = Pair(name="custom", card="the grid that was given", handoff=None)
-"""A pair of nobody's: for a grid or levels given by hand."""
+CUSTOM = Pair(name="custom", card="the grid of the settings", handoff=None)
+"""For timesteps or sigmas of the caller, without a pair."""
 
 
 def presets() -> Mapping[str, Pair]:

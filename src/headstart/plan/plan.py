@@ -37,7 +37,7 @@ __all__ = [
 _T = TypeVar("_T")
 
 EPS_SIGMA_LIMIT = 2048.0
-"""Above it the half-precision rounding of F alone, 2^-11, moves x0 = x - sigma*F by more than 1."""
+"""Above it, the half-precision rounding of F, 2^-11, changes x0 = x - sigma*F by more than 1."""
 
 
 End = float | Literal["first"]
@@ -48,14 +48,14 @@ End = float | Literal["first"]
 class Plan:
     """Legs in order of falling noise; `start` is how noise becomes the first x (see StepTable).
 
-    The last sigma_next of a leg is the first sigma of the next one: `Leg` says how a leg lands
-    there, `compile` refuses a plan in which one does not. Cutting a leg in two changes no row.
+    The last sigma_next of a leg is the first sigma of the next one (see `Leg`); `compile` refuses
+    other plans. Cutting a leg in two changes no row.
 
     end   the level at which the last row lands. 0.0: no noise is left. "first": the level of the
           last model's timestep 0, where DDIM with `set_alpha_to_one=False` (as SD and SDXL ship
           it), CompVis' DDIM, TCD and DPM++ with `final_sigmas_type="sigma_min"` end (of fewer than
           15 steps diffusers makes the last of first order: here a last leg with update "euler").
-          Any other level: the plan goes on elsewhere. The `until` of the last leg says the same
+          Any other level: the plan goes on elsewhere. Same as the `until` of the last leg
     """
 
     legs: tuple[Leg, ...]
@@ -79,11 +79,11 @@ class Plan:
     ) -> StepTable:
         """Every number of the run.
 
-        schedule    of all models, or model -> its own: each row's timestep and level are those of
-                    the model that runs it, and models meet at a level
-        prediction  the same for what networks predict, where the leg does not say
+        schedule    one for all models, or model -> its own. Each row's timestep and level are those
+                    of its model; models meet at a level
+        prediction  what networks predict, one or by model, for legs without `prediction`
 
-        Raises PlanError for legs that do not join, with both grids and the nearest plan that does.
+        Raises PlanError for legs that do not join, with both grids and the nearest valid plan.
         """
         models = dict.fromkeys(leg.model for leg in self.legs)
         schedules = {model: _of("noise schedule", schedule, model) for model in models}
@@ -92,9 +92,9 @@ class Plan:
         befores = (None, *points[:-1])
         afters = (*points[1:], _Landing(end))
         rows = tuple(
-            _row(schedules, _predicts(here.leg, prediction), before, here, after, place)
-            for before, here, after, place in zip(
-                befores, points, afters, _places(points), strict=True
+            _row(schedules, _prediction(point.leg, prediction), before, point, after, position)
+            for before, point, after, position in zip(
+                befores, points, afters, _positions(points), strict=True
             )
         )
         last = points[-1].leg
@@ -103,7 +103,7 @@ class Plan:
             start=self.start,
             schedule=fingerprint_of(schedules),
             name=self.name,
-            end_scale=self._end_scale(end, schedules[last.model], _predicts(last, prediction)),
+            end_scale=self._end_scale(end, schedules[last.model], _prediction(last, prediction)),
         )
 
     def _check_end(self) -> None:
@@ -131,14 +131,14 @@ class Plan:
         return end
 
     def _end_scale(self, end: float, schedule: Process, prediction: Prediction) -> float:
-        """c_in where the original keeps its state as its network sees it (see `StepTable`)."""
+        """c_in for originals whose state is the network's input (see `StepTable`), else 1."""
         if end and (self.start == "unit" or prediction is Prediction.FLOW):
             return prediction.scalings(end, _sigma_data(schedule)).c_in
         return 1.0
 
 
 class _Landing(NamedTuple):
-    """Where the last row goes: to a level, and to no leg."""
+    """The end of the last row: a level without a leg."""
 
     sigma: float
     leg: None = None
@@ -148,29 +148,29 @@ def _row(
     schedules: Schedules,
     prediction: Prediction,
     before: Point | None,
-    here: Point,
+    point: Point,
     after: Point | _Landing,
-    place: tuple[int, int],
+    position: tuple[int, int],
 ) -> Step:
-    leg = here.leg
+    leg = point.leg
     schedule = schedules[leg.model]
     _check_prediction(leg, schedule, prediction)
     transition = Transition(
         schedule=schedule,
-        sigma=here.sigma,
+        sigma=point.sigma,
         sigma_next=after.sigma,
-        timestep_next=_timestep_next(schedules, here, after),
+        timestep_next=_timestep_next(schedules, point, after),
         sigma_before=_level_before(before, leg),
         eta=leg.eta,
         gamma=leg.gamma,
-        place=place[0],
-        length=place[1],
+        position=position[0],
+        length=position[1],
     )
-    timestep, scalings = _network(here, schedule, prediction)
+    timestep, scalings = _network(point, schedule, prediction)
     return Step(
         leg.model,
         timestep,
-        here.sigma,
+        point.sigma,
         transition.sigma_next,
         *scalings,
         *leg.update.coefficients(transition),
@@ -179,17 +179,17 @@ def _row(
     )
 
 
-def _places(points: Sequence[Point]) -> list[tuple[int, int]]:
-    """Of each row: its number among neighbours of one model and rule, and how many those are."""
-    places: list[tuple[int, int]] = []
+def _positions(points: Sequence[Point]) -> list[tuple[int, int]]:
+    """For each row its index among neighbours of the same model and rule, and their count."""
+    positions: list[tuple[int, int]] = []
     for _, group in groupby(points, lambda point: (point.leg.model, point.leg.update)):
         count = len(list(group))
-        places += [(index, count) for index in range(count)]
-    return places
+        positions += [(index, count) for index in range(count)]
+    return positions
 
 
 def _level_before(before: Point | None, leg: Leg) -> float | None:
-    """Only an x0 of the same model under the same rule is worth looking back to."""
+    """The level of the row before, if the same model ran it by the same rule."""
     if before is None or before.leg.model != leg.model or before.leg.update is not leg.update:
         return None
     return before.sigma
@@ -200,30 +200,30 @@ _PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
     FlowSchedule: ("NoiseSchedule.flow(...)", (Prediction.FLOW,)),
     EdmSchedule: ("NoiseSchedule.edm(...)", (Prediction.EDM, Prediction.EDM_V)),
 }
-"""What networks can predict on each kind of schedule."""
+"""Class of a schedule -> its name in messages, and what networks on it can predict."""
 
 
 def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> None:
-    if type(schedule) not in _PREDICTIONS:  # a process of somebody else's: they know
+    if type(schedule) not in _PREDICTIONS:  # a class of the caller
         return
     name, known = _PREDICTIONS[type(schedule)]
     if prediction not in known:
-        fitting = next(other for other, kinds in _PREDICTIONS.values() if prediction in kinds)
+        fitting = next(other for other, values in _PREDICTIONS.values() if prediction in values)
         raise PlanError(
             f"model {leg.model!r} predicts {prediction.value!r}, and its schedule is a {name}, on "
-            f"which networks predict {', '.join(kind.value for kind in known)}: give it "
+            f"which networks predict {', '.join(one.value for one in known)}: give it "
             f"{fitting}, or another prediction"
         )
     if isinstance(schedule, NoiseSchedule):
         return
-    for what, has in (
+    for option, has in (
         ("update 'tcd'", leg.update is Update.TCD),
         ("boundary=True", leg.boundary),
         ("shifted_timestep=", leg.shifted_timestep is not None),
     ):
         if has:
             raise PlanError(
-                f"{what} of leg {leg.model!r} counts whole timesteps, and {name} has none: leave "
+                f"{option} of leg {leg.model!r} counts whole timesteps, and {name} has none: leave "
                 "it out"
             )
 
@@ -232,38 +232,38 @@ def _sigma_data(schedule: Process) -> float:
     return schedule.sigma_data if isinstance(schedule, EdmSchedule) else 1.0
 
 
-def _timestep_next(schedules: Schedules, here: Point, after: Point | _Landing) -> float:
+def _timestep_next(schedules: Schedules, point: Point, after: Point | _Landing) -> float:
     """The timestep of the row's own model at the level where the row lands."""
-    if here.leg.update is not Update.TCD or after.sigma == 0.0:  # the only rule that reads it
+    if point.leg.update is not Update.TCD or after.sigma == 0.0:  # the only rule that reads it
         return 0.0
-    own = schedules[here.leg.model]
-    if after.leg is None or own != schedules[after.leg.model]:
-        return own.timestep(after.sigma)
+    schedule = schedules[point.leg.model]
+    if after.leg is None or schedule != schedules[after.leg.model]:
+        return schedule.timestep(after.sigma)
     return after.timestep
 
 
-def _predicts(leg: Leg, given: Prediction | Mapping[str, Prediction]) -> Prediction:
+def _prediction(leg: Leg, value: Prediction | Mapping[str, Prediction]) -> Prediction:
     if leg.prediction is not None:
         return leg.prediction
-    return Prediction(_of("prediction", given, leg.model))
+    return Prediction(_of("prediction", value, leg.model))
 
 
-def _of(what: str, given: _T | Mapping[str, _T], model: str) -> _T:
-    """One for all models, or the model's own. Raises PlanError where the mapping has none."""
-    if not isinstance(given, Mapping):
-        return given
-    found = cast("Mapping[str, _T]", given)
-    if model not in found:
+def _of(what: str, value: _T | Mapping[str, _T], model: str) -> _T:
+    """The value for a model. Raises PlanError if a mapping has none."""
+    if not isinstance(value, Mapping):
+        return value
+    by_model = cast("Mapping[str, _T]", value)
+    if model not in by_model:
         raise PlanError(
-            f"no {what} for model {model!r}: the mapping has {', '.join(map(repr, found))}; add "
+            f"no {what} for model {model!r}: the mapping has {', '.join(map(repr, by_model))}; add "
             f"it, or give one {what} for all models"
         )
-    return found[model]
+    return by_model[model]
 
 
-def _network(here: Point, schedule: Process, prediction: Prediction) -> tuple[float, Scalings]:
-    """The timestep that the network is told, and what turns its output into x0."""
-    timestep, sigma, leg = here.timestep, here.sigma, here.leg
+def _network(point: Point, schedule: Process, prediction: Prediction) -> tuple[float, Scalings]:
+    """The network's timestep, and the coefficients that turn its output into x0."""
+    timestep, sigma, leg = point.timestep, point.sigma, point.leg
     if leg.shifted_timestep is not None and isinstance(schedule, NoiseSchedule):
         timestep = float(math.floor(timestep * leg.shifted_timestep / len(schedule)))
         sigma = schedule.sigma(timestep)
@@ -277,8 +277,8 @@ def _network(here: Point, schedule: Process, prediction: Prediction) -> tuple[fl
     scalings = prediction.scalings(sigma, _sigma_data(schedule))
     if leg.boundary:
         scalings = consistency_boundary(scalings, timestep)
-    if sigma == here.sigma:
+    if sigma == point.sigma:
         return timestep, scalings
-    # Its output is read as that of the state which its network sees, c_in*x, at the other level.
-    c_in = prediction.scalings(here.sigma).c_in
+    # The network's input is c_in*x of the row; its output is read as one for the other level.
+    c_in = prediction.scalings(point.sigma).c_in
     return timestep, Scalings(c_in, scalings.c_skip * c_in / scalings.c_in, scalings.c_out)

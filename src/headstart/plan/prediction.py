@@ -21,7 +21,7 @@ class Scalings(NamedTuple):
 
 
 class Prediction(Enum):
-    """The training target; the names in model files (epsilon, v_prediction, sample) are read too.
+    """The training target. The names in model files (epsilon, v_prediction, sample) work too.
 
     d is the standard deviation of the latents that an EDM network was trained for.
 
@@ -64,8 +64,8 @@ class Prediction(Enum):
             case Prediction.X0:
                 return Scalings(c_in, 0.0, 1.0)
             case Prediction.FLOW:
-                kept = 1.0 / (1.0 + sigma)
-                return Scalings(kept, kept, -sigma * kept)
+                share = 1.0 / (1.0 + sigma)
+                return Scalings(share, share, -sigma * share)
             case Prediction.EDM | Prediction.EDM_V:
                 c_in = 1.0 / math.hypot(sigma, sigma_data)
                 c_out = sigma * sigma_data * c_in

@@ -1,4 +1,4 @@
-"""The plan of a pair: the steps of the base, and the level at which the distilled model goes on."""
+"""The plan of a pair: the steps of the base, and the level at which the distilled model starts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
 
 
 class Request(NamedTuple):
-    """The arguments of `preset`; None is the pair's own."""
+    """The arguments of `preset`; None means the pair's default."""
 
     name: str
     steps: int | None = None
@@ -39,12 +39,12 @@ class Request(NamedTuple):
     handoff: float | None = None
 
     def __str__(self) -> str:
-        given = [
+        arguments = [
             f"{field}={value!r}"
             for field, value in self._asdict().items()
             if field != "name" and value != self._field_defaults[field]
         ]
-        return f"preset({', '.join([repr(self.name), *given])})"
+        return f"preset({', '.join([repr(self.name), *arguments])})"
 
 
 def preset(
@@ -63,19 +63,19 @@ def preset(
     name     a pair's, as its model card calls it, such as "lightning"; "demo" is the bundled pair,
              "paper-dmd2" what the paper's notebooks ran
     steps    of the distilled model's grid; in mode "base", of the base's own trailing grid. None:
-             as the card has it
+             the card's
     mode     "hybrid"         the base takes the first part (the paper's method)
              "replace-final"  the base takes the last k steps (table E.1)
              "skip-first"     the distilled model starts at step k, or at the hand-off (table 3)
              "base" "distilled"  one model alone; k and handoff mean nothing there
-    handoff  the noise level of the hand-off: the distilled model starts at its first own level at
-             or below it, the base covers everything above, in k steps of equal length
-    k        without `handoff`, the base takes the place of the first k distilled steps. None: of
-             those above the pair's own level of the hand-off, 6.1 for most
+    handoff  the noise level of the hand-off: the distilled model starts at its first level at or
+             below it, and the base covers everything above in k steps of equal length
+    k        without `handoff`: the base replaces the first k distilled steps. None: those above the
+             pair's level of the hand-off, 6.1 for most
     n        the base covers its part with the steps of an n-step grid of its own (figure 7c)
 
-    Guidance 1.0 is conditional only, what cards call 0; None: the pair's own. Raises PlanError for
-    arguments that name no exact plan, with both grids and the nearest call that does.
+    Guidance 1.0 is conditional only, what cards call 0; None: the pair's. Raises PlanError for
+    arguments without an exact plan, with both grids and the nearest valid call.
     """
     if not isinstance(cast("object", name), str) or name not in PAIRS:
         raise PlanError(f"unknown preset {name!r}: expected one of {', '.join(map(repr, PAIRS))}")
@@ -84,7 +84,7 @@ def preset(
 
 
 def plan_of(pair: Pair, request: Request) -> Plan:
-    """See `preset`; the pair may be any."""
+    """As `preset`, of any pair."""
     if request.mode not in get_args(Mode):
         raise PlanError(f"unknown mode {request.mode!r}: expected one of {', '.join(_MODES)}")
     if request.n is not None and request.mode not in ("hybrid", "replace-final"):
@@ -112,7 +112,7 @@ _MODES = get_args(Mode)
 
 
 def _check_handoff(request: Request) -> None:
-    """A number above 0, and nothing beside it that says the same otherwise."""
+    """Raise PlanError unless it is above 0, and no other argument decides the same."""
     if request.handoff is None:
         return
     if real("handoff", request.handoff) <= 0.0:
@@ -180,9 +180,9 @@ def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:
 
 
 def _usual_k(pair: Pair, request: Request, steps: int) -> int:
-    """As many distilled steps as lie above the pair's level of the hand-off, on its own schedule.
+    """The number of distilled steps above the pair's level of the hand-off, on its own schedule.
 
-    Counted, so that on another schedule (zero terminal SNR, a smaller latent) the models meet at
+    A count, so that on another schedule (zero terminal SNR, a smaller latent) the models meet at
     the same step.
     """
     if pair.handoff is None or request.mode not in ("hybrid", "skip-first"):
@@ -225,9 +225,9 @@ def _above_the_only_step(pair: Pair, request: Request) -> tuple[Leg, ...]:
 
 
 def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
-    """The base on the part begin .. end of the distilled grid, in the steps of its n-step grid."""
+    """The base on steps begin .. end of the distilled grid, with n in steps of its own grid."""
     if request.n is None:
-        if pair.base_schedule is not None and not begin:  # its own levels are others
+        if pair.base_schedule is not None and not begin:  # its levels differ
             return replace(pair.base_leg(end, Spacing.EVEN), until="next")
         return pair.base(steps, begin, end)
     whole_number("n", request.n, 1, TRAIN_STEPS)
@@ -237,8 +237,8 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     joint = distilled[begin] if begin else distilled[end] if end < steps else None
     if joint is None:
         return pair.base_leg(request.n, pair.spacing)
-    own = _grid_or_none(request.n, pair.spacing)
-    if not _reaches(own, joint):
+    timesteps = _grid_or_none(request.n, pair.spacing)
+    if not _reaches(timesteps, joint):
         limit = max(2 * request.n, steps)
         near = sorted(range(1, limit + 1), key=lambda m: (abs(m - (request.n or 0)), m))
         n = next(m for m in near if _reaches(_grid_or_none(m, pair.spacing), joint))
@@ -249,13 +249,13 @@ def _base_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
             pair,
             nearest=request._replace(n=n),
         )
-    assert own is not None
-    skip = int(np.sum(own > joint)) if begin else 0
+    assert timesteps is not None
+    skip = int(np.sum(timesteps > joint)) if begin else 0
     return replace(pair.base_leg(request.n, pair.spacing), skip=skip)
 
 
 def _flow_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -> Leg:
-    """The same of flows, whose grids hardly ever meet: the base lands off its own."""
+    """The same for flows. Their grids rarely meet, so the base ends off its own grid."""
     leg = pair.base_leg(request.n or 0, pair.spacing)
     if begin:
         raise PlanError(
@@ -265,8 +265,8 @@ def _flow_part(pair: Pair, request: Request, steps: int, begin: int, end: int) -
     return replace(leg, until="next") if end < steps else leg
 
 
-def _reaches(own: FloatArray | None, joint: float) -> bool:
-    return own is not None and bool(np.any(own[1:] == joint))
+def _reaches(timesteps: FloatArray | None, joint: float) -> bool:
+    return timesteps is not None and bool(np.any(timesteps[1:] == joint))
 
 
 def _grid_or_none(steps: int, spacing: Spacing) -> FloatArray | None:
@@ -280,7 +280,7 @@ def _checked_k(pair: Pair, request: Request, steps: int) -> int:
     k = _usual_k(pair, request, steps) if request.k is None else request.k
     if not hasattr(k, "__index__"):
         raise PlanError(f"k must be a whole number, not {k!r}")
-    # In a hybrid both models have a row; replace-final may leave all to the base (table E.1).
+    # In a hybrid both models have a row; in replace-final the base may have all (table E.1).
     possible = range(1, steps + (request.mode == "replace-final"))
     if k in possible:
         return k
@@ -295,7 +295,7 @@ def _checked_k(pair: Pair, request: Request, steps: int) -> int:
 
 
 def _refuse(reason: str, request: Request, pair: Pair, nearest: Request) -> NoReturn:
-    """Both grids as the pair's own schedule has them: the caller's schedule is not known yet."""
+    """Raise PlanError with both grids on the pair's schedule: the caller's is not known yet."""
     distilled = pair.grid(pair.steps[0] if request.steps is None else request.steps)
     base = distilled
     if request.n is not None:

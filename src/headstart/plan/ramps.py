@@ -1,4 +1,4 @@
-"""Named ways for levels to fall from the highest to the lowest, as other samplers have them."""
+"""Sequences of levels from the highest to the lowest, with the names that other samplers use."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def karras(steps: int, highest: float, lowest: float, rho: float = RHO) -> Float
 
 
 def exponential(steps: int, highest: float, lowest: float) -> FloatArray:
-    """Levels equally far apart in log sigma, both ends among them."""
+    """Levels at equal distances in log sigma, from `highest` to `lowest`."""
     return np.exp(np.linspace(math.log(highest), math.log(lowest), steps))
 
 
 def align_your_steps(steps: int, table: str) -> FloatArray:
-    """The first `steps` of steps + 1 levels, between those of the table linear in log sigma."""
+    """The first `steps` of steps + 1 levels, interpolated in log sigma between the table's."""
     known = np.log(np.array(AYS[table]))
     at = np.linspace(0.0, len(known) - 1.0, steps + 1)[:-1]
     return np.exp(np.interp(at, np.arange(len(known)), known))

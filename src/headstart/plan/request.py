@@ -1,4 +1,4 @@
-"""What one call asks for, checked before torch is loaded or a network runs.
+"""The request of one call, checked before torch is loaded or a network runs.
 
 1 prompt x S seeds = S images      P prompts x 1 seed = P images      P x P = P pairs
 """
@@ -25,23 +25,22 @@ def pair_up(
     """One prompt and one seed an image.
 
     One prompt with S seeds is S images, P prompts with one seed are P images that share it, and P
-    prompts with P seeds are pairs. An empty prompt is a legitimate one: sampling without text.
-    Raises InputError for other counts, for a seed outside [0, 2^64), and, where nothing else tells
-    images apart, for a pair given twice.
+    prompts with P seeds are pairs. An empty prompt is allowed: sampling without text. Raises
+    InputError for other counts, for a seed outside [0, 2^64), and, if images are `distinct`, for
+    the same pair twice.
     """
     texts = _texts(prompts)
-    numbers = [*seeds] if isinstance(seeds, Sequence) else [seeds]
-    whole = [_seed(number) for number in numbers]
-    if not (texts and whole and (1 in (len(texts), len(whole)) or len(texts) == len(whole))):
+    numbers = [_seed(seed) for seed in (seeds if isinstance(seeds, Sequence) else [seeds])]
+    if not (texts and numbers and (1 in (len(texts), len(numbers)) or len(texts) == len(numbers))):
         raise InputError(
-            f"{len(texts)} prompts and {len(whole)} seeds: give one prompt with any number of "
+            f"{len(texts)} prompts and {len(numbers)} seeds: give one prompt with any number of "
             "seeds, several prompts with one seed, or as many seeds as prompts"
         )
-    count = max(len(texts), len(whole))
-    texts, whole = texts * (count // len(texts)), whole * (count // len(whole))
+    count = max(len(texts), len(numbers))
+    texts, numbers = texts * (count // len(texts)), numbers * (count // len(numbers))
     if distinct:
-        _check_distinct(texts, whole)
-    return tuple(texts), tuple(whole)
+        _check_distinct(texts, numbers)
+    return tuple(texts), tuple(numbers)
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
@@ -52,7 +51,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_numbers(text: str, what: str) -> tuple[int, ...]:
-    """Whole numbers and ranges of them; `what` they are is for the error."""
+    """Whole numbers and ranges of them; `what` is their name in errors."""
     numbers: list[int] = []
     for part in text.split(","):
         found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
@@ -110,7 +109,7 @@ def check_table(table: StepTable, schedule: str) -> None:
 def check_resume(
     row: int, table: StepTable, shapes: Sequence[Sequence[int]], expected: Sequence[int]
 ) -> None:
-    """Raise InputError unless the State of `row`, with x and x0 of `shapes`, goes on in `table`."""
+    """Raise InputError unless a State of `row`, with x and x0 of `shapes`, can resume `table`."""
     if not 0 <= row < len(table) - 1:
         raise InputError(
             f"resume is a State of row {row}: expected one of row 0 to {len(table) - 2} of plan "
@@ -124,7 +123,7 @@ def check_resume(
 
 
 def check_text(prompt: object) -> str:
-    """Raise InputError unless a prompt is text that a tokenizer can read."""
+    """Raise InputError unless a prompt is a string that can be encoded."""
     if not isinstance(prompt, str):
         raise InputError(f"a prompt is a string, got {type(prompt).__name__}: {prompt!r:.60}")
     try:

@@ -1,7 +1,7 @@
 """The noise schedule, timestep <-> noise level in float64:  sigma = sqrt((1 - a)/a).
 
-`a` is what training code calls alphas_cumprod: x_vp = sqrt(a)*x0 + sqrt(1 - a)*eps. Divided by
-sqrt(a) that is x0 + sigma*eps, the state this package keeps.
+`a` is alphas_cumprod of training code: x_vp = sqrt(a)*x0 + sqrt(1 - a)*eps. Divided by sqrt(a),
+that is x0 + sigma*eps, the state of this package.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ __all__ = [
 ]
 
 ZERO_SNR_ALPHA = 2.0**-24
-"""What stands for alphas_cumprod = 0, so that sigma is 4096 and not infinite.
+"""Replaces alphas_cumprod = 0, so that sigma is 4096 and not infinite.
 
 diffusers' Euler schedulers put the same number there (scheduling_euler_discrete.py,
 `rescale_betas_zero_snr`). A float32 state at sigma 4096 resolves x0 to 4096 * 2^-24 = 0.00024.
@@ -66,7 +66,7 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         alphas = _vector("alphas_cumprod", self.alphas_cumprod).copy()
         if alphas[-1] == 0.0 and len(alphas) > 1:
-            # A very long schedule is below the floor one step earlier; it must go on falling.
+            # A very long schedule may already be below this value; it must still fall.
             alphas[-1] = min(ZERO_SNR_ALPHA, alphas[-2] / 2)
         _require(_inside(alphas), "alphas_cumprod", "inside (0, 1)", alphas)
         _require(bool(np.all(np.diff(alphas) < 0)), "alphas_cumprod", "strictly falling", alphas)
@@ -79,16 +79,16 @@ class NoiseSchedule:
     ) -> NoiseSchedule:
         """Betas linear in their square root: Stable Diffusion 1, 2, XL (arXiv:2112.10752)."""
         if (steps, beta_start, beta_end) == (TRAIN_STEPS, 0.00085, 0.012):
-            return object.__new__(cls)  # every family has it; see __getattr__
+            return object.__new__(cls)  # numbers on first use: see __getattr__
         return cls._scaled_linear(steps, beta_start, beta_end)
 
     def __getattr__(self, name: str) -> FloatArray:
-        """The numbers of the default schedule, made when they are first asked for."""
+        """The numbers of the default schedule, computed on first use."""
         if name != "alphas_cumprod":
             raise AttributeError(f"a NoiseSchedule has no {name!r}")
-        made = self._scaled_linear(TRAIN_STEPS, 0.00085, 0.012)
-        object.__setattr__(self, name, made.alphas_cumprod)
-        return made.alphas_cumprod
+        alphas = self._scaled_linear(TRAIN_STEPS, 0.00085, 0.012).alphas_cumprod
+        object.__setattr__(self, name, alphas)
+        return alphas
 
     @classmethod
     def _scaled_linear(cls, steps: int, beta_start: float, beta_end: float) -> NoiseSchedule:
@@ -118,7 +118,7 @@ class NoiseSchedule:
     ) -> FlowSchedule:
         """Rectified flow: sigma = t/(1 - t), timesteps 1000*t, grids shifted.
 
-        `mu` is dynamic shifting's (Flux, Krea), shift = e^mu; `terminal` the last t of every grid.
+        `mu` of dynamic shifting (Flux, Krea) is shift = e^mu; `terminal` is the last t of a grid.
         """
         if mu is not None and not abs(real("mu of a flow", mu)) < 10.0:
             raise PlanError(f"mu of a flow must lie inside (-10, 10), not {mu!r}")
@@ -150,20 +150,20 @@ class NoiseSchedule:
     @classmethod
     def from_betas(cls, betas: Floats) -> NoiseSchedule:
         """a_t = prod (1 - beta_i), i <= t, for betas [T] inside (0, 1)."""
-        given = _vector("betas", betas)
-        _require(_inside(given), "betas", "inside (0, 1)", given)
-        return cls(np.cumprod(1.0 - given, dtype=np.float64))
+        vector = _vector("betas", betas)
+        _require(_inside(vector), "betas", "inside (0, 1)", vector)
+        return cls(np.cumprod(1.0 - vector, dtype=np.float64))
 
     @classmethod
     def from_alphas_cumprod(cls, alphas_cumprod: Floats) -> NoiseSchedule:
-        """The schedule a checkpoint carries; single files store it as float32 [1000]."""
+        """The schedule of a checkpoint; single files store it as float32 [1000]."""
         return cls(_vector("alphas_cumprod", alphas_cumprod))
 
     def zero_terminal_snr(self) -> NoiseSchedule:
         """sqrt(a) moved and scaled to keep its first value and end at 0 (arXiv:2305.08891, alg. 1).
 
-        The 0 is stored as ZERO_SNR_ALPHA. Networks trained this way predict v: an eps prediction
-        says nothing about x0 where no signal is left, and a plan that asks for one is refused.
+        The 0 is stored as ZERO_SNR_ALPHA. Networks for it predict v: without signal an eps
+        prediction has no information about x0, so a plan with one is refused.
         """
         if len(self) < 2:
             raise PlanError("a schedule of one timestep has no terminal level besides its first")
@@ -173,7 +173,7 @@ class NoiseSchedule:
     def matched(self, ratio: float) -> NoiseSchedule:
         """Every sigma times `ratio`, a = 1/(1 + (ratio*sigma)^2), each timestep as it was.
 
-        Averaging hides less noise in a smaller latent, so the same picture needs lower levels:
+        A smaller latent averages less noise away, so the same picture needs lower levels:
         ratio = small side / large side (arXiv:2301.11093, section 2).
         """
         if not (math.isfinite(ratio) and ratio > 0):
@@ -187,7 +187,7 @@ class NoiseSchedule:
 
     @property
     def lowest(self) -> tuple[float, float]:
-        """Timestep 0, and its level: 0.0292 of Stable Diffusion."""
+        """Timestep 0, and its level: 0.0292 for Stable Diffusion."""
         return 0.0, float(self.sigmas[0])
 
     @property
@@ -217,7 +217,7 @@ class NoiseSchedule:
         return Points(self.timestep(sigmas, "log"), sigmas)
 
     def _ays(self, steps: int, spacing: Spacing) -> FloatArray:
-        """Their highest level is this schedule's up to its rounding in the paper."""
+        """Align-your-steps levels; the highest is this schedule's, except for rounding."""
         sigmas = align_your_steps(steps, spacing.value)
         if abs(sigmas[0] / self.highest[1] - 1.0) > 1e-3:
             raise PlanError(
@@ -229,7 +229,7 @@ class NoiseSchedule:
     def _even(self, steps: int, landing: float) -> Points:
         """round(T - 1 - i*(T - 1 - t)/n), t the timestep of the landing, -1 for level 0."""
         top = len(self) - 1.0
-        if landing >= self.sigma(top):  # no room for a step: which legs, a plan can say
+        if landing >= self.sigma(top):  # no step fits: the plan's error has the legs
             return Points(np.array([top]), self.sigma(np.array([top])))
         bottom = self.timestep(landing) if landing >= self.lowest[1] else -1.0
         timesteps = np.round(top - np.arange(steps) * (top - bottom) / steps)
@@ -281,7 +281,7 @@ class NoiseSchedule:
         """The inverse of `sigma`: a fractional timestep, exact at the schedule's own levels."""
         known = self.sigmas
         at = np.asarray(sigma, dtype=np.float64)
-        # A level computed elsewhere (float32, a power and its root) may miss the end by rounding.
+        # A level from elsewhere (float32, a power and its root) may miss the end by rounding.
         if not np.all((at >= known[0] * (1 - 1e-6)) & (at <= known[-1] * (1 + 1e-6))):
             raise PlanError(
                 f"sigmas must lie in {known[0]:.6g} .. {known[-1]:.6g}, the levels this schedule "
@@ -320,7 +320,7 @@ class NoiseSchedule:
 
 
 def fingerprint_of(schedules: Mapping[str, Process]) -> str:
-    """Of the one schedule of all models; of each model's, where they differ."""
+    """One fingerprint if all models share a schedule, else `model=fingerprint` for each."""
     found = {model: schedule.fingerprint() for model, schedule in schedules.items()}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))

@@ -1,4 +1,4 @@
-"""How steps lie among a model's timesteps, and what a plan asks of a noise schedule."""
+"""The spacing of steps among a model's timesteps, and what a plan needs of a noise schedule."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Interpolation = Literal["linear", "log"]
 
 TRAIN_STEPS = 1000
 SLACK = 1e-6
-"""A level computed elsewhere (float32, a power and its root) may miss an end by rounding."""
+"""Relative: a level from elsewhere (float32, a power and its root) may miss an end by rounding."""
 
 
 class Points(NamedTuple):
@@ -36,10 +36,10 @@ class Points(NamedTuple):
 
 
 class Process(Protocol):
-    """What a plan needs to know of a model's noise: which timestep its network is told at a level.
+    """A noise process: which timestep a model's network gets at which level.
 
-    NoiseSchedule (a table of alphas_cumprod), FlowSchedule (rectified flow) and EdmSchedule are
-    such. Equal ones have equal grids.
+    Implemented by NoiseSchedule (a table of alphas_cumprod), FlowSchedule (rectified flow) and
+    EdmSchedule. Equal processes have equal grids.
     """
 
     @property
@@ -66,17 +66,17 @@ class Spacing(Enum):
 
     LEADING    i*(T // n) + 1: SD's and SDXL's shipped setting; 4 steps are 751 501 251 1
     TRAILING   round(T - i*T/n) - 1: Lightning, Turbo; 4 steps are 999 749 499 249. Of a flow:
-               u = 1 - i/n before its shift. Of EDM: its own steps, KARRAS
-    EVEN       n steps of equal length in timestep from the highest to the level at which the leg
-               ends, whatever that is; from 999 to 499 two steps are 999 749
+               u = 1 - i/n before its shift. Of EDM: the same as KARRAS
+    EVEN       n steps of equal length in timestep, from the highest to the level at which the leg
+               ends; from 999 to 499 two steps are 999 749
     LINSPACE   round(linspace(0, T - 1, n)), as DDIM
     FRACTIONAL linspace(0, T - 1, n) not rounded, as the Euler and k-diffusion samplers
     LCM        n of the 50 timesteps 999, 979 ... 19 that LCM was distilled on (arXiv:2310.04378;
                TCD and DMD2 reuse them); 4 steps are 999 759 499 259
     BETA       round((T - 1)*q(1 - i/n)), q the quantiles of Beta(0.6, 0.6) (arXiv:2407.12173)
-    KARRAS     n levels from the highest to the lowest (arXiv:2206.00364, eq. 5; rho 7), which get
-               their timesteps by interpolation in log sigma; so do the three after it
-    EXPONENTIAL n levels equally far apart in log sigma
+    KARRAS     n levels from the highest to the lowest (arXiv:2206.00364, eq. 5; rho 7). Their
+               timesteps, and those of the next three, are interpolated in log sigma
+    EXPONENTIAL n levels at equal distances in log sigma
     AYS_SD15   and AYS_SDXL: ten optimised levels, or n between them (arXiv:2404.14507)
     """
 
@@ -118,8 +118,8 @@ def grid(
             shift = 1 if offset is None else offset
             timesteps = np.arange(steps)[::-1] * (train_steps // steps) + shift
         case Spacing.TRAILING:
-            # The running sum of `arange` is kept, because it decides how halves round (48 steps:
-            # 937.5), and cut to length, because it can overrun (61 steps give a 62nd, at -1).
+            # `arange` as in the original: its running sum decides how halves round (48 steps:
+            # 937.5). It can be one too long (61 steps give a 62nd, at -1), so it is cut.
             timesteps = np.round(np.arange(train_steps, 0, -train_steps / steps)[:steps]) - 1
         case Spacing.LINSPACE:
             timesteps = np.round(np.linspace(0, train_steps - 1, steps))[::-1]
@@ -131,8 +131,8 @@ def grid(
             timesteps = np.round(beta_quantile(1.0 - np.arange(steps) / steps) * (train_steps - 1))
         case _:
             raise PlanError(
-                f"spacing {spacing.value!r} is no list of timesteps: give it to a leg, with "
-                "steps=, which makes it of its model's levels"
+                f"spacing {spacing.value!r} has no timesteps without a schedule: give it to a leg, "
+                "with steps="
             )
     if not np.all(np.diff(timesteps) < 0):
         raise PlanError(
@@ -155,12 +155,12 @@ def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[
             f"{steps}: give steps <= {original_steps}"
         )
     distilled = np.arange(original_steps, 0, -1) * (train_steps // original_steps) - 1
-    picked = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
-    return distilled[picked.astype(np.int64)]
+    indices = np.floor(np.linspace(0, original_steps, steps, endpoint=False))
+    return distilled[indices.astype(np.int64)]
 
 
 def as_float(value: object) -> float:
-    """A number as a float; NaN for what is none, infinity for one that is too large."""
+    """A number as a float; NaN for other objects, infinity for a number that is too large."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:
@@ -170,14 +170,14 @@ def as_float(value: object) -> float:
 
 
 def real(name: str, value: object) -> float:
-    """`value` as a finite float, or a PlanError that names it."""
+    """`value` as a finite float. Raises PlanError with its `name`."""
     if not math.isfinite(number := as_float(value)):
         raise PlanError(f"{name} must be a finite number, not {value!r:.60}")
     return number
 
 
 def whole_number(name: str, value: int, low: int, high: int) -> int:
-    """`value` as an int in low .. high, or a PlanError that names it."""
+    """`value` as an int in low .. high. Raises PlanError with its `name`."""
     if isinstance(value, bool) or not hasattr(value, "__index__") or not low <= value <= high:
         raise PlanError(f"{name} must be a whole number from {low} to {high}, not {value!r}")
     return int(value)

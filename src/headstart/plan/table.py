@@ -17,7 +17,7 @@ from headstart.errors import PlanError
 
 Start = Literal["sigma", "unit"]
 PURE = 1e6
-"""A level above it is a flow's first, 2^24, which stands for pure noise."""
+"""A level above this is the first of a flow, 2^24, which means pure noise."""
 COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
 FORMAT = "headstart.table/1"
 _columns = attrgetter(*COLUMNS)
@@ -51,18 +51,18 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class StepTable:
-    """Rows that chain: each ends at exactly the sigma the next one starts from, always falling.
+    """Rows of falling sigma: each ends at exactly the sigma at which the next one starts.
 
     steps     the rows, at least one
     start     how unit noise becomes the first x, see `init_scale`
-    schedule  fingerprint of the NoiseSchedule the rows were compiled against, or of each model's
+    schedule  fingerprint of the models' noise schedule, or of each model's
     name      the plan's name
-    end_scale what the last x is multiplied by before a VAE decodes it: 1 at sigma 0. Of a plan that
-              ends above 0, c_in there for originals that keep their state as the network sees it
-              (DDIM, LCM, TCD, flows), 1 for k-diffusion's Euler family
+    end_scale the last x is multiplied by it before a VAE decodes it: 1 at sigma 0. If a plan ends
+              above 0: c_in there for originals whose state is the network's input (DDIM, LCM, TCD,
+              flows), 1 for k-diffusion's Euler family
     cut       whether this is a part that stops before the plan's last row; then end_scale is 1
-    first     index of steps[0] in the unsliced table. Noise is keyed by it, so a slice draws what
-              the whole run would have drawn there.
+    first     index of steps[0] in the whole table. Noise is keyed by it, so a slice draws the same
+              noise as the whole run.
 
     Raises PlanError for rows that do not chain or are not finite.
     """
@@ -115,20 +115,20 @@ class StepTable:
     def strengths(self, adapter: str) -> tuple[float, ...] | None:
         """A column: this adapter's strength on each row, 0 on rows that do not name it.
 
-        None where no row names it: then the plan leaves the adapter's strength alone.
+        None if no row names it: then the plan does not set the adapter's strength.
         """
-        found = [dict(step.adapters) for step in self.steps]
-        if not any(adapter in row for row in found):
+        rows = [dict(step.adapters) for step in self.steps]
+        if not any(adapter in row for row in rows):
             return None
-        return tuple(row.get(adapter, 0.0) for row in found)
+        return tuple(row.get(adapter, 0.0) for row in rows)
 
     def coefficients(self) -> npt.NDArray[np.float32]:
-        """[N, 8] float32, columns as in COLUMNS: what a device table holds."""
+        """[N, 8] float32, columns as in COLUMNS: the table on a device."""
         return np.array([_columns(step) for step in self.steps], dtype=np.float32)
 
     @property
     def c_in_next(self) -> npt.NDArray[np.float32]:
-        """[N] float32: c_in of the row after, the scale of the next network input; 1 at the end."""
+        """[N] float32: c_in of the next row, the scale of the next network input; 1 at the end."""
         return np.array([*(step.c_in for step in self.steps[1:]), 1.0], dtype=np.float32)
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ class StepTable:
     @overload
     def __getitem__(self, index: slice) -> StepTable: ...
     def __getitem__(self, index: int | slice) -> Step | StepTable:
-        """A row, or a run of rows as a table; a run that starts with carry != 0 must be resumed."""
+        """A row, or a slice of rows as a table; one that starts with carry != 0 needs resume=."""
         if isinstance(index, int):
             return self.steps[index]
         begin, end, stride = index.indices(len(self.steps))
@@ -154,7 +154,7 @@ class StepTable:
         return replace(self, steps=part, first=first, end_scale=1.0, cut=True)
 
     def to_json(self) -> str:
-        """Text that `from_json` turns back into an equal table: every float64 survives."""
+        """JSON for `from_json`; every float64 is exact."""
         return json.dumps(
             {
                 "format": FORMAT,
@@ -171,7 +171,7 @@ class StepTable:
 
     @classmethod
     def from_json(cls, text: str) -> StepTable:
-        """The table `to_json` wrote. Raises PlanError for text that is not one."""
+        """The table of `to_json`. Raises PlanError for other text."""
         try:
             found: Any = json.loads(text)
             if found["format"] != FORMAT or tuple(found["columns"]) != Step._fields:
@@ -196,12 +196,12 @@ class StepTable:
     def describe(self, ratio: float | None = None) -> str:
         """The rows as an aligned table, with a line where one model hands over to the next.
 
-        ratio   levels here that look alike are `ratio` times SDXL's (`Pair.ratio`): then a column
-                and the line of the hand-off say SDXL's too. None or 1: they are not said
+        ratio   `Pair.ratio`: a level here looks like `level/ratio` of SDXL. Adds a column with the
+                level of SDXL, and that of the hand-off; None or 1: does not
         """
         ratio = None if ratio == 1.0 else ratio
-        beside = ("SDXL's",) if ratio else ()
-        header = ("step", "model", "timestep", "sigma", *beside, "sigma_next", "keep", "add")
+        sdxl = ("SDXL's",) if ratio else ()
+        header = ("step", "model", "timestep", "sigma", *sdxl, "sigma_next", "keep", "add")
         cells = [(*header, "carry", "guidance")]
         cells += [self._cells(index, ratio) for index in range(len(self))]
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
@@ -212,8 +212,8 @@ class StepTable:
 
     def _cells(self, index: int, ratio: float | None) -> tuple[str, ...]:
         step = self.steps[index]
-        beside = (step.sigma / ratio,) if ratio else ()
-        levels = [level_text(level) for level in (step.sigma, *beside, step.sigma_next)]
+        sdxl = (step.sigma / ratio,) if ratio else ()
+        levels = [level_text(level) for level in (step.sigma, *sdxl, step.sigma_next)]
         numbers = (step.keep, step.add, step.carry)
         return (
             str(self.first + index),
@@ -232,14 +232,14 @@ class StepTable:
 
     def _summary(self) -> str:
         parts = ", ".join(f"{model} {self.passes(model)}" for model in self.models)
-        counted = f"{self.passes()} network passes ({parts})"
+        passes = f"{self.passes()} network passes ({parts})"
         end = self.steps[-1].sigma_next
         ends = f", and ends at sigma {_number(end)}" if end else ""
-        return f"{self.name}: {counted}; x starts as {_number(self.init_scale)} * noise{ends}"
+        return f"{self.name}: {passes}; x starts as {_number(self.init_scale)} * noise{ends}"
 
 
 def level_text(sigma: float, spec: str = ".4f") -> str:
-    """A level for a person; "noise" for a flow's first."""
+    """A level as text; "noise" for the first level of a flow."""
     return "noise" if sigma >= PURE else format(sigma, spec)
 
 

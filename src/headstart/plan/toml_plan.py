@@ -1,4 +1,4 @@
-"""A plan written down as TOML, for the command line's `--plan FILE.toml`.
+"""A plan in a TOML file, for the command line's `--plan FILE.toml`.
 
     name = "mine"
     start = "unit"              # or "sigma", the default
@@ -21,7 +21,7 @@ A leg has the fields of `headstart.Leg`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, cast
@@ -30,8 +30,8 @@ from headstart.errors import InputError, PlanError
 from headstart.plan.leg import Leg
 from headstart.plan.plan import Plan
 
-_PLAN = {field.name for field in fields(Plan)} - {"legs"}
-_LEG = {field.name for field in fields(Leg)}
+_PLAN_FIELDS = {field.name for field in fields(Plan)} - {"legs"}
+_LEG_FIELDS = {field.name for field in fields(Leg)}
 
 
 def read_plan(path: str | Path) -> Plan:
@@ -45,7 +45,7 @@ def read_plan(path: str | Path) -> Plan:
 
 
 def plan_of_toml(text: str, source: str = "plan") -> Plan:
-    """The plan that a TOML text states. Raises PlanError for anything else."""
+    """The plan of a TOML text. Raises PlanError for anything else."""
     import tomllib
 
     try:
@@ -56,20 +56,20 @@ def plan_of_toml(text: str, source: str = "plan") -> Plan:
         raise PlanError(f"{source}: {error!s:.400}") from error
 
 
-def _plan(found: dict[str, Any]) -> Plan:
-    legs = found.pop("leg", None)
+def _plan(fields_: dict[str, Any]) -> Plan:
+    legs = fields_.pop("leg", None)
     if not isinstance(legs, list) or not legs:
         raise PlanError(f"expected one [[leg]] table for each leg, got {legs!r:.60}")
-    _check_names(found, _PLAN)
-    return Plan(tuple(_leg(n, leg) for n, leg in enumerate(cast("list[Any]", legs), 1)), **found)
+    _check_names(fields_, _PLAN_FIELDS)
+    return Plan(tuple(_leg(n, leg) for n, leg in enumerate(cast("list[Any]", legs), 1)), **fields_)
 
 
-def _leg(number: int, written: object) -> Leg:
+def _leg(number: int, value: object) -> Leg:
     try:
-        if not isinstance(written, Mapping):
-            raise PlanError(f"expected a table of fields, got {written!r:.60}")
-        leg = dict(cast("Mapping[str, Any]", written))
-        _check_names(leg, _LEG)
+        if not isinstance(value, Mapping):
+            raise PlanError(f"expected a table of fields, got {value!r:.60}")
+        leg = dict(cast("Mapping[str, Any]", value))
+        _check_names(leg, _LEG_FIELDS)
         for name in ("timesteps", "sigmas"):
             if name in leg and not isinstance(leg[name], Sequence):
                 raise PlanError(f"{name} must be a list of numbers, not {leg[name]!r:.60}")
@@ -78,8 +78,8 @@ def _leg(number: int, written: object) -> Leg:
         raise PlanError(f"leg {number}: {error}") from error
 
 
-def _check_names(found: Mapping[str, object], known: set[str]) -> None:
-    if strange := sorted(set(found) - known):
+def _check_names(names: Iterable[str], known: set[str]) -> None:
+    if unknown := sorted(set(names) - known):
         raise PlanError(
-            f"unknown {', '.join(map(repr, strange))}; known are {', '.join(sorted(known))}"
+            f"unknown {', '.join(map(repr, unknown))}; known are {', '.join(sorted(known))}"
         )

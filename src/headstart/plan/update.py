@@ -1,4 +1,4 @@
-"""The update rules, one row each:  x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n."""
+"""The update rules, one function each:  x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ class Coefficients(NamedTuple):
 
 
 class Transition(NamedTuple):
-    """Everything a rule may read: the step from `sigma` down to `sigma_next`.
+    """The inputs of a rule: the step from `sigma` down to `sigma_next`.
 
-    On the last row `sigma_next` is the plan's end, 0 by default. `timestep_next` is known to TCD
-    alone, the one rule that reads it. `sigma_before` is the level of the row before where the same
-    model and rule made it, else None: only then is there an x0 to look back to. `eta` and `gamma`
-    are the leg's; `place` is the row's among the `length` of the same model and rule.
+    On the last row `sigma_next` is the plan's end, 0 by default. `timestep_next` is set only for
+    TCD, the only rule that reads it. `sigma_before` is the level of the row before, if the same
+    model and rule ran it, else None: then there is no x0 to look back to. `eta` and `gamma` are the
+    leg's; `position` is the row's index among the `length` rows of the same model and rule.
     """
 
     schedule: Process
@@ -36,7 +36,7 @@ class Transition(NamedTuple):
     sigma_before: float | None
     eta: float
     gamma: float
-    place: int
+    position: int
     length: int
 
 
@@ -58,7 +58,7 @@ class Update(Enum):
               same with fresh noise (arXiv:2211.01095 as an SDE, midpoint; k-diffusion's eta 1).
     DPMPP_2S  steps in twos: keep q, then keep q, carry q (1 - q0) - (1 - q q0)(1 - 1/(2 r)), with
               q0 = s/s_prev and r = log(1/q0)/log(1/(q q0)), which is DPM-Solver++ 2S from s_prev
-              (arXiv:2211.01095, alg. 1) said of the x in between. The last is of first order.
+              (arXiv:2211.01095, alg. 1) written for the x in between. The last is of first order.
     """
 
     EULER = "euler"
@@ -76,7 +76,7 @@ class Update(Enum):
         raise PlanError(f"unknown update {value!r}: expected one of {known}")
 
     def coefficients(self, transition: Transition) -> Coefficients:
-        """This rule's row for one transition, in float64."""
+        """The coefficients of one transition, in float64."""
         return _RULES[self](transition)
 
 
@@ -114,11 +114,12 @@ def _renoise(at: Transition) -> Coefficients:
 def _tcd(at: Transition) -> Coefficients:
     if at.sigma_next == 0.0:
         return Coefficients(keep=0.0, add=0.0)
-    # A product that is whole on paper stays whole: (1 - 0.3) * 90 is 62.99999999999999 in float64.
+    # For products that are exactly whole: (1 - 0.3) * 90 is 62.99999999999999 in float64.
     target = math.floor((1.0 - at.gamma) * at.timestep_next + 1e-6)
-    # A leg that states its own sigmas can put that level above where the row lands.
-    reached = min(at.schedule.sigma(target), at.sigma_next)
-    return Coefficients(reached / at.sigma, math.sqrt(at.sigma_next**2 - reached**2))
+    # A leg with its own sigmas can have that level above the row's end.
+    target_sigma = min(at.schedule.sigma(target), at.sigma_next)
+    add = math.sqrt(at.sigma_next**2 - target_sigma**2)
+    return Coefficients(target_sigma / at.sigma, add)
 
 
 def _dpmpp_2m(at: Transition) -> Coefficients:
@@ -134,7 +135,7 @@ def _dpmpp_2m_sde(at: Transition) -> Coefficients:
 
 def _dpmpp_2s(at: Transition) -> Coefficients:
     q = at.sigma_next / at.sigma
-    second = at.place % 2 == 1 and at.place < at.length - 1
+    second = at.position % 2 == 1 and at.position < at.length - 1
     if at.sigma_before is None or not second:
         return Coefficients(keep=q, add=0.0)
     before = at.sigma / at.sigma_before
