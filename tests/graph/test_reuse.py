@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,24 +30,29 @@ def test_a_chain_takes_what_the_run_took_however_long_it_is() -> None:
     assert torch.equal(made, expected)
 
 
-def test_what_is_needed_later_is_not_written_over() -> None:
-    x, tape = random_latents(1, 1, 8, 8), Tape()
+def replays(body: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
+    """A recording of body(x), whose own memory is written over, gives body(x) of the x of now."""
+    tape = Tape()
+    with torch.no_grad(), tape.recording():
+        results = body(x)
+    for factor in (1.0, -3.0):
+        x.mul_(factor)
+        tape.poison()
+        with torch.no_grad():
+            tape.replay()
+            assert all(map(torch.equal, results, body(x)))
 
-    def body() -> Tensor:
+
+def test_what_is_needed_later_is_not_written_over() -> None:
+    def body(x: Tensor) -> list[Tensor]:
         skips = [chain(x + i, 2) for i in range(4)]
         whole = chain(torch.cat(skips, 1), 3)
         rows = whole.unbind(1)  # a view keeps the memory of the whole
         del whole
         more = chain(x, 5)
-        return more + rows[2] - skips[0].mean()
+        return [more + rows[2] - skips[0].mean()]
 
-    with tape.recording():
-        made = body()
-    for factor in (1.0, -3.0):
-        x.mul_(factor)
-        tape.poison()
-        tape.replay()
-        assert torch.equal(made, body())
+    replays(body, random_latents(1, 1, 8, 8))
 
 
 def test_a_tensor_that_somebody_kept_stays_theirs() -> None:
@@ -60,36 +67,22 @@ def test_a_tensor_that_somebody_kept_stays_theirs() -> None:
 
 
 def test_memory_that_was_written_in_parts_is_one_piece() -> None:
-    x, tape = random_latents(1, 1, 4, 6), Tape()
+    def body(x: Tensor) -> list[Tensor]:
+        whole = x.new_empty(1, 1, 8, 6)
+        whole[:, :, :4] = x.exp()
+        whole[:, :, 4:].copy_(x).mul_(2)
+        return [whole.flip(2).contiguous() + 1]
 
-    def body() -> Tensor:
-        room = x.new_empty(1, 1, 8, 6)
-        room[:, :, :4] = x.exp()
-        room[:, :, 4:].copy_(x).mul_(2)
-        return room.flip(2).contiguous() + 1
-
-    with tape.recording():
-        made = body()
-    x.neg_()
-    tape.poison()
-    tape.replay()
-    assert torch.equal(made, body())
+    replays(body, random_latents(1, 1, 4, 6))
 
 
 def test_other_dtypes_lie_where_they_may() -> None:
-    x, tape = random_latents(1, 1, 5, 7), Tape()
-
-    def body() -> Tensor:
+    def body(x: Tensor) -> list[Tensor]:
         flags = x > 0
         wide, order = x.double() * flags, x.argsort(-1)
-        return wide.gather(-1, order).half().float() + flags
+        return [wide.gather(-1, order).half().float() + flags]
 
-    with tape.recording():
-        made = body()
-    x.neg_()
-    tape.poison()
-    tape.replay()
-    assert torch.equal(made, body())
+    replays(body, random_latents(1, 1, 5, 7))
 
 
 def test_no_two_pieces_in_use_share_a_byte() -> None:
@@ -116,22 +109,14 @@ def test_no_two_pieces_in_use_share_a_byte() -> None:
 
 def test_of_several_results_those_that_are_read_are_filled() -> None:
     """An operator without a form for given memory runs, and what it makes is copied."""
-    q, tape = random_latents(1, 2, 8, 16), Tape()
 
-    def body() -> tuple[Tensor, Tensor]:
+    def body(q: Tensor) -> list[Tensor]:
         scaled = torch.nn.functional.scaled_dot_product_attention(q, q + 1, q * 2)
         low, order = q.sort(-1)
         del low
-        return scaled.exp(), order
+        return [scaled.exp(), order]
 
-    with torch.no_grad(), tape.recording():
-        made = body()
-    q.neg_()
-    tape.poison()
-    with torch.no_grad():
-        tape.replay()
-        for got, expected in zip(made, body(), strict=True):
-            assert torch.equal(got, expected)
+    replays(body, random_latents(1, 2, 8, 16))
 
 
 def test_a_recording_that_failed_holds_nothing() -> None:
