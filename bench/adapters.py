@@ -37,7 +37,7 @@ from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.slots import Slots
-from headstart.adapters.snapshot import Attached, beside
+from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.cost.sizes import sizes_of_family
 from headstart.networks.unet import UNet
 
@@ -139,7 +139,7 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
     steered.load_state_dict(plain.state_dict(), assign=True)
     steered.requires_grad_(False).eval()
     deltas = _deltas(steered, (".attn",), 4)
-    slider = beside(steered, "slider", deltas)
+    slider = from_deltas(steered, "slider", deltas)
     x, context = torch.randn(1, 4, latent, latent), torch.randn(1, 77, 768)
 
     def step(unet: UNet, strength: float | None) -> Tensor:
@@ -236,13 +236,13 @@ def _memory() -> dict[str, Any]:
     }
 
 
-def _put(attached: Attached, network: nn.Module, deltas: Mapping[str, LowRank]) -> None:
+def _put(attached: Snapshot, network: nn.Module, deltas: Mapping[str, LowRank]) -> None:
     (slots,) = attached.parts(network)
     assert isinstance(slots, Slots)
     slots.fill(deltas)
 
 
-def _buffers(attached: Attached, network: nn.Module) -> list[int]:
+def _buffers(attached: Snapshot, network: nn.Module) -> list[int]:
     return [b.data_ptr() for part in attached.parts(network) for b in part.buffers()]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from headstart.adapters.delta import Delta, Dense
 from headstart.adapters.file import layer_shapes
+from headstart.adapters.layers import Weights
+from headstart.adapters.merged_weights import MergedWeights
 from headstart.adapters.names import Network
 from headstart.checkpoint import keymap
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
@@ -142,3 +146,24 @@ def random_lora(
         tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
         tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
     return tensors
+
+
+def merge(delta: Delta, weight: Tensor, strength: float) -> Tensor:
+    """The weight that a layer runs on: W + strength*change."""
+    return _merged(delta, weight, None, strength).weight
+
+
+def merge_bias(delta: Dense, bias: Tensor, strength: float) -> Tensor:
+    """The bias that a layer runs on."""
+    found = _merged(replace(delta, tensors={}), torch.zeros(len(bias), 1), bias, strength).bias
+    assert found is not None
+    return found
+
+
+def _merged(delta: Delta, weight: Tensor, bias: Tensor | None, strength: float) -> Weights:
+    layer = nn.Linear(1, 1, bias=bias is not None)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias, requires_grad=False)
+    sums = {"adapter": ({"layer": delta}, strength)}
+    return MergedWeights({"layer": layer}, {"layer": torch.float32}, sums).by_path["layer"]

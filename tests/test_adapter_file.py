@@ -29,7 +29,8 @@ from adapter_samples import (
     write,
 )
 
-from headstart.adapters.file import describe_adapter, layer_shapes, read_adapter
+from headstart.adapters.file import layer_shapes, read_adapter
+from headstart.adapters.info import describe_adapter
 from headstart.adapters.names import AdapterForm
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.errors import AdapterError

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import headstart as hs
 import headstart_weights
-from headstart.adapters.file import describe_adapter
-from headstart.adapters.textual_inversion import Embedding, extended, read_embeddings
+from headstart.adapters.info import describe_adapter
+from headstart.adapters.textual_inversion import Embedding, read_embeddings, with_embeddings
 from headstart.cli import main
 from headstart.errors import AdapterError
 from headstart.networks.text import ClipText
@@ -120,7 +120,7 @@ def test_what_changes_the_text_acts_on_a_prompt_with_its_token(
         beside[f"{name}.alpha"] = torch.tensor(2.0)
     plain = encoded(engine, "a fox")
     engine.attach(make("words", beside))
-    with engine.adapters.now().acting(torch.ones(1, 1)):
+    with engine.adapters.now().active(torch.ones(1, 1)):
         fox, token = encoded(engine, "a fox"), encoded(engine, "a <s1>")
     assert torch.equal(token, fox) and not torch.allclose(fox, plain, atol=1e-3)
 
@@ -180,7 +180,7 @@ def test_the_pair_of_a_bundle_reaches_each_of_sdxls_encoders(engine: hs.Engine, 
     adapters = hs.AdapterSet({"base": engine.denoisers["base"]}, text)
     keys = ("bundle_emb.some token.clip_g", "bundle_emb.some token.clip_l")
     adapters.attach(make("xl", dict(zip(keys, [*words.values()][::-1], strict=True))))
-    expected = extended(text, [Embedding("<x>", words)]).encode(["the <x>"])  # pyright: ignore
+    expected = with_embeddings(text, [Embedding("<x>", words)]).encode(["the <x>"])  # pyright: ignore
     attached = adapters.look().text
     assert attached is not None
     got = attached.encode(["the some token"])

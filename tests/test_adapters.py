@@ -356,14 +356,14 @@ def test_a_text_part_acts_with_its_own_strength_on_each_image(
     assert torch.equal(cond[0], plain[0])
     assert not torch.allclose(cond[1], plain[0], atol=1e-3)
     assert not torch.allclose(uncond[1], uncond[2], atol=1e-3)
-    with engine.adapters.now().acting(torch.ones(1, 1)):
+    with engine.adapters.now().active(torch.ones(1, 1)):
         alone = engine.text.encode(["a fox"]).context[0]
     assert (cond[1] - alone).norm() <= 1e-5 * alone.norm()
     long, short = "a (fox:1.3) in the snow by the old bridge", "a fox"
-    with engine.adapters.now().acting(torch.tensor([[0.0], [1.0], [1.0]])):  # in pieces
+    with engine.adapters.now().active(torch.tensor([[0.0], [1.0], [1.0]])):  # in pieces
         rows = engine.text.encode([short, long, short], style="comfyui").context
         two = engine.text.encode([short, short, long], style="comfyui").context
-    with engine.adapters.now().acting(torch.ones(1, 1)):
+    with engine.adapters.now().active(torch.ones(1, 1)):
         one = engine.text.encode([long], style="comfyui").context[0]
     assert len(one) > len(alone) and len(one) == rows.shape[1]
     assert torch.equal(rows[0, : len(alone)], plain[0])

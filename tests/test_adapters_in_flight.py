@@ -288,7 +288,7 @@ def test_a_reader_never_sees_half_a_change(engine: hs.Engine, files: dict[str, P
         while not stop.is_set():
             now = engine.adapters.now()
             seen.add(now.columns)
-            assert set(now.columns) == set(now.slots) <= set(now.held)
+            assert set(now.columns) == set(now.slots) <= set(now.attached)
 
     reader = threading.Thread(target=read)
     reader.start()

@@ -21,7 +21,7 @@ from two_models import five_rows, foreign, words
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.delta import LowRank
-from headstart.adapters.snapshot import Attached, beside
+from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import TEXTS, UNet
 from headstart.prompt_cache import PromptCache, prompt_key
@@ -200,13 +200,13 @@ def test_a_graph_of_a_whole_run_makes_them_once_where_strengths_stay(
     assert torch.equal(got[0], last(table, strangers(pair), strengths))
 
 
-def low_rank(network: UNet, part: str, size: float = 1.0) -> Attached:
+def low_rank(network: UNet, part: str, size: float = 1.0) -> Snapshot:
     deltas = {
         path: LowRank(torch.ones(2, layer.in_features), size * layer.weight[:, :2].clone(), 1.0)
         for path, layer in network.named_modules()
         if isinstance(layer, nn.Linear) and part in path
     }
-    return beside(network, "age", deltas)
+    return from_deltas(network, "age", deltas)
 
 
 @pytest.fixture
@@ -214,7 +214,7 @@ def network() -> UNet:
     return unet()
 
 
-def told(own: Attached | None = None, strength: float = 1.0) -> Conditioning:
+def told(own: Snapshot | None = None, strength: float = 1.0) -> Conditioning:
     return replace(words(), adapters=own, strengths=torch.full((2, 1), strength))
 
 
@@ -253,79 +253,79 @@ def test_of_two_adapters_the_one_that_acts_on_them_counts(
     assert times(pair["base"], lambda: last(table, pair, strengths.flip(-1))) == 3
 
 
-def _slots(own: Attached) -> Iterator[Any]:
+def _slots(own: Snapshot) -> Iterator[Any]:
     for by_host in own.slots.values():
         for part in by_host.values():
             yield from part.by_path.values()
 
 
-def _written(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _written(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     next(_slots(own)).down.mul_(2.0)
     return cond
 
 
-def _scaled(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _scaled(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     next(_slots(own)).scale.fill_(3.0)
     return cond
 
 
-def _data(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _data(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     slot = next(_slots(own))
     for factor in (2.0, 3.0):  # the second may find the memory of the first
         slot.up.data = factor * slot.up.data
     return cond
 
 
-def _buffer(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _buffer(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     slot = next(_slots(own))
     slot.up = 2.0 * slot.up
     return cond
 
 
-def _weights(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _weights(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     network._of_text()[1].weight.mul_(2.0)
     return cond
 
 
-def _weights_data(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _weights_data(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     layer = network._of_text()[1]
     for factor in (2.0, 3.0):
         layer.weight.data = factor * layer.weight.data
     return cond
 
 
-def _loaded(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _loaded(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     network.load_state_dict({name: 1.5 * w for name, w in network.state_dict().items()})
     return cond
 
 
-def _strengths(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _strengths(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     assert cond.strengths is not None
     cond.strengths.mul_(2.0)
     return cond
 
 
-def _others(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _others(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     return replace(cond, adapters=low_rank(network, "attn2", -1.0))
 
 
-def _hook(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _hook(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     network._of_text()[2].register_forward_hook(lambda layer, args, y: 2 * y)
     return cond
 
 
-def _forward(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _forward(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     layer, under = network._of_text()[2], network._of_text()[2].forward
     layer.forward = lambda input: 2 * under(input)
     return cond
 
 
-def _cleared(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _cleared(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     network._of_text()[2]._forward_hooks = type(network._forward_hooks)()
     return cond
 
 
-def _layer(network: UNet, own: Attached, cond: Conditioning) -> Conditioning:
+def _layer(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
     cross: Any = network.get_submodule(f"{BLOCK}.attn2")
     cross.to_v = nn.Linear(24, 32, bias=False).requires_grad_(False)
     return cond
@@ -339,7 +339,7 @@ CHANGES = [
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_was_read_before_a_change_is_never_given_after_it(
-    network: UNet, change: Callable[[UNet, Attached, Conditioning], Conditioning]
+    network: UNet, change: Callable[[UNet, Snapshot, Conditioning], Conditioning]
 ) -> None:
     own = low_rank(network, "attn2")
     cond, prompts = told(own), PromptCache()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from evidence.fake_tensors import DEVICE, fake_tensors
 from headstart.adapters.delta import LowRank
-from headstart.adapters.snapshot import beside
+from headstart.adapters.snapshot import from_deltas
 from headstart.cost.sizes import sizes_of_family
 from headstart.interfaces import Conditioning
 from headstart.networks.regions import region
@@ -108,7 +108,7 @@ def test_a_low_rank_adapter_costs_two_products_and_one_kernel_a_layer() -> None:
         if isinstance(layer, nn.Linear)
     }
     strengths = torch.empty(2, 1, dtype=torch.float32)
-    steered = replace(cond, adapters=beside(network, "age", deltas), strengths=strengths)
+    steered = replace(cond, adapters=from_deltas(network, "age", deltas), strengths=strengths)
     assert launches(network, steered) == Launches(3 + 2, 2 + 4, 0, ())
 
 

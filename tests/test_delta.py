@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_samples import merge, merge_bias
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -103,7 +104,7 @@ def test_dora_gives_every_row_or_column_of_the_sum_the_length_it_was_trained_to(
     shape[axis] = weight.shape[axis]
     magnitude = randn(*shape).abs() + 0.5
     factors = {"down": randn(2, 4, *kernel), "up": randn(6, 2)}
-    tuned = Dense(LORA, factors, 0.5, magnitude).merge(weight, 1.0)
+    tuned = merge(Dense(LORA, factors, 0.5, magnitude), weight, 1.0)
     up, down = factors["up"].double(), factors["down"].double()
     direction = weight.double() + 0.5 * (up @ down.flatten(1)).reshape(weight.shape)
     lengths = direction.transpose(0, axis).flatten(1).norm(dim=1)
@@ -129,12 +130,12 @@ def _each_form() -> list[Dense]:
 def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense) -> None:
     weight, bias = randn(6, 4, seed=3), randn(6, seed=3)
     kept = weight.clone()
-    assert torch.equal(dense.merge(weight, 0.0), weight)
-    assert dense.merge(weight, 0.0).data_ptr() != weight.data_ptr()
-    assert torch.equal(dense.merge_bias(bias, 0.0), bias)
-    change = dense.merge(weight, 1.0).double() - weight.double()
+    assert torch.equal(merge(dense, weight, 0.0), weight)
+    assert merge(dense, weight, 0.0).data_ptr() != weight.data_ptr()
+    assert torch.equal(merge_bias(dense, bias, 0.0), bias)
+    change = merge(dense, weight, 1.0).double() - weight.double()
     for strength in (-2.0, 0.5, 3.0):
-        merged = dense.merge(weight, strength)
+        merged = merge(dense, weight, strength)
         assert (merged - (weight.double() + strength * change)).abs().max() <= 32 * EPS * 4
     assert torch.equal(weight, kept)
 
@@ -142,17 +143,17 @@ def test_a_merge_is_linear_in_strength_and_leaves_the_weight_alone(dense: Dense)
 def test_whole_weights_become_a_difference_from_what_they_were_tuned_on() -> None:
     base, distilled, tuned = randn(6, 4), randn(6, 4, seed=1), randn(6, 4, seed=2)
     whole = Dense(WHOLE, {"weight": tuned}, bias=torch.ones(6))
-    assert torch.equal(whole.merge(base, 1.0), base + (tuned - base))
+    assert torch.equal(merge(whole, base, 1.0), base + (tuned - base))
     difference = whole.relative_to(base, torch.full((6,), 0.25))
     assert difference.kind is FULL
-    assert torch.equal(difference.merge(distilled, 1.0), distilled + (tuned - base))
-    assert torch.equal(difference.merge_bias(torch.zeros(6), 1.0), torch.full((6,), 0.75))
+    assert torch.equal(merge(difference, distilled, 1.0), distilled + (tuned - base))
+    assert torch.equal(merge_bias(difference, torch.zeros(6), 1.0), torch.full((6,), 0.75))
     assert difference.relative_to(distilled) is difference
 
 
 def test_a_change_of_another_shape_is_an_adapter_error() -> None:
     with pytest.raises(AdapterError, match=r"\[6, 4\].*another network"):
-        Dense(LOKR, {"lokr_w1": randn(2, 2), "lokr_w2": randn(2, 2)}).merge(randn(6, 4), 1.0)
+        merge(Dense(LOKR, {"lokr_w1": randn(2, 2), "lokr_w2": randn(2, 2)}), randn(6, 4), 1.0)
 
 
 # ------------------------------------------------- the vectors: other programs' own results
@@ -175,7 +176,7 @@ def test_every_vector_is_met(shared: Path, tmp_path: Path) -> None:
                 continue
             layer, strength = name.removeprefix("expected").rsplit("@", 1)
             layer = layer.strip(".").removesuffix(".weight") or "x"
-            merged = found.deltas["unet", layer].merge(layers[layer], float(strength))
+            merged = merge(found.deltas["unet", layer], layers[layer], float(strength))
             assert (merged - expected).abs().max() <= 1e-5, (path.name, name)
             met += 1
     assert met >= 14

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import headstart as hs
 import headstart_weights
-from headstart.adapters.textual_inversion import extended, parse_embedding, read_embeddings
+from headstart.adapters.textual_inversion import parse_embedding, read_embeddings, with_embeddings
 from headstart.cli import main
 from headstart.errors import InputError
 from headstart.networks.tower import Tower
@@ -109,7 +109,7 @@ def test_half_precision_encoders_stay_widened_at_use(
     """dtype "stored": the same bits as float32, with the table grown."""
     save_file({"<b>": words["fox"].half()}, tmp_path / "b.safetensors")
     wide, stored = (
-        extended(
+        with_embeddings(
             hs.Engine.demo(device="cpu", dtype=dtype).text,
             read_embeddings(tmp_path / "b.safetensors"),
         )

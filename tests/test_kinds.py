@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from headstart.adapters.file import describe_adapter, read_adapter
+from headstart.adapters.file import read_adapter
+from headstart.adapters.info import describe_adapter
 from headstart.adapters.textual_inversion import read_embeddings
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.cli import main

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_samples import Tensors, write
+from adapter_samples import Tensors, merge, write
 from torch import Tensor
 
 from headstart.adapters.delta import Dense
-from headstart.adapters.file import describe_adapter, read_adapter
+from headstart.adapters.file import read_adapter
+from headstart.adapters.info import describe_adapter
 from headstart.errors import AdapterError
 
 EPS = 2.0**-24
@@ -66,8 +67,8 @@ def test_oft_turns_blocks_of_rows(layer: str, alpha: float | None, tmp_path: Pat
     tensors = {"oft_blocks": blocks} | ({} if alpha is None else {"alpha": torch.tensor(alpha)})
     weight = randn(*shape, seed=2)
     exact = (whole.T @ weight.double().flatten(1)).reshape(shape)
-    assert close(dense(tensors, shape, tmp_path).merge(weight, 1.0), exact, weight, 4)
-    ours = dense(tensors | {"rescale": rescale}, shape, tmp_path).merge(weight, 1.0)
+    assert close(merge(dense(tensors, shape, tmp_path), weight, 1.0), exact, weight, 4)
+    ours = merge(dense(tensors | {"rescale": rescale}, shape, tmp_path), weight, 1.0)
     assert close(ours, exact * rescale.double(), weight * rescale, 4)
 
 
@@ -90,7 +91,7 @@ def test_boft_is_a_product_of_butterflies(layer: str, tmp_path: Path) -> None:
         whole = shuffle.T @ factor @ shuffle @ whole
     assert orthogonal(whole) and bool((whole.abs() > 1e-9).all()), "every row is reached"
     weight = randn(*shape, seed=2)
-    ours = dense({"oft_blocks": blocks}, shape, tmp_path).merge(weight, 1.0)
+    ours = merge(dense({"oft_blocks": blocks}, shape, tmp_path), weight, 1.0)
     exact = (whole @ weight.double().flatten(1)).reshape(shape)
     assert close(ours, exact, weight, 12)
     assert describe_adapter(tmp_path / "adapter_model.safetensors").form == "boft"
@@ -125,7 +126,7 @@ def test_oftv2_turns_the_inputs(layer: str, scaled: bool, shared: bool, tmp_path
         {"oft_R.scaled_oft": torch.tensor(True)} if scaled else {}
     )
     weight = randn(*shape, seed=2)
-    ours = dense(tensors, shape, tmp_path).merge(weight, 1.0)
+    ours = merge(dense(tensors, shape, tmp_path), weight, 1.0)
     turned = weight.double().flatten(1) @ (whole if len(shape) == 4 else whole.T)
     assert close(ours, turned.reshape(shape), weight, 4)
 
@@ -141,17 +142,17 @@ def test_the_last_term_counts_as_in_the_peft_that_wrote_it(
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     (delta,) = read_adapter(path).resolve({"unet": {"x": (16, 12)}}).require().deltas.values()
     whole = torch.block_diag(*(series(block.double(), 4, last) for block in packed))
-    assert close(delta.merge(weight, 1.0), weight.double() @ whole.T, weight, 4)
+    assert close(merge(delta, weight, 1.0), weight.double() @ whole.T, weight, 4)
 
 
 def test_a_strength_goes_straight_from_the_weight_to_the_turned_one(tmp_path: Path) -> None:
     """sd-scripts, networks/oft.py `get_weight`: multiplier * (R - I) + I."""
     weight, change = randn(16, 12), dense({"oft_blocks": randn(4, 4, 4)}, (16, 12), tmp_path)
-    whole = change.merge(weight, 1.0).double() - weight.double()
-    assert torch.equal(change.merge(weight, 0.0), weight)
+    whole = merge(change, weight, 1.0).double() - weight.double()
+    assert torch.equal(merge(change, weight, 0.0), weight)
     for strength in (-1.0, 0.5, 2.0):
         exact = weight.double() + strength * whole
-        assert (change.merge(weight, strength) - exact).abs().max() <= 8 * EPS * exact.abs().max()
+        assert (merge(change, weight, strength) - exact).abs().max() <= 8 * EPS * exact.abs().max()
 
 
 def test_the_names_of_sd_scripts_are_read(tmp_path: Path) -> None:
@@ -205,7 +206,7 @@ def test_numbers_too_large_for_a_rotation_never_reach_a_weight(key: str, tmp_pat
     huge = torch.full((4, 4, 4) if key == "oft_blocks" else (3, 6), 3e38).triu()
     delta = dense({key: huge}, (16, 12), tmp_path)
     try:
-        found = delta.merge(randn(16, 12), 1.0)
+        found = merge(delta, randn(16, 12), 1.0)
     except AdapterError as error:
         assert "numbers so large" in str(error)
     else:

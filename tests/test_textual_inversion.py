@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from headstart.adapters.textual_inversion import (
     Embedding,
-    extended,
     read_embeddings,
     recorded_embeddings,
-    taught,
+    with_embeddings,
+    with_tokens,
 )
 from headstart.checkpoint.families import FAMILIES, TextRule
 from headstart.errors import AdapterError, InputError
@@ -81,7 +81,7 @@ def test_every_form_of_file_gives_its_tokens(tmp_path: Path) -> None:
 
 def test_a_token_reads_its_vectors_and_nothing_else_changes(single: ClipText) -> None:
     vectors = torch.randn(3, 32)
-    grown = extended(single, [Embedding("<cat>", {"text": vectors})])
+    grown = with_embeddings(single, [Embedding("<cat>", {"text": vectors})])
     (ids,) = grown.ids(["a <cat> b"])
     a, b = VOCABULARY["a</w>"], VOCABULARY["b</w>"]
     bos, eos = VOCABULARY[BOS], VOCABULARY[EOS]
@@ -97,7 +97,7 @@ def test_a_token_reads_its_vectors_and_nothing_else_changes(single: ClipText) ->
 def test_learned_vectors_encode_as_rows_of_a_longer_table(double: ClipText) -> None:
     """The oracle: the same network with the vectors at the end of its table, ids beyond it."""
     vectors = {"text": torch.randn(2, 32), "text_2": torch.randn(2, 40)}
-    grown = extended(double, [Embedding("<cat>", vectors)])  # pyright: ignore[reportArgumentType]
+    grown = with_embeddings(double, [Embedding("<cat>", vectors)])  # pyright: ignore[reportArgumentType]
     ours = grown.encode(["b <cat>, a", "a b"])
     contexts: list[Tensor] = []
     rows = len(VOCABULARY)
@@ -121,7 +121,8 @@ def test_learned_vectors_encode_as_rows_of_a_longer_table(double: ClipText) -> N
 
 def test_calls_at_the_same_time_know_each_their_own_tokens(single: ClipText) -> None:
     texts = [
-        extended(single, [Embedding("<x>", {"text": torch.randn(1 + n, 32)})]) for n in range(4)
+        with_embeddings(single, [Embedding("<x>", {"text": torch.randn(1 + n, 32)})])
+        for n in range(4)
     ]
     alone = [text.encode(["a <x> b"]).context for text in texts]
     with ThreadPoolExecutor(4) as pool:
@@ -140,7 +141,7 @@ def test_vectors_that_are_those_of_a_word_mean_that_word(
             name: tower.text_model.embeddings.token_embedding.weight[VOCABULARY["q</w>"]][None]
             for name, tower in zip(names, text.towers, strict=False)
         }
-        grown = extended(text, [Embedding("<same>", vectors)])  # pyright: ignore
+        grown = with_embeddings(text, [Embedding("<same>", vectors)])  # pyright: ignore
         ours, theirs = grown.encode(["a <same> b"]), text.encode(["a q b"])
         assert torch.equal(ours.context, theirs.context)
         if theirs.pooled is not None:
@@ -148,8 +149,8 @@ def test_vectors_that_are_those_of_a_word_mean_that_word(
 
 
 def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
-    first = extended(single, [Embedding("<one>", {"text": torch.randn(1, 32)})])
-    second = extended(first, [Embedding("hands", {"text": torch.randn(2, 32).half()})])
+    first = with_embeddings(single, [Embedding("<one>", {"text": torch.randn(1, 32)})])
+    second = with_embeddings(first, [Embedding("hands", {"text": torch.randn(2, 32).half()})])
     (ids,) = second.ids(["<one> hands shands"])
     assert [id for id in ids[0].tolist() if id < 0] == [-1, -2, -3]
     assert [(rows.dtype, len(rows)) for rows in second.learned] == [(torch.float32, 3)]
@@ -168,32 +169,32 @@ def test_two_files_of_one_token_are_a_pair_as_diffusers_saves_them(tmp_path: Pat
     one = write(tmp_path / "learned_embeds.safetensors", {"<c>": first})
     two = write(tmp_path / "learned_embeds_2.safetensors", {"<c>": second})
     pair = write(tmp_path / "pair.safetensors", {"clip_g": second, "clip_l": first})
-    expected = taught(xl, [(pair, "<c>")])[0].encode(["a <c>"])
+    expected = with_tokens(xl, [(pair, "<c>")])[0].encode(["a <c>"])
     for order in ([one, two], [two, one]):
-        text, files = taught(xl, order)
+        text, files = with_tokens(xl, order)
         assert torch.equal(text.encode(["a <c>"]).context, expected.context)
         weights = {role: {"file": file} for role, (file, _) in files.items()}
         assert recorded_embeddings(weights) == [(str(path), "<c>") for path in order]
     with pytest.raises(AdapterError, match="got those of the second alone"):
-        taught(xl, [two])
+        with_tokens(xl, [two])
     rows = write(
         tmp_path / "rows.safetensors", {"text_encoders_1": second, "text_encoders_0": first}
     )
-    each, whole = (taught(xl, [entry])[0] for entry in (rows, (rows, "TOK")))
+    each, whole = (with_tokens(xl, [entry])[0] for entry in (rows, (rows, "TOK")))
     assert torch.equal(each.encode(["a <s0><s1>"]).context, expected.context)
     assert torch.equal(whole.encode(["a TOK"]).context, expected.context)
     assert not torch.equal(each.encode(["a <s1><s0>"]).context, expected.context)
     sd15 = write(tmp_path / "sd15.safetensors", {"emb_params": torch.randn(2, 768)})
     with pytest.raises(AdapterError, match="got those of the first alone"):
-        taught(xl, [sd15])
+        with_tokens(xl, [sd15])
     sd21 = write(tmp_path / "sd21.safetensors", {"clip_h": torch.randn(2, 1024)})
     told = r"for sdxl \(768 \+ 1280 numbers\), got them for sd21 \(1024 numbers\)"
     with pytest.raises(AdapterError, match=told):
-        taught(xl, [sd21])
+        with_tokens(xl, [sd21])
 
 
 def test_a_token_takes_a_weight_and_is_not_cut_by_the_end_of_a_piece(single: ClipText) -> None:
-    grown = extended(single, [Embedding("<cat>", {"text": torch.randn(9, 32)})])
+    grown = with_embeddings(single, [Embedding("<cat>", {"text": torch.randn(9, 32)})])
     z, empty = grown.encode(["a <cat>"]).context[0], grown.encode([""]).context[0]
     weighed = grown.encode(["a (<cat>:1.5)"], style="comfyui").context[0]
     torch.testing.assert_close(weighed[2:11], empty[2:11] + 1.5 * (z - empty)[2:11])
@@ -204,7 +205,7 @@ def test_a_token_takes_a_weight_and_is_not_cut_by_the_end_of_a_piece(single: Cli
 
 
 def test_a_token_of_more_vectors_than_a_piece_has_room_for_is_refused(single: ClipText) -> None:
-    grown = extended(single, [Embedding("<many>", {"text": torch.randn(30, 32)})])
+    grown = with_embeddings(single, [Embedding("<many>", {"text": torch.randn(30, 32)})])
     with pytest.raises(InputError, match="30 vectors does not fit into a piece of 18 tokens"):
         grown.ids(["<many>"])
 
@@ -234,13 +235,13 @@ def test_what_does_not_belong_is_refused(
 
     narrow, fitting = torch.ones(1, 31), torch.ones(1, 32)
     with pytest.raises(AdapterError, match="learned for another family"):
-        extended(single, [Embedding("<a>", {"text": narrow})])
+        with_embeddings(single, [Embedding("<a>", {"text": narrow})])
     with pytest.raises(AdapterError, match=r"\(32 \+ 40 numbers\), got those of the first alone"):
-        extended(double, [Embedding("<a>", {"text": fitting})])
+        with_embeddings(double, [Embedding("<a>", {"text": fitting})])
     with pytest.raises(AdapterError, match="given twice"):
-        extended(single, [Embedding("<a>", {"text": fitting})] * 2)
+        with_embeddings(single, [Embedding("<a>", {"text": fitting})] * 2)
     with pytest.raises(InputError, match="means something already: give another, as <q>"):
-        extended(single, [Embedding("q", {"text": fitting})])
-    once = extended(single, [Embedding("<a>", {"text": fitting})])
+        with_embeddings(single, [Embedding("q", {"text": fitting})])
+    once = with_embeddings(single, [Embedding("<a>", {"text": fitting})])
     with pytest.raises(InputError, match="means something already"):
-        extended(once, [Embedding("<a>", {"text": fitting})])
+        with_embeddings(once, [Embedding("<a>", {"text": fitting})])

@@ -12,7 +12,7 @@ from networks import random_unet
 from torch import Tensor
 
 from headstart.adapters.delta import LowRank
-from headstart.adapters.snapshot import Attached, beside
+from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.interfaces import Conditioning
 from headstart.networks.joint_linear import side_by_side
 from headstart.networks.unet import UNet
@@ -66,13 +66,13 @@ def test_compiled_blocks_have_one_product_of_queries_keys_and_values(
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def _adapter(unet: UNet, *layers: str) -> Attached:
+def _adapter(unet: UNet, *layers: str) -> Snapshot:
     torch.manual_seed(5)
     deltas: dict[str, LowRank] = {}
     for layer in layers:
         out, inner = unet.get_submodule(f"{BLOCK}.{layer}").weight.shape  # pyright: ignore
         deltas[f"{BLOCK}.{layer}"] = LowRank(torch.randn(2, inner), torch.randn(out, 2), 0.5)
-    return beside(unet, "age", deltas)
+    return from_deltas(unet, "age", deltas)
 
 
 @pytest.mark.parametrize(

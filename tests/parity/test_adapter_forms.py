@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from adapter_samples import merge
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 from torch import Tensor
@@ -203,7 +204,7 @@ def test_a_form_gives_the_weights_of_its_own_formula(name: str, layer: str, tmp_
     weight = randn(*shape)
     for strength in (1.0, 0.7, -1.3):
         exact, size = expected(case, weight.double().numpy(), strength)
-        ours = delta.merge(weight, strength).double().numpy()
+        ours = merge(delta, weight, strength).double().numpy()
         bound = ROUNDINGS * 2.0**-24 * size
         assert (np.abs(ours - exact) <= bound).all(), strength
         assert np.abs(ours - exact).max() <= 1e-5 * np.abs(exact).max()

@@ -11,7 +11,7 @@ from encoders import MERGES, VOCABULARY, reference, sd1_tower, small_words
 from safetensors.torch import save_file
 from torch import Tensor
 
-from headstart.adapters.textual_inversion import taught
+from headstart.adapters.textual_inversion import with_tokens
 from headstart.networks.text import ClipText
 
 transformers = pytest.importorskip("transformers")
@@ -56,7 +56,7 @@ def test_diffusers_reads_the_same_file_to_the_same_encoding(form: str, tmp_path:
     else:
         save_file({"emb_params": vectors}, path)
         pipeline.load_textual_inversion({"catty": vectors})
-    text, _ = taught(ClipText([made], small_words()), [path])
+    text, _ = with_tokens(ClipText([made], small_words()), [path])
     with torch.no_grad():
         for prompt in prompts:
             theirs, ours = pipeline.context(prompt), text.encode([prompt]).context

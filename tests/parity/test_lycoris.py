@@ -9,6 +9,7 @@ import lycoris_cases as cases
 import pytest
 import torch
 import torch.nn.functional as F
+from adapter_samples import merge
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -41,7 +42,7 @@ def test_a_module_of_lycoris_is_run_as_lycoris_runs_it(name: str, tmp_path: Path
     networks = {"x": tuple(weight.shape)}
     (delta,) = read_adapter(path).resolve({"unet": networks}).require().deltas.values()
     for strength in cases.strengths(module):
-        change = delta.merge(weight, strength).double() - weight.double()
+        change = merge(delta, weight, strength).double() - weight.double()
         ours = (
             F.conv2d(x.double(), change, padding=1) if weight.ndim == 4 else x.double() @ change.T
         )

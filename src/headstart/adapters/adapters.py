@@ -13,30 +13,35 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace as changed
 from pathlib import Path
-from typing import Any, final
+from typing import Any, TypeVar, final
 
 from torch import Tensor, nn
 
 from headstart import fork
-from headstart.adapters.delta import Delta, LowRank
+from headstart.adapters.delta import LowRank
 from headstart.adapters.file import AdapterFile, read_adapter
 from headstart.adapters.group import Grouping
 from headstart.adapters.hooks import Host
-from headstart.adapters.kinds import WHOLE
-from headstart.adapters.layers import Layer
-from headstart.adapters.merged_weights import Merged, Sums, in_place
+from headstart.adapters.host_deltas import deltas_of
+from headstart.adapters.merged_weights import MergedWeights, Sums, in_place
 from headstart.adapters.report import AdapterReport, report_of
-from headstart.adapters.resolution import Match, Resolved
+from headstart.adapters.resolution import Match, Resolution
 from headstart.adapters.slots import Slots
-from headstart.adapters.snapshot import Asking, Attached, Deltas, Held, check_acts
-from headstart.adapters.snapshots import Present
-from headstart.adapters.strength import Asked, Strength, as_strength
-from headstart.adapters.tokens import reading, teachable
+from headstart.adapters.snapshot import (
+    AdapterOptions,
+    AttachedAdapter,
+    Deltas,
+    Snapshot,
+    check_models,
+)
+from headstart.adapters.snapshots import Snapshots
+from headstart.adapters.strength import Strength, StrengthLike, as_strength
+from headstart.adapters.tokens import file_tokens, text_encoder_for
 from headstart.errors import AdapterError, HeadstartError
-from headstart.networks.casting import weight_of
 from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
+V = TypeVar("V")
 DISTILLED_LORA = "distilled-lora"
 """The name of an adapter that is the distilled model."""
 
@@ -55,8 +60,8 @@ class Adapter:
         return self._adapters.look()[self.name].strength
 
     @strength.setter
-    def strength(self, asked: Asked) -> None:
-        self._adapters.set(self.name, asked)
+    def strength(self, value: StrengthLike) -> None:
+        self._adapters.set(self.name, value)
 
 
 @final
@@ -71,25 +76,25 @@ class AdapterSet:
 
     def __init__(self, models: Mapping[str, object], text: ClipText | None = None) -> None:
         networks = {n: model for n, model in models.items() if isinstance(model, nn.Module)}
-        self._text, self._present = text, Present(networks, text)
-        present, towers = self._present, () if text is None else text.towers
-        shared = {net: present.host(Host(net, present.look)) for net in networks.values()}
-        self._models = {name: shared[network] for name, network in networks.items()}
+        self._text_encoder, self._snapshots = text, Snapshots(networks, text)
+        add, look = self._snapshots.host, self._snapshots.peek
+        hosts = {network: add(Host(network, look)) for network in networks.values()}
+        self._models = {name: hosts[network] for name, network in networks.items()}
         self._texts = {
-            name: present.host(Host(tower, present.look, conditioned=False))
-            for name, tower in zip(("text", "text_2"), towers, strict=False)
+            name: add(Host(tower, look, conditioned=False))
+            for name, tower in zip(("text", "text_2"), text.towers if text else (), strict=False)
         }
         self._matches: dict[str, tuple[Grouping, tuple[str, ...], Match]] = {}
         self._changing = threading.RLock()  # one change at a time; runs do not wait for it
 
     def __iter__(self) -> Iterator[Adapter]:
-        return (Adapter(self, held.name, held.report) for held in self.look())
+        return (Adapter(self, adapter.name, adapter.report) for adapter in self.look())
 
     def __len__(self) -> int:
-        return len(self.look().held)
+        return len(self.look().attached)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.look().held
+        return name in self.look().attached
 
     def __getitem__(self, name: str) -> Adapter:
         return Adapter(self, name, self.look()[name].report)
@@ -99,23 +104,25 @@ class AdapterSet:
         """The adapters with live strengths: the last axis of `strengths`."""
         return self.look().columns
 
-    def now(self) -> Attached:
-        """The adapters of this moment. A run whose `Conditioning.adapters` they are goes on with
-        them whatever is attached, detached or swapped; an engine's runs do."""
-        return self._present.now()
+    def now(self) -> Snapshot:
+        """The adapters of this moment. A run with these as its `Conditioning.adapters` keeps them,
+        whatever is attached, detached or swapped meanwhile; an engine's runs do so."""
+        return self._snapshots.take()
 
-    def look(self) -> Attached:
-        """The adapters of this moment, for a look: a swap may write into their buffers."""
-        return self._present.look()
+    def look(self) -> Snapshot:
+        """The adapters of this moment, to look at only: a swap may write into their buffers."""
+        return self._snapshots.peek()
 
-    def strengths(self, table: StepTable, batch: int, asked: Asking = None) -> Tensor | None:
-        """Of the adapters of this moment: see `Attached.strengths`."""
+    def strengths(
+        self, table: StepTable, batch: int, asked: AdapterOptions = None
+    ) -> Tensor | None:
+        """Of the adapters of this moment: see `Snapshot.strengths`."""
         return self.look().strengths(table, batch, asked)
 
     def attach(
         self,
         path: str | Path,
-        strength: Asked = 1.0,
+        strength: StrengthLike = 1.0,
         *,
         to: Sequence[str] | None = None,
         name: str | None = None,
@@ -132,60 +139,60 @@ class AdapterSet:
         self,
         name: str,
         file: AdapterFile,
-        strength: Asked = 1.0,
+        strength: StrengthLike = 1.0,
         *,
         to: tuple[str, ...],
         allow: Sequence[str] = (),
         replace: bool = False,
     ) -> AdapterReport:
-        """Attach a file whose header has been read; nothing is changed where it does not fit."""
+        """Attach a file whose header has been read; an error changes nothing."""
         fork.check_threads()
-        asked = as_strength(strength)
+        strength = as_strength(strength)
         with self._changing:
             if not name or (name in self and not replace):
                 raise AdapterError(
                     f"an adapter named {name!r} is attached already: detach it, give another "
                     "name=, or replace=True to swap it"
                 )
-            check_acts(name, to, asked, tuple(self._models))
-            resolved = self._resolve(file, to, tuple(allow))
-            tokens, left = teachable(self._text, file, self.look().teachers(name), allow)
-            deltas = self._deltas(resolved)
+            check_models(name, to, strength, tuple(self._models))
+            resolutions = self._resolve(file, to, tuple(allow))
+            owners = self.look().token_owners(name)
+            tokens, skipped = file_tokens(self._text_encoder, file, owners, allow)
+            deltas = deltas_of(resolutions, self._models, self._texts)
             live = all(isinstance(d, LowRank) for own in deltas.values() for d in own.values())
-            held = Held(
-                report=report_of(name, file, resolved, live, tokens, left),
+            adapter = AttachedAdapter(
+                report=report_of(name, file, resolutions, live, tokens, skipped),
                 to=to,
                 allow=tuple(allow),
-                texts=any(host in deltas for host in self._texts.values()),
-                steers=any(host in deltas for host in self._models.values()),
+                changes_text=any(host in deltas for host in self._texts.values()),
+                changes_unet=any(host in deltas for host in self._models.values()),
                 deltas={} if live else deltas,
                 tokens=tokens,
-            ).at(asked)
-            self._check_shared(held)
-            if not live:
-                self._check_merged(held)
-            return self._hold(held, deltas)
+            ).with_strength(strength)
+            self._check_shared(adapter)
+            return self._publish(adapter, deltas)
 
-    def set(self, name: str, strength: Asked) -> None:
+    def set(self, name: str, strength: StrengthLike) -> None:
         """Set the strength of an attached adapter, from the next run on."""
         with self._changing:
             before = self.look()
-            held = before[name].at(strength)
-            if held.report.live:
-                self._present.become(changed(before, held={**before.held, name: held}))
+            adapter = before[name].with_strength(strength)
+            if adapter.report.live:
+                attached = {**before.attached, name: adapter}
+                self._snapshots.publish(changed(before, attached=attached))
             else:
-                self._hold(held, held.deltas)
+                self._publish(adapter, adapter.deltas)
 
     def detach(self, name: str) -> None:
-        """Take an adapter out; with the last one, the networks are to the bit what they were. Runs
-        that began with it go on with it."""
+        """Take an adapter out; without any, the networks give the same bits as before. Runs that
+        began with it keep it."""
         with self._changing:
             before = self.look()
             before[name]
-            held = {other: own for other, own in before.held.items() if other != name}
+            attached = _without(before.attached, name)
             slots = _without(before.slots, name)
-            self._present.become(self._moment(before, held, slots))
-            self._present.unhook()
+            self._snapshots.publish(self._snapshot(before, attached, slots))
+            self._snapshots.unhook()
 
     def attach_distilled(self, path: str | Path, name: str = DISTILLED_LORA) -> AdapterReport:
         """A LoRA that is the distilled model: it acts on that model's rows alone.
@@ -195,7 +202,7 @@ class AdapterSet:
         """
         report = self.attach(path, name=name)
         try:
-            if self.look()[name].texts or self.look()[name].tokens:
+            if self.look()[name].changes_text or self.look()[name].tokens:
                 raise AdapterError(
                     f"{path}: expected a distilled model's LoRA, which changes the UNet alone; "
                     "this one changes the text encoders or their tokens: attach it as an adapter"
@@ -206,50 +213,50 @@ class AdapterSet:
             raise
         return report
 
-    def _hold(self, held: Held, deltas: Mapping[Host, Deltas]) -> AdapterReport:
-        """Name the moment in which `held` is attached, with what it changes."""
-        before, name = self.look(), held.name
+    def _publish(self, adapter: AttachedAdapter, deltas: Mapping[Host, Deltas]) -> AdapterReport:
+        """Publish the snapshot in which `adapter` is attached with these changes."""
+        before, name = self.look(), adapter.name
         try:
             slots = _without(before.slots, name)
-            if held.report.live:
-                slots[name] = self._room(before, held, deltas)
+            if adapter.report.live:
+                slots[name] = self._slots(before, adapter, deltas)
                 in_place = slots[name] is before.slots.get(name)
-                held = changed(held, report=changed(held.report, in_place=in_place))
-            following = dict(sorted({**before.held, name: held}.items()))
-            self._present.become(self._moment(before, following, slots))
-        except BaseException:  # an interrupt, too, leaves things as they were
-            self._present.unhook()
+                adapter = changed(adapter, report=changed(adapter.report, in_place=in_place))
+            attached = dict(sorted({**before.attached, name: adapter}.items()))
+            self._snapshots.publish(self._snapshot(before, attached, slots))
+        except BaseException:  # an interrupt, too, changes nothing
+            self._snapshots.unhook()
             raise
-        return held.report
+        return adapter.report
 
-    def _room(
-        self, before: Attached, held: Held, deltas: Mapping[Host, Deltas]
+    def _slots(
+        self, before: Snapshot, adapter: AttachedAdapter, deltas: Mapping[Host, Deltas]
     ) -> Mapping[Host, Slots]:
-        """The changes in slots: those that are there, where they fit and no run has them."""
-        room, old = before.slots.get(held.name, {}), before.held.get(held.name)
-        fits = old is not None and old.to == held.to
-        fits = fits and all(host in room and room[host].fits(d) for host, d in deltas.items())
-        if fits and self._present.set_aside(room.values()):
-            for host, part in room.items():  # and nothing of what was there stays
+        """The changes in slots: the existing ones, where they fit and no run uses them."""
+        slots, old = before.slots.get(adapter.name, {}), before.attached.get(adapter.name)
+        fits = old is not None and old.to == adapter.to
+        fits = fits and all(host in slots and slots[host].fits(d) for host, d in deltas.items())
+        if fits and self._snapshots.set_aside(slots.values()):
+            for host, part in slots.items():  # also those without a new change, which are cleared
                 part.fill(deltas.get(host, {}))
-            return room
+            return slots
         return {host: Slots.of(host.layers, host.dtypes, own) for host, own in deltas.items()}
 
-    def _moment(
+    def _snapshot(
         self,
-        before: Attached,
-        held: Mapping[str, Held],
+        before: Snapshot,
+        attached: Mapping[str, AttachedAdapter],
         slots: Mapping[str, Mapping[Host, Slots]],
-    ) -> Attached:
-        """The adapters `held`, with the sums of those that are merged; layers look at them."""
+    ) -> Snapshot:
+        """The snapshot with these adapters; merges weights and hooks the layers."""
         sums: dict[Host, Sums] = {}
-        for name, own in held.items():
-            for host, deltas in own.deltas.items():
-                strength = own.one_number(own.strength)
+        for name, adapter in attached.items():
+            for host, deltas in adapter.deltas.items():
+                strength = adapter.merged_strength(adapter.strength)
                 sums[host] = {**sums.get(host, {}), name: (deltas, strength)}
         merged = {host: self._merged(before.merged.get(host), host, s) for host, s in sums.items()}
-        text = reading(self._text, before, held)
-        following = Attached(before.models, held, slots, merged, text)
+        encoder = text_encoder_for(self._text_encoder, before, attached)
+        following = Snapshot(before.models, attached, slots, merged, encoder)
         for by_host in slots.values():
             for host, part in by_host.items():
                 host.hook(part.by_path)
@@ -257,15 +264,15 @@ class AdapterSet:
             host.hook((), part.by_path)
         return following
 
-    def _merged(self, old: Merged | None, host: Host, sums: Sums) -> Merged:
-        """In the memory that there is, where the sums fit and no run has them."""
-        if old is not None and old.holds(sums):
+    def _merged(self, old: MergedWeights | None, host: Host, sums: Sums) -> MergedWeights:
+        """The merged weights; in the old memory, where they fit and no run uses it."""
+        if old is not None and old.has(sums):
             return old
         with in_place(host.module):
-            if old is not None and old.fits(sums) and self._present.set_aside([old]):
+            if old is not None and old.fits(sums) and self._snapshots.set_aside([old]):
                 old.fill(sums)
                 return old
-            return Merged(host.layers, host.dtypes, sums)
+            return MergedWeights(host.layers, host.dtypes, sums)
 
     def _targets(self, to: Sequence[str] | None) -> tuple[str, ...]:
         names = tuple(self._models) if to is None else (to,) if isinstance(to, str) else tuple(to)
@@ -279,87 +286,44 @@ class AdapterSet:
 
     def _resolve(
         self, file: AdapterFile, to: tuple[str, ...], allow: tuple[str, ...]
-    ) -> dict[str, Resolved]:
-        """Model -> what the file is there; two networks of the same shapes are resolved once, and
-        names are matched once for files of the same names and shapes, one after the other."""
+    ) -> dict[str, Resolution]:
+        """Model -> the file's resolution there. Networks of the same shapes share one, and files of
+        the same names and shapes, one after the other, share the match of their names."""
         texts: Any = {name: host.shapes for name, host in self._texts.items()}
-        known: list[tuple[object, Resolved]] = []
-        found: dict[str, Resolved] = {}
+        found: dict[str, Resolution] = {}
         for model in to:
             shapes = self._models[model].shapes
-            done = next((resolved for seen, resolved in known if seen == shapes), None)
-            if done is None:
-                networks: Any = {"unet": shapes, **texts}
-                grouping, strays, match = self._matches.get(model, (None, (), None))
-                try:
-                    if match is None or grouping is not file.grouping or strays != file.strays:
-                        match = file.match(networks)
-                    done = file.resolve(networks, match).require(allow)
-                except AdapterError as error:
-                    raise AdapterError(f"attaching to the {model} model: {error}") from error
-                self._matches[model] = (file.grouping, file.strays, match)
-                known.append((shapes, done))
-            found[model] = done
+            twin = next((other for other in found if self._models[other].shapes == shapes), None)
+            if twin is not None:
+                found[model] = found[twin]
+                continue
+            networks: Any = {"unet": shapes, **texts}
+            grouping, strays, match = self._matches.get(model, (None, (), None))
+            try:
+                if match is None or grouping is not file.grouping or strays != file.strays:
+                    match = file.match(networks)
+                found[model] = file.resolve(networks, match).require(allow)
+            except AdapterError as error:
+                raise AdapterError(f"attaching to the {model} model: {error}") from error
+            self._matches[model] = (file.grouping, file.strays, match)
         return found
 
-    def _deltas(self, resolved: Mapping[str, Resolved]) -> dict[Host, Deltas]:
-        """Host -> layer -> change. The text encoders serve all models, so any of them may tell."""
-        found: dict[Host, Deltas] = {}
-        for model, told in resolved.items():
-            hosts = {"unet": self._models[model], **self._texts}
-            for network, host in hosts.items():
-                layers = {path: d for (where, path), d in told.deltas.items() if where == network}
-                if layers:
-                    _check_in_memory(model, [host.layers[path] for path in layers])
-                    found[host] = {
-                        path: self._difference(host, path, d) for path, d in layers.items()
-                    }
-        return found
-
-    def _difference(self, host: Host, path: str, delta: Delta) -> Delta:
-        """Whole weights as a difference from the base they were tuned on, so that they transfer;
-        and what a grouped convolution cannot have beside it, to be merged."""
-        if isinstance(delta, LowRank):
-            return delta.dense() if getattr(host.layers[path], "groups", 1) != 1 else delta
-        if delta.kind is not WHOLE:
-            return delta
-        base = self._models.get("base")
-        of_base = host in self._models.values() and base is not None and path in base.layers
-        source = base if of_base and base is not None else host
-        layer = source.layers[path]
-        with in_place(source.module):
-            return delta.relative_to(weight_of(layer), layer.bias)
-
-    def _check_shared(self, held: Held) -> None:
-        """A text encoder serves all models, so what changes nothing else is for all of them."""
-        apart = [model for model in self._models if model not in held.to]
-        if apart and not held.steers:
+    def _check_shared(self, adapter: AttachedAdapter) -> None:
+        """Where text encoders, or one network, serve several models, `to` has all of these."""
+        apart = [model for model in self._models if model not in adapter.to]
+        if apart and not adapter.changes_unet:
             raise AdapterError(
-                f"{held.report.path} changes the text alone, which {' and '.join(self._models)} "
-                f"read alike, and to={list(held.to)} leaves out {', '.join(apart)}: attach it "
+                f"{adapter.report.path} changes the text alone, which {' and '.join(self._models)} "
+                f"read alike, and to={list(adapter.to)} leaves out {', '.join(apart)}: attach it "
                 "without to="
             )
-
-    def _check_merged(self, held: Held) -> None:
-        apart = [m for m in self._models if m not in held.to]
-        shared = [m for m in apart if any(self._models[m] is self._models[t] for t in held.to)]
-        if shared:
+        hosts = [self._models[model] for model in adapter.to]
+        if not adapter.report.live and any(self._models[model] in hosts for model in apart):
             raise AdapterError(
-                f"adapter {held.name!r} ({held.report.form}) has to be merged, and "
+                f"adapter {adapter.name!r} ({adapter.report.form}) has to be merged, and "
                 f"{', '.join(self._models)} are one network here: attach it to all of them"
             )
 
 
-def _check_in_memory(model: str, layers: Sequence[Layer]) -> None:
-    if any(layer.weight.is_meta for layer in layers):
-        raise AdapterError(
-            f"attaching to the {model} model: its weights are elsewhere between calls, as "
-            "enable_sequential_cpu_offload keeps them, and an adapter is made beside them: attach "
-            "to a network that is in memory, such as with enable_model_cpu_offload"
-        )
-
-
-def _without(
-    slots: Mapping[str, Mapping[Host, Slots]], name: str
-) -> dict[str, Mapping[Host, Slots]]:
-    return {other: own for other, own in slots.items() if other != name}
+def _without(table: Mapping[str, V], name: str) -> dict[str, V]:
+    return {other: value for other, value in table.items() if other != name}

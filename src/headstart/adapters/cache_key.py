@@ -1,6 +1,6 @@
-"""The share of adapters in what some layers give, as a key: which act on them, and how strongly.
+"""Which adapters act on some layers, and how strongly, as a key for what those layers compute.
 
-An adapter that acts on other layers has none, whatever its strength.
+An adapter that acts on other layers is not in the key, whatever its strength.
 """
 
 from __future__ import annotations
@@ -18,84 +18,83 @@ from torch import Tensor, nn
 from headstart.adapters.hooks import Changes
 from headstart.adapters.slots import Slot
 from headstart.interfaces import Conditioning
-from headstart.networks.state import Written
+from headstart.networks.state import Version
 from headstart.prompt_cache import CachedExtra
 from headstart.runner.capture import is_capturing
 
 
 @final
-class _Acting:
-    """What of some changes is on `layers`.
+class _LayerChanges:
+    """The part of some changes that is on `layers`.
 
     slots  (adapter, change), layer by layer; names: of these adapters
-    sums   what layers run on
-    held   the memory of all, where it was last seen
+    sums   the merged weights that layers run on
     """
 
     def __init__(self, changes: Changes, layers: Sequence[nn.Module]) -> None:
         own = set(layers)
-        found = [
-            pair for leaf, pairs in changes.slots.items() if leaf.layer in own for pair in pairs
+        slots = [
+            pair for hooks, pairs in changes.slots.items() if hooks.layer in own for pair in pairs
         ]
-        sums = [weights for leaf, weights in changes.weights.items() if leaf.layer in own]
-        self.layers, self.slots = layers, (*found,)
-        self.tables = [slot._buffers for _, slot in found]  # pyright: ignore[reportPrivateUsage]
-        self.names = {name for name, _ in found}
-        self.sums = [tensor for weights in sums for tensor in weights if tensor is not None]
-        self._held: tuple[tuple[int, ...], tuple[Tensor, ...]] = (), ()
+        merged = [weights for hooks, weights in changes.weights.items() if hooks.layer in own]
+        self.layers, self.slots = layers, (*slots,)
+        self.tables = [slot._buffers for _, slot in slots]  # pyright: ignore[reportPrivateUsage]
+        self.names = {name for name, _ in slots}
+        self.sums = [tensor for weights in merged for tensor in weights if tensor is not None]
+        self._memory: tuple[tuple[int, ...], tuple[Tensor, ...]] = (), ()
 
     def tensors(self) -> list[Tensor]:
         return [*chain.from_iterable(map(_VALUES, self.tables)), *self.sums]
 
-    def held(self, places: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """While these are kept, whoever's address is one of `places` is in the same memory."""
-        before, held = self._held
-        if before != places:
-            held = tuple(tensor.detach() for tensor in tensors)
-            self._held = places, held
-        return held
+    def memory(self, addresses: tuple[int, ...], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """References to the memory: while they are kept, no other tensor gets these addresses."""
+        before, memory = self._memory
+        if before != addresses:
+            memory = tuple(tensor.detach() for tensor in tensors)
+            self._memory = addresses, memory
+        return memory
 
 
 _VALUES = methodcaller("values")
-_ACTING: WeakKeyDictionary[Changes, dict[nn.Module, _Acting]] = WeakKeyDictionary()
-"""Changes -> the first of some layers -> what is on those."""
+_CHANGES: WeakKeyDictionary[Changes, dict[nn.Module, _LayerChanges]] = WeakKeyDictionary()
+"""Changes -> the first of some layers -> the changes on those layers."""
 
 
 @final
 @dataclass(frozen=True, slots=True)
-class Share:
+class CacheKey:
     """Equal to another where layers are changed alike.
 
-    strengths  of the adapters that act on them, as numbers or as the tensor that they are
-    held       the memory of what is written: no other is at its addresses
+    strengths  of the adapters that act on the layers: numbers, or the tensor itself
+    memory     keeps the addresses in `version` from being used again
     """
 
     slots: tuple[tuple[str, Slot], ...]
     strengths: Hashable
-    written: Written
-    held: tuple[Tensor, ...] = field(compare=False, repr=False)
+    version: Version
+    memory: tuple[Tensor, ...] = field(compare=False, repr=False)
 
 
-def share_of(
+def cache_key(
     changes: Changes, columns: Sequence[str], layers: Sequence[nn.Module], cond: Conditioning
-) -> Share | None:
-    """What a call with `cond` changes of the layers; None where nothing says when that changes."""
-    known = _ACTING.setdefault(changes, {})
-    acting = known.get(layers[0])
-    if acting is None or acting.layers != layers:
-        acting = known[layers[0]] = _Acting(changes, layers)
-    tensors = acting.tensors()
-    written = Written.of(tensors)
-    strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in acting.names])
-    if written is None or strengths is None:
+) -> CacheKey | None:
+    """The key of a call with `cond`; None where a change cannot be noticed."""
+    known = _CHANGES.setdefault(changes, {})
+    found = known.get(layers[0])
+    if found is None or found.layers != layers:
+        found = known[layers[0]] = _LayerChanges(changes, layers)
+    tensors = found.tensors()
+    version = Version.of(tensors)
+    strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in found.names])
+    if version is None or strengths is None:
         return None
-    return Share(acting.slots, strengths, written, acting.held(written.places, tensors))
+    return CacheKey(found.slots, strengths, version, found.memory(version.addresses, tensors))
 
 
 @final
 @dataclass(frozen=True, slots=True, eq=False)
 class _Same:
-    """Equal to that of the same tensor."""
+    """A tensor compared by identity."""
 
     tensor: Tensor
 
@@ -107,8 +106,8 @@ class _Same:
 
 
 def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:
-    """Numbers, where the host knows them; else which tensor it is, and how often it was written to.
-    None where there are none, or where they record gradients, which are of one row."""
+    """Numbers, where the host knows them; else the tensor's identity and its count of writes. None
+    where there are no strengths, or where they record gradients, which belong to one row."""
     strengths = cond.strengths
     if not columns:
         return ()

@@ -24,7 +24,7 @@ class LowRank(NamedTuple):
 
     down   [r, i], or [r, i, kh, kw] for a convolution: it has the layer's stride and padding
     up     [o, r]; a convolution's 1x1 `up` is stored as this matrix
-    scale  alpha/rank, alpha/sqrt(rank) or 1, times any scalar: as the file's form says it
+    scale  alpha/rank, alpha/sqrt(rank) or 1, times any scalar: as the file's form defines it
     """
 
     down: Tensor
@@ -44,10 +44,6 @@ class LowRank(NamedTuple):
         """scale * up @ down as float32, in the shape of the layer's weight."""
         product = self.up.float() @ self.down.float().flatten(1)
         return (product * self.scale).reshape(self.shape)
-
-    def merge(self, weight: Tensor, strength: float) -> Tensor:
-        """As `Dense.merge`, for where a merged weight is wanted after all."""
-        return weight.clone() if strength == 0 else weight + strength * self.weight()
 
     def dense(self) -> Dense:
         """The same change, to be merged: a grouped convolution has no `down` of its groups."""
@@ -71,52 +67,39 @@ class Dense:
     magnitude: Tensor | None = None
     bias: Tensor | None = None
 
-    def merge(self, weight: Tensor, strength: float) -> Tensor:
-        """W + strength*change as a new float32 tensor; strength 0 is W itself, 1 what was trained.
-
-        `weight` is the pristine float32 [o, i] or [o, i, kh, kw]. The change depends on `weight`
-        but not on `strength`, so several adapters add in any order. Raises AdapterError where the
-        shapes do not fit.
-        """
-        return weight.clone() if strength == 0 else weight + strength * self.change(weight)
-
     def change(self, weight: Tensor) -> Tensor:
-        """W' - W at strength 1, a new float32 tensor in the shape of `weight` and where it is."""
+        """W' - W at strength 1: a new float32 tensor with the shape and device of `weight`.
+
+        `weight` is the pristine float32 [o, i] or [o, i, kh, kw]. The change does not depend on the
+        strength, so several adapters add in any order. Raises AdapterError where shapes differ.
+        """
         weight = weight.float()
         if not self.tensors:
             return torch.zeros_like(weight)
         tensors = {name: tensor.to(weight.device) for name, tensor in self.tensors.items()}
-        added = _shaped(self.kind.change(tensors, weight), weight) * self.scale
-        return added if self.magnitude is None else _decomposed(weight, added, self.magnitude)
-
-    def merge_bias(self, bias: Tensor, strength: float) -> Tensor:
-        """b + strength*change as a new float32 tensor [o]; as `merge`, for the layer's bias."""
-        bias = bias.float()
-        if self.bias is None or strength == 0:
-            return bias.clone()
-        change = self.bias.float() - bias if self.kind is WHOLE else self.bias.float()
-        return bias + strength * change
+        change = _reshape(self.kind.change(tensors, weight), weight) * self.scale
+        return change if self.magnitude is None else _dora_change(weight, change, self.magnitude)
 
     def relative_to(self, weight: Tensor, bias: Tensor | None = None) -> Dense:
-        """A file of whole weights as a difference from the layer it was tuned from, float32; a
-        layer without a bias has 0 there.
+        """Whole weights as a difference from the layer they were tuned from, float32. A layer
+        without a bias counts as 0.
 
-        Only so does it transfer: on the distilled model W* itself would undo the distillation.
-        Any other kind is a difference already, and returned as it is.
+        A difference transfers; on the distilled model W* itself would undo the distillation. Any
+        other kind is a difference already, and returned as it is.
         """
         if self.kind is not WHOLE:
             return self
-        change = {"diff": self.change(weight)} if "weight" in self.tensors else {}
+        tensors = {"diff": self.change(weight)} if "weight" in self.tensors else {}
         added = self.bias
         if added is not None and bias is not None:
             added = added.to(bias.device).float() - bias.float()
-        return replace(self, kind=FULL, tensors=change, bias=added)
+        return replace(self, kind=FULL, tensors=tensors, bias=added)
 
 
 Delta: TypeAlias = LowRank | Dense
 
 
-def _shaped(change: Tensor, weight: Tensor) -> Tensor:
+def _reshape(change: Tensor, weight: Tensor) -> Tensor:
     if change.numel() != weight.numel() or change.shape[0] != weight.shape[0]:
         raise AdapterError(
             f"expected a change of a weight {list(weight.shape)}, got {list(change.shape)}: this "
@@ -125,9 +108,9 @@ def _shaped(change: Tensor, weight: Tensor) -> Tensor:
     return change.reshape(weight.shape)
 
 
-def _decomposed(weight: Tensor, added: Tensor, magnitude: Tensor) -> Tensor:
+def _dora_change(weight: Tensor, change: Tensor, magnitude: Tensor) -> Tensor:
     """m*V/|V| - W; the norm runs over every axis along which m has one entry."""
-    tuned = weight + added
+    tuned = weight + change
     axes = [axis for axis in range(tuned.ndim) if magnitude.shape[axis] == 1]
     norm = tuned.square().sum(axes, keepdim=True).sqrt()
     # A row of zeros stays a row of zeros, as with LyCORIS's epsilon.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from headstart.adapters.delta import LowRank
 from headstart.adapters.names import Network
-from headstart.adapters.transfer import DTYPES, check_request, opened_parts
+from headstart.adapters.transfer import DTYPES, check_request, open_parts
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.tensors import Part
 from headstart.convert.container import Slot, compose, in_order
@@ -97,9 +97,9 @@ def extract(
     check_request(sources, target, parts, overwrite)
     found: dict[str, Tensor] = {}
     layers: list[Captured] = []
-    left: dict[str, float] = {}
+    skipped: dict[str, float] = {}
     for network in parts:
-        first, second = opened_parts(sources, network)[:2]
+        first, second = open_parts(sources, network)[:2]
         prefix = _prefix(naming, network, sources[0], first)
         dtype = DTYPES.get(second.checkpoint.dtype, torch.float32)
         dtype = torch.float32 if dtype == torch.float64 else dtype
@@ -111,7 +111,7 @@ def extract(
             if square == 0:
                 continue
             if not _is_layer(name, change):
-                left[f"{network} {name}"] = square
+                skipped[f"{network} {name}"] = square
                 continue
             module = name.removesuffix(".weight")
             factors, energy = nearest(change, rank)
@@ -121,15 +121,15 @@ def extract(
             on_layer(module)
     if not layers:
         raise CheckpointError(f"{tuned}: expected other weights than in {base}, got the same")
-    whole = sum(layer.square for layer in layers)
+    total = sum(layer.square for layer in layers)
     return Extraction(
         target=str(target),
         naming=naming,
         rank=rank,
-        energy=sum(layer.energy * layer.square for layer in layers) / whole,
-        left_share=sum(left.values()) / (whole + sum(left.values())),
+        energy=sum(layer.energy * layer.square for layer in layers) / total,
+        left_share=sum(skipped.values()) / (total + sum(skipped.values())),
         layers=tuple(layers),
-        left_out=tuple(left),
+        left_out=tuple(skipped),
         size_bytes=_write(target, found),
     )
 
@@ -147,12 +147,12 @@ def nearest(change: Tensor, rank: int) -> tuple[LowRank, float]:
         "tuple[Tensor, Tensor]",
         torch.linalg.eigh(gram),  # pyright: ignore[reportUnknownMemberType]
     )
-    squares, kept = squares.clamp(min=0).flip(0), vectors.flip(1)[:, :rank]
-    roots = squares[: kept.shape[1]].sqrt().clamp(min=1e-300).sqrt()
+    squares, vectors = squares.clamp(min=0).flip(0), vectors.flip(1)[:, :rank]
+    roots = squares[: vectors.shape[1]].sqrt().clamp(min=1e-300).sqrt()
     if tall:
-        up, down = (matrix @ kept) / roots, (kept * roots).T
+        up, down = (matrix @ vectors) / roots, (vectors * roots).T
     else:
-        up, down = kept * roots, (kept / roots).T @ matrix
+        up, down = vectors * roots, (vectors / roots).T @ matrix
     energy = float(squares[:rank].sum() / squares.sum())
     return LowRank(down.reshape(-1, *change.shape[1:]), up, 1.0), energy
 

@@ -8,25 +8,25 @@ Adapters are untrusted input: they are read through `checkpoint.header`, as chec
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from headstart.adapters.delta import Delta
-from headstart.adapters.group import Group, Grouping, grouped
+from headstart.adapters.group import Group, Grouping, group_keys
 from headstart.adapters.kind import Shape
-from headstart.adapters.layer_names import Networks, Place, placed
+from headstart.adapters.layer_names import LayerKey, Networks, match_layers
 from headstart.adapters.layer_numbers import is_numbered
 from headstart.adapters.layers import layers_of
 from headstart.adapters.names import AdapterForm, Network, other_family
 from headstart.adapters.peft import Peft, read_peft
-from headstart.adapters.resolution import Match, Mismatch, Resolved, some
+from headstart.adapters.resolution import Match, Mismatch, Resolution
 from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
+from headstart.checkpoint.fit import some
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.kinds import STEERS, kind_of
 from headstart.checkpoint.tensors import Checkpoint
@@ -35,11 +35,11 @@ from headstart.errors import AdapterError, CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterFile:
-    """An adapter as its header tells: nothing but names and shapes has been read.
+    """An adapter's header: names and shapes, no tensor.
 
     grouping  its modules; the same object for files of the same names, dtypes and shapes
-    tokens    learned tokens that lie beside them: OneTrainer's, ai-toolkit's, cloneofsimo's
-    no_tokens why those that lie there cannot be used, where that is so
+    tokens    learned tokens beside the modules: OneTrainer's, ai-toolkit's, cloneofsimo's
+    tokens_problem  why those tokens cannot be used, or None
     """
 
     path: Path
@@ -48,7 +48,7 @@ class AdapterFile:
     grouping: Grouping
     peft: Peft
     tokens: tuple[Token, ...] = ()
-    no_tokens: str | None = None
+    tokens_problem: str | None = None
 
     @property
     def groups(self) -> Mapping[str, Group]:
@@ -60,20 +60,20 @@ class AdapterFile:
         tokens = beside_layers(self.checkpoint)
         return tuple(key for key in self.grouping.strays if key not in tokens)
 
-    def resolve(self, networks: Networks, match: Match | None = None) -> Resolved:
-        """What changes in `networks`, {network: {module path: shape of its weight}}.
+    def resolve(self, networks: Networks, match: Match | None = None) -> Resolution:
+        """The changes of `networks`, {network: {module path: shape of its weight}}.
 
-        Tensors are read, checked to be finite, and kept in the file's dtype. `match` is that of
+        Tensors are read, checked to be finite, and keep the file's dtype. `match` may come from
         another file of the same grouping on the same networks. Raises AdapterError as `match`
         does, and for a NaN or a bad alpha.
         """
         match = match or self.match(networks)
-        held = self.checkpoint
+        checkpoint = self.checkpoint
         try:
-            alphas = {group.name: group.alpha(held) for group in match.owners.values()}
+            alphas = {group.name: group.alpha(checkpoint) for group in match.owners.values()}
             deltas: dict[tuple[Network, str], Delta] = {
                 layer: group.delta(
-                    held, networks[layer[0]][layer[1]], self.peft, alphas[group.name]
+                    checkpoint, networks[layer[0]][layer[1]], self.peft, alphas[group.name]
                 )
                 for layer, group in match.owners.items()
             }
@@ -82,7 +82,7 @@ class AdapterFile:
         except CheckpointError as error:  # a dtype that is not read, or a bad scale
             raise AdapterError(str(error)) from error
         ranks = [group.rank for group in match.owners.values() if group.rank is not None]
-        return Resolved(
+        return Resolution(
             deltas=deltas,
             form=self.form,
             rank=max(ranks, default=0),
@@ -93,14 +93,14 @@ class AdapterFile:
         )
 
     def notes(self, alphas: Mapping[str, float | None]) -> tuple[str, ...]:
-        """What of the scales is not in the file, and how it is read; `alphas` by module.
+        """Which scales are not in the file, and how they are read; `alphas` by module.
 
         ComfyUI (weight_adapter/lora.py) and A1111 (Lora/network.py) take a missing alpha for a
         scale of 1; sd-scripts and LyCORIS an alpha of 0, which says "no scaling" when they train.
         """
         scaled = [g for g in self.groups.values() if g.rank is not None]
         without = [
-            g.name for g in scaled if "alpha" not in g.slots and not self.peft.says(g.network)
+            g.name for g in scaled if "alpha" not in g.slots and not self.peft.has_scale(g.network)
         ]
         zero = [group.name for group in scaled if alphas.get(group.name) == 0]
         counts = {
@@ -123,7 +123,7 @@ class AdapterFile:
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        for group, layer in self._placed(networks):
+        for group, layer in self._match_layers(networks):
             if layer is None:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
@@ -139,9 +139,9 @@ class AdapterFile:
         self._check_found(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
 
-    def _placed(self, networks: Networks) -> list[tuple[Group, Place | None]]:
+    def _match_layers(self, networks: Networks) -> list[tuple[Group, LayerKey | None]]:
         try:
-            return [*placed(self.groups.values(), networks)]
+            return [*match_layers(self.groups.values(), networks)]
         except AdapterError as error:
             raise AdapterError(f"{self.path}: {error}") from error
 
@@ -159,13 +159,12 @@ class AdapterFile:
         mismatched: list[Mismatch],
     ) -> None:
         where = " and ".join(networks) or "no network"
-        misfit = next((m for m in mismatched if _reads_text(m.name)), None)
-        if misfit is not None and self.family is not None:
-            theirs = CONTEXT_WIDTHS.get(misfit.expected[-1], "another family")
+        cross = next((m for m in mismatched if _reads_text(m.name)), None)
+        if cross is not None and self.family is not None:
+            theirs = CONTEXT_WIDTHS.get(cross.expected[-1], "another family")
             raise AdapterError(
                 f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
-                f"{misfit}; "
-                f"attach it to a model of {self.family}"
+                f"{cross}; attach it to a model of {self.family}"
             )
         steered = any(network == "unet" for network, _ in owners)
         theirs = next((s[-1] for n, s in networks.get("unet", {}).items() if _reads_text(n)), None)
@@ -190,7 +189,7 @@ class AdapterFile:
 
 
 def layer_shapes(network: nn.Module) -> dict[str, Shape]:
-    """Layer -> shape of its weight: what `AdapterFile.resolve` wants to know of a network."""
+    """Layer -> shape of its weight, for `AdapterFile.resolve`."""
     return {path: tuple(layer.weight.shape) for path, layer in layers_of(network).items()}
 
 
@@ -205,15 +204,17 @@ def read_adapter(path: str | Path) -> AdapterFile:
         checkpoint = Checkpoint.open(path)
         parts = [part for part in checkpoint.parts() if part != "tiny"]
         config = (path if path.is_dir() else path.parent) / "adapter_config.json"
-        beside = read_json(config) if config.is_file() else {}
+        config_json = read_json(config) if config.is_file() else {}
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
     if not checkpoint.names:
         raise AdapterError(f"{path}: expected an adapter, got a file without tensors")
     layout = tuple((name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
     try:
-        grouping = grouped(layout)
-        peft = read_peft(checkpoint.metadata, beside if _is_peft(grouping.groups) else {}, path)
+        grouping = group_keys(layout)
+        peft = read_peft(
+            checkpoint.metadata, config_json if _is_peft(grouping.groups) else {}, path
+        )
     except AdapterError as error:
         raise AdapterError(f"{path}: {error}") from error
     groups, strays = grouping
@@ -226,8 +227,8 @@ def read_adapter(path: str | Path) -> AdapterFile:
             "--base or --distilled, or make a difference of it with `headstart transfer`"
         )
     if not groups:
-        raise AdapterError(f"{path}: expected {_EXPECTED}, got {_came(strays)}")
-    tokens, no_tokens = _tokens(path, checkpoint)
+        raise AdapterError(f"{path}: expected {_EXPECTED}, got {_describe_strays(strays)}")
+    tokens, tokens_problem = _tokens(path, checkpoint)
     return AdapterFile(
         path=path,
         form=_form(groups),
@@ -235,12 +236,12 @@ def read_adapter(path: str | Path) -> AdapterFile:
         grouping=grouping,
         peft=peft,
         tokens=tokens,
-        no_tokens=no_tokens,
+        tokens_problem=tokens_problem,
     )
 
 
 def _tokens(path: Path, checkpoint: Checkpoint) -> tuple[tuple[Token, ...], str | None]:
-    """The learned tokens beside the layers, or why there are none of those that lie there."""
+    """The learned tokens beside the layers, or why they cannot be used."""
     keys = beside_layers(checkpoint)
     try:
         return (tokens_of(path, checkpoint, keys=keys), None) if keys else ((), None)
@@ -254,63 +255,13 @@ _EXPECTED = (
 )
 
 
-def _came(strays: Sequence[str]) -> str:
-    """A kind by its name, or keys that no row knows."""
+def _describe_strays(strays: Sequence[str]) -> str:
+    """The name of a tuner that is not implemented, or some unknown keys."""
     foreign = tuners_of(strays)
     if not foreign:
         return f"the keys {some(strays)}"
     title, keys = max(foreign.items(), key=lambda row: len(row[1]))
     return f"{title}, which is not implemented ({some(keys)})"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterInfo:
-    """What an adapter's header tells.
-
-    family    lineage whose text its cross-attention reads, or an architecture that its names tell;
-              None where they tell none
-    ranks     smallest and largest rank of its low-rank factors; None where there are none
-    modules   number of changed modules: unet, text, text_2, and "" where names do not say which
-    dtype     the dtype most bytes have
-    strays    keys that no naming knows
-    notes     what the file does not say and how it is read
-    tokens    learned tokens that prompts know while it is attached
-    """
-
-    path: str
-    form: str
-    family: str | None
-    ranks: tuple[int, int] | None
-    modules: Mapping[str, int]
-    dtype: str
-    size_bytes: int
-    tensors: int
-    strays: tuple[str, ...]
-    notes: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
-
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-
-def describe_adapter(path: str | Path) -> AdapterInfo:
-    """Triage of an adapter from its header; only alphas are read. Raises AdapterError."""
-    file = read_adapter(path)
-    checkpoint = file.checkpoint
-    ranks = [group.rank for group in file.groups.values() if group.rank is not None]
-    return AdapterInfo(
-        path=str(path),
-        form=file.form.value,
-        family=file.family or other_family(file.groups),
-        ranks=(min(ranks), max(ranks)) if ranks else None,
-        modules=dict(Counter(group.network or "" for group in file.groups.values())),
-        dtype=checkpoint.dtype,
-        size_bytes=checkpoint.size_bytes,
-        tensors=len(checkpoint.names),
-        strays=file.strays if file.no_tokens is None else file.grouping.strays,
-        notes=file.notes({name: group.alpha(checkpoint) for name, group in file.groups.items()}),
-        tokens=tuple(token.name for token in file.tokens),
-    )
 
 
 # What a layer computes names the file before how its keys are spelled does.

@@ -1,7 +1,7 @@
-"""The tensors of one module of an adapter, checked against each other, and the delta they make.
+"""The tensors of one module of an adapter, checked against each other, and their delta.
 
-scale = alpha/rank; as `headstart.adapters.peft` says for PEFT's; 1 where alpha is missing or 0;
-all times LyCORIS' `scalar`
+scale = alpha/rank, or PEFT's (`headstart.adapters.peft`), or 1 where alpha is missing or 0; times
+LyCORIS' `scalar`
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from headstart.adapters.kinds import (
     ONE_NUMBER,
     SWITCHES,
     WHOLE,
+    conflicting_operands,
     dimensions,
     disagreements,
-    excluding,
     kinds_of,
-    lacking,
+    missing_operands,
     rank_limit,
 )
 from headstart.adapters.names import AdapterForm, Network, parse
@@ -38,12 +38,12 @@ from headstart.checkpoint.tensors import FLOATS, Checkpoint
 from headstart.errors import AdapterError
 
 Layout = tuple[tuple[str, str, Shape], ...]
-"""Key, dtype and shape of every tensor: what a file's header says of it."""
+"""Key, dtype and shape of every tensor, from a file's header."""
 _INTEGERS = frozenset({"I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8"})
 
 
-class Stored(NamedTuple):
-    """One tensor as the header has it."""
+class TensorEntry(NamedTuple):
+    """One tensor in the header."""
 
     name: str
     dtype: str
@@ -52,10 +52,10 @@ class Stored(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One module of a file: names and shapes, so that files of the same layout share it.
+    """One module of a file: names and shapes, shared by files of the same layout.
 
     name    as the file spells it; `module` without the network's prefix
-    kind    what its tensors compute
+    kind    the formula of its tensors
     slots   operand -> key; operands are named as in `headstart.adapters.names`
     shapes  operand -> shape
     forms   which namings its keys have
@@ -71,11 +71,11 @@ class Group:
 
     @property
     def rank(self) -> int | None:
-        """By which alpha is divided; None where alpha is no scale."""
+        """The rank by which alpha is divided; None where alpha is no scale."""
         return self.kind.rank(self.shapes)
 
     def sides(self) -> Sides:
-        """Of the weight it changes; LoHa and LoKr may write a convolution as [o, i*kh*kw]."""
+        """The weight's shape; LoHa and LoKr may write a convolution as [o, i*kh*kw]."""
         return self.kind.sides(self.shapes)
 
     def fits(self, layer: Shape) -> bool:
@@ -90,19 +90,19 @@ class Group:
         return same_weight(self.sides(), layer)
 
     def delta(
-        self, held: Checkpoint, layer: Shape, peft: Peft, alpha: float | None = None
+        self, checkpoint: Checkpoint, layer: Shape, peft: Peft, alpha: float | None = None
     ) -> Delta:
-        """The change of a layer that it fits, with `alpha` as `alpha` read it.
+        """The change of a layer that it fits; `alpha` is the result of `Group.alpha`.
 
         Raises AdapterError for numbers that are not finite, and for a rank that no layer of that
         size has.
         """
-        self._check_room(layer)
+        self._check_rank(layer)
         needed = self.slots.keys() - ({"alpha"} - self.kind.operands.keys())
-        tensors = {slot: self._tensor(held, slot) for slot in self.slots if slot in needed}
+        tensors = {slot: self._tensor(checkpoint, slot) for slot in self.slots if slot in needed}
         own = {slot: t for slot, t in tensors.items() if slot in self.kind.operands}
-        for each in self.kind.settled(own, layer):
-            _agree(self.name, each)
+        for each in self.kind.value_agreements(own, layer):
+            _check_agreement(self.name, each)
         scale, magnitude = self._scale(tensors, peft, alpha), self._magnitude(tensors, layer)
         if self.kind is WHOLE:
             bias = own.pop("bias", None)
@@ -115,10 +115,10 @@ class Group:
             own = {"down": down.reshape(len(down), *layer[1:]), "up": own["up"].flatten(1)}
             if magnitude is None and bias is None:
                 return LowRank(own["down"], own["up"], scale)
-        kind = oft_v2(peft.turning(self.name)) if self.kind is OFT_V2 else self.kind
+        kind = oft_v2(peft.oft_settings(self.name)) if self.kind is OFT_V2 else self.kind
         return Dense(kind, own, scale, magnitude, bias)
 
-    def _check_room(self, layer: Shape) -> None:
+    def _check_rank(self, layer: Shape) -> None:
         """A factor's sides are the layer's, parts of them, and ranks."""
         if not self.kind.scaled:
             return
@@ -126,12 +126,12 @@ class Group:
         if largest > rank_limit(layer):
             _bad(self.name, f"a rank of at most {rank_limit(layer)} for {list(layer)}", largest)
 
-    def alpha(self, held: Checkpoint) -> float | None:
-        """As the file has it, if it does. Raises AdapterError for one that is not finite."""
-        return _number(self._tensor(held, "alpha")) if "alpha" in self.slots else None
+    def alpha(self, checkpoint: Checkpoint) -> float | None:
+        """The file's alpha, or None. Raises AdapterError for one that is not finite."""
+        return _number(self._tensor(checkpoint, "alpha")) if "alpha" in self.slots else None
 
-    def _tensor(self, held: Checkpoint, slot: str) -> Tensor:
-        tensor = held.tensor(self.slots[slot])
+    def _tensor(self, checkpoint: Checkpoint, slot: str) -> Tensor:
+        tensor = checkpoint.tensor(self.slots[slot])
         if not all_finite(tensor):
             raise AdapterError(
                 f"{self.slots[slot]}: expected finite numbers, got NaN or infinity; the file is "
@@ -142,7 +142,7 @@ class Group:
     def _scale(self, tensors: Mapping[str, Tensor], peft: Peft, alpha: float | None) -> float:
         scale = _number(tensors["scalar"]) if "scalar" in tensors else 1.0
         if alpha is not None:
-            # sd-scripts and LyCORIS take an alpha of 0 for the rank; no file is trained to be 0.
+            # sd-scripts and LyCORIS read an alpha of 0 as the rank: nobody trains a scale of 0.
             scale *= alpha / self.rank if self.rank and alpha else 1.0
         elif self.kind.scaled:
             scale *= peft.scale(self.network, self.module, self.rank)
@@ -151,7 +151,7 @@ class Group:
         return scale
 
     def _bias(self, tensors: Mapping[str, Tensor], scale: float) -> Tensor | None:
-        """PEFT's `lora_bias` is scaled as the product that it is added to; `diff_b` is not."""
+        """PEFT's `lora_bias` is scaled like the product; `diff_b` is not."""
         bias = tensors.get("diff_b")
         if "up_bias" not in tensors:
             return bias
@@ -159,9 +159,9 @@ class Group:
         return more if bias is None else more + bias.float()
 
     def _magnitude(self, tensors: Mapping[str, Tensor], layer: Shape) -> Tensor | None:
-        """DoRA's m so that it broadcasts: PEFT's belongs to rows; LyCORIS's to what its shape says.
+        """DoRA's m in a shape that broadcasts: PEFT's is of rows, LyCORIS' of rows or columns.
 
-        The key decides, because PEFT writes [1, o, 1, 1] for a convolution.
+        The key tells which program it is, because PEFT writes [1, o, 1, 1] for a convolution.
         """
         slot = next((slot for slot in ("magnitude", "dora_scale") if slot in tensors), None)
         if slot is None:
@@ -180,10 +180,11 @@ _LARGEST = 1e30
 
 
 def _group(
-    name: str, network: Network | None, module: str, keys: Mapping[str, Stored],
+    name: str, network: Network | None, module: str, keys: Mapping[str, TensorEntry],
     forms: Iterable[AdapterForm],
 ) -> Group:  # fmt: skip
-    """A module whose tensors are complete, of the right dtypes, and agree. Raises AdapterError."""
+    """A module's group. Raises AdapterError where tensors are missing, of a wrong dtype, or do not
+    agree."""
     slots = {slot: key.name for slot, key in keys.items()}
     shapes = {slot: key.shape for slot, key in keys.items()}
     kinds, listed = kinds_of(shapes), ", ".join(sorted(slots))
@@ -193,19 +194,19 @@ def _group(
         titles = " and ".join(kind.title for kind in kinds)
         _bad(name, f"one way to change its weight, not {titles}", listed)
     (kind,) = kinds
-    if odd := next(excluding(kind, slots), None):
+    if odd := next(conflicting_operands(kind, slots), None):
         alone = f"{kind.title} alone, because {kind.title} with {odd} is not implemented"
         _bad(name, "one way to change its weight" if odd in kind.operands else alone, listed)
     for slot, key in keys.items():
         _check(kind, slot, key)
-    if missing := next(lacking(kind, slots), None):
+    if missing := next(missing_operands(kind, slots), None):
         _bad(name, f"{missing} too (the file is torn)", listed)
     for each in disagreements(kind, shapes):
-        _agree(name, each)
+        _check_agreement(name, each)
     return Group(name, network, module, kind, slots, shapes, frozenset(forms))
 
 
-def _check(kind: Kind, slot: str, key: Stored) -> None:
+def _check(kind: Kind, slot: str, key: TensorEntry) -> None:
     """One tensor's dtype and dimensions."""
     allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
     if slot in SWITCHES:
@@ -234,11 +235,11 @@ class Grouping(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def grouped(layout: Layout) -> Grouping:
-    """A file's keys by module. The same layout gives the same object, so that a swap of one
-    adapter for another of its kind parses no name. Raises AdapterError."""
+def group_keys(layout: Layout) -> Grouping:
+    """A file's keys by module. The same layout gives the same object, so that swapping adapters of
+    the same layout parses no name. Raises AdapterError."""
     names: dict[tuple[Network | None, str], str] = {}
-    keys: dict[str, dict[str, Stored]] = {}
+    keys: dict[str, dict[str, TensorEntry]] = {}
     forms: dict[str, set[AdapterForm]] = {}
     strays: list[str] = []
     factors = {name.removesuffix(_ON_INPUT) for name, *_ in layout if name.endswith(_ON_INPUT)}
@@ -251,20 +252,20 @@ def grouped(layout: Layout) -> Grouping:
             continue
         slot = "factors" if is_factor else key.slot
         group = names.setdefault((key.network, key.module), key.name)
-        held = keys.setdefault(group, {})
-        if slot in held:
+        entries = keys.setdefault(group, {})
+        if slot in entries:
             raise AdapterError(
-                f"{held[slot].name!r} and {name!r} are the same part of {group}: expected it once; "
-                "remove one of them"
+                f"{entries[slot].name!r} and {name!r} are the same part of {group}: expected it "
+                "once; remove one of them"
             )
-        held[slot] = Stored(name, dtype, shape)
+        entries[slot] = TensorEntry(name, dtype, shape)
         forms.setdefault(group, set()).update({key.form} if key.form else ())
     groups: dict[str, Group] = {}
     unknown = {stem for stray in strays for stem in _stems(stray)}
     for (network, module), name in names.items():
         own = keys[name]
         if own.keys() <= MODIFIERS.keys() - {"diff_b"} and name in unknown:
-            strays += [key.name for key in own.values()]  # an alpha of what is not known here
+            strays += [key.name for key in own.values()]  # an alpha of an unknown change
         else:
             groups[name] = _group(name, network, module, own, forms[name])
     return Grouping(groups, tuple(strays))
@@ -274,7 +275,7 @@ _ON_INPUT = ".on_input"
 
 
 def _stems(name: str) -> tuple[str, str]:
-    """Without what is behind the last dot, and the last but one."""
+    """The name without its last part, and without its last two parts."""
     return name.rpartition(".")[0], name.rsplit(".", 2)[0]
 
 
@@ -282,10 +283,10 @@ def _number(tensor: Tensor) -> float:
     return float(tensor.flatten()[0])
 
 
-def _agree(name: str, each: Agreement) -> None:
-    if each.expected != each.came:
-        _bad(name, f"{each.what} {each.expected}", each.came)
+def _check_agreement(name: str, each: Agreement) -> None:
+    if each.expected != each.actual:
+        _bad(name, f"{each.what} {each.expected}", each.actual)
 
 
-def _bad(what: str, expected: str, came: object) -> NoReturn:
-    raise AdapterError(f"{what}: expected {expected}, got {came!r:.120}")
+def _bad(what: str, expected: str, actual: object) -> NoReturn:
+    raise AdapterError(f"{what}: expected {expected}, got {actual!r:.120}")

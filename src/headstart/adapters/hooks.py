@@ -1,8 +1,8 @@
-"""A network that adapters act on: its layers, and which adapters hold during one call of it.
+"""A network that adapters act on: hooks on its layers, and the adapters of one call.
 
-Each call says what holds, so calls with other adapters may run at the same time. Hooks look it up;
-they are there only while somebody's adapters need them, and without them the network is to the bit
-what it was.
+Each call has adapters of its own, so calls with other adapters may run at the same time. The hooks
+look them up. Hooks exist only while some adapters need them; without hooks the network gives the
+same bits as before.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from headstart.runner.capture import is_capturing
 class Changes:
     """What a set of adapters changes, by layer.
 
-    slots    low-rank changes by the adapter's name, in the order of the names: sums do not depend
-             on who came first
-    weights  of layers that run on a sum
+    slots    low-rank changes with the adapter's name, in the order of the names, so that sums do
+             not depend on the order of attaching
+    weights  the merged weights of layers that have some
     """
 
-    slots: Mapping[Leaf, tuple[tuple[str, Slot], ...]] = field(default_factory=dict)  # pyright: ignore
-    weights: Mapping[Leaf, Weights] = field(default_factory=dict)  # pyright: ignore
+    slots: Mapping[LayerHooks, tuple[tuple[str, Slot], ...]] = field(default_factory=dict)  # pyright: ignore
+    weights: Mapping[LayerHooks, Weights] = field(default_factory=dict)  # pyright: ignore
 
     @property
-    def leaves(self) -> set[Leaf]:
+    def layers(self) -> set[LayerHooks]:
         return {*self.slots, *self.weights}
 
 
 class _Call(NamedTuple):
-    """What holds in the network call that runs in this thread; strengths [B] by adapter.
+    """The network call that runs in this thread; strengths [B] by adapter.
 
-    host   whose call it is; outer: the call that this one was made in
+    host   the network that is called; outer: the call that this one is nested in
     """
 
     changes: Changes
@@ -59,7 +59,9 @@ _CALL: ContextVar[_Call | None] = ContextVar("headstart_adapters", default=None)
 
 
 @contextmanager
-def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -> Generator[None]:
+def adapters_active(
+    changes: Changes, names: tuple[str, ...], strengths: Tensor | None
+) -> Generator[None]:
     """Text encoders called inside have these changes, at strengths [B, A], a column a name."""
     token = _CALL.set(_Call(changes, _by_name(names, strengths), outer=_CALL.get()))
     try:
@@ -69,9 +71,9 @@ def acting(changes: Changes, names: tuple[str, ...], strengths: Tensor | None) -
 
 
 def _by_name(names: tuple[str, ...], strengths: Tensor | None) -> dict[str, Tensor]:
-    """On a CPU, where looking costs no wait, a column of zeros is left out: it runs no layer. Not
-    from what is captured or compiled, which serves every strength. Columns are contiguous, so that
-    what is compiled for one serves it beside others too."""
+    """On a CPU, where reading values needs no wait, columns of zeros are left out, so their changes
+    do not run. Graphs and compiled code serve every strength, so there all columns stay. Columns
+    are contiguous, so that code compiled for one adapter also serves it beside others."""
     if strengths is None:
         return {}
     columns = zip(names, strengths.t().contiguous().unbind(0), strict=True)
@@ -84,84 +86,87 @@ _Forward: TypeAlias = Callable[..., Any]
 
 
 @final
-class _Way:
-    """In place of a layer's `forward`: what was there, or the layer on a sum where one holds.
+class _ForwardOverride:
+    """Replaces a layer's `forward`: runs the layer on merged weights, or else the old `forward`.
 
-    It is good for as long as anybody has it: offloading keeps what it found, too.
+    It works for as long as anybody refers to it: offloading keeps a reference, too.
     """
 
     in_key = True  # see `headstart.runner.binding`
 
-    def __init__(self, leaf: Leaf) -> None:
-        self.leaf, self.owned = leaf, "forward" in vars(leaf.layer)
-        self.under: _Forward = leaf.layer.forward
+    def __init__(self, hooks: LayerHooks) -> None:
+        self.hooks, self.owned = hooks, "forward" in vars(hooks.layer)
+        self.inner: _Forward = hooks.layer.forward
 
     def __reduce__(self) -> NoReturn:
-        raise _copied(self.leaf.layer)
+        raise _copy_error(self.hooks.layer)
 
     def __call__(self, input: Tensor, *more: Any) -> Any:
-        own = self.leaf.weights()
+        own = self.hooks.weights()
         if own is None:
-            return self.under(input, *more)
-        return run_on(self.leaf.layer, input, own, *more)
+            return self.inner(input, *more)
+        return run_on(self.hooks.layer, input, own, *more)
 
 
 @final
-class Leaf:
-    """One layer where something may be changed."""
+class LayerHooks:
+    """The hooks of one layer."""
 
-    def __init__(self, layer: Layer, standing: Callable[[], Changes] | None) -> None:
-        self.layer, self._standing = layer, standing
+    def __init__(self, layer: Layer, current: Callable[[], Changes] | None) -> None:
+        self.layer, self._current = layer, current
         self._handle: RemovableHandle | None = None
-        self.way: _Way | None = None
+        self.override: _ForwardOverride | None = None
 
     def __reduce__(self) -> NoReturn:
-        raise _copied(self.layer)
+        raise _copy_error(self.layer)
 
     @property
     def hooked(self) -> bool:
-        return self._handle is not None or self.way is not None
+        return self._handle is not None or self.override is not None
 
     def hook(self, *, weights: bool) -> None:
-        """Look at every call from now on; `weights`: also for what the layer runs on."""
-        if weights and self.way is None:
-            with _PLACING:
-                self.way = way = _Way(self)
-                self.layer.forward = cast("Any", way)
+        """Act in every call from now on; `weights`: also replace the layer's weights."""
+        if weights and self.override is None:
+            with _OVERRIDE_LOCK:
+                self.override = override = _ForwardOverride(self)
+                self.layer.forward = cast("Any", override)
         if self._handle is None:
             self._handle = self.layer.register_forward_hook(self._add)
 
     def unhook(self) -> None:
-        """From the outside: what lies below somebody else's way, or was put there since then by
-        offloading, stays and does nothing."""
+        """Remove the hooks. An override below somebody else's, or that offloading put back later,
+        stays and does nothing."""
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-        if self.way is None:
+        if self.override is None:
             return
-        self.way, own = None, vars(self.layer)
-        with _PLACING:
-            while isinstance(way := own.get("forward"), _Way) and way.leaf.way is not way:
-                if way.owned:
-                    own["forward"] = way.under
+        self.override, own = None, vars(self.layer)
+        with _OVERRIDE_LOCK:
+            while (
+                isinstance(override := own.get("forward"), _ForwardOverride)
+                and override.hooks.override is not override
+            ):
+                if override.owned:
+                    own["forward"] = override.inner
                 else:
                     del own["forward"]
 
     @property
     def bypassed(self) -> bool:
-        """Whether the layer's own forward is back in the place of ours."""
+        """Whether somebody put the layer's own `forward` back in place of ours."""
         found = vars(self.layer).get("forward")
         return found is None or getattr(found, "__func__", None) is type(self.layer).forward
 
     def weights(self) -> Weights | None:
-        """What the layer runs on in this call, if not on its own."""
+        """The merged weights that the layer runs on in this call; None for its own."""
         call = self._call()
         if call is not None:
             return call.changes.weights.get(self)
-        return None if self._standing is None else self._standing().weights.get(self)
+        return None if self._current is None else self._current().weights.get(self)
 
     def additions(self) -> tuple[tuple[Slot, Tensor], ...]:
-        """What is added in this call, and how strongly: [B] or [1]."""
+        """The low-rank changes that act in this call, each with its strengths [B] or [1]."""
         call = self._call()
         if call is None or not call.strengths:
             return ()
@@ -169,10 +174,10 @@ class Leaf:
         return tuple((slot, strengths[name]) for name, slot in slots if name in strengths)
 
     def _call(self) -> _Call | None:
-        """The call that this layer is in. Of a text encoder it is none of a network: one that
-        KeyboardInterrupt ended is still there, because torch runs no hook after it."""
+        """The call that this layer runs in. A UNet's call does not count for a text encoder: one
+        that KeyboardInterrupt ended is still here, because torch then skips the hooks."""
         call = _CALL.get()
-        inside = call is None or call.host is None or self._standing is None
+        inside = call is None or call.host is None or self._current is None
         return call if inside else None
 
     def _add(self, layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
@@ -184,11 +189,11 @@ class Leaf:
     _add.in_key = True  # pyright: ignore[reportFunctionMemberAccess]: see `headstart.runner.binding`
 
 
-_PLACING = threading.Lock()
-"""Engines that share a network each have a way on a layer, one around the other."""
+_OVERRIDE_LOCK = threading.Lock()
+"""Engines that share a network each override `forward`, one around the other."""
 
 
-def _copied(module: nn.Module) -> AdapterError:
+def _copy_error(module: nn.Module) -> AdapterError:
     return AdapterError(
         f"this {type(module).__name__} has adapters attached, which belong to an engine: a network "
         "is copied or pickled without them, so detach them first"
@@ -200,57 +205,57 @@ class Host:
     """A network's layers, and the hooks on them.
 
     module    a UNet, called (x_in, timestep, cond); or, with `conditioned` False, a text encoder,
-              called inside `acting`
-    standing  the adapters of calls that name none; a text encoder has their changes alone, without
-              the low-rank ones, whose strengths nobody gives
+              called inside `adapters_active`
+    current   gives the adapters for calls that name none. For a text encoder only merged weights
+              act then, because such a call has no strengths
     """
 
     def __init__(
-        self, module: nn.Module, standing: Callable[[], Adapters], *, conditioned: bool = True
+        self, module: nn.Module, current: Callable[[], Adapters], *, conditioned: bool = True
     ) -> None:
-        self.module, self.standing, self.conditioned = module, standing, conditioned
+        self.module, self.current, self.conditioned = module, current, conditioned
         self.layers = layers_of(module)
         self.shapes = {path: tuple(layer.weight.shape) for path, layer in self.layers.items()}
-        fallback = None if conditioned else lambda: cast("Changes", standing().changes)
-        self._leaves = {path: Leaf(layer, fallback) for path, layer in self.layers.items()}
+        fallback = None if conditioned else lambda: cast("Changes", current().changes)
+        self._hooks = {path: LayerHooks(layer, fallback) for path, layer in self.layers.items()}
         self._entry: RemovableHandle | None = None
         self._exit: RemovableHandle | None = None
 
     def __reduce__(self) -> NoReturn:
-        raise _copied(self.module)
+        raise _copy_error(self.module)
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """What each layer computes in; a network whose weights are widened at use says so."""
-        stated = getattr(self.module, "compute_dtype", None)
-        known = stated if isinstance(stated, torch.dtype) else None
+        """What each layer computes in. A network that casts weights at use declares it."""
+        declared = getattr(self.module, "compute_dtype", None)
+        known = declared if isinstance(declared, torch.dtype) else None
         stored = {path: layer.weight.dtype for path, layer in self.layers.items()}
-        # Nothing computes in 8 bits: whoever stores them widens them to the network's own dtype.
+        # Nothing computes in 8 bits: such weights are cast to the network's own dtype.
         wide = getattr(self.module, "dtype", torch.float32)
         return {path: known or (own if own.itemsize > 1 else wide) for path, own in stored.items()}
 
-    def leaf(self, path: str) -> Leaf:
-        return self._leaves[path]
+    def hooks(self, path: str) -> LayerHooks:
+        return self._hooks[path]
 
     def hook(self, slots: Iterable[str], weights: Iterable[str] = ()) -> None:
-        """Make these layers look at what holds: low-rank changes, or what they run on."""
+        """Put hooks on these layers: for low-rank changes, and for merged weights."""
         for paths, own in ((slots, False), (weights, True)):
             for path in paths:
-                self._leaves[path].hook(weights=own)
+                self._hooks[path].hook(weights=own)
         if not self.conditioned or not self._hooked():
             return
-        object.__setattr__(self.module, "standing_adapters", self.standing)
-        # A line each, so that whatever interrupts them leaves none that is not known.
+        object.__setattr__(self.module, "current_adapters", self.current)
+        # One statement each: an interrupt between them leaves no hook without its handle.
         if self._exit is None:
             self._exit = self.module.register_forward_hook(self._leave, always_call=True)
         if self._entry is None:
             self._entry = self.module.register_forward_pre_hook(self._enter, with_kwargs=True)
 
-    def unhook(self, needed: Container[Leaf]) -> None:
-        """Leave the layers that nobody's adapters need; with the last one, the network too."""
-        for leaf in self._hooked():
-            if leaf not in needed:
-                leaf.unhook()
+    def unhook(self, needed: Container[LayerHooks]) -> None:
+        """Remove the hooks of layers that no adapters need; after the last, the network's too."""
+        for hooks in self._hooked():
+            if hooks not in needed:
+                hooks.unhook()
         if self._hooked():
             return
         if self._entry is not None:
@@ -258,27 +263,27 @@ class Host:
         if self._exit is not None:
             self._exit.remove()
         self._entry = self._exit = None
-        if vars(self.module).get("standing_adapters") == self.standing:
-            del vars(self.module)["standing_adapters"]
+        if vars(self.module).get("current_adapters") == self.current:
+            del vars(self.module)["current_adapters"]
 
-    def _hooked(self) -> list[Leaf]:
-        return [leaf for leaf in self._leaves.values() if leaf.hooked]
+    def _hooked(self) -> list[LayerHooks]:
+        return [hooks for hooks in self._hooks.values() if hooks.hooked]
 
     def _enter(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = (*args, *kwargs.values())
-        x_in, cond = given[0], given[-1]
-        if len(given) != 3 or not isinstance(cond, Conditioning):
+        inputs = (*args, *kwargs.values())
+        x_in, cond = inputs[0], inputs[-1]
+        if len(inputs) != 3 or not isinstance(cond, Conditioning):
             raise AdapterError(
                 f"adapters are attached to {type(self.module).__name__}, which was not called as "
                 "(x_in, timestep, cond): attach them to a denoiser, and call that; one of "
                 "diffusers' networks is headstart.bridges.diffusers.denoiser(network)"
             )
-        adapters = self.standing() if cond.adapters is None else cond.adapters
+        adapters = self.current() if cond.adapters is None else cond.adapters
         changes = cast("Changes", adapters.changes)
-        _check_ways(changes)
+        _check_overrides(changes)
         _check_strengths(cond.strengths, adapters.columns, len(x_in))
         strengths = _by_name(adapters.columns, cond.strengths)
-        self._end()  # one that was interrupted
+        self._end()  # an interrupted call of this network
         _CALL.set(_Call(changes, strengths, self, _CALL.get()))
 
     _enter.in_key = True  # pyright: ignore[reportFunctionMemberAccess]
@@ -287,7 +292,7 @@ class Host:
         self._end()
 
     def _end(self) -> None:
-        """Back to the call that this one was made in, if `_enter` came as far as to begin one."""
+        """Go back to the outer call, if `_enter` got far enough to begin one."""
         call = _CALL.get()
         while call is not None and call.host is not self:
             call = call.outer
@@ -316,8 +321,8 @@ def _check_strengths(strengths: Tensor | None, columns: tuple[str, ...], batch: 
         )
 
 
-def _check_ways(changes: Changes) -> None:
-    if lost := next((leaf.layer for leaf in changes.weights if leaf.bypassed), None):
+def _check_overrides(changes: Changes) -> None:
+    if lost := next((hooks.layer for hooks in changes.weights if hooks.bypassed), None):
         raise AdapterError(
             f"a merged adapter no longer acts, because something took the `forward` of {lost} back "
             "after it was attached, as turning offloading off does: detach the adapter and attach "

@@ -1,6 +1,6 @@
 """A kind of change as data: its tensors, how they must agree, and the formula of W' - W.
 
-Every kind is a row of this type, in the module of its family: `products`, `rotations`, `plain`.
+Each kind is a value of this type, in the module of its family: `products`, `rotations`, `plain`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from headstart.adapters.names import AdapterForm
 
 Shape: TypeAlias = tuple[int, ...]
 Sides: TypeAlias = tuple[int | None, ...]
-"""The shape of a weight; None for a side that the tensors do not tell."""
+"""The shape of a weight; None for a side that the tensors leave open."""
 Shapes: TypeAlias = Mapping[str, Shape]
 """Operand -> shape."""
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -23,11 +23,11 @@ Tensors: TypeAlias = Mapping[str, Tensor]
 
 
 class Agreement(NamedTuple):
-    """What must be equal; else a message says `expected {what} {expected}, got {came}`."""
+    """Two values that must be equal; the error is `expected {what} {expected}, got {actual}`."""
 
     what: str
     expected: object
-    came: object
+    actual: object
 
 
 def same_weight(sides: Sides, layer: Shape) -> bool:
@@ -49,19 +49,19 @@ def _nothing(_: object, *__: object) -> Iterator[Agreement]:
 class Kind(NamedTuple):
     """A way to change a weight.
 
-    title       what a message calls it
-    form        the form that a file with it has; None where the naming of its keys says that
-    operands    its tensors -> how many dimensions each may have
-    parts       for each part of the formula, the sets of operands that can make it: one of them
-                must be there, and no operand of another
-    sides       shapes -> the weight that they change
+    title       its name in messages
+    form        the form of a file that has it; None where the naming of the keys decides
+    operands    its tensors -> the numbers of dimensions that each may have
+    parts       for each part of the formula, the alternative sets of operands: exactly one set
+                must be there
+    sides       shapes -> the shape of the weight that they change
     change      (tensors, W) -> W' - W, float32 or wider, as [o, ...]; before scale and magnitude
-    agreements  what the shapes must have in common
-    needs       operand -> the operand without which it means nothing
-    takes       what may come beside: see `headstart.adapters.kinds.MODIFIERS`
+    agreements  what must be equal in the shapes
+    needs       operand -> another operand that it needs
+    modifiers   operands of `headstart.adapters.kinds.MODIFIERS` that it may have besides
     rank        shapes -> the rank by which alpha is divided; None where alpha is no scale
     fits        (shapes, layer) -> whether they change a layer of this shape; None: `same_weight`
-    settled     what the numbers of some operands and the layer must have in common
+    value_agreements  what must be equal in the values of some operands and the layer
     """
 
     title: str
@@ -72,12 +72,12 @@ class Kind(NamedTuple):
     change: Callable[[Tensors, Tensor], Tensor]
     agreements: Callable[[Shapes], Iterator[Agreement]] = _nothing
     needs: Mapping[str, str] = {}
-    takes: frozenset[str] = frozenset()
+    modifiers: frozenset[str] = frozenset()
     rank: Callable[[Shapes], int | None] = lambda _: None
     fits: Callable[[Shapes, Shape], bool] | None = None
-    settled: Callable[[Tensors, Shape], Iterator[Agreement]] = _nothing
+    value_agreements: Callable[[Tensors, Shape], Iterator[Agreement]] = _nothing
 
     @property
     def scaled(self) -> bool:
-        """Whether alpha/rank and a scalar are factors of the change: it is a product of others."""
-        return "scalar" in self.takes
+        """Whether alpha/rank and a scalar multiply the change."""
+        return "scalar" in self.modifiers

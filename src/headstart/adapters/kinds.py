@@ -1,4 +1,4 @@
-"""Every kind of change that is computed here, and which one the operands of a module make."""
+"""Every kind of change that is computed here, and the kind that a module's operands belong to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODIFIERS: Mapping[str, tuple[int, ...]] = {
 """Operands beside those of a kind -> dimensions.
 
 alpha, scalar           factors of the change: alpha/rank; LyCORIS' `use_scalar`
-dora_scale, magnitude   the length that W + change is given: LyCORIS' name and PEFT's
+dora_scale, magnitude   the new length of W + change: LyCORIS' name and PEFT's
 diff_b                  a change of the bias
 """
 ONE_NUMBER = frozenset({"alpha", "scalar", "on_input", "scaled_oft"})
@@ -31,7 +31,7 @@ _ALPHA_ALONE = frozenset({"alpha"})
 
 
 def kinds_of(shapes: Shapes) -> list[Kind]:
-    """The kinds whose operands are there: one, in a file that is whole. A bias alone is a full
+    """The kinds with some of these operands; a sound file has one. A bias alone is a full
     difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
     own = shapes.keys() - MODIFIERS.keys()
     other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
@@ -43,8 +43,8 @@ def dimensions(kind: Kind, operand: str) -> tuple[int, ...]:
     return kind.operands.get(operand) or MODIFIERS[operand]
 
 
-def lacking(kind: Kind, operands: Collection[str]) -> Iterator[str]:
-    """Operands that must be there too, given those that are."""
+def missing_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]:
+    """Operands that these operands need and that are missing."""
     for ways in kind.parts:
         way = next((way for way in ways if set(way) & set(operands)), ways[-1])
         yield from (operand for operand in way if operand not in operands)
@@ -53,22 +53,22 @@ def lacking(kind: Kind, operands: Collection[str]) -> Iterator[str]:
             yield other
 
 
-def excluding(kind: Kind, operands: Collection[str]) -> Iterator[str]:
-    """Operands that say the same as another, or that the kind cannot have."""
+def conflicting_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]:
+    """Operands that repeat another, or that the kind cannot have."""
     for ways in kind.parts:
         present = [way for way in ways if set(way) & set(operands)]
         yield from (operand for way in present[1:] for operand in way if operand in operands)
-    known = kind.operands.keys() | kind.takes | _ALPHA_ALONE
+    known = kind.operands.keys() | kind.modifiers | _ALPHA_ALONE
     yield from (operand for operand in operands if operand not in known)
     if {"dora_scale", "magnitude"} <= set(operands):
         yield "magnitude"
 
 
 def disagreements(kind: Kind, shapes: Shapes) -> Iterator[Agreement]:
-    return (each for each in kind.agreements(shapes) if each.expected != each.came)
+    return (each for each in kind.agreements(shapes) if each.expected != each.actual)
 
 
 def rank_limit(layer: Shape) -> int:
-    """Files with a higher rank than their layer has exist (rank 128 on 4 channels); a much higher
-    one says nothing more, and would be given room for."""
+    """The largest rank that is accepted. Some files have a rank above their layer's (128 on 4
+    channels); a far larger one is useless and would take memory."""
     return max(4096, layer[0], math.prod(layer[1:]))

@@ -1,8 +1,8 @@
-"""Which layer of a network a module's name means, in any of the namings.
+"""The layer of a network that a module's name stands for, in any of the naming schemes.
 
 name = prefixes ++ module: of all the ways to read a name, those count whose rest is a layer
-The module is written with dots, with underscores for dots, or as its number in the network, which
-`headstart.adapters.layer_numbers` knows.
+A module is written with dots, with underscores, or as its number in the network
+(`headstart.adapters.layer_numbers`).
 """
 
 from __future__ import annotations
@@ -12,36 +12,38 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from headstart.adapters.group import Group
-from headstart.adapters.layer_numbers import numbered
-from headstart.adapters.names import Network, ways
+from headstart.adapters.layer_numbers import layers_by_number
+from headstart.adapters.names import Network, name_readings
 from headstart.checkpoint import keymap
 from headstart.errors import AdapterError
 
-Place = tuple[Network, str]
+LayerKey = tuple[Network, str]
 """A network, and the path of a layer in it."""
 Networks = Mapping[Network, Mapping[str, tuple[int, ...]]]
 """Network -> layer -> the shape of its weight."""
 
 
-def placed(groups: Iterable[Group], networks: Networks) -> Iterator[tuple[Group, Place | None]]:
-    """Each module with its layer; None where its name means none.
+def match_layers(
+    groups: Iterable[Group], networks: Networks
+) -> Iterator[tuple[Group, LayerKey | None]]:
+    """Each module with its layer; None where its name is that of no layer.
 
-    A name that means several is the one that it fits, and of those the one in the network that
-    says most of the file: PEFT saves an encoder alone, without its name. Raises AdapterError where
-    two fit equally well.
+    Where a name may be several layers, the one of the same shape is taken. If several have it, the
+    network counts that most of the file's modules name: PEFT saves an encoder alone, without its
+    name. Raises AdapterError where two layers fit equally well.
     """
-    places, groups = Places(networks), list(groups)
-    counted = numbered(groups, networks)
+    names, groups = LayerNames(networks), list(groups)
+    by_number = layers_by_number(groups, networks)
     found = [
-        (group, [counted[group.name]] if group.name in counted else places.find(group.name))
+        (group, [by_number[group.name]] if group.name in by_number else names.find(group.name))
         for group in groups
     ]
     fitting = [[p for p in own if g.fits(networks[p[0]][p[1]])] for g, own in found]
-    said = Counter(network for own in fitting for network in {network for network, _ in own})
+    counts = Counter(network for own in fitting for network in {network for network, _ in own})
     for (group, own), fits in zip(found, fitting, strict=True):
         if len(fits) > 1:
-            most = max(said[network] for network, _ in fits)
-            fits = [place for place in fits if said[place[0]] == most]
+            most = max(counts[network] for network, _ in fits)
+            fits = [layer for layer in fits if counts[layer[0]] == most]
         if len(fits) > 1:
             both = " and as ".join(f"{path} of the {network}" for network, path in fits[:2])
             raise AdapterError(
@@ -51,7 +53,7 @@ def placed(groups: Iterable[Group], networks: Networks) -> Iterator[tuple[Group,
         yield group, next(iter(fits or own), None)
 
 
-class Places:
+class LayerNames:
     """The layers of networks by every spelling of their names."""
 
     def __init__(self, networks: Mapping[Network, Iterable[str]]) -> None:
@@ -59,16 +61,16 @@ class Places:
             network: _spellings(network, list(modules)) for network, modules in networks.items()
         }
 
-    def find(self, name: str) -> list[Place]:
-        """The layers that `name`, a module as a file spells it, can mean."""
-        found: dict[Place, None] = {
-            (where, module): None
-            for network, rest in ways(name)
-            for where, table in self._tables.items()
-            if network in (None, where)
+    def find(self, name: str) -> list[LayerKey]:
+        """The layers that `name`, a module as a file spells it, can be."""
+        layers: dict[LayerKey, None] = {
+            (network, module): None
+            for prefix, rest in name_readings(name)
+            for network, table in self._tables.items()
+            if prefix in (None, network)
             for module in table.get(rest, ())
         }
-        return list(found)
+        return list(layers)
 
 
 def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...]]:
@@ -79,23 +81,23 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...
     """
     pairs = [(module, module) for module in modules]
     if network == "unet":
-        pairs += [(wan, module) for module in modules if (wan := _of_wan(module))]
+        pairs += [(wan, module) for module in modules if (wan := _wan_name(module))]
         pairs += [(ldm, module) for module, ldm in keymap.unet_to_ldm(modules).items()]
     else:
         pairs += [(module.removeprefix("text_model."), module) for module in modules]
-        openclip = [(old, module) for module in modules if (old := _of_openclip(module))]
-        pairs += openclip + [(old.removeprefix("transformer."), m) for old, m in openclip]
+        openclip = [(name, module) for module in modules if (name := _openclip_name(module))]
+        pairs += openclip + [(name.removeprefix("transformer."), m) for name, m in openclip]
     table: dict[str, tuple[str, ...]] = {}
-    for spelled, module in pairs:
-        for name in {spelled, spelled.replace(".", "_")}:
+    for spelling, module in pairs:
+        for name in {spelling, spelling.replace(".", "_")}:
             known = table.get(name, ())
             if module not in known:
                 table[name] = (*known, module)
     return table
 
 
-# github.com/mlfoundations/open_clip, transformer.py <- transformers' names; q, k and v are one
-# tensor there, so no row has them.
+# github.com/mlfoundations/open_clip, transformer.py <- transformers' names. OpenCLIP has q, k and v
+# in one tensor, so they have no row.
 _OPENCLIP = (
     ("text_model.encoder.layers.", "transformer.resblocks."),
     (".layer_norm1", ".ln_1"),
@@ -107,7 +109,7 @@ _OPENCLIP = (
 )
 
 
-def _of_openclip(module: str) -> str | None:
+def _openclip_name(module: str) -> str | None:
     name = module
     for ours, theirs in _OPENCLIP:
         name = name.replace(ours, theirs)
@@ -135,7 +137,7 @@ _WAN = tuple(
 )
 
 
-def _of_wan(module: str) -> str | None:
-    """As Wan's own code calls it, and its Lightning LoRAs do."""
+def _wan_name(module: str) -> str | None:
+    """The name in Wan's own code, and in its Lightning LoRAs."""
     found = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
     return next((match.expand(name) for match, name in found), None)

@@ -40,59 +40,60 @@ def is_numbered(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def numbered(
+def layers_by_number(
     groups: Iterable[Group], networks: Mapping[Network, Mapping[str, Shape]]
 ) -> dict[str, tuple[Network, str]]:
-    """The layers of the modules that are numbers; without those of a network that fits no order.
+    """The layers of the modules that are numbers; none of a network that fits no order.
 
-    Every module of a network must fit, because a wrong order finds layers of the right shape too.
-    An order that has as many layers as the file goes before one of which it has a part. Raises
-    AdapterError where two orders are left that mean different layers.
+    Every module of a network must fit, because some layers fit a wrong order by chance. An order
+    with as many layers as the file is preferred to one with more. Raises AdapterError where two
+    orders remain that name different layers.
     """
     found: dict[str, tuple[Network, str]] = {}
-    for spelled, network in _NETWORKS.items():
+    for spelling, network in _NETWORKS.items():
         own = {
             int(match[2]): group
             for group in groups
-            if (match := _NAME.fullmatch(group.name)) and match[1] == spelled
+            if (match := _NAME.fullmatch(group.name)) and match[1] == spelling
         }
         if own and network in networks:
-            layers = _chosen(own, network, networks[network])
+            layers = _best_order(own, network, networks[network])
             found |= {own[number].name: (network, layer) for number, layer in layers.items()}
     return found
 
 
-def _chosen(
-    own: Mapping[int, Group], network: Network, layers: Mapping[str, Shape]
+def _best_order(
+    groups: Mapping[int, Group], network: Network, layers: Mapping[str, Shape]
 ) -> dict[int, str]:
     fitting = {
-        title: (order, {number: order[number] for number in own})
+        title: order
         for title, order in _orders(network, layers)
-        if all(n < len(order) and group.fits(layers[order[n]]) for n, group in own.items())
+        if all(n < len(order) and g.fits(layers[order[n]]) for n, g in groups.items())
     }
-    whole = {title: each for title, each in fitting.items() if len(each[0]) == len(own)}
-    kept = [(title, places) for title, (_, places) in (whole or fitting).items()]
-    for title, places in kept[1:]:
-        first = kept[0][1]
-        if other := next((n for n in own if places[n] != first[n]), None):
+    complete = {title: order for title, order in fitting.items() if len(order) == len(groups)}
+    candidates = [*(complete or fitting).items()]
+    title, order = candidates[0] if candidates else ("", [])
+    for other_title, other in candidates[1:]:
+        differing = next((n for n in groups if other[n] != order[n]), None)
+        if differing is not None:
             raise AdapterError(
-                f"its {len(own)} numbered modules fit two orders of the layers: {kept[0][0]} has "
-                f"{first[other]} as {network}:{other}, and {title} has {places[other]}; expected "
-                "the whole file, which fits one order"
+                f"its {len(groups)} numbered modules fit two orders of the layers: {title} has "
+                f"{order[differing]} as {network}:{differing}, and {other_title} has "
+                f"{other[differing]}; expected the whole file, which fits one order"
             )
-    return kept[0][1] if kept else {}
+    return {number: order[number] for number in groups} if order else {}
 
 
 def _orders(network: Network, layers: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     if network != "unet":
-        yield "k, v, q, out", _counted_text(layers)
+        yield "k, v, q, out", _text_order(layers)
         return
     for title, order in _UNET_ORDERS.items():
-        yield title, _counted_unet(layers, order)
+        yield title, _unet_order(layers, order)
 
 
-def _counted_unet(layers: Iterable[str], order: tuple[str, ...]) -> list[str]:
-    places = [
+def _unet_order(layers: Iterable[str], order: tuple[str, ...]) -> list[str]:
+    keys = [
         (
             ("down", "up", "mid").index(match["side"]),
             *(int(match[part] or 0) for part in ("level", "i", "depth")),
@@ -102,13 +103,13 @@ def _counted_unet(layers: Iterable[str], order: tuple[str, ...]) -> list[str]:
         for layer in layers
         if (match := _BLOCK.fullmatch(layer)) and match["leaf"] in order
     ]
-    return [layer for *_, layer in sorted(places)]
+    return [layer for *_, layer in sorted(keys)]
 
 
-def _counted_text(layers: Iterable[str]) -> list[str]:
-    places = [
+def _text_order(layers: Iterable[str]) -> list[str]:
+    keys = [
         (int(match[1]), _TEXT_ORDER.index(match[2]), layer)
         for layer in layers
         if (match := _LAYER.fullmatch(layer)) and match[2] in _TEXT_ORDER
     ]
-    return [layer for *_, layer in sorted(places)]
+    return [layer for *_, layer in sorted(keys)]

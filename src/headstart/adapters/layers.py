@@ -20,7 +20,7 @@ Layer: TypeAlias = Matrix | Norm
 
 
 class Weights(NamedTuple):
-    """What a layer runs on in place of its own."""
+    """Tensors that a layer runs on instead of its own."""
 
     weight: Tensor
     bias: Tensor | None
@@ -29,8 +29,8 @@ class Weights(NamedTuple):
 def layers_of(network: nn.Module) -> dict[str, Layer]:
     """Module path -> layer.
 
-    Embeddings are none: their change is not implemented. Nor is a norm without a weight, or of a
-    class with a `forward` of its own (diffusers' FP32LayerNorm), whose formula is not known here.
+    Embeddings are left out: their change is not implemented. So are norms without a weight, and
+    norms with another `forward` (diffusers' FP32LayerNorm), whose formula is not known here.
     """
     found = cast("Iterable[tuple[str, nn.Module]]", network.named_modules())
     return {
@@ -41,7 +41,7 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
 
 
 def run_on(layer: Layer, x: Tensor, weights: Weights, *more: Any) -> Any:
-    """layer(x, *more) with `weights` in place of the layer's own, in the same kernels."""
+    """layer(x, *more) with `weights` instead of the layer's own, by the same kernels."""
     weight, bias = weights
     match layer:
         case PackedConv2d() | PackedLinear() if layer.packs(x):

@@ -1,6 +1,6 @@
-"""Weights that are a sum, where no low-rank path computes it: W' = W + sum_a s_a*change_a(W).
+"""Merged weights, where no low-rank path computes the change: W' = W + sum_a s_a*change_a(W).
 
-The layer keeps W, and runs on W' in the calls of those who have these adapters.
+The layer keeps W, and runs on W' in calls that use these adapters.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from headstart.networks.casting import weight_of
 
 
 def in_place(module: nn.Module) -> AbstractContextManager[object]:
-    """Inside, a network's weights are its own, also where others take turns in their memory (see
+    """Inside, a network's weights are in memory, also where networks share memory in turns (see
     `headstart.memory.arena`)."""
     bring: Callable[[], AbstractContextManager[object]] = getattr(module, "in_place", nullcontext)
     return bring()
@@ -29,10 +29,10 @@ Sums: TypeAlias = Mapping[str, tuple[Mapping[str, Delta], float]]
 
 
 @final
-class Merged(nn.Module):
-    """One network's sums: layer -> Weights, in what the network computes in.
+class MergedWeights(nn.Module):
+    """The merged weights of one network: layer -> Weights.
 
-    layers  those of the network; dtypes: layer -> the dtype of its sum
+    layers  those of the network; dtypes: layer -> the dtype that it computes in
     """
 
     def __init__(
@@ -43,22 +43,20 @@ class Merged(nn.Module):
         self.by_path: dict[str, Weights] = {}
         with torch.inference_mode(False), torch.no_grad():
             for path in _paths(sums):
-                self.by_path[path] = _summed(layers[path], dtypes[path], path, sums)
-        self.tensors = _watched(self.by_path)
+                self.by_path[path] = _sum(layers[path], dtypes[path], path, sums)
+        self.tensors = _parameters(self.by_path)
 
-    def holds(self, sums: Sums) -> bool:
-        """Whether it is these sums already."""
+    def has(self, sums: Sums) -> bool:
+        """Whether these sums are merged already."""
         return sums.keys() == self.sums.keys() and all(
-            own is deltas and at == strength
-            for (own, at), (deltas, strength) in zip(
-                (self.sums[name] for name in sums), sums.values(), strict=True
-            )
+            self.sums[name][0] is deltas and self.sums[name][1] == strength
+            for name, (deltas, strength) in sums.items()
         )
 
     def fits(self, sums: Sums) -> bool:
-        """Whether their sums are of the same layers, so that none moves."""
-        held = {path: own.bias is not None for path, own in self.by_path.items()}
-        return held == {
+        """Whether these sums change the same layers, so that no tensor moves."""
+        biases = {path: own.bias is not None for path, own in self.by_path.items()}
+        return biases == {
             path: self.layers[path].bias is not None or _has_bias(path, sums)
             for path in _paths(sums)
         }
@@ -66,24 +64,24 @@ class Merged(nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def fill(self, sums: Sums) -> None:
-        """Hold the sums of `sums`, which fit."""
+        """Merge `sums`, which fit, in place."""
         self.sums = sums
         for path, own in self.by_path.items():
-            found = _summed(self.layers[path], self.dtypes[path], path, sums)
-            own.weight.copy_(found.weight)
-            if own.bias is not None and found.bias is not None:
-                own.bias.copy_(found.bias)
+            merged = _sum(self.layers[path], self.dtypes[path], path, sums)
+            own.weight.copy_(merged.weight)
+            if own.bias is not None and merged.bias is not None:
+                own.bias.copy_(merged.bias)
 
     @torch.inference_mode(False)
-    def copy(self) -> Merged:
-        """The same sums in memory of their own."""
-        other = Merged(self.layers, self.dtypes, {})
+    def copy(self) -> MergedWeights:
+        """The same weights in memory of their own."""
+        other = MergedWeights(self.layers, self.dtypes, {})
         other.by_path = {
             path: Weights(own.weight.clone(), None if own.bias is None else own.bias.clone())
             for path, own in self.by_path.items()
         }
         other.sums = self.sums
-        other.tensors = _watched(other.by_path)
+        other.tensors = _parameters(other.by_path)
         return other
 
 
@@ -103,9 +101,9 @@ def _bias(delta: Delta) -> Tensor | None:
     return None if isinstance(delta, LowRank) else delta.bias
 
 
-def _summed(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
-    """float32 sums in the order of the names; each in the memory of its change, which is new: a
-    LoKr of 350 layers on SD1.5 is attached in half the time (measured)."""
+def _sum(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
+    """The float32 sum in the order of the names. It reuses the memory of each change, which is new:
+    so a LoKr of 350 layers on SD1.5 is attached in half the time (measured)."""
     weight = own = weight_of(layer)
     bias = None if layer.bias is None else layer.bias.float()
     for _, (deltas, strength) in sorted(sums.items()):
@@ -122,7 +120,7 @@ def _summed(layer: Layer, dtype: torch.dtype, path: str, sums: Sums) -> Weights:
     return Weights(weight.to(dtype, copy=weight is own), bias)
 
 
-def _watched(by_path: Mapping[str, Weights]) -> nn.ParameterList:
-    """The sums where those who watch a module's tensors see them."""
+def _parameters(by_path: Mapping[str, Weights]) -> nn.ParameterList:
+    """The weights as parameters, which `headstart.runner.binding` watches."""
     tensors = [tensor for own in by_path.values() for tensor in own if tensor is not None]
     return nn.ParameterList(nn.Parameter(tensor, requires_grad=False) for tensor in tensors)

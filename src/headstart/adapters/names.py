@@ -1,7 +1,7 @@
-"""The names adapters give to tensors, taken apart: which module, which operand of its formula.
+"""The keys of an adapter's file, parsed: the module, and the operand of its formula.
 
 key = prefixes ++ module ++ suffix of the operand
-Which layer a module is, `headstart.adapters.layer_names` finds.
+`headstart.adapters.layer_names` finds the layer of a module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_KEY_CHARS = 512
 
 
 class AdapterForm(Enum):
-    """How a file is written; the suffixes of its keys tell."""
+    """The naming scheme of a file, from the suffixes of its keys."""
 
     KOHYA = "kohya"
     """github.com/kohya-ss/sd-scripts, networks/lora.py: `lora_unet_*.lora_down.weight`, alpha."""
@@ -62,10 +62,10 @@ class AdapterForm(Enum):
 
 
 class Key(NamedTuple):
-    """One tensor's name taken apart.
+    """One tensor's name, parsed.
 
     name     the module as the file spells it: the key without its operand
-    network  the network that the name says, None where it says none; `module`: the rest of it
+    network  the network in the name, or None; `module`: the rest of the name
     """
 
     name: str
@@ -116,24 +116,24 @@ _TEXT_LEAVES = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj"}
 
 
 def parse(name: str) -> Key | None:
-    """One key taken apart; None where no row knows its suffix."""
+    """One key, parsed; None for an unknown suffix."""
     if len(name) > MAX_KEY_CHARS:
         return None
     for form, suffix, slot in _ROWS:
         if match := suffix.search(name):
-            named = match.groupdict()
-            spelled = name[: match.start()]
-            network, module = _meant(spelled)
-            if form is _F.DIFFUSERS_PROCESSOR and module != spelled:
+            groups = match.groupdict()
+            spelling = name[: match.start()]
+            network, module = _guess_network(spelling)
+            if form is _F.DIFFUSERS_PROCESSOR and module != spelling:
                 form = _F.DIFFUSERS_PREFIXED
-            if leaf := named.get("leaf"):
+            if leaf := groups.get("leaf"):
                 leaves = _TEXT_LEAVES if module.endswith(".self_attn") else _LEAVES
-                module, spelled = f"{module}.{leaves[leaf]}", f"{spelled}.{leaves[leaf]}"
-            return Key(spelled, network, module, slot or named["slot"], form)
+                module, spelling = f"{module}.{leaves[leaf]}", f"{spelling}.{leaves[leaf]}"
+            return Key(spelling, network, module, slot or groups["slot"], form)
     return None
 
 
-# What the names of a network's modules start with, with dots or with underscores.
+# How the names of a network's modules begin, with dots or with underscores.
 _HEADS: tuple[tuple[tuple[Network, ...], re.Pattern[str]], ...] = (
     (
         ("unet",),
@@ -152,32 +152,35 @@ _HEADS: tuple[tuple[tuple[Network, ...], re.Pattern[str]], ...] = (
 )
 
 
-Way: TypeAlias = "tuple[Network | None, str]"
-"""One way to read a module's name: the network that its prefixes say, and the rest."""
+Reading: TypeAlias = "tuple[Network | None, str]"
+"""One way to read a module's name: the network of its prefixes, and the rest."""
 
 
 @lru_cache(maxsize=4096)
-def ways(spelled: str) -> tuple[Way, ...]:
-    """`readings` of a module's name, those that say another kind of network left out."""
+def name_readings(spelling: str) -> tuple[Reading, ...]:
+    """`readings` of a module's name, without those of other kinds of network."""
     return tuple(
         (network, rest)
-        for network, rest in readings(spelled)
+        for network, rest in readings(spelling)
         if network is None or network == "unet" or network == "text" or network == "text_2"
     )
 
 
 @lru_cache(maxsize=4096)
-def _meant(spelled: str) -> Way:
-    """The network that a module's name says, by its prefixes or by how it begins, and the rest.
+def _guess_network(spelling: str) -> Reading:
+    """The network of a module, from the prefixes or the beginning of its name, and the rest.
 
-    This describes a file whose network is not there yet; `layer_names` finds the layer.
+    This describes a file without its network; with one, `layer_names` finds the layer.
     """
-    found = ways(spelled)
+    found = name_readings(spelling)
     for networks, heads in _HEADS:
         for network, rest in found:
             if network in (None, *networks) and heads.match(rest):
                 return network or ("unet" if networks == ("unet",) else None), rest
-    return max(found, key=lambda reading: (reading[0] is not None, -len(reading[1])))
+    return max(
+        found,
+        key=lambda text_encoder_for: (text_encoder_for[0] is not None, -len(text_encoder_for[1])),
+    )
 
 
 _OTHERS = (
@@ -187,12 +190,12 @@ _OTHERS = (
     (re.compile(r"(^|[._])layers[._][0-9]+[._](attention|feed_forward)[._]"), "Lumina"),
     (re.compile(r"(^|[._])motion_modules[._]"), "AnimateDiff"),
 )
-"""What only networks of another architecture have in their names."""
+"""Names that occur only in networks of another architecture."""
 
 
 def other_family(names: Iterable[str]) -> str | None:
-    """The family of which modules of these names are, with the word that says so: "Flux
-    (double_blocks)"; None where no name is of one known here."""
+    """The family that has modules of these names, with the word that shows it: "Flux
+    (double_blocks)"; None where no family here has them."""
     for name in names:
         for pattern, family in _OTHERS:
             if match := pattern.search(name):
@@ -200,7 +203,7 @@ def other_family(names: Iterable[str]) -> str | None:
     return None
 
 
-_NOT_DONE = (
+_UNSUPPORTED = (
     (re.compile(r"(token|position(al)?)_embedding"), "of an embedding, which is not implemented"),
     (
         re.compile(r"(unet|text_encoder):[0-9]+:"),
@@ -210,6 +213,6 @@ _NOT_DONE = (
 )
 
 
-def why_unplaced(key: str) -> str:
-    """Why a key of an adapter means no layer, as the end of "3 keys are ...:"."""
-    return next((why for pattern, why in _NOT_DONE if pattern.search(key)), "unknown here")
+def why_unmatched(key: str) -> str:
+    """Why a key of an adapter has no layer, as the end of "3 keys are ...:"."""
+    return next((why for pattern, why in _UNSUPPORTED if pattern.search(key)), "unknown here")

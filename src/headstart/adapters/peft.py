@@ -1,4 +1,4 @@
-"""What PEFT says outside of the tensors: in a configuration beside them, or as metadata.
+"""PEFT's settings outside of the tensors: in a configuration file, or in the metadata.
 
 scale = alpha/rank, or alpha/sqrt(rank) for rslora (arXiv:2312.03732)
 R     = a series in Q or Cayley's formula, for OFTv2
@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from headstart.adapters.names import Network
-from headstart.adapters.rotations import Turning
+from headstart.adapters.rotations import OftSettings
 from headstart.checkpoint.header import parse_object
 from headstart.errors import AdapterError, CheckpointError
 
 
 class PeftScale(NamedTuple):
-    """What PEFT keeps outside of the tensors; patterns are endings of module names."""
+    """How PEFT scales a product; patterns are endings of module names."""
 
     alpha: float
     rank: int
@@ -52,58 +52,58 @@ _LITERAL = re.compile(r"\^?[\w.]{1,512}")
 
 
 class Peft(NamedTuple):
-    """What is said of a file.
+    """The settings of one file.
 
-    scales   by network; None: of all of them
-    oft      how OFTv2 turns; None: nothing is said, and what PEFT and OneTrainer train by default
+    scales   by network; the key None is for all of them
+    oft      how OFTv2 rotates; None where it is not set: as PEFT and OneTrainer do by default
     """
 
     scales: Mapping[Network | None, PeftScale] = {}
-    oft: Turning | None = None
+    oft: OftSettings | None = None
 
-    def says(self, network: Network | None) -> bool:
+    def has_scale(self, network: Network | None) -> bool:
         """Whether there is a scale for it."""
         return network in self.scales or None in self.scales
 
     def scale(self, network: Network | None, module: str, rank: int | None) -> float:
-        """1 where nothing is said."""
+        """1 where no scale is set."""
         found = self.scales.get(network, self.scales.get(None))
         return 1.0 if found is None else found.of(module, rank)
 
-    def turning(self, name: str) -> Turning:
+    def oft_settings(self, name: str) -> OftSettings:
         """Of one module. PEFT's own names tell its files from OneTrainer's."""
-        return self.oft or Turning(kernel=not name.startswith("base_model."))
+        return self.oft or OftSettings(kernel=not name.startswith("base_model."))
 
 
-def read_peft(metadata: Mapping[str, str], beside: Mapping[str, object], path: Path) -> Peft:
+def read_peft(metadata: Mapping[str, str], config_json: Mapping[str, object], path: Path) -> Peft:
     """From `adapter_config.json` beside the file, or diffusers' metadata.
 
     diffusers >= 0.35 writes the same configuration, prefixed by the network, as JSON into
     `lora_adapter_metadata`. Raises AdapterError for a configuration that cannot be followed.
     """
-    said = dict(beside)
+    config = dict(config_json)
     if text := metadata.get("lora_adapter_metadata"):
         try:
-            said |= parse_object(text.encode(), path)
+            config |= parse_object(text.encode(), path)
         except CheckpointError as error:
             raise AdapterError(f"metadata lora_adapter_metadata: {error}") from error
     found: dict[Network | None, PeftScale] = {}
     for prefix, network in _PEFT_NETWORKS:
-        _check_start(f"{prefix}init_lora_weights", said.get(f"{prefix}init_lora_weights"))
-        alpha = said.get(f"{prefix}lora_alpha", said.get(f"{prefix}alpha"))
+        _check_init(f"{prefix}init_lora_weights", config.get(f"{prefix}init_lora_weights"))
+        alpha = config.get(f"{prefix}lora_alpha", config.get(f"{prefix}alpha"))
         if alpha is not None:
             found[network] = PeftScale(
                 _number(f"{prefix}lora_alpha", alpha),
-                int(_number(f"{prefix}r", said.get(f"{prefix}r"))),
-                said.get(f"{prefix}use_rslora") is True,
-                _patterns(f"{prefix}alpha_pattern", said.get(f"{prefix}alpha_pattern")),
-                _patterns(f"{prefix}rank_pattern", said.get(f"{prefix}rank_pattern")),
+                int(_number(f"{prefix}r", config.get(f"{prefix}r"))),
+                config.get(f"{prefix}use_rslora") is True,
+                _patterns(f"{prefix}alpha_pattern", config.get(f"{prefix}alpha_pattern")),
+                _patterns(f"{prefix}rank_pattern", config.get(f"{prefix}rank_pattern")),
             )
-    return Peft(found, _turning(said) if said.get("peft_type") == "OFT" else None)
+    return Peft(found, _oft_settings(config) if config.get("peft_type") == "OFT" else None)
 
 
-def _check_start(name: str, value: object) -> None:
-    """PEFT's docs, "PiSSA" and its relatives: at the start they take their own product off W."""
+def _check_init(name: str, value: object) -> None:
+    """PEFT's docs, "PiSSA" and its relatives: they subtract their initial product from W."""
     if isinstance(value, str) and value.startswith(("pissa", "olora", "corda")):
         raise AdapterError(
             f"PEFT configuration {name}: {value!r:.40} changes the layer's own weights too, which "
@@ -112,16 +112,16 @@ def _check_start(name: str, value: object) -> None:
         )
 
 
-def _turning(said: Mapping[str, object]) -> Turning:
-    if said.get("coft"):
+def _oft_settings(config: Mapping[str, object]) -> OftSettings:
+    if config.get("coft"):
         raise AdapterError("PEFT configuration coft: constrained OFT is not implemented")
-    terms = _number("num_cayley_neumann_terms", said.get("num_cayley_neumann_terms", 5))
+    terms = _number("num_cayley_neumann_terms", config.get("num_cayley_neumann_terms", 5))
     if terms > _MOST_TERMS or terms != int(terms):
         raise _bad("num_cayley_neumann_terms", f"at most {_MOST_TERMS}", terms)
-    series = said.get("use_cayley_neumann", True) is not False
+    series = config.get("use_cayley_neumann", True) is not False
     # A version before 0.18 does not say which it is (peft, tuners/oft/config.py `check_kwargs`).
-    new = re.match(r"[1-9]|0\.(1[89]|[2-9][0-9])", str(said.get("peft_version", "")))
-    return Turning(int(terms) if series else None, 1.0 if new else 2.0, kernel=False)
+    new = re.match(r"[1-9]|0\.(1[89]|[2-9][0-9])", str(config.get("peft_version", "")))
+    return OftSettings(int(terms) if series else None, 1.0 if new else 2.0, kernel=False)
 
 
 _MOST_TERMS = 64
@@ -143,5 +143,5 @@ def _patterns(name: str, value: object) -> dict[str, float]:
     return {pattern: _number(name, number) for pattern, number in table.items()}
 
 
-def _bad(name: str, expected: str, came: object) -> AdapterError:
-    return AdapterError(f"PEFT configuration {name}: expected {expected}, got {came!r:.120}")
+def _bad(name: str, expected: str, actual: object) -> AdapterError:
+    return AdapterError(f"PEFT configuration {name}: expected {expected}, got {actual!r:.120}")

@@ -35,7 +35,7 @@ FULL = Kind(
     parts=(),
     sides=_only,
     change=_difference,
-    takes=frozenset({"alpha", "dora_scale", "magnitude", "diff_b"}),
+    modifiers=frozenset({"alpha", "dora_scale", "magnitude", "diff_b"}),
 )
 WHOLE = Kind(
     title="whole weight",
@@ -44,7 +44,7 @@ WHOLE = Kind(
     parts=(),
     sides=_only,
     change=_from_whole,
-    takes=frozenset({"alpha"}),
+    modifiers=frozenset({"alpha"}),
 )
 
 
@@ -63,7 +63,7 @@ def _ia3_sides(shapes: Shapes) -> Sides:
 
 
 def _ia3_fits(shapes: Shapes, layer: Shape) -> bool:
-    """Which of the sides it is, `on_input` says, a number that a header has not."""
+    """Either side may fit: `on_input` decides, whose value is not in the header."""
     return len(layer) > 1 and max(shapes["factors"]) in layer[:2]
 
 
@@ -80,5 +80,5 @@ IA3 = Kind(
     sides=_ia3_sides,
     change=_ia3,
     fits=_ia3_fits,
-    settled=_ia3_settled,
+    value_agreements=_ia3_settled,
 )

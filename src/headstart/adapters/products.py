@@ -69,7 +69,7 @@ LORA = Kind(
     sides=_lora_sides,
     change=_lora,
     agreements=_lora_agreements,
-    takes=_SCALED,
+    modifiers=_SCALED,
     rank=_lora_rank,
 )
 
@@ -129,7 +129,7 @@ LOHA = Kind(
     sides=_loha_sides,
     change=_loha,
     agreements=_loha_agreements,
-    takes=_SCALED,
+    modifiers=_SCALED,
     rank=_loha_rank,
 )
 
@@ -159,7 +159,7 @@ def _lokr_agreements(shapes: Shapes) -> Iterator[Agreement]:
 
 
 def _lokr_rank(shapes: Shapes) -> int | None:
-    """None where both sides are whole: LyCORIS' scale is 1 then, whatever alpha says."""
+    """None where both sides are whole: LyCORIS' scale is 1 then, whatever alpha is."""
     return next((shapes[b][0] for b in ("lokr_w2_b", "lokr_w1_b") if b in shapes), None)
 
 
@@ -176,7 +176,7 @@ LOKR = Kind(
     sides=_lokr_sides,
     change=_lokr,
     agreements=_lokr_agreements,
-    takes=_SCALED,
+    modifiers=_SCALED,
     rank=_lokr_rank,
 )
 
@@ -241,6 +241,6 @@ GLORA = Kind(
     sides=_glora_sides,
     change=_glora,
     agreements=_glora_agreements,
-    takes=_SCALED - {"magnitude"},
+    modifiers=_SCALED - {"magnitude"},
     rank=_glora_rank,
 )

@@ -1,4 +1,4 @@
-"""What of an adapter's file found its place."""
+"""How much of an adapter's file was attached."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.adapters.file import AdapterFile
-from headstart.adapters.resolution import Resolved
+from headstart.adapters.resolution import Resolution
 from headstart.adapters.textual_inversion import Embedding
 
 
 class Coverage(NamedTuple):
-    """What of a file found its place in one model and the text encoders.
+    """How much of a file changes one model and the text encoders.
 
-    layers      network ("unet", "text", "text_2") -> layers that are changed
-    matched     keys of the file that went into them
-    mismatched  modules whose layer has another shape; unmatched: keys that mean no layer.
-                Only what was allowed by name: anything else is an error
+    layers      network ("unet", "text", "text_2") -> number of changed layers
+    matched     number of keys of the file that change them
+    mismatched  modules whose layer has another shape; unmatched: keys that belong to no layer.
+                Each of them was allowed by name: any other is an error
     """
 
     layers: Mapping[str, int]
@@ -30,14 +30,14 @@ class Coverage(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterReport:
-    """What attaching a file did.
+    """The result of attaching a file.
 
-    form      the naming that was recognised; rank: the largest, 0 where nothing has one
-    models    "base" and/or "distilled" -> what was found there
+    form      the naming scheme of the file; rank: the largest, 0 where nothing has one
+    models    "base" and/or "distilled" -> how much of the file changes it
     live      strengths may differ between samples and rows; else it is merged at one strength
-    notes     what the file does not say and how it is read
-    in_place  the buffers of the adapter it replaced were kept, so captured graphs stay valid
-    tokens    learned tokens of its file, which prompts know now
+    notes     what the file does not say, and how it is read
+    in_place  it uses the buffers of the adapter that it replaced, so captured graphs stay valid
+    tokens    learned tokens of the file, which prompts may use now
     """
 
     name: str
@@ -51,53 +51,56 @@ class AdapterReport:
     tokens: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        kind = f"rank {self.rank}, live" if self.live else "merged"
-        lines = [f"{self.name}: {self.form}, {kind}"]
-        for model, told in self.models.items():
-            layers = ", ".join(f"{count} of {where}" for where, count in told.layers.items())
-            odd = len(told.mismatched), len(told.unmatched)
-            lines.append(
-                f"  {model}: {told.matched} keys in layers {layers}; {odd[0]} of another shape, "
-                f"{odd[1]} unmatched"
+        how = f"rank {self.rank}, live" if self.live else "merged"
+        lines = [f"{self.name}: {self.form}, {how}"]
+        for model, coverage in self.models.items():
+            layers = ", ".join(
+                f"{count} of {network}" for network, count in coverage.layers.items()
             )
-        if not any("unet" in told.layers for told in self.models.values()):
+            lines.append(
+                f"  {model}: {coverage.matched} keys in layers {layers}; "
+                f"{len(coverage.mismatched)} of another shape, {len(coverage.unmatched)} unmatched"
+            )
+        if not any("unet" in coverage.layers for coverage in self.models.values()):
             lines.append("  it changes the text alone, which all models read")
         if self.tokens:
             lines.append(f"  prompts know {', '.join(f'{token:.80}' for token in self.tokens)}")
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def to_json(self) -> dict[str, Any]:
-        models = {name: told._asdict() for name, told in self.models.items()}
+        models = {name: coverage._asdict() for name, coverage in self.models.items()}
         return asdict(self) | {"path": str(self.path), "models": models}
 
 
 def report_of(
     name: str,
     file: AdapterFile,
-    resolved: Mapping[str, Resolved],
+    resolutions: Mapping[str, Resolution],
     live: bool,
     tokens: tuple[Embedding, ...] = (),
-    left: tuple[str, ...] = (),
+    skipped: tuple[str, ...] = (),
 ) -> AdapterReport:
-    """What `resolved`, model -> what the file is there, says of a file; `left`: its tokens' keys
-    that were let be."""
-    first = next(iter(resolved.values()))
+    """The report of a file that was resolved on each model.
+
+    skipped  keys of its tokens that are allowed to have no use
+    """
+    first = next(iter(resolutions.values()))
     return AdapterReport(
         name=name,
         path=file.path,
         form=first.form.value,
         rank=first.rank,
-        models={model: _coverage(told, left) for model, told in resolved.items()},
+        models={model: _coverage(own, skipped) for model, own in resolutions.items()},
         live=live,
         notes=first.notes,
         tokens=tuple(token.token for token in tokens),
     )
 
 
-def _coverage(told: Resolved, left: tuple[str, ...]) -> Coverage:
+def _coverage(resolution: Resolution, skipped: tuple[str, ...]) -> Coverage:
     return Coverage(
-        layers=dict(Counter(network for network, _ in told.deltas)),
-        matched=len(told.matched),
-        mismatched=tuple(entry.name for entry in told.mismatched),
-        unmatched=(*told.unmatched, *left),
+        layers=dict(Counter(network for network, _ in resolution.deltas)),
+        matched=len(resolution.matched),
+        mismatched=tuple(entry.name for entry in resolution.mismatched),
+        unmatched=(*resolution.unmatched, *skipped),
     )

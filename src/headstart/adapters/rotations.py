@@ -1,4 +1,4 @@
-"""Changes that turn a weight: W' = R W or W R, R of orthogonal blocks by Cayley's formula.
+"""Changes that rotate a weight: W' = R W or W R, R of orthogonal blocks by Cayley's formula.
 
 OFT    R = (I + Q)(I - Q)^-1,  W'_k = R_k^T W_k for each block k of rows     arXiv:2306.07280
 BOFT   W' = B_m ... B_1 W, B_j of such blocks on rows shuffled as an FFT's   arXiv:2311.06243
@@ -41,10 +41,10 @@ def _blocks(t: Tensors, outs: int) -> Tensor:
     skew = skew - skew.mT
     bound = outs * float(t["alpha"].flatten()[0]) if "alpha" in t else 0.0
     norm = float(skew.square().sum().sqrt())
-    return _checked(_cayley(skew * (bound / norm) if 0 < bound < norm else skew))
+    return _check_finite(_cayley(skew * (bound / norm) if 0 < bound < norm else skew))
 
 
-def _checked(rotation: Tensor) -> Tensor:
+def _check_finite(rotation: Tensor) -> Tensor:
     """A skew Q has no real eigenvalue but 0, so I - Q has an inverse; only overflow takes it."""
     if not bool((rotation.abs() < _LARGEST).all()):
         raise AdapterError(
@@ -58,29 +58,29 @@ _LARGEST = 2.0**64
 """A rotation's entries are at most 1; those of a series that is cut off may be more."""
 
 
-def _rescaled(turned: Tensor, t: Tensors) -> Tensor:
+def _rescaled(rotated: Tensor, t: Tensors) -> Tensor:
     if "rescale" not in t:
-        return turned
-    return turned * t["rescale"].float().reshape(-1, *[1] * (turned.ndim - 1))
+        return rotated
+    return rotated * t["rescale"].float().reshape(-1, *[1] * (rotated.ndim - 1))
 
 
 def _oft(t: Tensors, weight: Tensor) -> Tensor:
     rotations = _blocks(t, len(weight)).to(weight)
     rows = weight.reshape(*rotations.shape[:2], *weight.shape[1:])
-    turned = torch.einsum("knm,kn...->km...", rotations, rows).reshape(weight.shape)
-    return _rescaled(turned, t) - weight
+    rotated = torch.einsum("knm,kn...->km...", rotations, rows).reshape(weight.shape)
+    return _rescaled(rotated, t) - weight
 
 
 def _boft(t: Tensors, weight: Tensor) -> Tensor:
     rotations = _blocks(t, len(weight)).to(weight)
     _, count, size, _ = rotations.shape
-    turned, rest = weight, weight.shape[1:]
+    rotated, rest = weight, weight.shape[1:]
     for stage, rotation in enumerate(rotations):
         half = 2**stage * size // 2  # rows that far apart become neighbours
-        near = turned.reshape(-1, 2, half, *rest).transpose(1, 2).reshape(count, size, *rest)
+        near = rotated.reshape(-1, 2, half, *rest).transpose(1, 2).reshape(count, size, *rest)
         near = torch.einsum("bij,bj...->bi...", rotation, near)
-        turned = near.reshape(-1, half, 2, *rest).transpose(1, 2).reshape(weight.shape)
-    return _rescaled(turned, t) - weight
+        rotated = near.reshape(-1, half, 2, *rest).transpose(1, 2).reshape(weight.shape)
+    return _rescaled(rotated, t) - weight
 
 
 def _rows_sides(shapes: Shapes) -> Sides:
@@ -125,13 +125,13 @@ BOFT = OFT._replace(
 # ------------------------------------------------------------------------------------------ OFTv2
 
 
-class Turning(NamedTuple):
-    """What OFTv2's tensors do not say of R.
+class OftSettings(NamedTuple):
+    """Settings of OFTv2 that its tensors do not show.
 
     terms   of the series I + 2Q + 2Q^2 + ... + 2Q^(n-2) + last*Q^(n-1), which PEFT and OneTrainer
-            train with; None: Cayley's formula, as PEFT has it without `use_cayley_neumann`
+            train with; None: Cayley's formula, PEFT's without `use_cayley_neumann`
     last    1, and 2 in PEFT before version 0.18
-    kernel  whether a convolution is turned by R in place of R^T, as OneTrainer does and PEFT not
+    kernel  whether a convolution is rotated by R instead of R^T, as OneTrainer does, unlike PEFT
     """
 
     terms: int | None = 5
@@ -155,7 +155,7 @@ def _size(shapes: Shapes) -> int:
     return (1 + math.isqrt(1 + 8 * shapes["oft_r"][1])) // 2
 
 
-def _oft_v2(t: Tensors, weight: Tensor, turning: Turning) -> Tensor:
+def _oft_v2(t: Tensors, weight: Tensor, settings: OftSettings) -> Tensor:
     packed = t["oft_r"].cpu().double()
     size = _size({"oft_r": tuple(packed.shape)})
     if "scaled_oft" in t and bool(t["scaled_oft"].flatten()[0]):
@@ -165,9 +165,9 @@ def _oft_v2(t: Tensors, weight: Tensor, turning: Turning) -> Tensor:
     skew[:, rows, columns] = packed
     skew = skew - skew.mT
     # Without the series PEFT has (I - Q)(I + Q)^-1: the other way round.
-    terms, last, _ = turning
-    rotation = _checked(_cayley(-skew) if terms is None else _series(skew, terms, last))
-    if weight.ndim == 2 or not turning.kernel:
+    terms, last, _ = settings
+    rotation = _check_finite(_cayley(-skew) if terms is None else _series(skew, terms, last))
+    if weight.ndim == 2 or not settings.kernel:
         rotation = rotation.mT
     blocks = weight.reshape(len(weight), -1, size)
     rotation = rotation.to(weight).expand(blocks.shape[1], size, size)
@@ -191,9 +191,9 @@ def _same_columns(shapes: Shapes, layer: Shape) -> bool:
     return len(layer) > 1 and (shared or columns == count * size)
 
 
-def oft_v2(turning: Turning) -> Kind:
+def oft_v2(settings: OftSettings) -> Kind:
     """OFTv2 as one program has it."""
-    return OFT_V2._replace(change=partial(_oft_v2, turning=turning))
+    return OFT_V2._replace(change=partial(_oft_v2, settings=settings))
 
 
 OFT_V2 = Kind(
@@ -203,7 +203,7 @@ OFT_V2 = Kind(
     parts=((("oft_r",),),),
     needs={"scaled_oft": "oft_r"},
     sides=_columns_sides,
-    change=partial(_oft_v2, turning=Turning()),
+    change=partial(_oft_v2, settings=OftSettings()),
     agreements=_oft_v2_agreements,
     fits=_same_columns,
 )

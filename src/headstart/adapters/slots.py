@@ -1,7 +1,7 @@
-"""Low-rank changes beside layers: y[b] += s[b]*scale*up(down(x[b])), out of buffers that stay.
+"""Low-rank changes beside layers: y[b] += s[b]*scale*up(down(x[b])), from fixed buffers.
 
-Strengths are read while the network runs, so they may differ by sample, row and adapter; and what
-is in the buffers is copied there, so a captured graph that reads them sees the next adapter too.
+Strengths are read while the network runs, so they may differ by sample, row and adapter. An adapter
+is copied into the buffers, so a captured graph that reads them works for the next adapter too.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from headstart_kernels import low_rank_add
 
 @final
 class Slot(nn.Module):
-    """Room for a low-rank change of one layer, up to `rank`.
+    """Buffers for a low-rank change of one layer, up to `rank`.
 
-    down   [R, i(, kh, kw)] and up [o, R] in `dtype`, scale [] float32. Filling copies into them, so
-    a captured graph that reads them sees the new adapter. Unused ranks are 0.
+    down [R, i(, kh, kw)] and up [o, R] in `dtype`, scale [] float32. Unused ranks are 0.
     """
 
     down: Tensor
@@ -33,19 +32,19 @@ class Slot(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int, dtype: torch.dtype) -> None:
         super().__init__()
-        place = weight.device
-        down = torch.zeros((rank, *weight.shape[1:]), dtype=dtype, device=place)
-        up = torch.zeros((len(weight), rank), dtype=dtype, device=place)
+        device = weight.device
+        down = torch.zeros((rank, *weight.shape[1:]), dtype=dtype, device=device)
+        up = torch.zeros((len(weight), rank), dtype=dtype, device=device)
         self.register_buffer("down", down, persistent=False)
         self.register_buffer("up", up, persistent=False)
-        self.register_buffer("scale", torch.zeros((), device=place), persistent=False)
+        self.register_buffer("scale", torch.zeros((), device=device), persistent=False)
 
     @property
     def rank(self) -> int:
         return len(self.down)
 
     def fill(self, delta: LowRank | None) -> None:
-        """Hold `delta`, whose rank has room; None: nothing."""
+        """Copy `delta` in, whose rank fits; None clears the slot."""
         if delta is None:
             self.scale.zero_()
             return
@@ -86,8 +85,8 @@ class Slot(nn.Module):
 
 
 def _rows(layer: Matrix, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
-    """y and x with the channels last, where the layer is one matrix product on them: a linear layer
-    as it is, a 1x1 convolution of channels-last images without a copy. None for any other."""
+    """y and x with the channels last, where the layer is one matrix product on them: a linear
+    layer, or a 1x1 convolution of channels-last images, without a copy. None for any other."""
     if isinstance(layer, nn.Linear):
         return y, x
     pointwise = layer.kernel_size == (1, 1) and layer.stride == (1, 1) and layer.padding == (0, 0)
@@ -99,7 +98,7 @@ def _rows(layer: Matrix, y: Tensor, x: Tensor) -> tuple[Tensor, Tensor] | None:
 
 @final
 class Slots(nn.Module):
-    """One adapter's room in one network: layer -> Slot."""
+    """One adapter's slots in one network: layer -> Slot."""
 
     def __init__(self, by_path: Mapping[str, Slot]) -> None:
         super().__init__()
@@ -107,10 +106,10 @@ class Slots(nn.Module):
         self.slots = nn.ModuleList(by_path.values())
 
     def fits(self, deltas: Mapping[str, Delta]) -> bool:
-        """Whether `deltas` go into the slots that there are, without moving one."""
-        room = self.by_path
+        """Whether the existing slots can hold `deltas`."""
+        slots = self.by_path
         return all(
-            isinstance(delta, LowRank) and path in room and delta.rank <= room[path].rank
+            isinstance(delta, LowRank) and path in slots and delta.rank <= slots[path].rank
             for path, delta in deltas.items()
         )
 
@@ -123,18 +122,18 @@ class Slots(nn.Module):
         dtypes: Mapping[str, torch.dtype],
         deltas: Mapping[str, Delta],
     ) -> Slots:
-        """Room for these changes, with them in it, in the dtypes that the layers compute in."""
-        made: dict[str, Slot] = {}
+        """New slots with these changes, in the dtypes that the layers compute in."""
+        slots: dict[str, Slot] = {}
         for path, delta in deltas.items():
             assert isinstance(delta, LowRank)
-            made[path] = Slot(layers[path].weight, delta.rank, dtypes[path])
-            made[path].fill(delta)
-        return cls(made)
+            slots[path] = Slot(layers[path].weight, delta.rank, dtypes[path])
+            slots[path].fill(delta)
+        return cls(slots)
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def fill(self, deltas: Mapping[str, Delta]) -> None:
-        """Hold `deltas`, which fit, and nothing else."""
+        """Copy `deltas` in, which fit, and clear the other slots."""
         for path, slot in self.by_path.items():
             delta = deltas.get(path)
             slot.fill(delta if isinstance(delta, LowRank) else None)

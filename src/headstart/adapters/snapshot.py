@@ -1,6 +1,6 @@
-"""The adapters of one moment: which there are, what they change, and how strongly they act.
+"""A snapshot of the adapters: which are attached, what they change, and how strongly they act.
 
-A run keeps those that it began with. Attaching, detaching and swapping make the next ones.
+A run keeps the snapshot that it began with. Attaching, detaching and swapping make the next one.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 
 import headstart_weights
-from headstart.adapters.cache_key import Share, share_of
+from headstart.adapters.cache_key import CacheKey, cache_key
 from headstart.adapters.delta import Delta, LowRank
-from headstart.adapters.hooks import Changes, Host, Leaf, acting
+from headstart.adapters.hooks import Changes, Host, LayerHooks, adapters_active
 from headstart.adapters.layers import Weights
-from headstart.adapters.merged_weights import Merged
+from headstart.adapters.merged_weights import MergedWeights
 from headstart.adapters.report import AdapterReport
 from headstart.adapters.slots import Slot, Slots
-from headstart.adapters.strength import Asked, Strength, as_strength
+from headstart.adapters.strength import Strength, StrengthLike, as_strength
 from headstart.adapters.textual_inversion import Embedding
 from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import InputError
@@ -32,28 +32,27 @@ from headstart.networks.text import ClipText
 from headstart.plan.table import StepTable
 
 ROLE = "adapter:"
-"""What the role of an adapter's file starts with in a record; its name follows."""
-Asking: TypeAlias = "Mapping[str, Asked] | Sequence[str] | None"
-"""Strengths by name for one run, or the names of those that act in it; None: all, as attached."""
+"""The beginning of the role of an adapter's file in a record; its name follows."""
+AdapterOptions: TypeAlias = "Mapping[str, StrengthLike] | Sequence[str] | None"
+"""Strengths by name for one run, or the names of adapters that act; None: all, as attached."""
 Deltas: TypeAlias = Mapping[str, Delta]
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Held:
+class AttachedAdapter:
     """One attached adapter.
 
-    to      the models that it is on; allow: what of its file was let be
-    steers  changes a model; texts: changes the text
-    deltas  what it changes, by network, where it is merged: sums are made of all of them
-    tokens  what its file teaches prompts, whatever its strength
+    to      the models that it is attached to; allow: names that may have no layer
+    deltas  of a merged adapter, by network: sums are made of all merged ones
+    tokens  the learned tokens of its file, which prompts may use at any strength
     """
 
     report: AdapterReport
     to: tuple[str, ...]
     allow: tuple[str, ...]
-    texts: bool
-    steers: bool = True
+    changes_text: bool
+    changes_unet: bool = True
     deltas: Mapping[Host, Deltas] = field(default_factory=dict[Host, Deltas])
     strength: Strength = field(default_factory=Strength)
     tokens: tuple[Embedding, ...] = ()
@@ -62,18 +61,19 @@ class Held:
     def name(self) -> str:
         return self.report.name
 
-    def at(self, asked: Asked) -> Held:
-        """With this strength from now on. Raises InputError where it cannot have it."""
-        strength = self._possible(as_strength(asked))
+    def with_strength(self, value: StrengthLike) -> AttachedAdapter:
+        """The same adapter at this strength. Raises InputError where it cannot have it."""
+        strength = self._checked(as_strength(value))
         if not self.report.live:
-            self.one_number(strength)
+            self.merged_strength(strength)
         return replace(self, strength=strength)
 
-    def for_run(self, asked: Asked | None) -> Strength:
-        """What holds in one run. Raises InputError where the adapter is merged at another."""
-        strength = self._possible(self.strength if asked is None else as_strength(asked))
+    def run_strength(self, value: StrengthLike | None) -> Strength:
+        """The strength in one run; None is the attached one. Raises InputError where the adapter is
+        merged at another."""
+        strength = self._checked(self.strength if value is None else as_strength(value))
         if not self.report.live and strength != self.strength:
-            self.one_number(strength)
+            self.merged_strength(strength)
             raise InputError(
                 f"adapter {self.name!r} is merged at strength {self.strength.constant:g}, and "
                 f"this run asks for {strength.constant:g}: other runs share the weights, so set "
@@ -81,18 +81,18 @@ class Held:
             )
         return strength
 
-    def _possible(self, strength: Strength) -> Strength:
-        """Itself. Raises InputError where it is one of rows, and the adapter acts on the text."""
+    def _checked(self, strength: Strength) -> Strength:
+        """Raises InputError for a strength by row of an adapter that changes the text alone."""
         by_row = (strength.models, strength.below, strength.rows)
-        if not self.steers and any(part is not None for part in by_row):
+        if not self.changes_unet and any(part is not None for part in by_row):
             raise InputError(
                 f"adapter {self.name!r} changes the text alone, which is encoded once for all rows "
                 "and models: its strength is a number, or one for each sample"
             )
         return strength
 
-    def one_number(self, strength: Strength) -> float:
-        """The strength of a merged adapter. Raises InputError where it is not one for all."""
+    def merged_strength(self, strength: Strength) -> float:
+        """The strength as one number. Raises InputError where it is not the same everywhere."""
         if strength.constant is None:
             raise InputError(
                 f"adapter {self.name!r} ({self.report.form}) is merged into the weights, because "
@@ -104,55 +104,55 @@ class Held:
 
 @final
 @dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
-class Attached:
-    """The adapters of one moment; equal to those of another in which they change the same.
+class Snapshot:
+    """The adapters at one moment; equal to another snapshot with the same changes.
 
-    models   the names that adapters may be attached to
-    held     by name, sorted, so that neither columns nor sums depend on the order of attaching
-    slots    adapter -> network -> where its low-rank changes are
-    merged   network -> the sums that its layers run on
-    text     what reads prompts, with the tokens of these adapters; None where networks are alone
+    models        the names of the models that adapters may be attached to
+    attached      by name, sorted, so that columns and sums do not depend on the order of attaching
+    slots         adapter -> network -> its low-rank changes
+    merged        network -> the weights that its layers run on
+    text_encoder  with the tokens of these adapters; None where there are networks alone
     """
 
     models: tuple[str, ...]
-    held: Mapping[str, Held] = field(default_factory=dict[str, Held])
+    attached: Mapping[str, AttachedAdapter] = field(default_factory=dict[str, AttachedAdapter])
     slots: Mapping[str, Mapping[Host, Slots]] = field(
         default_factory=dict[str, Mapping[Host, Slots]]
     )
-    merged: Mapping[Host, Merged] = field(default_factory=dict[Host, Merged])
-    text: ClipText | None = None
+    merged: Mapping[Host, MergedWeights] = field(default_factory=dict[Host, MergedWeights])
+    text_encoder: ClipText | None = None
     changes: Changes = field(init=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "changes", _changes(self.slots, self.merged))
 
     def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Attached):
+        if not isinstance(other, Snapshot):
             return NotImplemented
         return self.slots == other.slots and self.merged == other.merged
 
     def __hash__(self) -> int:
         return hash(self.columns)
 
-    def __iter__(self) -> Iterator[Held]:
-        return iter(self.held.values())
+    def __iter__(self) -> Iterator[AttachedAdapter]:
+        return iter(self.attached.values())
 
-    def __getitem__(self, name: str) -> Held:
-        if name not in self.held:
+    def __getitem__(self, name: str) -> AttachedAdapter:
+        if name not in self.attached:
             raise InputError(
                 f"no adapter {name!r} is attached: attached are "
-                f"{', '.join(map(repr, self.held)) or 'none'}"
+                f"{', '.join(map(repr, self.attached)) or 'none'}"
             )
-        return self.held[name]
+        return self.attached[name]
 
     @property
     def tokens(self) -> tuple[Embedding, ...]:
-        return tuple(token for held in self for token in held.tokens)
+        return tuple(token for adapter in self for token in adapter.tokens)
 
-    def teachers(self, name: str) -> dict[str, str]:
-        """Token -> the adapter that teaches it, besides the one of this name."""
-        others = [held for held in self if held.name != name]
-        return {token.token: held.name for held in others for token in held.tokens}
+    def token_owners(self, name: str) -> dict[str, str]:
+        """Token -> the adapter that has it, leaving out the adapter of this name."""
+        others = [adapter for adapter in self if adapter.name != name]
+        return {token.token: adapter.name for adapter in others for token in adapter.tokens}
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -160,106 +160,107 @@ class Attached:
         return tuple(sorted(self.slots))
 
     def parts(self, network: object) -> tuple[nn.Module, ...]:
-        """The modules whose tensors a call of `network` reads, besides its own."""
+        """The modules of adapters whose tensors a call of `network` reads."""
         found: list[nn.Module] = []
         for by_host in (*(self.slots.get(name, {}) for name in self.columns), self.merged):
             found += [part for host, part in by_host.items() if host.module is network]
         return tuple(found)
 
-    def acts_on(self, layers: Sequence[nn.Module], cond: Conditioning) -> Share | None:
-        """What is changed of these layers in a call with `cond`: the same while it is equal. None
-        where nothing says whether it is."""
-        return share_of(self.changes, self.columns, layers, cond)
+    def acts_on(self, layers: Sequence[nn.Module], cond: Conditioning) -> CacheKey | None:
+        """A key for what changes these layers in a call with `cond`; None where a change cannot be
+        noticed."""
+        return cache_key(self.changes, self.columns, layers, cond)
 
-    def all_parts(self) -> tuple[Slots | Merged, ...]:
+    def all_parts(self) -> tuple[Slots | MergedWeights, ...]:
         slots = [part for by_host in self.slots.values() for part in by_host.values()]
         return (*slots, *self.merged.values())
 
-    def acts(self, asked: Asking = None) -> dict[str, Strength]:
-        """Every adapter -> its strength in a run that asks for `asked`."""
-        if asked is None:
-            given: dict[str, Asked] = {}
-        elif isinstance(asked, Mapping):
-            given = dict(asked)
+    def run_strengths(self, options: AdapterOptions = None) -> dict[str, Strength]:
+        """Every adapter -> its strength in a run with these options."""
+        if options is None:
+            values: dict[str, StrengthLike] = {}
+        elif isinstance(options, Mapping):
+            values = dict(options)
         else:
-            names = _names(asked)
-            given = {name: self[name].strength for name in names}
-            given |= {name: 0.0 for name in self.held if name not in given}
-        for name in given:
+            values = dict.fromkeys(self.attached, 0.0)
+            values |= {name: self[name].strength for name in _names(options)}
+        for name in values:
             self[name]
-        acts = {name: held.for_run(given.get(name)) for name, held in self.held.items()}
-        for name, strength in acts.items():
-            check_acts(name, self[name].to, strength, self.models)
-        return acts
+        strengths = {n: own.run_strength(values.get(n)) for n, own in self.attached.items()}
+        for name, strength in strengths.items():
+            check_models(name, self[name].to, strength, self.models)
+        return strengths
 
-    def strengths(self, table: StepTable, batch: int, asked: Asking = None) -> Tensor | None:
+    def strengths(
+        self, table: StepTable, batch: int, options: AdapterOptions = None
+    ) -> Tensor | None:
         """[rows, batch, adapters] float32 for `headstart.sample`; None where none is live.
 
-        strength = the plan's column (1 where it has none) * what was asked for, or attached with;
-        0 on rows of models that the adapter is not attached to. Raises InputError for a name that
-        is not attached, also in the plan, and for counts that are not the run's.
+        strength = the plan's column (1 where it has none) * that of `options`, or else the attached
+        one; 0 on rows of models that the adapter is not attached to. Raises InputError for a name
+        that is not attached, also in the plan, and for counts that are not the run's.
         """
-        acts = self.acts(asked)
+        by_name = self.run_strengths(options)
         self._check_plan(table)
-        grids = [self._grid(name, acts[name], table, batch) for name in self.columns]
+        grids = [self._grid(name, by_name[name], table, batch) for name in self.columns]
         return torch.as_tensor(np.stack(grids, axis=-1)) if grids else None
 
-    def text_strengths(self, batch: int, acts: Mapping[str, Strength]) -> Tensor | None:
+    def text_strengths(self, batch: int, strengths: Mapping[str, Strength]) -> Tensor | None:
         """[batch, adapters] for the text encoders; None where no live adapter changes them."""
-        if not any(self.held[name].texts for name in self.columns):
+        if not any(self.attached[name].changes_text for name in self.columns):
             return None
         columns = [
-            acts[name].for_text(name, batch) if self.held[name].texts else np.zeros(batch)
-            for name in self.columns
+            strengths[n].for_text(n, batch) if self.attached[n].changes_text else np.zeros(batch)
+            for n in self.columns
         ]
         return torch.as_tensor(np.stack(columns, axis=-1).astype(np.float32))
 
-    def acting(self, strengths: Tensor | None) -> AbstractContextManager[None]:
-        """Text encoders called inside have these adapters, at strengths [texts, adapters]."""
-        return acting(self.changes, self.columns, strengths)
+    def active(self, strengths: Tensor | None) -> AbstractContextManager[None]:
+        """Inside, text encoders have these adapters, at strengths [texts, adapters]."""
+        return adapters_active(self.changes, self.columns, strengths)
 
-    def describe(self, acts: Mapping[str, Strength]) -> dict[str, dict[str, Any]]:
-        """What the record says of each adapter in a run, beside its file."""
+    def describe(self, strengths: Mapping[str, Strength]) -> dict[str, dict[str, Any]]:
+        """The record's entry of each adapter in a run, besides its file."""
         return {
             name: {"to": self[name].to, "allow": self[name].allow, "strength": strength.to_json()}
-            for name, strength in acts.items()
+            for name, strength in strengths.items()
         }
 
-    def recorded(self, described: Mapping[str, Mapping[str, Any]]) -> dict[str, Strength]:
+    def recorded_strengths(self, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Strength]:
         """The strengths of a record. Raises InputError where an adapter is on other models."""
-        for name, told in described.items():
-            if list(told["to"]) != list(self[name].to):
+        for name, entry in entries.items():
+            if list(entry["to"]) != list(self[name].to):
                 raise InputError(
-                    f"the record has adapter {name!r} on {list(told['to'])}, this engine on "
-                    f"{list(self[name].to)}: attach it with to={list(told['to'])}"
+                    f"the record has adapter {name!r} on {list(entry['to'])}, this engine on "
+                    f"{list(self[name].to)}: attach it with to={list(entry['to'])}"
                 )
-        return {name: Strength(**told["strength"]) for name, told in described.items()}
+        return {name: Strength(**entry["strength"]) for name, entry in entries.items()}
 
     def files(self) -> dict[str, tuple[str, tuple[Path, ...]]]:
         """Role ("adapter:NAME") -> (name, files), for the record."""
         found: dict[str, tuple[str, tuple[Path, ...]]] = {}
-        for held in self:
-            files = Checkpoint.open(held.report.path).files
+        for adapter in self:
+            files = Checkpoint.open(adapter.report.path).files
             bundled = Path(headstart_weights.__file__).parent in files[0].parents
-            name = f"headstart_weights/{files[0].name}" if bundled else str(held.report.path)
-            found[f"{ROLE}{held.name}"] = (name, files)
+            name = f"headstart_weights/{files[0].name}" if bundled else str(adapter.report.path)
+            found[f"{ROLE}{adapter.name}"] = (name, files)
         return found
 
     def _check_plan(self, table: StepTable) -> None:
         named = {name for step in table for name, _ in step.adapters}
-        unknown = sorted(named - set(self.held))
+        unknown = sorted(named - set(self.attached))
         if unknown:
             raise InputError(
                 f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
-                f"{', '.join(map(repr, self.held)) or 'none'}"
+                f"{', '.join(map(repr, self.attached)) or 'none'}"
             )
-        texts = sorted(name for name in named if not self.held[name].steers)
-        if texts:
+        of_text = sorted(name for name in named if not self.attached[name].changes_unet)
+        if of_text:
             raise InputError(
-                f"plan {table.name!r} sets adapter(s) {texts} on some legs, but they change the "
+                f"plan {table.name!r} sets adapter(s) {of_text} on some legs, but they change the "
                 "text alone, which is encoded once for all rows; give their strengths to the run"
             )
-        merged = sorted(name for name in named if not self.held[name].report.live)
+        merged = sorted(name for name in named if not self.attached[name].report.live)
         if merged:
             raise InputError(
                 f"plan {table.name!r} sets adapter(s) {merged} on some legs, but they are merged "
@@ -267,48 +268,52 @@ class Attached:
             )
 
     def _grid(self, name: str, strength: Strength, table: StepTable, batch: int) -> Any:
-        held = self.held[name]
-        here = np.array([step.model in held.to for step in table], dtype=np.float64)
+        to = self.attached[name].to
+        here = np.array([step.model in to for step in table], dtype=np.float64)
         return (strength.grid(name, table, batch) * here[:, None]).astype(np.float32)
 
 
-def beside(network: nn.Module, name: str, deltas: Mapping[str, LowRank]) -> Attached:
-    """Low-rank changes of one network, layer -> change, that come from no file."""
-    host = Host(network, lambda: Attached(()))
+def from_deltas(network: nn.Module, name: str, deltas: Mapping[str, LowRank]) -> Snapshot:
+    """A snapshot with low-rank changes of one network, layer -> change, that come from no file."""
+    host = Host(network, lambda: Snapshot(()))
     host.hook(deltas)
-    return Attached((), slots={name: {host: Slots.of(host.layers, host.dtypes, deltas)}})
+    return Snapshot((), slots={name: {host: Slots.of(host.layers, host.dtypes, deltas)}})
 
 
-def check_acts(name: str, to: tuple[str, ...], strength: Strength, models: tuple[str, ...]) -> None:
-    """A strength on models that are not here would steer nothing, without a word."""
-    acting = strength.models
-    if acting is not None and (set(acting) - set(models) or not set(acting) & set(to)):
+def check_models(
+    name: str, to: tuple[str, ...], strength: Strength, models: tuple[str, ...]
+) -> None:
+    """Raises InputError for a strength on models that are not here: it would change nothing."""
+    wanted = models if strength.models is None else strength.models
+    if set(wanted) - set(models) or (strength.models and not set(wanted) & set(to)):
         raise InputError(
-            f"adapter {name!r} is to act on {', '.join(map(repr, acting))}: it is attached to "
+            f"adapter {name!r} is to act on {', '.join(map(repr, wanted))}: it is attached to "
             f"{', '.join(map(repr, to))}, and this engine has {', '.join(map(repr, models))}"
         )
 
 
-def _names(asked: object) -> list[str]:
-    if isinstance(asked, str):
-        return [asked]
-    names = [*cast("Iterable[object]", asked)] if isinstance(asked, Iterable) else [asked]
+def _names(options: object) -> list[str]:
+    if isinstance(options, str):
+        return [options]
+    names = [*cast("Iterable[object]", options)] if isinstance(options, Iterable) else [options]
     found = [name for name in names if isinstance(name, str)]
     if len(found) < len(names):
         raise InputError(
-            f"adapters: expected strengths by name or a list of names, got {asked!r:.60}"
+            f"adapters: expected strengths by name or a list of names, got {options!r:.60}"
         )
     return found
 
 
-def _changes(slots: Mapping[str, Mapping[Host, Slots]], merged: Mapping[Host, Merged]) -> Changes:
-    beside: dict[Leaf, tuple[tuple[str, Slot], ...]] = {}
+def _changes(
+    slots: Mapping[str, Mapping[Host, Slots]], merged: Mapping[Host, MergedWeights]
+) -> Changes:
+    by_layer: dict[LayerHooks, tuple[tuple[str, Slot], ...]] = {}
     for name, by_host in sorted(slots.items()):
         for host, part in by_host.items():
             for path, slot in part.by_path.items():
-                leaf = host.leaf(path)
-                beside[leaf] = (*beside.get(leaf, ()), (name, slot))
-    sums: dict[Leaf, Weights] = {}
+                hooks = host.hooks(path)
+                by_layer[hooks] = (*by_layer.get(hooks, ()), (name, slot))
+    sums: dict[LayerHooks, Weights] = {}
     for host, part in merged.items():
-        sums |= {host.leaf(path): own for path, own in part.by_path.items()}
-    return Changes(beside, sums)
+        sums |= {host.hooks(path): own for path, own in part.by_path.items()}
+    return Changes(by_layer, sums)

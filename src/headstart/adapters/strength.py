@@ -1,4 +1,4 @@
-"""How strongly an adapter acts, one number for each row and each sample of a run.
+"""The strength of an adapter: one number for each row and each sample of a run.
 
 strength[row, sample] = plan[row] * value[sample] * rows[row] * [model(row) in models]
                         * [timestep(row) <= below]
@@ -23,7 +23,7 @@ Numbers: TypeAlias = "float | tuple[float, ...]"
 
 @dataclass(frozen=True, slots=True)
 class Strength:
-    """A strength that is the product of what is given; what is left out is 1 everywhere.
+    """A strength, the product of its fields; a field that is left out counts as 1.
 
     value   a number, one for each sample, or [rows][samples]; a slider's may be negative
     models  acts only on rows of these models: ("distilled",)
@@ -44,9 +44,9 @@ class Strength:
 
     def __post_init__(self) -> None:
         for field in ("value", "below", "rows", "text"):
-            given = getattr(self, field)
-            if given is not None:
-                object.__setattr__(self, field, _numbers(field, given))
+            value = getattr(self, field)
+            if value is not None:
+                object.__setattr__(self, field, _numbers(field, value))
         if self.models is not None:
             names = (self.models,) if isinstance(self.models, str) else tuple(self.models)
             object.__setattr__(self, "models", names)
@@ -72,12 +72,12 @@ class Strength:
         """
         column = table.strengths(name)
         factors = np.ones(len(table)) if column is None else np.array(column)
-        factors = factors * [self._acts(step) for step in table]
+        factors = factors * [self._factor(step) for step in table]
         if self.rows is not None:
-            factors = factors * _counted(name, "rows", self.rows, (len(table),))
+            factors = factors * _check_count(name, "rows", self.rows, (len(table),))
         value = np.asarray(self.value)
         shape = (len(table), batch) if value.ndim == 2 else (batch,)
-        values = np.broadcast_to(_counted(name, "samples", value, shape), (len(table), batch))
+        values = np.broadcast_to(_check_count(name, "samples", value, shape), (len(table), batch))
         return factors[:, None] * values
 
     def for_text(self, name: str, batch: int) -> Array:
@@ -88,25 +88,25 @@ class Strength:
                 f"adapter {name!r} also acts on the text, which is encoded once and not for each "
                 "row: say its strength there, Strength(..., text=1.0)"
             )
-        return np.broadcast_to(_counted(name, "samples", value, (batch,)), (batch,))
+        return np.broadcast_to(_check_count(name, "samples", value, (batch,)), (batch,))
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that say something; `Strength(**fields)` is this strength again."""
+        """The fields that are not None; `Strength(**fields)` is this strength again."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
-    def _acts(self, step: Step) -> float:
+    def _factor(self, step: Step) -> float:
         off = self.models is not None and step.model not in self.models
         early = self.below is not None and step.timestep > self.below
         return 0.0 if off or early else 1.0
 
 
-Asked: TypeAlias = "float | Sequence[float] | Sequence[Sequence[float]] | Strength"
+StrengthLike: TypeAlias = "float | Sequence[float] | Sequence[Sequence[float]] | Strength"
 """A number, one a sample, [rows][samples], or a Strength."""
 
 
-def as_strength(asked: object) -> Strength:
-    """What was asked for as a Strength. Raises InputError for what cannot be read as one."""
-    return asked if isinstance(asked, Strength) else Strength(_numbers("value", asked))
+def as_strength(value: object) -> Strength:
+    """The value as a Strength. Raises InputError for anything that is not one."""
+    return value if isinstance(value, Strength) else Strength(_numbers("value", value))
 
 
 def parse_adapter(text: str) -> tuple[str, Strength]:
@@ -147,19 +147,19 @@ def parse_strengths(text: str) -> tuple[float, ...]:
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
-def _numbers(what: str, given: object) -> Any:
+def _numbers(what: str, value: object) -> Any:
     """Finite floats, in tuples where there is more than one."""
     try:
-        if isinstance(given, Mapping | str | bytes) or given is None:
+        if isinstance(value, Mapping | str | bytes) or value is None:
             raise TypeError
-        found = np.asarray(given, dtype=np.float64)
+        found = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(
             f"strength: {what} is a number, one for each sample, or rows of them (or use "
-            f"headstart.Strength); got {given!r:.80}"
+            f"headstart.Strength); got {value!r:.80}"
         ) from None
     if found.ndim > 2 or not found.size or not np.isfinite(found).all():
-        raise InputError(f"strength: expected finite numbers for {what}, got {given!r:.80}")
+        raise InputError(f"strength: expected finite numbers for {what}, got {value!r:.80}")
     return _tuples(found.tolist())
 
 
@@ -169,8 +169,8 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(entry) for entry in cast("list[Any]", value))
 
 
-def _counted(name: str, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
-    """The values as they are where they are one number or have the shape of the run."""
+def _check_count(name: str, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
+    """The values as an array. Raises InputError unless they are one number or of this shape."""
     found = np.asarray(values, dtype=np.float64)
     if found.ndim and found.shape != shape:
         raise InputError(

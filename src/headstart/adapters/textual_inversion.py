@@ -27,10 +27,10 @@ from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 
 Embeddings = Sequence[str | Path | tuple[str | Path, str | None]]
-"""Files of learned tokens; with a token, the file's only one is named so."""
+"""Files of learned tokens, each alone or with a new name for its only token."""
 EMBEDDING, EMBEDDING_2 = "embedding:", "embedding_2:"
-"""What the role of such a file in a record starts with, and of another one that has the same
-token's vectors for the second encoder; the token follows."""
+"""The beginning of such a file's role in a record, before the token. The second is for a file with
+the same token's vectors for the other encoder."""
 _NAMES: tuple[Encoder, ...] = ("text", "text_2")
 
 
@@ -50,7 +50,7 @@ class Embedding:
 
 
 def read_embeddings(path: str | Path, token: str | None = None) -> tuple[Embedding, ...]:
-    """The learned tokens of a safetensors file; `token` names the only one of a file anew.
+    """The learned tokens of a safetensors file; `token` is a new name for the only one of a file.
 
     Every spelling that `headstart.checkpoint.embeddings` knows: SDXL's pairs, one tensor [D] or
     [n, D] a token, and tokens that lie beside the layers of a LoRA. Raises AdapterError for
@@ -66,8 +66,8 @@ def read_embeddings(path: str | Path, token: str | None = None) -> tuple[Embeddi
             if verdict.problem not in (None, NO_NETWORK):
                 raise AdapterError(f"{path}: {verdict.problem}")
             parts = [part for part in verdict.networks if part != "tiny"]
-            came = f"a checkpoint ({', '.join(parts)})" if parts else "no learned token"
-            raise AdapterError(f"{path}: expected a textual inversion, got {came}")
+            actual = f"a checkpoint ({', '.join(parts)})" if parts else "no learned token"
+            raise AdapterError(f"{path}: expected a textual inversion, got {actual}")
         return embeddings_of(path, checkpoint, tokens_of(path, checkpoint, token, keys))
     except CheckpointError as error:
         raise AdapterError(str(error)) from error
@@ -86,18 +86,18 @@ def embeddings_of(
     )
 
 
-def extended(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText:
-    """A text encoder that also knows these tokens. `text` stays as it is; its modules serve both,
-    with what is attached to them.
+def with_embeddings(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText:
+    """A text encoder that also knows these tokens. `text` does not change; both share its modules,
+    with the adapters on them.
 
-    A token's vectors are looked up beside the vocabulary, so prompts without it encode to the same
+    A token's vectors lie beside the vocabulary, so prompts without the token encode to the same
     bits. Two embeddings of one token, one for each of SDXL's encoders, are one: diffusers saves
     them as two files. Raises AdapterError for vectors of another width or for other encoders, and
     for a token given twice; InputError for a token that has a meaning already.
     """
-    found = _paired(embeddings)
+    found = _pair_by_token(embeddings)
     for embedding in found:
-        if (why := misfit(text, embedding)) is not None:
+        if (why := why_incompatible(text, embedding)) is not None:
             raise AdapterError(why)
     before = text.learned or (torch.empty(0),) * len(text.towers)
     first, tokens = len(before[0]), dict[str, tuple[int, ...]]()
@@ -108,31 +108,31 @@ def extended(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText:
         torch.cat([*([old] if len(old) else []), *(own.vectors[name].float() for own in found)])
         for name, old in zip(_NAMES, before, strict=False)
     ]
-    return text.taught(tokens, rows)
+    return text.with_tokens(tokens, rows)
 
 
-def misfit(text: ClipText, embedding: Embedding) -> str | None:
-    """Why these vectors are none for these encoders; None where they are."""
+def why_incompatible(text: ClipText, embedding: Embedding) -> str | None:
+    """Why these vectors do not fit these encoders; None where they do."""
     towers = [tower for tower in text.towers if isinstance(tower, Tower)]
     widths: dict[Encoder, int] = {
         name: own.params.width for name, own in zip(_NAMES, towers, strict=False)
     }
-    came: dict[Encoder, int] = {
+    actual: dict[Encoder, int] = {
         name: vectors.shape[1] for name, vectors in embedding.vectors.items()
     }
-    if came == widths:
+    if actual == widths:
         return None
     token = f"the token {embedding.token!r:.80}"
-    lacking = widths.keys() - came.keys()
-    if lacking and all(widths[name] == width for name, width in came.items()):
-        half = "first" if "text" in came else "second"
+    missing = widths.keys() - actual.keys()
+    if missing and all(widths[name] == width for name, width in actual.items()):
+        half = "first" if "text" in actual else "second"
         return (
-            f"{token}: expected vectors for both text encoders, {_told(widths)}, got those of the "
-            f"{half} alone; give the other one's file too, with the same token"
+            f"{token}: expected vectors for both text encoders, {_describe_widths(widths)}, got "
+            f"those of the {half} alone; give the other one's file too, with the same token"
         )
     return (
-        f"{token}: expected vectors for {_told(widths)}, got them for {_told(came)}: it was "
-        "learned for another family"
+        f"{token}: expected vectors for {_describe_widths(widths)}, got them for "
+        f"{_describe_widths(actual)}: it was learned for another family"
     )
 
 
@@ -149,33 +149,33 @@ def parse_embedding(text: str) -> tuple[str, str | None]:
     return path, token
 
 
-def taught(
-    text: ClipText, wanted: Embeddings
+def with_tokens(
+    text: ClipText, embeddings: Embeddings
 ) -> tuple[ClipText, dict[str, tuple[str, tuple[Path, ...]]]]:
-    """`text` with the tokens of these files, and what a record says of them: role -> file."""
+    """`text` with the tokens of these files, and the files for a record: role -> file."""
     found: list[Embedding] = []
     files: dict[str, tuple[str, tuple[Path, ...]]] = {}
-    for entry in wanted:
+    for entry in embeddings:
         path, token = entry if isinstance(entry, tuple) else (entry, None)
         for embedding in read_embeddings(path, token):
             found.append(embedding)
             role = EMBEDDING + embedding.token
             role = EMBEDDING_2 + embedding.token if role in files else role
             files[role] = (str(path), (Path(path),))
-    return (extended(text, found) if found else text), files
+    return (with_embeddings(text, found) if found else text), files
 
 
 def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
-    """The files that a record of `taught` names; a file of one token is told that token."""
+    """The files in a record of `with_tokens`; a file of one token comes with that token."""
     tokens: dict[str, list[str]] = {}
-    for role, told in weights.items():
+    for role, file_entry in weights.items():
         for start in (EMBEDDING, EMBEDDING_2):
             if role.startswith(start):
-                tokens.setdefault(told["file"], []).append(role.removeprefix(start))
+                tokens.setdefault(file_entry["file"], []).append(role.removeprefix(start))
     return [(file, own[0] if len(own) == 1 else None) for file, own in tokens.items()]
 
 
-def _paired(embeddings: Iterable[Embedding]) -> list[Embedding]:
+def _pair_by_token(embeddings: Iterable[Embedding]) -> list[Embedding]:
     found: dict[str, Embedding] = {}
     for own in embeddings:
         other = found.get(own.token)
@@ -193,7 +193,7 @@ def _paired(embeddings: Iterable[Embedding]) -> list[Embedding]:
     return [*found.values()]
 
 
-def _told(widths: Mapping[Encoder, int]) -> str:
+def _describe_widths(widths: Mapping[Encoder, int]) -> str:
     """ "sdxl (768 + 1280 numbers)"; a width alone where no family has it."""
     numbers = " + ".join(str(widths[name]) for name in _NAMES if name in widths)
     family = family_of_widths(widths)

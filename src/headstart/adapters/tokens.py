@@ -1,6 +1,6 @@
-"""The learned tokens of attached adapters: which of a file prompts can learn, and who reads them.
+"""The learned tokens in files of attached adapters, and the text encoder that reads them.
 
-text with the tokens of a moment = text of the weights ++ tokens of every attached file
+text encoder of a snapshot = the weights' own + the tokens of every attached file
 """
 
 from __future__ import annotations
@@ -8,62 +8,73 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from headstart.adapters.file import AdapterFile
-from headstart.adapters.resolution import allowed
-from headstart.adapters.snapshot import Attached, Held
-from headstart.adapters.textual_inversion import Embedding, embeddings_of, extended, misfit
+from headstart.adapters.snapshot import AttachedAdapter, Snapshot
+from headstart.adapters.textual_inversion import (
+    Embedding,
+    embeddings_of,
+    why_incompatible,
+    with_embeddings,
+)
 from headstart.checkpoint.embeddings import beside_layers
+from headstart.checkpoint.leftovers import is_allowed
 from headstart.errors import AdapterError
 from headstart.networks.text import ClipText
 
 
-def teachable(
-    text: ClipText | None,
+def file_tokens(
+    text_encoder: ClipText | None,
     file: AdapterFile,
-    teachers: Mapping[str, str],
+    token_owners: Mapping[str, str],
     allow: Collection[str],
 ) -> tuple[tuple[Embedding, ...], tuple[str, ...]]:
-    """What the file teaches prompts; and the keys of its tokens that were let be by name.
+    """The tokens of a file that prompts can use; and the keys of the others, allowed by name.
 
-    `teachers`: token -> the other adapter that teaches it. Raises AdapterError for a token that
-    cannot be taught and was not allowed, with what to do.
+    `token_owners`: token -> the other adapter that has it. Raises AdapterError, with what to do,
+    for a token that cannot be used and is not allowed.
     """
-    if file.no_tokens is not None:
-        return (), _require(beside_layers(file.checkpoint), allow, file.no_tokens)
-    taught: list[Embedding] = []
-    left: list[str] = []
+    if file.tokens_problem is not None:
+        keys = beside_layers(file.checkpoint)
+        return (), _require_allowed(keys, allow, file.tokens_problem)
+    usable: list[Embedding] = []
+    skipped: list[str] = []
     embeddings = embeddings_of(file.path, file.checkpoint, file.tokens)
     for token, embedding in zip(file.tokens, embeddings, strict=True):
-        why = _unteachable(text, embedding, teachers)
+        why = _why_unusable(text_encoder, embedding, token_owners)
         if why is None:
-            taught.append(embedding)
+            usable.append(embedding)
         else:
-            left += _require(tuple(token.keys.values()), allow, f"{file.path}: {why}")
-    return tuple(taught), tuple(left)
+            keys = tuple(token.keys.values())
+            skipped += _require_allowed(keys, allow, f"{file.path}: {why}")
+    return tuple(usable), tuple(skipped)
 
 
-def reading(text: ClipText | None, before: Attached, held: Mapping[str, Held]) -> ClipText | None:
-    """What reads prompts while these are attached: that of the moment before, where tokens stay."""
-    tokens = [token for own in held.values() for token in own.tokens]
-    if text is None or not tokens:
-        return text
-    return before.text if tokens == [*before.tokens] else extended(text, tokens)
+def text_encoder_for(
+    text_encoder: ClipText | None, before: Snapshot, attached: Mapping[str, AttachedAdapter]
+) -> ClipText | None:
+    """The text encoder while these are attached; `before`'s where no token changes."""
+    tokens = [token for adapter in attached.values() for token in adapter.tokens]
+    if text_encoder is None or not tokens:
+        return text_encoder
+    return (
+        before.text_encoder if tokens == [*before.tokens] else with_embeddings(text_encoder, tokens)
+    )
 
 
-def _unteachable(
-    text: ClipText | None, embedding: Embedding, teachers: Mapping[str, str]
+def _why_unusable(
+    text_encoder: ClipText | None, embedding: Embedding, token_owners: Mapping[str, str]
 ) -> str | None:
-    """Why a file's token cannot be taught, and what to do; None where it can."""
+    """Why prompts cannot use a file's token, and what to do; None where they can."""
     token = embedding.token
-    if text is None:
+    if text_encoder is None:
         return f"it has the learned token {token!r:.80}, and no text encoder is here to learn it"
-    if (why := misfit(text, embedding)) is not None:
+    if (why := why_incompatible(text_encoder, embedding)) is not None:
         return why
-    if token in teachers:
+    if token in token_owners:
         return (
-            f"the token {token!r:.80} is already known from adapter {teachers[token]!r}: detach "
-            "that one first"
+            f"the token {token!r:.80} is already known from adapter {token_owners[token]!r}: "
+            "detach that one first"
         )
-    if text.tokenizer.knows(token):
+    if text_encoder.tokenizer.knows(token):
         return (
             f"the token {token!r:.80} means something already, as a word or by --embedding: teach "
             f"it by another name, as --embedding FILE:<{token:.80}>"
@@ -71,8 +82,8 @@ def _unteachable(
     return None
 
 
-def _require(keys: tuple[str, ...], allow: Collection[str], why: str) -> tuple[str, ...]:
-    if all(allowed(key, allow) for key in keys):
+def _require_allowed(keys: tuple[str, ...], allow: Collection[str], why: str) -> tuple[str, ...]:
+    if all(is_allowed(key, allow) for key in keys):
         return keys
     shown = [f"{key:.100}" for key in keys[:2]]
     options = " ".join(f"--allow {key!r}" for key in shown)

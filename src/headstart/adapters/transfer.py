@@ -17,6 +17,7 @@ import torch
 
 from headstart.adapters.names import Network
 from headstart.checkpoint.checkpoint import family_of
+from headstart.checkpoint.fit import some
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.tensors import Checkpoint, Part
@@ -85,19 +86,18 @@ def transfer(
         raise InputError(
             f"{distilled} holds {' and '.join(parts)} in separate files: transfer one at a time"
         )
-    held = next(iter(trios.values())).distilled.checkpoint
-    check_file(target, size_bytes=held.size_bytes, suffix=".safetensors")
+    checkpoint = next(iter(trios.values())).distilled.checkpoint
+    check_file(target, size_bytes=checkpoint.size_bytes, suffix=".safetensors")
     changes = {
         stored: change for trio in trios.values() for stored, change in trio.by_stored().items()
     }
     squares: dict[str, tuple[float, float]] = dict.fromkeys(parts, (0.0, 0.0))
-    slots = in_order(Slot(n, held.entry(n).dtype, held.entry(n).shape) for n in held.names)
+    slots = in_order(Slot(name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
     with writing(target) as partial, partial.open("xb") as file:
-        done = file.write(compose(slots, _metadata(held, strength, parts)))
+        done = file.write(compose(slots, _metadata(checkpoint, strength, parts)))
         for slot in slots:
-            change = changes.get(slot.name)
-            copied = change is None
-            for raw in _copied(held, slot.name) if copied else change.pieces(strength, squares):
+            change, copy = changes.get(slot.name), _chunks(checkpoint, slot.name)
+            for raw in copy if change is None else change.chunks(strength, squares):
                 done += file.write(raw)
             on_bytes(done)
     return Transfer(
@@ -115,7 +115,7 @@ def transfer(
 
 @dataclass(frozen=True, slots=True)
 class Trio:
-    """One network in the three checkpoints, names and shapes agreeing; `kept` is D's alone."""
+    """One network of the three checkpoints, with equal names and shapes; `kept` is in D alone."""
 
     part: Network
     base: Part
@@ -125,21 +125,21 @@ class Trio:
     kept: tuple[str, ...]
 
     def by_stored(self) -> dict[str, _Change]:
-        """Tensor of D's file -> how its numbers come about; OpenCLIP's in_proj holds three."""
+        """Tensor of D's file -> its change; OpenCLIP's in_proj holds three of ours."""
         found: dict[str, list[str]] = {}
         for name in self.names:
             found.setdefault(self.distilled.sources[name].name, []).append(name)
         return {
-            stored: _Change(self, stored, tuple(sorted(ours, key=self._place)))
+            stored: _Change(self, stored, tuple(sorted(ours, key=self._position)))
             for stored, ours in found.items()
         }
 
-    def _place(self, name: str) -> int:
+    def _position(self, name: str) -> int:
         return "qkv".find(self.distilled.sources[name].op)
 
 
 def _trio(sources: Sequence[Path], part: Network) -> Trio:
-    base, tuned, distilled = opened_parts(sources, part)
+    base, tuned, distilled = open_parts(sources, part)
     kept = tuple(name for name in distilled.shapes if name not in base.shapes)
     return Trio(part, base, tuned, distilled, tuple(base.shapes), kept)
 
@@ -150,14 +150,14 @@ class _Change:
     stored: str
     names: tuple[str, ...]
 
-    def pieces(self, strength: float, squares: dict[str, tuple[float, float]]) -> Iterator[bytes]:
+    def chunks(self, strength: float, squares: dict[str, tuple[float, float]]) -> Iterator[bytes]:
         """The bytes of the new tensor, a chunk at a time; adds to the sums of squares."""
         trio = self.trio
         dtype = DTYPES[trio.distilled.checkpoint.entry(self.stored).dtype]
         for name in self.names:
-            turned = trio.distilled.sources[name].op == "transpose"
+            transposed = trio.distilled.sources[name].op == "transpose"
             whole = (part.tensor(name) for part in (trio.base, trio.tuned, trio.distilled))
-            flat = [(tensor.T if turned else tensor).reshape(-1) for tensor in whole]
+            flat = [(tensor.T if transposed else tensor).reshape(-1) for tensor in whole]
             for start in range(0, flat[0].numel(), CHUNK):
                 b, t, d = (tensor[start : start + CHUNK].double() for tensor in flat)
                 added = strength * (t - b)
@@ -191,21 +191,21 @@ def check_request(
     check_file(target, size_bytes=0, suffix=".safetensors", overwrite=overwrite)
 
 
-def opened_parts(sources: Sequence[Path], part: Network) -> list[Part]:
+def open_parts(sources: Sequence[Path], part: Network) -> list[Part]:
     """One network of each checkpoint, base first: the same family, names and shapes in all.
 
     Only the last of three, the distilled model's, may have more tensors. Raises CheckpointError
     with every difference at once.
     """
-    parts = [_opened(path, part) for path in sources]
+    parts = [_open(path, part) for path in sources]
     base = parts[0]
     lineages = [_lineage(path, each) for path, each in zip(sources, parts, strict=True)]
     if part == "unet" and len(set(lineages)) > 1:
-        came = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
-        raise CheckpointError(f"expected models of one family, got {came}")
+        actual = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
+        raise CheckpointError(f"expected models of one family, got {actual}")
     problems: list[str] = []
     for index, (path, each) in enumerate(zip(sources, parts, strict=True)):
-        problems += _differing(base, each, path, more=index < 2)
+        problems += _differences(base, each, path, more=index < 2)
     if problems:
         raise CheckpointError(
             f"the {part} cannot be transferred from {sources[0]}: {'; '.join(problems)}"
@@ -213,7 +213,7 @@ def opened_parts(sources: Sequence[Path], part: Network) -> list[Part]:
     return parts
 
 
-def _opened(path: Path, part: Network) -> Part:
+def _open(path: Path, part: Network) -> Part:
     checkpoint = Checkpoint.open(path, part)
     found = checkpoint.parts()
     inside = part == "text_2" and (path / COMPONENTS[part]).is_dir()
@@ -231,8 +231,8 @@ def _lineage(path: Path, part: Part) -> str:
     return family.lineage if family else "unknown"
 
 
-def _differing(base: Part, other: Part, path: Path, *, more: bool) -> list[str]:
-    """What of `base` is missing or misshapen in `other`, and what there is besides."""
+def _differences(base: Part, other: Part, path: Path, *, more: bool) -> list[str]:
+    """What `other` lacks of `base`, has in another shape, or has besides."""
     ours, theirs = base.shapes, other.shapes
     lines = {
         "missing": [name for name in ours if name not in theirs],
@@ -247,20 +247,16 @@ def _differing(base: Part, other: Part, path: Path, *, more: bool) -> list[str]:
         "that the base has not": [name for name in theirs if more and name not in ours],
         "of no network": [*other.strays],
     }
-    return [f"{path}: {len(n)} {what}: {_some(n)}" for what, n in lines.items() if n]
+    return [f"{path}: {len(n)} {what}: {some(n)}" for what, n in lines.items() if n]
 
 
-def _copied(held: Checkpoint, name: str) -> Iterator[bytes]:
-    tensor = held.tensor(name).reshape(-1)
+def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
+    tensor = checkpoint.tensor(name).reshape(-1)
     for start in range(0, tensor.numel(), CHUNK):
         yield tensor[start : start + CHUNK].view(torch.uint8).numpy().tobytes()
 
 
-def _metadata(held: Checkpoint, strength: float, parts: Sequence[Network]) -> dict[str, str]:
-    kept = {key: text for key, text in held.metadata.items() if key != "format"}
-    said = {"formula": "D + strength*(T - B)", "strength": strength, "parts": list(parts)}
-    return kept | {"headstart.transfer": json.dumps(said)}
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+def _metadata(checkpoint: Checkpoint, strength: float, parts: Sequence[Network]) -> dict[str, str]:
+    before = {key: text for key, text in checkpoint.metadata.items() if key != "format"}
+    settings = {"formula": "D + strength*(T - B)", "strength": strength, "parts": list(parts)}
+    return before | {"headstart.transfer": json.dumps(settings)}

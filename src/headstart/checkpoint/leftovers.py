@@ -58,4 +58,4 @@ def known(name: str) -> str | None:
 
 def is_allowed(name: str, allow: Collection[str]) -> bool:
     """Whether a pattern, with `*` and `?` for any text, fits the name as the file spells it."""
-    return any(fnmatchcase(name, pattern) for pattern in allow)
+    return any(name == pattern or fnmatchcase(name, pattern) for pattern in allow)

@@ -18,7 +18,7 @@ from headstart.commands.parser import Command
 from headstart.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
-    from headstart.adapters.file import AdapterInfo
+    from headstart.adapters.info import AdapterInfo
     from headstart.checkpoint.checkpoint import CheckpointInfo
 
 _LAYOUTS = {
@@ -80,7 +80,7 @@ _ELSEWHERE = (
 
 def _adapter(file: Path) -> tuple[AdapterInfo | None, str | None]:
     """What kind of adapter it is, or the sentence with which `--lora` refuses it."""
-    from headstart.adapters.file import describe_adapter
+    from headstart.adapters.info import describe_adapter
 
     try:
         return describe_adapter(file), None

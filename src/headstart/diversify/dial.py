@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from headstart.adapters.adapters import DISTILLED_LORA
-from headstart.adapters.snapshot import Attached
+from headstart.adapters.snapshot import Snapshot
 from headstart.adapters.strength import Strength
 from headstart.diversify.method import Limits, check_values, written
 from headstart.errors import InputError
@@ -48,11 +48,11 @@ class Dial:
             )
 
     def strengths(
-        self, acts: Mapping[str, Strength], attached: Attached, table: StepTable
+        self, acts: Mapping[str, Strength], attached: Snapshot, table: StepTable
     ) -> dict[str, Strength]:
         """Raises InputError where the distilled model is no LoRA, and for another strength that
         the call gives it."""
-        if DISTILLED_LORA not in attached.held:
+        if DISTILLED_LORA not in attached.attached:
             raise InputError(
                 f"diversify {self}: needs a distilled model that is a LoRA on the base: load it "
                 "with distilled_lora= (--distilled-lora FILE); of two checkpoints `headstart "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.adapters.snapshot import Attached
+from headstart.adapters.snapshot import Snapshot
 from headstart.adapters.strength import Strength
 from headstart.diversify.method import (
     ChangesConditioning,
@@ -51,7 +51,7 @@ def table_of(methods: Methods, table: StepTable) -> StepTable:
 
 
 def strengths_of(
-    methods: Methods, acts: dict[str, Strength], attached: Attached, table: StepTable
+    methods: Methods, acts: dict[str, Strength], attached: Snapshot, table: StepTable
 ) -> dict[str, Strength]:
     """Adapter -> its strength in the run."""
     for method in methods:

@@ -18,7 +18,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from headstart.adapters.snapshot import Attached
+from headstart.adapters.snapshot import Snapshot
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
@@ -129,7 +129,7 @@ class ChangesTable(Protocol):
 @runtime_checkable
 class ChangesStrengths(Protocol):
     def strengths(
-        self, acts: Mapping[str, Strength], attached: Attached, table: StepTable, /
+        self, acts: Mapping[str, Strength], attached: Snapshot, table: StepTable, /
     ) -> dict[str, Strength]: ...
 
 

@@ -3,7 +3,7 @@ an engine share."""
 
 from __future__ import annotations
 
-from headstart.adapters.snapshot import Asking
+from headstart.adapters.snapshot import AdapterOptions
 from headstart.engine.given import Noise, Told
 from headstart.engine.words import Size, Texts
 from headstart.networks.prompt_style import PromptStyle
@@ -37,7 +37,7 @@ class Asks(PlanSettings, total=False):
 
     negative: Texts
     size: Size
-    adapters: Asking
+    adapters: AdapterOptions
     style: PromptStyle | None
     clip_skip: int | None
     second: Texts

@@ -14,7 +14,7 @@ import torch
 
 from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.report import AdapterReport
-from headstart.adapters.strength import Asked
+from headstart.adapters.strength import StrengthLike
 from headstart.adapters.textual_inversion import Embeddings
 from headstart.batch import MOST_SAMPLES, Batch, doubling
 from headstart.diversify.effect import select_of
@@ -158,7 +158,7 @@ class Engine:
     @property
     def text(self) -> ClipText:
         """What reads prompts, with the tokens of the adapters that are attached now."""
-        return self.adapters.look().text or self.weights.text
+        return self.adapters.look().text_encoder or self.weights.text
 
     @property
     def vae(self) -> LatentCodec:
@@ -206,7 +206,7 @@ class Engine:
     def attach(
         self,
         path: FilePath,
-        strength: Asked = 1.0,
+        strength: StrengthLike = 1.0,
         to: Sequence[str] | None = None,
         *,
         name: str | None = None,

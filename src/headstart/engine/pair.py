@@ -16,7 +16,7 @@ from typing import Literal, TypedDict, Unpack
 import torch
 
 import headstart_weights
-from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, taught
+from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, with_tokens
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
@@ -209,7 +209,7 @@ def load_pair(
     check_channels(vae, decoder, paths, unets)
     residency = settle(residency, encoders, unets)
     decided = (two_schedules(found), precision.note, *ema.notes, *notes(residency))
-    encoders, embeddings = taught(encoders, options.get("embeddings", ()))
+    encoders, embeddings = with_tokens(encoders, options.get("embeddings", ()))
     own_files = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in own_files if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), decoder)]

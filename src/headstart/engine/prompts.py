@@ -39,7 +39,7 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     """
     check_threads()  # before rows are taken of what is found
     known = encoded_by(text)
-    text = request.adapters.text or text  # with the tokens that adapters brought
+    text = request.adapters.text_encoder or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)
     strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
     keys = [
@@ -72,7 +72,7 @@ def check_texts(text: ClipText, request: Request) -> int:
     have = [*lengths(own.cond), *lengths(own.uncond)]
     read = 0
     if own.cond is None or (request.guided and own.uncond is None):
-        text = request.adapters.text or text
+        text = request.adapters.text_encoder or text
         lines = list(dict.fromkeys(line for row in request.lines for line in row))
         prompts, negatives, how = _texts(request, lines, each=False)
         have.append(read := text.check(prompts, negatives, **how))
@@ -145,10 +145,10 @@ def _encoded(
     place = next(text.parameters()).device
     strengths = None if own is None else torch.tensor(own, device=place)
     if negatives is None:
-        with request.adapters.acting(strengths):
+        with request.adapters.active(strengths):
             return text.encode(prompts, None, **how), None
     both = None if strengths is None else torch.cat((strengths, strengths))
-    with request.adapters.acting(both):
+    with request.adapters.active(both):
         return text.encode(prompts, negatives, **how)
 
 

@@ -8,7 +8,7 @@ from typing import Any, SupportsIndex, cast
 
 from torch import Tensor
 
-from headstart.adapters.snapshot import Attached
+from headstart.adapters.snapshot import Snapshot
 from headstart.adapters.strength import Strength
 from headstart.diversify.effect import check_images, select_of, strengths_of, table_of
 from headstart.diversify.method import Images, Method
@@ -63,7 +63,7 @@ class Request:
     table: StepTable
     chunks: Chunks
     latent: tuple[int, int, int]
-    adapters: Attached
+    adapters: Snapshot
     acts: Mapping[str, Strength]
     strengths: Tensor | None
     methods: tuple[Method, ...]
@@ -77,7 +77,7 @@ class Request:
 
 def prepare(
     weights: Pair,
-    attached: Attached,
+    attached: Snapshot,
     prompts: Prompts,
     *,
     plan: str | Plan | StepTable,
@@ -93,7 +93,7 @@ def prepare(
     rows have run that may have been others."""
     asked, settings = _told_apart(asks)
     methods = read_methods(diversify)
-    acts = attached.acts(asked.get("adapters"))
+    acts = attached.run_strengths(asked.get("adapters"))
     by_sample = any(strength.by_sample for strength in acts.values())
     pixels = _pixels(weights, asked)
     own = _own(weights, asked, pixels)

@@ -149,7 +149,7 @@ def replay(
             negative=run.negative,
             size=run.size,
             batch=(run.chunk, *(run.decode or (run.chunk, 1))),
-            adapters=adapters.recorded(run.adapters),
+            adapters=adapters.recorded_strengths(run.adapters),
             diversify=run.diversify,
             on_step=on_step,
         )

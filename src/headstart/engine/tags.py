@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from headstart.adapters.snapshot import Attached, Held
+from headstart.adapters.snapshot import AttachedAdapter, Snapshot
 from headstart.adapters.strength import Strength
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
@@ -93,7 +93,7 @@ def refuse_tags(typed: str, what: str) -> None:
 
 def tagged(
     acts: Mapping[str, Strength],
-    attached: Attached,
+    attached: Snapshot,
     table: StepTable,
     tags: Sequence[Sequence[Tags]],
 ) -> dict[str, Strength]:
@@ -104,23 +104,23 @@ def tagged(
     """
     said = dict(acts)
     for name in dict.fromkeys(name for row in tags for told in row for name in told):
-        if name not in attached.held:
-            have = ", ".join(map(repr, attached.held)) or "none"
+        if name not in attached.attached:
+            have = ", ".join(map(repr, attached.attached)) or "none"
             raise InputError(
                 f"a prompt names adapter {name!r}, which is not attached: attached are {have}; "
                 f"attach it first, with engine.attach('{name:.60}.safetensors'), or on the command "
                 "line with --lora FILE or --lora-folder DIR"
             )
         own = [[told.get(name) for told in row] for row in tags]
-        held = attached.held[name]
-        strength = _strength(name, acts[name], table, own, texts=held.texts)
+        held = attached.attached[name]
+        strength = _strength(name, acts[name], table, own, texts=held.changes_text)
         if not held.report.live and strength != held.strength:
             _refuse_merged(held, [tag for row in own for tag in row])
-        said[name] = held.for_run(strength)
+        said[name] = held.run_strength(strength)
     return said
 
 
-def _refuse_merged(held: Held, tags: Sequence[Tag | None]) -> None:
+def _refuse_merged(held: AttachedAdapter, tags: Sequence[Tag | None]) -> None:
     """Raise InputError for tags that ask for another strength than it is merged at."""
     name, at = held.name, held.strength.constant
     others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (at, at))
@@ -158,7 +158,7 @@ def _strength(
     return replace(strength, value=value, text=None if text == value else text)
 
 
-def text_strengths(attached: Attached, base: Any, tags: Sequence[Tags]) -> Any:
+def text_strengths(attached: Snapshot, base: Any, tags: Sequence[Tags]) -> Any:
     """Of the images at one row, [images, adapters], for their texts there; None where no live
     adapter changes texts."""
     if base is None:
@@ -166,7 +166,7 @@ def text_strengths(attached: Attached, base: Any, tags: Sequence[Tags]) -> Any:
     found = base.clone()
     for column, name in enumerate(attached.columns):
         for image, told in enumerate(tags):
-            if name in told and attached.held[name].texts:
+            if name in told and attached.attached[name].changes_text:
                 found[image, column] = told[name].text
     return found
 

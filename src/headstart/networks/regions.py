@@ -32,7 +32,7 @@ class Addition(Protocol):
 
 
 @runtime_checkable
-class Steers(Protocol):
+class LayerModifier(Protocol):
     """Who changes a layer from outside, by a forward hook or in place of its `forward`.
 
     weights    (weight, bias) that the layer runs on in this call, or None for its own
@@ -45,14 +45,14 @@ class Steers(Protocol):
 
 
 @runtime_checkable
-class Instead(Protocol):
-    """In place of a layer's `forward`: `under` is what was there before."""
+class ForwardOverride(Protocol):
+    """In place of a layer's `forward`: `inner` is what was there before."""
 
     @property
-    def leaf(self) -> Steers: ...
+    def hooks(self) -> LayerModifier: ...
 
     @property
-    def under(self) -> Callable[..., Any]: ...
+    def inner(self) -> Callable[..., Any]: ...
 
 
 _COMPILER: ContextVar[Compiler | None] = ContextVar("headstart_compiler", default=None)

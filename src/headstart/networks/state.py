@@ -28,7 +28,7 @@ from headstart.interfaces import Adapters, Conditioning
 from headstart.networks.casting import StoredLinear
 from headstart.networks.fusion import setting
 from headstart.networks.packed import PackedLinear
-from headstart.networks.regions import Instead
+from headstart.networks.regions import ForwardOverride
 
 _LINEARS = frozenset({nn.Linear, StoredLinear, PackedLinear})
 _TENSORS = frozenset({Tensor, nn.Parameter})
@@ -36,18 +36,18 @@ _BEFORE, _AFTER = itemgetter("_forward_pre_hooks"), itemgetter("_forward_hooks")
 _WEIGHT, _BIAS = itemgetter("weight"), itemgetter("bias")
 _EVERYWHERE = [vars(registrations)[f"_global_forward{at}_hooks"] for at in ("_pre", "")]
 """Hooks that the modules of the whole process have."""
-_is_gone = cast("Callable[[int], bool]", vars(torch._C.StorageBase)["_expired"].__func__)
+_is_expired = cast("Callable[[int], bool]", vars(torch._C.StorageBase)["_expired"].__func__)
 _version = cast("Callable[[Tensor], int]", vars(torch._C.TensorBase)["_version"].__get__)
 
 
-class Written(NamedTuple):
+class Version(NamedTuple):
     """Where tensors are, and how often torch saw each written to."""
 
-    places: tuple[int, ...]
+    addresses: tuple[int, ...]
     versions: tuple[int, ...]
 
     @classmethod
-    def of(cls, tensors: Sequence[Tensor]) -> Written | None:
+    def of(cls, tensors: Sequence[Tensor]) -> Version | None:
         """None for tensors made in inference mode, of which torch counts nothing; and for those
         that record gradients, which are of one row."""
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
@@ -57,7 +57,7 @@ class Written(NamedTuple):
             versions = (*map(_version, tensors),)
         except RuntimeError:
             return None
-        return cls((*map(Tensor.data_ptr if known else _place, tensors),), versions)
+        return cls((*map(Tensor.data_ptr if known else _address, tensors),), versions)
 
 
 class State(NamedTuple):
@@ -68,7 +68,7 @@ class State(NamedTuple):
     """
 
     hooks: tuple[object, ...]
-    weights: Written
+    weights: Version
     storages: tuple[StorageWeakRef, ...]
 
 
@@ -87,7 +87,7 @@ class _Tables(NamedTuple):
 
 
 class _Storages(NamedTuple):
-    places: tuple[int, ...] = ()
+    addresses: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     refs: tuple[StorageWeakRef, ...] = ()
 
@@ -109,7 +109,7 @@ class Watch:
 
     def state(self, layers: Sequence[nn.Linear]) -> State | None:
         """None where it does not say what a layer gives: one of another class, one with a hook or a
-        method of its own that is no adapter's, and where `Written.of` is None."""
+        method of its own that is no adapter's, and where `Version.of` is None."""
         if not layers or not _LINEARS.issuperset(map(type, layers)):
             return None
         tables = self._tables
@@ -125,29 +125,29 @@ class Watch:
         tensors += [bias for bias in map(_BIAS, tables.parameters) if bias is not None]
         if any(tables.buffers):
             tensors += [t for own in tables.buffers for t in own.values() if t is not None]
-        weights = Written.of(tensors)
+        weights = Version.of(tensors)
         return None if weights is None else State(hooks, weights, self._refs(weights, tensors))
 
     def _hooks_of(self, tables: _Tables) -> tuple[object, ...] | None:
         """Each hook has a number that is given once, so what was found of them holds."""
-        ways = [own["forward"] for own in tables.own if "forward" in own]
-        if any(map(_BEFORE, tables.own)) or not all(map(_in_key, ways)):
+        overrides = [own["forward"] for own in tables.own if "forward" in own]
+        if any(map(_BEFORE, tables.own)) or not all(map(_in_key, overrides)):
             return None
-        found = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, ways)
+        found = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, overrides)
         if found and found != self._hooks:
             if not all(map(_is_adapters, tables.layers, tables.own)):
                 return None
             self._hooks = found
         return found
 
-    def _refs(self, weights: Written, tensors: Iterable[Tensor]) -> tuple[StorageWeakRef, ...]:
+    def _refs(self, weights: Version, tensors: Iterable[Tensor]) -> tuple[StorageWeakRef, ...]:
         """What is at the same address is in the same storage, if that is not gone."""
-        seen = self._storages
-        if seen.places != weights.places or any(map(_is_gone, seen.numbers)):
+        storages = self._storages
+        if storages.addresses != weights.addresses or any(map(_is_expired, storages.numbers)):
             found = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)}
             refs = (*map(StorageWeakRef, found.values()),)
-            seen = self._storages = _Storages(weights.places, (*found,), refs)
-        return seen.refs
+            storages = self._storages = _Storages(weights.addresses, (*found,), refs)
+        return storages.refs
 
     def key(
         self, network: nn.Module, layers: Sequence[nn.Linear], cond: Conditioning
@@ -162,9 +162,9 @@ class Watch:
             return state
         if cond.adapters is None and len(entries) != 1:  # of which engine, the call finds out
             return None
-        adapters, standing = cond.adapters, vars(network).get("standing_adapters")
-        if adapters is None and standing is not None:
-            adapters = cast("Adapters", standing())
+        adapters, current = cond.adapters, vars(network).get("current_adapters")
+        if adapters is None and current is not None:
+            adapters = cast("Adapters", current())
         share = None if adapters is None else adapters.acts_on(layers, cond)
         return None if share is None else (state, share, setting())
 
@@ -187,8 +187,8 @@ def _hooks(network: nn.Module, table: str) -> list[Any]:
 
 def _is_adapters(layer: nn.Linear, own: dict[str, Any]) -> bool:
     forward = own.get("forward", layer.forward)
-    while isinstance(forward, Instead) and _in_key(forward):
-        forward = forward.under
+    while isinstance(forward, ForwardOverride) and _in_key(forward):
+        forward = forward.inner
     own_forward = getattr(forward, "__func__", None) is type(layer).forward
     return own_forward and all(map(_in_key, own["_forward_hooks"].values()))
 
@@ -197,5 +197,5 @@ def _in_key(hook: object) -> bool:
     return getattr(hook, "in_key", False)
 
 
-def _place(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata + tensor.storage_offset()

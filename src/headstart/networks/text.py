@@ -190,7 +190,9 @@ class ClipText(nn.Module):
         order = _order(readings[0].rows, self.length - 2)
         return [_laid_out(list(self._ids(own)), order) for own in readings]
 
-    def taught(self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]) -> ClipText:
+    def with_tokens(
+        self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]
+    ) -> ClipText:
         """The same encoders, the very modules, behind a tokenizer that knows these tokens too."""
         return ClipText(
             self._towers(),

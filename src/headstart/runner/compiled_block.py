@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from headstart.errors import CaptureError
-from headstart.networks.regions import Addition, Instead, Steers
+from headstart.networks.regions import Addition, ForwardOverride, LayerModifier
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _BLOCK, _ADDED = "block", "added"
@@ -129,11 +129,11 @@ def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
     return Part(path, module, tensors, additions, strengths, weights is not None)
 
 
-def _steering(path: str, module: nn.Module) -> Iterator[Steers]:
+def _steering(path: str, module: nn.Module) -> Iterator[LayerModifier]:
     own = vars(module)
     for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
         steers = getattr(hook, "__self__", None)
-        if not isinstance(steers, Steers):
+        if not isinstance(steers, LayerModifier):
             _refuse(path, module, f"has a hook, {hook!r:.80}")
         yield steers
 
@@ -143,10 +143,10 @@ def _weights(path: str, module: nn.Module) -> tuple[Tensor, Tensor | None] | Non
     forward = vars(module).get("forward")
     if forward is None:
         return None
-    while isinstance(forward, Instead):
-        if (weights := forward.leaf.weights()) is not None:
+    while isinstance(forward, ForwardOverride):
+        if (weights := forward.hooks.weights()) is not None:
             return weights
-        forward = forward.under
+        forward = forward.inner
     if getattr(forward, "__func__", None) is not type(module).forward:
         _refuse(path, module, f"has another `forward`, {forward!r:.80}")
     return None

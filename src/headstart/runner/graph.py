@@ -116,8 +116,8 @@ def adapters_of(network: object, cond: Conditioning) -> Adapters | None:
     """Those that a call of `network` has: the conditioning's, else those attached to it now."""
     if cond.adapters is not None:
         return cond.adapters
-    standing: Callable[[], Adapters] | None = getattr(network, "standing_adapters", None)
-    return None if standing is None else standing()
+    current: Callable[[], Adapters] | None = getattr(network, "current_adapters", None)
+    return None if current is None else current()
 
 
 def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:

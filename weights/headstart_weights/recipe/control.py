@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.slots import Slots
-from headstart.adapters.snapshot import Attached, beside
+from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
@@ -134,7 +134,7 @@ class Trainer:
         return own + self.control.eta * strength[:, :, None, None] * (plus - minus)
 
 
-def train_slots(unet: nn.Module, rank: int) -> tuple[Attached, nn.ModuleDict]:
+def train_slots(unet: nn.Module, rank: int) -> tuple[Snapshot, nn.ModuleDict]:
     """Slots on the attention and the resnets' convolutions ("c3lier"), with `up` at zero."""
     deltas = {
         path: LowRank(
@@ -145,7 +145,7 @@ def train_slots(unet: nn.Module, rank: int) -> tuple[Attached, nn.ModuleDict]:
         for path, shape in layer_shapes(unet).items()
         if ".attn" in path or (".resnets." in path and len(shape) == 4)
     }
-    adapters = beside(unet, _NAME, deltas)
+    adapters = from_deltas(unet, _NAME, deltas)
     (part,) = adapters.parts(unet)
     assert isinstance(part, Slots)
     for slot in part.by_path.values():
