@@ -181,13 +181,13 @@ def test_the_pair_of_a_bundle_reaches_each_of_sdxls_encoders(engine: hs.Engine, 
     keys = ("bundle_emb.some token.clip_g", "bundle_emb.some token.clip_l")
     adapters.attach(make("xl", dict(zip(keys, [*words.values()][::-1], strict=True))))
     expected = with_embeddings(text, [Embedding("<x>", words)]).encode(["the <x>"])  # pyright: ignore
-    attached = adapters.look().text
+    attached = adapters.look().text_encoder
     assert attached is not None
     got = attached.encode(["the some token"])
     assert torch.equal(got.context, expected.context)
     assert got.pooled is not None and torch.equal(got.pooled, expected.pooled)  # pyright: ignore
     adapters.detach("xl")
-    assert adapters.look().text is text
+    assert adapters.look().text_encoder is text
 
 
 def test_the_same_file_teaches_its_tokens_by_another_name(engine: hs.Engine, make: Make) -> None:
