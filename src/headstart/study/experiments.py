@@ -97,7 +97,7 @@ def _control(
     seeds = lab.seeds[:SEEDS]
     by_name = {own.control.adapter: own for own in controls}
     for name, own in by_name.items():  # a file that does not fit is told before anything is drawn
-        if name in lab.engine.adapters.now().held:
+        if name in lab.engine.adapters.now().attached:
             raise InputError(
                 f"control {name!r}: it is attached to the whole study already (--lora): leave one "
                 "of the two out"

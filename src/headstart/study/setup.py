@@ -136,7 +136,7 @@ def digests_of(engine: Engine) -> dict[str, str]:
 
 def _adapters(engine: Engine) -> Mapping[str, Mapping[str, Any]]:
     attached = engine.adapters.now()
-    return attached.describe(attached.acts(None))
+    return attached.describe(attached.run_strengths(None))
 
 
 def _cases(engine: Engine, request: Request) -> dict[str, Case]:

@@ -230,7 +230,7 @@ def _spread(kept: Tensor, count: int, axis: int) -> Tensor:
 def _strengths(engine: Engine, origin: Trajectory, count: int) -> dict[str, Strength]:
     """How strongly adapters acted in the origin, which its call may have said and not the engine;
     those of a single image are those of all that go on from it."""
-    found = engine.adapters.look().recorded(origin.adapters)
+    found = engine.adapters.look().recorded_strengths(origin.adapters)
     if count == len(origin.seeds):
         return found
     return {name: _widened(strength, count) for name, strength in found.items()}
