@@ -231,9 +231,9 @@ IN_ADAPTER = (
 IN_IMPL = (
     (IMPL_STEP, "pack a picture at any address", " and picture.rgb.data_ptr() % 4 == 0", "", in_step("a_picture_may_lie_at_any_address")),
     (IMPL_STEP, "blocks of four where there are none", "WHOLE_BLOCKS=channels == 1 or plane % 4 == 0", "WHOLE_BLOCKS=True", LAST),
-    (IMPL_STEP, "lose the state behind a view", "    wanted.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_STEP, "lose the state behind a view", "    outputs.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
     (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", HOST),
-    (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous()", "f_cond_ptr=given.f_cond", in_step("states_that_are_views_of_larger_ones")),
+    (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=inputs.f_cond if f_last else inputs.f_cond.contiguous()", "f_cond_ptr=inputs.f_cond", in_step("states_that_are_views_of_larger_ones")),
     (IMPL_STEP, "one flag for several programs", "    if parts < programs:\n", "    if False:\n", NOTICED),
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
     (IMPL_NORM, "one block of channels", "grid = (tiles, blocks(channels, across), batch)", "grid = (tiles, 1, batch)", NORMED),
@@ -243,7 +243,7 @@ IN_IMPL = (
     (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", EACH),
     (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', EACH),
     (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", PAIRED),
-    (API, "a pair for a row of one pass", "    if single or given", "    if given", IN_ONE_PASS),
+    (API, "a pair for a row of one pass", "    if single or inputs", "    if inputs", IN_ONE_PASS),
     ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at, u_at = f_at + count * f.itemsize, f_at", "u_at = f_at + count * f.itemsize", OWN),
     ("kernels/headstart_kernels/launch.py", "let the compiler contract", '"enable_fp_fusion": False', '"enable_fp_fusion": True', BITS),
 )  # fmt: skip

@@ -15,21 +15,21 @@ from torch import Tensor
 
 from headstart_kernels.checks import (
     check_device,
-    check_given,
     check_image,
+    check_inputs,
     check_like,
     check_map,
     check_operands,
-    check_output,
+    check_outputs,
+    check_returned,
     check_state,
     check_step,
     check_table,
-    check_wanted,
-    said,
+    spec,
 )
 from headstart_kernels.dispatch import OPERATORS, Impl, choose, load
 from headstart_kernels.observers import stands_in
-from headstart_kernels.operands import STEP_PIXELS, Draw, Given, Preview, Wanted, rows_differ
+from headstart_kernels.operands import STEP_PIXELS, Draw, Inputs, Outputs, Preview, rows_differ
 from headstart_kernels.philox import INITIAL
 from headstart_kernels.table import Row, Rows, host_row
 
@@ -87,8 +87,8 @@ def fused_step(
     row cannot be checked, and a missing operand counts as a term left out.
     """
     x_next, x0 = torch.empty_like(x), torch.empty_like(x)
-    given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
-    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
+    inputs = Inputs(f_cond, f_uncond, guidance, noise, x0_prev)
+    _run_step(x, table, step, inputs, Outputs(x_next, x0, x_in, preview, finite), impl)
     return x_next, x0
 
 
@@ -114,10 +114,10 @@ def fused_step_into(
     x_next    [B, ...] float32, filled with x'; it may be x itself
     x0        [B, ...] float32, filled with x0; it may be x0_prev, and without it x0 is not written
     """
-    given = Given(f_cond, f_uncond, guidance, noise, x0_prev)
+    inputs = Inputs(f_cond, f_uncond, guidance, noise, x0_prev)
     check_like("x_next", x_next, x, torch.float32)
     check_like("x0", x0, x, torch.float32)
-    _run_step(x, table, step, given, Wanted(x_next, x0, x_in, preview, finite), impl)
+    _run_step(x, table, step, inputs, Outputs(x_next, x0, x_in, preview, finite), impl)
 
 
 def finite_flags(shape: Sequence[int], device: torch.device | str) -> Tensor:
@@ -134,72 +134,74 @@ def _run_step(
     x: Tensor,
     table: Tensor | Rows,
     step: int | Tensor,
-    given: Given,
-    wanted: Wanted,
+    inputs: Inputs,
+    outputs: Outputs,
     impl: Impl | str | None,
 ) -> None:
     check_state("x", x)
-    check_output("f_cond", given.f_cond)
+    check_returned("f_cond", inputs.f_cond)
     check_table(table, step, x)
     row = None
     if not isinstance(step, Tensor) and (isinstance(table, Rows) or table.is_cpu):
         row = host_row(table, step)
-    given = _apart(x, given, row)
-    check_given(x, given)
-    check_wanted(x, wanted)
+    inputs = _apart(x, inputs, row)
+    check_inputs(x, inputs)
+    check_outputs(x, outputs)
     if isinstance(step, Tensor):
         if isinstance(table, Tensor) and stands_in(x):
-            _call_operator(x, table, step, given, wanted)
+            _call_operator(x, table, step, inputs, outputs)
             return
     elif row is not None:
-        check_operands(row, step, given)
-    differ = rows_differ(step, given.noise)
-    chosen = choose("fused_step", impl, x, given.f_cond, rows_differ=differ)
+        check_operands(row, step, inputs)
+    differ = rows_differ(step, inputs.noise)
+    chosen = choose("fused_step", impl, x, inputs.f_cond, rows_differ=differ)
     if chosen is Impl.REFERENCE:
-        given, wanted = _spelled_out(x, step, given, wanted)
+        inputs, outputs = _spelled_out(x, step, inputs, outputs)
     elif chosen is Impl.TRITON and isinstance(table, Rows):
         table = table.tensor
-    load("fused_step", chosen)(x, table, step, given, wanted)
-    if chosen is Impl.REFERENCE and wanted.preview is not None and wanted.x0 is not None:
-        rgb, factors, bias = wanted.preview
-        load("preview_rgb", chosen)(wanted.x0, factors, bias, 1, rgb)
+    load("fused_step", chosen)(x, table, step, inputs, outputs)
+    if chosen is Impl.REFERENCE and outputs.preview is not None and outputs.x0 is not None:
+        rgb, factors, bias = outputs.preview
+        load("preview_rgb", chosen)(outputs.x0, factors, bias, 1, rgb)
 
 
-def _apart(x: Tensor, given: Given, row: Row[float] | None) -> Given:
+def _apart(x: Tensor, inputs: Inputs, row: Row[float] | None) -> Inputs:
     """F_uncond and F_cond, where they came as one tensor and the row is not known to be single."""
-    f, batch = given.f_cond, x.shape[0]
-    single = row is not None and row.guidance == 1.0 and given.guidance is None
-    if single or given.f_uncond is not None or f.ndim != x.ndim or f.shape[0] != 2 * batch:
-        return given
+    f, batch = inputs.f_cond, x.shape[0]
+    single = row is not None and row.guidance == 1.0 and inputs.guidance is None
+    if single or inputs.f_uncond is not None or f.ndim != x.ndim or f.shape[0] != 2 * batch:
+        return inputs
     f_uncond, f_cond = f.split_with_sizes([batch, batch])
-    return given._replace(f_cond=f_cond, f_uncond=f_uncond)
+    return inputs._replace(f_cond=f_cond, f_uncond=f_uncond)
 
 
 def _spelled_out(
-    x: Tensor, step: int | Tensor, given: Given, wanted: Wanted
-) -> tuple[Given, Wanted]:
+    x: Tensor, step: int | Tensor, inputs: Inputs, outputs: Outputs
+) -> tuple[Inputs, Outputs]:
     """The reference computes in tensors what a fused kernel keeps in registers: noise and x0."""
-    if isinstance(given.noise, Draw):
-        seeds, samples, first_row = given.noise
+    if isinstance(inputs.noise, Draw):
+        seeds, samples, first_row = inputs.noise
         noise = load("philox_normal", Impl.REFERENCE)(
             seeds, samples, step + first_row, tuple(x.shape[1:])
         )
-        given = given._replace(noise=noise)
-    if wanted.x0 is None and not (wanted.preview is None and wanted.finite is None):
-        wanted = wanted._replace(x0=torch.empty_like(x))
-    return given, wanted
+        inputs = inputs._replace(noise=noise)
+    if outputs.x0 is None and not (outputs.preview is None and outputs.finite is None):
+        outputs = outputs._replace(x0=torch.empty_like(x))
+    return inputs, outputs
 
 
-def _call_operator(x: Tensor, table: Tensor, step: Tensor, given: Given, wanted: Wanted) -> None:
+def _call_operator(
+    x: Tensor, table: Tensor, step: Tensor, inputs: Inputs, outputs: Outputs
+) -> None:
     """For a tensor that a tracer put in place of one on a GPU: one call that it understands."""
-    noise = given.noise
+    noise = inputs.noise
     seeds, samples, first = noise if isinstance(noise, Draw) else (None, None, 0)
     firsts = (0, first) if isinstance(first, Tensor) else (first, None)
-    picture = wanted.preview or (None, None, None)
+    picture = outputs.preview or (None, None, None)
     OPERATORS.fused_step_into(
-        *(x, given.f_cond, table, step, wanted.x_next, wanted.x0),
-        *(given.f_uncond, given.guidance, noise if isinstance(noise, Tensor) else None),
-        *(given.x0_prev, wanted.x_in, seeds, samples, *firsts, *picture, wanted.finite),
+        *(x, inputs.f_cond, table, step, outputs.x_next, outputs.x0),
+        *(inputs.f_uncond, inputs.guidance, noise if isinstance(noise, Tensor) else None),
+        *(inputs.x0_prev, outputs.x_in, seeds, samples, *firsts, *picture, outputs.finite),
     )
 
 
@@ -313,7 +315,7 @@ def decode_u8(pixels: Tensor, *, check: bool = True, impl: Impl | str | None = N
     """
     check_image("pixels", pixels)
     if pixels.shape[1] != 3:
-        raise ValueError(f"pixels: expected 3 channels [B, 3, H, W], got {said(pixels)}")
+        raise ValueError(f"pixels: expected 3 channels [B, 3, H, W], got {spec(pixels)}")
     if check:
         finite = torch.isfinite(pixels).flatten(1).all(1)
         bad = [sample for sample, good in enumerate(finite.unbind()) if not good]
@@ -330,7 +332,7 @@ def decode_u8(pixels: Tensor, *, check: bool = True, impl: Impl | str | None = N
 def _integers(name: str, values: Sequence[int] | Tensor, bits: int, device: torch.device) -> Tensor:
     if isinstance(values, Tensor):
         if values.dtype != torch.int64 or values.ndim != 1:
-            raise TypeError(f"{name}: expected integers or int64 [B], got {said(values)}")
+            raise TypeError(f"{name}: expected integers or int64 [B], got {spec(values)}")
         check_device(name, values, device)
         return values
     numbers = [index(value) for value in values]

@@ -104,22 +104,22 @@ def load(kernel: str, impl: Impl) -> Callable[..., Any]:
 def _named(kernel: str, impl: Impl | str, tensor: Tensor, rows_differ: bool) -> Impl:
     """An implementation asked for by name, if it can run there; else ValueError."""
     try:
-        asked = Impl(impl)
+        requested = Impl(impl)
     except ValueError:
         names = ", ".join(repr(known.value) for known in Impl)
         raise ValueError(
             f"impl: {impl!r} does not exist in this version; there is {names} (None takes the best)"
         ) from None
-    if asked is Impl.TRITON:
+    if requested is Impl.TRITON:
         _require_triton(kernel, tensor)
-    if asked is Impl.NATIVE:
+    if requested is Impl.NATIVE:
         _require_native(kernel, tensor)
         if rows_differ:
             raise ValueError(
                 "impl: 'native' computes one row for all samples, got a row for each; use "
                 "impl='reference'"
             )
-    return asked
+    return requested
 
 
 def _require_native(kernel: str, tensor: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headstart_kernels.checks import check_device, said
+from headstart_kernels.checks import check_device, spec
 from headstart_kernels.dispatch import OPERATORS, Impl, choose, load
 from headstart_kernels.impl.native_attention import unfit
 from headstart_kernels.observers import stands_in
@@ -37,19 +37,19 @@ def groupnorm_silu(
     silu   False: n itself
     """
     if x.ndim != 4 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(f"x: expected float [B, C, h, w], got {said(x)}")
+        raise ValueError(f"x: expected float [B, C, h, w], got {spec(x)}")
     channels = x.shape[1]
     if groups < 1 or channels % groups:
         raise ValueError(f"groups: expected a divisor of the {channels} channels, got {groups}")
     _check_affine(x, channels, weight, bias)
     if shift is not None:
         if shift.shape != x.shape[:2] or shift.dtype != x.dtype:
-            raise ValueError(f"shift: expected {x.dtype} {[*x.shape[:2]]}, got {said(shift)}")
+            raise ValueError(f"shift: expected {x.dtype} {[*x.shape[:2]]}, got {spec(shift)}")
         check_device("shift", shift, x.device)
-    given = (x, groups, weight, bias, eps, shift, silu)
+    operands = (x, groups, weight, bias, eps, shift, silu)
     if stands_in(x):
-        return OPERATORS.groupnorm_silu(*given)
-    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(*given)
+        return OPERATORS.groupnorm_silu(*operands)
+    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(*operands)
 
 
 def add_layernorm(
@@ -69,21 +69,21 @@ def add_layernorm(
     [..., C] of one shape and dtype, weight and bias [C]. arXiv:1607.06450.
     """
     if x.ndim < 1 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(f"x: expected float [..., C], got {said(x)}")
+        raise ValueError(f"x: expected float [..., C], got {spec(x)}")
     if y.shape != x.shape or y.dtype != x.dtype:
-        raise ValueError(f"y: expected what x is, {said(x)}, got {said(y)}")
+        raise ValueError(f"y: expected what x is, {spec(x)}, got {spec(y)}")
     check_device("y", y, x.device)
     _check_affine(x, x.shape[-1], weight, bias)
-    given = (x, y, weight, bias, eps)
+    operands = (x, y, weight, bias, eps)
     if stands_in(x):
-        return OPERATORS.add_layernorm(*given)
-    return load("add_layernorm", choose("add_layernorm", impl, x))(*given)
+        return OPERATORS.add_layernorm(*operands)
+    return load("add_layernorm", choose("add_layernorm", impl, x))(*operands)
 
 
 def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
     """[..., 2*H] -> [..., H] = a*gelu(b), [a, b] = x, with the exact gelu; arXiv:2002.05202."""
     if x.ndim < 1 or x.shape[-1] % 2 or x.numel() == 0 or not x.is_floating_point():
-        raise ValueError(f"x: expected float [..., 2*H], got {said(x)}")
+        raise ValueError(f"x: expected float [..., 2*H], got {spec(x)}")
     if stands_in(x):
         return OPERATORS.geglu(x)
     return load("geglu", choose("geglu", impl, x))(x)
@@ -106,17 +106,17 @@ def low_rank_add(
               is a copy. A sample of strength exactly 0 keeps the bits of its y.
     """
     if y.shape[:-1] != x.shape[:-1] or y.ndim < 2 or y.numel() == 0 or not y.is_floating_point():
-        raise ValueError(f"x: expected [B, ..., K] beside y {said(y)}, got {said(x)}")
+        raise ValueError(f"x: expected [B, ..., K] beside y {spec(y)}, got {spec(x)}")
     shapes = (("down", down, (len(down), x.shape[-1])), ("up", up, (y.shape[-1], len(down))))
     for name, tensor, shape in shapes:
         if tensor.shape != shape:
-            raise ValueError(f"{name}: expected {list(shape)}, got {said(tensor)}")
+            raise ValueError(f"{name}: expected {list(shape)}, got {spec(tensor)}")
     for name, tensor in (("x", x), ("down", down), ("up", up)):
         if tensor.dtype != y.dtype:
-            raise TypeError(f"{name}: expected the dtype of y, {said(y)}, got {said(tensor)}")
+            raise TypeError(f"{name}: expected the dtype of y, {spec(y)}, got {spec(tensor)}")
         check_device(name, tensor, y.device)
     if strength.shape != y.shape[:1] or strength.dtype != torch.float32:
-        raise ValueError(f"strength: expected float32 [{len(y)}], got {said(strength)}")
+        raise ValueError(f"strength: expected float32 [{len(y)}], got {spec(strength)}")
     check_device("strength", strength, y.device)
     if stands_in(y):
         OPERATORS.low_rank_add(y, x, down, up, strength)
@@ -143,21 +143,21 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | str | None = None
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     if q.ndim != 4 or not q.is_floating_point():
-        raise ValueError(f"q: expected float [B, H, N, d], got {said(q)}")
+        raise ValueError(f"q: expected float [B, H, N, d], got {spec(q)}")
     shape = (*q.shape[:2], k.shape[2] if k.ndim == 4 else 0, q.shape[3])
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != shape:
             raise ValueError(
-                f"{name}: expected [B, H, M, d] beside q {said(q)} and k {said(k)}, "
-                f"got {said(tensor)}"
+                f"{name}: expected [B, H, M, d] beside q {spec(q)} and k {spec(k)}, "
+                f"got {spec(tensor)}"
             )
         if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: expected the dtype of q, {said(q)}, got {said(tensor)}")
+            raise TypeError(f"{name}: expected the dtype of q, {spec(q)}, got {spec(tensor)}")
         check_device(name, tensor, q.device)
 
 
 def _check_affine(x: Tensor, channels: int, weight: Tensor, bias: Tensor) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.shape != (channels,) or not tensor.is_floating_point():
-            raise ValueError(f"{name}: expected float [{channels}], got {said(tensor)}")
+            raise ValueError(f"{name}: expected float [{channels}], got {spec(tensor)}")
         check_device(name, tensor, x.device)

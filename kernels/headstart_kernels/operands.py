@@ -50,7 +50,7 @@ class Preview(NamedTuple):
     bias: Tensor
 
 
-class Given(NamedTuple):
+class Inputs(NamedTuple):
     """What a step reads; see `headstart_kernels.fused_step`."""
 
     f_cond: Tensor
@@ -60,7 +60,7 @@ class Given(NamedTuple):
     x0_prev: Tensor | None
 
 
-class Wanted(NamedTuple):
+class Outputs(NamedTuple):
     """What a step fills; x_next may be the state itself."""
 
     x_next: Tensor

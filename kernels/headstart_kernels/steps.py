@@ -49,11 +49,11 @@ class Steps:
     ) -> tuple[Tensor, Tensor]:
         first = noise.first_row if isinstance(noise, Draw) else 0
         if self._own is not None and isinstance(first, int) and not watched():
-            made = self._step(
+            result = self._step(
                 self._own[row], row + first, x, f, noise, x0_prev, x_in, preview, finite
             )
-            if made is not None:
-                return made
+            if result is not None:
+                return result
         return fused_step(
             x, f, self.rows, row, noise=noise, x0_prev=x0_prev, x_in=x_in, preview=preview,
             finite=finite,

@@ -113,8 +113,8 @@ def _why_not(device: torch.device) -> str | None:
         sign = _sign(error)
         if sign is None:
             raise
-        said = shorten(f"{type(error).__name__}: {error}", 100, placeholder="...")
-        return f"{sign.reason} ({said}); {sign.fix}"
+        text = shorten(f"{type(error).__name__}: {error}", 100, placeholder="...")
+        return f"{sign.reason} ({text}); {sign.fix}"
     return None
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from headstart_kernels.checks import check_device, said
+from headstart_kernels.checks import check_device, spec
 from headstart_kernels.dispatch import OPERATORS, Impl, choose, has_c, load
 from headstart_kernels.observers import differentiates, on_host, transformed
 from headstart_kernels.operands import memory_format
@@ -49,7 +49,7 @@ class Filter:
         if self.places.shape != shape or self.outputs < 1 or self.places.dtype != torch.float32:
             raise ValueError(
                 f"places: expected float32 [{PLACES}, {_slices(self.outputs)}, C, {SLICE}] for "
-                f"{self.outputs} outputs, got {said(self.places)}; use Filter.of(weight)"
+                f"{self.outputs} outputs, got {spec(self.places)}; use Filter.of(weight)"
             )
 
     @classmethod
@@ -59,10 +59,10 @@ class Filter:
         Computed in float64 and rounded once. Raises ValueError for any other tensor.
         """
         if weight.ndim != 4 or weight.shape[2:] != (3, 3) or not weight.is_floating_point():
-            raise ValueError(f"weight: expected float [C', C, 3, 3], got {said(weight)}")
+            raise ValueError(f"weight: expected float [C', C, 3, 3], got {spec(weight)}")
         if not weight.is_cpu or weight.numel() == 0:
             raise ValueError(
-                f"weight: expected numbers on a CPU, got {said(weight)} on {weight.device}"
+                f"weight: expected numbers on a CPU, got {spec(weight)} on {weight.device}"
             )
         outputs, inputs = weight.shape[:2]
         one_way = torch.tensor(filter_matrix(), dtype=torch.float64, device="cpu")
@@ -145,13 +145,13 @@ def _slices(outputs: int) -> int:
 
 def _check(x: Tensor, filter: Filter, bias: Tensor | None) -> None:
     if x.ndim != 4 or 0 in x.shape[1:] or x.shape[1] != filter.inputs:
-        raise ValueError(f"x: expected [B, {filter.inputs}, h, w], got {said(x)}")
+        raise ValueError(f"x: expected [B, {filter.inputs}, h, w], got {spec(x)}")
     if x.dtype != torch.float32:
-        raise TypeError(f"x: expected float32, got {said(x)}; use torch's convolution")
+        raise TypeError(f"x: expected float32, got {spec(x)}; use torch's convolution")
     if not x.is_cpu:
         raise ValueError(f"x: is on {x.device}, and this is for CPUs; use torch's convolution")
     if bias is None:
         return
     if bias.shape != (filter.outputs,) or bias.dtype != torch.float32:
-        raise ValueError(f"bias: expected float32 [{filter.outputs}], got {said(bias)}")
+        raise ValueError(f"bias: expected float32 [{filter.outputs}], got {spec(bias)}")
     check_device("bias", bias, x.device)

@@ -18,27 +18,27 @@ from torch import Tensor
 
 from headstart_kernels.native.calls import STEP, TYPES, Operands, dense, packed_step, team
 from headstart_kernels.native.library import calls
-from headstart_kernels.operands import Draw, Given, Preview, Wanted, memory_format
+from headstart_kernels.operands import Draw, Inputs, Outputs, Preview, memory_format
 from headstart_kernels.table import Rows, host_row
 
 _STATE = torch.float32
 
 
 def fused_step(
-    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
-    x0, x_in = wanted.x0, wanted.x_in
-    plain = x.is_contiguous() and wanted.x_next.is_contiguous()
+    x0, x_in = outputs.x0, outputs.x_in
+    plain = x.is_contiguous() and outputs.x_next.is_contiguous()
     if not plain or (x0 is not None and not x0.is_contiguous()):
-        _through_copies(x, table, step, given, wanted)
+        _through_copies(x, table, step, inputs, outputs)
         return
     if x_in is not None and not (x_in.is_contiguous() and x_in.dtype in TYPES):
         known = x_in.dtype if x_in.dtype in TYPES else torch.float32
         inner = torch.empty(x_in.shape, dtype=known, device="cpu")
-        fused_step(x, table, step, given, wanted._replace(x_in=inner))
+        fused_step(x, table, step, inputs, outputs._replace(x_in=inner))
         x_in.copy_(inner)
         return
-    _call(x, table, step, given, wanted)
+    _call(x, table, step, inputs, outputs)
 
 
 class OwnStep(NamedTuple):
@@ -140,12 +140,12 @@ def _twice(shape: torch.Size) -> torch.Size:
 
 
 def _call(
-    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
     number = _number(table, step)
     row = host_row(table, number)
     c_in = host_row(table, min(number + 1, len(table) - 1)).c_in
-    f, u, previous, noise = dense(given.f_cond), given.f_uncond, given.x0_prev, given.noise
+    f, u, previous, noise = dense(inputs.f_cond), inputs.f_uncond, inputs.x0_prev, inputs.noise
     u = None if u is None else dense(u)
     previous = None if previous is None else previous.contiguous()
     seeds = samples = None
@@ -156,18 +156,18 @@ def _call(
         number += first_row
     elif noise is not None:
         noise = noise.contiguous()
-    guidance = None if given.guidance is None else given.guidance.contiguous()
+    guidance = None if inputs.guidance is None else inputs.guidance.contiguous()
     rgb = factors = bias = None
-    if wanted.preview is not None:
-        rgb, factors, bias = (tensor.contiguous() for tensor in wanted.preview)
-    flags = finite = wanted.finite
+    if outputs.preview is not None:
+        rgb, factors, bias = (tensor.contiguous() for tensor in outputs.preview)
+    flags = finite = outputs.finite
     if finite is not None and flags is not None and finite.numel() != len(x):
         flags = finite.new_empty(len(x))
-    made = Operands(
+    operands = Operands(
         *(x, f, u, guidance, noise, seeds, samples, previous),
-        *(wanted.x_next, wanted.x0, wanted.x_in, rgb, factors, bias, flags),
+        *(outputs.x_next, outputs.x0, outputs.x_in, rgb, factors, bias, flags),
     )
-    calls().step(packed_step(made, row, c_in, number))
+    calls().step(packed_step(operands, row, c_in, number))
     if finite is not None and flags is not None and flags is not finite:
         finite.copy_(flags[:, None])
 
@@ -200,12 +200,12 @@ def _number(table: Tensor | Rows, step: int | Tensor) -> int:
 
 
 def _through_copies(
-    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
     dense_x = x.contiguous()
-    x0 = None if wanted.x0 is None else torch.empty_like(dense_x)
-    inner = wanted._replace(x_next=torch.empty_like(dense_x), x0=x0)
-    fused_step(dense_x, table, step, given, inner)
-    wanted.x_next.copy_(inner.x_next)
-    if wanted.x0 is not None and x0 is not None:
-        wanted.x0.copy_(x0)
+    x0 = None if outputs.x0 is None else torch.empty_like(dense_x)
+    inner = outputs._replace(x_next=torch.empty_like(dense_x), x0=x0)
+    fused_step(dense_x, table, step, inputs, inner)
+    outputs.x_next.copy_(inner.x_next)
+    if outputs.x0 is not None and x0 is not None:
+        outputs.x0.copy_(x0)

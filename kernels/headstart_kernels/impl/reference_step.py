@@ -16,24 +16,24 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from headstart_kernels.operands import Given, Wanted, memory_format
+from headstart_kernels.operands import Inputs, Outputs, memory_format
 from headstart_kernels.table import COLUMNS, Row, Rows, host_row
 
 
 def fused_step(
-    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
     if isinstance(step, Tensor) or not x.is_cpu or not (isinstance(table, Rows) or table.is_cpu):
-        _step_by_definition(x, table, step, given, wanted)
+        _step_by_definition(x, table, step, inputs, outputs)
     else:
-        _step_in_place(x, host_row(table, step), given, wanted)
-    if wanted.x_in is not None:
+        _step_in_place(x, host_row(table, step), inputs, outputs)
+    if outputs.x_in is not None:
         last = len(table) - 1
         following = (step + 1).clamp(max=last) if isinstance(step, Tensor) else min(step + 1, last)
-        _fill_input(wanted.x_in, wanted.x_next, _row(table, following, x).c_in)
-    if wanted.finite is not None and wanted.x0 is not None:
-        fine = wanted.x0.abs().flatten(1).amax(1, keepdim=True) < math.inf  # false for NaN too
-        wanted.finite.view(len(x), -1).copy_(fine)
+        _fill_input(outputs.x_in, outputs.x_next, _row(table, following, x).c_in)
+    if outputs.finite is not None and outputs.x0 is not None:
+        fine = outputs.x0.abs().flatten(1).amax(1, keepdim=True) < math.inf  # false for NaN too
+        outputs.finite.view(len(x), -1).copy_(fine)
 
 
 def scale_input(
@@ -49,28 +49,28 @@ def scale_input(
 
 
 def _step_by_definition(
-    x: Tensor, table: Tensor | Rows, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor | Rows, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
     row = _row(table, step, x)
-    f = _guided(x, given, row.guidance)
+    f = _guided(x, inputs, row.guidance)
     x0 = _plus(row.c_out * f, row.c_skip, lambda: x)
     x_next = _plus(x0, row.keep, lambda: x - x0)
-    previous, noise = given.x0_prev, given.noise
+    previous, noise = inputs.x0_prev, inputs.noise
     if previous is not None:
         x_next = _plus(x_next, row.carry, lambda: x0 - previous)
     if isinstance(noise, Tensor):
         x_next = _plus(x_next, row.add, lambda: noise)
-    wanted.x_next.copy_(x_next)
-    if wanted.x0 is not None:
-        wanted.x0.copy_(x0)
+    outputs.x_next.copy_(x_next)
+    if outputs.x0 is not None:
+        outputs.x0.copy_(x0)
 
 
-def _step_in_place(x: Tensor, row: Row[float], given: Given, wanted: Wanted) -> None:
+def _step_in_place(x: Tensor, row: Row[float], inputs: Inputs, outputs: Outputs) -> None:
     """The same bits in the fewest passes over memory; x_next may be x, and x0 may be x0_prev."""
-    previous = given.x0_prev if row.carry != 0.0 else None
-    x_next = wanted.x_next
-    x0 = torch.empty_like(x) if wanted.x0 is None or previous is not None else wanted.x0
-    f = _guided_in(x0, x, given, row.guidance)
+    previous = inputs.x0_prev if row.carry != 0.0 else None
+    x_next = outputs.x_next
+    x0 = torch.empty_like(x) if outputs.x0 is None or previous is not None else outputs.x0
+    f = _guided_in(x0, x, inputs, row.guidance)
     if row.c_skip == 0.0:
         torch.mul(f, row.c_out, out=x0)
     elif row.c_skip == 1.0:
@@ -82,29 +82,29 @@ def _step_in_place(x: Tensor, row: Row[float], given: Given, wanted: Wanted) -> 
         total = _add_scaled(x0, torch.sub(x, x0, out=x_next), row.keep, out=x_next)
     if previous is not None:
         total = _add_scaled(total, x0 - previous, row.carry, out=x_next)
-    if row.add != 0.0 and isinstance(given.noise, Tensor):
-        total = _add_scaled(total, given.noise, row.add, out=x_next)
+    if row.add != 0.0 and isinstance(inputs.noise, Tensor):
+        total = _add_scaled(total, inputs.noise, row.add, out=x_next)
     if total is x0:
         x_next.copy_(x0)
-    if wanted.x0 is not None and wanted.x0 is not x0:
-        wanted.x0.copy_(x0)
+    if outputs.x0 is not None and outputs.x0 is not x0:
+        outputs.x0.copy_(x0)
 
 
-def _guided_in(out: Tensor, x: Tensor, given: Given, scale: float) -> Tensor:
+def _guided_in(out: Tensor, x: Tensor, inputs: Inputs, scale: float) -> Tensor:
     """F, in `out` where it had to be computed."""
-    f_uncond = given.f_uncond
-    if given.guidance is not None or f_uncond is None or scale == 1.0:
-        return _guided(x, given, scale)
+    f_uncond = inputs.f_uncond
+    if inputs.guidance is not None or f_uncond is None or scale == 1.0:
+        return _guided(x, inputs, scale)
     f_uncond = _float_like(x, f_uncond)
-    difference = torch.sub(_float_like(x, given.f_cond), f_uncond, out=out)
+    difference = torch.sub(_float_like(x, inputs.f_cond), f_uncond, out=out)
     return _add_scaled(f_uncond, difference, scale, out=out)
 
 
-def _guided(x: Tensor, given: Given, scale: float | Tensor) -> Tensor:
-    f_cond, guidance = _float_like(x, given.f_cond), given.guidance
-    if given.f_uncond is None:
+def _guided(x: Tensor, inputs: Inputs, scale: float | Tensor) -> Tensor:
+    f_cond, guidance = _float_like(x, inputs.f_cond), inputs.guidance
+    if inputs.f_uncond is None:
         return f_cond
-    f_uncond = _float_like(x, given.f_uncond)
+    f_uncond = _float_like(x, inputs.f_uncond)
     if guidance is not None:
         scale = guidance.view(-1, *(1,) * (x.ndim - 1))
     elif not isinstance(scale, Tensor):

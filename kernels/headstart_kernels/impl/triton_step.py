@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headstart_kernels.device.step import fused_step_kernel, scale_input_kernel
 from headstart_kernels.launch import blocks, launch, power_of_2
-from headstart_kernels.operands import Draw, Given, Wanted, memory_format, rows_differ
+from headstart_kernels.operands import Draw, Inputs, Outputs, memory_format, rows_differ
 from headstart_kernels.table import host_row
 
 BLOCK = 512 if torch.version.hip is None else 1024
@@ -29,34 +29,36 @@ threads in four warps). With 8, which would be 128 bits of a 16-bit operand, eac
 sector of the state is stored in two halves: 1.37 of the least bytes instead of 1.07 (emulated)."""
 
 
-def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted) -> None:
+def fused_step(
+    x: Tensor, table: Tensor, step: int | Tensor, inputs: Inputs, outputs: Outputs
+) -> None:
     """Launch `fused_step_kernel`; a state that is not contiguous is copied there and back."""
-    if not (x.is_contiguous() and wanted.x_next.is_contiguous() and _contiguous(wanted.x0)):
-        _through_copies(x, table, step, given, wanted)
+    if not (x.is_contiguous() and outputs.x_next.is_contiguous() and _contiguous(outputs.x0)):
+        _through_copies(x, table, step, inputs, outputs)
         return
-    f_last = all(_is_quads(f) for f in (given.f_cond, given.f_uncond) if f is not None)
-    x_in_last = wanted.x_in is not None and _is_quads(wanted.x_in)
-    picture, noise = wanted.preview, given.noise
+    f_last = all(_is_quads(f) for f in (inputs.f_cond, inputs.f_uncond) if f is not None)
+    x_in_last = outputs.x_in is not None and _is_quads(outputs.x_in)
+    picture, noise = outputs.preview, inputs.noise
     draw = noise if isinstance(noise, Draw) else None
     first_row = draw.first_row if draw else 0
-    x_in = wanted.x_in if x_in_last else _packed(wanted.x_in)
+    x_in = outputs.x_in if x_in_last else _packed(outputs.x_in)
     channels = x.shape[1] if f_last or x_in_last or picture is not None else 1
     plane = x[0].numel() // channels
     programs = blocks(plane, BLOCK)
-    finite, parts, flags = _flags(wanted.finite, len(x), programs)
+    finite, parts, flags = _flags(outputs.finite, len(x), programs)
     launch(
         fused_step_kernel,
         (programs, len(x)),
         x_ptr=x,
-        f_cond_ptr=given.f_cond if f_last else given.f_cond.contiguous(),
-        f_uncond_ptr=given.f_uncond if f_last else _packed(given.f_uncond),
-        guidance_ptr=_packed(given.guidance),
+        f_cond_ptr=inputs.f_cond if f_last else inputs.f_cond.contiguous(),
+        f_uncond_ptr=inputs.f_uncond if f_last else _packed(inputs.f_uncond),
+        guidance_ptr=_packed(inputs.guidance),
         noise_ptr=noise.contiguous() if isinstance(noise, Tensor) else None,
         seeds_ptr=draw and draw.seeds.contiguous(),
         samples_ptr=draw and draw.samples.contiguous(),
-        x0_prev_ptr=_packed(given.x0_prev),
-        x_next_ptr=wanted.x_next,
-        x0_ptr=wanted.x0,
+        x0_prev_ptr=_packed(inputs.x0_prev),
+        x_next_ptr=outputs.x_next,
+        x0_ptr=outputs.x0,
         x_in_ptr=x_in,
         rgb_ptr=picture and picture.rgb,
         factors_ptr=picture and picture.factors.contiguous(),
@@ -79,8 +81,8 @@ def fused_step(x: Tensor, table: Tensor, step: int | Tensor, given: Given, wante
         FLAGS=flags,
         BLOCK=BLOCK,
     )
-    if wanted.x_in is not None and x_in is not None and x_in is not wanted.x_in:
-        wanted.x_in.copy_(x_in)
+    if outputs.x_in is not None and x_in is not None and x_in is not outputs.x_in:
+        outputs.x_in.copy_(x_in)
 
 
 def scale_input(x: Tensor, table: Tensor, step: int | Tensor, dtype: torch.dtype) -> Tensor:
@@ -140,15 +142,15 @@ def _flags(finite: Tensor | None, batch: int, programs: int) -> tuple[Tensor | N
 
 
 def _through_copies(
-    x: Tensor, table: Tensor, step: int | Tensor, given: Given, wanted: Wanted
+    x: Tensor, table: Tensor, step: int | Tensor, inputs: Inputs, outputs: Outputs
 ) -> None:
     dense = x.contiguous()
-    x0 = None if wanted.x0 is None else torch.empty_like(dense)
-    inner = wanted._replace(x_next=torch.empty_like(dense), x0=x0)
-    fused_step(dense, table, step, given, inner)
-    wanted.x_next.copy_(inner.x_next)
-    if wanted.x0 is not None and x0 is not None:
-        wanted.x0.copy_(x0)
+    x0 = None if outputs.x0 is None else torch.empty_like(dense)
+    inner = outputs._replace(x_next=torch.empty_like(dense), x0=x0)
+    fused_step(dense, table, step, inputs, inner)
+    outputs.x_next.copy_(inner.x_next)
+    if outputs.x0 is not None and x0 is not None:
+        outputs.x0.copy_(x0)
 
 
 def _is_quads(tensor: Tensor) -> bool:

@@ -72,17 +72,17 @@ class Calls(NamedTuple):
     direct_room: Callable[[bytes, int], None]
 
 
-def bound(made: ctypes.CDLL) -> Calls:
+def bound(library: ctypes.CDLL) -> Calls:
     """A library's functions with their arguments declared."""
     for name, arguments in _ARGUMENTS.items():
-        function = getattr(made, f"headstart_{name}")
+        function = getattr(library, f"headstart_{name}")
         function.argtypes, function.restype = arguments, _RETURNS.get(name)
-    return Calls(*(getattr(made, f"headstart_{name}") for name in Calls._fields))
+    return Calls(*(getattr(library, f"headstart_{name}") for name in Calls._fields))
 
 
-def has_fused_products(made: ctypes.CDLL) -> bool:
+def has_fused_products(library: ctypes.CDLL) -> bool:
     """Whether a library has products at the processor's speed: a*b + c in one instruction."""
-    return bool(ctypes.c_int32.in_dll(made, "headstart_fused").value)
+    return bool(ctypes.c_int32.in_dll(library, "headstart_fused").value)
 
 
 def team(elements: int) -> tuple[int, int]:
@@ -136,15 +136,15 @@ class Operands(NamedTuple):
     finite: Tensor | None = None
 
 
-def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> bytes:
+def packed_step(operands: Operands, row: Row[float], c_in: float, number: int) -> bytes:
     """The argument of `Calls.step`. c_in is the following row's; `number` counts in the plan."""
-    x, u, x_in = given.x, given.f_uncond, given.x_in
+    x, u, x_in = operands.x, operands.f_uncond, operands.x_in
     batch, count = x.shape[0], x.numel()
-    channels = 1 if given.rgb is None else x.shape[1]
+    channels = 1 if operands.rgb is None else x.shape[1]
     return STEP.pack(
-        *[0 if tensor is None else tensor.data_ptr() for tensor in given],
+        *[0 if tensor is None else tensor.data_ptr() for tensor in operands],
         *(*team(count), batch, channels, count // (batch * channels), number),
-        TYPES[given.f_cond.dtype],
+        TYPES[operands.f_cond.dtype],
         0 if u is None else TYPES[u.dtype],
         *((0, 0) if x_in is None else (TYPES[x_in.dtype], x_in.shape[0] // batch)),
         c_in,
@@ -152,7 +152,7 @@ def packed_step(given: Operands, row: Row[float], c_in: float, number: int) -> b
     )
 
 
-def convolved(made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
+def convolved(calls: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor | None) -> Tensor:
     """A new [B, outputs, h, w] that lies as x does."""
     batch, inputs, height, width = x.shape
     across, lines = -(-width // TILE), batch * -(-height // TILE)
@@ -163,7 +163,7 @@ def convolved(made: Calls, x: Tensor, places: Tensor, outputs: int, bias: Tensor
     form = memory_format(x)
     x, y = x.contiguous(memory_format=form), _floats(batch, outputs, height, width, form=form)
     bias = None if bias is None else bias.contiguous()
-    made.winograd(
+    calls.winograd(
         WINOGRAD.pack(
             *(runtime, threads),
             *(0 if part is None else part.data_ptr() for part in (x, places, bias, y, *rooms)),

@@ -97,14 +97,14 @@ def _found_or_made() -> ctypes.CDLL:
         raise UnavailableError(f"C is compiled on Linux and macOS, and this is {platform.system()}")
     compiler = _compiler()
     sources = _texts()
-    kept = _folder() / f"kernels-{_fingerprint(sources, compiler)}.so"
-    if kept.exists():
+    path = _folder() / f"kernels-{_fingerprint(sources, compiler)}.so"
+    if path.exists():
         try:
-            return ctypes.CDLL(str(kept))
+            return ctypes.CDLL(str(path))
         except OSError as error:
             log.info("made anew, because it is damaged: %s", error)
-    _make(sources, compiler, kept)
-    return ctypes.CDLL(str(kept))
+    _make(sources, compiler, path)
+    return ctypes.CDLL(str(path))
 
 
 def _compiler() -> list[str]:
@@ -194,44 +194,44 @@ def _folder() -> Path:
     raise UnavailableError(f"there is nowhere to keep it: {'; '.join(reasons)}")
 
 
-def _make(sources: dict[str, str], compiler: list[str], kept: Path) -> None:
+def _make(sources: dict[str, str], compiler: list[str], path: Path) -> None:
     """Compile, prove the bits, and only then give the library its name."""
     begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=kept.parent, prefix="making-") as scratch:
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="making-") as scratch:
         for name, text in sources.items():
             Path(scratch, name).write_text(text, "utf-8")
-        made = Path(scratch, "kernels.so")
-        _compile(compiler, made)
-        wrong = differences(ctypes.CDLL(str(made)))
+        output = Path(scratch, "kernels.so")
+        _compile(compiler, output)
+        wrong = differences(ctypes.CDLL(str(output)))
         if wrong:
             raise UnavailableError(
                 f"{compiler[0]} made kernels whose bits differ: {', '.join(wrong)}"
             )
-        os.replace(made, kept)
-    log.info("compiled %s in %.1f s", kept, time.perf_counter() - begin)
-    _tidy(kept.parent)
+        os.replace(output, path)
+    log.info("compiled %s in %.1f s", path, time.perf_counter() - begin)
+    _tidy(path.parent)
 
 
 def _tidy(folder: Path) -> None:
     """Forget all but the newest libraries, and what was left where compiling was ended."""
     with suppress(OSError):  # another process may do the same
-        made = sorted(folder.glob("kernels-*.so"), key=lambda path: path.stat().st_mtime)
-        for old in made[:-_NEWEST]:
+        libraries = sorted(folder.glob("kernels-*.so"), key=lambda path: path.stat().st_mtime)
+        for old in libraries[:-_NEWEST]:
             old.unlink()
         for scratch in folder.glob("making-*"):
             if scratch.stat().st_mtime < time.time() - 10 * _PATIENCE_S:
                 shutil.rmtree(scratch)
 
 
-def _compile(compiler: list[str], made: Path) -> None:
-    said = ""
+def _compile(compiler: list[str], output: Path) -> None:
+    message = ""
     for target in _TARGETS:
-        files = ("-o", str(made), str(made.with_name("kernels.c")), "-lm")
+        files = ("-o", str(output), str(output.with_name("kernels.c")), "-lm")
         command = [*compiler, *FLAGS, *target, *files]
         done = subprocess.run(
             command, capture_output=True, text=True, check=False, timeout=_PATIENCE_S
         )
         if done.returncode == 0:
             return
-        said = f"({done.returncode}): {done.stderr.strip()[-500:]}"
-    raise UnavailableError(f"{compiler[0]} failed {said}")
+        message = f"({done.returncode}): {done.stderr.strip()[-500:]}"
+    raise UnavailableError(f"{compiler[0]} failed {message}")

@@ -34,7 +34,7 @@ from headstart_kernels.native.calls import (
     packed_attention,
     packed_step,
 )
-from headstart_kernels.operands import Draw, Given, LinearMap, Preview, Wanted
+from headstart_kernels.operands import Draw, Inputs, LinearMap, Outputs, Preview
 from headstart_kernels.points import PANEL, PLACES, SLICE, TILE
 from headstart_kernels.table import Row
 
@@ -90,14 +90,14 @@ CASES = (
 )
 
 
-def differences(made: ctypes.CDLL) -> list[str]:
+def differences(library: ctypes.CDLL) -> list[str]:
     """The kernels of a library whose bits are not those of the reference."""
-    calls = bound(made)
+    calls = bound(library)
     checks = [("philox_normal", _normals(calls))]
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
     checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
-    if has_fused_products(made):  # else it is never called
+    if has_fused_products(library):  # else it is never called
         checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
 
@@ -131,20 +131,20 @@ def _step(calls: Calls, case: Case) -> bool:
     draw = Draw(torch.tensor([1, 2], device="cpu"), torch.tensor([0, 0], device="cpu"))
     noise = reference_noise.philox_normal(*draw[:2], 0, shape[1:])
     line = LinearMap(_numbers(1, (shape[1], 3)), _numbers(2, (3,)))
-    got, expected = _wanted(case, line), _wanted(case, line)
+    got, expected = _outputs(case, line), _outputs(case, line)
     table = torch.tensor([row], dtype=torch.float32, device="cpu")
-    reference_step.fused_step(x, table, 0, Given(f, u, None, noise, previous), expected)
+    reference_step.fused_step(x, table, 0, Inputs(f, u, None, noise, previous), expected)
     if expected.preview is not None:
         reference_rgb.preview_rgb(expected.x0, *line, 1, expected.preview.rgb)
     seeds, samples = (draw.seeds, draw.samples) if case.drawn else (None, None)
-    made = Operands(
+    operands = Operands(
         *(x, f, u, None, None if case.drawn else noise, seeds, samples, previous),
         *(got.x_next, got.x0, got.x_in),
         *(got.preview or (None, None, None)),
         finite=got.finite,
     )
-    calls.step(packed_step(made, row, row.c_in, 0))
-    return all(_same(a, b) for a, b in zip(_made(got), _made(expected), strict=True))
+    calls.step(packed_step(operands, row, row.c_in, 0))
+    return all(_same(a, b) for a, b in zip(_filled(got), _filled(expected), strict=True))
 
 
 def _attention(calls: Calls, dtype: torch.dtype) -> bool:
@@ -162,18 +162,18 @@ def _attention(calls: Calls, dtype: torch.dtype) -> bool:
     return bool(wrong <= 8 * torch.finfo(dtype).eps / 2)
 
 
-def _wanted(case: Case, line: LinearMap) -> Wanted:
+def _outputs(case: Case, line: LinearMap) -> Outputs:
     shape = case.shape
     x_next, x0 = (torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(2))
     x_in = torch.empty((2 * shape[0], *shape[1:]), dtype=case.dtype, device="cpu")
     rgb = torch.empty((shape[0], *shape[2:], 3), dtype=torch.uint8, device="cpu")
     finite = torch.empty(shape[0], dtype=torch.bool, device="cpu")
-    return Wanted(x_next, x0, x_in, Preview(rgb, *line) if case.picture else None, finite)
+    return Outputs(x_next, x0, x_in, Preview(rgb, *line) if case.picture else None, finite)
 
 
-def _made(wanted: Wanted) -> list[Tensor]:
-    filled = [wanted.x_next, wanted.x0, wanted.x_in, wanted.preview and wanted.preview.rgb]
-    return [tensor for tensor in (*filled, wanted.finite) if tensor is not None]
+def _filled(outputs: Outputs) -> list[Tensor]:
+    filled = [outputs.x_next, outputs.x0, outputs.x_in, outputs.preview and outputs.preview.rgb]
+    return [tensor for tensor in (*filled, outputs.finite) if tensor is not None]
 
 
 def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int) -> bool:
