@@ -167,7 +167,7 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
         (["sample", "a fox", "--size", "60"], "multiples of 8"),
         (["sample", "a fox", "--size", "800000"], "GB besides the weights"),
         (["sample", "a fox", "--size", "large"], "HEIGHTxWIDTH"),
-        (["sample", "a fox", "a dog", "--seeds", "0-2"], "2 prompts and 3 seeds"),
+        (["sample", "a fox", "a dog", "--pair", "--seeds", "0-2"], "2 prompts and 3 seeds"),
         (["sample", "a fox", "--batch", "0"], "batch"),
         (["sample", "a fox", "--steps", "5"], "runs 4 steps at 999 749 499 249"),
         (["sample", "a fox", "--vae", "a.safetensors"], "--vae alone"),

@@ -14,6 +14,38 @@ from pathlib import Path
 
 from headstart.errors import InputError
 
+PNG, RECORD, GRID = ".png", "record.json", "grid.png"
+"""What a run's folder holds: NNNNNN.png for each image, its record, and all images on one sheet."""
+
+
+def numbered(image: int) -> str:
+    """The file of an image in a run's folder."""
+    return f"{image:06d}{PNG}"
+
+
+def check_run(
+    path: Path, images: int, *, overwrite: bool, grid: bool = False, size_bytes: int = 0
+) -> None:
+    """Raise InputError unless a run can be saved at `path`: a folder, or NAME.png for one image."""
+    if path.suffix.lower() != PNG or path.is_dir():
+        check_folder(path, size_bytes=size_bytes)
+        there = [name for name in (RECORD, numbered(0)) if (path / name).exists()]
+        if there and not overwrite:
+            raise InputError(
+                f"{str(path)!r} holds a run already, {there[0]}: choose another --out, or give "
+                "--overwrite (in Python overwrite=True)"
+            )
+        return
+    if images > 1 or grid:
+        what = f"{images} images" if images > 1 else "an image and its grid"
+        raise InputError(f"{str(path)!r} is one file, and this is {what}: give a folder")
+    if path.exists() and not (overwrite and path.is_file()):
+        raise InputError(
+            f"{str(path)!r} exists: choose another --out, or give --overwrite (in Python "
+            "overwrite=True)"
+        )
+    check_folder(path.parent, size_bytes=size_bytes)
+
 
 def check_file(
     path: Path, *, size_bytes: int, suffix: str | None = None, overwrite: bool = True

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
-from headstart.commands.arguments import sampling
+from headstart.commands.arguments import add_overwrite, sampling
 from headstart.commands.console import RowBar, progress
 from headstart.commands.parser import Command
-from headstart.commands.session import adapter_path, counted, open_engine, report, write_images
-from headstart.errors import CheckpointError
-from headstart.output import check_folder
+from headstart.commands.session import adapter_path, counted, open_engine, report
+from headstart.errors import CheckpointError, InputError
+from headstart.output import RECORD, check_run
 
 if TYPE_CHECKING:
     from headstart.engine.engine import Engine
     from headstart.engine.record import Recorded
 
+
+Weights = Mapping[str, Mapping[str, str]]
 
 _BUNDLED = "headstart_weights/"
 _ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
@@ -26,27 +31,31 @@ _ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("record", type=Path, metavar="RECORD", help="a record.json")
+    parser.add_argument("record", type=Path, metavar="FILE", help="a record.json, or a picture.png")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="also write the images into this folder",
+        help="also write the images into this folder, or one into NAME.png",
     )
+    add_overwrite(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.engine.record import parse, read_record
+    from headstart.engine.rerun import check_own, open_source, replay
 
-    record = read_record(args.record)
-    recorded = parse(record, str(args.record))
-    from headstart.engine.rerun import check_own, replay
-
+    recorded = open_source(args.record).recorded
     check_own(recorded, [])
     if args.out is not None:
         height, width = recorded.size
-        check_folder(args.out, size_bytes=len(recorded.seeds) * height * width * 3)
+        count = len(recorded.seeds) if recorded.position is None else 1
+        size_bytes = count * height * width * 3
+        check_run(args.out, count, overwrite=args.overwrite, size_bytes=size_bytes)
+    if recorded.position is not None:
+        recorded = replace(recorded, weights=_found(args.record, recorded.weights))
     asked = _as_recorded(args, recorded.weights, recorded.machine)
+    if recorded.position is not None:
+        _check_found(args, recorded.weights)
     try:
         engine = _opened(asked, recorded)
     except CheckpointError as error:
@@ -60,11 +69,41 @@ def _run(args: argparse.Namespace) -> int:
     _attach_recorded(engine, recorded)
 
     with progress(len(recorded.table), "replaying") as bar:
-        trajectory = replay(record, engine, on_step=RowBar(bar))
+        trajectory = replay(args.record, engine, on_step=RowBar(bar))
     if args.out is not None:
-        write_images(args.out, trajectory)
+        trajectory.save(args.out, overwrite=args.overwrite)
     report(args, trajectory, f"equal: {counted(trajectory)}, to the bit")
     return 0
+
+
+def _found(picture: Path, weights: Weights) -> dict[str, dict[str, str]]:
+    """A picture names files without their folders: here they are, or a record.json beside it says
+    where."""
+    from headstart.engine.record import parse, read_record
+
+    beside: dict[str, str] = {}
+    with suppress(InputError):
+        run = parse(read_record(picture.parent / RECORD))
+        beside = {own["sha256"]: own["file"] for own in run.weights.values()}
+    return {
+        role: {**own, "file": _nearest(own["file"], beside.get(own["sha256"]))}
+        for role, own in weights.items()
+    }
+
+
+def _check_found(args: argparse.Namespace, weights: Weights) -> None:
+    """Raise InputError for a file that only the picture's owner knows where to find."""
+    for role in _ROLES:
+        path = getattr(args, role)
+        if path is not None and not Path(path).exists():
+            raise InputError(
+                f"the picture was drawn with {role} {path}, sha256 {weights[role]['sha256'][:16]}…,"
+                f" which is not here: give --{role.replace('_', '-')} PATH"
+            )
+
+
+def _nearest(name: str, recorded: str | None) -> str:
+    return recorded if recorded is not None and not Path(name).exists() else name
 
 
 def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
@@ -125,5 +164,5 @@ REPLAY = Command(
     sampling(),
     _add_options,
     _run,
-    ("headstart replay fox/record.json",),
+    ("headstart replay fox/record.json", "headstart replay fox/000002.png"),
 )

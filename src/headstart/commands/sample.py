@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from headstart.commands.arguments import (
     add_batch,
@@ -14,7 +15,7 @@ from headstart.commands.arguments import (
     add_texts,
     sampling,
 )
-from headstart.commands.console import RowBar, progress
+from headstart.commands.console import RowBar, note, progress
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import (
     add_diversify,
@@ -22,10 +23,9 @@ from headstart.commands.plan_options import (
     plan_settings,
     read_diversify,
 )
-from headstart.commands.session import counted, open_engine, report, write_images
+from headstart.commands.session import counted, open_engine, report
 from headstart.commands.values import read_size, text_options, uses_bundled, worded
-from headstart.errors import InputError
-from headstart.output import check_folder
+from headstart.output import check_run
 from headstart.plan.by_name import named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
@@ -35,14 +35,34 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "prompts",
         nargs="+",
         metavar="PROMPT",
-        help="what to draw; `A -> B below sigma X` and `A -> B at the hand-off` change it with the "
-        "noise level, <lora:NAME:0.8> is an adapter's strength",
+        help="what to draw, in quotes; several are each drawn with every seed. `A -> B below sigma "
+        "X` and `A -> B at the hand-off` change it with the noise level, <lora:NAME:0.8> is an "
+        "adapter's strength",
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="folder for images and record.json"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder for images and record.json, or NAME.png for one image",
     )
     add_overwrite(parser)
     add_seeds(parser, "0")
+    parser.add_argument(
+        "--pair",
+        action="store_true",
+        help="draw the first prompt with the first seed, the second with the second, and so on",
+    )
+    parser.add_argument(
+        "--grid",
+        action="store_true",
+        help="also grid.png: all images, a row for each prompt and a column for each seed",
+    )
+    parser.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="leave out of the PNGs what they are of: prompt, seed, plan, digests",
+    )
     add_size(parser)
     add_batch(parser)
     add_plan_options(parser)
@@ -55,16 +75,17 @@ def _run(args: argparse.Namespace) -> int:
     texts = text_options(args)
     several = any(isinstance(text, list) for text in texts.values())
     seeds = parse_seeds(args.seeds)
+    _say_words(prompts)
+    if not args.pair:
+        prompts, seeds, texts = _combined(prompts, seeds, texts)
     _, drawn = pair_up(prompts, seeds, distinct=not several)
+    counts = [len(cast("list[str]", own)) for own in texts.values() if isinstance(own, list)]
+    count = max(len(drawn), *counts, 1)
     size = read_size(args.size)
     methods = read_diversify(args)
     if uses_bundled(args):
         named_plan(args.plan, plan_settings(args), "demo")
-    check_folder(args.out, size_bytes=0)
-    if (args.out / "record.json").exists() and not args.overwrite:
-        raise InputError(
-            f"{str(args.out)!r} holds a run already: choose another --out, or give --overwrite"
-        )
+    check_run(args.out, count, overwrite=args.overwrite, grid=args.grid)
     engine = open_engine(args, prompts)
     table = engine.compile(args.plan, **plan_settings(args))
     asked: dict[str, Any] = {
@@ -76,12 +97,44 @@ def _run(args: argparse.Namespace) -> int:
     }
     engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
     height, width = size or (engine.weights.image_size,) * 2
-    check_folder(args.out, size_bytes=len(drawn) * height * width * 3)
+    size_bytes = count * height * width * 3
+    check_run(args.out, count, overwrite=args.overwrite, grid=args.grid, size_bytes=size_bytes)
     with progress(len(table), "sampling") as bar:
         trajectory = engine.sample(prompts, plan=table, **asked, on_step=RowBar(bar))
-    write_images(args.out, trajectory)
+    trajectory.save(
+        args.out, overwrite=args.overwrite, metadata=not args.no_metadata, grid=args.grid
+    )
     report(args, trajectory, f"{counted(trajectory)} in {args.out}")
     return 0
+
+
+def _say_words(prompts: Sequence[str]) -> None:
+    """`headstart sample a fox` is two prompts, which is seldom what was meant."""
+    if len(prompts) > 1 and not any(len(prompt.split()) > 1 for prompt in prompts):
+        typed = ", ".join(repr(prompt) for prompt in prompts[:4]) + ", ..." * (len(prompts) > 4)
+        note(f"{len(prompts)} prompts: {typed:.120}; quote a prompt of several words")
+
+
+def _combined(
+    prompts: Sequence[str], seeds: Sequence[int], texts: Mapping[str, Any]
+) -> tuple[list[str], tuple[int, ...], dict[str, Any]]:
+    """Every prompt with every seed; a text for each prompt is one for all its images.
+
+    Of one prompt or one seed there is nothing to combine, and the engine takes one for all.
+    """
+    own = dict(texts)
+    if 1 in (len(prompts), len(seeds)):
+        return [*prompts], tuple(seeds), own
+    images = len(prompts) * len(seeds)
+    if len(prompts) == len(seeds):
+        note(
+            f"{len(prompts)} prompts with {len(seeds)} seeds each: {images} images; --pair draws "
+            f"{len(seeds)}, the first prompt with the first seed and so on"
+        )
+    for name, text in own.items():
+        if isinstance(text, list) and len(text := cast("list[str]", text)) == len(prompts):
+            own[name] = [one for one in text for _ in seeds]
+    return [one for one in prompts for _ in seeds], tuple(seeds) * len(prompts), own
 
 
 SAMPLE = Command(
@@ -92,7 +145,7 @@ SAMPLE = Command(
     _run,
     (
         'headstart sample "a fox" --seeds 0-3 --out fox',
-        'headstart sample "a fox, flat style" "an owl" --plan base --out base',
+        'headstart sample "a fox, flat style" "an owl" --seeds 0-3 --grid --out two',
         'headstart sample "a fox in the snow" --base BASE --distilled DISTILLED --out snow',
     ),
 )

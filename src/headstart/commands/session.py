@@ -13,7 +13,6 @@ from headstart.adapters.strength import parse_adapter
 from headstart.commands.console import loading, note, progress
 from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
 from headstart.errors import CheckpointError, InputError
-from headstart.output import write_folder
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -180,19 +179,6 @@ def _load(args: argparse.Namespace) -> Engine:
         vae_dtype=args.vae_dtype,
         packed=args.packed,
     )
-
-
-def write_images(folder: Path, trajectory: Trajectory) -> None:
-    """NNNNNN.png and record.json; images that a longer run left there are removed."""
-    from headstart.pictures.png import encode_png
-
-    images = trajectory.rgb.cpu().numpy()
-    files = {f"{number:06d}.png": encode_png(image) for number, image in enumerate(images)}
-    record = json.dumps(trajectory.record(), indent=1) + "\n"
-    write_folder(folder, {**files, "record.json": record.encode()})
-    for stale in folder.glob("[0-9]" * 6 + ".png"):
-        if stale.name not in files:  # of the longer run that was overwritten
-            stale.unlink()
 
 
 def counted(trajectory: Trajectory) -> str:

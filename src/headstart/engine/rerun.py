@@ -19,10 +19,11 @@ from headstart.engine.engine import Engine
 from headstart.engine.given import Noise, Told
 from headstart.engine.picture import KEYWORD, drawn_again
 from headstart.engine.record import Recorded
-from headstart.engine.trajectory import PNG, Trajectory
+from headstart.engine.trajectory import Trajectory
 from headstart.engine.words import check_clip_skip
 from headstart.errors import InputError
 from headstart.input import check_shape, loads
+from headstart.output import PNG
 from headstart.pictures.png import SIGNATURE, read_png, read_rgb
 from headstart.sampler import State
 

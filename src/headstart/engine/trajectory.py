@@ -20,38 +20,13 @@ from headstart.diversify.method import Method
 from headstart.engine import record
 from headstart.engine.contact_sheet import draw_contact_sheet
 from headstart.engine.picture import picture_texts
-from headstart.errors import InputError
-from headstart.output import check_folder, write_folder
+from headstart.output import GRID, PNG, RECORD, check_run, numbered, write_folder
 from headstart.pictures.inline import data_uri
 from headstart.pictures.png import encode_png
 from headstart.plan.table import StepTable
 
-PNG, RECORD, GRID = ".png", "record.json", "grid.png"
 _LARGEST_PX = 1600
 """Of a sheet in a notebook."""
-
-
-def check_target(
-    path: Path, images: int, *, overwrite: bool, grid: bool = False, size_bytes: int = 0
-) -> None:
-    """Raise InputError unless `images` can be saved at `path`: see `Trajectory.save`."""
-    if path.suffix.lower() != PNG or path.is_dir():
-        check_folder(path, size_bytes=size_bytes)
-        if (path / RECORD).exists() and not overwrite:
-            raise InputError(
-                f"{str(path)!r} holds a run already: choose another --out, or give --overwrite "
-                "(in Python: overwrite=True)"
-            )
-        return
-    if images > 1 or grid:
-        what = f"{images} images" if images > 1 else "an image and its grid"
-        raise InputError(f"{str(path)!r} is one file, and this is {what}: give a folder")
-    if path.exists() and not (overwrite and path.is_file()):
-        raise InputError(
-            f"{str(path)!r} exists: choose another --out, or give --overwrite (in Python: "
-            "overwrite=True)"
-        )
-    check_folder(path.parent, size_bytes=size_bytes)
 
 
 @final
@@ -152,12 +127,12 @@ class Trajectory:
         Raises InputError for a path that holds a run or a file already, or cannot be written.
         """
         target = Path(path)
-        check_target(target, len(self), overwrite=overwrite, grid=grid)
+        check_run(target, len(self), overwrite=overwrite, grid=grid)
         pngs = self.pngs(metadata=metadata)
         if target.suffix.lower() == PNG:
             write_folder(target.parent, {target.name: pngs[0]})
             return [target]
-        files = {f"{number:06d}{PNG}": png for number, png in enumerate(pngs)}
+        files = {numbered(image): png for image, png in enumerate(pngs)}
         own = {GRID: encode_png(self._sheet())} if grid else {}
         own[RECORD] = (json.dumps(self.record(), indent=1) + "\n").encode()
         write_folder(target, files | own)
