@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from evidence.oracle import random_latents
-from headstart_kernels.recording.lifetimes import Piece, _placed
+from headstart_kernels.recording.lifetimes import Piece, _lay_out
 from headstart_kernels.recording.tape import Tape
 
 
@@ -93,7 +93,7 @@ def test_no_two_pieces_in_use_share_a_byte() -> None:
         Piece(None, size, begin // 2, begin // 2 + length)  # pyright: ignore[reportArgumentType]
         for begin, (size, length) in enumerate(zip(sizes, ends, strict=True))
     ]
-    total = _placed(pieces)
+    total = _lay_out(pieces)
     for i, a in enumerate(pieces):
         assert a.end is not None and a.place % 64 == 0 and a.place + a.size <= total
         for b in pieces[:i]:

@@ -18,7 +18,7 @@ Pool = tuple[int, int]
 
 class HostStream:
     def wait_stream(self, stream: HostStream) -> None:
-        """On a CPU what was asked for before is done."""
+        """On a CPU everything before is done already."""
 
 
 class HostGraph:

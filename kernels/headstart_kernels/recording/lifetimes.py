@@ -60,7 +60,7 @@ class Lifetimes:
     def __init__(self) -> None:
         self._pieces: dict[int, Piece] = {}
         self._alive: list[Piece] = []
-        self._kept: dict[Piece, torch.UntypedStorage] = {}
+        self._held: dict[Piece, torch.UntypedStorage] = {}
         self._buffer = torch.UntypedStorage(0)
 
     def __contains__(self, storage: int) -> bool:
@@ -68,21 +68,21 @@ class Lifetimes:
         to each, so that no other has its address."""
         return storage in self._pieces
 
-    def made(self, tensor: Tensor, call: int) -> None:
+    def allocate(self, tensor: Tensor, call: int) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._pieces:
             piece = Piece(StorageWeakRef(storage), storage.nbytes(), call)
             self._pieces[storage._cdata] = piece
             self._alive.append(piece)
 
-    def look(self, call: int) -> None:
+    def expire(self, call: int) -> None:
         """Note what is gone before this call."""
         for piece in self._alive:
             if piece.storage.expired():
                 piece.end = call
         self._alive = [piece for piece in self._alive if piece.end is None]
 
-    def noted(self, tree: Any) -> Any:
+    def parts_of(self, tree: Any) -> Any:
         """Nested arguments, with a Part for every tensor on memory of the recording."""
         return tree_map_only(Tensor, self._part, tree)
 
@@ -96,25 +96,25 @@ class Lifetimes:
 
     def place(self, calls: int) -> None:
         """At the end: where each piece lies."""
-        self.look(calls)
+        self.expire(calls)
         for piece in self._alive:
-            self._kept[piece] = torch.UntypedStorage._new_with_weak_ptr(piece.storage.cdata)
-        size = _placed([piece for piece in self._pieces.values() if piece.end is not None])
+            self._held[piece] = torch.UntypedStorage._new_with_weak_ptr(piece.storage.cdata)
+        size = _lay_out([piece for piece in self._pieces.values() if piece.end is not None])
         self._buffer = torch.UntypedStorage(size)
 
-    def found(self, tree: Any) -> Any:
+    def tensors_of(self, tree: Any) -> Any:
         """Nested arguments with the tensors in place of their Parts."""
         return tree_map_only(Part, self._tensor, tree, is_leaf=lambda leaf: isinstance(leaf, Part))
 
     def _tensor(self, part: Part) -> Tensor:
-        kept = self._kept.get(part.piece)
-        return part.on(self._buffer, part.piece.place) if kept is None else part.on(kept, 0)
+        held = self._held.get(part.piece)
+        return part.on(self._buffer, part.piece.place) if held is None else part.on(held, 0)
 
     def storages(self) -> list[torch.UntypedStorage]:
-        return [self._buffer, *self._kept.values()]
+        return [self._buffer, *self._held.values()]
 
 
-def _placed(pieces: list[Piece]) -> int:
+def _lay_out(pieces: list[Piece]) -> int:
     """Give each piece the smallest gap that it fits into while it is in use; how much all take."""
     gaps, used, end = list[tuple[int, int]](), list[Piece](), 0
     for piece in sorted(pieces, key=lambda piece: piece.begin):
@@ -126,9 +126,9 @@ def _placed(pieces: list[Piece]) -> int:
         size = _whole(piece.size)
         fitting = [gap for gap in gaps if gap[1] >= size]
         if fitting:
-            begin, room = min(fitting, key=lambda gap: gap[1])
-            gaps.remove((begin, room))
-            gaps += [(begin + size, room - size)] if room > size else []
+            begin, free = min(fitting, key=lambda gap: gap[1])
+            gaps.remove((begin, free))
+            gaps += [(begin + size, free - size)] if free > size else []
         else:
             begin, end = end, end + size
         piece.place = begin
@@ -142,10 +142,10 @@ def _whole(size: int) -> int:
 
 def _joined(gaps: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Sorted, and neighbours as one."""
-    found: list[tuple[int, int]] = []
+    merged: list[tuple[int, int]] = []
     for begin, size in sorted(gap for gap in gaps if gap[1]):
-        if found and sum(found[-1]) == begin:
-            found[-1] = found[-1][0], found[-1][1] + size
+        if merged and sum(merged[-1]) == begin:
+            merged[-1] = merged[-1][0], merged[-1][1] + size
         else:
-            found.append((begin, size))
-    return found
+            merged.append((begin, size))
+    return merged

@@ -61,17 +61,17 @@ class Tape:
     """The operators of one callable.
 
     calls   in order, once the recording has ended
-    opened  record what our own operators do in place of them, as a GPU does, which knows kernels.
-            Then whoever records has memory of his own, and `owned` is every tensor made inside
-    refused whether something asked for what cannot be recorded: the tape is of no use
+    opened  record what our own operators do inside, as a GPU does, which knows kernels alone. Then
+            memory is not used again, and `owned` has every new tensor
+    refused whether something needed what cannot be recorded: the tape is of no use
     """
 
     def __init__(self, *, opened: bool = False) -> None:
         self.opened, self.refused = opened, False
         self.calls: list[Call] = []
         self.owned: dict[int, Tensor] = {}
-        self._kept: list[object] = []
-        self._noted: list[Call | _Noted] = []
+        self._held: list[object] = []
+        self._pending: list[Call | _Operator] = []
         self._lifetimes = Lifetimes()
         self._found: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
@@ -81,10 +81,10 @@ class Tape:
         try:
             with nullcontext() if self.opened else recorded(), _Recording(self):
                 yield self
-            self._lifetimes.place(len(self._noted))
-            self.calls += map(self._call, self._noted, range(1, len(self._noted) + 1))
+            self._lifetimes.place(len(self._pending))
+            self.calls += map(self._call, self._pending, range(1, len(self._pending) + 1))
         finally:
-            self._noted.clear()
+            self._pending.clear()
             for storage, before in self._found.values():
                 storage.copy_(before)
             self._found.clear()
@@ -106,7 +106,7 @@ class Tape:
     def clear(self) -> None:
         self.calls.clear()
         self.owned.clear()
-        self._kept.clear()
+        self._held.clear()
         self._lifetimes = Lifetimes()
 
     @property
@@ -119,15 +119,15 @@ class Tape:
         """Remember memory from outside that `func` is about to write to."""
         for tensor in written(func, args, kwargs):
             key = storage_of(tensor)
-            made = key in self.owned or key in self._lifetimes
-            if not made and key not in self._found:
+            inside = key in self.owned or key in self._lifetimes
+            if not inside and key not in self._found:
                 storage = tensor.untyped_storage()
                 self._found[key] = storage, storage.clone()
 
-    def add(self, name: str, run: Callable[[], object], *kept: object) -> None:
+    def add(self, name: str, run: Callable[[], object], *held: object) -> None:
         """Add what is not an operator, such as the launch of a kernel."""
-        self._kept.append(kept)
-        (self.calls if self.opened else self._noted).append(Call(name, run))
+        self._held.append(held)
+        (self.calls if self.opened else self._pending).append(Call(name, run))
 
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
@@ -138,45 +138,45 @@ class Tape:
         name = name_of(func)
         makes = name not in ALLOCATES and bool(fresh or func._schema.is_mutable)
         if self.opened:
-            self._kept.append((args, kwargs, result))
+            self._held.append((args, kwargs, result))
             self.owned.update((storage_of(out), out) for out in fresh)
             if makes:
                 self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
             return
         for out in fresh:
-            self._lifetimes.made(out, len(self._noted))
+            self._lifetimes.allocate(out, len(self._pending))
         if makes:
-            inner = self._lifetimes.noted((args, dict(kwargs), result))
+            inner = self._lifetimes.parts_of((args, dict(kwargs), result))
             new = {id(out) for out in fresh}
             which = [id(leaf) in new for leaf in tree_iter(result)]
-            self._noted.append(_Noted(name, func, inner, which))
+            self._pending.append(_Operator(name, func, inner, which))
 
-    def look(self) -> None:
+    def expire(self) -> None:
         """Before an operator: what of the recorded run is gone by now."""
-        self._lifetimes.look(len(self._noted))
+        self._lifetimes.expire(len(self._pending))
 
-    def _call(self, noted: Call | _Noted, following: int) -> Call:
+    def _call(self, call: Call | _Operator, following: int) -> Call:
         """To run again; `following`: the number of the next one."""
-        if isinstance(noted, Call):
-            return noted
-        args, kwargs, result = self._lifetimes.found(noted.given)
-        fresh = [out for out, new in zip(tree_iter(result), noted.fresh, strict=True) if new]
-        parts = tree_iter(noted.given[2], is_leaf=lambda leaf: isinstance(leaf, Part))
+        if isinstance(call, Call):
+            return call
+        args, kwargs, result = self._lifetimes.tensors_of(call.operands)
+        fresh = [out for out, new in zip(tree_iter(result), call.fresh, strict=True) if new]
+        parts = tree_iter(call.operands[2], is_leaf=lambda leaf: isinstance(leaf, Part))
         read = [
             out
             for out, part in zip(tree_iter(result), parts, strict=True)
             if isinstance(part, Part) and part.outlives(following)
         ]
-        return Call(noted.name, _again(noted.func, args, kwargs, result, fresh, read))
+        return Call(call.name, _again(call.func, args, kwargs, result, fresh, read))
 
 
-class _Noted(NamedTuple):
-    """An operator that ran; `given`: its arguments and results without their memory, `fresh`: which
-    of the results were made by it."""
+class _Operator(NamedTuple):
+    """An operator that ran. `operands`: its arguments and results without their memory; `fresh`:
+    which of the results are new."""
 
     name: str
     func: Any
-    given: tuple[tuple[Any, ...], dict[str, Any], Any]
+    operands: tuple[tuple[Any, ...], dict[str, Any], Any]
     fresh: list[bool]
 
 
@@ -203,7 +203,7 @@ class _Recording(TorchDispatchMode):
         except WaitError:
             self.tape.refused = True
             raise
-        self.tape.look()
+        self.tape.expire()
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
@@ -305,8 +305,8 @@ def _again(
     places = leaves(result)
     if out is not None and len(out.names) == len(places) == len(fresh):
         return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
-    made = {id(own) for own in fresh} & {id(own) for own in (fresh if read is None else read)}
-    copied = [(i, cast("Tensor", own)) for i, own in enumerate(places) if id(own) in made]
+    filled = {id(own) for own in fresh} & {id(own) for own in (fresh if read is None else read)}
+    copied = [(i, cast("Tensor", own)) for i, own in enumerate(places) if id(own) in filled]
     return partial(_rerun, func, args, kwargs, copied)
 
 
@@ -334,11 +334,11 @@ class _Out(NamedTuple):
 @cache
 def _out_variant(func: Any) -> _Out | None:
     """The overload of an operator that writes to tensors it is given, if there is one."""
-    packet, wanted = func.overloadpacket, _signature(func)
+    packet, expected = func.overloadpacket, _signature(func)
     for overload in packet.overloads():
         found = getattr(packet, overload)
         names = [argument.name for argument in found._schema.arguments if argument.is_out]
-        if len(names) == len(func._schema.returns) and _signature(found) == wanted:
+        if len(names) == len(func._schema.returns) and _signature(found) == expected:
             return _Out(found, names)
     return None
 
