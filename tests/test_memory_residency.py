@@ -18,7 +18,7 @@ import headstart as hs
 from evidence.card import Card
 from evidence.fake_tensors import DEVICE, UnknownBuildError, fake_tensors
 from headstart.diversify.method import Images
-from headstart.engine import course
+from headstart.engine import denoising
 from headstart.engine.clock import Clock
 from headstart.interfaces import Conditioning
 from headstart.memory import planning, residency
@@ -155,16 +155,16 @@ def test_inputs_of_a_row_are_on_the_device_of_its_model(monkeypatch: Any) -> Non
         both = Conditioning(context), Conditioning(context)
         where = Residency(devices=devices)
         request = SimpleNamespace(
-            table=table, methods=(), chunks=Chunks(1, 1), guided=True, strengths=None, own=None,
+            table=table, methods=(), chunks=Chunks(1, 1), guided=True, strengths=None, inputs=None,
             latent=(4, 8, 8), noise=None, images=Images(("",), (5,)), spare=None,
         )  # fmt: skip
         weights = SimpleNamespace(residency=where, denoisers=networks, device=DEVICE)
-        monkeypatch.setattr(course, "encode", lambda *_: both)
+        monkeypatch.setattr(denoising, "encode", lambda *_: both)
         monkeypatch.setattr("headstart.finite.FiniteCheck.read", lambda *_, **__: None)
-        monkeypatch.setattr(course, "open_runner", lambda _, n: Plain(n))
+        monkeypatch.setattr(denoising, "open_runner", lambda _, n: Plain(n))
         monkeypatch.setattr("headstart.engine.clock.record_event", timed.append)
         clock = Clock(torch.device("cpu"))
-        states = [*course.Course(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
+        states = [*denoising.DenoisingLoop(weights, "eager", request, clock).states()]  # type: ignore[arg-type]
     assert seen == [("base", DEVICE)] * 2 + [("distilled", other)] * 2
     assert [state.x.device for state in states] == [DEVICE] * 2 + [other] * 2
     assert timed == [DEVICE] * 4 + [other] * 4, "both ends of a span, on the row's own device"

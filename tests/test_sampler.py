@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from evidence.oracle import random_latents
+from headstart.conditioning.inputs import Start
 from headstart.diversify.pink import PinkNoise
-from headstart.engine.given import Start
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.noise import Given, Philox

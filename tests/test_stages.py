@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from headstart.engine.stages import stages
+from headstart.conditioning.stages import stages
 from headstart.errors import InputError
 
 

@@ -12,7 +12,7 @@ from tiny_pair import PLAN, tiny_engine
 from torch import Tensor
 
 import headstart as hs
-from headstart.engine.tags import Tag, take_tags
+from headstart.conditioning.tags import Tag, take_tags
 
 
 def write_lora(path: Path, *, text: bool = False) -> Path:

@@ -28,7 +28,7 @@ from evidence.ptx.on_gpu import launched
 from evidence.torch_cuda import EmulatedCuda
 from headstart.commands.session import use_local_device
 from headstart.compare.latency import Case, latency
-from headstart.engine import encoded
+from headstart.conditioning import text_cache
 from headstart.engine.devices import choose_device
 from headstart.errors import CaptureError
 from headstart.memory.available import available_bytes, pool_bytes
@@ -151,7 +151,7 @@ def adapts(folder: Path) -> None:
 def encodes(folder: Path) -> None:
     """By hand: nothing is kept of encodings while operators are watched, as they are here."""
     weights: Any = SimpleNamespace(tensors=[torch.ones(1, device="cuda")])
-    assert torch.device("cuda", 0) in encoded._surroundings(weights)
+    assert torch.device("cuda", 0) in text_cache._surroundings(weights)
 
 
 def compiles(folder: Path) -> None:
@@ -190,7 +190,7 @@ TAKEN = {
     "headstart/engine/clock.py _elapsed_ms": "samples",
     "headstart/memory/available.py available_bytes": "loads",
     "headstart/engine/devices.py choose_device": "loads",
-    "headstart/engine/encoded.py _surroundings": "encodes",
+    "headstart/conditioning/text_cache.py _surroundings": "encodes",
     "headstart/memory/planning.py streams_of": "loads",
     "headstart/memory/planning.py takes_turns": "loads",
     "headstart/memory/available.py pool_bytes": "loads",

@@ -100,7 +100,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_levels(prompt: str) -> None:
-    from headstart.engine.stages import stages
+    from headstart.conditioning.stages import stages
 
     if any(stage.level == "handoff" for stage in stages(prompt)):
         raise InputError(

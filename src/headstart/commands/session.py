@@ -60,7 +60,7 @@ def _attach_named(
     """The adapters that `<lora:NAME:S>` in prompts names and no option has attached, from
     --lora-folder or the bundled controls. They are at 0 where no prompt says more, so that they act
     in those images alone whose prompts name them."""
-    from headstart.engine.words import named_adapters
+    from headstart.conditioning.texts import named_adapters
 
     reports: list[AdapterReport] = []
     for name, tags in named_adapters(prompts).items():

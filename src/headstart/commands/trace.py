@@ -190,7 +190,7 @@ def _check_output(out: Path, overwrite: bool) -> None:
 
 def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     """Phrase -> the prompt without it, or None where the prompt does not have it."""
-    from headstart.engine.stages import stages
+    from headstart.conditioning.stages import stages
     from headstart.traces.timeline import check_phrases, without
 
     levels = [stage.level for stage in stages(prompt)]
@@ -219,7 +219,7 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
 
 def _has_levels(control: str, levels: Sequence[object]) -> bool:
     """Whether a text is left for every level."""
-    from headstart.engine.stages import stages
+    from headstart.conditioning.stages import stages
 
     try:
         return [stage.level for stage in stages(control)] == levels

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from headstart.conditioning.texts import final_text
 from headstart.diversify.method import Method
 from headstart.diversify.select import Select
 from headstart.engine.engine import Engine
-from headstart.engine.words import shown
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import vendi, word_of
@@ -267,7 +267,7 @@ def _judged(
     prompt: str,
     judge: Judge,
 ) -> Outcome:
-    scores = None if judge.score is None else judge.score(rgb, [shown(prompt)] * len(rgb))
+    scores = None if judge.score is None else judge.score(rgb, [final_text(prompt)] * len(rgb))
     return Outcome(
         name=name,
         passes=passes,

@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
 from headstart.engine.trajectory import Trajectory
-from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 from headstart.sampler import State
@@ -49,7 +49,7 @@ class Cost:
     passes      network passes an image
     first_ms    the first run, which also pays for memory, compilation and capture
     stages      stage -> milliseconds of the runs after the warm-up; of the text, those in which it
-                is found and not encoded again (`engine.encoded`): that is in first_ms
+                is found and not encoded again (`conditioning.text_cache`): that is in first_ms
     peak_bytes  the most that was held at once, weights included: allocated by torch on a GPU, the
                 process's resident set on Linux, None where the system does not say
     """

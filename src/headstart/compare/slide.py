@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from headstart.conditioning.texts import named_adapters
 from headstart.engine.engine import Engine
-from headstart.engine.words import named_adapters
 from headstart.errors import InputError
 from headstart.pictures.sheet import Row, draw_sheet
 from headstart.plan.table import StepTable

@@ -17,22 +17,22 @@ from headstart.adapters.report import AdapterReport
 from headstart.adapters.strength import StrengthLike
 from headstart.adapters.textual_inversion import Embeddings
 from headstart.batch import MOST_SAMPLES, Batch, doubling
+from headstart.conditioning.texts import Prompts, Seeds, check_clip_skip, check_style
 from headstart.diversify.effect import select_of
 from headstart.diversify.methods import Diversify
-from headstart.engine import record as recording
-from headstart.engine.asks import Asks
 from headstart.engine.clock import Clock
-from headstart.engine.course import Course, encode
+from headstart.engine.denoising import DenoisingLoop, encode
 from headstart.engine.devices import Device, first_device
-from headstart.engine.launch import run_course
-from headstart.engine.pair import FilePath, Options, Pair, load_demo, load_pair
-from headstart.engine.prompts import check_texts
-from headstart.engine.request import Prompts, Request, Seeds, check_texts_memory, prepare
+from headstart.engine.execution import execute
+from headstart.engine.options import SAMPLE_OPTIONS, LoadOptions, SampleOptions
+from headstart.engine.pair import FilePath, Pair, load_demo, load_pair
+from headstart.engine.prompts import check_lengths
+from headstart.engine.request import Request, check_texts_memory, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
-from headstart.engine.words import check_clip_skip, check_style, compact
 from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
+from headstart.keywords import check_keywords, with_known_keywords
 from headstart.memory.available import Memory
 from headstart.networks.assembly import Packed
 from headstart.networks.casting import compute_dtype
@@ -78,27 +78,14 @@ class Engine:
         *,
         distilled_lora: FilePath | None = None,
         runner: RunnerName = "auto",
-        **options: Unpack[Options],
+        **options: Unpack[LoadOptions],
     ) -> Engine:
         """Read checkpoints in any known layout.
 
         One text encoder and one VAE serve both networks: those of `text=` and `vae=`, else the
         base's, else the distilled's; so a distilled file with a UNet alone is enough. One of the
-        two models may be left out. The other options, see `headstart.engine.pair.Options`:
+        two models may be left out. `headstart.engine.options.LoadOptions` has all options; of them:
 
-        tokenizer   for files that hold none, as LDM single files do. By default CLIP's own
-        preset      names the pair for plans given by name. By default what the distilled file
-                    says, or what its name suggests; `weights.notes` tells
-        prediction  "eps", "v" or "x0", for both or as {"base": ..., "distilled": ...}. By default
-                    what the file says, what its name suggests, what its family predicts
-        embedded_guidance  what an LCM imitates, 8.0 by default; only for networks that read it
-        head_dim, text_head_dim  attention widths of scaled-down models whose files do not say
-        ema         True: the averaged weights (EMA) of every model that has them beside its own;
-                    False: those that were trained. By default each file's main ones
-        embeddings  files of learned tokens (textual inversion), or (file, token)
-        exclamation what "!" becomes with SD 2 and SDXL: "openclip", as their text encoders were
-                    trained, or "transformers", as diffusers' pictures have it
-        allow       tensors of the files that may be left aside, `*` and `?` for any text
         device      "auto", "cpu", "cuda", "cuda:1", or one for each model: {"base": "cuda:0",
                     "distilled": "cuda:1"}, text with the base, the decoder with the distilled model
         memory      "auto": what is free of the GPU. "8GB", or bytes: no more of it. Where weights
@@ -112,10 +99,6 @@ class Engine:
                     for you where nothing larger fits in the free memory, bfloat16 before it.
                     "float8": half of float16's memory for the UNets and SDXL's large text encoder,
                     widened layer by layer; weights are rounded to 4 bits: images are near
-        packed      lay weights out for a CPU's products when they are first used, which takes
-                    seconds once and a third or more off every pass. None: full-size models
-        vae_dtype   of the decoder. "auto": bfloat16 on a GPU that computes in it, else float32; on
-                    a CPU what the UNets have, float32 for their float16
 
         `distilled_lora` is a distilled model that is a LoRA (LCM, Lightning, DMD2, Hyper-SD): one
         UNet in memory is both models, with the LoRA at strength 0 on the base's rows and 1 on the
@@ -124,6 +107,7 @@ class Engine:
         Raises CheckpointError for files that are absent, damaged or do not belong together, and
         InputError for a device, dtype or runner that does not exist.
         """
+        check_keywords(cls.load, options, LoadOptions.__annotations__)
         chosen = choose_runner(runner, first_device(options.get("device", "auto"))).name
         engine = cls(load_pair(base, distilled, distilled_lora=distilled_lora, **options), chosen)
         if distilled_lora is not None:
@@ -131,6 +115,7 @@ class Engine:
         return engine
 
     @classmethod
+    @with_known_keywords
     def demo(
         cls,
         *,
@@ -245,6 +230,7 @@ class Engine:
         (UserWarning) where the plan is not what a model was trained for, as far as its file tells.
         Raises PlanError, also for a model that this engine has no network for.
         """
+        check_keywords(self.compile, settings, PlanSettings.__annotations__)
         return compile_for(self.weights, plan, settings)
 
     def sample(
@@ -257,7 +243,7 @@ class Engine:
         batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         on_step: Callable[[State], object] | None = None,
-        **asks: Unpack[Asks],
+        **options: Unpack[SampleOptions],
     ) -> Trajectory:
         """Sample and decode.
 
@@ -279,8 +265,8 @@ class Engine:
         on_step         called with each State, such as a `headstart.Preview`; raise in it to
                         cancel. One with a method `rows` is told their number where all are one
                         launch (runner="trajectory"), which any other on_step makes run row by row
-        asks            negative=, size=, adapters=, style=, clip_skip=, second=, cond=, noise= and
-                        more: `headstart.engine.asks.Asks` has them all
+        options         negative=, size=, adapters=, style=, clip_skip=, second=, cond=, noise= and
+                        more: `headstart.engine.options.SampleOptions` has them all
 
         Raises PlanError, or InputError for a request that cannot be served: both before anything
         is allocated. InputError also for a network that gives NaN or infinity.
@@ -289,40 +275,12 @@ class Engine:
         if check := getattr(on_step, "check_space", None):  # a preview's decoder has a family too
             check(self.weights.lineage)
         run = self._prepared(
-            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
+            self.sample, prompts, options, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
             keep_x0=keep_x0,
         )  # fmt: skip
-        course = Course(self.weights, self.runner, run, clock, getattr(on_step, "picture", None))
-        made = run_course(course, keep_x0=keep_x0, on_step=on_step)
-        return Trajectory(
-            rgb=made.rgb,
-            latents=made.latents,
-            x0=made.x0,
-            table=run.table,
-            latency_ms=clock.totals(("text", "base", "distilled", "decode")),
-            prompts=run.images.prompts,
-            seeds=run.images.seeds,
-            negative=compact(run.words.negative),
-            size=run.size,
-            chunk=run.chunks.networks,
-            lineage=self.weights.lineage,
-            files={**self.weights.files, **run.adapters.files()},
-            adapters=run.adapters.describe(run.acts),
-            machine=self._machine(),
-            diversify=run.methods,
-            chosen=course.images.seeds if select_of(run.methods) else None,
-            reading=run.words.reading,
-            given=run.own.digests,
-            decode=run.chunks.own_decode,
-            tokens=run.tokens,
-        )
-
-    def _machine(self) -> recording.Json:
-        own, text = self.weights, self.text
-        return recording.machine(
-            own.device, "float8" if own.float8 else own.dtype, self.runner,
-            own.embedded_guidance, text.exclamation, own.ema, own.allow, own.vae_dtype, own.packed,
-        )  # fmt: skip
+        picture = getattr(on_step, "picture", None)
+        loop = DenoisingLoop(self.weights, self.runner, run, clock, picture)
+        return execute(loop, keep_x0=keep_x0, on_step=on_step)
 
     def iterate(
         self,
@@ -333,7 +291,7 @@ class Engine:
         batch: int | Sequence[int] | None = None,
         diversify: Diversify = (),
         resume: State | None = None,
-        **asks: Unpack[Asks],
+        **options: Unpack[SampleOptions],
     ) -> Iterator[State]:
         """The same run as a generator of State, one a row; to stop iterating is to cancel.
 
@@ -344,8 +302,8 @@ class Engine:
         The request is checked at once, the text encoded and networks run as it is iterated.
         """
         run = self._prepared(
-            prompts, asks, plan=plan, seeds=seeds, batch=batch, diversify=diversify,
-            resumed=resume is not None,
+            self.iterate, prompts, options, plan=plan, seeds=seeds, batch=batch,
+            diversify=diversify, resumed=resume is not None,
         )  # fmt: skip
         if resume is not None:
             shapes = [list(resume.x.shape), list(resume.x0.shape)]
@@ -355,7 +313,7 @@ class Engine:
                     f"diversify {select}: chooses seeds after the first row, which is behind a "
                     "resumed run: leave it out, and give the chosen seeds (Trajectory.chosen)"
                 )
-        return Course(self.weights, self.runner, run, Clock(self.device)).states(resume)
+        return DenoisingLoop(self.weights, self.runner, run, Clock(self.device)).states(resume)
 
     def begin(
         self,
@@ -363,10 +321,10 @@ class Engine:
         *,
         plan: str | Plan | StepTable = "hybrid",
         seeds: Seeds = 0,
-        **asks: Unpack[Asks],
+        **options: Unpack[SampleOptions],
     ) -> Run:
         """The same run without its networks, for `batch`."""
-        run = self._prepared(prompts, asks, plan=plan, seeds=seeds)
+        run = self._prepared(self.begin, prompts, options, plan=plan, seeds=seeds)
         cond, uncond = encode(self.weights, run)
         dtypes = {model: compute_dtype(network) for model, network in self.denoisers.items()}
         noise = Philox.shared(run.images.seeds) if run.noise is None else run.noise
@@ -375,11 +333,14 @@ class Engine:
             strengths=run.strengths, dtypes=dtypes,
         )  # fmt: skip
 
-    def _prepared(self, prompts: Prompts, asks: Asks, **call: Any) -> Request:
-        """The request, read as this engine does where the call does not say otherwise."""
+    def _prepared(
+        self, method: Callable[..., object], prompts: Prompts, options: SampleOptions, **call: Any
+    ) -> Request:
+        """The request of a method, with the engine's own `reading` where the options have none."""
+        check_keywords(method, set(options) - {"diversify"}, SAMPLE_OPTIONS)  # see `prepare`
         now = self.adapters.now()
-        request = prepare(self.weights, now, prompts, asks=asks, reading=self.reading, **call)
-        tokens = check_texts(self.weights.text, request)
+        request = prepare(self.weights, now, prompts, options=options, reading=self.reading, **call)
+        tokens = check_lengths(self.weights.text, request)
         check_texts_memory(self.weights, request, tokens)
         return replace(request, tokens=tokens)
 

@@ -9,18 +9,18 @@ dtype       in which networks compute; on a CPU, weights in half precision may s
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict, Unpack
+from typing import Literal, Unpack
 
 import torch
 
 import headstart_weights
-from headstart.adapters.textual_inversion import EMBEDDING, Embeddings, with_tokens
+from headstart.adapters.textual_inversion import EMBEDDING, with_tokens
 from headstart.checkpoint.distillation import Guess
 from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
-from headstart.engine.devices import Device, choose_devices
+from headstart.engine.devices import choose_devices
 from headstart.engine.dtypes import Precision, choose_precision
 from headstart.engine.models import (
     FilePath,
@@ -37,20 +37,19 @@ from headstart.engine.models import (
     swapped,
     two_schedules,
 )
+from headstart.engine.options import LoadOptions
 from headstart.engine.parts import check_channels, decoder_dtype, preview_of, unet_of, vae_of
 from headstart.engine.record import Files
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning, Denoiser, LatentCodec
-from headstart.memory.available import Memory
 from headstart.memory.budget import Footprint
 from headstart.memory.planning import Sources, loading_device, notes, plan_residency, settle
 from headstart.memory.residency import Residency
-from headstart.networks.assembly import Dtype, Packed, bound_for
+from headstart.networks.assembly import Dtype, bound_for
 from headstart.networks.casting import compute_dtype
 from headstart.networks.load import load_text
 from headstart.networks.numbers import guidance_embedding
 from headstart.networks.packed import is_packed
-from headstart.networks.prompt_style import Exclamation
 from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 from headstart.networks.unet import UNet
@@ -122,56 +121,13 @@ class Pair:
         return replace(cond, guidance_embedding=guidance_embedding(values, self.guidance_dim))
 
 
-class Options(TypedDict, total=False):
-    """How files are read; every one has a default. See `headstart.engine.engine.Engine.load`.
-
-    vae, text, tokenizer, preview  files of their own
-    preset             the pair's name; by default what the distilled file's name says
-    prediction         "eps", "v" or "x0", for both models or {"base": ..., "distilled": ...}
-    embedded_guidance  what an LCM imitates, 8.0 by default
-    ema                averaged weights or those that were trained, where a file has both
-    head_dim           width of a UNet's attention heads, and text_head_dim of the text encoders',
-                       for scaled-down models whose files do not say it
-    embeddings         files of learned tokens, or (file, token)
-    exclamation        "openclip", or "transformers" for "!" as diffusers has it with SD 2 and SDXL
-    allow              tensors of the files that may be left aside, `*` and `?` for any text
-    device             "auto", a name, or one for each model: {"base": ..., "distilled": ...}
-    dtype              "auto", or a name; vae_dtype: of the decoder, see `parts.decoder_dtype`
-    packed             whether weights are laid out for a CPU's products (`networks.packed`); None:
-                       those of full-size networks, where memory holds the layouts; "direct": those
-                       without the ones for tiles
-    memory             "auto", "none", or how much of a GPU may be had, such as "8GB"
-    plan_size          pixels of the picture that it is planned for; the model's own by default
-    """
-
-    vae: FilePath | None
-    text: FilePath | None
-    tokenizer: FilePath | None
-    preview: FilePath | None
-    preset: str | None
-    prediction: Predictions | None
-    embedded_guidance: float | None
-    ema: bool | None
-    head_dim: int | None
-    text_head_dim: int | None
-    embeddings: Embeddings
-    exclamation: Exclamation
-    allow: Collection[str]
-    device: Device
-    dtype: str
-    packed: Packed
-    memory: Memory
-    plan_size: int | tuple[int, int] | None
-    vae_dtype: str
-
-
 @headers_cached()
 def load_pair(
     base: FilePath | None,
     distilled: FilePath | None,
     *,
     distilled_lora: FilePath | None = None,
-    **options: Unpack[Options],
+    **options: Unpack[LoadOptions],
 ) -> Pair:
     """Read the files. Raises CheckpointError, or InputError for a device that is not there.
 
@@ -247,7 +203,7 @@ def load_pair(
     return _one_network(pair, distilled_lora, lora)
 
 
-def load_demo(**options: Unpack[Options]) -> Pair:
+def load_demo(**options: Unpack[LoadOptions]) -> Pair:
     """The bundled pair. Raises CheckpointError for a file that is missing or damaged."""
     try:
         paths = {role: headstart_weights.path(role) for role in ("base", "distilled")}
@@ -255,7 +211,7 @@ def load_demo(**options: Unpack[Options]) -> Pair:
     except headstart_weights.WeightsError as error:
         raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
     base, distilled = paths["base"], paths["distilled"]
-    shared: Options = {**options, "preview": preview, "preset": "demo"}
+    shared: LoadOptions = {**options, "preview": preview, "preset": "demo"}
     pair = load_pair(base, distilled, **shared)
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
     embeddings = {role: own for role, own in pair.files.items() if role.startswith(EMBEDDING)}
@@ -308,7 +264,9 @@ def _notes(
     return tuple(line for line in (*guesses, *others) if line)
 
 
-def _load_text(path: FilePath, device: torch.device, dtype: Dtype, options: Options) -> ClipText:
+def _load_text(
+    path: FilePath, device: torch.device, dtype: Dtype, options: LoadOptions
+) -> ClipText:
     return load_text(
         path,
         device=device,

@@ -17,7 +17,7 @@ from headstart.plan.table import StepTable
 from headstart_kernels import decode_u8
 
 
-def finished(table: StepTable, x: Tensor) -> Tensor:
+def final_latents(table: StepTable, x: Tensor) -> Tensor:
     """The latent to decode, of the last x of a table: see `StepTable.end_scale`."""
     return x if table.end_scale == 1.0 else x * table.end_scale
 

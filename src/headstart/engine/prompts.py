@@ -1,8 +1,8 @@
 """Prompts into conditioning: every distinct text once, at each strength that an adapter has on it.
 
-cond[row, i] = encode(line of image i at that row; strengths of image i there)
+cond[row, i] = encode(texts of image i at that row; strengths of image i there)
 
-What an earlier call has encoded, of the same texts and weights, is found: see `engine.encoded`.
+Encodings of the same texts by the same weights come from a cache (`conditioning.text_cache`).
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ import torch
 from torch import Tensor
 
 from headstart.by_level import ByLevel, Level
-from headstart.engine.encoded import encoded_by
-from headstart.engine.given import Told
-from headstart.engine.lengths import lengths, meeting
+from headstart.conditioning.inputs import Cond
+from headstart.conditioning.lengths import common_length, token_counts
+from headstart.conditioning.tags import text_strengths
+from headstart.conditioning.text_cache import text_cache_of
+from headstart.conditioning.texts import RowTexts
 from headstart.engine.request import Request
-from headstart.engine.tags import text_strengths
-from headstart.engine.words import Line
 from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
 from headstart.plan.leg import PRINTED
 
-_Key = tuple[Line, tuple[float, ...]]
+_Key = tuple[RowTexts, tuple[float, ...]]
 
 
-def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]:
+def encode_prompts(text: ClipText, request: Request) -> tuple[Cond, Cond | None]:
     """(cond, uncond) for each image, both with the adapters; uncond is None where no row is guided.
 
-    A ByLevel where a text, or a strength that it is read at, changes with the row. All texts of a
-    call have one length, and rows that are told the same share their tensors.
+    A ByLevel where a text, or a strength at which it is read, changes with the row. All texts of a
+    call have one length, and rows with the same conditioning share its tensors.
     """
-    check_threads()  # before rows are taken of what is found
-    known = encoded_by(text)
+    check_threads()  # before rows of cached tensors are taken
+    cache = text_cache_of(text)
     text = request.adapters.text_encoder or text  # with the tokens that adapters brought
     base = request.adapters.text_strengths(len(request.images), request.acts)
     strengths = [text_strengths(request.adapters, base, tags) for tags in request.tags]
     keys = [
-        [(line, _row(own, image)) for image, line in enumerate(lines)]
-        for lines, own in zip(request.lines, strengths, strict=True)
+        [(texts, _row(own, image)) for image, texts in enumerate(row)]
+        for row, own in zip(request.rows, strengths, strict=True)
     ]
     distinct = list(dict.fromkeys(key for row in keys for key in row))
-    place = next(text.parameters()).device
-    own = None if base is None else tuple(told for _, told in distinct)
-    reading = _Reading(*_texts(request, [line for line, _ in distinct], each=own is not None))
-    told = (weakref.ref(text), text.exclamation, text.zero_empty_negative, reading.key, own)
-    cond, uncond = known.find(
-        (*told, _changes(text, request)), lambda: _encoded(text, request, reading, own)
+    device = next(text.parameters()).device
+    own = None if base is None else tuple(row for _, row in distinct)
+    reading = _Reading(*_texts(request, [texts for texts, _ in distinct], each=own is not None))
+    key = (weakref.ref(text), text.exclamation, text.zero_empty_negative, reading.key, own)
+    cond, uncond = cache.find(
+        (*key, _changes(text, request)), lambda: _encoded(text, request, reading, own)
     )
     cond = replace(cond, adapters=request.adapters)
     uncond = None if uncond is None else replace(uncond, adapters=request.adapters)
@@ -60,46 +60,46 @@ def encode_prompts(text: ClipText, request: Request) -> tuple[Told, Told | None]
     rows = [tuple(number[key] for key in row) for row in keys]
     starts = [step.sigma for step in request.table]
     parts = _by_level(rows, starts)
-    return _spread(cond, parts, place), None if uncond is None else _spread(uncond, parts, place)
+    return _spread(cond, parts, device), None if uncond is None else _spread(uncond, parts, device)
 
 
-def check_texts(text: ClipText, request: Request) -> int:
+def check_lengths(text: ClipText, request: Request) -> int:
     """Tokens of the texts that are encoded, 0 where none is.
 
     Raises InputError for texts that cannot share a call, before anything is allocated.
     """
-    own = request.own
-    have = [*lengths(own.cond), *lengths(own.uncond)]
+    inputs = request.inputs
+    have = [*token_counts(inputs.cond), *token_counts(inputs.uncond)]
     read = 0
-    if own.cond is None or (request.guided and own.uncond is None):
+    if inputs.cond is None or (request.guided and inputs.uncond is None):
         text = request.adapters.text_encoder or text
-        lines = list(dict.fromkeys(line for row in request.lines for line in row))
-        prompts, negatives, how = _texts(request, lines, each=False)
+        distinct = list(dict.fromkeys(texts for row in request.rows for texts in row))
+        prompts, negatives, how = _texts(request, distinct, each=False)
         have.append(read := text.check(prompts, negatives, **how))
     if request.guided:  # its calls hold both halves
-        meeting(have, text.length)
+        common_length(have, text.length)
     return read
 
 
 def _texts(
-    request: Request, lines: Sequence[Line], *, each: bool
+    request: Request, rows: Sequence[RowTexts], *, each: bool
 ) -> tuple[list[str], list[str | None] | None, dict[str, Any]]:
-    """Prompts, negative prompts where the engine reads them, and how they are read.
+    """Prompts, negative prompts where they are read, and how to read them.
 
-    each   a negative prompt for each line, where it would be one for all too
+    each   one negative prompt for each of `rows`, even where all are the same
     """
-    words, size = request.words, request.size
-    how: dict[str, Any] = {"style": words.style, "clip_skip": words.clip_skip}
-    how |= {"original": words.original_size or size, "size": words.target_size or size}
-    how |= {"crop": words.crop or (0, 0)}
-    prompts = [line.prompt for line in lines]
-    if request.own.cond is not None:  # names, of which nothing is read
-        prompts = [""] * len(lines)
-    elif any(line.second is not None for line in lines):
-        how["second"] = [line.prompt if line.second is None else line.second for line in lines]
-    if not request.guided or request.own.uncond is not None:
+    texts, size = request.texts, request.size
+    how: dict[str, Any] = {"style": texts.style, "clip_skip": texts.clip_skip}
+    how |= {"original": texts.original_size or size, "size": texts.target_size or size}
+    how |= {"crop": texts.crop or (0, 0)}
+    prompts = [row.prompt for row in rows]
+    if request.inputs.cond is not None:  # prompts are only names
+        prompts = [""] * len(rows)
+    elif any(row.second is not None for row in rows):
+        how["second"] = [row.prompt if row.second is None else row.second for row in rows]
+    if not request.guided or request.inputs.uncond is not None:
         return prompts, None, how
-    pairs = [(line.negative, line.negative_second) for line in lines]
+    pairs = [(row.negative, row.negative_second) for row in rows]
     if not each and len(set(pairs)) == 1:
         pairs = pairs[:1]
     if any(second is not None for _, second in pairs):
@@ -124,8 +124,7 @@ class _Reading(NamedTuple):
 
 
 def _changes(text: ClipText, request: Request) -> Hashable:
-    """What the adapters of the moment change of the encoders: whose it is, and how often it was
-    written to."""
+    """The adapters' changes of the text encoders, and how often they were written to."""
     adapters = request.adapters
     parts = [part for tower in text.towers for part in adapters.parts(tower)]
     if not parts:
@@ -140,10 +139,10 @@ def _changes(text: ClipText, request: Request) -> Hashable:
 def _encoded(
     text: ClipText, request: Request, reading: _Reading, own: Sequence[Sequence[float]] | None
 ) -> tuple[Conditioning, Conditioning | None]:
-    """Of each text; with strengths each negative prompt is read at its image's too."""
+    """Encode each text; with strengths, each negative prompt at those of its image."""
     prompts, negatives, how = reading
-    place = next(text.parameters()).device
-    strengths = None if own is None else torch.tensor(own, device=place)
+    device = next(text.parameters()).device
+    strengths = None if own is None else torch.tensor(own, device=device)
     if negatives is None:
         with request.adapters.active(strengths):
             return text.encode(prompts, None, **how), None
@@ -153,22 +152,24 @@ def _encoded(
 
 
 def _by_level(rows: Sequence[tuple[int, ...]], starts: Sequence[float]) -> list[tuple[Level, Any]]:
-    """(level, the line of each image) for every run of rows that are told the same. Levels lie
-    between two rows, where no rounding moves one to the other side."""
+    """(level, numbers of the images' texts) for every run of rows with the same texts. Levels lie
+    between two rows, so that rounding moves none to the other side."""
     parts: list[tuple[Level, Any]] = [(math.inf, rows[0])]
-    for row, lines in enumerate(rows[1:], start=1):
-        if lines != rows[row - 1]:
+    for row, numbers in enumerate(rows[1:], start=1):
+        if numbers != rows[row - 1]:
             middle = (starts[row - 1] + starts[row]) / 2
-            parts.append((middle / (1 + PRINTED), lines))
+            parts.append((middle / (1 + PRINTED), numbers))
     return parts
 
 
-def _spread(encoded: Conditioning, parts: Sequence[tuple[Level, Any]], place: torch.device) -> Told:
-    """A row for each image."""
-    told: list[tuple[Level, Any]] = [
-        (level, encoded[torch.tensor(lines, device=place)]) for level, lines in parts
+def _spread(
+    encoded: Conditioning, parts: Sequence[tuple[Level, Any]], device: torch.device
+) -> Cond:
+    """One row of `encoded` for each image."""
+    found: list[tuple[Level, Any]] = [
+        (level, encoded[torch.tensor(numbers, device=device)]) for level, numbers in parts
     ]
-    return told[0][1] if len(told) == 1 else ByLevel(tuple(told))
+    return found[0][1] if len(found) == 1 else ByLevel(tuple(found))
 
 
 def _row(strengths: Tensor | None, image: int) -> tuple[float, ...]:

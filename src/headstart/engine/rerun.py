@@ -14,13 +14,13 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.conditioning.inputs import Cond, Noise
+from headstart.conditioning.texts import check_clip_skip
 from headstart.engine import record as recording
 from headstart.engine.engine import Engine
-from headstart.engine.given import Noise, Told
 from headstart.engine.picture import KEYWORD, drawn_again
 from headstart.engine.record import Recorded
 from headstart.engine.trajectory import Trajectory
-from headstart.engine.words import check_clip_skip
 from headstart.errors import InputError
 from headstart.input import check_shape, loads
 from headstart.output import PNG
@@ -104,8 +104,8 @@ def replay(
     engine: Engine,
     *,
     on_step: Callable[[State], object] | None = None,
-    cond: Told | None = None,
-    uncond: Told | None = None,
+    cond: Cond | None = None,
+    uncond: Cond | None = None,
     noise: Noise | None = None,
 ) -> Trajectory:
     """Run a record again and compare SHA-256 of every latent and image.
@@ -129,7 +129,7 @@ def replay(
         source = open_source(Path(record))
     recorded = source.recorded
     own = {"cond": cond, "uncond": uncond, "noise": noise}
-    check_own(recorded, [name for name, told in own.items() if told is not None])
+    check_own(recorded, [name for name, value in own.items() if value is not None])
     _check_whole(recorded, engine)
     adapters = engine.adapters.look()
     files = {**engine.weights.files, **adapters.files()}

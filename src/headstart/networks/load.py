@@ -20,6 +20,7 @@ from headstart.checkpoint.network_info import NetworkInfo, Overrides
 from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
+from headstart.keywords import with_known_keywords
 from headstart.networks.assembly import (
     Dtype,
     Packed,
@@ -46,6 +47,7 @@ _LARGE = 1280
 float16. CLIP's first has 0.25 GB."""
 
 
+@with_known_keywords
 def load_unet(
     path: str | Path,
     *,
@@ -96,6 +98,7 @@ def load_unet(
     return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS, packed)
 
 
+@with_known_keywords
 def load_vae(
     path: str | Path,
     *,
@@ -137,6 +140,7 @@ def load_vae(
     return filled(lambda: Vae(params), judged.part, target, dtype, packed=packed)
 
 
+@with_known_keywords
 def load_text(
     path: str | Path,
     *,
@@ -176,6 +180,7 @@ def load_text(
     return ClipText(towers, words, image_size=family.image_size)
 
 
+@with_known_keywords
 def load_tiny(
     path: str | Path,
     *,

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, NoReturn, cast, get_args
 import numpy as np
 
 from headstart.errors import PlanError
+from headstart.keywords import with_known_keywords
 from headstart.plan.leg import PRINTED, Grid, Leg
 from headstart.plan.pair import Floats, Pair
 from headstart.plan.pairs import PAIRS
@@ -47,6 +48,7 @@ class Request(NamedTuple):
         return f"preset({', '.join([repr(self.name), *arguments])})"
 
 
+@with_known_keywords
 def preset(
     name: str,
     *,

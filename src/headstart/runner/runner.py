@@ -46,7 +46,7 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
     "graph"     a CUDA graph of the network, once a shape
     "replay"    the network's operators recorded once a shape and replayed, on a CPU
     "trajectory"  a whole run, its decoder too, as one CUDA graph, or recorded and replayed on a
-                CPU: see `headstart.engine.launch`. Where a run goes row by row, as "graph" or
+                CPU: see `headstart.engine.execution`. Where a run goes row by row, as "graph" or
                 "replay"
 
     What "auto" took and why is logged, at level INFO of `runner.runner`; the record of a run has

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
-from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge

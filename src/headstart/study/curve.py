@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
-from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import off_diagonal_mean

@@ -25,8 +25,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from headstart.conditioning.texts import final_text
 from headstart.engine.engine import Engine
-from headstart.engine.words import shown
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import vendi
 from headstart.metrics.resample import measure_diversity
@@ -171,7 +171,7 @@ def measured(
     for space in judge.spaces:
         found |= _varied(space, group_features(space, rgb))
     if judge.score is not None:
-        found["score"] = judge.score(rgb, [shown(prompt)] * len(rgb)).astype(np.float64)
+        found["score"] = judge.score(rgb, [final_text(prompt)] * len(rgb)).astype(np.float64)
         found["scored_by"] = np.array(judge.scored_by)
     if reference is not None:
         found["nearest"] = nearest(rgb, reference)

@@ -16,8 +16,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
-from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.resample import Measured, over_prompts
 from headstart.plan.request import check_size

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 import headstart_weights
+from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
-from headstart.engine.words import Size
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER
 from headstart.plan.table import StepTable

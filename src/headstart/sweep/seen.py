@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headstart.engine.words import shown
+from headstart.conditioning.texts import final_text
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER
 from headstart.metrics.fidelity import Moments
@@ -66,7 +66,7 @@ def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) ->
                 found[space.name].append(space.features(rgb))
         if judge.score is not None:
             own = gallery.pictures[begin : begin + len(rgb)]
-            scores.append(judge.score(rgb, [shown(picture.prompt) for picture in own]))
+            scores.append(judge.score(rgb, [final_text(picture.prompt) for picture in own]))
         begin += len(rgb)
         on_images(len(rgb))
     spaces = [

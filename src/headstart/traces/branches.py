@@ -15,10 +15,10 @@ from torch import Tensor
 
 from headstart.adapters.strength import Strength
 from headstart.by_level import part_of_rows
+from headstart.conditioning.stages import stages
 from headstart.diversify.effect import going_on
 from headstart.engine.engine import Engine
-from headstart.engine.pixels import decode_rgb, finished
-from headstart.engine.stages import stages
+from headstart.engine.pixels import decode_rgb, final_latents
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
@@ -132,7 +132,7 @@ def branch(
     for state in run:
         if kept is not None:
             made.append(state.x0)
-    dtype, latents = engine.weights.vae_dtype, finished(table, state.x)
+    dtype, latents = engine.weights.vae_dtype, final_latents(table, state.x)
     return Branch(
         rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=decode, seeds=seeds, bands=bands),
         latents=latents,

@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
                    "noise, row 1 holds NaN"),
     "list": ("sd15", {"prompts": "a", "noise": [1.0]}, r"noise: expected a tensor \[B, C, h, w\]"),
     "select": ("sd15", {"prompts": "a", "noise": normals(2), "diversify": "select:2"},
-               "draws candidates from other seeds, and the noise is given"),
+               "draws candidates from other seeds, and noise= replaces the"),
 }  # fmt: skip
 
 

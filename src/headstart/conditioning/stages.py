@@ -12,12 +12,12 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from headstart.by_level import Level
-from headstart.engine.tags import TAG
+from headstart.conditioning.tags import TAG
 from headstart.errors import InputError
 
 _ARROW = re.compile(r"(?<![-<=])--?>|→")
 _LIKE = re.compile(r"[-=~–—]>|[⇒➔➜➝⟶]")
-"""What may have been typed for an arrow."""
+"""Characters that a user may have typed for an arrow."""
 _LEVEL = (
     r"\b(?:below\s+sigma\s+(?P<sigma>\d+(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)"
     r"|(?P<handoff>at\s+the\s+hand-?off\b))"
@@ -25,12 +25,12 @@ _LEVEL = (
 _CLAUSE = re.compile(
     rf"(?P<text>.*?)\s*{_LEVEL}(?P<tags>(?:[\s.]|{TAG})*)", re.IGNORECASE | re.DOTALL
 )
-_SAID = re.compile(_LEVEL, re.IGNORECASE)
-_MEANT = re.compile(r"\bsigma\b|\bhand-?off\b|\bbelow\s+\.?\d", re.IGNORECASE)
+_LEVELS = re.compile(_LEVEL, re.IGNORECASE)
+_MENTION = re.compile(r"\bsigma\b|\bhand-?off\b|\bbelow\s+\.?\d", re.IGNORECASE)
 
 
 class Stage(NamedTuple):
-    """What is said from the row on that starts at this level or below it."""
+    """A text that holds from the row on that starts at this level or below it."""
 
     level: Level
     text: str
@@ -39,10 +39,10 @@ class Stage(NamedTuple):
 def stages(typed: str) -> tuple[Stage, ...]:
     """The texts of a prompt, each with the level from which on it holds; the first from the start.
 
-    `-> TEXT below sigma X` and `-> TEXT at the hand-off` begin one (`-->` and `→` are arrows too),
-    with nothing but tags behind the level; they belong to its text. Any other arrow is text, with a
-    warning where a level seems to be meant. Raises InputError for a level without a text, and for
-    words behind one.
+    `-> TEXT below sigma X` and `-> TEXT at the hand-off` begin a stage (`-->` and `→` are arrows
+    too). Behind the level only tags may follow, which belong to the stage. Any other arrow is text,
+    with a warning where the prompt mentions a level. Raises InputError for a stage without a text,
+    and for words behind a level.
     """
     arrows = [(found.start(), found.end()) for found in _ARROW.finditer(typed)]
     ends = [(len(typed), len(typed))]
@@ -72,11 +72,11 @@ def stages(typed: str) -> tuple[Stage, ...]:
 
 
 def _check_end(typed: str, start: int, end: int) -> None:
-    """Raise InputError for words behind a level: what was meant to change would be painted."""
-    for said in reversed([*_SAID.finditer(typed, start, end)]):
-        behind = typed[said.end() : end]
+    """Raise InputError for words behind a level, which would end up in the picture."""
+    for level in reversed([*_LEVELS.finditer(typed, start, end)]):
+        behind = typed[level.end() : end]
         raise InputError(
-            f"prompt {typed!r:.80}: {said[0]!r:.40} ends its part, and {behind!r:.40} stands "
+            f"prompt {typed!r:.80}: {level[0]!r:.40} ends its part, and {behind!r:.40} stands "
             "behind it: write `-> TEXT below sigma X` or `-> TEXT at the hand-off` with all of the "
             "text before the level, and nothing but <lora:...> behind it; for the letters "
             "themselves give literal=True (sample --literal)"
@@ -84,7 +84,7 @@ def _check_end(typed: str, start: int, end: int) -> None:
 
 
 def _warn(typed: str, arrows: bool, *, always: bool = False) -> None:
-    if arrows and (always or _MEANT.search(typed)):
+    if arrows and (always or _MENTION.search(typed)):
         warnings.warn(
             f"prompt {typed!r:.80}: an arrow is read as text; what changes with the level is "
             "written `-> TEXT below sigma X` or `-> TEXT at the hand-off`, with only tags behind",

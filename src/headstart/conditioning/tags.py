@@ -1,6 +1,6 @@
 """`<lora:NAME:STRENGTH>` in a prompt: an attached adapter at a strength of this image's own.
 
-strength[row, image] = the tag's where the text of that row names it, else what was asked for
+strength[row, image] = the tag's where the text of that row names the adapter, else the run's
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
 TAG = r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>"
-"""A tag, as a part of regular expressions that ignore case."""
+"""A tag, for regular expressions that ignore case."""
 _TAG = re.compile(r"<\s*(lora|lyco|hypernet)\s*:([^<>]*)>", re.IGNORECASE)
 _OPEN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*", re.IGNORECASE)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
@@ -34,24 +34,24 @@ class Tag(NamedTuple):
 
 
 Tags = Mapping[str, Tag]
-"""Adapter -> its tag, of one text."""
+"""Adapter -> its tag in one text."""
 
 
 def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
-    """The text without its tags, and what they say.
+    """The text without its tags, and the tags.
 
     `<lora:NAME>` is strength 1, `<lora:NAME:S>` acts at S, `<lora:NAME:TE:UNET>` at TE in the text
     encoders and UNET in both networks, also as `te=`, `unet=` (AUTOMATIC1111's webui,
     extensions-builtin/Lora/extra_networks_lora.py).
-    `lyco` is another word for it. Raises InputError for anything else in such brackets, and for
-    one that is not closed.
+    `lyco` is another name for `lora`. Raises InputError for a malformed tag and for one that is
+    not closed.
     """
     found: dict[str, Tag] = {}
     for tag in _TAG.finditer(typed):
-        name, told = _read(tag[0], tag[1].lower(), tag[2])
+        name, strengths = _read(tag[0], tag[1].lower(), tag[2])
         if name in found:
             raise InputError(f"prompt {typed!r:.80} names adapter {name!r} twice: leave one out")
-        found[name] = told
+        found[name] = strengths
     rest = _TAG.sub("", typed)
     if (left := _OPEN.search(rest)) is not None:
         raise InputError(
@@ -61,10 +61,10 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
     return (re.sub(r"\s+", " ", rest).strip() if found else typed), found
 
 
-def _read(tag: str, kind: str, told: str) -> tuple[str, Tag]:
-    if kind == "hypernet":
+def _read(tag: str, word: str, fields: str) -> tuple[str, Tag]:
+    if word == "hypernet":
         raise InputError(f"{tag!r:.60}: hypernetworks are not read here: leave the tag out")
-    name, *rest = (part.strip() for part in told.split(":"))
+    name, *rest = (part.strip() for part in fields.split(":"))
     name = name.removesuffix(".safetensors")
     named = dict(part.split("=", 1) for part in rest if "=" in part)
     plain = [part for part in rest if "=" not in part]
@@ -97,13 +97,13 @@ def tagged(
     table: StepTable,
     tags: Sequence[Sequence[Tags]],
 ) -> dict[str, Strength]:
-    """Adapter -> its strength with what prompts say, `tags` of [rows][images].
+    """Adapter -> its strength, with those of the prompts' tags, which are [rows][images].
 
     Raises InputError for an adapter that is not attached, and for a merged one at another strength
     than it is merged at.
     """
-    said = dict(acts)
-    for name in dict.fromkeys(name for row in tags for told in row for name in told):
+    strengths = dict(acts)
+    for name in dict.fromkeys(name for row in tags for own in row for name in own):
         if name not in attached.attached:
             have = ", ".join(map(repr, attached.attached)) or "none"
             raise InputError(
@@ -111,25 +111,25 @@ def tagged(
                 f"attach it first, with engine.attach('{name:.60}.safetensors'), or on the command "
                 "line with --lora FILE or --lora-folder DIR"
             )
-        own = [[told.get(name) for told in row] for row in tags]
+        column = [[own.get(name) for own in row] for row in tags]
         held = attached.attached[name]
-        strength = _strength(name, acts[name], table, own, texts=held.changes_text)
+        strength = _strength(name, acts[name], table, column, texts=held.changes_text)
         if not held.report.live and strength != held.strength:
-            _refuse_merged(held, [tag for row in own for tag in row])
-        said[name] = held.run_strength(strength)
-    return said
+            _refuse_merged(held, [tag for row in column for tag in row])
+        strengths[name] = held.run_strength(strength)
+    return strengths
 
 
 def _refuse_merged(held: AttachedAdapter, tags: Sequence[Tag | None]) -> None:
-    """Raise InputError for tags that ask for another strength than it is merged at."""
+    """Raise InputError: tags ask for another strength than the adapter is merged at."""
     name, at = held.name, held.strength.constant
     others = dict.fromkeys(tag for tag in tags if tag is not None and tag != (at, at))
-    told = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
-    told += ["a text without the tag"] * (None in tags)
+    written = [f"<lora:{name}:{tag.text:g}:{tag.unet:g}>" for tag in others]
+    written += ["a text without the tag"] * (None in tags)
     raise InputError(
         f"adapter {name!r:.60} ({held.report.form}) is merged into the weights at strength {at:g}, "
-        f"which serve all images and rows, and the prompts have {', '.join(told[:3])}: write one "
-        f"tag with one strength in every prompt and every part of one, and in Python set "
+        f"which serve all images and rows, and the prompts have {', '.join(written[:3])}: write "
+        f"one tag with one strength in every prompt and every part of one, and in Python set "
         f"engine.adapters[{name!r:.60}].strength to it; or take the tags out, for --lora "
         "FILE:STRENGTH"
     )
@@ -153,26 +153,26 @@ def _strength(
     value = _smallest(values)
     if not texts:
         return replace(strength, value=value)
-    # What texts are read at that do not name it: `text_strengths` puts the tags in their place.
+    # For texts that do not name the adapter; `text_strengths` sets those of the others.
     text = _smallest(strength.for_text(name, batch)[None])
     return replace(strength, value=value, text=None if text == value else text)
 
 
 def text_strengths(attached: Snapshot, base: Any, tags: Sequence[Tags]) -> Any:
-    """Of the images at one row, [images, adapters], for their texts there; None where no live
+    """[images, adapters]: the strengths at which the texts of one row are read; None where no live
     adapter changes texts."""
     if base is None:
         return None
     found = base.clone()
     for column, name in enumerate(attached.columns):
-        for image, told in enumerate(tags):
-            if name in told and attached.attached[name].changes_text:
-                found[image, column] = told[name].text
+        for image, own in enumerate(tags):
+            if name in own and attached.attached[name].changes_text:
+                found[image, column] = own[name].text
     return found
 
 
 def _smallest(values: Array) -> Any:
-    """A number where all are one, one an image where rows agree, else [rows][images]."""
+    """One number where all are equal, one an image where rows are equal, else [rows][images]."""
     if (values == values.flat[0]).all():
         return float(values.flat[0])
     if (values == values[0]).all():

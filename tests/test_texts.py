@@ -25,8 +25,8 @@ def sd15() -> hs.Engine:
     return tiny_engine("sd15")
 
 
-def drawn(engine: hs.Engine, prompts: Any = "cat", **asked: Any) -> Tensor:
-    return engine.sample(prompts, plan=PLAN, **asked).latents
+def drawn(engine: hs.Engine, prompts: Any = "cat", **options: Any) -> Tensor:
+    return engine.sample(prompts, plan=PLAN, **options).latents
 
 
 def far(one: Tensor, other: Tensor) -> float:
@@ -59,7 +59,7 @@ def test_one_prompt_and_seed_with_two_negatives_are_two_images(sdxl: hs.Engine) 
 
 
 @pytest.mark.parametrize(
-    "asked",
+    "options",
     [
         {"negative": "the"},
         {"negative": ["the", None, ""]},
@@ -73,10 +73,10 @@ def test_one_prompt_and_seed_with_two_negatives_are_two_images(sdxl: hs.Engine) 
     ],
 )  # fmt: skip
 def test_what_was_asked_in_words_is_in_the_record_and_replays(
-    sdxl: hs.Engine, asked: dict[str, Any]
+    sdxl: hs.Engine, options: dict[str, Any]
 ) -> None:
     usual = drawn(sdxl, seeds=range(3))
-    own = {"prompts": "cat"} | asked
+    own = {"prompts": "cat"} | options
     done = sdxl.sample(plan=PLAN, seeds=range(3), **own)
     assert far(done.latents, usual) > 1e-5
     again = hs.replay(done.record(), sdxl.with_reading("comfyui", 1))
@@ -174,11 +174,11 @@ def test_a_record_of_the_first_format_has_letters_alone_and_no_empty_negative(
 
 
 @pytest.mark.parametrize(
-    ("family", "asked", "told"),
+    ("family", "options", "message"),
     [
         ("sd15", {"second": "a"}, "this family has one"),
         ("sd15", {"negative": "", "negative_second": "a"}, "this family has one"),
-        ("sd15", {"crop": (0, 0)}, "told to SDXL's networks as time_ids"),
+        ("sd15", {"crop": (0, 0)}, "are SDXL's time_ids, which this"),
         ("sdxl", {"negative_second": "a"}, "give negative="),
         ("sdxl", {"crop": (-1, 0)}, "crop: expected two whole numbers of pixels of at least 0"),
         ("sdxl", {"crop": 1.5}, "crop: expected two whole numbers"),
@@ -204,13 +204,13 @@ def test_a_record_of_the_first_format_has_letters_alone_and_no_empty_negative(
          "negative_second 'a -> b .*'b' would do nothing"),
     ],
 )  # fmt: skip
-def test_texts_that_cannot_be_told_are_refused(
-    sd15: hs.Engine, sdxl: hs.Engine, family: str, asked: dict[str, Any], told: str
+def test_texts_that_cannot_be_used_are_refused(
+    sd15: hs.Engine, sdxl: hs.Engine, family: str, options: dict[str, Any], message: str
 ) -> None:
     engine = sdxl if family == "sdxl" else sd15
-    with pytest.raises(hs.InputError, match=told):
-        engine.iterate(**{"prompts": "cat", "plan": PLAN, **asked})
-    with pytest.raises(TypeError, match="unexpected keyword argument 'tile'"):
+    with pytest.raises(hs.InputError, match=message):
+        engine.iterate(**{"prompts": "cat", "plan": PLAN, **options})
+    with pytest.raises(TypeError, match="no keyword argument 'tile'"):
         engine.iterate("cat", tile=3)  # type: ignore[call-arg]
 
 

@@ -1,12 +1,12 @@
-"""Texts that were encoded before: a text is read once, and again only when something has changed.
+"""A cache of encoded texts: a text is encoded again only after something has changed.
 
-(what is read, how, by which weights) -> (cond, uncond), the least recently used going first
+(texts, how they are read, weights) -> (cond, uncond); the least recently used entry goes first
 
-Whole calls are kept, because a row's bits depend on the rows beside it. What callers get is a copy
-of rows, so nothing that they write to is kept here.
+An entry is a whole call, because a row's bits depend on the rows beside it. Callers get copies of
+rows, so they may write to them.
 """
 
-# A module's tables are read as they are: its own walk over them takes five times as long.
+# Modules' dictionaries are read directly: named_parameters() and its like take five times as long.
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ from headstart_kernels.observers import watched
 
 VARIABLE = "HEADSTART_TEXT_CACHE_MB"
 LIMIT_MB = 64.0
-"""Of memory on the text encoders' device, for each engine's: some 50 pairs of a prompt and a
-negative prompt of SDXL in float32, 100 in half precision. HEADSTART_TEXT_CACHE_MB says another; 0
-keeps nothing."""
+"""On the text encoders' device, for each engine: about 50 pairs of a prompt and a negative prompt
+of SDXL in float32, 100 in half precision. HEADSTART_TEXT_CACHE_MB overrides it; 0: no cache."""
 
 Pair = tuple[Conditioning, Conditioning | None]
 
 
 class _Weights(NamedTuple):
-    """Everything that text encoders compute with: where its bytes are, and how often torch saw it
-    written to."""
+    """Everything that text encoders compute with: its addresses, and torch's counts of writes."""
 
     tensors: tuple[Tensor, ...]
     storages: tuple[int, ...]
@@ -50,34 +48,39 @@ class _Weights(NamedTuple):
 
 
 @final
-class EncodedTexts:
-    """Of one text side. Threads may use it at once.
+class TextCache:
+    """The cache of one ClipText. Threads may use it at once.
 
-    It is dropped as a whole when a parameter, buffer or module of the encoders has been replaced,
-    moved or written to; to see that takes 0.13 ms for SDXL's 715 tensors (one Zen 3 core). Nothing
-    is kept while a module has a hook or a `forward` of its own, which may do anything; what
-    adapters do there is in the key. Not seen, as torch does not count it: what is written through
-    `.data` (`weight.data += change`), and settings, such as a norm's `eps`. After such a change
-    call `forget`, or write to the parameter itself under `torch.no_grad()`.
+    All entries are dropped when a parameter, buffer or module of the encoders has been replaced,
+    moved or written to. That check takes 0.13 ms for SDXL's 715 tensors (one Zen 3 core). Nothing
+    is cached while a module has a hook or a `forward` of its own, which may do anything; those of
+    adapters are in the key. The check misses what torch does not count: writes through `.data`
+    (`weight.data += change`), and attributes such as a norm's `eps`. After such a change call
+    `clear`, or write to the parameter itself under `torch.no_grad()`.
 
-    Encoders that are brought to their device in turns (`in_place`) are brought for an encoding
-    alone. They are overwritten each time, so of them nothing that is written is seen.
+    Encoders that take turns on their device (`in_place`) are loaded only for an encoding. Every
+    turn overwrites them, so writes to them are not counted.
     """
 
     def __init__(self, text: ClipText) -> None:
-        self._root = text._modules  # which holds the towers that it has now, and not the text
+        self._root = (
+            text._modules
+        )  # the dictionary of its towers, which does not keep the text alive
         self._lock = threading.Lock()
-        self._kept: dict[Hashable, Pair] = {}
+        self._entries: dict[Hashable, Pair] = {}
         self._weights: _Weights | None = None
-        self._alive: list[StorageWeakRef] = []  # while it is, no other storage has its address
+        self._alive: list[
+            StorageWeakRef
+        ] = []  # while these live, no other storage has their addresses
         self._tensors: list[Mapping[str, Tensor | None]] = []
         self._modules: list[Mapping[str, nn.Module | None]] = []
-        self._walked: list[weakref.ref[nn.Module]] = []  # hooks may hold an engine, which has texts
+        self._walked: list[
+            weakref.ref[nn.Module]
+        ] = []  # weak: hooks may hold an engine, and it the text
         self._walk()
 
     def find(self, key: Hashable, encode: Callable[[], Pair]) -> Pair:
-        """What is kept under `key`, else what `encode` makes. The tensors are not to be written
-        to."""
+        """The entry of `key`, else what `encode` returns. Do not write to the tensors."""
         limit = limit_bytes()
         now = None if limit <= 0 or watched() else self._look()
         if now is None:
@@ -85,35 +88,35 @@ class EncodedTexts:
         key = (key, _surroundings(now))
         with self._lock:
             self._settle(now)
-            if (found := self._kept.pop(key, None)) is not None:
-                self._kept[key] = found  # the last to go
+            if (found := self._entries.pop(key, None)) is not None:
+                self._entries[key] = found  # the most recently used
                 return found
-        made = self._encoded(encode)
+        encoded = self._encoded(encode)
         with self._lock:
-            if self._weights is now and self._look() is now:  # nobody has changed them meanwhile
-                self._kept[key] = made
+            if self._weights is now and self._look() is now:  # unchanged meanwhile
+                self._entries[key] = encoded
                 self._shrink(limit)
-        return made
+        return encoded
 
     def _encoded(self, encode: Callable[[], Pair]) -> Pair:
         with ExitStack() as stack:
-            for bring in filter(None, map(_bringing, self._towers())):
-                stack.enter_context(bring())
+            for load in filter(None, map(_loader, self._towers())):
+                stack.enter_context(load())
             return encode()
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         with self._lock:
-            self._kept.clear()
+            self._entries.clear()
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
     @property
     def size_bytes(self) -> int:
-        return sum(map(_bytes, self._kept.values()))
+        return sum(map(_bytes, self._entries.values()))
 
     def _walk(self) -> None:
-        """The tables that hold the encoders' tensors and modules, which stay when these change."""
+        """Collect the encoders' dictionaries of tensors and modules; these stay the same."""
         roots = [root for root in self._root.values() if root is not None]
         modules = [module for root in roots for module in root.modules()]
         self._tensors = [own for m in modules for own in (m._parameters, m._buffers) if own]
@@ -124,7 +127,7 @@ class EncodedTexts:
         return cast("Iterator[nn.Module]", iter(cast("Any", self._root["towers"])))
 
     def _is_steered(self) -> bool:
-        """Whether anybody but adapters, which are in the key, acts on a module."""
+        """Whether a module has hooks or a `forward` other than those of adapters."""
         acting: list[object] = []
         for own in [vars(module) for find in self._walked if (module := find()) is not None]:
             acting += own["_forward_pre_hooks"].values()
@@ -134,16 +137,16 @@ class EncodedTexts:
         return not all(getattr(one, "in_key", False) for one in acting)
 
     def _look(self) -> _Weights | None:
-        """None where a change would not be seen: one of a hook, or of tensors made in inference
-        mode, of which torch does not count what is written."""
+        """None where changes would be missed: with hooks, and with tensors of inference mode, to
+        which torch does not count writes."""
         if self._is_steered():
             return None
-        held = chain.from_iterable([table.values() for table in self._tensors])
-        tensors = tuple([tensor for tensor in held if tensor is not None])
+        entries = chain.from_iterable([table.values() for table in self._tensors])
+        tensors = tuple([tensor for tensor in entries if tensor is not None])
         modules = tuple(chain.from_iterable([table.values() for table in self._modules]))
         storages = tuple([tensor.untyped_storage()._cdata for tensor in tensors])
         versions: tuple[int, ...] = ()
-        if not any(map(_bringing, self._towers())):
+        if not any(map(_loader, self._towers())):
             try:
                 versions = tuple([tensor._version for tensor in tensors])
             except RuntimeError:
@@ -152,44 +155,44 @@ class EncodedTexts:
         return known if known is not None and _same(known, found) else found
 
     def _settle(self, now: _Weights) -> None:
-        """Drop what other weights have made."""
+        """Drop all entries where the weights are others."""
         if self._weights is not now:
-            self._kept.clear()
+            self._entries.clear()
             self._walk()
             self._weights = now
             self._alive = [StorageWeakRef(tensor.untyped_storage()) for tensor in now.tensors]
 
     def _shrink(self, limit: float) -> None:
         size = self.size_bytes
-        while self._kept and size > limit:
-            size -= _bytes(self._kept.pop(next(iter(self._kept))))
+        while self._entries and size > limit:
+            size -= _bytes(self._entries.pop(next(iter(self._entries))))
 
 
-_KNOWN: weakref.WeakKeyDictionary[ClipText, EncodedTexts] = weakref.WeakKeyDictionary()
+_KNOWN: weakref.WeakKeyDictionary[ClipText, TextCache] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
-def encoded_by(text: ClipText) -> EncodedTexts:
-    """What this text side has encoded, for as long as it lives."""
+def text_cache_of(text: ClipText) -> TextCache:
+    """The cache of this text encoder, for as long as it lives."""
     with _LOCK:
         found = _KNOWN.get(text)
         if found is None:
-            found = _KNOWN[text] = EncodedTexts(text)
+            found = _KNOWN[text] = TextCache(text)
         return found
 
 
 def limit_bytes() -> float:
-    """Raises InputError for what is no number of megabytes."""
-    given = os.environ.get(VARIABLE)
-    if given is None:
+    """Raises InputError unless the variable is a number of megabytes."""
+    value = os.environ.get(VARIABLE)
+    if value is None:
         return LIMIT_MB * 1e6
     try:
-        megabytes = float(given)
+        megabytes = float(value)
     except ValueError:
         megabytes = -1.0
     if not 0 <= megabytes < float("inf"):
         raise InputError(
-            f"{VARIABLE}={given!r:.40}: expected megabytes, such as 64, or 0 to keep nothing"
+            f"{VARIABLE}={value!r:.40}: expected megabytes, such as 64, or 0 to keep nothing"
         )
     return megabytes * 1e6
 
@@ -204,23 +207,23 @@ def _same(one: _Weights, other: _Weights) -> bool:
     )
 
 
-def _bringing(tower: nn.Module) -> Callable[[], AbstractContextManager[object]] | None:
-    """What brings its weights to where they are read, where they are not always there."""
+def _loader(tower: nn.Module) -> Callable[[], AbstractContextManager[object]] | None:
+    """Loads its weights to their device, where they take turns with others."""
     return vars(tower).get("in_place")
 
 
 def _surroundings(weights: _Weights) -> Hashable:
-    """What else decides the bits: where and with which settings of torch encoders compute."""
+    """What else the bits depend on: the device, and torch's settings."""
     tensor = weights.tensors[0]
-    place = tensor.device
-    stream = torch.cuda.current_stream(place).cuda_stream if place.type == "cuda" else None
-    autocast = torch.is_autocast_enabled(place.type) and torch.get_autocast_dtype(place.type)
+    device = tensor.device
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else None
+    autocast = torch.is_autocast_enabled(device.type) and torch.get_autocast_dtype(device.type)
     return (
-        *(place, tensor.dtype, stream, autocast, torch.is_inference_mode_enabled()),
+        *(device, tensor.dtype, stream, autocast, torch.is_inference_mode_enabled()),
         *(torch.get_num_threads(), torch.get_float32_matmul_precision(), setting()),
         torch.are_deterministic_algorithms_enabled(),
     )
 
 
 def _bytes(pair: Pair) -> int:
-    return sum(t.nbytes for told in pair if told is not None for t in told.tensors.values())
+    return sum(t.nbytes for cond in pair if cond is not None for t in cond.tensors.values())

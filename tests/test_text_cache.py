@@ -19,7 +19,7 @@ from tiny_pair import PLAN, tiny_engine
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.engine.encoded import VARIABLE, EncodedTexts, encoded_by, limit_bytes
+from headstart.conditioning.text_cache import VARIABLE, TextCache, limit_bytes, text_cache_of
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
@@ -47,15 +47,15 @@ def engine() -> hs.Engine:
     return tiny_engine("sd15")
 
 
-def _drawn(engine: hs.Engine, prompts: Any = "a cat", **asked: Any) -> Tensor:
-    return engine.sample(prompts, plan=PLAN, seeds=3, **asked).latents
+def _drawn(engine: hs.Engine, prompts: Any = "a cat", **options: Any) -> Tensor:
+    return engine.sample(prompts, plan=PLAN, seeds=3, **options).latents
 
 
-def _afresh(engine: hs.Engine, prompts: Any = "a cat", **asked: Any) -> Tensor:
+def _afresh(engine: hs.Engine, prompts: Any = "a cat", **options: Any) -> Tensor:
     """With nothing kept."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(VARIABLE, "0")
-        return _drawn(engine, prompts, **asked)
+        return _drawn(engine, prompts, **options)
 
 
 def _normal(*shape: int) -> Tensor:
@@ -100,26 +100,26 @@ OWN: list[tuple[Any, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(
-    ("family", "prompts", "asked"),
+    ("family", "prompts", "options"),
     [*(("sd15", *one) for one in BOTH), *(("sdxl", *one) for one in (*BOTH, *OWN))],
 )
 def test_whatever_is_asked_differently_is_encoded(
-    family: str, prompts: Any, asked: dict[str, Any], encodings: list[tuple[str, ...]]
+    family: str, prompts: Any, options: dict[str, Any], encodings: list[tuple[str, ...]]
 ) -> None:
     engine = tiny_engine(family)
     _drawn(engine)
-    found = _drawn(engine, prompts, **asked)
-    assert torch.equal(_drawn(engine, prompts, **asked), found)
+    found = _drawn(engine, prompts, **options)
+    assert torch.equal(_drawn(engine, prompts, **options), found)
     assert len(encodings) == 2
-    assert torch.equal(_afresh(engine, prompts, **asked), found)
+    assert torch.equal(_afresh(engine, prompts, **options), found)
 
 
 def test_what_a_caller_writes_to_is_not_kept(
     engine: hs.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from headstart.engine import course
+    from headstart.engine import denoising
 
-    first, encode = _drawn(engine), course.encode
+    first, encode = _drawn(engine), denoising.encode
 
     def spoiled(*args: Any) -> Any:
         cond, uncond = encode(*args)
@@ -128,7 +128,7 @@ def test_what_a_caller_writes_to_is_not_kept(
             part.context.zero_()
         return cond, uncond
 
-    monkeypatch.setattr(course, "encode", spoiled)
+    monkeypatch.setattr(denoising, "encode", spoiled)
     assert not torch.equal(_drawn(engine), first)
     monkeypatch.undo()
     assert torch.equal(_drawn(engine), first)
@@ -223,10 +223,10 @@ def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(
     assert torch.equal(_afresh(engine), first) and len(brought) == 3
 
 
-def test_what_is_written_through_data_is_seen_after_forget(engine: hs.Engine) -> None:
+def test_what_is_written_through_data_is_seen_after_clear(engine: hs.Engine) -> None:
     first = _drawn(engine)
     next(engine.weights.text.parameters()).data.mul_(1.5)
-    encoded_by(engine.weights.text).forget()
+    text_cache_of(engine.weights.text).clear()
     assert not torch.equal(_drawn(engine), first)
 
 
@@ -310,7 +310,7 @@ def test_the_least_recently_used_goes_first(
     engine: hs.Engine, encodings: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _drawn(engine)
-    kept = encoded_by(engine.weights.text)
+    kept = text_cache_of(engine.weights.text)
     one = kept.size_bytes
     assert one == 2 * 16 * 32 * 4  # cond and uncond of 16 tokens
     monkeypatch.setenv(VARIABLE, str(2.5 * one / 1e6))
@@ -360,12 +360,12 @@ def test_threads_share_what_is_kept_and_each_gets_its_own(engine: hs.Engine) -> 
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong and len(encoded_by(engine.weights.text)) == 3
+    assert not wrong and len(text_cache_of(engine.weights.text)) == 3
 
 
 def test_an_encoder_that_is_changed_while_it_encodes_keeps_nothing(engine: hs.Engine) -> None:
     text = engine.weights.text
-    kept = EncodedTexts(text)
+    kept = TextCache(text)
 
     def encode() -> Any:
         made = text.encode(["a cat"])
@@ -402,7 +402,7 @@ def _threads() -> Iterator[None]:
 
 def test_settings_that_change_the_rounding_encode_again(engine: hs.Engine) -> None:
     made: list[Any] = []
-    kept = EncodedTexts(engine.weights.text)
+    kept = TextCache(engine.weights.text)
 
     def encode() -> Any:
         made.append((Conditioning(torch.zeros(1, 2, 3)), None))

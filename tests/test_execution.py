@@ -19,7 +19,7 @@ import headstart as hs
 import headstart_weights
 from evidence.fake_cuda import FakeCuda
 from headstart.cli import main
-from headstart.engine.launch import by_rows
+from headstart.engine.execution import by_rows
 from headstart.errors import CaptureError, InputError
 from headstart.memory.budget import Chunks
 from headstart.memory.residency import Residency
@@ -50,13 +50,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
     """Launches are on a fake GPU, which overwrites the memory of its graphs before each."""
     cuda = FakeCuda()
     site = Site(CPU, cuda)
-    monkeypatch.setattr("headstart.engine.launch.site_of", lambda device: site)
+    monkeypatch.setattr("headstart.engine.execution.site_of", lambda device: site)
     return cuda
 
 
-def same(engines: Pair, prompts: Any = "cat", **asked: Any) -> hs.Trajectory:
+def same(engines: Pair, prompts: Any = "cat", **options: Any) -> hs.Trajectory:
     """Both ways, every bit compared; the one by launches."""
-    one, other = (engine.sample(prompts, keep_x0=True, **asked) for engine in engines)
+    one, other = (engine.sample(prompts, keep_x0=True, **options) for engine in engines)
     assert torch.equal(one.latents, other.latents) and torch.equal(one.rgb, other.rgb)
     assert one.x0 is not None and other.x0 is not None and torch.equal(one.x0, other.x0)
     return other
@@ -110,10 +110,10 @@ def test_more_images_than_fit_are_several_launches(
     )
     plan, seeds = hs.Plan(legs), [1, 2, 3]
     start = hs.Philox(seeds).initial((4, 8, 8), CPU) * 0.9
-    for asked in ({}, {"noise": start}, {"diversify": "pink:1"}):
-        done = whole.sample("cat", plan=plan, seeds=seeds, batch=2, keep_x0=True, **asked)
+    for options in ({}, {"noise": start}, {"diversify": "pink:1"}):
+        done = whole.sample("cat", plan=plan, seeds=seeds, batch=2, keep_x0=True, **options)
         for part in (slice(0, 2), slice(2, 3)):
-            own = asked | ({"noise": start[part]} if "noise" in asked else {})
+            own = options | ({"noise": start[part]} if "noise" in options else {})
             alone = eager.sample("cat", plan=plan, seeds=seeds[part], keep_x0=True, **own)
             assert torch.equal(done.rgb[part], alone.rgb)
             assert done.x0 is not None and alone.x0 is not None
@@ -135,8 +135,8 @@ def test_strengths_of_adapters_by_row_and_sample(two: Pair, tmp_path: Path) -> N
     seen: list[Tensor] = []
     try:
         for strength in (0.0, 1.0, [0.5, -1.0], [[1.0, 0.0], [0.0, 2.0], [0.0, 1.0], [1.0, 1.0]]):
-            asked = {"adapters": {"age": strength}, "seeds": [1, 2], "plan": PLAN}
-            seen.append(same(two, **asked).latents)
+            options = {"adapters": {"age": strength}, "seeds": [1, 2], "plan": PLAN}
+            seen.append(same(two, **options).latents)
         cut = two[1].sample("cat", batch=1, plan=PLAN, seeds=[1, 2], adapters={"age": [0.5, -1.0]})
         for image, strength in enumerate((0.5, -1.0)):
             one = {"seeds": [image + 1], "adapters": {"age": strength}, "plan": PLAN}
@@ -187,31 +187,34 @@ BY_ROW: dict[str, dict[str, Any]] = {
 def test_what_acts_between_rows_runs_row_by_row_and_the_log_says_why(
     two: Pair, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked: dict[str, Any] = {"prompts": "cat", "seeds": [1, 2, 3], "plan": PLAN} | BY_ROW[why]
-    with caplog.at_level("INFO", "headstart.engine.launch"):
-        same(two, asked.pop("prompts"), **asked)
+    options: dict[str, Any] = {"prompts": "cat", "seeds": [1, 2, 3], "plan": PLAN} | BY_ROW[why]
+    with caplog.at_level("INFO", "headstart.engine.execution"):
+        same(two, options.pop("prompts"), **options)
     assert [message for message in caplog.messages if why in message] == caplog.messages != []
 
 
 def test_places_that_one_launch_cannot_have_run_row_by_row() -> None:
     """Two devices, weights that take turns, a decoder with a chunk or bands of its own."""
 
-    class Course:
-        request, told = type("R", (), {"table": PLAN.compile(hs.NoiseSchedule.scaled_linear())}), ()
+    class Loop:
+        request, conds = (
+            type("R", (), {"table": PLAN.compile(hs.NoiseSchedule.scaled_linear())}),
+            (),
+        )
         weights: Any = type("W", (), {"vae": None, "device": CPU, "residency": Residency()})
 
     def why() -> str | None:
-        return by_rows(Course)  # type: ignore[arg-type]
+        return by_rows(Loop)  # type: ignore[arg-type]
 
-    Course.request.methods, Course.request.chunks = (), Chunks(2, 2)
+    Loop.request.methods, Loop.request.chunks = (), Chunks(2, 2)
     far = torch.nn.Linear(1, 1, device="meta")
-    Course.weights.denoisers = {"base": torch.nn.Linear(1, 1), "distilled": far}
+    Loop.weights.denoisers = {"base": torch.nn.Linear(1, 1), "distilled": far}
     assert why() == "the networks are on cpu, meta"
-    Course.weights.denoisers["distilled"] = Course.weights.denoisers["base"]
+    Loop.weights.denoisers["distilled"] = Loop.weights.denoisers["base"]
     assert why() is None
-    Course.request.chunks = Chunks(2, 1, 4)
+    Loop.request.chunks = Chunks(2, 1, 4)
     assert why() == "the decoder has 1 samples at once, in 4 bands"
-    Course.weights.residency = Residency(arenas=(cast("Any", object()),))
+    Loop.weights.residency = Residency(arenas=(cast("Any", object()),))
     assert why() == "weights come and go between rows"
 
 
@@ -254,9 +257,9 @@ def test_a_decoder_runs_in_its_own_dtype_and_again_where_float16_overflows(two: 
     pair = hs.Engine(weights), hs.Engine(weights, "trajectory")
     same(pair, plan=PLAN, seeds=[1, 2])
     vae.decoder.conv_out.weight.data.mul_(3e5)
-    with pytest.warns(UserWarning, match="overflowed in float16") as told:
+    with pytest.warns(UserWarning, match="overflowed in float16") as warnings:
         done = same(pair, plan=PLAN, seeds=[1, 2])
-    assert len(told) == 2 and done.latency_ms["decode"] > 0
+    assert len(warnings) == 2 and done.latency_ms["decode"] > 0
 
 
 def test_it_exists_on_a_gpu_and_on_a_cpu() -> None:
@@ -273,10 +276,10 @@ def test_from_the_command_line_it_is_one_launch_too(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A progress bar counts rows, and so does not look at them."""
-    asked = ["sample", "a fox", "--seeds", "3", "--device", "cpu", "--runner"]
-    with caplog.at_level("INFO", "headstart.engine.launch"):
+    options = ["sample", "a fox", "--seeds", "3", "--device", "cpu", "--runner"]
+    with caplog.at_level("INFO", "headstart.engine.execution"):
         for runner in RUNNERS:
-            assert main([*asked, runner, "--out", str(tmp_path / runner)]) == 0
+            assert main([*options, runner, "--out", str(tmp_path / runner)]) == 0
     one, other = (json.loads((tmp_path / r / "record.json").read_text()) for r in RUNNERS)
     assert one["results"] == other["results"] and other["machine"]["runner"] == "trajectory"
     assert caplog.messages == []

@@ -1,12 +1,12 @@
-"""Conditioning and noise of the caller's own: checked against the networks, and told by digest.
+"""Conditioning and noise that a caller hands in: checked against the networks, and digested.
 
-A record has no tensors, so a run of these is repeated by whoever has them: replay(cond=, noise=).
+A record holds digests and no tensors, so only a caller who has them can replay such a run.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, cast
 
@@ -14,66 +14,66 @@ import torch
 from torch import Tensor
 
 from headstart.by_level import ByLevel, cond_parts
-from headstart.engine.pair import Pair
-from headstart.engine.words import has_sizes
+from headstart.conditioning.texts import reads_sizes
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning, NoiseSource
+from headstart.networks.text import ClipText
 from headstart.noise import Given, Philox
 from headstart.plan.table import StepTable
 
-Told: TypeAlias = "Conditioning | ByLevel"
+Cond: TypeAlias = "Conditioning | ByLevel"
 Noise: TypeAlias = "NoiseSource | Tensor"
-Time = tuple[float, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """A start that is handed in, and rows that draw from the seeds: a NoiseSource."""
+    """A NoiseSource: the start is a tensor of the caller, and rows draw from the seeds."""
 
-    given: Given
+    start: Given
     rows: NoiseSource
 
     def __len__(self) -> int:
-        return len(self.given)
+        return len(self.start)
 
     def initial(self, shape: Sequence[int], device: torch.device) -> Tensor:
-        return self.given.initial(shape, device)
+        return self.start.initial(shape, device)
 
     def step(self, index: int, shape: Sequence[int], device: torch.device) -> Tensor:
         return self.rows.step(index, shape, device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Own:
-    """What of a request is the caller's own; None where it is made of prompts and seeds."""
+class Inputs:
+    """The tensors that a caller handed in; None for what comes from prompts and seeds."""
 
-    cond: Told | None = None
-    uncond: Told | None = None
+    cond: Cond | None = None
+    uncond: Cond | None = None
     noise: NoiseSource | Tensor | None = None
     digests: dict[str, str] = field(default_factory=dict[str, str])
 
     @property
     def samples(self) -> dict[str, int]:
-        """Argument -> how many samples it is for."""
-        found = {
-            name: max(map(len, _parts(told)))
-            for name, told in (("cond", self.cond), ("uncond", self.uncond))
-            if told is not None
-        }
+        """Option -> how many samples it has."""
+        found = {name: max(map(len, _parts(cond))) for name, cond in self.conds.items()}
         return found if self.noise is None else {**found, "noise": len(self.noise)}
 
     def differing(self, rows: Sequence[int]) -> list[str]:
-        """Of `cond` and `uncond` those that do not tell these samples the same."""
-        given = {"cond": self.cond, "uncond": self.uncond}
+        """Which of `cond` and `uncond` differ between these samples."""
         return [
             name
-            for name, told in given.items()
-            if told is not None and any(_differ(part, rows) for part in _parts(told))
+            for name, cond in self.conds.items()
+            if any(_differ(part, rows) for part in _parts(cond))
         ]
+
+    @property
+    def conds(self) -> dict[str, Cond]:
+        """`cond` and `uncond`, where they were handed in."""
+        named = {"cond": self.cond, "uncond": self.uncond}
+        return {name: cond for name, cond in named.items() if cond is not None}
 
 
 def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
-    """Whether samples of it differ; one sample serves all."""
+    """Whether these samples differ; a single one is shared by all."""
     first, *others = rows
     return len(part) > 1 and any(
         not torch.equal(tensor[row], tensor[first])
@@ -82,23 +82,31 @@ def _differ(part: Conditioning, rows: Sequence[int]) -> bool:
     )
 
 
-def _parts(told: Told) -> list[Conditioning]:
-    return [part for part in cond_parts(told) if isinstance(part, Conditioning)]
+def _parts(cond: Cond) -> list[Conditioning]:
+    return [part for part in cond_parts(cond) if isinstance(part, Conditioning)]
 
 
-def has_time_ids(told: Told) -> bool:
-    return any(part.time_ids is not None for part in _parts(told))
+def has_time_ids(cond: Cond) -> bool:
+    return any(part.time_ids is not None for part in _parts(cond))
 
 
-def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
-    """`cond`, `uncond` and `noise` of a call, checked; `sizes`: the time_ids of a cond without."""
-    cond, uncond = (
-        None if asked.get(name) is None else _checked(name, asked[name], weights, sizes)
-        for name in ("cond", "uncond")
-    )
-    noise = asked.get("noise")
+def read_inputs(
+    options: Mapping[str, Any], text: ClipText, device: torch.device, time_ids: tuple[int, ...]
+) -> Inputs:
+    """The options `cond`, `uncond` and `noise`, checked and on the device.
+
+    time_ids   SDXL's sizes, for a conditioning that has none
+    """
+
+    def checked(name: str) -> Cond | None:
+        cond = options.get(name)
+        if isinstance(cond, ByLevel):
+            return cond.map(lambda part: _checked(name, part, text, device, time_ids))
+        return None if cond is None else _checked(name, cond, text, device, time_ids)
+
+    cond, uncond, noise = checked("cond"), checked("uncond"), options.get("noise")
     if isinstance(noise, Tensor):
-        _check_finite(Given(noise))  # which refuses what is no noise
+        _check_finite(Given(noise))  # which refuses tensors of other shapes
     elif isinstance(noise, Given):
         _check_finite(noise)
     elif noise is not None and not all(hasattr(noise, n) for n in ("__len__", "initial", "step")):
@@ -108,7 +116,7 @@ def own_of(weights: Pair, asked: Any, sizes: Time) -> Own:
         )
     if cond is not None and uncond is not None:
         _check_lengths(cond, uncond)
-    return Own(cond, uncond, noise)
+    return Inputs(cond, uncond, noise)
 
 
 def _check_finite(noise: Given) -> None:
@@ -119,8 +127,8 @@ def _check_finite(noise: Given) -> None:
             raise InputError(f"{name} holds NaN or infinity: expected unit normals")
 
 
-def _check_lengths(cond: Told, uncond: Told) -> None:
-    counts = {part.context.shape[1] for told in (cond, uncond) for part in _parts(told)}
+def _check_lengths(cond: Cond, uncond: Cond) -> None:
+    counts = {part.context.shape[1] for own in (cond, uncond) for part in _parts(own)}
     if len(counts) > 1:
         raise InputError(
             f"cond and uncond have {' and '.join(map(str, sorted(counts)))} tokens: a guided call "
@@ -129,32 +137,32 @@ def _check_lengths(cond: Told, uncond: Told) -> None:
 
 
 def latent_of(noise: Noise | None) -> tuple[int, ...] | None:
-    """The latent's shape, where the noise says it."""
+    """The latent's shape, where the noise has one."""
     if isinstance(noise, Tensor):
         return tuple(noise.shape[1:])
     return noise.shape if isinstance(noise, Given) else None
 
 
 def noise_source(
-    own: Own, seeds: Sequence[int], latent: tuple[int, ...], table: StepTable
+    noise: Noise | None, seeds: Sequence[int], latent: tuple[int, ...], table: StepTable
 ) -> NoiseSource | None:
-    """The noise of the call's own. Raises InputError where it does not fit latents or rows."""
-    if own.noise is None:
+    """The caller's noise as a source. Raises InputError where it does not fit latents or rows."""
+    if noise is None:
         return None
-    shape = latent_of(own.noise)
+    shape = latent_of(noise)
     if shape is not None and shape != latent:
         raise InputError(
             f"noise is for latents {list(shape)}, and these networks take {list(latent)} at this "
             "size: give noise of that shape, or leave size out, which is taken from the noise"
         )
-    if isinstance(own.noise, Tensor):
-        return Start(Given(own.noise), Philox.shared(seeds))
+    if isinstance(noise, Tensor):
+        return Start(Given(noise), Philox.shared(seeds))
     missing = [
         row
         for row, step in enumerate(table)
-        if isinstance(own.noise, Given)
+        if isinstance(noise, Given)
         and step.add
-        and (row >= len(own.noise.steps) or own.noise.steps[row] is None)
+        and (row >= len(noise.steps) or noise.steps[row] is None)
     ]
     if missing:
         raise InputError(
@@ -162,17 +170,12 @@ def noise_source(
             "them: give steps= for these rows, or a tensor for the start alone, and rows draw from "
             "the seeds"
         )
-    return own.noise
+    return noise
 
 
-def _checked(name: str, told: object, weights: Pair, sizes: Time) -> Told:
-    """On the networks' device, with the sizes that SDXL is told where it has none."""
-    if isinstance(told, ByLevel):
-        return told.map(lambda part: _checked_one(name, part, weights, sizes))
-    return _checked_one(name, told, weights, sizes)
-
-
-def _checked_one(name: str, cond: object, weights: Pair, sizes: Time) -> Conditioning:
+def _checked(
+    name: str, cond: object, text: ClipText, device: torch.device, time_ids: tuple[int, ...]
+) -> Conditioning:
     if not isinstance(cond, Conditioning):
         raise InputError(
             f"{name}: expected a headstart.Conditioning, or a headstart.ByLevel of them, got "
@@ -180,10 +183,10 @@ def _checked_one(name: str, cond: object, weights: Pair, sizes: Time) -> Conditi
         )
     if cond.strengths is not None or cond.adapters is not None:
         raise InputError(
-            f"{name}: strengths and adapters are the engine's to set: give them as adapters="
+            f"{name}: the engine sets its strengths and adapters: give them as adapters="
         )
-    width = weights.text.context_dim
-    pooled = _pooled_width(weights) if has_sizes(weights.text) else None
+    width = text.context_dim
+    pooled = cast("int", text.towers[-1].params.projection) if reads_sizes(text) else None  # pyright: ignore
     _check_shape(f"{name}.context", cond.context, "[B, tokens, {}]", (None, width))
     _check_shape(f"{name}.pooled", cond.pooled, "[B, {}]", None if pooled is None else (pooled,))
     _check_shape(
@@ -198,9 +201,9 @@ def _checked_one(name: str, cond: object, weights: Pair, sizes: Time) -> Conditi
             raise InputError(f"{name}.{part} has {len(tensor)} samples, its context {len(cond)}")
         if not bool(torch.isfinite(tensor).all()):
             raise InputError(f"{name}.{part} holds NaN or infinity: give finite numbers")
-    cond = cond.to(weights.device)
+    cond = cond.to(device)
     if pooled is not None and cond.time_ids is None:
-        ids = torch.tensor([sizes] * len(cond), dtype=torch.float32, device=weights.device)
+        ids = torch.tensor([time_ids] * len(cond), dtype=torch.float32, device=device)
         cond = replace(cond, time_ids=ids)
     return cond
 
@@ -231,29 +234,25 @@ def _check_shape(
         )
 
 
-def _pooled_width(weights: Pair) -> int:
-    return cast("int", weights.text.towers[-1].params.projection)  # pyright: ignore
-
-
-def digests(own: Own, latent: tuple[int, ...], table: StepTable) -> dict[str, str]:
-    """SHA-256 of every tensor that was handed in, by argument and field."""
+def digests(inputs: Inputs, latent: tuple[int, ...], table: StepTable) -> dict[str, str]:
+    """SHA-256 of every tensor that was handed in, by option and field."""
     found: dict[str, str] = {}
-    for name, told in (("cond", own.cond), ("uncond", own.uncond)):
-        if told is not None:
-            for number, part in enumerate(_parts(told)):
-                at = f"{name}[{number}]" if isinstance(told, ByLevel) else name
-                found |= {f"{at}.{n}": _digest(t) for n, t in part.tensors.items()}
-            if isinstance(told, ByLevel):
-                levels = repr([level for level, _ in told.parts])
-                found[f"{name}.levels"] = hashlib.sha256(levels.encode()).hexdigest()
-    if own.noise is None:
+    for name, cond in inputs.conds.items():
+        for number, part in enumerate(_parts(cond)):
+            at = f"{name}[{number}]" if isinstance(cond, ByLevel) else name
+            found |= {f"{at}.{n}": _digest(t) for n, t in part.tensors.items()}
+        if isinstance(cond, ByLevel):
+            levels = repr([level for level, _ in cond.parts])
+            found[f"{name}.levels"] = hashlib.sha256(levels.encode()).hexdigest()
+    noise = inputs.noise
+    if noise is None:
         return found
-    if isinstance(own.noise, Tensor):
-        return {**found, "noise": _digest(own.noise)}
-    place = torch.device("cpu")
-    found["noise.initial"] = _digest(own.noise.initial(latent, place))
+    if isinstance(noise, Tensor):
+        return {**found, "noise": _digest(noise)}
+    cpu = torch.device("cpu")
+    found["noise.initial"] = _digest(noise.initial(latent, cpu))
     rows = [row for row, step in enumerate(table) if step.add]
-    return found | {f"noise.{row}": _digest(own.noise.step(row, latent, place)) for row in rows}
+    return found | {f"noise.{row}": _digest(noise.step(row, latent, cpu)) for row in rows}
 
 
 def _digest(tensor: Tensor) -> str:

@@ -1,4 +1,4 @@
-"""A request as it runs: text into conditioning, then a State a row."""
+"""The denoising loop of a request: text into conditioning, then a State a row."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from headstart.by_level import ByLevel
+from headstart.conditioning.inputs import Cond
+from headstart.conditioning.lengths import common_length, repeat_to, token_counts, tokens_of
 from headstart.diversify.effect import Position, networks_of, noise_for, select_of
 from headstart.diversify.method import ChangesConditioning, Images
 from headstart.diversify.select import Select
 from headstart.engine.clock import Clock
-from headstart.engine.given import Told
-from headstart.engine.lengths import alike, lengths, meeting, tokens_of
 from headstart.engine.pair import Pair
 from headstart.engine.prompts import encode_prompts
 from headstart.engine.request import Request
@@ -31,10 +31,10 @@ from headstart.state import State
 from headstart_kernels import LinearMap
 
 
-class Course:
-    """One request on its way; `states` runs it, once.
+class DenoisingLoop:
+    """Runs one request, once.
 
-    images   those that it makes; where a method chooses seeds, the chosen ones after the first row
+    images   of the result; where a method chooses seeds, the chosen ones after the first row
     """
 
     def __init__(
@@ -48,19 +48,19 @@ class Course:
         self.weights, self.request, self.images = weights, request, request.images
         self.runner: RunnerName = runner
         self.clock, self.picture = clock, picture
-        self._told: tuple[Told, Told | None] | None = None
+        self._cond: tuple[Cond, Cond | None] | None = None
 
     @property
-    def told(self) -> tuple[Told, Told | None]:
+    def conds(self) -> tuple[Cond, Cond | None]:
         """(cond, uncond) of all images, encoded once."""
-        if self._told is None:
+        if self._cond is None:
             with self.clock("text"):
-                self._told = encode(self.weights, self.request)
-        return self._told
+                self._cond = encode(self.weights, self.request)
+        return self._cond
 
     def states(self, resume: State | None = None) -> Iterator[State]:
         request, residency = self.request, self.weights.residency
-        cond, uncond = self.told
+        cond, uncond = self.conds
         left = request.table.steps[0 if resume is None else resume.step + 1 :]
         residency.prefetch(dict.fromkeys(step.model for step in left))
         select = select_of(request.methods)
@@ -69,8 +69,8 @@ class Course:
             yield resume
         yield from self._rows(self.images, cond, uncond, request.strengths, resume)
 
-    def _selected(self, select: Select, cond: Told, uncond: Told | None) -> State:
-        """The first row of all candidates, and what it left of those that go on."""
+    def _selected(self, select: Select, cond: Cond, uncond: Cond | None) -> State:
+        """Run the first row of all candidates, and go on with those that the method chooses."""
         request = self.request
         owners, candidates = select.candidates(request.images)
         rows = torch.tensor(owners, device=self.weights.device)
@@ -86,8 +86,8 @@ class Course:
     def _rows(
         self,
         images: Images,
-        cond: Told,
-        uncond: Told | None,
+        cond: Cond,
+        uncond: Cond | None,
         strengths: Tensor | None,
         resume: State | None = None,
         check: Check = "auto",
@@ -113,68 +113,65 @@ class Course:
             before_row=position.begin if methods else None,
         )  # fmt: skip
         steps = table.steps[0 if resume is None else resume.step + 1 :]
-        states, place = None, None
+        states, device = None, None
         for index, step in enumerate(steps):
             here = residency.device(step.model)
             with self.clock(step.model, here or device_of(denoisers[step.model])):
-                if states is None or here != place:  # at the start, and where the device changes
-                    states, place = begin(**self._moved(here, cond, uncond, resume)), here
+                if states is None or here != device:  # at the start, and where the device changes
+                    states, device = begin(**self._moved(here, cond, uncond, resume)), here
                 resume = state = next(states)
             residency.prefetch(dict.fromkeys(own.model for own in steps[index + 1 :]))
             yield state
         residency.end_run(table.models)
 
     def _moved(
-        self, place: torch.device | None, cond: Told, uncond: Told | None, resume: State | None
+        self, device: torch.device | None, cond: Cond, uncond: Cond | None, resume: State | None
     ) -> dict[str, Any]:
-        """What a run is told, on the device that it goes on with."""
+        """The inputs of a run, on the device of its next rows."""
         picture = self.picture
-        if place is not None:
-            cond, uncond = _on(cond, place), None if uncond is None else _on(uncond, place)
-            resume = None if resume is None else state_to(resume, place)
-            picture = None if picture is None else LinearMap(*(t.to(place) for t in picture))
+        if device is not None:
+            cond, uncond = _on(cond, device), None if uncond is None else _on(uncond, device)
+            resume = None if resume is None else state_to(resume, device)
+            picture = None if picture is None else LinearMap(*(t.to(device) for t in picture))
         return {"cond": cond, "uncond": uncond, "resume": resume, "picture": picture}
 
 
-def _on(told: Told, device: torch.device) -> Told:
-    return told.map(lambda part: part.to(device)) if isinstance(told, ByLevel) else told.to(device)
+def _on(cond: Cond, device: torch.device) -> Cond:
+    return cond.map(lambda part: part.to(device)) if isinstance(cond, ByLevel) else cond.to(device)
 
 
 def device_of(network: object) -> torch.device | None:
-    """Where its weights are, which may be another GPU than the run's; None where it has none."""
+    """The device of its weights, which may be another GPU than the run's; None: it has none."""
     weights = network.parameters() if isinstance(network, nn.Module) else ()
     return next((weight.device for weight in weights), None)
 
 
-def encode(weights: Pair, request: Request) -> tuple[Told, Told | None]:
-    """(cond, uncond) of the request's images, of their prompts or the caller's own; uncond where a
-    row is guided."""
-    own, batch = request.own, len(request.images)
+def encode(weights: Pair, request: Request) -> tuple[Cond, Cond | None]:
+    """(cond, uncond) of the request's images, from prompts or the caller's tensors; uncond is None
+    where no row is guided."""
+    inputs, batch = request.inputs, len(request.images)
     cond = uncond = None
-    if own.cond is None or (request.guided and own.uncond is None):
+    if inputs.cond is None or (request.guided and inputs.uncond is None):
         cond, uncond = encode_prompts(weights.text, request)
-    cond = cond if own.cond is None else _of(own.cond, request, batch)
-    uncond = uncond if own.uncond is None else _of(own.uncond, request, batch)
+    cond = cond if inputs.cond is None else _expanded(inputs.cond, request, batch)
+    uncond = uncond if inputs.uncond is None else _expanded(inputs.uncond, request, batch)
     assert cond is not None
     if uncond is None:
         return _with_guidance(weights, cond), None
-    tokens = meeting([*lengths(cond), *lengths(uncond)], weights.text.length)
-    cond, uncond = alike(cond, tokens), alike(uncond, tokens)
+    tokens = common_length([*token_counts(cond), *token_counts(uncond)], weights.text.length)
+    cond, uncond = repeat_to(cond, tokens), repeat_to(uncond, tokens)
     return _with_guidance(weights, cond), _with_guidance(weights, uncond)
 
 
-def _of(told: Told, request: Request, batch: int) -> Told:
-    """A caller's own, for all images, with the adapters of the run."""
+def _expanded(cond: Cond, request: Request, batch: int) -> Cond:
+    """A caller's conditioning, for all images, with the adapters of the run."""
 
-    def whole(part: Conditioning) -> Conditioning:
+    def expand(part: Conditioning) -> Conditioning:
         return replace(part.expand(batch), adapters=request.adapters)
 
-    return told.map(whole) if isinstance(told, ByLevel) else whole(told)
+    return cond.map(expand) if isinstance(cond, ByLevel) else expand(cond)
 
 
-def _with_guidance(weights: Pair, told: Told) -> Told:
-    return (
-        told.map(weights.with_guidance)
-        if isinstance(told, ByLevel)
-        else weights.with_guidance(told)
-    )
+def _with_guidance(weights: Pair, cond: Cond) -> Cond:
+    add = weights.with_guidance
+    return cond.map(add) if isinstance(cond, ByLevel) else add(cond)

@@ -1,6 +1,6 @@
-"""How long texts are that share a call: each is said again until all are as long.
+"""The lengths of texts that share a call: each is repeated until all are equally long.
 
-context = own, own, ...        softmax over keys said n times each is that over the keys
+context = own, own, ...        softmax over keys that are repeated n times is that over the keys
 """
 
 from __future__ import annotations
@@ -13,53 +13,53 @@ from typing import cast
 from torch import Tensor
 
 from headstart.by_level import ByLevel, cond_by_row, cond_parts
-from headstart.engine.given import Told
+from headstart.conditioning.inputs import Cond
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.pieces import MAX_PLACES
 from headstart.plan.table import StepTable
 
 
-def meeting(lengths: Iterable[int], piece: int) -> int:
-    """Tokens of each text of a call that has these lengths. Raises InputError for more than
+def common_length(lengths: Iterable[int], piece: int) -> int:
+    """The length to which the texts of a call are repeated. Raises InputError for more than
     MAX_PLACES pieces."""
     own = sorted(set(lengths))
     found = math.lcm(*own)
     if found > max(own[-1], MAX_PLACES * piece):
         raise InputError(
             f"cond, uncond and the texts of this call are {', '.join(map(str, own))} tokens long; "
-            f"each is said again until all are as long, which takes {found} tokens, and at most "
+            f"each is repeated until all are equally long, which takes {found} tokens, and at most "
             f"{MAX_PLACES * piece} are allowed: give them lengths that divide each other"
         )
     return found
 
 
-def alike(told: Told, tokens: int) -> Told:
-    """Its contexts said again until they have so many tokens; one with a mask of its own in `extra`
-    is left as it is."""
-    if isinstance(told, ByLevel):
-        return told.map(lambda part: alike(part, tokens))
-    times = tokens // told.context.shape[1]
+def repeat_to(cond: Cond, tokens: int) -> Cond:
+    """Its contexts, repeated until they have so many tokens; one with a mask of its own in `extra`
+    stays as it is."""
+    if isinstance(cond, ByLevel):
+        return cond.map(lambda part: repeat_to(part, tokens))
+    times = tokens // cond.context.shape[1]
     return (
-        told
-        if times == 1 or told.extra
-        else replace(told, context=told.context.repeat(1, times, 1))
+        cond
+        if times == 1 or cond.extra
+        else replace(cond, context=cond.context.repeat(1, times, 1))
     )
 
 
-def lengths(told: Told | None) -> list[int]:
+def token_counts(cond: Cond | None) -> list[int]:
     """Tokens of each part."""
-    parts = cond_parts(told)
+    parts = cond_parts(cond)
     return [part.context.shape[1] for part in parts if isinstance(part, Conditioning)]
 
 
-def tokens_of(told: Told, table: StepTable, piece: int) -> list[tuple[int, ...]]:
-    """[rows][samples]: the tokens of each sample before they are said again, in whole pieces.
+def tokens_of(cond: Cond, table: StepTable, piece: int) -> list[tuple[int, ...]]:
+    """[rows][samples]: the tokens of each sample before they were repeated, in whole pieces.
 
     Waits for the device, once a text.
     """
     known: dict[int, tuple[int, ...]] = {}
-    rows = cond_by_row(told, table)
+    rows = cond_by_row(cond, table)
     for part in rows:
         if isinstance(part, Conditioning) and id(part) not in known:
             known[id(part)] = _own(part.context, piece)
@@ -67,7 +67,7 @@ def tokens_of(told: Told, table: StepTable, piece: int) -> list[tuple[int, ...]]
 
 
 def _own(context: Tensor, piece: int) -> tuple[int, ...]:
-    """The shortest beginning of each [L, D] that, said again, is the whole of it."""
+    """The shortest beginning of each [L, D] that, repeated, is the whole of it."""
     length = context.shape[1]
     own = [length] * len(context)
     if length % piece == 0:
