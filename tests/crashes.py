@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from headstart.pictures.png import encode_png
 from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import FORMAT, Shard, open_ledger, read_entries
 from headstart.sweep.sweep import Swept, sweep
@@ -33,17 +34,17 @@ BATCH = 3
 ALONE = Shard()
 
 
-def draw(cases: Sequence[Case]) -> list[np.ndarray]:
+def draw(cases: Sequence[Case]) -> list[bytes]:
     """Pixels that depend on the case and, as rounding does, on what shares its batch."""
     salt = sum(case.number for case in cases)
     return [
-        np.random.default_rng([case.seed, salt]).integers(0, 256, (8, 8, 3), np.uint8)
+        encode_png(np.random.default_rng([case.seed, salt]).integers(0, 256, (8, 8, 3), np.uint8))
         for case in cases
     ]
 
 
 def run(folder: Path, shard: Shard = ALONE, slow_s: float = 0.0) -> Swept:
-    def slowly(cases: Sequence[Case]) -> list[np.ndarray]:
+    def slowly(cases: Sequence[Case]) -> list[bytes]:
         time.sleep(slow_s)
         return draw(cases)
 
@@ -173,7 +174,7 @@ def rank(folder: Path, dies: int | None) -> None:
     shard = Shard.of_environment(os.environ)
     batches = 0
 
-    def work(cases: Sequence[Case]) -> list[np.ndarray]:
+    def work(cases: Sequence[Case]) -> list[bytes]:
         nonlocal batches
         batches += 1
         if batches > 1 and dies == shard.rank:

@@ -54,6 +54,7 @@ def test_batching_changes_a_pixel_by_rounding_alone(
     assert alone.shape == (6, 64, 64, 3)
     assert np.abs(alone - together).max() <= 1
     assert (alone != together).mean() < 1e-3
+    assert main(["replay", str(tmp_path / "4" / "000002.png")]) == 0  # of four, and alone
     out = tmp_path / "sampled"
     assert main(["sample", PROMPTS[1], "--seeds", "1", "--out", str(out)]) == 0
     assert np.array_equal(images(out)[0], alone[5])

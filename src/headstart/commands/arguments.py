@@ -186,6 +186,14 @@ def add_overwrite(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 
+def add_metadata(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-metadata",
+        action="store_true",
+        help="leave out of the PNGs what they are of: prompt, seed, plan, digests",
+    )
+
+
 def add_size(parser: argparse._ActionsContainer) -> None:  # pyright: ignore
     parser.add_argument(
         "--size", metavar="SIZE", help="pixels: 512 or HEIGHTxWIDTH; default: the model's own"

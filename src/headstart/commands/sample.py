@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from headstart.commands.arguments import (
     add_batch,
+    add_metadata,
     add_overwrite,
     add_seeds,
     add_size,
@@ -58,11 +59,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also grid.png: all images, a row for each prompt and a column for each seed",
     )
-    parser.add_argument(
-        "--no-metadata",
-        action="store_true",
-        help="leave out of the PNGs what they are of: prompt, seed, plan, digests",
-    )
+    add_metadata(parser)
     add_size(parser)
     add_batch(parser)
     add_plan_options(parser)

@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.commands.arguments import add_negative, add_reading, add_size, sampling
+from headstart.commands.arguments import (
+    add_metadata,
+    add_negative,
+    add_reading,
+    add_size,
+    sampling,
+)
 from headstart.commands.console import note, progress
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import (
@@ -27,9 +33,6 @@ from headstart.plan.by_name import named_plan
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from headstart.diversify.method import Method
     from headstart.engine.engine import Engine
     from headstart.plan.table import StepTable
@@ -60,6 +63,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="cases in a network at once; default: %(default)s",
     )
+    add_metadata(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -96,7 +100,8 @@ def _sweep(args: argparse.Namespace) -> int:
     table = engine.compile(args.plan, **plan_settings(args))
     settings = _settings(args, engine, table, cases, size, methods)
     _check_requests(args, engine, table, cases, size, methods)
-    draw = _drawing(engine, table, args.negative[0] if args.negative else None, size, methods)
+    negative = args.negative[0] if args.negative else None
+    draw = _drawing(engine, table, negative, size, methods, metadata=not args.no_metadata)
     if least > 1 and shard.rank == 0:
         note("batches hold whole prompts, as the method acts across the images of each")
 
@@ -205,8 +210,10 @@ def _drawing(
     negative: str | None,
     size: Size | None,
     methods: Sequence[Method],
+    *,
+    metadata: bool,
 ) -> Draw:
-    def draw(cases: Sequence[Case]) -> Sequence[NDArray[np.uint8]]:
+    def draw(cases: Sequence[Case]) -> Sequence[bytes]:
         # Two cases may ask for one image; an engine draws it once.
         pairs = dict.fromkeys((case.prompt, case.seed) for case in cases)
         done = engine.sample(
@@ -218,7 +225,7 @@ def _drawing(
             batch=len(cases),
             diversify=methods,
         )
-        images = dict(zip(pairs, done.rgb.cpu().numpy(), strict=True))
+        images = dict(zip(pairs, done.pngs(metadata=metadata), strict=True))
         return [images[case.prompt, case.seed] for case in cases]
 
     return draw

@@ -11,15 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-
-from headstart.pictures.png import encode_png
 from headstart.sweep.jobs import Case, batches
 from headstart.sweep.ledger import Ledger
 
-Draw = Callable[[Sequence[Case]], Sequence[NDArray[np.uint8]]]
-"""Cases of one shape -> one rgb uint8 [H, W, 3] each."""
+Draw = Callable[[Sequence[Case]], Sequence[bytes]]
+"""Cases of one shape -> a PNG file each."""
 
 
 class Swept(NamedTuple):
@@ -70,7 +66,7 @@ def sweep(
         ledger.begin()
     for part in work.batches:
         drawn = zip(part, draw(part), strict=True)
-        missing = [(case, encode_png(rgb)) for case, rgb in drawn if case.number in work.pending]
+        missing = [(case, png) for case, png in drawn if case.number in work.pending]
         ledger.add(missing)
         on_cases(len(missing))
     return Swept(len(work.pending), work.skipped, ledger.merge(cases))
