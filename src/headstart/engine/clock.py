@@ -32,10 +32,10 @@ class Clock:
 
     @contextmanager
     def __call__(self, stage: str, device: torch.device | None = None) -> Generator[None]:
-        place = device or self._device
-        start = _now(place)
+        device = device or self._device
+        start = _now(device)
         yield
-        self._spans.append(_Span(stage, start, _now(place)))
+        self._spans.append(_Span(stage, start, _now(device)))
 
     def totals(self, stages: Iterable[str] = ()) -> dict[str, float]:
         """Milliseconds a stage; `stages` come first, at 0 where nothing ran."""

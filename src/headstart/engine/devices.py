@@ -1,8 +1,8 @@
-"""Which device each part of an engine is on, out of what was typed.
+"""The device of each part of an engine, from the option `device`.
 
 "cuda" -> all parts
 {"base": "cuda:0", "distilled": "cuda:1"} -> text with the base, the decoder with the distilled
-    model: a latent goes over once, and neither device has all of the rest
+    model: a latent is copied once, and neither device holds everything
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ Device = str | Mapping[str, str]
 """A name, or one for each of the two models."""
 
 
-def choose_devices(given: Device, models: Sequence[str]) -> dict[str, torch.device]:
-    """Part ("text", each of `models`, "vae") -> device; a device of its own for each model if so
-    given. Raises InputError for devices that are not there, or of two kinds.
+def choose_devices(option: Device, models: Sequence[str]) -> dict[str, torch.device]:
+    """Part ("text", each of `models`, "vae") -> device; one for each model if the
+    option has one for each. Raises InputError for devices that are not there, or of two kinds.
     """
-    if not isinstance(given, Mapping):
-        return dict.fromkeys(("text", *models, "vae"), choose_device(given))
-    if set(given) != set(models):
+    if not isinstance(option, Mapping):
+        return dict.fromkeys(("text", *models, "vae"), choose_device(option))
+    if set(option) != set(models):
         raise InputError(
             f"device: expected one for all, or one for each of {', '.join(models)}, of which each "
-            f"has a UNet of its own, got {dict(given)!r:.80}"
+            f"has a UNet of its own, got {dict(option)!r:.80}"
         )
-    found = {model: choose_device(given[model]) for model in models}
-    if len({place.type for place in found.values()}) > 1:
+    found = {model: choose_device(option[model]) for model in models}
+    if len({device.type for device in found.values()}) > 1:
         raise InputError(
-            f"device {dict(given)!r:.80}: both models run on one kind of device, because a runner "
+            f"device {dict(option)!r:.80}: both models run on one kind of device, because a runner "
             "and a dtype serve both: give two GPUs, or one device"
         )
     return {"text": found[models[0]], **found, "vae": found[models[-1]]}
 
 
-def first_device(given: Device) -> torch.device:
+def first_device(option: Device) -> torch.device:
     """Where a run begins."""
     return choose_device(
-        next(iter(given.values()), "auto") if isinstance(given, Mapping) else given
+        next(iter(option.values()), "auto") if isinstance(option, Mapping) else option
     )
 
 

@@ -42,7 +42,7 @@ _LOCK = threading.Lock()
 
 
 class Identity(NamedTuple):
-    """What a file is known by."""
+    """What tells whether a file has changed."""
 
     size: int
     mtime_ns: int
@@ -57,9 +57,10 @@ class Identity(NamedTuple):
 def cache_folder() -> Path | None:
     """HEADSTART_CACHE, else `headstart` in the user's cache folder (XDG Base Directory
     Specification: XDG_CACHE_HOME, else ~/.cache); None: there is none, or it is switched off."""
-    own = os.environ.get(VARIABLE)
-    if own is not None:
-        return None if own.strip().lower() in ("", "0", "off") else Path(os.path.expanduser(own))
+    value = os.environ.get(VARIABLE)
+    if value is not None:
+        off = value.strip().lower() in ("", "0", "off")
+        return None if off else Path(os.path.expanduser(value))
     home = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(home):
         return Path(home, "headstart")
@@ -69,24 +70,24 @@ def cache_folder() -> Path | None:
 
 
 def digest(path: Path, *, least: int = LEAST) -> str:
-    """SHA-256 of a file, from the cache where it is kept there.
+    """SHA-256 of a file, from the cache if it is there.
 
-    A cache that cannot be read or written, or that is damaged, is as none: then the file is read.
+    Where the cache cannot be read or written, or is damaged, the file is read.
     """
     path = path.resolve()
     identity, folder, name = Identity.of(path.stat()), cache_folder(), str(path)
     if folder is None or identity.size < least or not name.isprintable():
         return _read_through(path)
-    place = folder / "digests.json"
-    if (kept := _entries(place).get(name)) is not None:
-        found = str(kept.pop("sha256"))
-        if kept == identity._asdict() and _DIGEST.fullmatch(found):
+    file = folder / "digests.json"
+    if (entry := _entries(file).get(name)) is not None:
+        found = str(entry.pop("sha256"))
+        if entry == identity._asdict() and _DIGEST.fullmatch(found):
             return found
     begun = time.time_ns()
     found = _read_through(path)
     settled = max(identity.mtime_ns, identity.ctime_ns) < begun - RACY_NS
     if settled and Identity.of(path.stat()) == identity:
-        _keep(place, name, {**identity._asdict(), "sha256": found})
+        _store(file, name, {**identity._asdict(), "sha256": found})
     return found
 
 
@@ -95,12 +96,12 @@ def _read_through(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _entries(place: Path) -> dict[str, dict[str, Any]]:
-    """What is kept; nothing where the file is absent, damaged or of another format."""
-    if not place.is_file():  # a pipe would have the reader wait
+def _entries(file: Path) -> dict[str, dict[str, Any]]:
+    """The cache's entries; none where its file is absent, damaged or of another format."""
+    if not file.is_file():  # a pipe would have the reader wait
         return {}
     try:
-        found: Any = read(place.read_bytes())
+        found: Any = read(file.read_bytes())
     except (OSError, ValueError):
         return {}
     if misfit(found, _SHAPE) is not None or found["format"] != FORMAT:
@@ -108,13 +109,13 @@ def _entries(place: Path) -> dict[str, dict[str, Any]]:
     return found["files"]
 
 
-def _keep(place: Path, path: str, entry: dict[str, Any]) -> None:
-    """With what others kept meanwhile. Of two processes that write at once one entry may be lost,
-    and is made again when it is next asked for: the file itself is always whole."""
-    with _LOCK, suppress(OSError, InputError, RuntimeError):  # Path's word for links in a ring
-        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        kept = _entries(place)
-        kept.pop(path, None)
-        kept[path] = entry
-        files = dict([*kept.items()][-MOST:])
-        write_file(place, json.dumps({"format": FORMAT, "files": files}, indent=0).encode())
+def _store(file: Path, path: str, entry: dict[str, Any]) -> None:
+    """Add an entry to those on disk. Of two processes that write at once one entry may be lost, and
+    is computed again when it is needed: the file itself is always whole."""
+    with _LOCK, suppress(OSError, InputError, RuntimeError):  # Path raises it for links in a ring
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        entries = _entries(file)
+        entries.pop(path, None)
+        entries[path] = entry
+        files = dict([*entries.items()][-MOST:])
+        write_file(file, json.dumps({"format": FORMAT, "files": files}, indent=0).encode())

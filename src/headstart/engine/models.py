@@ -1,4 +1,4 @@
-"""The files of a pair before anything of them is loaded: what each is, and whether they belong.
+"""The files of a pair before they are loaded: what each is, and whether they belong together.
 
 role -> Model (path, family, guess)      base and distilled must share latents and noise levels
 """
@@ -72,25 +72,28 @@ class Model:
     def note(self, role: str, prediction_given: bool) -> str | None:
         """What was guessed and how to set it by hand, or None where nothing was."""
         settled = prediction_given or self.states("prediction")
-        told = self.guess.note(without_prediction=settled)
-        if told is None and self.family.lineage == "sd21" and not settled:
-            told = (
+        note = self.guess.note(without_prediction=settled)
+        if note is None and self.family.lineage == "sd21" and not settled:
+            note = (
                 "nothing says whether it predicts eps or v, taken for the 768 px model that "
                 "predicts v (set with --prediction or prediction=)"
             )
-        return told and f"{role}: {told}"
+        return note and f"{role}: {note}"
 
 
-def predictions(given: Predictions | None, models: Mapping[str, Model]) -> dict[str, Prediction]:
-    """Role -> what its network predicts; `given`, for both or by role, wins. Raises InputError."""
-    told = given if isinstance(given, Mapping) else dict.fromkeys(models, given)
-    if strange := set(told) - set(models):
+def predictions(option: Predictions | None, models: Mapping[str, Model]) -> dict[str, Prediction]:
+    """Role -> what its network predicts; the option, for both or by role, wins.
+
+    Raises InputError for a role that the pair does not have.
+    """
+    by_role = option if isinstance(option, Mapping) else dict.fromkeys(models, option)
+    if strange := set(by_role) - set(models):
         raise InputError(
             f"prediction for {', '.join(map(repr, sorted(strange)))}: this pair has "
             f"{', '.join(map(repr, models))}"
         )
     return {
-        role: model.prediction if (value := told.get(role)) is None else Prediction(value)
+        role: model.prediction if (value := by_role.get(role)) is None else Prediction(value)
         for role, model in models.items()
     }
 
@@ -107,7 +110,7 @@ def schedules(models: Mapping[str, Model], known: Mapping[str, Prediction]) -> d
         published = distilled.guess.preset is not None and prediction is distilled.prediction
         if known["base"] is prediction and not published:
             found["distilled"] = found["base"]
-    for role, prediction in known.items():  # said by hand, or by the name
+    for role, prediction in known.items():  # from the option, or from the file's name
         if not models[role].states("schedule"):
             found[role] = _USUAL.get(prediction, found[role])
     return found
@@ -202,7 +205,7 @@ def check_vae(path: FilePath, model: Model) -> None:
 
 
 class Averages(NamedTuple):
-    """Role -> what `load_unet` is given as `ema`, and lines for a person."""
+    """Role -> the argument `ema` of `load_unet`, and lines for a person."""
 
     of: Mapping[str, bool | None]
     notes: tuple[str, ...] = ()
@@ -219,8 +222,8 @@ def averaged(models: Mapping[str, Model], wanted: bool | None) -> Averages:
         role: Checkpoint.open(model.path).main_of(model.path) for role, model in models.items()
     }
     if wanted is None:
-        told = {role: averages_note(main) for role, main in mains.items()}
-        notes = tuple(f"{role}: {note}" for role, note in told.items() if note)
+        found = {role: averages_note(main) for role, main in mains.items()}
+        notes = tuple(f"{role}: {note}" for role, note in found.items() if note)
         return Averages(dict.fromkeys(models), notes)
     if not any(mains.values()):
         files = " nor ".join(str(model.path) for model in models.values())
