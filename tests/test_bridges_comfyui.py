@@ -24,7 +24,7 @@ from torch import Tensor
 
 import headstart as hs
 from headstart.bridges import comfyui
-from headstart.bridges.comfy_model import known
+from headstart.bridges.comfy_model import inspect_model
 from headstart.bridges.comfyui import HeadstartGuider, HeadstartPlan, HeadstartSampler
 from headstart.plan.table import StepTable
 
@@ -104,7 +104,7 @@ def test_comfyuis_own_sampling_nodes_are_read() -> None:
     host = real_or_skip()
     model = host.model("v", 0)
     patched = host.sampled(model, "v_prediction", True)
-    found = known("base", patched)
+    found = inspect_model("base", patched)
     ended = hs.NoiseSchedule.scaled_linear().zero_terminal_snr()  # of which only the end differs
     assert isinstance(found.process, hs.NoiseSchedule)
     assert torch.allclose(*(torch.tensor(own.sigmas[:-1]) for own in (found.process, ended)), 1e-4)
@@ -113,7 +113,7 @@ def test_comfyuis_own_sampling_nodes_are_read() -> None:
     found = nodes(host, planned, (patched, patched), sigmas)
     assert apart(found, host.process_out(model, last)) <= LIMIT
     with pytest.raises(hs.InputError, match="take away a ModelSamplingDiscrete node"):
-        known("base", host.sampled(model, "lcm", False))
+        inspect_model("base", host.sampled(model, "lcm", False))
 
 
 @pytest.mark.parametrize("mode", ["hybrid", "replace-final"])

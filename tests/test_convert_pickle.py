@@ -58,7 +58,7 @@ def inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """Read in this process, which has torch already: what is read does not depend on where."""
 
     def extract(path: Path, target: Path, **_: object) -> pickle_file.Extracted:
-        if pickle_file.kind_of(path) == "zip":
+        if pickle_file.format_of(path) == "zip":
             pickle_file.check_archive(path)
         try:
             count, left_out = unpickle.transfer(path, target)
@@ -195,7 +195,7 @@ def test_of_the_stages_of_a_token_the_last_is_kept_and_the_others_are_listed(
     torch.save(stages, tmp_path / "in.pt")
     done = convert(tmp_path / "in.pt", out)
     same(out, stages[-1])
-    assert done.left_out == ("0 to 1: earlier stages of the token that the last one is",)
+    assert done.left_out == ("0 to 1: earlier stages of the last token",)
     torch.save([{"w": torch.ones(1)}, {"w": torch.ones(2)}], tmp_path / "in.pt")
     convert(tmp_path / "in.pt", out, overwrite=True)
     same(out, {"0.w": torch.ones(1), "1.w": torch.ones(2)})

@@ -56,7 +56,7 @@ def test_a_pair_is_one_token_of_sdxl_however_it_is_spelled_and_ordered(
     assert token.widths == {"text": L, "text_2": G}
     assert {own: shapes[key][-1] for own, key in token.keys.items()} == token.widths
     assert token.vectors == (2 if len(next(iter(shapes.values()))) == 2 else 1)
-    (renamed,) = found(tmp_path, shapes, named="<x>")
+    (renamed,) = found(tmp_path, shapes, rename="<x>")
     assert renamed == token._replace(name="<x>")
 
 
@@ -66,7 +66,7 @@ def test_each_row_of_cog_sdxl_is_a_token_and_all_of_them_are_behind_a_name(tmp_p
     assert [(token.name, token.row, token.vectors) for token in tokens] == [
         ("<s0>", 0, 1), ("<s1>", 1, 1), ("<s2>", 2, 1)
     ]  # fmt: skip
-    (whole,) = found(tmp_path, pti, named="TOK")
+    (whole,) = found(tmp_path, pti, rename="TOK")
     assert (whole.name, whole.row, whole.vectors) == ("TOK", None, 3)
 
 

@@ -193,12 +193,12 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
         return json.loads((shared / "configs" / name / path).read_text())
 
     row = FAMILIES["sdxl" if "sdxl" in name else "sd21" if "2.1" in name else "sd15"]
-    said = Statements(
+    statements = Statements(
         unet=read("unet/config.json"),
         vae=read("vae/config.json"),
         scheduler=read("scheduler/scheduler_config.json"),
     )
-    family = declared(row, said)
+    family = declared(row, statements)
     assert (family.heads, family.head_dim) == (row.heads, row.head_dim)
     assert (family.norm_groups, family.vae_norm_groups) == (32, 32)
     assert family.scale_factor == row.scale_factor
@@ -209,7 +209,7 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("said", "prediction"),
+    ("statements", "prediction"),
     [
         (Statements(), Prediction.EPS),
         (Statements(flags=frozenset({"v_pred"})), Prediction.V),
@@ -225,9 +225,9 @@ def test_the_official_configs_agree_with_the_table(shared: Path, name: str) -> N
     ],
 )
 def test_prediction_is_the_most_specific_statement(
-    said: Statements, prediction: Prediction
+    statements: Statements, prediction: Prediction
 ) -> None:
-    assert declared(SDXL, said).prediction is prediction
+    assert declared(SDXL, statements).prediction is prediction
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [("f4", 2.0**-20), ("f2", 2.0**-10)])

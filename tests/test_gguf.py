@@ -21,7 +21,8 @@ import headstart as hs
 import headstart.checkpoint.gguf as reader
 from headstart.checkpoint import keymap
 from headstart.checkpoint.checkpoint import inspect_checkpoint
-from headstart.checkpoint.tensors import FLOATS, Checkpoint
+from headstart.checkpoint.dtypes import FLOATS
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.cli import main
 from headstart.convert.convert import convert
 from headstart.errors import CheckpointError
@@ -238,8 +239,8 @@ BAD = {
     "text": (head(0, 1, struct.pack("<Q", 2**62)), "bytes are claimed"),
     "array": (head(0, 1, text("a") + struct.pack("<IIQ", 9, 4, 2**60)), "are claimed"),
     "texts": (head(0, 1, text("a") + struct.pack("<IIQ", 9, 8, 2**19)), "are claimed"),
-    "nested": (head(0, 1, text("a") + struct.pack("<IIQ", 9, 9, 1)), "an array of kind 9"),
-    "kind": (head(0, 1, text("a") + struct.pack("<I", 99)), "of unknown kind 99"),
+    "nested": (head(0, 1, text("a") + struct.pack("<IIQ", 9, 9, 1)), "an array of type 9"),
+    "kind": (head(0, 1, text("a") + struct.pack("<I", 99)), "has unknown type 99"),
     "twice": (head(0, 2, 2 * (text("a") + struct.pack("<IB", 0, 1))), "'a' appears twice"),
     "utf-8": (head(0, 1, struct.pack("<Q", 2) + b"\xff\xff"), "not UTF-8"),
     "alignment": (head(0, 1, text("general.alignment") + struct.pack("<II", 4, 0)), "power of two"),

@@ -26,7 +26,7 @@ from headstart.adapters.resolution import Match, Mismatch, Resolution
 from headstart.adapters.tuners import tuners_of
 from headstart.checkpoint.embeddings import Token, beside_layers, tokens_of
 from headstart.checkpoint.families import CONTEXT_WIDTHS
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.header import read_json
 from headstart.checkpoint.kinds import STEERS, kind_of
 from headstart.checkpoint.tensors import Checkpoint
@@ -259,9 +259,9 @@ def _describe_strays(strays: Sequence[str]) -> str:
     """The name of a tuner that is not implemented, or some unknown keys."""
     foreign = tuners_of(strays)
     if not foreign:
-        return f"the keys {some(strays)}"
+        return f"the keys {first_few(strays)}"
     title, keys = max(foreign.items(), key=lambda row: len(row[1]))
-    return f"{title}, which is not implemented ({some(keys)})"
+    return f"{title}, which is not implemented ({first_few(keys)})"
 
 
 # What a layer computes names the file before how its keys are spelled does.

@@ -34,7 +34,8 @@ from headstart.adapters.names import AdapterForm, Network, parse
 from headstart.adapters.peft import Peft
 from headstart.adapters.products import with_core
 from headstart.adapters.rotations import oft_v2
-from headstart.checkpoint.tensors import FLOATS, Checkpoint
+from headstart.checkpoint.dtypes import FLOATS
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import AdapterError
 
 Layout = tuple[tuple[str, str, Shape], ...]

@@ -11,7 +11,7 @@ from headstart.adapters.group import Group
 from headstart.adapters.kind import Shape, Sides
 from headstart.adapters.names import AdapterForm, Network, why_unmatched
 from headstart.adapters.tuners import tuner_of
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.errors import AdapterError
 
@@ -74,7 +74,9 @@ class Resolution:
             tuner = tuner_of(name)
             reason = f"of {tuner}, which is not implemented" if tuner else why_unmatched(name)
             problems.setdefault(reason, []).append(name)
-        lines = [f"{len(names)} {why}: {some(names)}" for why, names in problems.items() if names]
+        lines = [
+            f"{len(names)} {why}: {first_few(names)}" for why, names in problems.items() if names
+        ]
         if lines:
             patterns = _patterns([each.name for each in misshapen] + unknown)
             raise AdapterError(

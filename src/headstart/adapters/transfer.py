@@ -17,7 +17,7 @@ import torch
 
 from headstart.adapters.names import Network
 from headstart.checkpoint.checkpoint import family_of
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.tensors import Checkpoint, Part
@@ -247,7 +247,7 @@ def _differences(base: Part, other: Part, path: Path, *, more: bool) -> list[str
         "that the base has not": [name for name in theirs if more and name not in ours],
         "of no network": [*other.strays],
     }
-    return [f"{path}: {len(n)} {what}: {some(n)}" for what, n in lines.items() if n]
+    return [f"{path}: {len(n)} {what}: {first_few(n)}" for what, n in lines.items() if n]
 
 
 def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:

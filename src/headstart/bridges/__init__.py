@@ -1,4 +1,4 @@
 """Headstart with other programs: their networks, prompts and samplers with ours, ours in theirs.
 
-Each module imports its host late, so that none is needed to load it.
+No module imports its host at load time, so none has to be installed.
 """

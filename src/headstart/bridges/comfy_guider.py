@@ -1,4 +1,4 @@
-"""The GUIDER and the SAMPLER that SamplerCustomAdvanced is given: a table's rows on MODELs.
+"""The GUIDER and the SAMPLER for SamplerCustomAdvanced: a table's rows on MODELs.
 
 Each run of rows of one model is one `CFGGuider.sample` (comfy/samplers.py), which loads, hooks,
 patches and cleans up as for any sampler. So two MODELs may be one checkpoint with and without a
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headstart.bridges.comfy_model import ByRow, agree, as_asked, levels_of, listed
+from headstart.bridges.comfy_model import RowSampling, agree, for_x0, levels_of, listed
 from headstart.errors import InputError
 from headstart.lazy import LazyModule
 from headstart.noise import Philox
@@ -29,16 +29,16 @@ management: Any = LazyModule("comfy.model_management")
 
 @dataclass(frozen=True)
 class RowSampler:
-    """What Headstart Sampler makes; `Guider` runs the rows.
+    """The output of Headstart Sampler; `Guider` runs the rows.
 
-    Noise that rows add is Philox(noise_seed), keyed by the image's place in the batch and by the
-    row of the whole plan: parts of split SIGMAS draw what the whole would have drawn.
+    Rows add noise of Philox(noise_seed), keyed by the image's index in the batch and the row of the
+    whole plan. So parts of split SIGMAS draw the same noise as the whole.
     """
 
     noise_seed: int | None = None
 
     def sample(self, *args: Any, **settings: Any) -> Tensor:
-        """What ComfyUI's own guiders call."""
+        """Called by ComfyUI's own guiders. Raises InputError."""
         raise InputError(
             "Headstart Sampler runs a table's rows, and this GUIDER has none: connect the GUIDER "
             "of Headstart Guider"
@@ -47,7 +47,7 @@ class RowSampler:
 
 @dataclass(frozen=True)
 class Guider:
-    """What SamplerCustomAdvanced asks of a GUIDER: `model_patcher` and `sample`.
+    """The interface of a GUIDER for SamplerCustomAdvanced: `model_patcher` and `sample`.
 
     table    the rows, compiled for these models
     flow     whether ComfyUI's levels are t
@@ -62,7 +62,7 @@ class Guider:
 
     @property
     def model_patcher(self) -> Any:
-        """The first row's: for previews, and for the latent's channels."""
+        """That of the first row: for previews, and for the latent's channels."""
         return self.models[self.table[0].model]
 
     def sample(
@@ -88,8 +88,8 @@ class Guider:
         if not len(sigmas):
             return latent_image
         part = self._part([float(sigma) for sigma in sigmas.cpu()])
-        own = sampler.noise_seed
-        rows = _Rows(self, part, (seed or 0) if own is None else own)
+        noise_seed = sampler.noise_seed
+        rows = _Rows(self, part, (seed or 0) if noise_seed is None else noise_seed)
         latents = latent_image
         for model, steps in groupby(part, lambda step: step.model):
             guider = samplers.CFGGuider(self.models[model])
@@ -99,13 +99,13 @@ class Guider:
             latents = guider.sample(noise, latent_image, rows, sigmas, *settings)
         return latents
 
-    def _part(self, given: list[float]) -> StepTable:
-        levels, count = levels_of(self.table, self.flow), len(given) - 1
+    def _part(self, sigmas: list[float]) -> StepTable:
+        levels, count = levels_of(self.table, self.flow), len(sigmas) - 1
         starts = range(len(self.table) - count + 1 if count else 0)
-        first = next((n for n in starts if agree(given, levels[n : n + count + 1])), None)
+        first = next((n for n in starts if agree(sigmas, levels[n : n + count + 1])), None)
         if first is None:
             raise InputError(
-                f"SIGMAS {listed(given)} are no rows of table {self.table.name!r}, which has "
+                f"SIGMAS {listed(sigmas)} are no rows of table {self.table.name!r}, which has "
                 f"{listed(levels)}: give SamplerCustomAdvanced the SIGMAS of the same Headstart "
                 "Plan, or a part of them from SplitSigmas with a step in it"
             )
@@ -119,10 +119,10 @@ class Guider:
 
 @dataclass
 class _Rows:
-    """Some rows of a run, as the SAMPLER of a ComfyUI guider; then, with another guider, the next.
+    """A SAMPLER for ComfyUI's guiders: each call of `sample` makes the next rows of one run.
 
-    count   how many, all of the guider's model
-    run     the whole run, once it has begun
+    count   how many rows, all of the guider's model
+    run     the whole run, after its start
     """
 
     guider: Guider
@@ -142,11 +142,11 @@ class _Rows:
         denoise_mask: Tensor | None = None,
         disable_pbar: bool = False,
     ) -> Tensor:
-        """What CFGGuider calls with its model loaded; the state after the last of these rows."""
-        model = samplers.KSamplerX0Inpaint(model_wrap, sigmas)  # holds what a mask keeps
+        """Called by CFGGuider after loading its model. Returns the state after the last row."""
+        model = samplers.KSamplerX0Inpaint(model_wrap, sigmas)  # keeps masked parts
         model.latent_image, model.noise = latent_image, noise
         sampling = model_wrap.inner_model.model_sampling
-        run = self.run = self.run or self._begun(noise, latent_image)
+        run = self.run = self.run or self._start(noise, latent_image)
         for _ in range(self.count):
             management.throw_exception_if_processing_interrupted()
             call = run.call
@@ -154,23 +154,25 @@ class _Rows:
             index = call.step - self.part.first
             row = self.part[index]
             model_wrap.set_cfg(row.guidance)
-            if isinstance(sampling, ByRow):
+            if isinstance(sampling, RowSampling):
                 sampling.row = row
             level = call.timestep.float()
             x0 = model(call.x_in, level, denoise_mask=denoise_mask, **extra_args)
             state = run.advance(x0.float())
             if callback is not None:
                 callback(index, state.x0, call.x_in, len(self.part))
-        return self._left(run, latent_image, denoise_mask)
+        return self._latents(run, latent_image, denoise_mask)
 
-    def _begun(self, noise: Tensor, latent_image: Tensor) -> Run:
-        """From an empty latent as the table says; any other is noised to its level, x0 + sigma*n,
-        which of a part of a run is what the part before left."""
+    def _start(self, noise: Tensor, latent_image: Tensor) -> Run:
+        """An empty latent starts as the table says; any other as x0 + sigma*n.
+
+        For the later part of a split run that restores the state after the part before.
+        """
         part, batch = self.part, len(noise)
         empty = not bool(latent_image.count_nonzero())
         scale = part.init_scale if empty else part[0].sigma
         x = latent_image.float() + scale * noise.float()
-        table = as_asked(part, self.guider.flow)
+        table = for_x0(part, self.guider.flow)
         return Run(
             table,
             self.guider.conds,
@@ -178,7 +180,7 @@ class _Rows:
             resume=State(part.first - 1, x, x),
         )
 
-    def _left(self, run: Run, latent_image: Tensor, denoise_mask: Tensor | None) -> Tensor:
+    def _latents(self, run: Run, latent_image: Tensor, denoise_mask: Tensor | None) -> Tensor:
         x = run.state.x
         if run.row is None and self.part.steps[-1].sigma_next and not self.part.cut:
             x = x * self.part.end_scale

@@ -1,7 +1,7 @@
-"""A ComfyUI MODEL as plans see it: its noise schedule, what its network predicts, its levels.
+"""What a plan needs of a ComfyUI MODEL: its noise schedule, prediction and levels.
 
-ComfyUI's level is sigma, and t = sigma/(1 + sigma) of a flow (its CONST), whose state it keeps as
-z = (1 - t)*x. What a model does at a level is asked of it and compared with the formulas here
+ComfyUI's level is sigma, or t = sigma/(1 + sigma) for a flow (its CONST), whose state is
+z = (1 - t)*x. A model's formulas are evaluated at some levels and compared with the formulas here
 (comfy/model_sampling.py: `calculate_input`, `calculate_denoised`, `timestep`).
 """
 
@@ -25,18 +25,18 @@ from headstart.plan.spacing import Process
 from headstart.plan.table import Step, StepTable, level_text
 
 EXACT = 1e-4
-"""ComfyUI's levels are float32, and some were rounded more than once on their way."""
+"""Relative: ComfyUI's levels are float32, and some are rounded more than once."""
 
 
-class Known(NamedTuple):
-    """What a plan is compiled with, of one model."""
+class ModelInfo(NamedTuple):
+    """What `Plan.compile` needs of one model."""
 
     process: Process
     prediction: Prediction
 
 
-def known(name: str, model: Any) -> Known:
-    """Of a MODEL (comfy.model_patcher.ModelPatcher), as the nodes before it have set it.
+def inspect_model(name: str, model: Any) -> ModelInfo:
+    """Of a MODEL (comfy.model_patcher.ModelPatcher), with the patches of the nodes before.
 
     Raises InputError for a kind of sampling that no plan has.
     """
@@ -45,13 +45,13 @@ def known(name: str, model: Any) -> Known:
     probes = [_scalings(sampling, float(levels[index])) for index in (len(levels) // 4, -1)]
     if all(_near(found, (1.0, 1.0, -sigma)) for sigma, found in probes):
         middle = float(levels[len(levels) // 2 - 1])  # u = 1/2, so t = shift/(1 + shift)
-        return Known(FlowSchedule(middle / (1.0 - middle)), Prediction.FLOW)
+        return ModelInfo(FlowSchedule(middle / (1.0 - middle)), Prediction.FLOW)
     width = float(getattr(sampling, "sigma_data", 1.0))
     if (process := _process(sampling, levels, width)) is not None:
         for prediction in _PREDICTIONS[type(process)]:
             if all(_near(found, prediction.scalings(sigma, width)) for sigma, found in probes):
-                return Known(process, prediction)
-    parents = ", ".join(kind.__name__ for kind in type(sampling).__mro__[1:4])
+                return ModelInfo(process, prediction)
+    parents = ", ".join(base.__name__ for base in type(sampling).__mro__[1:4])
     raise InputError(
         f"the {name} MODEL is sampled by ComfyUI's {parents}, which no plan has: give a model that "
         "predicts eps, v, x0 or a flow, and take away a ModelSamplingDiscrete node that is set to "
@@ -66,17 +66,17 @@ _PREDICTIONS: Mapping[type, tuple[Prediction, ...]] = {
 
 
 def _process(sampling: Any, levels: Tensor, width: float) -> Process | None:
-    """By what the network is told at the levels."""
-    told: Tensor = sampling.timestep(sampling.sigmas).double().cpu()
-    if torch.equal(told, torch.arange(len(levels)).double()):
+    """By the network's timesteps at the levels."""
+    timesteps: Tensor = sampling.timestep(sampling.sigmas).double().cpu()
+    if torch.equal(timesteps, torch.arange(len(levels)).double()):
         return NoiseSchedule.from_sigmas(levels.numpy())
-    if torch.allclose(told, levels.log() / 4, atol=1e-4):
+    if torch.allclose(timesteps, levels.log() / 4, atol=1e-4):
         return NoiseSchedule.edm(float(levels[0]), float(levels[-1]), width)
     return None
 
 
 def _scalings(sampling: Any, level: float) -> tuple[float, tuple[float, float, float]]:
-    """The level, and c_in, c_skip and c_out there: what 1 as x and 1 as F become."""
+    """The level, and c_in, c_skip and c_out there, from x = 1 and F = 1."""
     sigma = torch.tensor([level], dtype=torch.float64)
     one = torch.ones((1, 1, 1, 1), dtype=torch.float64)
     return level, (
@@ -91,9 +91,9 @@ def _near(found: tuple[float, ...], expected: tuple[float, ...]) -> bool:
     return all(abs(a - b) <= EXACT * max(abs(b), EXACT) for a, b in pairs)
 
 
-def agree(given: Sequence[float], levels: Sequence[float]) -> bool:
-    """Whether two lists of levels are the same."""
-    return all(abs(a - b) <= EXACT * b for a, b in zip(given, levels, strict=True))
+def agree(first: Sequence[float], second: Sequence[float]) -> bool:
+    """Whether two lists have the same levels."""
+    return all(abs(a - b) <= EXACT * b for a, b in zip(first, second, strict=True))
 
 
 def listed(levels: Sequence[float]) -> str:
@@ -101,33 +101,35 @@ def listed(levels: Sequence[float]) -> str:
     return " ".join(level_text(level, ".4g") for level in levels)
 
 
-class Planned(NamedTuple):
+class CompiledPlan(NamedTuple):
     """A HEADSTART_TABLE.
 
-    models  what was known of the plan's models when its rows were made
+    models  the infos that the plan was compiled with
     flow    whether ComfyUI's levels are t
     """
 
     plan: Plan
-    models: Mapping[str, Known]
+    models: Mapping[str, ModelInfo]
     table: StepTable
     flow: bool
 
 
-def planned(plan: Plan, own: Mapping[str, Known], given: Mapping[str, Any]) -> Planned:
-    """The rows of a plan on the MODELs that are given, by name, and else on those of a pair.
+def compile_plan(
+    plan: Plan, defaults: Mapping[str, ModelInfo], connected: Mapping[str, Any]
+) -> CompiledPlan:
+    """The rows of a plan for the connected MODELs, by name; the pair's defaults for the others.
 
-    A pair's flow keeps its schedule, which shapes grids alone: it is no property of the network.
-    Raises PlanError for a flow beside a model that is none.
+    A flow keeps the schedule of the pair: it only shapes grids and is no property of the network.
+    Raises PlanError for a flow beside a model that is no flow.
     """
-    models: dict[str, Known] = {}
+    models: dict[str, ModelInfo] = {}
     for name in dict.fromkeys(leg.model for leg in plan.legs):
-        before = found = own[name]
-        if given.get(name) is not None:
-            found = known(name, given[name])
-            if {type(before.process), type(found.process)} == {FlowSchedule}:
-                found = found._replace(process=before.process)
-        models[name] = found
+        default = info = defaults[name]
+        if connected.get(name) is not None:
+            info = inspect_model(name, connected[name])
+            if {type(default.process), type(info.process)} == {FlowSchedule}:
+                info = info._replace(process=default.process)
+        models[name] = info
     flows = {isinstance(model.process, FlowSchedule) for model in models.values()}
     if len(flows) > 1:
         raise PlanError(
@@ -135,9 +137,9 @@ def planned(plan: Plan, own: Mapping[str, Known], given: Mapping[str, Any]) -> P
             "counts their noise differently: give two of one kind"
         )
     schedules = {name: model.process for name, model in models.items()}
-    predicted = {name: model.prediction for name, model in models.items()}
-    table = plan.compile(schedules, prediction=predicted)
-    return Planned(plan, models, table, flows == {True})
+    predictions = {name: model.prediction for name, model in models.items()}
+    table = plan.compile(schedules, prediction=predictions)
+    return CompiledPlan(plan, models, table, flows == {True})
 
 
 def level_of(sigma: float, flow: bool) -> float:
@@ -153,8 +155,8 @@ def levels_of(table: StepTable, flow: bool) -> list[float]:
     return [level_of(sigma, flow) for sigma in sigmas]
 
 
-def as_asked(table: StepTable, flow: bool) -> StepTable:
-    """The same rows for a model that answers with x0, in ComfyUI's numbers.
+def for_x0(table: StepTable, flow: bool) -> StepTable:
+    """The same rows for a model that returns x0, in ComfyUI's numbers.
 
     x_in is ComfyUI's state and `timestep` its level; F is x0 with guidance in it.
     """
@@ -171,11 +173,11 @@ def as_asked(table: StepTable, flow: bool) -> StepTable:
     return replace(table, steps=steps)
 
 
-class ByRow:
-    """Mixed into a model's sampling: it does at its level what `row` says, to the last bit.
+class RowSampling:
+    """Mixin for a model's sampling: uses the numbers of `row`, to the last bit.
 
-    ComfyUI tells the network the whole timestep next to a level, knows no shifted ones, and has
-    LCM's c_skip and c_out only together with LCM's 50 timesteps.
+    ComfyUI rounds a level's timestep to a whole one, has no shifted timesteps, and has LCM's c_skip
+    and c_out only together with LCM's 50 timesteps.
     """
 
     row: Step
@@ -192,11 +194,11 @@ class ByRow:
         return model_input * self.row.c_skip + model_output * self.row.c_out
 
 
-def by_row(model: Any, row: Step) -> Any:
-    """A clone of a MODEL whose sampling is a `ByRow`, until another row is set at `row`."""
+def with_row_sampling(model: Any, row: Step) -> Any:
+    """A clone of a MODEL whose sampling is a `RowSampling`, with its first row."""
     sampling = copy.copy(model.get_model_object("model_sampling"))
-    kind: type = sampling.__class__
-    sampling.__class__ = type("ByRow", (ByRow, kind), {})
+    base: type = sampling.__class__
+    sampling.__class__ = type("RowSampling", (RowSampling, base), {})
     sampling.row = row
     clone = model.clone()
     clone.add_object_patch("model_sampling", sampling)

@@ -6,7 +6,7 @@
     __all__ = ["NODE_CLASS_MAPPINGS", "NODE_DISPLAY_NAME_MAPPINGS"]
 
 Headstart Plan makes the SIGMAS and the table, Headstart Guider the GUIDER, Headstart Sampler the
-SAMPLER; NOISE and LATENT are ComfyUI's own, and so are previews, masks, interrupts, SplitSigmas.
+SAMPLER. NOISE, LATENT, previews, masks, interrupts and SplitSigmas are ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ import torch
 from torch import Tensor
 
 from headstart.bridges.comfy_guider import Guider, RowSampler
-from headstart.bridges.comfy_model import Known, Planned, agree, by_row, levels_of, listed, planned
+from headstart.bridges.comfy_model import (
+    CompiledPlan,
+    ModelInfo,
+    agree,
+    compile_plan,
+    levels_of,
+    listed,
+    with_row_sampling,
+)
 from headstart.errors import InputError, PlanError
 from headstart.plan.by_name import MODES, PRESETS
 from headstart.plan.pairs import CUSTOM, PAIRS
@@ -34,7 +42,7 @@ CATEGORY = "sampling/custom_sampling/headstart"
 
 
 class HeadstartPlan:
-    """A preset, or a plan written down as TOML -> its table, its SIGMAS and the table as text."""
+    """A preset, or a plan in TOML -> its table, its SIGMAS and the table as text."""
 
     CATEGORY, FUNCTION = CATEGORY, "make"
     RETURN_TYPES = ("HEADSTART_TABLE", "SIGMAS", "STRING")
@@ -71,15 +79,15 @@ class HeadstartPlan:
         base: Any = None,
         distilled: Any = None,
         **settings: float,
-    ) -> tuple[Planned, Tensor, str]:
+    ) -> tuple[CompiledPlan, Tensor, str]:
         plan = _plan(preset, mode, toml, {name: value for name, value in settings.items() if value})
         pair = CUSTOM if toml.strip() else PAIRS[preset]
         predictions = pair.predictions
-        own = {name: Known(process, predictions[name]) for name, process in pair.schedules.items()}
-        found = planned(plan, own, {"base": base, "distilled": distilled})
-        rows = max(1, round(denoise * len(found.table)))
-        sigmas = torch.tensor(levels_of(found.table, found.flow)[-rows - 1 :], dtype=torch.float32)
-        return found, sigmas, str(found.table)
+        defaults = {name: ModelInfo(own, predictions[name]) for name, own in pair.schedules.items()}
+        compiled = compile_plan(plan, defaults, {"base": base, "distilled": distilled})
+        rows = max(1, round(denoise * len(compiled.table)))
+        levels = levels_of(compiled.table, compiled.flow)[-rows - 1 :]
+        return compiled, torch.tensor(levels, dtype=torch.float32), str(compiled.table)
 
 
 _TOML = (
@@ -103,14 +111,16 @@ def _plan(name: str, mode: str, toml: str, settings: Mapping[str, Any]) -> Plan:
                 f"a plan in TOML states its own {', '.join(settings)}: set them to 0, or empty toml"
             )
         plan = plan_of_toml(toml, "toml")
-        strange = sorted({leg.model for leg in plan.legs} - {*MODELS})
-        if strange:
-            raise PlanError(f"toml: models here are 'base' and 'distilled', not {strange}")
+        unknown = sorted({leg.model for leg in plan.legs} - {*MODELS})
+        if unknown:
+            raise PlanError(f"toml: models here are 'base' and 'distilled', not {unknown}")
     else:
         plan = preset(name, mode=mode, **settings)  # pyright: ignore[reportArgumentType]
-        own = PAIRS[name].distilled_prediction  # no file says it, so ComfyUI cannot know
-        if own is not None:
-            legs = (replace(g, prediction=own) if g.model == MODELS[1] else g for g in plan.legs)
+        prediction = PAIRS[name].distilled_prediction  # in no file, so unknown to ComfyUI
+        if prediction is not None:
+            legs = (
+                replace(g, prediction=prediction) if g.model == MODELS[1] else g for g in plan.legs
+            )
             plan = replace(plan, legs=tuple(legs))
     if any(leg.adapters for leg in plan.legs):
         raise PlanError("a plan's adapters are no part of a MODEL: load them with LoraLoader")
@@ -118,7 +128,7 @@ def _plan(name: str, mode: str, toml: str, settings: Mapping[str, Any]) -> Plan:
 
 
 class HeadstartGuider:
-    """Two MODELs and a table -> a GUIDER that asks each row's own model, as guided as the row."""
+    """Two MODELs and a table -> a GUIDER that runs each row on its model with its guidance."""
 
     CATEGORY, FUNCTION = CATEGORY, "make"
     RETURN_TYPES = ("GUIDER",)
@@ -136,14 +146,14 @@ class HeadstartGuider:
 
     def make(
         self,
-        table: Planned,
+        table: CompiledPlan,
         positive: Any,
         base: Any = None,
         distilled: Any = None,
         negative: Any = None,
     ) -> tuple[Guider]:
-        given = {"base": base, "distilled": distilled}
-        models = {name: given[name] for name in table.table.models}
+        connected = {"base": base, "distilled": distilled}
+        models = {name: connected[name] for name in table.table.models}
         for name, model in models.items():
             if model is None:
                 raise InputError(
@@ -160,13 +170,13 @@ class HeadstartGuider:
         if negative is not None:
             conds["negative"] = negative
         _check_latents(models)
-        found = planned(table.plan, table.models, models)
-        _check_levels(table.table, found.table)
-        for name, model in found.models.items():
-            if isinstance(model.process, NoiseSchedule):  # else ComfyUI's formulas are the rows'
-                row = next(step for step in found.table if step.model == name)
-                models[name] = by_row(models[name], row)
-        return (Guider(found.table, found.flow, models, conds),)
+        compiled = compile_plan(table.plan, table.models, models)
+        _check_levels(table.table, compiled.table)
+        for name, model in compiled.models.items():
+            if isinstance(model.process, NoiseSchedule):  # else ComfyUI's formulas are exact
+                row = next(step for step in compiled.table if step.model == name)
+                models[name] = with_row_sampling(models[name], row)
+        return (Guider(compiled.table, compiled.flow, models, conds),)
 
 
 def _check_latents(models: Mapping[str, Any]) -> None:
@@ -178,12 +188,12 @@ def _check_latents(models: Mapping[str, Any]) -> None:
         )
 
 
-def _check_levels(table: StepTable, own: StepTable) -> None:
-    """Raise PlanError unless these models have the levels that the SIGMAS were made of."""
-    given, levels = levels_of(table, False), levels_of(own, False)
-    if len(given) != len(levels) or not agree(given, levels):
+def _check_levels(table: StepTable, compiled: StepTable) -> None:
+    """Raise PlanError unless the plan has the same levels on these models."""
+    expected, levels = levels_of(table, False), levels_of(compiled, False)
+    if len(expected) != len(levels) or not agree(expected, levels):
         raise PlanError(
-            f"table {table.name!r} was made for noise levels {listed(given)}, and the MODELs of "
+            f"table {table.name!r} was made for noise levels {listed(expected)}, and the MODELs of "
             f"Headstart Guider have {listed(levels)} there: connect the same MODELs to Headstart "
             "Plan too, or choose a preset of theirs"
         )

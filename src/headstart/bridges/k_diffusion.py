@@ -1,6 +1,6 @@
-"""k-diffusion both ways: a plan where its samplers stand, and our networks as its denoisers.
+"""k-diffusion both ways: a plan in place of its samplers, and our networks as its denoisers.
 
-    x = sample_plan(model_wrap, x, sigmas, extra_args=told, update="dpmpp_2m")
+    x = sample_plan(model_wrap, x, sigmas, extra_args=extra_args, update="dpmpp_2m")
     x = k_diffusion.sampling.sample_euler(denoiser(unet), x, sigmas, extra_args={"cond": cond})
 
 Its denoisers are D(x, sigma, **extra_args) -> x0 with x = x0 + sigma*eps [B, ...] and sigma [B];
@@ -48,22 +48,21 @@ def sample_plan(
     update: Update | str = Update.EULER,
     noise_sampler: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Run a plan where `k_diffusion.sampling.sample_euler` stands, with its arguments.
+    """Run a plan in place of `k_diffusion.sampling.sample_euler`, with its arguments.
 
     model          D, or the D of every model that the table names
     x              [B, ...] x0 + sigma*eps at the first level; at the highest, sigma_max*noise
-    sigmas         falling levels, the last of them where the run ends, 0 by custom
-    extra_args     what D is given besides; guidance is D's own, so the table's rows have 1
+    sigmas         falling levels; the run ends at the last, usually 0
+    extra_args     keyword arguments of D; guidance is done by D, so the table's rows have 1
     callback       called after each network with x, i, sigma, sigma_hat and denoised
-    disable        no progress bar; None: none where nobody looks at a terminal
-    table          a plan's rows, run instead of `sigmas`, of which only the first counts then: the
-                   table is entered at the row of that level, by default at its first
+    disable        no progress bar; None: only on a terminal
+    table          a plan's rows instead of `sigmas`. Of `sigmas` only the first is used then: the
+                   run starts at the row of that level, by default at the first row
     update         the rule of a run by `sigmas` alone: "euler", "ancestral", "dpmpp_2m", ...
-    noise_sampler  (sigma, sigma_next) -> unit noise, by default of torch's generator; it is asked
-                   on rows that add noise
+    noise_sampler  (sigma, sigma_next) -> unit noise for rows that add noise, by default torch.randn
 
-    Returns x, of the dtype that it came in; the state in between is float32. Raises InputError and
-    PlanError for what does not fit, before the first network call, and InputError for NaN.
+    Returns x in its dtype; the state in between is float32. Raises InputError and PlanError for
+    wrong arguments before the first network call, and InputError for NaN.
     """
     if table is None:
         table = _table_of(sigmas, update)
@@ -73,13 +72,13 @@ def sample_plan(
         raise InputError(f"x: expected float latents [B, ...], got {x.dtype} {list(x.shape)}")
     _check_rows(table)
     models = _models_of(model, table)
-    # D says x0 itself, so a row takes it as it is.
+    # D returns x0 itself.
     steps = tuple(step._replace(c_skip=0.0, c_out=1.0) for step in table)
     table = replace(table, steps=steps)
     level = table[0].sigma if sigmas is None else float(sigmas[0])
     start = from_latent(table, x.detach().float(), level)
     noise = _Noise(x, table, noise_sampler)
-    run = Run(table, None, noise, resume=start)  # what D reads is in extra_args
+    run = Run(table, None, noise, resume=start)  # D's conditioning is in extra_args
     return _loop(run, models, x.dtype, dict(extra_args or {}), callback, disable)
 
 
@@ -98,8 +97,9 @@ def _loop(
         sigma = x.new_tensor(row.sigma)
         denoised = models[row.model](x, sigma.expand(len(x)), **extra_args)
         if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
-            came = list(denoised.shape) if isinstance(denoised, Tensor) else type(denoised).__name__
-            raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {came}")
+            is_tensor = isinstance(denoised, Tensor)
+            actual = list(denoised.shape) if is_tensor else type(denoised).__name__
+            raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {actual}")
         if callback is not None:
             callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
         run.advance(denoised.float())
@@ -108,7 +108,7 @@ def _loop(
 
 @dataclass(frozen=True, slots=True)
 class _Noise:
-    """A noise_sampler as a NoiseSource; the start is given, so it is not drawn."""
+    """A noise_sampler as a NoiseSource. Its start is not used: the run resumes from x."""
 
     x: Tensor
     table: StepTable
@@ -131,13 +131,13 @@ class _Noise:
 def _table_of(sigmas: Tensor | Sequence[float] | None, update: Update | str) -> StepTable:
     if sigmas is None:
         raise InputError("nothing says which levels to run: give sigmas or table=")
-    given = torch.as_tensor(sigmas, dtype=torch.float64)
-    if given.ndim != 1 or len(given) < 2:
+    vector = torch.as_tensor(sigmas, dtype=torch.float64)
+    if vector.ndim != 1 or len(vector) < 2:
         raise InputError(
-            f"sigmas: expected where steps start, and where the last ends, got {list(given.shape)} "
-            "numbers"
+            f"sigmas: expected where steps start, and where the last ends, got "
+            f"{list(vector.shape)} numbers"
         )
-    levels = _numbers(given).tolist()
+    levels = _numbers(vector).tolist()
     leg = Leg(model="model", sigmas=tuple(levels[:-1]), update=Update(update))
     schedule = NoiseSchedule.from_sigmas(levels[-2::-1])
     return Plan((leg,), end=levels[-1]).compile(schedule, prediction=Prediction.X0)
@@ -156,14 +156,14 @@ def _check_rows(table: StepTable) -> None:
 def _models_of(model: D | Mapping[str, D], table: StepTable) -> Mapping[str, D]:
     if not isinstance(model, Mapping):
         return dict.fromkeys(table.models, model)
-    found = cast("Mapping[str, D]", model)
-    missing = [name for name in table.models if name not in found]
+    models = cast("Mapping[str, D]", model)
+    missing = [name for name in table.models if name not in models]
     if missing:
         raise InputError(
-            f"the rows name model(s) {missing}, and model has {sorted(found)}: give a D for each, "
+            f"the rows name model(s) {missing}, and model has {sorted(models)}: give a D for each, "
             "or one D for all; with several models give table="
         )
-    return found
+    return models
 
 
 @final
@@ -171,9 +171,9 @@ def _models_of(model: D | Mapping[str, D], table: StepTable) -> Mapping[str, D]:
 class KDenoiser:
     """A network as k-diffusion's denoiser: D(x, sigma) = c_skip*x + c_out*network(c_in*x, t).
 
-    The formulas are `Prediction`'s and the timestep is `schedule`'s, in float64, by interpolation
-    in log sigma; `quantize` rounds it to a whole one, as for networks trained on those alone. It
-    reads sigma back from its device, as k-diffusion's samplers do themselves.
+    Coefficients and timesteps are computed in float64 from `prediction` and `schedule`, with
+    interpolation in log sigma. `quantize` rounds timesteps to whole ones, for networks trained only
+    on those. sigma is read back from its device, as in k-diffusion's samplers.
     """
 
     network: Denoiser
@@ -219,31 +219,31 @@ class KDenoiser:
         """The levels of all timesteps [T] float32, rising."""
         if not isinstance(self.schedule, NoiseSchedule):
             raise InputError("an EDM schedule has every level between its two, and no list of them")
-        return self._made(self.schedule.sigmas)
+        return self._levels(self.schedule.sigmas)
 
     @property
     def sigma_min(self) -> Tensor:
         """The lowest level, [] float32."""
-        return self._made(self.schedule.lowest[1])
+        return self._levels(self.schedule.lowest[1])
 
     @property
     def sigma_max(self) -> Tensor:
         """The highest level, [] float32."""
-        return self._made(self.schedule.highest[1])
+        return self._levels(self.schedule.highest[1])
 
     def get_sigmas(self, n: int | None = None) -> Tensor:
         """[n + 1] falling, the last 0: evenly in timestep (of EDM: its own grid); None: all."""
         if n is None:
             levels = self.sigmas.flip(0)
         elif isinstance(self.schedule, EdmSchedule):
-            levels = self._made(self.schedule.points(n, Spacing.TRAILING).sigmas)
+            levels = self._levels(self.schedule.points(n, Spacing.TRAILING).sigmas)
         else:
             timesteps = self.schedule.timesteps(n, Spacing.FRACTIONAL)
-            levels = self._made(self.schedule.sigma(timesteps, "log"))
+            levels = self._levels(self.schedule.sigma(timesteps, "log"))
         return torch.cat((levels, levels.new_zeros(1)))
 
     def sigma_to_t(self, sigma: Tensor, quantize: bool | None = None) -> Tensor:
-        """The timestep that the network is told, of sigma's shape: int64 where all are whole."""
+        """The network's timestep, of sigma's shape: int64 if all are whole."""
         rounded = self.quantize if quantize is None else quantize
         return self._timesteps(_numbers(sigma), rounded, sigma.device).view(sigma.shape)
 
@@ -252,7 +252,7 @@ class KDenoiser:
         levels = self.schedule.sigma(_numbers(t), "log")
         return torch.tensor(levels, dtype=torch.float32, device=t.device).view(t.shape)
 
-    def _made(self, values: float | FloatArray) -> Tensor:
+    def _levels(self, values: float | FloatArray) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float32, device=self.device)
 
     def _scalings(self, levels: FloatArray, x: Tensor, wide: torch.dtype) -> tuple[Tensor, ...]:
@@ -265,11 +265,11 @@ class KDenoiser:
     def _timesteps(self, levels: FloatArray, quantize: bool, device: torch.device) -> Tensor:
         low, high = self.schedule.lowest[1], self.schedule.highest[1]
         inside = levels.clip(low, high)
-        near = abs(levels - inside) <= PRINTED * inside  # a printed end is the end
-        found = self.schedule.timestep(np.where(near, inside, levels), "log")
-        found = np.asarray(found.round() if quantize else found, dtype=np.float32)
-        whole = isinstance(self.schedule, NoiseSchedule) and bool((found == found.round()).all())
-        return torch.tensor(found, dtype=torch.int64 if whole else torch.float32, device=device)
+        near = abs(levels - inside) <= PRINTED * inside  # an end with three digits is the end
+        times = self.schedule.timestep(np.where(near, inside, levels), "log")
+        times = np.asarray(times.round() if quantize else times, dtype=np.float32)
+        whole = isinstance(self.schedule, NoiseSchedule) and bool((times == times.round()).all())
+        return torch.tensor(times, dtype=torch.int64 if whole else torch.float32, device=device)
 
 
 def denoiser(
@@ -280,11 +280,11 @@ def denoiser(
     quantize: bool = False,
     device: torch.device | str = "cpu",
 ) -> KDenoiser:
-    """A network of ours, or any (x_in, timestep, cond) -> F, as what k-diffusion's samplers take.
+    """A network of ours, or any (x_in, timestep, cond) -> F, as a model for k-diffusion's samplers.
 
     schedule  a table of levels (by default Stable Diffusion's), or EDM's
-    quantize  tell the network whole timesteps
-    device    of the levels that it gives out
+    quantize  round timesteps to whole ones
+    device    of the levels that it returns
 
     Give its samplers extra_args={"cond": ..., "uncond": ..., "guidance": 7.5}, and levels by
     `get_sigmas(n)`, or by `k_diffusion.sampling.get_sigmas_karras(n, d.sigma_min, d.sigma_max)`.
@@ -304,7 +304,7 @@ def denoiser(
         )
     prediction = Prediction(prediction)
     lowest = Leg(model="network", sigmas=(schedule.lowest[1],))
-    Plan((lowest,)).compile(schedule, prediction=prediction)  # refuses what does not go together
+    Plan((lowest,)).compile(schedule, prediction=prediction)  # raises if they do not fit
     return KDenoiser(network, schedule, prediction, quantize, device)
 
 
@@ -313,12 +313,12 @@ def _numbers(tensor: Tensor) -> FloatArray:
 
 
 def _levels(sigma: Tensor, batch: int) -> FloatArray:
-    found = _numbers(sigma)
-    if len(found) not in (1, batch):
+    levels = _numbers(sigma)
+    if len(levels) not in (1, batch):
         raise InputError(f"sigma: expected [{batch}], one level a sample, got {list(sigma.shape)}")
-    if not (np.isfinite(found).all() and (found > 0.0).all()):
-        raise PlanError(f"sigma: expected levels above 0, got {found}")
-    return np.broadcast_to(found, (batch,))
+    if not (np.isfinite(levels).all() and (levels > 0.0).all()):
+        raise PlanError(f"sigma: expected levels above 0, got {levels}")
+    return np.broadcast_to(levels, (batch,))
 
 
 def _guided(guidance: float, uncond: Conditioning | None) -> bool:

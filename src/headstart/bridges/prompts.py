@@ -1,4 +1,4 @@
-"""What pipelines of diffusers make of prompts as Conditioning; public in `bridges.diffusers`."""
+"""Encoded prompts of diffusers' pipelines as Conditioning; public in `bridges.diffusers`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from headstart.interfaces import Conditioning
 from headstart.plan.spacing import real
 
 MASK, GUIDANCE, CHANNELS, IMAGE = "mask", "guidance", "channels", "image_context"
-"""The names in `Conditioning.extra` that networks here read."""
+"""Names in `Conditioning.extra` that the networks of `bridges.diffusers` read."""
 
 
 def conditioning(
@@ -28,17 +28,17 @@ def conditioning(
     target_size: tuple[int, int] | None = None,
     guidance: float | None = None,
 ) -> Conditioning:
-    """What a pipeline's `encode_prompt` returned, for one half of a guided pair.
+    """The result of a pipeline's `encode_prompt` as Conditioning: cond, or uncond.
 
-    prompt_embeds         [B, L, D], or one [L, D] a sample of any lengths (Z-Image), which are
-                          padded with zeros and get a mask
+    prompt_embeds         [B, L, D], or a list with one [L, D] a sample, of any lengths (Z-Image):
+                          padded with zeros, with a mask
     pooled_prompt_embeds  [B, P] (SDXL, SD 3, Flux)
-    prompt_embeds_mask    [B, L], 1 for words and 0 for padding (Qwen-Image)
-    original_size         (height, width) in pixels, and the crop's corner, and the target size,
-                          which is the original one by default: `time_ids` (SDXL)
-    guidance              what a guidance-distilled network is told (Flux dev), for all samples
+    prompt_embeds_mask    [B, L], 1 for text and 0 for padding (Qwen-Image)
+    original_size         (height, width) in pixels; with the crop's corner and the target size (by
+                          default the original one) it makes `time_ids` (SDXL)
+    guidance              the input of a guidance-distilled network (Flux dev), for all samples
 
-    Two halves of different lengths meet by `same_length`. Raises InputError for other shapes.
+    For texts of different lengths see `same_length`. Raises InputError for other shapes.
     """
     _check_pooled(pooled_prompt_embeds)
     context, mask = _padded(prompt_embeds)
@@ -57,8 +57,8 @@ def conditioning(
             f"{batch}: give both of the same ones"
         )
     if guidance is not None:
-        told = real("guidance", guidance)
-        extra[GUIDANCE] = torch.full((batch,), told, device=context.device)
+        value = real("guidance", guidance)
+        extra[GUIDANCE] = torch.full((batch,), value, device=context.device)
     time_ids = None
     if original_size is not None:
         sizes = (*original_size, *crops_coords_top_left, *(target_size or original_size))
@@ -67,20 +67,22 @@ def conditioning(
 
 
 def same_length(*parts: Conditioning) -> tuple[Conditioning, ...]:
-    """Conditionings with texts of one length, as guidance and batches need them: shorter ones are
-    padded with zeros, and where a padded one is among them all have a mask."""
+    """Conditionings with texts of one length, for guidance and batches.
+
+    Shorter ones are padded with zeros; if one is padded, all get a mask.
+    """
     length = max(part.context.shape[1] for part in parts)
     masked = any(MASK in part.extra or part.context.shape[1] < length for part in parts)
-    made: list[Conditioning] = []
+    results: list[Conditioning] = []
     for part in parts:
-        batch, own, _ = part.context.shape
+        batch, tokens, _ = part.context.shape
         extra = dict(part.extra)
         if masked:
-            mask = extra.get(MASK, part.context.new_ones((batch, own), dtype=torch.bool))
-            extra[MASK] = F.pad(mask, (0, length - own))
-        context = F.pad(part.context, (0, 0, 0, length - own))
-        made.append(replace(part, context=context, extra=extra))
-    return tuple(made)
+            mask = extra.get(MASK, part.context.new_ones((batch, tokens), dtype=torch.bool))
+            extra[MASK] = F.pad(mask, (0, length - tokens))
+        context = F.pad(part.context, (0, 0, 0, length - tokens))
+        results.append(replace(part, context=context, extra=extra))
+    return tuple(results)
 
 
 def _check_pooled(pooled: object) -> None:
@@ -88,9 +90,9 @@ def _check_pooled(pooled: object) -> None:
         return
     if isinstance(pooled, Tensor) and pooled.ndim == 2 and pooled.is_floating_point():
         return
-    came = f"{pooled.dtype} {list(pooled.shape)}" if isinstance(pooled, Tensor) else type(pooled)
+    actual = f"{pooled.dtype} {list(pooled.shape)}" if isinstance(pooled, Tensor) else type(pooled)
     raise InputError(
-        f"pooled_prompt_embeds: expected floats [B, P], got {came}: encode_prompt returns (text, "
+        f"pooled_prompt_embeds: expected floats [B, P], got {actual}: encode_prompt returns (text, "
         "negative) of SD, Wan and Z-Image, (text, negative, pooled, negative pooled) of SDXL and "
         "SD 3, (text, pooled, ids) of Flux and (text, mask) of Qwen-Image, and each half of a "
         "guided pair is a conditioning of its own"
@@ -103,8 +105,8 @@ def _padded(embeds: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
         if embeds.ndim != 3:
             raise InputError(f"prompt_embeds: expected [B, L, D], got {list(embeds.shape)}")
         return embeds, None
-    given = cast("object", embeds)
-    parts = cast("Sequence[object]", given) if isinstance(given, list | tuple) else [given]
+    value = cast("object", embeds)
+    parts = cast("Sequence[object]", value) if isinstance(value, list | tuple) else [value]
     if not all(isinstance(part, Tensor) for part in parts):
         raise InputError(
             "prompt_embeds: expected [B, L, D], or one [L, D] a prompt, got "

@@ -19,7 +19,7 @@ from headstart.errors import CheckpointError
 
 Shape = tuple[int, ...]
 _MOST_LEVELS, _MOST_LAYERS = 16, 64
-"""Of a VAE; known ones have 4 levels of 2. A header may claim a thousand of each."""
+"""Limits for a VAE. Known ones have 4 levels of 2; a hostile header may claim thousands."""
 Row = tuple[str, Shape]
 _GROUPED = re.compile(
     r".*(resnets\.[0-9]+\.norm[12]|attentions\.[0-9]+\.(norm|group_norm)|conv_norm_out)\.weight"
@@ -27,9 +27,9 @@ _GROUPED = re.compile(
 
 
 def check_groups(expected: Mapping[str, Shape], groups: int, key: str) -> None:
-    """Raise CheckpointError where a group norm has a width that the groups do not divide.
+    """Raise CheckpointError if `groups` does not divide the width of a group norm.
 
-    `key`: of the metadata that tells another number.
+    `key`: the metadata key for another number.
     """
     for name, shape in expected.items():
         if _GROUPED.fullmatch(name) and shape[0] % groups:
@@ -71,7 +71,7 @@ def _resnet(name: str, inner: int, out: int, time_dim: int | None) -> Iterator[R
 
 
 def unet(params: UNetParams) -> dict[str, Shape]:
-    """Of a `UNet`. Raises CheckpointError for stages that no such network has."""
+    """Names and shapes of a `UNet`. Raises CheckpointError for impossible stages."""
     return dict(_unet(params))
 
 
@@ -105,7 +105,7 @@ def _unet(params: UNetParams) -> Iterator[Row]:
 def _up(
     block: str, width: int, skips: list[int], stage: Stage, params: UNetParams
 ) -> Iterator[Row]:
-    """Every resnet also reads what the way down left, the last of it first."""
+    """Each resnet also reads an output of the down blocks, the last one first."""
     below = [width] + [stage.channels] * (len(stage.depths) - 1)
     if len(below) > len(skips):
         raise CheckpointError(
@@ -156,7 +156,7 @@ def _transformer(name: str, width: int, depth: int, params: UNetParams) -> Itera
 
 
 def vae(params: VaeParams) -> dict[str, Shape]:
-    """Of a `Vae`, or of its decoder alone. Raises CheckpointError where it has no level."""
+    """Names and shapes of a `Vae`, or of its decoder. Raises CheckpointError without levels."""
     levels, layers = len(params.channels), params.layers
     if not 1 <= levels <= _MOST_LEVELS or not 1 <= layers <= _MOST_LAYERS:
         raise CheckpointError(
@@ -185,8 +185,8 @@ def _vae_half(half: str, params: VaeParams, inner: int, out: int) -> Iterator[Ro
     for level, width in enumerate(widths):
         block, before = f"{half}.{side}_blocks.{level}", widths[max(0, level - 1)]
         inputs = [before] + [width] * (params.layers - 1 if down else params.layers)
-        for i, own in enumerate(inputs):
-            yield from _resnet(f"{block}.resnets.{i}", own, width, None)
+        for i, channels in enumerate(inputs):
+            yield from _resnet(f"{block}.resnets.{i}", channels, width, None)
         if level < len(widths) - 1:
             yield from _conv(f"{block}.{side}samplers.0.conv", width, width)
     for i in (0, 1):
@@ -203,7 +203,7 @@ def _vae_half(half: str, params: VaeParams, inner: int, out: int) -> Iterator[Ro
 
 
 def clip(params: ClipParams) -> dict[str, Shape]:
-    """Of a `Tower`."""
+    """Names and shapes of a `Tower`."""
     width, model = params.width, "text_model"
     rows: list[Row] = [
         (f"{model}.embeddings.token_embedding.weight", (params.vocabulary, width)),
@@ -224,7 +224,7 @@ def clip(params: ClipParams) -> dict[str, Shape]:
 
 
 def tiny(params: TinyParams, half: str) -> dict[str, Shape]:
-    """Of a `TinyDecoder` or a `TinyEncoder`, with `decoder.` or `encoder.` before each name."""
+    """Names and shapes of a `TinyDecoder` or `TinyEncoder`, behind `decoder.` or `encoder.`."""
     down, width = half == "encoder", params.width
     ends = (params.pixel_channels, params.latent_channels)
     rows: list[Row] = []

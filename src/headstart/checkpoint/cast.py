@@ -28,20 +28,20 @@ def cast(raw: memoryview, source: str, target: str) -> bytes:
 
 
 def narrow(values: Array, target: str) -> bytes:
-    """float16, float32 or float64 numbers -> their bytes in dtype `target`; errors as of `cast`."""
+    """float16, float32 or float64 numbers -> their bytes in dtype `target`; errors as in `cast`."""
     with np.errstate(over="ignore"):
-        few = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
-    bits = _bfloat16(few) if target == "BF16" else few
-    stays = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(few)
-    if (lost := np.isfinite(values) & ~stays).any():
-        raise OverflowError(f"{float(values[np.argmax(lost)]):.6g}")
+        rounded = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
+    bits = _bfloat16(rounded) if target == "BF16" else rounded
+    finite = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(rounded)
+    if (overflows := np.isfinite(values) & ~finite).any():
+        raise OverflowError(f"{float(values[np.argmax(overflows)]):.6g}")
     return bits.tobytes()
 
 
 def widen(raw: memoryview, source: str) -> Array:
-    """The numbers as float16, float32 or float64, whichever holds them exactly; I8 as int8.
+    """The numbers as float16, float32 or float64, which hold them exactly; I8 as int8.
 
-    Raises KeyError for a dtype that has no such numbers.
+    Raises KeyError for any other dtype.
     """
     if source in _PLAIN:
         return np.frombuffer(raw, _PLAIN[source])

@@ -1,6 +1,6 @@
-"""The numbers of a checkpoint counted, a few MB at a time: NaN, infinities, tensors of zeros.
+"""Counts NaN, infinities and tensors of zeros in a checkpoint, a few MB at a time.
 
-A header says nothing about them, and a network with one NaN draws black images.
+A header does not show them, and a network with one NaN draws black images.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 
 from headstart.checkpoint.cast import SOURCES
-from headstart.checkpoint.tensors import WIDENED, Checkpoint
+from headstart.checkpoint.dtypes import WIDENED
+from headstart.checkpoint.tensors import Checkpoint
 
 CHUNK = 2**20
 """Numbers read at once; a multiple of every block of a GGUF file."""
@@ -20,7 +21,7 @@ CHUNK = 2**20
 
 @dataclass(frozen=True, slots=True)
 class Census:
-    """nan, inf: how many, by tensor; zero: tensors of nothing but zeros; unread: odd dtypes."""
+    """nan, inf: tensor -> count; zero: tensors of zeros; unread: tensors of unsupported dtypes."""
 
     nan: dict[str, int] = field(default_factory=dict[str, int])
     inf: dict[str, int] = field(default_factory=dict[str, int])
@@ -42,8 +43,8 @@ class Census:
 def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> Census:
     """Read every floating-point tensor once, in file order; `on_bytes` gets each piece's size.
 
-    A weight counts as `Checkpoint.tensor` reads it, its scale included. Integers cannot be wrong in
-    this way and are left out. F4, F6 and rarer kinds are `unread`.
+    Weights are counted with their scales, as `Checkpoint.tensor` reads them. Integers have no NaN
+    and are skipped. F4, F6 and rarer dtypes are `unread`.
     """
     census = Census()
     for name in sorted(checkpoint.names, key=lambda name: checkpoint.entry(name).begin):
@@ -56,15 +57,15 @@ def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: N
         nan = inf = 0
         count = math.prod(checkpoint.entry(name).shape)
         zero = count > 0
-        for at in range(0, count, CHUNK):
-            end = min(at + CHUNK, count)
-            values = checkpoint.values(name, at, end)
+        for begin in range(0, count, CHUNK):
+            end = min(begin + CHUNK, count)
+            values = checkpoint.values(name, begin, end)
             finite = np.isfinite(values)
             if not finite.all():
                 nan += int(np.isnan(values).sum())
                 inf += int(np.isinf(values).sum())
             zero = zero and not values.any()
-            on_bytes(len(raw) * end // count - len(raw) * at // count)
+            on_bytes(len(raw) * end // count - len(raw) * begin // count)
         census.nan.update({name: nan} if nan else {})
         census.inf.update({name: inf} if inf else {})
         census.zero.extend([name] if zero else [])

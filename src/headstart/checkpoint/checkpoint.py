@@ -1,4 +1,4 @@
-"""What a checkpoint is: its family with all that it declares, and triage from its header alone."""
+"""`inspect_checkpoint`: what a checkpoint is, from its header; and its family."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import averages_note
 from headstart.checkpoint.embeddings import EmbeddingInfo
 from headstart.checkpoint.families import FAMILIES, Family
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PARTS, PartName
 from headstart.checkpoint.lineage import family_of
@@ -41,36 +41,38 @@ Layout = Literal[
 def read_family(path: str | Path) -> Family:
     """The family of the checkpoint at `path`, with all that the file and its folder declare.
 
-    Prediction, schedule, scale factor, image size and attention rule are resolved; `declared` tells
-    which of them the file itself states. Raises CheckpointError if no family fits.
+    This includes prediction, schedule, scale factor, image size and attention rule; `declared`
+    lists those that are in the file itself. Raises CheckpointError if no family fits.
     """
     return unet_family(Path(path), Checkpoint.open(path, "unet"))
 
 
-def unet_family(path: Path, checkpoint: Checkpoint, given: Overrides | None = None) -> Family:
-    """As `read_family` for an open checkpoint, whose UNet is judged: one that is refused is so
-    here, with the same sentence; what the caller has to say may be missing.
+def unet_family(path: Path, checkpoint: Checkpoint, overrides: Overrides | None = None) -> Family:
+    """As `read_family` for an open checkpoint.
+
+    Raises CheckpointError if its UNet cannot be loaded. Options that the caller must give may be
+    missing.
     """
-    family = judge(path, checkpoint, given).require("unet", needs=False).family
-    assert family is not None  # a UNet of no family is refused
+    family = judge(path, checkpoint, overrides).require("unet", needs=False).family
+    assert family is not None  # a UNet without a family has a problem
     return family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInfo:
-    """What headers tell; `problems` is empty unless the checkpoint is torn or not a model.
+    """What the headers of a checkpoint say; `problems` is empty if it can be loaded.
 
     family      name in `families.FAMILIES`, or "unknown"; `exact` False: scaled down
     parts       of unet, vae, text, text_2, tiny
     prediction  eps, v or x0; `prediction_declared` False: guessed from the name, or the family's
-    distillation  "Lightning", "DMD2", ... and `preset` that runs it, as guessed; None: not told
-    dtype       the dtype most bytes have, in safetensors' names, or a block format of GGUF
-    scheme      how weights of eight bits and fewer are written, or None
-    weights     part -> how many numbers it has
-    embedding   of learned tokens: what they are called, how many vectors, for which family
-    next        what to do with it: the options that take it, and what they need; None: refused
-    census      with `deep`: which tensors hold NaN, infinities or nothing but zeros
-    notes       what to know before using it: an argument it needs, an unusual input
+    distillation  "Lightning", "DMD2", ... and the `preset` that runs it, guessed; None: unknown
+    dtype       the dtype of most bytes, in safetensors' names, or a block format of GGUF
+    scheme      the format of quantized weights, or None
+    weights     part -> its number of parameters
+    embedding   for a textual inversion: its tokens, their vectors, its family
+    next        the options that take the file, and other options that it needs; None: problems
+    census      with `deep`: the tensors with NaN or infinities, and those with nothing but zeros
+    notes       what to know before using it: an option that it needs, an unusual input
     """
 
     path: str
@@ -109,58 +111,59 @@ def inspect_checkpoint(
     allow: Collection[str] = (),
     on_bytes: Callable[[int, int], object] | None = None,
 ) -> CheckpointInfo:
-    """Triage from headers alone: no weight is read, torch is not imported. What it finds usable is
-    loaded, and what it refuses is refused by every loader with the same sentence (`verdict`).
+    """What a file is and whether it can be loaded, from headers alone: no weight is read, torch is
+    not imported. Every loader decides the same, with the same messages (`verdict`).
 
-    `deep` reads every number too, a few MB at a time: NaN and infinities are problems, tensors of
-    zeros a note; `on_bytes` is told how many bytes of how many are done. `allow` names tensors that
-    may be left aside, `*` and `?` for any text.
+    deep      read every number too, a few MB at a time: NaN and infinities are problems, tensors of
+              zeros a note; `on_bytes` gets the bytes read so far and their total
+    allow     names of tensors that may be ignored, with `*` and `?` for any text
 
     Raises CheckpointError for a file that cannot be read at all (truncated, hostile, a pickle).
     """
     path = Path(path)
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
     wanted: list[PartName] = folders or [PARTS[0]]
-    held = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
-    verdicts = _verdicts(path, held, Overrides(allow=allow))
-    first, verdict = held[wanted[0]], verdicts[wanted[0]]
+    checkpoints = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
+    verdicts = _verdicts(path, checkpoints, Overrides(allow=allow))
+    first, verdict = checkpoints[wanted[0]], verdicts[wanted[0]]
     networks: dict[PartName, NetworkInfo] = {}
-    for own in verdicts.values():
-        networks |= own.networks
+    for each in verdicts.values():
+        networks |= each.networks
     layout: Layout = "diffusers" if folders else _layout(verdict)
     if folders:
-        problems = [told for name, own in verdicts.items() if (told := own.refusal(name))]
+        refusals = [each.refusal(name) for name, each in verdicts.items()]
+        problems = [refusal for refusal in refusals if refusal is not None]
     else:
         problems = [*verdict.problems()]
     family = verdict.family
-    stated = family is not None and "prediction" in family.declared
+    declared = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in networks else Guess()
-    row = guessed.distillation
+    distillation = guessed.distillation
     notes = [*_notes(verdict, networks, guessed), *_averages(path, first)]
-    census = _census(held, on_bytes) if deep else None
+    census = _census(checkpoints, on_bytes) if deep else None
     if census is not None:
-        problems += _broken(census)
-        notes += _hollow(census)
-    largest = max(held.values(), key=lambda checkpoint: checkpoint.size_bytes)
-    shapes = [shape for checkpoint in held.values() for shape in checkpoint.shapes.values()]
+        problems += _census_problems(census)
+        notes += _census_notes(census)
+    largest = max(checkpoints.values(), key=lambda checkpoint: checkpoint.size_bytes)
+    shapes = [shape for checkpoint in checkpoints.values() for shape in checkpoint.shapes.values()]
     return CheckpointInfo(
         path=str(path),
         family=family.name if family else "unknown",
         exact=family.exact if family else False,
         layout=layout,
         parts=tuple(networks),
-        prediction=_prediction(family, guessed, stated),
-        prediction_declared=stated,
-        distillation=row.name if row else None,
+        prediction=_prediction(family, guessed, declared),
+        prediction_declared=declared,
+        distillation=distillation.name if distillation else None,
         preset=guessed.preset,
         dtype=SCALED.get(largest.dtype, largest.dtype),
         scheme=largest.scheme,
-        size_bytes=sum(checkpoint.size_bytes for checkpoint in held.values()),
+        size_bytes=sum(checkpoint.size_bytes for checkpoint in checkpoints.values()),
         tensors=len(shapes),
         parameters=sum(math.prod(shape) for shape in shapes),
         weights={
-            name: sum(map(math.prod, judged.part.shapes.values()))
-            for name, judged in networks.items()
+            name: sum(map(math.prod, network.part.shapes.values()))
+            for name, network in networks.items()
         },
         census=census,
         embedding=verdict.embedding,
@@ -171,20 +174,22 @@ def inspect_checkpoint(
 
 
 def _verdicts(
-    path: Path, held: Mapping[PartName, Checkpoint], given: Overrides
+    path: Path, checkpoints: Mapping[PartName, Checkpoint], overrides: Overrides
 ) -> dict[PartName, Verdict]:
-    """Of each component; of two text encoders one, as they are read together."""
+    """For each component; one for both text encoders, which are read together."""
     return {
-        name: judge(path, own, given, second=held.get("text_2") if name == "text" else None)
-        for name, own in held.items()
-        if name != "text_2" or "text" not in held
+        name: judge(
+            path, own, overrides, second=checkpoints.get("text_2") if name == "text" else None
+        )
+        for name, own in checkpoints.items()
+        if name != "text_2" or "text" not in checkpoints
     }
 
 
 def _layout(verdict: Verdict) -> Layout:
     if verdict.what is not None:
         return "adapter" if verdict.what == ADAPTER else "embedding"
-    if any(judged.part.prefixed for judged in verdict.networks.values()):
+    if any(network.part.prefixed for network in verdict.networks.values()):
         return "ldm"
     if len(verdict.networks) > 1:
         return "single"
@@ -193,17 +198,17 @@ def _layout(verdict: Verdict) -> Layout:
 
 
 def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    if (told := averages_note(checkpoint.main_of(path))) is not None:
-        yield f"unet: {told}"
+    if (note := averages_note(checkpoint.main_of(path))) is not None:
+        yield f"unet: {note}"
 
 
 def _census(
-    held: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object] | None
+    checkpoints: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object] | None
 ) -> Census:
     from headstart.checkpoint.census import Census, take
 
     census, done = Census(), 0
-    total = sum(checkpoint.size_bytes for checkpoint in held.values())
+    total = sum(checkpoint.size_bytes for checkpoint in checkpoints.values())
 
     def count(size_bytes: int) -> None:
         nonlocal done
@@ -211,29 +216,29 @@ def _census(
         if on_bytes is not None:
             on_bytes(done, total)
 
-    for checkpoint in held.values():
+    for checkpoint in checkpoints.values():
         census |= take(checkpoint, count)
     return census
 
 
-def _broken(census: Census) -> Iterator[str]:
-    for what, found in (("NaN", census.nan), ("infinity", census.inf)):
-        if found:
-            shown = [f"{name} ({count})" for name, count in found.items()]
-            yield f"{len(found)} tensors hold {what}: {some(shown)}"
+def _census_problems(census: Census) -> Iterator[str]:
+    for what, counts in (("NaN", census.nan), ("infinity", census.inf)):
+        if counts:
+            names = [f"{name} ({count})" for name, count in counts.items()]
+            yield f"{len(counts)} tensors hold {what}: {first_few(names)}"
 
 
-def _hollow(census: Census) -> Iterator[str]:
+def _census_notes(census: Census) -> Iterator[str]:
     if census.zero:
-        yield f"{len(census.zero)} tensors hold nothing but zeros: {some(census.zero)}"
+        yield f"{len(census.zero)} tensors hold nothing but zeros: {first_few(census.zero)}"
     if census.unread:
-        yield f"{len(census.unread)} tensors could not be counted: {some(census.unread)}"
+        yield f"{len(census.unread)} tensors could not be counted: {first_few(census.unread)}"
 
 
-def _prediction(family: Family | None, guessed: Guess, stated: bool) -> str | None:
+def _prediction(family: Family | None, guessed: Guess, declared: bool) -> str | None:
     if family is None:
         return None
-    return (family.prediction if stated else guessed.prediction or family.prediction).value
+    return (family.prediction if declared else guessed.prediction or family.prediction).value
 
 
 def _notes(
@@ -252,8 +257,8 @@ def _notes(
         yield "scaled down: its attention head width is not in the file, so give --head-dim"
     if "time_embedding.cond_proj.weight" in networks["unet"].part.shapes:
         yield "unet: takes guidance as an input, as LCM does: a distilled model"
-    stated = "prediction" in family.declared
-    if (told := guessed.note(without_prediction=stated)) is not None:
-        yield told
-    if family.name == "sd21" and not stated and guessed.prediction is None:
+    declared = "prediction" in family.declared
+    if (note := guessed.note(without_prediction=declared)) is not None:
+        yield note
+    if family.name == "sd21" and not declared and guessed.prediction is None:
         yield "prediction v is assumed; SD2.1-base and SD-Turbo look the same and predict eps"

@@ -1,6 +1,6 @@
-"""What lies in a file: which network each tensor is of, whatever tools put before its name.
+"""The networks in a file: which network each tensor belongs to, with any prefix.
 
-names -> readings (`prefixes`) -> for each network the prefix under which most of its names are
+names -> readings (`prefixes`) -> for each network the prefix of most of its names
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import NamedTuple
 
 from headstart.checkpoint import keymap, textmap
 from headstart.checkpoint.keymap import PARTS, PartName, Source
-from headstart.checkpoint.leftovers import known
+from headstart.checkpoint.leftovers import leftover_of
 from headstart.checkpoint.prefixes import readings
 from headstart.errors import CheckpointError
 
 _NUMBER = r"[0-9]{1,3}"
 
 
-class Known(NamedTuple):
-    """Names of one kind of network, in every naming; a `marker` is in all such files.
+class NetworkNames(NamedTuple):
+    """Tensor names of one kind of network, in every naming. All such files have a `marker`.
 
-    A prefix that names the network is as good as a marker.
+    A prefix that names the network counts as a marker too.
     """
 
     names: re.Pattern[str]
     marker: re.Pattern[str]
 
 
-_CLIP = Known(
+_CLIP = NetworkNames(
     re.compile(
         r"(text_model\.)?(embeddings\.(token|position)_embedding\.weight"
         rf"|encoder\.layers\.{_NUMBER}\.(self_attn|layer_norm[12]|mlp)\..+|final_layer_norm\..+)"
@@ -38,8 +38,8 @@ _CLIP = Known(
     ),
     re.compile(r"((text_model\.)?embeddings\.)?token_embedding\.weight"),
 )
-KINDS: Mapping[PartName, Known] = {
-    "unet": Known(
+NAMES: Mapping[PartName, NetworkNames] = {
+    "unet": NetworkNames(
         re.compile(
             r"(conv_in|conv_out|conv_norm_out|time_embedding|add_embedding|time_embed|out)\..+"
             rf"|label_emb\.0\..+|(input_blocks|output_blocks)\.{_NUMBER}\..+|middle_block\..+"
@@ -47,14 +47,14 @@ KINDS: Mapping[PartName, Known] = {
         ),
         re.compile(r"(conv_in|input_blocks\.0\.0|time_embed(ding\.linear_1|\.0))\.weight"),
     ),
-    "vae": Known(
+    "vae": NetworkNames(
         re.compile(
             r"(encoder|decoder)\.(conv_in|conv_out|conv_norm_out|norm_out|mid_block|mid"
             rf"|((down|up)_blocks|down|up)\.{_NUMBER})\..+|(post_)?quant_conv\..+"
         ),
         re.compile(r"(encoder|decoder)\.(conv_in\.weight|mid_block\..*|mid\..*)"),
     ),
-    "tiny": Known(
+    "tiny": NetworkNames(
         re.compile(rf"((encoder|decoder)\.layers\.)?{_NUMBER}\.(conv\.{_NUMBER}\.)?(weight|bias)"),
         re.compile(rf"((encoder|decoder)\.layers\.)?{_NUMBER}\.(weight|conv\.0\.weight)"),
     ),
@@ -67,92 +67,93 @@ ADAPTER = re.compile(
     r"|fourierft)_\w+)\b"  # of PEFT's tuners, which `headstart.adapters.tuners` names
     r"|\.(oft_(blocks|R|diag)|on_input|[wb]_norm|set_weight|[ab][12]\.weight)\b"
 )
-"""Of a key of an adapter of layers, anywhere in it."""
+"""Found in every key of an adapter, at any position."""
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
+    """A network of the file, and the prefix of its names."""
+
     part: PartName
     prefix: str
 
 
 def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Part -> {name without its prefix: name in the file}; what belongs to no part is under "".
+    """Part -> {name without its prefix: name in the file}; part "" has the unknown names.
 
-    Parts: unet, vae, text, text_2, tiny, adapter. Known leftovers are left out. Of a network that
-    lies in the file under two prefixes, the one with more of its names is taken; raises
-    CheckpointError where both have as many.
+    Parts: unet, vae, text, text_2, tiny, adapter. Known leftovers are dropped. If a network is in
+    the file under two prefixes, the one with more names counts; raises CheckpointError if both have
+    the same number.
     """
-    kept = [name for name in names if known(name) is None]
-    adapters = [name for name in kept if ADAPTER.search(name)]
-    skipped = set(adapters)
-    read = {name: _places(name) for name in kept if name not in skipped}
-    chosen = _chosen(read)
-    if adapters and sum(not chosen.keys().isdisjoint(found) for found in read.values()) <= len(
-        adapters
-    ):
-        return {"adapter": {name: name for name in kept}}
+    names = [name for name in names if leftover_of(name) is None]
+    adapters = {name for name in names if ADAPTER.search(name)}
+    locations = {name: _locations(name) for name in names if name not in adapters}
+    chosen = _choose(locations)
+    of_networks = sum(not chosen.keys().isdisjoint(found) for found in locations.values())
+    if adapters and of_networks <= len(adapters):
+        return {"adapter": {name: name for name in names}}
     parts: dict[str, dict[str, str]] = {}
-    for name in kept:
-        place = next((place for place in read.get(name, ()) if place in chosen), None)
-        place = place or _within(name, chosen)
-        part, prefix = place or ("", "")
+    for name in names:
+        location = next((found for found in locations.get(name, ()) if found in chosen), None)
+        part, prefix = location or _enclosing(name, chosen) or ("", "")
         parts.setdefault(part, {})[name[len(prefix) :]] = name
     return parts
 
 
-def _places(name: str) -> list[Place]:
-    """Where the name can belong, the reading with the shortest prefix first."""
-    found: list[Place] = []
+def _locations(name: str) -> list[Location]:
+    """The networks that the name can belong to, the shortest prefix first."""
+    found: list[Location] = []
     for network, rest in readings(name):
-        for part, kind in KINDS.items():
+        for part, known in NAMES.items():
             as_text = part == "text" and network in ("text", "text_2")
-            if (network in (None, part) or as_text) and kind.names.fullmatch(rest):
-                where = network if as_text and network is not None else part
-                found.append(Place(where, name[: len(name) - len(rest)]))
+            if (network in (None, part) or as_text) and known.names.fullmatch(rest):
+                own = network if as_text and network is not None else part
+                found.append(Location(own, name[: len(name) - len(rest)]))
     return found
 
 
-def _chosen(read: Mapping[str, list[Place]]) -> dict[Place, int]:
-    """For each network the place with most names; only places that a marker or a prefix proves."""
-    counts = Counter(place for found in read.values() for place in found)
-    proved = {place for place in counts if _names_network(place.prefix)}
-    proved |= {
-        place
-        for name, found in read.items()
-        for place in found
-        if KINDS[_kind(place.part)].marker.fullmatch(name[len(place.prefix) :])
+def _choose(locations: Mapping[str, list[Location]]) -> dict[Location, int]:
+    """For each network the location with most names, with a marker or a clear prefix."""
+    counts = Counter(location for found in locations.values() for location in found)
+    clear = {location for location in counts if _names_network(location.prefix)}
+    clear |= {
+        location
+        for name, found in locations.items()
+        for location in found
+        if NAMES[_text(location.part)].marker.fullmatch(name[len(location.prefix) :])
     }
-    chosen: dict[Place, int] = {}
+    chosen: dict[Location, int] = {}
     for part in PARTS:
-        own = sorted((place for place in proved if place.part == part), key=lambda p: -counts[p])
-        if len(own) > 1 and counts[own[0]] == counts[own[1]]:
+        found = sorted((x for x in clear if x.part == part), key=lambda x: -counts[x])
+        if len(found) > 1 and counts[found[0]] == counts[found[1]]:
             raise CheckpointError(
-                f"two networks could be its {part}, with {counts[own[0]]} tensors each: those "
-                f"under {own[0].prefix!r:.80} and those under {own[1].prefix!r:.80}; expected one: "
-                "take one of them out, or rename it"
+                f"two networks could be its {part}, with {counts[found[0]]} tensors each: those "
+                f"under {found[0].prefix!r:.80} and those under {found[1].prefix!r:.80}; expected "
+                "one: take one of them out, or rename it"
             )
-        if own:
-            chosen[own[0]] = counts[own[0]]
+        if found:
+            chosen[found[0]] = counts[found[0]]
     return chosen
 
 
-def _kind(part: PartName) -> PartName:
+def _text(part: PartName) -> PartName:
     return "text" if part == "text_2" else part
 
 
 def _names_network(prefix: str) -> bool:
-    """Whether the prefix itself says which network it is of, such as `unet.`."""
+    """Whether the prefix itself names a network, such as `unet.`."""
     return any(network is not None for network, _ in readings(prefix + "x"))
 
 
-def _within(name: str, chosen: Iterable[Place]) -> Place | None:
-    """Of a name that no network knows: the network under whose own prefix it lies."""
-    held = [place for place in chosen if place.prefix and name.startswith(place.prefix)]
-    return max(held, key=lambda place: len(place.prefix), default=None)
+def _enclosing(name: str, chosen: Iterable[Location]) -> Location | None:
+    """The network whose prefix an unknown name has, the longest prefix first."""
+    found = [
+        location for location in chosen if location.prefix and name.startswith(location.prefix)
+    ]
+    return max(found, key=lambda location: len(location.prefix), default=None)
 
 
 def sources(part: str, names: Mapping[str, str]) -> dict[str, Source]:
-    """Our tensor name -> where it is; a name no rule knows keeps its own name."""
+    """Our tensor name -> its source in the file; an unknown name stays as it is."""
     return _RULES[part](names)
 
 

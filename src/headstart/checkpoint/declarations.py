@@ -1,6 +1,6 @@
-"""What a checkpoint says about itself, in metadata, config files or its own schedule tensor.
+"""What a checkpoint declares about itself: in metadata, config files, or tensors.
 
-Each statement replaces a value of the family's row; metadata `headstart.*` wins over config files.
+Each declaration replaces a value of the family's row; metadata `headstart.*` wins over configs.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ T = TypeVar("T")
 
 
 STATEMENTS = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min", "scale_factor")
-"""Tensors by which a single file says what it is: Playground 2.5's mean and deviation of latents
-(then it is EDM), CosXL's levels (then EDM's v), and the scale of ldm's `scale_by_std`."""
+"""Tensors by which a single file declares what it is: Playground 2.5's mean and deviation of
+latents (then it is EDM), CosXL's levels (then EDM's v), and the scale of ldm's `scale_by_std`."""
 FLAGS = frozenset({"v_pred", "ztsnr"})
-"""Tensors without numbers that state a prediction and a schedule (NoobAI, ComfyUI)."""
+"""Marker tensors without numbers, for a prediction and a schedule (NoobAI, ComfyUI)."""
 _PLAYGROUND_SCALE = 0.5
-"""What Playground 2.5's latents are multiplied by (its vae/config.json): their sigma_data."""
+"""The scale factor of Playground 2.5 (its vae/config.json), which is its sigma_data."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Statements:
-    """Everything besides tensors that came with a checkpoint; each may be empty.
+    """The sources of declarations of a checkpoint; each may be empty.
 
     metadata   the safetensors `__metadata__`; ours are the keys `headstart.*`
     unet, vae  the `config.json` of a diffusers folder
     scheduler  its `scheduler_config.json`
     alphas     `alphas_cumprod` of an LDM file and the relative rounding error of its dtype
     flags      names of marker tensors: `v_pred`, `ztsnr`
-    tensors    the numbers of those that state something: see `STATEMENTS`
-    path       where it is, for errors
+    tensors    the numbers of the tensors in `STATEMENTS`
+    path       for errors
     """
 
     metadata: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -60,60 +60,60 @@ class Statements:
 
     @property
     def flows(self) -> bool:
-        """Whether its scheduler is one of rectified flow, or another one that is set to it."""
+        """Whether its scheduler is one of rectified flow, or another one with use_flow_sigmas."""
         others = self.scheduler.get("use_flow_sigmas") is True
         return others or self.scheduler_class in FLOWS
 
     @property
     def scheduler_class(self) -> str | None:
-        """Of a diffusers folder, where it says one."""
+        """The class in its `scheduler_config.json`, or None."""
         name = self.scheduler.get("_class_name")
         return None if name is None else str(name)
 
     @property
     def edm(self) -> Prediction | None:
-        """What an EDM model's tensors say that it predicts."""
+        """The prediction that the tensors of an EDM model declare."""
         if {"edm_mean", "edm_std"} <= self.tensors.keys():
             return Prediction.EDM
         return Prediction.EDM_V if "edm_vpred.sigma_max" in self.tensors else None
 
 
-def declared(family: Family, said: Statements) -> Family:
-    """`family` with everything the file says about itself; metadata wins over config files.
+def declared(family: Family, statements: Statements) -> Family:
+    """`family` with all declarations of the file; metadata wins over config files.
 
     Raises CheckpointError for a value that cannot be read or that no network here implements.
     """
     found: dict[str, object] = {}
     try:
-        _refuse_unsupported(said.unet)
-        _from_tensors(said.tensors, found)
-        _from_configs(family, said, found)
-        _from_metadata(said.metadata, found)
-        found |= _prediction(said)
+        _refuse_unsupported(statements.unet)
+        _from_tensors(statements.tensors, found)
+        _from_configs(family, statements, found)
+        _from_metadata(statements.metadata, found)
+        found |= _prediction(statements)
         table = family.schedule
         assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
-        found |= _schedule(table, said)
+        found |= _schedule(table, statements)
     except PlanError as error:
-        told = f"the checkpoint's own schedule is unusable: {error!s:.400}"
-        raise CheckpointError(f"{said.path}: {told}") from error
+        message = f"the checkpoint's own schedule is unusable: {error!s:.400}"
+        raise CheckpointError(f"{statements.path}: {message}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{said.path}: {error!s:.400}") from error
+        raise CheckpointError(f"{statements.path}: {error!s:.400}") from error
     return replace(family, declared=frozenset(found), **found)
 
 
 def read_scheduler(config: Json) -> tuple[Process, Prediction]:
-    """The noise schedule and the prediction that a diffusers scheduler's configuration says.
+    """The noise schedule and the prediction of a diffusers scheduler's configuration.
 
-    Raises CheckpointError for a class that is none of those here, and for an unusable value.
+    Raises CheckpointError for an unknown class, and for an unusable value.
     """
     if not config.get("_class_name"):
         raise CheckpointError(
             "expected a scheduler of diffusers, or its scheduler_config.json with a _class_name, "
             f"got {dict(config)!r:.80}"
         )
-    said = Statements(scheduler=config)
+    statements = Statements(scheduler=config)
     try:
-        found = _schedule(NoiseSchedule.scaled_linear(), said) | _prediction(said)
+        found = _schedule(NoiseSchedule.scaled_linear(), statements) | _prediction(statements)
     except PlanError as error:
         raise CheckpointError(f"the scheduler's own schedule is unusable: {error}") from error
     prediction = cast(Prediction, found.get("prediction", Prediction.EPS))
@@ -153,28 +153,28 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
     return value
 
 
-def _from_configs(family: Family, said: Statements, found: dict[str, object]) -> None:
-    if said.unet:
-        found |= _heads(said.unet)
-        found["norm_groups"] = int(number(said.unet, "norm_num_groups", 32, "unet"))
-        size = said.unet.get("sample_size")
+def _from_configs(family: Family, statements: Statements, found: dict[str, object]) -> None:
+    if statements.unet:
+        found |= _heads(statements.unet)
+        found["norm_groups"] = int(number(statements.unet, "norm_num_groups", 32, "unet"))
+        size = statements.unet.get("sample_size")
         if isinstance(size, int):
             found["image_size"] = size * family.downscale
-    if said.vae:
-        # Configs of 2022 leave it out; diffusers' default is what those models were trained with.
-        found["scale_factor"] = float(number(said.vae, "scaling_factor", 0.18215, "vae"))
-        found["vae_norm_groups"] = int(number(said.vae, "norm_num_groups", 32, "vae"))
-        if (shift := said.vae.get("shift_factor")) is not None:
+    if statements.vae:
+        # Configs of 2022 do not have it; those models were trained with diffusers' default.
+        found["scale_factor"] = float(number(statements.vae, "scaling_factor", 0.18215, "vae"))
+        found["vae_norm_groups"] = int(number(statements.vae, "norm_num_groups", 32, "vae"))
+        if (shift := statements.vae.get("shift_factor")) is not None:
             (found["shift_factor"],) = _finite("vae/config.json: shift_factor", [shift])
-        mean, std = said.vae.get("latents_mean"), said.vae.get("latents_std")
+        mean, std = statements.vae.get("latents_mean"), statements.vae.get("latents_std")
         if mean is not None or std is not None:
             found |= _latents("vae/config.json: latents_", mean, std)
 
 
 def _from_tensors(tensors: Mapping[str, tuple[float, ...]], found: dict[str, object]) -> None:
     if "scale_factor" in tensors:
-        held = {"scale_factor": next(iter(tensors["scale_factor"]), None)}
-        found["scale_factor"] = float(number(held, "scale_factor", 0.0, "tensor"))
+        config = {"scale_factor": next(iter(tensors["scale_factor"]), None)}
+        found["scale_factor"] = float(number(config, "scale_factor", 0.0, "tensor"))
     if "edm_mean" in tensors or "edm_std" in tensors:
         found |= _latents("edm_", tensors.get("edm_mean"), tensors.get("edm_std"))
         found["scale_factor"] = _PLAYGROUND_SCALE
@@ -221,53 +221,55 @@ def _heads(config: Json) -> dict[str, object]:
     )
 
 
-def _prediction(said: Statements) -> dict[str, object]:
-    if said.edm is not None:
-        return {"prediction": said.edm}
-    if said.flows:
+def _prediction(statements: Statements) -> dict[str, object]:
+    if statements.edm is not None:
+        return {"prediction": statements.edm}
+    if statements.flows:
         return {"prediction": Prediction.FLOW}
-    if said.scheduler_class in EDMS:
-        v = said.scheduler.get("prediction_type") == "v_prediction"
+    if statements.scheduler_class in EDMS:
+        v = statements.scheduler.get("prediction_type") == "v_prediction"
         return {"prediction": Prediction.EDM_V if v else Prediction.EDM}
     value: object = (
-        said.metadata.get("headstart.prediction")
-        or said.metadata.get("modelspec.prediction_type")
-        or said.scheduler.get("prediction_type")
-        or ("v" if "v_pred" in said.flags else None)
+        statements.metadata.get("headstart.prediction")
+        or statements.metadata.get("modelspec.prediction_type")
+        or statements.scheduler.get("prediction_type")
+        or ("v" if "v_pred" in statements.flags else None)
     )
     return {} if value is None else {"prediction": Prediction(value)}
 
 
-def _schedule(table: NoiseSchedule, said: Statements) -> dict[str, object]:
-    if said.edm is not None:
+def _schedule(table: NoiseSchedule, statements: Statements) -> dict[str, object]:
+    if statements.edm is not None:
         low, high = (
-            next(iter(said.tensors.get(f"edm_vpred.sigma_{end}", ())), usual)
+            next(iter(statements.tensors.get(f"edm_vpred.sigma_{end}", ())), usual)
             for end, usual in (("min", 0.002), ("max", 80.0))
         )
-        data = 0.5 if said.edm is Prediction.EDM else 1.0  # arXiv:2206.00364, table 1; CosXL's
+        data = (
+            0.5 if statements.edm is Prediction.EDM else 1.0
+        )  # arXiv:2206.00364, table 1; CosXL's
         return {"schedule": NoiseSchedule.edm(low, high, data)}
-    if said.alphas is not None:
-        values, rounding = said.alphas
+    if statements.alphas is not None:
+        values, rounding = statements.alphas
         known = table.alphas_cumprod
-        # A rounded copy of the family's own schedule: the float64 of the table is the better one.
+        # A rounded copy of the family's own schedule: prefer the float64 of the table.
         if values.shape == known.shape and np.allclose(values, known, rtol=rounding, atol=0):
             schedule = table
         else:
             schedule = NoiseSchedule.from_alphas_cumprod(values)
-    elif said.flows:
-        return {"schedule": scheduler.flow(said.scheduler)}
-    elif said.scheduler_class in EDMS:
-        return {"schedule": scheduler.edm(said.scheduler)}
-    elif said.scheduler:
-        schedule = scheduler.table(said.scheduler)
+    elif statements.flows:
+        return {"schedule": scheduler.flow(statements.scheduler)}
+    elif statements.scheduler_class in EDMS:
+        return {"schedule": scheduler.edm(statements.scheduler)}
+    elif statements.scheduler:
+        schedule = scheduler.table(statements.scheduler)
     else:
         schedule = None
-    if "ztsnr" in said.flags or said.scheduler.get("rescale_betas_zero_snr") is True:
+    if "ztsnr" in statements.flags or statements.scheduler.get("rescale_betas_zero_snr") is True:
         schedule = (schedule or table).zero_terminal_snr()
     return {} if schedule is None else {"schedule": schedule}
 
 
-# What diffusers can be asked for and this UNet does not do; an absent key means the first value.
+# Options of diffusers that this UNet lacks -> the values that it has; an absent key is the first.
 _SUPPORTED: dict[str, tuple[object, ...]] = {
     "act_fn": ("silu", "swish"),
     "addition_embed_type": (None, "text_time"),

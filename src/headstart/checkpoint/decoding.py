@@ -12,13 +12,15 @@ from headstart.checkpoint.params import VaeParams
 
 
 class _Layer(NamedTuple):
-    """A layer that reads `before` channels and gives `after`, at 2^level times the latent's side
-    (an upsampling: of what it gives)."""
+    """A layer from `inputs` to `outputs` channels, at 2^level times the latent's side.
+
+    For an upsampling that is the side of its output.
+    """
 
     kind: Literal["resnet", "attention", "upsample"]
     level: int
-    before: int
-    after: int
+    inputs: int
+    outputs: int
 
 
 def decode_bytes(params: VaeParams, latent: tuple[int, int], itemsize: int, bands: int = 1) -> int:
@@ -26,12 +28,12 @@ def decode_bytes(params: VaeParams, latent: tuple[int, int], itemsize: int, band
 
     itemsize   bytes a number of the dtype that the decoder computes in
     bands      as in `networks.vae.Vae.decode`. 1: the whole image at once, and a batch of c samples
-               takes c times as much. Above 1: c samples take as much as one, since they are decoded
-               one after the other
+               takes c times as much. Above 1: c samples take as much as one, because they are
+               decoded one after the other
 
-    It counts tensors, not what a convolution takes inside of itself (cuDNN's workspace). With
-    bands it falls towards max(2 finest widths, the next finer's width) * H * W, and from some 32 on
-    the rows that bands share make up for the rest.
+    Tensors only, without the workspace inside a convolution (cuDNN's). More bands lower it towards
+    max(2 finest widths, the next finer's width) * H * W; from about 32 on the rows that bands share
+    outweigh the gain.
     """
     height, width = latent
     rows = max(1, -(-height * params.downscale // bands))
@@ -46,42 +48,42 @@ def decode_bytes(params: VaeParams, latent: tuple[int, int], itemsize: int, band
 
 
 def _layers(params: VaeParams) -> Iterator[_Layer]:
-    """The decoder from the latent to the image, its first and last convolution left out."""
+    """The decoder from the latent to the image, without its first and last convolution."""
     widths = params.channels[::-1]
     yield _Layer("resnet", 0, widths[0], widths[0])
     yield _Layer("attention", 0, widths[0], widths[0])
-    before = widths[0]
-    for level, after in enumerate(widths):
-        yield _Layer("resnet", level, before, after)
-        yield _Layer("resnet", level, after, after)
+    inputs = widths[0]
+    for level, width in enumerate(widths):
+        yield _Layer("resnet", level, inputs, width)
+        yield _Layer("resnet", level, width, width)
         if level + 1 < len(widths):
-            yield _Layer("upsample", level + 1, after, after)
-        before = after
+            yield _Layer("upsample", level + 1, width, width)
+        inputs = width
 
 
 def _whole(layer: _Layer, pixels: int) -> int:
-    """The input of a layer stays while its inner tensors come and go."""
-    if layer.kind == "upsample":  # the input, a quarter; what is convolved; the output
-        return layer.before * pixels // 4 + 2 * layer.after * pixels
+    """The input of a layer stays in memory beside its inner tensors."""
+    if layer.kind == "upsample":  # input (a quarter), upsampled, output
+        return layer.inputs * pixels // 4 + 2 * layer.outputs * pixels
     if layer.kind == "attention":  # input, normed tokens, q, k, v, their product, and
-        # the values as a CPU's kernel reads them, or what is made of the product
-        return 7 * layer.before * pixels
-    return max(3 * layer.before, layer.before + 3 * layer.after) * pixels
+        # the values in the order of the CPU's kernel, or the projected product
+        return 7 * layer.inputs * pixels
+    return max(3 * layer.inputs, layer.inputs + 3 * layer.outputs) * pixels
 
 
 def _banded(layer: _Layer, height: int, width: int, rows: int) -> int:
-    """What is held of a layer's input and output, and the bands that it works on.
+    """The parts of a layer's input and output in memory, and the bands that it works on.
 
-    A band that was let go goes one band late, and carries the rows beside it until then.
+    A band is freed one band late, together with its neighbouring rows.
     """
-    if layer.kind == "attention":  # as a whole, queries apart
-        return 7 * layer.before * height * width
-    own, count = min(rows, height) * width, -(-height // rows)
-    beside = min(rows + 2, height) * width
+    if layer.kind == "attention":  # whole, queries in bands
+        return 7 * layer.inputs * height * width
+    band, count = min(rows, height) * width, -(-height // rows)
+    padded = min(rows + 2, height) * width
     if layer.kind == "upsample":
-        beside = min(rows + 4, height) * width
-        return layer.after * (count + 2) * beside + 3 * layer.before * own // 4
-    held, work = count * beside, 3 * layer.before * beside
-    if layer.before == layer.after:
-        return 2 * layer.after * held + work
-    return max(layer.before * held + 2 * layer.after * own, 2 * layer.after * held) + work
+        padded = min(rows + 4, height) * width
+        return layer.outputs * (count + 2) * padded + 3 * layer.inputs * band // 4
+    whole, work = count * padded, 3 * layer.inputs * padded
+    if layer.inputs == layer.outputs:
+        return 2 * layer.outputs * whole + work
+    return max(layer.inputs * whole + 2 * layer.outputs * band, 2 * layer.outputs * whole) + work

@@ -1,7 +1,7 @@
-"""Which distillation a checkpoint is: told by its tensors, its metadata, or guessed from its names.
+"""Which distillation a checkpoint is: from its tensors, its metadata, or a guess from its name.
 
-No tensor says at which timesteps a Turbo, a Lightning or a DMD2 was trained, nor whether an SD2.1
-predicts eps or v. What is guessed is printed, and can be set by hand: preset=, prediction=.
+No tensor shows at which timesteps a Turbo, a Lightning or a DMD2 was trained, nor whether an SD2.1
+predicts eps or v. A guess is printed, and can be overridden: preset=, prediction=.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ _PREDICTIONS: tuple[tuple[str, Prediction, int], ...] = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Guess:
-    """What a checkpoint probably is; every field is None where nothing tells.
+    """What a checkpoint probably is; a field is None if it is unknown.
 
-    steps        stated in its name, such as 4 of `sdxl_lightning_4step_unet`
-    prediction   and image_size (pixels): of models that share all shapes with one that differs
-    why          where it was read: "tensors", "metadata", "scheduler" or "name"
+    steps        the count in its name, such as 4 in `sdxl_lightning_4step_unet`
+    prediction   and image_size (pixels): for models whose shapes do not show them
+    why          the source: "tensors", "metadata", "scheduler" or "name"
     """
 
     distillation: Distillation | None = None
@@ -59,61 +59,61 @@ class Guess:
 
     @property
     def preset(self) -> str | None:
-        """The pair to run it as."""
+        """The pair that runs it."""
         return None if self.distillation is None else self.distillation.preset(self.steps)
 
     @property
     def timesteps(self) -> tuple[float, ...]:
-        """What it was told in training, highest first; () where nothing tells."""
+        """The timesteps of its training, highest first; () if unknown."""
         row = self.distillation
         if row is None:
             return ()
         if row.timesteps and self.steps not in row.by_steps:
             return row.timesteps
-        return _told(row.preset(self.steps), self.steps)
+        return _timesteps(row.preset(self.steps), self.steps)
 
     def note(self, *, without_prediction: bool = False) -> str | None:
-        """One line for a person: what was guessed, from what, and how to set it by hand."""
+        """One line for a user: the guess, its source, and how to override it."""
         parts: list[str] = []
         if row := self.distillation:
             count = f", {self.steps} steps" if self.steps and self.steps > 1 else ""
             count = ", 1 step" if self.steps == 1 else count
-            by_hand = f"preset {self.preset} (set with --preset or preset=)"
-            parts.append(f"taken for {row.name}{count}: {by_hand}")
+            override = f"preset {self.preset} (set with --preset or preset=)"
+            parts.append(f"taken for {row.name}{count}: {override}")
         if self.prediction is not None and not without_prediction:
             value = self.prediction.value
             parts.append(f"predicts {value} (set with --prediction or prediction=)")
         return f"{'; '.join(parts)}, by its {self.why}" if parts else None
 
     def complaint(self, role: str, rows: Sequence[Step], name: str) -> str | None:
-        """Why these rows of a plan are not what the network was trained for, or None."""
+        """Why the network was not trained for these rows of a plan, or None."""
         row = self.distillation
         if row is None or not rows:
             return None
         trained = self.timesteps
-        strange = [step.timestep for step in rows if step.timestep not in trained]
-        jumps = _skipping(rows, trained) if row.jumps and self.steps else []
+        unknown = [step.timestep for step in rows if step.timestep not in trained]
+        jumps = _skips(rows, trained) if row.jumps and self.steps else []
         rules = {_rule(step) for step in rows if step.sigma_next}
         wrong_rule = bool(row.updates) and not rules <= set(row.updates)
-        if not (strange or jumps or wrong_rule):
+        if not (unknown or jumps or wrong_rule):
             return None
         many = f"{len(trained)} of them, {_listed(trained[:3])} ... {trained[-1]:g}"
-        made = _listed(trained) if len(trained) <= 8 else many
+        shown = _listed(trained) if len(trained) <= 8 else many
         rule: dict[tuple[str, ...], str] = {
             (RENOISE,): " with fresh noise after each",
             (EULER,): " with Euler steps",
         }
-        ran = _listed([step.timestep for step in rows])
-        other = " with another update" if wrong_rule and not strange else ""
+        actual = _listed([step.timestep for step in rows])
+        other = " with another update" if wrong_rule and not unknown else ""
         count = f", steps={self.steps}" if self.steps and self.steps not in row.by_steps else ""
         return (
             f"the {role} model is taken for {row.name} by its {self.why}, trained at timesteps "
-            f"{made}{rule.get(row.updates, '')}; plan {name!r} runs it at {ran}{other}: use "
+            f"{shown}{rule.get(row.updates, '')}; plan {name!r} runs it at {actual}{other}: use "
             f"preset={self.preset!r}{count}"
         )
 
 
-def _told(pair_name: str, steps: int | None) -> tuple[float, ...]:
+def _timesteps(pair_name: str, steps: int | None) -> tuple[float, ...]:
     """The timesteps of a pair's distilled model, of one step count or of all it has."""
     from headstart.plan.pairs import PAIRS  # loads numpy
     from headstart.plan.preset import preset
@@ -130,7 +130,7 @@ def _told(pair_name: str, steps: int | None) -> tuple[float, ...]:
 
 
 def _rule(step: Step) -> str:
-    """Which update made a row that does not end at 0; "" for none of the plain ones."""
+    """The update of a row that does not end at 0; "" for any but the plain ones."""
     q = step.sigma_next / step.sigma
     if step.carry:
         return ""
@@ -149,10 +149,10 @@ class _Clue(NamedTuple):
 def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     """What the checkpoint at `path`, a model of `lineage`, probably is; headers only.
 
-    In this order: LCM's guidance projection among the tensors; the metadata `headstart.preset`,
-    then `modelspec.title` and `ss_output_name`; the scheduler of a diffusers folder; the name of
-    the file, of the diffusers folder it lies in, or of its Hub repository. Only a step count is
-    taken from a name as well.
+    The sources in order: LCM's guidance projection among the tensors; the metadata
+    `headstart.preset`, then `modelspec.title` and `ss_output_name`; the scheduler of a diffusers
+    folder; the name of the file, of its diffusers folder, or of its Hub repository. The step count
+    comes from the first name or text with one.
     """
     path = Path(path)
     clues = _clues(path, checkpoint)
@@ -168,19 +168,19 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
 
 
 def preset_of(path: str | Path) -> str | None:
-    """The pair that a distilled UNet or LoRA is probably run as; None where nothing tells."""
+    """The pair that probably runs a distilled UNet or LoRA; None if unknown."""
     return guess(path, Checkpoint.open(path, "unet"), "").preset
 
 
 def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
-    """Lower-cased texts that may tell, the surest first."""
+    """Lower-case texts to search, the surest first."""
     metadata = checkpoint.metadata
-    told = [metadata.get(key, "") for key in _METADATA]
+    texts = [metadata.get(key, "") for key in _METADATA]
     names = [path.name.removesuffix(".safetensors")]
     if root := root_of(path):
         names.append(root.name)
     names += [m[1] for part in path.absolute().parts if (m := _HUB_FOLDER.fullmatch(part))]
-    clues = [_Clue(text, "metadata") for text in told] + [_Clue(name, "name") for name in names]
+    clues = [_Clue(text, "metadata") for text in texts] + [_Clue(name, "name") for name in names]
     return [_Clue(clue.text.lower(), clue.why) for clue in clues if clue.text]
 
 
@@ -190,8 +190,8 @@ def _distillation(
     if any(name.endswith(_GUIDANCE_PROJECTION) for name in checkpoint.names):
         return _LCM, "tensors"
     clues = list(clues)
-    kind = json_in(root_of(path), "scheduler/scheduler_config.json").get("_class_name")
-    if kind == "LCMScheduler":
+    scheduler = json_in(root_of(path), "scheduler/scheduler_config.json").get("_class_name")
+    if scheduler == "LCMScheduler":
         clues.insert(sum(clue.why == "metadata" for clue in clues), _Clue("lcm", "scheduler"))
     for clue in clues:
         for row in DISTILLATIONS:
@@ -217,7 +217,7 @@ def _prediction(
     return None, None, None
 
 
-def _skipping(rows: Sequence[Step], trained: tuple[float, ...]) -> list[float]:
+def _skips(rows: Sequence[Step], trained: tuple[float, ...]) -> list[float]:
     """Starting points of steps that jump over one of the trained timesteps."""
     following = dict(pairwise(trained))
     jumps = pairwise([step.timestep for step in rows])

@@ -1,4 +1,4 @@
-"""The kinds of distilled models that are known by name, and the pair that runs each."""
+"""The known distillations, one row each, with the pair that runs it."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 EULER, ANCESTRAL, RENOISE = "euler", "ancestral", "renoise"
-"""Ways to go on from an x0, as `headstart.Update` has them."""
+"""Update rules, by their names in `headstart.Update`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Distillation:
-    """How one kind of distilled model is told by its name, and how it was trained.
+    """One distillation: how its models are recognised by name, and how they were trained.
 
-    pattern    of its published names, lower case; the first row whose pattern is found counts
-    pair       that runs it, by the name of `headstart.preset`; `by_steps`: of a step count that has
-               a network, so a pair, of its own
-    timesteps  at which it was trained, where those are more than the steps of its pair
-    updates    the rules that it was trained under; () where any will do
-    jumps      whether it was trained for the very steps of its grid, not for any step from them
-    any_steps  whether the count in its name is not the one to run it with
+    pattern    found in its published names, lower case; the first row that matches counts
+    pair       its name in `headstart.preset`; `by_steps`: step count -> another pair, for counts
+               with a network of their own
+    timesteps  of its training, if they are more than the steps of its pair
+    updates    the rules of its training; () if any will do
+    jumps      whether it was trained for exactly the steps of its grid
+    any_steps  whether it runs with other step counts than the one in its name
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""A UNet's averaged weights (EMA) beside its own: where they are, and which of the two are read.
+"""A UNet's averaged weights (EMA): where they are, and which of the two are read.
 
 A training checkpoint holds copies whose names have lost their dots (CompVis, ldm/modules/ema.py):
     model.diffusion_model.out.0.weight -> model_ema.diffusion_modelout0weight
@@ -17,17 +17,17 @@ from headstart.checkpoint.header import Entry
 from headstart.errors import CheckpointError
 
 Ema = bool | None
-"""True: the average; False: the weights that were trained; None: the file's main ones."""
+"""True: the averaged weights; False: the trained weights; None: the file's main ones."""
 Main = Literal["trained", "average"]
-_TOLD = {
+_WORDS = {
     "trained": ("trained ones", "averaged", "ema"),
     "average": ("averaged ones", "trained", "no-ema"),
 }
 _COPY, _OWN = "model_ema.", "model.diffusion_model."
 
 
-def copied(names: Mapping[str, Entry]) -> bool:
-    """Whether a file holds copies of a UNet's weights, and not only how they were averaged."""
+def has_copies(names: Mapping[str, Entry]) -> bool:
+    """Whether a file has averaged copies of a UNet's weights."""
     lead = _COPY + _OWN.split(".")[1]
     return any(name.startswith(lead) for name in names)
 
@@ -35,11 +35,11 @@ def copied(names: Mapping[str, Entry]) -> bool:
 def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
     """{name of a UNet's tensor: name of its averaged copy}.
 
-    Raises CheckpointError unless each tensor has exactly one copy, of its shape, and each copy is
-    of one tensor.
+    Raises CheckpointError unless each tensor has exactly one copy, of the same shape, and each copy
+    one tensor.
     """
-    if not copied(entries):
-        _none(path)
+    if not has_copies(entries):
+        _no_average(path)
     found: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name, entry in entries.items():
@@ -66,38 +66,38 @@ def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
 
 
 def main_of(path: Path, entries: Mapping[str, Entry]) -> Main | None:
-    """Which of the two is read where nothing is said; None where there are not both."""
+    """Which of the two is read by default; None if there are not both."""
     if path.is_dir():
-        if _beside(path) is not None:
+        if _average_folder(path) is not None:
             return "trained"
-        return "average" if _trained_beside(_unet(path)) else None
-    return "trained" if copied(entries) else None
+        return "average" if _has_trained(_unet(path)) else None
+    return "trained" if has_copies(entries) else None
 
 
 def averages_note(main: Main | None) -> str | None:
-    """A line for a person where there are both and nothing says which are meant."""
+    """A line for the user, if there are both."""
     if main is None:
         return None
-    held, other, option = _TOLD[main]
+    main_ones, others, option = _WORDS[main]
     return (
-        f"there are trained weights and their average (EMA): those read are the {held}; "
-        f"--{option} (ema={option == 'ema'}) takes the {other} ones"
+        f"there are trained weights and their average (EMA): those read are the {main_ones}; "
+        f"--{option} (ema={option == 'ema'}) takes the {others} ones"
     )
 
 
 def folder_of(path: Path, half: bool, ema: Ema) -> tuple[Path, tuple[Path, ...]]:
-    """The folder of a diffusers UNet and its files: of the average, or of what was trained.
+    """The folder and the files of a diffusers UNet, averaged or trained.
 
-    Raises CheckpointError for `ema` True where no file says that it is an average.
+    Raises CheckpointError for `ema` True without averaged weights.
     """
-    folder, trained = _unet(path), _trained_beside(_unet(path))
+    folder, trained = _unet(path), _has_trained(_unet(path))
     if ema is False and trained:
         return folder, weights_in(folder, half, VARIANT)
     if ema:
-        if (average := _beside(path)) is not None:
+        if (average := _average_folder(path)) is not None:
             return average, weights_in(average, half)
         if not trained:
-            _none(path)
+            _no_average(path)
     return folder, weights_in(folder, half)
 
 
@@ -106,18 +106,18 @@ def _unet(path: Path) -> Path:
     return component if component.is_dir() else path
 
 
-def _beside(path: Path) -> Path | None:
+def _average_folder(path: Path) -> Path | None:
     """`unet_ema/` of a model's folder, or beside its `unet/`."""
     root = path.parent if path.name == COMPONENTS["unet"] else path
     return folder if (folder := root / UNET_EMA).is_dir() else None
 
 
-def _trained_beside(folder: Path) -> bool:
-    """Of files that are read; a `.non_ema.bin` alone is no choice."""
+def _has_trained(folder: Path) -> bool:
+    """Whether there are `.non_ema` files that can be read; a `.non_ema.bin` cannot."""
     return any(file.suffix in (".safetensors", ".json") for file in folder.glob(f"*{VARIANT}*"))
 
 
-def _none(path: Path) -> NoReturn:
+def _no_average(path: Path) -> NoReturn:
     _bad(path, "no averaged weights (EMA) beside the UNet's own: expected `model_ema.*` in the "
                "file, or a folder unet_ema/; leave out --ema (ema=True)")  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Learned tokens (textual inversion, arXiv:2208.01618) as a file's header tells: names and widths.
+"""The tokens of a textual inversion (arXiv:2208.01618), from a file's header: names and widths.
 
 key = encoder | token | bundle_emb.TOKEN.encoder     vectors [D] or [n, D], D the encoder's width
 """
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import Literal, NamedTuple, NoReturn
 
 from headstart.checkpoint.contents import ADAPTER
+from headstart.checkpoint.dtypes import FLOATS, UNREAD
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import Entry
-from headstart.checkpoint.leftovers import known
+from headstart.checkpoint.leftovers import leftover_of
 from headstart.checkpoint.scales import SCALED
-from headstart.checkpoint.tensors import FLOATS, UNREAD, Checkpoint
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.errors import CheckpointError
 
 Encoder = Literal["text", "text_2"]
 MAX_VECTORS = 75
-"""What fits between the begin and the end of CLIP's 77 positions."""
+"""CLIP's 77 positions without the begin and the end token."""
 MAX_TOKENS = 1000
 
 _PAIRS: tuple[tuple[str, str], ...] = (
@@ -30,15 +31,15 @@ _PAIRS: tuple[tuple[str, str], ...] = (
     ("text_encoder", "text_encoder_2"),  # fal
     ("emb", "emb2"),  # oss-roettger/XL-Textual-Inversion
 )
-"""How SDXL's two encoders are called. The last two may as well be tokens, so both must be there."""
-_SPELLED: dict[str, Encoder] = {
+"""Names of SDXL's two encoders. The last two could also be tokens, so both must be there."""
+_ENCODERS: dict[str, Encoder] = {
     **{first: "text" for first, _ in _PAIRS},
     **{second: "text_2" for _, second in _PAIRS},
     "clip_h": "text",  # the encoder of SD 2 in ComfyUI and Forge
 }
 _ALONE = frozenset({*_PAIRS[0], *_PAIRS[1], "clip_h", "emb_params", "*"})
 """Keys that never name a token. AUTOMATIC1111, kohya and ai-toolkit write `emb_params`, CompVis
-calls its only token `*`: there the width tells the encoder."""
+calls its only token `*`: then the width determines the encoder."""
 _PARAMS = re.compile(r"(string_to_param|emb_params)\.(?P<token>[^.]{1,64})")
 """AUTOMATIC1111's table of tokens, flattened."""
 _FOREIGN = re.compile(
@@ -53,20 +54,20 @@ _BUNDLE = re.compile(
 """HCP-Diffusion, AUTOMATIC1111, OneTrainer: a token of any characters, then as in a file of it."""
 _BRACKETS = re.compile(r"<.+>")
 _WIDTHS: dict[int, Encoder] = {768: "text", 1280: "text_2"}
-"""SDXL's two encoders are told apart by width, whatever they are called."""
+"""Width -> SDXL's encoder, whatever its name."""
 _TEXT_WIDTHS = frozenset({128, *_WIDTHS, 1024})
-"""Of the bundled pair's encoder, SDXL's two, SD 2's: vectors under any name are for these."""
+"""Widths of the bundled pair's encoder, SDXL's two, SD 2's: vectors under any name fit."""
 _NAMED = re.compile(r"(?!cond\Z|[0-9]*\Z)[^.]+")
-"""What may be a token: not the numbers in a list, nor `Engine.sample`'s `cond`."""
+"""A possible token: not a number in a list, nor `Engine.sample`'s `cond`."""
 _LAYER = re.compile(r".*\.(weight|bias|alpha|scale)|.*:(up|down)")
 
 
 class Token(NamedTuple):
-    """One learned token of a file.
+    """One token of a file.
 
-    keys    encoder -> the tensor [n, D] or [D] that has its vectors
+    keys    encoder -> the name of the tensor [n, D] or [D] with its vectors
     widths  encoder -> D
-    vectors how many of them are its own; row: the only one that is, or None: all
+    vectors how many vectors it has; row: the row of its only vector, or None: all rows
     """
 
     name: str
@@ -78,11 +79,11 @@ class Token(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EmbeddingInfo:
-    """What the header of a file of learned tokens tells.
+    """The header of a textual inversion file.
 
-    tokens    as a prompt writes them; vectors: how many each stands for
+    tokens    as written in a prompt; vectors: how many each has
     widths    encoder -> numbers in a vector
-    family    the lineage whose text encoders are that wide; None: scaled down, or not known
+    family    the lineage whose text encoders have these widths; None: scaled down, or unknown
     """
 
     path: str
@@ -98,10 +99,10 @@ class EmbeddingInfo:
 
 
 def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | None:
-    """Triage of an open file; None where it holds something else: a network, an adapter.
+    """The tokens of an open file; None if it holds something else: a network, an adapter.
 
-    Raises CheckpointError, in the words of `headstart.adapters.textual_inversion`, for learned
-    tokens that cannot be used.
+    Raises CheckpointError for tokens that cannot be used, with the same messages as
+    `headstart.adapters.textual_inversion`.
     """
     if not is_embedding(checkpoint):
         return None
@@ -118,8 +119,8 @@ def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | No
 
 
 def is_embedding(checkpoint: Checkpoint) -> bool:
-    """Whether the file holds learned tokens and nothing else, as a LoRA with some of them does."""
-    names = [name for name in checkpoint.names if known(name) is None]
+    """Whether the file holds tokens and nothing else; a LoRA may hold both."""
+    names = [name for name in checkpoint.names if leftover_of(name) is None]
     if not names or checkpoint.parts() or any(map(_is_layer, names)):
         return False
     if any(map(_is_known, names)):
@@ -131,7 +132,7 @@ def is_embedding(checkpoint: Checkpoint) -> bool:
 
 
 def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """The keys of a LoRA's file that are learned tokens.
+    """The keys of tokens in a LoRA's file.
 
     Bundled ones; ai-toolkit's, as in a file of their own; cloneofsimo's, which the metadata or
     brackets mark (github.com/cloneofsimo/lora, lora.py, EMBED_FLAG).
@@ -149,20 +150,20 @@ def beside_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
 def tokens_of(
     path: Path,
     checkpoint: Checkpoint,
-    named: str | None = None,
+    rename: str | None = None,
     keys: tuple[str, ...] | None = None,
 ) -> tuple[Token, ...]:
-    """The tokens that the file teaches; `named` names the only one anew, `keys` leaves out others.
+    """The tokens of the file; `rename` is a new name for the only one, `keys` limits the tensors.
 
-    A file that names none is called as the file is, without its suffix. cog-sdxl's rows are <s0>,
-    <s1>, ...; with `named` they are all behind that one, as its card writes TOK for "<s0><s1>".
+    A token without a name gets the name of the file, without its suffix. cog-sdxl's rows are <s0>,
+    <s1>, ...; with `rename` all of them are one token, as its card writes TOK for "<s0><s1>".
     Raises CheckpointError for tensors that are no vectors, for another family's encoders, for two
-    encoders that do not fit each other, and for `named` where there are several tokens.
+    encoders that do not fit each other, and for `rename` with several tokens.
     """
     entries = {
         name: checkpoint.entry(name)
         for name in (checkpoint.names if keys is None else keys)
-        if known(name) is None
+        if leftover_of(name) is None
     }
     for name, entry in entries.items():
         _check(path, name, entry)
@@ -171,24 +172,24 @@ def tokens_of(
         _bad(path, "expected a textual inversion, got no learned token")
     if len(groups) > MAX_TOKENS:
         _bad(path, f"expected at most {MAX_TOKENS} learned tokens, got {len(groups)}")
-    if named is not None and len(groups) > 1:
-        _bad(path, f"holds {len(groups)} tokens: it cannot be renamed to {named!r}")
+    if rename is not None and len(groups) > 1:
+        _bad(path, f"holds {len(groups)} tokens: it cannot be renamed to {rename!r}")
     return tuple(
         token
         for name, found in groups.items()
-        for token in _tokens(path, name, named, found, entries)
+        for token in _tokens(path, name, rename, found, entries)
     )
 
 
 def family_of_widths(widths: Mapping[Encoder, int]) -> str | None:
-    """The lineage whose encoders, side by side, are that wide."""
+    """The lineage whose encoders together have these widths."""
     return None if set(widths) == {"text_2"} else CONTEXT_WIDTHS.get(sum(widths.values()))
 
 
 def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[str, str]]:
-    """Token, None where the file does not name it -> spelling of an encoder, or "" -> key."""
+    """Token (None without a name) -> {name of an encoder in the file, or "": key}."""
     groups: dict[str | None, dict[str, str]] = {}
-    pairs = {own for pair in _PAIRS if {*pair} <= entries.keys() for own in pair}
+    pairs = {name for pair in _PAIRS if {*pair} <= entries.keys() for name in pair}
     table = sum(_PARAMS.fullmatch(key) is not None for key in entries) > 1
     whole = any(key.startswith("clip_") for key in entries)
     for key in entries:
@@ -202,9 +203,9 @@ def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[
             name, field = key, ""
         groups.setdefault(name, {})[field] = key
     widths = sorted(entry.shape[-1] for entry in entries.values())
-    bare = [own.keys() == {""} for own in groups.values()]
+    bare = [fields.keys() == {""} for fields in groups.values()]
     if len(entries) == 2 and all(bare) and widths == [*_WIDTHS]:
-        return {None: {key: key for key in entries}}  # whatever they are called
+        return {None: {key: key for key in entries}}  # with any names
     if None in groups and any(bare):
         shapes = {key[:80]: list(entry.shape) for key, entry in entries.items()}
         _bad(path, f"expected vectors for SDXL's encoders and nothing besides, got {shapes!s:.300}")
@@ -214,16 +215,16 @@ def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[
 def _tokens(
     path: Path,
     name: str | None,
-    named: str | None,
+    rename: str | None,
     found: Mapping[str, str],
     entries: Mapping[str, Entry],
 ) -> Iterator[Token]:
-    called = named or name or path.stem
+    token = rename or name or path.stem
     foreign = [field for field in found if _FOREIGN.fullmatch(field)]
     if foreign:
         _bad(
             path,
-            f"the token {called!r:.80} has vectors for {', '.join(foreign)}: {_whose(foreign)}",
+            f"the token {token!r:.80} has vectors for {', '.join(foreign)}: {_origin(foreign)}",
         )
     keys: dict[Encoder, str] = {}
     for field, key in found.items():
@@ -231,27 +232,27 @@ def _tokens(
         if encoder in keys:
             _bad(
                 path,
-                f"the token {called!r:.80}: {keys[encoder][:80]!r} and {key[:80]!r} are both for "
+                f"the token {token!r:.80}: {keys[encoder][:80]!r} and {key[:80]!r} are both for "
                 f"one text encoder; expected one tensor for each",
             )
         keys[encoder] = key
     counts = {encoder: _rows(entries[key].shape) for encoder, key in keys.items()}
     if len({*counts.values()}) > 1:
         _bad(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
-    widths: dict[Encoder, int] = {own: entries[keys[own]].shape[-1] for own in sorted(keys)}
+    widths: dict[Encoder, int] = {one: entries[keys[one]].shape[-1] for one in sorted(keys)}
     count = next(iter(counts.values()))
-    if named is None and name is None and found.keys() <= {*_ROWS}:
+    if rename is None and name is None and found.keys() <= {*_ROWS}:
         yield from (Token(f"<s{row}>", keys, widths, 1, row) for row in range(count))
     else:
-        yield Token(called, keys, widths, count)
+        yield Token(token, keys, widths, count)
 
 
 def _encoder(field: str, width: int, of: int) -> Encoder:
-    """By width where it is one of SDXL's and there are two; else as it is spelled."""
-    told = _SPELLED.get(field)
-    if told is None or (of == 2 and width in _WIDTHS):
+    """By width if there are two and it is one of SDXL's, else by the name in the file."""
+    encoder = _ENCODERS.get(field)
+    if encoder is None or (of == 2 and width in _WIDTHS):
         return _WIDTHS.get(width, "text")
-    return told
+    return encoder
 
 
 def _check(path: Path, name: str, entry: Entry) -> None:
@@ -274,7 +275,7 @@ def _rows(shape: tuple[int, ...]) -> int:
 
 
 def _is_known(name: str) -> bool:
-    """Whether the name alone says that this is a learned token."""
+    """Whether the name alone shows that this is a token."""
     return bool(
         name in _ALONE
         or _BUNDLE.fullmatch(name)
@@ -284,11 +285,11 @@ def _is_known(name: str) -> bool:
 
 
 def _is_layer(name: str) -> bool:
-    """Whether it is a tensor of a network or of an adapter."""
+    """Whether it is a tensor of a network or an adapter."""
     return not _is_known(name) and bool(_LAYER.fullmatch(name) or ADAPTER.search(name))
 
 
-def _whose(fields: list[str]) -> str:
+def _origin(fields: list[str]) -> str:
     if all(field.startswith("clip_") for field in fields):
         return "added behind the encoder (OneTrainer's output embeddings), which is not implemented"
     return "an encoder of SD 3, Flux or another family, which no model here reads"

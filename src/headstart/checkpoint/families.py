@@ -1,7 +1,7 @@
-"""What a checkpoint's tensors cannot say: one literal row a family.
+"""What the tensors of a checkpoint do not show: one literal row a family.
 
-A family is recognised from names and shapes alone: (UNet tensors, width, context width). Anything
-else is taken for a scaled-down relative of the family whose build it shares.
+A family is recognised from names and shapes: (UNet tensors, width, context width). Any other UNet
+counts as a scaled-down relative of the family with the same build.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class TextRule(NamedTuple):
-    """How one text encoder is read.
+    """How one text encoder is used.
 
     act        activation of its MLP
     hidden     which hidden state is the context: -1 the last layer's, -2 the one before
@@ -47,7 +47,7 @@ class Signature(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """One row; what a file declares itself replaces the row's value (`declarations`).
+    """One row; a value that a file declares replaces the row's (`declarations`).
 
     `lineage` names the full-size ancestor: models of one lineage share latents, text encoders and
     noise levels, so only they can hand a latent to each other. `heads` (a count) or `head_dim` (a
@@ -73,7 +73,7 @@ class Family:
     vae_norm_groups: int = 32
     schedule: NoiseSchedule | FlowSchedule = field(default_factory=NoiseSchedule.scaled_linear)
     exact: bool = True
-    """False for a scaled-down relative, whose head width only its maker knows."""
+    """False for a scaled-down relative, whose head width its tensors do not show."""
     declared: frozenset[str] = frozenset()
 
 
@@ -151,18 +151,18 @@ _GUIDANCE = "time_embedding.cond_proj.weight"
 TEXT_WIDTHS = {768: "sd15", 1024: "sd21"}
 """Width of a lone text encoder -> family. SDXL's needs both of its encoders, so it is not here."""
 CONTEXT_WIDTHS = {family.signature.context_dim: family.lineage for family in FAMILIES.values()}
-"""Width of the text that cross-attention reads -> lineage."""
+"""Context width of cross-attention -> lineage."""
 
 
 def latent_space(lineage: str) -> str:
-    """The lineage that first used these latents: SD2's autoencoder is a finer SD1 decoder."""
+    """The lineage whose latents these are: SD2's autoencoder is SD1's with a better decoder."""
     return "sd15" if lineage == "sd21" else lineage
 
 
 def recognise(parts: Mapping[str, Shapes], metadata: Mapping[str, str]) -> Family | None:
-    """The family of {part: {our name: shape}}, or None where nothing tells.
+    """The family of {part: {our name: shape}}, or None if unknown.
 
-    The metadata's `headstart.family` first, then the UNet, then which text encoders are there.
+    Decided by the metadata `headstart.family`, else the UNet, else the text encoders.
     Raises CheckpointError for a named family that does not exist.
     """
     name = metadata.get("headstart.family")
@@ -191,7 +191,7 @@ def _of_unet(unet: Shapes) -> Family | None:
 
 
 def _lineage(unet: Shapes) -> str:
-    """Pooled text makes an SDXL; convolutional projections an SD1; no attention on top a demo."""
+    """With pooled text SDXL; with convolutional projections SD1; no attention on top: the demo."""
     if any(name.startswith("add_embedding.") for name in unet):
         return "sdxl"
     if any(name.endswith("proj_in.weight") and len(shape) == 4 for name, shape in unet.items()):

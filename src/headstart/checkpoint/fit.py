@@ -1,6 +1,6 @@
-"""Whether a file's tensors are those of the network built for them: all of them, and no other.
+"""Whether a file has exactly the tensors of the network that is built for it.
 
-What does not fit is one sentence: how many, three of them, and the architecture that comes nearest.
+Otherwise one sentence: how many do not fit, three of them, and the nearest architecture.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from headstart.checkpoint.dtypes import FLOATS, UNREAD, unsupported
 from headstart.checkpoint.families import FAMILIES
-from headstart.checkpoint.tensors import FLOATS, TITLES, UNREAD, Part, unsupported
+from headstart.checkpoint.tensors import TITLES, Part
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -19,25 +20,25 @@ LONGEST = 120
 
 
 def is_loaded(dtype: str) -> bool:
-    """Whether a network's tensors may be stored so."""
+    """Whether the tensors of a network may have this dtype."""
     return dtype in FLOATS and dtype not in UNREAD
 
 
 class Misfit(NamedTuple):
-    """The sentence, and the whole of each list that it shows three of."""
+    """The sentence, and its lists in full."""
 
     sentence: str
-    every: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
 
 def misfit(part: Part, expected: Shapes) -> Misfit | None:
-    """What is wrong with a part of which a network has the `expected` tensors; None: it fits."""
+    """What is wrong with a part whose network has the `expected` tensors; None: it fits."""
     shapes = part.shapes
     others = set(part.checkpoint.split().get("", {}).values())
-    doubled = [name for name in part.strays if name not in others]
-    complaints = {
+    duplicates = [name for name in part.strays if name not in others]
+    problems = {
         "missing": sorted(expected.keys() - shapes.keys()),
-        "unexpected": sorted(shapes.keys() - expected.keys()) + doubled,
+        "unexpected": sorted(shapes.keys() - expected.keys()) + duplicates,
         "of another shape": [
             f"{name[:LONGEST]} {list(shape)} instead of {list(expected[name])}"
             for name, shape in sorted(shapes.items())
@@ -49,22 +50,24 @@ def misfit(part: Part, expected: Shapes) -> Misfit | None:
             if name in expected and part.dtype(name) not in FLOATS
         ],
     }
-    lines = [f"{len(names)} {what}: {some(names)}" for what, names in complaints.items() if names]
+    lines = [
+        f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names
+    ]
     if not lines:
         return None
     fix = _nearest(part) or ". Fetch the file again, or take one of a known family"
-    if complaints["unexpected"] and len(lines) == 1:
+    if problems["unexpected"] and len(lines) == 1:
         fix += "; `--allow NAME` (allow=) lets such tensors be"
-    every = tuple(
+    details = tuple(
         "\n".join([f"{what}:", *(f"  {name}" for name in names)])
-        for what, names in complaints.items()
+        for what, names in problems.items()
         if len(names) > SHOWN
     )
-    return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", every)
+    return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", details)
 
 
-def narrow(part: Part) -> Misfit | None:
-    """What is wrong with the dtypes of a part that fits."""
+def dtype_misfit(part: Part) -> Misfit | None:
+    """What is wrong with the dtypes of a part whose shapes fit."""
     odd: dict[str, list[str]] = {}
     for name in part.shapes:
         if not is_loaded(dtype := part.dtype(name)):
@@ -78,14 +81,14 @@ def narrow(part: Part) -> Misfit | None:
     )
 
 
-def some(names: Sequence[str]) -> str:
-    """Three of them."""
+def first_few(names: Sequence[str]) -> str:
+    """The first three, for a message."""
     more = ", ..." if len(names) > SHOWN else ""
     return ", ".join(name[: 2 * LONGEST] for name in names[:SHOWN]) + more
 
 
 def _nearest(part: Part) -> str:
-    """Of a UNet: the full-size row of that width and context with the nearest tensor count."""
+    """For a UNet: the full-size architecture of its widths with the nearest tensor count."""
     if part.name != "unet":
         return ""
     width = (*part.shapes.get("conv_in.weight", ()), 0)[0]

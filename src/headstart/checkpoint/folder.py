@@ -1,4 +1,4 @@
-"""Model folders: which files hold the weights, and what the JSON files beside them say.
+"""Model folders: the files with the weights, and the JSON files beside them.
 
 diffusers' layout: <root>/{unet, vae, text_encoder, text_encoder_2}/{config.json, *.safetensors}.
 """
@@ -29,12 +29,11 @@ _CLASSES: dict[PartName, tuple[str, ...]] = {
 }
 _STEMS = ("diffusion_pytorch_model", "model")
 UNET_EMA, VARIANT = "unet_ema", ".non_ema"
-"""Averaged weights beside `unet/`; trained ones beside a plain file that is their average."""
+"""The folder of averaged weights; the infix of trained weights beside their average."""
 
 
 def weights_in(folder: Path, half: bool, variant: str | None = None) -> tuple[Path, ...]:
-    """diffusers' file names, the plain variant first (or `.fp16` first, if `half`); or of the
-    `variant` alone."""
+    """The weight files by diffusers' names: plain, `.fp16` (first if `half`), or `variant`."""
     usual = (".fp16", "") if half else ("", ".fp16")
     for infix in usual if variant is None else (variant,):
         for stem in _STEMS:
@@ -70,11 +69,11 @@ def shards(index: Path) -> tuple[Path, ...]:
             )
         wanted.setdefault(file, set()).add(name)
     for file, names in wanted.items():
-        held = read_header(index.parent / file).entries.keys()
-        if held != names:
-            odd = min(held ^ names)
-            where = "only in the index" if odd in names else "only in the shard"
-            raise CheckpointError(f"{index}: {odd!r} is {where} {file}; fetch the shard set again")
+        found = read_header(index.parent / file).entries.keys()
+        if found != names:
+            name = min(found ^ names)
+            where = "only in the index" if name in names else "only in the shard"
+            raise CheckpointError(f"{index}: {name!r} is {where} {file}; fetch the shard set again")
     return tuple(index.parent / file for file in sorted(wanted))
 
 
@@ -85,16 +84,16 @@ def config_of(folder: Path, part: PartName) -> dict[str, object]:
         return {}
     config = read_json(path)
     architectures = config.get("architectures")
-    kind = config.get("_class_name") or (
+    name = config.get("_class_name") or (
         cast(list[object], architectures)[0]
         if isinstance(architectures, list) and architectures
         else None
     )
-    return config if kind in _CLASSES[part] else {}
+    return config if name in _CLASSES[part] else {}
 
 
 def root_of(path: Path) -> Path | None:
-    """The diffusers folder that `path` is, or whose component it is or lies in."""
+    """The diffusers folder that `path` is, or that contains it as or in a component."""
     if path.is_dir() and any((path / folder).is_dir() for folder in COMPONENTS.values()):
         return path
     component = path if path.is_dir() else path.parent

@@ -1,4 +1,4 @@
-"""What a file is that is no safetensors file: named by its first bytes, whatever its suffix.
+"""What a file is if it is no safetensors file: by its first bytes, not by its suffix.
 
 first bytes -> "a Git LFS pointer; fetch the file itself with `git lfs pull`"
 """
@@ -15,14 +15,14 @@ _AGAIN = "the download went wrong, fetch the file again"
 
 
 class _Sign(NamedTuple):
-    """`pattern` matches the first bytes; `pickle` says that `headstart convert` may read it."""
+    """`pattern` matches the first bytes; with `pickle`, `headstart convert` can read it."""
 
     pattern: bytes
     what: str
     pickle: bool = False
 
 
-# Blanks and a byte order mark may come before a text; a magic number is exactly at the start.
+# Blanks and a byte order mark may come before text; a magic number is exactly at the start.
 _TEXT = rb"(?:\xef\xbb\xbf)?\s*"
 _SIGNS = (
     _Sign(rb"PK\x03\x04", "a zip archive, which is what torch.save writes (a pickle)", pickle=True),
@@ -46,7 +46,7 @@ _TRAINER = re.compile(
 
 
 def foreign(path: Path, head: bytes) -> str | None:
-    """What `head`, the first bytes of `path`, belongs to, and what to do; None: nothing we know."""
+    """What a file with these first bytes is, and what to do; None: unknown."""
     sign = _matching(head)
     if sign is None:
         return None
@@ -59,13 +59,13 @@ def foreign(path: Path, head: bytes) -> str | None:
 
 
 def is_pickle(head: bytes) -> bool:
-    """A zip archive or a bare pickle, the two things that torch.save has written."""
+    """Whether it is a zip archive or a bare pickle, the two formats of torch.save."""
     sign = _matching(head)
     return sign is not None and sign.pickle
 
 
 def _matching(head: bytes) -> _Sign | None:
-    # A length below 4 GB, then JSON. The length alone may look like a sign: 80 02 00 00 is 640.
+    # Safetensors: a length below 4 GB, then JSON. The length may look like a magic number.
     if head[4:9] == b"\0\0\0\0{":
         return None
     flags = re.IGNORECASE | re.DOTALL
@@ -75,7 +75,7 @@ def _matching(head: bytes) -> _Sign | None:
 def convert_hint(path: Path) -> str:
     """The command, to be copied as it is, that makes a safetensors file of the pickle `path`."""
     target = path.with_suffix(".safetensors")
-    if target == path:  # a pickle that calls itself safetensors
+    if target == path:  # a pickle with the suffix .safetensors
         target = path.with_suffix(".converted.safetensors")
     return f"run `headstart convert {quoted(path)} {quoted(target)}` on it first"
 

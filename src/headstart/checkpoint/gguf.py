@@ -64,10 +64,10 @@ _VALUES = {
     11: "q",
     12: "d",
 }
-"""Kind of a value -> how `struct` calls it; 8 is a text, 9 an array of one kind."""
+"""Type number of a value -> its `struct` format; 8 is a text, 9 an array."""
 _TEXT, _ARRAY = 8, 9
 _ORIGINAL = "comfy.gguf.orig_shape."
-"""city96's ComfyUI-GGUF stores matrices of odd width as rows of 256, and their shape under this."""
+"""Key of the true shape: city96's ComfyUI-GGUF stores matrices of odd width as rows of 256."""
 
 Value = str | int | float | bool | tuple[int, ...]
 
@@ -118,7 +118,7 @@ def unpack(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
 
 
 class _Reader:
-    """The bytes of a header, from front to back; a claim of more than there is, is refused."""
+    """Reads a header from front to back; raises for counts beyond the end of the file."""
 
     def __init__(self, path: Path, text: bytes, size: int) -> None:
         self.path, self.text, self.size, self.at = path, text, size, 0
@@ -143,15 +143,15 @@ class _Reader:
     def tensors(
         self, alignment: int, shapes: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[str, Entry]]:
-        """Places are counted from the start of the data; `_check_layout` needs all of them."""
+        """Offsets in the file count from the start of the data, which is known at the end."""
         found: list[tuple[str, Entry]] = []
         for _ in range(self._tensors):
             name = self._name()
             if not 1 <= (dims := self._number("I")) <= MAX_DIMS:
                 _bad(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
-            kind, offset = self._number("I"), self._number("Q")
-            found.append((name, self._entry(name, shape, kind, offset, shapes.get(name))))
+            type_, offset = self._number("I"), self._number("Q")
+            found.append((name, self._entry(name, shape, type_, offset, shapes.get(name))))
         begin = self.data_begin(alignment)
         names = [name for name, _ in found]
         if len(set(names)) != len(names):
@@ -166,15 +166,15 @@ class _Reader:
         self,
         name: str,
         shape: tuple[int, ...],
-        kind: int,
+        type_: int,
         offset: int,
         original: tuple[int, ...] | None,
     ) -> Entry:
         if max(shape) > MAX_DIM:
             _bad(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
-        if (dtype := _TYPES.get(kind)) is None:
+        if (dtype := _TYPES.get(type_)) is None:
             known = ", ".join(_TYPES.values())
-            _bad(self.path, f"tensor {name[:80]!r} has type {kind}, which is not read; known are "
+            _bad(self.path, f"tensor {name[:80]!r} has type {type_}, which is not read; known are "
                             f"{known}")  # fmt: skip
         _, count, size = BLOCKS.get(dtype, (0, 1, DTYPE_BYTES.get(dtype, 0)))
         if shape[-1] % count:
@@ -186,12 +186,12 @@ class _Reader:
                             f"{list(shape)}, which has another count")  # fmt: skip
         return Entry(dtype, original or shape, offset, offset + total // count * size)
 
-    def _value(self, name: str, kind: int) -> Value:
-        if kind == _TEXT:
+    def _value(self, name: str, type_: int) -> Value:
+        if type_ == _TEXT:
             return self._text()
-        if kind != _ARRAY:
-            if (code := _VALUES.get(kind)) is None:
-                _bad(self.path, f"the value {name[:80]!r} is of unknown kind {kind}")
+        if type_ != _ARRAY:
+            if (code := _VALUES.get(type_)) is None:
+                _bad(self.path, f"the value {name[:80]!r} has unknown type {type_}")
             return self._number(code)
         inner = self._number("I")
         if inner == _TEXT:
@@ -199,7 +199,7 @@ class _Reader:
                 self._text()
             return ()
         if (code := _VALUES.get(inner)) is None:
-            _bad(self.path, f"the value {name[:80]!r} is an array of kind {inner}; expected "
+            _bad(self.path, f"the value {name[:80]!r} is an array of type {inner}; expected "
                             "numbers or texts")  # fmt: skip
         count = self._count(name, struct.calcsize(code), most=MAX_HEADER_BYTES)
         if not name.startswith(_ORIGINAL):
@@ -210,7 +210,7 @@ class _Reader:
         return tuple(self._number(code) for _ in range(count))
 
     def _count(self, what: str, least_bytes: int, most: int = MAX_ITEMS) -> int:
-        """A claimed number of things that take so many bytes each, which must be there."""
+        """A count of items of at least `least_bytes` each; raises if they cannot be in the file."""
         count = self._number("Q")
         if count > most or count * least_bytes > len(self.text) - self.at:
             self._short(f"{count} {what[:80]} are claimed")
@@ -238,8 +238,8 @@ class _Reader:
         end = self.at + count
         if end > len(self.text):
             self._short(f"{count} bytes are claimed at byte {self.at}")
-        taken, self.at = self.text[self.at : end], end
-        return taken
+        begin, self.at = self.at, end
+        return self.text[begin:end]
 
     def _short(self, what: str) -> NoReturn:
         if len(self.text) < self.size:
@@ -260,13 +260,13 @@ def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple
 def _check_layout(
     path: Path, entries: Mapping[str, Entry], begin: int, alignment: int, size: int
 ) -> None:
-    """The tensors follow each other at the next aligned place, up to the end of the file."""
+    """The tensors must follow each other, aligned, up to the end of the file."""
     end = begin
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        due = -(-end // alignment) * alignment
-        if entry.begin != due:
-            _bad(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {due}, where "
-                       "the tensor before it ends")  # fmt: skip
+        expected = -(-end // alignment) * alignment
+        if entry.begin != expected:
+            _bad(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {expected}, "
+                       "where the tensor before it ends")  # fmt: skip
         end = entry.end
         if end > size:
             _bad(path, f"truncated: the file ends at byte {size}, and {name[:80]!r} at {end}; "

@@ -17,7 +17,7 @@ from headstart.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 * 2**20  # SDXL's header is 0.35 MB; the parsed form can be 20 times larger
 MAX_JSON_PARTS = 2**19
-"""How many of `,:[{` a JSON text may hold: SDXL's header has 36 000, and 10^6 take a second."""
+"""Most `,:[{` in a JSON text: SDXL's header has 36 000, and 10^6 take a second to parse."""
 MAX_RANK = 8
 MAX_DIM = 2**40
 MAX_NAME = 1024  # the longest name of a known checkpoint or adapter has 130 characters
@@ -28,13 +28,13 @@ DTYPE_BITS = {
     "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
     "F6_E2M3": 6, "F6_E3M2": 6, "F4": 4, "C64": 64,
 }  # fmt: skip
-"""Every dtype of the safetensors format; `tensors` says which are computed with."""
+"""Every dtype of the safetensors format; `dtypes` has those that are read."""
 
 DTYPE_BYTES = {dtype: bits // 8 for dtype, bits in DTYPE_BITS.items() if bits % 8 == 0}
 
 
 class Entry(NamedTuple):
-    """One tensor: where its bytes are, counted from the start of the file."""
+    """One tensor; its bytes are begin .. end of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a file says it holds; consistent with the file's size to the last byte."""
+    """The header of a file, consistent with the file's size."""
 
     entries: dict[str, Entry]
     metadata: dict[str, str]
@@ -88,10 +88,10 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
-    # Counting is some hundred times faster than parsing what there is too much of.
+    # Counting is about a hundred times faster than parsing.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
         _bad(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
-    # UTF-8 holds no lone surrogate, so one can only be written as an escape.
+    # UTF-8 has no lone surrogates, so one can only be an escape.
     hook = _unique_plain if b"\\u" in text else _unique
     try:
         value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)

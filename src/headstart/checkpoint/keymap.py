@@ -18,7 +18,7 @@ PARTS: tuple[PartName, ...] = ("unet", "vae", "text", "text_2", "tiny")
 
 
 class Source(NamedTuple):
-    """A tensor of the file, and how to make ours of it.
+    """A tensor of the file, and the operation that turns it into ours.
 
     q, k, v: that third of axis 0. transpose: .T. matrix: a 1x1 convolution [c, c, 1, 1] as [c, c].
     """
@@ -64,7 +64,7 @@ _DOWN_OP = re.compile(r"input_blocks\.([0-9]{1,3})\.0\.op\b.*")
 
 
 def lead(name: str, table: Mapping[str, str]) -> str | None:
-    """Replace the leading components of `name` by the table; None when no row fits."""
+    """`name` with its leading components replaced by the table; None if no row fits."""
     for old, new in table.items():
         if name == old or name.startswith(old + "."):
             return new + name[len(old) :]
@@ -89,7 +89,7 @@ def level_length(names: Iterable[str]) -> int:
 
 
 def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
-    """{LDM name: our name} without prefixes; names that fit no rule are absent."""
+    """{LDM name: our name} without prefixes; unknown names are absent."""
     names = list(names)
     length = level_length(names)
     mapped = ((name, _unet_from_ldm(name, length)) for name in names)
@@ -122,7 +122,7 @@ def _unet_from_ldm(name: str, length: int) -> str | None:
 
 
 def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
-    """{our name: LDM name}, the inverse; it reads L, and which levels attend, from the names."""
+    """{our name: LDM name}, the inverse; L and the levels with attention follow from the names."""
     names = list(names)
     length = level_length(names)
     blocks = [m for m in map(_BLOCK.fullmatch, names) if m]
@@ -139,10 +139,10 @@ def _unet_to_ldm(name: str, length: int, attending: set[str]) -> str | None:
     match = _BLOCK.fullmatch(name)
     if match is None:
         return lead(name, _TOP_LDM)
-    side, level, kind, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if kind == "downsamplers":
+    side, level, module, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
+    if module == "downsamplers":
         return f"input_blocks.{length * (level + 1)}.0.op{rest.removeprefix('conv')}"
-    if kind == "upsamplers":
+    if module == "upsamplers":
         slot = 2 if match[2] in attending else 1
         return f"output_blocks.{length * (level + 1) - 1}.{slot}.{rest}"
     block = (
@@ -150,14 +150,14 @@ def _unet_to_ldm(name: str, length: int, attending: set[str]) -> str | None:
         if side == "down"
         else f"output_blocks.{length * level + i}"
     )
-    if kind == "attentions":
+    if module == "attentions":
         return f"{block}.1.{rest}"
     inner = lead(rest, _RESNET_LDM)
     return inner and f"{block}.0.{inner}"
 
 
 def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
-    """Our tensor name -> where it is, of a UNet; a name no rule knows keeps its own."""
+    """Our tensor name -> its source, for a UNet; an unknown name stays as it is."""
     ours = unet_from_ldm(names)
     return {ours.get(name, name): Source(full) for name, full in names.items()}
 
@@ -203,7 +203,7 @@ def vae_name(name: str, levels: int) -> str:
 
 
 def vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
-    """As `unet_sources`, of a VAE."""
+    """As `unet_sources`, for a VAE."""
     ups = [m for m in (re.match(r"decoder\.up\.([0-9]{1,3})\.", name) for name in names) if m]
     levels = max((int(m[1]) for m in ups), default=-1) + 1
     ours = {vae_name(name, levels): full for name, full in names.items()}

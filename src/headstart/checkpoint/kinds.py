@@ -1,6 +1,6 @@
-"""Files that are no network of the Stable-Diffusion family: named, with what can be done.
+"""Files of other kinds than the networks here: what they are, and what to do with them.
 
-names -> the first row of KINDS of which one tensor is a sign
+names -> the first row of KINDS whose sign is in one of them
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 
 class Kind(NamedTuple):
-    """`sign` is searched in each tensor's name; `what` reads "a Flux transformer".
+    """`sign` is searched in each tensor's name; `what` is such as "a Flux transformer".
 
-    beside  such tensors may lie beside a whole model, which is then the file's main content
+    beside  whether such tensors may be beside a whole model, which is then what the file is
     """
 
     what: str
@@ -24,12 +24,12 @@ class Kind(NamedTuple):
 
 _OTHER = "not of the UNet family, so no option takes it"
 STEERS = "it steers a UNet by a picture, which no plan gives, so no option takes it"
-"""Of what acts beside a UNet, and may have a LoRA's tensors too."""
+"""For what works beside a UNet; it may have tensors with a LoRA's names too."""
 _FEATURES = "for --features of `evaluate` and `compare`, with the files beside it"
 
 
 def _kind(what: str, sign: str, fix: str = _OTHER, *, beside: bool = False) -> Kind:
-    # Behind the start of a name or a dot, whatever prefixes there are.
+    # At the start of a name or after a dot, so prefixes do not matter.
     return Kind(what, re.compile(rf"(?:^|\.)(?:{sign})", re.MULTILINE), fix, beside)
 
 
@@ -120,8 +120,8 @@ _INDEX = re.compile(r"(?<=\.)[0-9]+(?=\.)")
 
 
 def kind_of(names: Iterable[str]) -> Kind | None:
-    """What kind of file has such names, where it is none that a UNet, VAE or CLIP has."""
-    # Blocks repeat themselves: with their numbers alike, SDXL's 2500 names are 200.
+    """The kind of a file with such names; None for UNet, VAE, CLIP and unknown ones."""
+    # Blocks repeat: with all numbers set to 0, SDXL's 2500 names are 200.
     short = "\n".join(name for name in names if len(name) <= _LONGEST)
     text = "\n".join(set(_INDEX.sub("0", short).split("\n")))
     if _ANY.search(text) is None:
@@ -130,5 +130,5 @@ def kind_of(names: Iterable[str]) -> Kind | None:
 
 
 def signs(kind: Kind, names: Iterable[str]) -> list[str]:
-    """The tensors by which it was told."""
+    """The names with its sign."""
     return [name for name in names if kind.sign.search(name)]

@@ -1,7 +1,7 @@
-"""Tensors that lie in files beside the networks: what they are, and whether they may be let be.
+"""Tensors beside the networks of a file: what they are, and whether they may be ignored.
 
-known    schedules, averages, losses, optimizers: rebuilt or never read by every loader
-allowed  any other one, if the caller says so by name
+leftover_of  schedules, averages, losses, optimizers: recomputed or never read by every loader
+is_allowed   any other one, if the caller allows its name
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ KNOWN = tuple(
             r"|sqrt_recipm?1?_alphas_cumprod|posterior_(variance|log_variance_clipped|mean_coef[12])"
             r"|denoiser\.(sigmas|log_sigmas)|lvlb_weights",
         ),
-        # What a file says of itself: `headstart.checkpoint.lineage` reads them.
+        # By these a file describes itself: see `headstart.checkpoint.lineage`.
         ("statement", r"v_pred|ztsnr|edm_mean|edm_std|edm_vpred\.sigma_(max|min)"),
         ("average of weights", _IN_VAE + r"model_ema\b.*"),
         ("buffer", r"(.*\.)?(position_ids|logit_scale)|logvar|scale_factor"),
@@ -49,13 +49,13 @@ KNOWN = tuple(
 _ANY = re.compile("|".join(f"(?:{row.pattern.pattern})" for row in KNOWN))
 
 
-def known(name: str) -> str | None:
-    """What kind of leftover a tensor is, by its stored name; None for one that nobody knows."""
+def leftover_of(name: str) -> str | None:
+    """What a leftover tensor is, by its stored name; None for any other name."""
     if _ANY.fullmatch(name) is None:
         return None
     return next(row.what for row in KNOWN if row.pattern.fullmatch(name))
 
 
 def is_allowed(name: str, allow: Collection[str]) -> bool:
-    """Whether a pattern, with `*` and `?` for any text, fits the name as the file spells it."""
+    """Whether one of the patterns, with `*` and `?` for any text, matches the stored name."""
     return any(name == pattern or fnmatchcase(name, pattern) for pattern in allow)

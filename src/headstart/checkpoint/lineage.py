@@ -15,11 +15,11 @@ from headstart.errors import CheckpointError
 # The relative rounding error of a schedule stored in that dtype.
 _ROUNDING = {"F64": 2.0**-40, "F32": 2.0**-20, "F16": 2.0**-10, "BF16": 2.0**-7}
 _MOST_NUMBERS = 1024
-"""Of a statement: one for each channel of a latent, at most."""
+"""Most numbers of a statement, which has at most one for each channel of a latent."""
 
 
 def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
-    """The family with all that the file and its folder declare; None where nothing tells.
+    """The family with all that the file and its folder declare; None if unknown.
 
     Raises CheckpointError for a declaration that cannot be read.
     """
@@ -31,7 +31,7 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
         return None
     alphas = "alphas_cumprod"
     rounding = _ROUNDING.get(checkpoint.dtypes.get(alphas, ""))
-    said = Statements(
+    statements = Statements(
         path=path,
         metadata=checkpoint.metadata,
         unet=parts["unet"].config if "unet" in parts else {},
@@ -41,26 +41,26 @@ def family_of(path: Path, checkpoint: Checkpoint) -> Family | None:
         flags=FLAGS & set(checkpoint.names),
         tensors=_statements(checkpoint, path),
     )
-    return declared(family, said)
+    return declared(family, statements)
 
 
 def vae_family(path: Path, part: Part) -> Family:
-    """The checkpoint's family, or a nameless one holding what the VAE's own files declare."""
+    """The checkpoint's family, or one called "unknown" with what the VAE's files declare."""
     family = family_of(path, part.checkpoint)
     if family is not None:
         return family
     nameless = replace(FAMILIES["sd15"], name="unknown")
-    said = Statements(
+    statements = Statements(
         path=path,
         metadata=part.checkpoint.metadata,
         vae=part.config,
         tensors=_statements(part.checkpoint, path),
     )
-    return declared(nameless, said)
+    return declared(nameless, statements)
 
 
 def _statements(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[float, ...]]:
-    """The numbers of the tensors that say something about the model."""
+    """The numbers of the file's `STATEMENTS`."""
     found: dict[str, tuple[float, ...]] = {}
     for name in set(STATEMENTS) & checkpoint.dtypes.keys():
         entry = checkpoint.entry(name)

@@ -1,7 +1,7 @@
-"""The files of a checkpoint as bytes: headers read and checked, data mapped when first asked for.
+"""The files of a checkpoint as bytes: headers are read and checked, data is mapped on first use.
 
 safetensors or GGUF, by the first bytes
-name -> Entry (dtype, shape, where) -> bytes      of one file, or of the shards of one set
+name -> Entry (dtype, shape, position) -> bytes      of one file, or of the shards of one set
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ Container = Literal["safetensors", "GGUF"]
 
 @final
 class MappedFiles:
-    """Names, dtypes and places as the files have them.
+    """Names, dtypes and positions as in the files.
 
-    Data are views of a private, copy-on-write memory map: nothing is read before it is used, and
-    writing to one never reaches the file. Raises CheckpointError for what is no checkpoint.
+    Data are views of a private, copy-on-write memory map: nothing is read before it is used, and a
+    write to one never reaches the file. Raises CheckpointError for a file that is no checkpoint.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -34,11 +34,11 @@ class MappedFiles:
         self.container: Container = "safetensors"
         self.metadata: dict[str, str] = {}
         self.entries: dict[str, Entry] = {}
-        self._of: dict[str, int] = {}
+        self._file_of: dict[str, int] = {}
         self._sizes: list[int] = []
         self._maps: dict[int, mmap.mmap] = {}
-        self.made: dict[object, object] = {}
-        """What others have made of the headers, to be made once (`headers_cached`)."""
+        self.cache: dict[object, object] = {}
+        """What others compute from the headers, only once inside `headers_cached`."""
         for index, path in enumerate(self.files):
             header, self.container = _header(path)
             self._sizes.append(header.size_bytes)
@@ -46,7 +46,7 @@ class MappedFiles:
             if twice := self.entries.keys() & header.entries.keys():
                 raise CheckpointError(f"{path}: {min(twice)!r} is also in another shard")
             self.entries |= header.entries
-            self._of |= dict.fromkeys(header.entries, index)
+            self._file_of |= dict.fromkeys(header.entries, index)
 
     @classmethod
     def of(cls, files: Iterable[Path]) -> MappedFiles:
@@ -54,14 +54,14 @@ class MappedFiles:
 
         Each instance has its own memory map, so a write to one does not show in another.
         """
-        if (known := _ONCE.get()) is None:
+        if (known := _CACHE.get()) is None:
             return cls(files)
         key = tuple(files)
         if key not in known:
             known[key] = cls(key)
-        own = copy(known[key])
-        own._maps = {}
-        return own
+        mapped = copy(known[key])
+        mapped._maps = {}
+        return mapped
 
     @property
     def size_bytes(self) -> int:
@@ -69,14 +69,14 @@ class MappedFiles:
 
     def path(self, name: str) -> Path:
         """The file that holds the tensor."""
-        return self.files[self._of[name]]
+        return self.files[self._file_of[name]]
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor as stored: a view of the memory map, read as it is used."""
         entry = self.entries[name]
         if entry.begin == entry.end:
             return memoryview(b"")
-        return memoryview(self._map(self._of[name]))[entry.begin : entry.end]
+        return memoryview(self._map(self._file_of[name]))[entry.begin : entry.end]
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
@@ -98,23 +98,23 @@ class MappedFiles:
         return self._maps[index]
 
 
-_ONCE: ContextVar[dict[tuple[Path, ...], MappedFiles] | None] = ContextVar(
-    "headstart_once", default=None
+_CACHE: ContextVar[dict[tuple[Path, ...], MappedFiles] | None] = ContextVar(
+    "headstart_headers", default=None
 )
 
 
 @contextmanager
 def headers_cached() -> Generator[None]:
-    """Inside, this thread reads the headers of a file when it opens it first, and once.
+    """Inside the block, this thread reads the headers of each file only once.
 
-    To load the bundled pair opens three files 19 times: with this, a cold `headstart sample` took
-    2.3 s of CPU and not 2.6 (medians of 5, one Zen 4 core).
+    Loading the bundled pair opens three files 19 times. With this, a cold `headstart sample` took
+    2.3 s of CPU instead of 2.6 (medians of 5, one Zen 4 core).
     """
-    token = _ONCE.set({})
+    token = _CACHE.set({})
     try:
         yield
     finally:
-        _ONCE.reset(token)
+        _CACHE.reset(token)
 
 
 def _header(path: Path) -> tuple[Header, Container]:

@@ -1,4 +1,4 @@
-"""Each network of a file judged: its params, what the caller has to add, or why it is refused.
+"""Each network of a file: its params, what the caller must add, or why it cannot be loaded.
 
 shapes -> params -> the names and shapes of such a network -> compared with the file's
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
-from headstart.checkpoint.fit import misfit, narrow
+from headstart.checkpoint.fit import dtype_misfit, misfit
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.params import ClipParams, TinyParams, UNetParams, VaeParams
@@ -32,10 +32,10 @@ from headstart.errors import CheckpointError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """What the caller says that a file need not; named as the arguments of the loaders are.
+    """The caller's arguments, with the names that they have in the loaders. They win over the file.
 
-    `tokenizer`: whether there is one, of the caller's or the file's own. `allow`: stored names,
-    `*` and `?` for any text, of tensors that may be left aside.
+    `tokenizer`: whether the caller or the file has one. `allow`: stored names of tensors that may
+    be ignored, with `*` and `?` for any text.
     """
 
     head_dim: int | None = None
@@ -52,11 +52,11 @@ class Overrides:
 class NetworkInfo:
     """One network of a file.
 
-    part     what of it is loaded: without what is allowed to be left, or is never run
-    family   by whose rules it is read, with all that the file declares; None: nothing tells
+    part     the tensors to load: without ignored ones and those that are never run
+    family   the family with all that the file declares; None: unknown
     unet, vae, clip and rule, tiny   its params; of a tiny autoencoder by half
-    needs    what the caller has to say, which the file does not
-    problem  why it is refused; None: it loads. `every`: the lists of which it shows three
+    needs    options that the caller must give, because the file does not have them
+    problem  why it cannot be loaded; None: it can. `details`: its lists in full, not cut to three
     """
 
     part: Part
@@ -68,26 +68,26 @@ class NetworkInfo:
     tiny: Mapping[str, TinyParams] = field(default_factory=dict[str, TinyParams])
     needs: tuple[Need, ...] = ()
     problem: str | None = None
-    every: tuple[str, ...] = ()
+    details: tuple[str, ...] = ()
 
 
-class _Fitted(NamedTuple):
+class _Fit(NamedTuple):
     part: Part
     problem: str | None
-    every: tuple[str, ...]
+    details: tuple[str, ...]
 
 
-def _fitted(part: Part, expected: Mapping[str, tuple[int, ...]], given: Overrides) -> _Fitted:
-    """The part without what is allowed to be left aside, and what does not fit."""
-    kept = {n: s for n, s in part.sources.items() if n in expected or not _may_go(s.name, given)}
-    strays = tuple(name for name in part.strays if not _may_go(name, given))
-    part = replace(part, sources=kept, shapes={n: part.shapes[n] for n in kept}, strays=strays)
-    found = misfit(part, expected) or narrow(part)
-    return _Fitted(part, None, ()) if found is None else _Fitted(part, *found)
-
-
-def _may_go(stored: str, given: Overrides) -> bool:
-    return is_allowed(stored, given.allow)
+def _fit(part: Part, expected: Mapping[str, tuple[int, ...]], overrides: Overrides) -> _Fit:
+    """The part without ignored tensors, and what does not fit."""
+    allow = overrides.allow
+    sources = {
+        n: s for n, s in part.sources.items() if n in expected or not is_allowed(s.name, allow)
+    }
+    strays = tuple(name for name in part.strays if not is_allowed(name, allow))
+    shapes = {name: part.shapes[name] for name in sources}
+    part = replace(part, sources=sources, shapes=shapes, strays=strays)
+    problem = misfit(part, expected) or dtype_misfit(part)
+    return _Fit(part, None, ()) if problem is None else _Fit(part, *problem)
 
 
 # --------------------------------------------------------------------- UNet
@@ -105,27 +105,27 @@ _INPUTS = {
         + _LATENT
     ),
 }
-"""Channels that a UNet reads where it gives 4 (Stability's configurations of each)."""
+"""Input channels of a UNet with 4 output channels -> what it is (Stability's configurations)."""
 
 
-def judge_unet(part: Part, family: Family | None, given: Overrides) -> NetworkInfo:
-    """Raises CheckpointError where the shapes do not tell a network's size."""
+def judge_unet(part: Part, family: Family | None, overrides: Overrides) -> NetworkInfo:
+    """Raises CheckpointError if the shapes do not determine a network's size."""
     if family is None:
         return NetworkInfo(part=part, problem=_no_family(part))
-    if given.head_dim is not None:
-        family = replace(family, head_dim=given.head_dim, heads=None)
+    if overrides.head_dim is not None:
+        family = replace(family, head_dim=overrides.head_dim, heads=None)
     params = unet_params(part.shapes, family)
-    need = None if given.head_dim is not None else heads_need(family)
-    problem, every = _other_unet(params), ()
+    need = None if overrides.head_dim is not None else heads_need(family)
+    problem, details = _other_unet(params), ()
     if problem is None:
         expected = blueprint.unet(params)
-        part, problem, every = _fitted(part, expected, given)
+        part, problem, details = _fit(part, expected, overrides)
         if problem is None:
             blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
             problem = None if need is not None else heads_problem(params)
     needs = () if need is None else (need,)
     return NetworkInfo(
-        part=part, family=family, unet=params, needs=needs, problem=problem, every=every
+        part=part, family=family, unet=params, needs=needs, problem=problem, details=details
     )
 
 
@@ -143,7 +143,7 @@ def _no_family(part: Part) -> str:
 
 
 def _other_unet(params: UNetParams) -> str | None:
-    """What a UNet is that has the names of these families and is none of them."""
+    """What the UNet is, if it has the names of these families but belongs to none."""
     if (params.channels, params.context_dim) == (384, 1280):
         return (
             "an SDXL refiner's UNet (width 384, text of 1280): it ends pictures by an aesthetic "
@@ -168,8 +168,8 @@ _SCALES = "0.18215 (SD 1 and 2) or 0.13025 (SDXL)"
 _SCALES_16 = "0.3611 and shift_factor=0.1159 (Flux) or 1.5305 and 0.0609 (SD3)"
 
 
-def judge_vae(part: Part, family: Family, given: Overrides) -> NetworkInfo:
-    """As `judge_unet`; `family` is nameless where the file does not say whose VAE it is."""
+def judge_vae(part: Part, family: Family, overrides: Overrides) -> NetworkInfo:
+    """As `judge_unet`; `family` is called "unknown" if the file does not say whose VAE it is."""
     shapes = part.shapes
     if any(len(shape) == 5 for shape in shapes.values()):
         return NetworkInfo(
@@ -180,10 +180,10 @@ def judge_vae(part: Part, family: Family, given: Overrides) -> NetworkInfo:
             part=part,
             problem="a VAE's encoder alone: its decoder makes the pictures, so give the whole VAE",
         )
-    family = _told(family, given)
+    family = _with_scale(family, overrides)
     params = vae_params(part, family)
     expected = blueprint.vae(params)
-    part, problem, every = _fitted(part, expected, given)
+    part, problem, details = _fit(part, expected, overrides)
     if problem is None:
         blueprint.check_groups(
             expected, params.norm_groups, "headstart.vae_norm_groups (load_vae: norm_groups=)"
@@ -205,19 +205,21 @@ def judge_vae(part: Part, family: Family, given: Overrides) -> NetworkInfo:
             ),
         )
     return NetworkInfo(
-        part=part, family=family, vae=params, needs=needs, problem=problem, every=every
+        part=part, family=family, vae=params, needs=needs, problem=problem, details=details
     )
 
 
-def _told(family: Family, given: Overrides) -> Family:
-    """With the scale of the arguments, else the file's, else that of the model it is to serve."""
-    like = given.like
-    if given.scale_factor is not None or given.shift_factor is not None:
+def _with_scale(family: Family, overrides: Overrides) -> Family:
+    """With the scale of the arguments, else of the file, else of the model `like`."""
+    like = overrides.like
+    if overrides.scale_factor is not None or overrides.shift_factor is not None:
         family = replace(
             family,
-            scale_factor=given.scale_factor or family.scale_factor,
-            shift_factor=family.shift_factor if given.shift_factor is None else given.shift_factor,
-            declared=family.declared | ({"scale_factor"} if given.scale_factor else set[str]()),
+            scale_factor=overrides.scale_factor or family.scale_factor,
+            shift_factor=family.shift_factor
+            if overrides.shift_factor is None
+            else overrides.shift_factor,
+            declared=family.declared | ({"scale_factor"} if overrides.scale_factor else set[str]()),
         )
     elif family.name == "unknown" and "scale_factor" not in family.declared and like is not None:
         family = replace(
@@ -228,8 +230,8 @@ def _told(family: Family, given: Overrides) -> Family:
             latents_std=like.latents_std,
             declared=family.declared | {"scale_factor"},
         )
-    if given.norm_groups is not None:
-        family = replace(family, vae_norm_groups=given.norm_groups)
+    if overrides.norm_groups is not None:
+        family = replace(family, vae_norm_groups=overrides.norm_groups)
     return family
 
 
@@ -237,18 +239,18 @@ def _told(family: Family, given: Overrides) -> Family:
 
 
 CLIP_TOKENS = 49408
-"""Of CLIP's own vocabulary, by which prompts are read where a file brings no tokenizer."""
+"""Size of CLIP's own vocabulary, which is used if a file has no tokenizer."""
 
 
 def judge_texts(
-    parts: Mapping[PartName, Part], family: Family | None, given: Overrides
+    parts: Mapping[PartName, Part], family: Family | None, overrides: Overrides
 ) -> dict[PartName, NetworkInfo]:
-    """The text encoders of a file, which a family reads all of or none."""
+    """The text encoders of a file: either all that the family has, or a problem."""
     names: list[PartName] = [name for name in ("text", "text_2") if name in parts]
     if not names:
         return {}
     if len(names) == 2 and (family is None or len(family.text) == 1):
-        family = FAMILIES["sdxl"]  # a folder with both encoders and no UNet to tell
+        family = FAMILIES["sdxl"]  # a folder with both encoders and no UNet
     elif family is None:  # a lone encoder of a size of its own: last hidden state, normed
         pooled = names == ["text_2"] or "text_projection.weight" in parts["text"].shapes
         family = FAMILIES["sdxl" if pooled else "demo"]
@@ -258,21 +260,21 @@ def judge_texts(
             f"{len(names)}: give the full checkpoint or the diffusers folder"
         )
         return {name: NetworkInfo(part=parts[name], problem=problem) for name in names}
-    found: dict[PartName, NetworkInfo] = {}
+    infos: dict[PartName, NetworkInfo] = {}
     for name, rule in zip(names, family.text, strict=True):
         part = _without_unused(parts[name], rule)
         try:
-            found[name] = _judge_text(part, rule, family, given)
+            infos[name] = _judge_text(part, rule, family, overrides)
         except CheckpointError as error:
-            found[name] = NetworkInfo(part=part, problem=f"the {TITLES[name]}: {error}")
-    return found
+            infos[name] = NetworkInfo(part=part, problem=f"the {TITLES[name]}: {error}")
+    return infos
 
 
-def _judge_text(part: Part, rule: TextRule, family: Family, given: Overrides) -> NetworkInfo:
-    heads = text_heads(part, given.text_head_dim)
+def _judge_text(part: Part, rule: TextRule, family: Family, overrides: Overrides) -> NetworkInfo:
+    heads = text_heads(part, overrides.text_head_dim)
     needs = (heads,) if isinstance(heads, Need) else ()
     params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
-    if not given.tokenizer and params.vocabulary < CLIP_TOKENS:
+    if not overrides.tokenizer and params.vocabulary < CLIP_TOKENS:
         needs += (
             Need(
                 "--tokenizer PATH",
@@ -280,53 +282,54 @@ def _judge_text(part: Part, rule: TextRule, family: Family, given: Overrides) ->
                 "give the tokenizer that belongs to this encoder",
             ),
         )
-    part, problem, every = _fitted(part, blueprint.clip(params), given)
-    found = NetworkInfo(part=part, family=family, clip=params, rule=rule, needs=needs)
-    return replace(found, problem=problem, every=every)
+    part, problem, details = _fit(part, blueprint.clip(params), overrides)
+    infos = NetworkInfo(part=part, family=family, clip=params, rule=rule, needs=needs)
+    return replace(infos, problem=problem, details=details)
 
 
 def _without_unused(part: Part, rule: TextRule) -> Part:
-    """Leave out what is never run: SD2.1's 24th OpenCLIP layer, and projections of SD 1 and 2."""
+    """Without tensors that are never run: SD2.1's 24th OpenCLIP layer, SD 1 and 2's projections."""
     unused = [] if rule.pooled else ["text_projection."]
     stored = [source.name for source in part.sources.values()]
     if rule.skip_last and any(".resblocks." in name for name in stored):
         layers = indices(part.shapes, "text_model.encoder.layers")
         unused.append(f"text_model.encoder.layers.{layers[-1] if layers else 0}.")
-    kept = {n: s for n, s in part.sources.items() if not n.startswith(tuple(unused or ["\0"]))}
-    return replace(part, sources=kept, shapes={name: part.shapes[name] for name in kept})
+    sources = {n: s for n, s in part.sources.items() if not n.startswith(tuple(unused))}
+    return replace(part, sources=sources, shapes={name: part.shapes[name] for name in sources})
 
 
 # --------------------------------------------------------------------- tiny autoencoder
 
 
-def judge_tiny(part: Part, given: Overrides) -> NetworkInfo:
-    """Of either half or both; those here have latents of 4 channels."""
+def judge_tiny(part: Part, overrides: Overrides) -> NetworkInfo:
+    """Of one half or both; the families here have latents of 4 channels."""
     halves = sorted({name.partition(".")[0] for name in part.shapes} & {"decoder", "encoder"})
     params = {half: tiny_params(part.shapes, half) for half in halves}
     expected = {
         name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
     }
-    part, problem, every = _fitted(part, expected, given)
+    part, problem, details = _fit(part, expected, overrides)
     if problem is not None and _is_other_make(part):
-        told = ", ".join(f"{half} of {own.latent_channels}" for half, own in params.items())
+        sizes = ", ".join(f"{half} of {own.latent_channels}" for half, own in params.items())
         problem = (
-            f"a tiny autoencoder of another make ({told} channels), not TAESD's: the families here "
-            "need TAESD (SD 1 and 2) or TAESDXL"
+            f"a tiny autoencoder of another make ({sizes} channels), not TAESD's: the families "
+            "here need TAESD (SD 1 and 2) or TAESDXL"
         )
     channels = next((own.latent_channels for own in params.values()), 4)
     if problem is None and channels != 4:
+        models = _OTHER_LATENTS.get(channels, "")
         problem = (
-            f"a tiny autoencoder of {channels}-channel latents{_WHOSE.get(channels, '')}: the "
+            f"a tiny autoencoder of {channels}-channel latents{models}: the "
             "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
-    return NetworkInfo(part=part, tiny=params, problem=problem, every=every)
+    return NetworkInfo(part=part, tiny=params, problem=problem, details=details)
 
 
 def _is_other_make(part: Part) -> bool:
-    """In TAESD's every layer is as wide as the first; Sana's begins with fewer channels."""
+    """Whether the first layer is narrower than the blocks, as in Sana's and not in TAESD's."""
     first = {s[0] for name, s in part.shapes.items() if name.endswith("layers.0.weight") and s}
     blocks = {s[0] for name, s in part.shapes.items() if name.endswith("conv.0.weight") and s}
     return bool(blocks) and first != blocks
 
 
-_WHOSE = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}
+_OTHER_LATENTS = {16: ", as SD3 and Flux have (TAESD3, TAEF1)", 12: ", as Mochi has"}

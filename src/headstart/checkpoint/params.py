@@ -1,4 +1,4 @@
-"""Everything that shapes a network, as data: what a file's tensors say of it, and what they cannot.
+"""Everything that shapes a network, as data: from its tensors, and from elsewhere.
 
 params -> module (`headstart.networks`)          params -> names and shapes (`blueprint`)
 """

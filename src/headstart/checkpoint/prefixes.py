@@ -1,4 +1,4 @@
-"""What tools put before the names of a network: one table, for checkpoints and adapters alike.
+"""Prefixes that tools put before the names of a network, for checkpoints and adapters.
 
 name = prefix ++ ... ++ prefix ++ the network's own name of the tensor or module
 """
@@ -12,7 +12,7 @@ from headstart.checkpoint.keymap import PartName
 
 
 class Reading(NamedTuple):
-    """One way to read a name: the network that its prefixes name, if any, and what is left."""
+    """One way to read a name: the network that its prefixes name, if any, and the rest."""
 
     network: PartName | None
     rest: str
@@ -66,9 +66,9 @@ PREFIXES: tuple[tuple[str, PartName | None], ...] = (
 
 
 SINGLE_FILE = ("model.diffusion_model.", "first_stage_model.", "conditioner.", "cond_stage_model.")
-"""What marks the original layout, in which all networks lie in one file."""
+"""The prefixes of the original layout, in which one file has all networks."""
 DEEPEST = 4
-"""So many prefixes are peeled off a name at most; three are the most that were found in a file."""
+"""Most prefixes that are removed from a name; known files have up to three."""
 
 
 _BY_LETTER = {
@@ -78,10 +78,10 @@ _BY_LETTER = {
 
 
 def readings(name: str) -> Iterator[Reading]:
-    """Every way to read a name, from the whole of it to what is behind all its prefixes.
+    """Every way to read a name, from the whole name to the rest after all prefixes.
 
-    A prefix may be the network's own (OpenCLIP's layers begin with `transformer.`), so what counts
-    is which reading a network knows. A prefix that names a network wins over one before it.
+    A prefix may belong to the network's own names (OpenCLIP's layers begin with `transformer.`), so
+    the reading that a network knows counts. A prefix that names a network wins over earlier ones.
     """
     seen = [(Reading(None, name), 0)]
     for reading, depth in seen:

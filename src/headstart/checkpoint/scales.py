@@ -2,8 +2,8 @@
 
     number = float32(weight) * float32(scale)      one scale a tensor, a row, or (Quanto) a column
 
-Without its scale such a weight is off by a factor that nothing else tells, so what does not match
-is refused. Read from names, dtypes and shapes; the few bytes of descriptions are the only data.
+Without its scale such a weight is wrong by an unknown factor, so anything that does not match is an
+error. Decided from names, dtypes and shapes; only short descriptions are read as data.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ Read = Callable[[str], memoryview]
 SCALED = {f"{stored}*scale": stored for stored in ("F8_E4M3", "F8_E5M2", "I8")}
 """The dtype of a weight that has a scale -> the dtype of its stored numbers.
 
-A name of its own, so that whoever knows F8_E4M3 alone cannot take the stored numbers for the
-weight's."""
+A separate name, so that code for plain F8_E4M3 cannot take the stored numbers for the weight."""
 DESCRIPTION_BYTES = 4096
 
 
@@ -40,14 +39,14 @@ Layout = Literal["tensor", "rows", "columns"]
 
 
 class Scale(NamedTuple):
-    """Where the scale of a weight is stored, and what it is divided by."""
+    """The stored name of a weight's scale, and its divisor."""
 
     stored: str
     divisor: float = 1.0
 
 
 class _Rule(NamedTuple):
-    """A scale is `module + scale`, its weight `module + weight`, which we call `module + ours`."""
+    """Names: the scale is `module + scale`, its weight `module + weight`, ours `module + ours`."""
 
     scale: str
     weight: str
@@ -71,7 +70,7 @@ LAYERS = "_quantization_metadata"
 _MARKER, _DESCRIPTION, _ORDER = "scaled_fp8", ".comfy_quant", ".weight_format"
 _FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _BESIDE = (_DESCRIPTION, _ORDER, ".scale_input", ".input_scale", ".output_scale")
-"""No weight depends on a scale of inputs or outputs: it says how a layer may round those."""
+"""Scales of inputs and outputs only matter for rounding activations, not for weights."""
 _FIX = "take a release in F16, BF16 or F32, or in eight bits with one scale a tensor or a row"
 
 _OTHERS = (
@@ -87,24 +86,24 @@ _OTHERS = (
     (".weight._shift", "optimum-quanto's weights of fewer than 8 bits"),
     ("._weight_qdata", "torchao's packed weights"),
 )
-"""What the name of a tensor ends in, and the scheme that writes it: none of them is read."""
+"""Ending of a tensor name -> its scheme, for schemes that are not supported."""
 
-_TELLING = {ending.rpartition(".")[2] for ending, _ in _OTHERS} | {
+_LAST_WORDS = {ending.rpartition(".")[2] for ending, _ in _OTHERS} | {
     *(rule.scale.rpartition(".")[2] for rule in _RULES),
     *(ending[1:] for ending in _BESIDE),
     _MARKER,
 }
-"""Last words of names that no plain file has."""
+"""Last components of names that only files with scales have."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """What a file's eight-bit weights need.
+    """The scales of a file's eight-bit weights.
 
     scheme   "float8 with a scale for each weight (ComfyUI)", or None: nothing scaled
     of       weight -> its scale
-    renamed  name in the file -> name of the weight, where they differ; stored: the other way round
-    dropped  scales and markers, which are no weights
+    renamed  name in the file -> our name of the weight, where they differ; stored: the reverse
+    dropped  names of scales and markers, which are no weights
     """
 
     scheme: str | None = None
@@ -113,21 +112,21 @@ class Scales:
     stored: Mapping[str, str] = field(default_factory=dict[str, str])
     dropped: frozenset[str] = frozenset()
 
-    def seen(self, name: str, entry: Entry) -> Entry:
-        """The entry of a tensor of the file with the dtype that tells of its scale."""
+    def with_dtype(self, name: str, entry: Entry) -> Entry:
+        """The entry of a stored tensor, with the dtype of `SCALED` if it has a scale."""
         scaled = self.renamed.get(name, name) in self.of
         return entry._replace(dtype=f"{entry.dtype}*scale") if scaled else entry
 
 
 def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) -> Scales:
-    """The scales of the file `path`. `read` gives the bytes of a small tensor.
+    """The scales of the file `path`. `read` returns the bytes of a small tensor.
 
-    Raises CheckpointError for a scheme that is not read, a scale that scales nothing, has another
-    shape than its weight asks for, or belongs to a weight of another dtype, and for a weight
-    without a scale among weights that have one.
+    Raises CheckpointError for an unsupported scheme; for a scale without a weight, of a wrong
+    shape, or of a weight that is not eight-bit; and for a weight without a
+    scale beside others with one.
     """
-    if LAYERS not in metadata and not any(n.rpartition(".")[2] in _TELLING for n in entries):
-        return Scales()  # 0.3 ms for the 1680 names of SDXL's UNet, where all that follows takes 8
+    if LAYERS not in metadata and not any(n.rpartition(".")[2] in _LAST_WORDS for n in entries):
+        return Scales()  # 0.3 ms for SDXL's UNet of 1680 names; all that follows takes 8
     _check_scheme(path, entries)
     of: dict[str, Scale] = {}
     renamed: dict[str, str] = {}
@@ -147,8 +146,8 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
             if module + rule.ours in entries:
                 _bad(path, f"{weight[:120]!r} and {(module + rule.ours)[:120]!r} are one weight")
             renamed[weight] = module + rule.ours
-        kind = "int8" if entries[weight].dtype == "I8" else "float8"
-        schemes[f"{kind} with a scale for each weight ({rule.scheme})"] = None
+        dtype = "int8" if entries[weight].dtype == "I8" else "float8"
+        schemes[f"{dtype} with a scale for each weight ({rule.scheme})"] = None
     beside = _beside(path, entries, of, read)
     _check_descriptions(path, entries, metadata, of, read)
     if of and (bare := [n for n in entries if _needs_scale(n, entries[n]) and n not in of]):
@@ -166,24 +165,24 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
 def factor(
     path: Path, scale: Scale, entry: Entry, raw: memoryview, weight: tuple[int, ...]
 ) -> Array:
-    """A scale in float32: [], or of the weight's rank, so that their product broadcasts.
+    """A scale in float32: [], or of the weight's rank, so that it broadcasts.
 
-    Raises CheckpointError unless all of it is positive and finite. An absmax may be 0: its row is.
+    Raises CheckpointError unless it is positive and finite. An absmax may be 0, for a row of zeros.
     """
     from headstart.checkpoint.cast import widen
 
     with np.errstate(over="ignore", invalid="ignore"):
         values = widen(raw, entry.dtype).astype("<f4") / np.float32(scale.divisor)
-    good = np.isfinite(values) & (values >= 0 if scale.divisor != 1 else values > 0)
-    if not good.all():
-        _bad(path, f"the scale {scale.stored[:120]!r} holds {values[np.argmin(good)]:g}: expected "
+    valid = np.isfinite(values) & (values >= 0 if scale.divisor != 1 else values > 0)
+    if not valid.all():
+        _bad(path, f"the scale {scale.stored[:120]!r} holds {values[np.argmin(valid)]:g}: expected "
                    "positive finite numbers; the file is damaged, fetch it again")  # fmt: skip
     shapes = {"rows": (-1, *[1] * (len(weight) - 1)), "columns": (1, -1), "tensor": ()}
     return values.reshape(shapes[layout(weight, entry.shape) or "tensor"])
 
 
 def layout(weight: tuple[int, ...], scale: tuple[int, ...]) -> Layout | None:
-    """How a scale lies on its weight; None: not at all. Columns are those of a matrix."""
+    """How a scale applies to its weight; None: it does not fit. "columns" is for matrices."""
     if math.prod(scale) == 1:
         return "tensor"
     if weight and scale in ((weight[0],), (weight[0], *[1] * (len(weight) - 1))):
@@ -192,7 +191,7 @@ def layout(weight: tuple[int, ...], scale: tuple[int, ...]) -> Layout | None:
 
 
 def _check_scheme(path: Path, entries: Entries) -> None:
-    for ending, scheme in _OTHERS:  # the most telling ending first
+    for ending, scheme in _OTHERS:  # the most specific first
         if name := next((name for name in entries if name.endswith(ending)), None):
             _bad(path, f"{name[:120]!r} is of {scheme}, which is not read: {_FIX}")
 
@@ -206,21 +205,21 @@ def _check_pair(path: Path, name: str, scale: Entry, weight: str, entries: Entri
     if weight not in entries:
         _bad(path, f"{name[:120]!r} is the scale of {weight[:120]!r}, which is not in the file: it "
                    "is torn; fetch it again")  # fmt: skip
-    held = entries[weight]
-    if held.dtype not in SCALED.values():
+    stored = entries[weight]
+    if stored.dtype not in SCALED.values():
         _bad(path, f"{name[:120]!r} is the scale of an eight-bit weight, and {weight[:120]!r} is "
-                   f"{held.dtype}: it may have been widened without its scale; take the file that "
-                   "it was made from")  # fmt: skip
+                   f"{stored.dtype}: it may have been widened without its scale; take the file it "
+                   "was made from")  # fmt: skip
     if scale.dtype not in ("F64", "F32", "F16", "BF16"):
         _bad(path, f"{name[:120]!r}: expected a scale in F32, F16 or BF16, got {scale.dtype}")
-    if layout(held.shape, scale.shape) is None:
-        _bad(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(held.shape)}: "
-                   "expected one number, or one for each row; one for each block is not read"
+    if layout(stored.shape, scale.shape) is None:
+        _bad(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(stored.shape)}"
+                   ": expected one number, or one for each row; one for each block is not read"
              )  # fmt: skip
 
 
 def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -> set[str]:
-    """Markers, descriptions and scales of activations: what lies beside scaled weights."""
+    """Names of markers, descriptions and activation scales beside scaled weights."""
     leads = {""} | {name[: at + 1] for name in of for at, sign in enumerate(name) if sign == "."}
     beside: set[str] = set()
     for name, entry in entries.items():
@@ -253,32 +252,32 @@ def _check_descriptions(
     of: Mapping[str, Scale],
     read: Read,
 ) -> None:
-    """ComfyUI's JSON for each layer must say one scale a tensor or row, and no rotation."""
-    stated: dict[str, object] = {}
+    """ComfyUI's JSON of each layer must have one scale a tensor or row, and no rotation."""
+    formats: dict[str, object] = {}
     if (text := metadata.get(LAYERS)) is not None:
         layers = parse_object(text.encode(), path).get("layers")
         if not isinstance(layers, dict):
             _bad(path, f"metadata {LAYERS}: expected an object `layers`")
-        stated |= cast(dict[str, object], layers)
+        formats |= cast(dict[str, object], layers)
     for name, entry in entries.items():
         if name.endswith(_DESCRIPTION):
             if entry.dtype != "U8" or entry.end - entry.begin > DESCRIPTION_BYTES:
                 _bad(path, f"{name[:120]!r}: expected a short JSON text as bytes")
-            stated[name.removesuffix(_DESCRIPTION)] = parse_object(bytes(read(name)), path)
-    held = {name.removesuffix(".weight") for name in of}
-    held |= {name.removeprefix("model.diffusion_model.") for name in held}
-    for module, said in stated.items():
-        about = cast(dict[str, object], said) if isinstance(said, dict) else {"format": said}
-        kind = about.get("format")
-        if kind not in _FORMATS:
-            _bad(path, f"{module[:120]!r} is quantised as {kind!r:.60} (ComfyUI), which is not "
+            formats[name.removesuffix(_DESCRIPTION)] = parse_object(bytes(read(name)), path)
+    modules = {name.removesuffix(".weight") for name in of}
+    modules |= {name.removeprefix("model.diffusion_model.") for name in modules}
+    for module, value in formats.items():
+        layer = cast(dict[str, object], value) if isinstance(value, dict) else {"format": value}
+        name = layer.get("format")
+        if name not in _FORMATS:
+            _bad(path, f"{module[:120]!r} is quantised as {name!r:.60} (ComfyUI), which is not "
                        f"read: {_FIX}")  # fmt: skip
-        if about.get("convrot"):
+        if layer.get("convrot"):
             _bad(path, f"{module[:120]!r} is int8 with its columns rotated (ComfyUI's convrot), "
                        f"which is not read: {_FIX}")  # fmt: skip
-        if module not in held:
-            _bad(path, f"{module[:120]!r} is said to be {kind} with a scale (ComfyUI), and no such "
-                       "weight has one: the file is torn; fetch it again")  # fmt: skip
+        if module not in modules:
+            _bad(path, f"{module[:120]!r} is declared as {name} with a scale (ComfyUI), and no "
+                       "such weight has one: the file is torn; fetch it again")  # fmt: skip
 
 
 def _bad(path: Path, message: str) -> NoReturn:

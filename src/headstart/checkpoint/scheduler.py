@@ -21,7 +21,7 @@ Json = Mapping[str, object]
 FLOWS = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler")
 """diffusers' schedulers of rectified flow."""
 EDMS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
-"""Those of EDM, whose `prediction_type` is epsilon where they mean EDM's own."""
+"""EDM schedulers; their `prediction_type` epsilon means EDM's own prediction."""
 TABLES = frozenset(
     f"{name}Scheduler"
     for name in (
@@ -31,7 +31,7 @@ TABLES = frozenset(
         *("SASolver", "DDIMParallel", "DDPMParallel", "CogVideoXDDIM"),
     )
 )
-"""Those whose models are trained on a table of alphas_cumprod."""
+"""Schedulers whose models are trained on a table of alphas_cumprod."""
 
 
 def number(config: Json, key: str, default: float, part: str = "scheduler") -> float:
@@ -45,7 +45,7 @@ def number(config: Json, key: str, default: float, part: str = "scheduler") -> f
 
 
 def flow(config: Json) -> FlowSchedule:
-    """Of diffusers' FlowMatch schedulers. A shift that depends on the size is refused."""
+    """Of diffusers' FlowMatch schedulers. Raises for a shift that depends on the size."""
     if config.get("use_dynamic_shifting") not in (None, False):
         raise CheckpointError(
             "scheduler_config.json: use_dynamic_shifting makes the grid depend on the picture's "
@@ -53,8 +53,8 @@ def flow(config: Json) -> FlowSchedule:
         )
     if (trained := config.get("num_train_timesteps", 1000)) != 1000:
         raise CheckpointError(
-            f"scheduler_config.json: num_train_timesteps = {trained!r:.40} of a flow: its network "
-            "would be told 1000*t, as all known flows are; others are not implemented"
+            f"scheduler_config.json: num_train_timesteps = {trained!r:.40} of a flow: only "
+            "1000 is implemented, which all known flows have"
         )
     terminal = config.get("shift_terminal")
     shift = "shift" if "shift" in config else "flow_shift"
@@ -65,7 +65,7 @@ def flow(config: Json) -> FlowSchedule:
 
 
 def edm(config: Json) -> EdmSchedule:
-    """Of diffusers' EDM schedulers; what is missing is Karras et al.'s."""
+    """Of diffusers' EDM schedulers; missing values are those of Karras et al."""
     return NoiseSchedule.edm(
         number(config, "sigma_min", 0.002),
         number(config, "sigma_max", 80.0),
@@ -77,8 +77,8 @@ def edm(config: Json) -> EdmSchedule:
 def table(config: Json) -> NoiseSchedule:
     """The schedule of a diffusers `scheduler_config.json`.
 
-    Raises CheckpointError for a class that is not known to share this parametrisation: a model
-    run as what it is not draws noise.
+    Raises CheckpointError for a class that is not known to have this parametrisation: with a wrong
+    one a model draws noise.
     """
     name = config.get("_class_name")
     if name is not None and str(name) not in TABLES:

@@ -1,6 +1,6 @@
 """The size of a network, read from the shapes of its tensors.
 
-What shapes cannot say (heads, norm groups, scale, activation) comes from the family's row, the
+What shapes do not show (heads, norm groups, scale, activation) comes from the family's row, the
 file's metadata, the config.json beside it, or the caller.
 """
 
@@ -26,15 +26,14 @@ _CLIP_HEAD_DIM = 64  # CLIP-L, OpenCLIP-H and OpenCLIP-bigG alike (arXiv:2103.00
 
 
 class Need(NamedTuple):
-    """What a file does not say and the caller must: the option, and the error without it."""
+    """An option that the caller must give, and the error without it."""
 
     option: str
     error: str
 
 
 def unet_params(shapes: Shapes, family: Family) -> UNetParams:
-    """Everything about a UNet that its tensors say; heads and norm groups come from the family."""
-
+    """The params of a UNet from its tensors; heads and norm groups come from the family."""
     blocks = _blocks(shapes)
 
     def stages(side: str, sampler: str) -> tuple[Stage, ...]:
@@ -76,14 +75,14 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
 
 
 def vae_params(part: Part, family: Family) -> VaeParams:
-    """The shape of a VAE from its tensors; scale and norm groups come from the family.
+    """The params of a VAE from its tensors; scale and norm groups come from the family.
 
     A decoder alone is a VAE that does not encode.
     """
     shapes = part.shapes
     encodes = any(name.startswith("encoder.") for name in shapes)
     inner = _optional(shapes, 1, "decoder.conv_in.weight") or 4
-    # VAEs without this convolution have more channels, as SD3's and Flux's, or say so.
+    # VAEs without this convolution have more channels, as SD3 and Flux, or declare it.
     never = part.config.get("use_post_quant_conv") is False or inner > 4
     quant = any(name.startswith("post_quant_conv.") for name in shapes) or not never
     side, extra = ("encoder.down_blocks", 0) if encodes else ("decoder.up_blocks", 1)
@@ -110,7 +109,7 @@ def vae_params(part: Part, family: Family) -> VaeParams:
 
 
 def tiny_params(shapes: Shapes, half: str) -> TinyParams:
-    """The shape of one half of a tiny autoencoder, from where its blocks and resamplers are."""
+    """The params of one half of a tiny autoencoder, from the indices of its layers."""
     layers = indices(shapes, f"{half}.layers")
     blocks = [i for i in layers if f"{half}.layers.{i}.conv.0.weight" in shapes]
     plain = [i for i in layers if i not in set(blocks)]
@@ -129,13 +128,13 @@ def tiny_params(shapes: Shapes, half: str) -> TinyParams:
 
 
 def _block_counts(blocks: Sequence[int], resampling: Sequence[int]) -> tuple[int, ...]:
-    """How many of the blocks' indices lie before, between and after the resampling ones."""
+    """Counts of blocks before, between and after the resampling layers."""
     edges = [-1, *sorted(resampling), 2**31]
     return tuple(sum(low < i < high for i in blocks) for low, high in pairwise(edges))
 
 
 def clip_params(part: Part, rule: TextRule, heads: int) -> ClipParams:
-    """The shape of a text encoder; its activation comes from metadata, config or the rule."""
+    """The params of a text encoder; its activation comes from metadata, config or the rule."""
     shapes, metadata = part.shapes, part.checkpoint.metadata
     token = "text_model.embeddings.token_embedding.weight"
     act = metadata.get("headstart.text_act") or part.config.get("hidden_act", rule.act)
@@ -154,7 +153,7 @@ def clip_params(part: Part, rule: TextRule, heads: int) -> ClipParams:
 
 
 def indices(shapes: Iterable[str], prefix: str) -> list[int]:
-    """Which numbers follow `prefix.` in the names, in order; a gap will show as missing tensors."""
+    """The sorted numbers after `prefix.` in the names; a gap later shows as missing tensors."""
     start = len(prefix) + 1
     found = {name[start:].partition(".")[0] for name in shapes if name.startswith(prefix + ".")}
     return sorted(int(index) for index in found if index.isdecimal() and len(index) <= 3)
@@ -162,7 +161,7 @@ def indices(shapes: Iterable[str], prefix: str) -> list[int]:
 
 @dataclass(slots=True)
 class _Block:
-    """What the names say of one block of a UNet: its resnets, transformers and samplers."""
+    """One block of a UNet by its names: resnets, transformers and samplers."""
 
     parts: set[str] = field(default_factory=set[str])
     resnets: set[int] = field(default_factory=set[int])
@@ -170,7 +169,7 @@ class _Block:
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Transformer blocks behind each resnet."""
+        """Transformer blocks after each resnet."""
         return tuple(len(self.transformers.get(i, ())) for i in sorted(self.resnets))
 
 
@@ -194,7 +193,7 @@ def _blocks(shapes: Shapes) -> dict[str, _Block]:
 
 
 def _dim(shapes: Shapes, axis: int, *names: str) -> int:
-    """Size of an axis of the first of these tensors that has it."""
+    """Size of an axis, from the first of these tensors that has it."""
     for name in names:
         if (size := _optional(shapes, axis, name)) is not None:
             return size
@@ -210,9 +209,9 @@ def _optional(shapes: Shapes, axis: int, name: str) -> int | None:
 
 
 def heads_need(family: Family) -> Need | None:
-    """What is missing where nothing tells how wide a UNet's attention heads are.
+    """The option for a UNet whose attention heads are unknown, or None.
 
-    A count of heads holds at any scale; a head width does not, so a scaled-down model must say it.
+    A count of heads is right at any scale; a head width is not, so scaled-down models need it.
     """
     full_size = family.signature.width == FAMILIES[family.lineage].signature.width
     if "head_dim" in family.declared or family.heads or full_size:
@@ -226,7 +225,7 @@ def heads_need(family: Family) -> Need | None:
 
 
 def heads_problem(params: UNetParams) -> str | None:
-    """Where the heads do not divide the width of a stage that attends."""
+    """The problem if the heads do not divide the width of a stage with attention, or None."""
     divisor = params.heads or params.head_dim
     what = f"{divisor} heads" if params.heads else f"head_dim {divisor}"
     for stage in (*params.down, *params.up):
@@ -239,9 +238,9 @@ def heads_problem(params: UNetParams) -> str | None:
 
 
 def text_heads(part: Part, head_dim: int | None) -> int | Need:
-    """How many heads a text encoder has: the argument's, the file's, its config's, CLIP's.
+    """The number of heads of a text encoder: from the argument, the file, its config, or CLIP.
 
-    Raises CheckpointError for heads that do not divide its width.
+    Raises CheckpointError if they do not divide its width.
     """
     width = _dim(part.shapes, 1, "text_model.embeddings.token_embedding.weight")
     heads = metadata_value(part.checkpoint.metadata, "text_heads", int)

@@ -1,6 +1,6 @@
-"""The tensors of a file, a shard set or a diffusers folder, by name and read when asked for.
+"""The tensors of a file, a shard set or a diffusers folder, by name; each is read on demand.
 
-Checkpoint (names as stored) -> Part (one network, our names) -> tensor, read when it is asked for
+Checkpoint (names as stored) -> Part (one network, our names) -> tensor
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast, final
 
 from headstart.checkpoint import contents
 from headstart.checkpoint import ema as averages
+from headstart.checkpoint.dtypes import FLOAT8, TORCH_NAMES, unsupported
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
 from headstart.checkpoint.gguf import BLOCKS, check_package
-from headstart.checkpoint.header import DTYPE_BITS, DTYPE_BYTES, Entry
+from headstart.checkpoint.header import DTYPE_BYTES, Entry
 from headstart.checkpoint.keymap import PARTS, PartName, Source
 from headstart.checkpoint.mapped_files import Container, MappedFiles
 from headstart.checkpoint.prefixes import SINGLE_FILE
@@ -42,26 +43,7 @@ TITLES: dict[PartName, str] = {
     "text_2": "second text encoder",
     "tiny": "tiny autoencoder",
 }
-"""What a part is called in a message."""
-FLOAT8 = frozenset({"F8_E4M3", "F8_E5M2"})
-UNREAD = frozenset(d for d in DTYPE_BITS if d.startswith(("F8_", "F6_", "F4"))) - FLOAT8
-FLOATS = frozenset({"F64", "F32", "F16", "BF16", *FLOAT8, *SCALED, *BLOCKS, *UNREAD})
-WIDENED = frozenset({*FLOAT8, *SCALED, *BLOCKS})
-"""Weights of fewer bits than a network computes with, which `Checkpoint.tensor` widens."""
-_TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
-
-
-def unsupported(dtype: str) -> str:
-    """What to do about a dtype that is read by name only: six bits, rare float8, complex."""
-    return (
-        f"{dtype}, which is not supported: take a release of this model in F16, BF16 or F32, or in "
-        "F8_E4M3 or F8_E5M2"
-    )
+"""Names of the parts in messages."""
 
 
 @final
@@ -69,10 +51,10 @@ class Checkpoint:
     """The tensors of one file or one shard set, under the names they are stored with.
 
     Opening reads and checks headers only. Tensors are views of a private, copy-on-write memory map:
-    nothing is read before it is used, and writing to one never reaches the file.
+    nothing is read before it is used, and a write to one never reaches the file.
 
-    A weight that has a scale is one tensor here, with a dtype of its own (`scales.SCALED`): its
-    numbers are always those with the scale in them, and the scale has no name beside it.
+    A weight with a scale is one tensor, with a dtype of its own (`scales.SCALED`). Its numbers
+    include the scale, and the scale is no tensor of its own.
     """
 
     def __init__(
@@ -82,24 +64,24 @@ class Checkpoint:
         *,
         ema: averages.Ema = None,
     ) -> None:
-        self._held = MappedFiles.of(files)
-        self.files = self._held.files
-        self.metadata = self._held.metadata
+        self._mapped = MappedFiles.of(files)
+        self.files = self._mapped.files
+        self.metadata = self._mapped.metadata
         self.config: Mapping[str, object] = config or {}
-        where = self.files[0] if self.files else Path()
-        self.scales = find(where, self._held.entries, self.metadata, self._held.raw)
+        path = self.files[0] if self.files else Path()
+        self.scales = find(path, self._mapped.entries, self.metadata, self._mapped.raw)
         self._entries = {
-            self.scales.renamed.get(name, name): self.scales.seen(name, entry)
-            for name, entry in self._held.entries.items()
+            self.scales.renamed.get(name, name): self.scales.with_dtype(name, entry)
+            for name, entry in self._mapped.entries.items()
             if name not in self.scales.dropped
         }
         self._stored = dict(self.scales.stored)
         if ema:
-            for name, copy in averages.copies(where, self._entries).items():
+            for name, copy in averages.copies(path, self._entries).items():
                 self._entries[name], self._stored[name] = self._entries[copy], copy
-        inside = self._held.made.setdefault(bool(ema), _Inside())
-        assert isinstance(inside, _Inside)
-        self._inside = inside
+        names = self._mapped.cache.setdefault(bool(ema), _Names())
+        assert isinstance(names, _Names)
+        self._cached = names
 
     @classmethod
     def open(
@@ -112,9 +94,9 @@ class Checkpoint:
     ) -> Checkpoint:
         """A file, a shard index, a component's folder, or that component of a diffusers folder.
 
-        `half` prefers the `.fp16` variant where a folder has both. `ema` chooses between a UNet's
-        averaged weights and those that were trained, see `checkpoint.ema`: the tensors keep their
-        names. Raises CheckpointError, also where there is no average to take.
+        `half` prefers the `.fp16` variant if a folder has both. `ema` chooses between a UNet's
+        averaged and trained weights (`checkpoint.ema`); names stay the same. Raises
+        CheckpointError, also if there are no averaged weights.
         """
         path = Path(path)
         if part == "unet" and path.is_dir() and ema is not None:
@@ -131,13 +113,12 @@ class Checkpoint:
         return cls(files, config_of(folder, part), ema=ema if part == "unet" else None)
 
     def main_of(self, path: str | Path) -> averages.Main | None:
-        """Of a UNet with averaged weights beside its own, which this one, opened from `path`
-        without a choice, has; None where there are not both."""
+        """Which weights a UNet opened from `path` without `ema` has; None if there are not both."""
         return averages.main_of(Path(path), self._entries)
 
     @property
     def size_bytes(self) -> int:
-        return self._held.size_bytes
+        return self._mapped.size_bytes
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -154,7 +135,7 @@ class Checkpoint:
 
     @property
     def dtype(self) -> str:
-        """The dtype most bytes have."""
+        """The dtype of most bytes."""
         counts: Counter[str] = Counter()
         for entry in self._entries.values():
             counts[entry.dtype] += entry.end - entry.begin
@@ -162,55 +143,55 @@ class Checkpoint:
 
     @property
     def container(self) -> Container:
-        return self._held.container
+        return self._mapped.container
 
     @property
     def scheme(self) -> str | None:
-        """How weights of few bits are written, in words; None where every number is its own."""
+        """The format of quantized weights, in words; None without any."""
         if blocks := sorted(BLOCKS.keys() & set(self.dtypes.values())):
             return f"blocks with scales of their own (GGUF, {', '.join(blocks)})"
         plain = "float8 without scales" if FLOAT8 & set(self.dtypes.values()) else None
         return self.scales.scheme or plain
 
     def entry(self, name: str) -> Entry:
-        """Dtype, shape and place of one tensor."""
+        """Dtype, shape and position of one tensor."""
         return self._entries[name]
 
     def parts(self) -> dict[PartName, Part]:
-        """The networks inside, keyed unet, vae, text, text_2, tiny; ignorable tensors are gone."""
-        if (inside := self._inside.contents) is None:
+        """The networks in the file by name: unet, vae, text, text_2, tiny; without leftovers."""
+        if (cached := self._cached.contents) is None:
             found = self.split()
             strays = tuple(found.get("", {}).values())
-            inside = dict[PartName, _Contents]()
+            cached = dict[PartName, _Contents]()
             for name in PARTS:
                 if name in found:
-                    inside[name] = _contents(self, name, found[name], strays)
-            # Parts are made anew: one kept here would hold this object, and so the mapped files,
-            # until Python's cycle collector comes by, long after the last tensor is gone.
-            self._inside.contents = inside
-        return {name: Part(self, name, *own) for name, own in inside.items()}
+                    cached[name] = _contents(self, name, found[name], strays)
+            # Parts themselves are not cached: they refer to this object, and so the mapped files
+            # would stay until Python's cycle collector runs, long after the last tensor is gone.
+            self._cached.contents = cached
+        return {name: Part(self, name, *fields) for name, fields in cached.items()}
 
     def split(self) -> dict[str, dict[str, str]]:
-        """`contents.split` of the names, made once; an adapter is here and no part.
+        """`contents.split` of the names, cached; it also has the part "adapter".
 
-        Raises CheckpointError where a network lies in the file twice.
+        Raises CheckpointError if a network is in the file twice.
         """
-        if self._inside.split is None:
+        if self._cached.split is None:
             try:
-                self._inside.split = contents.split(self._entries)
+                self._cached.split = contents.split(self._entries)
             except CheckpointError as error:
                 raise CheckpointError(f"{self.files[0]}: {error}") from error
-        return self._inside.split
+        return self._cached.split
 
     def numbers(self, name: str) -> FloatArray:
-        """A small tensor of floating point, as float64 numpy; needs no torch."""
+        """A small floating-point tensor as float64 numpy; without torch."""
         with np.errstate(invalid="ignore"):  # a signalling NaN in a hostile file
             return self.values(name).astype(np.float64).reshape(self.entry(name).shape)
 
     def values(self, name: str, begin: int = 0, end: int | None = None) -> Array:
-        """Numbers begin .. end - 1 of a flattened tensor, in a dtype that holds them exactly.
+        """Numbers begin .. end - 1 of the flattened tensor, in a dtype that holds them exactly.
 
-        float32(stored) * float32(scale) for a weight that has a scale. Needs no torch.
+        float32(stored) * float32(scale) for a weight with a scale. Without torch.
         """
         from headstart.checkpoint.cast import widen
 
@@ -219,7 +200,7 @@ class Checkpoint:
         end = count if end is None else end
         stored = SCALED.get(dtype, dtype)
         if dtype in BLOCKS:
-            check_package(self._held.path(name), dtype)
+            check_package(self._mapped.path(name), dtype)
         _, items, size = BLOCKS.get(stored) or (0, 1, DTYPE_BYTES[stored])
         first, last = begin // items, -(-end // items)
         wide = widen(self.raw(name)[first * size : last * size], stored)
@@ -228,18 +209,18 @@ class Checkpoint:
             return wide
         scale = self._factor(name)
         if scale.ndim:
-            flat, at = scale.reshape(-1), np.arange(begin, end)
+            flat, index = scale.reshape(-1), np.arange(begin, end)
             rows = scale.shape[0] > 1
-            scale = flat[at // (count // len(flat)) if rows else at % len(flat)]
+            scale = flat[index // (count // len(flat)) if rows else index % len(flat)]
         with np.errstate(over="ignore"):
             return wide.astype("<f4") * scale
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor's numbers on the CPU: a view of the file, or a copy where misaligned.
+        """The tensor on the CPU: a view of the file, or a copy if it is misaligned.
 
-        Few bits are widened: float8 to float16, which holds it exactly; a weight that has a scale
-        to float32(weight) * float32(scale); blocks of a GGUF file to float32. Raises
-        CheckpointError for a scale that is no positive finite number, and for an unread dtype.
+        Quantized weights are widened: float8 to float16, which holds it exactly; a weight with a
+        scale to float32(weight) * float32(scale); GGUF blocks to float32. Raises CheckpointError
+        for a scale that is no positive finite number, and for an unsupported dtype.
         """
         import torch
 
@@ -250,15 +231,15 @@ class Checkpoint:
         if dtype in BLOCKS:
             wide = torch.from_numpy(self.values(name))  # pyright: ignore[reportUnknownMemberType]
             return wide.reshape(self.entry(name).shape)
-        if dtype not in _TORCH_NAMES:
-            raise CheckpointError(f"{self._held.path(name)}: {name!r} is {unsupported(dtype)}")
+        if dtype not in TORCH_NAMES:
+            raise CheckpointError(f"{self._mapped.path(name)}: {name!r} is {unsupported(dtype)}")
         tensor = self._view(name, dtype)
         return tensor.half() if dtype in FLOAT8 else tensor
 
     def _view(self, name: str, stored: str) -> Tensor:
         import torch
 
-        dtype = cast("torch.dtype", getattr(torch, _TORCH_NAMES[stored]))
+        dtype = cast("torch.dtype", getattr(torch, TORCH_NAMES[stored]))
         entry, raw = self.entry(name), self.raw(name)
         if not len(raw):
             return torch.empty(entry.shape, dtype=dtype)
@@ -270,13 +251,13 @@ class Checkpoint:
 
     def raw(self, name: str) -> memoryview:
         """The bytes of a tensor as stored, without any scale: a view of the memory map."""
-        return self._held.raw(self._stored.get(name, name))
+        return self._mapped.raw(self._stored.get(name, name))
 
     def check_numbers(self) -> None:
-        """Raise CheckpointError where `tensor` would, from headers and scales alone.
+        """Raise CheckpointError if `tensor` would, from headers and scales alone.
 
-        For a scale that is no positive finite number, and blocks without the package that reads
-        them. A dtype that is not read is a matter of the part that holds it.
+        For a scale that is no positive finite number, and for GGUF blocks without the package
+        gguf. Unsupported dtypes are checked for each part.
         """
         for name in self.scales.of:
             self._factor(name)
@@ -285,16 +266,16 @@ class Checkpoint:
 
     def sha256(self) -> str:
         """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
-        return self._held.sha256()
+        return self._mapped.sha256()
 
     def _factor(self, name: str) -> Array:
         scale = self.scales.of[name]
-        entry, raw = self._held.entries[scale.stored], self._held.raw(scale.stored)
-        return factor(self._held.path(scale.stored), scale, entry, raw, self.entry(name).shape)
+        entry, raw = self._mapped.entries[scale.stored], self._mapped.raw(scale.stored)
+        return factor(self._mapped.path(scale.stored), scale, entry, raw, self.entry(name).shape)
 
 
 class _Contents(NamedTuple):
-    """A part's fields besides the checkpoint and the name."""
+    """The fields of a Part, without the checkpoint and the name."""
 
     sources: dict[str, Source]
     shapes: dict[str, tuple[int, ...]]
@@ -303,8 +284,8 @@ class _Contents(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Inside:
-    """What is made of the names, when it is first asked for."""
+class _Names:
+    """What is computed from the names on first use, shared by checkpoints of the same files."""
 
     split: dict[str, dict[str, str]] | None = None
     contents: dict[PartName, _Contents] | None = None
@@ -315,30 +296,25 @@ def _contents(
 ) -> _Contents:
     sources = contents.sources(part, names)
     used = {source.name for source in sources.values()}
+    shapes = {name: _shape(s, checkpoint.entry(s.name).shape) for name, s in sources.items()}
+    strays += tuple(sorted(set(names.values()) - used))
     ours, stored = next(iter(names.items()))
-    return _Contents(
-        sources,
-        {
-            name: _shape(source, checkpoint.entry(source.name).shape)
-            for name, source in sources.items()
-        },
-        strays + tuple(sorted(set(names.values()) - used)),
-        any(mark in stored[: len(stored) - len(ours)] for mark in SINGLE_FILE),
-    )
+    prefix = stored[: len(stored) - len(ours)]
+    return _Contents(sources, shapes, strays, any(mark in prefix for mark in SINGLE_FILE))
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One network of a checkpoint under our names: where each tensor is, and its shape as ours."""
+    """One network of a checkpoint under our names, with the source and shape of each tensor."""
 
     checkpoint: Checkpoint
     name: PartName
     sources: dict[str, Source]
     shapes: dict[str, tuple[int, ...]]
     strays: tuple[str, ...]
-    """Tensors of the file that no network claims, and those whose place another one has taken."""
+    """Tensors of the file that belong to no network, and duplicates of others."""
     prefixed: bool
-    """The names carry an LDM file's prefix, so other networks may lie beside this one."""
+    """The names have an LDM file's prefix, so the file may have other networks too."""
 
     @property
     def config(self) -> Mapping[str, object]:
@@ -349,7 +325,7 @@ class Part:
         return self.checkpoint.entry(self.sources[name].name).dtype
 
     def tensor(self, name: str) -> Tensor:
-        """One of our tensors: the stored one split, transposed or reshaped as its source says."""
+        """A tensor by our name: the stored one split, transposed or reshaped."""
         source = self.sources[name]
         tensor = self.checkpoint.tensor(source.name)
         match source.op:

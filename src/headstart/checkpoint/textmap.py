@@ -25,7 +25,7 @@ _OPENCLIP_TOP = {
 
 
 def text_sources(names: Mapping[str, str]) -> dict[str, Source]:
-    """Our tensor name -> where it is, of a CLIP encoder; a name no rule knows keeps its own."""
+    """Our tensor name -> its source, for a CLIP encoder; an unknown name stays as it is."""
     found: dict[str, Source] = {}
     for name, full in names.items():
         for ours in _text_names(name):
@@ -34,7 +34,7 @@ def text_sources(names: Mapping[str, str]) -> dict[str, Source]:
 
 
 def _text_names(name: str) -> list[Source]:
-    """Ours for one name of a file; OpenCLIP's fused in_proj holds three."""
+    """Our names for one name of a file; OpenCLIP's fused in_proj has three."""
     if name in _OPENCLIP_TOP:
         return [_OPENCLIP_TOP[name]]
     match = _OPENCLIP_BLOCK.fullmatch(name)

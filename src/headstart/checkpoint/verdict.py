@@ -1,6 +1,6 @@
-"""What is decided of a file before anything of it is loaded: by `inspect` and by every loader.
+"""What a file is and whether it can be loaded: for `inspect` and for every loader.
 
-file -> what it is, each network of it judged, and one sentence where it is refused
+file -> its kind, its networks (`network_info`), or one sentence why it cannot be loaded
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from headstart.checkpoint import foreign
 from headstart.checkpoint.embeddings import EmbeddingInfo, describe_embedding
 from headstart.checkpoint.families import Family
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
@@ -43,11 +43,11 @@ NO_NETWORK = "no network recognised: give a model's file, or one of its componen
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Of a file, or of the component of a folder.
+    """The verdict on a file, or on a component of a folder.
 
-    what      what it is, where it is no model: `ADAPTER`, `EMBEDDING`
-    networks  those in it, each judged; embedding: of learned tokens, which they are
-    problem   what is wrong with the file as a whole, so that nothing of it loads
+    what      `ADAPTER` or `EMBEDDING`, if it is one
+    networks  the networks in it; embedding: the tokens of a textual inversion
+    problem   what is wrong with the file as a whole, so that nothing of it can be loaded
     """
 
     path: Path
@@ -58,69 +58,69 @@ class Verdict:
     problem: str | None = None
 
     def require(self, name: PartName, *, needs: bool = True) -> NetworkInfo:
-        """That network, ready to be loaded. Raises CheckpointError with what is wrong instead.
+        """That network, ready to be loaded. Raises CheckpointError with the reason if it is not.
 
-        `needs`: whether what only the caller can say must have been given.
+        `needs`: also raise if the caller must give an option (`NetworkInfo.needs`).
         """
         if (refusal := self.refusal(name)) is not None:
             error = CheckpointError(f"{self.path}: {refusal}")
             if (refused := self.networks.get(self._named(name))) is not None:
-                for every in refused.every:
-                    error.add_note(every)
+                for note in refused.details:
+                    error.add_note(note)
             raise error
-        judged = self.networks[self._named(name)]
-        if needs and judged.needs:
-            raise CheckpointError(f"{self.path}: {judged.needs[0].error}")
-        return judged
+        network = self.networks[self._named(name)]
+        if needs and network.needs:
+            raise CheckpointError(f"{self.path}: {network.needs[0].error}")
+        return network
 
     def refusal(self, name: PartName) -> str | None:
-        """Why that network does not load: the file's reason, that it is not there, its own."""
+        """Why that network cannot be loaded: the file's problem, its absence, or its own."""
         if self.problem is not None:
             return self.problem
-        judged = self.networks.get(self._named(name))
-        if judged is None:
+        network = self.networks.get(self._named(name))
+        if network is None:
             return f"expected a {TITLES[name]}, found {self._found()}"
-        return judged.problem
+        return network.problem
 
     def problems(self) -> tuple[str, ...]:
-        """Why it is refused: the file's reason, else those of its networks."""
+        """The file's problem, else those of its networks."""
         if self.problem is not None:
             return (self.problem,)
-        found = (judged.problem for judged in self.networks.values())
+        found = (network.problem for network in self.networks.values())
         return tuple(dict.fromkeys(problem for problem in found if problem is not None))
 
     def _named(self, name: PartName) -> PartName:
-        """A text encoder by its prefix may be the second, and nevertheless alone in its file."""
+        """A text encoder whose prefix names the second may be the only one in its file."""
         lone = name == "text" and name not in self.networks and "text_2" in self.networks
         return "text_2" if lone else name
 
     def _found(self) -> str:
-        """What the file holds and where such a file goes, for the end of an error message."""
+        """What the file holds and which option takes it, for the end of an error message."""
         if self.what is not None:
             return f"{self.what}: {FIXES[self.what]}"
         where = {"unet": "--base or --distilled", "tiny": "--preview", "text_2": "--text"}
-        places = dict.fromkeys(where.get(part, f"--{part}") for part in self.networks)
-        held = ", ".join(TITLES[part] for part in self.networks)
-        return f"{held}: give such a file as {', '.join(places)}"
+        options = dict.fromkeys(where.get(part, f"--{part}") for part in self.networks)
+        titles = ", ".join(TITLES[part] for part in self.networks)
+        return f"{titles}: give such a file as {', '.join(options)}"
 
 
 def judge(
     path: str | Path,
     checkpoint: Checkpoint,
-    given: Overrides | None = None,
+    overrides: Overrides | None = None,
     *,
     second: Checkpoint | None = None,
 ) -> Verdict:
-    """The verdict on an open file or component; `second`: its folder's other text encoder.
+    """The verdict on an open file or component; `second`: its folder's second text encoder.
 
-    From headers alone, but for the few numbers by which a file says what it is. Never raises for
-    what the file holds: that is `problem`.
+    Reads headers, and the few numbers by which a file describes itself. Never raises for the
+    content of the file: that becomes `problem`.
     """
-    path, given = Path(path), given or Overrides()
+    path, overrides = Path(path), overrides or Overrides()
     try:
-        verdict = _judge(path, checkpoint, given, second)
+        verdict = _judge(path, checkpoint, overrides, second)
     except CheckpointError as error:
-        verdict = Verdict(path=path, problem=_bare(error, path, checkpoint))
+        verdict = Verdict(path=path, problem=_without_path(error, path, checkpoint))
     if verdict.problem is None:
         return verdict
     return replace(verdict, problem=_component(path, checkpoint) + verdict.problem)
@@ -134,25 +134,25 @@ def _component(path: Path, checkpoint: Checkpoint) -> str:
 
 
 def _judge(
-    path: Path, checkpoint: Checkpoint, given: Overrides, second: Checkpoint | None
+    path: Path, checkpoint: Checkpoint, overrides: Overrides, second: Checkpoint | None
 ) -> Verdict:
     if (embedding := describe_embedding(path, checkpoint)) is not None:
         return Verdict(path=path, what=EMBEDDING, embedding=embedding)
     kind = kind_of(checkpoint.names)
     steers = kind is not None and kind.fix == STEERS
-    if "adapter" in checkpoint.split() and not steers:  # be it of another kind of network
+    if "adapter" in checkpoint.split() and not steers:  # also of another architecture
         return Verdict(path=path, what=ADAPTER)
     parts = checkpoint.parts()
     if kind is not None and not _is_beside(kind, parts):
         return Verdict(path=path, problem=f"{kind.what}: {kind.fix}")
     if all(part.shapes.keys() <= _NO_ENCODER for part in parts.values()):
-        return Verdict(path=path, problem=_nothing(checkpoint, parts))
-    if (problem := _left(checkpoint, given.allow)) is not None:
+        return Verdict(path=path, problem=_no_network(checkpoint, parts))
+    if (problem := _unclaimed(checkpoint, overrides.allow)) is not None:
         return Verdict(path=path, problem=problem)
     checkpoint.check_numbers()
     if second is not None and "text" in parts:
         second.check_numbers()
-        parts["text_2"] = _second(path, second, given)
+        parts["text_2"] = _second(path, second, overrides)
     family = family_of(path, checkpoint)
     networks: dict[PartName, NetworkInfo] = {}
 
@@ -161,14 +161,14 @@ def _judge(
             try:
                 networks[name] = judge_part(parts[name])
             except CheckpointError as error:
-                problem = f"the {TITLES[name]}: {_bare(error, path, checkpoint)}"
+                problem = f"the {TITLES[name]}: {_without_path(error, path, checkpoint)}"
                 networks[name] = NetworkInfo(part=parts[name], problem=problem)
 
-    add("unet", lambda part: judge_unet(part, family, given))
-    add("vae", lambda part: judge_vae(part, vae_family(path, part), given))
-    words = given.tokenizer or _has_tokenizer(path, checkpoint)
-    networks |= judge_texts(parts, family, replace(given, tokenizer=words))
-    add("tiny", lambda part: judge_tiny(part, given))
+    add("unet", lambda part: judge_unet(part, family, overrides))
+    add("vae", lambda part: judge_vae(part, vae_family(path, part), overrides))
+    tokenizer = overrides.tokenizer or _has_tokenizer(path, checkpoint)
+    networks |= judge_texts(parts, family, replace(overrides, tokenizer=tokenizer))
+    add("tiny", lambda part: judge_tiny(part, overrides))
     return Verdict(path=path, family=family, networks=networks)
 
 
@@ -179,11 +179,11 @@ def _has_tokenizer(path: Path, checkpoint: Checkpoint) -> bool:
 
 
 _NO_ENCODER = frozenset({"text_projection.weight"})
-"""What key maps and training leave of a text encoder (github.com/ostris/ai-toolkit, keymaps)."""
+"""All that key maps have of a text encoder (github.com/ostris/ai-toolkit, keymaps)."""
 
 
-def _nothing(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> str:
-    """What a file without a network holds, where its shapes or names tell."""
+def _no_network(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> str:
+    """The problem of a file without a network, with what it is if its shapes show that."""
     if parts:
         return f"{NO_NETWORK}: a text encoder's projection alone is none"
     shapes = [*checkpoint.shapes.values()]
@@ -195,41 +195,41 @@ def _nothing(checkpoint: Checkpoint, parts: Mapping[PartName, Part]) -> str:
     return NO_NETWORK
 
 
-def _bare(error: CheckpointError, path: Path, checkpoint: Checkpoint) -> str:
-    """The message without the path that it begins with, which is said anyway."""
+def _without_path(error: CheckpointError, path: Path, checkpoint: Checkpoint) -> str:
+    """The message without the path at its start, which is added later."""
     return str(error).removeprefix(f"{path}: ").removeprefix(f"{checkpoint.files[0]}: ")
 
 
 def _is_beside(kind: Kind, parts: Mapping[PartName, Part]) -> bool:
-    """Whether there is a network of ours too: a ControlNet's own tensors are half of a UNet's."""
+    """Whether the file has a whole network too: a ControlNet has half of a UNet's tensors."""
     unet = parts.get("unet")
     whole = unet is None or any(name.startswith("up_blocks.") for name in unet.shapes)
     return kind.beside and bool(parts) and whole
 
 
-def _left(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
-    """What lies in the file and belongs to none of its networks, unless it is let be."""
+def _unclaimed(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
+    """The problem of tensors that belong to no network of the file and are not allowed."""
     strays = checkpoint.split().get("", {}).values()
-    left = sorted(name for name in strays if not is_allowed(name, allow))
-    if not left:
+    names = sorted(name for name in strays if not is_allowed(name, allow))
+    if not names:
         return None
-    kind = kind_of(left)
-    if kind is not None and len(signs(kind, left)) == len(left):
-        pattern = left[0].partition(".")[0] + ".*"
+    kind = kind_of(names)
+    if kind is not None and len(signs(kind, names)) == len(names):
+        pattern = names[0].partition(".")[0] + ".*"
         return (
-            f"{len(left)} tensors of {kind.what} lie beside its networks ({some(left)}): "
+            f"{len(names)} tensors of {kind.what} lie beside its networks ({first_few(names)}): "
             f"{kind.fix}; `--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
         )
     return (
-        f"{len(left)} tensors of the file belong to no network: {some(left)}. `--allow NAME` "
-        "(allow=, `*` for any text) lets such tensors be, if they may be missing"
+        f"{len(names)} tensors of the file belong to no network: {first_few(names)}. `--allow "
+        "NAME` (allow=, `*` for any text) lets such tensors be, if they may be missing"
     )
 
 
-def _second(path: Path, second: Checkpoint, given: Overrides) -> Part:
-    """The text encoder in a folder of its own; from inside, both look alike."""
+def _second(path: Path, second: Checkpoint, overrides: Overrides) -> Part:
+    """The text encoder of the folder text_encoder_2: its file looks like that of the first."""
     parts = second.parts()
-    if (problem := _left(second, given.allow)) is not None:
+    if (problem := _unclaimed(second, overrides.allow)) is not None:
         raise CheckpointError(f"text_encoder_2: {problem}")
     if "text" not in parts:
         raise CheckpointError(f"{path}: text_encoder_2: {NO_NETWORK}")
@@ -237,8 +237,8 @@ def _second(path: Path, second: Checkpoint, given: Overrides) -> Part:
 
 
 def notes_of(networks: Mapping[PartName, NetworkInfo]) -> Iterator[str]:
-    """What to know of networks that load: halves of them, and whose latents they are."""
-    networks = {name: judged for name, judged in networks.items() if judged.problem is None}
+    """Notes on networks that can be loaded: half autoencoders, and unusual latents."""
+    networks = {name: network for name, network in networks.items() if network.problem is None}
     if "vae" in networks and (params := networks["vae"].vae) is not None:
         if not params.encodes:
             yield "vae: a decoder alone, which makes pictures and cannot encode them"
@@ -254,11 +254,11 @@ def notes_of(networks: Mapping[PartName, NetworkInfo]) -> Iterator[str]:
 
 
 def next_of(path: Path, verdict: Verdict, networks: Mapping[PartName, NetworkInfo]) -> str:
-    """The options that take such a file, with the arguments that it needs."""
+    """The options that take the file, with other options that it needs."""
     file = foreign.quoted(path)
     if verdict.what is not None:
         return f"{'--lora' if verdict.what == ADAPTER else '--embedding'} {file}"
-    needs = dict.fromkeys(need for judged in networks.values() for need in judged.needs)
+    needs = dict.fromkeys(need for network in networks.values() for need in network.needs)
     options = dict.fromkeys(need.option for need in needs if need.option.startswith("--"))
     more = f" with {' and '.join(options)}" if options else ""
     if "unet" in networks:

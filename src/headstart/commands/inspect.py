@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.checkpoint.families import FAMILIES
-from headstart.checkpoint.fit import some
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.commands.arguments import add_allow, every
 from headstart.commands.console import fail, progress
@@ -59,7 +59,7 @@ def _run(args: argparse.Namespace) -> int:
         if adapter is None:
             info = replace(info, problems=problems, notes=(), next=None)
         elif left := [key for key in adapter.strays if not is_allowed(key, args.allow)]:
-            told = f"{len(left)} keys are of no naming that is known: {some(left)}. {_LEAVE}"
+            told = f"{len(left)} keys are of no naming that is known: {first_few(left)}. {_LEAVE}"
             info = replace(info, problems=(told,), notes=(), next=None)
         elif adapter.family not in (None, *FAMILIES):
             info = replace(info, notes=(), next=_ELSEWHERE)

@@ -1,4 +1,4 @@
-"""A safetensors file being written: its header from names, dtypes and shapes, then the bytes.
+"""The header of a new safetensors file, from names, dtypes and shapes.
 
 file = u64le(n) ++ json[n] ++ data       n is a multiple of 8, so every tensor is aligned
 """
@@ -31,9 +31,9 @@ def in_order(slots: Iterable[Slot]) -> list[Slot]:
 
 
 def compose(slots: Iterable[Slot], metadata: Mapping[str, str]) -> bytes:
-    """Length and header of a file whose data are these tensors, in this order, without gaps.
+    """Length and header of a file with these tensors in this order, without gaps.
 
-    `format: pt` is added to the metadata, because transformers refuses files without it.
+    Adds `format: pt` to the metadata: transformers refuses files without it.
     """
     table: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     begin = 0

@@ -1,4 +1,4 @@
-"""A pickle, another layout or another dtype -> one safetensors file that loads directly.
+"""Converts a pickle, another layout or another dtype to one safetensors file.
 
 IN -> names and dtypes of OUT -> .OUT.partial, tensor by tensor -> checked -> OUT
 """
@@ -13,15 +13,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from headstart.checkpoint.dtypes import FLOAT8, WIDENED
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.header import DTYPE_BITS, open_regular
 from headstart.checkpoint.keymap import PARTS, PartName, Source
 from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.scales import LAYERS
-from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint
+from headstart.checkpoint.tensors import Checkpoint
 from headstart.convert import pickle_file
 from headstart.convert.container import compose, in_order
-from headstart.convert.relayout import LAYOUTS, Layout, Planned, as_stored, left_out, piece, relaid
+from headstart.convert.relayout import (
+    LAYOUTS,
+    Layout,
+    NewTensor,
+    as_stored,
+    left_out,
+    piece,
+    to_layout,
+)
 from headstart.errors import CheckpointError, InputError
 from headstart.output import check_file, writing
 
@@ -32,18 +41,17 @@ Dtype = Literal["same", "f32", "f16", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 CHUNK_BYTES = 2**22
 CHUNK = 2**20
-"""Numbers that are made at once of what has a scale or is in blocks."""
+"""Numbers widened at once, of a weight with a scale or in blocks."""
 
 OnBytes = Callable[[int], object]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversion:
-    """What was written. `left_out` lists all that the input holds and the output does not.
+    """What was written. `left_out` lists everything of the input that is not in the output.
 
-    `read_as` is "safetensors", "GGUF", "zip pickle" or "legacy pickle"; `dtype` the one most bytes
-    have; `multiplied` says how weights of few bits were written, whose scales are in the numbers
-    now, or None.
+    `read_as` is "safetensors", "GGUF", "zip pickle" or "legacy pickle"; `dtype` that of most bytes;
+    `multiplied` the format of quantized weights, whose scales are now in the numbers, or None.
     """
 
     source: str
@@ -73,55 +81,55 @@ def convert(
 ) -> Conversion:
     """Write the safetensors file `target` from a pickle, a safetensors file or a model's folder.
 
-    layout     names of one network as in LDM files or as in diffusers; "same": as they are
-    dtype      of all floating-point tensors; integers stay. "same" of a weight with a scale, and of
-               one in blocks (GGUF), is f32, which holds its numbers as they are
+    layout     the names of one network as in LDM files or as in diffusers; "same": unchanged
+    dtype      of all floating-point tensors; integers stay. "same" for a weight with a scale, or in
+               blocks (GGUF), is f32, which holds its numbers exactly
     part       which network of several: unet, vae, text, text_2, tiny
-    timeout_s  for reading a pickle, which happens in a process of its own
-    on_bytes   is told how many bytes are written so far
+    timeout_s  for reading a pickle, in a separate process
+    on_bytes   called with the number of bytes written so far
 
-    Memory in use is a few MB whatever the size of the file. Raises CheckpointError for an input
-    that cannot be read or converted exactly enough, InputError for a request that cannot be served.
+    Needs a few MB of memory for files of any size. Raises CheckpointError for an input that cannot
+    be read or converted, InputError for an impossible request.
     """
     source, target = Path(source), Path(target)
     _check_request(source, target, layout, dtype, part, overwrite)
-    kind = None if source.is_dir() else pickle_file.kind_of(source)
+    pickle = None if source.is_dir() else pickle_file.format_of(source)
     plain = layout == "same" and dtype == "same" and part is None
-    held = _opened(source, part) if kind is None else None
+    checkpoint = _open(source, part) if pickle is None else None
     with writing(target) as partial:
-        if held is not None:
-            lost = _rewrite(held, partial, layout, dtype, part, on_bytes)
+        if checkpoint is not None:
+            left = _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
         elif plain:
-            lost = pickle_file.extract(
+            left = pickle_file.extract(
                 source, partial, timeout_s=timeout_s, on_bytes=on_bytes
             ).left_out
         else:
             raw = partial.with_suffix(".raw")
-            with _temporary(raw), _named(raw, source):
+            with _temporary(raw), _errors_of(source, raw):
                 first = pickle_file.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
-                held = Checkpoint([raw])
-                lost = (
+                checkpoint = Checkpoint([raw])
+                left = (
                     *first.left_out,
-                    *_rewrite(held, partial, layout, dtype, part, on_bytes),
+                    *_rewrite(checkpoint, partial, layout, dtype, part, on_bytes),
                 )
-        with _named(partial, source):
+        with _errors_of(source, partial):
             written = Checkpoint([partial])
     return Conversion(
         source=str(source),
         target=str(target),
-        read_as=f"{kind} pickle" if kind or held is None else held.container,
+        read_as=f"{pickle} pickle" if pickle or checkpoint is None else checkpoint.container,
         layout=layout,
         dtype=written.dtype,
         tensors=len(written.names),
         size_bytes=written.size_bytes,
-        left_out=tuple(lost),
-        multiplied=None if held is None else _multiplied(held),
+        left_out=tuple(left),
+        multiplied=None if checkpoint is None else _scheme(checkpoint),
     )
 
 
-def _multiplied(held: Checkpoint) -> str | None:
-    scaled = set(held.dtypes.values()) & (WIDENED - FLOAT8)
-    return held.scheme if scaled else None
+def _scheme(checkpoint: Checkpoint) -> str | None:
+    scaled = set(checkpoint.dtypes.values()) & (WIDENED - FLOAT8)
+    return checkpoint.scheme if scaled else None
 
 
 def _check_request(
@@ -131,12 +139,12 @@ def _check_request(
     _one_of("dtype", dtype, DTYPES)
     _one_of("part", part or PARTS[0], PARTS)
     if source.is_dir():
-        held = [name for name, folder in COMPONENTS.items() if (source / folder).is_dir()]
-        if len(held) > 1 and part is None:
+        parts = [name for name, folder in COMPONENTS.items() if (source / folder).is_dir()]
+        if len(parts) > 1 and part is None:
             raise InputError(
-                f"{source} holds {', '.join(held)}: say which one is wanted, as in --part unet"
+                f"{source} holds {', '.join(parts)}: say which one is wanted, as in --part unet"
             )
-        size_bytes = _opened(source, part).size_bytes
+        size_bytes = _open(source, part).size_bytes
     else:
         with open_regular(source) as file:
             size_bytes = file.seek(0, os.SEEK_END)
@@ -147,12 +155,12 @@ def _check_request(
     check_file(target, size_bytes=size_bytes, suffix=".safetensors", overwrite=overwrite)
 
 
-def _one_of(what: str, given: str, known: Sequence[str]) -> None:
-    if given not in known:
-        raise InputError(f"{what} {given!r:.40}: expected one of {', '.join(known)}")
+def _one_of(option: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(known)}")
 
 
-def _opened(source: Path, part: PartName | None) -> Checkpoint:
+def _open(source: Path, part: PartName | None) -> Checkpoint:
     return Checkpoint.open(source, part or "unet")
 
 
@@ -165,8 +173,8 @@ def _temporary(path: Path) -> Generator[None]:
 
 
 @contextmanager
-def _named(temporary: Path, source: Path) -> Generator[None]:
-    """An error about a file in between is an error about the input."""
+def _errors_of(source: Path, temporary: Path) -> Generator[None]:
+    """Errors about the temporary file name the source instead."""
     try:
         yield
     except CheckpointError as error:
@@ -186,28 +194,28 @@ def _rewrite(
     part: PartName | None,
     on_bytes: OnBytes,
 ) -> list[str]:
-    """Write `target`, which must be new; the names of the stored tensors that it leaves out."""
+    """Write `target`, which must be new. Returns the names of stored tensors that are not in it."""
     renamed = layout != "same" or part is not None
-    planned = relaid(checkpoint, layout, part) if renamed else as_stored(checkpoint)
-    wanted = {step.slot.name: _cast(step, dtype, checkpoint) for step in planned}
-    said = _said_by_folder(checkpoint) if renamed else {}
-    slots = in_order(step.slot for step in wanted.values())
-    gone = {"format", *([LAYERS] if checkpoint.scales.scheme else [])}
-    kept = {key: text for key, text in checkpoint.metadata.items() if key not in gone}
+    planned = to_layout(checkpoint, layout, part) if renamed else as_stored(checkpoint)
+    sources = {step.slot.name: _cast(step, dtype, checkpoint) for step in planned}
+    declared = _declared_by_folder(checkpoint) if renamed else {}
+    slots = in_order(step.slot for step in sources.values())
+    dropped = {"format", *([LAYERS] if checkpoint.scales.scheme else [])}
+    metadata = {key: text for key, text in checkpoint.metadata.items() if key not in dropped}
     with target.open("xb") as file:
-        done = file.write(compose(slots, said | kept))
+        done = file.write(compose(slots, declared | metadata))
         for slot in slots:
-            for raw in _pieces(checkpoint, wanted[slot.name]):
+            for raw in _pieces(checkpoint, sources[slot.name]):
                 done += file.write(raw)
             on_bytes(done)
-    return left_out(checkpoint, planned) + ([SCHEDULER] if said else [])
+    return left_out(checkpoint, planned) + ([SCHEDULER] if declared else [])
 
 
 SCHEDULER = "scheduler/scheduler_config.json"
 
 
-def _said_by_folder(checkpoint: Checkpoint) -> dict[str, str]:
-    """What a UNet out of a model's folder predicts, as metadata: its scheduler stays behind."""
+def _declared_by_folder(checkpoint: Checkpoint) -> dict[str, str]:
+    """The prediction of a UNet in a model's folder as metadata, which replaces its scheduler."""
     path = checkpoint.files[0]
     root = root_of(path)
     if root is None or not (root / SCHEDULER).is_file() or "unet" not in checkpoint.parts():
@@ -216,19 +224,18 @@ def _said_by_folder(checkpoint: Checkpoint) -> dict[str, str]:
     return {} if family is None else {"headstart.prediction": family.prediction.value}
 
 
-def _cast(planned: Planned, dtype: Dtype, checkpoint: Checkpoint) -> Planned:
-    """The plan with the dtype asked for, where its tensor is of floating point.
+def _cast(planned: NewTensor, dtype: Dtype, checkpoint: Checkpoint) -> NewTensor:
+    """The same tensor in `dtype`, if it is of floating point.
 
-    A weight with a scale, and one in blocks, has no dtype to stay in: it becomes F32, its exact
-    numbers.
+    With "same", a weight with a scale or in blocks becomes F32, which holds its numbers exactly.
     """
     from headstart.checkpoint.cast import SOURCES
 
     stored = planned.slot.dtype
-    whole = stored in WIDENED and stored not in SOURCES
-    if (dtype == "same" and not whole) or stored == dtype.upper():
+    quantized = stored in WIDENED and stored not in SOURCES
+    if (dtype == "same" and not quantized) or stored == dtype.upper():
         return planned
-    if not whole and stored not in SOURCES:
+    if not quantized and stored not in SOURCES:
         if not stored.startswith("F"):
             return planned
         raise CheckpointError(
@@ -239,7 +246,7 @@ def _cast(planned: Planned, dtype: Dtype, checkpoint: Checkpoint) -> Planned:
     return planned._replace(slot=planned.slot._replace(dtype=target))
 
 
-def _pieces(checkpoint: Checkpoint, planned: Planned) -> Iterator[bytes | memoryview]:
+def _pieces(checkpoint: Checkpoint, planned: NewTensor) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor to be written, a few MB at a time."""
     from headstart.checkpoint.cast import narrow
 
@@ -258,18 +265,18 @@ def _pieces(checkpoint: Checkpoint, planned: Planned) -> Iterator[bytes | memory
 
 
 def _stored(checkpoint: Checkpoint, source: Source) -> Iterator[memoryview]:
-    """What the source takes of the stored bytes."""
+    """The stored bytes that the source uses."""
     entry = checkpoint.entry(source.name)
     begin, end = piece(source, entry.shape, entry.end - entry.begin)
     stored = checkpoint.raw(source.name)[begin:end]
     if source.op == "transpose":
         yield from _transposed(stored, entry.shape, DTYPE_BITS[entry.dtype] // 8)
     else:
-        yield from (stored[at : at + CHUNK_BYTES] for at in range(0, len(stored), CHUNK_BYTES))
+        yield from (stored[i : i + CHUNK_BYTES] for i in range(0, len(stored), CHUNK_BYTES))
 
 
 def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
-    """What the source takes of the numbers."""
+    """The numbers that the source uses."""
     from headstart.checkpoint.cast import SOURCES, widen
 
     dtype, shape = checkpoint.entry(source.name)[:2]
@@ -280,8 +287,8 @@ def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
     if source.op == "transpose":  # a text projection: 6.6 MB in SDXL
         yield checkpoint.values(source.name).reshape(shape).T.reshape(-1)
         return
-    for at in range(begin, end, CHUNK):
-        yield checkpoint.values(source.name, at, min(at + CHUNK, end))
+    for first in range(begin, end, CHUNK):
+        yield checkpoint.values(source.name, first, min(first + CHUNK, end))
 
 
 def _transposed(raw: memoryview, shape: tuple[int, ...], item_bytes: int) -> Iterator[memoryview]:
@@ -292,6 +299,6 @@ def _transposed(raw: memoryview, shape: tuple[int, ...], item_bytes: int) -> Ite
         return
     matrix = np.frombuffer(raw, f"V{item_bytes}").reshape(shape)
     rows = max(1, CHUNK_BYTES // (shape[0] * item_bytes))
-    for at in range(0, shape[1], rows):
-        block = np.ascontiguousarray(matrix[:, at : at + rows].T)
+    for first in range(0, shape[1], rows):
+        block = np.ascontiguousarray(matrix[:, first : first + rows].T)
         yield block.view("u1").reshape(-1).data

@@ -1,4 +1,4 @@
-"""What a pickle holds that is no table of named tensors: given names, or called what it is.
+"""Pickles that are no table of named tensors: names for their tensors, or an error.
 
 [up0, down0, up1, ...] -> unet:N:up, unet:N:down     a list that is a whole LoRA
 """
@@ -19,15 +19,15 @@ _STATES: tuple[tuple[str, frozenset[str]], ...] = (
     ("random number generators", frozenset({"random_state", "torch_manual_seed"})),  # accelerate
     ("random number generators", frozenset({"python", "numpy", "cpu"})),  # transformers
 )
-"""What trainers write beside the weights, by names that each such table has."""
+"""Trainers' files beside the weights, by keys that such a table has."""
 
 _ATTENTION_LAYERS: Mapping[int, int] = {768: 48, 1024: 92}
 """Width of a text encoder -> its attention layers: 4 in each of 12 (SD 1) or 23 (SD 2)."""
 _UNET_LAYERS = (128, 144)
 """16 blocks of attn1 and attn2, without and with ff: SD 1 and 2."""
 _CONTEXTS = frozenset({768, 1024})
-_STAGED = frozenset({"emb", "emb2", "clip_l", "clip_g"})
-"""Names of learned tokens, of which XL-Textual-Inversion saves a list, one a stage."""
+_STAGES = frozenset({"emb", "emb2", "clip_l", "clip_g"})
+"""Names of tokens; XL-Textual-Inversion saves a list with one for each stage."""
 _POSITIONS = 77
 
 
@@ -43,32 +43,30 @@ def check_weights(table: Mapping[object, object]) -> None:
             )
 
 
-def named(document: object, left_out: list[str]) -> object:
-    """The document as a table, where it is tensors without names, or states of one table.
+def with_names(document: object, left_out: list[str]) -> object:
+    """The document as a table, if it is tensors without names or a list of stages.
 
-    Raises CheckpointError where nothing tells what the tensors are.
+    Raises CheckpointError if the tensors cannot be identified.
     """
     if isinstance(document, Tensor):
-        return _of_one(document)
+        return _prompt(document)
     if not isinstance(document, list | tuple):
         return document
-    held = cast("Sequence[object]", document)
-    if not held:
+    items = cast("Sequence[object]", document)
+    if not items:
         raise CheckpointError("it holds nothing")
-    tables = [cast("Mapping[object, object]", own) for own in held if isinstance(own, Mapping)]
-    if len(tables) == len(held) and all(_STAGED.issuperset(table) for table in tables):
-        if len(held) > 1:
-            left_out.append(
-                f"0 to {len(held) - 2}: earlier stages of the token that the last one is"
-            )
-        return held[-1]
-    tensors = [each for each in held if isinstance(each, Tensor)]
-    if len(tensors) < len(held):
-        return held
-    return _of_lora(tensors) or _nameless(f"{len(tensors)} tensors", tensors)
+    tables = [cast("Mapping[object, object]", item) for item in items if isinstance(item, Mapping)]
+    if len(tables) == len(items) and all(_STAGES.issuperset(table) for table in tables):
+        if len(items) > 1:
+            left_out.append(f"0 to {len(items) - 2}: earlier stages of the last token")
+        return items[-1]
+    tensors = [item for item in items if isinstance(item, Tensor)]
+    if len(tensors) < len(items):
+        return items
+    return _lora(tensors) or _nameless(f"{len(tensors)} tensors", tensors)
 
 
-def _of_one(tensor: Tensor) -> dict[str, Tensor]:
+def _prompt(tensor: Tensor) -> dict[str, Tensor]:
     """An encoded prompt [77, D] or [1, 77, D] is called `cond`, as `Engine.sample` calls it."""
     shape = tuple(tensor.shape)
     if len(shape) in (2, 3) and shape[-2] == _POSITIONS and shape[:-2] in ((), (1,)):
@@ -80,16 +78,16 @@ def _nameless(what: str, tensors: Sequence[Tensor]) -> NoReturn:
     shapes = ", ".join(str(list(tensor.shape)) for tensor in tensors[:3])
     more = ", ..." if len(tensors) > 3 else ""
     raise CheckpointError(
-        f"it is {what} without a name ({shapes}{more}), and nothing tells what for: vectors of "
+        f"it is {what} without a name ({shapes}{more}), so their use is unknown: vectors of "
         "CLIP's image space and statistics are saved so. A textual inversion has its token beside "
         "it, and a network has names: give such a file"
     )
 
 
-def _of_lora(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
+def _lora(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
     """cloneofsimo's list of a LoRA: [o, r] and [r, i] in turn, in the order of the layers.
 
-    github.com/cloneofsimo/lora, lora.py, `save_lora_weight`. None where it is not exactly that.
+    github.com/cloneofsimo/lora, lora.py, `save_lora_weight`. None for any other list.
     """
     pairs = list(zip(tensors[::2], tensors[1::2], strict=False))
     if len(tensors) % 2 or any(up.ndim != 2 or down.ndim != 2 for up, down in pairs):

@@ -1,6 +1,6 @@
-"""A pickle as untrusted input: looked at without reading it, then read in a process of its own.
+"""A pickle as untrusted input: checked without reading it, then read in a separate process.
 
-The process has torch.load(weights_only=True), a time limit and a memory limit; see `unpickle`.
+The process uses torch.load(weights_only=True) with limits of time and memory; see `unpickle`.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from headstart.checkpoint.foreign import SNIFFED_BYTES, is_pickle
 from headstart.checkpoint.header import open_regular
 from headstart.errors import CheckpointError
 
-Kind = Literal["zip", "legacy"]
+Format = Literal["zip", "legacy"]
 
 START_S = 120.0
 BYTES_PER_S = 20e6
-"""The default time limit is START_S + size / BYTES_PER_S: torch starts in seconds, and a slow disk
-gives more than 20 MB/s, so an honest file is done long before."""
+"""The default time limit is START_S + size / BYTES_PER_S. Torch starts in seconds, and a slow disk
+reads more than 20 MB/s, so normal files need much less."""
 
 MAX_PICKLE_BYTES = 64 * 2**20  # the pickle inside an archive holds names and shapes, no numbers
 _POLL_S = 0.05
 _OUT_OF_TIME: int | None = getattr(signal, "SIGXCPU", None)
-"""What ends a reader whose own limit of processor time comes before the deadline."""
+"""The signal at the reader's own limit of processor time."""
 
 
 class Extracted(NamedTuple):
-    """What a pickle held: how many tensors were written, and what else was in it."""
+    """How many tensors were written, and what else the pickle held."""
 
     tensors: int
     left_out: tuple[str, ...]
 
 
-def kind_of(path: Path) -> Kind | None:
-    """Which pickle format the content of `path` is, or None where it is no pickle."""
+def format_of(path: Path) -> Format | None:
+    """The pickle format of the file, by its content; None if it is no pickle."""
     with open_regular(path) as file:
         head = file.read(SNIFFED_BYTES)
     if not is_pickle(head):
@@ -52,9 +52,9 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def check_archive(path: Path) -> None:
-    """Raise CheckpointError unless the archive is what torch.save writes; nothing is unpacked.
+    """Raise CheckpointError unless torch.save writes such an archive; nothing is unpacked.
 
-    Its members are stored as they are, because torch maps them: a compressed one could grow to any
+    Its members are not compressed, because torch maps them. A compressed one could grow to any
     size, and would be read wrong.
     """
     try:
@@ -66,10 +66,12 @@ def check_archive(path: Path) -> None:
     if "constants.pkl" in names:
         _bad(path, "a TorchScript program, not weights; take the safetensors release")
     if "data.pkl" not in names:
-        held = ", ".join(member.filename[:40] for member in members[:3]) or "nothing"
-        _bad(path, f"a zip archive that torch.save did not write (it holds {held})")
-    if odd := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
-        _bad(path, f"its member {odd[0][:80]!r} is compressed; torch.save stores them as they are")
+        found = ", ".join(member.filename[:40] for member in members[:3]) or "nothing"
+        _bad(path, f"a zip archive that torch.save did not write (it holds {found})")
+    if packed := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
+        _bad(
+            path, f"its member {packed[0][:80]!r} is compressed; torch.save stores them as they are"
+        )
     if sum(member.file_size for member in members) > path.stat().st_size:
         _bad(path, "its members overlap, which torch.save never does")
     if names["data.pkl"].file_size > MAX_PICKLE_BYTES:
@@ -85,30 +87,30 @@ def extract(
 ) -> Extracted:
     """Write the tensors of the pickle `path` into the new safetensors file `target`.
 
-    `on_bytes` is told the size of `target` while it grows. Raises CheckpointError for what
-    weights_only refuses, what is damaged, and what takes longer than `timeout_s`; OSError where
-    the target cannot be written.
+    `on_bytes` is called with the growing size of `target`. Raises CheckpointError for content that
+    weights_only refuses, for a damaged file, and after `timeout_s`; OSError if the target cannot be
+    written.
     """
-    if kind_of(path) == "zip":
+    if format_of(path) == "zip":
         check_archive(path)
     limit = timeout_s or START_S + path.stat().st_size / BYTES_PER_S
-    with tempfile.TemporaryFile() as told, tempfile.TemporaryFile() as complaint:
-        with _reader(path, target, limit, told, complaint) as process:
+    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        with _reader(path, target, limit, output, errors) as process:
             status = _wait(process, target, limit, on_bytes)
         if status is None or -status == _OUT_OF_TIME:
             _bad(path, f"reading it took more than {limit:.0f} s, so it was given up: no pickle of "
                        "tensors takes that long (--timeout sets the limit)")  # fmt: skip
-        told.seek(0)
-        complaint.seek(0)
-        return _answer(path, status, told.read(), complaint.read(2**16))
+        output.seek(0)
+        errors.seek(0)
+        return _result(path, status, output.read(), errors.read(2**16))
 
 
 @contextmanager
 def _reader(
-    path: Path, target: Path, limit: float, told: IO[bytes], complaint: IO[bytes]
+    path: Path, target: Path, limit: float, output: IO[bytes], errors: IO[bytes]
 ) -> Generator[subprocess.Popen[bytes]]:
-    """The process, which is gone when the block is left, however that is."""
-    rooms = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """The reading process; it is killed when the block ends."""
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [
             sys.executable,
@@ -119,9 +121,9 @@ def _reader(
             f"{limit:.0f}",
         ],
         stdin=subprocess.DEVNULL,
-        stdout=told,
-        stderr=complaint,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(rooms), "OMP_NUM_THREADS": "1"},
+        stdout=output,
+        stderr=errors,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
     )
     try:
         yield process
@@ -131,14 +133,14 @@ def _reader(
 
 
 def _files(path: Path, target: Path) -> tuple[str, str]:
-    """Absolute, so that no name can look like an option."""
+    """Absolute paths, so that none looks like an option."""
     return str(path.absolute()), str(target.absolute())
 
 
 def _wait(
     process: subprocess.Popen[bytes], target: Path, limit: float, on_bytes: Callable[[int], object]
 ) -> int | None:
-    """The exit status, or None once the time is over."""
+    """The exit status, or None after the time limit."""
     deadline = time.monotonic() + limit
     while time.monotonic() < deadline:
         try:
@@ -148,17 +150,17 @@ def _wait(
     return None
 
 
-def _answer(path: Path, status: int, told: bytes, complaint: bytes) -> Extracted:
+def _result(path: Path, status: int, output: bytes, errors: bytes) -> Extracted:
     try:
-        answer = cast(dict[str, object], json.loads(told))
+        result = cast(dict[str, object], json.loads(output))
     except ValueError:
-        last = complaint.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
+        last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
         _bad(path, f"the process that read it ended with status {status}: {last[0][:200]}")
-    if "os_error" in answer:
-        raise OSError(*cast(list[object], answer["os_error"]))
-    if "error" in answer:
-        _bad(path, f"this pickle is refused: {answer['error']}")
-    return Extracted(cast(int, answer["tensors"]), tuple(cast(list[str], answer["left_out"])))
+    if "os_error" in result:
+        raise OSError(*cast(list[object], result["os_error"]))
+    if "error" in result:
+        _bad(path, f"this pickle is refused: {result['error']}")
+    return Extracted(cast(int, result["tensors"]), tuple(cast(list[str], result["left_out"])))
 
 
 def _bad(path: Path, message: str) -> NoReturn:

@@ -24,64 +24,65 @@ LAYOUTS: tuple[Layout, ...] = ("same", "diffusers", "ldm")
 _PREFIXES: dict[PartName, str] = {"unet": "model.diffusion_model.", "vae": ""}
 
 
-SAID: dict[PartName, frozenset[str]] = {
+DECLARING: dict[PartName, frozenset[str]] = {
     "unet": frozenset({*STATEMENTS, *FLAGS, "alphas_cumprod"}),
     "vae": frozenset(STATEMENTS),
 }
-"""Tensors of a file that tell how a network of it is run, which go where it goes."""
+"""Tensors by which a file declares how a network runs; they are copied with it."""
 
 
-class Planned(NamedTuple):
-    """A tensor to be written, and what of the stored tensors it is made from."""
+class NewTensor(NamedTuple):
+    """A tensor to write, and its source among the stored tensors."""
 
     slot: Slot
     source: Source
 
 
-def as_stored(checkpoint: Checkpoint) -> list[Planned]:
+def as_stored(checkpoint: Checkpoint) -> list[NewTensor]:
     """Every tensor under its own name."""
     return [
-        Planned(Slot(name, entry.dtype, entry.shape), Source(name))
+        NewTensor(Slot(name, entry.dtype, entry.shape), Source(name))
         for name, entry in ((name, checkpoint.entry(name)) for name in checkpoint.names)
     ]
 
 
-def relaid(checkpoint: Checkpoint, layout: Layout, part: PartName | None) -> list[Planned]:
+def to_layout(checkpoint: Checkpoint, layout: Layout, part: PartName | None) -> list[NewTensor]:
     """The tensors of one network under the names of `layout`.
 
-    `part` picks one of several. Raises InputError if it has to be given or is not there, and
-    CheckpointError for a tensor that the layout has no name for.
+    `part` chooses one of several. Raises InputError if it is needed or not in the file, and
+    CheckpointError for a tensor without a name in the layout.
     """
-    chosen = _chosen(checkpoint, part)
-    said = [step for step in as_stored(checkpoint) if step.slot.name in SAID.get(chosen.name, ())]
+    chosen = _choose(checkpoint, part)
+    declaring = [
+        step for step in as_stored(checkpoint) if step.slot.name in DECLARING.get(chosen.name, ())
+    ]
     if layout == "same":
         stored = {source.name for source in chosen.sources.values()}
-        kept = [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
-        return kept + said
+        tensors = [planned for planned in as_stored(checkpoint) if planned.source.name in stored]
+        return tensors + declaring
     ours = [
-        Planned(Slot(name, chosen.dtype(name), chosen.shapes[name]), chosen.sources[name])
+        NewTensor(Slot(name, chosen.dtype(name), chosen.shapes[name]), chosen.sources[name])
         for name in chosen.sources
     ]
     if layout == "diffusers":
         _check_ours(chosen)
-        return ours + said
-    return _as_ldm(chosen, ours) + said
+        return ours + declaring
+    return _as_ldm(chosen, ours) + declaring
 
 
-def _chosen(checkpoint: Checkpoint, part: PartName | None) -> Part:
-    parts, where = checkpoint.parts(), checkpoint.files[0]
+def _choose(checkpoint: Checkpoint, part: PartName | None) -> Part:
+    parts, path = checkpoint.parts(), checkpoint.files[0]
+    names = ", ".join(parts) or "no network"
     if part is None and len(parts) > 1:
-        held = ", ".join(parts)
-        raise InputError(f"{where} holds {held}: say which one is wanted, as in --part unet")
+        raise InputError(f"{path} holds {names}: say which one is wanted, as in --part unet")
     name = part or next(iter(parts), None)
     if name is None or name not in parts:
-        held = ", ".join(parts) or "no network"
-        raise InputError(f"{where}: expected a {part or 'network'} to rename, found {held}")
+        raise InputError(f"{path}: expected a {part or 'network'} to rename, found {names}")
     return parts[name]
 
 
 def _check_ours(part: Part) -> None:
-    """A tensor whose LDM name no rule knows would keep it; such a file loads nowhere."""
+    """Raise CheckpointError for unknown LDM names, which no loader would read."""
     if odd := [name for name in part.sources if _LDM_NAME.match(name)]:
         raise CheckpointError(
             f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
@@ -96,7 +97,7 @@ _LDM_NAME = re.compile(
 )
 
 
-def _as_ldm(part: Part, ours: list[Planned]) -> list[Planned]:
+def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
     if part.name not in _PREFIXES:
         raise InputError(
             f"{part.checkpoint.files[0]} holds a {part.name}: only a unet or a vae alone has names "
@@ -110,7 +111,7 @@ def _as_ldm(part: Part, ours: list[Planned]) -> list[Planned]:
         )
     prefix = _PREFIXES[part.name]
     return [
-        Planned(planned.slot._replace(name=prefix + names[name], shape=_ldm_shape(planned.slot)),
+        NewTensor(planned.slot._replace(name=prefix + names[name], shape=_ldm_shape(planned.slot)),
                 planned.source)
         for name, planned in ((planned.slot.name, planned) for planned in ours)
     ]  # fmt: skip
@@ -156,8 +157,8 @@ def _vae_to_ldm(name: str, levels: int) -> str | None:
     if mid := _VAE_MID.fullmatch(name):
         if mid[2]:
             return f"{mid[1]}.mid.block_{int(mid[2]) + 1}.{_shortcut(mid[3])}"
-        leaf, _, kind = mid[3].rpartition(".")
-        return _VAE_ATTENTION.get(leaf) and f"{mid[1]}.mid.attn_1.{_VAE_ATTENTION[leaf]}.{kind}"
+        leaf, _, name = mid[3].rpartition(".")
+        return _VAE_ATTENTION.get(leaf) and f"{mid[1]}.mid.attn_1.{_VAE_ATTENTION[leaf]}.{name}"
     block = _VAE_BLOCK.fullmatch(name)
     if block is None:
         return None
@@ -173,14 +174,14 @@ def _shortcut(leaf: str) -> str:
     return leaf.replace("conv_shortcut", "nin_shortcut")
 
 
-def left_out(checkpoint: Checkpoint, plan: Iterable[Planned]) -> list[str]:
-    """Stored tensors that no planned one is made from, sorted."""
+def left_out(checkpoint: Checkpoint, plan: Iterable[NewTensor]) -> list[str]:
+    """The names of stored tensors that are no source, sorted."""
     used = {planned.source.name for planned in plan}
     return sorted(set(checkpoint.names) - used)
 
 
 def piece(source: Source, shape: tuple[int, ...], size_bytes: int) -> tuple[int, int]:
-    """[begin, end) of the stored bytes that the source takes: all, or its third of axis 0."""
+    """[begin, end) of the stored bytes that the source uses: all, or a third of axis 0."""
     if source.op in ("q", "k", "v"):
         third = size_bytes // 3
         begin = third * "qkv".index(source.op)

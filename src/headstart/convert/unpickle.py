@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from headstart.convert.container import Slot, compose, in_order
-from headstart.convert.pickle_contents import check_weights, named
+from headstart.convert.pickle_contents import check_weights, with_names
 from headstart.errors import CheckpointError
 
 MEMORY_MARGIN = 2**30
@@ -43,7 +43,7 @@ _NAMES = {
 
 
 class Inert:
-    """Stands for an object of a trainer's bookkeeping: it keeps its state and runs nothing."""
+    """Replaces an object of a trainer's bookkeeping: it stores its state and runs nothing."""
 
     def __init__(self, *_: object) -> None:
         self.state: object = None
@@ -53,7 +53,7 @@ class Inert:
 
 
 # The classes that files of the SD 1 years hold besides tensors: the list of stable-diffusion-webui
-# (modules/safe.py), which has read those files for years. Each of them becomes an `Inert`.
+# (modules/safe.py). Each of them becomes an `Inert`.
 _BOOKKEEPING = (
     "numpy.core.multiarray.scalar",
     "numpy._core.multiarray.scalar",
@@ -70,7 +70,7 @@ _SETTINGS = ("transformers.training_args", "trl.", "accelerate.")
 
 
 def main(arguments: list[str]) -> int:
-    """IN OUT SECONDS: write OUT and print what was found, or print the error, as JSON."""
+    """IN OUT SECONDS: write OUT and print the result, or the error, as JSON."""
     source, target, seconds = Path(arguments[0]), Path(arguments[1]), int(arguments[2])
     _limit(seconds, 2 * source.stat().st_size + MEMORY_MARGIN)
     try:
@@ -89,9 +89,9 @@ def main(arguments: list[str]) -> int:
 
 
 def transfer(source: Path, target: Path) -> tuple[int, list[str]]:
-    """Write the tensors of `source` into the new file `target`: how many, and what was left out.
+    """Write the tensors of `source` into the new file `target`; their number, and what is left out.
 
-    Raises CheckpointError for a pickle that is no table of tensors, or asks for anything else.
+    Raises CheckpointError for a pickle that is no table of tensors, or needs other classes.
     """
     tensors, left_out = gather(_load(source))
     _check(tensors, source.stat().st_size)
@@ -100,7 +100,7 @@ def transfer(source: Path, target: Path) -> tuple[int, list[str]]:
 
 
 def _limit(seconds: int, size_bytes: int) -> None:
-    """The parent ends us in time; these hold even if the parent is gone. Unix only."""
+    """Limits that also hold if the parent process has ended. Unix only."""
     try:
         import resource
     except ImportError:
@@ -114,7 +114,7 @@ def _limit(seconds: int, size_bytes: int) -> None:
 
 
 def _load(path: Path) -> object:
-    """The document inside, storages mapped where the file is a zip archive."""
+    """The unpickled document; storages of a zip archive are mapped."""
     known: list[Any] = [(Inert, name) for name in _BOOKKEEPING]
     try:
         with (
@@ -125,7 +125,7 @@ def _load(path: Path) -> object:
             warnings.simplefilter("ignore")
             mapped = file.read(4) == b"PK\x03\x04" and path.suffix != ".safetensors"
             file.seek(0)
-            # torch maps a file by its name only, and takes that suffix for what is inside.
+            # torch maps files only by name, and takes the suffix .safetensors for the format.
             return cast(
                 object,
                 torch.load(
@@ -134,7 +134,7 @@ def _load(path: Path) -> object:
             )
     except MemoryError:
         raise
-    except Exception as error:  # whatever the reader of a hostile file stumbles over
+    except Exception as error:  # a hostile file can raise anything
         raise CheckpointError(_reason(error)) from error
 
 
@@ -142,14 +142,14 @@ def _reason(error: Exception) -> str:
     text = str(error)
     if "can't allocate memory" in text or "Cannot allocate memory" in text:
         raise MemoryError from error
-    if asked := re.search(r"GLOBAL '?([\w.]+)", text):
-        if asked[1].startswith(_SETTINGS):
+    if name := re.search(r"GLOBAL '?([\w.]+)", text):
+        if name[1].startswith(_SETTINGS):
             return (
-                f"it is the settings of a training (`{asked[1][:80]}`), and no weights: give the "
+                f"it is the settings of a training (`{name[1][:80]}`), and no weights: give the "
                 "file of weights that lies beside it"
             )
         return (
-            f"it asks for `{asked[1][:80]}`, which is no part of a tensor; nothing of it was run. "
+            f"it asks for `{name[1][:80]}`, which is no part of a tensor; nothing of it was run. "
             "Take the safetensors release of this model instead"
         )
     first = text.strip().splitlines()[0][:200] if text.strip() else type(error).__name__
@@ -160,7 +160,7 @@ def _reason(error: Exception) -> str:
 
 
 def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors of the document by dotted name, and what else it holds: `name: kind`.
+    """The tensors of the document by dotted name, and what else it holds: `name: type`.
 
     {"state_dict": {...}} and its like are unwrapped, other nested tables are joined with dots,
     and a textual inversion becomes `emb_params`. Raises CheckpointError where nothing is found,
@@ -168,11 +168,11 @@ def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
     state of a trainer, or the nesting is endless.
     """
     left_out: list[str] = []
-    table = _unwrapped(named(document, left_out), left_out)
+    table = _unwrap(with_names(document, left_out), left_out)
     tensors: dict[str, Tensor] = {}
     for name, value in _walk(table, "", 0):
         if not isinstance(value, Tensor):
-            left_out.append(f"{name or 'the document'}: {_kind(value)}")
+            left_out.append(f"{name or 'the document'}: {_type_name(value)}")
         elif not name:
             raise CheckpointError("it has a tensor without a name: expected a name for each")
         elif name in tensors:
@@ -185,21 +185,23 @@ def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
     return tensors, left_out
 
 
-def _unwrapped(document: object, left_out: list[str]) -> object:
+def _unwrap(document: object, left_out: list[str]) -> object:
     for _ in range(MAX_DEPTH):
         table = _mapping(document)
         if table is None:
             return document
         check_weights(table)
         if (embedding := _mapping(table.get(_EMBEDDING))) is not None:
-            left_out += [f"{key}: {_kind(v)}" for key, v in table.items() if key != _EMBEDDING]
+            left_out += [f"{key}: {_type_name(v)}" for key, v in table.items() if key != _EMBEDDING]
             if len(embedding) == 1:
                 return {"emb_params": next(iter(embedding.values()))}
             return {"emb_params": embedding}
         inner = [key for key in _WRAPPERS if _holds_weights(_mapping(table.get(key)))]
         if not inner or _holds_tensors(table):
             return table
-        left_out += [f"{key}: {_kind(value)}" for key, value in table.items() if key != inner[0]]
+        left_out += [
+            f"{key}: {_type_name(value)}" for key, value in table.items() if key != inner[0]
+        ]
         document = table[inner[0]]
     raise CheckpointError(f"tables are nested more than {MAX_DEPTH} deep")
 
@@ -221,7 +223,7 @@ def _holds_weights(table: Mapping[object, object] | None) -> bool:
 
 
 def _walk(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
-    """Every leaf with its dotted name; a table that holds itself is too deep in the end."""
+    """Every leaf with its dotted name. A table inside itself ends as too deep."""
     nodes: list[tuple[str, object, int]] = [(name, value, depth)]
     seen = 0
     while nodes:
@@ -240,20 +242,20 @@ def _walk(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
         nodes += reversed(inner)
 
 
-def _kind(value: object) -> str:
+def _type_name(value: object) -> str:
     if isinstance(value, Inert):
         return "an object"
     if not isinstance(value, Mapping | list | tuple):
         return type(value).__name__
-    held = sum(isinstance(leaf, Tensor) for _, leaf in _walk(cast(object, value), "", 0))
-    return f"{type(cast(object, value)).__name__} with {held} tensors"
+    count = sum(isinstance(leaf, Tensor) for _, leaf in _walk(cast(object, value), "", 0))
+    return f"{type(cast(object, value)).__name__} with {count} tensors"
 
 
 # --------------------------------------------------------------------- from tensors to a file
 
 
 def _check(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
-    """Plain dense tensors that their file can hold; an expanded view may be of any size."""
+    """Raise CheckpointError unless all are plain dense tensors of at most the file's size."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
             raise CheckpointError(f"{name[:80]!r} is sparse, quantized or empty of data")
@@ -268,7 +270,7 @@ def _check(tensors: Mapping[str, Tensor], size_bytes: int) -> None:
 
 
 def _write(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """One tensor after another, in pieces: a mapped file is never in memory as a whole."""
+    """Write tensor after tensor in pieces, so that a mapped file is never wholly in memory."""
     slots = in_order(
         Slot(name, _NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()
     )
@@ -276,8 +278,8 @@ def _write(tensors: Mapping[str, Tensor], target: Path) -> None:
         file.write(compose(slots, {}))
         for slot in slots:
             flat = tensors[slot.name].detach().resolve_conj().resolve_neg().reshape(-1)
-            for at in range(0, flat.numel(), CHUNK_NUMBERS):
-                piece = flat[at : at + CHUNK_NUMBERS].contiguous()
+            for begin in range(0, flat.numel(), CHUNK_NUMBERS):
+                piece = flat[begin : begin + CHUNK_NUMBERS].contiguous()
                 file.write(piece.view(torch.uint8).numpy().data)
 
 

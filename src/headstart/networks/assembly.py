@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from headstart.checkpoint.tensors import WIDENED, Part
+from headstart.checkpoint.dtypes import WIDENED
+from headstart.checkpoint.tensors import Part
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.networks.casting import in_float8, keep_float8, keep_stored

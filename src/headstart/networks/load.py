@@ -13,11 +13,12 @@ from pathlib import Path
 
 import torch
 
+from headstart.checkpoint.dtypes import FLOAT8, WIDENED
 from headstart.checkpoint.ema import Ema
 from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.network_info import NetworkInfo, Overrides
-from headstart.checkpoint.tensors import FLOAT8, WIDENED, Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import Checkpoint, Part, PartName
 from headstart.checkpoint.verdict import judge
 from headstart.errors import InputError
 from headstart.keywords import with_known_keywords

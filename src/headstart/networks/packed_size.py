@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from headstart.checkpoint.dtypes import WIDENED
 from headstart.checkpoint.ema import Ema
-from headstart.checkpoint.tensors import WIDENED, Part, PartName
+from headstart.checkpoint.tensors import Part, PartName
 from headstart.networks.load import parts_of
 from headstart.networks.packed import GAIN
 from headstart_kernels.points import PLACES

@@ -63,7 +63,7 @@ def read_weights(path: Path) -> Weights:
     """The tensors of a safetensors file or of a pickle. Raises CheckpointError for any other."""
     with open_regular(path) as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if pickle_file.kind_of(path) is None:
+    if pickle_file.format_of(path) is None:
         return Weights(path, _mapped(path), digest)
     with tempfile.TemporaryDirectory() as folder:
         # A mapped file stays readable after its name is gone.
