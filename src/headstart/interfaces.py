@@ -1,4 +1,4 @@
-"""Protocols: what a sampler needs from a network, a codec, a text encoder and a noise source."""
+"""Protocols: what a sampler needs from a network, a codec and a noise source."""
 
 from __future__ import annotations
 
@@ -178,12 +178,6 @@ class LatentCodec(Protocol):
     def decode(self, latents: Tensor, /) -> Tensor: ...
 
     def encode(self, pixels: Tensor, /) -> Tensor: ...
-
-
-class TextEncoder(Protocol):
-    """Prompts -> conditioning, one row a prompt."""
-
-    def encode(self, prompts: Sequence[str], /) -> Conditioning: ...
 
 
 class NoiseSource(Protocol):

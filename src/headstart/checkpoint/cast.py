@@ -14,7 +14,6 @@ from headstart.checkpoint.gguf import BLOCKS, unpack
 
 Array = npt.NDArray[Any]
 
-TARGETS = ("F32", "F16", "BF16")
 _PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1"}
 SOURCES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 

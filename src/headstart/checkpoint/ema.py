@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from headstart.checkpoint.folder import COMPONENTS, UNET_EMA, VARIANT, weights_in
-from headstart.checkpoint.header import Entry
-from headstart.errors import CheckpointError
+from headstart.checkpoint.header import Entry, fail
 
 Ema = bool | None
 """True: the averaged weights; False: the trained weights; None: the file's main ones."""
@@ -47,21 +46,21 @@ def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
             continue
         copy = _COPY + name.removeprefix("model.").replace(".", "")
         if copy in owners:
-            _bad(path, f"{name[:120]!r} and {owners[copy][:120]!r} have one name without dots, so "
+            fail(path, f"{name[:120]!r} and {owners[copy][:120]!r} have one name without dots, so "
                        "their averages cannot be told apart")  # fmt: skip
         owners[copy] = name
         if copy in entries and entries[copy].shape != entry.shape:
-            _bad(path, f"{copy[:120]!r}: expected the shape {list(entry.shape)} of {name[:80]!r}, "
+            fail(path, f"{copy[:120]!r}: expected the shape {list(entry.shape)} of {name[:80]!r}, "
                        f"got {list(entries[copy].shape)}")  # fmt: skip
         found[name] = copy
     missing = [name for name, copy in found.items() if copy not in entries]
     if missing or not found:
-        _bad(path, f"{len(missing)} of {len(found)} tensors of the UNet have no averaged copy, "
+        fail(path, f"{len(missing)} of {len(found)} tensors of the UNet have no averaged copy, "
                    f"such as {(missing or ['none'])[0][:120]!r}: take the weights that were "
                    "trained (--no-ema or ema=False)")  # fmt: skip
     lead = _COPY + _OWN.split(".")[1]
     if odd := [name for name in entries if name.startswith(lead) and name not in owners]:
-        _bad(path, f"{odd[0][:120]!r} is an average of no tensor of the UNet")
+        fail(path, f"{odd[0][:120]!r} is an average of no tensor of the UNet")
     return found
 
 
@@ -118,9 +117,5 @@ def _has_trained(folder: Path) -> bool:
 
 
 def _no_average(path: Path) -> NoReturn:
-    _bad(path, "no averaged weights (EMA) beside the UNet's own: expected `model_ema.*` in the "
+    fail(path, "no averaged weights (EMA) beside the UNet's own: expected `model_ema.*` in the "
                "file, or a folder unet_ema/; leave out --ema (ema=True)")  # fmt: skip
-
-
-def _bad(path: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {message}")

@@ -9,16 +9,15 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, NoReturn
+from typing import Literal, NamedTuple
 
 from headstart.checkpoint.contents import ADAPTER
 from headstart.checkpoint.dtypes import FLOATS, UNREAD
 from headstart.checkpoint.families import CONTEXT_WIDTHS
-from headstart.checkpoint.header import Entry
+from headstart.checkpoint.header import Entry, fail
 from headstart.checkpoint.leftovers import leftover_of
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.errors import CheckpointError
 
 Encoder = Literal["text", "text_2"]
 MAX_VECTORS = 75
@@ -169,11 +168,11 @@ def tokens_of(
         _check(path, name, entry)
     groups = _grouped(path, entries)
     if not groups:
-        _bad(path, "expected a textual inversion, got no learned token")
+        fail(path, "expected a textual inversion, got no learned token")
     if len(groups) > MAX_TOKENS:
-        _bad(path, f"expected at most {MAX_TOKENS} learned tokens, got {len(groups)}")
+        fail(path, f"expected at most {MAX_TOKENS} learned tokens, got {len(groups)}")
     if rename is not None and len(groups) > 1:
-        _bad(path, f"holds {len(groups)} tokens: it cannot be renamed to {rename!r}")
+        fail(path, f"holds {len(groups)} tokens: it cannot be renamed to {rename!r}")
     return tuple(
         token
         for name, found in groups.items()
@@ -208,7 +207,7 @@ def _grouped(path: Path, entries: Mapping[str, Entry]) -> dict[str | None, dict[
         return {None: {key: key for key in entries}}  # with any names
     if None in groups and any(bare):
         shapes = {key[:80]: list(entry.shape) for key, entry in entries.items()}
-        _bad(path, f"expected vectors for SDXL's encoders and nothing besides, got {shapes!s:.300}")
+        fail(path, f"expected vectors for SDXL's encoders and nothing besides, got {shapes!s:.300}")
     return groups
 
 
@@ -222,7 +221,7 @@ def _tokens(
     token = rename or name or path.stem
     foreign = [field for field in found if _FOREIGN.fullmatch(field)]
     if foreign:
-        _bad(
+        fail(
             path,
             f"the token {token!r:.80} has vectors for {', '.join(foreign)}: {_origin(foreign)}",
         )
@@ -230,7 +229,7 @@ def _tokens(
     for field, key in found.items():
         encoder = _encoder(field, entries[key].shape[-1], len(found))
         if encoder in keys:
-            _bad(
+            fail(
                 path,
                 f"the token {token!r:.80}: {keys[encoder][:80]!r} and {key[:80]!r} are both for "
                 f"one text encoder; expected one tensor for each",
@@ -238,7 +237,7 @@ def _tokens(
         keys[encoder] = key
     counts = {encoder: _rows(entries[key].shape) for encoder, key in keys.items()}
     if len({*counts.values()}) > 1:
-        _bad(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
+        fail(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
     widths: dict[Encoder, int] = {one: entries[keys[one]].shape[-1] for one in sorted(keys)}
     count = next(iter(counts.values()))
     if rename is None and name is None and found.keys() <= {*_ROWS}:
@@ -257,7 +256,7 @@ def _encoder(field: str, width: int, of: int) -> Encoder:
 
 def _check(path: Path, name: str, entry: Entry) -> None:
     if not _is_vectors(entry):
-        _bad(
+        fail(
             path,
             f"{name[:80]!r}: expected floating point [D] or [n, D], n at most {MAX_VECTORS}, got "
             f"{entry.dtype} {list(entry.shape)}",
@@ -293,7 +292,3 @@ def _origin(fields: list[str]) -> str:
     if all(field.startswith("clip_") for field in fields):
         return "added behind the encoder (OneTrainer's output embeddings), which is not implemented"
     return "an encoder of SD 3, Flux or another family, which no model here reads"
-
-
-def _bad(path: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {message}")

@@ -23,6 +23,7 @@ from headstart.checkpoint.header import (
     MAX_NAME,
     Entry,
     Header,
+    fail,
     open_regular,
 )
 from headstart.errors import CheckpointError
@@ -86,10 +87,10 @@ def read_gguf(path: Path) -> Header:
     shapes = _original_shapes(path, values)
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 4096):
-        _bad(path, f"general.alignment {alignment!r:.40}: expected a power of two such as 32")
+        fail(path, f"general.alignment {alignment!r:.40}: expected a power of two such as 32")
     entries = dict(reader.tensors(alignment, shapes))
     if odd := shapes.keys() - entries.keys():
-        _bad(path, f"{_ORIGINAL}{min(odd)[:80]} is the shape of a tensor that is not in the file")
+        fail(path, f"{_ORIGINAL}{min(odd)[:80]} is the shape of a tensor that is not in the file")
     _check_layout(path, entries, reader.data_begin(alignment), alignment, size)
     metadata = {name: value for name, value in values.items() if isinstance(value, str)}
     return Header(entries, metadata, size)
@@ -123,12 +124,12 @@ class _Reader:
     def __init__(self, path: Path, text: bytes, size: int) -> None:
         self.path, self.text, self.size, self.at = path, text, size, 0
         if text[:4] != MAGIC:
-            _bad(path, f"expected GGUF, got {text[:4]!r}")
+            fail(path, f"expected GGUF, got {text[:4]!r}")
         self.at = 4
         version = self._number("I")
         if version not in (2, 3):
             what = "written for big-endian machines" if version & 0xFFFF == 0 else version
-            _bad(path, f"GGUF version {what}: expected 2 or 3 in little-endian order")
+            fail(path, f"GGUF version {what}: expected 2 or 3 in little-endian order")
         self._tensors, self._values = self._count("tensors", 24), self._count("values", 13)
 
     def values(self) -> Iterator[tuple[str, Value]]:
@@ -136,7 +137,7 @@ class _Reader:
         for _ in range(self._values):
             name = self._name()
             if name in seen:
-                _bad(self.path, f"the value {name[:80]!r} appears twice")
+                fail(self.path, f"the value {name[:80]!r} appears twice")
             seen.add(name)
             yield name, self._value(name, self._number("I"))
 
@@ -148,14 +149,14 @@ class _Reader:
         for _ in range(self._tensors):
             name = self._name()
             if not 1 <= (dims := self._number("I")) <= MAX_DIMS:
-                _bad(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
+                fail(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
             type_, offset = self._number("I"), self._number("Q")
             found.append((name, self._entry(name, shape, type_, offset, shapes.get(name))))
         begin = self.data_begin(alignment)
         names = [name for name, _ in found]
         if len(set(names)) != len(names):
-            _bad(self.path, "a tensor's name appears twice")
+            fail(self.path, "a tensor's name appears twice")
         for name, entry in found:
             yield name, entry._replace(begin=begin + entry.begin, end=begin + entry.end)
 
@@ -171,18 +172,18 @@ class _Reader:
         original: tuple[int, ...] | None,
     ) -> Entry:
         if max(shape) > MAX_DIM:
-            _bad(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
+            fail(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
         if (dtype := _TYPES.get(type_)) is None:
             known = ", ".join(_TYPES.values())
-            _bad(self.path, f"tensor {name[:80]!r} has type {type_}, which is not read; known are "
+            fail(self.path, f"tensor {name[:80]!r} has type {type_}, which is not read; known are "
                             f"{known}")  # fmt: skip
         _, count, size = BLOCKS.get(dtype, (0, 1, DTYPE_BYTES.get(dtype, 0)))
         if shape[-1] % count:
-            _bad(self.path, f"tensor {name[:80]!r}: {dtype} has {count} weights a block, which "
+            fail(self.path, f"tensor {name[:80]!r}: {dtype} has {count} weights a block, which "
                             f"does not divide a row of {shape[-1]}")  # fmt: skip
         total = math.prod(shape)
         if original is not None and math.prod(original) != total:
-            _bad(self.path, f"tensor {name[:80]!r}: {_ORIGINAL}... says {list(original)} of "
+            fail(self.path, f"tensor {name[:80]!r}: {_ORIGINAL}... says {list(original)} of "
                             f"{list(shape)}, which has another count")  # fmt: skip
         return Entry(dtype, original or shape, offset, offset + total // count * size)
 
@@ -191,7 +192,7 @@ class _Reader:
             return self._text()
         if type_ != _ARRAY:
             if (code := _VALUES.get(type_)) is None:
-                _bad(self.path, f"the value {name[:80]!r} has unknown type {type_}")
+                fail(self.path, f"the value {name[:80]!r} has unknown type {type_}")
             return self._number(code)
         inner = self._number("I")
         if inner == _TEXT:
@@ -199,14 +200,14 @@ class _Reader:
                 self._text()
             return ()
         if (code := _VALUES.get(inner)) is None:
-            _bad(self.path, f"the value {name[:80]!r} is an array of type {inner}; expected "
+            fail(self.path, f"the value {name[:80]!r} is an array of type {inner}; expected "
                             "numbers or texts")  # fmt: skip
         count = self._count(name, struct.calcsize(code), most=MAX_HEADER_BYTES)
         if not name.startswith(_ORIGINAL):
             self._take(count * struct.calcsize(code))
             return ()
         if code != "i" or not 1 <= count <= 8:
-            _bad(self.path, f"{name[:80]!r}: expected one to eight whole numbers")
+            fail(self.path, f"{name[:80]!r}: expected one to eight whole numbers")
         return tuple(self._number(code) for _ in range(count))
 
     def _count(self, what: str, least_bytes: int, most: int = MAX_ITEMS) -> int:
@@ -219,7 +220,7 @@ class _Reader:
     def _name(self) -> str:
         name = self._text()
         if not name or len(name) > MAX_NAME or not name.isprintable():
-            _bad(self.path, f"a name {name[:80]!r} of {len(name)} characters; expected 1 to "
+            fail(self.path, f"a name {name[:80]!r} of {len(name)} characters; expected 1 to "
                             f"{MAX_NAME}, plain")  # fmt: skip
         return name
 
@@ -243,8 +244,8 @@ class _Reader:
 
     def _short(self, what: str) -> NoReturn:
         if len(self.text) < self.size:
-            _bad(self.path, f"{what}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
-        _bad(self.path, f"{what}, and the file ends at {self.size}; fetch the file again")
+            fail(self.path, f"{what}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
+        fail(self.path, f"{what}, and the file ends at {self.size}; fetch the file again")
 
 
 def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple[int, ...]]:
@@ -252,7 +253,7 @@ def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple
     for name, value in values.items():
         if name.startswith(_ORIGINAL):
             if not isinstance(value, tuple) or min(value) < 0:
-                _bad(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
+                fail(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
             shapes[name.removeprefix(_ORIGINAL)] = value
     return shapes
 
@@ -265,15 +266,11 @@ def _check_layout(
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
         expected = -(-end // alignment) * alignment
         if entry.begin != expected:
-            _bad(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {expected}, "
+            fail(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {expected}, "
                        "where the tensor before it ends")  # fmt: skip
         end = entry.end
         if end > size:
-            _bad(path, f"truncated: the file ends at byte {size}, and {name[:80]!r} at {end}; "
+            fail(path, f"truncated: the file ends at byte {size}, and {name[:80]!r} at {end}; "
                        "fetch the file again")  # fmt: skip
     if size - end >= max(alignment, 1):
-        _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
-
-
-def _bad(path: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {message}")
+        fail(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")

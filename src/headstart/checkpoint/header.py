@@ -64,7 +64,7 @@ def read_header(path: Path) -> Header:
         file.seek(8)
         text = file.read(length)
     if len(text) != length:
-        _bad(path, f"the header ends after {len(text)} of {length} bytes; fetch the file again")
+        fail(path, f"the header ends after {len(text)} of {length} bytes; fetch the file again")
     document = parse_object(text, path)
     metadata = _metadata(path, document.pop("__metadata__", {}))
     data = 8 + length
@@ -78,7 +78,7 @@ def read_json(path: Path) -> dict[str, object]:
     with open_regular(path) as file:
         text = file.read(MAX_JSON_BYTES + 1)
     if len(text) > MAX_JSON_BYTES:
-        _bad(path, f"more than {MAX_JSON_BYTES} bytes of JSON; expected a small description")
+        fail(path, f"more than {MAX_JSON_BYTES} bytes of JSON; expected a small description")
     return parse_object(text, path)
 
 
@@ -90,16 +90,16 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
 
     # Counting is about a hundred times faster than parsing.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
-        _bad(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
+        fail(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
     # UTF-8 has no lone surrogates, so one can only be an escape.
     hook = _unique_plain if b"\\u" in text else _unique
     try:
         value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
-        _bad(path, f"the JSON cannot be read: {reason[:200]}", error)
+        fail(path, f"the JSON cannot be read: {reason[:200]}", error)
     if not isinstance(value, dict):
-        _bad(path, f"expected a JSON object, got {type(value).__name__}")
+        fail(path, f"expected a JSON object, got {type(value).__name__}")
     return cast(dict[str, object], value)
 
 
@@ -128,17 +128,17 @@ def _what_else(path: Path) -> str:
 
 def _header_length(path: Path, head: bytes, size: int) -> int:
     if what := foreign(path, head):
-        _bad(path, f"expected safetensors, got {what}")
+        fail(path, f"expected safetensors, got {what}")
     if size < 10:
-        _bad(path, f"expected at least 10 bytes of safetensors, got {size}; fetch the file again")
+        fail(path, f"expected at least 10 bytes of safetensors, got {size}; fetch the file again")
     length = int.from_bytes(head[:8], "little")
     if head[8:9] == b"{" and length <= min(size - 8, MAX_JSON_BYTES):
         return length
     if head[8:9] != b"{":
-        _bad(path, f"expected safetensors (a JSON header at byte 8), got {head[:16]!r}")
+        fail(path, f"expected safetensors (a JSON header at byte 8), got {head[:16]!r}")
     if length > size - 8:
-        _bad(path, f"the header claims {length} bytes of a file of {size}; fetch the file again")
-    _bad(path, f"the header claims {length} bytes; at most {MAX_JSON_BYTES} are accepted")
+        fail(path, f"the header claims {length} bytes of a file of {size}; fetch the file again")
+    fail(path, f"the header claims {length} bytes; at most {MAX_JSON_BYTES} are accepted")
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -161,36 +161,36 @@ def _unique_plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _metadata(path: Path, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
-        _bad(path, f"expected __metadata__ to be an object, got {type(value).__name__}")
+        fail(path, f"expected __metadata__ to be an object, got {type(value).__name__}")
     table = cast(dict[str, object], value)
     for key, text in table.items():
         if not isinstance(text, str):
-            _bad(path, f"expected __metadata__[{key[:80]!r}] to be a string, got {_show(text)}")
+            fail(path, f"expected __metadata__[{key[:80]!r}] to be a string, got {_show(text)}")
     return cast(dict[str, str], table)
 
 
 def _entry(path: Path, name: str, value: object, data: int) -> Entry:
     if len(name) > MAX_NAME or not name.isprintable():
         what = f"{len(name)} characters" if len(name) > MAX_NAME else "a control character"
-        _bad(path, f"tensor {name[:80]!r}: a name with {what}; expected at most {MAX_NAME}, plain")
+        fail(path, f"tensor {name[:80]!r}: a name with {what}; expected at most {MAX_NAME}, plain")
     if not isinstance(value, dict):
-        _bad(path, f"tensor {name[:80]!r}: expected an object, got {type(value).__name__}")
+        fail(path, f"tensor {name[:80]!r}: expected an object, got {type(value).__name__}")
     fields = cast(dict[str, object], value)
     if fields.keys() != {"dtype", "shape", "data_offsets"}:
         found = sorted(fields)
-        _bad(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
+        fail(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
-        _bad(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {known}")
+        fail(path, f"tensor {name[:80]!r}: unknown dtype {_show(dtype)}; expected one of {known}")
     shape = _integers(path, name, "shape", fields["shape"], MAX_RANK)
     offsets = _integers(path, name, "data_offsets", fields["data_offsets"], 2)
     if len(offsets) != 2 or offsets[0] > offsets[1]:
-        _bad(path, f"tensor {name[:80]!r}: data_offsets {offsets} is not [begin, end]")
+        fail(path, f"tensor {name[:80]!r}: data_offsets {offsets} is not [begin, end]")
     bits, got = math.prod(shape) * DTYPE_BITS[dtype], offsets[1] - offsets[0]
     if bits != 8 * got:
         need = f"{dtype} {shape} needs {bits / 8:.16g} bytes"
-        _bad(path, f"tensor {name[:80]!r}: {need}, the file gives {got}")
+        fail(path, f"tensor {name[:80]!r}: {need}, the file gives {got}")
     return Entry(dtype, shape, data + offsets[0], data + offsets[1])
 
 
@@ -203,7 +203,7 @@ def _integers(path: Path, name: str, field: str, value: object, most: int) -> tu
     else:
         return tuple(cast(list[int], items))
     what = f"expected at most {most} integers in 0 .. 2^40"
-    _bad(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
+    fail(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
 
 
 def _is_list(value: object) -> bool:
@@ -218,17 +218,17 @@ def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -
             what = (
                 "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
             )
-            _bad(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
+            fail(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
         end = entry.end
     if end > size:
         cut = min((entry.begin, name) for name, entry in entries.items() if entry.end > size)[1]
-        _bad(
+        fail(
             path,
             f"truncated: the file ends at byte {size} of {end}, and {cut[:80]!r} is the first "
             "tensor that is cut; fetch the file again",
         )
     if end < size:
-        _bad(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
+        fail(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
 
 
 def _show(value: object) -> str:
@@ -240,5 +240,6 @@ def _show(value: object) -> str:
     return "an object" if isinstance(value, dict) else repr(value)[:80]
 
 
-def _bad(path: Path, message: str, cause: BaseException | None = None) -> NoReturn:
+def fail(path: Path, message: str, cause: BaseException | None = None) -> NoReturn:
+    """Raise CheckpointError about a file."""
     raise CheckpointError(f"{path}: {message}") from cause

@@ -12,10 +12,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
-from headstart.checkpoint.header import Entry, parse_object
-from headstart.errors import CheckpointError
+from headstart.checkpoint.header import Entry, fail, parse_object
 from headstart.lazy import LazyModule
 
 if TYPE_CHECKING:
@@ -139,19 +138,19 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
         weight = module + rule.weight
         _check_pair(path, name, entry, weight, entries)
         if weight in of:
-            _bad(path, f"{weight[:120]!r} has two scales, {of[weight].stored[-60:]!r} and "
+            fail(path, f"{weight[:120]!r} has two scales, {of[weight].stored[-60:]!r} and "
                        f"{name[-60:]!r}: expected one")  # fmt: skip
         of[weight] = Scale(name, rule.divisor)
         if rule.weight != rule.ours:
             if module + rule.ours in entries:
-                _bad(path, f"{weight[:120]!r} and {(module + rule.ours)[:120]!r} are one weight")
+                fail(path, f"{weight[:120]!r} and {(module + rule.ours)[:120]!r} are one weight")
             renamed[weight] = module + rule.ours
         dtype = "int8" if entries[weight].dtype == "I8" else "float8"
         schemes[f"{dtype} with a scale for each weight ({rule.scheme})"] = None
     beside = _beside(path, entries, of, read)
     _check_descriptions(path, entries, metadata, of, read)
     if of and (bare := [n for n in entries if _needs_scale(n, entries[n]) and n not in of]):
-        _bad(path, f"{next(iter(schemes))}, and {len(bare)} weights have none, such as "
+        fail(path, f"{next(iter(schemes))}, and {len(bare)} weights have none, such as "
                    f"{bare[0][:120]!r}: fetch the file again, or take another release")  # fmt: skip
     return Scales(
         scheme="; ".join(schemes) or None,
@@ -175,7 +174,7 @@ def factor(
         values = widen(raw, entry.dtype).astype("<f4") / np.float32(scale.divisor)
     valid = np.isfinite(values) & (values >= 0 if scale.divisor != 1 else values > 0)
     if not valid.all():
-        _bad(path, f"the scale {scale.stored[:120]!r} holds {values[np.argmin(valid)]:g}: expected "
+        fail(path, f"the scale {scale.stored[:120]!r} holds {values[np.argmin(valid)]:g}: expected "
                    "positive finite numbers; the file is damaged, fetch it again")  # fmt: skip
     shapes = {"rows": (-1, *[1] * (len(weight) - 1)), "columns": (1, -1), "tensor": ()}
     return values.reshape(shapes[layout(weight, entry.shape) or "tensor"])
@@ -193,7 +192,7 @@ def layout(weight: tuple[int, ...], scale: tuple[int, ...]) -> Layout | None:
 def _check_scheme(path: Path, entries: Entries) -> None:
     for ending, scheme in _OTHERS:  # the most specific first
         if name := next((name for name in entries if name.endswith(ending)), None):
-            _bad(path, f"{name[:120]!r} is of {scheme}, which is not read: {_FIX}")
+            fail(path, f"{name[:120]!r} is of {scheme}, which is not read: {_FIX}")
 
 
 def _needs_scale(name: str, entry: Entry) -> bool:
@@ -203,17 +202,17 @@ def _needs_scale(name: str, entry: Entry) -> bool:
 
 def _check_pair(path: Path, name: str, scale: Entry, weight: str, entries: Entries) -> None:
     if weight not in entries:
-        _bad(path, f"{name[:120]!r} is the scale of {weight[:120]!r}, which is not in the file: it "
+        fail(path, f"{name[:120]!r} is the scale of {weight[:120]!r}, which is not in the file: it "
                    "is torn; fetch it again")  # fmt: skip
     stored = entries[weight]
     if stored.dtype not in SCALED.values():
-        _bad(path, f"{name[:120]!r} is the scale of an eight-bit weight, and {weight[:120]!r} is "
+        fail(path, f"{name[:120]!r} is the scale of an eight-bit weight, and {weight[:120]!r} is "
                    f"{stored.dtype}: it may have been widened without its scale; take the file it "
                    "was made from")  # fmt: skip
     if scale.dtype not in ("F64", "F32", "F16", "BF16"):
-        _bad(path, f"{name[:120]!r}: expected a scale in F32, F16 or BF16, got {scale.dtype}")
+        fail(path, f"{name[:120]!r}: expected a scale in F32, F16 or BF16, got {scale.dtype}")
     if layout(stored.shape, scale.shape) is None:
-        _bad(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(stored.shape)}"
+        fail(path, f"{name[:120]!r}: a scale {list(scale.shape)} for a weight {list(stored.shape)}"
                    ": expected one number, or one for each row; one for each block is not read"
              )  # fmt: skip
 
@@ -226,18 +225,18 @@ def _beside(path: Path, entries: Entries, of: Mapping[str, Scale], read: Read) -
         ending = next((end for end in _BESIDE if name.endswith(end)), None)
         if name.rpartition(".")[2] == _MARKER:
             if not of or name.removesuffix(_MARKER) not in leads:
-                _bad(path, f"{name[:120]!r} says that weights are float8 with scales (ComfyUI), "
+                fail(path, f"{name[:120]!r} says that weights are float8 with scales (ComfyUI), "
                            "and none has one: the scales are lost; fetch the file again"
                      )  # fmt: skip
         elif ending is not None:
             module = name.removesuffix(ending)
             held = of.keys() if ending in (_DESCRIPTION, _ORDER) or not of else entries.keys()
             if not held & {module + rule.weight for rule in _RULES}:
-                _bad(path, f"{name[:120]!r} is written beside an eight-bit weight with a scale, "
+                fail(path, f"{name[:120]!r} is written beside an eight-bit weight with a scale, "
                            f"and there is no such {module[:120] + '.weight'!r}: the file is torn; "
                            "fetch it again")  # fmt: skip
             if ending == _ORDER and (entry.dtype != "U8" or any(read(name)[:8])):
-                _bad(path, f"{name[:120]!r}: int8 weights in an order of tiles (bitsandbytes), "
+                fail(path, f"{name[:120]!r}: int8 weights in an order of tiles (bitsandbytes), "
                            f"which is not read: {_FIX}")  # fmt: skip
         else:
             continue
@@ -257,12 +256,12 @@ def _check_descriptions(
     if (text := metadata.get(LAYERS)) is not None:
         layers = parse_object(text.encode(), path).get("layers")
         if not isinstance(layers, dict):
-            _bad(path, f"metadata {LAYERS}: expected an object `layers`")
+            fail(path, f"metadata {LAYERS}: expected an object `layers`")
         formats |= cast(dict[str, object], layers)
     for name, entry in entries.items():
         if name.endswith(_DESCRIPTION):
             if entry.dtype != "U8" or entry.end - entry.begin > DESCRIPTION_BYTES:
-                _bad(path, f"{name[:120]!r}: expected a short JSON text as bytes")
+                fail(path, f"{name[:120]!r}: expected a short JSON text as bytes")
             formats[name.removesuffix(_DESCRIPTION)] = parse_object(bytes(read(name)), path)
     modules = {name.removesuffix(".weight") for name in of}
     modules |= {name.removeprefix("model.diffusion_model.") for name in modules}
@@ -270,15 +269,11 @@ def _check_descriptions(
         layer = cast(dict[str, object], value) if isinstance(value, dict) else {"format": value}
         name = layer.get("format")
         if name not in _FORMATS:
-            _bad(path, f"{module[:120]!r} is quantised as {name!r:.60} (ComfyUI), which is not "
+            fail(path, f"{module[:120]!r} is quantised as {name!r:.60} (ComfyUI), which is not "
                        f"read: {_FIX}")  # fmt: skip
         if layer.get("convrot"):
-            _bad(path, f"{module[:120]!r} is int8 with its columns rotated (ComfyUI's convrot), "
+            fail(path, f"{module[:120]!r} is int8 with its columns rotated (ComfyUI's convrot), "
                        f"which is not read: {_FIX}")  # fmt: skip
         if module not in modules:
-            _bad(path, f"{module[:120]!r} is declared as {name} with a scale (ComfyUI), and no "
+            fail(path, f"{module[:120]!r} is declared as {name} with a scale (ComfyUI), and no "
                        "such weight has one: the file is torn; fetch it again")  # fmt: skip
-
-
-def _bad(path: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {message}")

@@ -16,11 +16,10 @@ import zipfile
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Literal, NamedTuple, NoReturn, cast
+from typing import IO, Literal, NamedTuple, cast
 
 from headstart.checkpoint.foreign import SNIFFED_BYTES, is_pickle
-from headstart.checkpoint.header import open_regular
-from headstart.errors import CheckpointError
+from headstart.checkpoint.header import fail, open_regular
 
 Format = Literal["zip", "legacy"]
 
@@ -61,21 +60,21 @@ def check_archive(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, EOFError) as error:
-        _bad(path, f"the archive is damaged or cut short ({error}); fetch the file again")
+        fail(path, f"the archive is damaged or cut short ({error}); fetch the file again")
     names = {member.filename.partition("/")[2]: member for member in members}
     if "constants.pkl" in names:
-        _bad(path, "a TorchScript program, not weights; take the safetensors release")
+        fail(path, "a TorchScript program, not weights; take the safetensors release")
     if "data.pkl" not in names:
         found = ", ".join(member.filename[:40] for member in members[:3]) or "nothing"
-        _bad(path, f"a zip archive that torch.save did not write (it holds {found})")
+        fail(path, f"a zip archive that torch.save did not write (it holds {found})")
     if packed := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
-        _bad(
+        fail(
             path, f"its member {packed[0][:80]!r} is compressed; torch.save stores them as they are"
         )
     if sum(member.file_size for member in members) > path.stat().st_size:
-        _bad(path, "its members overlap, which torch.save never does")
+        fail(path, "its members overlap, which torch.save never does")
     if names["data.pkl"].file_size > MAX_PICKLE_BYTES:
-        _bad(path, f"its pickle has more than {MAX_PICKLE_BYTES} bytes; expected names and shapes")
+        fail(path, f"its pickle has more than {MAX_PICKLE_BYTES} bytes; expected names and shapes")
 
 
 def extract(
@@ -98,7 +97,7 @@ def extract(
         with _reader(path, target, limit, output, errors) as process:
             status = _wait(process, target, limit, on_bytes)
         if status is None or -status == _OUT_OF_TIME:
-            _bad(path, f"reading it took more than {limit:.0f} s, so it was given up: no pickle of "
+            fail(path, f"reading it took more than {limit:.0f} s, so it was given up: no pickle of "
                        "tensors takes that long (--timeout sets the limit)")  # fmt: skip
         output.seek(0)
         errors.seek(0)
@@ -155,13 +154,9 @@ def _result(path: Path, status: int, output: bytes, errors: bytes) -> Extracted:
         result = cast(dict[str, object], json.loads(output))
     except ValueError:
         last = errors.decode(errors="replace").strip().splitlines()[-1:] or ["no message"]
-        _bad(path, f"the process that read it ended with status {status}: {last[0][:200]}")
+        fail(path, f"the process that read it ended with status {status}: {last[0][:200]}")
     if "os_error" in result:
         raise OSError(*cast(list[object], result["os_error"]))
     if "error" in result:
-        _bad(path, f"this pickle is refused: {result['error']}")
+        fail(path, f"this pickle is refused: {result['error']}")
     return Extracted(cast(int, result["tensors"]), tuple(cast(list[str], result["left_out"])))
-
-
-def _bad(path: Path, message: str) -> NoReturn:
-    raise CheckpointError(f"{path}: {message}")
