@@ -28,7 +28,7 @@ from headstart.commands.parser import Command, Parser
 from headstart.errors import CheckpointError, HeadstartError
 
 NAMES = (
-    *("compare", "sample", "trace", "slide", "sweep", "evaluate", "study"),
+    *("compare", "sample", "trace", "slide", "sweep", "evaluate", "study", "demo"),
     *("plan", "presets", "inspect", "convert", "transfer", "replay", "bench"),
 )
 """The commands, in the order that `headstart --help` lists them."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, cast
 
 from headstart.checkpoint.foreign import SNIFFED_BYTES, foreign
+from headstart.checkpoint.hub import download_of
 from headstart.errors import CheckpointError
 
 MAX_JSON_BYTES = 16 * 2**20  # SDXL's header is 0.35 MB; the parsed form can be 20 times larger
@@ -107,9 +108,8 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file; folders, pipes and devices (which could block) are refused."""
     try:
         if not path.is_file():
-            raise CheckpointError(
-                f"{path} {_what_else(path)}: give the path of a checkpoint file or folder"
-            )
+            hint = download_of(path) or "give the path of a checkpoint file or folder"
+            raise CheckpointError(f"{path} {_what_else(path)}: {hint}")
         return path.open("rb")
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):

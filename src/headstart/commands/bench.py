@@ -14,14 +14,15 @@ from headstart.commands.arguments import (
     add_size,
     sampling,
 )
-from headstart.commands.console import RowBar, progress
 from headstart.commands.estimate import add_estimate, check_estimate, estimated
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_plans, add_preset, add_steps
+from headstart.commands.planned import compiled
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, listed, read_size, uses_bundled, worded
+from headstart.commands.values import count, listed, read_size, worded
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import TOML, PlanSettings, named_plan
+from headstart.plan.by_name import TOML, PlanSettings
 from headstart.plan.request import pair_up, parse_seeds
 
 _ROUNDS, _WARMUP = 20, 2
@@ -63,9 +64,8 @@ def _run(args: argparse.Namespace) -> int:
     prompt, size = worded(args.prompt), read_size(args.size)
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     plans = listed(args.plan)
-    if uses_bundled(args) and args.family is None:
-        for plan in plans:
-            named_plan(plan, _settings(args, plan), "demo")
+    if not args.estimate:
+        compiled(args, {plan: _settings(args, plan) for plan in plans})
     if args.out is not None:
         check_file(args.out, size_bytes=2**16, suffix=".json", overwrite=args.overwrite)
     if args.estimate:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from headstart.checkpoint.distillation import preset_of
 from headstart.commands.arguments import add_features, add_out, add_reading, add_seeds, sampling
-from headstart.commands.console import RowBar, note, progress
+from headstart.commands.console import note
 from headstart.commands.parser import Command, Expert
 from headstart.commands.plan_options import (
     HANDOFF_HELP,
@@ -16,10 +15,13 @@ from headstart.commands.plan_options import (
     add_steps,
     read_diversify,
 )
+from headstart.commands.planned import compiled
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, uses_bundled, worded
+from headstart.commands.values import count, worded
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
+from headstart.plan.by_name import PlanSettings
 from headstart.plan.request import pair_up, parse_seeds
 
 DEFAULT_PROMPT = "a fox"
@@ -58,17 +60,13 @@ def _run(args: argparse.Namespace) -> int:
     _, seeds = pair_up(prompt, parse_seeds(args.seeds))
     size_bytes = 4 * len(seeds) * 192 * 192 * 3
     check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
-    demo = uses_bundled(args)
-    file = args.distilled or args.distilled_lora
-    if not demo and args.preset is None and not (file and preset_of(file)):
-        raise InputError(
-            "compare needs --preset with these weights: one of those that `headstart presets` lists"
-        )
     methods = read_diversify(args, apart=True)
     _check_levels(prompt)
+    plans = _plans(args)
+    compiled(args, plans)
     engine = open_engine(args, [prompt])
 
-    from headstart.compare.compare import compare, compare_tables, footer_of, sheet_of
+    from headstart.compare.compare import compare, footer_of, sheet_of
     from headstart.metrics.judges import Pictures, choose_judge
     from headstart.pictures.png import encode_png
 
@@ -77,7 +75,7 @@ def _run(args: argparse.Namespace) -> int:
     judge, notes = choose_judge([drawn], args.features)
     for told in notes:
         note(told)
-    tables = compare_tables(engine, preset=args.preset, steps=args.steps, handoff=args.handoff)
+    tables = {name: engine.compile(name, **settings) for name, settings in plans.items()}
     steps = sum(map(len, tables.values())) + len(methods) * len(tables["distilled"])
     with progress((args.rounds or 1) * steps, "sampling") as bar:
         found = compare(
@@ -97,6 +95,14 @@ def _run(args: argparse.Namespace) -> int:
         counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
         print(f"{prompt!r}, {counted}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
     return 0
+
+
+def _plans(args: argparse.Namespace) -> dict[str, PlanSettings]:
+    """The steps are the distilled model's: the base has its own."""
+    distilled: PlanSettings = {"preset": args.preset, "steps": args.steps}
+    mixed: PlanSettings = {**distilled, "handoff": args.handoff}
+    base: PlanSettings = {"preset": args.preset}
+    return {"base": base, "distilled": distilled, "hybrid": mixed, "skip-first": mixed}
 
 
 def _check_levels(prompt: str) -> None:

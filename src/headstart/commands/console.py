@@ -13,13 +13,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from io import TextIOWrapper
-from typing import TYPE_CHECKING, NamedTuple, NoReturn, final
+from typing import NoReturn, final
 
-if TYPE_CHECKING:
-    from tqdm import tqdm
+from headstart.commands.option_names import in_options
 
-BAR_AFTER_S = 1.0
-"""A progress bar appears on a terminal once a command has run this long."""
+MOST_LINES, MOST_LETTERS = 10, 1200
+"""Of an error: its lines, and of a line its letters. --debug has the rest."""
 
 
 @final
@@ -82,37 +81,6 @@ def loading() -> Generator[None]:
             gc.enable()
 
 
-@contextmanager
-def progress(total: int | None, what: str, unit: str = "it") -> Generator[tqdm[NoReturn]]:
-    from tqdm import tqdm
-
-    form = "{desc} {elapsed}" if total is None else None
-    with tqdm(
-        total=total,
-        desc=what,
-        delay=BAR_AFTER_S,
-        disable=None,
-        leave=False,
-        bar_format=form,
-        unit=unit,
-        unit_scale=unit == "B",
-    ) as bar:
-        yield bar
-
-
-class RowBar(NamedTuple):
-    """What a run tells of its rows, where nothing but their number is shown."""
-
-    bar: tqdm[NoReturn]
-
-    def __call__(self, state: object) -> None:
-        self.bar.update()
-
-    def rows(self, count: int) -> None:
-        """Those of one launch, after it."""
-        self.bar.update(count)
-
-
 _PLAIN = {"·": "-", "…": "...", "→": "->", "“": '"', "”": '"', "×": "x"}
 
 
@@ -132,25 +100,44 @@ def _plainly(error: UnicodeError) -> tuple[str, int]:
     return "".join(escaped), error.end
 
 
+_PRINTED: ContextVar[set[str] | None] = ContextVar("headstart_printed", default=None)
+
+
 @contextmanager
 def plain_warnings() -> Generator[None]:
-    """Warnings as one line without a source line, each once: a command checks what it then runs."""
-    said = set[str]()
+    """Warnings as one line without a source line; each line of a command once: what its files are
+    is said before they are loaded, and known again when they are."""
 
-    def warn(message: Warning | str, *_: object) -> None:
-        if (text := str(message)) not in said:
-            said.add(text)
-            print(f"headstart: warning: {text}", file=sys.stderr)
+    def show(message: Warning | str, *_: object) -> None:
+        warning(str(message))
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("default", UserWarning)
-        warnings.showwarning = warn
-        yield
+    token = _PRINTED.set(set())
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", UserWarning)
+            warnings.showwarning = show
+            yield
+    finally:
+        _PRINTED.reset(token)
 
 
 def note(message: str) -> None:
     """Print what was decided for the user, who can decide otherwise."""
-    print(f"headstart: note: {message}", file=sys.stderr)
+    _once("note", message)
+
+
+def warning(message: str) -> None:
+    """Print what may not be what the user wants."""
+    _once("warning", message)
+
+
+def _once(what: str, message: str) -> None:
+    printed = _PRINTED.get()
+    if printed is not None:
+        if message in printed:
+            return
+        printed.add(message)
+    print(f"headstart: {what}: {in_options(message)}", file=sys.stderr)
 
 
 def drop_output() -> None:
@@ -162,6 +149,14 @@ def drop_output() -> None:
 
 
 def fail(message: str, status: int = 2) -> int:
-    """Print an error; the exit status it means."""
-    print(f"headstart: error: {message}", file=sys.stderr)
+    """Print an error, at most MOST_LINES of it; the exit status it means."""
+    lines = [_cut(line) for line in in_options(message).splitlines()] or [""]
+    if len(lines) > MOST_LINES:
+        lines[MOST_LINES - 1 :] = [f"... {len(lines) - MOST_LINES + 1} lines more (--debug)"]
+    print("headstart: error: " + "\n".join(lines), file=sys.stderr)
     return status
+
+
+def _cut(line: str) -> str:
+    half = MOST_LETTERS // 2
+    return line if len(line) <= MOST_LETTERS else f"{line[:half]} [...] {line[-half:]}"

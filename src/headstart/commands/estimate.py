@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-import headstart_weights
-from headstart.commands.values import read_predictions, read_size, uses_bundled
+from headstart.commands.planned import compiled, headers_of
+from headstart.commands.values import read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
 from headstart.errors import InputError
 from headstart.plan.by_name import PlanSettings, named_pair, named_plan
@@ -184,20 +184,10 @@ def _of_files(
     """One file alone is both models, as for `headstart plan`."""
     from headstart.checkpoint.network_info import Overrides
     from headstart.cost.sizes import sizes_of_files
-    from headstart.engine.models import FilePath, Model, check_belong, preset_of, schedules
-    from headstart.engine.models import predictions as predicted
 
-    base, distilled = args.base or args.distilled, args.distilled or args.base
-    paths: dict[str, FilePath] = {"base": base, "distilled": distilled}
-    if uses_bundled(args):
-        paths = {role: headstart_weights.path(role) for role in paths}
-    models = {role: Model.of(path, args.allow) for role, path in paths.items()}
-    check_belong(models)
-    known = predicted(read_predictions(args.prediction), models)
-    found, pair = schedules(models, known), preset_of(models)
+    if not uses_bundled(args):
+        args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
+    tables = compiled(args, plans)
+    paths = {role: model.path for role, model in headers_of(args).models.items()}
     given = Overrides(head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow)
-    sizes = sizes_of_files(paths, given, vae=args.vae, text=args.text)
-    return sizes, [
-        named_plan(plan, settings, pair).compile(found, prediction=known)
-        for plan, settings in plans.items()
-    ]
+    return sizes_of_files(paths, given, vae=args.vae, text=args.text), tables

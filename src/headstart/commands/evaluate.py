@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import add_features, every
-from headstart.commands.console import note, progress
+from headstart.commands.console import note
 from headstart.commands.parser import Command
+from headstart.commands.progress import progress
 
 if TYPE_CHECKING:
     from headstart.metrics.judges import Pictures

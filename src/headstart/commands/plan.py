@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import PREDICTION_HELP, every
-from headstart.commands.console import note
 from headstart.commands.parser import Command, Expert
 from headstart.commands.plan_options import add_plan_options, plan_settings
+from headstart.commands.planned import check_steps, compiled, headers_of
 from headstart.commands.values import read_predictions
 from headstart.plan.by_name import named_pair, named_plan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from headstart.engine.models import Model
-    from headstart.plan.prediction import Prediction
-    from headstart.plan.spacing import Process
+    from headstart.plan.by_name import PlanSettings
     from headstart.plan.table import StepTable
 
 
@@ -33,58 +29,28 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    found = _models(args)
-    table, ratio = _planned(args, found)
+    settings = plan_settings(args)
+    if args.base is None and args.distilled is None:
+        table, ratio = _of_preset(args, settings)
+    else:  # one file alone is both models
+        args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
+        (table,) = compiled(args, {args.plan: settings})
+        ratio = headers_of(args).models["base"].ratio
     print(table.to_json() if args.json else table.describe(ratio))
     return 0
 
 
-class _Found(NamedTuple):
-    """What the files of a plan say."""
-
-    models: Mapping[str, Model]
-    schedules: Mapping[str, Process]
-    predictions: Mapping[str, Prediction]
-    preset: str | None
-
-
-def _models(args: argparse.Namespace) -> _Found | None:
-    """As `Engine.load` sees them; one file alone is both models."""
-    paths = {"base": args.base or args.distilled, "distilled": args.distilled or args.base}
-    if paths["base"] is None:
-        return None
-    from headstart.engine.models import Model, preset_of, schedules
-    from headstart.engine.models import predictions as predicted
-
-    models = {role: Model.of(path) for role, path in paths.items()}
-    known = predicted(read_predictions(args.prediction), models)
-    return _Found(models, schedules(models, known), known, preset_of(models))
-
-
-def _planned(args: argparse.Namespace, found: _Found | None) -> tuple[StepTable, float | None]:
+def _of_preset(args: argparse.Namespace, settings: PlanSettings) -> tuple[StepTable, float | None]:
     """The table, and the ratio of its levels to SDXL's where that is known."""
     from headstart.plan.prediction import Prediction
 
-    settings = plan_settings(args)
-    default = "demo" if found is None else found.preset
-    plan = named_plan(args.plan, settings, default)
-    if found is None:
-        pair = named_pair(args.plan, settings, default)
-        told = read_predictions(args.prediction)
-        both = told if isinstance(told, dict) else dict.fromkeys(pair.predictions, told)
-        given_kinds = {role: Prediction(kind) for role, kind in both.items() if kind is not None}
-        return plan.compile(pair.schedules, prediction=pair.predictions | given_kinds), pair.ratio
-    table = plan.compile(found.schedules, prediction=found.predictions)
-    for role, model in found.models.items():
-        rows = [step for step in table if step.model == role]
-        lines = (
-            model.note(role, args.prediction is not None),
-            model.guess.complaint(role, rows, plan.name),
-        )
-        for line in lines:
-            if line is not None:
-                note(line)
-    return table, found.models["base"].ratio
+    plan = named_plan(args.plan, settings, "demo")
+    pair = named_pair(args.plan, settings, "demo")
+    found = read_predictions(args.prediction)
+    both = found if isinstance(found, dict) else dict.fromkeys(pair.predictions, found)
+    typed = {role: Prediction(kind) for role, kind in both.items() if kind is not None}
+    check_steps(args.plan, settings, pair.name)
+    return plan.compile(pair.schedules, prediction=pair.predictions | typed), pair.ratio
 
 
 PLAN = Command(

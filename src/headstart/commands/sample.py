@@ -16,7 +16,8 @@ from headstart.commands.arguments import (
     add_texts,
     sampling,
 )
-from headstart.commands.console import RowBar, note, progress
+from headstart.commands.console import note
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import (
     add_diversify,
@@ -25,9 +26,9 @@ from headstart.commands.plan_options import (
     read_diversify,
 )
 from headstart.commands.session import counted, open_engine, report
-from headstart.commands.values import read_size, text_options, uses_bundled, worded
+from headstart.commands.values import read_size, text_options, worded
 from headstart.output import check_run
-from headstart.plan.by_name import named_plan
+from headstart.commands.planned import compiled
 from headstart.plan.request import pair_up, parse_seeds
 
 
@@ -80,8 +81,7 @@ def _run(args: argparse.Namespace) -> int:
     count = max(len(drawn), *counts, 1)
     size = read_size(args.size)
     methods = read_diversify(args)
-    if uses_bundled(args):
-        named_plan(args.plan, plan_settings(args), "demo")
+    compiled(args, {args.plan: plan_settings(args)})
     check_run(args.out, count, overwrite=args.overwrite, grid=args.grid)
     engine = open_engine(args, prompts)
     table = engine.compile(args.plan, **plan_settings(args))

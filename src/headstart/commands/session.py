@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.console import loading, note, progress
+from headstart.checkpoint.hub import download_of
+from headstart.commands.console import loading, note, warning
+from headstart.commands.demo import odd_in
+from headstart.commands.progress import progress
 from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
 from headstart.errors import CheckpointError, InputError
 
@@ -34,14 +37,13 @@ def open_engine(
     largest   (height, width) that it has to leave memory for, where --size does not say it
     """
     args.plan_size = largest or read_size(getattr(args, "size", None))
-    wanted = [parse_adapter(text) for text in args.lora]
+    _look(args, prompts)
+    wanted = [(name, adapter_path(name), own) for name, own in map(parse_adapter, args.lora)]
     with loading(), progress(None, "loading weights"):
         engine = _load(args)
         reports = [
-            engine.attach(
-                adapter_path(path), strength, name=free_name(path, engine), allow=args.allow
-            )
-            for path, strength in wanted
+            engine.attach(path, strength, name=free_name(name, engine), allow=args.allow)
+            for name, path, strength in wanted
         ]
         if not getattr(args, "literal", False):
             reports += _attach_named(engine, args, prompts)
@@ -52,6 +54,15 @@ def open_engine(
     if hasattr(args, "prompt_style"):
         return engine.with_reading(args.prompt_style, args.clip_skip)
     return engine
+
+
+def _look(args: argparse.Namespace, prompts: Sequence[str]) -> None:
+    """Say what is probably not meant, before anything loads."""
+    if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
+        note(f"{len(prompts)} prompts, {', '.join(prompts)}: quote a prompt of several words")
+    if uses_bundled(args) and not args.embedding:
+        for line in odd_in(prompts, getattr(args, "size", None), args.lora):
+            warning(line)
 
 
 def _attach_named(
@@ -132,8 +143,12 @@ def adapter_path(name: str) -> str | Path:
             f"where it acts, such as {path}:1.5 or {path}:-2@base+800"
         )
     raise InputError(
-        f"{name} does not exist: give the path of an adapter's file, or the name of a bundled "
-        f"control: {', '.join(controls)}"
+        f"{name} does not exist: "
+        + (
+            download_of(name)
+            or "give the path of an adapter's file, or the name of a bundled control: "
+            + ", ".join(controls)
+        )
     )
 
 

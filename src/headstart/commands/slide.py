@@ -9,14 +9,14 @@ from pathlib import Path
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
 from headstart.commands.arguments import add_out, add_reading, add_seeds, sampling
-from headstart.commands.console import RowBar, progress
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_plans, add_preset
+from headstart.commands.planned import compiled
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import listed, uses_bundled, worded
 from headstart.errors import InputError
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import named_plan
 from headstart.plan.request import pair_up, parse_seeds
 
 
@@ -49,8 +49,7 @@ def _run(args: argparse.Namespace) -> int:
         raise InputError("slide needs an adapter: --lora FILE")
     if args.toward is not None and not demo:
         raise InputError("--toward needs a scorer, and the bundled one knows only the bundled pair")
-    for name in plans if demo or args.preset else ():  # else the files may say which pair it is
-        named_plan(name, {"preset": args.preset}, "demo")
+    compiled(args, {name: {"preset": args.preset} for name in plans})
     cells = len(plans) * len(seeds) * len(strengths)
     size_bytes = cells * 192 * 192 * 3
     check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import add_features, add_reading, add_size, sampling
-from headstart.commands.console import note, progress
+from headstart.commands.console import note
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_diversify
+from headstart.commands.progress import progress
 from headstart.commands.session import adapter_path, open_engine, use_local_device
 from headstart.commands.values import count, listed, numbers, read_size, uses_bundled
 from headstart.errors import InputError

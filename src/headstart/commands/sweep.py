@@ -17,7 +17,7 @@ from headstart.commands.arguments import (
     add_size,
     sampling,
 )
-from headstart.commands.console import note, progress
+from headstart.commands.console import note
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import (
     add_diversify,
@@ -25,11 +25,12 @@ from headstart.commands.plan_options import (
     plan_settings,
     read_diversify,
 )
+from headstart.commands.planned import compiled
+from headstart.commands.progress import progress
 from headstart.commands.session import open_engine, use_local_device
-from headstart.commands.values import read_size, read_texts, uses_bundled
+from headstart.commands.values import read_size, read_texts
 from headstart.errors import InputError
 from headstart.output import check_folder
-from headstart.plan.by_name import named_plan
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ def _sweep(args: argparse.Namespace) -> int:
         raise InputError("--size and --size-column both say the size: give one")
     if len(args.negative) > 1:
         raise InputError("--negative: one serves all cases of a sweep, so give it once")
-    if uses_bundled(args):
-        named_plan(args.plan, plan_settings(args), "demo")
+    compiled(args, {args.plan: plan_settings(args)})
     check_folder(args.out, size_bytes=0)
     use_local_device(args)
     sizes = [case.size for case in cases if case.size is not None]

@@ -17,15 +17,17 @@ from headstart.commands.arguments import (
     add_size,
     sampling,
 )
-from headstart.commands.console import note, progress
+from headstart.commands.console import note
 from headstart.commands.intervention import Intervention
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_mode_options, add_plans
+from headstart.commands.planned import compiled
+from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, read_size, read_texts, uses_bundled, worded
+from headstart.commands.values import count, read_size, read_texts, worded
 from headstart.errors import InputError, PlanError
 from headstart.output import check_file, write_file
-from headstart.plan.by_name import TOML, PlanSettings, check_name, named_plan
+from headstart.plan.by_name import TOML, PlanSettings, check_name
 from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
@@ -169,8 +171,7 @@ def _plan_names(args: argparse.Namespace) -> tuple[str, ...]:
         check_name(name)
         if names.count(name) > 1:
             raise PlanError(f"plan {name!r} is given twice: leave one out")
-        if uses_bundled(args):
-            named_plan(name, _settings(name, names, args), "demo")
+    compiled(args, {name: _settings(name, names, args) for name in names})
     taken = {key for name in names for key in _settings(name, names, args)}
     for key in PLAN_OPTIONS:
         option = {"k": "base_steps", "n": "base_grid"}.get(key, key)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import add_overwrite, every
-from headstart.commands.console import progress
 from headstart.commands.parser import Command
+from headstart.commands.progress import progress
 from headstart.errors import InputError
 
 if TYPE_CHECKING:

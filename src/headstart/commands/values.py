@@ -19,7 +19,7 @@ OWN_WEIGHTS = (
 
 def uses_bundled(args: argparse.Namespace) -> bool:
     """Whether the bundled pair is meant. Raises InputError for a lone --vae or --text."""
-    own = [name for name in OWN_WEIGHTS if getattr(args, name) is not None]
+    own = [name for name in OWN_WEIGHTS if getattr(args, name, None) is not None]
     if own and not {"base", "distilled"} & set(own):
         option = own[0].replace("_", "-")
         raise InputError(f"--{option} alone: give --base and/or --distilled of your own too")

@@ -166,7 +166,12 @@ def swapped(models: Mapping[str, Model], lora: Guess | None) -> str | None:
         return None
     other = lora or models["distilled"].guess
     if other.distillation is not None:
-        return None
+        if lora is not None or models["base"].path == models["distilled"].path:
+            return None
+        return (
+            f"the base is taken for {base.name}, a distilled model too: the variety of a hybrid "
+            "comes from a base that is not distilled, so give that with --base"
+        )
     return (
         f"the base is taken for {base.name}, a distilled model, and nothing says so of the "
         "distilled one: are the two files swapped? A hybrid of swapped models is a distilled start "

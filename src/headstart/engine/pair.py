@@ -22,20 +22,13 @@ from headstart.checkpoint.mapped_files import headers_cached
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.devices import choose_devices
 from headstart.engine.dtypes import Precision, choose_precision
+from headstart.engine.headers import read_headers
 from headstart.engine.models import (
     FilePath,
-    Model,
     Predictions,
     averaged,
-    check_belong,
     check_vae,
-    distilled_by,
     holder,
-    predictions,
-    preset_of,
-    schedules,
-    swapped,
-    two_schedules,
 )
 from headstart.engine.options import LoadOptions
 from headstart.engine.parts import check_channels, decoder_dtype, preview_of, unet_of, vae_of
@@ -135,19 +128,20 @@ def load_pair(
     One of `base` and `distilled` may be None; then plans that need it are refused. For dtype "auto"
     see `dtypes.choose_precision` and `parts.decoder_dtype`.
     """
-    paths = {role: p for role, p in (("base", base), ("distilled", distilled)) if p is not None}
-    if not paths:
-        raise InputError("no weights: give base=, distilled= or both, or use Engine.demo()")
-    devices = choose_devices(options.get("device", "auto"), tuple(paths))
+    roles = [r for r, path in (("base", base), ("distilled", distilled)) if path is not None]
+    devices = choose_devices(options.get("device", "auto"), roles)
     allow = options.get("allow", ())
-    models = {role: Model.of(path, allow) for role, path in paths.items()}
-    check_belong(models)
+    headers = read_headers(
+        *(base, distilled, distilled_lora),
+        prediction=options.get("prediction"),
+        preset=options.get("preset"),
+        allow=allow,
+    )
+    models = headers.models
+    paths = {role: model.path for role, model in models.items()}
     first = next(iter(models.values()))
-    lora = None if distilled_lora is None else distilled_by(distilled_lora, models)
     vae, preview = options.get("vae") or holder("vae", models), options.get("preview")
     text = options.get("text") or holder("text", models)
-    known = predictions(options.get("prediction"), models)
-    found = schedules(models, known)
     check_vae(vae, first)
     ema = averaged(models, options.get("ema"))
     sources = Sources(paths, vae, text, ema.of, first.family, first.image_size, options)
@@ -164,43 +158,43 @@ def load_pair(
     unets = _load_unets(sources, residency, precision, encoders)
     check_channels(vae, decoder, paths, unets)
     residency = settle(residency, encoders, unets)
-    decided = (two_schedules(found), precision.note, *ema.notes, *notes(residency))
+    decided = (precision.note, *ema.notes, *notes(residency))
     encoders, embeddings = with_tokens(encoders, options.get("embeddings", ()))
     own_files = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in own_files if path is not None}
     dtypes = [compute_dtype(module) for module in (*unets.values(), decoder)]
     dims = (unet.params.guidance_dim for unet in unets.values())
     guidance_dim = next(filter(None, dims), None)
-    pair = Pair(
-        denoisers=unets,
+    files = _files(named, ema.of) | embeddings
+    if distilled_lora is not None:
+        files["distilled_lora"] = (str(distilled_lora), Checkpoint.open(distilled_lora).files)
+    return Pair(
+        denoisers=dict.fromkeys(headers.denoisers, unets["base"]) if distilled_lora else unets,
         text=encoders,
         vae=decoder,
-        schedules=found,
-        predictions=known,
+        schedules=headers.schedules,
+        predictions=headers.predictions,
         image_size=first.image_size,
         downscale=decoder.params.downscale,
         latent_channels=decoder.params.latent_channels,
         preview=None if preview is None else preview_of(preview, devices["vae"], allow),
         lineage=first.family.lineage,
-        preset=options.get("preset") or preset_of(models),
-        guesses={role: model.guess for role, model in models.items()},
+        preset=headers.preset,
+        guesses=headers.guesses,
         embedded_guidance=_embedded_guidance(options.get("embedded_guidance"), guidance_dim),
         guidance_dim=guidance_dim,
-        notes=_notes(models, options.get("prediction"), swapped(models, lora), *decided),
+        notes=(*headers.notes, *filter(None, decided)),
         device=devices["text"],
         dtype=dtypes[0],
         vae_dtype=dtypes[-1],
         float8=dtype == "float8",
         packed=any(map(is_packed, (*unets.values(), decoder))) and (packed or True),
         footprint=_footprint(unets, decoder, encoders),
-        residency=residency,
+        residency=replace(residency, one_network=True) if distilled_lora else residency,
         ema=options.get("ema"),
         allow=tuple(allow),
-        files=_files(named, ema.of) | embeddings,
+        files=files,
     )
-    if lora is None or distilled_lora is None:
-        return pair
-    return _one_network(pair, distilled_lora, lora)
 
 
 def load_demo(**options: Unpack[LoadOptions]) -> Pair:
@@ -216,23 +210,6 @@ def load_demo(**options: Unpack[LoadOptions]) -> Pair:
     files = {role: (f"headstart_weights/{path.name}", (path,)) for role, path in paths.items()}
     embeddings = {role: own for role, own in pair.files.items() if role.startswith(EMBEDDING)}
     return replace(pair, files=files | embeddings)
-
-
-def _one_network(pair: Pair, lora: FilePath, found: Guess) -> Pair:
-    """A pair whose distilled model is its base with a LoRA, which the engine attaches."""
-    network, prediction = pair.denoisers["base"], pair.predictions["base"]
-    note = found.note()
-    return replace(
-        pair,
-        denoisers={"base": network, "distilled": network},
-        predictions={"base": prediction, "distilled": prediction},
-        schedules=dict.fromkeys(("base", "distilled"), pair.schedules["base"]),
-        residency=replace(pair.residency, one_network=True),
-        preset=pair.preset or found.preset,
-        guesses={**pair.guesses, "distilled": found},
-        notes=(*pair.notes, *([] if note is None else [f"distilled: {note}"])),
-        files={**pair.files, "distilled_lora": (str(lora), Checkpoint.open(lora).files)},
-    )
 
 
 def _footprint(unets: Mapping[str, UNet], vae: Vae, text: ClipText) -> Footprint:
@@ -253,15 +230,6 @@ def _embedded_guidance(guidance: float | None, dim: int | None) -> float | None:
     if not math.isfinite(guidance):
         raise InputError(f"embedded_guidance must be a finite number, got {guidance!r}")
     return float(guidance)
-
-
-def _notes(
-    models: Mapping[str, Model], option: Predictions | None, *others: str | None
-) -> tuple[str, ...]:
-    """`option`: the option `prediction`, whose models need no note about it."""
-    known = set(option) if isinstance(option, Mapping) else set(models) if option else set[str]()
-    guesses = [model.note(role, role in known) for role, model in models.items()]
-    return tuple(line for line in (*guesses, *others) if line)
 
 
 def _load_text(

@@ -3,18 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from typing import cast
+from collections.abc import Mapping
+from typing import Protocol, cast
 
-from headstart.engine.pair import Pair
+from headstart.checkpoint.distillation import Guess
 from headstart.errors import PlanError
 from headstart.plan.by_name import PRESETS, TOML, PlanSettings, named_plan
 from headstart.plan.plan import Plan
+from headstart.plan.prediction import Prediction
 from headstart.plan.request import check_table
 from headstart.plan.schedule import fingerprint_of
+from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 
 
-def compile_for(weights: Pair, plan: str | Plan | StepTable, settings: PlanSettings) -> StepTable:
+class Declared(Protocol):
+    """What is known of a pair's files: of loaded weights, or of headers alone."""
+
+    @property
+    def denoisers(self) -> Mapping[str, object]: ...
+    @property
+    def schedules(self) -> Mapping[str, Process]: ...
+    @property
+    def predictions(self) -> Mapping[str, Prediction]: ...
+    @property
+    def guesses(self) -> Mapping[str, Guess]: ...
+    @property
+    def preset(self) -> str | None: ...
+
+
+def compile_for(
+    weights: Declared, plan: str | Plan | StepTable, settings: PlanSettings
+) -> StepTable:
     """See `headstart.Engine.compile`."""
     if not isinstance(cast("object", plan), str | Plan | StepTable):
         raise PlanError(
@@ -38,7 +58,7 @@ def compile_for(weights: Pair, plan: str | Plan | StepTable, settings: PlanSetti
     return plan
 
 
-def _check_models(weights: Pair, plan: Plan | StepTable) -> None:
+def _check_models(weights: Declared, plan: Plan | StepTable) -> None:
     steps = plan.steps if isinstance(plan, StepTable) else plan.legs
     missing = sorted({step.model for step in steps} - set(weights.denoisers))
     if missing:
@@ -49,7 +69,7 @@ def _check_models(weights: Pair, plan: Plan | StepTable) -> None:
         )
 
 
-def _stated(weights: Pair, plan: str, settings: PlanSettings) -> PlanSettings:
+def _stated(weights: Declared, plan: str, settings: PlanSettings) -> PlanSettings:
     """The settings, with the step count that the distilled file's name states."""
     found = weights.guesses.get("distilled")
     preset = settings.get("preset") or (plan if plan in PRESETS else weights.preset)

@@ -1,0 +1,114 @@
+"""`headstart demo`: what the bundled pair can draw, and what of a prompt it has no word for."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+
+import headstart_weights
+from headstart.adapters.strength import parse_adapter
+from headstart.commands.arguments import every
+from headstart.commands.parser import Command
+from headstart.commands.values import read_size
+from headstart.errors import CheckpointError
+
+SIDE = 64
+"""Pixels. At 96 it draws parts of several things (looked at, not measured)."""
+MOST_STRENGTH = 10.0
+"""Of the slider, which was trained from -2 to 2; at 8 a fox is a fox, at 1000 it is noise."""
+_SMALL = frozenset(["a", "an", "and", "the", "on", "in", "with", "of", "style", "background"])
+_LEVEL = re.compile(r"<[^<>]*>|\bbelow\s+sigma\s+\S+|\bat\s+the\s+hand-?off\b", re.IGNORECASE)
+_WORD = re.compile(r"[^\W\d_]+|[^\s\w!-~→]")
+"""Letters of any script, and signs that no keyboard of English has, such as emoji."""
+
+
+def odd_in(prompts: Sequence[str], size: str | None, loras: Sequence[str]) -> list[str]:
+    """A line for a person about each thing that the bundled pair was not made for."""
+    lines = [line for prompt in prompts if (line := _unknown(prompt)) is not None]
+    sides = read_size(size) or (SIDE, SIDE)
+    if sides != (SIDE, SIDE):
+        lines.append(
+            f"the bundled pair draws {SIDE}x{SIDE} pixels: at {sides[0]}x{sides[1]} expect pieces "
+            "of several things"
+        )
+    for name, strength in map(parse_adapter, loras):
+        at, known = strength.value, name in headstart_weights.manifest().controls
+        if known and isinstance(at, float) and abs(at) > MOST_STRENGTH:
+            lines.append(f"--lora {name}:{at:g}: trained from -2 to 2, it draws noise far beyond")
+    return lines
+
+
+def _unknown(prompt: str) -> str | None:
+    found = headstart_weights.manifest()
+    things = {word for name in found.concepts for word in name.split()}
+    known = things | {*found.styles, *found.backgrounds} | _SMALL
+    said = [sign.lower() for sign in _WORD.findall(_LEVEL.sub(" ", prompt))]
+    strange = [sign for sign in dict.fromkeys(said) if sign.removesuffix("s") not in known]
+    strange = [sign for sign in strange if sign not in known]
+    if not strange and not things.isdisjoint({*said, *(sign.removesuffix("s") for sign in said)}):
+        return None
+    named = ", ".join(map(repr, strange[:5])) + (" ..." if len(strange) > 5 else "")
+    close: list[str] = []
+    for sign in strange:
+        close += get_close_matches(sign, sorted(known - _SMALL), 1)
+    lacks = f"has no word for {named}" if strange else f"finds none of its things in {prompt!r:.40}"
+    hint = f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
+    return f"the bundled pair {lacks}{hint}: `headstart demo` lists the 28 things that it draws"
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="say what of it is not known")
+
+
+def _run(args: argparse.Namespace) -> int:
+    try:
+        found = headstart_weights.manifest()
+    except headstart_weights.WeightsError as error:
+        raise CheckpointError(f"the bundled pair cannot be used: {error}") from error
+    parts = {
+        "things": found.concepts,
+        "styles": found.styles,
+        "backgrounds": found.backgrounds,
+        "sliders": found.controls,
+    }
+    lines = {prompt: _unknown(prompt) for prompt in args.prompt}
+    if args.json:
+        print(json.dumps({"size": SIDE, **{k: list(v) for k, v in parts.items()}, "odd": lines}))
+    elif args.prompt:
+        print(
+            "\n".join(
+                f"{prompt!r}: {line or 'all of it is known'}" for prompt, line in lines.items()
+            )
+        )
+    else:
+        print("\n".join(_page(parts)))
+    return 0
+
+
+def _page(parts: Mapping[str, Sequence[str]]) -> Iterable[str]:
+    width = shutil.get_terminal_size((100, 24)).columns
+    yield f"The bundled pair draws one thing a picture, {SIDE}x{SIDE} pixels:"
+    yield ""
+    yield "  a THING[, STYLE style][, COLOUR background]"
+    yield ""
+    for name, words in parts.items():
+        yield from textwrap.wrap(
+            ", ".join(words), width, initial_indent=f"{name:<13}", subsequent_indent=" " * 13
+        )
+    yield ""
+    yield 'headstart sample "a fox, paper style, blue background" --seeds 0-3 --out fox'
+
+
+DEMO = Command(
+    "demo",
+    "what the bundled pair can draw",
+    (every(),),
+    _add_options,
+    _run,
+    ("headstart demo", 'headstart demo "a dragon in the snow"'),
+)
