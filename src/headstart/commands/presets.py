@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
+import textwrap
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import every
@@ -27,10 +29,16 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"presets": [_row(pair) for pair in pairs]}))
         return 0
-    width = max(len(pair.name) for pair in pairs)
+    # Without a terminal what belongs to a pair is two lines, however long.
+    width = shutil.get_terminal_size((10_000, 24)).columns
+    print(f"{'preset':<20}{'steps':<19}{'hand-off':<10}update")
     for pair in pairs:
-        print(f"{pair.name:<{width}}  {_sentence(pair)}")
-        print(f"{'':<{width}}  {pair.card}")
+        first, *others = map(str, pair.steps)
+        counts = f"{first} ({' '.join(others)})" if others else first
+        handoff = _handoff(pair)
+        level = "none" if handoff is None else f"{handoff:.3g}"
+        print(f"{pair.name:<20}{counts:<19}{level:<10}{pair.update.value}")
+        print(textwrap.fill(_more(pair), width, initial_indent="    ", subsequent_indent="    "))
     return 0
 
 
@@ -67,22 +75,12 @@ def _handoff(pair: Pair) -> float | None:
     return table[table.handoffs[0]].sigma
 
 
-def _sentence(pair: Pair) -> str:
+def _more(pair: Pair) -> str:
     from headstart.plan.table import level_text
 
-    levels = pair.grid(pair.steps[0]).sigmas
-    shown = " ".join(level_text(level, ".3g") for level in levels)
-    steps = "1 step at level" if len(levels) == 1 else f"{len(levels)} steps at levels"
-    handoff = _handoff(pair)
-    if handoff is None:
-        over = "no hybrid: its only step starts at pure noise"
-    else:
-        over = f"hands over at {handoff:.3g}"
-        over += f" (SDXL's {handoff / pair.ratio:.3g})" if pair.ratio not in (None, 1.0) else ""
-    return (
-        f"{steps} {shown}; {over}; {pair.update.value}, guidance {pair.guidance:g}, base "
-        f"{pair.base_update.value} {pair.base_guidance:g}"
-    )
+    levels = " ".join(level_text(level, ".3g") for level in pair.grid(pair.steps[0]).sigmas)
+    base = f"{pair.base_update.value} {pair.base_guidance:g}"
+    return f"levels {levels}; guidance {pair.guidance:g}, base {base}; {pair.card}"
 
 
 PRESETS = Command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def open_engine(
         ]
         if not getattr(args, "literal", False):
             reports += _attach_named(engine, args, prompts)
+    _compile_c(engine)
     for line in engine.weights.notes:
         note(line)
     for told in reports:
@@ -54,6 +56,19 @@ def open_engine(
     if hasattr(args, "prompt_style"):
         return engine.with_reading(args.prompt_style, args.clip_skip)
     return engine
+
+
+def _compile_c(engine: Engine) -> None:
+    """Have the C kernels compiled now, where a CPU runs them, and not within the first step."""
+    if engine.device.type != "cpu":
+        return
+    from headstart_kernels.native.library import why_not
+
+    begin = time.perf_counter()
+    with progress(None, "compiling C, once"):
+        absent = why_not()
+    if absent is None and (seconds := time.perf_counter() - begin) > 1.0:
+        note(f"compiled C, once, in {seconds:.0f} s")
 
 
 def _look(args: argparse.Namespace, prompts: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import SupportsIndex, cast
 
@@ -45,8 +46,12 @@ def pair_up(
 
 def parse_seeds(text: str) -> tuple[int, ...]:
     """`7`, `3,7` or `0-15`, also mixed (`0-3,8`) -> seeds in that order. Raises InputError."""
-    seeds = parse_numbers(text, "seeds")
-    pair_up("", seeds)
+    seeds = tuple(map(_seed, parse_numbers(text, "seeds")))
+    if twice := next((seed for seed, times in Counter(seeds).items() if times > 1), None):
+        raise InputError(
+            f"seeds {text[:60]!r}: {twice} is given twice, and would draw the same image again; "
+            "leave one out"
+        )
     return seeds
 
 
