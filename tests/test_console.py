@@ -6,10 +6,13 @@ import gc
 import os
 import subprocess
 import sys
+import time
+import warnings
 
 import pytest
 
-from headstart.commands.console import loading
+from headstart.commands.console import MOST_LINES, fail, loading, note, plain_warnings, warning
+from headstart.commands.progress import RowBar, progress
 
 ALONE = """
 import gc
@@ -59,3 +62,44 @@ def test_an_output_of_any_encoding_is_no_traceback(encoding: str) -> None:
     )
     dot = "·" if encoding == "latin-1" else "-"
     assert done.stdout.decode(encoding) == f"{dot} -> \\u72d0\n"
+
+
+def test_an_error_has_at_most_ten_lines_and_the_words_of_options(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fail("give preset='turbo'\n" + "a line\n" * 50 + "x" * 30_000) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("headstart: error: give --preset turbo\n")
+    assert len(shown.splitlines()) == MOST_LINES and "43 lines more (--debug)" in shown
+    assert fail("x" * 30_000) == 2
+    assert len(capsys.readouterr().err) < 2000
+
+
+def test_a_line_of_a_command_is_printed_once(capsys: pytest.CaptureFixture[str]) -> None:
+    with plain_warnings():
+        for _ in range(2):
+            warning("odd")
+            note("odd")
+            warnings.warn("odd", UserWarning, stacklevel=1)
+    assert capsys.readouterr().err == "headstart: warning: odd\n"
+
+
+def test_without_a_terminal_a_long_stage_prints_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("headstart.commands.progress.LINE_AFTER_S", 0.05)
+    with progress(None, "loading weights"), progress(3, "sampling") as bar:
+        RowBar(bar).rows(2)
+        time.sleep(0.5)
+        RowBar(bar)(None)
+        assert bar.desc == "decoding: "
+    shown = capsys.readouterr().err
+    assert "headstart: loading weights, 00:00\n" in shown
+    assert "headstart: sampling 2 of 3, 00:00\n" in shown
+    assert shown.count("\n") < 12
+
+
+def test_a_stage_that_is_short_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with progress(None, "loading weights"):
+        pass
+    assert capsys.readouterr().err == ""

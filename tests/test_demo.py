@@ -62,7 +62,7 @@ def test_sizes_and_strengths_that_it_was_not_made_for_are_named() -> None:
 def test_sample_warns_before_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "a", "dragon", "--plan", "distilled", "--out", str(tmp_path / "a")]) == 0
     lines = capsys.readouterr().err.splitlines()
-    assert "note: 2 prompts, a, dragon: quote a prompt of several words" in lines[0]
+    assert "note: 2 prompts: 'a', 'dragon'; quote a prompt of several words" in lines[0]
     assert "warning: the bundled pair finds none of its things in 'a'" in lines[1]
     assert "warning: the bundled pair has no word for 'dragon'" in lines[2]
 

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import PREDICTION_HELP, every
+from headstart.commands.console import note
 from headstart.commands.parser import Command, Expert
 from headstart.commands.plan_options import add_plan_options, plan_settings
 from headstart.commands.planned import check_steps, compiled, headers_of
@@ -35,7 +36,10 @@ def _run(args: argparse.Namespace) -> int:
     else:  # one file alone is both models
         args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
         (table,) = compiled(args, {args.plan: settings})
-        ratio = headers_of(args).models["base"].ratio
+        headers = headers_of(args)
+        for line in headers.notes:
+            note(line)
+        ratio = headers.models["base"].ratio
     print(table.to_json() if args.json else table.describe(ratio))
     return 0
 

@@ -7,9 +7,8 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-import headstart_weights
 from headstart.checkpoint.distillations import DISTILLATIONS
-from headstart.commands.console import note, warning
+from headstart.commands.console import warning
 from headstart.commands.values import read_predictions, uses_bundled
 from headstart.errors import CheckpointError, InputError, PlanError
 from headstart.plan.by_name import PRESETS, TOML
@@ -29,14 +28,11 @@ _COUNTED = {
 
 
 def compiled(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[StepTable]:
-    """The tables of plans given by name. Prints notes and warnings; raises the errors of a run."""
+    """The tables of plans given by name. Prints warnings; raises the errors of a run."""
     from headstart.engine.tables import compile_for
 
     _check_files(args, plans)
     headers = headers_of(args)
-    for line in headers.notes:
-        if line != headers.swap:
-            note(line)
     try:
         tables = [compile_for(headers, plan, settings) for plan, settings in plans.items()]
     except PlanError as error:
@@ -50,6 +46,7 @@ def compiled(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> lis
 
 def headers_of(args: argparse.Namespace) -> Headers:
     """Of the files that the options of `arguments.sampling` name, or of the bundled pair's."""
+    import headstart_weights
     from headstart.engine.headers import read_headers
 
     if not uses_bundled(args):

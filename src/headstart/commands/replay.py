@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
 from headstart.commands.arguments import add_overwrite, sampling
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.parser import Command
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import adapter_path, counted, open_engine, report
 from headstart.errors import CheckpointError, InputError
 from headstart.output import RECORD, check_run

@@ -17,7 +17,6 @@ from headstart.commands.arguments import (
     sampling,
 )
 from headstart.commands.console import note
-from headstart.commands.progress import RowBar, progress
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import (
     add_diversify,
@@ -25,10 +24,11 @@ from headstart.commands.plan_options import (
     plan_settings,
     read_diversify,
 )
+from headstart.commands.planned import compiled
+from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import counted, open_engine, report
 from headstart.commands.values import read_size, text_options, worded
 from headstart.output import check_run
-from headstart.commands.planned import compiled
 from headstart.plan.request import pair_up, parse_seeds
 
 

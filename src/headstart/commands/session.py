@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter
+from headstart.checkpoint.families import FAMILIES
 from headstart.checkpoint.hub import download_of
 from headstart.commands.console import loading, note, warning
 from headstart.commands.demo import odd_in
+from headstart.commands.planned import headers_of
 from headstart.commands.progress import progress
 from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
-from headstart.errors import CheckpointError, InputError
+from headstart.errors import AdapterError, CheckpointError, InputError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -40,6 +42,7 @@ def open_engine(
     args.plan_size = largest or read_size(getattr(args, "size", None))
     _look(args, prompts)
     wanted = [(name, adapter_path(name), own) for name, own in map(parse_adapter, args.lora)]
+    _check_families(args, [path for _, path, _ in wanted])
     with loading(), progress(None, "loading weights"):
         engine = _load(args)
         reports = [
@@ -58,6 +61,22 @@ def open_engine(
     return engine
 
 
+def _check_families(args: argparse.Namespace, adapters: Sequence[str | Path]) -> None:
+    """Raise AdapterError for an adapter whose header says that it is for another family."""
+    if not adapters:
+        return
+    from headstart.adapters.info import describe_adapter
+
+    own = {model.family.lineage for model in headers_of(args).models.values()}
+    for path in adapters:
+        family = describe_adapter(path).family
+        if family in FAMILIES and FAMILIES[family].lineage not in own:
+            raise AdapterError(
+                f"{path}: expected an adapter for {', '.join(own)}, as the model is, got one for "
+                f"{family}: leave it out, or give a model of {family}"
+            )
+
+
 def _compile_c(engine: Engine) -> None:
     """Have the C kernels compiled now, where a CPU runs them, and not within the first step."""
     if engine.device.type != "cpu":
@@ -73,10 +92,8 @@ def _compile_c(engine: Engine) -> None:
 
 def _look(args: argparse.Namespace, prompts: Sequence[str]) -> None:
     """Say what is probably not meant, before anything loads."""
-    if len(prompts) > 1 and not any(" " in prompt.strip() for prompt in prompts):
-        note(f"{len(prompts)} prompts, {', '.join(prompts)}: quote a prompt of several words")
     if uses_bundled(args) and not args.embedding:
-        for line in odd_in(prompts, getattr(args, "size", None), args.lora):
+        for line in odd_in(list(dict.fromkeys(prompts)), getattr(args, "size", None), args.lora):
             warning(line)
 
 
