@@ -172,8 +172,8 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
         (["sample", "a fox", "--steps", "5"], "runs 4 steps at 999 749 499 249"),
         (["sample", "a fox", "--vae", "a.safetensors"], "--vae alone"),
         (["sample", "a fox", "--unknown", "1"], "unrecognized arguments"),
-        (["compare", "a fox", "--base", "a.safetensors"], "--preset"),
-        (["sample", "a fox", "--base", "missing.safetensors"], "missing.safetensors"),
+        (["compare", "a fox", "--base", "a.safetensors"], "--distilled is missing"),
+        (["sample", "a fox", "--plan", "base", "--base", "missing.safetensors"], "not exist"),
         (["sample", "a fox", "--device", "cuda:99"], "cuda:99"),
         (["sample", "a fox", "--negative", "a dog"], "negative"),
         (["compare", " "], "empty"),
@@ -191,7 +191,8 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
         status = int(exit_.code or 0)
     assert status == (1 if "missing.safetensors" in arguments else 2)  # 1: about a model file
     error = capsys.readouterr().err
-    assert error.startswith("headstart: error: ")
+    lines = [line for line in error.splitlines() if not line.startswith("headstart: warning: ")]
+    assert lines[0].startswith("headstart: error: ") and error.count("error: ") == 1
     assert told in error
     assert "Traceback" not in error
     assert _left(tmp_path) == NO_FILE
