@@ -168,6 +168,7 @@ def test_the_bundled_slider_is_called_by_its_name(
     out = tmp_path / "strip.png"
     for caption, rising in (("a fox, yellow background", True), ("a fox, blue background", False)):
         asked = ["--strengths=-1,1", "--seeds", "0-3", "--plan", "distilled", "--out", str(out)]
+        asked += ["--overwrite"]
         assert main(["slide", "a fox", *asked, "--toward", caption, "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         low, high = facts["plans"][0]["scores"]
