@@ -241,13 +241,13 @@ def test_memory_is_planned_for_the_largest_size_of_a_column_and_for_that_of_a_re
         seen.append(options["plan_size"])
         raise hs.InputError("enough")
 
-    path, other = tmp_path / "sizes.csv", str(tmp_path / "other.safetensors")
+    path, other = tmp_path / "sizes.csv", str(headstart_weights.path("base"))
     rows = ("0,a fox,1,64x96", "1,a fox,2,128x32")
     path.write_text("\n".join(("case_number,prompt,evaluation_seed,side", *rows)))
     made = hs.Engine.demo(device="cpu").sample("a fox", plan="distilled", size=(64, 32))
     (tmp_path / "record.json").write_text(json.dumps(made.record()))
     monkeypatch.setattr(hs.Engine, "load", load)
-    sweep = ["sweep", str(path), "--out", str(tmp_path / "out"), "--base", other]
+    sweep = ["sweep", str(path), "--out", str(tmp_path / "out"), "--base", other, "--plan", "base"]
     for command in (
         [*sweep, "--size-column", "side"],
         [*sweep, "--size", "80"],

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 BAR_AFTER_S = 1.0
 """A progress bar appears on a terminal once a command has run this long."""
-LINE_AFTER_S, LINES_APART_S = 15.0, 600.0
+LINE_AFTER_S, LINES_APART_S = 30.0, 600.0
 """Without a terminal: the first line; then in twice the time, at most so many seconds apart."""
 
 
