@@ -25,7 +25,6 @@ from headstart.engine.dtypes import Precision, choose_precision
 from headstart.engine.headers import read_headers
 from headstart.engine.models import (
     FilePath,
-    Predictions,
     averaged,
     check_vae,
     holder,
