@@ -86,6 +86,12 @@ IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
 IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
 IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to", "native_library")
 IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused", "native_library")
+IN_C_NORM = in_c("a_group_norm_is_within_its_budget", "native_layers")
+IN_C_FAR = in_c("neither_size_nor_a_mean_far_above_the_spread_costs_digits", "native_layers")
+IN_C_WIDE = in_c("the_largest_width_of_a_part_is_not_the_largest_image", "native_layers")
+IN_C_SILU = in_c("silu_of_every_size", "native_layers")
+IN_C_GATE = in_c("geglu_of_every_size_of_a_gate", "native_layers")
+IN_C_ANYWHERE = in_c("operands_may_lie_anywhere_and_have_a_dtype_of_their_own", "native_layers")
 IN_FILTER = (
     "tests/kernels/test_winograd.py::test_a_filter_is_rounded_once_from_whatever_the_weight_is",
 )
@@ -286,6 +292,16 @@ IN_C = (
     (f"{C}/winograd.h", "C: the first strip for all", "left = first * TILE - 1", "left = -1", COMPILED),
     ("kernels/headstart_kernels/winograd.py", "weights rounded twice", "[at * SLICE : (at + 1) * SLICE].double()", "[at * SLICE : (at + 1) * SLICE].half().double()", IN_FILTER),
     ("kernels/headstart_kernels/winograd.py", "pays whatever reading the weights takes", "(tiles + _WEIGHTS)", "tiles", IN_PAYS),
+    (f"{C}/norm.h", "C: a shift is not in the mean", "(double)center + shift + left", "(double)center + left", COMPILED),
+    (f"{C}/norm.h", "C: parts have one mean", "square + apart * apart * (all->count * count / whole)", "square", IN_C_FAR),
+    (f"{C}/norm.h", "C: the last part counts as a whole one", "(double)least(rows, a->plane - part * rows)", "(double)rows", COMPILED),
+    (f"{C}/norm.h", "C: the first channels of a wide pixel for all", "as_floats(a->x, a->type, at + c, rows * some, room)", "as_floats(a->x, a->type, at, rows * some, room)", IN_C_WIDE),
+    (f"{C}/norm.h", "C: the first image's scales for all", "const float *scale = a->scratch + image * a->channels, *offset", "const float *scale = a->scratch, *offset", IN_C_NORM),
+    (f"{C}/exponential.h", "C: no power is infinite", "most = all_floats(128.0f)", "most = all_floats(100.0f)", IN_C_SILU),
+    (f"{C}/exponential.h", "C: every gate is positive", "chosen(x < zero, tail, all_floats(1.0f) - tail)", "(all_floats(1.0f) - tail)", COMPILED),
+    (f"{C}/exponential.h", "C: a tail without an end", "x = chosen(x < least, least, x);", "", IN_C_GATE),
+    (f"{C}/gate.h", "C: a number is its own gate", "at + a->width, some, other", "at, some, other", COMPILED),
+    ("kernels/headstart_kernels/impl/native_norm.py", "C: rows of a shift lie together", "0 if shift is None else shift.stride(0)", "0 if shift is None else shift.shape[1]", IN_C_ANYWHERE),
     (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", IN_C_KEPT),
     (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", IN_C_PROOF),
 )  # fmt: skip

@@ -27,6 +27,8 @@ from headstart_kernels.winograd import winograd_conv
 pytestmark = pytest.mark.skipif(
     packed.unpackable(torch.float32) is not None, reason="this torch has no oneDNN"
 )
+DTYPES = [dtype for dtype in packed.DTYPES if packed.unpackable(dtype) is None]
+"""Those that this processor computes in."""
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
@@ -71,7 +73,7 @@ def budget(layer: nn.Linear | nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tenso
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("layer", "shape"),
     [
@@ -182,7 +184,8 @@ def test_wide_convolutions_of_many_tiles_take_a_quarter_of_the_products(
 
     monkeypatch.setattr(packed, "winograd_conv", counted)
     monkeypatch.setattr(packed, "pays_tiles", lambda weight, x, gain: x[-1] >= 24)
-    for layer in (convolution(), convolution(3, 2), convolution(1), convolution().bfloat16()):
+    others = [convolution().to(dtype) for dtype in DTYPES[1:]]
+    for layer in (convolution(), convolution(3, 2), convolution(1), *others):
         pack(layer)
         for side in (24, 8, 24):  # both layouts stay
             x = torch.randn(1, 12, side, side).to(layer.weight.dtype)

@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from headstart_kernels.native.library import fast_products, why_not
-from headstart_kernels.observers import differentiates, on_host, stands_in
+from headstart_kernels.observers import (
+    differentiates,
+    has_modes,
+    is_recorded,
+    on_host,
+    stands_in,
+    transformed,
+)
 from headstart_kernels.trial import launches
 
 OPERATORS: Any = torch.ops.headstart_kernels
@@ -34,7 +42,12 @@ _NOUN = {
     "winograd_conv": "winograd",
     "attention": "attention",
     "direct_convolution": "convolution",
-    "direct_convolution_into": "convolution",
+    "prepared_convolution": "convolution",
+    "prepared_norm": "norm",
+    "prepared_gate": "gate",
+    "recorded_convolution": "convolution",
+    "recorded_groupnorm_silu": "norm",
+    "recorded_geglu": "gate",
 }
 
 
@@ -42,9 +55,10 @@ NATIVE = frozenset(
     {
         *("fused_step", "scale_input", "philox_normal", "preview_rgb", "decode_u8"),
         *("attention", "winograd_conv"),
+        *("groupnorm_silu", "geglu"),
     }
 )
-"""What exists in C. Other layers are torch's own on a CPU, to the last bit."""
+"""What exists in C."""
 FOR_CPUS = frozenset({"attention", "winograd_conv"})
 """What does not exist in Triton: on a GPU torch and cuDNN have their own."""
 
@@ -87,6 +101,14 @@ def has_c(*, multiplies: bool = False) -> bool:
     """Whether there are kernels in C, and with `multiplies` ones that are fast at many products;
     the first call may compile them."""
     return why_not() is None and (not multiplies or fast_products())
+
+
+def is_noted(*tensors: Tensor) -> bool:
+    """Whether somebody records the operators of a CPU to run them again, where a kernel in C is to
+    be one of them: then the recording has the bits of a run without it."""
+    if is_compiling() or not (has_modes() and is_recorded()) or transformed():
+        return False
+    return not differentiates(*tensors) and all(tensor.is_cpu for tensor in tensors) and has_c()
 
 
 def _in_c(*tensors: Tensor) -> bool:

@@ -1,16 +1,18 @@
 """The public kernels inside a network: check, then dispatch to an implementation.
 
-On a CPU each of these is the torch expression that it replaces, to the last bit; `attention` alone
-has a kernel in C, which rounds in another order.
+On a CPU the norms, `geglu` and `attention` have kernels in C, which round in another order than the
+torch expressions that they replace; `low_rank_add` is that expression, to the last bit.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headstart_kernels.checks import check_device, spec
-from headstart_kernels.dispatch import OPERATORS, Impl, choose, load
+from headstart_kernels.dispatch import OPERATORS, Impl, choose, is_noted, load
 from headstart_kernels.impl.native_attention import unfit
 from headstart_kernels.observers import stands_in
 
@@ -47,9 +49,8 @@ def groupnorm_silu(
             raise ValueError(f"shift: expected {x.dtype} {[*x.shape[:2]]}, got {spec(shift)}")
         check_device("shift", shift, x.device)
     operands = (x, groups, weight, bias, eps, shift, silu)
-    if stands_in(x):
-        return OPERATORS.groupnorm_silu(*operands)
-    return load("groupnorm_silu", choose("groupnorm_silu", impl, x))(*operands)
+    own = (x, weight, bias) if shift is None else (x, weight, bias, shift)
+    return _run("groupnorm_silu", impl, own, operands)
 
 
 def add_layernorm(
@@ -84,9 +85,7 @@ def geglu(x: Tensor, *, impl: Impl | str | None = None) -> Tensor:
     """[..., 2*H] -> [..., H] = a*gelu(b), [a, b] = x, with the exact gelu; arXiv:2002.05202."""
     if x.ndim < 1 or x.shape[-1] % 2 or x.numel() == 0 or not x.is_floating_point():
         raise ValueError(f"x: expected float [..., 2*H], got {spec(x)}")
-    if stands_in(x):
-        return OPERATORS.geglu(x)
-    return load("geglu", choose("geglu", impl, x))(x)
+    return _run("geglu", impl, (x,), (x,))
 
 
 def low_rank_add(
@@ -139,6 +138,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, impl: Impl | str | None = None
             raise ValueError(f"impl: 'native' cannot: {reason}; use impl='reference'")
         chosen = Impl.REFERENCE
     return load("attention", chosen)(q, k, v)
+
+
+def _run(
+    kernel: str, impl: Impl | str | None, tensors: tuple[Tensor, ...], operands: tuple[Any, ...]
+) -> Tensor:
+    """A kernel that exists for every device; as one operator where somebody records operators."""
+    if impl is None and is_noted(*tensors):
+        return load(f"recorded_{kernel}", Impl.NATIVE)(*operands)
+    if stands_in(tensors[0]):
+        return getattr(OPERATORS, kernel)(*operands)
+    return load(kernel, choose(kernel, impl, *tensors))(*operands)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -13,6 +13,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch._C import _get_tracing_state as _tracing  # pyright: ignore
+from torch._C import _is_any_autocast_enabled as _autocast  # pyright: ignore
 from torch._C import _len_torch_dispatch_stack as _modes  # pyright: ignore[reportPrivateUsage]
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -53,12 +54,12 @@ def has_modes() -> bool:
 
 
 def transformed() -> bool:
-    """Whether `torch.func`, forward-mode gradients or `torch.jit.trace` are at work in this thread:
+    """Whether `torch.func`, forward-mode gradients, `torch.jit.trace` or autocast are at work here:
     they follow torch's own operators, and know of no other what it is of their tensors."""
     level = cast(int, forward_ad._current_level)  # pyright: ignore
     if level >= 0 or peek_interpreter_stack() is not None:  # pyright: ignore[reportUnnecessaryComparison]
         return True
-    return _tracing() is not None  # pyright: ignore[reportUnnecessaryComparison]
+    return _autocast() or _tracing() is not None  # pyright: ignore[reportUnnecessaryComparison]
 
 
 def differentiates(*tensors: Tensor) -> bool:

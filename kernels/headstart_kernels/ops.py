@@ -12,7 +12,8 @@ changes from run to run is baked into a traced graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,9 +230,50 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty((batch, queries, heads, width)).transpose(1, 2)
 
 
-@_operator(("y",))
+# Those that follow are for who records operators to run them again, in C.
+
+
+@_operator(("y", "scratch"))
 def direct_convolution_into(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor, scratch: Tensor
 ) -> None:
-    """`headstart_kernels.convolution`'s, for who records operators to run them again."""
-    load("direct_convolution_into", Impl.NATIVE)(x, weight, bias, stride, y)
+    """`headstart_kernels.convolution`'s."""
+    load("prepared_convolution", Impl.NATIVE)(x, weight, bias, stride, y, scratch)()
+
+
+@_operator(("y", "scratch"))
+def groupnorm_silu_into(
+    x: Tensor,
+    groups: int,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    shift: Tensor | None,
+    silu: bool,
+    y: Tensor,
+    scratch: Tensor | None,
+) -> None:
+    """`headstart_kernels.groupnorm_silu`."""
+    prepare = load("prepared_norm", Impl.NATIVE)
+    prepare(x, groups, weight, bias, eps, shift, silu, y, scratch)()
+
+
+@_operator(("y",))
+def geglu_into(x: Tensor, y: Tensor) -> None:
+    """`headstart_kernels.geglu`."""
+    load("prepared_gate", Impl.NATIVE)(x, y)()
+
+
+_PREPARED = {
+    "direct_convolution_into": "prepared_convolution",
+    "groupnorm_silu_into": "prepared_norm",
+    "geglu_into": "prepared_gate",
+}
+
+
+def again(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[[], object]:
+    """One of these operators, to be called again and again on this memory: as plain Python, or
+    what is C, as a call of it whose arguments are packed once."""
+    if name in _PREPARED:
+        return load(_PREPARED[name], Impl.NATIVE)(*args, **kwargs)
+    return partial(BODIES[name], *args, **kwargs)

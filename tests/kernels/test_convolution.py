@@ -168,6 +168,9 @@ def test_a_recording_of_what_kernels_do_has_torchs_own() -> None:
 @in_c
 def test_the_operator_runs_the_kernel() -> None:
     assert "direct_convolution_into" in ops.BODIES
-    made = torch.empty(1, 3, 6, 6)
-    torch.ops.headstart_kernels.direct_convolution_into(x, w, b, 1, made)
+    with Tape().recording() as tape:
+        small_convolution(x, w, b, 1)
+    assert [call.name for call in tape.calls] == ["direct_convolution_into"]
+    made, scratch = torch.empty(1, 3, 6, 6), torch.empty(1 << 20)
+    torch.ops.headstart_kernels.direct_convolution_into(x, w, b, 1, made, scratch)
     assert torch.equal(made, small_convolution(x, w, b, 1))  # pyright: ignore

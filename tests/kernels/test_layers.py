@@ -1,4 +1,4 @@
-"""The layers: on a CPU torch's own bits, and always float64's value."""
+"""The layers: their reference has torch's own bits, and they have float64's value."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def affine(channels: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_on_a_cpu_the_bits_are_torchs(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_the_reference_has_torchs_bits(dtype: torch.dtype, layout: torch.memory_format) -> None:
     x = random_latents(2, 24, 9, 7, dtype=dtype).contiguous(memory_format=layout)
     weight, bias = affine(24, dtype)
     expected = F.silu(F.group_norm(x, 8, weight, bias, 1e-6))
-    got = groupnorm_silu(x, 8, weight, bias, 1e-6)
+    got = groupnorm_silu(x, 8, weight, bias, 1e-6, impl="reference")
     assert torch.equal(got, expected) and got.stride() == expected.stride()
     shift = random_latents(2, 24, seed=3).to(dtype)
     moved = F.group_norm(x + shift[:, :, None, None], 8, weight, bias, 1e-6)
     for silu, expected in ((True, F.silu(moved)), (False, moved)):
-        got = groupnorm_silu(x, 8, weight, bias, 1e-6, shift=shift, silu=silu)
+        got = groupnorm_silu(x, 8, weight, bias, 1e-6, shift=shift, silu=silu, impl="reference")
         assert torch.equal(got, expected) and got.stride() == expected.stride()
-    plain = groupnorm_silu(x, 8, weight, bias, 1e-6, silu=False)
+    plain = groupnorm_silu(x, 8, weight, bias, 1e-6, silu=False, impl="reference")
     assert torch.equal(plain, F.group_norm(x, 8, weight, bias, 1e-6))
     rows = random_latents(3, 7, 50, dtype=dtype)
     more, (weight, bias) = random_latents(3, 7, 50, seed=1).to(dtype), affine(50, dtype)
@@ -40,7 +40,7 @@ def test_on_a_cpu_the_bits_are_torchs(dtype: torch.dtype, layout: torch.memory_f
     assert torch.equal(total, rows + more)
     assert torch.equal(normed, F.layer_norm(rows + more, (50,), weight, bias, 1e-6))
     a, gate = rows.chunk(2, -1)
-    assert torch.equal(geglu(rows), a * F.gelu(gate))
+    assert torch.equal(geglu(rows, impl="reference"), a * F.gelu(gate))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

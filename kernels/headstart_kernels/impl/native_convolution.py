@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart_kernels.native.calls import DIRECT, team_of
+from headstart_kernels.native.calls import DIRECT, Prepared, address, team_of
 from headstart_kernels.native.library import calls
 
 _WORTH = 1 << 20
@@ -22,47 +22,48 @@ class _Work(NamedTuple):
     team: tuple[int, int]
     room: int
     sizes: tuple[int, ...]
+    made: tuple[int, ...]
 
 
 def direct_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    batch, _, height, width = x.shape
-    shape = batch, len(weight), _sized(height, stride), _sized(width, stride)
-    return direct_convolution_into(x, weight, bias, stride, torch.empty(shape, device="cpu"))
-
-
-def direct_convolution_into(
-    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor
-) -> Tensor:
-    """Into y, which is returned."""
-    work = _work(x.shape, len(weight), stride, torch.get_num_threads())
-    scratch = torch.empty(work.room, device="cpu")
-    calls().direct(
-        DIRECT.pack(
-            *work.team,
-            x.data_ptr(),
-            weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-            y.data_ptr(),
-            scratch.data_ptr(),
-            *work.sizes,
-        )
-    )
+    y, scratch = _memory(x, weight, stride)
+    prepared_convolution(x, weight, bias, stride, y, scratch)()
     return y
+
+
+def recorded_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """The same as one operator, for who records operators to run them again."""
+    y, scratch = _memory(x, weight, stride)
+    torch.ops.headstart_kernels.direct_convolution_into(x, weight, bias, stride, y, scratch)
+    return y
+
+
+def prepared_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, y: Tensor, scratch: Tensor
+) -> Prepared:
+    """Into y, which has the shape of the result."""
+    work = _work(x.shape, len(weight), stride, torch.get_num_threads())
+    kept = x, weight, bias, y, scratch
+    return Prepared(calls().direct, DIRECT.pack(*work.team, *map(address, kept), *work.sizes), kept)
+
+
+def _memory(x: Tensor, weight: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    work = _work(x.shape, len(weight), stride, torch.get_num_threads())
+    made, room = (
+        torch.empty(size, dtype=torch.float32, device="cpu") for size in (work.made, work.room)
+    )
+    return made, room
 
 
 @lru_cache(1024)
 def _work(shape: tuple[int, ...], outputs: int, stride: int, threads: int) -> _Work:
     batch, inputs, height, width = shape
-    pixels = batch * _sized(height, stride) * _sized(width, stride)
-    products = 9 * inputs * outputs * pixels
+    across, down = ((size - 1) // stride + 1 for size in (width, height))
+    products = 9 * inputs * outputs * batch * across * down
     team = team_of(min(threads, products // _WORTH))
     # Few pixels are one piece of work: then threads share the outputs.
     parts = max(1, min(team[1], outputs // 8))
     sizes = batch, inputs, outputs, height, width, stride, parts
     room = ctypes.c_int64()
     calls().direct_room(DIRECT.pack(*team, *(0,) * 5, *sizes), ctypes.addressof(room))
-    return _Work(team, room.value, sizes)
-
-
-def _sized(pixels: int, stride: int) -> int:
-    return (pixels - 1) // stride + 1
+    return _Work(team, room.value, sizes, (batch, outputs, down, across))

@@ -6,6 +6,7 @@
 #ifndef HEADSTART_ATTENTION_H
 #define HEADSTART_ATTENTION_H
 
+#include "exponential.h"
 #include "numbers.h"
 #include "team.h"
 
@@ -49,11 +50,6 @@ INLINE floats fma_of(floats a, floats b, floats c) {
 /* The second where either is NaN. */
 INLINE floats greater(floats a, floats b) { return (floats)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE floats all(float value) { return (floats)_mm512_set1_ps(value); }
-
-/* 2^f for |f| <= 1/2, interpolated at Chebyshev's nodes: a relative error of 2^-25.6 with these digits. */
-enum { POWER_DEGREE = 6 };
-static const float POWER[] = {1.0f,           0x1.62e43p-1f,  0x1.ebfbep-3f,  0x1.c6aeccp-5f,
-                              0x1.3b2a1cp-7f, 0x1.5f48cp-10f, 0x1.444p-13f};
 
 /* 2^x for x <= 0, exactly 1 at 0; NaN stays NaN. */
 INLINE floats power_of_two(floats x) {

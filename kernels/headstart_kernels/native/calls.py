@@ -36,6 +36,10 @@ ATTENTION = struct.Struct("@P q 5P 14q i f")
 """`attention` of attention.h: team, pointers, sizes and strides, type, scale."""
 DIRECT = struct.Struct("@P q 5P 7q")
 """`direct` of direct.h: threads, pointers, sizes."""
+GATE = struct.Struct("@P q 2P 2q i")
+"""`gate` of gate.h: team, pointers, sizes, type."""
+GROUP_NORM = struct.Struct("@P q 6P 5q 4i f")
+"""`group_norm` of norm.h: team, pointers, sizes, types and what is wanted, epsilon."""
 
 GRAIN = 1 << 15
 """Elements that are worth waking another thread for; torch's own figure."""
@@ -53,8 +57,26 @@ _ARGUMENTS: dict[str, list[type]] = {
     "attends": [_INT],
     "direct": [ctypes.c_char_p],
     "direct_room": [ctypes.c_char_p, _P],
+    "group_norm": [ctypes.c_char_p],
+    "group_norm_room": [ctypes.c_char_p, _P],
+    "geglu": [ctypes.c_char_p],
 }
 _RETURNS = {"attends": _INT}
+
+
+class Prepared(NamedTuple):
+    """A call of C on memory that is kept: to be made once, or again and again."""
+
+    function: Callable[[bytes], None]
+    packed: bytes
+    kept: tuple[Tensor | None, ...]
+
+    def __call__(self) -> None:
+        self.function(self.packed)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Calls(NamedTuple):
@@ -70,6 +92,9 @@ class Calls(NamedTuple):
     attends: Callable[[int], int]
     direct: Callable[[bytes], None]
     direct_room: Callable[[bytes, int], None]
+    group_norm: Callable[[bytes], None]
+    group_norm_room: Callable[[bytes, int], None]
+    geglu: Callable[[bytes], None]
 
 
 def bound(library: ctypes.CDLL) -> Calls:

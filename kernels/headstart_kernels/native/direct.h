@@ -11,7 +11,7 @@
 #include "vectors.h"
 
 enum {
-  OUTS = 8, /* outputs and vectors of pixels that are summed at a time: 32 registers hold 8*2 sums, */
+  OUTS = WIDTH == 32 ? 6 : 8, /* outputs and vectors of pixels that are summed at a time: 32 registers hold 8*2 sums, */
   ACROSS = 2,
   STRIP_PIXELS = ACROSS * LANES,
   STRIPS = 4,       /* strips of pixels that read a block of weights while it is in the first cache */
@@ -50,7 +50,7 @@ INLINE void sum_tile(const int outs, const int vectors, const float *w, int64_t 
   for (int r = 0; r < outs; r++) {
     UNROLLED
     for (int c = 0; c < vectors; c++)
-      sum[r][c] = first ? (floats){0} + (bias ? bias[r] : 0.0f) : load(y + r * plane + c * LANES, LANES);
+      sum[r][c] = first ? all_floats(bias ? bias[r] : 0.0f) : load(y + r * plane + c * LANES, LANES);
   }
   for (int64_t k = 0; k < depth; k++) {
     floats x[ACROSS];
@@ -58,7 +58,7 @@ INLINE void sum_tile(const int outs, const int vectors, const float *w, int64_t 
     for (int c = 0; c < vectors; c++) x[c] = load(cells + k * STRIP_PIXELS + c * LANES, LANES);
     UNROLLED
     for (int r = 0; r < outs; r++) {
-      const floats value = (floats){0} + w[r * row + k];
+      const floats value = all_floats(w[r * row + k]);
       UNROLLED
       for (int c = 0; c < vectors; c++) sum[r][c] = multiply_add(value, x[c], sum[r][c]);
     }

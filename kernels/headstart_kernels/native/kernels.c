@@ -1,9 +1,11 @@
 /* The sampler's kernels in C: headstart_kernels.api says what they compute, this says how.
 
    One rounded float32 operation at a time, in the order of impl/reference_*.py; compiled without
-   contraction, so the bits are those of the reference. An attention alone has bits of its own. */
+   contraction, so the bits are those of the reference. Attention, norms and gates have bits of their own. */
 #include "attention.h"
 #include "direct.h"
+#include "gate.h"
+#include "norm.h"
 #include "step.h"
 #include "winograd.h"
 
@@ -125,6 +127,14 @@ void headstart_winograd(const winograd *a) { convolve(a); }
 int32_t headstart_attends(int32_t type) { return attends(type); }
 
 void headstart_attention(const attention *a) { attend(a); }
+
+/* Floats of scratch, of images whose channels are last. */
+void headstart_group_norm_room(const group_norm *a, int64_t *floats) { *floats = room_of_norm(a); }
+
+void headstart_group_norm(const group_norm *a) { normalize_groups(a); }
+
+void headstart_geglu(const gate *a) { do_pieces(a->who, gate_piece, a, a->rows); }
+
 /* Floats of scratch. */
 void headstart_direct_room(const direct *a, int64_t *floats) { *floats = a->threads * room_of_thread(a); }
 

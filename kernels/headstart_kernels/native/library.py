@@ -36,8 +36,8 @@ SWITCH = "HEADSTART_NATIVE"
 """The environment variable that turns compiling off: 0."""
 
 _SOURCES = (
-    *("attention.h", "direct.h", "kernels.c", "normal.h", "numbers.h", "picture.h"),
-    *("step.h", "team.h", "vectors.h", "winograd.h"),
+    *("attention.h", "direct.h", "exponential.h", "gate.h", "kernels.c", "norm.h", "normal.h"),
+    *("numbers.h", "picture.h", "step.h", "team.h", "vectors.h", "winograd.h"),
 )
 _EXACT = ("-ffp-contract=off", "-fno-fast-math")
 _FREE = ("-fno-math-errno", "-fno-trapping-math", "-fno-strict-aliasing")

@@ -3,7 +3,7 @@
 A compiler that contracts `a*b + c` in spite of its flags, or that reorders a sum, is found here.
 Every loop that step.h has of its own is taken once. The sums of a convolution may have any order,
 so its numbers are such that none rounds: one channel that is not 0, or few bits in each. An
-attention is compared with float64's.
+attention, a norm and a gate are compared with float64's.
 """
 
 from __future__ import annotations
@@ -18,13 +18,17 @@ from torch import Tensor
 from headstart_kernels.impl import (
     reference_attention,
     reference_convolution,
+    reference_gate,
     reference_noise,
+    reference_norm,
     reference_rgb,
     reference_step,
     reference_winograd,
 )
 from headstart_kernels.native.calls import (
     DIRECT,
+    GATE,
+    GROUP_NORM,
     TYPES,
     Calls,
     Operands,
@@ -97,6 +101,9 @@ def differences(library: ctypes.CDLL) -> list[str]:
     checks += [(f"fused_step ({case.name})", _step(calls, case)) for case in CASES]
     checks += [(f"winograd_conv {shape}", _convolution(calls, *shape)) for shape in CONVOLUTIONS]
     checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
+    checks += [(f"geglu, {str(dtype)[6:]}", _gate(calls, dtype)) for dtype in TYPES]
+    layouts = [(dtype, last) for dtype in TYPES for last in (False, True)]
+    checks += [(f"groupnorm_silu, {str(own[0])[6:]}", _norm(calls, *own)) for own in layouts]
     if has_fused_products(library):  # else it is never called
         checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
@@ -134,7 +141,7 @@ def _step(calls: Calls, case: Case) -> bool:
     got, expected = _outputs(case, line), _outputs(case, line)
     table = torch.tensor([row], dtype=torch.float32, device="cpu")
     reference_step.fused_step(x, table, 0, Inputs(f, u, None, noise, previous), expected)
-    if expected.preview is not None:
+    if expected.preview is not None and expected.x0 is not None:
         reference_rgb.preview_rgb(expected.x0, *line, 1, expected.preview.rgb)
     seeds, samples = (draw.seeds, draw.samples) if case.drawn else (None, None)
     operands = Operands(
@@ -160,6 +167,34 @@ def _attention(calls: Calls, dtype: torch.dtype) -> bool:
     exact = reference_attention.attention(q.double(), k.double(), v.double()).transpose(1, 2)
     wrong = (got - exact).abs().max() / v.abs().max()
     return bool(wrong <= 8 * torch.finfo(dtype).eps / 2)
+
+
+def _norm(calls: Calls, dtype: torch.dtype, last: bool) -> bool:
+    """Beside the result's rounding within 1200 steps of float32's at 1; values are below 10."""
+    batch, channels, plane, groups = 2, 100, 1051, 4
+    x, shift = _numbers(6, (batch, channels, 1, plane)).to(dtype), _numbers(7, (batch, channels))
+    weight, bias, shift = _numbers(8, (channels,)), _numbers(9, (channels,)), shift.to(dtype)
+    exact = reference_norm.groupnorm_silu(
+        *(x.double(), groups, weight.double(), bias.double(), 1e-5, shift.double(), True)
+    )
+    form = torch.channels_last if last else torch.contiguous_format
+    x = x.contiguous(memory_format=form)
+    got, scratch = torch.empty_like(x), _numbers(1, (2 * 100 * (2 + 3 * 1051),))
+    places = (tensor.data_ptr() for tensor in (x, weight, bias, shift, got, scratch))
+    sizes, types = (batch, channels, plane, groups, channels), (TYPES[dtype], 0, last, True)
+    calls.group_norm(GROUP_NORM.pack(0, 1, *places, *sizes, *types, 1e-5))
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 1200 * 2**-24
+    return bool(((got - exact).abs() <= allowed).all())
+
+
+def _gate(calls: Calls, dtype: torch.dtype) -> bool:
+    """Beside the result's rounding within 80 steps of float32's at 1; values are below 27."""
+    x = 3 * _numbers(10, (3, 2 * 1051)).to(dtype)
+    exact = reference_gate.geglu(x.double())
+    got = torch.empty((3, 1051), dtype=dtype, device="cpu")
+    calls.geglu(GATE.pack(0, 1, x.data_ptr(), got.data_ptr(), 3, 1051, TYPES[dtype]))
+    allowed = torch.finfo(dtype).eps / 2 * exact.abs() + 80 * 2**-24
+    return bool(((got - exact).abs() <= allowed).all())
 
 
 def _outputs(case: Case, line: LinearMap) -> Outputs:

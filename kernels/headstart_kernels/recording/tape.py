@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from headstart_kernels.observers import recorded
-from headstart_kernels.ops import BODIES
+from headstart_kernels.ops import BODIES, again
 from headstart_kernels.recording.lifetimes import Lifetimes, Part
 
 _ATEN = torch.ops.aten
@@ -297,8 +297,9 @@ def _again(
     """Run `func` again so that its results land in the memory they had when it was recorded;
     `read`: those that somebody may look at, by default all."""
     if not fresh:  # of ours the body: what makes an operator of it costs 20 to 95 us a call
-        own = BODIES[name_of(func)] if func.namespace == _OURS else func
-        return partial(own, *args, **kwargs)
+        if func.namespace == _OURS:
+            return again(name_of(func), args, kwargs)
+        return partial(func, *args, **kwargs)
     if func in _COPIES:
         return partial(_ATEN.copy_.default, fresh[0], args[0])
     out = None if func._schema.is_mutable else _out_variant(func)

@@ -13,8 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from headstart.networks.moments import moments, sums_naively
-
 Layer = Callable[[Tensor], Tensor]
 
 
@@ -85,10 +83,6 @@ def _moments(x: Bands, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [G] of all rows, merged from the bands' own (Chan et al. 1979, eq. 2.1)."""
     found: list[tuple[Tensor, Tensor]] = []
     for part in x.parts:
-        if sums_naively(part):
-            mean, var = moments(part, groups)
-            found.append((var[0], mean[0]))
-            continue
         wide = part if part.dtype == torch.float64 else part.float()
         wide = wide.reshape(groups, -1, *wide.shape[2:])
         found.append(torch.var_mean(wide, (1, 2, 3), correction=0))

@@ -1,7 +1,7 @@
 """One switch for the layers of a network that may run as one kernel.
 
-    None   kernels for tensors on a GPU, torch's own operators elsewhere
-    True   kernels everywhere (on a CPU their reference, or what emulates a GPU)
+    None   kernels for tensors on a GPU, and on a CPU those that exist in C: norms of groups, GEGLU
+    True   kernels everywhere, where there is none their reference
     False  torch's own operators everywhere: to see whether a difference comes from a kernel
 
 What a compiler traces is torch's own operators in any case, which it fuses itself: a kernel is a
@@ -21,17 +21,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from headstart.networks.moments import group_norm, sums_naively
 from headstart_kernels import add_layernorm, groupnorm_silu
 
 _on: bool | None = None
 
 
-def fused(x: Tensor) -> bool:
-    """Whether a layer that computes on `x` is one kernel."""
+def fused(x: Tensor, *, in_c: bool = False) -> bool:
+    """Whether a layer that computes on `x` is one kernel; `in_c`: of which a CPU has one, too."""
     if is_compiling():
         return False
-    return x.is_cuda if _on is None else _on
+    return x.is_cuda or (in_c and x.is_cpu) if _on is None else _on
 
 
 def setting() -> bool | None:
@@ -52,7 +51,7 @@ def fusion(on: bool | None) -> Generator[None]:
 
 class Norm(nn.GroupNorm):
     """norm(x + shift), shift [B, C] or None: a kernel that reads x twice and keeps its memory
-    format on a GPU, torch's own operators elsewhere."""
+    format, on a GPU and in C; torch's own operators elsewhere."""
 
     silu = False
 
@@ -64,11 +63,10 @@ class Norm(nn.GroupNorm):
     ) -> Tensor:
         """The same with another weight and bias [C], as an adapter has them."""
         groups, eps = self.num_groups, self.eps
-        if fused(x) and bias is not None:
+        if fused(x, in_c=True) and bias is not None:
             return groupnorm_silu(x, groups, weight, bias, eps, shift=shift, silu=self.silu)
         h = x if shift is None else x + shift[:, :, None, None]
-        norm = group_norm if sums_naively(h) else F.group_norm
-        normed = norm(h, groups, weight, bias, eps)
+        normed = F.group_norm(h, groups, weight, bias, eps)
         return F.silu(normed) if self.silu else normed
 
 

@@ -297,6 +297,4 @@ def _takes(layer: nn.Linear | nn.Conv2d, input: Tensor) -> bool:
         return False
     if weight.device.type != "cpu" or weight.is_inference() or is_compiling() or transformed():
         return False
-    if torch._C._is_any_autocast_enabled():
-        return False
     return not differentiates(input, weight)

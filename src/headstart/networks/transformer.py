@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeAlias, cast
 
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 
 from headstart.checkpoint.params import UNetParams
@@ -40,8 +39,8 @@ class Beside(NamedTuple):
 
 
 def _geglu(x: Tensor) -> Tensor:
-    """a*gelu(b), [a, b] = x; one kernel on a GPU, torch's own two elsewhere."""
-    if fused(x):
+    """a*gelu(b), [a, b] = x; one kernel on a GPU and in C, torch's own two elsewhere."""
+    if fused(x, in_c=True):
         return geglu(x)
     a, gate = x.chunk(2, dim=-1)
     return a * F.gelu(gate)
@@ -71,9 +70,9 @@ class Attention(nn.Module):
             found = self.to_q(x), *(text or (self.to_k(context), self.to_v(context)))
         else:
             found = apart(self.layers, F.linear(x, *joint))
-        q, k, v = (rearrange(t, "b n (heads d) -> b heads n d", heads=self.heads) for t in found)
-        out = attend(q, k, v)
-        return self.to_out[0](rearrange(out, "b heads n d -> b n (heads d)"))
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in found)
+        out = attend(q, k, v)  # [B, heads, N, d]
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -156,8 +155,9 @@ class SpatialTransformer(nn.Module):
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
+    return x.flatten(2).transpose(1, 2)
 
 
 def _image(tokens: Tensor, height: int) -> Tensor:
-    return rearrange(tokens, "b (h w) c -> b c h w", h=height)
+    batch, count, channels = tokens.shape
+    return tokens.transpose(1, 2).reshape(batch, channels, height, count // height)
