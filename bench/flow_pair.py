@@ -26,7 +26,7 @@ import headstart as hs
 from headstart.compare.compare import compare, sheet_of
 from headstart.engine.pair import Pair, load_demo
 from headstart.interfaces import Conditioning, Denoiser
-from headstart.metrics.judges import Pictures, choose_judge
+from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.networks.casting import compute_dtype
 from headstart.output import write_file
 from headstart.pictures.png import encode_png
@@ -198,7 +198,7 @@ def main() -> None:
     engine = flow_engine()
     seeds = parse_seeds(args.seeds)
     side = engine.weights.image_size
-    drawn = Pictures("the pair as flows", engine.weights.lineage, frozenset({(side, side)}))
+    drawn = PictureSource("the pair as flows", engine.weights.lineage, frozenset({(side, side)}))
     judge = choose_judge([drawn]).judge
     tables = compare_tables(engine, args.handoff)
     print(tables["hybrid"].describe(PAIR.ratio), end="\n\n")

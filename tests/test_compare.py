@@ -14,7 +14,7 @@ from headstart.compare import compare as module
 from headstart.compare.compare import PLANS, Comparison, compare, footer_of, sheet_of
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.judges import Pictures, choose_judge
+from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.plan.table import StepTable
 
 ONCE: Mapping[str, float] = {"base": 5.0, "distilled": 0.3, "hybrid": 0.6, "skip-first": 1.0}
@@ -43,7 +43,7 @@ def ran(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 def compared(engine: Engine, rounds: int | None) -> Comparison:
-    drawn = Pictures("pictures", engine.weights.lineage, frozenset({(64, 64)}))
+    drawn = PictureSource("pictures", engine.weights.lineage, frozenset({(64, 64)}))
     short = engine.compile("skip-first")
     tables = {name: replace(short, name=name) for name in PLANS}
     judge = choose_judge([drawn]).judge

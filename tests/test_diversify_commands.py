@@ -16,7 +16,7 @@ from headstart.cli import build_parser, main
 from headstart.compare.compare import PLANS, compare, footer_of, sheet_of
 from headstart.diversify.methods import NAMES, parse_method
 from headstart.diversify.select import Select
-from headstart.metrics.judges import Pictures, choose_judge
+from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.sweep.ledger import read_entries
 
 pytestmark = pytest.mark.skipif(
@@ -105,7 +105,7 @@ def test_the_table_and_the_sheet_of_compare_have_room_for_a_long_method() -> Non
     engine = hs.Engine.demo()
     tables = dict.fromkeys(PLANS, engine.compile("distilled"))
     long = parse_method("embedding-noise:0.123456789,share=0.123456789,until=0.123456789")
-    drawn = Pictures("pictures", engine.weights.lineage, frozenset({(64, 64)}))
+    drawn = PictureSource("pictures", engine.weights.lineage, frozenset({(64, 64)}))
     judge, _ = choose_judge([drawn], None)
     found = compare(engine, "a fox", range(2), judge, tables=tables, methods=[Select(2), long])
     lines = str(found).splitlines()

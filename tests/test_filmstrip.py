@@ -13,7 +13,7 @@ from headstart.plan.table import StepTable
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.strip import Strip, place
 from headstart.traces.structure import feature_space, measure
-from headstart.traces.timeline import ConceptScorer, Pictures, watch
+from headstart.traces.timeline import ConceptScorer, DecodedRun, watch
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -34,7 +34,7 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **told: ob
     )
     blank = np.full((size, size, 3), 200, np.uint8)
     space = feature_space(pixel_extractor(8))
-    seen = Pictures("a red", frames, good)
+    seen = DecodedRun("a red", frames, good)
     watched = watch(
         seen, ["a red", "a green"], {"a red": seen._replace(frames=255 - frames)}, scorer
     )

@@ -156,11 +156,11 @@ def test_a_level_below_the_networks_lowest_is_refused() -> None:
 @needs_pair
 def test_compare_runs_on_the_pair_as_flows() -> None:
     from headstart.compare.compare import compare, sheet_of
-    from headstart.metrics.judges import Pictures, choose_judge
+    from headstart.metrics.judges import PictureSource, choose_judge
 
     engine = flow_pair.flow_engine()
     side = engine.weights.image_size
-    drawn = Pictures("flow", engine.weights.lineage, frozenset({(side, side)}))
+    drawn = PictureSource("flow", engine.weights.lineage, frozenset({(side, side)}))
     tables = flow_pair.compare_tables(engine)
     hybrid = tables["hybrid"]
     assert hybrid[hybrid.handoffs[0]].sigma == pytest.approx(5.0 * 0.4)

@@ -11,7 +11,7 @@ from PIL import Image
 from published import pictures, write_reward, write_small_lpips
 
 from headstart.cli import main
-from headstart.compare.compare import Variety
+from headstart.compare.compare import SeedVariety
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.metrics.gram import gram, group_features
@@ -68,7 +68,7 @@ def test_rows_of_a_wide_space_have_the_inner_products_of_its_features(alex: Path
     assert rows.shape == (5, 5) and features.shape[1] > 900
     np.testing.assert_allclose(rows @ rows.T, features @ features.T, rtol=1e-9)
     np.testing.assert_allclose(cosines(rows, at_least=2), cosines(features, at_least=2), rtol=1e-9)
-    varied = Variety.of(RGB, extractor)
+    varied = SeedVariety.of(RGB, extractor)
     assert varied.diversity is not None
     assert varied.diversity.value == pytest.approx(diversity(features, "squared"))
     assert varied.vendi == pytest.approx(vendi(features))

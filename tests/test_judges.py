@@ -16,7 +16,7 @@ import headstart_weights
 from headstart.cli import main
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER, open_features
-from headstart.metrics.judges import Pictures, choose_judge
+from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.sweep.gallery import picture_sizes, read_gallery, read_lineage
 
 pytestmark = pytest.mark.skipif(
@@ -47,7 +47,9 @@ def test_every_judge_has_two_different_spaces(name: str) -> None:
 
 
 def test_the_bundled_pairs_pictures_are_scored() -> None:
-    judge, notes = choose_judge([Pictures("a", "demo", DEMO), Pictures("b", "demo", DEMO)])
+    judge, notes = choose_judge(
+        [PictureSource("a", "demo", DEMO), PictureSource("b", "demo", DEMO)]
+    )
     assert judge.extractor.name == SCORER and judge.score is not None
     assert notes == ()
 
@@ -64,7 +66,7 @@ def test_the_bundled_pairs_pictures_are_scored() -> None:
 def test_others_are_told_by_structure_and_colours_and_not_scored(
     lineage: str | None, sizes: set[tuple[int, int]], why: str
 ) -> None:
-    folders = [Pictures("a", "demo", DEMO), Pictures("b", lineage, frozenset(sizes))]
+    folders = [PictureSource("a", "demo", DEMO), PictureSource("b", lineage, frozenset(sizes))]
     judge, (note,) = choose_judge(folders)
     assert [space.name for space in judge.spaces] == ["structure-16x16", "colours-8x8"]
     assert judge.score is None
@@ -76,10 +78,12 @@ def test_others_are_told_by_structure_and_colours_and_not_scored(
 
 
 def test_where_nothing_says_whose_they_are_64_px_decide_and_a_note_tells() -> None:
-    judge, (note,) = choose_judge([Pictures("a", None, DEMO), Pictures("b", "demo", DEMO)])
+    judge, (note,) = choose_judge(
+        [PictureSource("a", None, DEMO), PictureSource("b", "demo", DEMO)]
+    )
     assert judge.extractor.name == SCORER
     assert note.startswith("a: nothing says which family drew these pictures")
-    assert choose_judge([Pictures("a", None, DEMO)], "scorer").judge.score is not None
+    assert choose_judge([PictureSource("a", None, DEMO)], "scorer").judge.score is not None
 
 
 def test_a_folder_says_its_family_and_an_earlier_one_its_files(tmp_path: Path) -> None:

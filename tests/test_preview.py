@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import headstart as hs
 import headstart_weights
 from headstart.traces.decoders import Decoder, Picture, linear_decoder
-from headstart.traces.preview import Drawn, Frame, SideStream
+from headstart.traces.preview import Frame, HostPicture, SideStream
 
 needs_pair = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
@@ -370,7 +370,7 @@ def test_a_ring_slot_is_a_private_copy_that_later_rows_cannot_overwrite() -> Non
 
 def test_a_delivered_frame_stays_when_its_slot_is_used_again() -> None:
     _, lane = emulated(slots=1)
-    kept: list[Drawn] = []
+    kept: list[HostPicture] = []
     for value in (1.0, 2.0, 3.0):
         kept.append(lane.begin(decoder(grey), state(0, value).x0)())
     assert [int(drawn.rgb.max()) for drawn in kept] == [1, 2, 3]
@@ -405,10 +405,10 @@ def test_a_preview_with_more_slots_than_its_lane_drops_frames_and_the_run_goes_o
     class Held:
         """The lane, whose pictures are not done before `release`."""
 
-        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
             finish = lane.begin(decoder, x0)
 
-            def wait() -> Drawn:
+            def wait() -> HostPicture:
                 release.wait(10)
                 return finish()
 
@@ -427,7 +427,7 @@ def test_a_preview_with_more_slots_than_its_lane_drops_frames_and_the_run_goes_o
 
 def test_a_lane_that_cannot_begin_is_reported_and_the_run_goes_on() -> None:
     class Broken:
-        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+        def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
             raise RuntimeError("no stream")
 
     preview = hs.Preview(decoder(grey), lambda _: None, slots=1, lane=Broken())

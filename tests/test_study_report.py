@@ -64,7 +64,7 @@ class Tree(HTMLParser):
         return re.sub(r"\s+", " ", " ".join(self.texts))
 
 
-def page_of(report: reports.Json, pictures: pages.Pictures | None = None) -> str:
+def page_of(report: reports.Json, pictures: pages.PictureFiles | None = None) -> str:
     return write_page(finite(report), FIGURES, pictures or {}, ("report.json",))
 
 

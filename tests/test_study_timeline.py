@@ -15,7 +15,7 @@ from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Extractor, Judge
 from headstart.study import steps, timeline
-from headstart.traces.timeline import ConceptScorer, Pictures, Timeline, phrase_of, watch
+from headstart.traces.timeline import ConceptScorer, DecodedRun, Timeline, phrase_of, watch
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
@@ -51,11 +51,11 @@ def watched(engine: hs.Engine, judge: Judge, prompt: str, phrase: str, rest: str
     """The same by `trace`'s own means, of whole frames."""
     decoder = hs.decoder(engine, "tiny")
 
-    def seen(text: str) -> Pictures:
+    def seen(text: str) -> DecodedRun:
         run = engine.sample(text, plan="hybrid", seeds=SEEDS, keep_x0=True)
         assert run.x0 is not None
         frames = np.stack([decoder(row).rgb.numpy() for row in run.x0])
-        return Pictures(text, frames, np.ones(frames.shape[:2], np.bool_))
+        return DecodedRun(text, frames, np.ones(frames.shape[:2], np.bool_))
 
     assert judge.scores is not None
     names = tuple(map(phrase_of, headstart_weights.manifest().concepts))

@@ -17,7 +17,7 @@ from headstart.traces.timeline import (
     FALSE_RATE,
     ConceptScorer,
     Course,
-    Pictures,
+    DecodedRun,
     Timeline,
     margins_of,
     phrase_of,
@@ -41,10 +41,10 @@ def table_scorer(scores: dict[str, np.ndarray]) -> ConceptScorer:
     return ConceptScorer(name="table", score=score, meaning="level", unasked=DECOYS)
 
 
-def pictures(first: int, rows: int, prompt: str, good: list[bool] | None = None) -> Pictures:
+def pictures(first: int, rows: int, prompt: str, good: list[bool] | None = None) -> DecodedRun:
     frames = np.zeros((rows, 1, 1, 1, 3), np.uint8)
     frames[:, 0, 0, 0] = np.arange(first, first + rows)[:, None]
-    return Pictures(prompt, frames, np.array(good or [True] * rows)[:, None])
+    return DecodedRun(prompt, frames, np.array(good or [True] * rows)[:, None])
 
 
 def course(levels: list[float], good: list[bool] | None = None) -> Course:
@@ -229,33 +229,33 @@ NOUNS = ("ladybug", "pumpkin", "cat", "dog", "owl", "star", "heart", "frog")
 
 
 @pytest.fixture(scope="module")
-def seen() -> dict[str, Pictures]:
+def seen() -> dict[str, DecodedRun]:
     """The hybrid's pictures, 4 seeds a prompt: each noun alone, and with the next."""
     engine = hs.Engine.demo(device="cpu")
     decoder = hs.decoder(engine, "tiny")
 
-    def see(prompt: str) -> Pictures:
+    def see(prompt: str) -> DecodedRun:
         run = engine.sample(prompt, seeds=range(4), keep_x0=True)
         assert run.x0 is not None
         frames = torch.stack([decoder(x0).rgb for x0 in run.x0]).numpy()
-        return Pictures(prompt, frames, np.ones(frames.shape[:2], np.bool_))
+        return DecodedRun(prompt, frames, np.ones(frames.shape[:2], np.bool_))
 
     alone = [phrase_of(noun) for noun in NOUNS]
     both = [f"{a} and {b}" for a, b in zip(alone, [*alone[1:], alone[0]], strict=True)]
     return {prompt: see(prompt) for prompt in ("", *alone, *both)}
 
 
-def watched(seen: dict[str, Pictures], prompt: str, phrase: str, control: str) -> Timeline:
+def watched(seen: dict[str, DecodedRun], prompt: str, phrase: str, control: str) -> Timeline:
     return watch(seen[prompt], [phrase], {phrase: seen[control]}, demo_scorer())
 
 
-def test_what_a_prompt_asks_for_is_there(seen: dict[str, Pictures]) -> None:
+def test_what_a_prompt_asks_for_is_there(seen: dict[str, DecodedRun]) -> None:
     found = [watched(seen, p, p, "") for p in map(phrase_of, NOUNS)]
     there = [seed[0].appears is not None for timeline in found for seed in timeline.courses]
     assert np.mean(there) > 0.8 and len(there) == 32
 
 
-def test_what_nobody_asked_for_is_hardly_ever_there(seen: dict[str, Pictures]) -> None:
+def test_what_nobody_asked_for_is_hardly_ever_there(seen: dict[str, DecodedRun]) -> None:
     """Unasked phrases as if they were watched, against real controls, each left out of the margin.
 
     The 8 prompts of two nouns x 4 seeds x 20 others. The rate is set to 1 %; 640 courses of which
@@ -279,7 +279,7 @@ def test_what_nobody_asked_for_is_hardly_ever_there(seen: dict[str, Pictures]) -
 
 
 def test_the_pumpkin_that_was_said_to_be_dropped_was_never_there(
-    seen: dict[str, Pictures],
+    seen: dict[str, DecodedRun],
 ) -> None:
     """Its score passed 0.5 in a blur, with or without a pumpkin in the prompt."""
     prompt = "a ladybug and a pumpkin"

@@ -67,11 +67,11 @@ def _run(args: argparse.Namespace) -> int:
     engine = open_engine(args, [prompt])
 
     from headstart.compare.compare import compare, footer_of, sheet_of
-    from headstart.metrics.judges import Pictures, choose_judge
+    from headstart.metrics.judges import PictureSource, choose_judge
     from headstart.pictures.png import encode_png
 
     side = engine.weights.image_size
-    drawn = Pictures("these weights", engine.weights.lineage, frozenset({(side, side)}))
+    drawn = PictureSource("these weights", engine.weights.lineage, frozenset({(side, side)}))
     judge, notes = choose_judge([drawn], args.features)
     for told in notes:
         note(told)

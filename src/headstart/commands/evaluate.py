@@ -14,7 +14,7 @@ from headstart.commands.parser import Command
 from headstart.commands.progress import progress
 
 if TYPE_CHECKING:
-    from headstart.metrics.judges import Pictures
+    from headstart.metrics.judges import PictureSource
     from headstart.metrics.resample import Interval, Paired
     from headstart.sweep.evaluation import Contrast, Evaluation, Row, Spread
     from headstart.sweep.gallery import Gallery
@@ -59,18 +59,18 @@ def _run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _known(galleries: Sequence[Gallery], reference: str | None) -> list[Pictures]:
+def _known(galleries: Sequence[Gallery], reference: str | None) -> list[PictureSource]:
     """What folders say of their pictures, a reference folder's too."""
-    from headstart.metrics.judges import Pictures
+    from headstart.metrics.judges import PictureSource
     from headstart.sweep.gallery import picture_sizes, read_lineage, read_pictures
 
     found = [
-        Pictures(own.name, own.lineage, picture_sizes([one.path for one in own.pictures]))
+        PictureSource(own.name, own.lineage, picture_sizes([one.path for one in own.pictures]))
         for own in galleries
     ]
     if reference is not None and reference != "bundled":
         folder = Path(reference)
-        known = Pictures(reference, read_lineage(folder), picture_sizes(read_pictures(folder)))
+        known = PictureSource(reference, read_lineage(folder), picture_sizes(read_pictures(folder)))
         found += [known] * all(reference != own.name for own in found)
     return found
 

@@ -37,14 +37,14 @@ MIN_RUN_S, MOST_ROUNDS = 1.0, 3
 little to repeat: the bundled base takes once as long as the three others do three times."""
 
 
-class Variety(NamedTuple):
+class SeedVariety(NamedTuple):
     """How varied images are in one space. Diversity needs two images, its interval three."""
 
     diversity: Interval | None
     vendi: float
 
     @classmethod
-    def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> Variety:
+    def of(cls, images: NDArray[np.uint8], extractor: Extractor) -> SeedVariety:
         features = group_features(extractor, images)
         several = len(features) > 1
         varied = bootstrap_seeds(features, extractor.distance) if several else None
@@ -70,11 +70,11 @@ class Outcome:
     """The median of `rounds` runs."""
     rounds: int
     images: NDArray[np.uint8]
-    spaces: dict[str, Variety]
+    spaces: dict[str, SeedVariety]
     score: float | None
 
     @property
-    def variety(self) -> Variety:
+    def variety(self) -> SeedVariety:
         """In the first space."""
         return next(iter(self.spaces.values()))
 
@@ -274,7 +274,7 @@ def _judged(
         latency_s=statistics.median(seconds),
         rounds=len(seconds),
         images=rgb,
-        spaces={space.name: Variety.of(rgb, space) for space in judge.spaces},
+        spaces={space.name: SeedVariety.of(rgb, space) for space in judge.spaces},
         score=None if scores is None else float(scores.mean()),
     )
 
@@ -299,7 +299,7 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
     )
 
 
-def _value(variety: Variety) -> str:
+def _value(variety: SeedVariety) -> str:
     return "-" if variety.diversity is None else f"{variety.diversity.value:.3f}"
 
 

@@ -17,7 +17,7 @@ from headstart.spaces.extractor import Judge
 DEMO = "demo"
 
 
-class Pictures(NamedTuple):
+class PictureSource(NamedTuple):
     """What is known of pictures beforehand.
 
     lineage  the family that drew them, or None where nothing says
@@ -46,7 +46,9 @@ class Choice(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
-def choose_judge(pictures: Sequence[Pictures], named: Sequence[str] | str | None = None) -> Choice:
+def choose_judge(
+    pictures: Sequence[PictureSource], named: Sequence[str] | str | None = None
+) -> Choice:
     """The features called `named`, or without a name those that are valid for all the pictures.
 
     Where nothing says whose pictures are, their size decides, and a note tells. Raises InputError

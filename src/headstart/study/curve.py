@@ -29,7 +29,6 @@ from headstart.study.steps import (
     each_part,
     interval,
     passes_so_far,
-    pictures,
     plans_of,
     stacked,
 )
@@ -131,8 +130,8 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
 
 def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
     """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]."""
-    drawn = [pictures(decoder, row) for row in x0]
-    good = np.stack([own.good for own in drawn])
+    drawn = [decoder(row).host() for row in x0]
+    good = np.stack([own.finite for own in drawn])
     features = None
     if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
         found = [

@@ -42,7 +42,7 @@ from headstart.study.table import (
 )
 
 Report = Mapping[str, Any]
-Pictures = Mapping[str, Sequence[Path]]
+PictureFiles = Mapping[str, Sequence[Path]]
 PICTURE_PX, ACROSS = 128, 8
 MOST_PICTURES = 4_000_000
 """Letters of all pictures together: the page stays one that can be mailed."""
@@ -67,7 +67,7 @@ class Sheet(NamedTuple):
 
 
 def write_page(
-    report: Report, figures: Sequence[Figure], pictures: Pictures, linked: Sequence[str]
+    report: Report, figures: Sequence[Figure], pictures: PictureFiles, linked: Sequence[str]
 ) -> str:
     """The page's text. linked: files beside it."""
     sheets, unseen = sheets_of(report, pictures)
@@ -107,7 +107,7 @@ def write_page(
 def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     every = {
         "main": "Main table", "figures": "Figures", "costs": "Equal cost", "paper": "The paper",
-        "sheets": "Pictures", "rows": "All cases", "facts": "How it was made",
+        "sheets": "PictureFiles", "rows": "All cases", "facts": "How it was made",
     }  # fmt: skip
     anchors = {"sheets": "pictures", "facts": "made"}
     shown = {key: name for key, name in every.items() if key in ("paper",) or values.get(key)}
@@ -243,7 +243,7 @@ def _told(report: Report) -> list[tuple[str, str, str]]:
     ]
 
 
-def sheets_of(report: Report, pictures: Pictures) -> tuple[list[Sheet], int]:
+def sheets_of(report: Report, pictures: PictureFiles) -> tuple[list[Sheet], int]:
     """Pictures of the cases, those of the main table first, as far as there is room; the rest."""
     order = [*main_cases(report), *rows_of(report), *pictures]
     cases = [case for case in dict.fromkeys(order) if pictures.get(case)]

@@ -13,7 +13,7 @@ import numpy as np
 from headstart.engine import record
 from headstart.engine.engine import Engine
 from headstart.errors import InputError, PlanError
-from headstart.metrics.judges import Pictures, choose_judge
+from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.plan.by_name import PlanSettings, named_pair
 from headstart.plan.request import check_size
 from headstart.spaces.extractor import Judge, Rgb
@@ -63,7 +63,7 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
     if missing := sorted(set(NEEDED) - set(engine.denoisers)):
         raise InputError(f"a study compares two models, and {missing[0]!r} is not loaded: give it")
     side = check_size(request.size, engine.weights.image_size, engine.weights.downscale)
-    drawn = Pictures("these weights", engine.weights.lineage, frozenset({side}))
+    drawn = PictureSource("these weights", engine.weights.lineage, frozenset({side}))
     judge, notes = choose_judge([drawn], request.features)
     lab = Lab(
         engine=engine,

@@ -9,7 +9,6 @@ once; latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -37,13 +36,6 @@ REMEDY = (
 )
 
 
-class Pictures(NamedTuple):
-    """rgb uint8 [n, H, W, 3], and good [n]: False where the decoder gave NaN, drawn black."""
-
-    rgb: Rgb
-    good: NDArray[np.bool_]
-
-
 def grouped(engine: Engine, seeds: Sequence[int], size: Size = None) -> Iterator[Sequence[int]]:
     """The seeds, as many at once as have `GROUP` pixels together."""
     count = _fitting(engine, size, GROUP)
@@ -62,20 +54,13 @@ def each_part(
             yield torch.stack([row[begin : begin + part] for row in rows])
 
 
-def pictures(decoder: Decoder, latents: Tensor) -> Pictures:
-    """The decoder's pictures of [n, C, h, w], on the host."""
-    rgb, finite = decoder(latents)
-    return Pictures(rgb.cpu().numpy(), finite.cpu().numpy())
-
-
 def blank(engine: Engine, decoder: Decoder, *, size: Size = None) -> Rgb:
     """[1, H, W, 3], the picture of latents that are 0: of nothing. Raises InputError for NaN."""
     weights = engine.weights
     cells = (side // weights.downscale for side in _sides(engine, size))
-    found = pictures(
-        decoder, torch.zeros((1, weights.latent_channels, *cells), device=engine.device)
-    )
-    if not found.good.all():
+    latents = torch.zeros((1, weights.latent_channels, *cells), device=engine.device)
+    found = decoder(latents).host()
+    if not found.finite.all():
         raise InputError(
             f"the {decoder.name} decoder gave NaN or infinity for latents that are 0: {REMEDY}"
         )

@@ -25,19 +25,17 @@ from headstart.metrics.features import SCORER
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge
 from headstart.study.steps import (
-    Pictures,
     See,
     check_pictures,
     each_part,
     interval,
     passes_so_far,
-    pictures,
     plans_of,
     scored,
 )
 from headstart.study.store import Arrays
 from headstart.traces.clip import UNASKED
-from headstart.traces.decoders import Decoder
+from headstart.traces.decoders import Decoder, HostPicture
 from headstart.traces.timeline import (
     FALSE_RATE,
     LEAST_UNASKED,
@@ -111,7 +109,7 @@ def measure(
         scores: dict[str, Array] = {}
         for text in dict.fromkeys((prompt, *twins.values())):
             parts = [
-                np.stack([_scores(pictures(decoder, row), score) for row in x0])
+                np.stack([_scores(decoder(row).host(), score) for row in x0])
                 for x0 in each_part(engine, text, table, seeds, size=size)
             ]
             scores[text] = np.concatenate(parts, axis=1)
@@ -124,9 +122,9 @@ def measure(
     return cell
 
 
-def _scores(seen: Pictures, score: See) -> Array:
+def _scores(seen: HostPicture, score: See) -> Array:
     """[n, P], NaN where there is no picture."""
-    return np.where(seen.good[:, None], score(seen.rgb), np.nan)
+    return np.where(seen.finite[:, None], score(seen.rgb), np.nan)
 
 
 def twins_of(prompt: str, asked: Sequence[str] | None = None) -> dict[str, str]:

@@ -59,7 +59,7 @@ class Spread(NamedTuple):
         }
 
 
-class Variety(NamedTuple):
+class PromptVariety(NamedTuple):
     """Diversity and Vendi in one space; None where no prompt has two images."""
 
     diversity: Spread | None
@@ -67,7 +67,7 @@ class Variety(NamedTuple):
     distance: Distance = "cosine"
 
     @classmethod
-    def of(cls, groups: Sequence[Array], distance: Distance = "cosine") -> Variety:
+    def of(cls, groups: Sequence[Array], distance: Distance = "cosine") -> PromptVariety:
         """Of the features of prompts with two images or more."""
         if not groups:
             return cls(None, None, distance)
@@ -96,7 +96,7 @@ class Row:
 
     gallery: Gallery
     varied: int
-    spaces: Mapping[str, Variety]
+    spaces: Mapping[str, PromptVariety]
     score: Spread | None
     frechet: Spread | None = None
     kid: Spread | None = None
@@ -266,7 +266,7 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
         gallery=seen.gallery,
         varied=len(groups[0]),
         spaces={
-            space.name: Variety.of(own, space.distance)
+            space.name: PromptVariety.of(own, space.distance)
             for space, own in zip(judge.spaces, groups, strict=True)
         },
         score=None if scores is None else Spread.of(scores),

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-
-from headstart.errors import CheckpointError
+from headstart.errors import CheckpointError, InputError
+from headstart.spaces.extractor import Array, Rgb
+from headstart.spaces.folder import read_folder
 from headstart.traces.timeline import ConceptScorer, phrase_of
 
 NEUTRAL = "a picture"
@@ -28,17 +25,14 @@ lamp lighthouse lizard mushroom piano pizza rocket rose sailboat snail spoon sui
 train trumpet umbrella violin waterfall windmill zebra"""
 UNASKED = tuple(phrase_of(noun) for noun in _NOUNS.split())
 """Things to measure margins with: a prompt rarely has more than one of them."""
-_BATCH = 16
 
 
-def clip_scorer(folder: Path | str, *, device: torch.device | str = "cpu") -> ConceptScorer:
+def clip_scorer(folder: Path | str) -> ConceptScorer:
     """A scorer from a folder with a transformers CLIP model, its tokenizer and image processor.
 
     Nothing is fetched, no code from the folder runs, and only safetensors weights are read. Raises
     CheckpointError where the folder does not hold such a model.
     """
-    from transformers import CLIPModel, CLIPProcessor
-
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise CheckpointError(
@@ -46,29 +40,15 @@ def clip_scorer(folder: Path | str, *, device: torch.device | str = "cpu") -> Co
             "tokenizer and preprocessor_config.json in it"
         )
     try:
-        loader: Any = CLIPModel
-        model: Any = loader.from_pretrained(path, local_files_only=True, use_safetensors=True)
-        reader: Any = CLIPProcessor
-        processor: Any = reader.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointError(f"{str(path)!r} is no CLIP model: {told[0]}") from error
-    model = model.to(device).eval().requires_grad_(False)
+        cosines = read_folder(path).scores
+    except (InputError, CheckpointError) as error:
+        raise CheckpointError(f"{str(path)!r} is no CLIP model: {error}") from error
+    if cosines is None:
+        raise CheckpointError(f"{str(path)!r} is no CLIP model: it reads no text")
 
-    def score(rgb: NDArray[np.uint8], phrases: Sequence[str]) -> NDArray[np.float64]:
-        with torch.inference_mode():
-            words = processor(
-                text=[*phrases, NEUTRAL], return_tensors="pt", padding=True, truncation=True
-            ).to(device)
-            text = _unit(model.get_text_features(**words))
-            parts: list[torch.Tensor] = []
-            for begin in range(0, len(rgb), _BATCH):
-                pictures = processor(
-                    images=list(rgb[begin : begin + _BATCH]), return_tensors="pt"
-                ).to(device)
-                parts.append(_unit(model.get_image_features(**pictures)) @ text.T)
-        cosines = torch.cat(parts).double().cpu().numpy()
-        return SCALE * (cosines[:, :-1] - cosines[:, -1:])
+    def score(rgb: Rgb, phrases: Sequence[str]) -> Array:
+        found = cosines(rgb, [*phrases, NEUTRAL])
+        return SCALE * (found[:, :-1] - found[:, -1:])
 
     return ConceptScorer(
         name=f"CLIP {path.name}",
@@ -76,9 +56,3 @@ def clip_scorer(folder: Path | str, *, device: torch.device | str = "cpu") -> Co
         meaning=f"100 x (cosine with the phrase - cosine with “{NEUTRAL}”)",
         unasked=UNASKED,
     )
-
-
-def _unit(features: Any) -> torch.Tensor:
-    """Of unit length; transformers 5 gives an output object where older ones gave the tensor."""
-    tensor: torch.Tensor = getattr(features, "pooler_output", features)
-    return torch.nn.functional.normalize(tensor.float(), dim=-1)

@@ -11,8 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, final, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 import headstart_weights
@@ -36,6 +38,17 @@ class Picture(NamedTuple):
 
     rgb: Tensor
     finite: Tensor
+
+    def host(self) -> HostPicture:
+        """Copied to the host, which waits for the device."""
+        return HostPicture(self.rgb.cpu().numpy(), self.finite.cpu().numpy())
+
+
+class HostPicture(NamedTuple):
+    """A picture on the host: rgb uint8 [B, H, W, 3], finite bool [B]."""
+
+    rgb: NDArray[np.uint8]
+    finite: NDArray[np.bool_]
 
 
 @final

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.sampler import State
-from headstart.traces.decoders import Decoder, Picture
+from headstart.traces.decoders import Decoder, HostPicture, Picture
 from headstart_kernels import LinearMap
 
 
@@ -39,17 +39,10 @@ class Frame(NamedTuple):
     bad: tuple[int, ...]
 
 
-class Drawn(NamedTuple):
-    """What a lane brings to the host: rgb uint8 [B, H, W, 3], finite bool [B]."""
-
-    rgb: NDArray[np.uint8]
-    finite: NDArray[np.bool_]
-
-
 class Lane(Protocol):
     """Where pictures are made beside the run."""
 
-    def begin(self, decoder: Decoder, x0: Tensor, /) -> Callable[[], Drawn]:
+    def begin(self, decoder: Decoder, x0: Tensor, /) -> Callable[[], HostPicture]:
         """Called by the sampling thread: start without waiting. The result may wait, elsewhere."""
         ...
 
@@ -60,12 +53,8 @@ class HostLane:
     A row's x0 is a tensor of its own, which no later row writes to.
     """
 
-    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
-        def finish() -> Drawn:
-            picture = decoder(x0)
-            return Drawn(picture.rgb.numpy(), picture.finite.numpy())
-
-        return finish
+    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
+        return lambda: decoder(x0).host()
 
 
 @final
@@ -91,7 +80,7 @@ class SideStream:
         for _ in range(slots):
             self._free.put(_Slot(cuda.Event(), cuda.Event()))
 
-    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], Drawn]:
+    def begin(self, decoder: Decoder, x0: Tensor) -> Callable[[], HostPicture]:
         slot = self._free.get_nowait()  # raises queue.Empty where more are begun than finished
         failure: Exception | None = None
         try:
@@ -112,12 +101,12 @@ class SideStream:
             slot.rgb.copy_(picture.rgb, non_blocking=True)
             slot.finite.copy_(picture.finite, non_blocking=True)
 
-    def _finish(self, slot: _Slot, failure: Exception | None) -> Drawn:
+    def _finish(self, slot: _Slot, failure: Exception | None) -> HostPicture:
         slot.done.synchronize()
         try:
             if failure is not None:
                 raise failure
-            return Drawn(slot.rgb.numpy().copy(), slot.finite.numpy().copy())
+            return HostPicture(slot.rgb.numpy().copy(), slot.finite.numpy().copy())
         finally:
             self._free.put(slot)
 
@@ -272,7 +261,7 @@ class Preview:
             finally:
                 self._slots.release()
 
-    def _hand_over(self, step: int, drawn: Drawn) -> None:
+    def _hand_over(self, step: int, drawn: HostPicture) -> None:
         bad = tuple(np.flatnonzero(~drawn.finite).tolist())
         if bad:
             self.problems.append(
@@ -302,4 +291,4 @@ _MADE = Decoder(name="linear", space=None, channels=3, scale=1, draw=_made)
 
 class _Pending(NamedTuple):
     step: int
-    finish: Callable[[], Drawn]
+    finish: Callable[[], HostPicture]

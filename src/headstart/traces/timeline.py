@@ -58,7 +58,7 @@ class ConceptScorer:
     unasked: tuple[str, ...]
 
 
-class Pictures(NamedTuple):
+class DecodedRun(NamedTuple):
     """x0 of a run, decoded: frames uint8 [S, B, H, W, 3], and which of them are there [S, B]."""
 
     prompt: str
@@ -194,9 +194,9 @@ def check_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
 
 
 def watch(
-    pictures: Pictures,
+    pictures: DecodedRun,
     phrases: Sequence[str],
-    controls: Mapping[str, Pictures],
+    controls: Mapping[str, DecodedRun],
     scorer: ConceptScorer,
 ) -> Timeline:
     """Score every picture against every phrase, beside those of its control.
@@ -281,7 +281,7 @@ def _words(text: str) -> list[str]:
     return [word for word in re.findall(r"\w+", text.lower()) if word not in _ARTICLES]
 
 
-def _scores(pictures: Pictures, phrases: Sequence[str], scorer: ConceptScorer) -> Array:
+def _scores(pictures: DecodedRun, phrases: Sequence[str], scorer: ConceptScorer) -> Array:
     """[S, B, P], NaN where there is no picture."""
     count, batch = pictures.frames.shape[:2]
     flat = scorer.score(pictures.frames.reshape(count * batch, *pictures.frames.shape[2:]), phrases)

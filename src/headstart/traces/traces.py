@@ -34,7 +34,7 @@ from headstart.traces.structure import (
     moved,
     pixel_space,
 )
-from headstart.traces.timeline import ConceptScorer, Pictures, phrase_of, watch
+from headstart.traces.timeline import ConceptScorer, DecodedRun, phrase_of, watch
 
 
 class Traced(Protocol):
@@ -59,7 +59,7 @@ class Traced(Protocol):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """Pictures and numbers of several plans for one prompt.
+    """DecodedRun and numbers of several plans for one prompt.
 
     decoder   what the pictures of x0 were made with; space: what they were compared in
     problems  steps for which the decoder failed: they have no picture and no numbers
@@ -289,7 +289,7 @@ def _decode(
     decoder: Decoder,
     problems: list[str],
     on_step: Callable[[], object] | None,
-) -> Pictures:
+) -> DecodedRun:
     """x0 of the rows as pictures, and which of them are there."""
     assert run.x0 is not None
     _, batch, _, height, width = run.x0.shape
@@ -314,7 +314,7 @@ def _decode(
                 )
         if on_step is not None:
             on_step()
-    return Pictures(run.prompts[0], frames, good)
+    return DecodedRun(run.prompts[0], frames, good)
 
 
 def _controls(
