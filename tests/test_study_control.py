@@ -21,6 +21,7 @@ from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Judge
 from headstart.study import control, steps
 from headstart.study.control import Control, edited
+from headstart.study.steps import Setting
 
 pytestmark = pytest.mark.skipif(
     not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
@@ -51,7 +52,7 @@ def judge() -> Judge:
 def test_a_cell_has_the_scores_of_the_runs_it_stands_for(engine: hs.Engine, judge: Judge) -> None:
     """Strength 0 is the engine without the adapter, the same seeds."""
     plans = {plan: engine.compile(plan) for plan in ("distilled", "hybrid")}
-    cell = control.measure(engine, "a fox", SEEDS, plans, judge, YELLOW)
+    cell = control.measure(Setting(engine, SEEDS, plans, judge), "a fox", YELLOW)
     assert cell["strengths"].tolist() == [-1.0, 0.0, 1.0]
     assert engine.adapters["yellow"].strength == Strength(0.5)
     assert judge.score is not None
@@ -69,7 +70,7 @@ def test_the_bundled_slider_moves_both_models_towards_its_words_and_back(
 ) -> None:
     """Over 14 prompts +15 and +23 % were measured at 1, -6 and -1 % at -1."""
     plans = {plan: engine.compile(plan) for plan in ("distilled", "hybrid")}
-    cells = [control.measure(engine, p, SEEDS, plans, judge, YELLOW) for p in PROMPTS]
+    cells = [control.measure(Setting(engine, SEEDS, plans, judge), p, YELLOW) for p in PROMPTS]
     found = control.numbers(cells)
     assert json.loads(json.dumps(found)) == found
     (own,) = found["adapters"]
@@ -85,12 +86,12 @@ def test_groups_of_seeds_give_the_scores_of_all_together(
     engine: hs.Engine, judge: Judge, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plans = {"hybrid": engine.compile("hybrid")}
-    whole = control.measure(engine, "a fox", SEEDS, plans, judge, YELLOW)
+    whole = control.measure(Setting(engine, SEEDS, plans, judge), "a fox", YELLOW)
     monkeypatch.setattr(steps, "GROUP", 2 * 64 * 64)
     calls: list[int] = []
     network: Any = engine.denoisers["base"]
     spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    parts = control.measure(engine, "a fox", SEEDS, plans, judge, YELLOW)
+    parts = control.measure(Setting(engine, SEEDS, plans, judge), "a fox", YELLOW)
     spy.remove()
     assert calls == [2, 1] * 3
     assert parts["hybrid/toward"] == pytest.approx(whole["hybrid/toward"], abs=1e-3)
@@ -115,7 +116,7 @@ def test_an_adapter_that_is_merged_is_measured_too_and_left_as_it_was(
     plans = {"hybrid": engine.compile("hybrid")}
     bare = engine.sample("a fox", plan=plans["hybrid"], seeds=SEEDS).rgb.numpy()
     assert not engine.attach(tmp_path / "hada.safetensors", 0.7).live
-    cell = control.measure(engine, "a fox", SEEDS, plans, judge, Control("hada", "red"))
+    cell = control.measure(Setting(engine, SEEDS, plans, judge), "a fox", Control("hada", "red"))
     assert engine.adapters["hada"].strength.constant == 0.7
     assert judge.score is not None
     expected = judge.score(bare, ["a fox, red"] * 3)
@@ -128,10 +129,9 @@ def test_the_strength_comes_back_when_a_run_fails(engine: hs.Engine, judge: Judg
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        control.measure(
-            engine, "a fox", SEEDS, {"hybrid": engine.compile("hybrid")},
-            judge._replace(scores=fail), YELLOW,
-        )  # fmt: skip
+        plans = {"hybrid": engine.compile("hybrid")}
+        broken = Setting(engine, SEEDS, plans, judge._replace(scores=fail))
+        control.measure(broken, "a fox", YELLOW)
     assert engine.adapters["yellow"].strength == Strength(0.5)
 
 
@@ -140,9 +140,9 @@ def test_what_cannot_be_measured_is_refused_before_anything_runs(
 ) -> None:
     never: dict[str, hs.StepTable] = {}
     with pytest.raises(InputError, match="nothing scores pictures"):
-        control.measure(engine, "a fox", SEEDS, never, open_features("structure"), YELLOW)
+        control.measure(Setting(engine, SEEDS, never, open_features("structure")), "a fox", YELLOW)
     with pytest.raises(InputError, match="no adapter 'smile' is attached"):
-        control.measure(engine, "a fox", SEEDS, never, judge, Control("smile", "smiling"))
+        control.measure(Setting(engine, SEEDS, never, judge), "a fox", Control("smile", "smiling"))
     with pytest.raises(InputError, match="no cells"):
         control.numbers([])
 
@@ -152,9 +152,13 @@ def test_a_cell_costs_the_passes_that_are_told(engine: hs.Engine, judge: Judge) 
     calls: list[int] = []
     network: Any = engine.denoisers["base"]
     spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
-    control.measure(engine, "a fox", SEEDS, plans, judge, YELLOW)
+    control.measure(Setting(engine, SEEDS, plans, judge), "a fox", YELLOW)
     spy.remove()
-    assert sum(calls) == control.passes(plans, YELLOW) * len(SEEDS) == 2 * 3 * 3 * 3
+    assert (
+        sum(calls)
+        == Setting(engine, SEEDS, plans, judge).passes * len(YELLOW.every)
+        == 2 * 3 * 3 * 3
+    )
 
 
 @pytest.mark.parametrize(

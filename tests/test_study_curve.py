@@ -18,6 +18,7 @@ from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Extractor, Judge
 from headstart.study import curve, steps
+from headstart.study.steps import Setting
 from headstart.traces.decoders import Picture
 from headstart.traces.structure import feature_space
 
@@ -45,7 +46,9 @@ def plans(engine: hs.Engine) -> dict[str, hs.StepTable]:
 @pytest.fixture(scope="module")
 def cells(engine: hs.Engine, plans: dict[str, hs.StepTable]) -> Cells:
     judge, decoder = open_features("structure"), hs.decoder(engine, "full")
-    return [curve.measure(engine, prompt, SEEDS, plans, judge, decoder) for prompt in PROMPTS]
+    return [
+        curve.measure(Setting(engine, SEEDS, plans, judge), prompt, decoder) for prompt in PROMPTS
+    ]
 
 
 def test_a_cell_is_what_a_trace_of_the_same_runs_measures(
@@ -86,7 +89,9 @@ def test_few_pictures_at_a_time_give_the_same_numbers_in_bounded_memory(
         return decoder(x0)
 
     spy = Judge((Extractor(judge.extractor.name, features),))
-    found = curve.measure(engine, PROMPTS[0], SEEDS, plans, spy, replace(decoder, draw=draw))
+    found = curve.measure(
+        Setting(engine, SEEDS, plans, spy), PROMPTS[0], replace(decoder, draw=draw)
+    )
     assert set(seen) == {(1, 64, 64, 3)}
     for key in ("share", "distance", "spread"):  # rounding of a level of 255, seldom
         assert found[f"hybrid/{key}"] == pytest.approx(cells[0][f"hybrid/{key}"], abs=2e-3)
@@ -115,10 +120,10 @@ def test_a_cell_costs_the_passes_that_are_told(
         if isinstance(network, torch.nn.Module)
     ]
     judge, decoder = open_features("colours"), hs.decoder(engine, "linear")
-    curve.measure(engine, "a fox", SEEDS, plans, judge, decoder)
+    curve.measure(Setting(engine, SEEDS, plans, judge), "a fox", decoder)
     for spy in spies:
         spy.remove()
-    assert sum(calls) == curve.passes(plans) * len(SEEDS)
+    assert sum(calls) == Setting(engine, SEEDS, plans, judge).passes
 
 
 def cell(base: list[float], hybrid: list[float], seeds: int = 2) -> dict[str, Any]:
@@ -155,7 +160,10 @@ def test_one_prompt_and_one_seed_have_values_and_no_intervals() -> None:
 
 
 def test_a_cell_of_one_seed_has_a_curve_and_no_spread(engine: hs.Engine) -> None:
-    run = (engine, "a fox", (5,), {"hybrid": engine.compile("hybrid")}, open_features("colours"))
+    run = (
+        Setting(engine, (5,), {"hybrid": engine.compile("hybrid")}, open_features("colours")),
+        "a fox",
+    )
     found = curve.measure(*run, hs.decoder(engine, "linear"))
     assert found["hybrid/share"].shape == (4, 1) and np.isfinite(found["hybrid/share"]).all()
     assert np.isnan(found["hybrid/spread"]).all()
@@ -193,7 +201,7 @@ def test_a_decoder_that_gives_nan_is_told_from_a_picture(engine: hs.Engine) -> N
     """Calls: the blank, the first row, the second ..."""
     table, judge = {"hybrid": engine.compile("hybrid")}, open_features("colours")
     linear = hs.decoder(engine, "linear")
-    run = (engine, "a fox", SEEDS, table, judge)
+    run = (Setting(engine, SEEDS, table, judge), "a fox")
     found = curve.measure(*run, broken(linear, [False, True, False], {2}))
     assert np.isnan(found["hybrid/share"]).tolist()[1] == [False, True, False]
     assert np.isnan(found["hybrid/share"]).sum() == 1
@@ -212,7 +220,10 @@ def test_finished_pictures_that_are_blank_have_no_curve(engine: hs.Engine) -> No
     def draw(x0: Tensor) -> Picture:
         return linear(torch.zeros_like(x0))
 
-    run = (engine, "a fox", SEEDS, {"hybrid": engine.compile("hybrid")}, open_features("colours"))
+    run = (
+        Setting(engine, SEEDS, {"hybrid": engine.compile("hybrid")}, open_features("colours")),
+        "a fox",
+    )
     with pytest.raises(InputError, match="finished pictures are the linear decoder's blank"):
         curve.measure(*run, replace(linear, draw=draw))
 
@@ -220,10 +231,11 @@ def test_finished_pictures_that_are_blank_have_no_curve(engine: hs.Engine) -> No
 def test_a_wide_space_has_the_same_curve_and_no_spread(engine: hs.Engine) -> None:
     """LPIPS has millions of features a picture: only inner products of a seed's own are taken."""
     colours = open_features("colours").extractor._replace(distance="squared")
-    run = (engine, "a fox", SEEDS, {"hybrid": engine.compile("hybrid")})
+    plans = {"hybrid": engine.compile("hybrid")}
     linear = hs.decoder(engine, "linear")
-    own = curve.measure(*run, Judge((colours,)), linear)
-    wide = curve.measure(*run, Judge((colours._replace(wide=True),)), linear)
+    own = curve.measure(Setting(engine, SEEDS, plans, Judge((colours,))), "a fox", linear)
+    judge = Judge((colours._replace(wide=True),))
+    wide = curve.measure(Setting(engine, SEEDS, plans, judge), "a fox", linear)
     # the square of a difference of 1e-8 of inner products of about 100
     assert wide["hybrid/share"] == pytest.approx(own["hybrid/share"], abs=1e-5)
     assert wide["hybrid/distance"] == pytest.approx(own["hybrid/distance"], abs=1e-5)
@@ -236,4 +248,4 @@ def test_features_that_say_nothing_are_refused(engine: hs.Engine, value: float, 
     judge = Judge((Extractor("blind", lambda rgb: np.full((len(rgb), 3), value)),))
     plans = {"hybrid": engine.compile("hybrid")}
     with pytest.raises(InputError, match=f"blind gave .*{told}"):
-        curve.measure(engine, "a fox", SEEDS, plans, judge, hs.decoder(engine, "linear"))
+        curve.measure(Setting(engine, SEEDS, plans, judge), "a fox", hs.decoder(engine, "linear"))

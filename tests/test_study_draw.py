@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ class Counted:
         self.made.append((name, number))
         return {"value": np.array([number])}
 
-    def numbers(self, cells: Mapping[str, Sequence[Arrays]]) -> dict[str, object]:
-        return {name: [int(cell["value"][0]) for cell in own] for name, own in cells.items()}
+    def numbers(self, cells: Sequence[Arrays]) -> dict[str, object]:
+        return {"values": [int(cell["value"][0]) for cell in cells]}
 
     def study(self) -> Study:
         own = Experiment(

@@ -20,6 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs the bundled pair",
 )
 PIXELS = 64 * 64
+JUDGE = Judge(())
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_parts_are_the_runs_x0_and_no_larger_than_asked(
     assert whole is not None
     monkeypatch.setattr(steps, "GROUP", 3 * PIXELS)
     monkeypatch.setattr(steps, "PART", 2 * PIXELS + 1)
-    parts = [*steps.each_part(engine, "a fox", table, range(5))]
+    parts = [*steps.Setting(engine, range(5), {}, JUDGE).each_part("a fox", table)]
     assert [part.shape[1] for part in parts] == [2, 1, 2]
     # a batch of another size rounds differently: 3e-6 of latents of about 1 were seen
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-4)
@@ -46,12 +47,16 @@ def test_a_picture_larger_than_the_bound_is_taken_alone(
     engine: hs.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "GROUP", 1)
-    assert [*steps.grouped(engine, range(7, 10))] == [range(7, 8), range(8, 9), range(9, 10)]
+    assert [*steps.Setting(engine, range(7, 10), {}, JUDGE).grouped()] == [
+        range(7, 8),
+        range(8, 9),
+        range(9, 10),
+    ]
 
 
 def test_no_seeds_are_refused(engine: hs.Engine) -> None:
     with pytest.raises(InputError, match="seed"):
-        next(steps.each_part(engine, "a fox", engine.compile("hybrid"), []))
+        next(steps.Setting(engine, [], {}, JUDGE).each_part("a fox", engine.compile("hybrid")))
 
 
 def test_a_score_is_the_same_one_phrase_at_a_time_and_all_at_once() -> None:

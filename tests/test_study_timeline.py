@@ -15,6 +15,7 @@ from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Extractor, Judge
 from headstart.study import steps, timeline
+from headstart.study.steps import Setting
 from headstart.traces.timeline import ConceptScorer, DecodedRun, Timeline, phrase_of, watch
 
 pytestmark = pytest.mark.skipif(
@@ -42,7 +43,7 @@ def cells(engine: hs.Engine, judge: Judge) -> list[dict[str, Any]]:
     unasked = timeline.concepts_beside(PROMPTS, judge)
     decoder = hs.decoder(engine, "tiny")
     return [
-        timeline.measure(engine, prompt, SEEDS, plans, judge, decoder, unasked=unasked)
+        timeline.measure(Setting(engine, SEEDS, plans, judge), prompt, decoder, unasked=unasked)
         for prompt in PROMPTS
     ]
 
@@ -111,13 +112,11 @@ def test_a_cell_costs_the_passes_that_are_told_and_pictures_are_few_at_a_time(
     plans = {"distilled": engine.compile("distilled")}
     told = {"unasked": [f"thing{i}" for i in range(20)], "asked": ["a fox", "a hat", "an owl"]}
     prompt = "a fox, a hat and an owl"
-    timeline.measure(
-        engine, prompt, SEEDS, plans, judge._replace(scores=scores), hs.decoder(engine, "linear"),
-        **told,
-    )  # fmt: skip
+    setting = Setting(engine, SEEDS, plans, judge._replace(scores=scores))
+    timeline.measure(setting, prompt, hs.decoder(engine, "linear"), **told)
     spy.remove()
     assert shapes == {1, 2}
-    assert sum(calls) == timeline.passes(plans, prompt, told["asked"]) * 3 == 4 * 4 * 3
+    assert sum(calls) == setting.passes * timeline.runs_of(prompt, told["asked"]) == 4 * 4 * 3
 
 
 def cell(
@@ -244,13 +243,14 @@ def test_what_cannot_be_followed_is_refused_before_anything_runs(
     judge: Judge, prompt: str, asked: list[str] | None, unasked: tuple[str, ...], told: str
 ) -> None:
     with pytest.raises(InputError, match=told):
-        timeline.measure(NOBODY, prompt, SEEDS, {}, judge, NOBODY, asked=asked, unasked=unasked)
+        setting = Setting(NOBODY, SEEDS, {}, judge)
+        timeline.measure(setting, prompt, NOBODY, asked=asked, unasked=unasked)
 
 
 def test_a_judge_without_text_is_refused_before_anything_runs() -> None:
     blind = Judge((Extractor("blind", cast(Any, None)),))
     with pytest.raises(InputError, match="blind: nothing scores pictures"):
-        timeline.measure(NOBODY, "a fox", SEEDS, {}, blind, NOBODY, unasked=WORDS)
+        timeline.measure(Setting(NOBODY, SEEDS, {}, blind), "a fox", NOBODY, unasked=WORDS)
 
 
 def test_concepts_beside_are_other_prompts_and_common_things_and_at_most_sixty() -> None:

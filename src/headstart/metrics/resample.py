@@ -115,6 +115,12 @@ def over_prompts(measured: Measured, *, level: float = 0.95) -> Interval | None:
     return None if len(measured.values) < 2 else _over_prompts(measured.values, level)
 
 
+def mean_over_prompts(values: Array) -> Interval:
+    """The mean of values [P] and its 95 % interval over prompts; NaN ends for one prompt."""
+    found = over_prompts(Measured(values, np.empty((len(values), 0))))
+    return found or Interval(float(values.mean()), math.nan, math.nan)
+
+
 def over_seeds(measured: Measured, *, level: float = 0.95) -> Interval | None:
     """The mean over these very prompts; None where seeds were not drawn."""
     if not measured.drawn.size:
@@ -217,6 +223,15 @@ def percentiles(value: float, drawn: Array, level: float) -> Interval:
     tail = (1.0 - level) / 2.0
     low, high = np.quantile(drawn, [tail, 1.0 - tail])
     return Interval(value, float(low), float(high))
+
+
+def interval_json(interval: Interval) -> dict[str, float | None]:
+    """For JSON: six digits, and null for what is not finite."""
+    return {name: finite_or_none(value) for name, value in interval._asdict().items()}
+
+
+def finite_or_none(value: float, digits: int = 6) -> float | None:
+    return round(value, digits) if math.isfinite(value) else None
 
 
 def stratified_counts(sizes: Sequence[int], resamples: int) -> Array:

@@ -9,19 +9,16 @@ itself moved.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headstart.conditioning.texts import Size
-from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.plan.table import StepTable
-from headstart.spaces.extractor import Array, Judge
-from headstart.study.steps import grouped, interval, plans_of, scored, stacked
+from headstart.spaces.extractor import Array
+from headstart.study.steps import Setting, interval, plans_of, scored, stacked
 from headstart.study.store import Arrays
 
 REWARDS = "imagereward"
@@ -54,16 +51,7 @@ def edited(prompt: str, words: str) -> str:
     return words.replace("{}", prompt) if "{}" in words else f"{prompt}, {words}"
 
 
-def measure(
-    engine: Engine,
-    prompt: str,
-    seeds: Sequence[int],
-    plans: Mapping[str, StepTable],
-    judge: Judge,
-    control: Control,
-    *,
-    size: Size = None,
-) -> dict[str, NDArray[Any]]:
+def measure(setting: Setting, prompt: str, control: Control) -> dict[str, NDArray[Any]]:
     """One prompt and one adapter: for each plan the scores [K, B] of K strengths and B seeds.
 
     toward is with the edited prompt, own with the prompt itself. While this runs the adapter has
@@ -71,34 +59,30 @@ def measure(
     as attached, so attach the next control after this one. Raises InputError for a judge that
     scores no text, an adapter that is not attached, and a score that is not finite.
     """
-    score = scored(judge, (edited(prompt, control.words), prompt))
+    engine, size = setting.engine, setting.size
+    score = scored(setting.judge, (edited(prompt, control.words), prompt))
     adapter = engine.adapters[control.adapter]
     cell: dict[str, NDArray[Any]] = {
         "adapter": np.array(control.adapter),
         "words": np.array(control.words),
-        "judge": np.array(judge.scored_by),
+        "judge": np.array(setting.judge.scored_by),
         "strengths": np.array(control.every),
     }
     attached = adapter.strength
     try:
-        for plan, table in plans.items():
+        for plan, table in setting.plans.items():
             by_strength: list[Array] = []
             for value in control.every:
                 adapter.strength = replace(attached, value=value, text=None)
                 groups = [
                     score(engine.sample(prompt, plan=table, seeds=own, size=size).rgb.cpu().numpy())
-                    for own in grouped(engine, seeds, size)
+                    for own in setting.grouped()
                 ]
                 by_strength.append(np.concatenate(groups))
             cell[f"{plan}/toward"], cell[f"{plan}/own"] = np.moveaxis(np.stack(by_strength), 2, 0)
     finally:
         adapter.strength = attached
     return cell
-
-
-def passes(plans: Mapping[str, StepTable], control: Control) -> float:
-    """Network passes that a cell takes for each of its seeds."""
-    return float(sum(table.passes() for table in plans.values()) * len(control.every))
 
 
 def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:

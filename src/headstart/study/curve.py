@@ -8,25 +8,22 @@ shows. Beside it how far seeds are apart at that row, which is the diversity alr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from headstart.conditioning.texts import Size
-from headstart.engine.engine import Engine
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import off_diagonal_mean
 from headstart.metrics.resample import RESAMPLES
-from headstart.plan.table import StepTable
-from headstart.spaces.extractor import Array, Judge, Rgb
+from headstart.spaces.extractor import Array, Rgb
 from headstart.study.steps import (
+    Setting,
     blank,
     check_pictures,
-    each_part,
     interval,
     passes_so_far,
     plans_of,
@@ -50,34 +47,23 @@ class _Part(NamedTuple):
     features: NDArray[np.float32] | None
 
 
-def measure(
-    engine: Engine,
-    prompt: str,
-    seeds: Sequence[int],
-    plans: Mapping[str, StepTable],
-    judge: Judge,
-    decoder: Decoder,
-    *,
-    size: Size = None,
-) -> dict[str, NDArray[Any]]:
+def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArray[Any]]:
     """One prompt: for each plan share and distance [S, B], spread [S], timestep and passes [S].
 
     share and distance are NaN where the decoder gave no picture, spread where fewer than two seeds
     have one, and in a wide space (`Extractor.wide`). Pictures are compared with the last row's of
     the same decoder: take the full one. Raises InputError where no seed of a row has a share.
     """
-    decoder.check_space(engine.weights.lineage)
-    space = feature_space(judge.extractor)
-    none = blank(engine, decoder, size=size)
+    decoder.check_space(setting.engine.weights.lineage)
+    space = feature_space(setting.judge.extractor)
+    none = blank(setting, decoder)
     cell: dict[str, NDArray[Any]] = {"space": np.array(space.extractor.name)}
-    for plan, table in plans.items():
-        parts = [
-            _seen(x0, decoder, space, none)
-            for x0 in each_part(engine, prompt, table, seeds, size=size)
-        ]
-        good = np.concatenate([part.good for part in parts], axis=1)
-        distance = np.concatenate([part.distance for part in parts], axis=1)
-        share = np.concatenate([part.share for part in parts], axis=1)
+    for plan, table in setting.plans.items():
+        parts = [_seen(x0, decoder, space, none) for x0 in setting.each_part(prompt, table)]
+        good, distance, share = (
+            np.concatenate([getattr(part, name) for part in parts], axis=1)
+            for name in ("good", "distance", "share")
+        )
         check_pictures(good & good[-1], prompt, table, decoder)
         if not np.isfinite(share).any(1).all():
             raise InputError(
@@ -92,11 +78,6 @@ def measure(
             f"{plan}/passes": passes_so_far(table),
         }
     return cell
-
-
-def passes(plans: Mapping[str, StepTable]) -> float:
-    """Network passes that a cell takes for each of its seeds."""
-    return float(sum(table.passes() for table in plans.values()))
 
 
 def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:

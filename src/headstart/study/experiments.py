@@ -7,20 +7,18 @@ every step or draws every strength.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import headstart_weights
+from headstart.engine import record
 from headstart.errors import InputError
-from headstart.plan.table import StepTable
 from headstart.study import control, curve, timeline
 from headstart.study.cases import Case
 from headstart.study.control import Control
 from headstart.study.lab import Lab
-from headstart.study.steps import scored
+from headstart.study.steps import Setting, scored
 from headstart.study.store import Arrays
 from headstart.study.study import Experiment
 from headstart.traces.decoders import decoder
@@ -41,15 +39,16 @@ class Attachable:
 def experiments_of(
     lab: Lab, cases: Mapping[str, Case], parts: Sequence[str] | None, controls: Sequence[Attachable]
 ) -> tuple[list[Experiment], tuple[str, ...]]:
-    """Those that are asked for, or all that the judge and the prompts allow; and why not others.
+    """Those of `parts`, or all that the judge and the prompts allow; and why not others.
 
-    Raises InputError for one that is asked for and cannot be.
+    Raises InputError for one of `parts` that cannot be.
     """
     plans = {name: lab.table(cases[name]) for name in PLANS if name in cases}
+    setting = Setting(lab.engine, lab.seeds[:SEEDS], plans, lab.judge, lab.size)
     found: list[Experiment] = []
     notes: list[str] = []
     if parts is None or "curve" in parts:
-        found.append(_curve(lab, plans))
+        found.append(_curve(lab, setting))
     if parts is not None and {"control", "timeline"} & set(parts):
         scored(lab.judge, ())  # raises now what a cell would after hours of others
     if parts is not None and "control" in parts and not controls:
@@ -58,45 +57,31 @@ def experiments_of(
         left = "controls and timelines" if controls else "timelines"
         return found, (f"{left} are left out: these features score no text",)
     if controls and (parts is None or "control" in parts):
-        found.append(_control(lab, plans, controls))
+        found.append(_control(lab, setting, controls))
     if parts is None or "timeline" in parts:
-        own, note = _timeline(lab, plans)
+        own, note = _timeline(lab, setting)
         found += own
         notes += note
     return found, tuple(notes)
 
 
-def _curve(lab: Lab, plans: Mapping[str, StepTable]) -> Experiment:
-    seeds = lab.seeds[:SEEDS]
-
-    def measure(name: str, number: int) -> Arrays:
-        return curve.measure(
-            lab.engine, lab.prompts[number], seeds, plans, lab.judge, decoder(lab.engine, "full"),
-            size=lab.size,
-        )  # fmt: skip
-
-    def passes(name: str, number: int) -> float:
-        return curve.passes(plans) * len(seeds)
-
-    where, identity = tuple(range(len(lab.prompts))), partial(_identity, lab, plans, "")
-    numbers = partial(_of_one, "x0", curve.numbers)
-    return Experiment("curve", ("x0",), where, identity, passes, measure, numbers)
+def _curve(lab: Lab, setting: Setting) -> Experiment:
+    return Experiment(
+        "curve",
+        ("x0",),
+        tuple(range(len(lab.prompts))),
+        identity=lambda name, number: _identity(lab, setting, number, ""),
+        passes=lambda name, number: setting.passes,
+        measure=lambda name, number: curve.measure(
+            setting, lab.prompts[number], decoder(lab.engine, "full")
+        ),
+        numbers=curve.numbers,
+    )
 
 
-def _of_one(
-    name: str,
-    numbers: Callable[[Sequence[Arrays]], dict[str, Any]],
-    cells: Mapping[str, Sequence[Arrays]],
-) -> dict[str, Any]:
-    return numbers(cells[name])
-
-
-def _control(
-    lab: Lab, plans: Mapping[str, StepTable], controls: Sequence[Attachable]
-) -> Experiment:
-    seeds = lab.seeds[:SEEDS]
+def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Experiment:
     by_name = {own.control.adapter: own for own in controls}
-    for name, own in by_name.items():  # a file that does not fit is told before anything is drawn
+    for name, own in by_name.items():  # a file that does not fit is named before anything is drawn
         if name in lab.engine.adapters.now().attached:
             raise InputError(
                 f"control {name!r}: it is attached to the whole study already (--lora): leave one "
@@ -109,46 +94,42 @@ def _control(
         own = by_name[name]
         lab.engine.attach(own.path, 0.0, name=name)
         try:
-            return control.measure(
-                lab.engine, lab.prompts[number], seeds, plans, lab.judge, own.control, size=lab.size
-            )
+            return control.measure(setting, lab.prompts[number], own.control)
         finally:
             lab.engine.detach(name)
 
     def identity(name: str, number: int) -> str:
         own = by_name[name]
-        told = f"{_digest(own.path)} {own.control.words} {own.control.every}"
-        return _identity(lab, plans, told, name, number)
+        digest = record.weigh({"adapter": (str(own.path), (own.path,))})["adapter"]["sha256"]
+        return _identity(lab, setting, number, f"{digest} {own.control.words} {own.control.every}")
 
-    def passes(name: str, number: int) -> float:
-        return control.passes(plans, by_name[name].control) * len(seeds)
+    return Experiment(
+        "control",
+        tuple(by_name),
+        tuple(range(len(lab.prompts))),
+        identity=identity,
+        passes=lambda name, number: setting.passes * len(by_name[name].control.every),
+        measure=measure,
+        numbers=control.numbers,
+    )
 
-    def numbers(cells: Mapping[str, Sequence[Arrays]]) -> dict[str, Any]:
-        return control.numbers([cell for own in cells.values() for cell in own])
 
-    where = tuple(range(len(lab.prompts)))
-    return Experiment("control", tuple(by_name), where, identity, passes, measure, numbers)
-
-
-def _timeline(lab: Lab, plans: Mapping[str, StepTable]) -> tuple[list[Experiment], list[str]]:
-    seeds = lab.seeds[:SEEDS]
+def _timeline(lab: Lab, setting: Setting) -> tuple[list[Experiment], list[str]]:
     unasked = timeline.concepts_beside(lab.prompts, lab.judge)
     where = tuple(n for n, prompt in enumerate(lab.prompts) if _followed(prompt))
     if not where:
         return [], ["timelines are left out: no prompt names a concept to follow"]
-
-    def measure(name: str, number: int) -> Arrays:
-        return timeline.measure(
-            lab.engine, lab.prompts[number], seeds, plans, lab.judge, decoder(lab.engine, "full"),
-            unasked=unasked, size=lab.size,
-        )  # fmt: skip
-
-    def passes(name: str, number: int) -> float:
-        return timeline.passes(plans, lab.prompts[number]) * len(seeds)
-
-    identity = partial(_identity, lab, plans, json.dumps(unasked))
-    numbers = partial(_of_one, "concepts", timeline.numbers)
-    own = Experiment("timeline", ("concepts",), where, identity, passes, measure, numbers)
+    own = Experiment(
+        "timeline",
+        ("concepts",),
+        where,
+        identity=lambda name, number: _identity(lab, setting, number, json.dumps(unasked)),
+        passes=lambda name, number: setting.passes * timeline.runs_of(lab.prompts[number]),
+        measure=lambda name, number: timeline.measure(
+            setting, lab.prompts[number], decoder(lab.engine, "full"), unasked=unasked
+        ),
+        numbers=timeline.numbers,
+    )
     left = len(lab.prompts) - len(where)
     return [own], [f"timelines leave {left} prompts out that name no concept"] * (left > 0)
 
@@ -160,26 +141,11 @@ def _followed(prompt: str) -> bool:
         return False
 
 
-def _identity(lab: Lab, plans: Mapping[str, StepTable], told: str, name: str, number: int) -> str:
+def _identity(lab: Lab, setting: Setting, number: int, of: str) -> str:
     """What a cell is of: with another judge it is another cell."""
-    return json.dumps(
-        {
-            "tables": {plan: json.loads(table.to_json()) for plan, table in plans.items()},
-            "prompt": lab.prompts[number],
-            "seeds": [str(seed) for seed in lab.seeds[:SEEDS]],
-            "size": lab.size,
-            "weights": dict(lab.weights),
-            "judge": [lab.judge.extractor.name, lab.judge.scored_by],
-            "of": told,
-        },
-        sort_keys=True,
-    )
-
-
-def _digest(path: Path) -> str:
-    from headstart.engine import record
-
-    return record.weigh({"adapter": (str(path), (path,))})["adapter"]["sha256"]
+    tables = {plan: json.loads(table.to_json()) for plan, table in setting.plans.items()}
+    judge = [lab.judge.extractor.name, lab.judge.scored_by]
+    return lab.cell_of(number, setting.seeds, tables=tables, judge=judge, of=of)
 
 
 def bundled_controls() -> list[Attachable]:

@@ -100,20 +100,26 @@ class Lab:
         )  # fmt: skip
 
     def identity(self, case: Case, number: int) -> str:
-        """What a cell is of, as text; spaces are looked for in the cell itself."""
-        return json.dumps(
-            {
-                "table": json.loads(self.table(case).to_json()),
-                "prompt": self.prompts[number],
-                "seeds": [str(seed) for seed in self.seeds],
-                "size": self.size,
-                "diversify": list(case.diversify),
-                "weights": self.weights,
-                **({"reading": dict(own)} if (own := self.engine.reading) else {}),
-                "reference": self.reference_digest,
-            },
-            sort_keys=True,
+        """What a case's cell is of; spaces are looked for in the cell itself."""
+        reading = {"reading": dict(own)} if (own := self.engine.reading) else {}
+        return self.cell_of(
+            number,
+            self.seeds,
+            table=json.loads(self.table(case).to_json()),
+            diversify=list(case.diversify),
+            reference=self.reference_digest,
+            **reading,
         )
+
+    def cell_of(self, number: int, seeds: Sequence[int], **of: Any) -> str:
+        """What a cell is of, as text: a prompt and seeds by these weights, and `of`."""
+        alike = {
+            "prompt": self.prompts[number],
+            "seeds": [str(seed) for seed in seeds],
+            "size": self.size,
+            "weights": dict(self.weights),
+        }
+        return json.dumps({**alike, **of}, sort_keys=True)
 
     def passes(self, case: Case) -> float:
         """Network passes of all the pictures of one cell, without what methods add."""

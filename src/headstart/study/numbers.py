@@ -16,8 +16,9 @@ import numpy as np
 from headstart.metrics.fidelity import frechet_interval
 from headstart.metrics.resample import (
     Interval,
-    Measured,
-    over_prompts,
+    finite_or_none,
+    interval_json,
+    mean_over_prompts,
     percentiles,
     recovered,
 )
@@ -65,7 +66,7 @@ def by_prompt(
             }
             for space in spaces:
                 varied = {
-                    key: _plain(float(cell[f"{key}@{space.name}"].flat[0]))
+                    key: finite_or_none(float(cell[f"{key}@{space.name}"].flat[0]))
                     for key in ("diversity", "vendi")
                 }
                 found.append({**alike, "space": space.name, **varied})
@@ -115,7 +116,7 @@ def _space(
         "recovered": None if back is None else _json(back),
         "frechet": None,
     }
-    if reference is not None and _kept(own, space):
+    if reference is not None and all(f"features@{space.name}" in cell for cell in own):
         groups = [cell[f"features@{space.name}"].astype(np.float64) for cell in own]
         sizes = [len(group) for group in groups]
         moments = reference.moments
@@ -130,25 +131,20 @@ def _diversity(own: Cells, space: Extractor) -> Interval | None:
     if len(own) == 1 and own[0][name].size > 1:
         held = own[0][name]
         return percentiles(float(held[0]), held[1:], LEVEL)
-    return _over(_values(own, name))
+    return mean_over_prompts(_values(own, name))
 
 
 def _interval(own: Cells, name: str) -> Json | None:
     if any(name not in cell for cell in own):
         return None
-    return _json(_over(_values(own, name)))
+    return _json(mean_over_prompts(_values(own, name)))
 
 
 def _less(own: Cells, other: Cells) -> Json | None:
     """The score less that of another case, prompt by prompt, on the same seeds."""
     if any("score" not in cell for cell in (*own, *other)):
         return None
-    return _json(_over(_values(own, "score") - _values(other, "score")))
-
-
-def _over(values: Array) -> Interval:
-    found = over_prompts(Measured(values, np.empty((len(values), 0))), level=LEVEL)
-    return found or Interval(float(values.mean()), math.nan, math.nan)
+    return _json(mean_over_prompts(_values(own, "score") - _values(other, "score")))
 
 
 def _values(own: Cells, name: str) -> Array:
@@ -157,19 +153,9 @@ def _values(own: Cells, name: str) -> Array:
     return np.array([cell[name].flat[0] if first else cell[name].mean() for cell in own])
 
 
-def _kept(own: Cells, space: Extractor) -> bool:
-    return all(f"features@{space.name}" in cell for cell in own)
-
-
 def _json(found: Interval | None) -> Json | None:
-    if found is None or not math.isfinite(found.value):
-        return None
-    return {name: _plain(value) for name, value in found._asdict().items()}
+    return None if found is None or not math.isfinite(found.value) else {**interval_json(found)}
 
 
 def _mean(values: Any) -> float | None:
     return None if values is None else float(values.mean())
-
-
-def _plain(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None

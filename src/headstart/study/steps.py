@@ -8,7 +8,8 @@ once; latents are kept of at most `GROUP` pixels a row: 16 seeds, 126 MB.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.resample import Measured, over_prompts
+from headstart.metrics.resample import interval_json, mean_over_prompts
 from headstart.plan.request import check_size
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge, Rgb
@@ -36,29 +37,53 @@ REMEDY = (
 )
 
 
-def grouped(engine: Engine, seeds: Sequence[int], size: Size = None) -> Iterator[Sequence[int]]:
-    """The seeds, as many at once as have `GROUP` pixels together."""
-    count = _fitting(engine, size, GROUP)
-    return (seeds[i : i + count] for i in range(0, max(1, len(seeds)), count))
+class Setting(NamedTuple):
+    """What an experiment runs, and what judges its pictures.
+
+    plans  name -> rows
+    size   in pixels; None: the model's own
+    """
+
+    engine: Engine
+    seeds: Sequence[int]
+    plans: Mapping[str, StepTable]
+    judge: Judge
+    size: Size = None
+
+    @property
+    def passes(self) -> float:
+        """Network passes of one run of every plan and seed."""
+        return float(sum(table.passes() for table in self.plans.values()) * len(self.seeds))
+
+    def grouped(self) -> Iterator[Sequence[int]]:
+        """The seeds, as many at once as have `GROUP` pixels together."""
+        count = self._fitting(GROUP)
+        return (self.seeds[i : i + count] for i in range(0, max(1, len(self.seeds)), count))
+
+    def sides(self) -> tuple[int, int]:
+        weights = self.engine.weights
+        return check_size(self.size, weights.image_size, max(8, weights.downscale))
+
+    def _fitting(self, pixels: int) -> int:
+        """How many pictures have no more than `pixels` together, at least 1."""
+        height, width = self.sides()
+        return max(1, pixels // (height * width))
+
+    def each_part(self, prompt: str, table: StepTable) -> Iterator[Tensor]:
+        """What every row predicted of the next few seeds: x0 [S, n, C, h, w], n*H*W <= `PART`."""
+        part = min(MOST, self._fitting(PART))
+        for group in self.grouped():
+            states = self.engine.iterate(prompt, plan=table, seeds=group, size=self.size)
+            rows = [state.x0 for state in states]
+            for begin in range(0, len(group), part):
+                yield torch.stack([row[begin : begin + part] for row in rows])
 
 
-def each_part(
-    engine: Engine, prompt: str, table: StepTable, seeds: Sequence[int], *, size: Size = None
-) -> Iterator[Tensor]:
-    """What every row predicted of the next few seeds: x0 [S, n, C, h, w], n*H*W <= `PART`."""
-    part = min(MOST, _fitting(engine, size, PART))
-    for group in grouped(engine, seeds, size):
-        states = engine.iterate(prompt, plan=table, seeds=group, size=size)
-        rows = [state.x0 for state in states]
-        for begin in range(0, len(group), part):
-            yield torch.stack([row[begin : begin + part] for row in rows])
-
-
-def blank(engine: Engine, decoder: Decoder, *, size: Size = None) -> Rgb:
+def blank(setting: Setting, decoder: Decoder) -> Rgb:
     """[1, H, W, 3], the picture of latents that are 0: of nothing. Raises InputError for NaN."""
-    weights = engine.weights
-    cells = (side // weights.downscale for side in _sides(engine, size))
-    latents = torch.zeros((1, weights.latent_channels, *cells), device=engine.device)
+    weights = setting.engine.weights
+    cells = (side // weights.downscale for side in setting.sides())
+    latents = torch.zeros((1, weights.latent_channels, *cells), device=setting.engine.device)
     found = decoder(latents).host()
     if not found.finite.all():
         raise InputError(
@@ -135,16 +160,4 @@ def stacked(cells: Sequence[Arrays], key: str) -> Array:
 
 def interval(values: Array) -> dict[str, float | None]:
     """The mean over prompts [P] with its 95 % ends; these are None for one prompt."""
-    found = over_prompts(Measured(values, np.empty((len(values), 0))))
-    low, high = (None, None) if found is None else (round(found.low, 6), round(found.high, 6))
-    return {"value": round(float(values.mean()), 6), "low": low, "high": high}
-
-
-def _sides(engine: Engine, size: Size) -> tuple[int, int]:
-    return check_size(size, engine.weights.image_size, max(8, engine.weights.downscale))
-
-
-def _fitting(engine: Engine, size: Size, pixels: int) -> int:
-    """How many pictures have no more than `pixels` together, at least 1."""
-    height, width = _sides(engine, size)
-    return max(1, pixels // (height * width))
+    return interval_json(mean_over_prompts(values))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from headstart.study.cases import Case
@@ -18,7 +19,8 @@ from headstart.sweep.seen import Reference
 Json = dict[str, Any]
 
 
-class Experiment(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Experiment:
     """Cells that are not the pictures of one case: the curve, controls, timelines.
 
     cases     names of what is measured for each prompt
@@ -26,7 +28,7 @@ class Experiment(NamedTuple):
     identity  of a case and the number of a prompt: what its cell is of
     passes    network passes of that cell
     measure   its arrays
-    numbers   cells of all prompts by case -> what the report says
+    numbers   cells of all cases and prompts -> what the report says
     """
 
     part: str
@@ -35,16 +37,20 @@ class Experiment(NamedTuple):
     identity: Callable[[str, int], str]
     passes: Callable[[str, int], float]
     measure: Callable[[str, int], Arrays]
-    numbers: Callable[[Mapping[str, Sequence[Arrays]]], Json]
+    numbers: Callable[[Sequence[Arrays]], Json]
 
 
-class Job(NamedTuple):
-    """One cell: whether it is there, how to make it, and what that costs in network passes."""
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One cell: its cost in network passes, how to read it where it is there, and to make it."""
 
     place: Place
     passes: float
-    done: Callable[[Store], bool]
+    read: Callable[[Store], Arrays | None]
     run: Callable[[Store], object]
+
+    def done(self, store: Store) -> bool:
+        return store.has(self.place) and self.read(store) is not None
 
 
 class Study(NamedTuple):
@@ -74,10 +80,9 @@ def jobs_of(study: Study) -> Iterator[Job]:
     for number in range(len(study.prompts)):
         for case in study.cases.values():
             yield _case_job(study.lab_of(case), case, number)
-        for experiment in study.experiments:
-            if number in experiment.prompts:
-                for name in experiment.cases:
-                    yield _experiment_job(experiment, name, number)
+        for own in study.experiments:
+            for name in own.cases if number in own.prompts else ():
+                yield _experiment_job(own, name, number)
 
 
 def share(study: Study, store: Store) -> list[Job]:
@@ -110,10 +115,12 @@ def missing(study: Study, store: Store) -> list[Job]:
 
 def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
     """Numbers of all cells, and the rows by prompt. Every cell must be there."""
-    cells = {
-        name: [_read(study.lab_of(case), store, case, n) for n in range(len(study.prompts))]
-        for name, case in study.cases.items()
-    }
+    every: dict[str, dict[str, list[Arrays]]] = {}
+    for job in jobs_of(study):
+        found = job.read(store)
+        assert found is not None, job.place
+        every.setdefault(job.place.part, {}).setdefault(job.place.case, []).append(found)
+    cells = {name: every[case.part][name] for name, case in study.cases.items()}
     judge = study.lab_of(next(iter(study.cases.values()))).judge
     spaces = judge.spaces
     report: Json = {
@@ -126,46 +133,27 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
         "control": None,
         "timeline": None,
     }
-    for experiment in study.experiments:
-        found = {
-            name: [_held(store, experiment, name, number) for number in experiment.prompts]
-            for name in experiment.cases
-        }
-        report[experiment.part] = experiment.numbers(found)
+    for own in study.experiments:
+        report[own.part] = own.numbers(
+            [cell for name in own.cases for cell in every[own.part][name]]
+        )
     return report, by_prompt(study.cases, cells, study.prompts, spaces)
 
 
 def _case_job(lab: Lab, case: Case, number: int) -> Job:
-    place = Place(case.part, case.name, number)
-
-    def done(store: Store) -> bool:
-        return store.has(place) and lab.read(store, case, number) is not None
-
-    def run(store: Store) -> None:
-        lab.measure(store, case, number)
-
-    return Job(place, lab.passes(case), done, run)
+    return Job(
+        Place(case.part, case.name, number),
+        lab.passes(case),
+        lambda store: lab.read(store, case, number),
+        lambda store: lab.measure(store, case, number),
+    )
 
 
 def _experiment_job(own: Experiment, name: str, number: int) -> Job:
     place = Place(own.part, name, number)
-
-    def done(store: Store) -> bool:
-        return store.has(place) and store.read(place, own.identity(name, number)) is not None
-
-    def run(store: Store) -> None:
-        store.write(place, own.identity(name, number), own.measure(name, number))
-
-    return Job(place, own.passes(name, number), done, run)
-
-
-def _read(lab: Lab, store: Store, case: Case, number: int) -> Arrays:
-    found = lab.read(store, case, number)
-    assert found is not None, (case.name, number)
-    return found
-
-
-def _held(store: Store, own: Experiment, name: str, number: int) -> Arrays:
-    found = store.read(Place(own.part, name, number), own.identity(name, number))
-    assert found is not None, (name, number)
-    return found
+    return Job(
+        place,
+        own.passes(name, number),
+        lambda store: store.read(place, own.identity(name, number)),
+        lambda store: store.write(place, own.identity(name, number), own.measure(name, number)),
+    )

@@ -11,23 +11,20 @@ half of those concepts is followed with the margins of the other half, and the h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 import headstart_weights
-from headstart.conditioning.texts import Size
-from headstart.engine.engine import Engine
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER
-from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge
 from headstart.study.steps import (
     See,
+    Setting,
     check_pictures,
-    each_part,
     interval,
     passes_so_far,
     plans_of,
@@ -69,16 +66,12 @@ class Shares(NamedTuple):
 
 
 def measure(
-    engine: Engine,
+    setting: Setting,
     prompt: str,
-    seeds: Sequence[int],
-    plans: Mapping[str, StepTable],
-    judge: Judge,
     decoder: Decoder,
     *,
     unasked: Sequence[str],
     asked: Sequence[str] | None = None,
-    size: Size = None,
 ) -> dict[str, NDArray[Any]]:
     """One prompt: of each plan the excess [A, S, B, 1 + D], float32, NaN: no picture.
 
@@ -96,21 +89,21 @@ def measure(
     counts = np.zeros((len(twins), len(unasked)), np.bool_)
     for row, rest in enumerate(twins.values()):
         counts[row, unasked_of(unasked, (prompt, rest), 2 * LEAST_UNASKED)] = True
-    score = scored(judge, words)
-    decoder.check_space(engine.weights.lineage)
+    score = scored(setting.judge, words)
+    decoder.check_space(setting.engine.weights.lineage)
     cell: dict[str, NDArray[Any]] = {
-        "judge": np.array(judge.scored_by),
+        "judge": np.array(setting.judge.scored_by),
         "prompt": np.array(prompt),
         "asked": np.array([*twins]),
         "without": np.array([*twins.values()]),
         "counts": counts,
     }
-    for plan, table in plans.items():
+    for plan, table in setting.plans.items():
         scores: dict[str, Array] = {}
         for text in dict.fromkeys((prompt, *twins.values())):
             parts = [
                 np.stack([_scores(decoder(row).host(), score) for row in x0])
-                for x0 in each_part(engine, text, table, seeds, size=size)
+                for x0 in setting.each_part(text, table)
             ]
             scores[text] = np.concatenate(parts, axis=1)
             check_pictures(np.isfinite(scores[text][..., 0]), text, table, decoder)
@@ -153,12 +146,9 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
     return tuple(found[i * len(found) // count] for i in range(count))
 
 
-def passes(
-    plans: Mapping[str, StepTable], prompt: str, asked: Sequence[str] | None = None
-) -> float:
-    """Network passes that a cell takes for each of its seeds: the prompt's runs and the twins'."""
-    texts = {prompt, *twins_of(prompt, asked).values()}
-    return float(sum(table.passes() for table in plans.values()) * len(texts))
+def runs_of(prompt: str, asked: Sequence[str] | None = None) -> int:
+    """How many runs of each plan and seed a cell takes: the prompt's and the twins'."""
+    return len({prompt, *twins_of(prompt, asked).values()})
 
 
 def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, Any]:
@@ -262,8 +252,8 @@ def _plain(pair: tuple[Shares, Shares]) -> dict[str, Any]:
 def _check(cells: Sequence[Arrays], plans: Sequence[str]) -> None:
     """The number of concepts may differ from prompt to prompt; steps and seeds may not."""
     for plan in plans:
-        shapes = {cell[f"{plan}/excess"].shape[1:3] if f"{plan}/excess" in cell else None
-                  for cell in cells}  # fmt: skip
+        key = f"{plan}/excess"
+        shapes = {cell[key].shape[1:3] if key in cell else None for cell in cells}
         if len(shapes) > 1:
             raise InputError(
                 f"cells of other plans, steps or seeds: {plan!r} has {shapes}; measure all prompts "
