@@ -108,9 +108,9 @@ def test_an_unbroken_run_and_a_resumed_one_give_the_same_weights(tmp_path: Path)
             run = Run(
                 "toy",
                 StageOptions(work=folder, steps=count, seed=3),
-                modules={"layer": layer},
-                optimisers=[optimiser],
-                averages={"layer": average},
+                {"layer": layer},
+                [optimiser],
+                average,
             )
 
             def step(index: int, fraction: float, layer=layer, optimiser=optimiser):

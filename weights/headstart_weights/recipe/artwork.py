@@ -219,9 +219,7 @@ def save_sprites(sprites: Sprites, folder: Path, name: str, sets: Iterable[IconS
     folder.mkdir(parents=True, exist_ok=True)
     record = {"sources": [asdict(entry) for entry in sets], "labels": sprites.labels}
     write_atomically(folder / f"{name}.npz", lambda path: _save_compressed(path, sprites.images))
-    write_atomically(
-        folder / f"{name}.json", lambda path: path.write_text(json.dumps(record, indent=1))
-    )
+    write_text(folder / f"{name}.json", json.dumps(record, indent=1))
 
 
 def load_sprites(folder: Path, name: str = "sprites") -> Sprites:
@@ -242,6 +240,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.partial")
     write(temporary)
     temporary.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def _save_compressed(path: Path, images: NDArray[np.uint8]) -> None:

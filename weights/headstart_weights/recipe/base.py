@@ -44,13 +44,7 @@ def train(options: StageOptions) -> None:
         both, lr=0.015, adam_lr=2e-3, keep_adam=("embedding", "conv_in", "conv_out")
     )
     average = Average(both, 0.999)
-    run = Run(
-        "base",
-        options,
-        modules={"both": both},
-        optimisers=[optimiser],
-        averages={"both": average},
-    )
+    run = Run("base", options, {"both": both}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         chosen = torch.randint(len(latents.mean), (_BATCH,))
@@ -59,9 +53,8 @@ def train(options: StageOptions) -> None:
         eps = torch.randn_like(x0)
         context = text(captions_of(data, chosen))
         loss = _loss(unet, a * x0 + s * eps, timestep, context, a * eps - s * x0)
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step(min(1.0, (index + 1) / 50) * min(1.0, (1 - fraction) / _ANNEAL) + 0.003)
+        scale = min(1.0, (index + 1) / 50) * min(1.0, (1 - fraction) / _ANNEAL) + 0.003
+        optimiser.descend(loss, scale)
         return {"loss": loss.item()}
 
     def save() -> None:
@@ -80,7 +73,7 @@ def train(options: StageOptions) -> None:
 
 
 def captions_of(data: Dataset, indices: Tensor) -> list[str]:
-    """A caption of each picture; which attributes it tells is drawn anew."""
+    """A caption of each picture; which attributes it names is drawn anew."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
     return [data.caption(i, rng) for i in indices.tolist()]
 

@@ -42,21 +42,14 @@ def train(options: StageOptions, images: NDArray[np.uint8]) -> None:
     vae = Vae(PARAMS)  # contiguous: its backward pass is 1.2x faster than channels last here
     optimiser = MuonAdam(vae, lr=0.015, adam_lr=3e-3)
     average = Average(vae, 0.995)
-    run = Run(
-        "codec",
-        options,
-        modules={"vae": vae},
-        optimisers=[optimiser],
-        averages={"vae": average},
-    )
+    run = Run("codec", options, {"vae": vae}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         pixels = to_pixels(images[torch.randint(len(images), (_BATCH,)).numpy()])
         losses = _losses(vae, pixels)
         total = losses["l1"] + losses["l2"] + losses["edge"] + _KL_WEIGHT * losses["kl"]
-        optimiser.zero_grad()
-        total.backward()
-        optimiser.step(min(1.0, (index + 1) / 20) * min(1.0, (1 - fraction) / 0.6) + 0.005)
+        scale = min(1.0, (index + 1) / 20) * min(1.0, (1 - fraction) / 0.6) + 0.005
+        optimiser.descend(total, scale)
         return {name: loss.item() for name, loss in losses.items()}
 
     run.loop(step)

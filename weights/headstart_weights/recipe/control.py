@@ -2,20 +2,21 @@
 
 A slider (arXiv:2311.12092, eq. 8) learns a direction between two captions: at strength s
 
-    v_s(x_t, told) = v(x_t, told) + s*eta*(v(x_t, told plus) - v(x_t, told minus))
+    v_s(x_t, c) = v(x_t, c) + s*eta*(v(x_t, c plus) - v(x_t, c minus))
 
 for every s in -REACH .. REACH, the strengths it is used at; the paper's pair of losses is s = 1 and
--1. From `told` to either end is about half of that difference: with an eta of 1 pictures were at
+-1. From c to either end is about half of that difference: with an eta of 1 pictures were at
 the end at a strength of 1/2, and a scorer cannot tell anything beyond it.
 A style learns the pictures of one artist under captions that do not name the style:
 
-    E |v_1(x_t, told) - v|^2            (a LoRA of arXiv:2106.09685 on the loss of the base)
+    E |v_1(x_t, c) - v|^2            (a LoRA of arXiv:2106.09685 on the loss of the base)
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
 from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, load_dataset
 from headstart_weights.recipe.diffusion import GRID, mix, stratified_timesteps
-from headstart_weights.recipe.training import Average, Run, write_tensors
+from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 SCALE = 0.25  # alpha/rank: the released sliders have alpha 1 and rank 4
 REACH = 2.0
@@ -92,25 +93,21 @@ class Trainer:
         x0, timestep = self.latents.draw(picked), self._timesteps(batch)
         a, s = mix(timestep)
         eps = torch.randn_like(x0)
-        told = [self.data.items[i].concept for i in picked.tolist()]
+        concepts = [self.data.items[i].concept for i in picked.tolist()]
         x = a * x0 + s * eps
         if self.control.style is None:
             strength = REACH * (2 * torch.rand(batch, 1) - 1)
-            target = self._directed(x, timestep, told, strength)
+            target = self._directed(x, timestep, concepts, strength)
         else:
             strength = torch.ones(batch, 1)
             target = a * eps - s * x0
-        context = self._context(told, {})
+        context = self._context(concepts, {})
         cond = Conditioning(context, strengths=strength, adapters=self.adapters)
         v = self.unet(x, timestep, cond)
         loss = (v - target).square().mean()
         rate = _LR if self.control.style is None else _STYLE_LR
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate * min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
-        self.optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.slots.parameters(), 1.0)
-        self.optimiser.step()
+        falling = min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
+        descend(self.optimiser, loss, rate * falling)
         return {"loss": loss.item()}
 
     def _timesteps(self, batch: int) -> Tensor:
@@ -119,15 +116,17 @@ class Trainer:
             return stratified_timesteps(batch)
         return torch.tensor(GRID)[torch.randint(len(GRID), (batch,))]
 
-    def _context(self, told: list[str], ending: Mapping[str, str]) -> Tensor:
+    def _context(self, concepts: list[str], ending: Mapping[str, str]) -> Tensor:
         with torch.no_grad():
-            return self.text([compose_caption(name, **ending) for name in told])
+            return self.text([compose_caption(name, **ending) for name in concepts])
 
     @torch.no_grad()
-    def _directed(self, x: Tensor, timestep: Tensor, told: list[str], strength: Tensor) -> Tensor:
+    def _directed(
+        self, x: Tensor, timestep: Tensor, concepts: list[str], strength: Tensor
+    ) -> Tensor:
         """The slider's target, from the network without it: three captions in one call."""
         endings = ({}, self.control.plus, self.control.minus)
-        context = torch.cat([self._context(told, ending) for ending in endings])
+        context = torch.cat([self._context(concepts, ending) for ending in endings])
         off = torch.zeros(3 * len(x), 1)
         plain = Conditioning(context, strengths=off, adapters=self.adapters)
         own, plus, minus = self.unet(x.repeat(3, 1, 1, 1), timestep.repeat(3), plain).chunk(3)
@@ -184,16 +183,10 @@ def train(options: StageOptions, name: str) -> None:
     control = CONTROLS[name]
     trainer = Trainer(options, control)
     average = Average(trainer.slots, 0.98)
-    run = Run(
-        name,
-        options,
-        modules={"slots": trainer.slots},
-        optimisers=[trainer.optimiser],
-        averages={"slots": average},
-    )
+    run = Run(name, options, {"slots": trainer.slots}, [trainer.optimiser], average)
     run.loop(trainer.step, log_every=20)
-    told = {"steps": str(run.step), "headstart.trained_on": control.model}
-    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", told)
+    metadata = {"steps": str(run.step), "headstart.trained_on": control.model}
+    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", metadata)
     log.info("%s: %d steps on the %s", name, run.step, control.model)
 
 
@@ -203,14 +196,8 @@ def sliders(options: StageOptions) -> None:
         train(options, name)
 
 
-def style(options: StageOptions) -> None:
-    """The `style` stage."""
-    train(options, "paper")
-
-
-def reverse(options: StageOptions) -> None:
-    """The `reverse` stage: a slider that is trained on the distilled model."""
-    train(options, "yellow-reverse")
+style = partial(train, name="paper")
+reverse = partial(train, name="yellow-reverse")
 
 
 def _dotless(path: str) -> str:

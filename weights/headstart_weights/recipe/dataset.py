@@ -30,6 +30,7 @@ from headstart_weights.recipe.artwork import (
     fetch_icon_set,
     save_sprites,
     write_atomically,
+    write_text,
 )
 from headstart_weights.recipe.concepts import CONCEPTS, PAIR_CONCEPTS
 
@@ -94,7 +95,7 @@ class Dataset:
         return len(self.items)
 
     def caption(self, index: int, rng: np.random.Generator) -> str:
-        """A caption of picture `index`: each attribute is told or left out at random."""
+        """A caption of picture `index`: each attribute is named or left out at random."""
         if rng.random() < EMPTY_PROBABILITY:
             return ""
         item = self.items[index]
@@ -105,8 +106,7 @@ class Dataset:
     def save(self, folder: Path, name: str = "dataset") -> None:
         """Write `name`.npy (pictures) and `name`.json (items), each by renaming."""
         write_atomically(folder / f"{name}.npy", lambda path: _save_array(path, self.images))
-        text = json.dumps(self.items)
-        write_atomically(folder / f"{name}.json", lambda path: path.write_text(text))
+        write_text(folder / f"{name}.json", json.dumps(self.items))
 
 
 def load_dataset(folder: Path, name: str = "dataset") -> Dataset:

@@ -73,8 +73,8 @@ def predict_x0(
     else:
         assert empty is not None
         both = Conditioning(torch.cat([empty.expand_as(context), context]))
-        v_empty, v_told = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
-        v = v_empty + guidance * (v_told - v_empty)
+        v_empty, v_cond = unet(torch.cat([x, x]), timestep.repeat(2), both).chunk(2)
+        v = v_empty + guidance * (v_cond - v_empty)
     a, s = mix(timestep)
     return a * x - s * v
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 import copy
 import logging
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, TypeAlias
 
 import torch
@@ -39,7 +40,7 @@ from headstart_weights.recipe.diffusion import (
     write_sheet,
 )
 from headstart_weights.recipe.progressive import GUIDANCE, land, target
-from headstart_weights.recipe.training import Average, Run, write_tensors
+from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 _BATCH = 16
 _FAKE_HEAD_START = 50  # steps in which only the fake score learns
@@ -107,7 +108,7 @@ class Distiller:
         loss = self._landing_loss(x, x0, context) if landing else self._matching_loss(x0, context)
         if index >= _FAKE_HEAD_START:
             scale = 1.0 if fraction < 0.6 else (1.0 - fraction) / 0.4 + 0.02
-            _update(self.student, self.student_optimiser, loss, self.variant.lr * scale)
+            descend(self.student_optimiser, loss, self.variant.lr * scale)
         if landing:
             return {"landing": loss.item()}
         drawn = x0.detach()
@@ -169,7 +170,7 @@ class Distiller:
         eps = torch.randn_like(x0)
         v = self.fake(a * x0 + s * eps, timestep, Conditioning(context))
         loss = (v - (a * eps - s * x0)).square().mean()
-        _update(self.fake, self.fake_optimiser, loss, 2 * self.variant.lr)
+        descend(self.fake_optimiser, loss, 2 * self.variant.lr)
         return loss.item()
 
 
@@ -215,15 +216,6 @@ def _adam(unet: UNet, lr: float) -> torch.optim.AdamW:
     )
 
 
-def _update(unet: UNet, optimiser: torch.optim.AdamW, loss: Tensor, lr: float) -> None:
-    for group in optimiser.param_groups:
-        group["lr"] = lr
-    optimiser.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
-    optimiser.step()
-
-
 def train(options: StageOptions, variant: Variant) -> None:
     """Distil for `options.minutes` or `.steps`, resuming; writes `<student_name>.safetensors`.
 
@@ -236,9 +228,9 @@ def train(options: StageOptions, variant: Variant) -> None:
     run = Run(
         name,
         options,
-        modules={"student": distiller.student, "fake": distiller.fake},
-        optimisers=[distiller.student_optimiser, distiller.fake_optimiser],
-        averages={"student": average},
+        {"student": distiller.student, "fake": distiller.fake},
+        [distiller.student_optimiser, distiller.fake_optimiser],
+        average,
     )
 
     def save() -> None:
@@ -261,36 +253,11 @@ def train(options: StageOptions, variant: Variant) -> None:
     save()
 
 
-def main(options: StageOptions) -> None:
-    """The `distill` stage: the student that ships."""
-    train(options, STUDENT)
-
-
-def control(options: StageOptions) -> None:
-    """The `control` stage: the same student distilled from an unguided teacher."""
-    train(options, CONTROL)
-
-
-def unnoised(options: StageOptions) -> None:
-    """The `unnoised` stage: the shipped student's recipe without noised pictures."""
-    train(options, UNNOISED)
-
-
-def renoise(options: StageOptions) -> None:
-    """The `renoise` stage: a student that draws new noise between its steps."""
-    train(options, RENOISE)
-
-
-def renoise_unnoised(options: StageOptions) -> None:
-    """The `renoise-unnoised` stage: the same without noised pictures (DMD2 without its GAN)."""
-    train(options, RENOISE_UNNOISED)
-
-
-def dp(options: StageOptions) -> None:
-    """The `dp` stage: the first step lands where the teacher lands (DP-DMD)."""
-    train(options, DP)
-
-
-def renoise_dp(options: StageOptions) -> None:
-    """The `renoise-dp` stage: the same of a student that draws new noise between its steps."""
-    train(options, RENOISE_DP)
+main = partial(train, variant=STUDENT)
+control = partial(train, variant=CONTROL)
+unnoised = partial(train, variant=UNNOISED)
+renoise = partial(train, variant=RENOISE)
+renoise_unnoised = partial(train, variant=RENOISE_UNNOISED)  # DMD2 without its GAN
+dp = partial(train, variant=DP)
+renoise_dp = partial(train, variant=RENOISE_DP)
+"""The stages of these names; `main` is `distill`, the student that ships."""

@@ -25,7 +25,7 @@ from headstart.metrics.scorer import TOKENIZER_KEY
 from headstart.plan.pairs import DEMO_SCHEDULE
 from headstart.plan.schedule import NoiseSchedule
 from headstart_weights.recipe import StageOptions, codec
-from headstart_weights.recipe.artwork import ICON_SETS, write_atomically
+from headstart_weights.recipe.artwork import ICON_SETS, write_atomically, write_text
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
 from headstart_weights.recipe.control import CONTROLS, SHIPPED
 from headstart_weights.recipe.dataset import IMAGE_SIZE, PALETTE, STYLES
@@ -164,10 +164,8 @@ def export(work: Path, folder: Path) -> None:
     record = manifest_record(blobs, _numbers(work, "linear_rgb"), _numbers(work, "scorer"))
     for role, blob in blobs.items():
         write_atomically(folder / _file_name(role), lambda part, blob=blob: part.write_bytes(blob))
-    text = json.dumps(record, indent=1) + "\n"
-    write_atomically(folder / "manifest.json", lambda part: part.write_text(text, encoding="utf-8"))
-    readme = weights_readme(record, STAGES)
-    write_atomically(folder / "README.md", lambda part: part.write_text(readme, encoding="utf-8"))
+    write_text(folder / "manifest.json", json.dumps(record, indent=1) + "\n")
+    write_text(folder / "README.md", weights_readme(record, STAGES))
     log.info("wrote %d files, %.1f MB, to %s", len(blobs), total / 1e6, folder)
 
 

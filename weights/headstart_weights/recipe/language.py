@@ -44,13 +44,6 @@ class Language(nn.Module):
         ids = torch.tensor([self._ids(prompt) for prompt in prompts])
         return self.transformer(input_ids=ids).last_hidden_state
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The weights under the key names of a checkpoint file, `text_model.` in front."""
-        return {
-            _PREFIX + key.removeprefix(_PREFIX): value
-            for key, value in self.transformer.state_dict().items()
-        }
-
 
 def _token_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
     start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)

@@ -34,7 +34,7 @@ def orthogonalise(matrices: Tensor, iterations: int = 5) -> Tensor:
 class MuonAdam:
     """One optimiser over a module; `keep_adam` names parameters that stay with AdamW.
 
-    `step(scale)` multiplies both learning rates by `scale`, so a schedule is one number.
+    `scale` multiplies both learning rates, so a schedule is one number.
     """
 
     def __init__(
@@ -56,12 +56,15 @@ class MuonAdam:
         )
         self._parameters = list(module.parameters())
 
-    def zero_grad(self) -> None:
+    def descend(self, loss: Tensor, scale: float = 1.0) -> None:
+        """One step down the gradients of `loss`."""
         for parameter in self._parameters:
             parameter.grad = None
+        loss.backward()
+        self._step(scale)
 
     @torch.no_grad()
-    def step(self, scale: float = 1.0) -> None:
+    def _step(self, scale: float) -> None:
         for group in self._adam.param_groups:
             group["lr"] = self._adam_lr * scale
         self._adam.step()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from headstart.networks.unet import UNet
@@ -32,7 +33,7 @@ from headstart_weights.recipe.diffusion import (
     predict_x0,
     write_sheet,
 )
-from headstart_weights.recipe.training import Average, Run, write_tensors
+from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 NAME = "progressive"
 GUIDANCE = 2.0
@@ -105,7 +106,7 @@ def load_pool(options: StageOptions) -> Pool:
             states = teach(teacher, torch.randn(PART, *LATENT_SHAPE), context, empty)
             write_tensors({"states": states, "context": context}, _part(folder, number), {})
             log.info("trajectories: %d of %d", (number + 1) * PART, PARTS * PART)
-    parts = [_read(_part(folder, n)) for n in range(PARTS)]
+    parts = [Pool(**load_file(_part(folder, n))) for n in range(PARTS)]
     return Pool(torch.cat([p.states for p in parts]), torch.cat([p.context for p in parts]))
 
 
@@ -115,13 +116,7 @@ def main(options: StageOptions) -> None:
     student = copy.deepcopy(load_unet(options.work / "base.safetensors")).requires_grad_(True)
     optimiser = torch.optim.AdamW(student.parameters(), lr=_LR, weight_decay=0.0, fused=True)
     average = Average(student, 0.99)
-    run = Run(
-        NAME,
-        options,
-        modules={"student": student},
-        optimisers=[optimiser],
-        averages={"student": average},
-    )
+    run = Run(NAME, options, {"student": student}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         leg = int(torch.randint(len(GRID), (1,)))
@@ -131,11 +126,7 @@ def main(options: StageOptions) -> None:
         a, s = mix(torch.tensor([GRID[leg]]))
         weight = (a / s).square().clamp_min(1.0)
         loss = (weight * (x0 - target(x, landed, leg)).square()).mean()
-        optimiser.param_groups[0]["lr"] = _LR * min(1.0, (index + 1) / 50, (1 - fraction) / 0.6)
-        optimiser.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimiser.step()
+        descend(optimiser, loss, _LR * min(1.0, (index + 1) / 50, (1 - fraction) / 0.6))
         return {"loss": loss.item()}
 
     run.loop(step, save_every_s=60.0)
@@ -148,9 +139,3 @@ def main(options: StageOptions) -> None:
 
 def _part(folder: Path, number: int) -> Path:
     return folder / f"{number:03d}.safetensors"
-
-
-def _read(path: Path) -> Pool:
-    from safetensors.torch import load_file
-
-    return Pool(**load_file(path))

@@ -17,7 +17,7 @@ from headstart.checkpoint.tensors import Checkpoint, Part, PartName
 from headstart.metrics.scorer import TOKENIZER_KEY
 from headstart.networks.load import load_unet, load_vae
 from headstart_weights.recipe import StageOptions
-from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.artwork import write_text
 from headstart_weights.recipe.training import write_tensors
 
 _NETWORKS = {"base": "base", "student": "distilled", "control": "distilled_unguided"}
@@ -75,4 +75,4 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> None:
 
 def _write_text(path: Path, text: str) -> None:
     if not path.exists():
-        write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
+        write_text(path, text)

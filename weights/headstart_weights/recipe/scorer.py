@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from headstart.metrics.scorer import TOKENIZER_KEY, Scorer, ScorerParams
 from headstart_weights.recipe import StageOptions
-from headstart_weights.recipe.artwork import Sprites, load_sprites, write_atomically
+from headstart_weights.recipe.artwork import Sprites, load_sprites, write_text
 from headstart_weights.recipe.augment import (
     MILD,
     NONE,
@@ -117,14 +117,14 @@ def draw_batch(pool: Pool, rng: np.random.Generator) -> tuple[Tensor, Labels, li
     named = torch.rand(BATCH) >= UNKNOWN_COLOUR_PROBABILITY
     colours = torch.where(named[:, None], palette_tensor()[colour], torch.rand(BATCH, 3))
     labels = Labels(pool.concept[picks], pool.vendor[picks], torch.where(named, colour, IGNORED))
-    told_style = torch.as_tensor(rng.random(BATCH) < STYLE_PROBABILITY) & (labels.vendor >= 0)
-    told_colour = torch.as_tensor(rng.random(BATCH) < BACKGROUND_PROBABILITY) & named
-    captions = _captions(pool.concepts, labels, told_style, told_colour)
+    with_style = torch.as_tensor(rng.random(BATCH) < STYLE_PROBABILITY) & (labels.vendor >= 0)
+    with_colour = torch.as_tensor(rng.random(BATCH) < BACKGROUND_PROBABILITY) & named
+    captions = _captions(pool.concepts, labels, with_style, with_colour)
     return (
         draw(pool.sprites[picks], colours, STRONG),
         labels,
         captions,
-        _fits(labels, told_style, told_colour),
+        _fits(labels, with_style, with_colour),
     )
 
 
@@ -149,13 +149,7 @@ def train(pool: Pool, tokenizer: Tokenizer, options: StageOptions) -> Scorer:
     both = nn.ModuleDict({"scorer": scorer, "heads": heads})
     optimiser = MuonAdam(both, lr=0.02, adam_lr=3e-3, keep_adam=("text.tokens", "stem", "heads"))
     average = Average(scorer, 0.995)
-    run = Run(
-        "scorer",
-        options,
-        modules={"both": both},
-        optimisers=[optimiser],
-        averages={"scorer": average},
-    )
+    run = Run("scorer", options, {"both": both}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         rng = np.random.default_rng((options.seed, index))
@@ -165,9 +159,8 @@ def train(pool: Pool, tokenizer: Tokenizer, options: StageOptions) -> Scorer:
         scale = heads.log_scale.exp().clamp(max=50.0)
         match = contrastive_loss(images, scorer.embed_prompts(captions), fits, scale)
         classes = heads.loss(features, labels)
-        optimiser.zero_grad()
-        (match + 0.5 * classes).backward()
-        optimiser.step(min(1.0, (index + 1) / 30) * min(1.0, (1 - fraction) / 0.7) + 0.005)
+        scale = min(1.0, (index + 1) / 30) * min(1.0, (1 - fraction) / 0.7) + 0.005
+        optimiser.descend(match + 0.5 * classes, scale)
         return {"match": match.item(), "classes": classes.item()}
 
     run.loop(step)
@@ -224,8 +217,7 @@ def main(options: StageOptions) -> None:
     scorer = train(seen, load_tokenizer(options.work), options)
     save(scorer, options.work / "scorer.safetensors")
     report = {name: round(value, 4) for name, value in validate(scorer, seen, unseen).items()}
-    text = json.dumps(report, indent=1)
-    write_atomically(options.work / "scorer.json", lambda part: part.write_text(text))
+    write_text(options.work / "scorer.json", json.dumps(report, indent=1))
     log.info("scorer: %s", report)
 
 
@@ -259,27 +251,27 @@ def _right(
 
 
 def _captions(
-    concepts: Sequence[str], labels: Labels, told_style: Tensor, told_colour: Tensor
+    concepts: Sequence[str], labels: Labels, with_style: Tensor, with_colour: Tensor
 ) -> list[str]:
     styles, colours = list(STYLES.values()), list(PALETTE)
     return [
         compose_caption(
             concepts[int(labels.concept[i])],
-            style=styles[int(labels.vendor[i])] if told_style[i] else None,
-            colour=colours[int(labels.colour[i])] if told_colour[i] else None,
+            style=styles[int(labels.vendor[i])] if with_style[i] else None,
+            colour=colours[int(labels.colour[i])] if with_colour[i] else None,
         )
         for i in range(len(labels.concept))
     ]
 
 
-def _fits(labels: Labels, told_style: Tensor, told_colour: Tensor) -> Tensor:
+def _fits(labels: Labels, with_style: Tensor, with_colour: Tensor) -> Tensor:
     """Picture i (row) fits caption j (column) if every attribute that j tells is i's."""
     same_style = labels.vendor[:, None] == labels.vendor
     same_colour = labels.colour[:, None] == labels.colour
     return (
         (labels.concept[:, None] == labels.concept)
-        & (same_style | ~told_style)
-        & (same_colour | ~told_colour)
+        & (same_style | ~with_style)
+        & (same_colour | ~with_colour)
     )
 
 

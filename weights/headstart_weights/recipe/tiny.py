@@ -22,7 +22,7 @@ from torch import Tensor
 from headstart.networks.tiny import TinyDecoder, TinyParams
 from headstart.networks.vae import Vae
 from headstart_weights.recipe import StageOptions, codec
-from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.artwork import write_text
 from headstart_weights.recipe.codec import Posterior, psnr
 from headstart_weights.recipe.concepts import PAIR_CONCEPTS
 from headstart_weights.recipe.dataset import Dataset, load_dataset
@@ -59,13 +59,7 @@ def train(vae: Vae, moments: Posterior, options: StageOptions) -> TinyDecoder:
     decoder = TinyDecoder(PARAMS)
     optimiser = MuonAdam(decoder, lr=0.01, adam_lr=3e-3, keep_adam=("layers.0.",))
     average = Average(decoder, 0.99)
-    run = Run(
-        "tiny",
-        options,
-        modules={"decoder": decoder},
-        optimisers=[optimiser],
-        averages={"decoder": average},
-    )
+    run = Run("tiny", options, {"decoder": decoder}, [optimiser], average)
 
     def step(index: int, fraction: float) -> dict[str, float]:
         latents = draw_latents(moments)
@@ -74,9 +68,8 @@ def train(vae: Vae, moments: Posterior, options: StageOptions) -> TinyDecoder:
         error = decoder(latents) - target
         edge = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
         loss = error.abs().mean() + edge
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step(min(1.0, (index + 1) / 30) * min(1.0, (1 - fraction) / 0.7) + 0.005)
+        scale = min(1.0, (index + 1) / 30) * min(1.0, (1 - fraction) / 0.7) + 0.005
+        optimiser.descend(loss, scale)
         return {"l1": error.abs().mean().item(), "edge": edge.item()}
 
     run.loop(step)
@@ -107,8 +100,8 @@ def main(options: StageOptions) -> None:
         report = measure(vae, decoder, linear, _other_concepts(options.work))
     # float32's shortest decimals, so that the file reads back to the same float32 numbers
     numbers = {name: value.float().tolist() for name, value in linear._asdict().items()}
-    _write_json(options.work / "linear_rgb.json", numbers)
-    _write_json(options.work / "tiny.json", report)
+    for name, values in (("linear_rgb", numbers), ("tiny", report)):
+        write_text(options.work / f"{name}.json", json.dumps(values, indent=1) + "\n")
     log.info("tiny: %s", report)
 
 
@@ -132,8 +125,3 @@ def _other_concepts(work: Path) -> Dataset:
     wide = load_dataset(work, "wide")
     keep = [i for i, item in enumerate(wide.items) if item.concept not in PAIR_CONCEPTS][:256]
     return Dataset(wide.images[keep], tuple(wide.items[i] for i in keep))
-
-
-def _write_json(path: Path, value: object) -> None:
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomically(path, lambda part: part.write_text(text))

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from headstart_weights.recipe import StageOptions
-from headstart_weights.recipe.artwork import write_atomically
+from headstart_weights.recipe.artwork import write_text
 from headstart_weights.recipe.concepts import CONCEPTS
 from headstart_weights.recipe.dataset import PALETTE, STYLES, compose_caption
 
@@ -95,8 +95,7 @@ def build_tokenizer(merges: Sequence[Merge]) -> Tokenizer:
 def main(options: StageOptions) -> None:
     """The `tokenizer` stage: writes tokenizer.json."""
     tokenizer = fit_tokenizer(caption_corpus())
-    path = options.work / "tokenizer.json"
-    write_atomically(path, lambda part: part.write_text(tokenizer.to_str(), encoding="utf-8"))
+    write_text(options.work / "tokenizer.json", tokenizer.to_str())
     log.info("%d tokens", tokenizer.get_vocab_size())
 
 

@@ -55,20 +55,19 @@ class Average:
 
 
 class Run:
-    """One stage: `modules` and `optimisers` are checkpointed, `averages` are what it is for."""
+    """One stage: all of it is checkpointed, and `average` is what it is for."""
 
     def __init__(
         self,
         name: str,
         options: StageOptions,
-        *,
         modules: Mapping[str, nn.Module],
         optimisers: Sequence[Optimiser],
-        averages: Mapping[str, Average],
+        average: Average,
     ) -> None:
         self.name, self.seed = name, options.seed
         self._budget_s, self._steps = options.minutes * 60, options.steps
-        self._modules, self._optimisers, self._averages = modules, optimisers, averages
+        self._modules, self._optimisers, self._average = modules, optimisers, average
         self.step, self.elapsed_s = 0, 0.0
         self._checkpoint = options.work / f"{name}.ckpt"
         self._log = options.work / f"{name}.jsonl"
@@ -84,22 +83,21 @@ class Run:
         on_save: Callable[[], None] | None = None,
         on_step: Callable[[], None] | None = None,
     ) -> None:
-        told: dict[str, list[float]] = defaultdict(list)
+        numbers: dict[str, list[float]] = defaultdict(list)
         saved = time.monotonic()
         while (fraction := self._spent()) < 1.0:
             begin = time.monotonic()
             torch.manual_seed(SEED_STRIDE * self.seed + self.step)
             for key, value in step(self.step, fraction).items():
-                told[key].append(value)
+                numbers[key].append(value)
             self.step += 1
-            for average in self._averages.values():
-                average.update(self.step)
+            self._average.update(self.step)
             self.elapsed_s += time.monotonic() - begin
             if on_step:
                 on_step()
             if self.step % log_every == 0:
-                self._write_log({key: fmean(values) for key, values in told.items()})
-                told.clear()
+                self._write_log({key: fmean(values) for key, values in numbers.items()})
+                numbers.clear()
             if time.monotonic() - saved > save_every_s:
                 self._save()
                 if on_save:
@@ -124,7 +122,7 @@ class Run:
             "elapsed_s": self.elapsed_s,
             "modules": {k: m.state_dict() for k, m in self._modules.items()},
             "optimisers": [o.state_dict() for o in self._optimisers],
-            "averages": {k: a.values for k, a in self._averages.items()},
+            "averages": {self.name: self._average.values},
         }
         write_atomically(self._checkpoint, lambda part: torch.save(state, part))
 
@@ -135,9 +133,20 @@ class Run:
             module.load_state_dict(state["modules"][key])
         for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
-        for key, average in self._averages.items():
-            for name, value in state["averages"][key].items():
-                average.values[name].copy_(value)
+        (average,) = state["averages"].values()
+        for name, value in average.items():
+            self._average.values[name].copy_(value)
+
+
+def descend(optimiser: torch.optim.Optimizer, loss: Tensor, lr: float) -> None:
+    """One step of gradients clipped to a norm of 1."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+    optimiser.zero_grad()
+    loss.backward()
+    for group in optimiser.param_groups:
+        nn.utils.clip_grad_norm_(group["params"], 1.0)
+    optimiser.step()
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:

@@ -2,7 +2,7 @@
 
 A low-rank adapter (arXiv:2106.09685) on a finished student that is left as it is:
 
-    E |v_1(x, told) - v*|^2        x: noise at GRID[0]; v* of `distill.first_target`
+    E |v_1(x, c) - v*|^2        x: noise at GRID[0]; v* of `distill.first_target`
 
 It is to act on the first row alone, `Strength(rows=(1, 0, 0, 0))`: the later steps stay the
 student's own, so nothing has to hold them in place. The adapter known for this,
@@ -16,7 +16,6 @@ import logging
 from dataclasses import replace
 
 import torch
-from torch import nn
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
@@ -26,7 +25,7 @@ from headstart_weights.recipe.control import kohya_tensors, train_slots
 from headstart_weights.recipe.dataset import load_dataset
 from headstart_weights.recipe.diffusion import GRID, LATENT_SHAPE, mix
 from headstart_weights.recipe.distill import RENOISE, STUDENT, Variant, first_target, student_name
-from headstart_weights.recipe.training import Average, Run, write_tensors
+from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 RANK = 16
 STUDENTS: dict[str, Variant] = {"variety": STUDENT, "renoise-variety": RENOISE}
@@ -49,13 +48,7 @@ def train(options: StageOptions, adapter: str) -> None:
     adapters, slots = train_slots(unet, RANK)
     optimiser = torch.optim.Adam(slots.parameters(), lr=_LR, betas=(0.9, 0.99))
     average = Average(slots, 0.98)
-    run = Run(
-        name,
-        options,
-        modules={"slots": slots},
-        optimisers=[optimiser],
-        averages={"slots": average},
-    )
+    run = Run(name, options, {"slots": slots}, [optimiser], average)
     empty, now = text([""]), torch.full((_BATCH,), GRID[0])
     a, s = mix(now)
 
@@ -66,16 +59,12 @@ def train(options: StageOptions, adapter: str) -> None:
         cond = Conditioning(context, strengths=torch.ones(_BATCH, 1), adapters=adapters)
         loss = (unet(x, now, cond) - aim).square().mean()
         rate = _LR * min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
-        optimiser.param_groups[0]["lr"] = rate
-        optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(slots.parameters(), 1.0)
-        optimiser.step()
+        descend(optimiser, loss, rate)
         return {"loss": loss.item()}
 
     run.loop(step, log_every=20)
-    told = {"steps": str(run.step), "headstart.trained_on": student}
-    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", told)
+    metadata = {"steps": str(run.step), "headstart.trained_on": student}
+    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", metadata)
     log.info("%s: %d steps on %s", name, run.step, student)
 
 
