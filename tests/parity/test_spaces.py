@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fidelity_oracle import frechet
 from numpy.typing import NDArray
 from PIL import Image
 from published import (
@@ -24,7 +25,6 @@ from published import (
 from safetensors.torch import save_file
 
 from headstart.cli import main
-from headstart.metrics.fidelity import frechet
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import distances
 from headstart.spaces.published import read_published

@@ -14,7 +14,7 @@ import numpy as np
 
 from headstart.errors import InputError
 from headstart.metrics.metrics import checked
-from headstart.metrics.resample import Interval, prompt_counts, stratified_counts
+from headstart.metrics.resample import TAILS, Interval, prompt_counts, stratified_counts
 from headstart.spaces.extractor import Array
 
 By = Literal["seeds", "prompts"]
@@ -51,22 +51,11 @@ class Neighbours(NamedTuple):
     coverage: float
 
 
-def frechet(features_a: Array, features_b: Array) -> float:
-    """Frechet distance between Gaussians fitted to features [n, d] and [m, d] (arXiv:1706.08500).
-
-    Biased upwards at small n, m (the covariance of n < d + 1 samples is singular): compare equal
-    counts only.
-    """
-    a, b = _alike(features_a, features_b)
-    left, right = _factor(a), _factor(b)
-    # The singular values of L R' are those of (L'L)^1/2 (R'R)^1/2, without the rounding of roots.
-    cross = np.linalg.svd(left @ right.T, compute_uv=False).sum()
-    spread = np.square(left).sum() + np.square(right).sum()
-    return float(np.square(a.mean(0) - b.mean(0)).sum() + spread - 2.0 * cross)
-
-
 def frechet_gaussian(mean_a: Array, cov_a: Array, mean_b: Array, cov_b: Array) -> float:
-    """Frechet distance of N(mean_a [d], cov_a [d, d]) and N(mean_b, cov_b).
+    """Frechet distance of N(mean_a [d], cov_a [d, d]) and N(mean_b, cov_b) (arXiv:1706.08500).
+
+    Of Gaussians fitted to n images it is too large at small n (the covariance of n < d + 1 samples
+    is singular): compare equal counts only.
 
     tr (S_a S_b)^1/2 is the sum of singular values of S_a^1/2 S_b^1/2: no complex square root.
     """
@@ -82,7 +71,6 @@ def frechet_interval(
     sizes: Sequence[int] | None = None,
     by: By = "seeds",
     resamples: int = RESAMPLES,
-    level: float = 0.95,
 ) -> Interval:
     """Frechet distance of features [n, d] to fixed moments, seeds or prompts resampled.
 
@@ -97,7 +85,7 @@ def frechet_interval(
     draws = _draws(len(found), sizes, by, resamples)
     rooted = found @ root
     drawn = np.array([_frechet_drawn(found, rooted, row, reference) for row in draws])
-    return _around(_frechet_to(found, reference, root), drawn, level)
+    return _around(_frechet_to(found, reference, root), drawn)
 
 
 def kid(
@@ -107,7 +95,6 @@ def kid(
     sizes: Sequence[int] | None = None,
     by: By = "seeds",
     resamples: int = RESAMPLES,
-    level: float = 0.95,
 ) -> Interval:
     """Kernel Inception Distance, unbiased at any n: it may be negative (arXiv:1801.01401, eq. 4).
 
@@ -121,7 +108,7 @@ def kid(
     weights = np.concatenate([np.ones((1, len(a))), draws])
     ones = np.ones((1, len(b)))
     values = _within(a, weights) + _within(b, ones) - 2.0 * _across(a, weights, b, ones)
-    return _around(float(values[0]), values[1:], level, least=-np.inf)
+    return _around(float(values[0]), values[1:], least=-np.inf)
 
 
 def neighbours(features: Array, reference: Array, *, k: int = 5) -> Neighbours:
@@ -141,7 +128,6 @@ def neighbours_interval(
     sizes: Sequence[int] | None = None,
     by: By = "seeds",
     resamples: int = RESAMPLES,
-    level: float = 0.95,
 ) -> dict[str, Interval]:
     """The four of `neighbours`, seeds or prompts resampled; the balls stay as all images make them.
 
@@ -151,7 +137,7 @@ def neighbours_interval(
     draws = _draws(len(features), sizes, by, resamples)
     values = _neighbours(features, reference, k, draws)
     return {
-        name: _around(float(values[0, column]), values[1:, column], level)
+        name: _around(float(values[0, column]), values[1:, column])
         for column, name in enumerate(Neighbours._fields)
     }
 
@@ -196,10 +182,9 @@ def _draws(count: int, sizes: Sequence[int] | None, by: By, resamples: int) -> A
     return counts
 
 
-def _around(value: float, drawn: Array, level: float, least: float = 0.0) -> Interval:
+def _around(value: float, drawn: Array, least: float = 0.0) -> Interval:
     """Draws are off by one shift, which says nothing of the spread: take it out."""
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(drawn - drawn.mean(), [tail, 1.0 - tail])
+    low, high = np.quantile(drawn - drawn.mean(), TAILS)
     return Interval(value, max(least, value + float(low)), value + float(high))
 
 

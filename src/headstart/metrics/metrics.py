@@ -39,19 +39,11 @@ def word_of(name: str) -> str:
 def diversity(features: Array, distance: Distance = "cosine") -> float:
     """Mean pairwise distance of features [n, d]; by cosine 0 = all alike, 1 = all orthogonal.
 
-    The measure of arXiv:2503.10637 table 2, on whichever features are given. Raises InputError
+    The measure of arXiv:2503.10637 table 2, on whichever features are given; by cosine 1 less the
+    MSS of arXiv:2310.17347. Raises InputError
     for fewer than two samples, one that is not finite, or by cosine a zero feature.
     """
     return off_diagonal_mean(distances(features, distance))
-
-
-def mean_similarity(features: Array) -> float:
-    """Mean pairwise cosine of features [n, d], the MSS of arXiv:2310.17347: 1 - diversity.
-
-    So DP-DMD's "1 - mean cosine" (arXiv:2602.03139) and DreamSim's mean distance are `diversity`
-    on the features they name.
-    """
-    return off_diagonal_mean(cosines(features, at_least=2))
 
 
 def vendi(features: Array) -> float:

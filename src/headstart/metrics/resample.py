@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from headstart.errors import InputError
-from headstart.metrics.metrics import checked, distances, diversity, off_diagonal_mean
+from headstart.metrics.metrics import checked, distances, off_diagonal_mean
 from headstart.spaces.extractor import Array, Distance
 
 Statistic = Callable[[Array], float]
@@ -22,6 +22,8 @@ RESAMPLES = 2000
 EXACT_FLIPS = 14
 """Up to this many prompts all 2^P sign patterns are tried; beyond it RANDOM_FLIPS of them."""
 RANDOM_FLIPS = 20_000
+TAILS = (0.025, 0.975)
+"""Of a 95 % interval."""
 
 
 class Interval(NamedTuple):
@@ -110,25 +112,27 @@ def measure_each(groups: Sequence[Array], statistic: Statistic) -> Measured:
     return Measured(values, np.empty((len(values), 0)))
 
 
-def over_prompts(measured: Measured, *, level: float = 0.95) -> Interval | None:
+def over_prompts(measured: Measured) -> Interval | None:
     """The mean over prompts and its percentile interval; None for one prompt."""
-    return None if len(measured.values) < 2 else _over_prompts(measured.values, level)
+    return None if len(measured.values) < 2 else bootstrap_mean(measured.values)
 
 
-def mean_over_prompts(values: Array) -> Interval:
-    """The mean of values [P] and its 95 % interval over prompts; NaN ends for one prompt."""
-    found = over_prompts(Measured(values, np.empty((len(values), 0))))
-    return found or Interval(float(values.mean()), math.nan, math.nan)
+def bootstrap_mean(values: Array, resamples: int = RESAMPLES) -> Interval:
+    """The mean of values [n], of prompts or seeds, and its 95 % interval; NaN ends for n = 1."""
+    if len(values) < 2:
+        return Interval(float(values.mean()), math.nan, math.nan)
+    picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    return percentiles(float(values.mean()), values[picks].mean(1))
 
 
-def over_seeds(measured: Measured, *, level: float = 0.95) -> Interval | None:
+def over_seeds(measured: Measured) -> Interval | None:
     """The mean over these very prompts; None where seeds were not drawn."""
     if not measured.drawn.size:
         return None
-    return percentiles(measured.mean, measured.drawn.mean(0), level)
+    return percentiles(measured.mean, measured.drawn.mean(0))
 
 
-def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
+def paired(a: Measured, b: Measured) -> Paired:
     """Plan a minus plan b. Raises InputError unless both are of the same prompts and seeds."""
     if a.drawn.shape != b.drawn.shape or len(a.values) != len(b.values):
         raise InputError(
@@ -139,8 +143,8 @@ def paired(a: Measured, b: Measured, *, level: float = 0.95) -> Paired:
     several = len(apart.values) > 1
     return Paired(
         apart.mean,
-        over_prompts(apart, level=level),
-        over_seeds(apart, level=level),
+        over_prompts(apart),
+        over_seeds(apart),
         sign_flip(apart.values) if several else None,
     )
 
@@ -151,7 +155,6 @@ def recovered(
     distilled: Array,
     *,
     resamples: int = RESAMPLES,
-    level: float = 0.95,
 ) -> Interval:
     """(own - distilled)/(base - distilled), a ratio of means over prompts, of three numbers [P].
 
@@ -162,7 +165,7 @@ def recovered(
     with np.errstate(divide="ignore", invalid="ignore"):  # nothing was lost: no share of it
         ratios = back[picks].mean(1) / lost[picks].mean(1)
         value = np.divide(back.mean(), lost.mean())
-    return percentiles(float(value), ratios, level)
+    return percentiles(float(value), ratios)
 
 
 def sign_flip(differences: Array) -> float:
@@ -182,30 +185,11 @@ def sign_flip(differences: Array) -> float:
     return hits / len(means) if exact else (1 + hits) / (1 + len(means))
 
 
-def bootstrap_prompts(
-    groups: Sequence[Array],
-    statistic: Statistic = diversity,
-    *,
-    resamples: int = RESAMPLES,
-    level: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Mean over prompts of statistic(features [n, d] of one prompt), prompts resampled."""
-    if len(groups) < 2:
-        raise InputError(
-            f"an interval over prompts needs at least 2 of them, got {len(groups)}: "
-            "give more prompts, or use bootstrap_seeds"
-        )
-    values = np.array([statistic(group) for group in groups])
-    return _over_prompts(values, level, resamples, seed)
-
-
 def bootstrap_seeds(
     features: Array,
     distance: Distance = "cosine",
     *,
     resamples: int = RESAMPLES,
-    level: float = 0.95,
 ) -> Interval:
     """Diversity of features [n, d] of one prompt, its samples resampled.
 
@@ -215,13 +199,12 @@ def bootstrap_seeds(
     measured = measure_diversity(known, distance, resamples=resamples)
     if not measured.drawn.size:
         return Interval(measured.mean, math.nan, math.nan)
-    return percentiles(measured.mean, measured.drawn[0], level)
+    return percentiles(measured.mean, measured.drawn[0])
 
 
-def percentiles(value: float, drawn: Array, level: float) -> Interval:
-    """A value with the percentile interval of its draws [R]."""
-    tail = (1.0 - level) / 2.0
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+def percentiles(value: float, drawn: Array) -> Interval:
+    """A value with the 95 % percentile interval of its draws [R]."""
+    low, high = np.quantile(drawn, TAILS)
     return Interval(value, float(low), float(high))
 
 
@@ -244,13 +227,6 @@ def prompt_counts(sizes: Sequence[int], resamples: int) -> Array:
     count = len(sizes)
     drawn = np.random.default_rng(count).multinomial(count, np.full(count, 1 / count), resamples)
     return np.repeat(drawn.astype(np.float64), sizes, axis=1)
-
-
-def _over_prompts(
-    values: Array, level: float, resamples: int = RESAMPLES, seed: int = 0
-) -> Interval:
-    picks = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    return percentiles(float(values.mean()), values[picks].mean(1), level)
 
 
 def _seed_counts(count: int, resamples: int, prompt: int) -> Array:

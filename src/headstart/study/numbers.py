@@ -16,9 +16,9 @@ import numpy as np
 from headstart.metrics.fidelity import frechet_interval
 from headstart.metrics.resample import (
     Interval,
+    bootstrap_mean,
     finite_or_none,
     interval_json,
-    mean_over_prompts,
     percentiles,
     recovered,
 )
@@ -30,7 +30,6 @@ from headstart.sweep.seen import Reference
 Cells = Sequence[Arrays]
 """Those of one case, one a prompt."""
 DRAWS = 50
-LEVEL = 0.95
 Json = dict[str, Any]
 
 
@@ -130,21 +129,21 @@ def _diversity(own: Cells, space: Extractor) -> Interval | None:
     name = f"diversity@{space.name}"
     if len(own) == 1 and own[0][name].size > 1:
         held = own[0][name]
-        return percentiles(float(held[0]), held[1:], LEVEL)
-    return mean_over_prompts(_values(own, name))
+        return percentiles(float(held[0]), held[1:])
+    return bootstrap_mean(_values(own, name))
 
 
 def _interval(own: Cells, name: str) -> Json | None:
     if any(name not in cell for cell in own):
         return None
-    return _json(mean_over_prompts(_values(own, name)))
+    return _json(bootstrap_mean(_values(own, name)))
 
 
 def _less(own: Cells, other: Cells) -> Json | None:
     """The score less that of another case, prompt by prompt, on the same seeds."""
     if any("score" not in cell for cell in (*own, *other)):
         return None
-    return _json(mean_over_prompts(_values(own, "score") - _values(other, "score")))
+    return _json(bootstrap_mean(_values(own, "score") - _values(other, "score")))
 
 
 def _values(own: Cells, name: str) -> Array:

@@ -19,7 +19,7 @@ from torch import Tensor
 from headstart.conditioning.texts import Size
 from headstart.engine.engine import Engine
 from headstart.errors import InputError
-from headstart.metrics.resample import interval_json, mean_over_prompts
+from headstart.metrics.resample import bootstrap_mean, interval_json
 from headstart.plan.request import check_size
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Judge, Rgb
@@ -160,4 +160,4 @@ def stacked(cells: Sequence[Arrays], key: str) -> Array:
 
 def interval(values: Array) -> dict[str, float | None]:
     """The mean over prompts [P] with its 95 % ends; these are None for one prompt."""
-    return interval_json(mean_over_prompts(values))
+    return interval_json(bootstrap_mean(values))

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from headstart.metrics.resample import finite_or_none
 from headstart.plan.table import level_text
 from headstart.traces.strip import Strip
-from headstart.traces.structure import plain
 from headstart.traces.timeline import FALSE_RATE, Timeline
 
 
@@ -39,11 +39,10 @@ def strip_json(strip: Strip) -> dict[str, Any]:
         "passes": strip.table.passes(),
         "handoffs": list(strip.table.handoffs),
         "from_step": strip.from_step,
-        "moved": None if strip.moved is None else [plain(part) for part in strip.moved],
+        "moved": None if strip.moved is None else [finite_or_none(part) for part in strip.moved],
         "steps": [figures.to_json() for figures in strip.measured.figures],
         "share_by_seed": [
-            [round(v, 4) if np.isfinite(v) else None for v in row]
-            for row in strip.measured.share.tolist()
+            [finite_or_none(share, 4) for share in row] for row in strip.measured.share.tolist()
         ],
         "timeline": None if timeline is None else timeline.to_json(strip.seeds, strip.rows),
     }

@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 from headstart.errors import InputError
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import pixel_extractor
-from headstart.metrics.resample import Interval
+from headstart.metrics.resample import (
+    RESAMPLES,
+    Interval,
+    bootstrap_mean,
+    finite_or_none,
+    percentiles,
+)
 from headstart.plan.table import Step
 from headstart.spaces.extractor import Array, Extractor
-
-RESAMPLES = 2000
-LEVEL = 0.95
 
 
 class Space(NamedTuple):
@@ -71,7 +74,7 @@ class Figures(NamedTuple):
             "timestep": self.timestep,
             "sigma": self.sigma,
             "amplification": self.amplification,
-            **{name: [plain(part) for part in value] for name, value in numbers.items()},
+            **{name: [finite_or_none(part) for part in value] for name, value in numbers.items()},
         }
 
 
@@ -192,10 +195,7 @@ def _apart(a: Array, b: Array, space: Space) -> Array:
 def _mean(values: Array) -> Interval:
     """Mean over seeds, with a bootstrap interval where there are at least two."""
     known = values[np.isfinite(values)]
-    if len(known) < 2:
-        return Interval(float(known[0]) if len(known) else math.nan, math.nan, math.nan)
-    picks = np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))
-    return _interval(float(known.mean()), known[picks].mean(1))
+    return bootstrap_mean(known) if len(known) else Interval(math.nan, math.nan, math.nan)
 
 
 def _spread(apart: Array) -> Interval:
@@ -212,14 +212,4 @@ def _spread(apart: Array) -> Interval:
     weights = counts.astype(np.float64)
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
     weights, pairs = weights[pairs > 0], pairs[pairs > 0]
-    return _interval(value, np.einsum("ri,ij,rj->r", weights, apart, weights) / pairs)
-
-
-def _interval(value: float, drawn: Array) -> Interval:
-    low, high = np.quantile(drawn, [(1.0 - LEVEL) / 2.0, (1.0 + LEVEL) / 2.0])
-    return Interval(value, float(low), float(high))
-
-
-def plain(value: float) -> float | None:
-    """For JSON: what is not finite is null."""
-    return round(value, 6) if math.isfinite(value) else None
+    return percentiles(value, np.einsum("ri,ij,rj->r", weights, apart, weights) / pairs)

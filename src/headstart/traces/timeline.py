@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headstart.errors import InputError
+from headstart.metrics.resample import finite_or_none
 
 Array = NDArray[np.float64]
 
@@ -139,7 +140,7 @@ class Timeline:
                 {
                     "seed": seed,
                     "phrase": course.phrase,
-                    "scores": [_plain(value) for value in course.beyond.tolist()],
+                    "scores": [finite_or_none(value, 4) for value in course.beyond.tolist()],
                     "appears": None if course.appears is None else steps[course.appears],
                     "abandoned": None if course.abandoned is None else steps[course.abandoned],
                 }
@@ -323,11 +324,7 @@ def _course(phrase: str, beyond: Array) -> Course:
 def _null_json(null: Null) -> dict[str, Any]:
     return {
         "prompt": null.without,
-        "margins": [_plain(value) for value in null.margins.tolist()],
+        "margins": [finite_or_none(value, 4) for value in null.margins.tolist()],
         "unasked": null.courses,
         "unasked_there": null.crossed,
     }
-
-
-def _plain(value: float) -> float | None:
-    return round(value, 4) if np.isfinite(value) else None
