@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from headstart.errors import InputError
 from headstart.plan.request import check_text
+from headstart.traces.timeline import phrase_of
 
 MOST_PROMPTS = 10_000
 
@@ -53,7 +54,7 @@ def demo_prompts() -> PromptList:
     import headstart_weights
 
     names = headstart_weights.manifest().concepts
-    return PromptList(tuple(f"{_article(name)} {name}" for name in names), 16)
+    return PromptList(tuple(map(phrase_of, names)), 16)
 
 
 def read_prompts(name: str) -> PromptList:
@@ -83,7 +84,3 @@ def read_prompts(name: str) -> PromptList:
             f"got {len(lines)}" + (" and a NUL character" if "\0" in text else "")
         )
     return PromptList(tuple(check_text(line) for line in lines), 16)
-
-
-def _article(name: str) -> str:
-    return "an" if name[0] in "aeiou" else "a"

@@ -28,7 +28,7 @@ from headstart.input import read_json
 from headstart.output import write_file
 from headstart.pictures.png import encode_png
 from headstart.spaces.extractor import Rgb
-from headstart.sweep.ledger import Shard, lock_rank
+from headstart.sweep.ledger import Shard, locked
 
 FORMAT = "headstart.study/1"
 SETTINGS, IDENTITY = "study.json", "identity"
@@ -122,8 +122,7 @@ def open_store(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gener
     check_settings(folder, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f".rank{shard.rank:04d}.lock").open("wb") as lock:
-            lock_rank(lock, folder, shard, "at work in")
+        with locked(folder, shard, "at work in"):
             text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
             write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
             yield Store(folder, shard)

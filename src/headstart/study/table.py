@@ -284,7 +284,7 @@ def table(report: Mapping[str, Any]) -> str:
     """The main table for a terminal: one part for each feature space."""
     found: list[str] = []
     for own in blocks(report, main_cases(report), counts=False):
-        found += [own.title, *_aligned(own), ""]
+        found += [own.title, *aligned(own), ""]
     return "\n".join((*found, *legend_of(report)))
 
 
@@ -300,7 +300,8 @@ def intervals_of(report: Mapping[str, Any]) -> str:
     return f"In brackets: 95 % intervals over {over}."
 
 
-def _aligned(own: Block) -> list[str]:
+def aligned(own: Block) -> list[str]:
+    """The lines of a table, its heads first, in columns of letters of one width."""
     names = [line.case + (f" ({line.why})" if line.why else "") for line in own.lines]
     body = [[str(found) for found in line.cells] for line in own.lines]
     wide = max(map(len, ("case", *names)))

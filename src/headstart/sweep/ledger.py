@@ -4,13 +4,13 @@
     DIR/000000.png           aside -> fsync -> rename
     DIR/shards/0000.jsonl    one line an image that is in place, fsynced; one file a rank
     DIR/manifest.jsonl       all lines by case number, once every case has one
+    DIR/.rank0000.lock       held by the process that is this rank
 
 A line follows its image, so a kill in between costs one image drawn again, to the same bits.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -20,13 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from filelock import FileLock, Timeout
+
 from headstart.errors import InputError
 from headstart.input import loads, misfit, read_json
 from headstart.output import write_file
 from headstart.sweep.jobs import Case
 
 FORMAT = "headstart.sweep/1"
-SETTINGS, MANIFEST, SHARDS = "sweep.json", "manifest.jsonl", "shards"
+SETTINGS, MANIFEST, SHARDS, LOCK = "sweep.json", "manifest.jsonl", "shards", ".lock"
 IDENTITY = (
     *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
     *("reading", "adapters"),
@@ -150,15 +152,21 @@ class Ledger:
         return True
 
 
-def lock_rank(file: BinaryIO, folder: Path, shard: Shard, doing: str) -> None:
-    """Hold `file` until it is closed. Raises InputError where another process is this rank."""
+@contextmanager
+def locked(folder: Path, shard: Shard, doing: str) -> Generator[None]:
+    """The folder for one rank, which nobody else is until the end or until it is killed.
+
+    Raises InputError where another process is this rank.
+    """
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock = FileLock(folder / f".rank{shard.rank:04d}{LOCK}").acquire(blocking=False)
+    except Timeout:
         raise InputError(
             f"another process is {doing} {str(folder)!r} as rank {shard.rank}: wait for it, "
             "end it, or choose another --out"
         ) from None
+    with lock:
+        yield
 
 
 @contextmanager
@@ -172,8 +180,7 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
     try:
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         path = folder / SHARDS / f"{shard.rank:04d}.jsonl"
-        with path.open("a+b") as journal:
-            lock_rank(journal, folder, shard, "sweeping into")
+        with locked(folder, shard, "sweeping into"), path.open("a+b") as journal:
             _drop_torn_line(journal)
             if not (folder / SETTINGS).exists():
                 text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
@@ -280,7 +287,8 @@ def _stranger(folder: Path) -> str | None:
     if _read_shards(folder):
         return SHARDS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return min((n for n in names if n != SHARDS and not n.endswith(".partial")), default=None)
+    strangers = (n for n in names if n != SHARDS and not n.endswith((".partial", LOCK)))
+    return min(strangers, default=None)
 
 
 def _identity(settings: Mapping[str, Any], key: str) -> object:
