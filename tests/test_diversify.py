@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import headstart as hs
 from headstart.diversify.cads import CONTEXT, POOLED, Cads
 from headstart.diversify.effect import Diversified, Position
-from headstart.diversify.embedding_noise import PLACE, VALUE, EmbeddingNoise
+from headstart.diversify.embedding_noise import VALUE, WHERE, EmbeddingNoise
 from headstart.diversify.interval import Interval
 from headstart.diversify.method import Images, Method, Row
 from headstart.diversify.particles import Particles, repulsion
@@ -114,7 +114,7 @@ def test_the_conditional_half_of_a_guided_call_alone_is_noised(
 def test_embedding_noise_is_its_formula(method: EmbeddingNoise) -> None:
     y = text(6, 77, 64)
     found = method.conditioning(hs.Conditioning(y), row_at(999, images_of(SEEDS))).context
-    n, place = (drawn(SEEDS, sample, INITIAL, (77, 64)) for sample in (VALUE, PLACE))
+    n, place = (drawn(SEEDS, sample, INITIAL, (77, 64)) for sample in (VALUE, WHERE))
     u = np.vectorize(math.erf)(n / math.sqrt(2.0))
     own = y.double().numpy()
     std = own.std(axis=(1, 2), ddof=1, keepdims=True)

@@ -110,13 +110,13 @@ def test_a_cell_costs_the_passes_that_are_told_and_pictures_are_few_at_a_time(
     network: Any = engine.denoisers["distilled"]
     spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     plans = {"distilled": engine.compile("distilled")}
-    told = {"unasked": [f"thing{i}" for i in range(20)], "asked": ["a fox", "a hat", "an owl"]}
+    told = {"unasked": [f"thing{i}" for i in range(20)], "phrases": ["a fox", "a hat", "an owl"]}
     prompt = "a fox, a hat and an owl"
     setting = Setting(engine, SEEDS, plans, judge._replace(scores=scores))
     timeline.measure(setting, prompt, hs.decoder(engine, "linear"), **told)
     spy.remove()
     assert shapes == {1, 2}
-    assert sum(calls) == setting.passes * timeline.runs_of(prompt, told["asked"]) == 4 * 4 * 3
+    assert sum(calls) == setting.passes * timeline.runs_of(prompt, told["phrases"]) == 4 * 4 * 3
 
 
 def cell(
@@ -244,7 +244,7 @@ def test_what_cannot_be_followed_is_refused_before_anything_runs(
 ) -> None:
     with pytest.raises(InputError, match=told):
         setting = Setting(NOBODY, SEEDS, {}, judge)
-        timeline.measure(setting, prompt, NOBODY, asked=asked, unasked=unasked)
+        timeline.measure(setting, prompt, NOBODY, phrases=asked, unasked=unasked)
 
 
 def test_a_judge_without_text_is_refused_before_anything_runs() -> None:

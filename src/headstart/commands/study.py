@@ -146,8 +146,8 @@ def _study(args: argparse.Namespace) -> int:
         side = settings["size"]
         kept = min(args.keep, len(seeds)) * side[0] * side[1] * 3
         check_folder(args.out, size_bytes=len(own) * kept)
-        with _Telling(own) as tell:
-            draw(own, store, tell)
+        with _Progress(own) as show:
+            draw(own, store, show)
         if others := len(missing(study, store)):
             _print(args, len(own), others, {})
             return 0
@@ -187,11 +187,11 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
     from headstart.study.setup import Request
 
     parts = ("plans", "methods") if args.quick and args.parts == "all" else read_parts(args.parts)
-    given: dict[str, Any] = {name: getattr(args, name) for name in GRID}
+    grid: dict[str, Any] = {name: getattr(args, name) for name in GRID}
     return Request(
         prompts=listed.prompts,
         seeds=seeds,
-        settings={name: value for name, value in given.items() if value is not None},  # pyright: ignore
+        settings={name: value for name, value in grid.items() if value is not None},  # pyright: ignore
         size=read_size(args.size),
         parts=parts,
         grids=Grids(
@@ -221,13 +221,13 @@ def _loading(args: argparse.Namespace) -> dict[str, Any]:
     """What decides pictures beside the weights' files and the tables."""
     from headstart.engine import record
 
-    given = {name: getattr(args, name) for name in ("head_dim", "text_head_dim", "exclamation")}
-    found: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    options = {name: getattr(args, name) for name in ("head_dim", "text_head_dim", "exclamation")}
+    found: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
     if args.tokenizer is not None:
         path = Path(args.tokenizer)
         files = tuple(sorted(path.glob("*.*"))) if path.is_dir() else (path,)
-        told = record.weigh({"tokenizer": (path.name, files)})
-        found["tokenizer"] = told["tokenizer"]["sha256"]
+        digests = record.weigh({"tokenizer": (path.name, files)})
+        found["tokenizer"] = digests["tokenizer"]["sha256"]
     return found
 
 
@@ -279,16 +279,16 @@ def _pictures(
     }
 
 
-class _Telling:
+class _Progress:
     """What is left: a bar of network passes on a terminal, else a line a minute."""
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._passes = sum(job.passes for job in jobs)
-        self._told = time.monotonic()
+        self._last = time.monotonic()
         if jobs:
             note(f"{len(jobs)} cells to draw, {self._passes:.0f} network passes")
 
-    def __enter__(self) -> _Telling:
+    def __enter__(self) -> _Progress:
         self._open = progress(round(self._passes), "drawing", " pass")
         self._bar = self._open.__enter__()
         return self
@@ -298,9 +298,9 @@ class _Telling:
 
     def __call__(self, job: Job, left: Left) -> None:
         self._bar.update(job.passes)
-        if sys.stderr.isatty() or time.monotonic() - self._told < TELL_EVERY_S:
+        if sys.stderr.isatty() or time.monotonic() - self._last < TELL_EVERY_S:
             return
-        self._told = time.monotonic()
+        self._last = time.monotonic()
         about = "" if left.seconds is None else f", about {duration(left.seconds)} left"
         note(f"{left.done} of {left.total} cells{about}")
 

@@ -111,20 +111,20 @@ def slide(
         )
     found: list[Slid] = []
     every = tuple(strength for strength in strengths for _ in seeds)
-    asked = {adapter: replace(engine.adapters[adapter].strength, value=every)}
+    adapters = {adapter: replace(engine.adapters[adapter].strength, value=every)}
     for name, table in tables.items():
         start = time.perf_counter()
-        done = engine.sample(
-            prompt, plan=table, seeds=[*seeds] * len(strengths), adapters=asked, on_step=on_step
+        run = engine.sample(
+            prompt, plan=table, seeds=[*seeds] * len(strengths), adapters=adapters, on_step=on_step
         )
-        rgb = done.rgb.cpu().numpy()
+        rgb = run.rgb.cpu().numpy()
         seconds = time.perf_counter() - start
         images = rgb.reshape(len(strengths), len(seeds), *rgb.shape[1:])
         scores = None
         if score is not None and toward is not None:
             scores = tuple(float(score(part, [toward] * len(part)).mean()) for part in images)
         found.append(
-            Slid(plan=name, passes=done.passes, latency_s=seconds, images=images, scores=scores)
+            Slid(plan=name, passes=run.passes, latency_s=seconds, images=images, scores=scores)
         )
     return Strip(
         prompt=prompt,

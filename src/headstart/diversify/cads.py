@@ -42,7 +42,7 @@ class Cads:
     mix        1: the noised embedding keeps its mean and deviation; 0: it does not
 
     One public port divides by low - high, which makes g negative and its root NaN. n depends on
-    (seed, row) alone. All that is said of the prompt is noised, y of the paper: the tokens, and
+    (seed, row) alone. All of the prompt is noised, y of the paper: the tokens, and
     SDXL's pooled text with noise and moments of its own; sizes and embedded guidance are not. Of a
     guided call's halves only the conditional one is.
     """

@@ -86,7 +86,7 @@ def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) 
 
 
 class Position:
-    """At which row a run is. `begin` is told each row before its network is called: to read it off
+    """At which row a run is. `begin` gets each row before its network is called: to read it off
     the call's timestep would wait for the device.
 
     tokens  [rows][images], see `Row`

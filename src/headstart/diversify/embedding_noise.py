@@ -19,7 +19,7 @@ from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
 from headstart.plan.table import StepTable
 
-VALUE, PLACE = 2**31 + 2, 2**31 + 3
+VALUE, WHERE = 2**31 + 2, 2**31 + 3
 """Samples that the noise, and where it goes, are drawn as."""
 
 
@@ -68,13 +68,13 @@ class EmbeddingNoise:
         def noised(y: Tensor) -> Tensor:
             shape, device = y.shape[1:], y.device
             # 2*Phi(n) - 1 of a unit normal n is uniform in [-1, 1].
-            value, place = (
+            value, where = (
                 noise_on(device, row.images.noise(sample)).initial(shape, device)
-                for sample in (VALUE, PLACE)
+                for sample in (VALUE, WHERE)
             )
             u = torch.erf(value / math.sqrt(2.0))
             if self.share < 1.0:
-                u = u * (place < NormalDist().inv_cdf(self.share))
+                u = u * (where < NormalDist().inv_cdf(self.share))
             return y + self.strength * y.std((1, 2), keepdim=True) * u
 
         return replace(cond, context=own_tokens(cond.context, row, noised))

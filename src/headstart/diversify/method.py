@@ -1,4 +1,4 @@
-"""What a method may change of a run, and what it is told of it.
+"""What a method may change of a run, and what it sees of it.
 
 table -> table                  before anything runs            interval
 strengths -> strengths          of the adapters                 dial
@@ -92,7 +92,7 @@ class Images:
 class Row(NamedTuple):
     """Where a run is: the row's number of `total`, its coefficients, and the images.
 
-    tokens  how many each image's own text has here: its context is these said again and again, to
+    tokens  how many each image's own text has here: its context repeats these, to
             be as long as those of the others. Empty: the whole context of every image
     """
 
@@ -163,12 +163,12 @@ def check_values(method: Method) -> None:
 def written(self: Method) -> str:
     """`NAME:VALUE[,key=value...]`, without what is left at its default: `__str__` of a method."""
     first, *others = fields(self)  # pyright: ignore[reportArgumentType]
-    told = [f"{self.name}:{_number(getattr(self, first.name))}"]
+    parts = [f"{self.name}:{_number(getattr(self, first.name))}"]
     for own in others:
         value: Any = getattr(self, own.name)
         if value != own.default:
-            told.append(f"{own.name}={_number(value)}")
-    return ",".join(told)
+            parts.append(f"{own.name}={_number(value)}")
+    return ",".join(parts)
 
 
 def _number(value: float) -> str:
@@ -178,22 +178,22 @@ def _number(value: float) -> str:
 
 def conditional_half(whole: Tensor, count: int, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`whole`, with its last `count` rows changed in float32: a guided call's second half."""
-    kept, own = whole[: len(whole) - count], whole[len(whole) - count :]
-    return torch.cat((kept, change(own.float()).to(whole.dtype)))
+    uncond, own = whole[: len(whole) - count], whole[len(whole) - count :]
+    return torch.cat((uncond, change(own.float()).to(whole.dtype)))
 
 
 def own_tokens(context: Tensor, row: Row, change: Callable[[Tensor], Tensor]) -> Tensor:
-    """`context` [B or 2B, L, D] with each image's own tokens changed in its last B rows, and said
-    again as before: what becomes of an image does not depend on how long the other texts are.
+    """`context` [B or 2B, L, D] with each image's own tokens changed in its last B rows, and
+    repeated as before: what becomes of an image does not depend on how long the other texts are.
 
-    change  [B, own, D] float32 -> the same shape; asked once for each number of tokens
+    change  [B, own, D] float32 -> the same shape; called once for each number of tokens
     """
     count, length = len(row.images), context.shape[1]
-    made = {
+    by_count = {
         own: conditional_half(context[:, :own], count, change)[-count:].repeat(1, length // own, 1)
         for own in dict.fromkeys(row.tokens or (length,))
     }
-    changed, *others = made.values()
+    changed, *others = by_count.values()
     if others:
-        changed = torch.stack([made[own][image] for image, own in enumerate(row.tokens)])
+        changed = torch.stack([by_count[own][image] for image, own in enumerate(row.tokens)])
     return torch.cat((context[: len(context) - count], changed))

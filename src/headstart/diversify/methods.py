@@ -42,17 +42,17 @@ NAMES: Mapping[str, Known] = {
 }
 
 
-def read_methods(asked: object) -> tuple[Method, ...]:
-    """The methods that are asked for, in their order.
+def read_methods(methods: object) -> tuple[Method, ...]:
+    """The methods of a call's `diversify`, in their order.
 
     Raises InputError for an unknown name, key or number, and for a name given twice.
     """
     kinds = tuple(known.kind for known in NAMES.values())
-    given: Sequence[object] = [asked]
-    if isinstance(asked, Sequence) and not isinstance(asked, str | bytes):
-        given = cast("Sequence[object]", asked)
+    listed: Sequence[object] = [methods]
+    if isinstance(methods, Sequence) and not isinstance(methods, str | bytes):
+        listed = cast("Sequence[object]", methods)
     found: list[Method] = []
-    for one in given:
+    for one in listed:
         if not isinstance(one, (str, *kinds)):
             raise InputError(
                 f"diversify: expected methods such as 'cads:0.1' or a list of them, got {one!r:.60}"
@@ -82,8 +82,8 @@ def parse_method(text: str) -> Method:
     for part in others:
         key, equals, value = (side.strip() for side in part.partition("="))
         if not equals or key not in keys or key in numbers:
-            told = f"keys {', '.join(keys)}, each once, as in key=value" if keys else "no keys"
-            raise InputError(f"diversify {text!r:.60}: {part!r:.40}: {name} has {told}")
+            allowed = f"keys {', '.join(keys)}, each once, as in key=value" if keys else "no keys"
+            raise InputError(f"diversify {text!r:.60}: {part!r:.40}: {name} has {allowed}")
         numbers[key] = _number(text, value, example)
     return kind(**numbers)
 

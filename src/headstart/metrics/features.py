@@ -9,7 +9,7 @@ PATH       published weights, known by their tensors, no network: Inception of F
            pictures against prompts. KIND:PATH says which it is (`inception-tf1:` resizes as
            torch-fidelity does)
 
-Diversity is always told in two spaces or more: beside one of these structure, or colours beside
+Diversity is always measured in two spaces or more: beside one of these structure, or colours beside
 structure; of several those that were named.
 """
 

@@ -40,7 +40,7 @@ class PictureSource(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """A judge, and what whoever asked should know about it."""
+    """A judge, and what the user should know about it."""
 
     judge: Judge
     notes: tuple[str, ...] = ()
@@ -59,23 +59,23 @@ def choose_judge(
     if names and "scorer" not in names:
         return Choice(open_features(*names))
     if not strange:
-        taken = [own.name for own in pictures if own.lineage is None]
-        return Choice(open_features(*(names or ("scorer",))), tuple(map(_taken, taken)))
+        assumed = [own.name for own in pictures if own.lineage is None]
+        return Choice(open_features(*(names or ("scorer",))), tuple(map(_assumed, assumed)))
     own, why = strange[0]
-    told = (
+    reason = (
         f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
         f"and those of {own.name} are {why}: "
     )
     if names:
         raise InputError(
-            f"features 'scorer': {told}leave --features out, for structure and colours, or give "
+            f"features 'scorer': {reason}leave --features out, for structure and colours, or give "
             "imagenet, or a folder with a CLIP model, which scores too"
         )
     instead = "diversity is by structure and by colours, and there is no prompt score"
-    return Choice(open_features("structure"), (told + instead,))
+    return Choice(open_features("structure"), (reason + instead,))
 
 
-def _taken(name: str) -> str:
+def _assumed(name: str) -> str:
     return (
         f"{name}: nothing says which family drew these pictures; at {IMAGE_SIZE}x{IMAGE_SIZE} px "
         "they are taken for the bundled pair's"

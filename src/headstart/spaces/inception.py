@@ -204,9 +204,9 @@ def _module(block: Block, channels: int) -> nn.Module:
     inside = nn.Module()
     for n, chain in enumerate(block.chains):
         width = channels
-        for place, own in enumerate(chain):
+        for number, own in enumerate(chain):
             inside.add_module(own.name, Convolution(own, width))
-            forked = n in block.fork and place >= len(chain) - 2
+            forked = n in block.fork and number >= len(chain) - 2
             width = width if forked else own.channels
     if block.pooled:
         inside.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
@@ -253,10 +253,10 @@ def _as_tensorflow(pixels: Tensor) -> Tensor:
     """TensorFlow 1 puts pixel i of n at i in/out, and the last one's neighbour is itself."""
     for axis in (3, 2):
         size = pixels.shape[axis]
-        place = torch.arange(SIDE, dtype=torch.float32) * (size / SIDE)
-        low = place.floor().long().clamp(max=size - 1)
+        position = torch.arange(SIDE, dtype=torch.float32) * (size / SIDE)
+        low = position.floor().long().clamp(max=size - 1)
         high = (low + 1).clamp(max=size - 1)
-        share = (place - low).reshape(-1, *[1] * (3 - axis))
+        share = (position - low).reshape(-1, *[1] * (3 - axis))
         below, above = pixels.index_select(axis, low), pixels.index_select(axis, high)
         pixels = below + (above - below) * share
     return (pixels - 128.0) / 128.0

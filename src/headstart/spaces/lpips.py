@@ -114,19 +114,19 @@ def split_module(whole: Weights) -> tuple[Weights, Weights]:
 
 
 def lpips_pair(
-    place: Path, backbones: Sequence[Weights], lins: Sequence[Weights]
+    folder: Path, backbones: Sequence[Weights], lins: Sequence[Weights]
 ) -> tuple[Weights, Weights]:
     """The backbone of a folder and the linear layers made for it; others of lpips may lie there."""
     if len(backbones) != 1:
         lacking = "no backbone: put alexnet-owt-7be5be79.pth or vgg16-397923af.pth of torchvision"
         several = f"{len(backbones)} backbones of LPIPS: leave one of them"
-        raise InputError(f"{str(place)!r} holds {several if backbones else lacking} there")
+        raise InputError(f"{str(folder)!r} holds {several if backbones else lacking} there")
     (backbone,) = backbones
     net = net_of(backbone)
     fitting = [lin for lin in lins if lin.shapes == _lin_shapes(net, backbone)]
     if len(fitting) != 1:
         raise InputError(
-            f"{str(place)!r} holds the backbone of LPIPS {net} and {len(fitting)} sets of linear "
+            f"{str(folder)!r} holds the backbone of LPIPS {net} and {len(fitting)} sets of linear "
             f"layers for it: put one weights/v0.1/{net}.pth of the package lpips there"
         )
     return backbone, fitting[0]

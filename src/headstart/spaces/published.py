@@ -82,7 +82,7 @@ SIGNS = (
 
 
 def read_published(path: Path, kind: str | None = None) -> Judge:
-    """The space, or the scores, of a file or folder; `kind` is what it is said to be.
+    """The space, or the scores, of a file or folder; `kind` is what stands before its path.
 
     Raises InputError for files that are no space, or not the one that was named; CheckpointError
     for damaged ones.
@@ -114,12 +114,12 @@ def _of_folder(folder: Path, kind: str | None) -> tuple[str, Judge]:
     return _of_files(folder, files, kind)
 
 
-def _of_files(place: Path, files: Sequence[Path], kind: str | None) -> tuple[str, Judge]:
+def _of_files(path: Path, files: Sequence[Path], kind: str | None) -> tuple[str, Judge]:
     known = [(_sign(weights), weights) for weights in map(read_weights, files)]
     whole = [(sign, weights) for sign, weights in known if sign.what in WHOLE]
     if len(whole) > 1:
         raise InputError(
-            f"{str(place)!r} holds {' and '.join(sign.what for sign, _ in whole)}: give one file"
+            f"{str(path)!r} holds {' and '.join(sign.what for sign, _ in whole)}: give one file"
         )
     if whole:
         sign, weights = whole[0]
@@ -129,7 +129,7 @@ def _of_files(place: Path, files: Sequence[Path], kind: str | None) -> tuple[str
         for what in ("backbone", "lin")
     }
     if any(by_what.values()):
-        return "lpips", read_lpips(*lpips_pair(place, by_what["backbone"], by_what["lin"]))
+        return "lpips", read_lpips(*lpips_pair(path, by_what["backbone"], by_what["lin"]))
     sign, weights = known[0]
     raise InputError(f"{str(weights.path)!r} is {sign.what}: {sign.fix}")
 

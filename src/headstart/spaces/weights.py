@@ -101,14 +101,15 @@ def check_shapes(weights: Weights, expected: Shapes, what: str, unused: Iterable
             if name in shapes and shapes[name] != shape
         ],
     }
-    told = [
+    problems = [
         f"{len(names)} {kind}, such as {', '.join(names[:SHOWN])}"
         for kind, names in complaints.items()
         if names
     ]
-    if told:
+    if problems:
         raise CheckpointError(
-            f"{weights.path}: expected {what}, but {'; '.join(told)}: give the published file whole"
+            f"{weights.path}: expected {what}, but {'; '.join(problems)}: give the published file "
+            "whole"
         )
 
 

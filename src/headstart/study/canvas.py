@@ -1,7 +1,7 @@
 """Figures in one style, drawn by matplotlib: SVG and PDF whose text is text, always the same bytes.
 
 Every dot carries its numbers: as a <title>, which a browser shows under the pointer and a screen
-reader reads. No mark is told by its colour alone: plans differ in marker and dash as well.
+reader reads. No mark is known by its colour alone: plans differ in marker and dash as well.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ STYLE = {
 
 @dataclass(slots=True)
 class Canvas:
-    """A figure being drawn. axes [rows][columns]; told: id of a mark -> its numbers."""
+    """A figure being drawn. axes [rows][columns]; texts: id of a mark -> its numbers."""
 
     figure: Any
     axes: Any
-    told: dict[str, str] = field(default_factory=dict[str, str])
+    texts: dict[str, str] = field(default_factory=dict[str, str])
 
 
 @contextmanager
@@ -113,8 +113,8 @@ def dot(
         axis.plot([x.low, x.high], [y.value, y.value], **bar)
     if has_ends(y):
         axis.plot([x.value, x.value], [y.low, y.high], **bar)
-    gid = f"mark_{len(on.told)}"
-    on.told[gid] = plain(name)
+    gid = f"mark_{len(on.texts)}"
+    on.texts[gid] = plain(name)
     own: dict[str, Any] = {"color": mark.colour, "markersize": 5.0, "zorder": 3.0, **look}
     axis.plot([x.value], [y.value], marker=mark.marker, linestyle="none", gid=gid, **own)
 
@@ -126,10 +126,10 @@ def course(
     mark: Mark,
     label: str,
     *,
-    told: Callable[[float], str],
+    words: Callable[[float], str],
     factor: float = 1.0,
 ) -> None:
-    """A line through points (x, y) with an interval at each. told(x): what x is, in words."""
+    """A line through points (x, y) with an interval at each. words(x): what x is."""
     if not points:
         return
     values = [factor * y.value for _, y in points]
@@ -146,7 +146,7 @@ def course(
     for x, y in points:
         at = Interval(x, float("nan"), float("nan"))
         own = Interval(*(factor * part for part in y))
-        name = f"{label}, {told(x)}: {written(own)}"
+        name = f"{label}, {words(x)}: {written(own)}"
         dot(on, axis, at, own, mark, name, markersize=4.5)
 
 
@@ -181,7 +181,7 @@ def svg_of(on: Canvas, name: str, title: str) -> bytes:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = text.replace(">", f' role="img"><title>{escape(title)}</title>', 1)
-    for gid, told in on.told.items():
+    for gid, words in on.texts.items():
         opened = f'<g id="{gid}">'
-        text = text.replace(opened, f"{opened}<title>{escape(told)}</title>", 1)
+        text = text.replace(opened, f"{opened}<title>{escape(words)}</title>", 1)
     return re.sub("<[^>]*>", lambda tag: _ID.sub(rf"\g<1>{name}-", tag[0]), text).encode()

@@ -101,9 +101,9 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
     Raises InputError for no cells, and for an adapter's cells of other plans, strengths or seeds.
     """
     plans = plans_of(cells, "toward")
-    asked: dict[tuple[str, str], list[Arrays]] = {}
+    by_control: dict[tuple[str, str], list[Arrays]] = {}
     for cell in cells:
-        asked.setdefault((str(cell["adapter"]), str(cell["words"])), []).append(cell)
+        by_control.setdefault((str(cell["adapter"]), str(cell["words"])), []).append(cell)
     return {
         "judge": str(cells[0]["judge"]),
         "seeds": int(cells[0][f"{plans[0]}/toward"].shape[1]),
@@ -113,7 +113,7 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
                 "words": words,
                 "plans": {plan: _rows(own, plan) for plan in plans_of(own, "toward")},
             }
-            for (name, words), own in asked.items()
+            for (name, words), own in by_control.items()
         ],
     }
 

@@ -50,13 +50,13 @@ def matches(report: Report) -> str:
     """Figure 5's claim in our numbers: which of the base's steps shows as much as a first one."""
     found = branch(report, "curve", "matches")
     steps = len(entries(report, "curve", "plans", "base", "share"))
-    told: list[str] = []
+    shown: list[str] = []
     for plan, step in found.items():
         if isinstance(step, int) and steps:
             ends = entries(report, "curve", "matches_95", plan)
             sure = f" [{', '.join(map(str, ends))}]" if ends else ""
-            told.append(f"what {plain(plan, 40)} shows after one step, at step {step}{sure}")
-    return f"The base, of {steps} steps, shows {'; '.join(told)}." if told else ""
+            shown.append(f"what {plain(plan, 40)} shows after one step, at step {step}{sure}")
+    return f"The base, of {steps} steps, shows {'; '.join(shown)}." if shown else ""
 
 
 def draw_control(report: Report) -> tuple[Canvas, str] | None:
@@ -78,7 +78,7 @@ def draw_control(report: Report) -> tuple[Canvas, str] | None:
         }
         own = marks(list(lines))
         for plan, points in lines.items():
-            course(on, axis, points, own[plan], plan, told="strength {:g}".format)
+            course(on, axis, points, own[plan], plan, words="strength {:g}".format)
         axis.axhline(0.0, color=GREY, linewidth=0.8, zorder=1.0)
         axis.set_title(plain(look_up(adapter, "name") or "", 36))
         axis.set_xlabel("strength of the adapter")
@@ -131,8 +131,8 @@ def _dropped(on: Canvas, axis: Any, plans: Mapping[str, Any], own: Mapping[str, 
             share = scaled(interval(look_up(found, kind, "dropped")), 100.0)
             if share is not None:
                 y = Interval(at + shift, math.nan, math.nan)
-                told = f"{plan}, {kind}: {written(share)} %"
-                dot(on, axis, share, y, own[plan], told, markerfacecolor=fill)
+                text = f"{plan}, {kind}: {written(share)} %"
+                dot(on, axis, share, y, own[plan], text, markerfacecolor=fill)
     axis.set_yticks(range(len(plans)), [plain(plan, 30) for plan in plans])
     axis.set_ylim(len(plans) - 0.5, -0.5)
     axis.set_xlim(left=0.0)
@@ -148,7 +148,7 @@ def _by_passes(on: Canvas, axis: Any, lines: Mapping[str, Points]) -> bool:
         return False
     own = marks(list(lines))
     for plan, points in kept.items():
-        course(on, axis, points, own[plan], plan, told="{:g} passes".format, factor=100.0)
+        course(on, axis, points, own[plan], plan, words="{:g} passes".format, factor=100.0)
     axis.set_xscale("log", base=2)
     last = max(passes)
     powers = [2.0**e for e in range(math.floor(math.log2(last)) + 1)]

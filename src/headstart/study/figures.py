@@ -153,10 +153,10 @@ def _grids(report: Report) -> tuple[Canvas, str] | None:
     for row, (label, measure) in enumerate(measures):
         on.axes[row][0].set_ylabel(label)
         for axis, (part, rows) in zip(on.axes[row], parts.items(), strict=True):
-            letter, meaning, words = _GRIDS[part]
+            letter, meaning, text = _GRIDS[part]
             _levels(report, axis, measure)
             points = _points(rows, measure)
-            course(on, axis, points, OTHERS[0], "hybrid", told=words.format)
+            course(on, axis, points, OTHERS[0], "hybrid", words=text.format)
             if row == 0:
                 axis.set_title(f"({letter}) {part}")
             if row == len(measures) - 1:
@@ -185,7 +185,7 @@ def _handoff(report: Report) -> tuple[Canvas, str] | None:
         _levels(report, axis, measure)
         for name, (mark, control) in lines.items():
             own = {case: row for case, row in rows.items() if case.endswith(CONTROL) == control}
-            course(on, axis, _points(own, measure), mark, name, told="sigma {:.4g}".format)
+            course(on, axis, _points(own, measure), mark, name, words="sigma {:.4g}".format)
         axis.set_xscale("log")
         axis.set_ylabel(label)
         axis.set_xlabel("noise level sigma at the hand-off")

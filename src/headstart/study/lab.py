@@ -5,7 +5,7 @@ vendi@SPACE      []       effective number of different pictures; NaN where cosi
 features@SPACE   [n, d]   float32, where a Gaussian of them means something
 score, nearest   [n]      of each picture; where a judge has text, and where there is a reference
 scored_by        []       whose score it is: a folder may be measured again with another's
-chosen           [n]      seeds that a method chose in place of those that were given
+chosen           [n]      seeds that a method chose in place of the run's own
 images, passes, networks, seconds []    passes and wall seconds of one picture; UNets in memory
 """
 
@@ -44,7 +44,7 @@ NEAREST_SIDE = 64
 class Lab:
     """An engine, judges, and what is drawn.
 
-    settings   of plans given by name: the preset, the distilled model's grid
+    settings   of plans by name: the preset, the distilled model's grid
     size       (height, width) in pixels; None: the model's own
     keep       pictures of each cell that are kept as files
     weights    role -> SHA-256 of what is loaded, adapters too
@@ -80,16 +80,16 @@ class Lab:
 
     def table(self, case: Case) -> StepTable:
         """The rows of a case. That a grid leads off what a model was trained for is its purpose,
-        so no warning tells."""
+        so there is no warning."""
         if case.name not in self.tables:
             own = PlanSettings() if not isinstance(case.plan, str) else self.settings
             if case.plan == "base":
                 own = PlanSettings(preset=own.get("preset"))
-            given: dict[str, Any] = {**own, **case.settings}
+            settings: dict[str, Any] = {**own, **case.settings}
             with warnings.catch_warnings():
                 if case.part != "plans":
                     warnings.simplefilter("ignore", UserWarning)
-                self.tables[case.name] = self.engine.compile(case.plan, **given)
+                self.tables[case.name] = self.engine.compile(case.plan, **settings)
         return self.tables[case.name]
 
     def check(self, case: Case) -> None:
@@ -151,18 +151,18 @@ class Lab:
     def _drawn(self, case: Case, prompt: str) -> tuple[Rgb, dict[str, NDArray[Any]]]:
         begin = time.perf_counter()
         table = self.table(case)
-        done = self.engine.sample(
+        run = self.engine.sample(
             prompt, plan=table, seeds=self.seeds, size=self.size, diversify=case.diversify
         )
-        rgb = done.rgb.cpu().numpy()
+        rgb = run.rgb.cpu().numpy()
         seconds = (time.perf_counter() - begin) / len(rgb)
         networks = len({id(self.engine.denoisers[model]) for model in table.models})
         cost = {
-            "images": len(rgb), "passes": done.passes, "networks": networks, "seconds": seconds,
+            "images": len(rgb), "passes": run.passes, "networks": networks, "seconds": seconds,
         }  # fmt: skip
         found: dict[str, NDArray[Any]] = {k: np.array(float(v)) for k, v in cost.items()}
-        if done.chosen is not None:
-            found["chosen"] = np.array(done.chosen, np.uint64)
+        if run.chosen is not None:
+            found["chosen"] = np.array(run.chosen, np.uint64)
         return rgb, found
 
 

@@ -86,7 +86,7 @@ def write_page(
         "costs": cost_groups(report) if part_of(report, "methods") else [],
         "source": PAPER["source"] + ".",
         "beside": beside(report),
-        "figures_told": _told(report),
+        "figures_told": _in_words(report),
         "more": [_whole(name) for name in ("table 1", "table 2", "table D.1")],
         "controls": controls(report),
         "comparable": comparable(report),
@@ -124,11 +124,11 @@ def summary(report: Report) -> list[str]:
     if hybrid is None:
         return []
     cost = {name: interval(look_up(rows, name, "passes")) for name in ("hybrid", "base")}
-    told = f"The hybrid brings back {_percent(hybrid)} of the diversity that distillation lost"
+    text = f"The hybrid brings back {_percent(hybrid)} of the diversity that distillation lost"
     if cost["hybrid"] and cost["base"]:
         own, base = (found.value for found in cost.values() if found is not None)
-        told += f", at {own:g} network passes an image (base: {base:g})"
-    found = [told + f"; by {plain(spaces[0], 60)}."]
+        text += f", at {own:g} network passes an image (base: {base:g})"
+    found = [text + f"; by {plain(spaces[0], 60)}."]
     methods, costs = part_of(report, "methods"), ("passes", "networks")
     usual = branch(rows, "distilled")
     rivals = [
@@ -232,7 +232,7 @@ def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
     return min(rows)[1] if rows else None
 
 
-def _told(report: Report) -> list[tuple[str, str, str]]:
+def _in_words(report: Report) -> list[tuple[str, str, str]]:
     """Figures 5 and 7 in words, theirs and ours."""
     best = best_cases(report)
     grids = [f"{plain(best[grid], 40)}" for grid in ("guidance", "k", "n") if grid in best]

@@ -1,7 +1,7 @@
 """The numbers of arXiv:2503.10637 v4 (Gandikota and Bau), quoted, and what may be set against them.
 
 SDXL and DMD2 unless a table says otherwise. The paper prints no intervals, seeds, hardware,
-precision or batch size; figures 5 and 7 are plots without numbers, so they are told in words.
+precision or batch size; figures 5 and 7 are plots without numbers, so they are described in words.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ NEEDED = ("base", "distilled")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """What a study is asked for.
+    """What a study is to measure.
 
     settings   the preset and the distilled model's own grid, as `Engine.compile` takes them
     parts      of cases.PARTS and the experiments; None: all that these weights allow
@@ -56,7 +56,7 @@ class Request:
 
 
 def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
-    """The study, and what whoever asked should know of it.
+    """The study, and what the user should know of it.
 
     Raises InputError or PlanError for anything that a case would refuse, before any is drawn.
     """
@@ -106,7 +106,7 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
             "weights": record.weigh(weights.files),
         },
         "weights": digests_of(engine),
-        "adapters": {name: dict(told) for name, told in _adapters(engine).items()},
+        "adapters": {name: dict(own) for name, own in _adapters(engine).items()},
         "prompts": list(request.prompts),
         "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
         "numbers": [str(seed) for seed in seeds],
@@ -155,7 +155,7 @@ def _checked(
     """The cases that can be drawn, and why others cannot.
 
     Of the usual values some make no plan on some pairs, such as the second of one step; a value
-    that was asked for must.
+    that the user gives must.
     """
     found: dict[str, Case] = {}
     why: dict[str, list[str]] = {}
@@ -166,11 +166,11 @@ def _checked(
             usual = case.part == "plans" or getattr(grids, case.part) is None
             if name in NEEDED or not usual:
                 raise
-            told = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
-            why.setdefault(told.partition("): ")[2] or told, []).append(name)
+            reason = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
+            why.setdefault(reason.partition("): ")[2] or reason, []).append(name)
         else:
             found[name] = case
-    return found, tuple(f"left out: {', '.join(own)}: {told}" for told, own in why.items())
+    return found, tuple(f"left out: {', '.join(own)}: {reason}" for reason, own in why.items())
 
 
 def _pictures(reference: str | None) -> Rgb | None:

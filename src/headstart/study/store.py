@@ -57,7 +57,7 @@ class Store(NamedTuple):
     shard: Shard
 
     def has(self, place: Place) -> bool:
-        """Whether there is a cell of any identity, which is quickly told."""
+        """Whether there is a cell of any identity, which is quick to see."""
         return (self.folder / place.file).is_file()
 
     def read(self, place: Place, identity: str) -> Arrays | None:

@@ -68,17 +68,17 @@ class Column(NamedTuple):
 def subject_of(report: Mapping[str, Any]) -> str:
     """How much was drawn, and what it was measured with."""
     count, seeds = len(entries(report, "prompts")), look_up(report, "seeds", "count")
-    told = [
+    parts = [
         f"{count} prompt{'s' * (count != 1)}, {NONE if seeds is None else seeds} seeds each",
         f"diversity by {', '.join(spaces_of(report)) or NONE}",
     ]
     if lineage := look_up(report, "pair", "lineage"):
-        told.insert(0, f"lineage {lineage}")
+        parts.insert(0, f"lineage {lineage}")
     if reference := branch(report, "reference"):
         images = reference.get("images")
         counted = f", {images} images" if images else ""
-        told.append(f"reference: {reference.get('name', NONE)}{counted}")
-    return plain(" · ".join(told), 600)
+        parts.append(f"reference: {reference.get('name', NONE)}{counted}")
+    return plain(" · ".join(parts), 600)
 
 
 def rows_of(report: Mapping[str, Any]) -> Rows:

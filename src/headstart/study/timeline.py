@@ -71,20 +71,20 @@ def measure(
     decoder: Decoder,
     *,
     unasked: Sequence[str],
-    asked: Sequence[str] | None = None,
+    phrases: Sequence[str] | None = None,
 ) -> dict[str, NDArray[Any]]:
     """One prompt: of each plan the excess [A, S, B, 1 + D], float32, NaN: no picture.
 
     unasked  D concepts, such as `concepts_beside` gives; counts [A, D] says which of them share no
              word with the prompt
-    asked    A concepts of the prompt, each with a twin run; None: those that `phrases_in` finds
+    phrases  A concepts of the prompt, each with a twin run; None: those that `phrases_in` finds
 
     The excess of the asked concept is the first of the last axis, the others' follow.
 
     Raises InputError for a judge that scores no text, for a concept that is not in the prompt, and
     for fewer than 20 concepts that nobody asked for: all before anything is sampled.
     """
-    twins = twins_of(prompt, asked)
+    twins = twins_of(prompt, phrases)
     words = (*twins, *check_phrases(unasked))
     counts = np.zeros((len(twins), len(unasked)), np.bool_)
     for row, rest in enumerate(twins.values()):
@@ -120,9 +120,9 @@ def _scores(seen: HostPicture, score: See) -> Array:
     return np.where(seen.finite[:, None], score(seen.rgb), np.nan)
 
 
-def twins_of(prompt: str, asked: Sequence[str] | None = None) -> dict[str, str]:
-    """Every asked concept -> the prompt without it. Raises InputError for one it does not name."""
-    phrases = phrases_in(prompt) if asked is None else check_phrases(asked)
+def twins_of(prompt: str, phrases: Sequence[str] | None = None) -> dict[str, str]:
+    """Every concept of it -> the prompt without it. Raises InputError for one it does not name."""
+    phrases = phrases_in(prompt) if phrases is None else check_phrases(phrases)
     if not phrases:
         raise InputError(f"{prompt!r} names no concept to follow: name those to be watched")
     found = {phrase: without(prompt, phrase) for phrase in phrases}
@@ -146,9 +146,9 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
     return tuple(found[i * len(found) // count] for i in range(count))
 
 
-def runs_of(prompt: str, asked: Sequence[str] | None = None) -> int:
+def runs_of(prompt: str, phrases: Sequence[str] | None = None) -> int:
     """How many runs of each plan and seed a cell takes: the prompt's and the twins'."""
-    return len({prompt, *twins_of(prompt, asked).values()})
+    return len({prompt, *twins_of(prompt, phrases).values()})
 
 
 def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, Any]:

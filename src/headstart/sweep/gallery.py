@@ -176,11 +176,11 @@ _SAMPLED = {**_DRAWN, "prompts": [str], "seeds": [int], "table": _TABLE}
 _SWEEP = {**_DRAWN, "plan": str, "passes": int, "cases": {"count": int}}
 
 
-def _lineage(told: Mapping[str, Any]) -> str | None:
-    """What a record or a sweep says; earlier ones said only which files, and ours have a name."""
-    if told.get("lineage") is not None:
-        return told["lineage"]
-    weights = told.get("weights", {})
+def _lineage(record: Mapping[str, Any]) -> str | None:
+    """That of a record or a sweep; earlier ones name only the files, of which ours are known."""
+    if record.get("lineage") is not None:
+        return record["lineage"]
+    weights = record.get("weights", {})
     files = [weights[role]["file"] for role in ("base", "distilled") if role in weights]
     return "demo" if files and all(file.startswith(BUNDLED) for file in files) else None
 

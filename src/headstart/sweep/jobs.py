@@ -24,7 +24,7 @@ COLUMNS = ("case_number", "prompt", "evaluation_seed")
 MAX_LINE_BYTES = 1 << 20
 MAX_CASE = 10**12 - 1
 SHOWN = 20
-"""Problems told one by one; the rest is counted."""
+"""Problems shown one by one; the rest is counted."""
 
 Size = tuple[int, int]
 
@@ -44,23 +44,23 @@ class Case(NamedTuple):
 
 @dataclass(slots=True)
 class _Problems:
-    """What is wrong, by line; a line is told once."""
+    """What is wrong, by line; a line is shown once."""
 
     path: Path
-    told: list[str] = field(default_factory=list[str])
+    messages: list[str] = field(default_factory=list[str])
     lines: set[int] = field(default_factory=set[int])
 
     def add(self, line: int, reason: str) -> None:
-        if line not in self.lines and len(self.told) < SHOWN:
-            self.told.append(f"  line {line}: {reason}")
+        if line not in self.lines and len(self.messages) < SHOWN:
+            self.messages.append(f"  line {line}: {reason}")
         self.lines.add(line)
 
     def check(self) -> None:
         if self.lines:
-            more = len(self.lines) - len(self.told)
+            more = len(self.lines) - len(self.messages)
             what = f"{str(self.path)!r} has {len(self.lines)} bad line{'s' * (len(self.lines) > 1)}"
             rest = [f"  and {more} more"] if more else []
-            raise InputError("\n".join([f"{what}; nothing was done:", *self.told, *rest]))
+            raise InputError("\n".join([f"{what}; nothing was done:", *self.messages, *rest]))
 
 
 def read_cases(path: Path, *, size_column: str | None = None) -> tuple[Case, ...]:

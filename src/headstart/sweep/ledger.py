@@ -33,7 +33,7 @@ IDENTITY = (
     *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
     *("reading", "adapters"),
 )
-"""What decides the images. `machine` may change: it is told where bits differ."""
+"""What decides the images. `machine` may change: where bits differ it says why."""
 
 
 class Entry(NamedTuple):
@@ -209,13 +209,13 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     now = json.loads(json.dumps(settings))
     changed = [key for key in IDENTITY if _identity(found, key) != _identity(now, key)]
     if changed:
-        told = "; ".join(
+        changes = "; ".join(
             f"{key}: {_short(found.get(key), key)} then, {_short(now.get(key), key)} now"
             for key in changed
         )
         raise InputError(
-            f"{str(folder)!r} was made with other settings ({told}): give those again to go on, or "
-            "another --out"
+            f"{str(folder)!r} was made with other settings ({changes}): give those again to go on, "
+            "or another --out"
         )
 
 
@@ -305,8 +305,8 @@ def _short(value: Any, key: str) -> str:
     text = json.dumps(value, ensure_ascii=False)
     if len(text) <= 80:
         return text
-    told = value.get("name") if isinstance(value, dict) else None  # pyright: ignore
-    return f"{told or text[:60] + '…'} (sha256 {_digest(text)})"
+    name = value.get("name") if isinstance(value, dict) else None  # pyright: ignore
+    return f"{name or text[:60] + '…'} (sha256 {_digest(text)})"
 
 
 def _adapter(own: Any) -> str:

@@ -78,7 +78,7 @@ def branch(
     prompt: str | None = None,
     negative: str | Sequence[str | None] | None = None,
 ) -> Branch:
-    """Go on from `state`, a State of the run `origin`, with what is given changed.
+    """Go on from `state`, a State of the run `origin`, with these things changed.
 
         states: list[hs.State] = []
         origin = engine.sample("a fox", seeds=[1, 2], keep_x0=True, on_step=states.append)
@@ -108,15 +108,15 @@ def branch(
             "the run was given tensors of its caller's (cond=, uncond=, noise=), which it does not "
             "keep: go on with engine.iterate(cond=..., noise=..., resume=state)"
         )
-    words = _told(model, reseed, guidance, prompt, negative)
+    change = _change(model, reseed, guidance, prompt, negative)
     table = changed(origin.table, first, engine.weights, model=model, guidance=guidance)
     if prompt is not None and not origin.reading.get("literal"):
         check_heard(prompt, table, first)
     seeds = (origin.chosen or origin.seeds) if reseed is None else pair_up("", reseed)[1]
-    kept = None if origin.x0 is None else origin.x0[:first]
+    earlier = None if origin.x0 is None else origin.x0[:first]
     if reseed is not None:
         state = _renoised(state, table[first].sigma, seeds)
-        kept = None if kept is None else _spread(kept, len(seeds), 1)
+        earlier = None if earlier is None else _spread(earlier, len(seeds), 1)
     count = len(seeds)
     prompts = origin.prompts if prompt is None else (prompt,)
     prompts = prompts if len(prompts) == count else prompts[:1] * count
@@ -128,20 +128,20 @@ def branch(
         negative=origin.negative if negative is None else negative,
         adapters=_strengths(engine, origin, count), diversify=going_on(origin.diversify),
     )  # fmt: skip
-    made: list[Tensor] = []
+    later: list[Tensor] = []
     for state in run:
-        if kept is not None:
-            made.append(state.x0)
+        if earlier is not None:
+            later.append(state.x0)
     dtype, latents = engine.weights.vae_dtype, final_latents(table, state.x)
     return Branch(
         rgb=decode_rgb(engine.vae, latents, dtype=dtype, chunk=decode, seeds=seeds, bands=bands),
         latents=latents,
-        x0=None if kept is None else torch.cat((kept, torch.stack(made))),
-        table=replace(table, name=f"{origin.table.name} · {words}"),
+        x0=None if earlier is None else torch.cat((earlier, torch.stack(later))),
+        table=replace(table, name=f"{origin.table.name} · {change}"),
         prompts=prompts,
         seeds=seeds,
         from_step=first,
-        change=words,
+        change=change,
         original=_spread(origin.rgb, count, 0),
         chunk=chunk,
         lineage=origin.lineage,
@@ -182,12 +182,12 @@ def changed(
 
 
 def check_heard(prompt: str, table: StepTable, first: int) -> None:
-    """Raise InputError for a part of a prompt that no row from `first` on is told."""
+    """Raise InputError for a part of a prompt that no row from `first` on reads."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the run itself warns
         parts = stages(prompt)
-    told = part_of_rows([part.level for part in parts], table)[first:]
-    if idle := [part.text for number, part in enumerate(parts) if number not in told]:
+    read = part_of_rows([part.level for part in parts], table)[first:]
+    if idle := [part.text for number, part in enumerate(parts) if number not in read]:
         raise InputError(
             f"prompt {prompt!r:.80}: {idle[0]!r:.60} is for rows before row {first}, from which on "
             "this prompt holds, so it would never be used: leave it out, or go on from an earlier "
@@ -216,19 +216,19 @@ def _renoised(state: State, sigma: float, seeds: tuple[int, ...]) -> State:
     return State(state.step, x0 + sigma * noise, x0)
 
 
-def _spread(kept: Tensor, count: int, axis: int) -> Tensor:
-    if kept.shape[axis] == count:
-        return kept
-    if kept.shape[axis] != 1:
+def _spread(tensor: Tensor, count: int, axis: int) -> Tensor:
+    if tensor.shape[axis] == count:
+        return tensor
+    if tensor.shape[axis] != 1:
         raise InputError(
-            f"{count} new seeds for {kept.shape[axis]} images: give one for each image, or branch "
-            "off a single image"
+            f"{count} new seeds for {tensor.shape[axis]} images: give one for each image, or "
+            "branch off a single image"
         )
-    return kept.repeat_interleave(count, axis)
+    return tensor.repeat_interleave(count, axis)
 
 
 def _strengths(engine: Engine, origin: Trajectory, count: int) -> dict[str, Strength]:
-    """How strongly adapters acted in the origin, which its call may have said and not the engine;
+    """How strongly adapters acted in the origin, which its call may decide and not the engine;
     those of a single image are those of all that go on from it."""
     found = engine.adapters.look().recorded_strengths(origin.adapters)
     if count == len(origin.seeds):
@@ -244,18 +244,18 @@ def _widened(strength: Strength, count: int) -> Strength:
     return replace(strength, value=value, text=text * count if isinstance(text, tuple) else text)
 
 
-def _told(
+def _change(
     model: str | None,
     reseed: object,
     guidance: float | None,
     prompt: str | None,
     negative: object,
 ) -> str:
-    told = [
+    parts = [
         f"{model} from here" if model is not None else "",
         "fresh noise" if reseed is not None else "",
         f"guidance {guidance:g}" if guidance is not None else "",
         f"“{prompt}”" if prompt is not None else "",
         f"away from “{negative}”" if negative is not None else "",
     ]
-    return ", ".join(filter(None, told)) or "nothing changed"
+    return ", ".join(filter(None, parts)) or "nothing changed"

@@ -97,6 +97,11 @@ class Decoder:
             )
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its name where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def decoder(engine: Engine, name: DecoderName = "tiny") -> Decoder:
     """A decoder for what this engine samples.
 
@@ -178,9 +183,9 @@ def _tiny(weights: Pair) -> Decoder:
                 f"{params.downscale} pixels a cell; these latents have {weights.latent_channels} "
                 f"channels and {weights.downscale} pixels a cell: it belongs to another family"
             )
-    made = _network("tiny", codec, weights, _dtype_of(codec))
-    _check_colours(made, weights)
-    return made
+    found = _network("tiny", codec, weights, _dtype_of(codec))
+    _check_colours(found, weights)
+    return found
 
 
 def _network(
@@ -206,7 +211,7 @@ def _dtype_of(codec: LatentCodec) -> torch.dtype | None:
     return next((tensor.dtype for tensor in parameters), None)
 
 
-def _check_colours(made: Decoder, weights: Pair) -> None:
+def _check_colours(tiny: Decoder, weights: Pair) -> None:
     """SD's and SDXL's tiny decoders have the same tensors; only their colours tell them apart.
 
     How the mean colour answers to each latent channel is the decoder's own linear map. TAESD's has
@@ -214,16 +219,16 @@ def _check_colours(made: Decoder, weights: Pair) -> None:
     """
     if weights.lineage not in LINEAR_PREVIEWS:
         return
-    probe = torch.zeros(2 * made.channels, made.channels, 8, 8, device=weights.device)
-    for channel in range(made.channels):
-        probe[channel, channel], probe[made.channels + channel, channel] = 0.5, -0.5
-    rgb, edge = made(probe).rgb, 2 * made.scale  # zero padding tints the outer cells
+    probe = torch.zeros(2 * tiny.channels, tiny.channels, 8, 8, device=weights.device)
+    for channel in range(tiny.channels):
+        probe[channel, channel], probe[tiny.channels + channel, channel] = 0.5, -0.5
+    rgb, edge = tiny(probe).rgb, 2 * tiny.scale  # zero padding tints the outer cells
     colours = rgb[:, edge:-edge, edge:-edge].float().mean((1, 2)).cpu()
-    slopes = (colours[: made.channels] - colours[made.channels :]).flatten()
+    slopes = (colours[: tiny.channels] - colours[tiny.channels :]).flatten()
     alike = {
         latent_space(lineage): float(F.cosine_similarity(slopes, _flat(known), dim=0))
         for lineage, known in LINEAR_PREVIEWS.items()
-        if len(known.matrix) == made.channels
+        if len(known.matrix) == tiny.channels
     }
     own = latent_space(weights.lineage)
     best = max(alike, key=lambda space: alike[space])

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.sampler import State
-from headstart.traces.decoders import Decoder, HostPicture, Picture
+from headstart.traces.decoders import Decoder, HostPicture, Picture, first_line
 from headstart_kernels import LinearMap
 
 
@@ -85,7 +85,7 @@ class SideStream:
         failure: Exception | None = None
         try:
             self._start(slot, decoder, x0)
-        except Exception as error:  # told by finish, once the device has done what was started
+        except Exception as error:  # raised by finish, once the device has done what was started
             failure = error
         slot.done.record(self.stream)
         return lambda: self._finish(slot, failure)
@@ -175,7 +175,7 @@ class Preview:
         self._pending: queue.SimpleQueue[_Pending | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._raised: Exception | None = None
-        self._told = 0
+        self._reported = 0
 
     @property
     def picture(self) -> LinearMap | None:
@@ -200,7 +200,7 @@ class Preview:
             return
         decoder, source = self.decoder, state.x0
         if decoder.linear is not None and state.rgb is not None:
-            decoder, source = _MADE, state.rgb.permute(0, 3, 1, 2)
+            decoder, source = _READY, state.rgb.permute(0, 3, 1, 2)
         elif decoder.device is not None:  # before a lane has it: its streams are of one device
             source = source.to(decoder.device)
         try:
@@ -236,9 +236,9 @@ class Preview:
         raised, self._raised = self._raised, None
         if raised is not None and quiet:
             self.problems.append(f"the receiver failed: {type(raised).__name__}: {raised}")
-        told, self._told = self.problems[self._told :], len(self.problems)
-        if told:
-            warnings.warn(f"preview: {'; '.join(told)}", stacklevel=3)
+        new, self._reported = self.problems[self._reported :], len(self.problems)
+        if new:
+            warnings.warn(f"preview: {'; '.join(new)}", stacklevel=3)
         if raised is not None and not quiet:
             raise raised
 
@@ -276,16 +276,17 @@ class Preview:
             self._raised = self._raised or error
 
     def _failed(self, step: int, error: Exception) -> None:
-        told = str(error).strip().splitlines() or [type(error).__name__]
-        self.problems.append(f"step {step}: the {self.decoder.name} decoder failed: {told[0]}")
+        self.problems.append(
+            f"step {step}: the {self.decoder.name} decoder failed: {first_line(error)}"
+        )
 
 
-def _made(rgb: Tensor) -> Picture:
+def _ready(rgb: Tensor) -> Picture:
     finite = torch.ones(len(rgb), dtype=torch.bool, device=rgb.device)
     return Picture(rgb.permute(0, 2, 3, 1), finite)
 
 
-_MADE = Decoder(name="linear", space=None, channels=3, scale=1, draw=_made)
+_READY = Decoder(name="linear", space=None, channels=3, scale=1, draw=_ready)
 """For a picture that the step drew: uint8 [B, 3, h, w], nothing left to do."""
 
 

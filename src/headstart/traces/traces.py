@@ -21,7 +21,7 @@ from headstart.metrics.features import SCORER, bundled_scorer, open_features
 from headstart.plan.table import StepTable
 from headstart.traces.animation import Animation, animate
 from headstart.traces.branches import Branch
-from headstart.traces.decoders import Decoder
+from headstart.traces.decoders import Decoder, first_line
 from headstart.traces.filmstrip import draw_filmstrip
 from headstart.traces.page import write_page
 from headstart.traces.report import curves_text, strip_json, strip_text
@@ -303,8 +303,9 @@ def _decode(
             frames[index] = torch.cat([picture.rgb for picture in drawn]).cpu().numpy()
             good[index] = torch.cat([picture.finite for picture in drawn]).cpu().numpy()
         except (RuntimeError, ValueError) as error:
-            told = str(error).strip().splitlines() or [type(error).__name__]
-            problems.append(f"{name}, step {row}: the {decoder.name} decoder failed: {told[0]}")
+            problems.append(
+                f"{name}, step {row}: the {decoder.name} decoder failed: {first_line(error)}"
+            )
         else:
             if not good[index].all():
                 bad = [run.seeds[i] for i in np.flatnonzero(~good[index]).tolist()]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageOptions:
-    """What every stage is told; a stage without a time limit or randomness ignores the rest.
+    """The options of every stage; a stage without a time limit or randomness ignores the rest.
 
     work     folder of inputs and results, made when absent
     minutes  wall-clock limit of a training stage
