@@ -122,7 +122,7 @@ def open_store(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gener
     check_settings(folder, settings)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, shard, "at work in"):
+        with locked(folder / f".rank{shard.rank:04d}.lock", folder, shard, "at work in"):
             text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
             write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
             yield Store(folder, shard)

@@ -3,8 +3,8 @@
     DIR/sweep.json           settings: cases, plan, weights; written first, the same for all
     DIR/000000.png           aside -> fsync -> rename
     DIR/shards/0000.jsonl    one line an image that is in place, fsynced; one file a rank
+    DIR/shards/0000.lock     held by the process that is this rank
     DIR/manifest.jsonl       all lines by case number, once every case has one
-    DIR/.rank0000.lock       held by the process that is this rank
 
 A line follows its image, so a kill in between costs one image drawn again, to the same bits.
 """
@@ -28,7 +28,7 @@ from headstart.output import write_file
 from headstart.sweep.jobs import Case
 
 FORMAT = "headstart.sweep/1"
-SETTINGS, MANIFEST, SHARDS, LOCK = "sweep.json", "manifest.jsonl", "shards", ".lock"
+SETTINGS, MANIFEST, SHARDS = "sweep.json", "manifest.jsonl", "shards"
 IDENTITY = (
     *("format", "cases", "table", "negative", "size", "batch", "dtype", "weights", "diversify"),
     *("reading", "adapters"),
@@ -153,13 +153,15 @@ class Ledger:
 
 
 @contextmanager
-def locked(folder: Path, shard: Shard, doing: str) -> Generator[None]:
+def locked(path: Path, folder: Path, shard: Shard, doing: str) -> Generator[None]:
     """The folder for one rank, which nobody else is until the end or until it is killed.
+
+    path  the lock file; it stays there
 
     Raises InputError where another process is this rank.
     """
     try:
-        lock = FileLock(folder / f".rank{shard.rank:04d}{LOCK}").acquire(blocking=False)
+        lock = FileLock(path).acquire(blocking=False)
     except Timeout:
         raise InputError(
             f"another process is {doing} {str(folder)!r} as rank {shard.rank}: wait for it, "
@@ -180,7 +182,8 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
     try:
         (folder / SHARDS).mkdir(parents=True, exist_ok=True)
         path = folder / SHARDS / f"{shard.rank:04d}.jsonl"
-        with locked(folder, shard, "sweeping into"), path.open("a+b") as journal:
+        lock = locked(path.with_suffix(".lock"), folder, shard, "sweeping into")
+        with lock, path.open("a+b") as journal:
             _drop_torn_line(journal)
             if not (folder / SETTINGS).exists():
                 text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
@@ -287,8 +290,7 @@ def _stranger(folder: Path) -> str | None:
     if _read_shards(folder):
         return SHARDS
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    strangers = (n for n in names if n != SHARDS and not n.endswith((".partial", LOCK)))
-    return min(strangers, default=None)
+    return min((n for n in names if n != SHARDS and not n.endswith(".partial")), default=None)
 
 
 def _identity(settings: Mapping[str, Any], key: str) -> object:
