@@ -35,7 +35,7 @@ from headstart.engine.dtypes import DTYPES
 from headstart.engine.models import Model
 from headstart.memory import planning
 from headstart.memory.offload import milliseconds
-from headstart.networks.assembly import bound_for
+from headstart.networks.assembly import loading_for
 from headstart_kernels.recording.host import Host
 
 GIB = 2**30
@@ -196,7 +196,7 @@ def planned(folder: dict[str, Path], card_gib: int, size: int, dtype: str) -> An
         dict.fromkeys(models), family, models["base"].image_size, options,
     )  # fmt: skip
     devices = dict.fromkeys(("text", *models, "vae"), DEVICE)
-    with mock.patch.object(planning, "available_bytes", lambda _: free), bound_for(DEVICE):
+    with mock.patch.object(planning, "available_bytes", lambda _: free), loading_for(DEVICE):
         try:
             residency = planning.plan_residency(
                 sources, devices, "auto", DTYPES[dtype], torch.bfloat16

@@ -11,7 +11,7 @@ import sys
 
 from mutations import ROOT, Mutation, main
 
-CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_graph.py"
+CAPTURE, TRAJECTORY = "src/headstart/runner/capture.py", "src/headstart/runner/trajectory_body.py"
 BOUND = "src/headstart/runner/binding.py"
 RUNNER_TEST = "tests/graph/test_graph_runner.py"
 BOUND_TEST, FAILED_TEST = "tests/test_binding.py", "tests/graph/test_failed_capture.py"
@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(
         "do not capture again when a weight is bound anew",
         CAPTURE,
-        "if found is not None and not found.bound.holds(wholly=wholly):",
+        "if found is not None and not found.binding.is_valid(fully=fully):",
         "if False:",
         (f"{RUNNER_TEST}::test_a_weight_that_is_bound_anew_is_captured_anew",),
     ),
@@ -174,8 +174,8 @@ MUTATIONS = (
     Mutation(
         "do not look at hooks",
         BOUND,
-        "return [*found, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]",
-        "return [*found, *map(tuple, _EVERYWHERE)]",
+        "return [*state, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]",
+        "return [*state, *map(tuple, _EVERYWHERE)]",
         (f"{ADAPTER_TEST}::test_what_a_graph_cannot_see_makes_another[hooked]",),
     ),
     Mutation(
@@ -209,8 +209,8 @@ MUTATIONS = (
     Mutation(
         "show the first row's picture in every row",
         TRAJECTORY,
-        "rgb=shown[number] if",
-        "rgb=shown[0] if",
+        "rgb=previews[number] if",
+        "rgb=previews[0] if",
         (f"{TRAJECTORY_TEST}::test_every_hand_off_point[1-2]",),
     ),
     Mutation(
@@ -293,14 +293,14 @@ MUTATIONS = (
     Mutation(
         "use a pool that every graph has left",
         CAPTURE,
-        "if all(kept.pool is not self._pool for kept in self._graphs.values()):",
+        "if all(other.pool is not self._pool for other in self._graphs.values()):",
         "if False:",
         (f"{FAILED_TEST}::test_a_pool_that_every_graph_has_left_is_not_used_again",),
     ),
     Mutation(
         "choose no algorithms in warm-ups",
         CAPTURE,
-        "with _capturing(), _TRYING:",
+        "with _capturing(), CUDNN_BENCHMARK:",
         "with _capturing():",
         (f"{RUNNER_TEST}::test_algorithms_are_chosen_in_warm_ups_and_not_in_the_capture",),
     ),

@@ -110,9 +110,9 @@ class Stand:
                 rgb=decode_u8(pixels, check=False),
                 latents=states[-1].x,
                 x0=x0,
-                shown=torch.stack([preview_rgb(state.x0, *MAP) for state in states]),
-                sound=x0.isfinite().flatten(2).all(2),
-                finite=pixels.isfinite().flatten(1).all(1),
+                previews=torch.stack([preview_rgb(state.x0, *MAP) for state in states]),
+                finite_rows=x0.isfinite().flatten(2).all(2),
+                finite_pixels=pixels.isfinite().flatten(1).all(1),
             )
 
     def check(

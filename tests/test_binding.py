@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from headstart.runner.binding import EVERY, Bound
+from headstart.runner.binding import EVERY, Binding
 
 
 def network() -> Any:
@@ -21,10 +21,10 @@ def network() -> Any:
 def test_a_network_that_is_left_alone_holds() -> None:
     """Also one whose weights are changed in place."""
     one = network()
-    bound = Bound([one])
+    bound = Binding([one])
     one[0].weight.data.mul_(2)
     one.load_state_dict(network().state_dict())
-    assert all(bound.holds() for _ in range(3 * EVERY)) and bound.holds(wholly=True)
+    assert all(bound.is_valid() for _ in range(3 * EVERY)) and bound.is_valid(fully=True)
 
 
 def replaced(one: Any) -> None:
@@ -106,32 +106,32 @@ AT_ONCE = [
 @pytest.mark.parametrize("change", AT_ONCE)
 def test_what_users_do_to_a_module_is_noticed_at_once(change: Callable[[Any], None]) -> None:
     one = network()
-    bound = Bound([one])
-    assert bound.holds()
+    bound = Binding([one])
+    assert bound.is_valid()
     change(one)
-    assert not bound.holds()
+    assert not bound.is_valid()
 
 
 def test_a_hook_that_goes_is_noticed_at_once() -> None:
     one = network()
     handle = one[0].register_forward_hook(lambda layer, args, y: y * 2)
-    bound = Bound([one])
-    assert bound.holds()
+    bound = Binding([one])
+    assert bound.is_valid()
     handle.remove()
-    assert not bound.holds()
+    assert not bound.is_valid()
 
 
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
 def test_a_hook_on_all_modules_is_noticed_when_it_comes_and_when_it_goes(kind: str) -> None:
     one = network()
-    bound = Bound([one])
+    bound = Binding([one])
     handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
     try:
-        assert not bound.holds(), "a recording does not run it"
-        again = Bound([one])
+        assert not bound.is_valid(), "a recording does not run it"
+        again = Binding([one])
     finally:
         handle.remove()
-    assert bound.holds(wholly=True) and not again.holds(wholly=True)
+    assert bound.is_valid(fully=True) and not again.is_valid(fully=True)
 
 
 def test_a_hook_whose_doing_is_in_the_key_may_come_and_go() -> None:
@@ -140,11 +140,11 @@ def test_a_hook_whose_doing_is_in_the_key_may_come_and_go() -> None:
 
     hook.in_key = True  # type: ignore[attr-defined]
     one = network()
-    bound = Bound([one])
+    bound = Binding([one])
     handle = one[0].register_forward_hook(hook)
-    assert bound.holds()
+    assert bound.is_valid()
     handle.remove()
-    assert bound.holds(wholly=True)
+    assert bound.is_valid(fully=True)
 
 
 def written_past_torch(one: Any) -> None:
@@ -182,21 +182,21 @@ LATE = [
 def test_the_rest_is_noticed_late(change: Callable[[Any], None], cause: str) -> None:
     """Within so many launches, when it is prepared, or with any registration in the process."""
     one = network()
-    bound = Bound([one])
+    bound = Binding([one])
     change(one)
     if cause == "launches":
-        assert not all(bound.holds() for _ in range(EVERY))
+        assert not all(bound.is_valid() for _ in range(EVERY))
     elif cause == "prepare":
-        assert not bound.holds(wholly=True)
+        assert not bound.is_valid(fully=True)
     else:
         nn.Linear(1, 1)
-        assert not bound.holds()
+        assert not bound.is_valid()
 
 
 def test_a_module_made_where_another_was_is_not_taken_for_it() -> None:
     """Python's allocator likes to hand out the address of what has just gone."""
     one = nn.Sequential(nn.Identity())
-    bound, address = Bound([one]), id(one[0])
+    bound, address = Binding([one]), id(one[0])
     one._modules["0"] = None
     others: list[nn.Module] = []
     while len(others) < 1000 and (not others or id(others[-1]) != address):
@@ -204,26 +204,26 @@ def test_a_module_made_where_another_was_is_not_taken_for_it() -> None:
     if id(others[-1]) != address:
         pytest.skip("Python used other memory")
     one._modules["0"] = others[-1]
-    assert not bound.holds(wholly=True)
+    assert not bound.is_valid(fully=True)
 
 
 def test_a_network_that_its_own_hook_holds_is_freed() -> None:
     """As adapters' hooks do: else a network that once had some would never give its memory back."""
     one = network()
     one.register_forward_hook(lambda layer, args, y, own=one: y)
-    bound, gone = Bound([one]), weakref.ref(one)
-    assert bound.holds()
+    bound, gone = Binding([one]), weakref.ref(one)
+    assert bound.is_valid()
     del one
     gc.collect()
-    assert gone() is None and not bound.holds(wholly=True)
+    assert gone() is None and not bound.is_valid(fully=True)
 
 
 def test_a_launch_looks_at_no_table_of_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 1,000 layers the weights are asked for their addresses, and nothing else."""
     one = nn.Sequential(*(nn.Linear(1, 1, device="meta") for _ in range(1000)))
-    bound = Bound([one])
-    wholly: list[Bound] = []
-    look = Bound._everything
-    monkeypatch.setattr(Bound, "_everything", lambda own: wholly.append(own) or look(own))
-    assert all(bound.holds() for _ in range(EVERY - 1)) and not wholly
-    assert bound.holds() and bound.holds(wholly=True) and len(wholly) == 2
+    bound = Binding([one])
+    fully: list[Binding] = []
+    look = Binding._full_state
+    monkeypatch.setattr(Binding, "_full_state", lambda own: fully.append(own) or look(own))
+    assert all(bound.is_valid() for _ in range(EVERY - 1)) and not fully
+    assert bound.is_valid() and bound.is_valid(fully=True) and len(fully) == 2

@@ -69,7 +69,7 @@ def table() -> hs.StepTable:
 @contextmanager
 def counting(network: UNet) -> Generator[list[nn.Module]]:
     """The keys' and values' layers of the prompt that run inside, each as often as it does."""
-    ran, layers, forward = list[nn.Module](), set(network._of_text()), nn.Linear.forward
+    ran, layers, forward = list[nn.Module](), set(network._text_layers()), nn.Linear.forward
 
     def counted(self: nn.Linear, input: Tensor) -> Tensor:
         if self in layers:
@@ -84,7 +84,7 @@ def times(network: UNet, body: Callable[[], object]) -> float:
     """How often each of those layers ran, which must be the same for all."""
     with counting(network) as ran:
         body()
-    layers = network._of_text()
+    layers = network._text_layers()
     counts = {ran.count(layer) for layer in layers}
     assert len(counts) == 1
     return counts.pop()
@@ -283,12 +283,12 @@ def _buffer(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
 
 
 def _weights(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
-    network._of_text()[1].weight.mul_(2.0)
+    network._text_layers()[1].weight.mul_(2.0)
     return cond
 
 
 def _weights_data(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
-    layer = network._of_text()[1]
+    layer = network._text_layers()[1]
     for factor in (2.0, 3.0):
         layer.weight.data = factor * layer.weight.data
     return cond
@@ -310,18 +310,18 @@ def _others(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
 
 
 def _hook(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
-    network._of_text()[2].register_forward_hook(lambda layer, args, y: 2 * y)
+    network._text_layers()[2].register_forward_hook(lambda layer, args, y: 2 * y)
     return cond
 
 
 def _forward(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
-    layer, under = network._of_text()[2], network._of_text()[2].forward
+    layer, under = network._text_layers()[2], network._text_layers()[2].forward
     layer.forward = lambda input: 2 * under(input)
     return cond
 
 
 def _cleared(network: UNet, own: Snapshot, cond: Conditioning) -> Conditioning:
-    network._of_text()[2]._forward_hooks = type(network._forward_hooks)()
+    network._text_layers()[2]._forward_hooks = type(network._forward_hooks)()
     return cond
 
 

@@ -13,7 +13,7 @@ from regional import Counting, Tokens, agree, told
 
 from headstart.errors import CaptureError, InputError
 from headstart.runner import compiled
-from headstart.runner.compiled_function import Form
+from headstart.runner.compiled_function import CompiledFunction
 from headstart.runner.runner import CompiledRunner, EagerRunner
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
@@ -115,7 +115,7 @@ def test_inductor_measures_kernels_on_a_gpu_and_captures_nothing(
 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     x = torch.ones(3)
-    assert torch.equal(Form(torch.neg, "inductor", device)([x], x), -x)
+    assert torch.equal(CompiledFunction(torch.neg, "inductor", device)([x], x), -x)
     assert seen == [options] and torch._inductor.config.fx_graph_cache
 
 
@@ -151,7 +151,7 @@ def test_inductor_compiles_blocks_and_finds_them_on_disk(
     with torch._inductor.config.patch(compile_threads=1, cpp_cache_precompile_headers=False):
         close()
         assert counters["inductor"]["fxgraph_cache_miss"] == 1
-        compiled._forms.cache_clear()
+        compiled._block_cache.cache_clear()
         torch._dynamo.reset()
         close()
     assert counters["inductor"]["fxgraph_cache_hit"] == 1, "as a second process would"

@@ -25,7 +25,7 @@ from headstart.convert.convert import convert
 from headstart.errors import CheckpointError, InputError
 from headstart.interfaces import Conditioning
 from headstart.networks import load
-from headstart.networks.assembly import bound_for
+from headstart.networks.assembly import loading_for
 from headstart.networks.casting import FLOAT8, compute_dtype, in_float8, keep_float8, weight_of
 from headstart.networks.load import load_text, load_tiny, load_unet, load_vae
 from headstart.networks.unet import Stage, UNet
@@ -148,7 +148,7 @@ def test_what_float16_cannot_hold_once_it_is_widened_is_named(
     tensors[name] = tensors[name].clone()
     tensors[name][3, 0] = -largest
     save_file(tensors, tmp_path / "x.safetensors", METADATA)
-    with bound_for(torch.device("cuda", 0)):
+    with loading_for(torch.device("cuda", 0)):
         if largest < 6e4:
             few = load_unet(tmp_path / "x.safetensors", dtype="float8").get_submodule(name[:-7])
             assert bool((few.weight.half() * few.weight_scale.half()).isfinite().all())

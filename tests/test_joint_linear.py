@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from headstart.networks import joint_linear
 from headstart.networks.casting import StoredLinear
-from headstart.networks.joint_linear import apart, each, join, side_by_side, together
+from headstart.networks.joint_linear import (
+    join,
+    joint_weights,
+    project_each,
+    project_together,
+    split_joint,
+)
 from headstart.networks.state import Watch
 
 X = torch.linspace(-2, 3, 2 * 5 * 6).view(2, 5, 6).double()
@@ -36,7 +42,7 @@ def expected(own: list[nn.Linear]) -> list[Tensor]:
 
 
 def products(body: Callable[[], object]) -> int:
-    """How many matrix products one call makes of `each`'s layers."""
+    """How many matrix products one call makes of `project_each`'s layers."""
     with mock.patch.object(F, "linear", wraps=F.linear) as linear:
         body()
     return linear.call_count
@@ -45,8 +51,11 @@ def products(body: Callable[[], object]) -> int:
 @pytest.mark.parametrize("bias", [False, True])
 def test_one_product_gives_what_each_layer_gives(bias: bool) -> None:
     plain, own = layers(4, 8, 3, bias=bias), joint(4, 8, 3, bias=bias)
-    assert products(lambda: each(plain, X)) == 3 and products(lambda: each(own, X)) == 1
-    for got, want in zip(each(own, X), each(plain, X), strict=True):
+    assert (
+        products(lambda: project_each(plain, X)) == 3
+        and products(lambda: project_each(own, X)) == 1
+    )
+    for got, want in zip(project_each(own, X), project_each(plain, X), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
@@ -100,24 +109,24 @@ def test_a_weight_that_was_changed_in_any_way_is_never_stale(
     change: Callable[[list[nn.Linear]], None],
 ) -> None:
     own = joint(4, 8, 3)
-    each(own, X)
+    project_each(own, X)
     before, written = Watch().state(own), change in (_write, _copied_in)
     change(own)
-    assert (side_by_side(own) is not None) == written
+    assert (joint_weights(own) is not None) == written
     assert Watch().state(own) != before, "and whoever kept what they gave sees that it is old"
-    for got, want in zip(each(own, X), expected(own), strict=True):
+    for got, want in zip(project_each(own, X), expected(own), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
 def test_neighbours_in_memory_are_not_enough() -> None:
     """Two tensors of two storages, or in another order, are no matrix."""
     own = joint(4, 4)
-    assert side_by_side(own[::-1]) is None
+    assert joint_weights(own[::-1]) is None
     whole = torch.zeros(8, 6, dtype=torch.float64)
     own[0].weight.data, own[1].weight.data = whole[:4], whole[4:].clone()
-    assert side_by_side(own) is None
+    assert joint_weights(own) is None
     own[1].weight.data = whole[3:7]
-    assert side_by_side(own) is None
+    assert joint_weights(own) is None
 
 
 def test_a_hook_or_a_method_of_its_own_is_called() -> None:
@@ -129,7 +138,7 @@ def test_a_hook_or_a_method_of_its_own_is_called() -> None:
     for_own[0].forward = lambda input: (seen.append("own"), under(input))[1]
     for own in (for_hook, for_pre, for_own):
         assert Watch().state(own) is None
-        each(own, X)
+        project_each(own, X)
     assert seen == ["hook", "pre", "own"]
 
 
@@ -139,20 +148,20 @@ def test_a_layer_that_widens_its_weight_is_left_alone() -> None:
     places = [layer.weight.data_ptr() for layer in own]
     join(own)
     assert [layer.weight.data_ptr() for layer in own] == places
-    assert side_by_side(own) is None and Watch().state(own) is not None
+    assert joint_weights(own) is None and Watch().state(own) is not None
 
 
 def test_layers_of_other_dtypes_or_with_other_biases_are_not_joined() -> None:
     for own in ([*layers(4), layers(8)[0].float()], [*layers(4), *layers(8, bias=True)], []):
         join(own)
-        assert not own or side_by_side(own) is None
+        assert not own or joint_weights(own) is None
 
 
 def test_a_copy_of_the_layers_has_weights_of_its_own() -> None:
     own = joint(4, 8)
     other = deepcopy(own)
     own[1].weight.zero_()
-    for got, want in zip(each(other, X), each(layers(4, 8), X), strict=True):
+    for got, want in zip(project_each(other, X), project_each(layers(4, 8), X), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
 
 
@@ -160,7 +169,7 @@ def test_gradients_reach_every_layer() -> None:
     own = joint(4, 8)
     for layer in own:
         layer.requires_grad_(True)
-    torch.cat([y.flatten() for y in each(own, X)]).sum().backward()
+    torch.cat([y.flatten() for y in project_each(own, X)]).sum().backward()
     for layer in own:
         assert layer.weight.grad is not None
         assert torch.allclose(layer.weight.grad, X.sum((0, 1)).expand_as(layer.weight))
@@ -169,16 +178,18 @@ def test_gradients_reach_every_layer() -> None:
 @pytest.mark.parametrize("made", [layers, joint])
 def test_what_is_put_together_comes_apart_again(made: Callable[..., list[nn.Linear]]) -> None:
     own = made(4, 8, 3)
-    whole = together(own, X)
+    whole = project_together(own, X)
     assert len(whole) == len(X) and whole.ndim == (3 if made is joint else 2)
-    for number, (got, want) in enumerate(zip(apart(own, whole), expected(own), strict=True)):
+    for number, (got, want) in enumerate(zip(split_joint(own, whole), expected(own), strict=True)):
         torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
-        assert torch.equal(apart(own, whole[1:])[number], got[1:])
+        assert torch.equal(split_joint(own, whole[1:])[number], got[1:])
     if made is layers:
-        assert all(map(torch.equal, apart(own, whole), each(own, X))), "the bits of the layers"
+        assert all(map(torch.equal, split_joint(own, whole), project_each(own, X))), (
+            "the bits of the layers"
+        )
 
 
 def test_a_compiler_is_not_asked_where_tensors_lie() -> None:
     own = joint(4, 8)
     with mock.patch.object(joint_linear, "is_compiling", return_value=True):
-        assert side_by_side(own) is None
+        assert joint_weights(own) is None

@@ -41,7 +41,7 @@ def test_pieces_are_the_words_in_order_with_their_weights(
     ends = {sum(len(p.ids) for p in pieces[: n + 1]) for n in range(len(pieces))}
     at = 0
     for word in (word for own in spans if own for word in own[0]):
-        if word.learned:
+        if word.is_embedding:
             assert not ends & set(range(at + 1, at + len(word.ids))), "a learned token is whole"
         at += len(word.ids)
 

@@ -153,7 +153,7 @@ def test_tokens_add_up_and_words_match_whole(single: ClipText) -> None:
     second = with_embeddings(first, [Embedding("hands", {"text": torch.randn(2, 32).half()})])
     (ids,) = second.ids(["<one> hands shands"])
     assert [id for id in ids[0].tolist() if id < 0] == [-1, -2, -3]
-    assert [(rows.dtype, len(rows)) for rows in second.learned] == [(torch.float32, 3)]
+    assert [(rows.dtype, len(rows)) for rows in second.token_vectors] == [(torch.float32, 3)]
     assert torch.equal(second.encode(["<one>"]).context, first.encode(["<one>"]).context)
 
 

@@ -62,7 +62,7 @@ def test_exclamations_are_open_clips_or_transformers_of_an_encoder_padded_with_t
     ours = ClipTokenizer.from_vocabulary(ids, merges)
     assert ours.tokens("a!!! !") == ours.tokens("a!!! !", zero_pad=True) == [320, 995, 256]
     ours.exclamation = "transformers"
-    ours = ours.learn({"<x!>": (50000, 50001)})
+    ours = ours.with_tokens({"<x!>": (50000, 50001)})
     for text in ("!", "a!", "a !b", "!!", "wow!!! nice", "?!", "fox,!", "it's!", "no sign"):
         want = theirs(text, add_special_tokens=False)["input_ids"]
         assert ours.tokens(text, zero_pad=pad == "!") == want, text
@@ -73,7 +73,7 @@ def test_exclamations_are_open_clips_or_transformers_of_an_encoder_padded_with_t
 
 def test_words_are_kept_together(words: ClipTokenizer) -> None:
     ids = [VOCABULARY[t] for t in ("the</w>", "ca", "t", "s</w>", ",</w>", "1</w>", "1</w>")]
-    grown = words.learn({"<x>": (80, 81)})
+    grown = words.with_tokens({"<x>": (80, 81)})
     ordinary = [Word((ids[0],)), Word(tuple(ids[1:4])), *(Word((id,)) for id in ids[4:])]
     assert grown.words("the cats, 11<x>") == [*ordinary, Word((80, 81), True)]
     assert grown.tokens("the cats, 11<x>") == [*ids, 80, 81] and words.comma == VOCABULARY[",</w>"]
@@ -137,36 +137,36 @@ def test_a_learned_token_is_read_between_the_words_around_it(
     words: ClipTokenizer, token: str, prompt: str, before: str, after: str
 ) -> None:
     """Multi-vector, with spaces, signs or none; "ca" is how a piece of "cat" is spelled, too."""
-    grown = words.learn({token: (-1, -2, -3)})
+    grown = words.with_tokens({token: (-1, -2, -3)})
     assert grown.tokens(prompt) == [*words.tokens(before), -1, -2, -3, *words.tokens(after)]
-    assert [word.ids for word in grown.words(prompt) if word.learned] == [(-1, -2, -3)]
+    assert [word.ids for word in grown.words(prompt) if word.is_embedding] == [(-1, -2, -3)]
     assert words.tokens("the cat ca") == grown.tokens("the cat") + words.tokens("ca")
 
 
 @pytest.mark.parametrize("prompt", ["bad-handsome", "abad-hands", "1bad-hands"])
 def test_a_learned_token_is_matched_whole(words: ClipTokenizer, prompt: str) -> None:
-    grown = words.learn({"bad-hands": (-1,), "<a>": (-2,)})
+    grown = words.with_tokens({"bad-hands": (-1,), "<a>": (-2,)})
     assert grown.tokens(prompt) == words.tokens(prompt)
 
 
 def test_of_two_learned_tokens_the_longer_is_read(words: ClipTokenizer) -> None:
-    grown = words.learn({"<a>": (-1,)}).learn({"<a> cat": (-2,), "<ab>": (-3,)})
+    grown = words.with_tokens({"<a>": (-1,)}).with_tokens({"<a> cat": (-2,), "<ab>": (-3,)})
     assert grown.tokens("<a> <a> cat <a><ab>") == [-1, -2, -1, -3]
 
 
 @pytest.mark.parametrize("token", ["cat", "CAT", "the", "c", "", " ", BOS, "<a>", " <a>", "a  cat"])
 def test_what_means_something_already_is_not_learned_anew(words: ClipTokenizer, token: str) -> None:
-    grown = words.learn({"<a>": (-1,), "a cat": (-2, -3)})
+    grown = words.with_tokens({"<a>": (-1,), "a cat": (-2, -3)})
     with pytest.raises(InputError, match="means something already"):
-        grown.learn({token: (-4,)})
+        grown.with_tokens({token: (-4,)})
 
 
 def test_a_learned_token_is_read_in_any_case(words: ClipTokenizer) -> None:
-    grown = words.learn({"Bad-Hands": (-1,), "<A>": (-2,), "ſx-K": (-3,)})
+    grown = words.with_tokens({"Bad-Hands": (-1,), "<A>": (-2,), "ſx-K": (-3,)})
     for prompt in ("bad-hands", "BAD-HANDS", "Bad-Hands"):
         assert grown.tokens(prompt) == [-1]
     assert grown.tokens("<a> Sx-k") == [-2, -3]  # ſ and s are one letter in two cases
     with pytest.raises(InputError, match="'<a>' means something already"):
-        grown.learn({"<a>": (-4,)})
+        grown.with_tokens({"<a>": (-4,)})
     with pytest.raises(InputError, match="'<B>' means something already"):
-        grown.learn({"<B>": (-4,), "<b>": (-5,)})
+        grown.with_tokens({"<B>": (-4,), "<b>": (-5,)})

@@ -87,10 +87,10 @@ def test_a_learned_vector_stands_where_its_id_does_and_takes_its_gradient() -> N
     learned[1] = table[5]
     ids = IDS.clone()
     ids[0, 2] = -2
-    assert torch.equal(made(ids, learned=learned)[0], made(IDS)[0])
-    assert torch.equal(made(IDS, learned=torch.empty(0, 32))[0], made(IDS)[0])
+    assert torch.equal(made(ids, token_vectors=learned)[0], made(IDS)[0])
+    assert torch.equal(made(IDS, token_vectors=torch.empty(0, 32))[0], made(IDS)[0])
     learned.requires_grad_()
-    made(ids, learned=learned)[0].sum().backward()
+    made(ids, token_vectors=learned)[0].sum().backward()
     assert learned.grad is not None
     assert learned.grad[0].eq(0).all() and learned.grad[1].ne(0).any()
 

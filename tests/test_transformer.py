@@ -14,7 +14,7 @@ from torch import Tensor
 from headstart.adapters.delta import LowRank
 from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.interfaces import Conditioning
-from headstart.networks.joint_linear import side_by_side
+from headstart.networks.joint_linear import joint_weights
 from headstart.networks.unet import UNet
 from headstart.prompt_cache import PromptCache
 from headstart.runner.runner import CompiledRunner
@@ -97,8 +97,8 @@ def test_adapters_on_joined_layers_act_as_on_layers_by_themselves(
 
 def test_an_adapter_keeps_apart_the_layers_that_it_acts_on_and_no_others(unet: UNet) -> None:
     unet.lay_out(GPU)
-    joined = [side_by_side(block.attn1.layers) is not None for block in unet._transformers()]
+    joined = [joint_weights(block.attn1.layers) is not None for block in unet._transformers()]
     assert joined == [True] * 4
     _adapter(unet, "attn1.to_k")
-    joined = [side_by_side(block.attn1.layers) is not None for block in unet._transformers()]
-    assert joined.count(False) == 1 and side_by_side(unet._of_text()) is not None
+    joined = [joint_weights(block.attn1.layers) is not None for block in unet._transformers()]
+    assert joined.count(False) == 1 and joint_weights(unet._text_layers()) is not None

@@ -20,7 +20,7 @@ from headstart.checkpoint.sizing import unet_params
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.fusion import fusion
-from headstart.networks.joint_linear import side_by_side
+from headstart.networks.joint_linear import joint_weights
 from headstart.networks.layout import FORMATS
 from headstart.networks.load import load_unet
 from headstart.networks.numbers import guidance_embedding, sinusoid
@@ -141,7 +141,8 @@ def test_weights_that_are_moved_are_laid_out_for_where_they_come(
     monkeypatch.setitem(FORMATS, "cpu", torch.channels_last)
     unet.float()
     assert unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)
-    assert side_by_side(unet._of_text()) is not None and side_by_side(unet._of_time()) is not None
+    assert joint_weights(unet._text_layers()) is not None
+    assert joint_weights(unet._time_layers()) is not None
     seen: list[bool] = []
     unet.conv_out.register_forward_pre_hook(
         lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))

@@ -89,10 +89,10 @@ def test_a_larger_rank_and_more_layers_are_captured_anew(stand: Stand, make: Mak
     run(stand, told(stand, (1.0,)))
     held.attach(make(network, "large", 8, seed=1), name="age", replace=True)
     run(stand, told(stand, (1.0,)))
-    assert (stand.site.captures, stand.site.held) == (2, 1)
+    assert (stand.site.captures, stand.site.graph_count) == (2, 1)
     held.attach(make(network, "wide", 8, seed=2, part=""), name="age", replace=True)
     run(stand, told(stand, (1.0,)))
-    assert (stand.site.captures, stand.site.held) == (3, 1)
+    assert (stand.site.captures, stand.site.graph_count) == (3, 1)
 
 
 def test_detaching_gives_back_the_graph_from_before(stand: Stand, make: Make) -> None:

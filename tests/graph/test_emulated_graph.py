@@ -90,7 +90,9 @@ def test_noise_that_is_given_is_read(emulated_stand: Emulated) -> None:
     with emulated_stand.launching():
         got = emulated_stand.trajectory()(table, cond, noise, shape=SHAPE)
     expected = emulated_stand.eagerly(table, cond, noise, shape=SHAPE)
-    assert torch.equal(got.latents, expected.latents) and torch.equal(got.shown, expected.shown)
+    assert torch.equal(got.latents, expected.latents) and torch.equal(
+        got.previews, expected.previews
+    )
 
 
 def test_other_graphs_overwrite_the_pool_and_the_oldest_makes_room(
@@ -105,7 +107,7 @@ def test_other_graphs_overwrite_the_pool_and_the_oldest_makes_room(
     assert stand.site.captures == 2
     stand.check(hybrid(3, 0))
     stand.check(tables[1])
-    assert (stand.site.captures, stand.site.held) == (3, 2)
+    assert (stand.site.captures, stand.site.graph_count) == (3, 2)
     stand.check(tables[0])
     assert stand.site.captures == 4
 

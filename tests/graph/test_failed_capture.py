@@ -129,7 +129,7 @@ def test_a_pool_that_every_graph_has_left_is_not_used_again(stand: Any) -> None:
     runner = stand.runner()
     for batch in (1, 2):
         runner(stand.latent(batch), T7.repeat(batch), stand.words(batch))
-    assert (stand.site.captures, stand.site.held) == (2, 1)
+    assert (stand.site.captures, stand.site.graph_count) == (2, 1)
 
 
 class Allocator:

@@ -102,7 +102,7 @@ def test_a_weight_that_is_bound_anew_is_captured_anew(stand: Any, change: Any) -
     runner(x, t, cond)
     change(runner.network)
     assert torch.equal(runner(x, t, cond), eager(runner.network, x, t, cond))
-    assert stand.site.captures == 2 and stand.site.held == 1
+    assert stand.site.captures == 2 and stand.site.graph_count == 1
 
 
 def test_outputs_belong_to_the_caller(stand: Any) -> None:
@@ -241,7 +241,7 @@ def test_the_graph_used_longest_ago_makes_room(stand: Any) -> None:
     runner = stand.runner()
     for batch in (1, 2, 1, 3):
         runner(stand.latent(batch), T([7] * batch), stand.words(batch))
-    assert (stand.site.captures, stand.site.held) == (3, 2)
+    assert (stand.site.captures, stand.site.graph_count) == (3, 2)
     runner(stand.latent(1), T([7]), stand.words(1))
     assert stand.site.captures == 3, "1 was used after 2, so 2 made room"
     runner(stand.latent(2), T([7, 7]), stand.words(2))
@@ -254,7 +254,7 @@ def test_past_the_bytes_allowed_a_pool_is_given_back_whole(stand: Any) -> None:
     assert site.size_bytes > stand.cuda.memory_reserved(site.device) > 0
     site.max_bytes = site.size_bytes
     runner(stand.latent(1), T([7]), stand.words(1))
-    assert site.held == 1 and site.size_bytes < site.max_bytes
+    assert site.graph_count == 1 and site.size_bytes < site.max_bytes
     assert [memory.reserved > 0 for memory in stand.cuda.pools.values()] == [False, True]
     runner(stand.latent(1), T([8]), stand.words(1))
     assert site.captures == 3, "2, then 1 in the shared pool, then 1 alone"
@@ -264,7 +264,7 @@ def test_a_graph_too_large_for_the_bytes_allowed_is_an_error(stand: Any) -> None
     stand.site.max_bytes = 1000
     with pytest.raises(CaptureError, match=r"holds .* MB .* raise max_bytes"):
         stand.runner()(stand.latent(1), T([7]), stand.words(1))
-    assert stand.site.held == 0 and stand.cuda.memory_reserved(stand.site.device) == 0
+    assert stand.site.graph_count == 0 and stand.cuda.memory_reserved(stand.site.device) == 0
 
 
 def test_a_network_that_is_gone_takes_its_graphs_along(stand: Any) -> None:
@@ -273,7 +273,7 @@ def test_a_network_that_is_gone_takes_its_graphs_along(stand: Any) -> None:
     del stand.denoisers["base"]
     gc.collect()
     stand.runner("distilled")(stand.latent(1), T([7]), stand.words(1))
-    assert (stand.site.captures, stand.site.held) == (2, 1)
+    assert (stand.site.captures, stand.site.graph_count) == (2, 1)
 
 
 class Looks(nn.Module):
@@ -288,7 +288,7 @@ def test_what_cannot_be_captured_is_an_error_that_says_why(stand: Any) -> None:
     runner.network = Looks()
     with pytest.raises(CaptureError, match=r"Looks could not be captured for x_in \[1, 4, 8, 8\]"):
         runner(stand.latent(1), T([7]), stand.words(1))
-    assert stand.site.held == 0
+    assert stand.site.graph_count == 0
 
 
 def test_eager_is_a_fallback_only_when_asked_for(stand: Any) -> None:

@@ -99,7 +99,7 @@ def with_embeddings(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText
     for embedding in found:
         if (why := why_incompatible(text, embedding)) is not None:
             raise AdapterError(why)
-    before = text.learned or (torch.empty(0),) * len(text.towers)
+    before = text.token_vectors or (torch.empty(0),) * len(text.towers)
     first, tokens = len(before[0]), dict[str, tuple[int, ...]]()
     for embedding in found:
         tokens[embedding.token] = tuple(-1 - first - row for row in range(embedding.count))

@@ -20,11 +20,11 @@ from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
 EAGER_US = 6.0
-"""What the host takes for one of torch's operators on CUDA, from Python to the driver: an
-assumption, of a machine of 2023."""
+"""The host's time for one of torch's operators on CUDA, from Python to the driver: assumed, for a
+machine of 2023."""
 TRITON_US = 50.0
-"""And for one of our kernels, which Triton launches from Python: 48 us `groupnorm_silu`, 58 us
-`fused_step`, on two Zen 3 cores over an emulated driver."""
+"""The same for one of our kernels, which Triton launches from Python: 48 us `groupnorm_silu`,
+58 us `fused_step`, on two Zen 3 cores over an emulated driver."""
 GRAPH_US = 1.0
 """Between two kernels: an assumption. 0.5 us on a V100 ("Getting Started with CUDA
 Graphs", NVIDIA developer blog, 2019), where kernels did not wait for each other's memory."""
@@ -137,7 +137,7 @@ class Estimate:
         columns += f"{'graph ms':>10}{'share':>7}"
         whole = self.total.device_ms
         lines = [_text(line, whole) for line in (*self.lines, self.total)]
-        return "\n".join([head, "", columns, *lines, "", *self._kinds(), "", *self._said()])
+        return "\n".join([head, "", columns, *lines, "", *self._kinds(), "", *self._summary()])
 
     def _kinds(self) -> list[str]:
         """Where one of each stage's passes goes; those that are alike in one line."""
@@ -148,9 +148,9 @@ class Estimate:
                 for kind, (tally, ms) in sorted(own.items(), key=lambda item: -item[1][1])
             )
             alike.setdefault(", ".join(parts), []).append(f"one {stage}")
-        return [f"{', '.join(stages)}: {told}" for told, stages in alike.items()]
+        return [f"{', '.join(stages)}: {parts}" for parts, stages in alike.items()]
 
-    def _said(self) -> list[str]:
+    def _summary(self) -> list[str]:
         floor = self.total.floor_ms
         return [
             f"a run: {self.graph_ms:.1f} ms as graphs, {self.eager_ms:.1f} ms eager, floor "
@@ -266,9 +266,9 @@ def _text(line: Line, whole: float) -> str:
 
 
 def _line_json(line: Line) -> dict[str, Any]:
-    told = line._asdict()
-    tally = told.pop("tally")
-    return {**told, **_tally_json(tally)}
+    fields = line._asdict()
+    tally = fields.pop("tally")
+    return {**fields, **_tally_json(tally)}
 
 
 def _tally_json(tally: Tally) -> dict[str, int]:

@@ -77,11 +77,11 @@ _LAUNCHES: Mapping[str, int] = {"native_group_norm": 3, "groupnorm_silu": 3}
 """Of those that take more than one kernel on CUDA. torch's group norm: moments, their affine form,
 its application (aten/src/ATen/native/cuda/group_norm_kernel.cu); ours has the same three."""
 _TWICE = frozenset({"native_group_norm", "groupnorm_silu"})
-"""They read their first input twice: for the moments, then to apply them."""
+"""Operators that read their first input twice: for the moments, then to apply them."""
 _FREE = frozenset({"_unsafe_view", "detach", "alias", "lift_fresh", "empty_like", "new_empty"})
-"""Launch nothing. Views launch nothing either, and tell so."""
+"""Operators that launch nothing. Views, which torch marks as such, launch nothing either."""
 _FILLED = frozenset({"copy_", "fused_step_into"})
-"""They do not read what they write into."""
+"""Operators that do not read the tensor that they write into."""
 _FLASH_HEAD = 256
 """The widest attention head of the flash kernels (aten/.../transformers/cuda/sdp_utils.cpp)."""
 
@@ -107,11 +107,11 @@ class _OneAttention(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = kwargs or {}
+        options = kwargs or {}
         if func is not F.scaled_dot_product_attention:
-            return func(*args, **given)
+            return func(*args, **options)
         named = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False))
-        return _attention(**{**named, **given})
+        return _attention(**{**named, **options})
 
 
 def _attention(
@@ -145,20 +145,20 @@ class _Counter(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = kwargs or {}
-        out = func(*args, **given)
+        options = kwargs or {}
+        out = func(*args, **options)
         name = func.overloadpacket.__name__
         if name == "convolution" and any(map(_channels_last, args[:2])):
             out = out.to(memory_format=torch.channels_last)  # as on CUDA, and not on meta
         if not (func.is_view or name in _FREE or name.startswith("empty")):
-            filled = _written(func, args, given)
-            if outputs := _on_card((out, filled)):
-                self.found.append(_operator(func, name, args, given, out, outputs))
+            written = _written_arguments(func, args, options)
+            if outputs := _on_card((out, written)):
+                self.found.append(_operator(func, name, args, options, out, outputs))
         return out
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
-    """What it writes into, of what it was called with."""
+def _written_arguments(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any]:
+    """The arguments that an operator writes into."""
     named = dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | kwargs
     marks = {one.name: one.alias_info for one in func._schema.arguments}
     return [v for n, v in named.items() if (mark := marks.get(n)) is not None and mark.is_write]

@@ -1,6 +1,6 @@
-"""The networks of full-size families, for who has no file: literal rows, as their configs state.
+"""The sizes of the networks of full-size families, from their configs, for runs without a file.
 
-A file's own are read from its headers (`sizes_of_files`). Nothing here loads a weight.
+`sizes_of_files` reads them from headers. Nothing here loads a weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Encoder = tuple[ClipParams, TextRule]
 
 
 class Sizes(NamedTuple):
-    """What shapes the networks of one model, and the family that they are of."""
+    """The params of the networks of one model, and their family."""
 
     family: Family
     unet: UNetParams
@@ -95,7 +95,7 @@ def sizes_of_family(name: str) -> Sizes:
 
 def sizes_of_files(
     paths: Mapping[str, str | Path],
-    given: Overrides | None = None,
+    overrides: Overrides | None = None,
     *,
     vae: str | Path | None = None,
     text: str | Path | None = None,
@@ -106,53 +106,53 @@ def sizes_of_files(
     Raises CheckpointError for a file without a UNet that we know, and where no file has a VAE or
     text encoders and the family's full size is not known.
     """
-    given = given or Overrides()
+    own = overrides or Overrides()
     found: dict[str, tuple[Family, UNetParams]] = {}
     for role, path in paths.items():
-        judged = judge(path, Checkpoint.open(path, "unet"), given).require("unet")
-        assert judged.unet is not None and judged.family is not None
-        found[role] = judged.family, judged.unet
+        info = judge(path, Checkpoint.open(path, "unet"), own).require("unet")
+        assert info.unet is not None and info.family is not None
+        found[role] = info.family, info.unet
     family = next(iter(found.values()))[0]
-    decoder = _vae(_holder("vae", vae, paths, family), replace(given, like=family), family)
-    encoders = _text(_holder("text", text, paths, family), replace(given, tokenizer=True), family)
+    decoder = _vae(_holder("vae", vae, paths, family), replace(own, like=family), family)
+    encoders = _text(_holder("text", text, paths, family), replace(own, tokenizer=True), family)
     return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in found.items()}
 
 
 def _holder(
-    part: PartName, given: str | Path | None, paths: Mapping[str, str | Path], family: Family
+    part: PartName, path: str | Path | None, paths: Mapping[str, str | Path], family: Family
 ) -> Path | None:
     """Where the part is read from; None: nowhere, and the family's full size is known."""
-    if given is not None:
-        return Path(given)
-    for path in paths.values():
+    if path is not None:
+        return Path(path)
+    for model in paths.values():
         try:
-            if part in Checkpoint.open(path, part).parts():
-                return Path(path)
+            if part in Checkpoint.open(model, part).parts():
+                return Path(model)
         except CheckpointError:  # a folder without that component
             continue
     return None if family.lineage in FULL else Path(next(iter(paths.values())))
 
 
-def _vae(path: Path | None, given: Overrides, family: Family) -> VaeParams:
+def _vae(path: Path | None, overrides: Overrides, family: Family) -> VaeParams:
     if path is None:
         return sizes_of_family(family.lineage).vae
-    found = judge(path, Checkpoint.open(path, "vae"), given).require("vae").vae
+    found = judge(path, Checkpoint.open(path, "vae"), overrides).require("vae").vae
     assert found is not None
     return found
 
 
-def _text(path: Path | None, given: Overrides, family: Family) -> tuple[Encoder, ...]:
+def _text(path: Path | None, overrides: Overrides, family: Family) -> tuple[Encoder, ...]:
     if path is None:
         return sizes_of_family(family.lineage).text
     second = None
     if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2")
-    verdict = judge(path, Checkpoint.open(path, "text"), given, second=second)
-    judged = [verdict.require("text")]
+    verdict = judge(path, Checkpoint.open(path, "text"), overrides, second=second)
+    infos = [verdict.require("text")]
     if "text_2" in verdict.networks:
-        judged.append(verdict.require("text_2"))
+        infos.append(verdict.require("text_2"))
     found: list[Encoder] = []
-    for own in judged:
+    for own in infos:
         assert own.clip is not None and own.rule is not None
         found.append((own.clip, own.rule))
     return tuple(found)

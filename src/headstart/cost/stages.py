@@ -29,7 +29,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Stage(NamedTuple):
-    """What a run does so many `times`, and the operators of one of them.
+    """A part of a run that runs `times` times, and the operators of one time.
 
     rows   samples in the network at once, 0 where there is no network
     """
@@ -95,7 +95,7 @@ def unet_pass(
     dtype: torch.dtype = torch.float16,
     tokens: int = 77,
 ) -> Pass:
-    """A UNet's calls on `rows` samples of `latent` [C, h, w], told `tokens` of text each."""
+    """A UNet's calls on `rows` samples of `latent` [C, h, w] with `tokens` of text each."""
     network = _built(lambda: UNet(params), dtype)
     network.lay_out(torch.device("cuda"))
     pooled = time_ids = guidance = None
@@ -106,9 +106,9 @@ def unet_pass(
     context = _empty(rows, tokens, params.context_dim, dtype=dtype)
     cond = Conditioning(context, pooled, time_ids, guidance)
     x_in, timestep = _empty(rows, *latent, dtype=dtype), _empty(rows, dtype=torch.int64)
-    told: list[Conditioning] = []
-    read = count(lambda: told.append(PromptCache().of(network, cond)))
-    return Pass(read, count(lambda: network(x_in, timestep, told[0])))
+    cached: list[Conditioning] = []
+    read = count(lambda: cached.append(PromptCache().of(network, cond)))
+    return Pass(read, count(lambda: network(x_in, timestep, cached[0])))
 
 
 def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:

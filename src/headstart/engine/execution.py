@@ -154,10 +154,10 @@ def _launched(loop: DenoisingLoop, keep_x0: bool, on_step: OnStep) -> Output:
     with loop.clock(table[-1].model):
         parts = list(_launches(loop, keep_x0))
     outcome = parts[0] if len(parts) == 1 else _together(parts)
-    for number, (step, sound) in enumerate(zip(table, outcome.sound.cpu(), strict=True)):
-        require_finite(number, step.model, sound)
+    for number, (step, finite) in enumerate(zip(table, outcome.finite_rows.cpu(), strict=True)):
+        require_finite(number, step.model, finite)
     latents, rgb = final_latents(table, outcome.latents), outcome.rgb
-    if not bool(outcome.finite.all()):
+    if not bool(outcome.finite_pixels.all()):
         with loop.clock("decode"):  # in float32 where float16 overflowed, or an error with seeds
             rgb = _decoded(loop, latents)
     if on_step is not None:
@@ -191,7 +191,7 @@ def _launches(loop: DenoisingLoop, keep_x0: bool) -> Iterator[Outcome]:
 
 def _together(parts: Sequence[Outcome]) -> Outcome:
     """The batch is the first axis, or the second where rows are the first."""
-    by_row = ("x0", "shown", "sound")
+    by_row = ("x0", "previews", "finite_rows")
     return Outcome(
         *(
             torch.cat(own, 1 if name in by_row else 0)

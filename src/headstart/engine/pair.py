@@ -37,7 +37,7 @@ from headstart.interfaces import Conditioning, Denoiser, LatentCodec
 from headstart.memory.budget import Footprint
 from headstart.memory.planning import Sources, loading_device, notes, plan_residency, settle
 from headstart.memory.residency import Residency
-from headstart.networks.assembly import Dtype, bound_for
+from headstart.networks.assembly import Dtype, loading_for
 from headstart.networks.casting import compute_dtype
 from headstart.networks.load import load_text
 from headstart.networks.numbers import guidance_embedding
@@ -151,7 +151,7 @@ def load_pair(
     vae_dtype = decoder_dtype(options.get("vae_dtype", "auto"), dtype, devices["vae"])
     residency = plan_residency(sources, devices, options.get("memory", "auto"), dtype, vae_dtype)
     # Text first: a tokenizer that does not fit is refused before the larger networks are read.
-    with bound_for(devices["text"]):
+    with loading_for(devices["text"]):
         encoders = _load_text(text, loading_device(residency, "text"), dtype, options)
     decoder = vae_of(vae, devices["vae"], vae_dtype, first.family, allow, packed)
     unets = _load_unets(sources, residency, precision, encoders)
@@ -251,7 +251,7 @@ def _load_unets(
     unets: dict[str, UNet] = {}
     allow, head_dim = sources.options.get("allow", ()), sources.options.get("head_dim")
     for role, path in sources.unets.items():
-        with bound_for(residency.devices[role]):
+        with loading_for(residency.devices[role]):
             unets[role] = unet_of(
                 path, loading_device(residency, role), precision.dtype, head_dim,
                 sources.ema[role], text, sources.text, allow, precision.packed,

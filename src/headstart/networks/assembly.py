@@ -1,6 +1,6 @@
-"""One network's tensors put in place: built without memory, then given the file's tensors.
+"""A network with a file's tensors: built without memory, then each tensor assigned.
 
-a part that `checkpoint.verdict` lets pass -> meta device -> tensors as they are, or as a dtype
+a part that `checkpoint.verdict` accepts -> meta device -> tensors as they are, or in a dtype
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from headstart.networks.packed import is_packable, pack, pays, unpackable
 
 M = TypeVar("M", bound=nn.Module)
 Dtype = torch.dtype | Literal["stored", "float8"] | None
-"""What weights become; see `headstart.networks.load.load_unet`."""
+"""The dtype of weights; see `headstart.networks.load.load_unet`."""
 Packed = bool | Literal["direct"] | None
 """Whether weights are laid out for a CPU's products; see there."""
 
@@ -34,7 +34,7 @@ _FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _KEPT = _FLOATS | dict.fromkeys(WIDENED, torch.float16)
 
 
-def filled(
+def assemble(
     build: Callable[[], M],
     part: Part,
     device: torch.device,
@@ -44,19 +44,19 @@ def filled(
 ) -> M:
     """Build on the meta device, then assign the tensors of a part that was judged and fits.
 
-    wide    with dtype "float8" the layers that stay in what the network computes in; None: all
+    wide    with dtype "float8" the layers that keep the compute dtype; None: all
     packed  lay weights out for a CPU's products (`networks.packed`): they stay as the file has them
-            and are turned into `dtype` when they are; None: where it can be and pays; "direct": as
-            None, and none for tiles
+            and are cast to `dtype` when they are laid out; None: where that is possible and faster;
+            "direct": as None, but not for tiles
 
     Raises InputError in a forked process that cannot compute, and where `packed` cannot be.
     """
     check_threads()
-    # Of what is made in inference mode nobody sees later who writes to it.
+    # torch does not count writes to tensors that are made in inference mode.
     with _uncollected(), torch.inference_mode(False), torch.no_grad():
         with torch.device("meta"), _Unfilled():
             module = build()
-        computes = _packed_as(module, _BOUND.get() or device, dtype, packed)
+        computes = _packed_as(module, _TARGET.get() or device, dtype, packed)
         if computes is not None:
             return pack(_fill_packed(module, part, computes), tiles=packed != "direct")
         return _fill(module, part, device, dtype, wide)
@@ -65,9 +65,9 @@ def filled(
 def _packed_as(
     module: nn.Module, device: torch.device, dtype: Dtype, packed: Packed
 ) -> torch.dtype | None:
-    """What a network whose weights are laid out computes in; None where they are not.
+    """The compute dtype of a network whose weights are laid out; None where they are not.
 
-    Raises InputError where that is demanded and cannot be.
+    Raises InputError for `packed` True where that is impossible.
     """
     computes = torch.float32 if dtype is None else dtype
     if packed is False or (packed is not True and not pays(module)):
@@ -92,43 +92,43 @@ def too_small(dtype: str) -> str:
     )
 
 
-_BOUND: ContextVar[torch.device | None] = ContextVar("headstart_bound", default=None)
+_TARGET: ContextVar[torch.device | None] = ContextVar("headstart_target", default=None)
 
 
 @contextmanager
-def bound_for(device: torch.device) -> Generator[None]:
-    """Inside, what is loaded becomes what it is on `device`, also where it waits on the host."""
-    token = _BOUND.set(device)
+def loading_for(device: torch.device) -> Generator[None]:
+    """Inside, networks are loaded as for `device`, even if they stay in host memory."""
+    token = _TARGET.set(device)
     try:
         yield
     finally:
-        _BOUND.reset(token)
+        _TARGET.reset(token)
 
 
 def _fill(
     module: M, part: Part, device: torch.device, dtype: Dtype, wide: re.Pattern[str] | None
 ) -> M:
-    bound = _BOUND.get() or device
-    stored = dtype == "stored" and bound.type == "cpu"
-    few = _matrices(module, wide) if dtype == "float8" else frozenset[str]()
+    target = _TARGET.get() or device
+    stored = dtype == "stored" and target.type == "cpu"
+    float8_names = _matrices(module, wide) if dtype == "float8" else frozenset[str]()
     scales: dict[str, Tensor] = {}
     if dtype == "float8":
-        dtype = _computes(part, bound)
+        dtype = _computes(part, target)
     if dtype is None or dtype == "stored":
-        dtype = torch.float32 if bound.type == "cpu" else kept_dtype(part)
+        dtype = torch.float32 if target.type == "cpu" else kept_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
-        if name in few:
+        if name in float8_names:
             state[name], scales[name] = _float8_of(part, name, tensor.to(device), dtype)
             continue
         if part.dtype(name) in WIDENED and kept == torch.float16:
             kept = _half_of(part, name, tensor, stored)
-        state[name] = _placed(name, tensor.to(device=device, dtype=kept))
+        state[name] = _aligned(name, tensor.to(device=device, dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
-    if few:
+    if float8_names:
         keep_float8(module, scales, dtype)
     lay_out: Callable[[], None] | None = getattr(module, "lay_out", None)
     if lay_out is not None:
@@ -137,22 +137,22 @@ def _fill(
 
 
 def _fill_packed(module: M, part: Part, dtype: torch.dtype) -> M:
-    """With matrices as the file has them, in its mapping, and the rest in `dtype`: what is small,
-    and what reads a row a sample, which is never laid out."""
+    """Matrices stay as the file has them, in its mapping. The rest is in `dtype`: small tensors,
+    and layers with one row a sample, which are never laid out."""
     layers = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
     stay = {f"{path}.weight" for path, layer in layers if is_packable(layer)}
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         stays = name in stay and _ONE_ROW.fullmatch(name) is None
         kept = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
-        state[name] = _placed(name, part.tensor(name).to(dtype=kept))
+        state[name] = _aligned(name, part.tensor(name).to(dtype=kept))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     return keep_stored(module, dtype)
 
 
 def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]:
-    """The weights that dtype "float8" keeps so: of linear layers and convolutions, by name."""
+    """The names of the weights that dtype "float8" stores so, of linear layers and convolutions."""
     return frozenset(
         f"{path}.weight"
         for path, layer in cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
@@ -163,7 +163,7 @@ def _matrices(module: nn.Module, wide: re.Pattern[str] | None) -> frozenset[str]
 
 
 def _computes(part: Part, device: torch.device) -> torch.dtype:
-    """What a network with weights in float8 computes in."""
+    """The compute dtype of a network with weights in float8."""
     if device.type == "cpu":
         return torch.float32
     return torch.bfloat16 if stored_dtype(part) == "BF16" else torch.float16
@@ -174,13 +174,13 @@ def _float8_of(
 ) -> tuple[Tensor, Tensor]:
     """Raises CheckpointError for numbers that would be infinite once they are widened."""
     try:
-        few, scale = in_float8(tensor)
+        stored, scale = in_float8(tensor)
     except ValueError as error:
         raise CheckpointError(f"{part.checkpoint.files[0]}: {name}: {error}") from error
     large = computes == torch.float16 and float(scale.max()) > 128  # 448*128 < 65504
-    if large and not bool((few.float() * scale).half().isfinite().all()):
+    if large and not bool((stored.float() * scale).half().isfinite().all()):
         raise _too_large(part, name, computes)
-    return few, scale
+    return stored, scale
 
 
 def _too_large(part: Part, name: str, kept: torch.dtype) -> CheckpointError:
@@ -191,7 +191,7 @@ def _too_large(part: Part, name: str, kept: torch.dtype) -> CheckpointError:
 
 
 def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype:
-    """float16, if it holds what few bits and a scale make; else bfloat16 where layers widen it.
+    """float16, if it holds every number; else bfloat16 where layers cast their weights.
 
     Raises CheckpointError where they do not: a network computes in one dtype.
     """
@@ -203,10 +203,8 @@ def _half_of(part: Part, name: str, tensor: Tensor, stored: bool) -> torch.dtype
 
 
 class _Unfilled(TorchFunctionMode):
-    """Initial values are not drawn: on the meta device there is nothing to draw them into.
-
-    Drawing them all the same is a quarter of the time that building SDXL's UNet takes.
-    """
+    """Skips drawing initial values, which on the meta device is a quarter of the time that building
+    SDXL's UNet takes."""
 
     def __torch_function__(
         self,
@@ -215,10 +213,10 @@ class _Unfilled(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = kwargs or {}
+        arguments = kwargs or {}
         if func in _DRAWS:
-            return args[0] if args else given["tensor"]
-        return func(*args, **given)
+            return args[0] if args else arguments["tensor"]
+        return func(*args, **arguments)
 
 
 _DRAWS: frozenset[Any] = frozenset(
@@ -231,10 +229,8 @@ _DRAWS: frozenset[Any] = frozenset(
 
 @contextmanager
 def _uncollected() -> Generator[None]:
-    """Without Python's cycle collector, which 1750 new modules would set off.
-
-    It walks through all that torch has made: 85 ms, as much as building SDXL's UNet.
-    """
+    """Without Python's cycle collector, which 1750 new modules would start: it takes 85 ms, as much
+    as building SDXL's UNet."""
     running = gc.isenabled()
     gc.disable()
     try:
@@ -252,8 +248,8 @@ _ONE_ROW = re.compile(
 )
 
 
-def _placed(name: str, tensor: Tensor) -> Tensor:
-    """The tensor where its product has the same bits as from any other file with these numbers."""
+def _aligned(name: str, tensor: Tensor) -> Tensor:
+    """The tensor at an aligned address, so that its products do not depend on the file's layout."""
     if _ONE_ROW.fullmatch(name) is None or tensor.is_meta:
         return tensor
     tensor = tensor.contiguous()
@@ -262,7 +258,7 @@ def _placed(name: str, tensor: Tensor) -> Tensor:
 
 
 def kept_dtype(part: Part) -> torch.dtype:
-    """What a part's weights are on an accelerator, where nothing else is asked for."""
+    """The default dtype of a part's weights on an accelerator."""
     return _KEPT.get(stored_dtype(part), torch.float32)
 
 

@@ -122,9 +122,9 @@ def compute_dtype(network: object) -> torch.dtype:
 
     Otherwise that of its first float parameter; float32 for what has none.
     """
-    stated = getattr(network, "compute_dtype", None)
-    if isinstance(stated, torch.dtype):
-        return stated
+    declared = getattr(network, "compute_dtype", None)
+    if isinstance(declared, torch.dtype):
+        return declared
     parameters = network.parameters() if isinstance(network, nn.Module) else ()
     floats = (tensor.dtype for tensor in parameters if tensor.is_floating_point())
     return next(floats, torch.float32)
@@ -144,8 +144,8 @@ class _Scratch(threading.local):
             with torch.inference_mode(False):  # else nobody outside of it could write to it
                 self.buffer = torch.empty(like.numel())
         last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
-        room = self.buffer[: like.numel()]
-        return room.as_strided(like.shape, like.stride()) if last else room.view(like.shape)
+        buffer = self.buffer[: like.numel()]
+        return buffer.as_strided(like.shape, like.stride()) if last else buffer.view(like.shape)
 
 
 _scratch = _Scratch()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -76,6 +78,22 @@ def taken_as_letters(text: str, style: PromptStyle) -> str | None:
             if (found := pattern.search(text)) is not None:
                 return found[0]
     return "BREAK" if _BREAK.search(text) and text.strip() != "BREAK" else None
+
+
+def warn_of_letters(texts: Iterable[str], style: PromptStyle) -> None:
+    """One warning a call, for the first text with a sign that this style does not read."""
+    for text in texts:
+        if (sign := taken_as_letters(text, style)) is None:
+            continue
+        advice = {
+            "plain": "give --prompt-style a1111 or comfyui (style=) to have it as a weight",
+            "a1111": "prompts that change while they are sampled are not read from their text",
+            "comfyui": "it is a sign of --prompt-style a1111 (style=)",
+        }[style]
+        warnings.warn(
+            f"prompt style {style} reads {sign[:60]!r} as letters: {advice}", stacklevel=4
+        )
+        return
 
 
 def _weight(text: str) -> str | None:

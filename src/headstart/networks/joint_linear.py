@@ -2,10 +2,9 @@
 
     [y1, y2, ...] = x [W1; W2; ...]^T + [b1; b2; ...]
 
-The layers stay what they are, under their names: their parameters become views of one buffer, in
-which they lie side by side. Whether they do is read from the parameters at every call, so weights
-written in place are seen, and a parameter that was replaced, moved or copied, a layer of another
-class or a hook ends it: then every layer is called by itself.
+The layers and their names stay: their parameters become views of one buffer, side by side. Every
+call checks that from the parameters. So weights written in place are seen. Where a parameter was
+replaced, moved or copied, or a layer has another class or a hook, each layer is called by itself.
 """
 
 # The tables of an nn.Module and the identity of a storage are private.
@@ -25,28 +24,28 @@ Linears = Sequence[nn.Linear]
 Joint = tuple[Tensor, ...]
 
 
-def each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
+def project_each(layers: Linears, x: Tensor) -> Sequence[Tensor]:
     """layer(x) of every layer [..., C]; views of one product where the layers lie side by side."""
-    joint = side_by_side(layers)
+    joint = joint_weights(layers)
     if joint is None:
         return [layer(x) for layer in layers]
     widths = [layer.out_features for layer in layers]
     return F.linear(x, *joint).split_with_sizes(widths, dim=-1)
 
 
-def together(layers: Linears, x: Tensor) -> Tensor:
-    """layer(x) [B, M, C] of every layer in one tensor with the batch first, for `apart`.
+def project_together(layers: Linears, x: Tensor) -> Tensor:
+    """layer(x) [B, M, C] of every layer in one tensor with the batch first, for `split_joint`.
 
     [B, M, sum C], as one product gives it; else [B, M*sum C], one layer's after the other's.
     """
-    joint = side_by_side(layers)
+    joint = joint_weights(layers)
     if joint is not None:
         return F.linear(x, *joint)
     return torch.cat([layer(x).flatten(1) for layer in layers], dim=1)
 
 
-def apart(layers: Linears, found: Tensor) -> Sequence[Tensor]:
-    """Views [B, M, C] of what `together` gave, one a layer."""
+def split_joint(layers: Linears, found: Tensor) -> Sequence[Tensor]:
+    """Views [B, M, C] of what `project_together` gave, one a layer."""
     widths = [layer.out_features for layer in layers]
     if found.ndim == 3:
         return found.split_with_sizes(widths, dim=-1)
@@ -61,27 +60,27 @@ def join(layers: Linears) -> None:
 
     Takes a copy of them while it works, and no memory afterwards.
     """
-    if not _alike(layers) or side_by_side(layers) is not None:
+    if not _alike(layers) or joint_weights(layers) is not None:
         return
     for name, parameters in zip(("weight", "bias"), _parameters(layers), strict=False):
         with torch.no_grad():
             whole = torch.cat([parameter.detach() for parameter in parameters])
         parts = whole.split_with_sizes([len(parameter) for parameter in parameters])
         for layer, part in zip(layers, parts, strict=True):
-            put(layer, name, part)
+            replace_parameter(layer, name, part)
 
 
-def put(layer: nn.Module, name: str, tensor: Tensor) -> None:
-    """Make a parameter of this tensor, in the place of the one of that name."""
+def replace_parameter(layer: nn.Module, name: str, tensor: Tensor) -> None:
+    """Replace the parameter of this name."""
     grad = layer.get_parameter(name).requires_grad
     setattr(layer, name, nn.Parameter(tensor, requires_grad=grad))
 
 
-def side_by_side(layers: Linears) -> Joint | None:
+def joint_weights(layers: Linears) -> Joint | None:
     """(weight,) or (weight, bias) of all layers together, without a copy.
 
-    None where they do not lie so; where a hook or a method of its own may change what a layer
-    gives; while a gradient is recorded; to a compiler, which does not see where tensors lie.
+    None where they do not lie side by side; where a hook or a replaced method may change a layer's
+    output; while a gradient is recorded; in a compiler, which does not see addresses.
     """
     if is_compiling() or not all(map(_is_plain, layers)):
         return None
@@ -107,7 +106,7 @@ def _parameters(layers: Linears) -> list[list[Tensor]]:
 
 
 def _alike(layers: Linears) -> bool:
-    kinds = {
+    signatures = {
         (
             layer.in_features,
             layer.weight.dtype,
@@ -117,19 +116,19 @@ def _alike(layers: Linears) -> bool:
         for layer in layers
         if _is_plain(layer)
     }
-    return len(kinds) == 1 and all(map(_is_plain, layers))
+    return len(signatures) == 1 and all(map(_is_plain, layers))
 
 
 def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """The tensor that these are the rows of, one after the other."""
+    """The tensor whose rows these are, one after the other."""
     first = parts[0]
     if first is None or (first.requires_grad and torch.is_grad_enabled()):
         return None
-    place, rows, inner = first.storage_offset(), 0, first.shape[1:]
-    for part in parts:  # what is looked up in a microsecond, and mostly says no, first
-        if part is None or part.storage_offset() != place or part.shape[1:] != inner:
+    offset, rows, inner = first.storage_offset(), 0, first.shape[1:]
+    for part in parts:  # first the check that is fast and fails most often
+        if part is None or part.storage_offset() != offset or part.shape[1:] != inner:
             return None
-        place, rows = place + part.numel(), rows + len(part)
+        offset, rows = offset + part.numel(), rows + len(part)
     found = [part for part in parts if part is not None]
     one = len({part.untyped_storage()._cdata for part in found}) == 1
     if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in found)):

@@ -25,8 +25,8 @@ from headstart.keywords import with_known_keywords
 from headstart.networks.assembly import (
     Dtype,
     Packed,
+    assemble,
     device_of,
-    filled,
     is_half,
     kept_dtype,
     stored_dtype,
@@ -96,7 +96,7 @@ def load_unet(
     judged = judge(path, checkpoint, Overrides(head_dim=head_dim, allow=allow)).require("unet")
     params = judged.unet
     assert params is not None
-    return filled(lambda: UNet(params), judged.part, target, dtype, _ENDS, packed)
+    return assemble(lambda: UNet(params), judged.part, target, dtype, _ENDS, packed)
 
 
 @with_known_keywords
@@ -124,7 +124,7 @@ def load_vae(
     """
     target = device_of(device)
     _check_wide(dtype, "a VAE")
-    given = Overrides(
+    overrides = Overrides(
         scale_factor=scale_factor,
         shift_factor=shift_factor,
         norm_groups=norm_groups,
@@ -132,13 +132,13 @@ def load_vae(
         allow=allow,
     )
     checkpoint = Checkpoint.open(path, "vae", half=is_half(dtype))
-    judged = judge(path, checkpoint, given).require("vae")
+    judged = judge(path, checkpoint, overrides).require("vae")
     stored = stored_dtype(judged.part)
     if dtype is None and (stored == "F16" or stored in WIDENED) and _overflows(judged):
         dtype = torch.float32
     params = judged.vae
     assert params is not None
-    return filled(lambda: Vae(params), judged.part, target, dtype, packed=packed)
+    return assemble(lambda: Vae(params), judged.part, target, dtype, packed=packed)
 
 
 @with_known_keywords
@@ -165,20 +165,20 @@ def load_text(
         raise InputError(f"exclamation {exclamation!r:.40}: expected {', '.join(EXCLAMATIONS)}")
     target, path = device_of(device), Path(path)
     half = is_half(dtype)
-    given = Overrides(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow)
+    overrides = Overrides(text_head_dim=head_dim, tokenizer=tokenizer is not None, allow=allow)
     checkpoint, second = Checkpoint.open(path, "text", half=half), None
     if path.is_dir() and (path / COMPONENTS["text_2"]).is_dir():
         second = Checkpoint.open(path, "text_2", half=half)
-    verdict = judge(path, checkpoint, given, second=second)
+    verdict = judge(path, checkpoint, overrides, second=second)
     found = [verdict.require("text")]
     if "text_2" in verdict.networks:
         found.append(verdict.require("text_2"))
-    words = _tokenizer(path, found[0].part, tokenizer)
-    words.exclamation = exclamation
+    own_tokenizer = _tokenizer(path, found[0].part, tokenizer)
+    own_tokenizer.exclamation = exclamation
     family = found[0].family
     assert family is not None
     towers = [_tower(judged, target, dtype) for judged in found]
-    return ClipText(towers, words, image_size=family.image_size)
+    return ClipText(towers, own_tokenizer, image_size=family.image_size)
 
 
 @with_known_keywords
@@ -201,48 +201,48 @@ def load_tiny(
         encoder = TinyEncoder(halves["encoder"]) if "encoder" in halves else None
         return TinyVae(decoder, encoder)
 
-    return filled(build, judged.part, target, dtype)
+    return assemble(build, judged.part, target, dtype)
 
 
 def widened_bytes(path: str | Path, part: PartName, *, ema: Ema = None) -> int:
     """What float32 copies of a network's weights take; those that are float32 stay mapped."""
     return sum(
         4 * math.prod(shape)
-        for held in parts_of(path, part, ema)
-        for name, shape in held.shapes.items()
-        if held.dtype(name) != "F32"
+        for own in parts_of(path, part, ema)
+        for name, shape in own.shapes.items()
+        if own.dtype(name) != "F32"
     )
 
 
 def weight_bytes(path: str | Path, part: PartName, dtype: Dtype = None, *, ema: Ema = None) -> int:
     """What a network's weights take on an accelerator, loaded with `dtype`; from headers alone."""
     kept = dtype if isinstance(dtype, torch.dtype) else file_dtype(path, part, ema=ema)
-    few = dtype == "float8"
+    float8 = dtype == "float8"
     return sum(
-        (1 if few and len(shape) > 1 and "embedding" not in name else kept.itemsize)
+        (1 if float8 and len(shape) > 1 and "embedding" not in name else kept.itemsize)
         * math.prod(shape)
-        for held in parts_of(path, part, ema)
-        for name, shape in held.shapes.items()
+        for own in parts_of(path, part, ema)
+        for name, shape in own.shapes.items()
     )
 
 
 def file_dtype(path: str | Path, part: PartName, *, ema: Ema = None) -> torch.dtype:
     """What dtype None is on an accelerator: of a text's two encoders the wider one's."""
-    kept = [kept_dtype(held) for held in parts_of(path, part, ema)]
+    kept = [kept_dtype(own) for own in parts_of(path, part, ema)]
     return max(kept, key=lambda dtype: dtype.itemsize, default=torch.float32)
 
 
 def rounds(path: str | Path, part: PartName) -> bool:
     """Whether dtype "stored" rounds some weights: those with scales, which half precision holds
     but nearly."""
-    dtypes = {held.dtype(name) for held in parts_of(path, part, None) for name in held.shapes}
+    dtypes = {own.dtype(name) for own in parts_of(path, part, None) for name in own.shapes}
     return bool(dtypes & (WIDENED - FLOAT8))
 
 
 def parts_of(path: str | Path, part: PartName, ema: Ema) -> list[Part]:
     """What of a file, or of SDXL's two files of text encoders, is read as this part."""
     parts = Checkpoint.open(path, part, ema=ema).parts()
-    found = [held for name, held in parts.items() if name.removesuffix("_2") == part]
+    found = [own for name, own in parts.items() if name.removesuffix("_2") == part]
     if part == "text" and Path(path).is_dir() and (Path(path) / COMPONENTS["text_2"]).is_dir():
         found += Checkpoint.open(path, "text_2").parts().values()
     return found
@@ -264,13 +264,13 @@ def _tower(judged: NetworkInfo, device: torch.device, dtype: Dtype) -> Tower:
     params, rule = judged.clip, judged.rule
     assert params is not None and rule is not None
     wide = _PROJECTION if params.width >= _LARGE else None
-    return filled(lambda: Tower(params, rule), judged.part, device, dtype, wide)
+    return assemble(lambda: Tower(params, rule), judged.part, device, dtype, wide)
 
 
-def _tokenizer(path: Path, part: Part, given: str | Path | None) -> ClipTokenizer:
+def _tokenizer(path: Path, part: Part, overrides: str | Path | None) -> ClipTokenizer:
     """The one given, the file's own, its folder's, or CLIP's."""
-    if given is not None:
-        return ClipTokenizer.load(given)
+    if overrides is not None:
+        return ClipTokenizer.load(overrides)
     if text := part.checkpoint.metadata.get("headstart.tokenizer"):
         return ClipTokenizer.from_json(text)
     root = root_of(path)

@@ -22,19 +22,19 @@ def _frequencies(half: int, device: torch.device) -> Tensor:
     """10000^(-i/half), [half] float32; on a CPU made once: five operators that take longer than the
     angles. Elsewhere what a graph reads must be memory of its own."""
     if device.type == "cpu" and not watched():
-        return _kept_frequencies(half)
-    return _made_frequencies(half, device)
+        return _cached_frequencies(half)
+    return _new_frequencies(half, device)
 
 
-def _made_frequencies(half: int, device: torch.device) -> Tensor:
+def _new_frequencies(half: int, device: torch.device) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=device) / half
     return torch.exp(-math.log(10000.0) * exponent)
 
 
 @lru_cache(16)
-def _kept_frequencies(half: int) -> Tensor:
+def _cached_frequencies(half: int) -> Tensor:
     with torch.inference_mode(False):
-        return _made_frequencies(half, torch.device("cpu"))
+        return _new_frequencies(half, torch.device("cpu"))
 
 
 def guidance_embedding(guidance: Tensor, dim: int = 256) -> Tensor:

@@ -37,34 +37,34 @@ def packed_bytes(
     """cells: the side of the latents for which 3x3 convolutions are in tiles, if they pay; None:
     none is. Weights of eight bits and fewer are held in `dtype` beside their layouts, others stay
     mapped from the file."""
-    return sum(_of(held, dtype, cells) for held in parts_of(path, part, ema))
+    return sum(_of(part, dtype, cells) for part in parts_of(path, part, ema))
 
 
-def _of(held: Part, dtype: torch.dtype, cells: int | None) -> int:
-    places = {name: _PLACE.fullmatch(name) for name in held.shapes}
-    ups = [int(own[3]) for own in places.values() if own and own[2] == "up" and own[3]]
+def _of(part: Part, dtype: torch.dtype, cells: int | None) -> int:
+    matches = {name: _PLACE.fullmatch(name) for name in part.shapes}
+    ups = [int(own[3]) for own in matches.values() if own and own[2] == "up" and own[3]]
     levels, total = 1 + max(ups, default=0), 0
-    for name, shape in held.shapes.items():
-        times = 2 if held.dtype(name) in WIDENED and len(shape) > 1 else 1
+    for name, shape in part.shapes.items():
+        times = 2 if part.dtype(name) in WIDENED and len(shape) > 1 else 1
         direct = math.prod(shape) * dtype.itemsize
         total += times * direct
         if cells is None or dtype != torch.float32 or _STRIDED.fullmatch(name):
             continue
         last = name.startswith("decoder.conv_out.")
-        side = cells << (levels - 1) if last else _side(places[name], levels, cells)
+        side = cells << (levels - 1) if last else _side(matches[name], levels, cells)
         if len(shape) == 4 and pays(shape, (1, list(shape)[1], side, side), GAIN):
             total += direct * (PLACES - _KERNEL) // _KERNEL
     return total
 
 
-def _side(place: re.Match[str] | None, levels: int, cells: int) -> int:
+def _side(match: re.Match[str] | None, levels: int, cells: int) -> int:
     """Of the image that a convolution reads, for latents of that side; a decoder's, not the
     encoder's, which a run calls seldom."""
-    if place is None:
+    if match is None:
         return cells
-    level, twice = int(place[3] or 0), place[4] is not None
-    if place[1]:  # a VAE's: from latents up to pixels
-        return cells << (level + twice if place[2] == "up" else 0)
-    if place[2] == "down":
+    level, twice = int(match[3] or 0), match[4] is not None
+    if match[1]:  # a VAE's: from latents up to pixels
+        return cells << (level + twice if match[2] == "up" else 0)
+    if match[2] == "down":
         return max(1, cells >> level)
-    return max(1, cells >> (levels - 1 - (level + twice if place[2] == "up" else 0)))
+    return max(1, cells >> (levels - 1 - (level + twice if match[2] == "up" else 0)))

@@ -5,7 +5,7 @@
     a1111     a full piece is cut after its last comma where that is at most 20 tokens back,
               else where it is full; BREAK ends a piece
 
-A learned token is never cut. Sources, for facts: AUTOMATIC1111/stable-diffusion-webui v1.10,
+An embedding's token is never cut. Sources, for facts: AUTOMATIC1111/stable-diffusion-webui v1.10,
 modules/sd_hijack_clip.py (`tokenize_line`); Comfy-Org/ComfyUI a125cd8, comfy/sd1_clip.py
 (`tokenize_with_weights`).
 """
@@ -44,8 +44,8 @@ Weighed = tuple[Sequence[Word], float]
 """The words of a span, and its weight; None in its place is a BREAK."""
 
 
-def places(counts: Iterable[int], room: int) -> int:
-    """Pieces of each text of a call, where they have `counts`: their least common multiple.
+def common_piece_count(counts: Iterable[int], room: int) -> int:
+    """The number of pieces that all texts of a call get: the least common multiple of `counts`.
 
     Raises InputError for more than MAX_PLACES.
     """
@@ -68,23 +68,23 @@ def cut(
 
     Raises InputError for more than MAX_PIECES, and for a learned token longer than `room`.
     """
-    paper = _Paper(room)
+    writer = _Writer(room)
     for span in spans:
         if span is None:
-            paper.end()
+            writer.end()
             continue
         words, weight = span
         if style == "a1111":
-            _by_token(paper, words, weight, comma)
+            _by_token(writer, words, weight, comma)
         else:
-            _whole(paper, words if style == "plain" else _joined(words), weight, style)
-    if paper.ids or not paper.pieces:
-        paper.end()
-    return paper.pieces
+            _whole(writer, words if style == "plain" else _join_words(words), weight, style)
+    if writer.ids or not writer.pieces:
+        writer.end()
+    return writer.pieces
 
 
-class _Paper:
-    """Pieces that are full, and the one being written."""
+class _Writer:
+    """The finished pieces, and the one being written."""
 
     def __init__(self, room: int) -> None:
         self.room = room
@@ -92,7 +92,7 @@ class _Paper:
         self.ids: list[int] = []
         self.weights: list[float] = []
         self.comma: int | None = None
-        """Where in the piece being written its last comma is."""
+        """The place of the last comma in the piece being written."""
 
     @property
     def left(self) -> int:
@@ -103,7 +103,7 @@ class _Paper:
         self.weights += [weight] * len(ids)
 
     def end(self, at: int | None = None) -> None:
-        """End the piece, at a place in it: what is behind begins the next one."""
+        """End the piece at a place in it; the rest begins the next one."""
         at = len(self.ids) if at is None else at
         if len(self.pieces) == MAX_PIECES:
             raise InputError(
@@ -120,46 +120,46 @@ class _Paper:
             )
 
 
-def _whole(paper: _Paper, groups: Iterable[Word], weight: float, style: PromptStyle) -> None:
+def _whole(writer: _Writer, groups: Iterable[Word], weight: float, style: PromptStyle) -> None:
     """Groups kept whole where they can be."""
-    shortest_cut = COMFYUI_WHOLE if style == "comfyui" else paper.room + 1
+    shortest_cut = COMFYUI_WHOLE if style == "comfyui" else writer.room + 1
     for group in groups:
         ids = group.ids
-        if group.learned:
-            paper.check_fits(group)
-        elif len(ids) >= min(shortest_cut, paper.room + 1):
-            while len(ids) > paper.left:
-                first, ids = ids[: paper.left], ids[paper.left :]
-                paper.add(first, weight)
-                paper.end()
-        if len(ids) > paper.left:
-            paper.end()
-        paper.add(ids, weight)
+        if group.is_embedding:
+            writer.check_fits(group)
+        elif len(ids) >= min(shortest_cut, writer.room + 1):
+            while len(ids) > writer.left:
+                first, ids = ids[: writer.left], ids[writer.left :]
+                writer.add(first, weight)
+                writer.end()
+        if len(ids) > writer.left:
+            writer.end()
+        writer.add(ids, weight)
 
 
-def _joined(words: Iterable[Word]) -> list[Word]:
+def _join_words(words: Iterable[Word]) -> list[Word]:
     """ComfyUI's groups: the text of a span as one, each learned token by itself."""
     groups: list[Word] = []
     for word in words:
-        if groups and not (word.learned or groups[-1].learned):
+        if groups and not (word.is_embedding or groups[-1].is_embedding):
             groups[-1] = Word(groups[-1].ids + word.ids)
         else:
             groups.append(word)
     return groups
 
 
-def _by_token(paper: _Paper, words: Iterable[Word], weight: float, comma: int | None) -> None:
+def _by_token(writer: _Writer, words: Iterable[Word], weight: float, comma: int | None) -> None:
     """Token by token; only a token that is no comma goes back to the last one."""
     for word in words:
-        if word.learned:
-            paper.check_fits(word)
-        for ids in [word.ids] if word.learned else [(id,) for id in word.ids]:
+        if word.is_embedding:
+            writer.check_fits(word)
+        for ids in [word.ids] if word.is_embedding else [(id,) for id in word.ids]:
             if ids == (comma,):
-                paper.comma = len(paper.ids)
-            elif not paper.left and paper.comma is not None:
-                behind = len(paper.ids) - paper.comma
+                writer.comma = len(writer.ids)
+            elif not writer.left and writer.comma is not None:
+                behind = len(writer.ids) - writer.comma
                 if behind <= A1111_BACK:
-                    paper.end(paper.comma + 1)
-            if len(ids) > paper.left:
-                paper.end()
-            paper.add(ids, weight)
+                    writer.end(writer.comma + 1)
+            if len(ids) > writer.left:
+                writer.end()
+            writer.add(ids, weight)

@@ -1,4 +1,4 @@
-"""What a call says: prompts and negative prompts, checked, a text a row for each encoder.
+"""The rows of a call: prompts and negative prompts, checked, with a text for each encoder.
 
 rows = prompts, then negative prompts (1, or one a prompt)
 """
@@ -15,9 +15,11 @@ Negative = str | Sequence[str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Wording:
-    """first, second  what each encoder reads, prompts before negative prompts
-    prompts        how many of the rows are prompts
+class PromptRows:
+    """The texts of all rows.
+
+    first, second  for each encoder, prompts before negative prompts
+    prompts        the number of rows that are prompts
     absent         for each negative prompt, whether there is none; its text is "" then
     """
 
@@ -27,47 +29,48 @@ class Wording:
     absent: list[bool]
 
 
-def worded(
+def prompt_rows(
     prompts: Sequence[str],
     negative: Negative | None,
     second: Sequence[str] | None,
     negative_second: Negative | None,
     encoders: int,
-) -> Wording:
+) -> PromptRows:
     """Raises InputError for anything but strings, for counts that do not fit, and for second texts
     where there is one encoder or no first text."""
     texts = _texts("prompts", prompts)
     count = len(texts)
     others = [] if negative is None else _negatives("negative", negative, count)
     absent = [text is None for text in others]
-    mine = [text or "" for text in others]
+    negatives = [text or "" for text in others]
     if second is None and negative_second is None:
-        return Wording([*texts, *mine], [*texts, *mine], count, absent)
+        return PromptRows([*texts, *negatives], [*texts, *negatives], count, absent)
     if encoders == 1:
         raise InputError(
             "a second prompt is for SDXL's second text encoder, and this family has one encoder: "
             "leave out second= and negative_second="
         )
-    theirs = texts if second is None else _texts("second", second)
-    if len(theirs) not in (1, count):
-        raise InputError(f"expected 1 or {count} second prompts, got {len(theirs)}")
-    if len(theirs) == 1:
-        theirs = theirs * count
+    seconds = texts if second is None else _texts("second", second)
+    if len(seconds) not in (1, count):
+        raise InputError(f"expected 1 or {count} second prompts, got {len(seconds)}")
+    if len(seconds) == 1:
+        seconds = seconds * count
     if negative_second is None:
-        return Wording([*texts, *mine], [*theirs, *mine], count, absent)
+        return PromptRows([*texts, *negatives], [*seconds, *negatives], count, absent)
     added = _negatives("negative_second", negative_second, count)
-    rows = max(len(mine), len(added))
+    rows = max(len(negatives), len(added))
     if len(added) == 1:
         added = added * rows
-    if len(mine) == 1:
-        mine, absent = mine * rows, absent * rows
-    if not mine or any(no and text is not None for no, text in zip(absent, added, strict=True)):
+    if len(negatives) == 1:
+        negatives, absent = negatives * rows, absent * rows
+    without = (no and text is not None for no, text in zip(absent, added, strict=True))
+    if not negatives or any(without):
         raise InputError(
             "negative_second is what the second encoder reads beside a negative prompt, and there "
             'is none: give negative= too, such as ""'
         )
-    filled = [own if text is None else text for own, text in zip(mine, added, strict=True)]
-    return Wording([*texts, *mine], [*theirs, *filled], count, absent)
+    filled = [own if text is None else text for own, text in zip(negatives, added, strict=True)]
+    return PromptRows([*texts, *negatives], [*seconds, *filled], count, absent)
 
 
 def _texts(name: str, texts: Sequence[str]) -> list[str]:

@@ -7,7 +7,6 @@ pooled  = P @ normed[argmax(ids)] of the first piece  (SDXL)
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple, overload
@@ -19,8 +18,8 @@ from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.interfaces import Conditioning
 from headstart.networks import emphasis, grammar
-from headstart.networks.pieces import Piece, cut, places
-from headstart.networks.prompt_rows import Negative, worded
+from headstart.networks.pieces import Piece, common_piece_count, cut
+from headstart.networks.prompt_rows import Negative, prompt_rows
 from headstart.networks.prompt_style import PROMPT_STYLES, Exclamation, PromptStyle
 from headstart.networks.tokenizer import ClipTokenizer
 from headstart.networks.tower import Tower
@@ -30,10 +29,10 @@ Size = int | tuple[int, int] | None
 
 
 class _Reading(NamedTuple):
-    """What one encoder reads: the pieces of each row, in this style, and vectors of its own."""
+    """The input of one encoder: the pieces of each row, their style, and vectors of tokens."""
 
     tower: Tower
-    learned: Tensor | None
+    token_vectors: Tensor | None
     rows: list[list[Piece]]
     style: PromptStyle
 
@@ -43,7 +42,7 @@ class ClipText(nn.Module):
 
     `image_size` is the family's native size in pixels, SDXL's default for `time_ids`;
     `zero_empty_negative`: no negative prompt is all zeros, and not the encoding of "";
-    `learned`: for each encoder the vectors [n, width] of the tokens that the tokenizer learned.
+    `token_vectors`: for each encoder the vectors [n, width] of the tokenizer's added tokens.
     """
 
     def __init__(
@@ -53,12 +52,12 @@ class ClipText(nn.Module):
         *,
         image_size: int = 1024,
         zero_empty_negative: bool | None = None,
-        learned: Sequence[Tensor] = (),
+        token_vectors: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
         self.towers = nn.ModuleList(towers)
         self.tokenizer = tokenizer
-        self.learned = tuple(learned)
+        self.token_vectors = tuple(token_vectors)
         self.image_size = image_size
         # SDXL was trained with its text dropped to zeros (`force_zeros_for_empty_prompt` in its
         # model_index.json); SD 1 and 2 were trained with the empty prompt.
@@ -157,16 +156,16 @@ class ClipText(nn.Module):
         """
         if style not in PROMPT_STYLES:
             raise InputError(f"style {style!r:.40}: expected {', '.join(PROMPT_STYLES)}")
-        says = worded(prompts, negative, second, negative_second, len(self.towers))
-        _warn_of_letters(dict.fromkeys((*says.first, *says.second)), style)
-        readings = self._readings((says.first, says.second), style, strict)
-        made = self._encode(readings, self._hidden(clip_skip), (size, original, crop))
+        rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
+        grammar.warn_of_letters(dict.fromkeys((*rows.first, *rows.second)), style)
+        readings = self._readings((rows.first, rows.second), style, strict)
+        cond = self._encode(readings, self._hidden(clip_skip), (size, original, crop))
         if negative is None:
-            return made
-        cond, uncond = made[: says.prompts], made[says.prompts :]
+            return cond
+        cond, uncond = cond[: rows.prompts], cond[rows.prompts :]
         if self.zero_empty_negative:
-            uncond = _without(uncond, says.absent)
-        return cond, uncond.expand(says.prompts)
+            uncond = _without(uncond, rows.absent)
+        return cond, uncond.expand(rows.prompts)
 
     def check(
         self,
@@ -179,27 +178,27 @@ class ClipText(nn.Module):
         **_: object,
     ) -> int:
         """Tokens of each row that `encode` would give, with its errors of texts and lengths."""
-        says = worded(prompts, negative, second, negative_second, len(self.towers))
-        rows = self._readings((says.first, says.second), style, False)[0].rows
-        return places(map(len, rows), self.length - 2) * self.length
+        rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
+        pieces = self._readings((rows.first, rows.second), style, False)[0].rows
+        return common_piece_count(map(len, pieces), self.length - 2) * self.length
 
     def ids(self, prompts: Sequence[str], *, strict: bool = False) -> list[Tensor]:
         """Token ids [B, k*L] of plain prompts for each encoder, as `encode` reads them."""
-        texts = worded(prompts, None, None, None, 1).first
+        texts = prompt_rows(prompts, None, None, None, 1).first
         readings = self._readings((texts, texts), "plain", strict)
         order = _order(readings[0].rows, self.length - 2)
         return [_laid_out(list(self._ids(own)), order) for own in readings]
 
     def with_tokens(
-        self, tokens: Mapping[str, tuple[int, ...]], learned: Sequence[Tensor]
+        self, tokens: Mapping[str, tuple[int, ...]], token_vectors: Sequence[Tensor]
     ) -> ClipText:
-        """The same encoders, the very modules, behind a tokenizer that knows these tokens too."""
+        """The same modules behind a tokenizer that also knows these tokens."""
         return ClipText(
             self._towers(),
-            self.tokenizer.learn(tokens),
+            self.tokenizer.with_tokens(tokens),
             image_size=self.image_size,
             zero_empty_negative=self.zero_empty_negative,
-            learned=learned,
+            token_vectors=token_vectors,
         )
 
     def _towers(self) -> list[Tower]:
@@ -222,17 +221,17 @@ class ClipText(nn.Module):
         """For each encoder the pieces of its texts. Raises InputError, and with `strict` for a text
         of more than one."""
         readings: list[_Reading] = []
-        learned = self.learned or (None,) * len(self.towers)
-        for tower, vectors, own in zip(self._towers(), learned, texts, strict=False):
-            read = {text: self._pieces(text, style, tower) for text in dict.fromkeys(own)}
-            if strict and (over := [text for text, pieces in read.items() if len(pieces) > 1]):
+        token_vectors = self.token_vectors or (None,) * len(self.towers)
+        for tower, vectors, own in zip(self._towers(), token_vectors, texts, strict=False):
+            pieces_of = {text: self._pieces(text, style, tower) for text in dict.fromkeys(own)}
+            if strict and (over := [text for text, pieces in pieces_of.items() if len(pieces) > 1]):
                 raise InputError(
-                    f"{len(over)} of {len(read)} prompts need more than one piece of "
+                    f"{len(over)} of {len(pieces_of)} prompts need more than one piece of "
                     f"{self.length - 2} tokens ({over[0][:60]!r}): shorten them"
                 )
-            readings.append(_Reading(tower, vectors, [read[text] for text in own], style))
-        # Both encoders of a row say as many pieces, the shorter one empty ones at the end, as
-        # ComfyUI's CLIPTextEncodeSDXL has it.
+            readings.append(_Reading(tower, vectors, [pieces_of[text] for text in own], style))
+        # Both encoders of a row read as many pieces, the shorter text with empty ones at the end,
+        # as in ComfyUI's CLIPTextEncodeSDXL.
         counts = [max(map(len, rows)) for rows in zip(*(r.rows for r in readings), strict=True)]
         for reading in readings:
             reading.rows[:] = [
@@ -289,7 +288,8 @@ class ClipText(nn.Module):
         Rows are a call's, piece by piece, so that adapters find each row where it was.
         """
         outs = [
-            reading.tower(ids.to(device), hidden, reading.learned) for ids in self._ids(reading)
+            reading.tower(ids.to(device), hidden, reading.token_vectors)
+            for ids in self._ids(reading)
         ]
         contexts: list[Tensor] = [context for context, _ in outs]
         pooled: Tensor | None = outs[0][1]
@@ -321,13 +321,13 @@ def _without(cond: Conditioning, rows: list[bool]) -> Conditioning:
 
 
 def _order(rows: Sequence[list[Piece]], room: int) -> Tensor:
-    """[B, k]: which of its pieces each row says at each place; the shorter ones say theirs again.
+    """[B, k]: the index of the piece at each place of a row; shorter rows repeat their pieces.
 
-    Raises InputError for rows that are never as long (`places`).
+    Raises InputError where the rows need too many (`common_piece_count`).
     """
     counts = [len(pieces) for pieces in rows]
-    together = range(places(counts, room))
-    return torch.tensor([[place % count for place in together] for count in counts])
+    positions = range(common_piece_count(counts, room))
+    return torch.tensor([[i % count for i in positions] for count in counts])
 
 
 def _laid_out(pieces: list[Tensor], order: Tensor) -> Tensor:
@@ -342,19 +342,3 @@ def _weights(pieces: Iterable[Piece], length: int) -> Tensor:
     """[B, L]; begin, end and padding have weight 1."""
     rows = [[1.0, *piece.weights] for piece in pieces]
     return torch.tensor([row + [1.0] * (length - len(row)) for row in rows])
-
-
-def _warn_of_letters(texts: Iterable[str], style: PromptStyle) -> None:
-    """One warning a call, for the first text with a sign that this style does not read."""
-    for text in texts:
-        if (sign := grammar.taken_as_letters(text, style)) is None:
-            continue
-        advice = {
-            "plain": "give --prompt-style a1111 or comfyui (style=) to have it as a weight",
-            "a1111": "prompts that change while they are sampled are not read from their text",
-            "comfyui": "it is a sign of --prompt-style a1111 (style=)",
-        }[style]
-        warnings.warn(
-            f"prompt style {style} reads {sign[:60]!r} as letters: {advice}", stacklevel=4
-        )
-        return

@@ -96,11 +96,11 @@ class TinyVae(nn.Module):
         return self.encoder(pixels)
 
 
-def _check_channels(what: str, came: Tensor, channels: int) -> None:
-    if came.ndim != 4 or came.shape[1] != channels:
+def _check_channels(what: str, tensor: Tensor, channels: int) -> None:
+    if tensor.ndim != 4 or tensor.shape[1] != channels:
         raise InputError(
             f"expected {what} [B, {channels}, h, w] for this tiny autoencoder, got "
-            f"{list(came.shape)}: it was made for others"
+            f"{list(tensor.shape)}: it was made for others"
         )
 
 

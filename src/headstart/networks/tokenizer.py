@@ -39,7 +39,7 @@ class Word(NamedTuple):
     """The ids of a word, of a run of signs, or of a learned token."""
 
     ids: tuple[int, ...]
-    learned: bool = False
+    is_embedding: bool = False
 
 
 @final
@@ -56,8 +56,8 @@ class ClipTokenizer:
                 f"{source} has no {BOS} or no {EOS}: expected CLIP's vocabulary or one like it"
             )
         self.bos, self.eos = bos, eos
-        self.learned: Mapping[str, tuple[int, ...]] = {}
-        """Token added later -> the ids of its vectors, below 0: see `tower.Tower`."""
+        self.embeddings: Mapping[str, tuple[int, ...]] = {}
+        """Added token -> the ids of its vectors, below 0: see `tower.Tower`."""
         self._token: re.Pattern[str] = _NOTHING
         self._longest_first: list[str] = []
         self.exclamation: Exclamation = "openclip"
@@ -139,12 +139,14 @@ class ClipTokenizer:
 
         Raises InputError for text that has no ids.
         """
-        reads_pads = zero_pad and self.exclamation == "transformers" and self._pads_with_it
-        tokenizer = self._of_transformers if reads_pads else self._tokenizer
+        is_special = (
+            zero_pad and self.exclamation == "transformers" and self._exclamation_is_padding
+        )
+        tokenizer = self._with_special_exclamation if is_special else self._tokenizer
         try:
             return [
                 word
-                for text, own in self._learned(prompt)
+                for text, own in self._split_at_tokens(prompt)
                 for word in (*_words(tokenizer, text), *([Word(own, True)] if own else []))
             ]
         except Exception as error:  # the library raises bare Exception
@@ -154,13 +156,13 @@ class ClipTokenizer:
             ) from error
 
     @property
-    def _pads_with_it(self) -> bool:
+    def _exclamation_is_padding(self) -> bool:
         """Whether id 0 is "!", as in CLIP's own vocabulary."""
         return self._tokenizer.token_to_id("!") == 0
 
     @cached_property
-    def _of_transformers(self) -> Tokenizer:
-        """The tokenizer to which "!" is a special token, as the one that pads is."""
+    def _with_special_exclamation(self) -> Tokenizer:
+        """A copy in which "!" is a special token, as the padding token is."""
         from tokenizers import Tokenizer
 
         copied = Tokenizer.from_str(self._tokenizer.to_str())
@@ -168,12 +170,12 @@ class ClipTokenizer:
         return copied
 
     def knows(self, token: str) -> bool:
-        """Whether it means something already: nothing, a word, the begin or end, or learned."""
-        known = {*self.learned, BOS, EOS}
+        """Whether the token has a meaning already: a word, begin, end, or an added token."""
+        known = {*self.embeddings, BOS, EOS}
         return _spaced(token) in known or len(self.tokens(token)) < 2
 
-    def learn(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
-        """A tokenizer that also reads these tokens, as the ids given; this one stays as it is.
+    def with_tokens(self, tokens: Mapping[str, tuple[int, ...]]) -> ClipTokenizer:
+        """A tokenizer that also reads these tokens, as these ids; this one does not change.
 
         A token is read in any case, as words are and as AUTOMATIC1111 reads it (modules/
         textual_inversion); with any white space for its own; and where it begins or ends with a
@@ -188,14 +190,14 @@ class ClipTokenizer:
                     f"<{token:.80}>"
                 )
         grown = copy(self)
-        grown.learned = {**self.learned, **{_spaced(token): ids for token, ids in tokens.items()}}
-        grown._longest_first = sorted(grown.learned, key=len, reverse=True)
-        spelled = "|".join(f"({_spelled(token)})" for token in grown._longest_first)
-        grown._token = re.compile(spelled, re.IGNORECASE)
+        grown.embeddings = {**self.embeddings, **{_spaced(t): ids for t, ids in tokens.items()}}
+        grown._longest_first = sorted(grown.embeddings, key=len, reverse=True)
+        pattern = "|".join(f"({_pattern_of(token)})" for token in grown._longest_first)
+        grown._token = re.compile(pattern, re.IGNORECASE)
         return grown
 
-    def _learned(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """(text, the ids of the learned token behind it); what is left comes last.
+    def _split_at_tokens(self, prompt: str) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """(text, the ids of the added token after it); the last text has none.
 
         The prompt is cut before it is tokenized: a token may be spelled as a piece of a word is,
         and then has the id of that piece in a vocabulary.
@@ -203,7 +205,7 @@ class ClipTokenizer:
         end = 0
         for match in self._token.finditer(prompt):
             token = self._longest_first[(match.lastindex or 1) - 1]
-            yield prompt[end : match.start()], self.learned[token]
+            yield prompt[end : match.start()], self.embeddings[token]
             end = match.end()
         yield prompt[end:], ()
 
@@ -214,15 +216,15 @@ _NOTHING = re.compile(r"(?!)")
 def _words(tokenizer: Tokenizer, text: str) -> Iterator[Word]:
     found = tokenizer.encode(text, add_special_tokens=False)
     pairs = zip(found.word_ids, found.ids, strict=True)
-    for _, own in groupby(pairs, lambda pair: pair[0]):
-        yield Word(tuple(id for _, id in own))
+    for _, token_ids in groupby(pairs, lambda pair: pair[0]):
+        yield Word(tuple(id for _, id in token_ids))
 
 
 def _spaced(token: str) -> str:
     return " ".join(token.split())
 
 
-def _spelled(token: str) -> str:
+def _pattern_of(token: str) -> str:
     """The pattern of a token: whole words where it begins or ends as one."""
     before, after = (r"\w" if end.isalnum() else "(?!)" for end in (token[0], token[-1]))
     words = r"\s+".join(map(re.escape, token.split()))

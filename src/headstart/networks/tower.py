@@ -1,6 +1,6 @@
 """One CLIP text encoder as a network: ids -> hidden states, and the pooled text.
 
-x     = token + position            token = table[id], or learned[-1 - id] where id < 0
+x     = token + position            token = table[id], or token_vectors[-1 - id] where id < 0
 x'    = x + out(attention(q, k, v of norm1(x)))        each place sees itself and those before it
 x''   = x' + fc2(act(fc1(norm2(x'))))                  a layer; hidden state i is what layer i made
 context = the hidden state that the family reads       pooled = P @ normed[argmax(ids)]  (SDXL)
@@ -35,8 +35,8 @@ _ACTS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": _quick_gelu, "gelu
 class Tower(nn.Module):
     """One encoder: ids [B, L] -> (context [B, L, width], pooled [B, projection] or None).
 
-    An id below 0 is a learned vector, `learned[-1 - id]` of the call's `learned` [n, width], so who
-    knows which tokens is a matter of the call, and calls with others may run at the same time.
+    An id below 0 is row -1 - id of the call's `token_vectors` [n, width]. So each call has its own
+    tokens, and calls with other tokens may run at the same time.
 
     Its state dict has the names files have, `text_model.*` and `text_projection.weight`.
     """
@@ -50,7 +50,7 @@ class Tower(nn.Module):
         )
 
     def forward(
-        self, ids: Tensor, hidden: int | None = None, learned: Tensor | None = None
+        self, ids: Tensor, hidden: int | None = None, token_vectors: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`hidden`: the hidden state that is the context, -1 the last; None is the family's.
 
@@ -64,7 +64,7 @@ class Tower(nn.Module):
             )
         model, layers = self.text_model, self.params.layers
         state = range(layers + 1)[self.rule.hidden if hidden is None else hidden]
-        context = model.run(model.embeddings(ids, learned), 0, state)
+        context = model.run(model.embeddings(ids, token_vectors), 0, state)
         last = context if self.text_projection is None else model.run(context, state, layers)
         if self.rule.normed:
             context = model.final_layer_norm(context)
@@ -101,16 +101,16 @@ class Embeddings(nn.Module):
         self.token_embedding = nn.Embedding(params.vocabulary, params.width)
         self.position_embedding = nn.Embedding(params.positions, params.width)
 
-    def forward(self, ids: Tensor, learned: Tensor | None) -> Tensor:
+    def forward(self, ids: Tensor, token_vectors: Tensor | None) -> Tensor:
         """Ids [B, L] -> [B, L, width]."""
-        places = torch.arange(ids.shape[1], device=ids.device)
-        return self._tokens(ids, learned) + self.position_embedding(places)
+        positions = torch.arange(ids.shape[1], device=ids.device)
+        return self._tokens(ids, token_vectors) + self.position_embedding(positions)
 
-    def _tokens(self, ids: Tensor, learned: Tensor | None) -> Tensor:
-        if learned is None or not len(learned):
+    def _tokens(self, ids: Tensor, token_vectors: Tensor | None) -> Tensor:
+        if token_vectors is None or not len(token_vectors):
             return self.token_embedding(ids)
         known = self.token_embedding(ids.clamp(min=0))
-        own = learned.to(ids.device)[(-1 - ids).clamp(min=0)]
+        own = token_vectors.to(ids.device)[(-1 - ids).clamp(min=0)]
         return torch.where((ids < 0)[..., None], own.to(known), known)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from headstart.checkpoint.params import UNetParams
 from headstart.networks.attention import attend
 from headstart.networks.fusion import AddNorm, Norm, fused
-from headstart.networks.joint_linear import Joint, apart, side_by_side
+from headstart.networks.joint_linear import Joint, joint_weights, split_joint
 from headstart.networks.regions import region
 from headstart_kernels import geglu
 
@@ -26,11 +26,11 @@ TEXTS = "unet.keys_values"
 
 
 class Beside(NamedTuple):
-    """What the blocks of a pass read besides x.
+    """The inputs of a pass's blocks besides x.
 
-    shifts   of every ResBlock in its turn, [B, C]: its projection of the embedded timestep
-    context  [B, M, D]; texts: of every TransformerBlock in its turn what it makes of it, None where
-             it does so itself
+    shifts   for each ResBlock in turn, [B, C]: its projection of the embedded timestep
+    context  [B, M, D]; texts: for each TransformerBlock in turn its keys and values of the context,
+             or None where the block computes them
     """
 
     shifts: Iterator[Tensor]
@@ -67,10 +67,10 @@ class Attention(nn.Module):
         """`text`: keys and values of the context; `joint`: for a context that is x itself, the
         weight of all three `layers`. None: each layer by itself."""
         if joint is None:
-            found = self.to_q(x), *(text or (self.to_k(context), self.to_v(context)))
+            projections = self.to_q(x), *(text or (self.to_k(context), self.to_v(context)))
         else:
-            found = apart(self.layers, F.linear(x, *joint))
-        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in found)
+            projections = split_joint(self.layers, F.linear(x, *joint))
+        q, k, v = (t.reshape(*t.shape[:2], self.heads, -1).transpose(1, 2) for t in projections)
         out = attend(q, k, v)  # [B, heads, N, d]
         return self.to_out[0](out.transpose(1, 2).flatten(2))
 
@@ -145,7 +145,7 @@ class SpatialTransformer(nn.Module):
         h = self.proj_in(_tokens(h)) if self.linear else _tokens(self.proj_in(h))
         for block in self.blocks():
             # Where weights lie is looked up here: a compiler of blocks does not see it.
-            joint = side_by_side(block.attn1.layers)
+            joint = joint_weights(block.attn1.layers)
             h = block(h, beside.context, next(beside.texts), joint)
         h = _image(self.proj_out(h), height) if self.linear else self.proj_out(_image(h, height))
         return x + h

@@ -21,7 +21,14 @@ from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks.convolution import Conv2d, nearest
 from headstart.networks.fusion import NormSilu
-from headstart.networks.joint_linear import apart, each, join, put, side_by_side, together
+from headstart.networks.joint_linear import (
+    join,
+    joint_weights,
+    project_each,
+    project_together,
+    replace_parameter,
+    split_joint,
+)
 from headstart.networks.layout import FORMATS
 from headstart.networks.numbers import Embedding, sinusoid
 from headstart.networks.state import Watch, calling
@@ -161,13 +168,13 @@ class UNet(nn.Module):
             channels = stage.channels
         self.conv_norm_out = NormSilu(groups, channels, eps=1e-5)
         self.conv_out = Conv2d(channels, params.out_channels, 3, padding=1)
-        self._texts_seen = Watch()
+        self._text_watch = Watch()
 
-    def __call__(self, *args: Any, **named: Any) -> Tensor:
-        """`forward`, with what a run keeps of its prompt; read before the call, because that is a
-        call of its own to adapters."""
-        named = {name: cached_prompt(self, given) for name, given in named.items()}
-        return super().__call__(*(cached_prompt(self, given) for given in args), **named)
+    def __call__(self, *args: Any, **arguments: Any) -> Tensor:
+        """`forward`, with the prompt's cached keys and values. They are read before the call,
+        because for adapters that is a call of its own."""
+        arguments = {name: cached_prompt(self, argument) for name, argument in arguments.items()}
+        return super().__call__(*(cached_prompt(self, argument) for argument in args), **arguments)
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         beside = self._beside(timestep.expand(x_in.shape[0]), cond, x_in.dtype)
@@ -194,21 +201,22 @@ class UNet(nn.Module):
             return
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
-                put(layer, "weight", layer.weight.detach().contiguous(memory_format=form))
-        join(self._of_time())
-        join(self._of_text())
+                weight = layer.weight.detach().contiguous(memory_format=form)
+                replace_parameter(layer, "weight", weight)
+        join(self._time_layers())
+        join(self._text_layers())
         for block in self._transformers():
             join(block.attn1.layers)
 
     def prompt_key(self, cond: Conditioning) -> Hashable | None:
-        """None where nothing says when keys and values of the prompt change, as with a hook."""
-        return self._texts_seen.key(self, self._of_text(), cond)
+        """None where a change of the prompt's keys and values cannot be noticed, as with a hook."""
+        return self._text_watch.key(self, self._text_layers(), cond)
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
         """Keys and values of the context in every layer, for `Conditioning.extra`; 26 MB a sample
         of SDXL in half precision. Adapters act as they would in the call."""
         with calling(self, cond):
-            return {TEXTS: together(self._of_text(), cond.context)}
+            return {TEXTS: project_together(self._text_layers(), cond.context)}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moved to a device, weights are laid out for it, as torch's recurrent layers do it."""
@@ -224,35 +232,36 @@ class UNet(nn.Module):
     def _transformers(self) -> Iterator[TransformerBlock]:
         return chain.from_iterable(stage.transformers() for stage in self._stages())
 
-    def _of_time(self) -> list[nn.Linear]:
+    def _time_layers(self) -> list[nn.Linear]:
         return [resnet.time_emb_proj for stage in self._stages() for resnet in stage.resnets]  # pyright: ignore
 
-    def _of_text(self) -> list[nn.Linear]:
-        """Every layer that reads the context: keys and values in turn. From the tables of modules,
-        because it is asked before every row, and 140 times three attributes take 0.2 ms."""
+    def _text_layers(self) -> list[nn.Linear]:
+        """Every layer that reads the context: keys and values in turn. It runs before every row, so
+        it reads the modules' tables: 140 times three attributes would take 0.2 ms."""
         try:
             stages: Any = [stage for stage in self._stages() if stage.has_attention]
             found = [t for s in stages for t in s._modules["attentions"]._modules.values()]
             blocks = [b for t in found for b in t._modules["transformer_blocks"]._modules.values()]
             crosses = [block._modules["attn2"]._modules for block in blocks]
             return [layer for cross in crosses for layer in (cross["to_k"], cross["to_v"])]
-        except KeyError:  # one stands in another's place, and passes its attributes on
+        except KeyError:  # a module that stands for another, and forwards attributes
             own = [block.attn2 for block in self._transformers()]
             return [layer for cross in own for layer in (cross.to_k, cross.to_v)]
 
     def _beside(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Beside:
         emb = F.silu(self._embed(timestep, cond, dtype))
-        return Beside(iter(each(self._of_time(), emb)), cond.context, self._texts(cond))
+        return Beside(iter(project_each(self._time_layers(), emb)), cond.context, self._texts(cond))
 
     def _texts(self, cond: Conditioning) -> Iterator[Text | None]:
-        """As they were read before; else of all layers at once where that is one product; else in
-        each layer's own time, because together they are 51 MB a sample of SDXL in float32."""
-        layers, found = self._of_text(), cond.extra.get(TEXTS)
-        if found is None and layers and side_by_side(layers) is not None:
-            found = together(layers, cond.context)
+        """Keys and values read before; or of all layers at once, where that is one product; else
+        None, so that each layer computes its own: together they take 51 MB a sample of SDXL in
+        float32."""
+        layers, found = self._text_layers(), cond.extra.get(TEXTS)
+        if found is None and layers and joint_weights(layers) is not None:
+            found = project_together(layers, cond.context)
         if found is None:
             return iter([None] * (len(layers) // 2))
-        parts = apart(layers, found)
+        parts = split_joint(layers, found)
         return iter(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:

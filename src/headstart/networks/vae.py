@@ -211,8 +211,8 @@ class Decoder(nn.Module):
         """latents [1, C, h, w], the rows of the image in this many bands; coarser layers have as
         many rows a band, so fewer bands."""
         rows = max(1, -(-z.shape[2] * 2 ** (len(self.up_blocks) - 1) // bands))
-        given = Bands.of(z, rows)
-        first = [given.beside(begin, end, self.conv_in) for _, begin, end in given.spans()]
+        latents = Bands.of(z, rows)
+        first = [latents.beside(begin, end, self.conv_in) for _, begin, end in latents.spans()]
         x = self.mid_block.banded(Bands(first, rows, z.shape[2]))
         for layer in self._finer():
             x = layer.banded(x)

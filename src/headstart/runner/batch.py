@@ -1,4 +1,4 @@
-"""A batch, cut for the network, so that an image does not depend on how many are asked for.
+"""A batch in chunks for the network, so that an image does not depend on the size of the batch.
 
 F = cat(network(x_in[0:r]), network(x_in[r:2r]), ...)
 """
@@ -19,13 +19,12 @@ from headstart.runner.runner import Runner
 class Chunked(NamedTuple):
     """A denoiser that gives its network at most `rows` samples at a time.
 
-    spare  bytes that what the network makes of the prompts of more samples may take, for all rows;
-           None for as many as it likes
+    spare_bytes  the memory that `read_prompt` may take for all samples together; None: no limit
     """
 
     network: Runner
     rows: int
-    spare: int | None = None
+    spare_bytes: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -42,17 +41,17 @@ class Chunked(NamedTuple):
         return prompt_key(self.network, cond)
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
-        """As its network does in the same parts; nothing where all would take more than there is
-        room for: memory is planned for the samples that are in the network at once."""
+        """The network's results for each chunk, together. Nothing where they would take more than
+        `spare_bytes`: memory is planned for the samples of one chunk."""
         network, parts = cast("ReadsPrompt", self.network), self._parts(len(cond))
         if len(parts) == 1:
             return network.read_prompt(cond)
         first = network.read_prompt(cond[parts[0]])
         size = sum(tensor.nbytes for tensor in first.values())
-        if self.spare is not None and size * (len(parts) - 1) > self.spare:
+        if self.spare_bytes is not None and size * (len(parts) - 1) > self.spare_bytes:
             return {}
-        made = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
-        return {name: torch.cat([own[name] for own in made]) for name in first}
+        read = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
+        return {name: torch.cat([own[name] for own in read]) for name in first}
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(i, i + self.rows) for i in range(0, count, self.rows)]

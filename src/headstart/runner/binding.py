@@ -1,23 +1,23 @@
-"""What a captured graph is bound to: the memory and the modules of its networks.
+"""The memory and the modules that a captured graph is bound to.
 
-A graph reads weights from where they were at the capture. So weights changed in place are seen, and
-whatever moved, came or went means that the graph is stale.
+A graph reads weights from their addresses at the capture. So it sees weights that change in place,
+and it is stale when a weight or a module moves, appears or disappears.
 
-    at every launch   the address of every weight, and whether anything was registered since
-    now and then      everything: after a registration, before `Site.prepare`, every 64th launch
+    every launch   compares the address of every weight, and looks for new registrations
+    at times       compares everything: after a registration, before `Site.prepare`, and each 64th
+                   launch
 
-torch tells what is registered: parameters, buffers and submodules by its global hooks, hooks of
-modules by the number that each is given. That covers setting an attribute, `load_state_dict` also
-with assign=True, attaching and detaching an adapter. Nobody tells of `weight.data = other` or of
-`module.to(...)`, which is the same on every weight; but they change addresses. (Where `to` makes
-new parameters, as for the meta device, those at a network's two ends are looked at.) What neither
-shows, and what is noticed late: a write to a module's private tables (`module._parameters[...]`),
-an attribute that is deleted or a bias set to None, another `forward` in a module's attributes, and
-another shape of the very same memory.
+torch reports registrations: parameters, buffers and submodules by its global hooks, hooks of
+modules by their numbers. That covers setting an attribute, `load_state_dict` (also with
+assign=True), attaching or detaching an adapter. `weight.data = other` and `module.to(...)` are not
+reported, but they change addresses. (Where `to` makes new parameters, as for the meta device, those
+at a network's two ends are compared.) Some changes are noticed late: a write to a module's private
+tables (`module._parameters[...]`), a deleted attribute or a bias set to None, another `forward` in
+a module's attributes, and another shape of the same memory.
 
-On SDXL's UNet, 1,751 modules with 1,680 weights, a launch's look takes 0.06 ms of a CPU and the
-look at everything 1.5 to 3 ms (2-core machine under load, no GPU). The addresses are nearly all of
-it. All are looked at: a sample would let a launch read memory that has become somebody else's.
+On SDXL's UNet, 1,751 modules with 1,680 weights, the check of a launch takes 0.06 ms of a CPU, and
+the full check 1.5 to 3 ms (2-core machine under load, no GPU). Reading the addresses is nearly all
+of it. All are compared: a launch must not read memory that belongs to somebody else by now.
 """
 
 # The tables of an nn.Module are private, and torch gives no other way to look at them cheaply.
@@ -26,15 +26,16 @@ it. All are looked at: a sample would let a launch read memory that has become s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registrations
 from torch.utils.hooks import RemovableHandle
 
 EVERY = 64
-"""Launches from one look at everything to the next."""
+"""Launches from one full check to the next."""
 _address = Tensor.data_ptr
 
 
@@ -58,7 +59,7 @@ registrations.register_module_module_registration_hook(_REGISTERED)
 
 
 class _Generation(NamedTuple):
-    """Of all modules there are: while it is the same, nothing was registered on any."""
+    """A count over all modules: while it is equal, nothing was registered on any."""
 
     registered: int
     hooks: int
@@ -68,19 +69,19 @@ class _Generation(NamedTuple):
         return cls(_REGISTERED.count, RemovableHandle.next_id)
 
 
-class Bound:
-    """Where the weights of networks were: the tables of every module, and what was in them.
+class Binding:
+    """The addresses of the weights of networks, and the tables of every module.
 
-    Holding the tables (dicts of parameters, buffers and submodules) makes a look cheap; a module
-    that was swapped for another shows in its parent's table.
+    References to the tables (dicts of parameters, buffers and submodules) make a check cheap; a
+    module that was replaced shows in its parent's table.
     """
 
     def __init__(self, networks: Iterable[object]) -> None:
         roots = [network for network in networks if isinstance(network, nn.Module)]
         modules: list[Any] = [module for root in roots for module in root.modules()]
         self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
-        self._ends = [end for root in roots for end in _ends(root)]
-        self._ended = _identities(self._ends)
+        self._end_tables = [end for root in roots for end in _end_tables(root)]
+        self._end_identities = _identities(self._end_tables)
         hooks = [own for m in modules for own in (m._forward_pre_hooks, m._forward_hooks)]
         self._hooks = list(map(weakref.ref, hooks))  # a hook may hold the network, which may go
         self._modules: list[weakref.ref[nn.Module]] = list(map(weakref.ref, modules))
@@ -91,62 +92,69 @@ class Bound:
         self._numbers = _numbers(self._hooked)
         self._generation: _Generation = _Generation.now()
         self._launches = 0
-        self._found = self._everything()
+        self._state = self._full_state()
 
-    def holds(self, *, wholly: bool = False) -> bool:
-        """Whether all is as it was; `wholly`: also what is not looked at for every launch."""
+    def is_valid(self, *, fully: bool = False) -> bool:
+        """Whether nothing has changed; `fully` compares everything."""
         now, self._launches = _Generation.now(), self._launches + 1
-        if wholly or now != self._generation or self._launches >= EVERY:
+        if fully or now != self._generation or self._launches >= EVERY:
             self._generation, self._launches = now, 0
-            return self._everything() == self._found
+            return self._full_state() == self._state
         return (
             list(map(_address, self._weights)) == self._addresses
-            and _identities(self._ends) == self._ended
+            and _identities(self._end_tables) == self._end_identities
             and _numbers(self._hooked) == self._numbers
         )
 
-    def _everything(self) -> list[object]:
-        """Of tensors the address and the form; of modules who they are, by reference, because
-        another may be made at the address of one that is gone, and so of their own `forward`; the
-        numbers of hooks, also of those that the modules of the whole process have."""
-        found = [_place(value) for table in self._tables for value in table.values()]
-        there = [vars(module) for find in self._modules if (module := find()) is not None]
-        ways = [own["forward"] for own in there if "forward" in own]
-        found += [weakref.ref(way) for way in ways if not getattr(way, "in_key", False)]
-        return [*found, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]
+    def _full_state(self) -> list[object]:
+        """Addresses and forms of tensors; modules and `forward` attributes by reference, because a
+        new object may get the address of a deleted one; the numbers of hooks, with global ones."""
+        state = [_fingerprint(value) for table in self._tables for value in table.values()]
+        tables = [vars(module) for find in self._modules if (module := find()) is not None]
+        overrides = [own["forward"] for own in tables if "forward" in own]
+        state += [weakref.ref(own) for own in overrides if not getattr(own, "in_key", False)]
+        return [*state, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]
 
 
-def _ends(root: nn.Module) -> list[dict[str, Any]]:
+def _end_tables(root: nn.Module) -> list[dict[str, Any]]:
     """The first and the last table of weights."""
     tables = [own._parameters for own in root.modules() if own._parameters]
     return [tables[0], tables[-1]] if tables else []
 
 
 def _identities(tables: Iterable[dict[str, Any]]) -> list[int]:
-    """Of what is kept alive, so that no number is given twice."""
+    """The ids of values that are kept alive, so that no id is used twice."""
     return [id(value) for table in tables for value in table.values()]
 
 
 def _numbers(hooks: Iterable[Callable[[], dict[int, Any] | None]]) -> list[int]:
-    """Of hooks the number, which is given once. What adapters' hooks do is in the key of every
-    graph already: they say so by `in_key`."""
+    """The numbers of hooks, which are unique. Hooks of adapters have `in_key` and are left out: the
+    key of every graph already has what they do."""
     tables = (own for find in hooks if (own := find()))
     return [n for own in tables for n, hook in own.items() if not getattr(hook, "in_key", False)]
 
 
-def _place(value: object) -> object:
+def _fingerprint(value: object) -> object:
     if isinstance(value, Tensor):
         return value.data_ptr(), value.dtype, value.shape, value.stride()
     return None if value is None else weakref.ref(value)
 
 
 def state_of(network: object) -> tuple[Hashable, ...]:
-    """What of a network's Python state is built into its graphs."""
+    """A network's Python state, which is constant in its graphs."""
     return getattr(network, "graph_state", None), getattr(network, "training", False)
 
 
 def buffers_of(networks: Iterable[object]) -> Iterator[Tensor]:
-    """Where networks keep state, if they keep any."""
+    """The buffers of networks, which may be state."""
     for network in networks:
         if isinstance(network, nn.Module):
             yield from network.buffers()
+
+
+def restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Restore the values of tensors, and torch's counts of writes: the tensors did not change."""
+    own = tuple(tensor for tensor, _ in state if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(own):  # pyright: ignore
+        for tensor, before in state:
+            tensor.copy_(before)

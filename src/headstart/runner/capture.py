@@ -3,21 +3,20 @@
     first call    allocate inputs, run twice, capture          outputs = body(inputs)
     later calls   copy inputs in, launch the graph, copy outputs out
 
-`body` runs as Python only while a shape is new. What it reads besides its inputs, the weights of
-its networks, is read from the same memory at every launch: weights changed in place are seen, and
-a weight that was bound anew is noticed by its address, and the function captured again. So is a
-module or a hook that came or went; `headstart.runner.binding` says what is noticed when. Python
-state beyond that is built in; a network that has some says so by an attribute `graph_state`, a
-hashable: another state is another graph.
+`body` runs as Python only while a shape is new. Every launch reads the weights of its networks from
+the same memory, so it sees weights that changed in place. A replaced weight, module or hook is
+noticed, and the function captured again: `headstart.runner.binding` says when. Other Python state
+is a constant in the graph. A network with such state has an attribute `graph_state`, a
+hashable, and gets another graph for another state.
 
-Graphs of a device share a memory pool, which is safe because they never run at the same time and
+Graphs of a device share a memory pool. That is safe because they never run at the same time and
 never read each other's results (pytorch pull request 166975): all launches are on one stream, in
-the order of one lock, and outputs are copied out before the lock is given back. Nothing here waits
+the order of one lock, and outputs are copied out before the lock is released. Nothing here waits
 for the device, except before a capture, after one that failed, and before a graph is dropped.
 
-A capture that fails leaves nothing behind: the caller's stream is current again, the pool is
-closed, and the next capture has a pool and a stream of its own; graphs from before stay good. Where
-the device does not end the capture, the site says why it is `dead` and launches nothing more.
+After a failed capture the caller's stream is current again, the pool is closed, the next capture
+has a new pool and stream, and older graphs stay valid. If the device does not end the capture, the
+site is `dead` and launches nothing more.
 """
 
 from __future__ import annotations
@@ -35,27 +34,27 @@ import torch
 from torch import Tensor
 
 from headstart.errors import CaptureError, HeadstartError
-from headstart.runner.binding import Bound, buffers_of, state_of
-from headstart.runner.cuda import Backend, Cuda, Graph
+from headstart.runner.binding import Binding, buffers_of, restore, state_of
+from headstart.runner.cuda import CUDNN_BENCHMARK, Backend, Cuda, Graph
 
 Tensors = Mapping[str, Tensor]
 _CAPTURING: ContextVar[bool] = ContextVar("headstart_capturing", default=False)
 
 
 def is_capturing() -> bool:
-    """Whether what runs in this thread is captured, or warmed up for it: then no shortcut may
-    depend on the values of tensors, on a CPU neither."""
+    """Whether this thread runs a capture, or a warm-up for one. Then no shortcut may depend on the
+    values of tensors, not even on a CPU."""
     return _CAPTURING.get()
 
 
 class Program(NamedTuple):
-    """What is captured: `body(inputs) -> outputs`, tensors by name to tensors.
+    """A function to capture: `body(inputs) -> outputs`, from tensors by name to tensors.
 
     name      for messages
     body      runs under no_grad; may write to its inputs, which are copies
-    networks  whose weights it reads. Of an nn.Module every parameter and buffer is watched; of any
-              other callable nothing can be
-    key       whatever else body depends on; another key is another graph
+    networks  the networks whose weights it reads. The parameters and buffers of an nn.Module are
+              watched; another callable cannot be
+    key       everything else that body depends on; another key is another graph
     """
 
     name: str
@@ -67,29 +66,29 @@ class Program(NamedTuple):
 class _Key(NamedTuple):
     program: Hashable
     networks: tuple[tuple[Hashable, ...], ...]
-    """Of each its identity and its state."""
+    """The identity and the state of each."""
     inputs: tuple[Hashable, ...]
 
 
-class _Captured(NamedTuple):
+class _CapturedGraph(NamedTuple):
     graph: Graph
     inputs: dict[str, Tensor]
     outputs: tuple[Tensor, ...]
-    bound: Bound
+    binding: Binding
     pool: Any
 
 
 @dataclass
 class Site:
-    """Where graphs of one device live. Use `Site.of(device)`, so that there is one.
+    """The graphs of one device. Use `Site.of(device)`, so that there is one.
 
-    max_graphs  more than these drop the graph that was used the longest time ago
-    max_bytes   of the pool and the inputs together, None for no limit. A pool gives memory back
-                only when all its graphs are gone (CUDACachingAllocator, `releasePool`), so past
-                this every graph is dropped, and captured anew where it is used again
+    max_graphs  beyond this the least recently used graph is dropped
+    max_bytes   of the pool and the inputs together, None for no limit. A pool frees memory only
+                when all its graphs are gone (CUDACachingAllocator, `releasePool`), so beyond this
+                every graph is dropped, and captured again at its next use
     warmups     runs before a capture, in which libraries choose algorithms and kernels compile
 
-    `dead` is why it launches nothing any more, None for a site that works.
+    `dead` is the reason why it launches nothing any more, None for a site that works.
     """
 
     device: torch.device
@@ -103,7 +102,7 @@ class Site:
         self.dead: str | None = None
         self._pool_bytes = 0
         self._lock = threading.RLock()
-        self._graphs: OrderedDict[_Key, _Captured] = OrderedDict()
+        self._graphs: OrderedDict[_Key, _CapturedGraph] = OrderedDict()
         self._gone: deque[int] = deque()
         self._networks: dict[int, object] = {}
         self._stream: Any = None
@@ -120,9 +119,9 @@ class Site:
                 "runner='replay' for recorded operators on a CPU, or runner='eager'"
             )
         index = torch.cuda.current_device() if device.index is None else device.index  # pyright: ignore[reportUnnecessaryComparison]
-        place = torch.device("cuda", index)
+        device = torch.device("cuda", index)
         with _SITES_LOCK:
-            return _SITES.setdefault(place, Site(place, cast(Backend, Cuda())))
+            return _SITES.setdefault(device, Site(device, cast(Backend, Cuda())))
 
     def run(self, program: Program, inputs: Tensors) -> tuple[Tensor, ...]:
         """`program.body(inputs)`, as new tensors on the caller's stream.
@@ -149,7 +148,7 @@ class Site:
         ordered = sorted(requests, key=lambda request: -_size_bytes(request[1].values()))
         with self._lock, torch.inference_mode(False), torch.no_grad():
             for program, inputs in ordered:
-                self._find(program, inputs, self.backend.current_stream(self.device), wholly=True)
+                self._find(program, inputs, self.backend.current_stream(self.device), fully=True)
 
     def clear(self) -> None:
         """Drop every graph and the pool."""
@@ -158,27 +157,26 @@ class Site:
             self._pool, self._pool_bytes = None, 0
 
     @property
-    def held(self) -> int:
-        """Graphs that are held."""
+    def graph_count(self) -> int:
         return len(self._graphs)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the pool, as far as captures made it grow, and of the inputs."""
+        """The growth of the pool by captures, and the inputs."""
         with self._lock:
             inputs = (_size_bytes(captured.inputs.values()) for captured in self._graphs.values())
             return self._pool_bytes + sum(inputs)
 
     def _find(
-        self, program: Program, inputs: Tensors, caller: Any, *, wholly: bool = False
-    ) -> _Captured:
+        self, program: Program, inputs: Tensors, caller: Any, *, fully: bool = False
+    ) -> _CapturedGraph:
         if self.dead is not None:
             raise CaptureError(f"no graph is launched on {self.device} any more: {self.dead}")
-        self._forget_the_dead()
+        self._drop_deleted()
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
         key = _Key(program.key, networks, _signature(inputs))
         found = self._graphs.get(key)
-        if found is not None and not found.bound.holds(wholly=wholly):
+        if found is not None and not found.binding.is_valid(fully=fully):
             self._drop([key])
             found = None
         if found is None:
@@ -186,7 +184,7 @@ class Site:
         self._graphs.move_to_end(key)
         return found
 
-    def _add(self, key: _Key, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+    def _add(self, key: _Key, program: Program, inputs: Tensors, caller: Any) -> _CapturedGraph:
         while len(self._graphs) >= self.max_graphs:
             self._drop([next(iter(self._graphs))])
         fresh = not self._graphs
@@ -204,7 +202,7 @@ class Site:
             "batch, or use runner='eager'"
         )
 
-    def _capture(self, program: Program, inputs: Tensors, caller: Any) -> _Captured:
+    def _capture(self, program: Program, inputs: Tensors, caller: Any) -> _CapturedGraph:
         backend = self.backend
         if self._stream is None:
             self._stream = backend.Stream(self.device)
@@ -212,12 +210,12 @@ class Site:
             self._pool = backend.graph_pool_handle()
         self._stream.wait_stream(caller)
         with backend.stream(self._stream):
-            # On the stream that uses them, so that memory given back is not given to another.
+            # On the stream that uses them, so that freed memory goes to no other stream.
             buffers = {name: torch.empty_like(tensor) for name, tensor in inputs.items()}
             self._warm_up(program, inputs, buffers)
         caller.wait_stream(self._stream)
         backend.synchronize(self.device)
-        backend.empty_cache()  # what is cached for others cannot be used by a pool
+        backend.empty_cache()  # a pool cannot use the memory in this cache
         graph = backend.CUDAGraph()
         before = backend.memory_reserved(self.device)
         try:
@@ -225,15 +223,15 @@ class Site:
         except HeadstartError:
             raise
         except RuntimeError as error:
-            raise CaptureError(_refused(program, inputs, error)) from error
+            raise CaptureError(_capture_error(program, inputs, error)) from error
         self.captures += 1
         self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
-        return _Captured(graph, buffers, outputs, Bound(program.networks), self._pool)
+        return _CapturedGraph(graph, buffers, outputs, Binding(program.networks), self._pool)
 
     def _record(
         self, graph: Graph, program: Program, buffers: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        """Not with torch.cuda.graph, which after an error leaves what `_give_up` clears."""
+        """Without torch.cuda.graph, which does not clean up after an error as `_give_up` does."""
         with self.backend.stream(self._stream):
             try:
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
@@ -246,11 +244,11 @@ class Site:
         return outputs
 
     def _give_up(self, graph: Graph) -> None:
-        """End a capture that failed, as far as the device lets it, and use nothing of it again."""
+        """End a failed capture, if the device can, and use nothing of it again."""
         pool, self._pool = self._pool, None
-        # torch's allocators asked this graph which memory is its own; one of them does so for ever.
+        # torch's allocators ask this graph which memory it owns, one of them for ever.
         self._failed.append(graph)
-        with suppress(RuntimeError):  # raised for what made the capture invalid, which ends it
+        with suppress(RuntimeError):  # the error that made the capture invalid; it ends the capture
             graph.capture_end()
         try:
             if self.backend.is_current_stream_capturing():
@@ -259,16 +257,16 @@ class Site:
             self.backend.close_pool(self.device, pool)
             self._stream = self.backend.Stream(self.device)
             self.backend.synchronize(self.device)
-            self._try()
+            self._test_capture()
         except RuntimeError as error:
             self.dead = (
                 f"a capture failed and could not be ended ({_first_line(error)}); start the "
                 "process anew to have graphs again, or use runner='eager'"
             )
 
-    def _try(self) -> None:
-        """One small capture: that it ends is what a site that goes on must know. Up to torch 2.12
-        it also ends the capturing of torch's own generator, which else draws no more."""
+    def _test_capture(self) -> None:
+        """One small capture, to know that captures still end. Up to torch 2.12 it also ends the
+        capture of torch's own generator, which otherwise draws nothing more."""
         with self.backend.stream(self._stream):
             graph, one = self.backend.CUDAGraph(), torch.zeros(1, device=self.device)
             pool = self.backend.graph_pool_handle()
@@ -279,14 +277,14 @@ class Site:
         graph.reset()
 
     def _warm_up(self, program: Program, inputs: Tensors, buffers: dict[str, Tensor]) -> None:
-        """Run the body; inputs, and what state its networks keep, are left as they were found."""
+        """Run the body, then restore its inputs and the state of its networks."""
         state = [(tensor, tensor.clone()) for tensor in buffers_of(program.networks)]
         state += [(buffer, inputs[name]) for name, buffer in buffers.items()]
-        _put_back(state)
+        restore(state)
         for _ in range(self.warmups):
-            with _capturing(), _TRYING:
+            with _capturing(), CUDNN_BENCHMARK:
                 program.body(buffers)
-            _put_back(state)
+            restore(state)
 
     def _drop(self, keys: Sequence[_Key]) -> None:
         if not keys:
@@ -295,26 +293,26 @@ class Site:
         before = self.backend.memory_reserved(self.device)
         for key in keys:
             self._graphs.pop(key).graph.reset()
-        if all(kept.pool is not self._pool for kept in self._graphs.values()):
-            self._pool = None  # torch takes no pool again that every graph has left
+        if all(other.pool is not self._pool for other in self._graphs.values()):
+            self._pool = None  # torch does not reuse a pool without graphs
         self._pool_bytes -= before - self.backend.memory_reserved(self.device)
 
     def _watch(self, networks: tuple[object, ...]) -> None:
-        """Notice when a network is gone. One that cannot be watched is kept alive."""
+        """Notice when a network is deleted. One that cannot be watched is kept alive."""
         for network in networks:
             if id(network) not in self._networks:
                 try:
-                    # Called by the garbage collector at any moment: it only leaves a note.
+                    # The garbage collector may call this at any moment, so it only appends.
                     self._networks[id(network)] = None
                     weakref.finalize(network, self._gone.append, id(network))
                 except TypeError:
                     self._networks[id(network)] = network
 
-    def _forget_the_dead(self) -> None:
+    def _drop_deleted(self) -> None:
         while self._gone:
-            dead = self._gone.popleft()
-            self._networks.pop(dead, None)
-            self._drop([key for key in self._graphs if any(dead == n[0] for n in key.networks)])
+            gone = self._gone.popleft()
+            self._networks.pop(gone, None)
+            self._drop([key for key in self._graphs if any(gone == n[0] for n in key.networks)])
 
 
 _SITES: dict[torch.device, Site] = {}
@@ -330,52 +328,13 @@ def _capturing() -> Generator[None]:
         _CAPTURING.reset(token)
 
 
-class _Trying:
-    """cuDNN tries what it has on every new convolution and remembers the fastest. A capture, which
-    may try nothing, takes what is remembered (aten/src/ATen/native/cudnn/Conv_v8.cpp,
-    `run_single_conv`). Another process may remember another, whose bits differ by rounding: it is
-    left off where algorithms are to be deterministic (`torch.backends.cudnn.deterministic`).
-
-    torch has one switch for all threads: the last of those that warm up puts it back."""
-
-    def __init__(self) -> None:
-        self._lock, self._count, self._before = threading.Lock(), 0, False
-
-    def __enter__(self) -> None:
-        cudnn = torch.backends.cudnn
-        with self._lock:
-            if not self._count:
-                self._before = cudnn.benchmark
-                fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
-                cudnn.benchmark = self._before or not fixed
-            self._count += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._count -= 1
-            if not self._count:
-                torch.backends.cudnn.benchmark = self._before
-
-
-_TRYING = _Trying()
-
-
-def _put_back(state: Sequence[tuple[Tensor, Tensor]]) -> None:
-    """Give tensors the values from before. Whoever asks torch whether they were written to is to
-    hear nothing of it: they are what they were."""
-    own = tuple(tensor for tensor, _ in state if not tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(own):  # pyright: ignore
-        for tensor, before in state:
-            tensor.copy_(before)
-
-
 def _signature(inputs: Tensors) -> tuple[Hashable, ...]:
-    """What makes another graph: names, shapes, dtypes, and channels_last or not."""
+    """The properties of inputs that need another graph."""
     return tuple((name, t.shape, t.dtype, _channels_last(t)) for name, t in inputs.items())
 
 
 def _channels_last(tensor: Tensor) -> bool:
-    """Of an image [B, C, h, w] or a video [B, C, T, h, w]; no other shape has such a form."""
+    """Whether an image [B, C, h, w] or a video [B, C, T, h, w] is channels-last."""
     form = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.ndim)
     last = form is not None and tensor.is_contiguous(memory_format=form)
     return last and not tensor.is_contiguous()
@@ -385,7 +344,7 @@ def _size_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _refused(program: Program, inputs: Tensors, error: RuntimeError) -> str:
+def _capture_error(program: Program, inputs: Tensors, error: RuntimeError) -> str:
     shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
     return (
         f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "

@@ -1,10 +1,10 @@
 """A compiled network: F = network(x_in, timestep, cond), block by block, or whole.
 
-    regions       of a network that has some (`headstart.networks.regions`): each is compiled, and
-                  what is between them runs as it is, in our kernels on a GPU
-    the whole     of any other network
+    by regions    where a network has some (`headstart.networks.regions`): each is compiled, and the
+                  code between them runs as Python, with our kernels on a GPU
+    whole         any other network
 
-On a CUDA device what came out is captured, and a pass is one launch.
+On a CUDA device the result is captured, and a pass is one launch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from headstart.interfaces import Conditioning, Denoiser
 from headstart.networks.regions import compiled_by, has_regions
 from headstart.runner.capture import Program, Site, Tensors
 from headstart.runner.compiled_block import Block, Skeleton
-from headstart.runner.compiled_cache import Forms, Shapes
-from headstart.runner.compiled_function import Backend, Form
+from headstart.runner.compiled_cache import CompiledCache, Shapes
+from headstart.runner.compiled_function import Backend, CompiledFunction
 from headstart.runner.graph import GraphRunner, adapters_of, named, unnamed
 
 _FIXES = {
@@ -34,18 +34,18 @@ _FIXES = {
     "C compiler": "install a C compiler (gcc), or name one in the variable CC",
     "triton": "install triton in the version that torch asks for",
 }
-"""Part of what the compiler says -> what to do about it, besides not compiling."""
+"""Part of a compiler's error -> what to do about it."""
 
 
 class CompiledNetwork(GraphRunner):
-    """A denoiser that calls `network` compiled, as one graph where it is captured.
+    """A denoiser that runs `network` compiled, and captured on a CUDA device.
 
     backend  that of torch.compile
     site     where graphs live; by default that of x_in's device if it is a CUDA one: elsewhere
              nothing is captured
 
-    What is compiled belongs to structures and shapes, not to this object: another of the same
-    network finds it again, and where blocks are compiled, so does any network of such blocks.
+    Compiled functions belong to structures and shapes, not to this object: another object of the
+    same network reuses them, and so does any network of such blocks.
     Raises CaptureError where it cannot be compiled.
     """
 
@@ -72,7 +72,7 @@ class CompiledNetwork(GraphRunner):
         program, inputs = super().request(x_in, timestep, replace(cond, adapters=adapters))
 
         def body(inputs: Tensors) -> tuple[Tensor, ...]:
-            """Warm-ups compile, and what they leave is captured."""
+            """Warm-ups compile; then the compiled functions are captured."""
             cond = replace(unnamed(inputs), adapters=adapters)
             return (self.compiled(inputs["x_in"], inputs["timestep"], cond),)
 
@@ -88,11 +88,12 @@ class CompiledNetwork(GraphRunner):
     def _block(self, module: nn.Module, args: tuple[Any, ...]) -> Any:
         name, block = type(module).__name__, Block.of(module)
         leaves, spec = tree_flatten(args)
-        told, others = _sorted(leaves)
-        shapes = Shapes.of([*told, *block.strengths], (str(spec), others))
-        form = _forms(self.backend).find(name, block.structure, shapes, lambda: Skeleton(block).on)
-        tensors = [*block.tensors.values(), *block.strengths, *told]
-        return _called(name, shapes, form, tensors, block.tensors, block.strengths, args)
+        inputs, others = _split_leaves(leaves)
+        shapes = Shapes.of([*inputs, *block.strengths], (str(spec), others))
+        cache = _block_cache(self.backend)
+        function = cache.find(name, block.structure, shapes, lambda: Skeleton(block).on)
+        tensors = [*block.tensors.values(), *block.strengths, *inputs]
+        return _run(name, shapes, function, tensors, block.tensors, block.strengths, args)
 
     def _whole(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         name, adapters = type(self.network).__name__, adapters_of(self.network, cond)
@@ -103,11 +104,15 @@ class CompiledNetwork(GraphRunner):
                 "follow them: detach them, or use runner='eager'"
             )
         cond = replace(cond, adapters=None)
-        told = named(cond)
-        tensors = [x_in, timestep, *told.values()]
-        shapes, training = Shapes.of(tensors, tuple(told)), getattr(self.network, "training", False)
-        form = _forms_of(self.network, self.backend).find(name, training, shapes, lambda: _call)
-        return _called(name, shapes, form, tensors, self.network, x_in, timestep, cond)
+        fields = named(cond)
+        tensors = [x_in, timestep, *fields.values()]
+        shapes, training = (
+            Shapes.of(tensors, tuple(fields)),
+            getattr(self.network, "training", False),
+        )
+        cache = _whole_cache(self.network, self.backend)
+        function = cache.find(name, training, shapes, lambda: _call)
+        return _run(name, shapes, function, tensors, self.network, x_in, timestep, cond)
 
 
 def _call(network: Denoiser, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
@@ -115,36 +120,40 @@ def _call(network: Denoiser, x_in: Tensor, timestep: Tensor, cond: Conditioning)
 
 
 @cache
-def _forms(backend: Backend) -> Forms:
-    """Of all blocks."""
-    return Forms(backend)
+def _block_cache(backend: Backend) -> CompiledCache:
+    """The cache of all blocks."""
+    return CompiledCache(backend)
 
 
-_WHOLE: weakref.WeakKeyDictionary[object, dict[Backend, Forms]] = weakref.WeakKeyDictionary()
+_WHOLE: weakref.WeakKeyDictionary[object, dict[Backend, CompiledCache]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
-def _forms_of(network: object, backend: Backend) -> Forms:
-    """Of a network that is compiled whole, for as long as it lives."""
-    return _WHOLE.setdefault(network, {}).setdefault(backend, Forms(backend, guarded=True))
+def _whole_cache(network: object, backend: Backend) -> CompiledCache:
+    """The cache of a network that is compiled whole, for as long as the network lives."""
+    return _WHOLE.setdefault(network, {}).setdefault(backend, CompiledCache(backend, guarded=True))
 
 
-def _sorted(leaves: Iterable[object]) -> tuple[list[Tensor], tuple[Hashable, ...]]:
-    """The tensors; and, in the place of each, None, between what else a block is given."""
-    found, others = list[Tensor](), list[Hashable]()
+def _split_leaves(leaves: Iterable[object]) -> tuple[list[Tensor], tuple[Hashable, ...]]:
+    """The tensors among a block's arguments; and all arguments, with None for each tensor."""
+    tensors, others = list[Tensor](), list[Hashable]()
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            found.append(leaf)
+            tensors.append(leaf)
         others.append(None if isinstance(leaf, Tensor) else cast("Hashable", leaf))
-    return found, tuple(others)
+    return tensors, tuple(others)
 
 
-def _called(name: str, shapes: Shapes, form: Form, tensors: list[Tensor], *args: Any) -> Any:
+def _run(
+    name: str, shapes: Shapes, function: CompiledFunction, tensors: list[Tensor], *args: Any
+) -> Any:
     try:
-        return form(tensors, *args)
+        return function(tensors, *args)
     except HeadstartError:
         raise
     except Exception as error:
-        if not _of_the_compiler(error):
+        if not _is_compiler_error(error):
             raise
         reason = _reason(error)
         fix = next((fix for part, fix in _FIXES.items() if part in reason), None)
@@ -155,15 +164,15 @@ def _called(name: str, shapes: Shapes, form: Form, tensors: list[Tensor], *args:
 
 
 def _reason(error: Exception) -> str:
-    """What a backend raised, where dynamo passes it on: its kind and its first line."""
+    """The type and first line of an error; of the backend's own, where dynamo passes it on."""
     inner: Exception = getattr(error, "inner_exception", error)
-    said = str(inner).strip().splitlines()
-    return f"{type(inner).__name__}: {said[0]:.300}" if said else type(inner).__name__
+    lines = str(inner).strip().splitlines()
+    return f"{type(inner).__name__}: {lines[0]:.300}" if lines else type(inner).__name__
 
 
-def _of_the_compiler(error: Exception) -> bool:
-    """By where its class is, because versions of torch have other ones and loading them takes a
-    second; triton's own, which looks for gcc when it launches, is a RuntimeError."""
-    places = ("torch._dynamo", "torch._inductor", "torch.fx", "triton")
-    ours = any(base.__module__.startswith(places) for base in type(error).__mro__)
+def _is_compiler_error(error: Exception) -> bool:
+    """From the module of its class: the classes differ between versions of torch, and importing
+    them takes a second. Triton's error about a missing gcc is a RuntimeError."""
+    modules = ("torch._dynamo", "torch._inductor", "torch.fx", "triton")
+    ours = any(base.__module__.startswith(modules) for base in type(error).__mro__)
     return ours or "C compiler" in str(error)

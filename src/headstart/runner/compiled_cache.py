@@ -1,15 +1,15 @@
-"""What is compiled by now, and for which shapes.
+"""Compiled functions by structure and shapes.
 
-    the first STATIC_SHAPES shapes of a kind   each for itself, its sizes built in
-    every other shape                          one function for all sizes, which is slower
+    the first STATIC_SHAPES shapes of a structure   one function each, with constant sizes
+    every other shape                               one function for all sizes, which is slower
 
-A shape is that of all inputs: batch, tokens and prompt tokens of a block. dynamo itself keeps 8
-versions of a function and then fails, so each of ours is a function of its own to it.
+The shapes are those of all inputs: batch, tokens and prompt tokens of a block. dynamo keeps 8
+versions of a function and then fails, so here each version is a function of its own.
 
-On disk inductor keeps what it generated, by its source, shapes and machine, in
-$TORCHINDUCTOR_CACHE_DIR or torchinductor_USER in the system's temporary folder. Another process of
-the same code finds it there; it traces anew, and compiles nothing. Keep that folder from one start
-of a machine or container to the next, if it should be warm then.
+Inductor caches generated code on disk, by source, shapes and machine, in $TORCHINDUCTOR_CACHE_DIR
+or torchinductor_USER in the system's temporary folder. Another process of the same code traces
+again, but compiles nothing. Keep that folder to start warm after a restart of a machine or
+container.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.runner.compiled_function import Backend, Form, Function
+from headstart.runner.compiled_function import Backend, CompiledFunction, Function
 
 _LOG = logging.getLogger(__name__)
 STATIC_SHAPES = 8
-KINDS = 64
-"""Kinds that are kept: structures of blocks, with and without adapters. Past this, the one that was
-used the longest time ago is dropped, and compiled anew where it is used again."""
+MAX_STRUCTURES = 64
+"""Structures of blocks, with and without adapters. Beyond this, the least recently used one is
+dropped, and compiled again at its next use."""
 
 
 class Shapes(NamedTuple):
-    """What inputs are: the form of each tensor, what is no tensor, and the state of torch.
+    """The inputs of a function: properties of each tensor, other values, and the state of torch.
 
-    device   the kind of device of the first tensor
+    device   the type of the first tensor's device
     tensors  of each (shape, stride, dtype, type, device)
     """
 
@@ -52,55 +52,63 @@ class Shapes(NamedTuple):
             *(torch.is_autocast_enabled(device), torch.get_default_dtype()),
             *(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
         )
-        forms = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in found)
-        return cls(device, tuple(forms), (others, state))
+        own = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in found)
+        return cls(device, tuple(own), (others, state))
 
     @property
     def any_size(self) -> Shapes:
-        """The same for all sizes but 1, which a compiler takes for itself."""
-        forms = ((tuple(min(n, 2) for n in size), rest[1:]) for size, rest in self.tensors)
-        return self._replace(tensors=tuple(forms))
+        """The same for all sizes but 1, which a compiler always specialises."""
+        own = ((tuple(min(n, 2) for n in size), rest[1:]) for size, rest in self.tensors)
+        return self._replace(tensors=tuple(own))
 
     def __str__(self) -> str:
         return ", ".join(str(list(size)) for size, _ in self.tensors)
 
 
-class Forms:
-    """Compiled functions by kind and shapes, of one backend. Threads may ask at once.
+_Versions = dict[tuple[Shapes, bool], CompiledFunction]
+"""(shapes, whether sizes are dynamic) -> function."""
 
-    guarded  what they were made for is not all in kind and shapes
+
+class CompiledCache:
+    """Compiled functions by structure and shapes, of one backend. Threads may share it.
+
+    guarded  structure and shapes do not say everything, so dynamo checks each call
     """
 
     def __init__(self, backend: Backend, *, guarded: bool = False) -> None:
         self.backend, self.guarded = backend, guarded
-        self._kinds: OrderedDict[Hashable, dict[tuple[Shapes, bool], Form]] = OrderedDict()
+        self._structures: OrderedDict[Hashable, dict[tuple[Shapes, bool], CompiledFunction]] = (
+            OrderedDict()
+        )
         self._lock = threading.Lock()
 
-    def find(self, name: str, kind: Hashable, shapes: Shapes, make: Callable[[], Function]) -> Form:
-        """The compiled function of a kind for these shapes; `make` gives what to compile."""
+    def find(
+        self, name: str, structure: Hashable, shapes: Shapes, make: Callable[[], Function]
+    ) -> CompiledFunction:
+        """The compiled function for these shapes; `make` returns the function to compile."""
         with self._lock:
-            own = self._kinds.setdefault(kind, {})
-            self._kinds.move_to_end(kind)
-            if len(self._kinds) > KINDS:
-                self._kinds.popitem(last=False)
+            own = self._structures.setdefault(structure, {})
+            self._structures.move_to_end(structure)
+            if len(self._structures) > MAX_STRUCTURES:
+                self._structures.popitem(last=False)
             if (found := own.get((shapes, False))) is not None:
                 return found
-            count = sum(not moving for _, moving in own)
-            moving = count >= STATIC_SHAPES
-            key = (shapes.any_size if moving else shapes), moving
+            count = sum(not dynamic for _, dynamic in own)
+            dynamic = count >= STATIC_SHAPES
+            key = (shapes.any_size if dynamic else shapes), dynamic
             if key not in own:
-                self._say(name, shapes, count, moving)
-                own[key] = Form(
-                    make(), self.backend, shapes.device, moving=moving, guarded=self.guarded
+                self._log(name, shapes, count, dynamic)
+                own[key] = CompiledFunction(
+                    make(), self.backend, shapes.device, dynamic=dynamic, guarded=self.guarded
                 )
             return own[key]
 
     def __len__(self) -> int:
-        """Functions that are kept."""
-        return sum(len(own) for own in self._kinds.values())
+        """The number of functions."""
+        return sum(len(own) for own in self._structures.values())
 
-    def _say(self, name: str, shapes: Shapes, count: int, moving: bool) -> None:
-        if not moving:
+    def _log(self, name: str, shapes: Shapes, count: int, dynamic: bool) -> None:
+        if not dynamic:
             _LOG.info("%s is compiled for %s, shape %d of it", name, shapes, count + 1)
             return
         _LOG.warning(

@@ -1,8 +1,8 @@
 """One compiled function: traced by dynamo, then called without it.
 
-dynamo guards a compiled function by looking at every input of every call, which takes longer than
-some blocks run. Here a form is found by all that it was made for (`headstart.runner.compiled_cache`
-and `compiled_block`), so after the first call what the backend made is called as it is.
+dynamo guards a compiled function: it checks every input of every call, which takes longer than some
+blocks run. Here a function is found by all that it depends on (`runner.compiled_cache` and
+`runner.compiled_block`), so after the first call the backend's function is called without dynamo.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ Function = Callable[..., Any]
 Backend = str | Function
 """Of torch.compile: a name, or a function of a graph and its inputs."""
 COMPILE_POLICY = {"cuda": "max-autotune-no-cudagraphs"}
-"""The mode of inductor by device, "default" elsewhere. Its own CUDA graphs are left out: what is
-compiled is captured by `headstart.runner.graph.GraphRunner`, with all that is between blocks."""
+"""The mode of inductor by device, "default" elsewhere. Its own CUDA graphs are left out:
+`headstart.runner.graph.GraphRunner` captures the blocks with the code between them."""
 
 
-class Form:
+class CompiledFunction:
     """`function(*args)`, compiled whole.
 
-    moving   one function for all sizes; else each size is built in
-    guarded  dynamo looks at every call, as it does at those of a moving one
+    dynamic  one function for all sizes; else each size is a constant
+    guarded  dynamo checks every call, as it does for a dynamic function
 
-    Called with all tensors that `args` hold, and the arguments. Unless it is guarded, only the
-    first call traces: later ones must be alike in all but the values of these tensors, which is for
-    the caller to see to. What reads other tensors than these stays with dynamo as well.
+    Call it with all tensors in `args`, and the arguments. Unless it is guarded, only the first call
+    traces: later calls may differ in the values of these tensors alone, which the caller ensures. A
+    function that reads other tensors stays with dynamo too.
     """
 
     def __init__(
@@ -44,85 +44,85 @@ class Form:
         backend: Backend,
         device: str,
         *,
-        moving: bool = False,
+        dynamic: bool = False,
         guarded: bool = False,
     ) -> None:
-        self._kept = _Kept(_compiler(backend, device))
+        self._recorder = _RecordingBackend(_compiler(backend, device))
         self._traced: Function = torch.compile(  # pyright: ignore
-            _own_code(function), backend=self._kept, fullgraph=True, dynamic=moving
+            _own_code(function), backend=self._recorder, fullgraph=True, dynamic=dynamic
         )
         self._direct: _Direct | None = None
-        self._tried, self._guarded = False, guarded or moving
+        self._called, self._guarded = False, guarded or dynamic
         self._lock = threading.Lock()
 
     def __call__(self, tensors: Sequence[Tensor], *args: Any) -> Any:
         if self._direct is not None:
             return self._direct(tensors)
-        if self._tried:
+        if self._called:
             return self._traced(*args)
         with self._lock:
             result = self._traced(*args)
-            found, self._tried = self._kept.direct(tensors, result), True
-            self._direct = None if self._guarded else found
+            direct, self._called = self._recorder.direct(tensors, result), True
+            self._direct = None if self._guarded else direct
         return result
 
 
 class _Direct(NamedTuple):
-    """What a backend made, and which tensors it reads and gives."""
+    """A backend's function, and the positions of the tensors that it reads and returns."""
 
-    made: Function
+    compiled: Function
     inputs: list[int]
     outputs: list[int]
     spec: Any
 
     def __call__(self, tensors: Sequence[Tensor]) -> Any:
-        found = self.made(*(tensors[i] for i in self.inputs))
-        return tree_unflatten([found[i] for i in self.outputs], self.spec)
+        results = self.compiled(*(tensors[i] for i in self.inputs))
+        return tree_unflatten([results[i] for i in self.outputs], self.spec)
 
 
 class _Call(NamedTuple):
-    made: Function
+    compiled: Function
     inputs: tuple[object, ...]
     outputs: Sequence[object]
 
 
-class _Kept:
-    """A backend that keeps the last call of what another one made, until it is asked for it."""
+class _RecordingBackend:
+    """A backend around another one, which records the last call of the compiled function."""
 
     def __init__(self, backend: Function) -> None:
-        self.backend, self.keeps = backend, True
+        self.backend, self.records = backend, True
         self.last: _Call | None = None
 
     def __call__(self, graph: torch.fx.GraphModule, examples: list[Any]) -> Function:
-        made: Function = self.backend(graph, examples)
+        compiled: Function = self.backend(graph, examples)
 
         def run(*inputs: object) -> Sequence[object]:
-            outputs = made(*inputs)
-            if self.keeps:
-                self.last = _Call(made, inputs, outputs)
+            outputs = compiled(*inputs)
+            if self.records:
+                self.last = _Call(compiled, inputs, outputs)
             return outputs
 
         return run
 
     def direct(self, tensors: Sequence[Tensor], result: object) -> _Direct | None:
-        """How to go from `tensors` to `result` without dynamo, if what was made does that."""
-        call, self.last, self.keeps = self.last, None, False
+        """How to get from `tensors` to `result` without dynamo, if the function does so."""
+        call, self.last, self.records = self.last, None, False
         if call is None:
             _LOG.warning("torch.compile is switched off or watched: blocks run as they are")
             return None
         leaves, spec = tree_flatten(result)
-        inputs, outputs = _places(call.inputs, tensors), _places(leaves, call.outputs)
+        inputs, outputs = _positions(call.inputs, tensors), _positions(leaves, call.outputs)
         if inputs is None or outputs is None:
             return None
-        return _Direct(call.made, inputs, outputs, spec)
+        return _Direct(call.compiled, inputs, outputs, spec)
 
 
-def _places(wanted: Sequence[object], found: Sequence[object]) -> list[int] | None:
-    """Where each object is; None where one is elsewhere."""
-    known = {id(each): i for i, each in enumerate(found)}
-    return (
-        [known[id(each)] for each in wanted] if all(id(each) in known for each in wanted) else None
-    )
+def _positions(objects: Sequence[object], among: Sequence[object]) -> list[int] | None:
+    """The position of each object; None where one is missing."""
+    position = {id(each): i for i, each in enumerate(among)}
+    if not all(id(each) in position for each in objects):
+        return None
+    return [position[id(each)] for each in objects]
 
 
 def _compiler(backend: Backend, device: str) -> Function:
@@ -143,7 +143,7 @@ def _inductor(options: dict[str, Any], graph: torch.fx.GraphModule, examples: li
 
 
 def _own_code(function: Function) -> Function:
-    """A function that dynamo does not know yet: it counts by code object, up to its limit of 8."""
+    """A copy that dynamo counts separately: its limit of 8 versions is for each code object."""
 
     def run(*args: Any) -> Any:
         return function(*args)

@@ -9,6 +9,7 @@ c10/cuda/CUDACachingAllocator.cpp, `captures_underway`).
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
@@ -93,3 +94,33 @@ class Cuda:
             torch._C._cuda_releasePool,  # pyright: ignore[reportPrivateUsage]
         )
         release(device.index, pool)
+
+
+class _CudnnBenchmark:
+    """cuDNN's benchmark mode, for warm-ups: cuDNN times its algorithms on every new convolution and
+    remembers the fastest, and a capture takes that one (aten/src/ATen/native/cudnn/Conv_v8.cpp,
+    `run_single_conv`). Another process may choose another, whose bits differ by rounding, so the
+    mode stays off under `torch.backends.cudnn.deterministic`.
+
+    torch has one switch for all threads: the last warm-up of several restores it."""
+
+    def __init__(self) -> None:
+        self._lock, self._count, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        cudnn = torch.backends.cudnn
+        with self._lock:
+            if not self._count:
+                self._before = cudnn.benchmark
+                fixed = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()
+                cudnn.benchmark = self._before or not fixed
+            self._count += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._count -= 1
+            if not self._count:
+                torch.backends.cudnn.benchmark = self._before
+
+
+CUDNN_BENCHMARK = _CudnnBenchmark()

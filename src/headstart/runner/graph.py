@@ -1,7 +1,7 @@
 """A network as one graph: F = network(x_in, timestep, cond), launched at once.
 
-Every tensor that a call may change is copied into a buffer of the graph: x_in, timestep, and each
-field of the conditioning. So new values need no new graph, only new shapes and dtypes do.
+Every input is copied into a buffer of the graph: x_in, timestep, each field of the conditioning.
+So new values need no new graph; only new shapes and dtypes do.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _COND = "cond."
 
 
 class GraphRunner:
-    """A denoiser that replays its network: the drop-in for it.
+    """A denoiser that replays its network as a graph.
 
     network        any (x_in, timestep, cond) -> F that does not wait for the device
-    site           where its graphs live; by default that of the first x_in's device
+    site           holds its graphs; by default that of the first x_in's device
     dtype          of x_in and of the conditioning; by default that of the network's first float
                    parameter, else float32
     memory_format  of x_in, such as torch.channels_last for [B, C, h, w]; by default as it comes
@@ -56,8 +56,8 @@ class GraphRunner:
         self.memory_format = memory_format
         self.fallback = fallback
         self.refusals: list[str] = []
-        """What could not be captured and ran eagerly, where `fallback` was asked for: one a shape,
-        because a shape that was refused is not tried again."""
+        """The errors of failed captures with `fallback`, one for each shape: such a shape runs
+        eagerly from then on."""
         self._refused: set[object] = set()
 
     def __call__(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
@@ -86,7 +86,7 @@ class GraphRunner:
     def request(
         self, x_in: Tensor, timestep: Tensor, cond: Conditioning
     ) -> tuple[Program, Tensors]:
-        """What a call would run, and on what: for `Site.prepare`, and for an audit."""
+        """The program of a call, and its inputs: for `Site.prepare`, and for an audit."""
         cond = cached_prompt(self, cond)
         adapters, name = adapters_of(self.network, cond), type(self.network).__name__
         networks = (self.network, *(() if adapters is None else adapters.parts(self.network)))
@@ -101,7 +101,7 @@ class GraphRunner:
         return prompt_key(self.network, cond)
 
     def read_prompt(self, cond: Conditioning) -> Mapping[str, Tensor]:
-        """Outside of any graph: once a prompt, where a graph serves every row."""
+        """Runs outside of any graph, once for each prompt."""
         if cond.context.dtype != self.dtype:
             cond = cond.to(cond.context.device, self.dtype)
         with torch.no_grad():
@@ -113,7 +113,7 @@ class GraphRunner:
 
 
 def adapters_of(network: object, cond: Conditioning) -> Adapters | None:
-    """Those that a call of `network` has: the conditioning's, else those attached to it now."""
+    """The adapters of a call of `network`: the conditioning's, else those attached now."""
     if cond.adapters is not None:
         return cond.adapters
     current: Callable[[], Adapters] | None = getattr(network, "current_adapters", None)
@@ -121,11 +121,11 @@ def adapters_of(network: object, cond: Conditioning) -> Adapters | None:
 
 
 def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:
-    """The fields that a conditioning has, by name."""
+    """The fields of a conditioning, by name."""
     return {prefix + name: tensor for name, tensor in cond.tensors.items()}
 
 
 def unnamed(inputs: Tensors, prefix: str = _COND) -> Conditioning:
-    """The conditioning that `named` took apart."""
+    """The conditioning of these fields."""
     found = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
     return Conditioning.of(found)

@@ -1,7 +1,7 @@
-"""How a network is run: F = network(x_in, timestep, cond), as Python, compiled, or as one graph.
+"""The runners of a network: F = network(x_in, timestep, cond) as Python, compiled, or as one graph.
 
-All of them give the same numbers: "replay" and "graph" the same bits as "eager", "compiled" the
-same up to rounding, because a compiler fuses and contracts operations.
+"replay" and "graph" give the same bits as "eager", "compiled" the same up to rounding, because a
+compiler fuses and contracts operations.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RunnerName = Literal["auto", "eager", "compiled", "graph", "replay", "trajectory
 
 
 class Choice(NamedTuple):
-    """Which runner was taken, and why: for the run record and for whoever asks."""
+    """The chosen runner, and why: for the run record and the log."""
 
     name: RunnerName
     why: str
@@ -49,42 +49,41 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
                 CPU: see `headstart.engine.execution`. Where a run goes row by row, as "graph" or
                 "replay"
 
-    What "auto" took and why is logged, at level INFO of `runner.runner`; the record of a run has
-    the name. Raises CaptureError for one that the device cannot have, InputError for an unknown
-    name.
+    The choice of "auto" is logged, at level INFO of `runner.runner`; the record of a run has the
+    name. Raises CaptureError for one that the device cannot run, InputError for an unknown name.
     """
-    kind = torch.device(device).type
+    device_type = torch.device(device).type
     if name not in get_args(RunnerName):
         raise InputError(f"runner: expected one of {get_args(RunnerName)}, got {name!r}")
     if name == "auto":
-        choice = _best(kind)
+        choice = _best(device_type)
         _LOG.info("runner auto is %s: %s", choice.name, choice.why)
         return choice
-    if name == "compiled" and kind == "cpu":
+    if name == "compiled" and device_type == "cpu":
         raise CaptureError(
             "runner 'compiled' is for GPUs: on a CPU a compiled pass takes 1.3 times as long as an "
             "eager one (SD1.5's UNet, float32, torch 2.13), which lays its weights out for the "
             "processor besides; use 'eager' or 'auto'"
         )
-    needs = {"graph": "cuda", "replay": "cpu"}.get(name, kind)
-    if name == "trajectory" and kind not in ("cuda", "cpu"):
+    needs = {"graph": "cuda", "replay": "cpu"}.get(name, device_type)
+    if name == "trajectory" and device_type not in ("cuda", "cpu"):
         needs = "cuda and cpu"
-    if needs != kind:
+    if needs != device_type:
         raise CaptureError(
-            f"runner {name!r} exists on {needs} alone, and the device is {kind}: use "
-            f"{'graph' if kind == 'cuda' else 'eager'!r}, or 'auto' to take the best there is"
+            f"runner {name!r} exists on {needs} alone, and the device is {device_type}: use "
+            f"{'graph' if device_type == 'cuda' else 'eager'!r}, or 'auto' for the best one"
         )
     return Choice(name, "asked for")
 
 
-def _best(kind: str) -> Choice:
-    if kind == "cuda":
+def _best(device_type: str) -> Choice:
+    if device_type == "cuda":
         return Choice("graph", "one launch a network pass, in place of thousands, on a CUDA device")
-    return Choice("eager", f"on {kind} a network needs no warm-up and no memory held this way")
+    return Choice("eager", f"on {device_type} a network needs no warm-up and no memory of its own")
 
 
 class Runner(Protocol):
-    """A denoiser that says which dtype its network takes."""
+    """A denoiser with the dtype that its network takes."""
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -93,7 +92,7 @@ class Runner(Protocol):
 
 
 def open_runner(name: RunnerName, network: Denoiser) -> Runner:
-    """The runner that `choose_runner` named. What is warm of a network is shared by its runners."""
+    """The runner of this name. Runners of one network share its graphs and compiled functions."""
     if name == "compiled":
         return CompiledRunner(network)
     if name == "graph":
@@ -106,11 +105,11 @@ def open_runner(name: RunnerName, network: Denoiser) -> Runner:
 
 
 _HOST = Site(torch.device("cpu"), Host(), warmups=0)
-"""Where replays live; on a CPU a first run chooses nothing, so there is no warm-up."""
+"""The site of replays; on a CPU a first run chooses no algorithm, so there is no warm-up."""
 
 
 def site_of(device: torch.device) -> Site:
-    """Where the graphs of a device live, and on a CPU what is recorded."""
+    """The site of a device's graphs, or of a CPU's recordings."""
     return _HOST if device.type == "cpu" else Site.of(device)
 
 
@@ -120,7 +119,7 @@ def _on_a_cpu(network: object) -> bool:
 
 
 class EagerRunner:
-    """A denoiser that calls a network as it is, in the dtype and memory format it wants.
+    """A denoiser that calls a network as it is, in the network's dtype and memory format.
 
     network        any (x_in, timestep, cond) -> F
     dtype          of x_in and of the conditioning; by default what the network computes in
@@ -215,6 +214,6 @@ class CompiledRunner(EagerRunner):
         backend: Backend = "inductor",
         site: Site | None = None,
     ) -> None:
-        kind = dtype or compute_dtype(network)
-        compiled = CompiledNetwork(network, backend, site, dtype=kind, memory_format=memory_format)
-        super().__init__(compiled, dtype=kind, memory_format=memory_format)
+        dtype = dtype or compute_dtype(network)
+        compiled = CompiledNetwork(network, backend, site, dtype=dtype, memory_format=memory_format)
+        super().__init__(compiled, dtype=dtype, memory_format=memory_format)
