@@ -126,7 +126,7 @@ class Stand:
         expected = self.eagerly(table, cond, noise, **options)
         for name, a, b in zip(Outcome._fields, got, expected, strict=True):
             assert torch.equal(a, b), name
-        assert got.finite.all()
+        assert got.finite_pixels.all()
         return got
 
 
