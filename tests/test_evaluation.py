@@ -14,6 +14,7 @@ from headstart.cli import main
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.metrics.metrics import diversity, vendi
+from headstart.pictures.png import encode_png
 from headstart.sweep.evaluation import contrast, evaluate
 from headstart.sweep.gallery import load_rgb, read_gallery, read_pictures
 from headstart.sweep.jobs import Case
@@ -32,12 +33,12 @@ def cases(count: int = 12) -> list[Case]:
 def make_sweep(folder: Path, spread: float, world: int = 1, ranks: int | None = None) -> Path:
     """Pictures around a colour of the prompt, `spread` apart; `ranks` of `world` have run."""
 
-    def draw(part: list[Case]) -> list[np.ndarray]:
+    def draw(part: list[Case]) -> list[bytes]:
         found = []
         for case in part:
             own = np.random.default_rng(case.number).normal(0.0, spread, (16, 16, 3))
             place = np.zeros((16, 16, 3)) + 60.0 * PROMPTS.index(case.prompt)
-            found.append((place + 60.0 + own).clip(0, 255).astype(np.uint8))
+            found.append(encode_png((place + 60.0 + own).clip(0, 255).astype(np.uint8)))
         return found
 
     for rank in range(world if ranks is None else ranks):
@@ -124,7 +125,9 @@ def test_one_image_a_prompt_has_a_frechet_distance_and_no_diversity(tmp_path: Pa
     with open_ledger(folder, SETTINGS, Shard()) as ledger:
         sweep(
             [Case(n, f"prompt {n}", 0) for n in range(6)],
-            lambda part: [np.full((16, 16, 3), 20 * case.number + 9, np.uint8) for case in part],
+            lambda part: [
+                encode_png(np.full((16, 16, 3), 20 * c.number + 9, np.uint8)) for c in part
+            ],
             ledger,
             batch=6,
         )
