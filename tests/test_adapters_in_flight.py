@@ -220,8 +220,11 @@ class _Interrupts:
 
 
 _FILES = {
-    str(Path(adapters.__file__).with_name(f"{name}.py"))
-    for name in ("adapters", "attached", "host", "merged", "present", "slots")
+    str(Path(adapters.__file__).with_name(f"{name}.py").resolve(strict=True))
+    for name in (
+        *("adapters", "host_deltas", "hooks", "merged_weights"),
+        *("slots", "snapshot", "snapshots"),
+    )
 }
 
 
