@@ -170,6 +170,11 @@ def test_folders_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
         read_gallery(tmp_path)
     with pytest.raises(InputError, match="no pictures"):
         read_pictures(tmp_path)
+    for name in ("000000.png", "grid.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in read_pictures(tmp_path)] == ["000000.png", "grid.png"]
+    (tmp_path / "record.json").touch()  # so grid.png is the contact sheet of a run
+    assert [path.name for path in read_pictures(tmp_path)] == ["000000.png"]
     folder = make_sweep(tmp_path / "own", 9.0)
     (folder / "000003.png").unlink()
     with pytest.raises(InputError, match=r"000003.png and 0 more are gone"):

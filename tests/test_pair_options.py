@@ -240,8 +240,8 @@ def test_what_overflows_in_half_precision_is_decoded_again(
 
 
 def test_every_option_of_loading_is_documented() -> None:
-    from headstart.engine.pair import Options
+    from headstart.engine.options import LoadOptions
 
-    told = f"{hs.Engine.load.__doc__}{Options.__doc__}"
-    assert all(re.search(rf"\b{name}\b", told) for name in Options.__annotations__)
+    text = f"{hs.Engine.load.__doc__}{LoadOptions.__doc__}"
+    assert all(re.search(rf"\b{name}\b", text) for name in LoadOptions.__annotations__)
     assert Prediction("x0") is Prediction.X0

@@ -14,9 +14,9 @@ from PIL import Image, UnidentifiedImageError
 
 from headstart.errors import InputError
 from headstart.input import read_json
+from headstart.output import GRID, RECORD
 from headstart.sweep.ledger import SETTINGS, read_entries
 
-RECORD = "record.json"
 BUNDLED = "headstart_weights/"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -75,8 +75,11 @@ def read_gallery(folder: Path) -> Gallery:
 
 
 def read_pictures(folder: Path) -> tuple[Path, ...]:
-    """Every picture of a folder, by name: a reference set. Raises InputError where it has none."""
-    found = sorted(path for path in folder.glob("*") if path.suffix.lower() in PICTURES)
+    """Every picture of a folder, by name: a reference set. The contact sheet of a run is none.
+    Raises InputError where it has none."""
+    sheet = folder / GRID if (folder / RECORD).exists() else None
+    files = (path for path in folder.glob("*") if path != sheet)
+    found = sorted(path for path in files if path.suffix.lower() in PICTURES)
     if not found:
         raise InputError(f"no pictures in {str(folder)!r}: expected {', '.join(PICTURES)} files")
     return tuple(found)
