@@ -222,11 +222,12 @@ def test_a_hostile_file_ends_every_command_with_1_and_one_line(
         path.write_bytes(HOSTILE[case][0])
     else:
         FOREIGN[case][0](path)
-    for asked in (["inspect"], ["sample", "a fox", "--out", str(tmp_path / "out"), "--base"]):
-        assert main([*asked, str(path)]) == 1
-        told = capsys.readouterr()
-        assert told.out == "" and told.err.startswith("headstart: error: ")
-        assert told.err.count("\n") == 1 and len(told.err) < 600
+    sample = ["sample", "a fox", "--out", str(tmp_path / "out"), "--distilled", str(path), "--base"]
+    for command in (["inspect"], sample):
+        assert main([*command, str(path)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out == "" and printed.err.startswith("headstart: error: ")
+        assert printed.err.count("\n") == 1 and len(printed.err) < 600
     assert not (tmp_path / "out").exists()
 
 
