@@ -60,10 +60,7 @@ TORCH_FREE = {
 TORCH_BEARING = {"convert.pickle_contents", "convert.unpickle"}
 """The only modules of such rooms that load it."""
 HEAVY = {"torch", "transformers", "triton", "diffusers", "peft", "einops", "headstart_kernels"}
-DISTRIBUTION = {
-    **{"PIL": "pillow", "tokenizers": "transformers"},  # transformers requires tokenizers
-    **dict.fromkeys(("jinja2", "filelock"), "torch"),  # torch requires both
-}
+DISTRIBUTION = {"PIL": "pillow", "tokenizers": "transformers"}  # transformers requires tokenizers
 EXTRA_OF = {
     "checkpoint.gguf": "gguf",
     "commands.parser": "completion",

@@ -61,12 +61,10 @@ class Figure(NamedTuple):
 def check_figures() -> None:
     """Raise InputError unless a report can be drawn here: call it before hours of work."""
     try:
-        import jinja2 as jinja2
         import matplotlib as matplotlib
     except ImportError as error:
         raise InputError(
-            f"the report of a study needs matplotlib and Jinja2 ({error}): "
-            "pip install 'headstart[study]'"
+            f"the report of a study needs matplotlib ({error}): pip install 'headstart[study]'"
         ) from error
 
 
