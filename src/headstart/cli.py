@@ -106,6 +106,6 @@ def _run(typed: Sequence[str]) -> int:
         except (OSError, MemoryError, RuntimeError) as error:
             if args.debug:
                 raise
-            told = str(error).strip() or type(error).__name__
+            message = str(error).strip() or type(error).__name__
             drop_output()
-            return fail(f"{told.splitlines()[0]} (--debug shows where)")
+            return fail(f"{message.splitlines()[0]} (--debug shows where)")

@@ -96,10 +96,10 @@ def _run(args: argparse.Namespace) -> int:
 
 def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
     """As text or as JSON, and the JSON into --out."""
-    told = json.dumps(facts, indent=None if args.out is None else 1)
+    document = json.dumps(facts, indent=None if args.out is None else 1)
     if args.out is not None:
-        write_file(args.out, (told + "\n").encode())
-    print(told if args.json else text)
+        write_file(args.out, (document + "\n").encode())
+    print(document if args.json else text)
 
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:

@@ -73,8 +73,8 @@ def _run(args: argparse.Namespace) -> int:
     side = engine.weights.image_size
     drawn = PictureSource("these weights", engine.weights.lineage, frozenset({(side, side)}))
     judge, notes = choose_judge([drawn], args.features)
-    for told in notes:
-        note(told)
+    for line in notes:
+        note(line)
     tables = {name: engine.compile(name, **settings) for name, settings in plans.items()}
     steps = sum(map(len, tables.values())) + len(methods) * len(tables["distilled"])
     with progress((args.rounds or 1) * steps, "sampling") as bar:

@@ -47,10 +47,10 @@ def _unknown(prompt: str) -> str | None:
     found = headstart_weights.manifest()
     things = {word for name in found.concepts for word in name.split()}
     known = things | {*found.styles, *found.backgrounds} | _SMALL
-    said = [sign.lower() for sign in _WORD.findall(_LEVEL.sub(" ", prompt))]
-    strange = [sign for sign in dict.fromkeys(said) if sign.removesuffix("s") not in known]
+    words = [sign.lower() for sign in _WORD.findall(_LEVEL.sub(" ", prompt))]
+    strange = [sign for sign in dict.fromkeys(words) if sign.removesuffix("s") not in known]
     strange = [sign for sign in strange if sign not in known]
-    if not strange and not things.isdisjoint({*said, *(sign.removesuffix("s") for sign in said)}):
+    if not strange and not things.isdisjoint({*words, *(sign.removesuffix("s") for sign in words)}):
         return None
     named = ", ".join(map(repr, strange[:5])) + (" ..." if len(strange) > 5 else "")
     close: list[str] = []

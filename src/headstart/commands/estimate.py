@@ -103,8 +103,8 @@ def estimated(
         for table in tables
     ]
     notes = [*ASSUMPTIONS, *_idle(args), *_elsewhere(args, plans)]
-    told = [*map(str, found), "\n".join(notes)]
-    return "\n\n".join(told), {
+    parts = [*map(str, found), "\n".join(notes)]
+    return "\n\n".join(parts), {
         "evidence": "estimate",
         "estimates": [own.to_json() for own in found],
         "assumptions": notes,
@@ -115,9 +115,9 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     """Images in a network at once, in the decoder, and bands. Raises InputError for more at once
     than there are seeds, since then it would be the estimate of another run."""
     images = len(parse_seeds(args.seeds))
-    asked: int | tuple[int, ...] = args.batch or images
-    own = (asked,) if isinstance(asked, int) else asked
-    networks, decode, bands = (*own, *(own[0], 1)[len(own) - 1 :])
+    batch: int | tuple[int, ...] = args.batch or images
+    sizes = (batch,) if isinstance(batch, int) else batch
+    networks, decode, bands = (*sizes, *(sizes[0], 1)[len(sizes) - 1 :])
     if max(networks, decode) > images:
         raise InputError(
             f"--batch {max(networks, decode)} is of {images} image{'s' * (images > 1)}: --estimate "
@@ -127,9 +127,9 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
 
 
 def _idle(args: argparse.Namespace) -> list[str]:
-    given = [name for name in _IDLE if getattr(args, name) is not None]
-    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-    return [f"of no account to an estimate: {options}"] if given else []
+    idle = [name for name in _IDLE if getattr(args, name) is not None]
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in idle)
+    return [f"of no account to an estimate: {options}"] if idle else []
 
 
 def _elsewhere(args: argparse.Namespace, plans: Mapping[str, PlanSettings]) -> list[str]:
@@ -189,5 +189,7 @@ def _of_files(
         args.base, args.distilled = args.base or args.distilled, args.distilled or args.base
     tables = compiled(args, plans)
     paths = {role: model.path for role, model in headers_of(args).models.items()}
-    given = Overrides(head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow)
-    return sizes_of_files(paths, given, vae=args.vae, text=args.text), tables
+    overrides = Overrides(
+        head_dim=args.head_dim, text_head_dim=args.text_head_dim, allow=args.allow
+    )
+    return sizes_of_files(paths, overrides, vae=args.vae, text=args.text), tables

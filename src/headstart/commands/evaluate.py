@@ -43,8 +43,8 @@ def _run(args: argparse.Namespace) -> int:
     from headstart.sweep.seen import check_reference, read_reference, see
 
     judge, notes = choose_judge(_known(galleries, args.reference), args.features)
-    for told in notes:
-        note(told)
+    for line in notes:
+        note(line)
     if args.reference is not None:
         check_reference(judge)
     with progress(sum(len(gallery.pictures) for gallery in galleries), "features") as bar:
@@ -79,8 +79,8 @@ def _told(found: Evaluation) -> str:
     """The table for a terminal, what its numbers are, and the paired comparisons."""
     lines = [_header(found), *(_line(row) for row in found.rows)]
     further = zip(found.words[1:], found.spaces[1:], strict=True)
-    told = " · ".join(f"{word}: diversity of {space} features" for word, space in further)
-    lines += ["", f"features: {found.spaces[0]} · {told} · 95 % "
+    spaces = " · ".join(f"{word}: diversity of {space} features" for word, space in further)
+    lines += ["", f"features: {found.spaces[0]} · {spaces} · 95 % "
               "intervals over prompts, or over seeds where there is one prompt"]  # fmt: skip
     if found.scored_by not in (None, found.spaces[0]):
         lines.append(f"score: by {found.scored_by}")

@@ -60,8 +60,10 @@ def _run(args: argparse.Namespace) -> int:
         if adapter is None:
             info = replace(info, problems=problems, notes=(), next=None)
         elif left := [key for key in adapter.strays if not is_allowed(key, args.allow)]:
-            told = f"{len(left)} keys are of no naming that is known: {first_few(left)}. {_LEAVE}"
-            info = replace(info, problems=(told,), notes=(), next=None)
+            problem = (
+                f"{len(left)} keys are of no naming that is known: {first_few(left)}. {_LEAVE}"
+            )
+            info = replace(info, problems=(problem,), notes=(), next=None)
         elif adapter.family not in (None, *FAMILIES):
             info = replace(info, notes=(), next=_ELSEWHERE)
     if args.json:
@@ -100,11 +102,11 @@ def _deep(file: Path, allow: list[str]) -> CheckpointInfo:
 
     with progress(1, "reading every number", "B") as bar:
 
-        def told(done: int, total: int) -> None:
+        def show(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
 
-        return inspect_checkpoint(file, deep=True, allow=allow, on_bytes=told)
+        return inspect_checkpoint(file, deep=True, allow=allow, on_bytes=show)
 
 
 def _table(info: CheckpointInfo, adapter: AdapterInfo | None) -> Iterator[str]:

@@ -67,12 +67,12 @@ class Intervention(NamedTuple):
         from headstart.traces.branches import branch
 
         for step in self.steps:
-            made = branch(
+            changed = branch(
                 engine, run, states[step - 1], model=self.model, reseed=self.seeds,
                 guidance=self.guidance, prompt=self.prompt,
                 negative=self.negative if self.guided and run.negative is None else None,
             )  # fmt: skip
-            yield f"{name}@{step} · {made.change}", made
+            yield f"{name}@{step} · {changed.change}", changed
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -108,12 +108,12 @@ def read(args: argparse.Namespace) -> Intervention | None:
         if steps not in (None, rows):
             raise InputError(f"--switch {args.switch} and --from-step {steps} name two steps")
         steps = rows
-    asked = (args.reseed, args.guidance, args.prompt_from, args.switch)
+    changes = (args.reseed, args.guidance, args.prompt_from, args.switch)
     if steps is None:
-        if any(value is not None for value in asked):
+        if any(value is not None for value in changes):
             raise InputError("--reseed, --guidance and --prompt-from need --from-step K")
         return None
-    if all(value is None for value in asked):
+    if all(value is None for value in changes):
         raise InputError(
             "--from-step changes nothing by itself: give --reseed, --switch, --guidance or "
             "--prompt-from"

@@ -53,11 +53,11 @@ def _run(args: argparse.Namespace) -> int:
         check_run(args.out, count, overwrite=args.overwrite, size_bytes=size_bytes)
     if recorded.position is not None:
         recorded = replace(recorded, weights=_found(args.record, recorded.weights))
-    asked = _as_recorded(args, recorded.weights, recorded.machine)
+    args_as_recorded = _as_recorded(args, recorded.weights, recorded.machine)
     if recorded.position is not None:
         _check_found(args, recorded.weights)
     try:
-        engine = _opened(asked, recorded)
+        engine = _opened(args_as_recorded, recorded)
     except CheckpointError as error:
         if not re.search("head-dim|tokenizer", str(error)):
             raise
@@ -125,11 +125,13 @@ def _opened(args: argparse.Namespace, recorded: Recorded) -> Engine:
 
 def _attach_recorded(engine: Engine, recorded: Recorded) -> None:
     """The adapters of the record, where the command line has not attached them."""
-    for name, told in recorded.adapters.items():
+    for name, adapter in recorded.adapters.items():
         if name not in engine.adapters:
             file = recorded.weights[f"adapter:{name}"]["file"]
-            strength = Strength(**told["strength"])
-            engine.attach(adapter_path(file), strength, told["to"], name=name, allow=told["allow"])
+            strength = Strength(**adapter["strength"])
+            engine.attach(
+                adapter_path(file), strength, adapter["to"], name=name, allow=adapter["allow"]
+            )
 
 
 def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argparse.Namespace:

@@ -85,19 +85,19 @@ def _run(args: argparse.Namespace) -> int:
     check_run(args.out, count, overwrite=args.overwrite, grid=args.grid)
     engine = open_engine(args, prompts)
     table = engine.compile(args.plan, **plan_settings(args))
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         **texts,
         "seeds": seeds,
         "size": size,
         "batch": args.batch,
         "diversify": methods,
     }
-    engine.iterate(prompts, plan=table, **asked)  # checks all of it, memory too, and runs nothing
+    engine.iterate(prompts, plan=table, **options)  # checks all of it, memory too, and runs nothing
     height, width = size or (engine.weights.image_size,) * 2
     size_bytes = count * height * width * 3
     check_run(args.out, count, overwrite=args.overwrite, grid=args.grid, size_bytes=size_bytes)
     with progress(len(table), "sampling") as bar:
-        trajectory = engine.sample(prompts, plan=table, **asked, on_step=RowBar(bar))
+        trajectory = engine.sample(prompts, plan=table, **options, on_step=RowBar(bar))
     trajectory.save(
         args.out, overwrite=args.overwrite, metadata=not args.no_metadata, grid=args.grid
     )

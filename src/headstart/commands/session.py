@@ -54,8 +54,8 @@ def open_engine(
     _compile_c(engine)
     for line in engine.weights.notes:
         note(line)
-    for told in reports:
-        note(str(told))
+    for report in reports:
+        note(str(report))
     if hasattr(args, "prompt_style"):
         return engine.with_reading(args.prompt_style, args.clip_skip)
     return engine
@@ -109,8 +109,8 @@ def _attach_named(
     for name, tags in named_adapters(prompts).items():
         if name in engine.adapters:
             continue
-        said = {(0.0, 0.0) if tag is None else (tag.text, tag.unet) for tag in tags}
-        (text, unet), *others = said
+        strengths = {(0.0, 0.0) if tag is None else (tag.text, tag.unet) for tag in tags}
+        (text, unet), *others = strengths
         strength = unet if text == unet and not others else 0.0
         path = _in_folder(name, args.lora_folder)
         reports.append(engine.attach(path, strength, name=name, allow=args.allow))
@@ -189,7 +189,7 @@ def _load(args: argparse.Namespace) -> Engine:
     from headstart.engine.engine import Engine
 
     embeddings = [
-        parse_embedding(given) if isinstance(given, str) else given for given in args.embedding
+        parse_embedding(typed) if isinstance(typed, str) else typed for typed in args.embedding
     ]
     if uses_bundled(args):
         return Engine.demo(

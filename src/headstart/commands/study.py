@@ -315,7 +315,7 @@ def duration(seconds: float) -> str:
 
 def _print(
     args: argparse.Namespace,
-    made: int,
+    drawn: int,
     others: int,
     report: Mapping[str, Any],
     files: Sequence[Path] = (),
@@ -323,14 +323,14 @@ def _print(
     from headstart.study.table import table
 
     if args.json:
-        facts = {"out": str(args.out), "made": made, "missing": others}
+        facts = {"out": str(args.out), "made": drawn, "missing": others}
         print(json.dumps({**facts, "rows": report.get("rows")}))
         return
     if others:
-        print(f"{made} cells drawn; {others} of other ranks are left · {args.out}")
+        print(f"{drawn} cells drawn; {others} of other ranks are left · {args.out}")
         return
     print(table(report))
-    print(f"\n{made} cells drawn · {', '.join(str(path) for path in files)}")
+    print(f"\n{drawn} cells drawn · {', '.join(str(path) for path in files)}")
 
 
 STUDY = Command(

@@ -101,15 +101,17 @@ def _run(args: argparse.Namespace) -> int:
         change.check(tables, engine)
     decoder, scorer = _tools(args, engine, bool(controls))
     negatives = _negatives(read_texts(args.negative), tables, change)
-    asked: dict[str, dict[str, Any]] = {
+    options_of: dict[str, dict[str, Any]] = {
         name: {"plan": table, "seeds": seeds, "negative": negatives[name], "size": size}
         for name, table in tables.items()
     }
-    for given in asked.values():
+    for options in options_of.values():
         for text in (prompt, *sorted(twins)):
-            engine.iterate(text, **given)  # checks it, and runs nothing
+            engine.iterate(text, **options)  # checks it, and runs nothing
     note(_memory(engine, tables, len(seeds) * (1 + len(twins)), size, change))
-    sampled = {text: _sampled(engine, text, asked, change) for text in (prompt, *sorted(twins))}
+    sampled = {
+        text: _sampled(engine, text, options_of, change) for text in (prompt, *sorted(twins))
+    }
     found = _traced(args, sampled, prompt, controls, decoder, scorer)
     write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
     for problem in found.problems:
@@ -195,13 +197,13 @@ def _watched(options: list[str], prompt: str) -> dict[str, str | None]:
     from headstart.traces.timeline import check_phrases, without
 
     levels = [stage.level for stage in stages(prompt)]
-    given = [option.partition("=") for option in options]
-    check_phrases([phrase for phrase, _, _ in given])
+    parts = [option.partition("=") for option in options]
+    check_phrases([phrase for phrase, _, _ in parts])
     found = {
         phrase: control.strip() if mark else without(prompt, phrase)
-        for phrase, mark, control in given
+        for phrase, mark, control in parts
     }
-    typed = {phrase for phrase, mark, _ in given if mark}
+    typed = {phrase for phrase, mark, _ in parts if mark}
     for phrase, control in found.items():
         own = phrase in typed  # which may have other levels
         if control and not own and len(levels) > 1 and not _has_levels(control, levels):
@@ -258,12 +260,12 @@ def _memory(
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
     rows = sum(map(len, tables.values()))
-    told, kept = f"{rows} steps x {_images(images)}", rows * images
+    what, count = f"{rows} steps x {_images(images)}", rows * images
     if change is not None:
         more, wide = rows * len(change.steps), change.images(images)
-        told, kept = f"{told} and {more} steps x {_images(wide)} of changes", kept + more * wide
-    mb = kept * weights.latent_channels * cells * 4 / 1e6
-    return f"keeping x0 of {told}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
+        what, count = f"{what} and {more} steps x {_images(wide)} of changes", count + more * wide
+    mb = count * weights.latent_channels * cells * 4 / 1e6
+    return f"keeping x0 of {what}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
 
 
 def _images(count: int) -> str:
@@ -273,13 +275,13 @@ def _images(count: int) -> str:
 def _sampled(
     engine: Engine,
     prompt: str,
-    asked: Mapping[str, Mapping[str, Any]],
+    options_of: Mapping[str, Mapping[str, Any]],
     change: Intervention | None,
 ) -> dict[str, Traced]:
     before = () if change is None else [step - 1 for step in change.steps]
     runs: dict[str, Traced] = {}
-    with progress(sum(len(given["plan"]) for given in asked.values()), "sampling") as bar:
-        for name, given in asked.items():
+    with progress(sum(len(options["plan"]) for options in options_of.values()), "sampling") as bar:
+        for name, options in options_of.items():
             kept: dict[int, State] = {}
 
             def see(state: State, kept: dict[int, State] = kept) -> None:
@@ -287,7 +289,7 @@ def _sampled(
                 if state.step in before:
                     kept[state.step] = state
 
-            run = engine.sample(prompt, **given, keep_x0=True, on_step=see)
+            run = engine.sample(prompt, **options, keep_x0=True, on_step=see)
             runs[name] = run
             if change is not None:
                 runs.update(change.branches(name, engine, run, kept))

@@ -64,9 +64,9 @@ def read_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
     return int(sides[0]), int(sides[-1])
 
 
-def read_texts(given: Sequence[str]) -> str | list[str] | None:
+def read_texts(texts: Sequence[str]) -> str | list[str] | None:
     """An option that may be repeated: None where it was not given, one for all, or one an image."""
-    return None if not given else given[0] if len(given) == 1 else [*given]
+    return None if not texts else texts[0] if len(texts) == 1 else [*texts]
 
 
 def text_options(args: argparse.Namespace) -> dict[str, Any]:

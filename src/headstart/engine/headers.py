@@ -63,8 +63,8 @@ def read_headers(
     lora = None if distilled_lora is None else distilled_by(distilled_lora, models)
     known = predictions(prediction, models)
     found = schedules(models, known)
-    given = prediction if isinstance(prediction, Mapping) else dict.fromkeys(models, prediction)
-    guessed = (model.note(role, given.get(role) is not None) for role, model in models.items())
+    chosen = prediction if isinstance(prediction, Mapping) else dict.fromkeys(models, prediction)
+    guessed = (model.note(role, chosen.get(role) is not None) for role, model in models.items())
     swap = swapped(models, lora)
     lines = (*guessed, swap, two_schedules(found))
     headers = Headers(

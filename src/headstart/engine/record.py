@@ -164,7 +164,7 @@ def describe(run: Recorded) -> Json:
         "table": json.loads(run.table.to_json()),
         "weights": {role: dict(file) for role, file in run.weights.items()},
         "machine": dict(run.machine),
-        "adapters": {name: dict(told) for name, told in run.adapters.items()},
+        "adapters": {name: dict(adapter) for name, adapter in run.adapters.items()},
         "results": {name: list(values) for name, values in run.results.items()},
         **({"diversify": list(run.diversify)} if run.diversify else {}),
         **({} if run.chosen is None else {"chosen": list(run.chosen)}),
@@ -190,8 +190,8 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
     try:
         height, width = record["size"]
         adapters: Mapping[str, Mapping[str, Any]] = record.get("adapters", {})
-        for name, told in adapters.items():
-            Strength(**told["strength"])
+        for name, adapter in adapters.items():
+            Strength(**adapter["strength"])
             record["weights"][ROLE + name]  # its file
         return Recorded(
             prompts=tuple(record["prompts"]),
@@ -203,7 +203,7 @@ def parse(record: Mapping[str, Any], source: str = "the record") -> Recorded:
             weights={role: dict(file) for role, file in record["weights"].items()},
             machine=dict(record["machine"]),
             results={name: list(values) for name, values in record["results"].items()},
-            adapters={name: dict(told) for name, told in adapters.items()},
+            adapters={name: dict(adapter) for name, adapter in adapters.items()},
             lineage=record.get("lineage"),
             diversify=tuple(diversify),
             chosen=tuple(record["chosen"]) if "chosen" in record else None,
@@ -290,11 +290,11 @@ def _explained(
         if recorded.get(key) != now.get(key)
     ]
     if changed:
-        told = f"what differs: {'; '.join(changed)}. "
+        message = f"what differs: {'; '.join(changed)}. "
         settings = [key for key in _SETTINGS if recorded.get(key) != now.get(key)]
         if settings:
-            return told + f"Load the weights with the recorded {' and '.join(settings)}"
-        return told + "Networks round differently there"
+            return message + f"Load the weights with the recorded {' and '.join(settings)}"
+        return message + "Networks round differently there"
     same = "machine, versions and settings are the recorded ones, "
     if alone:
         return same + "so its run may have been rounded otherwise: replay the run's record.json"

@@ -191,11 +191,11 @@ def check_own(recorded: Recorded, have: Sequence[str]) -> None:
     """Raise InputError unless `have` is what the run was given as tensors."""
     wanted = list(dict.fromkeys(re.split(r"[.\[]", name)[0] for name in recorded.given))
     if missing := [name for name in wanted if name not in have]:
-        asked = ", ".join(f"{name}=..." for name in missing)
+        options = ", ".join(f"{name}=..." for name in missing)
         raise InputError(
             f"the run was given {' and '.join(f'{name}=' for name in missing)} as tensors, of "
             "which its record has digests alone, so nothing but their owner can run it again: in "
-            f"Python, headstart.replay(record, engine, {asked})"
+            f"Python, headstart.replay(record, engine, {options})"
         )
     if extra := [name for name in have if name not in wanted]:
         raise InputError(f"the run was not given {extra[0]}=: leave it out")

@@ -79,14 +79,14 @@ class EdmSchedule:
 
     def sigma(self, timestep: Any, interpolation: Interpolation = "linear") -> Any:
         """e^(4t), exact at every timestep; `interpolation` is for schedules of a table."""
-        told = np.asarray(timestep, dtype=np.float64)
+        timesteps = np.asarray(timestep, dtype=np.float64)
         low, high = self.lowest[0], self.highest[0]
-        if not np.all((told >= low - SLACK) & (told <= high + SLACK)):
+        if not np.all((timesteps >= low - SLACK) & (timesteps <= high + SLACK)):
             raise PlanError(
                 f"timesteps of this EDM schedule are log(sigma)/4, in {low:.4g} .. {high:.4g}, not "
-                f"{told.max():g}: give levels, sigmas= in place of timesteps="
+                f"{timesteps.max():g}: give levels, sigmas= in place of timesteps="
             )
-        found = np.exp(4.0 * told)
+        found = np.exp(4.0 * timesteps)
         return float(found) if found.ndim == 0 else found
 
     def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:

@@ -98,7 +98,7 @@ def cases_of(
 
     Raises InputError for a value that is on a grid twice or makes no plan.
     """
-    made = [*_plans(pair)]
+    cases = [*_plans(pair)]
     chosen: dict[Part, Iterator[Case]] = {
         "k": _ks(steps, grids.k),
         "n": _ns(steps, grids.n),
@@ -106,10 +106,10 @@ def cases_of(
         "handoff": _handoffs(pair, steps, schedule, grids.handoff),
         "methods": _methods(methods if grids.methods is None else grids.methods),
     }
-    made += [case for part, found in chosen.items() if part in parts for case in found]
-    by_name = {case.name: case for case in made}
-    if len(by_name) < len(made):
-        names = [case.name for case in made]
+    cases += [case for part, found in chosen.items() if part in parts for case in found]
+    by_name = {case.name: case for case in cases}
+    if len(by_name) < len(cases):
+        names = [case.name for case in cases]
         twice = next(name for name in names if names.count(name) > 1)
         raise InputError(f"case {twice!r} is there twice: give each value of a grid once")
     return by_name
