@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from evidence.fake_cuda import FakeCuda
 from evidence.ptx import Emulator, emulated
 from headstart.interfaces import Conditioning
+from headstart.networks.fusion import fusion
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
 from headstart.noise import Philox
@@ -179,7 +180,8 @@ def hybrid(
 
 
 def held(kind: Callable[[], Stand]) -> Generator[Stand]:
-    """A stand whose every access to memory is checked."""
+    """A stand whose every access to memory is checked. Layers are torch's own on both sides, but
+    where a test asks for kernels: their bits differ."""
     found = kind()
-    with found.cuda.running():
+    with found.cuda.running(), fusion(False):
         yield found
