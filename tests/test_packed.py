@@ -278,9 +278,9 @@ def test_threads_that_come_first_at_once_make_one_layout(monkeypatch: pytest.Mon
     made: list[int] = []
     lay_out = packed._lay_out
 
-    def counted(weight: Tensor, form: tuple[object, ...]) -> Tensor:
+    def counted(weight: Tensor, *form: tuple[object, ...]) -> Tensor:
         made.append(1)
-        return lay_out(weight, form)
+        return lay_out(weight, *form)
 
     monkeypatch.setattr(packed, "_lay_out", counted)
     layer, x = pack(linear()), torch.randn(9, 48)
@@ -394,3 +394,24 @@ def test_packed_again_a_network_has_tiles_as_it_is_then_asked(
     assert ("tiles",) not in packed._PACKS._held[layer.weight]
     pack(layer)(x)
     assert list(packed._PACKS._held[layer.weight]) == [("tiles",)]
+
+
+@pytest.mark.parametrize("any_size", [True, False])
+def test_a_layout_is_of_the_images_size_where_onednn_has_one_for_each(
+    monkeypatch: pytest.MonkeyPatch, any_size: bool
+) -> None:
+    sizes: list[tuple[int, ...]] = []
+
+    def counted(weight: Tensor, form: tuple[object, ...], size: tuple[int, ...]) -> Tensor:
+        sizes.append(tuple(size))
+        return lay_out(weight, form, size)
+
+    lay_out = packed._lay_out
+    monkeypatch.setattr(packed, "_lay_out", counted)
+    monkeypatch.setattr(packed, "_ANY_SIZE", any_size)
+    layer = pack(convolution())
+    for side in (4, 4, 8, 8, 4):
+        x = torch.randn(1, 12, side, side)
+        expected = nn.functional.conv2d(x, layer.weight, layer.bias, padding=1)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
+    assert sizes == ([(32, 32)] if any_size else [(4, 4), (8, 8), (4, 4)])

@@ -60,8 +60,12 @@ _OPS = (
     *("_reorder_convolution_weight", "_convolution_pointwise"),
 )
 _ROWS, _SIDE = 1024, 32
-"""The product that a layout is made for. Any other gives the same bits with it, and is as fast
-within 5 % (measured: 2 to 4096 rows; 3x3 at 4x4 to 64x64)."""
+"""The product that a layout is made for. Any other gives the same bits with it, and with AVX-512 is
+as fast within 5 % (measured: 2 to 4096 rows; 3x3 at 4x4 to 64x64)."""
+_ANY_SIZE = torch.backends.cpu.get_cpu_capability() == "AVX512"
+"""Elsewhere oneDNN chooses a convolution's layout by the image's size, too, and lays another's out
+anew in every call: with AVX2 1280 channels at 4x4 take 1070 ms on a layout for 32x32 and 8 on their
+own (one Zen 3 core). There a layout is of the size that was seen last."""
 
 
 class PackedLinear(StoredLinear):
@@ -118,7 +122,8 @@ def _conv2d(
         return _linear(input.permute(0, 2, 3, 1), weight, bias).permute(0, 3, 1, 2)
     if tiles and _is_tiled(input, weight, bias, form):
         return winograd_conv(input, _PACKS.of(weight, input.dtype, _TILES), bias)
-    laid_out = _PACKS.of(weight, input.dtype, form)
+    size = (_SIDE, _SIDE) if _ANY_SIZE else tuple(input.shape[2:])
+    laid_out = _PACKS.of(weight, input.dtype, form, size)
     convolve = torch.ops.mkldnn._convolution_pointwise
     return convolve(input, laid_out, bias, *form, "none", [], "")
 
@@ -148,16 +153,17 @@ _LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
 """For who records operators to run them again: they read the weight, not the layout of its past."""
 
 
-def _lay_out(weight: Tensor, form: tuple[Any, ...]) -> Tensor | Filter:
+def _lay_out(weight: Tensor, form: tuple[Any, ...], size: Sequence[int]) -> Tensor | Filter:
     """The weight as its product reads it, opaque and of as many bytes; `form`: a convolution's
-    padding, stride, dilation and groups. For tiles it has four times as many."""
+    padding, stride, dilation and groups; `size`: its image's. For tiles it has four times as many
+    bytes."""
     ops = torch.ops.mkldnn
     if form == _TILES:
         return Filter.of(weight)
     if not form:
         return ops._reorder_linear_weight(weight.flatten(1), _ROWS)
     channels = weight.shape[1] * form[-1]
-    return ops._reorder_convolution_weight(weight, *form, [1, channels, _SIDE, _SIDE])
+    return ops._reorder_convolution_weight(weight, *form, [1, channels, *size])
 
 
 class _Pack(NamedTuple):
@@ -180,8 +186,11 @@ class _Packs:
         self._held: Any = WeakTensorKeyDictionary()
         self._making = threading.Lock()
 
-    def of(self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...]) -> Any:
-        """Made when it is first needed, and again of a weight that was written to or moved."""
+    def of(
+        self, weight: Tensor, dtype: torch.dtype, form: tuple[Any, ...], size: Sequence[int] = ()
+    ) -> Any:
+        """Made when it is first needed, and again of a weight that was written to or moved, or for
+        another size."""
         seen = (
             weight._version,
             weight.data_ptr(),
@@ -189,6 +198,7 @@ class _Packs:
             weight.stride(),
             weight.dtype,
             dtype,
+            size,
         )
         found = self._found(weight, form)
         if found is not None and found.holds(seen):
@@ -198,7 +208,7 @@ class _Packs:
             if found is None or not found.holds(seen):
                 own = self._held.setdefault(weight, {})
                 own.pop(form, None)  # before the next is made
-                made = _lay_out(weight.detach().to(dtype), form)
+                made = _lay_out(weight.detach().to(dtype), form, size)
                 own[form] = found = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
             return found.laid_out
 
