@@ -240,13 +240,14 @@ def _work_folder(work: Path) -> Mapping[str, Mapping[str, Tensor]]:
     (work / "tokenizer.json").write_text(fitted.to_str())
     unet = UNet(diffusion.PARAMS).state_dict()
     decoder = TinyDecoder(tiny.PARAMS).state_dict()
+    text = language.Language(fitted).transformer.state_dict()
     scorer = Scorer(ScorerParams(vocabulary=fitted.get_vocab_size()), fitted)
     parts = {
         "base": unet,
         "student": {name: 2 * tensor for name, tensor in unet.items()},
         "control": {name: 3 * tensor for name, tensor in unet.items()},
         "codec": Vae(codec.PARAMS).state_dict(),
-        "text": language.Language(fitted).tensors(),
+        "text": {f"text_model.{key.removeprefix('text_model.')}": t for key, t in text.items()},
         "tiny": {f"decoder.{name}": tensor for name, tensor in decoder.items()},
         "scorer": scorer.state_dict(),
         "reference": {"mean": torch.zeros(128), "covariance": torch.eye(128)},
