@@ -299,13 +299,24 @@ def test_sigterm_is_ours_only_while_a_command_runs_and_nobody_else_has_it() -> N
     assert seen == [mine, 0]
 
 
-def test_a_reader_that_goes_away_is_no_traceback() -> None:
-    process = _start("plan", "--plan", "base", "--steps", "1000", "--json")
+@pytest.mark.parametrize(
+    "typed", ["plan --plan base --steps 1000 --json", "--print-completion bash"]
+)
+def test_a_reader_that_goes_away_is_no_traceback(typed: str) -> None:
+    process = _start(*typed.split())
     assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     with process.stderr as stderr:
         assert stderr.read() == ""
     assert process.wait(timeout=60) == 141
+
+
+def test_a_closed_stdout_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["presets", "demo"]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")

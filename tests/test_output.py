@@ -12,7 +12,7 @@ import pytest
 
 from headstart import output
 from headstart.errors import InputError
-from headstart.output import check_file, check_folder, write_file, write_folder
+from headstart.output import check_file, check_folder, check_run, write_file, write_folder
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -126,3 +126,12 @@ def test_too_little_space_is_refused_with_both_numbers(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 2_000_000))
     with pytest.raises(InputError, match=r"2\.0 MB free and the output needs about 5\.0 MB"):
         check_folder(tmp_path / "run", size_bytes=5_000_000)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_where_a_run_cannot_go_is_refused_before_the_work(tmp_path: Path, overwrite: bool) -> None:
+    with pytest.raises(InputError, match=r"must end in \.png"):
+        check_run(tmp_path / "fox.JPG", 1, overwrite=overwrite)
+    (tmp_path / "fox.png").mkdir()
+    with pytest.raises(InputError, match="is a folder"):
+        check_run(tmp_path / "fox.png", 1, overwrite=overwrite)

@@ -83,6 +83,8 @@ def test_parameters_name_what_others_call_so() -> None:
         **{"Plan": RUN.table.name, "Version": "headstart 0.1.0"},
     }
     assert "Negative" not in parameters(picture_record(RUN, 2))
+    methods = replace(RUN, diversify=("cads:0.1", "pink:1"))
+    assert read_parameters(parameters(methods))["Diversify"] == "cads:0.1, pink:1"
 
 
 @pytest.mark.parametrize(

@@ -101,3 +101,8 @@ def test_a_picture_names_files_and_the_record_beside_it_says_where_they_are(
     assert main(["replay", str(picture)]) == 2
     assert "give --base PATH" in capsys.readouterr().err
     assert main(["replay", str(picture), "--base", base, "--distilled", str(own)]) == 0
+
+
+def test_pairs_of_unequal_numbers_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "a fox", "an owl", "--seeds", "0-2", "--pair", "--out", "pairs"]) == 2
+    assert "without --pair every prompt is drawn with every seed" in capsys.readouterr().err

@@ -89,11 +89,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(typed: Sequence[str]) -> int:
-    args = build_parser([name for name in typed[:1] if name in NAMES] or NAMES).parse_args(typed)
+    parser = build_parser([name for name in typed[:1] if name in NAMES] or NAMES)
+    try:
+        args = parser.parse_args(typed)
+    except BrokenPipeError:  # of a completion script
+        drop_output()
+        return 141
     with plain_warnings():
         try:
             status = args.run(args)
-            sys.stdout.flush()  # a full disk behind `> file` is an error of ours, not of the exit
+            # A full disk behind `> file` is an error of ours, not of the exit; print() takes a
+            # stdout that is none, as after `>&-`.
+            print(end="", flush=True)
             return status
         except BrokenPipeError:  # the reader of our stdout went away, as in `headstart plan | head`
             drop_output()

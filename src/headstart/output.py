@@ -17,6 +17,9 @@ from headstart.errors import InputError
 PNG, RECORD, GRID = ".png", "record.json", "grid.png"
 """What a run's folder holds: NNNNNN.png for each image, its record, and all images on one sheet."""
 
+_OTHER_IMAGES = frozenset((".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+"""Endings by which a file is meant, of formats that a run is not written in."""
+
 
 def numbered(image: int) -> str:
     """The file of an image in a run's folder."""
@@ -27,7 +30,14 @@ def check_run(
     path: Path, images: int, *, overwrite: bool, grid: bool = False, size_bytes: int = 0
 ) -> None:
     """Raise InputError unless a run can be saved at `path`: a folder, or NAME.png for one image."""
-    if path.suffix.lower() != PNG or path.is_dir():
+    suffix = path.suffix.lower()
+    if suffix in _OTHER_IMAGES:
+        raise InputError(
+            f"output {str(path)!r} must end in {PNG}, the format written, or be a folder"
+        )
+    if suffix == PNG and path.is_dir():
+        raise InputError(f"output {str(path)!r} is a folder: give one with another name, or a file")
+    if suffix != PNG:
         check_folder(path, size_bytes=size_bytes)
         there = [name for name in (RECORD, numbered(0)) if (path / name).exists()]
         if there and not overwrite:

@@ -28,6 +28,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import counted, open_engine, report
 from headstart.commands.values import read_size, text_options, worded
+from headstart.errors import InputError
 from headstart.output import check_run
 from headstart.plan.request import pair_up, parse_seeds
 
@@ -76,6 +77,11 @@ def _run(args: argparse.Namespace) -> int:
     _say_words(prompts)
     if not args.pair:
         prompts, seeds, texts = _combined(prompts, seeds, texts)
+    elif 1 not in (len(prompts), len(seeds)) and len(prompts) != len(seeds):
+        raise InputError(
+            f"--pair: {len(prompts)} prompts and {len(seeds)} seeds: give as many of both; "
+            "without --pair every prompt is drawn with every seed"
+        )
     _, drawn = pair_up(prompts, seeds, distinct=not several)
     counts = [len(cast("list[str]", own)) for own in texts.values() if isinstance(own, list)]
     count = max(len(drawn), *counts, 1)

@@ -46,6 +46,8 @@ def parameters(run: Recorded) -> str:
             share = table.handoffs[0] / len(table)
             values["Refiner"] = f"{_stem(own)} [{own['sha256'][:10]}]"
             values["Refiner switch at"] = f"{share:.3g}"
+    if run.diversify:
+        values["Diversify"] = ", ".join(run.diversify)
     values |= {"Plan": table.name, "Version": f"headstart {run.machine.get('headstart', '')}"}
     negative = run.negative if isinstance(run.negative, str | None) else run.negative[image]
     lines = [run.prompts[image], f"Negative prompt: {negative}" if negative else ""]
