@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from headstart.cli import main
 from headstart.commands.option_names import in_options
 
 
@@ -27,3 +28,24 @@ from headstart.commands.option_names import in_options
 )
 def test_keyword_arguments_are_options(message: str, expected: str) -> None:
     assert in_options(message) == expected
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("sample fox --out x --num-inference-steps 4", "here it is --steps"),
+        ("sample fox --out x --guidance-scale=7", "here it is --base-guidance"),
+        ("sample fox --out x --stepz 4", "here it is --steps"),
+        ("sample fox --out x --zzz 4", "no such option"),
+        ("sample fox --out x --negative a b", "give an option again"),
+        ("compare a fox", "quote a text of several words"),
+    ],
+)
+def test_an_unknown_option_is_named_as_it_is_called_here(
+    typed: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(typed.split())
+    printed = capsys.readouterr().err
+    assert hint in printed and f"see `headstart {typed.split()[0]} --help`" in printed
+    assert printed.count("\n") == 1

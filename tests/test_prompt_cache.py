@@ -368,6 +368,6 @@ def test_of_weights_laid_out_for_a_gpu_it_is_one_product(pair: dict[str, Countin
     assert network.read_prompt(cond)[TEXTS].ndim == 2
     network.lay_out(GPU)
     given = PromptCache().of(network, cond)
-    assert given.extra[TEXTS].shape == (2, 5, sum(w.out_features for w in network._of_text()))
+    assert given.extra[TEXTS].shape == (2, 5, sum(w.out_features for w in network._text_layers()))
     for told in (cond, given, Conditioning.cat((given[1:], given[:1]))[torch.tensor([1, 0])]):
         torch.testing.assert_close(network(x, time, told), expected, rtol=1e-9, atol=1e-12)

@@ -117,8 +117,8 @@ def test_the_command_line_says_any_other_plan(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--plan", "MINE", "--steps", "4"], "steps= and plan"),
-        (["--plan", "MINE", "--base-steps", "4"], "k= and plan"),
+        (["--plan", "MINE", "--steps", "4"], "--steps and plan"),
+        (["--plan", "MINE", "--base-steps", "4"], "--base-steps and plan"),
         (["--plan", "none.toml"], "expected a TOML file"),
         (["--preset", "lightnin"], "unknown preset 'lightnin'"),
         (["--timesteps", "a,b"], "expected numbers such as 999,749"),

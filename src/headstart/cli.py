@@ -91,7 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(typed: Sequence[str]) -> int:
     parser = build_parser([name for name in typed[:1] if name in NAMES] or NAMES)
     try:
-        args = parser.parse_args(typed)
+        args, extra = parser.parse_known_args(typed)
+        if extra:
+            parser.refuse(args.command, extra)
     except BrokenPipeError:  # of a completion script
         drop_output()
         return 141

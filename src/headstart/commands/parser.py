@@ -10,11 +10,24 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn, cast
 
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = ("PATH", "FILE", "DIR", "FOLDER")
+_ELSEWHERE = {
+    "--num-inference-steps": "--steps",
+    "--guidance-scale": "--base-guidance",
+    "--cfg": "--base-guidance",
+    "--negative-prompt": "--negative",
+    "--height": "--size HEIGHTxWIDTH",
+    "--width": "--size HEIGHTxWIDTH",
+    "--num-images": "--seeds 0-3",
+    "--model": "--base",
+    "--output": "--out",
+}
+"""What other programs call an option of ours."""
 
 
 class Expert(str):
@@ -102,6 +115,23 @@ class Parser(argparse.ArgumentParser):
         """Take the options of others, behind one's own."""
         for parent in parents:
             self._add_container_actions(parent)  # pyright: ignore[reportUnknownMemberType]
+
+    def refuse(self, command: str, extra: Sequence[str]) -> NoReturn:
+        """The error for words that `command` does not take: what they are called here."""
+        (parser,) = (
+            action.choices[command]
+            for action in self._actions
+            if isinstance(action, argparse._SubParsersAction)  # pyright: ignore
+        )
+        name = extra[0].partition("=")[0]
+        option = _ELSEWHERE.get(name.replace("_", "-")) or next(
+            iter(get_close_matches(name, parser._option_string_actions, 1, 0.7)), None
+        )
+        if not name.startswith("-"):
+            hint = "quote a text of several words, and give an option again for its next value"
+        else:
+            hint = "no such option" if option is None else f"here it is {option}"
+        parser.error(f"unrecognized arguments: {' '.join(extra):.200}: {hint}")
 
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
