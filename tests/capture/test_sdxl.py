@@ -190,4 +190,4 @@ def test_the_sampler_waits_for_nothing_until_the_last_row_is_checked(gpu: Any, c
         if finding.hazard is not Hazard.UNDECLARED
     ]
     assert [finding.hazard for finding in found] == [Hazard.WAITS] * (check == "last")
-    assert all(finding.where.startswith("watch.py") for finding in found)
+    assert all(finding.where.startswith("finite.py") for finding in found)

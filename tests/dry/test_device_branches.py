@@ -204,7 +204,7 @@ TAKEN = {
     "headstart/runner/runner.py choose_runner": "loads",
     "headstart/runner/runner.py _best": "loads",
     "headstart/runner/runner.py EagerRunner.__call__": "adapts",
-    "headstart/runner/trajectory_graph.py _placed": "launches",
+    "headstart/runner/trajectory_body.py _to_device": "launches",
     "headstart/traces/preview.py Preview.picture": "samples",
     "headstart/traces/preview.py Preview._opened": "samples",
     "headstart_kernels/dispatch.py choose": "computes",
