@@ -118,14 +118,12 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, command: str, extra: Sequence[str]) -> NoReturn:
         """The error for words that `command` does not take: what they are called here."""
-        (parser,) = (
-            action.choices[command]
-            for action in self._actions
-            if isinstance(action, argparse._SubParsersAction)  # pyright: ignore
-        )
+        chosen = next(one for one in self._actions if one.nargs == argparse.PARSER)
+        parser = cast("Mapping[str, Parser]", chosen.choices)[command]
+        options = [option for one in _actions(parser) for option in one.option_strings]
         name = extra[0].partition("=")[0]
         option = _ELSEWHERE.get(name.replace("_", "-")) or next(
-            iter(get_close_matches(name, parser._option_string_actions, 1, 0.7)), None
+            iter(get_close_matches(name, options, 1, 0.7)), None
         )
         if not name.startswith("-"):
             hint = "quote a text of several words, and give an option again for its next value"
