@@ -109,7 +109,7 @@ print("interpreted")
 
 
 def test_the_interpreted_kernels_have_the_reference_bits() -> None:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights", "tests"))
     environment = {**os.environ, "PYTHONPATH": rooms, "TRITON_INTERPRET": "1"}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SCRIPT],

@@ -39,7 +39,7 @@ def test_a_run_of_an_lcm_is_diffusers_unet_with_timestep_cond(
     engine = hs.Engine.load(folder, folder, tokenizer=small_tokenizer)
     theirs = diffusers.UNet2DConditionModel.from_pretrained(folder / "unet").eval()
     text = engine.text.encode(["a fox"], size=128)
-    cond = engine.weights.told(text)
+    cond = engine.weights.with_guidance(text)
     w = diffusers.LatentConsistencyModelPipeline.get_guidance_scale_embedding(
         None, torch.tensor([7.0]), theirs.config.time_cond_proj_dim
     )
