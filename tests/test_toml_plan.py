@@ -153,7 +153,14 @@ def test_a_plan_from_a_file_runs_and_is_recorded(
     capsys.readouterr()
 
 
-def test_presets_lists_levels_and_cards(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_lists_levels_and_cards(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")  # of a terminal
+    assert main(["presets"]) == 0
+    narrow = capsys.readouterr().out
+    assert all(len(line) <= 60 or " " not in line.strip() for line in narrow.splitlines())
+    monkeypatch.setenv("COLUMNS", "10000")
     assert main(["presets"]) == 0
     text = capsys.readouterr().out
     for name, pair in hs.presets().items():
