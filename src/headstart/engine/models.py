@@ -160,16 +160,13 @@ def distilled_by(lora: FilePath, models: Mapping[str, Model]) -> Guess:
 
 
 def swapped(models: Mapping[str, Model], lora: Guess | None) -> str | None:
-    """A line for a person where both files are one, or their names say that each is in the other's
-    place."""
-    if lora is None and len(models) == 2 and len({model.path for model in models.values()}) == 1:
-        return "base and distilled are one file: a hybrid of it is that model alone"
+    """A line for a person where the files' names say that each is in the other's place."""
     base = models["base"].guess.distillation if "base" in models else None
     if base is None or (lora is None and "distilled" not in models):
         return None
     other = lora or models["distilled"].guess
     if other.distillation is not None:
-        if lora is not None:
+        if lora is not None or models["base"].path == models["distilled"].path:
             return None
         return (
             f"the base is taken for {base.name}, a distilled model too: the variety of a hybrid "
