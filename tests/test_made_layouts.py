@@ -85,6 +85,7 @@ def sampled(
         two = laid_out(make_ckpt, named(distilled), distilled, second, *more, *seed)
         out = tmp_path / f"{first}-{second}"
         asked = ["sample", "a fox", "--seeds", "3", "--size", SIZE, "--out", str(out)]
+        asked += ["--no-metadata"]  # which names the files
         asked += ["--base", str(one), "--distilled", str(two), "--tokenizer", str(small_tokenizer)]
         if first == "ldm":  # what no config.json says
             asked += ["--text-head-dim", "32"]
@@ -162,7 +163,7 @@ def test_the_command_line_says_what_it_took_a_file_for(
     told = capsys.readouterr()
     assert status == 0, told.err
     assert told.err == (
-        "headstart: note: distilled: taken for LCM: preset lcm (set with --preset or preset=), "
+        "headstart: note: distilled: taken for LCM: preset lcm (set with --preset), "
         "by its tensors\n"
     )
     record = json.loads((tmp_path / "run" / "record.json").read_text())
