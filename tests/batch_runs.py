@@ -24,9 +24,9 @@ class Counted:
         self.calls: list[tuple[str, int]] = []
 
     def __getitem__(self, model: str) -> Any:
-        def network(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        def network(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
             self.calls.append((model, len(x_in)))
-            return NETWORKS[model](x_in, timestep, told)
+            return NETWORKS[model](x_in, timestep, cond)
 
         return network
 

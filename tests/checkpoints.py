@@ -168,9 +168,9 @@ class Model:
                 save_file(tensors, where / f"{stem}{variant}.safetensors", {"format": "pt"})
         (root / "scheduler").mkdir(parents=True)
         kind = "v_prediction" if self.lineage == "sd21" else "epsilon"
-        told = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-        told |= {"prediction_type": kind}
-        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(told))
+        config = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+        config |= {"prediction_type": kind}
+        (root / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
 
     def _config(self, network: nn.Module) -> dict[str, Any]:
         if isinstance(network, Tower):

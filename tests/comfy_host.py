@@ -170,8 +170,8 @@ class Real:
                 weights.normal_(std=0.1, generator=generator)
             last = network.final_layer.linear if kind == "flux" else network.out[2]
             cond = hs.Conditioning(POSITIVE, self._pooled(made, POOLED[0])).expand(SHAPE[0])
-            told = torch.full((SHAPE[0],), 500.0)
-            last.weight /= self._asked(made, start(9), told, cond).std()  # so that it counts
+            time = torch.full((SHAPE[0],), 500.0)
+            last.weight /= self._asked(made, start(9), time, cond).std()  # so that it counts
         cpu = torch.device("cpu")
         return self.comfy.model_patcher.ModelPatcher(made, load_device=cpu, offload_device=cpu)
 
@@ -219,11 +219,11 @@ class Real:
 
     def _asked(self, made: Any, x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
         flux = hasattr(made.diffusion_model, "final_layer")
-        told = timestep.float() / (1000 if flux else 1)
-        return made.diffusion_model(x_in, told, context=cond.context, y=cond.pooled)
+        time = timestep.float() / (1000 if flux else 1)
+        return made.diffusion_model(x_in, time, context=cond.context, y=cond.pooled)
 
     def network(self, model: Any) -> Callable[[Tensor, Tensor, hs.Conditioning], Tensor]:
-        return lambda *asked: self._asked(model.model, *asked)
+        return lambda *args: self._asked(model.model, *args)
 
     def pooled(self, model: Any, pooled: Tensor) -> Tensor | None:
         return self._pooled(model.model, pooled)
@@ -255,10 +255,10 @@ class Real:
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(self.previews, "prepare_callback", prepared)
-            given = (noise, guider, sampler, sigmas, latent)
+            inputs = (noise, guider, sampler, sigmas, latent)
             if hasattr(node, "define_schema"):  # in 0.8, not in 0.3.64
-                return node.execute(*given)[0]["samples"]
-            return node().sample(*given)[0]["samples"]
+                return node.execute(*inputs)[0]["samples"]
+            return node().sample(*inputs)[0]["samples"]
 
     def interrupt(self) -> None:
         self.management.interrupt_current_processing()
@@ -334,9 +334,9 @@ class _Model:
 
     def network(self, x_in: Tensor, timestep: Tensor, context: Tensor) -> Tensor:
         a, b, c = (weights[:, None, None] for weights in self.weights)
-        told = (timestep.float() * 0.01).sin()[:, None, None, None]
+        time = (timestep.float() * 0.01).sin()[:, None, None, None]
         word = context.mean((1, 2))[:, None, None, None]
-        return (a * x_in + b * x_in.roll(1, -1) + c * told + 9 * word).tanh()
+        return (a * x_in + b * x_in.roll(1, -1) + c * time + 9 * word).tanh()
 
 
 class _KSamplerX0Inpaint:
@@ -381,8 +381,8 @@ class _CFGGuider:
         self.inner_model = SimpleNamespace(model_sampling=model.get_model_object("model_sampling"))
         latent_image = latent_image * model.scale
         options = {"model_options": {}, "seed": seed}
-        given = (callback, noise, latent_image, denoise_mask, disable_pbar)
-        return sampler.sample(self, sigmas, options, *given) / model.scale
+        inputs = (callback, noise, latent_image, denoise_mask, disable_pbar)
+        return sampler.sample(self, sigmas, options, *inputs) / model.scale
 
     def __call__(self, x: Tensor, sigma: Tensor, model_options: Any, seed: Any) -> Tensor:
         conds = [self.conds["positive"]] + [self.conds["negative"]] * (self.cfg != 1)

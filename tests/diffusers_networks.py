@@ -45,7 +45,7 @@ def tiny(name: str, **config: Any) -> Any:
     return made(FAMILIES[name].kind, **FAMILIES[name].config | config)
 
 
-def told(batch: int = BATCH, words: int = 5, seed: int = 1, **extra: Tensor) -> Conditioning:
+def cond_of(batch: int = BATCH, words: int = 5, seed: int = 1, **extra: Tensor) -> Conditioning:
     return Conditioning(
         randn(batch, words, 12, seed=seed), randn(batch, 10, seed=seed + 1), extra=extra
     )

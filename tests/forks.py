@@ -34,16 +34,16 @@ def outcome(work: Callable[[], object]) -> str:
         signal.alarm(PATIENCE_S)
         try:
             work()
-            told = "done"
+            outcome = "done"
         except BaseException as error:
-            told = f"{type(error).__name__}: {error}"
-        os.write(write, told.encode())
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(write, outcome.encode())
         os._exit(0)
     os.close(write)
     with open(read, "rb") as pipe:
-        told = pipe.read().decode()
+        outcome = pipe.read().decode()
     os.waitpid(child, 0)
-    return told or "hangs"
+    return outcome or "hangs"
 
 
 def in_a_thread(work: Callable[[], object]) -> None:

@@ -22,8 +22,8 @@ class Packed(NamedTuple):
     data: bytes
 
 
-def text(said: str) -> bytes:
-    return struct.pack("<Q", len(said.encode())) + said.encode()
+def text(message: str) -> bytes:
+    return struct.pack("<Q", len(message.encode())) + message.encode()
 
 
 def value(what: str | int | list[int]) -> bytes:

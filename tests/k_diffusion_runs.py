@@ -26,7 +26,7 @@ def karras(steps: int, high: float = HIGH, low: float = LOW) -> list[float]:
     return [*((high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7).tolist(), 0.0]
 
 
-def told(x: Tensor, sigma: Tensor, amount: float = 0.3) -> Tensor:
+def toy(x: Tensor, sigma: Tensor, amount: float = 0.3) -> Tensor:
     """D of levels alone, which moves by at most as much as x does, so errors do not grow."""
     sigma = sigma.view(-1, *[1] * (x.ndim - 1))
     return 0.5 * x.roll(1, -1) / (1 + sigma) + amount * (x / (1 + sigma)).sin()

@@ -63,7 +63,7 @@ class Counting:
         return graph.forward
 
 
-def told(batch: int = 2, size: int = 3, *, strengths: Any = None, seed: int = 0) -> Call:
+def call_of(batch: int = 2, size: int = 3, *, strengths: Any = None, seed: int = 0) -> Call:
     draw = torch.Generator().manual_seed(seed)
     x, context = (torch.randn(batch, 8, n, generator=draw) for n in (size * size, 5))
     cond = Conditioning(context, strengths=None if strengths is None else torch.tensor(strengths))
@@ -72,7 +72,7 @@ def told(batch: int = 2, size: int = 3, *, strengths: Any = None, seed: int = 0)
 
 def agree(network: nn.Module, backend: Any, call: Call | None = None) -> Tensor:
     """F, which has every bit of eager's, because the backend keeps every operation."""
-    call = call or told()
+    call = call or call_of()
     got = CompiledRunner(cast("Any", network), backend=backend)(*call)
     assert torch.equal(got, EagerRunner(cast("Any", network))(*call))
     return got

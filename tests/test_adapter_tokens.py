@@ -152,8 +152,8 @@ def test_a_token_that_is_taken_is_refused_and_says_what_to_do(
 
 def test_tokens_of_another_family_are_refused_by_its_name(engine: hs.Engine, make: Make) -> None:
     pair = {"bundle_emb.x.clip_g": torch.ones(1, 1280), "bundle_emb.x.clip_l": torch.ones(1, 768)}
-    told = r"for demo \(128 numbers\), got them for sdxl \(768 \+ 1280 numbers\)"
-    with pytest.raises(AdapterError, match=told) as caught:
+    message = r"for demo \(128 numbers\), got them for sdxl \(768 \+ 1280 numbers\)"
+    with pytest.raises(AdapterError, match=message) as caught:
         engine.attach(make("xl", pair))
     assert "--allow 'bundle_emb.x.clip_l'" in str(caught.value).replace("clip_g", "clip_l")
     assert engine.attach(make("xl", pair), allow=["bundle_emb.x.*"]).tokens == ()
@@ -202,7 +202,7 @@ def test_a_record_of_such_a_prompt_replays(
 ) -> None:
     path = make("file", {"bundle_emb.some token.clip_l": vectors(engine, "fox")})
     out = tmp_path / "run"
-    asked = [
+    command = [
         "sample",
         "a some token, red",
         "--plan",
@@ -212,7 +212,7 @@ def test_a_record_of_such_a_prompt_replays(
         "--out",
         str(out),
     ]
-    assert main([*asked, "--lora", str(path)]) == 0
+    assert main([*command, "--lora", str(path)]) == 0
     assert "prompts know some token" in capsys.readouterr().err
     assert main(["replay", str(out / "record.json")]) == 0
     make("file", {"bundle_emb.some token.clip_l": vectors(engine, "cat")})

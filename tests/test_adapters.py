@@ -165,21 +165,21 @@ def test_a_guided_plan_steers_both_halves_of_the_pair(engine: hs.Engine, make: M
     engine.attach(make())
     values = [-1.0, 0.0, 2.0]
     table = engine.compile("base", steps=2, base_guidance=3.0)
-    told: list[Tensor] = []
+    seen: list[Tensor] = []
     network: Any = engine.denoisers["base"]
-    spy = network.register_forward_pre_hook(lambda _, args: told.append(args[2].strengths))
+    spy = network.register_forward_pre_hook(lambda _, args: seen.append(args[2].strengths))
     engine.sample("a fox", seeds=SEEDS, plan=table, adapters={"age": values})
     spy.remove()
-    assert [list(strengths.shape) for strengths in told] == [[6, 1], [6, 1]]
-    assert told[0].flatten().tolist() == values * 2
+    assert [list(strengths.shape) for strengths in seen] == [[6, 1], [6, 1]]
+    assert seen[0].flatten().tolist() == values * 2
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_chunks_take_their_own_samples_strengths(engine: hs.Engine, make: Make, batch: int) -> None:
     engine.attach(make())
-    asked = {"adapters": {"age": [-2.0, 0.5, 2.0]}, "plan": "base", "steps": 3}
-    whole = engine.sample("a fox", seeds=SEEDS, **asked).latents
-    cut = engine.sample("a fox", seeds=SEEDS, batch=batch, **asked).latents
+    options = {"adapters": {"age": [-2.0, 0.5, 2.0]}, "plan": "base", "steps": 3}
+    whole = engine.sample("a fox", seeds=SEEDS, **options).latents
+    cut = engine.sample("a fox", seeds=SEEDS, batch=batch, **options).latents
     assert (cut - whole).norm() <= 1e-4 * whole.norm()  # products of another shape round otherwise
 
 
@@ -530,8 +530,8 @@ def test_a_record_with_adapters_replays_and_tells_what_is_missing(
 ) -> None:
     path = make()
     engine.attach(path, to=["distilled"])
-    asked = {"age": Strength((2.0, -1.0), below=800)}
-    done = engine.sample("a fox", seeds=(1, 2), adapters=asked)
+    options = {"age": Strength((2.0, -1.0), below=800)}
+    done = engine.sample("a fox", seeds=(1, 2), adapters=options)
     record = done.record()
     assert record["adapters"]["age"]["to"] == ("distilled",)
     assert torch.equal(hs.replay(record, engine).rgb, done.rgb)
@@ -588,13 +588,13 @@ BAD_RUNS: list[tuple[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("told", "asked"), BAD_RUNS)
+@pytest.mark.parametrize(("message", "inputs"), BAD_RUNS)
 def test_a_run_that_asks_for_strengths_it_cannot_have_is_refused(
-    engine: hs.Engine, make: Make, told: str, asked: dict[str, Any]
+    engine: hs.Engine, make: Make, message: str, inputs: dict[str, Any]
 ) -> None:
     engine.attach(make())
-    with pytest.raises(hs.InputError, match=told):
-        engine.iterate("a fox", seeds=SEEDS, **asked)
+    with pytest.raises(hs.InputError, match=message):
+        engine.iterate("a fox", seeds=SEEDS, **inputs)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(engine: hs.Engine, make: Make) -> None:
@@ -607,8 +607,8 @@ def test_what_does_not_fit_is_refused_and_changes_nothing(engine: hs.Engine, mak
         "zero": ("torn", {"lora_unet_x_to_q.lora_up.weight": torch.ones(4, 4)}),
     }
     before = digest(engine.sample("a fox", seeds=1))
-    for name, (told, tensors) in bad.items():
-        with pytest.raises(hs.AdapterError, match=told):
+    for name, (seen, tensors) in bad.items():
+        with pytest.raises(hs.AdapterError, match=seen):
             engine.attach(make(name, tensors))
     assert not len(engine.adapters)
     assert digest(engine.sample("a fox", seeds=1)) == before

@@ -169,15 +169,15 @@ def test_requests_with_adapters_of_their_own_on_one_shared_engine(
         if draw.random() < 0.5:
             strength = draw.choice(strengths)
             engine.adapters[own].strength = strength
-        asked = [own] if draw.random() < 0.8 else []
-        states = engine.iterate("a fox", seeds=1, adapters=asked, **SMALL)
+        adapters = [own] if draw.random() < 0.8 else []
+        states = engine.iterate("a fox", seeds=1, adapters=adapters, **SMALL)
         if early := draw.random() < 0.5:
             next(states)
             engine.detach(own)
         *_, last = states
         if not early:
             engine.detach(own)
-        return torch.equal(last.x, expected[name, strength] if asked else plain)
+        return torch.equal(last.x, expected[name, strength] if adapters else plain)
 
     for threads in (2, 4):
         runs = 100 if engine.runner == "eager" else 20
@@ -355,16 +355,16 @@ def test_a_network_called_inside_another_leaves_it_its_adapters(
     with torch.inference_mode():
         alone = network(x, t, conds[0])
         inner: Any = other.denoisers["base"]
-        told = iter((conds[1], replace(conds[1], strengths=torch.ones(1, 3))))
+        conditionings = iter((conds[1], replace(conds[1], strengths=torch.ones(1, 3))))
 
         def inside(*_: Any) -> None:
             with suppress(hs.AdapterError):
-                inner(x, t, next(told))
+                inner(x, t, next(conditionings))
 
         hook = network.conv_in.register_forward_hook(inside)
         within = [network(x, t, conds[0]) for _ in range(2)]
         hook.remove()
-    assert next(told, None) is None and all(torch.equal(alone, each) for each in within)
+    assert next(conditionings, None) is None and all(torch.equal(alone, each) for each in within)
 
 
 def test_a_network_with_adapters_says_why_it_is_not_copied(

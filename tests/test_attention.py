@@ -70,8 +70,8 @@ def test_much_is_the_kernels_and_little_is_torchs_to_the_bit() -> None:
 
 @in_c
 def test_it_lies_as_torchs_does(small: None) -> None:
-    given = heads()
-    assert attend(*given).stride() == F.scaled_dot_product_attention(*given).stride()
+    inputs = heads()
+    assert attend(*inputs).stride() == F.scaled_dot_product_attention(*inputs).stride()
 
 
 @in_c

@@ -54,7 +54,7 @@ def test_every_run_is_what_it_is_alone(requests: list[Any], most: int, joint: bo
 def test_one_step_serves_all_runs_of_a_call() -> None:
     """Of other plans, rows, guidance, batches and noise by key; what else draws has its own."""
     runs = [run_of(seed, guidance=1.0 + seed % 2, count=1 + seed % 3) for seed in range(4)]
-    given = hs.Given(torch.ones(1, *SHAPE), [torch.ones(1, *SHAPE)] * 9)
+    inputs = hs.Given(torch.ones(1, *SHAPE), [torch.ones(1, *SHAPE)] * 9)
     table = runs[2].table
     batch = hs.Batch(NETWORKS, joint=True)
     for run in runs:
@@ -68,7 +68,7 @@ def test_one_step_serves_all_runs_of_a_call() -> None:
         assert len(step.call_args_list) == 2
         served(batch)
         before = len(step.call_args_list)
-        batch.add(hs.Run(table, cond(0.1), given, uncond=cond(-0.2)))
+        batch.add(hs.Run(table, cond(0.1), inputs, uncond=cond(-0.2)))
         batch.add(run_of(2))
         batch.step()
         assert len(step.call_args_list) == before, "noise that is handed in has no keys"
@@ -190,9 +190,9 @@ def test_eight_strengths_of_two_adapters_are_one_call(tmp_path: Any) -> None:
     calls: list[tuple[str, int]] = []
 
     def counting(model: str) -> Any:
-        def network(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+        def network(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
             calls.append((model, len(x_in)))
-            return engine.denoisers[model](x_in, timestep, told)
+            return engine.denoisers[model](x_in, timestep, cond)
 
         return network
 

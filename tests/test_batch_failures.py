@@ -22,9 +22,9 @@ from headstart.interfaces import Conditioning
 def test_a_run_that_goes_bad_ends_alone_and_a_network_that_raises_ends_its_call(
     joint: bool,
 ) -> None:
-    def spoiled(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        f = NETWORKS["base"](x_in, timestep, told)
-        f[told.context[:, 0, 0] > 0.35] = torch.nan
+    def spoiled(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        f = NETWORKS["base"](x_in, timestep, cond)
+        f[cond.context[:, 0, 0] > 0.35] = torch.nan
         return f
 
     batch = hs.Batch({"base": spoiled, "distilled": NETWORKS["distilled"]}, joint=joint)
@@ -69,9 +69,9 @@ def test_what_cannot_be_admitted_is_refused() -> None:
 
 
 def test_an_error_reaches_the_request_that_caused_it_and_no_other() -> None:
-    def spoiled(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        f = NETWORKS["base"](x_in, timestep, told)
-        f[told.context[:, 0, 0] > 0.35] = torch.nan
+    def spoiled(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        f = NETWORKS["base"](x_in, timestep, cond)
+        f[cond.context[:, 0, 0] > 0.35] = torch.nan
         return f
 
     batch = hs.Batch({"base": spoiled, "distilled": NETWORKS["distilled"]})
@@ -154,10 +154,10 @@ def test_a_run_that_two_read_or_that_ends_elsewhere_raises() -> None:
 def test_a_batch_outlives_an_event_loop_that_was_left_in_the_middle() -> None:
     entered, free = threading.Event(), threading.Event()
 
-    def held(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+    def held(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         entered.set()
         assert free.wait(60)
-        return NETWORKS["base"](x_in, timestep, told)
+        return NETWORKS["base"](x_in, timestep, cond)
 
     batch = hs.Batch({"base": held, "distilled": NETWORKS["distilled"]})
     loop = asyncio.new_event_loop()

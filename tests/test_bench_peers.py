@@ -123,10 +123,10 @@ def test_rows_take_turns_and_a_fast_wrong_one_is_seen(
     assert ours["s"] == 1.0 and "ratio" not in ours and "error" not in ours
     assert good["ratio"] == {"s": 0.5, "min": 0.5, "max": 0.5} and good["error"] == 0
     assert wrong["ratio"]["s"] == 0.1 and wrong["error"] == 2.0
-    told = capsys.readouterr().out
-    assert "| one | 1 | wrong | 0.1 (0.1 to 0.1) | 0.10 (0.10 to 0.10) | 0.1 |" in told
-    assert "| 10 | 1 | 1 | 2 | 2.0e+00 |" in told  # 1 GFLOP at 100 GFLOP/s: 10 times the floor
-    assert "float32 100 GFLOP/s" in told
+    printed = capsys.readouterr().out
+    assert "| one | 1 | wrong | 0.1 (0.1 to 0.1) | 0.10 (0.10 to 0.10) | 0.1 |" in printed
+    assert "| 10 | 1 | 1 | 2 | 2.0e+00 |" in printed  # 1 GFLOP at 100 GFLOP/s: 10 times the floor
+    assert "float32 100 GFLOP/s" in printed
 
 
 def test_a_row_that_fails_costs_itself_alone(bench: Bench) -> None:
@@ -232,12 +232,12 @@ def answers(
     """What a process of the case "tiny" would say, and its output."""
     worker = importlib.import_module("peers_worker")
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    said: list[Any] = []
+    replies: list[Any] = []
     request = {"case": "tiny", "row": row, "threads": 1, "folder": str(folder)}
     request["output"] = f"{row}.npz"
-    worker.answer(request, lines, lambda kind, value: said.append((kind, value)))
+    worker.answer(request, lines, lambda kind, value: replies.append((kind, value)))
     path = folder / f"{row}.npz"
-    return said, np.load(path)["tiny"] if path.exists() else None
+    return replies, np.load(path)["tiny"] if path.exists() else None
 
 
 def relative(found: np.ndarray | None, right: np.ndarray | None) -> float:
@@ -255,8 +255,8 @@ def test_a_network_of_ours_is_run_and_compared_with_float64(
     assert prepared[0][1]["flops"]["tiny"] > 1e8
     missing, _ = answers(tmp_path, "nobody's", monkeypatch=monkeypatch)
     assert missing == [("missing", "not installed: get it")]
-    told, ours = answers(tmp_path, OURS, "go tiny\n", "changes\n", monkeypatch=monkeypatch)
-    (_, facts), (_, turn), (_, changes) = told
+    replies, ours = answers(tmp_path, OURS, "go tiny\n", "changes\n", monkeypatch=monkeypatch)
+    (_, facts), (_, turn), (_, changes) = replies
     assert facts["anonymous_bytes"] > 0 and turn["s"] > 0
     assert changes["follows_weights"] and changes["follows_hooks"]
     assert changes["other_size"] == [1, 4, 16, 12]
@@ -272,9 +272,9 @@ def test_a_peer_has_our_weights(
 ) -> None:
     answers(tmp_path, "prepare", monkeypatch=monkeypatch)
     _, exact = answers(tmp_path, "ours float64", monkeypatch=monkeypatch)
-    told, found = answers(tmp_path, f"{peer} float32", monkeypatch=monkeypatch)
-    if told[0][0] == "missing":
-        pytest.skip(told[0][1])
+    replies, found = answers(tmp_path, f"{peer} float32", monkeypatch=monkeypatch)
+    if replies[0][0] == "missing":
+        pytest.skip(replies[0][1])
     assert 0 < relative(found, exact) < 1e-5
 
 

@@ -47,10 +47,10 @@ def test_going_on_with_nothing_changed_is_bit_identical(origin: Origin, step: in
 @pytest.mark.parametrize("preset", ["demo", "turbo", "dmd2"])
 def test_iterating_on_from_any_state_is_bit_identical(origin: Origin, preset: str) -> None:
     """Also where rows add noise: it is keyed by the row's number in the whole plan."""
-    asked = {"plan": "hybrid", "seeds": [3, 4], "preset": preset}
-    whole = list(origin.engine.iterate("an owl", **asked))
+    options = {"plan": "hybrid", "seeds": [3, 4], "preset": preset}
+    whole = list(origin.engine.iterate("an owl", **options))
     for state in whole[:-1]:
-        rest = list(origin.engine.iterate("an owl", **asked, resume=state))
+        rest = list(origin.engine.iterate("an owl", **options, resume=state))
         assert [s.step for s in rest] == [s.step for s in whole[state.step + 1 :]]
         assert torch.equal(rest[-1].x, whole[-1].x)
 
@@ -65,21 +65,21 @@ def test_a_guided_multistep_run_goes_on_to_the_bit(origin: Origin) -> None:
     assert torch.equal(rest[-1].x, whole[-1].x)
 
 
-@pytest.mark.parametrize("asked", [{"yellow": 2.0}, {"yellow": [0.5, -1.0]}, ["yellow"], []])
-def test_going_on_keeps_the_strengths_that_the_run_was_sampled_with(asked: object) -> None:
+@pytest.mark.parametrize("inputs", [{"yellow": 2.0}, {"yellow": [0.5, -1.0]}, ["yellow"], []])
+def test_going_on_keeps_the_strengths_that_the_run_was_sampled_with(inputs: object) -> None:
     engine = hs.Engine.demo(device="cpu")
     engine.attach(headstart_weights.path("yellow"), 0.3)
     states: list[hs.State] = []
-    run = engine.sample("a fox", seeds=[1, 2], on_step=states.append, adapters=asked)
+    run = engine.sample("a fox", seeds=[1, 2], on_step=states.append, adapters=inputs)
     assert torch.equal(hs.branch(engine, run, states[0]).latents, run.latents)
 
 
-@pytest.mark.parametrize("asked", [[2.0], [[2.0]] * 4])
-def test_several_seeds_go_on_with_the_strength_of_the_one_image(asked: list) -> None:
+@pytest.mark.parametrize("inputs", [[2.0], [[2.0]] * 4])
+def test_several_seeds_go_on_with_the_strength_of_the_one_image(inputs: list) -> None:
     engine = hs.Engine.demo(device="cpu")
     engine.attach(headstart_weights.path("yellow"))
     states: list[hs.State] = []
-    own = engine.sample("a fox", seeds=[1], on_step=states.append, adapters={"yellow": asked})
+    own = engine.sample("a fox", seeds=[1], on_step=states.append, adapters={"yellow": inputs})
     all_alike = engine.sample("a fox", seeds=[1], adapters={"yellow": 2.0})
     several = hs.branch(engine, own, states[0], reseed=[7, 8])
     as_number = hs.branch(engine, all_alike, states[0], reseed=[7, 8])
@@ -89,8 +89,8 @@ def test_several_seeds_go_on_with_the_strength_of_the_one_image(asked: list) -> 
 def test_a_negative_prompt_of_the_rows_left_is_that_of_a_run_with_it(origin: Origin) -> None:
     engine, (state, *_) = origin.engine, origin.states
     other = hs.branch(engine, origin.run, state, guidance=2.0, negative="a frog")
-    asked = {"plan": replace(other.table, name="x"), "negative": "a frog"}
-    *_, last = engine.iterate("a fox", seeds=[1, 2], resume=state, **asked)
+    options = {"plan": replace(other.table, name="x"), "negative": "a frog"}
+    *_, last = engine.iterate("a fox", seeds=[1, 2], resume=state, **options)
     assert torch.equal(other.latents, last.x)
     assert other.change == "guidance 2, away from “a frog”"
     assert torch.equal(other.original, origin.run.rgb)
@@ -186,7 +186,7 @@ def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
 
 
 @pytest.mark.parametrize(
-    ("row", "change", "told"),
+    ("row", "change", "message"),
     [
         (3, {"model": "base"}, "no row after the last"),
         (1, {"model": "turbo"}, "no model 'turbo'"),
@@ -196,9 +196,9 @@ def test_a_row_that_looked_back_on_another_model_becomes_first_order() -> None:
     ],
 )
 def test_a_change_that_cannot_be_made_is_refused(
-    origin: Origin, row: int, change: dict, told: str
+    origin: Origin, row: int, change: dict, message: str
 ) -> None:
-    with pytest.raises(hs.HeadstartError, match=told):
+    with pytest.raises(hs.HeadstartError, match=message):
         hs.branch(origin.engine, origin.run, origin.states[row], **change)
 
 
@@ -209,6 +209,6 @@ def test_a_state_of_another_batch_or_row_is_refused(origin: Origin) -> None:
         "row -1": hs.State(-1, state.x, state.x0),
         "its own batch": hs.State(1, state.x[:1], state.x0[:1]),
     }
-    for told, wrong in cases.items():
-        with pytest.raises(hs.InputError, match=told):
+    for message, wrong in cases.items():
+        with pytest.raises(hs.InputError, match=message):
             origin.engine.iterate("a fox", seeds=[1, 2], resume=wrong)

@@ -252,15 +252,15 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("message", "kinds", "given"), REFUSED)
+@pytest.mark.parametrize(("message", "kinds", "inputs"), REFUSED)
 def test_a_wrong_graph_is_refused_with_what_to_do(
-    message: str, kinds: tuple[str, str | None], given: dict[str, Any], monkeypatch: Any
+    message: str, kinds: tuple[str, str | None], inputs: dict[str, Any], monkeypatch: Any
 ) -> None:
     host = StandIn(monkeypatch)
     models = tuple(None if kind is None else host.model(kind, 0) for kind in kinds)
     planned, sigmas = plan("lightning")
     with pytest.raises(hs.HeadstartError, match=message):
-        nodes(host, planned, models, given.get("sigmas", sigmas))  # type: ignore[arg-type]
+        nodes(host, planned, models, inputs.get("sigmas", sigmas))  # type: ignore[arg-type]
 
 
 def test_a_guided_row_needs_a_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,9 +339,9 @@ def test_two_lines_install_the_nodes(tmp_path: Path) -> None:
 def test_each_default_makes_the_presets_own_plan() -> None:
     inputs = HeadstartPlan.INPUT_TYPES()["required"]
     defaults = {name: kind[1]["default"] for name, kind in inputs.items() if len(kind) > 1}
-    given = {"preset": "dmd2", "mode": "hybrid"} | {
+    options = {"preset": "dmd2", "mode": "hybrid"} | {
         name: value for name, value in defaults.items() if name not in ("preset", "mode")
     }
-    planned, _, text = HeadstartPlan().make(**given)
+    planned, _, text = HeadstartPlan().make(**options)
     assert planned.table == own_table("dmd2")
     assert "base hands over to distilled" in text

@@ -18,12 +18,12 @@ from diffusers_networks import (
     TIMES,
     TOLERANCE,
     UNET,
+    cond_of,
     diffusers,
     far,
     made,
     randn,
     tiny,
-    told,
 )
 from flow_transformers import FAMILIES, packed
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ from headstart.plan.schedule import NoiseSchedule
 
 
 def test_a_unet_is_called_as_stable_diffusions_pipeline_calls_it() -> None:
-    unet, x, cond = made("UNet2DConditionModel", **UNET), randn(2, 4, 8, 8), told()
+    unet, x, cond = made("UNet2DConditionModel", **UNET), randn(2, 4, 8, 8), cond_of()
     expected = unet(x, torch.tensor(801), encoder_hidden_states=cond.context).sample
     assert torch.equal(bridge.denoiser(unet)(x, torch.tensor([801, 801]), cond), expected)
 
@@ -48,7 +48,7 @@ def test_a_unet_is_called_as_stable_diffusions_pipeline_calls_it() -> None:
 def test_sdxl_and_lcm_are_told_what_their_pipelines_tell_them() -> None:
     unet = made("UNet2DConditionModel", **SDXL, time_cond_proj_dim=16)
     x, embedded = randn(2, 4, 8, 8), randn(2, 16, seed=5)
-    cond = replace(told(), time_ids=randn(2, 6).abs() * 512, guidance_embedding=embedded)
+    cond = replace(cond_of(), time_ids=randn(2, 6).abs() * 512, guidance_embedding=embedded)
     expected = unet(
         x,
         801,
@@ -65,17 +65,17 @@ def test_sdxl_and_lcm_are_told_what_their_pipelines_tell_them() -> None:
 
 def test_inpainting_channels_go_behind_the_latent() -> None:
     unet = made("UNet2DConditionModel", **UNET, in_channels=9)
-    x, more, cond = randn(2, 4, 8, 8), randn(2, 5, 8, 8, seed=7), told()
+    x, more, cond = randn(2, 4, 8, 8), randn(2, 5, 8, 8, seed=7), cond_of()
     expected = unet(torch.cat((x, more), 1), 801, cond.context).sample
     network = bridge.denoiser(unet)
-    assert torch.equal(network(x, TIMES, told(channels=more)), expected)
+    assert torch.equal(network(x, TIMES, cond_of(channels=more)), expected)
     with pytest.raises(InputError, match="takes 9 channels, and these latents have 4"):
         network(x, TIMES, cond)
 
 
 def test_flux_is_told_the_guidance_that_it_was_distilled_for() -> None:
     model, x = tiny("Flux", guidance_embeds=True), randn(2, 4, 4, 6)
-    cond = bridge.conditioning(told().context, told().pooled, guidance=3.5)
+    cond = bridge.conditioning(cond_of().context, cond_of().pooled, guidance=3.5)
     f = model(
         hidden_states=packed(x),
         encoder_hidden_states=cond.context,
@@ -88,13 +88,13 @@ def test_flux_is_told_the_guidance_that_it_was_distilled_for() -> None:
     expected = diffusers.FluxPipeline._unpack_latents(f, 32, 48, 8)
     assert torch.equal(bridge.denoiser(model)(x, TIMES, cond), expected)
     with pytest.raises(InputError, match="its guidance input"):
-        bridge.denoiser(model)(x, TIMES, told())
+        bridge.denoiser(model)(x, TIMES, cond_of())
 
 
 def test_wan_reads_the_first_frame_and_its_tokens() -> None:
     model = tiny("Wan", in_channels=9, image_dim=20, added_kv_proj_dim=32)
     x, more, image = randn(2, 4, 3, 4, 6), randn(2, 5, 3, 4, 6, seed=3), randn(2, 7, 20, seed=4)
-    cond = told(channels=more, image_context=image)
+    cond = cond_of(channels=more, image_context=image)
     expected = model(
         hidden_states=torch.cat([x, more], dim=1),
         timestep=TIMES,
@@ -111,7 +111,7 @@ def test_padding_changes_no_sample(name: str) -> None:
     words = [randn(3, 12), randn(5, 12, seed=2)]
     both = bridge.conditioning(words)
     assert both.extra["mask"].sum(1).tolist() == [3, 5]
-    longer, _ = bridge.same_length(both, told(1, 7))
+    longer, _ = bridge.same_length(both, cond_of(1, 7))
     assert longer.context.shape == (2, 7, 12)
     for cond in (both, longer):
         found = network(x, TIMES, cond)
@@ -125,7 +125,7 @@ def test_padding_changes_no_sample(name: str) -> None:
 def test_a_guided_run_may_have_halves_of_different_lengths() -> None:
     """Rounding alone parts it from two runs of one row, F mixed by hand."""
     network, noise = bridge.denoiser(tiny("Qwen-Image")), randn(2, 4, 4, 6)
-    cond, uncond = told(words=6), told(words=3, seed=8)
+    cond, uncond = cond_of(words=6), cond_of(words=3, seed=8)
     legs = (hs.Leg(model="base", steps=4, guidance=4.0),)
     table = hs.Plan(legs).compile(NoiseSchedule.flow(), prediction=hs.Prediction.FLOW)
     one, two = bridge.same_length(cond, uncond)
@@ -145,7 +145,7 @@ def test_a_network_in_half_precision_is_fed_its_own_dtype(name: str) -> None:
     table = hs.Plan(legs).compile(NoiseSchedule.flow(), prediction=hs.Prediction.FLOW)
     noise = hs.Given(randn(2, *FAMILIES[name].shape))
     assert network.dtype == torch.bfloat16
-    *_, state = hs.sample(table, {"base": network}, told(), noise)
+    *_, state = hs.sample(table, {"base": network}, cond_of(), noise)
     assert state.x.dtype == torch.float32 and bool(state.x.isfinite().all())
 
 
@@ -162,10 +162,10 @@ def test_one_network_has_one_denoiser() -> None:
 
 def test_a_compiled_network_is_the_family_that_it_was() -> None:
     model, x = tiny("SD 3"), randn(2, 4, 4, 6)
-    expected = bridge.denoiser(copy.deepcopy(model))(x, TIMES, told())
+    expected = bridge.denoiser(copy.deepcopy(model))(x, TIMES, cond_of())
     network = bridge.denoiser(torch.compile(model, backend="eager"))
     assert "transformer_blocks.0.attn.to_q" in dict(network.named_modules())
-    assert far(network(x, TIMES, told()), expected) <= TOLERANCE
+    assert far(network(x, TIMES, cond_of()), expected) <= TOLERANCE
 
 
 def test_modules_and_tensors_have_the_networks_own_names() -> None:
@@ -181,7 +181,7 @@ def test_a_subclass_is_the_family_that_it_extends() -> None:
         pass
 
     model = Own(**FAMILIES["SD 3"].config).eval()
-    x, cond = randn(2, 4, 4, 6), told()
+    x, cond = randn(2, 4, 4, 6), cond_of()
     expected = model(x, cond.context, cond.pooled, TIMES).sample
     assert torch.equal(bridge.denoiser(model)(x, TIMES, cond), expected)
 
@@ -209,14 +209,14 @@ def test_what_does_not_fit_says_what_to_give(made: Callable[[], object], message
 
 
 def ask(name: str, x: Tensor, cond: Conditioning | None = None) -> Tensor:
-    return bridge.denoiser(tiny(name))(x, TIMES, cond or told())
+    return bridge.denoiser(tiny(name))(x, TIMES, cond or cond_of())
 
 
 def test_a_run_on_a_network_that_is_no_denoiser_yet_names_the_bridge() -> None:
     table = hs.Plan((hs.Leg(model="base", steps=2),)).compile(NoiseSchedule.scaled_linear())
     unet, noise = made("UNet2DConditionModel", **UNET), hs.Given(randn(2, 4, 8, 8))
     with pytest.raises(InputError, match=r"give headstart\.bridges\.diffusers\.denoiser"):
-        hs.sample(table, {"base": unet}, told(), noise)
+        hs.sample(table, {"base": unet}, cond_of(), noise)
 
 
 # ------------------------------------------------------------------ prompts
@@ -230,22 +230,24 @@ def test_sizes_are_what_sdxls_pipeline_makes_of_them() -> None:
         pipeline, *sizes, torch.float32, text_encoder_projection_dim=10
     )
     cond = bridge.conditioning(
-        told().context,
-        told().pooled,
+        cond_of().context,
+        cond_of().pooled,
         original_size=sizes[0],
         crops_coords_top_left=sizes[1],
         target_size=sizes[2],
     )
     assert torch.equal(cond.time_ids, expected.expand(2, -1))
-    plain = bridge.conditioning(told().context, original_size=(64, 32))
+    plain = bridge.conditioning(cond_of().context, original_size=(64, 32))
     assert plain.time_ids is not None and plain.time_ids[0].tolist() == [64, 32, 0, 0, 64, 32]
 
 
 def test_texts_of_one_length_stay_as_they_are() -> None:
-    one, two = bridge.same_length(told(), told(seed=4))
-    assert torch.equal(one.context, told().context) and not one.extra and not two.extra
-    masked = bridge.conditioning(told().context, told().pooled, prompt_embeds_mask=torch.ones(2, 5))
-    one, two = bridge.same_length(masked, told())
+    one, two = bridge.same_length(cond_of(), cond_of(seed=4))
+    assert torch.equal(one.context, cond_of().context) and not one.extra and not two.extra
+    masked = bridge.conditioning(
+        cond_of().context, cond_of().pooled, prompt_embeds_mask=torch.ones(2, 5)
+    )
+    one, two = bridge.same_length(masked, cond_of())
     assert one.extra["mask"].all() and two.extra["mask"].all()
     Conditioning.cat((one, two))
 
@@ -270,7 +272,7 @@ def test_texts_of_one_length_stay_as_they_are() -> None:
 )
 def test_prompts_that_do_not_fit_say_why(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(HeadstartError, match=message):
-        bridge.conditioning(**{"prompt_embeds": told().context} | arguments)
+        bridge.conditioning(**{"prompt_embeds": cond_of().context} | arguments)
 
 
 # ------------------------------------------------------------------ schedulers
@@ -315,7 +317,7 @@ def test_dynamic_shifting_is_read_with_its_mu(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "mu", "message"),
+    ("inputs", "mu", "message"),
     [
         (diffusers.DDIMScheduler(), 0.8, "this scheduler has none"),
         ({}, None, "with a _class_name"),
@@ -326,6 +328,6 @@ def test_dynamic_shifting_is_read_with_its_mu(kind: str) -> None:
         ({"_class_name": "DDIMScheduler", "prediction_type": "flow_map"}, None, "unusable"),
     ],
 )
-def test_a_scheduler_that_is_no_process_here_says_why(given: Any, mu: Any, message: str) -> None:
+def test_a_scheduler_that_is_no_process_here_says_why(inputs: Any, mu: Any, message: str) -> None:
     with pytest.raises(HeadstartError, match=message):
-        bridge.process(given, mu=mu)
+        bridge.process(inputs, mu=mu)

@@ -11,7 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers_networks import TIMES, TOLERANCE, UNET, Own, diffusers, far, made, randn, tiny, told
+from diffusers_networks import (
+    TIMES,
+    TOLERANCE,
+    UNET,
+    Own,
+    cond_of,
+    diffusers,
+    far,
+    made,
+    randn,
+    tiny,
+)
 from flow_transformers import FAMILIES, networks
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -66,7 +77,7 @@ def saved(model: Any, path: Path) -> Path:
 @pytest.mark.parametrize("name", TARGETS)
 def test_eight_samples_have_eight_strengths_in_one_call(name: str, tmp_path: Path) -> None:
     theirs, network = adapted(name), bridge.denoiser(networks(FAMILIES[name])["base"])
-    x, cond, times = randn(8, *FAMILIES[name].shape), told(8), torch.full((8,), 801.0)
+    x, cond, times = randn(8, *FAMILIES[name].shape), cond_of(8), torch.full((8,), 801.0)
     before = network(x, times, cond)
     adapters = hs.AdapterSet({"base": network})
     report = adapters.attach(saved(theirs, tmp_path), STRENGTHS, name="fast")
@@ -103,14 +114,14 @@ def test_a_kohya_lora_of_stable_diffusion_acts_on_diffusers_unet(tmp_path: Path)
     table = hs.Plan((hs.Leg(model="base", steps=2, guidance=3.0),)).compile(
         NoiseSchedule.scaled_linear()
     )
-    x, words = randn(2, 4, 8, 8), {"uncond": told(seed=6)}
-    given = {"strengths": adapters.strengths(table, 2), **words}
-    found = next(hs.sample(table, {"base": network}, told(), hs.Given(x), **given)).x
+    x, words = randn(2, 4, 8, 8), {"uncond": cond_of(seed=6)}
+    options = {"strengths": adapters.strengths(table, 2), **words}
+    found = next(hs.sample(table, {"base": network}, cond_of(), hs.Given(x), **options)).x
     for n, strength in enumerate((0.5, 2.0)):
         own = slice(n, n + 1)
         alone = at(theirs.model, strength)
-        noise, words = hs.Given(x[own]), {"uncond": told(seed=6)[own]}
-        expected = next(hs.sample(table, {"base": alone}, told()[own], noise, **words)).x
+        noise, words = hs.Given(x[own]), {"uncond": cond_of(seed=6)[own]}
+        expected = next(hs.sample(table, {"base": alone}, cond_of()[own], noise, **words)).x
         # Guidance 3 makes roundings of F five times as large.
         assert far(found[own], expected) <= 5 * TOLERANCE
 
@@ -151,9 +162,9 @@ def test_every_naming_of_a_lora_acts_the_same(name: str, naming: str, tmp_path: 
     path, alpha = tmp_path / "other.safetensors", 5.0
     if naming == "pipeline":
         pipeline = {"Qwen-Image": diffusers.QwenImagePipeline, "Wan": diffusers.WanPipeline}[name]
-        said = theirs.peft_config["a"].to_dict()
+        config = theirs.peft_config["a"].to_dict()
         pipeline.save_lora_weights(
-            tmp_path, tensors, weight_name=path.name, transformer_lora_adapter_metadata=said
+            tmp_path, tensors, weight_name=path.name, transformer_lora_adapter_metadata=config
         )
         assert all(key.startswith("transformer.") for key in load_file(path))
     elif naming == "lightning":
@@ -167,7 +178,7 @@ def test_every_naming_of_a_lora_acts_the_same(name: str, naming: str, tmp_path: 
         save_file(renamed(scaled, lambda key: f"base_model.model.{key}"), path)
     network = bridge.denoiser(networks(FAMILIES[name])["base"])
     hs.AdapterSet({"base": network}).attach(path)
-    x, cond = randn(2, *FAMILIES[name].shape), told()
+    x, cond = randn(2, *FAMILIES[name].shape), cond_of()
     found = network(x, TIMES, replace(cond, strengths=torch.full((2, 1), 0.5)))
     assert far(found, at(theirs, 0.5)(x, TIMES, cond)) <= TOLERANCE
 
@@ -183,7 +194,7 @@ def test_wans_own_names_are_read_as_diffusers_reads_them(tmp_path: Path) -> None
     save_file(tensors, tmp_path / "wan.safetensors")
     network = bridge.denoiser(networks(FAMILIES["Wan"])["base"])
     hs.AdapterSet({"base": network}).attach(tmp_path / "wan.safetensors")
-    x, cond = randn(2, *FAMILIES["Wan"].shape), told()
+    x, cond = randn(2, *FAMILIES["Wan"].shape), cond_of()
     found = network(x, TIMES, replace(cond, strengths=torch.ones(2, 1)))
     assert far(found, at(theirs, 1.0)(x, TIMES, cond)) <= TOLERANCE
 
@@ -202,14 +213,19 @@ def test_a_distilled_lora_is_a_column_of_the_table(name: str, tmp_path: Path) ->
         hs.Leg(model="distilled", steps=4, skip=2),
     )
     table = hs.Plan(legs).compile(NoiseSchedule.flow(3.0), prediction=hs.Prediction.FLOW)
-    noise, words = hs.Given(randn(2, *family.shape)), {"uncond": told(seed=6)}
+    noise, words = hs.Given(randn(2, *family.shape)), {"uncond": cond_of(seed=6)}
     strengths = adapters.strengths(table, 2)
     assert strengths is not None and strengths[:, 0, 0].tolist() == [0, 0, 1, 1]
     one = hs.sample(
-        table, {"base": network, "distilled": network}, told(), noise, strengths=strengths, **words
+        table,
+        {"base": network, "distilled": network},
+        cond_of(),
+        noise,
+        strengths=strengths,
+        **words,
     )
     plain = bridge.denoiser(networks(family)["base"])
-    two = hs.sample(table, {"base": plain, "distilled": at(theirs, 1.0)}, told(), noise, **words)
+    two = hs.sample(table, {"base": plain, "distilled": at(theirs, 1.0)}, cond_of(), noise, **words)
     limit = 0.0
     for ours, expected in zip(one, two, strict=True):
         limit = 2 * limit + TOLERANCE
@@ -257,7 +273,7 @@ def test_an_adapter_asks_for_its_strengths(tmp_path: Path) -> None:
     network = bridge.denoiser(tiny("Wan"))
     hs.AdapterSet({"base": network}).attach(saved(adapted("Wan"), tmp_path))
     with pytest.raises(AdapterError, match="has no strengths"):
-        network(randn(2, *FAMILIES["Wan"].shape), TIMES, told())
+        network(randn(2, *FAMILIES["Wan"].shape), TIMES, cond_of())
 
 
 @needs_peft
@@ -288,8 +304,8 @@ def test_an_adapter_acts_beside_one_that_peft_runs(tmp_path: Path) -> None:
     theirs, x = adapted("SD 3"), randn(2, 4, 4, 6)
     path, network = saved(theirs, tmp_path), bridge.denoiser(copy.deepcopy(theirs))
     hs.AdapterSet({"base": network}).attach(path)
-    found = network(x, TIMES, replace(told(), strengths=torch.ones(2, 1)))
-    assert far(found, at(theirs, 2.0)(x, TIMES, told())) <= TOLERANCE
+    found = network(x, TIMES, replace(cond_of(), strengths=torch.ones(2, 1)))
+    assert far(found, at(theirs, 2.0)(x, TIMES, cond_of())) <= TOLERANCE
 
 
 @needs_peft
@@ -313,7 +329,7 @@ def test_adapters_of_weights_kept_in_8_bits_compute_in_the_networks_dtype(
         adapters = hs.AdapterSet({"base": bridge.denoiser(model)})
         adapters.attach(path, name="a")
         strengths = torch.ones(2, 1) if adapters.columns else None
-        found.append(bridge.denoiser(model)(x, TIMES, replace(told(), strengths=strengths)))
+        found.append(bridge.denoiser(model)(x, TIMES, replace(cond_of(), strengths=strengths)))
     assert torch.equal(*found)
 
 

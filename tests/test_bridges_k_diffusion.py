@@ -23,7 +23,7 @@ from k_diffusion_runs import (
     drawn,
     karras,
     network,
-    told,
+    toy,
 )
 from torch import Tensor
 
@@ -49,8 +49,8 @@ def euler(d: Callable[..., Tensor], x: Tensor, levels: list[float], **extra: Any
 def test_a_run_by_sigmas_is_eulers_loop(end: float) -> None:
     levels = [*karras(9, 10.0, 0.5)[:-1], end]
     x = HIGH * drawn()
-    *_, (expected, _) = euler(told, x, levels, amount=0.4)
-    found = sample_plan(told, x.float(), torch.tensor(levels), {"amount": 0.4}, None, True)
+    *_, (expected, _) = euler(toy, x, levels, amount=0.4)
+    found = sample_plan(toy, x.float(), torch.tensor(levels), {"amount": 0.4}, None, True)
     # Levels come in float32: one more rounding, which moves a row by at most |x - x0|.
     assert (found - expected).abs().max() <= budget(10, x.abs().max())
 
@@ -58,26 +58,26 @@ def test_a_run_by_sigmas_is_eulers_loop(end: float) -> None:
 def test_callbacks_see_what_k_diffusions_do() -> None:
     levels, seen = karras(4), list[dict[str, Any]]()
     x = (HIGH * drawn()).float()
-    sample_plan(told, x, levels, callback=seen.append, disable=True)
+    sample_plan(toy, x, levels, callback=seen.append, disable=True)
     assert [set(row) for row in seen] == [{"x", "i", "sigma", "sigma_hat", "denoised"}] * 4
     assert [row["i"] for row in seen] == [0, 1, 2, 3]
     assert torch.equal(seen[0]["x"], x)
     for row, level in zip(seen, levels, strict=False):
         assert row["sigma"].shape == () and row["sigma"] == row["sigma_hat"] == np.float32(level)
-        assert torch.equal(row["denoised"], told(row["x"], row["sigma"].expand(3)))
+        assert torch.equal(row["denoised"], toy(row["x"], row["sigma"].expand(3)))
 
 
 def test_a_finished_run_is_the_last_rows_x0_to_the_bit() -> None:
     seen: list[dict[str, Any]] = []
     x = (HIGH * drawn()).float()
-    found = sample_plan(told, x, karras(5), callback=seen.append, disable=True)
+    found = sample_plan(toy, x, karras(5), callback=seen.append, disable=True)
     assert torch.equal(found, seen[-1]["denoised"])
 
 
 def test_what_came_in_stays_as_it_was() -> None:
     x = (HIGH * drawn()).float()
     before = x.clone()
-    sample_plan(told, x, karras(5), disable=True)
+    sample_plan(toy, x, karras(5), disable=True)
     assert torch.equal(x, before)
 
 
@@ -100,12 +100,12 @@ def hybrid(**leg: Any) -> hs.StepTable:
 
 
 def test_each_row_of_a_table_asks_the_d_of_its_model() -> None:
-    asked: list[tuple[str, float]] = []
+    calls: list[tuple[str, float]] = []
 
     def d_of(name: str) -> Callable[[Tensor, Tensor], Tensor]:
         def d(x: Tensor, sigma: Tensor) -> Tensor:
-            asked.append((name, float(sigma[0])))
-            return told(x, sigma, 0.3 if name == "base" else 0.1)
+            calls.append((name, float(sigma[0])))
+            return toy(x, sigma, 0.3 if name == "base" else 0.1)
 
         return d
 
@@ -113,44 +113,44 @@ def test_each_row_of_a_table_asks_the_d_of_its_model() -> None:
     x = (table.init_scale * drawn()).float()
     models = {name: d_of(name) for name in ("base", "tuned")}
     found = sample_plan(models, x, disable=True, table=table)
-    assert asked == [(row.model, float(np.float32(row.sigma))) for row in table]
-    assert len({name for name, _ in asked}) == 2
+    assert calls == [(row.model, float(np.float32(row.sigma))) for row in table]
+    assert len({name for name, _ in calls}) == 2
     state, levels = x.double(), [*(row.sigma for row in table), 0.0]
     for row, after in zip(table, levels[1:], strict=True):
-        x0 = told(state, torch.full((3,), row.sigma).double(), 0.3 if row.model == "base" else 0.1)
+        x0 = toy(state, torch.full((3,), row.sigma).double(), 0.3 if row.model == "base" else 0.1)
         state = x0 + after / row.sigma * (state - x0)
     assert (found - state).abs().max() <= budget(len(table), x.abs().max())
 
 
 def test_a_table_is_entered_at_the_row_of_the_first_sigma() -> None:
     """As image to image does: x is at the level where it starts."""
-    table, asked = hybrid(), list[float]()
+    table, calls = hybrid(), list[float]()
 
     def d(x: Tensor, sigma: Tensor) -> Tensor:
-        asked.append(float(sigma[0]))
-        return told(x, sigma)
+        calls.append(float(sigma[0]))
+        return toy(x, sigma)
 
     level = table[2].sigma
     levels = torch.tensor([level, 0.1, 0.0])
     sample_plan(d, (level * drawn()).float(), levels, None, None, True, table=table)
-    assert asked == [float(np.float32(row.sigma)) for row in table.steps[2:]]
+    assert calls == [float(np.float32(row.sigma)) for row in table.steps[2:]]
 
 
 def test_noise_is_asked_for_on_rows_that_add_it() -> None:
-    levels, asked = karras(4), list[tuple[float, float]]()
+    levels, calls = karras(4), list[tuple[float, float]]()
 
     def noise(sigma: Tensor, after: Tensor) -> Tensor:
-        asked.append((float(sigma), float(after)))
-        return drawn(seed=len(asked) + 1)
+        calls.append((float(sigma), float(after)))
+        return drawn(seed=len(calls) + 1)
 
     x = HIGH * drawn()
     found = sample_plan(
-        told, x.float(), levels, disable=True, update="ancestral", noise_sampler=noise
+        toy, x.float(), levels, disable=True, update="ancestral", noise_sampler=noise
     )
     pairs = list(pairwise(levels[:-1]))
-    assert asked == [(np.float32(here), np.float32(after)) for here, after in pairs]
+    assert calls == [(np.float32(here), np.float32(after)) for here, after in pairs]
     for row, (here, after) in enumerate([*pairs, (levels[-2], 0.0)]):
-        x0, q = told(x, torch.full((3,), here, dtype=torch.float64)), after / here
+        x0, q = toy(x, torch.full((3,), here, dtype=torch.float64)), after / here
         x = x0 + q * q * (x - x0) + after * (1 - q * q) ** 0.5 * drawn(seed=row + 2)
     assert (found - x).abs().max() <= budget(4, HIGH * drawn().abs().max())
 
@@ -160,7 +160,7 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
     for seed in (5, 5, 6):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            runs.append(sample_plan(told, x, karras(4), disable=True, update="ancestral"))
+            runs.append(sample_plan(toy, x, karras(4), disable=True, update="ancestral"))
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
@@ -181,8 +181,8 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
         ({"sigmas": [3.0, 0.0], "table": hybrid()}, "give a latent at one of"),
         ({"table": hybrid(guidance=5.0)}, "which D.x, sigma. does itself"),
         ({"table": hybrid(adapters=(("ink", 0.5),))}, "which D.x, sigma. does itself"),
-        ({"table": hybrid(), "model": {"base": told}}, r"name model\(s\) \['tuned'\]"),
-        ({"sigmas": [1.0, 0.0], "model": {"base": told}}, "give table="),
+        ({"table": hybrid(), "model": {"base": toy}}, r"name model\(s\) \['tuned'\]"),
+        ({"sigmas": [1.0, 0.0], "model": {"base": toy}}, "give table="),
         ({"table": hybrid(), "update": "ancestral"}, "rows have their own"),
         ({"sigmas": [1.0, 0.0], "update": "heun"}, "unknown update"),
         ({"sigmas": [1.0, 0.0], "model": lambda x, _: x[:1]}, r"expected x0 .* got \[1, 4, 6, 6\]"),
@@ -191,9 +191,9 @@ def test_without_a_noise_sampler_noise_is_torchs() -> None:
     ],
 )
 def test_what_cannot_be_run_says_why(arguments: dict[str, Any], message: str) -> None:
-    given = {"model": told, "x": drawn().float()} | arguments
+    inputs = {"model": toy, "x": drawn().float()} | arguments
     with pytest.raises(HeadstartError, match=message):
-        sample_plan(**given, disable=True)
+        sample_plan(**inputs, disable=True)
 
 
 # ------------------------------------------------------------------ our network as its denoiser

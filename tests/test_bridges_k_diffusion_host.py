@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from k_diffusion_runs import EXACT, HIGH, LOW, SCHEDULE, SHAPE, budget, drawn, network, told
+from k_diffusion_runs import EXACT, HIGH, LOW, SCHEDULE, SHAPE, budget, drawn, network, toy
 from torch import Tensor
 
 import headstart as hs
@@ -80,9 +80,9 @@ def test_our_rows_are_its_samplers_on_its_own_levels(host: Any, update: str, spa
     run = getattr(host.sampling, f"sample_{names.get(update, update)}")
     stochastic = {} if update in ("euler", "dpmpp_2m") else {"noise_sampler": _noise()}
     x, seen = HIGH * drawn(), [list[dict[str, Any]](), list[dict[str, Any]]()]
-    expected = run(told, x, levels, None, seen[0].append, True, **stochastic)
+    expected = run(toy, x, levels, None, seen[0].append, True, **stochastic)
     again = {} if not stochastic else {"noise_sampler": _noise()}
-    found = sample_plan(told, x.float(), levels, None, seen[1].append, True, update=update, **again)
+    found = sample_plan(toy, x.float(), levels, None, seen[1].append, True, update=update, **again)
     limit = budget(9, x.abs().max()) * (3 if "dpmpp" in update else 1)
     for one, other in zip(*seen, strict=True):
         assert one["i"] == other["i"] and np.float32(one["sigma"]) == other["sigma"]

@@ -19,11 +19,11 @@ SHAPE = (4, 4, 4)
 A, B = (Conditioning(torch.full((1, 2, 3), value)) for value in (0.3, -0.7))
 
 
-def network(x_in: torch.Tensor, timestep: torch.Tensor, told: Conditioning) -> torch.Tensor:
-    return torch.tanh(x_in + told.context.mean((1, 2)).view(-1, 1, 1, 1))
+def network(x_in: torch.Tensor, timestep: torch.Tensor, cond: Conditioning) -> torch.Tensor:
+    return torch.tanh(x_in + cond.context.mean((1, 2)).view(-1, 1, 1, 1))
 
 
-NETWORKS: Any = {"base": network, "distilled": lambda *asked: 0.5 * network(*asked)}
+NETWORKS: Any = {"base": network, "distilled": lambda *args: 0.5 * network(*args)}
 
 
 def table_of(guidance: float = 1.0) -> StepTable:
@@ -53,10 +53,10 @@ def test_a_run_by_level_is_a_run_of_each_part_joined_to_the_bit(guidance: float)
     for change in ("cond", "uncond"):
         by_level = hs.ByLevel(((math.inf, A), ("handoff", B)))
         whole, after = {change: by_level}, {change: B}
-        asked = {"cond": A} if change == "uncond" else {}
-        joined = run(table, **{**asked, **whole})
+        options = {"cond": A} if change == "uncond" else {}
+        joined = run(table, **{**options, **whole})
         head = run(table, A)[:cut]
-        rest = run(table, **{**asked, **after}, resume=head[-1])
+        rest = run(table, **{**options, **after}, resume=head[-1])
         for got, expected in zip(joined, [*head, *rest], strict=True):
             assert torch.equal(got.x, expected.x)
 
@@ -66,7 +66,7 @@ def test_runs_that_are_told_other_parts_share_a_batch() -> None:
     parts = hs.ByLevel(((math.inf, A), (3.0, B)))
     longer = hs.ByLevel(((math.inf, A), (3.0, Conditioning(torch.full((1, 4, 3), -0.7)))))
     batch = hs.Batch(NETWORKS)
-    runs = [hs.Run(table, told, hs.Philox([7]), shape=SHAPE) for told in (A, parts, longer)]
+    runs = [hs.Run(table, cond, hs.Philox([7]), shape=SHAPE) for cond in (A, parts, longer)]
     for one in runs:
         batch.add(one)
     calls = 0
@@ -75,31 +75,31 @@ def test_runs_that_are_told_other_parts_share_a_batch() -> None:
         calls += 1
     below = sum(step.sigma < 3 for step in table)
     assert calls == len(table) + below  # four tokens are not stacked with two
-    for one, told in zip(runs, (A, parts, longer), strict=True):
-        alone = [*hs.sample(table, NETWORKS, told, hs.Philox([7]), shape=SHAPE)]
+    for one, cond in zip(runs, (A, parts, longer), strict=True):
+        alone = [*hs.sample(table, NETWORKS, cond, hs.Philox([7]), shape=SHAPE)]
         assert torch.allclose(one.state.x, alone[-1].x, atol=1e-6)
 
 
 def test_strengths_are_told_with_every_part() -> None:
     table = table_of()
     strengths = torch.rand(len(table), 2, 1)
-    told = hs.ByLevel(((math.inf, A), ("handoff", B)))
-    asked = hs.Run(table, told, hs.Philox([7, 8]), shape=SHAPE, strengths=strengths)
+    cond = hs.ByLevel(((math.inf, A), ("handoff", B)))
+    both = hs.Run(table, cond, hs.Philox([7, 8]), shape=SHAPE, strengths=strengths)
     for row in strengths:
-        call = asked.call
+        call = both.call
         assert call is not None
         assert torch.equal(call.cond.strengths, row)
-        asked.advance(NETWORKS[call.model](call.x_in, call.timestep, call.cond))
+        both.advance(NETWORKS[call.model](call.x_in, call.timestep, call.cond))
 
 
 def test_the_rest_of_a_plan_needs_no_row_of_the_first_part() -> None:
     table = table_of()
     (cut,) = table.handoffs
     x = torch.ones(2, *SHAPE)
-    told = hs.ByLevel(((math.inf, A), (table[cut].sigma, B)))
-    given = run(table[cut:], told, resume=hs.State(cut - 1, x, x))
+    cond = hs.ByLevel(((math.inf, A), (table[cut].sigma, B)))
+    inputs = run(table[cut:], cond, resume=hs.State(cut - 1, x, x))
     plain = run(table[cut:], B, resume=hs.State(cut - 1, x, x))
-    assert torch.equal(given[-1].x, plain[-1].x)
+    assert torch.equal(inputs[-1].x, plain[-1].x)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_a_guided_row_is_told_halves_of_one_length() -> None:
 
 
 def test_a_graph_of_a_whole_run_says_what_to_use_in_its_place() -> None:
-    told: Any = hs.ByLevel(((math.inf, A), (3.0, B)))
+    cond: Any = hs.ByLevel(((math.inf, A), (3.0, B)))
     graph = TrajectoryGraph(NETWORKS, None)  # type: ignore[arg-type]
     with pytest.raises(hs.InputError, match="by_row=, or run a ByLevel"):
-        graph.request(table_of(), told, hs.Philox([7]), shape=SHAPE)
+        graph.request(table_of(), cond, hs.Philox([7]), shape=SHAPE)

@@ -91,8 +91,8 @@ def times(network: UNet, body: Callable[[], object]) -> float:
 
 
 def last(table: hs.StepTable, networks: Mapping[str, Any], strengths: Tensor, **own: Any) -> Tensor:
-    told: Any = {"uncond": words(1), "shape": SHAPE, "strengths": strengths} | own
-    *_, state = sample(table, networks, words(), hs.Philox([3, 4]), **told)
+    options: Any = {"uncond": words(1), "shape": SHAPE, "strengths": strengths} | own
+    *_, state = sample(table, networks, words(), hs.Philox([3, 4]), **options)
     return state.x
 
 
@@ -149,20 +149,20 @@ def test_a_batch_and_a_loop_of_ones_own_do_so_too(
     AdapterSet(pair).attach(make(pair["base"]))
 
     def begun(seed: int, strength: float) -> hs.Run:
-        told: Any = {"uncond": words(9), "shape": SHAPE}
+        options: Any = {"uncond": words(9), "shape": SHAPE}
         strengths = torch.full((5, 2, 1), strength)
-        return hs.Run(table, words(seed), hs.Philox([3, 4]), strengths=strengths, **told)
+        return hs.Run(table, words(seed), hs.Philox([3, 4]), strengths=strengths, **options)
 
     def loop(run: hs.Run, networks: Mapping[str, Any]) -> Tensor:
         while (call := run.call) is not None:
             run.advance(networks[call.model](call.x_in, call.timestep, call.cond))
         return run.state.x
 
-    asked = [(0, 1.0), (1, 0.5), (2, -1.0)]
-    expected = [loop(begun(*each), strangers(pair)) for each in asked]
-    assert times(pair["base"], lambda: loop(begun(*asked[0]), pair)) == 1
-    assert torch.equal(loop(begun(*asked[0]), pair), expected[0])
-    batch, runs = hs.Batch(pair), [begun(*each) for each in asked]
+    cases = [(0, 1.0), (1, 0.5), (2, -1.0)]
+    expected = [loop(begun(*each), strangers(pair)) for each in cases]
+    assert times(pair["base"], lambda: loop(begun(*cases[0]), pair)) == 1
+    assert torch.equal(loop(begun(*cases[0]), pair), expected[0])
+    batch, runs = hs.Batch(pair), [begun(*each) for each in cases]
     for run in runs:
         batch.add(run)
 
@@ -188,13 +188,13 @@ def test_a_graph_of_a_whole_run_makes_them_once_where_strengths_stay(
 
     AdapterSet(pair).attach(make(pair["base"]))
     codec: Any = Codec()
-    told: Any = {"shape": SHAPE, "uncond": words(1)}
+    options: Any = {"shape": SHAPE, "uncond": words(1)}
     graph = TrajectoryGraph(pair, codec, site=Site(torch.device("cpu"), Host(), warmups=0))
     strengths, got = torch.tensor(rows)[..., None], list[Tensor]()
 
     def launch() -> None:
         by_row = {"strengths": strengths}
-        got.append(graph(table, words(), hs.Philox([3, 4]), by_row=by_row, **told).latents)
+        got.append(graph(table, words(), hs.Philox([3, 4]), by_row=by_row, **options).latents)
 
     assert times(pair["base"], launch) == count
     assert torch.equal(got[0], last(table, strangers(pair), strengths))
@@ -214,28 +214,28 @@ def network() -> UNet:
     return unet()
 
 
-def told(own: Snapshot | None = None, strength: float = 1.0) -> Conditioning:
+def cond_of(own: Snapshot | None = None, strength: float = 1.0) -> Conditioning:
     return replace(words(), adapters=own, strengths=torch.full((2, 1), strength))
 
 
 def test_an_adapter_of_other_layers_has_no_part_in_it(network: UNet) -> None:
     own = low_rank(network, "attn1")
-    keys = [prompt_key(network, told(own, strength)) for strength in (1.0, 2.0)]
+    keys = [prompt_key(network, cond_of(own, strength)) for strength in (1.0, 2.0)]
     assert keys[0] is not None and keys[0] == keys[1]
     low_rank(network, "attn2.to_k")  # of another set: its hooks are there, and it does nothing
-    keys = [prompt_key(network, told(own, strength)) for strength in (1.0, 2.0)]
+    keys = [prompt_key(network, cond_of(own, strength)) for strength in (1.0, 2.0)]
     assert keys[0] is not None and keys[0] == keys[1]
 
 
 @pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook"])
 def test_a_hook_on_all_modules_is_in_no_key(network: UNet, kind: str) -> None:
-    before = prompt_key(network, told())
+    before = prompt_key(network, cond_of())
     handle = getattr(nn.modules.module, f"register_module_{kind}")(lambda *_: None)
     try:
-        assert prompt_key(network, told()) is None
+        assert prompt_key(network, cond_of()) is None
     finally:
         handle.remove()
-    assert before is not None and prompt_key(network, told()) == before
+    assert before is not None and prompt_key(network, cond_of()) == before
 
 
 def test_of_two_adapters_the_one_that_acts_on_them_counts(
@@ -342,7 +342,7 @@ def test_what_was_read_before_a_change_is_never_given_after_it(
     network: UNet, change: Callable[[UNet, Snapshot, Conditioning], Conditioning]
 ) -> None:
     own = low_rank(network, "attn2")
-    cond, prompts = told(own), PromptCache()
+    cond, prompts = cond_of(own), PromptCache()
     kept = prompts.of(network, cond)
     assert prompts.of(network, cond).extra[TEXTS] is kept.extra[TEXTS]
     before = network(X, TIME, kept)
@@ -360,7 +360,7 @@ def test_strengths_that_the_host_does_not_know_are_the_same_tensor_or_others(
 ) -> None:
     """As on a GPU, where to look would wait for the device; here they have no numbers at all."""
     own, strengths = low_rank(network, "attn2"), torch.ones(2, 1, device="meta")
-    cond = replace(told(own), strengths=strengths)
+    cond = replace(cond_of(own), strengths=strengths)
     key = prompt_key(network, cond)
     assert key is not None and key == prompt_key(network, replace(cond, context=cond.context))
     assert key != prompt_key(network, replace(cond, strengths=torch.ones(2, 1, device="meta")))
@@ -370,7 +370,7 @@ def test_strengths_that_the_host_does_not_know_are_the_same_tensor_or_others(
 
 def test_strengths_that_record_gradients_are_read_on_every_row(network: UNet) -> None:
     strengths = torch.ones(2, 1, requires_grad=True)
-    cond = replace(told(low_rank(network, "attn2")), strengths=strengths)
+    cond = replace(cond_of(low_rank(network, "attn2")), strengths=strengths)
     assert prompt_key(network, cond) is None
     with torch.no_grad():
         assert prompt_key(network, cond) is not None
@@ -399,9 +399,9 @@ def test_adapters_that_come_and_go_between_rows_are_seen(pair: Networks, make: M
     seen = [plain]
     for step in steps:
         step()
-        told = replace(cond, strengths=torch.ones(2, len(held.columns)))
-        seen.append(network(X, TIME, prompts.of(network, told)))
-        assert torch.equal(seen[-1], network(X, TIME, told))
+        changed = replace(cond, strengths=torch.ones(2, len(held.columns)))
+        seen.append(network(X, TIME, prompts.of(network, changed)))
+        assert torch.equal(seen[-1], network(X, TIME, changed))
         assert not torch.equal(seen[-1], seen[-2])
     held.detach("near")
     held.detach("far")
@@ -416,14 +416,14 @@ def test_a_run_under_way_keeps_its_own_through_a_swap(
     strengths = torch.ones(5, 2, 1)
     expected = last(table, strangers(pair), strengths)
     cond, uncond = (replace(words(seed), adapters=held.now()) for seed in (0, 1))
-    given: Any = {"uncond": uncond, "shape": SHAPE, "strengths": strengths}
+    options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": strengths}
     swaps = iter([make(pair["base"], f"next{seed}", seed=seed) for seed in range(1, 6)])
 
     def swap(_: hs.Step) -> None:
         held.attach(next(swaps), name="age", replace=True)
 
     def run() -> None:
-        *_, state = sample(table, pair, cond, hs.Philox([3, 4]), before_row=swap, **given)
+        *_, state = sample(table, pair, cond, hs.Philox([3, 4]), before_row=swap, **options)
         assert torch.equal(state.x, expected)
 
     assert times(pair["base"], run) == 1
@@ -453,13 +453,15 @@ def test_two_engines_of_one_network_are_told_apart_by_the_call(network: UNet, ma
     assert prompt_key(network, cond) is None
     prompts = PromptCache()
     for own in (*sets, *sets):
-        told = replace(cond, adapters=own.now())
-        assert torch.equal(network(X, TIME, prompts.of(network, told)), network(X, TIME, told))
-    del told
+        changed = replace(cond, adapters=own.now())
+        assert torch.equal(
+            network(X, TIME, prompts.of(network, changed)), network(X, TIME, changed)
+        )
+    del changed
     sets[1].detach("n1")
     sets[1].now()
-    given = prompts.of(network, cond)
-    assert torch.equal(network(X, TIME, given), network(X, TIME, cond))
+    inputs = prompts.of(network, cond)
+    assert torch.equal(network(X, TIME, inputs), network(X, TIME, cond))
 
 
 def test_threads_with_adapters_of_their_own_do_not_see_each_others(
@@ -471,8 +473,8 @@ def test_threads_with_adapters_of_their_own_do_not_see_each_others(
     def run(number: int) -> Tensor:
         own = moments[number % 3]
         cond, uncond = (replace(words(seed), adapters=own) for seed in (number, 9))
-        told: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(3, 2, 1)}
-        *_, state = sample(table, pair, cond, hs.Philox([3, 4]), **told)
+        options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(3, 2, 1)}
+        *_, state = sample(table, pair, cond, hs.Philox([3, 4]), **options)
         return state.x
 
     expected = [run(number) for number in range(6)]
@@ -493,7 +495,7 @@ def test_a_network_made_in_inference_mode_reads_on_every_row(
     with inside():
         assert prompt_key(made, words()) is None
         own = low_rank(ordinary, "attn2") if inside is torch.no_grad else None
-        cond = words() if own is None else told(own)
+        cond = words() if own is None else cond_of(own)
         prompts = PromptCache()
         kept = prompts.of(ordinary, cond)
         assert prompts.of(ordinary, cond).extra[TEXTS] is kept.extra[TEXTS]
@@ -506,8 +508,8 @@ def test_a_rows_strengths_are_known_without_a_look_at_the_device(
     """`tolist` would wait for a GPU; of numbers that were written to since, it has to look."""
     own = low_rank(network, "attn2")
     cond, uncond = (replace(words(seed), adapters=own) for seed in (0, 1))
-    given: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(5, 2, 1)}
-    run = hs.Run(table, cond, hs.Philox([3, 4]), **given)
+    options: Any = {"uncond": uncond, "shape": SHAPE, "strengths": torch.ones(5, 2, 1)}
+    run = hs.Run(table, cond, hs.Philox([3, 4]), **options)
     calls: list[Any] = []
     while (call := run.call) is not None:
         calls.append(call.cond)

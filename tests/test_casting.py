@@ -74,8 +74,8 @@ def test_text_and_vae_give_the_bits_of_float32_too(
     make_ckpt: Maker, small_tokenizer: Path, arch: str
 ) -> None:
     path = make_ckpt("base.safetensors", arch, "ldm", "--dtype", "F16")
-    said = {"tokenizer": small_tokenizer, "head_dim": 32}
-    kept, plain = (load_text(path, dtype=d, **said) for d in ("stored", None))  # type: ignore[arg-type]
+    options = {"tokenizer": small_tokenizer, "head_dim": 32}
+    kept, plain = (load_text(path, dtype=d, **options) for d in ("stored", None))  # type: ignore[arg-type]
     assert halves(kept) and not halves(plain)
     one, other = kept.encode(["a fox", "an owl"]), plain.encode(["a fox", "an owl"])
     assert torch.equal(one.context, other.context) and one.context.dtype == torch.float32

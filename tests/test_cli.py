@@ -103,14 +103,14 @@ def test_the_hybrid_is_more_varied_than_the_distilled_model(
         assert distilled["diversity"] < hybrid["diversity"], space
 
 
-@pytest.mark.parametrize(("seeds", "told"), [("3", "of the image ·"), ("3,4", "all 2 images ·")])
+@pytest.mark.parametrize(("seeds", "message"), [("3", "of the image ·"), ("3,4", "all 2 images ·")])
 def test_few_seeds_have_no_interval_and_the_words_fit(
-    seeds: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    seeds: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "sheet.png")
     assert main(["compare", "a fox", "--seeds", seeds, "--rounds", "1", "--out", out]) == 0
     shown = capsys.readouterr().out
-    assert told in shown and " .. " not in shown and "nan" not in shown
+    assert message in shown and " .. " not in shown and "nan" not in shown
 
 
 def test_sample_writes_images_and_a_record_that_replays(
@@ -155,7 +155,7 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["sample", "a fox", "--plan", "hybird"], "unknown plan"),
         (["sample", "a fox", "--plan", "base", "--steps", "0"], "steps"),
@@ -182,7 +182,7 @@ def test_inspect_says_what_a_file_is_and_exits_1_for_a_bad_one(
     ],
 )
 def test_a_bad_request_is_one_error_and_writes_nothing(
-    arguments: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     target = "sheet.png" if arguments[0] == "compare" else "run"
     try:
@@ -193,7 +193,7 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
     error = capsys.readouterr().err
     lines = [line for line in error.splitlines() if not line.startswith("headstart: warning: ")]
     assert lines[0].startswith("headstart: error: ") and error.count("error: ") == 1
-    assert told in error
+    assert message in error
     assert "Traceback" not in error
     assert _left(tmp_path) == NO_FILE
 
@@ -246,11 +246,11 @@ def test_ctrl_c_exits_130_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "told"),
+    ("number", "status", "message"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_a_real_signal_ends_a_run_with_a_word_and_no_file(
-    number: int, status: int, told: str, tmp_path: Path
+    number: int, status: int, message: str, tmp_path: Path
 ) -> None:
     """Steps 1000 of the base take minutes. The plan comes from a pipe, so that we know when it was
     read: from then on the command runs, and the signal comes while it loads or samples."""
@@ -261,7 +261,7 @@ def test_a_real_signal_ends_a_run_with_a_word_and_no_file(
     time.sleep(random.uniform(0.0, 4.0))
     process.send_signal(number)
     _, error = process.communicate(timeout=120)
-    assert (process.returncode, error) == (status, f"headstart: {told}\n")
+    assert (process.returncode, error) == (status, f"headstart: {message}\n")
     assert _left(tmp_path) == ["plan.toml"]
 
 

@@ -32,10 +32,10 @@ def ran(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     now, sample = [0.0], Engine.sample
 
-    def timed(self: Engine, prompt: str, *, plan: StepTable, **asked: Any) -> Any:
+    def timed(self: Engine, prompt: str, *, plan: StepTable, **options: Any) -> Any:
         found.append(plan.name)
         now[0] += ONCE[plan.name]
-        return sample(self, prompt, plan=plan, **asked)
+        return sample(self, prompt, plan=plan, **options)
 
     monkeypatch.setattr(Engine, "sample", timed)
     monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))

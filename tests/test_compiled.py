@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from regional import Block, Counting, Tokens, agree, told
+from regional import Block, Counting, Tokens, agree, call_of
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -39,9 +39,9 @@ def network() -> Tokens:
 def test_blocks_alike_are_compiled_once_in_all_networks(network: Tokens, backend: Counting) -> None:
     agree(network, backend)
     agree(Tokens(2).eval(), backend)
-    agree(network, backend, told(seed=3))
+    agree(network, backend, call_of(seed=3))
     assert backend.count == 1, "weights are inputs"
-    agree(network, backend, told(3))
+    agree(network, backend, call_of(3))
     assert backend.count == 2, "another batch"
 
 
@@ -100,14 +100,14 @@ def test_the_ninth_shape_and_all_others_run_as_one_function(
         return [record.message for record in own if record.levelname == "WARNING"]
 
     for count in range(1, STATIC_SHAPES + 1):
-        agree(network, backend, told(2, count + 5))
+        agree(network, backend, call_of(2, count + 5))
         assert backend.count == count
     assert not warned()
     for size in (20, 21, 23):
-        agree(network, backend, told(3, size))
+        agree(network, backend, call_of(3, size))
     assert backend.count == STATIC_SHAPES + 1
     assert len(warned()) == 1 and "one function for all sizes" in warned()[0]
-    agree(network, backend, told(2, 6))
+    agree(network, backend, call_of(2, 6))
     assert backend.count == STATIC_SHAPES + 1, "the first ones are still there"
 
 
@@ -128,12 +128,12 @@ def test_adapters_are_inputs_of_compiled_blocks(
     """One strength a sample; a strength, a swap and detaching compile nothing."""
     held, plain = AdapterSet({"base": network}), agree(network, backend)
     held.attach(lora(tmp_path, "age"))
-    asked = [[1.0], [1.0]], [[0.0], [-0.5]], [[0.0], [0.0]]
-    seen = [agree(network, backend, told(strengths=strengths)) for strengths in asked]
+    rows = [[1.0], [1.0]], [[0.0], [-0.5]], [[0.0], [0.0]]
+    seen = [agree(network, backend, call_of(strengths=strengths)) for strengths in rows]
     assert not torch.equal(seen[0], plain) and torch.equal(seen[1][0], plain[0])
     assert torch.equal(seen[2], plain)
     held.attach(lora(tmp_path, "other", seed=1), name="age", replace=True)
-    assert not torch.equal(agree(network, backend, told(strengths=[[1.0], [1.0]])), seen[0])
+    assert not torch.equal(agree(network, backend, call_of(strengths=[[1.0], [1.0]])), seen[0])
     held.detach("age")
     assert torch.equal(agree(network, backend), plain) and backend.count == 2
 
@@ -143,12 +143,12 @@ def test_another_rank_other_layers_and_a_second_adapter_are_compiled_anew(
 ) -> None:
     held = AdapterSet({"base": network})
     held.attach(lora(tmp_path, "age"))
-    seen = [agree(network, backend, told(strengths=[[1.0], [0.5]]))]
+    seen = [agree(network, backend, call_of(strengths=[[1.0], [0.5]]))]
     held.attach(lora(tmp_path, "large", 4, 1), name="age", replace=True)
-    seen.append(agree(network, backend, told(strengths=[[1.0], [0.5]])))
+    seen.append(agree(network, backend, call_of(strengths=[[1.0], [0.5]])))
     assert backend.count == 2
     held.attach(lora(tmp_path, "smile", 2, 2, "1"))
-    seen.append(agree(network, backend, told(strengths=[[1.0, 1.0], [0.5, -1.0]])))
+    seen.append(agree(network, backend, call_of(strengths=[[1.0, 1.0], [0.5, -1.0]])))
     assert backend.count == 3, "of the one block that has both"
     assert not any(torch.equal(a, b) for a, b in pairwise(seen))
 
@@ -156,7 +156,7 @@ def test_another_rank_other_layers_and_a_second_adapter_are_compiled_anew(
 def test_a_run_that_began_with_an_adapter_keeps_it(
     network: Tokens, backend: Counting, tmp_path: Path
 ) -> None:
-    held, call = AdapterSet({"base": network}), told(strengths=[[1.0], [0.5]])
+    held, call = AdapterSet({"base": network}), call_of(strengths=[[1.0], [0.5]])
     held.attach(lora(tmp_path, "age"))
     now = held.now()
     before = agree(network, backend, call)
@@ -187,7 +187,7 @@ def test_a_captured_network_is_compiled_first_and_replayed_without_python(
     site = Site(torch.device("cpu"), FakeCuda())
     runner, eager = CompiledRunner(network, backend=backend, site=site), EagerRunner(network)
     for seed in (1, 2, 3):
-        call = told(seed=seed)
+        call = call_of(seed=seed)
         assert torch.equal(runner(*call), eager(*call))
     assert backend.count == site.captures == 1
     assert network.calls == site.warmups + 1 + 3, "three of them eager"
@@ -195,7 +195,7 @@ def test_a_captured_network_is_compiled_first_and_replayed_without_python(
     assert torch.equal(graph(*call), eager(*call)) and site.captures == 2
     AdapterSet({"base": network}).attach(lora(tmp_path, "age"))
     for strength in (1.0, -0.5):
-        call = told(strengths=[[strength], [0.0]])
+        call = call_of(strengths=[[strength], [0.0]])
         assert torch.equal(runner(*call), eager(*call))
     assert backend.count == 2 and site.captures == 3
 
@@ -247,7 +247,7 @@ def test_a_network_without_blocks_is_compiled_whole_and_refuses_adapters(
     save_file({f"lora_unet_layer.{name}": tensor for name, tensor in factors.items()}, path)
     AdapterSet({"base": network}).attach(path)
     with pytest.raises(CaptureError, match=r"compiled whole would not follow them.*'eager'"):
-        agree(network, backend, told(strengths=[[1.0], [1.0]]))
+        agree(network, backend, call_of(strengths=[[1.0], [1.0]]))
 
 
 def test_a_setting_of_a_network_that_is_compiled_whole_is_seen(backend: Counting) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from regional import Counting, Tokens, agree, told
+from regional import Counting, Tokens, agree, call_of
 
 from headstart.errors import CaptureError, InputError
 from headstart.runner import compiled
@@ -120,7 +120,10 @@ def test_inductor_measures_kernels_on_a_gpu_and_captures_nothing(
 
 
 def test_threads_that_ask_at_once_compile_once(network: Tokens, backend: Counting) -> None:
-    runner, calls = CompiledRunner(network, backend=backend), [told(seed=seed) for seed in range(4)]
+    runner, calls = (
+        CompiledRunner(network, backend=backend),
+        [call_of(seed=seed) for seed in range(4)],
+    )
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda call: runner(*call), calls))
     assert backend.count == 1
@@ -138,7 +141,7 @@ def test_inductor_compiles_blocks_and_finds_them_on_disk(
 
     counters: Any = torch._dynamo.utils.counters
     counters.clear()
-    call = told()
+    call = call_of()
     exact = EagerRunner(Tokens(1).eval().double())(*call)
     scale = 4 * float(exact.abs().max())
 

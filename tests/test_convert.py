@@ -191,11 +191,11 @@ def test_what_a_file_says_of_its_unet_goes_with_it(
 ) -> None:
     names = keymap.unet_to_ldm(held := weights(random_unet()))
     tensors = {f"model.diffusion_model.{names[n]}": t for n, t in held.items()}
-    told = {name: torch.ones(shape) for name, shape in marks.items()}
+    marked = {name: torch.ones(shape) for name, shape in marks.items()}
     path, out = tmp_path / "whole.safetensors", tmp_path / "unet.safetensors"
-    if "edm_vpred.sigma_min" in told:
-        told["edm_vpred.sigma_min"] = torch.tensor(0.002)
-    save_file(tensors | told, path, {"headstart.head_dim": "8", "headstart.norm_groups": "8"})
+    if "edm_vpred.sigma_min" in marked:
+        marked["edm_vpred.sigma_min"] = torch.tensor(0.002)
+    save_file(tensors | marked, path, {"headstart.head_dim": "8", "headstart.norm_groups": "8"})
     convert(path, out, layout=layout, part="unet", dtype="f16")
     before, after = inspect_checkpoint(path), inspect_checkpoint(out)
     assert before.prediction == after.prediction == prediction

@@ -421,8 +421,8 @@ def test_the_command_reports_as_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     source, out = tmp_path / "in.pt", tmp_path / "out.safetensors"
     torch.save({"state_dict": {"a": torch.ones(2)}, "epoch": 1}, source)
     assert main(["convert", str(source), str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["left_out"] == ["epoch: int"] and told["tensors"] == 1
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["left_out"] == ["epoch: int"] and printed["tensors"] == 1
     assert main(["convert", str(source), str(out)]) == 2
     assert main(["convert", str(source), str(out), "--overwrite"]) == 0
     captured = capsys.readouterr()

@@ -39,8 +39,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How often C was called."""
     own, calls = convolution.small_convolution, list[int]()
 
-    def call(*given: Any) -> Tensor | None:
-        made = own(*given)
+    def call(*args: Any) -> Tensor | None:
+        made = own(*args)
         calls.extend([1] if made is not None else [])
         return made
 
@@ -81,7 +81,7 @@ def test_layers_adapters_and_stored_weights_have_the_kernel(
 def test_a_gradient_is_recorded_and_hooks_are_called() -> None:
     layer, x, seen = Conv2d(6, 5, 3, padding=1), torch.randn(1, 6, 8, 8), list[Tensor]()
     handle: Any = layer.register_forward_hook
-    handle(lambda module, given, made: seen.append(made))
+    handle(lambda module, inputs, made: seen.append(made))
     layer(x).sum().backward()
     assert layer.weight.grad is not None and len(seen) == 1
     with torch.inference_mode():

@@ -115,8 +115,8 @@ def test_a_transformer_block_has_the_flops_of_its_formula(
     channels, context = 64, 48
     with META:
         block = TransformerBlock(channels, context, heads=4).half()
-    x, told = _empty(rows, tokens, channels), _empty(rows, words, context)
-    found = count(lambda: block(x, told))
+    x, context_of = _empty(rows, tokens, channels), _empty(rows, words, context)
+    found = count(lambda: block(x, context_of))
     square = 2 * rows * tokens * channels * channels
     own = 4 * square + 4 * rows * tokens * tokens * channels
     cross = 2 * square + 2 * 2 * rows * words * context * channels
@@ -306,12 +306,12 @@ def test_the_decoder_is_counted_in_the_dtype_that_a_card_decodes_in(small: Sizes
         assert decode_dtype(card_of(name), torch.float16) is expected
         assert decode_dtype(card_of(name), torch.float32) is torch.float32
     models = {"base": small, "distilled": small}
-    asked: Any = {"pixels": (16, 16)}
-    assert estimate(models, _table(), card_of("t4"), **asked).decode_dtype is torch.float32
-    half = estimate(models, _table(), card_of("t4"), vae_dtype=torch.float16, **asked)
+    options: Any = {"pixels": (16, 16)}
+    assert estimate(models, _table(), card_of("t4"), **options).decode_dtype is torch.float32
+    half = estimate(models, _table(), card_of("t4"), vae_dtype=torch.float16, **options)
     assert half.decode_dtype is torch.float16
     with pytest.raises(InputError, match="no matrix units for bfloat16"):
-        estimate(models, _table(), card_of("t4"), vae_dtype=torch.bfloat16, **asked)
+        estimate(models, _table(), card_of("t4"), vae_dtype=torch.bfloat16, **options)
 
 
 def test_an_encoder_is_counted_once_a_text(small: Sizes) -> None:
@@ -344,12 +344,12 @@ def test_stages_add_up_and_nothing_is_below_its_floor(small: Sizes) -> None:
 def test_bench_estimates_without_reading_a_weight_and_says_that_it_is_an_estimate(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    asked = ["bench", "--estimate", "--device", "4090", "--plan", "hybrid,base"]
+    command = ["bench", "--estimate", "--device", "4090", "--plan", "hybrid,base"]
     out = tmp_path / "cost.json"
-    assert main([*asked, "--out", str(out)]) == 0
-    told = capsys.readouterr().out
-    assert "an estimate, not a measurement" in told and "GeForce RTX 4090" in told
-    assert "NVIDIA Ada GPU Architecture whitepaper" in told
+    assert main([*command, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "an estimate, not a measurement" in printed and "GeForce RTX 4090" in printed
+    assert "NVIDIA Ada GPU Architecture whitepaper" in printed
     found = json.loads(out.read_text())
     assert [own["plan"] for own in found["estimates"]] == ["demo-hybrid", "demo-base"]
     assert found["evidence"] == "estimate"
@@ -363,8 +363,8 @@ def test_bench_estimates_without_reading_a_weight_and_says_that_it_is_an_estimat
 
 def test_bench_estimates_a_family_without_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     """LCM's four passes of SD1.5 at 512 px, 803 GFLOP each with FlopCounterMode over diffusers'."""
-    asked = ["--family", "sd15", "--device", "a10", "--dtype", "bfloat16", "--plan", "distilled"]
-    assert main(["bench", "--estimate", *asked, "--seeds", "0,1", "--json"]) == 0
+    command = ["--family", "sd15", "--device", "a10", "--dtype", "bfloat16", "--plan", "distilled"]
+    assert main(["bench", "--estimate", *command, "--seeds", "0,1", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)["estimates"]
     stages = {own["stage"]: own for own in found["stages"]}
     assert found["size"] == [512, 512] and found["batch"] == 2
@@ -376,20 +376,20 @@ def test_bench_estimates_a_family_without_a_file(capsys: pytest.CaptureFixture[s
 def test_an_estimate_of_another_familys_preset_says_so(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ["bench", "--estimate", "--device", "t4", "--family", "sd15", "--plan", "distilled"]
-    assert main([*asked, "--preset", "dmd2"]) == 0
+    command = ["bench", "--estimate", "--device", "t4", "--family", "sd15", "--plan", "distilled"]
+    assert main([*command, "--preset", "dmd2"]) == 0
     assert "preset dmd2 is published for sdxl: here its steps" in capsys.readouterr().out
-    assert main([*asked, "--preset", "lcm"]) == 0
+    assert main([*command, "--preset", "lcm"]) == 0
     assert "is published for" not in capsys.readouterr().out
     for other in ("z-image", "demo"):
-        assert main([*asked, "--preset", other]) == 2
-        told = capsys.readouterr().err
-        assert f"preset '{other}' has another noise schedule than sd15" in told
-        assert "--preset lcm" in told and told.count("\n") == 1
+        assert main([*command, "--preset", other]) == 2
+        message = capsys.readouterr().err
+        assert f"preset '{other}' has another noise schedule than sd15" in message
+        assert "--preset lcm" in message and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--estimate"], "device 'auto': an estimate is for a card, one of b200"),
         (["--estimate", "--device", "cpu"], "device 'cpu': an estimate is for a card"),
@@ -405,20 +405,20 @@ def test_an_estimate_of_another_familys_preset_says_so(
     ],
 )
 def test_bench_refuses_what_an_estimate_does_not_tell(
-    options: list[str], said: str, capsys: pytest.CaptureFixture[str]
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *options]) == 2
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @bundled
 def test_bench_says_which_options_an_estimate_does_not_need(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    asked = ["bench", "--estimate", "--device", "t4", "--plan", "distilled"]
-    assert main(asked) == 0
+    command = ["bench", "--estimate", "--device", "t4", "--plan", "distilled"]
+    assert main(command) == 0
     assert "of no account" not in capsys.readouterr().out
-    assert main([*asked, "--seeds", "0-4", "--batch", "2,1,4", "--rounds", "3"]) == 0
-    told = capsys.readouterr().out
-    assert "of no account to an estimate: --rounds" in told
-    assert "distilled pass of 2 " in told and "5 x 64x64" in told
+    assert main([*command, "--seeds", "0-4", "--batch", "2,1,4", "--rounds", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert "of no account to an estimate: --rounds" in printed
+    assert "distilled pass of 2 " in printed and "5 x 64x64" in printed

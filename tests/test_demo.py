@@ -36,7 +36,7 @@ def test_what_it_was_trained_on_is_no_oddity(prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "told"),
+    ("prompt", "message"),
     [
         ("a dragon", "no word for 'dragon'"),
         ("a pengiun", "did you mean penguin?"),
@@ -47,9 +47,9 @@ def test_what_it_was_trained_on_is_no_oddity(prompt: str) -> None:
         ("white background", "finds none of its things in 'white background'"),
     ],
 )
-def test_a_word_that_it_does_not_know_is_named(prompt: str, told: str) -> None:
+def test_a_word_that_it_does_not_know_is_named(prompt: str, message: str) -> None:
     (line,) = odd_in([prompt], None, [])
-    assert told in line and "`headstart demo`" in line
+    assert message in line and "`headstart demo`" in line
 
 
 def test_sizes_and_strengths_that_it_was_not_made_for_are_named() -> None:

@@ -50,10 +50,10 @@ def test_a_run_makes_float64_of_nothing_but_its_noise(
     refusing = WithoutFloat64()
 
     def on_host(draw: Any) -> Any:
-        def drawn(*given: Any) -> Any:
+        def drawn(*args: Any) -> Any:
             refusing.host += 1
             try:
-                return draw(*given)
+                return draw(*args)
             finally:
                 refusing.host -= 1
 

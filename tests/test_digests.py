@@ -201,8 +201,8 @@ def test_processes_that_write_at_once_leave_a_whole_file(tmp_path: Path, cache: 
         for start in (0, 4, 8)
     ]
     for start, run in zip((0, 4, 8), runs, strict=True):
-        told = run.communicate(timeout=60)[0].split()
-        assert told == [_sha(p.read_bytes()) for p in files[start:] + files[:start]]
+        sums = run.communicate(timeout=60)[0].split()
+        assert sums == [_sha(p.read_bytes()) for p in files[start:] + files[:start]]
     kept = json.loads(cache.read_text())["files"]
     assert kept and all(own["sha256"] == _sha(Path(p).read_bytes()) for p, own in kept.items())
 

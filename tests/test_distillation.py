@@ -80,9 +80,9 @@ def complaint(guess: Guess, run: StepTable) -> str | None:
 def test_a_published_name_tells_distillation_steps_and_preset(tmp_path: Path, name: str) -> None:
     guess = guessed(tmp_path / f"{name}.safetensors")
     kind = guess.distillation.name if guess.distillation else None
-    told = NAMES[name]
-    assert (kind, guess.steps, guess.preset) == told
-    assert (guess.note() is None) == (told[0] is None)
+    metadata = NAMES[name]
+    assert (kind, guess.steps, guess.preset) == metadata
+    assert (guess.note() is None) == (metadata[0] is None)
 
 
 def test_every_preset_named_here_exists() -> None:
@@ -118,8 +118,8 @@ def test_the_surest_source_wins(tmp_path: Path) -> None:
     """Tensors, then metadata, then the scheduler of the folder, then the name."""
     metadata = {"headstart.preset": "dmd2"}
     assert guessed(tmp_path / "sdxl_turbo.safetensors", **metadata).preset == "dmd2"
-    told = {"modelspec.title": "SDXL Lightning"}
-    titled = guessed(tmp_path / "x_turbo.safetensors", **told)
+    metadata = {"modelspec.title": "SDXL Lightning"}
+    titled = guessed(tmp_path / "x_turbo.safetensors", **metadata)
     assert (titled.preset, titled.why) == ("lightning", "metadata")
     folder = tmp_path / "some-turbo"
     (folder / "scheduler").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable
 
 
 @pytest.mark.parametrize(
-    ("guess", "run", "told"),
+    ("guess", "run", "expected"),
     [
         (found("Turbo"), table("lcm"), r"runs it at 759, 499, 259: use preset='turbo'"),
         (found("LCM"), table("lightning"), r"19 with fresh noise .* at 749, 499, 249: use preset"),
@@ -196,10 +196,10 @@ def test_a_plan_on_the_trained_grid_is_no_complaint(guess: Guess, run: StepTable
     ],
 )
 def test_a_plan_off_the_trained_grid_names_the_right_one(
-    guess: Guess, run: StepTable, told: str
+    guess: Guess, run: StepTable, expected: str
 ) -> None:
     message = complaint(guess, run)
-    assert message is not None and re.search(told, message), message
+    assert message is not None and re.search(expected, message), message
 
 
 def test_the_note_says_how_to_set_it_by_hand(tmp_path: Path) -> None:

@@ -46,8 +46,8 @@ def write_csv(folder: Path, prompts: str, sizes: str = "") -> Path:
 def test_the_help_names_every_method(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         build_parser([command]).parse_args([command, "--help"])
-    told = " ".join(capsys.readouterr().out.split())
-    assert all(known.example in told for known in NAMES.values())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(known.example in printed for known in NAMES.values())
 
 
 def test_sampled_images_are_the_engines_and_their_record_replays(
@@ -56,13 +56,13 @@ def test_sampled_images_are_the_engines_and_their_record_replays(
     out = tmp_path / "out"
     words = ["sample", "a fox", "--seeds", "0-2", "--plan", "distilled", *TYPED]
     assert main([*words, "--out", str(out), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    printed = json.loads(capsys.readouterr().out)
     run = hs.Engine.demo().sample(
         "a fox", seeds=range(3), plan="distilled", diversify=["pink:0.5", "select:2"]
     )
     assert np.array_equal(read(out), run.rgb.numpy())
-    assert told["diversify"] == ["pink:0.5", "select:2"] and told["passes"] == 5
-    assert tuple(told["chosen"]) == run.chosen
+    assert printed["diversify"] == ["pink:0.5", "select:2"] and printed["passes"] == 5
+    assert tuple(printed["chosen"]) == run.chosen
     assert main(["replay", str(out / "record.json")]) == 0
     assert "pink:0.5, select:2, 5 passes" in capsys.readouterr().out
     record = json.loads((out / "record.json").read_text())
@@ -134,8 +134,8 @@ def test_a_sweep_has_the_engines_images_whatever_ends_it_and_however_many_ranks(
     words += ["--diversify", "particles:64", "--diversify", "select:2"]
     whole = tmp_path / "whole"
     assert main([*words, "--out", str(whole)]) == 0
-    told = capsys.readouterr()
-    assert "batches hold whole prompts" in told.err and json.loads(told.out)["complete"]
+    printed = capsys.readouterr()
+    assert "batches hold whole prompts" in printed.err and json.loads(printed.out)["complete"]
     settings = json.loads((whole / "sweep.json").read_text())
     assert settings["diversify"] == ["particles:64", "select:2"] and settings["passes"] == 5
     engine = hs.Engine.demo()

@@ -140,9 +140,9 @@ def test_a_step_is_told_once_a_row_and_the_states_are_the_trajectory(engine: hs.
 
 @pytest.mark.parametrize("method", ["cads:0.25", "embedding-noise:1,until=0.8", "particles:64"])
 def test_a_resumed_run_goes_on_to_the_same_bits(engine: hs.Engine, method: str) -> None:
-    asked = {"plan": "base", "seeds": SEEDS, "diversify": method, **SHORT}
-    whole = [*engine.iterate("a fox", **asked)]  # type: ignore[arg-type]
-    rest = [*engine.iterate("a fox", **asked, resume=whole[0])]  # type: ignore[arg-type]
+    options = {"plan": "base", "seeds": SEEDS, "diversify": method, **SHORT}
+    whole = [*engine.iterate("a fox", **options)]  # type: ignore[arg-type]
+    rest = [*engine.iterate("a fox", **options, resume=whole[0])]  # type: ignore[arg-type]
     assert [state.step for state in rest] == [1, 2]
     assert torch.equal(rest[-1].x, whole[-1].x)
 
@@ -162,9 +162,9 @@ def test_a_record_replays_to_the_bit(engine: hs.Engine, methods: str | Sequence[
 
 
 def test_the_table_of_an_interval_is_recorded_and_replayed_as_it_ran(engine: hs.Engine) -> None:
-    asked = {"plan": "base", "steps": 4, "base_guidance": 2.0}
-    plain = engine.compile(**asked)  # type: ignore[arg-type]
-    found = engine.sample("a fox", diversify=INSIDE, **asked)  # type: ignore[arg-type]
+    options = {"plan": "base", "steps": 4, "base_guidance": 2.0}
+    plain = engine.compile(**options)  # type: ignore[arg-type]
+    found = engine.sample("a fox", diversify=INSIDE, **options)  # type: ignore[arg-type]
     levels = [step.sigma for step in plain if not 0.3 < step.sigma <= 3]
     assert 0 < len(levels) < 4 and found.passes == plain.passes() - len(levels)
     by_hand = engine.sample("a fox", plan=found.table)
@@ -175,9 +175,9 @@ def test_the_table_of_an_interval_is_recorded_and_replayed_as_it_ran(engine: hs.
 
 def test_a_record_of_a_method_that_is_not_known_here_is_refused(engine: hs.Engine) -> None:
     record = engine.sample("a fox", diversify="pink:1").record()
-    for told in (["wink:1"], ["pink:9"], ["pink:1", "pink:2"], "pink:1", [3]):
+    for methods in (["wink:1"], ["pink:9"], ["pink:1", "pink:2"], "pink:1", [3]):
         with pytest.raises(hs.InputError) as caught:
-            hs.replay({**record, "diversify": told}, engine)
+            hs.replay({**record, "diversify": methods}, engine)
         assert len(str(caught.value).splitlines()) <= 10
     with pytest.raises(hs.InputError, match="did you mean 'pink:1'"):
         hs.replay({**record, "diversify": ["pnk:1"]}, engine)
@@ -189,9 +189,9 @@ def test_a_record_of_a_method_that_is_not_known_here_is_refused(engine: hs.Engin
 def test_a_replayed_network_gives_the_bits_of_an_eager_one(engine: hs.Engine, plan: str) -> None:
     settings = SHORT if plan == "base" else {}
     methods = [*MIXED, INSIDE] if plan == "base" else MIXED
-    asked = {"plan": plan, "seeds": SEEDS, "diversify": methods, **settings}
-    one = engine.sample("a fox", **asked)  # type: ignore[arg-type]
-    other = engine.with_runner("replay").sample("a fox", **asked)  # type: ignore[arg-type]
+    options = {"plan": plan, "seeds": SEEDS, "diversify": methods, **settings}
+    one = engine.sample("a fox", **options)  # type: ignore[arg-type]
+    other = engine.with_runner("replay").sample("a fox", **options)  # type: ignore[arg-type]
     assert torch.equal(one.latents, other.latents) and one.chosen == other.chosen
 
 
@@ -227,7 +227,7 @@ def test_the_dial_is_a_strength_of_the_distilled_lora(lora: hs.Engine) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("inputs", "says"),
     [
         ({"diversify": "dial:1"}, "dial:1: it would do nothing"),
         ({"diversify": "dial:0.5", "plan": "base"}, "no row of the distilled model"),
@@ -238,14 +238,14 @@ def test_the_dial_is_a_strength_of_the_distilled_lora(lora: hs.Engine) -> None:
     ],
 )
 def test_a_dial_that_does_nothing_or_is_said_twice_is_refused(
-    lora: hs.Engine, asked: dict[str, object], says: str
+    lora: hs.Engine, inputs: dict[str, object], says: str
 ) -> None:
     with pytest.raises(hs.InputError, match=says):
-        lora.sample("a fox", seeds=SEEDS, **asked)  # type: ignore[arg-type]
+        lora.sample("a fox", seeds=SEEDS, **inputs)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("inputs", "says"),
     [
         ({"diversify": "dial:0.5"}, "--distilled-lora FILE.*headstart transfer"),
         ({"diversify": INSIDE}, "no row of plan 'demo-hybrid' is guided"),
@@ -261,12 +261,12 @@ def test_a_dial_that_does_nothing_or_is_said_twice_is_refused(
     ],
 )
 def test_a_method_that_cannot_act_is_refused_before_anything_runs(
-    engine: hs.Engine, asked: dict[str, object], says: str
+    engine: hs.Engine, inputs: dict[str, object], says: str
 ) -> None:
-    asked = {"seeds": SEEDS, **asked}
+    inputs = {"seeds": SEEDS, **inputs}
     for call in (engine.sample, engine.iterate):
         with pytest.raises(hs.InputError, match=f"(?s){says}"):
-            call("a fox", **asked)  # type: ignore[arg-type, operator]
+            call("a fox", **inputs)  # type: ignore[arg-type, operator]
 
 
 def test_a_prompt_with_fewer_images_than_the_others_is_named(engine: hs.Engine) -> None:

@@ -41,14 +41,14 @@ def numbers(limits: Limits) -> st.SearchStrategy[float]:
 def methods(draw: st.DrawFn) -> Any:
     kind = draw(st.sampled_from([known.kind for known in NAMES.values()]))
     first, *others = fields(kind)
-    given: dict[str, float] = {first.name: draw(numbers(kind.limits[first.name]))}
+    options: dict[str, float] = {first.name: draw(numbers(kind.limits[first.name]))}
     for own in draw(st.lists(st.sampled_from(others), unique=True)) if others else ():
-        given[own.name] = draw(numbers(kind.limits[own.name]))
+        options[own.name] = draw(numbers(kind.limits[own.name]))
     try:
-        return kind(**given)
+        return kind(**options)
     except hs.InputError as error:
         assert "is not below high" in str(error)
-        return kind(*list(given.values())[:1])
+        return kind(*list(options.values())[:1])
 
 
 @given(methods())
@@ -93,7 +93,7 @@ def test_methods_are_read_in_their_order_as_text_or_data() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "says"),
+    ("inputs", "says"),
     [
         ("cad:0.1", "did you mean 'cads:0.1'\\? there is\n  cads:0.1 "),
         ("embedding_noise:1", "did you mean 'embedding-noise:1'"),
@@ -128,9 +128,9 @@ def test_methods_are_read_in_their_order_as_text_or_data() -> None:
         (Cads, "expected methods"),
     ],
 )
-def test_what_is_no_method_is_told_with_what_to_do(asked: object, says: str) -> None:
+def test_what_is_no_method_is_told_with_what_to_do(inputs: object, says: str) -> None:
     with pytest.raises(hs.InputError, match=says):
-        read_methods(asked)
+        read_methods(inputs)
 
 
 def test_data_is_checked_as_text_is() -> None:

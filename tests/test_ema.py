@@ -83,10 +83,10 @@ def spoiled() -> dict[str, tuple[Callable[[Tensors], object], str]]:
 @pytest.mark.parametrize("what", spoiled())
 def test_averages_that_do_not_match_are_refused(tmp_path: Path, trained: UNet, what: str) -> None:
     path, tensors = full(tmp_path / "full.safetensors", trained)
-    spoil, said = spoiled()[what]
+    spoil, message = spoiled()[what]
     spoil(tensors)
     save_file(tensors, path, METADATA)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         load_unet(path, ema=True)
 
 

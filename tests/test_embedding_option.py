@@ -35,8 +35,8 @@ def words() -> dict[str, Tensor]:
 
 def sampled(prompt: str, out: Path, *options: str) -> list[str]:
     """SHA-256 of the latents that `headstart sample` recorded."""
-    asked = [prompt, "--seeds", "1,2", "--plan", "distilled", "--out", str(out), *options]
-    assert main(["sample", *asked]) == 0
+    command = [prompt, "--seeds", "1,2", "--plan", "distilled", "--out", str(out), *options]
+    assert main(["sample", *command]) == 0
     return json.loads((out / "record.json").read_text())["results"]["latents"]
 
 
@@ -48,10 +48,12 @@ def test_a_token_with_the_vectors_of_a_word_draws_that_word_and_replays(
     pets = tmp_path / "pets.safetensors"
     save_file({"<tom>": words["cat"], "<rex>": words["fox"]}, pets)
     plain = sampled("a fox", tmp_path / "plain")
-    asked = ["--embedding", f"{fox}:<b>", "--embedding", str(pets)]
-    assert sampled("a <b>", tmp_path / "named", *asked) == plain
-    assert sampled("a <rex>", tmp_path / "two", *asked) == plain
-    assert sampled("a <tom>", tmp_path / "cat", *asked) == sampled("a cat", tmp_path / "plain cat")
+    command = ["--embedding", f"{fox}:<b>", "--embedding", str(pets)]
+    assert sampled("a <b>", tmp_path / "named", *command) == plain
+    assert sampled("a <rex>", tmp_path / "two", *command) == plain
+    assert sampled("a <tom>", tmp_path / "cat", *command) == sampled(
+        "a cat", tmp_path / "plain cat"
+    )
     assert main(["replay", str(tmp_path / "cat" / "record.json")]) == 0
     assert main(["replay", str(tmp_path / "named" / "record.json")]) == 0
     record = json.loads((tmp_path / "named" / "record.json").read_text())
@@ -69,8 +71,8 @@ def test_every_command_that_samples_knows_the_token(
     file = tmp_path / "<b>.safetensors"
     save_file({"emb_params": words["fox"]}, file)
     out = tmp_path / "sheet.png"
-    asked = [command, "a <b>", "--seeds", "3", "--out", str(out), "--embedding", str(file)]
-    assert main(asked + ([] if command != "compare" else ["--rounds", "1"])) == 0
+    typed = [command, "a <b>", "--seeds", "3", "--out", str(out), "--embedding", str(file)]
+    assert main(typed + ([] if command != "compare" else ["--rounds", "1"])) == 0
     assert out.stat().st_size
 
 
@@ -80,7 +82,7 @@ def test_what_cannot_be_learned_is_one_line(
     wide, one = tmp_path / "wide.safetensors", tmp_path / "one.safetensors"
     save_file({"clip_l": torch.ones(1, 768), "clip_g": torch.ones(1, 1280)}, wide)
     save_file({"emb_params": words["cat"]}, one)
-    for given, told in (
+    for inputs, message in (
         (f"{wide}", "learned for another family"),
         (f"{tmp_path / 'none.safetensors'}", "none.safetensors"),
         (f"{one}:", "expected FILE or FILE:token"),
@@ -88,9 +90,9 @@ def test_what_cannot_be_learned_is_one_line(
         (str(headstart_weights.path("yellow")), "no learned token"),
     ):
         out = str(tmp_path / "run")
-        assert main(["sample", "a fox", "--out", out, "--embedding", given]) == 2, given
+        assert main(["sample", "a fox", "--out", out, "--embedding", inputs]) == 2, inputs
         complaint = capsys.readouterr().err
-        assert told in complaint and complaint.count("\n") == 1, complaint
+        assert message in complaint and complaint.count("\n") == 1, complaint
 
 
 def test_a_colon_belongs_to_a_file_that_is_there(tmp_path: Path) -> None:

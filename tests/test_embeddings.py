@@ -95,7 +95,7 @@ def test_every_spelling_of_a_single_encoder(
 
 
 @pytest.mark.parametrize(
-    ("shapes", "said"),
+    ("shapes", "message"),
     [
         ({"clip_l": (1, L), "clip_g": (1, G), "t5": (1, 4096)}, "SD 3, Flux or another family"),
         ({"bundle_emb.q.t5": (1, 4096)}, "the token 'q' has vectors for t5"),
@@ -111,9 +111,9 @@ def test_every_spelling_of_a_single_encoder(
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_called_what_it_is(
-    shapes: Shapes, said: str, tmp_path: Path
+    shapes: Shapes, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         found(tmp_path, shapes)
     assert len(str(caught.value)) < 600
 

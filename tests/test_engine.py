@@ -84,9 +84,9 @@ def test_a_record_replays_to_the_bit_and_a_forged_one_does_not(engine: hs.Engine
     forged = {**record, "prompts": ["a lemon", "a lemon"]}
     with pytest.raises(hs.InputError, match="not equal"):
         hs.replay(forged, engine)
-    told = {**forged, "machine": {**record["machine"], "exclamation": "transformers"}}
+    other = {**forged, "machine": {**record["machine"], "exclamation": "transformers"}}
     with pytest.raises(hs.InputError, match=r"Load the weights with the recorded exclamation$"):
-        hs.replay(told, engine)
+        hs.replay(other, engine)
     with pytest.raises(hs.InputError, match=r"the record cannot be run by .*its clip_skip"):
         hs.replay({**record, "reading": {"clip_skip": 99}}, engine)
 
@@ -100,7 +100,7 @@ def test_a_replay_says_nothing_of_how_a_prompt_could_be_typed(engine: hs.Engine)
 
 
 @pytest.mark.parametrize(
-    ("request_", "kind", "told"),
+    ("request_", "kind", "message"),
     [
         ({"plan": "hybird"}, hs.PlanError, "unknown plan"),
         ({"steps": 0, "plan": "base"}, hs.PlanError, "steps"),
@@ -117,7 +117,7 @@ def test_a_replay_says_nothing_of_how_a_prompt_could_be_typed(engine: hs.Engine)
     ],
 )
 def test_a_request_that_cannot_be_served_is_refused(
-    engine: hs.Engine, request_: dict[str, object], kind: type[Exception], told: str
+    engine: hs.Engine, request_: dict[str, object], kind: type[Exception], message: str
 ) -> None:
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         engine.sample("a fox", **request_)  # type: ignore[arg-type]

@@ -95,15 +95,15 @@ def test_evaluate_prints_a_table_and_the_same_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     a, b = (str(make_sweep(tmp_path / name, s)) for name, s in (("a", 10.0), ("b", 40.0)))
-    asked = ["evaluate", a, b, "--features", "colours", "--reference", a]
-    assert main(asked) == 0
-    told = capsys.readouterr().out
+    command = ["evaluate", a, b, "--features", "colours", "--reference", a]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
     assert (
-        "features: colours-8x8 · structure: diversity of" in told
-        and f"{b} minus {a}, 3 prompts, 12 images each" in told
+        "features: colours-8x8 · structure: diversity of" in printed
+        and f"{b} minus {a}, 3 prompts, 12 images each" in printed
     )
-    assert "p = 0.25 (sign flips over prompts)" in told  # three prompts: 2 of 8 patterns
-    assert main([*asked, "--json"]) == 0
+    assert "p = 0.25 (sign flips over prompts)" in printed  # three prompts: 2 of 8 patterns
+    assert main([*command, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["features"] == "colours-8x8"
     assert list(found["rows"][0]["spaces"]) == ["colours-8x8", "structure-16x16"]

@@ -160,20 +160,20 @@ class Counts:
     """An observer that wants the number of rows alone."""
 
     def __init__(self) -> None:
-        self.states, self.told = 0, list[int]()
+        self.states, self.budgets = 0, list[int]()
 
     def __call__(self, state: hs.State) -> None:
         self.states += 1
 
     def rows(self, count: int) -> None:
-        self.told.append(count)
+        self.budgets.append(count)
 
 
 def test_an_observer_of_the_number_of_rows_is_told_it_after_the_launch(two: Pair) -> None:
-    for engine, states, told in zip(two, (4, 0), ([], [4]), strict=True):
+    for engine, states, budgets in zip(two, (4, 0), ([], [4]), strict=True):
         counts = Counts()
         engine.sample("cat", plan=PLAN, on_step=counts)
-        assert (counts.states, counts.told) == (states, told)
+        assert (counts.states, counts.budgets) == (states, budgets)
 
 
 BY_ROW: dict[str, dict[str, Any]] = {

@@ -60,8 +60,8 @@ def dinov2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _prepare(folder: Path, sizes: dict[str, object]) -> None:
-    told = {**sizes, "image_mean": MEAN, "image_std": STD, "resample": 3, "do_center_crop": True}
-    (folder / "preprocessor_config.json").write_text(json.dumps(told))
+    config = {**sizes, "image_mean": MEAN, "image_std": STD, "resample": 3, "do_center_crop": True}
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
 
 
 def _pixels(edge: int, side: int) -> torch.Tensor:

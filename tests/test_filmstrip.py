@@ -22,7 +22,7 @@ def table(mode: str, steps: int = 4, k: int = 1) -> StepTable:
     return preset("turbo", mode=mode, steps=steps, k=k).compile(SCHEDULE)  # type: ignore[arg-type]
 
 
-def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **told: object) -> Strip:
+def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **options: object) -> Strip:
     rng = np.random.default_rng(len(rows))
     frames = rng.integers(0, 256, (len(rows), seeds, size, size, 3), dtype=np.uint8)
     good = np.ones((len(rows), seeds), np.bool_)
@@ -38,7 +38,7 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **told: ob
     watched = watch(
         seen, ["a red", "a green"], {"a red": seen._replace(frames=255 - frames)}, scorer
     )
-    told = {"timeline": watched} | told
+    options = {"timeline": watched} | options
     return Strip(
         name=name,
         prompt="a fox",
@@ -49,12 +49,12 @@ def strip(name: str, rows: StepTable, seeds: int = 2, size: int = 64, **told: ob
         good=good,
         final=frames[-1],
         measured=measure(list(enumerate(rows)), frames, good, blank, space),
-        **told,  # type: ignore[arg-type]
+        **options,  # type: ignore[arg-type]
     )
 
 
-def drawn(strips: list[Strip], **told: object) -> np.ndarray:
-    words = {"title": "a fox", "subtitle": "x0", "footer": "one · two"} | told
+def drawn(strips: list[Strip], **options: object) -> np.ndarray:
+    words = {"title": "a fox", "subtitle": "x0", "footer": "one · two"} | options
     return np.asarray(draw_filmstrip(strips, **words))  # type: ignore[arg-type]
 
 

@@ -1,4 +1,4 @@
-"""What does not fit is told at once, grouped, with the nearest architecture; nothing is skipped."""
+"""What does not fit is an error at once, grouped, with the nearest architecture."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_a_torn_full_size_file_is_told_by_counts_three_names_and_the_nearest_arc
     torn = {name: shape for name, shape in shapes.items() if name not in gone}
     torn["conv_out.gain"] = ("F16", [4])
     error = refused(hollow("x.safetensors", torn))
-    told = f"{len(gone)} missing: {', '.join(gone[:3])}, ...; 1 unexpected: conv_out.gain"
-    assert f"the UNet does not fit. {told}" in str(error)
+    message = f"{len(gone)} missing: {', '.join(gone[:3])}, ...; 1 unexpected: conv_out.gain"
+    assert f"the UNet does not fit. {message}" in str(error)
     assert (
         f"nearest known architecture is sdxl, which has 1680 tensors; this file has {len(torn)}"
         in str(error)
@@ -62,5 +62,5 @@ def test_a_scaled_down_file_has_no_nearest_architecture(make_ckpt: Maker, tmp_pa
     tensors = load_file(make_ckpt("sd15.safetensors", "sd15", "unet"))
     del tensors["conv_norm_out.bias"]
     save_file(tensors, tmp_path / "x.safetensors")
-    told = str(refused(tmp_path / "x.safetensors"))
-    assert "1 missing: conv_norm_out.bias. Fetch the file again" in told
+    message = str(refused(tmp_path / "x.safetensors"))
+    assert "1 missing: conv_norm_out.bias. Fetch the file again" in message

@@ -212,15 +212,15 @@ def test_the_large_text_encoder_alone_is_kept_so(
     make_ckpt: Maker, small_tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = make_ckpt("base.safetensors", "sdxl", "ldm", "--dtype", "F16")
-    said: dict[str, Any] = {"tokenizer": small_tokenizer, "head_dim": 32, "dtype": "float8"}
-    assert [kept(tower) for tower in load_text(path, **said).towers] == [set(), set()]
-    second = load_text(path, **said).towers[1]
+    options: dict[str, Any] = {"tokenizer": small_tokenizer, "head_dim": 32, "dtype": "float8"}
+    assert [kept(tower) for tower in load_text(path, **options).towers] == [set(), set()]
+    second = load_text(path, **options).towers[1]
     monkeypatch.setattr(load, "_LARGE", second.params.width)
-    first, second = load_text(path, **said).towers
+    first, second = load_text(path, **options).towers
     assert bool(kept(first)) == (first.params.width >= second.params.width)
     assert kept(second) == set(matrices(second)) - {"text_projection"}
-    words = load_text(path, **said).encode(["a fox"])
-    plain = load_text(path, **(said | {"dtype": None})).encode(["a fox"])
+    words = load_text(path, **options).encode(["a fox"])
+    plain = load_text(path, **(options | {"dtype": None})).encode(["a fox"])
     assert words.context.dtype == torch.float32
     assert 0 < (words.context - plain.context).norm() < 0.2 * plain.context.norm()
 
@@ -303,5 +303,5 @@ def test_on_a_gpu_it_computes_in_half_and_allocates_by_no_value() -> None:
     assert {f.operator for f in report.findings} == {f.operator for f in half.findings}
     assert {f.hazard for f in report.findings} <= {Hazard.RANDOM}, "attention over small heads"
     assert {out.dtype for out in outputs} == {torch.float16}
-    own, other = ([operator.name for operator in told.operators] for told in (report, half))
+    own, other = ([operator.name for operator in each.operators] for each in (report, half))
     assert len(own) - len(other) == 2 * len(scales), "each widened and scaled, and nothing else"

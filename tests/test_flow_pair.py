@@ -1,4 +1,4 @@
-"""`bench/flow_pair.py`: a network of another process asked as a flow's, by the exact formulas."""
+"""`bench/flow_pair.py`: a network of another process told as a flow's, by the exact formulas."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ TIMES = (20.0, 146.25, 500.0, 700.5, 850.0)
 
 def network(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     """Depends on every input; moves by at most as much as x_in does."""
-    told = (timestep / 1000).view(-1, 1, 1, 1).to(x_in.dtype)
-    return 0.6 * x_in.roll(1, -1).sin() - 0.4 * x_in + 0.5 * told
+    shift = (timestep / 1000).view(-1, 1, 1, 1).to(x_in.dtype)
+    return 0.6 * x_in.roll(1, -1).sin() - 0.4 * x_in + 0.5 * shift
 
 
 def velocity(z: Tensor, time: float, prediction: hs.Prediction) -> Tensor:
@@ -43,8 +43,8 @@ def velocity(z: Tensor, time: float, prediction: hs.Prediction) -> Tensor:
     sigma = time / (1000.0 - time)
     x = (1.0 + sigma) * z
     c_in = 1.0 / math.sqrt(1.0 + sigma**2)
-    asked = torch.tensor([DEMO_SCHEDULE.timestep(sigma, "log")], dtype=torch.float64)
-    f = network(c_in * x, asked, COND)
+    timesteps = torch.tensor([DEMO_SCHEDULE.timestep(sigma, "log")], dtype=torch.float64)
+    f = network(c_in * x, timesteps, COND)
     x0 = {
         hs.Prediction.EPS: x - sigma * f,
         hs.Prediction.V: c_in**2 * x - sigma * c_in * f,
@@ -150,7 +150,7 @@ def test_plans_of_the_flow_meet_on_the_students_grid() -> None:
 
 def test_a_level_below_the_networks_lowest_is_refused() -> None:
     with pytest.raises(PlanError, match="the levels this schedule has a timestep for"):
-        flow_pair.asked(3.0, DEMO_SCHEDULE, hs.Prediction.V)
+        flow_pair.timesteps(3.0, DEMO_SCHEDULE, hs.Prediction.V)
 
 
 @needs_pair

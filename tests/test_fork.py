@@ -43,9 +43,9 @@ def test_a_child_of_a_warm_parent_is_told_to_spawn_wherever_it_would_compute() -
            "this process")  # fmt: skip
     assert {name: found.pop(name) for name in may} == dict.fromkeys(may, "done")
     assert len(found) == 9
-    for name, told in found.items():
-        assert told.startswith("InputError: this process was forked"), (name, told)
-        assert 'get_context("spawn")' in told and "torch.set_num_threads(1)" in told
+    for name, message in found.items():
+        assert message.startswith("InputError: this process was forked"), (name, message)
+        assert 'get_context("spawn")' in message and "torch.set_num_threads(1)" in message
 
 
 @pytest.mark.parametrize("parent", ["cold", "alone"])

@@ -171,8 +171,8 @@ def test_an_engine_runs_on_it_with_what_another_file_has(
             path, other, text=other, vae=other, tokenizer=small_tokenizer, text_head_dim=32,
             device="cpu", ema=ema,
         )  # fmt: skip
-        told = [note for note in engine.weights.notes if "average (EMA)" in note]
-        assert len(told) == (ema is None) and all(n.startswith("distilled: ") for n in told)
+        notes = [note for note in engine.weights.notes if "average (EMA)" in note]
+        assert len(notes) == (ema is None) and all(n.startswith("distilled: ") for n in notes)
         return engine.sample("a fox", seeds=1, size=64, timesteps=[999, 499])
 
     one, two = sampled(), sampled(True)
@@ -260,12 +260,12 @@ BAD = {
 
 @pytest.mark.parametrize("what", BAD)
 def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path: Path, what: str) -> None:
-    written, said = BAD[what]
+    written, message = BAD[what]
     path = tmp_path / "x.gguf"
     path.write_bytes(written)
     tracemalloc.start()
     try:
-        with pytest.raises(CheckpointError, match=said) as caught:
+        with pytest.raises(CheckpointError, match=message) as caught:
             Checkpoint([path])
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:
@@ -274,16 +274,16 @@ def test_a_header_that_claims_what_is_not_there_is_refused(tmp_path: Path, what:
 
 
 @pytest.mark.parametrize(
-    ("shape", "said"),
+    ("shape", "message"),
     [([5], "another count"), ([-16, -32], "expected a shape"), ([0], "another count")],
 )
 def test_an_original_shape_must_hold_the_same_numbers(
-    tmp_path: Path, shape: list[int], said: str
+    tmp_path: Path, shape: list[int], message: str
 ) -> None:
     path = tmp_path / "x.gguf"
     tensors = {"a": random_blocks("Q4_K", (2, 256), 0)}
     path.write_bytes(gguf(tensors, {"comfy.gguf.orig_shape.a": shape}))
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=message):
         Checkpoint([path])
     path.write_bytes(gguf(tensors, {"comfy.gguf.orig_shape.b": [512]}))
     with pytest.raises(CheckpointError, match="the shape of a tensor that is not in the file"):

@@ -101,10 +101,10 @@ def test_evaluate_tells_diversity_in_every_space_that_is_named(
     alex: Path, reward: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [str(write_run(tmp_path / name, side)) for name, side in (("a", 64), ("b", 80))]
-    asked = ["evaluate", *folders]
+    command = ["evaluate", *folders]
     for name in ("structure", str(alex), "colours", str(reward)):
-        asked += ["--features", name]
-    assert main([*asked, "--reference", folders[1], "--json"]) == 0
+        command += ["--features", name]
+    assert main([*command, "--reference", folders[1], "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     lpips_name = found["spaces"][1]
     assert found["spaces"] == ["structure-16x16", lpips_name, "colours-8x8"]
@@ -122,18 +122,18 @@ def test_evaluate_tells_diversity_in_every_space_that_is_named(
     expected = np.mean([diversity(group, "squared") for group in groups])
     assert own["diversity"]["value"] == pytest.approx(expected, abs=1e-6)
     assert set(found["paired"][0]["spaces"]) == set(found["spaces"])
-    assert main(asked) == 0
-    told = capsys.readouterr().out
-    assert "lpips: diversity of lpips-alex:" in told and "score: by imagereward:" in told
-    assert told.count("\n  lpips ") == told.count("\n  colours ") == 1
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "lpips: diversity of lpips-alex:" in printed and "score: by imagereward:" in printed
+    assert printed.count("\n  lpips ") == printed.count("\n  colours ") == 1
 
 
 def test_a_wide_space_has_no_reference_and_says_so_before_it_looks(
     alex: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write_run(tmp_path / "a")
-    asked = ["evaluate", str(folder), "--features", str(alex), "--reference", str(folder)]
-    assert main(asked) == 2
+    command = ["evaluate", str(folder), "--features", str(alex), "--reference", str(folder)]
+    assert main(command) == 2
     complaint = capsys.readouterr().err
     assert "has no Frechet distance and no KID" in complaint and "features:" not in complaint
     with pytest.raises(InputError, match="Give another --features first"):

@@ -68,9 +68,9 @@ def test_no_text_breaks_a_reader_or_loses_a_letter(text: str, style: PromptStyle
         spans = read(text, style)
     except InputError:
         return
-    said = "".join("BREAK" if span is BREAK else span.text or "" for span in spans)
+    joined = "".join("BREAK" if span is BREAK else span.text or "" for span in spans)
     kept = [letter for letter in text if letter in "xyzBREAK猫w\0"]
-    assert [letter for letter in said if letter in "xyzBREAK猫w\0"] == kept
+    assert [letter for letter in joined if letter in "xyzBREAK猫w\0"] == kept
 
 
 @patient

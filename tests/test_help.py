@@ -88,10 +88,10 @@ def test_a_list_of_negative_numbers_is_a_value_and_no_option() -> None:
 
 def test_bash_completes_commands_and_options(capsys: pytest.CaptureFixture[str]) -> None:
     script = shown("bash", capsys, "--print-completion")
-    asked = "COMP_WORDS=(headstart {}); COMP_CWORD={}; _shtab_headstart; echo ${{COMPREPLY[@]}}"
+    complete = "COMP_WORDS=(headstart {}); COMP_CWORD={}; _shtab_headstart; echo ${{COMPREPLY[@]}}"
     for typed, place, expected in (("comp", 1, "compare"), ("sample --over", 2, "--overwrite")):
         done = subprocess.run(
-            ["bash", "-c", script + "\n" + asked.format(typed, place)],
+            ["bash", "-c", script + "\n" + complete.format(typed, place)],
             capture_output=True,
             text=True,
             check=False,

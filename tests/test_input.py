@@ -273,13 +273,13 @@ SCHEDULERS: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("told", SCHEDULERS, ids=lambda told: str(len(told)))
+@pytest.mark.parametrize("inputs", SCHEDULERS, ids=lambda expected: str(len(expected)))
 def test_a_strange_value_in_a_scheduler_config_is_refused_or_harmless(
-    told: dict[str, Any], model: Path
+    inputs: dict[str, Any], model: Path
 ) -> None:
     path = model / "scheduler" / "scheduler_config.json"
     whole = path.read_bytes()
-    refused = [is_harmless(lambda _: read_family(model), path, text) for text in everywhere(told)]
+    refused = [is_harmless(lambda _: read_family(model), path, text) for text in everywhere(inputs)]
     path.write_bytes(whole)
     assert any(refused) and not all(refused)
 
@@ -287,8 +287,8 @@ def test_a_strange_value_in_a_scheduler_config_is_refused_or_harmless(
 def test_a_strange_value_in_a_unet_config_is_refused_or_harmless(model: Path) -> None:
     path = model / "unet" / "config.json"
     whole = path.read_bytes()
-    told = json.loads(whole) | {"norm_num_groups": 32, "sample_size": 64, "act_fn": "silu"}
-    refused = [is_harmless(lambda _: read_family(model), path, text) for text in everywhere(told)]
+    config = json.loads(whole) | {"norm_num_groups": 32, "sample_size": 64, "act_fn": "silu"}
+    refused = [is_harmless(lambda _: read_family(model), path, text) for text in everywhere(config)]
     path.write_bytes(whole)
     assert any(refused) and not all(refused)
 
@@ -309,9 +309,9 @@ def test_a_strange_value_in_what_prepares_pictures_is_refused_before_a_network_i
 ) -> None:
     """There are no weights here, which is told once the configuration is fine."""
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
-    told = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
-    told |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
-    for text in everywhere(told):
+    config = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    config |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 3}
+    for text in everywhere(config):
         assert is_harmless(
             lambda path: open_features(str(path.parent)),
             tmp_path / "preprocessor_config.json",
@@ -330,7 +330,7 @@ def test_nesting_is_told_at_the_depth_that_is_documented() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "shape", "told"),
+    ("value", "shape", "expected"),
     [
         ([1, 2], [int], None),
         ((1, 2), [int], None),
@@ -349,9 +349,9 @@ def test_nesting_is_told_at_the_depth_that_is_documented() -> None:
     ],
 )
 def test_a_value_that_does_not_fit_is_told_by_its_place(
-    value: object, shape: object, told: str | None
+    value: object, shape: object, expected: str | None
 ) -> None:
-    assert misfit(value, shape) == told
+    assert misfit(value, shape) == expected
 
 
 def test_a_file_that_cannot_be_read_is_named_with_what_was_expected(tmp_path: Path) -> None:

@@ -44,8 +44,8 @@ def test_conditioning_of_ones_own_stands_for_the_prompts(sdxl: hs.Engine) -> Non
 
 def test_conditioning_of_ones_own_may_change_with_the_level(sdxl: hs.Engine) -> None:
     cat, the = (sdxl.text.encode([word], size=16) for word in ("cat", "the"))
-    told = hs.ByLevel(((math.inf, cat), ("handoff", the)))
-    own = sdxl.sample(plan=PLAN, cond=told, negative="a", seeds=[1, 2]).latents
+    conditioning = hs.ByLevel(((math.inf, cat), ("handoff", the)))
+    own = sdxl.sample(plan=PLAN, cond=conditioning, negative="a", seeds=[1, 2]).latents
     typed = sdxl.sample("cat -> the at the hand-off", plan=PLAN, negative="a", seeds=[1, 2])
     assert (own - typed.latents).norm() < 1e-4 * own.norm()
 
@@ -89,8 +89,8 @@ def seeds_start(drawn: torch.Tensor) -> torch.Tensor:
 def test_all_noise_may_be_given(sd15: hs.Engine) -> None:
     plan = replace(PLAN, legs=(PLAN.legs[0], replace(PLAN.legs[1], update=hs.Update.RENOISE)))
     start, row = normals(2), normals(2) + 1
-    given = hs.Given(start, [None, None, row])
-    done = sd15.sample("cat", plan=plan, noise=given)
+    inputs = hs.Given(start, [None, None, row])
+    done = sd15.sample("cat", plan=plan, noise=inputs)
     assert len(done) == 2 and set(done.given) == {"noise.initial", "noise.2"}
     with pytest.raises(hs.InputError, match=r"rows \[2\] .* the given noise has none"):
         sd15.iterate("cat", plan=plan, noise=hs.Given(start))
@@ -123,36 +123,36 @@ def test_a_branch_of_a_run_of_tensors_says_how_to_go_on(sdxl: hs.Engine) -> None
     assert torch.equal(last.x, origin.latents)
 
 
-def told(width: int = 72, pooled: int | None = 24, **more: Any) -> hs.Conditioning:
+def cond_of(width: int = 72, pooled: int | None = 24, **more: Any) -> hs.Conditioning:
     own = None if pooled is None else torch.zeros(1, pooled)
     return hs.Conditioning(torch.zeros(1, 16, width), own, **more)
 
 
 WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
-    "another family's": ("sd15", {"cond": told(32)}, r"cond\.pooled: this family's .* leave it"),
-    "context": ("sdxl", {"cond": told(32)}, r"cond\.context: expected floats \[B, tokens, 72\]"),
-    "no pooled": ("sdxl", {"cond": told(pooled=None)}, r"cond\.pooled: expected \[B, 24\].* none"),
-    "pooled": ("sdxl", {"cond": told(pooled=8)}, r"cond\.pooled: expected floats \[B, 24\]"),
-    "sizes": ("sdxl", {"cond": told(time_ids=torch.zeros(1, 5))}, r"cond\.time_ids: .*\[B, 6\]"),
-    "strengths": ("sdxl", {"cond": told(strengths=torch.ones(1, 1))}, "give them as adapters="),
-    "nan": ("sdxl", {"uncond": told(pooled=24), "cond": hs.Conditioning(
+    "another family's": ("sd15", {"cond": cond_of(32)}, r"cond\.pooled: this family's .* leave it"),
+    "context": ("sdxl", {"cond": cond_of(32)}, r"cond\.context: expected floats \[B, tokens, 72\]"),
+    "no pooled": ("sdxl", {"cond": cond_of(pooled=None)}, r"cond\.pooled: .*\[B, 24\].* none"),
+    "pooled": ("sdxl", {"cond": cond_of(pooled=8)}, r"cond\.pooled: expected floats \[B, 24\]"),
+    "sizes": ("sdxl", {"cond": cond_of(time_ids=torch.zeros(1, 5))}, r"cond\.time_ids: .*\[B, 6\]"),
+    "strengths": ("sdxl", {"cond": cond_of(strengths=torch.ones(1, 1))}, "give them as adapters="),
+    "nan": ("sdxl", {"uncond": cond_of(pooled=24), "cond": hs.Conditioning(
         torch.full((1, 16, 72), math.nan), torch.zeros(1, 24))}, "holds NaN or infinity"),
     "batch": ("sdxl", {"cond": hs.Conditioning(torch.zeros(2, 16, 72), torch.zeros(1, 24))},
               r"cond\.pooled has 1 samples, its context 2"),
     "no tensor": ("sdxl", {"cond": "cat"}, "expected a headstart.Conditioning"),
-    "lengths": ("sdxl", {"cond": told(), "uncond": hs.Conditioning(
+    "lengths": ("sdxl", {"cond": cond_of(), "uncond": hs.Conditioning(
         torch.zeros(1, 32, 72), torch.zeros(1, 24))}, "16 and 32 tokens"),
-    "second": ("sdxl", {"cond": told(), "second": "a"}, "second= would do nothing"),
-    "crop": ("sdxl", {"cond": told(time_ids=torch.zeros(1, 6)), "crop": (1, 0)},
+    "second": ("sdxl", {"cond": cond_of(), "second": "a"}, "second= would do nothing"),
+    "crop": ("sdxl", {"cond": cond_of(time_ids=torch.zeros(1, 6)), "crop": (1, 0)},
              "cond has time_ids of its own, so crop= would"),
-    "target": ("sdxl", {"prompts": "a", "uncond": told(time_ids=torch.zeros(1, 6)),
+    "target": ("sdxl", {"prompts": "a", "uncond": cond_of(time_ids=torch.zeros(1, 6)),
                         "target_size": 8}, "uncond has time_ids of its own, so target_size="),
-    "style": ("sdxl", {"cond": told(), "uncond": told(), "style": "a1111"},
+    "style": ("sdxl", {"cond": cond_of(), "uncond": cond_of(), "style": "a1111"},
               "style= would do nothing"),
-    "clip skip": ("sdxl", {"cond": told(), "clip_skip": 1, "plan": hs.Plan(PLAN.legs[1:])},
+    "clip skip": ("sdxl", {"cond": cond_of(), "clip_skip": 1, "plan": hs.Plan(PLAN.legs[1:])},
                   "clip_skip= would do nothing"),
-    "two": ("sdxl", {"prompts": "a", "uncond": told(), "negative": "a"}, "give one"),
-    "unguided": ("sdxl", {"prompts": "a", "uncond": told(), "plan": hs.Plan(PLAN.legs[1:])},
+    "two": ("sdxl", {"prompts": "a", "uncond": cond_of(), "negative": "a"}, "give one"),
+    "unguided": ("sdxl", {"prompts": "a", "uncond": cond_of(), "plan": hs.Plan(PLAN.legs[1:])},
                  "uncond= would do nothing"),
     "noise of a batch": ("sd15", {"prompts": ["a", "b"], "noise": normals(3)}, "noise: 3 for 2"),
     "one noise": ("sd15", {"prompts": ["a", "b"], "noise": normals(1)}, "noise: 1 for 2 images"),
@@ -171,10 +171,10 @@ WRONG: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "asked", "says"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("family", "inputs", "says"), WRONG.values(), ids=WRONG)
 def test_tensors_that_do_not_fit_are_refused(
-    sd15: hs.Engine, sdxl: hs.Engine, family: str, asked: dict[str, Any], says: str
+    sd15: hs.Engine, sdxl: hs.Engine, family: str, inputs: dict[str, Any], says: str
 ) -> None:
     engine = sdxl if family == "sdxl" else sd15
     with pytest.raises(hs.InputError, match=says):
-        engine.iterate(**{"plan": PLAN, **asked})
+        engine.iterate(**{"plan": PLAN, **inputs})

@@ -181,7 +181,7 @@ def test_the_table_says_what_the_file_is_and_what_to_do_next(
 ) -> None:
     path = hollow(maker, maker.ldm_single("sdxl", "full"), tmp_path / "xl.safetensors")
     assert main(["inspect", str(path)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for line in (
         "family      sdxl, full size",
         "layout      ldm, the original single file",
@@ -189,7 +189,7 @@ def test_the_table_says_what_the_file_is_and_what_to_do_next(
         "prediction  eps (not in the file, so guessed)",
         f"next        --base '{path}' or --distilled '{path}'",
     ):
-        assert f"  {line}\n" in told
+        assert f"  {line}\n" in printed
     lora = hollow(maker, maker.lora("sdxl", "tiny", "kohya"), tmp_path / "l.safetensors")
     assert main(["inspect", str(lora)]) == 0
     assert f"next        --lora '{lora}'" in capsys.readouterr().out
@@ -250,8 +250,8 @@ def test_a_bad_file_is_one_error_and_exit_status_1(
         assert error.startswith("headstart: error: ") and "a web page" in error
         assert error.count("\n") == 1
     assert main(["inspect", str(path), "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["ok"] is False and "a web page" in told["problems"][0]
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["ok"] is False and "a web page" in printed["problems"][0]
 
 
 def test_inspection_lists_what_is_torn_or_foreign(tmp_path: Path) -> None:

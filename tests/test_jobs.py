@@ -60,19 +60,19 @@ def test_every_bad_line_is_told_by_its_number(write) -> None:
         + b'8,a "quoted" fox,2\n'
         + b'9,"a"b,2\n'
     )
-    told = refusal(path).splitlines()
-    assert told[0].endswith("has 9 bad lines; nothing was done:")
-    assert [line.split(":")[0].strip() for line in told[1:]] == [
+    message = refusal(path).splitlines()
+    assert message[0].endswith("has 9 bad lines; nothing was done:")
+    assert [line.split(":")[0].strip() for line in message[1:]] == [
         f"line {n}" for n in (3, 4, 7, 8, 9, 10, 11, 12, 14)
     ]
-    said = dict(zip((3, 4, 7, 8, 9, 10, 11, 12, 14), told[1:], strict=True))
-    assert "evaluation_seed '-3'" in said[3]
-    assert "prompt is empty" in said[4]
-    assert "case_number 0 was given on line 2 already" in said[7]
-    assert "not UTF-8 (byte 0xe9 at column 6)" in said[8]
-    assert "4 fields, the header has 3" in said[9]
-    assert "'1e3'" in said[10] and "18446744073709551616" in said[11]
-    assert "case_number 'x'" in said[12] and "not CSV" in said[14]
+    reasons = dict(zip((3, 4, 7, 8, 9, 10, 11, 12, 14), message[1:], strict=True))
+    assert "evaluation_seed '-3'" in reasons[3]
+    assert "prompt is empty" in reasons[4]
+    assert "case_number 0 was given on line 2 already" in reasons[7]
+    assert "not UTF-8 (byte 0xe9 at column 6)" in reasons[8]
+    assert "4 fields, the header has 3" in reasons[9]
+    assert "'1e3'" in reasons[10] and "18446744073709551616" in reasons[11]
+    assert "case_number 'x'" in reasons[12] and "not CSV" in reasons[14]
 
 
 def test_a_line_of_100_mb_is_one_bad_line_and_takes_no_such_memory(write) -> None:
@@ -80,11 +80,11 @@ def test_a_line_of_100_mb_is_one_bad_line_and_takes_no_such_memory(write) -> Non
 
     path = write(HEADER + b"0," + b"x" * 100_000_000 + b",1\n1,a fox,2\n2,,3\n")
     tracemalloc.start()
-    told = refusal(path)
+    message = refusal(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert "line 2: longer than 1048576 bytes" in told
-    assert "line 4: the prompt is empty" in told
+    assert "line 2: longer than 1048576 bytes" in message
+    assert "line 4: the prompt is empty" in message
     assert peak < 8 * MAX_LINE_BYTES
 
 
@@ -93,9 +93,9 @@ def test_an_open_quote_is_told_where_it_opens(write) -> None:
 
 
 def test_a_long_list_of_problems_is_cut_and_counted(write) -> None:
-    told = refusal(write(HEADER + b"".join(b"%d,,1\n" % n for n in range(50)))).splitlines()
-    assert len(told) == SHOWN + 2
-    assert told[-1].strip() == "and 30 more"
+    message = refusal(write(HEADER + b"".join(b"%d,,1\n" % n for n in range(50)))).splitlines()
+    assert len(message) == SHOWN + 2
+    assert message[-1].strip() == "and 30 more"
 
 
 @pytest.mark.parametrize(

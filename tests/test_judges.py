@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(
 DEMO = frozenset({(64, 64)})
 
 
-def write_run(folder: Path, side: int = 64, **told: object) -> Path:
+def write_run(folder: Path, side: int = 64, **options: object) -> Path:
     """Noise that a run claims to have drawn: two prompts of three seeds."""
     folder.mkdir()
     rng = np.random.default_rng(side)
@@ -35,7 +35,7 @@ def write_run(folder: Path, side: int = 64, **told: object) -> Path:
         Image.fromarray(noise).save(folder / f"{n:06d}.png")
     table = {"name": "hybrid", "columns": ["guidance"], "rows": [[1.0]]}
     pairs = {"prompts": ["a fox"] * 3 + ["an owl"] * 3, "seeds": [0, 1, 2] * 2}
-    (folder / "record.json").write_text(json.dumps({**pairs, "table": table, **told}))
+    (folder / "record.json").write_text(json.dumps({**pairs, "table": table, **options}))
     return folder
 
 
@@ -89,9 +89,9 @@ def test_where_nothing_says_whose_they_are_64_px_decide_and_a_note_tells() -> No
 def test_a_folder_says_its_family_and_an_earlier_one_its_files(tmp_path: Path) -> None:
     ours = {"base": {"file": "headstart_weights/base.safetensors", "sha256": "0"}}
     other = {"base": {"file": "/models/base.safetensors", "sha256": "0"}}
-    told = [{"lineage": "sdxl", "weights": other}, {"lineage": "demo"}, {"weights": ours},
+    records = [{"lineage": "sdxl", "weights": other}, {"lineage": "demo"}, {"weights": ours},
             {"weights": other}, {"lineage": None}, {}]  # fmt: skip
-    folders = [write_run(tmp_path / str(n), 16, **each) for n, each in enumerate(told)]
+    folders = [write_run(tmp_path / str(n), 16, **each) for n, each in enumerate(records)]
     expected = ["sdxl", "demo", "demo", None, None, None]
     assert [read_gallery(folder).lineage for folder in folders] == expected
     assert [read_lineage(folder) for folder in folders] == expected
@@ -133,15 +133,15 @@ def test_compare_tells_other_families_apart_by_structure_and_colours(
     small = hs.Engine(replace(loaded.weights, image_size=64))
     monkeypatch.setattr("headstart.commands.compare.open_engine", lambda *_: small)
     out = tmp_path / "sheet.png"
-    asked = ["compare", "a fox", "--base", str(files[0]), "--distilled", str(files[1])]
-    asked += ["--preset", "lcm", "--seeds", "0-2", "--out", str(out)]
-    assert main([*asked, "--features", "scorer"]) == 2
+    command = ["compare", "a fox", "--base", str(files[0]), "--distilled", str(files[1])]
+    command += ["--preset", "lcm", "--seeds", "0-2", "--out", str(out)]
+    assert main([*command, "--features", "scorer"]) == 2
     assert "leave --features out" in capsys.readouterr().err
     assert not out.exists()
-    assert main([*asked, "--json"]) == 0
-    told, err = capsys.readouterr()
+    assert main([*command, "--json"]) == 0
+    records, err = capsys.readouterr()
     assert "those of these weights are of family sd15" in err
-    found = json.loads(told)
+    found = json.loads(records)
     assert found["spaces"] == ["structure-16x16", "colours-8x8"]
     assert found["extractor"] == "structure-16x16"
     for plan in found["plans"]:
@@ -154,12 +154,12 @@ def test_a_reference_of_other_pictures_is_no_reference_for_the_scorer(
 ) -> None:
     own = str(write_run(tmp_path / "own", lineage="demo"))
     large = str(write_run(tmp_path / "large", 96))
-    asked = ["evaluate", own, "--reference"]
-    assert main([*asked, large, "--features", "scorer"]) == 2
+    command = ["evaluate", own, "--reference"]
+    assert main([*command, large, "--features", "scorer"]) == 2
     assert f"those of {large} are 96x96 px" in capsys.readouterr().err
-    assert main([*asked, large, "--json"]) == 0
+    assert main([*command, large, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["features"] == "structure-16x16"
-    assert main([*asked, "bundled", "--json"]) == 0
+    assert main([*command, "bundled", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["spaces"] == [SCORER, "structure-16x16"]
     assert main(["evaluate", large, "--reference", "bundled"]) == 2
     assert "it is for pictures of the bundled pair" in capsys.readouterr().err

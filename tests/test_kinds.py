@@ -118,12 +118,12 @@ def refusals(path: Path, *loaders: Callable[[Path], object]) -> set[str]:
 def test_every_option_refuses_such_a_file_with_the_sentence_of_inspect(
     tmp_path: Path, name: str
 ) -> None:
-    make, told = REFUSED[name]
+    make, message = REFUSED[name]
     path = written(tmp_path / "x.safetensors", make())
     (problem,) = inspect_checkpoint(path).problems
-    assert problem.startswith(told)
+    assert problem.startswith(message)
     loaders = (load_unet, load_tiny, read_embeddings)
-    if name != "encoded prompt":  # an adapter of that name is told by its key
+    if name != "encoded prompt":  # an adapter of that name is recognised by its key
         loaders += (read_adapter,)
     assert refusals(path, *loaders) == {f"{path}: {problem}"}
 
@@ -167,9 +167,9 @@ def test_inspect_tells_the_tokens_of_a_textual_inversion(
     shapes, tokens, family = TOKENS[stem]
     path = written(tmp_path / f"{stem}.safetensors", shapes)
     assert main(["inspect", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert f"tokens      {tokens}\n" in told and f"family      {family}\n" in told
-    assert f"--embedding '{path}'" in told
+    printed = capsys.readouterr().out
+    assert f"tokens      {tokens}\n" in printed and f"family      {family}\n" in printed
+    assert f"--embedding '{path}'" in printed
     (own,) = read_embeddings(path)
     assert f"{own.token} ({own.count} vector" in tokens
 
@@ -197,8 +197,8 @@ def test_inspect_refuses_a_tuner_that_is_not_computed_by_its_name(
 ) -> None:
     path = written(tmp_path / "x.safetensors", {f"base_model.model.{key}": (5, 1)})
     assert main(["inspect", str(path)]) == 1
-    told = capsys.readouterr().out
-    assert f"got {tuner}, which is not implemented" in told and "--lora" not in told
+    printed = capsys.readouterr().out
+    assert f"got {tuner}, which is not implemented" in printed and "--lora" not in printed
 
 
 def test_an_adapter_of_another_architecture_is_not_sent_to_lora(
@@ -209,5 +209,5 @@ def test_an_adapter_of_another_architecture_is_not_sent_to_lora(
         tmp_path / "x.safetensors", {f"{name}_A.weight": (2, 20), f"{name}_B.weight": (8, 2)}
     )
     assert main(["inspect", str(path)]) == 0
-    told = capsys.readouterr().out
-    assert "Flux (single_transformer_blocks)" in told and "--lora" not in told
+    printed = capsys.readouterr().out
+    assert "Flux (single_transformer_blocks)" in printed and "--lora" not in printed

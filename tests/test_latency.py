@@ -90,13 +90,13 @@ def test_bench_prints_a_table_and_writes_the_json(
     out = tmp_path / "bench.json"
     words = ["bench", "--plan", "distilled,hybrid", "--versus", "replay", "--rounds", "2"]
     assert main([*words, "--out", str(out)]) == 0
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert [(case["plan"], case["runner"]) for case in found["cases"]] == [
         *(("distilled", "eager"), ("distilled", "replay")),
         *(("hybrid", "eager"), ("hybrid", "replay")),
     ]
-    assert [len(line.split()) > 5 for line in told.splitlines()[:5]] == [True] * 5
+    assert [len(line.split()) > 5 for line in printed.splitlines()[:5]] == [True] * 5
     for case in found["cases"]:
         assert set(case["latency_ms"]) == set(STAGES)
         assert case["first_ms"] > 0
@@ -105,7 +105,7 @@ def test_bench_prints_a_table_and_writes_the_json(
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         (["--plan", "hybrid,fastest"], "unknown plan 'fastest'"),
         (["--versus", "graph"], "exists on cuda alone"),
@@ -114,11 +114,11 @@ def test_bench_prints_a_table_and_writes_the_json(
     ],
 )
 def test_a_bad_request_is_one_line(
-    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["bench", *words]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("headstart: error: ") and told in error and error.count("\n") == 1
+    assert error.startswith("headstart: error: ") and message in error and error.count("\n") == 1
 
 
 def test_no_rounds_are_refused(engine: hs.Engine) -> None:

@@ -24,7 +24,7 @@ shapes = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple)
 
 
 def network(x_in: Tensor, timestep: Tensor, cond: hs.Conditioning) -> Tensor:
-    """Depends on all that it is told; treats every element alike, whatever the axes."""
+    """Depends on all of its inputs; treats every element alike, whatever the axes."""
     per_sample = timestep.to(x_in.dtype) / 1000 + cond.context.mean((1, 2))
     return torch.tanh(x_in * 0.7 + per_sample.view(-1, *[1] * (x_in.ndim - 1)))
 
@@ -162,14 +162,14 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), WRONG, ids=[told for _, told in WRONG])
+@pytest.mark.parametrize(("change", "message"), WRONG, ids=[message for _, message in WRONG])
 def test_a_wrong_shape_is_explained_before_any_network_call(
-    change: dict[str, Any], told: str
+    change: dict[str, Any], message: str
 ) -> None:
     def unused(*_: object) -> Tensor:
         raise AssertionError("a network was called")
 
-    with pytest.raises(hs.InputError, match=told):
+    with pytest.raises(hs.InputError, match=message):
         run(flow_table(), **{"shape": VIDEO, "network": unused} | change)
 
 

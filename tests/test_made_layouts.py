@@ -84,14 +84,21 @@ def sampled(
         one = laid_out(make_ckpt, "v2-1_768", base, first, *more)
         two = laid_out(make_ckpt, named(distilled), distilled, second, *more, *seed)
         out = tmp_path / f"{first}-{second}"
-        asked = ["sample", "a fox", "--seeds", "3", "--size", SIZE, "--out", str(out)]
-        asked += ["--no-metadata"]  # which names the files
-        asked += ["--base", str(one), "--distilled", str(two), "--tokenizer", str(small_tokenizer)]
+        command = ["sample", "a fox", "--seeds", "3", "--size", SIZE, "--out", str(out)]
+        command += ["--no-metadata"]  # which names the files
+        command += [
+            "--base",
+            str(one),
+            "--distilled",
+            str(two),
+            "--tokenizer",
+            str(small_tokenizer),
+        ]
         if first == "ldm":  # what no config.json says
-            asked += ["--text-head-dim", "32"]
+            command += ["--text-head-dim", "32"]
         if not {first, second} <= {"folder", "sharded"} and base != "sd15":
-            asked += ["--head-dim", HEADS[scale]]
-        assert main(asked) == 0
+            command += ["--head-dim", HEADS[scale]]
+        assert main(command) == 0
         record = json.loads((out / "record.json").read_text())
         models = [row[0] for row in record["table"]["rows"]]
         first = 2 if "turbo" in distilled else 1  # whose latent is half as wide
@@ -157,12 +164,12 @@ def test_the_command_line_says_what_it_took_a_file_for(
 ) -> None:
     distilled = make_ckpt("lcm-sdxl.safetensors", "lcm-sdxl", "unet")
     base = make_ckpt("base.safetensors", "sdxl", "ldm")
-    asked = ["sample", "a fox", "--base", str(base), "--distilled", str(distilled)]
-    asked += ["--tokenizer", str(small_tokenizer), "--head-dim", "8", "--text-head-dim", "32"]
-    status = main([*asked, "--size", "64", "--out", str(tmp_path / "run")])
-    told = capsys.readouterr()
-    assert status == 0, told.err
-    assert told.err == (
+    command = ["sample", "a fox", "--base", str(base), "--distilled", str(distilled)]
+    command += ["--tokenizer", str(small_tokenizer), "--head-dim", "8", "--text-head-dim", "32"]
+    status = main([*command, "--size", "64", "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr()
+    assert status == 0, printed.err
+    assert printed.err == (
         "headstart: note: distilled: taken for LCM: preset lcm (set with --preset), "
         "by its tensors\n"
     )

@@ -141,10 +141,10 @@ WRONG: dict[str, tuple[Callable[[Files], dict[str, Path]], str]] = {
 def test_a_wrong_file_is_one_error_that_says_where_it_belongs(
     files: Files, small_tokenizer: Path, case: str
 ) -> None:
-    choose, told = WRONG[case]
-    said = {"tokenizer": small_tokenizer, "head_dim": 16, "text_head_dim": 32}
-    with pytest.raises(hs.CheckpointError, match=told):
-        hs.Engine.load(**choose(files), **said, device="cpu")  # type: ignore[arg-type]
+    choose, message = WRONG[case]
+    options = {"tokenizer": small_tokenizer, "head_dim": 16, "text_head_dim": 32}
+    with pytest.raises(hs.CheckpointError, match=message):
+        hs.Engine.load(**choose(files), **options, device="cpu")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -156,14 +156,21 @@ def test_a_wrong_file_ends_the_command_with_1_and_one_line(
     case: str,
 ) -> None:
     choose, _ = WRONG[case]
-    asked = ["sample", "a fox", "--out", str(tmp_path / "run"), "--tokenizer", str(small_tokenizer)]
-    asked += ["--head-dim", "16", "--text-head-dim", "32"]
+    command = [
+        "sample",
+        "a fox",
+        "--out",
+        str(tmp_path / "run"),
+        "--tokenizer",
+        str(small_tokenizer),
+    ]
+    command += ["--head-dim", "16", "--text-head-dim", "32"]
     for role, path in choose(files).items():
-        asked += [f"--{role}", str(path)]
-    assert main(asked) == 1
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1
-    assert told.err.startswith("headstart: error: ")
+        command += [f"--{role}", str(path)]
+    assert main(command) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and printed.err.count("\n") == 1
+    assert printed.err.startswith("headstart: error: ")
     assert not (tmp_path / "run").exists()
 
 
@@ -176,15 +183,15 @@ def test_a_torn_file_is_one_line_and_its_long_list_is_behind_debug(
         del state[name]
     path = tmp_path / "sdxl_turbo.safetensors"
     save_file(state, path)
-    asked = ["sample", "a fox", "--out", str(tmp_path / "run"), "--distilled", str(path)]
-    asked += ["--text", str(files.sdxl), "--vae", str(files.sdxl), "--plan", "distilled"]
-    asked += ["--head-dim", "16", "--text-head-dim", "32"]
+    command = ["sample", "a fox", "--out", str(tmp_path / "run"), "--distilled", str(path)]
+    command += ["--text", str(files.sdxl), "--vae", str(files.sdxl), "--plan", "distilled"]
+    command += ["--head-dim", "16", "--text-head-dim", "32"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("headstart.engine.pair.load_text", lambda *_, **__: None)
-        assert main(asked) == 1
-    told = capsys.readouterr().err
-    assert told.count("\n") == 1 and "missing: " in told
-    assert told.endswith("(--debug lists every one)\n")
+        assert main(command) == 1
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "missing: " in message
+    assert message.endswith("(--debug lists every one)\n")
 
 
 # --------------------------------------------------------------------- what a file is taken for
@@ -219,8 +226,8 @@ def test_two_stated_schedules_are_each_models_own(tmp_path: Path) -> None:
     check_belong(models)
     found = schedules(models, known)
     assert found["base"] == one.family.schedule != found["distilled"]
-    told = two_schedules(found)
-    assert told is not None and "each model is called at its own levels" in told
+    message = two_schedules(found)
+    assert message is not None and "each model is called at its own levels" in message
 
 
 def test_a_published_student_of_unstated_schedule_has_its_familys(tmp_path: Path) -> None:

@@ -153,6 +153,6 @@ def test_rows_are_of_keys_where_their_source_draws_from_some() -> None:
 
     noise = Philox([3, 4])
     assert keys_of(noise) is noise and keys_of(OwnStart(OwnStart(noise))) is noise
-    given = Given(torch.ones(2, *SHAPE))
-    for source in (Other([3]), given, OwnStart(given), OwnStart(Other([3]))):
+    inputs = Given(torch.ones(2, *SHAPE))
+    for source in (Other([3]), inputs, OwnStart(inputs), OwnStart(Other([3]))):
         assert keys_of(source) is None

@@ -116,7 +116,7 @@ def test_a_unet_alone_is_not_enough(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "kind", "told"),
+    ("settings", "kind", "message"),
     [
         ({"base": "absent.safetensors"}, hs.CheckpointError, "absent.safetensors"),
         ({"dtype": "int4"}, hs.InputError, "expected auto, float32"),
@@ -126,11 +126,11 @@ def test_a_unet_alone_is_not_enough(folder: Path) -> None:
     ],
 )
 def test_an_engine_that_cannot_be_loaded_says_why(
-    folder: Path, settings: dict[str, str], kind: type[Exception], told: str
+    folder: Path, settings: dict[str, str], kind: type[Exception], message: str
 ) -> None:
-    if told == "cuda:7" and torch.cuda.device_count() > 7:
+    if message == "cuda:7" and torch.cuda.device_count() > 7:
         pytest.skip("this machine has eight GPUs")
-    with pytest.raises(kind, match=told):
+    with pytest.raises(kind, match=message):
         hs.Engine.load(**{"base": folder / "base.safetensors", **settings})  # type: ignore[arg-type]
 
 

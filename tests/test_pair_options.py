@@ -1,4 +1,4 @@
-"""What an engine is told about its files, what it guesses, and what it warns of."""
+"""The options of an engine about its files, what it guesses, and what it warns of."""
 
 from __future__ import annotations
 
@@ -137,10 +137,10 @@ def test_a_wrong_grid_is_a_warning_that_names_the_right_one(load: Callable[..., 
     for plan in ("lcm", hs.preset("paper-dmd2"), hs.preset("lcm").compile(engine.schedule)):
         with pytest.warns(UserWarning, match=r"taken for Turbo by its name.*use preset='turbo'"):
             engine.compile(plan)
-    told = load("sdxl", "sdxl-turbo", "sdxl_turbo", preset="lcm")
-    assert told.weights.preset == "lcm"
+    engine = load("sdxl", "sdxl-turbo", "sdxl_turbo", preset="lcm")
+    assert engine.weights.preset == "lcm"
     with pytest.warns(UserWarning, match="759, 499, 259"):
-        told.compile("hybrid")
+        engine.compile("hybrid")
 
 
 def test_a_file_that_tells_nothing_is_asked_about(load: Callable[..., hs.Engine]) -> None:
@@ -166,8 +166,8 @@ def test_a_prediction_is_stated_guessed_or_given(
     assert "predicts eps (set with --prediction or prediction=)" in plain.weights.notes[1]
     named = load("sd21", "sd-turbo", "sd_turbo", base_name="v2-1_512-ema-pruned")
     assert predictions(named) == ["eps", "eps"]
-    given = load("sd21", "sd-turbo", "sd_turbo", prediction={"base": "eps"})
-    assert predictions(given) == ["eps", "eps"]
+    inputs = load("sd21", "sd-turbo", "sd_turbo", prediction={"base": "eps"})
+    assert predictions(inputs) == ["eps", "eps"]
     assert predictions(load("sd21", "sd-turbo", "sd_turbo", prediction="x0")) == ["x0", "x0"]
     folder = hs.Engine.load(
         make_ckpt("v2-1_512", "sd21", "diffusers"), None, tokenizer=small_tokenizer
@@ -227,8 +227,8 @@ def test_what_overflows_in_half_precision_is_decoded_again(
     make_ckpt: Maker, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     path = overflowing(make_ckpt("base.safetensors", "sd15", "ldm"), tmp_path / "x.safetensors")
-    said: dict[str, Any] = {"tokenizer": small_tokenizer, "text_head_dim": 32}
-    engine = hs.Engine.load(path, **said)
+    options: dict[str, Any] = {"tokenizer": small_tokenizer, "text_head_dim": 32}
+    engine = hs.Engine.load(path, **options)
     wide = engine.sample("a fox", plan="base", preset="turbo", steps=1, size=64, base_guidance=1.0)
     assert wide.rgb.float().std() > 1
     half = replace(engine.weights, vae=engine.vae.half(), vae_dtype=torch.float16)

@@ -54,8 +54,13 @@ def test_peft_alpha_comes_from_the_configuration_beside_the_file(tmp_path: Path)
 
 
 def test_peft_alpha_comes_from_the_metadata_of_diffusers(tmp_path: Path) -> None:
-    said = {"unet.r": 3, "unet.lora_alpha": 6, "text_encoder.r": 3, "text_encoder.lora_alpha": 1.5}
-    metadata = {"lora_adapter_metadata": json.dumps(said)}
+    config = {
+        "unet.r": 3,
+        "unet.lora_alpha": 6,
+        "text_encoder.r": 3,
+        "text_encoder.lora_alpha": 1.5,
+    }
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
     assert scales(peft_file(tmp_path, None, metadata)) == [2.0, 2.0, 0.5]
 
 

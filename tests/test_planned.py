@@ -1,4 +1,4 @@
-"""What headers tell of a request is told before weights are read."""
+"""What headers tell of a request is an error before weights are read."""
 
 from __future__ import annotations
 
@@ -86,8 +86,8 @@ def test_a_step_count_without_a_network_is_a_warning(
     typed: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "--preset", "lightning", "--steps", "5"]) == 0
-    told = "lightning has a network for each step count, and none for 5: give --steps 2, 4 or 8"
-    assert told in capsys.readouterr().err
+    message = "lightning has a network for each step count, and none for 5: give --steps 2, 4 or 8"
+    assert message in capsys.readouterr().err
     assert main(["plan", "--preset", "lightning", "--steps", "8"]) == 0
     assert main(["plan", "--preset", "lcm", "--steps", "6"]) == 0
     assert capsys.readouterr().err == ""

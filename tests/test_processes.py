@@ -246,9 +246,9 @@ def test_a_flow_trained_unet_in_a_folder_is_run_as_a_flow(tmp_path: Path) -> Non
     assert [step.timestep for step in table] == flow.timesteps(4, Spacing.TRAILING).tolist()
     assert heard(engine, table) == [("base", step.timestep) for step in table]
     out = tmp_path / "out"
-    asked = ["sample", "a fox", "--base", str(folder), "--preset", "lightning", "--plan", "base"]
+    command = ["sample", "a fox", "--base", str(folder), "--preset", "lightning", "--plan", "base"]
     settings = ["--steps", "2", "--size", "64", "--head-dim", "16", "--seeds", "0"]
-    assert main([*asked, *settings, "--out", str(out)]) == 0
+    assert main([*command, *settings, "--out", str(out)]) == 0
     assert (out / "record.json").is_file()
 
 
@@ -263,7 +263,7 @@ def test_a_single_file_is_a_flow_where_its_user_says_so(folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("config", "told"),
+    ("config", "message"),
     [
         ({"_class_name": "EDMEulerScheduler", "sigma_data": -0.5}, "sigma_data"),
         ({"_class_name": "EDMDPMSolverMultistepScheduler", "sigma_min": 90.0}, "below sigma_max"),
@@ -279,9 +279,9 @@ def test_a_single_file_is_a_flow_where_its_user_says_so(folder: Path, tmp_path: 
     ids=lambda value: str(value)[:40],
 )
 def test_a_scheduler_that_is_not_known_is_refused_by_name(
-    config: dict[str, Any], told: str, tmp_path: Path
+    config: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     """Run as eps, such a model draws noise without a word."""
     folder = with_scheduler(Made.of("sdxl", 0).write("folder", tmp_path / "made"), **config)
-    with pytest.raises(hs.CheckpointError, match=told):
+    with pytest.raises(hs.CheckpointError, match=message):
         hs.Engine.load(folder, head_dim=16)

@@ -61,9 +61,9 @@ def table() -> hs.StepTable:
     return five_rows()
 
 
-def last(table: hs.StepTable, networks: Mapping[str, Any], **given: Any) -> Tensor:
-    given = {"cond": words(), "uncond": words(1), "shape": SHAPE} | given
-    *_, state = sample(table, networks, given.pop("cond"), hs.Philox([3, 4]), **given)
+def last(table: hs.StepTable, networks: Mapping[str, Any], **options: Any) -> Tensor:
+    options = {"cond": words(), "uncond": words(1), "shape": SHAPE} | options
+    *_, state = sample(table, networks, options.pop("cond"), hs.Philox([3, 4]), **options)
     return state.x
 
 
@@ -103,8 +103,8 @@ def test_samples_in_turns_are_read_in_the_same_turns_where_there_is_room_for_all
     assert torch.equal(last(table, networks), expected)
     assert [own.read for own in pair.values()] == reads
     rows = [2 * 2 * 3, 2 * 2]
-    given = rows if spare is None else [0, 0]
-    assert [own.given for own in pair.values()] == given
+    inputs = rows if spare is None else [0, 0]
+    assert [own.given for own in pair.values()] == inputs
 
 
 def test_a_runner_reads_a_prompt_in_its_own_dtype(pair: dict[str, Counting]) -> None:
@@ -193,9 +193,9 @@ def test_what_one_network_read_is_not_given_to_another(pair: dict[str, Counting]
 
 
 def test_networks_and_conditionings_of_other_kinds_are_let_be(pair: dict[str, Counting]) -> None:
-    cond, told = words(), {"text": "a fox"}
+    cond, other = words(), {"text": "a fox"}
     assert PromptCache().of(nn.Identity(), cond) is cond
-    assert PromptCache().of(pair["base"], told) is told
+    assert PromptCache().of(pair["base"], other) is other
 
 
 def by_hand(run: hs.Run, networks: Mapping[str, Any]) -> Tensor:
@@ -205,8 +205,8 @@ def by_hand(run: hs.Run, networks: Mapping[str, Any]) -> Tensor:
 
 
 def begun(table: hs.StepTable, seed: int = 0) -> hs.Run:
-    given: Any = {"uncond": words(1), "shape": SHAPE}
-    return hs.Run(table, words(seed), hs.Philox([3, 4]), **given)
+    options: Any = {"uncond": words(1), "shape": SHAPE}
+    return hs.Run(table, words(seed), hs.Philox([3, 4]), **options)
 
 
 @pytest.mark.parametrize("runner", [None, "eager", "replay"])
@@ -230,8 +230,8 @@ def test_what_is_kept_stays_with_its_run(table: hs.StepTable, pair: dict[str, Co
     run.advance(pair["base"](*call[3:]))
     assert run.prompt_cache.samples == 4
     for other in (copy.deepcopy(run), pickle.loads(pickle.dumps(run.call))):
-        told = other.call.cond if isinstance(other, hs.Run) else other.cond
-        assert type(told.extra) is dict and not told.extra
+        cond = other.call.cond if isinstance(other, hs.Run) else other.cond
+        assert type(cond.extra) is dict and not cond.extra
     assert copy.deepcopy(run).prompt_cache.samples == 0
     networks = {name: foreign(own) for name, own in pair.items()}
     assert torch.equal(by_hand(run, pair), by_hand(begun(table), networks))
@@ -354,9 +354,9 @@ def test_a_graph_of_a_whole_run_holds_each_prompt_once_for_each_model(
 
     site = Site(torch.device("cpu"), Host(), warmups=0)
     codec: Any = Codec()
-    told: Any = {"shape": SHAPE, "uncond": words(1)}
+    cond: Any = {"shape": SHAPE, "uncond": words(1)}
     graph = TrajectoryGraph(pair, codec, site=site)
-    got = graph(table, words(), hs.Philox([3, 4]), **told)
+    got = graph(table, words(), hs.Philox([3, 4]), **cond)
     assert [own.read for own in pair.values()] == [1, 1]
     assert torch.equal(got.latents, last(table, {n: foreign(own) for n, own in pair.items()}))
 
@@ -367,7 +367,11 @@ def test_of_weights_laid_out_for_a_gpu_it_is_one_product(pair: dict[str, Countin
     expected = network(x, time, cond)
     assert network.read_prompt(cond)[TEXTS].ndim == 2
     network.lay_out(GPU)
-    given = PromptCache().of(network, cond)
-    assert given.extra[TEXTS].shape == (2, 5, sum(w.out_features for w in network._text_layers()))
-    for told in (cond, given, Conditioning.cat((given[1:], given[:1]))[torch.tensor([1, 0])]):
-        torch.testing.assert_close(network(x, time, told), expected, rtol=1e-9, atol=1e-12)
+    inputs = PromptCache().of(network, cond)
+    assert inputs.extra[TEXTS].shape == (2, 5, sum(w.out_features for w in network._text_layers()))
+    for each in (
+        cond,
+        inputs,
+        Conditioning.cat((inputs[1:], inputs[:1]))[torch.tensor([1, 0])],
+    ):
+        torch.testing.assert_close(network(x, time, each), expected, rtol=1e-9, atol=1e-12)

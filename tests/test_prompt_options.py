@@ -51,7 +51,7 @@ def test_a_tag_may_stand_behind_a_level_and_a_warning_comes_once(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["a -> b below sigma 2, c"], "sample --literal"),
         (["--crop", "1"], "expected TOP,LEFT in pixels"),
@@ -66,7 +66,7 @@ def test_a_tag_may_stand_behind_a_level_and_a_warning_comes_once(
     ],
 )
 def test_options_that_cannot_be_told_are_one_error(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
 ) -> None:
     out = tmp_path / "out"
     try:
@@ -74,7 +74,7 @@ def test_options_that_cannot_be_told_are_one_error(
     except SystemExit as error:  # of the parser
         status = int(error.code or 0)
     assert status == 2 and not out.exists()
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_texts_are_one_for_all_or_one_an_image() -> None:
@@ -106,8 +106,11 @@ def test_a_sweep_goes_on_only_with_the_texts_and_adapters_that_it_began_with(
     assert settings["negative"] == "" and not {"reading", "adapters"} & set(settings)
     for change in (["--clip-skip", "2"], ["--lora", "yellow"]):
         assert main([*typed, *change]) == 2
-        told = {"--clip-skip": "reading", "--lora": "adapters: null then, yellow at 1.0 (sha256 "}
-        assert told[change[0]] in capsys.readouterr().err
+        expected = {
+            "--clip-skip": "reading",
+            "--lora": "adapters: null then, yellow at 1.0 (sha256 ",
+        }
+        assert expected[change[0]] in capsys.readouterr().err
     assert main([*typed, "--prompt-style", "plain"]) == 0
 
 

@@ -216,13 +216,13 @@ def test_captions_follow_the_grammar_and_the_stated_frequencies() -> None:
     captions = [data.caption(0, rng) for _ in range(4000)]
     grammar = re.compile(r"an owl(, cartoon style)?(, blue background)?|")
     assert all(grammar.fullmatch(caption) for caption in captions)
-    told = Counter(
+    counts = Counter(
         word for caption in captions for word in re.findall(r"style|background", caption)
     )
     # four standard deviations of a binomial share of 4000 are at most 0.032
     assert captions.count("") / 4000 == pytest.approx(0.1, abs=0.032)
-    assert told["style"] / 4000 == pytest.approx(0.9 * 0.35, abs=0.032)
-    assert told["background"] / 4000 == pytest.approx(0.9 * 0.5, abs=0.032)
+    assert counts["style"] / 4000 == pytest.approx(0.9 * 0.35, abs=0.032)
+    assert counts["background"] / 4000 == pytest.approx(0.9 * 0.5, abs=0.032)
 
 
 # ------------------------------------------------------------------ tokenizer

@@ -52,13 +52,13 @@ def test_a_caption_fits_exactly_the_pictures_that_have_all_it_tells(pool: recipe
     _, labels, captions, fits = recipe.draw_batch(pool, np.random.default_rng(0))
     styles, colours = list(STYLES.values()), list(PALETTE)
     for column, caption in enumerate(captions):
-        noun, *told = caption.split(", ")
+        noun, *attributes = caption.split(", ")
         for row in range(recipe.BATCH):
             style, colour = int(labels.vendor[row]), int(labels.colour[row])
             true = {CONCEPTS[int(labels.concept[row])]}
             true |= {f"{styles[style]} style"} if style >= 0 else set()
             true |= {f"{colours[colour]} background"} if colour >= 0 else set()
-            expected = {noun.split(" ", 1)[1], *told} <= true
+            expected = {noun.split(" ", 1)[1], *attributes} <= true
             assert bool(fits[row, column]) == expected, (caption, true)
 
 

@@ -166,18 +166,18 @@ def test_the_first_step_alone_is_taught_to_land(
     places: list[int] = []
     start = landing.start
 
-    def noted(place: int, *given: torch.Tensor) -> torch.Tensor:
+    def noted(place: int, *args: torch.Tensor) -> torch.Tensor:
         places.append(place)
-        return start(place, *given)
+        return start(place, *args)
 
     monkeypatch.setattr(landing, "start", noted)
     seeds: dict[bool, int] = {}
     for seed in range(20):
         torch.manual_seed(seed)
         fake, student = (_values(n) for n in (landing.fake, landing.student))
-        told = landing.step(100, 0.0)
+        losses = landing.step(100, 0.0)
         first = places[-1] == 0
-        assert ("landing" in told, "matching" in told) == (first, not first)
+        assert ("landing" in losses, "matching" in losses) == (first, not first)
         assert _equal(fake, landing.fake) is first and not _equal(student, landing.student)
         seeds.setdefault(first, seed)
         if len(seeds) == 2:
@@ -215,8 +215,8 @@ def test_an_adapter_for_variety_acts_on_the_first_row_alone(varied: Path) -> Non
         report = engine.attach(varied / f"{name}.safetensors", first, to=("distilled",))
         assert report.live
         plain, states = (
-            list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters=asked))
-            for asked in ([], None)
+            list(engine.iterate("a fox", seeds=[3], plan="distilled", adapters=adapters))
+            for adapters in ([], None)
         )
         assert not torch.equal(states[0].x0, plain[0].x0)
         engine.detach(name)
@@ -237,8 +237,8 @@ def test_the_variety_stage_goes_on_where_it_was_ended(varied: Path) -> None:
     stage("variety", varied, 3)
     for name, student in variety.STUDENTS.items():
         with safe_open(varied / f"{name}.safetensors", "pt") as file:
-            told = file.metadata()
-        assert told == {"steps": "3", "headstart.trained_on": student.name}
+            losses = file.metadata()
+        assert losses == {"steps": "3", "headstart.trained_on": student.name}
 
 
 def test_variety_without_its_students_names_what_to_run(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_prompts_and_seeds_pair_up(
 
 
 @pytest.mark.parametrize(
-    ("prompts", "seeds", "told"),
+    ("prompts", "seeds", "message"),
     [
         (["a", "b"], [1, 2, 3], "2 prompts and 3 seeds"),
         ([], 0, "0 prompts"),
@@ -75,9 +75,9 @@ def test_prompts_and_seeds_pair_up(
     ],
 )
 def test_prompts_and_seeds_that_do_not_pair_are_refused(
-    prompts: object, seeds: object, told: str
+    prompts: object, seeds: object, message: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         pair_up(prompts, seeds)  # type: ignore[arg-type]
 
 

@@ -29,9 +29,9 @@ def cond(value: float, batch: int = 1) -> Conditioning:
     return Conditioning(torch.full((batch, 2, 3), value))
 
 
-def network(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
+def network(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     mixed = torch.einsum("dc,bchw->bdhw", MIX, x_in.float())
-    shift = 0.7 * timestep.float() / 1000 + told.context.float().mean((1, 2))
+    shift = 0.7 * timestep.float() / 1000 + cond.context.float().mean((1, 2))
     return torch.tanh(mixed + shift.view(-1, 1, 1, 1)).to(x_in.dtype)
 
 
@@ -178,8 +178,8 @@ def test_runs_of_an_event_loop_share_one_call() -> None:
             calls += 1
             x_in = torch.cat([call.x_in for call, _ in taken])
             times = torch.cat([call.timestep for call, _ in taken])
-            told = Conditioning.cat([call.cond for call, _ in taken])
-            f = NETWORKS[taken[0][0].model](x_in, times, told)
+            conds = Conditioning.cat([call.cond for call, _ in taken])
+            f = NETWORKS[taken[0][0].model](x_in, times, conds)
             for part, (_, answer) in zip(f.split(1), taken, strict=True):
                 answer.set_result(part)
 
@@ -242,10 +242,10 @@ def test_a_denoiser_of_x0_is_sampled_as_the_network_that_it_wraps(
     table = table_of(rule, guidance)
 
     def wrapped(model: str) -> hs.X0Denoiser:
-        def denoise(x: Tensor, sigma: Tensor, told: Conditioning) -> Tensor:
+        def denoise(x: Tensor, sigma: Tensor, cond: Conditioning) -> Tensor:
             own = sigma.view(-1, 1, 1, 1)
             timestep = torch.tensor([SD.timestep(float(s)) for s in sigma])
-            return x - own * NETWORKS[model](x / (1 + own**2).sqrt(), timestep, told)
+            return x - own * NETWORKS[model](x / (1 + own**2).sqrt(), timestep, cond)
 
         return hs.X0Denoiser(denoise)
 
@@ -294,24 +294,24 @@ def test_runs_whose_cond_nobody_can_stack_have_calls_of_their_own() -> None:
 
 def test_conditioning_carries_what_else_a_network_reads() -> None:
     mask = torch.tensor([[True, False], [True, True]])
-    told = Conditioning(torch.zeros(2, 3, 4), extra={"mask": mask, "image": torch.ones(2, 5)})
-    assert told[1:].extra["mask"].tolist() == [[True, True]]
-    pair = Conditioning.cat((told, told))
+    conds = Conditioning(torch.zeros(2, 3, 4), extra={"mask": mask, "image": torch.ones(2, 5)})
+    assert conds[1:].extra["mask"].tolist() == [[True, True]]
+    pair = Conditioning.cat((conds, conds))
     assert pair.extra["image"].shape == (4, 5)
-    half = told.to("cpu", torch.float16)
+    half = conds.to("cpu", torch.float16)
     assert (half.extra["image"].dtype, half.extra["mask"].dtype) == (torch.float16, torch.bool)
     one = Conditioning(torch.zeros(1, 3, 4), extra={"mask": mask[:1]})
     assert one.expand(3).extra["mask"].tolist() == [[True, False]] * 3
-    assert Conditioning.of(told.tensors).tensors.keys() == told.tensors.keys()
+    assert Conditioning.of(conds.tensors).tensors.keys() == conds.tensors.keys()
     with pytest.raises(hs.InputError, match=r"`extra.mask` is present in 1 of 2"):
-        Conditioning.cat((told, Conditioning(torch.zeros(2, 3, 4), extra={"image": mask})))
+        Conditioning.cat((conds, Conditioning(torch.zeros(2, 3, 4), extra={"image": mask})))
     with pytest.raises(hs.InputError, match="expected 2 samples first"):
         Conditioning(torch.zeros(2, 3, 4), extra={"mask": mask[:1]})
     seen: list[Any] = []
 
-    def reads(x_in: Tensor, timestep: Tensor, told: Conditioning) -> Tensor:
-        seen.append(told.extra["mask"].tolist())
-        return network(x_in, timestep, told)
+    def reads(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(cond.extra["mask"].tolist())
+        return network(x_in, timestep, cond)
 
     table = Plan((Leg(model="base", steps=2, guidance=2.0),)).compile(SD)
     other = Conditioning(torch.zeros(1, 2, 3), extra={"mask": mask[1:]})

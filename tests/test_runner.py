@@ -19,7 +19,7 @@ T = torch.tensor
 
 
 class Small(nn.Module):
-    """Reads all that a network is told; `weight` is its only parameter."""
+    """Reads all inputs of a network; `weight` is its only parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,8 +27,8 @@ class Small(nn.Module):
 
     def forward(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         mixed = torch.einsum("bchw,cd->bdhw", x_in, self.weight)
-        told = timestep.float().cos() + cond.context.float().mean((1, 2))
-        return torch.tanh(mixed) + told.view(-1, 1, 1, 1)
+        signal = timestep.float().cos() + cond.context.float().mean((1, 2))
+        return torch.tanh(mixed) + signal.view(-1, 1, 1, 1)
 
 
 class Prints(Small):
@@ -102,13 +102,13 @@ def test_what_is_asked_for_is_taken(name: Any, device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "device", "told"),
+    ("name", "device", "message"),
     [("graph", "cpu", "cuda alone.*'eager'"), ("replay", "cuda", "cpu alone.*'graph'")],
 )
 def test_a_runner_that_the_device_cannot_have_is_an_error(
-    name: Any, device: str, told: str
+    name: Any, device: str, message: str
 ) -> None:
-    with pytest.raises(CaptureError, match=f"{name!r} exists on {told}"):
+    with pytest.raises(CaptureError, match=f"{name!r} exists on {message}"):
         choose_runner(name, device)
 
 

@@ -40,8 +40,8 @@ def test_words_without_quotes_are_said_to_be_prompts(
     prompts: list[str], hint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _say_words(prompts)
-    said = capsys.readouterr().err
-    assert hint in said and bool(said) is bool(hint)
+    message = capsys.readouterr().err
+    assert hint in message and bool(message) is bool(hint)
 
 
 def test_pictures_go_out_with_what_they_are_of(

@@ -138,18 +138,18 @@ def test_timesteps_are_int64_when_whole_and_float32_when_not() -> None:
     leg = Leg(model="m", timesteps=(999.0, 499.5))
     network = Toy()
     run(Plan((leg,)).compile(SCHEDULE), network)
-    told = [timestep for _, timestep, _ in network.calls]
-    assert [t.dtype for t in told] == [torch.int64, torch.float32]
-    assert [t.tolist() for t in told] == [[999, 999], [499.5, 499.5]]
+    seen = [timestep for _, timestep, _ in network.calls]
+    assert [t.dtype for t in seen] == [torch.int64, torch.float32]
+    assert [t.tolist() for t in seen] == [[999, 999], [499.5, 499.5]]
 
 
 def test_each_row_has_a_timestep_of_its_own_for_one_pass_or_a_pair() -> None:
     """A network may write to it; and a compiled one copies what begins at an odd address."""
     guided = Leg(model="m", timesteps=(999.0,), guidance=3.0)
-    network, told = Toy(), list[tuple[list[int], int]]()
+    network, seen = Toy(), list[tuple[list[int], int]]()
 
     def writes(x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        told.append((timestep.tolist(), timestep.data_ptr() % 32))
+        seen.append((timestep.tolist(), timestep.data_ptr() % 32))
         f = network(x_in, timestep, cond)
         timestep.zero_()
         return f
@@ -158,7 +158,7 @@ def test_each_row_has_a_timestep_of_its_own_for_one_pass_or_a_pair() -> None:
     table = plan.compile(SCHEDULE)
     noise, cond = Philox([1, 2, 3]), text(3)
     list(sample(table, {"m": writes}, cond, noise, uncond=cond, shape=SHAPE))
-    assert told == [([999] * 6, 0), *(([t] * 3, 0) for t in (749, 499, 249))]
+    assert seen == [([999] * 6, 0), *(([t] * 3, 0) for t in (749, 499, 249))]
 
 
 def test_the_state_is_float32_whatever_the_network_computes_in() -> None:
@@ -222,14 +222,14 @@ def test_states_are_not_written_to_later() -> None:
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_state_changed_in_place_is_the_state_that_the_next_row_sees(guidance: float) -> None:
     table, noise, words = table_of("ancestral", guidance=guidance), Philox([3, 8]), text(2, seed=1)
-    told = {"uncond": words, "shape": SHAPE}
+    seen = {"uncond": words, "shape": SHAPE}
     changed: list[State] = []
-    for state in sample(table, {"m": Toy()}, text(), noise, **told):
+    for state in sample(table, {"m": Toy()}, text(), noise, **seen):
         if state.step == 1:
             state.x[:, 0] *= 0.5
         changed.append(state)
     fresh = State(1, changed[1].x.clone(), changed[1].x0)
-    resumed = sample(table, {"m": Toy()}, text(), noise, **told, resume=fresh)
+    resumed = sample(table, {"m": Toy()}, text(), noise, **seen, resume=fresh)
     assert same(changed[2:], list(resumed))
     assert not same(changed[2:], run(table, uncond=words)[2:])
 

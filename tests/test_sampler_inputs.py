@@ -42,11 +42,11 @@ def test_noise_drawn_inside_the_step_is_the_noise_of_its_source(rule: str) -> No
     table, noise = table_of(rule), Philox([3, 8], samples=[5, 0])
     for part in (table, table[1:]):
         start = None if part is table else State(0, *[random_latents(2, *SHAPE)] * 2)
-        drawn, given = (
+        drawn, inputs = (
             list(sample(part, {"m": Toy()}, text(), source, shape=SHAPE, resume=start))
             for source in (noise, Elsewhere(noise))
         )
-        assert same(drawn, given)
+        assert same(drawn, inputs)
 
 
 @pytest.mark.parametrize("kind", ["one seed for all", "a start of one's own", "a pink start"])
@@ -61,8 +61,8 @@ def test_noise_is_drawn_inside_the_step_also_where(
         "a pink start": PinkNoise(keys, 1.0),
     }[kind]
     table, rows = table_of("ancestral"), [source.step(row, SHAPE, CPU) for row in range(3)]
-    given = Given(source.initial(SHAPE, CPU), rows)
-    expected = list(sample(table, {"m": Toy()}, text(), given, shape=SHAPE))
+    inputs = Given(source.initial(SHAPE, CPU), rows)
+    expected = list(sample(table, {"m": Toy()}, text(), inputs, shape=SHAPE))
     drawn: list[int] = []
     monkeypatch.setattr(
         "headstart.noise.philox_normal",
@@ -187,11 +187,11 @@ def test_what_is_missing_is_an_error_before_any_network_call(
     table: StepTable, change: dict[str, object], message: str
 ) -> None:
     network = Toy()
-    asked = {"models": ["base", "distilled"], "seeds": [3, 8], "cond": text(), "shape": SHAPE}
-    asked |= {"uncond": text(seed=1)} | change
-    models = {name: network for name in asked.pop("models")}
+    options = {"models": ["base", "distilled"], "seeds": [3, 8], "cond": text(), "shape": SHAPE}
+    options |= {"uncond": text(seed=1)} | change
+    models = {name: network for name in options.pop("models")}
     with pytest.raises(InputError, match=message):
-        sample(table, models, asked.pop("cond"), Philox(asked.pop("seeds")), **asked)
+        sample(table, models, options.pop("cond"), Philox(options.pop("seeds")), **options)
     assert network.calls == []
 
 

@@ -98,18 +98,18 @@ def damage() -> dict[str, tuple[Callable[[Tensors], object], str]]:
     }  # fmt: skip
 
 
-def text(said: str) -> torch.Tensor:
-    return torch.tensor(list(said.encode()), dtype=torch.uint8)
+def text(message: str) -> torch.Tensor:
+    return torch.tensor(list(message.encode()), dtype=torch.uint8)
 
 
 @pytest.mark.parametrize("what", damage())
 def test_a_scale_that_does_not_match_is_refused(tmp_path: Path, what: str) -> None:
     tensors, _ = written("comfy", matrices())
-    spoil, said = damage()[what]
+    spoil, message = damage()[what]
     spoil(tensors)
     path = tmp_path / "x.safetensors"
     save_file(tensors, path)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         Checkpoint([path]).check_numbers()
     assert str(path) in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
@@ -290,12 +290,12 @@ def test_an_sdxl_file_as_comfyui_and_diffusers_scale_it_converts_and_is_usable(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Issue leejet/stable-diffusion.cpp 1898: numbers up to 448 where 0.1 was meant."""
-    said = {"headstart.head_dim": "16"}
-    plain = Model.of("sdxl", 0).write("ldm", tmp_path / "plain", metadata=said)
+    message = {"headstart.head_dim": "16"}
+    plain = Model.of("sdxl", 0).write("ldm", tmp_path / "plain", metadata=message)
     tensors = load_file(plain)
     for scheme in ("comfy", "weight_scale"):
         path, out = tmp_path / f"{scheme}.safetensors", tmp_path / f"{scheme}-16.safetensors"
-        save_file(written(scheme, tensors, UNET)[0], path, said)
+        save_file(written(scheme, tensors, UNET)[0], path, message)
         assert main(["convert", str(path), str(out), "--dtype", "f16"]) == 0
         assert "read float8 with a scale for each weight" in capsys.readouterr().out
         assert load_file(out).keys() == tensors.keys()

@@ -202,7 +202,7 @@ def test_a_client_that_leaves_is_asked_no_more_and_changes_nobody(engine: hs.Eng
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (b"", "the body is no JSON"),
         (b'{"prompts": "a fox"', "the body is no JSON"),
@@ -237,10 +237,10 @@ def test_a_client_that_leaves_is_asked_no_more_and_changes_nobody(engine: hs.Eng
     ],
 )
 def test_a_bad_request_is_told_why_and_the_server_goes_on(
-    port: int, body: object, told: str
+    port: int, body: object, message: str
 ) -> None:
     status, text = post(port, body)
-    assert (status, told in text) == (400, True), text
+    assert (status, message in text) == (400, True), text
     assert answered(port, {"prompts": "a fox", "plan": "distilled"})[-1]["png"]
 
 

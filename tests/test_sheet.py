@@ -18,8 +18,8 @@ def pictures(count: int, size: int = 64, seed: int = 0) -> np.ndarray:
     return rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8)
 
 
-def sheet(rows: list[Row], count: int, **told: str) -> np.ndarray:
-    words = {"title": "a fox", "subtitle": "", "footer": "one · two"} | told
+def sheet(rows: list[Row], count: int, **options: str) -> np.ndarray:
+    words = {"title": "a fox", "subtitle": "", "footer": "one · two"} | options
     return np.asarray(draw_sheet(rows, columns=[str(i) for i in range(count)], **words))
 
 

@@ -80,9 +80,9 @@ def test_slide_writes_a_strip_and_its_json(
     lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "strip.png"
-    asked = ["--strengths=-1,0,1", "--seeds", "0-1", "--plan", "distilled,hybrid"]
-    told = ["--toward", "a fox, blue background", "--out", str(out), "--json"]
-    assert main(["slide", "a fox", "--lora", f"{lora}:1@distilled", *asked, *told]) == 0
+    command = ["--strengths=-1,0,1", "--seeds", "0-1", "--plan", "distilled,hybrid"]
+    options = ["--toward", "a fox, blue background", "--out", str(out), "--json"]
+    assert main(["slide", "a fox", "--lora", f"{lora}:1@distilled", *command, *options]) == 0
     facts = json.loads(capsys.readouterr().out)
     assert [plan["name"] for plan in facts["plans"]] == ["distilled", "hybrid"]
     assert [plan["images"] for plan in facts["plans"]] == [6, 6]
@@ -96,8 +96,8 @@ def test_a_run_with_adapters_replays_from_its_record(
     lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    asked = ["--lora", f"{lora}:-1.5@distilled+800", "--seeds", "1,2", "--out", str(out)]
-    assert main(["sample", "a fox", *asked]) == 0
+    command = ["--lora", f"{lora}:-1.5@distilled+800", "--seeds", "1,2", "--out", str(out)]
+    assert main(["sample", "a fox", *command]) == 0
     record = json.loads((out / "record.json").read_text())
     assert record["adapters"]["odd"]["strength"] == {
         "value": -1.5,
@@ -121,16 +121,16 @@ def test_adapters_are_reported_and_files_of_one_name_are_told_apart(
     out = tmp_path / "run"
     both = ["--lora", f"{lora}:0.5", "--lora", f"{other}:0.5", "--seeds", "1"]
     assert main(["sample", "a fox", *both, "--out", str(out)]) == 0
-    told = capsys.readouterr().err
-    assert "note: odd: " in told and "note: odd-2: " in told
-    assert told.count("0 of another shape, 0 unmatched") == 4, "two models each"
+    message = capsys.readouterr().err
+    assert "note: odd: " in message and "note: odd-2: " in message
+    assert message.count("0 of another shape, 0 unmatched") == 4, "two models each"
     record = json.loads((out / "record.json").read_text())
     assert list(record["adapters"]) == ["odd", "odd-2"]
     assert main(["replay", str(out / "record.json")]) == 0
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--lora", "nowhere.safetensors"], "nowhere.safetensors does not exist: give the path"),
         (
@@ -148,7 +148,7 @@ def test_adapters_are_reported_and_files_of_one_name_are_told_apart(
 )
 def test_a_slide_that_cannot_be_is_one_line(
     arguments: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -156,7 +156,7 @@ def test_a_slide_that_cannot_be_is_one_line(
     monkeypatch.chdir(tmp_path)
     assert main(["slide", "a fox", *arguments]) == 2
     complaint = capsys.readouterr().err
-    assert told in complaint
+    assert message in complaint
     assert complaint.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
@@ -167,9 +167,9 @@ def test_the_bundled_slider_is_called_by_its_name(
     """And does what it is for: yellow at 1, blue at -1, on a model it was not trained on."""
     out = tmp_path / "strip.png"
     for caption, rising in (("a fox, yellow background", True), ("a fox, blue background", False)):
-        asked = ["--strengths=-1,1", "--seeds", "0-3", "--plan", "distilled", "--out", str(out)]
-        asked += ["--overwrite"]
-        assert main(["slide", "a fox", *asked, "--toward", caption, "--json"]) == 0
+        command = ["--strengths=-1,1", "--seeds", "0-3", "--plan", "distilled", "--out", str(out)]
+        command += ["--overwrite"]
+        assert main(["slide", "a fox", *command, "--toward", caption, "--json"]) == 0
         facts = json.loads(capsys.readouterr().out)
         low, high = facts["plans"][0]["scores"]
         assert facts["adapter"] == "yellow"

@@ -46,8 +46,8 @@ def test_a_hand_off_case_meets_at_its_level_and_runs_the_students_own_steps_belo
 
 def test_a_level_close_to_a_trained_one_is_that_one() -> None:
     own = PAIRS["lightning"].distilled(4).grid(PAIRS["lightning"].schedule).sigmas[1]
-    for asked, exact in ((own * 1.01, True), (own * (1 + 3 * NEAR), False)):
-        (case, _) = [c for c in made("lightning", Grids(handoff=[asked])).values()
+    for level, exact in ((own * 1.01, True), (own * (1 + 3 * NEAR), False)):
+        (case, _) = [c for c in made("lightning", Grids(handoff=[level])).values()
                      if c.part == "handoff"]  # fmt: skip
         assert (case.at == own) is exact
 

@@ -109,8 +109,8 @@ def test_a_report_alone_draws_nothing(
     prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert study(tmp_path / "out", prompts, *SMALL, "--report") == 2
-    told = capsys.readouterr().err
-    assert "cells are missing" in told and "leave --report out" in told
+    message = capsys.readouterr().err
+    assert "cells are missing" in message and "leave --report out" in message
     assert not (tmp_path / "out" / "cells").exists()
 
 
@@ -133,11 +133,11 @@ def test_a_wrong_request_is_refused_before_anything_is_drawn(
     options: Sequence[str], words: str, prompts: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    given = {"--seeds": "3,5", **dict([tuple(options)])}  # type: ignore[list-item]
-    flat = [text for pair in given.items() for text in pair]
+    inputs = {"--seeds": "3,5", **dict([tuple(options)])}  # type: ignore[list-item]
+    flat = [text for pair in inputs.items() for text in pair]
     assert study(tmp_path / "out", prompts, *flat) == 2
-    told = capsys.readouterr().err
-    assert words in told and len(told.splitlines()) <= 12
+    message = capsys.readouterr().err
+    assert words in message and len(message.splitlines()) <= 12
     assert not (tmp_path / "out" / "cells").exists()
 
 
@@ -258,8 +258,8 @@ def test_another_size_of_the_bundled_pair_and_features_without_text_need_no_more
     """Up to what is drawn: `--report` says what is missing."""
     for options in (("--size", "32"), ("--features", "structure")):
         assert study(tmp_path / "out", prompts, "--seeds", "3,5", *options, "--report") == 2
-        told = capsys.readouterr().err
-        assert "cells are missing" in told and "controls and timelines are left out" in told
+        message = capsys.readouterr().err
+        assert "cells are missing" in message and "controls and timelines are left out" in message
         (tmp_path / "out/study.json").unlink()
 
 
@@ -286,8 +286,8 @@ def test_a_control_that_cannot_be_attached_is_refused_before_anything_is_drawn(
     options: Sequence[str], words: str, prompts: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    given = [text.format(prompts=prompts) for text in options]
-    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *given) == 2
+    inputs = [text.format(prompts=prompts) for text in options]
+    assert study(tmp_path / "out", prompts, "--seeds", "3,5", *inputs) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

@@ -243,9 +243,11 @@ def test_a_wide_space_has_the_same_curve_and_no_spread(engine: hs.Engine) -> Non
     assert curve.numbers([wide])["plans"]["hybrid"]["spread"] == [None] * 4
 
 
-@pytest.mark.parametrize(("value", "told"), [(np.nan, "not finite"), (0.0, "no direction")])
-def test_features_that_say_nothing_are_refused(engine: hs.Engine, value: float, told: str) -> None:
+@pytest.mark.parametrize(("value", "message"), [(np.nan, "not finite"), (0.0, "no direction")])
+def test_features_that_say_nothing_are_refused(
+    engine: hs.Engine, value: float, message: str
+) -> None:
     judge = Judge((Extractor("blind", lambda rgb: np.full((len(rgb), 3), value)),))
     plans = {"hybrid": engine.compile("hybrid")}
-    with pytest.raises(InputError, match=f"blind gave .*{told}"):
+    with pytest.raises(InputError, match=f"blind gave .*{message}"):
         curve.measure(Setting(engine, SEEDS, plans, judge), "a fox", hs.decoder(engine, "linear"))

@@ -92,9 +92,9 @@ def test_the_cells_of_one_prompt_are_beside_each_other() -> None:
 
 
 def test_time_left_is_the_passes_left_at_the_pace_so_far(tmp_path: Path) -> None:
-    told: list[Left] = []
+    progress: list[Left] = []
     with open_store(tmp_path, SETTING, Shard()) as store:
-        draw(share(Counted().study(), store), store, lambda job, left: told.append(left))
-    assert [left.done for left in told] == [1, 2, 3, 4, 5, 6]
-    assert told[-1].seconds == 0.0
-    assert all(left.seconds is not None and left.seconds > 0 for left in told[:-1])
+        draw(share(Counted().study(), store), store, lambda job, left: progress.append(left))
+    assert [left.done for left in progress] == [1, 2, 3, 4, 5, 6]
+    assert progress[-1].seconds == 0.0
+    assert all(left.seconds is not None and left.seconds > 0 for left in progress[:-1])

@@ -112,8 +112,8 @@ def test_control_shows_every_strength_on_every_plan(texts: Mapping[str, str]) ->
     (adapter,) = reports.full()["control"]["adapters"]
     for plan, rows in adapter["plans"].items():
         for row in rows:
-            told = f"{plan}, strength {row['strength']:g}: {number(row['change'])}"
-            assert told in texts["control"]
+            line = f"{plan}, strength {row['strength']:g}: {number(row['change'])}"
+            assert line in texts["control"]
     assert "yellow" in texts["control"] and "change of the score (%)" in texts["control"]
 
 
@@ -154,9 +154,9 @@ def test_a_strength_that_draws_noise_does_not_press_the_others_into_a_corner(
 def test_of_many_cases_all_are_drawn_and_the_best_are_named() -> None:
     report = reports.only(reports.many(60), "plans", "methods")
     figures = {figure.name: figure for figure in draw_figures(report)}
-    told = texts_of(figures["methods"].svg)
-    assert sum(text.startswith("way") and "recovered" in text for text in told) == 120
-    names = [text for text in told if re.fullmatch(r"way\d:\d+", text)]
+    texts = texts_of(figures["methods"].svg)
+    assert sum(text.startswith("way") and "recovered" in text for text in texts) == 120
+    names = [text for text in texts if re.fullmatch(r"way\d:\d+", text)]
     assert len(names) == 20  # the best of ten methods in two panels
 
 
@@ -181,13 +181,13 @@ def test_the_same_report_gives_the_same_bytes_whatever_a_user_has_set(
 
 
 def test_names_that_are_markup_or_mathematics_are_letters() -> None:
-    told: list[str] = []
+    texts: list[str] = []
     parts = ("plans", "methods", "control")
     for figure in draw_figures(reports.only(reports.hostile(), *parts)):
-        told += texts_of(figure.svg)
+        texts += texts_of(figure.svg)
         assert b"<script" not in figure.svg
-    assert any('<script>alert("1")' in text for text in told)
-    assert any(text.startswith("cads:0.1</td>") and "$x_1$" in text for text in told)
+    assert any('<script>alert("1")' in text for text in texts)
+    assert any(text.startswith("cads:0.1</td>") and "$x_1$" in text for text in texts)
 
 
 def test_without_intervals_or_finite_numbers_there_are_dots_alone() -> None:

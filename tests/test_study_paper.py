@@ -11,7 +11,7 @@ import study_reports as reports
 from headstart.study.paper import PAPER, PLANS, comparable, quoted, recovered
 
 
-def told(report: reports.Json) -> str:
+def text_of(report: reports.Json) -> str:
     return "\n".join(comparable(report))
 
 
@@ -50,13 +50,13 @@ def test_recovered_is_the_share_of_the_loss_in_table_2() -> None:
 
 
 def test_other_networks_stand_beside_the_papers_and_not_against_them() -> None:
-    text = told(reports.full())
+    text = text_of(reports.full())
     assert "ours of demo: they stand beside each other, not against each other" in text
     assert "near each other, not equal" not in text
 
 
 def test_the_papers_own_networks_should_come_near_its_numbers() -> None:
-    text = told(reports.few())
+    text = text_of(reports.few())
     assert "near each other, not equal" in text and "not against" not in text
     assert "dreamsim is the paper's measure" in text
 
@@ -65,11 +65,11 @@ def test_the_papers_own_networks_should_come_near_its_numbers() -> None:
 def test_for_these_distillations_the_paper_prints_no_diversity_of_the_hybrid(preset: str) -> None:
     report = reports.few()
     report["pair"]["preset"] = preset
-    assert "For Turbo, Lightning and LCM the paper prints no diversity" in told(report)
+    assert "For Turbo, Lightning and LCM the paper prints no diversity" in text_of(report)
 
 
 def test_a_diversity_in_another_space_is_set_against_none_of_the_papers() -> None:
-    text = told(reports.full())
+    text = text_of(reports.full())
     assert "No column here is DreamSim" in text
     assert "Diversities of two feature spaces have two scales" in text
 
@@ -83,12 +83,12 @@ def test_a_frechet_distance_is_an_fid_by_inception_on_30_000_images_alone(
     for own in report["rows"].values():
         own["spaces"] = {"inception-v3": {"frechet": reports.about(12.0, 1.0)}}
         own["images"] = images
-    assert ("is an FID" in told(report)) == is_fid
-    assert ("is no FID" in told(report)) != is_fid
+    assert ("is an FID" in text_of(report)) == is_fid
+    assert ("is no FID" in text_of(report)) != is_fid
 
 
 def test_without_a_reference_nothing_stands_beside_the_fid() -> None:
-    assert "Without reference pictures there is no Frechet distance" in told(reports.few())
+    assert "Without reference pictures there is no Frechet distance" in text_of(reports.few())
 
 
 @pytest.mark.parametrize(
@@ -100,26 +100,28 @@ def test_without_a_reference_nothing_stands_beside_the_fid() -> None:
     ],
 )
 def test_a_part_that_is_there_has_its_sentence(part: str, words: str) -> None:
-    assert words in told(reports.full())
-    assert words not in told({**reports.full(), part: None})
+    assert words in text_of(reports.full())
+    assert words not in text_of({**reports.full(), part: None})
 
 
 def test_how_sure_an_interval_is_depends_on_the_number_of_prompts() -> None:
-    assert "narrower than it should be" not in told(reports.full())  # 12 prompts
-    assert "With 5 prompts an interval is narrower" in told(reports.few())
-    assert "One prompt says nothing of other prompts" in told(reports.tiny())
+    assert "narrower than it should be" not in text_of(reports.full())  # 12 prompts
+    assert "With 5 prompts an interval is narrower" in text_of(reports.few())
+    assert "One prompt says nothing of other prompts" in text_of(reports.tiny())
 
 
 def test_a_share_of_next_to_nothing_is_called_unsure() -> None:
     report = reports.full()
-    assert "next to nothing" not in told(report)
+    assert "next to nothing" not in text_of(report)
     wide = reports.about(0.9, 0.6)
     report["rows"]["hybrid"]["spaces"][reports.SECOND]["recovered"] = wide
-    assert f"By {reports.SECOND} the base and the distilled model differ too little" in told(report)
+    assert f"By {reports.SECOND} the base and the distilled model differ too little" in text_of(
+        report
+    )
 
 
 def test_nothing_is_said_of_scores_and_references_that_are_not_there() -> None:
-    text = told(reports.few())
+    text = text_of(reports.few())
     assert "CLIP score" not in text and "nearest-picture" not in text
-    assert "CLIP score" in told(reports.full()) and "nearest-picture" in told(reports.full())
+    assert "CLIP score" in text_of(reports.full()) and "nearest-picture" in text_of(reports.full())
     assert comparable(reports.empty())

@@ -129,9 +129,9 @@ def test_a_page_shows_the_papers_numbers_beside_ours_and_how_they_compare() -> N
 def test_a_page_says_how_it_was_made() -> None:
     report = reports.full()
     text = Tree(page_of(report)).text
-    for told in (report["command"], "ab" * 32, "7 to 10 (4)", "device: cpu · threads: 2",
+    for expected in (report["command"], "ab" * 32, "7 to 10 (4)", "device: cpu · threads: 2",
                  "headstart: 0.1.0", *report["prompts"], *report["notes"]):  # fmt: skip
-        assert told in text
+        assert expected in text
 
 
 def test_what_is_not_there_has_no_section() -> None:

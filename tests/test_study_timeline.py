@@ -110,29 +110,29 @@ def test_a_cell_costs_the_passes_that_are_told_and_pictures_are_few_at_a_time(
     network: Any = engine.denoisers["distilled"]
     spy = network.register_forward_pre_hook(lambda _, args: calls.append(len(args[0])))
     plans = {"distilled": engine.compile("distilled")}
-    told = {"unasked": [f"thing{i}" for i in range(20)], "phrases": ["a fox", "a hat", "an owl"]}
+    options = {"unasked": [f"thing{i}" for i in range(20)], "phrases": ["a fox", "a hat", "an owl"]}
     prompt = "a fox, a hat and an owl"
     setting = Setting(engine, SEEDS, plans, judge._replace(scores=scores))
-    timeline.measure(setting, prompt, hs.decoder(engine, "linear"), **told)
+    timeline.measure(setting, prompt, hs.decoder(engine, "linear"), **options)
     spy.remove()
     assert shapes == {1, 2}
-    assert sum(calls) == setting.passes * timeline.runs_of(prompt, told["phrases"]) == 4 * 4 * 3
+    assert sum(calls) == setting.passes * timeline.runs_of(prompt, options["phrases"]) == 4 * 4 * 3
 
 
 def cell(
-    asked: np.ndarray, unasked: np.ndarray, counts: np.ndarray | None = None
+    inputs: np.ndarray, unasked: np.ndarray, counts: np.ndarray | None = None
 ) -> dict[str, Any]:
     """asked [A, S, B] and unasked [A, S, B, D]."""
     if counts is None:
-        counts = np.ones((len(asked), unasked.shape[-1]), np.bool_)
+        counts = np.ones((len(inputs), unasked.shape[-1]), np.bool_)
     return {
         "judge": np.array("known"),
         "prompt": np.array("a fox"),
-        "asked": np.array([f"a{i}" for i in range(len(asked))]),
-        "without": np.array([""] * len(asked)),
+        "asked": np.array([f"a{i}" for i in range(len(inputs))]),
+        "without": np.array([""] * len(inputs)),
         "counts": counts,
-        "base/passes": np.arange(1, asked.shape[1] + 1),
-        "base/excess": np.concatenate([asked[..., None], unasked], -1).astype(np.float32),
+        "base/passes": np.arange(1, inputs.shape[1] + 1),
+        "base/excess": np.concatenate([inputs[..., None], unasked], -1).astype(np.float32),
     }
 
 
@@ -145,8 +145,8 @@ def flat(seeds: int, rows: int = 4) -> np.ndarray:
 
 def test_known_courses_have_their_shares() -> None:
     """Of four seeds: there from the first row on, from the third on, there and dropped, never."""
-    asked = np.array([[2, 2, 2, 2], [0, 0, 3, 3], [3, 3, 3, 0], [0, 0.5, 0.9, 1]]).T[None]
-    found = timeline.numbers([cell(asked, flat(4))])
+    scores = np.array([[2, 2, 2, 2], [0, 0, 3, 3], [3, 3, 3, 0], [0, 0.5, 0.9, 1]]).T[None]
+    found = timeline.numbers([cell(scores, flat(4))])
     own = found["plans"]["base"]["asked"]
     assert [step["value"] for step in own["there"]] == [0.5, 0.5, 0.75, 0.5]
     assert own["ever"] == {"value": 0.75, "low": None, "high": None}
@@ -201,17 +201,17 @@ def test_a_rate_is_a_choice_and_has_bounds() -> None:
 def test_concepts_that_share_a_word_with_the_prompt_measure_no_margin() -> None:
     loud = np.concatenate([flat(1), np.full((1, 4, 1, 1), 99.0)], -1)
     counts = np.array([[True] * 20 + [False]])
-    asked = np.full((1, 4, 1), 2.0)
-    assert timeline.numbers([cell(asked, loud, counts)])["plans"]["base"]["asked"]["ever"]["value"]
-    found = timeline.numbers([cell(asked, loud)])["plans"]["base"]["asked"]
+    scores = np.full((1, 4, 1), 2.0)
+    assert timeline.numbers([cell(scores, loud, counts)])["plans"]["base"]["asked"]["ever"]["value"]
+    found = timeline.numbers([cell(scores, loud)])["plans"]["base"]["asked"]
     assert found["ever"]["value"] == 0.0
 
 
 def test_a_row_without_a_picture_says_nothing_and_is_counted() -> None:
-    asked = np.array([[2, 2, 2, 2], [2, 2, 2, 2]], np.float64).T[None]
+    scores = np.array([[2, 2, 2, 2], [2, 2, 2, 2]], np.float64).T[None]
     unasked = flat(2)
-    asked[0, 1, 0] = unasked[0, 1, 0] = np.nan
-    found = timeline.numbers([cell(asked, unasked)])["plans"]["base"]
+    scores[0, 1, 0] = unasked[0, 1, 0] = np.nan
+    found = timeline.numbers([cell(scores, unasked)])["plans"]["base"]
     assert found["missing"] == 1
     assert [step["value"] for step in found["asked"]["there"]] == [1.0] * 4
 
@@ -228,7 +228,7 @@ WORDS = tuple(f"thing{i}" for i in range(20))
 
 
 @pytest.mark.parametrize(
-    ("prompt", "asked", "unasked", "told"),
+    ("prompt", "inputs", "unasked", "message"),
     [
         ("a fox", ["a hat"], WORDS, "'a hat' is not in the prompt 'a fox'"),
         ("a photo of", None, WORDS, "names no concept to follow"),
@@ -240,11 +240,11 @@ WORDS = tuple(f"thing{i}" for i in range(20))
     ],
 )
 def test_what_cannot_be_followed_is_refused_before_anything_runs(
-    judge: Judge, prompt: str, asked: list[str] | None, unasked: tuple[str, ...], told: str
+    judge: Judge, prompt: str, inputs: list[str] | None, unasked: tuple[str, ...], message: str
 ) -> None:
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         setting = Setting(NOBODY, SEEDS, {}, judge)
-        timeline.measure(setting, prompt, NOBODY, phrases=asked, unasked=unasked)
+        timeline.measure(setting, prompt, NOBODY, phrases=inputs, unasked=unasked)
 
 
 def test_a_judge_without_text_is_refused_before_anything_runs() -> None:

@@ -48,8 +48,8 @@ def test_batching_changes_a_pixel_by_rounding_alone(
     for batch in (1, 4):
         out = str(tmp_path / str(batch))
         assert main(["sweep", str(path), "--out", out, "--batch", str(batch), "--json"]) == 0
-    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert told[0]["written"] == 6 and told[0]["complete"]
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert printed[0]["written"] == 6 and printed[0]["complete"]
     alone, together = images(tmp_path / "1").astype(int), images(tmp_path / "4").astype(int)
     assert alone.shape == (6, 64, 64, 3)
     assert np.abs(alone - together).max() <= 1
@@ -66,9 +66,9 @@ def test_a_sweep_with_another_plan_or_batch_does_not_go_on(
     path, out = write_csv(tmp_path, 2), str(tmp_path / "out")
     assert main(["sweep", str(path), "--out", out, "--plan", "distilled"]) == 0
     assert main(["sweep", str(path), "--out", out, "--plan", "hybrid", "--batch", "3"]) == 2
-    told = capsys.readouterr().err
-    assert "made with other settings (table: demo-distilled (sha256 " in told
-    assert "batch: 16 then, 3 now" in told
+    message = capsys.readouterr().err
+    assert "made with other settings (table: demo-distilled (sha256 " in message
+    assert "batch: 16 then, 3 now" in message
 
 
 def test_the_same_prompt_and_seed_twice_is_one_image_in_two_files(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_the_same_prompt_and_seed_twice_is_one_image_in_two_files(tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "told"),
+    ("rows", "options", "message"),
     [
         ("0,a fox,-1\n", [], "line 2: evaluation_seed '-1'"),
         ("0,,1\n", [], "line 2: the prompt is empty"),
@@ -92,12 +92,12 @@ def test_the_same_prompt_and_seed_twice_is_one_image_in_two_files(tmp_path: Path
     ],
 )
 def test_a_sweep_that_cannot_be_done_is_refused_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, options: list[str], told: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str, options: list[str], message: str
 ) -> None:
     path = tmp_path / "p.csv"
     path.write_text("case_number,prompt,evaluation_seed\n" + rows)
     assert main(["sweep", str(path), "--out", str(tmp_path / "out"), *options]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -116,10 +116,12 @@ def test_ranks_of_an_environment_share_a_sweep_and_fewer_finish_it(
         return json.loads(capsys.readouterr().out)
 
     first = [rank_of(rank, world, tmp_path / "out") for rank in range(world) if rank != 1]
-    assert not any(told["complete"] for told in first)
+    assert not any(printed["complete"] for printed in first)
     assert len(read_entries(tmp_path / "out")) == 6 - 6 // world
     rest = [rank_of(rank, world - 1, tmp_path / "out") for rank in range(world - 1)]
-    assert rest[-1]["complete"] and sum(int(str(told["written"])) for told in rest) == 6 // world
+    assert (
+        rest[-1]["complete"] and sum(int(str(printed["written"])) for printed in rest) == 6 // world
+    )
     alone = rank_of(0, 1, tmp_path / "one")
     assert (alone["rank"], alone["world"], alone["written"]) == (0, 1, 6)
     assert read_entries(tmp_path / "out") == read_entries(tmp_path / "one")
@@ -197,9 +199,9 @@ def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
     kept = {entry.file: (out / entry.file).stat().st_mtime_ns for entry in read_entries(out)}
     assert 4 <= len(kept) < 24
     again = _torchrun(world - 1, path, out)
-    told, error = again.communicate(timeout=300)
+    printed, error = again.communicate(timeout=300)
     assert again.returncode == 0, error
-    assert "all cases are done" in told
+    assert "all cases are done" in printed
     entries = read_entries(out)
     assert [entry.case_number for entry in entries] == list(range(24))
     assert all(entry.is_intact(out) for entry in entries)

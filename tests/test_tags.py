@@ -44,8 +44,8 @@ def engine(folder: Path) -> hs.Engine:
     return made
 
 
-def drawn(engine: hs.Engine, prompts: Any, **asked: Any) -> Tensor:
-    return engine.sample(prompts, plan=PLAN, seeds=3, **asked).latents
+def drawn(engine: hs.Engine, prompts: Any, **options: Any) -> Tensor:
+    return engine.sample(prompts, plan=PLAN, seeds=3, **options).latents
 
 
 def far(one: Tensor, other: Tensor) -> float:
@@ -70,7 +70,7 @@ def test_a_tag_is_a_name_and_its_strengths(typed: str, text: str, tags: dict[str
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "message"),
     [
         ("<lora:>", "expected <lora:NAME>"),
         ("<lora:ink:1", "'<lora:ink:1' is not closed"),
@@ -86,8 +86,8 @@ def test_a_tag_is_a_name_and_its_strengths(typed: str, text: str, tags: dict[str
         ),
     ],
 )
-def test_tags_that_cannot_act_are_refused(engine: hs.Engine, typed: str, told: str) -> None:
-    with pytest.raises(hs.InputError, match=told):
+def test_tags_that_cannot_act_are_refused(engine: hs.Engine, typed: str, message: str) -> None:
+    with pytest.raises(hs.InputError, match=message):
         engine.iterate(f"cat {typed}", plan=PLAN)
     with pytest.raises(hs.InputError, match=r"both halves of guidance.* write it there"):
         engine.iterate("cat", negative="the <lora:ink:1>", plan=PLAN)
@@ -96,12 +96,12 @@ def test_tags_that_cannot_act_are_refused(engine: hs.Engine, typed: str, told: s
 def test_each_image_has_the_strength_that_its_prompt_says(engine: hs.Engine) -> None:
     prompts = ["cat <lora:ink:2>", "cat", "cat <lora:voice:1:0.5>"]
     together = drawn(engine, prompts)
-    asked: list[dict[str, Any]] = [
+    calls: list[dict[str, Any]] = [
         {"ink": 2.0},
         {},
         {"voice": hs.Strength(0.5, text=1.0)},
     ]
-    for image, strengths in enumerate(asked):
+    for image, strengths in enumerate(calls):
         alone = drawn(engine, "cat", adapters={"ink": 0.5, "voice": 0.0} | strengths)[0]
         assert far(together[image], alone) < 1e-4
         assert image == 1 or far(together[image], together[1]) > 1e-3

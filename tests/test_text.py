@@ -155,7 +155,7 @@ def test_a_negative_each_and_a_second_text_each(words: ClipTokenizer, pair: list
 
 
 @pytest.mark.parametrize(
-    ("said", "match"),
+    ("inputs", "match"),
     [
         ({"second": ["a", "b", "c"]}, "expected 1 or 2 second prompts, got 3"),
         ({"second": 3}, "second: expected strings, got int"),
@@ -169,16 +169,16 @@ def test_a_negative_each_and_a_second_text_each(words: ClipTokenizer, pair: list
     ],
 )
 def test_what_cannot_be_read_is_refused(
-    words: ClipTokenizer, pair: list[Tower], said: Any, match: str
+    words: ClipTokenizer, pair: list[Tower], inputs: Any, match: str
 ) -> None:
     with pytest.raises(InputError, match=match):
-        ClipText(pair, words).encode(["a", "b"], **said)
+        ClipText(pair, words).encode(["a", "b"], **inputs)
 
 
 def test_one_encoder_reads_no_second_prompt(words: ClipTokenizer, one: Tower) -> None:
-    for said in ({"second": ["b"]}, {"negative": "", "negative_second": "b"}):
+    for options in ({"second": ["b"]}, {"negative": "", "negative_second": "b"}):
         with pytest.raises(InputError, match="this family has one encoder"):
-            ClipText([one], words).encode(["a"], **said)  # type: ignore[arg-type]
+            ClipText([one], words).encode(["a"], **options)  # type: ignore[arg-type]
 
 
 def test_clip_skip_counts_from_the_last_layer(

@@ -316,7 +316,7 @@ def test_the_least_recently_used_goes_first(
     monkeypatch.setenv(VARIABLE, str(2.5 * one / 1e6))
     for prompt in ("a dog", "a cat", "the cat", "a cat"):
         _drawn(engine, prompt)
-    assert [told[0] for told in encodings] == ["a cat", "a dog", "the cat"]
+    assert [texts[0] for texts in encodings] == ["a cat", "a dog", "the cat"]
     assert len(kept) == 2 and kept.size_bytes == 2 * one
     _drawn(engine, "a dog")
     assert len(encodings) == 4

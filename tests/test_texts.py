@@ -109,13 +109,13 @@ def test_each_row_is_told_the_text_of_its_level(sdxl: hs.Engine) -> None:
     """One image changes at the hand-off, one a row later, one never; each is as it is alone."""
     prompts = ["cat -> the at the hand-off", "cat -> the below sigma 1", "cat"]
     run = sdxl.begin(prompts, plan=PLAN)
-    told = dict(zip(("cat", "the"), sdxl.text.encode(["cat", "the"]).context, strict=True))
+    by_text = dict(zip(("cat", "the"), sdxl.text.encode(["cat", "the"]).context, strict=True))
     expected = ["cat cat cat", "cat cat cat", "the cat cat", "the the cat"]
     for row in expected:
         call = run.call
         assert call is not None
         for own, text in zip(call.cond.context[-3:], row.split(), strict=True):
-            assert torch.allclose(own, told[text], atol=1e-5)
+            assert torch.allclose(own, by_text[text], atol=1e-5)
         run.advance(sdxl.denoisers[call.model](call.x_in, call.timestep, call.cond))
     together = drawn(sdxl, prompts)
     for image, prompt in enumerate(prompts):

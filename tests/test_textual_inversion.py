@@ -188,8 +188,8 @@ def test_two_files_of_one_token_are_a_pair_as_diffusers_saves_them(tmp_path: Pat
     with pytest.raises(AdapterError, match="got those of the first alone"):
         with_tokens(xl, [sd15])
     sd21 = write(tmp_path / "sd21.safetensors", {"clip_h": torch.randn(2, 1024)})
-    told = r"for sdxl \(768 \+ 1280 numbers\), got them for sd21 \(1024 numbers\)"
-    with pytest.raises(AdapterError, match=told):
+    message = r"for sdxl \(768 \+ 1280 numbers\), got them for sd21 \(1024 numbers\)"
+    with pytest.raises(AdapterError, match=message):
         with_tokens(xl, [sd21])
 
 

@@ -202,11 +202,11 @@ def test_the_json_counts_steps_of_the_plan_and_not_looked_at_rows() -> None:
     scores |= {"a": np.array([0, 0, 2e-6, 0, 0, 0]), "b": np.zeros(6)}
     run, control = pictures(0, 3, "a b"), pictures(3, 3, "b")
     found = watch(run, ["a", "b"], {"a": control}, table_scorer(scores))
-    told = found.to_json(seeds=[7], steps=[0, 10, 29])
-    assert [(row["seed"], row["phrase"], row["appears"]) for row in told["courses"]] == [
+    document = found.to_json(seeds=[7], steps=[0, 10, 29])
+    assert [(row["seed"], row["phrase"], row["appears"]) for row in document["courses"]] == [
         (7, "a", 29), (7, "b", None),
     ]  # fmt: skip
-    assert told["controls"]["a"]["prompt"] == "b" and told["controls"]["a"]["unasked"] == 20
+    assert document["controls"]["a"]["prompt"] == "b" and document["controls"]["a"]["unasked"] == 20
     assert found.mean(0).tolist() == pytest.approx([0, 0, 2])
 
 
@@ -330,11 +330,11 @@ def test_a_clip_folder_scores_a_phrase_against_naming_nothing(clip_folder: Path)
     assert scores[:, 1] == pytest.approx(0.0, abs=1e-4)
     model = CLIPModel.from_pretrained(clip_folder).eval()
     processor = CLIPProcessor.from_pretrained(clip_folder)
-    told = processor(
+    document = processor(
         text=["a cat", "a dog", "a picture"], images=list(rgb), return_tensors="pt", padding=True
     )
     with torch.inference_mode():
-        out = model(**told)
+        out = model(**document)
     cosines = (out.image_embeds @ out.text_embeds.T).double().numpy()
     expected = 100 * (cosines[:, :2] - cosines[:, 2:])
     # float32 features of unit length: an error of 1e-6 in a cosine is 1e-4 here.

@@ -31,15 +31,15 @@ def test_trace_writes_each_format_and_the_documented_json(
     suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / f"trace.{suffix}"
-    asked = ["trace", "a fox", "--plan", "distilled,hybrid", "--seeds", "0,1"]
-    assert main([*asked, "--watch", "a fox", "--out", str(out), "--json"]) == 0
-    told = capsys.readouterr()
-    found = json.loads(told.out)
+    command = ["trace", "a fox", "--plan", "distilled,hybrid", "--seeds", "0,1"]
+    assert main([*command, "--watch", "a fox", "--out", str(out), "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
     assert [plan["name"] for plan in found["plans"]] == ["distilled", "hybrid"]
     assert found["plans"][1]["handoffs"] == [1]
     assert found["plans"][0]["steps"][0]["amplification"] > 30
     assert {"distance", "share", "spread"} <= set(found["plans"][0]["steps"][0])
-    assert "keeping x0 of 8 steps x 4 images: 0.1 MB" in told.err  # half of it the control's
+    assert "keeping x0 of 8 steps x 4 images: 0.1 MB" in printed.err  # half of it the control's
     assert found["plans"][0]["timeline"]["controls"]["a fox"]["prompt"] == ""
     assert _left(tmp_path) == [out.name]
     if suffix == "html":
@@ -54,12 +54,12 @@ def test_a_phrase_that_nobody_asked_for_is_never_reported(
 ) -> None:
     """What a reviewer typed when a pumpkin was said to be dropped from a prompt without one."""
     out = str(tmp_path / "trace.png")
-    asked = ["trace", "a ladybug", "--plan", "hybrid", "--seeds", "0,3", "--out", out]
-    assert main([*asked, "--watch", "a ladybug", "--watch", "a pumpkin"]) == 0
-    told = capsys.readouterr()
-    assert "'a pumpkin': not asked for" in told.out
-    assert "'a pumpkin' is not in the prompt" in told.err
-    assert main([*asked, "--overwrite", "--watch", "a pumpkin=a fox", "--json"]) == 0
+    command = ["trace", "a ladybug", "--plan", "hybrid", "--seeds", "0,3", "--out", out]
+    assert main([*command, "--watch", "a ladybug", "--watch", "a pumpkin"]) == 0
+    printed = capsys.readouterr()
+    assert "'a pumpkin': not asked for" in printed.out
+    assert "'a pumpkin' is not in the prompt" in printed.err
+    assert main([*command, "--overwrite", "--watch", "a pumpkin=a fox", "--json"]) == 0
     (plan,) = json.loads(capsys.readouterr().out)["plans"]
     assert plan["timeline"]["controls"]["a pumpkin"]["prompt"] == "a fox"
     assert [course["appears"] for course in plan["timeline"]["courses"]] == [None, None]
@@ -70,17 +70,17 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(
 ) -> None:
     out = tmp_path / "trace.png"
     out.write_bytes(b"mine")
-    asked = ["trace", "a fox", "--plan", "distilled", "--seeds", "0", "--out", str(out)]
-    assert main(asked) == 2
+    command = ["trace", "a fox", "--plan", "distilled", "--seeds", "0", "--out", str(out)]
+    assert main(command) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert out.read_bytes() == b"mine"
-    assert main([*asked, "--overwrite", "--decoder", "linear"]) == 0
+    assert main([*command, "--overwrite", "--decoder", "linear"]) == 0
     with Image.open(out) as image:
         assert image.width > 100
 
 
 @pytest.mark.parametrize(
-    ("asked", "name", "step"),
+    ("inputs", "name", "step"),
     [
         (["--from-step", "2", "--reseed", "7"], "hybrid@2 · fresh noise", 2),
         (["--switch", "base@1"], "hybrid@1 · base from here", 1),
@@ -89,11 +89,11 @@ def test_a_file_that_is_there_is_replaced_only_when_asked(
     ],
 )
 def test_a_run_goes_on_differently_beside_the_original(
-    asked: list[str], name: str, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    inputs: list[str], name: str, step: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "trace.png"
     common = ["trace", "a fox", "--plan", "hybrid", "--seeds", "3", "--out", str(out), "--json"]
-    assert main([*common, *asked]) == 0
+    assert main([*common, *inputs]) == 0
     first, second = json.loads(capsys.readouterr().out)["plans"]
     assert (first["name"], second["name"]) == ("hybrid", name)
     assert second["from_step"] == step
@@ -105,15 +105,15 @@ def test_a_list_of_steps_is_one_way_on_for_each_and_later_changes_move_less(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "trace.png"
-    asked = ["trace", "a fox", "--plan", "distilled", "--seeds", "3", "--out", str(out), "--json"]
-    assert main([*asked, "--from-step", "1-3", "--reseed", "7,8"]) == 0
-    told = capsys.readouterr()
-    plans = json.loads(told.out)["plans"]
+    command = ["trace", "a fox", "--plan", "distilled", "--seeds", "3", "--out", str(out), "--json"]
+    assert main([*command, "--from-step", "1-3", "--reseed", "7,8"]) == 0
+    printed = capsys.readouterr()
+    plans = json.loads(printed.out)["plans"]
     names = [f"distilled@{step} · fresh noise" for step in (1, 2, 3)]
     assert [plan["name"] for plan in plans] == ["distilled", *names]
     moved = [plan["moved"][0] for plan in plans[1:]]
     assert moved == sorted(moved, reverse=True) and moved[-1] > 0
-    assert "4 steps x 1 image and 12 steps x 2 images of changes: 0.1 MB" in told.err
+    assert "4 steps x 1 image and 12 steps x 2 images of changes: 0.1 MB" in printed.err
 
 
 def test_a_trace_is_of_the_run_that_sample_makes_with_the_same_options(
@@ -128,14 +128,14 @@ def test_a_trace_is_of_the_run_that_sample_makes_with_the_same_options(
     seen: list[hs.Trajectory] = []
     sample = hs.Engine.sample
 
-    def keep(self: hs.Engine, *given: Any, **asked: Any) -> hs.Trajectory:
-        seen.append(sample(self, *given, **asked))
+    def keep(self: hs.Engine, *args: Any, **options: Any) -> hs.Trajectory:
+        seen.append(sample(self, *args, **options))
         return seen[-1]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hs.Engine, "sample", keep)
-        asked = ["trace", "a fox", "--plan", "hybrid", *same]
-        assert main([*asked, "--out", str(tmp_path / "trace.png")]) == 0
+        command = ["trace", "a fox", "--plan", "hybrid", *same]
+        assert main([*command, "--out", str(tmp_path / "trace.png")]) == 0
     assert torch.equal(seen[0].latents, hs.replay(record, engine).latents)
 
 
@@ -143,23 +143,25 @@ def test_options_go_to_the_plans_that_they_belong_to(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "trace.png"
-    asked = ["trace", "a fox", "--seeds", "3", "--out", str(out), "--json", "--overwrite"]
+    command = ["trace", "a fox", "--seeds", "3", "--out", str(out), "--json", "--overwrite"]
     plans = "base,distilled,hybrid,skip-first"
     guided = ["--plan", plans, "--base-guidance", "3", "--negative", "a frog"]
-    assert main([*asked, *guided]) == 0
-    told = capsys.readouterr()
-    passes = {plan["name"]: plan["passes"] for plan in json.loads(told.out)["plans"]}
+    assert main([*command, *guided]) == 0
+    printed = capsys.readouterr()
+    passes = {plan["name"]: plan["passes"] for plan in json.loads(printed.out)["plans"]}
     assert passes == {"base": 60, "distilled": 4, "hybrid": 5, "skip-first": 3}
-    assert "no guidance in plan distilled, skip-first: the negative prompt does nothing" in told.err
-    assert main([*asked, "--plan", "base", "--steps", "3", "--base-guidance", "1"]) == 0
+    assert (
+        "no guidance in plan distilled, skip-first: the negative prompt does nothing" in printed.err
+    )
+    assert main([*command, "--plan", "base", "--steps", "3", "--base-guidance", "1"]) == 0
     assert json.loads(capsys.readouterr().out)["plans"][0]["passes"] == 3
 
 
 def test_every_step_that_is_asked_for_has_its_column(tmp_path: Path) -> None:
     wide, narrow = tmp_path / "wide.png", tmp_path / "narrow.png"
-    asked = ["trace", "a fox", "--plan", "base", "--seeds", "3", "--steps", "12"]
-    assert main([*asked, "--every", "1", "--out", str(wide)]) == 0
-    assert main([*asked, "--out", str(narrow)]) == 0
+    command = ["trace", "a fox", "--plan", "base", "--seeds", "3", "--steps", "12"]
+    assert main([*command, "--every", "1", "--out", str(wide)]) == 0
+    assert main([*command, "--out", str(narrow)]) == 0
     with Image.open(wide) as all_steps, Image.open(narrow) as eight:
         cell, gap = 128, 14
         assert all_steps.width - eight.width == 4 * (cell + gap)
@@ -175,7 +177,7 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--plan", "base,hybird"], "unknown plan 'hybird'"),
         (["--plan", "base,base"], "twice"),
@@ -219,7 +221,7 @@ def test_weights_of_ones_own_are_traced(tmp_path: Path, capsys: pytest.CaptureFi
 )  # fmt: skip
 def test_a_bad_request_is_one_error_and_writes_nothing(
     arguments: list[str],
-    told: str,
+    message: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -231,8 +233,8 @@ def test_a_bad_request_is_one_error_and_writes_nothing(
         status = main(["trace", prompt, *rest])
     except SystemExit as exit_:  # argparse's own complaint
         status = int(exit_.code or 0)
-    assert status == (1 if told == "no CLIP folder" else 2)  # a model file, or anything else
+    assert status == (1 if message == "no CLIP folder" else 2)  # a model file, or anything else
     error = capsys.readouterr().err
     assert error.splitlines()[-1].startswith("headstart: error: ")
-    assert told in error
+    assert message in error
     assert _left(tmp_path) == NO_FILE

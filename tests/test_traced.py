@@ -66,8 +66,8 @@ def test_a_trace_computes_what_the_network_does_of_other_numbers(name: str) -> N
         warnings.simplefilter("ignore")  # sizes are built into a trace
         network(*inputs())  # what is kept from a call before is no part of a trace either
         traced: Any = torch.jit.trace(network, inputs())
-        given = inputs()
-        got, want = traced(*given), network(*given)
-        exact = deepcopy(network).double()(*(tensor.double() for tensor in given))
+        values = inputs()
+        got, want = traced(*values), network(*values)
+        exact = deepcopy(network).double()(*(tensor.double() for tensor in values))
     error = (want.double() - exact).norm() / exact.norm()  # of what torch's own and C give
     assert (got.double() - exact).norm() / exact.norm() <= 4 * error + 1e-6

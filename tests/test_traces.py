@@ -157,9 +157,9 @@ def test_the_page_holds_every_picture_and_asks_for_nothing_from_elsewhere(
 
 def test_what_the_pages_script_looks_for_is_on_the_page(traced: hs.Trace) -> None:
     page = traced.page()
-    asked = set(re.findall(r'byId\("(\w+)"\)', page))
-    assert len(asked) > 10
-    assert asked <= set(re.findall(r'\bid="(\w+)"', page))
+    ids = set(re.findall(r'byId\("(\w+)"\)', page))
+    assert len(ids) > 10
+    assert ids <= set(re.findall(r'\bid="(\w+)"', page))
     colours = set(re.findall(r"var\((--\w+)\)", page)) - {"--wide", "--size", "--across"}
     assert colours <= set(re.findall(r"(--\w+):", page))
     assert not re.search(r"\{\{\w+\}\}", page)
@@ -275,9 +275,9 @@ def test_what_cannot_be_traced_is_one_clear_error(
         "at least one run": ([], linear),
         "for sdxl latents": ([run], linear_decoder("sdxl")),
     }
-    for told, (given, decoder) in cases.items():
-        with pytest.raises(hs.InputError, match=told):
-            hs.trace(given, decoder)
+    for message, (inputs, decoder) in cases.items():
+        with pytest.raises(hs.InputError, match=message):
+            hs.trace(inputs, decoder)
     with pytest.raises(hs.InputError, match="every"):
         hs.trace([run], linear, every=0)
 

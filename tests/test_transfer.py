@@ -135,8 +135,10 @@ def test_layouts_may_differ_and_the_distilled_models_own_is_written(tmp_path: Pa
         assert torch.equal(loaded[name], expected.float()), name
     from headstart.checkpoint.tensors import Checkpoint
 
-    said = Checkpoint([out(tmp_path)]).metadata
-    assert said["note"] == "kept" and json.loads(said["headstart.transfer"])["parts"] == ["unet"]
+    metadata = Checkpoint([out(tmp_path)]).metadata
+    assert metadata["note"] == "kept" and json.loads(metadata["headstart.transfer"])["parts"] == [
+        "unet"
+    ]
 
 
 def separated(tensors: Tensors) -> Tensors:
@@ -242,9 +244,9 @@ def test_models_of_different_families_are_told_apart_first(tmp_path: Path) -> No
 def test_bad_requests_are_input_errors(tmp_path: Path) -> None:
     paths = trio(tmp_path, weights(0), weights(1), weights(2))
 
-    def refused(message: str, *given: Any, **more: Any) -> None:
+    def refused(message: str, *args: Any, **more: Any) -> None:
         with pytest.raises(HeadstartError, match=message) as caught:
-            transfer(*given, **more)
+            transfer(*args, **more)
         assert isinstance(caught.value, InputError | CheckpointError)
 
     refused("is one of the inputs", *paths, paths[1], overwrite=True)

@@ -173,15 +173,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, models: dict[str, Model]) ->
 def test_a_changed_file_is_named_and_both_decide_alike(
     tmp_path: Path, whole: Tensors, small_tokenizer: Path, name: str
 ) -> None:
-    mutate, told = MUTATIONS[name]
+    mutate, message = MUTATIONS[name]
     if "text" not in name and "embeddings" not in name:  # which cost a third of the time
         whole = without("cond_stage")(whole)
     path = tmp_path / "x.safetensors"
     save_file({n: t.clone() for n, t in mutate(whole).items()}, path)
     info = agreed(path, small_tokenizer)
     assert info is not None
-    assert info.ok == (told is None), info.problems
-    assert told is None or any(told in problem for problem in info.problems), info.problems
+    assert info.ok == (message is None), info.problems
+    assert message is None or any(message in problem for problem in info.problems), info.problems
 
 
 @pytest.mark.parametrize("cut", [3, 200, 5000, -1])

@@ -93,11 +93,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
 def test_another_kind_of_file_is_called_by_its_name(
     tmp_path: Path, small_tokenizer: Path, name: str
 ) -> None:
-    names, told = REFUSED[name]
+    names, message = REFUSED[name]
     save_file(dict(named(*names)), tmp_path / "x.safetensors")
     info = agreed(tmp_path / "x.safetensors", small_tokenizer)
     assert info is not None and len(info.problems) == 1
-    assert info.problems[0].startswith(told)
+    assert info.problems[0].startswith(message)
 
 
 def test_a_refiner_is_refused_by_name(tmp_path: Path, hollow: Maker, small_tokenizer: Path) -> None:
@@ -139,11 +139,11 @@ USABLE: dict[str, tuple[Callable[[], Tensors], str, str]] = {
 def test_what_can_be_done_with_a_file_is_said(
     tmp_path: Path, small_tokenizer: Path, name: str
 ) -> None:
-    make, told, note = USABLE[name]
+    make, message, note = USABLE[name]
     path = tmp_path / "x.safetensors"
     save_file({n: t.clone() for n, t in make().items()}, path)
     info = inspect_checkpoint(path) if "LoRA" in name else agreed(path, small_tokenizer)
-    assert info is not None and info.ok and told in str(info.next)
+    assert info is not None and info.ok and message in str(info.next)
     assert any(note in line for line in info.notes) or not note
 
 

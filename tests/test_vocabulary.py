@@ -100,8 +100,8 @@ def test_a_single_file_reads_prompts_as_clip_does_and_a_given_tokenizer_wins(
     path = Model.of("sd15", seed=0, vocabulary=49408).write("ldm", tmp_path / "model")
     ids: Any = load_text(path, head_dim=32).ids(["a photo of a cat"])[0]
     assert ids[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
-    given: Any = load_text(path, head_dim=32, tokenizer=small_tokenizer).ids(["ab"])[0]
-    assert torch.equal(given[0, :4], torch.tensor([53, 1, 28, 54]))
+    inputs: Any = load_text(path, head_dim=32, tokenizer=small_tokenizer).ids(["ab"])[0]
+    assert torch.equal(inputs[0, :4], torch.tensor([53, 1, 28, 54]))
 
 
 def test_a_folders_own_tokenizer_wins_over_the_bundled_one(

@@ -19,9 +19,9 @@ Maker = Callable[..., Path]
 VAE_METADATA = {"headstart.vae_norm_groups": "4"}
 
 
-def loads(part: str, path: Path, asked: str, words: Path) -> str | None:
+def loads(part: str, path: Path, text: str, words: Path) -> str | None:
     """Load a network onto the meta device with what `next` asks for: None, or the error."""
-    head = 8 if "--head-dim" in asked else None
+    head = 8 if "--head-dim" in text else None
     try:
         if part == "unet":
             load_unet(path, device="meta", head_dim=head)
@@ -30,9 +30,9 @@ def loads(part: str, path: Path, asked: str, words: Path) -> str | None:
         elif part == "tiny":
             load_tiny(path, device="meta")
         else:
-            wide = 32 if "--text-head-dim" in asked else None
-            given = words if "--tokenizer" in asked else None
-            load_text(path, device="meta", head_dim=wide, tokenizer=given)
+            wide = 32 if "--text-head-dim" in text else None
+            inputs = words if "--tokenizer" in text else None
+            load_text(path, device="meta", head_dim=wide, tokenizer=inputs)
     except HeadstartError as error:
         assert isinstance(error, CheckpointError), error
         return str(error)
@@ -55,17 +55,17 @@ def agreed(path: Path, words: Path) -> CheckpointInfo | None:
         (read_adapter if info.layout == "adapter" else read_embeddings)(path)
         return info
     # What a refused file would need is not said: as much as may be is given to its networks.
-    asked = info.next or "--head-dim --text-head-dim --tokenizer"
+    options = info.next or "--head-dim --text-head-dim --tokenizer"
     every = ("unet", "vae", "text") if path.is_dir() else ("unet", "vae", "text", "tiny")
     known = () if path.is_dir() and not info.ok else info.parts
     parts = dict.fromkeys(part.removesuffix("_2") for part in known) or dict.fromkeys(every)
-    errors = {part: loads(part, path, asked, words) for part in parts}
-    said = {error for error in errors.values() if error is not None}
+    errors = {part: loads(part, path, options, words) for part in parts}
+    problems = {error for error in errors.values() if error is not None}
     if info.ok:
-        assert not said
+        assert not problems
     else:
-        assert said and said <= sentences
-        assert said == sentences
+        assert problems and problems <= sentences
+        assert problems == sentences
     return info
 
 

@@ -24,8 +24,8 @@ def calls(gpu: Any, sdxl: dict[str, Any]) -> tuple[UNet, dict[str, tuple[Any, ..
     words, unet = gpu.words(SAMPLES), gpu.network(UNet, sdxl["base"].params)
     with gpu.fake, torch.no_grad():
         unet.lay_out()
-        told = PromptCache().of(unet, words)
-    return unet, {"first": (x, time, words), "later": (x, time, told)}
+        read_ahead = PromptCache().of(unet, words)
+    return unet, {"first": (x, time, words), "later": (x, time, read_ahead)}
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def passes(gpu: Any, calls: tuple[UNet, dict[str, tuple[Any, ...]]]) -> dict[str
     Such a pass was 1588 operators, 743 matrix products, 14 copies and 35.3 GB when layers were
     called one by one on images that lay plane by plane.
     """
-    unet, given = calls
+    unet, inputs = calls
     with gpu.fake:
-        first = counted(lambda: unet(*given["first"]))
-        return {"first": first, "later": counted(lambda: unet(*given["later"]))}
+        first = counted(lambda: unet(*inputs["first"]))
+        return {"first": first, "later": counted(lambda: unet(*inputs["later"]))}
 
 
 def test_such_a_network_may_be_captured(

@@ -60,8 +60,10 @@ def test_a_whole_run_may_be_captured(gpu: Any, few: UNet, sdxl: dict[str, Any]) 
     graph = TrajectoryGraph({"base": few}, sdxl["vae"], torch.float16)
     table = PLAN.compile(NoiseSchedule.scaled_linear())
     with gpu.fake:
-        asked: Any = {"shape": LATENT, "uncond": gpu.words(1)}
-        program, inputs = graph.request(table, gpu.words(1), Philox([3]), **asked)
+        options: Any = {"shape": LATENT, "uncond": gpu.words(1)}
+        program, inputs = graph.request(table, gpu.words(1), Philox([3]), **options)
     known = [*declared(few), *declared(sdxl["vae"])]
-    report = audit(lambda given: program.body(dict(given)), [inputs], fake=gpu.fake, declared=known)
+    report = audit(
+        lambda inputs: program.body(dict(inputs)), [inputs], fake=gpu.fake, declared=known
+    )
     assert report.findings == ()

@@ -156,9 +156,9 @@ def test_nothing_waits_between_the_launch_and_the_result(gpu: Any) -> None:
     site = Site(DEVICE, Nothing())
     networks = {"base": Reads(), "distilled": Reads()}
     graph = TrajectoryGraph(networks, FirstThree(), torch.float16, site)
-    table, asked = hybrid(999, 749, 5.0), {"shape": LATENT, "uncond": gpu.words(2)}
+    table, options = hybrid(999, 749, 5.0), {"shape": LATENT, "uncond": gpu.words(2)}
     with gpu.fake:
-        program, inputs = graph.request(table, gpu.words(2), Philox([1, 2]), **asked)
+        program, inputs = graph.request(table, gpu.words(2), Philox([1, 2]), **options)
         site.run(program, inputs)
         captured = next(iter(site._graphs.values()))
     known = [*captured.inputs.values(), *captured.outputs]

@@ -46,8 +46,8 @@ def test_cases_run_and_end_as_a_table(
     cases = sound(bench, tmp_path / "a.json", "--cases", CHEAP)
     assert list(cases) == CHEAP.split(",")
     assert cases["step"]["figures"]["fused_step, 16"]["bytes"] == 16 * 256 * (4 + 4 + 2 + 4 + 4)
-    told = capsys.readouterr().out
-    assert "| **text** |" in told and "times the first" in told
+    printed = capsys.readouterr().out
+    assert "| **text** |" in printed and "times the first" in printed
     assert bench.main(["--dry-run", "--out", str(tmp_path / "a.json"), "--cases", "text"]) == 0
     assert f"text: in {tmp_path / 'a.json'} already" in capsys.readouterr().out
 
@@ -158,8 +158,8 @@ def test_what_cannot_be_written_is_said_before_anything_runs(
     (tmp_path / "file").touch()
     for out in (tmp_path, tmp_path / "file" / "a.json"):
         assert bench.main(["--dry-run", "--cases", "test-kernels", "--out", str(out)]) == 2
-        told = capsys.readouterr().out
-        assert "cannot be written" in told and "not run" not in told
+        printed = capsys.readouterr().out
+        assert "cannot be written" in printed and "not run" not in printed
 
 
 def test_the_empty_files_are_an_sdxl_pair(bench: Any, tmp_path: Path) -> None:

@@ -68,10 +68,10 @@ def test_every_runner_gives_the_cpus_pictures(cuda: EmulatedCuda, family: str, r
 
 def test_with_the_kernels_of_a_gpu(cuda: EmulatedCuda) -> None:
     """Captured and replayed: what the emulated machine launches is Triton's PTX for sm_90."""
-    asked: Any = {"plan": hs.Plan(PLAN.legs[1:]), "seeds": 3}
+    options: Any = {"plan": hs.Plan(PLAN.legs[1:]), "seeds": 3}
     with launched(cuda) as gpu:
-        got = gpu_engine("sd15", runner="graph").sample("ab", **asked)
-    check(got, tiny_engine("sd15").sample("ab", **asked))
+        got = gpu_engine("sd15", runner="graph").sample("ab", **options)
+    check(got, tiny_engine("sd15").sample("ab", **options))
     names = {name.removesuffix("_kernel") for name, _ in gpu.launches}
     assert names >= {"fused_step", "geglu", "apply", "philox_normal", "decode_planes"}
 
@@ -81,11 +81,11 @@ def test_where_triton_cannot_launch_a_run_goes_on_with_one_warning(cuda: Emulate
     with (
         launched(cuda) as gpu,
         failing(gpu, RuntimeError("Failed to find C compiler. Please specify via CC")),
-        pytest.warns(RuntimeWarning, match="there is no C compiler .*; install gcc") as said,
+        pytest.warns(RuntimeWarning, match="there is no C compiler .*; install gcc") as warned,
     ):
         for runner in ("eager", "graph"):
             check(run(gpu_engine("sd15", runner=runner)), on_cpu("sd15"))
-    assert len([one for one in said if "Triton" in str(one.message)]) == 1 and not gpu.launches
+    assert len([one for one in warned if "Triton" in str(one.message)]) == 1 and not gpu.launches
 
 
 def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> None:
@@ -110,9 +110,9 @@ def test_the_pictures_of_a_preview_are_drawn_by_the_step(cuda: EmulatedCuda) -> 
     ],
 )
 def test_ways_to_variety(cuda: EmulatedCuda, methods: list[str]) -> None:
-    asked: Any = {"plan": PLAN, "seeds": [3, 4, 5], "diversify": methods}
+    options: Any = {"plan": PLAN, "seeds": [3, 4, 5], "diversify": methods}
     engines = gpu_engine("sd15"), tiny_engine("sd15")
-    check(*(engine.sample("ab", **asked) for engine in engines))
+    check(*(engine.sample("ab", **options) for engine in engines))
 
 
 def test_adapters_and_their_strength_by_row(cuda: EmulatedCuda, tmp_path: Path) -> None:
@@ -145,9 +145,9 @@ def test_what_cannot_be_captured_runs_eagerly_and_the_rest_goes_on(cuda: Emulate
 
 
 def test_a_run_goes_on_from_a_state(cuda: EmulatedCuda) -> None:
-    engine, asked = gpu_engine("sdxl"), {"plan": PLAN, "seeds": [3, 4]}
-    states = list(engine.iterate(["ab", "cd"], **asked))
-    (last,) = engine.iterate(["ab", "cd"], resume=states[-2], **asked)
+    engine, options = gpu_engine("sdxl"), {"plan": PLAN, "seeds": [3, 4]}
+    states = list(engine.iterate(["ab", "cd"], **options))
+    (last,) = engine.iterate(["ab", "cd"], resume=states[-2], **options)
     assert torch.equal(last.x, states[-1].x) and last.x.is_cuda
 
 
@@ -164,9 +164,9 @@ def test_the_bundled_pair_in_half_precision(cuda: EmulatedCuda) -> None:
     """Files of float16 stay so on a GPU, and the decoder takes what it can be given."""
     engine = hs.Engine.demo(device="cuda", runner="eager")
     assert engine.weights.dtype == torch.float16 and engine.runner == "eager"
-    asked: Any = {"plan": hs.Plan(PLAN.legs[:1]), "seeds": 1}
-    got = engine.sample("a fox", **asked)
-    expected = hs.Engine.demo(device="cpu").sample("a fox", **asked)
+    options: Any = {"plan": hs.Plan(PLAN.legs[:1]), "seeds": 1}
+    got = engine.sample("a fox", **options)
+    expected = hs.Engine.demo(device="cpu").sample("a fox", **options)
     change: Tensor = (got.latents.cpu() - expected.latents).abs().max()
     # Rounded at 2^-11, a value of some 4 passes two networks; that is about 1e-2.
     assert float(change) < 0.02 and got.latents.is_cuda

@@ -18,7 +18,7 @@ from headstart_kernels import geglu, trial
 from headstart_kernels.trial import SIGNS, Sign
 
 TRIAL = ("trial_kernel", (1, 1, 1))
-GEGLU = Program("geglu", lambda given: (geglu(given["x"]),), ())
+GEGLU = Program("geglu", lambda inputs: (geglu(inputs["x"]),), ())
 
 
 def products(count: int = 2) -> tuple[Tensor, list[Tensor]]:
@@ -74,13 +74,13 @@ def test_what_a_machine_lacks_is_told_in_one_warning_and_torch_computes(
     with (
         launched(cuda) as gpu,
         failing(gpu, error_of(sign)),
-        pytest.warns(RuntimeWarning, match="Triton cannot launch on cuda:0") as said,
+        pytest.warns(RuntimeWarning, match="Triton cannot launch on cuda:0") as warned,
     ):
         for _ in range(2):
             want, (got,) = products(1)
             assert torch.equal(got.cpu(), want)
-    assert len(said) == 1 and f"{sign.reason} (" in str(said[0].message)
-    assert str(said[0].message).endswith(sign.fix) and not gpu.launches
+    assert len(warned) == 1 and f"{sign.reason} (" in str(warned[0].message)
+    assert str(warned[0].message).endswith(sign.fix) and not gpu.launches
 
 
 def test_one_gpu_may_be_too_old_and_the_other_not(cuda: EmulatedCuda) -> None:
@@ -88,10 +88,13 @@ def test_one_gpu_may_be_too_old_and_the_other_not(cuda: EmulatedCuda) -> None:
     with (
         launched(cuda) as gpu,
         mock.patch("torch.cuda.get_device_capability", ages.get),
-        pytest.warns(RuntimeWarning, match=r"cuda:0.*is 6\.1, and Triton needs 7\.0") as said,
+        pytest.warns(RuntimeWarning, match=r"cuda:0.*is 6\.1, and Triton needs 7\.0") as warned,
     ):
         want, got = products()
-    assert len(said) == 1 and [name for name, _ in gpu.launches] == ["trial_kernel", "geglu_kernel"]
+    assert len(warned) == 1 and [name for name, _ in gpu.launches] == [
+        "trial_kernel",
+        "geglu_kernel",
+    ]
     assert torch.equal(got[0].cpu(), want)
 
 

@@ -58,7 +58,7 @@ def test_graphs_of_networks_that_take_turns_give_the_bits_of_networks_that_stay(
     tmp_path: Path,
     adapted: bool,
 ) -> None:
-    asked: Any = {"plan": PLAN, "seeds": [3, 4]}
+    options: Any = {"plan": PLAN, "seeds": [3, 4]}
     kept = loaded(folder, dtype="float8", memory="none", runner="eager")
     engine = loaded(folder, dtype="float8", runner="graph")
     base: Any = kept.denoisers["base"]
@@ -67,9 +67,9 @@ def test_graphs_of_networks_that_take_turns_give_the_bits_of_networks_that_stay(
         lora = write(tmp_path / "a.safetensors", random_lora(base))
         kept.attach(lora, 0.7)
         engine.attach(lora, 0.7)
-    want = kept.sample(["a fox", "an owl"], **asked)
+    want = kept.sample(["a fox", "an owl"], **options)
     for _ in range(2):  # captured, and replayed
-        got = engine.sample(["a fox", "an owl"], **asked)
+        got = engine.sample(["a fox", "an owl"], **options)
         assert torch.equal(got.latents.cpu(), want.latents.cpu())
         assert torch.equal(got.rgb.cpu(), want.rgb.cpu())
     assert len(turns.happened("replay")) == 2 * 2 and len(turns.happened("capture")) == 2

@@ -127,8 +127,8 @@ def _watch(
         except _StopError:
             pass
         except Exception as error:  # whatever a body raises without values is a finding
-            said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-            watch.findings.append(Finding(Hazard.REFUSED, "", _raised_at(error), said))
+            message = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            watch.findings.append(Finding(Hazard.REFUSED, "", _raised_at(error), message))
     return watch
 
 
@@ -154,15 +154,15 @@ class _Watch(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> object:
         kwargs = kwargs or {}
-        given = tensors((args, kwargs))
-        on_device = [tensor for tensor in given if tensor.device.type == "cuda"]
+        inputs = tensors((args, kwargs))
+        on_device = [tensor for tensor in inputs if tensor.device.type == "cuda"]
         if func.namespace == "prim" or not (on_device or _names_device(kwargs)):
             with unset_fake_temporarily():
                 return func(*args, **kwargs)
         name = name_of(func)
-        self._look(func, name, args, kwargs, given, on_device)
+        self._look(func, name, args, kwargs, inputs, on_device)
         numbers = tuple(leaf for leaf in tree_iter((args, kwargs)) if _is_number(leaf))
-        shapes = tuple(tuple(tensor.shape) for tensor in given)
+        shapes = tuple(tuple(tensor.shape) for tensor in inputs)
         self.operators.append(Operator(name, _where(), shapes, numbers))
         result = _run(func, args, kwargs)
         for tensor in tensors(result):
@@ -181,7 +181,7 @@ class _Watch(TorchDispatchMode):
         name: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        given: list[Tensor],
+        inputs: list[Tensor],
         on_device: list[Tensor],
     ) -> None:
         for tensor in on_device:
@@ -190,10 +190,10 @@ class _Watch(TorchDispatchMode):
                 self.add(Hazard.UNDECLARED, name, _said(tensor))
                 self._allowed.add(key)
         if name in ("_to_copy", "copy_"):
-            source, target = _copied(name, given, kwargs)
+            source, target = _copied(name, inputs, kwargs)
             if source != target:
-                self.add(Hazard.HOST_COPY, name, f"{source} to {target}, {_said(given[-1])}")
-        elif on_device and len(on_device) < len(given):
+                self.add(Hazard.HOST_COPY, name, f"{source} to {target}, {_said(inputs[-1])}")
+        elif on_device and len(on_device) < len(inputs):
             self.add(Hazard.HOST_TENSOR, name, "")
         if "pin_memory" in name or kwargs.get("pin_memory"):
             self.add(Hazard.PINNED, name)
@@ -231,11 +231,11 @@ def _differences(one: Sequence[Operator], other: Sequence[Operator]) -> Iterator
             yield Finding(Hazard.BAKED_NUMBER, a.name, a.where, f"{a.numbers} or {b.numbers}")
 
 
-def _copied(name: str, given: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[str, str]:
+def _copied(name: str, inputs: list[Tensor], kwargs: Mapping[str, Any]) -> tuple[str, str]:
     """(source, target) device kinds of a copy."""
     if name == "copy_":
-        return given[1].device.type, given[0].device.type
-    source, target = given[0].device.type, kwargs.get("device")
+        return inputs[1].device.type, inputs[0].device.type
+    source, target = inputs[0].device.type, kwargs.get("device")
     return source, source if target is None else "cuda" if _names_device(kwargs) else "cpu"
 
 

@@ -94,9 +94,9 @@ def test_a_whole_run_as_one_graph_has_the_bits_of_the_sampler(
     graph = TrajectoryGraph(models, networks["vae"], site=site)
     runners = {name: EagerRunner(network) for name, network in models.items()}
     for seed, plan in enumerate((table(), table(7.5, 901), table())):
-        asked = {"shape": SHAPE, "uncond": words(2, seed + 9)}
-        got = graph(plan, words(2, seed), Philox([seed, 5]), **asked)
-        states = list(sample(plan, runners, words(2, seed), Philox([seed, 5]), **asked))
+        options = {"shape": SHAPE, "uncond": words(2, seed + 9)}
+        got = graph(plan, words(2, seed), Philox([seed, 5]), **options)
+        states = list(sample(plan, runners, words(2, seed), Philox([seed, 5]), **options))
         with torch.inference_mode():
             rgb = decode_u8(networks["vae"].decode(states[-1].x))
         assert torch.equal(got.latents, states[-1].x) and torch.equal(got.rgb, rgb)
@@ -132,8 +132,8 @@ def test_nothing_waits_between_the_launch_and_the_result(
     """torch's own guard: an operation that waits raises."""
     models = {name: networks[name] for name in ("base", "distilled")}
     graph = TrajectoryGraph(models, networks["vae"], site=site)
-    asked = {"shape": SHAPE, "uncond": words(2, 1)}
-    program, inputs = graph.request(table(), words(2), Philox([3, 4]), **asked)
+    options = {"shape": SHAPE, "uncond": words(2, 1)}
+    program, inputs = graph.request(table(), words(2), Philox([3, 4]), **options)
     site.run(program, inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:

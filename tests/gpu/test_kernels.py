@@ -77,17 +77,17 @@ def operands(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def check(
-    place: str, given: dict[str, Any], table: Tensor, row: int, dtype: torch.dtype, **options: Any
+    place: str, inputs: dict[str, Any], table: Tensor, row: int, dtype: torch.dtype, **options: Any
 ) -> None:
     """One row, its number on the host, on the device, and on it with other samples' rows before:
     everything that it fills."""
-    shape = given["x"].shape
+    shape = inputs["x"].shape
     rows = torch.tensor([*range(shape[0] - 1), row]) % len(table)
     picture = len(shape) == 4 and options.pop("picture", False)
     for where, step in {"host": row, "device": torch.tensor(row), "each": rows}.items():
         made: list[dict[str, Tensor]] = []
         for impl, device in (("reference", "cpu"), ("triton", place)):
-            own = there(given | options, device)
+            own = there(inputs | options, device)
             filled = {
                 "x_in": torch.zeros((2 * shape[0], *shape[1:]), dtype=dtype, device=device),
                 "finite": torch.zeros(shape[0], dtype=torch.bool, device=device),
@@ -112,13 +112,13 @@ def check(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SIZES)
 def test_steps(place: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    given, table = operands(shape, dtype), random_table(4)
-    last = {name: given[name].contiguous(memory_format=LAST) for name in ("f_cond", "f_uncond")}
+    inputs, table = operands(shape, dtype), random_table(4)
+    last = {name: inputs[name].contiguous(memory_format=LAST) for name in ("f_cond", "f_uncond")}
     scales = torch.linspace(1.0, 9.0, shape[0])
     for row in (0, 3):
-        check(place, given, table, row, dtype, picture=True)
-        check(place, given | last, table, row, dtype, picture=True)
-        check(place, given, table, row, dtype, guidance=scales)
+        check(place, inputs, table, row, dtype, picture=True)
+        check(place, inputs | last, table, row, dtype, picture=True)
+        check(place, inputs, table, row, dtype, guidance=scales)
 
 
 @pytest.mark.parametrize("shape", [*SIZES, (16, 4, 128, 128)])
@@ -132,14 +132,14 @@ def test_steps_that_draw_their_noise(place: str, shape: tuple[int, ...]) -> None
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_terms_left_out_samples_gone_wrong_and_a_step_in_place(place: str, bad: float) -> None:
-    given = operands(SIZES[0], torch.float16)
-    given["f_cond"][1, 3, -1, -1] = bad
+    inputs = operands(SIZES[0], torch.float16)
+    inputs["f_cond"][1, 3, -1, -1] = bad
     columns = {"c_in": 0.5, "c_skip": 1.0, "c_out": -2.0, "keep": 0.25, "guidance": 1.0}
     table = torch.tensor([[columns.get(column, 0.0) for column in COLUMNS]])
-    unused = {name: torch.full_like(given[name], bad) for name in ("noise", "x0_prev", "f_uncond")}
-    check(place, given | unused, table, 0, torch.float32)
-    expected = fused_step(table=table, step=0, impl="reference", **given)
-    own = there(given, place)
+    unused = {name: torch.full_like(inputs[name], bad) for name in ("noise", "x0_prev", "f_uncond")}
+    check(place, inputs | unused, table, 0, torch.float32)
+    expected = fused_step(table=table, step=0, impl="reference", **inputs)
+    own = there(inputs, place)
     x = own.pop("x")
     fused_step_into(
         *(x, own.pop("f_cond"), there(table, place), 0, x), x0=own["x0_prev"], impl="triton", **own
@@ -227,6 +227,6 @@ def test_flags_of_parts_say_which_samples_are_finite(place: str) -> None:
     f[1, 3, -1, -1], f[2, 0, 0, 0] = float("nan"), float("inf")
     own, flags = there((x, f, table), place), finite_flags(x.shape, "meta")
     finite = torch.empty_like(flags, device=own[0].device)
-    given = dict.fromkeys(("f_uncond", "noise", "x0_prev"), own[0])
-    fused_step(*own, 0, finite=finite, **given, impl="triton")
+    options = dict.fromkeys(("f_uncond", "noise", "x0_prev"), own[0])
+    fused_step(*own, 0, finite=finite, **options, impl="triton")
     assert finite.all(1).tolist() == [True, False, False]

@@ -49,7 +49,7 @@ def adapters(stand: Stand) -> AdapterSet:
     return AdapterSet(stand.denoisers)
 
 
-def told(stand: Stand, *strengths: tuple[float, ...], seed: int = 0) -> Conditioning:
+def cond_of(stand: Stand, *strengths: tuple[float, ...], seed: int = 0) -> Conditioning:
     """The conditioning of a sample for each of `strengths`, which are by adapter."""
     return replace(stand.words(len(strengths), seed), strengths=T(strengths))
 
@@ -64,8 +64,8 @@ def run(stand: Stand, cond: Conditioning, model: str = "base") -> Tensor:
 
 def test_a_strength_is_a_copy_also_one_for_each_sample(stand: Stand, make: Make) -> None:
     adapters(stand).attach(make(stand.denoisers["base"], part=""))
-    asked = [((1.0,), (1.0,)), ((-0.5,), (2.0,)), ((0.0,), (0.0,)), ((0.0,), (1.0,))]
-    got = [run(stand, told(stand, *strengths)) for strengths in asked]
+    each = [((1.0,), (1.0,)), ((-0.5,), (2.0,)), ((0.0,), (0.0,)), ((0.0,), (1.0,))]
+    got = [run(stand, cond_of(stand, *strengths)) for strengths in each]
     assert stand.site.captures == 1
     assert not any(torch.equal(got[0], other) for other in got[1:3])
     assert torch.equal(got[0][1], got[3][1]) and torch.equal(got[2][0], got[3][0])
@@ -77,21 +77,21 @@ def test_a_swap_for_one_of_no_larger_rank_is_seen_by_the_graph_there_is(
 ) -> None:
     held, network = adapters(stand), stand.denoisers["base"]
     held.attach(make(network), name="age")
-    before = run(stand, told(stand, (1.0,)))
+    before = run(stand, cond_of(stand, (1.0,)))
     held.attach(make(network, "other", rank, seed=1), name="age", replace=True)
-    after = run(stand, told(stand, (1.0,)))
+    after = run(stand, cond_of(stand, (1.0,)))
     assert stand.site.captures == 1 and not torch.equal(before, after)
 
 
 def test_a_larger_rank_and_more_layers_are_captured_anew(stand: Stand, make: Make) -> None:
     held, network = adapters(stand), stand.denoisers["base"]
     held.attach(make(network), name="age")
-    run(stand, told(stand, (1.0,)))
+    run(stand, cond_of(stand, (1.0,)))
     held.attach(make(network, "large", 8, seed=1), name="age", replace=True)
-    run(stand, told(stand, (1.0,)))
+    run(stand, cond_of(stand, (1.0,)))
     assert (stand.site.captures, stand.site.graph_count) == (2, 1)
     held.attach(make(network, "wide", 8, seed=2, part=""), name="age", replace=True)
-    run(stand, told(stand, (1.0,)))
+    run(stand, cond_of(stand, (1.0,)))
     assert (stand.site.captures, stand.site.graph_count) == (3, 1)
 
 
@@ -99,12 +99,12 @@ def test_detaching_gives_back_the_graph_from_before(stand: Stand, make: Make) ->
     held = adapters(stand)
     before = run(stand, stand.words(1))
     held.attach(make(stand.denoisers["base"]))
-    assert not torch.equal(run(stand, told(stand, (1.0,))), before)
+    assert not torch.equal(run(stand, cond_of(stand, (1.0,))), before)
     held.detach("age")
     assert torch.equal(run(stand, stand.words(1)), before)
     assert stand.site.captures == 2
     held.attach(make(stand.denoisers["base"], seed=3))
-    run(stand, told(stand, (1.0,)))
+    run(stand, cond_of(stand, (1.0,)))
 
 
 def test_a_column_that_became_another_adapters_is_captured_anew(stand: Stand, make: Make) -> None:
@@ -112,11 +112,11 @@ def test_a_column_that_became_another_adapters_is_captured_anew(stand: Stand, ma
     held, network = adapters(stand), stand.denoisers["base"]
     held.attach(make(network, "b"))
     held.attach(make(network, "a", seed=1), to=["distilled"])
-    one = run(stand, told(stand, (0.0, 1.0)))
+    one = run(stand, cond_of(stand, (0.0, 1.0)))
     held.detach("a")
     held.attach(make(network, "c", seed=2), to=["distilled"])
     assert held.columns == ("b", "c")
-    assert torch.equal(run(stand, told(stand, (1.0, 0.0))), one)
+    assert torch.equal(run(stand, cond_of(stand, (1.0, 0.0))), one)
 
 
 @pytest.fixture
@@ -160,14 +160,14 @@ def test_a_whole_run_takes_strengths_of_every_row_and_sample(stand: Stand, make:
     held.attach(make(stand.denoisers["base"]))
     table, cond, noise = hybrid(1, 2, guidance=3.0), stand.words(2), Philox([3, 4])
     runners = {name: EagerRunner(network) for name, network in stand.denoisers.items()}
-    asked = {"uncond": stand.words(2, 9), "shape": SHAPE}
+    options = {"uncond": stand.words(2, 9), "shape": SHAPE}
     seen: list[Tensor] = []
     for strength in (1.0, [0.0, 2.0], [[1.0, 0.0], [0.0, 0.5], [-1.0, 1.0]]):
         held["age"].strength = strength
         grid = held.strengths(table, 2)
         assert grid is not None
-        expected = list(sample(table, runners, cond, noise, strengths=grid, **asked))
-        got = stand.trajectory()(table, cond, noise, by_row={"strengths": grid}, **asked)
+        expected = list(sample(table, runners, cond, noise, strengths=grid, **options))
+        got = stand.trajectory()(table, cond, noise, by_row={"strengths": grid}, **options)
         assert torch.equal(got.latents, expected[-1].x)
         seen.append(got.latents)
     assert stand.site.captures == 2, "strengths that change with the row are another graph"
@@ -181,11 +181,11 @@ def test_the_kernel_that_adds_an_adapter_is_in_the_graph(
     stand = emulated_stand
     adapters(stand).attach(make(stand.denoisers["base"]))
     strengths = ((1.0,), (0.0,)), ((0.25,), (-1.0,))
-    plain = [run(stand, told(stand, *each)) for each in strengths]
+    plain = [run(stand, cond_of(stand, *each)) for each in strengths]
     captures = stand.site.captures
     with stand.launching(), fusion(True):
         for each, expected in zip(strengths, plain, strict=True):
-            got = run(stand, told(stand, *each))
+            got = run(stand, cond_of(stand, *each))
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert stand.gpu is not None
         names = [name for name, _ in stand.gpu.launches]

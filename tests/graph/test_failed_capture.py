@@ -88,8 +88,8 @@ def test_what_comes_after_has_a_pool_and_a_stream_of_its_own(stand: Any) -> None
 
 
 def test_the_error_is_the_first_one_and_not_that_of_the_end(stand: Any) -> None:
-    told = refused(stand, Looks())
-    assert ".item()" in told and "previous error" not in told
+    message = refused(stand, Looks())
+    assert ".item()" in message and "previous error" not in message
 
 
 def test_a_device_that_does_not_end_the_capture_makes_the_site_dead(stand: Any) -> None:

@@ -36,12 +36,12 @@ class FirstPixels:
 def check_trajectory(stand: Stand, shape: tuple[int, ...], update: Update) -> None:
     """One launch leaves the bits of the sampler, row by row, and of the decoder."""
     table = hybrid(1, 2, guidance=3.0, update=update)
-    networks = {"base": network, "distilled": lambda *told: network(*told) * 0.5}
+    networks = {"base": network, "distilled": lambda *args: network(*args) * 0.5}
     cond, uncond, noise = stand.words(2), stand.words(2, 1), hs.Philox([3, 2**64 - 1])
-    graph, told = TrajectoryGraph(networks, FirstPixels(), site=stand.site), {"uncond": uncond}
+    graph, options = TrajectoryGraph(networks, FirstPixels(), site=stand.site), {"uncond": uncond}
     with stand.launching():
-        got = graph(table, cond, noise, shape=shape, keep_x0=True, **told)
-    states = list(hs.sample(table, networks, cond, noise, shape=shape, **told))
+        got = graph(table, cond, noise, shape=shape, keep_x0=True, **options)
+    states = list(hs.sample(table, networks, cond, noise, shape=shape, **options))
     assert torch.equal(got.latents, states[-1].x)
     assert torch.equal(got.x0, torch.stack([state.x0 for state in states]))
     assert torch.equal(got.rgb, decode_u8(FirstPixels().decode(states[-1].x)))

@@ -98,10 +98,10 @@ def test_memory_is_counted_and_given_back() -> None:
 def test_a_fake_gpu_refuses_what_cuda_refuses() -> None:
     cuda, x = FakeCuda(), torch.ones(3)
     pool, stream, graph = cuda.graph_pool_handle(), cuda.Stream(CPU), cuda.CUDAGraph()
-    asked = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
+    options = {"pool": pool, "stream": stream, "capture_error_mode": "thread_local"}
     with pytest.raises(NotPermittedError, match="not captured"):
         graph.replay()
-    with cuda.graph(graph, **asked):
+    with cuda.graph(graph, **options):
         out = x * 2
     with cuda.stream(stream), pytest.raises(NotPermittedError, match="captured once"):
         graph.capture_begin(pool, capture_error_mode="thread_local")

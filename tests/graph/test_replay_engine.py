@@ -24,8 +24,8 @@ def replayed(eager: hs.Engine) -> hs.Engine:
 def test_the_bundled_pair_replayed_has_the_bits_of_eager(
     eager: hs.Engine, replayed: hs.Engine
 ) -> None:
-    asked = {"seeds": (3, 4), "base_guidance": 3.0}
-    one, other = (engine.sample("a red fox", **asked) for engine in (eager, replayed))
+    options = {"seeds": (3, 4), "base_guidance": 3.0}
+    one, other = (engine.sample("a red fox", **options) for engine in (eager, replayed))
     assert torch.equal(one.latents, other.latents) and torch.equal(one.rgb, other.rgb)
     assert (eager.runner, replayed.runner) == ("eager", "replay")
     assert replayed.sample("a fox").record()["machine"]["runner"] == "replay"

@@ -195,11 +195,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "told"), BAD, ids=[told for _, told in BAD])
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message for _, message in BAD])
 def test_what_does_not_fit_is_an_error_before_any_network_runs(
-    stand: Any, change: dict[str, Any], told: str
+    stand: Any, change: dict[str, Any], message: str
 ) -> None:
-    asked = {"table": hybrid(), "uncond": stand.words(2, 1), "shape": SHAPE} | change
-    with pytest.raises(hs.InputError, match=told):
-        stand.trajectory()(asked.pop("table"), stand.words(2), Philox([3, 4]), **asked)
+    options = {"table": hybrid(), "uncond": stand.words(2, 1), "shape": SHAPE} | change
+    with pytest.raises(hs.InputError, match=message):
+        stand.trajectory()(options.pop("table"), stand.words(2), Philox([3, 4]), **options)
     assert stand.calls == 0

@@ -23,12 +23,12 @@ names = ("x", "f_cond", "f_uncond", "noise", "x0_prev")
 made = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
 
 for dtype in (torch.float32, torch.float16, torch.bfloat16):
-    given = made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
+    inputs = made | {name: made[name].to(dtype) for name in ("f_cond", "f_uncond")}
     results = []
     for impl in ("reference", "triton"):
         x_in = torch.empty(4, *shape[1:], dtype=dtype)
         step = torch.tensor(1)
-        out = hk.fused_step(table=table, step=step, x_in=x_in, impl=impl, **given)
+        out = hk.fused_step(table=table, step=step, x_in=x_in, impl=impl, **inputs)
         results.append((*out, x_in))
     for expected, got in zip(*results):
         if got.dtype == torch.bfloat16:
@@ -50,12 +50,12 @@ for impl in ("reference", "triton"):
 assert all(torch.equal(a, b) for a, b in zip(*pictures))
 
 for shape in ((2, 4, 3, 5, 7), (2, 9, 16), (3, 5)):  # video, packed tokens, rows
-    given = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    inputs = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
     for row in range(3):
         x_in, finite = torch.empty(2 * shape[0], *shape[1:]), torch.zeros(shape[0]).bool()
         x_next, x0 = hk.fused_step(table=table, step=torch.tensor(row), x_in=x_in, finite=finite,
-                                   impl="triton", **given)
-        exact = step_oracle(row=host_row(table, row), **given)
+                                   impl="triton", **inputs)
+        exact = step_oracle(row=host_row(table, row), **inputs)
         assert x_next.shape == x0.shape == shape and finite.all()
         assert_within(x0, exact.x0, exact.x0_magnitude, X0_ROUNDINGS, "x0")
         assert_within(x_next, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS, "x_next")
@@ -63,20 +63,20 @@ for shape in ((2, 4, 3, 5, 7), (2, 9, 16), (3, 5)):  # video, packed tokens, row
         seen = hk.scale_input(x_next, table, following, torch.float32, copies=2, impl="triton")
         assert torch.equal(x_in, seen)
     draw = hk.Draw(torch.arange(shape[0]), torch.zeros(shape[0], dtype=torch.int64))
-    given["noise"] = hk.philox_normal(*draw[:2], 1, (given["x"][0].numel(),)).view(shape)
-    drawn = hk.fused_step(table=table, step=1, impl="triton", **(given | {"noise": draw}))
-    handed = hk.fused_step(table=table, step=1, impl="reference", **given)
+    inputs["noise"] = hk.philox_normal(*draw[:2], 1, (inputs["x"][0].numel(),)).view(shape)
+    drawn = hk.fused_step(table=table, step=1, impl="triton", **(inputs | {"noise": draw}))
+    handed = hk.fused_step(table=table, step=1, impl="reference", **inputs)
     assert all(torch.equal(a, b) for a, b in zip(drawn, handed))
 
 for shape in ((2, 4, 8, 9), (2, 9, 16)):  # a row for each sample
-    given = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
-    given["noise"] = hk.Draw(torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([-1, 6]))
+    inputs = {name: random_latents(*shape, seed=seed) for seed, name in enumerate(names)}
+    inputs["noise"] = hk.Draw(torch.tensor([3, 4]), torch.tensor([0, 1]), torch.tensor([-1, 6]))
     rows, results = torch.tensor([2, 0]), []
     for impl in ("reference", "triton"):
         x_in = torch.empty(4, *shape[1:])
-        out = hk.fused_step(table=table, step=rows, x_in=x_in, impl=impl, **given)
-        x_first = hk.scale_input(given["x"], table, rows, torch.float16, impl=impl)
-        drawn = hk.philox_normal(*given["noise"][:2], rows, (5, 5), impl=impl)
+        out = hk.fused_step(table=table, step=rows, x_in=x_in, impl=impl, **inputs)
+        x_first = hk.scale_input(inputs["x"], table, rows, torch.float16, impl=impl)
+        drawn = hk.philox_normal(*inputs["noise"][:2], rows, (5, 5), impl=impl)
         results.append((*out, x_in, x_first, drawn))
     assert all(torch.equal(a, b) for a, b in zip(*results))
 
@@ -91,10 +91,10 @@ assert torch.equal(shown, hk.preview_rgb(**mapped, upscale=2))
 x, weight = random_latents(2, 16, 5, 7), random_latents(16, seed=3)
 norm_bound(x, 4, weight, weight, 1e-5).check(hk.groupnorm_silu(x, 4, weight, weight, impl="triton"))
 for layout in (torch.contiguous_format, torch.channels_last):
-    x, given = x.contiguous(memory_format=layout), (4, weight, weight, 1e-5)
+    x, inputs = x.contiguous(memory_format=layout), (4, weight, weight, 1e-5)
     shift = random_latents(2, 16, seed=4)
-    moved = hk.groupnorm_silu(x, *given, shift=shift, silu=False, impl="triton")
-    norm_bound(x, *given, shift, False).check(moved)
+    moved = hk.groupnorm_silu(x, *inputs, shift=shift, silu=False, impl="triton")
+    norm_bound(x, *inputs, shift, False).check(moved)
 tokens, more, weight = random_latents(5, 50), random_latents(5, 50, seed=1), random_latents(50)
 h, n = hk.add_layernorm(tokens, more, weight, weight, impl="triton")
 assert torch.equal(h, tokens + more)

@@ -148,16 +148,16 @@ def test_transforms_and_whoever_watches_see_torchs_own() -> None:
 
 @in_c
 def test_a_recording_runs_the_same_kernel_on_what_is_there_then() -> None:
-    given, weight = x.clone(), w.clone()
+    inputs, weight = x.clone(), w.clone()
     tape = Tape()
     with tape.recording():
-        made = small_convolution(given, weight, b, 1)
+        made = small_convolution(inputs, weight, b, 1)
     assert made is not None
-    given.mul_(2)
+    inputs.mul_(2)
     weight.neg_()
     tape.poison()
     tape.replay()
-    assert torch.equal(made, small_convolution(given, weight, b, 1))  # pyright: ignore
+    assert torch.equal(made, small_convolution(inputs, weight, b, 1))  # pyright: ignore
 
 
 def test_a_recording_of_what_kernels_do_has_torchs_own() -> None:

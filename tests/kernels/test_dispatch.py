@@ -75,15 +75,13 @@ def run(script: str) -> str:
 
 
 def test_without_triton_the_reference_runs_and_triton_by_name_says_what_is_missing() -> None:
-    asked = (
-        "\ntry:\n    hk.geglu(x, impl='triton')\nexcept ValueError as error:\n    print(error)\n"
-    )
-    assert "needs the package triton, which is not installed" in run(WITHOUT_TRITON + USE + asked)
+    code = "\ntry:\n    hk.geglu(x, impl='triton')\nexcept ValueError as error:\n    print(error)\n"
+    assert "needs the package triton, which is not installed" in run(WITHOUT_TRITON + USE + code)
 
 
 def test_without_a_gpu_no_driver_is_made_and_triton_is_not_even_loaded() -> None:
     assert run(USE + "import sys; print('triton.runtime' in sys.modules)") == "False\n"
-    asked = """
+    code = """
 from triton.runtime import driver
 for call in (lambda: hk.geglu(x, impl='triton'), lambda: hk.decode_u8(x[:, :3], impl='triton')):
     try:
@@ -97,7 +95,7 @@ import headstart_kernels.impl.triton_step, headstart_kernels.impl.triton_adapter
 import headstart_kernels.ops
 assert driver._active is None and driver._default is None
 """
-    run(USE + asked)
+    run(USE + code)
 
 
 LAYERS = ("add_layernorm", "low_rank_add")

@@ -47,9 +47,9 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.int32), b.view(torch.int32))
 
 
-def numpy_step(row: np.ndarray, given: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+def numpy_step(row: np.ndarray, inputs: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """The formula in float32, one rounding an operation, in the documented order."""
-    x, f, u, n, prev = (given[name].float().numpy() for name in NAMES)
+    x, f, u, n, prev = (inputs[name].float().numpy() for name in NAMES)
     _, c_skip, c_out, keep, add, carry, guidance, _ = row
     x0 = c_skip * x + c_out * (u + guidance * (f - u))
     return ((x0 + keep * (x - x0)) + carry * (x0 - prev)) + add * n, x0
@@ -61,10 +61,10 @@ def test_columns_are_the_plans_columns() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_bits_are_those_of_the_formula_written_in_numpy(dtype: torch.dtype) -> None:
-    given, table = operands(dtype), random_table(8)
+    inputs, table = operands(dtype), random_table(8)
     for step in range(8):
-        x_next, x0 = fused_step(table=table, step=step, **given)
-        expected_next, expected_x0 = numpy_step(table[step].numpy(), given)
+        x_next, x0 = fused_step(table=table, step=step, **inputs)
+        expected_next, expected_x0 = numpy_step(table[step].numpy(), inputs)
         assert same_bits(x_next, torch.from_numpy(expected_next))
         assert same_bits(x0, torch.from_numpy(expected_x0))
 
@@ -73,15 +73,15 @@ def test_bits_are_those_of_the_formula_written_in_numpy(dtype: torch.dtype) -> N
 @pytest.mark.parametrize("where", ["rows", "table", "device"])
 def test_a_guided_pair_may_be_one_tensor(dtype: torch.dtype, where: str) -> None:
     """As one call of a network on (uncond, cond) gives it; guidance may also be each sample's."""
-    given, table = operands(dtype), random_table(3, seed=2)
+    inputs, table = operands(dtype), random_table(3, seed=2)
     step = torch.tensor(1) if where == "device" else 1
     lookup = Rows(table) if where == "rows" else table
-    pair = torch.cat((given["f_uncond"], given["f_cond"]))
-    alone = given | {"f_cond": pair}
+    pair = torch.cat((inputs["f_uncond"], inputs["f_cond"]))
+    alone = inputs | {"f_cond": pair}
     del alone["f_uncond"]
     scales = torch.tensor([1.0, 3.5, 0.0])
     for more in ({}, {"guidance": scales}):
-        expected = fused_step(table=lookup, step=step, **given, **more)
+        expected = fused_step(table=lookup, step=step, **inputs, **more)
         got = fused_step(table=lookup, step=step, **alone, **more)
         into = torch.empty(SHAPE)
         fused_step_into(table=lookup, step=step, x_next=into, **alone, **more)
@@ -90,35 +90,35 @@ def test_a_guided_pair_may_be_one_tensor(dtype: torch.dtype, where: str) -> None
 
 
 def test_what_a_network_wraps_its_tensor_in_is_an_error() -> None:
-    given = operands()
-    wrapped: Any = (given["f_cond"],)
+    inputs = operands()
+    wrapped: Any = (inputs["f_cond"],)
     for lookup in (table_of(), Rows(table_of())):
         with pytest.raises(TypeError, match="f_cond: expected a tensor, got tuple"):
-            fused_step(given["x"], wrapped, lookup, 0)
+            fused_step(inputs["x"], wrapped, lookup, 0)
 
 
 def test_a_pair_for_a_row_of_one_pass_is_an_error() -> None:
-    given, table = operands(), table_of(guidance=1.0)
-    twice, thrice = (torch.cat([given["f_cond"]] * copies) for copies in (2, 3))
+    inputs, table = operands(), table_of(guidance=1.0)
+    twice, thrice = (torch.cat([inputs["f_cond"]] * copies) for copies in (2, 3))
     for f, lookup in ((twice, table), (twice, Rows(table)), (thrice, table_of(guidance=2.0))):
         with pytest.raises(ValueError, match=r"f_cond: expected the shape of x .*; a guided pair"):
-            fused_step(given["x"], f, lookup, 0)
+            fused_step(inputs["x"], f, lookup, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_error_stays_in_its_budget_of_float32_roundings(dtype: torch.dtype) -> None:
-    given, table = operands(dtype), random_table(8, seed=1)
+    inputs, table = operands(dtype), random_table(8, seed=1)
     for step in range(8):
-        x_next, x0 = fused_step(table=table, step=step, **given)
-        exact = step_oracle(row=host_row(table, step), **given)
+        x_next, x0 = fused_step(table=table, step=step, **inputs)
+        exact = step_oracle(row=host_row(table, step), **inputs)
         assert_within(x0, exact.x0, exact.x0_magnitude, X0_ROUNDINGS, "x0")
         assert_within(x_next, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS, "x_next")
 
 
 def test_the_error_budget_notices_a_wrong_coefficient_and_a_nan() -> None:
-    given, table = operands(), random_table(2)
-    exact = step_oracle(row=host_row(table, 0), **given)
-    got, _ = fused_step(table=table, step=0, **given)
+    inputs, table = operands(), random_table(2)
+    exact = step_oracle(row=host_row(table, 0), **inputs)
+    got, _ = fused_step(table=table, step=0, **inputs)
     for wrong in (got * (1 + 2e-6), got.index_fill(0, torch.tensor(1), float("nan"))):
         with pytest.raises(AssertionError, match="roundings"):
             assert_within(wrong, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS)
@@ -140,22 +140,22 @@ def test_a_device_side_row_gives_the_bits_of_a_host_row(
     if "x0_prev" not in given_names:
         columns = columns._replace(carry=0.0)
     table = torch.tensor([[7.0] * 8, [*columns]])
-    given = {k: v for k, v in operands().items() if k in given_names | {"x", "f_cond"}}
-    host = fused_step(table=table, step=1, **given)
-    device = fused_step(table=table, step=torch.tensor(1), **given)
+    inputs = {k: v for k, v in operands().items() if k in given_names | {"x", "f_cond"}}
+    host = fused_step(table=table, step=1, **inputs)
+    device = fused_step(table=table, step=torch.tensor(1), **inputs)
     assert all(same_bits(a, b) for a, b in zip(host, device, strict=True))
 
 
 def test_rows_read_once_give_the_bits_of_their_table() -> None:
-    given, table = operands(), random_table(3)
+    inputs, table = operands(), random_table(3)
     rows = Rows(table)
     assert len(rows) == 3 and rows.rows[2] == host_row(table, 2)
     for step in range(3):
-        expected = fused_step(table=table, step=step, **given)
-        got = fused_step(table=rows, step=step, **given)
+        expected = fused_step(table=table, step=step, **inputs)
+        got = fused_step(table=rows, step=step, **inputs)
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
-        x_in = scale_input(given["x"], rows, step, torch.bfloat16)
-        assert torch.equal(x_in, scale_input(given["x"], table, step, torch.bfloat16))
+        x_in = scale_input(inputs["x"], rows, step, torch.bfloat16)
+        assert torch.equal(x_in, scale_input(inputs["x"], table, step, torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -192,37 +192,37 @@ class NoReadBack(TorchDispatchMode):
 
 
 def test_a_tensor_step_is_never_read_back() -> None:
-    given, table, step = operands(torch.float16), random_table(4), torch.tensor(2)
+    inputs, table, step = operands(torch.float16), random_table(4), torch.tensor(2)
     guidance = torch.tensor([1.0, 2.0, 7.5])
     with NoReadBack():
         x_in = torch.empty(6, *SHAPE[1:], dtype=torch.float16)
-        fused_step(table=table, step=step, guidance=guidance, x_in=x_in, **given)
-        scale_input(given["x"], table, step, torch.float16)
+        fused_step(table=table, step=step, guidance=guidance, x_in=x_in, **inputs)
+        scale_input(inputs["x"], table, step, torch.float16)
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoReadBack():
         step.item()
 
 
 @pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
 def test_terms_with_coefficient_0_are_left_out_even_of_nan(step: int | Tensor) -> None:
-    given = operands()
-    expected, _ = fused_step(given["x"], given["f_cond"], table_of(), 0)
+    inputs = operands()
+    expected, _ = fused_step(inputs["x"], inputs["f_cond"], table_of(), 0)
     poisoned = fused_step(
-        given["x"], given["f_cond"], table_of(), step, f_uncond=NAN, noise=NAN, x0_prev=NAN
+        inputs["x"], inputs["f_cond"], table_of(), step, f_uncond=NAN, noise=NAN, x0_prev=NAN
     )
     assert same_bits(poisoned[0], expected)
     # An x0 prediction under fresh noise does not look at x at all.
     row = table_of(c_skip=0.0, c_out=1.0, keep=0.0, add=2.0)
-    x_next, x0 = fused_step(NAN, given["f_cond"], row, step, noise=given["noise"])
-    assert same_bits(x0, given["f_cond"])
-    assert same_bits(x_next, given["f_cond"] + 2.0 * given["noise"])
+    x_next, x0 = fused_step(NAN, inputs["f_cond"], row, step, noise=inputs["noise"])
+    assert same_bits(x0, inputs["f_cond"])
+    assert same_bits(x_next, inputs["f_cond"] + 2.0 * inputs["noise"])
 
 
 @pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
 def test_the_final_row_gives_exactly_x0_in_a_tensor_of_its_own(step: int | Tensor) -> None:
-    given = operands()
-    given["f_cond"][0, 0, 0, 0] = given["x"][0, 0, 0, 0] = -0.0
+    inputs = operands()
+    inputs["f_cond"][0, 0, 0, 0] = inputs["x"][0, 0, 0, 0] = -0.0
     x_next, x0 = fused_step(
-        given["x"], given["f_cond"], table_of(keep=0.0, c_skip=0.0, c_out=2.0), step
+        inputs["x"], inputs["f_cond"], table_of(keep=0.0, c_skip=0.0, c_out=2.0), step
     )
     assert same_bits(x_next, x0)
     assert torch.signbit(x_next[0, 0, 0, 0])
@@ -231,8 +231,8 @@ def test_the_final_row_gives_exactly_x0_in_a_tensor_of_its_own(step: int | Tenso
 
 @pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
 def test_guidance_of_exactly_1_is_the_single_pass(step: int | Tensor) -> None:
-    given = operands()
-    x, f, u = given["x"], given["f_cond"], given["f_uncond"]
+    inputs = operands()
+    x, f, u = inputs["x"], inputs["f_cond"], inputs["f_uncond"]
     single = fused_step(x, f, table_of(), step)
     assert same_bits(fused_step(x, f, table_of(), step, f_uncond=u)[0], single[0])
     # ... although u + 1*(f - u) is not f in float32
@@ -241,8 +241,8 @@ def test_guidance_of_exactly_1_is_the_single_pass(step: int | Tensor) -> None:
 
 @pytest.mark.parametrize("step", [0, torch.tensor(0)], ids=["host row", "device row"])
 def test_guidance_per_sample_equals_each_sample_alone(step: int | Tensor) -> None:
-    given, scales = operands(), (1.0, 7.5, 0.0)
-    x, f, u = given["x"], given["f_cond"], given["f_uncond"]
+    inputs, scales = operands(), (1.0, 7.5, 0.0)
+    x, f, u = inputs["x"], inputs["f_cond"], inputs["f_uncond"]
     mixed = fused_step(x, f, table_of(), step, f_uncond=u, guidance=torch.tensor(scales))
     for i, scale in enumerate(scales):
         one = slice(i, i + 1)
@@ -252,10 +252,10 @@ def test_guidance_per_sample_equals_each_sample_alone(step: int | Tensor) -> Non
 
 @pytest.mark.parametrize("as_step", [int, torch.tensor], ids=["host row", "device row"])
 def test_x_in_is_the_next_rows_network_input(as_step: type) -> None:
-    given, table = operands(), random_table(3)
+    inputs, table = operands(), random_table(3)
     for step, following in ((0, 1), (1, 2), (2, 2)):
         x_in = torch.full((2 * SHAPE[0], *SHAPE[1:]), float("nan"), dtype=torch.bfloat16)
-        x_next, _ = fused_step(table=table, step=as_step(step), x_in=x_in, **given)
+        x_next, _ = fused_step(table=table, step=as_step(step), x_in=x_in, **inputs)
         expected = scale_input(x_next, table, as_step(following), torch.bfloat16)
         assert torch.equal(expected, (x_next * table[following, 0]).bfloat16())
         assert torch.equal(x_in, torch.cat((expected, expected)))
@@ -277,13 +277,13 @@ def test_copies_of_the_network_input_are_the_input_again(
 
 
 def test_outputs_take_the_layout_of_x_whatever_the_networks_layout() -> None:
-    given, table = operands(torch.float16), random_table(1)
-    expected = fused_step(table=table, step=0, **given)
-    nhwc = {k: v.contiguous(memory_format=torch.channels_last) for k, v in given.items()}
+    inputs, table = operands(torch.float16), random_table(1)
+    expected = fused_step(table=table, step=0, **inputs)
+    nhwc = {k: v.contiguous(memory_format=torch.channels_last) for k, v in inputs.items()}
     outputs = ("f_cond", "f_uncond")
     for mixed in (
-        given | {name: nhwc[name] for name in outputs},
-        nhwc | {name: given[name] for name in outputs},
+        inputs | {name: nhwc[name] for name in outputs},
+        nhwc | {name: inputs[name] for name in outputs},
     ):
         for got, value in zip(fused_step(table=table, step=0, **mixed), expected, strict=True):
             assert same_bits(got.contiguous(), value)
@@ -291,10 +291,10 @@ def test_outputs_take_the_layout_of_x_whatever_the_networks_layout() -> None:
 
 
 def test_inputs_are_not_written_to() -> None:
-    given, table = operands(), random_table(1)
-    before = {name: tensor.clone() for name, tensor in given.items()}
-    fused_step(table=table, step=0, **given)
-    assert all(same_bits(given[name], before[name]) for name in given)
+    inputs, table = operands(), random_table(1)
+    before = {name: tensor.clone() for name, tensor in inputs.items()}
+    fused_step(table=table, step=0, **inputs)
+    assert all(same_bits(inputs[name], before[name]) for name in inputs)
 
 
 BAD = [
@@ -334,22 +334,22 @@ def test_a_wrong_input_is_explained(
 
 
 def test_the_reference_can_be_asked_for_by_name() -> None:
-    given, table = operands(), random_table(1)
-    default = fused_step(table=table, step=0, **given)
+    inputs, table = operands(), random_table(1)
+    default = fused_step(table=table, step=0, **inputs)
     for impl in ("reference", Impl.REFERENCE):
-        assert same_bits(fused_step(table=table, step=0, impl=impl, **given)[0], default[0])
+        assert same_bits(fused_step(table=table, step=0, impl=impl, **inputs)[0], default[0])
 
 
 def test_the_registered_operators_are_what_torch_asks_of_one() -> None:
-    given, table, step = operands(torch.float16), random_table(3), torch.tensor(1)
+    inputs, table, step = operands(torch.float16), random_table(3), torch.tensor(1)
     ops = torch.ops.headstart_kernels
     x_in = torch.empty(SHAPE, dtype=torch.float16)
     cases = [
-        (ops.fused_step, (given["x"], given["f_cond"], table, step), {}),
+        (ops.fused_step, (inputs["x"], inputs["f_cond"], table, step), {}),
         (
             ops.fused_step,
-            (given.pop("x"), given.pop("f_cond"), table, step),
-            given | {"x_in": x_in},
+            (inputs.pop("x"), inputs.pop("f_cond"), table, step),
+            inputs | {"x_in": x_in},
         ),
         (ops.scale_input, (random_latents(*SHAPE), table, step, torch.bfloat16), {}),
         (ops.philox_normal, (torch.tensor([1, 2]), torch.tensor([0, 0]), step, (4, 3, 3)), {}),
@@ -363,7 +363,7 @@ def test_the_registered_operators_are_what_torch_asks_of_one() -> None:
 
 
 def test_an_operator_gives_the_bits_of_the_plain_function() -> None:
-    given, table = operands(), random_table(3)
-    plain = fused_step(table=table, step=1, **given)
-    op = torch.ops.headstart_kernels.fused_step(table=table, step=torch.tensor(1), **given)
+    inputs, table = operands(), random_table(3)
+    plain = fused_step(table=table, step=1, **inputs)
+    op = torch.ops.headstart_kernels.fused_step(table=table, step=torch.tensor(1), **inputs)
     assert all(same_bits(a, b) for a, b in zip(plain, op, strict=True))

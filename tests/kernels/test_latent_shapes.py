@@ -55,11 +55,11 @@ def laid_out(tensor: Tensor, how: str) -> Tensor:
 def test_every_shape_is_within_the_budget_of_the_float64_oracle(
     shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    given, table = operands(shape, dtype), random_table(4, seed=5)
+    inputs, table = operands(shape, dtype), random_table(4, seed=5)
     for lookup in (table, Rows(table)):
         for step in range(4):
-            x_next, x0 = fused_step(table=lookup, step=step, **given)
-            exact = step_oracle(row=host_row(table, step), **given)
+            x_next, x0 = fused_step(table=lookup, step=step, **inputs)
+            exact = step_oracle(row=host_row(table, step), **inputs)
             assert x_next.shape == x0.shape == shape
             assert_within(x0, exact.x0, exact.x0_magnitude, X0_ROUNDINGS, "x0")
             assert_within(x_next, exact.x_next, exact.x_next_magnitude, STEP_ROUNDINGS, "x_next")
@@ -77,10 +77,10 @@ def test_axes_and_memory_do_not_change_a_bit(
     """x', x0, the next input and the flags, of the latents and of the same numbers as rows [B, N];
     x and the noise lie one way, what the network gave another."""
     table, step = random_table(3), torch.tensor(1) if device_row else 1
-    given, batch = operands(shape), shape[0]
-    flat = {name: tensor.flatten(1) for name, tensor in given.items()}
+    inputs, batch = operands(shape), shape[0]
+    flat = {name: tensor.flatten(1) for name, tensor in inputs.items()}
     turned = {
-        name: laid_out(tensor, layouts[name.startswith("f_")]) for name, tensor in given.items()
+        name: laid_out(tensor, layouts[name.startswith("f_")]) for name, tensor in inputs.items()
     }
     filled = list[list[Tensor]]()
     for operand in (flat, turned):
@@ -101,23 +101,23 @@ def test_axes_and_memory_do_not_change_a_bit(
 def test_noise_drawn_inside_a_step_is_that_of_the_flat_index(
     shape: tuple[int, ...], step: int | Tensor
 ) -> None:
-    given, table = operands(shape), random_table(3)
+    inputs, table = operands(shape), random_table(3)
     draw = Draw(torch.tensor(range(shape[0])), torch.zeros(shape[0], dtype=torch.int64), 4)
     size = torch.Size(shape[1:]).numel()
-    given["noise"] = philox_normal(draw.seeds, draw.samples, 5, (size,)).view(shape)
-    assert_bits(philox_normal(draw.seeds, draw.samples, 5, shape[1:]), given["noise"], "noise")
-    expected = fused_step(table=table, step=step, **given)
-    got = fused_step(table=table, step=step, **given | {"noise": draw})
+    inputs["noise"] = philox_normal(draw.seeds, draw.samples, 5, (size,)).view(shape)
+    assert_bits(philox_normal(draw.seeds, draw.samples, 5, shape[1:]), inputs["noise"], "noise")
+    expected = fused_step(table=table, step=step, **inputs)
+    got = fused_step(table=table, step=step, **inputs | {"noise": draw})
     assert_bits(got[0], expected[0], "x_next")
 
 
 @pytest.mark.parametrize("shape", [VIDEO, PACKED], ids=str)
 def test_a_guided_pair_of_any_shape_may_be_one_tensor(shape: tuple[int, ...]) -> None:
-    given, table = operands(shape), random_table(3, seed=2)
-    expected = fused_step(table=table, step=1, **given)
-    pair = torch.cat((given.pop("f_uncond"), given.pop("f_cond")))
+    inputs, table = operands(shape), random_table(3, seed=2)
+    expected = fused_step(table=table, step=1, **inputs)
+    pair = torch.cat((inputs.pop("f_uncond"), inputs.pop("f_cond")))
     for lookup in (table, Rows(table)):
-        got = fused_step(table=lookup, step=1, f_cond=pair, **given)
+        got = fused_step(table=lookup, step=1, f_cond=pair, **inputs)
         assert_bits(got[0], expected[0], "x_next")
 
 
@@ -133,19 +133,19 @@ def test_the_input_of_a_video_keeps_its_memory_format() -> None:
 @pytest.mark.parametrize("rows", [False, True], ids=["table", "rows"])
 def test_no_picture_is_drawn_of_what_is_no_image(shape: tuple[int, ...], rows: bool) -> None:
     """Not even of one whose sizes happen to fit, which the short way of a step once drew."""
-    given, table = operands(shape), random_table(2)
+    inputs, table = operands(shape), random_table(2)
     picture = Preview(
         torch.zeros((shape[0], *shape[2:], 3), dtype=torch.uint8),
         random_latents(shape[1], 3),
         random_latents(3),
     )
     with pytest.raises(ValueError, match=r"x \(with preview\): expected float \[B, C, h, w\]"):
-        fused_step(table=Rows(table) if rows else table, step=0, preview=picture, **given)
+        fused_step(table=Rows(table) if rows else table, step=0, preview=picture, **inputs)
     assert not picture.rgb.any()
 
 
 @pytest.mark.parametrize(
-    ("name", "wrong", "kind", "told"),
+    ("name", "wrong", "kind", "message"),
     [
         ("x", torch.zeros(2, 4, 0, 2, 5), ValueError, r"expected a batch \[B, ...\] with elements"),
         ("x", torch.zeros(2), ValueError, r"expected a batch \[B, ...\] with elements"),
@@ -156,8 +156,8 @@ def test_no_picture_is_drawn_of_what_is_no_image(shape: tuple[int, ...], rows: b
     ids=["empty axis", "batch alone", "axes joined", "wrong batch", "wrong dtype"],
 )
 def test_a_wrong_video_is_explained(
-    name: str, wrong: Tensor, kind: type[Exception], told: str
+    name: str, wrong: Tensor, kind: type[Exception], message: str
 ) -> None:
     for table in (random_table(2), Rows(random_table(2))):
-        with pytest.raises(kind, match=told):
+        with pytest.raises(kind, match=message):
             fused_step(table=table, step=0, **operands(VIDEO) | {name: wrong})

@@ -64,7 +64,7 @@ def both(
     *,
     loop: bool = False,
     shown: bool = True,
-    **given: Any,
+    **inputs: Any,
 ) -> None:
     """Everything that a step fills, by the reference and by C; in a loop, as `Rows` ask for it."""
     filled: list[dict[str, Tensor]] = []
@@ -83,7 +83,7 @@ def both(
             finite=made["finite"],
             preview=picture,
             impl=impl,
-            **given,
+            **inputs,
         )
         filled.append({"x_next": x_next, "x0": x0, **made})
     for name, expected in filled[0].items():
@@ -225,9 +225,9 @@ def test_a_loops_own_step_has_the_bits_of_any_step(row: list[float]) -> None:
             for _ in range(2)
         )
         outputs = f if row[-1] == 1.0 else torch.cat((u, f))
-        asked: dict[str, Any] = {"noise": drawn, "x0_prev": previous}
-        one = steps(1, x, outputs, **asked, **got)
-        other = fused_step(x, outputs, rows, 1, **asked, **expected, impl="reference")
+        options: dict[str, Any] = {"noise": drawn, "x0_prev": previous}
+        one = steps(1, x, outputs, **options, **got)
+        other = fused_step(x, outputs, rows, 1, **options, **expected, impl="reference")
         for name, a, b in zip(("x_next", "x0"), one, other, strict=True):
             assert_bits(a, b, name)
         for name in ("x_in", "finite"):

@@ -130,14 +130,14 @@ def test_what_is_no_number_comes_out_where_it_does_in_float64(
 ) -> None:
     """Torch's own does the same in float32; in bfloat16 it takes infinite keys for finite ones."""
     for at in range(3):
-        given = [t.clone() for t in heads(60, 70, 16, dtype)]
-        given[at][1, 2, 5, 3] = number
-        got = attention(*given, impl="native")
-        expected = attention(*(t.double() for t in given))
+        inputs = [t.clone() for t in heads(60, 70, 16, dtype)]
+        inputs[at][1, 2, 5, 3] = number
+        got = attention(*inputs, impl="native")
+        expected = attention(*(t.double() for t in inputs))
         assert torch.equal(got.isfinite(), expected.isfinite()), at
         assert torch.equal(got.isnan(), expected.isnan()), at
         if dtype == torch.float32 or number != number:
-            torchs = F.scaled_dot_product_attention(*given)
+            torchs = F.scaled_dot_product_attention(*inputs)
             assert torch.equal(got.isnan(), torchs.isnan()), at
 
 
@@ -155,19 +155,19 @@ def test_scores_of_which_float32_has_only_steps_choose_one_key(
 @by_dtype
 def test_scores_of_minus_infinity_alone_give_0_as_torch_does(dtype: torch.dtype) -> None:
     q, k, v = heads(50, 70, 16, dtype)
-    given = (torch.ones_like(q), torch.full_like(k, -float("inf")), v)
-    assert not attention(*given, impl="native").any()
-    assert not F.scaled_dot_product_attention(*given).any()
+    inputs = (torch.ones_like(q), torch.full_like(k, -float("inf")), v)
+    assert not attention(*inputs, impl="native").any()
+    assert not F.scaled_dot_product_attention(*inputs).any()
 
 
 @by_dtype
 def test_nothing_is_computed_of_nothing(dtype: torch.dtype) -> None:
     q, k, v = heads(4, 6, 8, dtype)
-    for given in ((q[:0], k[:0], v[:0]), (q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0])):
+    for inputs in ((q[:0], k[:0], v[:0]), (q[:, :, :0], k, v), (q, k[:, :, :0], v[:, :, :0])):
         with pytest.raises(ValueError, match="there is nothing to compute"):
-            attention(*given, impl="native")
-        got = attention(*given)
-        torch.testing.assert_close(got, F.scaled_dot_product_attention(*given), equal_nan=True)
+            attention(*inputs, impl="native")
+        got = attention(*inputs)
+        torch.testing.assert_close(got, F.scaled_dot_product_attention(*inputs), equal_nan=True)
 
 
 def test_wrong_operands_are_explained() -> None:

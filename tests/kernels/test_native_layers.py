@@ -77,14 +77,14 @@ def test_the_largest_width_of_a_part_is_not_the_largest_image() -> None:
 def test_operands_may_lie_anywhere_and_have_a_dtype_of_their_own() -> None:
     x, (weight, bias) = random_latents(2, 16, 6, 10), affine(16)
     shift = random_latents(2, 48, seed=3)
-    given = 4, weight, bias
-    expected = groupnorm_silu(x, *given, shift=shift[:, 16:32].contiguous(), impl="native")
-    assert torch.equal(groupnorm_silu(x, *given, shift=shift[:, 16:32], impl="native"), expected)
+    inputs = 4, weight, bias
+    expected = groupnorm_silu(x, *inputs, shift=shift[:, 16:32].contiguous(), impl="native")
+    assert torch.equal(groupnorm_silu(x, *inputs, shift=shift[:, 16:32], impl="native"), expected)
     turned = torch.stack((shift[:, 16:32],) * 2, -1)[..., 0]
-    assert torch.equal(groupnorm_silu(x, *given, shift=turned, impl="native"), expected)
+    assert torch.equal(groupnorm_silu(x, *inputs, shift=turned, impl="native"), expected)
     apart = torch.cat((x, x), 3)[..., :10]
     assert torch.equal(
-        groupnorm_silu(apart, *given, shift=shift[:, 16:32], impl="native"), expected
+        groupnorm_silu(apart, *inputs, shift=shift[:, 16:32], impl="native"), expected
     )
     narrow, wide = (
         (weight.half(), bias.bfloat16()),

@@ -30,8 +30,10 @@ def on_a_cpu() -> None:
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[Path]:
-    """A machine that has not compiled anything yet; the folder where it will be kept."""
+    """A machine that has not compiled anything yet; the folder where it will be kept. -O1 compiles
+    in a third of the time."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(library, "FLAGS", tuple("-O1" if f == "-O3" else f for f in library.FLAGS))
     library._outcome.cache_clear()
     yield tmp_path / "headstart"
     library._outcome.cache_clear()
@@ -187,8 +189,8 @@ def test_a_compiler_that_knows_the_processor_compiles_for_it(tmp_path: Path) -> 
         (tmp_path / name).write_text(text, "utf-8")
 
     def check(file: str) -> subprocess.CompletedProcess[str]:
-        asked = [*command, *library.FLAGS, target, "-fsyntax-only", str(tmp_path / file)]
-        return subprocess.run(asked, capture_output=True, text=True, check=False, timeout=120)
+        compile_it = [*command, *library.FLAGS, target, "-fsyntax-only", str(tmp_path / file)]
+        return subprocess.run(compile_it, capture_output=True, text=True, check=False, timeout=120)
 
     if check("nothing.c").returncode:
         pytest.skip(f"{command[0]} does not know {target}")

@@ -1,4 +1,4 @@
-"""What a tracer is told of an operator's results, the strides included, is what every run gives."""
+"""Shapes, dtypes and strides that a tracer expects of an operator are what every run gives."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def placed(results: Any) -> list[tuple[Any, ...]]:
     return [(t.shape, t.dtype, t.stride(), t.storage_offset()) for t in tree_leaves(results)]
 
 
-def told(name: str, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
+def fake_results(name: str, arguments: tuple[Any, ...]) -> list[tuple[Any, ...]]:
     mode = FakeTensorMode()
-    given = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
+    inputs = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in arguments]
     with mode:
-        return placed(getattr(torch.ops.headstart_kernels, name)(*given))
+        return placed(getattr(torch.ops.headstart_kernels, name)(*inputs))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,7 +87,7 @@ def test_results_lie_as_a_tracer_is_told(layout: str, impl: Impl) -> None:
                 mock.patch.object(winograd, "choose", chosen),
             ):
                 got = placed(ops.BODIES[name](*arguments))
-            assert got == told(name, arguments), name
+            assert got == fake_results(name, arguments), name
 
 
 def test_every_operator_is_above_or_makes_nothing() -> None:

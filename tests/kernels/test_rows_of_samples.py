@@ -47,10 +47,10 @@ def operands(dtype: torch.dtype = torch.float32) -> dict[str, Any]:
 
 
 def every_result(
-    given: dict[str, Any], table: Tensor, step: Tensor, dtype: torch.dtype, **options: Any
+    inputs: dict[str, Any], table: Tensor, step: Tensor, dtype: torch.dtype, **options: Any
 ) -> dict[str, Tensor]:
     """All that a step fills."""
-    batch, channels, height, width = given["x"].shape
+    batch, channels, height, width = inputs["x"].shape
     rgb = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
     seen = Preview(rgb, random_latents(channels, 3, seed=8), random_latents(3, seed=9))
     x_in = torch.empty(2, batch, channels, height, width, dtype=dtype)
@@ -61,18 +61,18 @@ def every_result(
         preview=seen,
         x_in=x_in.flatten(0, 1),
         finite=finite,
-        **given,
+        **inputs,
         **options,
     )
     x_in = x_in.transpose(0, 1)  # a sample's two copies together
     return {"x_next": x_next, "x0": x0, "x_in": x_in, "rgb": rgb, "finite": finite}
 
 
-def sample_of(given: dict[str, Any], sample: int) -> dict[str, Any]:
+def sample_of(inputs: dict[str, Any], sample: int) -> dict[str, Any]:
     one = slice(sample, sample + 1)
     return {
         name: Draw(SEEDS[one], SAMPLES[one], FIRST[one]) if isinstance(value, Draw) else value[one]
-        for name, value in given.items()
+        for name, value in inputs.items()
     }
 
 

@@ -36,40 +36,40 @@ def picture() -> Preview:
 
 @STEPS
 def test_the_state_may_be_its_own_result_and_x0_the_row_before(step: int | Tensor) -> None:
-    given, table = operands(), random_table(3)
-    expected = fused_step(table=table, step=step, **given)
-    x, previous = given.pop("x"), given["x0_prev"]
-    fused_step_into(x, given.pop("f_cond"), table, step, x, x0=previous, **given)
+    inputs, table = operands(), random_table(3)
+    expected = fused_step(table=table, step=step, **inputs)
+    x, previous = inputs.pop("x"), inputs["x0_prev"]
+    fused_step_into(x, inputs.pop("f_cond"), table, step, x, x0=previous, **inputs)
     assert torch.equal(x, expected[0]) and torch.equal(previous, expected[1])
 
 
 @STEPS
 def test_without_x0_the_state_is_the_same(step: int | Tensor) -> None:
-    given, table = operands(), random_table(3)
-    expected, _ = fused_step(table=table, step=step, **given)
+    inputs, table = operands(), random_table(3)
+    expected, _ = fused_step(table=table, step=step, **inputs)
     x_next = torch.empty_like(expected)
-    fused_step_into(table=table, step=step, x_next=x_next, **given)
+    fused_step_into(table=table, step=step, x_next=x_next, **inputs)
     assert torch.equal(x_next, expected)
 
 
 @STEPS
 def test_noise_drawn_inside_is_that_of_the_row_in_the_whole_plan(step: int | Tensor) -> None:
-    given, table = operands(), random_table(3)
+    inputs, table = operands(), random_table(3)
     draw = Draw(torch.tensor([5, -1, 2**40]), torch.tensor([0, 7, 2**32 - 1]), first_row=4)
-    given["noise"] = philox_normal(draw.seeds, draw.samples, 1 + 4, SHAPE[1:])
-    expected = fused_step(table=table, step=step, **given)
-    got = fused_step(table=table, step=step, **given | {"noise": draw})
+    inputs["noise"] = philox_normal(draw.seeds, draw.samples, 1 + 4, SHAPE[1:])
+    expected = fused_step(table=table, step=step, **inputs)
+    got = fused_step(table=table, step=step, **inputs | {"noise": draw})
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 @STEPS
 def test_the_picture_is_the_preview_of_x0_with_or_without_x0(step: int | Tensor) -> None:
-    given, table, shown = operands(), random_table(3), picture()
-    _, x0 = fused_step(table=table, step=step, preview=shown, **given)
+    inputs, table, shown = operands(), random_table(3), picture()
+    _, x0 = fused_step(table=table, step=step, preview=shown, **inputs)
     assert torch.equal(shown.rgb, preview_rgb(x0, shown.factors, shown.bias))
     again = picture()
     x_next = torch.empty(SHAPE)
-    fused_step_into(table=table, step=step, x_next=x_next, preview=again, **given)
+    fused_step_into(table=table, step=step, x_next=x_next, preview=again, **inputs)
     assert torch.equal(again.rgb, shown.rgb)
 
 
@@ -78,17 +78,17 @@ def test_the_picture_is_the_preview_of_x0_with_or_without_x0(step: int | Tensor)
 def test_finite_says_which_samples_have_an_x0_without_nan_and_infinity(
     step: int | Tensor, bad: float
 ) -> None:
-    given, table = operands(), random_table(3)
-    given["x0_prev"][0, 0, 0, 0] = given["noise"][0, 0, 0, 0] = bad  # in x', not in x0
-    given["f_cond"][2, 3, 4, 6] = bad
-    given["f_cond"][1] = 1e37  # large, and the sum of all is not finite
+    inputs, table = operands(), random_table(3)
+    inputs["x0_prev"][0, 0, 0, 0] = inputs["noise"][0, 0, 0, 0] = bad  # in x', not in x0
+    inputs["f_cond"][2, 3, 4, 6] = bad
+    inputs["f_cond"][1] = 1e37  # large, and the sum of all is not finite
     for x0 in (torch.empty(SHAPE), None):
         finite = torch.zeros(3, dtype=torch.bool)
         x_next = torch.empty(SHAPE)
-        fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=finite, **given)
+        fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=finite, **inputs)
         assert finite.tolist() == [True, True, False]
         for parts in (finite_flags(SHAPE, "cpu"), torch.empty(3, 5, dtype=torch.bool)):
-            fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=parts, **given)
+            fused_step_into(table=table, step=step, x_next=x_next, x0=x0, finite=parts, **inputs)
             every = parts.view(3, -1)
             assert every.all(1).tolist() == every.any(1).tolist() == finite.tolist()
         if x0 is not None:
@@ -99,10 +99,10 @@ def test_finite_says_which_samples_have_an_x0_without_nan_and_infinity(
 def test_a_build_of_torch_that_contracts_addcmul_gets_the_same_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given, table = operands(), random_table(3)
-    fast = fused_step(table=table, step=0, **given)
+    inputs, table = operands(), random_table(3)
+    fast = fused_step(table=table, step=0, **inputs)
     monkeypatch.setattr(reference_step, "_exact_one", lambda: None)
-    slow = fused_step(table=table, step=0, **given)
+    slow = fused_step(table=table, step=0, **inputs)
     assert all(torch.equal(a, b) for a, b in zip(fast, slow, strict=True))
 
 
@@ -118,18 +118,18 @@ def test_the_probe_would_see_a_contracted_sum(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_operator_takes_noise_and_picture_as_parts() -> None:
-    given, table, shown, again = operands(), random_table(3), picture(), picture()
+    inputs, table, shown, again = operands(), random_table(3), picture(), picture()
     draw = Draw(torch.tensor([5, -1, 3]), torch.tensor([0, 7, 1]), 2)
-    given.pop("noise")
+    inputs.pop("noise")
     finite = torch.zeros(3, dtype=torch.bool)
-    expected = fused_step(table=table, step=2, noise=draw, preview=shown, **given)
+    expected = fused_step(table=table, step=2, noise=draw, preview=shown, **inputs)
     x_next, x0 = torch.empty(SHAPE), torch.empty(SHAPE)
     torch.ops.headstart_kernels.fused_step_into(
         table=table,
         step=torch.tensor(2),
         x_next=x_next,
         x0=x0,
-        **given,
+        **inputs,
         **draw._asdict(),
         **again._asdict(),
         finite=finite,

@@ -199,7 +199,7 @@ def test_triton_asked_for_by_name_is_not_tried_first_and_raises() -> None:
 def test_nothing_is_tried_inside_a_capture_and_what_fails_there_raises() -> None:
     tried: list[object] = []
     with (
-        mock.patch.object(trial, "launch", lambda *given: tried.append(given)),
+        mock.patch.object(trial, "launch", lambda *inputs: tried.append(inputs)),
         mock.patch("torch.cuda.is_current_stream_capturing", lambda: True),
     ):
         assert trial.launches(torch.device("cuda", 0))

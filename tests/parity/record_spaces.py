@@ -213,9 +213,9 @@ def imagereward(home: Path) -> dict[str, object]:
     (home / "med_config.json").write_text(json.dumps(config))
     model = ImageReward(str(home / "med_config.json"))
     model.mlp = MLP(width)
-    told = model.load_state_dict(torch.load(file), strict=False)
+    result = model.load_state_dict(torch.load(file), strict=False)
     left = [
-        name for name in told.missing_keys if not name.startswith(("blip.text_proj", "blip.vis"))
+        name for name in result.missing_keys if not name.startswith(("blip.text_proj", "blip.vis"))
     ]
     assert not left, left
     model.eval()

@@ -113,7 +113,7 @@ def test_dpmpp_2m_and_its_sde_end_at_either_level(update: Update, final: str, dr
 
 
 class Shifted(LCMScheduler):
-    """NitroFusion's rule: LCM's scheduler, whose network is told floor(t*250/1000)."""
+    """NitroFusion's rule: LCM's scheduler, whose network gets floor(t*250/1000)."""
 
     def set_timesteps(self, *args: Any, **options: Any) -> None:
         super().set_timesteps(*args, **options)
@@ -123,9 +123,9 @@ class Shifted(LCMScheduler):
     def step(self, *args: Any, **options: Any) -> Any:
         if self.step_index is None:
             self._init_step_index(args[1])
-        told, self.timesteps = self.timesteps, self.own
+        timesteps, self.timesteps = self.timesteps, self.own
         found = super().step(*args, **options)
-        self.timesteps = told
+        self.timesteps = timesteps
         return found
 
 
@@ -176,7 +176,7 @@ def test_edm_is_the_edm_euler_scheduler(
         assert [step.timestep for step in table] == pytest.approx(
             oracle.timesteps.tolist(), abs=1e-6
         )
-        # It starts at sqrt(sigma_max^2 + 1)*n, which is not the level that its network is told.
+        # It starts at sqrt(sigma_max^2 + 1)*n, which is not the level that its network gets.
         states = theirs(oracle, draw, START * table.init_scale)
         # Its exponential levels are float32's, 6e-8 off, and pass through sigma^2/(sigma^2 + d^2).
         tolerance = 1e-12 if spacing is Spacing.KARRAS else 1e-6

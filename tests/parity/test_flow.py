@@ -127,7 +127,7 @@ def test_a_flows_timestep_and_level_are_inverses(shift: float, level: float) -> 
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("made", "message"),
     [
         (lambda: hs.NoiseSchedule.flow(0.0), "positive"),
         (lambda: hs.NoiseSchedule.flow(3.0, mu=1.0), "two names of one thing"),
@@ -142,6 +142,6 @@ def test_a_flows_timestep_and_level_are_inverses(shift: float, level: float) -> 
                        hs.NoiseSchedule.flow()), "counts whole timesteps"),
     ],
 )  # fmt: skip
-def test_what_no_flow_can_be_is_refused(made: Any, told: str) -> None:
-    with pytest.raises(PlanError, match=told):
+def test_what_no_flow_can_be_is_refused(made: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
         made()

@@ -51,11 +51,11 @@ def test_a_run_of_an_lcm_is_diffusers_unet_with_timestep_cond(
         for timestep in (999, 759, 259):
             time = torch.tensor([timestep])
             ours = engine.denoisers["distilled"](x, time, cond)
-            told = theirs(x, time, text.context, timestep_cond=w, added_cond_kwargs=added).sample
-            untold = theirs(x, time, text.context, added_cond_kwargs=added).sample
+            guided = theirs(x, time, text.context, timestep_cond=w, added_cond_kwargs=added).sample
+            unguided = theirs(x, time, text.context, added_cond_kwargs=added).sample
             # float32 networks of about 80 layers: 1e-5 is the bound of the goldens too
-            assert (ours - told).norm() < 1e-5 * told.norm()
-            assert (ours - untold).norm() > 1e-3 * told.norm()
+            assert (ours - guided).norm() < 1e-5 * guided.norm()
+            assert (ours - unguided).norm() > 1e-3 * guided.norm()
 
 
 def test_a_unet_that_reads_guidance_is_not_run_without(make_ckpt: Maker) -> None:

@@ -29,12 +29,12 @@ class Pipeline(loaders.TextualInversionLoaderMixin):  # pyright: ignore[reportUn
         )
 
     def context(self, prompt: str) -> Tensor:
-        told = self.tokenizer(
+        tokens = self.tokenizer(
             self.maybe_convert_prompt(prompt, self.tokenizer),
             padding="max_length",
             return_tensors="pt",
         )
-        return self.text_encoder(told["input_ids"]).last_hidden_state
+        return self.text_encoder(tokens["input_ids"]).last_hidden_state
 
 
 @pytest.mark.parametrize("form", ["diffusers", "rows", "a1111"])

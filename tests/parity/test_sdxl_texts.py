@@ -1,4 +1,4 @@
-"""What SDXL is told, beside diffusers' own encode_prompt and _get_add_time_ids."""
+"""SDXL's conditioning, beside diffusers' own encode_prompt and _get_add_time_ids."""
 
 from __future__ import annotations
 
@@ -50,15 +50,15 @@ def theirs(engine: hs.Engine, tmp_path_factory: pytest.TempPathFactory) -> Calla
     )
     encode = diffusers.StableDiffusionXLPipeline.encode_prompt
 
-    def told(**asked: Any) -> Any:
+    def encoded(**options: Any) -> Any:
         with torch.no_grad():
-            return encode(pipe, do_classifier_free_guidance=True, **asked)
+            return encode(pipe, do_classifier_free_guidance=True, **options)
 
-    return told
+    return encoded
 
 
 @pytest.mark.parametrize(
-    ("ours", "asked"),
+    ("ours", "inputs"),
     [
         ({}, {}),
         ({"negative": ""}, {"negative_prompt": ""}),
@@ -71,12 +71,12 @@ def theirs(engine: hs.Engine, tmp_path_factory: pytest.TempPathFactory) -> Calla
     ],
 )
 def test_both_halves_of_guidance_are_told_what_diffusers_tells_them(
-    engine: hs.Engine, theirs: Callable[..., Any], ours: dict[str, Any], asked: dict[str, Any]
+    engine: hs.Engine, theirs: Callable[..., Any], ours: dict[str, Any], inputs: dict[str, Any]
 ) -> None:
     """A float32 encoder of three layers, twice: 1e-5 of the largest number is a few roundings."""
     run = engine.begin("cat", plan=PLAN, **ours)
     assert run.call is not None
-    cond, uncond, pooled, uncond_pooled = theirs(prompt="cat", **asked)
+    cond, uncond, pooled, uncond_pooled = theirs(prompt="cat", **inputs)
     for got, expected in (
         (run.call.cond.context, torch.cat((uncond, cond))),
         (run.call.cond.pooled, torch.cat((uncond_pooled, pooled))),

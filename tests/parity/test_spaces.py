@@ -72,8 +72,8 @@ def test_the_fid_of_two_folders_is_pytorch_fids(
     inception: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folders = [str(write_run(tmp_path / name, seed)) for name, seed in (("a", 1), ("b", 2))]
-    asked = ["evaluate", folders[0], "--features", str(inception), "--reference", folders[1]]
-    assert main([*asked, "--json"]) == 0
+    command = ["evaluate", folders[0], "--features", str(inception), "--reference", folders[1]]
+    assert main([*command, "--json"]) == 0
     (row,) = (found := json.loads(capsys.readouterr().out))["rows"]
     assert found["frechet_is"] == "FID"
     assert row["frechet"]["value"] == pytest.approx(KNOWN["inception"]["fid"], rel=1e-5)

@@ -45,13 +45,13 @@ worst that was measured is 6 of them. Every mistake below shows as 100 tolerance
 SCHEDULER = "diffusers.schedulers.scheduling_flow_match_euler_discrete"
 
 
-def told(seed: int) -> hs.Conditioning:
+def cond_of(seed: int) -> hs.Conditioning:
     generator = torch.Generator().manual_seed(seed)
     context = torch.randn(BATCH, WORDS, 12, generator=generator)
     return hs.Conditioning(context, torch.randn(BATCH, 10, generator=generator))
 
 
-POSITIVE, NEGATIVE = told(1), told(2)
+POSITIVE, NEGATIVE = cond_of(1), cond_of(2)
 
 
 def drawn(family: Family) -> list[Tensor]:

@@ -57,12 +57,14 @@ def test_a_shift_of_each_channel_before_the_norm_and_a_norm_without_silu(
         weight, bias = (random_latents(channels, seed=s).half() for s in (1, 2))
         shift = random_latents(channels, batch, seed=3, scale=4.0).half().T
         bound = norm_bound(x, groups, weight, bias, 1e-5, shift, silu)
-        given = (x, groups, weight, bias, 1e-5)
-        y = groupnorm_silu(*given, shift=shift, silu=silu, impl="triton")
+        inputs = (x, groups, weight, bias, 1e-5)
+        y = groupnorm_silu(*inputs, shift=shift, silu=silu, impl="triton")
         assert y.stride() == x.stride()
         bound.check(y)
         if not silu:
-            norm_bound(*given, silu=False).check(groupnorm_silu(*given, silu=False, impl="triton"))
+            norm_bound(*inputs, silu=False).check(
+                groupnorm_silu(*inputs, silu=False, impl="triton")
+            )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

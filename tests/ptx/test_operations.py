@@ -274,13 +274,13 @@ def is_nan(word: int, kind: str) -> bool:
 @pytest.mark.parametrize("opcode", OPERATIONS)
 def test_every_operation_gives_what_a_second_implementation_gives(opcode: str) -> None:
     operation = OPERATIONS[opcode]
-    given = np.zeros((THREADS, 4), np.uint64)
+    inputs = np.zeros((THREADS, 4), np.uint64)
     for i, kind in enumerate(operation.operands):
-        given[:, i] = operand_words(kind)
+        inputs[:, i] = operand_words(kind)
     bits = bits_of(operation.result)
-    got = [int(w) & (2**bits - 1) for w in execute(probe(opcode), given)[:, 0]]
+    got = [int(w) & (2**bits - 1) for w in execute(probe(opcode), inputs)[:, 0]]
     for i, word in enumerate(got):
-        want = expected(opcode, [int(w) for w in given[i, : len(operation.operands)]])
+        want = expected(opcode, [int(w) for w in inputs[i, : len(operation.operands)]])
         if isinstance(want, float):
             assert is_nan(word, "f32") if math.isnan(want) else word == bits32(want), (i, want)
         else:

@@ -85,7 +85,7 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Emulator]:
         yield emulator
 
 
-def check(table: Tensor, given: dict, *, steps: list[Tensor] | None = None, **outputs) -> None:
+def check(table: Tensor, inputs: dict, *, steps: list[Tensor] | None = None, **outputs) -> None:
     """Every row, on a device-side step: x', x0, x_in and rgb have the reference's bits."""
     for step in steps or list(torch.arange(len(table))):
         results = []
@@ -96,7 +96,7 @@ def check(table: Tensor, given: dict, *, steps: list[Tensor] | None = None, **ou
                 else torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).fill_(NAN)
                 for name, value in outputs.items()
             }
-            x_next, x0 = fused_step(table=table, step=step, impl=impl, **given, **filled)
+            x_next, x0 = fused_step(table=table, step=step, impl=impl, **inputs, **filled)
             extra = [v.rgb if isinstance(v, Preview) else v for v in filled.values()]
             results.append([x_next, x0, *extra])
         for expected, got in zip(*results, strict=True):
@@ -105,8 +105,8 @@ def check(table: Tensor, given: dict, *, steps: list[Tensor] | None = None, **ou
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_of_every_prediction_and_update(gpu: Emulator, dtype: torch.dtype) -> None:
-    given = operands((2, 4, 16, 20), dtype)
-    check(table_of(*ROWS), given, x_in=torch.empty(4, 4, 16, 20, dtype=dtype))
+    inputs = operands((2, 4, 16, 20), dtype)
+    check(table_of(*ROWS), inputs, x_in=torch.empty(4, 4, 16, 20, dtype=dtype))
     assert {name for name, _ in gpu.launches} == {"fused_step_kernel"}
 
 
@@ -114,24 +114,24 @@ def test_bits_of_every_prediction_and_update(gpu: Emulator, dtype: torch.dtype) 
 def test_bits_on_the_other_architectures(arch: int) -> None:
     with emulated(arch):
         for dtype in (torch.float32, torch.bfloat16):
-            given = operands((1, 4, 16, 16), dtype)
-            check(table_of(*ROWS), given, x_in=torch.empty(2, 4, 16, 16, dtype=dtype))
+            inputs = operands((1, 4, 16, 16), dtype)
+            check(table_of(*ROWS), inputs, x_in=torch.empty(2, 4, 16, 16, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_bits_of_odd_sizes_without_guidance_or_noise(gpu: Emulator, dtype: torch.dtype) -> None:
     for shape in ((3, 4, 7, 5), (1, 4, 13, 99), (2, 1)):
-        given = operands(shape, dtype)
+        inputs = operands(shape, dtype)
         rows = [row | {"guidance": 1.0, "add": 0.0, "carry": 0.0} for row in ROWS[::2]]
-        check(table_of(*rows), {name: given[name] for name in ("x", "f_cond")})
+        check(table_of(*rows), {name: inputs[name] for name in ("x", "f_cond")})
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7)])
 def test_noise_drawn_in_registers_has_the_bits_of_philox_normal(
     gpu: Emulator, size: tuple[int, int]
 ) -> None:
-    given = operands((2, 4, *size), torch.float32) | {"noise": draw(2)}
-    check(table_of(*ROWS[2:6]), given)
+    inputs = operands((2, 4, *size), torch.float32) | {"noise": draw(2)}
+    check(table_of(*ROWS[2:6]), inputs)
 
 
 @pytest.mark.parametrize("size", [(16, 16), (5, 7)])
@@ -140,13 +140,13 @@ def test_a_sample_with_nan_or_infinity_is_noticed_on_the_way(
     gpu: Emulator, size: tuple[int, int], shown: bool
 ) -> None:
     shape = (3, 4, *size)
-    given, room = operands(shape, torch.float16), torch.full((7,), 9, dtype=torch.uint8)
-    given["f_cond"][1, 3, -1, -1] = NAN
-    given["f_cond"][2, 0, 0, 0] = float("inf")
+    inputs, room = operands(shape, torch.float16), torch.full((7,), 9, dtype=torch.uint8)
+    inputs["f_cond"][1, 3, -1, -1] = NAN
+    inputs["f_cond"][2, 0, 0, 0] = float("inf")
     finite = room[2:5].view(torch.bool)
     extra = {"preview": picture(shape)} if shown else {}
     table = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0})
-    fused_step(table=table, step=torch.tensor(0), finite=finite, impl="triton", **given, **extra)
+    fused_step(table=table, step=torch.tensor(0), finite=finite, impl="triton", **inputs, **extra)
     assert room.tolist() == [9, 9, 1, 0, 0, 9, 9]
 
 
@@ -169,16 +169,16 @@ def test_flags_of_parts_cost_no_launch_beside_the_steps_own(
     gpu: Emulator, size: tuple[int, int], shown: bool
 ) -> None:
     shape = (3, 4, *size)
-    given, parts = operands(shape, torch.float16), finite_flags(shape, "meta").shape[1]
+    inputs, parts = operands(shape, torch.float16), finite_flags(shape, "meta").shape[1]
     room = torch.full((3 * parts + 4,), 9, dtype=torch.uint8)
-    given["f_cond"][1, 3, -1, -1] = NAN
-    given["f_cond"][2, 0, 0, 0] = float("inf")
+    inputs["f_cond"][1, 3, -1, -1] = NAN
+    inputs["f_cond"][2, 0, 0, 0] = float("inf")
     finite = room[2:-2].view(torch.bool).view(3, parts)
     table, step = table_of(ROWS[0] | {"c_skip": 1.0, "c_out": -2.0}), torch.tensor(0)
     extra = {"preview": picture(shape)} if shown else {}
     asked = Asked()
     with asked:
-        fused_step(table=table, step=step, finite=finite, impl="triton", **given, **extra)
+        fused_step(table=table, step=step, finite=finite, impl="triton", **inputs, **extra)
     assert not asked.names and [name for name, _ in gpu.launches] == ["fused_step_kernel"]
     assert finite.all(1).tolist() == [True, False, False]
     assert room[[0, 1, -2, -1]].eq(9).all() and room[2:-2].lt(2).all()
@@ -186,7 +186,7 @@ def test_flags_of_parts_cost_no_launch_beside_the_steps_own(
         assert finite.logical_not().nonzero().tolist() == [[1, parts - 1], [2, 0]]
     with asked:
         flags = torch.empty(3, dtype=torch.bool)
-        fused_step(table=table, step=step, finite=flags, impl="triton", **given, **extra)
+        fused_step(table=table, step=step, finite=flags, impl="triton", **inputs, **extra)
     assert flags.tolist() == [True, False, False]
     assert asked.names == ["fill_"] * (size == (40, 40) or (size == (16, 16) and not shown))
 
@@ -196,20 +196,20 @@ def test_channels_last_networks_with_a_picture_on_the_way(
     gpu: Emulator, size: tuple[int, int]
 ) -> None:
     shape = (2, 4, *size)
-    given = operands(shape, torch.float16) | {"noise": draw(2)}
+    inputs = operands(shape, torch.float16) | {"noise": draw(2)}
     last = torch.channels_last
-    nhwc = {n: given[n].contiguous(memory_format=last) for n in ("f_cond", "f_uncond")}
+    nhwc = {n: inputs[n].contiguous(memory_format=last) for n in ("f_cond", "f_uncond")}
     x_in = torch.empty(4, *shape[1:], dtype=torch.float16).contiguous(memory_format=last)
-    check(table_of(*ROWS[::7]), given | nhwc, x_in=x_in, preview=picture(shape))
+    check(table_of(*ROWS[::7]), inputs | nhwc, x_in=x_in, preview=picture(shape))
 
 
 def test_guidance_of_each_sample_and_the_row_that_follows(gpu: Emulator) -> None:
-    given = operands((3, 4, 16, 16), torch.float16)
-    given["guidance"] = torch.tensor([1.0, 7.5, 0.0])
-    given["f_uncond"][0] = NAN  # guidance 1 never looks at it
-    given["f_cond"][0, 0, 0, 0] = -0.0  # and gives F_cond to the bit
-    check(table_of(*ROWS[20:22]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
-    check(table_of(*ROWS[:6]), given, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
+    inputs = operands((3, 4, 16, 16), torch.float16)
+    inputs["guidance"] = torch.tensor([1.0, 7.5, 0.0])
+    inputs["f_uncond"][0] = NAN  # guidance 1 never looks at it
+    inputs["f_cond"][0, 0, 0, 0] = -0.0  # and gives F_cond to the bit
+    check(table_of(*ROWS[20:22]), inputs, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
+    check(table_of(*ROWS[:6]), inputs, x_in=torch.empty(3, 4, 16, 16, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -218,14 +218,14 @@ def test_rows_of_samples_have_the_reference_bits(gpu: Emulator, dtype: torch.dty
     last = torch.channels_last
     for size, layout in (((16, 16), torch.contiguous_format), ((5, 7), last)):
         shape = (3, 4, *size)
-        given = operands(shape, dtype) | {"x0_prev": random_latents(*shape, seed=7)}
-        given |= {name: given[name].contiguous(memory_format=layout) for name in OUTPUTS}
+        inputs = operands(shape, dtype) | {"x0_prev": random_latents(*shape, seed=7)}
+        inputs |= {name: inputs[name].contiguous(memory_format=layout) for name in OUTPUTS}
         x_in = torch.empty(6, *shape[1:], dtype=dtype).contiguous(memory_format=layout)
         steps = [torch.tensor(rows) for rows in ([29, 0, 13], [3, 2, 3])]
-        check(table_of(*ROWS), given, steps=steps, x_in=x_in, preview=picture(shape))
+        check(table_of(*ROWS), inputs, steps=steps, x_in=x_in, preview=picture(shape))
         own = draw(3)._replace(first_row=torch.tensor([0, 2**20, -2]))
-        check(table_of(*ROWS), given | {"noise": own}, steps=steps)
-        x, table = given["x"].contiguous(memory_format=layout), table_of(*ROWS)
+        check(table_of(*ROWS), inputs | {"noise": own}, steps=steps)
+        x, table = inputs["x"].contiguous(memory_format=layout), table_of(*ROWS)
         for step in (*steps, torch.tensor([[29, 1], [0, 1], [13, 1]])[:, 0]):
             got = scale_input(x, table, step, dtype, impl="triton")
             assert same_bits(got, scale_input(x, table, step, dtype))
@@ -233,36 +233,36 @@ def test_rows_of_samples_have_the_reference_bits(gpu: Emulator, dtype: torch.dty
 
 def test_recorded_launches_serve_any_rows_of_samples(gpu: Emulator) -> None:
     """What a captured graph holds: addresses, and numbers that do not change."""
-    given, table = operands((3, 4, 16, 16), torch.float16), table_of(*ROWS)
+    inputs, table = operands((3, 4, 16, 16), torch.float16), table_of(*ROWS)
     step, first = torch.tensor([0, 0, 0]), torch.tensor([0, 0, 0])
-    given["noise"] = draw(3)._replace(first_row=first)
+    inputs["noise"] = draw(3)._replace(first_row=first)
     x_next, x_in = torch.empty(3, 4, 16, 16), torch.empty(6, 4, 16, 16, dtype=torch.float16)
     launches = gpu.queue = list[Launch]()
-    fused_step_into(table=table, step=step, x_next=x_next, x_in=x_in, impl="triton", **given)
+    fused_step_into(table=table, step=step, x_next=x_next, x_in=x_in, impl="triton", **inputs)
     for rows in ([2, 17, 28], [9, 0, 9]):
         step.copy_(torch.tensor(rows))
         first.copy_(torch.tensor([5, -rows[1], 1]))
         for launch in launches:
             launch.run()
         again = torch.empty_like(x_in)
-        expected, _ = fused_step(table=table, step=step, x_in=again, **given)
+        expected, _ = fused_step(table=table, step=step, x_in=again, **inputs)
         assert same_bits(x_next, expected) and same_bits(x_in, again)
     assert [launch.name for launch in launches] == ["fused_step_kernel"]
 
 
 def test_a_row_on_the_host_travels_as_numbers(gpu: Emulator) -> None:
-    given, table = operands((2, 4, 16, 16), torch.float32), table_of(*ROWS[3:6])
+    inputs, table = operands((2, 4, 16, 16), torch.float32), table_of(*ROWS[3:6])
     for step in range(3):
-        expected = fused_step(table=table, step=step, **given)
-        got = fused_step(table=table, step=step, impl="triton", **given)
+        expected = fused_step(table=table, step=step, **inputs)
+        got = fused_step(table=table, step=step, impl="triton", **inputs)
         assert all(same_bits(a, b) for a, b in zip(got, expected, strict=True))
 
 
 def test_terms_with_coefficient_0_are_neither_read_nor_added(gpu: Emulator) -> None:
-    given, table = operands((1, 4, 16, 16), torch.float32), table_of(ROWS[0])
-    expected, _ = fused_step(given["x"], given["f_cond"], table, 0)
-    poisoned = given | {name: torch.full_like(given["x"], NAN) for name in given if name != "x"}
-    poisoned["f_cond"] = given["f_cond"]
+    inputs, table = operands((1, 4, 16, 16), torch.float32), table_of(ROWS[0])
+    expected, _ = fused_step(inputs["x"], inputs["f_cond"], table, 0)
+    poisoned = inputs | {name: torch.full_like(inputs["x"], NAN) for name in inputs if name != "x"}
+    poisoned["f_cond"] = inputs["f_cond"]
     got, _ = fused_step(table=table, step=torch.tensor(0), impl="triton", **poisoned)
     assert same_bits(got, expected)
     # x, F and the coefficients are read; F_uncond, noise and x0_prev are not
@@ -270,17 +270,17 @@ def test_terms_with_coefficient_0_are_neither_read_nor_added(gpu: Emulator) -> N
 
 
 def test_nan_and_infinity_travel_as_in_the_reference(gpu: Emulator) -> None:
-    given = operands((1, 4, 16, 16), torch.float16)
+    inputs = operands((1, 4, 16, 16), torch.float16)
     for place, value in enumerate((NAN, float("inf"), float("-inf"), 65504.0)):
-        given["f_cond"][0, 0, 0, place] = value
-        given["f_uncond"][0, 1, 0, place] = value
-    given["x"][0, 2, 0, 0] = 1e38
+        inputs["f_cond"][0, 0, 0, place] = value
+        inputs["f_uncond"][0, 1, 0, place] = value
+    inputs["x"][0, 2, 0, 0] = 1e38
     x_in = [torch.empty(1, 4, 16, 16, dtype=torch.float16) for _ in range(2)]
     table = table_of(*ROWS)
     for row in range(len(table)):
         step = torch.tensor(row)
-        expected = fused_step(table=table, step=step, x_in=x_in[0], **given)
-        got = fused_step(table=table, step=step, x_in=x_in[1], impl="triton", **given)
+        expected = fused_step(table=table, step=step, x_in=x_in[0], **inputs)
+        got = fused_step(table=table, step=step, x_in=x_in[1], impl="triton", **inputs)
         for a, b in zip((*got, x_in[1]), (*expected, x_in[0]), strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
@@ -297,10 +297,10 @@ def guarded(tensor: Tensor, offset: int) -> tuple[Tensor, Tensor]:
 def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
     gpu: Emulator, offset: int
 ) -> None:
-    given, table = operands((2, 4, 9, 9), torch.float16), table_of(ROWS[2])
-    expected = fused_step(table=table, step=0, **given)
-    bands = {name: guarded(value, offset) for name, value in given.items()}
-    x0, x0_band = guarded(torch.zeros_like(given["x"]), offset)
+    inputs, table = operands((2, 4, 9, 9), torch.float16), table_of(ROWS[2])
+    expected = fused_step(table=table, step=0, **inputs)
+    bands = {name: guarded(value, offset) for name, value in inputs.items()}
+    x0, x0_band = guarded(torch.zeros_like(inputs["x"]), offset)
     inner = {name: band[0] for name, band in bands.items()}
     x, f_cond = inner.pop("x"), inner.pop("f_cond")
     fused_step_into(x, f_cond, table, torch.tensor(0), x, x0=x0, impl="triton", **inner)
@@ -313,10 +313,10 @@ def test_in_place_unaligned_and_nothing_beside_the_outputs_is_written(
 def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
     """Cropped, transposed and expanded; what lies around them is left alone."""
     shape = (2, 4, 8, 8)
-    given, table = operands(shape, torch.float16), table_of(ROWS[2])
-    expected = fused_step(table=table, step=0, **given)
+    inputs, table = operands(shape, torch.float16), table_of(ROWS[2])
+    expected = fused_step(table=table, step=0, **inputs)
     views = {}
-    for number, (name, value) in enumerate(given.items()):
+    for number, (name, value) in enumerate(inputs.items()):
         wide = torch.full((2, 4, 10, 10), NAN, dtype=value.dtype)
         crop = wide[..., 1:9, 1:9] if number % 2 else wide[..., :8, :8].transpose(2, 3)
         views[name] = crop.copy_(value)
@@ -326,7 +326,7 @@ def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
     fused_step_into(x, f_cond, table, torch.tensor(0), x, x0=x0, impl="triton", **views)
     assert same_bits(x, expected[0]) and same_bits(x0, expected[1])
     assert wide[..., :2, :].isnan().all() and wide[..., :, :2].isnan().all()
-    one = {**given, "f_cond": given["f_cond"][:1].expand(shape)}
+    one = {**inputs, "f_cond": inputs["f_cond"][:1].expand(shape)}
     both = [fused_step(table=table, step=0, impl=impl, **one) for impl in ("reference", "triton")]
     assert all(same_bits(a, b) for a, b in zip(*both, strict=True))
 
@@ -335,11 +335,11 @@ def test_states_that_are_views_of_larger_ones(gpu: Emulator) -> None:
 def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
     """Packed stores need a multiple of 4 bytes, which a view of bytes need not have."""
     shape = (2, 4, 8, 8)
-    given, table, shown = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
+    inputs, table, shown = operands(shape, torch.float16), table_of(ROWS[0]), picture(shape)
     band = torch.full((offset + shown.rgb.numel() + 5,), 77, dtype=torch.uint8)
     inner = band[offset : offset + shown.rgb.numel()].view(shown.rgb.shape)
-    fused_step(table=table, step=0, preview=shown, **given)
-    fused_step(table=table, step=0, preview=shown._replace(rgb=inner), impl="triton", **given)
+    fused_step(table=table, step=0, preview=shown, **inputs)
+    fused_step(table=table, step=0, preview=shown._replace(rgb=inner), impl="triton", **inputs)
     assert torch.equal(inner, shown.rgb)
     assert band[:offset].eq(77).all() and band[-5:].eq(77).all()
 
@@ -347,8 +347,8 @@ def test_a_picture_may_lie_at_any_address(gpu: Emulator, offset: int) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (3, 1, 1, 1), (2, 4, 1, 1)])
 def test_sizes_of_one(gpu: Emulator, shape: tuple[int, ...]) -> None:
     """Which are constants to Triton."""
-    given = operands(shape, torch.float16) | {"noise": draw(shape[0])}
-    check(table_of(*ROWS[2:6]), given, x_in=torch.empty(shape, dtype=torch.float16))
+    inputs = operands(shape, torch.float16) | {"noise": draw(shape[0])}
+    check(table_of(*ROWS[2:6]), inputs, x_in=torch.empty(shape, dtype=torch.float16))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -365,8 +365,8 @@ def test_scale_input_has_the_reference_bits(
 
 
 def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: Emulator) -> None:
-    given, table = operands((1, 4, 16, 16), torch.float32), table_of(*ROWS[:2])
-    arguments = (given["x"], given["f_cond"], table)
+    inputs, table = operands((1, 4, 16, 16), torch.float32), table_of(*ROWS[:2])
+    arguments = (inputs["x"], inputs["f_cond"], table)
     with pytest.raises(Fault, match="illegal address: load"):
         fused_step(*arguments, torch.tensor(2), impl="triton")
     launches: list[Launch] = []
@@ -374,7 +374,7 @@ def test_a_replay_past_the_table_and_a_short_operand_are_illegal_addresses(gpu: 
     fused_step(*arguments, torch.tensor(0), impl="triton")
     (launch,) = launches
     launch.run()
-    short = [a for a in launch.allocations if a.address != given["f_cond"].data_ptr()]
+    short = [a for a in launch.allocations if a.address != inputs["f_cond"].data_ptr()]
     with pytest.raises(Fault, match="illegal address: load of 16 bytes"):
         type(launch)(
             launch.program,

@@ -112,13 +112,13 @@ class Emulator:
         names = tuple(name for name, kind in types.items() if kind != "constexpr")
         pairs = zip(types.values(), values, strict=True)
         # A tensor of an emulated GPU holds one of the host.
-        given = [(kind, getattr(v, "held", v)) for kind, v in pairs if kind != "constexpr"]
-        tensors = tuple(value for _, value in given if isinstance(value, Tensor))
+        inputs = [(kind, getattr(v, "held", v)) for kind, v in pairs if kind != "constexpr"]
+        tensors = tuple(value for _, value in inputs if isinstance(value, Tensor))
         for tensor in tensors:
             if tensor.device.type != "cpu":
                 raise Fault(f"emulated kernels run on CPU tensors, got one on {tensor.device}")
         # Kernels take two more pointers, to scratch space that ours do not use.
-        arguments = (*(_argument(kind, value) for kind, value in given), 0, 0)
+        arguments = (*(_argument(kind, value) for kind, value in inputs), 0, 0)
         storages = (tensor.untyped_storage() for tensor in tensors)
         allocations = tuple(Allocation(s.data_ptr(), s.nbytes()) for s in storages)
         program = self.programs[metadata.hash]

@@ -160,12 +160,12 @@ class _Machine:
             raise Fault(f"unknown instruction {opcode}")
 
     def _compute(self, operation: Operation, operands: tuple[str, ...], *, narrow: bool) -> None:
-        given = [
+        inputs = [
             self.read(operand, kind, narrow=narrow)
             for operand, kind in zip(operands[1:], operation.operands, strict=True)
         ]
         with np.errstate(all="ignore"):
-            self.write(operands[0], operation.compute(*given), operation.result)
+            self.write(operands[0], operation.compute(*inputs), operation.result)
 
     def _access(self, access: re.Match[str], operands: tuple[str, ...]) -> None:
         verb, space, vector, sign, bits = access.groups()
