@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -125,8 +124,6 @@ def test_a_shard_set_is_one_checkpoint(tmp_path: Path) -> None:
         assert checkpoint.tensor("a").tolist() == [1, 1]
         assert checkpoint.tensor("b").tolist() == [0, 0, 0]
         assert len(checkpoint.files) == 2
-    digests = b"".join(hashlib.sha256(f.read_bytes()).digest() for f in checkpoint.files)
-    assert checkpoint.sha256() == hashlib.sha256(digests).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -171,9 +168,3 @@ def test_a_folder_of_pickles_or_of_several_models_is_refused(tmp_path: Path) -> 
         save_file({"a": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     with pytest.raises(CheckpointError, match=r"one\.safetensors, two\.safetensors"):
         Checkpoint.open(tmp_path)
-
-
-def test_sha256_is_the_files(tmp_path: Path) -> None:
-    path = tmp_path / "x"
-    path.write_bytes(container(good()))
-    assert Checkpoint([path]).sha256() == hashlib.sha256(path.read_bytes()).hexdigest()

@@ -9,7 +9,7 @@ EULER, ANCESTRAL, RENOISE = "euler", "ancestral", "renoise"
 """Update rules, by their names in `headstart.Update`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Distillation:
     """One distillation: how its models are recognised by name, and how they were trained.
 
@@ -41,78 +41,62 @@ _LCM_STEPS = tuple(float(t) for t in range(999, 0, -20))
 _ADD_STEPS = (999.0, 749.0, 499.0, 249.0)
 """arXiv:2311.17042, section 4: adversarial diffusion distillation trains at four timesteps."""
 
+
+def _word(text: str) -> str:
+    return rf"(?<![a-z]){text}(?![a-z])"
+
+
 DISTILLATIONS: tuple[Distillation, ...] = (
     # arXiv:2405.14867 and its model card; 759 and 259 are of the paper this package follows
     # (arXiv:2503.10637, its notebooks). The 1-step UNet was trained at 399 alone.
     Distillation(
-        name="DMD2",
-        pattern=r"(?<![a-z])dmd2?(?![a-z])",
-        pair="dmd2",
-        by_steps={1: "dmd2-1step"},
+        "DMD2",
+        _word("dmd2?"),
+        "dmd2",
+        {1: "dmd2-1step"},
         timesteps=(999.0, 759.0, 749.0, 499.0, 259.0, 249.0),
         updates=(RENOISE,),
     ),
     # arXiv:2402.13929: one network for each step count, on the trailing grid of that count.
     Distillation(
-        name="Lightning",
-        pattern="lightning",
-        pair="lightning",
-        by_steps={1: "lightning-1step"},
-        updates=(EULER,),
-        jumps=True,
+        "Lightning", "lightning", "lightning", {1: "lightning-1step"}, updates=(EULER,), jumps=True
     ),
-    # arXiv:2404.13686 and its model card.
-    Distillation(name="Hyper-SD CFG", pattern=r"hyper[-_ ]?sd.*cfg", pair="hyper-sd-cfg"),
-    Distillation(  # called 1-step, and run at 1 to 8
-        name="Hyper-SD unified",
-        pattern=r"hyper[-_ ]?sd.*(?<![0-9])1[-_ ]?steps?[-_ ]?lora",
-        pair="hyper-sd-unified",
+    # arXiv:2404.13686 and its model card. The unified LoRA is called 1-step, and run at 1 to 8.
+    Distillation("Hyper-SD CFG", r"hyper[-_ ]?sd.*cfg", "hyper-sd-cfg"),
+    Distillation(
+        "Hyper-SD unified",
+        r"hyper[-_ ]?sd.*(?<![0-9])1[-_ ]?steps?[-_ ]?lora",
+        "hyper-sd-unified",
         any_steps=True,
     ),
     Distillation(
-        name="Hyper-SD",
-        pattern=r"hyper[-_ ]?sd",
-        pair="hyper-sd",
-        by_steps={1: "hyper-sd-1step"},
+        "Hyper-SD",
+        r"hyper[-_ ]?sd",
+        "hyper-sd",
+        {1: "hyper-sd-1step"},
         updates=(EULER,),
         jumps=True,
     ),
-    Distillation(name="PCM CFG", pattern=r"(?<![a-z])pcm(?![a-z]).*normalcfg", pair="pcm-cfg"),
-    Distillation(name="PCM", pattern=r"(?<![a-z])pcm(?![a-z])", pair="pcm"),
-    Distillation(name="TCD", pattern=r"(?<![a-z])tcd(?![a-z])", pair="tcd"),
+    Distillation("PCM CFG", _word("pcm") + ".*normalcfg", "pcm-cfg"),
+    Distillation("PCM", _word("pcm"), "pcm"),
+    Distillation("TCD", _word("tcd"), "tcd"),
     Distillation(
-        name="NitroFusion Vibrant",
-        pattern=r"nitro[-_ ]?(sd|fusion).*vibrant",
-        pair="nitrofusion-vibrant",
+        "NitroFusion Vibrant",
+        r"nitro[-_ ]?(sd|fusion).*vibrant",
+        "nitrofusion-vibrant",
         updates=(RENOISE,),
     ),
+    Distillation("NitroFusion", r"nitro[-_ ]?(sd|fusion)", "nitrofusion", updates=(RENOISE,)),
+    Distillation("SDXL-Flash", r"sdxl[-_ ]?flash", "sdxl-flash"),
     Distillation(
-        name="NitroFusion",
-        pattern=r"nitro[-_ ]?(sd|fusion)",
-        pair="nitrofusion",
-        updates=(RENOISE,),
-    ),
-    Distillation(name="SDXL-Flash", pattern=r"sdxl[-_ ]?flash", pair="sdxl-flash"),
-    Distillation(
-        name="LCM-LoRA",
-        pattern=r"lcm[-_ ]?lora|vega[-_ ]?rt",
-        pair="lcm-lora",
+        "LCM-LoRA",
+        r"lcm[-_ ]?lora|vega[-_ ]?rt",
+        "lcm-lora",
         timesteps=_LCM_STEPS,
         updates=(RENOISE,),
     ),
-    Distillation(
-        name="LCM",
-        pattern=r"(?<![a-z])lcm(?![a-z])",
-        pair="lcm",
-        timesteps=_LCM_STEPS,
-        updates=(RENOISE,),
-    ),
+    Distillation("LCM", _word("lcm"), "lcm", timesteps=_LCM_STEPS, updates=(RENOISE,)),
     # The cards run Euler and ancestral, training renoised.
-    Distillation(
-        name="SD-Turbo",
-        pattern=r"(?<![a-z])sd[-_ ]?turbo",
-        pair="sd-turbo",
-        timesteps=_ADD_STEPS,
-    ),
-    Distillation(name="Turbo", pattern="turbo", pair="turbo", timesteps=_ADD_STEPS),
+    Distillation("SD-Turbo", r"(?<![a-z])sd[-_ ]?turbo", "sd-turbo", timesteps=_ADD_STEPS),
+    Distillation("Turbo", "turbo", "turbo", timesteps=_ADD_STEPS),
 )

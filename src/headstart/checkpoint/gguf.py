@@ -23,6 +23,7 @@ from headstart.checkpoint.header import (
     MAX_NAME,
     Entry,
     Header,
+    check_layout,
     fail,
     open_regular,
 )
@@ -52,19 +53,7 @@ _PLAIN = {
     0: "F32", 1: "F16", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 30: "BF16",
 }  # fmt: skip
 _TYPES = _PLAIN | {number: name for name, (number, _, _) in BLOCKS.items()}
-_VALUES = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+_VALUES = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 """Type number of a value -> its `struct` format; 8 is a text, 9 an array."""
 _TEXT, _ARRAY = 8, 9
 _ORIGINAL = "comfy.gguf.orig_shape."
@@ -91,7 +80,7 @@ def read_gguf(path: Path) -> Header:
     entries = dict(reader.tensors(alignment, shapes))
     if odd := shapes.keys() - entries.keys():
         fail(path, f"{_ORIGINAL}{min(odd)[:80]} is the shape of a tensor that is not in the file")
-    _check_layout(path, entries, reader.data_begin(alignment), alignment, size)
+    check_layout(path, entries, reader.data_begin(alignment), size, alignment)
     metadata = {name: value for name, value in values.items() if isinstance(value, str)}
     return Header(entries, metadata, size)
 
@@ -256,21 +245,3 @@ def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple
                 fail(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
             shapes[name.removeprefix(_ORIGINAL)] = value
     return shapes
-
-
-def _check_layout(
-    path: Path, entries: Mapping[str, Entry], begin: int, alignment: int, size: int
-) -> None:
-    """The tensors must follow each other, aligned, up to the end of the file."""
-    end = begin
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        expected = -(-end // alignment) * alignment
-        if entry.begin != expected:
-            fail(path, f"tensor {name[:80]!r} begins at byte {entry.begin}; expected {expected}, "
-                       "where the tensor before it ends")  # fmt: skip
-        end = entry.end
-        if end > size:
-            fail(path, f"truncated: the file ends at byte {size}, and {name[:80]!r} at {end}; "
-                       "fetch the file again")  # fmt: skip
-    if size - end >= max(alignment, 1):
-        fail(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -70,7 +71,7 @@ def read_header(path: Path) -> Header:
     metadata = _metadata(path, document.pop("__metadata__", {}))
     data = 8 + length
     entries = {name: _entry(path, name, value, data) for name, value in document.items()}
-    _check_layout(path, entries, data, size)
+    check_layout(path, entries, data, size)
     return Header(entries, metadata, size)
 
 
@@ -92,10 +93,10 @@ def parse_object(text: bytes, path: Path) -> dict[str, object]:
     # Counting is about a hundred times faster than parsing.
     if sum(map(text.count, (b",", b":", b"[", b"{"))) > MAX_JSON_PARTS:
         fail(path, f"the JSON has more than {MAX_JSON_PARTS} parts; expected names and shapes")
-    # UTF-8 has no lone surrogates, so one can only be an escape.
-    hook = _unique_plain if b"\\u" in text else _unique
     try:
-        value = json.loads(text.decode(), object_pairs_hook=hook, parse_constant=refuse)
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=refuse)
+        if b"\\u" in text:  # UTF-8 has no lone surrogates, so one can only be an escape
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         reason = str(error) or type(error).__name__
         fail(path, f"the JSON cannot be read: {reason[:200]}", error)
@@ -150,15 +151,6 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return table
 
 
-def _unique_plain(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table = _unique(pairs)
-    for key, value in pairs:
-        key.encode()  # raises UnicodeEncodeError, a ValueError, on a lone surrogate
-        if isinstance(value, str):
-            value.encode()
-    return table
-
-
 def _metadata(path: Path, value: object) -> dict[str, str]:
     if not isinstance(value, dict):
         fail(path, f"expected __metadata__ to be an object, got {type(value).__name__}")
@@ -177,8 +169,8 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
         fail(path, f"tensor {name[:80]!r}: expected an object, got {type(value).__name__}")
     fields = cast(dict[str, object], value)
     if fields.keys() != {"dtype", "shape", "data_offsets"}:
-        found = sorted(fields)
-        fail(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {found!r:.120}")
+        names = sorted(fields)
+        fail(path, f"tensor {name[:80]!r}: expected dtype, shape, data_offsets, got {names!r:.120}")
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         known = ", ".join(DTYPE_BITS)
@@ -195,7 +187,7 @@ def _entry(path: Path, name: str, value: object, data: int) -> Entry:
 
 
 def _integers(path: Path, name: str, field: str, value: object, most: int) -> tuple[int, ...]:
-    items = cast(list[object], value) if _is_list(value) else [None]
+    items = cast(list[object], value) if isinstance(value, list) else [None]
     # `type is int`: JSON true is a Python int too
     for item in items if len(items) <= most else [None]:
         if type(item) is not int or not 0 <= item <= MAX_DIM:
@@ -206,19 +198,23 @@ def _integers(path: Path, name: str, field: str, value: object, most: int) -> tu
     fail(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
 
 
-def _is_list(value: object) -> bool:
-    return isinstance(value, list)
+def check_layout(
+    path: Path, entries: Mapping[str, Entry], begin: int, size: int, alignment: int = 1
+) -> None:
+    """Raise CheckpointError unless the tensors tile the data from `begin` to the file's end.
 
-
-def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -> None:
-    """The tensors must tile the data: no gap, no overlap, nothing missing, nothing after."""
-    end = data
+    Each begins at the first multiple of `alignment` after the one before it.
+    """
+    end = begin
     for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.begin != end:
-            what = (
-                "overlaps the tensor before it" if entry.begin < end else "leaves a gap before it"
+        expected = -(-end // alignment) * alignment
+        if entry.begin != expected:
+            what = "overlaps" if entry.begin < expected else "leaves a gap to"
+            fail(
+                path,
+                f"tensor {name[:80]!r} begins at byte {entry.begin}, which {what} the tensor "
+                f"before it: expected {expected}",
             )
-            fail(path, f"tensor {name[:80]!r} at byte {entry.begin} {what}, which ends at {end}")
         end = entry.end
     if end > size:
         cut = min((entry.begin, name) for name, entry in entries.items() if entry.end > size)[1]
@@ -227,7 +223,7 @@ def _check_layout(path: Path, entries: dict[str, Entry], data: int, size: int) -
             f"truncated: the file ends at byte {size} of {end}, and {cut[:80]!r} is the first "
             "tensor that is cut; fetch the file again",
         )
-    if end < size:
+    if size - end >= alignment:
         fail(path, f"{size - end} bytes follow the last tensor; expected the file to end at {end}")
 
 

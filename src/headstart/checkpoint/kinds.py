@@ -25,6 +25,7 @@ class Kind(NamedTuple):
 _OTHER = "not of the UNet family, so no option takes it"
 STEERS = "it steers a UNet by a picture, which no plan gives, so no option takes it"
 """For what works beside a UNet; it may have tensors with a LoRA's names too."""
+_FILMS = "it makes films, so no option takes it"
 _FEATURES = "for --features of `evaluate` and `compare`, with the files beside it"
 
 
@@ -45,15 +46,11 @@ KINDS: tuple[Kind, ...] = (
     ),
     _kind("an IP-Adapter", rf"ip_adapter\.|image_proj\.|{_I}\.to_[kv]_ip\.|to_[kv]_ip\.", STEERS),
     _kind("a T2I-Adapter", rf"body\.{_I}\.(resnets|in_conv|block[12])\b|adapter\.body\.", STEERS),
-    _kind(
-        "an AnimateDiff motion module",
-        r"motion_modules\.",
-        "it makes films, so no option takes it",
-    ),
+    _kind("an AnimateDiff motion module", r"motion_modules\.", _FILMS),
     _kind(
         "a Stable Video Diffusion UNet",
         r"time_stack\.|time_mixer\.|time_pos_embed\.|temporal_transformer_blocks\.",
-        "it makes films, so no option takes it",
+        _FILMS,
     ),
     _kind(
         "a Kolors, Kandinsky or DeepFloyd UNet",
@@ -70,10 +67,7 @@ KINDS: tuple[Kind, ...] = (
     _kind("an SD3 transformer", rf"transformer_blocks\.{_I}\.attn\.add_k_proj\."),
     _kind("a Lumina or Z-Image transformer", r"cap_embedder\.|noise_refiner\.|context_refiner\."),
     _kind("a Hunyuan-DiT transformer", r"mlp_t5\.|text_embedding_padding$"),
-    _kind(
-        "a Wan transformer",
-        rf"blocks\.{_I}\.(cross_attn|attn2)\.norm_[kq]\.|head\.modulation$",
-    ),
+    _kind("a Wan transformer", rf"blocks\.{_I}\.(cross_attn|attn2)\.norm_[kq]\.|head\.modulation$"),
     _kind(
         "a PixArt, Sana or LTX transformer",
         r"adaln_single\.|t_block\.|y_embedder\.|caption_projection\.",
@@ -97,11 +91,7 @@ KINDS: tuple[Kind, ...] = (
         "no model here has such latents, so no option takes it",
     ),
     _kind("a VQ autoencoder", r"quantize\.embedding", "expected an AutoencoderKL"),
-    _kind(
-        "an upscaler (ESRGAN)",
-        r"RDB1\.|rdb1\.|conv_hr\.|conv_first\.",
-        "no option takes it",
-    ),
+    _kind("an upscaler (ESRGAN)", r"RDB1\.|rdb1\.|conv_hr\.|conv_first\.", "no option takes it"),
     _kind(
         "an image encoder (CLIP, DINO)",
         r"vision_model\.|visual\.|cls_token$",
@@ -127,8 +117,3 @@ def kind_of(names: Iterable[str]) -> Kind | None:
     if _ANY.search(text) is None:
         return None
     return next((kind for kind in KINDS if kind.sign.search(text)), None)
-
-
-def signs(kind: Kind, names: Iterable[str]) -> list[str]:
-    """The names with its sign."""
-    return [name for name in names if kind.sign.search(name)]

@@ -78,15 +78,6 @@ class MappedFiles:
             return memoryview(b"")
         return memoryview(self._map(self._file_of[name]))[entry.begin : entry.end]
 
-    def sha256(self) -> str:
-        """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
-        import hashlib
-
-        digests = [_digest(path) for path in self.files]
-        if len(digests) == 1:
-            return digests[0].hex()
-        return hashlib.sha256(b"".join(digests)).hexdigest()
-
     def _map(self, index: int) -> mmap.mmap:
         if index not in self._maps:
             path = self.files[index]
@@ -124,10 +115,3 @@ def _header(path: Path) -> tuple[Header, Container]:
     if magic == MAGIC:
         return read_gguf(path), "GGUF"
     return read_header(path), "safetensors"
-
-
-def _digest(path: Path) -> bytes:
-    import hashlib
-
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").digest()

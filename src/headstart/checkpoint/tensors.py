@@ -264,10 +264,6 @@ class Checkpoint:
         for dtype in sorted(BLOCKS.keys() & set(self.dtypes.values())):
             check_package(self.files[0], dtype)
 
-    def sha256(self) -> str:
-        """Hex SHA-256 of the file; of the shards' digests, one after the other, for a shard set."""
-        return self._mapped.sha256()
-
     def _factor(self, name: str) -> Array:
         scale = self.scales.of[name]
         entry, raw = self._mapped.entries[scale.stored], self._mapped.raw(scale.stored)

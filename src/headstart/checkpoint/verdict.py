@@ -15,7 +15,7 @@ from headstart.checkpoint.families import Family
 from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.keymap import PartName
-from headstart.checkpoint.kinds import STEERS, Kind, kind_of, signs
+from headstart.checkpoint.kinds import STEERS, Kind, kind_of
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.lineage import family_of, vae_family
 from headstart.checkpoint.network_info import (
@@ -214,7 +214,7 @@ def _unclaimed(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
     if not names:
         return None
     kind = kind_of(names)
-    if kind is not None and len(signs(kind, names)) == len(names):
+    if kind is not None and all(map(kind.sign.search, names)):
         pattern = names[0].partition(".")[0] + ".*"
         return (
             f"{len(names)} tensors of {kind.what} lie beside its networks ({first_few(names)}): "

@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from headstart.checkpoint.dtypes import TORCH_NAMES
 from headstart.convert.container import Slot, compose, in_order
 from headstart.convert.pickle_contents import check_weights, with_names
 from headstart.errors import CheckpointError
@@ -33,13 +34,7 @@ CHUNK_NUMBERS = 2**22
 _WRAPPERS = ("state_dict", "model_state_dict", "module", "model", "params")
 _EMBEDDING = "string_to_param"  # textual inversion, as AUTOMATIC1111 and its ancestor write it
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
+_NAMES = {getattr(torch, name): stored for stored, name in TORCH_NAMES.items()}
 
 
 class Inert:

@@ -12,7 +12,6 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from headstart.plan.pair import HANDOFF, Pair
-from headstart.plan.plan import Start
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import Spacing
@@ -23,11 +22,18 @@ DEMO_TIMESTEPS = (999.0, 749.0, 499.0, 249.0)
 DEMO_SCHEDULE = NoiseSchedule.scaled_linear().matched(DEMO_RATIO)
 """The bundled pair's schedule: Stable Diffusion's, matched to a 16x16 latent. It predicts v."""
 
-_UNIT: Start = "unit"
-_DMD2 = {4: DEMO_TIMESTEPS}
-_NITRO = {4: DEMO_TIMESTEPS, 3: (999.0, 749.0, 499.0), 2: (999.0, 499.0), 1: (999.0,)}
-"""LCM's scheduler with `original_inference_steps = 4`, as NitroFusion's card sets it."""
-_SCRIPT = "arXiv:2503.10637, its notebooks: base and distilled model share one scheduler"
+_LCM = Pair(name="", card="", update=Update.RENOISE, boundary=True, start="unit")
+_TCD = Pair(name="", card="", spacing=Spacing.LCM, update=Update.TCD, start="unit", end="first")
+"""What rows of diffusers' LCMScheduler and TCDScheduler have in common."""
+_NITROFUSION = replace(
+    _LCM,
+    name="nitrofusion",
+    card="huggingface.co/ChenDY/NitroFusion, Realism: LCM, shifted_timestep 250, 1 to 4 steps",
+    steps=(4, 1, 2, 3),
+    # LCM's scheduler with `original_inference_steps = 4`, as the card sets it.
+    timesteps={4: DEMO_TIMESTEPS, 3: (999.0, 749.0, 499.0), 2: (999.0, 499.0), 1: (999.0,)},
+    shifted_timestep=250,
+)
 
 _TABLE_PAIRS = (
     Pair(
@@ -35,7 +41,7 @@ _TABLE_PAIRS = (
         card="the bundled pair, weights/headstart_weights/README.md",
         timesteps={4: DEMO_TIMESTEPS},
         base_scale=2.0,  # the teacher's guidance in the recipe's distillation
-        start=_UNIT,
+        start="unit",
         handoff=None,
         schedule=DEMO_SCHEDULE,
         prediction=Prediction.V,
@@ -66,41 +72,33 @@ _TABLE_PAIRS = (
         handoff=0.5 * HANDOFF,
         ratio=0.5,
     ),
-    # Consistency on the 50 steps of a DDIM teacher, arXiv:2310.04378; LCMScheduler.
-    Pair(
+    # Consistency on the 50 steps of a DDIM teacher, arXiv:2310.04378.
+    replace(
+        _LCM,
         name="lcm",
         card="huggingface.co/latent-consistency/lcm-sdxl: LCM, 4 steps, embedded guidance 8",
         spacing=Spacing.LCM,
-        update=Update.RENOISE,
-        boundary=True,
-        start=_UNIT,
     ),
-    Pair(
+    replace(
+        _LCM,
         name="lcm-lora",
         card="huggingface.co/latent-consistency/lcm-lora-sdxl: LCM, 4 steps, guidance 0 to 2",
         steps=(4, 2, 3, 5, 6, 7, 8),
         spacing=Spacing.LCM,
-        update=Update.RENOISE,
-        boundary=True,
-        start=_UNIT,
     ),
     # Distribution matching, arXiv:2405.14867.
-    Pair(
+    replace(
+        _LCM,
         name="dmd2",
         card="huggingface.co/tianweiy/DMD2: LCM, timesteps 999 749 499 249",
-        timesteps=_DMD2,
-        update=Update.RENOISE,
-        boundary=True,
-        start=_UNIT,
+        timesteps={4: DEMO_TIMESTEPS},
     ),
-    Pair(
+    replace(
+        _LCM,
         name="dmd2-1step",
         card="huggingface.co/tianweiy/DMD2, dmd2_sdxl_1step: LCM, timestep 399",
         steps=(1,),
         timesteps={1: (399.0,)},
-        update=Update.RENOISE,
-        boundary=True,
-        start=_UNIT,
     ),
     # Trajectory-segmented consistency, arXiv:2404.13686. DDIM of SDXL's config ends at timestep 0.
     Pair(
@@ -108,17 +106,15 @@ _TABLE_PAIRS = (
         card="huggingface.co/ByteDance/Hyper-SD, 2, 4 and 8-step LoRAs: DDIM trailing",
         steps=(4, 2, 8),
         update=Update.DDIM,
-        start=_UNIT,
+        start="unit",
         end="first",
     ),
-    Pair(
+    replace(
+        _LCM,
         name="hyper-sd-1step",
         card="huggingface.co/ByteDance/Hyper-SD, 1-step SDXL UNet: LCM, timestep 800",
         steps=(1,),
         timesteps={1: (800.0,)},
-        update=Update.RENOISE,
-        boundary=True,
-        start=_UNIT,
     ),
     Pair(
         name="hyper-sd-cfg",
@@ -127,70 +123,44 @@ _TABLE_PAIRS = (
         update=Update.DDIM,
         guidance=5.0,
         base_guidance=5.0,
-        start=_UNIT,
+        start="unit",
         end="first",
     ),
-    Pair(
+    replace(
+        _TCD,
         name="hyper-sd-unified",
         card="huggingface.co/ByteDance/Hyper-SD, 1-step unified LoRA: TCD, eta 1, 1 to 8 steps",
         steps=(4, 1, 2, 3, 5, 6, 7, 8),
-        spacing=Spacing.LCM,
-        update=Update.TCD,
         gamma=1.0,
-        start=_UNIT,
-        end="first",
     ),
-    Pair(
+    replace(
+        _TCD,
         name="tcd",
         card="huggingface.co/h1t/TCD-SDXL-LoRA: TCD, eta 0.3 (arXiv:2402.19159)",
         steps=(4, 2, 8),
-        spacing=Spacing.LCM,
-        update=Update.TCD,
-        gamma=0.3,
-        start=_UNIT,
-        end="first",
     ),
-    Pair(
+    replace(
+        _TCD,
         name="pcm",
         card="huggingface.co/wangfuyun/PCM_Weights: TCD, eta 0 (arXiv:2405.18407)",
         steps=(4, 2, 8, 16),
-        spacing=Spacing.LCM,
-        update=Update.TCD,
         gamma=0.0,
-        start=_UNIT,
-        end="first",
     ),
-    Pair(
+    replace(
+        _TCD,
         name="pcm-cfg",
         card="huggingface.co/wangfuyun/PCM_Weights, normalcfg: TCD, eta 0, guidance 7.5",
         steps=(4, 8, 16),
-        spacing=Spacing.LCM,
-        update=Update.TCD,
         gamma=0.0,
         guidance=7.5,
         base_guidance=7.5,
-        start=_UNIT,
-        end="first",
     ),
-    Pair(
-        name="nitrofusion",
-        card="huggingface.co/ChenDY/NitroFusion, Realism: LCM, shifted_timestep 250, 1 to 4 steps",
-        steps=(4, 1, 2, 3),
-        timesteps=_NITRO,
-        update=Update.RENOISE,
-        boundary=True,
-        shifted_timestep=250,
-        start=_UNIT,
-    ),
-    Pair(
+    _NITROFUSION,
+    replace(
+        _NITROFUSION,
         name="nitrofusion-vibrant",
         card="huggingface.co/ChenDY/NitroFusion, Vibrant: LCM, shifted_timestep 500, 1 to 4 steps",
-        steps=(4, 1, 2, 3),
-        timesteps=_NITRO,
-        update=Update.RENOISE,
-        boundary=True,
         shifted_timestep=500,
-        start=_UNIT,
     ),
     Pair(
         name="sdxl-flash",
@@ -199,12 +169,12 @@ _TABLE_PAIRS = (
         update=Update.DPMPP_2S,
         guidance=3.0,
         base_guidance=3.0,
-        start=_UNIT,
+        start="unit",
     ),
 )
 
 _FLOW_PAIRS = tuple(
-    replace(pair, prediction=Prediction.FLOW)
+    replace(pair, prediction=Prediction.FLOW, base_scale=pair.base_guidance)
     for pair in (
         Pair(
             name="z-image",
@@ -214,7 +184,6 @@ _FLOW_PAIRS = tuple(
             base_schedule=NoiseSchedule.flow(6.0),
             base_guidance=5.0,
             base_steps=50,
-            base_scale=5.0,
         ),
         Pair(
             name="qwen-lightning",
@@ -224,7 +193,6 @@ _FLOW_PAIRS = tuple(
             base_schedule=NoiseSchedule.flow(mu=0.8343, terminal=0.02),
             base_guidance=4.0,
             base_steps=50,
-            base_scale=4.0,
         ),
         Pair(
             name="krea2",
@@ -234,7 +202,6 @@ _FLOW_PAIRS = tuple(
             base_schedule=NoiseSchedule.flow(mu=0.90625),
             base_guidance=5.5,
             base_steps=28,
-            base_scale=5.5,
         ),
         Pair(
             name="sd35-turbo",
@@ -243,7 +210,6 @@ _FLOW_PAIRS = tuple(
             schedule=NoiseSchedule.flow(3.0),
             base_guidance=3.5,
             base_steps=28,
-            base_scale=3.5,
         ),
         Pair(
             name="wan22",
@@ -252,7 +218,6 @@ _FLOW_PAIRS = tuple(
             base_schedule=NoiseSchedule.flow(12.0),
             base_guidance=4.0,
             base_steps=40,
-            base_scale=4.0,
             ratio=None,  # frames are averaged too: nobody has measured what that does
         ),
         Pair(
@@ -262,47 +227,38 @@ _FLOW_PAIRS = tuple(
             base_schedule=NoiseSchedule.flow(mu=2.0233),
             base_guidance=4.0,
             base_steps=50,
-            base_scale=4.0,
         ),
     )
 )
 
-
-def _of_the_paper() -> tuple[Pair, ...]:
-    """LCM's scheduler adds new noise to the base's x0 too; Turbo's is ancestral for both models."""
-    consistency = Pair(
-        name="",
-        card=_SCRIPT,
-        spacing=Spacing.LCM,
-        update=Update.RENOISE,
-        boundary=True,
-        base_update=Update.RENOISE,
-        base_boundary=True,
-        start=_UNIT,
-        handoff=None,
-    )
-    lightning = Pair(name="paper-lightning", card=_SCRIPT, handoff=None)
-    return (
-        replace(consistency, name="paper-dmd2"),
-        replace(consistency, name="paper-lcm"),
-        lightning,
-        replace(
-            lightning,
-            name="paper-turbo",
-            update=Update.ANCESTRAL,
-            base_update=Update.ANCESTRAL,
-        ),
-        replace(
-            lightning,
-            name="script-turbo",
-            card="improved_sdxl_inference.py of arXiv:2503.10637: Euler for the base",
-            update=Update.ANCESTRAL,
-        ),
-    )
-
+_NOTEBOOKS = Pair(
+    name="paper-lightning",
+    card="arXiv:2503.10637, its notebooks: base and distilled model share one scheduler",
+    handoff=None,
+)
+_NOTEBOOKS_LCM = replace(  # this scheduler adds new noise to the base's x0 too
+    _LCM,
+    card=_NOTEBOOKS.card,
+    spacing=Spacing.LCM,
+    base_update=Update.RENOISE,
+    base_boundary=True,
+    handoff=None,
+)
+_PAPER_PAIRS = (
+    replace(_NOTEBOOKS_LCM, name="paper-dmd2"),
+    replace(_NOTEBOOKS_LCM, name="paper-lcm"),
+    _NOTEBOOKS,
+    replace(_NOTEBOOKS, name="paper-turbo", update=Update.ANCESTRAL, base_update=Update.ANCESTRAL),
+    replace(
+        _NOTEBOOKS,
+        name="script-turbo",
+        card="improved_sdxl_inference.py of arXiv:2503.10637: Euler for the base",
+        update=Update.ANCESTRAL,
+    ),
+)
 
 PAIRS: Mapping[str, Pair] = MappingProxyType(
-    {pair.name: pair for pair in (*_TABLE_PAIRS, *_FLOW_PAIRS, *_of_the_paper())}
+    {pair.name: pair for pair in (*_TABLE_PAIRS, *_FLOW_PAIRS, *_PAPER_PAIRS)}
 )
 
 CUSTOM = Pair(name="custom", card="the grid of the settings", handoff=None)
