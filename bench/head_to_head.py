@@ -41,9 +41,10 @@ from headstart.plan.by_name import PlanSettings
 from headstart.plan.pairs import DEMO_TIMESTEPS
 from headstart.plan.update import Update
 from headstart.study.cases import Case
+from headstart.study.digits import interval
 from headstart.study.lab import Lab
 from headstart.study.labels import Spot, name_spots
-from headstart.study.lists import demo_prompts
+from headstart.study.lists import DEMO, read_prompts
 from headstart.study.store import FORMAT, open_store
 from headstart.study.study import Study, draw, missing, report_of, share
 from headstart.sweep.ledger import Shard
@@ -130,7 +131,7 @@ class Labs:
 
     def __init__(self, work: Path, seeds: range) -> None:
         self.work, self.seeds = work, seeds
-        self.prompts = demo_prompts().prompts[::2]
+        self.prompts = read_prompts(DEMO).prompts[::2]
         self.judge = open_features("scorer", "structure", "imagenet")
         self.pictures = load_dataset(work).images
         self.of = cache(self._of)
@@ -336,18 +337,17 @@ def plot(report: Json, path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True, sharey=True)
     spots: dict[str, list[Spot]] = {sampler: [] for sampler in SAMPLERS}
     for line in report["ways"].values():
-        found, y = line[f"recovered@{space}"], line["frechet"]
+        x, y = interval(line[f"recovered@{space}"], 100.0), interval(line["frechet"])
+        assert x is not None and y is not None
         two = line["networks"] > 1
         colour = "#7b2d8b" if two else "#33658a" if line["passes"] <= 4 else "#b7791f"
-        x, low, high = (100 * found[key] for key in ("value", "low", "high"))
         axis = axes[[*SAMPLERS].index(line["sampler"])]
         axis.errorbar(
-            x, y["value"], xerr=[[x - low], [high - x]],
-            yerr=[[y["value"] - y["low"]], [y["high"] - y["value"]]],
+            x.value, y.value, xerr=[[x.value - x.low], [x.high - x.value]],
+            yerr=[[y.value - y.low], [y.high - y.value]],
             fmt="s" if two else "o", color=colour, ms=5, lw=0.8,
         )  # fmt: skip
-        bars = ((low, high), (y["low"], y["high"]))
-        spots[line["sampler"]].append(Spot(x, y["value"], colour, line["way"], bars))
+        spots[line["sampler"]].append(Spot(x, y, colour, line["way"]))
     for axis, sampler in zip(axes, SAMPLERS, strict=True):
         axis.set_title(f"students sampled with {sampler}", fontsize=10, loc="left")
         axis.set_xlabel("lost diversity that comes back, %, with 95 % interval")

@@ -16,8 +16,9 @@ import study_reports as reports
 from matplotlib.figure import Figure as Drawing
 
 from headstart.errors import InputError
+from headstart.metrics.resample import Interval
 from headstart.study.canvas import OTHERS, PLANS, style
-from headstart.study.digits import interval, scaled, written
+from headstart.study.digits import interval, written
 from headstart.study.figures import Figure, check_figures, draw_figures
 from headstart.study.labels import Spot, name_spots, shared
 
@@ -43,7 +44,7 @@ def texts_of(svg: bytes) -> list[str]:
 
 
 def number(found: Any, factor: float = 1.0) -> str:
-    return written(scaled(interval(found), factor))
+    return written(interval(found, factor))
 
 
 def test_every_part_of_a_report_has_its_figure_and_a_part_that_is_missing_has_none(
@@ -215,7 +216,8 @@ def test_names_hide_neither_dots_nor_each_other_where_there_is_room() -> None:
         points = rng.random((24, 2))
         axis.set_xlim(-0.2, 1.2)
         axis.set_ylim(-0.2, 1.2)
-        spots = [Spot(x, y, "#000000", f"name {n}") for n, (x, y) in enumerate(points)]
+        places = [(Interval(x), Interval(y)) for x, y in points]
+        spots = [Spot(*place, "#000000", f"name {n}") for n, place in enumerate(places)]
         name_spots(figure, axis, spots)
         boxes = [text.get_window_extent().extents for text in axis.texts]
         frame = axis.get_window_extent().extents
@@ -230,7 +232,8 @@ def test_a_crowd_is_named_all_the_same() -> None:
     with style():
         figure: Any = Drawing(figsize=(3, 2))
         axis = figure.subplots()
-        spots = [Spot(0.5, 0.5, "#000000", f"name {n}") for n in range(60)]
+        middle = Interval(0.5)
+        spots = [Spot(middle, middle, "#000000", f"name {n}") for n in range(60)]
         name_spots(figure, axis, spots)
     assert len(axis.texts) == 60
 

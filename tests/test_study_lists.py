@@ -8,19 +8,20 @@ import pytest
 
 import headstart_weights
 from headstart.errors import InputError
-from headstart.study.lists import LISTS, MOST_PROMPTS, demo_prompts, read_prompts
+from headstart.study.lists import DEMO, LISTS, MOST_PROMPTS, read_prompts
 from headstart_weights.recipe.dataset import compose_caption
 
 
 def test_the_papers_list_is_five_prompts_of_a_hundred_seeds() -> None:
-    assert len(LISTS["paper"].prompts) == 5 and LISTS["paper"].seeds == 100
-    assert LISTS["car"].prompts == ("image of a car",)
-    assert all(len(set(own.prompts)) == len(own.prompts) for own in LISTS.values())
+    found = {name: read_prompts(name) for name in LISTS}
+    assert len(found["paper"].prompts) == 5 and found["paper"].seeds == 100
+    assert found["car"] == (("image of a car",), 100)
+    assert len(found["everyday"].prompts) == 24 and found["everyday"].seeds == 16
 
 
 def test_the_demo_list_is_the_captions_that_the_pair_was_trained_with() -> None:
     names = headstart_weights.manifest().concepts
-    assert demo_prompts().prompts == tuple(compose_caption(name) for name in names)
+    assert read_prompts(DEMO).prompts == tuple(compose_caption(name) for name in names)
 
 
 def test_a_file_has_one_prompt_a_line(tmp_path: Path) -> None:

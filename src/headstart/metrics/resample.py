@@ -27,11 +27,20 @@ TAILS = (0.025, 0.975)
 
 
 class Interval(NamedTuple):
-    """A value and the ends of its confidence interval."""
+    """A value and the ends of its confidence interval; NaN where it has none."""
 
     value: float
-    low: float
-    high: float
+    low: float = math.nan
+    high: float = math.nan
+
+    @property
+    def has_ends(self) -> bool:
+        return not math.isnan(self.low)
+
+    @property
+    def span(self) -> tuple[float, float]:
+        """From low to high; without ends the value itself."""
+        return (self.low, self.high) if self.has_ends else (self.value, self.value)
 
     def rounded(self, digits: int = 4) -> list[float]:
         return [round(number, digits) for number in self]
@@ -120,7 +129,7 @@ def over_prompts(measured: Measured) -> Interval | None:
 def bootstrap_mean(values: Array, resamples: int = RESAMPLES) -> Interval:
     """The mean of values [n], of prompts or seeds, and its 95 % interval; NaN ends for n = 1."""
     if len(values) < 2:
-        return Interval(float(values.mean()), math.nan, math.nan)
+        return Interval(float(values.mean()))
     picks = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
     return percentiles(float(values.mean()), values[picks].mean(1))
 
@@ -198,7 +207,7 @@ def bootstrap_seeds(
     known = [checked(features, at_least=2)]
     measured = measure_diversity(known, distance, resamples=resamples)
     if not measured.drawn.size:
-        return Interval(measured.mean, math.nan, math.nan)
+        return Interval(measured.mean)
     return percentiles(measured.mean, measured.drawn[0])
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
@@ -17,10 +17,13 @@ from importlib import import_module
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
-from headstart.study.digits import has_ends, plain, written
+from headstart.study.digits import plain, written
 
 _ID = re.compile(r'(\bid="|url\(#|href="#)')
 INK, GREY, FAINT = "#1c1b1a", "#5c5853", "#e4e0d9"
+ACROSS = 3
+"""Panels side by side."""
+Points = Sequence[tuple[float, Interval]]
 
 
 class Mark(NamedTuple):
@@ -98,6 +101,16 @@ def canvas(rows: int, columns: int, width: float, height: float, **shared: Any) 
     return Canvas(figure, figure.subplots(rows, columns, squeeze=False, **shared))
 
 
+def panels(count: int, width: float, height: float, above: float = 0.0) -> Canvas:
+    """So many panels, a few side by side, each of this size in inches."""
+    columns = min(ACROSS, count)
+    rows = -(-count // columns)
+    on = canvas(rows, columns, 1.4 + width * columns, above + height * rows, sharey=True)
+    for axis in on.axes.flat[count:]:
+        axis.set_visible(False)
+    return on
+
+
 def marks(names: Sequence[str]) -> dict[str, Mark]:
     """A plan's own mark; for other names the next of a cycle."""
     others = [name for name in names if name not in PLANS]
@@ -109,9 +122,9 @@ def dot(
 ) -> None:
     """One mark, the intervals that it has, and its numbers for the pointer."""
     bar = {"color": mark.colour, "linewidth": 1.0, "alpha": 0.75, "zorder": 2.0}
-    if has_ends(x):
+    if x.has_ends:
         axis.plot([x.low, x.high], [y.value, y.value], **bar)
-    if has_ends(y):
+    if y.has_ends:
         axis.plot([x.value, x.value], [y.low, y.high], **bar)
     gid = f"mark_{len(on.texts)}"
     on.texts[gid] = plain(name)
@@ -120,22 +133,14 @@ def dot(
 
 
 def course(
-    on: Canvas,
-    axis: Any,
-    points: Sequence[tuple[float, Interval]],
-    mark: Mark,
-    label: str,
-    *,
-    words: Callable[[float], str],
-    factor: float = 1.0,
+    on: Canvas, axis: Any, points: Points, mark: Mark, label: str, words: Callable[[float], str]
 ) -> None:
     """A line through points (x, y) with an interval at each. words(x): what x is."""
     if not points:
         return
-    values = [factor * y.value for _, y in points]
     axis.plot(
         [x for x, _ in points],
-        values,
+        [y.value for _, y in points],
         color=mark.colour,
         linestyle=mark.dash,
         linewidth=1.3,
@@ -144,30 +149,33 @@ def course(
         label=plain(label, 40),
     )
     for x, y in points:
-        at = Interval(x, float("nan"), float("nan"))
-        own = Interval(*(factor * part for part in y))
-        name = f"{label}, {words(x)}: {written(own)}"
-        dot(on, axis, at, own, mark, name, markersize=4.5)
+        name = f"{label}, {words(x)}: {written(y)}"
+        dot(on, axis, Interval(x), y, mark, name, markersize=4.5)
 
 
-def number_ticks(axis: Any, values: Sequence[float], *, most: int = 9) -> None:
+def ranks(axis: Any, names: Sequence[str]) -> None:
+    """A line for each name, the first on top."""
+    axis.set_yticks(range(len(names)), [plain(name, 30) for name in names])
+    axis.set_ylim(len(names) - 0.5, -0.5)
+
+
+def number_ticks(axis: Any, values: Iterable[float], *, most: int = 9) -> None:
     """A tick and its number at each value; at some of them where there are too many."""
-    kept = sorted(set(values))
-    kept = kept[:: max(1, -(-len(kept) // most))]
-    axis.set_ticks(kept, [f"{value:.3g}" for value in kept])
+    ticks = sorted(set(values))
+    ticks = ticks[:: max(1, -(-len(ticks) // most))]
+    axis.set_ticks(ticks, [f"{value:.3g}" for value in ticks])
     axis.set_ticks([], minor=True)
 
 
 def legend(on: Canvas) -> None:
     """One legend under all panels, each name once."""
-    found: dict[str, Any] = {}
+    handles: dict[str, Any] = {}
     for axis in on.axes.flat:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    if found:
-        on.figure.legend(
-            found.values(), found, loc="outside lower center", ncols=min(4, len(found))
-        )
+            handles.setdefault(label, handle)
+    if handles:
+        place = {"loc": "outside lower center", "ncols": min(4, len(handles))}
+        on.figure.legend(handles.values(), handles, **place)
 
 
 def svg_of(on: Canvas, name: str, title: str) -> bytes:

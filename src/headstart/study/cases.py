@@ -98,86 +98,77 @@ def cases_of(
 
     Raises InputError for a value that is on a grid twice or makes no plan.
     """
-    cases = [*_plans(pair)]
-    chosen: dict[Part, Iterator[Case]] = {
-        "k": _ks(steps, grids.k),
-        "n": _ns(steps, grids.n),
-        "guidance": _guidances(grids.guidance),
-        "handoff": _handoffs(pair, steps, schedule, grids.handoff),
-        "methods": _methods(methods if grids.methods is None else grids.methods),
+    ratio = 1.0 if pair.ratio is None else pair.ratio
+    levels = [level * ratio for level in LEVELS if level * ratio < schedule.highest[1]]
+    usual: dict[Part, Sequence[Any]] = {
+        "k": range(1, steps),
+        "n": [steps * substeps for substeps in SUBSTEPS],
+        "guidance": GUIDANCES,
+        "handoff": levels,
+        "methods": methods,
     }
-    cases += [case for part, found in chosen.items() if part in parts for case in found]
-    by_name = {case.name: case for case in cases}
-    if len(by_name) < len(cases):
-        names = [case.name for case in cases]
-        twice = next(name for name in names if names.count(name) > 1)
+    cases = [*_plans(pair)]
+    for part, values in usual.items():
+        if (own := getattr(grids, part)) is not None:
+            values = own
+        if part not in parts:
+            continue
+        if part == "handoff":
+            cases += _handoffs(pair, steps, schedule, values)
+        elif part == "methods":
+            cases += map(_method, values)
+        else:
+            cases += [_varied(part, value, steps) for value in values]
+    names = [case.name for case in cases]
+    if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"case {twice!r} is there twice: give each value of a grid once")
-    return by_name
+    return dict(zip(names, cases, strict=True))
 
 
 def _plans(pair: Pair) -> Iterator[Case]:
+    base = f"base, {pair.base_steps} steps, "
     about = {
-        "base": f"base, {pair.base_steps} steps, guidance {pair.base_scale:g}",
+        "base": f"{base}guidance {pair.base_scale:g}",
+        "base-unguided": f"{base}no guidance",
         "distilled": "distilled model alone",
         "hybrid": "hybrid: the base first",
         "skip-first": "distilled model without its first part",
         "replace-final": "the base takes the last step",
     }
+    if pair.base_scale == 1.0:
+        del about["base-unguided"]
     for name, words in about.items():
-        yield Case(name=name, part="plans", about=words, plan=name)
-        if name == "base" and pair.base_scale != 1.0:
-            yield Case(
-                name="base-unguided",
-                part="plans",
-                about=f"base, {pair.base_steps} steps, no guidance",
-                plan="base",
-                settings={"base_guidance": 1.0},
-            )
+        settings = {"base_guidance": 1.0} if name == "base-unguided" else {}
+        plan = name.removesuffix("-unguided")
+        yield Case(name=name, part="plans", about=words, plan=plan, settings=settings)
 
 
-def _ks(steps: int, values: Sequence[int] | None) -> Iterator[Case]:
-    for k in range(1, steps) if values is None else values:
-        about = f"hybrid, the base takes {k} of {steps} steps"
-        yield Case(
-            name=f"k-{k}", part="k", about=about, plan="hybrid", settings={"k": k}, at=float(k)
-        )
+_VARIED = {
+    "k": ("k", "hybrid, the base takes {:g} of {} steps"),
+    "n": ("n", "hybrid, the base on its own {:g}-step grid"),
+    "guidance": ("base_guidance", "hybrid, base step at guidance {:g}"),
+}
+"""Part -> the setting of the hybrid that it varies, and what a case of it is."""
 
 
-def _ns(steps: int, values: Sequence[int] | None) -> Iterator[Case]:
-    for n in [steps * m for m in SUBSTEPS] if values is None else values:
-        yield Case(
-            name=f"n-{n}",
-            part="n",
-            about=f"hybrid, the base on its own {n}-step grid",
-            plan="hybrid",
-            settings={"n": n},
-            at=float(n),
-        )
+def _varied(part: Part, value: float, steps: int) -> Case:
+    setting, about = _VARIED[part]
+    return Case(
+        name=f"{part}-{value:g}",
+        part=part,
+        about=about.format(value, steps),
+        plan="hybrid",
+        settings={setting: value},
+        at=float(value),
+    )
 
 
-def _guidances(values: Sequence[float] | None) -> Iterator[Case]:
-    for scale in GUIDANCES if values is None else values:
-        yield Case(
-            name=f"guidance-{scale:g}",
-            part="guidance",
-            about=f"hybrid, base step at guidance {scale:g}",
-            plan="hybrid",
-            settings={"base_guidance": scale},
-            at=scale,
-        )
-
-
-def _handoffs(
-    pair: Pair, steps: int, schedule: Process, values: Sequence[float] | None
-) -> Iterator[Case]:
-    ratio = 1.0 if pair.ratio is None else pair.ratio
-    highest = schedule.highest[1]
-    usual = [level * ratio for level in LEVELS if level * ratio < highest]
-    for level in usual if values is None else values:
-        if not 0.0 < level < highest:
+def _handoffs(pair: Pair, steps: int, schedule: Process, levels: Sequence[float]) -> Iterator[Case]:
+    for level in levels:
+        if not 0.0 < level < schedule.highest[1]:
             raise InputError(
                 f"hand-off level {level:g}: expected a noise level of the distilled model, above 0 "
-                f"and below {highest:.4g}"
+                f"and below {schedule.highest[1]:.4g}"
             )
         points, sigma = _points(pair, steps, schedule, level)
         for model, words in (("base", "the base"), ("distilled", "control: the student itself")):
@@ -190,23 +181,22 @@ def _handoffs(
             )
 
 
-def _methods(values: Sequence[str]) -> Iterator[Case]:
-    for text in values:
-        named, _, rest = text.partition("+")
-        plan, methods = ("distilled", text) if ":" in named else (named, rest)
-        if not methods:
-            raise InputError(
-                f"method {text!r:.60}: expected NAME:VALUE or PLAN+NAME:VALUE, such as cads:0.1 "
-                "or hybrid+select:4; several are joined by +"
-            )
-        yield Case(
-            name=text,
-            part="methods",
-            about=f"{methods} on plan {plan}",
-            plan=plan,
-            diversify=tuple(methods.split("+")),
-            method=methods.partition(":")[0],
+def _method(text: str) -> Case:
+    named, _, rest = text.partition("+")
+    plan, methods = ("distilled", text) if ":" in named else (named, rest)
+    if not methods:
+        raise InputError(
+            f"method {text!r:.60}: expected NAME:VALUE or PLAN+NAME:VALUE, such as cads:0.1 "
+            "or hybrid+select:4; several are joined by +"
         )
+    return Case(
+        name=text,
+        part="methods",
+        about=f"{methods} on plan {plan}",
+        plan=plan,
+        diversify=tuple(methods.split("+")),
+        method=methods.partition(":")[0],
+    )
 
 
 def level_plan(
@@ -220,10 +210,15 @@ def level_plan(
     column = "timesteps" if isinstance(schedule, NoiseSchedule) else "sigmas"
     first = replace(pair.base_leg(1, Spacing.EVEN), until="next")
     if model == "distilled":
-        first = _listed(student, column, getattr(student.grid(schedule), column)[:1])
-    rest = _listed(student, column, points)
-    name = f"{model}-to-{points[0]:.4g}"
-    return Plan((first, rest), start=pair.start, end=pair.end, name=name)
+        first = _on(student, column, getattr(student.grid(schedule), column)[:1])
+    legs = (first, _on(student, column, points))
+    return Plan(legs, start=pair.start, end=pair.end, name=f"{model}-to-{points[0]:.4g}")
+
+
+def _on(leg: Leg, column: str, points: Sequence[float]) -> Leg:
+    """The leg on exactly these points."""
+    columns = {"timesteps": None, "sigmas": None, column: tuple(points)}
+    return replace(leg, steps=None, spacing=Spacing.TRAILING, skip=0, **columns)
 
 
 def _points(
@@ -238,18 +233,11 @@ def _points(
     own = pair.distilled(steps).grid(schedule)
     table = isinstance(schedule, NoiseSchedule)
     points, sigmas = (own.timesteps if table else own.sigmas), own.sigmas
-    near = [n for n, sigma in enumerate(sigmas) if abs(sigma - level) <= NEAR * level]
-    if near:
-        return points[near[0] :], sigmas[near[0]]
+    for number, sigma in enumerate(sigmas):
+        if abs(sigma - level) <= NEAR * level:
+            return points[number:], sigma
     below = tuple(p for p, sigma in zip(points, sigmas, strict=True) if sigma < level)
     if not table:
         return (level, *below), level
     start = float(np.round(float(schedule.timestep(level))))
     return (start, *below), float(schedule.sigma(start))
-
-
-def _listed(leg: Leg, column: str, points: Sequence[float]) -> Leg:
-    """The leg on exactly these points."""
-    regular: dict[str, Any] = {"steps": None, "spacing": Spacing.TRAILING, "skip": 0}
-    columns = {"timesteps": None, "sigmas": None, column: tuple(points)}
-    return replace(leg, **regular, **columns)

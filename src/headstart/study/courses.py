@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from headstart.metrics.resample import Interval
@@ -11,30 +11,26 @@ from headstart.study.canvas import (
     GREY,
     Canvas,
     Mark,
+    Points,
     canvas,
     course,
     dot,
     legend,
     marks,
     number_ticks,
+    panels,
+    ranks,
 )
-from headstart.study.digits import branch, entries, interval, look_up, plain, scaled, written
-
-Report = Mapping[str, Any]
-Points = list[tuple[float, Interval]]
-ACROSS = 3
-"""Panels side by side."""
+from headstart.study.digits import branch, entries, interval, look_up, plain, written
+from headstart.study.table import Report
 
 
 def draw_curve(report: Report) -> tuple[Canvas, str] | None:
     """Figure 5 of arXiv:2503.10637."""
     plans = branch(report, "curve", "plans")
-    lines = {
-        plan: _along(entries(own, "passes"), entries(own, "share")) for plan, own in plans.items()
-    }
     on = canvas(1, 1, 7.2, 3.8)
     axis = on.axes[0][0]
-    if not _by_passes(on, axis, lines):
+    if not _by_passes(on, axis, {plan: _shares(own, "share") for plan, own in plans.items()}):
         return None
     axis.set_ylabel("share of the finished picture (%)")
     axis.set_ylim(top=103.0)
@@ -48,10 +44,9 @@ def draw_curve(report: Report) -> tuple[Canvas, str] | None:
 
 def matches(report: Report) -> str:
     """Figure 5's claim in our numbers: which of the base's steps shows as much as a first one."""
-    found = branch(report, "curve", "matches")
     steps = len(entries(report, "curve", "plans", "base", "share"))
     shown: list[str] = []
-    for plan, step in found.items():
+    for plan, step in branch(report, "curve", "matches").items():
         if isinstance(step, int) and steps:
             ends = entries(report, "curve", "matches_95", plan)
             sure = f" [{', '.join(map(str, ends))}]" if ends else ""
@@ -64,29 +59,22 @@ def draw_control(report: Report) -> tuple[Canvas, str] | None:
     adapters = entries(report, "control", "adapters")
     if not adapters:
         return None
-    columns = min(ACROSS, len(adapters))
-    rows = -(-len(adapters) // columns)
-    on = canvas(rows, columns, 1.4 + 2.8 * columns, 0.7 + 2.4 * rows, sharey=True)
-    panels = list(on.axes.flat)
-    for axis, adapter in zip(panels, adapters, strict=False):
+    on = panels(len(adapters), 2.8, 2.4, above=0.7)
+    for axis, adapter in zip(on.axes.flat, adapters, strict=False):
         lines = {
-            plan: _along(
-                [look_up(one, "strength") for one in entries(adapter, "plans", plan)],
-                [look_up(one, "change") for one in entries(adapter, "plans", plan)],
+            plan: points_of(
+                (look_up(one, "strength"), interval(look_up(one, "change")))
+                for one in entries(adapter, "plans", plan)
             )
             for plan in branch(adapter, "plans")
         }
-        own = marks(list(lines))
-        for plan, points in lines.items():
-            course(on, axis, points, own[plan], plan, words="strength {:g}".format)
+        _courses(on, axis, lines, "strength {:g}".format)
         axis.axhline(0.0, color=GREY, linewidth=0.8, zorder=1.0)
         axis.set_title(plain(look_up(adapter, "name") or "", 36))
         axis.set_xlabel("strength of the adapter")
         number_ticks(axis.xaxis, [x for points in lines.values() for x, _ in points])
     for row in on.axes:
         row[0].set_ylabel("change of the score (%)")
-    for axis in panels[len(adapters) :]:
-        axis.set_visible(False)
     legend(on)
     return on, (
         "Change of the cosine with the prompt that says what the adapter is to do, against "
@@ -97,21 +85,17 @@ def draw_control(report: Report) -> tuple[Canvas, str] | None:
 def draw_timeline(report: Report) -> tuple[Canvas, str] | None:
     """Where concepts are there along a run, and how many are dropped, beside unasked ones."""
     plans = branch(report, "timeline", "plans")
-    lines = {
-        plan: _along(entries(own, "passes"), entries(own, "asked", "there"))
-        for plan, own in plans.items()
-    }
     on = canvas(1, 2, 10.4, 3.8)
     there, dropped = on.axes[0]
-    if not _by_passes(on, there, lines):
+    asked = {plan: _shares(own, "asked", "there") for plan, own in plans.items()}
+    if not _by_passes(on, there, asked):
         return None
     own = marks(list(plans))
-    for plan, found in plans.items():
-        points = _along(entries(found, "passes"), entries(found, "unasked", "there"))
-        if points:
-            xs, ys = [x for x, _ in points], [100.0 * y.value for _, y in points]
+    for plan, numbers in plans.items():
+        if points := _shares(numbers, "unasked", "there"):
             look = {"linewidth": 0.9, "alpha": 0.8, "linestyle": (0, (1, 1.5))}
-            there.plot(xs, ys, color=own[plan].colour, **look)
+            there.plot([x for x, _ in points], [y.value for _, y in points],
+                       color=own[plan].colour, **look)  # fmt: skip
     there.set_ylim(bottom=0.0)
     there.set_ylabel("concepts that are there (%)")
     there.set_title("asked for; dotted: nobody asked for")
@@ -126,29 +110,26 @@ def draw_timeline(report: Report) -> tuple[Canvas, str] | None:
 
 
 def _dropped(on: Canvas, axis: Any, plans: Mapping[str, Any], own: Mapping[str, Mark]) -> None:
-    for at, (plan, found) in enumerate(plans.items()):
+    for at, (plan, numbers) in enumerate(plans.items()):
         for kind, shift, fill in (("asked", -0.14, own[plan].colour), ("unasked", 0.14, "white")):
-            share = scaled(interval(look_up(found, kind, "dropped")), 100.0)
+            share = interval(look_up(numbers, kind, "dropped"), 100.0)
             if share is not None:
-                y = Interval(at + shift, math.nan, math.nan)
                 text = f"{plan}, {kind}: {written(share)} %"
+                y = Interval(at + shift)
                 dot(on, axis, share, y, own[plan], text, markerfacecolor=fill)
-    axis.set_yticks(range(len(plans)), [plain(plan, 30) for plan in plans])
-    axis.set_ylim(len(plans) - 0.5, -0.5)
+    ranks(axis, list(plans))
     axis.set_xlim(left=0.0)
     axis.set_xlabel("dropped (%)")
     axis.set_title("there once, gone in the end; hollow: not asked for")
 
 
 def _by_passes(on: Canvas, axis: Any, lines: Mapping[str, Points]) -> bool:
-    """Shares in per cent against network passes, on a log axis; whether there is any."""
-    kept = {plan: [(x, y) for x, y in points if x > 0] for plan, points in lines.items()}
-    passes = [x for points in kept.values() for x, _ in points]
+    """Shares against network passes, on a log axis; whether there is any."""
+    lines = {plan: [(x, y) for x, y in points if x > 0] for plan, points in lines.items()}
+    passes = [x for points in lines.values() for x, _ in points]
     if not passes:
         return False
-    own = marks(list(lines))
-    for plan, points in kept.items():
-        course(on, axis, points, own[plan], plan, words="{:g} passes".format, factor=100.0)
+    _courses(on, axis, lines, "{:g} passes".format)
     axis.set_xscale("log", base=2)
     last = max(passes)
     powers = [2.0**e for e in range(math.floor(math.log2(last)) + 1)]
@@ -157,9 +138,21 @@ def _by_passes(on: Canvas, axis: Any, lines: Mapping[str, Points]) -> bool:
     return True
 
 
-def _along(places: Sequence[Any], values: Sequence[Any]) -> Points:
-    """Points with a finite place and value, by place."""
-    pairs = [
-        (interval(x), interval(y)) for x, y in zip(places, values, strict=False)
-    ]  # fmt: skip
-    return sorted((x.value, y) for x, y in pairs if x is not None and y is not None)
+def _courses(
+    on: Canvas, axis: Any, lines: Mapping[str, Points], words: Callable[[float], str]
+) -> None:
+    own = marks(list(lines))
+    for plan, points in lines.items():
+        course(on, axis, points, own[plan], plan, words)
+
+
+def _shares(plan: object, *names: str) -> Points:
+    """In per cent, by the network passes up to each step."""
+    values = [interval(value, 100.0) for value in entries(plan, *names)]
+    return points_of(zip(entries(plan, "passes"), values, strict=False))
+
+
+def points_of(pairs: Iterable[tuple[object, Interval | None]]) -> Points:
+    """Those with a finite place and a number, by place."""
+    known = ((interval(place), y) for place, y in pairs)
+    return sorted((x.value, y) for x, y in known if x is not None and y is not None)

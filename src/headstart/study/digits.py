@@ -30,30 +30,16 @@ class Cell(NamedTuple):
         return f"{self.value} [{self.ends}]" if self.ends else self.value
 
 
-def interval(found: object) -> Interval | None:
-    """A number, or {"value", "low", "high"}: None unless finite; ends that are not are NaN."""
-    if isinstance(found, Mapping):
-        parts = cast("Mapping[str, object]", found)
-        value, low, high = (_finite(parts.get(name)) for name in ("value", "low", "high"))
-    else:
-        value, low, high = _finite(found), math.nan, math.nan
+def interval(number: object, factor: float = 1.0) -> Interval | None:
+    """`factor` times a number, or times {"value", "low", "high"}: None unless finite, and without
+    ends unless both are."""
+    parts = {"value": number}
+    if isinstance(number, Mapping):
+        parts = cast("Mapping[str, object]", number)
+    value, low, high = (factor * _finite(parts.get(name)) for name in Interval._fields)
     if math.isnan(value):
         return None
-    known = not math.isnan(low) and not math.isnan(high)
-    return Interval(value, low, high) if known else Interval(value, math.nan, math.nan)
-
-
-def has_ends(found: Interval) -> bool:
-    return not math.isnan(found.low)
-
-
-def low_of(found: Interval) -> float:
-    """The lower end, or the value where there is no interval."""
-    return found.low if has_ends(found) else found.value
-
-
-def high_of(found: Interval) -> float:
-    return found.high if has_ends(found) else found.value
+    return Interval(value) if math.isnan(low + high) else Interval(value, low, high)
 
 
 def look_up(tree: object, *names: str) -> Any:
@@ -67,23 +53,19 @@ def look_up(tree: object, *names: str) -> Any:
 
 def branch(tree: object, *names: str) -> Mapping[str, Any]:
     """tree[a][b]... where that is an object; else an empty one."""
-    found = look_up(tree, *names)
-    return cast("Mapping[str, Any]", found) if isinstance(found, Mapping) else {}
+    inner = look_up(tree, *names)
+    return cast("Mapping[str, Any]", inner) if isinstance(inner, Mapping) else {}
 
 
 def entries(tree: object, *names: str) -> Sequence[Any]:
     """tree[a][b]... where that is a list; else an empty one."""
-    found = look_up(tree, *names)
-    return cast("Sequence[Any]", found) if isinstance(found, list | tuple) else ()
+    inner = look_up(tree, *names)
+    return cast("Sequence[Any]", inner) if isinstance(inner, list | tuple) else ()
 
 
-def places(found: Iterable[Interval | None]) -> int | None:
+def places(column: Iterable[Interval | None]) -> int | None:
     """Digits after the point for a column, from its median interval; None where none has one."""
-    widths = sorted(
-        one.high - one.low
-        for one in found
-        if one is not None and has_ends(one) and one.high > one.low
-    )
+    widths = sorted(own.high - own.low for own in column if own is not None and own.high > own.low)
     if not widths:
         return None
     return min(max(1 - math.floor(math.log10(widths[len(widths) // 2])), 0), MOST_PLACES)
@@ -104,32 +86,27 @@ def write(value: float, digits: int | None) -> str:
     return text.removeprefix("-") if not float(text) else text
 
 
-def cell(found: Interval | None, digits: int | None) -> Cell:
+def cell(number: Interval | None, digits: int | None) -> Cell:
     """`digits` of its column; its own where those would show as 0 what is surely not 0."""
-    if found is None:
+    if number is None:
         return Cell(NONE)
-    if not has_ends(found):
-        return Cell(write(found.value, None))
-    if digits is None or (found.low * found.high > 0 and not float(write(found.value, digits))):
-        digits = places([found])
-    ends = f"{write(found.low, digits)}, {write(found.high, digits)}"
-    return Cell(write(found.value, digits), ends)
+    value, low, high = number
+    if not number.has_ends:
+        return Cell(write(value, None))
+    if digits is None or (low * high > 0 and not float(write(value, digits))):
+        digits = places([number])
+    return Cell(write(value, digits), f"{write(low, digits)}, {write(high, digits)}")
 
 
-def written(found: Interval | None) -> str:
+def cells(column: Sequence[Interval | None]) -> list[Cell]:
+    """A column of numbers, all with the digits that its median interval supports."""
+    digits = places(column)
+    return [cell(number, digits) for number in column]
+
+
+def written(number: Interval | None) -> str:
     """One number alone, with its own digits."""
-    return str(cell(found, places([found])))
-
-
-def scaled(found: Interval | None, factor: float) -> Interval | None:
-    return None if found is None else Interval(*(factor * part for part in found))
-
-
-def less(found: Interval | None, by: Interval | None) -> Interval | None:
-    """`found` moved down by another's value: its own interval, not that of the difference."""
-    if found is None or by is None:
-        return None
-    return Interval(*(part - by.value for part in found))
+    return str(*cells([number]))
 
 
 def plain(text: object, longest: int = 200) -> str:

@@ -15,7 +15,7 @@ import headstart_weights
 from headstart.engine import record
 from headstart.errors import InputError
 from headstart.study import control, curve, timeline
-from headstart.study.cases import Case
+from headstart.study.cases import EXPERIMENTS, Case
 from headstart.study.control import Control
 from headstart.study.lab import Lab
 from headstart.study.steps import Setting, scored
@@ -45,24 +45,21 @@ def experiments_of(
     """
     plans = {name: lab.table(cases[name]) for name in PLANS if name in cases}
     setting = Setting(lab.engine, lab.seeds[:SEEDS], plans, lab.judge, lab.size)
-    found: list[Experiment] = []
-    notes: list[str] = []
-    if parts is None or "curve" in parts:
-        found.append(_curve(lab, setting))
-    if parts is not None and {"control", "timeline"} & set(parts):
-        scored(lab.judge, ())  # raises now what a cell would after hours of others
-    if parts is not None and "control" in parts and not controls:
-        raise InputError("part control: which adapter does what? give --control FILE=WORDS")
+    usual = EXPERIMENTS if controls else ("curve", "timeline")
+    wanted = usual if parts is None else parts
+    experiments = [_curve(lab, setting)] if "curve" in wanted else []
     if parts is None and lab.judge.score is None:
         left = "controls and timelines" if controls else "timelines"
-        return found, (f"{left} are left out: these features score no text",)
-    if controls and (parts is None or "control" in parts):
-        found.append(_control(lab, setting, controls))
-    if parts is None or "timeline" in parts:
-        own, note = _timeline(lab, setting)
-        found += own
-        notes += note
-    return found, tuple(notes)
+        return experiments, (f"{left} are left out: these features score no text",)
+    if {"control", "timeline"} & set(wanted):
+        scored(lab.judge, ())  # raises now what a cell would after hours of others
+    notes: tuple[str, ...] = ()
+    if "control" in wanted:
+        experiments.append(_control(lab, setting, controls))
+    if "timeline" in wanted:
+        timelines, notes = _timeline(lab, setting)
+        experiments += timelines
+    return experiments, notes
 
 
 def _curve(lab: Lab, setting: Setting) -> Experiment:
@@ -80,6 +77,8 @@ def _curve(lab: Lab, setting: Setting) -> Experiment:
 
 
 def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Experiment:
+    if not controls:
+        raise InputError("part control: which adapter does what? give --control FILE=WORDS")
     by_name = {own.control.adapter: own for own in controls}
     for name, own in by_name.items():  # a file that does not fit is named before anything is drawn
         if name in lab.engine.adapters.now().attached:
@@ -114,11 +113,11 @@ def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Expe
     )
 
 
-def _timeline(lab: Lab, setting: Setting) -> tuple[list[Experiment], list[str]]:
+def _timeline(lab: Lab, setting: Setting) -> tuple[list[Experiment], tuple[str, ...]]:
     unasked = timeline.concepts_beside(lab.prompts, lab.judge)
-    where = tuple(n for n, prompt in enumerate(lab.prompts) if _followed(prompt))
+    where = tuple(n for n, prompt in enumerate(lab.prompts) if _is_followed(prompt))
     if not where:
-        return [], ["timelines are left out: no prompt names a concept to follow"]
+        return [], ("timelines are left out: no prompt names a concept to follow",)
     own = Experiment(
         "timeline",
         ("concepts",),
@@ -131,10 +130,10 @@ def _timeline(lab: Lab, setting: Setting) -> tuple[list[Experiment], list[str]]:
         numbers=timeline.numbers,
     )
     left = len(lab.prompts) - len(where)
-    return [own], [f"timelines leave {left} prompts out that name no concept"] * (left > 0)
+    return [own], (f"timelines leave {left} prompts out that name no concept",) * (left > 0)
 
 
-def _followed(prompt: str) -> bool:
+def _is_followed(prompt: str) -> bool:
     try:
         return bool(timeline.twins_of(prompt))
     except InputError:

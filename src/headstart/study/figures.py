@@ -11,7 +11,6 @@ timeline   from which step a concept is there
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,20 +22,25 @@ from headstart.study.canvas import (
     PLANS,
     Canvas,
     Mark,
+    Points,
     canvas,
     course,
     dot,
     legend,
     marks,
     number_ticks,
+    panels,
+    ranks,
     style,
     svg_of,
 )
-from headstart.study.courses import ACROSS, draw_control, draw_curve, draw_timeline
+from headstart.study.courses import draw_control, draw_curve, draw_timeline, points_of
 from headstart.study.digits import entries, interval, look_up, plain, written
 from headstart.study.scatter import draw_methods
 from headstart.study.table import (
     CONTROL,
+    Measure,
+    Report,
     Row,
     in_space,
     of_row,
@@ -44,9 +48,6 @@ from headstart.study.table import (
     rows_of,
     spaces_of,
 )
-
-Report = Mapping[str, Any]
-Measure = tuple[str, Callable[[Row], Interval | None]]
 
 
 class Figure(NamedTuple):
@@ -70,40 +71,31 @@ def check_figures() -> None:
 
 def draw_figures(report: Report) -> list[Figure]:
     """Raises nothing for what a report lacks: that figure is not there."""
-    found: list[Figure] = []
+    figures: list[Figure] = []
     with style():
         for name, (title, draw) in _FIGURES.items():
-            drawn = draw(report)
-            if drawn is not None:
+            if drawn := draw(report):
                 on, caption = drawn
-                found.append(Figure(name, title, caption, svg_of(on, name, title)))
-    return found
+                figures.append(Figure(name, title, caption, svg_of(on, name, title)))
+    return figures
 
 
 def _diversity(report: Report) -> tuple[Canvas, str] | None:
     plans, spaces = part_of(report, "plans"), spaces_of(report)
     if not plans or not spaces:
         return None
-    names, own = list(plans), marks(list(plans))
-    columns = min(ACROSS, len(spaces))
-    rows = -(-len(spaces) // columns)
-    height = rows * (0.75 + 0.24 * len(names))
-    on = canvas(rows, columns, 1.4 + 2.9 * columns, height, sharey=True)
-    panels = list(on.axes.flat)
-    for axis, space in zip(panels, spaces, strict=False):
-        for at, name in enumerate(names):
-            found = in_space(space, "diversity")(plans[name])
-            if found is not None:
-                y = Interval(float(at), math.nan, math.nan)
-                dot(on, axis, found, y, own[name], f"{name}: {written(found)}")
+    own = marks(list(plans))
+    on = panels(len(spaces), 2.9, 0.75 + 0.24 * len(plans))
+    for axis, space in zip(on.axes.flat, spaces, strict=False):
+        for at, (name, row) in enumerate(plans.items()):
+            if (number := in_space(space, "diversity")(row)) is not None:
+                text = f"{name}: {written(number)}"
+                dot(on, axis, number, Interval(float(at)), own[name], text)
         axis.set_title(plain(space, 40))
         axis.set_xlabel(f"mean pairwise {_distance(report, space)} distance")
         axis.set_xlim(left=0)
         axis.margins(x=0.12)
-    panels[0].set_yticks(range(len(names)), [plain(name, 30) for name in names])
-    panels[0].set_ylim(len(names) - 0.5, -0.5)
-    for axis in panels[len(spaces) :]:
-        axis.set_visible(False)
+    ranks(on.axes[0][0], list(plans))
     return on, (
         "Mean distance between two images of one prompt, with 95 % intervals. Each "
         "feature space has a scale of its own."
@@ -115,20 +107,19 @@ def _distance(report: Report, space: str) -> str:
     return plain(look_up(own[0], "distance") or "", 20) if own else ""
 
 
-def _measures(report: Report, rows: Mapping[str, Row], *, recovered: bool) -> list[Measure]:
+def _measures(report: Report, rows: Mapping[str, Row], *, recovered: bool) -> dict[str, Measure]:
     """What can be drawn of these rows: diversity, then how right the pictures are."""
-    found: list[Measure] = []
-    if spaces := spaces_of(report):
-        diversity: Measure = ("diversity", in_space(spaces[0], "diversity"))
-        back: Measure = ("recovered diversity (%)", in_space(spaces[0], "recovered", 100.0))
-        found += [back if recovered and _any(back, rows) else diversity]
-        found += [("Frechet distance", in_space(spaces[0], "frechet"))]
-    found.insert(1, ("score (cosine)", of_row("score")))
-    return [one for one in found if _any(one, rows)]
-
-
-def _any(measure: Measure, rows: Mapping[str, Row]) -> bool:
-    return any(measure[1](row) is not None for row in rows.values())
+    space, *_ = *spaces_of(report), ""
+    every = {
+        "recovered diversity (%)": in_space(space, "recovered"),
+        "diversity": in_space(space, "diversity"),
+        "score (cosine)": of_row("score"),
+        "Frechet distance": in_space(space, "frechet"),
+    }
+    known = {head: own for head, own in every.items() if any(map(own, rows.values()))}
+    if "recovered diversity (%)" in known:
+        del known["diversity" if recovered else "recovered diversity (%)"]
+    return known
 
 
 _GRIDS = {
@@ -148,18 +139,17 @@ def _grids(report: Report) -> tuple[Canvas, str] | None:
         len(measures), len(parts), 1.2 + 2.75 * len(parts), 0.7 + 1.75 * len(measures),
         sharex="col", sharey="row",
     )  # fmt: skip
-    for row, (label, measure) in enumerate(measures):
-        on.axes[row][0].set_ylabel(label)
-        for axis, (part, rows) in zip(on.axes[row], parts.items(), strict=True):
-            letter, meaning, text = _GRIDS[part]
+    for axes, (label, measure) in zip(on.axes, measures.items(), strict=True):
+        axes[0].set_ylabel(label)
+        for axis, (part, rows) in zip(axes, parts.items(), strict=True):
             _levels(report, axis, measure)
-            points = _points(rows, measure)
-            course(on, axis, points, OTHERS[0], "hybrid", words=text.format)
-            if row == 0:
-                axis.set_title(f"({letter}) {part}")
-            if row == len(measures) - 1:
-                axis.set_xlabel(meaning)
-                number_ticks(axis.xaxis, [float(one["at"]) for one in rows.values()])
+            words = _GRIDS[part][2].format
+            course(on, axis, _points(rows, measure), OTHERS[0], "hybrid", words)
+    for above, below, (part, rows) in zip(on.axes[0], on.axes[-1], parts.items(), strict=True):
+        letter, meaning, _ = _GRIDS[part]
+        above.set_title(f"({letter}) {part}")
+        below.set_xlabel(meaning)
+        number_ticks(below.xaxis, [float(row["at"]) for row in rows.values()])
     legend(on)
     return on, (
         "The hybrid with one setting varied, as in figure 7 of the paper, which found best: no "
@@ -169,8 +159,8 @@ def _grids(report: Report) -> tuple[Canvas, str] | None:
 
 
 def _handoff(report: Report) -> tuple[Canvas, str] | None:
-    found = part_of(report, "handoff")
-    rows = {case: row for case, row in _placed(found).items() if float(row["at"]) > 0}
+    part = part_of(report, "handoff")
+    rows = {case: row for case, row in _placed(part).items() if float(row["at"]) > 0}
     measures = _measures(report, rows, recovered=True)
     if not measures:
         return None
@@ -179,18 +169,18 @@ def _handoff(report: Report) -> tuple[Canvas, str] | None:
         "the base, then the distilled model": (PLANS["hybrid"], False),
         "control: the distilled model throughout": (Mark(GREY, "s", (0, (1, 1.5))), True),
     }
-    for axis, (label, measure) in zip(on.axes[0], measures, strict=True):
+    for axis, (label, measure) in zip(on.axes[0], measures.items(), strict=True):
         _levels(report, axis, measure)
         for name, (mark, control) in lines.items():
             own = {case: row for case, row in rows.items() if case.endswith(CONTROL) == control}
-            course(on, axis, _points(own, measure), mark, name, words="sigma {:.4g}".format)
+            course(on, axis, _points(own, measure), mark, name, "sigma {:.4g}".format)
         axis.set_xscale("log")
         axis.set_ylabel(label)
         axis.set_xlabel("noise level sigma at the hand-off")
         number_ticks(axis.xaxis, [float(row["at"]) for row in rows.values()], most=7)
         axis.invert_xaxis()
     legend(on)
-    gone = len(found) - len(rows)
+    gone = len(part) - len(rows)
     return on, (
         "A run goes from left to right: the base's one step ends at this noise level. The control "
         "is the distilled model taking the same step. Horizontal lines: the plans as they are. "
@@ -204,21 +194,17 @@ def _placed(rows: Mapping[str, Row]) -> dict[str, Row]:
     return {case: row for case, row in rows.items() if interval(row.get("at")) is not None}
 
 
-def _points(
-    rows: Mapping[str, Row], measure: Callable[[Row], Interval | None]
-) -> list[tuple[float, Interval]]:
-    points = [(float(row["at"]), measure(row)) for row in rows.values()]
-    return sorted((x, y) for x, y in points if y is not None)
+def _points(rows: Mapping[str, Row], measure: Measure) -> Points:
+    return points_of((row["at"], measure(row)) for row in rows.values())
 
 
-def _levels(report: Report, axis: Any, measure: Callable[[Row], Interval | None]) -> None:
+def _levels(report: Report, axis: Any, measure: Measure) -> None:
     """A horizontal line for each of the main plans."""
     for name in ("base", "distilled", "hybrid"):
-        found = measure(rows_of(report).get(name) or {})
-        if found is not None:
+        if (number := measure(rows_of(report).get(name) or {})) is not None:
             mark = PLANS[name]
             axis.axhline(
-                found.value, color=mark.colour, linestyle=mark.dash, linewidth=1.0, zorder=1.5,
+                number.value, color=mark.colour, linestyle=mark.dash, linewidth=1.0, zorder=1.5,
                 label=f"plan {name}",
             )  # fmt: skip
 

@@ -11,6 +11,7 @@ them, and seeds count from 0. `car` is printed in full.
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +20,10 @@ from headstart.plan.request import check_text
 from headstart.traces.timeline import phrase_of
 
 MOST_PROMPTS = 10_000
+SEEDS = 16
+LISTS = {"paper": 100, "car": 100, "everyday": SEEDS}
+"""Seeds by the name of the list, whose prompts are prompts/NAME.txt."""
+DEMO = "demo"
 
 
 class PromptList(NamedTuple):
@@ -28,35 +33,6 @@ class PromptList(NamedTuple):
     seeds: int
 
 
-PAPER = PromptList(
-    ("a sunset beach", "a cute puppy", "a futuristic city", "a person", "Van Gogh art"), 100
-)
-CAR = PromptList(("image of a car",), 100)
-EVERYDAY = PromptList(
-    (
-        *("a red bicycle", "a cup of coffee", "an old wooden chair", "a pair of running shoes"),
-        *("a lighthouse", "a sailing boat on a lake", "a narrow street in the rain"),
-        *("a kitchen in the morning", "a mountain village in winter", "a crowded market"),
-        *("a portrait of an old man", "a woman reading a book", "two children playing football"),
-        *("a musician on a stage", "a horse in a field", "a cat asleep on a sofa"),
-        *("a parrot on a branch", "a dog and a cat on a bench", "a blue vase with white tulips"),
-        *("a bowl of fruit, oil painting", "a dragon, ink drawing", "a robot, 1950s poster"),
-        *("an island seen from above", "a staircase, black and white photograph"),
-    ),
-    16,
-)
-LISTS = {"paper": PAPER, "car": CAR, "everyday": EVERYDAY}
-DEMO = "demo"
-
-
-def demo_prompts() -> PromptList:
-    """The captions of everything that the bundled pair draws."""
-    import headstart_weights
-
-    names = headstart_weights.manifest().concepts
-    return PromptList(tuple(map(phrase_of, names)), 16)
-
-
 def read_prompts(name: str) -> PromptList:
     """The list called `name`, or a text file of one prompt a line, with 16 seeds.
 
@@ -64,10 +40,11 @@ def read_prompts(name: str) -> PromptList:
     a file that is not UTF-8 text, holds no prompt, or more than 10,000.
     """
     if name == DEMO:
-        return demo_prompts()
-    if name in LISTS:
-        return LISTS[name]
-    path = Path(name)
+        import headstart_weights
+
+        return PromptList(tuple(map(phrase_of, headstart_weights.manifest().concepts)), SEEDS)
+    own = files("headstart.study").joinpath("prompts", f"{name}.txt")
+    path = own if name in LISTS else Path(name)
     if not path.is_file():
         raise InputError(
             f"prompts {name!r:.80}: expected {', '.join((*LISTS, DEMO))}, or a text file with one "
@@ -83,4 +60,4 @@ def read_prompts(name: str) -> PromptList:
             f"prompts {name!r:.80}: expected text with 1 to {MOST_PROMPTS} prompts, one a line, "
             f"got {len(lines)}" + (" and a NUL character" if "\0" in text else "")
         )
-    return PromptList(tuple(check_text(line) for line in lines), 16)
+    return PromptList(tuple(map(check_text, lines)), LISTS.get(name, SEEDS))

@@ -51,25 +51,23 @@ def by_prompt(
     spaces: Sequence[Extractor],
 ) -> list[Json]:
     """One entry for each case, prompt and space."""
-    found: list[Json] = []
-    for name, case in cases.items():
-        for prompt, cell in zip(prompts, cells[name], strict=True):
-            alike = {
-                "case": name,
-                "part": case.part,
-                "at": case.at,
-                "prompt": prompt,
-                "score": _mean(cell.get("score")),
-                "nearest": _mean(cell.get("nearest")),
-                "seconds": float(cell["seconds"]),
-            }
-            for space in spaces:
-                varied = {
-                    key: finite_or_none(float(cell[f"{key}@{space.name}"].flat[0]))
-                    for key in ("diversity", "vendi")
-                }
-                found.append({**alike, "space": space.name, **varied})
-    return found
+    return [
+        {
+            "case": name,
+            "part": case.part,
+            "at": case.at,
+            "prompt": prompt,
+            "score": _mean(cell, "score"),
+            "nearest": _mean(cell, "nearest"),
+            "seconds": float(cell["seconds"]),
+            "space": space.name,
+            "diversity": finite_or_none(float(cell[f"diversity@{space.name}"].flat[0])),
+            "vendi": finite_or_none(float(cell[f"vendi@{space.name}"].flat[0])),
+        }
+        for name, case in cases.items()
+        for prompt, cell in zip(prompts, cells[name], strict=True)
+        for space in spaces
+    ]
 
 
 def _row(
@@ -101,31 +99,27 @@ def _row(
 def _space(
     case: Case, cells: Mapping[str, Cells], space: Extractor, reference: Reference | None
 ) -> Json:
-    own = cells[case.name]
-    values = _values(own, f"diversity@{space.name}")
-    base, distilled = (
-        _values(cells[name], f"diversity@{space.name}") for name in ("base", case.against)
+    own, key = cells[case.name], f"features@{space.name}"
+    values, base, distilled = (
+        _values(cells[name], f"diversity@{space.name}")
+        for name in (case.name, "base", case.against)
     )
-    back = None
+    back = frechet = None
     if len(values) > 1 and np.isfinite([values, base, distilled]).all():
         back = recovered(values, base, distilled)
-    found: Json = {
+    if reference is not None and all(key in cell for cell in own):
+        groups = [cell[key].astype(np.float64) for cell in own]
+        features, sizes = np.concatenate(groups), [len(group) for group in groups]
+        frechet = frechet_interval(features, reference.moments, sizes=sizes, resamples=DRAWS)
+    return {
         "diversity": _json(_diversity(own, space)),
         "vendi": _interval(own, f"vendi@{space.name}"),
-        "recovered": None if back is None else _json(back),
-        "frechet": None,
+        "recovered": _json(back),
+        "frechet": _json(frechet),
     }
-    if reference is not None and all(f"features@{space.name}" in cell for cell in own):
-        groups = [cell[f"features@{space.name}"].astype(np.float64) for cell in own]
-        sizes = [len(group) for group in groups]
-        moments = reference.moments
-        found["frechet"] = _json(
-            frechet_interval(np.concatenate(groups), moments, sizes=sizes, resamples=DRAWS)
-        )
-    return found
 
 
-def _diversity(own: Cells, space: Extractor) -> Interval | None:
+def _diversity(own: Cells, space: Extractor) -> Interval:
     name = f"diversity@{space.name}"
     if len(own) == 1 and own[0][name].size > 1:
         held = own[0][name]
@@ -152,9 +146,9 @@ def _values(own: Cells, name: str) -> Array:
     return np.array([cell[name].flat[0] if first else cell[name].mean() for cell in own])
 
 
-def _json(found: Interval | None) -> Json | None:
-    return None if found is None or not math.isfinite(found.value) else {**interval_json(found)}
+def _json(number: Interval | None) -> Json | None:
+    return None if number is None or not math.isfinite(number.value) else {**interval_json(number)}
 
 
-def _mean(values: Any) -> float | None:
-    return None if values is None else float(values.mean())
+def _mean(cell: Arrays, name: str) -> float | None:
+    return float(cell[name].mean()) if name in cell else None

@@ -17,17 +17,20 @@ from headstart.study.digits import (
     NONE,
     Cell,
     branch,
-    cell,
+    cells,
     entries,
     interval,
     look_up,
-    places,
     plain,
 )
 from headstart.study.figures import Figure
 from headstart.study.paper import PAPER, PLANS, comparable, quoted, recovered
 from headstart.study.table import (
     BEST,
+    Block,
+    Line,
+    Measure,
+    Report,
     best_cases,
     blocks,
     cost_groups,
@@ -41,22 +44,11 @@ from headstart.study.table import (
     subject_of,
 )
 
-Report = Mapping[str, Any]
 PictureFiles = Mapping[str, Sequence[Path]]
 PICTURE_PX, ACROSS = 128, 8
 MOST_PICTURES = 4_000_000
 """Letters of all pictures together: the page stays one that can be mailed."""
 FEW_ROWS = 12
-
-
-class Table(NamedTuple):
-    """Numbers of the paper, or beside them. groups: (heading, its number of columns)."""
-
-    title: str
-    first: str
-    heads: tuple[str, ...]
-    lines: tuple[tuple[str, tuple[Cell, ...]], ...]
-    groups: tuple[tuple[str, int], ...] = ()
 
 
 class Sheet(NamedTuple):
@@ -86,7 +78,7 @@ def write_page(
         "costs": cost_groups(report) if part_of(report, "methods") else [],
         "source": PAPER["source"] + ".",
         "beside": beside(report),
-        "figures_told": _in_words(report),
+        "in_words": _in_words(report),
         "more": [_whole(name) for name in ("table 1", "table 2", "table D.1")],
         "controls": controls(report),
         "comparable": comparable(report),
@@ -105,13 +97,13 @@ def write_page(
 
 
 def _contents(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(anchor, heading) of the sections that have something to show."""
     every = {
-        "main": "Main table", "figures": "Figures", "costs": "Equal cost", "paper": "The paper",
-        "sheets": "PictureFiles", "rows": "All cases", "facts": "How it was made",
+        "main": "Main table", "figures": "Figures", "costs": "Equal cost", "source": "The paper",
+        "sheets": "Pictures", "rows": "All cases", "facts": "How it was made",
     }  # fmt: skip
-    anchors = {"sheets": "pictures", "facts": "made"}
-    shown = {key: name for key, name in every.items() if key in ("paper",) or values.get(key)}
-    return [(anchors.get(key, key), name) for key, name in shown.items()]
+    anchors = {"source": "paper", "sheets": "pictures", "facts": "made"}
+    return [(anchors.get(key, key), name) for key, name in every.items() if values[key]]
 
 
 def summary(report: Report) -> list[str]:
@@ -119,70 +111,74 @@ def summary(report: Report) -> list[str]:
     rows, spaces = rows_of(report), spaces_of(report)
     if not spaces:
         return []
-    back = in_space(spaces[0], "recovered", 100.0)
-    hybrid = back(rows.get("hybrid") or {})
-    if hybrid is None:
+    measure = in_space(spaces[0], "recovered")
+    if (hybrid := measure(rows.get("hybrid") or {})) is None:
         return []
-    cost = {name: interval(look_up(rows, name, "passes")) for name in ("hybrid", "base")}
     text = f"The hybrid brings back {_percent(hybrid)} of the diversity that distillation lost"
-    if cost["hybrid"] and cost["base"]:
-        own, base = (found.value for found in cost.values() if found is not None)
-        text += f", at {own:g} network passes an image (base: {base:g})"
-    found = [text + f"; by {plain(spaces[0], 60)}."]
-    methods, costs = part_of(report, "methods"), ("passes", "networks")
-    usual = branch(rows, "distilled")
+    own, base = (interval(look_up(rows, name, "passes")) for name in ("hybrid", "base"))
+    if own and base:
+        text += f", at {own.value:g} network passes an image (base: {base.value:g})"
+    methods, usual = part_of(report, "methods"), branch(rows, "distilled")
     rivals = [
         (value.value, case, value)
         for case in best_cases(report).values()
-        if case in methods and all(rows[case].get(name) == usual.get(name) for name in costs)
-        if (value := back(rows[case])) is not None
+        if case in methods
+        and all(rows[case].get(name) == usual.get(name) for name in ("passes", "networks"))
+        if (value := measure(rows[case])) is not None
     ]
+    sentences = [f"{text}; by {plain(spaces[0], 60)}."]
     if rivals:
         _, case, value = max(rivals)
-        found.append(
+        sentences.append(
             f"Of other methods that cost what the distilled model does, {plain(case, 60)} brings "
             f"back most without being clearly worse by its score: {_percent(value)}."
         )
-    return found
+    return sentences
 
 
-def _percent(found: Interval) -> str:
-    own = cell(found, places([found]))
+def _percent(number: Interval) -> str:
+    (own,) = cells([number])
     return f"{own.value} %" + (f" [{own.ends}]" if own.ends else "")
 
 
-def beside(report: Report) -> Table:
+def beside(report: Report) -> Block:
     """Plans: the paper's columns, then ours that come nearest to them."""
     spaces, rows = spaces_of(report), rows_of(report)
-    near = _named(spaces, "dreamsim")
-    right = _named(spaces, "inception")
-    ours = {
+    near, right = _named(spaces, "dreamsim"), _named(spaces, "inception")
+    shares = [recovered(plan) for plan in PLANS]
+    back = _printed([None if own is None else float(round(100.0 * own)) for own in shares])
+    theirs = {head: _printed([quoted(plan)[head] for plan in PLANS]) for head in quoted(PLANS[0])}
+    first = next(iter(theirs))
+    theirs = {first: theirs[first], "recovered, %": back, **theirs}
+    measures: dict[str, Measure] = {
         "diversity": in_space(near, "diversity"),
-        "recovered, %": in_space(near, "recovered", 100.0),
+        "recovered, %": in_space(near, "recovered"),
         "Frechet": in_space(right, "frechet"),
         "score": of_row("score"),
         "s/image": of_row("seconds"),
     }
-    values = {head: [of(rows.get(plan) or {}) for plan in PLANS] for head, of in ours.items()}
-    kept = {head: own for head, own in values.items() if any(own)}
-    theirs = {
-        column: [quoted(plan)[column] for plan in PLANS] for column in quoted(PLANS[0])
-    }  # fmt: skip
-    back = [recovered(plan) for plan in PLANS]
-    percent = [None if own is None else float(round(100.0 * own)) for own in back]
-    first, *others = theirs
-    columns = {first: theirs[first], "recovered, %": percent, **{k: theirs[k] for k in others}}
-    printed = [_printed(own) for own in columns.values()]
-    printed += [[cell(one, places(own)) for one in own] for own in kept.values()]
-    ours_by = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
-    groups = (("the paper, SDXL and DMD2 (recovered: our division)", len(columns)),)
-    return Table(
-        title="plans",
-        first="plan",
-        heads=(*columns, *kept),
-        lines=tuple((plan, tuple(own[n] for own in printed)) for n, plan in enumerate(PLANS)),
-        groups=(*groups, (ours_by, len(kept))) if kept else groups,
-    )
+    plans = [rows.get(plan) or {} for plan in PLANS]
+    numbers = {head: [own(row) for row in plans] for head, own in measures.items()}
+    ours = {head: cells(own) for head, own in numbers.items() if any(own)}
+    groups = (("the paper, SDXL and DMD2 (recovered: our division)", len(theirs)),)
+    if ours:
+        by = plain(f"ours: by {near}" + f", Frechet by {right}" * (right != near), 120)
+        groups = (*groups, (by, len(ours)))
+    columns = [*theirs.values(), *ours.values()]
+    return _block("plans", "plan", [*theirs, *ours], PLANS, columns)._replace(groups=groups)
+
+
+def _block(
+    title: str,
+    first: str,
+    heads: Sequence[str],
+    names: Sequence[str],
+    columns: Sequence[Sequence[Cell]],
+) -> Block:
+    lines = [
+        Line(name, tuple(column[number] for column in columns)) for number, name in enumerate(names)
+    ]
+    return Block(title, tuple(heads), tuple(lines), first)
 
 
 def _named(spaces: Sequence[str], word: str) -> str:
@@ -197,29 +193,26 @@ def _printed(values: Sequence[float | None]) -> list[Cell]:
     return [Cell(NONE if value is None else f"{value:.{digits}f}") for value in values]
 
 
-def _whole(name: str) -> Table:
+def _whole(name: str) -> Block:
     """A table as the paper prints it."""
     own = PAPER[name]
-    rows = [row for row in own if row not in ("what", "columns")]
-    columns = [_printed([own[row][n] for row in rows]) for n in range(len(own["columns"]))]
-    lines = tuple((row, tuple(column[n] for column in columns)) for n, row in enumerate(rows))
-    return Table(f"its {name}: {own['what']}", "", tuple(own["columns"]), lines)
+    rows = {row: values for row, values in own.items() if row not in ("what", "columns")}
+    columns = [_printed(column) for column in zip(*rows.values(), strict=True)]
+    return _block(f"its {name}: {own['what']}", "", own["columns"], [*rows], columns)
 
 
-def controls(report: Report) -> Table | None:
+def controls(report: Report) -> Block | None:
     """Our adapters at the strength nearest to 1, beside its table 1."""
     adapters: Sequence[Mapping[str, Any]] = entries(report, "control", "adapters")
     plans = list(dict.fromkeys(plan for own in adapters for plan in branch(own, "plans")))
-    lines: list[tuple[str, tuple[Cell, ...]]] = []
+    lines: list[Line] = []
     for own in adapters:
-        found = [_change(own, plan) for plan in plans]
-        if any(found):
-            name = plain(look_up(own, "name") or "", 60)
-            lines.append((name, tuple(cell(one, places(found)) for one in found)))
-    if not lines:
-        return None
+        changes = [_change(own, plan) for plan in plans]
+        if any(changes):
+            lines.append(Line(plain(look_up(own, "name") or "", 60), tuple(cells(changes))))
     title = "ours: change of the score in % at the strength nearest to 1"
-    return Table(title, "adapter", tuple(plain(plan, 40) for plan in plans), tuple(lines))
+    heads = tuple(plain(plan, 40) for plan in plans)
+    return Block(title, heads, tuple(lines), "adapter") if lines else None
 
 
 def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
@@ -235,8 +228,8 @@ def _change(adapter: Mapping[str, Any], plan: str) -> Interval | None:
 def _in_words(report: Report) -> list[tuple[str, str, str]]:
     """Figures 5 and 7 in words, theirs and ours."""
     best = best_cases(report)
-    grids = [f"{plain(best[grid], 40)}" for grid in ("guidance", "k", "n") if grid in best]
-    ours = f"the most diverse that is not clearly worse: {', '.join(grids)}." if grids else ""
+    grids = ", ".join(plain(best[grid], 40) for grid in ("guidance", "k", "n") if grid in best)
+    ours = f"the most diverse that is not clearly worse: {grids}." if grids else ""
     return [
         ("Figure 5", PAPER["figure 5"], matches(report)),
         ("Figure 7", PAPER["figure 7"], ours),
@@ -270,22 +263,23 @@ def _uri(path: Path) -> str | None:
 
 def _facts(report: Report) -> list[tuple[str, str]]:
     """What every number depends on: (name, value)."""
-    found: list[tuple[str, Any]] = [("format", report.get("format"))]
-    pair = branch(report, "pair")
-    found += [("pair", pair.get("preset")), ("lineage", pair.get("lineage"))]
+    pair, seeds = branch(report, "pair"), branch(report, "seeds")
+    facts: dict[str, Any] = {
+        "format": report.get("format"),
+        "pair": pair.get("preset"),
+        "lineage": pair.get("lineage"),
+    }
     for role, own in branch(pair, "weights").items():
-        found.append(
-            (f"weights, {role}", f"{look_up(own, 'file')} · SHA-256 {look_up(own, 'sha256')}")
-        )
-    if seeds := branch(report, "seeds"):
-        ends = f"{seeds.get('first')} to {seeds.get('last')} ({seeds.get('count')})"
-        found.append(("seeds", ends))
+        facts[f"weights, {role}"] = f"{look_up(own, 'file')} · SHA-256 {look_up(own, 'sha256')}"
+    if seeds:
+        facts["seeds"] = f"{seeds.get('first')} to {seeds.get('last')} ({seeds.get('count')})"
     for name in ("size", "dtype", "adapters", "reference", "versions", "machine"):
-        found.append((name, report.get(name)))
-    return [(plain(name, 60), _text(value)) for name, value in found if value not in (None, {}, [])]
+        facts[name] = report.get(name)
+    return [(plain(name, 60), _text(value)) for name, value in facts.items()
+            if value not in (None, {}, [])]  # fmt: skip
 
 
 def _text(value: Any) -> str:
-    if parts := branch({"it": value}, "it"):
+    if parts := branch(value):
         return plain(" · ".join(f"{name}: {_text(own)}" for name, own in parts.items()), 4000)
     return plain(value if isinstance(value, str) else json.dumps(value, default=str), 4000)

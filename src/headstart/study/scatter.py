@@ -7,22 +7,23 @@ one network in memory, a square two.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
 from headstart.study.canvas import GREY, Canvas, Mark, canvas, dot, marks
-from headstart.study.digits import high_of, interval, look_up, low_of, plain, written
+from headstart.study.digits import interval, plain, written
 from headstart.study.labels import Spot, name_spots
 from headstart.study.table import (
+    Measure,
+    Report,
     Row,
     best_cases,
     grid_of,
     in_space,
-    less_than,
     part_of,
     rows_of,
+    score_less_base,
     spaces_of,
 )
 
@@ -41,23 +42,16 @@ class _Dot(NamedTuple):
     full: bool
     label: str
 
-    def spot(self, *, named: bool) -> Spot:
-        bars = (low_of(self.x), high_of(self.x)), (low_of(self.y), high_of(self.y))
-        name = self.label if named else ""
-        at = self.x.value, self.y.value
-        return Spot(*at, self.mark.colour, name, bars, bold=not self.family)
 
-
-def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:
+def draw_methods(report: Report) -> tuple[Canvas, str] | None:
     """A canvas and its caption; None without methods, or without two numbers to compare."""
     spaces, rows = spaces_of(report), rows_of(report)
     if not spaces or not part_of(report, "methods"):
         return None
     best = best_cases(report).values()
     cases = part_of(report, "plans", "methods") | {case: rows[case] for case in best}
-    base = interval(look_up(rows, "base", "score"))
-    rights: dict[str, Callable[[Row], Interval | None]] = {
-        "score less the base's (better is up)": less_than(base),
+    rights: dict[str, Measure] = {
+        "score less the base's (better is up)": score_less_base(report),
         "Frechet distance (better is up)": in_space(spaces[0], "frechet"),
     }
     panels = {label: dots for label, of in rights.items() if (dots := _dots(report, cases, of))}
@@ -66,21 +60,26 @@ def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:
     chosen = {*part_of(report, "plans"), *best}
     on = canvas(1, len(panels), 1.0 + 4.9 * len(panels), 5.4)
     beyond: set[str] = set()
-    named: list[tuple[Any, list[Spot]]] = []
+    spots: list[list[Spot]] = []
     for axis, (label, dots) in zip(on.axes[0], panels.items(), strict=True):
-        few = len(dots) <= MOST_NAMES
-        _draw(on, axis, dots, [own for own in dots if few or own.case in chosen])
-        seen = _frame(axis, dots, chosen)
-        beyond |= {own.case for own in dots if own not in seen}
-        named.append((axis, [own.spot(named=few or own.case in chosen) for own in seen]))
+        named = chosen if len(dots) > MOST_NAMES else {own.case for own in dots}
+        _draw(on, axis, dots, named)
+        inside = _frame(axis, dots, chosen)
+        beyond |= {own.case for own in dots if own not in inside}
+        spots.append(
+            [
+                Spot(own.x, own.y, own.mark.colour, own.label * (own.case in named), not own.family)
+                for own in inside
+            ]
+        )
         axis.set_xlabel(f"recovered diversity by {plain(spaces[0], 40)} (%)")
         axis.set_ylabel(label)
         if label.startswith("Frechet"):
             axis.invert_yaxis()
     _legend(on)
     on.figure.draw_without_rendering()  # the layout is now what it will be
-    for axis, spots in named:
-        name_spots(on.figure, axis, spots)
+    for axis, own in zip(on.axes[0], spots, strict=True):
+        name_spots(on.figure, axis, own)
     return on, (
         "Right and up is better. 0 % is the distilled model, 100 % the base. Full marks cost as "
         "many network passes as the distilled model; a hollow mark's passes are behind its name. "
@@ -89,16 +88,12 @@ def draw_methods(report: Mapping[str, Any]) -> tuple[Canvas, str] | None:
     )
 
 
-def _dots(
-    report: Mapping[str, Any],
-    cases: Mapping[str, Row],
-    right: Callable[[Row], Interval | None],
-) -> list[_Dot]:
-    back = in_space(spaces_of(report)[0], "recovered", 100.0)
-    usual = interval(look_up(rows_of(report), "distilled", "passes"))
+def _dots(report: Report, cases: Mapping[str, Row], right: Measure) -> list[_Dot]:
+    back = in_space(spaces_of(report)[0], "recovered")
+    usual = interval(rows_of(report).get("distilled", {}).get("passes"))
     families = {case: grid_of(case, row) for case, row in cases.items()}
     own = marks(list(dict.fromkeys(family or case for case, family in families.items())))
-    found: list[_Dot] = []
+    dots: list[_Dot] = []
     for case, row in cases.items():
         x, y = back(row) or interval(ENDS.get(case)), right(row)
         if x is None or y is None:
@@ -108,24 +103,25 @@ def _dots(
         label = plain(case, 28) + ("" if full or passes is None else f" ({passes.value:.3g})")
         shape = "s" if row.get("networks") == 2 else "o"
         mark = own[families[case] or case]._replace(marker=shape)
-        found.append(_Dot(case, families[case], x, y, mark, full, label))
-    return found if any(own.family for own in found) else []
+        dots.append(_Dot(case, families[case], x, y, mark, full, label))
+    return dots if any(own.family for own in dots) else []
 
 
-def _draw(on: Canvas, axis: Any, dots: Sequence[_Dot], main: Sequence[_Dot]) -> None:
-    """The main dots with their intervals and lines, the others small and faint."""
+def _draw(on: Canvas, axis: Any, dots: Sequence[_Dot], named: Container[str]) -> None:
+    """Those that are named with their intervals and lines, the others small and faint."""
+    main = [own for own in dots if own.case in named]
     for family in dict.fromkeys(own.family for own in main if own.family):
         line = [own for own in main if own.family == family]
         xs, ys = [own.x.value for own in line], [own.y.value for own in line]
         axis.plot(xs, ys, color=line[0].mark.colour, linewidth=0.9, alpha=0.5, zorder=1.8)
     for own in dots:
-        fill = own.mark.colour if own.full else "white"
         numbers = f"{own.label}: recovered {written(own.x)} %, {written(own.y)}"
-        if own in main:
+        if own.case in named:
+            fill = own.mark.colour if own.full else "white"
             look: dict[str, Any] = {"markerfacecolor": fill, "markersize": 6.0}
             dot(on, axis, own.x, own.y, own.mark, numbers, **look)
         else:
-            x, y = (Interval(one.value, math.nan, math.nan) for one in (own.x, own.y))
+            x, y = Interval(own.x.value), Interval(own.y.value)
             dot(on, axis, x, y, own.mark, numbers, markersize=3.0, alpha=0.4)
 
 
@@ -139,13 +135,11 @@ def _frame(axis: Any, dots: Sequence[_Dot], chosen: Container[str]) -> list[_Dot
     low, high = _room([own.y for own in inside])
     axis.set_xlim(left, right)
     axis.set_ylim(low, high)
-    return [
-        own for own in dots if left < own.x.value < right and low < own.y.value < high
-    ]  # fmt: skip
+    return [own for own in dots if left < own.x.value < right and low < own.y.value < high]
 
 
-def _room(found: Sequence[Interval]) -> tuple[float, float]:
-    low, high = min(map(low_of, found)), max(map(high_of, found))
+def _room(numbers: Sequence[Interval]) -> tuple[float, float]:
+    low, high = min(own.span[0] for own in numbers), max(own.span[1] for own in numbers)
     room = 0.12 * (high - low) or 0.5
     return low - room, high + room
 

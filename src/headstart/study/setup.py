@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,24 +77,25 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
     )
     cases, left_out = _checked(lab, _cases(engine, request), request.grids)
     experiments, more = experiments_of(lab, cases, request.parts, request.controls)
+
+    def lab_of(case: Case) -> Lab:
+        return lab
+
     study = Study(
         cases=cases,
         experiments=experiments,
         prompts=request.prompts,
-        lab_of=partial(_only, lab),
+        lab_of=lab_of,
         references=_references(request.reference, judge),
     )
     return study, (*notes, *left_out, *more)
 
 
-def _only(lab: Lab, case: Case) -> Lab:
-    return lab
-
-
 def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any]:
     """What is written of a study before it begins; see `store.FIXED`."""
-    weights = engine.weights
-    seeds = request.seeds
+    weights, seeds = engine.weights, request.seeds
+    attached = engine.adapters.now()
+    strengths = attached.run_strengths(None)
     guidance = weights.embedded_guidance
     loading = {**request.loading, **({} if guidance is None else {"embedded_guidance": guidance})}
     return {
@@ -106,7 +106,7 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
             "weights": record.weigh(weights.files),
         },
         "weights": digests_of(engine),
-        "adapters": {name: dict(own) for name, own in _adapters(engine).items()},
+        "adapters": {name: dict(own) for name, own in attached.describe(strengths).items()},
         "prompts": list(request.prompts),
         "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
         "numbers": [str(seed) for seed in seeds],
@@ -134,11 +134,6 @@ def digests_of(engine: Engine) -> dict[str, str]:
     return {role: str(own["sha256"]) for role, own in files.items()}
 
 
-def _adapters(engine: Engine) -> Mapping[str, Mapping[str, Any]]:
-    attached = engine.adapters.now()
-    return attached.describe(attached.run_strengths(None))
-
-
 def _cases(engine: Engine, request: Request) -> dict[str, Case]:
     pair = named_pair("distilled", request.settings, engine.weights.preset)
     steps = len(engine.compile("distilled", **request.settings))
@@ -157,7 +152,7 @@ def _checked(
     Of the usual values some make no plan on some pairs, such as the second of one step; a value
     that the user gives must.
     """
-    found: dict[str, Case] = {}
+    good: dict[str, Case] = {}
     why: dict[str, list[str]] = {}
     for name, case in cases.items():
         try:
@@ -169,26 +164,20 @@ def _checked(
             reason = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
             why.setdefault(reason.partition("): ")[2] or reason, []).append(name)
         else:
-            found[name] = case
-    return found, tuple(f"left out: {', '.join(own)}: {reason}" for reason, own in why.items())
+            good[name] = case
+    return good, tuple(f"left out: {', '.join(own)}: {reason}" for reason, own in why.items())
 
 
 def _pictures(reference: str | None) -> Rgb | None:
     """The reference pictures at 64 x 64 px; moments alone have none."""
     if reference in (None, BUNDLED):
         return None
-    parts = [small(rgb) for rgb in load_rgb(read_pictures(Path(reference)))]
-    return np.concatenate(parts)
+    return np.concatenate([small(rgb) for rgb in load_rgb(read_pictures(Path(reference)))])
 
 
 def _references(reference: str | None, judge: Judge) -> dict[str, Reference]:
     """In every space of the judge that a Gaussian means something in."""
     if reference is None:
         return {}
-    found: dict[str, Reference] = {}
-    for space in judge.spaces:
-        if reference == BUNDLED and space is not judge.spaces[0]:
-            continue
-        if not space.wide:
-            found[space.name] = read_reference(reference, Judge((space,)))
-    return found
+    spaces = judge.spaces[:1] if reference == BUNDLED else judge.spaces
+    return {own.name: read_reference(reference, Judge((own,))) for own in spaces if not own.wide}

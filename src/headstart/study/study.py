@@ -8,9 +8,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
-from headstart.study.cases import Case
+from headstart.study.cases import EXPERIMENTS, Case
 from headstart.study.lab import Lab
 from headstart.study.numbers import by_prompt, rows_of
 from headstart.study.store import FORMAT, Arrays, Place, Store
@@ -38,6 +39,13 @@ class Experiment:
     passes: Callable[[str, int], float]
     measure: Callable[[str, int], Arrays]
     numbers: Callable[[Sequence[Arrays]], Json]
+
+    def read(self, store: Store, place: Place) -> Arrays | None:
+        return store.read(place, self.identity(place.case, place.number))
+
+    def run(self, store: Store, place: Place) -> None:
+        arrays = self.measure(place.case, place.number)
+        store.write(place, self.identity(place.case, place.number), arrays)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +87,14 @@ def jobs_of(study: Study) -> Iterator[Job]:
     """Every cell; those of one prompt beside each other, so that an early report has whole rows."""
     for number in range(len(study.prompts)):
         for case in study.cases.values():
-            yield _case_job(study.lab_of(case), case, number)
+            lab, of = study.lab_of(case), {"case": case, "number": number}
+            read, run = partial(lab.read, **of), partial(lab.measure, **of)
+            yield Job(Place(case.part, case.name, number), lab.passes(case), read, run)
         for own in study.experiments:
             for name in own.cases if number in own.prompts else ():
-                yield _experiment_job(own, name, number)
+                place = Place(own.part, name, number)
+                read, run = partial(own.read, place=place), partial(own.run, place=place)
+                yield Job(place, own.passes(name, number), read, run)
 
 
 def share(study: Study, store: Store) -> list[Job]:
@@ -115,12 +127,12 @@ def missing(study: Study, store: Store) -> list[Job]:
 
 def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
     """Numbers of all cells, and the rows by prompt. Every cell must be there."""
-    every: dict[str, dict[str, list[Arrays]]] = {}
+    every: dict[tuple[str, str], list[Arrays]] = {}
     for job in jobs_of(study):
-        found = job.read(store)
-        assert found is not None, job.place
-        every.setdefault(job.place.part, {}).setdefault(job.place.case, []).append(found)
-    cells = {name: every[case.part][name] for name, case in study.cases.items()}
+        cell = job.read(store)
+        assert cell is not None, job.place
+        every.setdefault((job.place.part, job.place.case), []).append(cell)
+    cells = {name: every[case.part, name] for name, case in study.cases.items()}
     judge = study.lab_of(next(iter(study.cases.values()))).judge
     spaces = judge.spaces
     report: Json = {
@@ -129,31 +141,8 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
         "spaces": [{"name": own.name, "distance": own.distance} for own in spaces],
         "scored_by": judge.scored_by,
         "rows": rows_of(study.cases, cells, spaces, study.references),
-        "curve": None,
-        "control": None,
-        "timeline": None,
+        **dict.fromkeys(EXPERIMENTS),
     }
     for own in study.experiments:
-        report[own.part] = own.numbers(
-            [cell for name in own.cases for cell in every[own.part][name]]
-        )
+        report[own.part] = own.numbers([c for name in own.cases for c in every[own.part, name]])
     return report, by_prompt(study.cases, cells, study.prompts, spaces)
-
-
-def _case_job(lab: Lab, case: Case, number: int) -> Job:
-    return Job(
-        Place(case.part, case.name, number),
-        lab.passes(case),
-        lambda store: lab.read(store, case, number),
-        lambda store: lab.measure(store, case, number),
-    )
-
-
-def _experiment_job(own: Experiment, name: str, number: int) -> Job:
-    place = Place(own.part, name, number)
-    return Job(
-        place,
-        own.passes(name, number),
-        lambda store: store.read(place, own.identity(name, number)),
-        lambda store: store.write(place, own.identity(name, number), own.measure(name, number)),
-    )

@@ -17,20 +17,19 @@ from headstart.study.digits import (
     NONE,
     Cell,
     branch,
-    cell,
+    cells,
     entries,
-    high_of,
     interval,
-    less,
     look_up,
-    low_of,
-    places,
     plain,
-    scaled,
 )
 
+Report = Mapping[str, Any]
 Row = Mapping[str, Any]
-Rows = Mapping[str, Row]
+Measure = Callable[[Row], Interval | None]
+"""One number of a row."""
+COUNTED = ("passes", "networks", "images")
+"""Not measured: printed as they are."""
 CONTROL = "-control"
 """How the name of a case ends that shows what a grid's model is not: it is never the best."""
 WORSE = "clearly worse"
@@ -42,30 +41,25 @@ BEST = (
 
 
 class Line(NamedTuple):
-    """One case: its name, what it is, and why it is here where that needs words."""
+    """One case, or a row of the paper's: why it is here where that needs words, and what it is."""
 
     case: str
-    about: str
     cells: tuple[Cell, ...]
     why: str = ""
+    about: str = ""
 
 
 class Block(NamedTuple):
+    """A table. groups: (heading, the number of columns under it)."""
+
     title: str
     heads: tuple[str, ...]
     lines: tuple[Line, ...]
+    first: str = "case"
+    groups: tuple[tuple[str, int], ...] = ()
 
 
-class Column(NamedTuple):
-    """One number of a row."""
-
-    head: str
-    of: Callable[[Row], Interval | None]
-    exact: bool = False
-    """Counted, not measured: printed as it is."""
-
-
-def subject_of(report: Mapping[str, Any]) -> str:
+def subject_of(report: Report) -> str:
     """How much was drawn, and what it was measured with."""
     count, seeds = len(entries(report, "prompts")), look_up(report, "seeds", "count")
     parts = [
@@ -81,27 +75,26 @@ def subject_of(report: Mapping[str, Any]) -> str:
     return plain(" · ".join(parts), 600)
 
 
-def rows_of(report: Mapping[str, Any]) -> Rows:
-    return {case: own for case, own in branch(report, "rows").items() if branch(own)}
+def rows_of(report: Report) -> dict[str, Row]:
+    return {case: row for case, row in branch(report, "rows").items() if branch(row)}
 
 
-def spaces_of(report: Mapping[str, Any]) -> list[str]:
+def spaces_of(report: Report) -> list[str]:
     """Feature spaces by name, the main one first."""
     return [str(space["name"]) for space in entries(report, "spaces") if look_up(space, "name")]
 
 
-def part_of(report: Mapping[str, Any], *parts: str) -> dict[str, Row]:
+def part_of(report: Report, *parts: str) -> dict[str, Row]:
     return {case: row for case, row in rows_of(report).items() if row.get("part") in parts}
 
 
-def in_space(space: str, name: str, factor: float = 1.0) -> Callable[[Row], Interval | None]:
-    def found(row: Row) -> Interval | None:
-        return scaled(interval(look_up(row, "spaces", space, name)), factor)
+def in_space(space: str, name: str) -> Measure:
+    """A number of one feature space; what was recovered in per cent."""
+    factor = 100.0 if name == "recovered" else 1.0
+    return lambda row: interval(look_up(row, "spaces", space, name), factor)
 
-    return found
 
-
-def of_row(name: str) -> Callable[[Row], Interval | None]:
+def of_row(name: str) -> Measure:
     return lambda row: interval(row.get(name))
 
 
@@ -115,7 +108,7 @@ def grid_of(case: str, row: Row) -> str:
     return f"{plan}+{method}" if plus else method
 
 
-def best_cases(report: Mapping[str, Any]) -> dict[str, str]:
+def best_cases(report: Report) -> dict[str, str]:
     """Grid -> its best case, in the order of the rows."""
     grids: dict[str, list[str]] = {}
     for case, row in rows_of(report).items():
@@ -124,30 +117,29 @@ def best_cases(report: Mapping[str, Any]) -> dict[str, str]:
     return {grid: _best(report, own) for grid, own in grids.items()}
 
 
-def _best(report: Mapping[str, Any], cases: Sequence[str]) -> str:
-    rows, measure, sign = rows_of(report), *_right(report, cases)
-    if kept := [case for case in cases if not is_worse(report, case, cases)]:
-        return min(kept, key=partial(_variety, report))
-    return max(cases, key=lambda case: _value(scaled(measure(rows[case]), sign)))
+def _best(report: Report, cases: Sequence[str]) -> str:
+    measure, sign = _right(report, cases)
+    if good := [case for case in cases if not is_worse(report, case, cases)]:
+        return min(good, key=partial(_variety, report))
+    return max(cases, key=lambda case: _value(report, case, measure, sign))
 
 
-def is_worse(report: Mapping[str, Any], case: str, among: Iterable[str]) -> bool:
+def is_worse(report: Report, case: str, among: Iterable[str]) -> bool:
     """Whether a case is worse than the distilled model: by the score, prompt by prompt, beyond the
     interval of the difference; beyond both intervals where only these are known, or by the Frechet
     distance where none of the cases `among` it has a score."""
     rows = rows_of(report)
     measure, sign = _right(report, among)
     if sign > 0 and (apart := interval(rows[case].get("score_less_distilled"))) is not None:
-        return high_of(apart) < 0
-    own, least = measure(rows[case]), measure(branch(rows, "distilled"))
-    if own is None or least is None:
+        return apart.span[1] < 0
+    own, distilled = measure(rows[case]), measure(branch(rows, "distilled"))
+    if own is None or distilled is None:
         return False
-    return high_of(own) < low_of(least) if sign > 0 else low_of(own) > high_of(least)
+    lower, higher = (own, distilled) if sign > 0 else (distilled, own)
+    return lower.span[1] < higher.span[0]
 
 
-def _right(
-    report: Mapping[str, Any], cases: Iterable[str]
-) -> tuple[Callable[[Row], Interval | None], float]:
+def _right(report: Report, cases: Iterable[str]) -> tuple[Measure, float]:
     """What says how right these cases are, and whether more is better."""
     rows, spaces = rows_of(report), spaces_of(report)
     score = of_row("score")
@@ -156,102 +148,89 @@ def _right(
     return in_space(spaces[0], "frechet"), -1.0
 
 
-def _variety(report: Mapping[str, Any], case: str) -> float:
+def _variety(report: Report, case: str) -> float:
     """Sorts the most diverse first."""
     spaces = spaces_of(report)
-    of = in_space(spaces[0], "diversity") if spaces else of_row("score")
-    return -_value(of(rows_of(report)[case]))
+    measure = in_space(spaces[0], "diversity") if spaces else of_row("score")
+    return -_value(report, case, measure)
 
 
-def _value(found: Interval | None) -> float:
-    return -math.inf if found is None else found.value
+def _value(report: Report, case: str, measure: Measure, sign: float = 1.0) -> float:
+    number = measure(rows_of(report)[case])
+    return -math.inf if number is None else sign * number.value
 
 
-def main_cases(report: Mapping[str, Any]) -> dict[str, str]:
+def main_cases(report: Report) -> dict[str, str]:
     """Case -> why it is in the main table; "" for a plan."""
-    found = dict.fromkeys(part_of(report, "plans"), "")
-    return found | {case: f"best of {grid}" for grid, case in best_cases(report).items()}
+    plans = dict.fromkeys(part_of(report, "plans"), "")
+    return plans | {case: f"best of {grid}" for grid, case in best_cases(report).items()}
 
 
-def blocks(report: Mapping[str, Any], cases: Mapping[str, str], *, counts: bool) -> list[Block]:
+def blocks(report: Report, cases: Mapping[str, str], *, counts: bool) -> list[Block]:
     """The tables of these cases (case -> why): one of the main space, one of each other.
 
     counts  with the number of images of each
     """
-    spaces = spaces_of(report)
-    first = [
-        Column("passes", of_row("passes"), exact=True),
-        Column("networks", of_row("networks"), exact=True),
-        *[Column("images", of_row("images"), exact=True)] * counts,
-        Column("s/image", of_row("seconds")),
-    ]
-    last = [
-        Column("score", of_row("score")),
-        Column("nearest", of_row("nearest")),
-    ]
-    main = _columns(spaces[0]) if spaces else []
-    title = f"diversity by {spaces[0]}" if spaces else "cases"
-    found = [block(report, cases, title, [*first, *main, *last])]
-    found += [
-        block(report, cases, f"diversity by {space}", _columns(space)) for space in spaces[1:]
-    ]
-    return [one for one in found if one.heads]
+    spaces = {f"diversity by {space}": _columns(space) for space in spaces_of(report)}
+    (title, main), *others = (spaces or {"cases": dict[str, Measure]()}).items()
+    first = {head: of_row(head) for head in (COUNTED if counts else COUNTED[:2])}
+    last = {head: of_row(head) for head in ("score", "nearest")}
+    tables = [(title, {**first, "s/image": of_row("seconds"), **main, **last}), *others]
+    drawn = [block(report, cases, title, columns) for title, columns in tables]
+    return [own for own in drawn if own.heads]
 
 
-def _columns(space: str) -> list[Column]:
-    return [
-        Column("diversity", in_space(space, "diversity")),
-        Column("recovered, %", in_space(space, "recovered", 100.0)),
-        Column("Vendi", in_space(space, "vendi")),
-        Column("Frechet", in_space(space, "frechet")),
-    ]
+def _columns(space: str) -> dict[str, Measure]:
+    return {
+        "diversity": in_space(space, "diversity"),
+        "recovered, %": in_space(space, "recovered"),
+        "Vendi": in_space(space, "vendi"),
+        "Frechet": in_space(space, "frechet"),
+    }
 
 
 def block(
-    report: Mapping[str, Any], cases: Mapping[str, str], title: str, columns: Iterable[Column]
+    report: Report, cases: Mapping[str, str], title: str, columns: Mapping[str, Measure]
 ) -> Block:
     """A table of these columns, without those of which no case has a number."""
     rows = [rows_of(report)[case] for case in cases]
-    values = [(column, [column.of(row) for row in rows]) for column in columns]
-    kept = [(column, own) for column, own in values if any(v is not None for v in own)]
-    cells = [[_exact(v) for v in own] if c.exact else _cells(own) for c, own in kept]
+    values = {head: [measure(row) for row in rows] for head, measure in columns.items()}
+    shown = {
+        head: list(map(_exact, own)) if head in COUNTED else cells(own)
+        for head, own in values.items()
+        if any(number is not None for number in own)
+    }
     lines = [
         Line(
             plain(case, 60),
-            plain(row.get("about", "")),
-            tuple(column[number] for column in cells),
+            tuple(column[number] for column in shown.values()),
             plain(why),
+            plain(row.get("about", "")),
         )
         for number, ((case, why), row) in enumerate(zip(cases.items(), rows, strict=True))
     ]
-    return Block(plain(title), tuple(column.head for column, _ in kept), tuple(lines))
-
-
-def _cells(values: Sequence[Interval | None]) -> list[Cell]:
-    write = partial(cell, digits=places(values))
-    return [write(value) for value in values]
+    return Block(plain(title), tuple(shown), tuple(lines))
 
 
 def _exact(value: Interval | None) -> Cell:
     return Cell(NONE if value is None else f"{value.value:.10g}")
 
 
-def cost_groups(report: Mapping[str, Any]) -> list[Block]:
+def cost_groups(report: Report) -> list[Block]:
     """Methods and plans that cost the same stand together: networks in memory, then passes.
 
     Scores are less the base's, so that 0 is as right as the base.
     """
     spaces, rows = spaces_of(report), rows_of(report)
-    cases = {**part_of(report, "plans", "methods")}
+    cases = part_of(report, "plans", "methods")
     cases |= {case: rows[case] for case in best_cases(report).values()}
-    base = interval(look_up(rows, "base", "score"))
-    columns = [
-        *(Column(f"by {space}, %", in_space(space, "recovered", 100.0)) for space in spaces),
-        Column("score - base's", less_than(base)),
-        *(Column("Frechet", in_space(space, "frechet")) for space in spaces[:1]),
-        Column("nearest", of_row("nearest")),
-        Column("s/image", of_row("seconds")),
-    ]  # fmt: skip
+    columns = {
+        **{f"by {space}, %": in_space(space, "recovered") for space in spaces},
+        "score - base's": score_less_base(report),
+        "Frechet": in_space(spaces[0] if spaces else "", "frechet"),
+        "nearest": of_row("nearest"),
+        "s/image": of_row("seconds"),
+    }
     costs: dict[tuple[float, float], dict[str, str]] = {}
     for case in sorted(cases, key=partial(_variety, report)):
         networks, passes = (interval(cases[case].get(name)) for name in ("networks", "passes"))
@@ -266,11 +245,16 @@ def cost_groups(report: Mapping[str, Any]) -> list[Block]:
     ]  # fmt: skip
 
 
-def less_than(base: Interval | None) -> Callable[[Row], Interval | None]:
-    """The score less the base's, prompt by prompt where that is known."""
+def score_less_base(report: Report) -> Measure:
+    """The score less the base's, prompt by prompt where that is known; else with its own interval,
+    not that of the difference."""
+    base = interval(look_up(report, "rows", "base", "score"))
 
     def measure(row: Row) -> Interval | None:
-        return interval(row.get("score_less_base")) or less(interval(row.get("score")), base)
+        apart, score = interval(row.get("score_less_base")), interval(row.get("score"))
+        if apart is not None or base is None or score is None:
+            return apart
+        return Interval(*(number - base.value for number in score))
 
     return measure
 
@@ -280,21 +264,20 @@ def _cost(networks: float, passes: float) -> str:
     return f"{kept} in memory, {passes:g} pass{'es' * (passes != 1)} an image"
 
 
-def table(report: Mapping[str, Any]) -> str:
+def table(report: Report) -> str:
     """The main table for a terminal: one part for each feature space."""
-    found: list[str] = []
-    for own in blocks(report, main_cases(report), counts=False):
-        found += [own.title, *aligned(own), ""]
-    return "\n".join((*found, *legend_of(report)))
+    parts = blocks(report, main_cases(report), counts=False)
+    lines = [line for own in parts for line in (own.title, *aligned(own), "")]
+    return "\n".join((*lines, *legend_of(report)))
 
 
-def legend_of(report: Mapping[str, Any]) -> list[str]:
+def legend_of(report: Report) -> list[str]:
     """What the numbers of the main table are."""
-    found = [f"{intervals_of(report)} Recovered: 0 % is the distilled model, 100 % the base."]
-    return [*found, BEST] if best_cases(report) else found
+    first = f"{intervals_of(report)} Recovered: 0 % is the distilled model, 100 % the base."
+    return [first, BEST] if best_cases(report) else [first]
 
 
-def intervals_of(report: Mapping[str, Any]) -> str:
+def intervals_of(report: Report) -> str:
     """One prompt has no interval over prompts; its diversity has one over its seeds."""
     over = "prompts" if len(entries(report, "prompts")) != 1 else "the seeds of the one prompt"
     return f"In brackets: 95 % intervals over {over}."
@@ -303,11 +286,10 @@ def intervals_of(report: Mapping[str, Any]) -> str:
 def aligned(own: Block) -> list[str]:
     """The lines of a table, its heads first, in columns of letters of one width."""
     names = [line.case + (f" ({line.why})" if line.why else "") for line in own.lines]
-    body = [[str(found) for found in line.cells] for line in own.lines]
-    wide = max(map(len, ("case", *names)))
-    widths = [max(len(head), *(len(row[n]) for row in body)) for n, head in enumerate(own.heads)]
-    lines = [["case", *own.heads], *([name, *row] for name, row in zip(names, body, strict=True))]
+    lines = [[own.first, *own.heads]]
+    lines += [[name, *map(str, line.cells)] for name, line in zip(names, own.lines, strict=True)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  ".join([first.ljust(wide), *(c.rjust(w) for c, w in zip(rest, widths, strict=True))])
-        for first, *rest in lines
+        "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])
+        for name, *numbers in lines
     ]
