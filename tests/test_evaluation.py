@@ -70,12 +70,13 @@ def test_the_numbers_are_those_of_the_metrics_by_prompt(tmp_path: Path) -> None:
     (row,) = evaluate([seen], judge, reference).rows
     groups = seen.split(seen.features)
     assert [len(group) for group in groups] == [4, 4, 4]
-    assert row.diversity is not None and row.vendi is not None and row.frechet is not None
-    assert row.diversity.value == pytest.approx(np.mean([diversity(group) for group in groups]))
-    assert row.vendi.value == pytest.approx(np.mean([vendi(group) for group in groups]))
+    varied, effective = row.variety.diversity, row.variety.vendi
+    assert varied is not None and effective is not None and row.frechet is not None
+    assert varied.value == pytest.approx(np.mean([diversity(group) for group in groups]))
+    assert effective.value == pytest.approx(np.mean([vendi(group) for group in groups]))
     assert reference.features is not None and row.kid is not None and row.neighbours is not None
     assert row.frechet.value == pytest.approx(frechet(seen.features, reference.features), rel=1e-6)
-    assert row.to_json()["mss"] == pytest.approx(1.0 - row.diversity.value, abs=1e-5)
+    assert row.to_json()["mss"] == pytest.approx(1.0 - varied.value, abs=1e-5)
 
 
 def test_only_shared_prompts_and_seeds_are_paired(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_one_image_a_prompt_has_a_frechet_distance_and_no_diversity(tmp_path: Pa
     judge = open_features("colours")
     seen = see(read_gallery(folder), judge)
     (row,) = evaluate([seen], judge, read_reference(str(folder), judge)).rows
-    assert row.diversity is None and row.varied == 0
+    assert row.variety.diversity is None and row.varied == 0
     assert row.frechet is not None and row.frechet.over_prompts is not None
     assert row.frechet.over_seeds is None  # one image a prompt: there are no seeds to draw
     assert row.frechet.over_prompts.high > row.frechet.over_prompts.low

@@ -124,7 +124,7 @@ def _line(row: Row) -> str:
     for found in row.spaces.values():
         line += f"{_value(found.diversity, 3):>11}"
         line += f"{_spread(None if found.diversity is None else found.diversity.best, 3):>16}"
-    line += f"{_value(row.vendi, 2):>8}{_value(row.score, 3):>8}"
+    line += f"{_value(row.variety.vendi, 2):>8}{_value(row.score, 3):>8}"
     if row.frechet is not None:
         digits = 4 if row.frechet.value < 10.0 else 2  # an FID is tens, of short features it is not
         line += f"{row.frechet.value:>10.4g}{_spread(row.frechet.best, digits):>20}"

@@ -84,15 +84,9 @@ class Estimate:
     @property
     def total(self) -> Line:
         """All stages together."""
-        own = self.lines
-        return Line(
-            *("total", 1, 0),
-            Tally(*map(sum, zip(*(line.tally for line in own), strict=True))),
-            sum(line.device_ms for line in own),
-            sum(line.floor_ms for line in own),
-            sum(line.eager_ms for line in own),
-            sum(line.graph_ms for line in own),
-        )
+        tally = Tally(*map(sum, zip(*(line.tally for line in self.lines), strict=True)))
+        times = zip(*(line[4:] for line in self.lines), strict=True)
+        return Line("total", 1, 0, tally, *map(sum, times))
 
     @property
     def eager_ms(self) -> float:
@@ -137,7 +131,12 @@ class Estimate:
         columns += f"{'graph ms':>10}{'share':>7}"
         whole = self.total.device_ms
         lines = [_text(line, whole) for line in (*self.lines, self.total)]
-        return "\n".join([head, "", columns, *lines, "", *self._kinds(), "", *self._summary()])
+        floor = self.total.floor_ms
+        run = (
+            f"a run: {self.graph_ms:.1f} ms as graphs, {self.eager_ms:.1f} ms eager, floor "
+            f"{floor:.1f} ms: {self.graph_ms / floor:.2f} times the floor"
+        )
+        return "\n".join([head, "", columns, *lines, "", *self._kinds(), "", run])
 
     def _kinds(self) -> list[str]:
         """Where one of each stage's passes goes; those that are alike in one line."""
@@ -149,13 +148,6 @@ class Estimate:
             )
             alike.setdefault(", ".join(parts), []).append(f"one {stage}")
         return [f"{', '.join(stages)}: {parts}" for parts, stages in alike.items()]
-
-    def _summary(self) -> list[str]:
-        floor = self.total.floor_ms
-        return [
-            f"a run: {self.graph_ms:.1f} ms as graphs, {self.eager_ms:.1f} ms eager, floor "
-            f"{floor:.1f} ms: {self.graph_ms / floor:.2f} times the floor"
-        ]
 
 
 def estimate(
@@ -272,13 +264,8 @@ def _line_json(line: Line) -> dict[str, Any]:
 
 
 def _tally_json(tally: Tally) -> dict[str, int]:
-    return {
-        "operators": tally.operators,
-        "launches": tally.launches,
-        "flops": tally.flops,
-        "bytes": tally.moved,
-        "least_bytes": tally.least,
-    }
+    names = ("operators", "launches", "flops", "bytes", "least_bytes")
+    return dict(zip(names, tally, strict=True))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -239,13 +239,8 @@ class Tally(NamedTuple):
     @classmethod
     def of(cls, found: Iterable[Operator]) -> Tally:
         every = tuple(found)
-        return cls(
-            len(every),
-            sum(own.launches for own in every),
-            sum(own.flops for own in every),
-            sum(own.moved for own in every),
-            sum(own.least for own in every),
-        )
+        sums = (sum(getattr(own, name) for own in every) for name in cls._fields[1:])
+        return cls(len(every), *sums)
 
 
 def by_kind(found: Iterable[Operator]) -> dict[Kind, Tally]:

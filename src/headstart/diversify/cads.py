@@ -15,14 +15,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from headstart.diversify.method import (
-    Limits,
-    Row,
-    check_values,
-    conditional_half,
-    own_tokens,
-    written,
-)
+from headstart.diversify.method import Limits, Method, Row, conditional_half, own_tokens
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
@@ -34,7 +27,7 @@ CONTEXT, POOLED = 2**31, 2**31 + 1
 
 
 @dataclass(frozen=True, slots=True)
-class Cads:
+class Cads(Method):
     """The prompt's embedding is noise at the start of sampling (t = 1) and whole at its end.
 
     scale      of the noise; the paper's for Stable Diffusion is 0.25, as are the other defaults
@@ -48,7 +41,6 @@ class Cads:
     """
 
     name: ClassVar[str] = "cads"
-    least: ClassVar[int] = 1
     limits: ClassVar[Mapping[str, Limits]] = {
         "scale": Limits(0.0, 10.0, above=True),
         "low": Limits(0.0, 1.0),
@@ -61,11 +53,9 @@ class Cads:
     mix: float = 1.0
 
     def __post_init__(self) -> None:
-        check_values(self)
+        Method.__post_init__(self)
         if not self.low < self.high:
             raise InputError(f"diversify cads: low={self.low:g} is not below high={self.high:g}")
-
-    __str__ = written
 
     def gamma(self, t: float) -> float:
         """How much of the prompt is left at time t in 0 .. 1."""

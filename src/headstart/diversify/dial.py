@@ -9,7 +9,7 @@ from typing import ClassVar
 from headstart.adapters.adapters import DISTILLED_LORA
 from headstart.adapters.snapshot import Snapshot
 from headstart.adapters.strength import Strength
-from headstart.diversify.method import Limits, check_values, written
+from headstart.diversify.method import Limits, Method
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
@@ -17,7 +17,7 @@ MODEL = "distilled"
 
 
 @dataclass(frozen=True, slots=True)
-class Dial:
+class Dial(Method):
     """W = W_base + strength*(W_distilled - W_base) on the distilled model's rows.
 
     strength  0 is the base, 1 the distilled model
@@ -27,18 +27,12 @@ class Dial:
     """
 
     name: ClassVar[str] = "dial"
-    least: ClassVar[int] = 1
     limits: ClassVar[Mapping[str, Limits]] = {
         "strength": Limits(0.0, 2.0),
         "first": Limits(1, whole=True),
     }
     strength: float
     first: float | None = None
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    __str__ = written
 
     def check(self, table: StepTable) -> None:
         if MODEL not in table.models:

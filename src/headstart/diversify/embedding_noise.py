@@ -14,17 +14,16 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Row, check_values, own_tokens, written
+from headstart.diversify.method import Limits, Method, Row, own_tokens
 from headstart.interfaces import Conditioning
 from headstart.noise import noise_on
-from headstart.plan.table import StepTable
 
 VALUE, WHERE = 2**31 + 2, 2**31 + 3
 """Samples that the noise, and where it goes, are drawn as."""
 
 
 @dataclass(frozen=True, slots=True)
-class EmbeddingNoise:
+class EmbeddingNoise(Method):
     """What a seed does to the prompt, the same in every row, and off after the first part of them.
 
     strength  in standard deviations of the prompt's own embedding
@@ -42,7 +41,6 @@ class EmbeddingNoise:
     """
 
     name: ClassVar[str] = "embedding-noise"
-    least: ClassVar[int] = 1
     limits: ClassVar[Mapping[str, Limits]] = {
         "strength": Limits(0.0, 100.0, above=True),
         "share": Limits(0.0, 1.0, above=True),
@@ -51,14 +49,6 @@ class EmbeddingNoise:
     strength: float
     share: float = 0.5
     until: float = 0.2
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    __str__ = written
-
-    def check(self, table: StepTable) -> None:
-        """The first row of any plan is noised."""
 
     def conditioning(self, cond: Conditioning, row: Row) -> Conditioning:
         if row.number / row.total >= self.until:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from headstart.diversify.method import Limits, check_values, written
+from headstart.diversify.method import Limits, Method
 from headstart.errors import InputError
 from headstart.plan.table import Step, StepTable
 
 
 @dataclass(frozen=True, slots=True)
-class Interval:
+class Interval(Method):
     """Rows outside of (low, high] are not guided, and cost one pass in place of two.
 
     low, high  noise levels as the plan prints them. The paper's for SDXL are 0.28 and 5.42; levels
@@ -21,19 +21,16 @@ class Interval:
     """
 
     name: ClassVar[str] = "interval"
-    least: ClassVar[int] = 1
     limits: ClassVar[Mapping[str, Limits]] = {"low": Limits(0.0), "high": Limits(0.0, above=True)}
     low: float
     high: float = math.inf
 
     def __post_init__(self) -> None:
-        check_values(self)
+        Method.__post_init__(self)
         if not self.low < self.high:
             raise InputError(
                 f"diversify interval: low={self.low:g} is not below high={self.high:g}"
             )
-
-    __str__ = written
 
     def check(self, table: StepTable) -> None:
         guided = [step for step in table if step.guidance != 1.0]

@@ -111,12 +111,30 @@ class Method(Protocol):
     """
 
     name: ClassVar[str]
-    least: ClassVar[int]
     limits: ClassVar[Mapping[str, Limits]]
+    least: ClassVar[int] = 1
+
+    def __post_init__(self) -> None:
+        """Raise InputError unless every field is within its limits, or is its default."""
+        for own in fields(self):  # pyright: ignore[reportArgumentType]
+            value, limits = getattr(self, own.name), self.limits[own.name]
+            if value not in limits and (own.default is MISSING or value != own.default):
+                raise InputError(
+                    f"diversify {self.name}: {own.name} is {limits}, got {value!r:.40}"
+                )
+
+    def __str__(self) -> str:
+        """`NAME:VALUE[,key=value...]`, without what is left at its default."""
+        first, *others = fields(self)  # pyright: ignore[reportArgumentType]
+        parts = [f"{self.name}:{_number(getattr(self, first.name))}"]
+        for own in others:
+            value: Any = getattr(self, own.name)
+            if value != own.default:
+                parts.append(f"{own.name}={_number(value)}")
+        return ",".join(parts)
 
     def check(self, table: StepTable, /) -> None:
         """Raise InputError where it would change nothing of this plan, or cannot."""
-        ...
 
 
 @runtime_checkable
@@ -150,25 +168,6 @@ class ChangesOutput(Protocol):
     def output(self, f: Tensor, x_in: Tensor, row: Row, /) -> Tensor:
         """F of B samples, or of 2B in the order (uncond, cond), and what the network saw."""
         ...
-
-
-def check_values(method: Method) -> None:
-    """Raise InputError unless every field is within its limits, or is its default."""
-    for own in fields(method):  # pyright: ignore[reportArgumentType]
-        value, limits = getattr(method, own.name), method.limits[own.name]
-        if value not in limits and (own.default is MISSING or value != own.default):
-            raise InputError(f"diversify {method.name}: {own.name} is {limits}, got {value!r:.40}")
-
-
-def written(self: Method) -> str:
-    """`NAME:VALUE[,key=value...]`, without what is left at its default: `__str__` of a method."""
-    first, *others = fields(self)  # pyright: ignore[reportArgumentType]
-    parts = [f"{self.name}:{_number(getattr(self, first.name))}"]
-    for own in others:
-        value: Any = getattr(self, own.name)
-        if value != own.default:
-            parts.append(f"{own.name}={_number(value)}")
-    return ",".join(parts)
 
 
 def _number(value: float) -> str:

@@ -14,14 +14,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from headstart.diversify.method import Limits, Row, check_values, written
+from headstart.diversify.method import Limits, Method, Row
 from headstart.errors import InputError
 from headstart.noise import has_float64
 from headstart.plan.table import PURE, StepTable
 
 
 @dataclass(frozen=True, slots=True)
-class Particles:
+class Particles(Method):
     """The score s = (x0 - x)/sigma^2 gains strength * grad log potential, and F that over c_out.
 
     strength  the paper's coefficient
@@ -39,11 +39,6 @@ class Particles:
     }
     strength: float
     above: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    __str__ = written
 
     def check(self, table: StepTable) -> None:
         first = table[0].sigma

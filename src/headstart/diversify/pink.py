@@ -10,27 +10,17 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from headstart.diversify.method import Limits, check_values, written
+from headstart.diversify.method import Limits, Method
 from headstart.interfaces import NoiseSource
-from headstart.plan.table import StepTable
 
 
 @dataclass(frozen=True, slots=True)
-class Pink:
+class Pink(Method):
     """The start has more of low frequencies: exponent 1 is pink, 2 Brownian (0 would be white)."""
 
     name: ClassVar[str] = "pink"
-    least: ClassVar[int] = 1
     limits: ClassVar[Mapping[str, Limits]] = {"exponent": Limits(0.0, 4.0, above=True)}
     exponent: float
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    __str__ = written
-
-    def check(self, table: StepTable) -> None:
-        """Every plan has a start."""
 
     def noise(self, noise: NoiseSource) -> NoiseSource:
         return PinkNoise(noise, self.exponent)

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from headstart.diversify.method import Images, Limits, check_values, written
+from headstart.diversify.method import Images, Limits, Method
 from headstart.plan.table import StepTable
 
 
 @dataclass(frozen=True, slots=True)
-class Select:
+class Select(Method):
     """An image costs times - 1 first rows more, and is that of the seed that was chosen for it.
 
     times   candidates for each image: its own seed, and seeds that `seed_of` derives from it. They
@@ -30,14 +30,6 @@ class Select:
     least: ClassVar[int] = 2
     limits: ClassVar[Mapping[str, Limits]] = {"times": Limits(2, 1024, whole=True)}
     times: float
-
-    def __post_init__(self) -> None:
-        check_values(self)
-
-    __str__ = written
-
-    def check(self, table: StepTable) -> None:
-        """Every plan has a first row."""
 
     def extra(self, table: StepTable) -> int:
         """Network passes an image, besides those of the table."""

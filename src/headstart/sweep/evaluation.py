@@ -7,12 +7,11 @@ pair = a - b on the prompts and seeds that both folders have
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from headstart.metrics.fidelity import By, frechet_interval, kid, neighbours_interval
+from headstart.metrics.fidelity import By, Neighbours, frechet_interval, kid, neighbours_interval
 from headstart.metrics.metrics import vendi, word_of
 from headstart.metrics.resample import (
     Interval,
@@ -32,8 +31,6 @@ from headstart.sweep.seen import Reference, Seen
 WIDE = 256
 """Above this many features a Frechet interval takes 50 draws, not 200: one costs 50 ms of
 structure's 482 features, and a second of 1280."""
-
-_T = TypeVar("_T")
 
 
 class Spread(NamedTuple):
@@ -80,9 +77,9 @@ class PromptVariety(NamedTuple):
         similar = None if own is None or self.distance != "cosine" else round(1.0 - own.value, 5)
         return {
             "distance": self.distance,
-            "diversity": None if own is None else own.to_json(),
+            "diversity": _json(own),
             "mss": similar,
-            "vendi": None if self.vendi is None else self.vendi.to_json(),
+            "vendi": _json(self.vendi),
         }
 
 
@@ -103,12 +100,9 @@ class Row:
     neighbours: Mapping[str, Spread] | None = None
 
     @property
-    def diversity(self) -> Spread | None:
-        return next(iter(self.spaces.values())).diversity
-
-    @property
-    def vendi(self) -> Spread | None:
-        return next(iter(self.spaces.values())).vendi
+    def variety(self) -> PromptVariety:
+        """In the main space."""
+        return next(iter(self.spaces.values()))
 
     def to_json(self) -> dict[str, Any]:
         own = self.gallery
@@ -120,14 +114,10 @@ class Row:
             "prompts": len(own.prompts),
             "missing": own.missing,
             "prompts_with_two_images": self.varied,
-            **next(iter(self.spaces.values())).to_json(),
-            "spaces": {name: found.to_json() for name, found in self.spaces.items()},
-            "score": None if self.score is None else self.score.to_json(),
-            "frechet": None if self.frechet is None else self.frechet.to_json(),
-            "kid": None if self.kid is None else self.kid.to_json(),
-            "neighbours": None
-            if self.neighbours is None
-            else {name: spread.to_json() for name, spread in self.neighbours.items()},
+            **self.variety.to_json(),
+            "spaces": {name: variety.to_json() for name, variety in self.spaces.items()},
+            **{name: _json(getattr(self, name)) for name in ("score", "frechet", "kid")},
+            "neighbours": self.neighbours and {n: _json(own) for n, own in self.neighbours.items()},
         }
 
 
@@ -181,16 +171,14 @@ class Evaluation:
         return "FID" if word_of(self.spaces[0]) == "inception" else "Frechet"
 
     def to_json(self) -> dict[str, Any]:
-        reference = None
-        if self.reference is not None:
-            known = self.reference.features
-            images = None if known is None else len(known)
-            reference = {"name": self.reference.name, "images": images}
+        own, images = self.reference, None
+        if own is not None and own.features is not None:
+            images = len(own.features)
         return {
             "features": self.spaces[0],
             "spaces": list(self.spaces),
             "scored_by": self.scored_by,
-            "reference": reference,
+            "reference": None if own is None else {"name": own.name, "images": images},
             "frechet_is": self.frechet,
             "rows": [row.to_json() for row in self.rows],
             "paired": [contrast.to_json() for contrast in self.contrasts],
@@ -261,7 +249,6 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
     groups = [
         [group for group in seen.split(features) if len(group) > 1] for features in seen.spaces
     ]
-    scores = None if seen.scores is None else measure_mean(seen.split(seen.scores))
     row = Row(
         gallery=seen.gallery,
         varied=len(groups[0]),
@@ -269,7 +256,7 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
             space.name: PromptVariety.of(own, space.distance)
             for space, own in zip(judge.spaces, groups, strict=True)
         },
-        score=None if scores is None else Spread.of(scores),
+        score=None if seen.scores is None else Spread.of(measure_mean(seen.split(seen.scores))),
     )
     if reference is None or len(seen.features) < 2:
         return row
@@ -277,45 +264,35 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
 
 
 def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
+    """Over prompts where there are several, over seeds where every prompt has several; or both."""
     found, sizes, known = seen.features, seen.gallery.sizes, reference.features
+    able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
+    ways = [by for by in able if able[by]]
     draws = 50 if found.shape[1] > WIDE else 200
-    row = replace(
-        row,
-        frechet=_both(
-            sizes,
-            lambda by: frechet_interval(
-                found, reference.moments, sizes=sizes, by=by, resamples=draws
-            ),
-        ),
-    )
+    frechet = {
+        by: frechet_interval(found, reference.moments, sizes=sizes, by=by, resamples=draws)
+        for by in ways
+    }
+    row = replace(row, frechet=_spread(frechet))
     if known is None:
         return row
+    row = replace(row, kid=_spread({by: kid(found, known, sizes=sizes, by=by) for by in ways}))
     k = min(5, len(known) - 1, len(found) - 1)
-    near = partial(neighbours_interval, found, known, k=k, sizes=sizes)
-    return replace(
-        row,
-        kid=_both(sizes, lambda by: kid(found, known, sizes=sizes, by=by)),
-        neighbours=_each(_by(sizes, lambda by: near(by=by))) if k > 0 else None,
-    )
+    if k < 1:
+        return row
+    near = {by: neighbours_interval(found, known, k=k, sizes=sizes, by=by) for by in ways}
+    names = Neighbours._fields
+    each = {name: _spread({by: own[name] for by, own in near.items()}) for name in names}
+    return replace(row, neighbours=each)
 
 
-def _by(sizes: Sequence[int], measure: Callable[[By], _T]) -> dict[By, _T]:
-    """Over prompts where there are several, over seeds where every prompt has several; or both."""
-    able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
-    return {by: measure(by) for by in able if able[by]}
+def _spread(intervals: Mapping[By, Interval]) -> Spread:
+    value = next(iter(intervals.values())).value
+    return Spread(value, intervals.get("prompts"), intervals.get("seeds"))
 
 
-def _both(sizes: Sequence[int], measure: Callable[[By], Interval]) -> Spread:
-    return _spread(_by(sizes, measure))
-
-
-def _each(found: Mapping[By, Mapping[str, Interval]]) -> dict[str, Spread]:
-    names = next(iter(found.values()))
-    return {name: _spread({by: own[name] for by, own in found.items()}) for name in names}
-
-
-def _spread(found: Mapping[By, Interval]) -> Spread:
-    return Spread(next(iter(found.values())).value, found.get("prompts"), found.get("seeds"))
+def _json(own: Spread | None) -> dict[str, Any] | None:
+    return None if own is None else own.to_json()
 
 
 def _ends(interval: Interval | None) -> list[float] | None:
