@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import headstart as hs
 from headstart.interfaces import Conditioning
+from headstart.networks import packed
 from headstart.networks.casting import HALVES, compute_dtype, keep_stored
 from headstart.networks.load import load_text, load_unet, load_vae, widened_bytes
 from headstart.networks.unet import UNet
@@ -149,6 +150,31 @@ def test_in_short_memory_bfloat16_comes_first_where_the_processor_has_it(
     assert weights.dtype == (torch.bfloat16 if able else torch.float32)
     assert any("computing in bfloat16" in note for note in weights.notes) == able
     assert any("stay in half precision" in note for note in weights.notes) != able
+
+
+@pytest.mark.parametrize(
+    ("able", "cost", "noted"), [(True, 0.5, True), (True, 1.6, False), (False, 0.5, False)]
+)
+def test_bfloat16_is_recommended_where_its_products_are_measured_to_be_faster(
+    able: bool, cost: float, noted: bool, make_ckpt: Maker, small_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    for module in ("networks.packed", "engine.dtypes"):
+        monkeypatch.setattr(f"headstart.{module}.computes_bfloat16", lambda: able)
+    monkeypatch.setattr("headstart.engine.dtypes.bfloat16_cost", lambda: cost)
+    monkeypatch.setattr("headstart.engine.dtypes._LARGE", 0)
+    weights = engines(make_ckpt, small_tokenizer).weights
+    assert weights.dtype == torch.float32
+    line = "multiplies in bfloat16 in 0.50 of the time of float32"
+    assert any(line in note and "--dtype bfloat16" in note for note in weights.notes) == noted
+    chosen = engines(make_ckpt, small_tokenizer, dtype="float32").weights
+    assert not any("multiplies in" in note for note in chosen.notes)
+
+
+@pytest.mark.skipif(packed.unpackable(torch.bfloat16) is not None, reason="no bfloat16 products")
+def test_what_a_bfloat16_product_costs_is_measured_once() -> None:
+    assert 0.02 < packed.bfloat16_cost() < 50
+    assert packed.bfloat16_cost() == packed.bfloat16_cost()
 
 
 def test_stored_can_be_asked_for_and_threads_do_not_share_a_buffer(

@@ -19,7 +19,7 @@ from headstart.memory.budget import SAFE_SHARE
 from headstart.memory.planning import Source, Sources
 from headstart.networks.assembly import Dtype, Packed, too_small
 from headstart.networks.load import rounds, widened_bytes
-from headstart.networks.packed import computes_bfloat16, unpackable
+from headstart.networks.packed import bfloat16_cost, computes_bfloat16, unpackable
 from headstart.networks.packed_size import packed_bytes
 
 DTYPES: dict[str, Dtype] = {
@@ -31,6 +31,8 @@ DTYPES: dict[str, Dtype] = {
 }
 _LARGE = 10**9
 """Bytes of a pair in float32 above which the note recommends bfloat16; the bundled pair has 2e7."""
+_GAINS = 0.8
+"""Time of products by float32's up to which the note recommends bfloat16."""
 _NEAR = "pictures are near float32's (48 dB in the median of 80 of the bundled pair, 33 at worst)"
 
 
@@ -98,11 +100,13 @@ def _packed(
 
 
 def _recommendation(dtype: torch.dtype | None, need: int) -> str | None:
-    """A line about bfloat16, where the caller chose no dtype and the processor multiplies it."""
+    """A line about bfloat16, where the caller chose no dtype and the processor gains by it."""
     if dtype is not None or need < _LARGE or not computes_bfloat16():
         return None
+    if unpackable(torch.bfloat16) is not None or (cost := bfloat16_cost()) > _GAINS:
+        return None
     return (
-        "this processor computes a UNet in bfloat16 in about 0.7 of the time of float32; "
+        f"this processor multiplies in bfloat16 in {cost:.2f} of the time of float32; "
         f"{_NEAR}: dtype='bfloat16' (--dtype bfloat16) takes it, 'float32' leaves it"
     )
 

@@ -63,9 +63,9 @@ def load_unet(
 
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU. There float16
     is 100 times slower (a convolution of 320 channels at 64x64: 9.5 s and 0.1), and bfloat16 takes
-    a third to a half of float32's time on processors that have its products (AVX512-BF16, AMX) and
-    is slower on others. "stored" keeps the weights on the CPU as the
-    file has them, mapped and not copied, and computes in float32, layer by layer
+    a third to a half of float32's time on some processors that have its products (AVX512-BF16,
+    AMX; `packed.bfloat16_cost` measures it) and is slower on others. "stored" keeps the weights on
+    the CPU as the file has them, mapped and not copied, and computes in float32, layer by layer
     (`networks.casting`); on an accelerator it is None. Weights of eight bits and fewer (float8,
     int8 with scales, GGUF) are kept as float16 by "stored", and by None on an accelerator: that
     holds float8 exactly, and rounds products with a scale.
