@@ -49,6 +49,7 @@ def test_timesteps_levels_and_rule_may_be_given_in_a_pairs_place() -> None:
         ({"sigmas": [3.0, 0.0]}, "leave out the final 0"),
         ({"update": "heun"}, "unknown update 'heun'"),
         ({"preset": "sdxl"}, "unknown preset 'sdxl': `headstart presets` lists"),
+        ({"preset": "lightnin"}, "unknown preset 'lightnin': did you mean 'lightning' or "),
     ],
 )
 def test_a_grid_without_meaning_is_refused(settings: Any, message: str) -> None:

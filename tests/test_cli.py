@@ -330,6 +330,30 @@ def test_a_full_disk_behind_stdout_is_one_error() -> None:
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("typed", ["--help", "study --help-all", "--version"])
+def test_help_that_cannot_be_written_is_one_error(typed: str) -> None:
+    with open("/dev/full", "w") as full:
+        process = _start(*typed.split(), stdout=full)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert error.startswith("headstart: error: ") and error.count("\n") == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("where", ["2>/dev/full", "2>&-"])
+def test_a_warning_that_cannot_be_written_ends_nothing(where: str) -> None:
+    for typed, status in (("plan --preset lightning --steps 5", 0), ("plan --plan none", 2)):
+        done = subprocess.run(
+            ["sh", "-c", f"{sys.executable} -m headstart {typed} {where}"],
+            capture_output=True,
+            env=_environment(),
+            text=True,
+        )
+        assert done.returncode == status
+        assert done.stdout.startswith("step ") if status == 0 else done.stdout == ""
+
+
 def test_overwriting_a_longer_run_leaves_nothing_of_it(tmp_path: Path) -> None:
     out = tmp_path / "run"
     (tmp_path / "run").mkdir()

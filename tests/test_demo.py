@@ -39,6 +39,7 @@ def test_what_it_was_trained_on_is_no_oddity(prompt: str) -> None:
     ("prompt", "message"),
     [
         ("a dragon", "no word for 'dragon'"),
+        ("snow", "no word for 'snow': `headstart demo`"),  # and not near "sunflower"
         ("a pengiun", "did you mean penguin?"),
         ("a fox in gren", "did you mean green?"),
         ("🦊", "no word for '🦊'"),
@@ -57,6 +58,8 @@ def test_sizes_and_strengths_that_it_was_not_made_for_are_named() -> None:
     assert "draws 64x64 pixels: at 512x512" in line
     (line,) = odd_in(["a fox"], None, ["yellow:1000"])
     assert "--lora yellow:1000: trained from -2 to 2" in line
+    for wrong in ("0", "60", "64x4"):  # which is an error
+        assert odd_in(["a fox"], wrong, []) == []
 
 
 def test_sample_warns_before_it_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

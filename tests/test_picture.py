@@ -87,6 +87,27 @@ def test_parameters_name_what_others_call_so() -> None:
     assert read_parameters(parameters(methods))["Diversify"] == "cads:0.1, pink:1"
 
 
+def test_adapters_stand_in_the_prompt_as_others_write_them() -> None:
+    """Those that it names itself, or that do nothing, do not; the record is as it was."""
+    strengths: dict[str, dict[str, Any]] = {
+        "ink": {"value": 0.8},
+        "two.parts": {"value": 1.5, "text": 0.5, "models": ["base"]},
+        "off": {"value": 0.0},
+        "each": {"value": [0.25, -2.0, 0.0]},
+        "rows": {"value": [[0.0, 1.0, 0.0], [0.0, -3.0, 0.0]]},
+        "distilled-lora": {"value": 1.0, "models": ["distilled"]},
+    }
+    own = {name: {"to": ["base"], "allow": [], "strength": s} for name, s in strengths.items()}
+    run = replace(RUN, adapters=own, prompts=("a fox", "a <lora:ink:0.3> fox", "an owl"))
+    found = [read_parameters(parameters(picture_record(run, n)))["prompt"] for n in range(3)]
+    assert found == [
+        "a fox <lora:ink:0.8> <lora:two.parts:0.5:1.5> <lora:each:0.25>",
+        "a <lora:ink:0.3> fox <lora:two.parts:0.5:1.5> <lora:each:-2> <lora:rows:-3>",
+        "an owl <lora:ink:0.8> <lora:two.parts:0.5:1.5>",
+    ]
+    assert picture_record(run, 0).prompts == ("a fox",)
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [
@@ -295,3 +316,16 @@ def test_a_sheet_has_a_row_for_each_prompt_also_where_seeds_differ(
     )
     sizes = {Image.open(io.BytesIO(own._repr_png_())).size for own in (run, pairs, one_short)}
     assert len(sizes) == 1
+
+
+def test_calls_that_are_not_meant_say_what_is(
+    run: hs.Trajectory, engine: hs.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(hs.InputError, match=r'path is empty: give a folder or NAME.png; "." is'):
+        run.save("")
+    with pytest.raises(hs.InputError, match=r"replay\(record, engine\): .* got Engine"):
+        hs.replay(engine, "x.png")  # type: ignore[arg-type]
+    assert not [*tmp_path.iterdir()]
+    assert repr(run).startswith("Trajectory(6 images ")
+    assert repr(replace(run, seeds=(5,))).startswith("Trajectory(1 image ")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from test_readme_commands import bare, whole
 
+import headstart_weights
 from headstart.cli import main
 from headstart.engine.engine import Engine
 
@@ -61,6 +62,20 @@ def test_files_in_each_others_place_are_an_error_or_with_a_preset_a_warning(
         assert "warning: the base is taken for Lightning" in shown and "swapped?" in shown
     shown = typed("--base", LIGHTNING, "--distilled", TURBO)
     assert "warning: the base is taken for Lightning, a distilled model too" in shown
+
+
+def test_bundled_files_in_each_others_place_are_a_warning(typed: Callable[..., str]) -> None:
+    """Their names say nothing of a distillation, and their metadata does."""
+    base, distilled, other = (
+        str(headstart_weights.path(role)) for role in ("base", "distilled", "distilled_unguided")
+    )
+    shown = typed("--base", distilled, "--distilled", base)
+    assert "warning: the base is taken for a model distilled at timesteps 999,749,499" in shown
+    assert "swapped?" in shown
+    shown = typed("--base", distilled, "--distilled", other)
+    assert "warning: the base is taken for" in shown and "not distilled, so give that" in shown
+    for right in (distilled, base):
+        assert "warning" not in typed("--base", base, "--distilled", right)
 
 
 def test_a_model_that_is_missing_is_named_with_its_option(typed: Callable[..., str]) -> None:

@@ -59,7 +59,7 @@ def test_prompts_and_seeds_pair_up(
 @pytest.mark.parametrize(
     ("prompts", "seeds", "message"),
     [
-        (["a", "b"], [1, 2, 3], "2 prompts and 3 seeds"),
+        (["a", "b"], [1, 2, 3], r"2 prompts and 3 seeds: .* seeds = zip\(\*itertools.product"),
         ([], 0, "0 prompts"),
         ("a", [], "0 seeds"),
         ("a", [4, 4], "seed 4 is given twice"),

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import headstart_weights
 from headstart.cli import main
 from headstart.commands.sample import _combined, _say_words
+from headstart.commands.session import _compile_c, _say_without_c
 
 NONE = {"negative": None, "crop": None}
 
@@ -106,3 +110,77 @@ def test_a_picture_names_files_and_the_record_beside_it_says_where_they_are(
 def test_pairs_of_unequal_numbers_name_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["sample", "a fox", "an owl", "--seeds", "0-2", "--pair", "--out", "pairs"]) == 2
     assert "without --pair every prompt is drawn with every seed" in capsys.readouterr().err
+
+
+def test_one_file_as_both_models_is_one_warning_of_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, link = str(headstart_weights.path("base")), tmp_path / "link.safetensors"
+    link.symlink_to(base)
+    typed = ["sample", "a fox", "--base", base, "--plan", "distilled", "--out", str(tmp_path / "a")]
+    assert main([*typed, "--distilled", str(link)]) == 0
+    shown = capsys.readouterr().err
+    assert shown.count("headstart: warning: ") == shown.count("are one file") == 1
+    assert main([*typed, "--distilled", str(headstart_weights.path("distilled"))]) == 2
+    assert "are one file" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["sample", "compare", "sweep", "study"])
+def test_an_output_without_a_name_is_no_folder(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [] if command == "study" else ["a fox"]
+    with pytest.raises(SystemExit) as end:
+        main([command, *words, "--out", ""])
+    assert end.value.code == 2
+    assert "--out: it is empty: give a name, or . for this folder" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_the_folder_of_a_sweep_is_none_for_samples(
+    overwrite: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "p.csv").write_text("case_number,prompt,evaluation_seed\n7,a fox,7\n")
+    out = str(tmp_path / "sweep")
+    assert main(["sweep", str(tmp_path / "p.csv"), "--plan", "distilled", "--out", out]) == 0
+    assert "1 image written" in capsys.readouterr().out
+    before = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
+    assert main(["sample", "a fox", "--plan", "distilled", "--out", out, *overwrite]) == 2
+    assert "is the folder of a sweep, which sweep.json says" in capsys.readouterr().err
+    after = {path.name: path.read_bytes() for path in Path(out).iterdir() if path.is_file()}
+    assert before == after
+
+
+def test_a_folder_replays_and_a_contact_sheet_says_what_does(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["sample", "a fox", "--plan", "distilled", "--grid", "--out", str(out)]) == 0
+    assert main(["replay", str(out)]) == 0
+    assert "equal: 1 image, to the bit" in capsys.readouterr().out
+    assert main(["replay", str(out / "grid.png")]) == 2
+    shown = capsys.readouterr().err
+    assert "it shows all images of a run: replay one of them, or the record.json" in shown
+    assert main(["replay", str(tmp_path)]) == 2
+    assert "record.json': No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_c_kernels_that_are_not_used_are_said_once_a_process(
+    device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("headstart_kernels.native.library.why_not", lambda: "there is no cc")
+    engine: Any = SimpleNamespace(device=torch.device(device))
+    for switch, said in (("0", False), ("1", device == "cpu"), ("1", False)):
+        monkeypatch.setenv("HEADSTART_NATIVE", switch)
+        if switch == "1" and said:
+            _say_without_c.cache_clear()
+        _compile_c(engine)
+        shown = capsys.readouterr()
+        assert shown.out == ""
+        assert ("steps take longer without the C kernels: there is no cc" in shown.err) == said

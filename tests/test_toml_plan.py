@@ -170,7 +170,7 @@ def test_presets_lists_levels_and_cards(
     assert (first["handoff"], first["steps"]) == (pytest.approx(5.0), [8])
     assert second["handoff"] is None
     assert main(["presets", "none"]) == 2
-    assert "no preset 'none'" in capsys.readouterr().err
+    assert "unknown preset 'none'" in capsys.readouterr().err
 
 
 def test_a_plan_shows_the_level_that_sdxl_would_have(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,7 @@ Progress, warnings and errors go to stderr, errors as one message `headstart: er
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -19,10 +20,11 @@ from headstart.commands.console import (
     Terminated,
     alone,
     any_encoding,
-    drop_output,
     ended_by_sigterm,
     fail,
+    given_up_output,
     plain_warnings,
+    tell,
 )
 from headstart.commands.parser import Command, Parser
 from headstart.errors import CheckpointError, HeadstartError
@@ -75,7 +77,7 @@ def run() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     any_encoding()
-    with ended_by_sigterm():
+    with ended_by_sigterm(), given_up_output():
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         except KeyboardInterrupt as stop:
@@ -84,28 +86,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             exec("")
             terminated = isinstance(stop, Terminated)
             words = ["terminated" if terminated else "interrupted", *getattr(stop, "__notes__", ())]
-            print(f"headstart: {': '.join(words)}", file=sys.stderr)
+            tell(f"headstart: {': '.join(words)}")
             return 143 if terminated else 130
 
 
 def _run(typed: Sequence[str]) -> int:
     parser = build_parser([name for name in typed[:1] if name in NAMES] or NAMES)
-    try:
-        args, extra = parser.parse_known_args(typed)
-        if extra:
-            parser.refuse(args.command, extra)
-    except BrokenPipeError:  # of a completion script
-        drop_output()
-        return 141
+    args = argparse.Namespace(debug=False)
     with plain_warnings():
         try:
+            args, extra = parser.parse_known_args(typed)
+            if extra:
+                parser.refuse(args.command, extra)
             status = args.run(args)
             # A full disk behind `> file` is an error of ours, not of the exit; print() takes a
             # stdout that is none, as after `>&-`.
             print(end="", flush=True)
             return status
         except BrokenPipeError:  # the reader of our stdout went away, as in `headstart plan | head`
-            drop_output()
             return 141
         except HeadstartError as error:
             if args.debug:
@@ -116,5 +114,4 @@ def _run(typed: Sequence[str]) -> int:
             if args.debug:
                 raise
             message = str(error).strip() or type(error).__name__
-            drop_output()
             return fail(f"{message.splitlines()[0]} (--debug shows where)")

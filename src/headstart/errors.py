@@ -1,6 +1,11 @@
 """The one error family; every message says what was expected, what came, and what to do."""
 
 
+def counted(count: int, noun: str) -> str:
+    """`1 image`, `2 images`."""
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 class HeadstartError(Exception):
     """Root of every error this package raises on purpose."""
 

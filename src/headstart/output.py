@@ -17,6 +17,9 @@ from headstart.errors import InputError
 PNG, RECORD, GRID = ".png", "record.json", "grid.png"
 """What a run's folder holds: NNNNNN.png for each image, its record, and all images on one sheet."""
 
+_OTHERS = {"sweep.json": "a sweep", "study.json": "a study"}
+"""What a folder has that other commands write into, again and again."""
+
 _OTHER_IMAGES = frozenset((".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
 """Endings by which a file is meant, of formats that a run is not written in."""
 
@@ -39,6 +42,11 @@ def check_run(
         raise InputError(f"output {str(path)!r} is a folder: give one with another name, or a file")
     if suffix != PNG:
         check_folder(path, size_bytes=size_bytes)
+        if others := [name for name in _OTHERS if (path / name).exists()]:
+            raise InputError(
+                f"{str(path)!r} is the folder of {_OTHERS[others[0]]}, which {others[0]} says: "
+                "choose another --out"
+            )
         there = [name for name in (RECORD, numbered(0)) if (path / name).exists()]
         if there and not overwrite:
             raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from headstart.commands.parser import Expert, Parser
-from headstart.commands.values import batch, count, offset
+from headstart.commands.values import batch, count, offset, output
 from headstart.networks.prompt_style import EXCLAMATIONS, PROMPT_STYLES
 
 RUNNERS = ("auto", "eager", "compiled", "graph", "replay", "trajectory")
@@ -174,7 +174,7 @@ def add_out(
     """The file that a command writes."""
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output,
         default=None if default is None else Path(default),
         metavar="FILE",
         help=f"{about}; default: {default or 'none'}",

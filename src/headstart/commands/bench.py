@@ -21,6 +21,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, listed, read_size, worded
+from headstart.commands.width import show
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings
 from headstart.plan.request import pair_up, parse_seeds
@@ -99,7 +100,10 @@ def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
     document = json.dumps(facts, indent=None if args.out is None else 1)
     if args.out is not None:
         write_file(args.out, (document + "\n").encode())
-    print(document if args.json else text)
+    if args.json:
+        print(document)
+    else:
+        show(text)
 
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:

@@ -19,7 +19,8 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, worded
-from headstart.errors import InputError
+from headstart.commands.width import show
+from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.request import pair_up, parse_seeds
@@ -92,8 +93,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found.to_json(str(args.out))))
     else:
-        counted = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
-        print(f"{prompt!r}, {counted}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
+        title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
+        show(f"{title}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
     return 0
 
 

@@ -10,7 +10,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from io import TextIOWrapper
 from typing import NoReturn, final
@@ -85,7 +85,13 @@ _PLAIN = {"·": "-", "…": "...", "→": "->", "“": '"', "”": '"', "×": "x
 
 
 def any_encoding() -> None:
-    """Let stdout and stderr write what their encoding lacks in signs that every one has."""
+    """Let stdout and stderr write what their encoding lacks in signs that every one has.
+
+    A stderr that was closed is open again, to nowhere: else a file would get its number, and what
+    libraries say there.
+    """
+    if sys.stderr is None:  # pyright: ignore[reportUnnecessaryComparison]
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     codecs.register_error("headstart", _plainly)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -137,15 +143,28 @@ def _once(what: str, message: str) -> None:
         if message in printed:
             return
         printed.add(message)
-    print(f"headstart: {what}: {in_options(message)}", file=sys.stderr)
+    tell(f"headstart: {what}: {in_options(message)}")
 
 
-def drop_output() -> None:
-    """What stdout still holds cannot be written; without this the interpreter tries at its exit."""
+def tell(line: str) -> None:
+    """Print it on stderr; where that is full, the results go on without it."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def given_up_output() -> Generator[None]:
+    """After it nothing is held that cannot be written to stdout or stderr: the interpreter would
+    try again at its exit, and exit 120."""
     try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
+                    stream.flush()
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def fail(message: str, status: int = 2) -> int:
@@ -153,7 +172,7 @@ def fail(message: str, status: int = 2) -> int:
     lines = [_cut(line) for line in in_options(message).splitlines()] or [""]
     if len(lines) > MOST_LINES:
         lines[MOST_LINES - 1 :] = [f"... {len(lines) - MOST_LINES + 1} lines more (--debug)"]
-    print("headstart: error: " + "\n".join(lines), file=sys.stderr)
+    tell("headstart: error: " + "\n".join(lines))
     return status
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
+from headstart.commands.values import output
 
 if TYPE_CHECKING:
     from headstart.convert.convert import Conversion
@@ -20,7 +21,7 @@ LISTED = 8
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a file, or a model's folder")
-    parser.add_argument("target", type=Path, metavar="OUT", help="a new .safetensors file")
+    parser.add_argument("target", type=output, metavar="OUT", help="a new .safetensors file")
     parser.add_argument(
         "--layout",
         default="same",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import shutil
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -15,12 +14,15 @@ from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import every
 from headstart.commands.parser import Command
 from headstart.commands.values import read_size
+from headstart.commands.width import terminal_width
 from headstart.errors import CheckpointError
 
 SIDE = 64
 """Pixels. At 96 it draws parts of several things (looked at, not measured)."""
 MOST_STRENGTH = 10.0
 """Of the slider, which was trained from -2 to 2; at 8 a fox is a fox, at 1000 it is noise."""
+_NEAR = 0.75
+"""Of two words, twice the letters that they share over all: of "snow" and "sunflower" 0.62."""
 _SMALL = frozenset(["a", "an", "and", "the", "on", "in", "with", "of", "style", "background"])
 _LEVEL = re.compile(r"<[^<>]*>|\bbelow\s+sigma\s+\S+|\bat\s+the\s+hand-?off\b", re.IGNORECASE)
 _WORD = re.compile(r"[^\W\d_]+|[^\s\w!-~→]")
@@ -31,7 +33,7 @@ def odd_in(prompts: Sequence[str], size: str | None, loras: Sequence[str]) -> li
     """A line for a person about each thing that the bundled pair was not made for."""
     lines = [line for prompt in prompts if (line := _unknown(prompt)) is not None]
     sides = read_size(size) or (SIDE, SIDE)
-    if sides != (SIDE, SIDE):
+    if sides != (SIDE, SIDE) and not any(side < 8 or side % 8 for side in sides):  # an error
         lines.append(
             f"the bundled pair draws {SIDE}x{SIDE} pixels: at {sides[0]}x{sides[1]} expect pieces "
             "of several things"
@@ -55,7 +57,7 @@ def _unknown(prompt: str) -> str | None:
     named = ", ".join(map(repr, strange[:5])) + (" ..." if len(strange) > 5 else "")
     close: list[str] = []
     for sign in strange:
-        close += get_close_matches(sign, sorted(known - _SMALL), 1)
+        close += get_close_matches(sign, sorted(known - _SMALL), 1, _NEAR)
     lacks = f"has no word for {named}" if strange else f"finds none of its things in {prompt!r:.40}"
     hint = f" (did you mean {', '.join(dict.fromkeys(close))}?)" if close else ""
     return f"the bundled pair {lacks}{hint}: `headstart demo` lists the 28 things that it draws"
@@ -91,7 +93,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _page(parts: Mapping[str, Sequence[str]]) -> Iterable[str]:
-    width = shutil.get_terminal_size((100, 24)).columns
+    width = terminal_width(100)
     yield f"The bundled pair draws one thing a picture, {SIDE}x{SIDE} pixels:"
     yield ""
     yield "  a THING[, STYLE style][, COLOUR background]"

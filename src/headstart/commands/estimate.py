@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from headstart.commands.planned import compiled, headers_of
 from headstart.commands.values import read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
-from headstart.errors import InputError
+from headstart.errors import InputError, counted
 from headstart.plan.by_name import PlanSettings, named_pair, named_plan
 from headstart.plan.pairs import PAIRS
 from headstart.plan.request import check_size, parse_seeds
@@ -120,8 +120,8 @@ def _chunks(args: argparse.Namespace) -> tuple[int, int, int]:
     networks, decode, bands = (*sizes, *(sizes[0], 1)[len(sizes) - 1 :])
     if max(networks, decode) > images:
         raise InputError(
-            f"--batch {max(networks, decode)} is of {images} image{'s' * (images > 1)}: --estimate "
-            "counts an image for each seed, give as many, such as --seeds 0-7"
+            f"--batch {max(networks, decode)} is of {counted(images, 'image')}: --estimate counts "
+            "an image for each seed, give as many, such as --seeds 0-7"
         )
     return networks, decode, bands
 

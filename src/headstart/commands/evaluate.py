@@ -12,6 +12,8 @@ from headstart.commands.arguments import add_features, every
 from headstart.commands.console import note
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
+from headstart.commands.width import show
+from headstart.errors import counted
 
 if TYPE_CHECKING:
     from headstart.metrics.judges import PictureSource
@@ -55,7 +57,10 @@ def _run(args: argparse.Namespace) -> int:
             reference = read_reference(args.reference, judge)
     with progress(None, "intervals"):
         found = evaluate(seen, judge, reference)
-    print(json.dumps(found.to_json()) if args.json else _told(found))
+    if args.json:
+        print(json.dumps(found.to_json()))
+    else:
+        show(_told(found))
     return 0
 
 
@@ -89,7 +94,7 @@ def _told(found: Evaluation) -> str:
     for row in found.rows:
         own = row.gallery
         if own.missing:
-            lines.append(f"{own.name}: {own.missing} cases are not finished")
+            lines.append(f"{own.name}: not finished: {counted(own.missing, 'case')}")
         if row.varied < len(own.prompts):
             lines.append(f"{own.name}: diversity is of the {row.varied} prompts with two images")
     for apart in found.contrasts:
@@ -98,10 +103,11 @@ def _told(found: Evaluation) -> str:
 
 
 def _about(reference: Reference, word: str) -> str:
-    counted = "" if reference.features is None else f", {len(reference.features)} images"
+    features = reference.features
+    images = "" if features is None else f", {counted(len(features), 'image')}"
     fid = "; papers take an FID of 30,000 to 50,000" if word == "FID" else ""
     return (
-        f"reference: {reference.name}{counted} · Frechet distances are too large at few "
+        f"reference: {reference.name}{images} · Frechet distances are too large at few "
         f"images: compare equal numbers only{fid}"
     )
 
@@ -137,7 +143,8 @@ def _line(row: Row) -> str:
 
 
 def _contrast(found: Contrast, words: Sequence[str]) -> list[str]:
-    lines = [f"\n{found.a} minus {found.b}, {found.prompts} prompts, {found.images} images each"]
+    prompts, images = counted(found.prompts, "prompt"), counted(found.images, "image")
+    lines = [f"\n{found.a} minus {found.b}, {prompts}, {images} each"]
     named = zip((*words, "score"), (*found.spaces.values(), found.score), strict=True)
     for name, one in named:
         if one is not None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import IO, Any, NamedTuple, NoReturn, cast
 
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = ("PATH", "FILE", "DIR", "FOLDER")
@@ -78,7 +80,7 @@ class _PrintCompletion(argparse.Action):
         for action in _actions(parser):
             if action.type is Path or str(action.metavar).startswith(_FILES):
                 action.complete = shtab.FILE  # pyright: ignore
-        print(shtab.complete(parser, shell))  # pyright: ignore
+        print(shtab.complete(parser, shell), flush=True)  # pyright: ignore
         parser.exit()
 
 
@@ -134,6 +136,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, as every other error."""
         self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
+
+    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+        """argparse's own is silent where stdout is full."""
+        with nullcontext() if file is sys.stdout else suppress(OSError):
+            print(message, end="", file=file, flush=True)
 
 
 class Command(NamedTuple):

@@ -11,6 +11,7 @@ from headstart.commands.parser import Command, Expert
 from headstart.commands.plan_options import add_plan_options, plan_settings
 from headstart.commands.planned import check_steps, compiled, headers_of
 from headstart.commands.values import read_predictions
+from headstart.commands.width import show
 from headstart.plan.by_name import named_pair, named_plan
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ def _run(args: argparse.Namespace) -> int:
         for line in headers.notes:
             note(line)
         ratio = headers.models["base"].ratio
-    print(table.to_json() if args.json else table.describe(ratio))
+    if args.json:
+        print(table.to_json())
+    else:
+        show(table.describe(ratio))
     return 0
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import textwrap
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import every
 from headstart.commands.parser import Command
+from headstart.commands.width import terminal_width
 
 if TYPE_CHECKING:
     from headstart.plan.pair import Pair
@@ -20,17 +20,14 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from headstart.errors import InputError
     from headstart.plan.pairs import PAIRS
+    from headstart.plan.preset import pair_named
 
-    if unknown := [name for name in args.names if name not in PAIRS]:
-        raise InputError(f"no preset {unknown[0]!r}: `headstart presets` lists those there are")
-    pairs = [PAIRS[name] for name in args.names or PAIRS]
+    pairs = [pair_named(name) for name in args.names or PAIRS]
     if args.json:
         print(json.dumps({"presets": [_row(pair) for pair in pairs]}))
         return 0
-    # Without a terminal what belongs to a pair is two lines, however long.
-    width = shutil.get_terminal_size((10_000, 24)).columns
+    width = terminal_width()  # in a pipe what belongs to a pair is two lines, however long
     print(f"{'preset':<20}{'steps':<19}{'hand-off':<10}update")
     for pair in pairs:
         first, *others = map(str, pair.steps)

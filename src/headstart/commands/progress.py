@@ -9,6 +9,8 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from headstart.commands.console import tell
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -60,7 +62,7 @@ def _tick(bar: tqdm[Any], terminal: bool, done: threading.Event) -> None:
         if terminal:
             bar.refresh()
         else:
-            print(f"headstart: {bar}", file=sys.stderr, flush=True)
+            tell(f"headstart: {bar}")
             wait = min(2 * wait, LINES_APART_S)
 
 

@@ -14,8 +14,9 @@ from headstart.adapters.strength import Strength
 from headstart.commands.arguments import add_overwrite, sampling
 from headstart.commands.parser import Command
 from headstart.commands.progress import RowBar, progress
-from headstart.commands.session import adapter_path, counted, open_engine, report
-from headstart.errors import CheckpointError, InputError
+from headstart.commands.session import adapter_path, open_engine, report
+from headstart.commands.values import output
+from headstart.errors import CheckpointError, InputError, counted
 from headstart.output import RECORD, check_run
 
 if TYPE_CHECKING:
@@ -31,10 +32,15 @@ _ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("record", type=Path, metavar="FILE", help="a record.json, or a picture.png")
+    parser.add_argument(
+        "record",
+        type=Path,
+        metavar="FILE",
+        help="a record.json, its folder, or a picture.png",
+    )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output,
         metavar="DIR",
         help="also write the images into this folder, or one into NAME.png",
     )
@@ -72,7 +78,7 @@ def _run(args: argparse.Namespace) -> int:
         trajectory = replay(args.record, engine, on_step=RowBar(bar))
     if args.out is not None:
         trajectory.save(args.out, overwrite=args.overwrite)
-    report(args, trajectory, f"equal: {counted(trajectory)}, to the bit")
+    report(args, trajectory, f"equal: {counted(len(trajectory), 'image')}, to the bit")
     return 0
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 from headstart.commands.arguments import (
@@ -26,9 +25,9 @@ from headstart.commands.plan_options import (
 )
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
-from headstart.commands.session import counted, open_engine, report
-from headstart.commands.values import read_size, text_options, worded
-from headstart.errors import InputError
+from headstart.commands.session import open_engine, report
+from headstart.commands.values import output, read_size, text_options, worded
+from headstart.errors import InputError, counted
 from headstart.output import check_run
 from headstart.plan.request import pair_up, parse_seeds
 
@@ -44,7 +43,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
-        type=Path,
+        type=output,
         required=True,
         metavar="DIR",
         help="folder for images and record.json, or NAME.png for one image",
@@ -107,7 +106,7 @@ def _run(args: argparse.Namespace) -> int:
     trajectory.save(
         args.out, overwrite=args.overwrite, metadata=not args.no_metadata, grid=args.grid
     )
-    report(args, trajectory, f"{counted(trajectory)} in {args.out}")
+    report(args, trajectory, f"{counted(len(trajectory), 'image')} in {args.out}")
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import time
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,11 @@ def open_engine(
         ]
         if not getattr(args, "literal", False):
             reports += _attach_named(engine, args, prompts)
+    from headstart.engine.models import one_file
+
     _compile_c(engine)
+    if (line := one_file(args.base, args.distilled)) is not None:
+        warning(line)
     for line in engine.weights.notes:
         note(line)
     for report in reports:
@@ -86,8 +91,22 @@ def _compile_c(engine: Engine) -> None:
     begin = time.perf_counter()
     with progress(None, "compiling C, once"):
         absent = why_not()
-    if absent is None and (seconds := time.perf_counter() - begin) > 1.0:
+    if absent is not None:
+        _say_without_c(absent)
+    elif (seconds := time.perf_counter() - begin) > 1.0:
         note(f"compiled C, once, in {seconds:.0f} s")
+
+
+@cache
+def _say_without_c(why: str) -> None:
+    """Once a process, and not where somebody wanted it so or nobody can change it."""
+    from headstart_kernels.native.library import SWITCH
+
+    if os.name == "posix" and os.environ.get(SWITCH) != "0":
+        note(
+            f"steps take longer without the C kernels: {why}; install a C compiler, such as gcc or "
+            f"clang, or name yours in CC ({SWITCH}=0: without them, and without this line)"
+        )
 
 
 def _look(args: argparse.Namespace, prompts: Sequence[str]) -> None:
@@ -226,10 +245,6 @@ def _load(args: argparse.Namespace) -> Engine:
         vae_dtype=args.vae_dtype,
         packed=args.packed,
     )
-
-
-def counted(trajectory: Trajectory) -> str:
-    return "1 image" if len(trajectory) == 1 else f"{len(trajectory)} images"
 
 
 def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:

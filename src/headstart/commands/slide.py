@@ -15,7 +15,8 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import listed, uses_bundled, worded
-from headstart.errors import InputError
+from headstart.commands.width import show
+from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.request import pair_up, parse_seeds
 
@@ -78,7 +79,8 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found.to_json(str(args.out))))
     else:
-        print(f"{prompt!r}, {found.adapter}, {len(seeds)} seeds\n\n{found}\n\n{args.out}")
+        title = f"{prompt!r}, {found.adapter}, {counted(len(seeds), 'seed')}"
+        show(f"{title}\n\n{found}\n\n{args.out}")
     return 0
 
 

@@ -17,7 +17,7 @@ from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_diversify
 from headstart.commands.progress import progress
 from headstart.commands.session import adapter_path, open_engine, use_local_device
-from headstart.commands.values import count, listed, numbers, read_size, uses_bundled
+from headstart.commands.values import count, listed, numbers, output, read_size, uses_bundled
 from headstart.errors import InputError
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
@@ -40,7 +40,7 @@ TELL_EVERY_S = 60.0
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with"
+        "--out", type=output, required=True, metavar="DIR", help="new, or one to go on with"
     )
     group = parser.add_argument_group("what is drawn")
     group.add_argument(

@@ -28,8 +28,8 @@ from headstart.commands.plan_options import (
 from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine, use_local_device
-from headstart.commands.values import read_size, read_texts
-from headstart.errors import InputError
+from headstart.commands.values import output, read_size, read_texts
+from headstart.errors import InputError, counted
 from headstart.output import check_folder
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
 
@@ -47,7 +47,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "csv", type=Path, metavar="CSV", help="columns case_number, prompt, evaluation_seed"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="DIR", help="new, or one to go on with"
+        "--out", type=output, required=True, metavar="DIR", help="new, or one to go on with"
     )
     add_plan_options(parser)
     add_diversify(parser)
@@ -244,7 +244,8 @@ def _report(args: argparse.Namespace, done: Swept, cases: int, shard: tuple[int,
         return
     who = f"rank {rank} of {world}: " if world > 1 else ""
     rest = "all cases are done" if done.complete else "other ranks have cases left"
-    print(f"{who}{done.written} images written, {done.skipped} there already, {rest} · {args.out}")
+    written = f"{counted(done.written, 'image')} written, {done.skipped} there already"
+    print(f"{who}{written}, {rest} · {args.out}")
 
 
 SWEEP = Command(

@@ -25,7 +25,8 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, read_size, read_texts, worded
-from headstart.errors import InputError, PlanError
+from headstart.commands.width import show
+from headstart.errors import InputError, PlanError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings, check_name
 from headstart.plan.request import pair_up, parse_seeds
@@ -119,8 +120,9 @@ def _run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"out": str(args.out), **found.to_json()}))
     else:
-        seed = "seeds" if len(seeds) > 1 else "seed"
-        print(f"{prompt!r}, {len(seeds)} {seed}\n\n{found}\n\n{found.footer()}\n{args.out}")
+        show(
+            f"{prompt!r}, {counted(len(seeds), 'seed')}\n\n{found}\n\n{found.footer()}\n{args.out}"
+        )
     return 0
 
 
@@ -260,16 +262,15 @@ def _memory(
     height, width = size or (weights.image_size,) * 2
     cells = (height // weights.downscale) * (width // weights.downscale)
     rows = sum(map(len, tables.values()))
-    what, count = f"{rows} steps x {_images(images)}", rows * images
+    what, count = f"{rows} steps x {counted(images, 'image')}", rows * images
     if change is not None:
         more, wide = rows * len(change.steps), change.images(images)
-        what, count = f"{what} and {more} steps x {_images(wide)} of changes", count + more * wide
+        what, count = (
+            f"{what} and {more} steps x {counted(wide, 'image')} of changes",
+            count + more * wide,
+        )
     mb = count * weights.latent_channels * cells * 4 / 1e6
     return f"keeping x0 of {what}: {mb:.{1 if mb >= 0.1 else 3}f} MB"
-
-
-def _images(count: int) -> str:
-    return f"{count} image{'s' * (count > 1)}"
 
 
 def _sampled(

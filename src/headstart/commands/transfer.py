@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
+from headstart.commands.values import output
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--distilled", type=Path, metavar="D", help="gets T - B added; default: none, with --rank"
     )
     parser.add_argument(
-        "--out", type=Path, required=True, metavar="FILE", help="a new .safetensors file"
+        "--out", type=output, required=True, metavar="FILE", help="a new .safetensors file"
     )
     add_overwrite(parser)
     parser.add_argument(

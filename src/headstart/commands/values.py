@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from headstart.errors import InputError
@@ -80,6 +81,13 @@ def text_options(args: argparse.Namespace) -> dict[str, Any]:
         "crop": args.crop,
         "literal": args.literal or None,
     }
+
+
+def output(text: str) -> Path:
+    """A file or a folder to write, as the `type` of an option."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: give a name, or . for this folder")
+    return Path(text)
 
 
 def offset(text: str) -> tuple[int, int]:

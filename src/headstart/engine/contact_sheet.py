@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageColor
 
+from headstart.errors import counted
 from headstart.pictures.lettering import FAINT
 from headstart.pictures.sheet import Row, draw_sheet
 
@@ -27,7 +28,6 @@ def draw_contact_sheet(
     across = max(map(len, each))
     same = len(set(each)) == 1
     noted = not same or across > 8  # then no label stands above a column
-    counts = f"{len(images)} images" if len(images) > 1 else "1 image"
     return draw_sheet(
         [
             Row(
@@ -38,7 +38,8 @@ def draw_contact_sheet(
             for (prompt, own), of in zip(rows.items(), each, strict=True)
         ],
         title=prompts[0] if len(rows) == 1 else f"{len(rows)} prompts",
-        subtitle=f"plan {plan} · {counts} of {images.shape[2]} x {images.shape[1]}",
+        subtitle=f"plan {plan} · {counted(len(images), 'image')} of {images.shape[2]} x "
+        f"{images.shape[1]}",
         columns=[f"seed {seed}" for seed in each[0]] if same else [""] * across,
         footer="",
     )

@@ -33,6 +33,8 @@ class Model:
     path: FilePath
     family: Family
     guess: Guess
+    trained: str | None = None
+    """Timesteps that it was distilled at, as the metadata of a bundled file states them."""
 
     @classmethod
     def of(cls, path: FilePath, allow: Collection[str] = ()) -> Model:
@@ -42,7 +44,15 @@ class Model:
         """
         checkpoint = Checkpoint.open(path, "unet")
         family = unet_family(Path(path), checkpoint, Overrides(allow=allow))
-        return cls(path, family, guess(path, checkpoint, family.lineage))
+        trained = checkpoint.metadata.get("headstart.timesteps")
+        return cls(path, family, guess(path, checkpoint, family.lineage), trained)
+
+    @property
+    def student(self) -> str | None:
+        """What it is, where its file says that it is distilled."""
+        if (row := self.guess.distillation) is not None:
+            return f"{row.name}, a distilled model"
+        return self.trained and f"a model distilled at timesteps {self.trained:.60}"
 
     def states(self, field: str) -> bool:
         """Whether the file itself says so, and neither its name nor its family."""
@@ -160,22 +170,31 @@ def distilled_by(lora: FilePath, models: Mapping[str, Model]) -> Guess:
 
 
 def swapped(models: Mapping[str, Model], lora: Guess | None) -> str | None:
-    """A line for a person where the files' names say that each is in the other's place."""
-    base = models["base"].guess.distillation if "base" in models else None
-    if base is None or (lora is None and "distilled" not in models):
+    """A line for a person where the files say that each is in the other's place."""
+    base, distilled = models.get("base"), models.get("distilled")
+    if base is None or base.student is None or (lora is None and distilled is None):
         return None
-    other = lora or models["distilled"].guess
-    if other.distillation is not None:
-        if lora is not None or models["base"].path == models["distilled"].path:
-            return None
+    if (distilled.student if distilled is not None else lora and lora.distillation) is None:
         return (
-            f"the base is taken for {base.name}, a distilled model too: the variety of a hybrid "
-            "comes from a base that is not distilled, so give that with --base"
+            f"the base is taken for {base.student}, and nothing says so of the distilled one: are "
+            "the two files swapped? A hybrid of swapped models is a distilled start and a blurred "
+            "end"
         )
+    if distilled is None or one_file(base.path, distilled.path) is not None:
+        return None
     return (
-        f"the base is taken for {base.name}, a distilled model, and nothing says so of the "
-        "distilled one: are the two files swapped? A hybrid of swapped models is a distilled start "
-        "and a blurred end"
+        f"the base is taken for {base.student} too: the variety of a hybrid comes from a base that "
+        "is not distilled, so give that with --base"
+    )
+
+
+def one_file(base: FilePath | None, distilled: FilePath | None) -> str | None:
+    """A line for a person where both models are the same file."""
+    if base is None or distilled is None or Path(base).resolve() != Path(distilled).resolve():
+        return None
+    return (
+        f"the base and the distilled model are one file, {base}: all plans run that one model; "
+        "give --distilled a distilled model"
     )
 
 

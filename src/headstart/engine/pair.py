@@ -23,12 +23,7 @@ from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.engine.devices import choose_devices
 from headstart.engine.dtypes import Precision, choose_precision
 from headstart.engine.headers import read_headers
-from headstart.engine.models import (
-    FilePath,
-    averaged,
-    check_vae,
-    holder,
-)
+from headstart.engine.models import FilePath, averaged, check_vae, holder, one_file
 from headstart.engine.options import LoadOptions
 from headstart.engine.parts import check_channels, decoder_dtype, preview_of, unet_of, vae_of
 from headstart.engine.record import Files
@@ -157,7 +152,7 @@ def load_pair(
     unets = _load_unets(sources, residency, precision, encoders)
     check_channels(vae, decoder, paths, unets)
     residency = settle(residency, encoders, unets)
-    decided = (precision.note, *ema.notes, *notes(residency))
+    decided = (one_file(base, distilled), precision.note, *ema.notes, *notes(residency))
     encoders, embeddings = with_tokens(encoders, options.get("embeddings", ()))
     own_files = ((role, options.get(role)) for role in ("vae", "text", "preview"))
     named = paths | {role: path for role, path in own_files if path is not None}

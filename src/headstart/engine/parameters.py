@@ -1,6 +1,6 @@
 """A picture's settings as AUTOMATIC1111's web UI writes them, which many programs read.
 
-    PROMPT
+    PROMPT <lora:NAME:STRENGTH>
     Negative prompt: NEGATIVE
     Steps: 4, Sampler: Euler, CFG scale: 1, Seed: 7, Size: WIDTHxHEIGHT, Model hash: ..., ...
 
@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
+from typing import Any, cast
 
+from headstart.adapters.adapters import DISTILLED_LORA
 from headstart.engine.record import Recorded
 from headstart.plan.table import Step, StepTable
 
@@ -50,9 +52,34 @@ def parameters(run: Recorded) -> str:
         values["Diversify"] = ", ".join(run.diversify)
     values |= {"Plan": table.name, "Version": f"headstart {run.machine.get('headstart', '')}"}
     negative = run.negative if isinstance(run.negative, str | None) else run.negative[image]
-    lines = [run.prompts[image], f"Negative prompt: {negative}" if negative else ""]
+    prompt = " ".join([run.prompts[image], *_tags(run, image)])
+    lines = [prompt, f"Negative prompt: {negative}" if negative else ""]
     last = ", ".join(f"{name}: {_quoted(str(value))}" for name, value in values.items())
     return "\n".join([*filter(None, lines), last])
+
+
+def _tags(run: Recorded, image: int) -> list[str]:
+    """`<lora:NAME:STRENGTH>` of each adapter that the prompt does not name itself; a strength that
+    changes with the row is the largest."""
+    tags: list[str] = []
+    for name, adapter in run.adapters.items():
+        value = _of_image(adapter["strength"].get("value", 1.0), image)
+        text = _of_image(adapter["strength"].get("text", value), image)
+        own = rf"<\s*(lora|lyco)\s*:\s*{re.escape(name)}\s*[:.>]"
+        if name != DISTILLED_LORA and (value or text) and not re.search(own, run.prompts[image]):
+            strength = f"{value:g}" if text == value else f"{text:g}:{value:g}"
+            tags.append(f"<lora:{name}:{strength}>")
+    return tags
+
+
+def _of_image(value: Any, image: int) -> float:
+    """Of one number, one for each image, or [rows][images]."""
+    if not isinstance(value, list | tuple):
+        return value
+    values = cast("Sequence[Any]", value)
+    if isinstance(values[0], list | tuple):
+        return max((row[image] for row in values), key=abs)
+    return values[image]
 
 
 def _stem(file: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from headstart.engine.record import Recorded
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
 from headstart.input import check_shape, loads
-from headstart.output import PNG
+from headstart.output import GRID, PNG, RECORD
 from headstart.pictures.png import SIGNATURE, read_png, read_rgb
 from headstart.sampler import State
 
@@ -35,6 +35,7 @@ _FOREIGN = {
     "sd-metadata": "InvokeAI",
 }
 """Keyword of a PNG's text -> whose it is."""
+_SHEET = ": it shows all images of a run: replay one of them, or the record.json beside it"
 _PICTURE = "a PNG that `headstart sample` or Trajectory.save wrote"
 
 
@@ -48,17 +49,20 @@ class Source(NamedTuple):
 
 
 def open_source(path: Path) -> Source:
-    """A record.json, or a picture with its record in it.
+    """A record.json or its folder, or a picture with its record in it.
 
     Raises InputError for any other file, and for a picture whose pixels are no longer those that
     its record is of.
     """
+    if path.is_dir():
+        path /= RECORD
     if path.suffix.lower() != PNG and not _begins(path, SIGNATURE):
         record = recording.read_record(path)
         return Source(record, recording.parse(record, str(path)), str(path))
     found = read_png(path, KEYWORD)
     if found.text is None:
-        raise InputError(f"{str(path)!r} has no record of headstart in it{_why(found.keywords)}")
+        why = _SHEET if path.name == GRID else _why(found.keywords)
+        raise InputError(f"{str(path)!r} has no record of headstart in it{why}")
     try:
         record = loads(found.text.encode())
         check_shape(record, {}, str(path), f"the record of {_PICTURE}")
@@ -110,9 +114,9 @@ def replay(
 ) -> Trajectory:
     """Run a record again and compare SHA-256 of every latent and image.
 
-    record                what Trajectory.record() gave, or the path of a record.json or of a PNG
-                          that `headstart sample` or Trajectory.save wrote. Of a picture its pixels
-                          are compared; the Trajectory holds it alone
+    record                what Trajectory.record() gave, or the path of a record.json, of its folder
+                          or of a PNG that `headstart sample` or Trajectory.save wrote. Of a picture
+                          its pixels are compared; the Trajectory holds it alone
     cond, uncond, noise   what the run was given as tensors, which the record does not hold
 
     Digests of weights may be those that are kept on disk (`engine.digests`), so what a replay says
@@ -125,8 +129,13 @@ def replay(
     """
     if isinstance(record, Mapping):
         source = Source(record, recording.parse(record))
-    else:
+    elif isinstance(cast("object", record), str | os.PathLike):
         source = open_source(Path(record))
+    else:
+        raise InputError(
+            f"replay(record, engine): record is what Trajectory.record() gave, or the path of a "
+            f"record.json, its folder or a picture, got {type(record).__name__}"
+        )
     recorded = source.recorded
     own = {"cond": cond, "uncond": uncond, "noise": noise}
     check_own(recorded, [name for name, value in own.items() if value is not None])

@@ -20,6 +20,7 @@ from headstart.diversify.method import Method
 from headstart.engine import record
 from headstart.engine.contact_sheet import draw_contact_sheet
 from headstart.engine.picture import picture_texts
+from headstart.errors import InputError, counted
 from headstart.output import GRID, PNG, RECORD, check_run, numbered, write_folder
 from headstart.pictures.inline import data_uri
 from headstart.pictures.png import encode_png
@@ -93,7 +94,7 @@ class Trajectory:
     def __repr__(self) -> str:
         took = ", ".join(f"{stage} {ms:.0f}" for stage, ms in self.latency_ms.items())
         return (
-            f"Trajectory({len(self)} images {self.size[0]}x{self.size[1]}, plan "
+            f"Trajectory({counted(len(self), 'image')} {self.size[0]}x{self.size[1]}, plan "
             f"{self.table.name!r}, {self.passes} passes, ms: {took})"
         )
 
@@ -126,6 +127,8 @@ class Trajectory:
 
         Raises InputError for a path that holds a run or a file already, or cannot be written.
         """
+        if not os.fspath(path):
+            raise InputError("""path is empty: give a folder or NAME.png; "." is this folder""")
         target = Path(path)
         check_run(target, len(self), overwrite=overwrite, grid=grid)
         pngs = self.pngs(metadata=metadata)

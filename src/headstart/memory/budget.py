@@ -17,7 +17,7 @@ from typing import NamedTuple, SupportsIndex, cast
 
 from headstart.checkpoint.decoding import decode_bytes
 from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
-from headstart.errors import InputError
+from headstart.errors import InputError, counted
 
 SAFE_SHARE = 0.8
 """Of the free memory that is used at most: allocators fragment, and the estimate counts tensors."""
@@ -237,7 +237,7 @@ def _refusal(shape: Shape, size: int, need: int, free: int, device: str, where: 
         "enough of the weights take turns, or with dtype='float8' (--dtype)"
     ) * device.startswith("cuda")
     return (
-        f"{shape.batch} images of {height}x{width} need about "
+        f"{counted(shape.batch, 'image')} of {height}x{width}: about "
         f"{(need + shape.state_bytes) / 1e9:.1f} GB besides the weights, with {size} in the "
         f"{where} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that "
         f"is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch{more}"

@@ -10,7 +10,7 @@ from headstart.errors import PlanError
 from headstart.plan.pair import Pair
 from headstart.plan.pairs import CUSTOM, PAIRS
 from headstart.plan.plan import Plan
-from headstart.plan.preset import Mode, Request, plan_of
+from headstart.plan.preset import Mode, Request, pair_named, plan_of
 from headstart.plan.spacing import Spacing
 from headstart.plan.toml_plan import read_plan
 from headstart.plan.update import Update
@@ -96,12 +96,7 @@ def named_pair(name: str, settings: PlanSettings, default_preset: str | None = N
         )
     if name in PRESETS and pair != name:
         raise PlanError(f"plan {name!r} and preset {pair!r} name two different pairs: give one")
-    if pair not in PRESETS and pair != CUSTOM.name:
-        raise PlanError(
-            f"unknown preset {pair!r}: `headstart presets` lists those there are, such as "
-            f"{', '.join(map(repr, PRESETS[:5]))}"
-        )
-    return _with_grid(PAIRS.get(pair, CUSTOM), grid)
+    return _with_grid(CUSTOM if pair == CUSTOM.name else pair_named(pair), grid)
 
 
 def _with_grid(pair: Pair, grid: Mapping[str, object]) -> Pair:

@@ -79,10 +79,19 @@ def preset(
     Guidance 1.0 is conditional only, what cards call 0; None: the pair's. Raises PlanError for
     arguments without an exact plan, with both grids and the nearest valid call.
     """
-    if not isinstance(cast("object", name), str) or name not in PAIRS:
-        raise PlanError(f"unknown preset {name!r}: expected one of {', '.join(map(repr, PAIRS))}")
     request = Request(name, steps, k, n, base_guidance, distilled_guidance, mode, handoff)
-    return plan_of(PAIRS[name], request)
+    return plan_of(pair_named(name), request)
+
+
+def pair_named(name: str) -> Pair:
+    """Raises PlanError for a name that no preset has."""
+    if not isinstance(cast("object", name), str) or name not in PAIRS:
+        from difflib import get_close_matches  # seldom needed
+
+        near = get_close_matches(str(name), PAIRS, 3)
+        hint = f" did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise PlanError(f"unknown preset {name!r:.60}:{hint} `headstart presets` lists all")
+    return PAIRS[name]
 
 
 def plan_of(pair: Pair, request: Request) -> Plan:

@@ -35,7 +35,8 @@ def pair_up(
     if not (texts and numbers and (1 in (len(texts), len(numbers)) or len(texts) == len(numbers))):
         raise InputError(
             f"{len(texts)} prompts and {len(numbers)} seeds: give one prompt with any number of "
-            "seeds, several prompts with one seed, or as many seeds as prompts"
+            "seeds, several prompts with one seed, or as many seeds as prompts; for every prompt "
+            "with every seed: prompts, seeds = zip(*itertools.product(prompts, seeds))"
         )
     count = max(len(texts), len(numbers))
     texts, numbers = texts * (count // len(texts)), numbers * (count // len(numbers))
