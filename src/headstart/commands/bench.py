@@ -21,7 +21,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, listed, read_size, worded
-from headstart.commands.width import show
+from headstart.commands.width import answer
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings
 from headstart.plan.request import pair_up, parse_seeds
@@ -97,13 +97,9 @@ def _run(args: argparse.Namespace) -> int:
 
 def _tell(args: argparse.Namespace, text: str, facts: dict[str, Any]) -> None:
     """As text or as JSON, and the JSON into --out."""
-    document = json.dumps(facts, indent=None if args.out is None else 1)
     if args.out is not None:
-        write_file(args.out, (document + "\n").encode())
-    if args.json:
-        print(document)
-    else:
-        show(text)
+        write_file(args.out, (json.dumps(facts, indent=1) + "\n").encode())
+    answer(args, facts, text)
 
 
 def _settings(args: argparse.Namespace, plan: str) -> PlanSettings:

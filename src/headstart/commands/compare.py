@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 
 from headstart.commands.arguments import add_features, add_out, add_reading, add_seeds, sampling
 from headstart.commands.console import note
@@ -19,7 +18,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, worded
-from headstart.commands.width import show
+from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import PlanSettings
@@ -90,11 +89,9 @@ def _run(args: argparse.Namespace) -> int:
             on_step=RowBar(bar),
         )
     write_file(args.out, encode_png(sheet_of(found)))
-    if args.json:
-        print(json.dumps(found.to_json(str(args.out))))
-    else:
-        title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
-        show(f"{title}\n\n{found}\n\n{footer_of(found)}\n{args.out}")
+    title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
+    text = f"{title}\n\n{found}\n\n{footer_of(found)}\n{args.out}"
+    answer(args, found.to_json(str(args.out)), text)
     return 0
 
 

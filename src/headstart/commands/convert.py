@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
 from headstart.commands.values import output
+from headstart.commands.width import answer
 
 if TYPE_CHECKING:
     from headstart.convert.convert import Conversion
@@ -60,24 +61,20 @@ def _run(args: argparse.Namespace) -> int:
             timeout_s=args.timeout,
             on_bytes=lambda count: bar.set_description(f"converting, {count / 1e6:.0f} MB"),
         )
-    if args.json:
-        print(json.dumps(done.to_json()))
-    else:
-        _tell(done)
+    answer(args, done.to_json(), "\n".join(_lines(done)))
     return 0
 
 
-def _tell(done: Conversion) -> None:
+def _lines(done: Conversion) -> Iterator[str]:
     size = f"{done.size_bytes / 1e6:.1f} MB"
-    print(f"{done.target}: {done.tensors} tensors, mostly {done.dtype}, {size}")
+    yield f"{done.target}: {done.tensors} tensors, mostly {done.dtype}, {size}"
     if done.multiplied is not None:
-        print(f"read {done.multiplied}: every number has its scale in it now")
+        yield f"read {done.multiplied}: every number has its scale in it now"
     if done.left_out:
-        print(f"left out, {len(done.left_out)}:")
-        for what in done.left_out[:LISTED]:
-            print(f"  {what}")
+        yield f"left out, {len(done.left_out)}:"
+        yield from (f"  {what}" for what in done.left_out[:LISTED])
         if len(done.left_out) > LISTED:
-            print("  ... (--json lists all)")
+            yield "  ... (--json lists all)"
 
 
 CONVERT = Command(

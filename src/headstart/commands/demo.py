@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,7 @@ from headstart.adapters.strength import parse_adapter
 from headstart.commands.arguments import every
 from headstart.commands.parser import Command
 from headstart.commands.values import read_size
-from headstart.commands.width import terminal_width
+from headstart.commands.width import answer, terminal_width
 from headstart.errors import CheckpointError
 
 SIDE = 64
@@ -79,16 +78,8 @@ def _run(args: argparse.Namespace) -> int:
         "sliders": found.controls,
     }
     lines = {prompt: _unknown(prompt) for prompt in args.prompt}
-    if args.json:
-        print(json.dumps({"size": SIDE, **{k: list(v) for k, v in parts.items()}, "odd": lines}))
-    elif args.prompt:
-        print(
-            "\n".join(
-                f"{prompt!r}: {line or 'all of it is known'}" for prompt, line in lines.items()
-            )
-        )
-    else:
-        print("\n".join(_page(parts)))
+    shown = [f"{prompt!r}: {line or 'all of it is known'}" for prompt, line in lines.items()]
+    answer(args, {"size": SIDE, **parts, "odd": lines}, "\n".join(shown or _page(parts)))
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +11,7 @@ from headstart.commands.arguments import add_features, every
 from headstart.commands.console import note
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
-from headstart.commands.width import show
+from headstart.commands.width import answer
 from headstart.errors import counted
 
 if TYPE_CHECKING:
@@ -57,10 +56,7 @@ def _run(args: argparse.Namespace) -> int:
             reference = read_reference(args.reference, judge)
     with progress(None, "intervals"):
         found = evaluate(seen, judge, reference)
-    if args.json:
-        print(json.dumps(found.to_json()))
-    else:
-        show(_told(found))
+    answer(args, found.to_json(), _told(found))
     return 0
 
 
@@ -154,7 +150,7 @@ def _contrast(found: Contrast, words: Sequence[str]) -> list[str]:
 
 def _paired(found: Paired) -> str:
     interval = found.over_prompts or found.over_seeds
-    if interval is None:
+    if interval is None or interval.low == interval.high:  # of one image
         return f"{found.difference:+.4f}"
     p = "" if found.p_value is None else f"   p = {found.p_value:.2g} (sign flips over prompts)"
     return f"{interval.value:+.4f}  [{interval.low:+.4f}, {interval.high:+.4f}]{p}"

@@ -16,6 +16,7 @@ from headstart.commands.arguments import add_allow, every
 from headstart.commands.console import fail
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
+from headstart.commands.width import answer
 from headstart.errors import AdapterError, CheckpointError
 
 if TYPE_CHECKING:
@@ -48,10 +49,9 @@ def _run(args: argparse.Namespace) -> int:
     except CheckpointError as error:
         if args.debug:
             raise
-        if args.json:
-            print(json.dumps({"path": str(args.file), "ok": False, "problems": [str(error)]}))
-        else:
+        if not args.json:
             return fail(str(error), 1)
+        print(json.dumps({"path": str(args.file), "ok": False, "problems": [str(error)]}))
         return 1
     adapter = None
     if info.layout == "adapter" and info.ok:
@@ -66,11 +66,8 @@ def _run(args: argparse.Namespace) -> int:
             info = replace(info, problems=(problem,), notes=(), next=None)
         elif adapter.family not in (None, *FAMILIES):
             info = replace(info, notes=(), next=_ELSEWHERE)
-    if args.json:
-        more = {} if adapter is None else {"adapter": adapter.to_json()}
-        print(json.dumps(info.to_json() | more))
-    else:
-        print("\n".join(_table(info, adapter)))
+    more = {} if adapter is None else {"adapter": adapter.to_json()}
+    answer(args, info.to_json() | more, "\n".join(_table(info, adapter)))
     return 0 if info.ok else 1
 
 

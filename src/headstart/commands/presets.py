@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import textwrap
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from headstart.commands.arguments import every
 from headstart.commands.parser import Command
-from headstart.commands.width import terminal_width
+from headstart.commands.width import show
 
 if TYPE_CHECKING:
     from headstart.plan.pair import Pair
@@ -26,17 +26,21 @@ def _run(args: argparse.Namespace) -> int:
     pairs = [pair_named(name) for name in args.names or PAIRS]
     if args.json:
         print(json.dumps({"presets": [_row(pair) for pair in pairs]}))
-        return 0
-    width = terminal_width()  # in a pipe what belongs to a pair is two lines, however long
-    print(f"{'preset':<20}{'steps':<19}{'hand-off':<10}update")
+    else:
+        show("\n".join(_lines(pairs)))
+    return 0
+
+
+def _lines(pairs: Sequence[Pair]) -> Iterator[str]:
+    """Two a pair."""
+    yield f"{'preset':<20}{'steps':<19}{'hand-off':<10}update"
     for pair in pairs:
         first, *others = map(str, pair.steps)
         counts = f"{first} ({' '.join(others)})" if others else first
         handoff = _handoff(pair)
         level = "none" if handoff is None else f"{handoff:.3g}"
-        print(f"{pair.name:<20}{counts:<19}{level:<10}{pair.update.value}")
-        print(textwrap.fill(_more(pair), width, initial_indent="    ", subsequent_indent="    "))
-    return 0
+        yield f"{pair.name:<20}{counts:<19}{level:<10}{pair.update.value}"
+        yield f"    {_more(pair)}"
 
 
 def _row(pair: Pair) -> dict[str, object]:

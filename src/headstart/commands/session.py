@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from functools import cache
@@ -19,6 +18,7 @@ from headstart.commands.demo import odd_in
 from headstart.commands.planned import headers_of
 from headstart.commands.progress import progress
 from headstart.commands.values import read_device, read_predictions, read_size, uses_bundled
+from headstart.commands.width import answer
 from headstart.errors import AdapterError, CheckpointError, InputError
 
 if TYPE_CHECKING:
@@ -203,6 +203,14 @@ def adapter_path(name: str) -> str | Path:
     )
 
 
+_OF_ANY = ("memory", "dtype", "vae_dtype", "packed", "runner")
+"""Options of `Engine.demo` and `Engine.load`."""
+_OF_FILES = (
+    *("distilled_lora", "vae", "text", "tokenizer", "preview", "preset", "embedded_guidance"),
+    *("ema", "head_dim", "text_head_dim", "allow", "plan_size"),
+)
+
+
 def _load(args: argparse.Namespace) -> Engine:
     from headstart.adapters.textual_inversion import parse_embedding
     from headstart.engine.engine import Engine
@@ -210,62 +218,31 @@ def _load(args: argparse.Namespace) -> Engine:
     embeddings = [
         parse_embedding(typed) if isinstance(typed, str) else typed for typed in args.embedding
     ]
+    options: dict[str, Any] = {name: getattr(args, name) for name in _OF_ANY}
+    options |= {"device": read_device(args.device), "embeddings": embeddings}
     if uses_bundled(args):
-        return Engine.demo(
-            device=read_device(args.device),
-            memory=args.memory,
-            dtype=args.dtype,
-            vae_dtype=args.vae_dtype,
-            packed=args.packed,
-            runner=args.runner,
-            embeddings=embeddings,
-        )
-    return Engine.load(
-        args.base,
-        args.distilled,
-        distilled_lora=args.distilled_lora,
-        runner=args.runner,
-        vae=args.vae,
-        text=args.text,
-        tokenizer=args.tokenizer,
-        preview=args.preview,
-        preset=args.preset,
-        prediction=read_predictions(args.prediction),
-        embedded_guidance=args.embedded_guidance,
-        ema=args.ema,
-        head_dim=args.head_dim,
-        text_head_dim=args.text_head_dim,
-        exclamation=args.exclamation or "openclip",
-        embeddings=embeddings,
-        allow=args.allow,
-        device=read_device(args.device),
-        memory=args.memory,
-        plan_size=args.plan_size,
-        dtype=args.dtype,
-        vae_dtype=args.vae_dtype,
-        packed=args.packed,
-    )
+        return Engine.demo(**options)
+    options |= {name: getattr(args, name) for name in _OF_FILES}
+    options["prediction"] = read_predictions(args.prediction)
+    options["exclamation"] = args.exclamation or "openclip"
+    return Engine.load(args.base, args.distilled, **options)
 
 
 def report(args: argparse.Namespace, trajectory: Trajectory, done: str) -> None:
     """Print what a run was and took, as one line or as JSON."""
     latency = {stage: round(ms, 2) for stage, ms in trajectory.latency_ms.items()}
-    if args.json:
-        facts: dict[str, Any] = {
-            "out": None if args.out is None else str(args.out),
-            "images": len(trajectory),
-            "prompts": trajectory.prompts,
-            "seeds": trajectory.seeds,
-            "plan": trajectory.table.name,
-            "passes": trajectory.passes,
-            "latency_ms": latency,
-        }
-        if trajectory.diversify:
-            facts["diversify"] = [str(method) for method in trajectory.diversify]
-        if trajectory.chosen is not None:
-            facts["chosen"] = trajectory.chosen
-        print(json.dumps(facts))
-        return
+    methods = [*map(str, trajectory.diversify)]
+    facts: dict[str, Any] = {
+        "out": None if args.out is None else str(args.out),
+        "images": len(trajectory),
+        "prompts": trajectory.prompts,
+        "seeds": trajectory.seeds,
+        "plan": trajectory.table.name,
+        "passes": trajectory.passes,
+        "latency_ms": latency,
+        **({"diversify": methods} if methods else {}),
+        **({} if trajectory.chosen is None else {"chosen": trajectory.chosen}),
+    }
     took = ", ".join(f"{stage} {ms / 1e3:.2f} s" for stage, ms in latency.items() if ms)
-    how = ", ".join([f"plan {trajectory.table.name}", *map(str, trajectory.diversify)])
-    print(f"{done} · {how}, {trajectory.passes} passes · {took}")
+    how = ", ".join([f"plan {trajectory.table.name}", *methods])
+    answer(args, facts, f"{done} · {how}, {trajectory.passes} passes · {took}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import headstart_weights
@@ -15,7 +14,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import listed, uses_bundled, worded
-from headstart.commands.width import show
+from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.request import pair_up, parse_seeds
@@ -76,11 +75,8 @@ def _run(args: argparse.Namespace) -> int:
             on_step=RowBar(bar),
         )
     write_file(args.out, encode_png(strip_of(found)))
-    if args.json:
-        print(json.dumps(found.to_json(str(args.out))))
-    else:
-        title = f"{prompt!r}, {found.adapter}, {counted(len(seeds), 'seed')}"
-        show(f"{title}\n\n{found}\n\n{args.out}")
+    title = f"{prompt!r}, {found.adapter}, {counted(len(seeds), 'seed')}"
+    answer(args, found.to_json(str(args.out)), f"{title}\n\n{found}\n\n{args.out}")
     return 0
 
 

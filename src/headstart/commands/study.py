@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -18,7 +17,8 @@ from headstart.commands.plan_options import add_diversify
 from headstart.commands.progress import progress
 from headstart.commands.session import adapter_path, open_engine, use_local_device
 from headstart.commands.values import count, listed, numbers, output, read_size, uses_bundled
-from headstart.errors import InputError
+from headstart.commands.width import answer
+from headstart.errors import InputError, counted
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
 from headstart.study.cases import EXPERIMENTS, PARTS, Grids
@@ -286,7 +286,8 @@ class _Progress:
         self._passes = sum(job.passes for job in jobs)
         self._last = time.monotonic()
         if jobs:
-            note(f"{len(jobs)} cells to draw, {self._passes:.0f} network passes")
+            cells = counted(len(jobs), "cell")
+            note(f"{cells} to draw, {self._passes:.0f} network passes")
 
     def __enter__(self) -> _Progress:
         self._open = progress(round(self._passes), "drawing", " pass")
@@ -322,15 +323,12 @@ def _print(
 ) -> None:
     from headstart.study.table import table
 
-    if args.json:
-        facts = {"out": str(args.out), "made": drawn, "missing": others}
-        print(json.dumps({**facts, "rows": report.get("rows")}))
-        return
-    if others:
-        print(f"{drawn} cells drawn; {others} of other ranks are left · {args.out}")
-        return
-    print(table(report))
-    print(f"\n{drawn} cells drawn · {', '.join(str(path) for path in files)}")
+    cells = f"{counted(drawn, 'cell')} drawn"
+    text = f"{cells}; {others} of other ranks are left · {args.out}"
+    if not others:
+        text = f"{table(report)}\n\n{cells} · {', '.join(map(str, files))}"
+    facts = {"out": str(args.out), "made": drawn, "missing": others, "rows": report.get("rows")}
+    answer(args, facts, text)
 
 
 STUDY = Command(

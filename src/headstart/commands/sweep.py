@@ -29,6 +29,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine, use_local_device
 from headstart.commands.values import output, read_size, read_texts
+from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_folder
 from headstart.sweep.jobs import Case, Size, batches, digest, read_cases
@@ -238,14 +239,11 @@ def _pixels(engine: Engine, size: Size | None) -> int:
 
 def _report(args: argparse.Namespace, done: Swept, cases: int, shard: tuple[int, int]) -> None:
     rank, world = shard
-    if args.json:
-        facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world}
-        print(json.dumps({**facts, **done._asdict()}))
-        return
+    facts = {"out": str(args.out), "cases": cases, "rank": rank, "world": world, **done._asdict()}
     who = f"rank {rank} of {world}: " if world > 1 else ""
     rest = "all cases are done" if done.complete else "other ranks have cases left"
     written = f"{counted(done.written, 'image')} written, {done.skipped} there already"
-    print(f"{who}{written}, {rest} · {args.out}")
+    answer(args, facts, f"{who}{written}, {rest} · {args.out}")
 
 
 SWEEP = Command(

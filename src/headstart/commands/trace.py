@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
 from headstart.commands.values import count, read_size, read_texts, worded
-from headstart.commands.width import show
+from headstart.commands.width import answer
 from headstart.errors import InputError, PlanError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings, check_name
@@ -117,12 +116,9 @@ def _run(args: argparse.Namespace) -> int:
     write_file(args.out, _encoded(found, args.out.suffix.lower(), args.every is not None))
     for problem in found.problems:
         note(f"warning: {problem}")
-    if args.json:
-        print(json.dumps({"out": str(args.out), **found.to_json()}))
-    else:
-        show(
-            f"{prompt!r}, {counted(len(seeds), 'seed')}\n\n{found}\n\n{found.footer()}\n{args.out}"
-        )
+    title = f"{prompt!r}, {counted(len(seeds), 'seed')}"
+    text = f"{title}\n\n{found}\n\n{found.footer()}\n{args.out}"
+    answer(args, {"out": str(args.out), **found.to_json()}, text)
     return 0
 
 

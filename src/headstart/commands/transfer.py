@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from headstart.commands.arguments import add_overwrite, every
 from headstart.commands.parser import Command
 from headstart.commands.progress import progress
 from headstart.commands.values import output
+from headstart.commands.width import answer
 from headstart.errors import InputError
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def _transfer(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
             overwrite=args.overwrite,
             on_bytes=lambda count: bar.set_description(f"transferring, {count / 1e6:.0f} MB"),
         )
-    print(json.dumps(done.to_json()) if args.json else _told(done))
+    answer(args, done.to_json(), _told(done))
 
 
 def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
@@ -101,7 +101,7 @@ def _extract(args: argparse.Namespace, parts: tuple[Network, ...]) -> None:
             overwrite=args.overwrite,
             on_layer=lambda module: bar.set_description(f"extracting {module}"),
         )
-    print(json.dumps(done.to_json()) if args.json else _captured(done))
+    answer(args, done.to_json(), _captured(done))
 
 
 def _told(done: Transfer) -> str:

@@ -6,6 +6,8 @@ base      60     1.52      0.210   ->   base      60        base     1.52      0
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 import shutil
 import textwrap
@@ -26,6 +28,14 @@ def show(text: str) -> None:
     print(fitted(text, terminal_width()))
 
 
+def answer(args: argparse.Namespace, facts: object, text: str) -> None:
+    """What a command found: as JSON where --json is given, else as text."""
+    if args.json:
+        print(json.dumps(facts))
+    else:
+        show(text)
+
+
 def fitted(text: str, width: int) -> str:
     """The text in lines of `width`, as far as its words and cells have room there."""
     return "\n\n".join("\n".join(_block(own.split("\n"), width)) for own in text.split("\n\n"))
@@ -42,7 +52,9 @@ def _block(lines: Sequence[str], width: int) -> Iterator[str]:
         if index:
             yield ""
         for number, line in enumerate(lines[: rows[-1] + 1]):
-            if number in rows:
+            if number in rows and len(columns) == 1:
+                yield _wrapped(line, width, label[1])
+            elif number in rows:
                 yield "".join(line[first:end] for first, end in part).rstrip()
             elif index == 0:
                 yield _wrapped(line, width)
@@ -72,15 +84,16 @@ def _parts(
     yield part
 
 
-def _wrapped(line: str, width: int) -> str:
+def _wrapped(line: str, width: int, label: int = 0) -> str:
+    """label   its length, where lines after the first one begin behind it"""
     if len(line) <= width or not line[width:].strip("-"):  # a rule
         return line[:width]
-    indent = line[: len(line) - len(line.lstrip())]
+    start = len(line) - len(line[label:].lstrip())
     return textwrap.fill(
-        line.rstrip("-").strip(),
+        line[start:].rstrip("-"),
         width,
-        initial_indent=indent,
-        subsequent_indent=indent,
+        initial_indent=line[:start],
+        subsequent_indent=" " * start,
         break_long_words=False,
         break_on_hyphens=False,
     )

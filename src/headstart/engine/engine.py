@@ -18,7 +18,6 @@ from headstart.adapters.strength import StrengthLike
 from headstart.adapters.textual_inversion import Embeddings
 from headstart.batch import MOST_SAMPLES, Batch, doubling
 from headstart.conditioning.texts import Prompts, Seeds, check_clip_skip, check_style
-from headstart.diversify.effect import select_of
 from headstart.diversify.methods import Diversify
 from headstart.engine.clock import Clock
 from headstart.engine.denoising import DenoisingLoop, encode
@@ -30,7 +29,6 @@ from headstart.engine.prompts import check_lengths
 from headstart.engine.request import Request, check_texts_memory, prepare
 from headstart.engine.tables import compile_for
 from headstart.engine.trajectory import Trajectory
-from headstart.errors import InputError
 from headstart.interfaces import Denoiser, LatentCodec
 from headstart.keywords import check_keywords, with_known_keywords
 from headstart.memory.available import Memory
@@ -41,7 +39,6 @@ from headstart.networks.text import ClipText
 from headstart.noise import Philox, noise_on
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import check_resume
 from headstart.plan.spacing import Process
 from headstart.plan.table import StepTable
 from headstart.run import Run
@@ -67,8 +64,8 @@ class Engine:
     adapters: AdapterSet = field(init=False)
 
     def __post_init__(self) -> None:
-        networks = AdapterSet(self.weights.denoisers, self.weights.text)
-        object.__setattr__(self, "adapters", networks)
+        adapters = AdapterSet(self.weights.denoisers, self.weights.text)
+        object.__setattr__(self, "adapters", adapters)
 
     @classmethod
     def load(
@@ -303,16 +300,8 @@ class Engine:
         """
         run = self._prepared(
             self.iterate, prompts, options, plan=plan, seeds=seeds, batch=batch,
-            diversify=diversify, resumed=resume is not None,
+            diversify=diversify, resume=resume,
         )  # fmt: skip
-        if resume is not None:
-            shapes = [list(resume.x.shape), list(resume.x0.shape)]
-            check_resume(resume.step, run.table, shapes, [len(run.images), *run.latent])
-            if select := select_of(run.methods):
-                raise InputError(
-                    f"diversify {select}: chooses seeds after the first row, which is behind a "
-                    "resumed run: leave it out, and give the chosen seeds (Trajectory.chosen)"
-                )
         return DenoisingLoop(self.weights, self.runner, run, Clock(self.device)).states(resume)
 
     def begin(

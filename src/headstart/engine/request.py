@@ -32,6 +32,7 @@ from headstart.conditioning.texts import (
 from headstart.diversify.effect import check_images, select_of, strengths_of, table_of
 from headstart.diversify.method import Images, Method
 from headstart.diversify.methods import Diversify, read_methods
+from headstart.diversify.select import Select
 from headstart.engine.options import RUN_OPTIONS, SampleOptions
 from headstart.engine.pair import Pair
 from headstart.engine.tables import compile_for
@@ -48,8 +49,9 @@ from headstart.memory.budget import (
 )
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.plan import Plan
-from headstart.plan.request import check_size
+from headstart.plan.request import check_resume, check_size
 from headstart.plan.table import StepTable
+from headstart.state import State
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +101,12 @@ def prepare(
     diversify: Diversify = (),
     keep_x0: bool = False,
     reading: Mapping[str, Any] | None = None,
-    resumed: bool = False,
+    resume: State | None = None,
 ) -> Request:
     """See `headstart.Engine.sample`.
 
     reading   how to read prompts, where `options` does not say
-    resumed   whether rows have run already, perhaps with another plan or other prompts
+    resume    where to go on, perhaps with another plan or other prompts than before
     """
     run, settings = _split(options)
     methods = read_methods(diversify)
@@ -128,12 +130,14 @@ def prepare(
     _check_guidance(texts, inputs, table, guided)
     if names_only and (inputs.uncond is not None or not guided):
         texts = _unread(texts, run)
-    if guided and not resumed:
+    if guided and resume is None:
         _check_negative_levels(texts, rows, table)
     select = select_of(methods)
     count = len(images) * (1 if select is None else int(select.times))
     height, width = (side // weights.downscale for side in pixels)
     latent = (weights.latent_channels, height, width)
+    if resume is not None:
+        _check_resume(resume, table, [len(images), *latent], select)
     noise = noise_source(inputs.noise, seeds, latent, table)
     shape = Shape(count, latent[0], latent[1:], pixels, len(table) if keep_x0 else 0)
     fits, spare = _chunks(weights, shape, table, BatchSizes.of(batch))
@@ -154,6 +158,18 @@ def prepare(
         strengths=attached.strengths(table, len(images), acts),
         methods=methods,
     )
+
+
+def _check_resume(
+    resume: State, table: StepTable, expected: Sequence[int], select: Select | None
+) -> None:
+    shapes = [list(resume.x.shape), list(resume.x0.shape)]
+    check_resume(resume.step, table, shapes, expected)
+    if select is not None:
+        raise InputError(
+            f"diversify {select}: chooses seeds after the first row, which is behind a resumed run:"
+            " leave it out, and give the chosen seeds (Trajectory.chosen)"
+        )
 
 
 def _chunks(

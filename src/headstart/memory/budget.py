@@ -237,7 +237,7 @@ def _refusal(shape: Shape, size: int, need: int, free: int, device: str, where: 
         "enough of the weights take turns, or with dtype='float8' (--dtype)"
     ) * device.startswith("cuda")
     return (
-        f"{counted(shape.batch, 'image')} of {height}x{width}: about "
+        f"{counted(shape.batch, 'image')} of {height}x{width} would need about "
         f"{(need + shape.state_bytes) / 1e9:.1f} GB besides the weights, with {size} in the "
         f"{where} at a time; {free / 1e9:.1f} GB are free on {device} and {SAFE_SHARE:.0%} of that "
         f"is used at most: ask for a smaller size, fewer seeds a call, or a smaller batch{more}"
