@@ -24,6 +24,7 @@ from headstart.commands.option_names import in_options
         ("auto, or base=cuda:0,distilled=cuda:1", "auto, or base=cuda:0,distilled=cuda:1"),
         ("base=v,distilled=eps", "base=v,distilled=eps"),
         ("unknown_steps=4 and x.steps=4", "unknown_steps=4 and x.steps=4"),
+        ("steps=0\nlegs=(Leg(steps=1),)", "--steps 0\nlegs=(Leg(steps=1),)"),
     ],
 )
 def test_keyword_arguments_are_options(message: str, expected: str) -> None:
@@ -39,6 +40,10 @@ def test_keyword_arguments_are_options(message: str, expected: str) -> None:
         ("sample fox --out x --zzz 4", "no such option"),
         ("sample fox --out x --negative a b", "give an option again"),
         ("compare a fox", "quote a text of several words"),
+        (
+            "sample fox --out x --runner grph",
+            "invalid choice: 'grph': did you mean graph? expected",
+        ),
     ],
 )
 def test_an_unknown_option_is_named_as_it_is_called_here(
@@ -49,3 +54,13 @@ def test_an_unknown_option_is_named_as_it_is_called_here(
     printed = capsys.readouterr().err
     assert hint in printed and f"see `headstart {typed.split()[0]} --help`" in printed
     assert printed.count("\n") == 1
+
+
+def test_a_command_that_is_none_is_answered_with_the_nearest(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["smaple"])
+    assert (
+        "invalid choice: 'smaple': did you mean sample? expected one of" in capsys.readouterr().err
+    )

@@ -25,13 +25,20 @@ _KEYWORD = re.compile(
     rf"(?<![\w./=,-])(?P<name>{'|'.join(sorted(_OPTIONS, key=len, reverse=True))})="
     r"(?:'(?P<quoted>[^']*)'|\"(?P<double>[^\"]*)\"|(?P<bare>[\w.+-]*[\w]))?"
 )
+_PYTHON = "Leg("
+"""In a line with a whole plan, which no option is."""
 _TWICE = re.compile(r"(--[\w-]+)(?: \(\1\)| or \1| \1)(?![\w-])")
 _LISTED = re.compile(r"(--[\w-]+ [\w.-]+), (?=--)")
 
 
 def in_options(message: str) -> str:
     """The message, its keyword arguments spelled as options."""
-    return _LISTED.sub(r"\1 ", _TWICE.sub(r"\1", _KEYWORD.sub(_option, message)))
+    lines = message.split("\n")
+    return "\n".join(line if _PYTHON in line else _in_options(line) for line in lines)
+
+
+def _in_options(line: str) -> str:
+    return _LISTED.sub(r"\1 ", _TWICE.sub(r"\1", _KEYWORD.sub(_option, line)))
 
 
 def _option(found: re.Match[str]) -> str:

@@ -137,6 +137,15 @@ class Parser(argparse.ArgumentParser):
         """One line, as every other error."""
         self.exit(2, f"headstart: error: {message}; see `{self.prog} --help`\n")
 
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        """The nearest of the choices first."""
+        if action.choices is not None and value not in action.choices:
+            choices = [*map(str, action.choices)]
+            near = get_close_matches(str(value), choices, 1)
+            hint = f"did you mean {near[0]}? " if near else ""
+            expected = f"{hint}expected one of {', '.join(choices)}"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r:.60}: {expected}")
+
     def _print_message(self, message: str, file: IO[str] | None = None) -> None:
         """argparse's own is silent where stdout is full."""
         with nullcontext() if file is sys.stdout else suppress(OSError):
