@@ -303,3 +303,15 @@ def add_features(parser: argparse.ArgumentParser) -> None:
 def add_seeds(parser: argparse.ArgumentParser, default: str) -> None:
     about = "such as 0-15 or 3,7; default: %(default)s"
     parser.add_argument("--seeds", "--seed", default=default, metavar="SEEDS", help=about)
+
+
+def add_prompt(parser: argparse.ArgumentParser, default: str | None, seeds: str) -> None:
+    """One prompt, which may be left out where it has a default, and its seeds."""
+    parser.add_argument(
+        "prompt",
+        nargs=None if default is None else "?",
+        default=default,
+        metavar="PROMPT",
+        help="what to draw" + ("" if default is None else "; default: %(default)s"),
+    )
+    add_seeds(parser, seeds)

@@ -10,7 +10,7 @@ from headstart.commands.arguments import (
     RUNNERS,
     add_batch,
     add_out,
-    add_seeds,
+    add_prompt,
     add_size,
     sampling,
 )
@@ -20,24 +20,16 @@ from headstart.commands.plan_options import add_plans, add_preset, add_steps
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, listed, read_size, worded
+from headstart.commands.values import count, listed, one_prompt, read_size
 from headstart.commands.width import answer
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings
-from headstart.plan.request import pair_up, parse_seeds
 
 _ROUNDS, _WARMUP = 20, 2
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        default="a fox",
-        metavar="PROMPT",
-        help="what to draw; default: %(default)s",
-    )
-    add_seeds(parser, "0")
+    add_prompt(parser, "a fox", "0")
     add_plans(parser)
     add_preset(parser)
     add_steps(parser)
@@ -62,8 +54,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     check_estimate(args)
-    prompt, size = worded(args.prompt), read_size(args.size)
-    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    (prompt, seeds), size = one_prompt(args), read_size(args.size)
     plans = listed(args.plan)
     if not args.estimate:
         compiled(args, {plan: _settings(args, plan) for plan in plans})

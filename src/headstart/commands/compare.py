@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from headstart.commands.arguments import add_features, add_out, add_reading, add_seeds, sampling
+from headstart.commands.arguments import add_features, add_out, add_prompt, add_reading, sampling
 from headstart.commands.console import note
 from headstart.commands.parser import Command, Expert
 from headstart.commands.plan_options import (
@@ -17,26 +17,15 @@ from headstart.commands.plan_options import (
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, worded
+from headstart.commands.values import count, one_prompt
 from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import PlanSettings
-from headstart.plan.request import pair_up, parse_seeds
-
-DEFAULT_PROMPT = "a fox"
-DEFAULT_SEEDS = "0-15"
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompt",
-        nargs="?",
-        default=DEFAULT_PROMPT,
-        metavar="PROMPT",
-        help="what to draw; default: %(default)s",
-    )
-    add_seeds(parser, DEFAULT_SEEDS)
+    add_prompt(parser, "a fox", "0-15")
     add_out(parser, "sheet.png")
     add_preset(parser)
     add_steps(parser)
@@ -56,8 +45,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    prompt = worded(args.prompt)
-    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    prompt, seeds = one_prompt(args)
     size_bytes = 4 * len(seeds) * 192 * 192 * 3
     check_file(args.out, size_bytes=size_bytes, suffix=".png", overwrite=args.overwrite)
     methods = read_diversify(args, apart=True)

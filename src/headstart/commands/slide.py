@@ -7,22 +7,20 @@ from pathlib import Path
 
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
-from headstart.commands.arguments import add_out, add_reading, add_seeds, sampling
+from headstart.commands.arguments import add_out, add_prompt, add_reading, sampling
 from headstart.commands.parser import Command
 from headstart.commands.plan_options import add_plans, add_preset
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import listed, uses_bundled, worded
+from headstart.commands.values import listed, one_prompt, uses_bundled
 from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
-from headstart.plan.request import pair_up, parse_seeds
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
-    add_seeds(parser, "0-3")
+    add_prompt(parser, None, "0-3")
     parser.add_argument(
         "--strengths",
         default="-2,-1,0,1,2",
@@ -39,8 +37,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    prompt, strengths = worded(args.prompt), parse_strengths(args.strengths)
-    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    (prompt, seeds), strengths = one_prompt(args), parse_strengths(args.strengths)
     plans = listed(args.plan)
     demo = uses_bundled(args)
     if not args.lora and demo:

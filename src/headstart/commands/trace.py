@@ -11,8 +11,8 @@ from headstart.commands import intervention
 from headstart.commands.arguments import (
     add_negative,
     add_out,
+    add_prompt,
     add_reading,
-    add_seeds,
     add_size,
     sampling,
 )
@@ -23,12 +23,11 @@ from headstart.commands.plan_options import add_mode_options, add_plans
 from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
-from headstart.commands.values import count, read_size, read_texts, worded
+from headstart.commands.values import count, one_prompt, read_size, read_texts
 from headstart.commands.width import answer
 from headstart.errors import InputError, PlanError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import TOML, PlanSettings, check_name
-from headstart.plan.request import pair_up, parse_seeds
 
 if TYPE_CHECKING:
     from headstart.engine.engine import Engine
@@ -46,9 +45,8 @@ MOST_COLUMNS = 60
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", metavar="PROMPT", help="what to draw")
+    add_prompt(parser, None, "0-3")
     add_out(parser, "trace.png", ", ".join(FORMATS))
-    add_seeds(parser, "0-3")
     add_size(parser)
     group = parser.add_argument_group("plans")
     add_plans(group)
@@ -84,8 +82,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    prompt = worded(args.prompt)
-    _, seeds = pair_up(prompt, parse_seeds(args.seeds))
+    prompt, seeds = one_prompt(args)
     size = read_size(args.size)
     names = _plan_names(args)
     change = intervention.read(args)

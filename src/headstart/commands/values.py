@@ -55,6 +55,14 @@ def worded(prompt: str) -> str:
     return prompt
 
 
+def one_prompt(args: argparse.Namespace) -> tuple[str, tuple[int, ...]]:
+    """The prompt and the seeds of `arguments.add_prompt`. Raises InputError."""
+    from headstart.plan.request import pair_up, parse_seeds  # loads numpy
+
+    prompt = worded(args.prompt)
+    return prompt, pair_up(prompt, parse_seeds(args.seeds))[1]
+
+
 def read_size(text: str | None, what: str = "size") -> tuple[int, int] | None:
     """`512` or `HEIGHTxWIDTH`, in pixels. Raises InputError for anything else."""
     if text is None:
