@@ -159,10 +159,9 @@ def given_up_output() -> Generator[None]:
     try:
         yield
     finally:
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             try:
-                if stream is not None:  # pyright: ignore[reportUnnecessaryComparison]
-                    stream.flush()
+                stream.flush()
             except OSError:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
-from typing import IO, Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = ("PATH", "FILE", "DIR", "FOLDER")
@@ -146,7 +146,7 @@ class Parser(argparse.ArgumentParser):
             expected = f"{hint}expected one of {', '.join(choices)}"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r:.60}: {expected}")
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         """argparse's own is silent where stdout is full."""
         with nullcontext() if file is sys.stdout else suppress(OSError):
             print(message, end="", file=file, flush=True)
