@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from headstart.checkpoint.contents import split
-from headstart.checkpoint.leftovers import is_allowed, leftover_of
+from headstart.checkpoint.leftovers import is_allowed, is_leftover
 from headstart.checkpoint.prefixes import DEEPEST, readings
 from headstart.errors import CheckpointError
 
@@ -50,13 +50,13 @@ OPENCLIP = ("token_embedding.weight", "transformer.resblocks.3.ln_1.bias", "ln_f
     ],
 )
 def test_training_leftovers_are_ignored(name: str) -> None:
-    assert leftover_of(name)
+    assert is_leftover(name)
     assert split([name]) == {}
 
 
 @pytest.mark.parametrize("name", ["conv_in.weight", "time_embed.0.weight", "betas2", "x.betas"])
 def test_nothing_else_is_ignored(name: str) -> None:
-    assert leftover_of(name) is None
+    assert not is_leftover(name)
 
 
 def test_a_file_is_split_by_prefix_and_what_fits_none_is_told() -> None:

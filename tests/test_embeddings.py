@@ -123,7 +123,7 @@ def test_a_file_says_what_it_is_and_networks_and_adapters_are_none(tmp_path: Pat
     held = write(path, {"clip_l": (2, L), "clip_g": (2, G)})
     info = describe_embedding(path, held)
     assert info is not None and info.family == "sdxl" and info.tokens == ("cat",)
-    assert info.vectors == (2,) and info.to_json()["widths"] == {"text": L, "text_2": G}
+    assert info.vectors == (2,) and info.widths == {"text": L, "text_2": G}
     for family, width in (("sd15", 768), ("sd21", 1024), (None, 1280), (None, 99)):
         held = write(path, {"<cat>": (width,)})
         described = describe_embedding(path, held)

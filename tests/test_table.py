@@ -13,9 +13,10 @@ import pytest
 from plans import NAMES, SD, compiled
 
 from headstart.errors import PlanError
-from headstart.plan.plan import COLUMNS, Leg, StepTable
+from headstart.plan.plan import Leg, StepTable
 from headstart.plan.preset import preset
 from headstart.plan.schedule import Spacing
+from headstart.plan.table import COLUMNS
 
 
 def tables() -> Iterator[StepTable]:

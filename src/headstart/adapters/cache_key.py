@@ -65,14 +65,14 @@ _CHANGES: WeakKeyDictionary[Changes, dict[nn.Module, _LayerChanges]] = WeakKeyDi
 class CacheKey:
     """Equal to another where layers are changed alike.
 
-    strengths  of the adapters that act on the layers: numbers, or the tensor itself
-    memory     keeps the addresses in `version` from being used again
+    strengths  of the adapters that act on the layers: numbers, or the tensor's identity
+    memory     keeps the addresses in `version`, and that identity, from being used again
     """
 
     slots: tuple[tuple[str, Slot], ...]
     strengths: Hashable
     version: Version
-    memory: tuple[Tensor, ...] = field(compare=False, repr=False)
+    memory: object = field(compare=False, repr=False)
 
 
 def cache_key(
@@ -88,21 +88,8 @@ def cache_key(
     strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in found.names])
     if version is None or strengths is None:
         return None
-    return CacheKey(found.slots, strengths, version, found.memory(version.addresses, tensors))
-
-
-@final
-@dataclass(frozen=True, slots=True, eq=False)
-class _Same:
-    """A tensor compared by identity."""
-
-    tensor: Tensor
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and other.tensor is self.tensor
-
-    def __hash__(self) -> int:
-        return id(self.tensor)
+    memory = found.memory(version.addresses, tensors), cond.strengths
+    return CacheKey(found.slots, strengths, version, memory)
 
 
 def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:
@@ -118,4 +105,4 @@ def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:
         return tuple(known[column] for column in columns)
     if strengths.device.type == "cpu" and not is_capturing():
         return tuple(map(tuple, strengths.t()[list(columns)].tolist()))  # pyright: ignore
-    return _Same(strengths), None if strengths.is_inference() else strengths._version
+    return id(strengths), None if strengths.is_inference() else strengths._version

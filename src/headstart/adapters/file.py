@@ -17,7 +17,7 @@ from torch import nn
 from headstart.adapters.delta import Delta
 from headstart.adapters.group import Group, Grouping, group_keys
 from headstart.adapters.kind import Shape
-from headstart.adapters.layer_names import LayerKey, Networks, match_layers
+from headstart.adapters.layer_names import Networks, match_layers
 from headstart.adapters.layer_numbers import is_numbered
 from headstart.adapters.layers import layers_of
 from headstart.adapters.names import AdapterForm, Network, other_family
@@ -123,7 +123,11 @@ class AdapterFile:
         owners: dict[tuple[Network, str], Group] = {}
         mismatched: list[Mismatch] = []
         unmatched = list(self.strays)
-        for group, layer in self._match_layers(networks):
+        try:
+            layers = [*match_layers(self.groups.values(), networks)]
+        except AdapterError as error:
+            raise AdapterError(f"{self.path}: {error}") from error
+        for group, layer in layers:
             if layer is None:
                 unmatched += group.slots.values()
             elif not group.fits(networks[layer[0]][layer[1]]):
@@ -138,12 +142,6 @@ class AdapterFile:
                 owners[layer] = group
         self._check_found(networks, owners, mismatched)
         return Match(owners, tuple(mismatched), tuple(unmatched))
-
-    def _match_layers(self, networks: Networks) -> list[tuple[Group, LayerKey | None]]:
-        try:
-            return [*match_layers(self.groups.values(), networks)]
-        except AdapterError as error:
-            raise AdapterError(f"{self.path}: {error}") from error
 
     @property
     def family(self) -> str | None:
@@ -160,19 +158,17 @@ class AdapterFile:
     ) -> None:
         where = " and ".join(networks) or "no network"
         cross = next((m for m in mismatched if _reads_text(m.name)), None)
-        if cross is not None and self.family is not None:
-            theirs = CONTEXT_WIDTHS.get(cross.expected[-1], "another family")
+        steered = any(network == "unet" for network, _ in owners)
+        unet = networks.get("unet", {}).items()
+        width = next((shape[-1] for name, shape in unet if _reads_text(name)), 0)
+        theirs, shown = CONTEXT_WIDTHS.get(width), ""
+        if cross is not None:
+            theirs, shown = CONTEXT_WIDTHS.get(cross.expected[-1], "another family"), f"{cross}; "
+        another = not steered and theirs is not None and self.family != theirs
+        if (cross is not None or another) and self.family is not None:
             raise AdapterError(
                 f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: "
-                f"{cross}; attach it to a model of {self.family}"
-            )
-        steered = any(network == "unet" for network, _ in owners)
-        theirs = next((s[-1] for n, s in networks.get("unet", {}).items() if _reads_text(n)), None)
-        theirs = CONTEXT_WIDTHS.get(theirs or 0)
-        if not steered and theirs and self.family not in (None, theirs):
-            raise AdapterError(
-                f"{self.path}: expected an adapter for {theirs}, got one for {self.family}: attach "
-                f"it to a model of {self.family}"
+                f"{shown}attach it to a model of {self.family}"
             )
         if not steered and (other := other_family(self.groups)):
             raise AdapterError(

@@ -25,7 +25,6 @@ from headstart.adapters.kinds import (
     WHOLE,
     conflicting_operands,
     dimensions,
-    disagreements,
     kinds_of,
     missing_operands,
     rank_limit,
@@ -202,7 +201,7 @@ def _group(
         _check(kind, slot, key)
     if missing := next(missing_operands(kind, slots), None):
         _bad(name, f"{missing} too (the file is torn)", listed)
-    for each in disagreements(kind, shapes):
+    for each in kind.agreements(shapes):
         _check_agreement(name, each)
     return Group(name, network, module, kind, slots, shapes, frozenset(forms))
 
@@ -262,7 +261,8 @@ def group_keys(layout: Layout) -> Grouping:
         entries[slot] = TensorEntry(name, dtype, shape)
         forms.setdefault(group, set()).update({key.form} if key.form else ())
     groups: dict[str, Group] = {}
-    unknown = {stem for stray in strays for stem in _stems(stray)}
+    # The names without their last part, and without their last two parts.
+    unknown = {stray.rsplit(".", parts)[0] for stray in strays for parts in (1, 2)}
     for (network, module), name in names.items():
         own = keys[name]
         if own.keys() <= MODIFIERS.keys() - {"diff_b"} and name in unknown:
@@ -273,11 +273,6 @@ def group_keys(layout: Layout) -> Grouping:
 
 
 _ON_INPUT = ".on_input"
-
-
-def _stems(name: str) -> tuple[str, str]:
-    """The name without its last part, and without its last two parts."""
-    return name.rpartition(".")[0], name.rsplit(".", 2)[0]
 
 
 def _number(tensor: Tensor) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator, Mapping
 
-from headstart.adapters.kind import Agreement, Kind, Shape, Shapes
+from headstart.adapters.kind import Kind, Shape, Shapes
 from headstart.adapters.plain import FULL, IA3, WHOLE
 from headstart.adapters.products import GLORA, LOHA, LOKR, LORA
 from headstart.adapters.rotations import BOFT, OFT, OFT_V2
@@ -62,10 +62,6 @@ def conflicting_operands(kind: Kind, operands: Collection[str]) -> Iterator[str]
     yield from (operand for operand in operands if operand not in known)
     if {"dora_scale", "magnitude"} <= set(operands):
         yield "magnitude"
-
-
-def disagreements(kind: Kind, shapes: Shapes) -> Iterator[Agreement]:
-    return (each for each in kind.agreements(shapes) if each.expected != each.actual)
 
 
 def rank_limit(layer: Shape) -> int:

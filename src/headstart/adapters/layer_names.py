@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from headstart.adapters.group import Group
 from headstart.adapters.layer_numbers import layers_by_number
 from headstart.adapters.names import Network, name_readings
-from headstart.checkpoint import keymap
+from headstart.checkpoint import keymap, textmap
 from headstart.errors import AdapterError
 
 LayerKey = tuple[Network, str]
@@ -32,15 +32,18 @@ def match_layers(
     network counts that most of the file's modules name: PEFT saves an encoder alone, without its
     name. Raises AdapterError where two layers fit equally well.
     """
-    names, groups = LayerNames(networks), list(groups)
+    tables = {network: _spellings(network, list(layers)) for network, layers in networks.items()}
+    groups = list(groups)
     by_number = layers_by_number(groups, networks)
-    found = [
-        (group, [by_number[group.name]] if group.name in by_number else names.find(group.name))
-        for group in groups
+    candidates = [
+        [by_number[g.name]] if g.name in by_number else _candidates(g.name, tables) for g in groups
     ]
-    fitting = [[p for p in own if g.fits(networks[p[0]][p[1]])] for g, own in found]
-    counts = Counter(network for own in fitting for network in {network for network, _ in own})
-    for (group, own), fits in zip(found, fitting, strict=True):
+    fitting = [
+        [key for key in keys if group.fits(networks[key[0]][key[1]])]
+        for group, keys in zip(groups, candidates, strict=True)
+    ]
+    counts = Counter(network for keys in fitting for network in {network for network, _ in keys})
+    for group, keys, fits in zip(groups, candidates, fitting, strict=True):
         if len(fits) > 1:
             most = max(counts[network] for network, _ in fits)
             fits = [layer for layer in fits if counts[layer[0]] == most]
@@ -50,27 +53,19 @@ def match_layers(
                 f"{group.name!r} reads as {both}, and fits both: put the network in front of the "
                 "names, such as unet., text_encoder. or text_encoder_2."
             )
-        yield group, next(iter(fits or own), None)
+        yield group, next(iter(fits or keys), None)
 
 
-class LayerNames:
-    """The layers of networks by every spelling of their names."""
-
-    def __init__(self, networks: Mapping[Network, Iterable[str]]) -> None:
-        self._tables: dict[Network, dict[str, tuple[str, ...]]] = {
-            network: _spellings(network, list(modules)) for network, modules in networks.items()
-        }
-
-    def find(self, name: str) -> list[LayerKey]:
-        """The layers that `name`, a module as a file spells it, can be."""
-        layers: dict[LayerKey, None] = {
-            (network, module): None
-            for prefix, rest in name_readings(name)
-            for network, table in self._tables.items()
-            if prefix in (None, network)
-            for module in table.get(rest, ())
-        }
-        return list(layers)
+def _candidates(name: str, tables: Mapping[Network, Mapping[str, Iterable[str]]]) -> list[LayerKey]:
+    """The layers that `name`, a module as a file spells it, can be; `tables`: see `_spellings`."""
+    layers: dict[LayerKey, None] = {
+        (network, module): None
+        for prefix, rest in name_readings(name)
+        for network, table in tables.items()
+        if prefix in (None, network)
+        for module in table.get(rest, ())
+    }
+    return list(layers)
 
 
 def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...]]:
@@ -100,11 +95,7 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...
 # in one tensor, so they have no row.
 _OPENCLIP = (
     ("text_model.encoder.layers.", "transformer.resblocks."),
-    (".layer_norm1", ".ln_1"),
-    (".layer_norm2", ".ln_2"),
-    (".mlp.fc1", ".mlp.c_fc"),
-    (".mlp.fc2", ".mlp.c_proj"),
-    (".self_attn.out_proj", ".attn.out_proj"),
+    *((f".{ours}", f".{theirs}") for theirs, ours in textmap.OPENCLIP_INNER.items()),
     ("text_model.final_layer_norm", "ln_final"),
 )
 

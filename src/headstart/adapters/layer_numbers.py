@@ -7,7 +7,7 @@ which the diffusers of its day registered them. The shapes of a file tell which 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 from headstart.adapters.group import Group
 from headstart.adapters.kind import Shape
@@ -17,9 +17,11 @@ from headstart.errors import AdapterError
 _NAME = re.compile(r"(unet|text_encoder):(0|[1-9][0-9]{0,3})")
 _NETWORKS: Mapping[str, Network] = {"unet": "unet", "text_encoder": "text"}
 
+# The places that count, in their order, and then the layer there.
+_SIDES = {"down": 0, "up": 1, "mid": 2, None: 0}
 _BLOCK = re.compile(
-    r"(?P<side>down|up|mid)_blocks?\.((?P<level>[0-9]{1,3})\.)?attentions\.(?P<i>[0-9]{1,3})"
-    r"\.transformer_blocks\.(?P<depth>[0-9]{1,3})\.(?P<leaf>.+)"
+    r"(down|up|mid)_blocks?\.(?:([0-9]{1,3})\.)?attentions\.([0-9]{1,3})"
+    r"\.transformer_blocks\.([0-9]{1,3})\.(.+)"
 )
 _SELF = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 _CROSS = ("attn2.to_q", "attn2.to_k", "attn2.to_v", "attn2.to_out.0")
@@ -32,7 +34,7 @@ _UNET_ORDERS: Mapping[str, tuple[str, ...]] = {
     "attn1, attn2": _SELF + _CROSS,
 }
 _LAYER = re.compile(r"text_model\.encoder\.layers\.([0-9]{1,3})\.self_attn\.(.+)")
-_TEXT_ORDER = ("k_proj", "v_proj", "q_proj", "out_proj")
+_TEXT_ORDERS = {"k, v, q, out": ("k_proj", "v_proj", "q_proj", "out_proj")}
 
 
 def is_numbered(name: str) -> bool:
@@ -65,9 +67,11 @@ def layers_by_number(
 def _best_order(
     groups: Mapping[int, Group], network: Network, layers: Mapping[str, Shape]
 ) -> dict[int, str]:
+    pattern, orders = (_BLOCK, _UNET_ORDERS) if network == "unet" else (_LAYER, _TEXT_ORDERS)
+    walks = {title: _walk(layers, pattern, leaves) for title, leaves in orders.items()}
     fitting = {
         title: order
-        for title, order in _orders(network, layers)
+        for title, order in walks.items()
         if all(n < len(order) and g.fits(layers[order[n]]) for n, g in groups.items())
     }
     complete = {title: order for title, order in fitting.items() if len(order) == len(groups)}
@@ -84,32 +88,12 @@ def _best_order(
     return {number: order[number] for number in groups} if order else {}
 
 
-def _orders(network: Network, layers: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    if network != "unet":
-        yield "k, v, q, out", _text_order(layers)
-        return
-    for title, order in _UNET_ORDERS.items():
-        yield title, _unet_order(layers, order)
-
-
-def _unet_order(layers: Iterable[str], order: tuple[str, ...]) -> list[str]:
-    keys = [
-        (
-            ("down", "up", "mid").index(match["side"]),
-            *(int(match[part] or 0) for part in ("level", "i", "depth")),
-            order.index(match["leaf"]),
-            layer,
-        )
-        for layer in layers
-        if (match := _BLOCK.fullmatch(layer)) and match["leaf"] in order
-    ]
-    return [layer for *_, layer in sorted(keys)]
-
-
-def _text_order(layers: Iterable[str]) -> list[str]:
-    keys = [
-        (int(match[1]), _TEXT_ORDER.index(match[2]), layer)
-        for layer in layers
-        if (match := _LAYER.fullmatch(layer)) and match[2] in _TEXT_ORDER
-    ]
+def _walk(layers: Iterable[str], pattern: re.Pattern[str], leaves: tuple[str, ...]) -> list[str]:
+    """The layers that a trainer counts, in its order."""
+    keys: list[tuple[list[int], int, str]] = []
+    for layer in layers:
+        if (match := pattern.fullmatch(layer)) and match[match.re.groups] in leaves:
+            *places, leaf = match.groups()
+            numbers = [_SIDES[p] if p in _SIDES else int(p) for p in places]
+            keys.append((numbers, leaves.index(leaf), layer))
     return [layer for *_, layer in sorted(keys)]

@@ -172,15 +172,12 @@ def _guess_network(spelling: str) -> Reading:
 
     This describes a file without its network; with one, `layer_names` finds the layer.
     """
-    found = name_readings(spelling)
+    readings = name_readings(spelling)
     for networks, heads in _HEADS:
-        for network, rest in found:
+        for network, rest in readings:
             if network in (None, *networks) and heads.match(rest):
                 return network or ("unet" if networks == ("unet",) else None), rest
-    return max(
-        found,
-        key=lambda text_encoder_for: (text_encoder_for[0] is not None, -len(text_encoder_for[1])),
-    )
+    return max(readings, key=lambda reading: (reading[0] is not None, -len(reading[1])))
 
 
 _OTHERS = (

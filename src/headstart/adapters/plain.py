@@ -20,21 +20,13 @@ def _only(shapes: Shapes) -> Sides:
     return next(shapes[name] for name in ("diff", "weight", "diff_b", "bias") if name in shapes)
 
 
-def _difference(t: Tensors, _: Tensor) -> Tensor:
-    return t["diff"].float()
-
-
-def _from_whole(t: Tensors, weight: Tensor) -> Tensor:
-    return t["weight"].float().reshape(weight.shape) - weight
-
-
 FULL = Kind(
     title="full difference",
     form=AdapterForm.FULL,
     operands={"diff": (1, 2, 4)},
     parts=(),
     sides=_only,
-    change=_difference,
+    change=lambda t, _: t["diff"].float(),
     modifiers=frozenset({"alpha", "dora_scale", "magnitude", "diff_b"}),
 )
 WHOLE = Kind(
@@ -43,7 +35,7 @@ WHOLE = Kind(
     operands={"weight": (1, 2, 4), "bias": (1,)},
     parts=(),
     sides=_only,
-    change=_from_whole,
+    change=lambda t, weight: t["weight"].float().reshape(weight.shape) - weight,
     modifiers=frozenset({"alpha"}),
 )
 
@@ -58,15 +50,6 @@ def _ia3(t: Tensors, weight: Tensor) -> Tensor:
     return weight * t["factors"].float().reshape(shape)
 
 
-def _ia3_sides(shapes: Shapes) -> Sides:
-    return (max(shapes["factors"]),)
-
-
-def _ia3_fits(shapes: Shapes, layer: Shape) -> bool:
-    """Either side may fit: `on_input` decides, whose value is not in the header."""
-    return len(layer) > 1 and max(shapes["factors"]) in layer[:2]
-
-
 def _ia3_settled(t: Tensors, layer: Shape) -> Iterator[Agreement]:
     where = ("outputs", "inputs")[_axis(t)]
     yield Agreement(f"a factor for each of the {where},", layer[_axis(t)], t["factors"].numel())
@@ -77,8 +60,9 @@ IA3 = Kind(
     form=AdapterForm.IA3,
     operands={"factors": (1, 2, 4), "on_input": (0, 1)},
     parts=((("factors", "on_input"),),),
-    sides=_ia3_sides,
+    sides=lambda shapes: (max(shapes["factors"]),),
     change=_ia3,
-    fits=_ia3_fits,
+    # Either side may fit: `on_input` decides, whose value is not in the header.
+    fits=lambda shapes, layer: len(layer) > 1 and max(shapes["factors"]) in layer[:2],
     value_agreements=_ia3_settled,
 )

@@ -55,11 +55,6 @@ def _lora_agreements(shapes: Shapes) -> Iterator[Agreement]:
         yield Agreement("a bias", up[:1], shapes["up_bias"])
 
 
-def _lora_rank(shapes: Shapes) -> int:
-    """LyCORIS divides by that of `down` where a core has another."""
-    return shapes["down"][0]
-
-
 LORA = Kind(
     title="LoRA",
     form=None,
@@ -70,7 +65,7 @@ LORA = Kind(
     change=_lora,
     agreements=_lora_agreements,
     modifiers=_SCALED,
-    rank=_lora_rank,
+    rank=lambda shapes: shapes["down"][0],  # LyCORIS divides by it where a core has another
 )
 
 
@@ -107,10 +102,6 @@ def _loha_sides(shapes: Shapes) -> Sides:
     return _factored_shape(shapes, "hada_w1", "hada_t1")
 
 
-def _loha_rank(shapes: Shapes) -> int:
-    return shapes["hada_w1_b"][0]
-
-
 def _loha_agreements(shapes: Shapes) -> Iterator[Agreement]:
     yield from _factored_agreements(shapes, "hada_w1", "hada_t1")
     yield from _factored_agreements(shapes, "hada_w2", "hada_t2")
@@ -130,7 +121,7 @@ LOHA = Kind(
     change=_loha,
     agreements=_loha_agreements,
     modifiers=_SCALED,
-    rank=_loha_rank,
+    rank=lambda shapes: shapes["hada_w1_b"][0],
 )
 
 
@@ -202,10 +193,6 @@ def _glora_sides(shapes: Shapes) -> Sides:
     return (shapes[first][0], shapes[last][1], *kernel)
 
 
-def _glora_rank(shapes: Shapes) -> int:
-    return shapes["a1"][0 if _turned(shapes) else 1]
-
-
 def _glora_agreements(shapes: Shapes) -> Iterator[Agreement]:
     turned, core = _turned(shapes), "bm" in shapes
     (i1, i2), (up, low) = (("a2", "a1"), ("b2", "b1")) if turned else (("a1", "a2"), ("b1", "b2"))
@@ -242,5 +229,5 @@ GLORA = Kind(
     change=_glora,
     agreements=_glora_agreements,
     modifiers=_SCALED - {"magnitude"},
-    rank=_glora_rank,
+    rank=lambda shapes: shapes["a1"][0 if _turned(shapes) else 1],
 )

@@ -99,10 +99,6 @@ def _oft_agreements(shapes: Shapes) -> Iterator[Agreement]:
         yield Agreement("stages, at most", min(stages[0], most), stages[0])
 
 
-def _same_rows(shapes: Shapes, layer: Shape) -> bool:
-    return len(layer) > 1 and _rows_sides(shapes)[0] == layer[0]
-
-
 OFT = Kind(
     title="OFT",
     form=AdapterForm.OFT,
@@ -112,7 +108,7 @@ OFT = Kind(
     sides=_rows_sides,
     change=_oft,
     agreements=_oft_agreements,
-    fits=_same_rows,
+    fits=lambda shapes, layer: len(layer) > 1 and _rows_sides(shapes)[0] == layer[0],
 )
 BOFT = OFT._replace(
     title="BOFT",

@@ -247,25 +247,26 @@ class Snapshot:
         return found
 
     def _check_plan(self, table: StepTable) -> None:
-        named = {name for step in table for name, _ in step.adapters}
-        unknown = sorted(named - set(self.attached))
-        if unknown:
-            raise InputError(
-                f"plan {table.name!r} sets adapter(s) {unknown}: attached are "
-                f"{', '.join(map(repr, self.attached)) or 'none'}"
-            )
-        of_text = sorted(name for name in named if not self.attached[name].changes_unet)
-        if of_text:
-            raise InputError(
-                f"plan {table.name!r} sets adapter(s) {of_text} on some legs, but they change the "
-                "text alone, which is encoded once for all rows; give their strengths to the run"
-            )
-        merged = sorted(name for name in named if not self.attached[name].report.live)
-        if merged:
-            raise InputError(
-                f"plan {table.name!r} sets adapter(s) {merged} on some legs, but they are merged "
-                "into the weights, which serve all rows; their strength is one number for all"
-            )
+        named = sorted({name for step in table for name, _ in step.adapters})
+        attached = {name: self.attached[name] for name in named if name in self.attached}
+        for names, why in (
+            (
+                [name for name in named if name not in attached],
+                f": attached are {', '.join(map(repr, self.attached)) or 'none'}",
+            ),
+            (
+                [name for name, own in attached.items() if not own.changes_unet],
+                " on some legs, but they change the text alone, which is encoded once for all "
+                "rows; give their strengths to the run",
+            ),
+            (
+                [name for name, own in attached.items() if not own.report.live],
+                " on some legs, but they are merged into the weights, which serve all rows; their "
+                "strength is one number for all",
+            ),
+        ):
+            if names:
+                raise InputError(f"plan {table.name!r} sets adapter(s) {names}{why}")
 
     def _grid(self, name: str, strength: Strength, table: StepTable, batch: int) -> Any:
         to = self.attached[name].to

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -118,13 +118,13 @@ def parse_adapter(text: str) -> tuple[str, Strength]:
     """
     path, _, tail = text.rpartition(":")
     number, at, legs = tail.partition("@")
-    if not (path and _NUMBER.fullmatch(number)):
+    if not (path and NUMBER.fullmatch(number)):
         if not text.strip():
             raise InputError("an adapter without a name: expected FILE[:strength[@legs]]")
         return text, Strength()
     parts = legs.split("+") if at else []
-    limits = [float(part) for part in parts if _NUMBER.fullmatch(part)]
-    models = tuple(part for part in parts if not _NUMBER.fullmatch(part))
+    limits = [float(part) for part in parts if NUMBER.fullmatch(part)]
+    models = tuple(part for part in parts if not NUMBER.fullmatch(part))
     if not all(parts) or len(limits) > 1:
         raise InputError(
             f"adapter {text!r:.80}: behind '@' expected models and at most one timestep, joined "
@@ -136,7 +136,7 @@ def parse_adapter(text: str) -> tuple[str, Strength]:
 def parse_strengths(text: str) -> tuple[float, ...]:
     """`-2,-1,0,1,2` -> numbers in that order. Raises InputError."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(_NUMBER.fullmatch(part) for part in parts):
+    if not all(NUMBER.fullmatch(part) for part in parts):
         raise InputError(f"strengths {text!r:.60}: expected numbers such as -2,-1,0,1,2")
     values = tuple(float(part) for part in parts)
     if len(set(values)) != len(values):
@@ -144,7 +144,7 @@ def parse_strengths(text: str) -> tuple[float, ...]:
     return values
 
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
+NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
 
 
 def _numbers(what: str, value: object) -> Any:
@@ -152,29 +152,28 @@ def _numbers(what: str, value: object) -> Any:
     try:
         if isinstance(value, Mapping | str | bytes) or value is None:
             raise TypeError
-        found = np.asarray(value, dtype=np.float64)
+        numbers = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError):
         raise InputError(
             f"strength: {what} is a number, one for each sample, or rows of them (or use "
             f"headstart.Strength); got {value!r:.80}"
         ) from None
-    if found.ndim > 2 or not found.size or not np.isfinite(found).all():
+    if numbers.ndim > 2 or not numbers.size or not np.isfinite(numbers).all():
         raise InputError(f"strength: expected finite numbers for {what}, got {value!r:.80}")
-    return _tuples(found.tolist())
+    return tuples(numbers)
 
 
-def _tuples(value: Any) -> Any:
-    if not isinstance(value, list):
-        return value
-    return tuple(_tuples(entry) for entry in cast("list[Any]", value))
+def tuples(values: Array) -> Any:
+    """A number, one a sample, or [rows][samples], of an array of that many axes."""
+    return tuple(map(tuples, values)) if values.ndim else float(values)
 
 
 def _check_count(name: str, what: str, values: npt.ArrayLike, shape: tuple[int, ...]) -> Array:
     """The values as an array. Raises InputError unless they are one number or of this shape."""
-    found = np.asarray(values, dtype=np.float64)
-    if found.ndim and found.shape != shape:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim and array.shape != shape:
         raise InputError(
-            f"adapter {name!r} has strengths for {list(found.shape)} {what}, this run has "
+            f"adapter {name!r} has strengths for {list(array.shape)} {what}, this run has "
             f"{list(shape)}: give one number, or as many as the run has"
         )
-    return found
+    return array

@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from headstart.adapters.names import Network
-from headstart.checkpoint.checkpoint import family_of
 from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PartName
+from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.tensors import Checkpoint, Part
 from headstart.convert.container import Slot, compose, in_order
 from headstart.errors import CheckpointError, InputError

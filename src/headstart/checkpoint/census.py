@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -28,25 +28,13 @@ class Census:
     zero: list[str] = field(default_factory=list[str])
     unread: list[str] = field(default_factory=list[str])
 
-    def __or__(self, other: Census) -> Census:
-        return Census(
-            self.nan | other.nan,
-            self.inf | other.inf,
-            self.zero + other.zero,
-            self.unread + other.unread,
-        )
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
-
-def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: None) -> Census:
+def take(checkpoint: Checkpoint, census: Census, on_bytes: Callable[[int], object]) -> None:
     """Read every floating-point tensor once, in file order; `on_bytes` gets each piece's size.
 
     Weights are counted with their scales, as `Checkpoint.tensor` reads them. Integers have no NaN
     and are skipped. F4, F6 and rarer dtypes are `unread`.
     """
-    census = Census()
     for name in sorted(checkpoint.names, key=lambda name: checkpoint.entry(name).begin):
         dtype = checkpoint.entry(name).dtype
         raw = checkpoint.raw(name)
@@ -69,4 +57,3 @@ def take(checkpoint: Checkpoint, on_bytes: Callable[[int], object] = lambda _: N
         census.nan.update({name: nan} if nan else {})
         census.inf.update({name: inf} if inf else {})
         census.zero.extend([name] if zero else [])
-    return census

@@ -15,7 +15,6 @@ from headstart.checkpoint.families import FAMILIES, Family
 from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PARTS, PartName
-from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.network_info import NetworkInfo, Overrides
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import Checkpoint
@@ -30,8 +29,6 @@ from headstart.checkpoint.verdict import (
 
 if TYPE_CHECKING:
     from headstart.checkpoint.census import Census
-
-__all__ = ["CheckpointInfo", "family_of", "inspect_checkpoint", "read_family", "unet_family"]
 
 Layout = Literal[
     "ldm", "diffusers", "single", "unet", "vae", "text", "tiny", "adapter", "embedding", "unknown"
@@ -139,7 +136,9 @@ def inspect_checkpoint(
     declared = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in networks else Guess()
     distillation = guessed.distillation
-    notes = [*_notes(verdict, networks, guessed), *_averages(path, first)]
+    notes = [*_notes(verdict, networks, guessed)]
+    if (average := averages_note(first.main_of(path))) is not None:
+        notes.append(f"unet: {average}")
     census = _census(checkpoints, on_bytes) if deep else None
     if census is not None:
         problems += _census_problems(census)
@@ -197,11 +196,6 @@ def _layout(verdict: Verdict) -> Layout:
     return "unknown" if name is None else "text" if name == "text_2" else name
 
 
-def _averages(path: Path, checkpoint: Checkpoint) -> Iterator[str]:
-    if (note := averages_note(checkpoint.main_of(path))) is not None:
-        yield f"unet: {note}"
-
-
 def _census(
     checkpoints: Mapping[PartName, Checkpoint], on_bytes: Callable[[int, int], object] | None
 ) -> Census:
@@ -217,7 +211,7 @@ def _census(
             on_bytes(done, total)
 
     for checkpoint in checkpoints.values():
-        census |= take(checkpoint, count)
+        take(checkpoint, census, count)
     return census
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from headstart.checkpoint import keymap, textmap
 from headstart.checkpoint.keymap import PARTS, PartName, Source
-from headstart.checkpoint.leftovers import leftover_of
+from headstart.checkpoint.leftovers import is_leftover
 from headstart.checkpoint.prefixes import readings
 from headstart.errors import CheckpointError
 
@@ -84,7 +84,7 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
     the file under two prefixes, the one with more names counts; raises CheckpointError if both have
     the same number.
     """
-    names = [name for name in names if leftover_of(name) is None]
+    names = [name for name in names if not is_leftover(name)]
     adapters = {name for name in names if ADAPTER.search(name)}
     locations = {name: _locations(name) for name in names if name not in adapters}
     chosen = _choose(locations)

@@ -167,11 +167,6 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     )
 
 
-def preset_of(path: str | Path) -> str | None:
-    """The pair that probably runs a distilled UNet or LoRA; None if unknown."""
-    return guess(path, Checkpoint.open(path, "unet"), "").preset
-
-
 def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
     """Lower-case texts to search, the surest first."""
     metadata = checkpoint.metadata

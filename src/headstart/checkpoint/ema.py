@@ -23,12 +23,12 @@ _WORDS = {
     "average": ("averaged ones", "trained", "no-ema"),
 }
 _COPY, _OWN = "model_ema.", "model.diffusion_model."
+_COPIES = _COPY + "diffusion_model"
 
 
 def has_copies(names: Mapping[str, Entry]) -> bool:
     """Whether a file has averaged copies of a UNet's weights."""
-    lead = _COPY + _OWN.split(".")[1]
-    return any(name.startswith(lead) for name in names)
+    return any(name.startswith(_COPIES) for name in names)
 
 
 def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
@@ -39,7 +39,6 @@ def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
     """
     if not has_copies(entries):
         _no_average(path)
-    found: dict[str, str] = {}
     owners: dict[str, str] = {}
     for name, entry in entries.items():
         if not name.startswith(_OWN):
@@ -52,16 +51,14 @@ def copies(path: Path, entries: Mapping[str, Entry]) -> dict[str, str]:
         if copy in entries and entries[copy].shape != entry.shape:
             fail(path, f"{copy[:120]!r}: expected the shape {list(entry.shape)} of {name[:80]!r}, "
                        f"got {list(entries[copy].shape)}")  # fmt: skip
-        found[name] = copy
-    missing = [name for name, copy in found.items() if copy not in entries]
-    if missing or not found:
-        fail(path, f"{len(missing)} of {len(found)} tensors of the UNet have no averaged copy, "
+    missing = [name for copy, name in owners.items() if copy not in entries]
+    if missing or not owners:
+        fail(path, f"{len(missing)} of {len(owners)} tensors of the UNet have no averaged copy, "
                    f"such as {(missing or ['none'])[0][:120]!r}: take the weights that were "
                    "trained (--no-ema or ema=False)")  # fmt: skip
-    lead = _COPY + _OWN.split(".")[1]
-    if odd := [name for name in entries if name.startswith(lead) and name not in owners]:
+    if odd := [name for name in entries if name.startswith(_COPIES) and name not in owners]:
         fail(path, f"{odd[0][:120]!r} is an average of no tensor of the UNet")
-    return found
+    return {name: copy for copy, name in owners.items()}
 
 
 def main_of(path: Path, entries: Mapping[str, Entry]) -> Main | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -15,7 +15,7 @@ from headstart.checkpoint.contents import ADAPTER
 from headstart.checkpoint.dtypes import FLOATS, UNREAD
 from headstart.checkpoint.families import CONTEXT_WIDTHS
 from headstart.checkpoint.header import Entry, fail
-from headstart.checkpoint.leftovers import leftover_of
+from headstart.checkpoint.leftovers import is_leftover
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import Checkpoint
 
@@ -93,9 +93,6 @@ class EmbeddingInfo:
     dtype: str
     size_bytes: int
 
-    def to_json(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | None:
     """The tokens of an open file; None if it holds something else: a network, an adapter.
@@ -119,7 +116,7 @@ def describe_embedding(path: Path, checkpoint: Checkpoint) -> EmbeddingInfo | No
 
 def is_embedding(checkpoint: Checkpoint) -> bool:
     """Whether the file holds tokens and nothing else; a LoRA may hold both."""
-    names = [name for name in checkpoint.names if leftover_of(name) is None]
+    names = [name for name in checkpoint.names if not is_leftover(name)]
     if not names or checkpoint.parts() or any(map(_is_layer, names)):
         return False
     if any(map(_is_known, names)):
@@ -162,10 +159,15 @@ def tokens_of(
     entries = {
         name: checkpoint.entry(name)
         for name in (checkpoint.names if keys is None else keys)
-        if leftover_of(name) is None
+        if not is_leftover(name)
     }
     for name, entry in entries.items():
-        _check(path, name, entry)
+        if not _is_vectors(entry):
+            fail(
+                path,
+                f"{name[:80]!r}: expected floating point [D] or [n, D], n at most {MAX_VECTORS}, "
+                f"got {entry.dtype} {list(entry.shape)}",
+            )
     groups = _grouped(path, entries)
     if not groups:
         fail(path, "expected a textual inversion, got no learned token")
@@ -252,15 +254,6 @@ def _encoder(field: str, width: int, of: int) -> Encoder:
     if encoder is None or (of == 2 and width in _WIDTHS):
         return _WIDTHS.get(width, "text")
     return encoder
-
-
-def _check(path: Path, name: str, entry: Entry) -> None:
-    if not _is_vectors(entry):
-        fail(
-            path,
-            f"{name[:80]!r}: expected floating point [D] or [n, D], n at most {MAX_VECTORS}, got "
-            f"{entry.dtype} {list(entry.shape)}",
-        )
 
 
 def _is_vectors(entry: Entry) -> bool:

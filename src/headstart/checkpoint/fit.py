@@ -19,11 +19,6 @@ LONGEST = 120
 """Characters of a name in an error; the longest of a known file has 130."""
 
 
-def is_loaded(dtype: str) -> bool:
-    """Whether the tensors of a network may have this dtype."""
-    return dtype in FLOATS and dtype not in UNREAD
-
-
 class Misfit(NamedTuple):
     """The sentence, and its lists in full."""
 
@@ -70,15 +65,11 @@ def dtype_misfit(part: Part) -> Misfit | None:
     """What is wrong with the dtypes of a part whose shapes fit."""
     odd: dict[str, list[str]] = {}
     for name in part.shapes:
-        if not is_loaded(dtype := part.dtype(name)):
+        if (dtype := part.dtype(name)) not in FLOATS or dtype in UNREAD:
             odd.setdefault(dtype, []).append(name)
-    return next(
-        (
-            Misfit(f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}")
-            for dtype, names in sorted(odd.items())
-        ),
-        None,
-    )
+    for dtype, names in sorted(odd.items()):
+        return Misfit(f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}")
+    return None
 
 
 def first_few(names: Sequence[str]) -> str:

@@ -50,11 +50,12 @@ _RESNET = {
 }
 
 
-def _swap(table: Mapping[str, str]) -> dict[str, str]:
+def swapped(table: Mapping[str, str]) -> dict[str, str]:
+    """The table the other way round; of two rows to one name the first counts."""
     return {new: old for old, new in reversed([*table.items()])}
 
 
-_TOP_LDM, _RESNET_LDM = _swap(_TOP), _swap(_RESNET)
+_TOP_LDM, _RESNET_LDM = swapped(_TOP), swapped(_RESNET)
 _LDM_BLOCK = re.compile(r"(input|output|middle)_blocks?\.([0-9]{1,3})\.(.+)")
 _BLOCK = re.compile(
     r"(down|up)_blocks\.([0-9]{1,3})\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]{1,3})\.(.+)"
@@ -167,7 +168,7 @@ def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
 _VAE_LDM = re.compile(r"(encoder|decoder)\.(down|up|mid)\.(.+)")
 _VAE_LEVEL = re.compile(r"([0-9]{1,3})\.(?:block\.([0-9]{1,3})|(downsample|upsample))\.(.+)")
 _VAE_MID = re.compile(r"(?:block_([12])|attn_1)\.(.+)")
-_VAE_ATTENTION = {
+VAE_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
     "k": "to_k",
@@ -175,7 +176,8 @@ _VAE_ATTENTION = {
     "proj_out": "to_out.0",
 }
 _VAE_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_VAE_PROJECTION = re.compile(r".*\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
+VAE_PROJECTION = re.compile(r".*\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
+"""[c, c, 1, 1] in LDM files, [c, c] in diffusers files: the same numbers."""
 
 
 def vae_name(name: str, levels: int) -> str:
@@ -193,7 +195,7 @@ def vae_name(name: str, levels: int) -> str:
             return name
         if mid[1]:
             return f"{half}.mid_block.resnets.{int(mid[1]) - 1}.{mid[2]}"
-        return f"{half}.mid_block.attentions.0.{lead(mid[2], _VAE_ATTENTION) or mid[2]}"
+        return f"{half}.mid_block.attentions.0.{lead(mid[2], VAE_ATTENTION) or mid[2]}"
     level = _VAE_LEVEL.fullmatch(rest)
     if level is None:
         return name
@@ -207,8 +209,7 @@ def vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
     ups = [m for m in (re.match(r"decoder\.up\.([0-9]{1,3})\.", name) for name in names) if m]
     levels = max((int(m[1]) for m in ups), default=-1) + 1
     ours = {vae_name(name, levels): full for name, full in names.items()}
-    # [c, c, 1, 1] in LDM files, [c, c] in diffusers files: the same numbers
-    return {n: Source(f, "matrix" if _VAE_PROJECTION.fullmatch(n) else "") for n, f in ours.items()}
+    return {n: Source(f, "matrix" if VAE_PROJECTION.fullmatch(n) else "") for n, f in ours.items()}
 
 
 # --------------------------------------------------------------------- tiny autoencoder

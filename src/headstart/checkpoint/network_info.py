@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
 
 from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
@@ -71,14 +70,10 @@ class NetworkInfo:
     details: tuple[str, ...] = ()
 
 
-class _Fit(NamedTuple):
-    part: Part
-    problem: str | None
-    details: tuple[str, ...]
-
-
-def _fit(part: Part, expected: Mapping[str, tuple[int, ...]], overrides: Overrides) -> _Fit:
-    """The part without ignored tensors, and what does not fit."""
+def _fit(
+    part: Part, expected: Mapping[str, tuple[int, ...]], overrides: Overrides
+) -> tuple[Part, str | None, tuple[str, ...]]:
+    """The part without ignored tensors, and what does not fit: a sentence, and lists in full."""
     allow = overrides.allow
     sources = {
         n: s for n, s in part.sources.items() if n in expected or not is_allowed(s.name, allow)
@@ -86,8 +81,7 @@ def _fit(part: Part, expected: Mapping[str, tuple[int, ...]], overrides: Overrid
     strays = tuple(name for name in part.strays if not is_allowed(name, allow))
     shapes = {name: part.shapes[name] for name in sources}
     part = replace(part, sources=sources, shapes=shapes, strays=strays)
-    problem = misfit(part, expected) or dtype_misfit(part)
-    return _Fit(part, None, ()) if problem is None else _Fit(part, *problem)
+    return part, *(misfit(part, expected) or dtype_misfit(part) or (None, ()))
 
 
 # --------------------------------------------------------------------- UNet
@@ -283,8 +277,15 @@ def _judge_text(part: Part, rule: TextRule, family: Family, overrides: Overrides
             ),
         )
     part, problem, details = _fit(part, blueprint.clip(params), overrides)
-    infos = NetworkInfo(part=part, family=family, clip=params, rule=rule, needs=needs)
-    return replace(infos, problem=problem, details=details)
+    return NetworkInfo(
+        part=part,
+        family=family,
+        clip=params,
+        rule=rule,
+        needs=needs,
+        problem=problem,
+        details=details,
+    )
 
 
 def _without_unused(part: Part, rule: TextRule) -> Part:

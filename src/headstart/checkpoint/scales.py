@@ -45,13 +45,12 @@ class Scale(NamedTuple):
 
 
 class _Rule(NamedTuple):
-    """Names: the scale is `module + scale`, its weight `module + weight`, ours `module + ours`."""
+    """Names: the scale is `module + scale`, its weight `module + weight`, ours `module.weight`."""
 
     scale: str
     weight: str
     scheme: str
     divisor: float = 1.0
-    ours: str = ".weight"
 
 
 _RULES = (
@@ -141,10 +140,10 @@ def find(path: Path, entries: Entries, metadata: Mapping[str, str], read: Read) 
             fail(path, f"{weight[:120]!r} has two scales, {of[weight].stored[-60:]!r} and "
                        f"{name[-60:]!r}: expected one")  # fmt: skip
         of[weight] = Scale(name, rule.divisor)
-        if rule.weight != rule.ours:
-            if module + rule.ours in entries:
-                fail(path, f"{weight[:120]!r} and {(module + rule.ours)[:120]!r} are one weight")
-            renamed[weight] = module + rule.ours
+        if weight != (ours := f"{module}.weight"):
+            if ours in entries:
+                fail(path, f"{weight[:120]!r} and {ours[:120]!r} are one weight")
+            renamed[weight] = ours
         dtype = "int8" if entries[weight].dtype == "I8" else "float8"
         schemes[f"{dtype} with a scale for each weight ({rule.scheme})"] = None
     beside = _beside(path, entries, of, read)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
@@ -116,7 +116,9 @@ def tiny_params(shapes: Shapes, half: str) -> TinyParams:
     if len(plain) < 2:
         raise CheckpointError(f"{half}: expected its first and last convolution, got {plain}")
     first, last = f"{half}.layers.{plain[0]}.weight", f"{half}.layers.{plain[-1]}.weight"
-    counts = _block_counts(blocks, plain[1:-1])
+    # Blocks before, between and after the resampling layers.
+    edges = pairwise([-1, *plain[1:-1], 2**31])
+    counts = tuple(sum(low < i < high for i in blocks) for low, high in edges)
     inputs, outputs = _dim(shapes, 1, first), _dim(shapes, 0, last)
     down = half == "encoder"
     return TinyParams(
@@ -125,12 +127,6 @@ def tiny_params(shapes: Shapes, half: str) -> TinyParams:
         latent_channels=outputs if down else inputs,
         pixel_channels=inputs if down else outputs,
     )
-
-
-def _block_counts(blocks: Sequence[int], resampling: Sequence[int]) -> tuple[int, ...]:
-    """Counts of blocks before, between and after the resampling layers."""
-    edges = [-1, *sorted(resampling), 2**31]
-    return tuple(sum(low < i < high for i in blocks) for low, high in pairwise(edges))
 
 
 def clip_params(part: Part, rule: TextRule, heads: int) -> ClipParams:

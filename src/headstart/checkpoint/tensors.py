@@ -160,12 +160,11 @@ class Checkpoint:
     def parts(self) -> dict[PartName, Part]:
         """The networks in the file by name: unet, vae, text, text_2, tiny; without leftovers."""
         if (cached := self._cached.contents) is None:
-            found = self.split()
-            strays = tuple(found.get("", {}).values())
-            cached = dict[PartName, _Contents]()
-            for name in PARTS:
-                if name in found:
-                    cached[name] = _contents(self, name, found[name], strays)
+            split = self.split()
+            strays = tuple(split.get("", {}).values())
+            cached = {
+                name: _contents(self, name, split[name], strays) for name in PARTS if name in split
+            }
             # Parts themselves are not cached: they refer to this object, and so the mapped files
             # would stay until Python's cycle collector runs, long after the last tensor is gone.
             self._cached.contents = cached

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from headstart.checkpoint.keymap import Source, lead
 
 _OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\.(.+)")
-_OPENCLIP_INNER = {
+OPENCLIP_INNER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
@@ -45,5 +45,5 @@ def _text_names(name: str) -> list[Source]:
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         leaf = rest.removeprefix("attn.in_proj_")
         return [Source(f"{layer}.self_attn.{op}_proj.{leaf}", op) for op in ("q", "k", "v")]
-    inner = lead(rest, _OPENCLIP_INNER)
+    inner = lead(rest, OPENCLIP_INNER)
     return [Source(f"{layer}.{inner}" if inner else name)]

@@ -11,10 +11,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from headstart.adapters.snapshot import AttachedAdapter, Snapshot
-from headstart.adapters.strength import Strength
+from headstart.adapters.strength import NUMBER, Array, Strength, tuples
 from headstart.errors import InputError
 from headstart.plan.table import StepTable
 
@@ -22,8 +21,6 @@ TAG = r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*>"
 """A tag, for regular expressions that ignore case."""
 _TAG = re.compile(r"<\s*(lora|lyco|hypernet)\s*:([^<>]*)>", re.IGNORECASE)
 _OPEN = re.compile(r"<\s*(?:lora|lyco|hypernet)\s*:[^<>]*", re.IGNORECASE)
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)")
-Array = npt.NDArray[np.float64]
 
 
 class Tag(NamedTuple):
@@ -73,7 +70,7 @@ def _read(tag: str, word: str, fields: str) -> tuple[str, Tag]:
         not name
         or len(plain) > 2
         or not set(named) <= {"te", "unet"}
-        or not all(_NUMBER.fullmatch(number) for number in numbers)
+        or not all(NUMBER.fullmatch(number) for number in numbers)
     ):
         raise InputError(
             f"{tag!r:.80}: expected <lora:NAME>, <lora:NAME:STRENGTH> or <lora:NAME:TE:UNET>, the "
@@ -175,6 +172,4 @@ def _smallest(values: Array) -> Any:
     """One number where all are equal, one an image where rows are equal, else [rows][images]."""
     if (values == values.flat[0]).all():
         return float(values.flat[0])
-    if (values == values[0]).all():
-        return tuple(map(float, values[0]))
-    return tuple(tuple(map(float, row)) for row in values)
+    return tuples(values[0] if (values == values[0]).all() else values)

@@ -16,7 +16,7 @@ from headstart.conditioning.tags import Tag, Tags, refuse_tags, take_tags
 from headstart.errors import InputError
 from headstart.networks.prompt_style import PROMPT_STYLES, PromptStyle
 from headstart.networks.text import ClipText
-from headstart.plan.request import check_text, pair_up
+from headstart.plan.request import check_distinct, check_text, pair_up
 from headstart.plan.table import StepTable
 
 Texts: TypeAlias = "str | Sequence[str | None] | None"
@@ -147,7 +147,7 @@ def pair_texts(
         texts, numbers = texts * count, numbers * count
     wide = {name: tuple(own * count)[:count] for name, own in lists.items()}
     if several and distinct and not set(several) & set(samples):
-        _check_distinct(zip(texts, numbers, *wide.values(), strict=True))
+        check_distinct(zip(texts, numbers, *wide.values(), strict=True))
     return PromptTexts(
         prompts=texts,
         negative=wide["negative"],
@@ -160,17 +160,6 @@ def pair_texts(
         target_size=pair_of_pixels("target_size", options.get("target_size")),
         literal=bool(options.get("literal", False)),
     ), numbers
-
-
-def _check_distinct(images: Any) -> None:
-    seen = set[Any]()
-    for image in images:
-        if image in seen:
-            raise InputError(
-                f"seed {image[1]} is given twice for prompt {image[0]!r:.60}: it would draw the "
-                "same image again; leave one out"
-            )
-        seen.add(image)
 
 
 def named_adapters(prompts: Iterable[str]) -> dict[str, list[Tag | None]]:
@@ -239,12 +228,7 @@ def check_style(style: PromptStyle | None) -> PromptStyle | None:
 
 def check_clip_skip(clip_skip: int | None, encoder: ClipText) -> int | None:
     """Raise InputError unless every text encoder of the family has that layer."""
-    layers = min(tower.params.layers for tower in encoder.towers)  # pyright: ignore
-    if clip_skip is not None and (type(clip_skip) is not int or not 1 <= clip_skip <= layers):
-        raise InputError(
-            f"clip_skip (--clip-skip): expected a whole number from 1, the last layer, to "
-            f"{layers}, got {clip_skip!r:.40}"
-        )
+    encoder.hidden_state(clip_skip)
     return clip_skip
 
 

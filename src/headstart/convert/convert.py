@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -95,7 +95,7 @@ def convert(
     _check_request(source, target, layout, dtype, part, overwrite)
     pickle = None if source.is_dir() else pickle_file.format_of(source)
     plain = layout == "same" and dtype == "same" and part is None
-    checkpoint = _open(source, part) if pickle is None else None
+    checkpoint = Checkpoint.open(source, part or "unet") if pickle is None else None
     with writing(target) as partial:
         if checkpoint is not None:
             left = _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
@@ -105,7 +105,8 @@ def convert(
             ).left_out
         else:
             raw = partial.with_suffix(".raw")
-            with _temporary(raw), _errors_of(source, raw):
+            with ExitStack() as stack, _errors_of(source, raw):
+                stack.callback(raw.unlink, missing_ok=True)
                 first = pickle_file.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
                 checkpoint = Checkpoint([raw])
                 left = (
@@ -114,6 +115,8 @@ def convert(
                 )
         with _errors_of(source, partial):
             written = Checkpoint([partial])
+    dtypes = set[str]() if checkpoint is None else set(checkpoint.dtypes.values())
+    scaled = dtypes & (WIDENED - FLOAT8)
     return Conversion(
         source=str(source),
         target=str(target),
@@ -123,13 +126,8 @@ def convert(
         tensors=len(written.names),
         size_bytes=written.size_bytes,
         left_out=tuple(left),
-        multiplied=None if checkpoint is None else _scheme(checkpoint),
+        multiplied=checkpoint.scheme if scaled and checkpoint is not None else None,
     )
-
-
-def _scheme(checkpoint: Checkpoint) -> str | None:
-    scaled = set(checkpoint.dtypes.values()) & (WIDENED - FLOAT8)
-    return checkpoint.scheme if scaled else None
 
 
 def _check_request(
@@ -144,7 +142,7 @@ def _check_request(
             raise InputError(
                 f"{source} holds {', '.join(parts)}: say which one is wanted, as in --part unet"
             )
-        size_bytes = _open(source, part).size_bytes
+        size_bytes = Checkpoint.open(source, part or "unet").size_bytes
     else:
         with open_regular(source) as file:
             size_bytes = file.seek(0, os.SEEK_END)
@@ -160,27 +158,13 @@ def _one_of(option: str, value: str, known: Sequence[str]) -> None:
         raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(known)}")
 
 
-def _open(source: Path, part: PartName | None) -> Checkpoint:
-    return Checkpoint.open(source, part or "unet")
-
-
-@contextmanager
-def _temporary(path: Path) -> Generator[None]:
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-
-
 @contextmanager
 def _errors_of(source: Path, temporary: Path) -> Generator[None]:
     """Errors about the temporary file name the source instead."""
     try:
         yield
-    except CheckpointError as error:
-        raise CheckpointError(str(error).replace(str(temporary), str(source))) from error
-    except InputError as error:
-        raise InputError(str(error).replace(str(temporary), str(source))) from error
+    except (CheckpointError, InputError) as error:
+        raise type(error)(str(error).replace(str(temporary), str(source))) from error
 
 
 # --------------------------------------------------------------------- safetensors to safetensors

@@ -112,11 +112,8 @@ def _reader(
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [
-            sys.executable,
-            "-P",
-            "-m",
-            "headstart.convert.unpickle",
-            *_files(path, target),
+            *(sys.executable, "-P", "-m", "headstart.convert.unpickle"),
+            *(str(file.absolute()) for file in (path, target)),  # so that none looks like an option
             f"{limit:.0f}",
         ],
         stdin=subprocess.DEVNULL,
@@ -129,11 +126,6 @@ def _reader(
     finally:
         process.kill()
         process.wait()
-
-
-def _files(path: Path, target: Path) -> tuple[str, str]:
-    """Absolute paths, so that none looks like an option."""
-    return str(path.absolute()), str(target.absolute())
 
 
 def _wait(

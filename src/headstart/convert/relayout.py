@@ -109,21 +109,12 @@ def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
             f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
             f"the ldm layout: {', '.join(odd[:3])}"
         )
-    prefix = _PREFIXES[part.name]
-    return [
-        NewTensor(planned.slot._replace(name=prefix + names[name], shape=_ldm_shape(planned.slot)),
-                planned.source)
-        for name, planned in ((planned.slot.name, planned) for planned in ours)
-    ]  # fmt: skip
-
-
-_VAE_PROJECTION = re.compile(r".*\.mid_block\.attentions\.0\.to_(q|k|v|out\.0)\.weight")
-
-
-def _ldm_shape(slot: Slot) -> tuple[int, ...]:
-    """The VAE's projections are 1x1 convolutions there."""
-    matrix = _VAE_PROJECTION.fullmatch(slot.name) is not None and len(slot.shape) == 2
-    return (*slot.shape, 1, 1) if matrix else slot.shape
+    tensors: list[NewTensor] = []
+    for (name, dtype, shape), source in ours:
+        matrix = keymap.VAE_PROJECTION.fullmatch(name) and len(shape) == 2
+        shape = (*shape, 1, 1) if matrix else shape
+        tensors.append(NewTensor(Slot(_PREFIXES[part.name] + names[name], dtype, shape), source))
+    return tensors
 
 
 _VAE_BLOCK = re.compile(
@@ -132,9 +123,7 @@ _VAE_BLOCK = re.compile(
 )
 _VAE_MID = re.compile(r"(encoder|decoder)\.mid_block\.(?:resnets\.([01])|attentions\.0)\.(.+)")
 _VAE_TOP = re.compile(r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(.+)")
-_VAE_ATTENTION = {
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-}  # fmt: skip
+_VAE_ATTENTION = keymap.swapped(keymap.VAE_ATTENTION)
 
 
 def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:

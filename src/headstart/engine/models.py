@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from headstart.checkpoint.checkpoint import family_of, unet_family
+from headstart.checkpoint.checkpoint import unet_family
 from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import Main, averages_note
 from headstart.checkpoint.families import Family, latent_space
+from headstart.checkpoint.lineage import family_of
 from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.errors import CheckpointError, InputError

@@ -159,7 +159,7 @@ class ClipText(nn.Module):
         rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
         grammar.warn_of_letters(dict.fromkeys((*rows.first, *rows.second)), style)
         readings = self._readings((rows.first, rows.second), style, strict)
-        cond = self._encode(readings, self._hidden(clip_skip), (size, original, crop))
+        cond = self._encode(readings, self.hidden_state(clip_skip), (size, original, crop))
         if negative is None:
             return cond
         cond, uncond = cond[: rows.prompts], cond[rows.prompts :]
@@ -204,14 +204,16 @@ class ClipText(nn.Module):
     def _towers(self) -> list[Tower]:
         return [tower for tower in self.towers if isinstance(tower, Tower)]
 
-    def _hidden(self, clip_skip: int | None) -> int | None:
+    def hidden_state(self, clip_skip: int | None) -> int | None:
+        """The hidden state that is read; None: the family's own. Raises InputError unless every
+        encoder has that layer."""
         layers = min(tower.params.layers for tower in self._towers())
         if clip_skip is None:
             return None
         if type(clip_skip) is not int or not 1 <= clip_skip <= layers:
             raise InputError(
-                f"clip_skip: expected a whole number from 1, the last layer, to {layers}, got "
-                f"{clip_skip!r:.40}"
+                "clip_skip (--clip-skip): expected a whole number from 1, the last layer, to "
+                f"{layers}, got {clip_skip!r:.40}"
             )
         return -clip_skip
 

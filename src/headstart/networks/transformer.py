@@ -38,14 +38,6 @@ class Beside(NamedTuple):
     texts: Iterator[Text | None]
 
 
-def _geglu(x: Tensor) -> Tensor:
-    """a*gelu(b), [a, b] = x; one kernel on a GPU and in C, torch's own two elsewhere."""
-    if fused(x, in_c=True):
-        return geglu(x)
-    a, gate = x.chunk(2, dim=-1)
-    return a * F.gelu(gate)
-
-
 class Attention(nn.Module):
     """softmax(Q K^T / sqrt(d)) V over tokens x [B, N, C], reading `context` [B, M, D]."""
 
@@ -76,14 +68,19 @@ class Attention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """a * gelu(b), [a, b] = proj(x); arXiv:2002.05202."""
+    """a * gelu(b), [a, b] = proj(x); arXiv:2002.05202. One kernel on a GPU and in C, torch's own
+    two elsewhere."""
 
     def __init__(self, channels: int, hidden: int) -> None:
         super().__init__()
         self.proj = nn.Linear(channels, 2 * hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _geglu(self.proj(x))
+        x = self.proj(x)
+        if fused(x, in_c=True):
+            return geglu(x)
+        a, gate = x.chunk(2, dim=-1)
+        return a * F.gelu(gate)
 
 
 class FeedForward(nn.Module):

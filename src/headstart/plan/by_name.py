@@ -61,7 +61,8 @@ def named_plan(name: str, settings: PlanSettings, default_preset: str | None = N
         )
     for key in ("preset", *_GRID):
         present.pop(key, None)
-    request = Request("", mode=_mode(name), **present)  # pyright: ignore[reportArgumentType]
+    mode = name if name in MODES else "hybrid"  # a preset's own name means its hybrid
+    request = Request("", mode=mode, **present)  # pyright: ignore[reportArgumentType]
     pair = named_pair(name, settings, default_preset)
     return plan_of(pair, request._replace(name=pair.name))
 
@@ -131,9 +132,3 @@ def _numbers(name: str, values: object) -> tuple[float, ...] | None:
     if not numbers:
         raise PlanError(f"{name} must list at least one step of the distilled model")
     return numbers
-
-
-def _mode(name: str) -> Mode:
-    """A preset's own name means its hybrid."""
-    modes: dict[str, Mode] = {mode: mode for mode in MODES}
-    return modes.get(name, "hybrid")

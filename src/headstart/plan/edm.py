@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from headstart.errors import PlanError
 from headstart.lazy import LazyModule
 from headstart.plan.ramps import RHO, exponential, karras
-from headstart.plan.spacing import SLACK, Interpolation, Points, Spacing, real, whole_number
+from headstart.plan.spacing import SLACK, Interpolation, Points, Spacing, real, scalar, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -86,26 +86,21 @@ class EdmSchedule:
                 f"timesteps of this EDM schedule are log(sigma)/4, in {low:.4g} .. {high:.4g}, not "
                 f"{timesteps.max():g}: give levels, sigmas= in place of timesteps="
             )
-        found = np.exp(4.0 * timesteps)
-        return float(found) if found.ndim == 0 else found
+        return scalar(np.exp(4.0 * timesteps))
 
     def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:
         """log(sigma)/4."""
         levels = np.asarray(sigma, dtype=np.float64)
-        self._check(levels)
-        found = np.log(levels) / 4.0
-        return float(found) if found.ndim == 0 else found
-
-    def fingerprint(self) -> str:
-        """Of its four numbers."""
-        return (
-            f"edm {self.sigma_min!r} {self.sigma_max!r} data {self.sigma_data!r} rho {self.rho!r}"
-        )
-
-    def _check(self, levels: Any) -> None:
         low, high = self.sigma_min * (1.0 - SLACK), self.sigma_max * (1.0 + SLACK)
         if not np.all((levels >= low) & (levels <= high)):
             raise PlanError(
                 f"levels of this EDM schedule lie in {self.sigma_min:g} .. {self.sigma_max:g}, "
                 f"not {levels}"
             )
+        return scalar(np.log(levels) / 4.0)
+
+    def fingerprint(self) -> str:
+        """Of its four numbers."""
+        return (
+            f"edm {self.sigma_min!r} {self.sigma_max!r} data {self.sigma_data!r} rho {self.rho!r}"
+        )

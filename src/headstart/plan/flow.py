@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from headstart.errors import PlanError
 from headstart.lazy import LazyModule
 from headstart.plan.ramps import beta_quantile
-from headstart.plan.spacing import Interpolation, Points, Spacing, real, whole_number
+from headstart.plan.spacing import Interpolation, Points, Spacing, real, scalar, whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,16 +98,15 @@ class FlowSchedule:
         if not np.all((t > 0.0) & (t <= 1.0)):
             raise PlanError(f"timesteps of a flow must lie in (0, 1000], not {timestep}")
         with np.errstate(divide="ignore"):
-            found = np.minimum(t / (1.0 - t), HIGHEST_SIGMA)
-        return float(found) if found.ndim == 0 else found
+            return scalar(np.minimum(t / (1.0 - t), HIGHEST_SIGMA))
 
     def timestep(self, sigma: Any, interpolation: Interpolation = "linear") -> Any:
         """1000*sigma/(1 + sigma), and 1000 for pure noise."""
         levels = np.asarray(sigma, dtype=np.float64)
         if not np.all((levels > 0.0) & (levels <= HIGHEST_SIGMA)):
             raise PlanError(f"sigmas of a flow must lie in (0, 2^24], not {sigma}")
-        found = np.where(levels == HIGHEST_SIGMA, FLOW_STEPS, FLOW_STEPS * levels / (1.0 + levels))
-        return float(found) if found.ndim == 0 else found
+        finite = FLOW_STEPS * levels / (1.0 + levels)
+        return scalar(np.where(levels == HIGHEST_SIGMA, FLOW_STEPS, finite))
 
     def fingerprint(self) -> str:
         """A text of the numbers that shape grids."""

@@ -20,19 +20,8 @@ from headstart.plan.leg import Leg
 from headstart.plan.prediction import Prediction, Scalings
 from headstart.plan.schedule import NoiseSchedule, fingerprint_of
 from headstart.plan.spacing import Process, real
-from headstart.plan.table import COLUMNS, Start, Step, StepTable
+from headstart.plan.table import Start, Step, StepTable
 from headstart.plan.update import Transition, Update, consistency_boundary
-
-__all__ = [
-    "COLUMNS",
-    "End",
-    "Leg",
-    "Plan",
-    "Start",
-    "Step",
-    "StepTable",
-    "Update",
-]
 
 _T = TypeVar("_T")
 

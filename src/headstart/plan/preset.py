@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Literal, NamedTuple, NoReturn, cast, get_args
 
@@ -11,18 +10,19 @@ import numpy as np
 from headstart.errors import PlanError
 from headstart.keywords import with_known_keywords
 from headstart.plan.leg import PRINTED, Grid, Leg
-from headstart.plan.pair import Floats, Pair
+from headstart.plan.pair import Pair
 from headstart.plan.pairs import PAIRS
 from headstart.plan.plan import Plan
-from headstart.plan.schedule import (
+from headstart.plan.schedule import NoiseSchedule
+from headstart.plan.spacing import (
+    SLACK,
     TRAIN_STEPS,
     FloatArray,
-    NoiseSchedule,
     Spacing,
     grid,
+    real,
     whole_number,
 )
-from headstart.plan.spacing import SLACK, real
 
 Mode = Literal["hybrid", "base", "distilled", "skip-first", "replace-final"]
 
@@ -97,7 +97,8 @@ def pair_named(name: str) -> Pair:
 def plan_of(pair: Pair, request: Request) -> Plan:
     """As `preset`, of any pair."""
     if request.mode not in get_args(Mode):
-        raise PlanError(f"unknown mode {request.mode!r}: expected one of {', '.join(_MODES)}")
+        known = ", ".join(get_args(Mode))
+        raise PlanError(f"unknown mode {request.mode!r}: expected one of {known}")
     if request.n is not None and request.mode not in ("hybrid", "replace-final"):
         raise PlanError(
             f"n={request.n} says how the base covers steps it replaces; mode {request.mode!r} has "
@@ -112,14 +113,14 @@ def plan_of(pair: Pair, request: Request) -> Plan:
     name = f"{pair.name}-{request.mode}"
     if request.mode == "base":
         return Plan((_base_alone(pair, request),), start=pair.start, name=name)
-    pair = _with_guidance(pair, request)
+    if request.base_guidance is not None:
+        pair = replace(pair, base_guidance=request.base_guidance)
+    if request.distilled_guidance is not None:
+        pair = replace(pair, guidance=request.distilled_guidance)
     steps = pair.steps[0] if request.steps is None else request.steps
     _check_steps(pair, steps)
     legs = _legs(pair, request, steps)
     return Plan(legs, start=pair.start, name=name, end=pair.end)
-
-
-_MODES = get_args(Mode)
 
 
 def _check_handoff(request: Request) -> None:
@@ -146,30 +147,20 @@ def _base_alone(pair: Pair, request: Request) -> Leg:
     return Leg(model="base", steps=whole_number("steps", steps, 1, TRAIN_STEPS), guidance=guidance)
 
 
-def _with_guidance(pair: Pair, request: Request) -> Pair:
-    if request.base_guidance is not None:
-        pair = replace(pair, base_guidance=request.base_guidance)
-    if request.distilled_guidance is not None:
-        pair = replace(pair, guidance=request.distilled_guidance)
-    return pair
-
-
 def _check_steps(pair: Pair, steps: int) -> None:
     whole_number("steps", steps, 1, TRAIN_STEPS)
     named = dict.fromkeys((len(pair.sigmas),)) if pair.sigmas else pair.timesteps
     if named and steps not in named:
         grids = [
-            f"{count} steps at {_listed(pair.timesteps, pair.sigmas, count)}" for count in named
+            f"{count} steps at "
+            + " ".join(f"{number:g}" for number in pair.timesteps.get(count, pair.sigmas or ()))
+            for count in named
         ]
         raise PlanError(
             f"the distilled model of the {pair.name} pair runs {' or '.join(grids)}, so steps "
             f"cannot be {steps}; mode='base' takes any number"
         )
     pair.grid(steps)
-
-
-def _listed(timesteps: Mapping[int, Floats], sigmas: Floats | None, count: int) -> str:
-    return " ".join(f"{number:g}" for number in timesteps.get(count, sigmas or ()))
 
 
 def _legs(pair: Pair, request: Request, steps: int) -> tuple[Leg, ...]:

@@ -41,7 +41,7 @@ def pair_up(
     count = max(len(texts), len(numbers))
     texts, numbers = texts * (count // len(texts)), numbers * (count // len(numbers))
     if distinct:
-        _check_distinct(texts, numbers)
+        check_distinct(zip(texts, numbers, strict=True))
     return tuple(texts), tuple(numbers)
 
 
@@ -160,12 +160,13 @@ def _seed(value: object) -> int:
     return number
 
 
-def _check_distinct(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    seen: set[tuple[str, int]] = set()
-    for pair in zip(prompts, seeds, strict=True):
-        if pair in seen:
+def check_distinct(images: Iterable[Sequence[object]]) -> None:
+    """Raise InputError where two images have the same texts and seed; first prompt, then seed."""
+    seen: set[Sequence[object]] = set()
+    for image in images:
+        if image in seen:
             raise InputError(
-                f"seed {pair[1]} is given twice for prompt {pair[0]!r:.60}: it would draw the same "
-                "image again; leave one out"
+                f"seed {image[1]} is given twice for prompt {image[0]!r:.60}: it would draw the "
+                "same image again; leave one out"
             )
-        seen.add(pair)
+        seen.add(image)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, overload
 
 from headstart.errors import PlanError
 from headstart.lazy import LazyModule
@@ -26,24 +26,14 @@ from headstart.plan.spacing import (
     Spacing,
     grid,
     real,
+    scalar,
     whole_number,
 )
 
 if TYPE_CHECKING:
     import numpy as np
-    import numpy.typing as npt
 else:
     np = LazyModule("numpy")
-
-__all__ = [
-    "TRAIN_STEPS",
-    "FloatArray",
-    "NoiseSchedule",
-    "Spacing",
-    "fingerprint_of",
-    "grid",
-    "whole_number",
-]
 
 ZERO_SNR_ALPHA = 2.0**-24
 """Replaces alphas_cumprod = 0, so that sigma is 4096 and not infinite.
@@ -265,11 +255,11 @@ class NoiseSchedule:
         at = np.asarray(timestep, dtype=np.float64)
         if not np.all((at >= 0) & (at <= len(known) - 1)):
             raise PlanError(f"timesteps must lie in 0 .. {len(known) - 1}, not {_brief(at)}")
-        between = _interpolate(at, np.arange(len(known)), _curve(interpolation, known))
+        between: FloatArray = np.interp(at, np.arange(len(known)), _curve(interpolation, known))
         if interpolation == "log":
             whole = at == np.floor(at)  # exp(log(s)) is not s
             between = np.where(whole, known[at.astype(np.int64)], np.exp(between))
-        return _unwrap(between)
+        return scalar(between)
 
     @overload
     def timestep(self, sigma: float, interpolation: Interpolation = ...) -> float: ...
@@ -288,7 +278,7 @@ class NoiseSchedule:
                 f"has a timestep for, not {_brief(at)}"
             )
         levels = _curve(interpolation, known)
-        return _unwrap(_interpolate(_curve(interpolation, at), levels, np.arange(len(known))))
+        return scalar(np.interp(_curve(interpolation, at), levels, np.arange(len(known))))
 
     def amplification(self, timestep: float) -> float:
         """A_t = (1 - a)/a = sigma^2: the variance of x0 that a unit variance of eps causes.
@@ -321,20 +311,16 @@ class NoiseSchedule:
 
 def fingerprint_of(schedules: Mapping[str, Process]) -> str:
     """One fingerprint if all models share a schedule, else `model=fingerprint` for each."""
-    found = {model: schedule.fingerprint() for model, schedule in schedules.items()}
-    if len(set(found.values())) == 1:
-        return next(iter(found.values()))
-    return " ".join(f"{model}={digest}" for model, digest in sorted(found.items()))
+    digests = {model: schedule.fingerprint() for model, schedule in schedules.items()}
+    if len(set(digests.values())) == 1:
+        return next(iter(digests.values()))
+    return " ".join(f"{model}={digest}" for model, digest in sorted(digests.items()))
 
 
 def _curve(interpolation: Interpolation, values: FloatArray) -> FloatArray:
     if interpolation not in ("linear", "log"):
         raise PlanError(f"interpolation must be 'linear' or 'log', not {interpolation!r}")
     return np.log(values) if interpolation == "log" else values
-
-
-def _interpolate(at: FloatArray, x: npt.NDArray[Any], y: npt.NDArray[Any]) -> FloatArray:
-    return np.asarray(np.interp(at, x, y), dtype=np.float64)
 
 
 def _vector(name: str, values: Floats) -> FloatArray:
@@ -356,7 +342,3 @@ def _require(holds: bool, name: str, rule: str, values: FloatArray) -> None:
 
 def _brief(values: FloatArray) -> str:
     return np.array2string(values, threshold=6, precision=6)
-
-
-def _unwrap(values: FloatArray) -> float | FloatArray:
-    return float(values) if values.ndim == 0 else values

@@ -159,6 +159,11 @@ def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[
     return distilled[indices.astype(np.int64)]
 
 
+def scalar(values: FloatArray) -> Any:
+    """An array without axes as a float, any other as it is."""
+    return values if values.ndim else float(values)
+
+
 def as_float(value: object) -> float:
     """A number as a float; NaN for other objects, infinity for a number that is too large."""
     if isinstance(value, bool) or not isinstance(value, Real):

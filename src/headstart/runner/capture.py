@@ -172,26 +172,29 @@ class Site:
     ) -> _CapturedGraph:
         if self.dead is not None:
             raise CaptureError(f"no graph is launched on {self.device} any more: {self.dead}")
-        self._drop_deleted()
+        while self._gone:
+            gone = self._gone.popleft()
+            self._networks.pop(gone, None)
+            self._drop([key for key in self._graphs if any(gone == n[0] for n in key.networks)])
         networks = tuple((id(network), *state_of(network)) for network in program.networks)
         key = _Key(program.key, networks, _signature(inputs))
-        found = self._graphs.get(key)
-        if found is not None and not found.binding.is_valid(fully=fully):
+        captured = self._graphs.get(key)
+        if captured is not None and not captured.binding.is_valid(fully=fully):
             self._drop([key])
-            found = None
-        if found is None:
-            found = self._add(key, program, inputs, caller)
+            captured = None
+        if captured is None:
+            captured = self._add(key, program, inputs, caller)
         self._graphs.move_to_end(key)
-        return found
+        return captured
 
     def _add(self, key: _Key, program: Program, inputs: Tensors, caller: Any) -> _CapturedGraph:
         while len(self._graphs) >= self.max_graphs:
             self._drop([next(iter(self._graphs))])
         fresh = not self._graphs
         self._watch(program.networks)
-        found = self._graphs[key] = self._capture(program, inputs, caller)
+        captured = self._graphs[key] = self._capture(program, inputs, caller)
         if self.max_bytes is None or self.size_bytes <= self.max_bytes:
-            return found
+            return captured
         size = self.size_bytes
         self.clear()
         if not fresh:
@@ -223,7 +226,12 @@ class Site:
         except HeadstartError:
             raise
         except RuntimeError as error:
-            raise CaptureError(_capture_error(program, inputs, error)) from error
+            shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
+            raise CaptureError(
+                f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "
+                "captured network may not wait for the device, copy from the host, or allocate by "
+                "value: find the line with tests/evidence/audit.py, or use runner='eager'"
+            ) from error
         self.captures += 1
         self._pool_bytes += max(0, backend.memory_reserved(self.device) - before)
         return _CapturedGraph(graph, buffers, outputs, Binding(program.networks), self._pool)
@@ -308,12 +316,6 @@ class Site:
                 except TypeError:
                     self._networks[id(network)] = network
 
-    def _drop_deleted(self) -> None:
-        while self._gone:
-            gone = self._gone.popleft()
-            self._networks.pop(gone, None)
-            self._drop([key for key in self._graphs if any(gone == n[0] for n in key.networks)])
-
 
 _SITES: dict[torch.device, Site] = {}
 _SITES_LOCK = threading.Lock()
@@ -342,15 +344,6 @@ def _channels_last(tensor: Tensor) -> bool:
 
 def _size_bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
-
-
-def _capture_error(program: Program, inputs: Tensors, error: RuntimeError) -> str:
-    shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in inputs.items())
-    return (
-        f"{program.name} could not be captured for {shapes}: {_first_line(error)}. A "
-        "captured network may not wait for the device, copy from the host, or allocate by value: "
-        "find the line with tests/evidence/audit.py, or use runner='eager'"
-    )
 
 
 def _first_line(error: Exception) -> str:
