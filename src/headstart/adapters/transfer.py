@@ -80,7 +80,7 @@ def transfer(
     sources = [Path(path) for path in (base, tuned, distilled)]
     target = Path(target)
     check_request(sources, target, parts, overwrite)
-    trios = {part: _trio(sources, part) for part in parts}
+    trios = {part: Trio.of(part, *open_parts(sources, part)) for part in parts}
     files = {trio.distilled.checkpoint.files for trio in trios.values()}
     if len(files) > 1:
         raise InputError(
@@ -124,6 +124,11 @@ class Trio:
     names: tuple[str, ...]
     kept: tuple[str, ...]
 
+    @classmethod
+    def of(cls, part: Network, base: Part, tuned: Part, distilled: Part) -> Trio:
+        kept = tuple(name for name in distilled.shapes if name not in base.shapes)
+        return cls(part, base, tuned, distilled, tuple(base.shapes), kept)
+
     def by_stored(self) -> dict[str, _Change]:
         """Tensor of D's file -> its change; OpenCLIP's in_proj holds three of ours."""
         found: dict[str, list[str]] = {}
@@ -136,12 +141,6 @@ class Trio:
 
     def _position(self, name: str) -> int:
         return "qkv".find(self.distilled.sources[name].op)
-
-
-def _trio(sources: Sequence[Path], part: Network) -> Trio:
-    base, tuned, distilled = open_parts(sources, part)
-    kept = tuple(name for name in distilled.shapes if name not in base.shapes)
-    return Trio(part, base, tuned, distilled, tuple(base.shapes), kept)
 
 
 @dataclass(frozen=True, slots=True)

@@ -43,13 +43,13 @@ def inspect_model(name: str, model: Any) -> ModelInfo:
     sampling = model.get_model_object("model_sampling")
     levels: Tensor = sampling.sigmas.double().cpu()
     probes = [_scalings(sampling, float(levels[index])) for index in (len(levels) // 4, -1)]
-    if all(_near(found, (1.0, 1.0, -sigma)) for sigma, found in probes):
+    if all(agree(scalings, (1.0, 1.0, -sigma)) for sigma, scalings in probes):
         middle = float(levels[len(levels) // 2 - 1])  # u = 1/2, so t = shift/(1 + shift)
         return ModelInfo(FlowSchedule(middle / (1.0 - middle)), Prediction.FLOW)
     width = float(getattr(sampling, "sigma_data", 1.0))
     if (process := _process(sampling, levels, width)) is not None:
         for prediction in _PREDICTIONS[type(process)]:
-            if all(_near(found, prediction.scalings(sigma, width)) for sigma, found in probes):
+            if all(agree(own, prediction.scalings(sigma, width)) for sigma, own in probes):
                 return ModelInfo(process, prediction)
     parents = ", ".join(base.__name__ for base in type(sampling).__mro__[1:4])
     raise InputError(
@@ -86,14 +86,10 @@ def _scalings(sampling: Any, level: float) -> tuple[float, tuple[float, float, f
     )
 
 
-def _near(found: tuple[float, ...], expected: tuple[float, ...]) -> bool:
-    pairs = zip(found, expected, strict=True)
+def agree(actual: Sequence[float], expected: Sequence[float]) -> bool:
+    """Whether two lists have the same numbers."""
+    pairs = zip(actual, expected, strict=True)
     return all(abs(a - b) <= EXACT * max(abs(b), EXACT) for a, b in pairs)
-
-
-def agree(first: Sequence[float], second: Sequence[float]) -> bool:
-    """Whether two lists have the same levels."""
-    return all(abs(a - b) <= EXACT * b for a, b in zip(first, second, strict=True))
 
 
 def listed(levels: Sequence[float]) -> str:

@@ -31,7 +31,7 @@ def narrow(values: Array, target: str) -> bytes:
     with np.errstate(over="ignore"):
         rounded = values.astype("<f4") if target in ("F32", "BF16") else values.astype("<f2")
     bits = _bfloat16(rounded) if target == "BF16" else rounded
-    finite = _finite_bfloat16(bits) if target == "BF16" else np.isfinite(rounded)
+    finite = (bits & 0x7F80) != 0x7F80 if target == "BF16" else np.isfinite(rounded)
     if (overflows := np.isfinite(values) & ~finite).any():
         raise OverflowError(f"{float(values[np.argmax(overflows)]):.6g}")
     return bits.tobytes()
@@ -58,10 +58,6 @@ def _bfloat16(values: Array) -> Array:
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
     nan = (bits >> 16) | 0x40  # rounding could carry a NaN into infinity
     return np.where(np.isnan(values), nan, rounded).astype("<u2")
-
-
-def _finite_bfloat16(bits: Array) -> Array:
-    return (bits & 0x7F80) != 0x7F80
 
 
 def _e4m3() -> Array:

@@ -101,55 +101,50 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
 
 def _locations(name: str) -> list[Location]:
     """The networks that the name can belong to, the shortest prefix first."""
-    found: list[Location] = []
+    locations: list[Location] = []
     for network, rest in readings(name):
         for part, known in NAMES.items():
             as_text = part == "text" and network in ("text", "text_2")
             if (network in (None, part) or as_text) and known.names.fullmatch(rest):
-                own = network if as_text and network is not None else part
-                found.append(Location(own, name[: len(name) - len(rest)]))
-    return found
+                named = network if as_text and network is not None else part
+                locations.append(Location(named, name[: len(name) - len(rest)]))
+    return locations
 
 
 def _choose(locations: Mapping[str, list[Location]]) -> dict[Location, int]:
     """For each network the location with most names, with a marker or a clear prefix."""
     counts = Counter(location for found in locations.values() for location in found)
-    clear = {location for location in counts if _names_network(location.prefix)}
+    # A prefix that itself names a network, such as `unet.`, or a marker behind it.
+    clear = {location for location in counts if any(n for n, _ in readings(location.prefix + "x"))}
     clear |= {
         location
-        for name, found in locations.items()
-        for location in found
-        if NAMES[_text(location.part)].marker.fullmatch(name[len(location.prefix) :])
+        for name, of_name in locations.items()
+        for location in of_name
+        if NAMES["text" if location.part == "text_2" else location.part].marker.fullmatch(
+            name[len(location.prefix) :]
+        )
     }
     chosen: dict[Location, int] = {}
     for part in PARTS:
-        found = sorted((x for x in clear if x.part == part), key=lambda x: -counts[x])
-        if len(found) > 1 and counts[found[0]] == counts[found[1]]:
+        first, *others = sorted(
+            (location for location in clear if location.part == part), key=lambda x: -counts[x]
+        ) or (None,)
+        if first is None:
+            continue
+        if others and counts[first] == counts[others[0]]:
             raise CheckpointError(
-                f"two networks could be its {part}, with {counts[found[0]]} tensors each: those "
-                f"under {found[0].prefix!r:.80} and those under {found[1].prefix!r:.80}; expected "
+                f"two networks could be its {part}, with {counts[first]} tensors each: those "
+                f"under {first.prefix!r:.80} and those under {others[0].prefix!r:.80}; expected "
                 "one: take one of them out, or rename it"
             )
-        if found:
-            chosen[found[0]] = counts[found[0]]
+        chosen[first] = counts[first]
     return chosen
-
-
-def _text(part: PartName) -> PartName:
-    return "text" if part == "text_2" else part
-
-
-def _names_network(prefix: str) -> bool:
-    """Whether the prefix itself names a network, such as `unet.`."""
-    return any(network is not None for network, _ in readings(prefix + "x"))
 
 
 def _enclosing(name: str, chosen: Iterable[Location]) -> Location | None:
     """The network whose prefix an unknown name has, the longest prefix first."""
-    found = [
-        location for location in chosen if location.prefix and name.startswith(location.prefix)
-    ]
-    return max(found, key=lambda location: len(location.prefix), default=None)
+    around = (place for place in chosen if place.prefix and name.startswith(place.prefix))
+    return max(around, key=lambda location: len(location.prefix), default=None)
 
 
 def sources(part: str, names: Mapping[str, str]) -> dict[str, Source]:

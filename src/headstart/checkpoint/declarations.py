@@ -120,21 +120,12 @@ def read_scheduler(config: Json) -> tuple[Process, Prediction]:
     return cast(Process, found["schedule"]), prediction
 
 
-_METADATA: dict[str, Callable[[str], object]] = {
-    "norm_groups": int,
-    "vae_norm_groups": int,
-    "scale_factor": float,
-    "image_size": int,
-}
-
-
 def _from_metadata(metadata: Mapping[str, str], found: dict[str, object]) -> None:
-    for name, read in _METADATA.items():
+    for name in ("norm_groups", "vae_norm_groups", "image_size", "scale_factor", "head_dim"):
+        read = float if name == "scale_factor" else int
         if (value := metadata_value(metadata, name, read)) is not None:
             found[name] = value
-    head_dim = metadata_value(metadata, "head_dim", int)
-    if head_dim is not None:
-        found |= {"head_dim": head_dim, "heads": None}
+            found |= {"heads": None} if name == "head_dim" else {}
 
 
 def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
@@ -244,9 +235,8 @@ def _schedule(table: NoiseSchedule, statements: Statements) -> dict[str, object]
             next(iter(statements.tensors.get(f"edm_vpred.sigma_{end}", ())), usual)
             for end, usual in (("min", 0.002), ("max", 80.0))
         )
-        data = (
-            0.5 if statements.edm is Prediction.EDM else 1.0
-        )  # arXiv:2206.00364, table 1; CosXL's
+        # arXiv:2206.00364, table 1; CosXL's.
+        data = 0.5 if statements.edm is Prediction.EDM else 1.0
         return {"schedule": NoiseSchedule.edm(low, high, data)}
     if statements.alphas is not None:
         values, rounding = statements.alphas

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from headstart.checkpoint.distillations import (
     ANCESTRAL,
@@ -141,9 +141,8 @@ def _rule(step: Step) -> str:
     return ANCESTRAL if abs(step.keep - q * q) < 1e-9 else ""
 
 
-class _Clue(NamedTuple):
-    text: str
-    why: str
+_Clue = tuple[str, str]
+"""A text to search, and its source."""
 
 
 def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
@@ -156,14 +155,15 @@ def guess(path: str | Path, checkpoint: Checkpoint, lineage: str) -> Guess:
     """
     path = Path(path)
     clues = _clues(path, checkpoint)
-    steps = next((int(m[1]) for clue in clues if (m := _STEPS.search(clue.text))), None)
-    found = _distillation(path, checkpoint, clues)
-    prediction, size, why = _prediction(clues, lineage, found, steps)
-    if found is None:
-        return Guess(prediction=prediction, image_size=size, why=why)
-    steps = None if found[0].any_steps else steps
+    steps = next((int(m[1]) for text, _ in clues if (m := _STEPS.search(text))), None)
+    distillation, source = _distillation(path, checkpoint, clues)
+    prediction, size, why = _prediction(clues, lineage, distillation, steps)
     return Guess(
-        distillation=found[0], steps=steps, prediction=prediction, image_size=size, why=found[1]
+        distillation=distillation,
+        steps=None if distillation is None or distillation.any_steps else steps,
+        prediction=prediction,
+        image_size=size,
+        why=source or why,
     )
 
 
@@ -175,40 +175,40 @@ def _clues(path: Path, checkpoint: Checkpoint) -> list[_Clue]:
     if root := root_of(path):
         names.append(root.name)
     names += [m[1] for part in path.absolute().parts if (m := _HUB_FOLDER.fullmatch(part))]
-    clues = [_Clue(text, "metadata") for text in texts] + [_Clue(name, "name") for name in names]
-    return [_Clue(clue.text.lower(), clue.why) for clue in clues if clue.text]
+    clues = [(text, "metadata") for text in texts] + [(name, "name") for name in names]
+    return [(text.lower(), why) for text, why in clues if text]
 
 
 def _distillation(
     path: Path, checkpoint: Checkpoint, clues: Iterable[_Clue]
-) -> tuple[Distillation, str] | None:
+) -> tuple[Distillation, str] | tuple[None, None]:
     if any(name.endswith(_GUIDANCE_PROJECTION) for name in checkpoint.names):
         return _LCM, "tensors"
     clues = list(clues)
     scheduler = json_in(root_of(path), "scheduler/scheduler_config.json").get("_class_name")
     if scheduler == "LCMScheduler":
-        clues.insert(sum(clue.why == "metadata" for clue in clues), _Clue("lcm", "scheduler"))
-    for clue in clues:
+        clues.insert(sum(why == "metadata" for _, why in clues), ("lcm", "scheduler"))
+    for text, why in clues:
         for row in DISTILLATIONS:
-            if re.search(row.pattern, clue.text):
-                return row, clue.why
-    return None
+            if re.search(row.pattern, text):
+                return row, why
+    return None, None
 
 
 def _prediction(
     clues: Iterable[_Clue],
     lineage: str,
-    found: tuple[Distillation, str] | None,
+    distillation: Distillation | None,
     steps: int | None,
 ) -> tuple[Prediction | None, int | None, str | None]:
-    for clue in clues:
-        if lineage == "sd21":
-            for pattern, prediction, size in _PREDICTIONS:
-                if re.search(pattern, clue.text):
-                    return prediction, size, clue.why
-        # sdxl_lightning_1step_unet_x0 is the one published network here that predicts x0.
-        if found and found[0].name == "Lightning" and steps == 1 and "x0" in clue.text:
-            return Prediction.X0, None, clue.why
+    # sdxl_lightning_1step_unet_x0 is the one published network here that predicts x0.
+    lightning = distillation is not None and distillation.name == "Lightning" and steps == 1
+    for text, why in clues:
+        for pattern, prediction, size in _PREDICTIONS if lineage == "sd21" else ():
+            if re.search(pattern, text):
+                return prediction, size, why
+        if lightning and "x0" in text:
+            return Prediction.X0, None, why
     return None, None, None
 
 

@@ -166,16 +166,13 @@ def _judge(
 
     add("unet", lambda part: judge_unet(part, family, overrides))
     add("vae", lambda part: judge_vae(part, vae_family(path, part), overrides))
-    tokenizer = overrides.tokenizer or _has_tokenizer(path, checkpoint)
+    root = root_of(path)
+    folders = () if root is None else (root / "tokenizer", root / "tokenizer_2")
+    tokenizer = overrides.tokenizer or "headstart.tokenizer" in checkpoint.metadata
+    tokenizer = tokenizer or any(map(Path.is_dir, folders))
     networks |= judge_texts(parts, family, replace(overrides, tokenizer=tokenizer))
     add("tiny", lambda part: judge_tiny(part, overrides))
     return Verdict(path=path, family=family, networks=networks)
-
-
-def _has_tokenizer(path: Path, checkpoint: Checkpoint) -> bool:
-    root = root_of(path)
-    folders = () if root is None else (root / "tokenizer", root / "tokenizer_2")
-    return "headstart.tokenizer" in checkpoint.metadata or any(map(Path.is_dir, folders))
 
 
 _NO_ENCODER = frozenset({"text_projection.weight"})

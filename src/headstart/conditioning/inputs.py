@@ -114,8 +114,13 @@ def read_inputs(
             "noise: expected a tensor [B, C, h, w] of unit normals for the start, or a source such "
             f"as headstart.Given, got {type(noise).__name__}"
         )
-    if cond is not None and uncond is not None:
-        _check_lengths(cond, uncond)
+    parts = () if cond is None or uncond is None else (*_parts(cond), *_parts(uncond))
+    counts = {part.context.shape[1] for part in parts}
+    if len(counts) > 1:
+        raise InputError(
+            f"cond and uncond have {' and '.join(map(str, sorted(counts)))} tokens: a guided call "
+            "holds both, so give both as many"
+        )
     return Inputs(cond, uncond, noise)
 
 
@@ -125,15 +130,6 @@ def _check_finite(noise: Given) -> None:
     for name, own in drawn.items():
         if not own.isfinite().all():
             raise InputError(f"{name} holds NaN or infinity: expected unit normals")
-
-
-def _check_lengths(cond: Cond, uncond: Cond) -> None:
-    counts = {part.context.shape[1] for own in (cond, uncond) for part in _parts(own)}
-    if len(counts) > 1:
-        raise InputError(
-            f"cond and uncond have {' and '.join(map(str, sorted(counts)))} tokens: a guided call "
-            "holds both, so give both as many"
-        )
 
 
 def latent_of(noise: Noise | None) -> tuple[int, ...] | None:

@@ -63,20 +63,17 @@ class TextCache:
     """
 
     def __init__(self, text: ClipText) -> None:
-        self._root = (
-            text._modules
-        )  # the dictionary of its towers, which does not keep the text alive
+        # The dictionary of its towers, which does not keep the text alive.
+        self._root = text._modules
         self._lock = threading.Lock()
         self._entries: dict[Hashable, Pair] = {}
         self._weights: _Weights | None = None
-        self._alive: list[
-            StorageWeakRef
-        ] = []  # while these live, no other storage has their addresses
+        # While these live, no other storage has their addresses.
+        self._alive: list[StorageWeakRef] = []
         self._tensors: list[Mapping[str, Tensor | None]] = []
         self._modules: list[Mapping[str, nn.Module | None]] = []
-        self._walked: list[
-            weakref.ref[nn.Module]
-        ] = []  # weak: hooks may hold an engine, and it the text
+        # Weak, because hooks may hold an engine, and it the text.
+        self._walked: list[weakref.ref[nn.Module]] = []
         self._walk()
 
     def find(self, key: Hashable, encode: Callable[[], Pair]) -> Pair:
@@ -95,7 +92,9 @@ class TextCache:
         with self._lock:
             if self._weights is now and self._look() is now:  # unchanged meanwhile
                 self._entries[key] = encoded
-                self._shrink(limit)
+                size = self.size_bytes
+                while self._entries and size > limit:  # the least recently used goes first
+                    size -= _bytes(self._entries.pop(next(iter(self._entries))))
         return encoded
 
     def _encoded(self, encode: Callable[[], Pair]) -> Pair:
@@ -161,11 +160,6 @@ class TextCache:
             self._walk()
             self._weights = now
             self._alive = [StorageWeakRef(tensor.untyped_storage()) for tensor in now.tensors]
-
-    def _shrink(self, limit: float) -> None:
-        size = self.size_bytes
-        while self._entries and size > limit:
-            size -= _bytes(self._entries.pop(next(iter(self._entries))))
 
 
 _KNOWN: weakref.WeakKeyDictionary[ClipText, TextCache] = weakref.WeakKeyDictionary()

@@ -37,6 +37,8 @@ ORDER = ("text", "distilled", "base")
 """The parts that may take turns, the cheapest first: the distilled model can be copied back while
 the base's rows run."""
 _ONE = Chunks(1, 1)
+_PASSES = 2
+"""Rows of a guided base for each sample."""
 
 
 class Move(NamedTuple):
@@ -99,12 +101,12 @@ class Placement:
     @property
     def stages(self) -> tuple[Stage, ...]:
         """Those of text, base, distilled and decode that run on this device."""
-        found: list[Stage] = []
+        stages: list[Stage] = []
         resident = None
         for name, work in self.work.items():
             resident = name if name in self.turns else resident
-            found.append(Stage(name, resident, self.held, work))
-        return tuple(found)
+            stages.append(Stage(name, resident, self.held, work))
+        return tuple(stages)
 
     @property
     def by_prompt(self) -> tuple[Move, ...]:
@@ -138,31 +140,36 @@ def place(
     free: int | None,
     *,
     device: str = "cuda",
-    passes: int = 2,
-    texts: int = 2,
-    tokens: int = 77,
     float8: bool = False,
 ) -> Placement:
-    """The cheapest placement that fits `free` bytes, for pictures of this shape.
+    """The cheapest placement that fits `free` bytes, for pictures of this shape with a guided base,
+    and for a prompt and a negative prompt of one piece each.
 
-    weights        part -> bytes, of the parts on this device
-    passes         2 where the base is guided
-    texts, tokens  how many texts the encoders read at once, and how long each is
+    weights   part -> bytes, of the parts on this device
 
     Raises InputError where none fits; the message says what would.
     """
-    work = _work(weights, values, shape, passes, texts, tokens)
-    found = Placement(device=device, weights=weights, work=work, free=free, float8=float8)
+    states, row = shape.state_bytes, values.row_bytes(shape)
+    least = {  # one sample at a time, decoded in bands
+        "text": values.text_bytes(2, 77),
+        "base": states + _PASSES * row,
+        "distilled": states + row,
+        "decode": states + min(values.decode_bytes(shape, bands) for bands in BANDS),
+    }
+    stages = {"decode" if part == "vae" else part for part in weights}
+    work = {stage: size for stage, size in least.items() if stage in stages}
+    placement = Placement(device=device, weights=weights, work=work, free=free, float8=float8)
     movable = [part for part in ORDER if part in weights]
     for count in (0, *range(2, len(movable) + 1)):
-        found = replace(found, turns=tuple(p for p in _RUN if p in movable[:count]), arena=0)
-        excess = 0 if free is None else found.need - free
+        turns = tuple(part for part in _RUN if part in movable[:count])
+        placement = replace(placement, turns=turns, arena=0)
+        excess = 0 if free is None else placement.need - free
         if excess <= 0:
-            return _with_chunks(found, values, shape, passes)
-        arena = arena_bytes([weights[part] for part in found.turns], excess)
+            return _with_chunks(placement, values, shape)
+        arena = arena_bytes([weights[part] for part in turns], excess)
         if arena is not None:
-            return _with_chunks(replace(found, arena=arena), values, shape, passes)
-    raise InputError(refusal(found))
+            return _with_chunks(replace(placement, arena=arena), values, shape)
+    raise InputError(refusal(placement))
 
 
 def arena_bytes(sizes: Sequence[int], excess: int) -> int | None:
@@ -181,54 +188,32 @@ def arena_bytes(sizes: Sequence[int], excess: int) -> int | None:
     return None
 
 
-def _work(
-    weights: Mapping[str, int],
-    values: Footprint,
-    shape: Shape,
-    passes: int,
-    texts: int,
-    tokens: int,
-) -> dict[str, int]:
-    """Stage -> the least bytes besides weights: one sample at a time, decoded in bands."""
-    states, row = shape.state_bytes, values.row_bytes(shape)
-    found = {
-        "text": values.text_bytes(texts, tokens),
-        "base": states + passes * row,
-        "distilled": states + row,
-        "decode": states + min(values.decode_bytes(shape, bands) for bands in BANDS),
-    }
-    here = {"decode" if part == "vae" else part for part in weights}
-    return {stage: size for stage, size in found.items() if stage in here}
+def _with_chunks(placement: Placement, values: Footprint, shape: Shape) -> Placement:
+    weights, device = placement.weights, placement.device
+    if "vae" not in weights or not {"base", "distilled"} & set(weights):
+        return placement
+    most = int(max(placement.work.values(), default=0) / SAFE_SHARE)
+    free = None if placement.free is None else placement.free - placement.need + most
+    fits = chunks(shape, values, _PASSES, Free(free, free), device=device)
+    return replace(placement, fits=fits)
 
 
-def _with_chunks(found: Placement, values: Footprint, shape: Shape, passes: int) -> Placement:
-    if "vae" not in found.weights or not {"base", "distilled"} & set(found.weights):
-        return found
-    most = int(max(found.work.values(), default=0) / SAFE_SHARE)
-    free = None if found.free is None else found.free - found.need + most
-    fits = chunks(shape, values, passes, Free(free, free), device=found.device)
-    return replace(found, fits=fits)
-
-
-def note(found: Placement) -> str | None:
+def note(placement: Placement) -> str | None:
     """For a person: what was chosen, what it costs, and how to choose otherwise."""
-    if not found.turns:
+    names = [_NAMES[part] for part in placement.turns]
+    if not names:
         return None
-    turns = " and ".join(_NAMES[part] for part in found.turns[-2:])
-    turns = ", ".join([*(_NAMES[part] for part in found.turns[:-2]), turns])
-    costs = [
-        f"{_cost(moves)} {what}"
-        for moves, what in ((found.by_picture, "a picture"), (found.by_prompt, "for a new prompt"))
-        if moves
-    ]
-    least = max(found.work.values(), default=0)
+    moved = {"a picture": placement.by_picture, "for a new prompt": placement.by_prompt}
+    costs = [f"{_cost(moves)} {what}" for what, moves in moved.items() if moves]
+    least = max(placement.work.values(), default=0)
     return (
-        f"memory: {_gb(found.free or 0)} are free on {found.device}, for "
-        f"{_gb(sum(found.weights.values()))} of weights and at least {_gb(least)} of work: so "
-        f"{turns} take turns in {_gb(found.arena)} of it, out of the host's memory, which moves "
+        f"memory: {_gb(placement.free or 0)} are free on {placement.device}, for "
+        f"{_gb(sum(placement.weights.values()))} of weights and at least {_gb(least)} of work: so "
+        f"{', '.join([*names[:-2], ' and '.join(names[-2:])])} take turns in "
+        f"{_gb(placement.arena)} of it, out of the host's memory, which moves "
         f"{' and '.join(costs)}, estimated at {HOST_BYTES_PER_S / 1e9:.0f} GB/s; the results are "
         "the same to the bit. Otherwise: memory='none' (--memory none) moves nothing; "
-        f"{_others(found)}"
+        f"{_others(placement)}"
     )
 
 
@@ -248,11 +233,12 @@ def milliseconds(size_bytes: int) -> float:
     return size_bytes / HOST_BYTES_PER_S * 1e3
 
 
-def _others(found: Placement) -> str:
+def _others(placement: Placement) -> str:
     """Ways to need less memory that change the results."""
     lines: list[str] = []
-    models = [found.weights[part] for part in ("base", "distilled") if part in found.weights]
-    if models and not found.float8:
+    weights = placement.weights
+    models = [weights[part] for part in ("base", "distilled") if part in weights]
+    if models and not placement.float8:
         lines.append(
             f"dtype='float8' (--dtype float8) stores {_gb(sum(models))} of UNets in about "
             f"{_gb(sum(models) // 2)}, rounded to eight bits"

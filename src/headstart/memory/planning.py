@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 
 from headstart.checkpoint.families import Family
-from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.network_info import Overrides
-from headstart.checkpoint.tensors import Checkpoint, PartName
-from headstart.checkpoint.verdict import Verdict, judge
+from headstart.checkpoint.tensors import PartName
 from headstart.memory.arena import Arena, Streams, pinned
 from headstart.memory.available import Memory, available_bytes, read_memory
 from headstart.memory.blocks import blocks_of, gather
@@ -25,7 +23,7 @@ from headstart.memory.budget import SAFE_SHARE, Footprint, Shape
 from headstart.memory.offload import Placement, note, place
 from headstart.memory.residency import Residency
 from headstart.networks.assembly import Dtype
-from headstart.networks.load import file_dtype, weight_bytes
+from headstart.networks.load import file_dtype, verdict_of, weight_bytes
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet
 from headstart.plan.request import check_size
@@ -143,7 +141,9 @@ def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> R
         if own.turns:
             networks = {part: modules[part] for part in own.turns}
             streams = streams_of(device)
-            arenas.append(Arena(networks, own.arena, device, streams, pin or _nothing))
+            # Without memory to pin, weights stay in their files.
+            pin = pin or (lambda _: None)
+            arenas.append(Arena(networks, own.arena, device, streams, pin))
     return replace(residency, arenas=tuple(arenas))
 
 
@@ -172,10 +172,6 @@ def streams_of(device: torch.device) -> Streams:
     return cast("Streams", torch.cuda) if device.type == "cuda" else Host()
 
 
-def _nothing(size_bytes: int) -> None:
-    """For a host without memory to pin."""
-
-
 def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
     """`pinned`, where the host has memory for what takes turns and for laying UNets out. Else None:
     weights stay in their files, which the system caches as long as it can."""
@@ -199,38 +195,23 @@ def _values(sources: Sources, dtype: Dtype, vae_dtype: Dtype) -> tuple[Footprint
         allow=options.get("allow", ()),
     )
     unets = [
-        _judged(path, "unet", overrides, ema=sources.ema[role]).require("unet").unet
+        verdict_of(path, "unet", overrides, ema=sources.ema[role]).require("unet").unet
         for role, path in sources.unets.items()
     ]
-    vae = _judged(sources.vae, "vae", overrides).require("vae").vae
-    texts = _judged(sources.text, "text", overrides).networks.values()
+    vae = verdict_of(sources.vae, "vae", overrides).require("vae").vae
+    texts = verdict_of(sources.text, "text", overrides).networks.values()
     assert vae is not None
     pixels = check_size(options.get("plan_size"), sources.image_size, max(8, vae.downscale))
     cells = (pixels[0] // vae.downscale, pixels[1] // vae.downscale)
-    itemsize = max(
-        own.itemsize
-        for own in (
-            dtype
-            if isinstance(dtype, torch.dtype)
-            else file_dtype(path, "unet", ema=sources.ema[role])
-            for role, path in sources.unets.items()
-        )
+    dtypes = (
+        dtype if isinstance(dtype, torch.dtype) else file_dtype(path, "unet", ema=sources.ema[role])
+        for role, path in sources.unets.items()
     )
     values = Footprint.of(
         [unet for unet in unets if unet is not None],
         vae,
         [judged.clip for judged in texts if judged.clip is not None],
-        itemsize,
+        max(own.itemsize for own in dtypes),
         vae_dtype.itemsize if isinstance(vae_dtype, torch.dtype) else 4,
     )
     return values, Shape(1, vae.latent_channels, cells, pixels)
-
-
-def _judged(
-    path: str | Path, name: PartName, overrides: Overrides, ema: bool | None = None
-) -> Verdict:
-    path = Path(path)
-    second = None
-    if name == "text" and (path / COMPONENTS["text_2"]).is_dir():
-        second = Checkpoint.open(path, "text_2")
-    return judge(path, Checkpoint.open(path, name, ema=ema), overrides, second=second)

@@ -81,13 +81,11 @@ class Residency:
             free = available_bytes(device)
             pools = pool_bytes(device)
             if free is not None and self.most_bytes is not None:
-                free = min(free, self.most_bytes - self._planned_bytes(device) - pools)
+                planned = sum(own.held for own in self.placements if own.device == str(device))
+                free = min(free, self.most_bytes - planned - pools)
             found.append((free, pools))
         known = [own for own in found if own[0] is not None]
         return min(known, key=lambda own: sum(map(int, filter(None, own)))) if known else (None, 0)
-
-    def _planned_bytes(self, device: torch.device) -> int:
-        return sum(own.held for own in self.placements if own.device == str(device))
 
 
 def state_to(state: State, device: torch.device) -> State:

@@ -1,8 +1,10 @@
-"""A decoder's layers a band of rows at a time: the numbers of the whole image in less memory.
+"""A decoder that works on one band of rows at a time: the same numbers in less memory.
 
-    norm(x) = (x - mean) / sqrt(var + eps) * weight + bias      mean, var over all rows, first
-A 3x3 convolution looks one row up and down, so a band is computed with the rows beside it; zeros
-lie around the image alone. What is equal, and what it takes: `Vae.decode`.
+    norm(x) = (x - mean) / sqrt(var + eps) * weight + bias      mean and var over all rows
+
+Means and variances are computed first, from all bands. A 3x3 convolution reads one row above and
+one below, so a band is computed together with the rows beside it; zeros are added only around the
+image. `Vae.decode` says how exact the result is, `checkpoint.decoding` how much memory it takes.
 """
 
 from __future__ import annotations
@@ -17,9 +19,9 @@ Layer = Callable[[Tensor], Tensor]
 
 
 class Bands:
-    """One image's activation [1, C, H, W] as bands of `rows` rows, the last perhaps of fewer.
+    """One image's activation [1, C, H, W] as bands of `rows` rows; the last may have fewer.
 
-    Whoever reads it from the top may let go of what nobody reads again.
+    A caller that goes through it from the top frees the bands behind it by `read`.
     """
 
     def __init__(self, parts: list[Tensor], rows: int, height: int) -> None:
@@ -34,21 +36,21 @@ class Bands:
         return spans(self.height, self.rows)
 
     def take(self, low: int, high: int) -> Tensor:
-        """Rows low .. high - 1; a view where they lie in one band."""
-        found = [
+        """Rows low .. high - 1; a view if they are all in one band."""
+        pieces = [
             self.parts[i][:, :, max(low - begin, 0) : high - begin]
             for i, begin, end in self.spans()
             if begin < high and low < end
         ]
-        return found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=2)
 
     def beside(self, begin: int, end: int, layer: Layer) -> Tensor:
-        """Rows begin .. end - 1 of layer(x), which looks one row up and down."""
+        """Rows begin .. end - 1 of layer(x), for a layer that reads one row above and one below."""
         low, high = max(0, begin - 1), min(self.height, end + 1)
         return layer(self.take(low, high))[:, :, begin - low : end - low]
 
     def read(self, row: int) -> None:
-        """Let go of the bands above this row, or of all when it was the last that is looked at."""
+        """Free the bands above this row, and after the last row all of them."""
         above = len(self.parts) if row >= self.height - 1 else row // self.rows
         for i in range(self.gone, above):
             self.parts[i] = self.parts[i].new_empty(0)
@@ -62,7 +64,7 @@ def spans(height: int, rows: int) -> Iterator[tuple[int, int, int]]:
 
 
 def normed(norm: nn.GroupNorm, x: Bands) -> Layer:
-    """The group norm of all rows, to be called with some of them. Statistics are in float32."""
+    """The group norm over all rows, as a function of a band. Statistics are in float32."""
     mean, var = _moments(x, norm.num_groups)
     each = norm.num_channels // norm.num_groups
     mean, var = mean.repeat_interleave(each), var.repeat_interleave(each)
@@ -81,17 +83,17 @@ def silu_normed(norm: nn.GroupNorm, x: Bands) -> Layer:
 
 def _moments(x: Bands, groups: int) -> tuple[Tensor, Tensor]:
     """Mean and variance [G] of all rows, merged from the bands' own (Chan et al. 1979, eq. 2.1)."""
-    found: list[tuple[Tensor, Tensor]] = []
+    moments: list[tuple[Tensor, Tensor]] = []
     for part in x.parts:
         wide = part if part.dtype == torch.float64 else part.float()
         wide = wide.reshape(groups, -1, *wide.shape[2:])
-        found.append(torch.var_mean(wide, (1, 2, 3), correction=0))
-    vars, means = (torch.stack(own) for own in zip(*found, strict=True))
+        moments.append(torch.var_mean(wide, (1, 2, 3), correction=0))
+    vars, means = (torch.stack(values) for values in zip(*moments, strict=True))
     last = x.height - x.rows * (len(x.parts) - 1)
 
-    def overall(own: Tensor) -> Tensor:
-        """The mean of [bands, G], each band by its rows."""
-        return (own[:-1].sum(0) * x.rows + own[-1] * last) / x.height
+    def overall(values: Tensor) -> Tensor:
+        """The mean of [bands, G], each band weighted by its number of rows."""
+        return (values[:-1].sum(0) * x.rows + values[-1] * last) / x.height
 
     mean = overall(means)
     return mean, overall(vars + (means - mean).square())

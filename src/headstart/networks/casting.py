@@ -1,15 +1,15 @@
-"""Weights kept in fewer bits than a network computes in, widened when a layer runs.
+"""Weights stored in fewer bits than a network computes in, and widened when a layer runs.
 
     y = layer(x; float32(weight))           half precision, as the file has it
     y = layer(x; dtype(weight8) * scale)    float8, with a power of two for each output channel
 
-A half-precision weight widens to float32 exactly, so the outputs are those of the all-float32
-network to the bit. The weights themselves stay mapped from the file: they take no memory that the
-system cannot take back.
+Float32 holds every half-precision weight exactly, so the outputs are those of the network in
+float32 to the bit. The weights themselves stay mapped from the file: the system can take their
+memory back at any time.
 
-Float8 (e4m3fn, arXiv:2209.05433) rounds, once, when it is made: to 4 significant bits, so by at
-most 1/16 of a weight. A scale that is a power of two adds no rounding of its own, in any dtype; so
-numbers that were float8 are kept as they are.
+Float8 (e4m3fn, arXiv:2209.05433) has 4 significant bits: a weight is rounded once, when it is
+loaded, by at most 1/16. Scales are powers of two, which round nothing, in any dtype; so numbers
+that were float8 stay the same.
 """
 
 from __future__ import annotations
@@ -58,17 +58,16 @@ _STORED: dict[type[nn.Module], type[nn.Module]] = {
 
 
 def keep_stored(module: M, dtype: torch.dtype = torch.float32) -> M:
-    """Make every layer with a matrix in another dtype turn it into `dtype` at use, which for half
-    precision into float32 is exact; returns the same module.
+    """Make every layer whose matrix has another dtype convert it to `dtype` when it runs; from half
+    precision to float32 that is exact. Returns the same module.
 
-    Vectors (biases, norms) become that at once: they are 0.1 % of an SDXL UNet, and everything
-    that reads them finds the dtype of the activations. Layers change their class and nothing else,
-    so names, hooks and `isinstance(layer, nn.Linear)` stay what they were. `compute_dtype` of the
-    module is `dtype` from then on.
+    Vectors (biases, norms) are converted at once: they are 0.1 % of an SDXL UNet, and code that
+    reads them expects the dtype of the activations. Layers change their class and nothing else, so
+    names, hooks and `isinstance(layer, nn.Linear)` stay the same. From then on the module's
+    `compute_dtype` is `dtype`.
     """
     for layer in module.modules():
-        own = dict(layer.named_parameters(recurse=False))
-        others = [tensor for tensor in own.values() if tensor.dtype != dtype]
+        others = [tensor for tensor in layer.parameters(recurse=False) if tensor.dtype != dtype]
         if any(tensor.ndim > 1 for tensor in others):
             layer.__class__ = _STORED.get(type(layer), type(layer))
         for tensor in others:
@@ -81,8 +80,8 @@ def keep_stored(module: M, dtype: torch.dtype = torch.float32) -> M:
 def in_float8(tensor: Tensor) -> tuple[Tensor, Tensor]:
     """A matrix [out, ...] -> the same in float8, and its scale [out, 1, ...] in float32.
 
-    2^k is the smallest for which no number of the channel is beyond 448, float8's largest. What is
-    less than 2^-9 of it becomes a multiple of that. Raises ValueError for NaN or infinity.
+    The scale 2^k is the smallest with which no number of the channel is beyond 448, the largest of
+    float8. Numbers near 0 become multiples of 2^(k-9). Raises ValueError for NaN or infinity.
     """
     wide = tensor.float()
     largest = wide.abs().flatten(1).amax(1)
@@ -95,12 +94,12 @@ def in_float8(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def keep_float8(module: M, scales: Mapping[str, Tensor], dtype: torch.dtype) -> M:
-    """Make the layers whose weights are float8 widen them at use; returns the same module.
+    """Make the layers whose weights are float8 widen them when they run; returns the same module.
 
     scales   name of a weight -> its scale, from `in_float8`
-    dtype    what the network computes in, and everything else of it is in: its `compute_dtype`
+    dtype    of all other tensors, and of what the network computes: its `compute_dtype`
 
-    Layers change their class and gain a buffer that no state dict has.
+    Layers change their class and get a buffer that is in no state dict.
     """
     for name, scale in scales.items():
         layer = module.get_submodule(name.rpartition(".")[0])
@@ -111,17 +110,15 @@ def keep_float8(module: M, scales: Mapping[str, Tensor], dtype: torch.dtype) -> 
 
 
 def weight_of(layer: nn.Module) -> Tensor:
-    """The weight of a layer in float32, as it is: of float8 with its scale."""
+    """The weight of a layer in float32; a float8 weight is multiplied by its scale."""
     weight = cast("Tensor", layer.weight).float()
     scale = vars(layer)["_buffers"].get(SCALE)
     return weight if scale is None else weight * scale
 
 
 def compute_dtype(network: object) -> torch.dtype:
-    """The dtype a network wants its inputs in: float32 where weights are widened at use.
-
-    Otherwise that of its first float parameter; float32 for what has none.
-    """
+    """The dtype of a network's inputs: the one that it declares, or that of its first float
+    parameter; float32 if it has neither."""
     declared = getattr(network, "compute_dtype", None)
     if isinstance(declared, torch.dtype):
         return declared
@@ -131,17 +128,18 @@ def compute_dtype(network: object) -> torch.dtype:
 
 
 class _Scratch(threading.local):
-    """One float32 buffer a thread, as large as the largest weight it has met.
+    """One float32 buffer for each thread, as large as its largest weight so far.
 
-    A fresh tensor for each weight would have its pages mapped, cleared and returned every time.
+    With a new tensor for each weight, the system would map, clear and free its pages every time.
     """
 
     buffer = torch.empty(0)
 
     def take(self, like: Tensor) -> Tensor:
-        """Room for a weight, in its order of axes, which a convolution's bits depend on."""
+        """Memory in the shape of a weight, and in its order of axes: a convolution's bits depend on
+        that."""
         if self.buffer.numel() < like.numel():
-            with torch.inference_mode(False):  # else nobody outside of it could write to it
+            with torch.inference_mode(False):  # else only code in that mode could write to it
                 self.buffer = torch.empty(like.numel())
         last = like.ndim == 4 and like.is_contiguous(memory_format=torch.channels_last)
         buffer = self.buffer[: like.numel()]
@@ -152,13 +150,13 @@ _scratch = _Scratch()
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, dtype: torch.dtype) -> Tensor:
-    """A weight as the layer computes with it: in the dtype of its input. In float32 on a CPU the
-    memory is used again by the thread's next layer."""
+    """A weight in the dtype of the layer's input. In float32 on a CPU it is in memory that the
+    thread's next layer uses again."""
     weight, scale = layer.weight, vars(layer)["_buffers"].get(SCALE)
     if scale is None and weight.dtype == dtype:
         return weight
-    own = weight.device.type != "cpu" or dtype != torch.float32
-    if own or torch.is_grad_enabled() or is_compiling():
+    elsewhere = weight.device.type != "cpu" or dtype != torch.float32
+    if elsewhere or torch.is_grad_enabled() or is_compiling():
         wide = weight.to(dtype)
         return wide if scale is None else wide.mul_(scale)
     wide = _scratch.take(weight).copy_(weight)

@@ -89,12 +89,9 @@ def joint_weights(layers: Linears) -> Joint | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
-    return type(layer) is nn.Linear and not _is_hooked(layer)
-
-
-def _is_hooked(layer: nn.Linear) -> bool:
     own = vars(layer)
-    return bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
+    return type(layer) is nn.Linear and not hooked
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:

@@ -139,9 +139,9 @@ class ClipTokenizer:
 
         Raises InputError for text that has no ids.
         """
-        is_special = (
-            zero_pad and self.exclamation == "transformers" and self._exclamation_is_padding
-        )
+        # Whether id 0 is "!", as in CLIP's own vocabulary.
+        is_padding = zero_pad and self._tokenizer.token_to_id("!") == 0
+        is_special = is_padding and self.exclamation == "transformers"
         tokenizer = self._with_special_exclamation if is_special else self._tokenizer
         try:
             return [
@@ -154,11 +154,6 @@ class ClipTokenizer:
                 f"prompt {prompt!r:.60} cannot be read by this tokenizer: {error!s:.200}: it is no "
                 "text, or the vocabulary is damaged"
             ) from error
-
-    @property
-    def _exclamation_is_padding(self) -> bool:
-        """Whether id 0 is "!", as in CLIP's own vocabulary."""
-        return self._tokenizer.token_to_id("!") == 0
 
     @cached_property
     def _with_special_exclamation(self) -> Tokenizer:

@@ -1,6 +1,7 @@
 """The autoencoder: pixels [-1, 1] <-> latents, z = scale_factor * mean(encoder(pixels)).
 
-Every layer of the decoder has `banded`, the same a band of rows at a time (`networks.bands`).
+Every layer of the decoder also has `banded`, which works on one band of rows at a time
+(`networks.bands`).
 Module names are the diffusers checkpoint's key names. Architecture: arXiv:2112.10752, appendix.
 """
 
@@ -40,8 +41,8 @@ class ResBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
     def banded(self, x: Bands) -> Bands:
-        """Written into x where the width stays, else x is let go as it is read: 2 widths are alive,
-        or the wider one and a band."""
+        """The result is written into x if the channels stay as many; else bands of x are freed once
+        they are read. Two activations are in memory at once, or the wider one and a band."""
         first, h, out = silu_normed(self.norm1, x), list[Tensor](), list[Tensor]()
         for _, begin, end in x.spans():
             h.append(x.beside(begin, end, lambda band: self.conv1(first(band))))
@@ -75,7 +76,7 @@ class Attention(nn.Module):
         return x + rearrange(out, "b 1 (h w) c -> b c h w", h=x.shape[2])
 
     def banded(self, x: Bands) -> Bands:
-        """Keys and values of all positions, queries of a band."""
+        """Keys and values are of all positions, queries of one band."""
         norm, whole = normed(self.group_norm, x), x.take(0, x.height)
         tokens = rearrange(norm(whole), "b c h w -> b 1 (h w) c")
         q, k, v = self.to_q(tokens), self.to_k(tokens), self.to_v(tokens)
@@ -108,7 +109,8 @@ class Upsample(nn.Module):
         return self.conv(nearest(x, (2 * height, 2 * width)))
 
     def banded(self, x: Bands) -> Bands:
-        """As many rows a band as before, so twice the bands; x is let go as it is read."""
+        """Bands keep their number of rows, so there are twice as many. Bands of x are freed once
+        they are read."""
         parts, height = list[Tensor](), 2 * x.height
         for _, begin, end in spans(height, x.rows):
             low, high = max(0, begin // 2 - 1), min(x.height, (end + 1) // 2 + 1)
@@ -138,8 +140,8 @@ class UpStage(nn.Module):
         self.upsamplers = None if last else nn.ModuleList([Upsample(channels)])
 
     def layers(self) -> Iterator[ResBlock | Upsample]:
-        """In their order, for the decoder to call: a stage that called them would keep its input
-        alive, which at the finest side is twice as wide as what it works on."""
+        """In the order in which they run. The decoder calls them: a stage that did so would keep
+        its input in memory, which at the finest resolution has twice as many channels."""
         yield from self.resnets  # pyright: ignore
         yield from self.upsamplers or ()  # pyright: ignore
 
@@ -208,8 +210,8 @@ class Decoder(nn.Module):
             yield from block.layers()  # pyright: ignore
 
     def banded(self, z: Tensor, bands: int) -> Tensor:
-        """latents [1, C, h, w], the rows of the image in this many bands; coarser layers have as
-        many rows a band, so fewer bands."""
+        """latents [1, C, h, w] -> pixels, whose rows are in so many bands. Bands of coarser layers
+        have as many rows, so there are fewer of them."""
         rows = max(1, -(-z.shape[2] * 2 ** (len(self.up_blocks) - 1) // bands))
         latents = Bands.of(z, rows)
         first = [latents.beside(begin, end, self.conv_in) for _, begin, end in latents.spans()]
@@ -226,7 +228,7 @@ class Decoder(nn.Module):
 class Vae(nn.Module):
     """AutoencoderKL. `decode` and `encode` speak the UNet's latents: scale and shift are inside.
 
-    Of a decoder alone, `encode` and `moments` are an InputError.
+    `encode` and `moments` raise InputError if the file has a decoder alone.
     """
 
     def __init__(self, params: VaeParams) -> None:
@@ -261,8 +263,8 @@ class Vae(nn.Module):
     def decode(self, latents: Tensor, bands: int = 1) -> Tensor:
         """latents [B, C, h, w] -> pixels [B, 3, H, W], about [-1, 1] and not clamped.
 
-        With `bands` above 1 images are decoded one after the other, each layer a band of rows at a
-        time: the same up to rounding, in the memory that `checkpoint.decoding` tells.
+        With `bands` above 1 images are decoded one after the other, each in bands of rows: the same
+        up to rounding, in the memory that `checkpoint.decoding` estimates.
         """
         scale, shift = self._scale(latents)
         z = self.post_quant_conv(latents / scale + shift)
@@ -272,7 +274,7 @@ class Vae(nn.Module):
         return torch.cat([self.decoder.banded(one, bands) for one in z.split(1)])
 
     def _scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        """What multiplies and what shifts: numbers, or [C, 1, 1] where channels have their own."""
+        """Scale and shift: numbers, or [C, 1, 1] if each channel has its own."""
         scale, shift = self.params.scale_factor, self.params.shift_factor
         mean, std = self.params.latents_mean, self.params.latents_std
         return (

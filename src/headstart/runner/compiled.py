@@ -106,10 +106,8 @@ class CompiledNetwork(GraphRunner):
         cond = replace(cond, adapters=None)
         fields = named(cond)
         tensors = [x_in, timestep, *fields.values()]
-        shapes, training = (
-            Shapes.of(tensors, tuple(fields)),
-            getattr(self.network, "training", False),
-        )
+        shapes = Shapes.of(tensors, tuple(fields))
+        training = getattr(self.network, "training", False)
         cache = _whole_cache(self.network, self.backend)
         function = cache.find(name, training, shapes, lambda: _call)
         return _run(name, shapes, function, tensors, self.network, x_in, timestep, cond)

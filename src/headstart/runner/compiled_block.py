@@ -123,7 +123,7 @@ def signature(tensor: Tensor) -> Hashable:
 
 
 def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
-    tensors = dict(_own_tensors(module))
+    tensors = dict(_tensors(module, recurse=False))
     if module is block:  # its hooks run before and after it, as Python
         return Part(path, module, tensors, (), (), changed=False)
     found = tuple(pair for modifier in _modifiers(path, module) for pair in modifier.additions())
@@ -164,23 +164,18 @@ def _skeleton_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
         prefix = f"{_BLOCK}.{part.path}." if part.path else f"{_BLOCK}."
         yield from ((prefix + name, tensor) for name, tensor in part.tensors.items())
         for addition in part.additions:
-            own = _all_tensors(cast("nn.Module", addition))
+            own = _tensors(cast("nn.Module", addition), recurse=True)
             yield from ((f"{_ADDED}.{count}.change.{name}", tensor) for name, tensor in own)
             count += 1
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
-
-
-def _all_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters()
-    yield from module.named_buffers()
+def _tensors(module: nn.Module, *, recurse: bool) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(recurse=recurse)
+    yield from module.named_buffers(recurse=recurse)
 
 
 def _addition_signature(addition: Addition) -> Hashable:
-    own = _all_tensors(cast("nn.Module", addition))
+    own = _tensors(cast("nn.Module", addition), recurse=True)
     return type(addition), *((name, signature(tensor)) for name, tensor in own)
 
 
@@ -216,19 +211,15 @@ def _copy(module: nn.Module, meta: dict[int, Any]) -> Any:
         for name, value in vars(part).items():
             if "_hooks" in name:
                 meta[id(value)] = type(value)()
-        meta |= {id(tensor): _empty(tensor) for _, tensor in _own_tensors(part)}
+        for _, tensor in _tensors(part, recurse=False):
+            empty = _parameter(tensor)
+            meta[id(tensor)] = empty if isinstance(tensor, nn.Parameter) else empty.data
         if "forward" in vars(part):
             meta[id(vars(part)["forward"])] = None
     found = deepcopy(module, meta)
     for part in found.modules():
         vars(part).pop("forward", None)
     return found
-
-
-def _empty(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return _parameter(tensor)
-    return torch.empty_like(tensor, device="meta")
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -56,7 +56,12 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
     if name not in get_args(RunnerName):
         raise InputError(f"runner: expected one of {get_args(RunnerName)}, got {name!r}")
     if name == "auto":
-        choice = _best(device_type)
+        choice = Choice(
+            "eager", f"on {device_type} a network needs no warm-up and no memory of its own"
+        )
+        if device_type == "cuda":
+            why = "one launch a network pass, in place of thousands, on a CUDA device"
+            choice = Choice("graph", why)
         _LOG.info("runner auto is %s: %s", choice.name, choice.why)
         return choice
     if name == "compiled" and device_type == "cpu":
@@ -74,12 +79,6 @@ def choose_runner(name: RunnerName = "auto", device: torch.device | str = "cpu")
             f"{'graph' if device_type == 'cuda' else 'eager'!r}, or 'auto' for the best one"
         )
     return Choice(name, "asked for")
-
-
-def _best(device_type: str) -> Choice:
-    if device_type == "cuda":
-        return Choice("graph", "one launch a network pass, in place of thousands, on a CUDA device")
-    return Choice("eager", f"on {device_type} a network needs no warm-up and no memory of its own")
 
 
 class Runner(Protocol):
