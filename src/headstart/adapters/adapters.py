@@ -290,23 +290,25 @@ class AdapterSet:
         """Model -> the file's resolution there. Networks of the same shapes share one, and files of
         the same names and shapes, one after the other, share the match of their names."""
         texts: Any = {name: host.shapes for name, host in self._texts.items()}
-        found: dict[str, Resolution] = {}
+        resolutions: dict[str, Resolution] = {}
         for model in to:
             shapes = self._models[model].shapes
-            twin = next((other for other in found if self._models[other].shapes == shapes), None)
+            twin = next(
+                (other for other in resolutions if self._models[other].shapes == shapes), None
+            )
             if twin is not None:
-                found[model] = found[twin]
+                resolutions[model] = resolutions[twin]
                 continue
             networks: Any = {"unet": shapes, **texts}
             grouping, strays, match = self._matches.get(model, (None, (), None))
             try:
                 if match is None or grouping is not file.grouping or strays != file.strays:
                     match = file.match(networks)
-                found[model] = file.resolve(networks, match).require(allow)
+                resolutions[model] = file.resolve(networks, match).require(allow)
             except AdapterError as error:
                 raise AdapterError(f"attaching to the {model} model: {error}") from error
             self._matches[model] = (file.grouping, file.strays, match)
-        return found
+        return resolutions
 
     def _check_shared(self, adapter: AttachedAdapter) -> None:
         """Where text encoders, or one network, serve several models, `to` has all of these."""

@@ -80,16 +80,16 @@ def cache_key(
 ) -> CacheKey | None:
     """The key of a call with `cond`; None where a change cannot be noticed."""
     known = _CHANGES.setdefault(changes, {})
-    found = known.get(layers[0])
-    if found is None or found.layers != layers:
-        found = known[layers[0]] = _LayerChanges(changes, layers)
-    tensors = found.tensors()
+    on_layers = known.get(layers[0])
+    if on_layers is None or on_layers.layers != layers:
+        on_layers = known[layers[0]] = _LayerChanges(changes, layers)
+    tensors = on_layers.tensors()
     version = Version.of(tensors)
-    strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in found.names])
+    strengths = _strengths(cond, [i for i, name in enumerate(columns) if name in on_layers.names])
     if version is None or strengths is None:
         return None
-    memory = found.memory(version.addresses, tensors), cond.strengths
-    return CacheKey(found.slots, strengths, version, memory)
+    memory = on_layers.memory(version.addresses, tensors), cond.strengths
+    return CacheKey(on_layers.slots, strengths, version, memory)
 
 
 def _strengths(cond: Conditioning, columns: Sequence[int]) -> Hashable | None:

@@ -95,7 +95,7 @@ def extract(
     if naming not in NAMINGS:
         raise InputError(f"naming {naming!r:.40}: expected one of {', '.join(NAMINGS)}")
     check_request(sources, target, parts, overwrite)
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     layers: list[Captured] = []
     skipped: dict[str, float] = {}
     for network in parts:
@@ -117,7 +117,7 @@ def extract(
             factors, energy = nearest(change, rank)
             factors = factors._replace(up=strength * factors.up)
             layers.append(Captured(network, module, factors.rank, energy, square))
-            found |= _named(naming, prefix, module, factors, dtype)
+            tensors |= _named(naming, prefix, module, factors, dtype)
             on_layer(module)
     if not layers:
         raise CheckpointError(f"{tuned}: expected other weights than in {base}, got the same")
@@ -130,7 +130,7 @@ def extract(
         left_share=sum(skipped.values()) / (total + sum(skipped.values())),
         layers=tuple(layers),
         left_out=tuple(skipped),
-        size_bytes=_write(target, found),
+        size_bytes=_write(target, tensors),
     )
 
 

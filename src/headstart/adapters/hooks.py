@@ -155,8 +155,8 @@ class LayerHooks:
     @property
     def bypassed(self) -> bool:
         """Whether somebody put the layer's own `forward` back in place of ours."""
-        found = vars(self.layer).get("forward")
-        return found is None or getattr(found, "__func__", None) is type(self.layer).forward
+        forward = vars(self.layer).get("forward")
+        return forward is None or getattr(forward, "__func__", None) is type(self.layer).forward
 
     def weights(self) -> Weights | None:
         """The merged weights that the layer runs on in this call; None for its own."""

@@ -24,14 +24,14 @@ def deltas_of(
 
     Raises AdapterError where weights are not in memory.
     """
-    found: dict[Host, Mapping[str, Delta]] = {}
+    deltas: dict[Host, Mapping[str, Delta]] = {}
     for model, resolution in resolutions.items():
         for network, host in {"unet": models[model], **texts}.items():
             layers = {path: d for (own, path), d in resolution.deltas.items() if own == network}
             if layers:
                 _check_in_memory(model, [host.layers[path] for path in layers])
-                found[host] = {p: _attachable(models, host, p, d) for p, d in layers.items()}
-    return found
+                deltas[host] = {p: _attachable(models, host, p, d) for p, d in layers.items()}
+    return deltas
 
 
 def _attachable(models: Hosts, host: Host, path: str, delta: Delta) -> Delta:

@@ -35,8 +35,8 @@ def kinds_of(shapes: Shapes) -> list[Kind]:
     difference; OFT and BOFT have the same operand, in 3 and 4 dimensions."""
     own = shapes.keys() - MODIFIERS.keys()
     other = OFT if len(shapes.get("oft_blocks", ())) == 4 else BOFT
-    found = [kind for kind in KINDS if own & kind.operands.keys() and kind is not other]
-    return found or [FULL] * ("diff_b" in shapes)
+    kinds = [kind for kind in KINDS if own & kind.operands.keys() and kind is not other]
+    return kinds or [FULL] * ("diff_b" in shapes)
 
 
 def dimensions(kind: Kind, operand: str) -> tuple[int, ...]:

@@ -130,5 +130,5 @@ _WAN = tuple(
 
 def _wan_name(module: str) -> str | None:
     """The name in Wan's own code, and in its Lightning LoRAs."""
-    found = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
-    return next((match.expand(name) for match, name in found), None)
+    matches = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
+    return next((match.expand(name) for match, name in matches), None)

@@ -51,7 +51,7 @@ def layers_by_number(
     with as many layers as the file is preferred to one with more. Raises AdapterError where two
     orders remain that name different layers.
     """
-    found: dict[str, tuple[Network, str]] = {}
+    layer_of: dict[str, tuple[Network, str]] = {}
     for spelling, network in _NETWORKS.items():
         own = {
             int(match[2]): group
@@ -60,8 +60,8 @@ def layers_by_number(
         }
         if own and network in networks:
             layers = _best_order(own, network, networks[network])
-            found |= {own[number].name: (network, layer) for number, layer in layers.items()}
-    return found
+            layer_of |= {own[number].name: (network, layer) for number, layer in layers.items()}
+    return layer_of
 
 
 def _best_order(

@@ -32,10 +32,10 @@ def layers_of(network: nn.Module) -> dict[str, Layer]:
     Embeddings are left out: their change is not implemented. So are norms without a weight, and
     norms with another `forward` (diffusers' FP32LayerNorm), whose formula is not known here.
     """
-    found = cast("Iterable[tuple[str, nn.Module]]", network.named_modules())
+    modules = cast("Iterable[tuple[str, nn.Module]]", network.named_modules())
     return {
         path: module
-        for path, module in found
+        for path, module in modules
         if isinstance(module, Matrix) or (isinstance(module, Norm) and _is_known(module))
     }
 

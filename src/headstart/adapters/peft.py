@@ -67,8 +67,8 @@ class Peft(NamedTuple):
 
     def scale(self, network: Network | None, module: str, rank: int | None) -> float:
         """1 where no scale is set."""
-        found = self.scales.get(network, self.scales.get(None))
-        return 1.0 if found is None else found.of(module, rank)
+        settings = self.scales.get(network, self.scales.get(None))
+        return 1.0 if settings is None else settings.of(module, rank)
 
     def oft_settings(self, name: str) -> OftSettings:
         """Of one module. PEFT's own names tell its files from OneTrainer's."""
@@ -87,19 +87,19 @@ def read_peft(metadata: Mapping[str, str], config_json: Mapping[str, object], pa
             config |= parse_object(text.encode(), path)
         except CheckpointError as error:
             raise AdapterError(f"metadata lora_adapter_metadata: {error}") from error
-    found: dict[Network | None, PeftScale] = {}
+    scales: dict[Network | None, PeftScale] = {}
     for prefix, network in _PEFT_NETWORKS:
         _check_init(f"{prefix}init_lora_weights", config.get(f"{prefix}init_lora_weights"))
         alpha = config.get(f"{prefix}lora_alpha", config.get(f"{prefix}alpha"))
         if alpha is not None:
-            found[network] = PeftScale(
+            scales[network] = PeftScale(
                 _number(f"{prefix}lora_alpha", alpha),
                 int(_number(f"{prefix}r", config.get(f"{prefix}r"))),
                 config.get(f"{prefix}use_rslora") is True,
                 _patterns(f"{prefix}alpha_pattern", config.get(f"{prefix}alpha_pattern")),
                 _patterns(f"{prefix}rank_pattern", config.get(f"{prefix}rank_pattern")),
             )
-    return Peft(found, _oft_settings(config) if config.get("peft_type") == "OFT" else None)
+    return Peft(scales, _oft_settings(config) if config.get("peft_type") == "OFT" else None)
 
 
 def _check_init(name: str, value: object) -> None:

@@ -161,10 +161,10 @@ class Snapshot:
 
     def parts(self, network: object) -> tuple[nn.Module, ...]:
         """The modules of adapters whose tensors a call of `network` reads."""
-        found: list[nn.Module] = []
+        modules: list[nn.Module] = []
         for by_host in (*(self.slots.get(name, {}) for name in self.columns), self.merged):
-            found += [part for host, part in by_host.items() if host.module is network]
-        return tuple(found)
+            modules += [part for host, part in by_host.items() if host.module is network]
+        return tuple(modules)
 
     def acts_on(self, layers: Sequence[nn.Module], cond: Conditioning) -> CacheKey | None:
         """A key for what changes these layers in a call with `cond`; None where a change cannot be
@@ -238,13 +238,13 @@ class Snapshot:
 
     def files(self) -> dict[str, tuple[str, tuple[Path, ...]]]:
         """Role ("adapter:NAME") -> (name, files), for the record."""
-        found: dict[str, tuple[str, tuple[Path, ...]]] = {}
+        files_of: dict[str, tuple[str, tuple[Path, ...]]] = {}
         for adapter in self:
             files = Checkpoint.open(adapter.report.path).files
             bundled = Path(headstart_weights.__file__).parent in files[0].parents
             name = f"headstart_weights/{files[0].name}" if bundled else str(adapter.report.path)
-            found[f"{ROLE}{adapter.name}"] = (name, files)
-        return found
+            files_of[f"{ROLE}{adapter.name}"] = (name, files)
+        return files_of
 
     def _check_plan(self, table: StepTable) -> None:
         named = sorted({name for step in table for name, _ in step.adapters})
@@ -297,12 +297,12 @@ def _names(options: object) -> list[str]:
     if isinstance(options, str):
         return [options]
     names = [*cast("Iterable[object]", options)] if isinstance(options, Iterable) else [options]
-    found = [name for name in names if isinstance(name, str)]
-    if len(found) < len(names):
+    texts = [name for name in names if isinstance(name, str)]
+    if len(texts) < len(names):
         raise InputError(
             f"adapters: expected strengths by name or a list of names, got {options!r:.60}"
         )
-    return found
+    return texts
 
 
 def _changes(

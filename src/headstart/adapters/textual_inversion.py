@@ -95,17 +95,17 @@ def with_embeddings(text: ClipText, embeddings: Iterable[Embedding]) -> ClipText
     them as two files. Raises AdapterError for vectors of another width or for other encoders, and
     for a token given twice; InputError for a token that has a meaning already.
     """
-    found = _pair_by_token(embeddings)
-    for embedding in found:
+    pairs = _pair_by_token(embeddings)
+    for embedding in pairs:
         if (why := why_incompatible(text, embedding)) is not None:
             raise AdapterError(why)
     before = text.token_vectors or (torch.empty(0),) * len(text.towers)
     first, tokens = len(before[0]), dict[str, tuple[int, ...]]()
-    for embedding in found:
+    for embedding in pairs:
         tokens[embedding.token] = tuple(-1 - first - row for row in range(embedding.count))
         first += embedding.count
     rows = [
-        torch.cat([*([old] if len(old) else []), *(own.vectors[name].float() for own in found)])
+        torch.cat([*([old] if len(old) else []), *(own.vectors[name].float() for own in pairs)])
         for name, old in zip(_NAMES, before, strict=False)
     ]
     return text.with_tokens(tokens, rows)
@@ -153,16 +153,16 @@ def with_tokens(
     text: ClipText, embeddings: Embeddings
 ) -> tuple[ClipText, dict[str, tuple[str, tuple[Path, ...]]]]:
     """`text` with the tokens of these files, and the files for a record: role -> file."""
-    found: list[Embedding] = []
+    new_tokens: list[Embedding] = []
     files: dict[str, tuple[str, tuple[Path, ...]]] = {}
     for entry in embeddings:
         path, token = entry if isinstance(entry, tuple) else (entry, None)
         for embedding in read_embeddings(path, token):
-            found.append(embedding)
+            new_tokens.append(embedding)
             role = EMBEDDING + embedding.token
             role = EMBEDDING_2 + embedding.token if role in files else role
             files[role] = (str(path), (Path(path),))
-    return (with_embeddings(text, found) if found else text), files
+    return (with_embeddings(text, new_tokens) if new_tokens else text), files
 
 
 def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
@@ -176,9 +176,9 @@ def recorded_embeddings(weights: Mapping[str, Mapping[str, str]]) -> Embeddings:
 
 
 def _pair_by_token(embeddings: Iterable[Embedding]) -> list[Embedding]:
-    found: dict[str, Embedding] = {}
+    by_token: dict[str, Embedding] = {}
     for own in embeddings:
-        other = found.get(own.token)
+        other = by_token.get(own.token)
         if other is not None and other.vectors.keys() & own.vectors.keys():
             raise AdapterError(
                 f"the token {own.token!r:.80} is given twice: rename one of them, as in FILE:TOKEN"
@@ -189,8 +189,8 @@ def _pair_by_token(embeddings: Iterable[Embedding]) -> list[Embedding]:
                 f"encoders, got {other.count} and {own.count}: the files are of different trainings"
             )
         pair = own.vectors if other is None else {**other.vectors, **own.vectors}
-        found[own.token] = replace(own, vectors=pair)
-    return [*found.values()]
+        by_token[own.token] = replace(own, vectors=pair)
+    return [*by_token.values()]
 
 
 def _describe_widths(widths: Mapping[Encoder, int]) -> str:

@@ -131,12 +131,12 @@ class Trio:
 
     def by_stored(self) -> dict[str, _Change]:
         """Tensor of D's file -> its change; OpenCLIP's in_proj holds three of ours."""
-        found: dict[str, list[str]] = {}
+        names_of: dict[str, list[str]] = {}
         for name in self.names:
-            found.setdefault(self.distilled.sources[name].name, []).append(name)
+            names_of.setdefault(self.distilled.sources[name].name, []).append(name)
         return {
             stored: _Change(self, stored, tuple(sorted(ours, key=self._position)))
-            for stored, ours in found.items()
+            for stored, ours in names_of.items()
         }
 
     def _position(self, name: str) -> int:
@@ -214,15 +214,15 @@ def open_parts(sources: Sequence[Path], part: Network) -> list[Part]:
 
 def _open(path: Path, part: Network) -> Part:
     checkpoint = Checkpoint.open(path, part)
-    found = checkpoint.parts()
+    networks = checkpoint.parts()
     inside = part == "text_2" and (path / COMPONENTS[part]).is_dir()
     name: PartName = "text" if inside else part  # from inside, both encoders look alike
-    if name not in found:
+    if name not in networks:
         raise CheckpointError(
-            f"{path}: expected a {part}, got {', '.join(found) or 'no network'}; "
+            f"{path}: expected a {part}, got {', '.join(networks) or 'no network'}; "
             f"give a checkpoint that has one, or leave {part} out of the parts"
         )
-    return found[name]
+    return networks[name]
 
 
 def _lineage(path: Path, part: Part) -> str:

@@ -65,14 +65,14 @@ def tuner_of(key: str) -> str | None:
     if key.removesuffix(".default").rpartition(".")[2] in _BARE:
         return "AdaLoRA"
     parts = key.split(".")[-3:]
-    found = (match for part in parts if (match := _ROWS.fullmatch(part)))
-    return next((_TUNERS[int((match.lastgroup or "row0")[3:])][0] for match in found), None)
+    matches = (match for part in parts if (match := _ROWS.fullmatch(part)))
+    return next((_TUNERS[int((match.lastgroup or "row0")[3:])][0] for match in matches), None)
 
 
 def tuners_of(keys: Iterable[str]) -> dict[str, list[str]]:
     """Tuner -> its keys."""
-    found: dict[str, list[str]] = {}
+    keys_of: dict[str, list[str]] = {}
     for key in keys:
         if (title := tuner_of(key)) is not None:
-            found.setdefault(title, []).append(key)
-    return found
+            keys_of.setdefault(title, []).append(key)
+    return keys_of

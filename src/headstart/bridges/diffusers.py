@@ -246,13 +246,13 @@ def denoiser(model: nn.Module) -> DiffusersDenoiser:
                 "denoiser (x_in, timestep, cond) -> F for it"
             )
     # One denoiser a network: adapters attached to two of them would act twice.
-    found = inner.__dict__.get(_DENOISER) or DiffusersDenoiser(model, class_name)
-    if found.model is not model:
+    result = inner.__dict__.get(_DENOISER) or DiffusersDenoiser(model, class_name)
+    if result.model is not model:
         raise InputError(
             f"this {class_name} has a denoiser, compiled or not, already: use that one"
         )
-    inner.__dict__[_DENOISER] = found
-    return found
+    inner.__dict__[_DENOISER] = result
+    return result
 
 
 def process(scheduler: object, *, mu: float | None = None) -> tuple[Process, Prediction]:
@@ -293,8 +293,8 @@ def _uncompiled(model: object) -> Any:
 
 
 def _required(model: Any, cond: Conditioning, name: str) -> Tensor:
-    found = cond.extra.get(name) if name == GUIDANCE else getattr(cond, name)
-    if found is None:
+    value = cond.extra.get(name) if name == GUIDANCE else getattr(cond, name)
+    if value is None:
         fields = {
             "pooled": "pooled=, the pooled text [B, P]",
             "time_ids": "time_ids=, the sizes [B, 6]",
@@ -305,7 +305,7 @@ def _required(model: Any, cond: Conditioning, name: str) -> Tensor:
             f"{type(model).__name__} needs more than the text: give Conditioning {fields[name]}, "
             "or make it with headstart.bridges.diffusers.conditioning"
         )
-    return found
+    return value
 
 
 def _packed(z: Tensor) -> Tensor:

@@ -88,12 +88,12 @@ def split(names: Iterable[str]) -> dict[str, dict[str, str]]:
     adapters = {name for name in names if ADAPTER.search(name)}
     locations = {name: _locations(name) for name in names if name not in adapters}
     chosen = _choose(locations)
-    of_networks = sum(not chosen.keys().isdisjoint(found) for found in locations.values())
+    of_networks = sum(not chosen.keys().isdisjoint(places) for places in locations.values())
     if adapters and of_networks <= len(adapters):
         return {"adapter": {name: name for name in names}}
     parts: dict[str, dict[str, str]] = {}
     for name in names:
-        location = next((found for found in locations.get(name, ()) if found in chosen), None)
+        location = next((place for place in locations.get(name, ()) if place in chosen), None)
         part, prefix = location or _enclosing(name, chosen) or ("", "")
         parts.setdefault(part, {})[name[len(prefix) :]] = name
     return parts
@@ -113,7 +113,7 @@ def _locations(name: str) -> list[Location]:
 
 def _choose(locations: Mapping[str, list[Location]]) -> dict[Location, int]:
     """For each network the location with most names, with a marker or a clear prefix."""
-    counts = Counter(location for found in locations.values() for location in found)
+    counts = Counter(location for places in locations.values() for location in places)
     # A prefix that itself names a network, such as `unet.`, or a marker behind it.
     clear = {location for location in counts if any(n for n, _ in readings(location.prefix + "x"))}
     clear |= {

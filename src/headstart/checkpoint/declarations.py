@@ -83,22 +83,22 @@ def declared(family: Family, statements: Statements) -> Family:
 
     Raises CheckpointError for a value that cannot be read or that no network here implements.
     """
-    found: dict[str, object] = {}
+    fields: dict[str, object] = {}
     try:
         _refuse_unsupported(statements.unet)
-        _from_tensors(statements.tensors, found)
-        _from_configs(family, statements, found)
-        _from_metadata(statements.metadata, found)
-        found |= _prediction(statements)
+        _from_tensors(statements.tensors, fields)
+        _from_configs(family, statements, fields)
+        _from_metadata(statements.metadata, fields)
+        fields |= _prediction(statements)
         table = family.schedule
         assert isinstance(table, NoiseSchedule)  # every row of FAMILIES has one
-        found |= _schedule(table, statements)
+        fields |= _schedule(table, statements)
     except PlanError as error:
         message = f"the checkpoint's own schedule is unusable: {error!s:.400}"
         raise CheckpointError(f"{statements.path}: {message}") from error
     except CheckpointError as error:
         raise CheckpointError(f"{statements.path}: {error!s:.400}") from error
-    return replace(family, declared=frozenset(found), **found)
+    return replace(family, declared=frozenset(fields), **fields)
 
 
 def read_scheduler(config: Json) -> tuple[Process, Prediction]:
@@ -113,19 +113,19 @@ def read_scheduler(config: Json) -> tuple[Process, Prediction]:
         )
     statements = Statements(scheduler=config)
     try:
-        found = _schedule(NoiseSchedule.scaled_linear(), statements) | _prediction(statements)
+        fields = _schedule(NoiseSchedule.scaled_linear(), statements) | _prediction(statements)
     except PlanError as error:
         raise CheckpointError(f"the scheduler's own schedule is unusable: {error}") from error
-    prediction = cast(Prediction, found.get("prediction", Prediction.EPS))
-    return cast(Process, found["schedule"]), prediction
+    prediction = cast(Prediction, fields.get("prediction", Prediction.EPS))
+    return cast(Process, fields["schedule"]), prediction
 
 
-def _from_metadata(metadata: Mapping[str, str], found: dict[str, object]) -> None:
+def _from_metadata(metadata: Mapping[str, str], fields: dict[str, object]) -> None:
     for name in ("norm_groups", "vae_norm_groups", "image_size", "scale_factor", "head_dim"):
         read = float if name == "scale_factor" else int
         if (value := metadata_value(metadata, name, read)) is not None:
-            found[name] = value
-            found |= {"heads": None} if name == "head_dim" else {}
+            fields[name] = value
+            fields |= {"heads": None} if name == "head_dim" else {}
 
 
 def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str], T]) -> T | None:
@@ -144,31 +144,31 @@ def metadata_value(metadata: Mapping[str, str], name: str, read: Callable[[str],
     return value
 
 
-def _from_configs(family: Family, statements: Statements, found: dict[str, object]) -> None:
+def _from_configs(family: Family, statements: Statements, fields: dict[str, object]) -> None:
     if statements.unet:
-        found |= _heads(statements.unet)
-        found["norm_groups"] = int(number(statements.unet, "norm_num_groups", 32, "unet"))
+        fields |= _heads(statements.unet)
+        fields["norm_groups"] = int(number(statements.unet, "norm_num_groups", 32, "unet"))
         size = statements.unet.get("sample_size")
         if isinstance(size, int):
-            found["image_size"] = size * family.downscale
+            fields["image_size"] = size * family.downscale
     if statements.vae:
         # Configs of 2022 do not have it; those models were trained with diffusers' default.
-        found["scale_factor"] = float(number(statements.vae, "scaling_factor", 0.18215, "vae"))
-        found["vae_norm_groups"] = int(number(statements.vae, "norm_num_groups", 32, "vae"))
+        fields["scale_factor"] = float(number(statements.vae, "scaling_factor", 0.18215, "vae"))
+        fields["vae_norm_groups"] = int(number(statements.vae, "norm_num_groups", 32, "vae"))
         if (shift := statements.vae.get("shift_factor")) is not None:
-            (found["shift_factor"],) = _finite("vae/config.json: shift_factor", [shift])
+            (fields["shift_factor"],) = _finite("vae/config.json: shift_factor", [shift])
         mean, std = statements.vae.get("latents_mean"), statements.vae.get("latents_std")
         if mean is not None or std is not None:
-            found |= _latents("vae/config.json: latents_", mean, std)
+            fields |= _latents("vae/config.json: latents_", mean, std)
 
 
-def _from_tensors(tensors: Mapping[str, tuple[float, ...]], found: dict[str, object]) -> None:
+def _from_tensors(tensors: Mapping[str, tuple[float, ...]], fields: dict[str, object]) -> None:
     if "scale_factor" in tensors:
         config = {"scale_factor": next(iter(tensors["scale_factor"]), None)}
-        found["scale_factor"] = float(number(config, "scale_factor", 0.0, "tensor"))
+        fields["scale_factor"] = float(number(config, "scale_factor", 0.0, "tensor"))
     if "edm_mean" in tensors or "edm_std" in tensors:
-        found |= _latents("edm_", tensors.get("edm_mean"), tensors.get("edm_std"))
-        found["scale_factor"] = _PLAYGROUND_SCALE
+        fields |= _latents("edm_", tensors.get("edm_mean"), tensors.get("edm_std"))
+        fields["scale_factor"] = _PLAYGROUND_SCALE
 
 
 def _latents(where: str, mean: object, std: object) -> dict[str, object]:

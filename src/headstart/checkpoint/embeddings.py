@@ -177,8 +177,8 @@ def tokens_of(
         fail(path, f"holds {len(groups)} tokens: it cannot be renamed to {rename!r}")
     return tuple(
         token
-        for name, found in groups.items()
-        for token in _tokens(path, name, rename, found, entries)
+        for name, keys_of in groups.items()
+        for token in _tokens(path, name, rename, keys_of, entries)
     )
 
 
@@ -217,19 +217,19 @@ def _tokens(
     path: Path,
     name: str | None,
     rename: str | None,
-    found: Mapping[str, str],
+    keys_of: Mapping[str, str],
     entries: Mapping[str, Entry],
 ) -> Iterator[Token]:
     token = rename or name or path.stem
-    foreign = [field for field in found if _FOREIGN.fullmatch(field)]
+    foreign = [field for field in keys_of if _FOREIGN.fullmatch(field)]
     if foreign:
         fail(
             path,
             f"the token {token!r:.80} has vectors for {', '.join(foreign)}: {_origin(foreign)}",
         )
     keys: dict[Encoder, str] = {}
-    for field, key in found.items():
-        encoder = _encoder(field, entries[key].shape[-1], len(found))
+    for field, key in keys_of.items():
+        encoder = _encoder(field, entries[key].shape[-1], len(keys_of))
         if encoder in keys:
             fail(
                 path,
@@ -242,7 +242,7 @@ def _tokens(
         fail(path, f"expected as many vectors for each of SDXL's encoders, got {counts}")
     widths: dict[Encoder, int] = {one: entries[keys[one]].shape[-1] for one in sorted(keys)}
     count = next(iter(counts.values()))
-    if rename is None and name is None and found.keys() <= {*_ROWS}:
+    if rename is None and name is None and keys_of.keys() <= {*_ROWS}:
         yield from (Token(f"<s{row}>", keys, widths, 1, row) for row in range(count))
     else:
         yield Token(token, keys, widths, count)

@@ -69,9 +69,9 @@ def shards(index: Path) -> tuple[Path, ...]:
             )
         wanted.setdefault(file, set()).add(name)
     for file, names in wanted.items():
-        found = read_header(index.parent / file).entries.keys()
-        if found != names:
-            name = min(found ^ names)
+        stored = read_header(index.parent / file).entries.keys()
+        if stored != names:
+            name = min(stored ^ names)
             where = "only in the index" if name in names else "only in the shard"
             raise CheckpointError(f"{index}: {name!r} is {where} {file}; fetch the shard set again")
     return tuple(index.parent / file for file in sorted(wanted))

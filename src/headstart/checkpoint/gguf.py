@@ -134,19 +134,19 @@ class _Reader:
         self, alignment: int, shapes: Mapping[str, tuple[int, ...]]
     ) -> Iterator[tuple[str, Entry]]:
         """Offsets in the file count from the start of the data, which is known at the end."""
-        found: list[tuple[str, Entry]] = []
+        entries: list[tuple[str, Entry]] = []
         for _ in range(self._tensors):
             name = self._name()
             if not 1 <= (dims := self._number("I")) <= MAX_DIMS:
                 fail(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
             type_, offset = self._number("I"), self._number("Q")
-            found.append((name, self._entry(name, shape, type_, offset, shapes.get(name))))
+            entries.append((name, self._entry(name, shape, type_, offset, shapes.get(name))))
         begin = self.data_begin(alignment)
-        names = [name for name, _ in found]
+        names = [name for name, _ in entries]
         if len(set(names)) != len(names):
             fail(self.path, "a tensor's name appears twice")
-        for name, entry in found:
+        for name, entry in entries:
             yield name, entry._replace(begin=begin + entry.begin, end=begin + entry.end)
 
     def data_begin(self, alignment: int) -> int:

@@ -20,13 +20,13 @@ def download_of(path: str | Path) -> str | None:
     that ends as a file does, is a path.
     """
     text = str(path)
-    found = _HUB.fullmatch(text)
-    if found is None:
+    match = _HUB.fullmatch(text)
+    if match is None:
         return None
-    plain = found["site"] is None
-    if plain and (found["file"] or text.endswith(_FILES) or Path(found["owner"]).exists()):
+    plain = match["site"] is None
+    if plain and (match["file"] or text.endswith(_FILES) or Path(match["owner"]).exists()):
         return None
-    repository, file = f"{found['owner']}/{found['name']}", found["file"]
+    repository, file = f"{match['owner']}/{match['name']}", match["file"]
     command = f"hf download {repository} {file or 'FILE'} --local-dir models"
     which = "" if file else f", FILE being one of https://huggingface.co/{repository}/tree/main"
     return f"nothing is fetched here: `{command}`{which}; then give models/{file or 'FILE'}"

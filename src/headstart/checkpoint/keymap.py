@@ -218,11 +218,11 @@ def vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
 def tiny_sources(names: Mapping[str, str]) -> dict[str, Source]:
     """Sequential indices: the decoder starts at 1, because 0 is its clamp; ours have no clamp."""
     decoder = not any(name.startswith("0.") for name in names)
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for name, full in names.items():
         index, _, rest = name.partition(".")
         if index.isdecimal() and len(index) <= 3:
             half, i = ("decoder", int(index) - 1) if decoder else ("encoder", int(index))
             name = f"{half}.layers.{i}.{rest}"
-        found[name] = Source(full)
-    return found
+        sources[name] = Source(full)
+    return sources

@@ -61,7 +61,7 @@ def vae_family(path: Path, part: Part) -> Family:
 
 def _statements(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[float, ...]]:
     """The numbers of the file's `STATEMENTS`."""
-    found: dict[str, tuple[float, ...]] = {}
+    numbers: dict[str, tuple[float, ...]] = {}
     for name in set(STATEMENTS) & checkpoint.dtypes.keys():
         entry = checkpoint.entry(name)
         if entry.dtype not in _ROUNDING or math.prod(entry.shape) > _MOST_NUMBERS:
@@ -69,5 +69,5 @@ def _statements(checkpoint: Checkpoint, path: Path) -> dict[str, tuple[float, ..
                 f"{path}: {name}: expected at most {_MOST_NUMBERS} numbers of floating point, got "
                 f"{entry.dtype} {list(entry.shape)}"
             )
-        found[name] = tuple(checkpoint.numbers(name).reshape(-1).tolist())
-    return found
+        numbers[name] = tuple(checkpoint.numbers(name).reshape(-1).tolist())
+    return numbers

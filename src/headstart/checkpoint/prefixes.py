@@ -88,6 +88,6 @@ def readings(name: str) -> Iterator[Reading]:
         yield reading
         for prefix, network in _BY_LETTER.get(reading.rest[:1], ()) if depth < DEEPEST else ():
             if reading.rest.startswith(prefix) and len(reading.rest) > len(prefix):
-                found = Reading(network or reading.network, reading.rest[len(prefix) :])
-                if all(found != other for other, _ in seen):
-                    seen.append((found, depth + 1))
+                further = Reading(network or reading.network, reading.rest[len(prefix) :])
+                if all(further != other for other, _ in seen):
+                    seen.append((further, depth + 1))

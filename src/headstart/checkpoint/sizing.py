@@ -151,8 +151,8 @@ def clip_params(part: Part, rule: TextRule, heads: int) -> ClipParams:
 def indices(shapes: Iterable[str], prefix: str) -> list[int]:
     """The sorted numbers after `prefix.` in the names; a gap later shows as missing tensors."""
     start = len(prefix) + 1
-    found = {name[start:].partition(".")[0] for name in shapes if name.startswith(prefix + ".")}
-    return sorted(int(index) for index in found if index.isdecimal() and len(index) <= 3)
+    numbers = {name[start:].partition(".")[0] for name in shapes if name.startswith(prefix + ".")}
+    return sorted(int(index) for index in numbers if index.isdecimal() and len(index) <= 3)
 
 
 @dataclass(slots=True)
@@ -177,15 +177,15 @@ _BLOCK = re.compile(
 
 def _blocks(shapes: Shapes) -> dict[str, _Block]:
     """Block -> its parts, in one pass over the names."""
-    found: dict[str, _Block] = defaultdict(_Block)
+    blocks: dict[str, _Block] = defaultdict(_Block)
     for match in filter(None, map(_BLOCK.match, shapes)):
-        block, index = found[match[1]], int(match[3])
+        block, index = blocks[match[1]], int(match[3])
         block.parts.add(match[2])
         if match[2] == "resnets":
             block.resnets.add(index)
         elif match[4] is not None:
             block.transformers.setdefault(index, set()).add(int(match[4]))
-    return found
+    return blocks
 
 
 def _dim(shapes: Shapes, axis: int, *names: str) -> int:

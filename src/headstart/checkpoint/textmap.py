@@ -26,11 +26,11 @@ _OPENCLIP_TOP = {
 
 def text_sources(names: Mapping[str, str]) -> dict[str, Source]:
     """Our tensor name -> its source, for a CLIP encoder; an unknown name stays as it is."""
-    found: dict[str, Source] = {}
+    sources: dict[str, Source] = {}
     for name, full in names.items():
         for ours in _text_names(name):
-            found[ours.name] = Source(full, ours.op)
-    return found
+            sources[ours.name] = Source(full, ours.op)
+    return sources
 
 
 def _text_names(name: str) -> list[Source]:

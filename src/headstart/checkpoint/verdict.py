@@ -86,8 +86,8 @@ class Verdict:
         """The file's problem, else those of its networks."""
         if self.problem is not None:
             return (self.problem,)
-        found = (network.problem for network in self.networks.values())
-        return tuple(dict.fromkeys(problem for problem in found if problem is not None))
+        problems = (network.problem for network in self.networks.values())
+        return tuple(dict.fromkeys(problem for problem in problems if problem is not None))
 
     def _named(self, name: PartName) -> PartName:
         """A text encoder whose prefix names the second may be the only one in its file."""

@@ -54,8 +54,8 @@ class Inputs:
     @property
     def samples(self) -> dict[str, int]:
         """Option -> how many samples it has."""
-        found = {name: max(map(len, _parts(cond))) for name, cond in self.conds.items()}
-        return found if self.noise is None else {**found, "noise": len(self.noise)}
+        counts = {name: max(map(len, _parts(cond))) for name, cond in self.conds.items()}
+        return counts if self.noise is None else {**counts, "noise": len(self.noise)}
 
     def differing(self, rows: Sequence[int]) -> list[str]:
         """Which of `cond` and `uncond` differ between these samples."""
@@ -232,23 +232,23 @@ def _check_shape(
 
 def digests(inputs: Inputs, latent: tuple[int, ...], table: StepTable) -> dict[str, str]:
     """SHA-256 of every tensor that was handed in, by option and field."""
-    found: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for name, cond in inputs.conds.items():
         for number, part in enumerate(_parts(cond)):
             at = f"{name}[{number}]" if isinstance(cond, ByLevel) else name
-            found |= {f"{at}.{n}": _digest(t) for n, t in part.tensors.items()}
+            sums |= {f"{at}.{n}": _digest(t) for n, t in part.tensors.items()}
         if isinstance(cond, ByLevel):
             levels = repr([level for level, _ in cond.parts])
-            found[f"{name}.levels"] = hashlib.sha256(levels.encode()).hexdigest()
+            sums[f"{name}.levels"] = hashlib.sha256(levels.encode()).hexdigest()
     noise = inputs.noise
     if noise is None:
-        return found
+        return sums
     if isinstance(noise, Tensor):
-        return {**found, "noise": _digest(noise)}
+        return {**sums, "noise": _digest(noise)}
     cpu = torch.device("cpu")
-    found["noise.initial"] = _digest(noise.initial(latent, cpu))
+    sums["noise.initial"] = _digest(noise.initial(latent, cpu))
     rows = [row for row, step in enumerate(table) if step.add]
-    return found | {f"noise.{row}": _digest(noise.step(row, latent, cpu)) for row in rows}
+    return sums | {f"noise.{row}": _digest(noise.step(row, latent, cpu)) for row in rows}
 
 
 def _digest(tensor: Tensor) -> str:

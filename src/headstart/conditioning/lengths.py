@@ -24,14 +24,14 @@ def common_length(lengths: Iterable[int], piece: int) -> int:
     """The length to which the texts of a call are repeated. Raises InputError for more than
     MAX_PLACES pieces."""
     own = sorted(set(lengths))
-    found = math.lcm(*own)
-    if found > max(own[-1], MAX_PLACES * piece):
+    common = math.lcm(*own)
+    if common > max(own[-1], MAX_PLACES * piece):
         raise InputError(
             f"cond, uncond and the texts of this call are {', '.join(map(str, own))} tokens long; "
-            f"each is repeated until all are equally long, which takes {found} tokens, and at most "
-            f"{MAX_PLACES * piece} are allowed: give them lengths that divide each other"
+            f"each is repeated until all are equally long, which takes {common} tokens, and at "
+            f"most {MAX_PLACES * piece} are allowed: give them lengths that divide each other"
         )
-    return found
+    return common
 
 
 def repeat_to(cond: Cond, tokens: int) -> Cond:

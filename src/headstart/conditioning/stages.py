@@ -44,31 +44,31 @@ def stages(typed: str) -> tuple[Stage, ...]:
     with a warning where the prompt mentions a level. Raises InputError for a stage without a text,
     and for words behind a level.
     """
-    arrows = [(found.start(), found.end()) for found in _ARROW.finditer(typed)]
+    arrows = [(parts.start(), parts.end()) for parts in _ARROW.finditer(typed)]
     ends = [(len(typed), len(typed))]
-    found = [Stage(math.inf, typed[: (arrows + ends)[0][0]])]
+    parts = [Stage(math.inf, typed[: (arrows + ends)[0][0]])]
     for (begin, start), (end, _) in pairwise(arrows + ends):
         clause = _CLAUSE.fullmatch(typed, start, end)
         if clause is None:
             _check_end(typed, start, end)
-            level, text = found[-1]
-            found[-1] = Stage(level, text + typed[begin:end])
+            level, text = parts[-1]
+            parts[-1] = Stage(level, text + typed[begin:end])
         else:
             sigma = clause["sigma"]
             text = clause["text"] + clause["tags"].strip(" \t\n.")
-            found.append(Stage("handoff" if sigma is None else float(sigma), text))
-    if len(found) == 1:
+            parts.append(Stage("handoff" if sigma is None else float(sigma), text))
+    if len(parts) == 1:
         _warn(typed, _LIKE.search(typed) is not None or bool(arrows))
         return (Stage(math.inf, typed),)
-    if len(found) <= len(arrows):
+    if len(parts) <= len(arrows):
         _warn(typed, True, always=True)
-    found = [Stage(level, text.strip()) for level, text in found]
-    if not all(text for _, text in found):
+    parts = [Stage(level, text.strip()) for level, text in parts]
+    if not all(text for _, text in parts):
         raise InputError(
             f"prompt {typed!r:.80}: a part of it has no text: expected TEXT -> TEXT below sigma X, "
             "or TEXT at the hand-off"
         )
-    return tuple(found)
+    return tuple(parts)
 
 
 def _check_end(typed: str, start: int, end: int) -> None:

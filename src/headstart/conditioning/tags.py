@@ -43,19 +43,19 @@ def take_tags(typed: str) -> tuple[str, dict[str, Tag]]:
     `lyco` is another name for `lora`. Raises InputError for a malformed tag and for one that is
     not closed.
     """
-    found: dict[str, Tag] = {}
+    tags: dict[str, Tag] = {}
     for tag in _TAG.finditer(typed):
         name, strengths = _read(tag[0], tag[1].lower(), tag[2])
-        if name in found:
+        if name in tags:
             raise InputError(f"prompt {typed!r:.80} names adapter {name!r} twice: leave one out")
-        found[name] = strengths
+        tags[name] = strengths
     rest = _TAG.sub("", typed)
     if (left := _OPEN.search(rest)) is not None:
         raise InputError(
             f"prompt {typed!r:.80}: {left[0]!r:.40} is not closed: write <lora:NAME:STRENGTH>, or "
             "give literal=True (sample --literal) for the letters themselves"
         )
-    return (re.sub(r"\s+", " ", rest).strip() if found else typed), found
+    return (re.sub(r"\s+", " ", rest).strip() if tags else typed), tags
 
 
 def _read(tag: str, word: str, fields: str) -> tuple[str, Tag]:
@@ -81,9 +81,9 @@ def _read(tag: str, word: str, fields: str) -> tuple[str, Tag]:
 
 
 def refuse_tags(typed: str, what: str) -> None:
-    if found := _TAG.search(typed) or _OPEN.search(typed):
+    if match := _TAG.search(typed) or _OPEN.search(typed):
         raise InputError(
-            f"{what} {typed!r:.60}: {found[0]!r:.40} acts on both halves of guidance, so it stands "
+            f"{what} {typed!r:.60}: {match[0]!r:.40} acts on both halves of guidance, so it stands "
             "in the prompt: write it there"
         )
 
@@ -160,12 +160,12 @@ def text_strengths(attached: Snapshot, base: Any, tags: Sequence[Tags]) -> Any:
     adapter changes texts."""
     if base is None:
         return None
-    found = base.clone()
+    strengths = base.clone()
     for column, name in enumerate(attached.columns):
         for image, own in enumerate(tags):
             if name in own and attached.attached[name].changes_text:
-                found[image, column] = own[name].text
-    return found
+                strengths[image, column] = own[name].text
+    return strengths
 
 
 def _smallest(values: Array) -> Any:

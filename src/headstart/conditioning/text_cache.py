@@ -85,9 +85,9 @@ class TextCache:
         key = (key, _surroundings(now))
         with self._lock:
             self._settle(now)
-            if (found := self._entries.pop(key, None)) is not None:
-                self._entries[key] = found  # the most recently used
-                return found
+            if (entry := self._entries.pop(key, None)) is not None:
+                self._entries[key] = entry  # the most recently used
+                return entry
         encoded = self._encoded(encode)
         with self._lock:
             if self._weights is now and self._look() is now:  # unchanged meanwhile
@@ -150,8 +150,8 @@ class TextCache:
                 versions = tuple([tensor._version for tensor in tensors])
             except RuntimeError:
                 return None
-        found, known = _Weights(tensors, storages, versions, modules), self._weights
-        return known if known is not None and _same(known, found) else found
+        now, known = _Weights(tensors, storages, versions, modules), self._weights
+        return known if known is not None and _same(known, now) else now
 
     def _settle(self, now: _Weights) -> None:
         """Drop all entries where the weights are others."""
@@ -169,10 +169,10 @@ _LOCK = threading.Lock()
 def text_cache_of(text: ClipText) -> TextCache:
     """The cache of this text encoder, for as long as it lives."""
     with _LOCK:
-        found = _KNOWN.get(text)
-        if found is None:
-            found = _KNOWN[text] = TextCache(text)
-        return found
+        cache = _KNOWN.get(text)
+        if cache is None:
+            cache = _KNOWN[text] = TextCache(text)
+        return cache
 
 
 def limit_bytes() -> float:

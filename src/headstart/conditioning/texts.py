@@ -63,11 +63,11 @@ class PromptTexts:
     @property
     def reading(self) -> dict[str, Any]:
         """The options of a call that differ from their defaults, without `negative`."""
-        found = {"second": compact(self.second), "negative_second": compact(self.negative_second)}
+        options = {"second": compact(self.second), "negative_second": compact(self.negative_second)}
         for own in fields(self)[4:]:
-            found[own.name] = getattr(self, own.name)
+            options[own.name] = getattr(self, own.name)
         defaults: Mapping[str, Any] = {"style": "plain", "literal": False}
-        return {name: value for name, value in found.items() if value != defaults.get(name)}
+        return {name: value for name, value in options.items() if value != defaults.get(name)}
 
     def by_row(self, table: StepTable) -> tuple[list[list[RowTexts]], list[list[Tags]]]:
         """[rows][images]: what each image reads at each row, and the tags of its prompt there.

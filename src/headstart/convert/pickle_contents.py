@@ -102,5 +102,5 @@ def _lora(tensors: Sequence[Tensor]) -> dict[str, Tensor] | None:
         network = "unet"
     else:
         return None
-    found = {f"{network}:{n}:up": up for n, (up, _) in enumerate(pairs)}
-    return found | {f"{network}:{n}:down": down for n, (_, down) in enumerate(pairs)}
+    tensors_of = {f"{network}:{n}:up": up for n, (up, _) in enumerate(pairs)}
+    return tensors_of | {f"{network}:{n}:down": down for n, (_, down) in enumerate(pairs)}

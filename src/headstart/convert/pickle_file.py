@@ -65,8 +65,8 @@ def check_archive(path: Path) -> None:
     if "constants.pkl" in names:
         fail(path, "a TorchScript program, not weights; take the safetensors release")
     if "data.pkl" not in names:
-        found = ", ".join(member.filename[:40] for member in members[:3]) or "nothing"
-        fail(path, f"a zip archive that torch.save did not write (it holds {found})")
+        sample = ", ".join(member.filename[:40] for member in members[:3]) or "nothing"
+        fail(path, f"a zip archive that torch.save did not write (it holds {sample})")
     if packed := [m.filename for m in members if m.compress_type != zipfile.ZIP_STORED]:
         fail(
             path, f"its member {packed[0][:80]!r} is compressed; torch.save stores them as they are"

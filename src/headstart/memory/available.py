@@ -26,14 +26,14 @@ def read_memory(memory: Memory) -> int | None:
     """
     if memory in ("auto", "none"):
         return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(memory).strip().upper())
-    unit = None if found is None else _UNITS.get(found[2] if found[2] in _UNITS else found[2] + "B")
-    if found is None or unit is None or isinstance(memory, bool) or float(found[1]) <= 0:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", str(memory).strip().upper())
+    unit = None if match is None else _UNITS.get(match[2] if match[2] in _UNITS else match[2] + "B")
+    if match is None or unit is None or isinstance(memory, bool) or float(match[1]) <= 0:
         raise InputError(
             f"memory {memory!r:.40}: expected auto (what is free), none (nothing moves), or a size "
             "such as 8GB or 7.5GiB"
         )
-    size = int(float(found[1]) * unit)
+    size = int(float(match[1]) * unit)
     if size < 2**20:
         raise InputError(f"memory {memory!r:.40} is {size} bytes: give a unit too, such as 8GB")
     return size
@@ -64,8 +64,8 @@ def _meminfo() -> int | None:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
         return None
-    found = (line.split() for line in lines if line.startswith("MemAvailable:"))
-    return next((int(words[1]) * 1024 for words in found), None)
+    fields = (line.split() for line in lines if line.startswith("MemAvailable:"))
+    return next((int(words[1]) * 1024 for words in fields), None)
 
 
 def _cgroup(root: Path = Path("/sys/fs/cgroup")) -> int | None:

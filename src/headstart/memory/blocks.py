@@ -74,8 +74,8 @@ def blocks_of(modules: Iterable[nn.Module]) -> Iterator[Block]:
         if not _is_dense(weight.tensor):
             weight = weight._replace(tensor=weight.tensor.detach().contiguous())
         by_memory.setdefault(weight.tensor.untyped_storage()._cdata, []).append(weight)
-    for found in by_memory.values():
-        weights = sorted(found, key=lambda weight: weight.begin)
+    for sharing in by_memory.values():
+        weights = sorted(sharing, key=lambda weight: weight.begin)
         size = sum(weight.tensor.nbytes for weight in weights)
         last = weights[-1]
         extent = last.begin + last.tensor.nbytes - weights[0].begin

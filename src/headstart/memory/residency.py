@@ -74,7 +74,7 @@ class Residency:
 
     def free(self, parts: Iterable[str]) -> tuple[int | None, int]:
         """(free bytes of the fullest of these parts' devices, bytes of graphs' pools there)."""
-        found: list[tuple[int | None, int]] = []
+        of_devices: list[tuple[int | None, int]] = []
         for device in dict.fromkeys(map(self.device, parts)):
             if device is None:
                 continue
@@ -83,8 +83,8 @@ class Residency:
             if free is not None and self.most_bytes is not None:
                 planned = sum(own.held for own in self.placements if own.device == str(device))
                 free = min(free, self.most_bytes - planned - pools)
-            found.append((free, pools))
-        known = [own for own in found if own[0] is not None]
+            of_devices.append((free, pools))
+        known = [own for own in of_devices if own[0] is not None]
         return min(known, key=lambda own: sum(map(int, filter(None, own)))) if known else (None, 0)
 
 

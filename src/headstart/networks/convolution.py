@@ -20,9 +20,9 @@ class Conv2d(nn.Conv2d):
         stride = _STRIDES.get(self.stride)  # pyright: ignore
         plain = self.padding == _AROUND == self.dilation and self.groups == 1
         if plain and stride is not None and self.padding_mode == "zeros":
-            found = small_convolution(input, weight, bias, stride)
-            if found is not None:
-                return found
+            output = small_convolution(input, weight, bias, stride)
+            if output is not None:
+                return output
         return super()._conv_forward(input, weight, bias)
 
 

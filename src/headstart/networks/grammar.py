@@ -75,8 +75,8 @@ def taken_as_letters(text: str, style: PromptStyle) -> str | None:
         if (weight := _weight(text)) is not None:
             return weight
         for pattern in (_TWICE, _ESCAPED):
-            if (found := pattern.search(text)) is not None:
-                return found[0]
+            if (match := pattern.search(text)) is not None:
+                return match[0]
     return "BREAK" if _BREAK.search(text) and text.strip() != "BREAK" else None
 
 

@@ -44,14 +44,14 @@ def project_together(layers: Linears, x: Tensor) -> Tensor:
     return torch.cat([layer(x).flatten(1) for layer in layers], dim=1)
 
 
-def split_joint(layers: Linears, found: Tensor) -> Sequence[Tensor]:
+def split_joint(layers: Linears, joint: Tensor) -> Sequence[Tensor]:
     """Views [B, M, C] of what `project_together` gave, one a layer."""
     widths = [layer.out_features for layer in layers]
-    if found.ndim == 3:
-        return found.split_with_sizes(widths, dim=-1)
-    rows = found.shape[1] // sum(widths)
-    parts = found.split_with_sizes([rows * width for width in widths], dim=1)
-    shapes = [(len(found), rows, width) for width in widths]
+    if joint.ndim == 3:
+        return joint.split_with_sizes(widths, dim=-1)
+    rows = joint.shape[1] // sum(widths)
+    parts = joint.split_with_sizes([rows * width for width in widths], dim=1)
+    shapes = [(len(joint), rows, width) for width in widths]
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -84,8 +84,8 @@ def joint_weights(layers: Linears) -> Joint | None:
     """
     if is_compiling() or not all(map(_is_plain, layers)):
         return None
-    found = [_run_of(parameters) for parameters in _parameters(layers)]
-    return tuple(whole for whole in found if whole is not None) if None not in found else None
+    runs = [_run_of(parameters) for parameters in _parameters(layers)]
+    return tuple(whole for whole in runs if whole is not None) if None not in runs else None
 
 
 def _is_plain(layer: nn.Linear) -> bool:
@@ -126,8 +126,8 @@ def _run_of(parts: Sequence[Tensor | None]) -> Tensor | None:
         if part is None or part.storage_offset() != offset or part.shape[1:] != inner:
             return None
         offset, rows = offset + part.numel(), rows + len(part)
-    found = [part for part in parts if part is not None]
-    one = len({part.untyped_storage()._cdata for part in found}) == 1
-    if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in found)):
+    tensors = [part for part in parts if part is not None]
+    one = len({part.untyped_storage()._cdata for part in tensors}) == 1
+    if not (one and all(part.is_contiguous() and part.dtype == first.dtype for part in tensors)):
         return None
     return first.as_strided((rows, *inner), first.stride())

@@ -202,17 +202,17 @@ class _Packs:
             dtype,
             size,
         )
-        found = self._found(weight, form)
-        if found is not None and found.holds(seen):
-            return found.laid_out
+        pack = self._found(weight, form)
+        if pack is not None and pack.holds(seen):
+            return pack.laid_out
         with self._making, torch.inference_mode(False), torch.no_grad():
-            found = self._found(weight, form)
-            if found is None or not found.holds(seen):
+            pack = self._found(weight, form)
+            if pack is None or not pack.holds(seen):
                 own = self._held.setdefault(weight, {})
                 own.pop(form, None)  # before the next is made
                 made = _lay_out(weight.detach().to(dtype), form, size)
-                own[form] = found = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
-            return found.laid_out
+                own[form] = pack = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
+            return pack.laid_out
 
     def forget(self, weight: Tensor) -> None:
         with self._making:

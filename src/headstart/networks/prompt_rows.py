@@ -78,10 +78,10 @@ def _texts(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def _negatives(name: str, texts: Negative, count: int) -> list[str | None]:
-    found = _listed(name, texts, "strings or None", (str, type(None)))
-    if len(found) not in (1, count):
-        raise InputError(f"expected 1 or {count} {name} prompts, got {len(found)}")
-    return [text if isinstance(text, str) else None for text in found]
+    items = _listed(name, texts, "strings or None", (str, type(None)))
+    if len(items) not in (1, count):
+        raise InputError(f"expected 1 or {count} {name} prompts, got {len(items)}")
+    return [text if isinstance(text, str) else None for text in items]
 
 
 def _listed(name: str, texts: object, what: str, kinds: type | tuple[type, ...]) -> list[object]:
@@ -89,12 +89,12 @@ def _listed(name: str, texts: object, what: str, kinds: type | tuple[type, ...])
     if isinstance(texts, str):
         return [texts]
     try:
-        found = list[object](texts)  # pyright: ignore[reportArgumentType]
+        items = list[object](texts)  # pyright: ignore[reportArgumentType]
     except TypeError:
         raise InputError(f"{name}: expected {what}, got {type(texts).__name__}") from None
-    if not found:
+    if not items:
         raise InputError(f"{name}: expected at least one text, got none")
-    for text in found:
+    for text in items:
         if not isinstance(text, kinds):
             raise InputError(f"{name}: expected {what}, got {type(text).__name__} {text!r:.40}")
-    return found
+    return items

@@ -133,20 +133,22 @@ class Watch:
         overrides = [own["forward"] for own in tables.own if "forward" in own]
         if any(map(_BEFORE, tables.own)) or not all(map(_in_key, overrides)):
             return None
-        found = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, overrides)
-        if found and found != self._hooks:
+        hooks = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, overrides)
+        if hooks and hooks != self._hooks:
             if not all(map(_is_adapters, tables.layers, tables.own)):
                 return None
-            self._hooks = found
-        return found
+            self._hooks = hooks
+        return hooks
 
     def _refs(self, weights: Version, tensors: Iterable[Tensor]) -> tuple[StorageWeakRef, ...]:
         """What is at the same address is in the same storage, if that is not gone."""
         storages = self._storages
         if storages.addresses != weights.addresses or any(map(_is_expired, storages.numbers)):
-            found = {storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)}
-            refs = (*map(StorageWeakRef, found.values()),)
-            storages = self._storages = _Storages(weights.addresses, (*found,), refs)
+            storage_of = {
+                storage._cdata: storage for storage in map(Tensor.untyped_storage, tensors)
+            }
+            refs = (*map(StorageWeakRef, storage_of.values()),)
+            storages = self._storages = _Storages(weights.addresses, (*storage_of,), refs)
         return storages.refs
 
     def key(

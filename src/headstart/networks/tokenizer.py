@@ -209,8 +209,8 @@ _NOTHING = re.compile(r"(?!)")
 
 
 def _words(tokenizer: Tokenizer, text: str) -> Iterator[Word]:
-    found = tokenizer.encode(text, add_special_tokens=False)
-    pairs = zip(found.word_ids, found.ids, strict=True)
+    encoding = tokenizer.encode(text, add_special_tokens=False)
+    pairs = zip(encoding.word_ids, encoding.ids, strict=True)
     for _, token_ids in groupby(pairs, lambda pair: pair[0]):
         yield Word(tuple(id for _, id in token_ids))
 

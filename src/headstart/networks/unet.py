@@ -240,8 +240,10 @@ class UNet(nn.Module):
         it reads the modules' tables: 140 times three attributes would take 0.2 ms."""
         try:
             stages: Any = [stage for stage in self._stages() if stage.has_attention]
-            found = [t for s in stages for t in s._modules["attentions"]._modules.values()]
-            blocks = [b for t in found for b in t._modules["transformer_blocks"]._modules.values()]
+            transformers = [t for s in stages for t in s._modules["attentions"]._modules.values()]
+            blocks = [
+                b for t in transformers for b in t._modules["transformer_blocks"]._modules.values()
+            ]
             crosses = [block._modules["attn2"]._modules for block in blocks]
             return [layer for cross in crosses for layer in (cross["to_k"], cross["to_v"])]
         except KeyError:  # a module that stands for another, and forwards attributes
@@ -256,12 +258,12 @@ class UNet(nn.Module):
         """Keys and values read before; or of all layers at once, where that is one product; else
         None, so that each layer computes its own: together they take 51 MB a sample of SDXL in
         float32."""
-        layers, found = self._text_layers(), cond.extra.get(TEXTS)
-        if found is None and layers and joint_weights(layers) is not None:
-            found = project_together(layers, cond.context)
-        if found is None:
+        layers, joint = self._text_layers(), cond.extra.get(TEXTS)
+        if joint is None and layers and joint_weights(layers) is not None:
+            joint = project_together(layers, cond.context)
+        if joint is None:
             return iter([None] * (len(layers) // 2))
-        parts = split_joint(layers, found)
+        parts = split_joint(layers, joint)
         return iter(list(zip(parts[::2], parts[1::2], strict=True)))
 
     def _embed(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Tensor:

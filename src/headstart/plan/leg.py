@@ -233,24 +233,24 @@ def _falling(model: str, name: str, values: Iterable[float]) -> tuple[float, ...
     if isinstance(values, str):
         raise PlanError(f"{name} of leg {model!r} must be a list of numbers, not {values!r:.60}")
     try:
-        found = tuple(float(value) for value in values)
+        numbers = tuple(float(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:
         raise PlanError(
             f"{name} of leg {model!r} must be a list of numbers, not {values!r:.60}: {error}"
         ) from None
-    if not found:
+    if not numbers:
         raise PlanError(f"leg {model!r} has no {name}, so it would run zero steps: give at least 1")
-    if not all(math.isfinite(value) for value in found):
-        raise PlanError(f"{name} of leg {model!r} must be finite, not {found}")
-    if name == "sigmas" and found[-1] <= 0.0:
+    if not all(math.isfinite(value) for value in numbers):
+        raise PlanError(f"{name} of leg {model!r} must be finite, not {numbers}")
+    if name == "sigmas" and numbers[-1] <= 0.0:
         raise PlanError(
-            f"sigmas of leg {model!r} are where steps start, so all are > 0, not {found}: leave "
+            f"sigmas of leg {model!r} are where steps start, so all are > 0, not {numbers}: leave "
             "out the final 0"
         )
-    if any(b >= a for a, b in pairwise(found)):
-        fixed = tuple(sorted(set(found), reverse=True))
-        raise PlanError(f"{name} of leg {model!r} must fall, not {found}; falling: {fixed}")
-    return found
+    if any(b >= a for a, b in pairwise(numbers)):
+        fixed = tuple(sorted(set(numbers), reverse=True))
+        raise PlanError(f"{name} of leg {model!r} must fall, not {numbers}; falling: {fixed}")
+    return numbers
 
 
 def _literal(value: object) -> str:

@@ -60,13 +60,13 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
     """Whole numbers and ranges of them; `what` is their name in errors."""
     numbers: list[int] = []
     for part in text.split(","):
-        found = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
-        if found is None:
+        match = re.fullmatch(r"\s*(\d{1,20})\s*(?:-\s*(\d{1,20})\s*)?", part)
+        if match is None:
             raise InputError(
                 f"{what} {text[:60]!r}: expected numbers and ranges such as 0-15 or 3,7"
             )
-        first = int(found[1])
-        last = first if found[2] is None else int(found[2])
+        first = int(match[1])
+        last = first if match[2] is None else int(match[2])
         if last < first:
             raise InputError(f"{what} {part.strip()!r}: a range must go up, such as {last}-{first}")
         if last - first >= 1_000_000:

@@ -173,17 +173,17 @@ class StepTable:
     def from_json(cls, text: str) -> StepTable:
         """The table of `to_json`. Raises PlanError for other text."""
         try:
-            found: Any = json.loads(text)
-            if found["format"] != FORMAT or tuple(found["columns"]) != Step._fields:
+            document: Any = json.loads(text)
+            if document["format"] != FORMAT or tuple(document["columns"]) != Step._fields:
                 raise PlanError(f"not a {FORMAT} with columns {', '.join(Step._fields)}")
             return cls(
-                steps=tuple(_read_step(row) for row in found["rows"]),
-                start=found["start"],
-                schedule=str(found["schedule"]),
-                name=str(found["name"]),
-                first=int(found["first"]),
-                end_scale=float(found.get("end_scale", 1.0)),
-                cut=_truth(found.get("cut", False)),
+                steps=tuple(_read_step(row) for row in document["rows"]),
+                start=document["start"],
+                schedule=str(document["schedule"]),
+                name=str(document["name"]),
+                first=int(document["first"]),
+                end_scale=float(document.get("end_scale", 1.0)),
+                cut=_truth(document.get("cut", False)),
             )
         except PlanError:
             raise

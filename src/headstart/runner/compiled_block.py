@@ -126,11 +126,11 @@ def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
     tensors = dict(_tensors(module, recurse=False))
     if module is block:  # its hooks run before and after it, as Python
         return Part(path, module, tensors, (), (), changed=False)
-    found = tuple(pair for modifier in _modifiers(path, module) for pair in modifier.additions())
+    pairs = tuple(pair for modifier in _modifiers(path, module) for pair in modifier.additions())
     weights = _weights(path, module)
     if weights is not None:
         tensors = {"weight": weights[0]} | ({} if weights[1] is None else {"bias": weights[1]})
-    additions, strengths = (tuple(addition for addition, _ in found), tuple(s for _, s in found))
+    additions, strengths = (tuple(addition for addition, _ in pairs), tuple(s for _, s in pairs))
     return Part(path, module, tensors, additions, strengths, weights is not None)
 
 
@@ -181,7 +181,7 @@ def _addition_signature(addition: Addition) -> Hashable:
 
 def _settings(path: str, module: nn.Module) -> Hashable:
     """A module's attributes that are Python values: numbers, names, choices."""
-    found: list[Hashable] = [module.training]
+    settings: list[Hashable] = [module.training]
     for name, value in vars(module).items():
         if name in _OF_EVERY_MODULE or name == "forward":
             continue
@@ -190,8 +190,8 @@ def _settings(path: str, module: nn.Module) -> Hashable:
             hash(frozen)
         except TypeError:
             _refuse(path, module, f"has {name} = {value!r:.60}, which may change unseen")
-        found.append((name, frozen))
-    return tuple(found)
+        settings.append((name, frozen))
+    return tuple(settings)
 
 
 def _freeze(value: object) -> Hashable:
@@ -216,10 +216,10 @@ def _copy(module: nn.Module, meta: dict[int, Any]) -> Any:
             meta[id(tensor)] = empty if isinstance(tensor, nn.Parameter) else empty.data
         if "forward" in vars(part):
             meta[id(vars(part)["forward"])] = None
-    found = deepcopy(module, meta)
-    for part in found.modules():
+    twin = deepcopy(module, meta)
+    for part in twin.modules():
         vars(part).pop("forward", None)
-    return found
+    return twin
 
 
 def _parameter(tensor: Tensor) -> nn.Parameter:

@@ -45,14 +45,14 @@ class Shapes(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Iterable[Tensor], others: Hashable = None) -> Shapes:
-        found = list(tensors)
-        device = found[0].device.type if found else "cpu"
+        inputs = list(tensors)
+        device = inputs[0].device.type if inputs else "cpu"
         state = (
             *(torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
             *(torch.is_autocast_enabled(device), torch.get_default_dtype()),
             *(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
         )
-        own = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in found)
+        own = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in inputs)
         return cls(device, tuple(own), (others, state))
 
     @property
@@ -91,8 +91,8 @@ class CompiledCache:
             self._structures.move_to_end(structure)
             if len(self._structures) > MAX_STRUCTURES:
                 self._structures.popitem(last=False)
-            if (found := own.get((shapes, False))) is not None:
-                return found
+            if (function := own.get((shapes, False))) is not None:
+                return function
             count = sum(not dynamic for _, dynamic in own)
             dynamic = count >= STATIC_SHAPES
             key = (shapes.any_size if dynamic else shapes), dynamic

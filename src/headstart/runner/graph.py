@@ -127,5 +127,5 @@ def named(cond: Conditioning, prefix: str = _COND) -> dict[str, Tensor]:
 
 def unnamed(inputs: Tensors, prefix: str = _COND) -> Conditioning:
     """The conditioning of these fields."""
-    found = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
-    return Conditioning.of(found)
+    fields = {name.removeprefix(prefix): t for name, t in inputs.items() if name.startswith(prefix)}
+    return Conditioning.of(fields)

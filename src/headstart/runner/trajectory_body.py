@@ -161,14 +161,14 @@ class TrajectoryBody:
         keys = keys_of(noise)
         if keys is not None:
             numbers = (np.array(k, np.uint64).astype(np.int64) for k in (keys.seeds, keys.samples))
-            found = dict(zip(_KEYS, (_to_device(own, device) for own in numbers), strict=True))
+            tensors = dict(zip(_KEYS, (_to_device(own, device) for own in numbers), strict=True))
             own = {} if noise is keys else {_INITIAL: noise.initial(self.shape, device)}
-            return found | own
+            return tensors | own
         drawn = [i for i, row in enumerate(self.rows) if row.draws]
-        found = {_INITIAL: noise.initial(self.shape, device)}
+        tensors = {_INITIAL: noise.initial(self.shape, device)}
         if drawn:
-            found["noise"] = torch.stack([noise.step(i, self.shape, device) for i in drawn])
-        return found
+            tensors["noise"] = torch.stack([noise.step(i, self.shape, device) for i in drawn])
+        return tensors
 
     def body(self, inputs: Tensors) -> tuple[Tensor, ...]:
         """The run, as it is captured: every number of the table comes from a buffer."""
