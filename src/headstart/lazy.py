@@ -1,12 +1,13 @@
-"""A module that is imported when it is first used: `headstart inspect` does not import numpy.
+"""Modules that are imported when they are first used: `headstart inspect` does not import numpy.
 
-np = LazyModule("numpy")        np.sqrt(x)    imports numpy when such a line first runs
+np.sqrt(x)    imports numpy when such a line first runs
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 
 class LazyModule:
@@ -19,3 +20,14 @@ class LazyModule:
         value = getattr(import_module(self._name), attribute)
         setattr(self, attribute, value)
         return value
+
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Array = npt.NDArray[Any]
+    FloatArray = npt.NDArray[np.float64]
+    Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
+else:
+    np, Array, FloatArray, Floats = LazyModule("numpy"), Any, Any, Any

@@ -21,12 +21,13 @@ from tqdm.auto import tqdm
 
 from headstart.errors import InputError, PlanError
 from headstart.interfaces import Conditioning, Denoiser, X0Denoiser
+from headstart.lazy import FloatArray
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.leg import PRINTED
 from headstart.plan.plan import Leg, Plan, StepTable, Update
 from headstart.plan.prediction import Prediction
 from headstart.plan.schedule import NoiseSchedule
-from headstart.plan.spacing import FloatArray, Process, Spacing, real
+from headstart.plan.spacing import Process, Spacing, real
 from headstart.run import Run
 from headstart.state import from_latent
 

@@ -5,14 +5,8 @@ Rounding is to nearest, ties to even. A finite number beyond the target's range 
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
 from headstart.checkpoint.gguf import BLOCKS, unpack
-
-Array = npt.NDArray[Any]
+from headstart.lazy import Array, np
 
 _PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "i1"}
 SOURCES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")

@@ -8,21 +8,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar, cast
+from typing import TypeVar, cast
 
 from headstart.checkpoint import scheduler
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.scheduler import EDMS, FLOWS, Json, number
 from headstart.errors import CheckpointError, PlanError
-from headstart.lazy import LazyModule
+from headstart.lazy import FloatArray, np
 from headstart.plan.prediction import Prediction
-from headstart.plan.schedule import FloatArray, NoiseSchedule
+from headstart.plan.schedule import NoiseSchedule
 from headstart.plan.spacing import Process
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = LazyModule("numpy")
 
 T = TypeVar("T")
 

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from headstart.checkpoint.header import (
     DTYPE_BYTES,
@@ -28,13 +28,7 @@ from headstart.checkpoint.header import (
     open_regular,
 )
 from headstart.errors import CheckpointError
-from headstart.lazy import LazyModule
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-else:
-    np = LazyModule("numpy")
+from headstart.lazy import Array, np
 
 MAGIC = b"GGUF"
 MAX_HEADER_BYTES = 16 * 2**20  # an SDXL UNet's has 0.15 MB; language models' vocabularies fit too
@@ -94,7 +88,7 @@ def check_package(path: Path, dtype: str) -> None:
         )
 
 
-def unpack(raw: memoryview, dtype: str) -> npt.NDArray[np.float32]:
+def unpack(raw: memoryview, dtype: str) -> Array:
     """Blocks -> float32 numbers, by the package `gguf`; see `check_package`."""
     from gguf import GGMLQuantizationType
     from gguf.quants import dequantize

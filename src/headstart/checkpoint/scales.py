@@ -12,17 +12,11 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
+from headstart.checkpoint.cast import widen
 from headstart.checkpoint.header import Entry, fail, parse_object
-from headstart.lazy import LazyModule
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from headstart.checkpoint.cast import Array
-else:
-    np = LazyModule("numpy")
+from headstart.lazy import Array, np
 
 Entries = Mapping[str, Entry]
 Read = Callable[[str], memoryview]
@@ -169,8 +163,6 @@ def factor(
 
     Raises CheckpointError unless it is positive and finite. An absmax may be 0, for a row of zeros.
     """
-    from headstart.checkpoint.cast import widen
-
     with np.errstate(over="ignore", invalid="ignore"):
         values = widen(raw, entry.dtype).astype("<f4") / np.float32(scale.divisor)
     valid = np.isfinite(values) & (values >= 0 if scale.divisor != 1 else values > 0)

@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 from headstart.errors import CheckpointError
-from headstart.lazy import LazyModule
+from headstart.lazy import np
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.schedule import NoiseSchedule
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = LazyModule("numpy")
 
 Json = Mapping[str, object]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast, final
 
 from headstart.checkpoint import contents
 from headstart.checkpoint import ema as averages
+from headstart.checkpoint.cast import widen
 from headstart.checkpoint.dtypes import FLOAT8, TORCH_NAMES, unsupported
 from headstart.checkpoint.folder import COMPONENTS, config_of, shards, weights_in
 from headstart.checkpoint.gguf import BLOCKS, check_package
@@ -23,17 +24,11 @@ from headstart.checkpoint.mapped_files import Container, MappedFiles
 from headstart.checkpoint.prefixes import SINGLE_FILE
 from headstart.checkpoint.scales import SCALED, factor, find
 from headstart.errors import CheckpointError
-from headstart.lazy import LazyModule
-from headstart.plan.schedule import FloatArray
+from headstart.lazy import Array, FloatArray, np
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
     from torch import Tensor
-
-    from headstart.checkpoint.cast import Array
-else:
-    np = LazyModule("numpy")
 
 
 TITLES: dict[PartName, str] = {
@@ -192,8 +187,6 @@ class Checkpoint:
 
         float32(stored) * float32(scale) for a weight with a scale. Without torch.
         """
-        from headstart.checkpoint.cast import widen
-
         dtype, shape = self.entry(name)[:2]
         count = math.prod(shape)
         end = count if end is None else end

@@ -11,8 +11,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
+from headstart.checkpoint.cast import SOURCES, narrow, widen
 from headstart.checkpoint.dtypes import FLOAT8, WIDENED
 from headstart.checkpoint.folder import COMPONENTS, root_of
 from headstart.checkpoint.header import DTYPE_BITS, open_regular
@@ -32,10 +33,8 @@ from headstart.convert.relayout import (
     to_layout,
 )
 from headstart.errors import CheckpointError, InputError
+from headstart.lazy import Array, np
 from headstart.output import check_file, writing
-
-if TYPE_CHECKING:
-    from headstart.checkpoint.cast import Array
 
 Dtype = Literal["same", "f32", "f16", "bf16"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -213,8 +212,6 @@ def _cast(planned: NewTensor, dtype: Dtype, checkpoint: Checkpoint) -> NewTensor
 
     With "same", a weight with a scale or in blocks becomes F32, which holds its numbers exactly.
     """
-    from headstart.checkpoint.cast import SOURCES
-
     stored = planned.slot.dtype
     quantized = stored in WIDENED and stored not in SOURCES
     if (dtype == "same" and not quantized) or stored == dtype.upper():
@@ -232,8 +229,6 @@ def _cast(planned: NewTensor, dtype: Dtype, checkpoint: Checkpoint) -> NewTensor
 
 def _pieces(checkpoint: Checkpoint, planned: NewTensor) -> Iterator[bytes | memoryview]:
     """The bytes of one tensor to be written, a few MB at a time."""
-    from headstart.checkpoint.cast import narrow
-
     slot, source = planned
     if slot.dtype == checkpoint.entry(source.name).dtype:
         yield from _stored(checkpoint, source)
@@ -261,8 +256,6 @@ def _stored(checkpoint: Checkpoint, source: Source) -> Iterator[memoryview]:
 
 def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
     """The numbers that the source uses."""
-    from headstart.checkpoint.cast import SOURCES, widen
-
     dtype, shape = checkpoint.entry(source.name)[:2]
     if dtype in SOURCES:
         yield from (widen(raw, dtype) for raw in _stored(checkpoint, source))
@@ -277,8 +270,6 @@ def _numbers(checkpoint: Checkpoint, source: Source) -> Iterator[Array]:
 
 def _transposed(raw: memoryview, shape: tuple[int, ...], item_bytes: int) -> Iterator[memoryview]:
     """The transpose of a matrix, some of its rows at a time."""
-    import numpy as np
-
     if not math.prod(shape):
         return
     matrix = np.frombuffer(raw, f"V{item_bytes}").reshape(shape)

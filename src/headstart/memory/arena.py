@@ -13,24 +13,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
 
 from headstart.memory.blocks import Block, blocks_of, gather
-
-
-class Streams(Protocol):
-    """The part of torch.cuda that copies on a side stream need."""
-
-    def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
-
-    def current_stream(self, device: torch.device) -> Any: ...
-
-    def stream(self, stream: Any) -> AbstractContextManager[object]: ...
+from headstart.runner.cuda import Streams
 
 
 class _HostCopy(NamedTuple):

@@ -16,7 +16,7 @@ from torch import Tensor
 from headstart.checkpoint.families import Family
 from headstart.checkpoint.network_info import Overrides
 from headstart.checkpoint.tensors import PartName
-from headstart.memory.arena import Arena, Streams, pinned
+from headstart.memory.arena import Arena, pinned
 from headstart.memory.available import Memory, available_bytes, read_memory
 from headstart.memory.blocks import blocks_of, gather
 from headstart.memory.budget import SAFE_SHARE, Footprint, Shape
@@ -27,6 +27,7 @@ from headstart.networks.load import file_dtype, verdict_of, weight_bytes
 from headstart.networks.text import ClipText
 from headstart.networks.unet import UNet
 from headstart.plan.request import check_size
+from headstart.runner.cuda import Streams
 from headstart_kernels.recording.host import Host
 
 LAYOUT_SHARE = 0.4

@@ -6,17 +6,12 @@ Source: arXiv:2206.00364, table 1. Playground 2.5 and CosXL are EDM models.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headstart.errors import PlanError
-from headstart.lazy import LazyModule
+from headstart.lazy import np
 from headstart.plan.ramps import RHO, exponential, karras
 from headstart.plan.spacing import SLACK, Interpolation, Points, Spacing, real, scalar, whole_number
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = LazyModule("numpy")
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,12 @@ Sources: arXiv:2209.03003, section 2.1; shifting arXiv:2403.03206, section 5.3.2
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from headstart.errors import PlanError
-from headstart.lazy import LazyModule
+from headstart.lazy import FloatArray, np
 from headstart.plan.ramps import beta_quantile
 from headstart.plan.spacing import Interpolation, Points, Spacing, real, scalar, whole_number
-
-if TYPE_CHECKING:
-    import numpy as np
-
-    from headstart.plan.spacing import FloatArray
-else:
-    np, FloatArray = LazyModule("numpy"), Any
 
 FLOW_STEPS = 1000.0
 """The timestep at t = 1."""

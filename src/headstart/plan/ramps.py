@@ -4,18 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from headstart.errors import PlanError
-from headstart.lazy import LazyModule
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    FloatArray = npt.NDArray[np.float64]
-else:
-    np, FloatArray = LazyModule("numpy"), Any
+from headstart.lazy import FloatArray, np
 
 RHO = 7.0
 """Karras et al.'s choice for sampling (arXiv:2206.00364, table 1)."""

@@ -9,17 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 from headstart.errors import PlanError
-from headstart.lazy import LazyModule
+from headstart.lazy import FloatArray, Floats, np
 from headstart.plan.edm import EdmSchedule
 from headstart.plan.flow import FlowSchedule
 from headstart.plan.ramps import RHO, align_your_steps, exponential, karras
 from headstart.plan.spacing import (
     TRAIN_STEPS,
-    FloatArray,
-    Floats,
     Interpolation,
     Points,
     Process,
@@ -29,11 +27,6 @@ from headstart.plan.spacing import (
     scalar,
     whole_number,
 )
-
-if TYPE_CHECKING:
-    import numpy as np
-else:
-    np = LazyModule("numpy")
 
 ZERO_SNR_ALPHA = 2.0**-24
 """Replaces alphas_cumprod = 0, so that sigma is 4096 and not infinite.

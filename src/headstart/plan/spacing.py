@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from enum import Enum
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol
 
 from headstart.errors import PlanError
-from headstart.lazy import LazyModule
+from headstart.lazy import Array, FloatArray, np
 from headstart.plan.ramps import beta_quantile
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    FloatArray = npt.NDArray[np.float64]
-    Floats = Sequence[float] | npt.NDArray[np.floating[Any]]
-else:
-    np, FloatArray, Floats = LazyModule("numpy"), Any, Any
 
 Interpolation = Literal["linear", "log"]
 
@@ -147,7 +137,7 @@ def grid(
     return timesteps.astype(np.float64)
 
 
-def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> npt.NDArray[np.int64]:
+def _lcm_grid(steps: int, train_steps: int, original_steps: int) -> Array:
     whole_number("original_steps", original_steps, 1, train_steps)
     if steps > original_steps:
         raise PlanError(

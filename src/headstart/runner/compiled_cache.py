@@ -77,9 +77,7 @@ class CompiledCache:
 
     def __init__(self, backend: Backend, *, guarded: bool = False) -> None:
         self.backend, self.guarded = backend, guarded
-        self._structures: OrderedDict[Hashable, dict[tuple[Shapes, bool], CompiledFunction]] = (
-            OrderedDict()
-        )
+        self._structures: OrderedDict[Hashable, _Versions] = OrderedDict()
         self._lock = threading.Lock()
 
     def find(

@@ -20,10 +20,6 @@ _ENDS = ("_cuda_endAllocateToPool", "_cuda_endAllocateCurrentStreamToPool")
 """torch's own calls, which `torch.cuda.use_mem_pool` makes: since 2.8, and before."""
 
 
-class Stream(Protocol):
-    def wait_stream(self, stream: Any, /) -> None: ...
-
-
 class Graph(Protocol):
     def capture_begin(self, pool: Any, *, capture_error_mode: str) -> None: ...
 
@@ -34,14 +30,18 @@ class Graph(Protocol):
     def reset(self) -> None: ...
 
 
-class Backend(Protocol):
-    """What capturing uses: `Cuda`, or on a CPU `headstart_kernels.recording.host.Host`."""
+class Streams(Protocol):
+    """The part of torch.cuda that copies on a side stream need."""
 
     def Stream(self, device: torch.device) -> Any: ...  # noqa: N802
 
     def current_stream(self, device: torch.device) -> Any: ...
 
     def stream(self, stream: Any) -> AbstractContextManager[object]: ...
+
+
+class Backend(Streams, Protocol):
+    """What capturing uses: `Cuda`, or on a CPU `headstart_kernels.recording.host.Host`."""
 
     def synchronize(self, device: torch.device) -> None: ...
 
