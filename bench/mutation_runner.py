@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation(
         "do not capture again when a weight is bound anew",
         CAPTURE,
-        "if found is not None and not found.binding.is_valid(fully=fully):",
+        "if captured is not None and not captured.binding.is_valid(fully=fully):",
         "if False:",
         (f"{RUNNER_TEST}::test_a_weight_that_is_bound_anew_is_captured_anew",),
     ),

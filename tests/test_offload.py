@@ -54,9 +54,8 @@ def test_what_does_not_fit_even_in_turns_is_refused_before_it_is_loaded() -> Non
 @given(st.floats(6.8, 20.0))
 def test_every_stage_of_a_plan_fits_in_what_was_free(free: float) -> None:
     found = planned(free)
-    for stage in found.stages:
-        assert found.held + stage.work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
-        assert stage.peak == found.held + stage.work
+    for work in found.work.values():
+        assert found.held + work / SAFE_SHARE + RESERVE <= int(free * GB) + 1
 
 
 @given(st.lists(st.integers(1, 50), min_size=2, max_size=4), st.integers(1, 120))
@@ -81,9 +80,9 @@ def test_each_of_two_devices_has_a_plan_of_its_own_parts() -> None:
     first = planned(7.6, {name: SDXL[name] for name in ("text", "base")})
     assert first.turns == ("text", "base") and first.by_picture == ()
     assert [move.part for move in first.by_prompt] == ["text", "base"]
-    assert [stage.name for stage in first.stages] == ["text", "base"]
+    assert [*first.work] == ["text", "base"]
     second = planned(8.0, {name: SDXL[name] for name in ("distilled", "vae")})
-    assert second.turns == () and [stage.name for stage in second.stages] == ["distilled", "decode"]
+    assert second.turns == () and [*second.work] == ["distilled", "decode"]
 
 
 def test_the_note_says_what_was_chosen_what_it_costs_and_how_to_choose_otherwise() -> None:

@@ -49,19 +49,6 @@ class Move(NamedTuple):
     behind: str | None = None
 
 
-class Stage(NamedTuple):
-    """Bytes on the device during a stage: of weights, and of work. `resident` is in the arena."""
-
-    name: str
-    resident: str | None
-    weights: int
-    work: int
-
-    @property
-    def peak(self) -> int:
-        return self.weights + self.work
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
     """One device's part of a plan.
@@ -97,16 +84,6 @@ class Placement:
         """Bytes that must be free: weights, the allocator's waste, the largest stage's work."""
         waste = sum(size for part, size in self.weights.items() if part not in self.turns) * SPREAD
         return int(self.held + waste + max(self.work.values(), default=0) / SAFE_SHARE) + RESERVE
-
-    @property
-    def stages(self) -> tuple[Stage, ...]:
-        """Those of text, base, distilled and decode that run on this device."""
-        stages: list[Stage] = []
-        resident = None
-        for name, work in self.work.items():
-            resident = name if name in self.turns else resident
-            stages.append(Stage(name, resident, self.held, work))
-        return tuple(stages)
 
     @property
     def by_prompt(self) -> tuple[Move, ...]:
