@@ -22,6 +22,7 @@ from headstart.networks.load import load_unet
 from headstart.networks.packed import FEW, PackedConv2d, PackedLinear, is_packed, pack
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
+from headstart_kernels.dispatch import has_c
 from headstart_kernels.winograd import winograd_conv
 
 pytestmark = pytest.mark.skipif(
@@ -184,8 +185,7 @@ def test_wide_convolutions_of_many_tiles_take_a_quarter_of_the_products(
 
     monkeypatch.setattr(packed, "winograd_conv", counted)
     monkeypatch.setattr(packed, "pays_tiles", lambda weight, x, gain: x[-1] >= 24)
-    others = [convolution().to(dtype) for dtype in DTYPES[1:]]
-    for layer in (convolution(), convolution(3, 2), convolution(1), *others):
+    for layer in (convolution(), convolution(3, 2), convolution(1)):
         pack(layer)
         for side in (24, 8, 24):  # both layouts stay
             x = torch.randn(1, 12, side, side).to(layer.weight.dtype)
@@ -199,6 +199,29 @@ def test_wide_convolutions_of_many_tiles_take_a_quarter_of_the_products(
         layer.weight.mul_(2)
         layer.bias.mul_(2)  # type: ignore[union-attr]
     assert torch.equal(layer(x), 2 * got)
+
+
+@pytest.mark.skipif(len(DTYPES) < 2, reason="this processor has no bfloat16 products")
+def test_a_bfloat16_convolution_in_tiles_is_rounded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of its inputs' values, by float32 sums: within half a bit and those sums' errors."""
+    monkeypatch.setattr(packed, "pays_tiles", lambda weight, x, gain: gain == 3.0)
+    layer, x = pack(convolution().bfloat16()), torch.randn(1, 12, 24, 24).bfloat16()
+    with torch.inference_mode():
+        got = layer(x)
+    assert list(packed._PACKS._held[layer.weight]) == [("tiles",)] and got.dtype == torch.bfloat16
+    weight, bias = layer.weight.detach().double(), layer.bias.detach().double()  # type: ignore[union-attr]
+    exact = nn.functional.conv2d(x.double(), weight, bias, padding=1)
+    assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
+def test_of_bfloat16_convolutions_those_of_much_memory_stay_direct() -> None:
+    """SDXL's of 640 channels would take 59 MB each in tiles."""
+    many = (1, 320, 64, 64)
+    assert packed.is_tiled((320, 320, 3, 3), many, torch.float32) == has_c(multiplies=True)
+    assert packed.is_tiled((320, 320, 3, 3), many, torch.bfloat16) == has_c(multiplies=True)
+    assert not packed.is_tiled((640, 640, 3, 3), (1, 640, 32, 32), torch.bfloat16)
+    assert not packed.is_tiled((320, 320, 3, 3), (1, 320, 8, 8), torch.bfloat16)
+    assert not packed.is_tiled((320, 320, 3, 3), many, torch.float16)
 
 
 def test_layouts_go_with_their_weights() -> None:

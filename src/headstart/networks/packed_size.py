@@ -1,8 +1,8 @@
 """Bytes that a network's weights take once they are laid out for a CPU, from a file's headers.
 
 direct   as many numbers as there are weights, in what the network computes in
-tiles    four times those of the 3x3 convolutions that `headstart_kernels.winograd` pays for, by
-         their image: of latents [h, w] in a UNet's first level, half of it in the next
+tiles    four times the float32 numbers of the 3x3 convolutions that `headstart_kernels.winograd`
+         pays for, by their image: of latents [h, w] in a UNet's first level, half of it in the next
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from headstart.checkpoint.dtypes import WIDENED
 from headstart.checkpoint.ema import Ema
 from headstart.checkpoint.tensors import Part, PartName
 from headstart.networks.load import parts_of
-from headstart.networks.packed import GAIN
+from headstart.networks.packed import is_tiled
 from headstart_kernels.points import PLACES
-from headstart_kernels.winograd import pays
 
 _PLACE = re.compile(r"(encoder\.|decoder\.)?(down|up|mid)_blocks?\.(?:(\d+)\.)?(upsamplers)?.*")
 _STRIDED = re.compile(r".*\.downsamplers\..*")
-_KERNEL = 9
+_KERNEL, _FLOAT = 9, 4
 
 
 def packed_bytes(
@@ -48,12 +47,12 @@ def _of(part: Part, dtype: torch.dtype, cells: int | None) -> int:
         times = 2 if part.dtype(name) in WIDENED and len(shape) > 1 else 1
         direct = math.prod(shape) * dtype.itemsize
         total += times * direct
-        if cells is None or dtype != torch.float32 or _STRIDED.fullmatch(name):
+        if cells is None or _STRIDED.fullmatch(name):
             continue
         last = name.startswith("decoder.conv_out.")
         side = cells << (levels - 1) if last else _side(matches[name], levels, cells)
-        if len(shape) == 4 and pays(shape, (1, list(shape)[1], side, side), GAIN):
-            total += direct * (PLACES - _KERNEL) // _KERNEL
+        if len(shape) == 4 and is_tiled(shape, (1, list(shape)[1], side, side), dtype):
+            total += math.prod(shape) * _FLOAT * PLACES // _KERNEL - direct
     return total
 
 
