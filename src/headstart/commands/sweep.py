@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from headstart.commands.arguments import (
     add_metadata,
@@ -99,10 +99,9 @@ def _sweep(args: argparse.Namespace) -> int:
     largest = max(sizes, key=math.prod, default=None)
     engine = open_engine(args, [case.prompt for case in cases], largest=largest)
     table = engine.compile(args.plan, **plan_settings(args))
-    settings = _settings(args, engine, table, cases, size, methods)
-    _check_requests(args, engine, table, cases, size, methods)
-    negative = args.negative[0] if args.negative else None
-    draw = _drawing(engine, table, negative, size, methods, metadata=not args.no_metadata)
+    work = _Work(args, engine, table, cases, size, methods)
+    settings, draw = _settings(work), _drawing(work)
+    _check_requests(work)
     if least > 1 and shard.rank == 0:
         note("batches hold whole prompts, as the method acts across the images of each")
 
@@ -110,39 +109,47 @@ def _sweep(args: argparse.Namespace) -> int:
 
     with open_ledger(args.out, settings, shard) as ledger:
         with progress(None, "verifying what is there"):
-            work = share(cases, ledger, args.batch, least)
-        check_folder(args.out, size_bytes=len(work.pending) * _pixels(engine, size) * 3)
-        with progress(len(work.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
-            done = sweep(
-                cases, draw, ledger, batch=args.batch, work=work, on_cases=bar.update
-            )  # fmt: skip
+            own = share(cases, ledger, args.batch, least)
+        height, width = size or (engine.weights.image_size,) * 2
+        check_folder(args.out, size_bytes=len(own.pending) * height * width * 3)
+        with progress(len(own.pending) if shard.rank == 0 else 0, "sampling", " image") as bar:
+            done = sweep(cases, draw, ledger, batch=args.batch, work=own, on_cases=bar.update)
         _report(args, done, len(cases), shard)
     return 0
 
 
-def _settings(
-    args: argparse.Namespace,
-    engine: Engine,
-    table: StepTable,
-    cases: tuple[Case, ...],
-    size: Size | None,
-    methods: Sequence[Method],
-) -> dict[str, Any]:
+class _Work(NamedTuple):
+    """What is drawn, and by what."""
+
+    args: argparse.Namespace
+    engine: Engine
+    table: StepTable
+    cases: tuple[Case, ...]
+    size: Size | None
+    methods: tuple[Method, ...]
+
+    @property
+    def negative(self) -> Any:
+        return read_texts(self.args.negative)
+
+
+def _settings(work: _Work) -> dict[str, Any]:
     from headstart.diversify.effect import passes_of, table_of
     from headstart.engine import record
     from headstart.sweep.ledger import FORMAT
 
-    weights, table = engine.weights, table_of(methods, table)
+    engine, methods, weights = work.engine, work.methods, work.engine.weights
+    table = table_of(methods, work.table)
     return {
         "format": FORMAT,
         "plan": table.name,
         "passes": passes_of(methods, table),
-        "cases": {"count": len(cases), "sha256": digest(cases)},
+        "cases": {"count": len(work.cases), "sha256": digest(work.cases)},
         "table": json.loads(table.to_json()),
-        "negative": _written(read_texts(args.negative)),
+        "negative": _written(work.negative),
         "lineage": weights.lineage,
-        "size": list(size or (weights.image_size,) * 2),
-        "batch": args.batch,
+        "size": list(work.size or (weights.image_size,) * 2),
+        "batch": work.args.batch,
         "dtype": str(weights.dtype).removeprefix("torch."),
         "weights": record.weigh(weights.files),
         "machine": record.machine(
@@ -171,22 +178,16 @@ def _adapters(engine: Engine) -> dict[str, Any]:
     }
 
 
-def _check_requests(
-    args: argparse.Namespace,
-    engine: Engine,
-    table: StepTable,
-    cases: tuple[Case, ...],
-    size: Size | None,
-    methods: Sequence[Method],
-) -> None:
+def _check_requests(work: _Work) -> None:
     """Every shape of the file, and whether memory holds a batch of it; runs nothing."""
+    args, engine, table, cases, size, methods = work
     for shape in dict.fromkeys(case.size or size for case in cases):
         count = min(args.batch, sum((case.size or size) == shape for case in cases))
         engine.iterate(
             "",
             plan=table,
             seeds=range(count),
-            negative=read_texts(args.negative),
+            negative=work.negative,
             size=shape,
             batch=args.batch,
             diversify=methods,
@@ -200,41 +201,28 @@ def _check_requests(
     for part in batches(cases, args.batch, least):
         prompts = list(dict.fromkeys(case.prompt for case in part))
         if any("BREAK" in prompt or len(prompt.encode()) > room for prompt in prompts):
-            engine.iterate(
-                prompts, plan=table, seeds=range(len(prompts)), negative=read_texts(args.negative)
-            )
+            seeds = range(len(prompts))
+            engine.iterate(prompts, plan=table, seeds=seeds, negative=work.negative)
 
 
-def _drawing(
-    engine: Engine,
-    table: StepTable,
-    negative: str | None,
-    size: Size | None,
-    methods: Sequence[Method],
-    *,
-    metadata: bool,
-) -> Draw:
+def _drawing(work: _Work) -> Draw:
     def draw(cases: Sequence[Case]) -> Sequence[bytes]:
         # Two cases may ask for one image; an engine draws it once.
         pairs = dict.fromkeys((case.prompt, case.seed) for case in cases)
-        done = engine.sample(
+        done = work.engine.sample(
             [prompt for prompt, _ in pairs],
-            plan=table,
+            plan=work.table,
             seeds=[seed for _, seed in pairs],
-            negative=negative,
-            size=cases[0].size or size,
+            negative=work.negative,
+            size=cases[0].size or work.size,
             batch=len(cases),
-            diversify=methods,
+            diversify=work.methods,
         )
-        images = dict(zip(pairs, done.pngs(metadata=metadata), strict=True))
+        pngs = done.pngs(metadata=not work.args.no_metadata)
+        images = dict(zip(pairs, pngs, strict=True))
         return [images[case.prompt, case.seed] for case in cases]
 
     return draw
-
-
-def _pixels(engine: Engine, size: Size | None) -> int:
-    height, width = size or (engine.weights.image_size,) * 2
-    return height * width
 
 
 def _report(args: argparse.Namespace, done: Swept, cases: int, shard: tuple[int, int]) -> None:
