@@ -149,19 +149,12 @@ def _as_recorded(args: argparse.Namespace, weights: Any, machine: Any) -> argpar
         if getattr(args, role) is None and not file.startswith(_BUNDLED):
             setattr(args, role, file)
     args.embedding = args.embedding or recorded_embeddings(weights)
-    if args.dtype == "auto":
-        args.dtype = machine.get("dtype", "auto")
-    if args.vae_dtype == "auto":
-        args.vae_dtype = machine.get("vae_dtype", "auto")
     if args.packed is None and machine.get("packed") is not True:
         args.packed = machine.get("packed", False)
-    if args.embedded_guidance is None:
-        args.embedded_guidance = machine.get("embedded_guidance")
-    if args.ema is None:
-        args.ema = machine.get("ema")
+    for name in ("dtype", "vae_dtype", "embedded_guidance", "ema", "exclamation"):
+        if getattr(args, name) in ("auto", None):
+            setattr(args, name, machine.get(name, getattr(args, name)))
     args.allow = args.allow or machine.get("allow", [])
-    if args.exclamation is None:
-        args.exclamation = machine.get("exclamation")
     args.preset = None
     return args
 
