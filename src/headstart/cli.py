@@ -20,9 +20,9 @@ from headstart.commands.console import (
     Terminated,
     alone,
     any_encoding,
+    dropping_output,
     ended_by_sigterm,
     fail,
-    given_up_output,
     plain_warnings,
     tell,
 )
@@ -77,7 +77,7 @@ def run() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status."""
     any_encoding()
-    with ended_by_sigterm(), given_up_output():
+    with ended_by_sigterm(), dropping_output():
         try:
             return _run(sys.argv[1:] if argv is None else argv)
         except KeyboardInterrupt as stop:

@@ -153,7 +153,7 @@ def tell(line: str) -> None:
 
 
 @contextmanager
-def given_up_output() -> Generator[None]:
+def dropping_output() -> Generator[None]:
     """After it nothing is held that cannot be written to stdout or stderr: the interpreter would
     try again at its exit, and exit 120."""
     try:
