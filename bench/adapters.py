@@ -14,15 +14,15 @@ memory  resident bytes of one SDXL UNet in float16, and of the slots of a rank-6
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import resource
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from untrained import filled
 
 import headstart as hs
 from headstart.adapters.adapters import AdapterSet
 from headstart.adapters.delta import LowRank
 from headstart.adapters.file import layer_shapes
-from headstart.adapters.slots import Slots
 from headstart.adapters.snapshot import Snapshot, from_deltas
 from headstart.cost.sizes import sizes_of_family
 from headstart.networks.unet import UNet
@@ -46,8 +46,14 @@ KOHYA_SDXL = (".attn", ".ff.net", ".proj_in", ".proj_out")
 RANK = 64
 
 
+_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
 def main() -> None:
-    options = _parse()
+    parser = harness.options(__doc__, "adapters.json", rounds=5, swaps=1000)
+    parser.add_argument("--parts", default="bits,step,swap,growth,memory")
+    parser.add_argument("--latent", type=int, default=64, help="side of the SD1.5 latent")
+    options = parser.parse_args()
     parts: dict[str, Callable[[], dict[str, Any]]] = {
         "bits": _bits,
         "step": lambda: _step(options.latent, options.rounds),
@@ -55,26 +61,12 @@ def main() -> None:
         "growth": lambda: _growth(options.swaps),
         "memory": _memory,
     }
-    kept = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    report = {"question": (__doc__ or "").splitlines()[0], **kept}
+    report = {"question": (__doc__ or "").splitlines()[0], **harness.read_json(options.out)}
     for name in options.parts.split(","):
         report[name] = {"machine": harness.machine(), "threads": torch.get_num_threads()}
         report[name] |= parts[name]()
         print(name, json.dumps(report[name], indent=1))
         harness.write_json(options.out, report)
-
-
-_DTYPES = {"float16": torch.float16, "float32": torch.float32}
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--parts", default="bits,step,swap,growth,memory")
-    parser.add_argument("--latent", type=int, default=64, help="side of the SD1.5 latent")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--swaps", type=int, default=1000)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/adapters.json"))
-    return parser.parse_args()
 
 
 def _deltas(
@@ -91,26 +83,28 @@ def _deltas(
     }
 
 
-def _written(deltas: Mapping[str, LowRank], path: Path) -> Path:
-    """The changes as kohya writes them."""
-    tensors: dict[str, Tensor] = {}
-    for module, delta in deltas.items():
-        name = "lora_unet_" + module.replace(".", "_")
-        up = delta.up[(..., *[None] * (delta.down.ndim - 2))]
-        tensors |= {f"{name}.lora_down.weight": delta.down, f"{name}.lora_up.weight": up}
-        tensors[f"{name}.alpha"] = torch.tensor(delta.scale * delta.rank)
-    save_file(tensors, path)
-    return path
+@contextmanager
+def _files(*changes: Mapping[str, LowRank]) -> Iterator[list[Path]]:
+    """As kohya writes them, in memory where it can be, so that no disk is timed."""
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        paths = [Path(folder) / f"{number}.safetensors" for number in range(len(changes))]
+        for deltas, path in zip(changes, paths, strict=True):
+            tensors: dict[str, Tensor] = {}
+            for module, delta in deltas.items():
+                name = "lora_unet_" + module.replace(".", "_")
+                up = delta.up[(..., *[None] * (delta.down.ndim - 2))]
+                tensors |= {f"{name}.lora_down.weight": delta.down, f"{name}.lora_up.weight": up}
+                tensors[f"{name}.alpha"] = torch.tensor(delta.scale * delta.rank)
+            save_file(tensors, path)
+        yield paths
 
 
 def _bits() -> dict[str, bool]:
     engine = hs.Engine.demo(device="cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        path = _written(
-            _deltas(_network(engine), (".attn",), 4), Path(folder) / "slider.safetensors"
-        )
+    with _files(_deltas(engine.denoisers["base"], (".attn",), 4)) as (path,):
         before = _digest(engine)
-        engine.attach(path)
+        engine.attach(path, name="slider")
         zero, one = (_digest(engine, {"slider": value}) for value in (0.0, 1.0))
         engine.detach("slider")
     return {
@@ -118,12 +112,6 @@ def _bits() -> dict[str, bool]:
         "strength 1 differs": one != before,
         "detached again equals before": _digest(engine) == before,
     }
-
-
-def _network(engine: hs.Engine) -> nn.Module:
-    network = engine.denoisers["base"]
-    assert isinstance(network, nn.Module)
-    return network
 
 
 def _digest(engine: hs.Engine, adapters: Any = None) -> str:
@@ -136,8 +124,7 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
     plain = UNet(SD15).requires_grad_(False).eval()
     with torch.device("meta"):
         steered = UNet(SD15)
-    steered.load_state_dict(plain.state_dict(), assign=True)
-    steered.requires_grad_(False).eval()
+    filled(steered, plain.state_dict())
     deltas = _deltas(steered, (".attn",), 4)
     slider = from_deltas(steered, "slider", deltas)
     x, context = torch.randn(1, 4, latent, latent), torch.randn(1, 77, 768)
@@ -151,8 +138,8 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
 
     same = torch.equal(step(plain, None), step(steered, 0.0))
     runs: tuple[tuple[UNet, float | None], ...] = ((plain, None), (steered, 0.0), (steered, 1.0))
-    rows = [[_seconds(partial(step, *run)) for run in runs] for _ in range(rounds)]
-    seconds = np.array(rows)
+    turns = [[harness.seconds_of(partial(step, *run)) for run in runs] for _ in range(rounds)]
+    seconds = np.array(turns)
     ratios = seconds[:, 1:] / seconds[:, :1] - 1
     cases = ("strength 0", "strength 1")
     return {
@@ -163,12 +150,6 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
         "overhead": dict(zip(cases, np.median(ratios, 0).round(4).tolist(), strict=True)),
         "overhead_of_rounds": dict(zip(cases, ratios.T.round(4).tolist(), strict=True)),
     }
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
@@ -182,34 +163,28 @@ def _swap(dtype: torch.dtype, rounds: int) -> dict[str, Any]:
     adapters = AdapterSet({"base": unet})
     pair = [_deltas(unet, KOHYA_SDXL, RANK, torch.float16) for _ in range(2)]
     numbers = sum(d.down.numel() + d.up.numel() for d in pair[0].values())
-    there, here = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=torch.float16)
-    turn = [0]
+    target, source = torch.ones(numbers, dtype=dtype), torch.ones(numbers, dtype=torch.float16)
+    turn = cycle((1, 0))
 
-    def other() -> int:
-        turn[0] += 1
-        return turn[0] % 2
-
-    with tempfile.TemporaryDirectory(dir=_memory_folder()) as folder:
-        files = [_written(deltas, Path(folder) / f"{i}.safetensors") for i, deltas in
-                 enumerate(pair)]  # fmt: skip
-        adapters.attach(files[0], name="lora")
+    def swap() -> None:
         (slots,) = adapters.look().parts(unet)
-        where = [buffer.data_ptr() for buffer in slots.buffers()]
+        slots.fill(pair[next(turn)])
+
+    with _files(*pair) as files:
+        adapters.attach(files[0], name="lora")
+        where = _buffers(adapters.look(), unet)
         taken = harness.interleaved(
             {
-                "one copy": lambda: there.copy_(here),
-                "swap": lambda: _put(adapters.look(), unet, pair[other()]),
-                "attach": lambda: adapters.attach(files[other()], name="lora", replace=True),
+                "one copy": lambda: target.copy_(source),
+                "swap": swap,
+                "attach": lambda: adapters.attach(files[next(turn)], name="lora", replace=True),
             },
             max(rounds, 7),
         )
     return {
         "layers": len(pair[0]),
         "numbers": numbers,
-        "milliseconds": {
-            name: {key: round(1e3 * value, 1) for key, value in spread.items()}
-            for name, spread in taken.items()
-        },
+        "milliseconds": {n: harness.rounded(spread, 1e3, 1) for n, spread in taken.items()},
         "buffers moved": where != _buffers(adapters.look(), unet),
     }
 
@@ -223,10 +198,7 @@ def _memory() -> dict[str, Any]:
         tensor.zero_()
     alone = _resident_kib()
     adapters = AdapterSet({"base": unet})
-    with tempfile.TemporaryDirectory() as folder:
-        file = _written(
-            _deltas(unet, KOHYA_SDXL, RANK, torch.float16), Path(folder) / "lora.safetensors"
-        )
+    with _files(_deltas(unet, KOHYA_SDXL, RANK, torch.float16)) as (file,):
         adapters.attach(file, name="lora")
     slots = sum(b.nbytes for part in adapters.look().parts(unet) for b in part.buffers())
     return {
@@ -236,31 +208,16 @@ def _memory() -> dict[str, Any]:
     }
 
 
-def _put(attached: Snapshot, network: nn.Module, deltas: Mapping[str, LowRank]) -> None:
-    (slots,) = attached.parts(network)
-    assert isinstance(slots, Slots)
-    slots.fill(deltas)
-
-
 def _buffers(attached: Snapshot, network: nn.Module) -> list[int]:
     return [b.data_ptr() for part in attached.parts(network) for b in part.buffers()]
-
-
-def _memory_folder() -> str | None:
-    """Files there are in memory, so that no disk is timed."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
 
 
 def _growth(swaps: int) -> dict[str, Any]:
     """Resident memory, now and at its peak, after 100 swaps and after all of them."""
     engine = hs.Engine.demo(device="cpu")
-    network = _network(engine)
+    network = engine.denoisers["base"]
     resident: list[tuple[int, int]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        files = [
-            _written(_deltas(network, (".attn",), rank), Path(folder) / f"{rank}.safetensors")
-            for rank in (4, 2)
-        ]
+    with _files(*(_deltas(network, (".attn",), rank) for rank in (4, 2))) as files:
         engine.attach(files[0], name="lora")
         pointers = _buffers(engine.adapters.look(), network)
         for number in range(1, swaps + 1):
@@ -279,8 +236,7 @@ def _growth(swaps: int) -> dict[str, Any]:
 
 
 def _resident_kib() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") // 1024
+    return harness.resident_bytes()["total"] // 1024
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ Nothing is measured: traffic is emulated, everything else is read from compiled 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import harness
@@ -36,7 +35,6 @@ from headstart_kernels import (
     scale_input,
 )
 
-ROOT = Path(__file__).parents[1]
 HALF, LAST = torch.float16, torch.channels_last
 LATENT = (2, 4, 64, 64)
 HIDDEN = (1, 320, 32, 32)
@@ -53,7 +51,9 @@ class Run(NamedTuple):
 
 
 def main() -> None:
-    options = _options()
+    parser = harness.options(__doc__, "aot.json")
+    parser.add_argument("--targets", nargs="+", default=(*NVIDIA, *AMD))
+    options = parser.parse_args()
     report = {
         "question": "bytes moved against the least, registers, spills and vector width",
         "evidence": {"traffic": "emulated (PTX for sm_90)", "compiled": "compiled"},
@@ -88,6 +88,11 @@ def runs() -> dict[str, Run]:
     return _steps() | _pictures() | _layers()
 
 
+def triton(kernel: Callable[..., Any], *inputs: Any, **options: Any) -> Callable[[], Any]:
+    """A call of Triton's kernel by name, so that nothing stands in for it."""
+    return partial(kernel, *inputs, impl="triton", **options)
+
+
 def _aligned(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     """Normals that begin on a sector, which a CPU's allocator does not promise."""
     values = random_latents(*shape, dtype=dtype, seed=seed)
@@ -104,9 +109,7 @@ def _last(tensor: Tensor) -> Tensor:
 
 def _steps() -> dict[str, Run]:
     x, table = _aligned(*LATENT), _aligned(2, 8).abs()
-    scaled = Run(
-        lambda: scale_input(x, table, torch.tensor(0), HALF, impl="triton"), (x,), (x.half(),)
-    )
+    scale = triton(scale_input, x, table, torch.tensor(0), HALF)
     return {
         "fused_step fp32": _step(table, torch.float32),
         "fused_step fp16": _step(table, HALF),
@@ -114,17 +117,12 @@ def _steps() -> dict[str, Run]:
         "fused_step drawn": _step(table, HALF, drawn=True),
         "fused_step drawn + preview": _step(table, HALF, drawn=True, shown=True),
         "fused_step channels-last": _step(table, HALF, last=True),
-        "scale_input": scaled,
+        "scale_input": Run(scale, (x,), (x.half(),)),
     }
 
 
 def _step(
-    table: Tensor,
-    dtype: torch.dtype,
-    *,
-    drawn: bool = False,
-    shown: bool = False,
-    last: bool = False,
+    table: Tensor, dtype: torch.dtype, drawn: bool = False, shown: bool = False, last: bool = False
 ) -> Run:
     """A guided step with noise and a doubled next input."""
     x, noise, x_next, x0 = (_aligned(*LATENT, seed=seed) for seed in range(4))
@@ -136,19 +134,15 @@ def _step(
     preview = Preview(rgb, _aligned(4, 3), _aligned(3)) if shown else None
     draw = Draw(torch.tensor([1, 2]), torch.tensor([0, 0]))
     finite = torch.empty(LATENT[0], dtype=torch.bool)
-
-    def call() -> None:
-        fused_step_into(
-            *(x, f, table, torch.tensor(0), x_next),
-            x0=x0,
-            f_uncond=u,
-            noise=draw if drawn else noise,
-            x_in=x_in,
-            preview=preview,
-            finite=finite if drawn else None,
-            impl="triton",
-        )
-
+    call = triton(
+        *(fused_step_into, x, f, table, torch.tensor(0), x_next),
+        x0=x0,
+        f_uncond=u,
+        noise=draw if drawn else noise,
+        x_in=x_in,
+        preview=preview,
+        finite=finite if drawn else None,
+    )
     read = (x, f, u) if drawn else (x, f, u, noise)
     return Run(call, read, (x_next, x0, x_in, rgb) if shown else (x_next, x0, x_in))
 
@@ -160,16 +154,10 @@ def _pictures() -> dict[str, Run]:
     rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
     decoded = torch.empty(1, 128, 128, 3, dtype=torch.uint8)
     return {
-        "preview_rgb": Run(lambda: preview_rgb(x0, factors, bias, impl="triton"), (x0,), (rgb,)),
-        "decode_u8": Run(
-            lambda: decode_u8(pixels, check=False, impl="triton"), (pixels,), (decoded,)
-        ),
-        "decode_u8 channels-last": Run(
-            lambda: decode_u8(last, check=False, impl="triton"), (last,), (decoded,)
-        ),
-        "philox_normal": Run(
-            lambda: philox_normal([1, 2], [0, 0], 0, LATENT[1:], impl="triton"), (), (x0,)
-        ),
+        "preview_rgb": Run(triton(preview_rgb, x0, factors, bias), (x0,), (rgb,)),
+        "decode_u8": Run(triton(decode_u8, pixels, check=False), (pixels,), (decoded,)),
+        "decode_u8 channels-last": Run(triton(decode_u8, last, check=False), (last,), (decoded,)),
+        "philox_normal": Run(triton(philox_normal, [1, 2], [0, 0], 0, LATENT[1:]), (), (x0,)),
     }
 
 
@@ -181,28 +169,17 @@ def _layers() -> dict[str, Run]:
     strength, shift = torch.ones(2), _aligned(1, HIDDEN[1], dtype=HALF)
 
     def normed(image: Tensor, **form: Any) -> Callable[[], Tensor]:
-        return lambda: groupnorm_silu(image, 32, weight, weight, **form, impl="triton")
+        return triton(groupnorm_silu, image, 32, weight, weight, **form)
 
     return {
         "groupnorm_silu": Run(normed(hidden), (hidden,), (hidden,)),
         "groupnorm_silu channels-last": Run(normed(last), (last,), (last,)),
         "groupnorm_silu shifted": Run(normed(hidden, shift=shift), (hidden, shift), (hidden,)),
         "groupnorm channels-last": Run(normed(last, silu=False), (last,), (last,)),
-        "add_layernorm": Run(
-            lambda: add_layernorm(y, x, down[0], down[1], impl="triton"), (y, x), (y, x)
-        ),
-        "geglu": Run(lambda: geglu(pair, impl="triton"), (pair,), (pair[..., :1280],)),
-        "low_rank_add": Run(
-            lambda: low_rank_add(y, x, down, up, strength, impl="triton"), (x, y), (y,)
-        ),
+        "add_layernorm": Run(triton(add_layernorm, y, x, down[0], down[1]), (y, x), (y, x)),
+        "geglu": Run(triton(geglu, pair), (pair,), (pair[..., :1280],)),
+        "low_rank_add": Run(triton(low_rank_add, y, x, down, up, strength), (x, y), (y,)),
     }
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--targets", nargs="+", default=(*NVIDIA, *AMD))
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/aot.json")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

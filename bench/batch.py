@@ -17,9 +17,7 @@ written after each load, and loads that it holds are not run again; delete it to
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import json
 import math
 import os
 import random
@@ -36,13 +34,12 @@ import torch
 import headstart as hs
 from headstart.interfaces import Conditioning, Denoiser
 
-ROOT = Path(__file__).parents[1]
 MOST = 8
 PROMPTS = ("a fox", "an owl", "a cactus", "a rocket", "a mushroom", "a crab")
 
 
 class Service(NamedTuple):
-    """denoisers: the networks; tables: the plans asked for; conds: the texts; shape: of a latent;
+    """denoisers: the networks; tables: the plans of requests; conds: the texts; shape: of a latent;
     warm, timed: requests that run alone before the others, to know how long one takes."""
 
     denoisers: Mapping[str, Denoiser]
@@ -99,13 +96,17 @@ class Request(NamedTuple):
     seed: int
 
 
+Serve = Callable[[Request], Awaitable[None]]
+
+
 def requests_of(service: Service, count: int, rate: float, seed: int) -> list[Request]:
     draw, at = random.Random(seed), 0.0
-    found: list[Request] = []
+    requests: list[Request] = []
     for number in range(count):
         at += draw.expovariate(rate)
-        found.append(Request(at, draw.choice(service.tables), draw.choice(service.conds), number))
-    return found
+        table, cond = draw.choice(service.tables), draw.choice(service.conds)
+        requests.append(Request(at, table, cond, number))
+    return requests
 
 
 def finish(service: Service, requests: Sequence[Request]) -> None:
@@ -118,10 +119,10 @@ def finish(service: Service, requests: Sequence[Request]) -> None:
 
 
 async def arrive(
-    requests: Sequence[Request], serve: Callable[[Request], Awaitable[None]]
+    requests: Sequence[Request], service: Service, way: Callable[[Service], Serve]
 ) -> dict[str, float]:
     """Every request at its time -> latency and how many were served a second."""
-    begin, latencies = time.perf_counter(), [0.0] * len(requests)
+    serve, begin, latencies = way(service), time.perf_counter(), [0.0] * len(requests)
 
     async def one(number: int, request: Request) -> None:
         await asyncio.sleep(max(0.0, request.at - (time.perf_counter() - begin)))
@@ -139,17 +140,8 @@ async def arrive(
     }
 
 
-def alone(service: Service) -> Callable[[Request], Awaitable[None]]:
-    free = asyncio.Lock()
-
-    async def serve(request: Request) -> None:
-        async with free:
-            await asyncio.to_thread(finish, service, [request])
-
-    return serve
-
-
-def static(service: Service) -> Callable[[Request], Awaitable[None]]:
+def gathered(service: Service, most: int) -> Serve:
+    """Those that wait when the engine is free and have the plan of the first, at most so many."""
     free, waiting = asyncio.Lock(), list[tuple[Request, asyncio.Future[None]]]()
 
     async def serve(request: Request) -> None:
@@ -159,7 +151,7 @@ def static(service: Service) -> Callable[[Request], Awaitable[None]]:
             if done.done():
                 return
             plan = waiting[0][0].table.name
-            taken = [item for item in waiting if item[0].table.name == plan][:MOST]
+            taken = [item for item in waiting if item[0].table.name == plan][:most]
             waiting[:] = [item for item in waiting if item not in taken]
             await asyncio.to_thread(finish, service, [request for request, _ in taken])
             for _, other in taken:
@@ -169,7 +161,7 @@ def static(service: Service) -> Callable[[Request], Awaitable[None]]:
     return serve
 
 
-def shared(service: Service) -> Callable[[Request], Awaitable[None]]:
+def shared(service: Service) -> Serve:
     batch = hs.Batch(service.denoisers, most=MOST)
 
     async def serve(request: Request) -> None:
@@ -181,16 +173,19 @@ def shared(service: Service) -> Callable[[Request], Awaitable[None]]:
     return serve
 
 
-WAYS = {"alone": alone, "static": static, "batch": shared}
+WAYS: Mapping[str, Callable[[Service], Serve]] = {
+    "alone": partial(gathered, most=1),
+    "static": partial(gathered, most=MOST),
+    "batch": shared,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = harness.options(__doc__, None, threads=1)
     parser.add_argument("--network", choices=NETWORKS, default="pair")
     parser.add_argument("--loads", type=float, nargs="+", default=[0.3, 0.6, 0.8, 0.95])
     parser.add_argument("--requests", type=int, nargs="+", help="one number, or one a load")
     parser.add_argument("--latent", type=int, help="its side")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -199,7 +194,7 @@ def main() -> None:
     counts = [*counts] * (len(args.loads) if len(counts) == 1 else 1)
     if len(counts) != len(args.loads):
         parser.error(f"--requests: give one number, or {len(args.loads)}, one a load")
-    asked = {
+    settings = {
         "network": args.network,
         "latent": args.latent or default.latent,
         "threads": args.threads,
@@ -207,23 +202,18 @@ def main() -> None:
         "most": MOST,
     }
     torch.set_num_threads(args.threads)
-    out = args.out or ROOT / "bench" / "results" / default.out
-    report, service = begun(out, asked), default.service(asked["latent"])
-    if not report:
-        report = {**asked, "machine": harness.machine(), "calls": call_costs(service), "rows": []}
-        print({size: round(cost["p50"], 3) for size, cost in report["calls"].items()}, flush=True)
+    out = args.out or harness.RESULTS / default.out
+    report, service = harness.read_json(out), default.service(settings["latent"])
+    if any(report.get(key) != value for key, value in settings.items()):
+        calls = call_costs(service)
+        report = {**settings, "machine": harness.machine(), "calls": calls, "rows": []}
+        print({size: round(cost["p50"], 3) for size, cost in calls.items()}, flush=True)
     for load, count in zip(args.loads, counts, strict=True):
         if any(row["load"] == load for row in report["rows"]):
             print(f"load {load} is in {out}")
             continue
-        report["rows"] += loaded(service, load, count, asked["rounds"])
+        report["rows"] += loaded(service, load, count, settings["rounds"])
         harness.write_json(out, report)
-
-
-def begun(out: Path, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """What an earlier call with the same options wrote; empty where there is none."""
-    report = json.loads(out.read_text()) if out.is_file() else {}
-    return report if all(report.get(key) == value for key, value in asked.items()) else {}
 
 
 def loaded(service: Service, load: float, count: int, rounds: int) -> list[dict[str, Any]]:
@@ -233,28 +223,22 @@ def loaded(service: Service, load: float, count: int, rounds: int) -> list[dict[
     for turn in range(rounds):
         requests = requests_of(service, count, load / once, turn)
         for way, serving in WAYS.items():
-            turns[way].append(asyncio.run(_measured(requests, service, serving)))
-    told = {"requests": count, "seconds_alone": once, "seconds_alone_after": seconds_alone(service)}
+            turns[way].append(asyncio.run(arrive(requests, service, serving)))
+    alone_s = {"seconds_alone": once, "seconds_alone_after": seconds_alone(service)}
     rows: list[dict[str, Any]] = []
-    for way, found in turns.items():
-        middle = {key: statistics.median(one[key] for one in found) for key in found[0]}
-        rows.append({"load": load, "way": way, **told, "load_1min": busy, **middle, "turns": found})
+    for way, own in turns.items():
+        middle = {key: statistics.median(turn[key] for turn in own) for key in own[0]}
+        row: dict[str, Any] = {"load": load, "way": way, "requests": count, **alone_s}
+        rows.append(row | {"load_1min": busy, **middle, "turns": own})
         print(load, way, {key: round(value, 3) for key, value in middle.items()}, flush=True)
     return rows
 
 
-async def _measured(requests: Sequence[Request], service: Service, serving: Any) -> Any:
-    return await arrive(requests, serving(service))
-
-
 def seconds_alone(service: Service) -> float:
     """The median of a request's time where nothing else runs."""
-    spent: list[float] = []
-    for request in requests_of(service, service.warm + service.timed, 1.0, 99):
-        begin = time.perf_counter()
-        finish(service, [request])
-        spent.append(time.perf_counter() - begin)
-    return statistics.median(spent[service.warm :])
+    requests = requests_of(service, service.warm + service.timed, 1.0, 99)
+    seconds = [harness.seconds_of(partial(finish, service, [own])) for own in requests]
+    return statistics.median(seconds[service.warm :])
 
 
 def call_costs(service: Service) -> dict[str, dict[str, float]]:

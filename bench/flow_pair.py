@@ -1,4 +1,4 @@
-"""The bundled pair as a flow: the same weights, asked as velocity networks of rectified flow.
+"""The bundled pair as a flow: the same weights, called as velocity networks of rectified flow.
 
     z = (1 - t)*x0 + t*eps,  sigma = t/(1 - t),  v = eps - x0      a flow's state and its target
     x = (1 + sigma)*z = x0 + sigma*eps                              the state of both processes
@@ -6,16 +6,14 @@
     v = (x - x0)/sigma - x0 = (1 + sigma)/sigma * (z - x0)
 
 So nothing is trained and nothing is approximated: v says the same x0 at the same level. Above the
-highest level that the network was trained on, where no timestep is its own, it is asked at its
-last one for the same unit-variance input, and x0 is read as it is there: pure noise (t = 1) gives
+highest level that the network was trained on, where no timestep is its own, it is called at its
+last one with the same unit-variance input, and x0 is read as it is there: pure noise (t = 1) gives
 the x0 that it would give on its own schedule.
 """
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import harness
@@ -57,13 +55,11 @@ PAIR = replace(
 )
 """Hands over by level: at 5.0 in SDXL's terms."""
 
-RESULT = Path(__file__).parent / "results" / "flow.png"
-
 Model = Literal["base", "distilled"]
 
 
-class Asked(NamedTuple):
-    """One level: what a network is told, and its answer as a velocity.
+class VelocityMap(NamedTuple):
+    """One level: what a network is called with, and its output as a velocity.
 
     v = of_state*z + of_output*network(scale*z, timestep)
     """
@@ -74,7 +70,7 @@ class Asked(NamedTuple):
     of_output: float
 
 
-def asked(time: float, schedule: hs.NoiseSchedule, prediction: hs.Prediction) -> Asked:
+def velocity_map(time: float, schedule: hs.NoiseSchedule, prediction: hs.Prediction) -> VelocityMap:
     """For a flow's timestep 1000*t, in float64.
 
     `schedule` and `prediction` are those that the network was trained with. Raises PlanError for a
@@ -84,11 +80,11 @@ def asked(time: float, schedule: hs.NoiseSchedule, prediction: hs.Prediction) ->
     top, highest = schedule.highest
     own = min(sigma, highest)
     timestep = top if sigma >= highest else schedule.timestep(sigma, "log")
-    found = prediction.scalings(own)
+    scalings = prediction.scalings(own)
     scale = prediction.scalings(sigma).c_in * (1.0 + sigma)
     share = (1.0 + sigma) / sigma
-    of_state = share * (1.0 - found.c_skip * scale / found.c_in)
-    return Asked(timestep, scale, of_state, -share * found.c_out)
+    of_state = share * (1.0 - scalings.c_skip * scale / scalings.c_in)
+    return VelocityMap(timestep, scale, of_state, -share * scalings.c_out)
 
 
 class FlowNetwork(NamedTuple):
@@ -107,14 +103,14 @@ class FlowNetwork(NamedTuple):
 
     def __call__(self, z: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
         times: list[float] = timestep.tolist()
-        rows = {time: asked(time, self.schedule, self.prediction) for time in set(times)}
-        told = torch.tensor([rows[time] for time in times], dtype=torch.float64)
-        kind = torch.promote_types(z.dtype, torch.float32)
-        own, *factors = told.to(z.device, kind).T
+        maps = {time: velocity_map(time, self.schedule, self.prediction) for time in set(times)}
+        rows = torch.tensor([maps[time] for time in times], dtype=torch.float64)
+        dtype = torch.promote_types(z.dtype, torch.float32)
+        own_timestep, *factors = rows.to(z.device, dtype).T
         scale, of_state, of_output = (part.view(-1, 1, 1, 1) for part in factors)
-        wide = z.to(kind)
-        f = self.network((scale * wide).to(z.dtype), own, cond)
-        return (of_state * wide + of_output * f.to(kind)).to(z.dtype)
+        wide = z.to(dtype)
+        f = self.network((scale * wide).to(z.dtype), own_timestep, cond)
+        return (of_state * wide + of_output * f.to(dtype)).to(z.dtype)
 
 
 def as_flow(
@@ -131,9 +127,8 @@ def flow_pair(pair: Pair, shift: float = SHIFT) -> Pair:
     """The same networks, codec and text encoders, with both models seen as flows.
 
     It has no preset, because the grids of the pair's own are timesteps of another process: an
-    engine of it asks for plans that are written out, such as those of `flow_plan`.
+    engine of it needs plans that are written out, such as those of `flow_plan`.
     """
-    schedules = dict.fromkeys(pair.denoisers, hs.NoiseSchedule.flow(shift=shift))
     networks: dict[str, Denoiser] = {}
     for role, network in pair.denoisers.items():
         own = pair.schedules[role]
@@ -142,7 +137,7 @@ def flow_pair(pair: Pair, shift: float = SHIFT) -> Pair:
     return replace(
         pair,
         denoisers=networks,
-        schedules=schedules,
+        schedules=dict.fromkeys(pair.denoisers, hs.NoiseSchedule.flow(shift=shift)),
         predictions=dict.fromkeys(pair.denoisers, hs.Prediction.FLOW),
         preset=None,
         guesses={},
@@ -161,13 +156,12 @@ def base_plan() -> hs.Plan:
 
 def compare_tables(engine: hs.Engine, handoff: float | None = None) -> dict[str, hs.StepTable]:
     """The four plans of `headstart compare`, handed over by level."""
-    modes: tuple[Mode, ...] = ("base", "distilled", "hybrid", "skip-first")
-    by_level = {"hybrid": handoff, "skip-first": handoff}
+    modes: dict[Mode, float | None] = {
+        "base": None, "distilled": None, "hybrid": handoff, "skip-first": handoff,
+    }  # fmt: skip
     return {
-        mode: engine.compile(
-            plan_of(PAIR, Request(PAIR.name, mode=mode, handoff=by_level.get(mode)))
-        )
-        for mode in modes
+        mode: engine.compile(plan_of(PAIR, Request(PAIR.name, mode=mode, handoff=level)))
+        for mode, level in modes.items()
     }
 
 
@@ -189,11 +183,10 @@ def flow_plan(first: Model, row: int, k: int | None = None) -> hs.Plan:
 
 def main() -> None:
     """`headstart compare` on the pair as flows."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = harness.options(__doc__, "flow.png")  # beside it a JSON file
     parser.add_argument("prompt", nargs="?", default="a fox")
     parser.add_argument("--seeds", default="0-15")
     parser.add_argument("--handoff", type=float, metavar="SIGMA")
-    parser.add_argument("--out", type=Path, default=RESULT, help="PNG, beside it a JSON file")
     args = parser.parse_args()
     engine = flow_engine()
     seeds = parse_seeds(args.seeds)
@@ -202,12 +195,12 @@ def main() -> None:
     judge = choose_judge([drawn]).judge
     tables = compare_tables(engine, args.handoff)
     print(tables["hybrid"].describe(PAIR.ratio), end="\n\n")
-    found = compare(engine, args.prompt, seeds, judge, tables=tables)
-    write_file(args.out, encode_png(sheet_of(found)))
+    comparison = compare(engine, args.prompt, seeds, judge, tables=tables)
+    write_file(args.out, encode_png(sheet_of(comparison)))
     rows = {name: [list(step) for step in table] for name, table in tables.items()}
-    report = {"machine": harness.machine(), "rows": rows, **found.to_json(args.out.name)}
+    report = {"machine": harness.machine(), "rows": rows, **comparison.to_json(args.out.name)}
     harness.write_json(args.out.with_suffix(".json"), report)
-    print(f"{args.prompt!r}, {len(seeds)} seeds\n\n{found}\n\n{args.out}")
+    print(f"{args.prompt!r}, {len(seeds)} seeds\n\n{comparison}\n\n{args.out}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ import gpu_stages
 import gpu_unet
 import harness
 import torch
-from gpu_case import Bench, Case, said
+from gpu_case import Bench, Case
 from gpu_report import DONE, FAILED, LATE, Report
 
 from evidence.gpu import emulated_gpu
@@ -93,12 +93,12 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             print(f"{name}: {BY_NAME[name].about}", flush=True)
             run = here if bench.dry and name != options.apart else apart
-            run(BY_NAME[name], bench, report, options)
+            run(BY_NAME[name], bench, report)
     print(f"\n{report.table()}\n\nwrote {report.path}")
     return 0 if report.sound else 1
 
 
-def here(case: Case, bench: Bench, report: Report, options: argparse.Namespace) -> None:
+def here(case: Case, bench: Bench, report: Report) -> None:
     """In this process: of a dry run, which need not pay for torch's import in each."""
     begin = time.perf_counter()
     report.begin(case.name)
@@ -107,33 +107,32 @@ def here(case: Case, bench: Bench, report: Report, options: argparse.Namespace) 
             report.figure(case.name, name, value)
     except Exception as error:
         traceback.print_exc(limit=-3)
-        report.end(case.name, FAILED, time.perf_counter() - begin, said(error))
+        report.end(case.name, FAILED, time.perf_counter() - begin, harness.one_line(error))
     else:
         report.end(case.name, DONE, time.perf_counter() - begin)
 
 
-def apart(case: Case, bench: Bench, report: Report, options: argparse.Namespace) -> None:
+def apart(case: Case, bench: Bench, report: Report) -> None:
     """In a process group of its own, ended when the case's time is over."""
     begin = time.perf_counter()
     report.begin(case.name)
     command = [sys.executable, str(Path(__file__).resolve()), "--alone", case.name]
     command += ["--rounds", str(bench.rounds), *(["--dry-run"] if bench.dry else [])]
     command += [part for role, path in bench.files.items() for part in (f"--{role}", str(path))]
-    # What it says comes as lines of JSON through a pipe of its own; the rest is shown as it is.
+    # Its figures come as lines of JSON through a pipe of their own; all else is shown as it is.
     reading, writing = os.pipe()
     child = subprocess.Popen(
         [*command, "--out", f"/dev/fd/{writing}"], pass_fds=[writing], start_new_session=True
     )
     os.close(writing)
-    error = _followed(child, reading, case, report, begin + case.limit_s)
-    late = error == LATE
-    status = LATE if late else DONE if error is None else FAILED
-    told = f"its {case.limit_s} s" if late else error
-    report.end(case.name, status, time.perf_counter() - begin, told)
+    error = _followed(child, reading, case, report)
+    status = LATE if error == LATE else DONE if error is None else FAILED
+    why = f"its {case.limit_s} s" if error == LATE else error
+    report.end(case.name, status, time.perf_counter() - begin, why)
 
 
 def _followed(
-    child: subprocess.Popen[bytes], reading: int, case: Case, report: Report, until: float
+    child: subprocess.Popen[bytes], reading: int, case: Case, report: Report
 ) -> str | None:
     """Write what comes until the child ends or its time is over; why it failed, if it did."""
 
@@ -141,7 +140,7 @@ def _followed(
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, ended)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, until - time.perf_counter()))
+    signal.setitimer(signal.ITIMER_REAL, max(0.1, case.limit_s))
     error: str | None = None
     try:
         with os.fdopen(reading) as lines:
@@ -158,14 +157,9 @@ def _followed(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        _end(child)
-
-
-def _end(child: subprocess.Popen[bytes]) -> None:
-    """The child, and the compilers it may have started."""
-    if child.poll() is None:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
+        if child.poll() is None:  # with the compilers that it may have started
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
 
 
 _ERROR = "\0error"
@@ -179,7 +173,7 @@ def alone(case: Case, bench: Bench, out: Path) -> int:
                 print(json.dumps(figure), file=pipe, flush=True)
         except Exception as error:
             traceback.print_exc(limit=-3)
-            print(json.dumps((_ERROR, said(error))), file=pipe, flush=True)
+            print(json.dumps((_ERROR, harness.one_line(error))), file=pipe, flush=True)
             return 1
     return 0
 
@@ -209,16 +203,16 @@ def _head(bench: Bench) -> dict[str, Any]:
 
 
 def _files(options: argparse.Namespace) -> dict[str, Path]:
-    given = {"base": options.base, "distilled": options.distilled}
-    return {role: path for role, path in given.items() if path is not None}
+    files = {"base": options.base, "distilled": options.distilled}
+    return {role: path for role, path in files.items() if path is not None}
 
 
 def _options(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = harness.options(__doc__, None)
     parser.add_argument("--list", action="store_true", help="the cases, and end")
-    parser.add_argument("--cases", type=_listed, default=list(BY_NAME), metavar="A,B")
+    parser.add_argument(
+        "--cases", type=harness.names("case", BY_NAME), default=list(BY_NAME), metavar="A,B"
+    )
     parser.add_argument("--again", action="store_true", help="those too that the file has")
     parser.add_argument("--rounds", type=int, default=21, help="times each variant runs")
     parser.add_argument("--base", type=Path, metavar="FILE")
@@ -230,15 +224,8 @@ def _options(argv: list[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     if options.out is None:
         dry = Path(tempfile.gettempdir()) / "headstart_gpu_dry_run.json"
-        options.out = dry if options.dry_run else gpu_machine.ROOT / "bench/results/gpu.json"
+        options.out = dry if options.dry_run else harness.RESULTS / "gpu.json"
     return options
-
-
-def _listed(text: str) -> list[str]:
-    found = text.split(",")
-    if unknown := sorted(set(found) - set(BY_NAME)):
-        raise argparse.ArgumentTypeError(f"no case {unknown}; there is {', '.join(BY_NAME)}")
-    return found
 
 
 if __name__ == "__main__":

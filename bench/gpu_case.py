@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import harness
 import numpy as np
 import torch
 from torch import Tensor
+from untrained import POOLED, TINY
 
+from headstart.checkpoint.params import ClipParams, UNetParams, VaeParams
 from headstart.cost.sizes import sizes_of_family
-from headstart.networks.unet import Mid, Stage, UNetParams
-from headstart.networks.vae import VaeParams
 
 if TYPE_CHECKING:
     from evidence.torch_cuda import EmulatedCuda
@@ -27,12 +29,11 @@ Call = Callable[[], Any]
 
 
 class Networks(NamedTuple):
-    """Shapes: SDXL's (unet/config.json, vae/config.json of stable-diffusion-xl-base-1.0), or small
-    ones of the same build for a dry run. `text` is (width, layers, heads, MLP) of both encoders."""
+    """Shapes: SDXL's, or small ones of the same build for a dry run."""
 
     unet: UNetParams
     vae: VaeParams
-    text: tuple[tuple[int, int, int, int], tuple[int, int, int, int]]
+    text: tuple[ClipParams, ...]
     pooled: int
     latent: tuple[int, int, int]
 
@@ -41,30 +42,22 @@ class Networks(NamedTuple):
         return self.latent[1] * self.vae.downscale
 
 
-SDXL = Networks(
-    sizes_of_family("sdxl").unet,
-    sizes_of_family("sdxl").vae,
-    ((768, 12, 12, 3072), (1280, 32, 20, 5120)),
-    1280,
-    (4, 128, 128),
-)
+_SIZES = sizes_of_family("sdxl")
+_CLIPS = tuple(params for params, _ in _SIZES.text)
+_SMALL = {"width": 64, "heads": 1, "mlp_width": 64}
+SDXL = Networks(_SIZES.unet, _SIZES.vae, _CLIPS, POOLED, (4, 128, 128))
 SMALL = Networks(
-    UNetParams(
-        down=(Stage(32, (0,), True), Stage(64, (1,), False)),
-        mid=Mid(2, 1),
-        up=(Stage(64, (1, 1), True), Stage(32, (0, 0), False)),
-        context_dim=128,
-        added_dim=64 + 6 * 16,
-    ),
+    replace(TINY, added_dim=64 + 6 * 16),
     VaeParams(channels=(32, 32), layers=1, scale_factor=0.5),
-    ((64, 1, 1, 64), (64, 2, 1, 64)),
+    (replace(_CLIPS[0], layers=1, **_SMALL),
+     replace(_CLIPS[1], layers=2, projection=64, **_SMALL)),
     64,
     (4, 8, 8),
-)
+)  # fmt: skip
 
 
 class Bench(NamedTuple):
-    """What every case is given.
+    """What every case runs on.
 
     emulated  the GPU of a dry run, with a small pair, whose figures mean nothing; else None
     rounds    of everything that is timed in turns
@@ -108,13 +101,7 @@ class Case(NamedTuple):
 
 
 class NotInThisVersionError(Exception):
-    """The headstart that is installed has not what a case asks for."""
-
-
-def said(error: BaseException) -> str:
-    """An error in one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
+    """The headstart that is installed has not what a case needs."""
 
 
 def failed(error: BaseException) -> dict[str, str]:
@@ -122,7 +109,7 @@ def failed(error: BaseException) -> dict[str, str]:
         return {"skipped": f"not in this version: {error}"}
     if isinstance(error, ModuleNotFoundError):
         return {"skipped": f"not installed: {error.name}"}
-    return {"failed": said(error)}
+    return {"failed": harness.one_line(error)}
 
 
 def in_turns(
@@ -132,11 +119,10 @@ def in_turns(
 ) -> Iterator[Figure]:
     """Milliseconds of each variant, A B A B ..., with the ratio to the first that works.
 
-    A variant is built, then called once, which may compile and capture; that is `first_s`, told
-    when it is done. Each timed call is waited for, as whoever wants its picture does. What raises
-    has its error as its figure, and the others go on. `difference` is that of what a call gives
-    from what the first variant gave, at most, relative to the largest value; or `judge` says
-    something else of it.
+    A variant is built, then called once, which may compile and capture: `first_s`. A timed call
+    ends when the device is done. What raises has its error as its figure, and the others go on.
+    `difference` is the largest one to the first variant's output, relative to the largest value;
+    `judge` says something else of an output.
     """
     calls: dict[str, Call] = {}
     facts: dict[str, dict[str, Any]] = {}
@@ -146,17 +132,17 @@ def in_turns(
         try:
             torch.cuda.reset_peak_memory_stats()
             call = build()
-            got = call()
+            output = call()
             wait()
-            told: dict[str, Any] = {"first_s": round(time.perf_counter() - begin, 2)}
-            told |= {"peak_bytes": torch.cuda.max_memory_allocated()}
-            expected = got if expected is None else expected
-            told |= judge(got) if judge else _difference(got, expected)
+            own: dict[str, Any] = {"first_s": round(time.perf_counter() - begin, 2)}
+            own["peak_bytes"] = torch.cuda.max_memory_allocated()
+            expected = output if expected is None else expected
+            own |= judge(output) if judge else _difference(output, expected)
         except Exception as error:
             yield name, failed(error)
             continue
-        calls[name], facts[name] = call, told
-        yield name, facts[name]
+        calls[name], facts[name] = call, own
+        yield name, own
     yield from _timed(calls, facts, bench.rounds)
 
 
@@ -191,14 +177,14 @@ def wait() -> None:
 
 
 def spread(ms: list[float]) -> dict[str, float]:
-    low, middle, high = np.percentile(ms, [20, 50, 80])
-    return {"ms": float(middle), "p20": float(low), "p80": float(high)}
+    quantiles = harness.spread(ms)
+    return {"ms": quantiles["p50"], "p20": quantiles["p20"], "p80": quantiles["p80"]}
 
 
-def _difference(got: Any, expected: Any) -> dict[str, float]:
-    tensors = isinstance(got, Tensor) and isinstance(expected, Tensor)
-    if got is expected or not tensors or got.shape != expected.shape:
+def _difference(output: Any, expected: Any) -> dict[str, float]:
+    tensors = isinstance(output, Tensor) and isinstance(expected, Tensor)
+    if output is expected or not tensors or output.shape != expected.shape:
         return {}
     largest = float(expected.float().abs().max())
-    apart = float((got.float() - expected.float()).abs().max())
+    apart = float((output.float() - expected.float()).abs().max())
     return {"difference": apart / largest if largest else apart}

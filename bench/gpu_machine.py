@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -16,7 +15,6 @@ from gpu_case import Bench, Figure, failed
 
 from headstart_kernels import philox_normal
 
-ROOT = Path(__file__).parents[1]
 FAILS = "test_a_failed_capture"
 """Tests of tests/gpu/test_gpu.py by this name provoke a failure, which may poison a process."""
 
@@ -32,12 +30,12 @@ def environment(bench: Bench) -> Iterator[Figure]:
 
 
 def _gpu(bench: Bench) -> dict[str, Any]:
-    found = torch.cuda.get_device_properties(bench.device)
+    properties = torch.cuda.get_device_properties(bench.device)
     free, total = torch.cuda.mem_get_info()
     return {
         "name": torch.cuda.get_device_name(),
         "compute": ".".join(map(str, torch.cuda.get_device_capability())),
-        "multiprocessors": found.multi_processor_count,
+        "multiprocessors": properties.multi_processor_count,
         "total_GB": total / 1e9,
         "free_GB": free / 1e9,
         "gpus": torch.cuda.device_count(),
@@ -45,26 +43,26 @@ def _gpu(bench: Bench) -> dict[str, Any]:
 
 
 def _driver(bench: Bench) -> str:
-    """By nvidia-smi, which containers may lack; torch tells the CUDA that it was built for."""
+    """By nvidia-smi, which containers may lack; torch knows the CUDA that it was built for."""
     if shutil.which("nvidia-smi") is None:
         return f"no nvidia-smi; torch is built for CUDA {torch.version.cuda}"
-    asked = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv"]
-    told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=20)
-    return f"{told.stdout.strip() or told.stderr.strip()}; CUDA {torch.version.cuda}"
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv"]
+    done = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    return f"{done.stdout.strip() or done.stderr.strip()}; CUDA {torch.version.cuda}"
 
 
 def _compiler(bench: Bench) -> str:
     """Triton builds its launcher with one."""
-    found = next(filter(None, map(shutil.which, ("gcc", "cc", "clang"))), None)
-    return found or "none: Triton cannot build its launcher"
+    paths = filter(None, map(shutil.which, ("gcc", "cc", "clang")))
+    return next(paths, "none: Triton cannot build its launcher")
 
 
 def _bindings(bench: Bench) -> str:
     try:
-        found = find_spec("cuda.bindings")
+        spec = find_spec("cuda.bindings")
     except ModuleNotFoundError:
-        found = None
-    return "there" if found else "none: a graph's kernels are named by the profiler alone"
+        spec = None
+    return "there" if spec else "none: a graph's kernels are named by the profiler alone"
 
 
 def _triton(bench: Bench) -> str:
@@ -94,7 +92,9 @@ def tests(*arguments: str) -> Callable[[Bench], Iterator[Figure]]:
         if bench.dry:
             yield "not run", " ".join(command[2:])
             return
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            command, cwd=harness.ROOT, capture_output=True, text=True, check=False
+        )
         lines = done.stdout.splitlines()
         wrong = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         summary = (lines or done.stderr.splitlines() or ["no output"])[-1]

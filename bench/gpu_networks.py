@@ -1,23 +1,16 @@
-"""Networks of random or empty weights for `bench/gpu.py`: on a GPU at once, or as files.
-
-The files are holes: names, shapes and offsets of gigabytes, whose data the system reads as zeros,
-so that a whole SDXL pair is loaded as a user's is, and takes no disk.
-"""
+"""Networks of random or empty weights for `bench/gpu.py`: on a GPU at once, or as files."""
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_case import Bench, Networks
+from gpu_case import Bench
 from torch import Tensor, nn
+from untrained import filled, hollow, in_dtype
 
 from headstart.checkpoint import blueprint
-from headstart.checkpoint.params import ClipParams
 from headstart.engine.engine import Engine
 from headstart.interfaces import Conditioning
 from headstart.networks.unet import UNet
@@ -26,7 +19,6 @@ from headstart.plan.leg import Leg
 from headstart.plan.plan import Plan
 from headstart.plan.update import Update
 
-VOCABULARY = 49408  # of CLIP
 PLAN = Plan(
     (
         Leg(model="base", timesteps=(999,), guidance=5.0),
@@ -57,12 +49,11 @@ def _made(bench: Bench, module: Any, dtype: torch.dtype) -> Any:
     return module.to(bench.device, dtype).requires_grad_(False).eval()
 
 
-def twin(network: nn.Module, made: Any, layout: torch.memory_format | None = None) -> Any:
-    """`made`, a module on the meta device, with the weights of `network`; in a layout of its own,
-    those of convolutions are copies."""
-    made.load_state_dict(network.state_dict(), strict=True, assign=True)
-    made.requires_grad_(False).eval()
-    return made if layout is None else made.to(memory_format=layout)
+def twin(network: nn.Module, module: Any, layout: torch.memory_format | None = None) -> Any:
+    """`module`, on the meta device, with the weights of `network`; in a layout of its own, those of
+    convolutions are copies."""
+    module = filled(module, network.state_dict())
+    return module if layout is None else module.to(memory_format=layout)
 
 
 def words(bench: Bench, batch: int) -> Conditioning:
@@ -75,7 +66,7 @@ def words(bench: Bench, batch: int) -> Conditioning:
 
 
 def call(bench: Bench, batch: int) -> tuple[Tensor, Tensor, Conditioning]:
-    """What a pass of the UNet is given."""
+    """The arguments of a pass of the UNet."""
     x_in = bench.normal(batch, *bench.networks.latent, dtype=bench.dtype)
     return x_in, torch.full((batch,), 999, device=bench.device), words(bench, batch)
 
@@ -84,7 +75,7 @@ def files(bench: Bench) -> dict[str, Path]:
     """ "base": a folder with everything, "distilled": a UNet alone; both full of zeros."""
     shapes, base = bench.networks, bench.folder / "base"
     distilled = bench.folder / "distilled.safetensors"
-    first, second = _towers(shapes)
+    first, second = shapes.text
     parts = {
         base / "unet" / "diffusion_pytorch_model.safetensors": blueprint.unet(shapes.unet),
         base / "vae" / "diffusion_pytorch_model.safetensors": blueprint.vae(shapes.vae),
@@ -94,42 +85,18 @@ def files(bench: Bench) -> dict[str, Path]:
     }
     for path, table in parts.items():
         if not path.is_file():
-            _hollow(path, table)
+            hollow(path, in_dtype(table))
     return {"base": base, "distilled": distilled}
 
 
-def _towers(shapes: Networks) -> tuple[ClipParams, ClipParams]:
-    (a, b), pooled = shapes.text, (None, shapes.pooled)
-    acts, found = ("quick_gelu", "gelu"), list[ClipParams]()
-    for (width, layers, heads, mlp), projection, act in zip((a, b), pooled, acts, strict=True):
-        found.append(
-            ClipParams(
-                width=width, layers=layers, heads=heads, mlp_width=mlp, act=act,  # pyright: ignore[reportArgumentType]
-                vocabulary=VOCABULARY, positions=77, projection=projection,
-            )
-        )  # fmt: skip
-    return found[0], found[1]
-
-
-def _hollow(path: Path, table: Mapping[str, tuple[int, ...]]) -> None:
-    header: dict[str, object] = {}
-    end = 0
-    for name, shape in table.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": list(shape), "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-
-
-def engine(bench: Bench, runner: Any = "eager", *, random: bool = True, **options: Any) -> Engine:
+def load_engine(
+    bench: Bench, runner: Any = "eager", *, random: bool = True, **options: Any
+) -> Engine:
     """Loaded as a user's files are, `options` those of Engine.load; then filled, if `random`."""
-    found: Any = dict(bench.files) or files(bench)
+    paths: Any = dict(bench.files) or files(bench)
     if not bench.files and bench.dry:
         options = {"head_dim": 64, "text_head_dim": 64, **options}
-    loaded = Engine.load(**found, device="cuda", runner=runner, preset="demo", **options)
+    loaded = Engine.load(**paths, device="cuda", runner=runner, preset="demo", **options)
     if random and not bench.files:
         pair = loaded.weights
         for module in (*pair.denoisers.values(), pair.vae, *pair.text.towers):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,14 +28,14 @@ def names(bench: Bench) -> Iterator[Figure]:
         yield from graph_nodes(bench)
     except Exception as error:
         yield "nodes of a run's graph", failed(error)
-    network, given = unet(bench), call(bench, 1)
-    for runner in ("eager", "graph", "compiled"):
+    network, inputs = unet(bench), call(bench, 1)
+    for name in ("eager", "graph", "compiled"):
         try:
-            found = opened(runner, network)
-            found(*given)
-            yield from profiled(bench, f"a pass, {runner}", lambda found=found: found(*given))
+            run = partial(opened(name, network), *inputs)
+            run()
+            yield from profiled(bench, f"a pass, {name}", run)
         except Exception as error:
-            yield f"a pass, {runner}", failed(error)
+            yield f"a pass, {name}", failed(error)
 
 
 def graph_nodes(bench: Bench) -> Iterator[Figure]:
@@ -46,16 +47,15 @@ def graph_nodes(bench: Bench) -> Iterator[Figure]:
     networks = {name: unet(bench) for name in ("base", "distilled")}
     site: Any = Site(bench.device, backend)  # pyright: ignore[reportArgumentType]
     graph = TrajectoryGraph(networks, vae(bench), site=site)
-    table, said = PLAN.compile(NoiseSchedule.scaled_linear()), words(bench, 1)
+    table, cond = PLAN.compile(NoiseSchedule.scaled_linear()), words(bench, 1)
     with launched(bench.emulated) if bench.emulated else nullcontext():
-        graph(table, said, Philox([0]), check=False, uncond=said, shape=bench.networks.latent)
-    (kept,) = backend.graphs
-    found = nodes_of(kept)
-    steps = sum(count for name, count in found.items() if "fused_step" in name)
-    yield "nodes of a run's graph", dict(found.most_common(MOST)) | {"all": found.total()}
+        graph(table, cond, Philox([0]), check=False, uncond=cond, shape=bench.networks.latent)
+    nodes = nodes_of(*backend.graphs)
+    steps = sum(count for name, count in nodes.items() if "fused_step" in name)
+    yield "nodes of a run's graph", dict(nodes.most_common(MOST)) | {"all": nodes.total()}
     wrong = {} if steps == len(table) else {"failed": "a row is not one fused step"}
     yield "fused steps", {"nodes": steps, "rows": len(table), **wrong}
-    host = [n for n in found if "host" in n.lower() and "memcpy" in n.lower()]
+    host = [n for n in nodes if "host" in n.lower() and "memcpy" in n.lower()]
     yield "copies to or from the host", host or "none"
 
 
@@ -96,20 +96,15 @@ def profiled(bench: Bench, name: str, run: Callable[[], object]) -> Iterator[Fig
 
     wait()
     activities = [ProfilerActivity.CPU if bench.dry else ProfilerActivity.CUDA]
-    with profile(activities=activities) as found:
+    with profile(activities=activities) as recorded:
         run()
         wait()
-    kernels = [event for event in found.key_averages() if bench.dry or _on_device(event)]
+    kernels = [event for event in recorded.key_averages() if bench.dry or _on_device(event)]
     kernels.sort(key=_device_us, reverse=True)
     total = sum(map(_device_us, kernels))
     yield name, {"kernels": sum(k.count for k in kernels), "device_ms": total / 1e3}
-    yield (
-        f"{name}, most time",
-        [
-            f"{event.key[:90]} {_device_us(event) / 1e3:.3f} ms x{event.count}"
-            for event in kernels[:MOST]
-        ],
-    )
+    lines = [f"{k.key[:90]} {_device_us(k) / 1e3:.3f} ms x{k.count}" for k in kernels[:MOST]]
+    yield f"{name}, most time", lines
 
 
 def _on_device(event: Any) -> bool:

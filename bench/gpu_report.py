@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import harness
+from reporting import markdown
 
 DONE, FAILED, LATE = "done", "failed", "out of time"
 _UNENDED = "did not end"
+SAME = ("evidence", "device", "torch", "files")
+HEADS = ("case", "what", "ms (p20 to p80)", "times the first", "peak GB", "else")
+_SHOWN = ("ms", "p20", "p80", "times_first", "peak_bytes")
+"""Parts of a figure that have columns of their own."""
 
 
 @dataclass
@@ -26,19 +29,13 @@ class Report:
     @classmethod
     def open(cls, path: Path, head: dict[str, Any]) -> Report:
         """With the cases that the file has already, if it is of this machine and these versions."""
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return cls(path, head)
-        except ValueError:  # no JSON, or no text at all
-            found = None
-        if not isinstance(found, dict):
-            _aside(path, "no report, or a damaged one")
-            return cls(path, head)
-        same = all(found.get(key) == head[key] for key in ("evidence", "device", "torch", "files"))
-        if found.get("cases") and not same:
-            _aside(path, "of another machine, version or files")
-        return cls(path, head, found.get("cases", {}) if same else {})
+
+        def why_not(report: Mapping[str, Any]) -> str | None:
+            if all(report.get(key) == head[key] for key in SAME) or not report.get("cases"):
+                return None
+            return "of another machine, version or files"
+
+        return cls(path, head, harness.read_report(path, why_not).get("cases", {}))
 
     def has(self, case: str) -> bool:
         """Whether it ended, well or not; one in which this program itself was ended did not."""
@@ -54,9 +51,10 @@ class Report:
         print(f"  {name}: {short(value)}", flush=True)
 
     def end(self, case: str, status: str, seconds: float, error: str | None = None) -> None:
-        kept = {"status": status, "seconds": round(seconds, 1)}
-        kept |= {} if error is None else {"error": error}
-        self.cases[case] = kept | {"figures": self.cases[case]["figures"]}
+        own: dict[str, Any] = {"status": status, "seconds": round(seconds, 1)}
+        if error is not None:
+            own["error"] = error
+        self.cases[case] = own | {"figures": self.cases[case]["figures"]}
         self.write()
         why = "" if error is None else f": {error}"
         print(f"  {status} after {seconds:.0f} s{why}", flush=True)
@@ -67,19 +65,14 @@ class Report:
     def table(self) -> str:
         """Markdown, to be pasted into an issue."""
         machine = ", ".join(f"{key} {self.head[key]}" for key in ("device", "torch", "headstart"))
-        lines = [
-            f"### bench/gpu.py: {self.head['evidence']}",
-            "",
-            machine,
-            "",
-            "| case | what | ms (p20 to p80) | times the first | peak GB | else |",
-            "|---|---|---|---|---|---|",
-        ]
+        rows: list[tuple[str | None, ...]] = []
         for name, case in self.cases.items():
             status = case["status"] if "error" not in case else f"{case['status']}: {case['error']}"
-            lines.append(f"| **{name}** | {case.get('seconds', 0):.0f} s | | | | {_cell(status)} |")
-            lines += [_row(*figure) for figure in case["figures"].items()]
-        return "\n".join(lines)
+            seconds = f"{case.get('seconds', 0):.0f} s"
+            rows.append((f"**{name}**", seconds, None, None, None, _cell(status)))
+            rows += [_row(*figure) for figure in case["figures"].items()]
+        lines = markdown(HEADS, rows)
+        return f"### bench/gpu.py: {self.head['evidence']}\n\n{machine}\n\n{lines}"
 
     @property
     def sound(self) -> bool:
@@ -89,24 +82,14 @@ class Report:
         return not failures and all(case["status"] == DONE for case in self.cases.values())
 
 
-def _aside(path: Path, what: str) -> None:
-    other = path.with_suffix(".other.json")
-    os.replace(path, other)
-    print(f"{path}: was {what}; it is {other.name}")
-
-
-_SHOWN = ("ms", "p20", "p80", "times_first", "peak_bytes")
-
-
-def _row(name: str, value: Any) -> str:
+def _row(name: str, value: Any) -> tuple[str | None, ...]:
     if not isinstance(value, dict):
-        return f"| | {_cell(name)} | | | | {_cell(short(value))} |"
-    found: Mapping[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
-    ms = f"{found['ms']:.3f} ({found['p20']:.3f} to {found['p80']:.3f})" if "ms" in found else ""
-    times = f"{found['times_first']:.2f}" if "times_first" in found else ""
-    peak = f"{found['peak_bytes'] / 1e9:.2f}" if found.get("peak_bytes") else ""
-    rest = ", ".join(f"{k} {short(v)}" for k, v in found.items() if k not in _SHOWN)
-    return f"| | {_cell(name)} | {ms} | {times} | {peak} | {_cell(rest)} |"
+        return None, _cell(name), None, None, None, _cell(short(value))
+    ms = "{ms:.3f} ({p20:.3f} to {p80:.3f})".format_map(value) if "ms" in value else ""
+    times = f"{value['times_first']:.2f}" if "times_first" in value else ""
+    peak = f"{value['peak_bytes'] / 1e9:.2f}" if value.get("peak_bytes") else ""
+    rest = {key: own for key, own in value.items() if key not in _SHOWN}
+    return None, _cell(name), ms, times, peak, _cell(short(rest))
 
 
 def _cell(text: str) -> str:
@@ -118,12 +101,7 @@ def short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, dict):
-        found: Mapping[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
-        return ", ".join(f"{key} {short(one)}" for key, one in found.items())
+        return ", ".join(f"{key} {short(own)}" for key, own in value.items())
     if isinstance(value, list):
-        return "; ".join(_shorts(value))  # pyright: ignore[reportUnknownArgumentType]
+        return "; ".join(map(short, value))
     return str(value)
-
-
-def _shorts(values: list[Any]) -> Iterator[str]:
-    yield from (short(value) for value in values)

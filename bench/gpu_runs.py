@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,7 +20,7 @@ from gpu_case import (
     milliseconds,
     spread,
 )
-from gpu_networks import PLAN, engine
+from gpu_networks import PLAN, load_engine
 
 from headstart.engine.engine import Engine
 from headstart.engine.trajectory import Trajectory
@@ -29,21 +30,21 @@ PROMPT = "a fox in the snow"
 RUNNERS = ("eager", "graph", "trajectory", "compiled")
 
 
-def sampled(bench: Bench, made: Engine, count: int = 1) -> Trajectory:
+def sampled(bench: Bench, engine: Engine, count: int = 1) -> Trajectory:
     """Four passes of random weights, which may overflow; a preset's own plan for real files."""
     plan: Any = "hybrid" if bench.files else PLAN
-    return made.sample(PROMPT, plan=plan, seeds=range(count), size=bench.networks.pixels)
+    return engine.sample(PROMPT, plan=plan, seeds=range(count), size=bench.networks.pixels)
 
 
 def runs(bench: Bench) -> Iterator[Figure]:
     """From the prompt to uint8 on the host, one image and four; stages on the device's clock."""
-    made = engine(bench)
+    engine = load_engine(bench)
     for count in (1,) if bench.dry else (1, 4):
-        of = f", {count} images" if count > 1 else ", 1 image"
+        images = f", {count} images" if count > 1 else ", 1 image"
         stages: dict[str, dict[str, float]] = {}
 
         def build(name: str, count: int = count, stages: Any = stages) -> Call:
-            other = _with(made, name)
+            other = _with(engine, name)
 
             def run() -> torch.Tensor:
                 done = sampled(bench, other, count)
@@ -52,14 +53,14 @@ def runs(bench: Bench) -> Iterator[Figure]:
 
             return run
 
-        yield from in_turns(bench, {name + of: partial(build, name) for name in RUNNERS})
+        yield from in_turns(bench, {name + images: partial(build, name) for name in RUNNERS})
         for name, taken in stages.items():
-            yield f"stages, {name}{of}", taken
+            yield f"stages, {name}{images}", taken
 
 
-def _with(made: Engine, name: Any) -> Engine:
+def _with(engine: Engine, name: Any) -> Engine:
     try:
-        return made.with_runner(name)
+        return engine.with_runner(name)
     except InputError as error:
         raise NotInThisVersionError(f"runner {name!r}") from error
 
@@ -96,18 +97,18 @@ _FITS: dict[str, dict[str, Any]] = {
 def _fit(bench: Bench, options: dict[str, Any]) -> dict[str, Any]:
     torch.cuda.reset_peak_memory_stats()
     begin = time.perf_counter()
-    made = engine(bench, "auto", random=False, **options)
-    loaded, held = time.perf_counter() - begin, torch.cuda.memory_allocated()
-    first = sampled(bench, made)
-    times = [milliseconds(lambda: sampled(bench, made)) for _ in range(min(3, bench.rounds))]
+    engine = load_engine(bench, "auto", random=False, **options)
+    loaded, weights = time.perf_counter() - begin, torch.cuda.memory_allocated()
+    first = sampled(bench, engine)
+    times = [milliseconds(lambda: sampled(bench, engine)) for _ in range(min(3, bench.rounds))]
     return spread(times) | {
         "peak_bytes": torch.cuda.max_memory_allocated(),
-        "weights_GB": held / 1e9,
+        "weights_GB": weights / 1e9,
         "load_s": loaded,
-        "dtype": str(made.weights.dtype).removeprefix("torch."),
-        "runner": made.runner,
+        "dtype": str(engine.weights.dtype).removeprefix("torch."),
+        "runner": engine.runner,
         "chunk": first.chunk,
-        "notes": list(made.weights.notes),
+        "notes": list(engine.weights.notes),
     }
 
 
@@ -120,25 +121,21 @@ def real(bench: Bench) -> Iterator[Figure]:
         if name == "cold":
             _let_go(bench)
         begin = time.perf_counter()
-        made = engine(bench, "auto")
+        engine = load_engine(bench, "auto")
         loaded = time.perf_counter() - begin
-        first = milliseconds(lambda made=made: sampled(bench, made))
-        yield name, {"load_s": loaded, "first_ms": first, "notes": list(made.weights.notes)}
-        later = [milliseconds(lambda made=made: sampled(bench, made)) for _ in range(bench.rounds)]
-        yield f"{name}, then", spread(later)
-        done = sampled(bench, made)
-        yield (
-            f"{name}, the last",
-            {"finite": bool(done.latents.isfinite().all()), "plan": str(done)},
-        )
-        del made, done
+        run = partial(sampled, bench, engine)
+        notes = list(engine.weights.notes)
+        yield name, {"load_s": loaded, "first_ms": milliseconds(run), "notes": notes}
+        yield f"{name}, then", spread([milliseconds(run) for _ in range(bench.rounds)])
+        done = run()
+        finite = bool(done.latents.isfinite().all())
+        yield f"{name}, the last", {"finite": finite, "plan": str(done)}
+        del engine, run, done
         gc.collect()
 
 
 def _let_go(bench: Bench) -> None:
     """Ask the system to drop the files' pages, as after a start of the machine."""
-    import os
-
     for path in bench.files.values():
         for file in [path] if path.is_file() else sorted(path.rglob("*.safetensors")):
             with file.open("rb") as stream:

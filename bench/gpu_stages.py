@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from importlib import import_module
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
 import torch
 from gpu_case import Bench, Call, Figure, failed, in_turns, milliseconds
-from gpu_networks import engine, twin, vae
+from gpu_networks import PLAN, load_engine, twin, vae
 from torch import Tensor
+from untrained import diffusers_vae
 
 from headstart.networks.fusion import fusion
 from headstart.networks.vae import Vae
@@ -26,7 +27,8 @@ from headstart_kernels import (
     scale_input,
 )
 
-LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+NHWC = torch.channels_last
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": NHWC}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,23 +37,20 @@ def decoders(bench: Bench) -> Iterator[Figure]:
     network, latents = vae(bench), bench.normal(1, *bench.networks.latent)
     exact = _decoded(network, latents, torch.float32, torch.contiguous_format, False)()
     variants: dict[str, Callable[[], Call]] = {}
-    for (dtype, kind), (layout, form), fused in product(
-        DTYPES.items(), LAYOUTS.items(), (False, True)
-    ):
-        name = f"{dtype} {layout}{', fused norm' if fused else ''}"
-        variants[name] = lambda k=kind, form=form, fused=fused: _decoded(
-            network, latents, k, form, fused
+    for dtype, layout, fused in product(DTYPES, LAYOUTS, (False, True)):
+        variants[f"{dtype} {layout}{', fused norm' * fused}"] = partial(
+            _decoded, network, latents, DTYPES[dtype], LAYOUTS[layout], fused
         )
     for dtype in ("bfloat16", "float32"):
-        variants[f"diffusers {dtype} NHWC"] = lambda dtype=dtype: _theirs(
-            bench, network, latents, DTYPES[dtype]
+        variants[f"diffusers {dtype} NHWC"] = partial(
+            _theirs, bench, network, latents, DTYPES[dtype]
         )
-    yield from in_turns(bench, variants, lambda got: {"PSNR_dB": psnr(got, exact)})
+    yield from in_turns(bench, variants, lambda pixels: {"PSNR_dB": psnr(pixels, exact)})
 
 
-def psnr(got: Tensor, exact: Tensor) -> float:
+def psnr(pixels: Tensor, exact: Tensor) -> float:
     """10 log10(2^2 / mean square) of pixels in [-1, 1], in which they are cut."""
-    apart = got.float().clamp(-1, 1) - exact.float().clamp(-1, 1)
+    apart = pixels.float().clamp(-1, 1) - exact.float().clamp(-1, 1)
     square = float(apart.square().mean())
     return 10 * math.log10(4 / square) if square > 0 else 200.0
 
@@ -60,56 +59,44 @@ def _decoded(
     network: Vae, latents: Tensor, dtype: torch.dtype, layout: torch.memory_format, fused: bool
 ) -> Call:
     with torch.device("meta"):
-        made = Vae(network.params)
-    made = twin(network, made).to(dtype=dtype).to(memory_format=layout)
-    given = latents.to(dtype).contiguous(memory_format=layout)
+        copy = Vae(network.params)
+    copy = twin(network, copy).to(dtype=dtype, memory_format=layout)
+    x = latents.to(dtype).contiguous(memory_format=layout)
 
     def run() -> Tensor:
         with torch.inference_mode(), fusion(fused):
-            return made.decode(given)
+            return copy.decode(x)
 
     return run
 
 
 def _theirs(bench: Bench, network: Vae, latents: Tensor, dtype: torch.dtype) -> Call:
-    kind: Any = import_module("diffusers").AutoencoderKL
-    shapes = bench.networks.vae
-    with torch.device("meta"):
-        made = kind(
-            down_block_types=["DownEncoderBlock2D"] * len(shapes.channels),
-            up_block_types=["UpDecoderBlock2D"] * len(shapes.channels),
-            block_out_channels=list(shapes.channels),
-            layers_per_block=shapes.layers,
-            latent_channels=shapes.latent_channels,
-        )
-    made = twin(network, made).to(dtype=dtype).to(memory_format=torch.channels_last)
-    given = (latents / shapes.scale_factor).to(dtype).contiguous(memory_format=torch.channels_last)
+    params = bench.networks.vae
+    copy = twin(network, diffusers_vae(params)).to(dtype=dtype, memory_format=NHWC)
+    scaled = (latents / params.scale_factor).to(dtype).contiguous(memory_format=NHWC)
 
     def run() -> Tensor:
         with torch.inference_mode():
-            return made.decode(given, return_dict=False)[0]
+            return copy.decode(scaled, return_dict=False)[0]
 
     return run
 
 
 def texts(bench: Bench) -> Iterator[Figure]:
     """Both encoders, as a run calls them: a prompt, four, and with a negative one."""
-    text = engine(bench).text
+    text = load_engine(bench).text
 
-    def encoded(prompts: list[str], negative: str | None) -> Call:
-        def run() -> Tensor:
-            with torch.inference_mode():
-                found = text.encode(prompts, negative=negative)
-            return (found[0] if isinstance(found, tuple) else found).context
-
-        return run
+    def encoded(count: int, negative: str | None) -> Tensor:
+        with torch.inference_mode():
+            conds = text.encode(["a fox in the snow"] * count, negative=negative)
+        return (conds[0] if isinstance(conds, tuple) else conds).context
 
     yield from in_turns(
         bench,
         {
-            "1 prompt": lambda: encoded(["a fox in the snow"], None),
-            "4 prompts": lambda: encoded(["a fox in the snow"] * 4, None),
-            "1 prompt and a negative": lambda: encoded(["a fox in the snow"], "a frog"),
+            "1 prompt": lambda: partial(encoded, 1, None),
+            "4 prompts": lambda: partial(encoded, 4, None),
+            "1 prompt and a negative": lambda: partial(encoded, 1, "a frog"),
         },
     )
 
@@ -129,19 +116,7 @@ def kernels(bench: Bench) -> Iterator[Figure]:
     many = 2 if bench.dry else 100
     for name, build in _works(bench).items():
         try:
-            work = build()
-            work.call()
-            seconds = _queued(work, many)
-            alone = min(milliseconds(work.call) for _ in range(3))
-            yield (
-                name,
-                {
-                    "us": seconds * 1e6,
-                    "GB/s": work.size_bytes / seconds / 1e9,
-                    "bytes": work.size_bytes,
-                    "alone_ms": alone,
-                },
-            )
+            yield name, _bandwidth(build(), many)
         except Exception as error:
             yield name, failed(error)
 
@@ -161,40 +136,26 @@ def _bandwidth(work: Work, many: int) -> dict[str, float]:
     }
 
 
-def _queued(work: Work, many: int) -> float:
-    """Seconds of a launch among so many."""
-
-    def queued() -> None:
-        for _ in range(many):
-            work.call()
-
-    return min(milliseconds(queued) for _ in range(3)) / many / 1e3
-
-
 def _works(bench: Bench) -> dict[str, Callable[[], Work]]:
-    found: dict[str, Callable[[], Work]] = {}
+    works: dict[str, Callable[[], Work]] = {}
     for batch in (1, 16):
-        found |= {
-            f"fused_step, {batch}": lambda b=batch: _step(bench, b, drawn=False),
-            f"fused_step that draws, {batch}": lambda b=batch: _step(bench, b, drawn=True),
-            f"scale_input, {batch}": lambda b=batch: _scaled(bench, b),
-            f"preview_rgb, {batch}": lambda b=batch: _preview(bench, b),
-            f"decode_u8, {batch}": lambda b=batch: _bytes(bench, b),
+        works |= {
+            f"fused_step, {batch}": partial(_step, bench, batch, drawn=False),
+            f"fused_step that draws, {batch}": partial(_step, bench, batch, drawn=True),
+            f"scale_input, {batch}": partial(_scaled, bench, batch),
+            f"preview_rgb, {batch}": partial(_preview, bench, batch),
+            f"decode_u8, {batch}": partial(_bytes, bench, batch),
         }
-    for layout in LAYOUTS:
-        found |= {
-            f"groupnorm_silu {layout}": lambda form=layout: _norm(bench, LAYOUTS[form], ours=True),
-            f"torch's {layout}": lambda form=layout: _norm(bench, LAYOUTS[form], ours=False),
+    for layout, form in LAYOUTS.items():
+        works |= {
+            f"groupnorm_silu {layout}": partial(_norm, bench, form, ours=True),
+            f"torch's {layout}": partial(_norm, bench, form, ours=False),
         }
-    return found | {
-        "geglu": lambda: _gate(bench, ours=True),
-        "torch's geglu": lambda: _gate(bench, ours=False),
-    }
+    gates = {"geglu": True, "torch's geglu": False}
+    return works | {name: partial(_gate, bench, ours=ours) for name, ours in gates.items()}
 
 
 def _table(bench: Bench) -> tuple[Tensor, Tensor]:
-    from gpu_networks import PLAN
-
     table = PLAN.compile(NoiseSchedule.scaled_linear()).coefficients()
     row = torch.ones((), dtype=torch.int64, device=bench.device)
     return torch.tensor(table, device=bench.device), row

@@ -6,7 +6,8 @@ Sources of what diffusers advises: docs/source/en/optimization/fp16.md of huggin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from gpu_case import Bench, Call, Figure, NotInThisVersionError, in_turns
 from gpu_networks import call, twin, unet
 from torch import Tensor
+from untrained import diffusers_unet
 
 from headstart.errors import InputError
 from headstart.networks.unet import UNet
@@ -27,39 +29,42 @@ INDUCTOR = (
 )
 
 
-def passes(bench: Bench, batch: int = 1) -> Iterator[Figure]:
-    """What costs no compilation: ours eager and captured, theirs eager and captured."""
-    network, given = unet(bench), call(bench, batch)
+PASSES = (
+    *("eager", "graph", "graph, channels_last", "graph, cudnn.benchmark", "diffusers eager"),
+    *("diffusers eager, channels_last", "diffusers in torch's graph"),
+)
+"""What costs no compilation: ours eager and captured, theirs eager and captured."""
+COMPILED = ("graph", "compiled", "diffusers compiled by block", "diffusers compiled")
+"""Ours compiled, as the runner of that name does it; theirs compiled whole and by block."""
+RECIPE = ("graph", "diffusers' own recipe")
+"""What diffusers advises for the highest speed; it may search for minutes."""
 
-    def runner(name: Any) -> Callable[[], Call]:
-        return lambda: _called(opened(name, network), given)
 
-    def with_benchmark() -> Call:
-        found = _called(GraphRunner(_copy(network)), given)
-        before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
-        try:
-            found()  # convolutions are chosen in the runs before the capture
-        finally:
-            torch.backends.cudnn.benchmark = before
-        return found
+def passes(bench: Bench, batch: int = 1, variants: Sequence[str] = PASSES) -> Iterator[Figure]:
+    network, inputs = unet(bench), call(bench, batch)
+    theirs = partial(peer, bench, network, inputs)
+    every: dict[str, Callable[[], Call]] = {
+        "eager": lambda: partial(opened("eager", network), *inputs),
+        "graph": lambda: partial(opened("graph", network), *inputs),
+        "graph, channels_last": lambda: partial(
+            GraphRunner(_copy(network, NHWC), memory_format=NHWC), *inputs
+        ),
+        "graph, cudnn.benchmark": lambda: _with_benchmark(
+            partial(GraphRunner(_copy(network)), *inputs)
+        ),
+        "diffusers eager": theirs,
+        "diffusers eager, channels_last": partial(theirs, layout=NHWC),
+        "diffusers in torch's graph": lambda: captured(theirs(quiet=torch.no_grad)),
+        "compiled": lambda: partial(opened("compiled", network), *inputs),
+        "diffusers compiled by block": partial(theirs, regions=True),
+        "diffusers compiled": partial(theirs, mode="default"),
+        "diffusers' own recipe": lambda: _recipe(bench, theirs),
+    }
+    yield from in_turns(bench, {name: every[name] for name in variants})
 
-    yield from in_turns(
-        bench,
-        {
-            "eager": runner("eager"),
-            "graph": runner("graph"),
-            "graph, channels_last": lambda: _called(
-                GraphRunner(_copy(network, NHWC), memory_format=NHWC), given
-            ),
-            "graph, cudnn.benchmark": with_benchmark,
-            "diffusers eager": lambda: peer(bench, network, given),
-            "diffusers eager, channels_last": lambda: peer(bench, network, given, layout=NHWC),
-            "diffusers in torch's graph": lambda: captured(
-                peer(bench, network, given, quiet=torch.no_grad)
-            ),
-        },
-    )
+
+compiled = partial(passes, variants=COMPILED)
+recipe = partial(passes, variants=RECIPE)
 
 
 def four(bench: Bench) -> Iterator[Figure]:
@@ -69,39 +74,24 @@ def four(bench: Bench) -> Iterator[Figure]:
     yield from passes(bench, 4)
 
 
-def compiled(bench: Bench, batch: int = 1) -> Iterator[Figure]:
-    """Ours compiled, as the runner of that name does it; theirs compiled whole and by block."""
-    network, given = unet(bench), call(bench, batch)
-    yield from in_turns(
-        bench,
-        {
-            "graph": lambda: _called(opened("graph", network), given),
-            "compiled": lambda: _called(opened("compiled", network), given),
-            "diffusers compiled by block": lambda: peer(bench, network, given, regions=True),
-            "diffusers compiled": lambda: peer(bench, network, given, mode="default"),
-        },
-    )
+def _with_benchmark(run: Call) -> Call:
+    """Convolutions are chosen in the runs before the capture."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = True
+    try:
+        run()
+    finally:
+        torch.backends.cudnn.benchmark = before
+    return run
 
 
-def recipe(bench: Bench) -> Iterator[Figure]:
-    """What diffusers advises for the highest speed; it may search for minutes."""
-    network, given = unet(bench), call(bench, 1)
-
-    def theirs() -> Call:
-        if not bench.dry:
-            config: Any = import_module("torch._inductor.config")
-            for name in INDUCTOR:
-                setattr(config, name, True)
-            config.epilogue_fusion = False
-        return peer(bench, network, given, layout=NHWC, mode="max-autotune", fused=True)
-
-    yield from in_turns(
-        bench,
-        {
-            "graph": lambda: _called(opened("graph", network), given),
-            "diffusers' own recipe": theirs,
-        },
-    )
+def _recipe(bench: Bench, theirs: Callable[..., Call]) -> Call:
+    if not bench.dry:
+        config: Any = import_module("torch._inductor.config")
+        for name in INDUCTOR:
+            setattr(config, name, True)
+        config.epilogue_fusion = False
+    return theirs(layout=NHWC, mode="max-autotune", fused=True)
 
 
 def opened(name: Any, network: UNet) -> Any:
@@ -111,20 +101,16 @@ def opened(name: Any, network: UNet) -> Any:
         raise NotInThisVersionError(f"runner {name!r}") from error
 
 
-def _called(runner: Any, given: tuple[Any, ...]) -> Call:
-    return lambda: runner(*given)
-
-
 def _copy(network: UNet, layout: torch.memory_format | None = None) -> UNet:
     with torch.device("meta"):
-        made = UNet(network.params)
-    return twin(network, made, layout)
+        copy = UNet(network.params)
+    return twin(network, copy, layout)
 
 
 def peer(
     bench: Bench,
     network: UNet,
-    given: tuple[Any, ...],
+    inputs: tuple[Any, ...],
     *,
     layout: torch.memory_format | None = None,
     mode: str | None = None,
@@ -133,15 +119,15 @@ def peer(
     quiet: Callable[[], Any] = torch.inference_mode,
 ) -> Call:
     """diffusers' UNet with our weights. Raises ModuleNotFoundError where it is not installed."""
-    made = _diffusers_unet(bench, network, layout)
+    shapes = bench.networks
+    run = twin(network, diffusers_unet(shapes.unet, shapes.pooled), layout)
     if fused:
-        made.fuse_qkv_projections()
+        run.fuse_qkv_projections()
     if regions:
-        made.compile_repeated_blocks(fullgraph=True)
-    run: Any = made
+        run.compile_repeated_blocks(fullgraph=True)
     if mode is not None:
-        run = torch.compile(made, mode=mode, fullgraph=True)  # pyright: ignore
-    x_in, timestep, cond = given
+        run = torch.compile(run, mode=mode, fullgraph=True)  # pyright: ignore
+    x_in, timestep, cond = inputs
     x_in = x_in if layout is None else x_in.contiguous(memory_format=layout)
     added = {"text_embeds": cond.pooled, "time_ids": cond.time_ids}
 
@@ -151,28 +137,6 @@ def peer(
 
     # Graphs that inductor captures own what they give, until the next call.
     return (lambda: once().clone()) if mode == "max-autotune" else once
-
-
-def _diffusers_unet(bench: Bench, network: UNet, layout: torch.memory_format | None) -> Any:
-    kind: Any = import_module("diffusers").UNet2DConditionModel
-    shapes = bench.networks.unet
-    crossed = [any(stage.depths) for stage in shapes.down]
-    depths = [max(1, *stage.depths) for stage in shapes.down]
-    with torch.device("meta"):
-        made = kind(
-            addition_embed_type="text_time",
-            addition_time_embed_dim=((shapes.added_dim or 0) - bench.networks.pooled) // 6,
-            attention_head_dim=[shapes.heads_of(stage.channels) for stage in shapes.down],
-            block_out_channels=[stage.channels for stage in shapes.down],
-            layers_per_block=len(shapes.down[0].depths),
-            cross_attention_dim=shapes.context_dim,
-            down_block_types=["CrossAttnDownBlock2D" if c else "DownBlock2D" for c in crossed],
-            up_block_types=["CrossAttnUpBlock2D" if c else "UpBlock2D" for c in crossed[::-1]],
-            projection_class_embeddings_input_dim=shapes.added_dim,
-            transformer_layers_per_block=depths,
-            use_linear_projection=True,
-        )
-    return twin(network, made, layout)
 
 
 def captured(once: Call) -> Call:

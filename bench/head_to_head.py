@@ -22,7 +22,6 @@ chosen anything on them. It is one study in WORK/head-to-head: ended at any time
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -31,12 +30,14 @@ from typing import Any, NamedTuple
 
 import harness
 import numpy as np
+from reporting import bracketed, markdown, pyplot
 from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
 from headstart.adapters.extract import extract
 from headstart.metrics.features import open_features
+from headstart.metrics.resample import percentiles
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.pairs import DEMO_TIMESTEPS
 from headstart.plan.update import Update
@@ -55,8 +56,7 @@ RUNS = (1, 2, 3)
 SAMPLERS = {"euler": "student", "renoise": "renoise"}
 """How a student is sampled, and the name of the one that is trained for it."""
 METHODS = (
-    *("cads:0.1", "embedding-noise:2", "embedding-noise:4", "particles:128", "pink:1"),
-    *("select:4",),
+    *("cads:0.1", "embedding-noise:2", "embedding-noise:4", "particles:128", "pink:1", "select:4"),
 )
 RANK = 128
 """No matrix of the pair's UNet has a higher rank: the LoRA is the student."""
@@ -73,7 +73,6 @@ class Way(NamedTuple):
 
     weights: str
     plan: str = "distilled"
-    settings: Mapping[str, Any] = {}
     method: str | None = None
     about: str = ""
 
@@ -91,7 +90,9 @@ WAYS: dict[str, Way] = {
 
 
 def main() -> None:
-    options = _parse()
+    parser = harness.options(__doc__, "head_to_head.json", seeds=12, work=Path("runs/demo"))
+    parser.add_argument("--report", action="store_true", help="draw nothing")
+    options = parser.parse_args()
     shard = Shard.of_environment(os.environ)
     labs = Labs(options.work, harness.fresh_seeds("head-to-head", options.seeds))
     study = study_of(labs)
@@ -102,28 +103,19 @@ def main() -> None:
                 draw(share(study, store), store, lambda job, left: bar.update())
             if missing(study, store):  # other ranks are not done
                 return
-        found, rows = report_of(study, store)
+        numbers, rows = report_of(study, store)
     report = {
         "question": (__doc__ or "").splitlines()[0],
         "machine": harness.machine(),
         "command": f"bench/head_to_head.py --seeds {options.seeds}",
         "seeds": [labs.seeds[0], labs.seeds[-1]],
         "weights": {path.stem: harness.sha256(path) for path in labs.files()},
-        **found,
-        "ways": summary(found["rows"], rows, [space["name"] for space in found["spaces"]]),
+        **numbers,
+        "ways": summary(numbers["rows"], rows, [space["name"] for space in numbers["spaces"]]),
     }
     harness.write_json(options.out, report)
     print(table(report))
     plot(report, options.out.with_suffix(".png"))
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
-    parser.add_argument("--seeds", type=int, default=12)
-    parser.add_argument("--report", action="store_true", help="draw nothing")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/head_to_head.json"))
-    return parser.parse_args()
 
 
 class Labs:
@@ -138,11 +130,12 @@ class Labs:
 
     def files(self) -> list[Path]:
         """All students and adapters."""
-        names = [f"{prefix}{kind}" for prefix, kind in (
-            ("", "student"), ("", "dp"), ("", "variety"),
-            ("", "renoise"), ("renoise-", "dp"), ("renoise-", "variety"),
-        )]  # fmt: skip
-        return [self.work / f"{name}-{run}.safetensors" for name in names for run in RUNS]
+        return [
+            self._file(weights, sampler, run)
+            for sampler in SAMPLERS
+            for weights in ("student", "dp", "variety")
+            for run in RUNS
+        ]
 
     def _of(self, weights: str, sampler: str, run: int) -> Lab:
         engine = self._engine(weights, sampler, run)
@@ -156,11 +149,10 @@ class Labs:
             settings=settings, reference=self.pictures, weights=digests, keep=0,
         )  # fmt: skip
 
-    def _file(self, kind: str, sampler: str, run: int) -> Path:
-        if kind == "student":
-            return self.work / f"{SAMPLERS[sampler]}-{run}.safetensors"
+    def _file(self, weights: str, sampler: str, run: int) -> Path:
         prefix = "renoise-" if sampler == "renoise" else ""
-        return self.work / f"{prefix}{kind}-{run}.safetensors"
+        name = SAMPLERS[sampler] if weights == "student" else f"{prefix}{weights}"
+        return self.work / f"{name}-{run}.safetensors"
 
     def _engine(self, weights: str, sampler: str, run: int) -> hs.Engine:
         base, student = headstart_weights.path("base"), self._file("student", sampler, run)
@@ -184,11 +176,11 @@ def study_of(labs: Labs) -> Study:
     for sampler in SAMPLERS:
         for run in RUNS:
             for name, way in WAYS.items():
-                own = f"{sampler}-{run}-{name}"
-                owner[own] = (way.weights, sampler, run)
-                cases[own] = Case(
-                    name=own, part="methods", about=way.about, plan=_plan(way, sampler),
-                    settings=way.settings, diversify=() if way.method is None else (way.method,),
+                case = f"{sampler}-{run}-{name}"
+                owner[case] = (way.weights, sampler, run)
+                cases[case] = Case(
+                    name=case, part="methods", about=way.about, plan=_plan(way, sampler),
+                    diversify=() if way.method is None else (way.method,),
                     method=name, against=f"{sampler}-{run}-distilled",
                 )  # fmt: skip
     main_space = labs.judge.spaces[0]
@@ -225,120 +217,95 @@ def settings_of(labs: Labs) -> Json:
 def summary(rows: Mapping[str, Json], each: Sequence[Json], spaces: Sequence[str]) -> Json:
     """A line a way and sampler: means over prompts and training runs, both drawn for intervals."""
     prompts = list(dict.fromkeys(row["prompt"] for row in each))
-    place = {prompt: n for n, prompt in enumerate(prompts)}
-    held: dict[tuple[str, str, str], np.ndarray] = {}
+    values: dict[tuple[str, str, str], np.ndarray] = {}
     for row in each:
         for key in ("diversity", "score", "nearest"):
-            key_of = (row["case"], row["space"], key)
-            held.setdefault(key_of, np.full(len(prompts), np.nan))[place[row["prompt"]]] = row[key]
+            of_case = values.setdefault(
+                (row["case"], row["space"], key), np.full(len(prompts), np.nan)
+            )
+            of_case[prompts.index(row["prompt"])] = row[key]
     rng = np.random.default_rng(0)
     picks = rng.integers(len(prompts), size=(RESAMPLES, len(prompts)))
     runs = rng.integers(len(RUNS), size=(RESAMPLES, len(RUNS)))
-    found: Json = {}
+    draws = (runs[:, :, None], picks[:, None, :])
+    lines: Json = {}
     for sampler in SAMPLERS:
         for name, way in WAYS.items():
-            cases = [f"{sampler}-{run}-{name}" for run in RUNS]
-            alone = [f"{sampler}-{run}-distilled" for run in RUNS]
+            own, alone, hybrid = (
+                [f"{sampler}-{run}-{of}" for run in RUNS] for of in (name, "distilled", "hybrid")
+            )
 
-            def stacked(wanted: Sequence[str], space: str, key: str) -> np.ndarray:
-                return np.stack([held[case, space, key] for case in wanted])
+            def stacked(cases: Sequence[str], space: str, key: str) -> np.ndarray:
+                return np.stack([values[case, space, key] for case in cases])
 
+            frechets = [rows[case]["spaces"][spaces[0]]["frechet"]["value"] for case in own]
             line: Json = {
                 "sampler": sampler,
                 "way": name,
                 "about": way.about,
-                "passes": rows[cases[0]]["passes"],
-                "networks": rows[cases[0]]["networks"],
-                "frechet": _over_runs(
-                    [rows[case]["spaces"][spaces[0]]["frechet"] for case in cases]
-                ),
-            }
+                "passes": rows[own[0]]["passes"],
+                "networks": rows[own[0]]["networks"],
+                "frechet": {
+                    "value": float(np.mean(frechets)), "low": min(frechets), "high": max(frechets),
+                    "each": [round(v, 5) for v in frechets],
+                },
+            }  # fmt: skip
             for space in spaces:
-                three = [
-                    stacked(c, space, "diversity") for c in (cases, ["base"] * len(RUNS), alone)
-                ]
-                line[f"diversity@{space}"] = _mean(three[0], picks, runs)
-                line[f"recovered@{space}"] = _ratio(three, picks, runs)
-                own, base, lone = three
-                hybrid = stacked([f"{sampler}-{run}-hybrid" for run in RUNS], space, "diversity")
-                less = (own - hybrid + lone, base, lone)
-                line[f"less_hybrid@{space}"] = _ratio(less, picks, runs)
-            score = stacked(cases, spaces[0], "score") - held["base", spaces[0], "score"]
-            line["score_less_base"] = _mean(score, picks, runs)
-            line["nearest"] = _mean(stacked(cases, spaces[0], "nearest"), picks, runs)
-            found[f"{sampler} {name}"] = line
-    return found
+                ways = (own, alone, hybrid, ["base"] * len(RUNS))
+                mine, least, rival, most = (stacked(cases, space, "diversity") for cases in ways)
+                line[f"diversity@{space}"] = _mean(mine, draws)
+                line[f"recovered@{space}"] = _ratio(mine - least, most - least, draws)
+                line[f"less_hybrid@{space}"] = _ratio(mine - rival, most - least, draws)
+            score = stacked(own, spaces[0], "score") - values["base", spaces[0], "score"]
+            line["score_less_base"] = _mean(score, draws)
+            line["nearest"] = _mean(stacked(own, spaces[0], "nearest"), draws)
+            lines[f"{sampler} {name}"] = line
+    return lines
 
 
-def _frechet(row: Json, space: str) -> Json:
-    return row["spaces"][space]["frechet"]
-
-
-def _mean(values: np.ndarray, picks: np.ndarray, runs: np.ndarray) -> Json:
+def _mean(values: np.ndarray, draws: tuple[np.ndarray, ...]) -> Json:
     """values [runs, prompts]"""
-    drawn = values[runs[:, :, None], picks[:, None, :]].mean((1, 2))
-    low, high = np.percentile(drawn, [2.5, 97.5])
     each = values.mean(1)
-    return {"value": float(each.mean()), "low": float(low), "high": float(high),
-            "each": [round(float(v), 5) for v in each]}  # fmt: skip
+    mean = percentiles(float(each.mean()), values[draws].mean((1, 2)))
+    return {**mean._asdict(), "each": [round(float(v), 5) for v in each]}
 
 
-def _ratio(three: Sequence[np.ndarray], picks: np.ndarray, runs: np.ndarray) -> Json:
-    """(own - alone)/(base - alone) of means; prompts and runs are drawn for all three together."""
-    own, base, alone = three
-    back, lost = own - alone, base - alone
-    at = (runs[:, :, None], picks[:, None, :])
-    drawn = back[at].mean((1, 2)) / lost[at].mean((1, 2))
-    low, high = np.percentile(drawn, [2.5, 97.5])
+def _ratio(back: np.ndarray, lost: np.ndarray, draws: tuple[np.ndarray, ...]) -> Json:
+    """back / lost, of means; prompts and runs are drawn for both together."""
+    ratios = back[draws].mean((1, 2)) / lost[draws].mean((1, 2))
+    share = percentiles(float(back.mean() / lost.mean()), ratios)
     each = back.mean(1) / lost.mean(1)
-    return {"value": float(back.mean() / lost.mean()), "low": float(low), "high": float(high),
-            "each": [round(float(v), 4) for v in each]}  # fmt: skip
-
-
-def _over_runs(found: Sequence[Json]) -> Json:
-    values = [own["value"] for own in found]
-    return {"value": float(np.mean(values)), "low": min(values), "high": max(values),
-            "each": [round(v, 5) for v in values]}  # fmt: skip
+    return {**share._asdict(), "each": [round(float(v), 4) for v in each]}
 
 
 def table(report: Json) -> str:
     """The lines for a terminal, and for a page."""
     spaces = [space["name"] for space in report["spaces"]]
-    heads = ["way", "passes", "UNets", *(f"recovered, {name.partition('-')[0]}" for name in spaces)]
+    heads = ["passes", "UNets", *(f"recovered, {name.partition('-')[0]}" for name in spaces)]
     heads += ["score less the base's, 1/1000", "Frechet", "nearest"]
     blocks: list[str] = []
     for sampler in SAMPLERS:
-        lines = [f"| {sampler}: {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-        for line in report["ways"].values():
-            if line["sampler"] != sampler:
-                continue
-            cells = [line["about"], f"{line['passes']:g}", str(line["networks"])]
-            cells += [_told(line[f"recovered@{name}"], 100, 0) for name in spaces]
-            cells += [_told(line["score_less_base"], 1000, 1), f"{line['frechet']['value']:.3f}",
-                      _told(line["nearest"], 1, 1)]  # fmt: skip
-            lines.append(f"| {' | '.join(cells)} |")
-        blocks.append("\n".join(lines))
+        rows = [
+            [
+                line["about"], f"{line['passes']:g}", line["networks"],
+                *(bracketed(line[f"recovered@{name}"], 100) for name in spaces),
+                bracketed(line["score_less_base"], 1000, ".1f"), f"{line['frechet']['value']:.3f}",
+                bracketed(line["nearest"], 1, ".1f"),
+            ]
+            for line in report["ways"].values()
+            if line["sampler"] == sampler
+        ]  # fmt: skip
+        blocks.append(markdown([f"{sampler}: way", *heads], rows))
     return "\n\n".join(blocks)
-
-
-def _told(found: Json, scale: float, digits: int) -> str:
-    value, low, high = (scale * found[key] for key in ("value", "low", "high"))
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def plot(report: Json, path: Path) -> None:
     """Recovered diversity against Frechet distance, a panel a sampler."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     space = report["spaces"][0]["name"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5.6), sharex=True, sharey=True)
+    figure, axes = pyplot().subplots(1, 2, figsize=(13, 5.6), sharex=True, sharey=True)
     spots: dict[str, list[Spot]] = {sampler: [] for sampler in SAMPLERS}
     for line in report["ways"].values():
         x, y = interval(line[f"recovered@{space}"], 100.0), interval(line["frechet"])
-        assert x is not None and y is not None
         two = line["networks"] > 1
         colour = "#7b2d8b" if two else "#33658a" if line["passes"] <= 4 else "#b7791f"
         axis = axes[[*SAMPLERS].index(line["sampler"])]
@@ -351,7 +318,6 @@ def plot(report: Json, path: Path) -> None:
     for axis, sampler in zip(axes, SAMPLERS, strict=True):
         axis.set_title(f"students sampled with {sampler}", fontsize=10, loc="left")
         axis.set_xlabel("lost diversity that comes back, %, with 95 % interval")
-        axis.spines[["top", "right"]].set_visible(False)
         axis.axvline(100, color="#999", lw=0.7, ls="--")
     axes[0].set_ylabel("Frechet distance to the training pictures; range of three runs")
     figure.tight_layout()

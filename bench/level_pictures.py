@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from reporting import pyplot
+
 Row = Mapping[str, Any]
 COLOURS = {("base", 1): "#0072b2", ("base", 2): "#e69f00", ("base", 4): "#009e73"}
 """Three that stay apart for colour-blind eyes (Okabe and Ito, 2008)."""
@@ -20,7 +22,7 @@ TICKS = (20, 10, 5, 2, 1)
 class Panel(NamedTuple):
     """One measure: what is drawn of a row, and its interval where there is one.
 
-    named  whether the lines of base and student alone are told by name
+    named  whether the lines of base and student alone have their names beside them
     """
 
     title: str
@@ -50,18 +52,13 @@ PANELS = (
 
 def draw(report: Mapping[str, Any], path: Path) -> None:
     """Four panels over one axis of levels, noise falling to the right."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False})
-    figure, grid = plt.subplots(2, 2, figsize=(9, 7.2), facecolor="#fbfaf7", sharex=True)
+    plots = pyplot()
+    figure, grid = plots.subplots(2, 2, figsize=(9, 7.2), facecolor="#fbfaf7", sharex=True)
     rows = list(report["cases"].values())
     for axis, panel in zip(grid.flat, PANELS, strict=True):
         for process in STYLES:
-            for kind in (*COLOURS, CONTROL):
-                _curve(axis, panel, process, kind, rows)
+            for steps in (*COLOURS, CONTROL):
+                _curve(axis, panel, process, steps, rows)
         _ends(axis, panel, rows)
         _dress(axis, panel)
     for axis in grid[1]:
@@ -69,21 +66,21 @@ def draw(report: Mapping[str, Any], path: Path) -> None:
     _legend(figure, report)
     figure.tight_layout(rect=(0, 0.105, 1, 1))
     figure.savefig(path, dpi=150)
-    plt.close(figure)
+    plots.close(figure)
 
 
-def _curve(axis: Any, panel: Panel, process: str, kind: tuple[str, int], rows: list[Row]) -> None:
+def _curve(axis: Any, panel: Panel, process: str, steps: tuple[str, int], rows: list[Row]) -> None:
     own = sorted(
-        (row for row in rows if (row["first"], row["k"]) == kind and row["process"] == process),
+        (row for row in rows if (row["first"], row["k"]) == steps and row["process"] == process),
         key=lambda row: -row["sdxl_sigma"],
     )
     if not own:
         return
-    levels = [row["sdxl_sigma"] * ASIDE.get(kind, 1.0) for row in own]
+    levels = [row["sdxl_sigma"] * ASIDE.get(steps, 1.0) for row in own]
     values = [panel.value(row) for row in own]
     line, mark = STYLES[process]
-    colour = COLOURS.get(kind, GREY)
-    width = 1.6 if kind in COLOURS else 1.1
+    colour = COLOURS.get(steps, GREY)
+    width = 1.6 if steps in COLOURS else 1.1
     axis.plot(levels, values, ls=line, color=colour, lw=width, zorder=3)
     filled = [colour if row["trained"] else "#fbfaf7" for row in own]
     sizes = [46 if row["trained"] else 16 for row in own]
@@ -124,8 +121,8 @@ def _dress(axis: Any, panel: Panel) -> None:
 def _legend(figure: Any, report: Mapping[str, Any]) -> None:
     from matplotlib.lines import Line2D
 
-    def line(told: str, colour: str, style: str = "-", mark: str = "", **more: Any) -> Any:
-        return Line2D([], [], color=colour, ls=style, marker=mark, label=told, **more)
+    def line(label: str, colour: str, style: str = "-", mark: str = "", **more: Any) -> Any:
+        return Line2D([], [], color=colour, ls=style, marker=mark, label=label, **more)
 
     handles = [
         line(f"base takes {k} step{'s' * (k > 1)}", colour) for (_, k), colour in COLOURS.items()

@@ -16,16 +16,15 @@ The base takes them, or as a control the student itself takes one step: what L c
 since at most levels the student is off the timesteps that it was trained on. recovered = (a plan's
 diversity - the student's alone) / (the base's - the student's alone), each within one process
 (flow-top has the ends of flow).
-Levels are told as SDXL would have them: the pair's divided by DEMO_RATIO. Each finished case is
+Levels are as SDXL would have them: the pair's divided by DEMO_RATIO. Each finished case is
 kept in WORK/levels, so the script goes on where it was ended.
 """
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -33,6 +32,7 @@ import flow_pair
 import harness
 import level_pictures
 import numpy as np
+import reporting
 from flow_pair import Model
 from measured import (
     RESAMPLES,
@@ -40,9 +40,9 @@ from measured import (
     Array,
     Judges,
     Sampled,
+    cached,
     each_diversity,
     interval,
-    kept,
     measure,
     recovered,
     row,
@@ -51,9 +51,10 @@ from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
+from headstart.metrics.resample import percentiles
 from headstart.metrics.scorer import load_scorer
 from headstart.plan.pairs import DEMO_RATIO, DEMO_SCHEDULE, DEMO_TIMESTEPS
-from headstart_weights.recipe.dataset import compose_caption
+from headstart.study.lists import DEMO, read_prompts
 
 LANDINGS = (979, 951, 899, 851, 800, 749, 646, 547, 499, 249)
 """Timesteps L: sigma 13.0 to 0.69 as SDXL would have it, three of them the student's own."""
@@ -112,23 +113,23 @@ def _from_top(plan: hs.Plan) -> hs.Plan:
 
 def cases() -> dict[str, Case]:
     """Both ends of each process, then every level; the control takes its level in one step."""
-    made: list[Case] = []
+    every: list[Case] = []
     grids: tuple[tuple[Process, tuple[int, ...]], ...] = (("vp", LANDINGS), ("flow", ROWS))
     for process, landings in grids:
-        made += [Case(process, "base"), Case(process, "distilled")]
+        every += [Case(process, "base"), Case(process, "distilled")]
         for landing in landings:
-            made += [Case(process, "base", k, landing) for k in COUNTS]
-            made.append(Case(process, "distilled", 1, landing))
-    made += [Case("flow-top", "base", 1, row) for row in TOP_ROWS]
-    return {case.name: case for case in made}
+            every += [Case(process, "base", k, landing) for k in COUNTS]
+            every.append(Case(process, "distilled", 1, landing))
+    every += [Case("flow-top", "base", 1, row) for row in TOP_ROWS]
+    return {case.name: case for case in every}
 
 
 def main() -> None:
-    options = _parse()
-    prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
+    parser = harness.options(__doc__, "level.json", seeds=16, work=Path("runs/demo"))
+    options = parser.parse_args()
     lab = Lab(
         engines(),
-        Judges(load_scorer(headstart_weights.path("scorer")), prompts, None),
+        Judges(load_scorer(headstart_weights.path("scorer")), read_prompts(DEMO).prompts, None),
         harness.fresh_seeds("levels", options.seeds),
         options.work / "levels",
     )
@@ -137,14 +138,6 @@ def main() -> None:
     harness.write_json(options.out, report)
     print(table(report))
     level_pictures.draw(report, options.out.with_suffix(".png"))
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=16)
-    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/level.json"))
-    return parser.parse_args()
 
 
 def engines() -> dict[str, hs.Engine]:
@@ -167,20 +160,16 @@ class Lab(NamedTuple):
         """The level at which the student goes on, as SDXL would have it."""
         if case.landing is None:
             return None
-        rows = self.table(case).steps[: case.k]
-        return rows[-1].sigma_next / DEMO_RATIO
+        return self.table(case)[case.k - 1].sigma_next / DEMO_RATIO
 
     def sampled(self, case: Case) -> Sampled:
         """The measured case, from its file where that is of the same rows, weights and seeds."""
         table = self.table(case)
         weights = [file.sha256 for file in headstart_weights.manifest().files]
         rows = [table.start, table.schedule, *(list(step) for step in table)]
-        asked = [weights, rows, list(self.judges.prompts), self.seeds[0], len(self.seeds)]
-        key = hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:24]
-        engine = self.engines[case.process]
-        return kept(
-            self.folder / f"{key}.npz", lambda: measure(engine, self.judges, table, self.seeds)
-        )
+        identity = [weights, rows, list(self.judges.prompts), self.seeds[0], len(self.seeds)]
+        draw = partial(measure, self.engines[case.process], self.judges, table, self.seeds)
+        return cached(self.folder, identity, draw)
 
 
 def report_of(sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]:
@@ -203,7 +192,7 @@ def report_of(sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]:
 def _row(case: Case, sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]:
     own = sampled[case.name]
     level = lab.level(case)
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "process": case.process,
         "first": case.first,
         "k": case.k,
@@ -213,32 +202,22 @@ def _row(case: Case, sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]
         "trained": case.process == "vp" and (case.landing or 999) in DEMO_TIMESTEPS,
         **row(own),
     }
-    base = sampled[f"{_whole(case.process)} base alone"]
-    found["score_to_base"] = interval((own.score - base.score).mean(1))
+    base, _ = _ends(case.process, sampled)
+    numbers["score_to_base"] = interval((own.score - base.score).mean(1))
     for key, space in zip(KEYS, SPACES, strict=True):
-        found[key] = recovered(*_ends(case.process, space, sampled), _by_prompt(own, space))
-    return found
+        numbers[key] = recovered(own, *_ends(case.process, sampled), space)
+    return numbers
 
 
-def _ends(process: str, space: str, sampled: Mapping[str, Sampled]) -> tuple[Array, Array]:
-    """Diversity by prompt of the base and of the student, each alone in this process."""
-    whole = _whole(process)
-    base, student = (sampled[f"{whole} {model} alone"] for model in ("base", "distilled"))
-    return _by_prompt(base, space), _by_prompt(student, space)
-
-
-def _whole(process: str) -> str:
-    """The process whose ends a case is measured by."""
-    return process.removesuffix("-top")
-
-
-def _by_prompt(own: Sampled, space: str) -> Array:
-    return each_diversity(getattr(own, space))
+def _ends(process: str, sampled: Mapping[str, Sampled]) -> tuple[Sampled, Sampled]:
+    """The base and the student, each alone in the process; flow-top has those of flow."""
+    whole = process.removesuffix("-top")
+    return sampled[f"{whole} base alone"], sampled[f"{whole} distilled alone"]
 
 
 def _halves(sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]:
     """The level at which a curve reaches one half, with an interval over prompts."""
-    found: dict[str, Any] = {}
+    halves: dict[str, Any] = {}
     for process in ("vp", "flow"):
         for k in COUNTS:
             curve = [
@@ -248,10 +227,10 @@ def _halves(sampled: Mapping[str, Sampled], lab: Lab) -> dict[str, Any]:
             ]
             levels = np.array([lab.level(case) for case in curve])
             for key, space in zip(KEYS, SPACES, strict=True):
-                own = np.stack([_by_prompt(sampled[case.name], space) for case in curve])
-                at = _half(levels, own, *_ends(process, space, sampled))
-                found[f"{process} k={k} {key}"] = at
-    return found
+                own = np.stack([each_diversity(sampled[case.name], space) for case in curve])
+                ends = (each_diversity(end, space) for end in _ends(process, sampled))
+                halves[f"{process} k={k} {key}"] = _half(levels, own, *ends)
+    return halves
 
 
 def _half(levels: Array, own: Array, base: Array, student: Array) -> dict[str, float | None]:
@@ -265,8 +244,7 @@ def _half(levels: Array, own: Array, base: Array, student: Array) -> dict[str, f
     value, drawn = ats[0], ats[1:]
     if np.isnan(ats).mean() > 0.02:  # a curve that begins above one half has no such level
         return {"value": None if np.isnan(value) else float(value), "low": None, "high": None}
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return {"value": float(value), "low": float(low), "high": float(high)}
+    return percentiles(float(value), drawn[~np.isnan(drawn)])._asdict()
 
 
 def crossing(levels: Array, share: Array, at: float = 0.5) -> float:
@@ -281,49 +259,46 @@ def crossing(levels: Array, share: Array, at: float = 0.5) -> float:
 
 def table(report: Mapping[str, Any]) -> str:
     """The numbers for a terminal, and for a page: a block of lines a measure and process."""
-    told: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    measures: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
         "recovered": lambda own: _share(own["recovered"]),
         "recovered, by structure": lambda own: _share(own["recovered_structure"]),
-        "1000 x (prompt score less the base's)": lambda own: _thousandths(own["score_to_base"]),
+        "1000 x (prompt score less the base's)": lambda own: reporting.bracketed(
+            own["score_to_base"], 1000, "+.1f"
+        ),
         "Frechet / named right": lambda own: (
             f"{own['frechet']:.3f} / {100 * own['top1']['value']:.1f} %"
         ),
     }
-    blocks: list[str] = []
-    for process in ("vp", "flow"):
-        for title, cell in told.items():
-            blocks.append(_block(report["cases"], process, title, cell))
-    tops = [own for own in report["cases"].values() if own["process"] == "flow-top"]
-    for own in tops:
-        shares = ", by structure ".join(_share(own[key]) for key in KEYS)
-        blocks.append(f"flow from the pair's top to {own['sdxl_sigma']:.2f}: {shares}")
-    return "\n\n".join(blocks) + "\n\n" + json.dumps(report["half"], indent=1)
+    blocks = [
+        _block(report["cases"], process, title, cell)
+        for process in ("vp", "flow")
+        for title, cell in measures.items()
+    ]
+    for own in report["cases"].values():
+        if own["process"] == "flow-top":
+            shares = ", by structure ".join(_share(own[key]) for key in KEYS)
+            blocks.append(f"flow from the pair's top to {own['sdxl_sigma']:.2f}: {shares}")
+    return "\n\n".join((*blocks, json.dumps(report["half"], indent=1)))
 
 
 def _block(
-    rows: Mapping[str, Any], process: str, title: str, cell: Callable[[Mapping[str, Any]], str]
+    cases: Mapping[str, Any], process: str, title: str, cell: Callable[[Mapping[str, Any]], str]
 ) -> str:
-    lines = [f"| {process}: {title} | k=1 | k=2 | k=4 | control |", "|---|---|---|---|---|"]
-    own = [found for found in rows.values() if found["process"] == process]
+    own = [case for case in cases.values() if case["process"] == process]
+    rows: list[tuple[str | None, ...]] = []
     for model in ("base", "distilled"):
-        alone = next(f for f in own if f["landing"] is None and f["first"] == model)
-        lines.append(f"| {model} alone | {cell(alone)} | | | |")
-    for level in sorted({f["sdxl_sigma"] for f in own if f["sdxl_sigma"]}, reverse=True):
-        here = {(f["first"], f["k"]): f for f in own if f["sdxl_sigma"] == level}
-        cells = [cell(here["base", k]) for k in COUNTS] + [cell(here["distilled", 1])]
+        alone = next(c for c in own if c["landing"] is None and c["first"] == model)
+        rows.append((f"{model} alone", cell(alone), None, None, None))
+    for level in sorted({c["sdxl_sigma"] for c in own if c["sdxl_sigma"]}, reverse=True):
+        here = {(c["first"], c["k"]): c for c in own if c["sdxl_sigma"] == level}
         mark = " *" if here["base", 1]["trained"] else ""
-        lines.append(f"| {level:.2f}{mark} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        columns = (*(("base", k) for k in COUNTS), ("distilled", 1))
+        rows.append((f"{level:.2f}{mark}", *(cell(here[column]) for column in columns)))
+    return reporting.markdown((f"{process}: {title}", "k=1", "k=2", "k=4", "control"), rows)
 
 
-def _share(found: Mapping[str, float]) -> str:
-    value, low, high = (round(100 * found[key]) for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
-
-
-def _thousandths(found: Mapping[str, float]) -> str:
-    value, low, high = (1000 * found[key] for key in ("value", "low", "high"))
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
+def _share(share: Mapping[str, float]) -> str:
+    return reporting.bracketed(share, 100, "z.0f")
 
 
 if __name__ == "__main__":

@@ -17,13 +17,14 @@ import json
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+import harness
 import numpy as np
-from harness import interleaved, machine, write_json
 
-RESULT = Path(__file__).parent / "results" / "load.json"
 PAGE = 4096
 
 
@@ -38,62 +39,56 @@ def touch(path: Path) -> object:
 def read(path: Path) -> int:
     buffer, count = bytearray(4 << 20), 0
     with open(path, "rb", buffering=0) as file:
-        while got := file.readinto(buffer):
-            count += got
+        while size := file.readinto(buffer):
+            count += size
     return count
 
 
-def load(path: Path, kind: str = "half", touched: bool = False) -> object:
+def load(path: Path, stored: bool = False, touched: bool = False) -> object:
     import torch
 
     from headstart.networks.load import load_unet
 
-    dtype = {"half": torch.float16, "stored": "stored", "float32": torch.float32}[kind]
-    unet = load_unet(path, dtype=dtype)  # pyright: ignore[reportArgumentType]
+    unet = load_unet(path, dtype="stored" if stored else torch.float16)
     if touched:
-        for tensor in unet.state_dict().values():
-            flat = tensor.view(torch.uint8).flatten()
-            int(flat[::PAGE].sum(dtype=torch.int64))
+        _touch_all(unet.state_dict())
     return unet
 
 
 def peer(path: Path) -> object:
     """safetensors' own reader, every page touched."""
-    import torch
     from safetensors.torch import load_file
 
     tensors = load_file(path)
+    _touch_all(tensors)
+    return tensors
+
+
+def _touch_all(tensors: Mapping[str, Any]) -> None:
+    import torch
+
     for tensor in tensors.values():
         int(tensor.flatten().view(torch.uint8)[::PAGE].sum(dtype=torch.int64))
-    return tensors
 
 
 CASES: dict[str, Callable[[Path], object]] = {
     "touch": touch,
     "read": read,
     "load_unet": load,
-    "load_unet+touch": lambda path: load(path, touched=True),
-    "load_unet stored": lambda path: load(path, "stored"),
-    "load_unet stored+touch": lambda path: load(path, "stored", touched=True),
+    "load_unet+touch": partial(load, touched=True),
+    "load_unet stored": partial(load, stored=True),
+    "load_unet stored+touch": partial(load, stored=True, touched=True),
     "safetensors load_file+touch": peer,
 }
 
 
-def memory() -> dict[str, int]:
-    """Resident bytes of this process: anonymous, of files, and the most there ever were."""
-    names = {"RssAnon": "anonymous", "RssFile": "file", "VmHWM": "peak"}
-    lines = Path("/proc/self/status").read_text().splitlines()
-    pairs = (line.split(":") for line in lines)
-    return {names[k]: int(v.split()[0]) * 1024 for k, v in pairs if k in names}
-
-
 def extra(path: Path, case: str) -> dict[str, int]:
     """What a case adds to a process that has its imports already, in a fresh process."""
-    told = subprocess.run(
+    done = subprocess.run(
         [sys.executable, __file__, str(path), "--case", case],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
-    return json.loads(told.stdout)
+    return json.loads(done.stdout)
 
 
 def measure(path: Path, case: str) -> dict[str, int]:
@@ -102,48 +97,44 @@ def measure(path: Path, case: str) -> dict[str, int]:
     import headstart.networks.load  # noqa: F401
 
     torch.zeros(1)
-    before = memory()
-    held = CASES[case](path)
-    after = memory()
-    del held
-    return {key: after[key] - before[key] for key in before}
+    before = harness.resident_bytes()
+    loaded = CASES[case](path)
+    after = harness.resident_bytes()
+    del loaded
+    return {key: after[key] - before[key] for key in ("peak", "anonymous", "file")}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = harness.options(__doc__, "load.json", rounds=5)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.case:
         print(json.dumps(measure(args.file, args.case)))
         return
     size = args.file.stat().st_size
-    started = machine()
-    spread = interleaved(
-        {name: lambda case=case: case(args.file) for name, case in CASES.items()}, args.rounds
-    )
-    base = spread["touch"]["p50"]
+    started = harness.machine()
+    calls = {name: partial(case, args.file) for name, case in CASES.items()}
+    times = harness.interleaved(calls, args.rounds)
+    base = times["touch"]["p50"]
     cases = {
         name: {
             "seconds": seconds,
             "times_touch": seconds["p50"] / base,
-            "extra_bytes": (held := extra(args.file, name)),
-            "anonymous_share_of_file": held["anonymous"] / size,
+            "extra_bytes": (added := extra(args.file, name)),
+            "anonymous_share_of_file": added["anonymous"] / size,
         }
-        for name, seconds in spread.items()
+        for name, seconds in times.items()
     }
-    write_json(
-        RESULT,
-        {
-            "question": "what does loading a UNet cost beside touching its bytes?",
-            "evidence": "measured, page cache warm",
-            "file_bytes": size,
-            "rounds": args.rounds,
-            "machine": started,
-            "cases": cases,
-        },
-    )
+    report = {
+        "question": "what does loading a UNet cost beside touching its bytes?",
+        "evidence": "measured, page cache warm",
+        "file_bytes": size,
+        "rounds": args.rounds,
+        "machine": started,
+        "cases": cases,
+    }
+    harness.write_json(args.out, report)
     for name, case in cases.items():
         print(
             f"{name:<28} {case['seconds']['p50']:7.3f} s  {case['times_touch']:6.2f}x touch  "

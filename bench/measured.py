@@ -8,12 +8,15 @@ nearest    root mean square, in levels of 255, to the nearest training picture o
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import reporting
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
@@ -26,6 +29,7 @@ from headstart.metrics.fidelity import frechet_gaussian
 from headstart.metrics.greys import structure_extractor
 from headstart.metrics.metrics import diversity, vendi
 from headstart.metrics.scorer import Scorer
+from headstart.study.lab import nearest
 from headstart_weights.recipe.dataset import load_dataset
 
 Array = NDArray[np.float64]
@@ -67,78 +71,56 @@ def training_pictures(work: Path) -> torch.Tensor | None:
 
 
 def measure(
-    engine: hs.Engine,
-    judges: Judges,
-    plan: str | hs.Plan | hs.StepTable,
-    seeds: Sequence[int],
-    settings: Mapping[str, Any] | None = None,
+    engine: hs.Engine, judges: Judges, plan: str | hs.Plan | hs.StepTable, seeds: Sequence[int]
 ) -> Sampled:
     """Every prompt with every seed."""
     begin = time.perf_counter()
     greys = structure_extractor()
     parts: list[dict[str, Any]] = []
-    for own, prompt in enumerate(judges.prompts):
-        done = engine.sample(prompt, plan=plan, seeds=seeds, batch=64, **(settings or {}))
+    for number, prompt in enumerate(judges.prompts):
+        done = engine.sample(prompt, plan=plan, seeds=seeds, batch=64)
         rgb = done.rgb.cpu()
         pixels = rgb.permute(0, 3, 1, 2).float() / 127.5 - 1.0
         with torch.inference_mode():
             features = judges.scorer.features(pixels).double().numpy()
             cosines = judges.scorer.score(pixels, judges.prompts)
-        parts.append(
-            {
-                "features": features,
-                "structure": greys.features(rgb.numpy()),
-                "right": (cosines.argmax(1) == own).double().numpy(),
-                "score": cosines[:, own].double().numpy(),
-                "nearest": _nearest(rgb, judges.training),
-                "saturation": float((pixels.amax(1) - pixels.amin(1)).mean()),
-                "passes": done.passes,
-            }
-        )
-    stacked = {
-        name: np.stack([part[name] for part in parts])
-        for name in ("features", "structure", "right", "score")
-    }
-    near = None if judges.training is None else np.stack([part["nearest"] for part in parts])
-    saturation = float(np.mean([part["saturation"] for part in parts]))
-    return Sampled(
-        **stacked,
-        nearest=near,
-        saturation=saturation,
-        passes=parts[0]["passes"],
-        seconds=time.perf_counter() - begin,
-    )
+        own: dict[str, Any] = {
+            "features": features,
+            "structure": greys.features(rgb.numpy()),
+            "right": (cosines.argmax(1) == number).double().numpy(),
+            "score": cosines[:, number].double().numpy(),
+            "saturation": float((pixels.amax(1) - pixels.amin(1)).mean()),
+            "passes": done.passes,
+        }
+        if judges.training is not None:
+            own["nearest"] = nearest(rgb.numpy(), judges.training)
+        parts.append(own)
+    values: dict[str, Any] = {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+    values["saturation"] = float(values["saturation"].mean())
+    values["passes"] = parts[0]["passes"]
+    return Sampled(**{"nearest": None, **values}, seconds=time.perf_counter() - begin)
 
 
-def kept(path: Path, draw: Callable[[], Sampled]) -> Sampled:
-    """The case in `path`, or drawn and then written there: a script goes on where it was ended."""
+def cached(folder: Path, identity: object, draw: Callable[[], Sampled]) -> Sampled:
+    """The case of this identity in `folder`, or drawn and written there: a script that was ended
+    goes on where it was."""
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:24]
+    path = folder / f"{key}.npz"
     if path.exists():
-        with np.load(path) as held:
-            values = {name: _plain(held[name]) for name in held.files}
-            return Sampled(**{"nearest": None, **values})
-    found = draw()
-    path.parent.mkdir(parents=True, exist_ok=True)
+        with np.load(path) as arrays:
+            values = {k: v.item() if v.ndim == 0 else v for k, v in arrays.items()}
+        return Sampled(**{"nearest": None, **values})
+    sampled = draw()
+    folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial.npz")
-    np.savez(partial, **{k: np.array(v) for k, v in found._asdict().items() if v is not None})
+    np.savez(partial, **{k: np.array(v) for k, v in sampled._asdict().items() if v is not None})
     partial.replace(path)
-    return found
+    return sampled
 
 
-def _plain(value: np.ndarray) -> Any:
-    return value.item() if value.ndim == 0 else value
-
-
-def _nearest(rgb: torch.Tensor, training: torch.Tensor | None) -> Array | None:
-    if training is None:
-        return None
-    flat = rgb.flatten(1).float()
-    return (torch.cdist(flat, training).amin(1) / flat.shape[1] ** 0.5).double().numpy()
-
-
-def each_diversity(features: Array, sets: int = 1) -> Array:
-    """[P]: the mean over seed sets, so that equally many samples are compared."""
-    parts = np.split(features, sets, axis=1)
-    return np.mean([[diversity(prompt) for prompt in part] for part in parts], axis=0)
+def each_diversity(sampled: Sampled, space: str) -> Array:
+    """[P]: of each prompt, in one of SPACES."""
+    return np.array([diversity(prompt) for prompt in getattr(sampled, space)])
 
 
 def interval(values: Array) -> dict[str, float]:
@@ -146,21 +128,21 @@ def interval(values: Array) -> dict[str, float]:
     return resample.bootstrap_mean(values, RESAMPLES)._asdict()
 
 
-def recovered(base: Array, distilled: Array, own: Array) -> dict[str, float]:
-    """The share of the lost diversity that comes back, from each's diversity by prompt [P]."""
-    return resample.recovered(own, base, distilled, resamples=RESAMPLES)._asdict()
+def recovered(own: Sampled, base: Sampled, distilled: Sampled, space: str) -> dict[str, float]:
+    """The share of the lost diversity that comes back, prompts drawn together for all three."""
+    three = (each_diversity(sampled, space) for sampled in (own, base, distilled))
+    return resample.recovered(*three, resamples=RESAMPLES)._asdict()
 
 
-def row(sampled: Sampled, sets: int = 1) -> dict[str, Any]:
+def row(sampled: Sampled) -> dict[str, Any]:
     """One case's numbers."""
     flat = sampled.features.reshape(-1, sampled.features.shape[-1])
     reference = load_file(headstart_weights.path("reference"))
-    parts = np.split(sampled.features, sets, axis=1)
     return {
         "passes": sampled.passes,
-        "diversity": interval(each_diversity(sampled.features, sets)),
-        "structure": interval(each_diversity(sampled.structure, sets)),
-        "vendi": float(np.mean([vendi(prompt) for part in parts for prompt in part])),
+        "diversity": interval(each_diversity(sampled, "features")),
+        "structure": interval(each_diversity(sampled, "structure")),
+        "vendi": float(np.mean([vendi(prompt) for prompt in sampled.features])),
         "top1": interval(sampled.right.mean(1)),
         "score": interval(sampled.score.mean(1)),
         "frechet": frechet_gaussian(
@@ -176,25 +158,24 @@ def row(sampled: Sampled, sets: int = 1) -> dict[str, Any]:
 
 def table(rows: Mapping[str, Any]) -> str:
     """The rows for a terminal, and for a page."""
+    heads = ("case", "passes", "diversity [95 %]", "recovered [95 %]", "by structure", "Vendi",
+             "top-1", "Frechet", "nearest")  # fmt: skip
     lines = [
-        "| case | passes | diversity [95 %] | recovered [95 %] | by structure | Vendi | top-1 | "
-        "Frechet | nearest |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for name, own in rows.items():
-        spread = own["diversity"]
-        lines.append(
-            f"| {name} | {own['passes']} | {spread['value']:.4f} [{spread['low']:.4f}, "
-            f"{spread['high']:.4f}] | {percent(own.get('recovered'))} | "
-            f"{percent(own.get('recovered_structure'))} | {own['vendi']:.2f} | "
-            f"{100 * own['top1']['value']:.1f} % | {own['frechet']:.4f} | "
-            f"{'' if own['nearest'] is None else format(own['nearest']['value'], '.1f')} |"
+        (
+            name,
+            own["passes"],
+            reporting.bracketed(own["diversity"], 1, ".4f"),
+            percent(own.get("recovered")),
+            percent(own.get("recovered_structure")),
+            f"{own['vendi']:.2f}",
+            f"{100 * own['top1']['value']:.1f} %",
+            f"{own['frechet']:.4f}",
+            "" if own["nearest"] is None else f"{own['nearest']['value']:.1f}",
         )
-    return "\n".join(lines)
+        for name, own in rows.items()
+    ]
+    return reporting.markdown(heads, lines)
 
 
-def percent(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return ""
-    value, low, high = (100 * found[key] for key in ("value", "low", "high"))
-    return f"{value:.0f} % [{low:.0f}, {high:.0f}]"
+def percent(share: Mapping[str, float] | None) -> str:
+    return "" if share is None else reporting.bracketed(share, 100, unit=" %")

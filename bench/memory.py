@@ -11,20 +11,20 @@ operators are not counted.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import tempfile
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from harness import machine
+from harness import machine, options
+from reporting import markdown
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from untrained import hollow, in_dtype
 
 import headstart as hs
 from evidence.card import Card
@@ -43,33 +43,23 @@ CONTEXT_BYTES = 600 * 10**6
 """Of a card for the driver's context and a desktop: an assumption, not counted."""
 
 SDXL = sizes_of_family("sdxl")
-
-
-def hollow(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """A safetensors file of float16 tensors whose data is a hole."""
-    header: dict[str, object] = {}
-    end = 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * math.prod(shape)
-        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps(header).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
+HEADS = ("card", "take turns", "decode", "peak", "moved a picture", "more for a new prompt")
 
 
 def files(folder: Path) -> dict[str, Path]:
     """base, distilled, vae and text of SDXL."""
-    hollow(folder / "text/text_encoder/model.safetensors", blueprint.clip(SDXL.text[0][0]))
-    hollow(folder / "text/text_encoder_2/model.safetensors", blueprint.clip(SDXL.text[1][0]))
-    return {
-        "base": hollow(folder / "base.safetensors", blueprint.unet(SDXL.unet)),
-        "distilled": hollow(folder / "distilled.safetensors", blueprint.unet(SDXL.unet)),
-        "vae": hollow(folder / "vae.safetensors", blueprint.vae(SDXL.vae)),
-        "text": folder / "text",
+    shapes = {
+        "base": blueprint.unet(SDXL.unet),
+        "distilled": blueprint.unet(SDXL.unet),
+        "vae": blueprint.vae(SDXL.vae),
+        "text/text_encoder/model": blueprint.clip(SDXL.text[0][0]),
+        "text/text_encoder_2/model": blueprint.clip(SDXL.text[1][0]),
     }
+    paths = {
+        name: hollow(folder / f"{name}.safetensors", in_dtype(table))
+        for name, table in shapes.items()
+    }
+    return {role: paths[role] for role in ("base", "distilled", "vae")} | {"text": folder / "text"}
 
 
 _LOOKS = {
@@ -203,61 +193,56 @@ def planned(folder: dict[str, Path], card_gib: int, size: int, dtype: str) -> An
             )
         except hs.InputError as error:
             return {"card_gib": card_gib, "dtype": dtype, "refused": str(error)}
-    own = residency.placements[0]
+    placement = residency.placements[0]
     return {
         "card_gib": card_gib,
         "dtype": dtype,
         "free_bytes": free,
-        "weights_bytes": dict(own.weights),
-        "turns": list(own.turns),
-        "room_bytes": own.arena,
-        "decode": own.fits[1:],
-        "need_bytes": own.need,
-        "by_picture_bytes": sum(move.size_bytes for move in own.by_picture),
-        "by_prompt_bytes": sum(move.size_bytes for move in own.by_prompt),
+        "weights_bytes": dict(placement.weights),
+        "turns": list(placement.turns),
+        "room_bytes": placement.arena,
+        "decode": placement.fits[1:],
+        "need_bytes": placement.need,
+        "by_picture_bytes": sum(move.size_bytes for move in placement.by_picture),
+        "by_prompt_bytes": sum(move.size_bytes for move in placement.by_prompt),
     }
 
 
-def row(found: Any) -> str:
+def row(case: Any) -> str:
     """One line of the table."""
-    if "refused" in found:
-        return f"| {found['card_gib']} GB | refused: {found['refused'][:90]} ... | | | | |"
-    turns = ", ".join(found["turns"]) or "nothing"
-    chunk, bands = found["decode"]
-    peak = max(found["peak_bytes"].values())
-    each, first = found["by_picture_bytes"], found["by_prompt_bytes"]
+    if "refused" in case:
+        return f"| {case['card_gib']} GB | refused: {case['refused'][:90]} ... | | | | |"
+    turns = ", ".join(case["turns"]) or "nothing"
+    chunk, bands = case["decode"]
+    peak = max(case["peak_bytes"].values())
+    each, first = case["by_picture_bytes"], case["by_prompt_bytes"]
     return (
-        f"| {found['card_gib']} GB | {turns}, room {found['room_bytes'] / 1e9:.1f} GB | "
+        f"| {case['card_gib']} GB | {turns}, room {case['room_bytes'] / 1e9:.1f} GB | "
         f"{chunk} in {bands} band{'s' * (bands > 1)} | {peak / 1e9:.2f} of "
-        f"{found['free_bytes'] / 1e9:.2f} GB | {each / 1e9:.1f} GB, {milliseconds(each):.0f} ms | "
+        f"{case['free_bytes'] / 1e9:.2f} GB | {each / 1e9:.1f} GB, {milliseconds(each):.0f} ms | "
         f"{first / 1e9:.1f} GB, {milliseconds(first):.0f} ms |"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--cards", default="24,16,12,8", help="GiB")
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--dtype", default="auto")
+    parser = options(__doc__, None, cards="24,16,12,8", size=1024, batch=1, dtype="auto")
     parser.add_argument("--float8", default="8,6", help="GiB, that dtype float8 is planned for")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    print("| card | take turns | decode | peak | moved a picture | more for a new prompt |")
-    print("|---|---|---|---|---|---|")
+    print(markdown(HEADS, []))
     cases: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
-        made = files(Path(folder))
+        paths = files(Path(folder))
         for card in filter(None, args.cards.split(",")):
-            cases.append(run(made, int(card), args.size, args.batch, dtype=args.dtype))
+            cases.append(run(paths, int(card), args.size, args.batch, dtype=args.dtype))
             print(row(cases[-1]), flush=True)
-        plans = [planned(made, int(c), args.size, "float8") for c in args.float8.split(",")]
+        plans = [planned(paths, int(c), args.size, "float8") for c in args.float8.split(",")]
     for plan in plans:
         print("planned alone:", json.dumps(plan))
     if args.json is not None:
-        facts: dict[str, Any] = {"evidence": "simulated", "size": args.size, "batch": args.batch}
-        facts |= {"cases": cases, "planned": plans}
-        args.json.write_text(json.dumps({**facts, "machine": machine()}, indent=1) + "\n")
+        report: dict[str, Any] = {"evidence": "simulated", "size": args.size, "batch": args.batch}
+        report |= {"cases": cases, "planned": plans, "machine": machine()}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

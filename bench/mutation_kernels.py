@@ -11,8 +11,9 @@ it was; see `mutations.py`.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
-from mutations import ROOT, Mutation, main
+from mutations import Mutation, main, tests
 
 DEVICE, IMPL = "kernels/headstart_kernels/device", "kernels/headstart_kernels/impl"
 STEP, NORMAL, RGB = f"{DEVICE}/step.py", f"{DEVICE}/normal.py", f"{DEVICE}/rgb.py"
@@ -20,19 +21,11 @@ PICTURE, NORM, GATE = f"{DEVICE}/picture.py", f"{DEVICE}/norm.py", f"{DEVICE}/ga
 LAYERNORM = f"{DEVICE}/layernorm.py"
 ADAPTER, DRAW = f"{DEVICE}/adapter.py", f"{DEVICE}/draw.py"
 IMPL_STEP, IMPL_NORM, IMPL_RGB = (f"{IMPL}/triton_{n}.py" for n in ("step", "norm", "rgb"))
-
-
-def in_step(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/ptx/test_step.py::test_{name}" for name in names)
-
-
-def in_pictures(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/ptx/test_pictures.py::test_{name}" for name in names)
-
-
-def in_layers(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/ptx/test_layers.py::test_{name}" for name in names)
-
+in_step, in_pictures, in_layers = (
+    partial(tests, f"ptx/test_{name}.py") for name in ("step", "pictures", "layers")
+)
+in_fused_step = partial(tests, "kernels/test_fused_step.py")
+in_winograd = partial(tests, "kernels/test_winograd.py")
 
 BITS = in_step("bits_of_every_prediction_and_update[sm_90-torch.float16]")
 EACH = in_step("rows_of_samples_have_the_reference_bits[sm_90-torch.float32]")
@@ -60,21 +53,18 @@ ADDED = in_layers("low_rank_addition_is_within_its_budget")
 RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
 IDLE = in_layers("a_sample_of_strength_0_reads_and_writes_nothing")
 
-
 API = "kernels/headstart_kernels/api.py"
-PAIRED = ("tests/kernels/test_fused_step.py::test_a_guided_pair_may_be_one_tensor",)
-OWN = ("tests/kernels/test_native.py::test_a_loops_own_step_has_the_bits_of_any_step",)
-IN_ONE_PASS = ("tests/kernels/test_fused_step.py::test_a_pair_for_a_row_of_one_pass_is_an_error",)
+PAIRED = in_fused_step("a_guided_pair_may_be_one_tensor")
+OWN = tests("kernels/test_native.py", "a_loops_own_step_has_the_bits_of_any_step")
+IN_ONE_PASS = in_fused_step("a_pair_for_a_row_of_one_pass_is_an_error")
 
 C = "kernels/headstart_kernels/native"
-COMPILED = (
-    "tests/kernels/test_dispatch.py::test_there_are_c_kernels_wherever_there_is_a_compiler",
-)
+COMPILED = tests("kernels/test_dispatch.py", "there_are_c_kernels_wherever_there_is_a_compiler")
 
 
 def in_c(name: str, file: str = "native") -> tuple[str, ...]:
     """And the one that fails where the library's own proof refuses it: the others are skipped."""
-    return (*COMPILED, f"tests/kernels/test_{file}.py::test_{name}")
+    return (*COMPILED, *tests(f"kernels/test_{file}.py", name))
 
 
 IN_C_STEP = in_c("every_step_has_the_bits_of_the_reference")
@@ -92,21 +82,13 @@ IN_C_WIDE = in_c("the_largest_width_of_a_part_is_not_the_largest_image", "native
 IN_C_SILU = in_c("silu_of_every_size", "native_layers")
 IN_C_GATE = in_c("geglu_of_every_size_of_a_gate", "native_layers")
 IN_C_ANYWHERE = in_c("operands_may_lie_anywhere_and_have_a_dtype_of_their_own", "native_layers")
-IN_FILTER = (
-    "tests/kernels/test_winograd.py::test_a_filter_is_rounded_once_from_whatever_the_weight_is",
-)
-IN_PAYS = ("tests/kernels/test_winograd.py::test_it_pays_where_tiles_are_many_and_channels_too",)
-IN_C_FINITE = (
-    *COMPILED,
-    "tests/kernels/test_step_into.py::"
-    "test_finite_says_which_samples_have_an_x0_without_nan_and_infinity",
-)
+IN_FILTER = in_winograd("a_filter_is_rounded_once_from_whatever_the_weight_is")
+IN_PAYS = in_winograd("it_pays_where_tiles_are_many_and_channels_too")
+IN_C_FINITE = in_c("finite_says_which_samples_have_an_x0_without_nan_and_infinity", "step_into")
 
 
 def offsets(name: str) -> tuple[str, ...]:
-    return (
-        f"tests/ptx/test_offsets.py::test_the_last_block_ends_where_a_huge_tensor_ends[{name}]",
-    )
+    return tests("ptx/test_offsets.py", f"the_last_block_ends_where_a_huge_tensor_ends[{name}]")
 
 
 IN_STEP = (
@@ -165,14 +147,9 @@ IN_NORMAL = (
 IN_DRAW = (
     ("a block counted by elements", "start >> 2", "start", TAILS),
     ("normals past the end", ", mask=offset < count - start", "", NORMALS),
-    (
-        "the first image's row for all",
-        "tl.load(step_ptr + image * STEP_STRIDE)",
-        "tl.load(step_ptr)",
-        NORMALS,
-    ),
+    ("the first image's row for all", "tl.load(step_ptr + image * STEP_STRIDE)", "tl.load(step_ptr)", NORMALS),
     ("the first image's seed for all", "tl.load(seeds_ptr + image)", "tl.load(seeds_ptr)", NORMALS),
-)
+)  # fmt: skip
 IN_RGB = (
     ("levels rounded down", "unit * 127.5 + 127.5 + _ROUNDER", "unit * 127.5 + 127.0 + _ROUNDER", DECODED),
     ("white overflows", "unit = tl.where(low <= 1.0, low, 1.0)", "unit = low", DECODED),
@@ -305,19 +282,16 @@ IN_C = (
     (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", IN_C_KEPT),
     (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", IN_C_PROOF),
 )  # fmt: skip
+BY_FILE = {
+    STEP: IN_STEP, NORMAL: IN_NORMAL, DRAW: IN_DRAW, RGB: IN_RGB, PICTURE: IN_PICTURE,
+    NORM: IN_NORM, GATE: IN_GATE, ADAPTER: IN_ADAPTER, LAYERNORM: IN_LAYERNORM,
+}  # fmt: skip
+ROWS = [(file, *row) for file, rows in BY_FILE.items() for row in rows]
 MUTATIONS = tuple(
     Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
-    for file, rows in (
-        *((STEP, IN_STEP), (NORMAL, IN_NORMAL), (DRAW, IN_DRAW), (RGB, IN_RGB)),
-        *((PICTURE, IN_PICTURE), (NORM, IN_NORM), (GATE, IN_GATE), (ADAPTER, IN_ADAPTER)),
-        (LAYERNORM, IN_LAYERNORM),
-    )
-    for name, old, new, tests in rows
-) + tuple(
-    Mutation(f"{file.rpartition('/')[2].removesuffix('.py')}: {name}", file, old, new, tests)
-    for file, name, old, new, tests in IN_IMPL + IN_C
+    for file, name, old, new, tests in (*ROWS, *IN_IMPL, *IN_C)
 )
 
 if __name__ == "__main__":
-    out = ROOT / "bench/results/mutation_kernels.json"
-    sys.exit(main("which mistakes in the kernels turn a test red", MUTATIONS, out))
+    question = "which mistakes in the kernels turn a test red"
+    sys.exit(main(question, MUTATIONS, "mutation_kernels.json"))

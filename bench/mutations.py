@@ -7,10 +7,7 @@ a run may be ended at any moment. The checkout itself is never changed.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,8 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
+from harness import ROOT
 
-ROOT = Path(__file__).parents[1]
 _COPIED = ("src", "kernels", "weights", "tests", "bench", "pyproject.toml", "CONTRIBUTING.md")
 
 
@@ -56,17 +53,20 @@ class Mutation(NamedTuple):
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def main(question: str, mutations: Sequence[Mutation], out: Path) -> int:
+def main(question: str, mutations: Sequence[Mutation], out: str) -> int:
     """Run what is not known yet and write the report; 0 where every mistake was noticed."""
-    options = _options(out)
-    known = _known(options.out)
+    parser = harness.options("Make mistakes; the tests must notice each.", out)
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after this long")
+    options = parser.parse_args()
+    rows = harness.read_json(options.out).get("rows", [])
+    known = {row["mutation"]: row for row in rows}
     pending = [m for m in mutations if known.get(m.name, {}).get("key") != m.fingerprint(ROOT)]
     until = time.monotonic() + options.minutes * 60
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder)
         for name in _COPIED:
-            place = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-            place(ROOT / name, copy / name)
+            copied = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+            copied(ROOT / name, copy / name)
         clean = _run(copy, dict.fromkeys(t for m in pending for t in m.tests)) if pending else 0
         if clean:
             raise SystemExit(f"the tests fail without a mistake (pytest {clean}); nothing tried")
@@ -79,8 +79,8 @@ def main(question: str, mutations: Sequence[Mutation], out: Path) -> int:
     report = _report(question, mutations, known)
     harness.write_json(options.out, report)
     print(f"{report['killed']} of {report['of']} killed")
-    for kind in ("survivors", "equivalent", "not_tried"):
-        print(f"{kind}: {report[kind]}")
+    for group in ("survivors", "equivalent", "not_tried"):
+        print(f"{group}: {report[group]}")
     return 1 if report["survivors"] or report["not_tried"] else 0
 
 
@@ -106,7 +106,6 @@ def try_out(copy: Path, mutation: Mutation) -> dict[str, Any]:
 
 
 def _report(question: str, mutations: Sequence[Mutation], known: dict[str, Any]) -> dict[str, Any]:
-    rows = [known[m.name] for m in mutations if m.name in known]
     tried = [m for m in mutations if m.name in known]
     alive = [m for m in tried if not known[m.name]["killed"]]
     return {
@@ -118,28 +117,18 @@ def _report(question: str, mutations: Sequence[Mutation], known: dict[str, Any])
         "survivors": [m.name for m in alive if not m.equivalent],
         "equivalent": [m.name for m in alive if m.equivalent],
         "not_tried": [m.name for m in mutations if m.name not in known],
-        "rows": rows,
+        "rows": [known[m.name] for m in tried],
     }
-
-
-def _known(out: Path) -> dict[str, Any]:
-    if not out.is_file():
-        return {}
-    return {row["mutation"]: row for row in json.loads(out.read_text())["rows"]}
 
 
 def _run(copy: Path, tests: Iterable[str]) -> int:
     """pytest's exit status."""
-    rooms = os.pathsep.join(str(copy / room) for room in ("src", "kernels", "weights"))
-    environment = {**os.environ, "PYTHONPATH": rooms, "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = harness.environment(copy) | {"PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
-    return subprocess.run(
-        command, cwd=copy, env=environment, capture_output=True, check=False
-    ).returncode
+    done = subprocess.run(command, cwd=copy, env=environment, capture_output=True, check=False)
+    return done.returncode
 
 
-def _options(out: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make mistakes; the tests must notice each.")
-    parser.add_argument("--out", type=Path, default=out)
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no row after this long")
-    return parser.parse_args()
+def tests(file: str, *names: str) -> tuple[str, ...]:
+    """Functions of one file, as pytest names them."""
+    return tuple(f"tests/{file}::test_{name}" for name in names)

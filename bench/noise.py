@@ -7,21 +7,17 @@ python bench/noise.py [--rounds 41] [--device cpu] [--out bench/results/noise.js
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
 import harness
 import torch
 
 from headstart_kernels import philox_normal
 
-ROOT = Path(__file__).parents[1]
 SHAPES = ((4, 16, 16, 16), (1, 4, 128, 128), (16, 4, 128, 128))
 """[B, C, h, w]: a narrow latent, and SDXL's at 1024 pixels for one image and for sixteen."""
 
 
 def main() -> None:
-    options = _options()
+    options = harness.options(__doc__, "noise.json", rounds=41, device="cpu").parse_args()
     torch.set_num_threads(1)
     device = torch.device(options.device)
     rows = [measure(shape, device, options.rounds) for shape in SHAPES]
@@ -56,14 +52,6 @@ def measure(shape: tuple[int, ...], device: torch.device, rounds: int) -> dict[s
     seconds = harness.interleaved({"philox_normal": philox, "torch.randn": randn}, rounds)
     ratio = seconds["philox_normal"]["p50"] / seconds["torch.randn"]["p50"]
     return {"shape": shape, "seconds": seconds, "ratio_of_medians": round(ratio, 2)}
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/noise.json")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import cycle
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peers_case import BY_NAME, STEPS, Case
 from peers_report import Report
 from peers_turns import DONE
+from reporting import pyplot
 
 Points = list[tuple[float, Mapping[str, Any]]]
 
@@ -75,21 +77,17 @@ FLOORS = {"float32": "#222222", "bfloat16": "#999999"}
 def draw(report: Report, path: Path) -> Path | None:
     """Of the fewest threads that the report has; None where nothing can be drawn."""
     threads = min((int(key) for rows in report.cases.values() for key in rows), default=1)
-    held = [_lines(report, str(threads), panel) for panel in PANELS]
-    if not any(held):
+    shown = [(own, lines) for own in PANELS if (lines := _lines(report, str(threads), own))]
+    if not shown:
         return None
     try:
-        import matplotlib
+        plots = pyplot()
     except ModuleNotFoundError:
         print("no picture: matplotlib is not installed; pip install 'headstart[bench]'")
         return None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    shown = [(panel, lines) for panel, lines in zip(PANELS, held, strict=True) if lines]
     columns = min(3, len(shown))
     height = -(-len(shown) // columns)
-    figure, axes = pyplot.subplots(
+    figure, axes = plots.subplots(
         height, columns, figsize=(4.6 * columns + LEGEND, 3.7 * height), squeeze=False
     )
     for axis in axes.flat[len(shown) :]:
@@ -113,17 +111,17 @@ def draw(report: Report, path: Path) -> Path | None:
         x=0.01, ha="left", fontsize=11,
     )  # fmt: skip
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    plots.close(figure)
     return path
 
 
 def _lines(report: Report, threads: str, panel: Panel) -> dict[str, Points]:
     """Row -> its points in the panel, by x."""
-    found: dict[str, Points] = {}
+    lines: dict[str, Points] = {}
     for case, variant, row, own in _measured(report, threads):
         if (x := panel.at(case, variant)) is not None:
-            found.setdefault(row, []).append((x, own))
-    return {row: sorted(points, key=lambda point: point[0]) for row, points in found.items()}
+            lines.setdefault(row, []).append((x, own))
+    return {row: sorted(points, key=itemgetter(0)) for row, points in lines.items()}
 
 
 def _measured(report: Report, threads: str) -> Iterator[tuple[Case, str, str, Mapping[str, Any]]]:
@@ -137,7 +135,7 @@ def _measured(report: Report, threads: str) -> Iterator[tuple[Case, str, str, Ma
 def _panel(
     axis: Any, panel: Panel, lines: Mapping[str, Points], report: Report, threads: str
 ) -> None:
-    places = sorted({x for points in lines.values() for x, _ in points})
+    values = sorted({x for points in lines.values() for x, _ in points})
     others = sorted(set(lines) - set(COLOURS))
     colours = {**COLOURS, **dict(zip(others, cycle(SPARE), strict=False))}
     for row in (row for row in colours if row in lines):
@@ -157,9 +155,9 @@ def _panel(
                       label=f"floor {dtype}")  # fmt: skip
     axis.set_xscale("log")
     axis.set_yscale("log")
-    axis.set_xticks(places, [f"{x:g}" for x in places])
+    axis.set_xticks(values, [f"{x:g}" for x in values])
     axis.set_xticks([], minor=True)
-    axis.set_xlim(places[0] / 1.25, places[-1] * 1.25)
+    axis.set_xlim(values[0] / 1.25, values[-1] * 1.25)
     low, high = axis.get_ylim()
     ticks = [m * 10.0**e for e in range(-4, 5) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
     axis.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
@@ -169,16 +167,14 @@ def _panel(
     axis.set_ylabel("seconds")
     axis.grid(True, color="#e6e6e6", lw=0.6)
     axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _floor(panel: Panel, report: Report, threads: str, dtype: str) -> list[tuple[float, float]]:
     points: dict[float, float] = {}
     for name, variants in report.flops.items():
         for variant in variants if name in BY_NAME else ():
-            x, floor = panel.at(BY_NAME[name], variant), None
-            if x is not None:
-                floor = report.floor_s(name, variant, threads, dtype)
+            x = panel.at(BY_NAME[name], variant)
+            floor = report.floor_s(name, variant, threads, dtype)
             if x is not None and floor is not None:
                 points[x] = floor
     return sorted(points.items())

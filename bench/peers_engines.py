@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,69 +20,63 @@ from torch import Tensor, nn
 Program = tuple[Callable[..., Tensor], dict[str, float]]
 
 
+@contextmanager
+def _measured(what: str, costs: dict[str, float]) -> Iterator[None]:
+    memory, begin = Memory(), time.perf_counter()
+    memory.start()
+    yield
+    costs[f"{what}_s"] = round(time.perf_counter() - begin, 2)
+    costs[f"{what}_peak_bytes"] = memory.stop()["anonymous"]
+
+
 def openvino(
-    hint: str, module: nn.Module, names: Sequence[str], given: tuple[Tensor, ...]
+    hint: str, module: nn.Module, names: Sequence[str], example: tuple[Tensor, ...]
 ) -> Program:
     """hint: "f32" or "bf16", what it may compute in."""
     import openvino as ov
 
-    begin, memory = time.perf_counter(), _watched()
-    with torch.no_grad():
-        shapes = [list(tensor.shape) for tensor in given]
-        made = ov.convert_model(module, example_input=given, input=shapes)
-    told = _cost("convert", begin, memory)
-    begin, memory = time.perf_counter(), _watched()
+    costs: dict[str, float] = {}
+    with _measured("convert", costs), torch.no_grad():
+        shapes = [list(tensor.shape) for tensor in example]
+        model = ov.convert_model(module, example_input=example, input=shapes)
     options = {
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": hint,
         "PERFORMANCE_HINT": "LATENCY",
     }
-    request = ov.Core().compile_model(made, "CPU", options).create_infer_request()
-    told |= _cost("compile", begin, memory)
+    with _measured("compile", costs):
+        request = ov.Core().compile_model(model, "CPU", options).create_infer_request()
 
     def call(*tensors: Tensor) -> Tensor:
-        found = request.infer([tensor.numpy() for tensor in tensors], share_inputs=True)
-        return torch.from_numpy(found[0])
+        outputs = request.infer([tensor.numpy() for tensor in tensors], share_inputs=True)
+        return torch.from_numpy(outputs[0])
 
-    return call, told
+    return call, costs
 
 
-def onnxruntime(module: nn.Module, names: Sequence[str], given: tuple[Tensor, ...]) -> Program:
+def onnxruntime(module: nn.Module, names: Sequence[str], example: tuple[Tensor, ...]) -> Program:
     import onnxruntime as ort
 
-    begin, memory = time.perf_counter(), _watched()
+    costs: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.onnx"
-        with torch.no_grad():
+        with _measured("convert", costs), torch.no_grad():
             torch.onnx.export(
-                module, given, path, dynamo=True, external_data=True, input_names=list(names),
+                module, example, path, dynamo=True, external_data=True, input_names=list(names),
                 output_names=["out"], verbose=False,
             )  # fmt: skip
-        told = _cost("convert", begin, memory)
-        begin, memory = time.perf_counter(), _watched()
         options = ort.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.inter_op_num_threads = 1
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        told |= _cost("compile", begin, memory)
-    inputs = [one.name for one in session.get_inputs()]
+        with _measured("compile", costs):
+            session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    inputs = [own.name for own in session.get_inputs()]
 
     def call(*tensors: Tensor) -> Tensor:
-        held = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return torch.from_numpy(session.run(None, {name: held[name] for name in inputs})[0])
+        arrays = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
+        return torch.from_numpy(session.run(None, {name: arrays[name] for name in inputs})[0])
 
-    return call, told
-
-
-def _watched() -> Memory:
-    memory = Memory()
-    memory.start()
-    return memory
-
-
-def _cost(what: str, begin: float, memory: Memory) -> dict[str, float]:
-    seconds = time.perf_counter() - begin
-    return {f"{what}_s": round(seconds, 2), f"{what}_peak_bytes": memory.stop()["anonymous"]}
+    return call, costs
 
 
 STEPS = 3

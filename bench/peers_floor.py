@@ -6,10 +6,10 @@ product of weights that were packed once. Winograd's convolutions may go below i
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import torch
 
 SIDE = 2048
@@ -20,15 +20,15 @@ COPIED = 2**28
 
 def machine_peaks() -> dict[str, float]:
     """ "float32", "bfloat16": GFLOP/s; "copy": GB/s, read and written."""
-    found: dict[str, float] = {}
+    peaks: dict[str, float] = {}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
         a, b = torch.randn(SIDE, SIDE).to(dtype), torch.randn(SIDE, SIDE).to(dtype)
         bodies = [lambda a=a, b=b: torch.mm(a, b), *_packed(a, b)]
-        found[name] = 2 * SIDE**3 / min(map(best, bodies)) / 1e9
+        peaks[name] = 2 * SIDE**3 / min(map(best, bodies)) / 1e9
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
-    found["copy"] = 2 * COPIED / best(lambda: target.copy_(source)) / 1e9
-    return found
+    peaks["copy"] = 2 * COPIED / best(lambda: target.copy_(source)) / 1e9
+    return peaks
 
 
 def _packed(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], Any]]:
@@ -44,9 +44,4 @@ def _packed(a: torch.Tensor, b: torch.Tensor) -> list[Callable[[], Any]]:
 def best(body: Callable[[], Any]) -> float:
     """The least seconds of some calls, after one that is not timed."""
     body()
-    taken: list[float] = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        body()
-        taken.append(time.perf_counter() - begin)
-    return min(taken)
+    return min(harness.seconds_of(body) for _ in range(ROUNDS))

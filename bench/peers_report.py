@@ -5,7 +5,6 @@ cases: name -> threads -> row -> {status, why, facts, variants: {name: {s, min, 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,8 +12,8 @@ from typing import Any
 
 import harness
 import numpy as np
-from gpu_report import _aside as put_aside
 from peers_turns import DONE, MISSING
+from reporting import markdown
 
 Json = dict[str, Any]
 SAME = ("processor", "cores", "versions")
@@ -39,21 +38,16 @@ class Report:
     def open(cls, path: Path) -> Report:
         """With what the file has already, if it is of this machine and these versions."""
         machine = harness.machine()
-        try:
-            found = json.loads(path.read_text())
-        except FileNotFoundError:
-            return cls(path, machine)
-        except ValueError:
-            found = None
-        if not isinstance(found, dict) or "machine" not in found:
-            put_aside(path, "no report, or a damaged one")
-            return cls(path, machine)
-        if any(found["machine"].get(key) != machine[key] for key in SAME):
-            put_aside(path, "of another machine or version")
-            return cls(path, machine)
-        return cls(
-            path, found["machine"], *(found.get(k, {}) for k in ("floors", "flops", "cases"))
-        )
+
+        def why_not(report: Json) -> str | None:
+            if "machine" not in report:
+                return "no report, or a damaged one"
+            same = all(report["machine"].get(key) == machine[key] for key in SAME)
+            return None if same else "of another machine or version"
+
+        report = harness.read_report(path, why_not)
+        parts = (report.get(key, {}) for key in ("floors", "flops", "cases"))
+        return cls(path, report.get("machine", machine), *parts)
 
     def rows(self, case: str, threads: int) -> Json:
         return self.cases.setdefault(case, {}).setdefault(str(threads), {})
@@ -67,10 +61,10 @@ class Report:
         self.write()
         print(f"  {row}: {line_of(value)}", flush=True)
 
-    def peaks(self, threads: int, found: Mapping[str, float]) -> None:
+    def peaks(self, threads: int, measured: Mapping[str, float]) -> None:
         """Of a machine that others use the best of all looks counts."""
         before = self.floors.get(str(threads), {})
-        self.floors[str(threads)] = {n: max(v, before.get(n, 0.0)) for n, v in found.items()}
+        self.floors[str(threads)] = {n: max(v, before.get(n, 0.0)) for n, v in measured.items()}
 
     def floor_s(self, case: str, variant: str, threads: str, dtype: str) -> float | None:
         """Seconds of its FLOPs at the peak that was measured; None where either is not known."""
@@ -92,19 +86,20 @@ class Report:
         )
 
     def table(self) -> str:
-        lines = [f"| {' | '.join(HEADS)} |", "|---" * len(HEADS) + "|"]
-        for case, by_threads in self.cases.items():
-            for threads, rows in by_threads.items():
-                for row, value in rows.items():
-                    for cells in self._cells(case, threads, row, value):
-                        lines.append("| " + " | ".join(cells) + " |")
+        rows = (
+            cells
+            for case, by_threads in self.cases.items()
+            for threads, of_case in by_threads.items()
+            for row, value in of_case.items()
+            for cells in self._cells(case, threads, row, value)
+        )
         peaks = (
             f"{threads} thread(s): float32 {own['float32']:.0f} GFLOP/s, bfloat16 "
             f"{own['bfloat16']:.0f} GFLOP/s, copy {own['copy']:.1f} GB/s"
             for threads, own in self.floors.items()
         )
         load = f"{self.machine['processor']}, load {self.machine['load_1min']} at its begin"
-        return "\n".join([*lines, "", f"{load}. Peaks measured: {'; '.join(peaks)}."])
+        return f"{markdown(HEADS, rows)}\n\n{load}. Peaks measured: {'; '.join(peaks)}."
 
     def _cells(self, case: str, threads: str, row: str, value: Json) -> Iterator[tuple[str, ...]]:
         if value["status"] != DONE:
@@ -116,12 +111,13 @@ class Report:
         for name, own in value["variants"].items():
             floor = self.floor_s(case, name, threads, dtype_of(row))
             yield (
-                case if name == case else f"{case}: {name}", threads, row, _seconds(own),
-                _ratio(own.get("ratio")), _number(own.get("cpu_s")), _ratio(own.get("cpu_ratio")),
-                _number(own["s"] / floor if floor else None),
+                case if name == case else f"{case}: {name}", threads, row, _span(own),
+                _span(own.get("ratio"), ".2f"), _number(own.get("cpu_s")),
+                _span(own.get("cpu_ratio"), ".2f"), _number(own["s"] / floor if floor else None),
                 _number(facts.get("anonymous_bytes"), 1e9), _number(facts.get("peak_bytes"), 1e9),
                 _number(facts.get("build_s", 0) + facts.get("first_s", 0)),
-                _small(own.get("error")), _small(own.get("error_float64")), besides,
+                *(_number(own.get(key), form=".1e") for key in ("error", "error_float64")),
+                besides,
             )  # fmt: skip
             besides = ""
 
@@ -131,15 +127,15 @@ def conclude(
 ) -> Json:
     """One variant of a row: seconds, and the ratio to the anchor, round by round."""
     seconds = [turn["s"] for turn in mine]
-    told: Json = spread(seconds) | {"rounds": len(seconds)}
+    numbers: Json = spread(seconds) | {"rounds": len(seconds)}
     busy = [turn["cpu_s"] for turn in mine if "cpu_s" in turn]
     if busy:
-        told["cpu_s"] = float(np.median(busy))
+        numbers["cpu_s"] = float(np.median(busy))
     if anchor is not None:
-        told["ratio"] = _by_rounds(seconds, [turn["s"] for turn in anchor])
+        numbers["ratio"] = _by_rounds(seconds, [turn["s"] for turn in anchor])
         if busy:
-            told["cpu_ratio"] = _by_rounds(busy, [turn["cpu_s"] for turn in anchor])
-    return told
+            numbers["cpu_ratio"] = _by_rounds(busy, [turn["cpu_s"] for turn in anchor])
+    return numbers
 
 
 def _by_rounds(mine: Sequence[float], other: Sequence[float]) -> Json:
@@ -159,7 +155,7 @@ def line_of(value: Json) -> str:
     """A row in one line."""
     if value["status"] != DONE:
         return f"{value['status']}: {value['why']}"
-    shown = [f"{name} {_seconds(own)}{_times(own)}" for name, own in value["variants"].items()]
+    shown = [f"{name} {_span(own)}{_times(own)}" for name, own in value["variants"].items()]
     at_rest = value["facts"].get("anonymous_bytes", 0) / 1e9
     return f"{'; '.join(shown)}; {at_rest:.2f} GB"
 
@@ -171,21 +167,16 @@ def _fact(key: str, value: Any) -> str:
     return f"{value / 1e9:.2f} GB" if key.endswith("_bytes") else str(value)
 
 
-def _seconds(own: Json) -> str:
-    return f"{own['s']:.3g} ({own['min']:.3g} to {own['max']:.3g})"
-
-
 def _times(own: Json) -> str:
     return f", {own['ratio']['s']:.2f} of ours" if "ratio" in own else ""
 
 
-def _ratio(found: Json | None) -> str:
-    return "" if found is None else f"{found['s']:.2f} ({found['min']:.2f} to {found['max']:.2f})"
+def _span(numbers: Json | None, form: str = ".3g") -> str:
+    if numbers is None:
+        return ""
+    middle, least, most = (format(numbers[key], form) for key in ("s", "min", "max"))
+    return f"{middle} ({least} to {most})"
 
 
-def _number(value: float | None, unit: float = 1.0) -> str:
-    return "" if value is None else f"{value / unit:.3g}"
-
-
-def _small(value: float | None) -> str:
-    return "" if value is None else f"{value:.1e}"
+def _number(value: float | None, unit: float = 1.0, form: str = ".3g") -> str:
+    return "" if value is None else format(value / unit, form)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import peers_engines
 import torch
-from peers_networks import Source, conditioning, diffusers_unet, diffusers_vae, filled
+from peers_networks import Source, conditioning
 from torch import Tensor, nn
+from untrained import diffusers_unet, diffusers_vae, filled
 
 from headstart.interfaces import Conditioning
 from headstart.networks.load import load_unet, load_vae
@@ -35,8 +36,8 @@ class Network:
     module: nn.Module | None = None
     facts: dict[str, Any] = field(default_factory=dict[str, Any])
 
-    def __call__(self, *given: Any) -> Tensor:
-        return self.call(*given)
+    def __call__(self, *inputs: Any) -> Tensor:
+        return self.call(*inputs)
 
 
 Build = Callable[[Source, Sequence[Inputs]], Network]
@@ -65,7 +66,7 @@ def ours(
 ) -> Network:
     """As a user's file is loaded, and run by a runner of ours; `packed`: as an engine loads one of
     full size."""
-    head_dim = source.given.head_dim
+    head_dim = source.overrides.head_dim
     network = load_unet(source.path, dtype=dtype, head_dim=head_dim, packed=packed)
     runner = make(network)
     return Network(runner, runner.dtype, network)
@@ -74,7 +75,7 @@ def ours(
 def our_vae(
     dtype: torch.dtype, source: Source, examples: Sequence[Inputs], packed: bool = False
 ) -> Network:
-    scale = source.given.scale_factor
+    scale = source.overrides.scale_factor
     vae = load_vae(source.path, dtype=dtype, scale_factor=scale, packed=packed)
     return Network(_quiet(lambda z: vae.decode(z.to(dtype))), dtype, vae)
 
@@ -106,16 +107,11 @@ def diffusers_decoder(dtype: torch.dtype, source: Source, examples: Sequence[Inp
     return Network(_quiet(call), dtype, network)
 
 
-def _twin(source: Source, dtype: torch.dtype, made: Callable[[Any], Any]) -> Any:
-    return filled(made(source.params()), source.plain(dtype).state_dict())
+def _twin(source: Source, dtype: torch.dtype, make: Callable[[Any], Any]) -> Any:
+    return filled(make(source.params()), source.plain(dtype).state_dict())
 
 
-def _quiet(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def quiet(*given: Any) -> Tensor:
-        with torch.inference_mode():
-            return call(*given)
-
-    return quiet
+_quiet = torch.inference_mode()
 
 
 def _frozen(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -123,12 +119,7 @@ def _frozen(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     import torch._inductor.config as config
 
     config.freezing = True  # of this process, which compiles nothing else
-
-    def frozen(*given: Any) -> Tensor:
-        with torch.no_grad():
-            return call(*given)
-
-    return frozen
+    return torch.no_grad()(call)
 
 
 def _typed(call: Callable[..., Tensor], dtype: torch.dtype) -> Callable[..., Tensor]:
@@ -147,28 +138,27 @@ def converted(
     facts: dict[str, Any] = {}
     for example in examples:
         names = tuple(name for name in ARGUMENTS if name in example)
-        given = tuple(example[name] for name in names)
-        programs[len(given[0])], told = convert(Flat(plain, names), names, given)
-        facts = together(facts, told)
+        inputs = tuple(example[name] for name in names)
+        programs[len(inputs[0])], costs = convert(Flat(plain, names), names, inputs)
+        facts = together(facts, costs)
 
     def call(x: Tensor, *more: Any) -> Tensor:
-        given: tuple[Tensor, ...] = (x,)
         if more:
             timestep, cond = more
             others = (cond.context, cond.pooled, cond.time_ids)
-            given = (x, timestep, *(other for other in others if other is not None))
-        return programs[len(x)](*given)
+            more = (timestep, *(other for other in others if other is not None))
+        return programs[len(x)](x, *more)
 
     return Network(call, facts=facts)
 
 
 def together(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     """Costs of two programs of one process: seconds are added, of peaks the higher one counts."""
-    found = dict(one)
+    both = dict(one)
     for key, value in other.items():
-        before = found.get(key, 0)
-        found[key] = round(before + value, 2) if key.endswith("_s") else max(before, value)
-    return found
+        before = both.get(key, 0)
+        both[key] = round(before + value, 2) if key.endswith("_s") else max(before, value)
+    return both
 
 
 class Flat(nn.Module):
@@ -179,12 +169,12 @@ class Flat(nn.Module):
         self.network, self.names = network, names
         self.dtype = next(network.parameters()).dtype
 
-    def forward(self, *given: Tensor) -> Tensor:
-        held = {name: tensor for name, tensor in zip(self.names, given, strict=True)}
-        if "latents" in held:
-            return self.network.decode(held["latents"].to(self.dtype)).float()
-        cond = conditioning(held).to(held["x"].device, self.dtype)
-        return self.network(held["x"].to(self.dtype), held["timestep"], cond).float()
+    def forward(self, *inputs: Tensor) -> Tensor:
+        named = dict(zip(self.names, inputs, strict=True))
+        if "latents" in named:
+            return self.network.decode(named["latents"].to(self.dtype)).float()
+        cond = conditioning(named).to(named["x"].device, self.dtype)
+        return self.network(named["x"].to(self.dtype), named["timestep"], cond).float()
 
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
@@ -194,54 +184,50 @@ _DIFFUSERS = {"package": "diffusers", "install": "pip install 'headstart[bench]'
 _CPP = {
     "package": "stable_diffusion_cpp",
     "install": "no wheel: pip install stable-diffusion-cpp-python builds one, with cmake and g++",
+    "slow": True,
 }
+
+
+_cpp = peers_engines.stable_diffusion_cpp
+_ONNXRUNTIME: Build = partial(converted, peers_engines.onnxruntime, F32)
 
 
 def _openvino(hint: str) -> Build:
     return partial(converted, partial(peers_engines.openvino, hint), F32)
 
 
-_ONNXRUNTIME: Build = partial(converted, peers_engines.onnxruntime, F32)
-
-
-def _diffusers(how: str, dtype: torch.dtype) -> Build:
-    return partial(diffusers, how, dtype)
-
-
-def _cpp(wtype: str) -> Callable[..., Any]:
-    return partial(peers_engines.stable_diffusion_cpp, wtype)
-
-
-def _packed(dtype: torch.dtype) -> tuple[Build, Build]:
-    unet = partial(ours, EagerRunner, dtype, packed=True)
-    return unet, partial(our_vae, dtype, packed=True)
+def _ours(dtype: torch.dtype, make: Any = EagerRunner, packed: bool = False) -> tuple[Build, Build]:
+    return (
+        partial(ours, make, dtype, packed=packed),
+        partial(our_vae, dtype, packed=packed),
+    )
 
 
 _SLOW = {"slow": True}
 ROWS: Mapping[str, Row] = {
-    "ours float32": Row(partial(ours, EagerRunner, F32), partial(our_vae, F32)),
-    "ours bfloat16": Row(partial(ours, EagerRunner, BF16), partial(our_vae, BF16), 0.5),
-    "ours packed": Row(*_packed(F32), 2.5),
-    "ours packed bfloat16": Row(*_packed(BF16), 0.6),
+    "ours float32": Row(*_ours(F32)),
+    "ours bfloat16": Row(*_ours(BF16), 0.5),
+    "ours packed": Row(*_ours(F32, packed=True), 2.5),
+    "ours packed bfloat16": Row(*_ours(BF16, packed=True), 0.6),
     "ours stored": Row(partial(ours, EagerRunner, "stored"), None, 0.2),
-    "ours compiled": Row(partial(ours, CompiledRunner, F32), partial(our_vae, F32), **_SLOW),
+    "ours compiled": Row(*_ours(F32, CompiledRunner), **_SLOW),
     "ours frozen": Row(partial(our_frozen, F32), None, 1.3, **_SLOW),
     "ours frozen bfloat16": Row(partial(our_frozen, BF16), None, 1.2, **_SLOW),
-    "ours float64": Row(partial(ours, EagerRunner, F64), partial(our_vae, F64), 2),
+    "ours float64": Row(*_ours(F64), 2),
     "diffusers float32": Row(
-        _diffusers("eager", F32), partial(diffusers_decoder, F32), **_DIFFUSERS
+        partial(diffusers, "eager", F32), partial(diffusers_decoder, F32), **_DIFFUSERS
     ),
     "diffusers bfloat16": Row(
-        _diffusers("eager", BF16), partial(diffusers_decoder, BF16), 0.5, **_DIFFUSERS
+        partial(diffusers, "eager", BF16), partial(diffusers_decoder, BF16), 0.5, **_DIFFUSERS
     ),
-    "diffusers compiled": Row(_diffusers("compiled", F32), None, **_SLOW, **_DIFFUSERS),
-    "diffusers frozen": Row(_diffusers("frozen", F32), None, 1.3, **_SLOW, **_DIFFUSERS),
+    "diffusers compiled": Row(partial(diffusers, "compiled", F32), None, **_SLOW, **_DIFFUSERS),
+    "diffusers frozen": Row(partial(diffusers, "frozen", F32), None, 1.3, **_SLOW, **_DIFFUSERS),
     "diffusers frozen bfloat16": Row(
-        _diffusers("frozen", BF16), None, 1.2, **_SLOW, **_DIFFUSERS
+        partial(diffusers, "frozen", BF16), None, 1.2, **_SLOW, **_DIFFUSERS
     ),
     "OpenVINO float32": Row(_openvino("f32"), _openvino("f32"), 1.2, **_OPENVINO),
     "OpenVINO bfloat16": Row(_openvino("bf16"), _openvino("bf16"), 1.2, **_OPENVINO),
     "onnxruntime float32": Row(_ONNXRUNTIME, _ONNXRUNTIME, 1.2, **_ONNX),
-    "stable-diffusion.cpp float32": Row(None, None, 1.2, whole=_cpp("f32"), **_SLOW, **_CPP),
-    "stable-diffusion.cpp float16": Row(None, None, 0.7, whole=_cpp("f16"), **_SLOW, **_CPP),
+    "stable-diffusion.cpp float32": Row(None, None, 1.2, whole=partial(_cpp, "f32"), **_CPP),
+    "stable-diffusion.cpp float16": Row(None, None, 0.7, whole=partial(_cpp, "f16"), **_CPP),
 }  # fmt: skip

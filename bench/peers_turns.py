@@ -16,6 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
+
 WORKER = Path(__file__).with_name("peers_worker.py")
 DONE, FAILED, LATE, MISSING = "done", "failed", "out of time", "missing"
 REST_S = 0.2
@@ -31,7 +33,7 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """One process; `facts` is what it told when it was ready. Used as a context, it is ended."""
+    """One process; `facts` came with its answer that it is ready."""
 
     def __init__(self, request: Mapping[str, Any], limit_s: float) -> None:
         """Raises WorkerError for one that did not become ready."""
@@ -55,27 +57,25 @@ class Worker:
             self.end()
             raise
 
-    def ask(self, line: str, kind: str) -> Any:
-        assert self._child.stdin is not None
+    def ask(self, line: str, expected: str) -> Any:
         try:
             self._child.stdin.write(line + "\n")
             self._child.stdin.flush()
         except BrokenPipeError as error:
             raise WorkerError(FAILED, self._ended()) from error
-        return self._answer(kind)
+        return self._answer(expected)
 
     def anonymous_bytes(self) -> int:
-        """What it holds now."""
+        """What it holds now; 0 of a process that has ended."""
         try:
-            text = Path(f"/proc/{self._child.pid}/status").read_text()
-            return int(text.split("RssAnon:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
+            return harness.resident_bytes(self._child.pid).get("anonymous", 0)
+        except OSError:
             return 0
 
-    def _answer(self, kind: str) -> Any:
-        what, value = json.loads(self._line())
-        if what != kind:
-            raise WorkerError(MISSING if what == "missing" else FAILED, str(value))
+    def _answer(self, expected: str) -> Any:
+        answer, value = json.loads(self._line())
+        if answer != expected:
+            raise WorkerError(MISSING if answer == "missing" else FAILED, str(value))
         return value
 
     def _line(self) -> bytes:
@@ -84,10 +84,10 @@ class Worker:
             left = until - time.monotonic()
             if left <= 0 or not select.select([self._reading], [], [], left)[0]:
                 raise WorkerError(LATE, f"no answer in {self.limit_s:g} s")
-            found = os.read(self._reading, 65536)
-            if not found:
+            read = os.read(self._reading, 65536)
+            if not read:
                 raise WorkerError(FAILED, self._ended())
-            self._tail += found
+            self._tail += read
         line, _, self._tail = self._tail.partition(b"\n")
         return line
 
@@ -108,14 +108,14 @@ class Worker:
             self._reading = -1
 
 
-Told = Callable[[str, str, str], None]
-"""(row, status, why) of a row that goes no further."""
-
-
 def in_turns(
-    workers: Sequence[Worker], variants: Sequence[str], rounds: int, told: Told, rest_s: float = 0
+    workers: Sequence[Worker],
+    variants: Sequence[str],
+    rounds: int,
+    on_failure: Callable[[str, WorkerError], None],
+    rest_s: float = 0,
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """Row -> variant -> what each round took. Who fails is told, and has no times."""
+    """Row -> variant -> what each round took. A row that fails is ended, and has no times."""
     taken = {own.name: {name: list[dict[str, float]]() for name in variants} for own in workers}
     left = list(workers)
     for _ in range(rounds):
@@ -125,7 +125,7 @@ def in_turns(
                 try:
                     taken[own.name][variant].append(own.ask(f"go {variant}", "turn"))
                 except WorkerError as error:
-                    told(own.name, error.status, str(error))
+                    on_failure(own.name, error)
                     left.remove(own)
                     del taken[own.name]
                     own.end()

@@ -18,9 +18,11 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
 import torch
 from peers_case import BY_NAME, Case
@@ -28,8 +30,8 @@ from peers_floor import machine_peaks
 from peers_networks import (
     PAIR_LATENT,
     conditioning,
-    inputs,
     prepare,
+    read_inputs,
     sources,
     tables,
     write_random,
@@ -61,15 +63,9 @@ def main() -> int:
             send("missing", f"not installed: {error.name}")
         except Exception as error:
             traceback.print_exc(limit=-4)
-            send("failed", said(error))
+            send("failed", harness.one_line(error))
             return 1
     return 0
-
-
-def said(error: BaseException) -> str:
-    """An error in one line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}"[:300]
 
 
 def answer(request: Mapping[str, Any], lines: Iterable[str], send: Send) -> None:
@@ -85,18 +81,16 @@ def answer(request: Mapping[str, Any], lines: Iterable[str], send: Send) -> None
     memory, begin = Memory(), time.perf_counter()
     memory.start()
     calls, networks = built(case, row, folder, request["threads"])
-    told: dict[str, Any] = {"build_s": round(time.perf_counter() - begin, 2)}
+    facts: dict[str, Any] = {"build_s": round(time.perf_counter() - begin, 2)}
     begin, outputs = time.perf_counter(), {name: call() for name, call in calls.items()}
-    told["first_s"] = round(time.perf_counter() - begin, 2)
-    told["peak_bytes"] = memory.stop()["anonymous"]
-    costs: dict[str, Any] = {}
-    for network in networks:
-        costs = together(costs, network.facts)
-    _keep(request, outputs)
-    send("ready", told | costs | held())
+    facts["first_s"] = round(time.perf_counter() - begin, 2)
+    facts["peak_bytes"] = memory.stop()["anonymous"]
+    costs = reduce(together, (network.facts for network in networks), {})
+    _write(request, outputs)
+    send("ready", facts | costs | bytes_at_rest())
     for line in lines:
-        what, _, name = line.strip().partition(" ")
-        if what == "changes":
+        word, _, name = line.strip().partition(" ")
+        if word == "changes":
             send("changes", changes(case, folder, networks, calls[case.name]))
         else:
             send("turn", turn(calls[name]))
@@ -106,36 +100,30 @@ def built(
     case: Case, row: Row, folder: Path, threads: int
 ) -> tuple[dict[str, Call], list[Network]]:
     """Variant -> what is timed."""
-    files, given = sources(case, folder), inputs(case, folder)
+    files, inputs = sources(case, folder), read_inputs(case, folder)
     if row.whole is not None:
         call = row.whole(_diffusers_folder(case, folder), case.size, threads)
         return {case.name: call}, []
-    unet, vae = row.unet, row.vae
     if case.kind == "vae":
-        assert vae is not None
-        decoder = vae(files["vae"], [given])
-        return {case.name: lambda: decoder(given["latents"])}, [decoder]
-    assert unet is not None
+        decoder = row.vae(files["vae"], [inputs])
+        return {case.name: partial(decoder, inputs["latents"])}, [decoder]
     if case.kind == "unet":
-        network = unet(files["base"], [given])
-        call = (given["x"], given["timestep"], conditioning(given))
-        return {case.name: lambda: network(*call)}, [network]
-    assert vae is not None
-    one, two = _rows(given["context"], 1), _rows(given["context"], 2)
-    networks = {
-        "base": unet(files["base"], [one, two]), "distilled": unet(files["distilled"], [one]),
-    }  # fmt: skip
-    decoder = vae(files["vae"], [{"latents": one["x"]}])
-    empty, told = (Conditioning(given["context"][i : i + 1]) for i in (0, 1))
+        network = row.unet(files["base"], [inputs])
+        cond = conditioning(inputs)
+        return {case.name: partial(network, inputs["x"], inputs["timestep"], cond)}, [network]
+    one, two = _rows(inputs["context"], 1), _rows(inputs["context"], 2)
+    examples = {"base": [one, two], "distilled": [one]}
+    networks = {role: row.unet(files[role], own) for role, own in examples.items()}
+    decoder = row.vae(files["vae"], [{"latents": one["x"]}])
+    uncond, cond = (Conditioning(inputs["context"][i : i + 1]) for i in (0, 1))
 
     def run(table: hs.StepTable) -> Tensor:
-        states = hs.sample(table, networks, told, Philox(0), uncond=empty, shape=PAIR_LATENT)
+        states = hs.sample(table, networks, cond, Philox(0), uncond=uncond, shape=PAIR_LATENT)
         *_, last = states
         return decoder(last.x)
 
-    return {name: lambda t=table: run(t) for name, table in tables().items()}, [
-        *networks.values(), decoder,
-    ]  # fmt: skip
+    calls = {name: partial(run, table) for name, table in tables().items()}
+    return calls, [*networks.values(), decoder]
 
 
 def _rows(context: Tensor, rows: int) -> dict[str, Tensor]:
@@ -150,41 +138,40 @@ def _rows(context: Tensor, rows: int) -> dict[str, Tensor]:
 def _diffusers_folder(case: Case, folder: Path) -> Path:
     """The case's UNet with a text encoder and a VAE of random weights beside it, for programs that
     run whole prompts."""
-    sizes, made = sizes_of_family(case.network), folder / f"{case.network}-diffusers"
+    sizes, model = sizes_of_family(case.network), folder / f"{case.network}-diffusers"
     shapes = {
         "text_encoder/model.safetensors": blueprint.clip(sizes.text[0][0]),
         "vae/diffusion_pytorch_model.safetensors": blueprint.vae(sizes.vae),
     }
     for name, table in shapes.items():
-        (made / name).parent.mkdir(parents=True, exist_ok=True)
-        if not (made / name).is_file():
-            write_random(made / name, table)
-    unet = made / "unet/diffusion_pytorch_model.safetensors"
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        if not (model / name).is_file():
+            write_random(model / name, table)
+    unet = model / "unet/diffusion_pytorch_model.safetensors"
     unet.parent.mkdir(exist_ok=True)
     if not unet.exists():
         unet.symlink_to(sources(case, folder)["base"].path.resolve())
-    return made
+    return model
 
 
 def turn(call: Call) -> dict[str, float]:
-    """Wall seconds, or those that the call tells; and processor seconds, of all threads."""
+    """Wall seconds, or those that the call gives; and processor seconds, of all threads."""
     begin, busy = time.perf_counter(), time.process_time()
     out = call()
     seconds, busy = time.perf_counter() - begin, time.process_time() - busy
     return {"s": out} if isinstance(out, float) else {"s": seconds, "cpu_s": busy}
 
 
-def held() -> dict[str, int]:
-    """Bytes at rest: what is free is given back first, as far as the allocator can."""
+def bytes_at_rest() -> dict[str, int]:
+    """What is free is given back first, as far as the allocator can."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    memory = Memory()
-    memory.look()
-    return {"anonymous_bytes": memory.peak["anonymous"], "mapped_bytes": memory.peak["file"]}
+    now = harness.resident_bytes()
+    return {"anonymous_bytes": now["anonymous"], "mapped_bytes": now["file"]}
 
 
-def _keep(request: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
-    """Outputs as float64, for whoever compares them; those of a program that gives none are not."""
+def _write(request: Mapping[str, Any], outputs: Mapping[str, Any]) -> None:
+    """Outputs as float64, to be compared; those of a program that gives none are not there."""
     tensors = {
         name: out.double().numpy() for name, out in outputs.items() if isinstance(out, Tensor)
     }
@@ -196,33 +183,32 @@ def changes(case: Case, folder: Path, networks: list[Network], call: Call) -> di
     is; and what does another size cost? Errors are facts, and so are seconds."""
     if not networks or networks[0].module is None:
         return {}
-    network, before, told = networks[0], call(), dict[str, Any]()
+    network, before, facts = networks[0], call(), dict[str, Any]()
 
     def tried(name: str, body: Callable[[], Any]) -> None:
         begin = time.perf_counter()
         try:
-            told[name] = body()
+            facts[name] = body()
         except Exception as error:
-            told[name] = said(error)
-        told[f"{name}_s"] = round(time.perf_counter() - begin, 2)
+            facts[name] = harness.one_line(error)
+        facts[f"{name}_s"] = round(time.perf_counter() - begin, 2)
 
     tried("follows_weights", lambda: _follows_weights(network.module, call, before))
     tried("follows_hooks", lambda: _follows_hooks(network.module, call, before))
-    given = inputs(case, folder)
-    smaller = given["x"][..., : 3 * case.size // 4].contiguous()
-    call_smaller = (smaller, given["timestep"], conditioning(given))
-    held_before = held()["anonymous_bytes"]
-    tried("other_size", lambda: list(network(*call_smaller).shape))
-    told["other_size_bytes"] = held()["anonymous_bytes"] - held_before
-    return told
+    inputs = read_inputs(case, folder)
+    smaller = inputs["x"][..., : 3 * case.size // 4].contiguous()
+    cond, at_rest = conditioning(inputs), bytes_at_rest()["anonymous_bytes"]
+    tried("other_size", lambda: list(network(smaller, inputs["timestep"], cond).shape))
+    facts["other_size_bytes"] = bytes_at_rest()["anonymous_bytes"] - at_rest
+    return facts
 
 
 def _follows_weights(module: Any, call: Call, before: Tensor) -> bool:
     layer = module.conv_out
-    kept = layer.weight
-    layer.weight = nn.Parameter(1.5 * kept.detach(), requires_grad=False)
+    weight = layer.weight
+    layer.weight = nn.Parameter(1.5 * weight.detach(), requires_grad=False)
     after = call()
-    layer.weight = kept
+    layer.weight = weight
     return _apart(after, before)
 
 

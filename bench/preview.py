@@ -8,13 +8,13 @@ where it is smaller; over every row of the base and the hybrid, and over finishe
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import harness
 import torch
+from reporting import markdown
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,7 +31,7 @@ STATE = (1, 4, 128, 128)
 
 
 def main() -> None:
-    options = _parse()
+    options = harness.options(__doc__, "preview.json", rounds=21).parse_args()
     engine = hs.Engine.demo()
     decoders = {name: hs.decoder(engine, name) for name in NAMES}
     report = {
@@ -46,13 +46,6 @@ def main() -> None:
     }
     harness.write_json(options.out, report)
     print(_table(report))
-
-
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/preview.json"))
-    return parser.parse_args()
 
 
 def _fidelity(engine: hs.Engine, decoders: dict[str, Decoder]) -> dict[str, Any]:
@@ -91,9 +84,11 @@ def _decoder_times(decoders: dict[str, Decoder], rounds: int) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for batch in (1, 8):
         x0 = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(0))
-        cases = {name: (lambda d=d, x=x0: d(x)) for name, d in decoders.items()}
+        cases = {name: partial(decoder, x0) for name, decoder in decoders.items()}
         spread = harness.interleaved(cases, rounds)
-        report[f"[{batch}, 4, 16, 16]"] = {name: _ms(spread[name]) for name in cases}
+        report[f"[{batch}, 4, 16, 16]"] = {
+            name: harness.rounded(spread[name], 1e3, 4) for name in cases
+        }
     return report
 
 
@@ -132,7 +127,7 @@ def _beside_a_step(engine: hs.Engine, linear: Decoder, rounds: int) -> dict[str,
     beside = spread["drawn"]["p50"] / spread["arithmetic"]["p50"] - 1.0
     return {
         "state": list(STATE),
-        "ms": {name: _ms(spread[name]) for name in cases},
+        "ms": {name: harness.rounded(spread[name], 1e3, 4) for name in cases},
         "share_of_the_step": round(ratio, 4),
         "share_of_its_arithmetic": round(beside, 2),
         "meaning": "step: the bundled UNet and one fused step; arithmetic: scale_input and "
@@ -141,29 +136,21 @@ def _beside_a_step(engine: hs.Engine, linear: Decoder, rounds: int) -> dict[str,
     }
 
 
-def _ms(spread: dict[str, float]) -> dict[str, float]:
-    return {name: round(1e3 * seconds, 4) for name, seconds in spread.items()}
-
-
 def _table(report: dict[str, Any]) -> str:
-    lines = ["| decoder | ms, 1 image | ms, 8 images | PSNR of all x0 | PSNR of finished |"]
-    lines.append("|---|---|---|---|---|")
+    heads = ("decoder", "ms, 1 image", "ms, 8 images", "PSNR of all x0", "PSNR of finished")
     one, eight = report["decoders"].values()
+    rows: list[tuple[str, ...]] = []
     for name in NAMES:
-        found = report["fidelity"].get(name)
-        said = (
-            "| - | - |"
-            if found is None
-            else (f"| {found['psnr_db']:.1f} dB | {found['psnr_finished_db']:.1f} dB |")
-        )
-        lines.append(f"| {name} | {one[name]['p50']:.2f} | {eight[name]['p50']:.2f} {said}")
+        fidelity = report["fidelity"].get(name, {}).values()
+        psnr = [f"{value:.1f} dB" for value in fidelity] or ["-", "-"]
+        rows.append((name, f"{one[name]['p50']:.2f}", f"{eight[name]['p50']:.2f}", *psnr))
     beside = report["beside_a_step"]
-    told = ", ".join(f"{name} {value['p50']:.3f} ms" for name, value in beside["ms"].items())
-    lines.append(
-        f"\n{beside['state']}: {told}; linear is {beside['share_of_the_step']:.2%} of the step, "
+    times = ", ".join(f"{name} {value['p50']:.3f} ms" for name, value in beside["ms"].items())
+    return (
+        f"{markdown(heads, rows)}\n\n"
+        f"{beside['state']}: {times}; linear is {beside['share_of_the_step']:.2%} of the step, "
         f"drawing adds {beside['share_of_its_arithmetic']:.0%} to its arithmetic"
     )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -7,10 +7,7 @@ python bench/replay.py [--rounds 41] [--out bench/results/replay.json]
 
 from __future__ import annotations
 
-import argparse
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import harness
@@ -23,13 +20,12 @@ from headstart.runner.runner import EagerRunner
 from headstart_kernels import philox_normal
 from headstart_kernels.recording.host import Host
 
-ROOT = Path(__file__).parents[1]
 BATCHES = (1, 4, 16)
 LATENT = (4, 16, 16)
 
 
 def main() -> None:
-    options = _options()
+    options = harness.options(__doc__, "replay.json", rounds=41).parse_args()
     torch.set_num_threads(1)
     pair = load_demo(device="cpu")
     network, words = pair.denoisers["base"], pair.text.encode(["a fox"], size=(64, 64))
@@ -55,7 +51,10 @@ def measure(network: Any, words: Any, batch: int, rounds: int) -> dict[str, obje
     recorded = time.perf_counter() - begin
     cases = {"eager": lambda: eager(*call), "replay": lambda: replay(*call)}
     seconds = harness.interleaved(cases, rounds)
-    busy = {name: _busy(case, rounds) for name, case in cases.items()}
+    busy = {
+        name: min(harness.seconds_of(case, time.process_time) for _ in range(rounds))
+        for name, case in cases.items()
+    }
     return {
         "batch": batch,
         "same_bits": same,
@@ -66,23 +65,6 @@ def measure(network: Any, words: Any, batch: int, rounds: int) -> dict[str, obje
         "record_seconds": round(recorded, 3),
         "held_bytes": site.size_bytes,
     }
-
-
-def _busy(case: Callable[[], object], rounds: int) -> float:
-    """The least processor time of one call."""
-    taken: list[float] = []
-    for _ in range(rounds):
-        begin = time.process_time()
-        case()
-        taken.append(time.process_time() - begin)
-    return min(taken)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=41)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/replay.json")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

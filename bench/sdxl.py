@@ -26,24 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import machine, write_json
+from harness import RESULTS, machine, options, read_json, resident_bytes, write_json
 
-RESULT = Path(__file__).parent / "results" / "sdxl.json"
+RESULT = RESULTS / "sdxl.json"
 LATENT = 64
 SCRATCH = Path(tempfile.gettempdir())
-# sd_xl_base_1.0's unet/config.json, the keys that differ from diffusers' defaults.
-SDXL = {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "projection_class_embeddings_input_dim": 2816,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True,
-}
 
 
 class Memory(threading.Thread):
@@ -59,11 +46,7 @@ class Memory(threading.Thread):
             self.look()
 
     def look(self) -> None:
-        text = Path("/proc/self/status").read_text()
-        now = {
-            name: int(text.split(f"{key}:")[1].split()[0]) * 1024
-            for name, key in (("anonymous", "RssAnon"), ("file", "RssFile"), ("total", "VmRSS"))
-        }
+        now = resident_bytes()
         self.peak = {name: max(value, now[name]) for name, value in self.peak.items()}
 
     def stop(self) -> dict[str, int]:
@@ -92,7 +75,7 @@ def hybrid(base: Path, distilled: Path) -> dict[str, Any]:
     }
 
 
-def one_unet(path: Path, kind: str, keep: Path) -> dict[str, Any]:
+def one_unet(path: Path, part: str, keep: Path) -> dict[str, Any]:
     """Seconds of each of three passes; the output goes to `keep`."""
     import torch
 
@@ -100,7 +83,7 @@ def one_unet(path: Path, kind: str, keep: Path) -> dict[str, Any]:
     x, time_ids = torch.randn(1, 4, LATENT, LATENT), torch.tensor([[512.0, 512, 0, 0, 512, 512]])
     context, pooled, at = torch.randn(1, 77, 2048), torch.randn(1, 1280), torch.tensor([749])
     begin = time.perf_counter()
-    if kind == "diffusers":
+    if part == "diffusers":
         unet = _diffusers_unet(path)
         added = {"text_embeds": pooled, "time_ids": time_ids}
 
@@ -111,9 +94,8 @@ def one_unet(path: Path, kind: str, keep: Path) -> dict[str, Any]:
         from headstart.networks.load import load_unet
         from headstart.runner.runner import EagerRunner
 
-        dtype = "stored" if kind == "stored" else torch.float32
-        network, cond = load_unet(path, dtype=dtype), Conditioning(context, pooled, time_ids)  # pyright: ignore[reportArgumentType]
-        runner = EagerRunner(network)
+        cond = Conditioning(context, pooled, time_ids)
+        runner = EagerRunner(load_unet(path, dtype="stored" if part == "stored" else torch.float32))
 
         def run() -> torch.Tensor:
             return runner(x, at, cond)
@@ -130,15 +112,13 @@ def one_unet(path: Path, kind: str, keep: Path) -> dict[str, Any]:
 
 
 def _diffusers_unet(path: Path) -> Any:
-    import torch
-    from diffusers import UNet2DConditionModel
     from safetensors.torch import load_file
+    from untrained import diffusers_unet, filled
 
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(SDXL)
-    state = {name: tensor.float() for name, tensor in load_file(path).items()}
-    unet.load_state_dict(state, strict=True, assign=True)
-    return unet.eval()
+    from headstart.cost.sizes import sizes_of_family
+
+    unet = diffusers_unet(sizes_of_family("sdxl").unet)
+    return filled(unet, {name: tensor.float() for name, tensor in load_file(path).items()})
 
 
 PARTS = ("hybrid", "stored", "diffusers", "float32")
@@ -147,47 +127,38 @@ PARTS = ("hybrid", "stored", "diffusers", "float32")
 def run_part(part: str, base: Path, distilled: Path, keep: Path) -> dict[str, Any]:
     """The part in a process of its own, which has nothing of the others in its memory."""
     command = [sys.executable, __file__, "--base", base, "--distilled", distilled]
-    told = subprocess.run(
+    done = subprocess.run(
         [*command, "--child", part, "--keep", keep],
         check=True, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
-    return json.loads(told.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def child(part: str, base: Path, distilled: Path, keep: Path) -> None:
     memory, where = Memory(), machine()
     memory.start()
-    found = hybrid(base, distilled) if part == "hybrid" else one_unet(distilled, part, keep)
-    print(json.dumps(found | {"peak_bytes": memory.stop(), "machine": where}))
+    facts = hybrid(base, distilled) if part == "hybrid" else one_unet(distilled, part, keep)
+    print(json.dumps(facts | {"peak_bytes": memory.stop(), "machine": where}))
 
 
-def begun(files: dict[str, int]) -> dict[str, Any]:
-    """What earlier calls measured of these files; empty where they were others."""
-    try:
-        report = json.loads(RESULT.read_text())
-    except FileNotFoundError:
-        return {}
-    return report.get("parts", {}) if report.get("files") == files else {}
-
-
-def conclude(parts: dict[str, Any], kept: dict[str, Path]) -> dict[str, Any]:
+def conclude(parts: dict[str, Any], outputs: dict[str, Path]) -> dict[str, Any]:
     """Seconds a pass, the ratio to diffusers, and how far the outputs are from its output."""
     alone = {name: part for name, part in parts.items() if name != "hybrid"}
     seconds = {name: min(part["pass_s"][1:]) for name, part in alone.items()}
-    told: dict[str, Any] = {"seconds_a_pass": seconds}
+    summary: dict[str, Any] = {"seconds_a_pass": seconds}
     if (theirs := seconds.get("diffusers")) is not None:
-        told["times_diffusers"] = {name: value / theirs for name, value in seconds.items()}
-    outs = {name: np.load(path) for name, path in kept.items() if path.is_file()}
+        summary["times_diffusers"] = {name: value / theirs for name, value in seconds.items()}
+    outs = {name: np.load(path) for name, path in outputs.items() if path.is_file()}
     if (exact := outs.pop("diffusers", None)) is not None:
-        told["relative_l2_to_diffusers"] = {
+        summary["relative_l2_to_diffusers"] = {
             name: float(np.linalg.norm(out - exact) / np.linalg.norm(exact))
             for name, out in outs.items()
         }
-    return told
+    return summary
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = options(__doc__, None)
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--distilled", type=Path, required=True, help="a bare UNet")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: what is missing")
@@ -198,21 +169,22 @@ def main() -> None:
         child(args.child, args.base, args.distilled, args.keep)
         return
     files = {p.name: p.stat().st_size for p in (args.base, args.distilled)}
-    parts = begun(files)
-    kept = {part: SCRATCH / f"headstart-sdxl-{part}.npy" for part in PARTS[1:]}
+    before = read_json(RESULT)
+    parts = before["parts"] if before.get("files") == files else {}
+    outputs = {part: SCRATCH / f"headstart-sdxl-{part}.npy" for part in PARTS[1:]}
     for part in args.part or [part for part in PARTS if part not in parts]:
-        parts[part] = run_part(part, args.base, args.distilled, kept.get(part, SCRATCH))
+        parts[part] = run_part(part, args.base, args.distilled, outputs.get(part, SCRATCH))
         report = {
             "question": "does a hybrid of two SDXL UNets run on a 24 GB machine without a GPU?",
             "evidence": "measured",
             "files": files,
             "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             "parts": parts,
-            **conclude(parts, kept),
+            **conclude(parts, outputs),
         }
         write_json(RESULT, report)
         print(part, json.dumps({k: v for k, v in parts[part].items() if k != "machine"}))
-    print(json.dumps(conclude(parts, kept), indent=1))
+    print(json.dumps(conclude(parts, outputs), indent=1))
 
 
 if __name__ == "__main__":

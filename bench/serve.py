@@ -53,21 +53,21 @@ def app(engine: hs.Engine | None = None, batch: hs.Batch | None = None) -> Starl
 def begin(engine: hs.Engine, body: bytes) -> hs.Run:
     """The run that a request asks for. Raises a HeadstartError for whatever is wrong with it."""
     try:
-        asked: dict[str, Any] = json.loads(body)
+        fields: dict[str, Any] = json.loads(body)
     except (ValueError, RecursionError) as error:
         raise hs.InputError(f"the body is no JSON ({error}): got {body[:60]!r}") from None
-    if type(asked) is not dict or not {"prompts"} <= asked.keys() <= FIELDS:
+    if type(fields) is not dict or not {"prompts"} <= fields.keys() <= FIELDS:
         raise hs.InputError(
             "expected a JSON object with prompts, and no other names than "
             f"{', '.join(sorted(FIELDS))}; got {body[:60]!r}"
         )
-    if str(asked.get("plan")).endswith(".toml"):
+    if str(fields.get("plan")).endswith(".toml"):
         raise hs.InputError("plan: give a name; a request cannot read files of the server")
-    lists = [cast("list[object]", own) for own in asked.values() if isinstance(own, list)]
+    lists = [cast("list[object]", own) for own in fields.values() if isinstance(own, list)]
     counts = [len(own) for own in lists]
     if max(counts, default=1) > MOST_IMAGES:
         raise hs.InputError(f"{max(counts)} images: a request may ask for {MOST_IMAGES}")
-    return engine.begin(**asked)
+    return engine.begin(**fields)
 
 
 async def lines(batch: hs.Batch, run: hs.Run, draw: Decoder, came: float) -> AsyncIterator[str]:

@@ -24,15 +24,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import harness
 import torch
+from reporting import markdown
 from torch import Tensor
 
 import headstart as hs
 
-ROOT = Path(__file__).parents[1]
 LATENT = (4, 128, 128)
 """SDXL's at 1024 pixels."""
 BATCHES = (1, 4, 16)
@@ -75,24 +75,25 @@ RATIOS = (
 """(ours, beside what, the target of the ratio or None)."""
 
 
-class Case(NamedTuple):
-    """Seconds a step of one run; `run` makes what it needs outside the clock."""
-
-    name: str
-    run: Callable[[], float]
-
-
+Run = Callable[[], float]
+"""Seconds a step of one run, which makes what it needs outside the clock."""
 Taken = dict[tuple[int, int], dict[str, list[float]]]
 """For (batch, threads): what every case took, in seconds a step, a number for each round."""
 
 
 def main() -> None:
-    options = _options()
+    parser = harness.options(__doc__, "step.json", processes=7, rounds=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
+    parser.add_argument("--cpu", action="store_true", help="the thread's CPU time: a busy machine")
+    options = parser.parse_args()
     missing = _compiled()[1]
     taken: Taken = {}
     with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         for _ in range(options.processes):
-            _add(taken, pool.apply(measured, (options,)))
+            for setup, cases in pool.apply(measured, (options,)).items():
+                for name, seconds in cases.items():
+                    taken.setdefault(setup, {}).setdefault(name, []).extend(seconds)
     results = [_result(*setup, cases) for setup, cases in taken.items()]
     report = {
         "question": (__doc__ or "").splitlines()[0],
@@ -127,23 +128,8 @@ def measured(options: argparse.Namespace) -> Taken:
 
 
 def _rounds(batch: int, threads: int, rounds: int) -> dict[str, list[float]]:
-    """Every case once a round, in turns, after two rounds that do not count."""
     torch.set_num_threads(threads)
-    cases = _cases(batch, _compiled()[0])
-    taken: dict[str, list[float]] = {case.name: [] for case in cases}
-    for number in range(rounds + 2):
-        for case in cases:
-            seconds = case.run()
-            if number >= 2:
-                taken[case.name].append(seconds)
-    return taken
-
-
-def _add(taken: Taken, more: Taken) -> None:
-    for setup, cases in more.items():
-        kept = taken.setdefault(setup, {name: [] for name in cases})
-        for name, seconds in cases.items():
-            kept[name] += seconds
+    return harness.in_turns(_cases(batch, _compiled()[0]), rounds, untimed=2)
 
 
 def _result(batch: int, threads: int, taken: Mapping[str, list[float]]) -> dict[str, Any]:
@@ -151,7 +137,10 @@ def _result(batch: int, threads: int, taken: Mapping[str, list[float]]) -> dict[
     return {
         "batch": batch,
         "threads": threads,
-        "us_a_step": {name: _spread(seconds) for name, seconds in taken.items()},
+        "us_a_step": {
+            name: harness.rounded(harness.spread(seconds), 1e6, 1)
+            for name, seconds in taken.items()
+        },
         "ratios": [
             {"of": of, "to": to, **_ratio(taken[of], taken[to]), "target": target}
             for of, to, target in RATIOS
@@ -170,7 +159,7 @@ def _settle_the_allocator() -> None:
     torch.empty(31 << 20, dtype=torch.uint8).fill_(1)
 
 
-def _cases(batch: int, floor: Callable[..., None] | None) -> list[Case]:
+def _cases(batch: int, floor: Callable[..., None] | None) -> dict[str, Run]:
     """Ours and theirs, which look at the same tensors."""
     from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler
 
@@ -179,25 +168,25 @@ def _cases(batch: int, floor: Callable[..., None] | None) -> list[Case]:
     euler, ddim = hs.Update.EULER, hs.Update.DDIM
     lcm = {"update": hs.Update.RENOISE, "boundary": True}
     philox = hs.Philox(range(batch))
-    cases = [
-        Case("Euler", _ours(n, f, philox, update=euler)),
-        Case("diffusers Euler", _theirs(EulerDiscreteScheduler(**BETAS), n, f)),
-        Case("DDIM", _ours(n, f, philox, update=ddim)),
-        Case("diffusers DDIM", _theirs(DDIMScheduler(**BETAS, clip_sample=False), n, f)),
-        Case("LCM", _ours(n, f, philox, **lcm)),
-        Case("LCM, noise given", _ours(n, f, hs.Given(n, [n] * STEPS), **lcm)),
-        Case("diffusers LCM", _theirs(LCMScheduler(**BETAS), n, f)),
-        Case("Euler, no guidance", _ours(n, f, philox, update=euler, guidance=1.0)),
-        Case("diffusers Euler, no guidance", _theirs(EulerDiscreteScheduler(**BETAS), n, f, None)),
-        Case("philox_normal alone", _drawn(lambda: philox.step(0, LATENT, n.device))),
-        Case("torch.randn alone", _drawn(lambda: torch.randn(n.shape))),
-    ]
-    return cases if floor is None else [*cases, Case("C", _floor(floor, n, f))]
+    cases = {
+        "Euler": _ours(n, f, philox, update=euler),
+        "diffusers Euler": _theirs(EulerDiscreteScheduler(**BETAS), n, f),
+        "DDIM": _ours(n, f, philox, update=ddim),
+        "diffusers DDIM": _theirs(DDIMScheduler(**BETAS, clip_sample=False), n, f),
+        "LCM": _ours(n, f, philox, **lcm),
+        "LCM, noise given": _ours(n, f, hs.Given(n, [n] * STEPS), **lcm),
+        "diffusers LCM": _theirs(LCMScheduler(**BETAS), n, f),
+        "Euler, no guidance": _ours(n, f, philox, update=euler, guidance=1.0),
+        "diffusers Euler, no guidance": _theirs(EulerDiscreteScheduler(**BETAS), n, f, None),
+        "philox_normal alone": _drawn(lambda: philox.step(0, LATENT, n.device)),
+        "torch.randn alone": _drawn(lambda: torch.randn(n.shape)),
+    }
+    return cases if floor is None else cases | {"C": _floor(floor, n, f)}
 
 
 def _ours(
     n: Tensor, f: Tensor, noise: hs.NoiseSource, *, guidance: float = GUIDANCE, **rule: Any
-) -> Callable[[], float]:
+) -> Run:
     leg = hs.Leg(model="null", steps=STEPS, guidance=guidance, **rule)
     table = hs.Plan((leg,)).compile(hs.NoiseSchedule.scaled_linear())
     cond = hs.Conditioning(torch.zeros(len(n), 1, 1))
@@ -219,13 +208,11 @@ def _ours(
     return run
 
 
-def _theirs(
-    scheduler: Any, n: Tensor, f: Tensor, guidance: float | None = GUIDANCE
-) -> Callable[[], float]:
+def _theirs(scheduler: Any, n: Tensor, f: Tensor, guidance: float | None = GUIDANCE) -> Run:
     """The loop of diffusers' StableDiffusionXLPipeline, without its callbacks and progress bar."""
     generator = torch.Generator().manual_seed(0)
-    drawn = "generator" in scheduler.step.__code__.co_varnames
-    extra = {"generator": generator} if drawn else {}
+    draws = "generator" in scheduler.step.__code__.co_varnames
+    extra = {"generator": generator} if draws else {}
     output = f if guidance is not None else f[: len(n)]
 
     def network(x_in: Tensor) -> Tensor:
@@ -249,7 +236,7 @@ def _theirs(
     return run
 
 
-def _drawn(draw: Callable[[], Tensor]) -> Callable[[], float]:
+def _drawn(draw: Callable[[], Tensor]) -> Run:
     def run() -> float:
         begin = CLOCK()
         for _ in range(STEPS):
@@ -259,7 +246,7 @@ def _drawn(draw: Callable[[], Tensor]) -> Callable[[], float]:
     return run
 
 
-def _floor(step: Callable[..., None], n: Tensor, f: Tensor) -> Callable[[], float]:
+def _floor(step: Callable[..., None], n: Tensor, f: Tensor) -> Run:
     """One fused pass a row, guided: in place, with every buffer kept, on one thread."""
     x, x0, x_in = n.clone(), torch.empty_like(n), torch.empty_like(f)
     uncond, text = f.chunk(2)
@@ -296,41 +283,23 @@ def _compiled() -> tuple[Callable[..., None] | None, str | None]:
 
 
 def _ratio(of: Sequence[float], to: Sequence[float]) -> dict[str, float]:
-    ratios = harness.spread([a / b for a, b in zip(of, to, strict=True)])
-    names = {"ratio": "p50", "p20": "p20", "p80": "p80"}
-    return {name: round(ratios[percentile], 3) for name, percentile in names.items()}
-
-
-def _spread(seconds: Sequence[float]) -> dict[str, float]:
-    spread = harness.spread(seconds)
-    return {name: round(1e6 * value, 1) for name, value in spread.items()}
+    ratios = harness.rounded(harness.spread([a / b for a, b in zip(of, to, strict=True)]), 1, 3)
+    return {"ratio": ratios["p50"], "p20": ratios["p20"], "p80": ratios["p80"]}
 
 
 def _table(result: Mapping[str, Any]) -> str:
-    lines = [
-        f"B = {result['batch']}, {result['threads']} thread(s)",
-        "",
-        "| loop | us a step |",
-        "|---|---|",
-    ]
-    lines += [f"| {name} | {value['p50']:.0f} |" for name, value in result["us_a_step"].items()]
-    lines += ["", "| ratio | median | 20 to 80 % | target |", "|---|---|---|---|"]
+    times = [(name, f"{value['p50']:.0f}") for name, value in result["us_a_step"].items()]
+    ratios: list[tuple[str, ...]] = []
     for row in result["ratios"]:
         target = "" if row["target"] is None else f"{row['target']:.2f}"
         span = f"{row['p20']:.2f} to {row['p80']:.2f}"
-        lines.append(f"| {row['of']} / {row['to']} | {row['ratio']:.3f} | {span} | {target} |")
-    return "\n".join(lines)
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--processes", type=int, default=7, help="one after the other")
-    parser.add_argument("--rounds", type=int, default=5, help="in each")
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
-    parser.add_argument("--cpu", action="store_true", help="the thread's CPU time: a busy machine")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/step.json")
-    return parser.parse_args()
+        ratios.append((f"{row['of']} / {row['to']}", f"{row['ratio']:.3f}", span, target))
+    blocks = (
+        f"B = {result['batch']}, {result['threads']} thread(s)",
+        markdown(("loop", "us a step"), times),
+        markdown(("ratio", "median", "20 to 80 %", "target"), ratios),
+    )
+    return "\n\n".join(blocks)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ Each finished case is kept in WORK/students, so the script goes on where it was 
 
 from __future__ import annotations
 
-import argparse
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,8 +36,8 @@ from measured import (
     SPACES,
     Judges,
     Sampled,
+    cached,
     each_diversity,
-    kept,
     measure,
     percent,
     recovered,
@@ -47,13 +45,14 @@ from measured import (
     table,
     training_pictures,
 )
+from reporting import pyplot
 from tqdm import tqdm
 
 import headstart as hs
 import headstart_weights
 from headstart.metrics.scorer import load_scorer
 from headstart.plan.pairs import DEMO_TIMESTEPS
-from headstart_weights.recipe.dataset import compose_caption
+from headstart.study.lists import DEMO, read_prompts
 
 VARIANTS = {
     "student": "the shipped recipe",
@@ -75,20 +74,16 @@ _FILE = re.compile(
     r"(?P<variant>student|unnoised|control|renoise(?:-unnoised)?)-(?P<seed>\d+)"
     r"(?:@(?P<steps>\d+))?"
 )
-
-
 CROSSED = ("distilled", "student", "renoise", "renoise-unnoised")
 """Drawn with and without new noise between steps, whichever they are trained for."""
 CURVED = ("student", "control")
 """Measured on their way too."""
-
-
-def legs_of(base: str | None, student: str) -> tuple[hs.Leg, ...]:
-    """The first step by the base under one rule, the rest by the student under another."""
-    times = DEMO_TIMESTEPS
-    legs = (hs.Leg(model="base", timesteps=times[:1], update=hs.Update(base)),) if base else ()
-    rest = times[len(legs) :]
-    return (*legs, hs.Leg(model="distilled", timesteps=rest, update=hs.Update(student)))
+SAMPLERS = {
+    "euler": ("euler", "euler"),
+    "renoise": ("renoise", "renoise"),
+    "renoise after an euler hand-off": ("euler", "renoise"),
+}
+"""The update rules of the base's step, where it takes the first one, and of the student's."""
 
 
 class Student(NamedTuple):
@@ -103,26 +98,22 @@ class Student(NamedTuple):
     def name(self) -> str:
         return self.path.stem
 
+    @property
+    def trained_for(self) -> str:
+        return "renoise" if self.variant.startswith("renoise") else "euler"
 
-class Sampler(NamedTuple):
-    """How a student's pictures are drawn: without the base, and with it for the first step."""
-
-    alone: Sequence[hs.Leg]
-    hybrid: Sequence[hs.Leg]
-
-
-SAMPLERS = {
-    "euler": Sampler(legs_of(None, "euler"), legs_of("euler", "euler")),
-    "renoise": Sampler(legs_of(None, "renoise"), legs_of("renoise", "renoise")),
-    "renoise after an euler hand-off": Sampler(
-        legs_of(None, "renoise"), legs_of("euler", "renoise")
-    ),
-}
+    @property
+    def samplers(self) -> tuple[str, ...]:
+        """What it is trained for; for one finished student of four recipes, every one."""
+        crossed = self.variant in CROSSED and self.seed in (None, 1) and self.steps is None
+        return tuple(SAMPLERS) if crossed else (self.trained_for,)
 
 
 def main() -> None:
-    options = _parse()
-    prompts = [compose_caption(name) for name in headstart_weights.manifest().concepts]
+    parser = harness.options(__doc__, "students.json", seeds=16, work=Path("runs/demo"))
+    parser.add_argument("--curve", type=int, default=300, help="kept steps between two points")
+    options = parser.parse_args()
+    prompts = read_prompts(DEMO).prompts
     scorer = load_scorer(headstart_weights.path("scorer"))
     lab = _Lab(
         Judges(scorer, prompts, training_pictures(options.work)),
@@ -133,7 +124,7 @@ def main() -> None:
     base = lab.case(None, "base", None)
     rows: dict[str, Any] = {"base": row(base)}
     for student in tqdm(students, desc="students"):
-        for name in _samplers(student):
+        for name in student.samplers:
             alone, hybrid = (lab.case(student, name, way) for way in ("alone", "hybrid"))
             rows[f"{student.name} {name}"] = _row(student, name, base, alone, hybrid)
     report = {
@@ -154,34 +145,18 @@ def main() -> None:
     _plot(students, rows, options.out.with_suffix(".png"))
 
 
-def _parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs/demo"), help="the recipe's folder")
-    parser.add_argument("--seeds", type=int, default=16)
-    parser.add_argument("--curve", type=int, default=300, help="kept steps between two points")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/students.json"))
-    return parser.parse_args()
-
-
 def _students(work: Path) -> list[Student]:
-    found = [Student(headstart_weights.path("distilled"), "distilled")]
+    students = [Student(headstart_weights.path("distilled"), "distilled")]
     if (early := work / "early.safetensors").exists():
-        found.append(Student(early, "early"))
+        students.append(Student(early, "early"))
     for path in sorted(work.glob("*.safetensors")):
         if match := _FILE.fullmatch(path.stem):
             steps = None if match["steps"] is None else int(match["steps"])
             last = path.with_stem(path.stem.partition("@")[0])
             if steps is not None and (match["variant"] not in CURVED or steps == _steps(last)):
                 continue
-            found.append(Student(path, match["variant"], int(match["seed"]), steps))
-    return found
-
-
-def _samplers(student: Student) -> tuple[str, ...]:
-    """How it is trained; for one finished student of four recipes, in every way."""
-    own = "renoise" if student.variant.startswith("renoise") else "euler"
-    crossed = student.variant in CROSSED and student.seed in (None, 1) and student.steps is None
-    return tuple(SAMPLERS) if crossed else (own,)
+            students.append(Student(path, match["variant"], int(match["seed"]), steps))
+    return students
 
 
 class _Lab(NamedTuple):
@@ -192,9 +167,8 @@ class _Lab(NamedTuple):
     def case(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
         """The measured case, from its file where that is of the same weights, seeds and plan."""
         weights = "" if student is None else harness.sha256(student.path)
-        identity = json.dumps([weights, sampler, way, list(self.seeds)[:1], len(self.seeds)])
-        key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-        return kept(self.folder / f"{key}.npz", lambda: self._draw(student, sampler, way))
+        identity = [weights, sampler, way, list(self.seeds)[:1], len(self.seeds)]
+        return cached(self.folder, identity, lambda: self._draw(student, sampler, way))
 
     def _draw(self, student: Student | None, sampler: str, way: str | None) -> Sampled:
         base = headstart_weights.path("base")
@@ -202,14 +176,19 @@ class _Lab(NamedTuple):
             engine = hs.Engine.load(base, headstart_weights.path("distilled"), preset="demo")
             return measure(engine, self.judges, "base", self.seeds)
         engine = hs.Engine.load(base, student.path, preset="demo", prediction="v", head_dim=32)
-        legs = getattr(SAMPLERS[sampler], way or "")
+        first, rest = map(hs.Update, SAMPLERS[sampler])
+        legs: tuple[hs.Leg, ...] = ()
+        if way == "hybrid":
+            legs += (hs.Leg(model="base", timesteps=DEMO_TIMESTEPS[:1], update=first),)
+        times = DEMO_TIMESTEPS[len(legs) :]
+        legs += (hs.Leg(model="distilled", timesteps=times, update=rest),)
         return measure(engine, self.judges, hs.Plan(legs, start="unit"), self.seeds)
 
 
 def _row(
     student: Student, sampler: str, base: Sampled, alone: Sampled, hybrid: Sampled
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    numbers: dict[str, Any] = {
         "variant": student.variant,
         "seed": student.seed,
         "kept_at": student.steps,
@@ -217,60 +196,50 @@ def _row(
         "alone": row(alone),
         "hybrid": row(hybrid),
     }
-    for key, space in zip(("recovered", "recovered_structure"), SPACES, strict=True):
-        three = (each_diversity(getattr(part, space)) for part in (base, alone, hybrid))
-        found["hybrid"][key] = recovered(*three)
-        lost = [each_diversity(getattr(part, space)).mean() for part in (base, alone)]
-        found["alone"][key.replace("recovered", "lost")] = float(1 - lost[1] / lost[0])
-    return found
+    for suffix, space in zip(("", "_structure"), SPACES, strict=True):
+        numbers["hybrid"][f"recovered{suffix}"] = recovered(hybrid, base, alone, space)
+        left, whole = (each_diversity(own, space).mean() for own in (alone, base))
+        numbers["alone"][f"lost{suffix}"] = float(1 - left / whole)
+    return numbers
 
 
 def _runs(students: Sequence[Student], rows: Mapping[str, Any]) -> dict[str, Any]:
     """Training seeds of one recipe: their spread beside the error that the prompts make."""
-    found: dict[str, Any] = {}
+    runs: dict[str, Any] = {}
     for variant in sorted({s.variant for s in students if s.seed is not None}):
-        own = "renoise" if variant.startswith("renoise") else "euler"
         last = [s for s in students if s.variant == variant and s.steps is None]
-        parts = [rows[f"{s.name} {own}"] for s in last]
-        found[variant] = {"seeds": [s.seed for s in last]}
+        parts = [rows[f"{s.name} {s.trained_for}"] for s in last]
+        runs[variant] = {"seeds": [s.seed for s in last]}
         for key in ("recovered", "recovered_structure"):
             values = [part["hybrid"][key]["value"] for part in parts]
             width = [p["hybrid"][key]["high"] - p["hybrid"][key]["low"] for p in parts]
-            found[variant][key] = {
+            runs[variant][key] = {
                 "each": [round(v, 3) for v in values],
                 "mean": float(np.mean(values)),
                 "sd_between_runs": float(np.std(values, ddof=1)) if len(values) > 1 else None,
                 "standard_error_over_prompts": float(np.mean(width)) / (2 * 1.96),
             }
-    return found
+    return runs
 
 
 def _plot(students: Sequence[Student], rows: Mapping[str, Any], path: Path) -> None:
     """Recovered diversity against training steps, a line a run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.6, 4.0))
-    named: set[str] = set()
-    for variant, seed in sorted({(s.variant, s.seed) for s in students if s.seed is not None}):
-        own = "renoise" if variant.startswith("renoise") else "euler"
-        line = sorted(
-            (_steps(s.path) or 0, rows[f"{s.name} {own}"]["hybrid"]["recovered"]["value"])
-            for s in students
-            if (s.variant, s.seed) == (variant, seed)
-        )
-        steps, values = [at for at, _ in line], [100 * value for _, value in line]
-        label = VARIANTS[variant] if variant not in named else None
-        named.add(variant)
-        axes.plot(steps, values, "o-", color=_COLOURS[variant], label=label)
+    figure, axes = pyplot().subplots(figsize=(7.6, 4.0))
+    runs: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for student in students:
+        if student.seed is not None:
+            share = rows[f"{student.name} {student.trained_for}"]["hybrid"]["recovered"]["value"]
+            points = runs.setdefault((student.variant, student.seed), [])
+            points.append((_steps(student.path) or 0, 100 * share))
+    labels = dict(VARIANTS)
+    for (variant, _), points in sorted(runs.items()):
+        label = labels.pop(variant, None)  # one for all runs of a recipe
+        axes.plot(*zip(*sorted(points), strict=True), "o-", color=_COLOURS[variant], label=label)
     shipped = rows["distilled euler"]["hybrid"]["recovered"]
     axes.axhline(100 * shipped["value"], color="#666", lw=0.8, ls="--", label="the one that ships")
     axes.set_xticks(range(300, 1201, 300))
     axes.set_xlabel("training steps; intervals over prompts are in the table")
     axes.set_ylabel("lost diversity that one base step recovers, %")
-    axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     figure.savefig(path, dpi=160, bbox_inches="tight")
     print(f"{path}: shipped {percent(shipped)}")

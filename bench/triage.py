@@ -8,29 +8,26 @@ file (2515 tensors) before data that are a hole, because triage reads none of th
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import harness
+from untrained import hollow
 
-ROOT = Path(__file__).parents[1]
-MANIFESTS = ROOT.parent / "shared" / "manifests"
+from headstart.convert.container import Slot
+
+MANIFESTS = harness.ROOT.parent / "shared" / "manifests"
 PREFIXES = {
     "unet_sdxl": "model.diffusion_model.",
     "vae_sdxl": "first_stage_model.",
     "text_clip_l_sdxl": "conditioner.embedders.0.transformer.",
     "text_openclip_bigg_sdxl": "conditioner.embedders.1.model.",
 }
-BYTES = {"F16": 2, "F32": 4, "I64": 8}
 
 # What the triage loaded and how many bytes its read calls returned, its own modules included.
 PROBE = """
@@ -47,77 +44,46 @@ print(json.dumps({"read_bytes": read, "loaded": loaded}))
 """
 
 
-class Taken(NamedTuple):
-    wall_s: float
-    cpu_s: float
-
-
 def full_size_file(folder: Path) -> Path:
     """SDXL's single file in F16, as large as the real one and almost nothing on the disk."""
-    table: dict[str, object] = {}
-    end = 0
+    slots: list[Slot] = []
     for manifest, prefix in PREFIXES.items():
         names = json.loads((MANIFESTS / f"{manifest}.json").read_text())["ldm"]
         for name, (dtype, shape) in names.items():
-            dtype = "F16" if dtype == "F32" else dtype
-            begin, end = end, end + BYTES[dtype] * math.prod(shape)
             full = name if name.startswith(prefix) else prefix + name
-            table[full] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
-    text = json.dumps({"__metadata__": {"format": "pt"}, **table}, separators=(",", ":")).encode()
-    path = folder / "sdxl.safetensors"
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
-    return path
-
-
-def run(*arguments: str) -> Taken:
-    """One fresh interpreter; a command that fails is an error, not a number."""
-    begin = time.perf_counter()
-    process = subprocess.Popen(
-        [sys.executable, *arguments], env=_environment(), stdout=subprocess.DEVNULL
-    )
-    _, status, usage = os.wait4(process.pid, 0)
-    wall = time.perf_counter() - begin
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{arguments} ended with status {process.returncode}")
-    return Taken(wall, usage.ru_utime + usage.ru_stime)
+            slots.append(Slot(full, "F16" if dtype == "F32" else dtype, tuple(shape)))
+    return hollow(folder / "sdxl.safetensors", slots)
 
 
 def probe(path: Path) -> dict[str, object]:
-    """What one triage said, loaded and read."""
+    """What one triage printed, loaded and read."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE, str(path)],
-        env=_environment(), capture_output=True, text=True, check=True,
+        env=harness.environment(), capture_output=True, text=True, check=True,
     )  # fmt: skip
-    said, found = map(json.loads, done.stdout.splitlines())
-    wanted = ("family", "exact", "layout", "parts", "size_bytes", "tensors", "ok")
-    return {**{key: said[key] for key in wanted}, **found}
-
-
-def _environment() -> dict[str, str]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    return {**os.environ, "PYTHONPATH": rooms}
+    info, cost = map(json.loads, done.stdout.splitlines())
+    keys = ("family", "exact", "layout", "parts", "size_bytes", "tensors", "ok")
+    return {**{key: info[key] for key in keys}, **cost}
 
 
 def measure(path: Path, rounds: int) -> dict[str, dict[str, float]]:
     """Interleaved; medians of each, and of what the triage takes beyond `pass` round by round."""
-    cases = {"python -c pass": ("-c", "pass"), "inspect": ("-m", "headstart", "inspect", str(path))}
-    for arguments in cases.values():  # one unrecorded round writes the byte code
-        run(*arguments)
-    taken = [{name: run(*arguments) for name, arguments in cases.items()} for _ in range(rounds)]
+    cases = {
+        "python -c pass": partial(harness.run_python, "-c", "pass"),
+        "inspect": partial(harness.run_python, "-m", "headstart", "inspect", str(path)),
+    }
+    taken = harness.in_turns(cases, rounds)
     rows: dict[str, dict[str, float]] = {}
-    for name in cases:
+    for name, turns in taken.items():
         rows[name] = {
-            "wall_ms": _median([row[name].wall_s for row in taken]),
-            "wall_ms_fastest": round(min(row[name].wall_s for row in taken) * 1e3, 1),
-            "cpu_ms": _median([row[name].cpu_s for row in taken]),
+            "wall_ms": _median([turn.wall_s for turn in turns]),
+            "wall_ms_fastest": round(min(turn.wall_s for turn in turns) * 1e3, 1),
+            "cpu_ms": _median([turn.cpu_s for turn in turns]),
         }
-    first, second = cases
+    pairs = list(zip(*taken.values(), strict=True))
     rows["beyond pass"] = {
-        "wall_ms": _median([row[second].wall_s - row[first].wall_s for row in taken]),
-        "cpu_ms": _median([row[second].cpu_s - row[first].cpu_s for row in taken]),
+        "wall_ms": _median([inspect.wall_s - alone.wall_s for alone, inspect in pairs]),
+        "cpu_ms": _median([inspect.cpu_s - alone.cpu_s for alone, inspect in pairs]),
     }
     return rows
 
@@ -127,22 +93,20 @@ def _median(seconds: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser = harness.options(__doc__, "inspect.json", rounds=21)
     parser.add_argument("--file", type=Path, help="a real checkpoint instead of the made one")
-    parser.add_argument("--rounds", type=int, default=21)
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/inspect.json")
     options = parser.parse_args()
     if options.file is None and not MANIFESTS.is_dir():
         raise SystemExit(f"no {MANIFESTS}: give --file, the SDXL single file")
     where = harness.machine()
     with tempfile.TemporaryDirectory() as folder:
         path = options.file or full_size_file(Path(folder))
-        found, rows = probe(path), measure(path, options.rounds)
-    result = {"machine": where, "rounds": options.rounds, "file": found, "rows": rows}
+        facts, rows = probe(path), measure(path, options.rounds)
+    result = {"machine": where, "rounds": options.rounds, "file": facts, "rows": rows}
     harness.write_json(options.out, result)
     for name, row in rows.items():
         print(f"{row['wall_ms']:8.1f} ms wall  {row['cpu_ms']:8.1f} ms cpu  {name}")
-    print(found)
+    print(facts)
 
 
 if __name__ == "__main__":

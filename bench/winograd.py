@@ -13,7 +13,6 @@ import argparse
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import harness
@@ -25,7 +24,6 @@ from headstart.cost.stages import decode, unet_pass
 from headstart_kernels import winograd_conv
 from headstart_kernels.winograd import Filter, pays
 
-ROOT = Path(__file__).parents[1]
 LAST = torch.channels_last
 NETWORKS = {
     "sd15 512 px": ("sd15", "unet", 64),
@@ -43,7 +41,9 @@ class Layer(NamedTuple):
 
 
 def main() -> None:
-    options = _options()
+    parser = harness.options(__doc__, "winograd.json", threads=1, rounds=5)
+    parser.add_argument("--only", default="", help="the beginning of a network's name")
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, Any]] = []
     for name, network in NETWORKS.items():
@@ -64,31 +64,32 @@ def main() -> None:
 
 def layers_of(family: str, part: str, size: int) -> Counter[Layer]:
     """How often each occurs: seen on tensors without memory."""
-    found: Counter[Layer] = Counter()
+    counts: Counter[Layer] = Counter()
 
-    def see(module: nn.Module, given: tuple[Any, ...]) -> None:
+    def count(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         if not isinstance(module, nn.Conv2d):
             return
         if module.kernel_size == (3, 3) and module.stride == (1, 1):
-            found[Layer(module.out_channels, module.in_channels, tuple(given[0].shape[2:]))] += 1
+            counts[Layer(module.out_channels, module.in_channels, tuple(inputs[0].shape[2:]))] += 1
 
     sizes = sizes_of_family(family)
-    hook = nn.modules.module.register_module_forward_pre_hook(see)
+    hook = nn.modules.module.register_module_forward_pre_hook(count)
     if part == "unet":
         unet_pass(sizes.unet, (4, size, size), dtype=torch.float32)
     else:
         decode(sizes.vae, (4, size, size), 1, torch.float32)
     hook.remove()
-    return found
+    return counts
 
 
 def measure(name: str, layers: Counter[Layer], options: argparse.Namespace) -> dict[str, Any]:
     rows = [{"count": layers[layer], **measured(layer, options)} for layer in layers]
     direct = sum(row["count"] * row["seconds"]["direct"]["p50"] for row in rows)
-    ours = sum(row["count"] * row["seconds"][_faster(row)]["p50"] for row in rows)
+    ways = ("direct", "winograd")
+    ours = sum(row["count"] * row["seconds"][ways[row["pays"]]]["p50"] for row in rows)
     mib = {
-        kind: round(sum(row["count"] * row["mib"][kind] for row in rows if row["pays"]))
-        for kind in ("direct", "winograd")
+        way: round(sum(row["count"] * row["mib"][way] for row in rows if row["pays"]))
+        for way in ways
     }
     sums = {
         "direct_s": round(direct, 3),
@@ -134,19 +135,6 @@ def direct(weight: torch.Tensor, bias: torch.Tensor, x: torch.Tensor) -> Callabl
     ones, ops = [1, 1], torch.ops.mkldnn
     packed = ops._reorder_convolution_weight(weight, ones, ones, ones, 1, list(x.shape))
     return lambda: ops._convolution_pointwise(x, packed, bias, ones, ones, ones, 1, "none", [], "")
-
-
-def _faster(row: dict[str, Any]) -> str:
-    return "winograd" if row["pays"] else "direct"
-
-
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="the beginning of a network's name")
-    parser.add_argument("--out", type=Path, default=ROOT / "bench/results/winograd.json")
-    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`bench/flow_pair.py`: a network of another process told as a flow's, by the exact formulas."""
+"""`bench/flow_pair.py`: a network of another process called as a flow's, by the exact formulas."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_plans_of_the_flow_meet_on_the_students_grid() -> None:
 
 def test_a_level_below_the_networks_lowest_is_refused() -> None:
     with pytest.raises(PlanError, match="the levels this schedule has a timestep for"):
-        flow_pair.timesteps(3.0, DEMO_SCHEDULE, hs.Prediction.V)
+        flow_pair.velocity_map(3.0, DEMO_SCHEDULE, hs.Prediction.V)
 
 
 @needs_pair

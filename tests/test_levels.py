@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -126,13 +127,16 @@ def test_a_report_has_every_case_and_its_ends_are_none_and_all(
 
 
 def test_a_case_that_is_there_is_read_and_not_drawn_again(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "case.npz"
-    first = measured.kept(path, lambda: made(0.1))
+    folder = tmp_path / "deep"
+    first = measured.cached(folder, ["case", 1], lambda: made(0.1))
 
     def never() -> measured.Sampled:
         raise AssertionError
 
-    again = measured.kept(path, never)
+    again = measured.cached(folder, ["case", 1], never)
     assert again.passes == first.passes and again.nearest is None and again.seconds == 1.0
     assert np.array_equal(again.features, first.features)
-    assert [found.name for found in path.parent.iterdir()] == ["case.npz"]
+    key = hashlib.sha256(b'["case", 1]').hexdigest()[:24]
+    assert [path.name for path in folder.iterdir()] == [f"{key}.npz"]
+    with pytest.raises(AssertionError):
+        measured.cached(folder, ["case", 2], never)

@@ -16,9 +16,9 @@ import subprocess
 import tarfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,10 +147,10 @@ class IconFile:
 
     def svg(self, name: str) -> str | None:
         """A standalone SVG of `name`, or None if the set has no such icon."""
-        found = self.names.get(_plain(name))
-        if found is None:
+        own_name = self.names.get(_plain(name))
+        if own_name is None:
             return None
-        icon = self.icons["icons"][found]
+        icon = self.icons["icons"][own_name]
         left, top = icon.get("left", 0), icon.get("top", 0)
         width = icon.get("width", self.icons.get("width", 16))
         height = icon.get("height", self.icons.get("height", 16))
@@ -218,15 +218,13 @@ def save_sprites(sprites: Sprites, folder: Path, name: str, sets: Iterable[IconS
     """Write `name`.npz (pixels) and `name`.json (labels, sources), each by renaming."""
     folder.mkdir(parents=True, exist_ok=True)
     record = {"sources": [asdict(entry) for entry in sets], "labels": sprites.labels}
-    write_atomically(folder / f"{name}.npz", lambda path: _save_compressed(path, sprites.images))
+    write_arrays(folder / f"{name}.npz", partial(np.savez_compressed, images=sprites.images))
     write_text(folder / f"{name}.json", json.dumps(record, indent=1))
 
 
 def load_sprites(folder: Path, name: str = "sprites") -> Sprites:
     """What `save_sprites` wrote; the data stage makes it."""
-    pixels, record = folder / f"{name}.npz", folder / f"{name}.json"
-    if not (pixels.is_file() and record.is_file()):
-        raise InputError(f"no {name}.npz and {name}.json in {folder}: run the `data` stage first")
+    pixels, record = data_files(folder, f"{name}.npz", f"{name}.json")
     labels = tuple(SpriteLabel(*label) for label in json.loads(record.read_text())["labels"])
     with np.load(pixels) as arrays:
         images = arrays["images"]
@@ -246,9 +244,19 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
-def _save_compressed(path: Path, images: NDArray[np.uint8]) -> None:
-    with path.open("wb") as file:  # a file object, because savez appends .npz to a path
-        np.savez_compressed(file, images=images)
+def write_arrays(path: Path, save: Callable[[BinaryIO], object]) -> None:
+    """`save` writes into memory, because numpy appends an ending to a path."""
+    data = io.BytesIO()
+    save(data)
+    write_atomically(path, lambda part: part.write_bytes(data.getvalue()))
+
+
+def data_files(folder: Path, *names: str) -> list[Path]:
+    """Where the `data` stage wrote these. Raises InputError unless all are there."""
+    paths = [folder / name for name in names]
+    if not all(path.is_file() for path in paths):
+        raise InputError(f"no {' and '.join(names)} in {folder}: run the `data` stage first")
+    return paths
 
 
 def _npm_pack(icon_set: IconSet, folder: Path) -> None:

@@ -15,7 +15,7 @@ A style learns the pictures of one artist under captions that do not name the st
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -75,7 +75,7 @@ CONTROLS: dict[str, Control] = {
 
 
 class Trainer:
-    """One control in the slots of its network, and one training step."""
+    """One control in the slots of its network, and the loss of one training step."""
 
     def __init__(self, options: StageOptions, control: Control) -> None:
         self.control = control
@@ -85,9 +85,8 @@ class Trainer:
         self.latents = codec.Posterior.of(codec.load(options.work), self.data.images)
         self.text = language.load(options.work).requires_grad_(False)
         self.chosen = torch.tensor(pictures_of(self.data, control.style))
-        self.optimiser = torch.optim.Adam(self.slots.parameters(), lr=_LR, betas=(0.9, 0.99))
 
-    def step(self, index: int, fraction: float) -> dict[str, float]:
+    def loss(self) -> Tensor:
         batch = _BATCH if self.control.style is None else _STYLE_BATCH
         picked = self.chosen[torch.randint(len(self.chosen), (batch,))]
         x0, timestep = self.latents.draw(picked), self._timesteps(batch)
@@ -104,11 +103,7 @@ class Trainer:
         context = self._context(concepts, {})
         cond = Conditioning(context, strengths=strength, adapters=self.adapters)
         v = self.unet(x, timestep, cond)
-        loss = (v - target).square().mean()
-        rate = _LR if self.control.style is None else _STYLE_LR
-        falling = min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
-        descend(self.optimiser, loss, rate * falling)
-        return {"loss": loss.item()}
+        return (v - target).square().mean()
 
     def _timesteps(self, batch: int) -> Tensor:
         """A student has learned its own grid only."""
@@ -177,17 +172,33 @@ def kohya_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return tensors
 
 
+def train_adapter(
+    options: StageOptions, name: str, slots: nn.Module, loss_of: Callable[[], Tensor], lr: float,
+    trained_on: str,
+) -> None:  # fmt: skip
+    """Train slots for `options.minutes` or `.steps`, resuming; writes `<name>.safetensors`."""
+    optimiser = torch.optim.Adam(slots.parameters(), lr=lr, betas=(0.9, 0.99))
+    average = Average(slots, 0.98)
+    run = Run(name, options, {"slots": slots}, [optimiser], average)
+
+    def step(index: int, fraction: float) -> dict[str, float]:
+        loss = loss_of()
+        descend(optimiser, loss, lr * min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02))
+        return {"loss": loss.item()}
+
+    run.loop(step, log_every=20)
+    metadata = {"steps": str(run.step), "headstart.trained_on": trained_on}
+    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", metadata)
+    log.info("%s: %d steps on %s", name, run.step, trained_on)
+
+
 def train(options: StageOptions, name: str) -> None:
-    """Train for `options.minutes`, resuming; writes `<name>.safetensors`."""
+    """One of CONTROLS."""
     torch.manual_seed(options.seed)
     control = CONTROLS[name]
     trainer = Trainer(options, control)
-    average = Average(trainer.slots, 0.98)
-    run = Run(name, options, {"slots": trainer.slots}, [trainer.optimiser], average)
-    run.loop(trainer.step, log_every=20)
-    metadata = {"steps": str(run.step), "headstart.trained_on": control.model}
-    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", metadata)
-    log.info("%s: %d steps on the %s", name, run.step, control.model)
+    lr = _LR if control.style is None else _STYLE_LR
+    train_adapter(options, name, trainer.slots, trainer.loss, lr, control.model)
 
 
 def sliders(options: StageOptions) -> None:

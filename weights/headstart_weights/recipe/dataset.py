@@ -19,17 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from headstart.errors import InputError
 from headstart.traces.timeline import phrase_of
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import (
     HELD_OUT_SET,
     ICON_SETS,
     Sprites,
+    data_files,
     draw_sprites,
     fetch_icon_set,
     save_sprites,
-    write_atomically,
+    write_arrays,
     write_text,
 )
 from headstart_weights.recipe.concepts import CONCEPTS, PAIR_CONCEPTS
@@ -105,15 +105,13 @@ class Dataset:
 
     def save(self, folder: Path, name: str = "dataset") -> None:
         """Write `name`.npy (pictures) and `name`.json (items), each by renaming."""
-        write_atomically(folder / f"{name}.npy", lambda path: _save_array(path, self.images))
+        write_arrays(folder / f"{name}.npy", lambda file: np.save(file, self.images))
         write_text(folder / f"{name}.json", json.dumps(self.items))
 
 
 def load_dataset(folder: Path, name: str = "dataset") -> Dataset:
     """What `Dataset.save` wrote; `name` is "dataset" (the pair's concepts) or "wide" (all)."""
-    pictures, record = folder / f"{name}.npy", folder / f"{name}.json"
-    if not (pictures.is_file() and record.is_file()):
-        raise InputError(f"no {name}.npy and {name}.json in {folder}: run the `data` stage first")
+    pictures, record = data_files(folder, f"{name}.npy", f"{name}.json")
     return Dataset(np.load(pictures), tuple(Item(*item) for item in json.loads(record.read_text())))
 
 
@@ -173,8 +171,3 @@ def _scaled_bytes(pixels: bytes, shape: tuple[int, ...]) -> NDArray[np.float32]:
     image = Image.fromarray(np.frombuffer(pixels, np.uint8).reshape(shape))
     resized = image.resize((SUBJECT_SIZE, SUBJECT_SIZE), Image.Resampling.HAMMING)
     return np.asarray(resized, dtype=np.float32)
-
-
-def _save_array(path: Path, images: NDArray[np.uint8]) -> None:
-    with path.open("wb") as file:  # a file object, because save appends .npy to a path
-        np.save(file, images)

@@ -48,8 +48,8 @@ class Mix(NamedTuple):
 
 
 def mix(timestep: Tensor) -> Mix:
-    kept = _ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
-    return Mix(kept.sqrt(), (1.0 - kept).sqrt())
+    alphas_cumprod = _ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
+    return Mix(alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt())
 
 
 def stratified_timesteps(batch: int, low: int = 0, high: int = STEPS) -> Tensor:

@@ -101,10 +101,10 @@ class Distiller:
         chosen = torch.randint(len(self.latents.mean), (_BATCH,))
         with torch.no_grad():
             context = self.text(captions_of(self.data, chosen))
-            place = int(torch.randint(len(GRID), (1,)))  # one for the whole batch
-            x = self.start(place, chosen, context)
-        x0 = predict_x0(self.student, x, _at(place), context)
-        landing = place == 0 and self.variant.landing
+            number = int(torch.randint(len(GRID), (1,)))  # one for the whole batch
+            x = self.start(number, chosen, context)
+        x0 = predict_x0(self.student, x, _at(number), context)
+        landing = number == 0 and self.variant.landing
         loss = self._landing_loss(x, x0, context) if landing else self._matching_loss(x0, context)
         if index >= _FAKE_HEAD_START:
             scale = 1.0 if fraction < 0.6 else (1.0 - fraction) / 0.4 + 0.02
@@ -115,11 +115,11 @@ class Distiller:
         fake = [self._teach_fake(drawn, context) for _ in range(self.variant.fake_updates)]
         return {"matching": loss.item(), "fake": fake[-1], "spread": drawn.std().item()}
 
-    def start(self, place: int, chosen: Tensor, context: Tensor) -> Tensor:
-        """Where the student's step at GRID[place] begins, [B, C, h, w]."""
-        x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, place)
-        if place > 0 and self.variant.noised_pictures > 0:
-            a, s = mix(_at(place))
+    def start(self, number: int, chosen: Tensor, context: Tensor) -> Tensor:
+        """Where the student's step at GRID[number] begins, [B, C, h, w]."""
+        x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, number)
+        if number > 0 and self.variant.noised_pictures > 0:
+            a, s = mix(_at(number))
             noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
             pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
             x = torch.where(pick, noised, x)
@@ -199,9 +199,9 @@ def student_name(variant: Variant, seed: int) -> str:
     return variant.name if seed == 0 else f"{variant.name}-{seed}"
 
 
-def _at(place: int) -> Tensor:
-    """The timestep of a place on the grid, for the whole batch."""
-    return torch.full((_BATCH,), GRID[place])
+def _at(number: int) -> Tensor:
+    """GRID[number] for the whole batch."""
+    return torch.full((_BATCH,), GRID[number])
 
 
 def _first_student(options: StageOptions, variant: Variant, teacher: UNet) -> UNet:
@@ -246,8 +246,8 @@ def train(options: StageOptions, variant: Variant) -> None:
 
     def keep() -> None:
         if options.keep and run.step % options.keep == 0:
-            kept = options.work / f"{name}@{run.step}.safetensors"
-            write_tensors(average.values, kept, {"steps": str(run.step)})
+            path = options.work / f"{name}@{run.step}.safetensors"
+            write_tensors(average.values, path, {"steps": str(run.step)})
 
     run.loop(distiller.step, on_save=save, save_every_s=180.0, on_step=keep)
     save()

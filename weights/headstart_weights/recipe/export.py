@@ -99,11 +99,11 @@ def vae_to_ldm(name: str, names: Mapping[str, Any]) -> str:
     if block is None:
         return name.replace(".conv_norm_out.", ".norm_out.")
     half_name, level, kind, index, rest = block.groups()
-    found = (_VAE_BLOCK.fullmatch(other) for other in names)
-    last = max(int(match[2]) for match in found if match and match[1] == half_name)
-    where, place = ("down", int(level)) if half_name == "encoder" else ("up", last - int(level))
+    blocks = (_VAE_BLOCK.fullmatch(other) for other in names)
+    last = max(int(match[2]) for match in blocks if match and match[1] == half_name)
+    where, number = ("down", int(level)) if half_name == "encoder" else ("up", last - int(level))
     inner = f"block.{index}.{_vae_inner(rest)}" if kind == "resnets" else f"{where}sample.{rest}"
-    return f"{half_name}.{where}.{place}.{inner}"
+    return f"{half_name}.{where}.{number}.{inner}"
 
 
 def half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,18 +209,18 @@ def main(options: StageOptions) -> None:
 
 
 def _part(work: Path, name: str) -> dict[str, Tensor]:
-    path = work / f"{name}.safetensors"
-    if not path.is_file():
-        raise InputError(f"no {path}: run the stages of the recipe in order first")
-    file = Checkpoint((path,))
+    file = Checkpoint((_trained(work / f"{name}.safetensors"),))
     return {name: file.tensor(name) for name in file.names}
 
 
 def _numbers(work: Path, name: str) -> Any:
-    path = work / f"{name}.json"
+    return json.loads(_trained(work / f"{name}.json").read_text())
+
+
+def _trained(path: Path) -> Path:
     if not path.is_file():
         raise InputError(f"no {path}: run the stages of the recipe in order first")
-    return json.loads(path.read_text())
+    return path
 
 
 def _file_name(role: str) -> str:

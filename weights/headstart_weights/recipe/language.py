@@ -12,10 +12,9 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from headstart_weights.recipe.tokenizer import load_tokenizer
+from headstart_weights.recipe.tokenizer import END, START, load_tokenizer
 
 POSITIONS = 16
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 _PREFIX = "text_model."
 
 
@@ -24,7 +23,7 @@ class Language(nn.Module):
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
-        start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
+        start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
         config = CLIPTextConfig(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=128,
@@ -38,25 +37,24 @@ class Language(nn.Module):
             projection_dim=128,
         )
         self.transformer = CLIPTextModel(config)
-        self._ids = lru_cache(maxsize=65536)(lambda prompt: _token_ids(tokenizer, prompt))
+
+        @lru_cache(maxsize=65536)
+        def token_ids(prompt: str) -> list[int]:
+            words = tokenizer.encode(prompt, add_special_tokens=False).ids[: POSITIONS - 2]
+            return [start, *words, *[end] * (POSITIONS - 1 - len(words))]
+
+        self._ids = token_ids
 
     def forward(self, prompts: Sequence[str]) -> Tensor:
         ids = torch.tensor([self._ids(prompt) for prompt in prompts])
         return self.transformer(input_ids=ids).last_hidden_state
 
 
-def _token_ids(tokenizer: Tokenizer, prompt: str) -> tuple[int, ...]:
-    start, end = tokenizer.token_to_id(_START), tokenizer.token_to_id(_END)
-    words = [i for i in tokenizer.encode(prompt, add_special_tokens=False).ids]
-    ids = [start, *words[: POSITIONS - 2], end]
-    return tuple(ids + [end] * (POSITIONS - len(ids)))
-
-
 def load(work: Path) -> Language:
     """The trained text encoder, from `text.safetensors`."""
     language = Language(load_tokenizer(work))
     bare = not any(k.startswith(_PREFIX) for k in language.transformer.state_dict())
-    found = load_file(work / "text.safetensors")
-    own = {k.removeprefix(_PREFIX) if bare else k: v for k, v in found.items()}
-    language.transformer.load_state_dict(own)
+    tensors = load_file(work / "text.safetensors")
+    state = {k.removeprefix(_PREFIX) if bare else k: v for k, v in tensors.items()}
+    language.transformer.load_state_dict(state)
     return language.eval()

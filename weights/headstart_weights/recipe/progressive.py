@@ -64,12 +64,12 @@ def land(
 ) -> Tensor:
     """x at GRID[leg] -> where the guided teacher's `count` steps end: a state, at last an x0."""
     times = (*substeps(leg, count), *GRID[leg + 1 : leg + 2])
-    for place in range(count):
-        now = torch.full((len(x),), times[place])
+    for number in range(count):
+        now = torch.full((len(x),), times[number])
         x0 = predict_x0(teacher, x, now, context, empty=empty, guidance=GUIDANCE)
-        if place + 1 == len(times):
+        if number + 1 == len(times):
             return x0
-        x = euler_step(x, x0, now, torch.full((len(x),), times[place + 1]))
+        x = euler_step(x, x0, now, torch.full((len(x),), times[number + 1]))
     return x
 
 

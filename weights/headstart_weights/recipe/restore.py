@@ -10,16 +10,17 @@ import json
 import logging
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 import headstart_weights
-from headstart.checkpoint.tensors import Checkpoint, Part, PartName
+from headstart.checkpoint.tensors import Checkpoint, PartName
 from headstart.metrics.scorer import TOKENIZER_KEY
 from headstart.networks.load import load_unet, load_vae
 from headstart_weights.recipe import StageOptions
 from headstart_weights.recipe.artwork import write_text
 from headstart_weights.recipe.training import write_tensors
 
+_path = headstart_weights.path
 _NETWORKS = {"base": "base", "student": "distilled", "control": "distilled_unguided"}
 _PARTS: dict[str, tuple[str, PartName]] = {
     "text": ("base", "text"),
@@ -34,12 +35,12 @@ log = logging.getLogger(__name__)
 def restore(work: Path) -> None:
     """Write what the trained stages would have written. Never over a file that is there."""
     for name, role in _NETWORKS.items():
-        _write(work / f"{name}.safetensors", _tensors(load_unet(_path(role))))
-    _write(work / "codec.safetensors", _tensors(load_vae(_path("base"))))
+        _write(work / f"{name}.safetensors", load_unet(_path(role)).state_dict())
+    _write(work / "codec.safetensors", load_vae(_path("base")).state_dict())
     for name, (role, part) in _PARTS.items():
-        _write(
-            work / f"{name}.safetensors", _floats(Checkpoint.open(_path(role), part).parts()[part])
-        )
+        found = Checkpoint.open(_path(role), part).parts()[part]
+        tensors = {key: found.tensor(key).float() for key in found.shapes}
+        _write(work / f"{name}.safetensors", tensors)
     _write_text(work / "tokenizer.json", Checkpoint((_path("base"),)).metadata[TOKENIZER_KEY])
     for name in (*_WHOLE, *headstart_weights.manifest().controls):
         file = Checkpoint((_path(name),))
@@ -54,18 +55,6 @@ def main(options: StageOptions) -> None:
     """The `restore` stage."""
     restore(options.work)
     log.info("restored the bundled files to %s", options.work)
-
-
-def _path(role: str) -> Path:
-    return headstart_weights.path(role)
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return dict(module.state_dict())
-
-
-def _floats(part: Part) -> dict[str, Tensor]:
-    return {name: part.tensor(name).float() for name in part.shapes}
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:

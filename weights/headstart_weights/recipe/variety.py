@@ -12,28 +12,25 @@ is pulled back to the student, and reports 70 % of the teacher's LPIPS diversity
 
 from __future__ import annotations
 
-import logging
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, language
 from headstart_weights.recipe.base import captions_of, load_unet
-from headstart_weights.recipe.control import kohya_tensors, train_slots
+from headstart_weights.recipe.control import train_adapter, train_slots
 from headstart_weights.recipe.dataset import load_dataset
 from headstart_weights.recipe.diffusion import GRID, LATENT_SHAPE, mix
 from headstart_weights.recipe.distill import RENOISE, STUDENT, Variant, first_target, student_name
-from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 RANK = 16
 STUDENTS: dict[str, Variant] = {"variety": STUDENT, "renoise-variety": RENOISE}
 """Adapter -> the student that it is trained on."""
 _BATCH = 16
 _LR = 4e-3
-
-log = logging.getLogger(__name__)
 
 
 def train(options: StageOptions, adapter: str) -> None:
@@ -46,26 +43,17 @@ def train(options: StageOptions, adapter: str) -> None:
     teacher = load_unet(options.work / "base.safetensors").requires_grad_(False)
     data, text = load_dataset(options.work), language.load(options.work).requires_grad_(False)
     adapters, slots = train_slots(unet, RANK)
-    optimiser = torch.optim.Adam(slots.parameters(), lr=_LR, betas=(0.9, 0.99))
-    average = Average(slots, 0.98)
-    run = Run(name, options, {"slots": slots}, [optimiser], average)
     empty, now = text([""]), torch.full((_BATCH,), GRID[0])
     a, s = mix(now)
 
-    def step(index: int, fraction: float) -> dict[str, float]:
+    def loss_of() -> Tensor:
         context = text(captions_of(data, torch.randint(len(data), (_BATCH,))))
         x = torch.randn(_BATCH, *LATENT_SHAPE)
         aim = (a * x - first_target(teacher, x, context, empty, variant.between)) / s
         cond = Conditioning(context, strengths=torch.ones(_BATCH, 1), adapters=adapters)
-        loss = (unet(x, now, cond) - aim).square().mean()
-        rate = _LR * min(1.0, (index + 1) / 20, (1.0 - fraction) / 0.5 + 0.02)
-        descend(optimiser, loss, rate)
-        return {"loss": loss.item()}
+        return (unet(x, now, cond) - aim).square().mean()
 
-    run.loop(step, log_every=20)
-    metadata = {"steps": str(run.step), "headstart.trained_on": student}
-    write_tensors(kohya_tensors(average.values), options.work / f"{name}.safetensors", metadata)
-    log.info("%s: %d steps on %s", name, run.step, student)
+    train_adapter(options, name, slots, loss_of, _LR, student)
 
 
 def main(options: StageOptions) -> None:
