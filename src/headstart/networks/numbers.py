@@ -19,8 +19,8 @@ def sinusoid(values: Tensor, dim: int) -> Tensor:
 
 
 def _frequencies(half: int, device: torch.device) -> Tensor:
-    """10000^(-i/half), [half] float32; on a CPU made once: five operators that take longer than the
-    angles. Elsewhere what a graph reads must be memory of its own."""
+    """10000^(-i/half), [half] float32. On a CPU it is made once, because its five operators take
+    longer than the angles. On other devices a captured graph needs memory of its own."""
     if device.type == "cpu" and not watched():
         return _cached_frequencies(half)
     return _new_frequencies(half, device)

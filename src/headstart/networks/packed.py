@@ -167,7 +167,7 @@ _LIBRARY.define(
 )
 _LIBRARY.impl("packed_linear", _linear, "CPU")
 _LIBRARY.impl("packed_conv2d", _recorded_conv2d, "CPU")
-"""For who records operators to run them again: they read the weight, not the layout of its past."""
+"""For recorders that run operators again: these read the weight, and not a layout from before."""
 
 
 def _lay_out(weight: Tensor, form: tuple[Any, ...], size: Sequence[int]) -> Tensor | Filter:

@@ -1,8 +1,8 @@
 """Parts of a network that a compiler takes one at a time, because they repeat.
 
-SDXL has 70 transformer blocks of two widths: a block at a time they are compiled twice, and what is
-between them stays Python, where adapters, prompts and sizes may be what they like. A block says so
-on its `forward`; nothing else of it changes, and without a compiler nothing happens.
+SDXL has 70 transformer blocks of two widths: block by block, two functions are compiled. The code
+between the blocks stays Python, so adapters, prompts and sizes may change there. Such a block has a
+decorator on its `forward`, which does nothing without a compiler.
 """
 
 from __future__ import annotations

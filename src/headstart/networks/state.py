@@ -1,10 +1,10 @@
-"""What linear layers give of one input, as a key: they give the same while it is equal.
+"""A key for the outputs of linear layers on one input: while the key is equal, the outputs are.
 
-    weights   where each is, and how often torch saw it written to
-    adapters  which hooks of theirs there are; what those do is for the adapters to say
+    weights   the address of each, and how many writes to it torch has counted
+    adapters  which hooks of theirs there are; what these do is in the adapters' own key
 
-Looked at before every row, 140 layers of SDXL at a time: so tables of modules are read, and lists
-of numbers compared.
+It is made before every row, for 140 layers of SDXL at a time. So the tables of modules are read
+directly, and lists of numbers are compared.
 """
 
 # The tables of an nn.Module and the identity of a storage are private.
@@ -41,15 +41,15 @@ _version = cast("Callable[[Tensor], int]", vars(torch._C.TensorBase)["_version"]
 
 
 class Version(NamedTuple):
-    """Where tensors are, and how often torch saw each written to."""
+    """The addresses of tensors, and how many writes to each torch has counted."""
 
     addresses: tuple[int, ...]
     versions: tuple[int, ...]
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> Version | None:
-        """None for tensors made in inference mode, of which torch counts nothing; and for those
-        that record gradients, which are of one row."""
+        """None for tensors made in inference mode, whose writes torch does not count; and for those
+        that record gradients, which belong to one row."""
         if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
             return None
         known = _TENSORS.issuperset(map(type, tensors))  # others may have no address, as fakes
@@ -61,10 +61,10 @@ class Version(NamedTuple):
 
 
 class State(NamedTuple):
-    """Of layers.
+    """The state of some layers.
 
-    hooks     the numbers of adapters' hooks, and what stands for layers' `forward`; () for none
-    storages  while weak references to them are kept, no others have their addresses
+    hooks     the numbers of adapters' hooks, and what replaces layers' `forward`; () if none does
+    storages  while weak references to them exist, no other storage gets their addresses
     """
 
     hooks: tuple[object, ...]
@@ -73,7 +73,7 @@ class State(NamedTuple):
 
 
 class _Tables(NamedTuple):
-    """Of layers, as their modules have them."""
+    """The tables of some layers' modules."""
 
     layers: Sequence[nn.Linear]
     own: tuple[dict[str, Any], ...]
@@ -94,9 +94,9 @@ class _Storages(NamedTuple):
 
 @final
 class Watch:
-    """The state of some layers, and what of it takes longest to find, for the next look.
+    """The state of some layers. The parts that take longest to find are remembered between calls.
 
-    A copy has seen nothing. Threads may look at once: each thing seen is replaced as a whole.
+    A copy remembers nothing. Threads may call it at once: each remembered part is replaced whole.
     """
 
     def __init__(self) -> None:
@@ -108,8 +108,8 @@ class Watch:
         return Watch, ()
 
     def state(self, layers: Sequence[nn.Linear]) -> State | None:
-        """None where it does not say what a layer gives: one of another class, one with a hook or a
-        method of its own that is no adapter's, and where `Version.of` is None."""
+        """None if it does not determine the outputs: for layers of another class, for those with a
+        hook or a method that is no adapter's, and where `Version.of` is None."""
         if not layers or not _LINEARS.issuperset(map(type, layers)):
             return None
         tables = self._tables
@@ -120,7 +120,7 @@ class Watch:
             return None
         try:
             tensors = [*map(_WEIGHT, tables.parameters)]
-        except KeyError:  # it was taken away, and is made by somebody at every call
+        except KeyError:  # somebody removed it, and makes it anew at every call
             return None
         tensors += [bias for bias in map(_BIAS, tables.parameters) if bias is not None]
         if any(tables.buffers):
@@ -129,7 +129,7 @@ class Watch:
         return None if weights is None else State(hooks, weights, self._refs(weights, tensors))
 
     def _hooks_of(self, tables: _Tables) -> tuple[object, ...] | None:
-        """Each hook has a number that is given once, so what was found of them holds."""
+        """No two hooks have the same number, so the same numbers need no second check."""
         overrides = [own["forward"] for own in tables.own if "forward" in own]
         if any(map(_BEFORE, tables.own)) or not all(map(_in_key, overrides)):
             return None
@@ -141,7 +141,7 @@ class Watch:
         return hooks
 
     def _refs(self, weights: Version, tensors: Iterable[Tensor]) -> tuple[StorageWeakRef, ...]:
-        """What is at the same address is in the same storage, if that is not gone."""
+        """Tensors at the same addresses are in the same storages, if those still exist."""
         storages = self._storages
         if storages.addresses != weights.addresses or any(map(_is_expired, storages.numbers)):
             storage_of = {
@@ -154,8 +154,8 @@ class Watch:
     def key(
         self, network: nn.Module, layers: Sequence[nn.Linear], cond: Conditioning
     ) -> tuple[Hashable, ...] | None:
-        """What `layers` of the network give in a call with `cond`, besides what they read; None
-        where nothing says when it changes."""
+        """A key for the outputs of `layers` in a call with `cond`, besides their inputs; None if a
+        change of them could not be noticed."""
         entries = _hooks(network, "_forward_pre_hooks")
         if not all(map(_in_key, entries)) or any(_EVERYWHERE):
             return None
