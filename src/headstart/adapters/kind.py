@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -46,7 +47,8 @@ def _nothing(_: object, *__: object) -> Iterator[Agreement]:
     return iter(())
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
     """A way to change a weight.
 
     title       its name in messages
@@ -71,7 +73,7 @@ class Kind(NamedTuple):
     sides: Callable[[Shapes], Sides]
     change: Callable[[Tensors, Tensor], Tensor]
     agreements: Callable[[Shapes], Iterator[Agreement]] = _nothing
-    needs: Mapping[str, str] = {}
+    needs: Mapping[str, str] = field(default_factory=dict[str, str])
     modifiers: frozenset[str] = frozenset()
     rank: Callable[[Shapes], int | None] = lambda _: None
     fits: Callable[[Shapes, Shape], bool] | None = None

@@ -32,7 +32,9 @@ def match_layers(
     network counts that most of the file's modules name: PEFT saves an encoder alone, without its
     name. Raises AdapterError where two layers fit equally well.
     """
-    tables = {network: _spellings(network, list(layers)) for network, layers in networks.items()}
+    tables: dict[Network, dict[str, tuple[str, ...]]] = {
+        network: _spellings(network, list(layers)) for network, layers in networks.items()
+    }
     groups = list(groups)
     by_number = layers_by_number(groups, networks)
     candidates = [

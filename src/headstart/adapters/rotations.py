@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -110,7 +111,8 @@ OFT = Kind(
     agreements=_oft_agreements,
     fits=lambda shapes, layer: len(layer) > 1 and _rows_sides(shapes)[0] == layer[0],
 )
-BOFT = OFT._replace(
+BOFT = replace(
+    OFT,
     title="BOFT",
     form=AdapterForm.BOFT,
     operands={**OFT.operands, "oft_blocks": (4,)},
@@ -189,7 +191,7 @@ def _same_columns(shapes: Shapes, layer: Shape) -> bool:
 
 def oft_v2(settings: OftSettings) -> Kind:
     """OFTv2 as one program has it."""
-    return OFT_V2._replace(change=partial(_oft_v2, settings=settings))
+    return replace(OFT_V2, change=partial(_oft_v2, settings=settings))
 
 
 OFT_V2 = Kind(

@@ -195,7 +195,7 @@ def _integers(path: Path, name: str, field: str, value: object, most: int) -> tu
     else:
         return tuple(cast(list[int], items))
     what = f"expected at most {most} integers in 0 .. 2^40"
-    fail(path, f"tensor {name[:80]!r}: {field} {_show(value)}: {what}")
+    fail(path, f"tensor {name[:80]!r}: {field} {_show(cast(object, value))}: {what}")
 
 
 def check_layout(

@@ -81,7 +81,10 @@ def _fit(
     strays = tuple(name for name in part.strays if not is_allowed(name, allow))
     shapes = {name: part.shapes[name] for name in sources}
     part = replace(part, sources=sources, shapes=shapes, strays=strays)
-    return part, *(misfit(part, expected) or dtype_misfit(part) or (None, ()))
+    problem = misfit(part, expected) or dtype_misfit(part)
+    if problem is None:
+        return part, None, ()
+    return part, problem.sentence, problem.details
 
 
 # --------------------------------------------------------------------- UNet

@@ -157,9 +157,10 @@ class Checkpoint:
         if (cached := self._cached.contents) is None:
             split = self.split()
             strays = tuple(split.get("", {}).values())
-            cached = {
-                name: _contents(self, name, split[name], strays) for name in PARTS if name in split
-            }
+            cached = dict[PartName, _Contents]()
+            for name in PARTS:
+                if name in split:
+                    cached[name] = _contents(self, name, split[name], strays)
             # Parts themselves are not cached: they refer to this object, and so the mapped files
             # would stay until Python's cycle collector runs, long after the last tensor is gone.
             self._cached.contents = cached
