@@ -80,30 +80,19 @@ def sample_plan(
     start = from_latent(table, x.detach().float(), level)
     noise = _Noise(x, table, noise_sampler)
     run = Run(table, None, noise, resume=start)  # D's conditioning is in extra_args
-    return _loop(run, models, x.dtype, dict(extra_args or {}), callback, disable)
-
-
-@torch.no_grad()
-def _loop(
-    run: Run,
-    models: Mapping[str, D],
-    dtype: torch.dtype,
-    extra_args: dict[str, Any],
-    callback: Callable[[dict[str, Any]], object] | None,
-    disable: bool | None,
-) -> Tensor:
-    rows = run.table.steps[run.state.step + 1 - run.table.first :]
-    for i, row in enumerate(tqdm(rows, disable=disable)):
-        x = run.state.x.to(dtype)
-        sigma = x.new_tensor(row.sigma)
-        denoised = models[row.model](x, sigma.expand(len(x)), **extra_args)
-        if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
-            is_tensor = isinstance(denoised, Tensor)
-            actual = list(denoised.shape) if is_tensor else type(denoised).__name__
-            raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {actual}")
-        if callback is not None:
-            callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
-        run.advance(denoised.float())
+    rows, extra, dtype = table.steps[run.state.step + 1 - table.first :], extra_args or {}, x.dtype
+    with torch.no_grad():
+        for i, row in enumerate(tqdm(rows, disable=disable)):
+            x = run.state.x.to(dtype)
+            sigma = x.new_tensor(row.sigma)
+            denoised = models[row.model](x, sigma.expand(len(x)), **extra)
+            if not isinstance(denoised, Tensor) or denoised.shape != x.shape:
+                is_tensor = isinstance(denoised, Tensor)
+                actual = list(denoised.shape) if is_tensor else type(denoised).__name__
+                raise InputError(f"D of {row.model!r}: expected x0 {list(x.shape)}, got {actual}")
+            if callback is not None:
+                callback({"x": x, "i": i, "sigma": sigma, "sigma_hat": sigma, "denoised": denoised})
+            run.advance(denoised.float())
     return run.state.x.to(dtype)
 
 

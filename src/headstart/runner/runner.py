@@ -167,7 +167,10 @@ class EagerRunner:
         self.rows += len(x_in)
         with torch.inference_mode():
             if x_in.device.type == "cuda":
-                return self._timed_by_events(x_in, timestep, cond)
+                begin = record_event(x_in.device)
+                f = self.network(x_in, timestep, cond)
+                self._events.append((begin, record_event(x_in.device)))
+                return f
             start = time.perf_counter()
             f = self.network(x_in, timestep, cond)
             self._wall_ms += (time.perf_counter() - start) * 1e3
@@ -181,12 +184,6 @@ class EagerRunner:
             cond = cond.to(cond.context.device, self.dtype)
         with torch.inference_mode():
             return cast("ReadsPrompt", self.network).read_prompt(cond)
-
-    def _timed_by_events(self, x_in: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
-        start = record_event(x_in.device)
-        f = self.network(x_in, timestep, cond)
-        self._events.append((start, record_event(x_in.device)))
-        return f
 
 
 class CompiledRunner(EagerRunner):
