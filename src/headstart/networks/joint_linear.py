@@ -89,9 +89,10 @@ def joint_weights(layers: Linears) -> Joint | None:
 
 
 def _is_plain(layer: nn.Linear) -> bool:
+    if type(layer) is not nn.Linear:
+        return False
     own = vars(layer)
-    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own
-    return type(layer) is nn.Linear and not hooked
+    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:
