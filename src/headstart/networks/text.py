@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import zip_longest
-from typing import NamedTuple, overload
+from typing import NamedTuple, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,19 @@ from headstart.networks.tower import Tower
 
 Size = int | tuple[int, int] | None
 """Pixels: a side, or (height, width)."""
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The options of `ClipText.encode`, which explains them."""
+
+    second: Sequence[str] | None
+    negative_second: Negative | None
+    style: PromptStyle
+    clip_skip: int | None
+    size: Size
+    original: Size
+    crop: tuple[int, int]
+    strict: bool
 
 
 class _Reading(NamedTuple):
@@ -87,33 +100,11 @@ class ClipText(nn.Module):
 
     @overload
     def encode(
-        self,
-        prompts: Sequence[str],
-        negative: None = None,
-        *,
-        second: Sequence[str] | None = None,
-        negative_second: None = None,
-        style: PromptStyle = "plain",
-        clip_skip: int | None = None,
-        size: Size = None,
-        original: Size = None,
-        crop: tuple[int, int] = (0, 0),
-        strict: bool = False,
+        self, prompts: Sequence[str], negative: None = None, **options: Unpack[EncodeOptions]
     ) -> Conditioning: ...
     @overload
     def encode(
-        self,
-        prompts: Sequence[str],
-        negative: Negative,
-        *,
-        second: Sequence[str] | None = None,
-        negative_second: Negative | None = None,
-        style: PromptStyle = "plain",
-        clip_skip: int | None = None,
-        size: Size = None,
-        original: Size = None,
-        crop: tuple[int, int] = (0, 0),
-        strict: bool = False,
+        self, prompts: Sequence[str], negative: Negative, **options: Unpack[EncodeOptions]
     ) -> tuple[Conditioning, Conditioning]: ...
     @torch.no_grad()
     def encode(
@@ -158,7 +149,7 @@ class ClipText(nn.Module):
             raise InputError(f"style {style!r:.40}: expected {', '.join(PROMPT_STYLES)}")
         rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
         grammar.warn_of_letters(dict.fromkeys((*rows.first, *rows.second)), style)
-        readings = self._readings((rows.first, rows.second), style, strict)
+        readings = self._readings((rows.first, rows.second), style, strict=strict)
         cond = self._encode(readings, self.hidden_state(clip_skip), (size, original, crop))
         if negative is None:
             return cond
@@ -179,13 +170,13 @@ class ClipText(nn.Module):
     ) -> int:
         """Tokens of each row that `encode` would give, with its errors of texts and lengths."""
         rows = prompt_rows(prompts, negative, second, negative_second, len(self.towers))
-        pieces = self._readings((rows.first, rows.second), style, False)[0].rows
+        pieces = self._readings((rows.first, rows.second), style, strict=False)[0].rows
         return common_piece_count(map(len, pieces), self.length - 2) * self.length
 
-    def ids(self, prompts: Sequence[str], *, strict: bool = False) -> list[Tensor]:
+    def ids(self, prompts: Sequence[str]) -> list[Tensor]:
         """Token ids [B, k*L] of plain prompts for each encoder, as `encode` reads them."""
         texts = prompt_rows(prompts, None, None, None, 1).first
-        readings = self._readings((texts, texts), "plain", strict)
+        readings = self._readings((texts, texts), "plain", strict=False)
         order = _order(readings[0].rows, self.length - 2)
         return [_laid_out(list(self._ids(own)), order) for own in readings]
 
@@ -218,7 +209,7 @@ class ClipText(nn.Module):
         return -clip_skip
 
     def _readings(
-        self, texts: Sequence[list[str]], style: PromptStyle, strict: bool
+        self, texts: Sequence[list[str]], style: PromptStyle, *, strict: bool
     ) -> list[_Reading]:
         """For each encoder the pieces of its texts. Raises InputError, and with `strict` for a text
         of more than one."""
