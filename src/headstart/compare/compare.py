@@ -5,7 +5,6 @@ row = (network passes, seconds for all images, diversity in each space, Vendi, p
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -51,11 +50,10 @@ class SeedVariety(NamedTuple):
         return cls(varied, vendi(features))
 
     def to_json(self) -> dict[str, Any]:
-        found = self.diversity
-        sure = found is not None and math.isfinite(found.low)
+        own = self.diversity
         return {
-            "diversity": None if found is None else round(found.value, 4),
-            "diversity_95": found.rounded()[1:] if found is not None and sure else None,
+            "diversity": None if own is None else round(own.value, 4),
+            "diversity_95": None if own is None or not own.has_ends else own.rounded()[1:],
             "vendi": round(self.vendi, 4),
         }
 
@@ -175,7 +173,8 @@ def compare(
     runs |= {str(method): (tables["distilled"], (method,)) for method in methods}
     for table, ways in runs.values():  # checked before anything runs
         engine.iterate(prompt, plan=table, seeds=seeds, diversify=ways)
-    _warm_up(engine, prompt, seeds, tables)
+    engine.sample(prompt, plan=tables["hybrid"], seeds=seeds)
+    next(engine.iterate(prompt, plan=tables["base"], seeds=seeds))
     images: dict[str, NDArray[np.uint8]] = {}
     passes: dict[str, int] = {}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -189,9 +188,20 @@ def compare(
             images[name] = trajectory.rgb.cpu().numpy()
             seconds[name].append(time.perf_counter() - start)
             passes[name] = trajectory.passes
-    outcomes = [
-        _judged(name, passes[name], seconds[name], images[name], prompt, judge) for name in runs
-    ]
+    outcomes: list[Outcome] = []
+    for name, rgb in images.items():
+        scores = None if judge.score is None else judge.score(rgb, [final_text(prompt)] * len(rgb))
+        outcomes.append(
+            Outcome(
+                name=name,
+                passes=passes[name],
+                latency_s=statistics.median(seconds[name]),
+                rounds=len(seconds[name]),
+                images=rgb,
+                spaces={space.name: SeedVariety.of(rgb, space) for space in judge.spaces},
+                score=None if scores is None else float(scores.mean()),
+            )
+        )
     return Comparison(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -212,8 +222,8 @@ def _again(seconds: Sequence[float], rounds: int | None) -> bool:
 
 def sheet_of(comparison: Comparison) -> Image.Image:
     """The contact sheet, with what each row cost beside it."""
-    found = [outcome.variety.diversity for outcome in comparison.outcomes]
-    highest = max((interval.value for interval in found if interval is not None), default=0.0)
+    varieties = [outcome.variety.diversity for outcome in comparison.outcomes]
+    highest = max((own.value for own in varieties if own is not None), default=0.0)
     rows = [_sheet_row(outcome, highest) for outcome in comparison.outcomes]
     count = len(comparison.seeds)
     return draw_sheet(
@@ -240,54 +250,24 @@ def footer_of(comparison: Comparison) -> str:
     scores = "" if by in (None, first) else f" · score: by {by}"
     chose = [o.name for o in comparison.outcomes if o.name.startswith(f"{Select.name}:")]
     chosen = "".join(f" · {name}: images of the seeds that it chose" for name in chose)
+    most = max(outcome.rounds for outcome in comparison.outcomes)
+    medians = f", x{most}: median of {most} interleaved runs" if most > 1 else ""
     return (
         f"passes: network passes an image · seconds: text, sampling and decoding of {images}"
-        f"{_medians(comparison.outcomes)} · diversity: mean pairwise {main} distance of {first} "
+        f"{medians} · diversity: mean pairwise {main} distance of {first} "
         f"features{further}{scores}{chosen} · {comparison.setting}"
-    )
-
-
-def _medians(outcomes: Sequence[Outcome]) -> str:
-    most = max(outcome.rounds for outcome in outcomes)
-    return f", x{most}: median of {most} interleaved runs" if most > 1 else ""
-
-
-def _warm_up(
-    engine: Engine, prompt: str, seeds: Sequence[int], tables: dict[str, StepTable]
-) -> None:
-    engine.sample(prompt, plan=tables["hybrid"], seeds=seeds)
-    next(engine.iterate(prompt, plan=tables["base"], seeds=seeds))
-
-
-def _judged(
-    name: str,
-    passes: int,
-    seconds: Sequence[float],
-    rgb: NDArray[np.uint8],
-    prompt: str,
-    judge: Judge,
-) -> Outcome:
-    scores = None if judge.score is None else judge.score(rgb, [final_text(prompt)] * len(rgb))
-    return Outcome(
-        name=name,
-        passes=passes,
-        latency_s=statistics.median(seconds),
-        rounds=len(seconds),
-        images=rgb,
-        spaces={space.name: SeedVariety.of(rgb, space) for space in judge.spaces},
-        score=None if scores is None else float(scores.mean()),
     )
 
 
 def _sheet_row(outcome: Outcome, highest: float) -> Row:
     notes = [f"{outcome.passes} passes · {outcome.latency_s:.2f} s x{outcome.rounds}"]
     bar = None
-    found = outcome.variety.diversity
-    if found is not None:
+    if (own := outcome.variety.diversity) is not None:
         words = ("diversity", *map(word_of, list(outcome.spaces)[1:]))
-        pairs = zip(words, outcome.spaces.values(), strict=True)
-        notes.append(" · ".join(f"{word} {_value(own)}" for word, own in pairs))
-        bar = found.value / highest if highest > 0 else 0.0
+        values = (variety.diversity for variety in outcome.spaces.values())
+        pairs = zip(words, ("-" if v is None else f"{v.value:.3f}" for v in values), strict=True)
+        notes.append(" · ".join(map(" ".join, pairs)))
+        bar = own.value / highest if highest > 0 else 0.0
     if outcome.score is not None:
         notes.append(f"prompt score {outcome.score:.2f}")
     return Row(
@@ -297,10 +277,6 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
         bar=bar,
         accent=outcome.name == "hybrid",
     )
-
-
-def _value(variety: SeedVariety) -> str:
-    return "-" if variety.diversity is None else f"{variety.diversity.value:.3f}"
 
 
 def _line(outcome: Outcome, wide: int) -> str:
@@ -313,11 +289,11 @@ def _line(outcome: Outcome, wide: int) -> str:
     )
 
 
-def _interval(found: Interval | None) -> str:
-    if found is None:
+def _interval(own: Interval | None) -> str:
+    if own is None:
         return f"{'-':>11}{'-':>16}"
-    ends = f"{found.low:.3f} .. {found.high:.3f}" if math.isfinite(found.low) else "-"
-    return f"{found.value:>11.3f}{ends:>16}"
+    ends = f"{own.low:.3f} .. {own.high:.3f}" if own.has_ends else "-"
+    return f"{own.value:>11.3f}{ends:>16}"
 
 
 def _setting(engine: Engine) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,7 +67,7 @@ class Cost:
         return self.images / self.stages["total"].p50 * 1e3
 
     def to_json(self) -> dict[str, Any]:
-        latency = {stage: {"p50": s.p50, "p99": s.p99} for stage, s in self.stages.items()}
+        latency = {stage: spread._asdict() for stage, spread in self.stages.items()}
         return {
             "plan": self.plan,
             "runner": self.runner,
@@ -94,16 +94,7 @@ class Costs:
     cases: tuple[Cost, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "prompt": self.prompt,
-            "seeds": list(self.seeds),
-            "size": list(self.size),
-            "rounds": self.rounds,
-            "warmup": self.warmup,
-            "weights_bytes": self.weights_bytes,
-            "machine": dict(self.machine),
-            "cases": [cost.to_json() for cost in self.cases],
-        }
+        return asdict(self) | {"cases": [cost.to_json() for cost in self.cases]}
 
     def __str__(self) -> str:
         """The table for a terminal: p50 / p99 in milliseconds."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,6 @@ VARIANTS: Mapping[str, tuple[tuple[Backbone, Take], ...]] = {
 """By the name of the folder with what was trained; the three ensemble parts in their order."""
 
 
-class Part(NamedTuple):
-    """One backbone, ready: what it takes of a picture."""
-
-    prepare: Preparation
-    take: Callable[[Tensor], Tensor]
-
-
 def lora_folders(folder: Path) -> list[Path]:
     """Those of DreamSim's variants that a folder holds, or the folder itself if it is one."""
     if _is_lora(folder):
@@ -105,15 +98,15 @@ def read_dreamsim(folder: Path) -> Judge:
     homes = (folder.parent, folder.parent / "checkpoints")
     files = [read_weights(_file(folder, backbone.stem, homes)) for backbone, _ in variant]
     parts = [
-        _part(weights, backbone, take, updates[n], scale)
-        for n, (weights, (backbone, take)) in enumerate(zip(files, variant, strict=True))
+        _part(weights, backbone, take, own, scale)
+        for weights, (backbone, take), own in zip(files, variant, updates, strict=True)
     ]
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():
-            found = torch.cat([part.take(part.prepare.pixels(rgb)) for part in parts], dim=1)
+            whole = torch.cat([part(rgb) for part in parts], dim=1)
             alone = variant[0][1] == "class and patches"
-            return (found if alone else _unit(found)).double().numpy()
+            return (whole if alone else _unit(whole)).double().numpy()
 
     name = f"dreamsim:{folder.name.removesuffix('_lora')}:{short_digest([adapter, *files])}"
     return Judge((Extractor(name, in_batches(features)),))
@@ -125,15 +118,10 @@ def _is_lora(folder: Path) -> bool:
 
 def _file(folder: Path, stem: str, homes: tuple[Path, ...]) -> Path:
     """`stem` with any suffix of weights: .pth, .pth.tar, .safetensors."""
-    found = [
-        path
-        for home in homes
-        if home.is_dir()
-        for path in sorted(home.iterdir())
-        if path.is_file() and path.name.startswith(f"{stem}.") and path.suffix in SUFFIXES
-    ]
-    if found:
-        return found[0]
+    for home in homes:
+        for path in sorted(home.glob(f"{stem}.*")):
+            if path.is_file() and path.suffix in SUFFIXES:
+                return path
     places = " nor ".join(repr(str(home)) for home in homes)
     raise InputError(
         f"DreamSim's {folder.name} needs {stem}.pth (or .safetensors), and it is not in {places}: "
@@ -141,21 +129,15 @@ def _file(folder: Path, stem: str, homes: tuple[Path, ...]) -> Path:
     )
 
 
-_CONFIG = {
-    "r": int,
-    "lora_alpha": float,
-    "bias?": str,
-    "fan_in_fan_out?": bool,
-    "use_dora?": bool,
-    "use_rslora?": bool,
-}
+_ODD = ("fan_in_fan_out", "use_dora", "use_rslora")
+_CONFIG = {"r": int, "lora_alpha": float, "bias?": str, **{f"{key}?": bool for key in _ODD}}
 
 
 def _scale(folder: Path) -> tuple[int, float]:
     """(r, alpha/r)."""
     path = folder / "adapter_config.json"
     config = read_json(path, "the configuration of a LoRA as peft writes it", _CONFIG)
-    odd = [key for key in ("fan_in_fan_out", "use_dora", "use_rslora") if config.get(key)]
+    odd = [key for key in _ODD if config.get(key)]
     if config["r"] < 1 or odd or config.get("bias", "none") != "none":
         raise InputError(
             f"{str(path)!r} asks for {', '.join(odd) or 'another rank or bias'}, and DreamSim is a "
@@ -191,19 +173,14 @@ def _updates(adapter: Weights, count: int) -> list[Updates]:
 
 def _part(
     weights: Weights, backbone: Backbone, take: Take, updates: Updates, scale: tuple[int, float]
-) -> Part:
+) -> Callable[[Rgb], Tensor]:
+    """What one backbone takes of pictures, [n, d]."""
     what, own = f"DreamSim's backbone {backbone.stem}", weights.within(backbone.prefix)
     if backbone is DINOV2:
         own = _at_side(own)
     _check_depth(own, what)
-    network = read_vit(
-        own,
-        what,
-        eps=backbone.eps,
-        activation=backbone.activation,
-        side=SIDE,
-        unused=backbone.loose,
-    )
+    options: dict[str, Any] = {"eps": backbone.eps, "activation": backbone.activation}
+    network = read_vit(own, what, **options, side=SIDE, unused=backbone.loose)
     _merge(network, updates, scale, weights.path)
     prepare = Preparation(0, SIDE, SIDE, backbone.mean, backbone.std, BICUBIC)
     if take == "projected":
@@ -213,8 +190,18 @@ def _part(
                 f"{weights.path}: expected {what}, whose 'proj' is a matrix over its width, got "
                 f"{list(shape)}: give the published file whole"
             )
-        return Part(prepare, _projected(network, own.numbers("proj")))
-    return Part(prepare, _class(network) if take == "class" else _class_and_patches(network))
+    proj = own.numbers("proj") if take == "projected" else None
+
+    def part(rgb: Rgb) -> Tensor:
+        tokens = network(prepare.pixels(rgb))
+        if take == "class":
+            return tokens[:, 0]
+        if proj is not None:
+            return network.norm(tokens[:, 0]) @ proj
+        tokens = _unit(tokens)
+        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
+
+    return part
 
 
 def _at_side(weights: Weights) -> Weights:
@@ -254,21 +241,5 @@ def _merge(network: Vit, updates: Updates, scale: tuple[int, float], path: Path)
             weight.add_(pair["B"] @ pair["A"], alpha=factor)
 
 
-def _class(network: Vit) -> Callable[[Tensor], Tensor]:
-    return lambda pixels: network(pixels)[:, 0]
-
-
-def _projected(network: Vit, proj: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda pixels: network.norm(network(pixels)[:, 0]) @ proj
-
-
-def _class_and_patches(network: Vit) -> Callable[[Tensor], Tensor]:
-    def take(pixels: Tensor) -> Tensor:
-        tokens = _unit(network(pixels))
-        return torch.cat([tokens[:, 0], tokens[:, 1:].mean(1)], dim=1)
-
-    return take
-
-
-def _unit(found: Tensor) -> Tensor:
-    return F.normalize(found - found.mean(-1, keepdim=True), dim=-1)
+def _unit(values: Tensor) -> Tensor:
+    return F.normalize(values - values.mean(-1, keepdim=True), dim=-1)

@@ -58,11 +58,12 @@ class Judge(NamedTuple):
         return self.spaces[0]
 
 
-def in_batches(features: Callable[[Rgb], Array], size: int = BATCH) -> Callable[[Rgb], Array]:
-    """The same features of any number of pictures, `size` of them at a time in memory."""
+def in_batches(features: Callable[..., Array], size: int = BATCH) -> Callable[..., Array]:
+    """The same of any number of pictures, and of the prompts beside them: `size` at a time in
+    memory."""
 
-    def batched(rgb: Rgb) -> Array:
-        parts = [features(rgb[at : at + size]) for at in range(0, len(rgb), size)]
-        return np.concatenate(parts) if parts else features(rgb)
+    def batched(*inputs: Rgb | Sequence[str]) -> Array:
+        starts = range(0, max(1, len(inputs[0])), size)
+        return np.concatenate([features(*(own[at : at + size] for own in inputs)) for at in starts])
 
     return batched

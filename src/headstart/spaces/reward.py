@@ -14,12 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, InputError
-from headstart.spaces.extractor import BATCH, Array, Judge, Rgb, Score
+from headstart.spaces.extractor import Array, Judge, Rgb, in_batches
 from headstart.spaces.preparation import BICUBIC, CLIP_MEAN, CLIP_STD, Preparation
 from headstart.spaces.vit import HEAD, read_vit
 from headstart.spaces.weights import Weights, filled, short_digest
@@ -69,16 +68,7 @@ def read_reward(weights: Weights) -> Judge:
         return ((found[:, 0].double() - MEAN) / STD).numpy()
 
     name = f"imagereward:{weights.path.stem}:{short_digest([weights])}"
-    return Judge((), _in_batches(rewards), name)
-
-
-def _in_batches(rewards: Score) -> Score:
-    def batched(rgb: Rgb, prompts: Sequence[str]) -> Array:
-        starts = range(0, len(rgb), BATCH)
-        parts = [rewards(rgb[at : at + BATCH], prompts[at : at + BATCH]) for at in starts]
-        return np.concatenate(parts)
-
-    return batched
+    return Judge((), in_batches(rewards), name)
 
 
 def _text_encoder(weights: Weights, seen: int) -> Any:

@@ -115,11 +115,16 @@ def decoder(engine: Engine, name: DecoderName = "tiny") -> Decoder:
     if name not in get_args(DecoderName):
         raise InputError(f"unknown decoder {name!r}: expected one of {get_args(DecoderName)}")
     weights = engine.weights
-    if name == "linear":
-        return _linear(weights)
     if name == "full":
         return _network("full", weights.vae, weights, weights.vae_dtype)
-    return _tiny(weights)
+    if name == "tiny":
+        return _tiny(weights)
+    if weights.lineage is None:
+        raise InputError(
+            "these weights do not say which family's latents they use, so there is no linear map "
+            "for them: use decoder 'full'"
+        )
+    return linear_decoder(weights.lineage, weights.device)
 
 
 def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
@@ -143,15 +148,6 @@ def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
     )
 
 
-def _linear(weights: Pair) -> Decoder:
-    if weights.lineage is None:
-        raise InputError(
-            "these weights do not say which family's latents they use, so there is no linear map "
-            "for them: use decoder 'full'"
-        )
-    return linear_decoder(weights.lineage, weights.device)
-
-
 def _factors(lineage: str) -> LinearPreview:
     if lineage == "demo":
         fitted = headstart_weights.manifest().linear_rgb
@@ -173,19 +169,21 @@ def _tiny(weights: Pair) -> Decoder:
             "decoder 'linear' or 'full'"
         )
     if isinstance(codec, TinyVae) and codec.decoder is not None:
-        params = codec.decoder.params
-        if (params.latent_channels, params.downscale) != (
-            weights.latent_channels,
-            weights.downscale,
-        ):
+        params, (channels, side) = (
+            codec.decoder.params,
+            (weights.latent_channels, weights.downscale),
+        )
+        if (params.latent_channels, params.downscale) != (channels, side):
             raise InputError(
                 f"the tiny decoder reads {params.latent_channels} channels and draws "
-                f"{params.downscale} pixels a cell; these latents have {weights.latent_channels} "
-                f"channels and {weights.downscale} pixels a cell: it belongs to another family"
+                f"{params.downscale} pixels a cell; these latents have {channels} channels and "
+                f"{side} pixels a cell: it belongs to another family"
             )
-    found = _network("tiny", codec, weights, _dtype_of(codec))
-    _check_colours(found, weights)
-    return found
+    parameters = codec.parameters() if isinstance(codec, torch.nn.Module) else ()
+    dtype = next((tensor.dtype for tensor in parameters), None)
+    tiny = _network("tiny", codec, weights, dtype)
+    _check_colours(tiny, weights)
+    return tiny
 
 
 def _network(
@@ -206,11 +204,6 @@ def _network(
     )
 
 
-def _dtype_of(codec: LatentCodec) -> torch.dtype | None:
-    parameters = codec.parameters() if isinstance(codec, torch.nn.Module) else ()
-    return next((tensor.dtype for tensor in parameters), None)
-
-
 def _check_colours(tiny: Decoder, weights: Pair) -> None:
     """SD's and SDXL's tiny decoders have the same tensors; only their colours tell them apart.
 
@@ -225,10 +218,11 @@ def _check_colours(tiny: Decoder, weights: Pair) -> None:
     rgb, edge = tiny(probe).rgb, 2 * tiny.scale  # zero padding tints the outer cells
     colours = rgb[:, edge:-edge, edge:-edge].float().mean((1, 2)).cpu()
     slopes = (colours[: tiny.channels] - colours[tiny.channels :]).flatten()
+    maps = {lineage: torch.tensor(known.matrix) for lineage, known in LINEAR_PREVIEWS.items()}
     alike = {
-        latent_space(lineage): float(F.cosine_similarity(slopes, _flat(known), dim=0))
-        for lineage, known in LINEAR_PREVIEWS.items()
-        if len(known.matrix) == tiny.channels
+        latent_space(lineage): float(F.cosine_similarity(slopes, known.flatten(), dim=0))
+        for lineage, known in maps.items()
+        if len(known) == tiny.channels
     }
     own = latent_space(weights.lineage)
     best = max(alike, key=lambda space: alike[space])
@@ -238,10 +232,6 @@ def _check_colours(tiny: Decoder, weights: Pair) -> None:
             f"their linear map, {alike[own]:.2f} with that of {own}), and these are {own} latents: "
             f"load the {own} decoder, such as {_TINY_FILES[own]}"
         )
-
-
-def _flat(known: LinearPreview) -> Tensor:
-    return torch.tensor(known.matrix).flatten()
 
 
 _TINY_FILES = {"sd15": "taesd_decoder.safetensors", "sdxl": "taesdxl_decoder.safetensors"}

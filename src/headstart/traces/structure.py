@@ -67,15 +67,10 @@ class Figures(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: an interval is [value, low, high], and what does not exist is null."""
-        numbers = {name: getattr(self, name) for name in ("distance", "share", "spread")}
-        return {
-            "step": self.step,
-            "model": self.model,
-            "timestep": self.timestep,
-            "sigma": self.sigma,
-            "amplification": self.amplification,
-            **{name: [finite_or_none(part) for part in value] for name, value in numbers.items()},
-        }
+        plain = self._asdict()
+        for name in ("distance", "share", "spread"):
+            plain[name] = [finite_or_none(part) for part in plain[name]]
+        return plain
 
 
 class Measured(NamedTuple):
@@ -89,7 +84,7 @@ class Measured(NamedTuple):
 def feature_space(extractor: Extractor) -> Space:
     """The extractor's own distance: cosine, as the paper's diversity, or squared."""
 
-    def apart(a: Array, b: Array) -> Array:
+    def cosine(a: Array, b: Array) -> Array:
         norms = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
         if not norms.all():
             raise InputError(
@@ -98,12 +93,9 @@ def feature_space(extractor: Extractor) -> Space:
             )
         return np.maximum(1.0 - (a * b).sum(-1) / norms, 0.0)
 
-    def squared(a: Array, b: Array) -> Array:
-        return np.square(a - b).sum(-1)
-
     if extractor.distance == "squared":
-        return Space(extractor, "squared distance", squared)
-    return Space(extractor, "cosine distance", apart)
+        return Space(extractor, "squared distance", lambda a, b: np.square(a - b).sum(-1))
+    return Space(extractor, "cosine distance", cosine)
 
 
 def pixel_space(height: int, width: int) -> Space:
@@ -111,11 +103,8 @@ def pixel_space(height: int, width: int) -> Space:
 
     Colours run from -1 to 1. It needs no weights, and works on pictures of any size.
     """
-
-    def apart(a: Array, b: Array) -> Array:
-        return np.square(a - b).mean(-1)
-
-    return Space(pixel_extractor(min(16, height, width)), "mean square difference", apart)
+    colours = pixel_extractor(min(16, height, width))
+    return Space(colours, "mean square difference", lambda a, b: np.square(a - b).mean(-1))
 
 
 def measure(
@@ -150,11 +139,7 @@ def measure(
     apart = np.where(good[:, :, None] & good[:, None], apart, np.nan)
     figures = tuple(
         Figures(
-            number,
-            row.model,
-            row.timestep,
-            row.sigma,
-            row.sigma**2,
+            *(number, row.model, row.timestep, row.sigma, row.sigma**2),
             _mean(distance[index]),
             _mean(share[index]),
             _spread(apart[index]),
@@ -195,7 +180,7 @@ def _apart(a: Array, b: Array, space: Space) -> Array:
 def _mean(values: Array) -> Interval:
     """Mean over seeds, with a bootstrap interval where there are at least two."""
     known = values[np.isfinite(values)]
-    return bootstrap_mean(known) if len(known) else Interval(math.nan, math.nan, math.nan)
+    return bootstrap_mean(known) if len(known) else Interval(math.nan)
 
 
 def _spread(apart: Array) -> Interval:
@@ -203,11 +188,11 @@ def _spread(apart: Array) -> Interval:
     known = np.isfinite(np.diagonal(apart))
     apart, n = apart[np.ix_(known, known)], int(known.sum())
     if n < 2:
-        return Interval(math.nan, math.nan, math.nan)
+        return Interval(math.nan)
     np.fill_diagonal(apart, 0.0)
     value = float(apart.sum() / (n * (n - 1)))
     if n == 2:  # every resample with a pair in it has this one
-        return Interval(value, math.nan, math.nan)
+        return Interval(value)
     counts = np.random.default_rng(0).multinomial(n, np.full(n, 1.0 / n), size=RESAMPLES)
     weights = counts.astype(np.float64)
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)

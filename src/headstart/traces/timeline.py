@@ -105,6 +105,14 @@ class Null(NamedTuple):
     courses: int
     crossed: int
 
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "prompt": self.without,
+            "margins": [finite_or_none(value, 4) for value in self.margins.tolist()],
+            "unasked": self.courses,
+            "unasked_there": self.crossed,
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timeline:
@@ -128,14 +136,12 @@ class Timeline:
 
     def to_json(self, seeds: Sequence[int], steps: Sequence[int]) -> dict[str, Any]:
         """`appears` and `abandoned` as row numbers of the plan."""
+        nulls = zip(self.phrases, self.nulls, strict=True)
         return {
             "scorer": self.scorer,
             "meaning": self.meaning,
             "threshold": 1.0,
-            "controls": {
-                phrase: None if null is None else _null_json(null)
-                for phrase, null in zip(self.phrases, self.nulls, strict=True)
-            },
+            "controls": {phrase: null and null.to_json() for phrase, null in nulls},
             "courses": [
                 {
                     "seed": seed,
@@ -207,34 +213,28 @@ def watch(
     phrases = check_phrases(phrases)
     words = (*phrases, *scorer.unasked)
     scores = _scores(pictures, words, scorer) if controls else np.empty(0)
-    excesses = {
-        key: scores - _scores(control, words, scorer)
-        for key, control in {id(control): control for control in controls.values()}.items()
-    }
+    distinct = {id(control): control for control in controls.values()}
+    excesses = {key: scores - _scores(own, words, scorer) for key, own in distinct.items()}
     beyond: list[Array] = []
     nulls: list[Null | None] = []
     for number, phrase in enumerate(phrases):
-        control = controls.get(phrase)
-        if control is None:
-            course, null = np.where(pictures.good, 0.0, np.nan), None
-        else:
+        course, null = np.where(pictures.good, 0.0, np.nan), None
+        if (control := controls.get(phrase)) is not None:
             excess = excesses[id(control)]
             unasked = unasked_of(scorer.unasked, (pictures.prompt, control.prompt, phrase))
             others = excess[:, :, len(phrases) :][:, :, unasked]
             course, null = _beyond(excess[:, :, number], others, control.prompt)
         beyond.append(course)
         nulls.append(null)
+    pairs = [*zip(phrases, beyond, strict=True)]
+    seeds = range(pictures.frames.shape[1])
     return Timeline(
         scorer=scorer.name,
         meaning=scorer.meaning,
         phrases=phrases,
         nulls=tuple(nulls),
         courses=tuple(
-            tuple(
-                _course(phrase, values[:, seed])
-                for phrase, values in zip(phrases, beyond, strict=True)
-            )
-            for seed in range(pictures.frames.shape[1])
+            tuple(_course(phrase, values[:, seed]) for phrase, values in pairs) for seed in seeds
         ),
     )
 
@@ -319,12 +319,3 @@ def _course(phrase: str, beyond: Array) -> Course:
     first, last = int(rows[0]), int(rows[-1])
     after = None if last == len(beyond) - 1 else last + 1
     return Course(phrase=phrase, beyond=beyond, appears=first, abandoned=after)
-
-
-def _null_json(null: Null) -> dict[str, Any]:
-    return {
-        "prompt": null.without,
-        "margins": [finite_or_none(value, 4) for value in null.margins.tolist()],
-        "unasked": null.courses,
-        "unasked_there": null.crossed,
-    }

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, final
+from typing import Any, TypeAlias, final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
 
 import headstart_weights
+from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError
-from headstart.metrics.features import SCORER, bundled_scorer, open_features
-from headstart.plan.table import StepTable
+from headstart.metrics.features import SCORER, open_features
 from headstart.traces.animation import Animation, animate
 from headstart.traces.branches import Branch
 from headstart.traces.decoders import Decoder, first_line
@@ -36,30 +35,14 @@ from headstart.traces.structure import (
 )
 from headstart.traces.timeline import ConceptScorer, DecodedRun, phrase_of, watch
 
-
-class Traced(Protocol):
-    """A finished run: a Trajectory, or a Branch of one."""
-
-    @property
-    def rgb(self) -> Tensor: ...
-    @property
-    def x0(self) -> Tensor | None: ...
-    @property
-    def table(self) -> StepTable: ...
-    @property
-    def prompts(self) -> tuple[str, ...]: ...
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-    @property
-    def chunk(self) -> int: ...
-    @property
-    def lineage(self) -> str | None: ...
+Traced: TypeAlias = Trajectory | Branch
+"""A finished run, or one that went on from a step of it."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Trace:
-    """DecodedRun and numbers of several plans for one prompt.
+    """Pictures and numbers of several plans for one prompt.
 
     decoder   what the pictures of x0 were made with; space: what they were compared in
     problems  steps for which the decoder failed: they have no picture and no numbers
@@ -106,9 +89,7 @@ class Trace:
         if any(strip.moved is not None for strip in self.strips):
             text += " · moved by: the same distance, from the image without the change"
         timelines = [strip.timeline for strip in self.strips if strip.timeline is not None]
-        if not timelines:
-            return text
-        return f"{text} · {curves_text(timelines)}"
+        return f"{text} · {curves_text(timelines)}" if timelines else text
 
     def to_json(self) -> dict[str, Any]:
         """All numbers; `share_by_seed` is [steps][seeds]."""
@@ -232,13 +213,8 @@ def demo_scorer(lineage: str | None = "demo") -> ConceptScorer:
             "the bundled scorer knows the bundled pair's pictures only: name one for yours, a "
             "folder with a CLIP model (scorer=clip_scorer(FOLDER), --scorer FOLDER)"
         )
-    scorer = bundled_scorer()
-
-    def score(rgb: NDArray[np.uint8], phrases: Sequence[str]) -> NDArray[np.float64]:
-        pixels = torch.as_tensor(rgb).permute(0, 3, 1, 2).float() / 127.5 - 1.0
-        return scorer.score(pixels, phrases).double().numpy()
-
-    names = headstart_weights.manifest().concepts
+    score, names = open_features("scorer").scores, headstart_weights.manifest().concepts
+    assert score is not None
     return ConceptScorer(
         name=SCORER,
         score=score,
@@ -257,13 +233,10 @@ def _named(trajectories: Mapping[str, Traced] | Sequence[Traced]) -> dict[str, T
     if isinstance(trajectories, Mapping):
         named = dict(trajectories)
     else:
-        named: dict[str, Traced] = {}
-        for run in trajectories:
-            if run.table.name in named:
-                raise InputError(
-                    f"two runs are called {run.table.name!r}: give them as {{name: run}}"
-                )
-            named[run.table.name] = run
+        named = {run.table.name: run for run in trajectories}
+        names = [run.table.name for run in trajectories]
+        if twice := next((name for name in named if names.count(name) > 1), None):
+            raise InputError(f"two runs are called {twice!r}: give them as {{name: run}}")
     if not named:
         raise InputError("a trace needs at least one run")
     return named
