@@ -19,7 +19,7 @@ SEVERAL = [name for name, pair in PAIRS.items() if pair.steps[0] > 1]
 def made(name: str, grids: Grids | None = None, **options: object) -> dict[str, Case]:
     pair = PAIRS[name]
     steps, schedule = pair.steps[0], pair.schedules["distilled"]
-    return cases_of(pair, steps, schedule, grids or Grids(), **options)  # type: ignore[arg-type]
+    return cases_of(pair, steps, schedule, grids or {}, **options)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SEVERAL)
@@ -47,7 +47,7 @@ def test_a_hand_off_case_meets_at_its_level_and_runs_the_students_own_steps_belo
 def test_a_level_close_to_a_trained_one_is_that_one() -> None:
     own = PAIRS["lightning"].distilled(4).grid(PAIRS["lightning"].schedule).sigmas[1]
     for level, exact in ((own * 1.01, True), (own * (1 + 3 * NEAR), False)):
-        (case, _) = [c for c in made("lightning", Grids(handoff=[level])).values()
+        (case, _) = [c for c in made("lightning", {"handoff": [level]}).values()
                      if c.part == "handoff"]  # fmt: skip
         assert (case.at == own) is exact
 
@@ -55,12 +55,12 @@ def test_a_level_close_to_a_trained_one_is_that_one() -> None:
 def test_a_level_outside_the_students_range_is_refused() -> None:
     for level in (0.0, -1.0, 14.7, float("nan"), float("inf")):
         with pytest.raises(InputError, match="hand-off level"):
-            made("lightning", Grids(handoff=[level]))
+            made("lightning", {"handoff": [level]})
 
 
 def test_a_value_that_is_there_twice_is_refused() -> None:
     with pytest.raises(InputError, match="'k-1' is there twice"):
-        made("lightning", Grids(k=[1, 1]))
+        made("lightning", {"k": [1, 1]})
 
 
 def test_parts_choose_what_is_varied_and_the_plans_are_always_there() -> None:
@@ -71,27 +71,27 @@ def test_parts_choose_what_is_varied_and_the_plans_are_always_there() -> None:
 
 
 def test_a_method_acts_on_the_distilled_model_unless_a_plan_is_named() -> None:
-    found = made("demo", Grids(methods=["cads:0.1", "hybrid+select:2"]), parts=("methods",))
+    found = made("demo", {"methods": ["cads:0.1", "hybrid+select:2"]}, parts=("methods",))
     alone, on_hybrid = found["cads:0.1"], found["hybrid+select:2"]
     assert (alone.plan, alone.diversify, alone.method) == ("distilled", ("cads:0.1",), "cads")
     assert (on_hybrid.plan, on_hybrid.diversify) == ("hybrid", ("select:2",))
 
 
 def test_several_methods_are_one_case_and_a_plan_without_any_is_refused() -> None:
-    found = made("demo", Grids(methods=["hybrid+select:2+cads:0.1", "pink:1+cads:0.1"]))
+    found = made("demo", {"methods": ["hybrid+select:2+cads:0.1", "pink:1+cads:0.1"]})
     both, alone = found["hybrid+select:2+cads:0.1"], found["pink:1+cads:0.1"]
     assert (both.plan, both.diversify) == ("hybrid", ("select:2", "cads:0.1"))
     assert (alone.plan, alone.diversify) == ("distilled", ("pink:1", "cads:0.1"))
     for text in ("hybrid+", "cads", ""):
         with pytest.raises(InputError, match=f"method '{text[:5]}"):
-            made("demo", Grids(methods=[text]))
+            made("demo", {"methods": [text]})
 
 
 def test_an_unguided_base_has_one_row_of_its_own_and_not_two() -> None:
     from dataclasses import replace
 
     pair = replace(PAIRS["demo"], base_scale=1.0)
-    assert "base-unguided" not in cases_of(pair, 4, pair.schedule, Grids())
+    assert "base-unguided" not in cases_of(pair, 4, pair.schedule, {})
     assert "base-unguided" in made("demo")
 
 

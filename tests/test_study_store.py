@@ -72,10 +72,10 @@ def test_pictures_come_back_to_the_bit_and_a_missing_one_is_all_missing(tmp_path
     store = opened(tmp_path)
     rgb = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
     store.keep("cads:0.25", 2, (7, 8, 9), rgb)
-    np.testing.assert_array_equal(store.kept("cads:0.25", 2, (7, 8, 9)), rgb)
-    assert store.kept("cads:0.25", 2, (7, 8, 9, 10)) is None
+    np.testing.assert_array_equal(store.pictures("cads:0.25", 2, (7, 8, 9)), rgb)
+    assert store.pictures("cads:0.25", 2, (7, 8, 9, 10)) is None
     (tmp_path / "pictures/cads-0.25/002-8.png").write_bytes(b"\x89PNG")
-    assert store.kept("cads:0.25", 2, (7, 8, 9)) is None
+    assert store.pictures("cads:0.25", 2, (7, 8, 9)) is None
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:

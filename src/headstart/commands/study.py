@@ -21,7 +21,7 @@ from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_folder
 from headstart.plan.request import parse_seeds
-from headstart.study.cases import EXPERIMENTS, PARTS, Grids
+from headstart.study.cases import EXPERIMENTS, PARTS, Part
 from headstart.study.lists import DEMO, LISTS, PromptList, read_prompts
 
 if TYPE_CHECKING:
@@ -188,19 +188,16 @@ def _request(args: argparse.Namespace, listed: PromptList, seeds: tuple[int, ...
 
     parts = ("plans", "methods") if args.quick and args.parts == "all" else read_parts(args.parts)
     grid: dict[str, Any] = {name: getattr(args, name) for name in GRID}
+    varied: dict[Part, Any] = {"k": _whole(args.k), "n": _whole(args.n)}
+    varied |= {"guidance": args.guidance, "handoff": args.handoff}
+    varied |= {"methods": args.diversify or None}
     return Request(
         prompts=listed.prompts,
         seeds=seeds,
         settings={name: value for name, value in grid.items() if value is not None},  # pyright: ignore
         size=read_size(args.size),
         parts=parts,
-        grids=Grids(
-            k=_whole(args.k),
-            n=_whole(args.n),
-            guidance=args.guidance,
-            handoff=args.handoff,
-            methods=args.diversify or None,
-        ),
+        grids={part: values for part, values in varied.items() if values is not None},
         features=args.features or None,
         reference=args.reference or _usual_reference(args),
         keep=args.keep,

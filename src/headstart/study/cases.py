@@ -66,19 +66,10 @@ class Case:
     against: str = "distilled"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Grids:
-    """What is varied; None: the usual values, empty: nothing.
-
-    methods   "cads:0.25" on the distilled model, or "hybrid+select:2" on a plan named before `+`;
-              "hybrid+select:2+cads:0.1" is both at once
-    """
-
-    k: Sequence[int] | None = None
-    n: Sequence[int] | None = None
-    guidance: Sequence[float] | None = None
-    handoff: Sequence[float] | None = None
-    methods: Sequence[str] | None = None
+Grids = Mapping[Part, Sequence[Any]]
+"""What is varied; of a part that is absent the usual values. A method is "cads:0.25" on the
+distilled model, or "hybrid+select:2" on a plan named before `+`; "hybrid+select:2+cads:0.1" is both
+at once."""
 
 
 def cases_of(
@@ -108,9 +99,7 @@ def cases_of(
         "methods": methods,
     }
     cases = [*_plans(pair)]
-    for part, values in usual.items():
-        if (own := getattr(grids, part)) is not None:
-            values = own
+    for part, values in {**usual, **grids}.items():
         if part not in parts:
             continue
         if part == "handoff":

@@ -38,13 +38,13 @@ AGAINST = "base"
 
 
 class _Part(NamedTuple):
-    """Of n seeds: good, distance and share [S, n]; features [S, n, d], which of a wide space are
-    millions of numbers: then None."""
+    """Of n seeds: good, distance and share [S, n]; features [S, n, d], of a wide space, where they
+    are millions of numbers, [S, n, 0]."""
 
     good: NDArray[np.bool_]
     distance: Array
     share: Array
-    features: NDArray[np.float32] | None
+    features: NDArray[np.float32]
 
 
 def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArray[Any]]:
@@ -60,9 +60,8 @@ def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArra
     cell: dict[str, NDArray[Any]] = {"space": np.array(space.extractor.name)}
     for plan, table in setting.plans.items():
         parts = [_seen(x0, decoder, space, none) for x0 in setting.each_part(prompt, table)]
-        good, distance, share = (
-            np.concatenate([getattr(part, name) for part in parts], axis=1)
-            for name in ("good", "distance", "share")
+        good, distance, share, features = (
+            np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)
         )
         check_pictures(good & good[-1], prompt, table, decoder)
         if not np.isfinite(share).any(1).all():
@@ -73,7 +72,7 @@ def measure(setting: Setting, prompt: str, decoder: Decoder) -> dict[str, NDArra
         cell |= {
             f"{plan}/share": share,
             f"{plan}/distance": distance,
-            f"{plan}/spread": _spreads(parts, good, space),
+            f"{plan}/spread": _spreads(features, good, space),
             f"{plan}/timestep": np.array([step.timestep for step in table]),
             f"{plan}/passes": passes_so_far(table),
         }
@@ -112,39 +111,37 @@ def numbers(cells: Sequence[Arrays]) -> dict[str, Any]:
 def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
     """Of x0 [S, n, C, h, w], beside the blank [1, H, W, 3]."""
     drawn = [decoder(row).host() for row in x0]
-    good = np.stack([own.finite for own in drawn])
-    features = None
+    good = np.stack([row.finite for row in drawn])
     if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
-        found = [
-            _features(space, np.concatenate([own.rgb[[seed]] for own in drawn] + [none]))
+        by_seed = [
+            _features(space, np.concatenate([row.rgb[[seed]] for row in drawn] + [none]))
             for seed in range(good.shape[1])
         ]
-        toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in found]
+        toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in by_seed]
         distance, share = np.concatenate(toward_last, axis=2)
+        features = np.empty((*good.shape, 0))
     else:
-        features = np.stack([_features(space, own.rgb) for own in drawn])
+        features = np.stack([_features(space, row.rgb) for row in drawn])
         distance, share = toward(features, features[-1], _features(space, none), space)
-        features = features.astype(np.float32)
-    known = good & good[-1]
-    return _Part(good, np.where(known, distance, np.nan), np.where(known, share, np.nan), features)
+    distance, share = (np.where(good & good[-1], own, np.nan) for own in (distance, share))
+    return _Part(good, distance, share, features.astype(np.float32))
 
 
 def _features(space: Space, rgb: Rgb) -> Array:
-    found = group_features(space.extractor, rgb)
-    if not np.isfinite(found).all():
+    features = group_features(space.extractor, rgb)
+    if not np.isfinite(features).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
-    return found
+    return features
 
 
-def _spreads(parts: Sequence[_Part], good: NDArray[np.bool_], space: Space) -> Array:
+def _spreads(features: NDArray[np.float32], good: NDArray[np.bool_], space: Space) -> Array:
     """[S]: the mean distance between the seeds that have a picture."""
-    kept = [part.features for part in parts if part.features is not None]
-    found = np.full(len(good), np.nan)
-    for row, seen in enumerate(good) if kept else ():
+    spreads = np.full(len(good), np.nan)
+    for row, seen in enumerate(good) if features.size else ():
         if seen.sum() > 1:
-            features = np.concatenate([part[row] for part in kept])[seen].astype(np.float64)
-            found[row] = off_diagonal_mean(between(features, space))
-    return found
+            apart = between(features[row, seen].astype(np.float64), space)
+            spreads[row] = off_diagonal_mean(apart)
+    return spreads
 
 
 def _plan(cells: Sequence[Arrays], plan: str, share: Array) -> dict[str, Any]:

@@ -64,9 +64,7 @@ class Lab:
     @cached_property
     def flat(self) -> torch.Tensor | None:
         """[m, 64*64*3] float32."""
-        return (
-            None if self.reference is None else torch.as_tensor(self.reference).flatten(1).float()
-        )
+        return None if self.reference is None else _flat(self.reference)
 
     @cached_property
     def reference_digest(self) -> str | None:
@@ -127,22 +125,23 @@ class Lab:
 
     def read(self, store: Store, case: Case, number: int) -> Arrays | None:
         """The finished cell, if it has every space of the judge, and scores by this one."""
-        found = store.read(Place(case.part, case.name, number), self.identity(case, number))
-        wanted = [f"diversity@{space.name}" for space in self.judge.spaces]
-        wanted += ["score"] * (self.judge.score is not None)
-        if found is None or not set(wanted) <= set(found):
+        cell = store.read(Place(case.part, case.name, number), self.identity(case, number))
+        wanted = {f"diversity@{space.name}" for space in self.judge.spaces}
+        if cell is None or not wanted <= set(cell):
             return None
-        scored_by = found.get("scored_by")
-        other = scored_by is not None and str(scored_by) != self.judge.scored_by
-        return None if other and self.judge.score is not None else found
+        if self.judge.score is not None:
+            scored_by = str(cell.get("scored_by", self.judge.scored_by))
+            if "score" not in cell or scored_by != self.judge.scored_by:
+                return None
+        return cell
 
     def measure(self, store: Store, case: Case, number: int) -> None:
         """Draw one cell, or measure again what is kept of it, and put it in place."""
         prompt, place = self.prompts[number], Place(case.part, case.name, number)
         identity = self.identity(case, number)
         before = store.read(place, identity)
-        rgb = None if before is None else store.kept(case.name, number, self.seeds)
-        cost = {name: own for name, own in (before or {}).items() if name in COST}
+        rgb = None if before is None else store.pictures(case.name, number, self.seeds)
+        cost = {name: before[name] for name in COST if name in before} if before else {}
         if rgb is None:
             rgb, cost = self._drawn(case, prompt)
             store.keep(case.name, number, self.seeds[: self.keep], rgb)
@@ -157,13 +156,13 @@ class Lab:
         rgb = run.rgb.cpu().numpy()
         seconds = (time.perf_counter() - begin) / len(rgb)
         networks = len({id(self.engine.denoisers[model]) for model in table.models})
-        cost = {
-            "images": len(rgb), "passes": run.passes, "networks": networks, "seconds": seconds,
-        }  # fmt: skip
-        found: dict[str, NDArray[Any]] = {k: np.array(float(v)) for k, v in cost.items()}
+        numbers = (len(rgb), run.passes, networks, seconds)
+        cost: dict[str, NDArray[Any]] = {
+            name: np.array(float(number)) for name, number in zip(COST, numbers, strict=False)
+        }
         if run.chosen is not None:
-            found["chosen"] = np.array(run.chosen, np.uint64)
-        return rgb, found
+            cost["chosen"] = np.array(run.chosen, np.uint64)
+        return rgb, cost
 
 
 COST = ("images", "passes", "networks", "seconds", "chosen")
@@ -173,37 +172,38 @@ def measured(
     rgb: Rgb, prompt: str, judge: Judge, reference: torch.Tensor | None = None
 ) -> dict[str, NDArray[Any]]:
     """What pictures of one prompt say of it; see the arrays above."""
-    found: dict[str, NDArray[Any]] = {}
+    arrays: dict[str, NDArray[Any]] = {}
     for space in judge.spaces:
-        found |= _varied(space, group_features(space, rgb))
+        arrays |= _varied(space, group_features(space, rgb))
     if judge.score is not None:
-        found["score"] = judge.score(rgb, [final_text(prompt)] * len(rgb)).astype(np.float64)
-        found["scored_by"] = np.array(judge.scored_by)
+        arrays["score"] = judge.score(rgb, [final_text(prompt)] * len(rgb)).astype(np.float64)
+        arrays["scored_by"] = np.array(judge.scored_by)
     if reference is not None:
-        found["nearest"] = nearest(rgb, reference)
-    return found
+        arrays["nearest"] = nearest(rgb, reference)
+    return arrays
 
 
 def _varied(space: Extractor, features: Array) -> dict[str, NDArray[Any]]:
-    found: dict[str, NDArray[Any]] = {}
+    diversity = np.array([np.nan])
     if len(features) > 1:
         own = measure_diversity([features], space.distance)
-        drawn = own.drawn[0] if own.drawn.size else own.drawn.ravel()
-        found["diversity"] = np.concatenate((own.values, drawn))
-    else:
-        found["diversity"] = np.array([np.nan])
+        diversity = np.concatenate((own.values, own.drawn.ravel()))
     cosine = space.distance == "cosine"
-    found["vendi"] = np.array(vendi(features) if cosine else np.nan)
+    arrays = {"diversity": diversity, "vendi": np.array(vendi(features) if cosine else np.nan)}
     if not space.wide:
-        found["features"] = features.astype(np.float32)
-    return {f"{name}@{space.name}": values for name, values in found.items()}
+        arrays["features"] = features.astype(np.float32)
+    return {f"{name}@{space.name}": values for name, values in arrays.items()}
 
 
 def nearest(rgb: Rgb, reference: torch.Tensor) -> Array:
     """[n]: root mean square, in levels of 255, to the nearest of the reference [m, 64*64*3]."""
-    flat = torch.as_tensor(small(rgb)).flatten(1).float()
-    apart = torch.cdist(flat, reference).amin(1) / flat.shape[1] ** 0.5
+    pixels = _flat(small(rgb))
+    apart = torch.cdist(pixels, reference).amin(1) / pixels.shape[1] ** 0.5
     return apart.double().numpy()
+
+
+def _flat(rgb: Rgb) -> torch.Tensor:
+    return torch.as_tensor(rgb).flatten(1).float()
 
 
 def small(rgb: Rgb) -> Rgb:

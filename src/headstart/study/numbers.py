@@ -122,8 +122,8 @@ def _space(
 def _diversity(own: Cells, space: Extractor) -> Interval:
     name = f"diversity@{space.name}"
     if len(own) == 1 and own[0][name].size > 1:
-        held = own[0][name]
-        return percentiles(float(held[0]), held[1:])
+        values = own[0][name]
+        return percentiles(float(values[0]), values[1:])
     return bootstrap_mean(_values(own, name))
 
 

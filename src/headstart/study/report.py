@@ -50,15 +50,15 @@ def write_report(
     page = write_page(known, drawn, pictures or {}, (NUMBERS, PDF, BY_PROMPT))
     if drawn:
         write_folder(folder / FIGURES, {f"{own.name}.svg": own.svg for own in drawn})
-    found = {
+    written = {
         NUMBERS: _bytes(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
         PDF: table_pdf(known),
         BY_PROMPT: prompts_csv(rows),
         PAGE: _bytes(page),
     }
-    write_folder(folder, found)
+    write_folder(folder, written)
     figures = [folder / FIGURES / f"{own.name}.svg" for own in drawn]
-    return [folder / PAGE, *(folder / name for name in found if name != PAGE), *figures]
+    return [folder / PAGE, *(folder / name for name in written if name != PAGE), *figures]
 
 
 def prompts_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:

@@ -46,7 +46,7 @@ class Request:
     settings: PlanSettings = field(default_factory=PlanSettings)
     size: int | tuple[int, int] | None = None
     parts: Sequence[str] | None = None
-    grids: Grids = field(default_factory=Grids)
+    grids: Grids = field(default_factory=dict[Part, Sequence[Any]])
     features: Sequence[str] | None = None
     reference: str | None = None
     keep: int = 16
@@ -122,9 +122,9 @@ def reference_of(study: Study, request: Request) -> dict[str, Any] | None:
     """What pictures were compared with, and how many it is; None for moments alone."""
     if request.reference is None:
         return None
-    held = study.lab_of(study.cases["distilled"]).reference
+    pictures = study.lab_of(study.cases["distilled"]).reference
     named = next((own.name for own in study.references.values()), request.reference)
-    return {"name": named, "images": None if held is None else len(held)}
+    return {"name": named, "images": None if pictures is None else len(pictures)}
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
@@ -158,7 +158,7 @@ def _checked(
         try:
             lab.check(case)
         except (InputError, PlanError) as error:
-            usual = case.part == "plans" or getattr(grids, case.part) is None
+            usual = case.part == "plans" or case.part not in grids
             if name in NEEDED or not usual:
                 raise
             reason = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases

@@ -84,12 +84,12 @@ def blank(setting: Setting, decoder: Decoder) -> Rgb:
     weights = setting.engine.weights
     cells = (side // weights.downscale for side in setting.sides())
     latents = torch.zeros((1, weights.latent_channels, *cells), device=setting.engine.device)
-    found = decoder(latents).host()
-    if not found.finite.all():
+    picture = decoder(latents).host()
+    if not picture.finite.all():
         raise InputError(
             f"the {decoder.name} decoder gave NaN or infinity for latents that are 0: {REMEDY}"
         )
-    return found.rgb
+    return picture.rgb
 
 
 def check_pictures(
@@ -117,12 +117,12 @@ def scored(judge: Judge, phrases: Sequence[str]) -> See:
 
     def see(rgb: Rgb) -> Array:
         if table is not None:
-            found = table(rgb, phrases)
+            scores = table(rgb, phrases)
         else:
-            found = np.stack([pairs(rgb, [phrase] * len(rgb)) for phrase in phrases], axis=1)
-        if not np.isfinite(found).all():
+            scores = np.stack([pairs(rgb, [phrase] * len(rgb)) for phrase in phrases], axis=1)
+        if not np.isfinite(scores).all():
             raise InputError(f"{judge.scored_by} gave scores that are not finite")
-        return found
+        return scores
 
     return see
 
@@ -140,10 +140,10 @@ def plans_of(cells: Sequence[Arrays], field: str) -> tuple[str, ...]:
     if not cells:
         raise InputError("no cells: nothing has been measured yet")
     end = f"/{field}"
-    found = tuple(key.removesuffix(end) for key in cells[0] if key.endswith(end))
-    if not found:
+    plans = tuple(key.removesuffix(end) for key in cells[0] if key.endswith(end))
+    if not plans:
         raise InputError(f"cells of another experiment: none of {sorted(cells[0])} ends in {end!r}")
-    return found
+    return plans
 
 
 def stacked(cells: Sequence[Arrays], key: str) -> Array:

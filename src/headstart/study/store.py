@@ -63,33 +63,33 @@ class Store(NamedTuple):
     def read(self, place: Place, identity: str) -> Arrays | None:
         """A finished cell of this identity; None where there is none, or one that is damaged."""
         try:
-            with (self.folder / place.file).open("rb") as stream, np.load(stream) as held:
-                if str(held[IDENTITY]) != identity:
+            with (self.folder / place.file).open("rb") as stream, np.load(stream) as cell:
+                if str(cell[IDENTITY]) != identity:
                     return None
-                return {name: held[name] for name in held.files if name != IDENTITY}
+                return {name: cell[name] for name in cell.files if name != IDENTITY}
         except Exception:  # zipfile lets through whatever damage leads it to
             return None
 
     def write(self, place: Place, identity: str, arrays: Arrays) -> None:
         """Put a cell in place. Raises InputError on a full or failing disk."""
-        held = BytesIO()
+        buffer = BytesIO()
         whole: dict[str, Any] = {IDENTITY: np.array(identity), **arrays}
-        np.savez_compressed(held, **whole)
-        self._put(place.file, held.getvalue())
+        np.savez_compressed(buffer, **whole)
+        self._put(place.file, buffer.getvalue())
 
     def keep(self, case: str, number: int, seeds: Sequence[int], rgb: Rgb) -> None:
         """The first pictures of a cell, one PNG a seed."""
         for seed, image in zip(seeds, rgb, strict=False):
             self._put(picture_file(case, number, seed), encode_png(image))
 
-    def kept(self, case: str, number: int, seeds: Sequence[int]) -> Rgb | None:
+    def pictures(self, case: str, number: int, seeds: Sequence[int]) -> Rgb | None:
         """Those pictures; None where one is missing or damaged."""
-        found: list[Rgb] = []
+        pictures: list[Rgb] = []
         try:
             for seed in seeds:
                 with Image.open(self.folder / picture_file(case, number, seed)) as image:
-                    found.append(np.asarray(image.convert("RGB")))
-            return np.stack(found)
+                    pictures.append(np.asarray(image.convert("RGB")))
+            return np.stack(pictures)
         except (OSError, ValueError, Image.DecompressionBombError):
             return None
 
@@ -143,9 +143,9 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
                 "that of a study to go on with"
             )
         return
-    found = read_json(path, "a study's settings; choose another --out", {"format": str})
+    before = read_json(path, "a study's settings; choose another --out", {"format": str})
     now = json.loads(json.dumps(settings))
-    if changed := [key for key in FIXED if found.get(key) != now.get(key)]:
+    if changed := [key for key in FIXED if before.get(key) != now.get(key)]:
         raise InputError(
             f"{str(folder)!r} was made with other settings ({', '.join(changed)}): give those "
             "again to go on, or another --out"

@@ -260,8 +260,8 @@ def score_less_base(report: Report) -> Measure:
 
 
 def _cost(networks: float, passes: float) -> str:
-    kept = {1: "one network", 2: "two networks"}.get(int(networks), f"{networks:g} networks")
-    return f"{kept} in memory, {passes:g} pass{'es' * (passes != 1)} an image"
+    count = {1: "one network", 2: "two networks"}.get(int(networks), f"{networks:g} networks")
+    return f"{count} in memory, {passes:g} pass{'es' * (passes != 1)} an image"
 
 
 def table(report: Report) -> str:

@@ -125,13 +125,15 @@ def twins_of(prompt: str, phrases: Sequence[str] | None = None) -> dict[str, str
     phrases = phrases_in(prompt) if phrases is None else check_phrases(phrases)
     if not phrases:
         raise InputError(f"{prompt!r} names no concept to follow: name those to be watched")
-    found = {phrase: without(prompt, phrase) for phrase in phrases}
-    if missing := [phrase for phrase, rest in found.items() if rest is None]:
-        raise InputError(
-            f"{missing[0]!r} is not in the prompt {prompt!r}: a concept that was not asked for is "
-            "a control, not what is followed"
-        )
-    return {phrase: rest for phrase, rest in found.items() if rest is not None}
+    twins: dict[str, str] = {}
+    for phrase in phrases:
+        if (rest := without(prompt, phrase)) is None:
+            raise InputError(
+                f"{phrase!r} is not in the prompt {prompt!r}: a concept that was not asked for is "
+                "a control, not what is followed"
+            )
+        twins[phrase] = rest
+    return twins
 
 
 def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
@@ -141,9 +143,10 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
     """
     if judge.scored_by == SCORER:
         return tuple(map(phrase_of, headstart_weights.manifest().concepts))
-    found = tuple(dict.fromkeys((*(p for text in prompts for p in phrases_in(text)), *UNASKED)))
-    count = min(len(found), MOST_UNASKED)
-    return tuple(found[i * len(found) // count] for i in range(count))
+    named = (phrase for prompt in prompts for phrase in phrases_in(prompt))
+    concepts = tuple(dict.fromkeys((*named, *UNASKED)))
+    count = min(len(concepts), MOST_UNASKED)
+    return tuple(concepts[i * len(concepts) // count] for i in range(count))
 
 
 def runs_of(prompt: str, phrases: Sequence[str] | None = None) -> int:
@@ -203,8 +206,8 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
 
 def _followed(cell: Arrays, plan: str, rate: float) -> Iterator[tuple[Shares, Shares]]:
     """Of every asked concept of a prompt: its courses, and those of concepts nobody asked for."""
-    for kept, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
-        excess = kept.astype(np.float64)
+    for single, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
+        excess = single.astype(np.float64)
         asked, others = excess[..., 0], excess[..., 1:][..., counts]
         halves = others[..., ::2], others[..., 1::2]
         crossed = [
