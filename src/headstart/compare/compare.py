@@ -85,7 +85,7 @@ class Outcome:
             "images": len(self.images),
             **self.variety.to_json(),
             "score": None if self.score is None else round(self.score, 4),
-            "spaces": {name: found.to_json() for name, found in self.spaces.items()},
+            "spaces": {name: variety.to_json() for name, variety in self.spaces.items()},
         }
 
 
@@ -281,7 +281,7 @@ def _sheet_row(outcome: Outcome, highest: float) -> Row:
 
 def _line(outcome: Outcome, wide: int) -> str:
     score = outcome.score
-    varied = "".join(_interval(found.diversity) for found in outcome.spaces.values())
+    varied = "".join(_interval(variety.diversity) for variety in outcome.spaces.values())
     return (
         f"{outcome.name:<{wide}}{outcome.passes:>8}{outcome.latency_s:>9.2f}"
         f"{f' x{outcome.rounds}':<4}{varied}"

@@ -144,7 +144,7 @@ def latency(
         for _ in range(warmup - 1):
             _measure(case, run)
     turns = [[_measure(case, run) for case in cases] for _ in range(rounds)]
-    found = zip(cases, first, zip(*turns, strict=True), strict=True)
+    measured = zip(cases, first, zip(*turns, strict=True), strict=True)
     return Costs(
         prompt=prompt,
         seeds=tuple(seeds),
@@ -153,7 +153,7 @@ def latency(
         warmup=warmup,
         weights_bytes=weights_bytes(cases[0].engine),
         machine={name: v for name, v in first[0].trajectory.machine.items() if name != "runner"},
-        cases=tuple(_cost(case, cold, runs) for case, cold, runs in found),
+        cases=tuple(_cost(case, cold, runs) for case, cold, runs in measured),
     )
 
 

@@ -109,7 +109,7 @@ def slide(
             "toward= needs a judge that scores images: the bundled scorer for the bundled pair, or "
             "open_features(a folder with a CLIP model)"
         )
-    found: list[Slid] = []
+    plans: list[Slid] = []
     every = tuple(strength for strength in strengths for _ in seeds)
     adapters = {adapter: replace(engine.adapters[adapter].strength, value=every)}
     for name, table in tables.items():
@@ -123,7 +123,7 @@ def slide(
         scores = None
         if score is not None and toward is not None:
             scores = tuple(float(score(part, [toward] * len(part)).mean()) for part in images)
-        found.append(
+        plans.append(
             Slid(plan=name, passes=run.passes, latency_s=seconds, images=images, scores=scores)
         )
     return Strip(
@@ -132,7 +132,7 @@ def slide(
         strengths=tuple(strengths),
         seeds=tuple(seeds),
         toward=toward,
-        plans=tuple(found),
+        plans=tuple(plans),
     )
 
 

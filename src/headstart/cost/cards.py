@@ -76,10 +76,10 @@ CARDS: dict[str, Card] = {
 
 def card_of(name: str) -> Card:
     """`h100`, in any letters. Raises InputError for what is not in the table."""
-    found = CARDS.get(name.lower().removeprefix("rtx").strip(" -_"))
-    if found is None:
+    card = CARDS.get(name.lower().removeprefix("rtx").strip(" -_"))
+    if card is None:
         raise InputError(
             f"device {name!r:.40}: an estimate is for a card, one of {', '.join(CARDS)}: give its "
             "name, as --device h100"
         )
-    return found
+    return card

@@ -94,7 +94,7 @@ def count(body: Callable[[], object]) -> tuple[Operator, ...]:
     counter = _Counter()
     with torch.no_grad(), fusion(True), _OneAttention(), counter:
         body()
-    return tuple(counter.found)
+    return tuple(counter.operators)
 
 
 class _OneAttention(TorchFunctionMode):
@@ -136,7 +136,7 @@ def _attention(
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.found: list[Operator] = []
+        self.operators: list[Operator] = []
 
     def __torch_dispatch__(
         self,
@@ -153,7 +153,7 @@ class _Counter(TorchDispatchMode):
         if not (func.is_view or name in _FREE or name.startswith("empty")):
             written = _written_arguments(func, args, options)
             if outputs := _on_card((out, written)):
-                self.found.append(_operator(func, name, args, options, out, outputs))
+                self.operators.append(_operator(func, name, args, options, out, outputs))
         return out
 
 
@@ -215,8 +215,8 @@ def _channels_last(tensor: Tensor) -> bool:
 
 def _on_card(tree: Any) -> list[Tensor]:
     """Its tensors without memory, each once."""
-    found = {id(leaf): leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)}
-    return [tensor for tensor in found.values() if tensor.is_meta]
+    tensors = {id(leaf): leaf for leaf in tree_iter(tree) if isinstance(leaf, Tensor)}
+    return [tensor for tensor in tensors.values() if tensor.is_meta]
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -237,14 +237,14 @@ class Tally(NamedTuple):
     least: int
 
     @classmethod
-    def of(cls, found: Iterable[Operator]) -> Tally:
-        every = tuple(found)
+    def of(cls, operators: Iterable[Operator]) -> Tally:
+        every = tuple(operators)
         sums = (sum(getattr(own, name) for own in every) for name in cls._fields[1:])
         return cls(len(every), *sums)
 
 
-def by_kind(found: Iterable[Operator]) -> dict[Kind, Tally]:
+def by_kind(operators: Iterable[Operator]) -> dict[Kind, Tally]:
     """The operators of each kind, of those that there are."""
-    every = tuple(found)
+    every = tuple(operators)
     split = {kind: [own for own in every if own.kind is kind] for kind in Kind}
     return {kind: Tally.of(own) for kind, own in split.items() if own}

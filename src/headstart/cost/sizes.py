@@ -107,15 +107,15 @@ def sizes_of_files(
     text encoders and the family's full size is not known.
     """
     own = overrides or Overrides()
-    found: dict[str, tuple[Family, UNetParams]] = {}
+    unets: dict[str, tuple[Family, UNetParams]] = {}
     for role, path in paths.items():
         info = judge(path, Checkpoint.open(path, "unet"), own).require("unet")
         assert info.unet is not None and info.family is not None
-        found[role] = info.family, info.unet
-    family = next(iter(found.values()))[0]
+        unets[role] = info.family, info.unet
+    family = next(iter(unets.values()))[0]
     decoder = _vae(_holder("vae", vae, paths, family), replace(own, like=family), family)
     encoders = _text(_holder("text", text, paths, family), replace(own, tokenizer=True), family)
-    return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in found.items()}
+    return {role: Sizes(own, unet, decoder, encoders) for role, (own, unet) in unets.items()}
 
 
 def _holder(
@@ -136,9 +136,9 @@ def _holder(
 def _vae(path: Path | None, overrides: Overrides, family: Family) -> VaeParams:
     if path is None:
         return sizes_of_family(family.lineage).vae
-    found = judge(path, Checkpoint.open(path, "vae"), overrides).require("vae").vae
-    assert found is not None
-    return found
+    params = judge(path, Checkpoint.open(path, "vae"), overrides).require("vae").vae
+    assert params is not None
+    return params
 
 
 def _text(path: Path | None, overrides: Overrides, family: Family) -> tuple[Encoder, ...]:
@@ -151,8 +151,8 @@ def _text(path: Path | None, overrides: Overrides, family: Family) -> tuple[Enco
     infos = [verdict.require("text")]
     if "text_2" in verdict.networks:
         infos.append(verdict.require("text_2"))
-    found: list[Encoder] = []
+    encoders: list[Encoder] = []
     for own in infos:
         assert own.clip is not None and own.rule is not None
-        found.append((own.clip, own.rule))
-    return tuple(found)
+        encoders.append((own.clip, own.rule))
+    return tuple(encoders)

@@ -61,7 +61,7 @@ def stages_of(
     side = first.vae.downscale
     latent = (first.vae.latent_channels, pixels[0] // side, pixels[1] // side)
     guided = any(step.passes == 2 for step in table)
-    found = [Stage("text", 1, 1 + guided, text_pass(first.text, 1 + guided, dtype))]
+    stages = [Stage("text", 1, 1 + guided, text_pass(first.text, 1 + guided, dtype))]
     in_network = _chunked(batch, chunks[0])
     in_decoder = _chunked(batch, chunks[1] or chunks[0])
     known: dict[tuple[UNetParams, int], Pass] = {}
@@ -72,13 +72,13 @@ def stages_of(
                 known[key] = unet_pass(models[name].unet, latent, images * copies, dtype)
             read, call = known[key]
             if read:
-                found.append(Stage(f"{name} prompt", parts * reads, key[1], read))
-            found.append(Stage(f"{name} pass", parts * times, key[1], call))
-    found.append(Stage("step", 1, 0, _steps(table, latent, in_network, dtype)))
+                stages.append(Stage(f"{name} prompt", parts * reads, key[1], read))
+            stages.append(Stage(f"{name} pass", parts * times, key[1], call))
+    stages.append(Stage("step", 1, 0, _steps(table, latent, in_network, dtype)))
     for images, parts in in_decoder.items():
         rgb = decode(first.vae, latent, images, vae_dtype, chunks[2])
-        found.append(Stage("decode", parts, images, rgb))
-    return _named_apart(found)
+        stages.append(Stage("decode", parts, images, rgb))
+    return _named_apart(stages)
 
 
 class Pass(NamedTuple):
@@ -114,14 +114,14 @@ def unet_pass(
 def _calls(table: StepTable) -> dict[tuple[str, int], tuple[int, int]]:
     """(model, passes) -> how often it reads its prompt, and its rows: `headstart.prompt_cache`
     keeps what the last row's network read."""
-    found: dict[tuple[str, int], tuple[int, int]] = {}
+    calls: dict[tuple[str, int], tuple[int, int]] = {}
     last = None
     for step in table:
         own = (step.model, step.passes)
-        reads, times = found.get(own, (0, 0))
-        found[own] = (reads + (own != last), times + 1)
+        reads, times = calls.get(own, (0, 0))
+        calls[own] = (reads + (own != last), times + 1)
         last = own
-    return found
+    return calls
 
 
 def _chunked(batch: int, most: int | None) -> dict[int, int]:
@@ -143,12 +143,12 @@ def text_pass(
     encoders: tuple[Encoder, ...], texts: int = 1, dtype: torch.dtype = torch.float16
 ) -> tuple[Operator, ...]:
     """Every encoder on `texts` of one piece each."""
-    found: list[Operator] = []
+    operators: list[Operator] = []
     for params, rule in encoders:
         tower = _built(lambda p=params, r=rule: Tower(p, r), dtype)
         ids = _empty(texts, params.positions, dtype=torch.int64)
-        found += count(lambda t=tower, i=ids: t(i))
-    return tuple(found)
+        operators += count(lambda t=tower, i=ids: t(i))
+    return tuple(operators)
 
 
 def steps(
@@ -182,8 +182,8 @@ def steps(
 def _steps(
     table: StepTable, latent: tuple[int, int, int], parts: Mapping[int, int], dtype: torch.dtype
 ) -> tuple[Operator, ...]:
-    found = ((steps(table, latent, images, dtype), times) for images, times in parts.items())
-    return tuple(chain.from_iterable(own * times for own, times in found))
+    passes = ((steps(table, latent, images, dtype), times) for images, times in parts.items())
+    return tuple(chain.from_iterable(own * times for own, times in passes))
 
 
 def decode(

@@ -69,10 +69,10 @@ class Images:
     @property
     def by_prompt(self) -> dict[str, list[int]]:
         """The images of each prompt, by number."""
-        found: dict[str, list[int]] = {}
+        rows: dict[str, list[int]] = {}
         for row, prompt in enumerate(self.prompts):
-            found.setdefault(prompt, []).append(row)
-        return found
+            rows.setdefault(prompt, []).append(row)
+        return rows
 
     def rows(self, device: torch.device) -> list[Tensor]:
         """The same as int64 tensors, copied to the device once: a copy waits for it."""

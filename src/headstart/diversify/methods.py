@@ -51,20 +51,20 @@ def read_methods(methods: object) -> tuple[Method, ...]:
     listed: Sequence[object] = [methods]
     if isinstance(methods, Sequence) and not isinstance(methods, str | bytes):
         listed = cast("Sequence[object]", methods)
-    found: list[Method] = []
+    read: list[Method] = []
     for one in listed:
         if not isinstance(one, (str, *kinds)):
             raise InputError(
                 f"diversify: expected methods such as 'cads:0.1' or a list of them, got {one!r:.60}"
             )
         method: Method = parse_method(one) if isinstance(one, str) else cast("Method", one)
-        if any(method.name == other.name for other in found):
+        if any(method.name == other.name for other in read):
             raise InputError(
                 f"diversify: {method.name!r} is given twice: give it once; other methods may be "
                 "added to it"
             )
-        found.append(method)
-    return tuple(found)
+        read.append(method)
+    return tuple(read)
 
 
 def parse_method(text: str) -> Method:

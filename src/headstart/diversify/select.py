@@ -48,8 +48,8 @@ class Select(Method):
         chosen = [0] * len(images)
         pool = candidates.by_prompt
         for prompt, own in images.by_prompt.items():
-            found = farthest(features[pool[prompt]], len(own))
-            for image, number in zip(own, found, strict=True):
+            numbers = farthest(features[pool[prompt]], len(own))
+            for image, number in zip(own, numbers, strict=True):
                 chosen[image] = pool[prompt][number]
         return chosen
 

@@ -46,14 +46,14 @@ def open_features(*names: str) -> Judge:
     Raises InputError for an unknown name, one given twice, or a missing extra, CheckpointError for
     damaged weights.
     """
-    found = [_open(name) for name in names]
-    spaces = [space for judge in found for space in judge.spaces]
+    judges = [_open(name) for name in names]
+    spaces = [space for judge in judges for space in judge.spaces]
     for default in (structure_extractor(), pixel_extractor(8)):
         if len(spaces) < 2 and default.name not in [space.name for space in spaces]:
             spaces.append(default)
     if len({space.name for space in spaces}) < len(spaces):
         raise InputError(f"features {', '.join(names)}: one is given twice: leave it out once")
-    scoring = (judge for judge in found if judge.score is not None)
+    scoring = (judge for judge in judges if judge.score is not None)
     return next(scoring, Judge(()))._replace(spaces=tuple(spaces))
 
 
@@ -128,8 +128,8 @@ def _imagenet() -> Judge:
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():
-            found: torch.Tensor = network.extract_features(prepare.pixels(rgb))
-            return found.mean((2, 3)).double().numpy()
+            maps: torch.Tensor = network.extract_features(prepare.pixels(rgb))
+            return maps.mean((2, 3)).double().numpy()
 
     return Judge((Extractor(IMAGENET, in_batches(features)),))
 

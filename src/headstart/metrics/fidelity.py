@@ -32,8 +32,8 @@ class Moments(NamedTuple):
 
     @classmethod
     def of(cls, features: Array) -> Moments:
-        found = checked(features, at_least=2)
-        return cls(found.mean(0), covariance(found))
+        rows = checked(features, at_least=2)
+        return cls(rows.mean(0), covariance(rows))
 
 
 class Neighbours(NamedTuple):
@@ -79,13 +79,13 @@ def frechet_interval(
     around their own mean, put around the value. It is of the distance at this n, whose bias it
     does not know; so state n, and compare equal n only.
     """
-    found = checked(features, at_least=2)
-    _check_width(found, reference.mean)
+    rows = checked(features, at_least=2)
+    _check_width(rows, reference.mean)
     root = _root(reference.covariance)
-    draws = _draws(len(found), sizes, by, resamples)
-    rooted = found @ root
-    drawn = np.array([_frechet_drawn(found, rooted, row, reference) for row in draws])
-    return _around(_frechet_to(found, reference, root), drawn)
+    draws = _draws(len(rows), sizes, by, resamples)
+    rooted = rows @ root
+    drawn = np.array([_frechet_drawn(rows, rooted, row, reference) for row in draws])
+    return _around(_frechet_to(rows, reference, root), drawn)
 
 
 def kid(
@@ -153,19 +153,17 @@ def _neighbours(features: Array, reference: Array, k: int, draws: Array) -> Arra
     weights = np.concatenate([np.ones((1, len(a))), draws])
     reach_a, reach_b = _reach(a, k), _reach(b, k)
     inside = np.zeros(len(a))
-    held, recalled = (np.zeros((len(weights), len(b)), bool) for _ in range(2))
+    covered, recalled = (np.zeros((len(weights), len(b)), bool) for _ in range(2))
     for rows in _blocks(len(a)):
         apart = _distances(a[rows], b)
         within = apart <= reach_b
         inside[rows] = within.sum(1)
         taken = (weights[:, rows] > 0).astype(np.float32)  # a product of 0s and 1s counts exactly
-        held |= taken @ within.astype(np.float32) > 0
+        covered |= taken @ within.astype(np.float32) > 0
         recalled |= taken @ (apart <= reach_a[rows, None]).astype(np.float32) > 0
     total = weights.sum(1)
-    columns = (
-        weights @ (inside > 0) / total, recalled.mean(1), weights @ inside / total / k, held.mean(1)
-    )  # fmt: skip
-    return np.stack(columns, axis=1)
+    precision, density = weights @ (inside > 0) / total, weights @ inside / total / k
+    return np.stack((precision, recalled.mean(1), density, covered.mean(1)), axis=1)
 
 
 def covariance(features: Array) -> Array:

@@ -27,8 +27,8 @@ def group_features(extractor: Extractor, rgb: Rgb) -> Array:
     """[n, d] of the pictures of one prompt; [n, n] with the same inner products where d is wide."""
     if not extractor.wide:
         return extractor.features(rgb)
-    found = gram(extractor.features, rgb)
-    values, vectors = np.linalg.eigh(found)
+    products = gram(extractor.features, rgb)
+    values, vectors = np.linalg.eigh(products)
     return vectors * np.sqrt(np.clip(values, 0.0, None))
 
 
@@ -37,32 +37,32 @@ def gram(features: Callable[[Rgb], Array], rgb: Rgb, held_bytes: int = HELD_BYTE
 
     Features of a network are float32, so keeping them as such loses nothing.
     """
-    found = np.zeros((len(rgb), len(rgb)))
+    products = np.zeros((len(rgb), len(rgb)))
     block = max(1, held_bytes // _kept(features, rgb[:1]).nbytes)
     for at in range(0, len(rgb), block):
-        _fill(found, features, rgb, slice(at, min(at + block, len(rgb))))
-    return found
+        _fill(products, features, rgb, slice(at, min(at + block, len(rgb))))
+    return products
 
 
-def _fill(found: Array, features: Callable[[Rgb], Array], rgb: Rgb, rows: slice) -> None:
+def _fill(products: Array, features: Callable[[Rgb], Array], rgb: Rgb, rows: slice) -> None:
     """The products of some pictures with each other and with all that come after them."""
     own = _kept(features, rgb[rows])
-    found[rows, rows] = _products(own, own)
+    products[rows, rows] = _products(own, own)
     few = max(1, len(own) // 4)
     for at in range(rows.stop, len(rgb), few):
         columns = slice(at, min(at + few, len(rgb)))
-        found[rows, columns] = _products(own, _kept(features, rgb[columns]))
-        found[columns, rows] = found[rows, columns].T
+        products[rows, columns] = _products(own, _kept(features, rgb[columns]))
+        products[columns, rows] = products[rows, columns].T
 
 
 def _kept(features: Callable[[Rgb], Array], rgb: Rgb) -> NDArray[np.float32]:
     """One picture at a time: in float64 a row is twice as long."""
     first = checked(features(rgb[:1]), at_least=1)
-    kept = np.empty((len(rgb), first.shape[1]), np.float32)
+    rows = np.empty((len(rgb), first.shape[1]), np.float32)
     for row in range(len(rgb)):
         own = first if row == 0 else checked(features(rgb[row : row + 1]), at_least=1)
-        kept[row] = own[0]
-    return kept
+        rows[row] = own[0]
+    return rows
 
 
 def _products(a: NDArray[np.float32], b: NDArray[np.float32]) -> Array:

@@ -42,8 +42,8 @@ def _structure(rgb: NDArray[np.uint8]) -> Array:
     spread = np.sqrt(window @ np.square(above) @ window.T)
     light = above / (spread + FLOOR)
     parts = (light, _edges(light), np.ones(len(rgb)))
-    found = np.concatenate([part.reshape(len(rgb), -1) for part in parts], axis=1)
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
+    features = np.concatenate([part.reshape(len(rgb), -1) for part in parts], axis=1)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
 
 
 def _grey(image: NDArray[np.uint8]) -> Array:

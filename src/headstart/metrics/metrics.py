@@ -61,34 +61,34 @@ def distances(features: Array, distance: Distance = "cosine") -> Array:
     """[n, n] distances of features [n, d], n >= 2, exactly 0 on the diagonal."""
     if distance == "cosine":
         return 1.0 - cosines(features, at_least=2)
-    found = checked(features, at_least=2)
-    found = found - found.mean(0)  # far from 0, |f|^2 + |g|^2 - 2 f.g loses what it is about
-    squares = np.square(found).sum(1)
-    apart = np.maximum(squares[:, None] + squares - 2.0 * (found @ found.T), 0.0)
+    rows = checked(features, at_least=2)
+    rows = rows - rows.mean(0)  # far from 0, |f|^2 + |g|^2 - 2 f.g loses what it is about
+    squares = np.square(rows).sum(1)
+    apart = np.maximum(squares[:, None] + squares - 2.0 * (rows @ rows.T), 0.0)
     np.fill_diagonal(apart, 0.0)
     return apart
 
 
 def checked(features: Array, *, at_least: int) -> Array:
     """Features as float64 [n, d]. Raises InputError for other shapes, fewer rows, NaN or Inf."""
-    found = np.asarray(features, dtype=np.float64)
-    if found.ndim != 2 or len(found) < at_least:
+    rows = np.asarray(features, dtype=np.float64)
+    if rows.ndim != 2 or len(rows) < at_least:
         raise InputError(
-            f"expected features [n, d] with n >= {at_least}, got shape {found.shape}: "
+            f"expected features [n, d] with n >= {at_least}, got shape {rows.shape}: "
             "extract one row an image, and sample more images"
         )
-    if not np.isfinite(found).all():
+    if not np.isfinite(rows).all():
         raise InputError("features are not finite: the images or the extractor hold NaN or Inf")
-    return found
+    return rows
 
 
 def cosines(features: Array, *, at_least: int) -> Array:
     """[n, n] cosines of features [n, d], exactly 1 on the diagonal."""
-    found = checked(features, at_least=at_least)
-    norms = np.linalg.norm(found, axis=1, keepdims=True)
+    rows = checked(features, at_least=at_least)
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
     if not norms.all():
         raise InputError("a feature is all zero, so it has no direction: use another extractor")
-    unit = found / norms
+    unit = rows / norms
     similar = np.clip(unit @ unit.T, -1.0, 1.0)
     np.fill_diagonal(similar, 1.0)
     return similar

@@ -94,7 +94,7 @@ def read_rgb(path: Path) -> NDArray[np.uint8]:
 
 def _read(file: BinaryIO, wanted: str) -> Png:
     keywords: list[str] = []
-    found: list[str] = []
+    texts: list[str] = []
     size = None
     for kind, length in _chunks(file):
         if size is None:
@@ -110,12 +110,12 @@ def _read(file: BinaryIO, wanted: str) -> Png:
                 if length > MOST_TEXT:
                     raise ValueError(f"its text {wanted!r} is larger than {MOST_TEXT} bytes")
                 data = rest + file.read(max(0, length - _KEYWORD))
-                found.append(_decoded(kind, data, wanted))
+                texts.append(_decoded(kind, data, wanted))
     if size is None:
         raise ValueError("it does not begin with a header")
-    if len(found) > 1:
-        raise ValueError(f"it has {len(found)} texts {wanted!r}, expected one")
-    return Png(size, tuple(keywords), found[0] if found else None)
+    if len(texts) > 1:
+        raise ValueError(f"it has {len(texts)} texts {wanted!r}, expected one")
+    return Png(size, tuple(keywords), texts[0] if texts else None)
 
 
 def _chunks(file: BinaryIO) -> Iterator[tuple[bytes, int]]:

@@ -154,7 +154,7 @@ _KEY = re.compile(
 
 def _updates(adapter: Weights, count: int) -> list[Updates]:
     """By backbone and module: its A [r, in] and B [out, r]."""
-    found: list[Updates] = [{} for _ in range(count)]
+    updates: list[Updates] = [{} for _ in range(count)]
     for name in adapter.tensors:
         match = _KEY.fullmatch(name)
         if match is None or int(match[1]) >= count:
@@ -162,13 +162,13 @@ def _updates(adapter: Weights, count: int) -> list[Updates]:
                 f"{adapter.path}: {name!r} is no tensor of a DreamSim LoRA with {count} backbones: "
                 "give the published adapter of this variant"
             )
-        found[int(match[1])].setdefault(match[2], {})[match[3]] = adapter.numbers(name)
-    if not all(found):
+        updates[int(match[1])].setdefault(match[2], {})[match[3]] = adapter.numbers(name)
+    if not all(updates):
         raise CheckpointError(
-            f"{adapter.path} tunes only {sum(map(bool, found))} of {count} backbones: give the "
+            f"{adapter.path} tunes only {sum(map(bool, updates))} of {count} backbones: give the "
             "published adapter of this variant"
         )
-    return found
+    return updates
 
 
 def _part(

@@ -59,8 +59,8 @@ def _pooled(prepare: Preparation, network: Callable[..., Any]) -> Callable[[Rgb]
 
     def features(rgb: Rgb) -> Array:
         with torch.inference_mode():
-            found = network(pixel_values=prepare.pixels(rgb))
-            return _tensor(found).double().numpy()
+            output = network(pixel_values=prepare.pixels(rgb))
+            return _tensor(output).double().numpy()
 
     return features
 
@@ -174,5 +174,5 @@ def _digest(files: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _tensor(found: Any) -> torch.Tensor:
-    return found if isinstance(found, torch.Tensor) else found.pooler_output
+def _tensor(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output.pooler_output

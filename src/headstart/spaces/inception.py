@@ -221,11 +221,11 @@ def _widths(block: Block) -> Iterator[int]:
 def _branches(inside: nn.Module, block: Block, x: Tensor) -> Iterator[Tensor]:
     for n, chain in enumerate(block.chains):
         forked = n in block.fork
-        found = _run(inside, chain[:-2] if forked else chain, x)
+        y = _run(inside, chain[:-2] if forked else chain, x)
         if forked:
-            yield from (_run(inside, (last,), found) for last in chain[-2:])
+            yield from (_run(inside, (last,), y) for last in chain[-2:])
         else:
-            yield found
+            yield y
 
 
 def _run(inside: nn.Module, chain: Sequence[C], x: Tensor) -> Tensor:

@@ -180,13 +180,13 @@ def _width(backbone: Weights, layer: Layer) -> int:
 
 
 def _root(lin: Weights, name: str) -> Tensor:
-    found = lin.numbers(name).reshape(-1)
-    if (found < 0).any():
+    weights = lin.numbers(name).reshape(-1)
+    if (weights < 0).any():
         raise CheckpointError(
             f"{lin.path}: {name!r} has negative numbers, and a distance needs none: give the "
             "weights of version 0.1 of the package lpips"
         )
-    return found.sqrt()
+    return weights.sqrt()
 
 
 def _check_version(lin: Weights) -> None:

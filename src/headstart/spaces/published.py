@@ -87,9 +87,9 @@ def read_published(path: Path, kind: str | None = None) -> Judge:
     Raises InputError for files that are no space, or not the one that was named; CheckpointError
     for damaged ones.
     """
-    found, judge = _of_folder(path, kind) if path.is_dir() else _of_files(path, [path], kind)
-    if kind not in (None, found, f"{found}-tf1"):
-        raise InputError(f"'{kind}:{path}' is {found}: leave the word before the colon out")
+    name, judge = _of_folder(path, kind) if path.is_dir() else _of_files(path, [path], kind)
+    if kind not in (None, name, f"{name}-tf1"):
+        raise InputError(f"'{kind}:{path}' is {name}: leave the word before the colon out")
     return judge
 
 
@@ -153,11 +153,11 @@ def _sign(weights: Weights) -> Sign:
             if all(wanted in (None, side) for side, wanted in pairs):
                 return sign
     parts = contents.split(shapes)
-    held = [TITLES[part] for part in PARTS if part in parts] or ["no network that is known here"]
+    titles = [TITLES[part] for part in PARTS if part in parts] or ["no network that is known here"]
     if "adapter" in parts:
-        held = ["adapter (LoRA)"]
+        titles = ["adapter (LoRA)"]
     raise InputError(
-        f"{str(weights.path)!r} holds: {', '.join(held)} (with {min(shapes, default='')!r:.80}). "
+        f"{str(weights.path)!r} holds: {', '.join(titles)} (with {min(shapes, default='')!r:.80}). "
         "Features come from Inception, LPIPS, DreamSim, ImageReward, or a folder of transformers "
         "with CLIP or DINO"
     )

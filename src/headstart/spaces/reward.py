@@ -64,8 +64,8 @@ def read_reward(weights: Weights) -> Judge:
                 encoder_hidden_states=seen,
                 encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
             )
-            found: Tensor = head(read.last_hidden_state[:, 0])
-        return ((found[:, 0].double() - MEAN) / STD).numpy()
+            values: Tensor = head(read.last_hidden_state[:, 0])
+        return ((values[:, 0].double() - MEAN) / STD).numpy()
 
     name = f"imagereward:{weights.path.stem}:{short_digest([weights])}"
     return Judge((), in_batches(rewards), name)
@@ -148,8 +148,8 @@ def _tokenizer(path: Path, rows: int) -> Encode:
     tokenizer.enable_padding(pad_id=known["[PAD]"], pad_token="[PAD]")
 
     def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        found: Any = tokenizer.encode_batch(list(prompts))
-        ids = torch.tensor([one.ids for one in found])
-        return ids, torch.tensor([one.attention_mask for one in found])
+        encodings: Any = tokenizer.encode_batch(list(prompts))
+        ids = torch.tensor([one.ids for one in encodings])
+        return ids, torch.tensor([one.attention_mask for one in encodings])
 
     return encode

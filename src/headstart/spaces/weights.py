@@ -48,15 +48,15 @@ class Weights(NamedTuple):
 
     def numbers(self, name: str) -> Tensor:
         """One tensor in float32. Raises CheckpointError for NaN, Inf and whole numbers."""
-        found = self.tensors[name]
-        if not found.is_floating_point():
-            raise CheckpointError(f"{self.path}: {name!r} is {found.dtype}, not floating point")
-        found = found.float()
-        if not torch.isfinite(found).all():
+        tensor = self.tensors[name]
+        if not tensor.is_floating_point():
+            raise CheckpointError(f"{self.path}: {name!r} is {tensor.dtype}, not floating point")
+        tensor = tensor.float()
+        if not torch.isfinite(tensor).all():
             raise CheckpointError(
                 f"{self.path}: {name!r} holds NaN or Inf, so every number would: fetch it again"
             )
-        return found
+        return tensor
 
 
 def read_weights(path: Path) -> Weights:
@@ -130,5 +130,5 @@ def filled(build: Callable[[], M], weights: Weights, what: str, unused: Iterable
 
 
 def _mapped(path: Path) -> Mapping[str, Tensor]:
-    held = Checkpoint((path,))
-    return {name: held.tensor(name) for name in held.names}
+    checkpoint = Checkpoint((path,))
+    return {name: checkpoint.tensor(name) for name in checkpoint.names}

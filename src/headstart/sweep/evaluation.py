@@ -193,7 +193,7 @@ def evaluate(seen: Sequence[Seen], judge: Judge, reference: Reference | None = N
         scored_by=judge.scored_by,
         reference=reference,
         rows=tuple(_row(own, judge, reference) for own in seen),
-        contrasts=tuple(found for found in contrasts if found is not None),
+        contrasts=tuple(own for own in contrasts if own is not None),
     )
 
 
@@ -227,12 +227,12 @@ _Chosen = tuple[Array, Sequence[Sequence[int]]]
 
 def _apart(a: _Chosen, b: _Chosen, distance: Distance) -> Paired | None:
     """Diversity of a less that of b, over prompts with two images."""
-    found = [
+    measured = [
         measure_diversity([features[rows] for rows in chosen if len(rows) > 1], distance)
         for features, chosen in (a, b)
         if any(len(rows) > 1 for rows in chosen)
     ]
-    return paired(*found) if found else None
+    return paired(*measured) if measured else None
 
 
 def _only(seen: Seen, shared: set[tuple[str, int]]) -> list[list[int]]:
@@ -265,22 +265,22 @@ def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
 
 def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
     """Over prompts where there are several, over seeds where every prompt has several; or both."""
-    found, sizes, known = seen.features, seen.gallery.sizes, reference.features
+    features, sizes, known = seen.features, seen.gallery.sizes, reference.features
     able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
     ways = [by for by in able if able[by]]
-    draws = 50 if found.shape[1] > WIDE else 200
+    draws = 50 if features.shape[1] > WIDE else 200
     frechet = {
-        by: frechet_interval(found, reference.moments, sizes=sizes, by=by, resamples=draws)
+        by: frechet_interval(features, reference.moments, sizes=sizes, by=by, resamples=draws)
         for by in ways
     }
     row = replace(row, frechet=_spread(frechet))
     if known is None:
         return row
-    row = replace(row, kid=_spread({by: kid(found, known, sizes=sizes, by=by) for by in ways}))
-    k = min(5, len(known) - 1, len(found) - 1)
+    row = replace(row, kid=_spread({by: kid(features, known, sizes=sizes, by=by) for by in ways}))
+    k = min(5, len(known) - 1, len(features) - 1)
     if k < 1:
         return row
-    near = {by: neighbours_interval(found, known, k=k, sizes=sizes, by=by) for by in ways}
+    near = {by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways}
     names = Neighbours._fields
     each = {name: _spread({by: own[name] for by, own in near.items()}) for name in names}
     return replace(row, neighbours=each)
@@ -299,12 +299,12 @@ def _ends(interval: Interval | None) -> list[float] | None:
     return None if interval is None else interval.rounded(6)[1:]
 
 
-def _paired(found: Paired | None) -> dict[str, Any] | None:
-    if found is None:
+def _paired(pair: Paired | None) -> dict[str, Any] | None:
+    if pair is None:
         return None
     return {
-        "difference": round(found.difference, 5),
-        "over_prompts_95": _ends(found.over_prompts),
-        "over_seeds_95": _ends(found.over_seeds),
-        "p_value": found.p_value,
+        "difference": round(pair.difference, 5),
+        "over_prompts_95": _ends(pair.over_prompts),
+        "over_seeds_95": _ends(pair.over_seeds),
+        "p_value": pair.p_value,
     }

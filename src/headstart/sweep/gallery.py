@@ -53,10 +53,10 @@ class Gallery:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Images of each prompt."""
-        found = dict.fromkeys(self.prompts, 0)
+        counts = dict.fromkeys(self.prompts, 0)
         for picture in self.pictures:
-            found[picture.prompt] += 1
-        return tuple(found.values())
+            counts[picture.prompt] += 1
+        return tuple(counts.values())
 
 
 def read_gallery(folder: Path) -> Gallery:
@@ -79,19 +79,19 @@ def read_pictures(folder: Path) -> tuple[Path, ...]:
     Raises InputError where it has none."""
     sheet = folder / GRID if (folder / RECORD).exists() else None
     files = (path for path in folder.glob("*") if path != sheet)
-    found = sorted(path for path in files if path.suffix.lower() in PICTURES)
-    if not found:
+    pictures = sorted(path for path in files if path.suffix.lower() in PICTURES)
+    if not pictures:
         raise InputError(f"no pictures in {str(folder)!r}: expected {', '.join(PICTURES)} files")
-    return tuple(found)
+    return tuple(pictures)
 
 
 def picture_sizes(paths: Sequence[Path]) -> frozenset[tuple[int, int]]:
     """(height, width) of the files, from their headers."""
-    found: set[tuple[int, int]] = set()
+    sizes: set[tuple[int, int]] = set()
     for path in paths:
         with _opened(path) as image:
-            found.add((image.height, image.width))
-    return frozenset(found)
+            sizes.add((image.height, image.width))
+    return frozenset(sizes)
 
 
 def read_lineage(folder: Path) -> str | None:

@@ -101,16 +101,16 @@ def batches(cases: Sequence[Case], size: int, least: int = 1) -> tuple[tuple[Cas
     shapes: dict[Size | None, list[Sequence[Case]]] = {}
     for part in [[case] for case in cases] if least == 1 else _whole_prompts(cases, size, least):
         shapes.setdefault(part[0].size, []).append(part)
-    found: list[tuple[Case, ...]] = []
+    every: list[tuple[Case, ...]] = []
     for parts in shapes.values():
         batch: tuple[Case, ...] = ()
         for part in parts:
             if len(batch) + len(part) > size:
-                found.append(batch)
+                every.append(batch)
                 batch = ()
             batch = (*batch, *part)
-        found.append(batch)
-    return tuple(found)
+        every.append(batch)
+    return tuple(every)
 
 
 def _whole_prompts(cases: Sequence[Case], size: int, least: int) -> list[list[Case]]:
@@ -243,7 +243,7 @@ def _whole(name: str, text: str, most: int) -> int:
 
 
 def _size(text: str) -> Size | None:
-    found = re.fullmatch(r"([0-9]{1,6})(?:[xX]([0-9]{1,6}))?", text)
-    if text and found is None:
+    match = re.fullmatch(r"([0-9]{1,6})(?:[xX]([0-9]{1,6}))?", text)
+    if text and match is None:
         raise InputError(f"size {text!r:.40}: expected pixels such as 512, or HEIGHTxWIDTH")
-    return (int(found[1]), int(found[2] or found[1])) if found else None
+    return (int(match[1]), int(match[2] or match[1])) if match else None

@@ -80,16 +80,16 @@ class Shard(NamedTuple):
 
         Raises InputError where only one of them is set or they are no rank of a world.
         """
-        found = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
-        if found == [None, None]:
+        values = [environment.get(name) for name in ("RANK", "WORLD_SIZE")]
+        if values == [None, None]:
             return cls()
         try:
-            shard = cls(*(int(str(value)) for value in found))
+            shard = cls(*(int(str(value)) for value in values))
         except ValueError:
             shard = cls(-1)
         if not 0 <= shard.rank < shard.world:
             raise InputError(
-                f"RANK={found[0]} and WORLD_SIZE={found[1]}: expected 0 <= RANK < WORLD_SIZE, as "
+                f"RANK={values[0]} and WORLD_SIZE={values[1]}: expected 0 <= RANK < WORLD_SIZE, as "
                 "torchrun sets them; unset both to run as one process"
             )
         return shard
@@ -139,12 +139,12 @@ class Ledger:
         entries: list[Entry] = []
         for case in cases:
             known = dict.fromkeys(e for e in lines.get(case.number, ()) if e.is_of(case))
-            found = [e for e in known if _has_size(self.folder / e.file, e.size_bytes)]
-            if len(found) > 1:  # drawn again on another machine: the file says which line is true
-                found = [e for e in found if e.is_intact(self.folder)]
-            if not found:
+            intact = [e for e in known if _has_size(self.folder / e.file, e.size_bytes)]
+            if len(intact) > 1:  # drawn again on another machine: the file says which line is true
+                intact = [e for e in intact if e.is_intact(self.folder)]
+            if not intact:
                 return False
-            entries.append(found[-1])
+            entries.append(intact[-1])
         whole = b"".join(entry.line() for entry in sorted(entries))
         write_file(self.folder / MANIFEST, whole, writer=f"rank{self.shard.rank}")
         for stale in self.folder.glob(".*.png.rank*.partial"):  # of ranks that were killed
@@ -198,22 +198,22 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise InputError unless the folder is free, or holds a sweep of these settings."""
-    found = read_settings(folder)
-    if found is None:
+    before = read_settings(folder)
+    if before is None:
         stranger = _stranger(folder)
-        found = read_settings(folder)  # another rank may have begun in the meantime
-        if stranger is not None and found is None:
+        before = read_settings(folder)  # another rank may have begun in the meantime
+        if stranger is not None and before is None:
             raise InputError(
                 f"{str(folder)!r} holds {stranger!r} and no {SETTINGS}: give an empty folder, or "
                 "that of a sweep to go on with"
             )
-    if found is None:
+    if before is None:
         return
     now = json.loads(json.dumps(settings))
-    changed = [key for key in IDENTITY if _identity(found, key) != _identity(now, key)]
+    changed = [key for key in IDENTITY if _identity(before, key) != _identity(now, key)]
     if changed:
         changes = "; ".join(
-            f"{key}: {_short(found.get(key), key)} then, {_short(now.get(key), key)} now"
+            f"{key}: {_short(before.get(key), key)} then, {_short(now.get(key), key)} now"
             for key in changed
         )
         raise InputError(
@@ -227,26 +227,26 @@ def read_settings(folder: Path) -> dict[str, Any] | None:
     path = folder / SETTINGS
     if not path.exists():
         return None
-    found = read_json(path, _WHAT, {"format": str, "weights?": {"": {"sha256": str}}})
-    if found["format"] != FORMAT:
-        raise InputError(f"{path}: expected {FORMAT}, got {found['format']!r:.60}: {_WHAT}")
-    return found
+    settings = read_json(path, _WHAT, {"format": str, "weights?": {"": {"sha256": str}}})
+    if settings["format"] != FORMAT:
+        raise InputError(f"{path}: expected {FORMAT}, got {settings['format']!r:.60}: {_WHAT}")
+    return settings
 
 
 def read_entries(folder: Path) -> tuple[Entry, ...]:
     """What is finished, by case number: the manifest's lines, and those of all shards so far."""
-    found = {number: entries[-1] for number, entries in _read_shards(folder).items()}
+    entries_by_case = {number: entries[-1] for number, entries in _read_shards(folder).items()}
     if (whole := folder / MANIFEST).exists():
-        found |= {entry.case_number: entry for entry in _read_lines(whole)}
-    return tuple(entry for _, entry in sorted(found.items()))
+        entries_by_case |= {entry.case_number: entry for entry in _read_lines(whole)}
+    return tuple(entry for _, entry in sorted(entries_by_case.items()))
 
 
 def _read_shards(folder: Path) -> dict[int, list[Entry]]:
-    found: dict[int, list[Entry]] = {}
+    by_case: dict[int, list[Entry]] = {}
     for path in sorted((folder / SHARDS).glob("*.jsonl")):
         for entry in _read_lines(path):
-            found.setdefault(entry.case_number, []).append(entry)
-    return found
+            by_case.setdefault(entry.case_number, []).append(entry)
+    return by_case
 
 
 def _read_lines(path: Path) -> list[Entry]:

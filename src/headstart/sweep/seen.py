@@ -57,20 +57,20 @@ class Reference(NamedTuple):
 
 def see(gallery: Gallery, judge: Judge, on_images: OnImages = lambda _: None) -> Seen:
     """Features, and scores where the judge has them, of every picture."""
-    found: dict[str, list[Array]] = {space.name: [] for space in judge.spaces if not space.wide}
+    features: dict[str, list[Array]] = {space.name: [] for space in judge.spaces if not space.wide}
     scores: list[Array] = []
     begin = 0
     for rgb in load_rgb([picture.path for picture in gallery.pictures]):
         for space in judge.spaces:
             if not space.wide:
-                found[space.name].append(space.features(rgb))
+                features[space.name].append(space.features(rgb))
         if judge.score is not None:
             own = gallery.pictures[begin : begin + len(rgb)]
             scores.append(judge.score(rgb, [final_text(picture.prompt) for picture in own]))
         begin += len(rgb)
         on_images(len(rgb))
     spaces = [
-        _by_prompt(gallery, space) if space.wide else np.concatenate(found[space.name])
+        _by_prompt(gallery, space) if space.wide else np.concatenate(features[space.name])
         for space in judge.spaces
     ]
     return Seen(

@@ -230,10 +230,10 @@ def _spread(tensor: Tensor, count: int, axis: int) -> Tensor:
 def _strengths(engine: Engine, origin: Trajectory, count: int) -> dict[str, Strength]:
     """How strongly adapters acted in the origin, which its call may decide and not the engine;
     those of a single image are those of all that go on from it."""
-    found = engine.adapters.look().recorded_strengths(origin.adapters)
+    strengths = engine.adapters.look().recorded_strengths(origin.adapters)
     if count == len(origin.seeds):
-        return found
-    return {name: _widened(strength, count) for name, strength in found.items()}
+        return strengths
+    return {name: _widened(strength, count) for name, strength in strengths.items()}
 
 
 def _widened(strength: Strength, count: int) -> Strength:

@@ -47,8 +47,8 @@ def clip_scorer(folder: Path | str) -> ConceptScorer:
         raise CheckpointError(f"{str(path)!r} is no CLIP model: it reads no text")
 
     def score(rgb: Rgb, phrases: Sequence[str]) -> Array:
-        found = cosines(rgb, [*phrases, NEUTRAL])
-        return SCALE * (found[:, :-1] - found[:, -1:])
+        scores = cosines(rgb, [*phrases, NEUTRAL])
+        return SCALE * (scores[:, :-1] - scores[:, -1:])
 
     return ConceptScorer(
         name=f"CLIP {path.name}",

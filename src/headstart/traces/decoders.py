@@ -129,9 +129,9 @@ def decoder(engine: Engine, name: DecoderName = "tiny") -> Decoder:
 
 def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
     """The linear map of a lineage: "sd15", "sd21", "sdxl" or "demo". Raises InputError."""
-    found = _factors(lineage)
-    factors = torch.tensor(found.matrix, device=device)
-    bias = torch.tensor(found.bias, device=device)
+    preview = _factors(lineage)
+    factors = torch.tensor(preview.matrix, device=device)
+    bias = torch.tensor(preview.bias, device=device)
 
     def draw(x0: Tensor) -> Picture:
         # x0 is read once: a NaN in it is the sampler's to report, and shows as black.
@@ -141,7 +141,7 @@ def linear_decoder(lineage: str, device: torch.device | str = "cpu") -> Decoder:
     return Decoder(
         name="linear",
         space=latent_space(lineage),
-        channels=len(found.matrix),
+        channels=len(preview.matrix),
         scale=1,
         draw=draw,
         linear=LinearMap(factors, bias),

@@ -32,11 +32,11 @@ def write_page(strips: Sequence[Strip], *, prompt: str, footer: str) -> str:
 
 
 def _plan(strip: Strip) -> dict[str, Any]:
-    found = strip_json(strip)
-    for row, step in zip(found["steps"], strip.steps, strict=True):
+    plan = strip_json(strip)
+    for row, step in zip(plan["steps"], strip.steps, strict=True):
         row["guidance"] = step.guidance
     return {
-        **found,
+        **plan,
         "seeds": [str(seed) for seed in strip.seeds],  # beyond 2^53 JavaScript has no integers
         "images": [
             [_uri(picture) if fine else None for picture, fine in zip(row, good, strict=True)]

@@ -126,11 +126,11 @@ def measure(
     count, batch = frames.shape[:2]
     flat = frames.reshape(count * batch, *frames.shape[2:])
     pictures = flat if blank is None else np.concatenate([flat, blank[None]])
-    found = group_features(space.extractor, pictures)
-    if not np.isfinite(found).all():
+    flat_features = group_features(space.extractor, pictures)
+    if not np.isfinite(flat_features).all():
         raise InputError(f"{space.extractor.name} gave features that are not finite")
-    features = found[: count * batch].reshape(count, batch, -1)
-    none = None if blank is None else found[-1:]
+    features = flat_features[: count * batch].reshape(count, batch, -1)
+    none = None if blank is None else flat_features[-1:]
     known = good & good[-1]
     distance, share = (
         np.where(known, own, np.nan) for own in toward(features, features[-1], none, space)

@@ -167,10 +167,10 @@ def without(prompt: str, phrase: str) -> str | None:
     >>> without("a ladybug and a pumpkin", "a pumpkin"), without("a fox", "a fox")
     ('a ladybug', '')
     """
-    found = re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
-    if not found.search(prompt):
+    pattern = re.compile(rf"(?<!\w){re.escape(phrase.strip())}(?!\w)", re.IGNORECASE)
+    if not pattern.search(prompt):
         return None
-    rest = re.sub(r"\s+", " ", found.sub(" ", prompt))
+    rest = re.sub(r"\s+", " ", pattern.sub(" ", prompt))
     rest = re.sub(r"\s*,(?:\s*,)+", ",", rest)
     rest = re.sub(rf"\b{_JOINTS}\s+(?={_JOINTS}\b)", "", rest, flags=re.IGNORECASE)
     ends = rf"^(?:[\s,]|(?:and|or|with)\b)+|(?:[\s,]|\b{_JOINTS}(?=[\s,]*$))+$"
@@ -186,8 +186,8 @@ def phrases_in(prompt: str) -> tuple[str, ...]:
     ('a dog', 'a cat sitting', 'a sofa', 'oil painting')
     """
     parts = re.split(rf"[,;.:!?\n]+|\b{_JOINTS}\b", prompt, flags=re.IGNORECASE)
-    found = dict.fromkeys(part.strip() for part in parts)
-    return tuple(part for part in found if set(_words(part)) - _NO_CONCEPT)
+    phrases = dict.fromkeys(part.strip() for part in parts)
+    return tuple(part for part in phrases if set(_words(part)) - _NO_CONCEPT)
 
 
 def check_phrases(phrases: Sequence[str]) -> tuple[str, ...]:
@@ -269,13 +269,13 @@ def unasked_of(
     Raises InputError for fewer than `least`.
     """
     named = {word for text in texts for word in _words(text)}
-    found = [i for i, phrase in enumerate(phrases) if not named & set(_words(phrase))]
-    if len(found) < least:
+    numbers = [i for i, phrase in enumerate(phrases) if not named & set(_words(phrase))]
+    if len(numbers) < least:
         raise InputError(
-            f"only {len(found)} phrases are left that nobody asked for, and a margin needs "
+            f"only {len(numbers)} phrases are left that nobody asked for, and a margin needs "
             f"{least}: watch a shorter prompt, or give the scorer more phrases"
         )
-    return found
+    return numbers
 
 
 def _words(text: str) -> list[str]:

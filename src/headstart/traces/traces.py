@@ -300,7 +300,7 @@ def _controls(
     """The run without each phrase that has one. Raises InputError for one of another plan."""
     if stray := sorted(set(controls) - set(phrases)):
         raise InputError(f"a control for {stray[0]!r}, which is not watched: add it to phrases")
-    found: dict[str, Traced] = {}
+    twins: dict[str, Traced] = {}
     for phrase, runs in controls.items():
         control = runs.get(name)
         if control is None:
@@ -310,8 +310,8 @@ def _controls(
                 f"the control of {phrase!r} is no twin of run {name!r}: sample it with the same "
                 "plan and seeds, and keep_x0=True"
             )
-        found[phrase] = control
-    return found
+        twins[phrase] = control
+    return twins
 
 
 def _blank(run: Traced, decoder: Decoder) -> NDArray[np.uint8]:
