@@ -183,29 +183,22 @@ def _operator(
     if name in _TWICE:
         moved += _bytes(inputs[0])
     if name == "convolution":
-        moved, launches = moved + _hidden(args, outputs[0]), launches + _extra(args)
+        hidden = _hidden(args, outputs[0])
+        moved, launches = moved + 2 * sum(map(_bytes, hidden)), launches + len(hidden)
     kind = _KINDS.get(name, Kind.POINTWISE)
     dtype = (inputs or outputs)[0].dtype
     return Operator(name, kind, dtype, flops, moved, read + written, launches)
 
 
-def _hidden(args: tuple[Any, ...], y: Tensor) -> int:
-    """Bytes that a convolution moves besides: its bias is added by a kernel of its own, and what is
-    not in the memory format of the other operand is copied into it (aten/.../Convolution.cpp)."""
-    bias = 0 if args[2] is None else 2 * _bytes(y)
-    return bias + sum(2 * _bytes(tensor) for tensor in _reordered(*args[:2]))
-
-
-def _extra(args: tuple[Any, ...]) -> int:
-    return (args[2] is not None) + len(_reordered(*args[:2]))
-
-
-def _reordered(x: Tensor, weight: Tensor) -> list[Tensor]:
-    """Of a convolution's operands those that are copied first."""
-    if not (_channels_last(x) or _channels_last(weight)):
-        return []
-    form = torch.channels_last
-    return [tensor for tensor in (x, weight) if not tensor.is_contiguous(memory_format=form)]
+def _hidden(args: tuple[Any, ...], y: Tensor) -> list[Tensor]:
+    """What a convolution reads and writes once more, each in a kernel of its own: its result where
+    it has a bias, and an operand that is not in the memory format of the other one, which is copied
+    (aten/.../Convolution.cpp)."""
+    hidden = [] if args[2] is None else [y]
+    if any(map(_channels_last, args[:2])):
+        form = torch.channels_last
+        hidden += [own for own in args[:2] if not own.is_contiguous(memory_format=form)]
+    return hidden
 
 
 def _channels_last(tensor: Tensor) -> bool:

@@ -74,7 +74,8 @@ def stages_of(
             if read:
                 stages.append(Stage(f"{name} prompt", parts * reads, key[1], read))
             stages.append(Stage(f"{name} pass", parts * times, key[1], call))
-    stages.append(Stage("step", 1, 0, _steps(table, latent, in_network, dtype)))
+    fused = [steps(table, latent, images, dtype) * parts for images, parts in in_network.items()]
+    stages.append(Stage("step", 1, 0, tuple(chain.from_iterable(fused))))
     for images, parts in in_decoder.items():
         rgb = decode(first.vae, latent, images, vae_dtype, chunks[2])
         stages.append(Stage("decode", parts, images, rgb))
@@ -177,13 +178,6 @@ def steps(
             )
 
     return count(run)
-
-
-def _steps(
-    table: StepTable, latent: tuple[int, int, int], parts: Mapping[int, int], dtype: torch.dtype
-) -> tuple[Operator, ...]:
-    passes = ((steps(table, latent, images, dtype), times) for images, times in parts.items())
-    return tuple(chain.from_iterable(own * times for own, times in passes))
 
 
 def decode(

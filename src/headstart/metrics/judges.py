@@ -32,11 +32,8 @@ class PictureSource(NamedTuple):
         """Why the bundled scorer was not made for them, or None where it was."""
         if self.lineage not in (DEMO, None):
             return f"of family {self.lineage}"
-        other = sorted(self.sizes - {(IMAGE_SIZE, IMAGE_SIZE)})
-        if not other:
-            return None
-        height, width = other[0]
-        return f"{height}x{width} px"
+        other = min(self.sizes - {(IMAGE_SIZE, IMAGE_SIZE)}, default=None)
+        return None if other is None else f"{other[0]}x{other[1]} px"
 
 
 class Choice(NamedTuple):
@@ -59,8 +56,13 @@ def choose_judge(
     if names and "scorer" not in names:
         return Choice(open_features(*names))
     if not strange:
-        assumed = [own.name for own in pictures if own.lineage is None]
-        return Choice(open_features(*(names or ("scorer",))), tuple(map(_assumed, assumed)))
+        notes = (
+            f"{own.name}: nothing says which family drew these pictures; at "
+            f"{IMAGE_SIZE}x{IMAGE_SIZE} px they are taken for the bundled pair's"
+            for own in pictures
+            if own.lineage is None
+        )
+        return Choice(open_features(*(names or ("scorer",))), tuple(notes))
     own, why = strange[0]
     reason = (
         f"the bundled scorer knows the bundled pair's {IMAGE_SIZE}x{IMAGE_SIZE} px pictures only, "
@@ -73,10 +75,3 @@ def choose_judge(
         )
     instead = "diversity is by structure and by colours, and there is no prompt score"
     return Choice(open_features("structure"), (reason + instead,))
-
-
-def _assumed(name: str) -> str:
-    return (
-        f"{name}: nothing says which family drew these pictures; at {IMAGE_SIZE}x{IMAGE_SIZE} px "
-        "they are taken for the bundled pair's"
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -53,10 +54,7 @@ class Gallery:
     @property
     def sizes(self) -> tuple[int, ...]:
         """Images of each prompt."""
-        counts = dict.fromkeys(self.prompts, 0)
-        for picture in self.pictures:
-            counts[picture.prompt] += 1
-        return tuple(counts.values())
+        return tuple(Counter(picture.prompt for picture in self.pictures).values())
 
 
 def read_gallery(folder: Path) -> Gallery:
@@ -157,13 +155,10 @@ def _of_record(folder: Path) -> Gallery:
     try:
         column = table["columns"].index("guidance")
         passes = sum(1 if row[column] == 1.0 else 2 for row in table["rows"])
-        pairs = [*zip(record["prompts"], record["seeds"], strict=True)]
+        pairs = enumerate(zip(record["prompts"], record["seeds"], strict=True))
+        pictures = [Picture(*pair, folder / f"{number:06d}.png") for number, pair in pairs]
     except (ValueError, IndexError) as error:
         raise InputError(f"{str(path)!r} is damaged: {error!s:.200}") from error
-    pictures = [
-        Picture(prompt, seed, folder / f"{number:06d}.png")
-        for number, (prompt, seed) in enumerate(pairs)
-    ]
     return Gallery(
         name=str(folder),
         pictures=_in_order(pictures),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,8 +42,7 @@ class Seen:
 
     def split(self, values: Array) -> list[Array]:
         """One array a prompt."""
-        ends = [0, *np.cumsum(self.gallery.sizes).tolist()]
-        return [values[a:b] for a, b in pairwise(ends)]
+        return np.split(values, np.cumsum(self.gallery.sizes)[:-1])
 
 
 class Reference(NamedTuple):
