@@ -31,9 +31,9 @@ from headstart.spaces.extractor import Distance, Extractor, Judge
 
 PLANS = ("base", "distilled", "hybrid", "skip-first")
 MIN_RUN_S, MOST_ROUNDS = 1.0, 3
-"""A plan runs again until its runs took so many seconds together, at most so often: the rule of
-`torch.utils.benchmark.Timer.blocked_autorange(min_run_time=)`. What is short is noisy, and costs
-little to repeat: the bundled base takes once as long as the three others do three times."""
+"""A plan is run until its runs took MIN_RUN_S together, at most MOST_ROUNDS times, as torch's
+`benchmark.Timer.blocked_autorange(min_run_time=)` does. Short runs are noisy and cheap to repeat:
+one run of the bundled base takes as long as three runs of each of the others."""
 
 
 class SeedVariety(NamedTuple):
@@ -161,10 +161,10 @@ def compare(
     rounds    how often each plan runs; None: until its runs took MIN_RUN_S together, once at least
               and MOST_ROUNDS times at most
 
-    Seconds are the median over a plan's runs of the wall time of text, rows and decoding together,
-    for all images, after one run of the hybrid and one guided row that are not counted: the first
-    calls of a network also pay for memory and code that later ones find ready. The images are those
-    of the last run. Raises InputError for fewer than one round.
+    Seconds are the wall time of text, rows and decoding for all images, the median over a plan's
+    runs. One run of the hybrid and one guided row come first and are not counted, as the first
+    calls of a network also pay for memory and code. The images are those of the last run. Raises
+    InputError for fewer than one round.
     """
     if rounds is not None and rounds < 1:
         raise InputError(f"rounds: expected at least 1, got {rounds}")

@@ -48,8 +48,8 @@ class Cost:
 
     passes      network passes an image
     first_ms    the first run, which also pays for memory, compilation and capture
-    stages      stage -> milliseconds of the runs after the warm-up; of the text, those in which it
-                is found and not encoded again (`conditioning.text_cache`): that is in first_ms
+    stages      stage -> milliseconds of the runs after the warm-up; these find the text in its
+                cache (`conditioning.text_cache`), and encoding it is in first_ms
     peak_bytes  the most that was held at once, weights included: allocated by torch on a GPU, the
                 process's resident set on Linux, None where the system does not say
     """

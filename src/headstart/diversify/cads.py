@@ -34,10 +34,10 @@ class Cads(Method):
     low, high  times between which the prompt comes back, t = timestep/1000
     mix        1: the noised embedding keeps its mean and deviation; 0: it does not
 
-    One public port divides by low - high, which makes g negative and its root NaN. n depends on
-    (seed, row) alone. All of the prompt is noised, y of the paper: the tokens, and
-    SDXL's pooled text with noise and moments of its own; sizes and embedded guidance are not. Of a
-    guided call's halves only the conditional one is.
+    n depends on (seed, row) alone. The whole prompt, the paper's y, is noised: its tokens, and
+    SDXL's pooled text with noise and moments of its own. Sizes and embedded guidance are not, and
+    in a guided call only the conditional half is. One public port divides by low - high, which
+    makes g negative and its root NaN.
     """
 
     name: ClassVar[str] = "cads"

@@ -71,13 +71,13 @@ def passes_of(methods: Methods, table: StepTable) -> int:
 
 
 def going_on(methods: Methods) -> list[Method]:
-    """Those that act in every part of a run: not those whose work is done when it begins."""
+    """Those that still act in a later part of a run: others have done their work when it begins."""
     done = ChangesTable, ChangesStrengths, Select
     return [method for method in methods if not isinstance(method, done)]
 
 
 def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) -> NoiseSource:
-    """That of the seeds, or the caller's own, with what methods change of it."""
+    """The noise of the seeds, or the caller's own, as methods change it."""
     noise: NoiseSource = Philox.shared(images.seeds) if own is None else own
     for method in methods:
         if isinstance(method, ChangesNoise):
@@ -86,8 +86,8 @@ def noise_for(methods: Methods, images: Images, own: NoiseSource | None = None) 
 
 
 class Position:
-    """At which row a run is. `begin` gets each row before its network is called: to read it off
-    the call's timestep would wait for the device.
+    """The row that a run is at. `begin` gets each row before its network is called, as reading the
+    row from the call's timestep would wait for the device.
 
     tokens  [rows][images], see `Row`
     """

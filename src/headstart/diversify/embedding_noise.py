@@ -24,20 +24,19 @@ VALUE, WHERE = 2**31 + 2, 2**31 + 3
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingNoise(Method):
-    """What a seed does to the prompt, the same in every row, and off after the first part of them.
+    """Noise on the prompt that depends on the seed alone: the same in all of the first rows.
 
     strength  in standard deviations of the prompt's own embedding
     share     of its values that get noise
     until     row i of N is noised where i/N < until
 
-    The node (github.com/ChangeTheConstants/SeedVarianceEnhancer, 2.2) has share 0.5 and until 0.2
-    too; its strength is in the embedding's own units, 20 for Z-Image, and its manual looks for it
-    within a factor of ten of the standard deviation. In units of that, as InvokeAI's has it (pull
-    request 8753; 0.1 there, 2 at most, on all steps), a number means the same for any encoder. The
-    node's part of the steps is one of model time, which is that of rows where these are evenly far
-    apart. Its mask over a part of the prompt is not here. As there, tokens alone are noised, not
-    SDXL's pooled text. Of a guided call's halves the conditional one is. u and m depend on the seed
-    alone.
+    The node (github.com/ChangeTheConstants/SeedVarianceEnhancer, 2.2) also has share 0.5 and until
+    0.2. Its strength is in the embedding's own units, 20 for Z-Image; its manual looks for it
+    within a factor of ten of the standard deviation. In units of the deviation, as in InvokeAI
+    (pull request 8753: 0.1, at most 2, on all steps), a number means the same for any encoder. The
+    node counts `until` in model time, which is that of rows where these are evenly far apart, and
+    can mask a part of the prompt. As there, tokens alone are noised, not SDXL's pooled text. In a
+    guided call the conditional half is.
     """
 
     name: ClassVar[str] = "embedding-noise"

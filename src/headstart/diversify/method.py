@@ -92,8 +92,8 @@ class Images:
 class Row(NamedTuple):
     """Where a run is: the row's number of `total`, its coefficients, and the images.
 
-    tokens  how many each image's own text has here: its context repeats these, to
-            be as long as those of the others. Empty: the whole context of every image
+    tokens  how many tokens each image's own text has here; its context repeats them, to be as long
+            as the others'. Empty: they are the whole context
     """
 
     number: int
@@ -140,7 +140,7 @@ class Method(Protocol):
 @runtime_checkable
 class ChangesTable(Protocol):
     def table(self, table: StepTable, /) -> StepTable:
-        """Changed once is changed: its own result is left as it is."""
+        """The table to run; a table that it made before stays as it is."""
         ...
 
 
@@ -183,7 +183,7 @@ def conditional_half(whole: Tensor, count: int, change: Callable[[Tensor], Tenso
 
 def own_tokens(context: Tensor, row: Row, change: Callable[[Tensor], Tensor]) -> Tensor:
     """`context` [B or 2B, L, D] with each image's own tokens changed in its last B rows, and
-    repeated as before: what becomes of an image does not depend on how long the other texts are.
+    repeated as before, so that an image does not depend on how long the other texts are.
 
     change  [B, own, D] float32 -> the same shape; called once for each number of tokens
     """

@@ -20,7 +20,7 @@ from headstart.plan.table import StepTable
 
 @dataclass(frozen=True, slots=True)
 class Select(Method):
-    """An image costs times - 1 first rows more, and is that of the seed that was chosen for it.
+    """Each image costs times - 1 more first rows, and comes from the seed that was chosen for it.
 
     times   candidates for each image: its own seed, and seeds that `seed_of` derives from it. They
             are one pool for all images of the prompt

@@ -132,12 +132,8 @@ def lpips_pair(
     return backbone, fitting[0]
 
 
-def _taps(net: Net) -> list[Layer]:
-    return [layer for layer in LAYERS[net] if layer.tapped]
-
-
 def _lin_shapes(net: Net, backbone: Weights) -> dict[str, tuple[int, ...]]:
-    widths = [_width(backbone, layer) for layer in _taps(net)]
+    widths = [_width(backbone, layer) for layer in LAYERS[net] if layer.tapped]
     return {f"lin{n}.model.1.weight": (1, width, 1, 1) for n, width in enumerate(widths)}
 
 
@@ -147,20 +143,16 @@ def _filters(net: Net, backbone: Weights, lin: Weights) -> list[Filter]:
     shapes = _lin_shapes(net, backbone)
     check_shapes(lin, shapes, f"the linear layers of LPIPS {net}")
     _check_version(lin)
-    numbers = [layer.number for layer in _taps(net)]
-    roots = {at: _root(lin, name) for at, name in zip(numbers, shapes, strict=True)}
-    return [
-        Filter(
-            layer,
-            backbone.numbers(f"features.{layer.number}.weight"),
-            backbone.numbers(f"features.{layer.number}.bias"),
-            roots.get(layer.number),
-        )
-        for layer in layers
-    ]
+    roots = (_root(lin, name) for name in shapes)
+    filters: list[Filter] = []
+    for layer in layers:
+        name = f"features.{layer.number}"
+        weight, bias = (backbone.numbers(f"{name}.{part}") for part in ("weight", "bias"))
+        filters.append(Filter(layer, weight, bias, next(roots) if layer.tapped else None))
+    return filters
 
 
-_HEAD = tuple(f"classifier.{n}.{kind}" for n in range(7) for kind in ("weight", "bias"))
+_HEAD = tuple(f"classifier.{n}.{part}" for n in range(7) for part in ("weight", "bias"))
 
 
 def _expected(layers: tuple[Layer, ...], backbone: Weights) -> dict[str, tuple[int, ...]]:

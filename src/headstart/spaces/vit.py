@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from headstart.errors import CheckpointError
-from headstart.spaces.weights import Shapes, Weights, filled
+from headstart.spaces.weights import Weights, filled
 
 HEAD = 64
 Activation = Literal["gelu", "quick_gelu"]
@@ -124,38 +124,6 @@ class Vit(nn.Module):
         return x
 
 
-def vit_params(weights: Weights, *, eps: float, activation: Activation, side: int) -> VitParams:
-    """What the tensors say. Raises CheckpointError where they are of no such network.
-
-    side  of the pictures; the positions must be those of its patches
-    """
-    shapes = weights.shapes
-    try:
-        width, patch = shapes["cls_token"][-1], shapes["patch_embed.proj.weight"][-1]
-        params = VitParams(
-            width,
-            _depth(shapes),
-            shapes["blocks.0.mlp.fc1.weight"][0],
-            patch,
-            shapes["pos_embed"][1],
-            "pos_drop.weight" in shapes,
-            "blocks.0.ls1.gamma" in shapes,
-            eps,
-            activation,
-        )
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(
-            f"{weights.path}: expected a vision transformer in DINO's naming, and {error} is not "
-            "there: give the file that its authors published"
-        ) from error
-    if width % HEAD or params.grid * params.patch != side:
-        raise CheckpointError(
-            f"{weights.path}: a vision transformer of width {width} with {params.tokens} positions "
-            f"and patches of {patch} px is not made for {side} px pictures: give the one that is"
-        )
-    return params
-
-
 def read_vit(
     weights: Weights,
     what: str,
@@ -165,8 +133,36 @@ def read_vit(
     side: int,
     unused: tuple[str, ...] = (),
 ) -> Vit:
-    """The network of a file, for pictures of side x side px; raises as `filled` does."""
-    params = vit_params(weights, eps=eps, activation=activation, side=side)
+    """The network of a file, as its tensors say it is; raises CheckpointError as `filled` does, and
+    where they are of no such network.
+
+    side  of the pictures; the positions must be those of its patches
+    """
+    shapes = weights.shapes
+    blocks = {match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))}
+    try:
+        params = VitParams(
+            width=shapes["cls_token"][-1],
+            depth=len(blocks),  # a hole in their numbers shows when they are filled
+            mlp=shapes["blocks.0.mlp.fc1.weight"][0],
+            patch=shapes["patch_embed.proj.weight"][-1],
+            tokens=shapes["pos_embed"][1],
+            norm_before="pos_drop.weight" in shapes,
+            scaled="blocks.0.ls1.gamma" in shapes,
+            eps=eps,
+            activation=activation,
+        )
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(
+            f"{weights.path}: expected a vision transformer in DINO's naming, and {error} is not "
+            "there: give the file that its authors published"
+        ) from error
+    if params.width % HEAD or params.grid * params.patch != side:
+        raise CheckpointError(
+            f"{weights.path}: a vision transformer of width {params.width} with {params.tokens} "
+            f"positions and patches of {params.patch} px is not made for {side} px pictures: give "
+            "the one that is"
+        )
     return filled(lambda: Vit(params), weights, what, unused)
 
 
@@ -181,8 +177,3 @@ def resized_positions(positions: Tensor, grid: int) -> Tensor:
     scale = (grid + 0.1) / size
     resized = F.interpolate(table, scale_factor=(scale, scale), mode="bicubic")
     return torch.cat([positions[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
-
-
-def _depth(shapes: Shapes) -> int:
-    """How many there are; a hole in their numbers shows when they are filled."""
-    return len({match[1] for name in shapes if (match := re.match(r"blocks\.(\d+)\.", name))})

@@ -99,7 +99,8 @@ def cases_of(
         "methods": methods,
     }
     cases = [*_plans(pair)]
-    for part, values in {**usual, **grids}.items():
+    usual.update(grids)
+    for part, values in usual.items():
         if part not in parts:
             continue
         if part == "handoff":

@@ -267,9 +267,9 @@ def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
     """Over prompts where there are several, over seeds where every prompt has several; or both."""
     features, sizes, known = seen.features, seen.gallery.sizes, reference.features
     able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
-    ways = [by for by in able if able[by]]
+    ways: list[By] = [by for by in able if able[by]]
     draws = 50 if features.shape[1] > WIDE else 200
-    frechet = {
+    frechet: dict[By, Interval] = {
         by: frechet_interval(features, reference.moments, sizes=sizes, by=by, resamples=draws)
         for by in ways
     }
@@ -280,7 +280,9 @@ def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
     k = min(5, len(known) - 1, len(features) - 1)
     if k < 1:
         return row
-    near = {by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways}
+    near: dict[By, dict[str, Interval]] = {
+        by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways
+    }
     names = Neighbours._fields
     each = {name: _spread({by: own[name] for by, own in near.items()}) for name in names}
     return replace(row, neighbours=each)

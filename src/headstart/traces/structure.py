@@ -94,7 +94,7 @@ def feature_space(extractor: Extractor) -> Space:
         return np.maximum(1.0 - (a * b).sum(-1) / norms, 0.0)
 
     if extractor.distance == "squared":
-        return Space(extractor, "squared distance", lambda a, b: np.square(a - b).sum(-1))
+        return Space(extractor, "squared distance", _squared)
     return Space(extractor, "cosine distance", cosine)
 
 
@@ -104,7 +104,15 @@ def pixel_space(height: int, width: int) -> Space:
     Colours run from -1 to 1. It needs no weights, and works on pictures of any size.
     """
     colours = pixel_extractor(min(16, height, width))
-    return Space(colours, "mean square difference", lambda a, b: np.square(a - b).mean(-1))
+    return Space(colours, "mean square difference", _mean_square)
+
+
+def _squared(a: Array, b: Array) -> Array:
+    return np.square(a - b).sum(-1)
+
+
+def _mean_square(a: Array, b: Array) -> Array:
+    return np.square(a - b).mean(-1)
 
 
 def measure(
