@@ -28,7 +28,7 @@ from headstart.input import read_json
 from headstart.output import write_file
 from headstart.pictures.png import encode_png
 from headstart.spaces.extractor import Rgb
-from headstart.sweep.ledger import Shard, locked
+from headstart.sweep.ledger import Shard, locked, write_settings
 
 FORMAT = "headstart.study/1"
 SETTINGS, IDENTITY = "study.json", "identity"
@@ -120,16 +120,9 @@ def open_store(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gener
     another process is this rank.
     """
     check_settings(folder, settings)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder / f".rank{shard.rank:04d}.lock", folder, shard, "at work in"):
-            text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-            write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
-            yield Store(folder, shard)
-    except OSError as error:
-        raise InputError(
-            f"could not write into {str(folder)!r}: {error.strerror or error}"
-        ) from error
+    with locked(folder, f".rank{shard.rank:04d}.lock", shard, "at work in"):
+        write_settings(folder / SETTINGS, settings, shard)
+        yield Store(folder, shard)
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:

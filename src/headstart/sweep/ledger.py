@@ -153,22 +153,32 @@ class Ledger:
 
 
 @contextmanager
-def locked(path: Path, folder: Path, shard: Shard, doing: str) -> Generator[None]:
+def locked(folder: Path, lock: str, shard: Shard, doing: str) -> Generator[None]:
     """The folder for one rank, which nobody else is until the end or until it is killed.
 
-    path  the lock file; it stays there
+    lock  the name of its lock file, which stays there
 
-    Raises InputError where another process is this rank.
+    Raises InputError where another process is this rank, and where nothing can be written.
     """
+    path = folder / lock
     try:
-        lock = FileLock(path).acquire(blocking=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path).acquire(blocking=False):
+            yield
     except Timeout:
         raise InputError(
             f"another process is {doing} {str(folder)!r} as rank {shard.rank}: wait for it, "
             "end it, or choose another --out"
         ) from None
-    with lock:
-        yield
+    except OSError as error:
+        raise InputError(
+            f"could not write into {str(folder)!r}: {error.strerror or error}"
+        ) from error
+
+
+def write_settings(path: Path, settings: Mapping[str, Any], shard: Shard) -> None:
+    text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+    write_file(path, text.encode(), writer=f"rank{shard.rank}")
 
 
 @contextmanager
@@ -179,21 +189,14 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
     which another process is this rank.
     """
     check_settings(folder, settings)
-    try:
-        (folder / SHARDS).mkdir(parents=True, exist_ok=True)
-        path = folder / SHARDS / f"{shard.rank:04d}.jsonl"
-        lock = locked(path.with_suffix(".lock"), folder, shard, "sweeping into")
-        with lock, path.open("a+b") as journal:
-            _drop_torn_line(journal)
-            if not (folder / SETTINGS).exists():
-                text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
-                write_file(folder / SETTINGS, text.encode(), writer=f"rank{shard.rank}")
-            check_settings(folder, settings)  # another rank may have been first
-            yield Ledger(folder, shard, journal, _read_shards(folder))
-    except OSError as error:
-        raise InputError(
-            f"could not write into {str(folder)!r}: {error.strerror or error}"
-        ) from error
+    name = f"{SHARDS}/{shard.rank:04d}"
+    lock = locked(folder, f"{name}.lock", shard, "sweeping into")
+    with lock, (folder / f"{name}.jsonl").open("a+b") as journal:
+        _drop_torn_line(journal)
+        if not (folder / SETTINGS).exists():
+            write_settings(folder / SETTINGS, settings, shard)
+        check_settings(folder, settings)  # another rank may have been first
+        yield Ledger(folder, shard, journal, _read_shards(folder))
 
 
 def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
