@@ -14,13 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from html import escape
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from headstart.metrics.resample import Interval
 from headstart.study.digits import plain, written
 
 _ID = re.compile(r'(\bid="|url\(#|href="#)')
-INK, GREY, FAINT = "#1c1b1a", "#5c5853", "#e4e0d9"
+INK, GREY = "#1c1b1a", "#5c5853"
 ACROSS = 3
 """Panels side by side."""
 Points = Sequence[tuple[float, Interval]]
@@ -45,30 +46,6 @@ OTHERS = (
     *(Mark("#d1495b", "^", (0, (3, 2, 1, 2))), Mark("#4f8fa8", "v", (0, (1, 1.5)))),
     *(Mark("#7a8b2f", "P", (0, (2, 2))), Mark("#b279c4", "X", (0, (6, 1, 1, 1)))),
 )
-STYLE = {
-    "font.family": ["sans-serif"],
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "sans-serif"],
-    "font.size": 9.0,
-    "axes.titlesize": 9.5,
-    "axes.titlelocation": "left",
-    "axes.labelcolor": INK,
-    "axes.edgecolor": GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.7,
-    "text.color": INK,
-    "text.parse_math": False,  # a "$" in the name of a file is a dollar
-    "xtick.color": GREY,
-    "ytick.color": GREY,
-    "legend.frameon": False,
-    "svg.fonttype": "none",
-    "svg.hashsalt": "headstart",
-    "pdf.fonttype": 42,
-    "pdf.compression": 0,
-}
 
 
 @dataclass(slots=True)
@@ -86,7 +63,8 @@ def style() -> Generator[None]:
     mpl: Any = import_module("matplotlib")
     with mpl.rc_context(), warnings.catch_warnings():
         mpl.rcdefaults()
-        mpl.rcParams.update(STYLE)
+        own = Path(__file__).with_name("figures.mplstyle")
+        mpl.rcParams.update(mpl.rc_params_from_file(own, use_default_template=False))
         # A letter that the font lacks is no harm in an SVG, whose viewer has fonts of its own.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         warnings.filterwarnings("ignore", message="Matplotlib currently does not support .* native")
