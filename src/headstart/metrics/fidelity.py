@@ -107,7 +107,8 @@ def kid(
     draws = _draws(len(a), sizes, by, resamples)
     weights = np.concatenate([np.ones((1, len(a))), draws])
     ones = np.ones((1, len(b)))
-    values = _within(a, weights) + _within(b, ones) - 2.0 * _across(a, weights, b, ones)
+    across = _sums(a, weights, b, ones) / (weights.sum(1) * len(b))
+    values = _within(a, weights) + _within(b, ones) - 2.0 * across
     return _around(float(values[0]), values[1:], least=-np.inf)
 
 
@@ -226,13 +227,9 @@ def _root(matrix: Array) -> Array:
 
 def _within(features: Array, weights: Array) -> Array:
     """[R]: weighted mean of k over pairs of different images of one set."""
-    own = _kernel_of_self(features)
+    own = (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
     pairs = weights.sum(1) ** 2 - np.square(weights).sum(1)
     return (_sums(features, weights, features, weights) - np.square(weights) @ own) / pairs
-
-
-def _across(a: Array, weights: Array, b: Array, ones: Array) -> Array:
-    return _sums(a, weights, b, ones) / (weights.sum(1) * ones.sum())
 
 
 def _sums(a: Array, left: Array, b: Array, right: Array) -> Array:
@@ -242,10 +239,6 @@ def _sums(a: Array, left: Array, b: Array, right: Array) -> Array:
         kernel = (a[rows] @ b.T / a.shape[1] + 1.0) ** 3
         total += ((left[:, rows] @ kernel) * right).sum(1)
     return total
-
-
-def _kernel_of_self(features: Array) -> Array:
-    return (np.square(features).sum(1) / features.shape[1] + 1.0) ** 3
 
 
 def _reach(features: Array, k: int) -> Array:

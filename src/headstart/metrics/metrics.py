@@ -39,9 +39,9 @@ def word_of(name: str) -> str:
 def diversity(features: Array, distance: Distance = "cosine") -> float:
     """Mean pairwise distance of features [n, d]; by cosine 0 = all alike, 1 = all orthogonal.
 
-    The measure of arXiv:2503.10637 table 2, on whichever features are given; by cosine 1 less the
-    MSS of arXiv:2310.17347. Raises InputError
-    for fewer than two samples, one that is not finite, or by cosine a zero feature.
+    The measure of arXiv:2503.10637 table 2, on any features; by cosine 1 less the MSS of
+    arXiv:2310.17347. Raises InputError for fewer than two samples, one that is not finite, or by
+    cosine a zero feature.
     """
     return off_diagonal_mean(distances(features, distance))
 

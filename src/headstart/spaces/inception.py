@@ -11,7 +11,6 @@ inception-tf1  as torch-fidelity and TensorFlow 1: bilinear between corners, the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -161,6 +160,38 @@ class Convolution(nn.Module):
         return F.relu(self.bn(self.conv(x)))
 
 
+class Mixed(nn.Module):
+    """A block of the table: its chains beside each other, then its pool."""
+
+    def __init__(self, block: Block, channels: int) -> None:
+        super().__init__()
+        self.block = block
+        self.channels = block.pooled or channels
+        for n, chain in enumerate(block.chains):
+            width, straight = channels, len(chain) - 2 * (n in block.fork)
+            for number, own in enumerate(chain):
+                self.add_module(own.name, Convolution(own, width))
+                width = own.channels if number < straight else width
+            self.channels += chain[-1].channels * (2 if n in block.fork else 1)
+        if block.pooled:
+            self.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches: list[Tensor] = []
+        for n, chain in enumerate(self.block.chains):
+            y, straight = x, len(chain) - 2 * (n in self.block.fork)
+            for own in chain[:straight]:
+                y = self.get_submodule(own.name)(y)
+            branches += [self.get_submodule(own.name)(y) for own in chain[straight:]] or [y]
+        if self.block.pool == "halve":
+            return torch.cat([*branches, F.max_pool2d(x, 3, 2)], dim=1)
+        if self.block.pool == "maximum":
+            x = F.max_pool2d(x, 3, 1, 1)
+        else:
+            x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+        return torch.cat([*branches, self.get_submodule("branch_pool")(x)], dim=1)
+
+
 class Inception(nn.Module):
     """Pictures [B, 3, 299, 299] in [-1, 1] -> features [B, 2048]; module names are the file's."""
 
@@ -171,8 +202,9 @@ class Inception(nn.Module):
             self.add_module(own.name, Convolution(own, channels))
             channels = own.channels
         for block in BLOCKS:
-            self.add_module(block.name, _module(block, channels))
-            channels = sum(_widths(block)) + (block.pooled or channels)
+            mixed = Mixed(block, channels)
+            self.add_module(block.name, mixed)
+            channels = mixed.channels
 
     def forward(self, x: Tensor) -> Tensor:
         for own in STEM:
@@ -180,8 +212,7 @@ class Inception(nn.Module):
             if own.name in HALVED:
                 x = F.max_pool2d(x, 3, 2)
         for block in BLOCKS:
-            inside = self.get_submodule(block.name)
-            x = torch.cat([*_branches(inside, block, x), _pooled(inside, block, x)], dim=1)
+            x = self.get_submodule(block.name)(x)
         return x.mean((2, 3))
 
 
@@ -198,50 +229,6 @@ def read_inception(weights: Weights, resize: Resize = "inception") -> Judge:
 
     name = f"{resize}:{weights.path.stem}:{short_digest([weights])}"
     return Judge((Extractor(name, in_batches(features)),))
-
-
-def _module(block: Block, channels: int) -> nn.Module:
-    inside = nn.Module()
-    for n, chain in enumerate(block.chains):
-        width = channels
-        for number, own in enumerate(chain):
-            inside.add_module(own.name, Convolution(own, width))
-            forked = n in block.fork and number >= len(chain) - 2
-            width = width if forked else own.channels
-    if block.pooled:
-        inside.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
-    return inside
-
-
-def _widths(block: Block) -> Iterator[int]:
-    for n, chain in enumerate(block.chains):
-        yield chain[-1].channels * (2 if n in block.fork else 1)
-
-
-def _branches(inside: nn.Module, block: Block, x: Tensor) -> Iterator[Tensor]:
-    for n, chain in enumerate(block.chains):
-        forked = n in block.fork
-        y = _run(inside, chain[:-2] if forked else chain, x)
-        if forked:
-            yield from (_run(inside, (last,), y) for last in chain[-2:])
-        else:
-            yield y
-
-
-def _run(inside: nn.Module, chain: Sequence[C], x: Tensor) -> Tensor:
-    for own in chain:
-        x = inside.get_submodule(own.name)(x)
-    return x
-
-
-def _pooled(inside: nn.Module, block: Block, x: Tensor) -> Tensor:
-    if block.pool == "halve":
-        return F.max_pool2d(x, 3, 2)
-    if block.pool == "maximum":
-        x = F.max_pool2d(x, 3, 1, 1)
-    else:
-        x = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
-    return inside.get_submodule("branch_pool")(x)
 
 
 def _as_pytorch_fid(pixels: Tensor) -> Tensor:

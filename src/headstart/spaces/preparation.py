@@ -45,18 +45,15 @@ class Preparation(NamedTuple):
         return (values - mean) / std
 
     def _cropped(self, image: Image.Image) -> Rgb:
-        if self.edge:
-            short = min(image.size)
-            size = (self.edge * image.width // short, self.edge * image.height // short)
-            image = image.resize(size, Image.Resampling(self.resample))
-            left, top = self._middle(image.width - self.width, image.height - self.height)
-            return np.array(image.crop((left, top, left + self.width, top + self.height)))
-        return np.array(
-            image.resize((self.width, self.height), Image.Resampling(self.resample))
-        )  # fmt: skip
-
-    def _middle(self, *spare: int) -> list[int]:
-        return [round(pixels / 2) if self.rounded else pixels // 2 for pixels in spare]
+        resample = Image.Resampling(self.resample)
+        if not self.edge:
+            return np.array(image.resize((self.width, self.height), resample))
+        short = min(image.size)
+        size = (self.edge * image.width // short, self.edge * image.height // short)
+        image = image.resize(size, resample)
+        spare = (image.width - self.width, image.height - self.height)
+        left, top = (round(side / 2) if self.rounded else side // 2 for side in spare)
+        return np.array(image.crop((left, top, left + self.width, top + self.height)))
 
 
 def read_preparation(path: Path) -> Preparation:

@@ -20,9 +20,8 @@ from headstart.study.page import write_page
 from headstart.study.paper import PAPER, comparable
 from headstart.study.pdf import table_pdf
 
-PAGE, NUMBERS, PDF, BY_PROMPT, FIGURES = (
-    *("report.html", "report.json", "table.pdf", "prompts.csv", "figures"),
-)
+PAGE, NUMBERS, PDF, BY_PROMPT = "report.html", "report.json", "table.pdf", "prompts.csv"
+FIGURES = "figures"
 COLUMNS = (
     *("case", "part", "at", "prompt", "space"),
     *("diversity", "vendi", "score", "nearest", "seconds"),
@@ -64,11 +63,9 @@ def write_report(
 def prompts_csv(rows: Iterable[Mapping[str, Any]]) -> bytes:
     """RFC 4180 in UTF-8: CRLF after each line, quotes where they are needed; empty: not known."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\r\n")
-    writer.writerow(COLUMNS)
-    for row in rows:
-        values = finite({name: row.get(name) for name in COLUMNS})
-        writer.writerow(["" if values[name] is None else values[name] for name in COLUMNS])
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(map(finite, rows))
     return _bytes(text.getvalue())
 
 
