@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from headstart.errors import InputError
-from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import off_diagonal_mean
 from headstart.metrics.resample import RESAMPLES
 from headstart.spaces.extractor import Array, Rgb
@@ -31,7 +30,7 @@ from headstart.study.steps import (
 )
 from headstart.study.store import Arrays
 from headstart.traces.decoders import Decoder
-from headstart.traces.structure import Space, between, feature_space, toward
+from headstart.traces.structure import Space, between, feature_space, features_of, toward
 
 AGAINST = "base"
 """The plan whose steps are counted until it shows what another one does at its first."""
@@ -114,24 +113,17 @@ def _seen(x0: Tensor, decoder: Decoder, space: Space, none: Rgb) -> _Part:
     good = np.stack([row.finite for row in drawn])
     if space.extractor.wide:  # inner products of a seed's own pictures are all that is needed
         by_seed = [
-            _features(space, np.concatenate([row.rgb[[seed]] for row in drawn] + [none]))
+            features_of(space, np.concatenate([row.rgb[[seed]] for row in drawn] + [none]))
             for seed in range(good.shape[1])
         ]
         toward_last = [toward(own[:-1, None], own[-2:-1], own[-1:], space) for own in by_seed]
         distance, share = np.concatenate(toward_last, axis=2)
         features = np.empty((*good.shape, 0))
     else:
-        features = np.stack([_features(space, row.rgb) for row in drawn])
-        distance, share = toward(features, features[-1], _features(space, none), space)
+        features = np.stack([features_of(space, row.rgb) for row in drawn])
+        distance, share = toward(features, features[-1], features_of(space, none), space)
     distance, share = (np.where(good & good[-1], own, np.nan) for own in (distance, share))
     return _Part(good, distance, share, features.astype(np.float32))
-
-
-def _features(space: Space, rgb: Rgb) -> Array:
-    features = group_features(space.extractor, rgb)
-    if not np.isfinite(features).all():
-        raise InputError(f"{space.extractor.name} gave features that are not finite")
-    return features
 
 
 def _spreads(features: NDArray[np.float32], good: NDArray[np.bool_], space: Space) -> Array:

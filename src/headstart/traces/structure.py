@@ -134,9 +134,7 @@ def measure(
     count, batch = frames.shape[:2]
     flat = frames.reshape(count * batch, *frames.shape[2:])
     pictures = flat if blank is None else np.concatenate([flat, blank[None]])
-    flat_features = group_features(space.extractor, pictures)
-    if not np.isfinite(flat_features).all():
-        raise InputError(f"{space.extractor.name} gave features that are not finite")
+    flat_features = features_of(space, pictures)
     features = flat_features[: count * batch].reshape(count, batch, -1)
     none = None if blank is None else flat_features[-1:]
     known = good & good[-1]
@@ -155,6 +153,14 @@ def measure(
         for index, (number, row) in enumerate(steps)
     )
     return Measured(distance, share, figures)
+
+
+def features_of(space: Space, rgb: NDArray[np.uint8]) -> Array:
+    """[n, d] of pictures of one prompt. Raises InputError for one that is not finite."""
+    features = group_features(space.extractor, rgb)
+    if not np.isfinite(features).all():
+        raise InputError(f"{space.extractor.name} gave features that are not finite")
+    return features
 
 
 def toward(features: Array, last: Array, blank: Array | None, space: Space) -> tuple[Array, Array]:
