@@ -6,9 +6,9 @@ row K of the new run starts at x of row K - 1, or at x0 + sigma_K*n with n drawn
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, SupportsIndex, final
+from typing import SupportsIndex, final
 
 import torch
 from torch import Tensor
@@ -18,26 +18,17 @@ from headstart.by_level import part_of_rows
 from headstart.conditioning.stages import stages
 from headstart.diversify.effect import going_on
 from headstart.engine.engine import Engine
+from headstart.engine.pair import Pair
 from headstart.engine.pixels import decode_rgb, final_latents
 from headstart.engine.trajectory import Trajectory
 from headstart.errors import InputError, PlanError
 from headstart.noise import Philox
-from headstart.plan.prediction import Prediction, Scalings
+from headstart.plan.prediction import Scalings
 from headstart.plan.request import pair_up
 from headstart.plan.schedule import fingerprint_of
-from headstart.plan.spacing import Process
 from headstart.plan.table import Step, StepTable
 from headstart.plan.update import consistency_boundary
 from headstart.sampler import State
-
-
-class Trained(Protocol):
-    """What each model was trained on; an engine's weights say it."""
-
-    @property
-    def schedules(self) -> Mapping[str, Process]: ...
-    @property
-    def predictions(self) -> Mapping[str, Prediction]: ...
 
 
 @final
@@ -151,7 +142,7 @@ def branch(
 def changed(
     table: StepTable,
     first: int,
-    known: Trained,
+    known: Pair,
     *,
     model: str | None = None,
     guidance: float | None = None,
@@ -167,16 +158,15 @@ def changed(
         raise PlanError(f"no model {model!r} to switch to: there is {', '.join(known.predictions)}")
     if guidance is not None and not 0.0 <= guidance < float("inf"):
         raise PlanError(f"guidance must be a finite number >= 0, not {guidance!r}")
-    rows = list(table)
-    for index in range(first, len(rows)):
-        row = rows[index]
+    rows = list(table.steps[:first])
+    for row in table.steps[first:]:
         if model is not None:
             row = _switched(row, model, known)
         if guidance is not None:
             row = row._replace(guidance=float(guidance))
-        if row.carry and rows[index - 1].model != row.model:
+        if row.carry and rows[-1].model != row.model:
             row = row._replace(carry=0.0)
-        rows[index] = row
+        rows.append(row)
     ran = {row.model: known.schedules[row.model] for row in rows}
     return replace(table, steps=tuple(rows), schedule=fingerprint_of(ran))
 
@@ -195,7 +185,7 @@ def check_heard(prompt: str, table: StepTable, first: int) -> None:
         )
 
 
-def _switched(row: Step, model: str, known: Trained) -> Step:
+def _switched(row: Step, model: str, known: Pair) -> Step:
     """The row by another model; LCM's boundary stays folded in where it was."""
     timestep, schedule = row.timestep, known.schedules[model]
     if schedule != known.schedules[row.model]:
