@@ -52,17 +52,17 @@ class Dial(Method):
                 "with distilled_lora= (--distilled-lora FILE); of two checkpoints `headstart "
                 "transfer --base BASE --tuned DISTILLED --rank 64 --out FILE` makes one"
             )
-        own, now = self._strength(table), attached[DISTILLED_LORA].strength
-        if own == now:
+        strength, now = self._strength(table), attached[DISTILLED_LORA].strength
+        if strength == now:
             raise InputError(
                 f"diversify {self}: it would do nothing, as that is the strength that "
                 f"{DISTILLED_LORA!r} has: leave it out"
             )
-        if acts[DISTILLED_LORA] not in (now, own):
+        if acts[DISTILLED_LORA] not in (now, strength):
             raise InputError(
                 f"diversify {self}: adapters= says another strength of {DISTILLED_LORA!r}: give one"
             )
-        return {**acts, DISTILLED_LORA: own}
+        return {**acts, DISTILLED_LORA: strength}
 
     def _strength(self, table: StepTable) -> Strength:
         if self.first is None:

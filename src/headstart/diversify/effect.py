@@ -33,11 +33,11 @@ Methods = Sequence[Method]
 def check_images(methods: Methods, images: Images) -> None:
     """Raise InputError where a method needs more images of a prompt than a call has."""
     for method in methods:
-        for prompt, own in images.by_prompt.items():
-            if len(own) < method.least:
+        for prompt, group in images.by_prompt.items():
+            if len(group) < method.least:
                 raise InputError(
                     f"diversify {method}: needs at least {method.least} images of a prompt in one "
-                    f"call, and {prompt!r:.60} has {len(own)}: give more seeds, or leave it out"
+                    f"call, and {prompt!r:.60} has {len(group)}: give more seeds, or leave it out"
                 )
 
 

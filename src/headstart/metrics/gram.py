@@ -46,12 +46,12 @@ def gram(features: Callable[[Rgb], Array], rgb: Rgb, held_bytes: int = HELD_BYTE
 
 def _fill(products: Array, features: Callable[[Rgb], Array], rgb: Rgb, rows: slice) -> None:
     """The products of some pictures with each other and with all that come after them."""
-    own = _kept(features, rgb[rows])
-    products[rows, rows] = _products(own, own)
-    few = max(1, len(own) // 4)
+    block = _kept(features, rgb[rows])
+    products[rows, rows] = _products(block, block)
+    few = max(1, len(block) // 4)
     for at in range(rows.stop, len(rgb), few):
         columns = slice(at, min(at + few, len(rgb)))
-        products[rows, columns] = _products(own, _kept(features, rgb[columns]))
+        products[rows, columns] = _products(block, _kept(features, rgb[columns]))
         products[columns, rows] = products[rows, columns].T
 
 

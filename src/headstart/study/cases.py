@@ -220,9 +220,9 @@ def _points(
     whole one, as networks of such a table were trained on no other. A level within 5 % of one of
     its own is that one.
     """
-    own = pair.distilled(steps).grid(schedule)
+    grid = pair.distilled(steps).grid(schedule)
     table = isinstance(schedule, NoiseSchedule)
-    points, sigmas = (own.timesteps if table else own.sigmas), own.sigmas
+    points, sigmas = (grid.timesteps if table else grid.sigmas), grid.sigmas
     for number, sigma in enumerate(sigmas):
         if abs(sigma - level) <= NEAR * level:
             return points[number:], sigma

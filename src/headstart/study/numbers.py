@@ -119,31 +119,31 @@ def _space(
     }
 
 
-def _diversity(own: Cells, space: Extractor) -> Interval:
+def _diversity(cells: Cells, space: Extractor) -> Interval:
     name = f"diversity@{space.name}"
-    if len(own) == 1 and own[0][name].size > 1:
-        values = own[0][name]
+    if len(cells) == 1 and cells[0][name].size > 1:
+        values = cells[0][name]
         return percentiles(float(values[0]), values[1:])
-    return bootstrap_mean(_values(own, name))
+    return bootstrap_mean(_values(cells, name))
 
 
-def _interval(own: Cells, name: str) -> Json | None:
-    if any(name not in cell for cell in own):
+def _interval(cells: Cells, name: str) -> Json | None:
+    if any(name not in cell for cell in cells):
         return None
-    return _json(bootstrap_mean(_values(own, name)))
+    return _json(bootstrap_mean(_values(cells, name)))
 
 
-def _less(own: Cells, other: Cells) -> Json | None:
+def _less(cells: Cells, other: Cells) -> Json | None:
     """The score less that of another case, prompt by prompt, on the same seeds."""
-    if any("score" not in cell for cell in (*own, *other)):
+    if any("score" not in cell for cell in (*cells, *other)):
         return None
-    return _json(bootstrap_mean(_values(own, "score") - _values(other, "score")))
+    return _json(bootstrap_mean(_values(cells, "score") - _values(other, "score")))
 
 
-def _values(own: Cells, name: str) -> Array:
+def _values(cells: Cells, name: str) -> Array:
     """[P]: of diversities the value before its draws, of others the mean over the pictures."""
     first = name.startswith(("diversity@", "vendi@"))
-    return np.array([cell[name].flat[0] if first else cell[name].mean() for cell in own])
+    return np.array([cell[name].flat[0] if first else cell[name].mean() for cell in cells])
 
 
 def _json(number: Interval | None) -> Json | None:

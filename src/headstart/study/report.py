@@ -48,7 +48,7 @@ def write_report(
     drawn = draw_figures(known)
     page = write_page(known, drawn, pictures or {}, (NUMBERS, PDF, BY_PROMPT))
     if drawn:
-        write_folder(folder / FIGURES, {f"{own.name}.svg": own.svg for own in drawn})
+        write_folder(folder / FIGURES, {f"{figure.name}.svg": figure.svg for figure in drawn})
     written = {
         NUMBERS: _bytes(json.dumps(whole, indent=1, ensure_ascii=False, allow_nan=False) + "\n"),
         PDF: table_pdf(known),
@@ -56,7 +56,7 @@ def write_report(
         PAGE: _bytes(page),
     }
     write_folder(folder, written)
-    figures = [folder / FIGURES / f"{own.name}.svg" for own in drawn]
+    figures = [folder / FIGURES / f"{figure.name}.svg" for figure in drawn]
     return [folder / PAGE, *(folder / name for name in written if name != PAGE), *figures]
 
 
@@ -74,9 +74,9 @@ def finite(tree: Any) -> Any:
     if isinstance(tree, float):
         return tree if math.isfinite(tree) else None
     if isinstance(tree, Mapping):
-        return {str(name): finite(own) for name, own in cast("Mapping[Any, Any]", tree).items()}
+        return {str(name): finite(value) for name, value in cast("Mapping[Any, Any]", tree).items()}
     if isinstance(tree, list | tuple):
-        return [finite(own) for own in cast("Sequence[Any]", tree)]
+        return [finite(value) for value in cast("Sequence[Any]", tree)]
     return tree
 
 

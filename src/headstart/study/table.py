@@ -283,11 +283,11 @@ def intervals_of(report: Report) -> str:
     return f"In brackets: 95 % intervals over {over}."
 
 
-def aligned(own: Block) -> list[str]:
+def aligned(table: Block) -> list[str]:
     """The lines of a table, its heads first, in columns of letters of one width."""
-    names = [line.case + (f" ({line.why})" if line.why else "") for line in own.lines]
-    lines = [[own.first, *own.heads]]
-    lines += [[name, *map(str, line.cells)] for name, line in zip(names, own.lines, strict=True)]
+    names = [line.case + (f" ({line.why})" if line.why else "") for line in table.lines]
+    lines = [[table.first, *table.heads]]
+    lines += [[name, *map(str, line.cells)] for name, line in zip(names, table.lines, strict=True)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])])

@@ -117,13 +117,13 @@ def _whole_prompts(cases: Sequence[Case], size: int, least: int) -> list[list[Ca
     prompts: dict[str, list[Case]] = {}
     for case in cases:
         prompts.setdefault(case.prompt, []).append(case)
-    for prompt, own in prompts.items():
-        images, sizes = len({case.seed for case in own}), {case.size for case in own}
+    for prompt, group in prompts.items():
+        images, sizes = len({case.seed for case in group}), {case.size for case in group}
         wrong = (
             f"has {images} image{'s' * (images != 1)}, and needs {least}: add seeds"
             if images < least
-            else f"has {len(own)} cases, more than a batch of {size}: give --batch {len(own)}"
-            if len(own) > size
+            else f"has {len(group)} cases, more than a batch of {size}: give --batch {len(group)}"
+            if len(group) > size
             else "has cases of several sizes: give one size"
             if len(sizes) > 1
             else None
