@@ -36,3 +36,15 @@ def test_another_scorer_in_the_same_spaces_scores_the_kept_pictures_again(tmp_pa
     np.testing.assert_array_equal(
         found["diversity@" + judge.spaces[0].name], before["diversity@" + judge.spaces[0].name]
     )
+
+
+def test_kept_pictures_hold_the_record_that_draws_them_again(tmp_path: Path) -> None:
+    engine = hs.Engine.demo(device="cpu")
+    lab = Lab(
+        engine=engine, judge=open_features("scorer"), prompts=("a fox",), seeds=(3, 5, 8), keep=2
+    )
+    with open_store(tmp_path, {"format": FORMAT}, Shard()) as store:
+        lab.measure(store, CASE, 0)
+    kept = sorted(tmp_path.glob("pictures/*/*.png"))
+    assert [path.name for path in kept] == ["000-3.png", "000-5.png"]
+    assert hs.replay(kept[1], engine).seeds == (5,)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from headstart.errors import InputError
+from headstart.pictures.png import encode_png
 from headstart.study.store import FORMAT, SETTINGS, Place, Store, open_store
 from headstart.sweep.ledger import Shard
 
@@ -71,7 +72,7 @@ def test_an_object_in_a_cell_is_not_unpickled(tmp_path: Path) -> None:
 def test_pictures_come_back_to_the_bit_and_a_missing_one_is_all_missing(tmp_path: Path) -> None:
     store = opened(tmp_path)
     rgb = np.random.default_rng(0).integers(0, 256, (3, 8, 6, 3), dtype=np.uint8)
-    store.keep("cads:0.25", 2, (7, 8, 9), rgb)
+    store.keep("cads:0.25", 2, (7, 8, 9), [*map(encode_png, rgb)])
     np.testing.assert_array_equal(store.pictures("cads:0.25", 2, (7, 8, 9)), rgb)
     assert store.pictures("cads:0.25", 2, (7, 8, 9, 10)) is None
     (tmp_path / "pictures/cads-0.25/002-8.png").write_bytes(b"\x89PNG")

@@ -27,9 +27,11 @@ from PIL import Image
 
 from headstart.conditioning.texts import final_text
 from headstart.engine.engine import Engine
+from headstart.engine.picture import picture_texts
 from headstart.metrics.gram import group_features
 from headstart.metrics.metrics import vendi
 from headstart.metrics.resample import measure_diversity
+from headstart.pictures.png import encode_png
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.table import StepTable
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
@@ -143,11 +145,12 @@ class Lab:
         rgb = None if before is None else store.pictures(case.name, number, self.seeds)
         cost = {name: before[name] for name in COST if name in before} if before else {}
         if rgb is None:
-            rgb, cost = self._drawn(case, prompt)
-            store.keep(case.name, number, self.seeds[: self.keep], rgb)
+            rgb, pngs, cost = self._drawn(case, prompt)
+            store.keep(case.name, number, self.seeds, pngs)
         store.write(place, identity, {**cost, **measured(rgb, prompt, self.judge, self.flat)})
 
-    def _drawn(self, case: Case, prompt: str) -> tuple[Rgb, dict[str, NDArray[Any]]]:
+    def _drawn(self, case: Case, prompt: str) -> tuple[Rgb, list[bytes], dict[str, NDArray[Any]]]:
+        """Pixels, the PNGs to keep, each with its record, and what they cost."""
         begin = time.perf_counter()
         table = self.table(case)
         run = self.engine.sample(
@@ -162,7 +165,12 @@ class Lab:
         }
         if run.chosen is not None:
             cost["chosen"] = np.array(run.chosen, np.uint64)
-        return rgb, cost
+        recorded = run.recorded()
+        pngs = [
+            encode_png(image, picture_texts(recorded, number, run.tokens))
+            for number, image in enumerate(rgb[: self.keep])
+        ]
+        return rgb, pngs, cost
 
 
 COST = ("images", "passes", "networks", "seconds", "chosen")

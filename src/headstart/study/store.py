@@ -26,7 +26,6 @@ from PIL import Image
 from headstart.errors import InputError
 from headstart.input import read_json
 from headstart.output import write_file
-from headstart.pictures.png import encode_png
 from headstart.spaces.extractor import Rgb
 from headstart.sweep.ledger import Shard, locked, write_settings
 
@@ -77,10 +76,10 @@ class Store(NamedTuple):
         np.savez_compressed(buffer, **whole)
         self._put(place.file, buffer.getvalue())
 
-    def keep(self, case: str, number: int, seeds: Sequence[int], rgb: Rgb) -> None:
+    def keep(self, case: str, number: int, seeds: Sequence[int], pngs: Sequence[bytes]) -> None:
         """The first pictures of a cell, one PNG a seed."""
-        for seed, image in zip(seeds, rgb, strict=False):
-            self._put(picture_file(case, number, seed), encode_png(image))
+        for seed, png in zip(seeds, pngs, strict=False):
+            self._put(picture_file(case, number, seed), png)
 
     def pictures(self, case: str, number: int, seeds: Sequence[int]) -> Rgb | None:
         """Those pictures; None where one is missing or damaged."""
