@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+import headstart_kernels
 from evidence.fake_cuda import NotPermittedError, RaceError
 from evidence.gpu import CudaTensor, emulated_gpu
+from evidence.ptx.on_gpu import launched
 from evidence.torch_cuda import EmulatedCuda
 
 
@@ -114,3 +116,19 @@ def test_nothing_of_it_stays() -> None:
     assert not torch.cuda.is_available() and torch.ones(2).device.type == "cpu"
     with pytest.raises((RuntimeError, AssertionError)):
         torch.ones(2, device="cuda")
+
+
+def test_an_operator_of_ours_is_the_kernel_that_it_launches(cuda: EmulatedCuda) -> None:
+    """Called by its registered name, as a whole run in one graph calls it, and captured there."""
+    pixels = torch.rand(1, 3, 8, 8)
+    want = headstart_kernels.decode_u8(pixels)
+    x, decode = pixels.to("cuda"), torch.ops.headstart_kernels.decode_u8
+    assert torch.equal(decode(x).cpu(), want), "its reference, where nothing is launched"
+    with launched(cuda) as gpu:
+        assert torch.equal(decode(x).cpu(), want)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            decode(x)
+        graph.replay()
+    assert [name for name, _ in gpu.launches].count("decode_planes_kernel") == 2
+    assert [call.name for call in graph.tape.calls].count("decode_planes_kernel") == 1  # type: ignore[attr-defined]

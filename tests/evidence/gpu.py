@@ -32,6 +32,7 @@ from evidence.fake_cuda import Accesses
 from evidence.fake_tensors import open_cuda
 from evidence.torch_cuda import EmulatedCuda
 from headstart_kernels import dispatch
+from headstart_kernels.ops import BODIES
 from headstart_kernels.recording.tape import leaves, mapped, name_of
 
 _MIXES = {"copy_", "_to_copy", "index", "index_put", "index_put_", "_foreach_copy_"}
@@ -136,6 +137,9 @@ class _Devices(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> object:
+        if self.cuda.launches and func.namespace == "headstart_kernels":
+            with self:  # as on a GPU, where an operator of ours is the kernels that it launches
+                return BODIES[name_of(func)](*args, **(kwargs or {}))
         return _run(func, args, kwargs or {}, self.cuda)
 
 

@@ -89,7 +89,10 @@ class _Device:
 
 
 class EmulatedCuda(FakeCuda):
-    """Stands in for the module torch.cuda. Memory is counted of every tensor that is alive."""
+    """Stands in for the module torch.cuda. Memory is counted of every tensor that is alive.
+
+    launches   operators of ours are the kernels that they launch (`ptx.on_gpu.launched`)
+    """
 
     def __init__(self, gpus: int, memory_bytes: int) -> None:
         super().__init__()
@@ -98,6 +101,7 @@ class EmulatedCuda(FakeCuda):
         self._memory = [_Device(memory_bytes) for _ in range(gpus)]
         self._current = 0
         self._users: dict[int, int] = {}
+        self.launches = False
         self.on_top: Callable[[], AbstractContextManager[object]] = nullcontext
         self._above: AbstractContextManager[object] = nullcontext()
 

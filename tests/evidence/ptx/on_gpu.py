@@ -22,8 +22,9 @@ from headstart_kernels import api, dispatch, layers, trial
 def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
     """Inside `emulated_gpu`: kernels are those that a GPU takes, on the stream that is current.
 
-    Without it they are the registered operators, as for any tensor that stands for another, and
-    those compute with the reference. Whether they can be launched is tried as on a GPU (`trial`).
+    So are the registered operators. Without it kernels are these, as for any tensor that stands for
+    another, and they compute with the reference. Whether kernels can be launched is tried as on a
+    GPU (`trial`).
     """
     original = dispatch.stands_in
 
@@ -36,11 +37,11 @@ def launched(cuda: EmulatedCuda, arch: int = 90) -> Generator[Emulator]:
         stack.enter_context(mock.patch.object(trial, "_disable_current_modes", _disabled))
         for module in (dispatch, api, layers):
             stack.enter_context(mock.patch.object(module, "stands_in", stands_in))
-        gpu.queue = cuda
+        gpu.queue, cuda.launches = cuda, True
         try:
             yield gpu
         finally:
-            gpu.queue = None
+            gpu.queue, cuda.launches = None, False
 
 
 @contextmanager
