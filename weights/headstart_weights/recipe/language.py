@@ -24,6 +24,7 @@ class Language(nn.Module):
     def __init__(self, tokenizer: Tokenizer) -> None:
         super().__init__()
         start, end = tokenizer.token_to_id(START), tokenizer.token_to_id(END)
+        assert start is not None and end is not None
         config = CLIPTextConfig(
             vocab_size=tokenizer.get_vocab_size(),
             hidden_size=128,
