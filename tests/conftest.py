@@ -17,6 +17,8 @@ from typing import Any
 # On Intel processors MKL's products depend on where in memory their operands lie, unless it is told
 # otherwise before torch is loaded; tests compare bits of runs in other memory.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# pytest-xdist sets it to 80 in its processes, and commands wrap there what they print.
+os.environ.pop("COLUMNS", None)
 
 import pytest
 import torch

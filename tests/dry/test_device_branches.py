@@ -202,7 +202,6 @@ TAKEN = {
     "headstart/runner/cuda.py record_event": "adapts",
     "headstart/runner/cuda.py Cuda.__getattr__": "samples",
     "headstart/runner/runner.py choose_runner": "loads",
-    "headstart/runner/runner.py _best": "loads",
     "headstart/runner/runner.py EagerRunner.__call__": "adapts",
     "headstart/runner/trajectory_body.py _to_device": "launches",
     "headstart/traces/preview.py Preview.picture": "samples",
