@@ -180,7 +180,7 @@ def test_requests_with_adapters_of_their_own_on_one_shared_engine(
         return torch.equal(last.x, expected[name, strength] if adapters else plain)
 
     for threads in (2, 4):
-        runs = 100 if engine.runner == "eager" else 20
+        runs = 60 if engine.runner == "eager" else 12
         shares = [range(thread, runs, threads) for thread in range(threads)]
         with ThreadPoolExecutor(threads) as pool:
             jobs = [

@@ -184,8 +184,9 @@ def test_the_kernel_that_adds_an_adapter_is_in_the_graph(
     plain = [run(stand, cond_of(stand, *each)) for each in strengths]
     captures = stand.site.captures
     with stand.launching(), fusion(True):
-        for each, expected in zip(strengths, plain, strict=True):
-            got = run(stand, cond_of(stand, *each))
+        first, second = (cond_of(stand, *each) for each in strengths)
+        again = stand.runner("base")(stand.latent(2), T([7, 7]), second)
+        for got, expected in zip((run(stand, first), again), plain, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
         assert stand.gpu is not None
         names = [name for name, _ in stand.gpu.launches]
