@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import headstart as hs
 from headstart.interfaces import Conditioning
 from headstart.networks import packed
+from headstart.networks.bfloat16 import bfloat16_cost
 from headstart.networks.casting import HALVES, compute_dtype, keep_stored
 from headstart.networks.load import load_text, load_unet, load_vae, widened_bytes
 from headstart.networks.unet import UNet
@@ -173,8 +174,8 @@ def test_bfloat16_is_recommended_where_its_products_are_measured_to_be_faster(
 
 @pytest.mark.skipif(packed.unpackable(torch.bfloat16) is not None, reason="no bfloat16 products")
 def test_what_a_bfloat16_product_costs_is_measured_once() -> None:
-    assert 0.02 < packed.bfloat16_cost() < 50
-    assert packed.bfloat16_cost() == packed.bfloat16_cost()
+    assert 0.02 < bfloat16_cost() < 50
+    assert bfloat16_cost() == bfloat16_cost()
 
 
 def test_stored_can_be_asked_for_and_threads_do_not_share_a_buffer(

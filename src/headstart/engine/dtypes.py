@@ -18,8 +18,9 @@ from headstart.memory.available import available_bytes
 from headstart.memory.budget import SAFE_SHARE
 from headstart.memory.planning import Source, Sources
 from headstart.networks.assembly import Dtype, Packed, too_small
+from headstart.networks.bfloat16 import bfloat16_cost, computes_bfloat16
 from headstart.networks.load import rounds, widened_bytes
-from headstart.networks.packed import bfloat16_cost, computes_bfloat16, unpackable
+from headstart.networks.packed import unpackable
 from headstart.networks.packed_size import packed_bytes
 
 DTYPES: dict[str, Dtype] = {

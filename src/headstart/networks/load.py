@@ -64,7 +64,7 @@ def load_unet(
     dtype None keeps the file's dtype on an accelerator, and means float32 on the CPU. There float16
     is 100 times slower (a convolution of 320 channels at 64x64: 9.5 s and 0.1), and bfloat16 takes
     a third to a half of float32's time on some processors that have its products (AVX512-BF16,
-    AMX; `packed.bfloat16_cost` measures it) and is slower on others. On the CPU "stored" leaves the
+    AMX; see `bfloat16.bfloat16_cost`) and is slower on others. On the CPU "stored" leaves the
     weights as the file has them, mapped and not copied, and each layer computes in float32
     (`networks.casting`); on an accelerator it is None. Weights of eight bits and fewer (float8,
     int8 with scales, GGUF) become float16 with "stored", and with None on an accelerator: that

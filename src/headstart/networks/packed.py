@@ -22,9 +22,7 @@ from __future__ import annotations
 
 import math
 import threading
-import time
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar, final
 
 import torch
@@ -34,6 +32,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from headstart.errors import InputError
+from headstart.networks.bfloat16 import computes_bfloat16
 from headstart.networks.casting import SCALE, StoredConv2d, StoredLinear, compute_dtype
 from headstart.networks.convolution import Conv2d
 from headstart_kernels.observers import differentiates, has_modes, transformed
@@ -286,38 +285,6 @@ def unpackable(dtype: torch.dtype) -> str | None:
     if dtype == torch.bfloat16 and not computes_bfloat16():
         return "this processor has no bfloat16 products (AVX512-BF16, AMX); use float32"
     return None
-
-
-def computes_bfloat16() -> bool:
-    """Whether the processor has products of bfloat16 numbers, and not only room for them."""
-    names = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(bool(getattr(torch.cpu, name, lambda: False)()) for name in names)
-
-
-@cache
-def bfloat16_cost() -> float:
-    """Time of a bfloat16 product by that of the same in float32, measured once a process: some
-    processors that have the instructions are slower with them (0.5 on a Zen 4, 1.6 on a Xeon of
-    the Sapphire Rapids generation whose AMX is switched off). Takes about 20 ms.
-    """
-    with torch.inference_mode():
-        products = [_product(dtype) for dtype in DTYPES]
-        seconds = [[_seconds(product) for product in products] for _ in range(6)][1:]
-    wide, half = (min(column) for column in zip(*seconds, strict=True))
-    return half / wide
-
-
-def _product(dtype: torch.dtype) -> Callable[[], object]:
-    rows, width = 256, 512
-    weight = torch.ops.mkldnn._reorder_linear_weight(torch.ones(width, width, dtype=dtype), rows)
-    x = torch.ones(rows, width, dtype=dtype)
-    return lambda: torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def is_packable(layer: nn.Module) -> bool:
