@@ -90,25 +90,20 @@ def cases_of(
     Raises InputError for a value that is on a grid twice or makes no plan.
     """
     ratio = 1.0 if pair.ratio is None else pair.ratio
-    levels = [level * ratio for level in LEVELS if level * ratio < schedule.highest[1]]
-    usual: dict[Part, Sequence[Any]] = {
+    values: dict[Part, Sequence[Any]] = {
         "k": range(1, steps),
         "n": [steps * substeps for substeps in SUBSTEPS],
         "guidance": GUIDANCES,
-        "handoff": levels,
+        "handoff": [level * ratio for level in LEVELS if level * ratio < schedule.highest[1]],
         "methods": methods,
+        **grids,
     }
     cases = [*_plans(pair)]
-    usual.update(grids)
-    for part, values in usual.items():
-        if part not in parts:
-            continue
-        if part == "handoff":
-            cases += _handoffs(pair, steps, schedule, values)
-        elif part == "methods":
-            cases += map(_method, values)
-        else:
-            cases += [_varied(part, value, steps) for value in values]
+    for part, own in values.items():
+        if part in parts and part == "handoff":
+            cases += _handoffs(pair, steps, schedule, own)
+        elif part in parts:
+            cases += [_method(v) if part == "methods" else _varied(part, v, steps) for v in own]
     names = [case.name for case in cases]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise InputError(f"case {twice!r} is there twice: give each value of a grid once")
@@ -125,12 +120,11 @@ def _plans(pair: Pair) -> Iterator[Case]:
         "skip-first": "distilled model without its first part",
         "replace-final": "the base takes the last step",
     }
-    if pair.base_scale == 1.0:
-        del about["base-unguided"]
     for name, words in about.items():
-        settings = {"base_guidance": 1.0} if name == "base-unguided" else {}
         plan = name.removesuffix("-unguided")
-        yield Case(name=name, part="plans", about=words, plan=plan, settings=settings)
+        settings = {} if plan == name else {"base_guidance": 1.0}
+        if plan == name or pair.base_scale != 1.0:
+            yield Case(name=name, part="plans", about=words, plan=plan, settings=settings)
 
 
 _VARIED = {
@@ -154,21 +148,56 @@ def _varied(part: Part, value: float, steps: int) -> Case:
 
 
 def _handoffs(pair: Pair, steps: int, schedule: Process, levels: Sequence[float]) -> Iterator[Case]:
+    """One step from the top down to each level, then the distilled model from there on."""
+    student = pair.distilled(steps)
+    grid, column = student.grid(schedule), "sigmas"
+    if isinstance(schedule, NoiseSchedule):  # a table of timesteps
+        column = "timesteps"
+    own: tuple[float, ...] = getattr(grid, column)
+
+    def leg_on(points: tuple[float, ...]) -> Leg:
+        columns: dict[str, Any] = {"timesteps": None, "sigmas": None, column: points}
+        return replace(student, steps=None, spacing=Spacing.TRAILING, skip=0, **columns)
+
+    base_step = replace(pair.base_leg(1, Spacing.EVEN), until="next")
     for level in levels:
         if not 0.0 < level < schedule.highest[1]:
             raise InputError(
                 f"hand-off level {level:g}: expected a noise level of the distilled model, above 0 "
                 f"and below {schedule.highest[1]:.4g}"
             )
-        points, sigma = _points(pair, steps, schedule, level)
-        for model, words in (("base", "the base"), ("distilled", "control: the student itself")):
+        points, sigma = _points(own, grid.sigmas, schedule, level)
+        for model, first, words in (
+            ("base", base_step, "the base"),
+            ("distilled", leg_on(own[:1]), "control: the student itself"),
+        ):
+            legs, name = (first, leg_on(points)), f"{model}-to-{points[0]:.4g}"
             yield Case(
                 name=f"level-{level:.3g}" + "-control" * (model == "distilled"),
                 part="handoff",
                 about=f"{words} down to sigma {sigma:.3g} in one step",
-                plan=level_plan(pair, steps, schedule, points, model),
+                plan=Plan(legs, start=pair.start, end=pair.end, name=name),
                 at=sigma,
             )
+
+
+def _points(
+    points: tuple[float, ...], sigmas: tuple[float, ...], schedule: Process, level: float
+) -> tuple[tuple[float, ...], float]:
+    """Where the distilled model starts to go on from `level`, and the level that this is.
+
+    Its own levels below it, and before them the level itself: on a table of timesteps the nearest
+    whole one, as networks of such a table were trained on no other. A level within 5 % of one of
+    its own is that one.
+    """
+    for number, sigma in enumerate(sigmas):
+        if abs(sigma - level) <= NEAR * level:
+            return points[number:], sigma
+    below = tuple(p for p, sigma in zip(points, sigmas, strict=True) if sigma < level)
+    if not isinstance(schedule, NoiseSchedule):
+        return (level, *below), level
+    start = float(np.round(float(schedule.timestep(level))))
+    return (start, *below), float(schedule.sigma(start))
 
 
 def _method(text: str) -> Case:
@@ -187,47 +216,3 @@ def _method(text: str) -> Case:
         diversify=tuple(methods.split("+")),
         method=methods.partition(":")[0],
     )
-
-
-def level_plan(
-    pair: Pair, steps: int, schedule: Process, points: Sequence[float], model: str
-) -> Plan:
-    """One step of `model` from the top, then the distilled model on `points`.
-
-    points  timesteps where the schedule is a table of them, else levels
-    """
-    student = pair.distilled(steps)
-    column = "timesteps" if isinstance(schedule, NoiseSchedule) else "sigmas"
-    first = replace(pair.base_leg(1, Spacing.EVEN), until="next")
-    if model == "distilled":
-        first = _on(student, column, getattr(student.grid(schedule), column)[:1])
-    legs = (first, _on(student, column, points))
-    return Plan(legs, start=pair.start, end=pair.end, name=f"{model}-to-{points[0]:.4g}")
-
-
-def _on(leg: Leg, column: str, points: Sequence[float]) -> Leg:
-    """The leg on exactly these points."""
-    columns = {"timesteps": None, "sigmas": None, column: tuple(points)}
-    return replace(leg, steps=None, spacing=Spacing.TRAILING, skip=0, **columns)
-
-
-def _points(
-    pair: Pair, steps: int, schedule: Process, level: float
-) -> tuple[tuple[float, ...], float]:
-    """Where the distilled model starts to go on from `level`, and the level that this is.
-
-    Its own levels below it, and before them the level itself: on a table of timesteps the nearest
-    whole one, as networks of such a table were trained on no other. A level within 5 % of one of
-    its own is that one.
-    """
-    grid = pair.distilled(steps).grid(schedule)
-    table = isinstance(schedule, NoiseSchedule)
-    points, sigmas = (grid.timesteps if table else grid.sigmas), grid.sigmas
-    for number, sigma in enumerate(sigmas):
-        if abs(sigma - level) <= NEAR * level:
-            return points[number:], sigma
-    below = tuple(p for p, sigma in zip(points, sigmas, strict=True) if sigma < level)
-    if not table:
-        return (level, *below), level
-    start = float(np.round(float(schedule.timestep(level))))
-    return (start, *below), float(schedule.sigma(start))

@@ -7,9 +7,9 @@ every step or draws every strength.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import headstart_weights
 from headstart.engine import record
@@ -28,8 +28,7 @@ SEEDS = 8
 """At most; figure 5 of arXiv:2503.10637 has one seed a prompt."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attachable:
+class Attachable(NamedTuple):
     """An adapter whose effect is measured: its file, attached while it is and at no other time."""
 
     path: Path
@@ -53,101 +52,100 @@ def experiments_of(
         return experiments, (f"{left} are left out: these features score no text",)
     if {"control", "timeline"} & set(wanted):
         scored(lab.judge, ())  # raises now what a cell would after hours of others
-    notes: tuple[str, ...] = ()
     if "control" in wanted:
         experiments.append(_control(lab, setting, controls))
-    if "timeline" in wanted:
-        timelines, notes = _timeline(lab, setting)
-        experiments += timelines
-    return experiments, notes
+    if "timeline" not in wanted:
+        return experiments, ()
+    numbers = [n for n, prompt in enumerate(lab.prompts) if timeline.names_concepts(prompt)]
+    if not numbers:
+        return experiments, ("timelines are left out: no prompt names a concept to follow",)
+    experiments.append(_timeline(lab, setting, numbers))
+    left = len(lab.prompts) - len(numbers)
+    return experiments, (f"timelines leave {left} prompts out that name no concept",) * (left > 0)
 
 
 def _curve(lab: Lab, setting: Setting) -> Experiment:
-    return Experiment(
-        "curve",
-        ("x0",),
-        tuple(range(len(lab.prompts))),
-        identity=lambda name, number: _identity(lab, setting, number, ""),
-        passes=lambda name, number: setting.passes,
-        measure=lambda name, number: curve.measure(
-            setting, lab.prompts[number], decoder(lab.engine, "full")
-        ),
-        numbers=curve.numbers,
-    )
+    def measure(_: str, prompt: str) -> Arrays:
+        return curve.measure(setting, prompt, decoder(lab.engine, "full"))
+
+    return _experiment(lab, setting, "curve", {"x0": ""}, measure, curve.numbers)
 
 
 def _control(lab: Lab, setting: Setting, controls: Sequence[Attachable]) -> Experiment:
     if not controls:
         raise InputError("part control: which adapter does what? give --control FILE=WORDS")
     by_name = {own.control.adapter: own for own in controls}
-    for name, own in by_name.items():  # a file that does not fit is named before anything is drawn
+    identities: dict[str, str] = {}
+    for name, (path, (_, words, _)) in by_name.items():
         if name in lab.engine.adapters.now().attached:
             raise InputError(
                 f"control {name!r}: it is attached to the whole study already (--lora): leave one "
                 "of the two out"
             )
-        lab.engine.attach(own.path, 0.0, name=name)
+        lab.engine.attach(path, 0.0, name=name)  # one that does not fit is named before the work
         lab.engine.detach(name)
+        digest = record.weigh({"adapter": (str(path), (path,))})["adapter"]["sha256"]
+        identities[name] = f"{digest} {words} {by_name[name].control.every}"
 
-    def measure(name: str, number: int) -> Arrays:
-        own = by_name[name]
-        lab.engine.attach(own.path, 0.0, name=name)
+    def measure(name: str, prompt: str) -> Arrays:
+        path, own = by_name[name]
+        lab.engine.attach(path, 0.0, name=name)
         try:
-            return control.measure(setting, lab.prompts[number], own.control)
+            return control.measure(setting, prompt, own)
         finally:
             lab.engine.detach(name)
 
-    def identity(name: str, number: int) -> str:
-        own = by_name[name]
-        digest = record.weigh({"adapter": (str(own.path), (own.path,))})["adapter"]["sha256"]
-        return _identity(lab, setting, number, f"{digest} {own.control.words} {own.control.every}")
+    def runs(name: str, _: str) -> int:
+        return len(by_name[name].control.every)
 
-    return Experiment(
-        "control",
-        tuple(by_name),
-        tuple(range(len(lab.prompts))),
-        identity=identity,
-        passes=lambda name, number: setting.passes * len(by_name[name].control.every),
-        measure=measure,
-        numbers=control.numbers,
-    )
+    return _experiment(lab, setting, "control", identities, measure, control.numbers, runs)
 
 
-def _timeline(lab: Lab, setting: Setting) -> tuple[list[Experiment], tuple[str, ...]]:
+def _timeline(lab: Lab, setting: Setting, numbers: Sequence[int]) -> Experiment:
     unasked = timeline.concepts_beside(lab.prompts, lab.judge)
-    where = tuple(n for n, prompt in enumerate(lab.prompts) if _is_followed(prompt))
-    if not where:
-        return [], ("timelines are left out: no prompt names a concept to follow",)
-    own = Experiment(
-        "timeline",
-        ("concepts",),
-        where,
-        identity=lambda name, number: _identity(lab, setting, number, json.dumps(unasked)),
-        passes=lambda name, number: setting.passes * timeline.runs_of(lab.prompts[number]),
-        measure=lambda name, number: timeline.measure(
-            setting, lab.prompts[number], decoder(lab.engine, "full"), unasked=unasked
-        ),
-        numbers=timeline.numbers,
-    )
-    left = len(lab.prompts) - len(where)
-    return [own], (f"timelines leave {left} prompts out that name no concept",) * (left > 0)
+
+    def measure(_: str, prompt: str) -> Arrays:
+        return timeline.measure(setting, prompt, decoder(lab.engine, "full"), unasked=unasked)
+
+    def runs(_: str, prompt: str) -> int:
+        return timeline.runs_of(prompt)
+
+    cases = {"concepts": json.dumps(unasked)}
+    whole = _experiment(lab, setting, "timeline", cases, measure, timeline.numbers, runs)
+    return whole._replace(prompts=numbers)
 
 
-def _is_followed(prompt: str) -> bool:
-    try:
-        return bool(timeline.twins_of(prompt))
-    except InputError:
-        return False
+def _experiment(
+    lab: Lab,
+    setting: Setting,
+    part: str,
+    cases: Mapping[str, str],
+    measure: Callable[[str, str], Arrays],
+    numbers: Callable[[Sequence[Arrays]], dict[str, Any]],
+    runs: Callable[[str, str], int] | None = None,
+) -> Experiment:
+    """One that is measured on every prompt.
 
-
-def _identity(lab: Lab, setting: Setting, number: int, of: str) -> str:
-    """What a cell is of: with another judge it is another cell."""
-    tables = {plan: json.loads(table.to_json()) for plan, table in setting.plans.items()}
+    cases  name -> what decides its cells, besides plans, prompt, seeds and judge
+    runs   of a case and a prompt: how often each plan is run; None: once
+    """
     judge = [lab.judge.extractor.name, lab.judge.scored_by]
-    return lab.cell_of(number, setting.seeds, tables=tables, judge=judge, of=of)
+
+    def identity(name: str, number: int) -> str:
+        tables = {plan: json.loads(table.to_json()) for plan, table in setting.plans.items()}
+        return lab.cell_of(number, setting.seeds, tables=tables, judge=judge, of=cases[name])
+
+    def passes(name: str, number: int) -> float:
+        return setting.passes * (1 if runs is None else runs(name, lab.prompts[number]))
+
+    def measure_cell(name: str, number: int) -> Arrays:
+        return measure(name, lab.prompts[number])
+
+    prompts = range(len(lab.prompts))
+    return Experiment(part, tuple(cases), prompts, identity, passes, measure_cell, numbers)
 
 
 def bundled_controls() -> list[Attachable]:
     """The slider that comes with the bundled pair."""
-    path = headstart_weights.path("yellow")
-    return [Attachable(path=path, control=Control("yellow", "yellow background", (2.0,)))]
+    slider = Control("yellow", "yellow background", (2.0,))
+    return [Attachable(headstart_weights.path("yellow"), slider)]

@@ -34,7 +34,7 @@ from headstart.metrics.resample import measure_diversity
 from headstart.pictures.png import encode_png
 from headstart.plan.by_name import PlanSettings
 from headstart.plan.table import StepTable
-from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
+from headstart.spaces.extractor import Array, Judge, Rgb
 from headstart.study.cases import Case
 from headstart.study.store import Arrays, Place, Store
 
@@ -64,11 +64,6 @@ class Lab:
     weights: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @cached_property
-    def flat(self) -> torch.Tensor | None:
-        """[m, 64*64*3] float32."""
-        return None if self.reference is None else _flat(self.reference)
-
-    @cached_property
     def reference_digest(self) -> str | None:
         """SHA-256 of the reference pictures: as many others are another reference."""
         return None if self.reference is None else sha256(self.reference.tobytes()).hexdigest()
@@ -82,14 +77,14 @@ class Lab:
         """The rows of a case. That a grid leads off what a model was trained for is its purpose,
         so there is no warning."""
         if case.name not in self.tables:
-            own = PlanSettings() if not isinstance(case.plan, str) else self.settings
+            settings: dict[str, Any] = {**self.settings} if isinstance(case.plan, str) else {}
             if case.plan == "base":
-                own = PlanSettings(preset=own.get("preset"))
-            settings: dict[str, Any] = {**own, **case.settings}
+                settings = {"preset": settings.get("preset")}
             with warnings.catch_warnings():
                 if case.part != "plans":
                     warnings.simplefilter("ignore", UserWarning)
-                self.tables[case.name] = self.engine.compile(case.plan, **settings)
+                table = self.engine.compile(case.plan, **{**settings, **case.settings})
+            self.tables[case.name] = table
         return self.tables[case.name]
 
     def check(self, case: Case) -> None:
@@ -101,14 +96,13 @@ class Lab:
 
     def identity(self, case: Case, number: int) -> str:
         """What a case's cell is of; spaces are looked for in the cell itself."""
-        reading = {"reading": dict(own)} if (own := self.engine.reading) else {}
         return self.cell_of(
             number,
             self.seeds,
             table=json.loads(self.table(case).to_json()),
             diversify=list(case.diversify),
             reference=self.reference_digest,
-            **reading,
+            **({"reading": dict(self.engine.reading)} if self.engine.reading else {}),
         )
 
     def cell_of(self, number: int, seeds: Sequence[int], **of: Any) -> str:
@@ -128,13 +122,11 @@ class Lab:
     def read(self, store: Store, case: Case, number: int) -> Arrays | None:
         """The finished cell, if it has every space of the judge, and scores by this one."""
         cell = store.read(Place(case.part, case.name, number), self.identity(case, number))
-        wanted = {f"diversity@{space.name}" for space in self.judge.spaces}
-        if cell is None or not wanted <= set(cell):
+        if cell is None or any(f"diversity@{s.name}" not in cell for s in self.judge.spaces):
             return None
-        if self.judge.score is not None:
-            scored_by = str(cell.get("scored_by", self.judge.scored_by))
-            if "score" not in cell or scored_by != self.judge.scored_by:
-                return None
+        scored_by = str(cell.get("scored_by", self.judge.scored_by))
+        if self.judge.score and ("score" not in cell or scored_by != self.judge.scored_by):
+            return None
         return cell
 
     def measure(self, store: Store, case: Case, number: int) -> None:
@@ -145,11 +137,11 @@ class Lab:
         rgb = None if before is None else store.pictures(case.name, number, self.seeds)
         cost = {name: before[name] for name in COST if name in before} if before else {}
         if rgb is None:
-            rgb, pngs, cost = self._drawn(case, prompt)
+            rgb, pngs, cost = self._draw(case, prompt)
             store.keep(case.name, number, self.seeds, pngs)
-        store.write(place, identity, {**cost, **measured(rgb, prompt, self.judge, self.flat)})
+        store.write(place, identity, {**cost, **measured(rgb, prompt, self.judge, self.reference)})
 
-    def _drawn(self, case: Case, prompt: str) -> tuple[Rgb, list[bytes], dict[str, NDArray[Any]]]:
+    def _draw(self, case: Case, prompt: str) -> tuple[Rgb, list[bytes], dict[str, NDArray[Any]]]:
         """Pixels, the PNGs to keep, each with its record, and what they cost."""
         begin = time.perf_counter()
         table = self.table(case)
@@ -157,11 +149,11 @@ class Lab:
             prompt, plan=table, seeds=self.seeds, size=self.size, diversify=case.diversify
         )
         rgb = run.rgb.cpu().numpy()
-        seconds = (time.perf_counter() - begin) / len(rgb)
-        networks = len({id(self.engine.denoisers[model]) for model in table.models})
-        numbers = (len(rgb), run.passes, networks, seconds)
         cost: dict[str, NDArray[Any]] = {
-            name: np.array(float(number)) for name, number in zip(COST, numbers, strict=False)
+            "images": np.array(float(len(rgb))),
+            "passes": np.array(float(run.passes)),
+            "networks": np.array(float(len({id(self.engine.denoisers[m]) for m in table.models}))),
+            "seconds": np.array((time.perf_counter() - begin) / len(rgb)),
         }
         if run.chosen is not None:
             cost["chosen"] = np.array(run.chosen, np.uint64)
@@ -177,12 +169,21 @@ COST = ("images", "passes", "networks", "seconds", "chosen")
 
 
 def measured(
-    rgb: Rgb, prompt: str, judge: Judge, reference: torch.Tensor | None = None
+    rgb: Rgb, prompt: str, judge: Judge, reference: Rgb | None = None
 ) -> dict[str, NDArray[Any]]:
     """What pictures of one prompt say of it; see the arrays above."""
     arrays: dict[str, NDArray[Any]] = {}
     for space in judge.spaces:
-        arrays |= _varied(space, group_features(space, rgb))
+        features = group_features(space, rgb)
+        diversity = np.array([np.nan])
+        if len(features) > 1:
+            varied = measure_diversity([features], space.distance)
+            diversity = np.concatenate((varied.values, varied.drawn.ravel()))
+        cosine = space.distance == "cosine"
+        arrays[f"diversity@{space.name}"] = diversity
+        arrays[f"vendi@{space.name}"] = np.array(vendi(features) if cosine else np.nan)
+        if not space.wide:
+            arrays[f"features@{space.name}"] = features.astype(np.float32)
     if judge.score is not None:
         arrays["score"] = judge.score(rgb, [final_text(prompt)] * len(rgb)).astype(np.float64)
         arrays["scored_by"] = np.array(judge.scored_by)
@@ -191,27 +192,11 @@ def measured(
     return arrays
 
 
-def _varied(space: Extractor, features: Array) -> dict[str, NDArray[Any]]:
-    diversity = np.array([np.nan])
-    if len(features) > 1:
-        own = measure_diversity([features], space.distance)
-        diversity = np.concatenate((own.values, own.drawn.ravel()))
-    cosine = space.distance == "cosine"
-    arrays = {"diversity": diversity, "vendi": np.array(vendi(features) if cosine else np.nan)}
-    if not space.wide:
-        arrays["features"] = features.astype(np.float32)
-    return {f"{name}@{space.name}": values for name, values in arrays.items()}
-
-
-def nearest(rgb: Rgb, reference: torch.Tensor) -> Array:
-    """[n]: root mean square, in levels of 255, to the nearest of the reference [m, 64*64*3]."""
-    pixels = _flat(small(rgb))
-    apart = torch.cdist(pixels, reference).amin(1) / pixels.shape[1] ** 0.5
+def nearest(rgb: Rgb, reference: Rgb) -> Array:
+    """[n]: root mean square, in levels of 255, to the nearest of the reference [m, 64, 64, 3]."""
+    pixels, others = (torch.as_tensor(own).flatten(1).float() for own in (small(rgb), reference))
+    apart = torch.cdist(pixels, others).amin(1) / pixels.shape[1] ** 0.5
     return apart.double().numpy()
-
-
-def _flat(rgb: Rgb) -> torch.Tensor:
-    return torch.as_tensor(rgb).flatten(1).float()
 
 
 def small(rgb: Rgb) -> Rgb:

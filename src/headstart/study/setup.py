@@ -15,14 +15,14 @@ from headstart.errors import InputError, PlanError
 from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.plan.by_name import PlanSettings, named_pair
 from headstart.plan.request import check_size
-from headstart.spaces.extractor import Judge, Rgb
+from headstart.spaces.extractor import Judge
 from headstart.study.cases import DIALS, METHODS, PARTS, Case, Grids, Part, cases_of
 from headstart.study.experiments import Attachable, experiments_of
 from headstart.study.lab import Lab, small
 from headstart.study.store import FORMAT
 from headstart.study.study import Study
 from headstart.sweep.gallery import load_rgb, read_pictures
-from headstart.sweep.seen import Reference, read_reference
+from headstart.sweep.seen import read_reference
 
 BUNDLED = "bundled"
 NEEDED = ("base", "distilled")
@@ -64,6 +64,12 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
     side = check_size(request.size, engine.weights.image_size, engine.weights.downscale)
     drawn = PictureSource("these weights", engine.weights.lineage, frozenset({side}))
     judge, notes = choose_judge([drawn], request.features)
+    reference, pictures, spaces = request.reference, None, judge.spaces
+    if reference == BUNDLED:  # moments alone, without pictures, and of one space
+        spaces = spaces[:1]
+    elif reference is not None:
+        rgb = load_rgb(read_pictures(Path(reference)))
+        pictures = np.concatenate([small(own) for own in rgb])
     lab = Lab(
         engine=engine,
         judge=judge,
@@ -72,22 +78,17 @@ def study_of(engine: Engine, request: Request) -> tuple[Study, tuple[str, ...]]:
         settings=request.settings,
         size=side,
         keep=request.keep,
-        reference=_pictures(request.reference),
+        reference=pictures,
         weights=digests_of(engine),
     )
     cases, left_out = _checked(lab, _cases(engine, request), request.grids)
     experiments, more = experiments_of(lab, cases, request.parts, request.controls)
-
-    def lab_of(case: Case) -> Lab:
-        return lab
-
-    study = Study(
-        cases=cases,
-        experiments=experiments,
-        prompts=request.prompts,
-        lab_of=lab_of,
-        references=_references(request.reference, judge),
-    )
+    references = {
+        space.name: read_reference(reference, Judge((space,)))
+        for space in spaces
+        if reference is not None and not space.wide  # a wide space has no Gaussian
+    }
+    study = Study(lab, cases, request.prompts, experiments, references)
     return study, (*notes, *left_out, *more)
 
 
@@ -110,7 +111,7 @@ def settings_of(engine: Engine, study: Study, request: Request) -> dict[str, Any
         "prompts": list(request.prompts),
         "seeds": {"first": seeds[0], "last": seeds[-1], "count": len(seeds)},
         "numbers": [str(seed) for seed in seeds],
-        "size": list(study.lab_of(study.cases["distilled"]).size or ()),
+        "size": list(study.lab.size or ()),
         "dtype": str(weights.dtype).removeprefix("torch."),
         "loading": loading or None,
         "machine": record.machine(engine.device, weights.dtype, engine.runner, guidance),
@@ -122,25 +123,24 @@ def reference_of(study: Study, request: Request) -> dict[str, Any] | None:
     """What pictures were compared with, and how many it is; None for moments alone."""
     if request.reference is None:
         return None
-    pictures = study.lab_of(study.cases["distilled"]).reference
-    named = next((own.name for own in study.references.values()), request.reference)
-    return {"name": named, "images": None if pictures is None else len(pictures)}
+    pictures = study.lab.reference
+    name = next((own.name for own in study.references.values()), request.reference)
+    return {"name": name, "images": None if pictures is None else len(pictures)}
 
 
 def digests_of(engine: Engine) -> dict[str, str]:
     """Role -> SHA-256 of the files that decide the pictures, adapters too."""
-    attached = engine.adapters.now()
-    files = record.weigh({**engine.weights.files, **attached.files()})
+    files = record.weigh({**engine.weights.files, **engine.adapters.now().files()})
     return {role: str(own["sha256"]) for role, own in files.items()}
 
 
 def _cases(engine: Engine, request: Request) -> dict[str, Case]:
     pair = named_pair("distilled", request.settings, engine.weights.preset)
     steps = len(engine.compile("distilled", **request.settings))
-    schedule = engine.weights.schedules["distilled"]
     parts: list[Part] = [p for p in PARTS if request.parts is None or p in request.parts]
     one_network = engine.denoisers["base"] is engine.denoisers["distilled"]
     methods = (*METHODS, *(DIALS if one_network else ()))
+    schedule = engine.weights.schedules["distilled"]
     return cases_of(pair, steps, schedule, request.grids, parts, methods)
 
 
@@ -157,27 +157,10 @@ def _checked(
     for name, case in cases.items():
         try:
             lab.check(case)
+            good[name] = case
         except (InputError, PlanError) as error:
-            usual = case.part == "plans" or case.part not in grids
-            if name in NEEDED or not usual:
+            if name in NEEDED or (case.part != "plans" and case.part in grids):
                 raise
             reason = str(error).splitlines()[0]  # "preset('turbo', n=2): why": one why, many cases
             why.setdefault(reason.partition("): ")[2] or reason, []).append(name)
-        else:
-            good[name] = case
     return good, tuple(f"left out: {', '.join(own)}: {reason}" for reason, own in why.items())
-
-
-def _pictures(reference: str | None) -> Rgb | None:
-    """The reference pictures at 64 x 64 px; moments alone have none."""
-    if reference in (None, BUNDLED):
-        return None
-    return np.concatenate([small(rgb) for rgb in load_rgb(read_pictures(Path(reference)))])
-
-
-def _references(reference: str | None, judge: Judge) -> dict[str, Reference]:
-    """In every space of the judge that a Gaussian means something in."""
-    if reference is None:
-        return {}
-    spaces = judge.spaces[:1] if reference == BUNDLED else judge.spaces
-    return {own.name: read_reference(reference, Judge((own,))) for own in spaces if not own.wide}

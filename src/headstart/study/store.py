@@ -55,10 +55,6 @@ class Store(NamedTuple):
     folder: Path
     shard: Shard
 
-    def has(self, place: Place) -> bool:
-        """Whether there is a cell of any identity, which is quick to see."""
-        return (self.folder / place.file).is_file()
-
     def read(self, place: Place, identity: str) -> Arrays | None:
         """A finished cell of this identity; None where there is none, or one that is damaged."""
         try:
@@ -74,12 +70,12 @@ class Store(NamedTuple):
         buffer = BytesIO()
         whole: dict[str, Any] = {IDENTITY: np.array(identity), **arrays}
         np.savez_compressed(buffer, **whole)
-        self._put(place.file, buffer.getvalue())
+        self._write(place.file, buffer.getvalue())
 
     def keep(self, case: str, number: int, seeds: Sequence[int], pngs: Sequence[bytes]) -> None:
         """The first pictures of a cell, one PNG a seed."""
         for seed, png in zip(seeds, pngs, strict=False):
-            self._put(picture_file(case, number, seed), png)
+            self._write(picture_file(case, number, seed), png)
 
     def pictures(self, case: str, number: int, seeds: Sequence[int]) -> Rgb | None:
         """Those pictures; None where one is missing or damaged."""
@@ -92,13 +88,8 @@ class Store(NamedTuple):
         except (OSError, ValueError, Image.DecompressionBombError):
             return None
 
-    def _put(self, name: str, data: bytes) -> None:
-        path = self.folder / name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"could not write {str(path)!r}: {error.strerror}") from error
-        write_file(path, data, writer=f"rank{self.shard.rank}")
+    def _write(self, name: str, data: bytes) -> None:
+        write_file(self.folder / name, data, writer=f"rank{self.shard.rank}")
 
 
 def picture_file(case: str, number: int, seed: int) -> str:
@@ -118,27 +109,20 @@ def open_store(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gener
     Raises InputError for a folder of another study, one that holds anything else, and one in which
     another process is this rank.
     """
-    check_settings(folder, settings)
-    with locked(folder, f".rank{shard.rank:04d}.lock", shard, "at work in"):
-        write_settings(folder / SETTINGS, settings, shard)
-        yield Store(folder, shard)
-
-
-def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Raise InputError unless the folder is free, or holds a study of these settings."""
     path = folder / SETTINGS
-    if not path.exists():
-        names = [own.name for own in folder.iterdir()] if folder.is_dir() else []
-        if stranger := min((n for n in names if not n.startswith(".")), default=None):
+    if path.exists():
+        before = read_json(path, "a study's settings; choose another --out", {"format": str})
+        now = json.loads(json.dumps(settings))
+        if changed := [key for key in FIXED if before.get(key) != now.get(key)]:
             raise InputError(
-                f"{str(folder)!r} holds {stranger!r} and no {SETTINGS}: give an empty folder, or "
-                "that of a study to go on with"
+                f"{str(folder)!r} was made with other settings ({', '.join(changed)}): give those "
+                "again to go on, or another --out"
             )
-        return
-    before = read_json(path, "a study's settings; choose another --out", {"format": str})
-    now = json.loads(json.dumps(settings))
-    if changed := [key for key in FIXED if before.get(key) != now.get(key)]:
+    elif others := sorted(p.name for p in folder.glob("*") if not p.name.startswith(".")):
         raise InputError(
-            f"{str(folder)!r} was made with other settings ({', '.join(changed)}): give those "
-            "again to go on, or another --out"
+            f"{str(folder)!r} holds {others[0]!r} and no {SETTINGS}: give an empty folder, or "
+            "that of a study to go on with"
         )
+    with locked(folder, f".rank{shard.rank:04d}.lock", shard, "at work in"):
+        write_settings(path, settings, shard)
+        yield Store(folder, shard)

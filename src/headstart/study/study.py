@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,8 +19,7 @@ from headstart.sweep.seen import Reference
 Json = dict[str, Any]
 
 
-@dataclass(frozen=True, slots=True)
-class Experiment:
+class Experiment(NamedTuple):
     """Cells that are not the pictures of one case: the curve, controls, timelines.
 
     cases     names of what is measured for each prompt
@@ -33,23 +31,22 @@ class Experiment:
     """
 
     part: str
-    cases: tuple[str, ...]
-    prompts: tuple[int, ...]
+    cases: Sequence[str]
+    prompts: Sequence[int]
     identity: Callable[[str, int], str]
     passes: Callable[[str, int], float]
     measure: Callable[[str, int], Arrays]
     numbers: Callable[[Sequence[Arrays]], Json]
 
-    def read(self, store: Store, place: Place) -> Arrays | None:
-        return store.read(place, self.identity(place.case, place.number))
+    def read(self, store: Store, name: str, number: int) -> Arrays | None:
+        return store.read(Place(self.part, name, number), self.identity(name, number))
 
-    def run(self, store: Store, place: Place) -> None:
-        arrays = self.measure(place.case, place.number)
-        store.write(place, self.identity(place.case, place.number), arrays)
+    def run(self, store: Store, name: str, number: int) -> None:
+        arrays = self.measure(name, number)
+        store.write(Place(self.part, name, number), self.identity(name, number), arrays)
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
+class Job(NamedTuple):
     """One cell: its cost in network passes, how to read it where it is there, and to make it."""
 
     place: Place
@@ -58,19 +55,15 @@ class Job:
     run: Callable[[Store], object]
 
     def done(self, store: Store) -> bool:
-        return store.has(self.place) and self.read(store) is not None
+        return (store.folder / self.place.file).is_file() and self.read(store) is not None
 
 
 class Study(NamedTuple):
-    """What is to be measured.
+    """What is to be measured; `references` by the name of the space that they are features of."""
 
-    lab_of      the lab of a case: some methods need other networks
-    references  by the name of the space that they are features of
-    """
-
+    lab: Lab
     cases: Mapping[str, Case]
     prompts: Sequence[str]
-    lab_of: Callable[[Case], Lab]
     experiments: Sequence[Experiment] = ()
     references: Mapping[str, Reference] = {}
 
@@ -85,16 +78,17 @@ class Left(NamedTuple):
 
 def jobs_of(study: Study) -> Iterator[Job]:
     """Every cell; those of one prompt beside each other, so that an early report has whole rows."""
+    lab = study.lab
     for number in range(len(study.prompts)):
         for case in study.cases.values():
-            lab, of = study.lab_of(case), {"case": case, "number": number}
-            read, run = partial(lab.read, **of), partial(lab.measure, **of)
+            cell = {"case": case, "number": number}
+            read, run = partial(lab.read, **cell), partial(lab.measure, **cell)
             yield Job(Place(case.part, case.name, number), lab.passes(case), read, run)
         for own in study.experiments:
             for name in own.cases if number in own.prompts else ():
-                place = Place(own.part, name, number)
-                read, run = partial(own.read, place=place), partial(own.run, place=place)
-                yield Job(place, own.passes(name, number), read, run)
+                cell = {"name": name, "number": number}
+                read, run = partial(own.read, **cell), partial(own.run, **cell)
+                yield Job(Place(own.part, name, number), own.passes(name, number), read, run)
 
 
 def share(study: Study, store: Store) -> list[Job]:
@@ -133,16 +127,15 @@ def report_of(study: Study, store: Store) -> tuple[Json, list[Json]]:
         assert cell is not None, job.place
         every.setdefault((job.place.part, job.place.case), []).append(cell)
     cells = {name: every[case.part, name] for name, case in study.cases.items()}
-    judge = study.lab_of(next(iter(study.cases.values()))).judge
-    spaces = judge.spaces
+    judge = study.lab.judge
     report: Json = {
         "format": FORMAT,
         "prompts": list(study.prompts),
-        "spaces": [{"name": own.name, "distance": own.distance} for own in spaces],
+        "spaces": [{"name": own.name, "distance": own.distance} for own in judge.spaces],
         "scored_by": judge.scored_by,
-        "rows": rows_of(study.cases, cells, spaces, study.references),
+        "rows": rows_of(study.cases, cells, judge.spaces, study.references),
         **dict.fromkeys(EXPERIMENTS),
     }
     for own in study.experiments:
         report[own.part] = own.numbers([c for name in own.cases for c in every[own.part, name]])
-    return report, by_prompt(study.cases, cells, study.prompts, spaces)
+    return report, by_prompt(study.cases, cells, study.prompts, judge.spaces)

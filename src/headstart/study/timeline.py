@@ -11,8 +11,8 @@ half of those concepts is followed with the margins of the other half, and the h
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,6 @@ from headstart.errors import InputError
 from headstart.metrics.features import SCORER
 from headstart.spaces.extractor import Array, Judge
 from headstart.study.steps import (
-    See,
     Setting,
     check_pictures,
     interval,
@@ -32,7 +31,7 @@ from headstart.study.steps import (
 )
 from headstart.study.store import Arrays
 from headstart.traces.clip import UNASKED
-from headstart.traces.decoders import Decoder, HostPicture
+from headstart.traces.decoders import Decoder
 from headstart.traces.timeline import (
     FALSE_RATE,
     LEAST_UNASKED,
@@ -46,23 +45,8 @@ from headstart.traces.timeline import (
 )
 
 MOST_UNASKED = 60
-
-
-class Shares(NamedTuple):
-    """Of courses: how many, and the share that is there at each step [S], ever, and dropped."""
-
-    courses: int
-    there: Array
-    ever: float
-    dropped: float
-
-    @classmethod
-    def of(cls, here: NDArray[np.bool_]) -> Shares:
-        """Of courses [S, N], where each is there."""
-        ever = here.any(0)
-        return cls(
-            here.shape[1], here.mean(1), float(ever.mean()), float((ever & ~here[-1]).mean())
-        )
+There = NDArray[np.bool_]
+"""Of courses [S, N], at which rows each is there."""
 
 
 def measure(
@@ -101,10 +85,11 @@ def measure(
     for plan, table in setting.plans.items():
         scores: dict[str, Array] = {}
         for text in dict.fromkeys((prompt, *twins.values())):
-            parts = [
-                np.stack([_scores(decoder(row).host(), score) for row in x0])
-                for x0 in setting.each_part(text, table)
-            ]
+            parts: list[Array] = []
+            for x0 in setting.each_part(text, table):
+                seen = [decoder(row).host() for row in x0]
+                rows = [np.where(own.finite[:, None], score(own.rgb), np.nan) for own in seen]
+                parts.append(np.stack(rows))
             scores[text] = np.concatenate(parts, axis=1)
             check_pictures(np.isfinite(scores[text][..., 0]), text, table, decoder)
         excess = [scores[prompt] - scores[rest] for rest in twins.values()]
@@ -113,11 +98,6 @@ def measure(
         ).astype(np.float32)
         cell[f"{plan}/passes"] = passes_so_far(table)
     return cell
-
-
-def _scores(seen: HostPicture, score: See) -> Array:
-    """[n, P], NaN where there is no picture."""
-    return np.where(seen.finite[:, None], score(seen.rgb), np.nan)
 
 
 def twins_of(prompt: str, phrases: Sequence[str] | None = None) -> dict[str, str]:
@@ -149,6 +129,14 @@ def concepts_beside(prompts: Sequence[str], judge: Judge) -> tuple[str, ...]:
     return tuple(concepts[i * len(concepts) // count] for i in range(count))
 
 
+def names_concepts(prompt: str) -> bool:
+    """Whether a prompt has a concept to follow."""
+    try:
+        return bool(twins_of(prompt))
+    except InputError:
+        return False
+
+
 def runs_of(prompt: str, phrases: Sequence[str] | None = None) -> int:
     """How many runs of each plan and seed a cell takes: the prompt's and the twins'."""
     return len({prompt, *twins_of(prompt, phrases).values()})
@@ -177,8 +165,15 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
     if not 0.0 < rate < 1.0:
         raise InputError(f"a false-alarm rate lies between 0 and 1, got {rate}: such as 0.01")
     plans = plans_of(cells, "excess")
-    _check(cells, plans)
-    rows = {plan: [[*_followed(cell, plan, rate)] for cell in cells] for plan in plans}
+    for plan in plans:  # the number of concepts may differ from prompt to prompt
+        key = f"{plan}/excess"
+        shapes = {cell[key].shape[1:3] if key in cell else None for cell in cells}
+        if len(shapes) > 1:
+            raise InputError(
+                f"cells of other plans, steps or seeds: {plan!r} has {shapes}; measure all prompts "
+                "alike"
+            )
+    there = {plan: [_followed(cell, plan, rate) for cell in cells] for plan in plans}
     return {
         "judge": str(cells[0]["judge"]),
         "seeds": int(cells[0][f"{plans[0]}/excess"].shape[2]),
@@ -189,14 +184,20 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
                 "missing": sum(int(np.isnan(c[f"{plan}/excess"][..., 0]).sum()) for c in cells),
                 **_over_prompts(own),
             }
-            for plan, own in rows.items()
+            for plan, own in there.items()
         },
         "concepts": [
             {
                 "prompt": str(cell["prompt"]),
                 "phrase": str(cell["asked"][concept]),
                 "without": str(cell["without"][concept]),
-                "plans": {plan: _plain(rows[plan][index][concept]) for plan in plans},
+                "plans": {
+                    plan: {
+                        name: np.round(share, 4).tolist()
+                        for name, share in _shares(there[plan][index][concept][0]).items()
+                    }
+                    for plan in plans
+                },
             }
             for index, cell in enumerate(cells)
             for concept in range(len(cell["asked"]))
@@ -204,61 +205,47 @@ def numbers(cells: Sequence[Arrays], *, rate: float = FALSE_RATE) -> dict[str, A
     }
 
 
-def _followed(cell: Arrays, plan: str, rate: float) -> Iterator[tuple[Shares, Shares]]:
+def _followed(cell: Arrays, plan: str, rate: float) -> list[tuple[There, There]]:
     """Of every asked concept of a prompt: its courses, and those of concepts nobody asked for."""
+    followed: list[tuple[There, There]] = []
     for single, counts in zip(cell[f"{plan}/excess"], cell["counts"], strict=True):
         excess = single.astype(np.float64)
         asked, others = excess[..., 0], excess[..., 1:][..., counts]
         halves = others[..., ::2], others[..., 1::2]
         crossed = [
-            there(own / margins_of(rest, rate)[:, None, None])
+            there(own / margins_of(rest, rate)[:, None, None]).reshape(len(own), -1)
             for own, rest in (halves, halves[::-1])
         ]
         here = there(asked / margins_of(others, rate)[:, None])
-        yield (
-            Shares.of(here),
-            Shares.of(np.concatenate([own.reshape(len(own), -1) for own in crossed], axis=1)),
-        )
+        followed.append((here, np.concatenate(crossed, axis=1)))
+    return followed
 
 
-def _over_prompts(rows: Sequence[Sequence[tuple[Shares, Shares]]]) -> dict[str, Any]:
-    """Of each prompt and concept the shares of both kinds -> intervals."""
-    asked, unasked = ([[pair[kind] for pair in row] for row in rows] for kind in (0, 1))
-    more = _each(asked, "dropped") - _each(unasked, "dropped")
+def _shares(here: There) -> dict[str, Array]:
+    """Of courses: the share that is there at each step [S], at any, and at one but not the last."""
+    ever = here.any(0)
     return {
-        "asked": _summary(asked),
-        "unasked": _summary(unasked),
-        "dropped_more": interval(more),
+        "there": here.mean(1),
+        "ever": np.asarray(ever.mean()),
+        "dropped": np.asarray((ever & ~here[-1]).mean()),
     }
 
 
-def _summary(rows: Sequence[Sequence[Shares]]) -> dict[str, Any]:
-    return {
-        "courses": sum(own.courses for row in rows for own in row),
-        "there": [interval(step) for step in _each(rows, "there").T],
-        "ever": interval(_each(rows, "ever")),
-        "dropped": interval(_each(rows, "dropped")),
-    }
-
-
-def _each(rows: Sequence[Sequence[Shares]], field: str) -> Array:
-    """[P, ...]: the mean over each prompt's concepts."""
-    return np.stack([np.mean([getattr(own, field) for own in row], axis=0) for row in rows])
-
-
-def _plain(pair: tuple[Shares, Shares]) -> dict[str, Any]:
-    asked, _ = pair
-    shown = [round(share, 4) for share in asked.there.tolist()]
-    return {"there": shown, "ever": round(asked.ever, 4), "dropped": round(asked.dropped, 4)}
-
-
-def _check(cells: Sequence[Arrays], plans: Sequence[str]) -> None:
-    """The number of concepts may differ from prompt to prompt; steps and seeds may not."""
-    for plan in plans:
-        key = f"{plan}/excess"
-        shapes = {cell[key].shape[1:3] if key in cell else None for cell in cells}
-        if len(shapes) > 1:
-            raise InputError(
-                f"cells of other plans, steps or seeds: {plan!r} has {shapes}; measure all prompts "
-                "alike"
-            )
+def _over_prompts(prompts: Sequence[Sequence[tuple[There, There]]]) -> dict[str, Any]:
+    """Of each prompt and concept the courses of both kinds -> intervals."""
+    numbers: dict[str, Any] = {}
+    dropped: list[Array] = []
+    for kind, name in enumerate(("asked", "unasked")):
+        shares = [[_shares(pair[kind]) for pair in concepts] for concepts in prompts]
+        over_concepts = {
+            field: np.stack([np.mean([own[field] for own in row], axis=0) for row in shares])
+            for field in shares[0][0]
+        }
+        numbers[name] = {
+            "courses": sum(pair[kind].shape[1] for concepts in prompts for pair in concepts),
+            "there": [interval(step) for step in over_concepts["there"].T],
+            "ever": interval(over_concepts["ever"]),
+            "dropped": interval(over_concepts["dropped"]),
+        }
+        dropped.append(over_concepts["dropped"])
+    return {**numbers, "dropped_more": interval(dropped[0] - dropped[1])}
