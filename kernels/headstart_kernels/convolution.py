@@ -61,9 +61,9 @@ def _is_small(image: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 def _is_plain(tensor: Tensor) -> bool:
     """Whether this is float32 memory of a CPU, one number after the other and as it lies, that no
     gradient looks at."""
-    kind = type(tensor)
+    tensor_type = type(tensor)
     return (
-        (kind is Tensor or kind is Parameter)
+        (tensor_type is Tensor or tensor_type is Parameter)
         and tensor.dtype is torch.float32
         and tensor.is_cpu
         and tensor.is_contiguous()

@@ -49,8 +49,8 @@ def groupnorm_silu(
             raise ValueError(f"shift: expected {x.dtype} {[*x.shape[:2]]}, got {spec(shift)}")
         check_device("shift", shift, x.device)
     operands = (x, groups, weight, bias, eps, shift, silu)
-    own = (x, weight, bias) if shift is None else (x, weight, bias, shift)
-    return _run("groupnorm_silu", impl, own, operands)
+    tensors = (x, weight, bias) if shift is None else (x, weight, bias, shift)
+    return _run("groupnorm_silu", impl, tensors, operands)
 
 
 def add_layernorm(

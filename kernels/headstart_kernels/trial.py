@@ -119,9 +119,9 @@ def _why_not(device: torch.device) -> str | None:
 
 
 def _sign(error: Exception) -> Sign | None:
-    kinds = {kind.__name__ for kind in type(error).__mro__}
+    names = {base.__name__ for base in type(error).__mro__}
     for sign in SIGNS:
         name = sign.error if isinstance(sign.error, str) else sign.error.__name__
-        if name in kinds and sign.text in str(error):
+        if name in names and sign.text in str(error):
             return sign
     return None

@@ -95,10 +95,10 @@ def test_no_two_pieces_in_use_share_a_byte() -> None:
     ]
     total = _lay_out(pieces)
     for i, a in enumerate(pieces):
-        assert a.end is not None and a.place % 64 == 0 and a.place + a.size <= total
+        assert a.end is not None and a.offset % 64 == 0 and a.offset + a.size <= total
         for b in pieces[:i]:
             apart_in_time = b.end is not None and (b.end <= a.begin or a.end <= b.begin)
-            apart = a.place + a.size <= b.place or b.place + b.size <= a.place
+            apart = a.offset + a.size <= b.offset or b.offset + b.size <= a.offset
             assert apart_in_time or apart
     most = max(
         sum(p.size for p in pieces if p.end is not None and p.begin <= call < p.end)

@@ -91,14 +91,14 @@ def affine_kernel(
     deviation = tl.sqrt_rn(tl.div_rn(tl.sum(square, 0), size) + eps)
     channel = tl.arange(0, WIDTH)
     inside = channel < width
-    own = group * width + channel
-    weight = tl.load(weight_ptr + own, mask=inside, other=0.0).to(tl.float32)
-    bias = tl.load(bias_ptr + own, mask=inside, other=0.0).to(tl.float32)
+    number = group * width + channel
+    weight = tl.load(weight_ptr + number, mask=inside, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + number, mask=inside, other=0.0).to(tl.float32)
     scale = tl.div_rn(weight, tl.zeros((WIDTH,), tl.float32) + deviation)
     if added_ptr is not None:
         mean = mean - _load(added_ptr + first_added + channel, inside)
-    tl.store(scale_ptr + sample * channels + own, scale, mask=inside)
-    tl.store(shift_ptr + sample * channels + own, bias - mean * scale, mask=inside)
+    tl.store(scale_ptr + sample * channels + number, scale, mask=inside)
+    tl.store(shift_ptr + sample * channels + number, bias - mean * scale, mask=inside)
 
 
 @triton.jit

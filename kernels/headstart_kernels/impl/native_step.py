@@ -65,7 +65,7 @@ def _terms(coefficients: tuple[float, ...]) -> tuple[bool, bool]:
 
 
 def own_step(
-    own: OwnStep,
+    layout: OwnStep,
     number: int,
     x: Tensor,
     f: Tensor,
@@ -79,19 +79,19 @@ def own_step(
 
     `x_in`, `preview`, `finite` and the keys of a `Draw` are the loop's own, and not looked at.
     """
-    shape = own.shape
+    shape = layout.shape
     try:
-        x_at, f_at, f_type = _at(x, shape, _STATE), _at(f, own.of_f, f.dtype), TYPES[f.dtype]
+        x_at, f_at, f_type = _at(x, shape, _STATE), _at(f, layout.of_f, f.dtype), TYPES[f.dtype]
         count = x.numel()
         u_at = noise_at = seeds_at = samples_at = previous_at = 0
-        if not own.single:
+        if not layout.single:
             f_at, u_at = f_at + count * f.itemsize, f_at
-        if own.draws:
+        if layout.draws:
             if isinstance(noise, Draw):
                 seeds_at, samples_at = noise.seeds.data_ptr(), noise.samples.data_ptr()
             else:
                 noise_at = _at(noise, shape, _STATE)
-        if own.carries:
+        if layout.carries:
             previous_at = _at(previous, shape, _STATE)
         if finite is not None and finite.numel() != shape[0]:
             return None
@@ -110,7 +110,7 @@ def own_step(
             *(x_next.data_ptr(), x0.data_ptr(), x_in_at, *shown),
             *(0 if finite is None else finite.data_ptr(), *team(count)),
             *(shape[0], channels, count // (shape[0] * channels), number),
-            *(f_type, f_type, x_in_type, copies, *own.coefficients),
+            *(f_type, f_type, x_in_type, copies, *layout.coefficients),
         )
     )
     return x_next, x0

@@ -115,16 +115,16 @@ def _row(table: Tensor, step: int | Tensor) -> Mapping[str, Tensor | float | Non
     """
     names = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "scale")
     if isinstance(step, Tensor):
-        place = {"table_ptr": table.contiguous(), "step_ptr": step.contiguous(), "row": 0}
-        return place | dict.fromkeys(names, 0.0)
+        arguments = {"table_ptr": table.contiguous(), "step_ptr": step.contiguous(), "row": 0}
+        return arguments | dict.fromkeys(names, 0.0)
     if table.device.type != "cpu":
-        place = {"table_ptr": table.contiguous(), "step_ptr": None, "row": step}
-        return place | dict.fromkeys(names, 0.0)
+        arguments = {"table_ptr": table.contiguous(), "step_ptr": None, "row": step}
+        return arguments | dict.fromkeys(names, 0.0)
     row = host_row(table, step)
     following = host_row(table, min(step + 1, len(table) - 1))
     numbers = (following.c_in, row.c_skip, row.c_out, row.keep, row.add, row.carry, row.guidance)
-    place = {"table_ptr": None, "step_ptr": None, "row": step}
-    return place | dict(zip(names, numbers, strict=True))
+    arguments = {"table_ptr": None, "step_ptr": None, "row": step}
+    return arguments | dict(zip(names, numbers, strict=True))
 
 
 def _flags(finite: Tensor | None, batch: int, programs: int) -> tuple[Tensor | None, int, int]:

@@ -103,7 +103,7 @@ def differences(library: ctypes.CDLL) -> list[str]:
     checks += [(f"attention, {str(dtype)[6:]}", _attention(calls, dtype)) for dtype in TYPES]
     checks += [(f"geglu, {str(dtype)[6:]}", _gate(calls, dtype)) for dtype in TYPES]
     layouts = [(dtype, last) for dtype in TYPES for last in (False, True)]
-    checks += [(f"groupnorm_silu, {str(own[0])[6:]}", _norm(calls, *own)) for own in layouts]
+    checks += [(f"groupnorm_silu, {str(how[0])[6:]}", _norm(calls, *how)) for how in layouts]
     if has_fused_products(library):  # else it is never called
         checks += [(f"direct_convolution {shape}", _direct(calls, *shape)) for shape in IMAGES]
     return [name for name, same in checks if not same]
@@ -236,11 +236,11 @@ def _convolution(calls: Calls, batch: int, inputs: int, outputs: int, *size: int
 
 def _numbers(seed: int, shape: tuple[int, ...]) -> Tensor:
     """Like unit normals, from sines: whatever generators do, these are the same."""
-    place = torch.arange(prod(shape), dtype=torch.float64, device="cpu")
-    return (1.7 * torch.sin(place * (1.0 + seed * 0.137) ** 2 + seed)).float().view(shape)
+    index = torch.arange(prod(shape), dtype=torch.float64, device="cpu")
+    return (1.7 * torch.sin(index * (1.0 + seed * 0.137) ** 2 + seed)).float().view(shape)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
     kinds = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
-    kind = kinds[a.element_size()]
-    return torch.equal(a.view(kind), b.view(kind))
+    integers = kinds[a.element_size()]
+    return torch.equal(a.view(integers), b.view(integers))

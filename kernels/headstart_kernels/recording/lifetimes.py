@@ -31,7 +31,7 @@ class Piece:
     size: int
     begin: int
     end: int | None = None
-    place: int = 0
+    offset: int = 0
 
 
 class Part(NamedTuple):
@@ -47,10 +47,10 @@ class Part(NamedTuple):
         """Whether it was still there before this call."""
         return self.piece.end is None or self.piece.end > call
 
-    def on(self, storage: torch.UntypedStorage, place: int) -> Tensor:
+    def on(self, storage: torch.UntypedStorage, begin: int) -> Tensor:
         """The same tensor on other memory, from this byte on."""
         tensor = torch.empty(0, dtype=self.dtype, device="cpu")
-        offset = place // tensor.element_size() + self.offset
+        offset = begin // tensor.element_size() + self.offset
         return tensor.set_(storage, offset, self.size, self.stride)  # pyright: ignore[reportArgumentType, reportCallIssue]
 
 
@@ -107,8 +107,8 @@ class Lifetimes:
         return tree_map_only(Part, self._tensor, tree, is_leaf=lambda leaf: isinstance(leaf, Part))
 
     def _tensor(self, part: Part) -> Tensor:
-        held = self._held.get(part.piece)
-        return part.on(self._buffer, part.piece.place) if held is None else part.on(held, 0)
+        storage = self._held.get(part.piece)
+        return part.on(self._buffer, part.piece.offset) if storage is None else part.on(storage, 0)
 
     def storages(self) -> list[torch.UntypedStorage]:
         return [self._buffer, *self._held.values()]
@@ -118,9 +118,9 @@ def _lay_out(pieces: list[Piece]) -> int:
     """Give each piece the smallest gap that it fits into while it is in use; how much all take."""
     gaps, used, end = list[tuple[int, int]](), list[Piece](), 0
     for piece in sorted(pieces, key=lambda piece: piece.begin):
-        gone = [own for own in used if own.end is not None and own.end <= piece.begin]
-        used = [own for own in used if own not in gone]
-        gaps = _joined(gaps + [(own.place, _whole(own.size)) for own in gone])
+        gone = [old for old in used if old.end is not None and old.end <= piece.begin]
+        used = [old for old in used if old not in gone]
+        gaps = _joined(gaps + [(old.offset, _whole(old.size)) for old in gone])
         if gaps and sum(gaps[-1]) == end:  # what is free at the end is not a gap
             end = gaps.pop()[0]
         size = _whole(piece.size)
@@ -131,9 +131,9 @@ def _lay_out(pieces: list[Piece]) -> int:
             gaps += [(begin + size, free - size)] if free > size else []
         else:
             begin, end = end, end + size
-        piece.place = begin
+        piece.offset = begin
         used.append(piece)
-    return max((piece.place + _whole(piece.size) for piece in pieces), default=0)
+    return max((piece.offset + _whole(piece.size) for piece in pieces), default=0)
 
 
 def _whole(size: int) -> int:

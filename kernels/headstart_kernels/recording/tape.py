@@ -96,7 +96,7 @@ class Tape:
     def poison(self) -> None:
         """Overwrite all memory of its own, as another graph of the same pool may do."""
         for storage in self._lifetimes.storages():
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)  # a NaN of any kind
+            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)  # NaN in every float dtype
         for tensor in self.owned.values():
             if tensor.is_floating_point():
                 tensor.fill_(float("nan"))
@@ -238,7 +238,7 @@ def leaves(tree: object) -> list[object]:
     Operators have tuples, lists and dicts alone; torch's pytree, which knows more, took two fifths
     of the time of an emulated run.
     """
-    found: list[object] = []
+    items: list[object] = []
     waiting = [tree]
     while waiting:
         last = waiting.pop()
@@ -247,18 +247,18 @@ def leaves(tree: object) -> list[object]:
         elif isinstance(last, dict):
             waiting.extend(reversed(cast("dict[object, object]", last).values()))
         else:
-            found.append(last)
-    return found
+            items.append(last)
+    return items
 
 
 def mapped(change: Callable[[object], object], tree: Any) -> Any:
     """The same nest with every leaf changed."""
-    kind = cast("object", type(tree))
-    if kind is tuple:
+    nest_type = cast("object", type(tree))
+    if nest_type is tuple:
         return tuple([mapped(change, branch) for branch in tree])
-    if kind is list:
+    if nest_type is list:
         return [mapped(change, branch) for branch in tree]
-    if kind is dict:
+    if nest_type is dict:
         return {key: mapped(change, branch) for key, branch in tree.items()}
     if isinstance(tree, tuple):  # a tuple with names, as some operators return
         return tree_map(change, tree)
@@ -306,8 +306,8 @@ def _again(
     places = leaves(result)
     if out is not None and len(out.names) == len(places) == len(fresh):
         return partial(out.func, *args, **kwargs, **dict(zip(out.names, places, strict=True)))
-    filled = {id(own) for own in fresh} & {id(own) for own in (fresh if read is None else read)}
-    copied = [(i, cast("Tensor", own)) for i, own in enumerate(places) if id(own) in filled]
+    filled = {id(out) for out in fresh} & {id(out) for out in (fresh if read is None else read)}
+    copied = [(i, cast("Tensor", out)) for i, out in enumerate(places) if id(out) in filled]
     return partial(_rerun, func, args, kwargs, copied)
 
 
@@ -337,10 +337,10 @@ def _out_variant(func: Any) -> _Out | None:
     """The overload of an operator that writes to tensors it is given, if there is one."""
     packet, expected = func.overloadpacket, _signature(func)
     for overload in packet.overloads():
-        found = getattr(packet, overload)
-        names = [argument.name for argument in found._schema.arguments if argument.is_out]
-        if len(names) == len(func._schema.returns) and _signature(found) == expected:
-            return _Out(found, names)
+        variant = getattr(packet, overload)
+        names = [argument.name for argument in variant._schema.arguments if argument.is_out]
+        if len(names) == len(func._schema.returns) and _signature(variant) == expected:
+            return _Out(variant, names)
     return None
 
 

@@ -118,14 +118,14 @@ def _fill(
         dtype = torch.float32 if target.type == "cpu" else kept_dtype(part)
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
-        kept = _KEPT.get(part.dtype(name), dtype) if stored else dtype
+        stored_dtype = _KEPT.get(part.dtype(name), dtype) if stored else dtype
         tensor = part.tensor(name)
         if name in float8_names:
             state[name], scales[name] = _float8_of(part, name, tensor.to(device), dtype)
             continue
-        if part.dtype(name) in WIDENED and kept == torch.float16:
-            kept = _half_of(part, name, tensor, stored)
-        state[name] = _aligned(name, tensor.to(device=device, dtype=kept))
+        if part.dtype(name) in WIDENED and stored_dtype == torch.float16:
+            stored_dtype = _half_of(part, name, tensor, stored)
+        state[name] = _aligned(name, tensor.to(device=device, dtype=stored_dtype))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     if float8_names:
@@ -144,8 +144,8 @@ def _fill_packed(module: M, part: Part, dtype: torch.dtype) -> M:
     state: dict[str, Tensor] = {}
     for name in module.state_dict():
         stays = name in stay and _ONE_ROW.fullmatch(name) is None
-        kept = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
-        state[name] = _aligned(name, part.tensor(name).to(dtype=kept))
+        stored_dtype = _FLOATS.get(part.dtype(name), dtype) if stays else dtype
+        state[name] = _aligned(name, part.tensor(name).to(dtype=stored_dtype))
     module.load_state_dict(state, strict=True, assign=True)
     module.requires_grad_(False).eval()
     return keep_stored(module, dtype)
@@ -183,10 +183,11 @@ def _float8_of(
     return stored, scale
 
 
-def _too_large(part: Part, name: str, kept: torch.dtype) -> CheckpointError:
+def _too_large(part: Part, name: str, dtype: torch.dtype) -> CheckpointError:
+    name_of_dtype = str(dtype).removeprefix("torch.")
     return CheckpointError(
-        f"{part.checkpoint.files[0]}: {name} holds numbers that {str(kept).removeprefix('torch.')} "
-        "cannot: give dtype=bfloat16 or float32 (--dtype)"
+        f"{part.checkpoint.files[0]}: {name} holds numbers that {name_of_dtype} cannot: give "
+        "dtype=bfloat16 or float32 (--dtype)"
     )
 
 

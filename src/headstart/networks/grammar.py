@@ -141,7 +141,7 @@ class _Reader:
 
     def say(self, part: str) -> None:
         """Text; it lengthens the last run where no bracket can come between them any more."""
-        bounds = [kind[-1] for kind in (self.round, self.square) if kind]
+        bounds = [brackets[-1] for brackets in (self.round, self.square) if brackets]
         last = self.runs[-1] if self.runs else None
         if last and last.parts and last.weight == 1.0 and len(self.runs) not in bounds:
             last.parts.append(part)
@@ -157,8 +157,8 @@ class _Reader:
                 part = part.lstrip()
             self.say(part.rstrip() if number + 1 < len(parts) else part)
 
-    def open(self, kind: list[int]) -> None:
-        kind.append(len(self.runs))
+    def open(self, brackets: list[int]) -> None:
+        brackets.append(len(self.runs))
         if len(self.round) + len(self.square) > MAX_DEPTH:
             raise InputError(
                 f"more than {MAX_DEPTH} brackets of a prompt are open at once: close some, or "

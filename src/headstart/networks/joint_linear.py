@@ -91,8 +91,8 @@ def joint_weights(layers: Linears) -> Joint | None:
 def _is_plain(layer: nn.Linear) -> bool:
     if type(layer) is not nn.Linear:
         return False
-    own = vars(layer)
-    return not (own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own)
+    state = vars(layer)
+    return not (state["_forward_hooks"] or state["_forward_pre_hooks"] or "forward" in state)
 
 
 def _parameters(layers: Linears) -> list[list[Tensor]]:

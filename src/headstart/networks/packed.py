@@ -154,8 +154,8 @@ def _recorded_conv2d(
     input: Tensor, weight: Tensor, bias: Tensor | None, *form: Sequence[int] | int
 ) -> Tensor:
     """With the form in lists, as torch hands it on, and whether tiles may be taken."""
-    *own, tiles = (value if isinstance(value, int) else tuple(value) for value in form)
-    return _conv2d(input, weight, bias, tuple(own), bool(tiles))
+    *sizes, tiles = (value if isinstance(value, int) else tuple(value) for value in form)
+    return _conv2d(input, weight, bias, tuple(sizes), bool(tiles))
 
 
 _LIBRARY = torch.library.Library("headstart", "DEF")
@@ -222,10 +222,10 @@ class _Packs:
         with self._making, torch.inference_mode(False), torch.no_grad():
             pack = self._found(weight, form)
             if pack is None or not pack.holds(seen):
-                own = self._held.setdefault(weight, {})
-                own.pop(form, None)  # before the next is made
+                layouts = self._held.setdefault(weight, {})
+                layouts.pop(form, None)  # before the next is made
                 made = _lay_out(weight.detach().to(dtype), form, size)
-                own[form] = pack = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
+                layouts[form] = pack = _Pack(made, seen, StorageWeakRef(weight.untyped_storage()))
             return pack.laid_out
 
     def forget(self, weight: Tensor) -> None:
@@ -233,8 +233,8 @@ class _Packs:
             self._held.pop(weight, None)
 
     def _found(self, weight: Tensor, form: tuple[Any, ...]) -> _Pack | None:
-        own = self._held.get(weight)
-        return None if own is None else own.get(form)
+        layouts = self._held.get(weight)
+        return None if layouts is None else layouts.get(form)
 
 
 _PACKS = _Packs()

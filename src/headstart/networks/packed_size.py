@@ -41,7 +41,7 @@ def packed_bytes(
 
 def _of(part: Part, dtype: torch.dtype, cells: int | None) -> int:
     matches = {name: _PLACE.fullmatch(name) for name in part.shapes}
-    ups = [int(own[3]) for own in matches.values() if own and own[2] == "up" and own[3]]
+    ups = [int(match[3]) for match in matches.values() if match and match[2] == "up" and match[3]]
     levels, total = 1 + max(ups, default=0), 0
     for name, shape in part.shapes.items():
         times = 2 if part.dtype(name) in WIDENED and len(shape) > 1 else 1

@@ -49,13 +49,13 @@ def common_piece_count(counts: Iterable[int], room: int) -> int:
 
     Raises InputError for more than MAX_PLACES.
     """
-    own = sorted(set(counts))
-    common = math.lcm(*own)
+    lengths = sorted(set(counts))
+    common = math.lcm(*lengths)
     if common > MAX_PLACES:
         raise InputError(
-            f"the texts of this call are {', '.join(map(str, own))} pieces of {room} tokens long; "
-            f"each is said again until all are as long, which takes {common} pieces, and at most "
-            f"{MAX_PLACES} are allowed: make the longest prompts or negative prompts alike in "
+            f"the texts of this call are {', '.join(map(str, lengths))} pieces of {room} tokens "
+            f"long; each is said again until all are as long, which takes {common} pieces, and at "
+            f"most {MAX_PLACES} are allowed: make the longest prompts or negative prompts alike in "
             "length, or ask for fewer prompts at once (in a sweep a smaller --batch)"
         )
     return common

@@ -69,7 +69,9 @@ def prompt_rows(
             "negative_second is what the second encoder reads beside a negative prompt, and there "
             'is none: give negative= too, such as ""'
         )
-    filled = [own if text is None else text for own, text in zip(negatives, added, strict=True)]
+    filled = [
+        negative if text is None else text for negative, text in zip(negatives, added, strict=True)
+    ]
     return PromptRows([*texts, *negatives], [*seconds, *filled], count, absent)
 
 

@@ -76,14 +76,16 @@ class _Tables(NamedTuple):
     """The tables of some layers' modules."""
 
     layers: Sequence[nn.Linear]
-    own: tuple[dict[str, Any], ...]
+    dicts: tuple[dict[str, Any], ...]
     parameters: tuple[dict[str, Tensor | None], ...]
     buffers: tuple[dict[str, Tensor | None], ...]
 
     @classmethod
     def of(cls, layers: Sequence[nn.Linear]) -> _Tables:
-        own = (*map(vars, layers),)
-        return cls(layers, own, *zip(*map(itemgetter("_parameters", "_buffers"), own), strict=True))
+        dicts = (*map(vars, layers),)
+        return cls(
+            layers, dicts, *zip(*map(itemgetter("_parameters", "_buffers"), dicts), strict=True)
+        )
 
 
 class _Storages(NamedTuple):
@@ -124,18 +126,18 @@ class Watch:
             return None
         tensors += [bias for bias in map(_BIAS, tables.parameters) if bias is not None]
         if any(tables.buffers):
-            tensors += [t for own in tables.buffers for t in own.values() if t is not None]
+            tensors += [t for buffers in tables.buffers for t in buffers.values() if t is not None]
         weights = Version.of(tensors)
         return None if weights is None else State(hooks, weights, self._refs(weights, tensors))
 
     def _hooks_of(self, tables: _Tables) -> tuple[object, ...] | None:
         """No two hooks have the same number, so the same numbers need no second check."""
-        overrides = [own["forward"] for own in tables.own if "forward" in own]
-        if any(map(_BEFORE, tables.own)) or not all(map(_in_key, overrides)):
+        overrides = [dicts["forward"] for dicts in tables.dicts if "forward" in dicts]
+        if any(map(_BEFORE, tables.dicts)) or not all(map(_in_key, overrides)):
             return None
-        hooks = *chain.from_iterable(map(_AFTER, tables.own)), *map(ref, overrides)
+        hooks = *chain.from_iterable(map(_AFTER, tables.dicts)), *map(ref, overrides)
         if hooks and hooks != self._hooks:
-            if not all(map(_is_adapters, tables.layers, tables.own)):
+            if not all(map(_is_adapters, tables.layers, tables.dicts)):
                 return None
             self._hooks = hooks
         return hooks
@@ -187,12 +189,12 @@ def _hooks(network: nn.Module, table: str) -> list[Any]:
     return [*vars(network)[table].values()]
 
 
-def _is_adapters(layer: nn.Linear, own: dict[str, Any]) -> bool:
-    forward = own.get("forward", layer.forward)
+def _is_adapters(layer: nn.Linear, state: dict[str, Any]) -> bool:
+    forward = state.get("forward", layer.forward)
     while isinstance(forward, ForwardOverride) and _in_key(forward):
         forward = forward.inner
     own_forward = getattr(forward, "__func__", None) is type(layer).forward
-    return own_forward and all(map(_in_key, own["_forward_hooks"].values()))
+    return own_forward and all(map(_in_key, state["_forward_hooks"].values()))
 
 
 def _in_key(hook: object) -> bool:

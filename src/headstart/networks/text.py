@@ -178,7 +178,7 @@ class ClipText(nn.Module):
         texts = prompt_rows(prompts, None, None, None, 1).first
         readings = self._readings((texts, texts), "plain", strict=False)
         order = _order(readings[0].rows, self.length - 2)
-        return [_laid_out(list(self._ids(own)), order) for own in readings]
+        return [_laid_out(list(self._ids(reading)), order) for reading in readings]
 
     def with_tokens(
         self, tokens: Mapping[str, tuple[int, ...]], token_vectors: Sequence[Tensor]
@@ -215,14 +215,14 @@ class ClipText(nn.Module):
         of more than one."""
         readings: list[_Reading] = []
         token_vectors = self.token_vectors or (None,) * len(self.towers)
-        for tower, vectors, own in zip(self._towers(), token_vectors, texts, strict=False):
-            pieces_of = {text: self._pieces(text, style, tower) for text in dict.fromkeys(own)}
+        for tower, vectors, rows in zip(self._towers(), token_vectors, texts, strict=False):
+            pieces_of = {text: self._pieces(text, style, tower) for text in dict.fromkeys(rows)}
             if strict and (over := [text for text, pieces in pieces_of.items() if len(pieces) > 1]):
                 raise InputError(
                     f"{len(over)} of {len(pieces_of)} prompts need more than one piece of "
                     f"{self.length - 2} tokens ({over[0][:60]!r}): shorten them"
                 )
-            readings.append(_Reading(tower, vectors, [pieces_of[text] for text in own], style))
+            readings.append(_Reading(tower, vectors, [pieces_of[text] for text in rows], style))
         # Both encoders of a row read as many pieces, the shorter text with empty ones at the end,
         # as in ComfyUI's CLIPTextEncodeSDXL.
         counts = [max(map(len, rows)) for rows in zip(*(r.rows for r in readings), strict=True)]
@@ -260,7 +260,7 @@ class ClipText(nn.Module):
         check_threads()
         order = _order(readings[0].rows, self.length - 2)
         device = next(self.parameters()).device
-        outs = [self._read(own, hidden, device) for own in readings]
+        outs = [self._read(reading, hidden, device) for reading in readings]
         context = torch.cat([_laid_out(pieces, order) for pieces, _ in outs], dim=-1)
         pooled = outs[-1][1]
         if pooled is None:
@@ -292,11 +292,13 @@ class ClipText(nn.Module):
         weights = [_weights(pieces, self.length).to(device) for pieces in columns]
         pairs = zip(contexts, weights, strict=True)
         if reading.style == "a1111":
-            return [emphasis.scaled(context, own) for context, own in pairs], pooled
+            return [emphasis.scaled(context, strengths) for context, strengths in pairs], pooled
         blank = reading._replace(rows=[[Piece()] for _ in reading.rows])
         (ids,) = self._ids(blank)
         empty, _ = reading.tower(ids.to(device), hidden)
-        return [emphasis.from_empty(context, own, empty) for context, own in pairs], pooled
+        return [
+            emphasis.from_empty(context, strengths, empty) for context, strengths in pairs
+        ], pooled
 
     def _size(self, size: Size) -> tuple[int, int]:
         size = self.image_size if size is None else size

@@ -146,8 +146,8 @@ class ClipTokenizer:
         try:
             return [
                 word
-                for text, own in self._split_at_tokens(prompt)
-                for word in (*_words(tokenizer, text), *([Word(own, True)] if own else []))
+                for text, token in self._split_at_tokens(prompt)
+                for word in (*_words(tokenizer, text), *([Word(token, True)] if token else []))
             ]
         except Exception as error:  # the library raises bare Exception
             raise InputError(

@@ -110,8 +110,8 @@ class Embeddings(nn.Module):
         if token_vectors is None or not len(token_vectors):
             return self.token_embedding(ids)
         known = self.token_embedding(ids.clamp(min=0))
-        own = token_vectors.to(ids.device)[(-1 - ids).clamp(min=0)]
-        return torch.where((ids < 0)[..., None], own.to(known), known)
+        vectors = token_vectors.to(ids.device)[(-1 - ids).clamp(min=0)]
+        return torch.where((ids < 0)[..., None], vectors.to(known), known)
 
 
 class Layer(nn.Module):

@@ -247,8 +247,8 @@ class UNet(nn.Module):
             crosses = [block._modules["attn2"]._modules for block in blocks]
             return [layer for cross in crosses for layer in (cross["to_k"], cross["to_v"])]
         except KeyError:  # a module that stands for another, and forwards attributes
-            own = [block.attn2 for block in self._transformers()]
-            return [layer for cross in own for layer in (cross.to_k, cross.to_v)]
+            crossing = [block.attn2 for block in self._transformers()]
+            return [layer for cross in crossing for layer in (cross.to_k, cross.to_v)]
 
     def _beside(self, timestep: Tensor, cond: Conditioning, dtype: torch.dtype) -> Beside:
         emb = F.silu(self._embed(timestep, cond, dtype))

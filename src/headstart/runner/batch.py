@@ -51,7 +51,7 @@ class Chunked(NamedTuple):
         if self.spare_bytes is not None and size * (len(parts) - 1) > self.spare_bytes:
             return {}
         read = [first, *(network.read_prompt(cond[part]) for part in parts[1:])]
-        return {name: torch.cat([own[name] for own in read]) for name in first}
+        return {name: torch.cat([fields[name] for fields in read]) for name in first}
 
     def _parts(self, count: int) -> list[slice]:
         return [slice(i, i + self.rows) for i in range(0, count, self.rows)]

@@ -49,7 +49,7 @@ class _Registered:
 
 
 _EVERYWHERE: list[dict[int, Any]] = [
-    vars(registrations)[f"_global_forward_{kind}"] for kind in ("pre_hooks", "hooks")
+    vars(registrations)[f"_global_forward_{event}"] for event in ("pre_hooks", "hooks")
 ]
 """Hooks that the modules of the whole process have."""
 _REGISTERED = _Registered()
@@ -82,7 +82,7 @@ class Binding:
         self._tables = [t for m in modules for t in (m._parameters, m._buffers, m._modules)]
         self._end_tables = [end for root in roots for end in _end_tables(root)]
         self._end_identities = _identities(self._end_tables)
-        hooks = [own for m in modules for own in (m._forward_pre_hooks, m._forward_hooks)]
+        hooks = [table for m in modules for table in (m._forward_pre_hooks, m._forward_hooks)]
         self._hooks = list(map(weakref.ref, hooks))  # a hook may hold the network, which may go
         self._modules: list[weakref.ref[nn.Module]] = list(map(weakref.ref, modules))
         values = (value for table in self._tables for value in table.values())
@@ -111,14 +111,16 @@ class Binding:
         new object may get the address of a deleted one; the numbers of hooks, with global ones."""
         state = [_fingerprint(value) for table in self._tables for value in table.values()]
         tables = [vars(module) for find in self._modules if (module := find()) is not None]
-        overrides = [own["forward"] for own in tables if "forward" in own]
-        state += [weakref.ref(own) for own in overrides if not getattr(own, "in_key", False)]
+        overrides = [attributes["forward"] for attributes in tables if "forward" in attributes]
+        state += [
+            weakref.ref(forward) for forward in overrides if not getattr(forward, "in_key", False)
+        ]
         return [*state, *_numbers(self._hooks), *map(tuple, _EVERYWHERE)]
 
 
 def _end_tables(root: nn.Module) -> list[dict[str, Any]]:
     """The first and the last table of weights."""
-    tables = [own._parameters for own in root.modules() if own._parameters]
+    tables = [table._parameters for table in root.modules() if table._parameters]
     return [tables[0], tables[-1]] if tables else []
 
 
@@ -130,8 +132,10 @@ def _identities(tables: Iterable[dict[str, Any]]) -> list[int]:
 def _numbers(hooks: Iterable[Callable[[], dict[int, Any] | None]]) -> list[int]:
     """The numbers of hooks, which are unique. Hooks of adapters have `in_key` and are left out: the
     key of every graph already has what they do."""
-    tables = (own for find in hooks if (own := find()))
-    return [n for own in tables for n, hook in own.items() if not getattr(hook, "in_key", False)]
+    tables = (table for find in hooks if (table := find()))
+    return [
+        n for table in tables for n, hook in table.items() if not getattr(hook, "in_key", False)
+    ]
 
 
 def _fingerprint(value: object) -> object:
@@ -154,7 +158,7 @@ def buffers_of(networks: Iterable[object]) -> Iterator[Tensor]:
 
 def restore(state: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Restore the values of tensors, and torch's counts of writes: the tensors did not change."""
-    own = tuple(tensor for tensor, _ in state if not tensor.is_inference())
-    with torch.autograd._unsafe_preserve_version_counter(own):  # pyright: ignore
+    counted = tuple(tensor for tensor, _ in state if not tensor.is_inference())
+    with torch.autograd._unsafe_preserve_version_counter(counted):  # pyright: ignore
         for tensor, before in state:
             tensor.copy_(before)

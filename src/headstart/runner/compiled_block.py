@@ -42,10 +42,10 @@ class Part(NamedTuple):
 
     @property
     def structure(self) -> Hashable:
-        own = ((name, signature(tensor)) for name, tensor in self.tensors.items())
+        tensors = ((name, signature(tensor)) for name, tensor in self.tensors.items())
         added = (_addition_signature(addition) for addition in self.additions)
         settings = _settings(self.path, self.module)
-        return self.path, type(self.module), settings, (*own,), (*added,)
+        return self.path, type(self.module), settings, (*tensors,), (*added,)
 
 
 class Block(NamedTuple):
@@ -97,8 +97,8 @@ class Skeleton(nn.Module):
 
     def on(self, tensors: dict[str, Tensor], strengths: list[Tensor], args: tuple[Any, ...]) -> Any:
         """The output of a block with these tensors: the function that is compiled."""
-        own = {f"{_ADDED}.{i}.strength": strength for i, strength in enumerate(strengths)}
-        return functional_call(self, tensors | own, args)
+        named = {f"{_ADDED}.{i}.strength": strength for i, strength in enumerate(strengths)}
+        return functional_call(self, tensors | named, args)
 
 
 class _Added(nn.Module):
@@ -118,8 +118,8 @@ class _Added(nn.Module):
 def signature(tensor: Tensor) -> Hashable:
     """The properties of an input that a compiled function depends on. A parameter counts as a
     tensor."""
-    kind = Tensor if type(tensor) is nn.Parameter else type(tensor)
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype, kind, tensor.device
+    tensor_type = Tensor if type(tensor) is nn.Parameter else type(tensor)
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor_type, tensor.device
 
 
 def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
@@ -135,8 +135,8 @@ def _part(block: nn.Module, path: str, module: nn.Module) -> Part:
 
 
 def _modifiers(path: str, module: nn.Module) -> Iterator[LayerModifier]:
-    own = vars(module)
-    for hook in (*own["_forward_pre_hooks"].values(), *own["_forward_hooks"].values()):
+    state = vars(module)
+    for hook in (*state["_forward_pre_hooks"].values(), *state["_forward_hooks"].values()):
         modifier = getattr(hook, "__self__", None)
         if not isinstance(modifier, LayerModifier):
             _refuse(path, module, f"has a hook, {hook!r:.80}")
@@ -164,8 +164,8 @@ def _skeleton_tensors(parts: Iterable[Part]) -> Iterator[tuple[str, Tensor]]:
         prefix = f"{_BLOCK}.{part.path}." if part.path else f"{_BLOCK}."
         yield from ((prefix + name, tensor) for name, tensor in part.tensors.items())
         for addition in part.additions:
-            own = _tensors(cast("nn.Module", addition), recurse=True)
-            yield from ((f"{_ADDED}.{count}.change.{name}", tensor) for name, tensor in own)
+            named = _tensors(cast("nn.Module", addition), recurse=True)
+            yield from ((f"{_ADDED}.{count}.change.{name}", tensor) for name, tensor in named)
             count += 1
 
 
@@ -175,8 +175,8 @@ def _tensors(module: nn.Module, *, recurse: bool) -> Iterator[tuple[str, Tensor]
 
 
 def _addition_signature(addition: Addition) -> Hashable:
-    own = _tensors(cast("nn.Module", addition), recurse=True)
-    return type(addition), *((name, signature(tensor)) for name, tensor in own)
+    named = _tensors(cast("nn.Module", addition), recurse=True)
+    return type(addition), *((name, signature(tensor)) for name, tensor in named)
 
 
 def _settings(path: str, module: nn.Module) -> Hashable:

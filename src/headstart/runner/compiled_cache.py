@@ -52,14 +52,14 @@ class Shapes(NamedTuple):
             *(torch.is_autocast_enabled(device), torch.get_default_dtype()),
             *(torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()),
         )
-        own = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in inputs)
-        return cls(device, tuple(own), (others, state))
+        layouts = ((tuple(t.shape), (t.stride(), t.dtype, type(t), t.device)) for t in inputs)
+        return cls(device, tuple(layouts), (others, state))
 
     @property
     def any_size(self) -> Shapes:
         """The same for all sizes but 1, which a compiler always specialises."""
-        own = ((tuple(min(n, 2) for n in size), rest[1:]) for size, rest in self.tensors)
-        return self._replace(tensors=tuple(own))
+        layouts = ((tuple(min(n, 2) for n in size), rest[1:]) for size, rest in self.tensors)
+        return self._replace(tensors=tuple(layouts))
 
     def __str__(self) -> str:
         return ", ".join(str(list(size)) for size, _ in self.tensors)
@@ -85,25 +85,25 @@ class CompiledCache:
     ) -> CompiledFunction:
         """The compiled function for these shapes; `make` returns the function to compile."""
         with self._lock:
-            own = self._structures.setdefault(structure, {})
+            functions = self._structures.setdefault(structure, {})
             self._structures.move_to_end(structure)
             if len(self._structures) > MAX_STRUCTURES:
                 self._structures.popitem(last=False)
-            if (function := own.get((shapes, False))) is not None:
+            if (function := functions.get((shapes, False))) is not None:
                 return function
-            count = sum(not dynamic for _, dynamic in own)
+            count = sum(not dynamic for _, dynamic in functions)
             dynamic = count >= STATIC_SHAPES
             key = (shapes.any_size if dynamic else shapes), dynamic
-            if key not in own:
+            if key not in functions:
                 self._log(name, shapes, count, dynamic)
-                own[key] = CompiledFunction(
+                functions[key] = CompiledFunction(
                     make(), self.backend, shapes.device, dynamic=dynamic, guarded=self.guarded
                 )
-            return own[key]
+            return functions[key]
 
     def __len__(self) -> int:
         """The number of functions."""
-        return sum(len(own) for own in self._structures.values())
+        return sum(len(functions) for functions in self._structures.values())
 
     def _log(self, name: str, shapes: Shapes, count: int, dynamic: bool) -> None:
         if not dynamic:

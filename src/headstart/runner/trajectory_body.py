@@ -110,10 +110,10 @@ class TrajectoryBody:
         adapters = [self.adapters[model] for model in models]
         parts = [
             part
-            for network, own in zip(networks, adapters, strict=True)
-            for part in (() if own is None else own.parts(network))
+            for network, adapter in zip(networks, adapters, strict=True)
+            for part in (() if adapter is None else adapter.parts(network))
         ]
-        columns = tuple(None if own is None else own.columns for own in adapters)
+        columns = tuple(None if adapter is None else adapter.columns for adapter in adapters)
         key = (self.rows, self.shape, self.codec_dtype, self.keep_x0, setting(), columns)
         key = *key, self.steady
         networks = (*networks, self.codec, *parts)
@@ -161,9 +161,11 @@ class TrajectoryBody:
         keys = keys_of(noise)
         if keys is not None:
             numbers = (np.array(k, np.uint64).astype(np.int64) for k in (keys.seeds, keys.samples))
-            tensors = dict(zip(_KEYS, (_to_device(own, device) for own in numbers), strict=True))
-            own = {} if noise is keys else {_INITIAL: noise.initial(self.shape, device)}
-            return tensors | own
+            tensors = dict(
+                zip(_KEYS, (_to_device(value, device) for value in numbers), strict=True)
+            )
+            initial = {} if noise is keys else {_INITIAL: noise.initial(self.shape, device)}
+            return tensors | initial
         drawn = [i for i, row in enumerate(self.rows) if row.draws]
         tensors = {_INITIAL: noise.initial(self.shape, device)}
         if drawn:
@@ -182,13 +184,13 @@ class TrajectoryBody:
         conds, prompts = dict[Hashable, Conditioning](), PromptCache()
         row_fields = dict[Hashable, Tensors]()
         for number, row in enumerate(self.rows):
-            form, own = (row.guided, x_in.dtype), (row.guided, row.model)
+            form, fields_key = (row.guided, x_in.dtype), (row.guided, row.model)
             if form not in conds:  # rows of one form share it, so that the prompt is read once
                 conds[form] = self._conditioning(row, x_in, inputs)
-            if own not in row_fields or row.model not in self.steady:
-                row_fields[own] = self._row_fields(row, inputs)
+            if fields_key not in row_fields or row.model not in self.steady:
+                row_fields[fields_key] = self._row_fields(row, inputs)
             cond: Conditioning = replace(
-                conds[form], **row_fields[own], adapters=self.adapters[row.model]
+                conds[form], **row_fields[fields_key], adapters=self.adapters[row.model]
             )
             f = self._predict(row, x_in, cond, prompts, inputs)
             f_uncond, f_cond = f.split_with_sizes([self.batch] * 2) if row.guided else (None, f)
