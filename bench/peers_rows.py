@@ -19,7 +19,7 @@ from untrained import diffusers_unet, diffusers_vae, filled
 
 from headstart.interfaces import Conditioning
 from headstart.networks.load import load_unet, load_vae
-from headstart.runner.runner import CompiledRunner, EagerRunner
+from headstart.runner.runner import CompiledRunner, EagerRunner, open_runner
 
 Inputs = Mapping[str, Tensor]
 ARGUMENTS = ("x", "timestep", "context", "pooled", "time_ids", "latents")
@@ -210,6 +210,7 @@ ROWS: Mapping[str, Row] = {
     "ours packed": Row(*_ours(F32, packed=True), 2.5),
     "ours packed bfloat16": Row(*_ours(BF16, packed=True), 0.6),
     "ours stored": Row(partial(ours, EagerRunner, "stored"), None, 0.2),
+    "ours replay": Row(*_ours(F32, partial(open_runner, "replay"))),
     "ours compiled": Row(*_ours(F32, CompiledRunner), **_SLOW),
     "ours frozen": Row(partial(our_frozen, F32), None, 1.3, **_SLOW),
     "ours frozen bfloat16": Row(partial(our_frozen, BF16), None, 1.2, **_SLOW),
