@@ -24,9 +24,10 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 from typing import Any
 from unittest import mock
 
@@ -37,7 +38,7 @@ import gpu_stages
 import gpu_unet
 import harness
 import torch
-from gpu_case import Bench, Case
+from gpu_case import Bench, Case, Figure
 from gpu_report import DONE, FAILED, LATE, Report
 
 from evidence.gpu import emulated_gpu
@@ -92,74 +93,66 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name}: in {report.path} already")
                 continue
             print(f"{name}: {BY_NAME[name].about}", flush=True)
-            run = here if bench.dry and name != options.apart else apart
-            run(BY_NAME[name], bench, report)
+            case = BY_NAME[name]  # a dry run need not pay for torch's import in each
+            here = bench.dry and name != options.apart
+            record(case, case.figures(bench) if here else in_process(case, bench), report)
     print(f"\n{report.table()}\n\nwrote {report.path}")
     return 0 if report.sound else 1
 
 
-def here(case: Case, bench: Bench, report: Report) -> None:
-    """In this process: of a dry run, which need not pay for torch's import in each."""
-    begin = time.perf_counter()
+class ChildError(Exception):
+    """What the process of a case says of itself, in one line."""
+
+
+def record(case: Case, figures: Iterator[Figure], report: Report) -> None:
+    """Write every figure as it comes, then how the case ended."""
+    begin, status, why = time.perf_counter(), FAILED, None
     report.begin(case.name)
     try:
-        for name, value in case.figures(bench):
+        for name, value in figures:
             report.figure(case.name, name, value)
+        status = DONE
+    except TimeoutError as error:
+        status, why = LATE, str(error)
+    except ChildError as error:
+        why = str(error)
     except Exception as error:
         traceback.print_exc(limit=-3)
-        report.end(case.name, FAILED, time.perf_counter() - begin, harness.one_line(error))
-    else:
-        report.end(case.name, DONE, time.perf_counter() - begin)
+        why = harness.one_line(error)
+    report.end(case.name, status, time.perf_counter() - begin, why)
 
 
-def apart(case: Case, bench: Bench, report: Report) -> None:
-    """In a process group of its own, ended when the case's time is over."""
-    begin = time.perf_counter()
-    report.begin(case.name)
+def in_process(case: Case, bench: Bench) -> Iterator[Figure]:
+    """The figures of a process group, which is ended when the case's time is over.
+
+    They come as lines of JSON through a pipe of their own; all else is shown as it is.
+    """
     command = [sys.executable, str(Path(__file__).resolve()), "--alone", case.name]
     command += ["--rounds", str(bench.rounds), *(["--dry-run"] if bench.dry else [])]
     command += [part for role, path in bench.files.items() for part in (f"--{role}", str(path))]
-    # Its figures come as lines of JSON through a pipe of their own; all else is shown as it is.
-    reading, writing = os.pipe()
+    begin, (reading, writing) = time.perf_counter(), os.pipe()
     child = subprocess.Popen(
         [*command, "--out", f"/dev/fd/{writing}"], pass_fds=[writing], start_new_session=True
     )
     os.close(writing)
-    error = _followed(child, reading, case, report)
-    status = LATE if error == LATE else DONE if error is None else FAILED
-    why = f"its {case.limit_s} s" if error == LATE else error
-    report.end(case.name, status, time.perf_counter() - begin, why)
-
-
-def _followed(
-    child: subprocess.Popen[bytes], reading: int, case: Case, report: Report
-) -> str | None:
-    """Write what comes until the child ends or its time is over; why it failed, if it did."""
-
-    def ended(*_: object) -> None:
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, ended)
-    signal.setitimer(signal.ITIMER_REAL, max(0.1, case.limit_s))
-    error: str | None = None
+    end = Timer(max(0.1, case.limit_s), os.killpg, (child.pid, signal.SIGKILL))
+    end.start()
     try:
         with os.fdopen(reading) as lines:
-            for line in lines:
-                name, value = json.loads(line)
+            for name, value in map(json.loads, lines):
                 if name == _ERROR:
-                    error = value
-                else:
-                    report.figure(case.name, name, value)
-        code = child.wait()
-        return error if error or code == 0 else f"its process ended with {code}"
-    except TimeoutError:
-        return LATE
+                    raise ChildError(value)
+                yield name, value
+        child.wait()
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        end.cancel()
         if child.poll() is None:  # with the compilers that it may have started
             os.killpg(child.pid, signal.SIGKILL)
             child.wait()
+    if child.returncode == -signal.SIGKILL and time.perf_counter() - begin >= case.limit_s:
+        raise TimeoutError(f"its {case.limit_s} s")
+    if child.returncode:
+        raise ChildError(f"its process ended with {child.returncode}")
 
 
 _ERROR = "\0error"

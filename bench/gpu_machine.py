@@ -22,27 +22,38 @@ FAILS = "test_a_failed_capture"
 def environment(bench: Bench) -> Iterator[Figure]:
     machine = harness.machine()
     yield "versions", machine["versions"] | {"python": machine["python"]}
-    for name, look in _LOOKS.items():
+    looks: dict[str, Callable[[], object]] = {
+        "gpu": lambda: _gpu(bench.device),
+        "driver": _driver,
+        # Triton builds its launcher with one.
+        "C compiler": lambda: next(
+            filter(None, map(shutil.which, ("gcc", "cc", "clang"))),
+            "none: Triton cannot build its launcher",
+        ),
+        "cuda-bindings": _bindings,
+        "Triton": lambda: _triton(bench),
+        "cuDNN": torch.backends.cudnn.version,
+    }
+    for name, look in looks.items():
         try:
-            yield name, look(bench)
+            yield name, look()
         except Exception as error:
             yield name, failed(error)
 
 
-def _gpu(bench: Bench) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(bench.device)
+def _gpu(device: torch.device) -> dict[str, Any]:
     free, total = torch.cuda.mem_get_info()
     return {
         "name": torch.cuda.get_device_name(),
         "compute": ".".join(map(str, torch.cuda.get_device_capability())),
-        "multiprocessors": properties.multi_processor_count,
+        "multiprocessors": torch.cuda.get_device_properties(device).multi_processor_count,
         "total_GB": total / 1e9,
         "free_GB": free / 1e9,
         "gpus": torch.cuda.device_count(),
     }
 
 
-def _driver(bench: Bench) -> str:
+def _driver() -> str:
     """By nvidia-smi, which containers may lack; torch knows the CUDA that it was built for."""
     if shutil.which("nvidia-smi") is None:
         return f"no nvidia-smi; torch is built for CUDA {torch.version.cuda}"
@@ -51,18 +62,12 @@ def _driver(bench: Bench) -> str:
     return f"{done.stdout.strip() or done.stderr.strip()}; CUDA {torch.version.cuda}"
 
 
-def _compiler(bench: Bench) -> str:
-    """Triton builds its launcher with one."""
-    paths = filter(None, map(shutil.which, ("gcc", "cc", "clang")))
-    return next(paths, "none: Triton cannot build its launcher")
-
-
-def _bindings(bench: Bench) -> str:
+def _bindings() -> str:
+    missing = "none: a graph's kernels are named by the profiler alone"
     try:
-        spec = find_spec("cuda.bindings")
+        return "there" if find_spec("cuda.bindings") else missing
     except ModuleNotFoundError:
-        spec = None
-    return "there" if spec else "none: a graph's kernels are named by the profiler alone"
+        return missing
 
 
 def _triton(bench: Bench) -> str:
@@ -72,16 +77,6 @@ def _triton(bench: Bench) -> str:
     philox_normal([0], [0], 0, (4, 8), bench.device, impl="triton")
     torch.cuda.synchronize()
     return "philox_normal ran"
-
-
-_LOOKS: dict[str, Callable[[Bench], object]] = {
-    "gpu": _gpu,
-    "driver": _driver,
-    "C compiler": _compiler,
-    "cuda-bindings": _bindings,
-    "Triton": _triton,
-    "cuDNN": lambda bench: torch.backends.cudnn.version(),
-}
 
 
 def tests(*arguments: str) -> Callable[[Bench], Iterator[Figure]]:

@@ -12,6 +12,7 @@ import torch
 from gpu_case import Bench, Call, Figure, failed, in_turns, milliseconds
 from gpu_networks import PLAN, load_engine, twin, vae
 from torch import Tensor
+from torch.nn import functional
 from untrained import diffusers_vae
 
 from headstart.networks.fusion import fusion
@@ -36,15 +37,15 @@ def decoders(bench: Bench) -> Iterator[Figure]:
     """Every dtype, layout and norm, with PSNR to float32; then diffusers' decoder."""
     network, latents = vae(bench), bench.normal(1, *bench.networks.latent)
     exact = _decoded(network, latents, torch.float32, torch.contiguous_format, False)()
-    variants: dict[str, Callable[[], Call]] = {}
-    for dtype, layout, fused in product(DTYPES, LAYOUTS, (False, True)):
-        variants[f"{dtype} {layout}{', fused norm' * fused}"] = partial(
+    variants: dict[str, Callable[[], Call]] = {
+        f"{dtype} {layout}{', fused norm' * fused}": partial(
             _decoded, network, latents, DTYPES[dtype], LAYOUTS[layout], fused
         )
+        for dtype, layout, fused in product(DTYPES, LAYOUTS, (False, True))
+    }
     for dtype in ("bfloat16", "float32"):
-        variants[f"diffusers {dtype} NHWC"] = partial(
-            _theirs, bench, network, latents, DTYPES[dtype]
-        )
+        theirs = partial(_theirs, bench, network, latents, DTYPES[dtype])
+        variants[f"diffusers {dtype} NHWC"] = theirs
     yield from in_turns(bench, variants, lambda pixels: {"PSNR_dB": psnr(pixels, exact)})
 
 
@@ -91,14 +92,12 @@ def texts(bench: Bench) -> Iterator[Figure]:
             conds = text.encode(["a fox in the snow"] * count, negative=negative)
         return (conds[0] if isinstance(conds, tuple) else conds).context
 
-    yield from in_turns(
-        bench,
-        {
-            "1 prompt": lambda: partial(encoded, 1, None),
-            "4 prompts": lambda: partial(encoded, 4, None),
-            "1 prompt and a negative": lambda: partial(encoded, 1, "a frog"),
-        },
-    )
+    variants: dict[str, Callable[[], Call]] = {
+        "1 prompt": lambda: partial(encoded, 1, None),
+        "4 prompts": lambda: partial(encoded, 4, None),
+        "1 prompt and a negative": lambda: partial(encoded, 1, "a frog"),
+    }
+    yield from in_turns(bench, variants)
 
 
 class Work(NamedTuple):
@@ -114,7 +113,16 @@ def kernels(bench: Bench) -> Iterator[Figure]:
     `alone_ms` is a call that is waited for: what Python and the launch cost is in it.
     """
     many = 2 if bench.dry else 100
-    for name, build in _works(bench).items():
+    works = {
+        f"{name}, {batch}": partial(work, bench, batch)
+        for batch in (1, 16)
+        for name, work in _OF_LATENTS.items()
+    }
+    for layout, form in LAYOUTS.items():
+        works[f"groupnorm_silu {layout}"] = partial(_norm, bench, form, groupnorm_silu)
+        works[f"torch's {layout}"] = partial(_norm, bench, form, _torch_norm)
+    works |= {"geglu": partial(_gate, bench, geglu), "torch's geglu": partial(_gate, bench, _glu)}
+    for name, build in works.items():
         try:
             yield name, _bandwidth(build(), many)
         except Exception as error:
@@ -134,25 +142,6 @@ def _bandwidth(work: Work, many: int) -> dict[str, float]:
         "bytes": work.size_bytes,
         "alone_ms": min(milliseconds(work.call) for _ in range(3)),
     }
-
-
-def _works(bench: Bench) -> dict[str, Callable[[], Work]]:
-    works: dict[str, Callable[[], Work]] = {}
-    for batch in (1, 16):
-        works |= {
-            f"fused_step, {batch}": partial(_step, bench, batch, drawn=False),
-            f"fused_step that draws, {batch}": partial(_step, bench, batch, drawn=True),
-            f"scale_input, {batch}": partial(_scaled, bench, batch),
-            f"preview_rgb, {batch}": partial(_preview, bench, batch),
-            f"decode_u8, {batch}": partial(_bytes, bench, batch),
-        }
-    for layout, form in LAYOUTS.items():
-        works |= {
-            f"groupnorm_silu {layout}": partial(_norm, bench, form, ours=True),
-            f"torch's {layout}": partial(_norm, bench, form, ours=False),
-        }
-    gates = {"geglu": True, "torch's geglu": False}
-    return works | {name: partial(_gate, bench, ours=ours) for name, ours in gates.items()}
 
 
 def _table(bench: Bench) -> tuple[Tensor, Tensor]:
@@ -189,26 +178,33 @@ def _bytes(bench: Bench, batch: int) -> Work:
     return Work(lambda: decode_u8(pixels, check=False), pixels.nbytes + pixels.numel())
 
 
-def _norm(bench: Bench, layout: torch.memory_format, *, ours: bool) -> Work:
+_OF_LATENTS: dict[str, Callable[[Bench, int], Work]] = {
+    "fused_step": partial(_step, drawn=False),
+    "fused_step that draws": partial(_step, drawn=True),
+    "scale_input": _scaled,
+    "preview_rgb": _preview,
+    "decode_u8": _bytes,
+}
+
+
+def _norm(bench: Bench, layout: torch.memory_format, norm: Callable[..., Tensor]) -> Work:
     width, side = bench.networks.unet.channels, bench.networks.latent[1]
     x = bench.normal(2, width, side, side, dtype=bench.dtype).contiguous(memory_format=layout)
     weight, bias = (torch.ones(width, device=bench.device, dtype=bench.dtype) for _ in range(2))
-
-    def theirs() -> Tensor:
-        return torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight, bias, 1e-5))
-
     # It has to be read for its mean, and again.
-    return Work(
-        (lambda: groupnorm_silu(x, 32, weight, bias, 1e-5)) if ours else theirs, 3 * x.nbytes
-    )
+    return Work(lambda: norm(x, 32, weight, bias, 1e-5), 3 * x.nbytes)
 
 
-def _gate(bench: Bench, *, ours: bool) -> Work:
+def _torch_norm(*arguments: Any) -> Tensor:
+    return functional.silu(functional.group_norm(*arguments))
+
+
+def _gate(bench: Bench, gate: Callable[[Tensor], Tensor]) -> Work:
     width, side = bench.networks.unet.down[1].channels, bench.networks.latent[1] // 2
     x = bench.normal(2, side * side, 8 * width, dtype=bench.dtype)
+    return Work(lambda: gate(x), x.nbytes + x.nbytes // 2)
 
-    def theirs() -> Tensor:
-        value, gate = x.chunk(2, dim=-1)
-        return value * torch.nn.functional.gelu(gate)
 
-    return Work((lambda: geglu(x)) if ours else theirs, x.nbytes + x.nbytes // 2)
+def _glu(x: Tensor) -> Tensor:
+    value, gate = x.chunk(2, dim=-1)
+    return value * functional.gelu(gate)

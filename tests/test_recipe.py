@@ -9,7 +9,6 @@ import json
 import re
 import tarfile
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +98,7 @@ def _tarball(folder: Path, licence: str) -> artwork.IconSet:
         "package/info.json": {"license": {"spdx": licence}},
         "package/icons.json": {"icons": {"fox": {"body": "<g/>"}}},
     }
-    icon_set = replace(artwork.ICON_SETS[0], licence="MIT")
+    icon_set = artwork.ICON_SETS[0]._replace(licence="MIT")
     with tarfile.open(folder / icon_set.tarball, "w:gz") as archive:
         for name, content in members.items():
             data = json.dumps(content).encode()
@@ -107,7 +106,7 @@ def _tarball(folder: Path, licence: str) -> artwork.IconSet:
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
     digest = hashlib.sha256((folder / icon_set.tarball).read_bytes()).hexdigest()
-    return replace(icon_set, sha256=digest)
+    return icon_set._replace(sha256=digest)
 
 
 def test_a_package_that_is_there_is_read_without_the_network(tmp_path: Path) -> None:
@@ -116,7 +115,7 @@ def test_a_package_that_is_there_is_read_without_the_network(tmp_path: Path) -> 
 
 
 def test_a_package_of_another_hash_is_refused(tmp_path: Path) -> None:
-    icon_set = replace(_tarball(tmp_path, "MIT"), sha256="0" * 64)
+    icon_set = _tarball(tmp_path, "MIT")._replace(sha256="0" * 64)
     with pytest.raises(InputError, match="sha256"):
         artwork.fetch_icon_set(icon_set, tmp_path)
 

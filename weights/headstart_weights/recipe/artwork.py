@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -34,16 +34,15 @@ VISIBLE_ALPHA = 8
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class IconSet:
+class IconSet(NamedTuple):
     """One pinned package and the word captions use for its look."""
 
     vendor: str
     version: str
-    sha256: str
     licence: str
     author: str
     style: str
+    sha256: str
 
     @property
     def package(self) -> str:
@@ -54,57 +53,23 @@ class IconSet:
         return f"iconify-json-{self.vendor}-{self.version}.tgz"
 
 
-ICON_SETS: tuple[IconSet, ...] = (
-    IconSet(
-        vendor="fluent-emoji",
-        version="1.2.7",
-        sha256="8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
-        licence="MIT",
-        author="Microsoft Corporation",
-        style="glossy",
-    ),
-    IconSet(
-        vendor="fluent-emoji-flat",
-        version="1.2.6",
-        sha256="7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
-        licence="MIT",
-        author="Microsoft Corporation",
-        style="flat",
-    ),
-    IconSet(
-        vendor="noto",
-        version="1.2.9",
-        sha256="3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
-        licence="Apache-2.0",
-        author="Google Inc",
-        style="cartoon",
-    ),
-    IconSet(
-        vendor="noto-v1",
-        version="1.2.5",
-        sha256="2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
-        licence="Apache-2.0",
-        author="Google Inc",
-        style="storybook",
-    ),
-    IconSet(
-        vendor="fxemoji",
-        version="1.2.2",
-        sha256="f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef",
-        licence="Apache-2.0",
-        author="Mozilla",
-        style="paper",
-    ),
-)
+ICON_SETS = (
+    IconSet("fluent-emoji", "1.2.7", "MIT", "Microsoft Corporation", "glossy",
+            "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
+    IconSet("fluent-emoji-flat", "1.2.6", "MIT", "Microsoft Corporation", "flat",
+            "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
+    IconSet("noto", "1.2.9", "Apache-2.0", "Google Inc", "cartoon",
+            "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
+    IconSet("noto-v1", "1.2.5", "Apache-2.0", "Google Inc", "storybook",
+            "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
+    IconSet("fxemoji", "1.2.2", "Apache-2.0", "Mozilla", "paper",
+            "f3e72b3c59d05e1db03b7e308d55c0d05bd7ba3f625a90da1b79313c12858eef"),
+)  # fmt: skip
 
 HELD_OUT_SET = IconSet(  # only ever used to validate the scorer; nothing is trained on it
-    vendor="twemoji",
-    version="1.2.5",
-    sha256="19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
-    licence="CC-BY-4.0",
-    author="Twitter",
-    style="sticker",
-)
+    "twemoji", "1.2.5", "CC-BY-4.0", "Twitter", "sticker",
+    "19046dff7d8707ce96212ec86468b36ac5f8e60409629dd13f809265c6d0ebb7",
+)  # fmt: skip
 
 
 class SpriteLabel(NamedTuple):
@@ -217,7 +182,7 @@ def draw_sprites(concepts: Iterable[Concept], sets: Iterable[tuple[IconSet, Icon
 def save_sprites(sprites: Sprites, folder: Path, name: str, sets: Iterable[IconSet]) -> None:
     """Write `name`.npz (pixels) and `name`.json (labels, sources), each by renaming."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"sources": [asdict(entry) for entry in sets], "labels": sprites.labels}
+    record = {"sources": [entry._asdict() for entry in sets], "labels": sprites.labels}
     write_arrays(folder / f"{name}.npz", partial(np.savez_compressed, images=sprites.images))
     write_text(folder / f"{name}.json", json.dumps(record, indent=1))
 

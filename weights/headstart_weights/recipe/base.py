@@ -15,12 +15,7 @@ from headstart.networks.unet import UNet
 from headstart.plan.schedule import Spacing, grid
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.dataset import Dataset, load_dataset
-from headstart_weights.recipe.diffusion import (
-    PARAMS,
-    mix,
-    stratified_timesteps,
-    write_sheet,
-)
+from headstart_weights.recipe.diffusion import PARAMS, noised, stratified_timesteps, write_sheet
 from headstart_weights.recipe.optimiser import MuonAdam
 from headstart_weights.recipe.tokenizer import load_tokenizer
 from headstart_weights.recipe.training import Average, Run, write_tensors
@@ -49,10 +44,9 @@ def train(options: StageOptions) -> None:
     def step(index: int, fraction: float) -> dict[str, float]:
         chosen = torch.randint(len(latents.mean), (_BATCH,))
         x0, timestep = latents.draw(chosen), stratified_timesteps(_BATCH)
-        a, s = mix(timestep)
-        eps = torch.randn_like(x0)
-        context = text(captions_of(data, chosen))
-        loss = _loss(unet, a * x0 + s * eps, timestep, context, a * eps - s * x0)
+        x, v = noised(x0, timestep)
+        cond = Conditioning(text(captions_of(data, chosen)))
+        loss = (unet(x, timestep, cond) - v).square().mean()
         scale = min(1.0, (index + 1) / 50) * min(1.0, (1 - fraction) / _ANNEAL) + 0.003
         optimiser.descend(loss, scale)
         return {"loss": loss.item()}
@@ -76,10 +70,6 @@ def captions_of(data: Dataset, indices: Tensor) -> list[str]:
     """A caption of each picture; which attributes it names is drawn anew."""
     rng = np.random.default_rng(int(torch.randint(2**31, (1,))))
     return [data.caption(i, rng) for i in indices.tolist()]
-
-
-def _loss(unet: UNet, x: Tensor, timestep: Tensor, context: Tensor, target: Tensor) -> Tensor:
-    return (unet(x, timestep, Conditioning(context)) - target).square().mean()
 
 
 def _write(average: Average, work: Path, step: int) -> None:

@@ -30,7 +30,7 @@ from headstart.interfaces import Conditioning
 from headstart_weights.recipe import StageOptions, codec, language
 from headstart_weights.recipe.base import load_unet
 from headstart_weights.recipe.dataset import STYLES, Dataset, compose_caption, load_dataset
-from headstart_weights.recipe.diffusion import GRID, mix, stratified_timesteps
+from headstart_weights.recipe.diffusion import GRID, noised, stratified_timesteps
 from headstart_weights.recipe.training import Average, Run, descend, write_tensors
 
 SCALE = 0.25  # alpha/rank: the released sliders have alpha 1 and rank 4
@@ -90,20 +90,15 @@ class Trainer:
         batch = _BATCH if self.control.style is None else _STYLE_BATCH
         picked = self.chosen[torch.randint(len(self.chosen), (batch,))]
         x0, timestep = self.latents.draw(picked), self._timesteps(batch)
-        a, s = mix(timestep)
-        eps = torch.randn_like(x0)
+        x, target = noised(x0, timestep)
         concepts = [self.data.items[i].concept for i in picked.tolist()]
-        x = a * x0 + s * eps
+        strength = torch.ones(batch, 1)
         if self.control.style is None:
             strength = REACH * (2 * torch.rand(batch, 1) - 1)
             target = self._directed(x, timestep, concepts, strength)
-        else:
-            strength = torch.ones(batch, 1)
-            target = a * eps - s * x0
         context = self._context(concepts, {})
         cond = Conditioning(context, strengths=strength, adapters=self.adapters)
-        v = self.unet(x, timestep, cond)
-        return (v - target).square().mean()
+        return (self.unet(x, timestep, cond) - target).square().mean()
 
     def _timesteps(self, batch: int) -> Tensor:
         """A student has learned its own grid only."""
@@ -147,16 +142,13 @@ def train_slots(unet: nn.Module, rank: int) -> tuple[Snapshot, nn.ModuleDict]:
             values = getattr(slot, name)
             delattr(slot, name)
             slot.register_parameter(name, nn.Parameter(values))
-    return adapters, nn.ModuleDict({_dotless(path): s for path, s in part.by_path.items()})
+    return adapters, nn.ModuleDict({k.replace(".", "_"): s for k, s in part.by_path.items()})
 
 
 def pictures_of(data: Dataset, style: str | None) -> list[int]:
     """The numbers of the pictures in a style, or of all."""
-    return [
-        number
-        for number, item in enumerate(data.items)
-        if style is None or STYLES.get(item.vendor) == style
-    ]
+    styles = [style if style is None else STYLES.get(item.vendor) for item in data.items]
+    return [number for number, drawn in enumerate(styles) if drawn == style]
 
 
 def kohya_tensors(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -209,7 +201,3 @@ def sliders(options: StageOptions) -> None:
 
 style = partial(train, name="paper")
 reverse = partial(train, name="yellow-reverse")
-
-
-def _dotless(path: str) -> str:
-    return path.replace(".", "_")

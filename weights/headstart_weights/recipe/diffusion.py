@@ -7,6 +7,7 @@ latent averages less noise away, so the same noise hides more of it (arXiv:2301.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,6 +51,12 @@ class Mix(NamedTuple):
 def mix(timestep: Tensor) -> Mix:
     alphas_cumprod = _ALPHAS_CUMPROD[timestep].view(-1, 1, 1, 1)
     return Mix(alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt())
+
+
+def noised(x0: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+    """x_t with new noise, and its v; [B, C, h, w] each."""
+    (a, s), eps = mix(timestep), torch.randn_like(x0)
+    return a * x0 + s * eps, a * eps - s * x0
 
 
 def stratified_timesteps(batch: int, low: int = 0, high: int = STEPS) -> Tensor:
@@ -97,13 +104,12 @@ def rollout(
     guidance: float = 1.0,
 ) -> Tensor:
     """Deterministic trajectory from x at timesteps[0]; returns the last x0."""
-    batch = len(x)
     x0 = x
-    for i, t in enumerate(timesteps):
-        now = torch.full((batch,), t)
+    for t, following in zip_longest(timesteps, timesteps[1:]):
+        now = torch.full((len(x),), t)
         x0 = predict_x0(unet, x, now, context, empty=empty, guidance=guidance)
-        if i + 1 < len(timesteps):
-            x = euler_step(x, x0, now, torch.full((batch,), timesteps[i + 1]))
+        if following is not None:
+            x = euler_step(x, x0, now, torch.full((len(x),), following))
     return x0
 
 

@@ -35,6 +35,7 @@ from headstart_weights.recipe.diffusion import (
     LATENT_SHAPE,
     euler_step,
     mix,
+    noised,
     predict_x0,
     stratified_timesteps,
     write_sheet,
@@ -119,10 +120,9 @@ class Distiller:
         """Where the student's step at GRID[number] begins, [B, C, h, w]."""
         x = self.follow(torch.randn(_BATCH, *LATENT_SHAPE), context, number)
         if number > 0 and self.variant.noised_pictures > 0:
-            a, s = mix(_at(number))
-            noised = a * self.latents.draw(chosen) + s * torch.randn_like(x)
+            pictures, _ = noised(self.latents.draw(chosen), _at(number))
             pick = torch.rand(_BATCH, 1, 1, 1) < self.variant.noised_pictures
-            x = torch.where(pick, noised, x)
+            x = torch.where(pick, pictures, x)
         return x
 
     @torch.no_grad()
@@ -133,8 +133,7 @@ class Distiller:
             if self.variant.between == "euler":
                 x = euler_step(x, x0, _at(i), _at(i + 1))
             else:
-                a, s = mix(_at(i + 1))
-                x = a * x0 + s * torch.randn_like(x)
+                x, _ = noised(x0, _at(i + 1))
         return x
 
     def _landing_loss(self, x: Tensor, x0: Tensor, context: Tensor) -> Tensor:
@@ -149,16 +148,9 @@ class Distiller:
         """0.5*|x0 - stop(x0 - grad)|^2, so that d loss/d x0 = grad, normalised a sample."""
         with torch.no_grad():
             timestep = stratified_timesteps(_BATCH, 20, 980)
-            a, s = mix(timestep)
-            x = a * x0 + s * torch.randn_like(x0)
-            real = predict_x0(
-                self.teacher,
-                x,
-                timestep,
-                context,
-                empty=self.empty,
-                guidance=self.variant.guidance,
-            )
+            x, _ = noised(x0, timestep)
+            empty, guidance = self.empty, self.variant.guidance
+            real = predict_x0(self.teacher, x, timestep, context, empty=empty, guidance=guidance)
             fake = predict_x0(self.fake, x, timestep, context)
             scale = (x0 - real).abs().mean((1, 2, 3), keepdim=True) + 1e-4
             target = x0 - (fake - real) / scale
@@ -166,10 +158,8 @@ class Distiller:
 
     def _teach_fake(self, x0: Tensor, context: Tensor) -> float:
         timestep = stratified_timesteps(_BATCH)
-        a, s = mix(timestep)
-        eps = torch.randn_like(x0)
-        v = self.fake(a * x0 + s * eps, timestep, Conditioning(context))
-        loss = (v - (a * eps - s * x0)).square().mean()
+        x, v = noised(x0, timestep)
+        loss = (self.fake(x, timestep, Conditioning(context)) - v).square().mean()
         descend(self.fake_optimiser, loss, 2 * self.variant.lr)
         return loss.item()
 
@@ -225,24 +215,15 @@ def train(options: StageOptions, variant: Variant) -> None:
     torch.manual_seed(options.seed)
     distiller = Distiller(options, variant)
     average = Average(distiller.student, 0.99)
-    run = Run(
-        name,
-        options,
-        {"student": distiller.student, "fake": distiller.fake},
-        [distiller.student_optimiser, distiller.fake_optimiser],
-        average,
-    )
+    networks = {"student": distiller.student, "fake": distiller.fake}
+    optimisers = [distiller.student_optimiser, distiller.fake_optimiser]
+    run = Run(name, options, networks, optimisers, average)
 
     def save() -> None:
         path = options.work / f"{name}.safetensors"
         write_tensors(average.values, path, {"steps": str(run.step)})
-        write_sheet(
-            load_unet(path),
-            distiller.text,
-            codec.load(options.work),
-            GRID,
-            options.work / f"{name}_{run.step:06d}.png",
-        )
+        sheet = options.work / f"{name}_{run.step:06d}.png"
+        write_sheet(load_unet(path), distiller.text, codec.load(options.work), GRID, sheet)
 
     def keep() -> None:
         if options.keep and run.step % options.keep == 0:

@@ -89,10 +89,11 @@ def base_tensors(
 
 def vae_to_ldm(name: str, names: Mapping[str, Any]) -> str:
     """LDM name of a VAE tensor; the decoder's levels are counted from the other end there."""
+    name = name.replace("conv_shortcut", "nin_shortcut")
     if mid := _VAE_MID.fullmatch(name):
         half_name, kind, index, rest = mid.groups()
         if kind == "resnets":
-            return f"{half_name}.mid.block_{int(index) + 1}.{_vae_inner(rest)}"
+            return f"{half_name}.mid.block_{int(index) + 1}.{rest}"
         slot, _, leaf = rest.rpartition(".")
         return f"{half_name}.mid.attn_1.{_ATTENTION[slot]}.{leaf}"
     block = _VAE_BLOCK.fullmatch(name)
@@ -102,7 +103,7 @@ def vae_to_ldm(name: str, names: Mapping[str, Any]) -> str:
     blocks = (_VAE_BLOCK.fullmatch(other) for other in names)
     last = max(int(match[2]) for match in blocks if match and match[1] == half_name)
     where, number = ("down", int(level)) if half_name == "encoder" else ("up", last - int(level))
-    inner = f"block.{index}.{_vae_inner(rest)}" if kind == "resnets" else f"{where}sample.{rest}"
+    inner = f"block.{index}.{rest}" if kind == "resnets" else f"{where}sample.{rest}"
     return f"{half_name}.{where}.{number}.{inner}"
 
 
@@ -176,23 +177,14 @@ def manifest_record(
     return {
         "files": [
             {
-                "role": role,
-                "file": _file_name(role),
-                "sha256": hashlib.sha256(blob).hexdigest(),
-                "size_bytes": len(blob),
-                "licence": LICENCE,
-                "made_by": MADE_BY,
+                "role": role, "file": _file_name(role), "sha256": hashlib.sha256(blob).hexdigest(),
+                "size_bytes": len(blob), "licence": LICENCE, "made_by": MADE_BY,
             }
             for role, blob in blobs.items()
         ],
         "artwork": [
-            {
-                "name": entry.vendor,
-                "version": entry.version,
-                "licence": entry.licence,
-                "attribution": entry.author,
-            }
-            for entry in ICON_SETS
+            {"name": i.vendor, "version": i.version, "licence": i.licence, "attribution": i.author}
+            for i in ICON_SETS
         ],
         "concepts": list(PAIR_CONCEPTS),
         "styles": list(STYLES.values()),
@@ -200,7 +192,7 @@ def manifest_record(
         "controls": list(SHIPPED),
         "linear_rgb": linear_rgb,
         "scorer_top1": scorer_top1,
-    }
+    }  # fmt: skip
 
 
 def main(options: StageOptions) -> None:
@@ -225,10 +217,6 @@ def _trained(path: Path) -> Path:
 
 def _file_name(role: str) -> str:
     return f"{role}.safetensors"
-
-
-def _vae_inner(rest: str) -> str:
-    return rest.replace("conv_shortcut", "nin_shortcut")
 
 
 def _ldm_matrix(name: str, tensor: Tensor) -> Tensor:

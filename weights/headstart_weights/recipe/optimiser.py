@@ -69,7 +69,8 @@ class MuonAdam:
             group["lr"] = self._adam_lr * scale
         self._adam.step()
         for (rows, columns), parameters in self._groups.items():
-            gradient = torch.stack([_flat_gradient(p, rows, columns) for p in parameters])
+            gradients = (torch.zeros_like(p) if p.grad is None else p.grad for p in parameters)
+            gradient = torch.stack([g.reshape(rows, columns) for g in gradients])
             momentum = self._momentum[rows, columns].mul_(_MOMENTUM).add_(gradient)
             update = orthogonalise(gradient.add_(momentum, alpha=_MOMENTUM))
             rate = self._lr * scale * max(1.0, rows / columns) ** 0.5
@@ -83,9 +84,3 @@ class MuonAdam:
         self._adam.load_state_dict(state["adam"])
         for mine, saved in zip(self._momentum.values(), state["momentum"], strict=True):
             mine.copy_(saved)
-
-
-def _flat_gradient(parameter: nn.Parameter, rows: int, columns: int) -> Tensor:
-    if parameter.grad is None:
-        return torch.zeros(rows, columns)
-    return parameter.grad.reshape(rows, columns)

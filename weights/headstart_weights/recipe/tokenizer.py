@@ -83,11 +83,9 @@ def build_tokenizer(merges: Sequence[Merge]) -> Tokenizer:
     )
     tokenizer = _with_text_rules(Tokenizer(model))
     tokenizer.add_special_tokens([START, END])  # pyright: ignore[reportUnknownMemberType]
+    ends = (END, vocabulary[END]), (START, vocabulary[START])
     tokenizer.post_processor = processors.RobertaProcessing(
-        (END, vocabulary[END]),
-        (START, vocabulary[START]),
-        trim_offsets=False,
-        add_prefix_space=False,
+        *ends, trim_offsets=False, add_prefix_space=False
     )
     return tokenizer
 
