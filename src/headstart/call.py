@@ -148,16 +148,16 @@ def row_conds(table: StepTable, done: int, cond: object, uncond: object) -> list
     """
     conds, unconds = cond_by_row(cond, table), cond_by_row(uncond, table)
     pairs: dict[tuple[int, int], object] = {}
-    found: list[object] = []
+    rows: list[object] = []
     for index, (step, positive, negative) in enumerate(zip(table, conds, unconds, strict=True)):
         if step.passes == 1 or index < done:
-            found.append(positive)
+            rows.append(positive)
             continue
         key = id(positive), id(negative)
         if key not in pairs:
             pairs[key] = _guided_pair(step, positive, negative)
-        found.append(pairs[key])
-    return found
+        rows.append(pairs[key])
+    return rows
 
 
 def _guided_pair(step: Step, cond: object, uncond: object) -> object:

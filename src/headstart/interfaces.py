@@ -76,9 +76,9 @@ class Conditioning:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are not None, by field name; those of `extra` as "extra.NAME"."""
-        found = {name: getattr(self, name) for name in _FIELDS}
-        found |= {_EXTRA + name: tensor for name, tensor in self.extra.items()}
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
+        fields = {name: getattr(self, name) for name in _FIELDS}
+        fields |= {_EXTRA + name: tensor for name, tensor in self.extra.items()}
+        return {name: tensor for name, tensor in fields.items() if tensor is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor], adapters: Adapters | None = None) -> Conditioning:
@@ -128,13 +128,13 @@ class Conditioning:
 
 
 def _common_adapters(parts: Sequence[Conditioning]) -> Adapters | None:
-    found = [part.adapters for part in parts if part.adapters is not None]
-    if any(other != found[0] for other in found):
+    adapters = [part.adapters for part in parts if part.adapters is not None]
+    if any(other != adapters[0] for other in adapters):
         raise InputError(
             "conditionings of one call have different adapters: give all of them the same, from "
             "one call of engine.adapters.now()"
         )
-    return found[0] if found else None
+    return adapters[0] if adapters else None
 
 
 _FIELDS = ("context", "pooled", "time_ids", "guidance_embedding", "strengths")

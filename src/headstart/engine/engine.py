@@ -336,8 +336,8 @@ class Engine:
     def batch(self, *, most: int = MOST_SAMPLES) -> Batch:
         """Runs of `begin` that share calls of the networks, made as `runner` says."""
         runners = {
-            model: self.weights.residency.runner(open_runner(self.runner, own), model)
-            for model, own in self.denoisers.items()
+            model: self.weights.residency.runner(open_runner(self.runner, network), model)
+            for model, network in self.denoisers.items()
         }
         sizes = () if self.runner == "eager" else (*doubling(most),)  # one graph a shape
         return Batch(runners, most=most, buckets=sizes)

@@ -111,13 +111,14 @@ def by_rows(loop: DenoisingLoop, on_step: OnStep = None) -> str | None:
         return "their conditioning changes with the level"
     if any(isinstance(network, X0Denoiser) for network in networks.values()):
         return "a network answers with x0"
-    devices = {device_of(own) or weights.device for own in (*networks.values(), weights.vae)}
+    used = *networks.values(), weights.vae
+    devices = {device_of(network) or weights.device for network in used}
     if len(devices) > 1:
         return f"the networks are on {', '.join(sorted(map(str, devices)))}"
     if weights.residency.arenas:
         return "weights come and go between rows"
-    if (own := request.chunks.own_decode) is not None:
-        return f"the decoder has {own[0]} samples at once, in {own[1]} bands"
+    if (decode := request.chunks.own_decode) is not None:
+        return f"the decoder has {decode[0]} samples at once, in {decode[1]} bands"
     return None
 
 
@@ -194,8 +195,8 @@ def _together(parts: Sequence[Outcome]) -> Outcome:
     by_row = ("x0", "previews", "finite_rows")
     return Outcome(
         *(
-            torch.cat(own, 1 if name in by_row else 0)
-            for name, own in zip(Outcome._fields, zip(*parts, strict=True), strict=True)
+            torch.cat(pieces, 1 if name in by_row else 0)
+            for name, pieces in zip(Outcome._fields, zip(*parts, strict=True), strict=True)
         )
     )
 
@@ -227,5 +228,5 @@ def _part(noise: NoiseSource, images: slice) -> NoiseSource:
     part = _Part(noise, images)
     if len(part) == len(noise):
         return noise
-    own = part.rows
-    return own if own is not None and keys_of(noise) is noise else part
+    rows = part.rows
+    return rows if rows is not None and keys_of(noise) is noise else part
