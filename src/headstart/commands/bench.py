@@ -8,15 +8,15 @@ from typing import Any
 
 from headstart.commands.arguments import (
     RUNNERS,
+    SIZE,
     add_batch,
     add_out,
     add_prompt,
-    add_size,
     sampling,
 )
 from headstart.commands.estimate import add_estimate, check_estimate, estimated
-from headstart.commands.parser import Command
-from headstart.commands.plan_options import add_plans, add_preset, add_steps
+from headstart.commands.parser import Command, add_options
+from headstart.commands.plan_options import PRESET, STEPS, add_plans
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
@@ -28,26 +28,25 @@ from headstart.plan.by_name import TOML, PlanSettings
 _ROUNDS, _WARMUP = 20, 2
 
 
+_OPTIONS = f"""
+    {PRESET} {STEPS}
+    --versus    time this runner too; may be repeated; default: only --runner
+    {SIZE}
+"""
+_TIMES = f"""
+    --rounds N  times each case runs; default: {_ROUNDS}
+    --warmup N  runs before that; default: {_WARMUP}
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_prompt(parser, "a fox", "0")
     add_plans(parser)
-    add_preset(parser)
-    add_steps(parser)
-    parser.add_argument(
-        "--versus",
-        action="append",
-        choices=RUNNERS,
-        default=[],
-        help="time this runner too; may be repeated; default: only --runner",
+    add_options(
+        parser, _OPTIONS, steps=int, versus={"action": "append", "default": [], "choices": RUNNERS}
     )
-    add_size(parser)
     add_batch(parser)
-    parser.add_argument(
-        "--rounds", type=count, metavar="N", help=f"times each case runs; default: {_ROUNDS}"
-    )
-    parser.add_argument(
-        "--warmup", type=count, metavar="N", help=f"runs before that; default: {_WARMUP}"
-    )
+    add_options(parser, _TIMES, rounds=count, warmup=count)
     add_out(parser, about="also write the JSON into this file")
     add_estimate(parser)
 

@@ -6,12 +6,12 @@ import argparse
 
 from headstart.commands.arguments import add_features, add_out, add_prompt, add_reading, sampling
 from headstart.commands.console import note
-from headstart.commands.parser import Command, Expert
+from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
-    HANDOFF_HELP,
+    HANDOFF,
+    PRESET,
+    STEPS,
     add_diversify,
-    add_preset,
-    add_steps,
     read_diversify,
 )
 from headstart.commands.planned import compiled
@@ -23,22 +23,17 @@ from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 from headstart.plan.by_name import PlanSettings
 
+_OPTIONS = f"""
+    {PRESET} {STEPS} {HANDOFF}
+    * --rounds N  times each plan runs, for the median of seconds; default: until its runs took a
+        second together, once at least and three times at most
+"""
+
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_prompt(parser, "a fox", "0-15")
     add_out(parser, "sheet.png")
-    add_preset(parser)
-    add_steps(parser)
-    parser.add_argument("--handoff", type=float, metavar="SIGMA", help=HANDOFF_HELP)
-    parser.add_argument(
-        "--rounds",
-        type=count,
-        metavar="N",
-        help=Expert(
-            "times each plan runs, for the median of seconds; default: until its runs took a "
-            "second together, once at least and three times at most"
-        ),
-    )
+    add_options(parser, _OPTIONS, steps=int, handoff=float, rounds=count)
     add_features(parser)
     add_diversify(parser, "each is one more row, on the distilled plan")
     add_reading(parser)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import add_overwrite, every
-from headstart.commands.parser import Command
+from headstart.commands.arguments import OVERWRITE, every
+from headstart.commands.parser import Command, add_options
 from headstart.commands.progress import progress
 from headstart.commands.values import output
 from headstart.commands.width import answer
@@ -20,31 +20,20 @@ LISTED = 8
 """How many of the things left out are printed; --json has all of them."""
 
 
+_OPTIONS = f"""
+    --layout NAMES  same, diffusers, ldm: how tensors are named; default: %(default)s
+    --dtype DTYPE   same, f16, bf16, f32; default: %(default)s
+    --part PART     of several: unet, vae, text, text_2, tiny; default: all
+    {OVERWRITE}
+    --timeout SECONDS  for reading a pickle; default: by its size
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, metavar="IN", help="a file, or a model's folder")
     parser.add_argument("target", type=output, metavar="OUT", help="a new .safetensors file")
-    parser.add_argument(
-        "--layout",
-        default="same",
-        metavar="NAMES",
-        help="same, diffusers, ldm: how tensors are named; default: %(default)s",
-    )
-    parser.add_argument(
-        "--dtype",
-        default="same",
-        metavar="DTYPE",
-        help="same, f16, bf16, f32; default: %(default)s",
-    )
-    parser.add_argument(
-        "--part", metavar="PART", help="of several: unet, vae, text, text_2, tiny; default: all"
-    )
-    add_overwrite(parser)
-    parser.add_argument(
-        "--timeout",
-        type=float,
-        metavar="SECONDS",
-        help="for reading a pickle; default: by its size",
-    )
+    same = {"default": "same"}
+    add_options(parser, _OPTIONS, layout=same, dtype=same, timeout=float)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from headstart.commands.parser import add_options
 from headstart.commands.planned import compiled, headers_of
 from headstart.commands.values import read_size, uses_bundled
 from headstart.cost.cards import CARDS, card_of
@@ -38,18 +39,13 @@ _IDLE = ("rounds", "warmup", "tokenizer", "preview", "embedded_guidance", "ema",
 
 
 def add_estimate(parser: argparse.ArgumentParser) -> None:
+    rows = f"""
+        --estimate  time nothing: count FLOPs, bytes and launches, for --device one of
+            {", ".join(CARDS)}
+        --family    of this family at full size, without any file
+    """
     group = parser.add_argument_group("an estimate instead")
-    group.add_argument(
-        "--estimate",
-        action="store_true",
-        help="time nothing: count FLOPs, bytes and launches, for --device one of "
-        + ", ".join(CARDS),
-    )
-    group.add_argument(
-        "--family",
-        choices=FAMILIES,
-        help="of this family at full size, without any file",
-    )
+    add_options(group, rows, family={"choices": FAMILIES})
 
 
 def check_estimate(args: argparse.Namespace) -> None:

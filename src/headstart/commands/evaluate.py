@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import add_features, every
+from headstart.commands.arguments import REFERENCE, add_features, every
 from headstart.commands.console import note
-from headstart.commands.parser import Command
+from headstart.commands.parser import Command, add_options
 from headstart.commands.progress import progress
 from headstart.commands.width import answer
 from headstart.errors import counted
@@ -27,11 +27,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "folders", nargs="+", type=Path, metavar="DIR", help="of `sample` or `sweep`, to compare"
     )
     add_features(parser)
-    parser.add_argument(
-        "--reference",
-        metavar="DIR",
-        help="a folder of pictures to compare with, or: bundled",
-    )
+    add_options(parser, REFERENCE)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -14,7 +14,7 @@ from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.commands.arguments import add_allow, every
 from headstart.commands.console import fail
-from headstart.commands.parser import Command
+from headstart.commands.parser import Command, add_options
 from headstart.commands.progress import progress
 from headstart.commands.width import answer
 from headstart.errors import AdapterError, CheckpointError
@@ -39,7 +39,7 @@ _LAYOUTS = {
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="a file, or a model's folder")
-    parser.add_argument("--deep", action="store_true", help="read every number: NaN, infinities")
+    add_options(parser, "--deep  read every number: NaN, infinities")
     add_allow(parser)
 
 

@@ -10,6 +10,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
+from headstart.commands.parser import add_options
 from headstart.commands.values import read_texts, worded
 from headstart.errors import InputError
 from headstart.plan.request import parse_numbers, parse_seeds
@@ -75,31 +76,22 @@ class Intervention(NamedTuple):
             yield f"{name}@{step} · {changed.change}", changed
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+_OPTIONS = """
+    --from-step K       the first step that changes; 1-3: one way on for each
+    --switch MODEL@K    this model takes over at step K, or at each of 1-3
+    --reseed SEEDS      what is predicted, under fresh noise; default: none
+    --guidance W        from there on; default: the plan's
+    --prompt-from TEXT  another prompt from there on; default: PROMPT
+"""
+
+
+def add_intervention(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("go on differently from a step, shown beside the original")
-    group.add_argument(
-        "--from-step",
-        metavar="K",
-        help="the first step that changes; 1-3: one way on for each",
-    )
-    group.add_argument(
-        "--switch",
-        metavar="MODEL@K",
-        help="this model takes over at step K, or at each of 1-3",
-    )
-    group.add_argument(
-        "--reseed", metavar="SEEDS", help="what is predicted, under fresh noise; default: none"
-    )
-    group.add_argument(
-        "--guidance", type=float, metavar="W", help="from there on; default: the plan's"
-    )
-    group.add_argument(
-        "--prompt-from", metavar="TEXT", help="another prompt from there on; default: PROMPT"
-    )
+    add_options(group, _OPTIONS, guidance=float)
 
 
-def read(args: argparse.Namespace) -> Intervention | None:
-    """What the options of `add_options` ask for. Raises InputError where they contradict."""
+def read_intervention(args: argparse.Namespace) -> Intervention | None:
+    """What the options of `add_intervention` ask for. Raises InputError where they contradict."""
     model, steps = None, args.from_step
     if args.switch is not None:
         model, mark, rows = args.switch.partition("@")

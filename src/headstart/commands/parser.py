@@ -152,6 +152,31 @@ class Parser(argparse.ArgumentParser):
             print(message, end="", file=file, flush=True)
 
 
+Settings = Mapping[str, Any] | Callable[[str], object]
+LIST: Settings = {"action": "append", "default": []}
+
+
+def add_options(group: argparse._ActionsContainer, rows: str, **settings: Settings) -> None:  # pyright: ignore
+    """Add options that are written as --help shows them.
+
+    rows      `--steps N  of the distilled model`, and more lines of its help below it. An option
+              without a value (N) or settings is a switch; `* --steps N  ...` is one of experts
+    settings  of an option: its type, or the further arguments of `add_argument`
+    """
+    for row in re.split(r"\n\s*(?=(?:\* )?--)", rows.strip()):
+        head, about = re.split(r"\s{2,}", row, maxsplit=1)
+        names = re.findall(r"--[\w-]+", head)
+        metavar = head.rpartition(names[-1])[2].strip()
+        more = settings.get(names[0][2:].replace("-", "_"), {})
+        options: dict[str, Any] = {"type": more} if callable(more) else {**more}
+        if metavar:
+            options["metavar"] = metavar
+        elif not options:
+            options["action"] = "store_true"
+        about = " ".join(about.split())
+        group.add_argument(*names, help=Expert(about) if head[0] == "*" else about, **options)
+
+
 class Command(NamedTuple):
     """One thing that can be typed after `headstart`.
 

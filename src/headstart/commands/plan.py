@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import PREDICTION_HELP, every
+from headstart.commands.arguments import PREDICTION, every
 from headstart.commands.console import note
-from headstart.commands.parser import Command, Expert
+from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import add_plan_options, plan_settings
 from headstart.commands.planned import check_steps, compiled, headers_of
 from headstart.commands.values import read_predictions
@@ -19,15 +19,16 @@ if TYPE_CHECKING:
     from headstart.plan.table import StepTable
 
 
+_OPTIONS = f"""
+    --base PATH       its prediction and noise schedule; default: the preset's
+    --distilled PATH  the same of the distilled model; default: the base's
+    {PREDICTION}
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_plan_options(parser)
-    parser.add_argument(
-        "--base", metavar="PATH", help="its prediction and noise schedule; default: the preset's"
-    )
-    parser.add_argument(
-        "--distilled", metavar="PATH", help="the same of the distilled model; default: the base's"
-    )
-    parser.add_argument("--prediction", metavar="KIND", help=Expert(PREDICTION_HELP))
+    add_options(parser, _OPTIONS)
 
 
 def _run(args: argparse.Namespace) -> int:

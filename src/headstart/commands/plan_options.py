@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from headstart.commands.parser import Expert
+from headstart.commands.parser import LIST, add_options
 from headstart.commands.values import numbers
 from headstart.plan.by_name import MODES
 
@@ -13,7 +13,35 @@ if TYPE_CHECKING:
     from headstart.diversify.method import Method
     from headstart.plan.by_name import PlanSettings
 
-HANDOFF_HELP = "hand over at this noise level or below it; default: where the preset does"
+HANDOFF = """
+    --handoff SIGMA  hand over at this noise level or below it; default: where the preset does
+"""
+PRESET = """
+    --preset NAME  which pair the weights are, as `headstart presets` lists them; default: what the
+        distilled file says or its name suggests
+"""
+STEPS = """
+    --steps N  of the distilled model, or of the base where it runs alone; default: the preset's
+"""
+_MODE = f"""
+    {PRESET} {STEPS}
+    --base-steps K    steps that the base takes; default: 1
+    {HANDOFF}
+    --base-guidance W  1: none, one pass a step; default: 1, or the preset's where the base runs
+        alone
+    --distilled-guidance W  default: 1, or the preset's
+    * --base-grid N   the base covers its steps on its own grid of N; default: the distilled one
+"""
+_PLAN = f"""
+    --plan PLAN  {", ".join(MODES)}, a preset, or FILE.toml; default: %(default)s
+    {_MODE}
+    * --timesteps T,T,...  the distilled model's own, falling; default: the preset's
+    * --sigmas S,S,...     noise levels in their place
+    * --update RULE        euler, ddim, ancestral, renoise, tcd, dpmpp_2m ...; default: the preset's
+"""
+_PLANS = f"""
+    --plan PLAN,PLAN  of {", ".join(MODES)}, a preset, or FILE.toml; default: %(default)s
+"""
 
 
 def plan_settings(args: argparse.Namespace) -> PlanSettings:
@@ -34,91 +62,37 @@ def plan_settings(args: argparse.Namespace) -> PlanSettings:
 
 def add_plan_options(parser: argparse.ArgumentParser) -> None:
     """Everything that one plan can be told."""
-    group = parser.add_argument_group("plan")
-    group.add_argument(
-        "--plan",
-        default="hybrid",
-        metavar="PLAN",
-        help=f"{', '.join(MODES)}, a preset, or FILE.toml; default: %(default)s",
-    )
-    add_mode_options(group)
-    group.add_argument(
-        "--timesteps",
-        type=numbers,
-        metavar="T,T,...",
-        help=Expert("the distilled model's own, falling; default: the preset's"),
-    )
-    group.add_argument(
-        "--sigmas", type=numbers, metavar="S,S,...", help=Expert("noise levels in their place")
-    )
-    group.add_argument(
-        "--update",
-        metavar="RULE",
-        help=Expert("euler, ddim, ancestral, renoise, tcd, dpmpp_2m ...; default: the preset's"),
-    )
+    _add(parser.add_argument_group("plan"), _PLAN, "hybrid")
 
 
-def add_mode_options(group: argparse._ArgumentGroup) -> None:  # pyright: ignore
-    """What plans given by name can be told; `headstart trace` takes those that a plan has."""
-    add_preset(group)
-    add_steps(group)
-    group.add_argument(
-        "--base-steps", type=int, metavar="K", help="steps that the base takes; default: 1"
-    )
-    group.add_argument("--handoff", type=float, metavar="SIGMA", help=HANDOFF_HELP)
-    group.add_argument(
-        "--base-guidance", type=float, metavar="W", help="1: none, one pass a step; default: 1, "
-        "or the preset's where the base runs alone",
-    )  # fmt: skip
-    group.add_argument(
-        "--distilled-guidance", type=float, metavar="W", help="default: 1, or the preset's"
-    )
-    group.add_argument(
-        "--base-grid",
-        type=int,
-        metavar="N",
-        help=Expert("the base covers its steps on its own grid of N; default: the distilled one"),
-    )
+def add_plans(
+    parser: argparse._ActionsContainer,  # pyright: ignore
+    *,
+    modes: bool = False,
+) -> None:
+    """Several plans, each by itself; `modes`: what plans given by name can be told."""
+    _add(parser, _PLANS + _MODE * modes, "base,distilled,hybrid")
 
 
-def add_plans(parser: argparse._ActionsContainer) -> None:  # pyright: ignore
-    """Several plans, each by itself."""
-    parser.add_argument(
-        "--plan",
-        default="base,distilled,hybrid",
-        metavar="PLAN,PLAN",
-        help=f"of {', '.join(MODES)}, a preset, or FILE.toml; default: %(default)s",
-    )
-
-
-def add_preset(group: argparse._ActionsContainer) -> None:  # pyright: ignore
-    group.add_argument(
-        "--preset",
-        metavar="NAME",
-        help="which pair the weights are, as `headstart presets` lists them; default: what the "
-        "distilled file says or its name suggests",
-    )
-
-
-def add_steps(group: argparse._ActionsContainer) -> None:  # pyright: ignore
-    group.add_argument(
-        "--steps",
-        type=int,
-        metavar="N",
-        help="of the distilled model, or of the base where it runs alone; default: the preset's",
+def _add(group: argparse._ActionsContainer, rows: str, plan: str) -> None:  # pyright: ignore
+    add_options(
+        group,
+        rows,
+        plan={"default": plan},
+        **dict.fromkeys(("steps", "base_steps", "base_grid"), int),
+        **dict.fromkeys(("handoff", "base_guidance", "distilled_guidance"), float),
+        **dict.fromkeys(("timesteps", "sigmas"), numbers),
     )
 
 
 def add_diversify(parser: argparse.ArgumentParser, about: str = "may be repeated") -> None:
     """The names are those of `headstart.diversify.methods`, which loads torch."""
-    parser.add_argument(
-        "--diversify",
-        action="append",
-        default=[],
-        metavar="METHOD:VALUE",
-        help="another way to variety: cads:0.1, embedding-noise:1, interval:0.28,high=5.42, "
-        f"particles:128, pink:1, dial:0.25, select:4; {about}; default: none",
-    )
+    rows = f"""
+        --diversify METHOD:VALUE  another way to variety: cads:0.1, embedding-noise:1,
+            interval:0.28,high=5.42, particles:128, pink:1, dial:0.25, select:4; {about}; default:
+            none
+    """
+    add_options(parser, rows, diversify=LIST)
 
 
 def read_diversify(args: argparse.Namespace, *, apart: bool = False) -> tuple[Method, ...]:

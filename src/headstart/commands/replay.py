@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import Strength
-from headstart.commands.arguments import add_overwrite, sampling
-from headstart.commands.parser import Command
+from headstart.commands.arguments import OVERWRITE, sampling
+from headstart.commands.parser import Command, add_options
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import adapter_path, open_engine, report
 from headstart.commands.values import output
@@ -31,20 +31,16 @@ _ROLES = ("base", "distilled", "distilled_lora", "vae", "text", "preview")
 """Of a record's weights, those that an option gives."""
 
 
+_OPTIONS = f"""
+    --out DIR  also write the images into this folder, or one into NAME.png
+    {OVERWRITE}
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "record",
-        type=Path,
-        metavar="FILE",
-        help="a record.json, its folder, or a picture.png",
-    )
-    parser.add_argument(
-        "--out",
-        type=output,
-        metavar="DIR",
-        help="also write the images into this folder, or one into NAME.png",
-    )
-    add_overwrite(parser)
+    about = "a record.json, its folder, or a picture.png"
+    parser.add_argument("record", type=Path, metavar="FILE", help=about)
+    add_options(parser, _OPTIONS, out=output)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from headstart.commands.arguments import (
+    METADATA,
+    OVERWRITE,
+    SIZE,
     add_batch,
-    add_metadata,
-    add_overwrite,
     add_seeds,
-    add_size,
     add_texts,
     sampling,
 )
 from headstart.commands.console import note
-from headstart.commands.parser import Command
+from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
     add_diversify,
     add_plan_options,
@@ -31,37 +31,25 @@ from headstart.errors import InputError, counted
 from headstart.output import check_run
 from headstart.plan.request import pair_up, parse_seeds
 
+_PROMPTS = """what to draw, in quotes; several are each drawn with every seed. `A -> B below sigma
+X` and `A -> B at the hand-off` change it with the noise level, <lora:NAME:0.8> is an adapter's
+strength"""
+_OUT = f"""
+    --out DIR  folder for images and record.json, or NAME.png for one image
+    {OVERWRITE}
+"""
+_OPTIONS = f"""
+    --pair  draw the first prompt with the first seed, the second with the second, and so on
+    --grid  also grid.png: all images, a row for each prompt and a column for each seed
+    {METADATA} {SIZE}
+"""
+
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "prompts",
-        nargs="+",
-        metavar="PROMPT",
-        help="what to draw, in quotes; several are each drawn with every seed. `A -> B below sigma "
-        "X` and `A -> B at the hand-off` change it with the noise level, <lora:NAME:0.8> is an "
-        "adapter's strength",
-    )
-    parser.add_argument(
-        "--out",
-        type=output,
-        required=True,
-        metavar="DIR",
-        help="folder for images and record.json, or NAME.png for one image",
-    )
-    add_overwrite(parser)
+    parser.add_argument("prompts", nargs="+", metavar="PROMPT", help=_PROMPTS)
+    add_options(parser, _OUT, out={"type": output, "required": True})
     add_seeds(parser, "0")
-    parser.add_argument(
-        "--pair",
-        action="store_true",
-        help="draw the first prompt with the first seed, the second with the second, and so on",
-    )
-    parser.add_argument(
-        "--grid",
-        action="store_true",
-        help="also grid.png: all images, a row for each prompt and a column for each seed",
-    )
-    add_metadata(parser)
-    add_size(parser)
+    add_options(parser, _OPTIONS)
     add_batch(parser)
     add_plan_options(parser)
     add_texts(parser)

@@ -8,8 +8,8 @@ from pathlib import Path
 import headstart_weights
 from headstart.adapters.strength import parse_adapter, parse_strengths
 from headstart.commands.arguments import add_out, add_prompt, add_reading, sampling
-from headstart.commands.parser import Command
-from headstart.commands.plan_options import add_plans, add_preset
+from headstart.commands.parser import Command, add_options
+from headstart.commands.plan_options import PRESET, add_plans
 from headstart.commands.planned import compiled
 from headstart.commands.progress import RowBar, progress
 from headstart.commands.session import open_engine
@@ -18,21 +18,19 @@ from headstart.commands.width import answer
 from headstart.errors import InputError, counted
 from headstart.output import check_file, write_file
 
+_OPTIONS = f"""
+    {PRESET}
+    --toward CAPTION  score the images against it; default: no scores
+"""
+
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_prompt(parser, None, "0-3")
-    parser.add_argument(
-        "--strengths",
-        default="-2,-1,0,1,2",
-        metavar="S,S,...",
-        help="of the first --lora; default: %(default)s",
-    )
+    strengths = "--strengths S,S,...  of the first --lora; default: %(default)s"
+    add_options(parser, strengths, strengths={"default": "-2,-1,0,1,2"})
     add_out(parser, "strip.png")
     add_plans(parser)
-    add_preset(parser)
-    parser.add_argument(
-        "--toward", metavar="CAPTION", help="score the images against it; default: no scores"
-    )
+    add_options(parser, _OPTIONS)
     add_reading(parser)
 
 

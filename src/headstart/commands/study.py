@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headstart.adapters.strength import parse_adapter
-from headstart.commands.arguments import add_features, add_reading, add_size, sampling
+from headstart.commands.arguments import REFERENCE, SIZE, add_features, add_reading, sampling
 from headstart.commands.console import note
-from headstart.commands.parser import Command
+from headstart.commands.parser import LIST, Command, add_options
 from headstart.commands.plan_options import add_diversify
 from headstart.commands.progress import progress
 from headstart.commands.session import adapter_path, open_engine, use_local_device
@@ -38,72 +38,52 @@ TELL_EVERY_S = 60.0
 """Between two lines about the time left, where there is no terminal to draw a bar on."""
 
 
+_DRAWN = f"""
+    --prompts LIST  {", ".join((*LISTS, DEMO))}, or a text file with one prompt a line; default:
+        everything the bundled pair draws, or for other weights the paper's five
+    --seeds SEEDS  such as 0-99; default: the list's number
+    {SIZE}
+    --parts PART,PART  beside the plans: {", ".join((*PARTS[1:], *EXPERIMENTS))}, or plans alone;
+        default: all that these weights allow
+    --k K,K         steps that the base takes; default: a grid
+    --n N,N         grids of the base's own; default: a grid
+    --guidance W,W  of the base's step; default: a grid
+    --handoff SIGMA,SIGMA  noise levels of the hand-off; default: a grid
+"""
+_QUICK = """
+    --quick         4 prompts, 8 seeds, plans and methods alone
+"""
+_MEASURED = f"""
+    {REFERENCE}
+    --keep N  pictures of each case and prompt that stay as files; default: %(default)s
+    --control FILE[:STRENGTH]=WORDS  an adapter, and what it does: its effect on both models is
+        measured with the prompt and WORDS behind it, or in place of {{}} in WORDS; default for the
+        bundled pair: its slider
+    --report  draw nothing; report what is there
+"""
+_GRID = """
+    --preset PRESET  which pair; `headstart presets` lists them
+    --steps STEPS    steps of its grid
+    --timesteps T,T,...  its own, falling
+    --sigmas S,S,...  levels in their place
+    --update UPDATE  its rule: euler, ancestral, renoise, tcd ...
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--out", type=output, required=True, metavar="DIR", help="new, or one to go on with"
-    )
+    out = "--out DIR  new, or one to go on with"
+    add_options(parser, out, out={"type": output, "required": True})
     group = parser.add_argument_group("what is drawn")
-    group.add_argument(
-        "--prompts",
-        metavar="LIST",
-        help=f"{', '.join((*LISTS, DEMO))}, or a text file with one prompt a line; default: "
-        "everything the bundled pair draws, or for other weights the paper's five",
-    )
-    group.add_argument("--seeds", metavar="SEEDS", help="such as 0-99; default: the list's number")
-    add_size(group)
-    group.add_argument(
-        "--parts",
-        default="all",
-        metavar="PART,PART",
-        help=f"beside the plans: {', '.join((*PARTS[1:], *EXPERIMENTS))}, or plans alone; default: "
-        "all that these weights allow",
-    )
-    group.add_argument(
-        "--k", type=numbers, metavar="K,K", help="steps that the base takes; default: a grid"
-    )
-    group.add_argument(
-        "--n", type=numbers, metavar="N,N", help="grids of the base's own; default: a grid"
-    )
-    group.add_argument(
-        "--guidance", type=numbers, metavar="W,W", help="of the base's step; default: a grid"
-    )
-    group.add_argument(
-        "--handoff",
-        type=numbers,
-        metavar="SIGMA,SIGMA",
-        help="noise levels of the hand-off; default: a grid",
-    )
+    grids = dict.fromkeys(("k", "n", "guidance", "handoff"), numbers)
+    add_options(group, _DRAWN, parts={"default": "all"}, **grids)
     add_diversify(parser)
-    group.add_argument(
-        "--quick", action="store_true", help="4 prompts, 8 seeds, plans and methods alone"
-    )
+    add_options(group, _QUICK)
     add_reading(parser)
     group = parser.add_argument_group("what is measured")
     add_features(parser)
-    group.add_argument(
-        "--reference",
-        metavar="DIR",
-        help="a folder of pictures to compare with, or: bundled",
-    )
-    group.add_argument(
-        "--keep", type=count, default=16, metavar="N",
-        help="pictures of each case and prompt that stay as files; default: %(default)s",
-    )  # fmt: skip
-    group.add_argument(
-        "--control",
-        action="append",
-        default=[],
-        metavar="FILE[:STRENGTH]=WORDS",
-        help="an adapter, and what it does: its effect on both models is measured with the prompt "
-        "and WORDS behind it, or in place of {} in WORDS; default for the bundled pair: its slider",
-    )
-    group.add_argument("--report", action="store_true", help="draw nothing; report what is there")
+    add_options(group, _MEASURED, keep={"type": count, "default": 16}, control=LIST)
     group = parser.add_argument_group("the distilled model's own way")
-    group.add_argument("--preset", help="which pair; `headstart presets` lists them")
-    group.add_argument("--steps", type=int, help="steps of its grid")
-    group.add_argument("--timesteps", type=numbers, metavar="T,T,...", help="its own, falling")
-    group.add_argument("--sigmas", type=numbers, metavar="S,S,...", help="levels in their place")
-    group.add_argument("--update", help="its rule: euler, ancestral, renoise, tcd ...")
+    add_options(group, _GRID, steps=int, timesteps=numbers, sigmas=numbers)
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -10,15 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from headstart.commands.arguments import (
-    add_metadata,
-    add_negative,
-    add_reading,
-    add_size,
-    sampling,
-)
+from headstart.commands.arguments import METADATA, SIZE, add_negative, add_reading, sampling
 from headstart.commands.console import note
-from headstart.commands.parser import Command
+from headstart.commands.parser import Command, add_options
 from headstart.commands.plan_options import (
     add_diversify,
     add_plan_options,
@@ -43,29 +37,24 @@ if TYPE_CHECKING:
 BATCH = 16
 
 
+_OPTIONS = f"""
+    {SIZE}
+    --size-column NAME  a column that says the size; default: none
+    --batch N  cases in a network at once; default: %(default)s
+    {METADATA}
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "csv", type=Path, metavar="CSV", help="columns case_number, prompt, evaluation_seed"
-    )
-    parser.add_argument(
-        "--out", type=output, required=True, metavar="DIR", help="new, or one to go on with"
-    )
+    columns = "columns case_number, prompt, evaluation_seed"
+    parser.add_argument("csv", type=Path, metavar="CSV", help=columns)
+    out = "--out DIR  new, or one to go on with"
+    add_options(parser, out, out={"type": output, "required": True})
     add_plan_options(parser)
     add_diversify(parser)
     add_negative(parser)
     add_reading(parser)
-    add_size(parser)
-    parser.add_argument(
-        "--size-column", metavar="NAME", help="a column that says the size; default: none"
-    )
-    parser.add_argument(
-        "--batch",
-        type=int,
-        default=BATCH,
-        metavar="N",
-        help="cases in a network at once; default: %(default)s",
-    )
-    add_metadata(parser)
+    add_options(parser, _OPTIONS, batch={"type": int, "default": BATCH})
 
 
 def _run(args: argparse.Namespace) -> int:

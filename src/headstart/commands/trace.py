@@ -7,19 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headstart.commands import intervention
 from headstart.commands.arguments import (
+    SIZE,
     add_negative,
     add_out,
     add_prompt,
     add_reading,
-    add_size,
     sampling,
 )
 from headstart.commands.console import note
-from headstart.commands.intervention import Intervention
-from headstart.commands.parser import Command
-from headstart.commands.plan_options import add_mode_options, add_plans
+from headstart.commands.intervention import Intervention, add_intervention, read_intervention
+from headstart.commands.parser import LIST, Command, add_options
+from headstart.commands.plan_options import add_plans
 from headstart.commands.planned import compiled
 from headstart.commands.progress import progress
 from headstart.commands.session import open_engine
@@ -44,48 +43,37 @@ MOST_COLUMNS = 60
 """Of steps on a sheet, which is then 9000 pixels wide."""
 
 
+_OPTIONS = """
+    --decoder  default: tiny where there is one, else linear
+    --every N  look at every N-th step of the longest plan, and give each its column; default: look
+        at all, of which a sheet shows 8
+"""
+_CONCEPT = """
+    --watch PHRASE[=CONTROL]  say when it is there beyond the same seeds with another prompt,
+        CONTROL; default: PROMPT with the phrase taken out. A phrase that is not in PROMPT is never
+        there
+    --scorer FOLDER  a CLIP model's folder; default: the bundled scorer
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     add_prompt(parser, None, "0-3")
     add_out(parser, "trace.png", ", ".join(FORMATS))
-    add_size(parser)
-    group = parser.add_argument_group("plans")
-    add_plans(group)
-    add_mode_options(group)
+    add_options(parser, SIZE)
+    add_plans(parser.add_argument_group("plans"), modes=True)
     add_negative(parser, ": once for all images, or once for each")
     add_reading(parser)
-    parser.add_argument(
-        "--decoder", choices=DECODERS, help="default: tiny where there is one, else linear"
-    )
-    parser.add_argument(
-        "--every",
-        type=count,
-        metavar="N",
-        help="look at every N-th step of the longest plan, and give each its column; default: look "
-        "at all, of which a sheet shows 8",
-    )
+    add_options(parser, _OPTIONS, decoder={"choices": DECODERS}, every=count)
     group = parser.add_argument_group("when does a concept appear?")
-    group.add_argument(
-        "--watch",
-        action="append",
-        default=[],
-        metavar="PHRASE[=CONTROL]",
-        help="say when it is there beyond the same seeds with another prompt, CONTROL; default: "
-        "PROMPT with the phrase taken out. A phrase that is not in PROMPT is never there",
-    )
-    group.add_argument(
-        "--scorer",
-        type=Path,
-        metavar="FOLDER",
-        help="a CLIP model's folder; default: the bundled scorer",
-    )
-    intervention.add_options(parser)
+    add_options(group, _CONCEPT, watch=LIST, scorer=Path)
+    add_intervention(parser)
 
 
 def _run(args: argparse.Namespace) -> int:
     prompt, seeds = one_prompt(args)
     size = read_size(args.size)
     names = _plan_names(args)
-    change = intervention.read(args)
+    change = read_intervention(args)
     _check_output(args.out, args.overwrite)
     if args.scorer is not None and not args.watch:
         raise InputError("--scorer scores what --watch names: give --watch PHRASE too")

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from headstart.commands.arguments import add_overwrite, every
-from headstart.commands.parser import Command
+from headstart.commands.arguments import OVERWRITE, every
+from headstart.commands.parser import Command, add_options
 from headstart.commands.progress import progress
 from headstart.commands.values import output
 from headstart.commands.width import answer
@@ -22,36 +22,31 @@ LISTED = 5
 """How many of the worst captured layers are printed; --json has all of them."""
 
 
+_OPTIONS = f"""
+    --base B       a checkpoint
+    --tuned T      fine-tuned from B
+    --distilled D  gets T - B added; default: none, with --rank
+    --out FILE     a new .safetensors file
+    {OVERWRITE}
+    --strength S   times the difference; default: 1
+    --parts PARTS  of unet,text,text_2; default: %(default)s
+    --rank R       write T - B as an adapter of rank R, where D may be absent
+    --naming NAMES  of an adapter: kohya, diffusers; default: %(default)s
+"""
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base", type=Path, required=True, metavar="B", help="a checkpoint")
-    parser.add_argument("--tuned", type=Path, required=True, metavar="T", help="fine-tuned from B")
-    parser.add_argument(
-        "--distilled", type=Path, metavar="D", help="gets T - B added; default: none, with --rank"
-    )
-    parser.add_argument(
-        "--out", type=output, required=True, metavar="FILE", help="a new .safetensors file"
-    )
-    add_overwrite(parser)
-    parser.add_argument(
-        "--strength", type=float, default=1.0, metavar="S", help="times the difference; default: 1"
-    )
-    parser.add_argument(
-        "--parts",
-        default="unet",
-        metavar="PARTS",
-        help="of unet,text,text_2; default: %(default)s",
-    )
-    parser.add_argument(
-        "--rank",
-        type=int,
-        metavar="R",
-        help="write T - B as an adapter of rank R, where D may be absent",
-    )
-    parser.add_argument(
-        "--naming",
-        default="kohya",
-        metavar="NAMES",
-        help="of an adapter: kohya, diffusers; default: %(default)s",
+    add_options(
+        parser,
+        _OPTIONS,
+        base={"type": Path, "required": True},
+        tuned={"type": Path, "required": True},
+        distilled=Path,
+        out={"type": output, "required": True},
+        strength={"type": float, "default": 1.0},
+        parts={"default": "unet"},
+        rank=int,
+        naming={"default": "kohya"},
     )
 
 
