@@ -19,7 +19,6 @@ from headstart.checkpoint.cast import cast
 from headstart.checkpoint.checkpoint import inspect_checkpoint
 from headstart.cli import main
 from headstart.convert.convert import convert
-from headstart.convert.relayout import vae_to_ldm
 from headstart.errors import CheckpointError, InputError
 
 KINDS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -69,7 +68,7 @@ def test_one_layout_becomes_the_other_bit_for_bit(
 
 def test_a_full_size_vae_has_the_names_of_the_manifest(shared: Path) -> None:
     manifest = json.loads((shared / "manifests" / "vae_sdxl.json").read_text())
-    names = vae_to_ldm(manifest["diffusers"])
+    names = keymap.vae_to_ldm(manifest["diffusers"])
     prefix = "first_stage_model."
     stated = {k: v.removeprefix(prefix) for k, v in manifest["map_diffusers_to_ldm"].items()}
     assert names == stated

@@ -120,3 +120,8 @@ def test_names_no_rule_knows_are_left_out_or_keep_their_own() -> None:
     assert keymap.unet_from_ldm(odd) == {}
     names = {name: "model.diffusion_model." + name for name in odd}
     assert contents.sources("unet", names) == {name: Source(names[name]) for name in odd}
+
+
+def test_a_downsampler_in_place_of_the_first_convolution_ends_in_no_division_by_zero() -> None:
+    names = ["input_blocks.0.0.op.weight", "input_blocks.2.0.in_layers.0.weight"]
+    assert keymap.unet_from_ldm(names)[names[0]] == "conv_in.op.weight"

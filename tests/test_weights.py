@@ -18,7 +18,7 @@ from torch import Tensor
 import headstart_weights
 from headstart.checkpoint.contents import split
 from headstart.checkpoint.header import read_header
-from headstart.checkpoint.keymap import unet_from_ldm, vae_name
+from headstart.checkpoint.keymap import unet_from_ldm, vae_name, vae_to_ldm
 from headstart.errors import InputError
 from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
@@ -322,11 +322,11 @@ def test_exported_weights_are_the_trained_ones_rounded_to_float16(
 
 def test_every_vae_tensor_has_an_ldm_name_that_reads_back() -> None:
     from headstart_weights.recipe import codec
-    from headstart_weights.recipe.export import vae_to_ldm
 
     names = Vae(codec.PARAMS).state_dict()
     levels = len(codec.PARAMS.channels)
-    ldm = {name: vae_to_ldm(name, names) for name in names}
+    ldm = vae_to_ldm(names)
+    assert ldm.keys() == names.keys()
     assert {vae_name(other, levels): name for name, other in ldm.items()} == {n: n for n in names}
     assert ldm["decoder.up_blocks.0.resnets.1.conv1.weight"] == "decoder.up.2.block.1.conv1.weight"
     assert ldm["encoder.mid_block.attentions.0.to_out.0.bias"] == "encoder.mid.attn_1.proj_out.bias"

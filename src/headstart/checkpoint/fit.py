@@ -49,7 +49,7 @@ def misfit(part: Part, expected: Shapes) -> Misfit | None:
         f"{len(names)} {what}: {first_few(names)}" for what, names in problems.items() if names
     ]
     if not lines:
-        return None
+        return _unread(part)
     fix = _nearest(part) or ". Fetch the file again, or take one of a known family"
     if problems["unexpected"] and len(lines) == 1:
         fix += "; `--allow NAME` (allow=) lets such tensors be"
@@ -61,15 +61,13 @@ def misfit(part: Part, expected: Shapes) -> Misfit | None:
     return Misfit(f"the {TITLES[part.name]} does not fit. {'; '.join(lines)}{fix}", details)
 
 
-def dtype_misfit(part: Part) -> Misfit | None:
-    """What is wrong with the dtypes of a part whose shapes fit."""
-    odd: dict[str, list[str]] = {}
-    for name in part.shapes:
-        if (dtype := part.dtype(name)) not in FLOATS or dtype in UNREAD:
-            odd.setdefault(dtype, []).append(name)
-    for dtype, names in sorted(odd.items()):
-        return Misfit(f"the {TITLES[part.name]} has {len(names)} tensors of {unsupported(dtype)}")
-    return None
+def _unread(part: Part) -> Misfit | None:
+    dtypes = [part.dtype(name) for name in part.shapes]
+    unread = min((dtype for dtype in dtypes if dtype in UNREAD), default=None)
+    if unread is None:
+        return None
+    count = dtypes.count(unread)
+    return Misfit(f"the {TITLES[part.name]} has {count} tensors of {unsupported(unread)}")
 
 
 def first_few(names: Sequence[str]) -> str:
@@ -85,16 +83,10 @@ def _nearest(part: Part) -> str:
     width = (*part.shapes.get("conv_in.weight", ()), 0)[0]
     contexts = (s[-1] for n, s in part.shapes.items() if n.endswith("attn2.to_k.weight") and s)
     context, count = next(contexts, 0), len(part.shapes)
-    near = min(
-        FAMILIES.values(),
-        key=lambda family: (
-            family.signature.context_dim != context,
-            family.signature.width != width,
-            abs(family.signature.tensors - count),
-        ),
-    )
-    if near.signature.context_dim != context or near.signature.width != width:
+    alike = [row for row in FAMILIES.values() if row.signature[1:] == (width, context)]
+    if not alike:
         return ""
+    near = min(alike, key=lambda row: abs(row.signature.tensors - count))
     return (
         f". The nearest known architecture is {near.name}, which has {near.signature.tensors} "
         f"tensors; this file has {count}: fetch it again, or give a model of a known family"

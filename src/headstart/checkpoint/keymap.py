@@ -3,13 +3,14 @@
 With L = resnets in a level + 1, the original (LDM) UNet numbers its blocks through all levels:
     input_blocks.{1 + L*level + i} = down_blocks.level.*.i   output_blocks.{L*level + i} = up_blocks
     input_blocks.{L*(level + 1)}   = its downsampler         middle_block.{0, 1, 2}    = mid_block
-Pure functions of strings: any subset of names works, module names as well as tensor names.
+Pure functions of strings: any subset of names works, module names as well as tensor names. Each
+network has one table of both namings, which is read from either side.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal, NamedTuple
 
 Op = Literal["", "q", "k", "v", "transpose", "matrix"]
@@ -27,13 +28,27 @@ class Source(NamedTuple):
     op: Op = ""
 
 
+_MOST_BLOCKS = 1000
+"""Indices of blocks have up to three digits."""
+
+
+def rename(name: str, table: Mapping[str, str]) -> str | None:
+    """`name` with its longest beginning that is in the table replaced; None if none is in it."""
+    start = name
+    while start:
+        if start in table:
+            return table[start] + name[len(start) :]
+        start = start.rpartition(".")[0]
+    return None
+
+
 # --------------------------------------------------------------------- UNet
 
 _TOP = {
+    "time_embedding.cond_proj": "time_embedding.cond_proj",
+    "time_embed.cond_proj": "time_embedding.cond_proj",
     "time_embed.0": "time_embedding.linear_1",
     "time_embed.2": "time_embedding.linear_2",
-    "time_embed.cond_proj": "time_embedding.cond_proj",
-    "time_embedding.cond_proj": "time_embedding.cond_proj",
     "label_emb.0.0": "add_embedding.linear_1",
     "label_emb.0.2": "add_embedding.linear_2",
     "input_blocks.0.0": "conv_in",
@@ -48,113 +63,66 @@ _RESNET = {
     "out_layers.3": "conv2",
     "skip_connection": "conv_shortcut",
 }
-
-
-def swapped(table: Mapping[str, str]) -> dict[str, str]:
-    """The table the other way round; of two rows to one name the first counts."""
-    return {new: old for old, new in reversed([*table.items()])}
-
-
-_TOP_LDM, _RESNET_LDM = swapped(_TOP), swapped(_RESNET)
-_LDM_BLOCK = re.compile(r"(input|output|middle)_blocks?\.([0-9]{1,3})\.(.+)")
-_BLOCK = re.compile(
-    r"(down|up)_blocks\.([0-9]{1,3})\.(resnets|attentions|downsamplers|upsamplers)\.([0-9]{1,3})\.(.+)"
+_INDEX = re.compile(r".*?_blocks?\.(?:resnets\.|attentions\.)?([0-9]{1,3})\b")
+_ATTENDS = re.compile(r"up_blocks\.([0-9]{1,3})\.attentions\..+")
+_LENGTHS = (
+    (re.compile(r"input_blocks\.([0-9]{1,3})\.0\.op\b"), min, 0),
+    (re.compile(r"input_blocks\.([0-9]{1,3})\."), max, 1),  # one level: conv_in and its resnets
+    (re.compile(r"down_blocks\.0\.resnets\.([0-9]{1,3})\."), max, 2),
 )
-_MID = re.compile(r"mid_block\.(resnets|attentions)\.([0-9]{1,3})\.(.+)")
-_DOWN_OP = re.compile(r"input_blocks\.([0-9]{1,3})\.0\.op\b.*")
+"""Names that show L, from the surest on: which of their numbers counts, and what L is more."""
 
 
-def lead(name: str, table: Mapping[str, str]) -> str | None:
-    """`name` with its leading components replaced by the table; None if no row fits."""
-    for old, new in table.items():
-        if name == old or name.startswith(old + "."):
-            return new + name[len(old) :]
-    return None
+def _level_length(names: Iterable[str]) -> int:
+    """L, from LDM names (the first downsampler) or from ours."""
+    for pattern, choose, more in _LENGTHS:
+        if numbers := [int(match[1]) for match in map(pattern.match, names) if match]:
+            return max(1, choose(numbers) + more)
+    return 3
 
 
-def level_length(names: Iterable[str]) -> int:
-    """L = resnets in a level + 1, from LDM names (the first downsampler) or from ours."""
-    names = list(names)
-    downs = [int(m[1]) for m in map(_DOWN_OP.fullmatch, names) if m]
-    if downs:
-        return min(downs)
-    blocks = [m for m in map(_LDM_BLOCK.fullmatch, names) if m and m[1] == "input"]
-    if blocks:  # a single level: conv_in and its resnets
-        return max(int(m[2]) for m in blocks) + 1
-    first = [
-        m
-        for m in map(_BLOCK.fullmatch, names)
-        if m and m.group(1, 2, 3) == ("down", "0", "resnets")
-    ]
-    return max((int(m[4]) for m in first), default=1) + 2
+def _unet_rows(names: list[str]) -> Iterator[tuple[str, str]]:
+    """(LDM's, ours) for all modules that such names can belong to; of two LDM names of one module,
+    the one that a file with these names has is the last."""
+    yield from _TOP.items()
+    length = _level_length(names)
+    attending = {int(match[1]) for match in map(_ATTENDS.match, names) if match}
+    last = max((int(match[1]) for match in map(_INDEX.match, names) if match), default=0)
+    for index in range(min(length * (last + 1), _MOST_BLOCKS)):
+        level, i = divmod(index, length)
+        blocks = {
+            f"output_blocks.{index}": f"up_blocks.{level}",
+            f"input_blocks.{index + 1}": f"down_blocks.{level}",
+        }
+        if i == length - 1:
+            blocks.popitem()
+            yield f"input_blocks.{index + 1}.0.op", f"down_blocks.{level}.downsamplers.0.conv"
+        for ldm, ours in blocks.items():
+            yield f"{ldm}.1", f"{ours}.attentions.{i}"
+            for theirs, inner in _RESNET.items():
+                yield f"{ldm}.0.{theirs}", f"{ours}.resnets.{i}.{inner}"
+        for slot in (1, 2) if level in attending else (2, 1):
+            yield f"output_blocks.{index}.{slot}.conv", f"up_blocks.{level}.upsamplers.0.conv"
+        yield f"middle_block.{2 * index + 1}", f"mid_block.attentions.{index}"
+        for theirs, inner in _RESNET.items():
+            yield f"middle_block.{2 * index}.{theirs}", f"mid_block.resnets.{index}.{inner}"
 
 
 def unet_from_ldm(names: Iterable[str]) -> dict[str, str]:
     """{LDM name: our name} without prefixes; unknown names are absent."""
     names = list(names)
-    length = level_length(names)
-    mapped = ((name, _unet_from_ldm(name, length)) for name in names)
-    return {name: ours for name, ours in mapped if ours is not None}
-
-
-def _unet_from_ldm(name: str, length: int) -> str | None:
-    if top := lead(name, _TOP):
-        return top
-    match = _LDM_BLOCK.fullmatch(name)
-    if match is None:
-        return None
-    side, index, (slot, _, rest) = match[1], int(match[2]), match[3].partition(".")
-    if side == "middle":
-        rest = match[3]
-        if index % 2:
-            return f"mid_block.attentions.{index // 2}.{rest}"
-        inner = lead(rest, _RESNET)
-        return inner and f"mid_block.resnets.{index // 2}.{inner}"
-    level, i = divmod(index - 1 if side == "input" else index, length)
-    block = f"{'down' if side == 'input' else 'up'}_blocks.{level}"
-    if side == "input" and i == length - 1:
-        return f"{block}.downsamplers.0.conv{rest[2:]}" if rest.partition(".")[0] == "op" else None
-    if side == "output" and slot in ("1", "2") and rest.partition(".")[0] == "conv":
-        return f"{block}.upsamplers.0.{rest}"
-    if slot == "1":
-        return f"{block}.attentions.{i}.{rest}"
-    inner = lead(rest, _RESNET) if slot == "0" else None
-    return inner and f"{block}.resnets.{i}.{inner}"
+    return _renamed(names, dict(_unet_rows(names)))
 
 
 def unet_to_ldm(names: Iterable[str]) -> dict[str, str]:
     """{our name: LDM name}, the inverse; L and the levels with attention follow from the names."""
     names = list(names)
-    length = level_length(names)
-    blocks = [m for m in map(_BLOCK.fullmatch, names) if m]
-    attending = {m[2] for m in blocks if m.group(1, 3) == ("up", "attentions")}
-    mapped = ((name, _unet_to_ldm(name, length, attending)) for name in names)
-    return {name: ldm for name, ldm in mapped if ldm is not None}
+    return _renamed(names, {ours: ldm for ldm, ours in _unet_rows(names)})
 
 
-def _unet_to_ldm(name: str, length: int, attending: set[str]) -> str | None:
-    if mid := _MID.fullmatch(name):
-        index = 2 * int(mid[2]) + (mid[1] == "attentions")
-        inner = mid[3] if mid[1] == "attentions" else lead(mid[3], _RESNET_LDM)
-        return inner and f"middle_block.{index}.{inner}"
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return lead(name, _TOP_LDM)
-    side, level, module, i, rest = match[1], int(match[2]), match[3], int(match[4]), match[5]
-    if module == "downsamplers":
-        return f"input_blocks.{length * (level + 1)}.0.op{rest.removeprefix('conv')}"
-    if module == "upsamplers":
-        slot = 2 if match[2] in attending else 1
-        return f"output_blocks.{length * (level + 1) - 1}.{slot}.{rest}"
-    block = (
-        f"input_blocks.{1 + length * level + i}"
-        if side == "down"
-        else f"output_blocks.{length * level + i}"
-    )
-    if module == "attentions":
-        return f"{block}.1.{rest}"
-    inner = lead(rest, _RESNET_LDM)
-    return inner and f"{block}.0.{inner}"
+def _renamed(names: Iterable[str], table: Mapping[str, str]) -> dict[str, str]:
+    pairs = ((name, rename(name, table)) for name in names)
+    return {name: new for name, new in pairs if new is not None}
 
 
 def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
@@ -165,49 +133,78 @@ def unet_sources(names: Mapping[str, str]) -> dict[str, Source]:
 
 # --------------------------------------------------------------------- VAE
 
-_VAE_LDM = re.compile(r"(encoder|decoder)\.(down|up|mid)\.(.+)")
-_VAE_LEVEL = re.compile(r"([0-9]{1,3})\.(?:block\.([0-9]{1,3})|(downsample|upsample))\.(.+)")
-_VAE_MID = re.compile(r"(?:block_([12])|attn_1)\.(.+)")
-VAE_ATTENTION = {
+_ATTENTION = {
     "norm": "group_norm",
     "q": "to_q",
     "k": "to_k",
     "v": "to_v",
     "proj_out": "to_out.0",
 }
-_VAE_OLD = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_VAE = (
+    (".mid.block_1.", ".mid_block.resnets.0."),
+    (".mid.block_2.", ".mid_block.resnets.1."),
+    *((f".mid.attn_1.{a}.", f".mid_block.attentions.0.{b}.") for a, b in _ATTENTION.items()),
+    (".norm_out.", ".conv_norm_out."),
+    (".nin_shortcut.", ".conv_shortcut."),
+    (".block.", ".resnets."),
+    (".downsample.", ".downsamplers.0."),
+    (".upsample.", ".upsamplers.0."),
+)
+"""LDM's and ours, anywhere in a name. Levels come besides: LDM counts those of the decoder from the
+outside in, so that up_blocks.b is up.{levels - 1 - b}."""
+_VAE_OLD = (("query", "to_q"), ("key", "to_k"), ("value", "to_v"), ("proj_attn", "to_out.0"))
+_VAE_LEVEL = re.compile(r"\.(down|up)(_blocks)?\.([0-9]{1,3})\.")
+_VAE_LDM = re.compile(
+    r"(encoder|decoder)\.(conv_in|norm_out|conv_out|mid\.(block_[12]|attn_1\.(norm|[qkv]|proj_out))"
+    r"|(down|up)\.[0-9]{1,3}\.(block\.[0-9]{1,3}|(down|up)sample))\..+|(post_)?quant_conv\..+"
+)
 VAE_PROJECTION = re.compile(r".*\.attentions\.0\.(to_q|to_k|to_v|to_out\.0)\.weight")
 """[c, c, 1, 1] in LDM files, [c, c] in diffusers files: the same numbers."""
 
 
 def vae_name(name: str, levels: int) -> str:
     """Our name of a VAE tensor in LDM, old diffusers or current diffusers naming."""
-    head, dot, rest = name.partition(".attentions.0.")
-    if dot:
-        return head + dot + (lead(rest, _VAE_OLD) or rest)
-    match = _VAE_LDM.fullmatch(name)
+    if _VAE_LDM.fullmatch(name):
+        name = _with_level(name, "_blocks", levels)
+        for ldm, ours in _VAE:
+            name = name.replace(ldm, ours)
+    for old, ours in _VAE_OLD:
+        name = name.replace(f".attentions.0.{old}.", f".attentions.0.{ours}.")
+    return name
+
+
+def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
+    """{our name: LDM name} of a VAE, the inverse of `vae_name`; unknown names are absent."""
+    names = list(names)
+    levels = _levels(names)
+    mapped: dict[str, str] = {}
+    for name in names:
+        new = _with_level(name, "", levels)
+        for ldm, ours in _VAE:
+            new = new.replace(ours, ldm)
+        if _VAE_LDM.fullmatch(new):
+            mapped[name] = new
+    return mapped
+
+
+def _with_level(name: str, suffix: str, levels: int) -> str:
+    """The name with its level as the other naming counts it, behind `down` or `up` and `suffix`."""
+    match = _VAE_LEVEL.search(name)
     if match is None:
-        return re.sub(r"^(encoder|decoder)\.norm_out\.", r"\1.conv_norm_out.", name)
-    half, where, rest = match[1], match[2], match[3].replace("nin_shortcut", "conv_shortcut")
-    if where == "mid":
-        mid = _VAE_MID.fullmatch(rest)
-        if mid is None:
-            return name
-        if mid[1]:
-            return f"{half}.mid_block.resnets.{int(mid[1]) - 1}.{mid[2]}"
-        return f"{half}.mid_block.attentions.0.{lead(mid[2], VAE_ATTENTION) or mid[2]}"
-    level = _VAE_LEVEL.fullmatch(rest)
-    if level is None:
         return name
-    index = int(level[1]) if where == "down" else levels - 1 - int(level[1])
-    inner = f"resnets.{level[2]}" if level[2] else f"{where}samplers.0"
-    return f"{half}.{where}_blocks.{index}.{inner}.{level[4]}"
+    level = int(match[3]) if match[1] == "down" else levels - 1 - int(match[3])
+    return name.replace(match[0], f".{match[1]}{suffix}.{level}.", 1)
+
+
+def _levels(names: Iterable[str]) -> int:
+    """Of the decoder."""
+    matches = (re.match(r"decoder\.up(?:_blocks)?\.([0-9]{1,3})\.", name) for name in names)
+    return max((int(match[1]) for match in matches if match), default=-1) + 1
 
 
 def vae_sources(names: Mapping[str, str]) -> dict[str, Source]:
     """As `unet_sources`, for a VAE."""
-    ups = [m for m in (re.match(r"decoder\.up\.([0-9]{1,3})\.", name) for name in names) if m]
-    levels = max((int(m[1]) for m in ups), default=-1) + 1
+    levels = _levels(names)
     ours = {vae_name(name, levels): full for name, full in names.items()}
     return {n: Source(f, "matrix" if VAE_PROJECTION.fullmatch(n) else "") for n, f in ours.items()}
 

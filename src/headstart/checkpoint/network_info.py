@@ -10,14 +10,14 @@ from dataclasses import dataclass, field, replace
 
 from headstart.checkpoint import blueprint
 from headstart.checkpoint.families import FAMILIES, Family, TextRule
-from headstart.checkpoint.fit import dtype_misfit, misfit
+from headstart.checkpoint.fit import misfit
 from headstart.checkpoint.keymap import PartName
 from headstart.checkpoint.leftovers import is_allowed
 from headstart.checkpoint.params import ClipParams, TinyParams, UNetParams, VaeParams
 from headstart.checkpoint.sizing import (
     Need,
     clip_params,
-    heads_need,
+    heads_needs,
     heads_problem,
     indices,
     text_heads,
@@ -70,39 +70,32 @@ class NetworkInfo:
     details: tuple[str, ...] = ()
 
 
-def _fit(
-    part: Part, expected: Mapping[str, tuple[int, ...]], overrides: Overrides
-) -> tuple[Part, str | None, tuple[str, ...]]:
-    """The part without ignored tensors, and what does not fit: a sentence, and lists in full."""
-    allow = overrides.allow
+def _fitted(
+    info: NetworkInfo, expected: Mapping[str, tuple[int, ...]], overrides: Overrides
+) -> NetworkInfo:
+    """`info` without ignored tensors, and with what does not fit as its problem."""
+    part, allow = info.part, overrides.allow
     sources = {
         n: s for n, s in part.sources.items() if n in expected or not is_allowed(s.name, allow)
     }
     strays = tuple(name for name in part.strays if not is_allowed(name, allow))
     shapes = {name: part.shapes[name] for name in sources}
     part = replace(part, sources=sources, shapes=shapes, strays=strays)
-    problem = misfit(part, expected) or dtype_misfit(part)
-    if problem is None:
-        return part, None, ()
-    return part, problem.sentence, problem.details
+    problem, details = misfit(part, expected) or (None, ())
+    return replace(info, part=part, problem=problem, details=details)
 
 
 # --------------------------------------------------------------------- UNet
 
 _LATENT = "which no plan gives: take this model's release for text to image"
 _INPUTS = {
-    5: f"a UNet for depth (5 input channels): it wants a depth map besides the latent, {_LATENT}",
-    7: f"an upscaling UNet (7 input channels): it wants a picture besides the latent, {_LATENT}",
-    8: (
-        "an InstructPix2Pix UNet (8 input channels): it wants a picture besides the latent, "
-        + _LATENT
-    ),
-    9: (
-        "an inpainting UNet (9 input channels): it wants a mask and a picture besides the latent, "
-        + _LATENT
-    ),
+    5: ("a UNet for depth", "a depth map"),
+    7: ("an upscaling UNet", "a picture"),
+    8: ("an InstructPix2Pix UNet", "a picture"),
+    9: ("an inpainting UNet", "a mask and a picture"),
 }
-"""Input channels of a UNet with 4 output channels -> what it is (Stability's configurations)."""
+"""Input channels of a UNet with 4 output channels -> what it is, and what it wants (Stability's
+configurations)."""
 
 
 def judge_unet(part: Part, family: Family | None, overrides: Overrides) -> NetworkInfo:
@@ -112,18 +105,16 @@ def judge_unet(part: Part, family: Family | None, overrides: Overrides) -> Netwo
     if overrides.head_dim is not None:
         family = replace(family, head_dim=overrides.head_dim, heads=None)
     params = unet_params(part.shapes, family)
-    need = None if overrides.head_dim is not None else heads_need(family)
-    problem, details = _other_unet(params), ()
-    if problem is None:
+    needs = () if overrides.head_dim is not None else heads_needs(family)
+    problem = _other_unet(params)
+    info = NetworkInfo(part=part, family=family, unet=params, needs=needs, problem=problem)
+    if info.problem is None:
         expected = blueprint.unet(params)
-        part, problem, details = _fit(part, expected, overrides)
-        if problem is None:
+        info = _fitted(info, expected, overrides)
+        if info.problem is None:
             blueprint.check_groups(expected, params.norm_groups, "headstart.norm_groups")
-            problem = None if need is not None else heads_problem(params)
-    needs = () if need is None else (need,)
-    return NetworkInfo(
-        part=part, family=family, unet=params, needs=needs, problem=problem, details=details
-    )
+            info = replace(info, problem=None if needs else heads_problem(params))
+    return info
 
 
 def _no_family(part: Part) -> str:
@@ -150,12 +141,15 @@ def _other_unet(params: UNetParams) -> str | None:
         return (
             "an unCLIP UNet (SD 2.1): it wants a picture's embedding besides the text, " + _LATENT
         )
-    if params.in_channels == params.out_channels:
+    inputs, outputs = params.in_channels, params.out_channels
+    if inputs == outputs:
         return None
-    return _INPUTS.get(
-        params.in_channels if params.out_channels == 4 else 0,
-        f"a UNet that reads {params.in_channels} channels and gives {params.out_channels}: "
-        "expected as many, those of the latent",
+    if outputs == 4 and inputs in _INPUTS:
+        what, wants = _INPUTS[inputs]
+        return f"{what} ({inputs} input channels): it wants {wants} besides the latent, {_LATENT}"
+    return (
+        f"a UNet that reads {inputs} channels and gives {outputs}: expected as many, those of the "
+        "latent"
     )
 
 
@@ -180,17 +174,6 @@ def judge_vae(part: Part, family: Family, overrides: Overrides) -> NetworkInfo:
     family = _with_scale(family, overrides)
     params = vae_params(part, family)
     expected = blueprint.vae(params)
-    part, problem, details = _fit(part, expected, overrides)
-    if problem is None:
-        blueprint.check_groups(
-            expected, params.norm_groups, "headstart.vae_norm_groups (load_vae: norm_groups=)"
-        )
-    count = len(params.latents_std or (0,))
-    if problem is None and count not in (1, params.latent_channels):
-        problem = (
-            f"latents_mean and latents_std have {count} numbers, and the VAE "
-            f"{params.latent_channels} channels: expected as many"
-        )
     needs: tuple[Need, ...] = ()
     if family.name == "unknown" and "scale_factor" not in family.declared:
         known = _SCALES if params.latent_channels == 4 else _SCALES_16
@@ -201,31 +184,39 @@ def judge_vae(part: Part, family: Family, overrides: Overrides) -> NetworkInfo:
                 f"pass scale_factor={known}",
             ),
         )
-    return NetworkInfo(
-        part=part, family=family, vae=params, needs=needs, problem=problem, details=details
+    info = NetworkInfo(part=part, family=family, vae=params, needs=needs)
+    info = _fitted(info, expected, overrides)
+    if info.problem is not None:
+        return info
+    blueprint.check_groups(
+        expected, params.norm_groups, "headstart.vae_norm_groups (load_vae: norm_groups=)"
     )
+    count = len(params.latents_std or (0,))
+    if count in (1, params.latent_channels):
+        return info
+    problem = (
+        f"latents_mean and latents_std have {count} numbers, and the VAE {params.latent_channels} "
+        "channels: expected as many"
+    )
+    return replace(info, problem=problem)
 
 
 def _with_scale(family: Family, overrides: Overrides) -> Family:
     """With the scale of the arguments, else of the file, else of the model `like`."""
-    like = overrides.like
-    if overrides.scale_factor is not None or overrides.shift_factor is not None:
+    like, scale, shift = overrides.like, overrides.scale_factor, overrides.shift_factor
+    if scale is not None or shift is not None:
         family = replace(
             family,
-            scale_factor=overrides.scale_factor or family.scale_factor,
-            shift_factor=family.shift_factor
-            if overrides.shift_factor is None
-            else overrides.shift_factor,
-            declared=family.declared | ({"scale_factor"} if overrides.scale_factor else set[str]()),
+            scale_factor=scale or family.scale_factor,
+            shift_factor=family.shift_factor if shift is None else shift,
+            declared=family.declared | ({"scale_factor"} if scale else set[str]()),
         )
     elif family.name == "unknown" and "scale_factor" not in family.declared and like is not None:
+        fields = ("scale_factor", "shift_factor", "latents_mean", "latents_std")
         family = replace(
             family,
-            scale_factor=like.scale_factor,
-            shift_factor=like.shift_factor,
-            latents_mean=like.latents_mean,
-            latents_std=like.latents_std,
             declared=family.declared | {"scale_factor"},
+            **{name: getattr(like, name) for name in fields},
         )
     if overrides.norm_groups is not None:
         family = replace(family, vae_norm_groups=overrides.norm_groups)
@@ -268,9 +259,8 @@ def judge_texts(
 
 
 def _judge_text(part: Part, rule: TextRule, family: Family, overrides: Overrides) -> NetworkInfo:
-    heads = text_heads(part, overrides.text_head_dim)
-    needs = (heads,) if isinstance(heads, Need) else ()
-    params = clip_params(part, rule, 1 if isinstance(heads, Need) else heads)
+    heads, needs = text_heads(part, overrides.text_head_dim)
+    params = clip_params(part, rule, heads)
     if not overrides.tokenizer and params.vocabulary < CLIP_TOKENS:
         needs += (
             Need(
@@ -279,16 +269,8 @@ def _judge_text(part: Part, rule: TextRule, family: Family, overrides: Overrides
                 "give the tokenizer that belongs to this encoder",
             ),
         )
-    part, problem, details = _fit(part, blueprint.clip(params), overrides)
-    return NetworkInfo(
-        part=part,
-        family=family,
-        clip=params,
-        rule=rule,
-        needs=needs,
-        problem=problem,
-        details=details,
-    )
+    info = NetworkInfo(part=part, family=family, clip=params, rule=rule, needs=needs)
+    return _fitted(info, blueprint.clip(params), overrides)
 
 
 def _without_unused(part: Part, rule: TextRule) -> Part:
@@ -312,21 +294,22 @@ def judge_tiny(part: Part, overrides: Overrides) -> NetworkInfo:
     expected = {
         name: shape for half in halves for name, shape in blueprint.tiny(params[half], half).items()
     }
-    part, problem, details = _fit(part, expected, overrides)
-    if problem is not None and _is_other_make(part):
-        sizes = ", ".join(f"{half} of {own.latent_channels}" for half, own in params.items())
+    info = _fitted(NetworkInfo(part=part, tiny=params), expected, overrides)
+    channels = next((half.latent_channels for half in params.values()), 4)
+    if info.problem is not None and _is_other_make(info.part):
+        sizes = ", ".join(f"{name} of {half.latent_channels}" for name, half in params.items())
         problem = (
             f"a tiny autoencoder of another make ({sizes} channels), not TAESD's: the families "
             "here need TAESD (SD 1 and 2) or TAESDXL"
         )
-    channels = next((own.latent_channels for own in params.values()), 4)
-    if problem is None and channels != 4:
-        models = _OTHER_LATENTS.get(channels, "")
+    elif info.problem is None and channels != 4:
         problem = (
-            f"a tiny autoencoder of {channels}-channel latents{models}: the "
-            "families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
+            f"a tiny autoencoder of {channels}-channel latents{_OTHER_LATENTS.get(channels, '')}: "
+            "the families here have 4 channels, so give TAESD (SD 1 and 2) or TAESDXL"
         )
-    return NetworkInfo(part=part, tiny=params, problem=problem, details=details)
+    else:
+        return info
+    return replace(info, problem=problem)
 
 
 def _is_other_make(part: Part) -> bool:

@@ -36,22 +36,21 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
     """The params of a UNet from its tensors; heads and norm groups come from the family."""
     blocks = _blocks(shapes)
 
-    def stages(side: str, sampler: str) -> tuple[Stage, ...]:
-        levels = indices(shapes, f"{side}_blocks")
-        named = [(f"{side}_blocks.{level}", blocks[f"{side}_blocks.{level}"]) for level in levels]
+    def stages(side: str) -> tuple[Stage, ...]:
+        names = [f"{side}_blocks.{level}" for level in indices(shapes, f"{side}_blocks")]
         return tuple(
             Stage(
                 _dim(shapes, 0, *(f"{name}.resnets.{i}.conv2.weight" for i in range(4))),
-                block.depths,
-                sampler in block.parts,
+                blocks[name].depths,
+                f"{side}samplers" in blocks[name].parts,
             )
-            for name, block in named
+            for name in names
         )
 
     mid = blocks.get("mid_block", _Block())
     contexts = [shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     projections = [len(s) for name, s in shapes.items() if name.endswith("proj_in.weight")]
-    down = stages("down", "downsamplers")
+    down = stages("down")
     if not down or not contexts or not contexts[0]:
         raise CheckpointError(
             "missing or misshapen: "
@@ -61,7 +60,7 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
     return UNetParams(
         down=down,
         mid=Mid(len(mid.resnets), sum(mid.depths)) if mid.resnets else None,
-        up=stages("up", "upsamplers"),
+        up=stages("up"),
         context_dim=contexts[0][-1],
         heads=family.heads,
         head_dim=family.head_dim or 64,
@@ -204,20 +203,20 @@ def _optional(shapes: Shapes, axis: int, name: str) -> int | None:
 # --------------------------------------------------------------------- heads
 
 
-def heads_need(family: Family) -> Need | None:
-    """The option for a UNet whose attention heads are unknown, or None.
+def heads_needs(family: Family) -> tuple[Need, ...]:
+    """The option for a UNet whose attention heads are unknown.
 
     A count of heads is right at any scale; a head width is not, so scaled-down models need it.
     """
     full_size = family.signature.width == FAMILIES[family.lineage].signature.width
     if "head_dim" in family.declared or family.heads or full_size:
-        return None
-    return Need(
-        "--head-dim N",
+        return ()
+    why = (
         f"a {family.lineage} UNet scaled down to width {family.signature.width} does not "
         "say how wide its attention heads are: give --head-dim or head_dim=, or write metadata "
-        "headstart.head_dim",
+        "headstart.head_dim"
     )
+    return (Need("--head-dim N", why),)
 
 
 def heads_problem(params: UNetParams) -> str | None:
@@ -233,8 +232,9 @@ def heads_problem(params: UNetParams) -> str | None:
     return None
 
 
-def text_heads(part: Part, head_dim: int | None) -> int | Need:
-    """The number of heads of a text encoder: from the argument, the file, its config, or CLIP.
+def text_heads(part: Part, head_dim: int | None) -> tuple[int, tuple[Need, ...]]:
+    """The number of heads of a text encoder: from the argument, the file, its config, or CLIP; 1,
+    and the option for it, where none of them says it.
 
     Raises CheckpointError if they do not divide its width.
     """
@@ -248,12 +248,12 @@ def text_heads(part: Part, head_dim: int | None) -> int | Need:
     elif heads is None and width in _CLIP_WIDTHS:
         heads = width // _CLIP_HEAD_DIM
     if heads is None:
-        return Need(
-            "--text-head-dim N",
+        why = (
             f"a text encoder of {width} units does not say how wide its attention heads are: "
             "give --text-head-dim or text_head_dim= (load_text: head_dim=), or write metadata "
-            "headstart.text_heads",
+            "headstart.text_heads"
         )
+        return 1, (Need("--text-head-dim N", why),)
     if heads < 1 or width % heads:
         raise CheckpointError(f"{heads} heads do not divide a text encoder of {width} units")
-    return heads
+    return heads, ()

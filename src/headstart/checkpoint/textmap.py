@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from headstart.checkpoint.keymap import Source, lead
+from headstart.checkpoint.keymap import Source, rename
 
 _OPENCLIP_BLOCK = re.compile(r"transformer\.resblocks\.([0-9]{1,3})\.(.+)")
 OPENCLIP_INNER = {
@@ -45,5 +45,5 @@ def _text_names(name: str) -> list[Source]:
     if rest in ("attn.in_proj_weight", "attn.in_proj_bias"):
         leaf = rest.removeprefix("attn.in_proj_")
         return [Source(f"{layer}.self_attn.{op}_proj.{leaf}", op) for op in ("q", "k", "v")]
-    inner = lead(rest, OPENCLIP_INNER)
+    inner = rename(rest, OPENCLIP_INNER)
     return [Source(f"{layer}.{inner}" if inner else name)]

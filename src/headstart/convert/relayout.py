@@ -103,7 +103,7 @@ def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
             f"{part.checkpoint.files[0]} holds a {part.name}: only a unet or a vae alone has names "
             "of its own in the ldm layout"
         )
-    names = (keymap.unet_to_ldm if part.name == "unet" else vae_to_ldm)(part.sources)
+    names = (keymap.unet_to_ldm if part.name == "unet" else keymap.vae_to_ldm)(part.sources)
     if odd := sorted(part.sources.keys() - names.keys()):
         raise CheckpointError(
             f"{part.checkpoint.files[0]}: {len(odd)} tensors of the {part.name} have no name in "
@@ -115,52 +115,6 @@ def _as_ldm(part: Part, ours: list[NewTensor]) -> list[NewTensor]:
         shape = (*shape, 1, 1) if matrix else shape
         tensors.append(NewTensor(Slot(_PREFIXES[part.name] + names[name], dtype, shape), source))
     return tensors
-
-
-_VAE_BLOCK = re.compile(
-    r"(encoder|decoder)\.(down|up)_blocks\.([0-9]{1,3})\."
-    r"(?:resnets\.([0-9]{1,3})|(?:down|up)samplers\.0)\.(.+)"
-)
-_VAE_MID = re.compile(r"(encoder|decoder)\.mid_block\.(?:resnets\.([01])|attentions\.0)\.(.+)")
-_VAE_TOP = re.compile(r"(encoder|decoder)\.(conv_in|conv_norm_out|conv_out)\.(.+)")
-_VAE_ATTENTION = keymap.swapped(keymap.VAE_ATTENTION)
-
-
-def vae_to_ldm(names: Iterable[str]) -> dict[str, str]:
-    """{our name: LDM name} of a VAE, the inverse of `keymap.vae_name`; unknown names are absent.
-
-    LDM counts the decoder's levels from the outside in: up_blocks.b is up.{levels - 1 - b}.
-    """
-    names = list(names)
-    blocks = [match for match in map(_VAE_BLOCK.fullmatch, names) if match]
-    levels = max((int(m[3]) for m in blocks if m[2] == "up"), default=-1) + 1
-    mapped = ((name, _vae_to_ldm(name, levels)) for name in names)
-    return {name: ldm for name, ldm in mapped if ldm is not None}
-
-
-def _vae_to_ldm(name: str, levels: int) -> str | None:
-    if name.startswith(("quant_conv.", "post_quant_conv.")):
-        return name
-    if top := _VAE_TOP.fullmatch(name):
-        return f"{top[1]}.{top[2].replace('conv_norm_out', 'norm_out')}.{top[3]}"
-    if mid := _VAE_MID.fullmatch(name):
-        if mid[2]:
-            return f"{mid[1]}.mid.block_{int(mid[2]) + 1}.{_shortcut(mid[3])}"
-        leaf, _, name = mid[3].rpartition(".")
-        return _VAE_ATTENTION.get(leaf) and f"{mid[1]}.mid.attn_1.{_VAE_ATTENTION[leaf]}.{name}"
-    block = _VAE_BLOCK.fullmatch(name)
-    if block is None:
-        return None
-    half, side, level = block[1], block[2], int(block[3])
-    if side == "up":
-        level = levels - 1 - level
-    if block[4] is None:
-        return f"{half}.{side}.{level}.{side}sample.{block[5]}"
-    return f"{half}.{side}.{level}.block.{block[4]}.{_shortcut(block[5])}"
-
-
-def _shortcut(leaf: str) -> str:
-    return leaf.replace("conv_shortcut", "nin_shortcut")
 
 
 def left_out(checkpoint: Checkpoint, plan: Iterable[NewTensor]) -> list[str]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from headstart.checkpoint.checkpoint import Checkpoint
-from headstart.checkpoint.keymap import unet_to_ldm
+from headstart.checkpoint.keymap import unet_to_ldm, vae_to_ldm
 from headstart.errors import InputError
 from headstart.metrics.scorer import TOKENIZER_KEY
 from headstart.plan.pairs import DEMO_SCHEDULE
@@ -40,9 +39,6 @@ TEXT_HEADS = 4
 _MAX_TOTAL_BYTES = 32 * 2**20
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16"}
-_ATTENTION = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
-_VAE_BLOCK = re.compile(r"(encoder|decoder)\.(?:down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.+)")
-_VAE_MID = re.compile(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d)\.(.+)")
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +66,12 @@ def base_tensors(
     schedule: NoiseSchedule,
 ) -> dict[str, Tensor]:
     """One LDM file's tensors: F16 weights, and the schedule in F32."""
-    names = unet_to_ldm(unet)
-    absent = sorted(set(unet) - set(names))
+    names, vae_names = unet_to_ldm(unet), vae_to_ldm(vae)
+    absent = sorted({*unet, *vae} - {*names, *vae_names})
     if absent:
-        raise InputError(f"UNet tensors without an LDM name: {absent[:3]}: extend headstart.keymap")
+        raise InputError(f"tensors without an LDM name: {absent[:3]}: extend headstart.keymap")
     tensors = {f"model.diffusion_model.{names[k]}": v for k, v in unet.items()}
-    tensors |= {
-        f"first_stage_model.{vae_to_ldm(k, vae)}": _ldm_matrix(k, v) for k, v in vae.items()
-    }
+    tensors |= {f"first_stage_model.{vae_names[k]}": _ldm_matrix(k, v) for k, v in vae.items()}
     tensors |= {f"cond_stage_model.transformer.{k}": v for k, v in text.items()}
     alphas = schedule.alphas_cumprod
     betas = 1.0 - alphas / np.concatenate([[1.0], alphas[:-1]])
@@ -85,26 +79,6 @@ def base_tensors(
         "alphas_cumprod": torch.as_tensor(alphas.astype(np.float32)),
         "betas": torch.as_tensor(betas.astype(np.float32)),
     }
-
-
-def vae_to_ldm(name: str, names: Mapping[str, Any]) -> str:
-    """LDM name of a VAE tensor; the decoder's levels are counted from the other end there."""
-    name = name.replace("conv_shortcut", "nin_shortcut")
-    if mid := _VAE_MID.fullmatch(name):
-        half_name, kind, index, rest = mid.groups()
-        if kind == "resnets":
-            return f"{half_name}.mid.block_{int(index) + 1}.{rest}"
-        slot, _, leaf = rest.rpartition(".")
-        return f"{half_name}.mid.attn_1.{_ATTENTION[slot]}.{leaf}"
-    block = _VAE_BLOCK.fullmatch(name)
-    if block is None:
-        return name.replace(".conv_norm_out.", ".norm_out.")
-    half_name, level, kind, index, rest = block.groups()
-    blocks = (_VAE_BLOCK.fullmatch(other) for other in names)
-    last = max(int(match[2]) for match in blocks if match and match[1] == half_name)
-    where, number = ("down", int(level)) if half_name == "encoder" else ("up", last - int(level))
-    inner = f"block.{index}.{rest}" if kind == "resnets" else f"{where}sample.{rest}"
-    return f"{half_name}.{where}.{number}.{inner}"
 
 
 def half(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
