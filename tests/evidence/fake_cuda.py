@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from evidence.open_tape import OpenTape, poison
 from headstart_kernels.recording.tape import (
     ALLOCATES,
     Tape,
@@ -84,7 +85,7 @@ class FakeGraph:
 
     cuda: FakeCuda
     pool: Pool | None = None
-    tape: Tape = field(default_factory=lambda: Tape(opened=True))
+    tape: OpenTape = field(default_factory=OpenTape)
     stream: FakeStream | None = None
     recording: AbstractContextManager[Tape] | None = None
 
@@ -342,7 +343,7 @@ class FakeCuda:
         self._local.quiet = True
         try:
             for graph in memory.graphs:
-                graph.tape.poison()
+                poison(graph.tape)
         finally:
             self._local.quiet = False
 
@@ -351,7 +352,7 @@ class FakeCuda:
         return self._tape is not None
 
     @property
-    def _tape(self) -> Tape | None:
+    def _tape(self) -> OpenTape | None:
         return getattr(self._local, "tape", None)
 
 

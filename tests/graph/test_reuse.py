@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from evidence.open_tape import poison
 from evidence.oracle import random_latents
 from headstart_kernels.recording.lifetimes import Piece, _lay_out
 from headstart_kernels.recording.tape import Tape
@@ -25,7 +26,7 @@ def test_a_chain_takes_what_the_run_took_however_long_it_is() -> None:
     # A step has its input, what lies between and its output; and the last one is held.
     assert tape.size_bytes <= 4 * made.nbytes
     expected = made.clone()
-    tape.poison()
+    poison(tape)
     tape.replay()
     assert torch.equal(made, expected)
 
@@ -37,7 +38,7 @@ def replays(body: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> None:
         results = body(x)
     for factor in (1.0, -3.0):
         x.mul_(factor)
-        tape.poison()
+        poison(tape)
         with torch.no_grad():
             tape.replay()
             assert all(map(torch.equal, results, body(x)))

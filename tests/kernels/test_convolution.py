@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from evidence.open_tape import OpenTape, poison
 from evidence.oracle import random_latents
 from headstart_kernels import ops
 from headstart_kernels.convolution import LARGEST, small_convolution
@@ -155,13 +156,13 @@ def test_a_recording_runs_the_same_kernel_on_what_is_there_then() -> None:
     assert made is not None
     inputs.mul_(2)
     weight.neg_()
-    tape.poison()
+    poison(tape)
     tape.replay()
     assert torch.equal(made, small_convolution(inputs, weight, b, 1))  # pyright: ignore
 
 
 def test_a_recording_of_what_kernels_do_has_torchs_own() -> None:
-    with Tape(opened=True).recording():
+    with OpenTape().recording():
         assert small_convolution(x, w, b, 1) is None
 
 

@@ -17,9 +17,9 @@ that it wrote to is put back, because capturing a CUDA graph does not run it.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from headstart_kernels.observers import recorded
-from headstart_kernels.ops import BODIES, again
+from headstart_kernels.ops import again
 from headstart_kernels.recording.lifetimes import Lifetimes, Part
 
 _ATEN = torch.ops.aten
@@ -58,107 +58,81 @@ class Call(NamedTuple):
 
 
 class Tape:
-    """The operators of one callable.
+    """The operators of one callable. `calls` are in order, once the recording has ended."""
 
-    calls   in order, once the recording has ended
-    opened  record what our own operators do inside, as a GPU does, which knows kernels alone. Then
-            memory is not used again, and `owned` has every new tensor
-    refused whether something needed what cannot be recorded: the tape is of no use
-    """
-
-    def __init__(self, *, opened: bool = False) -> None:
-        self.opened, self.refused = opened, False
+    def __init__(self) -> None:
         self.calls: list[Call] = []
-        self.owned: dict[int, Tensor] = {}
-        self._held: list[object] = []
-        self._pending: list[Call | _Operator] = []
+        self._pending: list[_Operator] = []
         self._lifetimes = Lifetimes()
-        self._found: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
+        self._before: dict[int, tuple[torch.UntypedStorage, torch.UntypedStorage]] = {}
 
     @contextmanager
-    def recording(self) -> Generator[Tape]:
+    def recording(self) -> Generator[Self]:
         """Record what runs inside. Raises WaitError where that needs a value on the host."""
         try:
-            with nullcontext() if self.opened else recorded(), _Recording(self):
+            with self.watching():
                 yield self
             self._lifetimes.place(len(self._pending))
             self.calls += map(self._call, self._pending, range(1, len(self._pending) + 1))
         finally:
             self._pending.clear()
-            for storage, before in self._found.values():
+            for storage, before in self._before.values():
                 storage.copy_(before)
-            self._found.clear()
+            self._before.clear()
+
+    @contextmanager
+    def watching(self) -> Generator[None]:
+        """While this is entered, every operator is added."""
+        with recorded(), Recording(self):
+            yield
 
     def replay(self) -> None:
         for call in self.calls:
             call.run()
 
-    def poison(self) -> None:
-        """Overwrite all memory of its own, as another graph of the same pool may do."""
-        for storage in self._lifetimes.storages():
-            torch.empty(0, dtype=torch.uint8).set_(storage).fill_(255)  # NaN in every float dtype
-        for tensor in self.owned.values():
-            if tensor.is_floating_point():
-                tensor.fill_(float("nan"))
-            else:
-                tensor.fill_(77 if tensor.dtype != torch.bool else True)
-
     def clear(self) -> None:
         self.calls.clear()
-        self.owned.clear()
-        self._held.clear()
         self._lifetimes = Lifetimes()
+
+    def storages(self) -> list[torch.UntypedStorage]:
+        """Memory that it holds; what it reads from outside is not in it."""
+        return self._lifetimes.storages()
 
     @property
     def size_bytes(self) -> int:
-        """Memory that it holds; what it reads from outside is not counted."""
-        owned = (tensor.untyped_storage() for tensor in self.owned.values())
-        return sum(storage.nbytes() for storage in (*owned, *self._lifetimes.storages()))
+        return sum(storage.nbytes() for storage in self.storages())
+
+    def made(self, storage: int) -> bool:
+        """Whether a storage, by its identity, was made in the recording."""
+        return storage in self._lifetimes
 
     def save_before(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Remember memory from outside that `func` is about to write to."""
         for tensor in written(func, args, kwargs):
             key = storage_of(tensor)
-            inside = key in self.owned or key in self._lifetimes
-            if not inside and key not in self._found:
+            if not self.made(key) and key not in self._before:
                 storage = tensor.untyped_storage()
-                self._found[key] = storage, storage.clone()
-
-    def add(self, name: str, run: Callable[[], object], *held: object) -> None:
-        """Add what is not an operator, such as the launch of a kernel."""
-        self._held.append(held)
-        (self.calls if self.opened else self._pending).append(Call(name, run))
+                self._before[key] = storage, storage.clone()
 
     def keep(
         self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object
     ) -> None:
         """Add one operator that ran."""
-        inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
-        fresh = [out for out in tensors(result) if storage_of(out) not in inputs]
-        name = name_of(func)
-        makes = name not in ALLOCATES and bool(fresh or func._schema.is_mutable)
-        if self.opened:
-            self._held.append((args, kwargs, result))
-            self.owned.update((storage_of(out), out) for out in fresh)
-            if makes:
-                self.calls.append(Call(name, _again(func, args, kwargs, result, fresh)))
-            return
+        fresh = fresh_of(args, kwargs, result)
         for out in fresh:
             self._lifetimes.allocate(out, len(self._pending))
-        if makes:
+        if computes(func, fresh):
             inner = self._lifetimes.parts_of((args, dict(kwargs), result))
             new = {id(out) for out in fresh}
             which = [id(leaf) in new for leaf in tree_iter(result)]
-            self._pending.append(_Operator(name, func, inner, which))
+            self._pending.append(_Operator(name_of(func), func, inner, which))
 
     def expire(self) -> None:
         """Before an operator: what of the recorded run is gone by now."""
         self._lifetimes.expire(len(self._pending))
 
-    def _call(self, call: Call | _Operator, following: int) -> Call:
+    def _call(self, call: _Operator, following: int) -> Call:
         """To run again; `following`: the number of the next one."""
-        if isinstance(call, Call):
-            return call
         args, kwargs, result = self._lifetimes.tensors_of(call.operands)
         fresh = [out for out, new in zip(tree_iter(result), call.fresh, strict=True) if new]
         parts = tree_iter(call.operands[2], is_leaf=lambda leaf: isinstance(leaf, Part))
@@ -167,7 +141,7 @@ class Tape:
             for out, part in zip(tree_iter(result), parts, strict=True)
             if isinstance(part, Part) and part.outlives(following)
         ]
-        return Call(call.name, _again(call.func, args, kwargs, result, fresh, read))
+        return Call(call.name, again_into(call.func, args, kwargs, result, fresh, read))
 
 
 class _Operator(NamedTuple):
@@ -180,7 +154,9 @@ class _Operator(NamedTuple):
     fresh: list[bool]
 
 
-class _Recording(TorchDispatchMode):
+class Recording(TorchDispatchMode):
+    """Every operator that runs while this is entered is added to the tape."""
+
     def __init__(self, tape: Tape) -> None:
         super().__init__()
         self.tape = tape
@@ -195,19 +171,23 @@ class _Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":  # asks for a property, computes nothing
             return func(*args, **kwargs)
-        if self.tape.opened and func.namespace == _OURS:
-            with self:
-                return BODIES[name_of(func)](*args, **kwargs)
-        try:
-            refuse_waiting(func, args)
-        except WaitError:
-            self.tape.refused = True
-            raise
+        refuse_waiting(func, args)
         self.tape.expire()
         self.tape.save_before(func, args, kwargs)
         result = func(*args, **kwargs)
         self.tape.keep(func, args, kwargs, result)
         return result
+
+
+def fresh_of(args: tuple[Any, ...], kwargs: Mapping[str, Any], result: object) -> list[Tensor]:
+    """The results on memory that is new."""
+    inputs = {storage_of(tensor) for tensor in tensors((args, kwargs))}
+    return [out for out in tensors(result) if storage_of(out) not in inputs]
+
+
+def computes(func: Any, fresh: Sequence[Tensor]) -> bool:
+    """Whether an operator is to be run again: it is no view and no mere allocation."""
+    return name_of(func) not in ALLOCATES and bool(fresh or func._schema.is_mutable)
 
 
 def refuse_waiting(func: Any, args: tuple[Any, ...]) -> None:
@@ -286,7 +266,7 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     )
 
 
-def _again(
+def again_into(
     func: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
