@@ -129,26 +129,28 @@ def _step(latent: int, rounds: int) -> dict[str, Any]:
     slider = from_deltas(steered, "slider", deltas)
     x, context = torch.randn(1, 4, latent, latent), torch.randn(1, 77, 768)
 
-    def step(unet: UNet, strength: float | None) -> Tensor:
-        strengths = None if strength is None else torch.full((1, 1), strength)
-        adapters = None if strengths is None else slider
-        cond = hs.Conditioning(context, strengths=strengths, adapters=adapters)
+    def step(unet: UNet, **options: Any) -> Tensor:
         with torch.inference_mode():
-            return unet(x, torch.tensor([500]), cond)
+            return unet(x, torch.tensor([500]), hs.Conditioning(context, **options))
 
-    same = torch.equal(step(plain, None), step(steered, 0.0))
-    runs: tuple[tuple[UNet, float | None], ...] = ((plain, None), (steered, 0.0), (steered, 1.0))
-    turns = [[harness.seconds_of(partial(step, *run)) for run in runs] for _ in range(rounds)]
-    seconds = np.array(turns)
-    ratios = seconds[:, 1:] / seconds[:, :1] - 1
-    cases = ("strength 0", "strength 1")
+    cases = {
+        f"strength {number}": partial(
+            step, steered, strengths=torch.full((1, 1), float(number)), adapters=slider
+        )
+        for number in (0, 1)
+    }
+    detached = partial(step, plain)
+    same = torch.equal(detached(), cases["strength 0"]())
+    calls = {name: partial(harness.seconds_of, c) for name, c in (("", detached), *cases.items())}
+    seconds = {name: np.array(taken) for name, taken in harness.in_turns(calls, rounds, 0).items()}
+    ratios = {name: seconds[name] / seconds[""] - 1 for name in cases}
     return {
         "layers": len(deltas),
         "latent": latent,
         "strength 0 equals detached": same,
-        "detached_s": round(float(np.median(seconds[:, 0])), 3),
-        "overhead": dict(zip(cases, np.median(ratios, 0).round(4).tolist(), strict=True)),
-        "overhead_of_rounds": dict(zip(cases, ratios.T.round(4).tolist(), strict=True)),
+        "detached_s": round(float(np.median(seconds[""])), 3),
+        "overhead": {name: round(float(np.median(each)), 4) for name, each in ratios.items()},
+        "overhead_of_rounds": {name: each.round(4).tolist() for name, each in ratios.items()},
     }
 
 
@@ -197,14 +199,14 @@ def _memory() -> dict[str, Any]:
     for tensor in unet.state_dict().values():
         tensor.zero_()
     alone = _resident_kib()
-    adapters = AdapterSet({"base": unet})
+    unet_kib, adapters = alone - before, AdapterSet({"base": unet})
     with _files(_deltas(unet, KOHYA_SDXL, RANK, torch.float16)) as (file,):
         adapters.attach(file, name="lora")
-    slots = sum(b.nbytes for part in adapters.look().parts(unet) for b in part.buffers())
+    slots_kib = sum(b.nbytes for part in adapters.look().parts(unet) for b in part.buffers()) / 1024
     return {
-        "unet_kib": alone - before,
-        "slots_kib": slots // 1024,
-        "of_two_unets": round((alone - before + slots / 1024) / (2 * (alone - before)), 3),
+        "unet_kib": unet_kib,
+        "slots_kib": int(slots_kib),
+        "of_two_unets": round((unet_kib + slots_kib) / (2 * unet_kib), 3),
     }
 
 
@@ -225,13 +227,12 @@ def _growth(swaps: int) -> dict[str, Any]:
             if number in (100, swaps):
                 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
                 resident.append((_resident_kib(), peak))
-    same = pointers == _buffers(engine.adapters.look(), network)
     (now, peak), (later, last) = resident[0], resident[-1]
     return {
         "swaps": swaps,
         "resident_grew_kib": later - now,
         "peak_grew_kib": last - peak,
-        "pointers_same": same,
+        "pointers_same": pointers == _buffers(engine.adapters.look(), network),
     }
 
 

@@ -18,24 +18,12 @@ import harness
 import torch
 from torch import Tensor
 
+import headstart_kernels as kernels
 from evidence.aot import AMD, NVIDIA, cases, compiled
 from evidence.oracle import random_latents
 from evidence.ptx import emulated
-from headstart_kernels import (
-    Draw,
-    Preview,
-    add_layernorm,
-    decode_u8,
-    fused_step_into,
-    geglu,
-    groupnorm_silu,
-    low_rank_add,
-    philox_normal,
-    preview_rgb,
-    scale_input,
-)
 
-HALF, LAST = torch.float16, torch.channels_last
+HALF = torch.float16
 LATENT = (2, 4, 64, 64)
 HIDDEN = (1, 320, 32, 32)
 _ALIGNMENT = 256
@@ -107,9 +95,13 @@ def _last(tensor: Tensor) -> Tensor:
     return tensor.view(batch, height, width, channels).permute(0, 3, 1, 2)
 
 
+def _rgb() -> Tensor:
+    return torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
+
+
 def _steps() -> dict[str, Run]:
     x, table = _aligned(*LATENT), _aligned(2, 8).abs()
-    scale = triton(scale_input, x, table, torch.tensor(0), HALF)
+    scale = triton(kernels.scale_input, x, table, torch.tensor(0), HALF)
     return {
         "fused_step fp32": _step(table, torch.float32),
         "fused_step fp16": _step(table, HALF),
@@ -130,55 +122,56 @@ def _step(
     x_in = _aligned(2 * LATENT[0], *LATENT[1:], dtype=dtype)
     if last:
         f, u, x_in = _last(f), _last(u), _last(x_in)
-    rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
-    preview = Preview(rgb, _aligned(4, 3), _aligned(3)) if shown else None
-    draw = Draw(torch.tensor([1, 2]), torch.tensor([0, 0]))
-    finite = torch.empty(LATENT[0], dtype=torch.bool)
-    call = triton(
-        *(fused_step_into, x, f, table, torch.tensor(0), x_next),
-        x0=x0,
-        f_uncond=u,
-        noise=draw if drawn else noise,
-        x_in=x_in,
-        preview=preview,
-        finite=finite if drawn else None,
-    )
-    read = (x, f, u) if drawn else (x, f, u, noise)
-    return Run(call, read, (x_next, x0, x_in, rgb) if shown else (x_next, x0, x_in))
+    read, written, options = (x, f, u, noise), (x_next, x0, x_in), {"noise": noise}
+    if drawn:
+        draw = kernels.Draw(torch.tensor([1, 2]), torch.tensor([0, 0]))
+        options = {"noise": draw, "finite": torch.empty(LATENT[0], dtype=torch.bool)}
+        read = (x, f, u)
+    if shown:
+        rgb = _rgb()
+        options["preview"] = kernels.Preview(rgb, _aligned(4, 3), _aligned(3))
+        written = (*written, rgb)
+    step = (kernels.fused_step_into, x, f, table, torch.tensor(0), x_next)
+    return Run(triton(*step, x0=x0, f_uncond=u, x_in=x_in, **options), read, written)
 
 
 def _pictures() -> dict[str, Run]:
-    x0, factors, bias = _aligned(*LATENT), _aligned(4, 3), _aligned(3)
+    x0, colours = _aligned(*LATENT), (_aligned(4, 3), _aligned(3))
     pixels = _aligned(1, 3, 128, 128, dtype=HALF)
-    last = _last(pixels)
-    rgb = torch.empty(LATENT[0], *LATENT[2:], 3, dtype=torch.uint8)
-    decoded = torch.empty(1, 128, 128, 3, dtype=torch.uint8)
+    normals = triton(kernels.philox_normal, [1, 2], [0, 0], 0, LATENT[1:])
+
+    def decoded(image: Tensor) -> Run:
+        rgb = torch.empty(1, 128, 128, 3, dtype=torch.uint8)
+        return Run(triton(kernels.decode_u8, image, check=False), (image,), (rgb,))
+
     return {
-        "preview_rgb": Run(triton(preview_rgb, x0, factors, bias), (x0,), (rgb,)),
-        "decode_u8": Run(triton(decode_u8, pixels, check=False), (pixels,), (decoded,)),
-        "decode_u8 channels-last": Run(triton(decode_u8, last, check=False), (last,), (decoded,)),
-        "philox_normal": Run(triton(philox_normal, [1, 2], [0, 0], 0, LATENT[1:]), (), (x0,)),
+        "preview_rgb": Run(triton(kernels.preview_rgb, x0, *colours), (x0,), (_rgb(),)),
+        "decode_u8": decoded(pixels),
+        "decode_u8 channels-last": decoded(_last(pixels)),
+        "philox_normal": Run(normals, (), (x0,)),
     }
 
 
 def _layers() -> dict[str, Run]:
     hidden, weight = _aligned(*HIDDEN, dtype=HALF), _aligned(HIDDEN[1], dtype=HALF)
-    last, pair = _last(hidden), _aligned(1, 256, 2 * 1280, dtype=HALF)
+    pair, shift = _aligned(1, 256, 2 * 1280, dtype=HALF), _aligned(1, HIDDEN[1], dtype=HALF)
     y, x = _aligned(2, 256, 640, dtype=HALF), _aligned(2, 256, 640, dtype=HALF)
     down, up = _aligned(16, 640, dtype=HALF), _aligned(640, 16, dtype=HALF)
-    strength, shift = torch.ones(2), _aligned(1, HIDDEN[1], dtype=HALF)
+    added = triton(kernels.low_rank_add, y, x, down, up, torch.ones(2))
+    summed = triton(kernels.add_layernorm, y, x, down[0], down[1])
 
-    def normed(image: Tensor, **form: Any) -> Callable[[], Tensor]:
-        return triton(groupnorm_silu, image, 32, weight, weight, **form)
+    def normed(image: Tensor, *more: Tensor, **form: Any) -> Run:
+        call = triton(kernels.groupnorm_silu, image, 32, weight, weight, **form)
+        return Run(call, (image, *more), (image,))
 
     return {
-        "groupnorm_silu": Run(normed(hidden), (hidden,), (hidden,)),
-        "groupnorm_silu channels-last": Run(normed(last), (last,), (last,)),
-        "groupnorm_silu shifted": Run(normed(hidden, shift=shift), (hidden, shift), (hidden,)),
-        "groupnorm channels-last": Run(normed(last, silu=False), (last,), (last,)),
-        "add_layernorm": Run(triton(add_layernorm, y, x, down[0], down[1]), (y, x), (y, x)),
-        "geglu": Run(triton(geglu, pair), (pair,), (pair[..., :1280],)),
-        "low_rank_add": Run(triton(low_rank_add, y, x, down, up, strength), (x, y), (y,)),
+        "groupnorm_silu": normed(hidden),
+        "groupnorm_silu channels-last": normed(_last(hidden)),
+        "groupnorm_silu shifted": normed(hidden, shift, shift=shift),
+        "groupnorm channels-last": normed(_last(hidden), silu=False),
+        "add_layernorm": Run(summed, (y, x), (y, x)),
+        "geglu": Run(triton(kernels.geglu, pair), (pair,), (pair[..., :1280],)),
+        "low_rank_add": Run(added, (x, y), (y,)),
     }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import statistics
 from functools import partial
+from typing import Any
 
 import harness
 
@@ -28,19 +29,13 @@ def main() -> None:
     options = harness.options(__doc__, "import_time.json", rounds=15).parse_args()
     where = harness.machine()
     calls = {name: partial(harness.run_python, *words) for name, words in COMMANDS.items()}
-    rows: list[dict[str, float | str]] = []
-    for name, taken in harness.in_turns(calls, options.rounds).items():
-        seconds = [own.wall_s for own in taken]
-        rows.append(
-            {
-                "command": name,
-                "median_s": round(statistics.median(seconds), 4),
-                "fastest_s": round(min(seconds), 4),
-                "slowest_s": round(max(seconds), 4),
-            }
-        )
-    result = {"machine": where, "rounds": options.rounds, "rows": rows}
-    harness.write_json(options.out, result)
+    summaries = {"median_s": statistics.median, "fastest_s": min, "slowest_s": max}
+    rows: list[dict[str, Any]] = []
+    for name, turns in harness.in_turns(calls, options.rounds).items():
+        seconds = [turn.wall_s for turn in turns]
+        numbers = {key: round(of(seconds), 4) for key, of in summaries.items()}
+        rows.append({"command": name, **numbers})
+    harness.write_json(options.out, {"machine": where, "rounds": options.rounds, "rows": rows})
     for row in rows:
         print(f"{row['median_s']:8.3f} s  {row['command']}")
 

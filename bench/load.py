@@ -12,18 +12,20 @@ reference, so that no case pays for the one before it.
 
 from __future__ import annotations
 
-import argparse
-import json
 import mmap
-import subprocess
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import harness
 import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from headstart.networks.load import load_unet
 
 PAGE = 4096
 
@@ -44,58 +46,32 @@ def read(path: Path) -> int:
     return count
 
 
-def load(path: Path, stored: bool = False, touched: bool = False) -> object:
-    import torch
-
-    from headstart.networks.load import load_unet
-
-    unet = load_unet(path, dtype="stored" if stored else torch.float16)
-    if touched:
-        _touch_all(unet.state_dict())
-    return unet
+def load(path: Path, dtype: Any = torch.float16) -> nn.Module:
+    return load_unet(path, dtype=dtype)
 
 
-def peer(path: Path) -> object:
-    """safetensors' own reader, every page touched."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    _touch_all(tensors)
-    return tensors
-
-
-def _touch_all(tensors: Mapping[str, Any]) -> None:
-    import torch
-
+def touched(path: Path, read: Callable[[Path], Any]) -> object:
+    """What `read` gives, a byte of every page of its tensors read."""
+    loaded = read(path)
+    tensors = loaded.state_dict() if isinstance(loaded, nn.Module) else loaded
     for tensor in tensors.values():
         int(tensor.flatten().view(torch.uint8)[::PAGE].sum(dtype=torch.int64))
+    return loaded
 
 
 CASES: dict[str, Callable[[Path], object]] = {
     "touch": touch,
     "read": read,
     "load_unet": load,
-    "load_unet+touch": partial(load, touched=True),
-    "load_unet stored": partial(load, stored=True),
-    "load_unet stored+touch": partial(load, stored=True, touched=True),
-    "safetensors load_file+touch": peer,
+    "load_unet+touch": partial(touched, read=load),
+    "load_unet stored": partial(load, dtype="stored"),
+    "load_unet stored+touch": partial(touched, read=partial(load, dtype="stored")),
+    "safetensors load_file+touch": partial(touched, read=load_file),
 }
 
 
 def extra(path: Path, case: str) -> dict[str, int]:
-    """What a case adds to a process that has its imports already, in a fresh process."""
-    done = subprocess.run(
-        [sys.executable, __file__, str(path), "--case", case],
-        check=True, capture_output=True, text=True,
-    )  # fmt: skip
-    return json.loads(done.stdout)
-
-
-def measure(path: Path, case: str) -> dict[str, int]:
-    import torch
-
-    import headstart.networks.load  # noqa: F401
-
+    """What a case adds to a process that has its imports already."""
     torch.zeros(1)
     before = harness.resident_bytes()
     loaded = CASES[case](path)
@@ -107,25 +83,21 @@ def measure(path: Path, case: str) -> dict[str, int]:
 def main() -> None:
     parser = harness.options(__doc__, "load.json", rounds=5)
     parser.add_argument("file", type=Path)
-    parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
-        print(json.dumps(measure(args.file, args.case)))
-        return
     size = args.file.stat().st_size
     started = harness.machine()
     calls = {name: partial(case, args.file) for name, case in CASES.items()}
     times = harness.interleaved(calls, args.rounds)
-    base = times["touch"]["p50"]
-    cases = {
-        name: {
-            "seconds": seconds,
-            "times_touch": seconds["p50"] / base,
-            "extra_bytes": (added := extra(args.file, name)),
-            "anonymous_share_of_file": added["anonymous"] / size,
+    with get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        cases = {
+            name: {
+                "seconds": seconds,
+                "times_touch": seconds["p50"] / times["touch"]["p50"],
+                "extra_bytes": (added := pool.apply(extra, (args.file, name))),
+                "anonymous_share_of_file": added["anonymous"] / size,
+            }
+            for name, seconds in times.items()
         }
-        for name, seconds in times.items()
-    }
     report = {
         "question": "what does loading a UNet cost beside touching its bytes?",
         "evidence": "measured, page cache warm",

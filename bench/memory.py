@@ -15,14 +15,14 @@ import json
 import tempfile
 import time
 from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from harness import machine, options
-from reporting import markdown
+from reporting import line, markdown
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from untrained import hollow, in_dtype
 
@@ -55,11 +55,10 @@ def files(folder: Path) -> dict[str, Path]:
         "text/text_encoder/model": blueprint.clip(SDXL.text[0][0]),
         "text/text_encoder_2/model": blueprint.clip(SDXL.text[1][0]),
     }
-    paths = {
-        name: hollow(folder / f"{name}.safetensors", in_dtype(table))
-        for name, table in shapes.items()
-    }
-    return {role: paths[role] for role in ("base", "distilled", "vae")} | {"text": folder / "text"}
+    for name, table in shapes.items():
+        hollow(folder / f"{name}.safetensors", in_dtype(table))
+    roles = ("base", "distilled", "vae")
+    return {role: folder / f"{role}.safetensors" for role in roles} | {"text": folder / "text"}
 
 
 _LOOKS = {
@@ -80,23 +79,11 @@ class Answers(Card):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class Event:
-    """Time does not pass on a device that is not there."""
-
-    def __init__(self, **_: object) -> None: ...
-
-    def record(self, _: object = None) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-    def elapsed_time(self, _: object) -> float:
-        return 0.0
-
-
 @contextmanager
 def simulated(card: Card) -> Generator[None]:
     """torch.cuda as a card of that size has it, on fake tensors."""
-    host = Host()
+    host, event = Host(), mock.Mock()  # time does not pass on a device that is not there
+    event.elapsed_time.return_value = 0.0
     stand_ins = {
         "is_available": lambda: True,
         "mem_get_info": lambda _=None: (card.size_bytes - card.reserved_bytes, card.size_bytes),
@@ -107,18 +94,17 @@ def simulated(card: Card) -> Generator[None]:
         "get_device_capability": lambda _=None: (8, 9),
         "synchronize": lambda _=None: None,
         "current_stream": host.current_stream,
-        "Event": Event,
+        "Event": lambda **_: event,
     }
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", True))
-        stack.enter_context(fake_tensors())
-        for name, stand_in in stand_ins.items():
-            stack.enter_context(mock.patch.object(torch.cuda, name, stand_in))
-        stack.enter_context(mock.patch.object(planning, "streams_of", lambda _: host))
-        stack.enter_context(mock.patch.object(planning, "_host_memory", lambda _: on_host))
+    with (
+        mock.patch.object(FakeTensorMode, "avoid_device_init", True),
+        fake_tensors(),
+        mock.patch.multiple(torch.cuda, **stand_ins),
+        mock.patch.multiple(planning, streams_of=lambda _: host, _host_memory=lambda _: on_host),
         # torch swaps a fake parameter for its converted one, and cannot where somebody watches it.
-        stack.enter_context(mock.patch.object(torch.nn.Module, "to", lambda own, **_: own))
-        stack.enter_context(card)
+        mock.patch.object(torch.nn.Module, "to", lambda module, **_: module),
+        card,
+    ):
         yield
 
 
@@ -155,23 +141,28 @@ def run(folder: dict[str, Path], card_gib: int, size: int, batch: int, **options
         done = engine.sample("a fox", plan=PLAN, seeds=range(batch), size=size, on_step=on_step)
         peaks["decode"] = card.reset()
     placement = residency.placements[0]
+    moves = (*placement.by_picture, *placement.by_prompt)
     return {
         "card_gib": card_gib,
         "free_bytes": card.size_bytes,
-        "weights_bytes": dict(placement.weights),
-        "turns": list(placement.turns),
+        **_placed(placement),
         "room_bytes": sum(arena.size_bytes for arena in residency.arenas),
         "chunk": done.chunk,
         "decode": done.decode or (done.chunk, 1),
         "peak_bytes": peaks,
         "moved_bytes": sum(arena.moved_bytes for arena in residency.arenas),
+        "hidden_bytes": sum(move.size_bytes for move in moves if move.behind),
+        "notes": [note for note in engine.weights.notes if note.startswith("memory")],
+        "cpu_s": round(time.process_time() - begin, 1),
+    }
+
+
+def _placed(placement: Any) -> dict[str, Any]:
+    return {
+        "weights_bytes": dict(placement.weights),
+        "turns": list(placement.turns),
         "by_picture_bytes": sum(move.size_bytes for move in placement.by_picture),
         "by_prompt_bytes": sum(move.size_bytes for move in placement.by_prompt),
-        "hidden_bytes": sum(
-            move.size_bytes for move in (*placement.by_picture, *placement.by_prompt) if move.behind
-        ),
-        "notes": [line for line in engine.weights.notes if line.startswith("memory")],
-        "cpu_s": round(time.process_time() - begin, 1),
     }
 
 
@@ -198,30 +189,27 @@ def planned(folder: dict[str, Path], card_gib: int, size: int, dtype: str) -> An
         "card_gib": card_gib,
         "dtype": dtype,
         "free_bytes": free,
-        "weights_bytes": dict(placement.weights),
-        "turns": list(placement.turns),
+        **_placed(placement),
         "room_bytes": placement.arena,
         "decode": placement.fits[1:],
         "need_bytes": placement.need,
-        "by_picture_bytes": sum(move.size_bytes for move in placement.by_picture),
-        "by_prompt_bytes": sum(move.size_bytes for move in placement.by_prompt),
     }
 
 
 def row(case: Any) -> str:
     """One line of the table."""
+    card = f"{case['card_gib']} GB"
     if "refused" in case:
-        return f"| {case['card_gib']} GB | refused: {case['refused'][:90]} ... | | | | |"
+        return line((card, f"refused: {case['refused'][:90]} ...", *[None] * 4))
     turns = ", ".join(case["turns"]) or "nothing"
     chunk, bands = case["decode"]
-    peak = max(case["peak_bytes"].values())
-    each, first = case["by_picture_bytes"], case["by_prompt_bytes"]
-    return (
-        f"| {case['card_gib']} GB | {turns}, room {case['room_bytes'] / 1e9:.1f} GB | "
-        f"{chunk} in {bands} band{'s' * (bands > 1)} | {peak / 1e9:.2f} of "
-        f"{case['free_bytes'] / 1e9:.2f} GB | {each / 1e9:.1f} GB, {milliseconds(each):.0f} ms | "
-        f"{first / 1e9:.1f} GB, {milliseconds(first):.0f} ms |"
-    )
+    peak, free = max(case["peak_bytes"].values()), case["free_bytes"]
+    moved = (case["by_picture_bytes"], case["by_prompt_bytes"])
+    return line((
+        card, f"{turns}, room {case['room_bytes'] / 1e9:.1f} GB",
+        f"{chunk} in {bands} band{'s' * (bands > 1)}", f"{peak / 1e9:.2f} of {free / 1e9:.2f} GB",
+        *(f"{size / 1e9:.1f} GB, {milliseconds(size):.0f} ms" for size in moved),
+    ))  # fmt: skip
 
 
 def main() -> None:

@@ -7,6 +7,9 @@ python bench/noise.py [--rounds 41] [--device cpu] [--out bench/results/noise.js
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import harness
 import torch
 
@@ -34,22 +37,19 @@ def main() -> None:
 
 
 def measure(shape: tuple[int, ...], device: torch.device, rounds: int) -> dict[str, object]:
-    batch = shape[0]
-    seeds, samples = list(range(batch)), [0] * batch
+    seeds, samples = list(range(shape[0])), [0] * shape[0]
+    draws = {
+        "philox_normal": lambda: philox_normal(seeds, samples, 0, shape[1:], device),
+        "torch.randn": lambda: torch.randn(shape, device=device),
+    }
 
-    def wait() -> None:
+    def waited_for(draw: Callable[[], object]) -> None:
+        draw()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
 
-    def philox() -> None:
-        philox_normal(seeds, samples, 0, shape[1:], device)
-        wait()
-
-    def randn() -> None:
-        torch.randn(shape, device=device)
-        wait()
-
-    seconds = harness.interleaved({"philox_normal": philox, "torch.randn": randn}, rounds)
+    calls = {name: partial(waited_for, draw) for name, draw in draws.items()}
+    seconds = harness.interleaved(calls, rounds)
     ratio = seconds["philox_normal"]["p50"] / seconds["torch.randn"]["p50"]
     return {"shape": shape, "seconds": seconds, "ratio_of_medians": round(ratio, 2)}
 

@@ -1,10 +1,9 @@
 """One row of one case of `bench/peers.py`: a process that stays to be called in turns.
 
-    python bench/peers_worker.py REQUEST FD      FD: where it answers, in lines of JSON
-
-REQUEST is JSON: case, row, threads, folder. It answers ["ready", facts], or ["missing", why], or
-["failed", why]; then for each line on its input: "go VARIANT" -> ["turn", seconds], "changes" ->
-["changes", facts]. Row "prepare" makes the files, "machine" measures what the machine can.
+`main` has a request (case, row, threads, folder) and a pipe, where it answers ("ready", facts), or
+("missing", why), or ("failed", why); then for each line that comes: "go VARIANT" -> ("turn",
+seconds), "changes" -> ("changes", facts). Row "prepare" makes the files, "machine" measures what
+the machine can.
 """
 
 from __future__ import annotations
@@ -12,13 +11,11 @@ from __future__ import annotations
 import ctypes
 import gc
 import importlib.util
-import json
-import os
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial, reduce
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -50,21 +47,20 @@ Call = Callable[[], Any]
 Send = Callable[[str, Any], None]
 
 
-def main() -> int:
-    request = json.loads(sys.argv[1])
-    with os.fdopen(int(sys.argv[2]), "w") as pipe:
+def main(request: Mapping[str, Any], pipe: Connection) -> int:
+    def send(name: str, value: Any) -> None:
+        pipe.send((name, value))
 
-        def send(kind: str, value: Any) -> None:
-            print(json.dumps([kind, value]), file=pipe, flush=True)
-
-        try:
-            answer(request, sys.stdin, send)
-        except ModuleNotFoundError as error:
-            send("missing", f"not installed: {error.name}")
-        except Exception as error:
-            traceback.print_exc(limit=-4)
-            send("failed", harness.one_line(error))
-            return 1
+    try:
+        answer(request, iter(pipe.recv, None), send)
+    except EOFError:  # nobody asks any more
+        return 0
+    except ModuleNotFoundError as error:
+        send("missing", f"not installed: {error.name}")
+    except Exception as error:
+        traceback.print_exc(limit=-4)
+        send("failed", harness.one_line(error))
+        return 1
     return 0
 
 
@@ -221,7 +217,3 @@ def _follows_hooks(module: Any, call: Call, before: Tensor) -> bool:
 
 def _apart(a: Tensor, b: Tensor) -> bool:
     return bool((a.float() - b.float()).norm() > 1e-3 * b.float().norm())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

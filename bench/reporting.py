@@ -8,11 +8,11 @@ from typing import Any
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table; None is a cell that a row does not have."""
-    lines = [_line(heads), "|---" * len(heads) + "|", *map(_line, rows)]
-    return "\n".join(lines)
+    return "\n".join([line(heads), "|---" * len(heads) + "|", *map(line, rows)])
 
 
-def _line(cells: Sequence[object]) -> str:
+def line(cells: Sequence[object]) -> str:
+    """One row of a table."""
     return f"|{'|'.join(' ' if cell is None else f' {cell} ' for cell in cells)}|"
 
 

@@ -14,14 +14,12 @@ back when it needs them. Seconds are the least of the passes after the first, wh
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import threading
 import time
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -125,20 +123,11 @@ PARTS = ("hybrid", "stored", "diffusers", "float32")
 
 
 def run_part(part: str, base: Path, distilled: Path, keep: Path) -> dict[str, Any]:
-    """The part in a process of its own, which has nothing of the others in its memory."""
-    command = [sys.executable, __file__, "--base", base, "--distilled", distilled]
-    done = subprocess.run(
-        [*command, "--child", part, "--keep", keep],
-        check=True, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-def child(part: str, base: Path, distilled: Path, keep: Path) -> None:
+    """For a process of its own, which has nothing of the other parts in its memory."""
     memory, where = Memory(), machine()
     memory.start()
     facts = hybrid(base, distilled) if part == "hybrid" else one_unet(distilled, part, keep)
-    print(json.dumps(facts | {"peak_bytes": memory.stop(), "machine": where}))
+    return facts | {"peak_bytes": memory.stop(), "machine": where}
 
 
 def conclude(parts: dict[str, Any], outputs: dict[str, Path]) -> dict[str, Any]:
@@ -162,18 +151,15 @@ def main() -> None:
     parser.add_argument("--base", type=Path, required=True)
     parser.add_argument("--distilled", type=Path, required=True, help="a bare UNet")
     parser.add_argument("--part", action="append", choices=PARTS, help="default: what is missing")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    parser.add_argument("--keep", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.child:
-        child(args.child, args.base, args.distilled, args.keep)
-        return
     files = {p.name: p.stat().st_size for p in (args.base, args.distilled)}
     before = read_json(RESULT)
     parts = before["parts"] if before.get("files") == files else {}
     outputs = {part: SCRATCH / f"headstart-sdxl-{part}.npy" for part in PARTS[1:]}
     for part in args.part or [part for part in PARTS if part not in parts]:
-        parts[part] = run_part(part, args.base, args.distilled, outputs.get(part, SCRATCH))
+        arguments = (part, args.base, args.distilled, outputs.get(part, SCRATCH))
+        with get_context("spawn").Pool(1) as pool:
+            parts[part] = pool.apply(run_part, arguments)
         report = {
             "question": "does a hybrid of two SDXL UNets run on a 24 GB machine without a GPU?",
             "evidence": "measured",

@@ -9,14 +9,15 @@ file (2515 tensors) before data that are a hole, because triage reads none of th
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import harness
+import numpy as np
 from untrained import hollow
 
 from headstart.convert.container import Slot
@@ -72,24 +73,17 @@ def measure(path: Path, rounds: int) -> dict[str, dict[str, float]]:
         "python -c pass": partial(harness.run_python, "-c", "pass"),
         "inspect": partial(harness.run_python, "-m", "headstart", "inspect", str(path)),
     }
-    taken = harness.in_turns(cases, rounds)
-    rows: dict[str, dict[str, float]] = {}
-    for name, turns in taken.items():
-        rows[name] = {
-            "wall_ms": _median([turn.wall_s for turn in turns]),
-            "wall_ms_fastest": round(min(turn.wall_s for turn in turns) * 1e3, 1),
-            "cpu_ms": _median([turn.cpu_s for turn in turns]),
-        }
-    pairs = list(zip(*taken.values(), strict=True))
-    rows["beyond pass"] = {
-        "wall_ms": _median([inspect.wall_s - alone.wall_s for alone, inspect in pairs]),
-        "cpu_ms": _median([inspect.cpu_s - alone.cpu_s for alone, inspect in pairs]),
-    }
+    # [rounds, (wall, processor)] milliseconds of each
+    taken = {name: 1e3 * np.array(turns) for name, turns in harness.in_turns(cases, rounds).items()}
+    alone, inspect = taken.values()
+    rows = {name: _medians(ms) for name, ms in {**taken, "beyond pass": inspect - alone}.items()}
+    for name, ms in taken.items():
+        rows[name]["wall_ms_fastest"] = round(float(ms[:, 0].min()), 1)
     return rows
 
 
-def _median(seconds: list[float]) -> float:
-    return round(statistics.median(seconds) * 1e3, 1)
+def _medians(ms: Any) -> dict[str, float]:
+    return dict(zip(("wall_ms", "cpu_ms"), np.median(ms, 0).round(1).tolist(), strict=True))
 
 
 def main() -> None:

@@ -19,39 +19,38 @@ ROOT = Path(__file__).parents[1]
 NAMES = ("peers", "peers_case", "peers_chart", "peers_report", "peers_rows", "peers_turns")
 OURS = "ours float32"
 FAKE = """
-import json, os, shutil, sys, time
-request, pipe = json.loads(sys.argv[1]), os.fdopen(int(sys.argv[2]), "w")
-row, folder = request["row"], request["folder"]
-def send(kind, value):
-    print(json.dumps([kind, value]), file=pipe, flush=True)
-def log(what):
-    with open(os.path.join(folder, "log"), "a") as file:
-        print(row, what, os.getpid(), file=file)
-log("starts")
-if row == "machine":
-    send("ready", {"float32": 100, "bfloat16": 200, "copy": 10})
-elif row == "prepare":
-    send("ready", {"flops": {request["case"]: 10**9}, "file_bytes": 0, "weights": 10})
-elif row == "dead":
-    os.abort()
-elif row == "hang":
-    time.sleep(60)
-elif row == "missing":
-    send("missing", "not installed: pip install it")
-elif row == "refuses":
-    send("failed", "ValueError: no such operator")
-else:
-    made = "threes.npz" if row == "wrong" else "ones.npz"
-    shutil.copy(os.path.join(folder, made), os.path.join(folder, request["output"]))
-    send("ready", {"build_s": 1, "first_s": 1, "anonymous_bytes": 10**9, "peak_bytes": 10**9})
-    for count, line in enumerate(sys.stdin):
-        log(line.strip())
-        if row == "crash" and count == 1:
-            sys.exit(3)
-        if row == "stuck" and count == 1:
-            time.sleep(60)
-        seconds = {"ours float32": 1.0, "wrong": 0.1}.get(row, 0.5)
-        send("turn", {"s": seconds, "cpu_s": seconds})
+import os, shutil, sys, time
+def main(request, pipe):
+    row, folder = request["row"], request["folder"]
+    def log(what):
+        with open(os.path.join(folder, "log"), "a") as file:
+            print(row, what, os.getpid(), file=file)
+    log("starts")
+    if row == "machine":
+        pipe.send(("ready", {"float32": 100, "bfloat16": 200, "copy": 10}))
+    elif row == "prepare":
+        pipe.send(("ready", {"flops": {request["case"]: 10**9}, "file_bytes": 0, "weights": 10}))
+    elif row == "dead":
+        os.abort()
+    elif row == "hang":
+        time.sleep(60)
+    elif row == "missing":
+        pipe.send(("missing", "not installed: pip install it"))
+    elif row == "refuses":
+        pipe.send(("failed", "ValueError: no such operator"))
+    else:
+        made = "threes.npz" if row == "wrong" else "ones.npz"
+        shutil.copy(os.path.join(folder, made), os.path.join(folder, request["output"]))
+        pipe.send(("ready", {"build_s": 1, "first_s": 1,
+                             "anonymous_bytes": 10**9, "peak_bytes": 10**9}))
+        for count in range(99):
+            log(pipe.recv())
+            if row == "crash" and count == 1:
+                sys.exit(3)
+            if row == "stuck" and count == 1:
+                time.sleep(60)
+            seconds = {"ours float32": 1.0, "wrong": 0.1}.get(row, 0.5)
+            pipe.send(("turn", {"s": seconds, "cpu_s": seconds}))
 """
 
 
@@ -70,11 +69,12 @@ class Bench:
     def __init__(self, modules: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.modules, self.folder, self.patch = modules, folder, monkeypatch
         self.out = folder / "report.json"
-        worker = folder / "worker.py"
-        worker.write_text(FAKE)
+        self.worker = folder / "fake_worker.py"
+        self.worker.write_text(FAKE)
+        monkeypatch.syspath_prepend(folder)
         np.savez(folder / "ones.npz", one=np.ones(4))
         np.savez(folder / "threes.npz", one=np.full(4, 3.0))
-        monkeypatch.setattr(modules.peers_turns, "WORKER", worker)
+        monkeypatch.setattr(modules.peers_turns, "WORKER", "fake_worker")
         monkeypatch.setattr(modules.peers_chart, "draw", lambda report, path: None)
 
     def run(self, *rows: str, limit_s: float = 20, copies: float = 0, options: Any = ()) -> Any:
@@ -149,8 +149,7 @@ def test_a_row_that_hangs_is_ended_at_its_limit(bench: Bench) -> None:
 
 
 def test_the_anchor_may_fail_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = bench.modules.peers_turns.WORKER
-    worker.write_text(FAKE.replace('row == "dead"', 'row == "ours float32"'))
+    bench.worker.write_text(FAKE.replace('row == "dead"', 'row == "ours float32"'))
     rows = bench.run("good")
     assert rows[OURS]["status"] == "failed"
     assert rows["good"]["variants"]["one"]["s"] == 0.5
