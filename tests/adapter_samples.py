@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import headstart as hs
 from headstart.adapters.delta import Delta, Dense
 from headstart.adapters.file import layer_shapes
 from headstart.adapters.layers import Weights
@@ -139,7 +142,7 @@ def random_lora(
     draw = torch.Generator().manual_seed(seed)
     tensors: dict[str, Tensor] = {}
     for path, layer in layers_of(network, part).items():
-        name, weight = "lora_unet_" + path.replace(".", "_"), layer.weight
+        name, weight = flat(path), layer.weight
         down = size * torch.randn(rank, *weight.shape[1:], generator=draw)
         up = size * torch.randn(len(weight), rank, generator=draw)
         tensors[f"{name}.lora_down.weight"] = down
@@ -167,3 +170,44 @@ def _merged(delta: Delta, weight: Tensor, bias: Tensor | None, strength: float) 
         layer.bias = nn.Parameter(bias, requires_grad=False)
     sums = {"adapter": ({"layer": delta}, strength)}
     return MergedWeights({"layer": layer}, {"layer": torch.float32}, sums).by_path["layer"]
+
+
+def write_lora(
+    folder: Path,
+    engine: hs.Engine,
+    name: str = "age",
+    tensors: Tensors | None = None,
+    **random: Any,
+) -> Path:
+    """`tensors`, or a `random_lora` of the base."""
+    network: Any = engine.denoisers["base"]
+    return write(folder / f"{name}.safetensors", tensors or random_lora(network, **random))
+
+
+def detach_all(engine: hs.Engine) -> None:
+    for adapter in tuple(engine.adapters):
+        engine.detach(adapter.name)
+
+
+def digest(done: hs.Trajectory) -> str:
+    return hashlib.sha256(done.latents.numpy().tobytes() + done.rgb.numpy().tobytes()).hexdigest()
+
+
+def merged_by_hand(network: nn.Module, tensors: Tensors, strength: float) -> nn.Module:
+    """The network in float64 with W + strength/2 * up @ down."""
+    twin = copy.deepcopy(network).double()
+    for path, layer in layers_of(twin, "").items():
+        if f"{flat(path)}.alpha" in tensors:
+            down = tensors[f"{flat(path)}.lora_down.weight"].double().flatten(1)
+            up = tensors[f"{flat(path)}.lora_up.weight"].double().flatten(1)
+            layer.weight.data += strength * 0.5 * (up @ down).reshape(layer.weight.shape)
+    return twin
+
+
+def call(network: Any, batch: int = 3, strengths: Tensor | None = None, seed: int = 0) -> Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    dtype = next(network.parameters()).dtype
+    x = torch.randn(batch, 4, 16, 16, generator=draw).to(dtype)
+    context = torch.randn(batch, 16, 128, generator=draw).to(dtype)
+    with torch.inference_mode():
+        return network(x, torch.tensor(500), hs.Conditioning(context, strengths=strengths))

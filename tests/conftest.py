@@ -69,6 +69,14 @@ def make_ckpt(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Maker:
     return make
 
 
+@pytest.fixture(scope="module")
+def engine() -> Any:
+    """The bundled pair on the CPU, for the tests of one file."""
+    import headstart as hs
+
+    return hs.Engine.demo(device="cpu")
+
+
 @pytest.fixture(scope="session")
 def small_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """vocab.json and merges.txt in CLIP's form, small enough for tiny text encoders."""

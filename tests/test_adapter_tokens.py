@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from adapter_samples import layers_of, random_lora
+from adapter_samples import detach_all, layers_of, random_lora, write
+from bundled import needs_pair
 from encoders import sdxl_towers, small_words
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import headstart as hs
-import headstart_weights
 from headstart.adapters.info import describe_adapter
 from headstart.adapters.textual_inversion import Embedding, read_embeddings, with_embeddings
 from headstart.cli import main
@@ -21,37 +21,28 @@ from headstart.errors import AdapterError
 from headstart.networks.text import ClipText
 from headstart.networks.tower import Tower
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 Make = Callable[..., Path]
 PART = "mid_block.attentions.0.transformer_blocks.0.attn1"
 
 
-@pytest.fixture(scope="module")
-def shared_engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
+@pytest.fixture
+def engine(engine: hs.Engine) -> Iterator[hs.Engine]:
+    yield engine
+    detach_all(engine)
 
 
 @pytest.fixture
-def engine(shared_engine: hs.Engine) -> Iterator[hs.Engine]:
-    yield shared_engine
-    for name in [held.name for held in shared_engine.adapters]:
-        shared_engine.detach(name)
-
-
-@pytest.fixture
-def make(tmp_path: Path, shared_engine: hs.Engine) -> Make:
+def make(tmp_path: Path, engine: hs.Engine) -> Make:
     """A LoRA of one block with these tensors beside its layers."""
 
-    def write(name: str, beside: dict[str, Tensor], **metadata: str) -> Path:
-        path, network = tmp_path / f"{name}.safetensors", shared_engine.denoisers["base"]
-        assert isinstance(network, nn.Module)
-        save_file(random_lora(network, PART) | beside, path, metadata)
-        return path
+    def lora(name: str, beside: dict[str, Tensor], **metadata: str) -> Path:
+        network: Any = engine.denoisers["base"]
+        return write(
+            tmp_path / f"{name}.safetensors", random_lora(network, PART) | beside, metadata
+        )
 
-    return write
+    return lora
 
 
 def vectors(engine: hs.Engine, word: str) -> Tensor:

@@ -19,17 +19,14 @@ from typing import Any, cast
 import pytest
 import torch
 from adapter_samples import layers_of, random_lora
+from bundled import needs_pair
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import headstart as hs
-import headstart_weights
 from headstart.adapters import adapters
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 SMALL: dict[str, Any] = {"plan": "hybrid", "size": 32}
 NAMES = ("a", "b", "c", "d")
 

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
 from headstart.plan.pairs import DEMO_SCHEDULE
 from headstart.traces.branches import changed
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 class Origin(NamedTuple):

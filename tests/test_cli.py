@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -26,10 +27,7 @@ from headstart.cli import main
 from headstart.commands.console import Terminated, ended_by_sigterm
 from headstart.errors import HeadstartError
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 NO_FILE: list[str] = []
 ROOT = Path(__file__).parents[1]
 

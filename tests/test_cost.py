@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bundled import needs_pair
 from networks import PARAMS, VAE
 from torch import Tensor, nn
 
@@ -49,10 +50,6 @@ SDXL_BUDGET = {
 more fails here; one that needs less lowers the number."""
 DECODE_BUDGET = {"operators": 99, "launches": 196, "gigabytes": 35.2}
 """Of one decode at 1024 px in bfloat16, as `Engine.load(dtype="float16")` has it."""
-bundled = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
@@ -220,7 +217,7 @@ def test_full_sizes_have_the_parameters_that_are_published() -> None:
     assert sizes("sdxl") == (2_567_463_684, 83_653_863, [123_060_480, 694_659_840])
 
 
-@bundled
+@needs_pair
 def test_sizes_of_files_are_those_that_are_loaded() -> None:
     import headstart as hs
 
@@ -340,7 +337,7 @@ def test_stages_add_up_and_nothing_is_below_its_floor(small: Sizes) -> None:
         assert sum(ms for _, ms in own.values()) * line.times == pytest.approx(line.device_ms)
 
 
-@bundled
+@needs_pair
 def test_bench_estimates_without_reading_a_weight_and_says_that_it_is_an_estimate(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -411,7 +408,7 @@ def test_bench_refuses_what_an_estimate_does_not_tell(
     assert message in capsys.readouterr().err
 
 
-@bundled
+@needs_pair
 def test_bench_says_which_options_an_estimate_does_not_need(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from torch import Tensor
 
 import headstart as hs
@@ -16,15 +17,7 @@ from headstart.networks.load import load_tiny
 from headstart.networks.tiny import LINEAR_PREVIEWS, TinyDecoder, TinyParams, TinyVae
 from headstart.traces.decoders import linear_decoder
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
+pytestmark = needs_pair
 
 
 def posing_as(engine: hs.Engine, lineage: str, preview: object = None) -> hs.Engine:

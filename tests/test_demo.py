@@ -6,15 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from bundled import needs_pair
 
 import headstart_weights
 from headstart.cli import main
 from headstart.commands.demo import odd_in
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 @pytest.mark.parametrize(

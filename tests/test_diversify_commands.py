@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundled import needs_pair
 from PIL import Image
 
 import headstart as hs
-import headstart_weights
 from headstart.cli import build_parser, main
 from headstart.compare.compare import PLANS, compare, footer_of, sheet_of
 from headstart.diversify.methods import NAMES, parse_method
@@ -19,10 +19,7 @@ from headstart.diversify.select import Select
 from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.sweep.ledger import read_entries
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 TYPED = ["--diversify", "pink:0.5", "--diversify", "select:2"]
 
 

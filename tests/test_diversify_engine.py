@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
@@ -17,20 +17,12 @@ from headstart.adapters.strength import Strength
 from headstart.diversify.methods import NAMES
 from headstart.diversify.select import farthest, pooled, seed_of
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 SEEDS = tuple(range(4))
 SHORT = {"steps": 3, "base_guidance": 2.0}
 EACH = ("cads:0.25", "embedding-noise:1", "pink:1", "particles:64", "select:2")
 MIXED = ("pink:0.5", "cads:0.25,mix=0.5", "particles:16", "select:2", "embedding-noise:1")
 INSIDE = "interval:0.3,high=3"
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ measurement, it only has to fail for a pair without the effect.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
-import pytest
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
@@ -21,10 +20,7 @@ PROMPTS = ("a fox", "a ladybug", "a pumpkin", "an owl", "a mushroom", "a heart")
 SEEDS = range(6)
 SPACES = ("scorer", "structure")
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 def variety(engine: hs.Engine, plan: str) -> dict[str, float]:

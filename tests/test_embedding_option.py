@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled import needs_pair
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,10 +18,7 @@ from headstart.cli import main
 from headstart.errors import InputError
 from headstart.networks.tower import Tower
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 @pytest.fixture(scope="module")

@@ -4,23 +4,14 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
-import headstart_weights
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
+pytestmark = needs_pair
 
 
 def test_a_trajectory_holds_what_ran(engine: hs.Engine) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from torch import Tensor
 
 import headstart as hs
-import headstart_weights
 from headstart.errors import PlanError
 from headstart.interfaces import Conditioning
 from headstart.plan.pairs import DEMO_SCHEDULE, DEMO_TIMESTEPS
@@ -23,10 +23,6 @@ import flow_pair  # noqa: E402
 
 sys.path.remove(str(BENCH))
 
-needs_pair = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
 COND = Conditioning(torch.zeros(1, 1, 4))
 TIMES = (20.0, 146.25, 500.0, 700.5, 850.0)
 """Of a flow; the last is level 5.67, below the pair's highest of 5.85."""

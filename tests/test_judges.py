@@ -9,20 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundled import needs_pair
 from PIL import Image
 
 import headstart as hs
-import headstart_weights
 from headstart.cli import main
 from headstart.errors import InputError
 from headstart.metrics.features import SCORER, open_features
 from headstart.metrics.judges import PictureSource, choose_judge
 from headstart.sweep.gallery import picture_sizes, read_gallery, read_lineage
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled scorer",
-)
+pytestmark = needs_pair
 DEMO = frozenset({(64, 64)})
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
@@ -16,15 +17,7 @@ from headstart.commands.arguments import RUNNERS
 from headstart.compare.latency import STAGES, Case, latency, weights_bytes
 from headstart.runner.runner import RunnerName
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
+pytestmark = needs_pair
 
 
 def test_cases_run_in_turns_after_their_warm_up(

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundled import needs_pair
 
 import headstart as hs
-import headstart_weights
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
@@ -21,10 +21,7 @@ import measured  # noqa: E402
 
 sys.path.remove(str(BENCH))
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 @pytest.fixture(scope="module")

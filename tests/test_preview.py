@@ -5,29 +5,18 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bundled import needs_pair
 from previews import decoder, grey, state
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import headstart as hs
-import headstart_weights
 from headstart.traces.decoders import Picture, linear_decoder
 from headstart.traces.preview import Frame
-
-needs_pair = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 class OpCounter(TorchDispatchMode):

@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
 from headstart.cli import build_parser, main
 from headstart.commands.values import text_options
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 
 def test_prompts_attach_adapters_of_a_folder_and_the_run_replays(

@@ -20,18 +20,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from bundled import needs_pair
 from checkpoints import Model, halved
 
-import headstart_weights
 from headstart.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 MARKERS = ("", "downloads", "compare", "tests")
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 
 # What full-size files need not say: how wide their heads are, and the size of their pictures.
 METADATA = {"headstart.head_dim": "16", "headstart.text_heads": "1", "headstart.image_size": "64"}

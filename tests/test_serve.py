@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 import torch
 from adapter_samples import random_lora
+from bundled import needs_pair
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
 import headstart as hs
-import headstart_weights
 from headstart.interfaces import Conditioning
 
 pytest.importorskip("starlette", reason="of the test extra")
@@ -36,10 +36,7 @@ import serve  # noqa: E402
 
 sys.path.remove(str(BENCH))
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 REQUESTS: list[dict[str, Any]] = [
     {"prompts": "a fox", "seeds": 1},
     {"prompts": "an owl", "seeds": [2, 3], "k": 2},

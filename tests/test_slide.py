@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from bundled import needs_pair
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -18,15 +19,7 @@ from headstart.cli import main
 from headstart.compare.slide import slide
 from headstart.metrics.features import open_features
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
+pytestmark = needs_pair
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from safetensors.torch import save_file
 from torch import nn
 
@@ -23,10 +24,7 @@ from headstart.study import control, steps
 from headstart.study.control import Control, edited
 from headstart.study.steps import Setting
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 PROMPTS, SEEDS = ("a fox", "an owl"), (5, 6, 7)
 YELLOW = Control("yellow", "yellow background", (1.0, -1.0))
 

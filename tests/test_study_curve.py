@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from torch import Tensor
 
 import headstart as hs
-import headstart_weights
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Extractor, Judge
@@ -22,17 +21,9 @@ from headstart.study.steps import Setting
 from headstart.traces.decoders import Picture
 from headstart.traces.structure import feature_space
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 PROMPTS, SEEDS = ("a fox", "an owl"), (5, 6, 7)
 Cells = list[dict[str, Any]]
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 @pytest.fixture(scope="module")

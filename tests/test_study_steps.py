@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 
 import headstart as hs
-import headstart_weights
 from headstart.errors import InputError
 from headstart.metrics.features import open_features
 from headstart.spaces.extractor import Judge
 from headstart.study import steps
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 PIXELS = 64 * 64
 JUDGE = Judge(())
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 def test_parts_are_the_runs_x0_and_no_larger_than_asked(

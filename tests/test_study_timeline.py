@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
+from bundled import needs_pair
 
 import headstart as hs
 import headstart_weights
@@ -18,18 +18,10 @@ from headstart.study import steps, timeline
 from headstart.study.steps import Setting
 from headstart.traces.timeline import ConceptScorer, DecodedRun, Timeline, phrase_of, watch
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 SEEDS = (5, 6, 7)
 PROMPTS = ("a fox and a star", "an owl")
 NOBODY: Any = None
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 @pytest.fixture(scope="module")

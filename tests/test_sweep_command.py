@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundled import needs_pair
 from PIL import Image
 
 import headstart as hs
@@ -20,10 +21,7 @@ import headstart_weights
 from headstart.cli import main
 from headstart.sweep.ledger import read_entries
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 ROOT = Path(__file__).parents[1]
 IMAGES = 12
 PROMPTS = ("a fox", "an owl, glossy style", "a frog, blue background", "a heart")

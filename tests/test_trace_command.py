@@ -9,16 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from PIL import Image
 
 import headstart as hs
 import headstart_weights
 from headstart.cli import main
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 NO_FILE: list[str] = []
 
 

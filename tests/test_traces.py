@@ -16,26 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bundled import needs_pair
 from PIL import Image
 from torch import Tensor
 
 import headstart as hs
-import headstart_weights
 from headstart.traces.animation import moments, row_at
 from headstart.traces.decoders import Decoder, Picture, linear_decoder
 from headstart.traces.structure import pixel_space
 from headstart.traces.traces import looked_at
 
-pytestmark = pytest.mark.skipif(
-    not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-    reason="needs the bundled pair",
-)
+pytestmark = needs_pair
 PLANS: Mapping[str, Mapping[str, Any]] = {"base": {"steps": 8}, "distilled": {}, "hybrid": {}}
-
-
-@pytest.fixture(scope="module")
-def engine() -> hs.Engine:
-    return hs.Engine.demo(device="cpu")
 
 
 @pytest.fixture(scope="module")
