@@ -8,18 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from comfy_host import (
-    NEGATIVE,
-    POSITIVE,
-    SHAPE,
-    Host,
-    StandIn,
-    alone,
-    nodes,
-    plan,
-    real_or_skip,
-    start,
-)
+from comfy_host import NEGATIVE, POSITIVE, SHAPE, Host, StandIn, alone, nodes, plan, start
+from comfy_real import real_or_skip
 from torch import Tensor
 
 import headstart as hs

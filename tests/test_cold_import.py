@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from fresh import python
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [str(ROOT / room) for room in ("src", "kernels", "weights")]
@@ -33,14 +33,7 @@ COMMAND = "sys.argv[1:] = {arguments!r}; runpy.run_module('headstart', run_name=
 
 def loaded_after(body: str, status: int = 0) -> tuple[set[str], str]:
     """Run `body` in a fresh interpreter -> (modules it had loaded at its end, its output)."""
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER.format(body=body)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(SOURCES)},
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", DRIVER.format(body=body), PYTHONPATH=os.pathsep.join(SOURCES))
     output, mark, report = done.stdout.rpartition("LOADED ")
     assert mark and done.returncode == status, output + done.stderr
     return set(json.loads(report)), output + done.stderr

@@ -3,35 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from bundled import needs_pair
+from fresh import ROOT, python
 
-import headstart_weights
-
-ROOT = Path(__file__).parents[1]
 pytestmark = [
-    pytest.mark.skipif(
-        not (Path(headstart_weights.__file__).parent / headstart_weights.MANIFEST).is_file(),
-        reason="needs the bundled pair",
-    ),
+    needs_pair,
     pytest.mark.skipif(sys.platform != "linux", reason="the OpenMP of other systems survives"),
 ]
 
 
 def forks(parent: str) -> dict[str, str]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/forks.py"), parent],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "2"},
-        timeout=600,
-        check=False,
-    )
+    done = python(str(ROOT / "tests/forks.py"), parent, timeout=600, OMP_NUM_THREADS="2")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
-import sys
 import tomllib
 from contextlib import suppress
 from functools import reduce
@@ -15,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from fresh import python
 
 import headstart as hs
 
@@ -138,16 +137,7 @@ def test_a_planted_wrong_name_is_caught() -> None:
 def test_every_python_block_runs_with_the_bundled_pair(code: str, tmp_path: Path) -> None:
     if not list(WEIGHTS.glob("*.safetensors")):
         pytest.skip("this checkout has no trained weights")
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": rooms},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = python("-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

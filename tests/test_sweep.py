@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from crashes import BATCH, CASES, SETTINGS, contents, draw, run
+from fresh import ROOT, python
 from PIL import Image
 
 from headstart.errors import InputError
@@ -19,19 +18,9 @@ from headstart.sweep.jobs import Case
 from headstart.sweep.ledger import Entry, Shard, open_ledger, read_entries
 from headstart.sweep.sweep import share, sweep
 
-ROOT = Path(__file__).parents[1]
-
 
 def crashes(what: str, folder: Path, *more: str) -> dict[str, object]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/crashes.py"), what, str(folder), *more],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms},
-        timeout=300,
-        check=False,
-    )
+    done = python(str(ROOT / "tests/crashes.py"), what, str(folder), *more)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -68,16 +57,9 @@ def test_torchrun_gives_out_the_shares_and_fewer_ranks_take_over_a_dead_one(
 
 
 def torchrun(folder: Path, world: int, *dies: str) -> subprocess.CompletedProcess[str]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    return subprocess.run(
-        [sys.executable, *launcher, str(ROOT / "tests/crashes.py"), "rank", str(folder), *dies],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"},
-        timeout=300,
-        check=False,
-    )
+    program = [str(ROOT / "tests/crashes.py"), "rank", str(folder), *dies]
+    return python(*launcher, *program, OMP_NUM_THREADS="1")
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundled import needs_pair
+from fresh import environment
 from PIL import Image
 
 import headstart as hs
@@ -22,7 +23,6 @@ from headstart.cli import main
 from headstart.sweep.ledger import read_entries
 
 pytestmark = needs_pair
-ROOT = Path(__file__).parents[1]
 IMAGES = 12
 PROMPTS = ("a fox", "an owl, glossy style", "a frog, blue background", "a heart")
 
@@ -168,13 +168,17 @@ def _contents(folder: Path) -> dict[str, bytes]:
 
 
 def _command(path: Path, out: Path) -> subprocess.Popen[str]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
+    return _start([], path, out, "1")
+
+
+def _start(launcher: list[str], path: Path, out: Path, threads: str) -> subprocess.Popen[str]:
+    command = ["-m", "headstart", "sweep", str(path), "--out", str(out), "--batch", "2"]
     return subprocess.Popen(
-        [sys.executable, "-m", "headstart", "sweep", str(path), "--out", str(out), "--batch", "2"],
+        [sys.executable, *launcher, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "1"},
+        env=environment(OMP_NUM_THREADS=threads),
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
@@ -213,16 +217,8 @@ def test_torchrun_ranks_share_a_sweep_and_take_over_from_a_dead_one(
 
 
 def _torchrun(world: int, path: Path, out: Path) -> subprocess.Popen[str]:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-    command = ["-m", "headstart", "sweep", str(path), "--out", str(out), "--batch", "2"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms, "OMP_NUM_THREADS": "2"},
-    )
+    return _start(launcher, path, out, "2")
 
 
 def _workers(launcher: int) -> list[int]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from fresh import ROOMS, ROOT, python
 
 SCRIPT = """
 import torch
@@ -109,14 +106,6 @@ print("interpreted")
 
 
 def test_the_interpreted_kernels_have_the_reference_bits() -> None:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights", "tests"))
-    environment = {**os.environ, "PYTHONPATH": rooms, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=300,
-        check=False,
-    )
+    rooms = f"{ROOMS}{os.pathsep}{ROOT / 'tests'}"
+    done = python("-W", "ignore", "-c", SCRIPT, PYTHONPATH=rooms, TRITON_INTERPRET="1")
     assert done.stdout == "interpreted\n", done.stderr

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from fresh import python
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -34,8 +32,6 @@ from headstart_kernels import (
 from headstart_kernels.dispatch import FOR_CPUS, NATIVE, choose, load
 from headstart_kernels.native import library
 from headstart_kernels.observers import stands_in
-
-ROOT = Path(__file__).parents[2]
 
 WITHOUT_TRITON = """
 import sys
@@ -61,15 +57,7 @@ hk.groupnorm_silu(x, 2, torch.ones(4), torch.zeros(4))
 
 
 def run(script: str) -> str:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms},
-        timeout=120,
-        check=False,
-    )
+    done = python("-c", script)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

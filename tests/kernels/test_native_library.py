@@ -6,17 +6,15 @@ import logging
 import os
 import shutil
 import subprocess
-import sys
 import time
 from collections.abc import Generator
 from pathlib import Path
 
 import pytest
 import torch
+from fresh import python
 
 from headstart_kernels.native import library, proof
-
-ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.skipif(
     library.why_not() is not None, reason=f"no C kernels here: {library.why_not()}"
@@ -122,7 +120,6 @@ def test_a_compiler_that_contracts_is_refused(fresh: Path, monkeypatch: pytest.M
 def test_without_one_the_reference_runs_and_says_why(
     fresh: Path, environment: dict[str, str], reason: str
 ) -> None:
-    rooms = os.pathsep.join(str(ROOT / room) for room in ("src", "kernels", "weights"))
     script = """
 import logging, torch, headstart_kernels as hk
 logging.basicConfig(level=logging.INFO)
@@ -133,14 +130,7 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONPATH": rooms, **environment},
-        timeout=120,
-        check=False,
-    )
+    done = python("-c", script, **environment)
     assert done.returncode == 0, done.stderr
     assert f"impl: 'native' is not available: {reason}" in done.stdout
     assert f"run in torch and numpy, not in C: {reason}" in done.stderr
