@@ -100,12 +100,12 @@ class Case(NamedTuple):
     figures: Callable[[Bench], Iterator[Figure]]
 
 
-class NotInThisVersionError(Exception):
+class TooOldError(Exception):
     """The headstart that is installed has not what a case needs."""
 
 
 def failed(error: BaseException) -> dict[str, str]:
-    if isinstance(error, NotInThisVersionError):
+    if isinstance(error, TooOldError):
         return {"skipped": f"not in this version: {error}"}
     if isinstance(error, ModuleNotFoundError):
         return {"skipped": f"not installed: {error.name}"}

@@ -10,16 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from gpu_case import (
-    Bench,
-    Call,
-    Figure,
-    NotInThisVersionError,
-    failed,
-    in_turns,
-    milliseconds,
-    spread,
-)
+from gpu_case import Bench, Call, Figure, TooOldError, failed, in_turns, milliseconds, spread
 from gpu_networks import PLAN, load_engine
 
 from headstart.engine.engine import Engine
@@ -62,7 +53,7 @@ def _with(engine: Engine, name: Any) -> Engine:
     try:
         return engine.with_runner(name)
     except InputError as error:
-        raise NotInThisVersionError(f"runner {name!r}") from error
+        raise TooOldError(f"runner {name!r}") from error
 
 
 def memory(cap_gb: int) -> Callable[[Bench], Iterator[Figure]]:
@@ -79,7 +70,7 @@ def memory(cap_gb: int) -> Callable[[Bench], Iterator[Figure]]:
             try:
                 yield name, _fit(bench, options)
             except (TypeError, InputError) as error:
-                yield name, failed(NotInThisVersionError(str(error)) if options else error)
+                yield name, failed(TooOldError(str(error)) if options else error)
             except Exception as error:
                 yield name, failed(error)
             gc.collect()

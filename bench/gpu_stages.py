@@ -15,18 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 from untrained import diffusers_vae
 
+import headstart_kernels as hk
 from headstart.networks.fusion import fusion
 from headstart.networks.vae import Vae
 from headstart.plan.schedule import NoiseSchedule
-from headstart_kernels import (
-    Draw,
-    decode_u8,
-    fused_step,
-    geglu,
-    groupnorm_silu,
-    preview_rgb,
-    scale_input,
-)
 
 NHWC = torch.channels_last
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": NHWC}
@@ -119,9 +111,12 @@ def kernels(bench: Bench) -> Iterator[Figure]:
         for name, work in _OF_LATENTS.items()
     }
     for layout, form in LAYOUTS.items():
-        works[f"groupnorm_silu {layout}"] = partial(_norm, bench, form, groupnorm_silu)
+        works[f"groupnorm_silu {layout}"] = partial(_norm, bench, form, hk.groupnorm_silu)
         works[f"torch's {layout}"] = partial(_norm, bench, form, _torch_norm)
-    works |= {"geglu": partial(_gate, bench, geglu), "torch's geglu": partial(_gate, bench, _glu)}
+    works |= {
+        "geglu": partial(_gate, bench, hk.geglu),
+        "torch's geglu": partial(_gate, bench, _glu),
+    }
     for name, build in works.items():
         try:
             yield name, _bandwidth(build(), many)
@@ -155,27 +150,27 @@ def _step(bench: Bench, batch: int, *, drawn: bool) -> Work:
     x, f = (bench.normal(batch, *bench.networks.latent) for _ in range(2))
     f, before, after = f.to(bench.dtype), x.clone(), 2 * x.nbytes
     keys = torch.arange(batch, device=bench.device)
-    noise: Any = Draw(keys, keys) if drawn else before
+    noise: Any = hk.Draw(keys, keys) if drawn else before
     read = x.nbytes + f.nbytes + (0 if drawn else noise.nbytes)
-    return Work(lambda: fused_step(x, f, table, row, noise=noise), read + after)
+    return Work(lambda: hk.fused_step(x, f, table, row, noise=noise), read + after)
 
 
 def _scaled(bench: Bench, batch: int) -> Work:
     table, row = _table(bench)
     x = bench.normal(batch, *bench.networks.latent)
-    return Work(lambda: scale_input(x, table, row, bench.dtype), x.nbytes + x.nbytes // 2)
+    return Work(lambda: hk.scale_input(x, table, row, bench.dtype), x.nbytes + x.nbytes // 2)
 
 
 def _preview(bench: Bench, batch: int) -> Work:
     x = bench.normal(batch, *bench.networks.latent)
     factors, bias = bench.normal(4, 3), bench.normal(3)
-    return Work(lambda: preview_rgb(x, factors, bias), x.nbytes + x.numel() * 3 // 4)
+    return Work(lambda: hk.preview_rgb(x, factors, bias), x.nbytes + x.numel() * 3 // 4)
 
 
 def _bytes(bench: Bench, batch: int) -> Work:
     side = bench.networks.pixels
     pixels = bench.normal(batch, 3, side, side)
-    return Work(lambda: decode_u8(pixels, check=False), pixels.nbytes + pixels.numel())
+    return Work(lambda: hk.decode_u8(pixels, check=False), pixels.nbytes + pixels.numel())
 
 
 _OF_LATENTS: dict[str, Callable[[Bench, int], Work]] = {

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from gpu_case import Bench, Call, Figure, NotInThisVersionError, in_turns
+from gpu_case import Bench, Call, Figure, TooOldError, in_turns
 from gpu_networks import call, twin, unet
 from torch import Tensor
 from untrained import diffusers_unet
@@ -98,7 +98,7 @@ def opened(name: Any, network: UNet) -> Any:
     try:
         return open_runner(choose_runner(name, "cuda").name, network)
     except InputError as error:
-        raise NotInThisVersionError(f"runner {name!r}") from error
+        raise TooOldError(f"runner {name!r}") from error
 
 
 def _copy(network: UNet, layout: torch.memory_format | None = None) -> UNet:

@@ -10,6 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from headstart.checkpoint import keymap
+from headstart.interfaces import Conditioning
+from headstart.networks.casting import compute_dtype
 from headstart.networks.unet import Mid, Stage, UNet, UNetParams
 from headstart.networks.vae import Vae, VaeParams
 from headstart.plan.schedule import NoiseSchedule
@@ -63,3 +65,11 @@ def single_file(unet: UNet, vae: Vae, path: Path, **metadata: str) -> Path:
 def same(loaded: torch.nn.Module, expected: torch.nn.Module) -> bool:
     mine, theirs = weights(loaded), weights(expected)
     return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def random_pass(unet: UNet, batch: int = 2, side: int = 8) -> Tensor:
+    """A pass on random numbers, in the network's own dtype."""
+    torch.manual_seed(1)
+    x, context = torch.randn(batch, 4, side, side), torch.randn(batch, 9, PARAMS.context_dim)
+    dtype = compute_dtype(unet)
+    return unet(x.to(dtype), torch.tensor(500.0), Conditioning(context.to(dtype)))

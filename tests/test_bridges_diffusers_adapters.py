@@ -33,8 +33,6 @@ from headstart.errors import AdapterError
 from headstart.interfaces import Conditioning
 from headstart.plan.schedule import NoiseSchedule
 
-# ------------------------------------------------------------------ adapters
-
 TARGETS = {
     "Qwen-Image": ["to_q", "to_out.0", "add_k_proj", "img_mod.1", "txt_mlp.net.0.proj"],
     "Wan": ["to_q", "to_out.0", "ffn.net.0.proj", "ffn.net.2", "time_proj"],
@@ -48,18 +46,19 @@ needs_peft = pytest.mark.skipif(
 )
 
 
-def adapted(name: str, rank: int = 3, alpha: float = 5.0) -> Any:
-    """The same network with a LoRA of PEFT's in it, named "a"."""
+def with_lora(model: Any, targets: list[str], **config: Any) -> Any:
+    """The network with a LoRA of PEFT's in it, named "a"."""
     from peft import LoraConfig
 
-    model = networks(FAMILIES[name])["base"]
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        config = LoraConfig(
-            r=rank, lora_alpha=alpha, target_modules=TARGETS[name], init_lora_weights=False
-        )
-        model.add_adapter(config, "a")
+        lora = LoraConfig(target_modules=targets, init_lora_weights=False, **config)
+        model.add_adapter(lora, "a")
     return model.eval().requires_grad_(False)
+
+
+def adapted(name: str) -> Any:
+    return with_lora(networks(FAMILIES[name])["base"], TARGETS[name], r=3, lora_alpha=5.0)
 
 
 def at(model: Any, strength: float) -> Any:
@@ -98,15 +97,8 @@ def test_eight_samples_have_eight_strengths_in_one_call(name: str, tmp_path: Pat
 @needs_peft
 def test_a_kohya_lora_of_stable_diffusion_acts_on_diffusers_unet(tmp_path: Path) -> None:
     """Linear layers and convolutions, guided: both halves of a sample have its strength."""
-    from peft import LoraConfig
-
     network, theirs = (bridge.denoiser(made("UNet2DConditionModel", **UNET)) for _ in range(2))
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        targets = ["to_q", "proj_in", "conv1", "time_emb_proj"]
-        theirs.model.add_adapter(
-            LoraConfig(r=2, target_modules=targets, init_lora_weights=False), "a"
-        )
+    with_lora(theirs.model, ["to_q", "proj_in", "conv1", "time_emb_proj"], r=2)
     tensors = kohya(load_file(saved(theirs.model, tmp_path)), 8.0, "_")
     save_file(renamed(tensors, lambda key: f"lora_unet_{key}"), tmp_path / "kohya.safetensors")
     adapters = hs.AdapterSet({"base": network})
@@ -216,14 +208,8 @@ def test_a_distilled_lora_is_a_column_of_the_table(name: str, tmp_path: Path) ->
     noise, words = hs.Given(randn(2, *family.shape)), {"uncond": cond_of(seed=6)}
     strengths = adapters.strengths(table, 2)
     assert strengths is not None and strengths[:, 0, 0].tolist() == [0, 0, 1, 1]
-    one = hs.sample(
-        table,
-        {"base": network, "distilled": network},
-        cond_of(),
-        noise,
-        strengths=strengths,
-        **words,
-    )
+    both = {"base": network, "distilled": network}
+    one = hs.sample(table, both, cond_of(), noise, strengths=strengths, **words)
     plain = bridge.denoiser(networks(family)["base"])
     two = hs.sample(table, {"base": plain, "distilled": at(theirs, 1.0)}, cond_of(), noise, **words)
     limit = 0.0
@@ -279,16 +265,10 @@ def test_an_adapter_asks_for_its_strengths(tmp_path: Path) -> None:
 @needs_peft
 def test_layers_that_see_all_samples_as_one_have_each_samples_strength(tmp_path: Path) -> None:
     """Z-Image's embedders, with texts of 3 and 40 words, which it pads to 32 and 64."""
-    from peft import LoraConfig
-
     theirs = tiny("Z-Image", axes_lens=[128, 64, 64])
     network = bridge.denoiser(copy.deepcopy(theirs))
-    with torch.random.fork_rng():
-        torch.manual_seed(4)
-        targets = ["cap_embedder.1", "all_x_embedder.2-1"]
-        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        theirs.add_adapter(config, "a")
-    hs.AdapterSet({"base": network}).attach(saved(theirs.eval().requires_grad_(False), tmp_path))
+    with_lora(theirs, ["cap_embedder.1", "all_x_embedder.2-1"], r=2)
+    hs.AdapterSet({"base": network}).attach(saved(theirs, tmp_path))
     x, words = randn(2, 4, 4, 6), [randn(3, 12), randn(40, 12, seed=2)]
     cond = replace(bridge.conditioning(words), strengths=torch.tensor([[0.5], [2.0]]))
     found = network(x, TIMES, cond)
@@ -400,10 +380,8 @@ def test_a_layer_called_with_other_rows_than_samples_says_so(tmp_path: Path) -> 
             return super().forward(x.repeat(2, 1), timestep, cond)[: len(x)]
 
     network, path = Joined().requires_grad_(False), tmp_path / "a.safetensors"
-    save_file(
-        {"transformer.0.lora_A.weight": randn(1, 6), "transformer.0.lora_B.weight": randn(6, 1)},
-        path,
-    )
+    sides = {"lora_A": randn(1, 6), "lora_B": randn(6, 1)}
+    save_file({f"transformer.0.{side}.weight": t for side, t in sides.items()}, path)
     hs.AdapterSet({"base": network}).attach(path)
     cond = Conditioning(randn(2, 1, 1), strengths=torch.ones(2, 1))
     with pytest.raises(AdapterError, match="with 4 rows for 2 samples"):

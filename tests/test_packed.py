@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from networks import METADATA, PARAMS, VAE, random_unet, weights
-from safetensors.torch import save_file
+from networks import PARAMS, VAE, random_pass, random_unet
 from torch import Tensor, nn
 
-import headstart as hs
-from headstart.errors import InputError
 from headstart.interfaces import Conditioning
 from headstart.networks import packed
-from headstart.networks.casting import compute_dtype, keep_stored
-from headstart.networks.load import load_unet
+from headstart.networks.casting import keep_stored
 from headstart.networks.packed import FEW, PackedConv2d, PackedLinear, is_packed, pack
-from headstart.networks.unet import UNet
 from headstart.networks.vae import Vae
 from headstart_kernels.dispatch import has_c
 from headstart_kernels.winograd import winograd_conv
@@ -45,19 +41,6 @@ def linear(inputs: int = 48, outputs: int = 40, *, bias: bool = True) -> nn.Line
 def convolution(kernel: int = 3, stride: int = 1, channels: int = 12) -> nn.Conv2d:
     layer = nn.Conv2d(channels, 20, kernel, stride=stride, padding=kernel // 2)
     return layer.requires_grad_(False)
-
-
-def write_unet(folder: Path, dtype: torch.dtype = torch.float32) -> Path:
-    path = folder / "unet.safetensors"
-    save_file(weights(random_unet().to(dtype)), path, METADATA)
-    return path
-
-
-def call(unet: UNet, batch: int = 2, side: int = 8) -> Tensor:
-    torch.manual_seed(1)
-    x, context = torch.randn(batch, 4, side, side), torch.randn(batch, 9, PARAMS.context_dim)
-    dtype = compute_dtype(unet)
-    return unet(x.to(dtype), torch.tensor(500.0), Conditioning(context.to(dtype)))
 
 
 def budget(layer: nn.Linear | nn.Conv2d, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,8 +85,8 @@ def test_a_packed_layer_gives_the_layers_own_numbers(
 
 def test_a_network_differs_from_the_unpacked_one_by_rounding() -> None:
     unet = random_unet()
-    plain, wide = call(unet), call(copy.deepcopy(unet).double())
-    got = call(pack(unet))
+    plain, wide = random_pass(unet), random_pass(copy.deepcopy(unet).double())
+    got = random_pass(pack(unet))
     own = (plain.double() - wide).norm() / wide.norm()
     assert is_packed(unet) and bool((got.double() - wide).norm() / wide.norm() <= 4 * own + 1e-7)
 
@@ -117,42 +100,35 @@ def test_bits_do_not_depend_on_which_size_or_batch_came_first() -> None:
     assert torch.equal(first[0], second[1]) and torch.equal(first[1], second[0])
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda layer: layer.weight.mul_(2),
-        lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
-        lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight * 2, requires_grad=False)),
-        lambda layer: layer.load_state_dict({"weight": layer.weight * 2}, strict=False),
-        lambda layer: layer.load_state_dict(
-            {"weight": layer.weight * 2}, strict=False, assign=True
-        ),
-        lambda layer: layer.double().float().weight.mul_(2),
-        lambda layer: [setattr(layer.weight, "data", layer.weight.data * by) for by in (4, 0.5)],
-        lambda layer: (layer.weight.data.mul_(2), pack(layer)),
-        lambda layer: (layer.weight.numpy().__imul__(2), pack(layer)),
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data": lambda layer: setattr(layer.weight, "data", layer.weight.data * 2),
+    "parameter": lambda layer: setattr(
+        layer, "weight", nn.Parameter(layer.weight * 2, requires_grad=False)
+    ),
+    "state dict": lambda layer: layer.load_state_dict({"weight": layer.weight * 2}, strict=False),
+    "assigned": lambda layer: layer.load_state_dict(
+        {"weight": layer.weight * 2}, strict=False, assign=True
+    ),
+    "moved": lambda layer: layer.double().float().weight.mul_(2),
+    "twice": lambda layer: [
+        setattr(layer.weight, "data", layer.weight.data * by) for by in (4, 0.5)
     ],
-    ids=[
-        "in place",
-        "data",
-        "parameter",
-        "state dict",
-        "assigned",
-        "moved",
-        "twice",
-        "kept",
-        "numpy",
-    ],
-)
+    "kept": lambda layer: (layer.weight.data.mul_(2), pack(layer)),
+    "numpy": lambda layer: (layer.weight.numpy().__imul__(2), pack(layer)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("made", [linear, convolution])
-def test_weights_that_change_are_laid_out_again(made, change) -> None:
-    layer = made(bias=True) if made is linear else made()
+def test_weights_that_change_are_laid_out_again(made: Any, change: str) -> None:
+    layer: Any = made()
     layer.bias.zero_()
     x = torch.randn(9, 48) if made is linear else torch.randn(1, 12, 5, 5)
     pack(layer)
     before = layer(x)
     with torch.no_grad():
-        change(layer)
+        CHANGES[change](layer)
     assert torch.equal(layer(x), 2 * before)  # a power of two changes no rounding
 
 
@@ -235,9 +211,9 @@ def test_layouts_go_with_their_weights() -> None:
 
 def test_a_copy_and_a_pickle_are_packed_and_hold_no_layout() -> None:
     unet = pack(random_unet())
-    before = call(unet)
+    before = random_pass(unet)
     for other in (copy.deepcopy(unet), pickle.loads(pickle.dumps(unet))):
-        assert is_packed(other) and torch.equal(call(other), before)
+        assert is_packed(other) and torch.equal(random_pass(other), before)
 
 
 def test_gradients_compilers_and_other_devices_find_the_layer_that_it_was() -> None:
@@ -316,71 +292,10 @@ def test_a_layer_widened_at_use_is_laid_out_from_its_half_precision() -> None:
     unet = random_unet()
     for tensor in unet.parameters():
         tensor.data = tensor.data.half().float()
-    plain = call(pack(copy.deepcopy(unet)))
+    plain = random_pass(pack(copy.deepcopy(unet)))
     stored = pack(keep_stored(unet.half()))
     assert {t.dtype for t in stored.parameters() if t.ndim > 1} == {torch.float16}
-    assert torch.equal(call(stored), plain)
-
-
-@pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_file_is_packed_from_its_mapping(
-    tmp_path: Path, kept: torch.dtype, dtype: torch.dtype | None
-) -> None:
-    if packed.unpackable(dtype or torch.float32):
-        pytest.skip("this processor has no bfloat16 products")
-    path = write_unet(tmp_path, kept)
-    unet = load_unet(path, dtype=dtype, packed=True)
-    plain = load_unet(path, dtype=dtype)
-    assert compute_dtype(unet) == (dtype or torch.float32) == compute_dtype(plain)
-    assert {layer.weight.dtype for layer in unet.modules() if type(layer) is PackedConv2d} == {kept}
-    assert call(unet).dtype == call(plain).dtype
-    assert torch.equal(call(unet), call(pack(plain)))
-
-
-def test_a_file_read_in_inference_mode_has_weights_that_are_watched(tmp_path: Path) -> None:
-    with torch.inference_mode():
-        unet = load_unet(write_unet(tmp_path, torch.float16), packed=True)
-        before = call(unet)
-        unet.conv_in.weight.mul_(2)
-        assert not torch.equal(call(unet), before)
-    assert not any(weight.is_inference() for weight in unet.parameters())
-
-
-def test_narrow_networks_stay_as_they_are_unless_they_are_asked_for(tmp_path: Path) -> None:
-    path = write_unet(tmp_path)
-    assert not is_packed(load_unet(path)) and not is_packed(load_unet(path, packed=None))
-    assert is_packed(load_unet(path, packed=True))
-
-
-@pytest.mark.parametrize(
-    ("options", "says"),
-    [
-        ({"dtype": "stored"}, '"stored".*use float32.*--no-packed'),
-        ({"dtype": "float8"}, '"float8".*use float32.*--no-packed'),
-        ({"dtype": torch.float16}, "got torch.float16.*--no-packed"),
-        ({"device": "meta"}, "device cpu"),
-    ],
-)
-def test_what_cannot_be_packed_says_why(
-    tmp_path: Path, options: dict[str, object], says: str
-) -> None:
-    path = write_unet(tmp_path)
-    with pytest.raises(InputError, match=f"cannot be packed.*{says}"):
-        load_unet(path, packed=True, **options)  # pyright: ignore[reportArgumentType]
-    assert not is_packed(load_unet(path, packed=None, **options))  # pyright: ignore
-
-
-@pytest.mark.parametrize("dtype", ["stored", "float8"])
-def test_a_pair_says_which_dtype_cannot_be_packed(dtype: str) -> None:
-    with pytest.raises(InputError, match=f'cannot be packed: dtype "{dtype}".*bfloat16'):
-        hs.Engine.demo(device="cpu", dtype=dtype, packed=True)
-
-
-def test_without_onednn_networks_run_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packed, "_OPS", ("no_such_operator",))
-    with pytest.raises(InputError, match="built without oneDNN"):
-        hs.pack(random_unet())
+    assert torch.equal(random_pass(stored), plain)
 
 
 def test_a_decoder_packs_too() -> None:

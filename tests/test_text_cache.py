@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import threading
 import weakref
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -19,19 +19,19 @@ from tiny_pair import PLAN, tiny_engine
 from torch import Tensor, nn
 
 import headstart as hs
-from headstart.conditioning.text_cache import VARIABLE, TextCache, limit_bytes, text_cache_of
-from headstart.errors import InputError
+from headstart.conditioning.text_cache import VARIABLE, text_cache_of
 from headstart.interfaces import Conditioning
 from headstart.networks.text import ClipText
 
+Encodings = list[tuple[str, ...]]
+"""The prompts of every encoding."""
 FC1 = "lora_te_text_model_encoder_layers_0_mlp_fc1"
 TO_Q = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_q"
 
 
 @pytest.fixture
-def encodings(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
-    """The prompts of every encoding."""
-    found: list[tuple[str, ...]] = []
+def encodings(monkeypatch: pytest.MonkeyPatch) -> Encodings:
+    found: Encodings = []
     encode: Callable[..., Any] = ClipText.encode
 
     def spy(self: ClipText, prompts: list[str], *args: Any, **options: Any) -> Any:
@@ -69,7 +69,7 @@ def _lora(path: Path, layer: str, out: int, scale: float = 1.0) -> Path:
 
 
 def test_a_text_is_encoded_once_and_the_bits_are_those_of_encoding_it_again(
-    engine: hs.Engine, encodings: list[tuple[str, ...]]
+    engine: hs.Engine, encodings: Encodings
 ) -> None:
     first = _drawn(engine)
     assert torch.equal(_drawn(engine), first)
@@ -104,7 +104,7 @@ OWN: list[tuple[Any, dict[str, Any]]] = [
     [*(("sd15", *one) for one in BOTH), *(("sdxl", *one) for one in (*BOTH, *OWN))],
 )
 def test_whatever_is_asked_differently_is_encoded(
-    family: str, prompts: Any, options: dict[str, Any], encodings: list[tuple[str, ...]]
+    family: str, prompts: Any, options: dict[str, Any], encodings: Encodings
 ) -> None:
     engine = tiny_engine(family)
     _drawn(engine)
@@ -139,18 +139,10 @@ def _written(text: nn.Module) -> None:
         next(text.parameters()).mul_(1.5)
 
 
-def _assigned(text: nn.Module) -> None:
-    text.load_state_dict({n: 1.5 * v for n, v in text.state_dict().items()}, assign=True)
-
-
 def _replaced(text: Any) -> None:
     layer = text.towers[0].text_model.encoder.layers[0].mlp
     other = nn.Linear(layer.fc1.in_features, layer.fc1.out_features)
     layer.fc1 = other.requires_grad_(False)
-
-
-def _halved(text: nn.Module) -> None:
-    text.to(torch.bfloat16).to(torch.float32)
 
 
 def _another_tower(text: Any) -> None:
@@ -158,12 +150,23 @@ def _another_tower(text: Any) -> None:
     _written(text)
 
 
-@pytest.mark.parametrize("change", [_written, _assigned, _replaced, _halved, _another_tower])
+CHANGES: dict[str, Callable[[Any], object]] = {
+    "written": _written,
+    "assigned": lambda text: text.load_state_dict(
+        {name: 1.5 * weight for name, weight in text.state_dict().items()}, assign=True
+    ),
+    "replaced": _replaced,
+    "halved": lambda text: text.to(torch.bfloat16).to(torch.float32),
+    "another tower": _another_tower,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_encoders_encode_again(
-    change: Callable[[Any], None], engine: hs.Engine, encodings: list[tuple[str, ...]]
+    change: str, engine: hs.Engine, encodings: Encodings
 ) -> None:
     first = _drawn(engine)
-    change(engine.weights.text)
+    CHANGES[change](engine.weights.text)
     second = _drawn(engine)
     assert len(encodings) == 2 and not torch.equal(first, second)
     assert torch.equal(_afresh(engine), second)
@@ -172,26 +175,25 @@ def test_changed_encoders_encode_again(
     assert len(encodings) <= 4
 
 
-def _hooked(layer: Any, factor: list[float]) -> None:
-    layer.register_forward_hook(lambda layer, args, y: factor[0] * y)
+# act(layer, factor): the factor may change while it acts
+ACTS: dict[str, Callable[[Any, list[float]], object]] = {
+    "a hook": lambda layer, factor: layer.register_forward_hook(
+        lambda layer, args, y: factor[0] * y
+    ),
+    "a hook before": lambda layer, factor: layer.register_forward_pre_hook(
+        lambda layer, args: (factor[0] * args[0],)
+    ),
+    "a forward of its own": lambda layer, factor: setattr(
+        layer, "forward", lambda x, under=layer.forward: factor[0] * under(x)
+    ),
+}
 
 
-def _hooked_before(layer: Any, factor: list[float]) -> None:
-    layer.register_forward_pre_hook(lambda layer, args: (factor[0] * args[0],))
-
-
-def _own_forward(layer: Any, factor: list[float]) -> None:
-    under = layer.forward
-    layer.forward = lambda x: factor[0] * under(x)
-
-
-@pytest.mark.parametrize("act", [_hooked, _hooked_before, _own_forward])
-def test_encoders_that_somebody_acts_on_encode_every_time(
-    act: Callable[[Any, list[float]], None], engine: hs.Engine
-) -> None:
+@pytest.mark.parametrize("act", ACTS)
+def test_encoders_that_somebody_acts_on_encode_every_time(act: str, engine: hs.Engine) -> None:
     factor, text = [1.5], cast("Any", engine.weights.text)
     made = [_drawn(engine)]
-    act(text.towers[0].text_model.encoder.layers[0].mlp.fc1, factor)
+    ACTS[act](text.towers[0].text_model.encoder.layers[0].mlp.fc1, factor)
     made.append(_drawn(engine))
     factor[0] = 0.5
     made.append(_drawn(engine))
@@ -200,7 +202,7 @@ def test_encoders_that_somebody_acts_on_encode_every_time(
 
 
 def test_encoders_that_wait_elsewhere_are_brought_for_an_encoding_alone(
-    engine: hs.Engine, encodings: list[tuple[str, ...]]
+    engine: hs.Engine, encodings: Encodings
 ) -> None:
     brought: list[str] = []
 
@@ -234,10 +236,8 @@ def test_what_is_written_through_data_is_seen_after_clear(engine: hs.Engine) -> 
 def test_an_adapter_of_the_text_is_heard_at_every_strength(
     form: str, engine: hs.Engine, tmp_path: Path
 ) -> None:
-    path = tmp_path / "voice.safetensors"
-    if form == "lora":  # beside the layers; a LoHa is merged into them
-        _lora(path, FC1, 48)
-    else:
+    path = _lora(tmp_path / "voice.safetensors", FC1, 48)
+    if form == "loha":  # merged into the layers; a LoRA acts beside them
         halves = {"w1_a": (48, 2), "w1_b": (2, 32), "w2_a": (48, 2), "w2_b": (2, 32)}
         tensors = {f"{FC1}.hada_{name}": _normal(*shape) for name, shape in halves.items()}
         tensors |= {f"{TO_Q}.hada_{n}": _normal(32 if s[0] == 48 else 2, s[1])
@@ -296,7 +296,7 @@ def test_strengths_of_one_call_are_told_apart(engine: hs.Engine, tmp_path: Path)
 
 
 def test_an_adapter_of_the_unet_alone_does_not_encode_again(
-    engine: hs.Engine, tmp_path: Path, encodings: list[tuple[str, ...]]
+    engine: hs.Engine, tmp_path: Path, encodings: Encodings
 ) -> None:
     first = _drawn(engine)
     engine.attach(_lora(tmp_path / "ink.safetensors", TO_Q, 32))
@@ -307,7 +307,7 @@ def test_an_adapter_of_the_unet_alone_does_not_encode_again(
 
 
 def test_the_least_recently_used_goes_first(
-    engine: hs.Engine, encodings: list[tuple[str, ...]], monkeypatch: pytest.MonkeyPatch
+    engine: hs.Engine, encodings: Encodings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _drawn(engine)
     kept = text_cache_of(engine.weights.text)
@@ -325,16 +325,6 @@ def test_the_least_recently_used_goes_first(
     assert len(kept) == 0
 
 
-def test_a_limit_is_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert limit_bytes() == 64e6
-    monkeypatch.setenv(VARIABLE, "1.5")
-    assert limit_bytes() == 1.5e6
-    for wrong in ("many", "-1", "nan", "inf", ""):
-        monkeypatch.setenv(VARIABLE, wrong)
-        with pytest.raises(InputError, match="expected megabytes"):
-            limit_bytes()
-
-
 def test_weights_are_freed_with_their_engine() -> None:
     engine = tiny_engine("sd15")
     _drawn(engine)
@@ -347,37 +337,15 @@ def test_weights_are_freed_with_their_engine() -> None:
 def test_threads_share_what_is_kept_and_each_gets_its_own(engine: hs.Engine) -> None:
     prompts = ["a cat", "a dog", "the cat"]
     expected = {prompt: _afresh(engine, prompt) for prompt in prompts}
-    wrong: list[str] = []
-
-    def work(start: int) -> None:
-        for turn in range(4):
-            prompt = prompts[(start + turn) % 3]
-            if not torch.equal(_drawn(engine, prompt), expected[prompt]):
-                wrong.append(prompt)
-
-    threads = [threading.Thread(target=work, args=(start,)) for start in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong and len(text_cache_of(engine.weights.text)) == 3
-
-
-def test_an_encoder_that_is_changed_while_it_encodes_keeps_nothing(engine: hs.Engine) -> None:
-    text = engine.weights.text
-    kept = TextCache(text)
-
-    def encode() -> Any:
-        made = text.encode(["a cat"])
-        _written(text)
-        return made, None
-
-    kept.find("key", encode)
-    assert len(kept) == 0
+    asked = [prompts[(start + turn) % 3] for start in range(3) for turn in range(4)]
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(lambda prompt: _drawn(engine, prompt), asked))
+    assert all(torch.equal(own, expected[prompt]) for prompt, own in zip(asked, found, strict=True))
+    assert len(text_cache_of(engine.weights.text)) == 3
 
 
 def test_who_watches_operators_or_counts_no_versions_gets_an_encoding(
-    encodings: list[tuple[str, ...]],
+    encodings: Encodings,
 ) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,38 +361,7 @@ def test_who_watches_operators_or_counts_no_versions_gets_an_encoding(
     assert len(encodings) == 4
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
-def test_settings_that_change_the_rounding_encode_again(engine: hs.Engine) -> None:
-    made: list[Any] = []
-    kept = TextCache(engine.weights.text)
-
-    def encode() -> Any:
-        made.append((Conditioning(torch.zeros(1, 2, 3)), None))
-        return made[-1]
-
-    torch.set_num_threads(1)
-    assert kept.find("key", encode) is kept.find("key", encode)
-    torch.set_num_threads(2)
-    kept.find("key", encode)
-    assert len(made) == 2
-    with torch.autocast("cpu", torch.bfloat16):
-        kept.find("key", encode)
-    assert len(made) == 3
-    with torch.inference_mode():
-        kept.find("key", encode)
-    assert len(made) == 4
-    torch.set_num_threads(1)
-    assert kept.find("key", encode) is made[0]
-
-
 def test_the_time_of_the_text_is_what_it_took(engine: hs.Engine) -> None:
-    first, *others = (
-        engine.sample("a cat", plan=PLAN, seeds=3).latency_ms["text"] for _ in range(6)
-    )
+    runs = [engine.sample("a cat", plan=PLAN, seeds=3) for _ in range(6)]
+    first, *others = (run.latency_ms["text"] for run in runs)
     assert 0 < min(others) < first

@@ -7,7 +7,7 @@ x' = x0 + keep*(x - x0) + carry*(x0 - x0_prev) + add*n
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple, TypeVar, cast, get_args
@@ -78,17 +78,17 @@ class Plan:
         schedules = {model: _of("noise schedule", schedule, model) for model in models}
         end = self._end(schedules[self.legs[-1].model])
         points = join(self.legs, schedules, end)
-        befores = (None, *points[:-1])
-        afters = (*points[1:], _Landing(end))
-        rows = tuple(
-            _row(schedules, _prediction(point.leg, prediction), before, point, after, position)
-            for before, point, after, position in zip(
-                befores, points, afters, _positions(points), strict=True
-            )
-        )
+        rows: list[Step] = []
+        moves = zip(points, (*points[1:], _Landing(end)), strict=True)
+        for _, group in groupby(moves, lambda move: (move[0].leg.model, move[0].leg.update)):
+            run = list(group)
+            for index, (point, after) in enumerate(run):
+                own = _prediction(point.leg, prediction)
+                before = run[index - 1][0].sigma if index else None
+                rows.append(_row(schedules, own, before, point, after, index, len(run)))
         last = points[-1].leg
         return StepTable(
-            rows,
+            tuple(rows),
             start=self.start,
             schedule=fingerprint_of(schedules),
             name=self.name,
@@ -136,11 +136,15 @@ class _Landing(NamedTuple):
 def _row(
     schedules: Schedules,
     prediction: Prediction,
-    before: Point | None,
+    before: float | None,
     point: Point,
     after: Point | _Landing,
-    position: tuple[int, int],
+    position: int,
+    length: int,
 ) -> Step:
+    """before            the level of the row before, if the same model ran it by the same rule
+    position, length  of the row among its neighbours of the same model and rule, and their count
+    """
     leg = point.leg
     schedule = schedules[leg.model]
     _check_prediction(leg, schedule, prediction)
@@ -149,11 +153,11 @@ def _row(
         sigma=point.sigma,
         sigma_next=after.sigma,
         timestep_next=_timestep_next(schedules, point, after),
-        sigma_before=_level_before(before, leg),
+        sigma_before=before,
         eta=leg.eta,
         gamma=leg.gamma,
-        position=position[0],
-        length=position[1],
+        position=position,
+        length=length,
     )
     timestep, scalings = _network(point, schedule, prediction)
     return Step(
@@ -166,22 +170,6 @@ def _row(
         guidance=float(leg.guidance),
         adapters=leg.adapters,
     )
-
-
-def _positions(points: Sequence[Point]) -> list[tuple[int, int]]:
-    """For each row its index among neighbours of the same model and rule, and their count."""
-    positions: list[tuple[int, int]] = []
-    for _, group in groupby(points, lambda point: (point.leg.model, point.leg.update)):
-        count = len(list(group))
-        positions += [(index, count) for index in range(count)]
-    return positions
-
-
-def _level_before(before: Point | None, leg: Leg) -> float | None:
-    """The level of the row before, if the same model ran it by the same rule."""
-    if before is None or before.leg.model != leg.model or before.leg.update is not leg.update:
-        return None
-    return before.sigma
 
 
 _PREDICTIONS: Mapping[type, tuple[str, tuple[Prediction, ...]]] = {
@@ -205,16 +193,16 @@ def _check_prediction(leg: Leg, schedule: Process, prediction: Prediction) -> No
         )
     if isinstance(schedule, NoiseSchedule):
         return
-    for option, has in (
-        ("update 'tcd'", leg.update is Update.TCD),
-        ("boundary=True", leg.boundary),
-        ("shifted_timestep=", leg.shifted_timestep is not None),
-    ):
-        if has:
-            raise PlanError(
-                f"{option} of leg {leg.model!r} counts whole timesteps, and {name} has none: leave "
-                "it out"
-            )
+    counts = {
+        "update 'tcd'": leg.update is Update.TCD,
+        "boundary=True": leg.boundary,
+        "shifted_timestep=": leg.shifted_timestep is not None,
+    }
+    if option := next((option for option, has in counts.items() if has), None):
+        raise PlanError(
+            f"{option} of leg {leg.model!r} counts whole timesteps, and {name} has none: leave it "
+            "out"
+        )
 
 
 def _sigma_data(schedule: Process) -> float:

@@ -21,6 +21,7 @@ PURE = 1e6
 COLUMNS = ("c_in", "c_skip", "c_out", "keep", "add", "carry", "guidance", "timestep")
 FORMAT = "headstart.table/1"
 _columns = attrgetter(*COLUMNS)
+_WRITTEN = ("name", "start", "schedule", "first", "end_scale", "cut")
 
 
 class Step(NamedTuple):
@@ -158,12 +159,7 @@ class StepTable:
         return json.dumps(
             {
                 "format": FORMAT,
-                "name": self.name,
-                "start": self.start,
-                "schedule": self.schedule,
-                "first": self.first,
-                "end_scale": self.end_scale,
-                "cut": self.cut,
+                **{name: getattr(self, name) for name in _WRITTEN},
                 "columns": Step._fields,
                 "rows": self.steps,
             }
