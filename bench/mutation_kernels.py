@@ -29,34 +29,26 @@ in_winograd = partial(tests, "kernels/test_winograd.py")
 
 BITS = in_step("bits_of_every_prediction_and_update[sm_90-torch.float16]")
 EACH = in_step("rows_of_samples_have_the_reference_bits[sm_90-torch.float32]")
-HOST = in_step("a_row_on_the_host_travels_as_numbers")
 GUARD = in_step("in_place_unaligned_and_nothing_beside_the_outputs_is_written")
 GUIDANCE = in_step("guidance_of_each_sample_and_the_row_that_follows")
 SKIPPED = in_step("terms_with_coefficient_0_are_neither_read_nor_added")
 LAST = in_step("channels_last_networks_with_a_picture_on_the_way")
-DRAWN = in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")
 NOTICED = in_step("a_sample_with_nan_or_infinity_is_noticed_on_the_way")
 FLAGGED = in_step("flags_of_parts_cost_no_launch_beside_the_steps_own")
-SCALED = in_step("scale_input_has_the_reference_bits")
 NORMALS = in_pictures("normals_have_the_reference_bits")
 TAILS = in_pictures("a_long_draw_meets_both_tails_with_the_reference_bits")
 SHOWN = in_pictures("previews_have_the_reference_bytes")
 DECODED = in_pictures("pixels_become_the_reference_bytes")
 NORMED = in_layers("groupnorm_silu_is_within_its_budget[sm_90-layout0-torch.float16]")
-NORMED_ALL = in_layers("groupnorm_silu_is_within_its_budget")
 QUIET = in_layers("a_quiet_image_is_normalised_with_its_epsilon")
 SHIFTED = in_layers("a_shift_of_each_channel_before_the_norm_and_a_norm_without_silu")
 SUMMED = in_layers("a_residual_sum_has_torchs_bits_and_its_norm_is_within_its_budget")
-EVEN = in_layers("a_row_of_equal_numbers_is_normalised_with_its_epsilon")
 GATED = in_layers("geglu_is_within_its_budget")
 ADDED = in_layers("low_rank_addition_is_within_its_budget")
 RANKS = in_layers("any_rank_fits_into_registers_and_shared_memory")
 IDLE = in_layers("a_sample_of_strength_0_reads_and_writes_nothing")
 
 API = "kernels/headstart_kernels/api.py"
-PAIRED = in_fused_step("a_guided_pair_may_be_one_tensor")
-OWN = tests("kernels/test_native.py", "a_loops_own_step_has_the_bits_of_any_step")
-IN_ONE_PASS = in_fused_step("a_pair_for_a_row_of_one_pass_is_an_error")
 
 C = "kernels/headstart_kernels/native"
 COMPILED = tests("kernels/test_dispatch.py", "there_are_c_kernels_wherever_there_is_a_compiler")
@@ -69,22 +61,6 @@ def in_c(name: str, file: str = "native") -> tuple[str, ...]:
 
 IN_C_STEP = in_c("every_step_has_the_bits_of_the_reference")
 IN_C_LONG = in_c("what_is_longer_than_a_piece_is_the_same_on_any_number_of_threads")
-IN_C_ANY = in_c("steps_of_any_length_with_the_terms_of_every_sampler")
-IN_C_PAST = in_c("large_steps_into_places_that_are_not_aligned_and_over_the_row_before")
-IN_C_READ = in_c("every_16_bit_number_is_read_exactly")
-IN_C_ROUND = in_c("float32_is_rounded_to_16_bits_as_torch_rounds")
-IN_C_SHOWN = in_c("pictures_have_the_bytes_of_the_reference")
-IN_C_KEPT = in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to", "native_library")
-IN_C_PROOF = in_c("a_library_whose_bits_differ_is_refused", "native_library")
-IN_C_NORM = in_c("a_group_norm_is_within_its_budget", "native_layers")
-IN_C_FAR = in_c("neither_size_nor_a_mean_far_above_the_spread_costs_digits", "native_layers")
-IN_C_WIDE = in_c("the_largest_width_of_a_part_is_not_the_largest_image", "native_layers")
-IN_C_SILU = in_c("silu_of_every_size", "native_layers")
-IN_C_GATE = in_c("geglu_of_every_size_of_a_gate", "native_layers")
-IN_C_ANYWHERE = in_c("operands_may_lie_anywhere_and_have_a_dtype_of_their_own", "native_layers")
-IN_FILTER = in_winograd("a_filter_is_rounded_once_from_whatever_the_weight_is")
-IN_PAYS = in_winograd("it_pays_where_tiles_are_many_and_channels_too")
-IN_C_FINITE = in_c("finite_says_which_samples_have_an_x0_without_nan_and_infinity", "step_into")
 
 
 def offsets(name: str) -> tuple[str, ...]:
@@ -108,7 +84,7 @@ IN_STEP = (
     ("mix in another order", "x0 + keep * (x - x0))", "keep * x + (1.0 - keep) * x0)", BITS),
     ("forget the term that looks back", "y + carry * (x0 - previous))", "y)", BITS),
     ("look back with the wrong sign", "carry * (x0 - previous)", "carry * (previous - x0)", BITS),
-    ("forget which row of the plan is row 0", "_drawn(element, seed, image, row + first_row, ", "_drawn(element, seed, image, row, ", DRAWN),
+    ("forget which row of the plan is row 0", "_drawn(element, seed, image, row + first_row, ", "_drawn(element, seed, image, row, ", in_step("noise_drawn_in_registers_has_the_bits_of_philox_normal")),
     ("the first sample's row for all", "_number(step_ptr, sample * STEP_STRIDE, row)", "_number(step_ptr, 0, row)", EACH),
     ("the first sample's plan for all", "_number(first_row_ptr, sample, first_row)", "_number(first_row_ptr, 0, first_row)", EACH),
     ("scale all by the first sample's row", "_number(step_ptr, part, row)", "_number(step_ptr, 0, row)", EACH),
@@ -127,7 +103,7 @@ IN_STEP = (
     ("blame the first sample", "_flag(finite_ptr + sample * parts", "_flag(finite_ptr", NOTICED),
     ("a program's flags side by side", "tl.num_programs(0) * tl.arange(0, FLAGS)", "tl.arange(0, FLAGS)", FLAGGED),
     ("flags past the end", "tl.zeros_like(part) + fine, mask=part < parts)", "tl.zeros_like(part) + fine)", FLAGGED),
-    ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", SCALED),
+    ("the first row's scale for every row", "tl.load(table_ptr + row * _WIDTH + _C_IN)", "tl.load(table_ptr + _C_IN)", in_step("scale_input_has_the_reference_bits")),
 )  # fmt: skip
 IN_NORMAL = (
     ("one round less", "tl.static_range(_ROUNDS)", "tl.static_range(_ROUNDS - 1)", NORMALS),
@@ -182,14 +158,14 @@ IN_NORM = (
     ("a shift that moves the mean alone", "        mean = mean - _load(", "        _load(", SHIFTED),
     ("the first sample's shift for all", "first_added = sample * channels + group", "first_added = group", SHIFTED),
     ("one channel's shift for the group", "    if added_ptr is not None:\n        mean += _load(added_ptr + channel, inside)", "    if added_ptr is not None:\n        mean += tl.load(added_ptr + tl.min(channel, 0)).to(tl.float32)", SHIFTED),
-    ("the first sample's scale for all", "scale = tl.load(scale_ptr + sample * channels + column", "scale = tl.load(scale_ptr + column", NORMED_ALL),
+    ("the first sample's scale for all", "scale = tl.load(scale_ptr + sample * channels + column", "scale = tl.load(scale_ptr + column", in_layers("groupnorm_silu_is_within_its_budget")),
     ("offsets in 32 bits", "    pixel = tl.program_id(0).to(tl.int64) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1).to(tl.int64)", "    pixel = tl.program_id(0) * PIXELS + tl.arange(0, PIXELS)[:, None]\n    column = tl.program_id(1)", offsets("groupnorm apply")),
 )  # fmt: skip
 IN_LAYERNORM = (
     ("norm of the first term", "h, count = rounded.to(tl.float32)", "h, count = _load(x_ptr + row + column, inside)", SUMMED),
     ("norm of a sum not rounded", "h, count = rounded.to(tl.float32)", "h, count = h", SUMMED),
     ("deviations of what is not there", "deviation = tl.where(inside, h - mean, 0.0)", "deviation = h - mean", SUMMED),
-    ("forget epsilon", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance)", EVEN),
+    ("forget epsilon", "tl.sqrt_rn(variance + eps)", "tl.sqrt_rn(variance)", in_layers("a_row_of_equal_numbers_is_normalised_with_its_epsilon")),
     ("forget the mean", "n = deviation * inverse", "n = h * inverse", SUMMED),
     ("the root itself", "inverse = tl.div_rn(1.0, tl.sqrt_rn(variance + eps))", "inverse = tl.sqrt_rn(variance + eps)", SUMMED),
     ("write past the row", "tl.store(n_ptr + row + column, n.to(n_ptr.dtype.element_ty), mask=inside)", "tl.store(n_ptr + row + column, n.to(n_ptr.dtype.element_ty))", SUMMED),
@@ -215,7 +191,7 @@ IN_IMPL = (
     (IMPL_STEP, "pack a picture at any address", " and picture.rgb.data_ptr() % 4 == 0", "", in_step("a_picture_may_lie_at_any_address")),
     (IMPL_STEP, "blocks of four where there are none", "WHOLE_BLOCKS=channels == 1 or plane % 4 == 0", "WHOLE_BLOCKS=True", LAST),
     (IMPL_STEP, "lose the state behind a view", "    outputs.x_next.copy_(inner.x_next)\n", "", in_step("states_that_are_views_of_larger_ones")),
-    (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", HOST),
+    (IMPL_STEP, "the coefficients of another row", "row = host_row(table, step)\n    following", "row = host_row(table, 0)\n    following", in_step("a_row_on_the_host_travels_as_numbers")),
     (IMPL_STEP, "read channels-last as planes", "f_cond_ptr=inputs.f_cond if f_last else inputs.f_cond.contiguous()", "f_cond_ptr=inputs.f_cond", in_step("states_that_are_views_of_larger_ones")),
     (IMPL_STEP, "one flag for several programs", "    if parts < programs:\n", "    if False:\n", NOTICED),
     (IMPL_NORM, "weights with strides read without", "    weight, bias = weight.contiguous(), bias.contiguous()\n", "", in_layers("an_image_of_one_pixel_and_weights_with_strides")),
@@ -225,9 +201,9 @@ IN_IMPL = (
     (IMPL_RGB, "pack rows of any length", "PACKED=line * upscale % 4 == 0", "PACKED=True", SHOWN),
     (IMPL_STEP, "a row a sample, taken for one", "STEP_STRIDE=step.ndim if isinstance(step, Tensor) else 0", "STEP_STRIDE=0", EACH),
     (IMPL_STEP, "rows read as if they were dense", '"step_ptr": step.contiguous()', '"step_ptr": step', EACH),
-    (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", PAIRED),
-    (API, "a pair for a row of one pass", "    if single or inputs", "    if inputs", IN_ONE_PASS),
-    ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at, u_at = f_at + count * f.itemsize, f_at", "u_at = f_at + count * f.itemsize", OWN),
+    (API, "a pair the wrong way round", "f_uncond, f_cond = f.split", "f_cond, f_uncond = f.split", in_fused_step("a_guided_pair_may_be_one_tensor")),
+    (API, "a pair for a row of one pass", "    if single or inputs", "    if inputs", in_fused_step("a_pair_for_a_row_of_one_pass_is_an_error")),
+    ("kernels/headstart_kernels/impl/native_step.py", "C: a pair the wrong way round", "f_at, u_at = f_at + count * f.itemsize, f_at", "u_at = f_at + count * f.itemsize", tests("kernels/test_native.py", "a_loops_own_step_has_the_bits_of_any_step")),
     ("kernels/headstart_kernels/launch.py", "let the compiler contract", '"enable_fp_fusion": False', '"enable_fp_fusion": True', BITS),
 )  # fmt: skip
 IN_C = (
@@ -240,10 +216,10 @@ IN_C = (
     (f"{C}/step.h", "C: forget the step of the last run", "return w.bad | step_range(&a, &s, terms, w.i, count, noise);", "return w.bad;", COMPILED),
     (f"{C}/step.h", "C: fill one half of a guided pair", "copy * size + at, s.x_next", "at, s.x_next", COMPILED),
     (f"{C}/step.h", "C: feed one half of a guided pair", "s.x_in[1] = s.x_in[0] + size", "s.x_in[1] = s.x_in[0]", COMPILED),
-    (f"{C}/step.h", "C: infinity is finite", "0x7fffffffu) + 0x00800000u", "0x7fffffffu) + 0x007fffffu", IN_C_FINITE),
+    (f"{C}/step.h", "C: infinity is finite", "0x7fffffffu) + 0x00800000u", "0x7fffffffu) + 0x007fffffu", in_c("finite_says_which_samples_have_an_x0_without_nan_and_infinity", "step_into")),
     (f"{C}/normal.h", "C: normals before their step is done", "round_of(from, &c, 8), cosine(&p);\n  round_of(from, &c, 9), finish(&p, out);", "round_of(from, &c, 8), cosine(&p), finish(&p, out);\n  round_of(from, &c, 9), besides(context, 7);", COMPILED),
-    (f"{C}/step.h", "C: past the caches at any address", "(uintptr_t)s->x0 % WIDTH == 0", "1", IN_C_PAST),
-    (f"{C}/step.h", "C: rooms of a CHUNK for a PIECE", "draws(a) && wide &&", "draws(a) &&", IN_C_ANY),
+    (f"{C}/step.h", "C: past the caches at any address", "(uintptr_t)s->x0 % WIDTH == 0", "1", in_c("large_steps_into_places_that_are_not_aligned_and_over_the_row_before")),
+    (f"{C}/step.h", "C: rooms of a CHUNK for a PIECE", "draws(a) && wide &&", "draws(a) &&", in_c("steps_of_any_length_with_the_terms_of_every_sampler")),
     (f"{C}/team.h", "C: forget the piece after the first", "begin = number % each * PIECE;", "begin = 0;", IN_C_LONG),
     (f"{C}/kernels.c", "C: the last normals are forgotten", "  memcpy(out + first, room, (size_t)(part.end - first) * sizeof(float));\n", "", IN_C_LONG),
     (f"{C}/normal.h", "C: one round less", "round < ROUNDS; round++) round_of", "round < ROUNDS - 1; round++) round_of", COMPILED),
@@ -254,10 +230,10 @@ IN_C = (
     (f"{C}/normal.h", "C: blocks in the order of lanes", "(uint64_t)(lane % 2 * (BLOCKS / 2) + lane / 2)", "(uint64_t)lane", COMPILED),
     (f"{C}/normal.h", "C: sine and cosine never swapped", "(quarter & 0x40000000u) != 0", "(quarter & 0x40000000u) == 1", COMPILED),
     (f"{C}/normal.h", "C: a half turn negates one", "(ints)(quarter & 0x80000000u)", "(ints)(quarter & 0u)", COMPILED),
-    (f"{C}/numbers.h", "C: float16 infinity is a number", "0x1p16f ? 0x7f800000u", "0x1p17f ? 0x7f800000u", IN_C_READ),
-    (f"{C}/numbers.h", "C: ties away from even", "(magnitude + 0xfffu + (magnitude >> 13 & 1)", "(magnitude + 0x1000u", IN_C_ROUND),
+    (f"{C}/numbers.h", "C: float16 infinity is a number", "0x1p16f ? 0x7f800000u", "0x1p17f ? 0x7f800000u", in_c("every_16_bit_number_is_read_exactly")),
+    (f"{C}/numbers.h", "C: ties away from even", "(magnitude + 0xfffu + (magnitude >> 13 & 1)", "(magnitude + 0x1000u", in_c("float32_is_rounded_to_16_bits_as_torch_rounds")),
     (f"{C}/numbers.h", "C: bfloat16 cut off", "(bits + 0x7fffu + (bits >> 16 & 1)) >> 16", "bits >> 16", COMPILED),
-    (f"{C}/picture.h", "C: NaN is not black", "pixel >= -1.0f ? pixel : -1.0f", "pixel < -1.0f ? -1.0f : pixel", IN_C_SHOWN),
+    (f"{C}/picture.h", "C: NaN is not black", "pixel >= -1.0f ? pixel : -1.0f", "pixel < -1.0f ? -1.0f : pixel", in_c("pictures_have_the_bytes_of_the_reference")),
     (f"{C}/picture.h", "C: levels rounded down", "+ 127.5f + 0x1p23f", "+ 127.0f + 0x1p23f", COMPILED),
     (f"{C}/winograd.h", "C: pixels beyond the image are what they were", "begin > left || ", "", COMPILED),
     (f"{C}/winograd.h", "C: another point", "#define Q1 1.5f", "#define Q1 1.25f", COMPILED),
@@ -267,20 +243,20 @@ IN_C = (
     (f"{C}/winograd.h", "C: the first image for all", "a->x + image * a->inputs", "a->x + 0 * a->inputs", COMPILED),
     (f"{C}/winograd.h", "C: no bias", "o[i] + bias, LANES", "o[i], LANES", COMPILED),
     (f"{C}/winograd.h", "C: the first strip for all", "left = first * TILE - 1", "left = -1", COMPILED),
-    ("kernels/headstart_kernels/winograd.py", "weights rounded twice", "[at * SLICE : (at + 1) * SLICE].double()", "[at * SLICE : (at + 1) * SLICE].half().double()", IN_FILTER),
-    ("kernels/headstart_kernels/winograd.py", "pays whatever reading the weights takes", "(tiles + _WEIGHTS)", "tiles", IN_PAYS),
+    ("kernels/headstart_kernels/winograd.py", "weights rounded twice", "[at * SLICE : (at + 1) * SLICE].double()", "[at * SLICE : (at + 1) * SLICE].half().double()", in_winograd("a_filter_is_rounded_once_from_whatever_the_weight_is")),
+    ("kernels/headstart_kernels/winograd.py", "pays whatever reading the weights takes", "(tiles + _WEIGHTS)", "tiles", in_winograd("it_pays_where_tiles_are_many_and_channels_too")),
     (f"{C}/norm.h", "C: a shift is not in the mean", "(double)center + shift + left", "(double)center + left", COMPILED),
-    (f"{C}/norm.h", "C: parts have one mean", "square + apart * apart * (all->count * count / whole)", "square", IN_C_FAR),
+    (f"{C}/norm.h", "C: parts have one mean", "square + apart * apart * (all->count * count / whole)", "square", in_c("neither_size_nor_a_mean_far_above_the_spread_costs_digits", "native_layers")),
     (f"{C}/norm.h", "C: the last part counts as a whole one", "(double)least(rows, a->plane - part * rows)", "(double)rows", COMPILED),
-    (f"{C}/norm.h", "C: the first channels of a wide pixel for all", "as_floats(a->x, a->type, at + c, rows * some, room)", "as_floats(a->x, a->type, at, rows * some, room)", IN_C_WIDE),
-    (f"{C}/norm.h", "C: the first image's scales for all", "const float *scale = a->scratch + image * a->channels, *offset", "const float *scale = a->scratch, *offset", IN_C_NORM),
-    (f"{C}/exponential.h", "C: no power is infinite", "most = all_floats(128.0f)", "most = all_floats(100.0f)", IN_C_SILU),
+    (f"{C}/norm.h", "C: the first channels of a wide pixel for all", "as_floats(a->x, a->type, at + c, rows * some, room)", "as_floats(a->x, a->type, at, rows * some, room)", in_c("the_largest_width_of_a_part_is_not_the_largest_image", "native_layers")),
+    (f"{C}/norm.h", "C: the first image's scales for all", "const float *scale = a->scratch + image * a->channels, *offset", "const float *scale = a->scratch, *offset", in_c("a_group_norm_is_within_its_budget", "native_layers")),
+    (f"{C}/exponential.h", "C: no power is infinite", "most = all_floats(128.0f)", "most = all_floats(100.0f)", in_c("silu_of_every_size", "native_layers")),
     (f"{C}/exponential.h", "C: every gate is positive", "chosen(x < zero, tail, all_floats(1.0f) - tail)", "(all_floats(1.0f) - tail)", COMPILED),
-    (f"{C}/exponential.h", "C: a tail without an end", "x = chosen(x < least, least, x);", "", IN_C_GATE),
+    (f"{C}/exponential.h", "C: a tail without an end", "x = chosen(x < least, least, x);", "", in_c("geglu_of_every_size_of_a_gate", "native_layers")),
     (f"{C}/gate.h", "C: a number is its own gate", "at + a->width, some, other", "at, some, other", COMPILED),
-    ("kernels/headstart_kernels/impl/native_norm.py", "C: rows of a shift lie together", "0 if shift is None else shift.stride(0)", "0 if shift is None else shift.shape[1]", IN_C_ANYWHERE),
-    (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", IN_C_KEPT),
-    (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", IN_C_PROOF),
+    ("kernels/headstart_kernels/impl/native_norm.py", "C: rows of a shift lie together", "0 if shift is None else shift.stride(0)", "0 if shift is None else shift.shape[1]", in_c("operands_may_lie_anywhere_and_have_a_dtype_of_their_own", "native_layers")),
+    (f"{C}/library.py", "C: load what others may have written", "elif status.st_mode & 0o022:", "elif False:", in_c("nothing_is_loaded_from_a_folder_that_others_may_write_to", "native_library")),
+    (f"{C}/library.py", "C: use it unproven", "        if wrong:\n", "        if False:\n", in_c("a_library_whose_bits_differ_is_refused", "native_library")),
 )  # fmt: skip
 BY_FILE = {
     STEP: IN_STEP, NORMAL: IN_NORMAL, DRAW: IN_DRAW, RGB: IN_RGB, PICTURE: IN_PICTURE,
