@@ -7,7 +7,7 @@ LyCORIS' `scalar`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, NoReturn
@@ -29,7 +29,7 @@ from headstart.adapters.kinds import (
     missing_operands,
     rank_limit,
 )
-from headstart.adapters.names import AdapterForm, Network, parse
+from headstart.adapters.names import AdapterForm, Key, Network, parse
 from headstart.adapters.peft import Peft
 from headstart.adapters.products import with_core
 from headstart.adapters.rotations import oft_v2
@@ -179,14 +179,11 @@ _LARGEST = 1e30
 """A product of float32 numbers with it may still be one."""
 
 
-def _group(
-    name: str, network: Network | None, module: str, keys: Mapping[str, TensorEntry],
-    forms: Iterable[AdapterForm],
-) -> Group:  # fmt: skip
-    """A module's group. Raises AdapterError where tensors are missing, of a wrong dtype, or do not
-    agree."""
-    slots = {slot: key.name for slot, key in keys.items()}
-    shapes = {slot: key.shape for slot, key in keys.items()}
+def _group(key: Key, entries: Mapping[str, TensorEntry], forms: frozenset[AdapterForm]) -> Group:
+    """Raises AdapterError where tensors are missing, of a wrong dtype, or do not agree."""
+    name = key.name
+    slots = {slot: entry.name for slot, entry in entries.items()}
+    shapes = {slot: entry.shape for slot, entry in entries.items()}
     kinds, listed = kinds_of(shapes), ", ".join(sorted(slots))
     if not kinds:
         _bad(name, "a change too (the file is torn)", listed)
@@ -197,26 +194,23 @@ def _group(
     if odd := next(conflicting_operands(kind, slots), None):
         alone = f"{kind.title} alone, because {kind.title} with {odd} is not implemented"
         _bad(name, "one way to change its weight" if odd in kind.operands else alone, listed)
-    for slot, key in keys.items():
-        _check(kind, slot, key)
+    for slot, entry in entries.items():
+        _check(kind, slot, entry)
     if missing := next(missing_operands(kind, slots), None):
         _bad(name, f"{missing} too (the file is torn)", listed)
     for each in kind.agreements(shapes):
         _check_agreement(name, each)
-    return Group(name, network, module, kind, slots, shapes, frozenset(forms))
+    return Group(name, key.network, key.module, kind, slots, shapes, forms)
 
 
-def _check(kind: Kind, slot: str, key: TensorEntry) -> None:
-    """One tensor's dtype and dimensions."""
-    allowed = FLOATS | _INTEGERS if slot == "alpha" else FLOATS
-    if slot in SWITCHES:
-        allowed = FLOATS | _INTEGERS | {"BOOL"}
-    if key.dtype not in allowed:
-        _bad(key.name, "floating point numbers", key.dtype)
-    if len(key.shape) not in dimensions(kind, slot) or 0 in key.shape:
-        _bad(key.name, f"{dimensions(kind, slot)} dimensions, none empty", list(key.shape))
-    if slot in ONE_NUMBER and math.prod(key.shape) != 1:
-        _bad(key.name, "one number", list(key.shape))
+def _check(kind: Kind, slot: str, entry: TensorEntry) -> None:
+    allowed = FLOATS | _INTEGERS if slot == "alpha" or slot in SWITCHES else FLOATS
+    if entry.dtype not in allowed and not (slot in SWITCHES and entry.dtype == "BOOL"):
+        _bad(entry.name, "floating point numbers", entry.dtype)
+    if len(entry.shape) not in dimensions(kind, slot) or 0 in entry.shape:
+        _bad(entry.name, f"{dimensions(kind, slot)} dimensions, none empty", list(entry.shape))
+    if slot in ONE_NUMBER and math.prod(entry.shape) != 1:
+        _bad(entry.name, "one number", list(entry.shape))
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -238,37 +232,37 @@ class Grouping(NamedTuple):
 def group_keys(layout: Layout) -> Grouping:
     """A file's keys by module. The same layout gives the same object, so that swapping adapters of
     the same layout parses no name. Raises AdapterError."""
-    names: dict[tuple[Network | None, str], str] = {}
-    keys: dict[str, dict[str, TensorEntry]] = {}
-    forms: dict[str, set[AdapterForm]] = {}
+    modules: dict[tuple[Network | None, str], list[tuple[Key, TensorEntry]]] = {}
     strays: list[str] = []
     factors = {name.removesuffix(_ON_INPUT) for name, *_ in layout if name.endswith(_ON_INPUT)}
-    for name, dtype, shape in layout:
+    for entry in map(TensorEntry._make, layout):
         # Beside `on_input` a `weight` is (IA)^3's; elsewhere it is a network's.
-        is_factor = name.endswith(".weight") and name.removesuffix(".weight") in factors
-        key = parse(name.removesuffix(".weight") + _ON_INPUT if is_factor else name)
+        module = entry.name.removesuffix(".weight")
+        is_factor = module != entry.name and module in factors
+        key = parse(module + _ON_INPUT if is_factor else entry.name)
         if key is None:
-            strays.append(name)
+            strays.append(entry.name)
             continue
-        slot = "factors" if is_factor else key.slot
-        group = names.setdefault((key.network, key.module), key.name)
-        entries = keys.setdefault(group, {})
-        if slot in entries:
-            raise AdapterError(
-                f"{entries[slot].name!r} and {name!r} are the same part of {group}: expected it "
-                "once; remove one of them"
-            )
-        entries[slot] = TensorEntry(name, dtype, shape)
-        forms.setdefault(group, set()).update({key.form} if key.form else ())
+        key = key._replace(slot="factors") if is_factor else key
+        modules.setdefault((key.network, key.module), []).append((key, entry))
     groups: dict[str, Group] = {}
     # The names without their last part, and without their last two parts.
     unknown = {stray.rsplit(".", parts)[0] for stray in strays for parts in (1, 2)}
-    for (network, module), name in names.items():
-        own = keys[name]
-        if own.keys() <= MODIFIERS.keys() - {"diff_b"} and name in unknown:
-            strays += [key.name for key in own.values()]  # an alpha of an unknown change
+    for rows in modules.values():
+        first = rows[0][0]
+        entries: dict[str, TensorEntry] = {}
+        for key, entry in rows:
+            if key.slot in entries:
+                raise AdapterError(
+                    f"{entries[key.slot].name!r} and {entry.name!r} are the same part of "
+                    f"{first.name}: expected it once; remove one of them"
+                )
+            entries[key.slot] = entry
+        if entries.keys() <= MODIFIERS.keys() - {"diff_b"} and first.name in unknown:
+            strays += [entry.name for entry in entries.values()]  # an alpha of an unknown change
         else:
-            groups[name] = _group(name, network, module, own, forms[name])
+            forms = frozenset(key.form for key, _ in rows if key.form)
+            groups[first.name] = _group(first, entries, forms)
     return Grouping(groups, tuple(strays))
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from headstart.adapters.group import Group
 from headstart.adapters.layer_numbers import layers_by_number
 from headstart.adapters.names import Network, name_readings
-from headstart.checkpoint import keymap, textmap
+from headstart.checkpoint import keymap
 from headstart.errors import AdapterError
 
 LayerKey = tuple[Network, str]
@@ -97,7 +97,7 @@ def _spellings(network: Network, modules: list[str]) -> dict[str, tuple[str, ...
 # in one tensor, so they have no row.
 _OPENCLIP = (
     ("text_model.encoder.layers.", "transformer.resblocks."),
-    *((f".{ours}", f".{theirs}") for theirs, ours in textmap.OPENCLIP_INNER.items()),
+    *((f".{ours}", f".{theirs}") for theirs, ours in keymap.OPENCLIP_INNER.items()),
     ("text_model.final_layer_norm", "ln_final"),
 )
 
@@ -110,27 +110,24 @@ def _openclip_name(module: str) -> str | None:
 
 
 # github.com/Wan-Video/Wan2.1, wan/modules/model.py <- the names that diffusers gave its layers.
-_WAN = tuple(
-    (re.compile(ours), original)
-    for ours, original in (
-        (r"(blocks\.[0-9]+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
-        (r"(blocks\.[0-9]+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
-        (r"(blocks\.[0-9]+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
-        (r"(blocks\.[0-9]+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
-        (r"(blocks\.[0-9]+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
-        (r"(blocks\.[0-9]+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
-        (r"(blocks\.[0-9]+)\.ffn\.net\.2", r"\1.ffn.2"),
-        (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
-        (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
-        (r"condition_embedder\.time_proj", "time_projection.1"),
-        (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
-        (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
-        (r"proj_out", "head.head"),
-    )
+_WAN = (
+    (r"(blocks\.[0-9]+)\.attn1\.to_([qkv])", r"\1.self_attn.\2"),
+    (r"(blocks\.[0-9]+)\.attn1\.to_out\.0", r"\1.self_attn.o"),
+    (r"(blocks\.[0-9]+)\.attn2\.to_([qkv])", r"\1.cross_attn.\2"),
+    (r"(blocks\.[0-9]+)\.attn2\.to_out\.0", r"\1.cross_attn.o"),
+    (r"(blocks\.[0-9]+)\.attn2\.add_([kv])_proj", r"\1.cross_attn.\2_img"),
+    (r"(blocks\.[0-9]+)\.ffn\.net\.0\.proj", r"\1.ffn.0"),
+    (r"(blocks\.[0-9]+)\.ffn\.net\.2", r"\1.ffn.2"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_1", r"\1_embedding.0"),
+    (r"condition_embedder\.(text|time)_embedder\.linear_2", r"\1_embedding.2"),
+    (r"condition_embedder\.time_proj", "time_projection.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.0\.proj", "img_emb.proj.1"),
+    (r"condition_embedder\.image_embedder\.ff\.net\.2", "img_emb.proj.3"),
+    (r"proj_out", "head.head"),
 )
 
 
 def _wan_name(module: str) -> str | None:
     """The name in Wan's own code, and in its Lightning LoRAs."""
-    matches = ((match, name) for row, name in _WAN if (match := row.fullmatch(module)))
+    matches = ((match, name) for row, name in _WAN if (match := re.fullmatch(row, module)))
     return next((match.expand(name) for match, name in matches), None)

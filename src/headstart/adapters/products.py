@@ -9,7 +9,7 @@ GLoRA  W A + B,  A and B of rank r    arXiv:2306.07967, eq. 10, without its D an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -72,40 +72,45 @@ LORA = Kind(
 # ------------------------------------------------------------------------------------- LoHa, LoKr
 
 
-def _factored(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """a @ b; with a core [r, r, kh, kw], a [r, o] and b [r, i] -> [o, i, kh, kw]."""
-    if core is None:
-        return a.float() @ b.float()
-    return torch.einsum("ijkl,jr,ip->prkl", core.float(), b.float(), a.float())
+_LOHA_SIDES = (("hada_w1", "hada_t1"), ("hada_w2", "hada_t2"))
+_LOKR_SIDES = (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2"))
 
 
-def _factored_shape(shapes: Shapes, side: str, core: str) -> Shape:
+def _side(t: Tensors, side: str, core: str) -> Tensor:
+    """A whole matrix, or a @ b; with a core [r, r, h, w], a [r, o] and b [r, i] -> [o, i, h, w]."""
+    if side in t:
+        return t[side].float()
+    a, b = t[f"{side}_a"].float(), t[f"{side}_b"].float()
+    return torch.einsum("ijkl,jr,ip->prkl", t[core].float(), b, a) if core in t else a @ b
+
+
+def _side_shape(shapes: Shapes, side: str, core: str) -> Shape:
+    if side in shapes:
+        return shapes[side]
     a, b = shapes[f"{side}_a"], shapes[f"{side}_b"]
     return (a[0], b[1]) if core not in shapes else (a[1], b[1], *shapes[core][2:])
 
 
-def _factored_agreements(shapes: Shapes, side: str, core: str) -> Iterator[Agreement]:
-    a, b = shapes[f"{side}_a"], shapes[f"{side}_b"]
-    if core in shapes:
-        yield Agreement("a core", shapes[core][:2], (a[0], b[0]))
-    else:
-        yield Agreement("a rank", a[1], b[0])
+def _side_agreements(shapes: Shapes, sides: Iterable[tuple[str, str]]) -> Iterator[Agreement]:
+    for side, core in sides:
+        if side in shapes:
+            continue
+        a, b = shapes[f"{side}_a"], shapes[f"{side}_b"]
+        if core in shapes:
+            yield Agreement("a core", shapes[core][:2], (a[0], b[0]))
+        else:
+            yield Agreement("a rank", a[1], b[0])
 
 
 def _loha(t: Tensors, _: Tensor) -> Tensor:
-    """Hadamard product of two low-rank matrices; a tucker core for each where the file has them."""
-    w1 = _factored(t["hada_w1_a"], t["hada_w1_b"], t.get("hada_t1"))
-    return w1 * _factored(t["hada_w2_a"], t["hada_w2_b"], t.get("hada_t2"))
-
-
-def _loha_sides(shapes: Shapes) -> Sides:
-    return _factored_shape(shapes, "hada_w1", "hada_t1")
+    w1, w2 = (_side(t, *names) for names in _LOHA_SIDES)
+    return w1 * w2
 
 
 def _loha_agreements(shapes: Shapes) -> Iterator[Agreement]:
-    yield from _factored_agreements(shapes, "hada_w1", "hada_t1")
-    yield from _factored_agreements(shapes, "hada_w2", "hada_t2")
-    yield Agreement("a shape", _loha_sides(shapes), _factored_shape(shapes, "hada_w2", "hada_t2"))
+    yield from _side_agreements(shapes, _LOHA_SIDES)
+    first, second = (_side_shape(shapes, *names) for names in _LOHA_SIDES)
+    yield Agreement("a shape", first, second)
 
 
 LOHA = Kind(
@@ -117,7 +122,7 @@ LOHA = Kind(
     },
     parts=((("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),),),
     needs={"hada_t1": "hada_t2", "hada_t2": "hada_t1"},
-    sides=_loha_sides,
+    sides=lambda shapes: _side_shape(shapes, *_LOHA_SIDES[0]),
     change=_loha,
     agreements=_loha_agreements,
     modifiers=_SCALED,
@@ -126,27 +131,14 @@ LOHA = Kind(
 
 
 def _lokr(t: Tensors, _: Tensor) -> Tensor:
-    """Kronecker product; each side is a matrix or a low-rank product."""
-    w1, w2 = (
-        t[side].float() if side in t else _factored(t[f"{side}_a"], t[f"{side}_b"], t.get(core))
-        for side, core in _LOKR_SIDES
-    )
+    w1, w2 = (_side(t, *names) for names in _LOKR_SIDES)
     # contiguous, because kron views its operands and an einsum's result may be transposed
     return torch.kron(w1.reshape(*w1.shape, *[1] * (w2.ndim - 2)), w2.contiguous())
 
 
 def _lokr_sides(shapes: Shapes) -> Sides:
-    left, right = (
-        shapes[side] if side in shapes else _factored_shape(shapes, side, core)
-        for side, core in _LOKR_SIDES
-    )
+    left, right = (_side_shape(shapes, *names) for names in _LOKR_SIDES)
     return (left[0] * right[0], left[1] * right[1], *right[2:])
-
-
-def _lokr_agreements(shapes: Shapes) -> Iterator[Agreement]:
-    for side, core in _LOKR_SIDES:
-        if side not in shapes:
-            yield from _factored_agreements(shapes, side, core)
 
 
 def _lokr_rank(shapes: Shapes) -> int | None:
@@ -154,7 +146,6 @@ def _lokr_rank(shapes: Shapes) -> int | None:
     return next((shapes[b][0] for b in ("lokr_w2_b", "lokr_w1_b") if b in shapes), None)
 
 
-_LOKR_SIDES = (("lokr_w1", "lokr_t1"), ("lokr_w2", "lokr_t2"))
 LOKR = Kind(
     title="LoKr",
     form=AdapterForm.LOKR,
@@ -166,7 +157,7 @@ LOKR = Kind(
     needs={"lokr_t2": "lokr_w2_a"},
     sides=_lokr_sides,
     change=_lokr,
-    agreements=_lokr_agreements,
+    agreements=lambda shapes: _side_agreements(shapes, _LOKR_SIDES),
     modifiers=_SCALED,
     rank=_lokr_rank,
 )
@@ -175,32 +166,32 @@ LOKR = Kind(
 # ------------------------------------------------------------------------------------------ GLoRA
 
 
-def _turned(shapes: Shapes) -> bool:
-    """Whether a1 is [r, i] and a2 [i, r], as LyCORIS wrote them before 3.0; else [i, r], [r, i].
-
-    b1 and b2 are exchanged too: `b2 b1` then, `b1 b2` since. On a square weight shapes allow
-    both, one of a rank above its width, which nobody trains.
+def _glora_order(shapes: Shapes) -> tuple[str, str, str, str]:
+    """The operands [i, r], [r, i], [o, r], [r, i]: a1, a2, b1, b2, or a2, a1, b2, b1 as LyCORIS
+    wrote them before 3.0. On a square weight shapes allow both, one of a rank above its width,
+    which nobody trains.
     """
     a1, a2, b1, b2 = (shapes[name] for name in ("a1", "a2", "b1", "b2"))
     old = a1[0] == a2[1] == b1[0] == b2[1] and a1[1] == a2[0] == b1[1]
     new = a1[1] == a2[0] == b1[1] == b2[0] and a1[0] == a2[1] == b2[1]
-    return old and (not new or a1[0] < a1[1])
+    turned = old and (not new or a1[0] < a1[1])
+    return ("a2", "a1", "b2", "b1") if turned else ("a1", "a2", "b1", "b2")
 
 
 def _glora_sides(shapes: Shapes) -> Sides:
-    first, last = ("b2", "b1") if _turned(shapes) else ("b1", "b2")
-    kernel = shapes["bm" if "bm" in shapes else last][2:]
-    return (shapes[first][0], shapes[last][1], *kernel)
+    _, _, up, down = _glora_order(shapes)
+    kernel = shapes["bm" if "bm" in shapes else down][2:]
+    return (shapes[up][0], shapes[down][1], *kernel)
 
 
 def _glora_agreements(shapes: Shapes) -> Iterator[Agreement]:
-    turned, core = _turned(shapes), "bm" in shapes
-    (i1, i2), (up, low) = (("a2", "a1"), ("b2", "b1")) if turned else (("a1", "a2"), ("b1", "b2"))
-    width, rank = shapes[i1][:2]
-    yield Agreement(f"{i2} of", (rank, width), shapes[i2][:2])
+    narrow, wide, up, down = _glora_order(shapes)
+    core = "bm" in shapes
+    width, rank = shapes[narrow][:2]
+    yield Agreement(f"{wide} of", (rank, width), shapes[wide][:2])
     yield Agreement(f"{up} of rank", rank, shapes[up][1])
-    yield Agreement(f"{low} of", (rank, width), shapes[low][:2])
-    for name in (i1, i2, up, *((low,) if core else ())):
+    yield Agreement(f"{down} of", (rank, width), shapes[down][:2])
+    for name in (narrow, wide, up, *((down,) if core else ())):
         yield Agreement(f"{name} with a kernel", (1,) * len(shapes[name][2:]), shapes[name][2:])
     if core:
         yield Agreement("a core of", (rank, rank), shapes["bm"][:2])
@@ -209,10 +200,8 @@ def _glora_agreements(shapes: Shapes) -> Iterator[Agreement]:
 
 
 def _glora(t: Tensors, weight: Tensor) -> Tensor:
-    shapes = {name: tuple(tensor.shape) for name, tensor in t.items()}
-    a1, a2, b1, b2 = (t[name].float().flatten(1) for name in ("a1", "a2", "b1", "b2"))
-    if _turned(shapes):
-        a1, a2, b1, b2 = a2, a1, b2, b1
+    order = _glora_order({name: tuple(tensor.shape) for name, tensor in t.items()})
+    a1, a2, b1, b2 = (t[name].float().flatten(1) for name in order)
     narrow = torch.einsum("oi...,ir->or...", weight, a1)
     inner = torch.einsum("or...,ri->oi...", narrow, a2)
     outer = b1 @ (with_core(b2, t["bm"]).flatten(1) if "bm" in t else b2)
@@ -229,5 +218,5 @@ GLORA = Kind(
     change=_glora,
     agreements=_glora_agreements,
     modifiers=_SCALED - {"magnitude"},
-    rank=lambda shapes: shapes["a1"][0 if _turned(shapes) else 1],
+    rank=lambda shapes: shapes[_glora_order(shapes)[0]][1],
 )

@@ -85,22 +85,22 @@ def report_of(
     skipped  keys of its tokens that are allowed to have no use
     """
     first = next(iter(resolutions.values()))
+    models = {
+        model: Coverage(
+            layers=dict(Counter(network for network, _ in resolution.deltas)),
+            matched=len(resolution.matched),
+            mismatched=tuple(entry.name for entry in resolution.mismatched),
+            unmatched=(*resolution.unmatched, *skipped),
+        )
+        for model, resolution in resolutions.items()
+    }
     return AdapterReport(
         name=name,
         path=file.path,
         form=first.form.value,
         rank=first.rank,
-        models={model: _coverage(own, skipped) for model, own in resolutions.items()},
+        models=models,
         live=live,
         notes=first.notes,
         tokens=tuple(token.token for token in tokens),
-    )
-
-
-def _coverage(resolution: Resolution, skipped: tuple[str, ...]) -> Coverage:
-    return Coverage(
-        layers=dict(Counter(network for network, _ in resolution.deltas)),
-        matched=len(resolution.matched),
-        mismatched=tuple(entry.name for entry in resolution.mismatched),
-        unmatched=(*resolution.unmatched, *skipped),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import replace
 from typing import final
@@ -56,11 +56,20 @@ class Snapshots:
 
         False where a run uses them; then nothing has changed.
         """
-        copies = {part: part.copy() for part in parts}
+        copies: dict[Slots | MergedWeights, Slots | MergedWeights] = {p: p.copy() for p in parts}
         with self._lock:
             if any(part in copies for own in self._in_use() for part in own.all_parts()):
                 return False
-            self._current = _with_copies(self._current, copies)
+            before = self._current
+            self._current = replace(
+                before,
+                attached=dict(before.attached),
+                slots={
+                    name: {host: copies.get(part, part) for host, part in by_host.items()}
+                    for name, by_host in before.slots.items()
+                },
+                merged={host: copies.get(part, part) for host, part in before.merged.items()},
+            )  # pyright: ignore[reportArgumentType]: a copy has the type of its part
         return True
 
     def unhook(self) -> None:
@@ -77,18 +86,3 @@ class Snapshots:
         for host in self._hosts:
             host.unhook(needed)
         self._stale = needed != self._current.changes.layers
-
-
-def _with_copies(
-    snapshot: Snapshot, copies: Mapping[Slots | MergedWeights, Slots | MergedWeights]
-) -> Snapshot:
-    """The same snapshot with copies of some parts."""
-    return replace(
-        snapshot,
-        attached=dict(snapshot.attached),
-        slots={
-            name: {host: copies.get(part, part) for host, part in by_host.items()}
-            for name, by_host in snapshot.slots.items()
-        },
-        merged={host: copies.get(part, part) for host, part in snapshot.merged.items()},
-    )  # pyright: ignore[reportArgumentType]: a copy has the type of its part

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from headstart.adapters.names import Network
 from headstart.checkpoint.fit import first_few
@@ -80,32 +81,38 @@ def transfer(
     sources = [Path(path) for path in (base, tuned, distilled)]
     target = Path(target)
     check_request(sources, target, parts, overwrite)
-    trios = {part: Trio.of(part, *open_parts(sources, part)) for part in parts}
-    files = {trio.distilled.checkpoint.files for trio in trios.values()}
-    if len(files) > 1:
+    trios: dict[Network, list[Part]] = {part: open_parts(sources, part) for part in parts}
+    if len({distilled.checkpoint.files for *_, distilled in trios.values()}) > 1:
         raise InputError(
             f"{distilled} holds {' and '.join(parts)} in separate files: transfer one at a time"
         )
-    checkpoint = next(iter(trios.values())).distilled.checkpoint
+    checkpoint = trios[parts[0]][2].checkpoint
     check_file(target, size_bytes=checkpoint.size_bytes, suffix=".safetensors")
-    changes = {
-        stored: change for trio in trios.values() for stored, change in trio.by_stored().items()
-    }
-    squares: dict[str, tuple[float, float]] = dict.fromkeys(parts, (0.0, 0.0))
+    names_of: dict[str, list[tuple[Network, str]]] = {}  # OpenCLIP's in_proj holds three of ours
+    for part, (first, _, last) in trios.items():
+        for name in sorted(first.shapes, key=lambda name: "qkv".find(last.sources[name].op)):
+            names_of.setdefault(last.sources[name].name, []).append((part, name))
+    kept = tuple(
+        n for first, _, last in trios.values() for n in last.shapes if n not in first.shapes
+    )
+    squares = {part: [0.0, 0.0] for part in parts}
     slots = in_order(Slot(name, *checkpoint.entry(name)[:2]) for name in checkpoint.names)
     with writing(target) as partial, partial.open("xb") as file:
         done = file.write(compose(slots, _metadata(checkpoint, strength, parts)))
         for slot in slots:
-            change, copy = changes.get(slot.name), _chunks(checkpoint, slot.name)
-            for raw in copy if change is None else change.chunks(strength, squares):
-                done += file.write(raw)
+            for part, name in names_of.get(slot.name, ()):
+                for raw in _changed(part, trios[part], name, strength, squares[part]):
+                    done += file.write(raw)
+            if slot.name not in names_of:
+                for raw in _chunks(checkpoint.tensor(slot.name)):
+                    done += file.write(raw.view(torch.uint8).numpy().tobytes())
             on_bytes(done)
     return Transfer(
         target=str(target),
         strength=strength,
-        changed={part: len(trio.names) for part, trio in trios.items()},
-        kept=tuple(name for trio in trios.values() for name in trio.kept),
-        copied=len(slots) - len(changes) - sum(len(trio.kept) for trio in trios.values()),
+        changed={part: len(first.shapes) for part, (first, *_) in trios.items()},
+        kept=kept,
+        copied=len(slots) - len(names_of) - len(kept),
         relative={
             p: math.sqrt(top / bottom) if bottom else 0.0 for p, (top, bottom) in squares.items()
         },
@@ -113,64 +120,32 @@ def transfer(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class Trio:
-    """One network of the three checkpoints, with equal names and shapes; `kept` is in D alone."""
-
-    part: Network
-    base: Part
-    tuned: Part
-    distilled: Part
-    names: tuple[str, ...]
-    kept: tuple[str, ...]
-
-    @classmethod
-    def of(cls, part: Network, base: Part, tuned: Part, distilled: Part) -> Trio:
-        kept = tuple(name for name in distilled.shapes if name not in base.shapes)
-        return cls(part, base, tuned, distilled, tuple(base.shapes), kept)
-
-    def by_stored(self) -> dict[str, _Change]:
-        """Tensor of D's file -> its change; OpenCLIP's in_proj holds three of ours."""
-        names_of: dict[str, list[str]] = {}
-        for name in self.names:
-            names_of.setdefault(self.distilled.sources[name].name, []).append(name)
-        return {
-            stored: _Change(self, stored, tuple(sorted(ours, key=self._position)))
-            for stored, ours in names_of.items()
-        }
-
-    def _position(self, name: str) -> int:
-        return "qkv".find(self.distilled.sources[name].op)
+def _changed(
+    network: Network, trio: Sequence[Part], name: str, strength: float, squares: list[float]
+) -> Iterator[bytes]:
+    """The bytes of the new tensor; adds to `squares`, the sums of the change's and of D's."""
+    source = trio[2].sources[name]
+    dtype = DTYPES[trio[2].checkpoint.entry(source.name).dtype]
+    whole = (part.tensor(name) for part in trio)
+    flat = (_chunks(tensor.T if source.op == "transpose" else tensor) for tensor in whole)
+    for chunks in zip(*flat, strict=True):
+        b, t, d = (chunk.double() for chunk in chunks)
+        added = strength * (t - b)
+        result = (d + added).to(dtype)
+        if not bool(result.isfinite().all()):
+            raise CheckpointError(
+                f"{name} of the {network}: expected finite numbers, got NaN or infinity in "
+                f"{str(dtype).removeprefix('torch.')}: a checkpoint is damaged, or the strength "
+                "too large"
+            )
+        squares[0] += float(added.square().sum())
+        squares[1] += float(d.square().sum())
+        yield result.view(torch.uint8).numpy().tobytes()
 
 
-@dataclass(frozen=True, slots=True)
-class _Change:
-    trio: Trio
-    stored: str
-    names: tuple[str, ...]
-
-    def chunks(self, strength: float, squares: dict[str, tuple[float, float]]) -> Iterator[bytes]:
-        """The bytes of the new tensor, a chunk at a time; adds to the sums of squares."""
-        trio = self.trio
-        dtype = DTYPES[trio.distilled.checkpoint.entry(self.stored).dtype]
-        for name in self.names:
-            transposed = trio.distilled.sources[name].op == "transpose"
-            whole = (part.tensor(name) for part in (trio.base, trio.tuned, trio.distilled))
-            flat = [(tensor.T if transposed else tensor).reshape(-1) for tensor in whole]
-            for start in range(0, flat[0].numel(), CHUNK):
-                b, t, d = (tensor[start : start + CHUNK].double() for tensor in flat)
-                added = strength * (t - b)
-                result = (d + added).to(dtype)
-                if not bool(result.isfinite().all()):
-                    raise CheckpointError(
-                        f"{name} of the {trio.part}: expected finite numbers, got NaN or infinity "
-                        f"in {str(dtype).removeprefix('torch.')}: a checkpoint is damaged, or the "
-                        "strength too large"
-                    )
-                top, bottom = squares[trio.part]
-                more = float(added.square().sum()), float(d.square().sum())
-                squares[trio.part] = (top + more[0], bottom + more[1])
-                yield result.view(torch.uint8).numpy().tobytes()
+def _chunks(tensor: Tensor) -> Iterator[Tensor]:
+    flat = tensor.reshape(-1)
+    return (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
 
 
 def read_parts(text: str) -> tuple[Network, ...]:
@@ -197,14 +172,19 @@ def open_parts(sources: Sequence[Path], part: Network) -> list[Part]:
     with every difference at once.
     """
     parts = [_open(path, part) for path in sources]
-    base = parts[0]
-    lineages = [_lineage(path, each) for path, each in zip(sources, parts, strict=True)]
-    if part == "unet" and len(set(lineages)) > 1:
-        actual = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
-        raise CheckpointError(f"expected models of one family, got {actual}")
-    problems: list[str] = []
-    for index, (path, each) in enumerate(zip(sources, parts, strict=True)):
-        problems += _differences(base, each, path, more=index < 2)
+    if part == "unet":
+        families = [
+            family_of(path, each.checkpoint) for path, each in zip(sources, parts, strict=True)
+        ]
+        lineages = [family.lineage if family else "unknown" for family in families]
+        if len(set(lineages)) > 1:
+            actual = ", ".join(f"{k} in {path}" for k, path in zip(lineages, sources, strict=True))
+            raise CheckpointError(f"expected models of one family, got {actual}")
+    problems = [
+        line
+        for index, (path, each) in enumerate(zip(sources, parts, strict=True))
+        for line in _differences(parts[0], each, path, more=index < 2)
+    ]
     if problems:
         raise CheckpointError(
             f"the {part} cannot be transferred from {sources[0]}: {'; '.join(problems)}"
@@ -225,11 +205,6 @@ def _open(path: Path, part: Network) -> Part:
     return networks[name]
 
 
-def _lineage(path: Path, part: Part) -> str:
-    family = family_of(path, part.checkpoint) if part.name == "unet" else None
-    return family.lineage if family else "unknown"
-
-
 def _differences(base: Part, other: Part, path: Path, *, more: bool) -> list[str]:
     """What `other` lacks of `base`, has in another shape, or has besides."""
     ours, theirs = base.shapes, other.shapes
@@ -247,12 +222,6 @@ def _differences(base: Part, other: Part, path: Path, *, more: bool) -> list[str
         "of no network": [*other.strays],
     }
     return [f"{path}: {len(n)} {what}: {first_few(n)}" for what, n in lines.items() if n]
-
-
-def _chunks(checkpoint: Checkpoint, name: str) -> Iterator[bytes]:
-    tensor = checkpoint.tensor(name).reshape(-1)
-    for start in range(0, tensor.numel(), CHUNK):
-        yield tensor[start : start + CHUNK].view(torch.uint8).numpy().tobytes()
 
 
 def _metadata(checkpoint: Checkpoint, strength: float, parts: Sequence[Network]) -> dict[str, str]:

@@ -6,13 +6,14 @@ A header does not show them, and a network with one NaN draws black images.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from headstart.checkpoint.cast import SOURCES
 from headstart.checkpoint.dtypes import WIDENED
+from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.tensors import Checkpoint
 
 CHUNK = 2**20
@@ -27,6 +28,18 @@ class Census:
     inf: dict[str, int] = field(default_factory=dict[str, int])
     zero: list[str] = field(default_factory=list[str])
     unread: list[str] = field(default_factory=list[str])
+
+    def problems(self) -> Iterator[str]:
+        for what, counts in (("NaN", self.nan), ("infinity", self.inf)):
+            if counts:
+                names = first_few([f"{name} ({count})" for name, count in counts.items()])
+                yield f"{len(counts)} tensors hold {what}: {names}"
+
+    def notes(self) -> Iterator[str]:
+        zero, unread = "hold nothing but zeros", "could not be counted"
+        for what, names in ((zero, self.zero), (unread, self.unread)):
+            if names:
+                yield f"{len(names)} tensors {what}: {first_few(names)}"
 
 
 def take(checkpoint: Checkpoint, census: Census, on_bytes: Callable[[int], object]) -> None:

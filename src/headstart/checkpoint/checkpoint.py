@@ -12,20 +12,12 @@ from headstart.checkpoint.distillation import Guess, guess
 from headstart.checkpoint.ema import averages_note
 from headstart.checkpoint.embeddings import EmbeddingInfo
 from headstart.checkpoint.families import FAMILIES, Family
-from headstart.checkpoint.fit import first_few
 from headstart.checkpoint.folder import COMPONENTS
 from headstart.checkpoint.keymap import PARTS, PartName
 from headstart.checkpoint.network_info import NetworkInfo, Overrides
 from headstart.checkpoint.scales import SCALED
 from headstart.checkpoint.tensors import Checkpoint
-from headstart.checkpoint.verdict import (
-    ADAPTER,
-    FIXES,
-    Verdict,
-    judge,
-    next_of,
-    notes_of,
-)
+from headstart.checkpoint.verdict import ADAPTER, FIXES, Verdict, judge, next_of, notes_of
 
 if TYPE_CHECKING:
     from headstart.checkpoint.census import Census
@@ -121,17 +113,24 @@ def inspect_checkpoint(
     folders: list[PartName] = [name for name in COMPONENTS if (path / COMPONENTS[name]).is_dir()]
     wanted: list[PartName] = folders or [PARTS[0]]
     checkpoints = dict[PartName, Checkpoint]((name, Checkpoint.open(path, name)) for name in wanted)
-    verdicts = _verdicts(path, checkpoints, Overrides(allow=allow))
+    verdicts: dict[PartName, Verdict] = {  # one for both text encoders, which are read together
+        name: judge(
+            path,
+            checkpoint,
+            Overrides(allow=allow),
+            second=checkpoints.get("text_2") if name == "text" else None,
+        )
+        for name, checkpoint in checkpoints.items()
+        if name != "text_2" or "text" not in checkpoints
+    }
     first, verdict = checkpoints[wanted[0]], verdicts[wanted[0]]
-    networks: dict[PartName, NetworkInfo] = {}
-    for each in verdicts.values():
-        networks |= each.networks
-    layout: Layout = "diffusers" if folders else _layout(verdict)
+    networks: dict[PartName, NetworkInfo] = {
+        name: info for each in verdicts.values() for name, info in each.networks.items()
+    }
+    problems = [*verdict.problems()]
     if folders:
         refusals = [each.refusal(name) for name, each in verdicts.items()]
         problems = [refusal for refusal in refusals if refusal is not None]
-    else:
-        problems = [*verdict.problems()]
     family = verdict.family
     declared = family is not None and "prediction" in family.declared
     guessed = guess(path, first, family.lineage) if family and "unet" in networks else Guess()
@@ -141,15 +140,15 @@ def inspect_checkpoint(
         notes.append(f"unet: {average}")
     census = _census(checkpoints, on_bytes) if deep else None
     if census is not None:
-        problems += _census_problems(census)
-        notes += _census_notes(census)
+        problems += census.problems()
+        notes += census.notes()
     largest = max(checkpoints.values(), key=lambda checkpoint: checkpoint.size_bytes)
     shapes = [shape for checkpoint in checkpoints.values() for shape in checkpoint.shapes.values()]
     return CheckpointInfo(
         path=str(path),
         family=family.name if family else "unknown",
         exact=family.exact if family else False,
-        layout=layout,
+        layout="diffusers" if folders else _layout(verdict),
         parts=tuple(networks),
         prediction=_prediction(family, guessed, declared),
         prediction_declared=declared,
@@ -170,19 +169,6 @@ def inspect_checkpoint(
         problems=tuple(dict.fromkeys(problems)),
         next=None if problems else next_of(path, verdict, networks),
     )
-
-
-def _verdicts(
-    path: Path, checkpoints: Mapping[PartName, Checkpoint], overrides: Overrides
-) -> dict[PartName, Verdict]:
-    """For each component; one for both text encoders, which are read together."""
-    return {
-        name: judge(
-            path, own, overrides, second=checkpoints.get("text_2") if name == "text" else None
-        )
-        for name, own in checkpoints.items()
-        if name != "text_2" or "text" not in checkpoints
-    }
 
 
 def _layout(verdict: Verdict) -> Layout:
@@ -213,20 +199,6 @@ def _census(
     for checkpoint in checkpoints.values():
         take(checkpoint, census, count)
     return census
-
-
-def _census_problems(census: Census) -> Iterator[str]:
-    for what, counts in (("NaN", census.nan), ("infinity", census.inf)):
-        if counts:
-            names = [f"{name} ({count})" for name, count in counts.items()]
-            yield f"{len(counts)} tensors hold {what}: {first_few(names)}"
-
-
-def _census_notes(census: Census) -> Iterator[str]:
-    if census.zero:
-        yield f"{len(census.zero)} tensors hold nothing but zeros: {first_few(census.zero)}"
-    if census.unread:
-        yield f"{len(census.unread)} tensors could not be counted: {first_few(census.unread)}"
 
 
 def _prediction(family: Family | None, guessed: Guess, declared: bool) -> str | None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
-from headstart.checkpoint import keymap, textmap
+from headstart.checkpoint import keymap
 from headstart.checkpoint.keymap import PARTS, PartName, Source
 from headstart.checkpoint.leftovers import is_leftover
 from headstart.checkpoint.prefixes import readings
@@ -155,7 +155,7 @@ def sources(part: str, names: Mapping[str, str]) -> dict[str, Source]:
 _RULES: dict[str, Callable[[Mapping[str, str]], dict[str, Source]]] = {
     "unet": keymap.unet_sources,
     "vae": keymap.vae_sources,
-    "text": textmap.text_sources,
-    "text_2": textmap.text_sources,
+    "text": keymap.text_sources,
+    "text_2": keymap.text_sources,
     "tiny": keymap.tiny_sources,
 }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NoReturn
@@ -66,15 +66,25 @@ def read_gguf(path: Path) -> Header:
         size = file.seek(0, 2)
         file.seek(0)
         reader = _Reader(path, file.read(min(size, MAX_HEADER_BYTES)), size)
-    values = dict(reader.values())
-    shapes = _original_shapes(path, values)
+    values = reader.values()
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, value in values.items():
+        if name.startswith(_ORIGINAL):
+            if not isinstance(value, tuple) or min(value) < 0:
+                fail(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
+            shapes[name.removeprefix(_ORIGINAL)] = value
     alignment = values.get("general.alignment", 32)
     if type(alignment) is not int or alignment not in (8, 16, 32, 64, 128, 256, 512, 1024, 4096):
         fail(path, f"general.alignment {alignment!r:.40}: expected a power of two such as 32")
-    entries = dict(reader.tensors(alignment, shapes))
-    if odd := shapes.keys() - entries.keys():
+    tensors = reader.tensors(shapes)
+    if odd := shapes.keys() - tensors.keys():
         fail(path, f"{_ORIGINAL}{min(odd)[:80]} is the shape of a tensor that is not in the file")
-    check_layout(path, entries, reader.data_begin(alignment), size, alignment)
+    begin = -(-reader.at // alignment) * alignment  # from where offsets in the file count
+    entries = {
+        name: entry._replace(begin=begin + entry.begin, end=begin + entry.end)
+        for name, entry in tensors.items()
+    }
+    check_layout(path, entries, begin, size, alignment)
     metadata = {name: value for name, value in values.items() if isinstance(value, str)}
     return Header(entries, metadata, size)
 
@@ -115,45 +125,30 @@ class _Reader:
             fail(path, f"GGUF version {what}: expected 2 or 3 in little-endian order")
         self._tensors, self._values = self._count("tensors", 24), self._count("values", 13)
 
-    def values(self) -> Iterator[tuple[str, Value]]:
-        seen = set[str]()
+    def values(self) -> dict[str, Value]:
+        values: dict[str, Value] = {}
         for _ in range(self._values):
             name = self._name()
-            if name in seen:
+            if name in values:
                 fail(self.path, f"the value {name[:80]!r} appears twice")
-            seen.add(name)
-            yield name, self._value(name, self._number("I"))
+            values[name] = self._value(name, self._number("I"))
+        return values
 
-    def tensors(
-        self, alignment: int, shapes: Mapping[str, tuple[int, ...]]
-    ) -> Iterator[tuple[str, Entry]]:
-        """Offsets in the file count from the start of the data, which is known at the end."""
-        entries: list[tuple[str, Entry]] = []
+    def tensors(self, originals: Mapping[str, tuple[int, ...]]) -> dict[str, Entry]:
+        """With offsets from the start of the data. `originals`: true shapes, where they differ."""
+        entries: dict[str, Entry] = {}
         for _ in range(self._tensors):
             name = self._name()
+            if name in entries:
+                fail(self.path, "a tensor's name appears twice")
             if not 1 <= (dims := self._number("I")) <= MAX_DIMS:
                 fail(self.path, f"tensor {name[:80]!r}: {dims} dimensions; expected 1 to 4")
             shape = tuple(self._number("Q") for _ in range(dims))[::-1]
-            type_, offset = self._number("I"), self._number("Q")
-            entries.append((name, self._entry(name, shape, type_, offset, shapes.get(name))))
-        begin = self.data_begin(alignment)
-        names = [name for name, _ in entries]
-        if len(set(names)) != len(names):
-            fail(self.path, "a tensor's name appears twice")
-        for name, entry in entries:
-            yield name, entry._replace(begin=begin + entry.begin, end=begin + entry.end)
+            entries[name] = self._entry(name, shape, originals.get(name, shape))
+        return entries
 
-    def data_begin(self, alignment: int) -> int:
-        return -(-self.at // alignment) * alignment
-
-    def _entry(
-        self,
-        name: str,
-        shape: tuple[int, ...],
-        type_: int,
-        offset: int,
-        original: tuple[int, ...] | None,
-    ) -> Entry:
+    def _entry(self, name: str, shape: tuple[int, ...], original: tuple[int, ...]) -> Entry:
+        type_, offset = self._number("I"), self._number("Q")
         if max(shape) > MAX_DIM:
             fail(self.path, f"tensor {name[:80]!r}: shape {shape!r:.80} is beyond 2^40")
         if (dtype := _TYPES.get(type_)) is None:
@@ -165,10 +160,10 @@ class _Reader:
             fail(self.path, f"tensor {name[:80]!r}: {dtype} has {count} weights a block, which "
                             f"does not divide a row of {shape[-1]}")  # fmt: skip
         total = math.prod(shape)
-        if original is not None and math.prod(original) != total:
+        if math.prod(original) != total:
             fail(self.path, f"tensor {name[:80]!r}: {_ORIGINAL}... says {list(original)} of "
                             f"{list(shape)}, which has another count")  # fmt: skip
-        return Entry(dtype, original or shape, offset, offset + total // count * size)
+        return Entry(dtype, original, offset, offset + total // count * size)
 
     def _value(self, name: str, type_: int) -> Value:
         if type_ == _TEXT:
@@ -229,13 +224,3 @@ class _Reader:
         if len(self.text) < self.size:
             fail(self.path, f"{what}: a header of more than {MAX_HEADER_BYTES} bytes, or damaged")
         fail(self.path, f"{what}, and the file ends at {self.size}; fetch the file again")
-
-
-def _original_shapes(path: Path, values: Mapping[str, Value]) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, value in values.items():
-        if name.startswith(_ORIGINAL):
-            if not isinstance(value, tuple) or min(value) < 0:
-                fail(path, f"{name[:80]!r}: expected a shape, got {value!r:.80}")
-            shapes[name.removeprefix(_ORIGINAL)] = value
-    return shapes

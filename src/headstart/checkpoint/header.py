@@ -133,13 +133,13 @@ def _header_length(path: Path, head: bytes, size: int) -> int:
     if size < 10:
         fail(path, f"expected at least 10 bytes of safetensors, got {size}; fetch the file again")
     length = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and length <= min(size - 8, MAX_JSON_BYTES):
-        return length
     if head[8:9] != b"{":
         fail(path, f"expected safetensors (a JSON header at byte 8), got {head[:16]!r}")
     if length > size - 8:
         fail(path, f"the header claims {length} bytes of a file of {size}; fetch the file again")
-    fail(path, f"the header claims {length} bytes; at most {MAX_JSON_BYTES} are accepted")
+    if length > MAX_JSON_BYTES:
+        fail(path, f"the header claims {length} bytes; at most {MAX_JSON_BYTES} are accepted")
+    return length
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

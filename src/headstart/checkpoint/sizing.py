@@ -6,10 +6,7 @@ file's metadata, the config.json beside it, or the caller.
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,20 +31,27 @@ class Need(NamedTuple):
 
 def unet_params(shapes: Shapes, family: Family) -> UNetParams:
     """The params of a UNet from its tensors; heads and norm groups come from the family."""
-    blocks = _blocks(shapes)
 
-    def stages(side: str) -> tuple[Stage, ...]:
-        names = [f"{side}_blocks.{level}" for level in indices(shapes, f"{side}_blocks")]
+    def depths(block: str) -> tuple[int, ...]:
+        """Transformer blocks after each resnet."""
+        names = [name for name in shapes if name.startswith(f"{block}.")]
         return tuple(
-            Stage(
-                _dim(shapes, 0, *(f"{name}.resnets.{i}.conv2.weight" for i in range(4))),
-                blocks[name].depths,
-                f"{side}samplers" in blocks[name].parts,
-            )
-            for name in names
+            len(indices(names, f"{block}.attentions.{i}.transformer_blocks"))
+            for i in indices(names, f"{block}.resnets")
         )
 
-    mid = blocks.get("mid_block", _Block())
+    def stages(side: str) -> tuple[Stage, ...]:
+        blocks = [f"{side}_blocks.{level}" for level in indices(shapes, f"{side}_blocks")]
+        return tuple(
+            Stage(
+                _dim(shapes, 0, *(f"{block}.resnets.{i}.conv2.weight" for i in range(4))),
+                depths(block),
+                bool(indices(shapes, f"{block}.{side}samplers")),
+            )
+            for block in blocks
+        )
+
+    mid = depths("mid_block")
     contexts = [shape for name, shape in shapes.items() if name.endswith("attn2.to_k.weight")]
     projections = [len(s) for name, s in shapes.items() if name.endswith("proj_in.weight")]
     down = stages("down")
@@ -59,7 +63,7 @@ def unet_params(shapes: Shapes, family: Family) -> UNetParams:
         )
     return UNetParams(
         down=down,
-        mid=Mid(len(mid.resnets), sum(mid.depths)) if mid.resnets else None,
+        mid=Mid(len(mid), sum(mid)) if mid else None,
         up=stages("up"),
         context_dim=contexts[0][-1],
         heads=family.heads,
@@ -152,39 +156,6 @@ def indices(shapes: Iterable[str], prefix: str) -> list[int]:
     start = len(prefix) + 1
     numbers = {name[start:].partition(".")[0] for name in shapes if name.startswith(prefix + ".")}
     return sorted(int(index) for index in numbers if index.isdecimal() and len(index) <= 3)
-
-
-@dataclass(slots=True)
-class _Block:
-    """One block of a UNet by its names: resnets, transformers and samplers."""
-
-    parts: set[str] = field(default_factory=set[str])
-    resnets: set[int] = field(default_factory=set[int])
-    transformers: dict[int, set[int]] = field(default_factory=dict[int, set[int]])
-
-    @property
-    def depths(self) -> tuple[int, ...]:
-        """Transformer blocks after each resnet."""
-        return tuple(len(self.transformers.get(i, ())) for i in sorted(self.resnets))
-
-
-_BLOCK = re.compile(
-    r"((?:down|up)_blocks\.[0-9]{1,3}|mid_block)\.([a-z]+)\.([0-9]{1,3})"
-    r"(?:\.transformer_blocks\.([0-9]{1,3})\b)?"
-)
-
-
-def _blocks(shapes: Shapes) -> dict[str, _Block]:
-    """Block -> its parts, in one pass over the names."""
-    blocks: dict[str, _Block] = defaultdict(_Block)
-    for match in filter(None, map(_BLOCK.match, shapes)):
-        block, index = blocks[match[1]], int(match[3])
-        block.parts.add(match[2])
-        if match[2] == "resnets":
-            block.resnets.add(index)
-        elif match[4] is not None:
-            block.transformers.setdefault(index, set()).add(int(match[4]))
-    return blocks
 
 
 def _dim(shapes: Shapes, axis: int, *names: str) -> int:

@@ -62,13 +62,13 @@ class Verdict:
 
         `needs`: also raise if the caller must give an option (`NetworkInfo.needs`).
         """
+        network = self._network(name)
         if (refusal := self.refusal(name)) is not None:
             error = CheckpointError(f"{self.path}: {refusal}")
-            if (refused := self.networks.get(self._named(name))) is not None:
-                for note in refused.details:
-                    error.add_note(note)
+            for note in () if network is None else network.details:
+                error.add_note(note)
             raise error
-        network = self.networks[self._named(name)]
+        assert network is not None
         if needs and network.needs:
             raise CheckpointError(f"{self.path}: {network.needs[0].error}")
         return network
@@ -77,10 +77,9 @@ class Verdict:
         """Why that network cannot be loaded: the file's problem, its absence, or its own."""
         if self.problem is not None:
             return self.problem
-        network = self.networks.get(self._named(name))
-        if network is None:
-            return f"expected a {TITLES[name]}, found {self._found()}"
-        return network.problem
+        if (network := self._network(name)) is not None:
+            return network.problem
+        return f"expected a {TITLES[name]}, found {self._contents()}"
 
     def problems(self) -> tuple[str, ...]:
         """The file's problem, else those of its networks."""
@@ -89,12 +88,12 @@ class Verdict:
         problems = (network.problem for network in self.networks.values())
         return tuple(dict.fromkeys(problem for problem in problems if problem is not None))
 
-    def _named(self, name: PartName) -> PartName:
+    def _network(self, name: PartName) -> NetworkInfo | None:
         """A text encoder whose prefix names the second may be the only one in its file."""
-        lone = name == "text" and name not in self.networks and "text_2" in self.networks
-        return "text_2" if lone else name
+        lone = name == "text" and name not in self.networks
+        return self.networks.get("text_2" if lone else name)
 
-    def _found(self) -> str:
+    def _contents(self) -> str:
         """What the file holds and which option takes it, for the end of an error message."""
         if self.what is not None:
             return f"{self.what}: {FIXES[self.what]}"
@@ -116,21 +115,14 @@ def judge(
     Reads headers, and the few numbers by which a file describes itself. Never raises for the
     content of the file: that becomes `problem`.
     """
-    path, overrides = Path(path), overrides or Overrides()
+    path = Path(path)
     try:
-        verdict = _judge(path, checkpoint, overrides, second)
+        return _judge(path, checkpoint, overrides or Overrides(), second)
     except CheckpointError as error:
-        verdict = Verdict(path=path, problem=_without_path(error, path, checkpoint))
-    if verdict.problem is None:
-        return verdict
-    return replace(verdict, problem=_component(path, checkpoint) + verdict.problem)
-
-
-def _component(path: Path, checkpoint: Checkpoint) -> str:
-    """`vae: ` where the checkpoint is that component of the folder `path`, for messages."""
-    folder = checkpoint.files[0].parent
-    inside = folder.parent == path and folder.name in COMPONENTS.values()
-    return f"{folder.name}: " if inside else ""
+        folder = checkpoint.files[0].parent
+        inside = folder.parent == path and folder.name in COMPONENTS.values()
+        problem = _without_path(error, path, checkpoint)
+        return Verdict(path=path, problem=f"{folder.name}: {problem}" if inside else problem)
 
 
 def _judge(
@@ -144,11 +136,10 @@ def _judge(
         return Verdict(path=path, what=ADAPTER)
     parts = checkpoint.parts()
     if kind is not None and not _is_beside(kind, parts):
-        return Verdict(path=path, problem=f"{kind.what}: {kind.fix}")
+        raise CheckpointError(f"{kind.what}: {kind.fix}")
     if all(part.shapes.keys() <= _NO_ENCODER for part in parts.values()):
-        return Verdict(path=path, problem=_no_network(checkpoint, parts))
-    if (problem := _unclaimed(checkpoint, overrides.allow)) is not None:
-        return Verdict(path=path, problem=problem)
+        raise CheckpointError(_no_network(checkpoint, parts))
+    _check_claimed(checkpoint, overrides.allow)
     checkpoint.check_numbers()
     if second is not None and "text" in parts:
         second.check_numbers()
@@ -204,30 +195,30 @@ def _is_beside(kind: Kind, parts: Mapping[PartName, Part]) -> bool:
     return kind.beside and bool(parts) and whole
 
 
-def _unclaimed(checkpoint: Checkpoint, allow: Collection[str]) -> str | None:
-    """The problem of tensors that belong to no network of the file and are not allowed."""
+def _check_claimed(checkpoint: Checkpoint, allow: Collection[str], where: str = "") -> None:
+    """Raise CheckpointError for tensors that belong to no network and are not allowed."""
     strays = checkpoint.split().get("", {}).values()
     names = sorted(name for name in strays if not is_allowed(name, allow))
     if not names:
-        return None
+        return
     kind = kind_of(names)
     if kind is not None and all(map(kind.sign.search, names)):
         pattern = names[0].partition(".")[0] + ".*"
-        return (
-            f"{len(names)} tensors of {kind.what} lie beside its networks ({first_few(names)}): "
-            f"{kind.fix}; `--allow '{pattern}'` (allow=) lets them be, and the rest is loaded"
+        raise CheckpointError(
+            f"{where}{len(names)} tensors of {kind.what} lie beside its networks "
+            f"({first_few(names)}): {kind.fix}; `--allow '{pattern}'` (allow=) lets them be, and "
+            "the rest is loaded"
         )
-    return (
-        f"{len(names)} tensors of the file belong to no network: {first_few(names)}. `--allow "
-        "NAME` (allow=, `*` for any text) lets such tensors be, if they may be missing"
+    raise CheckpointError(
+        f"{where}{len(names)} tensors of the file belong to no network: {first_few(names)}. "
+        "`--allow NAME` (allow=, `*` for any text) lets such tensors be, if they may be missing"
     )
 
 
 def _second(path: Path, second: Checkpoint, overrides: Overrides) -> Part:
     """The text encoder of the folder text_encoder_2: its file looks like that of the first."""
     parts = second.parts()
-    if (problem := _unclaimed(second, overrides.allow)) is not None:
-        raise CheckpointError(f"text_encoder_2: {problem}")
+    _check_claimed(second, overrides.allow, "text_encoder_2: ")
     if "text" not in parts:
         raise CheckpointError(f"{path}: text_encoder_2: {NO_NETWORK}")
     return replace(parts["text"], name="text_2")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -93,48 +93,48 @@ def convert(
     source, target = Path(source), Path(target)
     _check_request(source, target, layout, dtype, part, overwrite)
     pickle = None if source.is_dir() else pickle_file.format_of(source)
-    plain = layout == "same" and dtype == "same" and part is None
-    checkpoint = Checkpoint.open(source, part or "unet") if pickle is None else None
-    with writing(target) as partial:
-        if checkpoint is not None:
-            left = _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
-        elif plain:
-            left = pickle_file.extract(
-                source, partial, timeout_s=timeout_s, on_bytes=on_bytes
-            ).left_out
+    as_it_is = layout == "same" and dtype == "same" and part is None
+    left: list[str] = []
+    with writing(target) as partial, ExitStack() as stack:
+        raw = partial if as_it_is else partial.with_suffix(".raw")
+        stack.enter_context(_errors_name(source, raw, partial))
+        if pickle is None:
+            checkpoint = Checkpoint.open(source, part or "unet")
         else:
-            raw = partial.with_suffix(".raw")
-            with ExitStack() as stack, _errors_of(source, raw):
+            if raw != partial:
                 stack.callback(raw.unlink, missing_ok=True)
-                first = pickle_file.extract(source, raw, timeout_s=timeout_s, on_bytes=on_bytes)
-                checkpoint = Checkpoint([raw])
-                left = (
-                    *first.left_out,
-                    *_rewrite(checkpoint, partial, layout, dtype, part, on_bytes),
-                )
-        with _errors_of(source, partial):
-            written = Checkpoint([partial])
-    dtypes = set[str]() if checkpoint is None else set(checkpoint.dtypes.values())
-    scaled = dtypes & (WIDENED - FLOAT8)
+            left += pickle_file.extract(
+                source, raw, timeout_s=timeout_s, on_bytes=on_bytes
+            ).left_out
+            checkpoint = Checkpoint([raw])
+        rewritten = pickle is None or not as_it_is
+        if rewritten:
+            left += _rewrite(checkpoint, partial, layout, dtype, part, on_bytes)
+        written = Checkpoint([partial])
+    scaled = rewritten and (WIDENED - FLOAT8) & set(checkpoint.dtypes.values())
     return Conversion(
         source=str(source),
         target=str(target),
-        read_as=f"{pickle} pickle" if pickle or checkpoint is None else checkpoint.container,
+        read_as=f"{pickle} pickle" if pickle else checkpoint.container,
         layout=layout,
         dtype=written.dtype,
         tensors=len(written.names),
         size_bytes=written.size_bytes,
         left_out=tuple(left),
-        multiplied=checkpoint.scheme if scaled and checkpoint is not None else None,
+        multiplied=checkpoint.scheme if scaled else None,
     )
 
 
 def _check_request(
     source: Path, target: Path, layout: Layout, dtype: Dtype, part: PartName | None, overwrite: bool
 ) -> None:
-    _one_of("layout", layout, LAYOUTS)
-    _one_of("dtype", dtype, DTYPES)
-    _one_of("part", part or PARTS[0], PARTS)
+    for option, value, known in (
+        ("layout", layout, LAYOUTS),
+        ("dtype", dtype, DTYPES),
+        ("part", part or PARTS[0], PARTS),
+    ):
+        if value not in known:
+            raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(known)}")
     if source.is_dir():
         parts = [name for name, folder in COMPONENTS.items() if (source / folder).is_dir()]
         if len(parts) > 1 and part is None:
@@ -152,18 +152,16 @@ def _check_request(
     check_file(target, size_bytes=size_bytes, suffix=".safetensors", overwrite=overwrite)
 
 
-def _one_of(option: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise InputError(f"{option} {value!r:.40}: expected one of {', '.join(known)}")
-
-
 @contextmanager
-def _errors_of(source: Path, temporary: Path) -> Generator[None]:
-    """Errors about the temporary file name the source instead."""
+def _errors_name(source: Path, *temporary: Path) -> Generator[None]:
+    """Errors about temporary files name the source instead."""
     try:
         yield
     except (CheckpointError, InputError) as error:
-        raise type(error)(str(error).replace(str(temporary), str(source))) from error
+        message = str(error)
+        for path in temporary:
+            message = message.replace(str(path), str(source))
+        raise type(error)(message) from error
 
 
 # --------------------------------------------------------------------- safetensors to safetensors

@@ -70,17 +70,15 @@ def main(arguments: list[str]) -> int:
     _limit(seconds, 2 * source.stat().st_size + MEMORY_MARGIN)
     try:
         count, left_out = transfer(source, target)
+        result: dict[str, object] = {"tensors": count, "left_out": left_out}
     except MemoryError:
-        print(json.dumps({"error": "it asks for more memory than its size can need"}))
-        return 1
+        result = {"error": "it asks for more memory than its size can need"}
     except CheckpointError as error:
-        print(json.dumps({"error": str(error)}))
-        return 1
+        result = {"error": str(error)}
     except OSError as error:
-        print(json.dumps({"os_error": [error.errno, error.strerror or str(error)]}))
-        return 1
-    print(json.dumps({"tensors": count, "left_out": left_out}))
-    return 0
+        result = {"os_error": [error.errno, error.strerror or str(error)]}
+    print(json.dumps(result))
+    return int("tensors" not in result)
 
 
 def transfer(source: Path, target: Path) -> tuple[int, list[str]]:
@@ -165,7 +163,7 @@ def gather(document: object) -> tuple[dict[str, Tensor], list[str]]:
     left_out: list[str] = []
     table = _unwrap(with_names(document, left_out), left_out)
     tensors: dict[str, Tensor] = {}
-    for name, value in _walk(table, "", 0):
+    for name, value in _leaves(table):
         if not isinstance(value, Tensor):
             left_out.append(f"{name or 'the document'}: {_type_name(value)}")
         elif not name:
@@ -217,9 +215,9 @@ def _holds_weights(table: Mapping[object, object] | None) -> bool:
     return _holds_tensors(table) or (table is not None and not table.keys().isdisjoint(_WRAPPERS))
 
 
-def _walk(value: object, name: str, depth: int) -> Iterator[tuple[str, object]]:
+def _leaves(document: object) -> Iterator[tuple[str, object]]:
     """Every leaf with its dotted name. A table inside itself ends as too deep."""
-    nodes: list[tuple[str, object, int]] = [(name, value, depth)]
+    nodes: list[tuple[str, object, int]] = [("", document, 0)]
     seen = 0
     while nodes:
         name, value, depth = nodes.pop()
@@ -242,7 +240,7 @@ def _type_name(value: object) -> str:
         return "an object"
     if not isinstance(value, Mapping | list | tuple):
         return type(value).__name__
-    count = sum(isinstance(leaf, Tensor) for _, leaf in _walk(cast(object, value), "", 0))
+    count = sum(isinstance(leaf, Tensor) for _, leaf in _leaves(cast(object, value)))
     return f"{type(cast(object, value)).__name__} with {count} tensors"
 
 

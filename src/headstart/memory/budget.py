@@ -121,25 +121,19 @@ class BatchSizes(NamedTuple):
         """From a number of samples in a UNet, or up to three numbers. Raises InputError unless they
         are whole numbers of at least 1."""
         many = isinstance(batch, Sequence) and not isinstance(batch, str)
-        values = tuple(cast("Sequence[object]", batch)) if many else (batch,)
-        counts = tuple(map(_count, values))
-        if not 1 <= len(counts) <= 3 or 0 in counts:
+        values = tuple(cast("Sequence[SupportsIndex | None]", batch if many else (batch,)))
+        try:
+            counts = tuple(None if value is None else index(value) for value in values)
+        except TypeError:
+            counts = ()
+        sound = all(count is None or count > 0 for count in counts)
+        if not 1 <= len(counts) <= 3 or not sound or any(isinstance(v, bool) for v in values):
             raise InputError(
                 "batch: expected a whole number of at least 1, of samples in a network at once, or "
                 "up to three, (samples in a network, in the decoder, bands of a decode), such as "
                 f"(8, 2, 16), got {batch!r:.60}"
             )
         return cls(*counts)
-
-
-def _count(value: object) -> int | None:
-    """A number of at least 1, None for as many as fit; 0 for anything else."""
-    if value is None:
-        return None
-    try:
-        return 0 if isinstance(value, bool) else max(0, index(cast("SupportsIndex", value)))
-    except TypeError:
-        return 0
 
 
 _ALL = BatchSizes()

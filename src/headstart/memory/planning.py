@@ -142,7 +142,7 @@ def settle(residency: Residency, text: ClipText, unets: Mapping[str, UNet]) -> R
         if own.turns:
             networks = {part: modules[part] for part in own.turns}
             streams = streams_of(device)
-            arenas.append(Arena(networks, own.arena, device, streams, pin or _nothing))
+            arenas.append(Arena(networks, own.arena, device, streams, pin or (lambda _: None)))
     return replace(residency, arenas=tuple(arenas))
 
 
@@ -169,10 +169,6 @@ def takes_turns(device: torch.device) -> bool:
 def streams_of(device: torch.device) -> Streams:
     """On a CPU, where copies are made at once, a stand-in."""
     return cast("Streams", torch.cuda) if device.type == "cuda" else Host()
-
-
-def _nothing(size_bytes: int) -> None:
-    """For a host without memory to pin."""
 
 
 def _host_memory(own: Placement) -> Callable[[int], Tensor | None] | None:
