@@ -29,105 +29,90 @@ CLASSES = ("fc.weight", "fc.bias", ".num_batches_tracked")
 
 
 class C(NamedTuple):
-    """One convolution of the tables below: name, output channels, kernel, padding, stride."""
+    """One convolution of the tables below; without `same` padding, or where it halves, none."""
 
     name: str
     channels: int
     kernel: tuple[int, int] = (1, 1)
-    pad: tuple[int, int] = (0, 0)
     stride: int = 1
+    same: bool = True
 
 
-Chain = tuple[C, ...]
 Pool = Literal["average", "maximum", "halve"]
 
 
 class Block(NamedTuple):
     """Chains beside each other, and a pool of the block's input in the last place.
 
-    fork  names of chains whose last two convolutions both read what is before them
+    chains  a pair in a chain are two convolutions that both read what is before them
     """
 
     name: str
-    chains: tuple[Chain, ...]
     pool: Pool
-    pooled: int = 0
-    fork: tuple[int, ...] = ()
+    pooled: int
+    chains: tuple[tuple[C | tuple[C, C], ...], ...]
 
 
-def _three(name: str, channels: int, stride: int = 1) -> C:
-    pad = 1 if stride == 1 else 0
-    return C(name, channels, (3, 3), (pad, pad), stride)
-
-
-def _across(name: str, channels: int, size: int = 7) -> C:
-    return C(name, channels, (1, size), (0, size // 2))
-
-
-def _down(name: str, channels: int, size: int = 7) -> C:
-    return C(name, channels, (size, 1), (size // 2, 0))
+ACROSS, DOWN, THREE, FIVE = (1, 7), (7, 1), (3, 3), (5, 5)
 
 
 def _a(name: str, pooled: int) -> Block:
-    five = (C("branch5x5_1", 48), C("branch5x5_2", 64, (5, 5), (2, 2)))
-    double = (C("branch3x3dbl_1", 64), _three("branch3x3dbl_2", 96), _three("branch3x3dbl_3", 96))
-    return Block(name, ((C("branch1x1", 64),), five, double), "average", pooled)
+    five = C("branch5x5_1", 48), C("branch5x5_2", 64, FIVE)
+    double = C("branch3x3dbl_1", 64), C("branch3x3dbl_2", 96, THREE), C("branch3x3dbl_3", 96, THREE)
+    return Block(name, "average", pooled, ((C("branch1x1", 64),), five, double))
 
 
 def _c(name: str, inner: int) -> Block:
-    seven = (C("branch7x7_1", inner), _across("branch7x7_2", inner), _down("branch7x7_3", 192))
+    seven = C("branch7x7_1", inner), C("branch7x7_2", inner, ACROSS), C("branch7x7_3", 192, DOWN)
     double = (
         C("branch7x7dbl_1", inner),
-        _down("branch7x7dbl_2", inner),
-        _across("branch7x7dbl_3", inner),
-        _down("branch7x7dbl_4", inner),
-        _across("branch7x7dbl_5", 192),
+        C("branch7x7dbl_2", inner, DOWN),
+        C("branch7x7dbl_3", inner, ACROSS),
+        C("branch7x7dbl_4", inner, DOWN),
+        C("branch7x7dbl_5", 192, ACROSS),
     )
-    return Block(name, ((C("branch1x1", 192),), seven, double), "average", 192)
+    return Block(name, "average", 192, ((C("branch1x1", 192),), seven, double))
 
 
 def _e(name: str, pool: Pool) -> Block:
-    three = (C("branch3x3_1", 384), _across("branch3x3_2a", 384, 3), _down("branch3x3_2b", 384, 3))
-    double = (
-        C("branch3x3dbl_1", 448),
-        _three("branch3x3dbl_2", 384),
-        _across("branch3x3dbl_3a", 384, 3),
-        _down("branch3x3dbl_3b", 384, 3),
-    )
-    return Block(name, ((C("branch1x1", 320),), three, double), pool, 192, fork=(1, 2))
+    pair = C("branch3x3_2a", 384, (1, 3)), C("branch3x3_2b", 384, (3, 1))
+    last = C("branch3x3dbl_3a", 384, (1, 3)), C("branch3x3dbl_3b", 384, (3, 1))
+    double = C("branch3x3dbl_1", 448), C("branch3x3dbl_2", 384, THREE), last
+    return Block(name, pool, 192, ((C("branch1x1", 320),), (C("branch3x3_1", 384), pair), double))
 
 
 STEM = (
-    C("Conv2d_1a_3x3", 32, (3, 3), stride=2),
-    C("Conv2d_2a_3x3", 32, (3, 3)),
-    _three("Conv2d_2b_3x3", 64),
+    C("Conv2d_1a_3x3", 32, THREE, stride=2),
+    C("Conv2d_2a_3x3", 32, THREE, same=False),
+    C("Conv2d_2b_3x3", 64, THREE),
     C("Conv2d_3b_1x1", 80),
-    C("Conv2d_4a_3x3", 192, (3, 3)),
+    C("Conv2d_4a_3x3", 192, THREE, same=False),
 )
 HALVED = ("Conv2d_2b_3x3", "Conv2d_4a_3x3")
 """After these a maximum over 3 x 3 pixels halves the sides."""
 _DOUBLE = (
     C("branch3x3dbl_1", 64),
-    _three("branch3x3dbl_2", 96),
-    _three("branch3x3dbl_3", 96, stride=2),
+    C("branch3x3dbl_2", 96, THREE),
+    C("branch3x3dbl_3", 96, THREE, stride=2),
 )
 _SEVEN = (
     C("branch7x7x3_1", 192),
-    _across("branch7x7x3_2", 192),
-    _down("branch7x7x3_3", 192),
-    _three("branch7x7x3_4", 192, stride=2),
+    C("branch7x7x3_2", 192, ACROSS),
+    C("branch7x7x3_3", 192, DOWN),
+    C("branch7x7x3_4", 192, THREE, stride=2),
 )
-_THREE = (C("branch3x3_1", 192), _three("branch3x3_2", 320, stride=2))
 BLOCKS = (
     _a("Mixed_5b", 32),
     _a("Mixed_5c", 64),
     _a("Mixed_5d", 64),
-    Block("Mixed_6a", ((_three("branch3x3", 384, stride=2),), _DOUBLE), "halve"),
+    Block("Mixed_6a", "halve", 0, ((C("branch3x3", 384, THREE, stride=2),), _DOUBLE)),
     _c("Mixed_6b", 128),
     _c("Mixed_6c", 160),
     _c("Mixed_6d", 160),
     _c("Mixed_6e", 192),
-    Block("Mixed_7a", (_THREE, _SEVEN), "halve"),
+    Block(
+        "Mixed_7a", "halve", 0, ((C("branch3x3_1", 192), C("branch3x3_2", 320, THREE, 2)), _SEVEN)
+    ),
     _e("Mixed_7b", "average"),
     _e("Mixed_7c", "maximum"),
 )
@@ -153,7 +138,8 @@ class Convolution(nn.Module):
 
     def __init__(self, own: C, channels: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, own.channels, own.kernel, own.stride, own.pad, bias=False)
+        pad = "same" if own.same and own.stride == 1 else "valid"
+        self.conv = nn.Conv2d(channels, own.channels, own.kernel, own.stride, pad, bias=False)
         self.bn = Norm(own.channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,22 +153,25 @@ class Mixed(nn.Module):
         super().__init__()
         self.block = block
         self.channels = block.pooled or channels
-        for n, chain in enumerate(block.chains):
-            width, straight = channels, len(chain) - 2 * (n in block.fork)
-            for number, own in enumerate(chain):
-                self.add_module(own.name, Convolution(own, width))
-                width = own.channels if number < straight else width
-            self.channels += chain[-1].channels * (2 if n in block.fork else 1)
+        for chain in block.chains:
+            width = channels
+            for link in chain:
+                convolutions = (link,) if isinstance(link, C) else link
+                for own in convolutions:
+                    self.add_module(own.name, Convolution(own, width))
+                width = sum(own.channels for own in convolutions)
+            self.channels += width
         if block.pooled:
             self.add_module("branch_pool", Convolution(C("branch_pool", block.pooled), channels))
 
     def forward(self, x: Tensor) -> Tensor:
         branches: list[Tensor] = []
-        for n, chain in enumerate(self.block.chains):
-            y, straight = x, len(chain) - 2 * (n in self.block.fork)
-            for own in chain[:straight]:
-                y = self.get_submodule(own.name)(y)
-            branches += [self.get_submodule(own.name)(y) for own in chain[straight:]] or [y]
+        for chain in self.block.chains:
+            ends = [x]
+            for link in chain:
+                convolutions = (link,) if isinstance(link, C) else link
+                ends = [self.get_submodule(own.name)(ends[0]) for own in convolutions]
+            branches += ends
         if self.block.pool == "halve":
             return torch.cat([*branches, F.max_pool2d(x, 3, 2)], dim=1)
         if self.block.pool == "maximum":

@@ -21,12 +21,12 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from headstart.errors import CheckpointError, InputError
 from headstart.fork import check_threads
 from headstart.spaces.extractor import Array, Extractor, Judge, Rgb
-from headstart.spaces.weights import Weights, check_shapes, short_digest
+from headstart.spaces.weights import Weights, check_shapes, filled, short_digest
 
 Net = Literal["alex", "vgg"]
 SHIFT, SCALE = (-0.030, -0.088, -0.188), (0.458, 0.448, 0.450)
@@ -78,15 +78,8 @@ LAYERS: Mapping[Net, tuple[Layer, ...]] = {
 }
 PAD: Mapping[int, int] = {11: 2, 5: 2, 3: 1}
 """Padding by kernel, in both networks."""
-
-
-class Filter(NamedTuple):
-    """A layer with its numbers; `root` [C] is sqrt(w) where it is tapped."""
-
-    layer: Layer
-    weight: Tensor
-    bias: Tensor
-    root: Tensor | None
+CLASSES = tuple(f"classifier.{n}.{part}" for n in range(7) for part in ("weight", "bias"))
+"""In a file of torchvision, and not read."""
 
 
 def net_of(backbone: Weights) -> Net:
@@ -99,10 +92,20 @@ def read_lpips(backbone: Weights, lin: Weights) -> Judge:
     Raises CheckpointError for files that do not belong together or are not what they should be.
     """
     net = net_of(backbone)
-    filters = _filters(net, backbone, lin)
+    build = partial(_network, net, backbone)
+    network = filled(build, backbone, f"the backbone of LPIPS {net}", CLASSES)
+    shapes = _lin_shapes(net, backbone)
+    check_shapes(lin, shapes, f"the linear layers of LPIPS {net}")
+    first = lin.numbers("lin0.model.1.weight").contiguous().numpy().tobytes()
+    if sha256(first).hexdigest() in OLD:
+        raise CheckpointError(
+            f"{lin.path}: these are lpips' weights of version 0.0, which had a bug in how pictures "
+            "were scaled: give weights/v0.1 of the package"
+        )
+    features = partial(_features, LAYERS[net], network, [_root(lin, name) for name in shapes])
     parts = [backbone] if backbone.path == lin.path else [backbone, lin]
     name = f"lpips-{net}:{lin.path.stem}:{short_digest(parts)}"
-    return Judge((Extractor(name, partial(_features, filters), "squared", wide=True),))
+    return Judge((Extractor(name, features, "squared", wide=True),))
 
 
 def split_module(whole: Weights) -> tuple[Weights, Weights]:
@@ -137,34 +140,15 @@ def _lin_shapes(net: Net, backbone: Weights) -> dict[str, tuple[int, ...]]:
     return {f"lin{n}.model.1.weight": (1, width, 1, 1) for n, width in enumerate(widths)}
 
 
-def _filters(net: Net, backbone: Weights, lin: Weights) -> list[Filter]:
-    layers = LAYERS[net]
-    check_shapes(backbone, _expected(layers, backbone), f"the backbone of LPIPS {net}", _HEAD)
-    shapes = _lin_shapes(net, backbone)
-    check_shapes(lin, shapes, f"the linear layers of LPIPS {net}")
-    _check_version(lin)
-    roots = (_root(lin, name) for name in shapes)
-    filters: list[Filter] = []
-    for layer in layers:
-        name = f"features.{layer.number}"
-        weight, bias = (backbone.numbers(f"{name}.{part}") for part in ("weight", "bias"))
-        filters.append(Filter(layer, weight, bias, next(roots) if layer.tapped else None))
-    return filters
-
-
-_HEAD = tuple(f"classifier.{n}.{part}" for n in range(7) for part in ("weight", "bias"))
-
-
-def _expected(layers: tuple[Layer, ...], backbone: Weights) -> dict[str, tuple[int, ...]]:
-    """The shapes that follow from each layer's own number of channels."""
-    shapes: dict[str, tuple[int, ...]] = {}
+def _network(net: Net, backbone: Weights) -> nn.ModuleDict:
+    """The convolutions, each as wide as the file has it."""
+    features = nn.ModuleDict()
     channels = 3
-    for layer in layers:
-        name, width = f"features.{layer.number}", _width(backbone, layer)
-        shapes[f"{name}.weight"] = (width, channels, layer.kernel, layer.kernel)
-        shapes[f"{name}.bias"] = (width,)
+    for layer in LAYERS[net]:
+        width, pad = _width(backbone, layer), PAD[layer.kernel]
+        features[f"{layer.number}"] = nn.Conv2d(channels, width, layer.kernel, layer.stride, pad)
         channels = width
-    return shapes
+    return nn.ModuleDict({"features": features})
 
 
 def _width(backbone: Weights, layer: Layer) -> int:
@@ -181,16 +165,9 @@ def _root(lin: Weights, name: str) -> Tensor:
     return weights.sqrt()
 
 
-def _check_version(lin: Weights) -> None:
-    first = lin.numbers("lin0.model.1.weight").contiguous().numpy().tobytes()
-    if sha256(first).hexdigest() in OLD:
-        raise CheckpointError(
-            f"{lin.path}: these are lpips' weights of version 0.0, which had a bug in how pictures "
-            "were scaled: give weights/v0.1 of the package"
-        )
-
-
-def _features(filters: list[Filter], rgb: Rgb) -> Array:
+def _features(
+    layers: Sequence[Layer], network: nn.Module, roots: Sequence[Tensor], rgb: Rgb
+) -> Array:
     """[n, d], one picture at a time: at 512 px d is 2.7 million for alex, 32 million for vgg."""
     check_threads()
     if min(rgb.shape[1:3]) < LEAST_SIDE:
@@ -198,19 +175,19 @@ def _features(filters: list[Filter], rgb: Rgb) -> Array:
             f"LPIPS needs pictures of at least {LEAST_SIDE} px, got {rgb.shape[1]}x{rgb.shape[2]}: "
             "use structure or colours"
         )
+
+    def taps(picture: Rgb) -> Iterator[Tensor]:
+        shift, scale = (torch.tensor(v).reshape(3, 1, 1) for v in (SHIFT, SCALE))
+        pixels = torch.as_tensor(np.ascontiguousarray(picture)).permute(2, 0, 1).float()
+        x = ((pixels / 127.5 - 1.0 - shift) / scale)[None]
+        left = iter(roots)
+        for layer in layers:
+            if layer.pooled:
+                x = F.max_pool2d(x, *layer.pooled)
+            x = F.relu(network.get_submodule(f"features.{layer.number}")(x))
+            if layer.tapped:
+                unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
+                yield (unit * (next(left) / sqrt(prod(x.shape[2:])))[:, None, None]).flatten()
+
     with torch.inference_mode():
-        rows = [torch.cat([*_stacked(filters, picture)]).double().numpy() for picture in rgb]
-    return np.stack(rows)
-
-
-def _stacked(filters: list[Filter], picture: Rgb) -> Iterator[Tensor]:
-    shift, scale = (torch.tensor(v).reshape(3, 1, 1) for v in (SHIFT, SCALE))
-    pixels = torch.as_tensor(np.ascontiguousarray(picture)).permute(2, 0, 1).float()
-    x = ((pixels / 127.5 - 1.0 - shift) / scale)[None]
-    for layer, weight, bias, root in filters:
-        if layer.pooled:
-            x = F.max_pool2d(x, *layer.pooled)
-        x = F.relu(F.conv2d(x, weight, bias, layer.stride, PAD[layer.kernel]))
-        if root is not None:
-            unit = x / (x.square().sum(1, keepdim=True).sqrt() + TINY)
-            yield (unit * (root / sqrt(prod(x.shape[2:])))[:, None, None]).flatten()
+        return np.stack([torch.cat([*taps(picture)]).double().numpy() for picture in rgb])

@@ -121,8 +121,7 @@ def _head(width: int) -> nn.Sequential:
 
 def _tokenizer(path: Path, rows: int) -> Encode:
     """BERT's words in small letters, at most 35 tokens with [CLS] and [SEP]."""
-    from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
-    from tokenizers.models import WordPiece
+    from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
     try:
         words = path.read_text(encoding="utf-8").split("\n")
@@ -137,15 +136,9 @@ def _tokenizer(path: Path, rows: int) -> Encode:
             f"{str(path)!r}: expected at most {rows} lines with {', '.join(BERT)} among them, as "
             f"bert-base-uncased has, got {len(known)}: give its vocab.txt"
         )
-    tokenizer: Any = Tokenizer(WordPiece(known, unk_token=BERT[0]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = [(word, known[word]) for word in BERT[1:3]]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=special
-    )
+    tokenizer: Any = BertWordPieceTokenizer(known, lowercase=True)
     tokenizer.enable_truncation(LENGTH)
-    tokenizer.enable_padding(pad_id=known["[PAD]"], pad_token="[PAD]")
+    tokenizer.enable_padding(pad_id=known["[PAD]"])
 
     def encode(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         encodings: Any = tokenizer.encode_batch(list(prompts))

@@ -7,7 +7,7 @@ pair = a - b on the prompts and seeds that both folders have
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -44,16 +44,19 @@ class Spread(NamedTuple):
     def of(cls, measured: Measured) -> Spread:
         return cls(measured.mean, over_prompts(measured), over_seeds(measured))
 
+    @classmethod
+    def over(cls, ways: Sequence[By], measure: Callable[[By], Interval]) -> Spread:
+        """Of a number of all images, with an interval over each of these."""
+        intervals = {by: measure(by) for by in ways}
+        value = intervals[ways[0]].value
+        return cls(value, intervals.get("prompts"), intervals.get("seeds"))
+
     @property
     def best(self) -> Interval | None:
         return self.over_prompts or self.over_seeds
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "value": round(self.value, 6),
-            "over_prompts_95": _ends(self.over_prompts),
-            "over_seeds_95": _ends(self.over_seeds),
-        }
+        return {"value": round(self.value, 6), **_ends(self.over_prompts, self.over_seeds)}
 
 
 class PromptVariety(NamedTuple):
@@ -64,7 +67,7 @@ class PromptVariety(NamedTuple):
     distance: Distance = "cosine"
 
     @classmethod
-    def of(cls, groups: Sequence[Array], distance: Distance = "cosine") -> PromptVariety:
+    def of(cls, groups: Sequence[Array], distance: Distance) -> PromptVariety:
         """Of the features of prompts with two images or more."""
         if not groups:
             return cls(None, None, distance)
@@ -75,12 +78,8 @@ class PromptVariety(NamedTuple):
         """`mss` is a mean cosine: null where the distance is another."""
         own = self.diversity
         similar = None if own is None or self.distance != "cosine" else round(1.0 - own.value, 5)
-        return {
-            "distance": self.distance,
-            "diversity": _json(own),
-            "mss": similar,
-            "vendi": _json(self.vendi),
-        }
+        numbers = {"diversity": _json(own), "mss": similar, "vendi": _json(self.vendi)}
+        return {"distance": self.distance, **numbers}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,42 +202,35 @@ def contrast(a: Seen, b: Seen, judge: Judge) -> Contrast | None:
     shared = keys[0] & keys[1]
     if not shared:
         return None
-    left, right = _only(a, shared), _only(b, shared)
+    order = sorted({prompt for prompt, _ in shared})  # of prompts, one for both
+    left, right = _rows_of(a, shared, order), _rows_of(b, shared, order)
     score = None
     if a.scores is not None and b.scores is not None:
         score = paired(
             measure_mean([a.scores[rows] for rows in left]),
             measure_mean([b.scores[rows] for rows in right]),
         )
-    pairs = zip(judge.spaces, a.spaces, b.spaces, strict=True)
+    spaces: dict[str, Paired | None] = {}
+    for space, *features in zip(judge.spaces, a.spaces, b.spaces, strict=True):
+        measured = [
+            measure_diversity([own[rows] for rows in chosen if len(rows) > 1], space.distance)
+            for own, chosen in zip(features, (left, right), strict=True)
+            if any(len(rows) > 1 for rows in chosen)
+        ]
+        spaces[space.name] = paired(*measured) if measured else None
     return Contrast(
         a=a.gallery.name,
         b=b.gallery.name,
-        prompts=len(left),
+        prompts=len(order),
         images=len(shared),
-        spaces={own.name: _apart((x, left), (y, right), own.distance) for own, x, y in pairs},
+        spaces=spaces,
         score=score,
     )
 
 
-_Chosen = tuple[Array, Sequence[Sequence[int]]]
-"""Features, and the rows of each prompt."""
-
-
-def _apart(a: _Chosen, b: _Chosen, distance: Distance) -> Paired | None:
-    """Diversity of a less that of b, over prompts with two images."""
-    measured = [
-        measure_diversity([features[rows] for rows in chosen if len(rows) > 1], distance)
-        for features, chosen in (a, b)
-        if any(len(rows) > 1 for rows in chosen)
-    ]
-    return paired(*measured) if measured else None
-
-
-def _only(seen: Seen, shared: set[tuple[str, int]]) -> list[list[int]]:
-    """Rows of the shared images by seed, one list a prompt; prompts in one order for both."""
-    order = {prompt: n for n, prompt in enumerate(sorted({prompt for prompt, _ in shared}))}
-    rows: dict[str, list[int]] = {prompt: [] for prompt in order}
+def _rows_of(seen: Seen, shared: set[tuple[str, int]], prompts: Sequence[str]) -> list[list[int]]:
+    """Rows of the shared images by seed, one list a prompt."""
+    rows: dict[str, list[int]] = {prompt: [] for prompt in prompts}
     for row, picture in enumerate(seen.gallery.pictures):
         if (picture.prompt, picture.seed) in shared:
             rows[picture.prompt].append(row)
@@ -246,16 +238,14 @@ def _only(seen: Seen, shared: set[tuple[str, int]]) -> list[list[int]]:
 
 
 def _row(seen: Seen, judge: Judge, reference: Reference | None) -> Row:
-    groups = [
-        [group for group in seen.split(features) if len(group) > 1] for features in seen.spaces
-    ]
+    spaces: dict[str, PromptVariety] = {}
+    for space, features in zip(judge.spaces, seen.spaces, strict=True):
+        groups = [group for group in seen.split(features) if len(group) > 1]
+        spaces[space.name] = PromptVariety.of(groups, space.distance)
     row = Row(
         gallery=seen.gallery,
-        varied=len(groups[0]),
-        spaces={
-            space.name: PromptVariety.of(own, space.distance)
-            for space, own in zip(judge.spaces, groups, strict=True)
-        },
+        varied=sum(size > 1 for size in seen.gallery.sizes),
+        spaces=spaces,
         score=None if seen.scores is None else Spread.of(measure_mean(seen.split(seen.scores))),
     )
     if reference is None or len(seen.features) < 2:
@@ -269,44 +259,39 @@ def _with_reference(row: Row, seen: Seen, reference: Reference) -> Row:
     able: dict[By, bool] = {"prompts": len(sizes) > 1, "seeds": min(sizes) > 1}
     ways: list[By] = [by for by in able if able[by]]
     draws = 50 if features.shape[1] > WIDE else 200
-    frechet: dict[By, Interval] = {
-        by: frechet_interval(features, reference.moments, sizes=sizes, by=by, resamples=draws)
-        for by in ways
-    }
-    row = replace(row, frechet=_spread(frechet))
+
+    def frechet(by: By) -> Interval:
+        moments = reference.moments
+        return frechet_interval(features, moments, sizes=sizes, by=by, resamples=draws)
+
+    row = replace(row, frechet=Spread.over(ways, frechet))
     if known is None:
         return row
-    row = replace(row, kid=_spread({by: kid(features, known, sizes=sizes, by=by) for by in ways}))
+    row = replace(row, kid=Spread.over(ways, lambda by: kid(features, known, sizes=sizes, by=by)))
     k = min(5, len(known) - 1, len(features) - 1)
     if k < 1:
         return row
-    near: dict[By, dict[str, Interval]] = {
-        by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways
+    near = {by: neighbours_interval(features, known, k=k, sizes=sizes, by=by) for by in ways}
+    neighbours = {
+        name: Spread.over(ways, lambda by, name=name: near[by][name]) for name in Neighbours._fields
     }
-    names = Neighbours._fields
-    each = {name: _spread({by: own[name] for by, own in near.items()}) for name in names}
-    return replace(row, neighbours=each)
-
-
-def _spread(intervals: Mapping[By, Interval]) -> Spread:
-    value = next(iter(intervals.values())).value
-    return Spread(value, intervals.get("prompts"), intervals.get("seeds"))
+    return replace(row, neighbours=neighbours)
 
 
 def _json(own: Spread | None) -> dict[str, Any] | None:
     return None if own is None else own.to_json()
 
 
-def _ends(interval: Interval | None) -> list[float] | None:
-    return None if interval is None else interval.rounded(6)[1:]
+def _ends(prompts: Interval | None, seeds: Interval | None) -> dict[str, Any]:
+    """Both intervals for JSON."""
+    return {
+        f"{name}_95": None if interval is None else interval.rounded(6)[1:]
+        for name, interval in (("over_prompts", prompts), ("over_seeds", seeds))
+    }
 
 
 def _paired(pair: Paired | None) -> dict[str, Any] | None:
     if pair is None:
         return None
-    return {
-        "difference": round(pair.difference, 5),
-        "over_prompts_95": _ends(pair.over_prompts),
-        "over_seeds_95": _ends(pair.over_seeds),
-        "p_value": pair.p_value,
-    }
+    ends = _ends(pair.over_prompts, pair.over_seeds)
+    return {"difference": round(pair.difference, 5), **ends, "p_value": pair.p_value}

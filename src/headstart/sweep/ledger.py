@@ -57,13 +57,13 @@ class Entry(NamedTuple):
     def is_of(self, case: Case) -> bool:
         return self[:4] == (case.number, case.prompt, case.seed, case.file)
 
-    def is_intact(self, folder: Path) -> bool:
-        """Whether the file is there with the recorded bytes, as many as recorded."""
-        if not _has_size(folder / self.file, self.size_bytes):
-            return False
+    def is_intact(self, folder: Path, *, by_size: bool = False) -> bool:
+        """Whether the file is there with the recorded bytes; `by_size`: with as many of them."""
         try:
             with (folder / self.file).open("rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
+                if os.fstat(stream.fileno()).st_size != self.size_bytes:
+                    return False
+                return by_size or hashlib.file_digest(stream, "sha256").hexdigest() == self.sha256
         except OSError:
             return False
 
@@ -139,7 +139,7 @@ class Ledger:
         entries: list[Entry] = []
         for case in cases:
             known = dict.fromkeys(e for e in lines.get(case.number, ()) if e.is_of(case))
-            intact = [e for e in known if _has_size(self.folder / e.file, e.size_bytes)]
+            intact = [e for e in known if e.is_intact(self.folder, by_size=True)]
             if len(intact) > 1:  # drawn again on another machine: the file says which line is true
                 intact = [e for e in intact if e.is_intact(self.folder)]
             if not intact:
@@ -192,7 +192,8 @@ def open_ledger(folder: Path, settings: Mapping[str, Any], shard: Shard) -> Gene
     name = f"{SHARDS}/{shard.rank:04d}"
     lock = locked(folder, f"{name}.lock", shard, "sweeping into")
     with lock, (folder / f"{name}.jsonl").open("a+b") as journal:
-        _drop_torn_line(journal)
+        journal.seek(0)
+        journal.truncate(journal.read().rfind(b"\n") + 1)  # without a line that was cut off
         if not (folder / SETTINGS).exists():
             write_settings(folder / SETTINGS, settings, shard)
         check_settings(folder, settings)  # another rank may have been first
@@ -203,7 +204,8 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raise InputError unless the folder is free, or holds a sweep of these settings."""
     before = read_settings(folder)
     if before is None:
-        stranger = _stranger(folder)
+        names = {p.name for p in folder.glob("*") if not p.name.endswith(".partial")} - {SHARDS}
+        stranger = SHARDS if _read_shards(folder) else min(names, default=None)
         before = read_settings(folder)  # another rank may have begun in the meantime
         if stranger is not None and before is None:
             raise InputError(
@@ -213,15 +215,15 @@ def check_settings(folder: Path, settings: Mapping[str, Any]) -> None:
     if before is None:
         return
     now = json.loads(json.dumps(settings))
-    changed = [key for key in IDENTITY if _identity(before, key) != _identity(now, key)]
-    if changed:
-        changes = "; ".join(
-            f"{key}: {_short(before.get(key), key)} then, {_short(now.get(key), key)} now"
-            for key in changed
-        )
+    changes = [
+        f"{key}: {_short(before.get(key), key)} then, {_short(now.get(key), key)} now"
+        for key in IDENTITY
+        if _identity(before, key) != _identity(now, key)
+    ]
+    if changes:
         raise InputError(
-            f"{str(folder)!r} was made with other settings ({changes}): give those again to go on, "
-            "or another --out"
+            f"{str(folder)!r} was made with other settings ({'; '.join(changes)}): give those "
+            "again to go on, or another --out"
         )
 
 
@@ -275,27 +277,6 @@ _WHAT = "a sweep's settings; choose another --out"
 _LINE = dict(zip(Entry._fields, (int, str, int, str, str, int), strict=True))
 
 
-def _drop_torn_line(journal: BinaryIO) -> None:
-    journal.seek(0)
-    whole = journal.read()
-    journal.truncate(whole.rfind(b"\n") + 1)
-
-
-def _has_size(path: Path, size_bytes: int) -> bool:
-    try:
-        return path.stat().st_size == size_bytes
-    except OSError:
-        return False
-
-
-def _stranger(folder: Path) -> str | None:
-    """The first thing in the folder that a sweep does not begin with."""
-    if _read_shards(folder):
-        return SHARDS
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return min((n for n in names if n != SHARDS and not n.endswith(".partial")), default=None)
-
-
 def _identity(settings: Mapping[str, Any], key: str) -> object:
     """Weights are their digests: a file may be moved."""
     value: Any = settings.get(key, {})
@@ -311,7 +292,7 @@ def _short(value: Any, key: str) -> str:
     if len(text) <= 80:
         return text
     name = value.get("name") if isinstance(value, dict) else None  # pyright: ignore
-    return f"{name or text[:60] + '…'} (sha256 {_digest(text)})"
+    return f"{name or text[:60] + '…'} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:12]})"
 
 
 def _adapter(own: Any) -> str:
@@ -321,7 +302,3 @@ def _adapter(own: Any) -> str:
         return f"at {json.dumps(only):.60} (sha256 {own['sha256'][:12]})"
     except (AttributeError, KeyError, TypeError):
         return f"{own!r:.60}"
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
